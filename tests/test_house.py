@@ -1,0 +1,162 @@
+"""The rules of CONTRIBUTING.md that a machine can check: the build fails where one is broken."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")
+FORBIDDEN = {"utils", "util", "helpers", "helper", "common", "misc"}
+FILE_LINES, FUNCTION_LINES, COLUMNS = 300, 60, 100
+
+
+def sources(root: Path) -> list[Path]:
+    """Every Python file that is installed, and the benchmarks beside it."""
+    return sorted(p for folder in (*FOLDERS, "benchmarks") for p in (root / folder).rglob("*.py"))
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def overlong(root: Path) -> list[str]:
+    found = []
+    for path in sources(root):
+        text = path.read_text()
+        name = path.relative_to(root)
+        if (lines := text.count("\n")) > FILE_LINES:
+            found.append(f"{name}: {lines} lines, at most {FILE_LINES}")
+        found += [
+            f"{name}:{i}: {len(line)} columns, at most {COLUMNS}"
+            for i, line in enumerate(text.splitlines(), 1)
+            if len(line) > COLUMNS
+        ]
+        for f in functions(ast.parse(text)):
+            lines = (f.end_lineno or f.lineno) - f.lineno + 1
+            if lines > FUNCTION_LINES:
+                found.append(f"{name}:{f.lineno} {f.name}: {lines} lines, at most {FUNCTION_LINES}")
+    return found
+
+
+def undocumented(root: Path) -> list[str]:
+    """Public modules, classes, functions and methods without a docstring."""
+    found = []
+    for path in sources(root):
+        if path.name == "__init__.py" or path.is_relative_to(root / "benchmarks"):
+            continue
+        tree = ast.parse(path.read_text())
+        name = path.relative_to(root)
+        if not ast.get_docstring(tree):
+            found.append(f"{name}: the file says nothing of its idea")
+        scopes: list[ast.Module | ast.ClassDef] = [tree]
+        scopes += [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
+        for scope in scopes:
+            for node in scope.body:
+                public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
+                if public and not ast.get_docstring(node):
+                    found.append(f"{name}:{node.lineno} {node.name}")
+    return found
+
+
+def unpackaged(root: Path) -> list[str]:
+    """Folders with code that pyproject.toml does not install."""
+    table = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    there = {
+        str(p.parent.relative_to(root)) for folder in FOLDERS for p in (root / folder).rglob("*.py")
+    }
+    expected = {"ravine." + folder.replace("/", ".") for folder in there} | {"ravine.configs"}
+    listed, mapped = set(table["packages"]), set(table["package-dir"])
+    return sorted((expected ^ listed) | (expected ^ mapped))
+
+
+def test_no_file_function_or_line_is_too_long() -> None:
+    assert overlong(ROOT) == []
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    assert undocumented(ROOT) == []
+
+
+def test_every_folder_with_code_is_installed() -> None:
+    assert unpackaged(ROOT) == []
+
+
+def test_no_file_has_a_name_that_says_nothing() -> None:
+    assert [p for p in sources(ROOT) if p.stem in FORBIDDEN or p.parent.name in FORBIDDEN] == []
+
+
+def test_only_the_five_folders_hold_product_code() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    tops = {path.split("/")[0] for path in tracked}
+    assert tops <= {*FOLDERS, "tests", "benchmarks", "docs"}
+
+
+def test_lightning_modules_know_nothing_of_ranks_or_callbacks() -> None:
+    """The table of CONTRIBUTING.md: who may import whom."""
+    allowed = {
+        "lightning_modules": {"lightning_modules"},
+        "datamodules": {"datamodules"},
+        "callbacks": {"callbacks", "strategies"},
+        "strategies": {"strategies", "callbacks"},
+        "cli": set(FOLDERS),
+    }
+    wrong = []
+    for folder, may in allowed.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                for name in names:
+                    parts = name.split(".")
+                    if parts[0] == "ravine" and len(parts) > 1 and parts[1] not in may:
+                        wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {name}")
+                    if folder == "lightning_modules" and name.startswith("torch.distributed"):
+                        wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {name}")
+    assert wrong == []
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    """A tiny house with one good file, into which a fault is planted."""
+    for folder in (*FOLDERS, "benchmarks"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").touch()
+    packages = [f"ravine.{f}" for f in (*FOLDERS, "configs")]
+    (tmp_path / "pyproject.toml").write_text(
+        f"[tool.setuptools]\npackages = {packages}\n[tool.setuptools.package-dir]\n"
+        + "".join(f'"{p}" = "{p[7:]}"\n' for p in packages)
+    )
+    (tmp_path / "cli" / "good.py").write_text('"""Good."""\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("check", "text"),
+    [
+        (overlong, '"""Long."""\n' + "x = 1\n" * FILE_LINES),
+        (overlong, '"""Long."""\n\n\ndef f():\n' + "    x = 1\n" * FUNCTION_LINES),
+        (overlong, '"""Wide."""\nx = "' + "a" * COLUMNS + '"\n'),
+        (undocumented, '"""A class with a bare method."""\n\n\nclass A:\n    """A."""\n\n'
+                       "    def f(self):\n        return 1\n"),
+        (undocumented, "x = 1\n"),
+    ],
+)  # fmt: skip
+def test_a_planted_fault_is_caught(scratch: Path, check, text: str) -> None:
+    assert check(scratch) == []
+    (scratch / "cli" / "bad.py").write_text(text)
+    assert len(check(scratch)) == 1
+
+
+def test_a_folder_missing_from_packages_is_caught(scratch: Path) -> None:
+    assert unpackaged(scratch) == []
+    (scratch / "callbacks" / "optimizers").mkdir()
+    (scratch / "callbacks" / "optimizers" / "new.py").write_text('"""New."""\n')
+    assert unpackaged(scratch) == ["ravine.callbacks.optimizers"]
