@@ -1,0 +1,53 @@
+"""What every test stands on: one thread, fixed seeds, warnings are errors, forked ranks."""
+
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in forked ranks
+sys.path.append(str(Path(__file__).parent))  # for `ranks` and `foreign`; ranks need them by name
+
+import numpy
+import pytest
+import torch
+
+# Third-party noise that no change of ours can silence: beginning of the text (a regular
+# expression without colons), category, and why it is harmless.
+POSSIBLE = "lightning.fabric.utilities.warnings.PossibleUserWarning"
+NOISE = [
+    # lightning 2.6 asks torch's tree code the old way at every loader
+    (r".isinstance\(treespec, LeafSpec\). is deprecated", "FutureWarning"),
+    # tiny in-memory sets are faster without worker processes
+    (r"The '\w+' does not have many workers", POSSIBLE),
+    # tests take fewer steps than the interval at which they would be logged
+    (r"The number of training batches \(\d+\) is smaller than the logging interval", POSSIBLE),
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    for text, category in NOISE:
+        config.addinivalue_line("filterwarnings", f"ignore:{text}:{category}")
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Every test begins with the same generators and leaves the environment as it was."""
+    before = dict(os.environ)
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def ranks() -> Callable[..., list[Any]]:
+    """``ranks(function, world, *args)``: results of ``function(*args)`` in forked gloo ranks."""
+    from ranks import run_ranks
+
+    return run_ranks
