@@ -1,0 +1,3 @@
+from .order import EvalLoader, Order, Share, TrainLoader, generator
+
+__all__ = ["EvalLoader", "Order", "Share", "TrainLoader", "generator"]
