@@ -1,0 +1,6 @@
+"""Language nets and their parts."""
+
+from .attention import CausalAttention
+from .transformer import Transformer
+
+__all__ = ["CausalAttention", "Transformer"]
