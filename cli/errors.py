@@ -1,0 +1,91 @@
+"""A user's mistake in three parts: what was given, what is allowed, what to type."""
+
+import difflib
+import errno
+import linecache
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
+ROOT = Path(__file__).resolve().parent.parent
+OURS = [ROOT / n for n in ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")]
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Mistake(ValueError):
+    """Something the user can put right by typing another thing; its text says which."""
+
+    def __init__(self, given: str, names: Iterable[str], fix: str, kind: str = "allowed") -> None:
+        """Put the three parts together.
+
+        Args:
+            given: what was given, and why it cannot be
+            names: what is allowed, nearest first; may be empty
+            fix: what to type
+            kind: the word before the names
+        """
+        names = list(names)
+        middle = [f"  {kind}: {', '.join(names)}"] if names else []
+        super().__init__("\n".join([given, *middle, f"  type: {fix}"]))
+
+
+def nearest(word: str, names: Iterable[str], at_most: int = 3) -> list[str]:
+    """The names that ``word`` was probably meant to be, best first, whatever the case."""
+    known = {name.lower(): name for name in sorted(names)}
+    return [known[n] for n in difflib.get_close_matches(word.lower(), known, at_most, 0.6)]
+
+
+def unknown(given: str, word: str, names: Iterable[str], fix: str, otherwise: str) -> Mistake:
+    """The mistake of a name that does not exist.
+
+    Args:
+        given: where the word stands, and what it is not
+        word: the wrong word
+        names: every right one
+        fix: what to type, ``{}`` standing for the nearest name
+        otherwise: what to type when no name is near
+    """
+    names = list(names)
+    if near := nearest(word, names):
+        return Mistake(given, near, fix.replace("{}", near[0]), "nearest")
+    return Mistake(given, sorted(names), otherwise)
+
+
+def program() -> str:
+    """The name the program was called by: `lightning` and `ravine` are the same."""
+    name = Path(sys.argv[0]).stem
+    return name if name in ("lightning", "ravine") else "ravine"
+
+
+def say(text: str) -> None:
+    """Print one block to stderr, on one rank of a node only."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"{program()}: error: {text}\n")
+
+
+def status(error: Exception) -> int | None:
+    """Exit status of a run that ``error`` ended, or None where the traceback has to be shown.
+
+    An exception speaks for itself, without a traceback, only if the statement that raised it is a
+    ``raise`` in Ravine or in Lightning: then somebody wrote its text for the user. The same type
+    out of any other line (a bug of ours, torch, the user's own module) keeps its traceback.
+
+    2: a mistake in what was asked (ValueError, TypeError, LookupError, a missing file, Lightning's
+    MisconfigurationException). 1: what was asked failed on the way (any other exception of ours,
+    and what the operating system refused: a full disk, a folder that may not be written).
+    """
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return 1
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if not linecache.getline(frame.filename, frame.lineno or 0).lstrip().startswith("raise "):
+        return None
+    source = Path(frame.filename)
+    asked = isinstance(error, ValueError | TypeError | LookupError | FileNotFoundError)
+    if any(source.is_relative_to(folder) for folder in OURS):
+        return 2 if asked else 1
+    lightning = getattr(sys.modules.get("lightning"), "__path__", ["lightning"])[0]
+    asked = asked or type(error).__name__ == "MisconfigurationException"
+    return 2 if asked and source.is_relative_to(lightning) else None

@@ -1,0 +1,133 @@
+"""The front door: what can be answered without torch is answered here, in the standard library."""
+
+import os
+import shlex
+import signal
+import sys
+import traceback
+from importlib import import_module
+from types import ModuleType
+
+from . import environment, errors, pages, presets
+
+# A command and the module whose `run(argv) -> int` does it; one that needs no model has its own.
+COMMANDS = dict.fromkeys(("fit", "validate", "test", "predict"), "ravine.cli.command")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program with the words ``argv``, those of the shell by default; return its status.
+
+    0: done. 1: the run failed. 2: a mistake of the user's. 130: Ctrl-C. Where the traceback of an
+    exception has to be shown (`errors.status` decides), the exception is left to pass through.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--debug" in words:
+        words = [w for w in words if w != "--debug"]
+        os.environ["RAVINE_DEBUG"] = "1"  # the ranks that Lightning starts inherit it
+    try:
+        return answer(words) if asks_only(words) else start(words)
+    except KeyboardInterrupt:
+        return errors.INTERRUPTED
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except Exception as error:
+        status = errors.status(error)
+        if status is None:
+            raise
+        if os.environ.get("RAVINE_DEBUG"):
+            traceback.print_exc()
+        errors.say(str(error.args[0] if isinstance(error, LookupError) else error))
+        return status
+
+
+def asks_only(words: list[str]) -> bool:
+    """Whether a page or the version is all that is wanted."""
+    return not words or bool({"-h", "--help", "--version"} & set(words))
+
+
+def answer(words: list[str]) -> int:
+    """Print a page or the version."""
+    if "--version" in words:
+        text = pages.version()
+    else:
+        command = split(words)[0] if words and words[0][0] != "-" else None
+        text = pages.page(command, errors.program())
+    sys.stdout.write(text)
+    return 0
+
+
+def split(words: list[str]) -> tuple[str, list[str], list[str]]:
+    """The command, the names of the configs in their order, and the other words in theirs."""
+    configs, rest = [], []
+    each = iter(words)
+    for word in each:
+        if word in ("-c", "--config"):
+            configs.append(next(each, ""))
+        elif word.startswith(("-c=", "--config=")):
+            configs.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    command = next((word for word in rest if word in COMMANDS), None)
+    if command is None:
+        name = errors.program()
+        if not rest or rest[0].startswith("-"):
+            fix = shlex.join([name, "fit", *words])
+            raise errors.Mistake("no command was given", COMMANDS, fix)
+        fix = shlex.join(["{}" if word == rest[0] else word for word in words])
+        fix = f"{name} {fix}".replace("'{}'", "{}")
+        wrong = f"no command is called {rest[0]!r}"
+        raise errors.unknown(wrong, rest[0], COMMANDS, fix, f"{name} --help")
+    rest.remove(command)
+    return command, configs, rest
+
+
+def arrange(words: list[str]) -> list[str]:
+    """The command, then every config by its path, then the rest; arranged words stay as they are.
+
+    A config that comes later than `--trainer.callbacks+=EMA` would take the callback back.
+    """
+    command, configs, rest = split(words)
+    return [command, *(f"--config={presets.find(name)}" for name in configs), *rest]
+
+
+def start(words: list[str]) -> int:
+    """Check what can be checked cheaply, then hand the words over to the command."""
+    hold(signal.SIG_BLOCK)
+    argv = arrange(words)
+    environment.check(os.environ, argv[0], COMMANDS)
+    for word in argv:
+        if word.startswith("--config="):
+            presets.check(word.partition("=")[2])
+    sys.argv[1:] = argv  # in place: Lightning's launcher runs sys.argv again in the other ranks
+    if sys.path[0] != os.getcwd():  # a console script has its own bin/ there
+        sys.path.insert(0, os.getcwd())
+    return load(COMMANDS[argv[0]]).run(["--help" if w == "--help=all" else w for w in argv])
+
+
+def hold(how: int) -> None:
+    """Hold back the signal a cluster sends before it takes a machine away, or let it through.
+
+    It kills a process that has no handler yet: sent while torch is being imported, it ended the job
+    with nothing saved. Held, it waits for the handler of `strategies/signals.py`, which lets it
+    through.
+    """
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(how, {signal.SIGUSR1})
+
+
+def load(module: str) -> ModuleType:
+    """Import the module of a command, and with it torch: four seconds."""
+    try:
+        return import_module(module)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        raise errors.Mistake(
+            "torch and torchvision are not of one build, so torchvision cannot be imported",
+            [],
+            "pip install --force-reinstall torch torchvision",
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

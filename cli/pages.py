@@ -1,0 +1,73 @@
+"""The written help: a page a command, short enough to be read, made without importing torch."""
+
+TOP = """\
+usage: {0} COMMAND [--config NAME ...] [--key=value ...]
+
+  fit        train a model            {0} fit --config shakespeare/quick
+  validate   measure a checkpoint     {0} validate --ckpt_path=FILE
+  test       the final measurement    {0} test --ckpt_path=FILE
+  predict    apply it to new data     {0} predict --ckpt_path=FILE
+
+{0} COMMAND --help says more; {0} --version says which versions run here.
+"""
+
+FIT = """\
+usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
+
+  --config shakespeare/quick     a preset or a YAML file; the later one wins
+  --model=NAME --model.KEY=V     a task by its class; one of yours is my_file.MyModule
+  --data=NAME --data.KEY=V       what it learns from
+  --trainer.max_steps=200        any argument of Lightning's Trainer
+  --trainer.callbacks+=EMA --trainer.callbacks.KEY=V    one callback more, with arguments
+  --ckpt_path=auto               go on from the newest whole checkpoint (also: last, a file)
+  --print_config                 show what would run; --debug shows tracebacks
+  --help=all                     every argument; --model.help=NAME those of one class
+"""
+
+EVALUATE = """\
+usage: {0} {1} --ckpt_path=FILE [--config NAME ...] [--key=value ...]
+
+  {2}
+  --ckpt_path=FILE               the checkpoint; it knows its model and data (also: auto, last)
+  --data.KEY=V                   other data than in training
+  --config NAME                  a preset or a YAML file, where the checkpoint says too little
+  --trainer.devices=2            any argument of Lightning's Trainer
+  --print_config                 show what would run; --debug shows tracebacks
+  --help=all                     every argument; --data.help=NAME those of one class
+"""
+
+ABOUT = {
+    "validate": "Measure a model on the validation data.",
+    "test": "Measure a model on the test data, which training never sees.",
+    "predict": "Apply a model to new data, and write what it says.",
+}
+
+
+def page(command: str | None, program: str) -> str:
+    """The page of ``command``, or of the program, as ``program`` was called."""
+    if command is None:
+        return TOP.format(program)
+    if command == "fit":
+        return FIT.format(program)
+    return EVALUATE.format(program, command, ABOUT[command])
+
+
+def version() -> str:
+    """The versions a report of a fault needs, and a warning if `lightning` is not this program."""
+    import platform
+    from importlib.metadata import version as of
+
+    found = ", ".join(f"{name} {of(name)}" for name in ("torch", "lightning"))
+    line = f"ravine {of('ravine')} ({found}, Python {platform.python_version()})\n"
+    return line + foreign_lightning()
+
+
+def foreign_lightning() -> str:
+    """One line if another package has taken the name `lightning` on the PATH, else nothing."""
+    import shutil
+    from pathlib import Path
+
+    place = shutil.which("lightning")
+    if place is None or b"ravine" in Path(place).read_bytes():
+        return ""
+    return f"warning: {place} is not this program (lightning-sdk installs one): type ravine\n"

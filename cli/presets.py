@@ -1,0 +1,72 @@
+"""Configs by name: a file as typed, then with .yaml, then among those installed with Ravine."""
+
+from pathlib import Path
+
+from .errors import Mistake, unknown
+
+SECTIONS = ("model", "data", "trainer", "seed_everything", "ckpt_path")
+INSTALLED = Path(__file__).resolve().parent.parent / "configs"
+
+
+def installed() -> list[str]:
+    """Names of the installed configs: `shakespeare/quick`, `debug/profiler`."""
+    files = INSTALLED.rglob("*.yaml")
+    return sorted(p.relative_to(INSTALLED).with_suffix("").as_posix() for p in files)
+
+
+def find(name: str) -> str:
+    """Path of the config called ``name``; a file of the user's comes before ours."""
+    if name == "-" or name.startswith(("/dev/", "/proc/")):
+        raise Mistake(
+            f"{name} can be read once, and a run reads its configs in every process",
+            [],
+            "--config=run.yaml, with the text saved in run.yaml",
+        )
+    for path in (Path(name), Path(name + ".yaml"), INSTALLED / name, INSTALLED / (name + ".yaml")):
+        if path.is_file():
+            return str(path)
+    raise unknown(
+        f"no config is called {name!r}: no such file, none with .yaml, and no preset",
+        name.removesuffix(".yaml"),
+        [*installed(), *(p.stem for p in Path().glob("[!.]*.yaml"))],
+        "--config={}",
+        "--config=NAME, where NAME is a preset or the path of a YAML file",
+    )
+
+
+def title(path: str) -> str:
+    """What a run with this config is called: `shakespeare/quick`; its folder below `runs`."""
+    file = Path(path).resolve()
+    for root in (INSTALLED, Path.cwd()):
+        if file.is_relative_to(root):
+            return file.relative_to(root).with_suffix("").as_posix()
+    return file.stem
+
+
+def check(path: str) -> None:
+    """Refuse a file that is no YAML mapping, before the four seconds that importing torch takes."""
+    import yaml
+
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        why = f"{path} is not text: byte {error.start} is not UTF-8"
+        raise Mistake(why, [], "--config=NAME, where NAME is a YAML file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}" if mark else path
+        why = getattr(error, "problem", None) or error
+        raise Mistake(f"in {place}: not YAML: {why}", [], "key: value, a line each") from error
+    if not isinstance(root, yaml.MappingNode):
+        kind = "empty" if root is None else "a list" if root.id == "sequence" else "one value"
+        raise Mistake(f"{path} is {kind}; it must map keys to values", SECTIONS, "model: NAME")
+    first: dict[str, int] = {}
+    for key, value in root.value:
+        line = key.start_mark.line + 1
+        if key.value in first:
+            why = f"in {path}, line {line}: {key.value!r} stands in line {first[key.value]} already"
+            raise Mistake(why, [], f"{key.value}: once, with what stands below both")
+        first[key.value] = line
+        if key.value == "trainer" and not isinstance(value, yaml.MappingNode):
+            why = f"in {path}, line {line}: 'trainer' must map arguments to values"
+            raise Mistake(why, [], "trainer: {max_steps: 100}")
