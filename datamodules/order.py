@@ -90,7 +90,8 @@ class TrainLoader:
     """Micro-batches of one epoch, resumable at any of them.
 
     `fetch(items)` makes a batch of item numbers. The trainer calls `set_epoch` through `sampler`,
-    as it does for torch's DistributedSampler; `repeat` holds the first epoch (to overfit a batch).
+    as it does for torch's DistributedSampler; `repeat` hands out the first epoch for ever, to
+    overfit its first batches.
     """
 
     def __init__(
@@ -105,15 +106,17 @@ class TrainLoader:
         """Cut `samples` an epoch into steps of `batch_size` over the world; a ragged end waits."""
         check_divisible(batch_size, samples, share)
         self.order, self.fetch, self.batch_size, self.share = order, fetch, batch_size, share
-        self.steps = samples // batch_size
+        self.samples = samples // batch_size * batch_size
         self.epoch, self.sample = 0, 0  # the position: samples of the epoch handed out so far
-        self._resume: tuple[int, int] | None = None
-        if not repeat:  # with a sampler, Lightning would warn that it cannot stop the shuffling
+        self._turn, self._shift = 0, 0  # the trainer's number of the epoch, and ours minus it
+        self._resume: dict[str, int] | None = None
+        self.repeat = repeat
+        if not repeat:  # Lightning would warn that it cannot stop a sampler from shuffling
             self.sampler = self
 
     def __len__(self) -> int:
         """Micro-batches an epoch. (A length also keeps Lightning from fetching one ahead.)"""
-        return self.steps * self.share.accumulate
+        return self.samples // self.batch_size * self.share.accumulate
 
     def __iter__(self) -> Iterator[Any]:
         """Hand out this rank's micro-batches of the epoch, from a loaded position once.
@@ -121,9 +124,7 @@ class TrainLoader:
         The position is looked up at the first batch, not before: Lightning makes the iterator
         early, and an order that was loaded between the two still counts.
         """
-        resume, self._resume = self._resume, None
-        # a position of an epoch that is over says nothing about this one
-        self.sample = resume[1] if resume and resume[0] == self.epoch else 0
+        self._find_start()
         rank, size, accumulate = self.share
         micro = self.batch_size // accumulate  # over all ranks
         if self.sample % micro:
@@ -133,23 +134,37 @@ class TrainLoader:
                 "resume with the batch_size and accumulate_grad_batches it was written with"
             )
         mine = micro // size
-        while self.sample < self.steps * self.batch_size:
+        while self.sample < self.samples:
             first = self.sample + rank * mine
             self.sample += micro  # before the yield: who holds the batch has consumed it
             yield self.fetch(self.order(self.epoch, first, first + mine))
 
+    def _find_start(self) -> None:
+        """Go on from the loaded position, or start the epoch after it.
+
+        We count epochs ourselves: when a file was written at the end of an epoch, Lightning's own
+        number (fit_loop.epoch_progress) is one too high after a resume with max_steps.
+        """
+        at, self._resume, self.sample = self._resume, None, 0
+        if at is not None:
+            inside = at["turn"] == self._turn and at["sample"] < self.samples
+            self.sample = at["sample"] if inside else 0
+            self._shift = at["epoch"] + (not inside) - self._turn
+        self.epoch = 0 if self.repeat else self._turn + self._shift
+
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration hands out."""
-        self.epoch = epoch
+        """Take the trainer's number of the epoch that the next iteration hands out."""
+        self._turn = epoch
 
     def state_dict(self) -> dict[str, int]:
         """The position, in samples of the whole world, so that any other layout can go on."""
-        return {"epoch": self.epoch, "sample": self.sample}
+        return {"epoch": self.epoch, "sample": self.sample, "turn": self._turn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next iteration of the saved epoch where the saved one stood."""
-        self.epoch, self.sample = state["epoch"], state["sample"]
-        self._resume = self.epoch, self.sample
+        """Start the next iteration where the saved one stood."""
+        if not self.repeat:
+            self.epoch, self.sample, self._turn = state["epoch"], state["sample"], state["turn"]
+            self._resume = state
 
 
 class EvalLoader:
