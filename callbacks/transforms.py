@@ -1,0 +1,169 @@
+"""Change the net between its building and its sharding, in one order whatever the callbacks'.
+
+    build  ->  load -> quantize -> adapt -> recompute -> compile  ->  shard  ->  optimizer
+               \\________ wrapped around configure_model _______/      (strategy)
+
+Callbacks announce a phase in `setup`; the first of them wraps the module's `configure_model`, so
+any LightningModule will do. What was applied stays on the module, with its plain arguments: a
+second trainer that asks for the same finds it done, one that asks for something else is refused.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
+
+from .patching import living, owner_of, patch, unpatch
+
+PHASES = ("load", "quantize", "adapt", "recompute", "compile")
+
+
+class _Pending(NamedTuple):
+    apply: Callable[[L.LightningModule], None]
+    owner: L.Callback
+    identity: Any
+
+
+@dataclass
+class _Ledger:
+    applied: dict[str, Any] = field(default_factory=dict)
+    pending: dict[str, _Pending] = field(default_factory=dict)
+    wrapped_by: L.Callback | None = None
+
+
+def _ledger(module: L.LightningModule) -> _Ledger:
+    return module.__dict__.setdefault("_transforms", _Ledger())
+
+
+def register(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    phase: str,
+    function: Callable[[L.LightningModule], None],
+    owner: L.Callback,
+    identity: Any = None,
+) -> None:
+    """Announce from `Callback.setup` that `function(module)` changes the net in `phase`.
+
+    `identity` holds the plain arguments by which two equal transforms are known to be equal.
+    """
+    name, ledger = type(owner).__name__, _ledger(module)
+    if phase not in PHASES:
+        raise ValueError(f"{name}: no phase {phase!r}; phases are {', '.join(PHASES)}")
+    for other in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(other, WeightAveraging):
+            raise ValueError(
+                f"{type(other).__name__} copies the net before {name} has changed it: use"
+                " ravine.callbacks.EMA in its place"
+            )
+    if phase in ledger.applied:
+        if ledger.applied[phase] == identity:
+            return
+        raise ValueError(
+            f"{name}: {phase} was applied to this {type(module).__name__} with"
+            f" {ledger.applied[phase]}, now it is asked for with {identity}: make a new module"
+        )
+    late = [done for done in ledger.applied if PHASES.index(done) > PHASES.index(phase)]
+    if late:
+        raise ValueError(
+            f"{name}: {phase} comes before {late[0]}, which was already applied to this"
+            f" {type(module).__name__}: make a new module, or use both in one trainer"
+        )
+    other = ledger.pending.get(phase)
+    if other is not None and other.owner is not owner and living(trainer, other.owner):
+        raise ValueError(f"{type(other.owner).__name__} and {name} both {phase}: keep one of them")
+    ledger.pending[phase] = _Pending(function, owner, identity)
+    _wrap(trainer, module, owner)
+
+
+def _wrap(trainer: L.Trainer, module: L.LightningModule, owner: L.Callback) -> None:
+    """Let the module's `configure_model` end with the pending transforms, once a trainer."""
+    ledger, holder = _ledger(module), owner_of(trainer, module, "configure_model")
+    if holder is not None and holder is ledger.wrapped_by:
+        return
+
+    def configure_model(self: L.LightningModule) -> None:
+        original()
+        _apply(trainer, self)
+
+    original = patch(trainer, module, "configure_model", configure_model, owner)
+    ledger.wrapped_by = owner
+
+
+def _apply(trainer: L.Trainer, module: L.LightningModule) -> None:
+    ledger, name = _ledger(module), type(module).__name__
+    sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    for phase in PHASES:
+        pending = ledger.pending.pop(phase, None)
+        if pending is None or not living(trainer, pending.owner):
+            continue
+        if sharded:
+            raise ValueError(
+                f"{type(pending.owner).__name__}: {name} shards its parameters in configure_model,"
+                f" too early for {phase}: leave it to --trainer.strategy zero3"
+            )
+        pending.apply(module)
+        ledger.applied[phase] = pending.identity
+    strategy = trainer.strategy
+    shards_by_itself = hasattr(strategy, "parallelize")  # ravine.strategies.MeshStrategy
+    if isinstance(strategy, ModelParallelStrategy) and not shards_by_itself and not sharded:
+        raise ValueError(
+            f"{type(strategy).__name__} shards nothing by itself and neither does {name}: each rank"
+            " would train alone; use --trainer.strategy zero3"
+        )
+
+
+def check(module: L.LightningModule, phase: str, owner: L.Callback) -> None:
+    """Raise if a registered phase was not applied by the time the run begins."""
+    if phase not in _ledger(module).applied:
+        raise RuntimeError(
+            f"{type(owner).__name__}: {phase} was registered and not applied; something replaced"
+            f" {type(module).__name__}.configure_model after setup"
+        )
+
+
+def seeded_by_name(seed: int, parameter_name: str) -> torch.Generator:
+    """A generator for what a transform initialises: the same on one process and on every rank.
+
+    torch.nn.init.normal_(lora_a, generator=seeded_by_name(seed, "net.blocks.0.mlp.up.lora_a"))
+    """
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{parameter_name}".encode()))
+
+
+class Transform(L.Callback):
+    """Base of callbacks that change the net: name the phase and write `transform`.
+
+    class Half(Transform):
+        phase = "quantize"
+        def transform(self, module): module.half()
+    """
+
+    phase: str
+
+    def transform(self, module: L.LightningModule) -> None:
+        """Change the module in place; it is built and on no mesh yet."""
+        raise NotImplementedError
+
+    def identity(self) -> Any:
+        """Plain arguments that make two transforms of this phase equal."""
+        return type(self).__name__
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Announce the phase."""
+        register(trainer, pl_module, self.phase, self.transform, self, self.identity())
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give `configure_model` back."""
+        unpatch(pl_module, "configure_model", self)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that the phase was applied; likewise before the other stages."""
+        check(pl_module, self.phase, self)
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
