@@ -1,0 +1,212 @@
+"""Where data come from: a named set is looked for on disk, or fetched once and checked.
+
+The order: `root` or the variable DATA_ROOT, the cache folder, the canonical address. A file counts
+only with the right SHA-256. A task that can do without any file has an embedded default.
+"""
+
+import hashlib
+import io
+import os
+import urllib.request
+import uuid
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich import print as rich_print
+from rich.markup import escape
+from rich.progress import Progress
+
+TIMEOUT = 10.0  # seconds of silence before a server is given up
+
+
+class SourceMissing(FileNotFoundError):
+    """A named set is nowhere; the text names the places looked at and the ways out."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of public data, known by its checksum."""
+
+    name: str
+    path: str  # below DATA_ROOT, and below the cache folder
+    sha256: str
+    size: int  # bytes
+    url: str
+    member: str = ""  # the file's name, where the address gives a zip
+
+
+TABLE = (
+    Source(
+        name="shakespeare",
+        path="shakespeare/input.txt",
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        size=1_115_394,
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    ),
+    Source(
+        name="sms",
+        path="spam/SMSSpamCollection",
+        sha256="7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
+        size=477_907,
+        url="https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+        member="SMSSpamCollection",
+    ),
+)
+SOURCES = {source.name: source for source in TABLE}
+
+
+def choose(
+    wanted: str, source: Source, root: str | None = None, tried: str = ""
+) -> tuple[Path | None, str]:
+    """The set's file, or None for the embedded default; and why it is the embedded one.
+
+    `wanted` is the set's name, or "auto" (embedded only if the set cannot be had), or "embedded".
+    """
+    if wanted not in (source.name, "auto", "embedded"):
+        raise ValueError(
+            f"source {wanted!r} is not one of {source.name}, auto, embedded; type "
+            f"--data.source={source.name}, or --data.path=FILE for a file of your own"
+        )
+    if wanted == "embedded":
+        return None, "as asked for"
+    try:
+        return locate(source, root, tried), ""
+    except SourceMissing as error:
+        if wanted == source.name:
+            raise
+        return None, str(error)
+
+
+def locate(source: Source, root: str | None = None, tried: str = "") -> Path:
+    """Find a set on disk; `tried` is what `fetch` said, for the message if it is missing."""
+    looked = []
+    label, folder = ("--data.root", root) if root else ("DATA_ROOT", os.environ.get("DATA_ROOT"))
+    if folder:
+        path = Path(folder).expanduser() / source.path
+        if path.is_file():
+            return _checked(path, source)
+        looked.append(f"{path} ({label}: no such file)")
+    else:
+        looked.append("--data.root and DATA_ROOT (not set)")
+    path = cache_folder() / source.path
+    if path.is_file() and sha256(path) == source.sha256:
+        return path
+    looked.append(f"{path} (cache: {'damaged' if path.is_file() else 'no such file'})")
+    looked.append(f"{source.url} ({tried or 'not tried: prepare_data() has not run'})")
+    raise SourceMissing(
+        f"the data set {source.name!r} was not found; looked at: {'; '.join(looked)}; ways out: "
+        f"run once with a network; or put the file at FOLDER/{source.path} and type "
+        "--data.root=FOLDER; or type --data.path=FILE for a file of your own; "
+        "or --data.source=embedded"
+    )
+
+
+def fetch(wanted: str, source: Source, root: str | None = None) -> str:
+    """Download a set into the cache unless it is there already; in words why it failed, or ""."""
+    try:
+        if wanted in (source.name, "auto"):
+            locate(source, root)
+    except SourceMissing:
+        try:
+            content = _checked_content(_download(source), source)
+            with whole(cache_folder() / source.path) as part:
+                part.write_bytes(content)
+        except (OSError, HTTPException, ValueError) as error:
+            return f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
+    except ValueError:  # a wrong file under DATA_ROOT: every rank will say so in its setup
+        pass
+    return ""
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/ravine, by default ~/.cache/ravine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ravine"
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`: what is written there replaces it, unless something fails.
+
+    A file is so there whole or not at all, whenever the machine stops.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # two processes may race
+    try:
+        yield part
+        for place in (part, path.parent):
+            if place == path.parent:
+                os.replace(part, path)
+            descriptor = os.open(place, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@rank_zero_only
+def announce(line: str, loud: bool = False) -> None:
+    """Say once, on the first rank, which data are used."""
+    rich_print(f"[bold yellow]{escape(line)}[/]" if loud else escape(line))
+
+
+def _checked(path: Path, source: Source) -> Path:
+    if (found := sha256(path)) != source.sha256:
+        raise ValueError(
+            f"{path} is not the data set {source.name!r}: its SHA-256 is {found}, that of the set "
+            f"is {source.sha256}; if you changed the file, type --data.path={path}; "
+            "if not, remove it and run again"
+        )
+    return path
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """A client that speaks https and nothing else, also where it is redirected."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+def _download(source: Source) -> bytes:
+    limit = 2 * source.size  # a server that sends more sends something else
+    received = bytearray()
+    with _opener().open(source.url, timeout=TIMEOUT) as response, Progress(transient=True) as bar:
+        length = int(response.headers.get("Content-Length") or 0)
+        task = bar.add_task(f"downloading {source.name}", total=length or None)
+        while len(received) <= limit and (chunk := response.read(1 << 16)):
+            received += chunk
+            bar.update(task, completed=len(received))
+    if len(received) < length:
+        raise ValueError(f"only {len(received):,} of {length:,} bytes arrived")
+    return bytes(received)
+
+
+def _checked_content(content: bytes, source: Source) -> bytes:
+    if source.member:
+        try:
+            with zipfile.ZipFile(io.BytesIO(content)).open(source.member) as member:
+                content = member.read(source.size + 1)  # never more: a zip can unfold to anything
+        except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:
+            raise ValueError(f"not a zip with the file {source.member}: {error}") from error
+    if hashlib.sha256(content).hexdigest() != source.sha256:
+        raise ValueError(f"the {len(content):,} bytes that arrived do not have the SHA-256 known")
+    return content
