@@ -1,0 +1,124 @@
+"""Learning-rate schedules as pure functions of the optimizer step (STAT 4830, lecture 8).
+
+The learning rate of optimizer step k (k = 0, 1, ...) is `lr * factor(k, length)`. The first
+`warmup` steps rise linearly, (k + 1) / warmup: none is wasted at zero. Then the shape begins.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal[
+    "constant", "linear", "cosine", "wsd", "step", "inverse_sqrt", "geometric", "restarts"
+]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What multiplies every learning rate, step by step; one for all rules of a plan.
+
+    Example: `Schedule("cosine", warmup=50, final=0.1)` rises for 50 optimizer steps, then falls to
+    a tenth of the peak at the end of the run.
+
+    Args:
+        kind: the shape after the warm-up.
+        warmup: optimizer steps of linear rise.
+        final: the floor, as a share of the peak.
+        cooldown: wsd only: the share of the run, at its end, that falls linearly.
+        every: step and restarts only: optimizer steps between two drops, or of one cosine.
+        rate: step and geometric only: the factor of one drop, or of one optimizer step.
+    """
+
+    kind: Kind = "constant"
+    warmup: int = 0
+    final: float = 0.0
+    cooldown: float = 0.2
+    every: int = 100
+    rate: float = 0.5
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the shape depends on how long the run is."""
+        return self.kind in ("linear", "cosine", "wsd")
+
+    def factor(self, step: int, length: float) -> float:
+        """The share of the peak learning rate at optimizer step `step` of `length`."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        span = max(length - self.warmup, 1)
+        return max(self.final, SHAPES[self.kind](min(step - self.warmup, span), span, self))
+
+    def check(self, length: float) -> None:
+        """Refuse a schedule that does not fit a run of `length` optimizer steps."""
+        if self.needs_length and math.isinf(length):
+            raise ValueError(
+                f"schedule {self.kind!r} needs the length of the run, and this one has no end; "
+                "set --trainer.max_steps, or --trainer.callbacks.schedule.kind=constant"
+            )
+        if not 0 <= self.warmup < length:
+            raise ValueError(
+                f"schedule: warmup={self.warmup}, but the run has {length:g} optimizer steps; "
+                f"set warmup between 0 and {length - 1:g}"
+            )
+        falling = self.warmup + self.cooldown * length
+        if self.kind == "wsd" and not (0 < self.cooldown <= 1 and falling <= length):
+            raise ValueError(
+                f"schedule 'wsd': warmup={self.warmup} and cooldown={self.cooldown} do not fit "
+                f"into {length:g} optimizer steps; set cooldown to at most "
+                f"{1 - self.warmup / length:.2f}"
+            )
+        if self.kind in ("step", "restarts") and not 0 < self.every <= length - self.warmup:
+            raise ValueError(
+                f"schedule {self.kind!r}: every={self.every} never happens in the "
+                f"{length - self.warmup:g} optimizer steps after the warm-up; set a smaller `every`"
+            )
+
+
+# t: optimizer steps since the warm-up; span: how many there are (never less than t).
+
+
+def _constant(t: float, span: float, s: Schedule) -> float:
+    return 1.0
+
+
+def _linear(t: float, span: float, s: Schedule) -> float:
+    return 1 - (1 - s.final) * t / span
+
+
+def _cosine(t: float, span: float, s: Schedule) -> float:
+    return s.final + (1 - s.final) * (1 + math.cos(math.pi * t / span)) / 2
+
+
+def _wsd(t: float, span: float, s: Schedule) -> float:
+    falling = s.cooldown * (span + s.warmup)  # a share of the whole run, warm-up included
+    return 1 - (1 - s.final) * max(0.0, t - (span - falling)) / falling
+
+
+def _step(t: float, span: float, s: Schedule) -> float:
+    return s.rate ** (t // s.every)
+
+
+def _inverse_sqrt(t: float, span: float, s: Schedule) -> float:
+    start = max(s.warmup, 1)  # falls as 1/sqrt(k) from where the warm-up ends
+    return math.sqrt(start / (start + t))
+
+
+def _geometric(t: float, span: float, s: Schedule) -> float:
+    return s.rate**t
+
+
+def _restarts(t: float, span: float, s: Schedule) -> float:
+    return _cosine(t % s.every, s.every, s)
+
+
+SHAPES: dict[str, Callable[[float, float, Schedule], float]] = {
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "wsd": _wsd,
+    "step": _step,
+    "inverse_sqrt": _inverse_sqrt,
+    "geometric": _geometric,
+    "restarts": _restarts,
+}

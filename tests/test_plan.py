@@ -1,0 +1,274 @@
+"""OptimizerPlan: the module trains with the optimizer that was asked for, or says why not."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader, TensorDataset
+
+from ravine.callbacks import OptimizerPlan, Schedule
+from ravine.callbacks.optimizers.composite import Composite
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+class Net(L.LightningModule):
+    """A foreign module whose net appears only in configure_model, with its own optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = None
+        self.rates = []
+
+    def configure_model(self):
+        if self.net is None:
+            torch.manual_seed(1)
+            self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def training_step(self, batch, index):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def on_before_optimizer_step(self, optimizer):
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=1000.0)
+
+
+def data(batch_size=4):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(24, 3, generator=generator), torch.randn(24, 2, generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size)
+
+
+def trained(plan, steps=6, module=None, loader=None, ckpt_path=None, **arguments):
+    module = module or Net()
+    trainer = L.Trainer(**{**QUIET, "callbacks": [plan], "max_steps": steps, **arguments})
+    loader = loader or data()
+    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return trainer, module
+
+
+def by_hand(optimizer, steps, factor=lambda step: 1.0):
+    module = Net()
+    module.configure_model()
+    made = optimizer(module.parameters())
+    lr = made.param_groups[0]["lr"]
+    batches = list(data())
+    for step in range(steps):
+        made.param_groups[0]["lr"] = lr * factor(step)
+        made.zero_grad()
+        module.training_step(batches[step % len(batches)], 0).backward()
+        made.step()
+    return module
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+FACTORIES = [
+    partial(AdamW, lr=0.1),
+    partial(SGD, lr=0.1),
+    lambda parameters: SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
+    torch.optim.RMSprop,
+    torch.optim.Adafactor,
+]
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_the_plan_trains_exactly_like_its_optimizer_in_a_bare_loop(factory):
+    _, module = trained(OptimizerPlan(factory, decay="all"))
+    assert same(module, by_hand(factory, 6))
+
+
+def test_the_schedule_advances_once_an_optimizer_step_under_accumulation():
+    plan = OptimizerPlan(partial(SGD, lr=2.0), schedule=Schedule("linear", warmup=2))
+    _, module = trained(plan, steps=4, accumulate_grad_batches=2)
+    assert [rates[0] for rates in module.rates] == [1.0, 2.0, 2.0, 1.0]
+    assert all(len(set(rates)) == 1 for rates in module.rates)
+
+
+def test_without_max_steps_the_length_comes_from_the_loaders():
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=Schedule("linear"))
+    _, module = trained(plan, steps=-1, max_epochs=2, accumulate_grad_batches=3)
+    assert [rates[0] for rates in module.rates] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_scheduled_run_equals_the_closed_form_in_a_bare_loop():
+    schedule = Schedule("cosine", warmup=2, final=0.1)
+    _, module = trained(OptimizerPlan(partial(AdamW, lr=0.1), "all", schedule), steps=9)
+    assert same(module, by_hand(partial(AdamW, lr=0.1), 9, lambda k: schedule.factor(k, 9)))
+
+
+def test_a_schedule_longer_than_the_run_is_refused_before_the_first_step():
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=Schedule("linear", warmup=50))
+    module = Net()
+    with pytest.raises(ValueError, match="warmup=50, but the run has 6 optimizer steps"):
+        trained(plan, module=module)
+    assert not module.rates
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [("none", {0.0: 4}), ("matrices", {0.5: 2, 0.0: 2}), ("all", {0.5: 4})],
+)
+def test_decay_goes_to_the_tensors_that_were_named(decay, expected):
+    trainer, _ = trained(OptimizerPlan(partial(AdamW, weight_decay=0.5), decay), steps=1)
+    found = {g["weight_decay"]: len(g["params"]) for g in trainer.optimizers[0].param_groups}
+    assert found == expected
+
+
+def test_frozen_parameters_never_reach_the_optimizer():
+    module = Net()
+    module.configure_model()
+    module.net[0].requires_grad_(False)
+    trainer, _ = trained(OptimizerPlan(AdamW), module=module)
+    assert sum(len(g["params"]) for g in trainer.optimizers[0].param_groups) == 2
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_resume_is_bitwise(factory, tmp_path):
+    def plan():
+        return OptimizerPlan(factory, schedule=Schedule("inverse_sqrt", warmup=2))
+
+    rows = data(batch_size=24)  # whole batches: the order of data is another test's concern
+    _, whole = trained(plan(), 12, loader=rows)
+    trainer, _ = trained(plan(), 6, loader=rows)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    _, module = trained(plan(), 12, loader=rows, ckpt_path=tmp_path / "cut.ckpt")
+    assert module.rates == whole.rates[6:]
+    assert same(module, whole)
+
+
+def test_resume_with_another_optimizer_is_refused_with_both_names(tmp_path):
+    trainer, _ = trained(OptimizerPlan(AdamW))
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    with pytest.raises(ValueError, match=r"trained with AdamW, this run uses SGD"):
+        trained(OptimizerPlan(SGD), steps=12, ckpt_path=tmp_path / "cut.ckpt")
+
+
+def test_the_module_has_its_own_optimizer_again_after_fit():
+    _, module = trained(OptimizerPlan(AdamW))
+    assert "configure_optimizers" not in vars(module)
+
+
+def test_a_second_fit_and_a_fit_after_a_crash_start_clean():
+    class Crash(Net):
+        broken = True
+
+        def training_step(self, batch, index):
+            if self.broken:
+                raise RuntimeError("broken")
+            return super().training_step(batch, index)
+
+    module = Crash()
+    with pytest.raises(RuntimeError, match="broken"):
+        trained(OptimizerPlan(AdamW), module=module)
+    module.broken = False
+    trained(OptimizerPlan(SGD), module=module)
+    trained(OptimizerPlan(SGD), module=module)
+
+
+def test_two_plans_are_refused():
+    with pytest.raises(Exception, match="OptimizerPlan"):
+        trained(None, callbacks=[OptimizerPlan(AdamW), _OtherPlan(SGD)])
+
+
+class _OtherPlan(OptimizerPlan):
+    @property
+    def state_key(self):
+        return "other"
+
+
+def test_an_unknown_argument_names_the_nearest():
+    with pytest.raises(ValueError, match=r"AdamW has no argument 'lrr'; nearest: lr"):
+        trained(OptimizerPlan(partial(AdamW, lrr=1.0)))
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    module = Net()
+    module.configure_model()
+    module.requires_grad_(False)
+    with pytest.raises(ValueError, match="Net has no trainable parameter"):
+        trained(OptimizerPlan(AdamW), module=module)
+
+
+def test_manual_optimization_is_refused_in_words():
+    module = Net()
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="steps its own optimizers"):
+        trained(OptimizerPlan(AdamW), module=module)
+
+
+def test_a_closure_optimizer_trains_alone():
+    _, module = trained(OptimizerPlan(partial(torch.optim.LBFGS, lr=0.1, max_iter=3)))
+    assert not same(module, by_hand(SGD, 0))
+
+
+def test_a_closure_optimizer_is_refused_under_accumulation():
+    with pytest.raises(ValueError, match="LBFGS computes the loss several times a step"):
+        trained(OptimizerPlan(torch.optim.LBFGS), accumulate_grad_batches=2)
+
+
+class Naive(torch.optim.Optimizer):
+    """What a student writes: no closure, no state, no no_grad."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * p.grad
+
+
+def test_an_optimizer_of_five_lines_works():
+    _, module = trained(OptimizerPlan(Naive))
+    for p, q in zip(
+        module.parameters(), by_hand(partial(SGD, lr=0.1), 6).parameters(), strict=True
+    ):
+        torch.testing.assert_close(p, q)
+
+
+def test_members_of_a_composite_share_groups_and_state_also_after_loading():
+    matrix, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+
+    def composite():
+        return Composite([SGD([matrix], lr=0.1, momentum=0.9), AdamW([bias], lr=0.2)])
+
+    def step(optimizer):
+        matrix.grad, bias.grad = torch.ones(2, 2), torch.ones(2)
+        optimizer.step()
+
+    first = composite()
+    step(first)
+    second = composite()
+    second.load_state_dict(first.state_dict())
+    second.param_groups[1]["lr"] = 0.0
+    for member, group in zip(second.members, second.param_groups, strict=True):
+        assert member.state is second.state
+        assert member.param_groups[0] is group
+    before = bias.detach().clone()
+    step(second)
+    assert torch.equal(bias, before)
+    torch.testing.assert_close(second.state[matrix]["momentum_buffer"], torch.full((2, 2), 1.9))
+
+
+def test_every_parameter_that_was_stepped_has_state():
+    matrix, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    optimizer = Composite([SGD([matrix, unused], lr=0.1)])
+    matrix.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert list(optimizer.state) == [matrix]
+    assert optimizer.state[matrix]["step"].shape == ()

@@ -1,0 +1,63 @@
+"""Schedules: closed forms, one row a shape; and the runs that they do not fit."""
+
+import math
+from typing import get_args
+
+import pytest
+
+from ravine.callbacks.optimizers.schedules import SHAPES, Kind, Schedule
+
+# shape, arguments, {step: factor} in a run of 100 optimizer steps
+CLOSED_FORMS = [
+    ("constant", {}, {0: 1, 50: 1, 99: 1}),
+    ("constant", {"warmup": 4}, {0: 0.25, 1: 0.5, 3: 1, 4: 1, 99: 1}),
+    ("linear", {}, {0: 1, 25: 0.75, 100: 0}),
+    ("linear", {"warmup": 20, "final": 0.2}, {19: 1, 20: 1, 60: 0.6, 100: 0.2, 150: 0.2}),
+    ("cosine", {"final": 0.1}, {0: 1, 50: 0.55, 100: 0.1}),
+    ("cosine", {}, {25: (1 + math.sqrt(0.5)) / 2}),
+    ("wsd", {"warmup": 10, "cooldown": 0.4}, {10: 1, 60: 1, 80: 0.5, 100: 0}),
+    ("step", {"every": 30, "rate": 0.1}, {29: 1, 30: 0.1, 60: 0.01, 99: 0.001}),
+    ("inverse_sqrt", {"warmup": 16}, {15: 1, 16: 1, 64: 0.5}),
+    ("geometric", {"rate": 0.98}, {0: 1, 1: 0.98, 10: 0.98**10}),
+    ("geometric", {"rate": 0.5, "final": 0.125}, {3: 0.125, 50: 0.125}),
+    ("restarts", {"every": 20, "final": 0.5}, {0: 1, 10: 0.75, 20: 1, 30: 0.75}),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments", "factors"), CLOSED_FORMS)
+def test_every_shape_equals_its_closed_form(kind, arguments, factors):
+    schedule = Schedule(kind, **arguments)
+    schedule.check(100)
+    assert {step: schedule.factor(step, 100) for step in factors} == pytest.approx(factors)
+
+
+def test_every_shape_has_a_closed_form_here_and_a_name_in_the_type():
+    assert set(SHAPES) == {row[0] for row in CLOSED_FORMS} == set(get_args(Kind))
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_every_shape_starts_at_one_whatever_the_length(kind):
+    assert Schedule(kind).factor(0, 100) == Schedule(kind).factor(0, math.inf) == 1
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_the_warmup_never_starts_at_zero_and_meets_the_shape_at_its_peak(kind):
+    schedule = Schedule(kind, warmup=5)
+    assert schedule.factor(0, 100) == 0.2
+    assert schedule.factor(4, 100) == schedule.factor(5, 100) == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "length", "message"),
+    [
+        (Schedule("cosine"), math.inf, "set --trainer.max_steps"),
+        (Schedule("constant", warmup=100), 100, "warmup=100, but the run has 100 optimizer steps"),
+        (Schedule(warmup=-1), 100, "set warmup between 0 and 99"),
+        (Schedule("wsd", warmup=50, cooldown=0.6), 100, "set cooldown to at most 0.50"),
+        (Schedule("step", every=200), 100, "every=200 never happens"),
+        (Schedule("restarts", every=0), 100, "every=0 never happens"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_run_is_refused(schedule, length, message):
+    with pytest.raises(ValueError, match=message):
+        schedule.check(length)
