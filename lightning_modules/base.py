@@ -65,6 +65,19 @@ class TaskModule(L.LightningModule):
         """Units in a batch: here the rows of its first tensor."""
         return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose weights these are."""
+        checkpoint["task"] = type(self).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another task's weights in words, before the tensors disagree in numbers."""
+        task = checkpoint.get("task", "another program")
+        if task not in (c.__name__ for c in type(self).__mro__):
+            raise ValueError(
+                f"the checkpoint was written by {task}, the model is {type(self).__name__}; "
+                f"allowed: a checkpoint of {type(self).__name__}; type --model={task}"
+            )
+
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Rebuild a trained task from a checkpoint alone, on the CPU, ready to use.
@@ -74,7 +87,10 @@ class TaskModule(L.LightningModule):
         """
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         arguments = checkpoint.get("hyper_parameters", {})
-        model = cls(**{k: v for k, v in arguments.items() if not k.startswith("_")})
+        try:
+            model = cls(**{k: v for k, v in arguments.items() if not k.startswith("_")})
+        except TypeError:  # another task's arguments
+            model = cls()
         model.on_load_checkpoint(checkpoint)
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])

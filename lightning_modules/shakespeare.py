@@ -1,0 +1,186 @@
+"""A language model: predict each token of a text from those before it, then write (lecture 5).
+
+The loss is cross-entropy in nats per token. It depends on the tokenizer, and so does perplexity;
+bits per byte do not, and are what models with different vocabularies are compared by.
+
+Axes: b batch, t time, v vocabulary.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ravine.datamodules.tokenizers import CharTokenizer, from_state
+
+from .base import TaskModule
+from .language import Transformer
+from .language.generation import continue_tokens
+
+IGNORED = -100  # target of a position that does not count (torch's convention)
+
+
+def nats(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of logits (b t v) at targets (b t); IGNORED targets do not count."""
+    logits = rearrange(logits, "b t v -> (b t) v").float()  # bf16 would round small improvements
+    return F.cross_entropy(logits, rearrange(targets, "b t -> (b t)"), reduction=reduction)
+
+
+class LanguageModel(TaskModule):
+    """A transformer over the tokens of any text; batches are (inputs, targets), both (b t).
+
+        model = LanguageModel(layers=2, width=64)
+        Trainer(max_steps=500).fit(model, datamodule=TextDataModule("my.txt"))
+        print(model.generate("Once"))
+
+    Args:
+        vocabulary: number of different tokens; by default the data's.
+        context: tokens the net sees at once; by default the data's.
+        shape: the other arguments of `Transformer`.
+    """
+
+    unit = "tokens"
+
+    def __init__(
+        self, vocabulary: int | None = None, context: int | None = None, **shape: Any
+    ) -> None:
+        """Check the shape before any work is done."""
+        super().__init__()
+        self.save_hyperparameters()
+        self.vocabulary, self.context, self.shape = vocabulary, context, shape
+        self.tokenizer: CharTokenizer | None = None
+        self.sums = torch.zeros(3)  # of an evaluation: nats, tokens, bytes
+        with torch.device("meta"):  # nothing is allocated, every check is made
+            v, t = (1 if size is None else size for size in (vocabulary, context))
+            Transformer(v, t, **shape)
+
+    def build(self) -> Transformer:
+        """The transformer."""
+        if self.vocabulary is None or self.context is None:
+            raise ValueError(
+                "LanguageModel takes its vocabulary and context from the data, and there are "
+                "none; type --data=TextDataModule, or give both as arguments"
+            )
+        return Transformer(self.vocabulary, self.context, **self.shape)
+
+    def adopt(self, datamodule: Any) -> None:
+        """Take tokenizer, vocabulary and context from the data; refuse data of other sizes."""
+        self._take(datamodule.tokenizer, "the data's")
+        if self.context is None:
+            self.context = datamodule.context
+        elif self.context < datamodule.context:
+            raise ValueError(
+                f"the data's windows have {datamodule.context} tokens and the model sees "
+                f"{self.context}; allowed: {self.context} or less; "
+                f"type --data.context={self.context}"
+            )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """Mean loss of (inputs, targets), both (b t)."""
+        inputs, targets = batch
+        loss = nats(self(inputs), targets)
+        self.log("train/loss", loss)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums anew."""
+        # float64: a hundred thousand small terms, and ranks that add in another order
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Add up, so that ragged batches and unequal ranks weigh by their tokens."""
+        inputs, targets = batch
+        counted = targets != IGNORED
+        total = nats(self(inputs), targets, reduction="sum")
+        size = self._bytes(targets.device)[targets.clamp(min=0)]  # (b t)
+        self.sums += torch.stack((total, counted.sum(), (size * counted).sum()))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss of the whole split."""
+        self._report("val")
+
+    def on_test_epoch_start(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, index)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the loss of the whole split."""
+        self._report("test")
+
+    def count(self, batch: tuple[Tensor, Tensor]) -> int:
+        """Tokens in a batch."""
+        return batch[0].numel()
+
+    def generate(
+        self,
+        prompt: str = "\n",
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Continue the prompt; the same seed gives the same text."""
+        if self.tokenizer is None or self.context is None:
+            raise ValueError("LanguageModel has no tokenizer: train it on a TextDataModule first")
+        if not prompt:
+            raise ValueError("the prompt is empty; allowed: any text; type --prompt='ROMEO:'")
+        tokens = self.tokenizer.encode(prompt)[None].to(self.device)  # (1 t)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        training = self.training
+        self.eval()
+        try:
+            tokens = continue_tokens(
+                self, tokens, max_new_tokens, self.context, temperature, top_k, generator
+            )
+        finally:
+            self.train(training)
+        return self.tokenizer.decode(tokens[0])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The tokenizer and the sizes travel with the weights."""
+        super().on_save_checkpoint(checkpoint)
+        tokenizer = None if self.tokenizer is None else self.tokenizer.state()
+        checkpoint["language"] = {"tokenizer": tokenizer, "context": self.context}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them from a checkpoint, unless the data brought others."""
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint["language"]
+        if saved["tokenizer"] is not None:
+            self._take(from_state(saved["tokenizer"]), "the checkpoint's")
+        self.context = self.context or saved["context"]
+
+    def _take(self, tokenizer: CharTokenizer, whose: str) -> None:
+        ours = self.tokenizer
+        if ours is not None and ours.state() != tokenizer.state():
+            raise ValueError(
+                f"{whose} tokenizer has {tokenizer.vocabulary} tokens, the model's other "
+                f"{ours.vocabulary}: they come from different texts; "
+                "type --data.path=... with the text the model was trained on"
+            )
+        if self.vocabulary not in (None, tokenizer.vocabulary):
+            raise ValueError(
+                f"{whose} tokenizer has {tokenizer.vocabulary} tokens, the model "
+                f"{self.vocabulary}; leave --model.vocabulary away: it comes from the data"
+            )
+        self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
+
+    def _bytes(self, device: torch.device) -> Tensor:
+        if self.tokenizer is None:
+            return torch.full((self.vocabulary or 1,), math.nan, device=device)
+        return self.tokenizer.token_bytes.to(device)
+
+    def _report(self, stage: str) -> None:
+        total, tokens, size = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
+        loss = total / tokens
+        metrics = {"loss": loss, "perplexity": loss.exp()}
+        if self.tokenizer is not None:
+            metrics["bits_per_byte"] = total / math.log(2) / size
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in metrics.items()})
