@@ -1,3 +1,13 @@
 from .order import EvalLoader, Order, Share, TrainLoader, generator
+from .text import TextDataModule
+from .tokenizers import CharTokenizer
 
-__all__ = ["EvalLoader", "Order", "Share", "TrainLoader", "generator"]
+__all__ = [
+    "CharTokenizer",
+    "EvalLoader",
+    "Order",
+    "Share",
+    "TextDataModule",
+    "TrainLoader",
+    "generator",
+]

@@ -9,6 +9,7 @@ number of ranks, and a position counted in samples can be continued on another.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +27,11 @@ def generator(seed: int, *key: int | str) -> torch.Generator:
     # four bytes: torch's CPU generator keeps no more of a seed
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def global_seed(seed: int | None) -> int:
+    """The seed itself, or that of `seed_everything`, or 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
 class Share(NamedTuple):

@@ -145,14 +145,19 @@ def whole(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # two processes may race
     try:
         yield part
-        for place in (part, path.parent):
-            if place == path.parent:
-                os.replace(part, path)
-            descriptor = os.open(place, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        _flush(part)
+        os.replace(part, path)
+        _flush(path.parent)  # the new name itself
     finally:
         part.unlink(missing_ok=True)
+
+
+def _flush(place: Path) -> None:
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @rank_zero_only

@@ -1,0 +1,170 @@
+"""Text for language models: windows of one long tensor of tokens, and nothing copied to get them.
+
+Training windows start anywhere, drawn with replacement (nanoGPT); the last tenth of the text is for
+validation, every character of it predicted once, in windows side by side.
+
+Axes: b batch, t time (the context length).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from .corpus import Corpus, files_of, load, read
+from .order import EvalLoader, Order, Share, TrainLoader, check_positive, global_seed
+from .sources import SOURCES, announce, choose, fetch
+
+IGNORED = -100  # the target where there is nothing to predict, as in F.cross_entropy
+
+
+def documentation() -> Iterator[str]:
+    """The embedded text: the help topics inside every CPython, 465 KB of technical prose."""
+    from pydoc_data.topics import topics
+
+    yield "\n\n".join(topics[name] for name in sorted(topics))
+
+
+class TextDataModule(L.LightningDataModule):
+    """A text as batches (inputs, targets), both int64 (b t), targets one character further on.
+
+    data = TextDataModule("my.txt", context_length=128, batch_size=64)
+    Trainer(max_steps=500).fit(LanguageModel(layers=2, width=64), datamodule=data)
+
+    Args:
+        path: a text file, or a folder of them; without it `source` decides.
+        source: shakespeare (tiny Shakespeare, 1.1 MB); embedded (CPython's help topics); auto: the
+            first where it can be had, otherwise the second.
+        root: the folder of data sets; by default the variable DATA_ROOT.
+        context_length: t.
+        batch_size: windows of one optimizer step, over all ranks and accumulated batches.
+        val_fraction: the last part of the text, kept for validation (and for `test`).
+        seed: of the order of the windows; by default that of seed_everything.
+        memory_limit: characters; a longer text is not held in memory or moved to the device.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        source: Literal["auto", "shakespeare", "embedded"] = "auto",
+        root: str | None = None,
+        context_length: int = 64,
+        batch_size: int = 32,
+        val_fraction: float = 0.1,
+        seed: int | None = None,
+        memory_limit: int = 2**28,
+    ) -> None:
+        """Check the sizes; files are looked at in `setup`."""
+        super().__init__()
+        check_positive("context_length", context_length)
+        check_positive("batch_size", batch_size)
+        if not 0 < val_fraction < 1:
+            raise ValueError(
+                f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
+                "type --data.val_fraction=0.1"
+            )
+        self.path, self.source, self.root = path, source, root
+        self.context_length, self.batch_size = context_length, batch_size
+        self.val_fraction, self.seed, self.memory_limit = val_fraction, seed, memory_limit
+        self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
+        self._corpus: Corpus | None = None
+        self._tried = ""
+
+    @property
+    def corpus(self) -> Corpus:
+        """The tokens and their tokenizer, once `setup` has run."""
+        if self._corpus is None:
+            raise RuntimeError("TextDataModule has no text yet: call setup() first")
+        return self._corpus
+
+    @property
+    def tokenizer(self) -> Any:
+        """What turned the text into tokens; a model keeps it with its weights."""
+        return self.corpus.tokenizer
+
+    def prepare_data(self) -> None:
+        """Download what is missing; Lightning calls this on one process only."""
+        if self.path is None:
+            self._tried = fetch(self.source, SOURCES["shakespeare"], self.root)
+
+    def setup(self, stage: str) -> None:
+        """Read the text, say which one, and refuse one that is too short."""
+        if self._corpus is not None:
+            return
+        if self.path is not None:
+            file, why = Path(self.path).expanduser(), ""
+        else:
+            file, why = choose(self.source, SOURCES["shakespeare"], self.root, self._tried)
+        name = str(file or "the embedded text")
+        files = files_of(file) if file else []
+        corpus = load((lambda: read(files)) if file else documentation, name, self.memory_limit)
+        self._check_length(name, len(corpus.tokens))
+        self._corpus = corpus
+        taken = self.source if self.path is not None else "shakespeare" if file else "embedded"
+        self.resolved = {"source": taken, "file": str(file or ""), "sha256": corpus.sha256}
+        size = f"{len(corpus.tokens):,} characters, {corpus.tokenizer.vocabulary} different"
+        announce(f"data: {name}, {size}")
+        if not file:
+            announce(f"EMBEDDED text (help topics of CPython), {why}", loud=True)
+
+    def _check_length(self, name: str, count: int) -> None:
+        train = self._split(count)
+        if train <= self.context_length or count - train < 2:
+            shorter = min(train - 1, self.context_length)
+            out = f"type --data.context_length={shorter} or less, or " if shorter > 0 else ""
+            raise ValueError(
+                f"{name} has {count:,} characters, {train:,} of them for training: less than one "
+                f"window of context_length + 1 = {self.context_length + 1}; {out}give a longer text"
+            )
+
+    def _split(self, count: int) -> int:
+        return int(count * (1 - self.val_fraction))
+
+    def train_dataloader(self) -> TrainLoader:
+        """Windows at random places; an epoch has as many tokens as the training part."""
+        tokens, _ = self._parts()
+        t, trainer = self.context_length, cast(Any, self.trainer)
+        windows = tokens.unfold(0, t + 1, 1)  # a view: (n - t, t + 1)
+
+        def take(starts: Tensor) -> tuple[Tensor, Tensor]:
+            window = windows[starts]  # (b, t + 1)
+            return window[:, :-1].long(), window[:, 1:].long()
+
+        steps = max(1, len(tokens) // (self.batch_size * t))
+        return TrainLoader(
+            Order(global_seed(self.seed), len(windows), replace=True, device=tokens.device),
+            take,
+            samples=steps * self.batch_size,
+            batch_size=self.batch_size,
+            share=Share.of(trainer),
+            repeat=bool(trainer and trainer.overfit_batches),
+        )
+
+    def val_dataloader(self) -> EvalLoader:
+        """The whole validation part; the last window is filled up with targets of -100."""
+        _, tokens = self._parts()
+        t, last = self.context_length, len(tokens) - 1
+        offsets = torch.arange(t + 1, device=tokens.device)
+
+        def take(numbers: Tensor) -> tuple[Tensor, Tensor]:
+            places = numbers.to(tokens.device)[:, None] * t + offsets  # (b, t + 1)
+            window = tokens[places.clamp(max=last)].long()
+            return window[:, :-1], window[:, 1:].masked_fill(places[:, 1:] > last, IGNORED)
+
+        return EvalLoader(take, -(-last // t), self.batch_size, Share.of(self.trainer))
+
+    def test_dataloader(self) -> EvalLoader:
+        """The validation part: the text has no third."""
+        return self.val_dataloader()
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """Training and validation tokens, on the device unless the text is a mapped file."""
+        corpus = self.corpus
+        if self.trainer is not None and not corpus.mapped:
+            corpus = corpus._replace(tokens=corpus.tokens.to(self.trainer.strategy.root_device))
+            self._corpus = corpus  # moved once
+        split = self._split(len(corpus.tokens))
+        return corpus.tokens[:split], corpus.tokens[split:]
