@@ -18,8 +18,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
-from rich import print as rich_print
-from rich.markup import escape
+from rich import get_console
 from rich.progress import Progress
 
 TIMEOUT = 10.0  # seconds of silence before a server is given up
@@ -163,7 +162,8 @@ def _flush(place: Path) -> None:
 @rank_zero_only
 def announce(line: str, loud: bool = False) -> None:
     """Say once, on the first rank, which data are used."""
-    rich_print(f"[bold yellow]{escape(line)}[/]" if loud else escape(line))
+    style = "bold yellow" if loud else None
+    get_console().print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _checked(path: Path, source: Source) -> Path:
