@@ -3,11 +3,13 @@
 from ravine.callbacks.ema import EMA
 from ravine.callbacks.gradient_clipping import GradientClipping
 from ravine.callbacks.optimizers.plan import OptimizerPlan
+from ravine.callbacks.optimizers.rules import Rule
 from ravine.callbacks.optimizers.schedules import Schedule
 
 __all__ = [
     "EMA",
     "GradientClipping",
     "OptimizerPlan",
+    "Rule",
     "Schedule",
 ]

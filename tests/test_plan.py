@@ -5,12 +5,14 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import OptimizerPlan, Schedule
+from ravine.callbacks import OptimizerPlan, Rule, Schedule
 from ravine.callbacks.optimizers.composite import Composite
+from ravine.callbacks.optimizers.rules import assign, kinds
 
 QUIET = {
     "accelerator": "cpu",
@@ -154,7 +156,9 @@ def test_resume_is_bitwise(factory, tmp_path):
 def test_resume_with_another_optimizer_is_refused_with_both_names(tmp_path):
     trainer, _ = trained(OptimizerPlan(AdamW))
     trainer.save_checkpoint(tmp_path / "cut.ckpt")
-    with pytest.raises(ValueError, match=r"trained with AdamW, this run uses SGD"):
+    with pytest.raises(
+        ValueError, match=r"trained with AdamW of 4 tensors, this run uses SGD of 4"
+    ):
         trained(OptimizerPlan(SGD), steps=12, ckpt_path=tmp_path / "cut.ckpt")
 
 
@@ -272,3 +276,175 @@ def test_every_parameter_that_was_stepped_has_state():
     optimizer.step()
     assert list(optimizer.state) == [matrix]
     assert optimizer.state[matrix]["step"].shape == ()
+
+
+class Everything(L.LightningModule):
+    """One parameter of each kind, and one that no module type explains."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.mix = nn.Conv1d(4, 4, 1, bias=False)
+        self.up = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.gain = nn.Parameter(torch.ones(()))
+        self.table = nn.Parameter(torch.zeros(2, 2))
+
+    def training_step(self, batch, index):
+        return sum(p.square().sum() for p in self.parameters())
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=1000.0)
+
+
+def test_a_kind_is_what_the_module_is_not_how_many_axes_it_has():
+    assert kinds(Everything()) == {
+        "gain": "scalar",
+        "table": "other",
+        "embed.weight": "embedding",
+        "mix.weight": "convolution",
+        "up.weight": "hidden_matrix",
+        "up.bias": "bias",
+        "norm.weight": "norm",
+        "norm.bias": "norm",
+        "head.weight": "head",
+    }
+
+
+def test_without_a_module_called_head_the_last_linear_is_it():
+    found = kinds(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)))
+    assert found["0.weight"] == "hidden_matrix"
+    assert found["1.weight"] == "head"
+
+
+def test_a_weight_shared_with_an_embedding_is_an_embedding_and_the_head():
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+    net[2].weight = net[0].weight
+    found = kinds(net)
+    assert (found["0.weight"], found["1.weight"]) == ("embedding", "hidden_matrix")
+
+
+def test_the_first_rule_that_matches_takes_the_parameter():
+    rules = [Rule("norm", "*.bias"), Rule("norm"), Rule("rest", "[gt]*"), Rule()]
+    shares = assign(Everything(), rules)
+    assert [[name for name, _ in share] for share in shares] == [
+        ["norm.bias"],
+        ["norm.weight"],
+        ["gain", "table"],
+        ["embed.weight", "mix.weight", "up.weight", "up.bias", "head.weight"],
+    ]
+
+
+def test_each_rule_has_its_optimizer_rate_and_decay_and_all_share_the_schedule():
+    rules = [
+        Rule("hidden_matrix", optimizer=partial(SGD, lr=1.0, weight_decay=0.5), decay="none"),
+        Rule("embedding", optimizer=partial(AdamW, lr=0.1), lr_scale=2.0),
+        Rule(optimizer=partial(AdamW, lr=0.1, weight_decay=0.3), decay="matrices"),
+    ]
+    plan = OptimizerPlan(rules=rules, schedule=Schedule("geometric", rate=0.5))
+    trainer, _ = trained(plan, steps=1, module=Everything())
+    assert [type(member) for member in trainer.optimizers[0].members] == [SGD, AdamW, AdamW]
+    rows = [(g["lr"], g["weight_decay"]) for g in trainer.optimizers[0].param_groups]
+    assert rows == [(0.5, 0.0), (0.1, 0.01), (0.05, 0.3), (0.05, 0.0)]
+
+
+def test_several_optimizers_move_exactly_as_each_would_alone():
+    rules = [
+        Rule("rest", "*.weight", partial(SGD, lr=0.1, momentum=0.9)),
+        Rule("bias", optimizer=partial(AdamW, lr=0.01)),
+    ]
+    _, module = trained(OptimizerPlan(rules=rules, decay="all"))
+    alone = Net()
+    alone.configure_model()
+    matrices = SGD([alone.net[0].weight, alone.net[2].weight], lr=0.1, momentum=0.9)
+    biases = AdamW([alone.net[0].bias, alone.net[2].bias], lr=0.01)
+    for batch in data():
+        alone.zero_grad()
+        alone.training_step(batch, 0).backward()
+        matrices.step()
+        biases.step()
+    assert same(module, alone)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([Rule("bias"), Rule("bias"), Rule()], r"rule 2 \(bias\) takes no trainable parameter"),
+        ([Rule(name="up.wieght"), Rule()], r"rule 1 \(up.wieght\).*nearest names: up.weight"),
+        ([Rule("norm"), Rule("bias")], r"no rule takes gain \(scalar\), table \(other\), embed"),
+        ([Rule("head", optimizer=torch.optim.Muon), Rule()], r"sends head.weight \(head\) to Muon"),
+        ([Rule(optimizer=torch.optim.Muon, anywhere=True)], r"sends gain \(scalar\), table \(oth"),
+    ],
+)
+def test_rules_that_do_not_fit_the_model_are_refused_by_name(rules, message):
+    with pytest.raises(ValueError, match=message):
+        trained(OptimizerPlan(SGD, rules=rules), module=Everything())
+
+
+def test_an_optimizer_for_matrices_alone_is_refused_for_everything():
+    with pytest.raises(ValueError, match=r"sends gain .* to Muon, which is for hidden matrices"):
+        trained(OptimizerPlan(torch.optim.Muon), module=Everything())
+
+
+def test_an_embedding_goes_to_an_optimizer_for_matrices_when_that_is_said():
+    rules = [Rule("embedding", optimizer=torch.optim.Muon, anywhere=True), Rule()]
+    trained(OptimizerPlan(SGD, rules=rules), module=Everything())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"rules": [Rule("bias")]}])
+def test_a_plan_without_an_optimizer_is_refused(arguments):
+    with pytest.raises(ValueError, match="optimizer"):
+        OptimizerPlan(**arguments)
+
+
+def test_the_table_at_the_start_says_who_trains_what(capsys):
+    rules = [Rule("hidden_matrix", optimizer=partial(SGD, lr=0.25)), Rule(optimizer=AdamW)]
+    trained(OptimizerPlan(rules=rules, print_groups=True), steps=1, module=Everything())
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert ["hidden_matrix", "1", "16", "0.25", "0", "SGD"] in lines
+    assert ["rest", "4", "60", "0.001", "0.01", "AdamW"] in lines
+    assert ["4", "13", "0.001", "0", "AdamW"] in lines
+    assert ["up.weight"] in lines
+    notice = "Everything.configure_optimizers is not called: OptimizerPlan takes its place"
+    assert notice.split() in lines
+
+
+USER_FILE = """
+import torch
+class MyOptimizer(torch.optim.Optimizer):
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * p.grad.sign()
+"""
+
+
+def test_words_of_the_command_line_make_the_same_plan(tmp_path, monkeypatch):
+    (tmp_path / "my_file.py").write_text(USER_FILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    parser = ArgumentParser()
+    parser.add_class_arguments(L.Trainer, "trainer", fail_untyped=False, instantiate=False)
+
+    def plan(*words):
+        return parser.instantiate(parser.parse_args(list(words))).trainer.callbacks[0]
+
+    flags = plan(
+        "--trainer.callbacks+=OptimizerPlan",
+        "--trainer.callbacks.optimizer=my_file.MyOptimizer",
+        "--trainer.callbacks.optimizer.lr=0.5",
+        "--trainer.callbacks.schedule.kind=linear",
+    )
+    trainer, _ = trained(flags, steps=1)
+    assert type(trainer.optimizers[0].members[0]).__name__ == "MyOptimizer"
+    assert trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.5
+    assert flags.schedule == Schedule("linear")
+    mine = "{class_path: my_file.MyOptimizer, init_args: {lr: 0.5}}"
+    rules = f"[{{kind: hidden_matrix, optimizer: {mine}}}, {{optimizer: SGD, lr_scale: 2}}]"
+    yaml = f"[{{class_path: OptimizerPlan, init_args: {{rules: {rules}}}}}]"
+    trainer, _ = trained(plan(f"--trainer.callbacks={yaml}"), steps=1)
+    names = [type(member).__name__ for member in trainer.optimizers[0].members]
+    assert names == ["MyOptimizer", "SGD"]

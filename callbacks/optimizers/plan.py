@@ -7,48 +7,73 @@ mixed precision, clipping, checkpoints) goes the usual way.
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ravine.callbacks.optimizers.composite import Composite, needs_closure
+from ravine.callbacks.optimizers.rules import (
+    Decay,
+    Named,
+    OptimizerFactory,
+    Rule,
+    assign,
+    optimizer_class,
+)
 from ravine.callbacks.optimizers.schedules import Schedule
 from ravine.callbacks.patching import patch, unpatch
 
-OptimizerFactory = Callable[[Iterable], Optimizer]
-Decay = Literal["none", "matrices", "all"]
-
 
 class OptimizerPlan(Callback):
-    """Train with `optimizer` instead of the module's own.
+    """Train with these optimizers instead of the module's own.
 
     Example, in a script: `OptimizerPlan(partial(torch.optim.AdamW, lr=5e-3), decay="matrices")`;
     on the command line: `--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW
     --trainer.callbacks.optimizer.lr=5e-3`.
 
     Args:
-        optimizer: an optimizer class, or a function of the parameters that makes one.
+        optimizer: an optimizer class, or a function of the parameters that makes one; it trains
+            everything, or what the rules leave to it.
         decay: which tensors get the optimizer's weight decay; a matrix has two axes or more.
-        schedule: what multiplies the learning rate at each optimizer step.
+        schedule: what multiplies every learning rate at each optimizer step.
+        rules: who trains what, in order; the first rule that matches a parameter takes it.
+        print_groups: list the parameters of each rule below the table of rules.
     """
 
     def __init__(
         self,
-        optimizer: OptimizerFactory,
+        optimizer: OptimizerFactory | None = None,
         decay: Decay = "matrices",
         schedule: Schedule | None = None,
+        rules: Sequence[Rule] = (),
+        print_groups: bool = False,
     ) -> None:
-        """Choose the optimizer; it is built when the parameters exist."""
-        self.optimizer = optimizer
+        """Choose; optimizers are built when the parameters exist."""
+        for number, rule in enumerate(rules, 1):
+            if rule.optimizer is None and optimizer is None:
+                raise ValueError(
+                    f"rule {number} ({rule.label}) names no optimizer and neither does the plan; "
+                    "set `optimizer` in the rule or beside `rules`"
+                )
+        if optimizer is None and not rules:
+            raise ValueError(
+                f"{type(self).__name__} needs an optimizer; type "
+                "--trainer.callbacks.optimizer=AdamW, or give rules"
+            )
+        self.rules = [replace(r, optimizer=r.optimizer or optimizer) for r in rules or (Rule(),)]
         self.decay: Decay = decay
         self.schedule = schedule
+        self.print_groups = print_groups
         self._length = float("inf")  # optimizer steps of the run, once known
-        self._names: list[str] = []
-        self._saved_names: list[str] = []
+        self._members: list[str] = []
+        self._saved_members: list[str] = []
 
     @property
     def state_key(self) -> str:
@@ -84,12 +109,12 @@ class OptimizerPlan(Callback):
             self._know_length(trainer.estimated_stepping_batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizers' names, to refuse a resume that would misread their state."""
-        return {"optimizers": list(self._names)}
+        """Which optimizers there are, to refuse a resume that would misread their state."""
+        return {"optimizers": list(self._members)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare at once where optimizers exist already (sharded), else when they are built."""
-        self._saved_names = state_dict["optimizers"]
+        self._saved_members = state_dict["optimizers"]
         self._compare()
 
     def _know_length(self, length: float) -> None:
@@ -98,10 +123,18 @@ class OptimizerPlan(Callback):
         self._length = length
 
     def _configure(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        composite = Composite([self._build(module)])
-        self._names = [type(member).__name__ for member in composite.members]
-        self._compare()
+        shares = [(r, s) for r, s in zip(self.rules, assign(module, self.rules), strict=True) if s]
+        if not shares:
+            raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to do")
+        composite = Composite([self._member(rule, share) for rule, share in shares])
         self._refuse_closure(trainer, composite)
+        self._members = [
+            f"{type(member).__name__} of {len(share)} tensors"
+            for member, (_, share) in zip(composite.members, shares, strict=True)
+        ]
+        self._compare()
+        if trainer.is_global_zero:
+            self._print(module, shares, composite)
         if self.schedule is None:
             return {"optimizer": composite}
         schedule = self.schedule
@@ -111,25 +144,58 @@ class OptimizerPlan(Callback):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def _build(self, module: L.LightningModule) -> Optimizer:
-        trainable = [p for p in module.parameters() if p.requires_grad]
-        if not trainable:
-            raise ValueError(
-                f"{type(module).__name__} has no trainable parameter: nothing to optimize"
-            )
-        optimizer = make(self.optimizer, [{"params": trainable}])
-        split_decay(optimizer, self.decay)
-        return optimizer
+    def _member(self, rule: Rule, share: list[Named]) -> Optimizer:
+        assert rule.optimizer is not None  # checked in __init__
+        member = make(rule.optimizer, [p for _, p in share])
+        split_decay(member, rule.decay or self.decay)
+        for group in member.param_groups:
+            if "lr" in group:
+                group["lr"] *= rule.lr_scale
+            elif rule.lr_scale != 1 or self.schedule is not None:
+                raise ValueError(
+                    f"{type(member).__name__} keeps no 'lr' in its param_groups, which lr_scale "
+                    "and schedule act on; leave both out, or give it one"
+                )
+        return member
+
+    def _print(
+        self,
+        module: L.LightningModule,
+        shares: list[tuple[Rule, list[Named]]],
+        composite: Composite,
+    ) -> None:
+        """What runs, before it runs: a wrong grouping trains without complaint."""
+        table = Table("rule", "tensors", "parameters", "lr", "decay", "optimizer")
+        for (rule, share), member in zip(shares, composite.members, strict=True):
+            for place, group in enumerate(member.param_groups):
+                own = {id(p) for p in group["params"]}
+                table.add_row(
+                    rule.label if place == 0 else "",
+                    str(len(own)),
+                    f"{sum(p.numel() for p in group['params']):,}",
+                    f"{group['lr']:g}" if "lr" in group else "",
+                    f"{group['weight_decay']:g}" if "weight_decay" in group else "",
+                    type(member).__name__,
+                )
+                if self.print_groups:
+                    for name in (name for name, p in share if id(p) in own):
+                        table.add_row(f"  {name}")
+        console = Console()
+        console.print(table)
+        own = type(module).configure_optimizers
+        if not own.__module__.startswith(("ravine.", "lightning.")):
+            name = type(self).__name__
+            console.print(f"{own.__qualname__} is not called: {name} takes its place")
 
     def _compare(self) -> None:
-        if self._saved_names and self._names and self._saved_names != self._names:
+        if self._saved_members and self._members and self._saved_members != self._members:
             raise ValueError(
-                f"the checkpoint was trained with {' + '.join(self._saved_names)}, this run uses "
-                f"{' + '.join(self._names)}, whose state is another; resume with the former, or "
-                "start a new run from the weights alone"
+                f"the checkpoint was trained with {' + '.join(self._saved_members)}, this run "
+                f"uses {' + '.join(self._members)}, whose state is another; resume with the "
+                "former, or start a new run from the weights alone"
             )
-        if self._names:
-            self._saved_names = []
+        if self._members:
+            self._saved_members = []
 
     def _refuse_closure(self, trainer: L.Trainer, composite: Composite) -> None:
         name = next((type(m).__name__ for m in composite.members if needs_closure(m)), None)
@@ -148,21 +214,18 @@ class OptimizerPlan(Callback):
             )
 
 
-def make(factory: OptimizerFactory, groups: list[dict[str, Any]]) -> Optimizer:
-    """Call the factory; an argument that its class does not know ends in the nearest valid ones."""
-    try:
-        return factory(groups)
-    except TypeError as error:
-        function = getattr(factory, "func", factory)  # what a functools.partial holds
-        given = getattr(factory, "keywords", {})
-        allowed = list(inspect.signature(function).parameters)[1:]
-        wrong = next((word for word in given if word not in allowed), None)
-        if wrong is None or "unexpected keyword" not in str(error):
-            raise
-        nearest = difflib.get_close_matches(wrong, allowed, n=3, cutoff=0.3) or allowed
-        raise ValueError(
-            f"{function.__name__} has no argument {wrong!r}; nearest: {', '.join(nearest)}"
-        ) from None
+def make(factory: OptimizerFactory, parameters: Sequence[Any]) -> Optimizer:
+    """Call the factory; an argument that its class does not know ends in the nearest it does."""
+    made = optimizer_class(factory)
+    if made is not None:
+        allowed = list(inspect.signature(made).parameters)[1:]
+        for word in getattr(factory, "keywords", {}):
+            if word not in allowed:
+                nearest = difflib.get_close_matches(word, allowed, n=3, cutoff=0.3) or allowed
+                raise ValueError(
+                    f"{made.__name__} has no argument {word!r}; nearest: {', '.join(nearest)}"
+                )
+    return factory(parameters)
 
 
 def split_decay(optimizer: Optimizer, decay: Decay) -> None:
