@@ -1,4 +1,5 @@
 from .order import EvalLoader, Order, Share, TrainLoader, generator
+from .spam import SpamDataModule
 from .text import TextDataModule
 from .tokenizers import CharTokenizer
 
@@ -7,6 +8,7 @@ __all__ = [
     "EvalLoader",
     "Order",
     "Share",
+    "SpamDataModule",
     "TextDataModule",
     "TrainLoader",
     "generator",

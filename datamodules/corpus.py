@@ -30,7 +30,7 @@ class Corpus(NamedTuple):
     mapped: bool  # the tokens are a file
 
 
-def files_of(path: Path) -> list[Path]:
+def files_of(path: Path, flag: str = "--data.path") -> list[Path]:
     """The file itself, or all files of a folder but the hidden ones, in the order of names."""
     if path.is_file():
         return [path]
@@ -38,23 +38,23 @@ def files_of(path: Path) -> list[Path]:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         nearest = difflib.get_close_matches(path.name, beside, 3) or sorted(beside)[:3]
         there = f"nearest there: {', '.join(nearest)}" if nearest else "its folder is missing, too"
-        raise FileNotFoundError(f"no file or folder {path}; {there}; type --data.path=FILE")
+        raise FileNotFoundError(f"no file or folder {path}; {there}; type {flag}=FILE")
     files = sorted(p for p in path.rglob("*") if p.is_file())
     files = [p for p in files if not any(q.startswith(".") for q in p.relative_to(path).parts)]
     if not files:
-        raise FileNotFoundError(f"the folder {path} holds no files; type --data.path=FOLDER")
+        raise FileNotFoundError(f"the folder {path} holds no files; type {flag}=FOLDER")
     return files
 
 
-def read(files: Iterable[Path]) -> Iterator[str]:
+def read(files: Iterable[Path], flag: str = "--data.path") -> Iterator[str]:
     """The text of the files in pieces, a line break between two files."""
     for number, file in enumerate(files):
         if number:
             yield "\n"
-        yield from _read(file)
+        yield from _read(file, flag)
 
 
-def _read(path: Path) -> Iterator[str]:
+def _read(path: Path, flag: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     place = 0  # of the first byte not yet decoded
     with path.open("rb") as file:
@@ -64,7 +64,7 @@ def _read(path: Path) -> Iterator[str]:
                 raise ValueError(
                     f"{path} is no text: byte 0x00 at position {file.tell() - len(piece)} or "
                     "after; if it is UTF-16, type "
-                    f"iconv -f utf-16 -t utf-8 '{path}' > text.txt and --data.path=text.txt"
+                    f"iconv -f utf-16 -t utf-8 '{path}' > text.txt and {flag}=text.txt"
                 )
             try:
                 yield decoder.decode(piece, final=not piece)
@@ -72,7 +72,7 @@ def _read(path: Path) -> Iterator[str]:
                 raise ValueError(
                     f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position "
                     f"{place + error.start}; if it is Latin-1, type "
-                    f"iconv -f latin1 -t utf-8 '{path}' > text.txt and --data.path=text.txt"
+                    f"iconv -f latin1 -t utf-8 '{path}' > text.txt and {flag}=text.txt"
                 ) from None
             place = file.tell() - len(decoder.getstate()[0])
             if not piece:

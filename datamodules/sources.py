@@ -63,7 +63,7 @@ SOURCES = {source.name: source for source in TABLE}
 def choose(
     wanted: str, source: Source, root: str | None = None, tried: str = ""
 ) -> tuple[Path | None, str]:
-    """The set's file, or None for the embedded default; and why it is the embedded one.
+    """The set's file, or None for the embedded default; and why the set could not be had.
 
     `wanted` is the set's name, or "auto" (embedded only if the set cannot be had), or "embedded".
     """
@@ -73,7 +73,7 @@ def choose(
             f"--data.source={source.name}, or --data.path=FILE for a file of your own"
         )
     if wanted == "embedded":
-        return None, "as asked for"
+        return None, ""
     try:
         return locate(source, root, tried), ""
     except SourceMissing as error:

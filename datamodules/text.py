@@ -98,7 +98,7 @@ class TextDataModule(L.LightningDataModule):
             file, why = Path(self.path).expanduser(), ""
         else:
             file, why = choose(self.source, SOURCES["shakespeare"], self.root, self._tried)
-        name = str(file or "the embedded text")
+        name = str(file or "the EMBEDDED text (help topics of CPython)")
         files = files_of(file) if file else []
         corpus = load((lambda: read(files)) if file else documentation, name, self.memory_limit)
         self._check_length(name, len(corpus.tokens))
@@ -106,9 +106,7 @@ class TextDataModule(L.LightningDataModule):
         taken = self.source if self.path is not None else "shakespeare" if file else "embedded"
         self.resolved = {"source": taken, "file": str(file or ""), "sha256": corpus.sha256}
         size = f"{len(corpus.tokens):,} characters, {corpus.tokenizer.vocabulary} different"
-        announce(f"data: {name}, {size}")
-        if not file:
-            announce(f"EMBEDDED text (help topics of CPython), {why}", loud=True)
+        announce(f"data: {name}, {size}{why and '; ' + why}", loud=bool(why))
 
     def _check_length(self, name: str, count: int) -> None:
         train = self._split(count)
