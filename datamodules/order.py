@@ -153,9 +153,9 @@ class TrainLoader:
         """
         at, self._resume, self.sample = self._resume, None, 0
         if at is not None:
-            inside = at["turn"] == self._turn and at["sample"] < self.samples
-            self.sample = at["sample"] if inside else 0
-            self._shift = at["epoch"] + (not inside) - self._turn
+            same = at["turn"] == self._turn
+            self.sample = at["sample"] if same else 0
+            self._shift = at["epoch"] + (not same) - self._turn
         self.epoch = 0 if self.repeat else self._turn + self._shift
 
     def set_epoch(self, epoch: int) -> None:
@@ -213,8 +213,8 @@ class EvalLoader:
 
 def check_positive(name: str, value: int) -> None:
     """Refuse sizes below one."""
-    if value < 1:
-        raise ValueError(f"{name} is {value}; allowed are 1, 2, 3, ...: type --data.{name}=32")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; allowed are 1, 2, 3, ...: type --data.{name}=32")
 
 
 def check_divisible(batch_size: int, samples: int, share: Share) -> None:

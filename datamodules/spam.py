@@ -107,7 +107,7 @@ class SpamDataModule(L.LightningDataModule):
     ) -> None:
         """Check the sizes; files are looked at in `setup`."""
         super().__init__()
-        if not isinstance(batch_size, str):  # "all", as jsonargparse has checked
+        if batch_size != "all":
             check_positive("batch_size", batch_size)
         if not 0 < test_fraction < 1 or not 0 <= val_fraction < 1:
             raise ValueError(
