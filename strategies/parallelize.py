@@ -1,0 +1,130 @@
+"""Spread any module over a mesh, in one written order.
+
+    1  rank 0's values everywhere        ranks may have initialised differently
+    2  tensor plan       (axis tp)       strategies/tensor.py
+    3  fully_shard       (axis dp)       block by block, then the rest of each child
+
+A LightningModule's own forward is not what training calls, so it cannot be the unit that gathers
+parameters: its children are. What stands outside of them, and scalars, stays whole on each rank
+and has its gradients averaged (`average_whole`).
+"""
+
+from collections import Counter
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from .tensor import split_matrices
+
+CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # they have no forward, so they cannot be units
+
+
+def is_parallel(module: nn.Module) -> bool:
+    """Whether somebody has spread parameters of the module already."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def parallelize(module: nn.Module, dp: DeviceMesh, tp: DeviceMesh) -> None:
+    """Apply the order above to the children of `module`, in place; both meshes have one axis."""
+    names = _names_of_tied(module)
+    if tp.size() > 1:
+        split_matrices(module, tp)
+    if dp.size() > 1 or tp.size() == 1:
+        shard(module, dp)
+    untied = sorted(names - _names_of_tied(module))
+    if untied:
+        raise ValueError(
+            f"{type(module).__name__}: {' and '.join(untied[0])} share one parameter and cannot be"
+            " split apart: leave them out of tp_plan, or give each its own"
+        )
+    if not is_parallel(module):
+        raise ValueError(
+            f"{type(module).__name__} has nothing to shard: no child module holds a parameter"
+            " (build them in __init__ or configure_model); or type --trainer.strategy ddp"
+        )
+
+
+def shard(module: nn.Module, dp: DeviceMesh) -> None:
+    """Apply fully_shard to the blocks of `module` and to the rest of its children."""
+    whole = {parameter for parameter in module.parameters() if parameter.ndim == 0}
+    blocks = _blocks(module)
+    for block in blocks:
+        fully_shard(block, mesh=dp, ignored_params=whole)
+    for group in _roots(module, blocks):
+        fully_shard(group, mesh=dp, ignored_params=whole)
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """Members of lists, dicts and sequences, innermost first: each is gathered by itself.
+
+    A member that shares a parameter with the outside is left to its parent, which holds both.
+    """
+    owners = Counter(p for _, p in module.named_parameters(remove_duplicate=False))
+    blocks = []
+    for parent in reversed(list(module.modules())):
+        for child in parent.children() if isinstance(parent, (*CONTAINERS, nn.Sequential)) else ():
+            inside = Counter(p for _, p in child.named_parameters(remove_duplicate=False))
+            alone = all(count == owners[p] for p, count in inside.items())
+            if inside and alone and not isinstance(child, CONTAINERS):
+                blocks.append(child)
+    return blocks
+
+
+def _roots(module: nn.Module, blocks: list[nn.Module]) -> list[list[nn.Module]]:
+    """The other children of `module` in groups: children that share a parameter go together."""
+    groups: list[list[nn.Module]] = []
+    for child in module.children():
+        if isinstance(child, CONTAINERS):
+            inner = _roots(child, blocks)
+        else:
+            inner = (
+                [[child]] if child not in blocks and any(True for _ in child.parameters()) else []
+            )
+        for members in inner:
+            mine = {p for member in members for p in member.parameters()}
+            tied = [g for g in groups if any(not mine.isdisjoint(m.parameters()) for m in g)]
+            groups = [g for g in groups if g not in tied] + [[*chain(*tied), *members]]
+    return groups
+
+
+def _names_of_tied(module: nn.Module) -> set[tuple[str, ...]]:
+    """Groups of names that mean one parameter."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {tuple(group) for group in names.values() if len(group) > 1}
+
+
+def copy_from_rank_zero(module: nn.Module, device: torch.device) -> None:
+    """Give every rank rank 0's values of all that is not sharded, as DDP does."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if isinstance(tensor, DTensor) or tensor.is_meta or tensor.numel() == 0:
+            continue
+        flat = tensor.detach().to(device).reshape(-1).contiguous()
+        dist.broadcast(flat.view(torch.uint8), 0)  # as bytes: gloo knows few types
+        tensor.detach().copy_(flat.view(tensor.shape))
+
+
+def average_whole(module: nn.Module, dp: DeviceMesh) -> list[str]:
+    """Average the gradients of what stayed whole over `dp`; returns the names.
+
+    The mean of an accumulated gradient is right too: its earlier part is equal on all ranks.
+    """
+
+    def average(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad, group=dp.get_group())
+        parameter.grad /= dp.size()
+
+    names = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            names.append(name)
+            if dp.size() > 1:
+                parameter.register_post_accumulate_grad_hook(average)
+    return names
