@@ -6,7 +6,7 @@ import linecache
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
@@ -38,20 +38,24 @@ def nearest(word: str, names: Iterable[str], at_most: int = 3) -> list[str]:
     return [known[n] for n in difflib.get_close_matches(word.lower(), known, at_most, 0.6)]
 
 
-def unknown(given: str, word: str, names: Iterable[str], fix: str, otherwise: str) -> Mistake:
+def unknown(
+    given: str, word: str, names: Iterable[str], fix: Callable[[str], str], form: str
+) -> Mistake:
     """The mistake of a name that does not exist.
 
     Args:
         given: where the word stands, and what it is not
         word: the wrong word
         names: every right one
-        fix: what to type, ``{}`` standing for the nearest name
-        otherwise: what to type when no name is near
+        fix: what to type, made of the nearest name
+        form: what stands in the place of a name if none is near
     """
     names = list(names)
     if near := nearest(word, names):
-        return Mistake(given, near, fix.replace("{}", near[0]), "nearest")
-    return Mistake(given, sorted(names), otherwise)
+        return Mistake(given, near, fix(near[0]), "nearest")
+    more = [f"and {len(names) - 12} more"] if len(names) > 12 else []
+    short = sorted(names, key=lambda name: (len(name), name))[:12]  # variants have longer names
+    return Mistake(given, [*short, *more], fix(form))
 
 
 def program() -> str:

@@ -11,7 +11,9 @@ from types import ModuleType
 from . import environment, errors, pages, presets
 
 # A command and the module whose `run(argv) -> int` does it; one that needs no model has its own.
-COMMANDS = dict.fromkeys(("fit", "validate", "test", "predict"), "ravine.cli.command")
+COMMANDS: dict[str, str] = dict.fromkeys(
+    ("fit", "validate", "test", "predict"), "ravine.cli.command"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,14 +71,15 @@ def split(words: list[str]) -> tuple[str, list[str], list[str]]:
             rest.append(word)
     command = next((word for word in rest if word in COMMANDS), None)
     if command is None:
-        name = errors.program()
-        if not rest or rest[0].startswith("-"):
-            fix = shlex.join([name, "fit", *words])
-            raise errors.Mistake("no command was given", COMMANDS, fix)
-        fix = shlex.join(["{}" if word == rest[0] else word for word in words])
-        fix = f"{name} {fix}".replace("'{}'", "{}")
-        wrong = f"no command is called {rest[0]!r}"
-        raise errors.unknown(wrong, rest[0], COMMANDS, fix, f"{name} --help")
+        wrong = rest[0] if rest and not rest[0].startswith("-") else ""
+
+        def fix(name: str) -> str:
+            others = [word for word in words if word != wrong]
+            return shlex.join([errors.program(), name, *others])
+
+        if not wrong:
+            raise errors.Mistake("no command was given", COMMANDS, fix("fit"))
+        raise errors.unknown(f"no command is called {wrong!r}", wrong, COMMANDS, fix, "fit")
     rest.remove(command)
     return command, configs, rest
 
@@ -98,6 +101,7 @@ def start(words: list[str]) -> int:
     for word in argv:
         if word.startswith("--config="):
             presets.check(word.partition("=")[2])
+    presets.checkpoint(argv)
     sys.argv[1:] = argv  # in place: Lightning's launcher runs sys.argv again in the other ranks
     if sys.path[0] != os.getcwd():  # a console script has its own bin/ there
         sys.path.insert(0, os.getcwd())

@@ -1,10 +1,11 @@
-"""Configs by name: a file as typed, then with .yaml, then among those installed with Ravine."""
+"""Configs and checkpoints by name: a config is a file as typed, then with .yaml, then a preset."""
 
 from pathlib import Path
 
 from .errors import Mistake, unknown
 
 SECTIONS = ("model", "data", "trainer", "seed_everything", "ckpt_path")
+FOUND_LATER = ("auto", "last", "best", "hpc", "registry", "null")
 INSTALLED = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -18,9 +19,9 @@ def find(name: str) -> str:
     """Path of the config called ``name``; a file of the user's comes before ours."""
     if name == "-" or name.startswith(("/dev/", "/proc/")):
         raise Mistake(
-            f"{name} can be read once, and a run reads its configs in every process",
+            f"{name} can be read only once, and every process of a run reads its configs: save it",
             [],
-            "--config=run.yaml, with the text saved in run.yaml",
+            "--config=run.yaml",
         )
     for path in (Path(name), Path(name + ".yaml"), INSTALLED / name, INSTALLED / (name + ".yaml")):
         if path.is_file():
@@ -29,9 +30,26 @@ def find(name: str) -> str:
         f"no config is called {name!r}: no such file, none with .yaml, and no preset",
         name.removesuffix(".yaml"),
         [*installed(), *(p.stem for p in Path().glob("[!.]*.yaml"))],
-        "--config={}",
-        "--config=NAME, where NAME is a preset or the path of a YAML file",
+        "--config={}".format,
+        "FILE.yaml",
     )
+
+
+def checkpoint(words: list[str]) -> None:
+    """Refuse a checkpoint that is not there; `auto` and its like are found when the run starts."""
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, name = word.partition("=")
+        name = name if equals else after
+        if flag != "--ckpt_path" or name in FOUND_LATER or "://" in name or Path(name).exists():
+            continue
+        there = [str(path) for path in Path(name).parent.glob("*.ckpt")]
+        raise unknown(
+            f"no checkpoint is called {name!r}",
+            name,
+            [*there, "auto", "last"],
+            "--ckpt_path={}".format,
+            "auto",
+        )
 
 
 def title(path: str) -> str:
@@ -51,12 +69,12 @@ def check(path: str) -> None:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     except UnicodeDecodeError as error:
         why = f"{path} is not text: byte {error.start} is not UTF-8"
-        raise Mistake(why, [], "--config=NAME, where NAME is a YAML file") from error
+        raise Mistake(why, [], "--config=FILE.yaml") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else path
         why = getattr(error, "problem", None) or error
-        raise Mistake(f"in {place}: not YAML: {why}", [], "key: value, a line each") from error
+        raise Mistake(f"in {place}: not YAML: {why}", [], "key: value") from error
     if not isinstance(root, yaml.MappingNode):
         kind = "empty" if root is None else "a list" if root.id == "sequence" else "one value"
         raise Mistake(f"{path} is {kind}; it must map keys to values", SECTIONS, "model: NAME")
