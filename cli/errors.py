@@ -79,7 +79,8 @@ def status(error: Exception) -> int | None:
 
     2: a mistake in what was asked (ValueError, TypeError, LookupError, a missing file, Lightning's
     MisconfigurationException). 1: what was asked failed on the way (any other exception of ours,
-    and what the operating system refused: a full disk, a folder that may not be written).
+    and what the operating system refused: a full disk, a folder that may not be written). An
+    exception of ours that knows better carries `exit_status`.
     """
     if isinstance(error, OSError) and error.errno in REFUSED:
         return 1
@@ -89,7 +90,7 @@ def status(error: Exception) -> int | None:
     source = Path(frame.filename)
     asked = isinstance(error, ValueError | TypeError | LookupError | FileNotFoundError)
     if any(source.is_relative_to(folder) for folder in OURS):
-        return 2 if asked else 1
+        return getattr(error, "exit_status", 2 if asked else 1)
     lightning = getattr(sys.modules.get("lightning"), "__path__", ["lightning"])[0]
     asked = asked or type(error).__name__ == "MisconfigurationException"
     return 2 if asked and source.is_relative_to(lightning) else None

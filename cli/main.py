@@ -5,6 +5,8 @@ import shlex
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -27,7 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         words = [w for w in words if w != "--debug"]
         os.environ["RAVINE_DEBUG"] = "1"  # the ranks that Lightning starts inherit it
     try:
-        return answer(words) if asks_only(words) else start(words)
+        if asks_only(words):
+            return answer(words)
+        with signals_held():
+            return start(words)
     except KeyboardInterrupt:
         return errors.INTERRUPTED
     except SystemExit as leave:
@@ -95,7 +100,6 @@ def arrange(words: list[str]) -> list[str]:
 
 def start(words: list[str]) -> int:
     """Check what can be checked cheaply, then hand the words over to the command."""
-    hold(signal.SIG_BLOCK)
     argv = arrange(words)
     environment.check(os.environ, argv[0], COMMANDS)
     for word in argv:
@@ -108,15 +112,24 @@ def start(words: list[str]) -> int:
     return load(COMMANDS[argv[0]]).run(["--help" if w == "--help=all" else w for w in argv])
 
 
-def hold(how: int) -> None:
-    """Hold back the signal a cluster sends before it takes a machine away, or let it through.
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back SIGUSR1, by which a cluster says that it will take the machine away.
 
-    It kills a process that has no handler yet: sent while torch is being imported, it ended the job
-    with nothing saved. Held, it waits for the handler of `strategies/signals.py`, which lets it
-    through.
+    It kills a process that has no handler yet: sent while torch was being imported, it ended the
+    job with nothing saved. Held, it waits for the handler of `strategies/signals.py`, which lets it
+    through; one that comes when all is done is dropped.
     """
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        signal.pthread_sigmask(how, {signal.SIGUSR1})
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        if signal.SIGUSR1 in signal.sigpending():
+            signal.sigwait({signal.SIGUSR1})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def load(module: str) -> ModuleType:
