@@ -200,6 +200,8 @@ def _download(source: Source) -> bytes:
         while len(received) <= limit and (chunk := response.read(1 << 16)):
             received += chunk
             bar.update(task, completed=len(received))
+    if len(received) > limit:
+        raise ValueError(f"more than {limit:,} bytes arrived, the file has {source.size:,}")
     if len(received) < length:
         raise ValueError(f"only {len(received):,} of {length:,} bytes arrived")
     return bytes(received)
