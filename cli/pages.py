@@ -14,26 +14,26 @@ usage: {0} COMMAND [--config NAME ...] [--key=value ...]
 FIT = """\
 usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
 
-  --config shakespeare/quick     a preset or a YAML file; the later one wins
-  --model=NAME --model.KEY=V     a task by its class; one of yours is my_file.MyModule
-  --data=NAME --data.KEY=V       what it learns from
-  --trainer.max_steps=200        any argument of Lightning's Trainer
-  --trainer.callbacks+=EMA --trainer.callbacks.KEY=V    one callback more, with arguments
-  --ckpt_path=auto               go on from the newest whole checkpoint (also: last, a file)
-  --print_config                 show what would run; --debug shows tracebacks
-  --help=all                     every argument; --model.help=NAME those of one class
+  --config shakespeare/quick  a preset or a YAML file of yours; the later one wins
+  --model=NAME --model.KEY=V  a task by its class; one of yours is my_file.MyTask
+  --data=NAME --data.KEY=V    what it learns from
+  --trainer.max_steps=200     any argument of Lightning's Trainer
+  --trainer.callbacks+=NAME --trainer.callbacks.KEY=V     one callback more
+  --ckpt_path=auto            go on from the newest whole checkpoint; or last; or a file
+  --print_config, --debug     show what would run; show tracebacks
+  --help=all                  every argument; those of a class: --model.help=NAME
 """
 
 EVALUATE = """\
 usage: {0} {1} --ckpt_path=FILE [--config NAME ...] [--key=value ...]
 
   {2}
-  --ckpt_path=FILE               the checkpoint; it knows its model and data (also: auto, last)
-  --data.KEY=V                   other data than in training
-  --config NAME                  a preset or a YAML file, where the checkpoint says too little
-  --trainer.devices=2            any argument of Lightning's Trainer
-  --print_config                 show what would run; --debug shows tracebacks
-  --help=all                     every argument; --data.help=NAME those of one class
+  --ckpt_path=FILE            a checkpoint: it knows its model and data; or auto; or last
+  --data.KEY=V                other data than in training
+  --config NAME               a preset or a YAML file, for what the checkpoint leaves open
+  --trainer.devices=2         any argument of Lightning's Trainer
+  --print_config, --debug     show what would run; show tracebacks
+  --help=all                  every argument; those of a class: --data.help=NAME
 """
 
 ABOUT = {

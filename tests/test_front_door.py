@@ -1,0 +1,334 @@
+"""The front door: answers without torch, arranged words, exit statuses; no command really runs."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ravine.cli import environment, errors, pages, presets
+from ravine.cli import main as door
+
+Run = Callable[[list[str]], int]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for the module of every command; `ran` holds the words it was run with."""
+    module = SimpleNamespace(ran=[], run=lambda argv: module.ran.append(argv) or 0)
+    monkeypatch.setattr(door, "import_module", lambda name: module)
+    monkeypatch.setattr(sys, "argv", ["/some/bin/lightning"])
+    monkeypatch.setattr(sys, "path", ["/some/bin"])
+    return module
+
+
+WITHOUT_TORCH = {
+    "--help": 0,
+    "--version": 0,
+    "fit --help": 0,
+    "test -h": 0,
+    "": 0,
+    "fti --config x": 2,
+    "fti --help": 2,
+    "--config x": 2,
+    "fit --config nowhere/nothing": 2,
+    "fit --config broken.yaml": 2,
+    "test --ckpt_path nothing.ckpt": 2,
+}
+ASK = """
+import sys
+from ravine.cli.main import main
+print([main(line.split()) for line in sys.argv[1].split(";")], file=sys.stderr)
+print(sorted({"torch", "lightning", "jsonargparse", "numpy"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_what_needs_no_torch_is_answered_without_it(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("trainer: [")
+    words = [sys.executable, "-c", ASK, ";".join(WITHOUT_TORCH)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stderr.splitlines()[-2:] == [str(list(WITHOUT_TORCH.values())), "[]"]
+
+
+@pytest.mark.parametrize("name", [None, *door.COMMANDS])
+def test_a_page_can_be_read_at_a_glance(name: str | None) -> None:
+    lines = pages.page(name, "lightning").splitlines()
+    assert len(lines) <= 10
+    assert max(map(len, lines)) <= 90
+
+
+@pytest.mark.parametrize("name", ["lightning", "ravine"])
+def test_the_program_goes_by_the_name_it_was_called(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"/some/bin/{name}"])
+    assert door.main(["fit", "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: {name} fit ")
+    assert door.main(["fti", "--config", "a b"]) == 2
+    assert capsys.readouterr().err == (
+        f"{name}: error: no command is called 'fti'\n"
+        "  nearest: fit\n"
+        f"  type: {name} fit --config 'a b'\n"
+    )
+
+
+def test_the_version_warns_of_another_lightning_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "lightning"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for text, warned in (("from ravine.cli.main import main", False), ("import other", True)):
+        script.write_text(f"#!/bin/sh\n{text}\n")
+        script.chmod(0o755)
+        assert door.main(["--version"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("ravine ")
+        assert (f"warning: {script} is not this program" in out) == warned
+
+
+# Words that mean the same, wherever the config and the command stand among them.
+SAME = [
+    "fit --config={0} --trainer.callbacks+=EMA --trainer.callbacks.decay=0.9",
+    "fit --trainer.callbacks+=EMA --trainer.callbacks.decay=0.9 --config {0}",
+    "fit --trainer.callbacks+=EMA -c {0} --trainer.callbacks.decay=0.9",
+    "--config={0} fit --trainer.callbacks+=EMA --trainer.callbacks.decay=0.9",
+    "--trainer.callbacks+=EMA --trainer.callbacks.decay=0.9 fit -c={0}",
+]
+
+
+@pytest.mark.parametrize("line", SAME)
+def test_a_flag_means_the_same_before_and_after_a_config(
+    line: str, tmp_path: Path, command: SimpleNamespace
+) -> None:
+    (tmp_path / "base.yaml").write_text("model: M")
+    base = str(tmp_path / "base.yaml")
+    words = sys.argv
+    assert door.main(line.format(base).split()) == 0
+    assert command.ran == [SAME[0].format(base).split()]
+    assert sys.argv is words  # the launcher of ranks reads it
+    assert sys.argv[1:] == command.ran[0]
+    assert sys.path[0] == os.getcwd()
+    assert door.arrange(command.ran[0]) == command.ran[0]
+
+
+def test_several_configs_keep_their_order(tmp_path: Path, command: SimpleNamespace) -> None:
+    files = [str(tmp_path / f"{name}.yaml") for name in ("z", "a", "m")]
+    for file in files:
+        Path(file).write_text("model: M")
+    door.main(["fit", *(f"--config={file}" for file in files)])
+    assert command.ran == [["fit", *(f"--config={file}" for file in files)]]
+
+
+def test_a_config_is_a_file_as_typed_then_with_yaml_then_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "INSTALLED", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    places = [tmp_path / "configs/task/quick.yaml", Path("task/quick.yaml"), Path("task/quick")]
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("model: M")
+        assert presets.find("task/quick") == str(place)
+    assert presets.find(str(tmp_path / "task/quick.yaml")) == str(tmp_path / "task/quick.yaml")
+    titles = {presets.title(str(place)) for place in places}
+    assert titles == {"task/quick"}
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("tsk/quik", "  nearest: task/quick"),
+        ("task/quik.yaml", "  nearest: task/quick"),
+        ("mein", "  nearest: mine"),
+        ("task", "  allowed: mine, task/quick"),
+    ],
+)
+def test_a_config_that_is_missing_is_answered_with_the_nearest(
+    name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "INSTALLED", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    for file in ("configs/task/quick.yaml", "mine.yaml"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("model: M")
+    with pytest.raises(errors.Mistake) as mistake:
+        presets.find(name)
+    assert str(mistake.value).splitlines()[1] == line
+
+
+def test_every_installed_config_is_found_by_its_name() -> None:
+    assert [presets.title(presets.find(name)) for name in presets.installed()] == (
+        presets.installed()
+    )
+
+
+def test_debug_shows_the_traceback_and_is_no_word_of_the_command(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert door.main(["fit", "--debug", "--config", "nothing"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert door.main(["fit", "--debug"]) == 0
+    assert command.ran == [["fit"]]
+
+
+def test_only_the_first_rank_of_a_machine_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert door.main(["fit", "--config", "nothing"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def raising(folder: Path, line: str) -> Run:
+    """A `run` whose one line stands in a file of ``folder``."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "part.py"
+    file.write_text(f"def run(argv):\n    {line}\n")
+    scope: dict[str, Run] = {}
+    exec(compile(file.read_text(), str(file), "exec"), scope)
+    return scope["run"]
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ('raise ValueError("the text")', 2),
+        ('raise FileNotFoundError("the text")', 2),
+        ('raise KeyError("the text")', 2),
+        ('raise RuntimeError("the text")', 1),
+        (f'raise OSError({errno.ENOSPC}, "the text")', 1),
+        ("raise KeyboardInterrupt", 130),
+        ("raise SystemExit(143)", 143),
+    ],
+)
+def test_an_error_we_raise_is_one_line_and_a_status(
+    line: str,
+    status: int,
+    tmp_path: Path,
+    command: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(errors, "OURS", [tmp_path / "ours"])
+    command.run = raising(tmp_path / "ours", line)
+    assert door.main(["fit"]) == status
+    said = capsys.readouterr().err
+    assert said.count("\n") == ("the text" in line)
+    if said:
+        assert said.startswith("lightning: error: ")
+        assert said.endswith("the text\n")
+
+
+@pytest.mark.parametrize(
+    ("folder", "line", "kind"),
+    [
+        ("ours", 'int("x")', ValueError),  # a bug of ours: nobody wrote a text for it
+        ("ours", "{}[0]", KeyError),
+        ("theirs", 'raise ValueError("in the module of the user")', ValueError),
+        ("theirs", 'raise RuntimeError("size mismatch")', RuntimeError),
+    ],
+)
+def test_a_bug_keeps_its_traceback(
+    folder: str,
+    line: str,
+    kind: type[Exception],
+    tmp_path: Path,
+    command: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(errors, "OURS", [tmp_path / "ours"])
+    command.run = raising(tmp_path / folder, line)
+    with pytest.raises(kind):
+        door.main(["fit"])
+
+
+def test_what_lightning_refuses_is_one_line(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch import Trainer
+
+    command.run = lambda argv: Trainer(devices=0, accelerator="cpu")
+    assert door.main(["fit"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_torch_and_torchvision_of_two_builds_are_named(
+    monkeypatch: pytest.MonkeyPatch, command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(door, "import_module", fail)
+    assert door.main(["fit"]) == 2
+    assert capsys.readouterr().err == (
+        "lightning: error: torch and torchvision are not of one build, "
+        "so torchvision cannot be imported\n"
+        "  type: pip install --force-reinstall torch torchvision\n"
+    )
+
+
+def test_a_signal_before_there_is_a_handler_waits_for_it(command: SimpleNamespace) -> None:
+    heard = []
+
+    def run(argv: list[str]) -> int:
+        os.kill(os.getpid(), signal.SIGUSR1)  # without the front door this ends the process
+        before = signal.signal(signal.SIGUSR1, lambda *_: heard.append("handled"))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        signal.signal(signal.SIGUSR1, before)
+        return 0
+
+    command.run = run
+    assert door.main(["fit"]) == 0
+    assert heard == ["handled"]
+    command.run = lambda argv: os.kill(os.getpid(), signal.SIGUSR1) or 0
+    assert door.main(["fit"]) == 0  # nobody took it, and all is done: dropped
+    assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+@pytest.mark.parametrize(
+    "name", ["PL_GLOBAL_SEED", "PL_FIT__TRAINER__MAX_STEPS", "PL_TEST__CKPT_PATH", "PLOT", "PATH"]
+)
+def test_a_variable_that_somebody_reads_passes(name: str) -> None:
+    environment.check({name: "1"}, "fit", door.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("PL_TRAINER__MAX_STEPS", "export PL_FIT__TRAINER__MAX_STEPS=7"),
+        ("PL_TRAINER_MAX_STEPS", "export PL_FIT__TRAINER__MAX_STEPS=7"),
+        ("PL_FIT_TRAINER_MAX_STEPS", "export PL_FIT__TRAINER__MAX_STEPS=7"),
+        ("RAVINE_DATA__BATCH_SIZE", "export PL_FIT__DATA__BATCH_SIZE=7"),
+        ("PL_GLOBALSEED", "export PL_GLOBAL_SEED=7"),
+        ("RAVINE_DEBUGG", "export RAVINE_DEBUG=7"),
+        ("PL_WHATEVER", "unset PL_WHATEVER"),
+    ],
+)
+def test_a_variable_that_nobody_reads_is_refused(name: str, fix: str) -> None:
+    with pytest.raises(errors.Mistake) as mistake:
+        environment.check({name: "7"}, "fit", door.COMMANDS)
+    first, *_, last = str(mistake.value).splitlines()
+    assert first == f"no environment variable is called {name}"
+    assert last == f"  type: {fix}"
+
+
+def test_the_variables_lightning_reads_are_the_ones_let_through() -> None:
+    import re
+
+    import lightning
+
+    root = Path(lightning.__file__).parent
+    found = {
+        name
+        for file in root.rglob("*.py")
+        if "testing" not in file.parts and "demos" not in file.parts
+        for name in re.findall(r'(?<!\[)"(PL_[A-Z_]+)"', file.read_text(encoding="utf-8"))
+    }
+    assert found <= {name for name in environment.READ if name.startswith("PL_")}
