@@ -31,7 +31,7 @@ def documentation() -> Iterator[str]:
 class TextDataModule(L.LightningDataModule):
     """A text as batches (inputs, targets), both int64 (b t), targets one character further on.
 
-    data = TextDataModule("my.txt", context_length=128, batch_size=64)
+    data = TextDataModule("my.txt", context=128, batch_size=64)
     Trainer(max_steps=500).fit(LanguageModel(layers=2, width=64), datamodule=data)
 
     Args:
@@ -39,7 +39,7 @@ class TextDataModule(L.LightningDataModule):
         source: shakespeare (tiny Shakespeare, 1.1 MB); embedded (CPython's help topics); auto: the
             first where it can be had, otherwise the second.
         root: the folder of data sets; by default the variable DATA_ROOT.
-        context_length: t.
+        context: t.
         batch_size: windows of one optimizer step, over all ranks and accumulated batches.
         val_fraction: the last part of the text, kept for validation (and for `test`).
         seed: of the order of the windows; by default that of seed_everything.
@@ -51,7 +51,7 @@ class TextDataModule(L.LightningDataModule):
         path: str | Path | None = None,
         source: Literal["auto", "shakespeare", "embedded"] = "auto",
         root: str | None = None,
-        context_length: int = 64,
+        context: int = 64,
         batch_size: int = 32,
         val_fraction: float = 0.1,
         seed: int | None = None,
@@ -59,7 +59,7 @@ class TextDataModule(L.LightningDataModule):
     ) -> None:
         """Check the sizes; files are looked at in `setup`."""
         super().__init__()
-        check_positive("context_length", context_length)
+        check_positive("context", context)
         check_positive("batch_size", batch_size)
         if not 0 < val_fraction < 1:
             raise ValueError(
@@ -67,7 +67,7 @@ class TextDataModule(L.LightningDataModule):
                 "type --data.val_fraction=0.1"
             )
         self.path, self.source, self.root = path, source, root
-        self.context_length, self.batch_size = context_length, batch_size
+        self.context, self.batch_size = context, batch_size
         self.val_fraction, self.seed, self.memory_limit = val_fraction, seed, memory_limit
         self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
         self._corpus: Corpus | None = None
@@ -110,12 +110,16 @@ class TextDataModule(L.LightningDataModule):
 
     def _check_length(self, name: str, count: int) -> None:
         train = self._split(count)
-        if train <= self.context_length or count - train < 2:
-            shorter = min(train - 1, self.context_length)
-            out = f"type --data.context_length={shorter} or less, or " if shorter > 0 else ""
+        if count - train < 2:
+            raise ValueError(
+                f"val_fraction {self.val_fraction} of the {count:,} characters of {name} is less "
+                "than two; type --data.val_fraction=0.1, or give a longer text"
+            )
+        if train <= self.context:
+            out = f"type --data.context={train - 1} or less, or " if train > 1 else ""
             raise ValueError(
                 f"{name} has {count:,} characters, {train:,} of them for training: less than one "
-                f"window of context_length + 1 = {self.context_length + 1}; {out}give a longer text"
+                f"window of context + 1 = {self.context + 1}; {out}give a longer text"
             )
 
     def _split(self, count: int) -> int:
@@ -124,7 +128,7 @@ class TextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Windows at random places; an epoch has as many tokens as the training part."""
         tokens, _ = self._parts()
-        t, trainer = self.context_length, cast(Any, self.trainer)
+        t, trainer = self.context, cast(Any, self.trainer)
         windows = tokens.unfold(0, t + 1, 1)  # a view: (n - t, t + 1)
 
         def take(starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +148,7 @@ class TextDataModule(L.LightningDataModule):
     def val_dataloader(self) -> EvalLoader:
         """The whole validation part; the last window is filled up with targets of -100."""
         _, tokens = self._parts()
-        t, last = self.context_length, len(tokens) - 1
+        t, last = self.context, len(tokens) - 1
         offsets = torch.arange(t + 1, device=tokens.device)
 
         def take(numbers: Tensor) -> tuple[Tensor, Tensor]:
