@@ -11,6 +11,7 @@ and has its gradients averaged (`average_whole`).
 
 from collections import Counter
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from .tensor import split_matrices
 
@@ -53,10 +55,22 @@ def shard(module: nn.Module, dp: DeviceMesh) -> None:
     """Apply fully_shard to the blocks of `module` and to the rest of its children."""
     whole = {parameter for parameter in module.parameters() if parameter.ndim == 0}
     blocks = _blocks(module)
-    for block in blocks:
-        fully_shard(block, mesh=dp, ignored_params=whole)
-    for group in _roots(module, blocks):
+    for group in [[block] for block in blocks] + _roots(module, blocks):
+        for unit in group:
+            unit.register_forward_hook(_own_outputs)  # before fully_shard's own hook
         fully_shard(group, mesh=dp, ignored_params=whole)
+
+
+def _own_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Copy outputs that are views, as every biased Linear's on (b t d) is.
+
+    An in-place operation on a view (`x += y`) would drop the hook that gathers for the backward.
+    """
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.requires_grad and tensor._base is not None else tensor
+
+    return tree_map_only(Tensor, own, outputs)
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

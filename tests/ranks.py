@@ -1,5 +1,9 @@
 """Several ranks on one machine: run a test's function in forked processes that form one gloo job.
 
+    from ranks import furthest, whole                # tests/ is on the path
+    def test_zero3_equals_one_process(ranks):        # the fixture is `run_ranks`
+        assert furthest(ranks(train, 2, "zero3")[0], train("auto")) < 2e-6
+
 A server process imports everything heavy once; a rank is a fork of it, so two ranks start in a
 fraction of a second. The parent hosts the rendezvous store, hence no port can be taken twice.
 """
@@ -23,6 +27,7 @@ from typing import Any
 import numpy
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 PRELOAD = (
     "torch.distributed.checkpoint.state_dict",
@@ -39,6 +44,20 @@ PRELOAD = (
     "ravine.cli.command",
 )
 GRACE = 1.0  # seconds the other ranks have to say what happened to them once one has failed
+
+
+def whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all parameters by name, put together from the ranks; every rank calls it."""
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in module.named_parameters()
+    }
+
+
+def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two such copies."""
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
 class RankError(AssertionError):
