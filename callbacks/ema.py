@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ravine.callbacks.gradient_clipping import local
+from .gradient_clipping import local
 
 
 class EMA(Callback):

@@ -22,7 +22,7 @@ from torch.distributed import all_reduce
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ravine.callbacks.patching import patch, unpatch
+from .patching import patch, unpatch
 
 
 def local(tensor: Tensor) -> Tensor:

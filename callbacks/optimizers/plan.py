@@ -12,14 +12,17 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.table import Table
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ravine.callbacks.optimizers.composite import Composite, needs_closure
-from ravine.callbacks.optimizers.rules import (
+from ..patching import patch, unpatch
+from .composite import Composite, needs_closure
+from .rules import (
     Decay,
     Named,
     OptimizerFactory,
@@ -27,8 +30,7 @@ from ravine.callbacks.optimizers.rules import (
     assign,
     optimizer_class,
 )
-from ravine.callbacks.optimizers.schedules import Schedule
-from ravine.callbacks.patching import patch, unpatch
+from .schedules import Schedule
 
 
 class OptimizerPlan(Callback):
@@ -127,6 +129,10 @@ class OptimizerPlan(Callback):
         if not shares:
             raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to do")
         composite = Composite([self._member(rule, share) for rule, share in shares])
+        if isinstance(trainer.strategy, DDPStrategy):
+            for member in composite.members:
+                if hasattr(member, "replicas"):  # all ranks have all weights and can share work
+                    member.replicas = dist.group.WORLD  # pyright: ignore[reportAttributeAccessIssue]
         self._refuse_closure(trainer, composite)
         self._members = [
             f"{type(member).__name__} of {len(share)} tensors"

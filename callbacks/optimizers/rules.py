@@ -31,7 +31,7 @@ class Rule:
     Example: `Rule("embedding", optimizer=partial(AdamW, lr=3e-3), lr_scale=2.0)`
 
     Args:
-        kind: what the parameters are; `rest` is everything that no earlier rule took.
+        kind: what the parameters are, one or several; `rest` is what no earlier rule took.
         name: a pattern that their names match as well, such as `*.gate.*`.
         optimizer: who trains them; without it, the plan's own `optimizer`.
         lr_scale: times the optimizer's learning rate.
@@ -39,7 +39,7 @@ class Rule:
         anywhere: let an optimizer for matrices have embeddings and heads too.
     """
 
-    kind: Choice = "rest"
+    kind: Choice | list[Choice] = "rest"
     name: str = "*"
     optimizer: OptimizerFactory | None = None
     lr_scale: float = 1.0
@@ -47,13 +47,18 @@ class Rule:
     anywhere: bool = False
 
     @property
+    def kinds(self) -> list[str]:
+        """The kinds, whether one or several were given."""
+        return [self.kind] if isinstance(self.kind, str) else list(self.kind)
+
+    @property
     def label(self) -> str:
         """What tables and logs call the rule."""
-        return self.kind if self.name == "*" else self.name
+        return "+".join(self.kinds) if self.name == "*" else self.name
 
     def matches(self, kind: str, name: str) -> bool:
         """Whether a parameter is taken."""
-        return self.kind in (kind, "rest") and fnmatchcase(name, self.name)
+        return bool({kind, "rest"} & set(self.kinds)) and fnmatchcase(name, self.name)
 
 
 def kinds(module: nn.Module) -> dict[str, str]:
