@@ -2,5 +2,6 @@
 
 from .base import TaskModule
 from .shakespeare import LanguageModel
+from .spam import SpamClassifier
 
-__all__ = ["LanguageModel", "TaskModule"]
+__all__ = ["LanguageModel", "SpamClassifier", "TaskModule"]
