@@ -139,6 +139,8 @@ class SpamDataModule(L.LightningDataModule):
             self._read_lines()
         elif not self.messages:
             self._read_messages()
+        if stage == "fit" and not self.val_fraction and self.trainer is not None:
+            cast(Any, self.trainer).limit_val_batches = 0  # it would warn of an empty loader
 
     def _read_lines(self) -> None:
         if self.predict_path is None:
@@ -223,9 +225,9 @@ class SpamDataModule(L.LightningDataModule):
             repeat=bool(trainer and trainer.overfit_batches),
         )
 
-    def val_dataloader(self) -> EvalLoader | list[Any]:
-        """The part held out for validation; no loader where there is none."""
-        return self._eval("val") if self.parts["val"] else []
+    def val_dataloader(self) -> EvalLoader:
+        """The part held out for validation."""
+        return self._eval("val")
 
     def test_dataloader(self) -> EvalLoader:
         """The part held out to test."""

@@ -26,6 +26,7 @@ class CharTokenizer:
     """
 
     kind = "characters"
+    end: int | None = None  # the token that ends a text, where there is one
 
     def __init__(self, characters: Iterable[str]) -> None:
         """Take the vocabulary from a text or any other collection of characters."""
