@@ -7,6 +7,7 @@ Axes: b batch, t time, v vocabulary.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from ravine.datamodules.tokenizers import CharTokenizer, from_state
 
 from .base import TaskModule
 from .language import Transformer
-from .language.generation import continue_tokens
+from .language.reading import Window
+from .language.sampling import Sampling
+from .language.writing import write
 
 IGNORED = -100  # target of a position that does not count (torch's convention)
 
@@ -120,28 +123,57 @@ class LanguageModel(TaskModule):
 
     def generate(
         self,
-        prompt: str = "\n",
+        prompt: str | Sequence[str] = "\n",
         max_new_tokens: int = 200,
         temperature: float = 0.8,
         top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        num_samples: int = 1,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
-    ) -> str:
-        """Continue the prompt; the same seed gives the same text."""
-        if self.tokenizer is None or self.context is None:
-            raise ValueError("LanguageModel has no tokenizer: train it on a TextDataModule first")
-        if not prompt:
-            raise ValueError("the prompt is empty; allowed: any text; type --prompt='ROMEO:'")
-        tokens = self.tokenizer.encode(prompt)[None].to(self.device)  # (1 t)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        training = self.training
-        self.eval()
-        try:
-            tokens = continue_tokens(
-                self, tokens, max_new_tokens, self.context, temperature, top_k, generator
+        window: Window = "slide",
+        batch_size: int = 64,
+        show: Callable[[str], None] | None = None,
+    ) -> str | list[str]:
+        """Continue a prompt, or each of a list; the same seed gives the same texts.
+
+        model.generate("ROMEO:", temperature=0.5, stop="\\n\\n")
+
+        Args:
+            prompt: the beginning.
+            max_new_tokens: most tokens to write.
+            temperature: below 1 the probable becomes more so; 0 takes the most probable token.
+            top_k: draw only from the k most probable tokens.
+            top_p: draw only from the most probable tokens that together hold this probability.
+            min_p: leave out tokens less than this times as probable as the most probable.
+            num_samples: texts for each prompt.
+            stop: a text before which to stop, or several.
+            seed: decides the texts, each by its number.
+            window: when the model's context is full, forget the older half, or refuse beforehand.
+            batch_size: texts written at once.
+            show: called with each new piece of a single text.
+        """
+        if self.net is None or self.tokenizer is None or self.context is None:
+            raise ValueError(
+                "LanguageModel has no tokenizer to write with; "
+                "train it on a TextDataModule, or load a checkpoint of one that was"
             )
-        finally:
-            self.train(training)
-        return self.tokenizer.decode(tokens[0])
+        if num_samples < 1 or batch_size < 1:
+            raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=1")
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [text for text in prompts for _ in range(num_samples)]
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        how = {"new": max_new_tokens, "context": self.context, "sampling": sampling, "seed": seed}
+        texts: list[str] = []
+        for first in range(0, len(prompts), batch_size):
+            part = prompts[first : first + batch_size]
+            numbers = range(first, first + len(part))
+            how |= {"window": window, "texts": numbers, "show": show if len(prompts) == 1 else None}
+            new = write(self.net, self.tokenizer, part, stops, **how)
+            texts += [before + after for before, after in zip(part, new, strict=True)]
+        return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The tokenizer and the sizes travel with the weights."""

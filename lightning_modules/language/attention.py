@@ -1,27 +1,52 @@
-"""Causal attention with heads: each token gathers from those before it (lecture 5).
+"""The ladder of causal attention: six ways for a token to gather from those before it (lecture 5).
 
-    softmax(q kᵀ / √k, over the past) v
+    answer = weights (t t), lower-triangular, rows summing to one, times values
+
+    rung      weights              query   key    value
+    last      the identity                        x       a token knows itself alone: bigrams
+    average   1 / (t + 1)          0       0      x       all that came before, indiscriminately
+    raw       softmax(q kᵀ / √k)   x       x      x       what resembles it
+    shared    the same             W x     W x    x       what resembles it in learned channels
+    qk        the same             Q x     K x    x       what it asks for
+    qkv       the same             Q x     K x    V x     and hears from it what matters
 
 Axes: b batch, t time, d model, h heads, k head width.
 """
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .cache import Past, over_past
+
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Rung = Literal["last", "average", "raw", "shared", "qk", "qkv"]
+
+LEARNED: dict[str, tuple[str, ...]] = {  # the projections each rung has
+    "last": (),
+    "average": (),
+    "raw": (),
+    "shared": ("query",),
+    "qk": ("query", "key"),
+    "qkv": ("query", "key", "value"),
+}
+
+
+def causal_weights(query: Tensor, key: Tensor) -> Tensor:
+    """softmax(q kᵀ / √k) over the past, (b h t t), of queries and keys (b h t k)."""
+    t, k = query.shape[-2:]
+    mask = torch.full((t, t), -math.inf, dtype=query.dtype, device=query.device).triu(1)
+    return (query / math.sqrt(k) @ key.mT + mask).softmax(-1)
 
 
 def explicit(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
     """Causal attention as the formula says it; all (b h t k)."""
-    t, k = query.shape[-2:]
-    mask = torch.full((t, t), -math.inf, dtype=query.dtype, device=query.device).triu(1)
-    weights = (query / math.sqrt(k) @ key.mT + mask).softmax(-1)  # (b h t t)
-    return F.dropout(weights, dropout) @ value
+    return F.dropout(causal_weights(query, key), dropout) @ value
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
@@ -54,7 +79,7 @@ def rotation(context: int, head_width: int, base: float = 10_000.0) -> tuple[Ten
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn the channel pairs of x (b h t k); tables (t k).
+    """Turn the channel pairs of x (b h t k); tables (t k) or, a time for each row, (b 1 1 k).
 
     Then a query times a key depends on how far apart they are, and on nothing else about time.
     """
@@ -62,12 +87,15 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 class CausalAttention(nn.Module):
-    """Multi-head causal self-attention, (b t d) -> (b t d).
+    """Multi-head causal self-attention, (b t d) -> (b t d), on any rung of the ladder.
 
-    `attend` is a slot: context parallelism or a cache puts another callable there. How many heads
-    live here is read from the projections, so that a tensor-parallel slice of them just works.
+    `attend` is a slot: context parallelism puts another callable there. How many heads live here
+    is read from the projections, so that a tensor-parallel slice of them just works.
     """
 
+    query: nn.Module | None
+    key: nn.Module | None
+    value: nn.Module | None
     cosine: Tensor  # (t k), with rope only
     sine: Tensor
 
@@ -80,31 +108,57 @@ class CausalAttention(nn.Module):
         qk_norm: bool = True,
         dropout: float = 0.0,
         attention: str = "auto",
+        rung: Rung = "qkv",
+        output: bool = True,
+        bias: bool = False,
     ) -> None:
-        """Make the four bias-free projections, kept apart so that each splits by heads."""
+        """Make the projections of the rung, kept apart so that each splits by heads."""
         super().__init__()
         self.head_width, self.qk_norm, self.dropout = width // heads, qk_norm, dropout
-        self.attend = ATTENTIONS[attention]
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.rope = rope
+        self.attend, self.rung, self.rope = ATTENTIONS[attention], rung, rope
+        for name in ("query", "key", "value"):
+            learned = nn.Linear(width, width, bias) if name in LEARNED[rung] else None
+            self.register_module(name, learned)
+        self.out = nn.Linear(width, width, bias) if output else nn.Identity()
         if rope:
             cosine, sine = rotation(context, self.head_width)
             self.register_buffer("cosine", cosine.float(), persistent=False)
             self.register_buffer("sine", sine.float(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within x (b t d)."""
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """Attend within x (b t d); with a past, over what it remembers of earlier calls too."""
+        query, key, value = self.parts(x, past)
+        if self.rung == "last":
+            answer = value
+        elif past is not None and past.remember(key, value):
+            answer = over_past(query, past)
+        else:
+            answer = self.attend(query, key, value, self.dropout if self.training else 0.0)
+        return self.out(rearrange(answer, "b h t k -> b t (h k)"))
+
+    def parts(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (b t d), all (b h t k)."""
+        query = x if self.query is None else self.query(x)
+        key = query if self.rung == "shared" else x if self.key is None else self.key(x)
+        value = x if self.value is None else self.value(x)
+        if self.rung == "average":  # equal scores are equal weights
+            query = key = torch.zeros_like(x)
         query, key, value = (
-            rearrange(project(x), "b t (h k) -> b h t k", k=self.head_width)
-            for project in (self.query, self.key, self.value)
+            rearrange(part, "b t (h k) -> b h t k", k=self.head_width)
+            for part in (query, key, value)
         )
         if self.qk_norm:  # without gain: a gain per channel, shared by heads, would not split
             query, key = F.rms_norm(query, query.shape[-1:]), F.rms_norm(key, key.shape[-1:])
         if self.rope:
-            tables = self.cosine[: x.shape[1]].to(query), self.sine[: x.shape[1]].to(query)
+            time = slice(x.shape[1]) if past is None else past.time_of(x.shape[1])
+            tables = self.cosine[time].to(query), self.sine[time].to(query)
             query, key = rotate(query, *tables), rotate(key, *tables)
-        dropout = self.dropout if self.training else 0.0
-        return self.out(rearrange(self.attend(query, key, value, dropout), "b h t k -> b t (h k)"))
+        return query, key, value
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What each token of x (b t d) takes from which: (b h t t), for eyes and tests."""
+        query, key, _ = self.parts(x)
+        if self.rung == "last":
+            b, h, t, _ = query.shape
+            return torch.eye(t, dtype=x.dtype, device=x.device).expand(b, h, t, t)
+        return causal_weights(query, key)

@@ -1,47 +1,190 @@
-"""Generation: draw the next token, append it, ask again.
+"""Generation: read the prompts once, then draw token after token, each from all before it.
 
-Axes: b batch, t time, v vocabulary.
+    prompts of different lengths -> tokens, log-probabilities, mask; all (b n), on the net's device
+
+Sampling a text and rolling out a policy are this one function. The host never waits for a token:
+what is drawn, where a row stands and whether it has stopped live on the device, and the host looks
+every 32 steps. What it must know without looking (lengths) it can count itself.
+
+Axes: b batch, n new tokens, v vocabulary.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .reading import CachedReader, Page, Reader, Window
+from .sampling import Sampling, uniforms
+
+LOOK = 32  # steps between two looks of the host
 
 
-def draw(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token (b) for each row of logits (b v), from softmax(logits / temperature).
+class Generated(NamedTuple):
+    """What was written after each prompt; all (b n)."""
 
-    `top_k` keeps the k most probable tokens; temperature 0 takes the most probable one.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(top_k).values[:, -1:]  # (b 1)
-        logits = logits.masked_fill(logits < least, -math.inf)
-    return logits.softmax(-1).multinomial(1, generator=generator)[:, 0]  # (b)
+    tokens: Tensor  # 0 after the end
+    log_probabilities: Tensor  # in fp32, of the distribution that was drawn from; 0 after the end
+    mask: Tensor  # true up to the end, the stop itself included
+
+
+class Pen:
+    """Draws tokens and keeps the record; every buffer lives on the device."""
+
+    def __init__(
+        self, page: Page, sampling: Sampling, stops: Sequence[Sequence[int]], uniform: Tensor
+    ) -> None:
+        """Start with nothing written; uniform (b n) decides every draw."""
+        device = page.text.device
+        self.page, self.sampling = page, sampling
+        self.uniform = uniform.to(device, torch.float32 if device.type == "mps" else None)
+        self.stops = [torch.tensor(list(stop), device=device) for stop in stops]
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)
+        self.live = torch.ones(len(page.lengths), dtype=torch.bool, device=device)
+        self.sound = self.live.clone()  # no NaN so far
+        self.tokens = torch.zeros_like(uniform, dtype=torch.int64, device=device)
+        self.scores = torch.zeros_like(uniform, dtype=torch.float32, device=device)
+        self.mask = torch.zeros_like(uniform, dtype=torch.bool, device=device)
+
+    def draw(self, logits: Tensor) -> None:
+        """Choose one token a row from logits (b v)."""
+        scores = self.sampling.log_probabilities(logits)
+        token = self.sampling.choose(scores, self.uniform.index_select(1, self.column)[:, 0])
+        score = scores.gather(1, token[:, None])[:, 0]
+        self.sound &= score.isfinite() | ~self.live
+        token, score = token * self.live, score.where(self.live, 0.0)
+        for buffer, value in ((self.tokens, token), (self.scores, score), (self.mask, self.live)):
+            buffer.index_copy_(1, self.column, value[:, None])
+        self.page.append(token)
+        self.column += 1
+        for stop in self.stops:
+            back = torch.arange(len(stop), 0, -1, device=stop.device)
+            tail = self.page.text.gather(1, self.page.length[:, None] - back)  # (b, len(stop))
+            self.live &= ~((tail == stop).all(-1) & (self.column >= len(stop)))
+
+    def record(self, first: int, last: int) -> Generated:
+        """Columns first .. last-1."""
+        return Generated(*(x[:, first:last] for x in (self.tokens, self.scores, self.mask)))
 
 
 @torch.no_grad()
-def continue_tokens(
-    net: Callable[[Tensor], Tensor],
-    tokens: Tensor,
+def stream(
+    net: nn.Module,
+    prompts: Sequence[Tensor],
     new: int,
     context: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
+    sampling: Sampling | None = None,
+    stops: Sequence[Sequence[int]] = (),
+    seed: int = 0,
+    texts: Sequence[Hashable] | None = None,
+    window: Window = "slide",
+    cached: bool = True,
+    look: int = LOOK,
+) -> Iterator[Generated]:
+    """Hand out what `generate` writes as the host looks at it, every `look` tokens."""
+    sampling = sampling or Sampling()
+    device = next(net.parameters()).device
+    page = Page(prompts, new, context, window, device)
+    uniform = uniforms(seed, texts or range(len(prompts)), new)
+    pen = Pen(page, sampling, stops, uniform)
+    reader = CachedReader(net, page) if cached else Reader(net, page)
+    shown = 0
+    with evaluating(net):
+        for step in range(new):
+            logits = reader.more(page.count()) if step else reader.prompt()
+            if not step:
+                sampling.check(logits.shape[-1])
+            pen.draw(logits)
+            if (step + 1) % look == 0 or step + 1 == new:
+                _sound(pen)
+                yield pen.record(shown, step + 1)
+                shown = step + 1
+                if not bool(pen.live.any()):
+                    return
+
+
+def generate(
+    net: nn.Module,
+    prompts: Sequence[Tensor],
+    new: int,
+    context: int,
+    sampling: Sampling | None = None,
+    stops: Sequence[Sequence[int]] = (),
+    seed: int = 0,
+    texts: Sequence[Hashable] | None = None,
+    window: Window = "slide",
+    cached: bool = True,
+    look: int = LOOK,
+) -> Generated:
+    """Write up to `new` tokens after each prompt (a vector of tokens; lengths may differ).
+
+    written = generate(net, [tokenizer.encode("ROMEO:")], new=100, context=64)
+
+    Args:
+        net: logits (b t v) of tokens (b t); with a cache as its second argument unless not cached.
+        prompts: the beginnings, one a row.
+        new: most tokens to write.
+        context: most tokens the net sees.
+        sampling: how to draw; by default from the net's own distribution.
+        stops: token sequences that end a text.
+        seed: with the key of a text it decides the text.
+        texts: keys of the rows, such as their numbers in a data set; by default 0, 1, 2, ...
+        window: slide when the context is full, or refuse beforehand.
+        cached: read each token once.
+        look: steps between two looks whether all have stopped.
+    """
+    how = (sampling, stops, seed, texts, window, cached, look)
+    parts = list(stream(net, prompts, new, context, *how))
+    missing = new - sum(part.tokens.shape[1] for part in parts)
+    whole = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+    return Generated(*(nn.functional.pad(x, (0, missing)) for x in whole))
+
+
+def score(
+    net: Callable[[Tensor], Tensor],
+    prompts: Sequence[Tensor],
+    tokens: Tensor,
+    sampling: Sampling | None = None,
 ) -> Tensor:
-    """Append `new` tokens to tokens (b t); the net sees the last `context` of them at each step."""
-    for _ in range(new):
-        logits = net(tokens[:, -context:])[:, -1]  # (b v)
-        token = draw(logits, temperature, top_k, generator)
-        tokens = torch.cat((tokens, token[:, None]), 1)
-    return tokens
+    """Log-probabilities (b n) of tokens (b n) after their prompts, in one pass, with gradients.
+
+    For texts that fit the context: the same numbers as `generate` gave, up to rounding.
+    """
+    new = tokens.shape[1]
+    sizes = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
+    text = nn.utils.rnn.pad_sequence(
+        [torch.cat((p.to(tokens), row)) for p, row in zip(prompts, tokens, strict=True)], True
+    )
+    places = sizes[:, None] + torch.arange(new, device=tokens.device) - 1  # (b n)
+    rows = torch.arange(len(prompts), device=tokens.device)[:, None]
+    logits = net(text[:, :-1])[rows, places]  # (b n v)
+    scores = (sampling or Sampling()).log_probabilities(logits)
+    return scores.gather(-1, tokens[..., None])[..., 0]
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and a compiled net to eager: a prompt of each length would recompile."""
+    modes = [(module, module.training) for module in net.modules()]
+    compiled = [(m, m._compiled_call_impl) for m, _ in modes if m._compiled_call_impl is not None]
+    net.eval()
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, call in compiled:
+            module._compiled_call_impl = call
+
+
+def _sound(pen: Pen) -> None:
+    broken = (~pen.sound).nonzero()[:, 0].tolist()
+    if broken:
+        raise RuntimeError(
+            f"the net gives NaN after text {broken[0]}: its weights or activations are damaged; "
+            "take an earlier checkpoint, or train with the NaNGuard callback to see where it began"
+        )

@@ -2,27 +2,33 @@
 
     x = embed(tokens);   x += attention(norm(x));   x += mlp(norm(x));   logits = head(norm(x))
 
+Without MLP and without `+=` it is one of the lecture's single attentions; with the rung `last` it
+is a table of bigrams.
+
 Axes: b batch, t time, d model, h heads, k head width, v vocabulary.
 """
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import CausalAttention
+from .attention import CausalAttention, Rung
+from .cache import Cache, Past
 
 Positions = Literal["rope", "learned", "sinusoidal", "none"]
 Norm = Literal["rmsnorm", "layernorm", "none"]
-Activation = Literal["relu2", "gelu", "swiglu", "relu"]
+Activation = Literal["relu2", "gelu", "gelu_tanh", "swiglu", "relu"]
+Biases = Literal["none", "mlp", "all"]
 
 NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm, "none": lambda width: nn.Identity()}
 ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),
     "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
     "swiglu": F.silu,
     "relu": F.relu,
 }
@@ -52,14 +58,14 @@ class MLP(nn.Module):
     SwiGLU has three matrices, so its hidden width is 8d/3 instead of 4d, rounded up to eights.
     """
 
-    def __init__(self, width: int, activation: Activation = "relu2") -> None:
+    def __init__(self, width: int, activation: Activation = "relu2", bias: bool = False) -> None:
         """Make `up` and `down`, and SwiGLU's `gate`."""
         super().__init__()
         hidden = 8 * math.ceil(width / 3) if activation == "swiglu" else 4 * width
         self.activation = activation
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.gate = nn.Linear(width, hidden, bias=False) if activation == "swiglu" else None
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.up = nn.Linear(width, hidden, bias)
+        self.gate = nn.Linear(width, hidden, bias) if activation == "swiglu" else None
+        self.down = nn.Linear(hidden, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position of x (b t d) by itself."""
@@ -68,25 +74,29 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each behind a norm, each added to the stream (b t d)."""
+    """Attention and perhaps an MLP, each behind a norm, each added to the stream (b t d)."""
 
     def __init__(
         self,
         attention: CausalAttention,
-        mlp: MLP,
+        mlp: MLP | None,
         norm: Callable[[int], nn.Module],
         width: int,
         dropout: float,
+        residual: bool = True,
     ) -> None:
         """Put the parts together."""
         super().__init__()
         self.attention_norm, self.attention = norm(width), attention
-        self.mlp_norm, self.mlp = norm(width), mlp
-        self.dropout = nn.Dropout(dropout)
+        self.mlp_norm, self.mlp = (None, None) if mlp is None else (norm(width), mlp)
+        self.dropout, self.residual = nn.Dropout(dropout), residual
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Add both answers to x (b t d)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """Add both answers to x (b t d); without residual the attention's replaces x."""
+        answer = self.dropout(self.attention(self.attention_norm(x), past))
+        x = x + answer if self.residual else answer
+        if self.mlp is None or self.mlp_norm is None:
+            return x
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -102,11 +112,15 @@ class Transformer(nn.Module):
         positions: how a token knows its place.
         norm: before each part, and before the head.
         qk_norm: give queries and keys unit RMS: a high learning rate cannot blow up the scores.
-        mlp: the nonlinearity.
+        mlp: the nonlinearity, or none for blocks of attention alone.
         dropout: on the embedding, the attention weights and both answers of a block.
         tied: use the embedding as the head.
         attention: how to compute it: torch's kernel, the formula, or the faster of the two.
         zero_init: start with silent blocks and uniform predictions (loss ln v exactly).
+        rung: which attention of the lecture's ladder.
+        residual: add the attention's answer to the stream, instead of passing it on alone.
+        output: a matrix mixes the heads' answers.
+        bias: which linear maps of the blocks have one.
     """
 
     def __init__(
@@ -119,55 +133,91 @@ class Transformer(nn.Module):
         positions: Positions = "rope",
         norm: Norm = "rmsnorm",
         qk_norm: bool = True,
-        mlp: Activation = "relu2",
+        mlp: Activation | Literal["none"] = "relu2",
         dropout: float = 0.0,
         tied: bool = False,
         attention: Literal["auto", "sdpa", "explicit"] = "auto",
         zero_init: bool = True,
+        rung: Rung = "qkv",
+        residual: bool = True,
+        output: bool = True,
+        bias: Biases = "none",
     ) -> None:
         """Check the sizes, then build."""
         super().__init__()
         sizes = {"vocabulary": vocabulary, "context": context, "layers": layers}
         check(positions, dropout, **sizes, width=width, heads=heads)
-        self.context = context
-        self.embed = nn.Embedding(vocabulary, width)
+        self.context, self.vocabulary = context, vocabulary
+        self.embed = nn.Embedding(padded(vocabulary), width)
         self.place = nn.Embedding(context, width) if positions == "learned" else None
         if positions == "sinusoidal":
             self.place = SinusoidalPositions(context, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleDict()  # a dict: names survive when a pipeline takes blocks away
+        how = (positions == "rope", qk_norm, dropout, attention, rung, output, bias == "all")
         for layer in range(layers):
-            rope = positions == "rope"
-            attend = CausalAttention(width, heads, context, rope, qk_norm, dropout, attention)
-            self.blocks[str(layer)] = Block(attend, MLP(width, mlp), NORMS[norm], width, dropout)
+            attend = CausalAttention(width, heads, context, *how)
+            after = None if mlp == "none" else MLP(width, mlp, bias != "none")
+            self.blocks[str(layer)] = Block(attend, after, NORMS[norm], width, dropout, residual)
         self.norm = NORMS[norm](width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head = nn.Linear(width, padded(vocabulary), bias=False)
         if tied:
             self.head.weight = self.embed.weight
-            nn.init.normal_(self.embed.weight, std=0.02)  # N(0, 1) would start at certainty
-        if zero_init:  # a tied head is listed as the embedding and keeps its values
-            for name, weight in self.named_parameters():
-                if name.endswith(("out.weight", "down.weight", "head.weight")):
-                    nn.init.zeros_(weight)
+        self._initialize(tied, zero_init)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (b t v) of the token after each of tokens (b t)."""
+    def _initialize(self, tied: bool, zero_init: bool) -> None:
+        """Over torch's own values, which the lecture keeps."""
+        if tied:  # N(0, 1), torch's embedding, would start at certainty
+            nn.init.normal_(self.embed.weight, std=0.02)
+            if isinstance(self.place, nn.Embedding):
+                nn.init.normal_(self.place.weight, std=0.02)
+        for name, parameter in self.named_parameters():  # a tied head is listed as the embedding
+            silent = ("out.weight", "down.weight", "head.weight")
+            if zero_init and (name.endswith(silent) or name.endswith(".bias")):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits (b t v) of the token after each of tokens (b t).
+
+        With a cache, which was told what comes, only those after the newest ones: (b 1 v).
+        """
+        x = self.features(tokens, cache)
+        if cache is not None:
+            x = cache.newest(x)
+        return self.head(x)[..., : self.vocabulary]
+
+    def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """What the head is applied to, (b t d)."""
         x = self.embed(tokens)
         if self.place is not None:
-            x = x + self.place(torch.arange(tokens.shape[1], device=tokens.device))
+            here = torch.arange(tokens.shape[1], device=tokens.device)
+            x = x + self.place(here if cache is None else cache.times(here))
         x = self.dropout(x)
-        for block in self.blocks.values():
-            x = block(x)
-        return self.head(self.norm(x))
+        for layer, block in enumerate(self.blocks.values()):
+            x = block(x) if cache is None else block(x, cache.layers[layer])
+        return self.norm(x)
 
     def tp_plan(self) -> dict[str, str]:
         """How matrices split over tensor-parallel ranks: by heads and hidden channels.
 
-        Embedding and head stay whole: they may share their storage.
+        Embedding and head stay whole: they may share their storage. So do the lower rungs of the
+        ladder, whose heads share what they listen to.
         """
-        columns = ("attention.query", "attention.key", "attention.value", "mlp.up", "mlp.gate")
+        first, columns, rows = cast(Block, next(iter(self.blocks.values()))), [], []
+        if first.attention.value is not None and isinstance(first.attention.out, nn.Linear):
+            columns, rows = (
+                ["attention.query", "attention.key", "attention.value"],
+                ["attention.out"],
+            )
+        if first.mlp is not None:
+            columns, rows = [*columns, "mlp.up", "mlp.gate"], [*rows, "mlp.down"]
         plan = {f"blocks.*.{name}": "colwise" for name in columns}
-        return plan | {f"blocks.*.{name}": "rowwise" for name in ("attention.out", "mlp.down")}
+        return plan | {f"blocks.*.{name}": "rowwise" for name in rows}
+
+
+def padded(vocabulary: int) -> int:
+    """Rows of embedding and head: above 4,096 tokens a multiple of 64, which tensor cores like."""
+    return vocabulary if vocabulary <= 4096 else -(-vocabulary // 64) * 64
 
 
 def check(positions: str, dropout: float, **sizes: int) -> None:
