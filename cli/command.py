@@ -1,6 +1,7 @@
 """The command line proper: LightningCLI with our Trainer, reached through the front door."""
 
-from typing import Any
+import sys
+from pathlib import Path
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -9,31 +10,52 @@ import ravine.callbacks
 import ravine.datamodules
 import ravine.lightning_modules
 import ravine.strategies  # noqa: F401  bare class names are found among what is imported
-from ravine.cli.trainer import Trainer
+
+from . import diagnosis, newest, saved_config
+from .saved_config import SavedConfig
+from .trainer import Trainer
 
 
 class Command(LightningCLI):
     """fit, validate, test, predict."""
 
+    def __init__(self, argv: list[str], checkpoint: Path | None) -> None:
+        """Parse the words and run them; the checkpoint's own words come first."""
+        self.checkpoint = checkpoint
+        self.changed: list[str] = []  # keys that differ from the checkpoint
+        super().__init__(
+            trainer_class=Trainer,
+            save_config_callback=SavedConfig,  # type: ignore
+            save_config_kwargs={"changed": self.changed},
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, "default_env": True},
+            auto_configure_optimizers=False,  # it would be built before the net is
+            args=argv,
+        )
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the words given; Lightning would warn that sys.argv holds words as well."""
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        """Parse what the checkpoint says, and then what the user says, who wins."""
+        argv: list[str] = args  # type: ignore
+        saved = saved_config.saved(self.checkpoint) if self.checkpoint else {}
+        argv = [argv[0], *saved_config.as_words(saved), *argv[1:]]
+        self.config = diagnosis.parse(parser, argv)
+        if more := saved_config.missing_transforms(saved, self._resolved(argv[0])):
+            self.config = diagnosis.parse(parser, [*argv, *more])
+        if saved:
+            resolved = self._resolved(argv[0])
+            self.changed += saved_config.compare(saved, resolved, str(self.checkpoint))
+
+    def _resolved(self, command: str) -> saved_config.Config:
+        return saved_config.resolved(self._subcommand_parsers[command], self.config[command])
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: the checkpoint's own words stand before the user's already."""
+        """Nothing: `parse_arguments` has done it."""
 
 
 def run(argv: list[str]) -> int:
     """Run one command and return the exit status; errors are for the front door to word."""
     # A configuration names classes: those that run commands or delete files are denied.
     set_parsing_settings(import_path_denylist=[], config_read_mode_fsspec_enabled=False)
-    settings: dict[str, Any] = {"exit_on_error": False, "default_env": True}
-    Command(
-        save_config_callback=None,
-        trainer_class=Trainer,
-        seed_everything_default=0,
-        parser_kwargs=settings,
-        args=argv,
-        auto_configure_optimizers=False,
-    )
+    sys.argv[1:], checkpoint = newest.settle(argv)  # in place: the ranks repeat these words
+    Command(sys.argv[1:], checkpoint)
     return 0

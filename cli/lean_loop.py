@@ -195,6 +195,8 @@ class LeanEpochLoop(_TrainingEpochLoop):
         trainer, progress = self.trainer, self.batch_progress
         if self.val_loop.restarting:
             self.val_loop.restarting = False
+        if trainer.world_size > 1:
+            self._broadcast_sigterm_tensor()  # GracefulStop has put a better way in its place
         batch, _, _ = next(data_fetcher)
         index = progress.current.ready
         progress.is_last_batch = data_fetcher.done
@@ -226,8 +228,9 @@ class LeanEpochLoop(_TrainingEpochLoop):
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
         due = super()._should_check_val_fx(data_fetcher)
-        if due and self.lean and not self.restarting:
-            self.trainer._logger_connector.on_batch_end()  # the last training values stay readable
+        connector = self.trainer._logger_connector
+        if due and self.lean and connector._first_loop_iter is not None:
+            connector.on_batch_end()  # the last training values stay readable
         return due
 
     def _should_accumulate(self) -> bool:

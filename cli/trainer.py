@@ -1,75 +1,219 @@
-"""Trainer: Lightning's own, with a run folder, exact resume and safe checkpoints as its defaults."""
+"""Trainer: Lightning's own, with a run folder, exact resume and safe checkpoints by default."""
 
 import os
-from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.profilers import PassThroughProfiler
+
+from ravine.callbacks.loss_plot import LossPlot
+from ravine.callbacks.predictions import PredictionTable
+from ravine.callbacks.progress import ProgressBar
+from ravine.callbacks.resume import ExactResume
+from ravine.strategies.checkpoint_io import AtomicCheckpointIO
+from ravine.strategies.signals import GracefulStop
+
+try:  # TEMPORARY until these parts stand
+    from ravine.callbacks import Checkpoint
+except ImportError:
+
+    class Checkpoint(ModelCheckpoint):
+        def __init__(self):
+            super().__init__(save_last=True)
+
+
+from .errors import Mistake
+from .lean_loop import LeanEpochLoop, Unprofiled
+from .quiet import quiet
+from .restore import Restore
+
+STANDS_FOR = {Checkpoint: ModelCheckpoint, ProgressBar: AnyProgressBar}
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
 class Trainer(L.Trainer):
-    """`lightning.Trainer` with Ravine's defaults; every argument of the stock one still works."""
+    """`lightning.Trainer` with other defaults; what the stock one takes, this one takes as well.
+
+    Each run has a folder of its own, `runs/<name>/version_<k>` with the next k that is free: no
+    run writes into the folder of another, and one that continues a checkpoint is a new run.
+
+        Trainer(max_steps=1000, precision="auto").fit(model, datamodule=data)
+
+    Added unless one of the kind is given: ExactResume, GracefulStop, PredictionTable and the plugin
+    AtomicCheckpointIO, and, unless switched off, Checkpoint (enable_checkpointing), ProgressBar
+    (enable_progress_bar) and LossPlot (logger).
+    """
 
     def __init__(
         self,
         *,
         name: str | None = None,
-        logger: bool | Logger | Iterable[Logger] = True,
+        precision: str | int | None = None,
+        logger: bool | Logger | LoggerName | list[Logger | LoggerName] = True,
         callbacks: list[Callback] | Callback | None = None,
+        plugins: Any = None,
         default_root_dir: str | Path = "runs",
         num_sanity_val_steps: int = 0,
         log_every_n_steps: int = 50,
+        enable_checkpointing: bool = True,
+        enable_progress_bar: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Set up the run; the folder is made when it starts.
+        """Prepare a run; its folder is made when it starts.
 
         Args:
-            name: name of the run, a folder below default_root_dir; the model's class if not given
-            logger: true for CSV and TensorBoard in the run folder
+            name: name of the run; by default that of the first config, or of the model's class
+            precision: auto for bf16-mixed where the device computes in it, 32-true elsewhere;
+                otherwise one of Lightning's
+            logger: true for csv and tensorboard, in the run's folder; or others, by name or class
             callbacks: added to the default ones
+            plugins: added to the default one
             default_root_dir: where the folders of all runs stand
             num_sanity_val_steps: validation batches tried before training
             log_every_n_steps: optimizer steps between two log lines
+            enable_checkpointing: whether checkpoints are written
+            enable_progress_bar: whether progress is shown
             kwargs: those of lightning.Trainer
         """
-        self._name = name
-        self._folder: str | None = None
-        self._default_loggers = logger is True
+        quiet()
+        self._name, self._folder = name, None
+        self._loggers_wanted = listed(["csv", "tensorboard"] if logger is True else logger)
+        for each in self._loggers_wanted:
+            check_installed(each)
+        if precision == "auto":
+            precision = automatic_precision(kwargs.get("accelerator", "auto"))
+        bare = bool(kwargs.get("barebones"))
+        tries = bare or bool(kwargs.get("fast_dev_run"))
+        defaults = {
+            ExactResume: not tries,
+            GracefulStop: not tries,
+            Checkpoint: enable_checkpointing and not tries,
+            ProgressBar: enable_progress_bar and not bare,
+            LossPlot: bool(self._loggers_wanted) and not tries,
+            PredictionTable: not bare,
+        }
+        callbacks = listed(callbacks)
+        callbacks += [kind() for kind, on in defaults.items() if on and not has(callbacks, kind)]
+        plugins = listed(plugins)
+        if not has(plugins, CheckpointIO):
+            plugins.append(AtomicCheckpointIO())
         super().__init__(
-            logger=False if logger is True else logger,
+            precision=precision,  # type: ignore
+            logger=[each for each in self._loggers_wanted if isinstance(each, Logger)],
             callbacks=callbacks,
+            plugins=plugins,
             default_root_dir=default_root_dir,
             num_sanity_val_steps=num_sanity_val_steps,
-            log_every_n_steps=log_every_n_steps,
+            log_every_n_steps=0 if bare else log_every_n_steps,
+            enable_checkpointing=enable_checkpointing and not bare,
+            enable_progress_bar=enable_progress_bar and not bare,
             **kwargs,
         )
+        self._lighten()
+
+    def _lighten(self) -> None:
+        """Take from a step what it does not need: lean_loop.py has the figures."""
+        self._checkpoint_connector = Restore(self)
+        loop = self.fit_loop.epoch_loop
+        self.fit_loop.epoch_loop = LeanEpochLoop(self, loop.min_steps, loop.max_steps)
+        if type(self.profiler) is PassThroughProfiler:
+            self.profiler = Unprofiled()
+        if isinstance(self.accelerator, CPUAccelerator):
+            # set by Lightning for forks beside a GPU; here Adam looks for a driver each step: 50 us
+            os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
     @property
     def log_dir(self) -> str | None:
-        """Folder of this run, made when first asked for on all ranks of a running trainer."""
+        """Folder of this run; made when a run that has begun asks for it, on all ranks together."""
         if self._folder is None and self.lightning_module is not None and not self.fast_dev_run:
             self._folder = self.strategy.broadcast(self._claim() if self.is_global_zero else "")
-            root, version = os.path.split(self._folder)
-            if self._default_loggers:
-                place = {"save_dir": root, "name": "", "version": version}
-                self.loggers = [CSVLogger(**place), TensorBoardLogger(**place)]
+            self.loggers = [made(each, self._folder) for each in self._loggers_wanted]
             for callback in self.checkpoint_callbacks:
-                if getattr(callback, "dirpath", "") is None:
-                    callback.dirpath = os.path.join(self._folder, "checkpoints")  # type: ignore
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = os.path.join(self._folder, "checkpoints")
+            self.print(f"run: {self._folder}, on {self._machine()}")
         return self._folder
 
     def _claim(self) -> str:
-        """Make the next free version folder; two runs started together get two of them."""
-        name = self._name or type(self.lightning_module).__name__.lower()
-        root = Path(self.default_root_dir, name)
+        """Make the next free folder; of two runs that start together each gets its own."""
+        root = Path(
+            self.default_root_dir, self._name or type(self.lightning_module).__name__.lower()
+        )
         taken = [int(p.name[8:]) for p in root.glob("version_*") if p.name[8:].isdigit()]
         number = max(taken, default=-1) + 1
         while True:
+            folder = root / f"version_{number}"
             try:
-                Path(root, f"version_{number}").mkdir(parents=True)
-                return str(root / f"version_{number}")
+                folder.mkdir(parents=True)
+                return str(folder)
             except FileExistsError:
                 number += 1
+
+    def _machine(self) -> str:
+        device = self.strategy.root_device
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+        ranks = f"{self.world_size} x " if self.world_size > 1 else ""
+        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        return f"{ranks}{kind}{threads}, precision {self.precision}"
+
+
+def listed(value: Any) -> list[Any]:
+    """One or several, or none, as a list of its own."""
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
+
+
+def has(members: list[Any], kind: type) -> bool:
+    """Whether one of the kind is there; any progress bar or checkpoint stands for ours."""
+    return any(isinstance(each, (STANDS_FOR.get(kind, kind))) for each in members)
+
+
+def automatic_precision(accelerator: Any) -> str:
+    """bf16-mixed where the device has instructions for it; where it has not, it is slower."""
+    on_cpu = accelerator == "cpu" or isinstance(accelerator, CPUAccelerator)
+    if torch.cuda.is_available() and not on_cpu:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.backends.mps.is_available() and not on_cpu:
+        fast = False
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if fast else "32-true"
+
+
+def check_installed(logger: Logger | LoggerName) -> None:
+    """Refuse a logger whose package is missing, before anything has begun."""
+    if logger in ("wandb", "mlflow") and find_spec(str(logger)) is None:
+        raise Mistake(
+            f"the logger {logger!r} needs the package {logger}, which is not installed",
+            [],
+            f"pip install {logger}, or --trainer.logger=[csv,tensorboard]",
+        )
+
+
+def made(logger: Logger | LoggerName, folder: str) -> Logger:
+    """The logger of that name, writing to the run's folder; one that exists stays as it is."""
+    root, version = os.path.split(folder)
+    name = Path(root).name
+    match logger:
+        case "csv":
+            return CSVLogger(root, name="", version=version)
+        case "tensorboard":
+            return TensorBoardLogger(root, name="", version=version, default_hp_metric=False)
+        case "wandb":
+            return WandbLogger(name=f"{name}/{version}", save_dir=folder)
+        case "mlflow":
+            return MLFlowLogger(name, run_name=version, save_dir=os.path.join(folder, "mlruns"))
+    return logger  # type: ignore

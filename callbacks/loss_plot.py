@@ -1,0 +1,105 @@
+"""loss.png: the training and validation loss of a run, drawn at its end."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+Curve = list[tuple[int, float | Tensor]]
+POINTS = 2000  # of a curve; beyond that every second one is dropped
+
+
+class LossPlot(L.Callback):
+    """Draws `loss.png` in the run's folder; a continued run draws the whole curve.
+
+    Trainer(callbacks=[LossPlot()])
+    """
+
+    def __init__(self) -> None:
+        """Begin with empty curves."""
+        self.train: Curve = []
+        self.val: Curve = []
+        self.every = 1  # optimizer steps between two points
+
+    @property
+    def state_key(self) -> str:
+        """The curves are kept in checkpoints under this name."""
+        return "LossPlot"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves as plain numbers."""
+        return {
+            "train": [(step, float(value)) for step, value in self.train],
+            "val": [(step, float(value)) for step, value in self.val],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves of a checkpoint."""
+        self.train = [tuple(point) for point in state_dict["train"]]
+        self.val = [tuple(point) for point in state_dict["val"]]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take a point every log interval, more often in a short run."""
+        usual = trainer.log_every_n_steps or 50
+        self.every = (
+            min(usual, max(1, trainer.max_steps // 100)) if trainer.max_steps > 0 else usual
+        )
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Keep the loss, on its device: nobody has to wait for it."""
+        step = trainer.global_step
+        if step % self.every or (self.train and self.train[-1][0] == step):
+            return
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            self.train.append((step, loss.detach() * trainer.accumulate_grad_batches))
+            if len(self.train) > POINTS:
+                del self.train[1::2]
+                self.every *= 2
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the validation loss: the first metric called after it, `val/loss` or `val_loss`."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            metrics = trainer.callback_metrics
+            name = next((n for n in metrics if n.startswith("val") and n.endswith("loss")), None)
+            if name is not None:
+                self.val.append((trainer.global_step, metrics[name].detach().clone()))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw."""
+        folder = trainer.log_dir  # asked for on all ranks
+        curves = self.state_dict()
+        if trainer.is_global_zero and folder and (curves["train"] or curves["val"]):
+            unit = getattr(pl_module, "unit", "samples").removesuffix("s")
+            nats = " in nats" if unit == "token" else ""
+            draw(curves, Path(folder) / "loss.png", f"loss{nats} (mean per {unit})")
+
+
+def draw(curves: dict[str, list[tuple[int, float]]], path: Path, label: str) -> None:
+    """Write the picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel=label, title=path.parent.as_posix())
+    values = [value for curve in curves.values() for _, value in curve if value > 0]
+    if values and max(values) > 3 * min(values):
+        axes.set_yscale("log")
+    if curves["train"]:
+        axes.plot(*zip(*curves["train"], strict=True), lw=1, alpha=0.7, label="training (a batch)")
+    if curves["val"]:
+        step, best = min(curves["val"], key=lambda point: point[1])
+        marker = f"validation (best {best:.4g} at step {step})"
+        axes.plot(*zip(*curves["val"], strict=True), "o-", ms=4, label=marker)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    FigureCanvasAgg(figure).print_png(path)

@@ -1,0 +1,68 @@
+"""PredictionTable: what `lightning predict` says of each example, as a CSV file and a table."""
+
+import csv
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+class PredictionTable(L.Callback):
+    """Writes predictions.csv in the run's folder if `predict_step` returns rows, and shows some.
+
+    def predict_step(self, batch, index):
+        return [{"message": m, "label": "spam"} for m in batch]
+
+    Args:
+        shown: rows printed; the file has them all.
+    """
+
+    def __init__(self, shown: int = 20) -> None:
+        """Begin without rows."""
+        self.shown = shown
+        self.rows: list[Row] = []
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        """Collect rows; anything else that `predict_step` may return is left alone."""
+        if isinstance(outputs, list) and all(isinstance(row, dict) for row in outputs):
+            self.rows += outputs
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bring the rows of all ranks into the order of the data, write and show them."""
+        folder, rows = trainer.log_dir, self.rows
+        if dist.is_initialized():
+            shares: list[list[Row]] = [[] for _ in range(trainer.world_size)]
+            dist.all_gather_object(shares, rows)
+            rows = [row for turn in zip_longest(*shares) for row in turn if row is not None]
+        self.rows = []
+        if trainer.is_global_zero and rows:
+            show(rows[: self.shown])
+            if folder:
+                path = Path(folder) / "predictions.csv"
+                write(rows, path)
+                print(f"{len(rows)} rows in {path}")
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Write rows as CSV, a column for each key."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, fieldnames=list(dict.fromkeys(k for row in rows for k in row)))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def show(rows: list[Row]) -> None:
+    """Print rows as a table."""
+    table = Table(*rows[0])
+    for row in rows:
+        words = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values())
+        table.add_row(*(word.replace("[", r"\[") for word in words))
+    Console().print(table)

@@ -1,0 +1,34 @@
+"""What Lightning says and nobody can act on: advertisements, and warnings about what is meant."""
+
+import logging
+import warnings
+
+LINES = (  # beginnings, on Lightning's own logger
+    "💡 Tip:",  # packages of its makers
+    "GPU available:",  # the trainer says in one line what it runs on
+    "TPU available:",
+)
+WARNINGS = (  # beginnings, as regular expressions
+    # data sets in memory are faster without worker processes
+    r"The '\w+' does not have many workers",
+    # a short run; the last step is logged whatever the interval
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    # each run has a folder of its own: the loggers find config.yaml in it, and nothing to lose;
+    # a continued run keeps its new checkpoints in the new one
+    r"Experiment logs directory .* exists and is not empty",
+    r"Checkpoint directory .* exists and is not empty",
+    r"The dirpath has changed from",
+    # Lightning's own use of torch
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+def _wanted(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(LINES)
+
+
+def quiet() -> None:
+    """Leave these out from now on, in this process; whatever else is said still is."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_wanted)
+    for text in WARNINGS:
+        warnings.filterwarnings("ignore", text)

@@ -1,0 +1,105 @@
+"""Between a checkpoint and the trainer: what must not be loaded, and what the user has changed."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.utilities import rank_zero_only
+
+from ravine.strategies.checkpoint_io import AtomicCheckpointIO
+
+from .errors import Mistake
+
+SHOWN = 5  # tensors named in a message
+
+
+class Restore(_CheckpointConnector):
+    """Lightning's, but weights of other sizes are refused before one of them is set.
+
+    Args:
+        trainer: whose checkpoints they are
+        changed: keys whose values the command has otherwise than the checkpoint
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        """Take the place of Lightning's, before anything has run."""
+        super().__init__(trainer)
+        self.changed: list[str] = []
+        self.rates: list[list[float]] = []  # as configured, by optimizer and group
+
+    def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, *args: Any) -> None:
+        self.rates = rates(self.trainer)  # a sharding strategy restores its optimizers here
+        if checkpoint_path:
+            refuse_other_shapes(self.trainer.lightning_module, Path(checkpoint_path), self.changed)
+        super()._restore_modules_and_callbacks(checkpoint_path, *args)
+
+    def restore_training_state(self) -> None:
+        """Restore optimizers and loops; a learning rate given anew beats the checkpoint's."""
+        configured = self.rates or rates(self.trainer)
+        super().restore_training_state()
+        if any(key.rpartition(".")[2] == "lr" for key in self.changed):
+            use_rates(self.trainer, configured)
+
+    def dump_checkpoint(self, weights_only: bool = False) -> dict[str, Any]:
+        """Collect the latest metrics first: the lean loop does so at log steps only."""
+        _ = self.trainer.callback_metrics
+        return super().dump_checkpoint(weights_only)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint without its numbers: what is in it, and tensors that only have a shape."""
+    try:
+        file = path / "meta.pt" if path.is_dir() else path
+        return torch.load(file, map_location="meta", mmap=True, weights_only=True)
+    except Exception:  # torch says it in many ways; the loader says what is wrong
+        AtomicCheckpointIO().load_checkpoint(path)
+        raise
+
+
+def refuse_other_shapes(module: L.LightningModule, path: Path, changed: list[str]) -> None:
+    """Compare the names and sizes of a checkpoint's weights with those of the model as built."""
+    if path.is_dir():
+        return  # in shards: their loader compares them
+    theirs = {name: tuple(t.shape) for name, t in read(path)["state_dict"].items()}
+    ours = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    wrong = [
+        f"{name} is {ours[name]} here and {theirs[name]} there"
+        for name in ours.keys() & theirs.keys()
+        if ours[name] != theirs[name]
+    ]
+    if module.strict_loading:
+        wrong += [f"{name} is only here" for name in ours.keys() - theirs.keys()]
+        wrong += [f"{name} is only there" for name in theirs.keys() - ours.keys()]
+    if wrong:
+        more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+        flags = [f"--{key}" for key in changed if key.startswith("model.")]
+        raise Mistake(
+            f"the weights in {path} do not fit this {type(module).__name__}: "
+            + "; ".join(sorted(wrong)[:SHOWN] + more),
+            [],
+            f"the command without {' and '.join(flags)}" if flags else "a checkpoint of this model",
+        )
+
+
+def rates(trainer: L.Trainer) -> list[list[float]]:
+    """The peak learning rates, by optimizer and parameter group."""
+    groups = [optimizer.param_groups for optimizer in trainer.optimizers]
+    return [[float(g.get("initial_lr", g.get("lr", 0))) for g in each] for each in groups]
+
+
+def use_rates(trainer: L.Trainer, configured: list[list[float]]) -> None:
+    """Put the configured peaks in the place of the restored ones; a schedule goes on from there."""
+    for optimizer, peaks in zip(trainer.optimizers, configured, strict=True):
+        for number, (group, peak) in enumerate(zip(optimizer.param_groups, peaks, strict=True)):
+            restored = float(group.get("initial_lr", group.get("lr", 0)))
+            if restored == peak:
+                continue
+            group["lr"] *= peak / restored if restored else 1
+            if "initial_lr" in group:
+                group["initial_lr"] = peak
+            for each in trainer.lr_scheduler_configs:
+                if each.scheduler.optimizer is optimizer and hasattr(each.scheduler, "base_lrs"):
+                    each.scheduler.base_lrs[number] = peak  # type: ignore
+            rank_zero_only(print)(f"learning rate {restored:g} of the checkpoint becomes {peak:g}")

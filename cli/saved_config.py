@@ -1,0 +1,138 @@
+"""What a checkpoint carries of the command that made it, and how it comes back.
+
+    checkpoint["ravine"]["config"]: model, data, seed_everything, trainer.name, trainer.callbacks
+
+The first four, put in front of the user's words, make `test --ckpt_path X` a whole command; of the
+callbacks those that change the net are added. What the user gives stands behind and wins, and each
+difference is printed. One that changes the shape of a weight is refused: see restore.py.
+"""
+
+import json
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
+
+from ravine.callbacks.transforms import Transform
+
+from .errors import Mistake
+from .restore import Restore, read
+
+Config = dict[str, Any]
+WORDS = ("model", "data", "seed_everything", "trainer.name")  # that come back as flags
+FORM = 1  # of what stands under checkpoint["ravine"]["config"]
+
+
+def resolved(parser: LightningArgumentParser, config: Namespace) -> Config:
+    """A configuration as plain values, defaults included."""
+    return json.loads(parser.dump(config, format="json", skip_unset=False))
+
+
+class SavedConfig(L.Callback):
+    """Writes config.yaml into the run's folder, and what a checkpoint needs of it into each."""
+
+    def __init__(
+        self, parser: LightningArgumentParser, config: Namespace, changed: list[str]
+    ) -> None:
+        """Take the configuration of a command, and the keys that differ from its checkpoint."""
+        self.config, self.changed = resolved(parser, config), changed
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write config.yaml, when the data have said which source they took."""
+        taken = getattr(trainer.datamodule, "resolved", None) or {}  # type: ignore
+        arguments = (self.config["data"] or {}).get("init_args", {})
+        if arguments.get("source") == "auto":  # another machine must not take another
+            arguments["source"] = taken.get("source", "auto")
+        if isinstance(trainer._checkpoint_connector, Restore):
+            trainer._checkpoint_connector.changed = self.changed
+        folder = trainer.log_dir
+        if trainer.is_global_zero and folder:
+            lines = [f"# data {key}: {value}\n" for key, value in taken.items()]
+            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+            Path(folder, "config.yaml").write_text("".join(lines) + text, encoding="utf-8")
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add to the checkpoint what rebuilds its model and its data."""
+        kept = {key: self.config[key] for key in ("model", "data", "seed_everything")}
+        kept |= {f"trainer.{key}": self.config["trainer"][key] for key in ("name", "callbacks")}
+        own = checkpoint.setdefault("ravine", {})
+        own |= {"version": FORM, "config": kept, "world_size": trainer.world_size}
+
+
+def saved(path: Path) -> Config:
+    """The configuration inside a checkpoint; empty if it was not written by a command."""
+    return read(path).get("ravine", {}).get("config", {})
+
+
+def as_words(config: Config) -> list[str]:
+    """A saved configuration as flags, to stand before the user's own."""
+    values = {key: config[key] for key in WORDS if config.get(key) is not None}
+    return [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
+
+
+def missing_transforms(config: Config, parsed: Config) -> list[str]:
+    """Flags that add the checkpoint's transforms which the user's callbacks leave out."""
+    present = {spec["class_path"] for spec in parsed["trainer"]["callbacks"] or []}
+    saved = config.get("trainer.callbacks") or []
+    return [
+        f"--trainer.callbacks+={json.dumps(spec)}"
+        for spec in saved
+        if spec["class_path"] not in present and _changes_the_net(_imported(spec))
+    ]
+
+
+def compare(config: Config, parsed: Config, path: str) -> list[str]:
+    """Print the values that differ from the checkpoint's and return their keys.
+
+    Refuse a model of another kind: its weights would not fit, and the user should hear why.
+    """
+    theirs, ours = _imported(config["model"]), _imported(parsed["model"])
+    if not issubclass(theirs, ours) and not issubclass(ours, theirs):
+        raise Mistake(
+            f"{path} holds the weights of a {theirs.__name__}, and the model given is a "
+            f"{ours.__name__}: they are of different tasks",
+            [],
+            f"--model={theirs.__name__}, or the command without --model and --config",
+        )
+    here, there = dict(_leaves(parsed)), dict(_leaves(config))
+    changed = [key for key in sorted(here.keys() & there.keys()) if here[key] != there[key]]
+    for key in changed:
+        word, other = json.dumps(here[key]), json.dumps(there[key])
+        rank_zero_only(print)(f"{key} is {word} here and {other} in the checkpoint: {word} is used")
+    return changed
+
+
+def _leaves(config: Config) -> Iterator[tuple[str, Any]]:
+    """The values of model, data, callbacks and seed, by key."""
+    specs = config["trainer"]["callbacks"] if "trainer" in config else config["trainer.callbacks"]
+    callbacks = {_imported(spec).__name__: spec.get("init_args", {}) for spec in specs or []}
+    yield from _flat({k: config[k] for k in ("model", "data", "seed_everything")})
+    yield from _flat({"trainer": {"callbacks": callbacks}})
+
+
+def _changes_the_net(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Transform)
+
+
+def _imported(spec: Config) -> Any:
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings and lists by dotted key, as they are typed: without init_args."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, inner in pairs:
+            below = key if name == "init_args" else f"{key}.{name}".lstrip(".")
+            yield from _flat(inner, below)
+    else:
+        yield key, value
