@@ -58,7 +58,9 @@ def shard(module: nn.Module, dp: DeviceMesh) -> None:
     for group in [[block] for block in blocks] + _roots(module, blocks):
         for unit in group:
             unit.register_forward_hook(_own_outputs)  # before fully_shard's own hook
-        fully_shard(group, mesh=dp, ignored_params=whole)
+        # always reshard: after a forward without backward, `parameters()` would else yield gathered
+        # copies, and a callback that swaps weights (EMA) would write into those
+        fully_shard(group, mesh=dp, reshard_after_forward=True, ignored_params=whole)
 
 
 def _own_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
