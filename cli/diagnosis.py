@@ -117,6 +117,9 @@ class Diagnosis:
     def value(self, hint: Any, key: str, rest: list[str], given: Given) -> None:
         """Hold a value against the type ``hint`` of the argument ``key``, or of one inside it."""
         kinds = typehints.classes(hint)
+        record = bool(kinds) and dataclasses.is_dataclass(kinds[0][0])  # it needs no class_path
+        if record:
+            self.chosen[key] = kinds[0]
         if rest and rest != ["class_path"]:
             if key in self.chosen:
                 self.key(typehints.arguments(*self.chosen[key]), key, ".".join(rest), given)
@@ -126,26 +129,27 @@ class Diagnosis:
         elif isinstance(given.node, yaml.SequenceNode) and kinds and typehints.takes_list(hint):
             for each in given.items():
                 self.chosen.pop(key, None)
-                self.value(hint, key, [], each)
+                self.value(typehints.elements(hint), key, [], each)
         elif kinds and isinstance(given.node, yaml.MappingNode):
             self.spec(kinds, key, given)
         elif names := registered().get(key):
             if given.text.lower() not in names:
                 raise no_name(given, f"no {given.name} is called {given.text!r}", names)
-        elif kinds and given.node.tag.endswith(":str") and str not in typehints.members(hint):
+        elif kinds and self._names_class(hint, given) and not record:
             self.choose(kinds, key, given)
         elif hint is not None and not typehints.accepts(hint, given.value):
             what = f"{given.place}: {given.name} cannot be {given.shown}"
             values, example = typehints.described(hint), typehints.sample(hint)
             raise unknown(what, given.text, values, given.valued, example)
 
+    def _names_class(self, hint: Any, given: Given) -> bool:
+        return given.node.tag.endswith(":str") and str not in typehints.members(hint)
+
     def spec(self, kinds: Classes, key: str, given: Given) -> None:
         """Read a mapping that names a class, or gives more arguments to the one chosen before."""
         inside = {each.name: each for each in given.items()}
         if "class_path" in inside:
             self.choose(kinds, key, inside["class_path"])
-        elif dataclasses.is_dataclass(kinds[0][0]):
-            self.chosen[key] = kinds[0]
         if key not in self.chosen:
             raise Mistake(f"{given.place}: it names no class", [], "class_path: NAME")
         stray = [each for name, each in inside.items() if name not in SPEC]

@@ -70,6 +70,16 @@ def say(text: str) -> None:
         sys.stderr.write(f"{program()}: error: {text}\n")
 
 
+def original(error: Exception) -> Exception:
+    """What a class raised while the parser built it, out of the parser's own wrapping."""
+    while error.__traceback__ and isinstance(error.__cause__, Exception):
+        raised = traceback.extract_tb(error.__traceback__)[-1].filename
+        if "jsonargparse" not in Path(raised).parts:
+            break
+        error = error.__cause__
+    return error
+
+
 def status(error: Exception) -> int | None:
     """Exit status of a run that ``error`` ended, or None where the traceback has to be shown.
 

@@ -37,10 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         return errors.INTERRUPTED
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
-    except Exception as error:
+    except Exception as raised:
+        error = errors.original(raised)
         status = errors.status(error)
         if status is None:
-            raise
+            raise error from error.__cause__
         if os.environ.get("RAVINE_DEBUG"):
             traceback.print_exc()
         errors.say(str(error.args[0] if isinstance(error, LookupError) else error))

@@ -2,6 +2,7 @@
 
 import argparse
 import collections.abc
+import dataclasses
 import enum
 import functools
 import inspect
@@ -11,6 +12,7 @@ from pathlib import PurePath
 from typing import Any, Literal, Union, get_args, get_origin, is_typeddict
 
 from jsonargparse import ArgumentParser
+from torch import Tensor
 
 PLAIN = {int: "a whole number", float: "a number", str: "text", type(None): "null"}
 SAMPLE = {int: "10", float: "0.1", bool: "true", str: "TEXT"}
@@ -27,6 +29,12 @@ def takes_list(hint: Any) -> bool:
     """Whether ``hint``, or a member of it, is a list of other things."""
     lists = (list, tuple, collections.abc.Iterable, collections.abc.Sequence)
     return any(get_origin(member) in lists for member in members(hint))
+
+
+def elements(hint: Any) -> Any:
+    """The type of what stands in such a list."""
+    lists = [member for member in members(hint) if takes_list(member)]
+    return Union[tuple(part for one in lists for part in get_args(one) if part is not ...)]  # noqa: UP007
 
 
 def classes(hint: Any, supplied: int = 0) -> list[tuple[type, int]]:
@@ -48,7 +56,7 @@ def classes(hint: Any, supplied: int = 0) -> list[tuple[type, int]]:
 
 
 def _configurable(kind: type) -> bool:
-    plain = issubclass(kind, enum.Enum | PurePath) or is_typeddict(kind)
+    plain = issubclass(kind, enum.Enum | PurePath | Tensor) or is_typeddict(kind)
     return not plain and kind.__module__ not in ("builtins", "typing", "datetime")
 
 
@@ -62,7 +70,12 @@ def described(hint: Any) -> list[str]:
         elif member is bool:
             words += ["true", "false"]
         elif takes_list(member):
-            words.append(f"[{' or '.join(described(parts[0]))}, ...]")
+            each = [" or ".join(described(part)) for part in parts if part is not ...]
+            more = ["..."] if origin is not tuple or ... in parts else []
+            words.append(f"[{', '.join(each + more)}]")
+        elif dataclasses.is_dataclass(member):
+            fields = ", ".join(field.name for field in dataclasses.fields(member))
+            words.append(f"{{{fields}}}")
         else:
             words.append(PLAIN.get(member) or getattr(member, "__name__", str(member)))
     return list(dict.fromkeys(words))
@@ -73,7 +86,12 @@ def sample(hint: Any) -> str:
     first = members(hint)[0]
     if get_origin(first) is Literal:
         return str(get_args(first)[0])
-    return f"[{sample(get_args(first)[0])}]" if takes_list(first) else SAMPLE.get(first, "VALUE")
+    if takes_list(first):
+        return f"[{', '.join(sample(part) for part in get_args(first) if part is not ...)}]"
+    if dataclasses.is_dataclass(first):
+        field = dataclasses.fields(first)[0]
+        return f"{{{field.name}: {field.default}}}"
+    return SAMPLE.get(first, "VALUE")
 
 
 def accepts(hint: Any, value: Any) -> bool:
