@@ -26,6 +26,7 @@ import torch
 from ravine.datamodules import TextDataModule
 
 ROWS = Path(__file__).parent / "rows" / "batch_gather.jsonl"
+Ways = dict[str, Callable[[], Any]]
 LIMIT = 0.03  # A/A may differ by this much for a ratio to mean something
 
 
