@@ -13,10 +13,11 @@ import inspect
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
@@ -50,6 +51,7 @@ def registered() -> dict[str, list[str]]:
     return {
         "trainer.strategy": ["auto", *StrategyRegistry.available_strategies()],
         "trainer.accelerator": ["auto", "gpu", *AcceleratorRegistry.available_accelerators()],
+        "trainer.precision": ["auto", *get_args(_PRECISION_INPUT_STR), "64", "32", "16", "bf16"],
     }
 
 

@@ -32,10 +32,12 @@ class Mistake(ValueError):
         super().__init__("\n".join([given, *middle, f"  type: {fix}"]))
 
 
-def nearest(word: str, names: Iterable[str], at_most: int = 3) -> list[str]:
-    """The names that ``word`` was probably meant to be, best first, whatever the case."""
-    known = {name.lower(): name for name in sorted(names)}
-    return [known[n] for n in difflib.get_close_matches(word.lower(), known, at_most, 0.6)]
+def nearest(word: str, names: Iterable[str]) -> list[str]:
+    """At most three names that ``word`` was probably meant to be, best first, whatever the case."""
+    alike = {n: difflib.SequenceMatcher(None, n.lower(), word.lower()).ratio() for n in names}
+    enough = max([0.6, *(ratio - 0.15 for ratio in alike.values())])  # 1: the same letters
+    near = [name for name in sorted(alike) if alike[name] >= enough]
+    return sorted(near, key=lambda name: -alike[name])[:3]
 
 
 def unknown(

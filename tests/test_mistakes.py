@@ -1,0 +1,378 @@
+"""The table of command-line mistakes: each answered with place, wrong word, names and what to type.
+
+The words are asserted to the letter, since the parser's own types and texts stand behind them and
+are no promise of its authors: a new version of it that changes an answer must show here.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from ravine.cli.main import main
+
+MODEL = ["fit", "--model=LanguageModel"]
+PLAN = """\
+model: LanguageModel
+trainer:
+  callbacks:
+  - class_path: OptimizerPlan
+    init_args:
+      optimizer:
+        class_path: {}
+        init_args: {{{}: 0.1}}
+      schedule: {{{}}}
+"""
+
+# what is wrong: the words, the text of run.yaml (put in as a config where there is one), the answer
+TABLE: dict[str, tuple[list[str], str, list[str]]] = {
+    "a command": (
+        ["fitt", "--model=LanguageModel"],
+        "",
+        [
+            "no command is called 'fitt'",
+            "  nearest: fit",
+            "  type: ravine fit --model=LanguageModel",
+        ],
+    ),
+    "a preset": (
+        ["fit", "--config=rum"],
+        "",
+        [
+            "no config is called 'rum': no such file, none with .yaml, and no preset",
+            "  nearest: run",
+            "  type: --config=run",
+        ],
+    ),
+    "a config that is not YAML": (
+        ["fit"],
+        "trainer:\n\tmax_steps: 1\n",
+        [
+            "in run.yaml, line 2: not YAML: found character '\\t' that cannot start any token",
+            "  type: key: value",
+        ],
+    ),
+    "a list instead of a mapping": (
+        ["fit"],
+        "- model: LanguageModel\n",
+        [
+            "run.yaml is a list; it must map keys to values",
+            "  allowed: model, data, trainer, seed_everything, ckpt_path",
+            "  type: model: NAME",
+        ],
+    ),
+    "a section given twice": (
+        ["fit"],
+        "trainer: {max_steps: 1}\nmodel: LanguageModel\ntrainer: {devices: 1}\n",
+        [
+            "in run.yaml, line 3: 'trainer' stands in line 1 already",
+            "  type: trainer: once, with what stands below both",
+        ],
+    ),
+    "the model, on the command line": (
+        ["fit", "--model=LangageModel"],
+        "",
+        [
+            "on the command line, --model: no LightningModule is called 'LangageModel'",
+            "  nearest: LanguageModel",
+            "  type: --model=LanguageModel",
+        ],
+    ),
+    "the model, in a file": (
+        ["fit"],
+        "# a comment\nmodel:\n  class_path: LangageModel\n",
+        [
+            "in run.yaml, line 3, model.class_path: no LightningModule is called 'LangageModel'",
+            "  nearest: LanguageModel",
+            "  type: class_path: LanguageModel",
+        ],
+    ),
+    "no model": (
+        ["fit", "--trainer.max_steps=1"],
+        "",
+        ["no model was given", "  type: ravine fit --config shakespeare/quick"],
+    ),
+    "no checkpoint": (
+        ["test", "--trainer.devices=1"],
+        "",
+        ["no model was given", "  type: ravine test --ckpt_path=FILE"],
+    ),
+    "arguments of no class": (
+        ["fit"],
+        "model:\n  init_args: {layers: 2}\n",
+        ["in run.yaml, line 1, model: it names no class", "  type: class_path: NAME"],
+    ),
+    "arguments beside init_args": (
+        ["fit"],
+        "model:\n  class_path: LanguageModel\n  layers: 2\n",
+        [
+            "in run.yaml, line 3, model.layers: arguments stand under init_args",
+            "  allowed: class_path, init_args, dict_kwargs",
+            "  type: init_args: {layers: 2}",
+        ],
+    ),
+    "the data": (
+        [*MODEL, "--data", "TextDatamodul"],
+        "",
+        [
+            "on the command line, --data: no LightningDataModule is called 'TextDatamodul'",
+            "  nearest: TextDataModule",
+            "  type: --data=TextDataModule",
+        ],
+    ),
+    "a callback": (
+        [*MODEL, "--trainer.callbacks+=EarlyStoping"],
+        "",
+        [
+            "on the command line, --trainer.callbacks+: no Callback is called 'EarlyStoping'",
+            "  nearest: EarlyStopping",
+            "  type: --trainer.callbacks+=EarlyStopping",
+        ],
+    ),
+    "an optimizer inside a callback": (
+        ["fit"],
+        PLAN.format("AdamW2", "lr", "kind: linear"),
+        [
+            "in run.yaml, line 7, trainer.callbacks.0.init_args.optimizer.class_path: "
+            "no Optimizer is called 'AdamW2'",
+            "  nearest: AdamW, Adam",
+            "  type: class_path: AdamW",
+        ],
+    ),
+    "an argument of the model": (
+        [*MODEL, "--model.layrs=3"],
+        "",
+        [
+            "on the command line, --model.layrs: LanguageModel has no argument 'layrs'",
+            "  nearest: layers",
+            "  type: --model.layers=3",
+        ],
+    ),
+    "an argument of the optimizer inside a callback": (
+        ["fit"],
+        PLAN.format("AdamW", "lrr", "kind: linear"),
+        [
+            "in run.yaml, line 8, trainer.callbacks.0.init_args.optimizer.init_args.lrr: "
+            "AdamW has no argument 'lrr'",
+            "  nearest: lr",
+            "  type: lr: 0.1",
+        ],
+    ),
+    "the same in flags": (
+        [
+            *MODEL,
+            "--trainer.callbacks+=OptimizerPlan",
+            "--trainer.callbacks.optimizer=AdamW",
+            "--trainer.callbacks.optimizer.lrr=0.1",
+        ],
+        "",
+        [
+            "on the command line, --trainer.callbacks.optimizer.lrr: AdamW has no argument 'lrr'",
+            "  nearest: lr",
+            "  type: --trainer.callbacks.optimizer.lr=0.1",
+        ],
+    ),
+    "a choice inside a record inside a callback": (
+        ["fit"],
+        PLAN.format("AdamW", "lr", "kind: liner"),
+        [
+            "in run.yaml, line 9, trainer.callbacks.0.init_args.schedule.kind: "
+            "kind cannot be 'liner'",
+            "  nearest: linear",
+            "  type: kind: linear",
+        ],
+    ),
+    "a section": (
+        ["fit"],
+        "model: LanguageModel\ntrianer:\n  max_steps: 1\n",
+        [
+            "in run.yaml, line 2, trianer: fit has no argument 'trianer'",
+            "  nearest: trainer",
+            "  type: trainer: ...",
+        ],
+    ),
+    "a key of the trainer, cut short": (
+        [*MODEL, "--trainer.max_step", "3"],
+        "",
+        [
+            "on the command line, --trainer.max_step: trainer has no argument 'max_step'",
+            "  nearest: max_steps",
+            "  type: --trainer.max_steps=3",
+        ],
+    ),
+    "a number": (
+        ["fit"],
+        "model: LanguageModel\ntrainer:\n  max_steps: many\n",
+        [
+            "in run.yaml, line 3, trainer.max_steps: max_steps cannot be 'many'",
+            "  allowed: a whole number",
+            "  type: max_steps: 10",
+        ],
+    ),
+    "a value left out": (
+        [*MODEL, "--trainer.max_steps"],
+        "",
+        ["on the command line, --trainer.max_steps: no value", "  type: --trainer.max_steps=VALUE"],
+    ),
+    "a word without a flag": (
+        [*MODEL, "10"],
+        "",
+        ["on the command line, 10: it belongs to no flag", "  type: --KEY=10"],
+    ),
+    "the precision": (
+        [*MODEL, "--trainer.precision=bf16-mixd"],
+        "",
+        [
+            "on the command line, --trainer.precision: no precision is called 'bf16-mixd'",
+            "  nearest: bf16-mixed, 16-mixed",
+            "  type: --trainer.precision=bf16-mixed",
+        ],
+    ),
+    "the strategy": (
+        ["fit"],
+        "model: LanguageModel\ntrainer:\n  strategy: zero_3\n",
+        [
+            "in run.yaml, line 3, trainer.strategy: no strategy is called 'zero_3'",
+            "  nearest: zero3",
+            "  type: strategy: zero3",
+        ],
+    ),
+    "the accelerator": (
+        [*MODEL, "--trainer.accelerator=gpuu"],
+        "",
+        [
+            "on the command line, --trainer.accelerator: no accelerator is called 'gpuu'",
+            "  nearest: gpu",
+            "  type: --trainer.accelerator=gpu",
+        ],
+    ),
+    "a checkpoint": (
+        ["test", "--ckpt_path=lst"],
+        "",
+        ["no checkpoint is called 'lst'", "  nearest: last", "  type: --ckpt_path=last"],
+    ),
+    "a module of the user's": (
+        ["fit", "--model=my_tsk.MyTask"],
+        "",
+        [
+            "on the command line, --model: no module is called 'my_tsk', "
+            "in this folder or installed",
+            "  nearest: my_task",
+            "  type: --model=my_task.MyTask",
+        ],
+    ),
+    "a class of the user's": (
+        ["fit", "--model=my_task.MyTsk"],
+        "",
+        [
+            "on the command line, --model: my_task has no LightningModule called 'MyTsk'",
+            "  nearest: MyTask",
+            "  type: --model=my_task.MyTask",
+        ],
+    ),
+    "data for a model": (
+        ["fit", "--model=my_task.MyTaskData"],
+        "",
+        [
+            "on the command line, --model: my_task.MyTaskData is not a LightningModule",
+            "  nearest: MyTask",
+            "  type: --model=my_task.MyTask",
+        ],
+    ),
+    "a module of the user's that fails": (
+        ["fit", "--model=fails.MyTask"],
+        "",
+        [
+            "on the command line, --model: importing fails ends in ZeroDivisionError: "
+            "division by zero",
+            '  type: python -c "import fails"',
+        ],
+    ),
+    "an argument that must be given": (
+        ["fit", "--model=my_task.MyTask"],
+        "",
+        ["MyTask needs 'width'", "  type: --model.width=VALUE"],
+    ),
+}
+VARIABLES = {
+    "PL_TRAINER__MAX_STEPS": [
+        "no environment variable is called PL_TRAINER__MAX_STEPS",
+        "  nearest: PL_FIT__TRAINER__MAX_STEPS",
+        "  type: export PL_FIT__TRAINER__MAX_STEPS=many",
+    ],
+    "PL_FIT__TRAINER__MAX_STEPS": [
+        "in the environment, PL_FIT__TRAINER__MAX_STEPS: max_steps cannot be 'many'",
+        "  allowed: a whole number",
+        "  type: export PL_FIT__TRAINER__MAX_STEPS=10",
+    ],
+    "PL_FIT__TRAINER__MAX_STEPZ": [
+        "in the environment, PL_FIT__TRAINER__MAX_STEPZ: trainer has no argument 'max_stepz'",
+        "  nearest: max_steps",
+        "  type: export PL_FIT__TRAINER__MAX_STEPS=many",
+    ],
+    "PL_FIT__MODEL__LAYERS": [
+        "in the environment, PL_FIT__MODEL__LAYERS: no variable reaches inside a class",
+        "  type: --model.layers=many",
+    ],
+}
+MY_TASK = """\
+import lightning
+
+class MyTask(lightning.LightningModule):
+    def __init__(self, width: int):
+        super().__init__()
+
+class MyTaskData(lightning.LightningDataModule):
+    pass
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's own: an empty config, a task, and a file that cannot be imported."""
+    (tmp_path / "run.yaml").write_text("model: LanguageModel\n")
+    (tmp_path / "my_task.py").write_text(MY_TASK)
+    (tmp_path / "fails.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ravine"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_task", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("mistake", TABLE)
+def test_a_mistake_is_answered_with_what_to_type(
+    mistake: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, text, answer = TABLE[mistake]
+    if text:
+        (folder / "run.yaml").write_text(text)
+        words = [*words, "--config=run.yaml"]
+    assert main(words) == 2
+    assert capsys.readouterr().err == "ravine: error: " + "\n".join(answer) + "\n"
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_is_held_to_the_same(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "many")
+    assert main(MODEL) == 2
+    assert capsys.readouterr().err == "ravine: error: " + "\n".join(VARIABLES[name]) + "\n"
+
+
+def test_what_a_mistake_says_to_type_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    """Typed as told, one mistake after the other, a command comes to run."""
+    words = ["fitt", "--modl=LangageModel", "--modl.layrs=3", "--trainer.max_step=1"]
+    for _ in range(10):
+        if main([*words, "--print_config"]) == 0:
+            break
+        said, *_, told = capsys.readouterr().err.splitlines()
+        told = told.removeprefix("  type: ")
+        if told.startswith("ravine "):
+            words = told.split()[1:-1]
+        else:
+            flag = said.removeprefix("ravine: error: on the command line, ").split(":")[0]
+            words = [told if word.startswith(f"{flag}=") else word for word in words]
+    assert words == ["fit", "--model=LanguageModel", "--model.layers=3", "--trainer.max_steps=1"]
+    assert "layers: 3" in capsys.readouterr().out
