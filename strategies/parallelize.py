@@ -5,8 +5,8 @@
     3  fully_shard       (axis dp)       block by block, then the rest of each child
 
 A LightningModule's own forward is not what training calls, so it cannot be the unit that gathers
-parameters: its children are. What stands outside of them, and scalars, stays whole on each rank
-and has its gradients averaged (`average_whole`).
+parameters: its children are. What stands outside of them, what several of them share, and scalars
+stay whole on each rank, and have their gradients averaged (`average_whole`).
 """
 
 from collections import Counter
@@ -52,15 +52,16 @@ def parallelize(module: nn.Module, dp: DeviceMesh, tp: DeviceMesh) -> None:
 
 
 def shard(module: nn.Module, dp: DeviceMesh) -> None:
-    """Apply fully_shard to the blocks of `module` and to the rest of its children."""
-    whole = {parameter for parameter in module.parameters() if parameter.ndim == 0}
+    """Apply fully_shard to the blocks of `module`, then to the rest of each of its children."""
     blocks = _blocks(module)
-    for group in [[block] for block in blocks] + _roots(module, blocks):
-        for unit in group:
-            unit.register_forward_hook(_own_outputs)  # before fully_shard's own hook
+    roots = [root for root in _roots(module) if root not in blocks]
+    holders = Counter(p for root in roots for p in root.parameters())
+    whole = {p for p in module.parameters() if p.ndim == 0 or holders[p] > 1}
+    for unit in blocks + roots:
+        unit.register_forward_hook(_own_outputs)  # before fully_shard's own hook
         # always reshard: after a forward without backward, `parameters()` would else yield gathered
         # copies, and a callback that swaps weights (EMA) would write into those
-        fully_shard(group, mesh=dp, reshard_after_forward=True, ignored_params=whole)
+        fully_shard(unit, mesh=dp, reshard_after_forward=True, ignored_params=whole)
 
 
 def _own_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
@@ -91,21 +92,15 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def _roots(module: nn.Module, blocks: list[nn.Module]) -> list[list[nn.Module]]:
-    """The other children of `module` in groups: children that share a parameter go together."""
-    groups: list[list[nn.Module]] = []
+def _roots(module: nn.Module) -> list[nn.Module]:
+    """The children of `module` that hold parameters, those of a container in its place."""
+    roots = []
     for child in module.children():
         if isinstance(child, CONTAINERS):
-            inner = _roots(child, blocks)
-        else:
-            inner = (
-                [[child]] if child not in blocks and any(True for _ in child.parameters()) else []
-            )
-        for members in inner:
-            mine = {p for member in members for p in member.parameters()}
-            tied = [g for g in groups if any(not mine.isdisjoint(m.parameters()) for m in g)]
-            groups = [g for g in groups if g not in tied] + [[*chain(*tied), *members]]
-    return groups
+            roots += _roots(child)
+        elif any(True for _ in child.parameters()):
+            roots.append(child)
+    return roots
 
 
 def _names_of_tied(module: nn.Module) -> set[tuple[str, ...]]:

@@ -1,0 +1,256 @@
+"""Odd modules are spread rightly, and what cannot be spread says why before the first step."""
+
+import os
+import re
+
+import lightning as L
+import pytest
+import torch
+from foreign.net_in_configure_model import NetInConfigureModel
+from foreign.net_in_init import NetInInit
+from lightning.pytorch.strategies import ModelParallelStrategy
+from ranks import furthest, whole
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from ravine.callbacks import GradientClipping
+from ravine.callbacks.transforms import Transform
+from ravine.lightning_modules.language import Transformer
+from ravine.strategies import MeshStrategy
+
+
+class Block(nn.Module):
+    def __init__(self, shared: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(8, 8)])})
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.shared = shared
+
+    def forward(self, x):
+        x = x + self.scale * torch.tanh(self.inner["a"][0](x))
+        return x if self.shared is None else x + self.shared(x)
+
+
+class Odd(L.LightningModule):
+    """Everything at once: tied children, a layer in two blocks, scalars, parameters and buffers
+    of the module itself, frozen parts, a list in a dict, an unused container."""
+
+    def __init__(self, batch_size: int = 8) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 8), nn.Linear(8, 5)
+        self.head.weight = self.embed.weight
+        both = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([Block(both), Block(), Block(both)])
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.shift = nn.Parameter(torch.randn(8))
+        self.temperature = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("noise", torch.randn(8))
+        self.empty = nn.ModuleDict()
+        self.batch_size = batch_size
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        x = self.embed(x) + self.shift + self.noise
+        for block in self.blocks:
+            x = block(x)
+        x = self.head(self.frozen(x))
+        x += 1.0  # in place on the output of a sharded unit
+        return nn.functional.cross_entropy(x / self.temperature, y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=0.05)
+
+    def train_dataloader(self):
+        x = torch.arange(8) % 5
+        return DataLoader(TensorDataset(x, (x + 1) % 5), batch_size=self.batch_size)
+
+
+def fit(module, strategy="auto", devices=1, *callbacks, **options):
+    trainer = L.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        strategy=strategy,
+        devices=devices,
+        **options,
+    )
+    trainer.fit(module)
+    return trainer
+
+
+def odd(strategy="auto", devices=1):
+    torch.manual_seed(int(os.environ.get("RANK", 0)))  # rank 0's values must reach the others
+    module = Odd(8 // devices)
+    fit(module, strategy, devices)
+    whole_names = {n for n, p in module.named_parameters() if not isinstance(p, DTensor)}
+    return whole(module), whole_names, module.head.weight is module.embed.weight
+
+
+def test_an_odd_module_under_zero3_equals_one_process(ranks):
+    single, _, _ = odd()
+    for weights, kept_whole, tied in ranks(odd, 2, "zero3", 2):
+        assert furthest(weights, single) < 2e-6
+        assert kept_whole == {
+            *("shift", "temperature", "embed.weight"),
+            *("blocks.0.shared.weight", "blocks.0.shared.bias"),
+            *(f"blocks.{i}.scale" for i in range(3)),
+        }
+        assert tied
+
+
+class Late(NetInInit):
+    """Its optimizer starts before its net: there is nothing to shard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None
+        self.weight = nn.Parameter(torch.zeros(4))
+
+
+class OnOneMesh(NetInConfigureModel):
+    """Shards itself, as stock ModelParallelStrategy wants it."""
+
+    def configure_model(self):
+        super().configure_model()
+        torch.distributed.fsdp.fully_shard(self.head, mesh=self.device_mesh["data_parallel"])
+
+
+class Net(L.LightningModule):
+    """A transformer on random tokens, with a plan that a test may spoil."""
+
+    def __init__(self, plan=None, **shape) -> None:
+        super().__init__()
+        self.net = Transformer(5, 8, layers=1, width=12, zero_init=False, **shape)
+        if plan is not None:
+            self.net.tp_plan = lambda: plan
+
+    def training_step(self, batch, batch_idx):
+        logits = self.net(batch[0])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch[0].flatten())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.arange(32).reshape(4, 8) % 5), batch_size=4)
+
+
+class Adapter(Transform):
+    phase = "adapt"
+
+    def transform(self, module):
+        module.adapted = True
+
+
+def first_line(kind, strategy, devices, callbacks=(), arguments=(), options=()):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the caller matches
+        fit(kind(**dict(arguments)), strategy, devices, *callbacks, **dict(options))
+    return str(error.value)
+
+
+REFUSED = {
+    "nothing to shard": (
+        (Late, "zero3", 2),
+        "Late has nothing to shard: no child module holds a parameter .* --trainer.strategy ddp",
+    ),
+    "no plan": (
+        (NetInInit, "tp", 2),
+        "tp=2: NetInInit has no tensor-parallel plan: .* tp_plan.*; or type --trainer.strategy",
+    ),
+    "heads": (
+        (Net, "tp", 2, (), {"heads": 3, "positions": "none"}),
+        "tp=2 does not divide the 3 heads of blocks.0.attention.query; allowed: 1, 3; type",
+    ),
+    "a pattern that matches nothing": (
+        (Net, "tp", 2, (), {"heads": 2, "plan": {"block.*.mlp.up": "colwise"}}),
+        r"Transformer.tp_plan: 'block.\*.mlp.up' matches no module; its modules are blocks, ",
+    ),
+    "an unknown style": (
+        (Net, "tp", 2, (), {"heads": 2, "plan": {"blocks.*.mlp.up": "col"}}),
+        r"unknown style 'col' of 'blocks.\*.mlp.up'; allowed: colwise, rowwise",
+    ),
+    "not a matrix": (
+        (Net, "tp", 2, (), {"heads": 2, "plan": {"blocks.*.mlp": "colwise"}}),
+        "'blocks.0.mlp' is a MLP; only matrices split",
+    ),
+    "a tied matrix split": (
+        (Net, "tp", 2, (), {"heads": 2, "tied": True, "plan": {"head": "rowwise"}}),
+        "net.embed.weight and net.head.weight share one parameter and cannot be split apart",
+    ),
+    "stock clipping beside whole parameters": (
+        (Net, "tp", 2, (), {"heads": 2}, {"gradient_clip_val": 1.0}),
+        "gradient_clip_val cannot mix net.embed.weight, .* GradientClipping",
+    ),
+    "stock ModelParallelStrategy, which shards nothing": (
+        (NetInInit, ModelParallelStrategy(2, 1), 2, (Adapter(),)),
+        "ModelParallelStrategy shards nothing by itself and neither does NetInInit",
+    ),
+    "a transform of what shards itself": (
+        (OnOneMesh, "zero3", 2, (Adapter(),)),
+        "Adapter: OnOneMesh shards its parameters in configure_model, too early for adapt",
+    ),
+}
+
+
+def refusals():
+    return {name: first_line(*case) for name, (case, _) in REFUSED.items()}
+
+
+def test_what_cannot_be_spread_is_refused_in_one_line(ranks):
+    first, second = ranks(refusals, 2)
+    assert first == second
+    for name, (_, words) in REFUSED.items():
+        assert re.search(words, first[name]), first[name]
+        assert "\n" not in first[name]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "devices", "words"),
+    [
+        ({"tp": 3}, 4, r"MeshStrategy\(dp_shard=-1, tp=3\) needs a multiple of 3 processes; there"),
+        ({"dp_shard": 2, "tp": 4}, 4, "needs 8 processes; there are 4 .* type --trainer.devices=8"),
+        ({"dp_shard": -1, "tp": -1}, 4, "one may be -1"),
+        ({"dp_shard": 0}, 1, "a degree is 1 or more"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused_when_the_trainer_is_made(degrees, devices, words):
+    with pytest.raises(ValueError, match=words):
+        L.Trainer(strategy=MeshStrategy(**degrees), devices=devices, accelerator="cpu")
+
+
+def clipped(strategy="auto", devices=1, stock=False):
+    torch.manual_seed(0)
+    module = NetInInit(batch_size=32 // devices) if stock else Net(heads=2)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.5)
+    how = {"gradient_clip_val": 0.05} if stock else {}
+    fit(module, strategy, devices, *([] if stock else [GradientClipping(0.05)]), **how)
+    return whole(module)
+
+
+@pytest.mark.parametrize(("name", "stock"), [("zero3", True), ("tp", False)])
+def test_gradient_clipping_equals_one_process(ranks, name, stock):
+    for weights in ranks(clipped, 2, name, 2, stock):
+        assert furthest(weights, clipped(stock=stock)) < 2e-6
+
+
+def one_device():
+    torch.manual_seed(0)
+    fit(module := NetInInit(batch_size=32), "zero3", 1)
+    trainer = fit(module, "zero3", 1)  # again: it is sharded by now
+    return whole(module), trainer.strategy.distributed_sampler_kwargs
+
+
+def test_zero3_runs_on_one_device_and_twice(ranks):
+    torch.manual_seed(0)
+    fit(module := NetInInit(batch_size=32))
+    fit(module)
+    ((weights, share),) = ranks(one_device, 1)
+    assert furthest(weights, whole(module)) < 2e-6
+    assert share == {"num_replicas": 1, "rank": 0}
