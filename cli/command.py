@@ -39,7 +39,7 @@ class Command(LightningCLI):
         saved = saved_config.saved(self.checkpoint) if self.checkpoint else {}
         argv = [argv[0], *saved_config.as_words(saved), *argv[1:]]
         self.config = diagnosis.parse(parser, argv)
-        if more := saved_config.missing_transforms(saved, self._resolved(argv[0])):
+        if more := saved_config.words_behind(saved, self._resolved(argv[0])):
             self.config = diagnosis.parse(parser, [*argv, *more])
         if saved:
             resolved = self._resolved(argv[0])

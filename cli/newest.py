@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ravine.strategies.checkpoint_io import newest_valid
 
 from . import presets
-from .errors import Mistake, program
+from .errors import Mistake
 from .given import in_environment, in_words
 
 
@@ -35,20 +35,15 @@ def settle(argv: list[str]) -> tuple[list[str], Path | None]:
 
 
 def newest(command: str, asked: str, name: str | None, root: str) -> Path | None:
-    """The newest checkpoint under runs/<name>.
+    """The newest checkpoint of a name, or of all names if none is given.
 
-    auto: the newest that is whole; for `fit` none at all is a start anew. last: the newest, which
-    must be there and whole.
+    auto: the newest that is whole; where `fit` finds none at all it starts anew. last: the newest,
+    which must be there and whole.
     """
-    if name is None:
-        typed = f"{program()} {command} --ckpt_path {asked}"
-        raise Mistake(
-            f"--ckpt_path {asked} means the newest checkpoint of a name, and none is given",
-            [],
-            f"{typed} --trainer.name=NAME, a folder below {root}, or --config=NAME",
-        )
+    place = Path(root, name or "")
     say = rank_zero_only(print)
-    folders = [p for p in Path(root, name).glob("version_*/checkpoints") if any(p.glob("*.ckpt"))]
+    found = place.glob("version_*/checkpoints") if name else place.rglob("checkpoints")
+    folders = [folder for folder in found if any(folder.glob("*.ckpt"))]
     age = {f: max(p.stat().st_mtime_ns for p in f.glob("*.ckpt")) for f in folders}
     for folder in sorted(folders, key=lambda f: age[f], reverse=True):
         path, damaged = newest_valid(folder)
@@ -64,10 +59,10 @@ def newest(command: str, asked: str, name: str | None, root: str) -> Path | None
             say(f"--ckpt_path {asked}: {path}")
             return path
     if asked == "auto" and command == "fit":
-        say(f"--ckpt_path auto: no checkpoint under {Path(root, name)} yet, starting anew")
+        say(f"--ckpt_path auto: no checkpoint under {place} yet, starting anew")
         return None
     raise Mistake(
-        f"--ckpt_path {asked}: there is no checkpoint under {Path(root, name)}",
+        f"--ckpt_path {asked}: there is no checkpoint under {place}",
         sorted({str(p.parent.parent.relative_to(root)) for p in Path(root).rglob("checkpoints")}),
         "--trainer.name=NAME, or --ckpt_path=FILE",
         "names with checkpoints",

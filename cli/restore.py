@@ -1,5 +1,6 @@
 """Between a checkpoint and the trainer: what must not be loaded, and what the user has changed."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ class Restore(_CheckpointConnector):
         if checkpoint_path:
             refuse_other_shapes(self.trainer.lightning_module, Path(checkpoint_path), self.changed)
         super()._restore_modules_and_callbacks(checkpoint_path, *args)
+
+    def restore_callbacks(self) -> None:
+        """Restore the callbacks' states; an evaluation need not have those of the training."""
+        with warnings.catch_warnings():
+            if self.trainer.state.fn != "fit":
+                warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+            super().restore_callbacks()
 
     def restore_training_state(self) -> None:
         """Restore optimizers and loops; a learning rate given anew beats the checkpoint's."""

@@ -78,15 +78,20 @@ def as_words(config: Config) -> list[str]:
     return [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
 
 
-def missing_transforms(config: Config, parsed: Config) -> list[str]:
-    """Flags that add the checkpoint's transforms which the user's callbacks leave out."""
+def words_behind(config: Config, parsed: Config) -> list[str]:
+    """Flags to stand behind the user's: the checkpoint's transforms that his callbacks leave out,
+    and the source it was trained on in the place of `auto`, which might now find another.
+    """
     present = {spec["class_path"] for spec in parsed["trainer"]["callbacks"] or []}
-    saved = config.get("trainer.callbacks") or []
-    return [
+    words = [
         f"--trainer.callbacks+={json.dumps(spec)}"
-        for spec in saved
+        for spec in config.get("trainer.callbacks") or []
         if spec["class_path"] not in present and _changes_the_net(_imported(spec))
     ]
+    here, there = ((c.get("data") or {}).get("init_args", {}) for c in (parsed, config))
+    if here.get("source") == "auto" and there.get("source"):
+        words.append(f"--data.source={there['source']}")
+    return words
 
 
 def compare(config: Config, parsed: Config, path: str) -> list[str]:

@@ -141,7 +141,7 @@ class Trainer(L.Trainer):
         """Folder of this run; made when a run that has begun asks for it, on all ranks together."""
         if self._folder is None and self.lightning_module is not None and not self.fast_dev_run:
             self._folder = self.strategy.broadcast(self._claim() if self.is_global_zero else "")
-            self.loggers = [made(each, self._folder) for each in self._loggers_wanted]
+            self.loggers = [self._made(each, self._folder) for each in self._loggers_wanted]
             for callback in self.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     callback.dirpath = os.path.join(self._folder, "checkpoints")
@@ -162,6 +162,23 @@ class Trainer(L.Trainer):
                 return str(folder)
             except FileExistsError:
                 number += 1
+
+    def _made(self, logger: Logger | LoggerName, folder: str) -> Logger:
+        """The logger of that name, writing to the run's folder; a ready one stays as it is."""
+        root, version = os.path.split(folder)
+        name = os.path.relpath(folder, self.default_root_dir)
+        match logger:
+            case "csv":
+                return CSVLogger(root, name="", version=version)
+            case "tensorboard":
+                return TensorBoardLogger(root, name="", version=version, default_hp_metric=False)
+            case "wandb":
+                return WandbLogger(name=name, save_dir=folder)
+            case "mlflow":  # one store for all runs, to compare them
+                store = f"sqlite:///{os.path.join(self.default_root_dir, 'mlflow.db')}"
+                uri = os.environ.get("MLFLOW_TRACKING_URI", store)
+                return MLFlowLogger(os.path.dirname(name), run_name=name, tracking_uri=uri)
+        return logger  # type: ignore
 
     def _machine(self) -> str:
         device = self.strategy.root_device
@@ -201,19 +218,3 @@ def check_installed(logger: Logger | LoggerName) -> None:
             [],
             f"pip install {logger}, or --trainer.logger=[csv,tensorboard]",
         )
-
-
-def made(logger: Logger | LoggerName, folder: str) -> Logger:
-    """The logger of that name, writing to the run's folder; one that exists stays as it is."""
-    root, version = os.path.split(folder)
-    name = Path(root).name
-    match logger:
-        case "csv":
-            return CSVLogger(root, name="", version=version)
-        case "tensorboard":
-            return TensorBoardLogger(root, name="", version=version, default_hp_metric=False)
-        case "wandb":
-            return WandbLogger(name=f"{name}/{version}", save_dir=folder)
-        case "mlflow":
-            return MLFlowLogger(name, run_name=version, save_dir=os.path.join(folder, "mlruns"))
-    return logger  # type: ignore
