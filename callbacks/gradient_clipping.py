@@ -1,6 +1,7 @@
 """Clip gradients by their global norm, whatever they are spread over (lecture 8, modifiers).
 
     norm = sqrt(sum over all gradients of g^2);   g <- g * min(1, max_norm / norm)
+    or, each number by itself,                    g <- min(max(g, -max_value), max_value)
 
 A gradient sharded over a mesh is a DTensor: each rank sums its own shard and one reduction over
 exactly the sharded axes of the mesh completes the sum. Gradients that live on different meshes
@@ -13,8 +14,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import (
     Tensor,
+    _foreach_clamp_max_,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_clamp_min_,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_norm,  # pyright: ignore[reportPrivateImportUsage]
 )
@@ -60,22 +64,65 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
-class GradientClipping(Callback):
-    """Clip before every optimizer step; once, after accumulation, unscaling and reduction.
+def clip_by_value(gradients: Sequence[Tensor], max_value: float) -> Tensor:
+    """Clamp every number in place; the global norm before."""
+    norm = global_norm(gradients)
+    parts = [local(gradient) for gradient in gradients]
+    _foreach_clamp_max_(parts, max_value)
+    _foreach_clamp_min_(parts, -max_value)
+    return norm
 
-    Logs `train/grad_norm`, the norm before clipping. Example: `GradientClipping(max_norm=1.0)`.
+
+class GradientClipping(Callback):
+    """Clip once an optimizer step: after accumulation, unscaling and reduction over ranks.
+
+    Logs `train/grad_norm` (before clipping) and `train/clipped`, the share of steps since the last
+    log line in which something was clipped. Example: `GradientClipping(max_norm=1.0)`.
 
     Args:
-        max_norm: the largest global norm that is let through.
+        max_norm: the largest global norm that is let through; 1.0 if nothing is given.
+        max_value: instead, the largest absolute value of each number.
+        skip: a step whose norm is not finite is left out, and the run stops when so many follow
+            each other; 0 looks at nothing. By default 10 on a CPU, and 0 on an accelerator, where
+            looking at a number makes the host wait in every step.
     """
 
-    def __init__(self, max_norm: float = 1.0) -> None:
+    def __init__(
+        self,
+        max_norm: float | None = None,
+        max_value: float | None = None,
+        skip: int | None = None,
+    ) -> None:
         """Set the bound."""
-        if max_norm <= 0:
+        if max_norm is not None and max_value is not None:
             raise ValueError(
-                f"GradientClipping: max_norm={max_norm} must be positive; set e.g. 1.0"
+                f"GradientClipping: max_norm={max_norm} and max_value={max_value}; set one of them"
             )
-        self.max_norm = max_norm
+        for name, bound in (("max_norm", max_norm), ("max_value", max_value)):
+            if bound is not None and not bound > 0:
+                raise ValueError(
+                    f"GradientClipping: {name}={bound} must be positive; set e.g. {name}=1.0"
+                )
+        self.max_norm = 1.0 if max_norm is None and max_value is None else max_norm
+        self.max_value = max_value
+        self.skip = skip
+        self.skipped = 0  # steps left out, in all
+        self._in_a_row = 0
+        self._norm: Tensor | None = None  # of this step, until it is logged
+        self._clipped, self._steps = torch.zeros(()), 0  # since the last log line
+
+    @property
+    def state_key(self) -> str:
+        """Gradients are clipped once, so there is one."""
+        return "GradientClipping"
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps were left out."""
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on."""
+        self.skipped = state_dict["skipped"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take over `configure_gradient_clipping`, which Lightning calls at the right moment."""
@@ -83,9 +130,8 @@ class GradientClipping(Callback):
             return
         if trainer.gradient_clip_val is not None:
             raise ValueError(
-                f"gradients would be clipped twice: by GradientClipping(max_norm={self.max_norm}) "
-                f"and by gradient_clip_val={trainer.gradient_clip_val}; "
-                "leave out --trainer.gradient_clip_val"
+                "gradients would be clipped twice: by GradientClipping and by gradient_clip_val="
+                f"{trainer.gradient_clip_val}; leave out --trainer.gradient_clip_val"
             )
         if not pl_module.automatic_optimization:
             raise ValueError(
@@ -99,7 +145,7 @@ class GradientClipping(Callback):
             gradient_clip_val: float | None = None,
             gradient_clip_algorithm: str | None = None,
         ) -> None:
-            self._clip(trainer, module, optimizer)
+            self._clip(trainer, optimizer)
 
         patch(trainer, pl_module, "configure_gradient_clipping", configure_gradient_clipping, self)
 
@@ -108,11 +154,43 @@ class GradientClipping(Callback):
         if stage == "fit":
             unpatch(pl_module, "configure_gradient_clipping", self)
 
-    def _clip(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """Log, but only what will be written: `self.log` costs 0.3 ms."""
+        if self._norm is not None and trainer._logger_connector.should_update_logs:
+            pl_module.log("train/grad_norm", self._norm)
+            pl_module.log("train/clipped", self._clipped / self._steps)
+            self._clipped, self._steps = torch.zeros_like(self._clipped), 0
+        self._norm = None
+
+    def _clip(self, trainer: L.Trainer, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return
-        norm = clip_by_norm(gradients, self.max_norm)
-        if trainer._logger_connector.should_update_logs:  # self.log at every step costs 0.3 ms
-            module.log("train/grad_norm", norm)
+        if self.max_norm is not None:
+            self._norm = norm = clip_by_norm(gradients, self.max_norm)
+            clipped = norm > self.max_norm
+        else:
+            self._norm = norm = clip_by_value(gradients, self.max_value or 0.0)
+            clipped = global_norm(gradients) < norm
+        self._clipped, self._steps = clipped + self._clipped, self._steps + 1
+        skip = (10 if norm.device.type == "cpu" else 0) if self.skip is None else self.skip
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # skips such steps by itself
+        if skip and scaler is None:
+            self._leave_out(norm.isfinite().item(), parameters, skip, trainer.global_step)
+
+    def _leave_out(self, finite: Any, parameters: list[Tensor], skip: int, step: int) -> None:
+        self._in_a_row = 0 if finite else self._in_a_row + 1
+        if finite:
+            return
+        self.skipped += 1
+        if self._in_a_row >= skip:
+            raise FloatingPointError(
+                f"the gradient was not finite in {skip} optimizer steps in a row, up to step "
+                f"{step}; set a lower lr, or add the callback NaNGuard to see where it begins"
+            )
+        rank_zero_warn(f"optimizer step {step} is left out: its gradient is not finite")
+        for p in parameters:
+            p.grad = None  # then no optimizer moves anything

@@ -1,13 +1,18 @@
 """Clipping: the norm's closed form, and that it happens once a step at the right moment."""
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import GradientClipping
-from ravine.callbacks.gradient_clipping import clip_by_norm, global_norm
+from ravine.callbacks import GradientClipping, OptimizerPlan
+from ravine.callbacks.gradient_clipping import clip_by_norm, clip_by_value, global_norm
 
 QUIET = {
     "accelerator": "cpu",
@@ -88,10 +93,73 @@ def test_a_clipped_step_moves_the_weights_by_lr_times_max_norm(accumulate):
     torch.testing.assert_close((after - before).norm(), torch.tensor(0.25))
 
 
-def test_the_norm_before_clipping_is_logged():
-    module, clipping = Line(), GradientClipping(0.01)
-    L.Trainer(**QUIET, max_steps=1, log_every_n_steps=1, callbacks=[clipping]).fit(module, data())
-    assert module.trainer.callback_metrics["train/grad_norm"] > 0.01
+def test_the_norm_before_clipping_and_the_share_of_clipped_steps_are_logged():
+    class LargeThrice(Line):
+        def training_step(self, batch, index):
+            self.scale = 100.0 if index < 3 else 1e-3
+            return super().training_step(batch, index)
+
+    trainer = L.Trainer(
+        **QUIET, max_steps=4, log_every_n_steps=4, callbacks=[GradientClipping(1.0)]
+    )
+    trainer.fit(LargeThrice(), data(16))
+    assert trainer.callback_metrics["train/clipped"] == 0.75
+    assert 0 < trainer.callback_metrics["train/grad_norm"] < 1
+
+
+def test_values_are_clamped_one_by_one():
+    gradients = [torch.tensor([-3.0, 0.5, 2.0])]
+    assert clip_by_value(gradients, 1.0) == torch.tensor([3.0, 0.5, 2.0]).norm()
+    assert torch.equal(gradients[0], torch.tensor([-1.0, 0.5, 1.0]))
+
+
+def test_a_step_clipped_by_value_moves_no_weight_by_more_than_lr_times_the_bound():
+    module = Line(scale=1000.0)
+    before = [p.detach().clone() for p in module.parameters()]
+    clipping = GradientClipping(max_value=0.5)
+    trainer = L.Trainer(**QUIET, max_steps=1, log_every_n_steps=1, callbacks=[clipping])
+    trainer.fit(module, data())
+    moved = [(p - b).abs().max().item() for p, b in zip(module.parameters(), before, strict=True)]
+    assert max(moved) == pytest.approx(0.5)
+    assert trainer.callback_metrics["train/clipped"] == 1
+
+
+class Poisoned(Line):
+    """The gradients of the steps named are not finite."""
+
+    def __init__(self, poisoned, optimizer=torch.optim.SGD):
+        super().__init__()
+        self.poisoned, self.optimizer = poisoned, optimizer
+        self.after = []
+
+    def training_step(self, batch, index):
+        factor = float("nan") if index in self.poisoned else 1.0
+        return super().training_step(batch, index) * factor
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), lr=0.1)
+
+    def on_train_batch_end(self, *args):
+        self.after.append(torch.cat([p.detach().flatten().clone() for p in self.parameters()]))
+
+
+@pytest.mark.filterwarnings("ignore:optimizer step .* is left out")
+@pytest.mark.parametrize("plan", [[], [OptimizerPlan(partial(torch.optim.AdamW, lr=0.1))]])
+def test_a_step_without_a_finite_norm_moves_nothing_and_the_next_one_does(plan):
+    module, clipping = Poisoned({1, 2}, torch.optim.AdamW), GradientClipping()
+    L.Trainer(**QUIET, max_steps=4, callbacks=[clipping, *plan]).fit(module, data(16))
+    assert torch.equal(module.after[0], module.after[2])
+    assert not torch.equal(module.after[2], module.after[3])
+    assert module.after[3].isfinite().all()
+    assert clipping.skipped == 2
+
+
+@pytest.mark.filterwarnings("ignore:optimizer step .* is left out")
+def test_too_many_steps_left_out_in_a_row_end_the_run():
+    module = Poisoned({0, 2, 3})
+    trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[GradientClipping(skip=2)])
+    with pytest.raises(FloatingPointError, match="2 optimizer steps in a row, up to step 3"):
+        trainer.fit(module, data(16))
 
 
 def test_the_module_has_its_own_method_again_after_fit():
@@ -100,11 +168,15 @@ def test_the_module_has_its_own_method_again_after_fit():
     assert "configure_gradient_clipping" not in vars(module)
 
 
+class Another(GradientClipping):
+    state_key = "another"
+
+
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
         ({"gradient_clip_val": 1.0}, "clipped twice"),
-        ({"callbacks": [GradientClipping(1.0), GradientClipping(2.0)]}, "GradientClipping"),
+        ({"callbacks": [GradientClipping(1.0), Another(2.0)]}, "GradientClipping and Another"),
     ],
 )
 def test_two_owners_of_clipping_are_refused(trainer, message):
@@ -120,6 +192,54 @@ def test_manual_optimization_is_refused_in_words():
         L.Trainer(**QUIET, max_steps=1, callbacks=[GradientClipping()]).fit(module, data())
 
 
-def test_a_norm_that_lets_nothing_through_is_refused():
-    with pytest.raises(ValueError, match=r"max_norm=0 must be positive; set e\.g\. 1\.0"):
-        GradientClipping(0)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_norm": 0}, r"max_norm=0 must be positive; set e\.g\. max_norm=1\.0"),
+        ({"max_value": float("nan")}, r"max_value=nan must be positive"),
+        ({"max_norm": 1.0, "max_value": 1.0}, "set one of them"),
+    ],
+)
+def test_bounds_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GradientClipping(**arguments)
+
+
+# Several ranks: 2 x 2 shards one matrix over both axes of the mesh, a norm over one of them alone.
+SHAPES = {"matrix": (6, 4), "norm": (5,), "plain": (3,)}
+LAYOUTS = {
+    "fsdp": (2, {"matrix": [Shard(0)], "norm": [Shard(0)], "plain": [Shard(0)]}),
+    "fsdp x tp": (4, {"matrix": [Shard(0), Shard(1)], "norm": [Shard(0)]}),
+}
+
+
+def gradients_of(layout):
+    """The same gradients on every layout, as tensors of that layout."""
+    generator = torch.Generator().manual_seed(0)
+    whole = {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}
+    if layout == "single":
+        return list(whole.values())
+    world, placements = LAYOUTS[layout]
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    for name, where in placements.items():
+        axes = mesh if len(where) == 2 else mesh["data"]
+        whole[name] = distribute_tensor(whole[name], axes, where)
+    return list(whole.values())
+
+
+def clipped_in_ranks(layout, by):
+    dist.init_process_group("gloo")
+    gradients = gradients_of(layout)
+    norm = by(gradients, 0.5)
+    return norm, [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+
+
+@pytest.mark.parametrize("by", [clip_by_norm, clip_by_value])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norm_and_clipped_gradients_are_the_same_on_every_layout(ranks, layout, by):
+    alone = gradients_of("single")
+    norm = by(alone, 0.5)
+    for norm_there, there in ranks(clipped_in_ranks, LAYOUTS[layout][0], layout, by):
+        torch.testing.assert_close(norm_there, norm, rtol=1e-6, atol=0)
+        for g, h in zip(alone, there, strict=True):
+            torch.testing.assert_close(g, h, rtol=1e-6, atol=1e-7)

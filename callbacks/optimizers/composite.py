@@ -50,7 +50,7 @@ class Composite(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of every member; the closure, which Lightning uses for backward, runs once."""
+        """One step of every member, unless nobody has a gradient; the closure runs once."""
         if closure is not None and needs_closure(self.members[0]):
             loss = self.members[0].step(closure)  # alone then, and calls it as often as it likes
         else:
@@ -58,8 +58,9 @@ class Composite(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            for member in self.members:
-                member.step()
+            if any(p.grad is not None for group in self.param_groups for p in group["params"]):
+                for member in self.members:
+                    member.step()
         if self._unseen:
             self._give_state()
         return loss
