@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ravine.datamodules.tokenizers import CharTokenizer, from_state
 
+from . import accounting
 from .base import TaskModule
 from .language import Transformer
 from .language.reading import Window
@@ -62,12 +63,7 @@ class LanguageModel(TaskModule):
 
     def build(self) -> Transformer:
         """The transformer."""
-        if self.vocabulary is None or self.context is None:
-            raise ValueError(
-                "LanguageModel takes its vocabulary and context from the data, and there are "
-                "none; type --data=TextDataModule, or give both as arguments"
-            )
-        return Transformer(self.vocabulary, self.context, **self.shape)
+        return Transformer(*self._sizes(), **self.shape)
 
     def adopt(self, datamodule: Any) -> None:
         """Take tokenizer, vocabulary and context from the data; refuse data of other sizes."""
@@ -80,6 +76,14 @@ class LanguageModel(TaskModule):
                 f"{self.context}; allowed: {self.context} or less; "
                 f"type --data.context={self.context}"
             )
+
+    def formula(self) -> str:
+        """The number of parameters as the lecture writes it: 2|V|d + 11Ld² + 5Ld."""
+        return " + ".join(accounting.parameters(*self._sizes(), **self.shape))
+
+    def flops(self) -> int:
+        """FLOPs of a training step for each token."""
+        return accounting.training_flops(*self._sizes(), **self.shape)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Mean loss of (inputs, targets), both (b t)."""
@@ -203,6 +207,14 @@ class LanguageModel(TaskModule):
                 f"{self.vocabulary}; leave --model.vocabulary away: it comes from the data"
             )
         self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
+
+    def _sizes(self) -> tuple[int, int]:
+        if self.vocabulary is None or self.context is None:
+            raise ValueError(
+                "LanguageModel takes its vocabulary and context from the data, and there are "
+                "none; type --data=TextDataModule, or give both as arguments"
+            )
+        return self.vocabulary, self.context
 
     def _bytes(self, device: torch.device) -> Tensor:
         if self.tokenizer is None:

@@ -1,0 +1,70 @@
+"""What a transformer costs: parameters and FLOPs as formulas, to compare with what is counted.
+
+    parameters   2|V|d + 11Ld² + 5Ld             the lecture's: no norms, no output matrix
+    training     6N + 12LdT FLOPs a token        2 forward and 4 backward for each of N weights that
+                                                 multiply; scores and answers of attention over T
+    MFU          FLOPs a token * tokens/s / peak
+
+The attention term counts all T x T pairs, although half of them are masked (nanoGPT, PaLM).
+"""
+
+import math
+from typing import Any
+
+from .language.attention import LEARNED
+from .language.transformer import padded
+
+
+def parameters(
+    vocabulary: int,
+    context: int,
+    layers: int = 4,
+    width: int = 128,
+    positions: str = "rope",
+    norm: str = "rmsnorm",
+    mlp: str = "relu2",
+    tied: bool = False,
+    rung: str = "qkv",
+    output: bool = True,
+    bias: str = "none",
+    **_: Any,
+) -> dict[str, int]:
+    """Parameters of `Transformer` with these arguments, term by term of the lecture's formula.
+
+    sum(parameters(65, 128, layers=4, width=256, ...).values())  # 2,922,240 in the lecture
+    """
+    vocabulary = padded(vocabulary)
+    maps = len(LEARNED[rung]) + output  # matrices d x d of an attention
+    gains = {"rmsnorm": 1, "layernorm": 2, "none": 0}[norm]
+    squares = maps + (8 if mlp not in ("none", "swiglu") else 0)
+    lines = gains * (1 if mlp == "none" else 2) + (maps if bias == "all" else 0)
+    hidden = 8 * math.ceil(width / 3) if mlp == "swiglu" else 4 * width
+    lines += 5 if bias != "none" and mlp not in ("none", "swiglu") else 0
+    terms = [
+        (1 if tied else 2, "|V|d", vocabulary * width),
+        (positions == "learned", "Td", context * width),
+        (squares, "Ld²", layers * width**2),
+        (3 * (mlp == "swiglu"), "Ldh", layers * width * hidden),
+        (mlp == "swiglu" and bias != "none", "L(2h + d)", layers * (2 * hidden + width)),
+        (lines, "Ld", layers * width),
+        (gains, "d", width),
+    ]
+    return {f"{n}{what}" if n > 1 else what: n * size for n, what, size in terms if n}
+
+
+def training_flops(
+    vocabulary: int, context: int, layers: int = 4, width: int = 128, **shape: Any
+) -> int:
+    """FLOPs of one training step for each token: 6N + 12LdT.
+
+    N leaves out the tables that are looked up (embedding, learned positions) but not the head.
+    """
+    terms = parameters(vocabulary, context, layers, width, **shape)
+    looked_up = terms.get("Td", 0) + (0 if shape.get("tied") else padded(vocabulary) * width)
+    mixes = shape.get("rung", "qkv") != "last"
+    return 6 * (sum(terms.values()) - looked_up) + 12 * layers * width * context * mixes
+
+
+def cache_bytes(rows: int, slots: int, layers: int, width: int, item: int = 4) -> int:
+    """Bytes of the keys and values of `rows` texts, each with room for `slots` tokens."""
+    return 2 * layers * rows * slots * width * item
