@@ -1,26 +1,44 @@
 """How it is optimised and watched: callbacks that work on any LightningModule."""
 
+from ravine.callbacks.checkpoint import Checkpoint
 from ravine.callbacks.ema import EMA
 from ravine.callbacks.gradient_clipping import GradientClipping
 from ravine.callbacks.loss_plot import LossPlot
+from ravine.callbacks.nan_guard import NaNGuard
+from ravine.callbacks.optimizers.adagrad import AdaGrad, AdaGradOptimizer
+from ravine.callbacks.optimizers.lion import Lion, LionOptimizer
 from ravine.callbacks.optimizers.muon import Muon, MuonOptimizer
+from ravine.callbacks.optimizers.newton import Newton, NewtonOptimizer
 from ravine.callbacks.optimizers.plan import OptimizerPlan
 from ravine.callbacks.optimizers.rules import Rule
 from ravine.callbacks.optimizers.schedules import Schedule
+from ravine.callbacks.optimizers.sign import SignSGD, SignSGDOptimizer
 from ravine.callbacks.predictions import PredictionTable
 from ravine.callbacks.progress import ProgressBar
+from ravine.callbacks.resume import ExactResume
 from ravine.callbacks.samples import Samples
 
 __all__ = [
     "EMA",
+    "AdaGrad",
+    "AdaGradOptimizer",
+    "Checkpoint",
+    "ExactResume",
     "GradientClipping",
+    "Lion",
+    "LionOptimizer",
     "LossPlot",
     "Muon",
     "MuonOptimizer",
+    "NaNGuard",
+    "Newton",
+    "NewtonOptimizer",
     "OptimizerPlan",
     "PredictionTable",
     "ProgressBar",
     "Rule",
     "Samples",
     "Schedule",
+    "SignSGD",
+    "SignSGDOptimizer",
 ]

@@ -12,29 +12,33 @@ from torch.distributed.tensor import DTensor
 from .checkpoint_io import CheckpointError
 
 
-def save(trainer: L.Trainer, path: str | Path, weights_only: bool = False) -> bool:
-    """Write one checkpoint, called on all ranks; False if weights are not finite: nothing written.
+def save(trainer: L.Trainer, path: str | Path) -> None:
+    """Write one checkpoint, called on all ranks.
 
     After a stock `trainer.save_checkpoint` whose writer fails, the other ranks wait for it at a
     barrier until their time is over. Here all of them end with its error.
     """
-    name = non_finite(trainer.lightning_module.named_parameters())
-    if not trainer.strategy.reduce_boolean_decision(name is None):
-        rank_zero_warn(
-            f"no checkpoint at step {trainer.global_step}: {name or 'a tensor of another rank'} is "
-            "not finite; the last good file stays; --trainer.callbacks+=NaNGuard stops such a run"
-        )
-        return False
     error: Exception | None = None
     try:
-        trainer.save_checkpoint(path, weights_only)
+        trainer.save_checkpoint(path, weights_only=False)
     except Exception as problem:
         error = problem
         trainer.strategy.barrier("failed save")  # meets the others at the one that ends a save
     if not trainer.strategy.reduce_boolean_decision(error is None):
         text = trainer.strategy.broadcast(str(error or "another rank could not save"))
         raise error or CheckpointError(text, exit_status=1)
-    return True
+
+
+def worth_saving(trainer: L.Trainer) -> bool:
+    """Whether the weights are finite on all ranks; where not, a warning names the first."""
+    name = non_finite(trainer.lightning_module.named_parameters())
+    if trainer.strategy.reduce_boolean_decision(name is None):
+        return True
+    rank_zero_warn(
+        f"no checkpoint at step {trainer.global_step}: {name or 'a tensor of another rank'} is "
+        "not finite; the last good file stays; --trainer.callbacks+=NaNGuard stops such a run"
+    )
+    return False
 
 
 def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

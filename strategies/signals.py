@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
-from .saving import save
+from .saving import save, worth_saving
 
 BETWEEN_MEETINGS = 0.5  # seconds; the ranks agree on the number of steps that takes
 
@@ -172,12 +172,13 @@ class GracefulStop(Callback):
         for callback in trainer.checkpoint_callbacks:
             if getattr(callback, "_last_global_step_saved", None) == step:
                 written = callback._last_checkpoint_saved  # type: ignore[attr-defined]
-        if written is None and not getattr(trainer, "fast_dev_run", False):
+        fast = getattr(trainer, "fast_dev_run", False)
+        if written is None and not fast and worth_saving(trainer):
             folders = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks]
             root = os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
             folder = next(filter(None, folders), root)
-            path = os.path.join(trainer.strategy.broadcast(folder), f"step={step:06d}.ckpt")
-            written = path if save(trainer, path) else None
+            written = os.path.join(trainer.strategy.broadcast(folder), f"step={step:06d}.ckpt")
+            save(trainer, written)
         stopped = Interrupted(self._signum, written)
         name = signal.Signals(self._signum).name
         way_on = f"go on with --ckpt_path {written}" if written else "nothing was saved"

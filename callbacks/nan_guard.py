@@ -1,0 +1,108 @@
+"""NaNGuard: a loss or gradient that is not a number is named, its step skipped, then the run stops.
+
+A skipped step has no gradients: every optimizer passes over a parameter whose gradient is None, so
+weights, momenta and step counts stay as they were, under accumulation and a gradient scaler too.
+"""
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ravine.strategies.saving import non_finite
+
+
+class NonFiniteError(RuntimeError):
+    """Training went to NaN or infinity; the text says where. A command ends with `exit_status`."""
+
+    exit_status = 1
+
+
+class NaNGuard(Callback):
+    """Skip up to `skip` steps whose loss or gradients are not finite, then stop the run.
+
+    Costs one read by the host at each optimizer step, which waits for the device; with several
+    ranks also one all-reduce of a number, since each sees its own loss. An overflow that a gradient
+    scaler answers by halving its scale (16-mixed) counts only once the scale has come down to 1.
+    Example: `NaNGuard(skip=3)`.
+
+    Args:
+        skip: steps to skip in the whole run before it is stopped.
+    """
+
+    def __init__(self, skip: int = 3) -> None:
+        """Set the number of steps that may be lost."""
+        if skip < 0:
+            raise ValueError(f"NaNGuard: skip={skip} is negative; set 0 to stop at the first")
+        self.skip = skip
+        self.skipped = 0
+        self._finite: Tensor | None = None  # of the losses since the last step, on their device
+
+    @property
+    def state_key(self) -> str:
+        """There is one a run."""
+        return "NaNGuard"
+
+    def state_dict(self) -> dict[str, int]:
+        """How many steps were skipped."""
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting."""
+        self.skipped = state_dict["skipped"]
+
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
+        """Look at the loss of each micro-batch, without reading it."""
+        finite = loss.detach().isfinite().all()
+        self._finite = finite if self._finite is None else self._finite & finite
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Decide on all ranks alike; here gradients are summed, unscaled and not yet clipped."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        loss, self._finite = self._finite, None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        fine = _all_finite(loss, gradients, scaler)
+        ranks = trainer.world_size if dist.is_initialized() else 1
+        if ranks > 1:
+            fine = fine.to(pl_module.device, torch.int32)
+            dist.all_reduce(fine, dist.ReduceOp.MIN)
+        if bool(fine):  # the one read
+            return
+        named = ((f"the gradient of {n}", p.grad) for n, p in pl_module.named_parameters())
+        culprit = non_finite((name, grad) for name, grad in named if grad is not None)
+        if loss is not None and not bool(loss):
+            culprit = "the loss"
+        if ranks > 1:  # the first rank that knows says it
+            answers: list[str | None] = [None] * ranks
+            dist.all_gather_object(answers, culprit)
+            culprit = next(filter(None, answers), None)
+        where = f"{culprit or 'a gradient'} is not finite at step {trainer.global_step}"
+        for parameter in parameters:
+            parameter.grad = None
+        self.skipped += 1
+        if self.skipped > self.skip:
+            raise NonFiniteError(
+                f"{where}, after {self.skip} skipped steps; the weights are those of the step "
+                "before it; lower the learning rate, or clip: --trainer.callbacks+=GradientClipping"
+            )
+        rank_zero_warn(f"{where}: step skipped ({self.skipped} of {self.skip})")
+
+
+def _all_finite(loss: Tensor | None, gradients: list[Tensor], scaler: Any) -> Tensor:
+    """Whether losses and gradients of this rank are finite, unread."""
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    fine = torch.nn.utils.get_total_norm(parts, float("inf")).isfinite()  # keeps a NaN too
+    if scaler is not None and scaler.is_enabled():
+        fine = fine | (scaler._scale.to(fine.device) > 1)
+    return fine if loss is None else fine & loss.to(fine.device)

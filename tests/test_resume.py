@@ -1,0 +1,346 @@
+"""A run that is cut anywhere and goes on is the run that was never cut: bit for bit."""
+
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from ravine.callbacks.resume import ExactResume, number_by_place, reseed, rewind
+from ravine.datamodules.order import EvalLoader, Order, Share, TrainLoader
+
+CUTS = 40
+STEPS, EPOCH, EVERY, BATCH = 46, 24, 6, 4  # optimizer steps; an epoch ends with a validation
+SEED = 11
+
+
+class Net(L.LightningModule):
+    """Dropout, two parameter groups in another order than the parameters, a schedule."""
+
+    def __init__(self, plateau: bool = False, ask: bool = False) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Tanh(), nn.Linear(8, 1))
+        self.plateau, self.ask = plateau, ask
+        self.losses: list[tuple[int, Tensor]] = []
+        self.values: list[tuple[int, Tensor]] = []
+        self.epoch_ends: list[int] = []
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.mse_loss(self.net(x)[:, 0], y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.losses.append((self.trainer.fit_loop.total_batch_idx, loss.detach()))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        torch.rand(random.randint(1, 3))  # leaves no trace in training
+        self.log("val/loss", self.loss(batch), sync_dist=True)
+
+    def on_validation_end(self) -> None:
+        value = self.trainer.callback_metrics["val/loss"].clone()
+        self.values.append((self.trainer.global_step, value))
+
+    def on_train_epoch_end(self) -> None:
+        self.epoch_ends.append(self.trainer.global_step)
+
+    def configure_optimizers(self) -> Any:
+        if self.ask:  # makes Lightning set up the loader early, and forget its position
+            assert self.trainer.estimated_stepping_batches > 0
+        flat = [p for p in self.parameters() if p.ndim < 2]
+        matrices = [p for p in self.parameters() if p.ndim == 2]
+        groups = [{"params": flat, "weight_decay": 0.0}, {"params": matrices}]
+        optimizer = torch.optim.AdamW(groups, lr=0.02)
+        if self.plateau:
+            schedule: Any = {
+                "scheduler": ReduceLROnPlateau(optimizer, patience=0, factor=0.5),
+                "monitor": "val/loss",
+                "interval": "epoch",
+            }
+        else:
+            schedule = {"scheduler": StepLR(optimizer, 5, 0.9), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class SaveAt(Callback):
+    """Write a file at every optimizer step, or in every call of another hook."""
+
+    def __init__(self, folder: Path, *hooks: str) -> None:
+        self.folder, self.files = folder, []
+        for hook in hooks:
+            setattr(self, hook, lambda trainer, *_, hook=hook: self.save(trainer, hook))
+
+    def save(self, trainer: L.Trainer, hook: str) -> None:
+        if trainer.global_step and not trainer.fit_loop._should_accumulate():
+            path = self.folder / f"{len(self.files):03d}-{hook}-{trainer.global_step}.ckpt"
+            trainer.save_checkpoint(path)
+            self.files.append((trainer.global_step, str(path)))
+
+
+def data(samples: int) -> TensorDataset:
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(samples, 6, generator=g)
+    return TensorDataset(x, x.sin().sum(1))
+
+
+def loaders(kind: str, epoch: int) -> tuple[Any, Any]:
+    """Micro-batches of two samples; `stateful` are the project's own, `plain` are torch's."""
+    train, test = data(epoch * BATCH), data(7)
+    if kind == "plain":
+        return DataLoader(train, BATCH // 2, shuffle=True), DataLoader(test, 2)
+    order = Order(SEED, len(train))
+    share = Share(accumulate=2)
+    fetch = train.__getitem__
+    return TrainLoader(order, fetch, len(train), BATCH, share), EvalLoader(test.__getitem__, 7, 2)
+
+
+def fit(
+    ckpt: str | None = None,
+    *callbacks: Callback,
+    kind: str = "stateful",
+    epoch: int = EPOCH,
+    exact: bool = True,
+    module: dict[str, Any] | None = None,
+    **limits: Any,
+) -> tuple[Net, L.Trainer]:
+    L.seed_everything(SEED, verbose=False)
+    net = Net(**(module or {}))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        accumulate_grad_batches=2,
+        callbacks=[ExactResume()] * exact + list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **({"devices": 1, "max_steps": STEPS, "val_check_interval": 2 * EVERY} | limits),
+    )
+    trainer.fit(net, *loaders(kind, epoch), ckpt_path=ckpt, weights_only=True)
+    return net, trainer
+
+
+def end(net: Net, trainer: L.Trainer) -> dict[str, Any]:
+    """All there is at the end of a run."""
+    return {
+        "weights": {name: p.detach().clone() for name, p in net.named_parameters()},
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        "losses": net.losses,
+        "values": net.values,
+        "epoch_ends": net.epoch_ends,
+        "epoch": trainer.current_epoch,
+        "logged": trainer.fit_loop.epoch_loop._batches_that_stepped,
+    }
+
+
+def differences(whole: Any, cut: Any, at: str = "") -> list[str]:
+    """Where two ends differ by a single bit; of the streams, the part after the cut counts."""
+    if isinstance(whole, Tensor):
+        return [] if torch.equal(whole, cut) else [at]
+    if isinstance(whole, dict):
+        if whole.keys() != cut.keys():
+            return [f"{at}: {list(whole)} and {list(cut)}"]
+        return [d for key in whole for d in differences(whole[key], cut[key], f"{at}/{key}")]
+    if isinstance(whole, list | tuple):
+        if len(whole) != len(cut):
+            return [f"{at}: {len(whole)} and {len(cut)} entries"]
+        return [d for i, w in enumerate(whole) for d in differences(w, cut[i], f"{at}/{i}")]
+    return [] if whole == cut else [f"{at}: {whole} and {cut}"]
+
+
+def after(whole: dict[str, Any], step: int, values: int, ends: int) -> dict[str, Any]:
+    """What is left of a whole run behind a cut."""
+    return whole | {
+        "losses": [entry for entry in whole["losses"] if entry[0] >= 2 * step],
+        "values": whole["values"][values:],
+        "epoch_ends": whole["epoch_ends"][ends:],
+    }
+
+
+def forked(function: Any, *args: Any) -> Any:
+    """The answer of a function, from a process of its own."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        with os.fdopen(writer, "wb") as pipe:
+            try:
+                pickle.dump(function(*args), pipe)
+            except BaseException as error:
+                pickle.dump(repr(error), pipe)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        answer = pickle.load(pipe)
+    os.waitpid(child, 0)
+    return answer
+
+
+def go_on(path: str, **settings: Any) -> dict[str, Any]:
+    return end(*fit(path, **settings))
+
+
+def cut_everywhere(folder: str) -> list[str]:
+    """In a rank, which is a clean process: run once, then go on from each step in a fork."""
+    save = SaveAt(Path(folder), "on_train_batch_end")
+    whole = end(*fit(None, save))
+    assert [step for step, _ in save.files] == list(range(1, STEPS + 1))
+    assert whole["epoch_ends"] == [EPOCH, STEPS]
+    assert [step for step, _ in whole["values"]] == list(range(EVERY, STEPS, EVERY))
+    found = []
+    for step, path in save.files[:CUTS]:
+        cut = forked(go_on, path)
+        assert isinstance(cut, dict), cut
+        left = after(whole, step, (step - 1) // EVERY, step > EPOCH)
+        found += [f"cut at {step}: {d}" for d in differences(left, cut)]
+    return found
+
+
+def test_cut_at_each_of_forty_steps_and_continued_in_another_process_nothing_differs(
+    ranks: Any, tmp_path: Path
+) -> None:
+    assert ranks(cut_everywhere, 1, str(tmp_path)) == [[]]
+
+
+def test_the_same_cut_without_the_callback_differs(tmp_path: Path) -> None:
+    save = SaveAt(tmp_path, "on_train_batch_end")
+    settings: dict[str, Any] = {"max_steps": 8, "exact": False}
+    whole = end(*fit(None, save, **settings))
+    cut = end(*fit(save.files[EVERY - 1][1], **settings))
+    found = differences(after(whole, EVERY, 0, 0), cut)
+    assert "/weights/net.0.weight" in found
+    assert "/values: 1 and 0 entries" in found
+
+
+HOOKS = {  # where a file is written: is the validation of that step still to come?
+    "on_train_batch_end": True,
+    "on_validation_start": True,
+    "on_validation_batch_end": True,
+    "on_validation_end": False,
+    "on_train_epoch_end": False,
+    "on_train_end": False,
+}
+CUT_AT = (2, 3, 6, 8, 12)  # a validation every third step, epochs of six or eight
+RUNS = {
+    "own loader, steps": {"max_steps": 18, "epoch": 8},
+    "own loader, epochs": {"max_steps": -1, "max_epochs": 3, "module": {"ask": True}},
+    "torch's loader, steps": {"kind": "plain", "max_steps": 18, "epoch": 8},
+    "torch's loader, epochs": {"kind": "plain", "max_steps": -1, "max_epochs": 3},
+    "plateau, epochs": {"max_steps": -1, "max_epochs": 3, "module": {"plateau": True}},
+    "between epochs": {"max_steps": 18, "epoch": 8, "check_val_every_n_epoch": None},
+}
+
+
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_a_file_written_in_any_hook_goes_on_exactly(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {"epoch": 6, "val_check_interval": 6} | settings
+    hooks = list(HOOKS)
+    if "plateau" in settings.get("module", {}):
+        hooks.remove("on_train_epoch_end")  # the schedule is stepped after it, by no hook
+    save = SaveAt(tmp_path, *hooks)
+    whole = end(*fit(None, save, **settings))
+    last = whole["losses"][-1][0] // 2 + 1
+    tried = set()
+    for step, path in save.files:
+        hook = Path(path).name.split("-")[1]
+        if (hook, step) in tried or step not in CUT_AT or step == last:
+            continue
+        tried.add((hook, step))
+        cut = end(*fit(path, **settings))
+        left = after(whole, step, 0, 0)
+        left["values"] = [v for v in whole["values"] if v[0] + HOOKS[hook] > step]
+        ended = step + (hook == "on_train_epoch_end")
+        left["epoch_ends"] = [at for at in whole["epoch_ends"] if at >= ended]
+        assert differences(left, cut) == [], f"{hook} at step {step}"
+    assert len(tried) > 8
+
+
+@pytest.mark.parametrize("kind", ["stateful", "plain"])
+def test_a_run_stopped_by_max_steps_within_an_epoch_goes_on_within_it(
+    kind: str, tmp_path: Path
+) -> None:
+    whole = end(*fit(None, kind=kind, epoch=8, max_steps=18))
+    for stop in (3, 6, 8, 11):
+        _, trainer = fit(None, kind=kind, epoch=8, max_steps=stop)
+        path = str(tmp_path / f"{stop}.ckpt")
+        trainer.save_checkpoint(path)
+        cut = end(*fit(path, kind=kind, epoch=8, max_steps=18))
+        left = after(whole, stop, stop // EVERY, stop // 8)
+        assert differences(left, cut) == [], f"stopped at {stop}"
+
+
+def test_a_validation_due_at_the_last_step_of_all_runs_when_the_same_command_is_given_again(
+    tmp_path: Path,
+) -> None:
+    save = SaveAt(tmp_path, "on_train_batch_end")
+    whole = end(*fit(None, save, max_steps=EVERY))
+    cut = end(*fit(save.files[-1][1], max_steps=EVERY))
+    assert len(cut["values"]) == 1
+    assert differences(after(whole, EVERY, 0, 0), cut) == []
+
+
+def ddp(rank_folder: str) -> list[str]:
+    save = SaveAt(Path(rank_folder), "on_train_batch_end")
+    settings: dict[str, Any] = {"max_steps": 10, "epoch": 12, "val_check_interval": 6}
+    settings |= {"kind": "plain", "strategy": "ddp", "devices": 2}
+    whole = end(*fit(None, save, **settings))
+    found = []
+    for step, path in save.files[2:8:2]:
+        cut = end(*fit(path, **settings))
+        found += differences(after(whole, step, (step - 1) // 3, step > 6), cut)
+    return found
+
+
+def test_two_ranks_go_on_exactly(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(ddp, 2, str(tmp_path)) == [[], []]
+
+
+def test_optimizer_ids_in_a_file_are_places_in_named_parameters(tmp_path: Path) -> None:
+    save = SaveAt(tmp_path, "on_train_batch_end")
+    net, trainer = fit(None, save, max_steps=2)
+    saved = torch.load(save.files[-1][1], weights_only=True)["optimizer_states"][0]
+    assert [group["params"] for group in saved["param_groups"]] == [[1, 3], [0, 2]]
+    live = trainer.optimizers[0].state
+    for place, parameter in enumerate(net.parameters()):
+        assert torch.equal(saved["state"][place]["exp_avg"], live[parameter]["exp_avg"])
+
+
+def test_ids_that_are_names_or_absent_stay() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight])
+    for state in ({}, {"state": {"w": {}}, "param_groups": [{"params": ["w"]}]}):
+        before = repr(state)
+        number_by_place([weight], optimizer, state)
+        assert repr(state) == before
+
+
+def test_no_two_micro_batches_or_ranks_draw_alike() -> None:
+    cpu = torch.device("cpu")
+    numbers = {reseed(7, i, rank, cpu) for i in range(2000) for rank in range(4)}
+    assert len(numbers) == 8000
+    reseed(7, 5, 1, cpu)
+    drawn = (torch.rand(()).item(), random.random())
+    reseed(7, 6, 1, cpu)
+    assert (torch.rand(()).item(), random.random()) != drawn
+    reseed(7, 5, 1, cpu)
+    assert (torch.rand(()).item(), random.random()) == drawn
+
+
+def test_a_file_written_within_a_step_is_left_to_lightning(tmp_path: Path) -> None:
+    save = SaveAt(tmp_path, "on_before_optimizer_step")
+    fit(None, save, max_steps=3)
+    loops = torch.load(save.files[-1][1], weights_only=True)["loops"]["fit_loop"]
+    before = repr(loops)
+    assert rewind(loops) == "start"
+    assert repr(loops) == before
