@@ -91,7 +91,7 @@ def sample(hint: Any) -> str:
     if dataclasses.is_dataclass(first):
         field = dataclasses.fields(first)[0]
         return f"{{{field.name}: {field.default}}}"
-    return SAMPLE.get(first, "VALUE")
+    return SAMPLE.get(first, "NAME" if classes(first) else "VALUE")
 
 
 def accepts(hint: Any, value: Any) -> bool:

@@ -52,6 +52,41 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
             "  type: key: value",
         ],
     ),
+    "a config without a word": (
+        ["fit"],
+        "# model: LanguageModel\n",
+        [
+            "run.yaml is empty; it must map keys to values",
+            "  allowed: model, data, trainer, seed_everything, ckpt_path",
+            "  type: model: NAME",
+        ],
+    ),
+    "a config that can be read once": (
+        ["fit", "--config=/dev/fd/63"],
+        "",
+        [
+            "/dev/fd/63 can be read only once, and every process of a run reads its configs: "
+            "save it",
+            "  type: --config=run.yaml",
+        ],
+    ),
+    "a list instead of arguments": (
+        ["fit"],
+        "model: LanguageModel\ntrainer: [1]\n",
+        [
+            "in run.yaml, line 2: 'trainer' must map arguments to values",
+            "  type: trainer: {max_steps: 100}",
+        ],
+    ),
+    "a list instead of a class": (
+        ["fit"],
+        "model: [LanguageModel]\n",
+        [
+            "in run.yaml, line 1, model: model cannot be [LanguageModel]",
+            "  allowed: null, LightningModule",
+            "  type: model: NAME",
+        ],
+    ),
     "a list instead of a mapping": (
         ["fit"],
         "- model: LanguageModel\n",
@@ -359,6 +394,16 @@ def test_a_variable_is_held_to_the_same(
     monkeypatch.setenv(name, "many")
     assert main(MODEL) == 2
     assert capsys.readouterr().err == "ravine: error: " + "\n".join(VARIABLES[name]) + "\n"
+
+
+def test_a_config_that_is_not_text_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "run.yaml").write_bytes("model: Größe".encode("latin-1"))
+    assert main(["fit", "--config=run.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "ravine: error: run.yaml is not text: byte 9 is not UTF-8\n  type: --config=FILE.yaml\n"
+    )
 
 
 def test_what_a_mistake_says_to_type_is_right(capsys: pytest.CaptureFixture[str]) -> None:
