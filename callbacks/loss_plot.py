@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
+
+from .progress import log_interval, total_steps
 
 Curve = list[tuple[int, float | Tensor]]
 POINTS = 2000  # of a curve; beyond that every second one is dropped
@@ -21,7 +24,8 @@ class LossPlot(L.Callback):
         """Begin with empty curves."""
         self.train: Curve = []
         self.val: Curve = []
-        self.every = 1  # optimizer steps between two points
+        self.every = 1  # optimizer steps whose mean is a point
+        self.losses: list[Tensor] = []  # since the last point
 
     @property
     def state_key(self) -> str:
@@ -42,10 +46,9 @@ class LossPlot(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take a point every log interval, more often in a short run."""
-        usual = trainer.log_every_n_steps or 50
-        self.every = (
-            min(usual, max(1, trainer.max_steps // 100)) if trainer.max_steps > 0 else usual
-        )
+        total = total_steps(trainer)
+        self.every = min(log_interval(trainer), max(1, (total or 10_000) // 200))
+        self.losses.clear()
 
     def on_train_batch_end(
         self,
@@ -55,16 +58,19 @@ class LossPlot(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keep the loss, on its device: nobody has to wait for it."""
-        step = trainer.global_step
-        if step % self.every or (self.train and self.train[-1][0] == step):
-            return
+        """Keep the losses on their device: nobody has to wait for them."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self.train.append((step, loss.detach() * trainer.accumulate_grad_batches))
-            if len(self.train) > POINTS:
-                del self.train[1::2]
-                self.every *= 2
+            self.losses.append(loss.detach())
+        step = trainer.global_step
+        if step % self.every or not self.losses or (self.train and self.train[-1][0] == step):
+            return
+        mean = torch.stack(self.losses).mean() * trainer.accumulate_grad_batches
+        self.losses.clear()
+        self.train.append((step, mean))
+        if len(self.train) > POINTS:
+            del self.train[1::2]
+            self.every *= 2
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the validation loss: the first metric called after it, `val/loss` or `val_loss`."""
@@ -81,11 +87,11 @@ class LossPlot(L.Callback):
         if trainer.is_global_zero and folder and (curves["train"] or curves["val"]):
             unit = getattr(pl_module, "unit", "samples").removesuffix("s")
             nats = " in nats" if unit == "token" else ""
-            draw(curves, Path(folder) / "loss.png", f"loss{nats} (mean per {unit})")
+            draw(curves, Path(folder) / "loss.png", f"loss{nats} (mean per {unit})", self.every)
 
 
-def draw(curves: dict[str, list[tuple[int, float]]], path: Path, label: str) -> None:
-    """Write the picture."""
+def draw(curves: dict[str, Any], path: Path, label: str, every: int) -> None:
+    """Write the picture; a point of the training curve is the mean of `every` steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state
     from matplotlib.figure import Figure
 
@@ -94,8 +100,9 @@ def draw(curves: dict[str, list[tuple[int, float]]], path: Path, label: str) -> 
     values = [value for curve in curves.values() for _, value in curve if value > 0]
     if values and max(values) > 3 * min(values):
         axes.set_yscale("log")
+    steps = f"mean of {every} steps" if every > 1 else "each step"
     if curves["train"]:
-        axes.plot(*zip(*curves["train"], strict=True), lw=1, alpha=0.7, label="training (a batch)")
+        axes.plot(*zip(*curves["train"], strict=True), lw=1, alpha=0.8, label=f"training ({steps})")
     if curves["val"]:
         step, best = min(curves["val"], key=lambda point: point[1])
         marker = f"validation (best {best:.4g} at step {step})"

@@ -18,9 +18,15 @@ from torch.utils._pytree import tree_leaves
 PAUSE = 0.1  # seconds between two drawings of the bar; one takes a millisecond or two
 
 
+def log_interval(trainer: Any) -> int:
+    """Optimizer steps between two log lines."""
+    return trainer.log_every_n_steps or 50
+
+
 def units_in(module: L.LightningModule, batch: Any) -> int:
     """Units in a batch: what the module counts, else the rows of its first tensor."""
-    if callable(count := getattr(module, "count", None)):
+    count: Any = getattr(module, "count", None)
+    if callable(count):
         return count(batch)
     return next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 0)
 
@@ -68,6 +74,11 @@ class ProgressBar(Base):
         """Speak again."""
         self.enabled = True
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether this rank speaks; `LightningModule.print` asks."""
+        return self.enabled
+
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print a line, above the bar if there is one; `LightningModule.print` ends here."""
         if self.enabled and self.bar is not None:
@@ -94,7 +105,7 @@ class ProgressBar(Base):
             return
         self.step = trainer.global_step
         if self.bar is None:
-            if self.step == self.total or self.step % (trainer.log_every_n_steps or 50) == 0:
+            if self.step == self.total or self.step % log_interval(trainer) == 0:
                 self.print(self._place(), self._reading(trainer, pl_module, outputs, batch))
         elif self.step == self.total or (
             self.step % self.refresh == 0 and time.perf_counter() - self.read[1] > PAUSE

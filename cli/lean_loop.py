@@ -144,7 +144,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
 
     def _is_plain(self, fetcher: _DataFetcher) -> bool:
         """Whether this run uses nothing that Lightning's longer way is needed for."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
         precision, strategy = type(trainer.precision_plugin), type(trainer.strategy)
         module = trainer.lightning_module
         return (
@@ -162,7 +162,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
 
     def _batch_moves(self) -> bool:
         """Whether a batch is changed between the loader and the step."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
         return (
             trainer.strategy.root_device.type != "cpu"
             or type(trainer.precision_plugin).convert_input is not Precision.convert_input
@@ -192,7 +192,8 @@ class LeanEpochLoop(_TrainingEpochLoop):
         """Train on one micro-batch."""
         if not self.lean or self.restarting:
             return super().advance(data_fetcher)
-        trainer, progress = self.trainer, self.batch_progress
+        trainer: Any = self.trainer
+        progress = self.batch_progress
         if self.val_loop.restarting:
             self.val_loop.restarting = False
         if trainer.world_size > 1:
@@ -228,16 +229,17 @@ class LeanEpochLoop(_TrainingEpochLoop):
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
         due = super()._should_check_val_fx(data_fetcher)
-        connector = self.trainer._logger_connector
-        if due and self.lean and connector._first_loop_iter is not None:
-            connector.on_batch_end()  # the last training values stay readable
+        trainer = self.trainer
+        if due and self.lean and trainer._logger_connector._first_loop_iter is not None:
+            # collected now, the last training values stay readable throughout the validation
+            _ = trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics
         return due
 
     def _should_accumulate(self) -> bool:
         return self.trainer.accumulate_grad_batches > 1 and super()._should_accumulate()
 
 
-def implemented(name: str, trainer: L.Trainer) -> list[Callable[..., Any]]:
+def implemented(name: str, trainer: Any) -> list[Callable[..., Any]]:
     """The hooks called ``name`` that do something: the callbacks' in their order, the module's."""
     module = trainer.lightning_module
     found = [
@@ -256,7 +258,7 @@ def quick_log(self: L.LightningModule, name: str, value: Any, *args: Any, **opti
     The first call of an epoch goes the long way and remembers where the value is kept; values of
     any other kind, hook or option always do.
     """
-    loop = self.trainer.fit_loop.epoch_loop
+    loop: Any = self.trainer.fit_loop.epoch_loop
     plain = self._current_fx_name == "training_step" and not args and isinstance(value, Tensor)
     metric, known = loop.logged.get(name, (None, None))
     if (

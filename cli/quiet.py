@@ -18,6 +18,8 @@ WARNINGS = (  # beginnings, as regular expressions
     r"Experiment logs directory .* exists and is not empty",
     r"Checkpoint directory .* exists and is not empty",
     r"The dirpath has changed from",
+    # Lightning's summary of the parameters; it counts them all the same
+    r"Precision .* is not supported by the model summary",
     # Lightning's own use of torch
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )

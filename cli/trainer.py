@@ -20,21 +20,13 @@ from lightning.pytorch.loggers import (
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
 
+from ravine.callbacks.checkpoint import Checkpoint
 from ravine.callbacks.loss_plot import LossPlot
 from ravine.callbacks.predictions import PredictionTable
 from ravine.callbacks.progress import ProgressBar
 from ravine.callbacks.resume import ExactResume
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 from ravine.strategies.signals import GracefulStop
-
-try:  # TEMPORARY until these parts stand
-    from ravine.callbacks import Checkpoint
-except ImportError:
-
-    class Checkpoint(ModelCheckpoint):
-        def __init__(self):
-            super().__init__(save_last=True)
-
 
 from .errors import Mistake
 from .lean_loop import LeanEpochLoop, Unprofiled
@@ -97,7 +89,7 @@ class Trainer(L.Trainer):
         if precision == "auto":
             precision = automatic_precision(kwargs.get("accelerator", "auto"))
         bare = bool(kwargs.get("barebones"))
-        tries = bare or bool(kwargs.get("fast_dev_run"))
+        self._tries = tries = bare or bool(kwargs.get("fast_dev_run"))  # and keeps nothing
         defaults = {
             ExactResume: not tries,
             GracefulStop: not tries,
@@ -139,7 +131,7 @@ class Trainer(L.Trainer):
     @property
     def log_dir(self) -> str | None:
         """Folder of this run; made when a run that has begun asks for it, on all ranks together."""
-        if self._folder is None and self.lightning_module is not None and not self.fast_dev_run:
+        if self._folder is None and self.lightning_module is not None and not self._tries:
             self._folder = self.strategy.broadcast(self._claim() if self.is_global_zero else "")
             self.loggers = [self._made(each, self._folder) for each in self._loggers_wanted]
             for callback in self.checkpoint_callbacks:
