@@ -73,6 +73,7 @@ def test_slices_of_an_order_meet_across_blocks() -> None:
     order = Order(3, 10, replace=True)
     whole = order(0, 4000, 9000)
     assert torch.equal(torch.cat([order(0, i, i + 500) for i in range(4000, 9000, 500)]), whole)
+    assert not torch.equal(order(0, 0, 900), order(0, 4096, 4996))  # no block is another's
 
 
 @pytest.mark.parametrize("before", LAYOUTS[:5])
