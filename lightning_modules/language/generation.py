@@ -61,7 +61,8 @@ class Pen:
         self.column += 1
         for stop in self.stops:
             back = torch.arange(len(stop), 0, -1, device=stop.device)
-            tail = self.page.text.gather(1, self.page.length[:, None] - back)  # (b, len(stop))
+            places = (self.page.length[:, None] - back).clamp(min=0)  # (b, len(stop))
+            tail = self.page.text.gather(1, places)
             self.live &= ~((tail == stop).all(-1) & (self.column >= len(stop)))
 
     def record(self, first: int, last: int) -> Generated:
@@ -145,23 +146,22 @@ def generate(
 def score(
     net: Callable[[Tensor], Tensor],
     prompts: Sequence[Tensor],
-    tokens: Tensor,
+    written: Generated,
     sampling: Sampling | None = None,
 ) -> Tensor:
-    """Log-probabilities (b n) of tokens (b n) after their prompts, in one pass, with gradients.
+    """Log-probabilities (b n) of what was written, in one pass over the texts, with gradients.
 
-    For texts that fit the context: the same numbers as `generate` gave, up to rounding.
+    For texts that fit the context: the same numbers as `generate` gave, up to rounding; 0 after
+    the end.
     """
-    new = tokens.shape[1]
+    tokens = written.tokens
+    whole = [torch.cat((p.to(tokens), row)) for p, row in zip(prompts, tokens, strict=True)]
     sizes = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
-    text = nn.utils.rnn.pad_sequence(
-        [torch.cat((p.to(tokens), row)) for p, row in zip(prompts, tokens, strict=True)], True
-    )
-    places = sizes[:, None] + torch.arange(new, device=tokens.device) - 1  # (b n)
+    places = sizes[:, None] + torch.arange(tokens.shape[1], device=tokens.device) - 1  # (b n)
     rows = torch.arange(len(prompts), device=tokens.device)[:, None]
-    logits = net(text[:, :-1])[rows, places]  # (b n v)
-    scores = (sampling or Sampling()).log_probabilities(logits)
-    return scores.gather(-1, tokens[..., None])[..., 0]
+    logits = net(nn.utils.rnn.pad_sequence(whole, True)[:, :-1])[rows, places]  # (b n v)
+    scores = (sampling or Sampling()).log_probabilities(logits).gather(-1, tokens[..., None])
+    return scores[..., 0].where(written.mask, 0.0)
 
 
 @contextmanager

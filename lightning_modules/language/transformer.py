@@ -34,18 +34,22 @@ ACTIVATIONS = {
 }
 
 
+def waves(context: int, width: int) -> Tensor:
+    """sin(t / 10000^(2i/d)) in channel 2i, cos in 2i + 1 (Vaswani, 2017): (t d) in float64."""
+    frequency = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :width]  # (t d)
+
+
 class SinusoidalPositions(nn.Module):
-    """Fixed waves: sin(t / 10000^(2i/d)) in even channels, cos in odd ones (Vaswani, 2017)."""
+    """Fixed waves, one row for each time."""
 
     table: Tensor  # (t d)
 
     def __init__(self, context: int, width: int) -> None:
         """Tabulate them."""
         super().__init__()
-        frequency = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        angles = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
-        table = torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :width]  # (t, d)
-        self.register_buffer("table", table.float(), persistent=False)
+        self.register_buffer("table", waves(context, width).float(), persistent=False)
 
     def forward(self, time: Tensor) -> Tensor:
         """Rows of the table for integer times (t): (t d)."""
