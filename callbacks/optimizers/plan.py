@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.table import Table
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import Adafactor, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..patching import patch, unpatch
@@ -134,6 +135,12 @@ class OptimizerPlan(Callback):
                 if hasattr(member, "replicas"):  # all ranks have all weights and can share work
                     member.replicas = dist.group.WORLD  # pyright: ignore[reportAttributeAccessIssue]
         self._refuse_closure(trainer, composite)
+        for member, (_, share) in zip(composite.members, shares, strict=True):
+            if isinstance(member, Adafactor) and any(isinstance(p, DTensor) for _, p in share):
+                raise ValueError(
+                    "torch's Adafactor cannot step sharded parameters; take AdamW, or "
+                    "--trainer.strategy ddp"
+                )
         self._members = [
             f"{type(member).__name__} of {len(share)} tensors"
             for member, (_, share) in zip(composite.members, shares, strict=True)
