@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import GradientClipping
+from ravine.callbacks import ExactResume, GradientClipping
 from ravine.callbacks.transforms import Transform
 from ravine.lightning_modules.language import Transformer
 from ravine.strategies import MeshStrategy
@@ -254,3 +254,16 @@ def test_zero3_runs_on_one_device_and_twice(ranks):
     ((weights, share),) = ranks(one_device, 1)
     assert furthest(weights, whole(module)) < 2e-6
     assert share == {"num_replicas": 1, "rank": 0}
+
+
+def with_dropout(resume):
+    torch.manual_seed(int(os.environ["RANK"]))
+    module = Net(heads=2, dropout=0.5)
+    fit(module, "tp", 2, *([ExactResume()] if resume else []))
+    return whole(module)
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["stock", "ExactResume"])
+def test_ranks_that_split_matrices_draw_the_same_dropout(ranks, resume):
+    first, second = ranks(with_dropout, 2, resume)
+    assert furthest(first, second) == 0

@@ -3,10 +3,13 @@
 import lightning as L
 import pytest
 import torch
+from foreign.net_in_init import NetInInit
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
+from ranks import furthest, whole
 from torch import nn
 
+import ravine.strategies  # noqa: F401  the name zero3
 from ravine.callbacks.transforms import Transform, register, seeded_by_name
 
 
@@ -40,6 +43,29 @@ class Adapter(Log):
     pass
 
 
+class Adapted(nn.Module):
+    """A frozen layer and a low-rank change of it, both factors drawn by their names."""
+
+    def __init__(self, base: nn.Linear, name: str) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+        for part in ("down", "up"):
+            generator = seeded_by_name(0, f"{name}.{part}")
+            nn.init.normal_(getattr(self, part).weight, generator=generator)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Adapt(Transform):
+    phase = "adapt"
+
+    def transform(self, module):
+        module.net[0] = Adapted(module.net[0], "net.0")
+
+
 class Thief(L.Callback):
     """Replaces configure_model behind everybody's back."""
 
@@ -52,17 +78,18 @@ class Crash(L.Callback):
         raise RuntimeError("crash")
 
 
-def trainer(*callbacks):
-    return L.Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+def trainer(*callbacks, **options):
+    defaults = {
+        "max_steps": 1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }
+    return L.Trainer(callbacks=list(callbacks), **defaults | options)
 
 
 @pytest.mark.parametrize("kind", [BoringModel, Late])
@@ -151,3 +178,17 @@ def test_what_a_name_initialises_depends_on_seed_and_name_alone():
     }
     assert torch.equal(draw[0, "a.weight"], torch.randn(4, generator=seeded_by_name(0, "a.weight")))
     assert len({tuple(values.tolist()) for values in draw.values()}) == 4
+
+
+def adapted(strategy="auto", devices=1):
+    L.seed_everything(0, verbose=False)
+    module = NetInInit(batch_size=32 // devices)
+    options = {"strategy": strategy, "devices": devices}
+    trainer(Adapt(), max_steps=4, limit_val_batches=0, **options).fit(module)
+    return whole(module)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_a_transform_trains_alike_on_one_process_and_on_many(ranks, strategy):
+    for weights in ranks(adapted, 2, strategy, 2):
+        assert furthest(weights, adapted()) < 2e-6
