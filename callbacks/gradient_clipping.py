@@ -40,7 +40,7 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     for gradient in gradients:
         key = None
         if isinstance(gradient, DTensor):
-            axes = tuple(i for i, p in enumerate(gradient.placements) if p.is_shard())
+            axes = tuple(i for i, p in enumerate(gradient.placements) if not p.is_replicate())
             key = (gradient.device_mesh, axes)
         squares.setdefault(key, []).append(local(gradient))
     total = torch.zeros((), device=local(gradients[0]).device)

@@ -6,13 +6,17 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import furthest, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import GradientClipping, OptimizerPlan
-from ravine.callbacks.gradient_clipping import clip_by_norm, clip_by_value, global_norm
+from ravine.callbacks.gradient_clipping import clip_by_norm, clip_by_value, global_norm, local
+from ravine.datamodules.order import Order, Share, TrainLoader
+from ravine.lightning_modules import LanguageModel
+from ravine.strategies import MeshStrategy
 
 QUIET = {
     "accelerator": "cpu",
@@ -243,3 +247,72 @@ def test_norm_and_clipped_gradients_are_the_same_on_every_layout(ranks, layout, 
         torch.testing.assert_close(norm_there, norm, rtol=1e-6, atol=0)
         for g, h in zip(alone, there, strict=True):
             torch.testing.assert_close(g, h, rtol=1e-6, atol=1e-7)
+
+
+# Through Lightning: the transformer's norms, embedding and head are outside its tensor plan.
+
+TOKENS = torch.randint(65, (32, 17), generator=torch.Generator().manual_seed(0))
+STRATEGIES = {
+    "single": lambda: {"devices": 1},
+    "ddp": lambda: {"strategy": "ddp", "devices": 2},
+    "zero3": lambda: {"strategy": "zero3", "devices": 2},
+    "zero3 x tp": lambda: {"strategy": MeshStrategy(tp=2), "devices": 4},
+}
+
+
+class Tokens(L.LightningDataModule):
+    def train_dataloader(self):
+        return TrainLoader(Order(0, 32), self.fetch, 32, 8, Share.of(self.trainer))
+
+    def fetch(self, items):
+        return TOKENS[items, :-1], TOKENS[items, 1:]
+
+
+class Model(LanguageModel):
+    def adopt(self, datamodule):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+class OwnShard(GradientClipping):
+    """The planted fault: each rank clips by the norm of what it holds."""
+
+    def _clip(self, trainer, optimizer):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        self._norm = clip_by_norm([local(g) for g in gradients], self.max_norm)
+
+
+def clipped_training(layout, clipping=GradientClipping):
+    """Two clipped steps: with lr 1 and no momentum the weights are the sum of the gradients."""
+    L.seed_everything(0, verbose=False)
+    module = Model(65, 16, layers=2, width=16, heads=4, zero_init=False)
+    norms = []
+
+    class Norms(L.Callback):
+        def on_train_batch_end(self, *_):
+            norms.append(callback._norm)
+
+    callback = clipping(0.1)
+    strategy = STRATEGIES[layout]()
+    trainer = L.Trainer(**QUIET, max_steps=3, callbacks=[Norms(), callback], **strategy)
+    trainer.fit(module, Tokens())
+    return whole(module), torch.stack(norms)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step.")
+@pytest.mark.parametrize(("layout", "world"), [("ddp", 2), ("zero3", 2), ("zero3 x tp", 4)])
+def test_clipped_training_equals_one_process(ranks, layout, world):
+    weights, norms = clipped_training("single")
+    assert norms.min() > 0.1
+    for there, norms_there in ranks(clipped_training, world, layout):
+        assert furthest(weights, there) < 1e-6
+        torch.testing.assert_close(norms_there, norms, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step.")
+def test_a_norm_of_the_own_shard_alone_is_caught(ranks):
+    weights, _ = clipped_training("single")
+    for there, _ in ranks(clipped_training, 2, "zero3", OwnShard):
+        assert furthest(weights, there) > 1e-3

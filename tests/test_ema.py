@@ -3,10 +3,13 @@
 import lightning as L
 import pytest
 import torch
+from ranks import furthest, whole
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import EMA
+from ravine.callbacks import EMA, ExactResume
+from ravine.datamodules.order import Order, Share, TrainLoader
+from ravine.strategies import MeshStrategy
 
 QUIET = {
     "accelerator": "cpu",
@@ -188,3 +191,88 @@ def test_evaluating_with_nothing_averaged_says_so():
 def test_a_decay_of_one_is_refused():
     with pytest.raises(ValueError, match=r"decay=1\.0 is outside \[0, 1\); set e\.g\. 0\.999"):
         EMA(1.0)
+
+
+# On layouts: the average of a sharded weight is sharded, and whole in the file.
+
+ROWS = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+STRATEGIES = {
+    "single": lambda: {"devices": 1},
+    "ddp": lambda: {"strategy": "ddp", "devices": 2},
+    "zero3": lambda: {"strategy": "zero3", "devices": 2},
+    "folder": lambda: {"strategy": MeshStrategy(save_distributed_checkpoint=True), "devices": 2},
+}
+
+
+class Regression(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+        self.scores = []
+
+    def loss(self, rows):
+        return (self.net(rows) - rows.prod(1, keepdim=True)).square().mean()
+
+    def training_step(self, rows, index):
+        return self.loss(rows)
+
+    def validation_step(self, rows, index):
+        self.scores.append(self.loss(rows).item())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.1)
+
+
+class Rows(L.LightningDataModule):
+    def train_dataloader(self):
+        return TrainLoader(Order(0, 32), lambda items: ROWS[items], 32, 8, Share.of(self.trainer))
+
+    def val_dataloader(self):
+        return DataLoader(ROWS, batch_size=32)  # every rank sees all
+
+
+class SaveAt(SaveWhileValidating):
+    def on_validation_batch_end(self, trainer, *args, **kwargs):
+        if trainer.global_step == 4 and self.path:
+            trainer.save_checkpoint(self.path)
+
+
+def averaged(layout, save=None, resume=None):
+    L.seed_everything(0, verbose=False)
+    module, ema = Regression(), EMA(0.9)
+    trainer = L.Trainer(
+        **QUIET,
+        callbacks=[ema, ExactResume(), SaveAt(save)],
+        max_steps=8,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        use_distributed_sampler=False,
+        **STRATEGIES[layout](),
+    )
+    trainer.fit(module, Rows(), ckpt_path=resume)
+    return whole(module), ema.state_dict()["average"], module.scores
+
+
+def cut_and_continued(layout, folder):
+    straight = averaged(layout, save=folder / f"{layout}.ckpt")
+    return straight, averaged(layout, resume=folder / f"{layout}.ckpt")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero3", "folder"])
+def test_the_average_is_the_same_on_every_layout_and_resumes_bitwise(ranks, tmp_path, layout):
+    weights, average, scores = averaged("single")
+    for straight, continued in ranks(cut_and_continued, 2, layout, tmp_path):
+        assert furthest(straight[0], weights) < 1e-6
+        assert furthest(straight[1], average) < 1e-6
+        assert straight[2] == pytest.approx(scores, abs=1e-6)
+        assert furthest(continued[0], straight[0]) == 0
+        assert furthest(continued[1], straight[1]) == 0
+        assert continued[2][-1] == straight[2][-1]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero3"])
+def test_an_average_saved_on_one_process_goes_on_in_every_layout(ranks, tmp_path, layout):
+    weights, average, _ = averaged("single", save=tmp_path / "single.ckpt")
+    for there in ranks(averaged, 2, layout, None, tmp_path / "single.ckpt"):
+        assert furthest(there[0], weights) < 1e-6
+        assert furthest(there[1], average) < 1e-6
