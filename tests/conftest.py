@@ -17,7 +17,10 @@ import torch
 # Third-party noise that no change of ours can silence: beginning of the text (a regular
 # expression without colons), category, and why it is harmless.
 POSSIBLE = "lightning.fabric.utilities.warnings.PossibleUserWarning"
+JSONARGPARSE = "jsonargparse._deprecated.JsonargparseDeprecationWarning"
 NOISE = [
+    # LightningCLI of 2.6 calls methods that jsonargparse 4.5x renames; we pin below 5
+    ("", JSONARGPARSE),
     # lightning 2.6 asks torch's tree code the old way at every loader
     (r".isinstance\(treespec, LeafSpec\). is deprecated", "FutureWarning"),
     # tiny in-memory sets are faster without worker processes

@@ -1,0 +1,42 @@
+"""The pages of docs/ are programs: their files and commands are cut out and run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ravine.cli.main import main
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def files(page: str) -> dict[str, str]:
+    """The fenced blocks that begin with a comment naming a file."""
+    blocks = re.findall(r"```\w+\n# (\S+\.\w+)\n(.*?)```", page, re.DOTALL)
+    return {name: text for name, text in blocks}
+
+
+def commands(page: str) -> list[list[str]]:
+    """Each line of a bash block that calls the command line."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).splitlines()
+    return [line.split()[1:] for line in lines if line.startswith(("lightning ", "ravine "))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_the_page_on_adding_a_task_works_as_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (DOCS / "adding_a_task.md").read_text()
+    for name, text in files(page).items():
+        (folder / name).write_text(text)
+    assert [main(command) for command in commands(page)] == [0, 0]
+    accuracy = re.findall(r"val/accuracy\D*(0\.\d+)", capsys.readouterr().out)
+    assert float(accuracy[-1]) > 0.85  # chance is 0.10
