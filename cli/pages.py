@@ -7,6 +7,7 @@ usage: {0} COMMAND [--config NAME ...] [--key=value ...]
   validate   measure a checkpoint     {0} validate --ckpt_path=FILE
   test       the final measurement    {0} test --ckpt_path=FILE
   predict    apply it to new data     {0} predict --ckpt_path=FILE
+  generate   let a model write        {0} generate --ckpt_path=FILE --prompt=TEXT
 
 {0} COMMAND --help says more; {0} --version says which versions run here.
 """
@@ -36,19 +37,33 @@ usage: {0} {1} --ckpt_path=FILE [--config NAME ...] [--key=value ...]
   --help=all                  every argument; those of a class: --data.help=NAME
 """
 
+GENERATE = """\
+usage: {0} generate --ckpt_path=FILE [--prompt=TEXT ...] [--key=value ...]
+
+  --ckpt_path=FILE            a trained model; or auto; or last (of --trainer.name=NAME)
+  --prompt=TEXT               may be repeated; \\n is a line break; or --prompt_file=FILE
+  --max_new_tokens=200 --num_samples=1 --seed=0 --batch_size=64 --device=cpu
+  --temperature=0.8           below 1 the probable becomes more so; 0 takes the most probable
+  --top_k=40 --top_p=0.9 --min_p=0.05             leave the improbable out
+  --stop=TEXT                 where a text ends; may be repeated
+  --window=slide              or refuse: what to do when the model's context is full
+"""
+
 ABOUT = {
     "validate": "Measure a model on the validation data.",
     "test": "Measure a model on the test data, which training never sees.",
     "predict": "Apply a model to new data, and write what it says.",
 }
 
+PAGES = {"fit": FIT, "generate": GENERATE}
+
 
 def page(command: str | None, program: str) -> str:
     """The page of ``command``, or of the program, as ``program`` was called."""
     if command is None:
         return TOP.format(program)
-    if command == "fit":
-        return FIT.format(program)
+    if command in PAGES:
+        return PAGES[command].format(program)
     return EVALUATE.format(program, command, ABOUT[command])
 
 
