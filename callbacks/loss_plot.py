@@ -25,6 +25,7 @@ class LossPlot(L.Callback):
         self.train: Curve = []
         self.val: Curve = []
         self.every = 1  # optimizer steps whose mean is a point
+        self.step = 0
         self.losses: list[Tensor] = []  # since the last point
 
     @property
@@ -49,6 +50,7 @@ class LossPlot(L.Callback):
         total = total_steps(trainer)
         self.every = min(log_interval(trainer), max(1, (total or 10_000) // 200))
         self.losses.clear()
+        self.step = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -62,12 +64,12 @@ class LossPlot(L.Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self.losses.append(loss.detach())
-        step = trainer.global_step
-        if step % self.every or not self.losses or (self.train and self.train[-1][0] == step):
+        before, self.step = self.step, trainer.global_step
+        if self.step == before or self.step % self.every or not self.losses:
             return
         mean = torch.stack(self.losses).mean() * trainer.accumulate_grad_batches
         self.losses.clear()
-        self.train.append((step, mean))
+        self.train.append((self.step, mean))
         if len(self.train) > POINTS:
             del self.train[1::2]
             self.every *= 2

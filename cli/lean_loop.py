@@ -274,6 +274,6 @@ def quick_log(self: L.LightningModule, name: str, value: Any, *args: Any, **opti
         return
     type(self).log(self, name, value, *args, **options)
     if plain:
-        metric = loop._results[f"training_step.{name}"]
-        if metric.is_tensor:
+        metric = loop._results.get(f"training_step.{name}")
+        if metric is not None and metric.is_tensor:
             loop.logged[name] = (metric, options)

@@ -83,12 +83,13 @@ class Trainer(L.Trainer):
         """
         quiet()
         self._name, self._folder = name, None
-        self._loggers_wanted = listed(["csv", "tensorboard"] if logger is True else logger)
+        bare = bool(kwargs.get("barebones"))
+        by_default = [] if bare else ["csv", "tensorboard"]
+        self._loggers_wanted = by_default if logger is True else listed(logger)
         for each in self._loggers_wanted:
             check_installed(each)
         if precision == "auto":
             precision = automatic_precision(kwargs.get("accelerator", "auto"))
-        bare = bool(kwargs.get("barebones"))
         self._tries = tries = bare or bool(kwargs.get("fast_dev_run"))  # and keeps nothing
         defaults = {
             ExactResume: not tries,
@@ -105,7 +106,7 @@ class Trainer(L.Trainer):
             plugins.append(AtomicCheckpointIO())
         super().__init__(
             precision=precision,  # type: ignore
-            logger=[each for each in self._loggers_wanted if isinstance(each, Logger)],
+            logger=[each for each in self._loggers_wanted if isinstance(each, Logger)] or False,
             callbacks=callbacks,
             plugins=plugins,
             default_root_dir=default_root_dir,

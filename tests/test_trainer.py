@@ -1,0 +1,334 @@
+"""Our Trainer is Lightning's with other defaults: same hooks and numbers, a folder for each run."""
+
+import csv
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from foreign.net_in_init import NetInInit
+from foreign.two_optimizers import TwoOptimizers
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from torchmetrics import MeanMetric
+
+from ravine.callbacks import Checkpoint, ExactResume, LossPlot, PredictionTable, ProgressBar
+from ravine.cli import trainer as trainer_module
+from ravine.cli.trainer import Trainer, automatic_precision
+from ravine.strategies import AtomicCheckpointIO, GracefulStop
+
+STEP = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+OTHERS = ("on_train_epoch_start", "on_validation_start", "on_validation_end", "on_train_epoch_end")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+class Recorder(Callback):
+    """Notes each hook with the name that `self.log` would see, and the metrics of the moment."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def note(self, hook: str, trainer: L.Trainer, module: L.LightningModule) -> None:
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.events.append((hook, module._current_fx_name, trainer.global_step, metrics))
+
+
+def _noting(hook: str) -> Callable[..., None]:
+    return lambda self, trainer, module, *args: self.note(hook, trainer, module)
+
+
+for _hook in (*STEP, *OTHERS):
+    setattr(Recorder, _hook, _noting(_hook))
+
+
+class Rows(Logger):
+    """Keeps what is logged."""
+
+    name, version = "rows", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Any] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class Talkative(NetInInit):
+    """Logs in every way there is, and notes the hooks of its own."""
+
+    def __init__(self, schedule: bool = True) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+        self.schedule = schedule
+        self.own: list[str] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        x, y = batch
+        loss = F.mse_loss(self.net(x), y)
+        self.mean(loss)
+        self.log("step", loss)
+        self.log("both", loss * 2, on_step=True, on_epoch=True, batch_size=len(x))
+        self.log("epoch", loss * 3, on_step=False, on_epoch=True)
+        self.log("shown", loss * 4, prog_bar=True)
+        self.log("number", 5.0)
+        self.log("metric", self.mean)
+        self.log_dict({"first": loss.double(), "second": loss + 1}, on_epoch=True)
+        return {"loss": loss, "extra": x.sum()}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.own.append("step")
+
+    def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
+        self.own.append(f"before {epoch} {batch_idx}")
+        super().optimizer_step(epoch, batch_idx, *args, **kwargs)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+class EndsEarly(Talkative):
+    """Ends each epoch after two batches."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 2 else None
+
+
+def fit(kind: type[L.Trainer], module: L.LightningModule, **settings: Any) -> list[Any]:
+    """All that can be seen of a short run."""
+    recorder, rows = Recorder(), Rows()
+    trainer = kind(
+        accelerator="cpu",
+        callbacks=[recorder],
+        logger=rows,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=2,
+        **settings,
+    )
+    trainer.fit(module)
+    weights = [p.detach().clone() for p in module.parameters()]
+    return [recorder.events, rows.rows, getattr(module, "own", []), weights, trainer.global_step]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality, of tensors bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (Talkative, {}),
+        (Talkative, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}),
+        (Talkative, {"val_check_interval": 2, "precision": "bf16-mixed"}),
+        (Talkative, {"profiler": "simple"}),
+        (EndsEarly, {}),
+        (TwoOptimizers, {}),
+    ],
+)
+def test_a_run_has_the_hooks_the_metrics_and_the_weights_it_has_with_lightnings_own_loop(
+    kind: type[L.LightningModule], settings: dict[str, Any]
+) -> None:
+    runs = []
+    for each in (L.Trainer, Trainer):
+        torch.manual_seed(0)
+        runs.append(fit(each, kind(), max_epochs=3, **settings))
+    for stock, ours in zip(*runs, strict=True):
+        assert same(stock, ours)
+
+
+def test_the_short_way_is_taken_where_nothing_asks_for_the_long_one() -> None:
+    lean = {}
+    for kind, settings in ((Talkative, {}), (EndsEarly, {}), (Talkative, {"profiler": "simple"})):
+        seen: list[bool] = []
+        trainer = Trainer(max_steps=1, logger=False, accelerator="cpu", **settings)
+        trainer.callbacks.append(_Look(seen))
+        trainer.fit(kind())
+        lean[kind.__name__, *settings] = seen[0]
+    assert lean == {("Talkative",): True, ("EndsEarly",): False, ("Talkative", "profiler"): False}
+
+
+class _Look(Callback):
+    def __init__(self, seen: list[bool]) -> None:
+        self.seen = seen
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.seen.append(trainer.fit_loop.epoch_loop.lean)
+
+
+def test_nothing_of_the_short_way_stays_on_the_module() -> None:
+    module = NetInInit()
+    before = set(module.__dict__)
+    Trainer(max_steps=2, accelerator="cpu").fit(module)
+    assert not {"log", "_after_closure"} & (set(module.__dict__) - before)
+
+
+def test_each_run_gets_a_folder_of_its_own_with_its_curves_numbers_and_checkpoint() -> None:
+    for _ in range(2):
+        Trainer(max_epochs=1, log_every_n_steps=1, accelerator="cpu").fit(NetInInit())
+    for number in range(2):
+        folder = Path("runs/netininit", f"version_{number}")
+        names = {p.name.split(".")[0] for p in folder.iterdir()}
+        assert names == {"metrics", "events", "loss", "hparams", "checkpoints"}
+        assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step=000004.ckpt"]
+        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+        assert [row["train_loss"] != "" for row in rows] == [True] * 4 + [False]
+
+
+def test_a_folder_that_another_run_has_just_made_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, taken = Path.mkdir, []
+
+    def mkdir(self: Path, *args: Any, **kwargs: Any) -> None:
+        if self.name == "version_0" and not taken:
+            taken.append(self)
+            real(self, parents=True)  # the other run is a moment quicker
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    trainer = Trainer(name="a/b", fast_dev_run=False, max_steps=1, accelerator="cpu")
+    trainer.fit(NetInInit())
+    assert trainer.log_dir == os.path.join("runs", "a/b", "version_1")
+
+
+def test_fit_and_test_on_one_trainer_share_a_folder_and_log_dir_is_none_before() -> None:
+    trainer = Trainer(max_steps=1, default_root_dir="elsewhere", accelerator="cpu")
+    assert trainer.log_dir is None
+    trainer.fit(NetInInit())
+    trainer.validate(NetInInit(), verbose=False)
+    assert [str(p) for p in Path("elsewhere").glob("*/*")] == ["elsewhere/netininit/version_0"]
+
+
+def _log_dir() -> list[str]:
+    trainer = Trainer(max_steps=1, devices=2, accelerator="cpu", strategy="ddp", logger="csv")
+    trainer.fit(NetInInit(batch_size=4))
+    return [str(trainer.log_dir), *(str(c.dirpath) for c in trainer.checkpoint_callbacks)]
+
+
+def test_all_ranks_agree_on_the_folder(ranks: Callable[..., list[Any]]) -> None:
+    one, other = ranks(_log_dir, 2)
+    assert one == other
+    assert one[0].endswith("version_0")
+    assert one[1] == os.path.join(one[0], "checkpoints")
+
+
+def kinds(trainer: L.Trainer) -> list[type]:
+    """Classes of the callbacks, without the model's summary."""
+    return [type(c) for c in trainer.callbacks if "Summary" not in type(c).__name__]
+
+
+def test_defaults_are_there_once_and_what_is_given_takes_their_place() -> None:
+    defaults = {ExactResume, GracefulStop, Checkpoint, ProgressBar, LossPlot, PredictionTable}
+    assert set(kinds(Trainer())) == defaults
+    resume, checkpoint = ExactResume(), ModelCheckpoint(monitor="val_loss")
+    given = Trainer(callbacks=[resume, checkpoint], logger=False)
+    assert resume in given.callbacks
+    assert checkpoint in given.callbacks
+    assert set(kinds(given)) == defaults - {Checkpoint, LossPlot} | {ModelCheckpoint}
+    assert len(kinds(given)) == len(set(kinds(given)))
+    off = Trainer(enable_checkpointing=False, enable_progress_bar=False)
+    assert set(kinds(off)) == defaults - {Checkpoint, ProgressBar}
+    assert isinstance(given.strategy.checkpoint_io, AtomicCheckpointIO)
+
+
+def test_fast_dev_run_and_barebones_leave_no_file() -> None:
+    Trainer(fast_dev_run=True, accelerator="cpu").fit(NetInInit())
+    with pytest.warns(UserWarning, match="barebones"):
+        Trainer(barebones=True, max_steps=1, accelerator="cpu").fit(NetInInit())
+    assert list(Path().iterdir()) == []
+
+
+def test_loggers_come_by_name_by_object_or_not_at_all() -> None:
+    own = CSVLogger("mine")
+    for logger, expected in ((["csv"], 1), ("tensorboard", 1), ([own, "csv"], 2), (False, 0)):
+        trainer = Trainer(logger=logger, max_steps=1, accelerator="cpu")  # type: ignore
+        trainer.fit(NetInInit())
+        assert len(trainer.loggers) == expected
+        assert Path(trainer.log_dir or "", "checkpoints").is_dir()
+    assert own.log_dir.startswith("mine")
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_logger_that_is_not_installed_is_named_in_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "find_spec", lambda package: None)
+    with pytest.raises(ValueError, match=f"pip install {name}, or --trainer.logger="):
+        Trainer(logger=name)  # type: ignore
+
+
+def test_automatic_precision_is_bf16_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = set()
+    for avx512, amx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has)
+        chosen.add((avx512 or amx, automatic_precision("cpu")))
+    assert chosen == {(True, "bf16-mixed"), (False, "32-true")}
+    assert Trainer(precision="auto", accelerator="cpu").precision == "32-true"
+    assert Trainer(accelerator="cpu").precision == "32-true"
+
+
+def test_advertisements_are_left_out_and_the_rest_is_said(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        Trainer(max_steps=1, accelerator="cpu").fit(NetInInit())
+    said = [record.getMessage() for record in caplog.records]
+    assert not [line for line in said if "Tip" in line or "available" in line]
+    assert any("max_steps=1" in line for line in said)
+    assert "run: runs/netininit/version_0, on CPU, 1 threads, precision 32-true" in (
+        capsys.readouterr().out
+    )
+
+
+class PlainSteps(NetInInit):
+    """By SGD: Adam reads its own step count, which lies on the host."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def test_training_reads_no_value_back_except_where_it_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads: list[int] = []
+    real = torch.Tensor.item
+    trainer = Trainer(max_epochs=5, log_every_n_steps=10, limit_val_batches=0, accelerator="cpu")
+    monkeypatch.setattr(
+        torch.Tensor, "item", lambda self: reads.append(trainer.global_step) or real(self)
+    )
+    trainer.fit(PlainSteps())
+    assert {step for step in reads if step % 4} == {10}  # an epoch of 4 steps ends with a file
