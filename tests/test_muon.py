@@ -158,7 +158,6 @@ class Holder(nn.Module):
 def spread_steps(layout, steps=3):
     """Every rank takes the same steps; returns whole weights and the collectives of the last."""
     holder, world = Holder(), dist.get_world_size()
-    optimizer = None
     if layout == "fsdp":
         fully_shard(holder, mesh=init_device_mesh("cpu", (world,)))
     if layout == "tensor":  # rows over one axis of the mesh, columns over the other
@@ -166,6 +165,12 @@ def spread_steps(layout, steps=3):
         for name, p in list(holder.weights.named_parameters()):
             spread = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0), Shard(1)]))
             holder.weights[int(name)] = spread
+    if layout == "fsdp x tensor":  # a shard of a shard
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        for i, p in enumerate(list(holder.weights)):
+            rows = distribute_tensor(p.detach(), mesh["tensor"], [Shard(i % 2)])
+            holder.weights[i] = nn.Parameter(rows)
+        fully_shard(holder, mesh=mesh["data"])
     weights = list(holder.weights)
     optimizer = MuonOptimizer(weights, lr=0.1, weight_decay=0.1)
     if layout == "ddp":
@@ -173,8 +178,9 @@ def spread_steps(layout, steps=3):
     counts = {}
     for step in range(steps):
         for p, g in zip(weights, gradients(SPREAD, step), strict=True):
-            sharded = isinstance(p, DTensor)
-            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if sharded else g
+            p.grad = g
+            if isinstance(p, DTensor):
+                p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None)
         with CommDebugMode() as counter:
             optimizer.step()
         counts = {str(k): v for k, v in counter.get_comm_counts().items()}
@@ -190,7 +196,14 @@ def in_ranks(layout):
 @pytest.mark.parametrize(
     ("layout", "world", "collectives"),
     # four shapes: two exchanges each when sharded, one gathering each when replicated
-    [("fsdp", 2, 8), ("fsdp", 4, 8), ("ddp", 2, 4), ("ddp", 4, 4), ("tensor", 4, None)],
+    [
+        ("fsdp", 2, 8),
+        ("fsdp", 4, 8),
+        ("ddp", 2, 4),
+        ("ddp", 4, 4),
+        ("tensor", 4, None),
+        ("fsdp x tensor", 4, None),
+    ],
 )
 def test_spread_weights_move_as_on_one_process(ranks, layout, world, collectives):
     alone = stepped(MuonOptimizer(w := parameters(SPREAD), lr=0.1, weight_decay=0.1), w, 3)
