@@ -1,0 +1,107 @@
+"""Raw rows of a benchmark: what ran, where, and what came out; one JSON object a line."""
+
+import csv
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+HERE = Path(__file__).parent
+ROWS = HERE / "rows"
+
+
+class Stopwatch(Callback):
+    """Seconds of training, and of that spent validating and sampling, into stopwatch.json."""
+
+    def __init__(self) -> None:
+        self.validating = 0.0
+        self.begun = self.paused = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.begun = time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validating += time.perf_counter() - self.paused
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        total = time.perf_counter() - self.begun
+        seconds = {"seconds": round(total, 2), "validating": round(self.validating, 2)}
+        Path(str(trainer.log_dir), "stopwatch.json").write_text(json.dumps(seconds))
+
+
+def processor() -> str:
+    """The processor's name, as Linux knows it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def circumstances(config: str) -> dict[str, Any]:
+    """Everything a later reader needs to judge a row of this config."""
+    commit = subprocess.run(
+        ["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    text = (HERE.parent / "configs" / f"{config}.yaml").read_bytes()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "config": config,
+        "config_hash": hashlib.sha256(text).hexdigest()[:12],
+        "commit": commit,
+        "machine": f"{processor()}, {os.cpu_count()} cores, {device}",
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def append(benchmark: str, row: dict[str, Any]) -> None:
+    """Add a row to rows/<benchmark>.jsonl and show it."""
+    ROWS.mkdir(exist_ok=True)
+    with (ROWS / f"{benchmark}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def train(config: str, seed: int, *words: str, test: bool = False) -> dict[str, Any]:
+    """`ravine fit` (and `test`) on a shipped config, in a process and a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = [f"--trainer.default_root_dir={folder}", "--trainer.name=run"]
+        ravine("fit", "--config", config, f"--seed_everything={seed}", *where, *words,
+               "--trainer.callbacks+=benchmarks.record.Stopwatch")  # fmt: skip
+        if test:
+            ravine("test", "--ckpt_path=last", *where, *words)
+        versions = sorted(Path(folder, "run").iterdir(), key=lambda path: path.stat().st_mtime)
+        watch = json.loads((versions[0] / "stopwatch.json").read_text())
+        metrics = {k: v for path in versions for k, v in last_values(path / "metrics.csv").items()}
+    return circumstances(config) | {"seed": seed, "words": list(words)} | watch | metrics
+
+
+def ravine(*words: str) -> None:
+    """Run the program in the repository's folder; its noise is shown only if it fails."""
+    command = [sys.executable, "-m", "ravine.cli.main", *words]
+    result = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{' '.join(command)}\n{result.stdout}\n{result.stderr}")
+
+
+def last_values(path: Path) -> dict[str, float]:
+    """The last value of each metric in a metrics.csv."""
+    values: dict[str, float] = {}
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            values |= {k: float(v) for k, v in row.items() if v and "/" in k}
+    return values
