@@ -16,8 +16,11 @@ Row = dict[str, Any]
 class PredictionTable(L.Callback):
     """Writes predictions.csv in the run's folder if `predict_step` returns rows, and shows some.
 
-    def predict_step(self, batch, index):
-        return [{"message": m, "label": "spam"} for m in batch]
+    class Judge(L.LightningModule):
+        columns = ("message", "label")
+        def predict_step(self, batch, index): return [(text, "spam") for text in batch]
+
+    A row is a tuple, named by the module's `columns`, or a dict, which names itself.
 
     Args:
         shown: rows printed; the file has them all.
@@ -32,8 +35,12 @@ class PredictionTable(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any
     ) -> None:
         """Collect rows; anything else that `predict_step` may return is left alone."""
-        if isinstance(outputs, list) and all(isinstance(row, dict) for row in outputs):
-            self.rows += outputs
+        names = getattr(pl_module, "columns", None)
+        for row in outputs if isinstance(outputs, list) else ():
+            if isinstance(row, dict):
+                self.rows.append(row)
+            elif isinstance(row, tuple) and names is not None:
+                self.rows.append(dict(zip(names, row, strict=True)))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the rows of all ranks into the order of the data, write and show them."""

@@ -84,8 +84,8 @@ class Trainer(L.Trainer):
         quiet()
         self._name, self._folder = name, None
         bare = bool(kwargs.get("barebones"))
-        by_default = [] if bare else ["csv", "tensorboard"]
-        self._loggers_wanted = by_default if logger is True else listed(logger)
+        usual = [] if bare else ["csv", "tensorboard"]
+        self._loggers_wanted: list[Any] = usual if logger is True else listed(logger)
         for each in self._loggers_wanted:
             check_installed(each)
         if precision == "auto":

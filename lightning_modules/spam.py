@@ -143,6 +143,7 @@ class SpamClassifier(TaskModule):
     """
 
     lr = 1e-2
+    columns = ("message", "probability", "label")  # of what predict_step returns
 
     def __init__(
         self,
