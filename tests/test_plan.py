@@ -121,6 +121,12 @@ def test_a_schedule_longer_than_the_run_is_refused_before_the_first_step():
     assert not module.rates
 
 
+def test_a_trial_of_one_step_is_too_short_for_no_schedule():
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=Schedule("linear", warmup=50))
+    _, module = trained(plan, fast_dev_run=True)
+    assert module.rates == [[0.02]]
+
+
 @pytest.mark.parametrize(
     ("decay", "expected"),
     [("none", {0.0: 4}), ("matrices", {0.5: 2, 0.0: 2}), ("all", {0.5: 4})],

@@ -94,7 +94,7 @@ class OptimizerPlan(Callback):
             )
         self._length = float("inf")
         if trainer.max_steps >= 0:
-            self._know_length(trainer.max_steps)
+            self._know_length(trainer, trainer.max_steps)
 
         def configure_optimizers(module: L.LightningModule) -> dict[str, Any]:
             return self._configure(trainer, module)
@@ -109,7 +109,7 @@ class OptimizerPlan(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn the run's length from the loaders, which exist only now."""
         if trainer.max_steps < 0:
-            self._know_length(trainer.estimated_stepping_batches)
+            self._know_length(trainer, trainer.estimated_stepping_batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Which optimizers there are, to refuse a resume that would misread their state."""
@@ -120,8 +120,9 @@ class OptimizerPlan(Callback):
         self._saved_members = state_dict["optimizers"]
         self._compare()
 
-    def _know_length(self, length: float) -> None:
-        if self.schedule is not None:
+    def _know_length(self, trainer: L.Trainer, length: float) -> None:
+        trial = getattr(trainer, "fast_dev_run", 0)  # a step or two
+        if self.schedule is not None and not trial:
             self.schedule.check(length)
         self._length = length
 
@@ -178,12 +179,14 @@ class OptimizerPlan(Callback):
         composite: Composite,
     ) -> None:
         """What runs, before it runs: a wrong grouping trains without complaint."""
-        table = Table("rule", "tensors", "parameters", "lr", "decay", "optimizer")
+        table = Table(
+            Column("rule", overflow="fold"), "tensors", "parameters", "lr", "decay", "optimizer"
+        )
         for (rule, share), member in zip(shares, composite.members, strict=True):
             for place, group in enumerate(member.param_groups):
                 own = {id(p) for p in group["params"]}
                 table.add_row(
-                    rule.label if place == 0 else "",
+                    rule.label.replace("+", " + ") if place == 0 else "",
                     str(len(own)),
                     f"{sum(p.numel() for p in group['params']):,}",
                     f"{group['lr']:g}" if "lr" in group else "",
