@@ -179,9 +179,7 @@ class OptimizerPlan(Callback):
         composite: Composite,
     ) -> None:
         """What runs, before it runs: a wrong grouping trains without complaint."""
-        table = Table(
-            Column("rule", overflow="fold"), "tensors", "parameters", "lr", "decay", "optimizer"
-        )
+        table = Table("rule", "tensors", "parameters", "lr", "decay", "optimizer")
         for (rule, share), member in zip(shares, composite.members, strict=True):
             for place, group in enumerate(member.param_groups):
                 own = {id(p) for p in group["params"]}
