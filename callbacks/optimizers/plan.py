@@ -247,6 +247,8 @@ def split_decay(optimizer: Optimizer, decay: Decay) -> None:
     if "weight_decay" not in optimizer.defaults or decay == "all":
         return
     for group in list(optimizer.param_groups):
+        if not group["weight_decay"]:
+            continue
         spared = [p for p in group["params"] if decay == "none" or p.ndim < 2]
         if len(spared) == len(group["params"]):
             group["weight_decay"] = 0.0
