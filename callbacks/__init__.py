@@ -13,6 +13,7 @@ from ravine.callbacks.optimizers.plan import OptimizerPlan
 from ravine.callbacks.optimizers.rules import Rule
 from ravine.callbacks.optimizers.schedules import Schedule
 from ravine.callbacks.optimizers.sign import SignSGD, SignSGDOptimizer
+from ravine.callbacks.optimizers.watching import UpdateSizes
 from ravine.callbacks.predictions import PredictionTable
 from ravine.callbacks.progress import ProgressBar
 from ravine.callbacks.resume import ExactResume
@@ -41,4 +42,5 @@ __all__ = [
     "Schedule",
     "SignSGD",
     "SignSGDOptimizer",
+    "UpdateSizes",
 ]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import OptimizerPlan, Rule, Schedule
+from ravine.callbacks import OptimizerPlan, Rule, Schedule, SignSGDOptimizer, UpdateSizes
 from ravine.callbacks.optimizers.composite import Composite
 from ravine.callbacks.optimizers.rules import assign, kinds
 
@@ -414,6 +414,36 @@ def test_the_table_at_the_start_says_who_trains_what(capsys):
     assert ["up.weight"] in lines
     notice = "Everything.configure_optimizers is not called: OptimizerPlan takes its place"
     assert notice.split() in lines
+
+
+def test_the_size_of_each_rules_updates_is_logged():
+    rules = [
+        Rule("hidden_matrix", optimizer=partial(SignSGDOptimizer, lr=0.25)),
+        Rule(optimizer=partial(SGD, lr=0.0)),
+    ]
+    module = Net()
+    module.configure_model()
+    size = module.net[0].weight.detach().norm()
+    trainer, _ = trained(
+        OptimizerPlan(rules=rules),
+        steps=1,
+        module=module,
+        callbacks=[OptimizerPlan(rules=rules), UpdateSizes()],
+        log_every_n_steps=1,
+    )
+    logged = trainer.callback_metrics
+    assert logged["update/rms/hidden_matrix"] == 0.25
+    assert logged["update/ratio/hidden_matrix"] == pytest.approx(0.25 * 12**0.5 / size.item())
+    assert logged["lr/hidden_matrix"] == 0.25
+    assert logged["update/ratio/rest"] == logged["lr/rest"] == 0
+
+
+def test_without_a_plan_the_groups_of_the_optimizer_are_watched():
+    module = Net()
+    trainer = L.Trainer(**QUIET, max_steps=1, callbacks=[UpdateSizes()], log_every_n_steps=1)
+    trainer.fit(module, data())
+    assert trainer.callback_metrics["lr/group 0"] == 1000
+    assert trainer.callback_metrics["update/rms/group 0"] > 0
 
 
 USER_FILE = """

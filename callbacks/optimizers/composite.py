@@ -25,9 +25,10 @@ class Composite(Optimizer):
     Example: `Composite([Muon(matrices, lr=0.03), torch.optim.AdamW(rest, lr=5e-3)])`
     """
 
-    def __init__(self, members: Sequence[Optimizer]) -> None:
-        """Join optimizers that have no parameter in common."""
+    def __init__(self, members: Sequence[Optimizer], labels: Sequence[str] = ()) -> None:
+        """Join optimizers that have no parameter in common; labels are for logs."""
         self.members = list(members)
+        self.labels = list(labels) or [f"optimizer {i}" for i in range(len(members))]
         self._sizes = [len(member.param_groups) for member in self.members]
         super().__init__([group for member in self.members for group in member.param_groups], {})
         self._link()

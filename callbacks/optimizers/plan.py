@@ -130,7 +130,10 @@ class OptimizerPlan(Callback):
         shares = [(r, s) for r, s in zip(self.rules, assign(module, self.rules), strict=True) if s]
         if not shares:
             raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to do")
-        composite = Composite([self._member(rule, share) for rule, share in shares])
+        members = [self._member(rule, share) for rule, share in shares]
+        labels = [rule.label for rule, _ in shares]
+        labels = [k if labels.count(k) == 1 else f"{k} {i}" for i, k in enumerate(labels, 1)]
+        composite = Composite(members, labels)
         if isinstance(trainer.strategy, DDPStrategy):
             for member in composite.members:
                 if hasattr(member, "replicas"):  # all ranks have all weights and can share work
