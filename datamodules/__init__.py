@@ -1,9 +1,11 @@
 from .order import EvalLoader, Order, Share, TrainLoader, generator
 from .spam import SpamDataModule
 from .text import TextDataModule
-from .tokenizers import CharTokenizer
+from .tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
 
 __all__ = [
+    "BPETokenizer",
+    "ByteTokenizer",
     "CharTokenizer",
     "EvalLoader",
     "Order",

@@ -1,7 +1,6 @@
 """A corpus: any text file or folder as one tensor of token numbers, read in pieces of bounded size.
 
-Up to 256 different characters a token is one byte; a text above `memory_limit` becomes a file of
-two-byte tokens in the cache folder, memory-mapped, of which only the parts in use are read.
+A text above `memory_limit` characters is not held in memory: its tokens are a mapped file.
 """
 
 import codecs
@@ -11,12 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from .sources import cache_folder, whole
-from .tokenizers import CharTokenizer
+from .tokenized import read_bins, tokenized
+from .tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, gpt2
 
 PIECE = 1 << 24  # bytes read at once
 
@@ -25,9 +22,10 @@ class Corpus(NamedTuple):
     """The tokens (n), uint8 or uint16, what made them, and the checksum of the text."""
 
     tokens: Tensor
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     sha256: str
     mapped: bool  # the tokens are a file
+    rest: Tensor | None = None  # those for validation, where a file of its own holds them
 
 
 def files_of(path: Path, flag: str = "--data.path") -> list[Path]:
@@ -79,7 +77,9 @@ def _read(path: Path, flag: str) -> Iterator[str]:
                 return
 
 
-def load(pieces: Callable[[], Iterator[str]], name: str, memory_limit: int) -> Corpus:
+def load(
+    pieces: Callable[[], Iterator[str]], name: str, memory_limit: int, kind: str = "characters"
+) -> Corpus:
     """Read the text twice: for its characters and checksum, then for its tokens."""
     digest, characters, count = hashlib.sha256(), set[str](), 0
     for piece in pieces():
@@ -88,26 +88,19 @@ def load(pieces: Callable[[], Iterator[str]], name: str, memory_limit: int) -> C
         count += len(piece)
     if not count:
         raise ValueError(f"{name} is empty: give a text of at least one window, --data.path=FILE")
-    tokenizer = CharTokenizer(characters)
+    kinds = {"characters": lambda: CharTokenizer(characters), "bytes": ByteTokenizer, "gpt2": gpt2}
+    tokenizer = kinds[kind]()
     if tokenizer.vocabulary > 1 << 16:
-        raise ValueError(f"{name} has {tokenizer.vocabulary:,} different characters, over 65,536")
-    encoded = (tokenizer.numbers(piece) for piece in pieces())
-    if count <= memory_limit:
-        tokens = np.empty(count, np.uint8 if tokenizer.vocabulary <= 256 else np.uint16)
-        _fill(tokens, encoded)
-    else:
-        path = cache_folder() / "tokens" / f"{digest.hexdigest()}-{tokenizer.kind}.uint16"
-        if not path.is_file():
-            with whole(path) as part:
-                file = np.memmap(part, np.uint16, "w+", shape=(count,))
-                _fill(file, encoded)
-                file.flush()
-        tokens = np.memmap(path, np.uint16, "c")  # copy on write: the file can never change
-    return Corpus(torch.from_numpy(tokens), tokenizer, digest.hexdigest(), count > memory_limit)
+        raise ValueError(
+            f"{name} has {tokenizer.vocabulary:,} different characters, over 65,536; "
+            "type --data.tokenizer=bytes"
+        )
+    mapped = count > memory_limit
+    tokens = tokenized(tokenizer, pieces, digest.hexdigest(), mapped)
+    return Corpus(tokens, tokenizer, digest.hexdigest(), mapped)
 
 
-def _fill(tokens: np.ndarray, pieces: Iterable[np.ndarray]) -> None:
-    place = 0
-    for piece in pieces:
-        tokens[place : place + len(piece)] = piece
-        place += len(piece)
+def bins(folder: Path) -> Corpus | None:
+    """The tokens of a folder that nanoGPT has prepared, if it is one."""
+    found = read_bins(folder)
+    return None if found is None else Corpus(found[0], found[2], "", True, rest=found[1])

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from .corpus import Corpus, files_of, load, read
+from .corpus import Corpus, bins, files_of, load, read
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, global_seed
 from .sources import SOURCES, announce, choose, fetch
 
@@ -29,13 +29,14 @@ def documentation() -> Iterator[str]:
 
 
 class TextDataModule(L.LightningDataModule):
-    """A text as batches (inputs, targets), both int64 (b t), targets one character further on.
+    """A text as batches (inputs, targets), both int64 (b t), targets one token further on.
 
     data = TextDataModule("my.txt", context=128, batch_size=64)
     Trainer(max_steps=500).fit(LanguageModel(layers=2, width=64), datamodule=data)
 
     Args:
-        path: a text file, or a folder of them; without it `source` decides.
+        path: a text file, or a folder of them, or of nanoGPT's train.bin and val.bin; without it
+            `source` decides.
         source: shakespeare (tiny Shakespeare, 1.1 MB); embedded (CPython's help topics); auto: the
             first where it can be had, otherwise the second.
         root: the folder of data sets; by default the variable DATA_ROOT.
@@ -43,6 +44,7 @@ class TextDataModule(L.LightningDataModule):
         batch_size: windows of one optimizer step, over all ranks and accumulated batches.
         val_fraction: the last part of the text, kept for validation (and for `test`).
         seed: of the order of the windows; by default that of seed_everything.
+        tokenizer: what a token is: a character of the text, a byte, or a piece of GPT-2's.
         memory_limit: characters; a longer text is not held in memory or moved to the device.
     """
 
@@ -55,6 +57,7 @@ class TextDataModule(L.LightningDataModule):
         batch_size: int = 32,
         val_fraction: float = 0.1,
         seed: int | None = None,
+        tokenizer: Literal["characters", "bytes", "gpt2"] = "characters",
         memory_limit: int = 2**28,
     ) -> None:
         """Check the sizes; files are looked at in `setup`."""
@@ -69,6 +72,7 @@ class TextDataModule(L.LightningDataModule):
         self.path, self.source, self.root = path, source, root
         self.context, self.batch_size = context, batch_size
         self.val_fraction, self.seed, self.memory_limit = val_fraction, seed, memory_limit
+        self.kind = tokenizer
         self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
         self._corpus: Corpus | None = None
         self._tried = ""
@@ -99,31 +103,40 @@ class TextDataModule(L.LightningDataModule):
         else:
             file, why = choose(self.source, SOURCES["shakespeare"], self.root, self._tried)
         name = str(file or "the EMBEDDED text (help topics of CPython)")
-        files = files_of(file) if file else []
-        corpus = load((lambda: read(files)) if file else documentation, name, self.memory_limit)
-        self._check_length(name, len(corpus.tokens))
+        corpus = bins(file) if file else None
+        if corpus is None:
+            files = files_of(file) if file else []
+            text = (lambda: read(files)) if file else documentation
+            corpus = load(text, name, self.memory_limit, self.kind)
+        unit = "tokens" if corpus.tokenizer.kind == "gpt2" else corpus.tokenizer.kind
+        self._check_length(name, unit, corpus)
         self._corpus = corpus
         taken = self.source if self.path is not None else "shakespeare" if file else "embedded"
         self.resolved = {"source": taken, "file": str(file or ""), "sha256": corpus.sha256}
-        size = f"{len(corpus.tokens):,} characters, {corpus.tokenizer.vocabulary} different"
+        size = f"{len(corpus.tokens):,} {unit}, {corpus.tokenizer.vocabulary:,} different"
         announce(f"data: {name}, {size}{why and '; ' + why}", loud=bool(why))
 
-    def _check_length(self, name: str, count: int) -> None:
-        train = self._split(count)
-        if count - train < 2:
+    def _check_length(self, name: str, unit: str, corpus: Corpus) -> None:
+        train, rest = self._split(corpus)
+        count = len(train) + len(rest)
+        if len(rest) < 2:
             raise ValueError(
-                f"val_fraction {self.val_fraction} of the {count:,} characters of {name} is less "
+                f"val_fraction {self.val_fraction} of the {count:,} {unit} of {name} is less "
                 "than two; type --data.val_fraction=0.1, or give a longer text"
             )
-        if train <= self.context:
-            out = f"type --data.context={train - 1} or less, or " if train > 1 else ""
+        if len(train) <= self.context:
+            fits = len(train) - 1
+            out = f"type --data.context={fits} or less, or " if fits > 0 else ""
             raise ValueError(
-                f"{name} has {count:,} characters, {train:,} of them for training: less than one "
+                f"{name} has {count:,} {unit}, {len(train):,} of them for training: less than one "
                 f"window of context + 1 = {self.context + 1}; {out}give a longer text"
             )
 
-    def _split(self, count: int) -> int:
-        return int(count * (1 - self.val_fraction))
+    def _split(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
+        if corpus.rest is not None:
+            return corpus.tokens, corpus.rest
+        split = int(len(corpus.tokens) * (1 - self.val_fraction))
+        return corpus.tokens[:split], corpus.tokens[split:]
 
     def train_dataloader(self) -> TrainLoader:
         """Windows at random places; an epoch has as many tokens as the training part."""
@@ -166,7 +179,9 @@ class TextDataModule(L.LightningDataModule):
         """Training and validation tokens, on the device unless the text is a mapped file."""
         corpus = self.corpus
         if self.trainer is not None and not corpus.mapped:
-            corpus = corpus._replace(tokens=corpus.tokens.to(self.trainer.strategy.root_device))
+            device, tokens = self.trainer.strategy.root_device, corpus.tokens
+            if device.type != "cpu" and tokens.dtype == torch.uint16:
+                tokens = tokens.to(torch.int32)  # GPUs do not gather unsigned shorts
+            corpus = corpus._replace(tokens=tokens.to(device))
             self._corpus = corpus  # moved once
-        split = self._split(len(corpus.tokens))
-        return corpus.tokens[:split], corpus.tokens[split:]
+        return self._split(corpus)

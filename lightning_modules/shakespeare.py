@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ravine.datamodules.tokenizers import CharTokenizer, from_state
+from ravine.datamodules.tokenizers import Tokenizer, from_state
 
 from . import accounting
 from .base import TaskModule
@@ -55,7 +55,7 @@ class LanguageModel(TaskModule):
         super().__init__()
         self.save_hyperparameters()
         self.vocabulary, self.context, self.shape = vocabulary, context, shape
-        self.tokenizer: CharTokenizer | None = None
+        self.tokenizer: Tokenizer | None = None
         self.sums = torch.zeros(3)  # of an evaluation: nats, tokens, bytes
         with torch.device("meta"):  # nothing is allocated, every check is made
             v, t = (1 if size is None else size for size in (vocabulary, context))
@@ -193,7 +193,7 @@ class LanguageModel(TaskModule):
             self._take(from_state(saved["tokenizer"]), "the checkpoint's")
         self.context = self.context or saved["context"]
 
-    def _take(self, tokenizer: CharTokenizer, whose: str) -> None:
+    def _take(self, tokenizer: Tokenizer, whose: str) -> None:
         ours = self.tokenizer
         if ours is not None and ours.state() != tokenizer.state():
             raise ValueError(

@@ -99,7 +99,7 @@ def test_every_rung_is_its_formula(rung: str, kernel: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_lecture_s_number_of_parameters(name: str) -> None:
     arguments = lecture(name)
-    layers, d, v = arguments["layers"], 256, 65
+    layers, d, v = arguments["layers"], 256, 50304 if name == "seed_bpe" else 65
     expected = 2 * v * d + {
         "seed_last": 0,
         "seed_average": 0,
@@ -109,9 +109,11 @@ def test_a_preset_has_the_lecture_s_number_of_parameters(name: str) -> None:
         "seed_qkv": 3 * d**2,
         "seed_attention": 3 * layers * d**2,
         "seed_blocks": 11 * layers * d**2 + 5 * layers * d,
-    }.get(name, 0)  # fmt: skip
+        "seed_bpe": 11 * layers * d**2 + 5 * layers * d,
+    }[name]  # fmt: skip
     model = LanguageModel(v, 128, **arguments)
-    model.configure_model()
+    with torch.device("meta"):
+        model.configure_model()
     assert sum(p.numel() for p in model.parameters()) == expected
     assert sum(accounting.parameters(v, 128, **arguments).values()) == expected
     if name == "seed_blocks":
@@ -130,7 +132,7 @@ def test_parameters_are_counted_as_the_formula_says(shape: dict[str, Any]) -> No
 def test_presets_differ_in_their_rung_and_depth_only() -> None:
     first = preset(PRESETS[0])
     ladder = {"layers", "rung", "residual", "mlp", "bias"}
-    for name in PRESETS:
+    for name in set(PRESETS) - {"seed_bpe"}:
         other = preset(name)
         assert (other["data"], other["trainer"]) == (first["data"], first["trainer"])
         differing = dict(other["model"]["init_args"].items() ^ first["model"]["init_args"].items())

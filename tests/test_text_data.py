@@ -2,15 +2,17 @@
 
 import hashlib
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ravine.datamodules import TextDataModule, TrainLoader, corpus
+from ravine.datamodules import CharTokenizer, TextDataModule, TrainLoader, corpus, tokenized
 
 DATA_ROOT = os.environ.get("DATA_ROOT")
 POEM = "".join(f"{i}: the quick brown fox jumps over the lazy dog\n" for i in range(60))
@@ -113,13 +115,13 @@ def test_a_mapped_file_is_built_once_and_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "_fill", interrupt)
+        patch.setattr(tokenized, "encoded", interrupt)
         with pytest.raises(KeyboardInterrupt):
             text_data(poem, memory_limit=100)
     folder = tmp_path / "cache/ravine/tokens"
     assert list(folder.iterdir()) == []
     text_data(poem, memory_limit=100)
-    monkeypatch.setattr(corpus, "_fill", interrupt)
+    monkeypatch.setattr(tokenized, "encoded", interrupt)
     text_data(poem, memory_limit=100)  # found, not built
     poem.write_text(POEM + "!")
     with pytest.raises(KeyboardInterrupt):  # another content, another file
@@ -245,3 +247,60 @@ def test_a_missing_path_names_its_neighbours(poem: Path, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no files"):
         text_data(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("kind", ["characters", "bytes"])
+def test_every_kind_of_token_splits_and_predicts_the_same_text(poem: Path, kind: Any) -> None:
+    data = text_data(poem, tokenizer=kind)
+    assert data.tokenizer.kind == kind
+    assert data.tokenizer.decode(data.corpus.tokens.long()) == POEM
+    targets = torch.cat([y[y >= 0] for _, y in data.val_dataloader()])
+    assert POEM.endswith(data.tokenizer.decode(targets))
+
+
+def nanogpt(folder: Path, meta: object | None) -> Path:
+    """A folder as nanoGPT's prepare.py leaves it."""
+    tokens = CharTokenizer(POEM).encode(POEM).numpy().astype(np.uint16)
+    split = int(0.9 * len(tokens))
+    folder.mkdir()
+    tokens[:split].tofile(folder / "train.bin")
+    tokens[split:].tofile(folder / "val.bin")
+    if meta is not None:
+        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder
+
+
+def test_nanogpt_s_files_are_read_as_they_are(poem: Path, tmp_path: Path) -> None:
+    letters = sorted(set(POEM))
+    itos = dict(enumerate(letters))
+    meta = {"vocab_size": len(letters), "itos": itos, "stoi": {c: n for n, c in itos.items()}}
+    theirs, ours = text_data(nanogpt(tmp_path / "bins", meta)), text_data(poem)
+    assert theirs.corpus.mapped
+    assert theirs.tokenizer.state() == ours.tokenizer.state()
+    for name in ("train_dataloader", "val_dataloader"):
+        for a, b in zip(getattr(theirs, name)(), getattr(ours, name)(), strict=True):
+            assert torch.equal(torch.cat(a), torch.cat(b))
+
+
+class Harm:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize(
+    ("meta", "told"),
+    [(Harm(), "it asks for posix.system"), ({}, "'itos'"), ({"itos": {0: "b", 1: "a"}}, "sort")],
+)
+def test_a_pickle_that_is_more_than_a_table_is_refused(
+    tmp_path: Path, meta: object, told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        text_data(nanogpt(tmp_path / "bins", meta))
+
+
+def test_a_file_of_tokens_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    folder = nanogpt(tmp_path / "bins", {"itos": dict(enumerate(sorted(set(POEM))))})
+    with (folder / "train.bin").open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(ValueError, match=r"train.bin has \d+ bytes and should hold two for each"):
+        text_data(folder)
