@@ -118,6 +118,13 @@ class MeshStrategy(ModelParallelStrategy):
         group = self.device_mesh[DP].get_group() if group is None else group
         return super().reduce(tensor, group, reduce_op)
 
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all processes, or any, decide so: these count one by one, whatever they see."""
+        votes = super().reduce(
+            torch.tensor(int(decision), device=self.root_device), reduce_op="sum"
+        )
+        return int(votes) == self.world_size if all else int(votes) > 0
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole state on rank 0, parameters numbered by their place in `named_parameters()`."""
         if self._save_distributed_checkpoint:
