@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from ravine.datamodules.tokenizers import Tokenizer, from_state
@@ -20,17 +18,11 @@ from ravine.datamodules.tokenizers import Tokenizer, from_state
 from . import accounting
 from .base import TaskModule
 from .language import Transformer
+from .language.loss import IGNORED, nats
 from .language.reading import Window
 from .language.sampling import Sampling
+from .language.transformer import LARGE
 from .language.writing import write
-
-IGNORED = -100  # target of a position that does not count (torch's convention)
-
-
-def nats(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of logits (b t v) at targets (b t); IGNORED targets do not count."""
-    logits = rearrange(logits, "b t v -> (b t) v").float()  # bf16 would round small improvements
-    return F.cross_entropy(logits, rearrange(targets, "b t -> (b t)"), reduction=reduction)
 
 
 class LanguageModel(TaskModule):
@@ -87,8 +79,7 @@ class LanguageModel(TaskModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Mean loss of (inputs, targets), both (b t)."""
-        inputs, targets = batch
-        loss = nats(self(inputs), targets)
+        loss = self._nats(*batch, "mean")
         self.log("train/loss", loss)
         return loss
 
@@ -101,7 +92,7 @@ class LanguageModel(TaskModule):
         """Add up, so that ragged batches and unequal ranks weigh by their tokens."""
         inputs, targets = batch
         counted = targets != IGNORED
-        total = nats(self(inputs), targets, reduction="sum")
+        total = self._nats(inputs, targets, "sum")
         size = self._bytes(targets.device)[targets.clamp(min=0)]  # (b t)
         self.sums += torch.stack((total, counted.sum(), (size * counted).sum()))
 
@@ -207,6 +198,12 @@ class LanguageModel(TaskModule):
                 f"{self.vocabulary}; leave --model.vocabulary away: it comes from the data"
             )
         self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
+
+    def _nats(self, inputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        if self._sizes()[0] <= LARGE:
+            return nats(self(inputs), targets, reduction)
+        total = self(inputs, None, targets)  # the net, since its logits are too many to hand over
+        return total if reduction == "sum" else total / (targets != IGNORED).sum()
 
     def _sizes(self) -> tuple[int, int]:
         if self.vocabulary is None or self.context is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .attention import CausalAttention, Rung
 from .cache import Cache, Past
+from .loss import chunked_nats, nats
 
 Positions = Literal["rope", "learned", "sinusoidal", "none"]
 Norm = Literal["rmsnorm", "layernorm", "none"]
@@ -183,15 +184,22 @@ class Transformer(nn.Module):
             if zero_init and (name.endswith(silent) or name.endswith(".bias")):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cache: Cache | None = None, targets: Tensor | None = None
+    ) -> Tensor:
         """Logits (b t v) of the token after each of tokens (b t).
 
-        With a cache, which was told what comes, only those after the newest ones: (b 1 v).
+        With a cache, which was told what comes, only those after the newest ones: (b 1 v). With
+        targets (b t), the sum of their nats in the place of logits too large to exist.
         """
         x = self.features(tokens, cache)
         if cache is not None:
             x = cache.newest(x)
-        return self.head(x)[..., : self.vocabulary]
+        if targets is None:
+            return self.head(x)[..., : self.vocabulary]
+        if type(self.head) is nn.Linear:
+            return chunked_nats(x, self.head.weight, targets, self.vocabulary)
+        return nats(self.head(x)[..., : self.vocabulary], targets, "sum")  # a head with adapters
 
     def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """What the head is applied to, (b t d)."""
@@ -222,9 +230,12 @@ class Transformer(nn.Module):
         return plan | {f"blocks.*.{name}": "rowwise" for name in rows}
 
 
+LARGE = 4096  # tokens: a larger vocabulary is padded, and its logits are not all made at once
+
+
 def padded(vocabulary: int) -> int:
-    """Rows of embedding and head: above 4,096 tokens a multiple of 64, which tensor cores like."""
-    return vocabulary if vocabulary <= 4096 else -(-vocabulary // 64) * 64
+    """Rows of embedding and head: of a large vocabulary a multiple of 64, for tensor cores."""
+    return vocabulary if vocabulary <= LARGE else -(-vocabulary // 64) * 64
 
 
 def check(positions: str, dropout: float, **sizes: int) -> None:

@@ -1,0 +1,100 @@
+"""The loss in chunks is the loss, and so are its gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ravine.lightning_modules import LanguageModel
+from ravine.lightning_modules.language import Transformer
+from ravine.lightning_modules.language.loss import IGNORED, chunked_nats, nats
+
+V, PADDED, D = 11, 16, 8
+
+
+def features(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(3, 5, D, dtype=dtype, requires_grad=True)
+    weight = torch.randn(PADDED, D, dtype=dtype, requires_grad=True)
+    targets = torch.randint(V, (3, 5))
+    targets[1, 2:] = IGNORED
+    return x, weight, targets
+
+
+def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return nats((x @ weight.mT)[..., :V].double(), targets, "sum")
+
+
+@pytest.mark.parametrize("rows", [1, 4, 15, 100])
+def test_chunks_of_any_size_give_the_loss_and_its_gradients(rows: int) -> None:
+    x, weight, targets = features()
+    expected = whole(x, weight, targets)
+    found = chunked_nats(x, weight, targets, V, rows)
+    torch.testing.assert_close(found, expected.double(), rtol=0, atol=1e-5)  # nats() is fp32
+    for a, b in zip(
+        torch.autograd.grad(found / 7, (x, weight)),
+        torch.autograd.grad(expected / 7, (x, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda *xw: chunked_nats(*xw, targets, V, rows), (x, weight))
+
+
+def test_padding_of_the_head_is_never_predicted() -> None:
+    x, weight, targets = features()
+    with torch.no_grad():
+        before = chunked_nats(x, weight, targets, V)
+        weight[V:] = 1e6
+        assert chunked_nats(x, weight, targets, V).equal(before)
+    gradient = torch.autograd.grad(chunked_nats(x, weight, targets, V), weight)[0]
+    assert (gradient[V:] == 0).all()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_is_frozen_gets_no_gradient(frozen: int) -> None:
+    parts = list(features())
+    parts[frozen].requires_grad_(False)
+    chunked_nats(*parts, V, 4).backward()
+    assert parts[frozen].grad is None
+    assert parts[1 - frozen].grad is not None
+
+
+def test_bf16_keeps_the_loss_in_fp32() -> None:
+    x, weight, targets = features(torch.float32)
+    exact = whole(x, weight, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = chunked_nats(x, weight, targets, V, 4)
+    assert found.dtype == torch.float32
+    assert abs(found - exact) / exact < 0.01
+    found.backward()
+    assert x.grad.dtype == torch.float32
+
+
+def test_a_large_vocabulary_trains_like_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = Transformer(5000, 8, layers=1, width=16, heads=2, zero_init=False)
+    assert net.head.weight.shape == (5056, 16)
+    tokens, targets = torch.randint(5000, (2, 2, 8))
+    assert net(tokens).shape == (2, 8, 5000)
+    expected = nats(net(tokens), targets)
+    model = LanguageModel(5000, 8, layers=1, width=16, heads=2)
+    model.net = net
+    monkeypatch.setattr(model, "log", lambda *_: None)
+    loss = model.training_step((tokens, targets), 0)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(
+        torch.autograd.grad(loss, list(net.parameters())),
+        torch.autograd.grad(expected, list(net.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_the_largest_thing_kept_is_the_gradient_of_the_head() -> None:
+    """1,000 positions of 20,000 tokens: their logits would take 80 MB."""
+    x = torch.randn(1, 1000, 8, requires_grad=True)
+    weight = torch.randn(20_000, 8, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        chunked_nats(x, weight, torch.randint(20_000, (1, 1000)), 20_000, 64)
+    assert max(kept) == weight.numel()
