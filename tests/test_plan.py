@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import OptimizerPlan, Rule, Schedule, SignSGDOptimizer, UpdateSizes
+from ravine.callbacks import OptimizerPlan, Rule, Schedule, SignSGD, SignSGDOptimizer, UpdateSizes
 from ravine.callbacks.optimizers.composite import Composite
 from ravine.callbacks.optimizers.rules import assign, kinds
 
@@ -190,15 +190,16 @@ def test_a_second_fit_and_a_fit_after_a_crash_start_clean():
     trained(OptimizerPlan(SGD), module=module)
 
 
-def test_two_plans_are_refused():
-    with pytest.raises(Exception, match="OptimizerPlan"):
-        trained(None, callbacks=[OptimizerPlan(AdamW), _OtherPlan(SGD)])
-
-
-class _OtherPlan(OptimizerPlan):
-    @property
-    def state_key(self):
-        return "other"
+def test_of_two_plans_the_last_one_counts_and_says_so(capsys, tmp_path):
+    first = OptimizerPlan(AdamW, schedule=Schedule("linear", warmup=10**6))
+    trainer, module = trained(None, callbacks=[first, SignSGD(lr=0.5)])
+    assert module.rates == [[0.5]] * 6
+    assert (
+        "OptimizerPlan(AdamW) is not used: SignSGD(SignSGDOptimizer) stands after it"
+        in capsys.readouterr().out
+    )
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    trained(None, 12, ckpt_path=tmp_path / "cut.ckpt", callbacks=[first, SignSGD(lr=0.5)])
 
 
 def test_an_unknown_argument_names_the_nearest():
@@ -412,8 +413,8 @@ def test_the_table_at_the_start_says_who_trains_what(capsys):
     assert ["rest", "4", "60", "0.001", "0.01", "AdamW"] in lines
     assert ["4", "13", "0.001", "0", "AdamW"] in lines
     assert ["up.weight"] in lines
-    notice = "Everything.configure_optimizers is not called: OptimizerPlan takes its place"
-    assert notice.split() in lines
+    taken = "OptimizerPlan(SGD, AdamW) takes its place"
+    assert f"Everything.configure_optimizers is not called: {taken}".split() in lines
 
 
 def test_the_size_of_each_rules_updates_is_logged():

@@ -78,14 +78,17 @@ class OptimizerPlan(Callback):
         self._members: list[str] = []
         self._saved_members: list[str] = []
 
-    @property
-    def state_key(self) -> str:
-        """The same for every kind of plan: a resumed run is compared with what was saved."""
-        return "OptimizerPlan"
+    def __str__(self) -> str:
+        """The plan in a line, for messages."""
+        made = (optimizer_class(rule.optimizer) for rule in self.rules)
+        return f"{type(self).__name__}({', '.join(c.__name__ for c in made if c)})"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take over `configure_optimizers` for one fit."""
-        if stage != "fit":
+        """Take over `configure_optimizers` for one fit, unless a later plan does.
+
+        A flag on the command line comes after the callbacks of a config, and means what it says.
+        """
+        if stage != "fit" or self is not plans(trainer)[-1]:
             return
         if not pl_module.automatic_optimization:
             raise ValueError(
@@ -108,16 +111,21 @@ class OptimizerPlan(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn the run's length from the loaders, which exist only now."""
-        if trainer.max_steps < 0:
+        if trainer.max_steps < 0 and self is plans(trainer)[-1]:
             self._know_length(trainer, trainer.estimated_stepping_batches)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Which optimizers there are, to refuse a resume that would misread their state."""
-        return {"optimizers": list(self._members)}
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say which optimizers there are, to refuse a resume that would misread their state."""
+        if self is plans(trainer)[-1]:
+            checkpoint["optimizer_plan"] = list(self._members)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Compare at once where optimizers exist already (sharded), else when they are built."""
-        self._saved_members = state_dict["optimizers"]
+        self._saved_members = checkpoint.get("optimizer_plan", [])
         self._compare()
 
     def _know_length(self, trainer: L.Trainer, length: float) -> None:
@@ -151,7 +159,8 @@ class OptimizerPlan(Callback):
         ]
         self._compare()
         if trainer.is_global_zero:
-            self._print(module, shares, composite)
+            self._print(shares, composite)
+            self._say_what_it_replaces(trainer, module)
         if self.schedule is None:
             return {"optimizer": composite}
         schedule = self.schedule
@@ -175,12 +184,7 @@ class OptimizerPlan(Callback):
                 )
         return member
 
-    def _print(
-        self,
-        module: L.LightningModule,
-        shares: list[tuple[Rule, list[Named]]],
-        composite: Composite,
-    ) -> None:
+    def _print(self, shares: list[tuple[Rule, list[Named]]], composite: Composite) -> None:
         """What runs, before it runs: a wrong grouping trains without complaint."""
         table = Table("rule", "tensors", "parameters", "lr", "decay", "optimizer")
         for (rule, share), member in zip(shares, composite.members, strict=True):
@@ -197,12 +201,17 @@ class OptimizerPlan(Callback):
                 if self.print_groups:
                     for name in (name for name, p in share if id(p) in own):
                         table.add_row(f"  {name}")
-        console = Console()
-        console.print(table)
+        Console().print(table)
+
+    def _say_what_it_replaces(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        name, console = str(self), Console()
+        for other in plans(trainer)[:-1]:
+            console.print(f"{other} is not used: {name} stands after it", soft_wrap=True)
         own = type(module).configure_optimizers
         if not own.__module__.startswith(("ravine.", "lightning.")):
-            name = type(self).__name__
-            console.print(f"{own.__qualname__} is not called: {name} takes its place")
+            console.print(
+                f"{own.__qualname__} is not called: {name} takes its place", soft_wrap=True
+            )
 
     def _compare(self) -> None:
         if self._saved_members and self._members and self._saved_members != self._members:
@@ -229,6 +238,11 @@ class OptimizerPlan(Callback):
                 f"{name} computes the loss several times a step, which is not possible with "
                 f"{', '.join(found)}; leave that out, or take an optimizer such as AdamW"
             )
+
+
+def plans(trainer: L.Trainer) -> list[OptimizerPlan]:
+    """The trainer's plans; the last one counts."""
+    return [c for c in trainer.callbacks if isinstance(c, OptimizerPlan)]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def make(factory: OptimizerFactory, parameters: Sequence[Any]) -> Optimizer:
