@@ -26,7 +26,7 @@ def log_interval(trainer: Any) -> int:
 def units_in(module: L.LightningModule, batch: Any) -> int:
     """Units in a batch: what the module counts, else the rows of its first tensor."""
     count: Any = getattr(module, "count", None)
-    if callable(count):
+    if count is not None:
         return count(batch)
     return next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 0)
 

@@ -1,9 +1,11 @@
 """The command line proper: LightningCLI with our Trainer, reached through the front door."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import _typehints, set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import ravine.callbacks
@@ -12,8 +14,24 @@ import ravine.lightning_modules
 import ravine.strategies  # noqa: F401  bare class names are found among what is imported
 
 from . import diagnosis, newest, saved_config
+from .errors import Mistake, program
+from .newest import given
 from .saved_config import SavedConfig
 from .trainer import Trainer
+
+
+def ours_first(find: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Let `Checkpoint` mean ours: of two classes with one name the parser would take neither."""
+
+    def found(*args: Any, **kwargs: Any) -> list[str]:
+        paths = find(*args, **kwargs)
+        ours = {path.rpartition(".")[2] for path in paths if path.startswith("ravine.")}
+        return [p for p in paths if p.startswith("ravine.") or p.rpartition(".")[2] not in ours]
+
+    return found
+
+
+_typehints.get_all_subclass_paths = ours_first(_typehints.get_all_subclass_paths)
 
 
 class Command(LightningCLI):
@@ -37,6 +55,12 @@ class Command(LightningCLI):
         """Parse what the checkpoint says, and then what the user says, who wins."""
         argv: list[str] = args  # type: ignore
         saved = saved_config.saved(self.checkpoint) if self.checkpoint else {}
+        if self.checkpoint and not saved and not any(g.key[:5] == "model" for g in given(argv)):
+            raise Mistake(
+                f"{self.checkpoint} does not say which model it holds: no command has written it",
+                [],
+                f"{program()} {argv[0]} --ckpt_path={self.checkpoint} --model=NAME --data=NAME",
+            )
         argv = [argv[0], *saved_config.as_words(saved), *argv[1:]]
         self.config = diagnosis.parse(parser, argv)
         if more := saved_config.words_behind(saved, self._resolved(argv[0])):

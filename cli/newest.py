@@ -4,6 +4,7 @@ Found here and not by the trainer, because the processes it starts repeat the co
 must read the same file, whatever one of them has written meanwhile.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,27 @@ from ravine.strategies.checkpoint_io import newest_valid
 
 from . import presets
 from .errors import Mistake
-from .given import in_environment, in_words
+from .given import Given, in_environment, in_words
+
+
+def given(argv: list[str]) -> Iterator[Given]:
+    """What the user gave, in the order in which it counts; of `trainer`, each key."""
+    for each in [*in_environment(argv[0]), *in_words(argv[1:])]:
+        yield from each.items() if each.key == "trainer" else [each]
 
 
 def settle(argv: list[str]) -> tuple[list[str], Path | None]:
     """The words with the run's name and its checkpoint written out, and that checkpoint."""
-    given: dict[str, Any] = {}
-    for each in [*in_environment(argv[0]), *in_words(argv[1:])]:
-        for value in each.items() if each.key == "trainer" else [each]:
-            given[value.key] = value.value
+    values: dict[str, Any] = {each.key: each.value for each in given(argv)}
     configs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
-    if "trainer.name" not in given and configs:
-        given["trainer.name"] = presets.title(configs[0])
-        argv = [*argv, f"--trainer.name={given['trainer.name']}"]
-    asked = given.get("ckpt_path")
+    if "trainer.name" not in values and configs:
+        values["trainer.name"] = presets.title(configs[0])
+        argv = [*argv, f"--trainer.name={values['trainer.name']}"]
+    asked = values.get("ckpt_path")
     if asked not in ("auto", "last"):
         return argv, Path(asked) if asked else None
-    root = given.get("trainer.default_root_dir", "runs")
-    path = newest(argv[0], asked, given.get("trainer.name"), root)
+    root = str(values.get("trainer.default_root_dir", "runs"))
+    path = newest(argv[0], asked, values.get("trainer.name"), root)
     return [*argv, f"--ckpt_path={path or 'null'}"], path
 
 

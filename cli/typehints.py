@@ -124,5 +124,6 @@ def subclasses(bases: Iterable[type]) -> dict[str, type]:
         kind = todo.pop()
         todo += kind.__subclasses__()
         if not kind.__name__.startswith("_") and not inspect.isabstract(kind):
-            found.setdefault(kind.__name__, kind)
+            ours = kind.__module__.startswith("ravine.")  # of two with one name, ours is meant
+            found[kind.__name__] = kind if ours else found.get(kind.__name__, kind)
     return found

@@ -1,0 +1,323 @@
+"""A checkpoint rebuilds its command; what the user gives beats it, and is compared with it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from foreign.net_in_init import NetInInit
+from torch import nn
+
+from ravine.callbacks.transforms import Transform
+from ravine.cli.main import main
+from ravine.cli.newest import newest, settle
+from ravine.cli.trainer import Trainer
+
+BASE = """
+model: {class_path: foreign.net_in_init.NetInInit, init_args: {width: 8}}
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  log_every_n_steps: 4
+  enable_model_summary: false
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["ravine"])
+    Path("base.yaml").write_text(BASE)
+
+
+def saved(version: int = 0, name: str = "base") -> Path:
+    """The newest checkpoint of a run."""
+    files = Path("runs", name, f"version_{version}", "checkpoints").iterdir()
+    return max(files, key=lambda p: p.stat().st_mtime_ns)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.fixture
+def trained() -> Path:
+    assert main(["fit", "--config", "base", "--seed_everything=7"]) == 0
+    return saved()
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_checkpoint_is_all_that_an_evaluation_needs(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("toys.py").write_text(TOYS)
+    assert main(["fit", "--config=base", "--model=toys.Toy", "--data=toys.Data"]) == 0
+    assert main([command, "--ckpt_path", str(saved())]) == 0
+    config = yaml.safe_load(Path("runs/base/version_1/config.yaml").read_text())
+    assert config["model"] == {"class_path": "toys.Toy", "init_args": {"width": 8}}
+    assert config["data"] == {"class_path": "toys.Data", "init_args": {"size": 3}}
+    assert "is used" not in capsys.readouterr().out
+
+
+TOYS = """
+import lightning as L, torch
+from foreign.net_in_init import NetInInit
+
+class Toy(NetInInit):
+    columns = ("answer",)
+    def __init__(self, width: int = 4):
+        super().__init__(width)
+    def test_step(self, batch, index):
+        self.log("test_loss", self.net(batch[0]).mean())
+    def predict_step(self, batch, index):
+        return [(y.item(),) for y in self.net(batch[0])]
+
+class Data(L.LightningDataModule):
+    def __init__(self, size: int = 3):
+        super().__init__()
+        self.size = size
+    def train_dataloader(self):
+        return NetInInit(batch_size=self.size).loader()
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+"""
+
+
+def test_name_and_seed_come_back_too(trained: Path) -> None:
+    assert main(["validate", "--ckpt_path", str(trained)]) == 0
+    config = yaml.safe_load(Path("runs/base/version_1/config.yaml").read_text())
+    assert (config["seed_everything"], config["trainer"]["name"]) == (7, "base")
+
+
+def test_a_checkpoint_holds_plain_values_and_what_it_was_trained_with(trained: Path) -> None:
+    checkpoint = torch.load(trained, weights_only=True)
+    own = checkpoint["ravine"]
+    assert own["world_size"] == 1
+    arguments = {"width": 8, "lr": 0.01, "batch_size": 8}
+    assert own["config"]["model"]["init_args"] == arguments
+    assert own["config"]["seed_everything"] == 7
+
+
+def test_a_flag_beats_the_checkpoint_and_each_difference_is_printed(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["validate", "--ckpt_path", str(trained), "--model.batch_size=4", "--model.lr=0.5"]
+    assert main(words) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "is used" in line]
+    assert said == [
+        "model.batch_size is 4 here and 8 in the checkpoint: 4 is used",
+        "model.lr is 0.5 here and 0.01 in the checkpoint: 0.5 is used",
+    ]
+
+
+def test_a_config_beats_the_checkpoint_too(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("other.yaml").write_text(BASE.replace("width: 8", "batch_size: 2"))
+    assert main(["validate", "--ckpt_path", str(trained), "--config", "other"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "is used" in line]
+    assert said == ["model.batch_size is 2 here and 8 in the checkpoint: 2 is used"]
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_width_that_does_not_fit_is_refused_before_anything_is_loaded(
+    command: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [command, "--config=base", f"--ckpt_path={trained}", "--model.width=4"]
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        f"ravine: error: the weights in {trained} do not fit this NetInInit: "
+        "net.0.bias is (4,) here and (8,) there; net.0.weight is (4, 4) here and (8, 4) there; "
+        "net.2.weight is (1, 4) here and (1, 8) there\n"
+        "  type: the command without --model.width\n"
+    )
+
+
+def test_weights_that_only_one_side_has_are_named() -> None:
+    module = NetInInit(width=8)
+    trainer = Trainer(max_steps=1, accelerator="cpu", enable_model_summary=False)
+    trainer.fit(module)
+    other = NetInInit(width=8)
+    other.head = nn.Linear(1, 1)
+    trainer.save_checkpoint("here.ckpt")
+    with pytest.raises(ValueError, match=r"head.bias is only here; head.weight is only here"):
+        Trainer(accelerator="cpu").validate(other, ckpt_path="here.ckpt")
+    other.strict_loading = False
+    Trainer(accelerator="cpu").validate(other, ckpt_path="here.ckpt", verbose=False)
+
+
+def test_a_checkpoint_of_another_task_is_refused_in_words(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["validate", f"--ckpt_path={trained}", "--model=SpamClassifier"]
+    assert main([*words, "--data=SpamDataModule"]) == 2
+    assert capsys.readouterr().err == (
+        f"ravine: error: {trained} holds the weights of a NetInInit, and the model given is a "
+        "SpamClassifier: they are of different tasks\n"
+        "  type: --model=NetInInit, or the command without --model and --config\n"
+    )
+
+
+def test_a_learning_rate_given_anew_beats_the_restored_one(trained: Path) -> None:
+    words = ["fit", "--config=base", "--ckpt_path", str(trained), "--trainer.max_epochs=3"]
+    assert main([*words, "--model.lr=0.5"]) == 0
+    assert main(words) == 0
+    rates = [
+        torch.load(saved(version), weights_only=True)["optimizer_states"][0]["param_groups"][0]
+        for version in (1, 2)
+    ]
+    assert [group["lr"] for group in rates] == [0.5, 0.01]
+
+
+PLAN = """
+trainer:
+  callbacks:
+  - class_path: OptimizerPlan
+    init_args:
+      optimizer: {class_path: SGD, init_args: {lr: 0.25}}
+      schedule: {kind: linear, final: 0.5}
+"""
+
+
+def test_a_schedule_goes_on_from_its_place_at_the_new_rate() -> None:
+    Path("plan.yaml").write_text(PLAN)
+    words = ["fit", "--config=base", "--config=plan", "--trainer.max_steps=8"]
+    assert main([*words, "--trainer.callbacks+=Checkpoint", *EVERY_FOURTH]) == 0
+    half = Path("runs/base/version_0/checkpoints/step=000004.ckpt")
+    again = PLAN.replace("0.25", "0.75")
+    Path("plan.yaml").write_text(again)
+    assert main([*words, f"--ckpt_path={half}", "--trainer.max_steps=6"]) == 0
+    state = torch.load(saved(1), weights_only=True)
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.375)
+    assert state["lr_schedulers"][0]["base_lrs"] == [0.75]
+
+
+EVERY_FOURTH = ["--trainer.callbacks.every_n_train_steps=4", "--trainer.callbacks.save_top_k=-1"]
+
+
+class Doubled(Transform):
+    """A net that answers twice as much: one more weight, to be found again."""
+
+    phase = "adapt"
+
+    def __init__(self, factor: float = 2.0) -> None:
+        self.factor = factor
+
+    def transform(self, module: Any) -> None:
+        module.factor = nn.Parameter(torch.tensor(self.factor))
+
+    def identity(self) -> Any:
+        return self.factor
+
+
+def test_a_transform_comes_back_with_its_checkpoint(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    doubled = f"--trainer.callbacks+={__name__}.Doubled"
+    words = [doubled, "--trainer.callbacks.factor=3"]
+    assert main(["fit", "--config=base", *words]) == 0
+    assert "factor" in weights(saved())
+    assert main(["validate", "--ckpt_path", str(saved())]) == 0
+    assert main(["validate", "--ckpt_path", str(saved()), "--trainer.callbacks+=LossPlot"]) == 0
+    capsys.readouterr()
+    assert main(["validate", "--ckpt_path", str(saved()), doubled]) == 0
+    assert "trainer.callbacks.Doubled.factor is 2.0 here and 3.0 in" in capsys.readouterr().out
+
+
+def test_the_source_that_was_taken_is_written_down_and_taken_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DATA_ROOT", "nowhere")
+    monkeypatch.setattr("ravine.datamodules.spam.fetch", lambda *args: "no network", raising=False)
+    tiny = ["--data.source=auto", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    assert main(["fit", "--config=spam/quick", *tiny]) == 0
+    text = Path("runs/spam/quick/version_0/config.yaml").read_text()
+    assert yaml.safe_load(text)["data"]["init_args"]["source"] == "embedded"
+    assert "# data source: embedded" in text
+    words = ["fit", "--config=spam/quick", "--ckpt_path=auto", *tiny]
+    assert main([*words, "--trainer.max_epochs=2"]) == 0
+    text = Path("runs/spam/quick/version_1/config.yaml").read_text()
+    assert yaml.safe_load(text)["data"]["init_args"]["source"] == "embedded"
+
+
+def test_a_saved_config_is_a_config(trained: Path) -> None:
+    assert main(["fit", "--config=runs/base/version_0/config.yaml"]) == 0
+    again = saved(1)
+    assert all(torch.equal(v, weights(again)[k]) for k, v in weights(trained).items())
+
+
+def test_auto_is_the_newest_whole_file_and_says_what_it_passed_over(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config=base", "--trainer.max_epochs=3"]) == 0
+    damaged = saved(1)
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    capsys.readouterr()
+    assert main(["validate", "--config=base", "--ckpt_path=auto"]) == 0
+    out = capsys.readouterr().out
+    assert f"--ckpt_path auto: {damaged} is passed over: it is cut short" in out
+    assert main(["validate", "--config=base", "--ckpt_path=last"]) == 2
+    err = capsys.readouterr().err
+    assert f"the last checkpoint, {damaged}, cannot be used: it is cut short" in err
+    assert "type: --ckpt_path auto" in err
+
+
+def test_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["fit", "--config=base", "--ckpt_path=auto"]
+    assert main(words) == 0
+    assert "no checkpoint under runs/base yet, starting anew" in capsys.readouterr().out
+    assert main([*words, "--trainer.max_epochs=4"]) == 0
+    assert torch.load(saved(1), weights_only=True)["global_step"] == 16
+    assert main(["validate", "--trainer.name=other", "--ckpt_path=auto"]) == 2
+    assert "names with checkpoints: base" in capsys.readouterr().err
+
+
+def test_the_words_that_other_ranks_repeat_hold_the_path_itself(trained: Path) -> None:
+    for given in (["--ckpt_path=auto"], ["--ckpt_path", "last"]):
+        argv, path = settle(["fit", "--config=base.yaml", *given])
+        assert path == trained
+        assert argv[-2:] == ["--trainer.name=base", f"--ckpt_path={trained}"]
+    Path("asks.yaml").write_text("ckpt_path: auto\ntrainer: {name: nothing}")
+    argv, path = settle(["fit", "--config=base.yaml", "--config=asks.yaml"])
+    assert (argv[-1], path) == ("--ckpt_path=null", None)
+    os.environ["PL_FIT__CKPT_PATH"] = "x.ckpt"
+    assert settle(["fit"])[1] == Path("x.ckpt")
+
+
+def test_without_a_name_the_newest_of_all_runs_is_meant(trained: Path) -> None:
+    assert main(["fit", "--config=base", "--trainer.name=a/b"]) == 0
+    assert newest("test", "last", None, "runs") == saved(0, "a/b")
+    assert newest("test", "last", "base", "runs") == trained
+
+
+def test_a_checkpoint_from_a_script_needs_its_model_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trainer = Trainer(max_steps=1, accelerator="cpu", enable_model_summary=False)
+    trainer.fit(NetInInit())
+    trainer.save_checkpoint("script.ckpt")
+    assert main(["validate", "--ckpt_path=script.ckpt"]) == 2
+    assert capsys.readouterr().err == (
+        "ravine: error: script.ckpt does not say which model it holds: no command has written it\n"
+        "  type: ravine validate --ckpt_path=script.ckpt --model=NAME --data=NAME\n"
+    )
+    named = "--model=foreign.net_in_init.NetInInit"
+    assert main(["validate", "--ckpt_path=script.ckpt", named]) == 0
+
+
+def _metrics(trained: Path) -> dict[str, float]:
+    trainer = Trainer(devices=2, strategy="zero3", accelerator="cpu", logger=False)
+    module = NetInInit(width=4, batch_size=4)
+    with pytest.raises(ValueError, match=r"net.0.bias is \(4,\) here and \(8,\) there"):
+        trainer.validate(module, ckpt_path=str(trained), verbose=False)
+    return {}
+
+
+def test_a_sharded_net_is_compared_by_its_whole_sizes(
+    trained: Path, ranks: Callable[..., list[Any]]
+) -> None:
+    ranks(_metrics, 2, trained)
