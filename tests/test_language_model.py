@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel, SpamClassifier, TaskModule
 
-POEM = "".join(f"Verse {i}: the café fox jumps över {i * i} lazy dogs.\n" for i in range(60))
+# Two-byte characters, one of them at the very end, which is predicted and predicts nothing.
+POEM = "".join(f"Verse {i}: the café fox jumps över {i * i} lazy dogs.\n" for i in range(60)) + "é"
 
 
 @pytest.fixture(autouse=True)

@@ -242,7 +242,7 @@ def check(positions: str, dropout: float, **sizes: int) -> None:
     """Refuse sizes that make no net, in the words of a command line."""
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name} is {size}; allowed: 1 or more; type --model.{name}=...")
+            raise ValueError(f"{name} is {size}; allowed: 1 or more; type --model.{name}=1")
     width, heads = sizes["width"], sizes["heads"]
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; allowed: 0 to below 1; type --model.dropout=0.1")
