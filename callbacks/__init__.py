@@ -1,6 +1,7 @@
 """How it is optimised and watched: callbacks that work on any LightningModule."""
 
 from ravine.callbacks.checkpoint import Checkpoint
+from ravine.callbacks.compile import Compile
 from ravine.callbacks.ema import EMA
 from ravine.callbacks.gradient_clipping import GradientClipping
 from ravine.callbacks.loss_plot import LossPlot
@@ -18,12 +19,15 @@ from ravine.callbacks.predictions import PredictionTable
 from ravine.callbacks.progress import ProgressBar
 from ravine.callbacks.resume import ExactResume
 from ravine.callbacks.samples import Samples
+from ravine.callbacks.summary import Summary
+from ravine.callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
     "AdaGrad",
     "AdaGradOptimizer",
     "Checkpoint",
+    "Compile",
     "ExactResume",
     "GradientClipping",
     "Lion",
@@ -42,5 +46,7 @@ __all__ = [
     "Schedule",
     "SignSGD",
     "SignSGDOptimizer",
+    "Summary",
+    "Throughput",
     "UpdateSizes",
 ]

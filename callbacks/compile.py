@@ -1,0 +1,56 @@
+"""Compile: torch.compile as a line of a config, applied last, to the net where it stands.
+
+In place (`net.compile()`), so that no name in a checkpoint changes; after adapters and
+recomputation, before sharding. Sampling runs uncompiled: a prompt of each length would recompile.
+"""
+
+from typing import Literal
+
+import lightning as L
+from torch import nn
+
+from .transforms import Transform
+
+
+class Compile(Transform):
+    """Compile a module's children, or their blocks, for shapes that stay the same.
+
+    lightning fit --config gpt2/124m --trainer.callbacks+=Compile
+
+    Args:
+        mode: reduce-overhead captures CUDA graphs, for nets so small that starting a kernel takes
+            longer than the kernel; max-autotune tries kernels for minutes.
+        blocks: compile each block of a net by itself: equal blocks are compiled once.
+        backend: of torch.compile; eager and aot_eager need no compiler, and find faults.
+    """
+
+    phase = "compile"
+
+    def __init__(
+        self,
+        mode: Literal["default", "reduce-overhead", "max-autotune"] = "default",
+        blocks: bool = False,
+        backend: str = "inductor",
+    ) -> None:
+        """Choose."""
+        self.mode, self.blocks, self.backend = mode, blocks, backend
+
+    def identity(self) -> tuple[str, bool, str]:
+        """The arguments."""
+        return self.mode, self.blocks, self.backend
+
+    def transform(self, module: L.LightningModule) -> None:
+        """Mark what is to be compiled; it happens at the first step."""
+        parts = [child for child in module.children() if any(True for _ in child.parameters())]
+        if self.blocks:
+            stacks = [m for m in module.modules() if isinstance(m, nn.ModuleDict | nn.ModuleList)]
+            parts = [block for stack in stacks for block in stack.children()]
+        if not parts:
+            what = "no net with blocks (a ModuleDict or ModuleList)" if self.blocks else "no net"
+            raise ValueError(
+                f"Compile: {type(module).__name__} has {what}; "
+                + ("type --trainer.callbacks.blocks=false" if self.blocks else "leave it out")
+            )
+        mode = None if self.backend != "inductor" else self.mode
+        for part in parts:
+            part.compile(mode=mode, backend=self.backend, dynamic=False)
