@@ -28,7 +28,7 @@ from ravine.callbacks.resume import ExactResume
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 from ravine.strategies.signals import GracefulStop
 
-from .errors import Mistake
+from .errors import REFUSED, Mistake
 from .lean_loop import LeanEpochLoop, Unprofiled
 from .quiet import quiet
 from .restore import Restore
@@ -153,7 +153,9 @@ class Trainer(L.Trainer):
             try:
                 folder.mkdir(parents=True)
                 return str(folder)
-            except FileExistsError:
+            except OSError as error:
+                if not os.path.lexists(folder):  # a file stands in the way, or a link to nowhere
+                    raise no_folder(folder, error) from error
                 number += 1
 
     def _made(self, logger: Logger | LoggerName, folder: str) -> Logger:
@@ -179,6 +181,17 @@ class Trainer(L.Trainer):
         ranks = f"{self.world_size} x " if self.world_size > 1 else ""
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
         return f"{ranks}{kind}{threads}, precision {self.precision}"
+
+
+def no_folder(folder: Path, error: OSError) -> Exception:
+    """What to say of a run's folder that the system will not make; a full disk says it itself."""
+    if error.errno in REFUSED:
+        return error
+    return Mistake(
+        f"the run's folder {folder} cannot be made: {error.strerror}",
+        [],
+        "--trainer.default_root_dir=FOLDER, or --trainer.name=NAME",
+    )
 
 
 def listed(value: Any) -> list[Any]:

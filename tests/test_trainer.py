@@ -222,6 +222,15 @@ def test_a_folder_that_another_run_has_just_made_is_left_to_it(
     assert trainer.log_dir == os.path.join("runs", "a/b", "version_1")
 
 
+def test_a_folder_that_cannot_be_made_is_named_and_not_looked_for_for_ever() -> None:
+    Path("runs").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"folder runs/a/version_0 cannot be made: File exists"):
+        Trainer(name="a", max_steps=1, accelerator="cpu").fit(NetInInit())
+    Path("file").touch()
+    with pytest.raises(ValueError, match=r"type: --trainer.default_root_dir=FOLDER"):
+        Trainer(default_root_dir="file", max_steps=1, accelerator="cpu").fit(NetInInit())
+
+
 def test_fit_and_test_on_one_trainer_share_a_folder_and_log_dir_is_none_before() -> None:
     trainer = Trainer(max_steps=1, default_root_dir="elsewhere", accelerator="cpu")
     assert trainer.log_dir is None
