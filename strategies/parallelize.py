@@ -65,7 +65,7 @@ def shard(module: nn.Module, dp: DeviceMesh) -> None:
 
 
 def _own_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Copy outputs that are views, as every biased Linear's on (b t d) is.
+    """Copy outputs that are views, like the last token's of a language model.
 
     An in-place operation on a view (`x += y`) would drop the hook that gathers for the backward.
     """

@@ -123,5 +123,8 @@ def test_a_file_goes_from_each_layout_to_one_process_and_back(ranks, text, tmp_p
     for weights in ranks(cut_and_continue, world, name, text, tmp_path):
         assert furthest(weights, straight) < 2e-6
     resume = tmp_path / "here.ckpt"
+    groups = torch.load(resume)["optimizer_states"][0]["param_groups"]
+    split = [i for i, n in enumerate(straight) if "embed" not in n and straight[n].ndim == 2]
+    assert groups[0]["params"] == split  # places in named_parameters(), on every layout
     weights, _ = train("single", text, TINY, optimizer="adamw", resume=resume)
     assert furthest(weights, straight) < 2e-6

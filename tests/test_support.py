@@ -1,0 +1,118 @@
+"""README's tables of what works are what is measured here: trained alike on every strategy.
+
+A cell is ticked if two steps leave the weights that one process has, on every rank. It is blank if
+the combination is refused by an error of ours, in one line; anything else fails this file.
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from foreign.net_in_init import NetInInit
+from ranks import furthest, whole
+
+import ravine.callbacks
+from ravine.callbacks import GradientClipping, OptimizerPlan, Samples
+from ravine.datamodules import SpamDataModule, TextDataModule
+from ravine.datamodules.text import documentation
+from ravine.lightning_modules import LanguageModel, SpamClassifier
+
+# it is logged on each rank after the ranks have summed it
+pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+STRATEGIES = {"one process": "auto", "ddp": "ddp", "zero3": "zero3", "tp": "tp"}
+CALLBACKS = sorted(
+    name
+    for name, kind in vars(ravine.callbacks).items()
+    if isinstance(kind, type) and issubclass(kind, L.Callback) and not name.startswith("_")
+)
+ARGUMENTS = {
+    "GradientClipping": lambda: GradientClipping(1.0),
+    "OptimizerPlan": lambda: OptimizerPlan(partial(torch.optim.AdamW, lr=1e-3)),
+    "Samples": lambda: Samples({"prompt": "T", "max_new_tokens": 4}),
+}
+
+
+def tasks(folder):
+    """Name, module and data of each task; `folder` has a text."""
+    text = TextDataModule(folder / "text.txt", context=8, batch_size=8)
+    spam = SpamDataModule(source="embedded", batch_size=8)
+    return {
+        "SpamClassifier": (SpamClassifier(buckets=256), spam),
+        "LanguageModel": (LanguageModel(layers=1, width=16, heads=2, zero_init=False), text),
+    }
+
+
+def train(module, data, strategy, devices, folder, *callbacks):
+    L.seed_everything(0, verbose=False)
+    kinds = [type(callback).__name__ for callback in callbacks]
+    trainer = L.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+        enable_checkpointing="Checkpoint" in kinds,
+        enable_progress_bar="ProgressBar" in kinds,
+        enable_model_summary=False,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        limit_val_batches=2,
+        strategy=strategy,
+        devices=devices,
+    )
+    trainer.fit(module, data)
+    return whole(module)
+
+
+def rows(strategy, devices, folder):
+    """The weights after training, or the refusal, for each task and each callback."""
+    found = {}
+    for name in [*tasks(folder), *CALLBACKS]:
+        callbacks = []
+        module, data = tasks(folder).get(name, tasks(folder)["LanguageModel"])
+        if name in CALLBACKS:
+            callbacks = [ARGUMENTS.get(name, getattr(ravine.callbacks, name))()]
+        if name == "Newton":  # for at most 256 parameters
+            module, data = NetInInit(batch_size=32 // devices), None
+        try:
+            found[name] = train(module, data, strategy, devices, folder, *callbacks)
+        except ValueError as refusal:
+            found[name] = str(refusal)
+    return found
+
+
+def table(title, names, ticks):
+    head = [f"| {title} | {' | '.join(STRATEGIES)} |", "|---" * (len(STRATEGIES) + 1) + "|"]
+    lines = [
+        f"| `{n}` | {' | '.join('✓' if ticks[n, s] else ' ' for s in STRATEGIES)} |" for n in names
+    ]
+    return "\n".join(head + lines)
+
+
+def test_readme_ticks_what_trains_alike_on_every_strategy(ranks, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(documentation())[:3000])
+    single = rows("auto", 1, tmp_path)
+    ticks = {(name, "one process"): True for name in single}
+    assert not [refusal for refusal in single.values() if isinstance(refusal, str)]
+    for strategy in list(STRATEGIES)[1:]:
+        for found in ranks(rows, 2, strategy, 2, tmp_path):
+            for name, weights in found.items():
+                ticks[name, strategy] = not isinstance(weights, str)
+                if ticks[name, strategy]:
+                    assert furthest(weights, single[name]) < 2e-6, (name, strategy)
+                else:
+                    assert "\n" not in weights, (name, strategy, weights)
+    measured = "\n\n".join(
+        table(title, [n for n in single if (n in CALLBACKS) == (title == "callback")], ticks)
+        for title in ("task", "callback")
+    )
+    print(measured)
+    written = re.search(r"<!-- support -->\n(.*?)<!-- /support -->", README.read_text(), re.DOTALL)
+    assert written is not None
+    assert written[1].strip() in ("", measured)
