@@ -16,6 +16,7 @@ from ravine.callbacks.optimizers.schedules import Schedule
 from ravine.callbacks.optimizers.sign import SignSGD, SignSGDOptimizer
 from ravine.callbacks.optimizers.watching import UpdateSizes
 from ravine.callbacks.predictions import PredictionTable
+from ravine.callbacks.pretrained import Pretrained
 from ravine.callbacks.progress import ProgressBar
 from ravine.callbacks.resume import ExactResume
 from ravine.callbacks.samples import Samples
@@ -40,6 +41,7 @@ __all__ = [
     "NewtonOptimizer",
     "OptimizerPlan",
     "PredictionTable",
+    "Pretrained",
     "ProgressBar",
     "Rule",
     "Samples",

@@ -352,8 +352,24 @@ def test_each_rule_has_its_optimizer_rate_and_decay_and_all_share_the_schedule()
     plan = OptimizerPlan(rules=rules, schedule=Schedule("geometric", rate=0.5))
     trainer, _ = trained(plan, steps=1, module=Everything())
     assert [type(member) for member in trainer.optimizers[0].members] == [SGD, AdamW, AdamW]
+    assert trainer.optimizers[0].labels == ["hidden_matrix", "embedding", "rest", "rest"]
     rows = [(g["lr"], g["weight_decay"]) for g in trainer.optimizers[0].param_groups]
     assert rows == [(0.5, 0.0), (0.1, 0.01), (0.05, 0.3), (0.05, 0.0)]
+
+
+def test_rules_with_the_same_optimizer_are_groups_of_one_optimizer():
+    rules = [
+        Rule("norm", optimizer=partial(AdamW, lr=0.1), lr_scale=2.0),
+        Rule("embedding", optimizer=SGD),
+        Rule("rest", "up.*", optimizer=partial(AdamW, lr=0.1), decay="all"),
+        Rule(optimizer=partial(AdamW, lr=0.1)),
+    ]
+    trainer, _ = trained(OptimizerPlan(rules=rules), steps=1, module=Everything())
+    optimizer = trainer.optimizers[0]
+    assert [type(member) for member in optimizer.members] == [AdamW, SGD]
+    assert optimizer.labels == ["norm", "up.*", "rest", "rest", "embedding"]
+    rows = [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
+    assert rows == [(0.2, 0.0, 2), (0.1, 0.01, 2), (0.1, 0.01, 3), (0.1, 0.0, 1), (1e-3, 0, 1)]
 
 
 def test_several_optimizers_move_exactly_as_each_would_alone():

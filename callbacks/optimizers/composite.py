@@ -7,6 +7,7 @@ composite.state_dict() : flat and standard, so that a sharded load finds its way
 
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,12 +27,21 @@ class Composite(Optimizer):
     """
 
     def __init__(self, members: Sequence[Optimizer], labels: Sequence[str] = ()) -> None:
-        """Join optimizers that have no parameter in common; labels are for logs."""
+        """Join optimizers that have no parameter in common; labels, one a group, are for logs."""
         self.members = list(members)
-        self.labels = list(labels) or [f"optimizer {i}" for i in range(len(members))]
         self._sizes = [len(member.param_groups) for member in self.members]
         super().__init__([group for member in self.members for group in member.param_groups], {})
+        self.labels = list(labels) or [f"group {i}" for i in range(len(self.param_groups))]
         self._link()
+
+    def by_label(self) -> dict[str, tuple[Optimizer, list[dict[str, Any]]]]:
+        """The member and the groups behind each label."""
+        parts: dict[str, tuple[Optimizer, list[dict[str, Any]]]] = {}
+        labelled = zip(self.labels, self.param_groups, strict=True)
+        for member, size in zip(self.members, self._sizes, strict=True):
+            for label, group in islice(labelled, size):
+                parts.setdefault(label, (member, []))[1].append(group)
+        return parts
 
     def _link(self) -> None:
         groups = iter(self.param_groups)

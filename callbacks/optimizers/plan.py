@@ -5,8 +5,6 @@ been rewritten and sharded. The plan takes that one method over; everything afte
 mixed precision, clipping, checkpoints) goes the usual way.
 """
 
-import difflib
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,16 +14,15 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
-from rich.table import Table
 from torch.distributed.tensor import DTensor
-from torch.optim import Adafactor, Optimizer
+from torch.optim import Adafactor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..patching import patch, unpatch
+from .building import Share, compose, table
 from .composite import Composite, needs_closure
 from .rules import (
     Decay,
-    Named,
     OptimizerFactory,
     Rule,
     assign,
@@ -135,31 +132,21 @@ class OptimizerPlan(Callback):
         self._length = length
 
     def _configure(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        shares = [(r, s) for r, s in zip(self.rules, assign(module, self.rules), strict=True) if s]
-        if not shares:
-            raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to do")
-        members = [self._member(rule, share) for rule, share in shares]
-        labels = [rule.label for rule, _ in shares]
-        labels = [k if labels.count(k) == 1 else f"{k} {i}" for i, k in enumerate(labels, 1)]
-        composite = Composite(members, labels)
+        shares = self._shares(module)
+        composite = compose(shares, self.decay)
+        self._refuse(trainer, composite)
         if isinstance(trainer.strategy, DDPStrategy):
             for member in composite.members:
                 if hasattr(member, "replicas"):  # all ranks have all weights and can share work
                     member.replicas = dist.group.WORLD  # pyright: ignore[reportAttributeAccessIssue]
-        self._refuse_closure(trainer, composite)
-        for member, (_, share) in zip(composite.members, shares, strict=True):
-            if isinstance(member, Adafactor) and any(isinstance(p, DTensor) for _, p in share):
-                raise ValueError(
-                    "torch's Adafactor cannot step sharded parameters; take AdamW, or "
-                    "--trainer.strategy ddp"
-                )
+        parts = composite.by_label()
         self._members = [
-            f"{type(member).__name__} of {len(share)} tensors"
-            for member, (_, share) in zip(composite.members, shares, strict=True)
+            f"{type(parts[share.label][0]).__name__} of {len(share.named)} tensors"
+            for share in shares
         ]
         self._compare()
         if trainer.is_global_zero:
-            self._print(shares, composite)
+            Console().print(table(shares, composite, self.print_groups))
             self._say_what_it_replaces(trainer, module)
         if self.schedule is None:
             return {"optimizer": composite}
@@ -170,38 +157,16 @@ class OptimizerPlan(Callback):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def _member(self, rule: Rule, share: list[Named]) -> Optimizer:
-        assert rule.optimizer is not None  # checked in __init__
-        member = make(rule.optimizer, [p for _, p in share])
-        split_decay(member, rule.decay or self.decay)
-        for group in member.param_groups:
-            if "lr" in group:
-                group["lr"] *= rule.lr_scale
-            elif rule.lr_scale != 1 or self.schedule is not None:
-                raise ValueError(
-                    f"{type(member).__name__} keeps no 'lr' in its param_groups, which lr_scale "
-                    "and schedule act on; leave both out, or give it one"
-                )
-        return member
-
-    def _print(self, shares: list[tuple[Rule, list[Named]]], composite: Composite) -> None:
-        """What runs, before it runs: a wrong grouping trains without complaint."""
-        table = Table("rule", "tensors", "parameters", "lr", "decay", "optimizer")
-        for (rule, share), member in zip(shares, composite.members, strict=True):
-            for place, group in enumerate(member.param_groups):
-                own = {id(p) for p in group["params"]}
-                table.add_row(
-                    rule.label.replace("+", " + ") if place == 0 else "",
-                    str(len(own)),
-                    f"{sum(p.numel() for p in group['params']):,}",
-                    f"{group['lr']:g}" if "lr" in group else "",
-                    f"{group['weight_decay']:g}" if "weight_decay" in group else "",
-                    type(member).__name__,
-                )
-                if self.print_groups:
-                    for name in (name for name, p in share if id(p) in own):
-                        table.add_row(f"  {name}")
-        Console().print(table)
+    def _shares(self, module: L.LightningModule) -> list[Share]:
+        taken = zip(self.rules, assign(module, self.rules), strict=True)
+        taken = [(rule, named) for rule, named in taken if named]
+        if not taken:
+            raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to do")
+        labels = [rule.label for rule, _ in taken]
+        return [
+            Share(rule, label if labels.count(label) == 1 else f"{label} {number}", named)
+            for number, (label, (rule, named)) in enumerate(zip(labels, taken, strict=True), 1)
+        ]
 
     def _say_what_it_replaces(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         name, console = str(self), Console()
@@ -223,12 +188,28 @@ class OptimizerPlan(Callback):
         if self._members:
             self._saved_members = []
 
-    def _refuse_closure(self, trainer: L.Trainer, composite: Composite) -> None:
-        name = next((type(m).__name__ for m in composite.members if needs_closure(m)), None)
-        if name is None:
-            return
+    def _refuse(self, trainer: L.Trainer, composite: Composite) -> None:
+        """What an optimizer cannot do, in words, before the first step."""
+        acts_on_lr = self.schedule is not None or any(rule.lr_scale != 1 for rule in self.rules)
+        for member in composite.members:
+            name = type(member).__name__
+            if acts_on_lr and any("lr" not in group for group in member.param_groups):
+                raise ValueError(
+                    f"{name} keeps no 'lr' in its param_groups, which lr_scale and schedule act "
+                    "on; leave both out, or give it one"
+                )
+            parameters = (p for group in member.param_groups for p in group["params"])
+            if isinstance(member, Adafactor) and any(isinstance(p, DTensor) for p in parameters):
+                raise ValueError(
+                    "torch's Adafactor cannot step sharded parameters; take AdamW, or "
+                    "--trainer.strategy ddp"
+                )
+            if needs_closure(member):
+                self._refuse_closure(trainer, name, alone=len(composite.members) == 1)
+
+    def _refuse_closure(self, trainer: L.Trainer, name: str, alone: bool) -> None:
         obstacles = {
-            "other optimizers beside it": len(composite.members) > 1,
+            "other optimizers beside it": not alone,
             "gradient accumulation": trainer.accumulate_grad_batches > 1,
             "a gradient scaler": getattr(trainer.precision_plugin, "scaler", None) is not None,
             "several ranks": trainer.world_size > 1,
@@ -243,33 +224,3 @@ class OptimizerPlan(Callback):
 def plans(trainer: L.Trainer) -> list[OptimizerPlan]:
     """The trainer's plans; the last one counts."""
     return [c for c in trainer.callbacks if isinstance(c, OptimizerPlan)]  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def make(factory: OptimizerFactory, parameters: Sequence[Any]) -> Optimizer:
-    """Call the factory; an argument that its class does not know ends in the nearest it does."""
-    made = optimizer_class(factory)
-    if made is not None:
-        allowed = list(inspect.signature(made).parameters)[1:]
-        for word in getattr(factory, "keywords", {}):
-            if word not in allowed:
-                nearest = difflib.get_close_matches(word, allowed, n=3, cutoff=0.3) or allowed
-                raise ValueError(
-                    f"{made.__name__} has no argument {word!r}; nearest: {', '.join(nearest)}"
-                )
-    return factory(parameters)
-
-
-def split_decay(optimizer: Optimizer, decay: Decay) -> None:
-    """Leave weight decay to the tensors that it is meant for; each group becomes at most two."""
-    if "weight_decay" not in optimizer.defaults or decay == "all":
-        return
-    for group in list(optimizer.param_groups):
-        if not group["weight_decay"]:
-            continue
-        spared = [p for p in group["params"] if decay == "none" or p.ndim < 2]
-        if len(spared) == len(group["params"]):
-            group["weight_decay"] = 0.0
-        elif spared:
-            group["params"] = [p for p in group["params"] if p.ndim >= 2]
-            settings = {k: v for k, v in group.items() if k != "params"}
-            optimizer.add_param_group({**settings, "params": spared, "weight_decay": 0.0})

@@ -60,8 +60,7 @@ class UpdateSizes(Callback):
 def by_rule(optimizer: Optimizer) -> list[tuple[str, list[Tensor], float]]:
     """Label, parameters and learning rate of each rule."""
     if isinstance(optimizer, Composite):
-        parts = zip(optimizer.labels, optimizer.members, strict=True)
-        groups = [(label, member.param_groups) for label, member in parts]
+        groups = [(label, own) for label, (_, own) in optimizer.by_label().items()]
     else:
         groups = [(f"group {i}", [group]) for i, group in enumerate(optimizer.param_groups)]
     return [
