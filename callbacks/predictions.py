@@ -8,8 +8,10 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+LONGEST = 300  # characters of a cell shown; the file has them all
 Row = dict[str, Any]
 
 
@@ -71,5 +73,11 @@ def show(rows: list[Row]) -> None:
     table = Table(*rows[0])
     for row in rows:
         words = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values())
-        table.add_row(*(word.replace("[", r"\[") for word in words))
+        table.add_row(*(escape(plain(word)) for word in words))
     Console().print(table)
+
+
+def plain(word: str) -> str:
+    """A cell that neither fills the screen nor commands the terminal."""
+    short = word if len(word) <= LONGEST else word[: LONGEST - 1] + "…"
+    return "".join(c if c.isprintable() else "�" for c in short)

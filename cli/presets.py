@@ -1,5 +1,6 @@
 """Configs and checkpoints by name: a config is a file as typed, then with .yaml, then a preset."""
 
+import json
 from pathlib import Path
 
 from .errors import Mistake, unknown
@@ -66,7 +67,9 @@ def check(path: str) -> None:
     import yaml
 
     try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+        text = Path(path).read_text(encoding="utf-8")
+        root = yaml.compose(text, yaml.SafeLoader)
+        json.dumps(yaml.safe_load(text), default=str)  # refuses tags, and anchors in themselves
     except UnicodeDecodeError as error:
         why = f"{path} is not text: byte {error.start} is not UTF-8"
         raise Mistake(why, [], "--config=FILE.yaml") from error
@@ -75,6 +78,9 @@ def check(path: str) -> None:
         place = f"{path}, line {mark.line + 1}" if mark else path
         why = getattr(error, "problem", None) or error
         raise Mistake(f"in {place}: not YAML: {why}", [], "key: value") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        why = f"{path} is YAML, but no plain values: {error}"
+        raise Mistake(why, ["text", "numbers", "lists", "mappings"], "key: value") from error
     if not isinstance(root, yaml.MappingNode):
         kind = "empty" if root is None else "a list" if root.id == "sequence" else "one value"
         raise Mistake(f"{path} is {kind}; it must map keys to values", SECTIONS, "model: NAME")

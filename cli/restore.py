@@ -60,10 +60,17 @@ def read(path: Path) -> dict[str, Any]:
     """A checkpoint without its numbers: what is in it, and tensors that only have a shape."""
     try:
         file = path / "meta.pt" if path.is_dir() else path
-        return torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        checkpoint = torch.load(file, map_location="meta", mmap=True, weights_only=True)
     except Exception:  # torch says it in many ways; the loader says what is wrong
         AtomicCheckpointIO().load_checkpoint(path)
         raise
+    if isinstance(checkpoint, dict) and (path.is_dir() or "state_dict" in checkpoint):
+        return checkpoint
+    raise Mistake(
+        f"{path} is a file of torch.save, but no checkpoint of a trainer: it has no 'state_dict'",
+        [],
+        "--ckpt_path=auto, or a file of a run: runs/NAME/version_0/checkpoints/step=000100.ckpt",
+    )
 
 
 def refuse_other_shapes(module: L.LightningModule, path: Path, changed: list[str]) -> None:

@@ -82,6 +82,9 @@ class Trainer(L.Trainer):
             kwargs: those of lightning.Trainer
         """
         quiet()
+        for key, least in (("accumulate_grad_batches", 1), ("val_check_interval", 1e-9)):
+            if isinstance(value := kwargs.get(key), int | float) and value < least:
+                raise Mistake(f"{key} is {value}", ["1 or more"], f"--trainer.{key}=1")
         self._name, self._folder = name, None
         bare = bool(kwargs.get("barebones"))
         usual = [] if bare else ["csv", "tensorboard"]
@@ -146,7 +149,7 @@ class Trainer(L.Trainer):
         root = Path(
             self.default_root_dir, self._name or type(self.lightning_module).__name__.lower()
         )
-        taken = [int(p.name[8:]) for p in root.glob("version_*") if p.name[8:].isdigit()]
+        taken = [int(p.name[8:]) for p in root.glob("version_*") if p.name[8:].isdecimal()]
         number = max(taken, default=-1) + 1
         while True:
             folder = root / f"version_{number}"

@@ -53,7 +53,7 @@ def read(files: Iterable[Path], flag: str = "--data.path") -> Iterator[str]:
 
 
 def _read(path: Path, flag: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # Windows marks the start
     place = 0  # of the first byte not yet decoded
     with path.open("rb") as file:
         while True:

@@ -406,6 +406,22 @@ def test_a_config_that_is_not_text_is_refused(
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &b [*b]", "run.yaml is YAML, but no plain values: Circular reference detected"),
+        ("? [a, b]\n: 3", "in run.yaml, line 1: not YAML: found unhashable key"),
+        ("model: !!python/object/apply:os.getcwd []", "not YAML: could not determine"),
+    ],
+)
+def test_yaml_that_is_more_than_plain_values_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    (folder / "run.yaml").write_text(text)
+    assert main(["fit", "--config=run.yaml"]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_what_a_mistake_says_to_type_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     """Typed as told, one mistake after the other, a command comes to run."""
     words = ["fitt", "--modl=LangageModel", "--modl.layrs=3", "--trainer.max_step=1"]

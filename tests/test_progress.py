@@ -19,6 +19,7 @@ from ravine.callbacks import LossPlot, PredictionTable, ProgressBar, Samples
 from ravine.callbacks import loss_plot as plot_module
 from ravine.callbacks import progress as progress_module
 from ravine.callbacks.loss_plot import draw
+from ravine.callbacks.predictions import show
 from ravine.callbacks.progress import clock, total_steps, units_in
 from ravine.cli.trainer import Trainer
 
@@ -243,6 +244,17 @@ def test_predictions_become_a_table_and_a_file(capsys: pytest.CaptureFixture[str
     assert "[bold]2, ü" in out
     assert "[bold]3" not in out
     assert f"5 rows in {path}" in out
+
+
+def test_a_message_neither_fills_the_screen_nor_commands_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show([{"message": "\x1b[31m\x1b]0;owned\x07[/red]\\"}, {"message": "long " * 100_000}])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "[/red]\\" in out
+    assert len(out) < 2000
 
 
 def test_what_is_no_row_is_left_to_whoever_asked_for_it() -> None:

@@ -309,6 +309,16 @@ def test_a_checkpoint_from_a_script_needs_its_model_named(
     assert main(["validate", "--ckpt_path=script.ckpt", named]) == 0
 
 
+@pytest.mark.parametrize("content", [{"a": 1}, [1, 2]])
+def test_a_file_of_torch_save_that_is_no_checkpoint_is_refused_in_words(
+    content: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, "other.ckpt")
+    words = ["--ckpt_path=other.ckpt", "--model=foreign.net_in_init.NetInInit"]
+    assert main(["validate", *words]) == 2
+    assert "other.ckpt is a file of torch.save, but no checkpoint" in capsys.readouterr().err
+
+
 def _metrics(trained: Path) -> dict[str, float]:
     trainer = Trainer(devices=2, strategy="zero3", accelerator="cpu", logger=False)
     module = NetInInit(width=4, batch_size=4)

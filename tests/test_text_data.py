@@ -206,6 +206,12 @@ def test_the_trainer_places_the_text_and_cuts_the_batch(poem: Path) -> None:
     assert torch.equal(first[1][0], whole[0])
 
 
+def test_the_mark_that_windows_puts_in_front_is_no_character(tmp_path: Path) -> None:
+    path = tmp_path / "marked.txt"
+    path.write_text(POEM, encoding="utf-8-sig")
+    assert text_data(path).tokenizer.decode(text_data(path).corpus.tokens) == POEM
+
+
 GOOD = b"a text long enough for a window or two, and then some more of it. " * 4
 BAD = [
     (b"", {}, "bad.txt is empty: give a text of at least one window, --data.path=FILE"),

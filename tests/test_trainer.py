@@ -223,12 +223,23 @@ def test_a_folder_that_another_run_has_just_made_is_left_to_it(
 
 
 def test_a_folder_that_cannot_be_made_is_named_and_not_looked_for_for_ever() -> None:
+    Path("runs/b/version_²").mkdir(parents=True)  # a digit, but no number
+    trainer = Trainer(name="b", max_steps=1, accelerator="cpu")
+    trainer.fit(NetInInit())
+    assert trainer.log_dir == os.path.join("runs", "b", "version_0")
+    Path("runs").rename("others")
     Path("runs").symlink_to("nowhere")
     with pytest.raises(ValueError, match=r"folder runs/a/version_0 cannot be made: File exists"):
         Trainer(name="a", max_steps=1, accelerator="cpu").fit(NetInInit())
     Path("file").touch()
     with pytest.raises(ValueError, match=r"type: --trainer.default_root_dir=FOLDER"):
         Trainer(default_root_dir="file", max_steps=1, accelerator="cpu").fit(NetInInit())
+
+
+@pytest.mark.parametrize("key", ["accumulate_grad_batches", "val_check_interval"])
+def test_every_nothing_is_no_interval(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key} is 0\n  allowed: 1 or more"):
+        Trainer(**{key: 0})  # type: ignore
 
 
 def test_fit_and_test_on_one_trainer_share_a_folder_and_log_dir_is_none_before() -> None:

@@ -226,6 +226,7 @@ def test_the_tensor_parallel_plan_names_every_matrix_of_the_blocks_once(kind):
     ("wrong", "message"),
     [
         ({"heads": 3}, "heads 3 does not split width 16.*allowed: 2.*type --model.heads=2"),
+        ({"heads": 7, "width": 10**15}, "allowed: 8.*type --model.heads=8"),
         ({"heads": 16}, "rope turns pairs.*allowed: 8.*type --model.heads=8"),
         ({"width": 3, "heads": 1}, "allowed: none; type --model.width=128"),
         ({"layers": 0}, "layers is 0; allowed: 1 or more"),

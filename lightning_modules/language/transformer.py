@@ -247,9 +247,9 @@ def check(positions: str, dropout: float, **sizes: int) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; allowed: 0 to below 1; type --model.dropout=0.1")
     step = 2 if positions == "rope" else 1  # rotary positions turn pairs of channels
-    fitting = [h for h in range(1, width + 1) if width % (h * step) == 0]
-    fitting.sort(key=lambda h: abs(h - heads))
-    if heads not in fitting:
+    if width % (heads * step):
+        divisors = (h for h in range(1, min(width, 2**16) + 1) if width % (h * step) == 0)
+        fitting = sorted(divisors, key=lambda h: abs(h - heads))
         what = "equal and even parts (rope turns pairs)" if step == 2 else "equal parts"
         raise ValueError(
             f"heads {heads} does not split width {width} into {what}; allowed: "
