@@ -9,12 +9,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from foreign.net_in_configure_model import NetInConfigureModel
+from foreign.net_in_init import NetInInit
+from foreign.two_optimizers import TwoOptimizers
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from ravine.callbacks import Checkpoint
+from ravine.callbacks.gradient_clipping import local
 from ravine.callbacks.resume import ExactResume, number_by_place, reseed, rewind
 from ravine.datamodules.order import EvalLoader, Order, Share, TrainLoader
 
@@ -147,7 +152,7 @@ def end(net: Net, trainer: L.Trainer) -> dict[str, Any]:
 def differences(whole: Any, cut: Any, at: str = "") -> list[str]:
     """Where two ends differ by a single bit; of the streams, the part after the cut counts."""
     if isinstance(whole, Tensor):
-        return [] if torch.equal(whole, cut) else [at]
+        return [] if torch.equal(local(whole), local(cut)) else [at]
     if isinstance(whole, dict):
         if whole.keys() != cut.keys():
             return [f"{at}: {list(whole)} and {list(cut)}"]
@@ -290,10 +295,10 @@ def test_a_validation_due_at_the_last_step_of_all_runs_when_the_same_command_is_
     assert differences(after(whole, EVERY, 0, 0), cut) == []
 
 
-def ddp(rank_folder: str) -> list[str]:
-    save = SaveAt(Path(rank_folder), "on_train_batch_end")
+def cut_in_ranks(folder: str, strategy: str) -> list[str]:
+    save = SaveAt(Path(folder), "on_train_batch_end")
     settings: dict[str, Any] = {"max_steps": 10, "epoch": 12, "val_check_interval": 6}
-    settings |= {"kind": "plain", "strategy": "ddp", "devices": 2}
+    settings |= {"kind": "plain", "devices": 2, "strategy": strategy}
     whole = end(*fit(None, save, **settings))
     found = []
     for step, path in save.files[2:8:2]:
@@ -302,8 +307,35 @@ def ddp(rank_folder: str) -> list[str]:
     return found
 
 
-def test_two_ranks_go_on_exactly(ranks: Any, tmp_path: Path) -> None:
-    assert ranks(ddp, 2, str(tmp_path)) == [[], []]
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_two_ranks_go_on_exactly(strategy: str, ranks: Any, tmp_path: Path) -> None:
+    assert ranks(cut_in_ranks, 2, str(tmp_path), strategy) == [[], []]
+
+
+@pytest.mark.parametrize("kind", [NetInInit, NetInConfigureModel, TwoOptimizers])
+def test_modules_that_know_only_lightning_go_on_exactly(
+    kind: type[L.LightningModule], tmp_path: Path
+) -> None:
+    def run(name: str, ckpt: Path | None = None, **limits: int) -> dict[str, Tensor]:
+        L.seed_everything(SEED, verbose=False)
+        module = kind()
+        trainer = L.Trainer(
+            accelerator="cpu",
+            callbacks=[ExactResume(), Checkpoint(str(tmp_path / name), save_top_k=-1)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            val_check_interval=2,
+            max_epochs=3,
+            **limits,
+        )
+        trainer.fit(module, ckpt_path=ckpt)
+        return module.state_dict()
+
+    whole = run("whole")
+    for file in sorted((tmp_path / "whole").iterdir())[:-1]:
+        assert differences(whole, run("cut", file)) == [], file.name
 
 
 def test_optimizer_ids_in_a_file_are_places_in_named_parameters(tmp_path: Path) -> None:
