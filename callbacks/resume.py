@@ -34,8 +34,9 @@ class ExactResume(Callback):
     """Make `fit(..., ckpt_path=...)` exact, on the same layout of processes.
 
     Works with any module, a stock Trainer and any checkpoint callback. Not covered: data sets that
-    draw from the global generators in the main process, and a file written between micro-batches of
-    one optimizer step: it lacks their gradients. Example: `Trainer(callbacks=[ExactResume()])`.
+    draw from the global generators in the main process, or in workers that outlive an epoch; a file
+    written between micro-batches of one optimizer step, which lacks their gradients. Example:
+    `Trainer(callbacks=[ExactResume()])`.
     """
 
     def __init__(self) -> None:
