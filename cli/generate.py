@@ -4,21 +4,18 @@ lightning generate --ckpt_path last --prompt "ROMEO:" --temperature 0.8
 """
 
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import ravine.lightning_modules
 from ravine.lightning_modules import TaskModule
 
-from . import newest, restore, signature
-from .errors import Mistake, unknown
+from . import signature
+from .errors import Mistake
+from .trained import prepare
 
 OURS = {"prompt_file": str, "device": str}  # flags that no task has to know
-
-NAME, ROOT = "trainer.name", "trainer.default_root_dir"  # where `last` and `auto` look
 
 
 def run(argv: list[str]) -> int:
@@ -34,56 +31,6 @@ def run(argv: list[str]) -> int:
     module.to(torch.device(place))
     show(module, arguments)
     return 0
-
-
-def prepare(argv: list[str], command: str) -> tuple[TaskModule, list[tuple[str, str]]]:
-    """The model of the checkpoint that was named, and the other flags."""
-    given = signature.pairs(argv[1:])
-    chosen = dict(given).get("ckpt_path")
-    if chosen is None:
-        wrong = f"{command} needs a trained model"
-        raise Mistake(
-            wrong, ["last", "auto", "a file"], f"{command} --ckpt_path=last", "checkpoints"
-        )
-    found = dict(given)
-    if chosen in ("auto", "last"):
-        root = found.get(ROOT, "runs")
-        path = newest.newest(command, chosen, found.get(NAME), root)
-    else:
-        path = Path(chosen)
-    if path is None:
-        raise Mistake("there is no checkpoint", [], f"{command} --ckpt_path=FILE")
-    task = task_of(path)
-    if not callable(getattr(task, command, None)):
-        able = [n for n, c in tasks().items() if callable(getattr(c, command, None))]
-        wrong = f"a {task.__name__} cannot {command}"
-        raise Mistake(
-            wrong, able, f"{command} --ckpt_path=FILE, of one that can", "models that can"
-        )
-    module = task.load(path)
-    return module, [(name, v) for name, v in given if name not in ("ckpt_path", NAME, ROOT)]
-
-
-def tasks() -> dict[str, type[TaskModule]]:
-    """The tasks of this project, by name."""
-    found = vars(ravine.lightning_modules).values()
-    return {c.__name__: c for c in found if isinstance(c, type) and issubclass(c, TaskModule)}
-
-
-def task_of(path: Path) -> type[TaskModule]:
-    """The class whose weights a checkpoint holds: by its saved configuration, or by its name."""
-    checkpoint = restore.read(path)
-    config = checkpoint.get("ravine", {}).get("config", {}).get("model") or {}
-    name = config.get("class_path") or checkpoint.get("task", "")
-    module, _, last = name.rpartition(".")
-    if module and not module.startswith("ravine."):
-        found = getattr(import_module(module), last, None)
-        if isinstance(found, type) and issubclass(found, TaskModule):
-            return found
-    if last not in tasks():
-        wrong = f"{path} holds the weights of {name or 'another program'}"
-        raise unknown(wrong, last, tasks(), lambda near: f"--ckpt_path=FILE, of a {near}", "FILE")
-    return tasks()[last]
 
 
 def prompts(file: Path, typed: Any) -> list[str]:

@@ -15,7 +15,7 @@ from . import environment, errors, pages, presets
 # A command and the module whose `run(argv) -> int` does it; one that needs no model has its own.
 COMMANDS: dict[str, str] = dict.fromkeys(
     ("fit", "validate", "test", "predict"), "ravine.cli.command"
-) | {"generate": "ravine.cli.generate"}
+) | {"generate": "ravine.cli.generate", "export": "ravine.cli.export"}
 
 
 def main(argv: list[str] | None = None) -> int:

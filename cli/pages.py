@@ -8,6 +8,7 @@ usage: {0} COMMAND [--config NAME ...] [--key=value ...]
   test       the final measurement    {0} test --ckpt_path=FILE
   predict    apply it to new data     {0} predict --ckpt_path=FILE
   generate   let a model write        {0} generate --ckpt_path=FILE --prompt=TEXT
+  export     weights for others       {0} export --ckpt_path=FILE --folder=NAME
 
 {0} COMMAND --help says more; {0} --version says which versions run here.
 """
@@ -49,13 +50,21 @@ usage: {0} generate --ckpt_path=FILE [--prompt=TEXT ...] [--key=value ...]
   --window=slide              or refuse: what to do when the model's context is full
 """
 
+EXPORT = """\
+usage: {0} export --ckpt_path=FILE --folder=NAME [--format=gpt2]
+
+  --ckpt_path=FILE            a trained model; or auto; or last (of --trainer.name=NAME)
+  --folder=NAME               where to write; files of the same names are replaced
+  --format=gpt2               model.safetensors and config.json, as transformers reads them
+"""
+
 ABOUT = {
     "validate": "Measure a model on the validation data.",
     "test": "Measure a model on the test data, which training never sees.",
     "predict": "Apply a model to new data, and write what it says.",
 }
 
-PAGES = {"fit": FIT, "generate": GENERATE}
+PAGES = {"fit": FIT, "generate": GENERATE, "export": EXPORT}
 
 
 def page(command: str | None, program: str) -> str:

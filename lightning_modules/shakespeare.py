@@ -8,7 +8,7 @@ Axes: b batch, t time, v vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ravine.datamodules.tokenizers import Tokenizer, from_state
 
 from . import accounting
 from .base import TaskModule
-from .language import Transformer
+from .language import Transformer, gpt2
 from .language.loss import IGNORED, nats
 from .language.reading import Window
 from .language.sampling import Sampling
@@ -169,6 +169,21 @@ class LanguageModel(TaskModule):
             new = write(self.net, self.tokenizer, part, stops, **how)
             texts += [before + after for before, after in zip(part, new, strict=True)]
         return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
+
+    def load_pretrained(self, path: str) -> None:
+        """Take over GPT-2's weights from model.safetensors in Hugging Face's layout."""
+        gpt2.read(path, cast(Transformer, self.net))
+
+    def export(self, folder: str, format: Literal["gpt2"] = "gpt2") -> str:
+        """Write the net's weights for other programs into a folder.
+
+        Args:
+            folder: where; files of the same names are replaced.
+            format: gpt2 is what Hugging Face's transformers read.
+        """
+        net = cast(Transformer, self.net)
+        gpt2.write(net, self.shape, folder, self.tokenizer.end if self.tokenizer else None)
+        return f"{folder}/model.safetensors, config.json"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The tokenizer and the sizes travel with the weights."""
