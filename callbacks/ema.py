@@ -7,7 +7,6 @@ The rising d forgets the first, random weights; without it a short run would ave
 Sharded weights have sharded averages: nothing is gathered but for saving.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -15,10 +14,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .gradient_clipping import local
+from .shards import local, part_of, trainable, whole
 
 
 class EMA(Callback):
@@ -53,7 +50,7 @@ class EMA(Callback):
         self._show(pl_module, average=False)
         if not self.average or self.steps != trainer.global_step:
             self.steps = trainer.global_step
-            self.average = {name: p.detach().clone() for name, p in _trainable(pl_module)}
+            self.average = {name: p.detach().clone() for name, p in trainable(pl_module)}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -63,7 +60,7 @@ class EMA(Callback):
             return
         self.steps = trainer.global_step
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warmup else self.decay
-        weights = dict(_trainable(pl_module))
+        weights = dict(trainable(pl_module))
         with torch.no_grad():
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
                 [local(average) for average in self.average.values()],
@@ -98,7 +95,7 @@ class EMA(Callback):
         return {
             "steps": self.steps,
             "swapped": self.swapped,  # then "average" and the model's weights changed places
-            "average": self._saved or {n: _whole(t) for n, t in self.average.items()},
+            "average": self._saved or {n: whole(t) for n, t in self.average.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,45 +107,23 @@ class EMA(Callback):
         if not self._saved:
             return
         self.average = {}
-        for name, weight in _trainable(module):
+        for name, weight in trainable(module):
             if name not in self._saved:
                 raise ValueError(
                     f"EMA: the checkpoint has no average of {name}; it was written with other "
                     "trainable parameters; resume it with the callbacks that it was trained with"
                 )
             self.average[name] = weight.detach().clone()
-            local(self.average[name]).copy_(_sharded_like(self._saved[name], weight))
+            local(self.average[name]).copy_(part_of(self._saved[name], weight))
         self._saved = {}
 
     @torch.no_grad()
     def _show(self, module: nn.Module, average: bool) -> None:
         if self.swapped == average:
             return
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()  # a whole copy left by a forward would hide the exchange
-        for name, weight in _trainable(module):
+        for name, weight in trainable(module):
             mine, theirs = local(self.average[name]), local(weight)
             held = theirs.clone()
             theirs.copy_(mine)
             mine.copy_(held)
         self.swapped = average
-
-
-def _trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter.is_floating_point():
-            yield name, parameter
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _sharded_like(whole: Tensor, weight: Tensor) -> Tensor:
-    whole = whole.to(weight.device)
-    if not isinstance(weight, DTensor):
-        return whole
-    return distribute_tensor(
-        whole, weight.device_mesh, weight.placements, src_data_rank=None
-    ).to_local()

@@ -27,11 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .patching import patch, unpatch
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its memory; a plain tensor is its own part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from .shards import local
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import GradientClipping, OptimizerPlan
-from ravine.callbacks.gradient_clipping import clip_by_norm, clip_by_value, global_norm, local
+from ravine.callbacks.gradient_clipping import clip_by_norm, clip_by_value, global_norm
+from ravine.callbacks.shards import local
 from ravine.datamodules.order import Order, Share, TrainLoader
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import MeshStrategy

@@ -463,6 +463,103 @@ def test_without_a_plan_the_groups_of_the_optimizer_are_watched():
     assert trainer.callback_metrics["update/rms/group 0"] > 0
 
 
+class Doubling(torch.optim.Optimizer):
+    """Two sets of weights, told apart at sight: those to evaluate are three times the others."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1, "training": False})
+
+    def step(self):
+        assert all(group["training"] for group in self.param_groups)
+        for p in self._all():
+            p -= 0.1 * p.grad
+
+    def train(self):
+        self._switch(True, 1 / 3)
+
+    def eval(self):
+        self._switch(False, 3.0)
+
+    def _switch(self, training, factor):
+        for p in self._all():
+            if self.param_groups[0]["training"] != training and self.state.get(p):
+                p *= factor
+        for group in self.param_groups:
+            group["training"] = training
+
+    def _all(self):
+        return [p for group in self.param_groups for p in group["params"]]
+
+
+class Watched(Net):
+    """Remembers the weights of each stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.trained, self.validated = [], []
+
+    def flat(self):
+        return torch.cat([p.detach().flatten().clone() for p in self.parameters()])
+
+    def on_train_batch_end(self, *_):
+        self.trained.append(self.flat())
+
+    def validation_step(self, batch, index):
+        self.validated.append(self.flat())
+
+    def val_dataloader(self):
+        return data(24)
+
+
+class SaveAt(L.Callback):
+    def __init__(self, path, validating):
+        self.path, self.validating = path, validating
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3 and not self.validating:
+            trainer.save_checkpoint(self.path)
+
+    def on_validation_batch_end(self, trainer, *_):
+        if trainer.global_step == 3 and self.validating:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
+@pytest.mark.parametrize("validating", [False, True])
+def test_of_two_sets_of_weights_one_is_trained_and_the_other_seen_and_saved(tmp_path, validating):
+    rows, file = data(24), tmp_path / "cut.ckpt"
+    every = {"val_check_interval": 3, "check_val_every_n_epoch": None}
+    callbacks = [OptimizerPlan(Doubling), SaveAt(file, validating)]
+    _, whole = trained(None, module=Watched(), loader=rows, callbacks=callbacks, **every)
+    torch.testing.assert_close(whole.validated[0], 3 * whole.trained[2])
+    torch.testing.assert_close(whole.flat(), 3 * whole.trained[-1])  # and left at the end
+    saved = torch.load(file, weights_only=True)
+    flat = torch.cat([value.flatten() for value in saved["state_dict"].values()])
+    assert torch.equal(flat, whole.validated[0])
+    callbacks = [OptimizerPlan(Doubling)]
+    module = Watched()
+    trained(None, module=module, loader=rows, callbacks=callbacks, ckpt_path=file, **every)
+    assert torch.equal(module.trained[-1], whole.trained[-1])
+
+
+def test_a_schedule_free_optimizer_by_its_class_path(tmp_path):
+    schedulefree = pytest.importorskip("schedulefree")
+
+    def plan():
+        return OptimizerPlan(partial(schedulefree.AdamWScheduleFree, lr=0.1))
+
+    rows = data(24)
+    every = {"val_check_interval": 3, "check_val_every_n_epoch": None}
+    _, quiet = trained(plan(), module=Watched(), loader=rows, limit_val_batches=0, **every)
+    callbacks = [plan(), SaveAt(tmp_path / "cut.ckpt", False)]
+    _, whole = trained(None, module=Watched(), loader=rows, callbacks=callbacks, **every)
+    assert torch.equal(quiet.trained[-1], whole.trained[-1])  # validation leaves no trace
+    assert not torch.equal(whole.validated[0], whole.trained[2])
+    module = Watched()
+    trained(plan(), module=module, loader=rows, ckpt_path=tmp_path / "cut.ckpt", **every)
+    assert torch.equal(module.trained[-1], whole.trained[-1])
+
+
 USER_FILE = """
 import torch
 class MyOptimizer(torch.optim.Optimizer):

@@ -14,7 +14,7 @@ from torch import (
 )
 from torch.optim import Optimizer
 
-from ..gradient_clipping import local
+from ..shards import local
 
 
 class Elementwise(Optimizer):

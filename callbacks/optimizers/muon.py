@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from ..gradient_clipping import local
+from ..shards import local
 from .ownership import apply_to_whole
 from .plan import OptimizerPlan
 from .rules import Decay, OptimizerFactory, Rule

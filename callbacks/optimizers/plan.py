@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..patching import patch, unpatch
 from .building import Share, compose, table
 from .composite import Composite, needs_closure
+from .modes import TwoSets
 from .rules import (
     Decay,
     OptimizerFactory,
@@ -74,6 +75,7 @@ class OptimizerPlan(Callback):
         self._length = float("inf")  # optimizer steps of the run, once known
         self._members: list[str] = []
         self._saved_members: list[str] = []
+        self._sets = TwoSets()
 
     def __str__(self) -> str:
         """The plan in a line, for messages."""
@@ -110,6 +112,20 @@ class OptimizerPlan(Callback):
         """Learn the run's length from the loaders, which exist only now."""
         if trainer.max_steps < 0 and self is plans(trainer)[-1]:
             self._know_length(trainer, trainer.estimated_stepping_batches)
+        self._sets.train(pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the weights that a schedule-free optimizer means."""
+        self._sets.evaluate(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Train on with the others."""
+        if trainer.state.fn == "fit":
+            self._sets.train(pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the weights that are meant."""
+        self._sets.evaluate(pl_module)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -117,13 +133,16 @@ class OptimizerPlan(Callback):
         """Say which optimizers there are, to refuse a resume that would misread their state."""
         if self is plans(trainer)[-1]:
             checkpoint["optimizer_plan"] = list(self._members)
+            self._sets.save(pl_module, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Compare at once where optimizers exist already (sharded), else when they are built."""
-        self._saved_members = checkpoint.get("optimizer_plan", [])
-        self._compare()
+        if trainer.state.fn == "fit" and self is plans(trainer)[-1]:
+            self._saved_members = checkpoint.get("optimizer_plan", [])
+            self._sets.load(checkpoint)
+            self._compare()
 
     def _know_length(self, trainer: L.Trainer, length: float) -> None:
         trial = getattr(trainer, "fast_dev_run", 0)  # a step or two
@@ -135,6 +154,7 @@ class OptimizerPlan(Callback):
         shares = self._shares(module)
         composite = compose(shares, self.decay)
         self._refuse(trainer, composite)
+        self._sets.use(composite)
         if isinstance(trainer.strategy, DDPStrategy):
             for member in composite.members:
                 if hasattr(member, "replicas"):  # all ranks have all weights and can share work

@@ -1,0 +1,72 @@
+"""Optimizers with two sets of weights, such as schedule-free ones: train one, evaluate the other.
+
+Such an optimizer has `train()` and `eval()`, which move the weights from one set to the other, and
+rounding makes the way back inexact. So the training set is kept aside while the other one is shown:
+validation leaves no trace, and a checkpoint holds the set to evaluate as the model's weights and
+the training set beside it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..shards import local, part_of, trainable, whole
+from .composite import Composite
+
+KEY = "training_weights"
+
+
+class TwoSets:
+    """What a plan does around training, evaluation and saving; nothing for other optimizers."""
+
+    def __init__(self) -> None:
+        """Nothing to do until an optimizer is there."""
+        self._optimizer: Composite | None = None  # only if it has the two modes
+        self._aside: dict[str, Tensor] = {}  # the training set, while the other one is shown
+        self._saved: dict[str, Tensor] = {}
+
+    def use(self, optimizer: Composite) -> None:
+        """Look whether any member has the two modes."""
+        two = any(callable(getattr(member, "eval", None)) for member in optimizer.members)
+        self._optimizer, self._aside = optimizer if two else None, {}
+
+    @torch.no_grad()
+    def train(self, module: nn.Module) -> None:
+        """Put the training set in place, as it was when it was set aside or saved."""
+        if self._optimizer is not None:
+            self._optimizer.train()
+            for name, weight in trainable(module):
+                if name in self._aside:
+                    local(weight).copy_(local(self._aside[name]))
+                elif name in self._saved:
+                    local(weight).copy_(part_of(self._saved[name], weight))
+            self._aside, self._saved = {}, {}
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> None:
+        """Show the other set."""
+        if self._optimizer is not None and not self._aside:
+            self._aside = {name: weight.detach().clone() for name, weight in trainable(module)}
+            self._optimizer.eval()
+
+    def save(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Both sets into the file; every rank calls it."""
+        if self._optimizer is None:
+            return
+        shown = bool(self._aside)
+        self.evaluate(module)
+        checkpoint[KEY] = {name: whole(weight) for name, weight in self._aside.items()}
+        weights = checkpoint["state_dict"]
+        for name, weight in trainable(module):
+            sharded = isinstance(weights.get(name), DTensor)
+            value = weight if sharded else whole(weight)
+            if name in weights:
+                weights[name] = value.detach().clone()
+        if not shown:
+            self.train(module)
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the training set until the weights are in place."""
+        self._saved = checkpoint.get(KEY, {})

@@ -1,0 +1,44 @@
+"""A tensor and this rank's part of it: the four steps between the two.
+
+A parameter spread over a mesh is a DTensor. Arithmetic by number needs only the parts, which share
+its memory; files and other layouts need the whole.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing memory; a plain tensor is its own part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All parts together; every rank calls it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole value, spread as `like` is; nothing is sent."""
+    value = value.to(like.device)
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(
+        value, like.device_mesh, like.placements, src_data_rank=None
+    ).to_local()
+
+
+def trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and parameters that move, as shards where they are sharded.
+
+    A forward may have left whole copies in the place of shards: they would hide a change of those.
+    """
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            yield name, parameter
