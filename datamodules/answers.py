@@ -1,0 +1,188 @@
+"""Prompts and answers from JSONL, for fine-tuning: only what is answered is learned.
+
+    {"prompt": "Capital of France? ", "answer": "Paris"}            one such line an example
+
+    tokens    C a p i t a l ... ?   P a r i s end
+    targets   . . . . . . . . . .   P a r i s end        . is IGNORED
+
+Axes: b batch, t time.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator, global_seed
+from .sources import announce
+from .tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, gpt2
+
+IGNORED = -100  # the target where there is nothing to learn, as in F.cross_entropy
+STEP = 64  # batches are as long as their longest example, rounded up: shapes seldom change
+
+
+class Example(NamedTuple):
+    """One line: its number in the file, and its two texts."""
+
+    line: int
+    prompt: str
+    answer: str
+
+
+def examples(path: Path, prompt: str, answer: str) -> Iterator[Example]:
+    """The lines of a JSONL file; empty ones are left out."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; type --data.path=FILE, JSON objects, one a line")
+    with path.open(encoding="utf-8-sig") as file:
+        for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}; "
+                    f'write {{"{prompt}": "...", "{answer}": "..."}}'
+                ) from None
+            yield Example(number, *_texts(row, (prompt, answer), f"{path}, line {number}"))
+
+
+def _texts(row: Any, fields: tuple[str, str], place: str) -> Iterator[str]:
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{place}: {type(row).__name__}, not an object; "
+            f'write {{"{fields[0]}": "...", "{fields[1]}": "..."}}'
+        )
+    for flag, field in zip(("prompt", "answer"), fields, strict=True):
+        if not isinstance(row.get(field), str) or not row[field]:
+            what = "an empty" if row.get(field) == "" else "no text in" if field in row else "no"
+            others = [name for name in row if name not in fields]
+            raise ValueError(
+                f"{place}: {what} field {field!r}; it has {', '.join(row) or 'nothing'}; "
+                f"type --data.{flag}={others[0] if others else 'NAME'} if it is called otherwise"
+            )
+        yield row[field]
+
+
+class AnswerDataModule(L.LightningDataModule):
+    """Prompts with answers as batches (inputs, targets), both int64 (b t).
+
+    data = AnswerDataModule("questions.jsonl", tokenizer="gpt2", context=256)
+
+    An answer ends with the tokenizer's end token, where it has one, so that a model learns to stop.
+
+    Args:
+        path: a file of JSON objects, one a line.
+        prompt: the field that is given.
+        answer: the field that is learned.
+        tokenizer: what a token is; that of the model that is tuned.
+        context: t at most; of a longer example the end is cut off, and their number is told.
+        batch_size: examples of one optimizer step, over all ranks and accumulated batches.
+        val_fraction: share of the examples, drawn by the seed, kept for validation and test.
+        seed: of the split and the order; by default that of seed_everything.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        prompt: str = "prompt",
+        answer: str = "answer",
+        tokenizer: Literal["characters", "bytes", "gpt2"] = "gpt2",
+        context: int = 256,
+        batch_size: int = 32,
+        val_fraction: float = 0.1,
+        seed: int | None = None,
+    ) -> None:
+        """Check the sizes; the file is looked at in `setup`."""
+        super().__init__()
+        check_positive("context", context)
+        check_positive("batch_size", batch_size)
+        if not 0 < val_fraction < 1:
+            raise ValueError(
+                f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
+                "type --data.val_fraction=0.1"
+            )
+        self.path, self.fields, self.kind = Path(path).expanduser(), (prompt, answer), tokenizer
+        self.context, self.batch_size = context, batch_size
+        self.val_fraction, self.seed = val_fraction, seed
+        self.resolved: dict[str, Any] = {}
+        self.rows: list[tuple[Tensor, int]] = []  # tokens, and how many of them are given
+        self.tokenizer: Tokenizer | None = None
+
+    def setup(self, stage: str) -> None:
+        """Read the file, say what was found, and refuse one that cannot be split."""
+        if self.rows:
+            return
+        found = list(examples(self.path, *self.fields))
+        if len(found) < 2:
+            raise ValueError(
+                f"{self.path} holds {len(found)} examples; allowed: 2 or more, for training and "
+                "for validation; type --data.path=FILE"
+            )
+        letters = {c for example in found for c in example.prompt + example.answer}
+        kinds = {"characters": lambda: CharTokenizer(letters), "bytes": ByteTokenizer, "gpt2": gpt2}
+        self.tokenizer = tokenizer = kinds[self.kind]()
+        rows = [self._row(example, tokenizer) for example in found]
+        self.rows = [(tokens, given) for tokens, given in rows if given < len(tokens)]
+        if len(self.rows) < 2:
+            raise ValueError(
+                f"the prompts in {self.path} fill the context of {self.context} tokens, and no "
+                f"answer is left; type --data.context={2 * self.context}"
+            )
+        cut = sum(len(tokens) > self.context for tokens, _ in rows)
+        sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self.resolved = {"source": "path", "file": str(self.path), "sha256": sha256}
+        long = f"; {cut} longer than the context are cut, {len(rows) - len(self.rows)} left out"
+        announce(f"data: {self.path}, {len(found):,} examples{long if cut else ''}", loud=cut > 0)
+
+    def _row(self, example: Example, tokenizer: Tokenizer) -> tuple[Tensor, int]:
+        end = [] if tokenizer.end is None else [tokenizer.end]
+        given = tokenizer.encode(example.prompt)
+        answer = tokenizer.encode(example.answer)
+        tokens = torch.cat((given, answer, torch.tensor(end, dtype=torch.int64)))
+        return tokens[: self.context + 1], len(given)
+
+    def _batch(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        rows = [self.rows[int(number)] for number in numbers]
+        longest = max(len(tokens) for tokens, _ in rows) - 1
+        t = min(self.context, -(-longest // STEP) * STEP)
+        inputs = torch.zeros(len(rows), t, dtype=torch.int64)
+        targets = torch.full((len(rows), t), IGNORED)
+        for row, (tokens, given) in enumerate(rows):
+            inputs[row, : len(tokens) - 1] = tokens[:-1]
+            targets[row, given - 1 : len(tokens) - 1] = tokens[given:]
+        return inputs, targets
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        count = len(self.rows)
+        shuffled = torch.randperm(count, generator=generator(global_seed(self.seed), "split"))
+        size = min(max(1, round(count * self.val_fraction)), count - 1)
+        return shuffled[size:], shuffled[:size]
+
+    def train_dataloader(self) -> TrainLoader:
+        """All examples but those for validation, in a new order each epoch."""
+        mine, _ = self._split()
+        trainer: Any = self.trainer
+        return TrainLoader(
+            Order(global_seed(self.seed), len(mine)),
+            lambda places: self._batch(mine[places]),
+            samples=len(mine),
+            batch_size=self.batch_size,
+            share=Share.of(trainer),
+            repeat=bool(trainer and trainer.overfit_batches),
+        )
+
+    def val_dataloader(self) -> EvalLoader:
+        """The examples kept back."""
+        _, mine = self._split()
+        share = Share.of(self.trainer)
+        return EvalLoader(lambda n: self._batch(mine[n]), len(mine), self.batch_size, share)
+
+    def test_dataloader(self) -> EvalLoader:
+        """The same: there is no third part."""
+        return self.val_dataloader()
