@@ -3,6 +3,7 @@
 from ravine.callbacks.checkpoint import Checkpoint
 from ravine.callbacks.compile import Compile
 from ravine.callbacks.ema import EMA
+from ravine.callbacks.figures import Figures
 from ravine.callbacks.gradient_clipping import GradientClipping
 from ravine.callbacks.loss_plot import LossPlot
 from ravine.callbacks.nan_guard import NaNGuard
@@ -30,6 +31,7 @@ __all__ = [
     "Checkpoint",
     "Compile",
     "ExactResume",
+    "Figures",
     "GradientClipping",
     "Lion",
     "LionOptimizer",

@@ -190,6 +190,18 @@ def test_adagrad_is_torchs():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_sign_steps_of_one_size_stall_and_shrinking_ones_do_not():
+    stalled, shrinking = (nn.Parameter(torch.tensor([3.05], dtype=torch.float64)) for _ in "ab")
+    a, b = SignSGDOptimizer([stalled], lr=0.1), SignSGDOptimizer([shrinking], lr=0.1)
+    for step in range(200):
+        stalled.grad, shrinking.grad = 2 * stalled.detach(), 2 * shrinking.detach()
+        b.param_groups[0]["lr"] = 0.1 * 0.98**step
+        a.step()
+        b.step()
+    assert abs(stalled.item()) == pytest.approx(0.05)  # 3.05 is half a step off the lattice
+    assert abs(shrinking.item()) <= 0.1 * 0.98**199
+
+
 # Newton: problems of two numbers, where the lecture's figures are closed forms.
 
 
