@@ -55,14 +55,14 @@ def show(module: TaskModule, arguments: dict[str, Any]) -> None:
     prompt = arguments.get("prompt", signature.flags(method)["prompt"].default)
     count = arguments.get("num_samples", 1)
     if isinstance(prompt, str) and count == 1:
-        sys.stdout.write(prompt)
+        before = [prompt]  # shown when it has been accepted
 
         def piece(text: str) -> None:
-            sys.stdout.write(text)
+            sys.stdout.write((before.pop() if before else "") + text)
             sys.stdout.flush()
 
         method(**arguments, show=piece)
-        sys.stdout.write("\n")
+        piece("\n")
         return
     texts = method(**arguments)
     for number, text in enumerate(texts, 1):

@@ -108,7 +108,7 @@ def in_words(words: list[str]) -> Iterator[Given]:
         if flag == "--config":
             yield from in_file(value)
         elif flag.startswith("--") and flag not in ("--print_config", "--help"):
-            value = value if equals else next(each, "")
+            value = value if equals else next(each, None)
             yield Given(flag[2:].rstrip("+"), _value(value), flag)
 
 
@@ -123,8 +123,11 @@ def _variable_key(name: str) -> str:
     return name.partition("__")[2].lower().replace("__", ".")
 
 
-def _value(text: str) -> yaml.Node:
+def _value(text: str | None) -> yaml.Node:
+    null = yaml.ScalarNode("tag:yaml.org,2002:null", "")
+    if text == "":  # a text to the parser too
+        return yaml.ScalarNode("tag:yaml.org,2002:str", "")
     try:
-        return yaml.compose(text, yaml.SafeLoader) or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+        return null if text is None else yaml.compose(text, yaml.SafeLoader) or null
     except yaml.YAMLError:
         return yaml.ScalarNode("tag:yaml.org,2002:str", text)

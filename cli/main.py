@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return errors.INTERRUPTED
     except SystemExit as leave:
+        if isinstance(leave.__context__, KeyboardInterrupt):  # before our handler: Lightning's 1
+            return errors.INTERRUPTED
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Exception as raised:
         error = errors.original(raised)

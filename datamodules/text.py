@@ -175,6 +175,13 @@ class TextDataModule(L.LightningDataModule):
         """The validation part: the text has no third."""
         return self.val_dataloader()
 
+    def predict_dataloader(self) -> EvalLoader:
+        """Refuse, and say what a language model does instead."""
+        raise ValueError(
+            "a text has no answers to predict; a language model continues it: "
+            "type lightning generate --ckpt_path=FILE --prompt=TEXT"
+        )
+
     def _parts(self) -> tuple[Tensor, Tensor]:
         """Training and validation tokens, on the device unless the text is a mapped file."""
         corpus = self.corpus

@@ -270,6 +270,28 @@ def test_what_lightning_refuses_is_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_callback_that_is_there_twice_is_one_line(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Timer
+
+    command.run = lambda argv: Trainer(accelerator="cpu", callbacks=[Timer(), Timer()])
+    assert door.main(["fit"]) == 2
+    assert capsys.readouterr().err.startswith("lightning: error: Found more than one stateful")
+
+
+def test_a_ctrl_c_that_lightning_makes_an_exit_of_stays_one(command: SimpleNamespace) -> None:
+    def run(argv: list[str]) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    command.run = run
+    assert door.main(["fit"]) == 130
+
+
 def test_torch_and_torchvision_of_two_builds_are_named(
     monkeypatch: pytest.MonkeyPatch, command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,15 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
             "  type: --model=LanguageModel",
         ],
     ),
+    "no value, where the class is named": (
+        [*MODEL, "--model.width="],
+        "",
+        [
+            "on the command line, --model.width: width cannot be ''",
+            "  allowed: a whole number",
+            "  type: --model.width=10",
+        ],
+    ),
     "the model, in a file": (
         ["fit"],
         "# a comment\nmodel:\n  class_path: LangageModel\n",

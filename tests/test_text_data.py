@@ -212,6 +212,11 @@ def test_the_mark_that_windows_puts_in_front_is_no_character(tmp_path: Path) -> 
     assert text_data(path).tokenizer.decode(text_data(path).corpus.tokens) == POEM
 
 
+def test_to_predict_a_text_is_to_continue_it(poem: Path) -> None:
+    with pytest.raises(ValueError, match="type lightning generate --ckpt_path=FILE"):
+        text_data(poem).predict_dataloader()
+
+
 GOOD = b"a text long enough for a window or two, and then some more of it. " * 4
 BAD = [
     (b"", {}, "bad.txt is empty: give a text of at least one window, --data.path=FILE"),
