@@ -5,14 +5,17 @@ import errno
 import linecache
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 ROOT = Path(__file__).resolve().parent.parent
 OURS = [ROOT / n for n in ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")]
-REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Mistake(ValueError):
@@ -70,6 +73,32 @@ def say(text: str) -> None:
     """Print one block to stderr, on one rank of a node only."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"{program()}: error: {text}\n")
+
+
+def words(error: Exception) -> str:
+    """The text of an exception; that of the system does not say what to do about a full disk."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error}; make room, then go on with --ckpt_path auto"
+    return str(error.args[0] if isinstance(error, LookupError) else error)
+
+
+@contextmanager
+def threads_silent() -> Iterator[None]:
+    """Let a thread that the system refuses something (TensorBoard's writer) leave it at that.
+
+    What it meets, it raises once more in the main thread; the first time it is a traceback.
+    """
+    before = threading.excepthook
+
+    def hook(met: threading.ExceptHookArgs) -> None:
+        if not (isinstance(met.exc_value, OSError) and met.exc_value.errno in REFUSED):
+            before(met)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def original(error: Exception) -> Exception:

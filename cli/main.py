@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if asks_only(words):
             return answer(words)
-        with signals_held():
+        with signals_held(), errors.threads_silent():
             return start(words)
     except KeyboardInterrupt:
         return errors.INTERRUPTED
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             raise error from error.__cause__
         if os.environ.get("RAVINE_DEBUG"):
             traceback.print_exc()
-        errors.say(str(error.args[0] if isinstance(error, LookupError) else error))
+        errors.say(errors.words(error))
         return status
 
 
@@ -103,6 +103,10 @@ def arrange(words: list[str]) -> list[str]:
 
 def start(words: list[str]) -> int:
     """Check what can be checked cheaply, then hand the words over to the command."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError as error:
+        raise errors.Mistake("the folder you are in has been removed", [], "cd FOLDER") from error
     argv = arrange(words)
     environment.check(os.environ, argv[0], COMMANDS)
     for word in argv:
@@ -110,8 +114,8 @@ def start(words: list[str]) -> int:
             presets.check(word.partition("=")[2])
     presets.checkpoint(argv)
     sys.argv[1:] = argv  # in place: Lightning's launcher runs sys.argv again in the other ranks
-    if sys.path[0] != os.getcwd():  # a console script has its own bin/ there
-        sys.path.insert(0, os.getcwd())
+    if sys.path[0] != here:  # a console script has its own bin/ there
+        sys.path.insert(0, here)
     return load(COMMANDS[argv[0]]).run(["--help" if w == "--help=all" else w for w in argv])
 
 
