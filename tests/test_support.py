@@ -15,13 +15,17 @@ from foreign.net_in_init import NetInInit
 from ranks import furthest, whole
 
 import ravine.callbacks
-from ravine.callbacks import GradientClipping, OptimizerPlan, Samples
+from ravine.callbacks import Compile, GradientClipping, OptimizerPlan, Pretrained, Samples
 from ravine.datamodules import SpamDataModule, TextDataModule
 from ravine.datamodules.text import documentation
 from ravine.lightning_modules import LanguageModel, SpamClassifier
 
-# it is logged on each rank after the ranks have summed it
-pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+pytestmark = [
+    # it is logged on each rank after the ranks have summed it
+    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
+    # dynamo looks there when it traces what a sharded block has gathered
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 STRATEGIES = {"one process": "auto", "ddp": "ddp", "zero3": "zero3", "tp": "tp"}
@@ -31,10 +35,23 @@ CALLBACKS = sorted(
     if isinstance(kind, type) and issubclass(kind, L.Callback) and not name.startswith("_")
 )
 ARGUMENTS = {
+    "Compile": lambda: Compile(backend="eager"),
     "GradientClipping": lambda: GradientClipping(1.0),
     "OptimizerPlan": lambda: OptimizerPlan(partial(torch.optim.AdamW, lr=1e-3)),
+    "Pretrained": lambda: Pretrained("weights.pt"),
     "Samples": lambda: Samples({"prompt": "T", "max_new_tokens": 4}),
 }
+
+
+class Small(NetInInit):
+    """97 numbers: few enough for Newton, quickly compiled; it reads weights and can be split."""
+
+    def tp_plan(self):
+        return {"net.0": "colwise", "net.2": "rowwise"}
+
+    def load_pretrained(self, path):
+        assert path == "weights.pt"
+        torch.nn.init.constant_(self.net[0].weight, 0.1)
 
 
 def tasks(folder):
@@ -78,8 +95,8 @@ def rows(strategy, devices, folder):
         module, data = tasks(folder).get(name, tasks(folder)["LanguageModel"])
         if name in CALLBACKS:
             callbacks = [ARGUMENTS.get(name, getattr(ravine.callbacks, name))()]
-        if name == "Newton":  # for at most 256 parameters
-            module, data = NetInInit(batch_size=32 // devices), None
+        if name in ("Compile", "Newton", "Pretrained"):
+            module, data = Small(batch_size=32 if strategy == "tp" else 32 // devices), None
         try:
             found[name] = train(module, data, strategy, devices, folder, *callbacks)
         except ValueError as refusal:
@@ -101,7 +118,7 @@ def test_readme_ticks_what_trains_alike_on_every_strategy(ranks, tmp_path):
     ticks = {(name, "one process"): True for name in single}
     assert not [refusal for refusal in single.values() if isinstance(refusal, str)]
     for strategy in list(STRATEGIES)[1:]:
-        for found in ranks(rows, 2, strategy, 2, tmp_path):
+        for found in ranks(rows, 2, strategy, 2, tmp_path, timeout=180):
             for name, weights in found.items():
                 ticks[name, strategy] = not isinstance(weights, str)
                 if ticks[name, strategy]:
