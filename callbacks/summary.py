@@ -35,11 +35,13 @@ class Summary(L.Callback):
             self.losses.append(loss.detach())
 
     def lines(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
-        """What is printed, by name."""
+        """What is printed, by name; the mean training loss goes to the loggers as well."""
         lines = {}
         if self.losses:
             mean = trainer.strategy.reduce(torch.stack(list(self.losses)).mean(), reduce_op="mean")
             lines[f"train/loss, last {len(self.losses)} steps"] = f"{float(mean):.4f}"
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/last_steps": float(mean)}, trainer.global_step)
         for name, value in trainer.callback_metrics.items():
             if name.startswith("val/"):
                 lines[name] = f"{float(value):.4f}"

@@ -18,6 +18,7 @@ from ravine.datamodules.tokenizers import Tokenizer, from_state
 from . import accounting
 from .base import TaskModule
 from .language import Transformer, gpt2
+from .language import figures as draw
 from .language.loss import IGNORED, nats
 from .language.reading import Window
 from .language.sampling import Sampling
@@ -169,6 +170,19 @@ class LanguageModel(TaskModule):
             new = write(self.net, self.tokenizer, part, stops, **how)
             texts += [before + after for before, after in zip(part, new, strict=True)]
         return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
+
+    def figures(self, datamodule: Any) -> dict[str, Any]:
+        """Next-token probabilities and attention on the data's text, and bigrams if it has them."""
+        net, tokenizer = cast(Transformer, self.net), cast(Tokenizer, self.tokenizer)
+        text = datamodule.corpus.tokens
+        names = [tokenizer.decode([n]) for n in range(tokenizer.vocabulary)]
+        begun = text[: min(32, net.context)].long().to(self.device)  # (t)
+        prompt = tokenizer.decode(begun[:12])
+        drawn = {"temperatures": draw.temperatures(net, begun[:12], names, prompt)}
+        drawn["attention"] = draw.attention(net, begun, names)
+        if self.shape.get("rung") == "last" and tokenizer.vocabulary <= 256:
+            drawn["bigrams"] = draw.bigrams(net, text, names)
+        return drawn
 
     def load_pretrained(self, path: str) -> None:
         """Take over GPT-2's weights from model.safetensors in Hugging Face's layout."""

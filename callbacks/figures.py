@@ -1,0 +1,33 @@
+"""Figures: what a trained module can show of itself, as PNG files named after their config."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+
+class Figures(L.Callback):
+    """Draws the task's `figures(datamodule)` at the end of a fit: seed_last_bigrams.png.
+
+    Trainer(callbacks=[Figures()])
+
+    They lie in the run's folder; the first part of a name is the config's.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a module that draws nothing."""
+        if not callable(getattr(pl_module, "figures", None)):
+            raise ValueError(
+                f"Figures needs a module with a method figures(), and {type(pl_module).__name__} "
+                "has none; take Figures out of trainer.callbacks"
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw on all ranks, since a sharded net needs all of them; the first one writes."""
+        module: Any = pl_module
+        drawn = module.figures(getattr(trainer, "datamodule", None))
+        folder = Path(trainer.log_dir or ".")
+        config = folder.parent.name or "run"
+        if trainer.is_global_zero:
+            for name, figure in drawn.items():
+                figure.savefig(folder / f"{config}_{name}.png")
