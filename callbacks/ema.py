@@ -37,6 +37,7 @@ class EMA(Callback):
         self.steps = 0
         self.average: dict[str, Tensor] = {}  # by parameter name; the raw weights while swapped
         self.swapped = False
+        self._weights: dict[str, Tensor] = {}  # of this run: a walk over a net takes longer
         self._saved: dict[str, Tensor] = {}
 
     @property
@@ -51,6 +52,7 @@ class EMA(Callback):
         if not self.average or self.steps != trainer.global_step:
             self.steps = trainer.global_step
             self.average = {name: p.detach().clone() for name, p in trainable(pl_module)}
+        self._weights = dict(trainable(pl_module))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -60,11 +62,10 @@ class EMA(Callback):
             return
         self.steps = trainer.global_step
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warmup else self.decay
-        weights = dict(trainable(pl_module))
         with torch.no_grad():
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
                 [local(average) for average in self.average.values()],
-                [local(weights[name]) for name in self.average],
+                [local(self._weights[name]) for name in self.average],
                 1 - decay,
             )
 

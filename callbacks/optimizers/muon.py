@@ -229,6 +229,7 @@ class Muon(OptimizerPlan):
         coefficients: the iteration that orthogonalizes.
         iteration_dtype: what it computes in.
         weight_decay: of the matrices.
+        decay: which tensors of each rule get their optimizer's weight decay.
         schedule: what multiplies both learning rates.
         print_groups: list the parameters of each rule.
     """
