@@ -74,12 +74,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Read a checkpoint that `check` finds whole; `weights_only=False` admits any object."""
-        source = _local(path)
-        if source is None:
-            return super().load_checkpoint(path, map_location, weights_only)
+        source, plain = _local(path), weights_only is not False
+        if source is None:  # Lightning would unpickle what an http address sends
+            return super().load_checkpoint(path, map_location, plain)
         if not source.exists():
             raise _missing(source)
-        plain = weights_only is not False
         try:
             with source.open("rb") as file:  # one file for both: it may be replaced meanwhile
                 if reason := _damage(file, plain):

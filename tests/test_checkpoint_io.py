@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -282,6 +283,13 @@ def test_a_file_with_foreign_types_is_read_only_on_trust(path: Path) -> None:
 def test_a_remote_path_is_left_to_lightning() -> None:
     IO.save_checkpoint(CONTENT, "memory://runs/last.ckpt")
     assert same(IO.load_checkpoint("memory://runs/last.ckpt", weights_only=True))
+
+
+def test_what_an_address_sends_is_not_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda *args: asked.append(args[-1]))
+    IO.load_checkpoint("memory://runs/last.ckpt")
+    assert asked == [True]  # Lightning's own default for http is False
 
 
 def test_the_first_tensor_that_is_not_finite_is_named() -> None:
