@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 from .errors import Mistake, unknown
 
 NUMBERS = {int: "a whole number", float: "a number"}
-ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
 class Flag(NamedTuple):
@@ -70,8 +69,7 @@ def read(given: list[tuple[str, str]], known: dict[str, Flag], command: str) -> 
 def convert(name: str, text: str, flag: Flag) -> Any:
     """One value; in texts that may be repeated \\n is a line break, since shells make it hard."""
     if flag.choices and text not in flag.choices:
-        near = unknown(f"--{name} is {text!r}", text, flag.choices, lambda n: f"--{name}={n}", "")
-        raise near
+        raise unknown(f"--{name} is {text!r}", text, flag.choices, lambda n: f"--{name}={n}", "")
     if flag.kind is str:
         return unescape(text) if flag.repeats else text
     try:
