@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -271,3 +272,17 @@ def test_a_context_of_one_token_works() -> None:
     net = lively(rung="last")
     a = generate(net, prompts(4), 10, 1)
     assert a.tokens.equal(generate(net, prompts(4), 10, 1, cached=False).tokens)
+
+
+def test_a_recorded_step_writes_the_same_text_with_one_recording_a_bucket() -> None:
+    net = Transformer(V, 200, layers=2, width=16, heads=2, zero_init=False)
+    begun, recordings = prompts(3, longest=4), []
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        recordings.append(work)  # as a CUDA graph: recorded, not done
+        return work
+
+    plain = generate(net, begun, 180, 200)
+    replayed = generate(net, begun, 180, 200, capture=record)
+    assert replayed.tokens.equal(plain.tokens)
+    assert len(recordings) == 3  # of 64, 128 and 192 slots

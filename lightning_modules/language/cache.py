@@ -75,7 +75,8 @@ class Cache:
     cache = Cache(layers=4, rows=2, slots=64, device=tokens.device)
     cache.read(lengths=torch.tensor([5, 3]))
     logits = net(prompts, cache)         # prompts (2 5), the second padded: (b 1 v)
-    cache.step(6)                        # every row is one token further
+    cache.widen(6)                       # the longest row will have six tokens
+    cache.tick()                         # every row is one token further
     logits = net(chosen[:, None], cache)
     """
 
@@ -101,8 +102,15 @@ class Cache:
             return x
         return x[torch.arange(len(x), device=x.device), clock.time[clock.rows]][:, None]
 
-    def step(self, most: int) -> None:
-        """Announce one token more in each row, of which the longest then has `most`."""
+    def widen(self, most: int) -> int:
+        """Announce one token more in each row, of which the longest will have `most`; the limit.
+
+        Apart from this number all is done on the device, where the same steps can be replayed.
+        """
         self.clock.reading = False
-        self.clock.time += 1
         self.clock.limit = -(-most // BUCKET) * BUCKET
+        return self.clock.limit
+
+    def tick(self) -> None:
+        """Every row is one token further."""
+        self.clock.time += 1

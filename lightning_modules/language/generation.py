@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .reading import CachedReader, Page, Reader, Window
+from .replay import Capture, Replay
 from .sampling import Sampling, uniforms
 
 LOOK = 32  # steps between two looks of the host
@@ -83,6 +84,7 @@ def stream(
     window: Window = "slide",
     cached: bool = True,
     look: int = LOOK,
+    capture: Capture | None = None,
 ) -> Iterator[Generated]:
     """Hand out what `generate` writes as the host looks at it, every `look` tokens."""
     sampling = sampling or Sampling()
@@ -92,12 +94,15 @@ def stream(
     pen = Pen(page, sampling, stops, uniform)
     reader = CachedReader(net, page) if cached else Reader(net, page)
     shown = 0
+    advance = Replay(lambda: pen.draw(reader.newest()), capture if cached else None)
     with evaluating(net):
         for step in range(new):
-            logits = reader.more(page.count()) if step else reader.prompt()
-            if not step:
+            if step:
+                advance(reader.turn(page.count()))
+            else:
+                logits = reader.prompt()
                 sampling.check(logits.shape[-1])
-            pen.draw(logits)
+                pen.draw(logits)
             if (step + 1) % look == 0 or step + 1 == new:
                 _sound(pen)
                 yield pen.record(shown, step + 1)
@@ -118,6 +123,7 @@ def generate(
     window: Window = "slide",
     cached: bool = True,
     look: int = LOOK,
+    capture: Capture | None = None,
 ) -> Generated:
     """Write up to `new` tokens after each prompt (a vector of tokens; lengths may differ).
 
@@ -135,8 +141,9 @@ def generate(
         window: slide when the context is full, or refuse beforehand.
         cached: read each token once.
         look: steps between two looks whether all have stopped.
+        capture: how to record a step, sampling included, to replay it: `replay.cuda_graph`.
     """
-    how = (sampling, stops, seed, texts, window, cached, look)
+    how = (sampling, stops, seed, texts, window, cached, look, capture)
     parts = list(stream(net, prompts, new, context, *how))
     missing = new - sum(part.tokens.shape[1] for part in parts)
     whole = (torch.cat(column, 1) for column in zip(*parts, strict=True))

@@ -77,9 +77,13 @@ class Reader:
 
     def prompt(self) -> Tensor:
         """After the prompts."""
-        return self.more([])
+        return self.newest()
 
-    def more(self, full: list[int]) -> Tensor:
+    def turn(self, full: list[int]) -> int:
+        """What the host has to do before a token: a number that is the same for equal work."""
+        return 0
+
+    def newest(self) -> Tensor:
         """After the last token."""
         window, sizes = self.page.seen(range(len(self.page.lengths)))
         return self.net(window)[self.page.rows, sizes - 1]
@@ -100,16 +104,21 @@ class CachedReader(Reader):
         self.cache.read(sizes)
         return self.net(window, self.cache)[:, 0]
 
-    def more(self, full: list[int]) -> Tensor:
-        """Read the newest token; rows that forgot their older half first read the younger again."""
+    def turn(self, full: list[int]) -> int:
+        """Rows that have forgotten their older half read the younger again, but its last token."""
         page = self.page
         if full:
             window, sizes = page.seen(full, but_last=1)
             self.cache.read(sizes, torch.tensor(full, device=page.text.device))
             if window.shape[1]:
                 self.net(window, self.cache)
-        most = max(n - start for n, start in zip(page.lengths, page.starts, strict=True))
-        self.cache.step(most)
+        pairs = zip(page.lengths, page.starts, strict=True)
+        return self.cache.widen(max(length - start for length, start in pairs))
+
+    def newest(self) -> Tensor:
+        """Read the last token of each row; nothing here is new to a device that did it before."""
+        self.cache.tick()
+        page = self.page
         return self.net(page.text.gather(1, page.length[:, None] - 1), self.cache)[:, 0]
 
 
