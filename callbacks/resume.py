@@ -140,7 +140,8 @@ class ExactResume(Callback):
     def _wind(self, trainer: L.Trainer, within: bool) -> None:
         """Make plain DataLoaders follow (seed, epoch), from the place of the file on."""
         fit, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
-        loaders = fit._combined_loader.flattened if fit._combined_loader else []
+        loader = fit._combined_loader  # whose truth is its length, which it need not have
+        loaders = loader.flattened if loader is not None else []
         if fetcher is None or any(isinstance(loader, _Stateful) for loader in loaders):
             return
         self._shuffle(trainer)
@@ -159,7 +160,7 @@ class ExactResume(Callback):
         epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         number = reseed(self._seed, epoch, -1, trainer.lightning_module.device)
         loader = trainer.fit_loop._combined_loader
-        for part in loader.flattened if loader else []:
+        for part in loader.flattened if loader is not None else []:
             _set_sampler_epoch(part, epoch)
             sampler: Any = getattr(part, "sampler", None)
             if not isinstance(part, _Stateful) and hasattr(sampler, "generator"):

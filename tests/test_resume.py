@@ -1,8 +1,11 @@
 """A run that is cut anywhere and goes on is the run that was never cut: bit for bit."""
 
+import math
 import os
 import pickle
 import random
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ravine.callbacks import Checkpoint
 from ravine.callbacks.gradient_clipping import local
@@ -336,6 +339,31 @@ def test_modules_that_know_only_lightning_go_on_exactly(
     whole = run("whole")
     for file in sorted((tmp_path / "whole").iterdir())[:-1]:
         assert differences(whole, run("cut", file)) == [], file.name
+
+
+class Endless(IterableDataset):
+    """Nobody knows its length."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in count():
+            yield torch.full((6,), math.sin(number)), torch.tensor(math.cos(number))
+
+
+def test_data_without_an_end_go_on_exactly(tmp_path: Path) -> None:
+    def run(name: str, steps: int, ckpt: Path | None = None) -> dict[str, Tensor]:
+        L.seed_everything(SEED, verbose=False)
+        kept = {"accelerator": "cpu", "logger": False, "enable_model_summary": False}
+        shown = {"enable_progress_bar": False, "limit_val_batches": 0}
+        callbacks = [ExactResume(), Checkpoint(str(tmp_path / name))]
+        trainer = L.Trainer(max_steps=steps, callbacks=callbacks, **kept, **shown)  # type: ignore
+        net = Net()
+        data = DataLoader(Endless(), BATCH)
+        trainer.fit(net, data, data, ckpt_path=ckpt)
+        return net.state_dict()
+
+    whole = run("whole", 6)
+    run("part", 3)
+    assert differences(whole, run("rest", 6, tmp_path / "part" / "step=000003.ckpt")) == []
 
 
 def test_optimizer_ids_in_a_file_are_places_in_named_parameters(tmp_path: Path) -> None:
