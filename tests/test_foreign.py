@@ -9,7 +9,7 @@ from foreign.two_optimizers import TwoOptimizers
 from ranks import furthest, whole
 from torch.distributed.tensor import DTensor
 
-import ravine.strategies  # noqa: F401  the name zero3
+from ravine.strategies import MeshStrategy
 
 KINDS = [NetInInit, NetInConfigureModel, TwoOptimizers]
 UNUSED = "ddp_find_unused_parameters_true"  # stepping by hand leaves parameters out of a backward
@@ -93,3 +93,39 @@ def test_a_file_goes_from_zero3_to_one_process_and_back(ranks, tmp_path, kind, s
         assert furthest(weights, straight) < 2e-6
     weights, _, _ = train(kind, sgd=sgd, resume=tmp_path / "here.ckpt")
     assert furthest(weights, straight) < 2e-6
+
+
+def save_and_continue_shards(folder):
+    strategy = MeshStrategy(save_distributed_checkpoint=True)
+    train(NetInInit, strategy, 2, save=folder)
+    strategy = MeshStrategy(save_distributed_checkpoint=True)
+    return train(NetInInit, strategy, 2, resume=folder)[0]
+
+
+def test_a_folder_of_shards_is_continued(ranks, tmp_path):
+    straight, _, _ = train(NetInInit)
+    for weights in ranks(save_and_continue_shards, 2, tmp_path / "shards.ckpt"):
+        assert furthest(weights, straight) < 2e-6
+
+
+def evaluate(strategy, devices, path):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        strategy=strategy,
+        devices=devices,
+    )
+    L.seed_everything(1, verbose=False)  # other weights than the file's
+    return trainer.validate(NetInInit(batch_size=16), ckpt_path=path, verbose=False)
+
+
+# 32 samples divide: no rank sees one twice
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+def test_a_file_is_evaluated_on_every_strategy(ranks, tmp_path):
+    train(NetInInit, save=tmp_path / "file.ckpt")
+    (metrics,) = evaluate("auto", 1, tmp_path / "file.ckpt")
+    for strategy in ("ddp", "zero3"):
+        for found in ranks(evaluate, 2, strategy, 2, tmp_path / "file.ckpt"):
+            assert found == [pytest.approx(metrics, abs=2e-6)]
