@@ -78,10 +78,47 @@ def test_rates_follow_from_what_was_counted(
     assert re.search(r"rows/s, MFU [\d.]+% of 1e-06 TFLOP/s, peak memory .* GB, waiting for", out)
 
 
-def test_accumulated_batches_count_together() -> None:
-    callback = Throughput()
-    fit(Naps(), callback, accumulate_grad_batches=3, max_steps=4, log_every_n_steps=2)
-    assert len(callback.windows) == 2
+class Told(Naps):
+    """Its clock is told the time: 1 s for a batch, 3 for a micro-step, 100 for a validation."""
+
+    now = 0.0
+
+    def train_dataloader(self) -> list[torch.Tensor]:
+        told = self
+
+        class Slow(list):
+            def __iter__(self):  # type: ignore[no-untyped-def]
+                for item in super().__iter__():
+                    told.now += 1.0
+                    yield item
+
+        return Slow(torch.ones(6, 1) for _ in range(100))
+
+    def val_dataloader(self) -> list[torch.Tensor]:
+        return [torch.ones(6, 1)]
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        self.now += 3.0
+        return self.line(batch).mean()
+
+    def validation_step(self, batch: torch.Tensor, index: int) -> None:
+        self.now += 100.0
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_every_micro_batch_counts_and_validation_does_not(
+    accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "peak", lambda *_: (1e6, "as told"))
+    module, callback = Told(), Throughput()
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: module.now))
+    how = {"accumulate_grad_batches": accumulate, "val_check_interval": 3 * accumulate}
+    fit(module, callback, num_sanity_val_steps=0, **how)  # windows of 4 steps, a validation in each
+    assert len(callback.windows) == 3
+    for row in callback.windows:
+        assert row["rows_per_second"] == pytest.approx(6 / 4)
+        waits = 4 * accumulate - 1  # that after a validation, or the first of all, is no waiting
+        assert row["data_share"] == pytest.approx(waits / (16 * accumulate), abs=0.07)
 
 
 def test_a_module_without_formula_has_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:

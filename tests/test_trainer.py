@@ -345,10 +345,14 @@ def test_training_reads_no_value_back_except_where_it_is_logged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reads: list[int] = []
-    real = torch.Tensor.item
     trainer = Trainer(max_epochs=5, log_every_n_steps=10, limit_val_batches=0, accelerator="cpu")
-    monkeypatch.setattr(
-        torch.Tensor, "item", lambda self: reads.append(trainer.global_step) or real(self)
-    )
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
+        plain = getattr(torch.Tensor, name)
+
+        def read(self: torch.Tensor, real: Any = plain) -> Any:
+            reads.append(trainer.global_step)
+            return real(self)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
     trainer.fit(PlainSteps())
     assert {step for step in reads if step % 4} == {10}  # an epoch of 4 steps ends with a file
