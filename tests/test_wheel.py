@@ -60,10 +60,10 @@ def test_the_wheel_trains_from_a_folder_that_has_its_own_callbacks(
     (here / "callbacks" / "__init__.py").write_text("raise ImportError('the user\\'s own folder')")
     environment = {k: v for k, v in os.environ.items() if k not in ("DATA_ROOT", "PYTHONPATH")}
     environment |= {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
-    command = [str(tmp_path / "venv" / "bin" / "lightning"), "fit", "--config", "shakespeare/quick"]
-    command += ["--trainer.max_steps=2", "--data.source=embedded"]
+    command = [str(tmp_path / "venv" / "bin" / "lightning"), "fit", "--config", "spam/lecture0"]
+    command += ["--trainer.max_steps=2"]
     run = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    run_folder = here / "runs" / "shakespeare" / "quick" / "version_0"
+    run_folder = here / "runs" / "spam" / "lecture0" / "version_0"
     assert (run_folder / "config.yaml").exists()
     assert any((run_folder / "checkpoints").iterdir())
