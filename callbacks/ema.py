@@ -4,7 +4,9 @@
                               d = min(decay, (1 + n) / (10 + n))
 
 The rising d forgets the first, random weights; without it a short run would average its own start.
-Sharded weights have sharded averages: nothing is gathered but for saving.
+Sharded weights have sharded averages: nothing is gathered but for saving. A checkpoint holds the
+average as the model's weights, so that whoever reads it gets what was validated, and the raw
+weights beside it.
 """
 
 from typing import Any
@@ -15,13 +17,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from .shards import local, part_of, trainable, whole
+from .shards import local, part_of, put_into, trainable, whole
 
 
 class EMA(Callback):
-    """Keep an average of the trainable weights; validation, test and prediction use it.
+    """Keep an average of the trainable weights, and use it for everything but training.
 
-    Checkpoints hold both sets. Example: `EMA(decay=0.999)`.
+    Validation, samples, checkpoints and the model that `fit` leaves have the average. Example:
+    `EMA(decay=0.999)`.
 
     Args:
         decay: how much of the average remains at each optimizer step, once warmed up.
@@ -35,23 +38,25 @@ class EMA(Callback):
         self.decay = decay
         self.warmup = warmup
         self.steps = 0
-        self.average: dict[str, Tensor] = {}  # by parameter name; the raw weights while swapped
-        self.swapped = False
+        self.other: dict[str, Tensor] = {}  # the set of weights that the model does not hold
+        self.swapped = False  # the model holds the average
         self._weights: dict[str, Tensor] = {}  # of this run: a walk over a net takes longer
         self._saved: dict[str, Tensor] = {}
 
-    @property
-    def state_key(self) -> str:
-        """There is one average a run."""
-        return "EMA"
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a second average, which would be an average of this one."""
+        both = [c for c in trainer.callbacks if isinstance(c, EMA)]  # pyright: ignore[reportAttributeAccessIssue]
+        if len(both) > 1:
+            decays = " and ".join(f"EMA(decay={ema.decay})" for ema in both)
+            raise ValueError(f"one average a run: there are {decays}; leave one of them out")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on from a checkpoint, or start at the weights as they are: loaded and sharded."""
         self._restore(pl_module)
         self._show(pl_module, average=False)
-        if not self.average or self.steps != trainer.global_step:
+        if not self.other or self.steps != trainer.global_step:
             self.steps = trainer.global_step
-            self.average = {name: p.detach().clone() for name, p in trainable(pl_module)}
+            self.other = {name: p.detach().clone() for name, p in trainable(pl_module)}
         self._weights = dict(trainable(pl_module))
 
     def on_train_batch_end(
@@ -64,58 +69,61 @@ class EMA(Callback):
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warmup else self.decay
         with torch.no_grad():
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-                [local(average) for average in self.average.values()],
-                [local(self._weights[name]) for name in self.average],
+                [local(average) for average in self.other.values()],
+                [local(self._weights[name]) for name in self.other],
                 1 - decay,
             )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the average into the model; the raw weights wait in its place."""
         self._restore(pl_module)
-        if self.average:
+        if self.other:
             self._show(pl_module, average=True)
         elif not trainer.sanity_checking:
             rank_zero_warn("EMA has averaged nothing yet: the raw weights are evaluated")
 
     on_test_start = on_predict_start = on_validation_start
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the raw weights back."""
-        self._show(pl_module, average=False)
-
-    on_test_end = on_predict_end = on_validation_end
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """An interrupted validation leaves the raw weights behind as well."""
+        """Train on with the raw weights; until now a sample or a file could still be made."""
         self._show(pl_module, average=False)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Whole tensors, so that any layout can read them; called on every rank."""
-        return {
-            "steps": self.steps,
-            "swapped": self.swapped,  # then "average" and the model's weights changed places
-            "average": self._saved or {n: whole(t) for n, t in self.average.items()},
-        }
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the average."""
+        self._show(pl_module, average=bool(self.other))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the average until the weights it belongs to are in place."""
-        self.steps, self.swapped = state_dict["steps"], state_dict["swapped"]
-        self._saved = state_dict["average"]
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The average as the model's weights, the raw ones beside it; called on every rank."""
+        if self.other:
+            live = dict(trainable(pl_module))
+            raw, average = (self.other, live) if self.swapped else (live, self.other)
+            put_into(checkpoint["state_dict"], average)
+            whole_raw = {name: whole(weight).detach().clone() for name, weight in raw.items()}
+            checkpoint["ema"] = {"steps": self.steps, "raw": whole_raw}
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember the raw weights until the average is in place, as the model's weights."""
+        if saved := checkpoint.get("ema"):
+            self.steps, self._saved, self.swapped = saved["steps"], saved["raw"], True
 
     def _restore(self, module: nn.Module) -> None:
         if not self._saved:
             return
-        self.average = {}
+        self.other = {}
         for name, weight in trainable(module):
             if name not in self._saved:
                 raise ValueError(
-                    f"EMA: the checkpoint has no average of {name}; it was written with other "
+                    f"EMA: the checkpoint does not know {name}; it was written with other "
                     "trainable parameters; resume it with the callbacks that it was trained with"
                 )
-            self.average[name] = weight.detach().clone()
-            local(self.average[name]).copy_(part_of(self._saved[name], weight))
+            self.other[name] = weight.detach().clone()
+            local(self.other[name]).copy_(part_of(self._saved[name], weight))
         self._saved = {}
 
     @torch.no_grad()
@@ -123,7 +131,7 @@ class EMA(Callback):
         if self.swapped == average:
             return
         for name, weight in trainable(module):
-            mine, theirs = local(self.average[name]), local(weight)
+            mine, theirs = local(self.other[name]), local(weight)
             held = theirs.clone()
             theirs.copy_(mine)
             mine.copy_(held)

@@ -42,3 +42,11 @@ def trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             yield name, parameter
+
+
+def put_into(state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """Put values into a checkpoint's state_dict, whole or sharded as it is; every rank calls it."""
+    for name, weight in weights.items():
+        value = weight if isinstance(state.get(name), DTensor) else whole(weight)
+        if name in state:  # one rank alone holds whole weights
+            state[name] = value.detach().clone()

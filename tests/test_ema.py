@@ -5,6 +5,7 @@ import pytest
 import torch
 from ranks import furthest, whole
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import EMA, ExactResume
@@ -68,75 +69,82 @@ def average_after(steps, decay):
     return average
 
 
-def test_the_average_equals_its_recursion():
-    ema = EMA(0.9, warmup=False)
-    climbed(7, ema)
-    assert ema.average["weight"].item() == pytest.approx(average_after(7, lambda n: 0.9))
+def test_fit_leaves_the_average_which_equals_its_recursion():
+    _, module = climbed(7, ema := EMA(0.9, warmup=False))
+    assert module.weight.item() == pytest.approx(average_after(7, lambda n: 0.9))
+    assert ema.other["weight"].item() == 7
 
 
 def test_the_warmup_forgets_the_first_weights_faster():
-    ema = EMA(0.9)
-    climbed(7, ema)
+    _, module = climbed(7, EMA(0.9))
     expected = average_after(7, lambda n: min(0.9, (1 + n) / (10 + n)))
-    assert ema.average["weight"].item() == pytest.approx(expected)
+    assert module.weight.item() == pytest.approx(expected)
 
 
 def test_it_moves_once_an_optimizer_step_under_accumulation():
-    ema = EMA(0.9, warmup=False)
-    climbed(4, ema, accumulate_grad_batches=3)
-    assert ema.average["weight"].item() == pytest.approx(average_after(4, lambda n: 0.9))
+    _, module = climbed(4, EMA(0.9, warmup=False), accumulate_grad_batches=3)
+    assert module.weight.item() == pytest.approx(average_after(4, lambda n: 0.9))
 
 
 def test_zero_decay_is_the_weights_themselves():
-    ema = EMA(0.0)
-    climbed(5, ema)
-    assert ema.average["weight"].item() == 5
+    _, module = climbed(5, EMA(0.0))
+    assert module.weight.item() == 5
 
 
 def test_only_trainable_floating_parameters_are_averaged():
-    ema = EMA()
-    climbed(1, ema)
-    assert list(ema.average) == ["weight"]
+    climbed(1, ema := EMA())
+    assert list(ema.other) == ["weight"]
 
 
-def test_validation_test_and_prediction_see_the_average_and_training_does_not():
-    ema = EMA(0.9, warmup=False)
-    module = Watched()
-    trainer = L.Trainer(**QUIET, callbacks=[ema], max_steps=6, val_check_interval=3)
+class Sample(L.Callback):
+    """Generates after EMA has had its turn, as a callback further down the list does."""
+
+    def on_validation_end(self, trainer, module):
+        module.seen.append(module.weight.item())
+
+
+def test_validation_samples_test_and_prediction_see_the_average_and_training_does_not():
+    ema, module = EMA(0.9, warmup=False), Watched()
+    callbacks = [ema, Sample()]
+    trainer = L.Trainer(**QUIET, callbacks=callbacks, max_steps=6, val_check_interval=3)
     trainer.fit(module, loader(), loader(1))
-    expected = [average_after(n, lambda n: 0.9) for n in (3, 6)]
-    assert module.seen == pytest.approx(expected)
-    assert module.weight.item() == 6
-    one = loader(1)
-    trainer.test(module, one, verbose=False)
-    assert module.seen[-1] == pytest.approx(expected[-1])
-    assert trainer.predict(module, one)[0].item() == pytest.approx(expected[-1])
-    assert module.weight.item() == 6
+    third, sixth = (average_after(n, lambda n: 0.9) for n in (3, 6))
+    assert module.seen == pytest.approx([third, third, sixth, sixth])
+    assert ema.other["weight"].item() == 6
+    trainer.test(module, loader(1), verbose=False)
+    assert module.seen[-1] == pytest.approx(sixth)
+    assert trainer.predict(module, loader(1))[0].item() == pytest.approx(sixth)
 
 
-def test_an_interrupted_validation_leaves_the_raw_weights():
+def test_after_an_interrupted_validation_training_goes_on_with_the_raw_weights():
     class Broken(Watched):
-        def validation_step(self, batch, index):
-            raise RuntimeError("broken")
+        broken = True
 
-    module = Broken()
-    trainer = L.Trainer(**QUIET, callbacks=[EMA(0.9)], max_steps=6, val_check_interval=3)
+        def validation_step(self, batch, index):
+            if self.broken:
+                raise RuntimeError("broken")
+
+    module, ema = Broken(), EMA(0.9)
+    trainer = L.Trainer(**QUIET, callbacks=[ema], max_steps=6, val_check_interval=3)
     with pytest.raises(RuntimeError, match="broken"):
         trainer.fit(module, loader(), loader(1))
-    assert module.weight.item() == 3
+    module.broken = False
+    module.train()  # which the interrupted validation no longer did
+    trainer = L.Trainer(**QUIET, callbacks=[ema], max_steps=2, val_check_interval=2)
+    trainer.fit(module, loader(), loader(1))
+    assert ema.other["weight"].item() == 5
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")  # rows are equal
 def test_resume_continues_the_same_average(tmp_path):
-    whole, first, second = EMA(0.9), EMA(0.9), EMA(0.9)
-    climbed(9, whole)
-    trainer, _ = climbed(4, first)
+    _, whole = climbed(9, EMA(0.9))
+    trainer, _ = climbed(4, EMA(0.9))
     trainer.save_checkpoint(tmp_path / "cut.ckpt")
-    module = Climb()
-    resumed = L.Trainer(**QUIET, callbacks=[second], max_steps=9)
-    resumed.fit(module, loader(), ckpt_path=tmp_path / "cut.ckpt")
-    assert module.weight.item() == 9
-    assert torch.equal(second.average["weight"], whole.average["weight"])
+    module, resumed = Climb(), EMA(0.9)
+    trainer = L.Trainer(**QUIET, callbacks=[resumed], max_steps=9)
+    trainer.fit(module, loader(), ckpt_path=tmp_path / "cut.ckpt")
+    assert resumed.other["weight"].item() == 9
+    assert torch.equal(module.weight, whole.weight)
 
 
 class SaveWhileValidating(L.Callback):
@@ -149,37 +157,44 @@ class SaveWhileValidating(L.Callback):
         trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")  # rows are equal
-def test_a_file_written_during_validation_resumes_the_same_run(tmp_path):
-    one = loader(1)
-    whole = EMA(0.9)
-    climbed(9, whole)
-    file = tmp_path / "validating.ckpt"
-    callbacks = [EMA(0.9), SaveWhileValidating(file)]
-    trainer = L.Trainer(**QUIET, callbacks=callbacks, max_steps=4, val_check_interval=4)
-    trainer.fit(Watched(), loader(), one)
-    module, resumed = Climb(), EMA(0.9)
-    L.Trainer(**QUIET, callbacks=[resumed], max_steps=9).fit(module, loader(), ckpt_path=file)
-    assert module.weight.item() == 9
-    assert torch.equal(resumed.average["weight"], whole.average["weight"])
-
-
-@pytest.mark.parametrize("while_validating", [False, True])
-def test_a_new_process_tests_the_average_of_the_file(tmp_path, while_validating):
-    one = loader(1)
-    file = tmp_path / "some.ckpt"
-    callbacks = [EMA(0.9, warmup=False)]
+def saved_at_four(file, while_validating):
+    """A file of step 4, written in training or while the model holds the average."""
+    callbacks = [EMA(0.9)]
     if while_validating:
         callbacks.append(SaveWhileValidating(file))
     trainer = L.Trainer(**QUIET, callbacks=callbacks, max_steps=4, val_check_interval=4)
-    trainer.fit(Watched(), loader(), one)
+    trainer.fit(Watched(), loader(), loader(1))
     if not while_validating:
         trainer.save_checkpoint(file)
+    return file
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")  # rows are equal
+@pytest.mark.parametrize("while_validating", [False, True])
+def test_a_file_resumes_the_same_run_whenever_it_was_written(tmp_path, while_validating):
+    _, whole = climbed(9, EMA(0.9))
+    file = saved_at_four(tmp_path / "four.ckpt", while_validating)
+    module, resumed = Climb(), EMA(0.9)
+    L.Trainer(**QUIET, callbacks=[resumed], max_steps=9).fit(module, loader(), ckpt_path=file)
+    assert resumed.other["weight"].item() == 9
+    assert torch.equal(module.weight, whole.weight)
+
+
+@pytest.mark.parametrize("while_validating", [False, True])
+@pytest.mark.parametrize("callbacks", [[EMA(0.9)], []])
+def test_whoever_reads_the_file_gets_the_average(tmp_path, while_validating, callbacks):
+    file = saved_at_four(tmp_path / "four.ckpt", while_validating)
     module = Watched()
-    tester = L.Trainer(**QUIET, callbacks=[EMA(0.9)])
-    tester.test(module, one, ckpt_path=file, verbose=False)
-    assert module.seen == pytest.approx([average_after(4, lambda n: 0.9)])
-    assert module.weight.item() == 4
+    L.Trainer(**QUIET, callbacks=callbacks).test(module, loader(1), ckpt_path=file, verbose=False)
+    expected = average_after(4, lambda n: min(0.9, (1 + n) / (10 + n)))
+    assert module.seen == pytest.approx([expected])
+    assert torch.load(file, weights_only=True)["ema"]["raw"]["weight"].item() == 4
+
+
+def test_two_averages_are_refused():
+    callbacks = [EMA(0.9), EMA(0.99)]
+    with pytest.raises(ValueError, match=r"EMA\(decay=0.9\) and EMA\(decay=0.99\); leave one"):
+        L.Trainer(**QUIET, callbacks=callbacks, max_steps=1).fit(Climb(), loader())
 
 
 def test_evaluating_with_nothing_averaged_says_so():
@@ -250,7 +265,10 @@ def averaged(layout, save=None, resume=None):
         **STRATEGIES[layout](),
     )
     trainer.fit(module, Rows(), ckpt_path=resume)
-    return whole(module), ema.state_dict()["average"], module.scores
+    raw = {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t) for name, t in ema.other.items()
+    }
+    return raw, whole(module), module.scores
 
 
 def cut_and_continued(layout, folder):

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ..shards import local, part_of, trainable, whole
+from ..shards import local, part_of, put_into, trainable, whole
 from .composite import Composite
 
 KEY = "training_weights"
@@ -31,6 +30,11 @@ class TwoSets:
         """Look whether any member has the two modes."""
         two = any(callable(getattr(member, "eval", None)) for member in optimizer.members)
         self._optimizer, self._aside = optimizer if two else None, {}
+
+    def resume(self, module: nn.Module) -> None:
+        """Go on with the training set, if the other one is still shown."""
+        if self._aside:
+            self.train(module)
 
     @torch.no_grad()
     def train(self, module: nn.Module) -> None:
@@ -58,12 +62,7 @@ class TwoSets:
         shown = bool(self._aside)
         self.evaluate(module)
         checkpoint[KEY] = {name: whole(weight) for name, weight in self._aside.items()}
-        weights = checkpoint["state_dict"]
-        for name, weight in trainable(module):
-            sharded = isinstance(weights.get(name), DTensor)
-            value = weight if sharded else whole(weight)
-            if name in weights:
-                weights[name] = value.detach().clone()
+        put_into(checkpoint["state_dict"], dict(trainable(module)))
         if not shown:
             self.train(module)
 

@@ -118,10 +118,11 @@ class OptimizerPlan(Callback):
         """Show the weights that a schedule-free optimizer means."""
         self._sets.evaluate(pl_module)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Train on with the others."""
-        if trainer.state.fn == "fit":
-            self._sets.train(pl_module)
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Train on with the others; until now a sample or a file could still be made."""
+        self._sets.resume(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the weights that are meant."""
