@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ravine.lightning_modules
 from ravine.lightning_modules import TaskModule
+from ravine.strategies.checkpoint_io import CheckpointError, check
 
 from . import newest, restore, signature
 from .errors import Mistake, unknown
@@ -29,6 +30,8 @@ def prepare(argv: list[str], command: str) -> tuple[TaskModule, list[tuple[str, 
         path = Path(chosen)
     if path is None:
         raise Mistake("there is no checkpoint", [], f"{command} --ckpt_path=FILE")
+    if reason := check(path):  # a flipped byte would write plausible nonsense
+        raise CheckpointError(f"{path} cannot be used: {reason}; take another, or type auto")
     task = task_of(path)
     if not callable(getattr(task, command, None)):
         able = [n for n, c in tasks().items() if callable(getattr(c, command, None))]

@@ -69,31 +69,24 @@ class Trainer(L.Trainer):
 
         Args:
             name: name of the run; by default that of the first config, or of the model's class
-            precision: auto for bf16-mixed where the device computes in it, 32-true elsewhere;
-                otherwise one of Lightning's
+            precision: auto (bf16-mixed where the device computes in it) or one of Lightning's
             logger: true for csv and tensorboard, in the run's folder; or others, by name or class
             callbacks: added to the default ones
-            plugins: added to the default one
+            plugins: added to AtomicCheckpointIO
             default_root_dir: where the folders of all runs stand
             num_sanity_val_steps: validation batches tried before training
             log_every_n_steps: optimizer steps between two log lines
             enable_checkpointing: whether checkpoints are written
             enable_progress_bar: whether progress is shown
-            kwargs: those of lightning.Trainer
+            kwargs: Lightning's other arguments
         """
         quiet()
-        for key, least in (("accumulate_grad_batches", 1), ("val_check_interval", 1e-9)):
-            if isinstance(value := kwargs.get(key), int | float) and value < least:
-                raise Mistake(f"{key} is {value}", ["1 or more"], f"--trainer.{key}=1")
+        check_positive(kwargs)
         self._name, self._folder = name, None
-        bare = bool(kwargs.get("barebones"))
-        usual = [] if bare else ["csv", "tensorboard"]
-        self._loggers_wanted: list[Any] = usual if logger is True else listed(logger)
-        for each in self._loggers_wanted:
-            check_installed(each)
+        self._loggers_wanted = wanted(logger, bare := bool(kwargs.get("barebones")))
         if precision == "auto":
             precision = automatic_precision(kwargs.get("accelerator", "auto"))
-        self._tries = tries = bare or bool(kwargs.get("fast_dev_run"))  # and keeps nothing
+        self._tries = tries = bare or bool(kwargs.get("fast_dev_run"))
         defaults = {
             ExactResume: not tries,
             GracefulStop: not tries,
@@ -102,16 +95,13 @@ class Trainer(L.Trainer):
             LossPlot: bool(self._loggers_wanted) and not tries,
             PredictionTable: not bare,
         }
-        callbacks = listed(callbacks)
-        callbacks += [kind() for kind, on in defaults.items() if on and not has(callbacks, kind)]
-        plugins = listed(plugins)
-        if not has(plugins, CheckpointIO):
-            plugins.append(AtomicCheckpointIO())
+        given = listed(callbacks)
+        given += [kind() for kind, on in defaults.items() if on and not has(given, kind)]
         super().__init__(
             precision=precision,  # type: ignore
             logger=[each for each in self._loggers_wanted if isinstance(each, Logger)] or False,
-            callbacks=callbacks,
-            plugins=plugins,
+            callbacks=given,
+            plugins=with_atomic_files(listed(plugins)),
             default_root_dir=default_root_dir,
             num_sanity_val_steps=num_sanity_val_steps,
             log_every_n_steps=0 if bare else log_every_n_steps,
@@ -195,6 +185,27 @@ def no_folder(folder: Path, error: OSError) -> Exception:
         [],
         "--trainer.default_root_dir=FOLDER, or --trainer.name=NAME",
     )
+
+
+def wanted(logger: Any, bare: bool) -> list[Any]:
+    """The loggers that were asked for, ready ones or names; none that is not installed."""
+    usual: list[Any] = [] if bare else ["csv", "tensorboard"]
+    loggers = usual if logger is True else listed(logger)
+    for each in loggers:
+        check_installed(each)
+    return loggers
+
+
+def check_positive(options: dict[str, Any]) -> None:
+    """Refuse counts below one, which Lightning takes and then divides by."""
+    for key, least in (("accumulate_grad_batches", 1), ("val_check_interval", 1e-9)):
+        if isinstance(value := options.get(key), int | float) and value < least:
+            raise Mistake(f"{key} is {value}", ["1 or more"], f"--trainer.{key}=1")
+
+
+def with_atomic_files(plugins: list[Any]) -> list[Any]:
+    """The plugins, and ours for checkpoint files unless one is among them."""
+    return plugins if has(plugins, CheckpointIO) else [*plugins, AtomicCheckpointIO()]
 
 
 def listed(value: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")
 FORBIDDEN = {"utils", "util", "helpers", "helper", "common", "misc"}
+PRAGMA = re.compile(r"\s+# (type|noqa|pyright|fmt).*")  # words to a tool, as ruff counts
 FILE_LINES, FUNCTION_LINES, COLUMNS = 300, 60, 100
 
 
@@ -35,7 +37,7 @@ def overlong(root: Path) -> list[str]:
         found += [
             f"{name}:{i}: {len(line)} columns, at most {COLUMNS}"
             for i, line in enumerate(text.splitlines(), 1)
-            if len(line) > COLUMNS
+            if len(PRAGMA.sub("", line)) > COLUMNS
         ]
         for f in functions(ast.parse(text)):
             lines = (f.end_lineno or f.lineno) - f.lineno + 1
