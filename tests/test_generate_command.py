@@ -123,6 +123,18 @@ def test_damaged_weights_end_in_one_line(
     assert "the net gives NaN after text 0" in capsys.readouterr().err
 
 
+def test_a_flipped_byte_is_noticed_before_a_word_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(saved(model_of(CharTokenizer(LETTERS)), tmp_path / "good.ckpt"))
+    data = bytearray(path.read_bytes())
+    at = data.find(b"data/0") + 400  # within the first weights
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert main(["generate", "--ckpt_path", str(path)]) == 2
+    assert "it is damaged" in capsys.readouterr().err
+
+
 def test_flags_are_the_arguments_of_the_method() -> None:
     known = signature.flags(LanguageModel.generate)
     assert set(known) == {
