@@ -9,6 +9,7 @@ import pytest
 
 from ravine.cli.main import main
 
+README = Path(__file__).resolve().parent.parent / "README.md"
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
@@ -40,3 +41,24 @@ def test_the_page_on_adding_a_task_works_as_written(
     assert [main(command) for command in commands(page)] == [0, 0]
     accuracy = re.findall(r"val/accuracy\D*(0\.\d+)", capsys.readouterr().out)
     assert float(accuracy[-1]) > 0.85  # chance is 0.10
+
+
+TINY = ["--trainer.max_steps=2", "--data.source=embedded", "--model.layers=1", "--model.width=16"]
+
+
+def test_the_optimizer_of_the_readme_trains_by_the_command_beside_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = README.read_text()
+    (folder / "mine.py").write_text(files(page)["mine.py"])
+    (command,) = [c for c in commands(page) if any("mine.SignDescent" in word for word in c)]
+    assert main([*command, *TINY]) == 0
+    assert "SignDescent" in capsys.readouterr().out
+
+
+def test_the_script_of_the_readme_trains_under_the_stock_trainer(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = files(README.read_text())["script.py"].replace("max_steps=200", "max_steps=2")
+    exec(compile(script, "script.py", "exec"), {"__name__": "__main__"})
+    assert "The" in capsys.readouterr().out
