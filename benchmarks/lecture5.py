@@ -1,0 +1,114 @@
+"""The table of lecture 5: every preset of the ladder, its losses, and a figure of all curves.
+
+    python benchmarks/lecture5.py            # 10,000 steps each: a GPU, or days
+    python benchmarks/lecture5.py --short    # 250 steps, B=16, T=64, d=128, depth 2: two minutes
+    python benchmarks/lecture5.py --draw     # only the table and the figure, from the rows
+
+Rows go to rows/lecture5.jsonl (or lecture5_short.jsonl), one a run, with its curve; the figure to
+docs/figures/lecture5.png (or lecture5_short.png). `--seeds=3` runs each three times.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from record import HERE, ROWS, append, circumstances, ravine
+
+PUBLISHED = {  # train nats; what the lecture gives no number for is left out
+    "seed_last": 2.45,
+    "seed_attention --model.layers=4": 1.88,
+    "seed_attention --model.layers=8": 1.50,
+    "seed_blocks --model.layers=2": 1.63,
+    "seed_blocks --model.layers=4": 1.25,
+    "seed_blocks --model.layers=8": 0.92,
+}
+SINGLE = [f"seed_{rung}" for rung in ("last", "average", "raw", "shared", "qk", "qkv")]
+DEEP = [f"seed_{kind} --model.layers={n}" for kind in ("attention", "blocks") for n in (1, 2, 4, 8)]
+PLACES = [f"seed_blocks --model.positions={p}" for p in ("sinusoidal", "learned", "rope")]
+FULL = [*SINGLE, *DEEP, *PLACES, "seed_blocks --model.heads=4", "seed_bpe"]
+SHORT = [*SINGLE, "seed_attention --model.layers=2", "seed_blocks --model.layers=2"]
+SMALL = ["--data.batch_size=16", "--data.context=64", "--model.width=128",
+         "--trainer.max_steps=250", "--trainer.val_check_interval=250",
+         "--trainer.log_every_n_steps=5"]  # fmt: skip
+
+
+def run(name: str, seed: int, words: list[str]) -> dict[str, Any]:
+    """One training in a folder of its own: last values, and the curve of the training loss."""
+    preset, *flags = name.split()
+    config = f"shakespeare/{preset}"
+    with tempfile.TemporaryDirectory() as folder:
+        where = [f"--trainer.default_root_dir={folder}", f"--trainer.name={preset}"]
+        watch = "--trainer.callbacks+=benchmarks.record.Stopwatch"
+        ravine(
+            "fit", "--config", config, f"--seed_everything={seed}", *where, *flags, *words, watch
+        )
+        place = Path(folder, preset, "version_0")
+        with (place / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        values = {k: float(v) for row in rows for k, v in row.items() if v and "/" in k}
+        curve = [(int(row["step"]), round(float(row["train/loss"]), 4))
+                 for row in rows if row.get("train/loss")]  # fmt: skip
+        watched = json.loads((place / "stopwatch.json").read_text())
+    keep = ("train/last_steps", "val/loss", "val/perplexity", "val/bits_per_byte")
+    figures = {key: round(values[key], 4) for key in keep}
+    row = circumstances(config) | {"name": name, "seed": seed, "words": words}
+    return row | watched | figures | {"curve": curve}
+
+
+def draw(rows: list[dict[str, Any]], target: Path) -> None:
+    """The training curves of the ladder, one line a model, first seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
+    axis = figure.subplots()
+    first = {row["name"]: row for row in reversed(rows)}
+    for number, (name, row) in enumerate(reversed(first.items())):
+        steps, losses = zip(*row["curve"], strict=True)
+        size = max(1, len(losses) // 25)  # a single step's loss is mostly chance
+        smooth = [statistics.mean(losses[max(0, i - size) : i + 1]) for i in range(len(losses))]
+        label = name.removeprefix("seed_").replace(" --model.", ", ")
+        axis.plot(steps, smooth, label=label, linewidth=1.4, linestyle="--" if number > 9 else "-")
+    axis.set(xlabel="optimizer steps", ylabel="training loss, nats a token")
+    if max(max(loss for _, loss in row["curve"]) for row in rows) > 6:
+        axis.set_ylim(0.8, 5)  # embeddings from N(0, 1) start far above uniform guessing
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    target.parent.mkdir(exist_ok=True)
+    figure.savefig(target)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means over seeds in Markdown; bits per byte are what different tokenizers compare by."""
+    lines = ["| model | train nats (published) | val nats | perplexity | bits per byte | runs |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        keys = ("train/last_steps", "val/loss", "val/perplexity", "val/bits_per_byte")
+        train, *others = (f"{statistics.mean(row[key] for row in mine):.3f}" for key in keys)
+        told = f" ({PUBLISHED[name]})" if name in PUBLISHED and mine[0]["words"] == [] else ""
+        lines.append(f"| {name} | {train}{told} | {' | '.join(others)} | {len(mine)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--seeds", type=int, default=1)
+    given = parser.parse_args()
+    name = "lecture5_short" if given.short else "lecture5"
+    if not given.draw:
+        for seed in range(given.seeds):
+            for model in SHORT if given.short else FULL:
+                append(name, run(model, seed, SMALL if given.short else []))
+    rows = [json.loads(line) for line in (ROWS / f"{name}.jsonl").read_text().splitlines()]
+    draw(rows, HERE.parent / "docs" / "figures" / f"{name}.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
