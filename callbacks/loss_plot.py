@@ -63,7 +63,7 @@ class LossPlot(L.Callback):
         """Keep the losses on their device: nobody has to wait for them."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self.losses.append(loss.detach())
+            self.losses.append(loss.detach() if loss.requires_grad else loss)
         before, self.step = self.step, trainer.global_step
         if self.step == before or self.step % self.every or not self.losses:
             return

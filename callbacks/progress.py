@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-PAUSE = 0.1  # seconds between two drawings of the bar; one takes a millisecond or two
+PAUSE = 0.3  # seconds between two drawings of the bar; one takes two milliseconds
 
 
 def log_interval(trainer: Any) -> int:

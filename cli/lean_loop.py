@@ -25,6 +25,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .quick_log import quick_log
+
 STEP = (
     "on_train_batch_start",
     "on_before_zero_grad",
@@ -48,13 +50,13 @@ class LeanOptimization(_AutomaticOptimization):
     """Forward, backward and step with the hooks of a LeanEpochLoop; the same hooks, same order."""
 
     def __init__(self, trainer: L.Trainer, loop: "LeanEpochLoop") -> None:
-        """Belong to ``loop``, which knows when the plain way will not do."""
+        """Belong to ``loop``, which knows when the short way will do."""
         super().__init__(trainer)
         self.call = loop.call
-        self.plain: Callable[[], bool] = lambda: not loop.lean
+        self.lean = False  # set by the loop for each epoch
 
     def _training_step(self, kwargs: OrderedDict) -> ClosureResult:
-        if self.plain():
+        if not self.lean:
             return super()._training_step(kwargs)
         trainer = self.trainer
         names = trainer.lightning_module.__dict__  # nn.Module's own setattr takes 3 us
@@ -68,7 +70,7 @@ class LeanOptimization(_AutomaticOptimization):
         return ClosureResult.from_training_step_output(output, trainer.accumulate_grad_batches)
 
     def _make_backward_fn(self, optimizer: Optimizer) -> Callable[[Tensor], None] | None:
-        if self.plain() or self._skip_backward:
+        if not self.lean or self._skip_backward:
             return super()._make_backward_fn(optimizer)
         strategy, module = self.trainer.strategy, self.trainer.lightning_module
 
@@ -82,7 +84,7 @@ class LeanOptimization(_AutomaticOptimization):
         return backward
 
     def _on_before_zero_grad(self, optimizer: Optimizer) -> None:
-        if self.plain():
+        if not self.lean:
             return super()._on_before_zero_grad(optimizer)
         progress = self.optim_progress.optimizer.zero_grad
         progress.increment_ready()
@@ -90,14 +92,14 @@ class LeanOptimization(_AutomaticOptimization):
         progress.increment_started()
 
     def _optimizer_zero_grad(self, batch_idx: int, optimizer: Optimizer) -> None:
-        if self.plain():
+        if not self.lean:
             return super()._optimizer_zero_grad(batch_idx, optimizer)
         trainer = self.trainer
         trainer.lightning_module.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
         self.optim_progress.optimizer.zero_grad.increment_completed()
 
     def _optimizer_step(self, batch_idx: int, closure: Callable[[], Tensor | None]) -> None:
-        if self.plain():
+        if not self.lean:
             return super()._optimizer_step(batch_idx, closure)
         trainer, progress = self.trainer, self.optim_progress.optimizer.step
         progress.increment_ready()
@@ -116,18 +118,26 @@ class LeanEpochLoop(_TrainingEpochLoop):
         self.lean = False
         self.hooks: dict[str, list[Callable[..., Any]]] = {}
         self.logged: dict[str, tuple[Any, dict]] = {}  # name -> its metric, its options
-        self.automatic_optimization = LeanOptimization(trainer, self)
+        self.automatic_optimization: LeanOptimization = LeanOptimization(trainer, self)
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps so far; asked for a dozen times in each."""
+        if self.lean:
+            return self.automatic_optimization.optim_progress.optimizer.step.total.completed
+        return super().global_step
 
     def run(self, data_fetcher: _DataFetcher) -> None:
         """Run an epoch, with `self.log` shortened and the clipping hook called directly."""
         trainer = self.trainer
         module, precision = trainer.lightning_module, trainer.precision_plugin
-        self.lean = self._is_plain(data_fetcher)
+        self.lean = self.automatic_optimization.lean = self._is_plain(data_fetcher)
         if not self.lean:
             return super().run(data_fetcher)
         self.hooks = {name: implemented(name, trainer) for name in STEP}
         self.takes_index = "batch_idx" in self._build_kwargs(OrderedDict(), None, 0)
         self.moves = self._batch_moves()
+        self.validates = trainer.enable_validation
         clips = is_overridden("configure_gradient_clipping", module)
         self.clips = clips or trainer.gradient_clip_val is not None
         self.logged.clear()
@@ -206,26 +216,36 @@ class LeanEpochLoop(_TrainingEpochLoop):
             batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         progress.increment_ready()
-        trainer._logger_connector.on_batch_start(batch)
+        connector, results = trainer._logger_connector, self._results
+        connector._first_loop_iter = connector._first_loop_iter is None
+        results.batch, results.batch_size, results.dataloader_idx = batch, None, None
         self.call("on_train_batch_start", batch, index)
         trainer.strategy.on_train_batch_start(batch, index)
         progress.increment_started()
         inputs = OrderedDict(batch=batch, batch_idx=index) if self.takes_index else {"batch": batch}
         output = self.automatic_optimization.run(trainer.optimizers[0], index, inputs)  # type: ignore
         progress.increment_processed()
-        self.update_lr_schedulers("step", update_plateau_schedulers=False)
-        if last := self._num_ready_batches_reached():
-            self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        last = self._num_ready_batches_reached()
+        if trainer.lr_scheduler_configs:
+            self.update_lr_schedulers("step", update_plateau_schedulers=False)
+            if last:
+                self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         self.call("on_train_batch_end", output, batch, index)
         every = trainer.log_every_n_steps
         writes = every and (self._batches_that_stepped + 1) % every == 0
         writes = writes or trainer.should_stop or trainer.fast_dev_run
         if writes or last:
-            trainer._logger_connector.on_batch_end()
-        self._results.batch = self._results.batch_size = None
+            connector.on_batch_end()
+        results.batch = results.batch_size = None
         progress.increment_completed()
         if writes:
-            trainer._logger_connector.update_train_step_metrics()
+            connector.update_train_step_metrics()
+
+    def _should_check_val_epoch(self) -> bool:
+        if not self.lean:
+            return super()._should_check_val_epoch()
+        every = self.trainer.check_val_every_n_epoch
+        return self.validates and (every is None or (self.trainer.current_epoch + 1) % every == 0)
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
         due = super()._should_check_val_fx(data_fetcher)
@@ -250,30 +270,3 @@ def implemented(name: str, trainer: Any) -> list[Callable[..., Any]]:
     if is_overridden(name, module):
         found.append(getattr(module, name))
     return found
-
-
-def quick_log(self: L.LightningModule, name: str, value: Any, *args: Any, **options: Any) -> None:
-    """`LightningModule.log`, short where a training step logs the same name as the step before.
-
-    The first call of an epoch goes the long way and remembers where the value is kept; values of
-    any other kind, hook or option always do.
-    """
-    loop: Any = self.trainer.fit_loop.epoch_loop
-    plain = self._current_fx_name == "training_step" and not args and isinstance(value, Tensor)
-    metric, known = loop.logged.get(name, (None, None))
-    if (
-        plain
-        and metric is not None
-        and known == options
-        and value.ndim == 0
-        and not (metric.meta.on_epoch and options.get("batch_size") is None)
-        and self.trainer._logger_connector._first_loop_iter is False
-    ):
-        metric.forward(value.detach(), options.get("batch_size", 1))
-        metric.has_reset = False
-        return
-    type(self).log(self, name, value, *args, **options)
-    if plain:
-        metric = loop._results.get(f"training_step.{name}")
-        if metric is not None and metric.is_tensor:
-            loop.logged[name] = (metric, options)
