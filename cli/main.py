@@ -140,7 +140,14 @@ def signals_held() -> Iterator[None]:
 
 
 def load(module: str) -> ModuleType:
-    """Import the module of a command, and with it torch: four seconds."""
+    """Import the module of a command, and with it torch: four seconds, and far more on a cold disk.
+
+    On a terminal a line says so, and goes when that is done.
+    """
+    shown = sys.stderr.isatty() and "LOCAL_RANK" not in os.environ and module not in sys.modules
+    if shown:
+        sys.stderr.write("loading torch and lightning ...")
+        sys.stderr.flush()
     try:
         return import_module(module)
     except RuntimeError as error:
@@ -151,6 +158,10 @@ def load(module: str) -> ModuleType:
             [],
             "pip install --force-reinstall torch torchvision",
         ) from error
+    finally:
+        if shown:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ usage: {0} {1} --ckpt_path=FILE [--config NAME ...] [--key=value ...]
 
   {2}
   --ckpt_path=FILE            a checkpoint: it knows its model and data; or auto; or last
-  --data.KEY=V                other data than in training
+  --data.KEY=V                {3}
   --config NAME               a preset or a YAML file, for what the checkpoint leaves open
   --trainer.devices=2         any argument of Lightning's Trainer
   --print_config, --debug     show what would run; show tracebacks
@@ -63,6 +63,7 @@ ABOUT = {
     "test": "Measure a model on the test data, which training never sees.",
     "predict": "Apply a model to new data, and write what it says.",
 }
+OTHER = {"predict": "what to read: of the spam classifier --data.predict_path=FILE"}
 
 PAGES = {"fit": FIT, "generate": GENERATE, "export": EXPORT}
 
@@ -73,7 +74,8 @@ def page(command: str | None, program: str) -> str:
         return TOP.format(program)
     if command in PAGES:
         return PAGES[command].format(program)
-    return EVALUATE.format(program, command, ABOUT[command])
+    data = OTHER.get(command, "other data than in training")
+    return EVALUATE.format(program, command, ABOUT[command], data)
 
 
 def version() -> str:

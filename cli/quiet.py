@@ -7,6 +7,8 @@ LINES = (  # beginnings, on Lightning's own logger
     "💡 Tip:",  # packages of its makers
     "GPU available:",  # the trainer says in one line what it runs on
     "TPU available:",
+    "Using bfloat16 Automatic Mixed Precision",  # and in which precision
+    "Restoring states from the checkpoint",  # that it has restored them is said as well
 )
 WARNINGS = (  # beginnings, as regular expressions
     # data sets in memory are faster without worker processes

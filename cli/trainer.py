@@ -172,7 +172,8 @@ class Trainer(L.Trainer):
         device = self.strategy.root_device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
         ranks = f"{self.world_size} x " if self.world_size > 1 else ""
-        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        count = torch.get_num_threads()
+        threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
         return f"{ranks}{kind}{threads}, precision {self.precision}"
 
 
