@@ -14,6 +14,7 @@ import random
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning as L
@@ -142,7 +143,8 @@ class ExactResume(Callback):
         fit, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
         loader = fit._combined_loader  # whose truth is its length, which it need not have
         loaders = loader.flattened if loader is not None else []
-        if fetcher is None or any(isinstance(loader, _Stateful) for loader in loaders):
+        # an iterator is gone through once: looked at here, its first batch would be lost
+        if fetcher is None or any(isinstance(each, _Stateful | Iterator) for each in loaders):
             return
         self._shuffle(trainer)
         iter(fetcher)

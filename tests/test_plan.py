@@ -207,6 +207,11 @@ def test_an_unknown_argument_names_the_nearest():
         trained(OptimizerPlan(partial(AdamW, lrr=1.0)))
 
 
+def test_a_value_that_the_optimizer_refuses_is_named():
+    with pytest.raises(ValueError, match=r"AdamW refuses lr=-1.0: Invalid learning rate: -1.0"):
+        trained(OptimizerPlan(partial(AdamW, lr=-1.0)))
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     module = Net()
     module.configure_model()

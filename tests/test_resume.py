@@ -366,6 +366,15 @@ def test_data_without_an_end_go_on_exactly(tmp_path: Path) -> None:
     assert differences(whole, run("rest", 6, tmp_path / "part" / "step=000003.ckpt")) == []
 
 
+def test_no_batch_of_an_iterator_is_lost() -> None:
+    batches = iter([(torch.ones(2, 6), torch.ones(2))] * 5)
+    kept = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    shown = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
+    trainer = L.Trainer(max_epochs=1, callbacks=ExactResume(), **kept, **shown)  # type: ignore
+    trainer.fit(Net(), batches, [0])
+    assert trainer.global_step == 5
+
+
 def test_optimizer_ids_in_a_file_are_places_in_named_parameters(tmp_path: Path) -> None:
     save = SaveAt(tmp_path, "on_train_batch_end")
     net, trainer = fit(None, save, max_steps=2)

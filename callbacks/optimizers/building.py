@@ -70,7 +70,12 @@ def make(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimiz
                     f"{made.__name__} has no argument {word!r}; nearest: {', '.join(nearest)}"
                 )
     assert factory is not None  # the plan checks it
-    return factory(parameters)
+    try:
+        return factory(parameters)
+    except ValueError as error:  # torch: "Invalid learning rate: -1.0"
+        words = [f"{key}={value}" for key, value in getattr(factory, "keywords", {}).items()]
+        name = made.__name__ if made is not None else "the optimizer"
+        raise ValueError(f"{name} refuses {', '.join(words) or 'this'}: {error}") from error
 
 
 def split_decay(optimizer: Optimizer, group: dict[str, Any], decay: Decay) -> None:
