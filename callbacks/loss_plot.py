@@ -26,6 +26,7 @@ class LossPlot(L.Callback):
         self.val: Curve = []
         self.every = 1  # optimizer steps whose mean is a point
         self.step = 0
+        self.folder: str | None = None
         self.losses: list[Tensor] = []  # since the last point
 
     @property
@@ -50,7 +51,7 @@ class LossPlot(L.Callback):
         total = total_steps(trainer)
         self.every = min(log_interval(trainer), max(1, (total or 10_000) // 200))
         self.losses.clear()
-        self.step = trainer.global_step
+        self.step, self.folder = trainer.global_step, trainer.log_dir  # asked for on all ranks
 
     def on_train_batch_end(
         self,
@@ -84,12 +85,19 @@ class LossPlot(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw."""
-        folder = trainer.log_dir  # asked for on all ranks
         curves = self.state_dict()
-        if trainer.is_global_zero and folder and (curves["train"] or curves["val"]):
+        if trainer.is_global_zero and self.folder and (curves["train"] or curves["val"]):
             unit = getattr(pl_module, "unit", "samples").removesuffix("s")
             nats = " in nats" if unit == "token" else ""
-            draw(curves, Path(folder) / "loss.png", f"loss{nats} (mean per {unit})", self.every)
+            label = f"loss{nats} (mean per {unit})"
+            draw(curves, Path(self.folder) / "loss.png", label, self.every)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Draw what there is when the run is stopped; one that fails has other worries."""
+        if isinstance(exception, SystemExit | KeyboardInterrupt):
+            self.on_train_end(trainer, pl_module)
 
 
 def draw(curves: dict[str, Any], path: Path, label: str, every: int) -> None:

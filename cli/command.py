@@ -63,9 +63,9 @@ class Command(LightningCLI):
             )
         argv = [argv[0], *saved_config.as_words(saved), *argv[1:]]
         self.config = diagnosis.parse(parser, argv)
-        if more := saved_config.words_behind(saved, self._resolved(argv[0])):
-            self.config = diagnosis.parse(parser, [*argv, *more])
         if saved:
+            if more := saved_config.words_behind(saved, self._resolved(argv[0])):
+                self.config = diagnosis.parse(parser, [*argv, *more])
             resolved = self._resolved(argv[0])
             self.changed += saved_config.compare(saved, resolved, str(self.checkpoint))
 

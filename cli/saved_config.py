@@ -82,11 +82,11 @@ def words_behind(config: Config, parsed: Config) -> list[str]:
     """Flags to stand behind the user's: the checkpoint's transforms that his callbacks leave out,
     and the source it was trained on in the place of `auto`, which might now find another.
     """
-    present = {spec["class_path"] for spec in parsed["trainer"]["callbacks"] or []}
+    present = {spec["class_path"] for spec in _callbacks(parsed)}
     words = [
         f"--trainer.callbacks+={json.dumps(spec)}"
-        for spec in config.get("trainer.callbacks") or []
-        if spec["class_path"] not in present and _changes_the_net(_imported(spec))
+        for spec in _callbacks(config)
+        if spec["class_path"] not in present and _changes_the_net(spec)
     ]
     here, there = ((c.get("data") or {}).get("init_args", {}) for c in (parsed, config))
     if here.get("source") == "auto" and there.get("source"):
@@ -117,13 +117,23 @@ def compare(config: Config, parsed: Config, path: str) -> list[str]:
 
 def _leaves(config: Config) -> Iterator[tuple[str, Any]]:
     """The values of model, data, callbacks and seed, by key."""
-    specs = config["trainer"]["callbacks"] if "trainer" in config else config["trainer.callbacks"]
-    callbacks = {_imported(spec).__name__: spec.get("init_args", {}) for spec in specs or []}
+    callbacks = {spec["class_path"]: spec.get("init_args", {}) for spec in _callbacks(config)}
     yield from _flat({k: config[k] for k in ("model", "data", "seed_everything")})
-    yield from _flat({"trainer": {"callbacks": callbacks}})
+    for path, arguments in callbacks.items():
+        yield from _flat(arguments, f"trainer.callbacks.{path.rpartition('.')[2]}")
 
 
-def _changes_the_net(kind: Any) -> bool:
+def _callbacks(config: Config) -> list[Config]:
+    """The callbacks of a checkpoint or of a command, where one may stand without its list."""
+    specs = config["trainer"]["callbacks"] if "trainer" in config else config["trainer.callbacks"]
+    return specs if isinstance(specs, list) else [specs] if specs else []
+
+
+def _changes_the_net(spec: Config) -> bool:
+    try:
+        kind = _imported(spec)
+    except (ImportError, AttributeError):  # a file that has gone; a transform would be missed
+        return False
     return isinstance(kind, type) and issubclass(kind, Transform)
 
 

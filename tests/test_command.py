@@ -248,6 +248,7 @@ def test_ctrl_c_once_ends_in_a_checkpoint_and_130() -> None:
     words = ["fit", "--config=base", f"--trainer.callbacks+={__name__}.PressesCtrlC"]
     assert main(words) == 130
     assert [p.name for p in checkpoints("base")] == ["step=000002.ckpt"]
+    assert "loss.png" in files("base")
     assert main(["fit", "--config=base", "--ckpt_path=auto"]) == 0
     assert main(["fit", "--config=base"]) == 0
     assert equal(state(checkpoints("base", 1)[-1])[0], state(checkpoints("base", 2)[-1])[0])

@@ -1,6 +1,7 @@
 """A checkpoint rebuilds its command; what the user gives beats it, and is compared with it."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,16 @@ def test_a_transform_comes_back_with_its_checkpoint(
     capsys.readouterr()
     assert main(["validate", "--ckpt_path", str(saved()), doubled]) == 0
     assert "trainer.callbacks.Doubled.factor is 2.0 here and 3.0 in" in capsys.readouterr().out
+
+
+def test_one_callback_may_stand_without_a_list_and_may_be_gone_later(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("gone.py").write_text("import lightning as L\nclass Gone(L.Callback): ...")
+    assert main(["fit", "--config=base", "--trainer.callbacks=gone.Gone"]) == 0
+    Path("gone.py").unlink()
+    del sys.modules["gone"]
+    assert main(["validate", "--ckpt_path", str(saved())]) == 0
 
 
 def test_the_source_that_was_taken_is_written_down_and_taken_again(
