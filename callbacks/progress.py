@@ -188,8 +188,9 @@ class ProgressBar(Base):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):  # already divided by the number of accumulated batches
             words.append(f"loss {loss.item() * accumulate:.4g}")
-        if trainer.optimizers:
-            words.append(f"lr {float(trainer.optimizers[0].param_groups[0]['lr']):.2g}")
+        groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
+        if groups and "lr" in groups[0]:  # a module may train without an optimizer
+            words.append(f"lr {float(groups[0]['lr']):.2g}")
         ranks = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         a_step = units_in(module, batch) * accumulate * ranks.get("num_replicas", 1)
         pace = (self.step - self.read[0]) / max(now - self.read[1], 1e-9)

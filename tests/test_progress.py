@@ -228,6 +228,19 @@ def test_samples_are_kept_for_each_validation_and_the_last_is_printed(
     assert capsys.readouterr().out.endswith("--- a sample after step 8 ---\ndo 8\n")
 
 
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None.")
+def test_a_module_without_an_optimizer_has_no_rate_to_show(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Still(NetInInit):
+        def configure_optimizers(self) -> None:
+            return None
+
+    trainer(ProgressBar(), max_steps=2).fit(Still())
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step 2/2 loss")]
+    assert " lr " not in line
+
+
 def test_samples_of_a_module_that_generates_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"NetInInit has none; take Samples out"):
         trainer(Samples(), max_epochs=1).fit(NetInInit())
