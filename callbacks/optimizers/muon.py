@@ -17,6 +17,7 @@ import torch
 from torch import (
     Tensor,
     _foreach_add_,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_copy_,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_lerp,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_lerp_,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
@@ -91,18 +92,17 @@ def batched(matrix: Tensor) -> bool:
 
 
 def orthogonalize_all(
-    matrices: list[Tensor], coefficients: Coefficients = "polar_express", split: int = 1
-) -> list[Tensor]:
-    """The same of a list of one shape: kernels flattened, `split` blocks of rows each by itself."""
-    shape = matrices[0].shape
-    blocks = torch.cat(
-        [m.reshape(split, shape[0] // split, -1) for m in matrices]
-    )  # (blocks, r, c)
+    matrices: Tensor, coefficients: Coefficients = "polar_express", split: int = 1
+) -> Tensor:
+    """The same of (n, rows, ...): kernels flattened, `split` blocks of rows each by itself."""
+    rows = matrices.shape[1] // split
+    blocks = matrices.reshape(len(matrices) * split, rows, -1)  # (n split, r, c)
     if batched(blocks[0]):
-        made = orthogonalize(blocks, coefficients)
-    else:
-        made = torch.stack([orthogonalize(block, coefficients) for block in blocks])
-    return list(made.reshape(len(matrices), *shape))
+        return orthogonalize(blocks, coefficients).reshape(matrices.shape)
+    made = torch.empty_like(blocks)
+    for block, result in zip(blocks, made, strict=True):
+        result.copy_(orthogonalize(block, coefficients))
+    return made.reshape(matrices.shape)
 
 
 class MuonOptimizer(Optimizer):
@@ -191,18 +191,20 @@ class MuonOptimizer(Optimizer):
         ahead = momenta
         if group["nesterov"]:
             ahead = _foreach_lerp(gradients, momenta, group["momentum"])
-        dtype = iteration_dtype(group["iteration_dtype"], matrices[0].device)
-        directions = apply_to_whole(
-            partial(orthogonalize_all, coefficients=group["coefficients"], split=group["split"]),
-            [m.to(dtype) for m in ahead],
-            like=matrices[0],
-            replicas=self.replicas,
+        dtype = iteration_dtype(group["iteration_dtype"], ahead[0].device)
+        stack = ahead[0].new_empty((len(ahead), *ahead[0].shape), dtype=dtype)
+        _foreach_copy_(list(stack), list(ahead))
+        function = partial(
+            orthogonalize_all, coefficients=group["coefficients"], split=group["split"]
         )
+        directions = apply_to_whole(function, stack, like=matrices[0], replicas=self.replicas)
         rows = matrices[0].shape[0] // group["split"]
         scale = SCALES[group["scale"]](rows, math.prod(matrices[0].shape[1:]))
         weights = [local(p) for p in matrices]
+        if weights[0].device.type != "cpu":  # one kernel for all needs one dtype; a CPU has none
+            directions = directions.to(weights[0].dtype)
         _foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        _foreach_add_(weights, directions, alpha=-group["lr"] * scale)
+        _foreach_add_(weights, list(directions), alpha=-group["lr"] * scale)
 
 
 def iteration_dtype(name: IterationDtype, device: torch.device) -> torch.dtype:

@@ -15,20 +15,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-# Of whole matrices, to as many of the same shape and dtype.
-Function = Callable[[list[Tensor]], list[Tensor]]
+from ..shards import part_of
+
+# Of a stack of whole matrices, to a stack of the same shape and dtype.
+Function = Callable[[Tensor], Tensor]
 
 
 def apply_to_whole(
-    function: Function, parts: list[Tensor], like: Tensor, replicas: ProcessGroup | None = None
-) -> list[Tensor]:
+    function: Function, parts: Tensor, like: Tensor, replicas: ProcessGroup | None = None
+) -> Tensor:
     """This rank's parts of function(matrices), given its parts of the matrices.
 
     Args:
         function: what needs whole matrices.
-        parts: what this rank holds of each; the matrices have one shape and one layout.
+        parts: (n, ...): what this rank holds of n matrices of one shape and one layout.
         like: a parameter of that layout.
         replicas: the ranks that hold the same plain tensors, and share the work.
     """
@@ -44,8 +46,8 @@ def apply_to_whole(
         return _exchanged(function, parts, like.shape[0], mesh.get_group(sharded[0]))
     size = {"shape": like.shape, "stride": like.stride()}
     spread = [DTensor.from_local(p, mesh, placements, run_check=False, **size) for p in parts]
-    whole = function([matrix.full_tensor() for matrix in spread])
-    return [distribute_tensor(w, mesh, placements, src_data_rank=None).to_local() for w in whole]
+    whole = function(torch.stack([matrix.full_tensor() for matrix in spread]))
+    return torch.stack([part_of(matrix, like) for matrix in whole])
 
 
 def _slots(count: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -54,40 +56,35 @@ def _slots(count: int, ranks: int, rank: int) -> tuple[int, int]:
     return slots, min(max(count - rank * slots, 0), slots)
 
 
-def _shared(function: Function, matrices: list[Tensor], group: ProcessGroup) -> list[Tensor]:
+def _shared(function: Function, matrices: Tensor, group: ProcessGroup) -> Tensor:
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     slots, taken = _slots(len(matrices), ranks, rank)
-    mine = matrices[rank * slots : rank * slots + taken]
-    send = matrices[0].new_zeros(slots, *matrices[0].shape)  # idle places are sent, and not read
-    for place, matrix in enumerate(function(mine) if mine else []):
-        send[place] = matrix
-    received = send.new_empty(ranks * slots, *matrices[0].shape)
+    send = matrices.new_zeros(slots, *matrices.shape[1:])  # idle places are sent, and not read
+    if taken:
+        send[:taken] = function(matrices[rank * slots : rank * slots + taken])
+    received = send.new_empty(ranks * slots, *matrices.shape[1:])
     dist.all_gather_into_tensor(received, send, group=group)
-    return list(received[: len(matrices)])
+    return received[: len(matrices)]
 
 
-def _exchanged(
-    function: Function, shards: list[Tensor], rows: int, group: ProcessGroup
-) -> list[Tensor]:
-    """Shards (rows of this rank, ...) of len(shards) matrices of `rows` rows."""
+def _exchanged(function: Function, shards: Tensor, rows: int, group: ProcessGroup) -> Tensor:
+    """Shards (n, rows of this rank, ...) of n matrices of `rows` rows."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    slots, taken = _slots(len(shards), ranks, rank)
+    count, mine, inner = shards.shape[0], shards.shape[1], shards.shape[2:]
+    slots, taken = _slots(count, ranks, rank)
     chunk = -(-rows // ranks)  # rows of a full shard; the last ones may have fewer, or none
-    inner = shards[0].shape[1:]
 
     def swap(buffer: Tensor) -> Tensor:
         received = torch.empty_like(buffer)
         dist.all_to_all_single(received, buffer, group=group)
         return received
 
-    send = shards[0].new_zeros(ranks * slots, chunk, *inner)
-    for place, shard in enumerate(shards):
-        send[place, : len(shard)] = shard
+    send = shards.new_zeros(ranks * slots, chunk, *inner)
+    send[:count, :mine] = shards
     parts = swap(send).view(ranks, slots, chunk, *inner).transpose(0, 1)  # slot, from rank, ...
     whole = parts.reshape(slots, ranks * chunk, *inner)[:taken, :rows]
     back = send.new_zeros(slots, ranks * chunk, *inner)
-    for place, matrix in enumerate(function(list(whole)) if taken else []):
-        back[place, :rows] = matrix
+    if taken:
+        back[:taken, :rows] = function(whole)
     parts = back.view(slots, ranks, chunk, *inner).transpose(0, 1).contiguous()
-    received = swap(parts.view(ranks * slots, chunk, *inner))
-    return [received[place, : len(shard)] for place, shard in enumerate(shards)]
+    return swap(parts.view(ranks * slots, chunk, *inner))[:count, :mine]
