@@ -107,7 +107,7 @@ class Trainer(L.Trainer):
             log_every_n_steps=0 if bare else log_every_n_steps,
             enable_checkpointing=enable_checkpointing and not bare,
             enable_progress_bar=enable_progress_bar and not bare,
-            **kwargs,
+            **{"enable_model_summary": False, **kwargs},  # the table of a plan says more
         )
         self._lighten()
 
