@@ -8,7 +8,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import (
     CSVLogger,
@@ -63,6 +63,7 @@ class Trainer(L.Trainer):
         log_every_n_steps: int = 50,
         enable_checkpointing: bool = True,
         enable_progress_bar: bool = True,
+        enable_model_summary: bool = False,
         **kwargs: Any,
     ) -> None:
         """Prepare a run; its folder is made when it starts.
@@ -78,6 +79,7 @@ class Trainer(L.Trainer):
             log_every_n_steps: optimizer steps between two log lines
             enable_checkpointing: whether checkpoints are written
             enable_progress_bar: whether progress is shown
+            enable_model_summary: whether the modules are listed; the table of a plan says more
             kwargs: Lightning's other arguments
         """
         quiet()
@@ -107,12 +109,17 @@ class Trainer(L.Trainer):
             log_every_n_steps=0 if bare else log_every_n_steps,
             enable_checkpointing=enable_checkpointing and not bare,
             enable_progress_bar=enable_progress_bar and not bare,
-            **{"enable_model_summary": False, **kwargs},  # the table of a plan says more
+            enable_model_summary=enable_model_summary,
+            **kwargs,  # passed on as it is, or the parser would not see which arguments there are
         )
         self._lighten()
 
     def _lighten(self) -> None:
         """Take from a step what it does not need: lean_loop.py has the figures."""
+        for callback in self.callbacks:  # type: ignore
+            if isinstance(callback, WeightAveraging):
+                wrong = f"{type(callback).__name__} copies the net before it is built"
+                raise Mistake(wrong, ["EMA"], "--trainer.callbacks+=EMA", "averages that work")
         self._checkpoint_connector = Restore(self)
         loop = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = LeanEpochLoop(self, loop.min_steps, loop.max_steps)
