@@ -351,10 +351,13 @@ def test_a_run_saved_on_one_layout_continues_on_another(ranks, tmp_path, layout)
             assert furthest(continued, straight[name]) < 1e-12, name
 
 
-def adafactor_sharded():
+def refused_on_several_ranks():
     with pytest.raises(ValueError, match="Adafactor cannot step sharded parameters; take AdamW"):
         train("Adafactor", "zero3")
+    OPTIMIZERS["LBFGS"] = torch.optim.LBFGS
+    with pytest.raises(ValueError, match=r"not possible with other optimizers .*, several ranks"):
+        train("LBFGS", "ddp")
 
 
-def test_an_optimizer_that_cannot_be_sharded_is_refused_in_words(ranks):
-    ranks(adafactor_sharded, 2)
+def test_an_optimizer_that_cannot_be_spread_is_refused_in_words(ranks):
+    ranks(refused_on_several_ranks, 2)

@@ -107,6 +107,20 @@ def test_without_max_steps_the_length_comes_from_the_loaders():
     assert [rates[0] for rates in module.rates] == [1.0, 0.75, 0.5, 0.25]
 
 
+def test_of_epochs_and_steps_the_shorter_is_the_length():
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=Schedule("linear"))
+    _, module = trained(plan, steps=100, max_epochs=1)
+    assert [rates[0] for rates in module.rates] == pytest.approx(
+        [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    )
+
+
+def test_a_run_without_end_has_no_schedule_that_needs_one():
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=Schedule("linear"))
+    with pytest.raises(ValueError, match=r"set --trainer\.max_steps"):
+        trained(plan, steps=-1, max_epochs=-1)
+
+
 def test_a_scheduled_run_equals_the_closed_form_in_a_bare_loop():
     schedule = Schedule("cosine", warmup=2, final=0.1)
     _, module = trained(OptimizerPlan(partial(AdamW, lr=0.1), "all", schedule), steps=9)

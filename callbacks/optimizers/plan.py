@@ -95,8 +95,9 @@ class OptimizerPlan(Callback):
                 f"{type(self).__name__} has nothing to replace; leave it out of the callbacks"
             )
         self._length = float("inf")
-        if trainer.max_steps >= 0:
-            self._know_length(trainer, trainer.max_steps)
+        if trainer.max_steps >= 0 or trainer.max_epochs == -1:  # else the loaders will tell
+            steps = trainer.max_steps
+            self._know_length(trainer, steps if steps >= 0 else float("inf"))
 
         def configure_optimizers(module: L.LightningModule) -> dict[str, Any]:
             return self._configure(trainer, module)
@@ -110,7 +111,7 @@ class OptimizerPlan(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn the run's length from the loaders, which exist only now."""
-        if trainer.max_steps < 0 and self is plans(trainer)[-1]:
+        if trainer.max_epochs != -1 and self is plans(trainer)[-1]:
             self._know_length(trainer, trainer.estimated_stepping_batches)
         self._sets.train(pl_module)
 
