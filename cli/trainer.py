@@ -86,8 +86,6 @@ class Trainer(L.Trainer):
         check_positive(kwargs)
         self._name, self._folder = name, None
         self._loggers_wanted = wanted(logger, bare := bool(kwargs.get("barebones")))
-        if precision == "auto":
-            precision = automatic_precision(kwargs.get("accelerator", "auto"))
         self._tries = tries = bare or bool(kwargs.get("fast_dev_run"))
         defaults = {
             ExactResume: not tries,
@@ -97,12 +95,10 @@ class Trainer(L.Trainer):
             LossPlot: bool(self._loggers_wanted) and not tries,
             PredictionTable: not bare,
         }
-        given = listed(callbacks)
-        given += [kind() for kind, on in defaults.items() if on and not has(given, kind)]
         super().__init__(
-            precision=precision,  # type: ignore
+            precision=chosen_precision(precision, kwargs.get("accelerator", "auto")),
             logger=[each for each in self._loggers_wanted if isinstance(each, Logger)] or False,
-            callbacks=given,
+            callbacks=with_defaults(listed(callbacks), defaults),
             plugins=with_atomic_files(listed(plugins)),
             default_root_dir=default_root_dir,
             num_sanity_val_steps=num_sanity_val_steps,
@@ -216,6 +212,11 @@ def with_atomic_files(plugins: list[Any]) -> list[Any]:
     return plugins if has(plugins, CheckpointIO) else [*plugins, AtomicCheckpointIO()]
 
 
+def with_defaults(given: list[Callback], defaults: dict[type, bool]) -> list[Callback]:
+    """The callbacks given, and those defaults that are on and not among them."""
+    return given + [kind() for kind, on in defaults.items() if on and not has(given, kind)]
+
+
 def listed(value: Any) -> list[Any]:
     """One or several, or none, as a list of its own."""
     return list(value) if isinstance(value, list | tuple) else [value] if value else []
@@ -224,6 +225,11 @@ def listed(value: Any) -> list[Any]:
 def has(members: list[Any], kind: type) -> bool:
     """Whether one of the kind is there; any progress bar or checkpoint stands for ours."""
     return any(isinstance(each, (STANDS_FOR.get(kind, kind))) for each in members)
+
+
+def chosen_precision(precision: str | int | None, accelerator: Any) -> Any:
+    """What Lightning takes: `auto` decided."""
+    return automatic_precision(accelerator) if precision == "auto" else precision
 
 
 def automatic_precision(accelerator: Any) -> str:
