@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 
 HERE = Path(__file__).parent
@@ -50,16 +51,21 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def config_hash(config: str) -> str:
+    """Twelve digits that change with any value of a shipped config, and with no comment."""
+    values = yaml.safe_load((HERE.parent / "configs" / f"{config}.yaml").read_bytes())
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def circumstances(config: str) -> dict[str, Any]:
     """Everything a later reader needs to judge a row of this config."""
     commit = subprocess.run(
         ["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
-    text = (HERE.parent / "configs" / f"{config}.yaml").read_bytes()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "config": config,
-        "config_hash": hashlib.sha256(text).hexdigest()[:12],
+        "config_hash": config_hash(config),
         "commit": commit,
         "machine": f"{processor()}, {os.cpu_count()} cores, {device}",
         "load": round(os.getloadavg()[0], 2),

@@ -6,13 +6,14 @@ Of each recipe the rows of its present config count, the newest of each seed; wh
 older config is history.
 """
 
-import hashlib
 import json
 import math
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+from record import config_hash
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -37,7 +38,7 @@ def rows_of(file: str, config: str) -> list[dict[str, Any]]:
     rows = [row for row in rows if row["config"] == config]
     present = HERE.parent / "configs" / f"{config}.yaml"
     if present.exists():
-        now = hashlib.sha256(present.read_bytes()).hexdigest()[:12]
+        now = config_hash(config)
         rows = [row for row in rows if row["config_hash"] == now]
     return list({row["seed"]: row for row in rows}.values())
 

@@ -384,3 +384,13 @@ def test_training_reads_no_value_back_except_where_it_is_logged(
         monkeypatch.setattr(torch.Tensor, name, read)
     trainer.fit(PlainSteps())
     assert {step for step in reads if step % 4} == {10}  # an epoch of 4 steps ends with a file
+
+
+def test_an_average_that_copies_the_net_too_early_is_refused_by_the_name_of_ours():
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    with pytest.raises(
+        Exception, match="EMAWeightAveraging copies the net before it is built"
+    ) as e:
+        Trainer(callbacks=[EMAWeightAveraging()])
+    assert "--trainer.callbacks+=EMA" in str(e.value)
