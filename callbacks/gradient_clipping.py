@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
 from torch import (
     Tensor,
     _foreach_clamp_max_,  # pyright: ignore[reportPrivateImportUsage]
@@ -107,26 +108,27 @@ class GradientClipping(Callback):
         self._norm: Tensor | None = None  # of this step, until it is logged
         self._clipped, self._steps = torch.zeros(()), 0  # since the last log line
 
-    @property
-    def state_key(self) -> str:
-        """Gradients are clipped once, so there is one."""
-        return "GradientClipping"
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many steps were left out."""
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on."""
-        self.skipped = state_dict["skipped"]
+    def __str__(self) -> str:
+        """The callback in a line, for messages."""
+        name = "max_value" if self.max_norm is None else "max_norm"
+        return f"GradientClipping({name}={getattr(self, name)})"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take over `configure_gradient_clipping`, which Lightning calls at the right moment."""
+        """Take over `configure_gradient_clipping`, which Lightning calls at the right moment.
+
+        Of several the last one counts: a flag on the command line comes after a config's.
+        """
         if stage != "fit":
+            return
+        clippings = [c for c in trainer.callbacks if isinstance(c, GradientClipping)]  # pyright: ignore[reportAttributeAccessIssue]
+        if self is not clippings[-1]:
+            if trainer.is_global_zero:
+                line = f"{self} is not used: {clippings[-1]} stands after it"
+                Console().print(line, soft_wrap=True)
             return
         if trainer.gradient_clip_val is not None:
             raise ValueError(
-                "gradients would be clipped twice: by GradientClipping and by gradient_clip_val="
+                f"gradients would be clipped twice: by {self} and by gradient_clip_val="
                 f"{trainer.gradient_clip_val}; leave out --trainer.gradient_clip_val"
             )
         if not pl_module.automatic_optimization:
@@ -157,6 +159,8 @@ class GradientClipping(Callback):
         if self._norm is not None and trainer._logger_connector.should_update_logs:
             pl_module.log("train/grad_norm", self._norm)
             pl_module.log("train/clipped", self._clipped / self._steps)
+            if self.skipped:
+                pl_module.log("train/skipped", float(self.skipped))
             self._clipped, self._steps = torch.zeros_like(self._clipped), 0
         self._norm = None
 

@@ -152,11 +152,14 @@ class Poisoned(Line):
 @pytest.mark.parametrize("plan", [[], [OptimizerPlan(partial(torch.optim.AdamW, lr=0.1))]])
 def test_a_step_without_a_finite_norm_moves_nothing_and_the_next_one_does(plan):
     module, clipping = Poisoned({1, 2}, torch.optim.AdamW), GradientClipping()
-    L.Trainer(**QUIET, max_steps=4, callbacks=[clipping, *plan]).fit(module, data(16))
+    L.Trainer(**QUIET, max_steps=4, log_every_n_steps=4, callbacks=[clipping, *plan]).fit(
+        module, data(16)
+    )
     assert torch.equal(module.after[0], module.after[2])
     assert not torch.equal(module.after[2], module.after[3])
     assert module.after[3].isfinite().all()
     assert clipping.skipped == 2
+    assert module.trainer.callback_metrics["train/skipped"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:optimizer step .* is left out")
@@ -173,21 +176,25 @@ def test_the_module_has_its_own_method_again_after_fit():
     assert "configure_gradient_clipping" not in vars(module)
 
 
-class Another(GradientClipping):
-    state_key = "another"
+def test_the_trainers_own_clipping_beside_it_is_refused():
+    trainer = L.Trainer(
+        **QUIET, max_steps=1, gradient_clip_val=2.0, callbacks=[GradientClipping(1.0)]
+    )
+    with pytest.raises(
+        ValueError, match=r"by GradientClipping\(max_norm=1.0\) and by gradient_clip"
+    ):
+        trainer.fit(Line(), data())
 
 
-@pytest.mark.parametrize(
-    ("trainer", "message"),
-    [
-        ({"gradient_clip_val": 1.0}, "clipped twice"),
-        ({"callbacks": [GradientClipping(1.0), Another(2.0)]}, "GradientClipping and Another"),
-    ],
-)
-def test_two_owners_of_clipping_are_refused(trainer, message):
-    arguments = {**QUIET, "max_steps": 1, "callbacks": [GradientClipping(1.0)], **trainer}
-    with pytest.raises(Exception, match=message):
-        L.Trainer(**arguments).fit(Line(), data())
+def test_of_two_the_last_one_counts_and_says_so(capsys):
+    module = Line(scale=1000.0)
+    before = torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+    callbacks = [GradientClipping(0.25), GradientClipping(0.5)]
+    L.Trainer(**QUIET, max_steps=1, callbacks=callbacks).fit(module, data())
+    after = torch.cat([p.detach().flatten() for p in module.parameters()])
+    torch.testing.assert_close((after - before).norm(), torch.tensor(0.5))
+    said = "GradientClipping(max_norm=0.25) is not used: GradientClipping(max_norm=0.5) stands"
+    assert said in capsys.readouterr().out
 
 
 def test_manual_optimization_is_refused_in_words():
