@@ -1,0 +1,1 @@
+"""Image nets and their parts."""
