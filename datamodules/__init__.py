@@ -1,4 +1,5 @@
 from .answers import AnswerDataModule
+from .images import ImageDataModule
 from .order import EvalLoader, Order, Share, TrainLoader, generator
 from .spam import SpamDataModule
 from .text import TextDataModule
@@ -10,6 +11,7 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "EvalLoader",
+    "ImageDataModule",
     "Order",
     "Share",
     "SpamDataModule",

@@ -4,6 +4,7 @@ The order: `root` or the variable DATA_ROOT, the cache folder, the canonical add
 only with the right SHA-256. A task that can do without any file has an embedded default.
 """
 
+import gzip
 import hashlib
 import io
 import os
@@ -38,6 +39,9 @@ class Source:
     size: int  # bytes
     url: str
     member: str = ""  # the file's name, where the address gives a zip
+    gzipped: bool = False  # checksum and size are of what is inside: mirrors wrap it differently
+    own: str = "path=FILE"  # the flag that gives data of one's own
+    embedded: str = "embedded"  # the source that needs no file
 
 
 TABLE = (
@@ -95,15 +99,16 @@ def locate(source: Source, root: str | None = None, tried: str = "") -> Path:
     else:
         looked.append("--data.root and DATA_ROOT (not set)")
     path = cache_folder() / source.path
-    if path.is_file() and sha256(path) == source.sha256:
+    if path.is_file() and checksum(path, source) == source.sha256:
         return path
     looked.append(f"{path} (cache: {'damaged' if path.is_file() else 'no such file'})")
     looked.append(f"{source.url} ({tried or 'not tried: prepare_data() has not run'})")
+    own = "a file" if source.own.endswith("FILE") else "images"
     raise SourceMissing(
         f"the data set {source.name!r} was not found; looked at: {'; '.join(looked)}; ways out: "
         f"run once with a network; or put the file at FOLDER/{source.path} and type "
-        "--data.root=FOLDER; or type --data.path=FILE for a file of your own; "
-        "or --data.source=embedded"
+        f"--data.root=FOLDER; or type --data.{source.own} for {own} of your own; "
+        f"or --data.source={source.embedded}"
     )
 
 
@@ -133,6 +138,17 @@ def sha256(path: Path) -> str:
     """The checksum of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(path: Path, source: Source) -> str:
+    """What the source's checksum is compared with; "no gzip" where one should be."""
+    if not source.gzipped:
+        return sha256(path)
+    try:
+        with gzip.open(path) as file:
+            return hashlib.sha256(file.read(source.size + 1)).hexdigest()
+    except (OSError, EOFError, zlib.error):
+        return "no gzip"
 
 
 @contextmanager
@@ -168,11 +184,12 @@ def announce(line: str, loud: bool = False) -> None:
 
 
 def _checked(path: Path, source: Source) -> Path:
-    if (found := sha256(path)) != source.sha256:
+    if (found := checksum(path, source)) != source.sha256:
+        inside = " inside the gzip" if source.gzipped else ""
         raise ValueError(
-            f"{path} is not the data set {source.name!r}: its SHA-256 is {found}, that of the set "
-            f"is {source.sha256}; if you changed the file, type --data.path={path}; "
-            "if not, remove it and run again"
+            f"{path} is not the data set {source.name!r}: its SHA-256{inside} is {found}, that of "
+            f"the set is {source.sha256}; if you changed the file, type "
+            f"--data.{source.own.replace('FILE', str(path))}; if not, remove it and run again"
         )
     return path
 
@@ -215,6 +232,12 @@ def _checked_content(content: bytes, source: Source) -> bytes:
                 content = member.read(source.size + 1)  # never more: a zip can unfold to anything
         except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:
             raise ValueError(f"not a zip with the file {source.member}: {error}") from error
-    if hashlib.sha256(content).hexdigest() != source.sha256:
+    inside = content
+    if source.gzipped:
+        try:
+            inside = gzip.GzipFile(fileobj=io.BytesIO(content)).read(source.size + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"not a gzip: {error}") from error
+    if hashlib.sha256(inside).hexdigest() != source.sha256:
         raise ValueError(f"the {len(content):,} bytes that arrived do not have the SHA-256 known")
     return content

@@ -1,0 +1,230 @@
+"""Pictures and what they show, as batches (images, labels): one tensor of bytes on the device.
+
+No worker and no file is between a picture and the net: a batch is one gather from bytes that were
+moved to the device once, made floats there.
+
+    byte p  ->  p / 127.5 - 1  in [-1, 1]  ->  round(127.5 (value + 1))  the same byte
+
+Axes: b batch, n images, c channels, y rows, x columns.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from .image_files import SOURCES, ImageSet, read_digits, read_folder, read_named
+from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator, global_seed
+from .sources import announce, fetch, locate
+
+NAMED = ("digits", *SOURCES)
+MIRRORED = ("cifar10",)  # a mirrored 3 is no digit, and Fashion-MNIST's shoes all point one way
+Part = Literal["train", "val", "test"]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Bytes to [-1, 1], any shape: uint8 -> float32."""
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Back to bytes, any shape: rounded, not cut off, so that nothing is lost on the way."""
+    if not images.isfinite().all():
+        share = float((~images.isfinite()).float().mean())
+        raise ValueError(
+            f"{share:.2%} of the pixels are not finite (NaN or infinite): no picture can be made "
+            "of them; train with a lower rate, or type --trainer.callbacks+=NaNGuard"
+        )
+    return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Images as batches (images float32 (b c y x) in [-1, 1], labels int64 (b)).
+
+        data = ImageDataModule("mnist", batch_size=128)
+        Trainer(max_epochs=1).fit(ImageClassifier(), datamodule=data)
+
+    After `setup` it knows `num_classes`, `class_names`, `channels` and `size` (y, x).
+
+    Args:
+        source: digits (scikit-learn's, 8x8, needs no file), mnist, fashion, cifar10, or a folder
+            of your own PNG or JPEG files, FOLDER/<class>/*.png or FOLDER/*.png.
+        batch_size: images of one optimizer step, over all ranks and accumulated batches.
+        root: the folder of data sets; by default the variable DATA_ROOT.
+        flip: mirror each image in every other epoch, drawn by the seed; by default only cifar10.
+        val_fraction: share of each training class kept for validation; 0 for no validation.
+        test_fraction: share of each class kept to test, where the source has no test part.
+        seed: of the order; by default that of seed_everything. The parts never depend on it, or a
+            later `test` with another seed would test on images that were trained on.
+    """
+
+    def __init__(
+        self,
+        source: str = "digits",
+        batch_size: int = 128,
+        root: str | None = None,
+        flip: bool | None = None,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.2,
+        seed: int | None = None,
+    ) -> None:
+        """Check the sizes; files are looked at in `setup`."""
+        super().__init__()
+        check_positive("batch_size", batch_size)
+        if not 0 <= val_fraction < 1 or not 0 < test_fraction < 1:
+            raise ValueError(
+                f"val_fraction is {val_fraction} and test_fraction {test_fraction}; allowed are "
+                "numbers between 0 and 1: type --data.val_fraction=0.05 --data.test_fraction=0.2"
+            )
+        if flip and source in NAMED and source not in MIRRORED:
+            raise ValueError(
+                f"flip is true, and a mirrored image of {source} is none of its kind; allowed "
+                f"are {', '.join(MIRRORED)} and folders of your own; type --data.flip=false"
+            )
+        self.source, self.batch_size, self.root, self.seed = source, batch_size, root, seed
+        self.flip = source in MIRRORED if flip is None else flip
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
+        self.num_classes, self.channels, self.size = 0, 0, (0, 0)
+        self.class_names: tuple[str, ...] = ()
+        self._parts: dict[str, ImageSet] = {}
+        self._tried: dict[str, str] = {}
+
+    def prepare_data(self) -> None:
+        """Download what is missing; Lightning calls this on one process only."""
+        for source in SOURCES.get(self.source, ()):
+            self._tried[source.path] = fetch(self.source, source, self.root)
+
+    def setup(self, stage: str) -> None:
+        """Read the images, split them, and say what was found."""
+        if self._parts:
+            return
+        (train, test), file = self._read()
+        if test is None:
+            train, test = held_out(train, self.test_fraction, "test")
+        train, val = held_out(train, self.val_fraction, "val")
+        self._parts = {"train": train, "val": val, "test": test}
+        self.class_names, self.num_classes = train.names, len(train.names)
+        self.channels, self.size = train.images.shape[1], tuple(train.images.shape[2:])
+        digest = hashlib.sha256()
+        for part in self._parts.values():
+            digest.update(part.images.numpy().tobytes() + part.labels.numpy().tobytes())
+        self.resolved = {"source": self.source, "file": file, "sha256": digest.hexdigest()}
+        sizes = ", ".join(f"{len(part.labels):,} {side}" for side, part in self._parts.items())
+        form = f"{self.size[0]}x{self.size[1]}x{self.channels}, {self.num_classes} classes"
+        announce(f"data: {file or 'the digits of scikit-learn'}, {form}; {sizes}")
+        if stage == "fit" and not self.val_fraction and self.trainer is not None:
+            cast(Any, self.trainer).limit_val_batches = 0  # it would warn of an empty loader
+
+    def _read(self) -> tuple[tuple[ImageSet, ImageSet | None], str]:
+        if self.source == "digits":
+            return (read_digits(), None), ""
+        if self.source in SOURCES:
+            files = [
+                locate(source, self.root, self._tried.get(source.path, ""))
+                for source in SOURCES[self.source]
+            ]
+            return read_named(self.source, files), str(files[0].parent)
+        folder = Path(self.source).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"source {self.source!r} is neither a known set nor a folder; allowed are "
+                f"{', '.join(nearest(self.source))} or a folder of PNG or JPEG files; type "
+                f"--data.source={nearest(self.source)[0]}"
+            )
+        return (read_folder(folder), None), str(folder)
+
+    def pictures(self, part: Part = "train") -> tuple[Tensor, Tensor]:
+        """All images of a part as bytes, uint8 (n c y x), with their labels, int64 (n)."""
+        if not self._parts:
+            raise RuntimeError("ImageDataModule has no images yet: call setup() first")
+        return self._parts[part].images, self._parts[part].labels
+
+    def train_dataloader(self) -> TrainLoader:
+        """Shuffled each epoch; what is left over from whole batches waits for another epoch."""
+        images, labels = self._on_device("train")
+        seed, trainer = global_seed(self.seed), cast(Any, self.trainer)
+        mirrored: dict[int, Tensor] = {}  # by epoch
+
+        def take(items: Tensor) -> tuple[Tensor, Tensor]:
+            batch = to_float(images[items])  # (b c y x)
+            if self.flip:
+                if loader.epoch not in mirrored:
+                    g = generator(seed, "flip", loader.epoch)
+                    drawn = torch.randint(2, (len(labels),), generator=g).bool()
+                    mirrored.clear()
+                    mirrored[loader.epoch] = drawn.to(images.device)
+                turn = mirrored[loader.epoch][items][:, None, None, None]
+                batch = torch.where(turn, batch.flip(-1), batch)
+            return batch, labels[items]
+
+        loader = TrainLoader(
+            Order(seed, len(labels), device=images.device),
+            take,
+            samples=len(labels),
+            batch_size=self.batch_size,
+            share=Share.of(trainer),
+            repeat=bool(trainer and trainer.overfit_batches),
+        )
+        return loader
+
+    def val_dataloader(self) -> EvalLoader:
+        """The part of the training images that was kept back."""
+        return self._eval("val")
+
+    def test_dataloader(self) -> EvalLoader:
+        """The part that was never trained on."""
+        return self._eval("test")
+
+    def predict_dataloader(self) -> EvalLoader:
+        """The test part, too."""
+        return self._eval("test")
+
+    def _eval(self, part: Part) -> EvalLoader:
+        images, labels = self._on_device(part)
+
+        def take(items: Tensor) -> tuple[Tensor, Tensor]:
+            items = items.to(images.device)
+            return to_float(images[items]), labels[items]
+
+        return EvalLoader(take, len(labels), self.batch_size, Share.of(self.trainer))
+
+    def _on_device(self, part: Part) -> tuple[Tensor, Tensor]:
+        images, labels = self.pictures(part)
+        if self.trainer is not None:
+            device = self.trainer.strategy.root_device
+            moved = self._parts[part]._replace(images=images.to(device), labels=labels.to(device))
+            self._parts[part] = moved  # moved once
+        return self._parts[part].images, self._parts[part].labels
+
+
+def nearest(word: str) -> list[str]:
+    """The named sources, the most similar first."""
+    import difflib
+
+    close = difflib.get_close_matches(word.rpartition(os.sep)[2], NAMED, len(NAMED), 0.5)
+    return close + [name for name in NAMED if name not in close]
+
+
+def held_out(images: ImageSet, fraction: float, key: str) -> tuple[ImageSet, ImageSet]:
+    """What remains, and the same fraction of each class, drawn alike in every run."""
+    drawn = torch.zeros(len(images.labels), dtype=torch.bool)
+    for k, name in enumerate(images.names):
+        (places,) = (images.labels == k).nonzero(as_tuple=True)
+        count = max(1, round(fraction * len(places))) if fraction else 0
+        if count >= len(places):
+            raise ValueError(
+                f"class {name} has {len(places)} images, and none would be left to train when "
+                f"{count} are kept for {key}; give it at least 3, or type --data.val_fraction=0"
+            )
+        order = torch.randperm(len(places), generator=generator(0, key, k))
+        drawn[places[order[:count]]] = True
+    keep, kept = (
+        images._replace(images=images.images[mask], labels=images.labels[mask])
+        for mask in (~drawn, drawn)
+    )
+    return keep, kept

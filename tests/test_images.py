@@ -1,0 +1,267 @@
+"""Pictures become batches in one exact way; what is no clean set of pictures is refused by name."""
+
+import gzip
+import io
+import tarfile
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from ravine.datamodules import ImageDataModule, image_files
+from ravine.datamodules.image_files import ImageSet, read_cifar, read_folder, read_idx, read_named
+from ravine.datamodules.images import held_out, to_float, to_uint8
+from ravine.datamodules.sources import SourceMissing, checksum
+
+
+def idx(array: numpy.ndarray) -> bytes:
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return head + array.astype(numpy.uint8).tobytes()
+
+
+def ready(source: str | Path = "digits", **arguments) -> ImageDataModule:
+    data = ImageDataModule(str(source), **arguments)
+    data.setup("fit")
+    return data
+
+
+def folder(root: Path, sizes: dict[str, int], mode: str = "RGB", suffix: str = ".png") -> Path:
+    """So many images of 6x4 pixels in each class, all different."""
+    for k, (name, count) in enumerate(sizes.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (6, 4), (10 * k, i, 7)).convert(mode).save(
+                root / name / f"{i}{suffix}"
+            )
+    return root
+
+
+def test_every_byte_comes_back_from_a_float() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(every)), every)
+    assert to_float(every)[[0, -1]].tolist() == [-1, 1]
+
+
+def test_a_value_between_two_bytes_is_rounded_and_one_beyond_is_cut() -> None:
+    between = torch.tensor([-1.5, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1, 7.0])
+    assert to_uint8(between).tolist() == [0, 1, 0, 255]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"25\.00% of the pixels are not finite .*NaNGuard"):
+        to_uint8(torch.tensor([0.0, bad, 1.0, 1.0]))
+
+
+def test_a_batch_is_floats_and_labels_of_the_pictures() -> None:
+    data = ready(batch_size=8, val_fraction=0.1)
+    assert (data.num_classes, data.channels, data.size) == (10, 1, (8, 8))
+    images, labels = next(iter(data.train_dataloader()))
+    assert (images.shape, images.dtype) == ((8, 1, 8, 8), torch.float32)
+    assert (labels.shape, labels.dtype) == ((8,), torch.int64)
+    stored, classes = data.pictures("train")
+    for image, label in zip(to_uint8(images), labels, strict=True):
+        (same,) = (stored == image).all(dim=(1, 2, 3)).nonzero(as_tuple=True)
+        assert label in classes[same]
+
+
+def test_the_parts_are_disjoint_whole_and_the_same_for_every_seed() -> None:
+    one, other = ready(seed=1), ready(seed=2)
+    rows = {}
+    for part in ("train", "val", "test"):
+        images, labels = one.pictures(part)
+        assert torch.equal(images, other.pictures(part)[0])
+        assert labels.unique().tolist() == list(range(10))
+        rows[part] = len(labels)
+    assert sum(rows.values()) == 1797
+    assert rows["test"] / 1797 == pytest.approx(0.2, abs=0.003)
+    seen = torch.cat([one.pictures(part)[0].flatten(1) for part in rows])  # (n 64)
+    assert len(seen.unique(dim=0)) == len(image_files.read_digits().images.flatten(1).unique(dim=0))
+
+
+def test_the_order_is_that_of_the_seed() -> None:
+    first, again, other = (
+        next(iter(ready(batch_size=64, seed=seed).train_dataloader()))[1] for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_mnist_is_read_from_its_four_files_in_any_gzip(tmp_path: Path) -> None:
+    images, labels = numpy.arange(20 * 6).reshape(20, 2, 3) % 256, numpy.arange(20) % 10
+    paths = []
+    for name, array in {"a": images, "b": labels, "c": images[::-1], "d": labels}.items():
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(gzip.compress(idx(array), compresslevel=len(paths)))
+    train, test = read_named("mnist", paths)
+    assert train.images.shape == (20, 1, 2, 3)
+    assert train.images[3, 0].tolist() == images[3].tolist()
+    assert test.images[0, 0].tolist() == images[19].tolist()
+    assert train.labels.tolist() == labels.tolist()
+
+
+def test_a_gzipped_set_is_known_by_what_is_inside(tmp_path: Path) -> None:
+    source, path = image_files.SOURCES["mnist"][1], tmp_path / "labels.gz"
+    path.write_bytes(gzip.compress(b"other labels", 1))
+    one = checksum(path, source)
+    path.write_bytes(gzip.compress(b"other labels", 9, mtime=1))
+    assert checksum(path, source) == one != source.sha256
+    path.write_bytes(b"no gzip at all")
+    assert checksum(path, source) == "no gzip"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0\0\x0d\x01" + b"\0" * 8, idx(numpy.zeros((2, 3)))[:-1], b"\0\0\x08\0"]
+)
+def test_what_is_no_idx_file_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="x is not an idx file of bytes: it begins with"):
+        read_idx(content, "x")
+
+
+def test_cifar_is_read_from_its_records_and_its_archive(tmp_path: Path) -> None:
+    pixels = numpy.arange(10 * 3072).reshape(10, 3072) % 251
+    records = numpy.concatenate([numpy.arange(10)[:, None], pixels], 1).astype(numpy.uint8)
+    images, labels = read_cifar(records.tobytes(), "x")
+    assert images.shape == (10, 3, 32, 32)
+    assert images[2, 1, 0, 5] == pixels[2, 1024 + 5]  # the green plane stands after the red
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
+        for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = records.nbytes
+            archive.addfile(member, io.BytesIO(records.tobytes()))
+    train, test = read_named("cifar10", [tmp_path / "c.tar.gz"])
+    assert (len(train.images), len(test.images)) == (50, 10)
+    assert torch.equal(train.images[40:], test.images)
+    assert torch.equal(test.labels, labels)
+    with pytest.raises(ValueError, match=r"3,072 bytes, no whole number of records of 3073"):
+        read_cifar(bytes(3072), "x")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_folder_of_pictures_has_a_class_a_subfolder(mode: str, tmp_path: Path) -> None:
+    found = read_folder(folder(tmp_path / "pets", {"cat": 2, "dog": 3}, mode))
+    assert found.names == ("cat", "dog")
+    assert found.labels.tolist() == [0, 0, 1, 1, 1]
+    assert found.images.shape == (5, len(mode), 4, 6)  # c y x
+    expected = numpy.asarray(Image.open(tmp_path / "pets/dog/2.png")).reshape(4, 6, len(mode))
+    assert numpy.array_equal(found.images[4].permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_folder_without_subfolders_is_one_class(tmp_path: Path) -> None:
+    data = ready(folder(tmp_path, {"flat": 9}, suffix=".JPEG") / "flat", batch_size=4)
+    assert (data.num_classes, data.class_names, data.channels) == (1, ("flat",), 3)
+
+
+def spoil_size(root: Path) -> None:
+    Image.new("RGB", (6, 5)).save(root / "dog/1.png")
+
+
+def spoil_mode(root: Path) -> None:
+    Image.new("L", (6, 4)).save(root / "dog/1.png")
+
+
+def spoil_first(root: Path) -> None:
+    Image.new("RGBA", (6, 4)).save(root / "cat/0.png")
+
+
+def spoil_content(root: Path) -> None:
+    path = root / "dog/1.png"
+    path.write_bytes(path.read_bytes()[:45])
+
+
+def spoil_class(root: Path) -> None:
+    (root / "eel").mkdir()
+
+
+def spoil_levels(root: Path) -> None:
+    (root / "dog/1.png").rename(root / "1.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (spoil_size, r"dog/1\.png is 6x5 RGB, .*cat/0\.png is 6x4 RGB; .*mogrify -resize 6x4!"),
+        (spoil_mode, r"dog/1\.png is 6x4 L, .*cat/0\.png is 6x4 RGB"),
+        (spoil_first, r"cat/0\.png is of mode RGBA; allowed are L \(gray\) and RGB"),
+        (spoil_content, r"dog/1\.png is no whole image: .*; remove it"),
+        (spoil_class, r"no image of class eel; give each class at least one, or remove"),
+        (spoil_levels, r"holds both images \(1\.png\) and folders \(cat\)"),
+    ],
+)
+def test_a_folder_that_is_no_clean_set_is_refused(spoil, text: str, tmp_path: Path) -> None:
+    root = folder(tmp_path / "pets", {"cat": 3, "dog": 3})
+    spoil(root)
+    with pytest.raises(ValueError, match=text):
+        ready(root)
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"no image in .*; type --data.source=FOLDER"):
+        ready(tmp_path)
+
+
+def test_a_class_too_small_to_be_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="class dog has 1 images, and none would be left"):
+        ready(folder(tmp_path, {"cat": 9, "dog": 1}))
+
+
+def test_a_label_beyond_the_classes_is_refused() -> None:
+    images, names = torch.zeros(3, 1, 2, 2, dtype=torch.uint8), ("a", "b")
+    with pytest.raises(ValueError, match="the label of image 1 is 7; allowed are 0 to 1"):
+        ImageSet(images, torch.tensor([0, 7, 1]), names).checked("x")
+    with pytest.raises(ValueError, match="3 images and 2 labels"):
+        ImageSet(images, torch.tensor([0, 1]), names).checked("x")
+
+
+def test_a_source_that_is_nowhere_is_answered_with_the_nearest() -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"'minst' is neither .* allowed are mnist, .*=mnist"
+    ):
+        ready("minst")
+
+
+def test_a_set_that_is_not_at_hand_says_where_to_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = r"FOLDER/fashion/train-images-idx3-ubyte\.gz and type --data.root=FOLDER"
+    with pytest.raises(SourceMissing, match=f"{place}; .*--data.source=FOLDER .*=digits"):
+        ready("fashion")
+
+
+def test_flips_are_a_function_of_seed_epoch_and_image_and_never_of_digits(tmp_path: Path) -> None:
+    for i in range(12):
+        Image.linear_gradient("L").rotate(90).resize((8, 2)).point(lambda p, i=i: p // 2 + i).save(
+            tmp_path / f"{i}.png"
+        )
+    loader = ready(tmp_path, flip=True, batch_size=4, val_fraction=0).train_dataloader()
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        epochs.append(torch.cat([images for images, _ in loader]))
+    slopes = [(images[..., -1] - images[..., 0]).flatten() for images in epochs]
+    assert all({True, False} == set((slope > 0).tolist()) for slope in slopes)
+    assert torch.equal(epochs[0], epochs[2])
+    assert not torch.equal(epochs[0], epochs[1])
+    with pytest.raises(ValueError, match="a mirrored image of mnist is none of its kind"):
+        ImageDataModule("mnist", flip=True)
+    assert ImageDataModule("cifar10").flip
+    assert not ImageDataModule("fashion").flip
+
+
+def test_parts_of_each_class_are_as_large_as_asked() -> None:
+    labels = torch.tensor([0] * 30 + [1] * 10)
+    images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
+    keep, kept = held_out(ImageSet(images, labels, ("a", "b")), 0.2, "test")
+    assert kept.labels.tolist() == [0] * 6 + [1] * 2
+    assert sorted(torch.cat((keep.images, kept.images)).flatten().tolist()) == list(range(40))
+
+
+def test_the_checksums_known_are_of_different_files() -> None:
+    known = [source for some in image_files.SOURCES.values() for source in some]
+    assert len({source.sha256 for source in known}) == len(known) == 9
+    assert all(len(bytes.fromhex(source.sha256)) == 32 for source in known)
