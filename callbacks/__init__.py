@@ -5,6 +5,7 @@ from ravine.callbacks.compile import Compile
 from ravine.callbacks.ema import EMA
 from ravine.callbacks.figures import Figures
 from ravine.callbacks.gradient_clipping import GradientClipping
+from ravine.callbacks.lora import LoRA, lora_disabled
 from ravine.callbacks.loss_plot import LossPlot
 from ravine.callbacks.nan_guard import NaNGuard
 from ravine.callbacks.optimizers.adagrad import AdaGrad, AdaGradOptimizer
@@ -35,6 +36,7 @@ __all__ = [
     "GradientClipping",
     "Lion",
     "LionOptimizer",
+    "LoRA",
     "LossPlot",
     "Muon",
     "MuonOptimizer",
@@ -53,4 +55,5 @@ __all__ = [
     "Summary",
     "Throughput",
     "UpdateSizes",
+    "lora_disabled",
 ]

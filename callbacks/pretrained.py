@@ -1,6 +1,11 @@
 """Pretrained: start from weights that somebody has trained, before anything changes the net."""
 
+from pathlib import Path
+from typing import Any
+
 import lightning as L
+
+from ravine.strategies.checkpoint_io import SUFFIX, AtomicCheckpointIO
 
 from .transforms import Transform
 
@@ -10,10 +15,11 @@ class Pretrained(Transform):
 
     lightning fit --config gpt2/finetune --trainer.callbacks.path=gpt2
 
-    A run that goes on from a checkpoint, and an evaluation of one, take their weights from there.
+    A checkpoint (.ckpt) fills any module. What another checkpoint holds when a run goes on from it,
+    or evaluates it, is loaded later and wins.
 
     Args:
-        path: a file or folder that the module can read.
+        path: a checkpoint, or a file or folder that the module can read.
     """
 
     phase = "load"
@@ -21,32 +27,71 @@ class Pretrained(Transform):
     def __init__(self, path: str) -> None:
         """Remember where they are."""
         self.path = path
-        self.begins = True
         self.missing: FileNotFoundError | None = None
 
     def identity(self) -> str:
         """The place."""
         return self.path
 
+    def record(self) -> dict[str, str]:
+        """The same, for a checkpoint that holds no more than what was added to these weights."""
+        return {"path": self.path}
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Announce the phase; refuse a module that cannot read weights."""
-        if not callable(getattr(pl_module, "load_pretrained", None)):
+        if not self._whole and not callable(getattr(pl_module, "load_pretrained", None)):
             raise ValueError(
                 f"{type(pl_module).__name__} has no method load_pretrained(path); give it one, or "
-                "take Pretrained out of trainer.callbacks"
+                "a checkpoint (.ckpt), or take Pretrained out of trainer.callbacks"
             )
-        self.begins = stage == "fit"
         super().setup(trainer, pl_module, stage)
 
     def transform(self, module: L.LightningModule) -> None:
         """Fill the net."""
+        self.missing = None
         try:
-            if self.begins:
+            if self._whole and not Path(self.path).is_file():
+                raise FileNotFoundError(
+                    f"no checkpoint {self.path}; type --trainer.callbacks.path=FILE"
+                )
+            if self._whole:
+                fill(module, self.path)
+            else:
                 module.load_pretrained(self.path)  # pyright: ignore[reportCallIssue]
         except FileNotFoundError as error:
             self.missing = error  # a run that goes on can do without, and is known only later
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    @property
+    def _whole(self) -> bool:
+        return self.path.endswith(SUFFIX)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse to begin without the weights."""
+        super().on_fit_start(trainer, pl_module)
         if self.missing is not None and trainer.ckpt_path is None:
             raise self.missing
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
+
+
+def fill(module: L.LightningModule, path: str) -> None:
+    """Give a built module the weights of a checkpoint of its kind, and nothing else of it."""
+    checkpoint: dict[str, Any] = AtomicCheckpointIO().load_checkpoint(path)
+    changed = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys()
+    if changed:
+        names = [checkpoint["transforms"][phase]["class"] for phase in sorted(changed)]
+        raise ValueError(
+            f"{path} was changed by {' and '.join(names)}; allowed: plain weights; type "
+            f"lightning export --merge --ckpt_path={path} --folder=FOLDER"
+        )
+    module.on_load_checkpoint(checkpoint)
+    wrong = module.load_state_dict(checkpoint["state_dict"], strict=False)
+    odd = [f"{name} is only here" for name in wrong.missing_keys]
+    odd += [f"{name} is only there" for name in wrong.unexpected_keys]
+    if odd:
+        more = f"; and {len(odd) - 4} more" if len(odd) > 4 else ""
+        raise ValueError(
+            f"the weights in {path} do not fit this {type(module).__name__}: "
+            f"{'; '.join(odd[:4])}{more}; allowed: a checkpoint of this model; "
+            "type --trainer.callbacks.path=FILE"
+        )

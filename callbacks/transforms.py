@@ -128,6 +128,47 @@ def check(module: L.LightningModule, phase: str, owner: L.Callback) -> None:
         )
 
 
+def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Change a built module as the module of a checkpoint was, ready for its weights.
+
+    module.configure_model(); reapply(module, checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+
+    What is no part of the checkpoint, such as the weights that adapters belong to, is added to it.
+    """
+    known = {kind.__name__: kind for kind in _kinds(Transform)}
+    partial = not checkpoint.get("lora", {"frozen": True})["frozen"]  # adapters alone
+    for phase, saved in sorted(
+        checkpoint.get("transforms", {}).items(), key=lambda item: PHASES.index(item[0])
+    ):
+        if phase == "load" and not partial:
+            continue
+        if saved["class"] not in known:
+            raise ValueError(
+                f"the checkpoint was trained with {saved['class']}; known: {', '.join(known)}; "
+                "import the file that defines it first"
+            )
+        transform = known[saved["class"]](**saved["arguments"])
+        transform.transform(module)
+        transform.accept(module, checkpoint)
+        _ledger(module).applied[phase] = transform.identity()
+    if partial:
+        own = module.state_dict()
+        for name in frozen(module):
+            checkpoint["state_dict"].setdefault(name, own[name])
+
+
+def _kinds(kind: type["Transform"]) -> list[type["Transform"]]:
+    below = kind.__subclasses__()
+    return below + [each for one in below for each in _kinds(one)]
+
+
+def frozen(module: torch.nn.Module) -> set[str]:
+    """Names in the state_dict of what neither trains nor changes; buffers may change."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad}
+
+
 def seeded_by_name(seed: int, parameter_name: str) -> torch.Generator:
     """A generator for what a transform initialises: the same on one process and on every rank.
 
@@ -153,6 +194,27 @@ class Transform(L.Callback):
     def identity(self) -> Any:
         """Plain arguments that make two transforms of this phase equal."""
         return type(self).__name__
+
+    def record(self) -> dict[str, Any] | None:
+        """Plain arguments, where a reader of a checkpoint must make the transform again."""
+        return None
+
+    def accept(self, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained with another transform of this phase."""
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say what was done to the net: whoever reads the checkpoint has to do it again."""
+        if (arguments := self.record()) is not None:
+            done = {"class": type(self).__name__, "arguments": arguments}
+            checkpoint.setdefault("transforms", {})[self.phase] = done
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Compare."""
+        self.accept(pl_module, checkpoint)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Announce the phase."""

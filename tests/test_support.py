@@ -15,7 +15,7 @@ from foreign.net_in_init import NetInInit
 from ranks import furthest, whole
 
 import ravine.callbacks
-from ravine.callbacks import Compile, GradientClipping, OptimizerPlan, Pretrained, Samples
+from ravine.callbacks import Compile, GradientClipping, LoRA, OptimizerPlan, Pretrained, Samples
 from ravine.datamodules import SpamDataModule, TextDataModule
 from ravine.datamodules.text import documentation
 from ravine.lightning_modules import LanguageModel, SpamClassifier
@@ -37,6 +37,7 @@ CALLBACKS = sorted(
 ARGUMENTS = {
     "Compile": lambda: Compile(backend="eager"),
     "GradientClipping": lambda: GradientClipping(1.0),
+    "LoRA": lambda: LoRA(rank=2),
     "OptimizerPlan": lambda: OptimizerPlan(partial(torch.optim.AdamW, lr=1e-3)),
     "Pretrained": lambda: Pretrained("weights.pt"),
     "Samples": lambda: Samples({"prompt": "T", "max_new_tokens": 4}),

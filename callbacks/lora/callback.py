@@ -1,0 +1,226 @@
+"""LoRA as a callback: any LightningModule is fine-tuned through adapters, and saved as adapters.
+
+A checkpoint then holds what was trained, and says which weights it belongs to: their file and a
+hash over their names and numbers, compared when it is loaded.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import nn
+
+from ..pretrained import Pretrained
+from ..targets import Patterns, hidden_layers, listed
+from ..transforms import Transform, frozen
+from .inject import adapt_module, adapters
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+TRIED = 10  # micro-batches within which every adapter must have been called
+
+
+class LoRA(Transform):
+    """Freeze the module and train low-rank changes of the layers meant.
+
+    lightning fit --config gpt2/finetune --trainer.callbacks+=LoRA --trainer.callbacks.rank=8
+
+    In a script `LoRA(["attention.*", "mlp.*"], rank=8)`. Where the weights to start from are a
+    file, `Pretrained` reads it. With Quantization the frozen weights take 4 or 8 bits (QLoRA).
+
+    Args:
+        targets: globs over layer names, each of which must hit; by default every hidden matrix and
+            convolution, but no embedding and not the head.
+        rank: r.
+        alpha: the change is scaled by alpha / r.
+        exclude: layers of `targets` to leave alone.
+        ranks: another rank for some, by pattern; the first that hits counts.
+        split: how many maps are stacked in a layer's outputs, by pattern, such as {qkv: 3}; each
+            has its own A and B.
+        dropout: on what goes into the adapters.
+        rank_stabilized: scale by alpha / √r (Kalajdzievski, 2023).
+        train_also: layers or parameters that train as they are, such as a new head.
+        dtype: in which adapters are multiplied; by default as their layer is. They are stored in
+            float32, and so is the optimizer's state.
+        save: what a checkpoint holds: the adapters and all else that changes, or also the frozen
+            weights; by default the former where `Pretrained` says from which file they come.
+    """
+
+    phase = "adapt"
+
+    def __init__(
+        self,
+        targets: Patterns | None = None,
+        rank: int = 8,
+        alpha: float = 16.0,
+        exclude: Patterns = (),
+        ranks: Mapping[str, int] | None = None,
+        split: Mapping[str, int] | None = None,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+        train_also: Patterns = (),
+        dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None,
+        save: Literal["auto", "adapter", "all"] = "auto",
+    ) -> None:
+        """Check what needs no net."""
+        if not 0 <= dropout < 1:
+            raise ValueError(f"LoRA: dropout={dropout} is outside [0, 1); set e.g. 0.05")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"LoRA: no dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+        self.arguments: dict[str, Any] = {
+            "targets": None if targets is None else listed(targets),
+            "rank": rank,
+            "alpha": alpha,
+            "exclude": listed(exclude),
+            "ranks": dict(ranks or {}),
+            "split": dict(split or {}),
+            "dropout": dropout,
+            "rank_stabilized": rank_stabilized,
+            "train_also": listed(train_also),
+            "dtype": dtype,
+        }
+        self.save = save
+        self.base: dict[str, Any] = {"file": None, "sha256": None}
+        self._tried = 0
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the adapters; not how they are saved."""
+        return self.arguments
+
+    def record(self) -> dict[str, Any]:
+        """The same, for a checkpoint."""
+        return self.arguments
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Announce the phase; find the file of the base."""
+        found = [c for c in trainer.callbacks if isinstance(c, Pretrained)]  # pyright: ignore[reportAttributeAccessIssue]
+        self.base["file"] = found[0].path if found else None
+        pl_module.strict_loading = False  # frozen weights may be left out; `accept` checks the rest
+        super().setup(trainer, pl_module, stage)
+
+    @property
+    def _saves_adapters(self) -> bool:
+        return self.save == "adapter" or (self.save == "auto" and self.base["file"] is not None)
+
+    def transform(self, module: nn.Module) -> None:
+        """Freeze and adapt."""
+        self.base["sha256"] = fingerprint(module)
+        targets, dtype = self.arguments["targets"], self.arguments["dtype"]
+        if targets is None and not (targets := hidden_layers(module)):
+            raise ValueError(
+                f"LoRA: {type(module).__name__} has no hidden matrix; name the layers to adapt: "
+                "type --trainer.callbacks.targets=NAME"
+            )
+        given = dict(self.arguments)
+        given["targets"], given["seed"] = targets, int(os.environ.get("PL_GLOBAL_SEED", 0))
+        given["dtype"] = getattr(torch, dtype) if dtype else None
+        adapt_module(module, **given)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Compare with rank 0's weights, which are everybody's."""
+        self.base = trainer.strategy.broadcast(self.base)
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave the frozen weights out."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["lora"] = {"base": dict(self.base), "frozen": not self._saves_adapters}
+        if self._saves_adapters:
+            state = checkpoint["state_dict"]
+            for name in frozen(pl_module):
+                state.pop(name, None)
+
+    def accept(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other adapters, or one of adapters to other weights."""
+        if (saved := checkpoint.get("lora")) is None:
+            raise ValueError(
+                "the checkpoint holds no adapters, it was not trained with LoRA; to start from its"
+                " weights: Pretrained(path), --trainer.callbacks+=Pretrained"
+            )
+        theirs = checkpoint["transforms"][self.phase]["arguments"]
+        wrong = [k for k in self.arguments if theirs.get(k) != self.arguments[k]]
+        if wrong:
+            there = ", ".join(f"{key}={theirs.get(key)}" for key in wrong)
+            here = ", ".join(f"{key}={self.arguments[key]}" for key in wrong)
+            raise ValueError(f"the adapters were trained with {there}, here is {here}; give theirs")
+        state, left_out = checkpoint.get("state_dict", {}), set()
+        if not saved["frozen"]:
+            left_out = frozen(module)
+        missing = module.state_dict().keys() - state.keys() - left_out
+        if state and missing:
+            raise ValueError(
+                f"the checkpoint lacks {', '.join(sorted(missing)[:3])}, which train here; resume "
+                "it with the callbacks that it was trained with"
+            )
+        if not saved["frozen"] and saved["base"]["sha256"] != self.base["sha256"]:
+            raise ValueError(
+                f"the adapters belong to other weights: {_named(saved['base'])}, and here are "
+                f"{_named(self.base)}; give Pretrained the former"
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to watch which adapters are called."""
+        if self._tried == 0:
+            self._watch(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """Fail if one never is, early."""
+        self._tried += self._tried < TRIED
+        if self._tried == TRIED:
+            self._tried += 1
+            self._refuse_silent(pl_module, f"in {TRIED} training batches")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Likewise after an epoch of fewer batches."""
+        if self._tried <= TRIED:
+            self._tried = TRIED + 1
+            self._refuse_silent(pl_module, "in a training epoch")
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Watch the validation by itself: torch has faster ways that skip layers there."""
+        self._called = {name for name, each in adapters(pl_module).items() if each.lora_called}
+        self._watch(pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fail if an adapter had no say in it."""
+        self._refuse_silent(pl_module, "in the validation")
+        for name, layer in adapters(pl_module).items():
+            layer.lora_called = name in self._called
+
+    def _watch(self, module: nn.Module) -> None:
+        for layer in adapters(module).values():
+            layer.lora_called = False
+
+    def _refuse_silent(self, module: nn.Module, when: str) -> None:
+        silent = [name for name, layer in adapters(module).items() if not layer.lora_called]
+        if silent:
+            more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+            raise RuntimeError(
+                f"LoRA: the adapter of {', '.join(silent[:3])}{more} was never called {when}: the "
+                "code reads the layer's weight instead of calling the layer, or skips it; adapt "
+                f"another layer; type --trainer.callbacks.exclude={silent[0]}"
+            )
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of the parameters' names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _named(base: dict[str, Any]) -> str:
+    return f"{base['file'] or 'weights from no file'} (sha256 {str(base['sha256'])[:12]})"

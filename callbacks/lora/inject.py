@@ -1,0 +1,215 @@
+"""Put adapters into a module, switch them off, merge them: plain functions, no trainer.
+
+adapt_module(net, targets=["query", "value"], rank=8)
+with lora_disabled(net): reference = net(x)      # the model before fine-tuning, and no second copy
+merge(net)                                       # plain layers again, W + s B A
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..swapping import refuse_sharded, swap_back
+from ..targets import Patterns, hits, listed, matching, nearest
+from .attention import AttentionAdapter, leave_fast_path, take_fast_path
+from .layers import Adapter, ConvAdapter, EmbeddingAdapter, LinearAdapter, adapt
+
+KINDS: dict[type[nn.Module], type[Adapter]] = {
+    nn.MultiheadAttention: AttentionAdapter,
+    nn.Linear: LinearAdapter,
+    nn.Conv2d: ConvAdapter,
+    nn.Embedding: EmbeddingAdapter,
+}
+
+
+def adaptable(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can have an adapter, by name; those inside torch's attention are its own."""
+    inner = {m.out_proj for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if name and isinstance(layer, tuple(KINDS)) and layer not in inner
+    }
+
+
+def adapt_module(
+    module: nn.Module,
+    targets: Patterns,
+    rank: int = 8,
+    alpha: float = 16.0,
+    exclude: Patterns = (),
+    ranks: Mapping[str, int] | None = None,
+    split: Mapping[str, int] | None = None,
+    dropout: float = 0.0,
+    rank_stabilized: bool = False,
+    train_also: Patterns = (),
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Freeze the module, adapt the layers meant, and return their names; see `LoRA`."""
+    refuse_sharded(module, "LoRA")
+    layers, ranks, split = adaptable(module), ranks or {}, split or {}
+    names = _chosen(module, targets, exclude, layers)
+    parameters = [name for name, _ in module.named_parameters()]
+    also = set(_owned(train_also, parameters)) if train_also else set()
+    for patterns, whose in ((list(ranks), "LoRA.ranks"), (list(split), "LoRA.split")):
+        matching(patterns, names, whose)
+    plan = {}
+    for name in names:  # all is checked before anything changes
+        own = next((r for pattern, r in ranks.items() if hits(pattern, name)), rank)
+        parts = next((p for pattern, p in split.items() if hits(pattern, name)), 1)
+        _refuse(name, layers[name], own, parts, dropout)
+        plan[name] = own, parts
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in also)
+    for name, (own, parts) in plan.items():
+        scale = alpha / (math.sqrt(own) if rank_stabilized else own)
+        mixin = next(KINDS[kind] for kind in KINDS if isinstance(layers[name], kind))
+        adapt(layers[name], mixin, name, own, scale, parts, dropout, dtype, seed)
+    leave_fast_path(module)
+    return names
+
+
+def _chosen(
+    module: nn.Module, targets: Patterns, exclude: Patterns, layers: dict[str, nn.Module]
+) -> list[str]:
+    for pattern in listed(targets):
+        for name, layer in module.named_modules():
+            if not name or not hits(pattern, name) or any(hits(pattern, each) for each in layers):
+                continue
+            kind, kinds = type(layer).__name__, ", ".join(k.__name__ for k in KINDS)
+            near = nearest(name, list(layers))
+            if isinstance(layer, NonDynamicallyQuantizableLinear):
+                near = [name.rpartition(".")[0]]  # the attention that reads its weight
+            raise ValueError(
+                f"LoRA.targets: {pattern!r} hits {name}, a {kind}, which takes no adapter by "
+                f"itself; allowed: {kinds}; nearest: {', '.join(near)}; "
+                f"type --trainer.callbacks.targets={near[0]}"
+            )
+    names = matching(targets, list(layers), "LoRA.targets")
+    out = set(matching(exclude, names, "LoRA.exclude"))
+    if names and out.issuperset(names):
+        raise ValueError("LoRA: exclude leaves no layer of targets; type a narrower exclude")
+    return [name for name in names if name not in out]
+
+
+def _owned(patterns: Patterns, parameters: Sequence[str]) -> list[str]:
+    """Parameters by their own name or that of their layer."""
+    owners = [name.rpartition(".")[0] for name in parameters]
+    matching(patterns, [*parameters, *owners], "LoRA.train_also")
+    return [
+        name
+        for name, owner in zip(parameters, owners, strict=True)
+        if any(hits(pattern, name) or hits(pattern, owner) for pattern in listed(patterns))
+    ]
+
+
+def _refuse(name: str, layer: nn.Module, rank: int, parts: int, dropout: float) -> None:
+    kind = type(layer).__name__
+    if isinstance(layer, Adapter):
+        raise ValueError(f"LoRA: {name} has an adapter already; make a new module")
+    if isinstance(layer, nn.MultiheadAttention):
+        if not layer._qkv_same_embed_dim:
+            raise ValueError(
+                f"LoRA: {name} has keys or values of another width than its queries; allowed: "
+                "attention of one width; type --trainer.callbacks.exclude=" + name
+            )
+        if dropout or parts != 1:
+            raise ValueError(
+                f"LoRA: {name} is a {kind}, whose adapter is added to its weights: no dropout "
+                "before it, and its q, k, v are split anyway; type --trainer.callbacks.dropout=0"
+            )
+        sizes = (layer.embed_dim, layer.embed_dim)
+    elif isinstance(layer, nn.Conv2d):
+        inner = layer.in_channels * math.prod(layer.kernel_size)
+        sizes = (inner // layer.groups, layer.out_channels // layer.groups)
+    elif isinstance(layer, nn.Embedding):
+        if layer.max_norm is not None:
+            raise ValueError(
+                f"LoRA: {name} rescales its rows (max_norm), so a change of them is not low-rank; "
+                f"type --trainer.callbacks.exclude={name}"
+            )
+        sizes = (layer.num_embeddings, layer.embedding_dim)
+    else:
+        linear = cast(nn.Linear, layer)
+        sizes = (linear.in_features, linear.out_features // parts)
+        if linear.out_features % parts:
+            raise ValueError(
+                f"LoRA.split: {parts} parts do not divide the {linear.out_features} outputs of "
+                f"{name}; type a divisor"
+            )
+    if parts != 1 and not isinstance(layer, nn.Linear):
+        raise ValueError(f"LoRA.split: {name} is a {kind}; only a Linear holds several maps")
+    if not 1 <= rank <= min(sizes):
+        raise ValueError(
+            f"LoRA: rank {rank} for {name}, a map from {sizes[0]} to {sizes[1]}; allowed: 1 to "
+            f"{min(sizes)}; type --trainer.callbacks.rank={min(max(rank, 1), min(sizes))}, or "
+            f"ranks: {{{name}: {min(sizes)}}}"
+        )
+
+
+def adapters(module: nn.Module) -> dict[str, Adapter]:
+    """The adapted layers of a module by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, Adapter)}
+
+
+@contextmanager
+def lora_disabled(module: nn.Module) -> Iterator[None]:
+    """Within it the module computes as before fine-tuning, if `train_also` was not used.
+
+    Code that must not import callbacks sets `lora_enabled` on the layers that have it.
+    """
+    layers = list(adapters(module).values())
+    before = [layer.lora_enabled for layer in layers]
+    for layer in layers:
+        layer.lora_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.lora_enabled = enabled
+
+
+@torch.no_grad()
+def merge(module: nn.Module) -> list[str]:
+    """Add every adapter to its weight, in float64, and take it away; returns the layers' names.
+
+    Class and keys are as before. A weight that another layer shares is untied: the other did not
+    change. A quantized weight becomes a plain one.
+    """
+    refuse_sharded(module, "merge")
+    owners: dict[int, int] = {}
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found = adapters(module)
+    for layer in found.values():
+        changes = layer.lora_changes()
+        for name in layer.lora_names:
+            delattr(layer, name)
+        for name in [name for name in layer.__dict__ if name.startswith("lora_")]:
+            delattr(layer, name)
+        swap_back(layer)
+        plain = getattr(layer, "dequantize", None)
+        if plain is not None:  # callbacks/quantization
+            plain()
+        for name, change in changes.items():
+            path, _, leaf = name.rpartition(".")
+            _add(layer.get_submodule(path), leaf, change, owners)
+    take_fast_path(module)
+    return list(found)
+
+
+def _add(owner: Any, name: str, change: Tensor, owners: dict[int, int]) -> None:
+    weight: nn.Parameter = getattr(owner, name)
+    value = (weight.double() + change).to(weight.dtype)
+    if owners.get(id(weight), 1) > 1:
+        owners[id(weight)] -= 1
+        setattr(owner, name, nn.Parameter(value))
+    else:
+        weight.copy_(value)

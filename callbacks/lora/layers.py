@@ -1,0 +1,199 @@
+"""LoRA (Hu, 2021): a frozen matrix and a trainable change of it, of rank r, inside one layer.
+
+            x (d_in)
+           /        \\
+     W frozen       A (r, d_in)       A from a uniform distribution, B = 0:
+           \\          |               training starts at the layer as it was
+            \\       B (d_out, r)
+             \\      /
+        y = W x + s B A x             s = alpha / r, or alpha / √r (rank-stabilised)
+
+    trainable: r (d_in + d_out) in the place of d_in d_out; 131 K of 16.8 M for d = 4096, r = 16
+
+A convolution is the same over patches, d_in = channels / groups * kernel size, with r for each
+group; an embedding over one-hot rows. Several maps stacked in one matrix (q, k, v) have an A each:
+B is block-diagonal, `parts` of them. A and B are stored in float32, and so is their optimizer
+state, whatever the layer is in: a bfloat16 swallows a change of a 256th.
+
+Axes: o outputs, r rank, p parts.
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..swapping import Swapped, multiplied_in, swap
+from ..transforms import seeded_by_name
+
+
+class Adapter(Swapped):
+    """What adapted layers share; whoever holds one may set `lora_enabled = False`."""
+
+    prefix = "LoRA"
+    keeps = ("lora_a", "lora_b")
+    lora_names: tuple[str, ...] = ("lora_a", "lora_b")
+    lora_enabled: bool
+    lora_called: bool  # since somebody set it to False
+    lora_rank: int
+    lora_parts: int
+    lora_scale: float
+    lora_dropout: float
+    lora_dtype: torch.dtype | None
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+
+    def lora_shapes(self, rank: int, parts: int) -> list[tuple[int, ...]]:
+        """Shapes of the tensors in `lora_names`."""
+        raise NotImplementedError
+
+    def lora_changes(self) -> dict[str, Tensor]:
+        """s B A by the name of the weight it belongs to, in that weight's shape and float64."""
+        raise NotImplementedError
+
+    def lora_add(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output y with that of the adapter for the input x added."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """The layer's own answer, and the adapter's."""
+        y = super().forward(x, *args)
+        if not self.lora_enabled:
+            return y
+        self.lora_called = True
+        if self.lora_dropout and x.is_floating_point():
+            x = F.dropout(x, self.lora_dropout, self.training)
+        return self.lora_add(y, x)
+
+    def lora_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B in the dtype they are multiplied in."""
+        dtype = self.lora_dtype or multiplied_in(x)
+        return self.lora_a.to(dtype), self.lora_b.to(dtype)
+
+    def extra_repr(self) -> str:
+        """The layer's own, and the rank."""
+        return f"{super().extra_repr()}, rank={self.lora_rank}, scale={self.lora_scale:g}"
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in self.lora_names:
+            ours, saved = getattr(self, name), state_dict.get(prefix + name)
+            if saved is not None and saved.shape != ours.shape:
+                raise ValueError(
+                    f"the adapter of {prefix[:-1]} is {tuple(saved.shape)} in the checkpoint and "
+                    f"{tuple(ours.shape)} here (rank {self.lora_rank}); allowed: the rank, split "
+                    "and targets it was trained with; type --trainer.callbacks.rank=RANK"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LinearAdapter(Adapter, nn.Linear):
+    """y = W x + b + s B A x, x (... d_in)."""
+
+    def lora_shapes(self, rank: int, parts: int) -> list[tuple[int, ...]]:
+        """A (p·r, d_in), B (o, r)."""
+        return [(parts * rank, self.in_features), (self.out_features, rank)]
+
+    def lora_add(self, y: Tensor, x: Tensor) -> Tensor:
+        """One part as a single addmm: no tensor of y's size is made twice."""
+        a, b = self.lora_factors(x)
+        h = F.linear(x.to(a.dtype), a)  # (... pr)
+        if self.lora_parts == 1 and y.dtype == a.dtype:
+            flat = torch.addmm(
+                y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), b.mT, alpha=self.lora_scale
+            )  # (n o)
+            return flat.view(y.shape)
+        change = stacked(h, b, self.lora_parts)
+        return y + (self.lora_scale * change).to(y.dtype)
+
+    def lora_changes(self) -> dict[str, Tensor]:
+        """(o, d_in)."""
+        return {"weight": self.lora_scale * product(self.lora_a, self.lora_b, self.lora_parts)}
+
+
+class EmbeddingAdapter(Adapter, nn.Embedding):
+    """Row W[i] + s (B A)[:, i]; the padding row stays as it is."""
+
+    def lora_shapes(self, rank: int, parts: int) -> list[tuple[int, ...]]:
+        """A (r, v), B (d, r)."""
+        return [(rank, self.num_embeddings), (self.embedding_dim, rank)]
+
+    def lora_add(self, y: Tensor, x: Tensor) -> Tensor:
+        """Look up the rows of A, multiply by B."""
+        a, b = self.lora_factors(y)
+        h = F.embedding(
+            x, a.mT, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
+        )  # (... r)
+        return y + (self.lora_scale * F.linear(h, b)).to(y.dtype)
+
+    def lora_changes(self) -> dict[str, Tensor]:
+        """(v, d)."""
+        return {"weight": self.lora_scale * product(self.lora_a, self.lora_b, 1).mT}
+
+
+class ConvAdapter(Adapter, nn.Conv2d):
+    """A is a convolution to r channels a group, B one of 1x1; all of the base's geometry is A's."""
+
+    def lora_shapes(self, rank: int, parts: int) -> list[tuple[int, ...]]:
+        """A (g·r, c_in / g, y, x), B (c_out, r, 1, 1)."""
+        inner = (self.groups * rank, self.in_channels // self.groups, *self.kernel_size)
+        return [inner, (self.out_channels, rank, 1, 1)]
+
+    def lora_add(self, y: Tensor, x: Tensor) -> Tensor:
+        """Pad as the base does: a mode that F.conv2d does not know comes before it."""
+        a, b = self.lora_factors(x)
+        x, padding = x.to(a.dtype), self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        h = F.conv2d(x, a, None, self.stride, padding, self.dilation, self.groups)
+        return y + F.conv2d(h, self.lora_scale * b, groups=self.groups).to(y.dtype)
+
+    def lora_changes(self) -> dict[str, Tensor]:
+        """(c_out, c_in / g, y, x)."""
+        a, b = self.lora_a.flatten(1), self.lora_b.flatten(1)  # (gr, c y x), (o, r)
+        change = product(a, b, self.groups)
+        return {"weight": self.lora_scale * change.view(self.weight.shape)}
+
+
+def product(a: Tensor, b: Tensor, parts: int) -> Tensor:
+    """Block-diagonal B times A in float64: A (p·r, d), B (o, r) -> (o, d)."""
+    a, b = (factor.detach().double().unflatten(0, (parts, -1)) for factor in (a, b))
+    return (b @ a).flatten(0, 1)  # (p, o/p, r) @ (p, r, d) -> (o, d)
+
+
+def stacked(h: Tensor, b: Tensor, parts: int) -> Tensor:
+    """Block-diagonal B applied to h: (... p·r), (o, r) -> (... o)."""
+    h, b = h.unflatten(-1, (parts, -1)), b.unflatten(0, (parts, -1))  # (... p r), (p, o/p, r)
+    return torch.einsum("...pr,por->...po", h, b).flatten(-2)
+
+
+def adapt(
+    layer: nn.Module,
+    mixin: type[Adapter],
+    name: str,
+    rank: int,
+    scale: float,
+    parts: int = 1,
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> None:
+    """Swap a layer's class and give it A and B, drawn by its name; the layer itself is frozen."""
+    reference = next(p for p in layer.parameters() if p.is_floating_point() or p.numel())
+    stored = torch.float64 if reference.dtype == torch.float64 else torch.float32
+    swap(layer, mixin)
+    adapter = cast(Adapter, layer)
+    shapes = dict(zip(adapter.lora_names, adapter.lora_shapes(rank, parts), strict=True))
+    for key, shape in shapes.items():
+        value = torch.zeros(shape, dtype=stored)
+        if key.endswith("a"):
+            limit = 1 / math.sqrt(value[0].numel())  # torch's own for a layer of this many inputs
+            value.uniform_(-limit, limit, generator=seeded_by_name(seed, f"{name}.{key}"))
+            if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+                value[:, layer.padding_idx] = 0
+        adapter.register_parameter(key, nn.Parameter(value.to(reference.device)))
+    adapter.lora_rank, adapter.lora_parts, adapter.lora_scale = rank, parts, scale
+    adapter.lora_dropout, adapter.lora_dtype = dropout, dtype
+    adapter.lora_enabled = adapter.lora_called = True
