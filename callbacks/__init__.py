@@ -20,6 +20,7 @@ from ravine.callbacks.optimizers.watching import UpdateSizes
 from ravine.callbacks.predictions import PredictionTable
 from ravine.callbacks.pretrained import Pretrained
 from ravine.callbacks.progress import ProgressBar
+from ravine.callbacks.recompute import Recompute
 from ravine.callbacks.resume import ExactResume
 from ravine.callbacks.samples import Samples
 from ravine.callbacks.summary import Summary
@@ -47,6 +48,7 @@ __all__ = [
     "PredictionTable",
     "Pretrained",
     "ProgressBar",
+    "Recompute",
     "Rule",
     "Samples",
     "Schedule",

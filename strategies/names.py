@@ -5,8 +5,16 @@ from lightning.pytorch.strategies import StrategyRegistry
 from .mesh import MeshStrategy
 
 NAMES = {
-    "zero3": ("ZeRO-3: parameters, gradients and optimizer state sharded", {"dp_shard": -1}),
+    "zero1": ("ZeRO-1: optimizer state shared out", {"zero": 1}),
+    "zero2": ("ZeRO-2: gradients and optimizer state sharded, parameters kept", {"zero": 2}),
+    "zero3": ("ZeRO-3: parameters, gradients and optimizer state sharded", {}),
+    "hsdp": ("ZeRO-3 within each half of the ranks, two copies", {"dp_replicate": 2}),
     "tp": ("matrices split over all ranks by the net's tp_plan", {"dp_shard": 1, "tp": -1}),
+    "sp": (
+        "tp, and the activations between split matrices cut along time",
+        {"dp_shard": 1, "tp": -1, "sequence_parallel": True},
+    ),
+    "2d": ("ZeRO-3 over pairs of ranks that split matrices", {"tp": 2}),
 }
 
 for _name, (_description, _degrees) in NAMES.items():

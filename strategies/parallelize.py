@@ -2,28 +2,85 @@
 
     1  rank 0's values everywhere        ranks may have initialised differently
     2  tensor plan       (axis tp)       strategies/tensor.py
-    3  fully_shard       (axis dp)       block by block, then the rest of each child
+    3  recompute                         strategies/recompute.py
+    4  fully_shard       (data axes)     block by block, then the rest of each child
 
 A LightningModule's own forward is not what training calls, so it cannot be the unit that gathers
 parameters: its children are. What stands outside of them, what several of them share, and scalars
-stay whole on each rank, and have their gradients averaged (`average_whole`).
+stay whole on each rank, and have their gradients averaged (`settle`).
 """
 
 from collections import Counter
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from .layout import Layout
+from .recompute import Mode, recompute
 from .tensor import split_matrices
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # they have no forward, so they cannot be units
+
+
+@dataclass
+class Spread:
+    """A module on its mesh, and what is left to do with gradients before each optimizer step."""
+
+    module: nn.Module
+    layout: Layout
+    partial: list[nn.Module] = field(default_factory=list)  # each rank of tp has a part of a sum
+
+    def whole(self) -> list[str]:
+        """Names of the trainable parameters that are not sharded."""
+        return [name for name, p in self._plain()]
+
+    def _plain(self) -> list[tuple[str, nn.Parameter]]:
+        return [
+            (name, p)
+            for name, p in self.module.named_parameters()
+            if p.requires_grad and not isinstance(p, DTensor)
+        ]
+
+    def accumulate(self, more: bool) -> None:
+        """Announce the next backward pass: replicas meet after the last micro-batch of a step only.
+
+        Shards are reduced in each: otherwise every rank would keep whole gradients in between.
+        """
+        for unit in self.module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_requires_all_reduce(not more, recurse=False)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Average what stayed whole over the data, sum what is partial over tp; once a step."""
+        data = self.layout.data
+        if data.size() > 1:
+            _sum_together([p for _, p in self._plain()], data.get_group(), 1 / data.size())
+        if self.partial:
+            parts = [p for module in self.partial for p in module.parameters()]
+            _sum_together([p for p in parts if p.requires_grad], self.layout.tp.get_group())
+
+
+def _sum_together(parameters: list[Any], group: ProcessGroup, factor: float = 1.0) -> None:
+    """Sum gradients over a group, one message for each dtype; none is as good as zero."""
+    for dtype in {p.dtype: None for p in parameters}:
+        alike = [p for p in parameters if p.dtype == dtype]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
+        parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        dist.all_reduce(flat, group=group)
+        flat *= factor
+        for part, new in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(new.view(part.shape))
 
 
 def is_parallel(module: nn.Module) -> bool:
@@ -31,13 +88,21 @@ def is_parallel(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def parallelize(module: nn.Module, dp: DeviceMesh, tp: DeviceMesh) -> None:
-    """Apply the order above to the children of `module`, in place; both meshes have one axis."""
-    names = _names_of_tied(module)
+def parallelize(
+    module: nn.Module,
+    layout: Layout,
+    zero: int = 3,
+    sequence_parallel: bool = False,
+    mode: Mode = "none",
+) -> Spread:
+    """Apply the order above to the children of `module`, in place."""
+    names, spread = _names_of_tied(module), Spread(module, layout)
+    tp = layout.tp
     if tp.size() > 1:
-        split_matrices(module, tp)
-    if dp.size() > 1 or tp.size() == 1:
-        shard(module, dp)
+        spread.partial = split_matrices(module, tp, sequence_parallel)
+    recompute(module, mode)
+    if layout.data.size() > 1 or tp.size() == 1:
+        shard(module, layout.shard, keep=zero == 2)
     untied = sorted(names - _names_of_tied(module))
     if untied:
         raise ValueError(
@@ -49,19 +114,33 @@ def parallelize(module: nn.Module, dp: DeviceMesh, tp: DeviceMesh) -> None:
             f"{type(module).__name__} has nothing to shard: no child module holds a parameter"
             " (build them in __init__ or configure_model); or type --trainer.strategy ddp"
         )
+    return spread
 
 
-def shard(module: nn.Module, dp: DeviceMesh) -> None:
-    """Apply fully_shard to the blocks of `module`, then to the rest of each of its children."""
+def shard(module: nn.Module, mesh: DeviceMesh, keep: bool = False) -> None:
+    """Apply fully_shard to the blocks of `module`, then to the rest of each of its children.
+
+    With `keep` the gathered parameters stay from a forward to its backward (ZeRO-2).
+    """
     blocks = _blocks(module)
     roots = [root for root in _roots(module) if root not in blocks]
     holders = Counter(p for root in roots for p in root.parameters())
     whole = {p for p in module.parameters() if p.ndim == 0 or holders[p] > 1}
     for unit in blocks + roots:
         unit.register_forward_hook(_own_outputs)  # before fully_shard's own hook
-        # always reshard: after a forward without backward, `parameters()` would else yield gathered
-        # copies, and a callback that swaps weights (EMA) would write into those
-        fully_shard(unit, mesh=dp, reshard_after_forward=True, ignored_params=whole)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=not keep, ignored_params=whole)
+        if keep:
+            unit.register_forward_hook(_let_go)
+
+
+def _let_go(module: nn.Module, inputs: Any, outputs: Any) -> None:
+    """Free what was gathered where no backward will.
+
+    `parameters()` would else yield gathered copies, and a callback that swaps weights (EMA) would
+    write into those.
+    """
+    if not torch.is_grad_enabled() and isinstance(module, FSDPModule):
+        module.reshard()
 
 
 def _own_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
@@ -119,23 +198,3 @@ def copy_from_rank_zero(module: nn.Module, device: torch.device) -> None:
         flat = tensor.detach().to(device).reshape(-1).contiguous()
         dist.broadcast(flat.view(torch.uint8), 0)  # as bytes: gloo knows few types
         tensor.detach().copy_(flat.view(tensor.shape))
-
-
-def average_whole(module: nn.Module, dp: DeviceMesh) -> list[str]:
-    """Average the gradients of what stayed whole over `dp`; returns the names.
-
-    The mean of an accumulated gradient is right too: its earlier part is equal on all ranks.
-    """
-
-    def average(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        dist.all_reduce(parameter.grad, group=dp.get_group())
-        parameter.grad /= dp.size()
-
-    names = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and not isinstance(parameter, DTensor):
-            names.append(name)
-            if dp.size() > 1:
-                parameter.register_post_accumulate_grad_hook(average)
-    return names

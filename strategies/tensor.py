@@ -4,30 +4,42 @@
                              the hidden channels), down by columns ("rowwise"), one all-reduce
 
 The net has a method `tp_plan() -> {glob of module names: style}`. Everything outside the plan stays
-whole on every rank and sees the same numbers there.
+whole on every rank and sees the same numbers there. With `sequence_parallel` the stream between
+the split parts is cut along time, so that norms and activations are not repeated on every rank:
+
+    scatter | norm  gather [up .. down] reduce-scatter  + | ... | gather, norm, head
+
+The bytes are the same: an all-reduce is a reduce-scatter and an all-gather. It is done in training
+alone; a generation or an evaluation of any length goes the plain way.
 """
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-STYLES: dict[str, Callable[[], ParallelStyle]] = {
-    "colwise": ColwiseParallel,  # split the outputs
-    "rowwise": RowwiseParallel,  # split the inputs, sum the outputs over ranks
-}
 SPLIT_AXIS = {"colwise": 0, "rowwise": 1}  # of a weight (out in)
+STYLES = {
+    "colwise": "split the outputs",
+    "rowwise": "split the inputs, sum the outputs over ranks",
+    "shared": "its split parts read one input (b t d): their gradients are added up once",
+    "scatter": "with sequence_parallel, from its output (b t d) on each rank has a part of t",
+    "sequence": "with sequence_parallel, its input is such a part, and so are its gradients",
+    "gather": "with sequence_parallel, it needs its input (b t d) whole again",
+}
+ALONG_TIME = Shard(1)
 
 
-def split_matrices(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Apply the plan of every net inside `module` over the one-dimensional `mesh`."""
+def split_matrices(module: nn.Module, mesh: DeviceMesh, sequence: bool = False) -> list[nn.Module]:
+    """Apply the plan of every net inside `module` over the one-dimensional `mesh`.
+
+    Returns the modules whose gradients are parts of a sum over the mesh.
+    """
     nets = [net for net in module.modules() if callable(getattr(net, "tp_plan", None))]
     if not nets:
         raise ValueError(
@@ -36,16 +48,67 @@ def split_matrices(module: nn.Module, mesh: DeviceMesh) -> None:
             " {'blocks.*.mlp.up': 'colwise', 'blocks.*.mlp.down': 'rowwise'}; or type"
             " --trainer.strategy zero3, which needs none"
         )
+    partial = []
     for net in nets:
         styles = _resolve(net, net.tp_plan())  # pyright: ignore[reportCallIssue]
+        if sequence and not {"scatter", "gather"} <= set(styles.values()):
+            raise ValueError(
+                f"sequence_parallel: {type(net).__name__}.tp_plan says not where the sequence is"
+                " cut and put together: give a module the style 'scatter' and a later one"
+                " 'gather'; or type --trainer.strategy tp"
+            )
         for name, style in styles.items():
-            _check_split(net, name, style, mesh.size())
-        parallelize_module(net, mesh, {name: STYLES[style]() for name, style in styles.items()})
+            _split(net, name, style, mesh, sequence)
+            if sequence and style == "sequence":
+                partial.append(net.get_submodule(name))
+    return partial
+
+
+def _split(net: nn.Module, name: str, style: str, mesh: DeviceMesh, sequence: bool) -> None:
+    module = net.get_submodule(name)
+    if style in SPLIT_AXIS:
+        _check_split(net, name, style, mesh.size())
+        whole_sum = RowwiseParallel(output_layouts=Partial(), use_local_output=False)
+        parallelize_module(module, mesh, ColwiseParallel() if style == "colwise" else whole_sum)
+
+    def on(x: Tensor) -> bool:
+        cut = sequence and torch.is_grad_enabled() and module.training
+        if cut and style == "scatter" and x.shape[1] % mesh.size():
+            raise ValueError(
+                f"sequence_parallel: tp={mesh.size()} does not divide {x.shape[1]} tokens; type"
+                f" --data.context={x.shape[1] // mesh.size() * mesh.size() or mesh.size()}"
+            )
+        return cut
+
+    def spread(x: Tensor, *placements: Placement) -> DTensor:
+        tensor = DTensor.from_local(x, mesh, [placements[0]], run_check=False)
+        return tensor.redistribute(placements=[placements[-1]])
+
+    def before(function: Callable[[Tensor], Tensor]) -> None:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return function(inputs[0]), *inputs[1:]
+
+        module.register_forward_pre_hook(hook)
+
+    if style == "shared":
+        before(lambda x: spread(x, *([ALONG_TIME] if on(x) else []), Replicate()))
+    elif style == "gather":
+        before(lambda x: spread(x, ALONG_TIME, Replicate()).to_local() if on(x) else x)
+    elif style == "scatter":
+        module.register_forward_hook(
+            lambda _, inputs, x: spread(x, Replicate(), ALONG_TIME).to_local() if on(x) else x
+        )
+    elif style == "rowwise":
+        module.register_forward_hook(
+            lambda _, inputs, x: x.redistribute(
+                placements=[ALONG_TIME if on(x) else Replicate()]
+            ).to_local()
+        )
 
 
 def _resolve(net: nn.Module, plan: dict[str, str]) -> dict[str, str]:
     """Globs to module names; a star stands for one part of a dotted name."""
-    names = {name for name, _ in net.named_modules() if name}
+    names = [name for name, _ in net.named_modules() if name]  # in order: ranks communicate
     styles: dict[str, str] = {}
     for glob, style in plan.items():
         if style not in STYLES:
@@ -68,7 +131,7 @@ def _matches(name: str, glob: str) -> bool:
     return len(parts) == len(globs) and all(map(fnmatchcase, parts, globs))
 
 
-def _left_out(net: nn.Module, names: set[str], glob: str) -> bool:
+def _left_out(net: nn.Module, names: list[str], glob: str) -> bool:
     """Whether the glob names a part this net does without: an attribute that is None."""
     parent, _, leaf = glob.rpartition(".")
     owners = [net.get_submodule(name) for name in names if _matches(name, parent)]

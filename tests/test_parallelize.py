@@ -154,6 +154,21 @@ class Adapter(Transform):
         module.adapted = True
 
 
+class Manual(Net):
+    """Steps by itself."""
+
+    def __init__(self, **shape) -> None:
+        super().__init__(**shape)
+        self.automatic_optimization = False
+
+
+class Newtonian(Net):
+    """Calls its closure as often as it likes."""
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
 def first_line(kind, strategy, devices, callbacks=(), arguments=(), options=()):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the caller matches
         fit(kind(**dict(arguments)), strategy, devices, *callbacks, **dict(options))
@@ -177,9 +192,33 @@ REFUSED = {
         (Net, "tp", 2, (), {"heads": 2, "plan": {"block.*.mlp.up": "colwise"}}),
         r"Transformer.tp_plan: 'block.\*.mlp.up' matches no module; its modules are blocks, ",
     ),
+    "a sequence that is cut nowhere": (
+        (Net, "sp", 2, (), {"heads": 2, "plan": {"blocks.*.mlp.up": "colwise"}}),
+        "Transformer.tp_plan says not where the sequence is cut and put together: give a module",
+    ),
+    "a sequence that does not divide": (
+        (Net, "sp", 3, (), {"heads": 3, "positions": "none"}),
+        "tp=3 does not divide 8 tokens; type --data.context=6",
+    ),
+    "manual optimization of a cut sequence": (
+        (Manual, "sp", 2, (), {"heads": 2}),
+        "Manual steps its own optimizers .*, which sequence_parallel cannot follow; type",
+    ),
+    "an optimizer that ranks cannot share": (
+        (Newtonian, "zero1", 2, (), {"heads": 2}),
+        "LBFGS computes the gradient of all parameters several times a step",
+    ),
+    "an unknown way to recompute": (
+        (Net, MeshStrategy(recompute="all"), 2, (), {"heads": 2}),
+        "recompute is 'all'; allowed: none, selective, full; type",
+    ),
+    "no blocks to recompute": (
+        (NetInInit, MeshStrategy(recompute="full"), 2),
+        "recompute=full: NetInInit has no blocks",
+    ),
     "an unknown style": (
         (Net, "tp", 2, (), {"heads": 2, "plan": {"blocks.*.mlp.up": "col"}}),
-        r"unknown style 'col' of 'blocks.\*.mlp.up'; allowed: colwise, rowwise",
+        r"unknown style 'col' of 'blocks.\*.mlp.up'; allowed: colwise, rowwise, shared",
     ),
     "not a matrix": (
         (Net, "tp", 2, (), {"heads": 2, "plan": {"blocks.*.mlp": "colwise"}}),
@@ -205,15 +244,17 @@ REFUSED = {
 
 
 def refusals():
-    return {name: first_line(*case) for name, (case, _) in REFUSED.items()}
+    world = int(os.environ["WORLD_SIZE"])
+    return {n: first_line(*case) for n, (case, _) in REFUSED.items() if case[2] == world}
 
 
-def test_what_cannot_be_spread_is_refused_in_one_line(ranks):
-    first, second = ranks(refusals, 2)
-    assert first == second
-    for name, (_, words) in REFUSED.items():
-        assert re.search(words, first[name]), first[name]
-        assert "\n" not in first[name]
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_cannot_be_spread_is_refused_in_one_line(ranks, world):
+    first, *others = ranks(refusals, world)
+    assert all(other == first for other in others)
+    for name, said in first.items():
+        assert re.search(REFUSED[name][1], said), said
+        assert "\n" not in said
 
 
 @pytest.mark.parametrize(
@@ -223,6 +264,13 @@ def test_what_cannot_be_spread_is_refused_in_one_line(ranks):
         ({"dp_shard": 2, "tp": 4}, 4, "needs 8 processes; there are 4 .* type --trainer.devices=8"),
         ({"dp_shard": -1, "tp": -1}, 4, "one may be -1"),
         ({"dp_shard": 0}, 1, "a degree is 1 or more"),
+        (
+            {"dp_replicate": 3},
+            4,
+            r"\(dp_shard=-1, dp_replicate=3\) needs a multiple of 3 processes",
+        ),
+        ({"sequence_parallel": True}, 2, "sequence_parallel cuts along tp, and tp is 1; type"),
+        ({"zero": 4}, 2, "zero is 4; allowed: 1, 2, 3; type --trainer.strategy.zero=3"),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused_when_the_trainer_is_made(degrees, devices, words):

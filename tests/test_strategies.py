@@ -1,4 +1,10 @@
-"""Every strategy equals one process: the quick transformer, five steps of SGD, by name."""
+"""Every strategy equals one process: a transformer, five steps of SGD, by name.
+
+SGD without clipping, because Adam and clipping hide a wrong scale of the gradient.
+"""
+
+import os
+from functools import partial
 
 import lightning as L
 import pytest
@@ -6,83 +12,89 @@ import torch
 from ranks import furthest, whole
 from torch.distributed.fsdp import FSDPModule
 
+from ravine.callbacks import Recompute
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import documentation
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import MeshStrategy
+from ravine.strategies import NAMES, MeshStrategy, parallelize, tensor, zero1
 
 # a validation loss that was reduced already is logged by each rank
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
 
-QUICK = {"layers": 4, "width": 128, "heads": 4}
-TINY = {"layers": 2, "width": 16, "heads": 4}
-STRATEGIES = {
-    "single": lambda: {"devices": 1},
-    "ddp": lambda: {"strategy": "ddp", "devices": 2},
-    "zero3": lambda: {"strategy": "zero3", "devices": 2},
-    "tp": lambda: {"strategy": "tp", "devices": 2},
-    "zero3 x tp": lambda: {"strategy": MeshStrategy(tp=2), "devices": 4},
+QUICK = {"layers": 4, "width": 32, "heads": 4}
+OTHER = {  # what QUICK has not
+    "layers": 2,
+    "width": 32,
+    "heads": 4,
+    "tied": True,
+    "bias": "all",
+    "norm": "layernorm",
+    "positions": "learned",
+    "mlp": "swiglu",
 }
-WORLDS = [("ddp", 2), ("zero3", 2), ("tp", 2), ("zero3 x tp", 4)]
+
+
+def mesh(**how):
+    return {"strategy": MeshStrategy(**how)}
+
+
+STRATEGIES = {
+    "single": lambda: {"strategy": "auto"},
+    "ddp": lambda: {"strategy": "ddp"},
+    **{name: partial(dict, strategy=name) for name in NAMES},
+    "hsdp x sp": lambda: mesh(dp_replicate=2, tp=2, sequence_parallel=True),
+    "zero1 x tp": lambda: mesh(zero=1, tp=2),
+    "zero3 x sp": lambda: mesh(tp=2, sequence_parallel=True),
+    "zero3 recompute": lambda: mesh(recompute="full"),
+    "sp recompute": lambda: mesh(tp=-1, dp_shard=1, sequence_parallel=True, recompute="selective"),
+}
+WORLDS = [  # and the micro-batches of a step
+    *(("ddp", 2, 1), ("zero1", 2, 1), ("zero1", 4, 2), ("zero2", 2, 2), ("zero3", 2, 1)),
+    *(("zero3", 2, 2), ("hsdp", 4, 2), ("tp", 2, 1), ("sp", 2, 2), ("2d", 4, 1)),
+    *(("hsdp x sp", 8, 1), ("zero1 x tp", 4, 1), ("zero3 x sp", 4, 2)),
+    *(("zero3 recompute", 2, 1), ("sp recompute", 2, 1)),
+]
 
 
 class Model(LanguageModel):
-    """The language model with the optimizer the test asks for."""
-
-    optimizer = "sgd"
+    """The language model with plain SGD."""
 
     def configure_optimizers(self):
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(self.parameters(), lr=0.2)
-        matrices = [p for n, p in self.named_parameters() if "embed" not in n and p.ndim == 2]
-        rest = [p for n, p in self.named_parameters() if "embed" in n or p.ndim != 2]
-        groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=0.003)
+        return torch.optim.SGD(self.parameters(), lr=0.2)
 
 
-class Save(L.Callback):
-    def __init__(self, path):
-        self.path = path
+class Losses(L.Callback):
+    """The loss of each step, the mean over ranks and micro-batches."""
 
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(self.path)
+    def __init__(self):
+        self.losses = []
 
-
-class SumInsteadOfMean(L.Callback):
-    """The planted fault."""
-
-    def on_train_start(self, trainer, pl_module):
-        for module in pl_module.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)
-                module.set_gradient_divide_factor(1.0)
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        loss = trainer.strategy.reduce(outputs["loss"].detach().clone())
+        if index % trainer.accumulate_grad_batches == 0:
+            self.losses.append(torch.zeros(()))
+        self.losses[-1] += loss  # each is divided by their number already
 
 
-def train(name, text, shape, *callbacks, optimizer="sgd", resume=None):
+def train(name, text, shape, *callbacks, accumulate=1):
     L.seed_everything(0, verbose=False)
-    module = Model(zero_init=False, **shape)
-    module.optimizer = optimizer
+    module, losses = Model(zero_init=False, **shape), Losses()
     trainer = L.Trainer(
         max_steps=5,
         accelerator="cpu",
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
         logger=False,
-        callbacks=list(callbacks),
+        callbacks=[losses, *callbacks],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        val_check_interval=5,
+        val_check_interval=5 * accumulate,
         num_sanity_val_steps=0,
+        accumulate_grad_batches=accumulate,
         **STRATEGIES[name](),
     )
-    trainer.fit(module, TextDataModule(text, context=64, batch_size=8), ckpt_path=resume)
-    return whole(module), trainer.callback_metrics["val/loss"]
-
-
-def cut_and_continue(name, text, folder):
-    """Write a file after two steps; then continue the one a single process wrote."""
-    train(name, text, TINY, Save(folder / "here.ckpt"), optimizer="adamw")
-    return train(name, text, TINY, optimizer="adamw", resume=folder / "single.ckpt")[0]
+    trainer.fit(module, TextDataModule(text, context=64, batch_size=8))
+    return whole(module), torch.stack([*losses.losses, trainer.callback_metrics["val/loss"]])
 
 
 @pytest.fixture(scope="module")
@@ -105,26 +117,109 @@ def test_five_steps_of_sgd_move_every_parameter(single, text):
     assert min(moved.values()) > 1e-4
 
 
-@pytest.mark.parametrize(("name", "world"), WORLDS)
-def test_five_steps_of_sgd_equal_one_process(ranks, text, single, name, world):
-    for weights, loss in ranks(train, world, name, text, QUICK):
+@pytest.mark.parametrize(("name", "world", "accumulate"), WORLDS)
+def test_five_steps_of_sgd_equal_one_process(ranks, text, single, name, world, accumulate):
+    for weights, losses in ranks(accumulated, world, name, text, accumulate):
         assert furthest(weights, single[0]) < 2e-6
-        assert abs(loss - single[1]) < 2e-6
+        assert (losses - single[1]).abs().max() < 2e-6
 
 
-def test_a_sum_in_the_place_of_the_mean_is_caught(ranks, text, single):
-    for weights, _ in ranks(train, 2, "zero3", text, QUICK, SumInsteadOfMean()):
-        assert furthest(weights, single[0]) > 1e-3
+def accumulated(name, text, accumulate):
+    return train(name, text, QUICK, accumulate=accumulate)
 
 
-@pytest.mark.parametrize(("name", "world"), WORLDS[1:])
-def test_a_file_goes_from_each_layout_to_one_process_and_back(ranks, text, tmp_path, name, world):
-    straight, _ = train("single", text, TINY, Save(tmp_path / "single.ckpt"), optimizer="adamw")
-    for weights in ranks(cut_and_continue, world, name, text, tmp_path):
-        assert furthest(weights, straight) < 2e-6
-    resume = tmp_path / "here.ckpt"
-    groups = torch.load(resume)["optimizer_states"][0]["param_groups"]
-    split = [i for i, n in enumerate(straight) if "embed" not in n and straight[n].ndim == 2]
-    assert groups[0]["params"] == split  # places in named_parameters(), on every layout
-    weights, _ = train("single", text, TINY, optimizer="adamw", resume=resume)
-    assert furthest(weights, straight) < 2e-6
+@pytest.mark.parametrize(("name", "world"), [("zero1", 2), ("2d", 4), ("zero3 x sp", 4)])
+def test_a_net_of_other_parts_equals_one_process_too(ranks, text, name, world):
+    weights, losses = train("single", text, OTHER)
+    for theirs, their_losses in ranks(train, world, name, text, OTHER):
+        assert furthest(theirs, weights) < 2e-6
+        assert (their_losses - losses).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputation_changes_no_bit_of_a_net_with_dropout(text, mode):
+    shape = QUICK | {"dropout": 0.2}
+    weights, losses = train("single", text, shape)
+    again, their_losses = train("single", text, shape, Recompute(mode))
+    assert furthest(again, weights) == 0
+    assert torch.equal(losses, their_losses)
+
+
+def summed_instead_of_averaged():
+    shard = parallelize.shard
+
+    def fault(module, *args, **how):
+        shard(module, *args, **how)
+        for unit in module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_force_sum_reduction_for_comms(True)
+                unit.set_gradient_divide_factor(1.0)
+
+    parallelize.shard = fault
+
+
+def replicas_that_never_meet():
+    accumulate = parallelize.Spread.accumulate
+    parallelize.Spread.accumulate = lambda self, more: accumulate(self, more=True)
+
+
+def replicas_that_meet_too_late():
+    accumulate = parallelize.Spread.accumulate
+    parallelize.Spread.accumulate = lambda self, more: accumulate(self, more=not more)
+
+
+def parameters_not_handed_round():
+    zero1.hand_round = lambda owner, group: None
+
+
+def partial_gradients_not_summed():
+    parallelize.Spread.settle = lambda self: None
+
+
+def the_columns_of_another_rank():
+    split = tensor.parallelize_module
+
+    def fault(module, mesh, style):
+        split(module, mesh, style)
+        if isinstance(style, tensor.RowwiseParallel):
+            parts = module.weight.full_tensor().chunk(mesh.size(), 1)
+            module.weight.to_local().copy_(parts[mesh.get_local_rank() - 1])
+
+    tensor.parallelize_module = torch.no_grad()(fault)
+
+
+def each_rank_its_own_values():
+    import ravine.strategies.mesh
+
+    ravine.strategies.mesh.copy_from_rank_zero = lambda module, device: None
+    configure = Model.configure_model
+
+    def configure_model(self):
+        torch.manual_seed(int(os.environ["RANK"]))
+        configure(self)
+
+    Model.configure_model = configure_model
+
+
+FAULTS = [
+    ("zero3", 2, 1, summed_instead_of_averaged),
+    ("zero2", 2, 1, summed_instead_of_averaged),
+    ("zero1", 2, 1, parameters_not_handed_round),
+    ("zero1", 2, 1, replicas_that_never_meet),
+    ("hsdp", 4, 1, replicas_that_never_meet),
+    ("hsdp", 4, 2, replicas_that_meet_too_late),
+    ("tp", 2, 1, the_columns_of_another_rank),
+    ("sp", 2, 1, partial_gradients_not_summed),
+    ("zero3", 2, 1, each_rank_its_own_values),
+]
+
+
+def faulty(fault, name, text, accumulate):
+    fault()
+    return train(name, text, QUICK, accumulate=accumulate)
+
+
+@pytest.mark.parametrize(("name", "world", "accumulate", "fault"), FAULTS)
+def test_a_planted_fault_is_caught(ranks, text, single, name, world, accumulate, fault):
+    found = ranks(faulty, world, fault, name, text, accumulate)
+    assert max(furthest(weights, single[0]) for weights, _ in found) > 1e-4

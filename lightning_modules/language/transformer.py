@@ -218,16 +218,19 @@ class Transformer(nn.Module):
         Embedding and head stay whole: they may share their storage. So do the lower rungs of the
         ladder, whose heads share what they listen to.
         """
-        first, columns, rows = cast(Block, next(iter(self.blocks.values()))), [], []
+        first = cast(Block, next(iter(self.blocks.values())))
+        styles = {"attention_norm": "sequence", "mlp_norm": "sequence"}
         if first.attention.value is not None and isinstance(first.attention.out, nn.Linear):
-            columns, rows = (
-                ["attention.query", "attention.key", "attention.value"],
-                ["attention.out"],
-            )
+            parts = ("attention.query", "attention.key", "attention.value")
+            styles |= {"attention": "shared", **dict.fromkeys(parts, "colwise")}
+            styles["attention.out"] = "rowwise"
         if first.mlp is not None:
-            columns, rows = [*columns, "mlp.up", "mlp.gate"], [*rows, "mlp.down"]
-        plan = {f"blocks.*.{name}": "colwise" for name in columns}
-        return plan | {f"blocks.*.{name}": "rowwise" for name in rows}
+            styles |= {"mlp": "shared", "mlp.up": "colwise", "mlp.gate": "colwise"}
+            styles["mlp.down"] = "rowwise"
+        plan = {f"blocks.*.{name}": style for name, style in styles.items()}
+        if "blocks.*.attention" not in plan or "blocks.*.mlp" not in plan:
+            return plan  # a part that is not split needs the whole sequence
+        return {"dropout": "scatter", **plan, "norm": "gather"}
 
 
 LARGE = 4096  # tokens: a larger vocabulary is padded, and its logits are not all made at once

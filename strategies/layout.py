@@ -1,0 +1,93 @@
+"""The mesh: every process has a place on a few named axes, and each axis has one meaning.
+
+    pp            different layers                                       pipeline.py
+    dp_replicate  different data, a whole copy of what the axes below share
+    dp_shard      different data, a part of each parameter               parallelize.py
+    cp            different tokens of the same sequences                 context.py
+    tp            the same tokens, a part of each matrix                 tensor.py
+
+Their product is the number of processes. `ep` is no axis of its own: the ranks of `dp_shard`, in
+groups of `ep`, hold different experts (expert.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # far ranks first: tp wants the fastest links
+DP, TP = "data_parallel", "tensor_parallel"  # Lightning's names, known to modules of others
+
+
+def resolve(given: dict[str, int], world: int) -> dict[str, int]:
+    """The size of each axis with -1 filled in, or an error that says what would fit.
+
+    resolve({"dp_shard": -1, "tp": 2}, world=8)  # dp_shard 4
+    """
+    axes = {axis: given.get(axis, 1) for axis in AXES}
+    ep = given.get("ep", 1)
+    shown = {k: v for k, v in given.items() if v != 1 or k == "dp_shard"}
+    asked = f"MeshStrategy({', '.join(f'{axis}={size}' for axis, size in shown.items())})"
+    free = [axis for axis, size in axes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in (*axes.values(), ep)):
+        raise ValueError(
+            f"{asked}: a degree is 1 or more, and one may be -1 (what the others leave); type"
+            " --trainer.strategy.dp_shard=-1 --trainer.strategy.tp=1"
+        )
+    product = 1
+    for axis, size in axes.items():
+        product *= 1 if axis in free else size
+    if free and world % product == 0:
+        axes[free[0]] = world // product
+    elif product != world:
+        raise ValueError(
+            f"{asked} needs {'a multiple of ' if free else ''}{product} processes; there are"
+            f" {world} (devices x nodes); type --trainer.devices={product}"
+        )
+    ep = axes["dp_shard"] if ep == -1 else ep
+    if axes["dp_shard"] % ep:
+        fitting = [n for n in range(1, axes["dp_shard"] + 1) if axes["dp_shard"] % n == 0]
+        raise ValueError(
+            f"{asked}: ep={ep} does not divide the {axes['dp_shard']} ranks of dp_shard; allowed:"
+            f" {', '.join(map(str, fitting))}; type --trainer.strategy.ep={fitting[-1]}"
+        )
+    return {**axes, "ep": ep}
+
+
+@dataclass
+class Layout:
+    """The meshes that the parts of a strategy need, all views of one."""
+
+    degrees: dict[str, int]
+    named: DeviceMesh  # (pp, data_parallel, cp, tensor_parallel), those that there are
+    data: DeviceMesh  # ranks with different tokens: what gradients and losses are averaged over
+    shard: DeviceMesh  # for fully_shard: one axis, or (replicas, shards)
+    tp: DeviceMesh
+
+    @property
+    def batch(self) -> DeviceMesh:
+        """Ranks with different samples."""
+        return self.named[DP]
+
+
+def lay_out(degrees: dict[str, int], zero: int, device: torch.device) -> Layout:
+    """Make the mesh, and a second view of it where replicas, shards and `cp` do not coincide."""
+    pp, copies, shards, cp, tp = (degrees[axis] for axis in AXES)
+    world = init_device_mesh(
+        device.type, (pp * copies * shards * cp * tp,), mesh_dim_names=("all",)
+    )
+    samples = {"pp": pp, DP: copies * shards, "cp": cp, TP: tp}
+    named = _view(world, {k: n for k, n in samples.items() if n > 1 or k in (DP, TP)})
+    if zero > 1 and copies * cp == 1:
+        return Layout(degrees, named, named[DP], named[DP], named[TP])
+    # for ZeRO-1 parameters are "sharded" over one rank: whole, and yet in fully_shard's care
+    copies, shards = (copies * shards * cp, 1) if zero == 1 else (copies, shards * cp)
+    parts = _view(world, {"pp": pp, "copies": copies, "shards": shards, TP: tp})
+    both = parts["copies", "shards"]
+    return Layout(
+        degrees, named, both._flatten("data"), both if copies > 1 else parts["shards"], parts[TP]
+    )
+
+
+def _view(world: DeviceMesh, sizes: dict[str, int]) -> DeviceMesh:
+    return world._unflatten(0, tuple(sizes.values()), tuple(sizes))
