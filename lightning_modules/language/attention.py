@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .cache import Past, over_past
+from .norm import unit_rms
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Rung = Literal["last", "average", "raw", "shared", "qk", "qkv"]
@@ -148,7 +149,7 @@ class CausalAttention(nn.Module):
             for part in (query, key, value)
         )
         if self.qk_norm:  # without gain: a gain per channel, shared by heads, would not split
-            query, key = F.rms_norm(query, query.shape[-1:]), F.rms_norm(key, key.shape[-1:])
+            query, key = unit_rms(query), unit_rms(key)
         if self.rope:
             time = slice(x.shape[1]) if past is None else past.time_of(x.shape[1])
             tables = self.cosine[time].to(query), self.sine[time].to(query)

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from .attention import CausalAttention, Rung
 from .cache import Cache, Past
 from .loss import chunked_nats, nats
+from .norm import RMSNorm
 
 Positions = Literal["rope", "learned", "sinusoidal", "none"]
 Norm = Literal["rmsnorm", "layernorm", "none"]
 Activation = Literal["relu2", "gelu", "gelu_tanh", "swiglu", "relu"]
 Biases = Literal["none", "mlp", "all"]
 
-NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm, "none": lambda width: nn.Identity()}
+NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm, "none": lambda width: nn.Identity()}
 ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),
     "gelu": F.gelu,
