@@ -1,7 +1,8 @@
 """What is learned: tasks, their nets, losses and sampling."""
 
 from .base import TaskModule
+from .diffusion import Diffusion
 from .shakespeare import LanguageModel
 from .spam import SpamClassifier
 
-__all__ = ["LanguageModel", "SpamClassifier", "TaskModule"]
+__all__ = ["Diffusion", "LanguageModel", "SpamClassifier", "TaskModule"]

@@ -1,0 +1,299 @@
+"""Diffusion: learn to take noise off an image, then make images of nothing but noise (lecture 6).
+
+The formulas are in `imaging/denoising.py`. Here: which times and which noise a step has, what is
+logged, and how images are asked for.
+
+Axes: b batch, n images, c y x images, s noise steps.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ravine.datamodules.images import to_uint8
+from ravine.datamodules.order import Share, global_seed
+
+from .base import TaskModule
+from .imaging import figures as draw
+from .imaging import samplers
+from .imaging.denoising import Conditioning, Denoising
+from .imaging.draws import key, normals, uniforms
+from .imaging.noise_schedules import Kind, Schedule
+from .imaging.parametrisations import Prediction, Weight
+from .imaging.pictures import Pictures
+from .imaging.sampling import Way, pick, sample
+from .imaging.unet import UNet, write
+from .language.replay import cuda_graph
+
+LEVELS = 10  # at which the loss is measured; a tenth of the validation images at each
+
+
+class Diffusion(TaskModule):
+    """A U-Net that takes noise off; batches are (images (b c y x) in [-1, 1], labels (b)).
+
+        model = Diffusion(labels=True, process="cosine")
+        Trainer(max_steps=4000).fit(model, datamodule=ImageDataModule("mnist"))
+        model.generate(labels="0-9", guidance=0.5).save("digits.png")
+
+    Args:
+        conditioning: what the net is told: the lecture's three attempts.
+        process: how α and σ run.
+        prediction: what the net is asked for.
+        weight: of the levels in the loss.
+        labels: tell the net the label too.
+        label_dropout: share of images whose label is withheld, for guidance.
+        width: of the U-Net, and below its other arguments.
+        time_width: of the embedding of time and label.
+        patch: pixels on a side that the net sees as one; 2 makes a step three times as fast.
+        attention: at the lowest resolution.
+        channels_last: the memory layout; faster in bf16 on a GPU and in fp32 on a CPU.
+        sampler: how images are made, unless `generate` is told otherwise, as for the next three.
+        steps: calls of the net for an image (two calls each under heun).
+        guidance: w; the answer is cond + w (cond - uncond): 0 is the plain conditional answer.
+        eta: fresh noise in ddim: 0 is none (the lecture), 1 as much as ancestral.
+    """
+
+    unit = "images"
+    lr = 2e-4
+
+    def __init__(
+        self,
+        conditioning: Conditioning = "time",
+        process: Kind = "linear",
+        prediction: Prediction = "x0",
+        weight: Weight = "uniform",
+        labels: bool = False,
+        label_dropout: float = 0.1,
+        width: int = 64,
+        time_width: int = 256,
+        patch: int = 1,
+        attention: bool = False,
+        channels_last: bool = False,
+        sampler: samplers.Name = "ddim",
+        steps: int = 50,
+        guidance: float = 0.0,
+        eta: float = 0.0,
+    ) -> None:
+        """Check the arguments before any work is done."""
+        super().__init__()
+        self.save_hyperparameters()
+        self.denoising = Denoising(
+            Schedule(process), prediction, weight, conditioning, channels_last
+        )
+        self.labels, self.label_dropout = labels, label_dropout
+        if not 0 <= label_dropout < 1:
+            raise ValueError(
+                f"label_dropout is {label_dropout}; allowed: 0 to below 1; "
+                "type --model.label_dropout=0.1"
+            )
+        self.way = self._told(Way(sampler, steps, guidance, eta))
+        self.denoising.schedule.path(self.way.steps)
+        self.shape: dict[str, Any] = {
+            "width": width, "time_width": time_width, "patch": patch, "attention": attention
+        }  # fmt: skip
+        with torch.device("meta"):  # nothing is allocated, every check is made
+            UNet(**self.shape)
+        self.channels, self.classes = 0, 0  # the data's
+        self.size: tuple[int, int] = (0, 0)
+        self.sums, self.seen = torch.zeros(0), 0  # of an evaluation: a row a level; images so far
+
+    def build(self) -> nn.Module:
+        """The lecture's U-Net, for the data's images."""
+        if not self.channels:
+            raise ValueError(
+                "Diffusion takes the images' size from the data, and there are none; "
+                "type --data=ImageDataModule, or load a checkpoint"
+            )
+        net = UNet(self.channels, classes=self.classes, **self.shape)
+        layout = torch.channels_last if self.denoising.channels_last else torch.contiguous_format
+        return net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+
+    def adopt(self, datamodule: Any) -> None:
+        """Take the images' channels, size and number of classes; refuse others than before.
+
+        Another size is no fault: the net has none of its own.
+        """
+        classes = datamodule.num_classes if self.labels else 0
+        if self.labels and not classes:
+            raise ValueError("the data have no labels; type --model.labels=false")
+        found = (datamodule.channels, classes)
+        if self.channels and found != (self.channels, self.classes):
+            raise ValueError(
+                f"the data have {found[0]} channels and {found[1]} classes, the model "
+                f"{self.channels} and {self.classes}; type --data.source=... with the data that "
+                "the model was trained on"
+            )
+        self.size, (self.channels, self.classes) = tuple(datamodule.size), found
+
+    def denoise(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, guidance: float = 0.0
+    ) -> Tensor:
+        """The images x0 that x (b c y x) at times t (b), with labels y (b), are taken to be."""
+        return self.denoising.denoise(self, x, t, y, guidance, self.classes)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """Mean loss at times spread evenly over the whole step's images.
+
+        Times, noise and dropped labels are those of (seed, step, place in the step): the same on
+        any number of ranks and accumulated batches.
+        """
+        x0, y, *_ = batch
+        share, b = Share.of(self._trainer), len(x0)
+        first = (index % share.accumulate * share.size + share.rank) * b
+        places = torch.arange(first, first + b, device=x0.device)
+        name = (global_seed(None), "training", self.global_step)
+        u = (places + uniforms(key(*name, "times"), places)) / (b * share.size * share.accumulate)
+        if self.classes:
+            dropped = uniforms(key(*name, "labels"), places) < self.label_dropout
+            y = y.masked_fill(dropped, self.classes)
+        eps = normals(key(*name, "noise"), places, tuple(x0.shape[1:]))
+        loss = self.denoising.errors(self, x0, self.denoising.times(u), y, eps)[0].mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums anew."""
+        # float64: ranks add in another order
+        self.sums = torch.zeros(LEVELS, 3, dtype=torch.float64, device=self.device)
+        self.seen = 0
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Errors at a fixed grid of times with fixed noise: image i at level i modulo 10."""
+        x0, y, *_ = batch
+        share, b = Share.of(self._trainer), len(x0)
+        numbers = share.rank + share.size * torch.arange(self.seen, self.seen + b, device=x0.device)
+        self.seen += b
+        level = numbers % LEVELS
+        t = self.denoising.times((level + 0.5) / LEVELS)
+        eps = normals(key("validation"), numbers, tuple(x0.shape[1:]))
+        error, x, answer = self.denoising.errors(self, x0, t, y, eps)
+        of_x0 = (self.denoising.meant(answer, x, t) - x0).square().mean((1, 2, 3))
+        rows = torch.stack((torch.ones_like(error), error, of_x0), 1).double()  # (b 3)
+        at = level == torch.arange(LEVELS, device=x0.device)[:, None]  # (s b)
+        self.sums += at.double() @ rows
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss, and the squared error of the image at each level."""
+        stage = "test" if self.trainer.testing else "val"
+        total = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
+        mean = total[:, 1:] / total[:, :1]
+        there = total[:, 0] > 0  # of few images some levels may have none
+        self.log(f"{stage}/loss", mean[there, 0].mean().float())
+        self.log(f"{stage}/x0_mse", mean[there, 1].mean().float())
+        if self.denoising.conditioning != "one_step":
+            times = self.denoising.times((torch.arange(LEVELS) + 0.5) / LEVELS).tolist()
+            levels = zip(times, mean[:, 1].tolist(), strict=True)
+            self.log_dict({f"{stage}/x0_mse_t{round(t):03}": value for t, value in levels})
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def sample_images(self, index: Tensor, labels: Tensor | None = None, seed: int = 0) -> Tensor:
+        """The images of these numbers (n), of these labels (n), as bytes, uint8 (n c y x).
+
+        A number always gives the same image. Without labels, a net that knows them takes them in
+        turn.
+        """
+        index = index.to(self.device)
+        if self.classes:
+            labels = index % self.classes if labels is None else labels.to(self.device)
+        return self._sample(index, labels, self.way, seed, 256)
+
+    def generate(
+        self,
+        labels: Sequence[int] | str | None = None,
+        num_samples: int = 8,
+        guidance: float | None = None,
+        steps: int | None = None,
+        sampler: samplers.Name | None = None,
+        eta: float | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> Pictures:
+        """Make images; the same seed gives the same ones.
+
+        model.generate(labels="0-9", guidance=0.5, steps=20).save("digits.png")
+
+        Args:
+            labels: what they shall show, "3", "0-4,7" or [3, 5]: a row each; by default all.
+            num_samples: images of each label.
+            guidance: by default that of the model, as for the next three.
+            steps: calls of the net.
+            sampler: ddim, ancestral, euler, heun or dpm.
+            eta: fresh noise in ddim.
+            seed: decides the images, each by its number.
+            batch_size: images made at once.
+        """
+        given = {"guidance": guidance, "steps": steps, "sampler": sampler, "eta": eta}
+        way = self._told(replace(self.way, **{k: v for k, v in given.items() if v is not None}))
+        if num_samples < 1 or batch_size < 1:
+            raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=8")
+        asked = pick(labels, self.classes)
+        index = torch.arange(num_samples * max(1, len(asked)), device=self.device)
+        shown = torch.tensor(asked, device=self.device).repeat_interleave(num_samples)
+        images = self._sample(index, shown if asked else None, way, seed, batch_size)
+        return Pictures(images, num_samples)
+
+    def figures(self, datamodule: Any) -> dict[str, Any]:
+        """The way back, estimates at each level, and what lies between two noises."""
+        images, *_ = next(iter(datamodule.val_dataloader()))
+        schedule, few = self.denoising.schedule, images[:2].to(self.device)
+        return draw.everything(self.denoise, schedule, self.way, few, self.classes)
+
+    def export(self, folder: str, format: Literal["safetensors"] = "safetensors") -> str:
+        """Write the net's weights, and what it takes to build it again, into a folder.
+
+        Args:
+            folder: where; files of the same names are replaced.
+            format: safetensors.
+        """
+        return write(cast(UNet, self.net), folder)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The data's sizes travel with the weights."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["images"] = {
+            "channels": self.channels, "size": list(self.size), "classes": self.classes
+        }  # fmt: skip
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them from a checkpoint, unless the data brought others."""
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint["images"]
+        if not self.channels:
+            self.channels, self.size = saved["channels"], tuple(saved["size"])
+            self.classes = saved["classes"]
+
+    def _told(self, way: Way) -> Way:
+        """The way as it can be gone by this model."""
+        if way.guidance and not (self.labels and self.label_dropout):
+            raise ValueError(
+                f"guidance is {way.guidance}, and the model was trained without labels that are "
+                "sometimes withheld; allowed: 0; type --guidance=0, or train with "
+                "--model.labels=true --model.label_dropout=0.1"
+            )
+        return replace(way, steps=1) if self.denoising.conditioning == "one_step" else way
+
+    def _sample(
+        self, index: Tensor, labels: Tensor | None, way: Way, seed: int, batch_size: int
+    ) -> Tensor:
+        net, trainer = cast(nn.Module, self.net), self._trainer
+        context = nullcontext()
+        if trainer is not None and trainer.state.status == "running":  # as in a validation step
+            context = trainer.precision_plugin.forward_context()
+        plain = all(type(p) is nn.Parameter for p in net.parameters())  # not sharded
+
+        def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+            return self.denoise(x, t, y, way.guidance).clamp(-1, 1)
+
+        size = (self.channels, self.size[0], self.size[1])
+        capture = cuda_graph if index.is_cuda and plain else None
+        with context:
+            schedule = self.denoising.schedule
+            x = sample(denoise, schedule, way, index, labels, size, seed, batch_size, capture)
+        return to_uint8(x)

@@ -1,0 +1,145 @@
+"""Sampling: how images are asked for, and made each by its number, in batches of one size.
+
+Image number i starts from the noise of (seed, i) and nothing else, so the same images come out of
+any batch size and any number of ranks.
+
+Axes: n images, b batch, c y x images.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..language.replay import Capture, Replay
+from .draws import key, normals
+from .noise_schedules import Schedule
+from .samplers import SAMPLERS, Name, Sampler, ddim
+
+Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How images are made: by which sampler, in how many steps, how strongly guided."""
+
+    sampler: Name = "ddim"
+    steps: int = 50
+    guidance: float = 0.0
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        names = ", ".join(SAMPLERS)
+        rules = {
+            "sampler": (self.sampler in SAMPLERS, names, "ddim"),
+            "steps": (self.steps >= 1, "1 or more", 50),
+            "guidance": (0 <= self.guidance < math.inf, "0 (none) or more", 0.5),
+            "eta": (0 <= self.eta <= 1, "0 (no fresh noise) to 1", 0),
+        }
+        for name, (fine, allowed, typical) in rules.items():
+            if not fine:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; allowed: {allowed}; type --{name}={typical}"
+                )
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(
+                f"eta is {self.eta} and the sampler {self.sampler}, which takes none; "
+                "allowed with it: 0; type --sampler=ddim"
+            )
+
+    def function(self) -> Sampler:
+        """The sampler."""
+        return partial(ddim, eta=self.eta) if self.sampler == "ddim" else SAMPLERS[self.sampler]
+
+
+def pick(labels: Iterable[int | str] | str | None, classes: int) -> list[int]:
+    """The labels that are meant by "3", "0-4,7" or [3, "5"]; by None all there are."""
+    if labels is None:
+        return list(range(classes))
+    fix = f"type --labels=0-{classes - 1}" if classes else "leave --labels away"
+    found: list[int] = []
+    for word in str(labels).split(",") if isinstance(labels, str) else map(str, labels):
+        first, _, last = word.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise ValueError(f"{word!r} is no label; allowed: numbers and ranges; {fix}")
+        found += range(int(first), int(last or first) + 1)
+    if not classes:
+        raise ValueError(f"labels are {labels}, and this model was trained without labels; {fix}")
+    if not found or max(found) >= classes:
+        raise ValueError(f"labels are {labels}; allowed: 0 to {classes - 1}; {fix}")
+    return found
+
+
+class Estimator:
+    """`denoise` through buffers that stay where they are: one recording serves every step."""
+
+    def __init__(self, denoise: Denoise, x: Tensor, y: Tensor | None, capture: Capture | None):
+        """For images like x (b c y x), with labels y (b) if there are any."""
+        self.denoise, self.x, self.x0 = denoise, x.clone(), torch.empty_like(x)
+        self.t, self.y = x.new_zeros(len(x)), None if y is None else y.clone()
+        self.work = Replay(self._run, capture)
+
+    def _run(self) -> None:
+        self.x0.copy_(self.denoise(self.x, self.t, self.y))
+
+    def label(self, y: Tensor | None) -> None:
+        """The labels (b) from now on."""
+        if self.y is not None and y is not None:
+            self.y.copy_(y)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """The images (b c y x) that x at time t come from."""
+        self.x.copy_(x)
+        self.t.fill_(t)
+        self.work(0)
+        return self.x0.clone()  # a sampler may keep it, and the next step overwrites
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    schedule: Schedule,
+    way: Way,
+    numbers: Tensor,
+    labels: Tensor | None,
+    shape: tuple[int, int, int],
+    seed: int,
+    batch_size: int = 256,
+    capture: Capture | None = None,
+) -> Tensor:
+    """The images of these numbers (n), of these labels (n), as the sampler left them, (n c y x).
+
+    Args:
+        denoise: (x (b c y x), t (b), y (b) or None) to x0 (b c y x).
+        schedule: of the noise.
+        way: to go.
+        numbers: of the images; they alone decide the noise.
+        labels: what they shall show, if the net knows labels.
+        shape: c y x.
+        seed: of all.
+        batch_size: images made at once, at most.
+        capture: how to record a step, to replay it: `replay.cuda_graph`.
+    """
+    total, path, sampler = len(numbers), schedule.path(way.steps), way.function()
+    parts = -(-total // batch_size)
+    each = -(-total // max(parts, 1))
+    places = torch.arange(parts * each, device=numbers.device).clamp(max=total - 1)
+    made: list[Tensor] = []
+    estimator: Estimator | None = None
+    for place in places.split(each) if total else ():
+        number, label = numbers[place], None if labels is None else labels[place]
+        x = normals(key(seed, "start"), number, shape) * path.sigma[0].item()
+        if estimator is None:
+            estimator = Estimator(denoise, x, label, capture)
+        estimator.label(label)
+
+        def fresh(step: int, number: Tensor = number) -> Tensor:
+            return normals(key(seed, "step", step), number, shape)
+
+        made.append(sampler(estimator, x, path, fresh))
+    whole = torch.cat(made) if made else torch.empty(0, *shape, device=numbers.device)
+    return whole[:total]
