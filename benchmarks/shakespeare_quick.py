@@ -1,7 +1,8 @@
 """The quick Shakespeare recipes: full-split validation loss and seconds, three seeds.
 
-python benchmarks/shakespeare_quick.py [config ...] [--seeds 0 1 2]     default: shakespeare/quick_adamw and, with
-                                                        Muon, shakespeare/quick
+python benchmarks/shakespeare_quick.py [config ...] [--seeds 0 1 2]
+
+By default shakespeare/quick_adamw and, with Muon, shakespeare/quick.
 Two idle CPU cores; appends a raw row a run to rows/shakespeare_quick.jsonl. Reference, a bare
 loop of the same recipe: 1.647 nats in 63 s (AdamW), 1.573 in 70 s (Muon).
 """

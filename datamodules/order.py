@@ -92,6 +92,22 @@ class Order:
         return self._block
 
 
+class Passes(Order):
+    """Starts of windows side by side, from another offset each epoch: nearly all is seen once."""
+
+    def __init__(
+        self, seed: int, starts: int, stride: int, device: torch.device | str = "cpu"
+    ) -> None:
+        """Of `starts` places where a window may start, take every stride-th."""
+        super().__init__(seed, max(1, starts // stride), device=device)
+        self.stride, self.offsets = stride, min(stride, starts)
+
+    def _draw(self, epoch: int, block: int) -> Tensor:
+        drawn = super()._draw(epoch, block)
+        g = generator(self.seed, epoch, "offset")
+        return drawn * self.stride + torch.randint(self.offsets, (), generator=g).to(drawn.device)
+
+
 class TrainLoader:
     """Micro-batches of one epoch, resumable at any of them.
 

@@ -1,7 +1,8 @@
 """Text for language models: windows of one long tensor of tokens, and nothing copied to get them.
 
-Training windows start anywhere, drawn with replacement (nanoGPT); the last tenth of the text is for
-validation, every character of it predicted once, in windows side by side.
+Training windows start anywhere, drawn with replacement (nanoGPT), or pass over the text once an
+epoch; the last tenth of the text is for validation, every character of it predicted once, in
+windows side by side.
 
 Axes: b batch, t time (the context length).
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .corpus import Corpus, bins, files_of, load, read
-from .order import EvalLoader, Order, Share, TrainLoader, check_positive, global_seed
+from .order import EvalLoader, Order, Passes, Share, TrainLoader, check_positive, global_seed
 from .sources import SOURCES, announce, choose, fetch
 
 IGNORED = -100  # the target where there is nothing to predict, as in F.cross_entropy
@@ -46,6 +47,8 @@ class TextDataModule(L.LightningDataModule):
         seed: of the order of the windows; by default that of seed_everything.
         tokenizer: what a token is: a character of the text, a byte, or a piece of GPT-2's.
         memory_limit: characters; a longer text is not held in memory or moved to the device.
+        windows: where training windows start: at random; or in passes, side by side from an offset
+            that is another each epoch, so that an epoch sees every token once.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class TextDataModule(L.LightningDataModule):
         seed: int | None = None,
         tokenizer: Literal["characters", "bytes", "gpt2"] = "characters",
         memory_limit: int = 2**28,
+        windows: Literal["random", "passes"] = "random",
     ) -> None:
         """Check the sizes; files are looked at in `setup`."""
         super().__init__()
@@ -72,7 +76,7 @@ class TextDataModule(L.LightningDataModule):
         self.path, self.source, self.root = path, source, root
         self.context, self.batch_size = context, batch_size
         self.val_fraction, self.seed, self.memory_limit = val_fraction, seed, memory_limit
-        self.kind = tokenizer
+        self.kind, self.windows = tokenizer, windows
         self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
         self._corpus: Corpus | None = None
         self._tried = ""
@@ -139,7 +143,7 @@ class TextDataModule(L.LightningDataModule):
         return corpus.tokens[:split], corpus.tokens[split:]
 
     def train_dataloader(self) -> TrainLoader:
-        """Windows at random places; an epoch has as many tokens as the training part."""
+        """Windows of the training part; an epoch has as many tokens as that."""
         tokens, _ = self._parts()
         t, trainer = self.context, cast(Any, self.trainer)
         windows = tokens.unfold(0, t + 1, 1)  # a view: (n - t, t + 1)
@@ -148,11 +152,15 @@ class TextDataModule(L.LightningDataModule):
             window = windows[starts]  # (b, t + 1)
             return window[:, :-1].long(), window[:, 1:].long()
 
-        steps = max(1, len(tokens) // (self.batch_size * t))
+        seed, samples = global_seed(self.seed), max(self.batch_size, len(tokens) // t)
+        order = Order(seed, len(windows), replace=True, device=tokens.device)
+        if self.windows == "passes":
+            order = Passes(seed, len(windows), t, tokens.device)
+            samples = order.items
         return TrainLoader(
-            Order(global_seed(self.seed), len(windows), replace=True, device=tokens.device),
+            order,
             take,
-            samples=steps * self.batch_size,
+            samples=samples,
             batch_size=self.batch_size,
             share=Share.of(trainer),
             repeat=bool(trainer and trainer.overfit_batches),

@@ -71,11 +71,15 @@ class TaskModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another task's weights in words, before the tensors disagree in numbers."""
+        self._check_task(checkpoint)
+
+    @classmethod
+    def _check_task(cls, checkpoint: dict[str, Any]) -> None:
         task = checkpoint.get("task", "another program")
-        if task not in (c.__name__ for c in type(self).__mro__):
+        if task not in (c.__name__ for c in cls.__mro__):
             raise ValueError(
-                f"the checkpoint was written by {task}, the model is {type(self).__name__}; "
-                f"allowed: a checkpoint of {type(self).__name__}; type --model={task}"
+                f"the checkpoint was written by {task}, the model is {cls.__name__}; "
+                f"allowed: a checkpoint of {cls.__name__}; type --model={task}"
             )
 
     @classmethod
@@ -86,11 +90,9 @@ class TaskModule(L.LightningModule):
         print(model.generate("ROMEO:", max_new_tokens=200))
         """
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        cls._check_task(checkpoint)
         arguments = checkpoint.get("hyper_parameters", {})
-        try:
-            model = cls(**{k: v for k, v in arguments.items() if not k.startswith("_")})
-        except TypeError:  # another task's arguments
-            model = cls()
+        model = cls(**{k: v for k, v in arguments.items() if not k.startswith("_")})
         model.on_load_checkpoint(checkpoint)
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])

@@ -315,3 +315,22 @@ def test_a_file_of_tokens_that_is_cut_short_is_refused(tmp_path: Path) -> None:
         file.write(b"!")
     with pytest.raises(ValueError, match=r"train.bin has \d+ bytes and should hold two for each"):
         text_data(folder)
+
+
+@pytest.mark.parametrize("context", [7, 100])
+def test_a_pass_sees_each_token_once_and_starts_elsewhere_each_epoch(
+    tmp_path: Path, context: int
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(chr(0x4E00 + i) for i in range(200)))  # a token is its own place
+    loader = text_data(path, windows="passes", context=context, batch_size=1).train_dataloader()
+    epochs = []
+    for epoch in range(6):
+        loader.set_epoch(epoch)
+        inputs = torch.cat([x[0] for x, _ in loader])
+        first = int(inputs.min())
+        assert inputs.sort().values.tolist() == list(range(first, first + len(inputs)))
+        assert len(inputs) >= 180 - 2 * context  # less than a window is left over at each end
+        epochs.append(inputs.tolist())
+    assert len({epoch[0] for epoch in epochs}) > 1
+    assert len({min(epoch) for epoch in epochs}) > 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def unit_rms(x: Tensor) -> Tensor:
-    """x (... d) over the root mean square of its channels; ε is the resolution of fp32, or finer."""
+    """x (... d) over the root mean square of its channels; ε as fine as fp32."""
     if x.device.type != "cpu":
         return F.rms_norm(x, x.shape[-1:])
     return _UnitRMS.apply(x)[0]
