@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ravine.callbacks import OptimizerPlan, Rule, Schedule, SignSGD, SignSGDOptimizer, UpdateSizes
 from ravine.callbacks.optimizers.composite import Composite
 from ravine.callbacks.optimizers.rules import assign, kinds
+from ravine.strategies import AtomicCheckpointIO
 
 QUIET = {
     "accelerator": "cpu",
@@ -577,6 +578,31 @@ def test_a_schedule_free_optimizer_by_its_class_path(tmp_path):
     module = Watched()
     trained(plan(), module=module, loader=rows, ckpt_path=tmp_path / "cut.ckpt", **every)
     assert torch.equal(module.trained[-1], whole.trained[-1])
+
+
+def test_an_eight_bit_optimizer_by_its_class_path_resumes_bitwise(tmp_path):
+    eight = pytest.importorskip("torchao.optim", reason="pip install torchao, then this runs")
+
+    class Wide(Watched):
+        def __init__(self):
+            super().__init__()
+            self.wide = torch.nn.Parameter(torch.ones(64, 64))  # smaller ones keep 32 bits
+
+        def training_step(self, batch, index):
+            return super().training_step(batch, index) + (self.wide - 2).square().sum()
+
+    def run(*callbacks, **options):
+        callbacks = [OptimizerPlan(partial(eight.AdamW8bit, lr=0.1)), *callbacks]
+        options["plugins"] = [AtomicCheckpointIO()]  # the stock reader cannot place 8-bit states
+        return trained(None, module=Wide(), loader=data(24), callbacks=callbacks, **options)[1]
+
+    with torch.compiler.set_stance("force_eager"):
+        whole = run(SaveAt(tmp_path / "cut.ckpt", False))
+        saved = torch.load(tmp_path / "cut.ckpt", weights_only=True)
+        states = saved["optimizer_states"][0]["state"].values()
+        assert "OptimState8bit" in {type(state["exp_avg"]).__name__ for state in states}
+        rest = run(ckpt_path=tmp_path / "cut.ckpt")
+    assert torch.equal(rest.trained[-1], whole.trained[-1])
 
 
 USER_FILE = """
