@@ -1,6 +1,7 @@
 from .answers import AnswerDataModule
 from .images import ImageDataModule
 from .order import EvalLoader, Order, Share, TrainLoader, generator
+from .prompts import PromptDataModule, Prompts
 from .spam import SpamDataModule
 from .text import TextDataModule
 from .tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -13,6 +14,8 @@ __all__ = [
     "EvalLoader",
     "ImageDataModule",
     "Order",
+    "PromptDataModule",
+    "Prompts",
     "Share",
     "SpamDataModule",
     "TextDataModule",

@@ -6,3 +6,36 @@ from .shakespeare import LanguageModel
 from .spam import SpamClassifier
 
 __all__ = ["Diffusion", "LanguageModel", "SpamClassifier", "TaskModule"]
+from .policy.rewards import Reward, RewardFunction
+from .policy.terms import (
+    BatchDistance,
+    Binary,
+    CharacterDiversity,
+    CharacterFraction,
+    LineLength,
+    ReferenceLogProbability,
+    SpeakerDiversity,
+    UniqueWords,
+    VocabularyFraction,
+    WordUniqueness,
+)
+from .reinforce import Reinforce
+
+__all__ = [
+    "BatchDistance",
+    "Binary",
+    "CharacterDiversity",
+    "CharacterFraction",
+    "LanguageModel",
+    "LineLength",
+    "ReferenceLogProbability",
+    "Reinforce",
+    "Reward",
+    "RewardFunction",
+    "SpamClassifier",
+    "SpeakerDiversity",
+    "TaskModule",
+    "UniqueWords",
+    "VocabularyFraction",
+    "WordUniqueness",
+]

@@ -55,7 +55,7 @@ class Pen:
         token = self.sampling.choose(scores, self.uniform.index_select(1, self.column)[:, 0])
         score = scores.gather(1, token[:, None])[:, 0]
         self.sound &= score.isfinite() | ~self.live
-        token, score = token * self.live, score.where(self.live, 0.0)
+        token, score = token * self.live, score.where(self.live, 0.0).float()
         for buffer, value in ((self.tokens, token), (self.scores, score), (self.mask, self.live)):
             buffer.index_copy_(1, self.column, value[:, None])
         self.page.append(token)
@@ -150,6 +150,18 @@ def generate(
     return Generated(*(nn.functional.pad(x, (0, missing)) for x in whole))
 
 
+def lay_out(prompts: Sequence[Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole texts (b t), right-padded, and the places (b n) whose logits are for new tokens (b n).
+
+    The last new token is left out: nothing is predicted after it.
+    """
+    sizes = torch.tensor([len(prompt) for prompt in prompts])
+    text = nn.utils.rnn.pad_sequence([prompt.cpu() for prompt in prompts], True)  # (b p)
+    text = nn.functional.pad(text, (0, tokens.shape[1])).to(tokens)
+    columns = (sizes[:, None] + torch.arange(tokens.shape[1])).to(tokens.device)  # (b n)
+    return text.scatter(1, columns, tokens)[:, :-1], columns - 1
+
+
 def score(
     net: Callable[[Tensor], Tensor],
     prompts: Sequence[Tensor],
@@ -161,14 +173,15 @@ def score(
     For texts that fit the context: the same numbers as `generate` gave, up to rounding; 0 after
     the end.
     """
-    tokens = written.tokens
-    whole = [torch.cat((p.to(tokens), row)) for p, row in zip(prompts, tokens, strict=True)]
-    sizes = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
-    places = sizes[:, None] + torch.arange(tokens.shape[1], device=tokens.device) - 1  # (b n)
-    rows = torch.arange(len(prompts), device=tokens.device)[:, None]
-    logits = net(nn.utils.rnn.pad_sequence(whole, True)[:, :-1])[rows, places]  # (b n v)
-    scores = (sampling or Sampling()).log_probabilities(logits).gather(-1, tokens[..., None])
-    return scores[..., 0].where(written.mask, 0.0)
+    text, places = lay_out(prompts, written.tokens)
+    logits = net(text)[torch.arange(len(text), device=text.device)[:, None], places]  # (b n v)
+    return chosen(logits, written.tokens, written.mask, sampling or Sampling())
+
+
+def chosen(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities of tokens (b n) where the mask is true, 0 elsewhere, of logits (b n v)."""
+    scores = sampling.log_probabilities(logits).gather(-1, tokens[..., None])[..., 0]  # (b n)
+    return scores.where(mask, 0.0)
 
 
 @contextmanager

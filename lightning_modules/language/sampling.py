@@ -62,11 +62,12 @@ class Sampling:
             )
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
-        """What is drawn from, as logarithms (... v) in fp32; tokens left out have -inf.
+        """What is drawn from, as logarithms (... v); tokens left out have -inf.
 
-        At temperature 0 nothing is drawn, and the net's own distribution is given.
+        At temperature 0 nothing is drawn, and the net's own distribution is given. At least fp32:
+        bf16 keeps 3 digits, and probabilities would be off by a percent.
         """
-        logits = logits.float()  # bf16 keeps 3 digits: probabilities would be off by a percent
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature > 0:
             logits = logits / self.temperature
         if self.top_k is not None:

@@ -1,0 +1,140 @@
+"""Policy-gradient estimators: by which weight each sample's log-probability is pushed up.
+
+    gradient = mean over samples of  w_i · ∇ log p(y_i),        log p(y) = Σ_t log p(y_t | y_<t)
+
+    kind        weight w of reward r                        what the expected gradient ascends
+    none        r                                           E r (REINFORCE, Williams 1992)
+    mean        r - mean                                    (B-1)/B · E r: the step shrinks with B
+    rloo        r - mean of the others                      E r, exactly (Kool et al. 2019)
+    grpo        (r - mean) / deviation, 0 if that is 0      of a binary r: (2/π) arcsin √P, times π
+    rejection   B/k for the k samples with r = 1, else 0    of a binary r: 1 + log P
+
+P is the probability of r = 1; the last two hold as B grows, and for any B the gradient is ∇P times
+
+    grpo        E √(q(1-q)) / (P(1-P)),  q ~ Binomial(B, P) / B
+    rejection   (1 - (1-P)^B) / P
+
+tests/test_estimators.py shows all of this by enumeration. B is the batch over all ranks, or one
+prompt's group. Axes: b samples, n new tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+Kind = Literal["none", "mean", "rloo", "grpo", "rejection"]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How rewards become a loss.
+
+    estimator = Estimator("rloo", scope="group")
+    w = estimator.weights(rewards, group_size=4)                       # (b)
+    loss = estimator.loss(log_probabilities, mask, w, length=256, tokens=mask.sum())
+
+    Args:
+        kind: the weight; see above.
+        scope: whom a sample is compared with: the step's batch on all ranks, or its prompt's group.
+        deviation: of the population (divide by B), or the sample's (by B - 1): grpo alone.
+        normalize: sequence sums over tokens and is exact; constant divides that by the greatest
+            length, and is as exact; tokens divides by all tokens of the batch, so that the step
+            depends on how long the others are.
+        clip: keep each token's ratio to the sampler's probability within 1 ± clip (PPO). There is
+            one step for each rollout, so only rounding moves the ratio from 1.
+    """
+
+    kind: Kind = "mean"
+    scope: Literal["batch", "group"] = "batch"
+    deviation: Literal["population", "sample"] = "population"
+    normalize: Literal["sequence", "constant", "tokens"] = "sequence"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a clip that lets nothing through, or no ratio at all."""
+        if self.clip is not None and not 0 < self.clip < 1:
+            raise ValueError(
+                f"clip is {self.clip}; allowed: above 0, below 1; type --model.estimator.clip=0.2"
+            )
+
+    def check(self, samples: int, group_size: int) -> None:
+        """Refuse a baseline over a single sample, which is always the sample itself."""
+        size = samples if self.scope == "batch" else group_size
+        if self.kind in ("mean", "rloo", "grpo") and size < 2:
+            fix = "--data.batch_size=64" if self.scope == "batch" else "--model.group_size=4"
+            raise ValueError(
+                f"{self.kind} compares the samples of a {self.scope}, and here that is one; "
+                f"allowed: 2 or more; type {fix}, or --model.estimator.scope=batch"
+            )
+
+    def weights(self, rewards: Tensor, group_size: int = 1) -> Tensor:
+        """Weights (b) of rewards (b), groups side by side; NaN counts nowhere and weighs 0."""
+        size = len(rewards) if self.scope == "batch" else group_size
+        r = rearrange(rewards, "(g s) -> g s", s=size)
+        scored = ~r.isnan()
+        count = scored.sum(1, keepdim=True)  # (g 1)
+        r = r.where(scored, 0.0)
+        if self.kind == "rejection":
+            self._check_binary(r)
+            return rearrange(r * count / r.sum(1, keepdim=True).clamp(min=1), "g s -> (g s)")
+        w = r if self.kind == "none" else self._compared(r, scored, count)
+        return rearrange(w.where(scored, 0.0), "g s -> (g s)")
+
+    def _compared(self, r: Tensor, scored: Tensor, count: Tensor) -> Tensor:
+        mean = r.sum(1, keepdim=True) / count.clamp(min=1)
+        least = r.where(scored, math.inf).amin(1, keepdim=True)
+        most = r.where(scored, -math.inf).amax(1, keepdim=True)
+        # equal rewards teach nothing; their rounded mean would differ, and a deviation of 1e-17
+        # would blow that up to weights of one
+        w = (r - mean).where(scored & (most > least), 0.0)
+        if self.kind == "rloo":
+            return w * count / (count - 1).clamp(min=1)  # r - mean of the others
+        if self.kind == "grpo":
+            freedom = count - 1 if self.deviation == "sample" else count
+            deviation = (w.square().sum(1, keepdim=True) / freedom.clamp(min=1)).sqrt()
+            return w / deviation.where(deviation > 0, 1.0)
+        return w
+
+    def _check_binary(self, r: Tensor) -> None:
+        if not ((r == 0) | (r == 1)).all():
+            wrong = r[(r != 0) & (r != 1)][0].item()
+            raise ValueError(
+                f"rejection keeps samples of reward 1 and drops those of 0, and a reward is "
+                f"{wrong:.4g}; make the reward binary (Binary with weight 1, and nothing else), "
+                "or type --model.estimator.kind=rloo"
+            )
+
+    def loss(
+        self,
+        log_probabilities: Tensor,
+        mask: Tensor,
+        weights: Tensor,
+        length: int,
+        tokens: Tensor | float,
+        sampled: Tensor | None = None,
+    ) -> Tensor:
+        """What to descend; its value means nothing, its gradient is minus the one above.
+
+        Args:
+            log_probabilities: of the tokens drawn (b n), with gradient.
+            mask: tokens that were drawn (b n), the stop among them.
+            weights: of the samples (b).
+            length: most tokens a sample may have.
+            tokens: tokens of this share of the batch; of several equal shares, their mean.
+            sampled: the sampler's log-probabilities (b n), for `clip`.
+        """
+        w = weights[:, None]  # (b 1)
+        terms = w * log_probabilities
+        if self.clip is not None:
+            ratio = (log_probabilities - sampled).exp() if sampled is not None else None
+            if ratio is None:
+                raise ValueError("a clipped ratio needs the sampler's log-probabilities")
+            terms = torch.minimum(ratio * w, ratio.clamp(1 - self.clip, 1 + self.clip) * w)
+        total = terms.where(mask, 0.0).sum()
+        if self.normalize == "tokens":
+            return -total / tokens
+        return -total / len(weights) / (length if self.normalize == "constant" else 1)

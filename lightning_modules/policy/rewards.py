@@ -1,0 +1,234 @@
+"""Rewards as a sum of terms: what a term sees, what it may answer, and how the terms are added up.
+
+    reward of sample i = Σ_terms  weight · term_i         a term of weight 0 is watched only
+
+A term answers a number for each of this rank's samples, or None for one that it cannot score: such
+a sample gets no reward and weighs nothing. A term that fails, or answers NaN, or too few numbers,
+stops the run with its name and the sample's.
+"""
+
+import inspect
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHOWN = 40  # characters of a text in a message
+
+
+class RewardError(ValueError):
+    """A term that cannot be used, or failed; the text names it and the sample."""
+
+
+class Facts:
+    """What is known of the corpus: its words and its speakers."""
+
+    def __init__(self, text: str) -> None:
+        """Take them from the text."""
+        self.text = text
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Between blanks, with their punctuation."""
+        return frozenset(self.text.split())
+
+    @cached_property
+    def speakers(self) -> frozenset[str]:
+        """Names that begin a speech of a play: a line that ends in a colon, after an empty one."""
+        return frozenset(re.findall(r"(?:\A|\n\n)([^\n:]+):\n", self.text))
+
+
+@dataclass
+class Samples:
+    """This rank's samples, and the texts of all ranks; tensors (b n) on the CPU."""
+
+    prompts: list[str]
+    texts: list[str]  # what was written after each
+    tokens: Tensor
+    mask: Tensor
+    log_probabilities: Tensor  # of the sampler
+    reference: Tensor | None = None  # log-probabilities under the reference, at temperature 1
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # of the data
+    corpus: Facts | None = None
+    everyone: list[str] = field(default_factory=list)  # texts of all ranks, in the batch's order
+    first: int = 0  # place of our first text among them
+
+    def pick(self, i: int) -> "Samples":
+        """One sample alone."""
+        columns = {name: values[i : i + 1] for name, values in self.columns.items()}
+        cut = {
+            name: None if (x := getattr(self, name)) is None else x[i : i + 1]
+            for name in ("prompts", "texts", "tokens", "mask", "log_probabilities", "reference")
+        }
+        return Samples(
+            **cut,  # type: ignore[arg-type]
+            columns=columns,
+            corpus=self.corpus,
+            everyone=self.everyone,
+            first=self.first + i,
+        )
+
+
+class Reward(ABC):
+    """A term of the reward: write `score`.
+
+    class Length(Reward):
+        def score(self, samples): return [len(text) / 256 for text in samples.texts]
+
+    Args:
+        weight: what it is multiplied by in the sum; 0 to watch it only.
+        name: under which it is logged; by default the class's.
+    """
+
+    needs_corpus = False
+    needs_reference = False
+
+    def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
+        """Choose the weight."""
+        self.weight = weight
+        own = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        self.name = name or own
+
+    @abstractmethod
+    def score(self, samples: Samples) -> Sequence[float | None] | Tensor:
+        """A number for each of the samples, or None for one that has none."""
+
+
+class RewardFunction(Reward):
+    """A function of yours: it gets what it asks for by name.
+
+    # my_file.py
+    def reward(texts, answer):                    # answer: a column of the data
+        return [float(a in text) for text, a in zip(texts, answer)]
+
+    Known are texts, prompts, tokens, mask, log_probabilities and the columns of the data; `**rest`
+    takes all of them. It returns a number a text, or None for one that cannot be scored.
+
+    Args:
+        function: my_file.reward.
+        weight: what it is multiplied by in the sum.
+        name: under which it is logged; by default the function's.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], weight: float = 1.0, name: str | None = None
+    ) -> None:
+        """Look at what the function wants."""
+        super().__init__(weight, name or getattr(function, "__name__", "reward"))
+        self.function = function
+        self.wants = inspect.signature(function).parameters
+
+    def score(self, samples: Samples) -> Any:
+        """Call it."""
+        known = {
+            "texts": samples.texts,
+            "prompts": samples.prompts,
+            "tokens": samples.tokens,
+            "mask": samples.mask,
+            "log_probabilities": samples.log_probabilities,
+        } | samples.columns
+        kinds = {name: p.kind for name, p in self.wants.items()}
+        if inspect.Parameter.VAR_KEYWORD in kinds.values():
+            return self.function(**known)
+        for name, parameter in self.wants.items():
+            if name not in known and parameter.default is inspect.Parameter.empty:
+                raise RewardError(
+                    f"the reward {self.name} asks for {name!r}; there are {', '.join(known)}; "
+                    "rename the argument, or give the data a column of that name"
+                )
+        return self.function(**{name: known[name] for name in kinds if name in known})
+
+
+def check_terms(terms: Sequence[Reward], corpus: bool, reference: bool) -> None:
+    """Refuse, before the first step, terms that lack what they need or have one name for two."""
+    if not terms:
+        raise RewardError(
+            "Reinforce has no rewards; allowed: CharacterFraction, Binary, RewardFunction and "
+            "others; type --model.rewards+=CharacterFraction --model.rewards.characters=eE, or "
+            "use a config: --config reinforce/avoid_e_v1"
+        )
+    names = [term.name for term in terms]
+    for term in terms:
+        if names.count(term.name) > 1 or term.name in ("reward", "surrogate"):
+            raise RewardError(f"two metrics are called {term.name!r}: give each term a `name`")
+        if term.needs_corpus and not corpus:
+            raise RewardError(
+                f"the reward {term.name} compares with a text, and the data have none; "
+                "type --data.corpus=FILE"
+            )
+        if term.needs_reference and not reference:
+            raise RewardError(
+                f"the reward {term.name} asks the reference, and there is none; "
+                "type --model.reference=copy"
+            )
+
+
+def evaluate(terms: Sequence[Reward], samples: Samples) -> Tensor:
+    """The terms' answers, float64 (terms, b), NaN where a term gave None."""
+    return torch.stack([_checked(term, samples) for term in terms])
+
+
+def combine(terms: Sequence[Reward], answers: Tensor) -> Tensor:
+    """Weighted sum (b) of the answers (terms, b); NaN where a term that counts gave none."""
+    counted = [i for i, term in enumerate(terms) if term.weight]
+    weights = answers.new_tensor([terms[i].weight for i in counted])
+    return (weights[:, None] * answers[counted]).sum(0)
+
+
+def check_scored(terms: Sequence[Reward], answers: Tensor) -> None:
+    """Refuse a batch (terms, b) of which a term that counts has scored nothing."""
+    for term, row in zip(terms, answers, strict=True):
+        if term.weight and row.isnan().all():
+            raise RewardError(
+                f"the reward {term.name} is None for all {len(row)} samples of the batch, so there "
+                "is nothing to learn from; score some of them, or give the term weight 0"
+            )
+
+
+def _checked(term: Reward, samples: Samples) -> Tensor:
+    """One term's answers (b), or an error that names it and the sample."""
+    try:
+        answers = term.score(samples)
+        values = answers.tolist() if isinstance(answers, Tensor) else list(answers)
+        numbers = [math.nan if value is None else float(value) for value in values]
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"the reward {term.name} failed on {_culprit(term, samples)}: "
+            f"{type(error).__name__}: {error}; correct it, or return None for such a sample"
+        ) from error
+    if len(numbers) != len(samples.texts):
+        raise RewardError(
+            f"the reward {term.name} gave {len(numbers)} numbers for {len(samples.texts)} samples, "
+            f"0 to {len(samples.texts) - 1}; return one for each, None where there is none"
+        )
+    for i, (value, number) in enumerate(zip(values, numbers, strict=True)):
+        if value is not None and not math.isfinite(number):
+            raise RewardError(
+                f"the reward {term.name} is {number} for {_named(samples, i)}; return a number, or "
+                "None for a sample that cannot be scored"
+            )
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _culprit(term: Reward, samples: Samples) -> str:
+    """The first sample on which the term fails by itself, in words."""
+    for i in range(len(samples.texts)):
+        try:
+            list(term.score(samples.pick(i)))
+        except Exception:
+            return _named(samples, i)
+    return f"the batch of {len(samples.texts)} samples, and on none of them alone"
+
+
+def _named(samples: Samples, i: int) -> str:
+    text = samples.texts[i]
+    shown = text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    return f"sample {samples.first + i} ({shown!r})"

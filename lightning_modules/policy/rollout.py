@@ -1,0 +1,161 @@
+"""A rollout: what the policy wrote and by which weight; and the loss that a rollout stands for.
+
+    prompts -> generate -> tokens, mask -> rewards -> weights       no gradient, before the step
+    rollout -> log-probabilities again, with gradient -> loss       the step
+
+The second pass computes what the first one knew, because the first was cached, recorded, or in
+another precision: the gradient is taken of the net as it trains. Both see the net in evaluation
+mode (dropout would make them two policies) and through one `Sampling`.
+
+Axes: b samples, t positions, n new tokens, v vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..language.generation import chosen
+from ..language.sampling import Sampling
+from .estimators import Estimator
+from .kl import KL
+
+Net = Callable[[Tensor], Tensor]
+
+
+class Rollout(NamedTuple):
+    """A batch of samples on the net's device."""
+
+    text: Tensor  # (b t) prompt and continuation, right-padded, without the last token
+    places: Tensor  # (b n) positions in the text whose logits drew the new tokens
+    tokens: Tensor  # (b n)
+    mask: Tensor  # (b n) true up to the end, the stop included
+    sampled: Tensor  # (b n) log-probabilities when they were drawn
+    weights: Tensor  # (b) from the rewards
+    share: Tensor  # () tokens of a rank, the mean over ranks
+    reference: Tensor | None = None  # (b n) the reference's log-probabilities
+
+
+def check_together(
+    new: int, group_size: int, sampling: Sampling, estimator: Estimator, kl: KL, reference: str
+) -> None:
+    """Refuse choices that make no policy gradient, alone or together."""
+    for name, value in (("new", new), ("group_size", group_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; allowed: 1 or more; type --model.{name}=1")
+    if sampling.temperature == 0:
+        raise ValueError(
+            "at temperature 0 nothing is drawn, and there is no policy to improve; allowed: above "
+            "0; type --model.sampling.temperature=0.8"
+        )
+    if kl.beta and reference == "none":
+        raise ValueError(
+            f"kl.beta is {kl.beta}, and there is no reference to stay near; "
+            "type --model.reference=copy, or --model.kl.beta=0"
+        )
+    if kl.beta and kl.where == "reward" and estimator.kind == "rejection":
+        raise ValueError(
+            "rejection needs rewards of 0 and 1, and the divergence would be taken from them; "
+            "type --model.kl.estimator=k2 --model.kl.where=loss"
+        )
+
+
+def check_fits(what: str, prompt: str, size: int, new: int, context: int) -> None:
+    """Refuse a prompt of `size` tokens that leaves no place for the new ones."""
+    if size + new - 1 > context:
+        fits = context - size + 1
+        out = f"type --model.new={fits} or less, or " if fits > 0 else ""
+        raise ValueError(
+            f"{what} has {size} tokens, and with {new} new ones it does not fit into the {context} "
+            f"that the model sees: {prompt[:40]!r}; {out}give shorter prompts (--data.length)"
+        )
+
+
+def read(net: Net, text: Tensor, places: Tensor) -> Tensor:
+    """Logits (b n v) at some places of texts (b t)."""
+    return net(text)[torch.arange(len(text), device=text.device)[:, None], places]
+
+
+def log_probabilities(net: Net, rollout: Rollout, sampling: Sampling) -> Tensor:
+    """Of the tokens that were drawn, with gradient: (b n), 0 after the end."""
+    logits = read(net, rollout.text, rollout.places)
+    return chosen(logits, rollout.tokens, rollout.mask, sampling)
+
+
+def by_reference(
+    net: Net, text: Tensor, places: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    """The reference's log-probabilities (b n) at the sampling temperature, and at 1.
+
+    Top-k and the like are left out: what the policy may draw need not be in the reference's k.
+    """
+    with torch.no_grad():
+        logits = read(net, text, places)
+        warm, plain = Sampling(sampling.temperature), Sampling()
+        return chosen(logits, tokens, mask, warm), chosen(logits, tokens, mask, plain)
+
+
+def loss_of(rollout: Rollout, log_p: Tensor, estimator: Estimator, kl: KL, length: int) -> Tensor:
+    """The policy-gradient loss of a rollout, and the divergence if it stands in the loss."""
+    mask = rollout.mask
+    loss = estimator.loss(log_p, mask, rollout.weights, length, rollout.share, rollout.sampled)
+    if kl.beta and kl.where == "loss":
+        if rollout.reference is None:
+            raise ValueError("beta is above 0, and the rollout has no reference")
+        loss = loss + kl.beta * kl.penalty(log_p, rollout.reference, mask, length).mean()
+    return loss
+
+
+def drift(log_p: Tensor, rollout: Rollout) -> Tensor:
+    """Root mean square of log p now - log p when drawn, over tokens: rounding, or a mistake."""
+    away = (log_p.detach() - rollout.sampled).where(rollout.mask, 0.0)
+    return (away.square().sum() / rollout.mask.sum()).sqrt()
+
+
+@contextmanager
+def adapters_off(net: nn.Module) -> Iterator[None]:
+    """The net without its low-rank adapters: what it was before they learned anything.
+
+    An adapter is a module with a flag `lora_enabled`, as the LoRA callback makes them.
+    """
+    adapters: list[Any] = [m for m in net.modules() if hasattr(m, "lora_enabled")]
+    if not adapters:
+        raise ValueError(
+            "reference: lora asks the net with its adapters switched off, and it has none; add "
+            "the callback: --trainer.callbacks+=LoRA, or type --model.reference=copy"
+        )
+    before = [adapter.lora_enabled for adapter in adapters]
+    for adapter in adapters:
+        adapter.lora_enabled = False
+    try:
+        yield
+    finally:
+        for adapter, flag in zip(adapters, before, strict=True):
+            adapter.lora_enabled = flag
+
+
+class Clock:
+    """Seconds of named parts: `with clock("reward"): ...`, or `start` here and `stop` there."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.seconds: dict[str, float] = {}
+        self._begun: dict[str, float] = {}
+
+    def start(self, part: str) -> None:
+        """Begin a part."""
+        self._begun[part] = time.perf_counter()
+
+    def stop(self, part: str) -> None:
+        """End it."""
+        self.seconds[f"seconds_{part}"] = time.perf_counter() - self._begun[part]
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time a part."""
+        self.start(part)
+        yield
+        self.stop(part)

@@ -1,0 +1,208 @@
+"""The terms of lecture 7, from the letter e to a batch in which no text is another's copy.
+
+    v1  -CharacterFraction(eE)                    the letter goes, and the language with it
+    v2  v1 + VocabularyFraction + UniqueWords     words, but no sentences
+    v3  -4 e + 0.2 ReferenceLogProbability + CharacterDiversity
+    v4  -3 e + 0.2 ReferenceLogProbability + WordUniqueness
+    v5  v4 + 0.3 LineLength + 0.5 SpeakerDiversity
+    v6  v5 + 1.5 BatchDistance                    the first that lives
+
+Each is computed from the text that was written, without its prompt, and lies in [0, 1] (but the
+reference's log-probability). A text without words, or shorter than n, scores 0.
+"""
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .overlap import distances, ngrams, to_nearest
+from .rewards import Reward, RewardError, Samples
+
+
+class CharacterFraction(Reward):
+    """Share of a text's characters that are among `characters`."""
+
+    def __init__(self, characters: str, weight: float = 1.0, name: str | None = None) -> None:
+        """Choose the characters."""
+        super().__init__(weight, name)
+        self.characters = characters
+
+    def score(self, samples: Samples) -> list[float]:
+        """Count."""
+        return [
+            sum(text.count(c) for c in self.characters) / max(len(text), 1)
+            for text in samples.texts
+        ]
+
+
+class VocabularyFraction(Reward):
+    """Share of a text's words, punctuation included, that occur in the corpus."""
+
+    needs_corpus = True
+
+    def score(self, samples: Samples) -> list[float]:
+        """Look each word up."""
+        assert samples.corpus is not None
+        known = samples.corpus.words
+        return [vocabulary_share(text, known) for text in samples.texts]
+
+
+class UniqueWords(Reward):
+    """Share of a text's words that are different."""
+
+    def score(self, samples: Samples) -> list[float]:
+        """Count."""
+        return [_distinct(text.split()) for text in samples.texts]
+
+
+class ReferenceLogProbability(Reward):
+    """Mean over tokens of the reference's log-probability at temperature 1, in nats."""
+
+    needs_reference = True
+
+    def score(self, samples: Samples) -> Tensor:
+        """Average what the reference said."""
+        assert samples.reference is not None
+        said = samples.reference.double().where(samples.mask, 0.0)
+        return said.sum(1) / samples.mask.sum(1)
+
+
+class CharacterDiversity(Reward):
+    """Share of a text's runs of n characters that are different."""
+
+    def __init__(self, n: int = 2, weight: float = 1.0, name: str | None = None) -> None:
+        """Choose n."""
+        super().__init__(weight, name)
+        self.n = n
+
+    def score(self, samples: Samples) -> list[float]:
+        """Count."""
+        return [_distinct(ngrams(text, self.n)) for text in samples.texts]
+
+
+class WordUniqueness(Reward):
+    """Share of a text's runs of n words that are different."""
+
+    def __init__(self, n: int = 3, weight: float = 1.0, name: str | None = None) -> None:
+        """Choose n."""
+        super().__init__(weight, name)
+        self.n = n
+
+    def score(self, samples: Samples) -> list[float]:
+        """Count."""
+        return [_distinct(ngrams(text.split(), self.n)) for text in samples.texts]
+
+
+class LineLength(Reward):
+    """Mean length of a text's lines that are not empty, divided by `scale`, at most 1."""
+
+    def __init__(self, scale: float = 40, weight: float = 1.0, name: str | None = None) -> None:
+        """Choose the length that is long enough."""
+        super().__init__(weight, name)
+        self.scale = scale
+
+    def score(self, samples: Samples) -> list[float]:
+        """Measure."""
+        lines = [[line for line in text.split("\n") if line.strip()] for text in samples.texts]
+        means = [sum(map(len, each)) / max(len(each), 1) for each in lines]
+        return [min(mean / self.scale, 1.0) for mean in means]
+
+
+class SpeakerDiversity(Reward):
+    """Different speakers of the corpus who say something, divided by `enough`, at most 1.
+
+    Args:
+        enough: speakers that earn the whole reward.
+        least: characters of a speech that counts.
+        weight: what it is multiplied by in the sum.
+        name: under which it is logged.
+    """
+
+    needs_corpus = True
+
+    def __init__(
+        self, enough: int = 3, least: int = 20, weight: float = 1.0, name: str | None = None
+    ) -> None:
+        """Choose how many and how much."""
+        super().__init__(weight, name)
+        self.enough, self.least = enough, least
+
+    def score(self, samples: Samples) -> list[float]:
+        """Cut each text at its speakers."""
+        assert samples.corpus is not None
+        known = samples.corpus.speakers
+        counts = []
+        for text in samples.texts:
+            _, *parts = re.split(r"(?:\A|\n)([^\n:]+):\n", text)
+            speeches = zip(parts[::2], parts[1::2], strict=True)
+            valid = {who for who, said in speeches if who in known and len(said) >= self.least}
+            counts.append(min(len(valid) / self.enough, 1.0))
+        return counts
+
+
+class BatchDistance(Reward):
+    """Jaccard distance of a text's word n-grams to those of its nearest neighbour in the batch.
+
+    The batch is that of all ranks.
+    """
+
+    def __init__(self, n: int = 4, weight: float = 1.0, name: str | None = None) -> None:
+        """Choose n."""
+        super().__init__(weight, name)
+        self.n = n
+
+    def score(self, samples: Samples) -> list[float]:
+        """Compare all, answer for ours."""
+        if len(samples.everyone) < 2:
+            raise RewardError(
+                f"the reward {self.name} compares the texts of a batch, and there is one; "
+                "type --data.batch_size=64"
+            )
+        nearest = to_nearest(distances(samples.everyone, self.n))
+        return nearest[samples.first : samples.first + len(samples.texts)].tolist()
+
+
+class Binary(Reward):
+    """1 where another term lies between `least` and `most`, else 0.
+
+    Binary(CharacterFraction("eE"), most=0)               # not a single e
+
+    Args:
+        term: what is judged; its own weight does not matter.
+        least: bound from below.
+        most: bound from above.
+        weight: what it is multiplied by in the sum.
+        name: under which it is logged.
+    """
+
+    def __init__(
+        self,
+        term: Reward,
+        least: float | None = None,
+        most: float | None = None,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        """Refuse a judgement without a bound."""
+        super().__init__(weight, name)
+        if least is None and most is None:
+            raise RewardError("Binary has no bound; give `least`, or `most`, or both")
+        self.term, self.least, self.most = term, least, most
+        self.needs_corpus, self.needs_reference = term.needs_corpus, term.needs_reference
+
+    def score(self, samples: Samples) -> list[float | None]:
+        """Judge."""
+        low = -float("inf") if self.least is None else self.least
+        high = float("inf") if self.most is None else self.most
+        return [None if x is None else float(low <= x <= high) for x in self.term.score(samples)]
+
+
+def vocabulary_share(text: str, known: frozenset[str]) -> float:
+    """Share of a text's words that are known; 0 of a text without words."""
+    words = text.split()
+    return sum(word in known for word in words) / max(len(words), 1)
+
+
+def _distinct(items: Sequence) -> float:
+    return len(set(items)) / max(len(items), 1)

@@ -1,0 +1,486 @@
+"""Reinforce: rollouts follow the seed alone, steps are the policy gradient, runs continue exactly."""
+
+import math
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from ranks import furthest, whole
+
+from ravine.callbacks import ExactResume, GradientClipping
+from ravine.datamodules import ByteTokenizer, PromptDataModule, TextDataModule
+from ravine.datamodules.text import documentation
+from ravine.lightning_modules import (
+    BatchDistance,
+    Binary,
+    CharacterFraction,
+    LanguageModel,
+    LineLength,
+    ReferenceLogProbability,
+    Reinforce,
+    RewardFunction,
+    SpamClassifier,
+    SpeakerDiversity,
+    VocabularyFraction,
+    WordUniqueness,
+)
+from ravine.lightning_modules.language.sampling import Sampling
+from ravine.lightning_modules.policy.estimators import Estimator
+from ravine.lightning_modules.policy.kl import KL
+from ravine.lightning_modules.policy.rollout import log_probabilities
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
+]
+TEXT = "".join(documentation())[:20_000]
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "log_every_n_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A language model of a few thousand parameters, hardly trained, and its text."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "text.txt").write_text(TEXT)
+    torch.manual_seed(0)
+    model = LanguageModel(layers=1, width=16, heads=2, zero_init=False, dropout=0.5)
+    model.lr = 0.02
+    trainer = L.Trainer(max_steps=30, limit_val_batches=0, **QUIET)
+    trainer.fit(model, TextDataModule(folder / "text.txt", context=48, batch_size=8))
+    trainer.save_checkpoint(folder / "base.ckpt", weights_only=False)
+    return str(folder / "base.ckpt")
+
+
+def six() -> list:
+    """The lecture's sixth reward."""
+    return [
+        CharacterFraction("eE", -3.0, "e"),
+        ReferenceLogProbability(0.2),
+        WordUniqueness(),
+        LineLength(weight=0.3),
+        SpeakerDiversity(weight=0.5),
+        BatchDistance(n=2, weight=1.5),
+    ]
+
+
+def policy(base: str, *rewards, **how: Any) -> Reinforce:
+    how = {"new": 16, "sampling": Sampling(0.8)} | how
+    return Reinforce(base, list(rewards) or six(), **how)
+
+
+def data(base: str, **how: Any) -> PromptDataModule:
+    how = {"length": 8, "batch_size": 8, "val_prompts": 8} | how
+    return PromptDataModule(base.replace("base.ckpt", "text.txt"), **how)
+
+
+class Watch(L.Callback):
+    """Keeps rollouts, gradients and metrics."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[Any] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, index) -> None:
+        self.rollouts.append(batch)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        found = {}
+        for name, p in pl_module.named_parameters():
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            found[name] = grad.clone()
+        self.gradients.append(found)
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        metrics = trainer.callback_metrics
+        self.metrics.append({k: float(v) for k, v in metrics.items() if "seconds" not in k})
+
+
+def fit(model: Reinforce, prompts: PromptDataModule, steps: int = 2, **how: Any) -> Watch:
+    L.seed_everything(0, verbose=False)
+    watch = Watch()
+    ckpt, callbacks = how.pop("ckpt_path", None), how.pop("callbacks", [])
+    trainer = L.Trainer(max_steps=steps, callbacks=[watch, *callbacks],
+                        limit_val_batches=0, **QUIET, **how)  # fmt: skip
+    trainer.fit(model, prompts, ckpt_path=ckpt, weights_only=True)
+    return watch
+
+
+def on_ranks(base: str, strategy: str, devices: int, how: dict[str, Any]) -> tuple:
+    model = policy(base, kl=KL(0.1), **how)
+    watch = fit(model, data(base), strategy=strategy, devices=devices)
+    metrics = {k: v for k, v in watch.metrics[-1].items() if k not in ("train/surrogate",)}
+    tokens = [rollout.tokens for rollout in watch.rollouts]
+    return watch.gradients[0], whole(model), tokens, metrics
+
+
+# RLOO over the batch, with the reward that looks at the batch; groups; tokens; KL in the loss
+SETTINGS = {
+    "the batch": {"estimator": Estimator("rloo")},
+    "groups": {"estimator": Estimator("grpo", "group", normalize="tokens"), "group_size": 2},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_two_ranks_draw_the_batch_and_take_the_step_of_one(ranks, base, strategy, setting) -> None:
+    one = on_ranks(base, "auto", 1, SETTINGS[setting])
+    both = ranks(on_ranks, 2, base, strategy, 2, SETTINGS[setting])
+    for step, tokens in enumerate(one[2]):
+        assert torch.cat([found[2][step] for found in both]).equal(tokens)
+    assert not both[0][2][0].equal(both[1][2][0])
+    assert max(g.abs().max() for g in one[0].values()) > 1e-3
+    for gradient, weights, _, metrics in both:
+        assert furthest(gradient, one[0]) < 1e-6
+        assert furthest(weights, one[1]) < 2e-6
+        for name in metrics.keys() - {"train/drift"}:  # a rank's own
+            assert metrics[name] == pytest.approx(one[3][name], abs=1e-6), name
+
+
+def test_four_ranks_draw_the_batch_of_one(ranks, base) -> None:
+    one = on_ranks(base, "auto", 1, {})
+    found = ranks(on_ranks, 4, base, "ddp", 4, {})
+    assert torch.cat([each[2][0] for each in found]).equal(one[2][0])
+
+
+def test_a_run_that_was_cut_goes_on_bit_for_bit(base, tmp_path) -> None:
+    how: dict[str, Any] = {"kl": KL(0.1), "group_size": 2}
+    straight = policy(base, **how)
+    through = fit(straight, data(base), 6)
+    first = policy(base, **how)
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(max_steps=3, limit_val_batches=0, callbacks=[ExactResume()], **QUIET)
+    trainer.fit(first, data(base))
+    trainer.save_checkpoint(tmp_path / "cut.ckpt", weights_only=False)
+    second = policy(base, **how)
+    rest = fit(second, data(base), 6, ckpt_path=tmp_path / "cut.ckpt", callbacks=[ExactResume()])
+    assert furthest(whole(second), whole(straight)) == 0
+    assert rest.metrics == through.metrics[3:]
+
+
+def test_the_step_is_the_mean_of_weight_times_gradient(base) -> None:
+    model = policy(base, CharacterFraction("e", -1.0), estimator=Estimator("mean"))
+    watch = fit(model, data(base), 1)
+    rollout = watch.rollouts[0]
+    again = policy(base, CharacterFraction("e", -1.0))
+    again.setup("fit") if False else None
+    texts = [row["text"] for row in model.samples()]
+    rewards = torch.tensor([-text.count("e") / len(text) for text in texts])
+    torch.testing.assert_close(rollout.weights, rewards - rewards.mean())
+    assert rollout.sampled.sum(1).lt(0).all()
+
+
+def test_what_was_drawn_is_scored_the_same_in_the_update(base) -> None:
+    """One transform: with temperature, top-k and top-p at once the log-probabilities agree."""
+    model = policy(base, sampling=Sampling(0.7, top_k=20, top_p=0.9))
+    rollout = fit(model, data(base), 1).rollouts[0]
+    fresh = policy(base, sampling=model.sampling)
+    fit(fresh, data(base), 0)
+    fresh.eval()
+    torch.testing.assert_close(
+        log_probabilities(fresh, rollout, model.sampling).detach(), rollout.sampled,
+        rtol=0, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_dropout_is_off_while_it_writes_and_while_it_learns(base) -> None:
+    """The base has a dropout of one half: with it, the two passes would differ."""
+    watch = fit(policy(base), data(base), 2)
+    assert all(row["train/drift"] < 1e-5 for row in watch.metrics)
+
+
+def test_rewards_rise(base) -> None:
+    model = policy(base, CharacterFraction("e ", 1.0, "share"), new=16)
+    model.lr = 0.02
+    watch = fit(model, data(base, batch_size=16), 25)
+    shares = [row["train/share"] for row in watch.metrics]
+    assert shares[0] < 0.4
+    assert sum(shares[-5:]) / 5 > 0.8
+
+
+def test_clipping_and_accumulation_see_a_usual_step(base) -> None:
+    none = policy(base, CharacterFraction("e", -1.0), estimator=Estimator("none"))
+    whole_batch = fit(none, data(base), 1)
+    parts = fit(
+        policy(base, CharacterFraction("e", -1.0), estimator=Estimator("none")),
+        data(base),
+        1,
+        accumulate_grad_batches=4,
+        callbacks=[GradientClipping(1.0)],
+    )
+    assert torch.cat([r.tokens for r in parts.rollouts]).equal(whole_batch.rollouts[0].tokens)
+    assert furthest(parts.gradients[0], whole_batch.gradients[0]) < 1e-6
+
+
+def test_the_reference_is_in_no_optimizer_and_in_the_checkpoint_only_by_its_checksum(
+    base, tmp_path
+) -> None:
+    model = policy(base, kl=KL(0.1))
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(max_steps=2, limit_val_batches=0, **QUIET)
+    trainer.fit(model, data(base))
+    frozen = model._frozen[0]
+    started = torch.load(base, weights_only=True)["state_dict"]
+    for name, parameter in frozen.named_parameters():
+        assert parameter.equal(started[f"net.{name}"])
+        assert not any(parameter is p for p in model.parameters())
+    trainer.save_checkpoint(tmp_path / "policy.ckpt", weights_only=False)
+    saved = torch.load(tmp_path / "policy.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == set(started)
+    assert len(saved["policy"]["base"]) == 64
+
+
+def test_a_policy_is_loaded_without_its_base(base, tmp_path) -> None:
+    model = policy(base)
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    trainer.fit(model, data(base))
+    trainer.save_checkpoint(tmp_path / "policy.ckpt", weights_only=False)
+    checkpoint = torch.load(tmp_path / "policy.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["base"] = "gone"
+    torch.save(checkpoint, tmp_path / "policy.ckpt")
+    loaded = Reinforce.load(tmp_path / "policy.ckpt")
+    assert loaded.generate("the", max_new_tokens=8) == model.generate("the", max_new_tokens=8)
+    again = policy(str(tmp_path / "policy.ckpt"))  # and it is a base itself
+    fit(again, data(base), 1)
+
+
+def test_another_base_under_the_same_name_is_refused(base, tmp_path) -> None:
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    trainer.fit(policy(base), data(base))
+    trainer.save_checkpoint(tmp_path / "policy.ckpt", weights_only=False)
+    other = torch.load(base, weights_only=True)
+    other["state_dict"]["net.head.weight"] += 1
+    torch.save(other, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"not the one this policy started from.*--model\.base"):
+        fit(policy(str(tmp_path / "other.ckpt")), data(base), ckpt_path=tmp_path / "policy.ckpt")
+
+
+def test_validation_writes_the_same_texts_each_time(base) -> None:
+    model = policy(base)
+    trainer = L.Trainer(**QUIET)
+    L.seed_everything(0, verbose=False)
+    found = [trainer.validate(model, data(base), verbose=False)[0] for _ in range(2)]
+    same = [{k: v for k, v in each.items() if "seconds" not in k} for each in found]
+    assert same[0] == same[1]
+    assert {"val/reward", "val/e", "val/vocabulary", "val/nearest_jaccard", "val/kl"} <= set(
+        same[0]
+    )
+
+
+def test_a_stop_ends_a_text_and_belongs_to_what_is_learned(base) -> None:
+    model = policy(base, CharacterFraction("e", -1.0), stop=" ", new=32)
+    rollout = fit(model, data(base), 1).rollouts[0]
+    assert model.tokenizer is not None
+    space = int(model.tokenizer.encode(" "))
+    lengths = rollout.mask.sum(1)
+    assert (lengths < 32).any()
+    for tokens, length in zip(rollout.tokens, lengths, strict=True):
+        assert length == 32 or tokens[length - 1] == space
+    assert not any(" " in row["text"] for row in model.samples())
+
+
+# Rewards of the user's, and bad input
+
+
+def reward_of(*answers: Any):
+    def mine(texts: list[str], prompts: list[str]) -> list[Any]:
+        return list(answers) * (len(texts) // len(answers))
+
+    return RewardFunction(mine)
+
+
+def bad(texts: list[str]) -> list[float]:
+    return [1 / (len(text) - 16 + len(texts)) if len(texts) == 8 else 1 / 0 for text in texts]
+
+
+def test_a_reward_of_the_users_gets_what_it_asks_for(base, tmp_path) -> None:
+    lines = ['{"prompt": "a %d", "wanted": "x%d"}\n' % (i, i % 3) for i in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    seen: dict[str, Any] = {}
+
+    def wants_all(texts, prompts, tokens, mask, log_probabilities, wanted):
+        seen.update(locals())
+        return [None if w == "x0" else len(t) / 16 for t, w in zip(texts, wanted, strict=True)]
+
+    model = policy(base, RewardFunction(wants_all), group_size=2)
+    prompts = PromptDataModule(tmp_path / "prompts.jsonl", batch_size=4)
+    rollout = fit(model, prompts, 1).rollouts[0]
+    assert len(seen["texts"]) == len(seen["wanted"]) == 8
+    assert seen["prompts"][::2] == seen["prompts"][1::2]
+    assert seen["log_probabilities"].shape == seen["tokens"].shape == seen["mask"].shape == (8, 16)
+    unscored = torch.tensor([w == "x0" for w in seen["wanted"]])
+    assert not rollout.weights[unscored].any()
+
+
+def failing(texts: list[str]) -> list[float]:
+    return [float(text[99]) if i == 5 or len(texts) == 1 else 0.0 for i, text in enumerate(texts)]
+
+
+def once(texts: list[str]) -> list[float]:
+    if "e" in "".join(texts):
+        raise KeyError("no e, please")
+    return [1.0] * len(texts)
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "it raises": (
+        lambda b: policy(b, RewardFunction(once)),
+        r"the reward once failed on sample \d+ \('.*'\): KeyError: 'no e, please'; correct it",
+    ),
+    "NaN": (
+        lambda b: policy(b, reward_of(0.5, math.nan)),
+        r"the reward mine is nan for sample 1 \('.*'\); return a number, or None",
+    ),
+    "too few": (
+        lambda b: policy(b, RewardFunction(lambda texts: [1.0, 2.0], name="two")),
+        r"the reward two gave 2 numbers for 8 samples, 0 to 7; return one for each",
+    ),
+    "all None": (
+        lambda b: policy(b, reward_of(None)),
+        r"the reward mine is None for all 8 samples.*; score some of them",
+    ),
+    "no such column": (
+        lambda b: policy(b, RewardFunction(lambda texts, answer: [], name="f")),
+        r"the reward f asks for 'answer'; there are texts, prompts, .*; rename",
+    ),
+    "no rewards": (lambda b: Reinforce(b), r"has no rewards.*--config reinforce/avoid_e_v1"),
+    "one name for two": (
+        lambda b: policy(b, CharacterFraction("e"), CharacterFraction("a")),
+        r"two metrics are called 'character_fraction'",
+    ),
+    "a reference that is not there": (
+        lambda b: policy(b, ReferenceLogProbability(), reference="none"),
+        r"reference_log_probability asks the reference.*--model\.reference=copy",
+    ),
+    "KL without a reference": (
+        lambda b: policy(b, kl=KL(0.1), reference="none"),
+        r"kl\.beta is 0\.1, and there is no reference.*--model\.reference=copy",
+    ),
+    "no adapters": (
+        lambda b: policy(b, reference="lora"),
+        r"it has none; add the callback: --trainer\.callbacks\+=LoRA",
+    ),
+    "a prompt too long": (
+        lambda b: policy(b, new=42),
+        r"sample 0 has 8 tokens, and with 42 new ones .* 48 .*--model\.new=41",
+    ),
+    "a group of one": (
+        lambda b: policy(b, estimator=Estimator("rloo", "group")),
+        r"rloo compares the samples of a group, and here that is one.*--model\.group_size=4",
+    ),
+    "a group of none": (
+        lambda b: policy(b, group_size=0),
+        r"group_size is 0; allowed: 1 or more; type --model\.group_size=1",
+    ),
+    "temperature 0": (
+        lambda b: policy(b, sampling=Sampling(0.0)),
+        r"nothing is drawn.*--model\.sampling\.temperature=0\.8",
+    ),
+    "no base": (
+        lambda b: policy(b + "x"),
+        r"no base model at .*: no such file.*--model\.base=FILE",
+    ),
+    "rejection of the lukewarm": (
+        lambda b: policy(b, CharacterFraction("e"), estimator=Estimator("rejection")),
+        r"rejection keeps samples of reward 1.*make the reward binary",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named(mistake: str, base: str) -> None:
+    make, message = MISTAKES[mistake]
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        fit(make(base), data(base), 1)
+    assert "\n" not in str(error.value)
+
+
+def test_equal_rewards_are_said_and_change_nothing(base) -> None:
+    model = policy(base, Binary(CharacterFraction("e"), most=1.0), reference="none")
+    model.lr = 0.0
+    with pytest.warns(UserWarning, match=r"all 8 samples weigh 0.*alike \(1\)"):
+        watch = fit(model, data(base), 1)
+    assert not any(g.any() for g in watch.gradients[0].values())
+    assert watch.metrics[0]["train/zero_advantages"] == 1
+
+
+def test_a_base_without_a_tokenizer_is_refused(base, tmp_path) -> None:
+    checkpoint = torch.load(base, weights_only=True)
+    checkpoint["language"]["tokenizer"] = None
+    torch.save(checkpoint, tmp_path / "bare.ckpt")
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        fit(policy(str(tmp_path / "bare.ckpt")), data(base))
+    (tmp_path / "torn.ckpt").write_bytes(b"PK no more")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        fit(policy(str(tmp_path / "torn.ckpt")), data(base))
+    del checkpoint["language"]
+    checkpoint["task"] = SpamClassifier.__name__
+    torch.save(checkpoint, tmp_path / "spam.ckpt")
+    with pytest.raises(ValueError, match="no checkpoint of a language model, but of SpamClass"):
+        fit(policy(str(tmp_path / "spam.ckpt")), data(base))
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all(ranks, base) -> None:
+    with pytest.raises(AssertionError, match="RewardError: the reward last failed on sample 7"):
+        ranks(fails_on_the_last, 2, base)
+
+
+def fails_on_the_last(base: str) -> None:
+    def last(texts: list[str], prompts: list[str]) -> list[float]:
+        model_rank = torch.distributed.get_rank()
+        if model_rank == 1 and (len(texts) > 1 or texts[0] == model.samples_seen[3]):
+            model.samples_seen = texts if len(texts) > 1 else model.samples_seen  # type: ignore
+            raise RuntimeError("no")
+        return [1.0] * len(texts)
+
+    model: Any = policy(base, RewardFunction(last))
+    model.samples_seen = [""] * 4
+    fit(model, data(base), 1, strategy="ddp", devices=2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": }\n', "line 2: no JSON"),
+        ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2: no "prompt"'),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: no "prompt"'),
+        ('{"prompt": "a"}\n{"prompt": "b", "x": 1}\n', r"line 2: its columns .*\(x\)"),
+        ('{"prompt": "a"}\n', "has 1 prompts; give 2 or more"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(lines: str, message: str, tmp_path) -> None:
+    (tmp_path / "p.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match=message):
+        PromptDataModule(tmp_path / "p.jsonl").setup("fit")
+
+
+def test_other_data_are_refused(base) -> None:
+    text = TextDataModule(base.replace("base.ckpt", "text.txt"), context=8, batch_size=8)
+    with pytest.raises(ValueError, match="TextDataModule has none; type --data=PromptDataModule"):
+        fit(policy(base), text)  # type: ignore[arg-type]
+    (prompts := data(base)).text = None
+    prompts.setup("fit")
+    prompts.text = None
+    with pytest.raises(ValueError, match=r"the data have none; type --data\.corpus=FILE"):
+        fit(policy(base, VocabularyFraction()), prompts)
+    assert ByteTokenizer.end == 0
+
+
+def test_validation_prompts_are_none_that_are_trained_on(base) -> None:
+    prompts = data(base)
+    prompts.setup("fit")
+    trained = {text for batch in prompts.train_dataloader() for text in batch.texts}
+    held_out = {text for batch in prompts.val_dataloader() for text in batch.texts}
+    assert len(held_out) == 8
+    text, border = prompts.text or "", int(len(prompts.text or "") * 0.9)
+    assert all(t in text[:border] for t in trained)
+    assert all(t in text[border - 8 :] for t in held_out)
