@@ -248,18 +248,9 @@ class Reinforce(TaskModule):
         return Rollout(text, places, written.tokens, written.mask, log_p, weights, share, warm)
 
     def _judge(self) -> Judge:
-        return Judge(
-            terms=self.rewards,
-            estimator=self.estimator,
-            kl=self.kl,
-            length=self.new,
-            group_size=self.group_size,
-            tokenizer=cast(Tokenizer, self.tokenizer),
-            stop=self.stop,
-            corpus=self.corpus,
-            gathered=self._gathered,
-            rank=Share.of(self.trainer).rank,
-        )
+        how = self.rewards, self.estimator, self.kl, self.new, self.group_size
+        whose = cast(Tokenizer, self.tokenizer), self.stop, self.corpus
+        return Judge(*how, *whose, self._gathered, Share.of(self.trainer).rank)
 
     def _write(self, prompts: list[Tensor], keys: list[tuple]) -> Generated:
         alone = self.trainer.world_size == 1
@@ -298,5 +289,5 @@ class Reinforce(TaskModule):
         return self.trainer.strategy.reduce(whole, reduce_op="sum").flatten(0, 1).cpu()  # type: ignore
 
     def _log_stage(self, stage: str, rollout: Rollout) -> None:
-        found = {f"{stage}/{name}": torch.tensor(v) for name, v in self._metrics.items()}
+        found = {f"{stage}/{name}": value for name, value in self._metrics.items()}
         self.log_dict(found, batch_size=len(rollout.tokens), sync_dist=True)

@@ -347,7 +347,7 @@ def test_k1_and_k3_both_measure_the_divergence() -> None:
 
 def test_the_sampler_draws_each_text_as_often_as_its_probability_says() -> None:
     """Chi-square over the 15 texts: a fixed seed, and a bound that one seed in 10^4 would pass."""
-    count = 4096
+    count = 16_384
     prompts = [torch.tensor([V])] * count
     drawn = generate(NET, prompts, L, 8, COOL, stops=[[END]], seed=3)  # type: ignore[arg-type]
     numbers = {text: i for i, text in enumerate(TEXTS)}
@@ -357,7 +357,7 @@ def test_the_sampler_draws_each_text_as_often_as_its_probability_says() -> None:
     chi = ((found - count * P) ** 2 / (count * P)).sum().item()
     assert 2.5 < chi < 42.6  # quantiles of 14 degrees of freedom: 0.0003 and 0.9999
     other = log_p(sampling=Sampling(1.0)).exp().detach()
-    assert ((found - count * other) ** 2 / (count * other)).sum() > 100  # of another temperature
+    assert ((found - count * other) ** 2 / (count * other)).sum() > 60  # of another temperature
 
 
 def test_only_what_stands_before_the_end_counts() -> None:

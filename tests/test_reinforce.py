@@ -1,5 +1,6 @@
-"""Reinforce: rollouts follow the seed alone, steps are the policy gradient, runs continue exactly."""
+"""Reinforce: rollouts follow the seed alone, steps are policy gradients, runs go on exactly."""
 
+import json
 import math
 from typing import Any
 
@@ -169,8 +170,6 @@ def test_the_step_is_the_mean_of_weight_times_gradient(base) -> None:
     model = policy(base, CharacterFraction("e", -1.0), estimator=Estimator("mean"))
     watch = fit(model, data(base), 1)
     rollout = watch.rollouts[0]
-    again = policy(base, CharacterFraction("e", -1.0))
-    again.setup("fit") if False else None
     texts = [row["text"] for row in model.samples()]
     rewards = torch.tensor([-text.count("e") / len(text) for text in texts])
     torch.testing.assert_close(rollout.weights, rewards - rewards.mean())
@@ -198,11 +197,11 @@ def test_dropout_is_off_while_it_writes_and_while_it_learns(base) -> None:
 
 def test_rewards_rise(base) -> None:
     model = policy(base, CharacterFraction("e ", 1.0, "share"), new=16)
-    model.lr = 0.02
-    watch = fit(model, data(base, batch_size=16), 25)
+    model.lr = 0.01
+    watch = fit(model, data(base, batch_size=16), 12)
     shares = [row["train/share"] for row in watch.metrics]
     assert shares[0] < 0.4
-    assert sum(shares[-5:]) / 5 > 0.8
+    assert shares[-1] > 0.8
 
 
 def test_clipping_and_accumulation_see_a_usual_step(base) -> None:
@@ -298,13 +297,9 @@ def reward_of(*answers: Any):
     return RewardFunction(mine)
 
 
-def bad(texts: list[str]) -> list[float]:
-    return [1 / (len(text) - 16 + len(texts)) if len(texts) == 8 else 1 / 0 for text in texts]
-
-
 def test_a_reward_of_the_users_gets_what_it_asks_for(base, tmp_path) -> None:
-    lines = ['{"prompt": "a %d", "wanted": "x%d"}\n' % (i, i % 3) for i in range(20)]
-    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    lines = [json.dumps({"prompt": f"a {i}", "wanted": f"x{i % 3}"}) for i in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     seen: dict[str, Any] = {}
 
     def wants_all(texts, prompts, tokens, mask, log_probabilities, wanted):
@@ -319,10 +314,6 @@ def test_a_reward_of_the_users_gets_what_it_asks_for(base, tmp_path) -> None:
     assert seen["log_probabilities"].shape == seen["tokens"].shape == seen["mask"].shape == (8, 16)
     unscored = torch.tensor([w == "x0" for w in seen["wanted"]])
     assert not rollout.weights[unscored].any()
-
-
-def failing(texts: list[str]) -> list[float]:
-    return [float(text[99]) if i == 5 or len(texts) == 1 else 0.0 for i, text in enumerate(texts)]
 
 
 def once(texts: list[str]) -> list[float]:
