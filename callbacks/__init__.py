@@ -1,7 +1,9 @@
 """How it is optimised and watched: callbacks that work on any LightningModule."""
 
 from ravine.callbacks.checkpoint import Checkpoint
+from ravine.callbacks.collapse import CollapseAlarm
 from ravine.callbacks.compile import Compile
+from ravine.callbacks.curves import Curves
 from ravine.callbacks.ema import EMA
 from ravine.callbacks.figures import Figures
 from ravine.callbacks.gradient_clipping import GradientClipping
@@ -22,6 +24,7 @@ from ravine.callbacks.pretrained import Pretrained
 from ravine.callbacks.progress import ProgressBar
 from ravine.callbacks.recompute import Recompute
 from ravine.callbacks.resume import ExactResume
+from ravine.callbacks.rollout_table import RolloutTable
 from ravine.callbacks.samples import Samples
 from ravine.callbacks.summary import Summary
 from ravine.callbacks.throughput import Throughput
@@ -31,7 +34,9 @@ __all__ = [
     "AdaGrad",
     "AdaGradOptimizer",
     "Checkpoint",
+    "CollapseAlarm",
     "Compile",
+    "Curves",
     "ExactResume",
     "Figures",
     "GradientClipping",
@@ -49,6 +54,7 @@ __all__ = [
     "Pretrained",
     "ProgressBar",
     "Recompute",
+    "RolloutTable",
     "Rule",
     "Samples",
     "Schedule",

@@ -289,5 +289,6 @@ class Reinforce(TaskModule):
         return self.trainer.strategy.reduce(whole, reduce_op="sum").flatten(0, 1).cpu()  # type: ignore
 
     def _log_stage(self, stage: str, rollout: Rollout) -> None:
-        found = {f"{stage}/{name}": value for name, value in self._metrics.items()}
+        names = [n for n in self._metrics if not n.endswith("_spread")]
+        found = {f"{stage}/{name}": self._metrics[name] for name in names}
         self.log_dict(found, batch_size=len(rollout.tokens), sync_dist=True)

@@ -304,7 +304,7 @@ def test_a_reward_of_the_users_gets_what_it_asks_for(base, tmp_path) -> None:
 
     def wants_all(texts, prompts, tokens, mask, log_probabilities, wanted):
         seen.update(locals())
-        return [None if w == "x0" else len(t) / 16 for t, w in zip(texts, wanted, strict=True)]
+        return [None if w == "x0" else t.count("e") for t, w in zip(texts, wanted, strict=True)]
 
     model = policy(base, RewardFunction(wants_all), group_size=2)
     prompts = PromptDataModule(tmp_path / "prompts.jsonl", batch_size=4)

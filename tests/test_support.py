@@ -15,10 +15,24 @@ from foreign.net_in_init import NetInInit
 from ranks import furthest, whole
 
 import ravine.callbacks
-from ravine.callbacks import Compile, GradientClipping, LoRA, OptimizerPlan, Pretrained, Samples
-from ravine.datamodules import SpamDataModule, TextDataModule
+from ravine.callbacks import (
+    CollapseAlarm,
+    Compile,
+    GradientClipping,
+    LoRA,
+    OptimizerPlan,
+    Pretrained,
+    Samples,
+)
+from ravine.datamodules import PromptDataModule, SpamDataModule, TextDataModule
 from ravine.datamodules.text import documentation
-from ravine.lightning_modules import LanguageModel, SpamClassifier
+from ravine.lightning_modules import (
+    BatchDistance,
+    CharacterFraction,
+    LanguageModel,
+    Reinforce,
+    SpamClassifier,
+)
 
 pytestmark = [
     # it is logged on each rank after the ranks have summed it
@@ -35,6 +49,7 @@ CALLBACKS = sorted(
     if isinstance(kind, type) and issubclass(kind, L.Callback) and not name.startswith("_")
 )
 ARGUMENTS = {
+    "CollapseAlarm": lambda: CollapseAlarm({"train/loss": 0.0}),
     "Compile": lambda: Compile(backend="eager"),
     "GradientClipping": lambda: GradientClipping(1.0),
     "LoRA": lambda: LoRA(rank=2),
@@ -50,6 +65,9 @@ class Small(NetInInit):
     def tp_plan(self):
         return {"net.0": "colwise", "net.2": "rowwise"}
 
+    def samples(self):
+        return [{"text": "one", "reward": 1.0}]
+
     def load_pretrained(self, path):
         assert path == "weights.pt"
         torch.nn.init.constant_(self.net[0].weight, 0.1)
@@ -59,10 +77,23 @@ def tasks(folder):
     """Name, module and data of each task; `folder` has a text."""
     text = TextDataModule(folder / "text.txt", context=8, batch_size=8)
     spam = SpamDataModule(source="embedded", batch_size=8)
+    prompts = PromptDataModule(folder / "text.txt", length=4, batch_size=8, val_prompts=8)
+    rewards = [CharacterFraction("e", -1.0), BatchDistance(n=1)]
     return {
         "SpamClassifier": (SpamClassifier(buckets=256), spam),
         "LanguageModel": (LanguageModel(layers=1, width=16, heads=2, zero_init=False), text),
+        "Reinforce": (Reinforce(str(folder / "base.ckpt"), rewards, new=5), prompts),
     }
+
+
+def write_base(folder):
+    """A language model that nobody has trained, for a policy to start from."""
+    L.seed_everything(0, verbose=False)
+    model = LanguageModel(layers=1, width=16, heads=2, zero_init=False)
+    trainer = L.Trainer(max_steps=0, accelerator="cpu", logger=False, enable_checkpointing=False,
+                        enable_model_summary=False)  # fmt: skip
+    trainer.fit(model, tasks(folder)["LanguageModel"][1])
+    trainer.save_checkpoint(folder / "base.ckpt", weights_only=False)
 
 
 def train(module, data, strategy, devices, folder, *callbacks):
@@ -96,7 +127,7 @@ def rows(strategy, devices, folder):
         module, data = tasks(folder).get(name, tasks(folder)["LanguageModel"])
         if name in CALLBACKS:
             callbacks = [ARGUMENTS.get(name, getattr(ravine.callbacks, name))()]
-        if name in ("Compile", "Newton", "Pretrained"):
+        if name in ("Compile", "Newton", "Pretrained", "RolloutTable"):
             module, data = Small(batch_size=32 if strategy == "tp" else 32 // devices), None
         try:
             found[name] = train(module, data, strategy, devices, folder, *callbacks)
@@ -115,6 +146,7 @@ def table(title, names, ticks):
 
 def test_readme_ticks_what_trains_alike_on_every_strategy(ranks, tmp_path):
     (tmp_path / "text.txt").write_text("".join(documentation())[:3000])
+    write_base(tmp_path)
     single = rows("auto", 1, tmp_path)
     ticks = {(name, "one process"): True for name in single}
     assert not [refusal for refusal in single.values() if isinstance(refusal, str)]

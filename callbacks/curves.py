@@ -1,0 +1,119 @@
+"""Curves: what was logged in a run, one panel a metric, drawn at its end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+from .progress import log_interval
+
+Curve = list[tuple[int, float | Tensor]]
+POINTS = 2000  # of a curve; beyond that every second one is dropped
+ACROSS = 3  # panels side by side
+
+
+class Curves(L.Callback):
+    """Draws `curves.png` in the run's folder; a continued run draws the whole curves.
+
+    Trainer(callbacks=[Curves(["train/reward", "train/kl", "val/reward"])])
+
+    Args:
+        metrics: as the module logs them; one that begins with val/ is taken at validations, any
+            other one every log interval. All that begin with train/ if not given.
+    """
+
+    def __init__(self, metrics: Sequence[str] | None = None) -> None:
+        """Begin with empty curves."""
+        self.metrics = metrics
+        self.curves: dict[str, Curve] = {}
+        self.step, self.begins, self.folder = 0, True, None
+
+    @property
+    def state_key(self) -> str:
+        """The curves are kept in checkpoints under this name."""
+        return "Curves"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves as plain numbers."""
+        return {name: [(s, float(v)) for s, v in curve] for name, curve in self.curves.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves of a checkpoint."""
+        self.curves = {name: [tuple(p) for p in curve] for name, curve in state_dict.items()}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the folder, which is asked for on all ranks."""
+        self.step, self.folder, self.begins = trainer.global_step, trainer.log_dir, True
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Keep the values on their device: nobody has to wait for them."""
+        stepped, self.step = trainer.global_step != self.step, trainer.global_step
+        if not stepped or not (self.begins or self.step % log_interval(trainer) == 0):
+            return
+        metrics = trainer.callback_metrics
+        if self.begins and self.metrics is not None:
+            self._check(metrics, pl_module)
+        self.begins = False
+        wanted = [n for n in metrics if n[:6] == "train/"] if self.metrics is None else self.metrics
+        self._take({n: metrics[n] for n in wanted if n in metrics and n[:4] != "val/"})
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep what a validation has found, if it is wanted."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            metrics = trainer.callback_metrics
+            names = [n for n in self.metrics or () if n[:4] == "val/" and n in metrics]
+            self._take({name: metrics[name] for name in names})
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw."""
+        if trainer.is_global_zero and self.folder and any(self.curves.values()):
+            draw(self.state_dict(), Path(self.folder) / "curves.png")
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Draw what there is when the run is stopped; one that fails has other worries."""
+        if isinstance(exception, SystemExit | KeyboardInterrupt):
+            self.on_train_end(trainer, pl_module)
+
+    def _check(self, metrics: dict[str, Any], module: L.LightningModule) -> None:
+        missing = [n for n in self.metrics or () if n not in metrics and n[:4] != "val/"]
+        if missing:
+            raise ValueError(
+                f"Curves: {type(module).__name__} logs no {missing[0]}; there are "
+                f"{', '.join(sorted(metrics)) or 'none'}; take it out of Curves' metrics"
+            )
+
+    def _take(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            curve = self.curves.setdefault(name, [])
+            curve.append((self.step, value.detach().clone()))
+            if len(curve) > POINTS:
+                del curve[1::2]
+
+
+def draw(curves: dict[str, Any], path: Path) -> None:
+    """Write the picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state
+    from matplotlib.figure import Figure
+
+    down = -(-len(curves) // ACROSS)
+    figure = Figure(figsize=(4 * ACROSS, 2.4 * down), layout="constrained")
+    figure.suptitle(path.parent.as_posix(), fontsize=10)
+    for place, (name, curve) in enumerate(curves.items(), 1):
+        axes = figure.add_subplot(down, ACROSS, place, title=name)
+        axes.plot(*zip(*curve, strict=True), "o-" if name[:4] == "val/" else "-", ms=3, lw=1.2)
+        axes.grid(alpha=0.3)
+        axes.title.set_fontsize(9)
+        axes.tick_params(labelsize=7)
+    FigureCanvasAgg(figure).print_png(path)
