@@ -78,7 +78,7 @@ def tasks(folder):
     text = TextDataModule(folder / "text.txt", context=8, batch_size=8)
     spam = SpamDataModule(source="embedded", batch_size=8)
     prompts = PromptDataModule(folder / "text.txt", length=4, batch_size=8, val_prompts=8)
-    rewards = [CharacterFraction("e", -1.0), BatchDistance(n=1)]
+    rewards = [CharacterFraction("abcdefghijklm", -1.0), BatchDistance(n=1)]
     return {
         "SpamClassifier": (SpamClassifier(buckets=256), spam),
         "LanguageModel": (LanguageModel(layers=1, width=16, heads=2, zero_init=False), text),
