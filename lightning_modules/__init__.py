@@ -2,10 +2,6 @@
 
 from .base import TaskModule
 from .diffusion import Diffusion
-from .shakespeare import LanguageModel
-from .spam import SpamClassifier
-
-__all__ = ["Diffusion", "LanguageModel", "SpamClassifier", "TaskModule"]
 from .policy.rewards import Reward, RewardFunction
 from .policy.terms import (
     BatchDistance,
@@ -20,12 +16,15 @@ from .policy.terms import (
     WordUniqueness,
 )
 from .reinforce import Reinforce
+from .shakespeare import LanguageModel
+from .spam import SpamClassifier
 
 __all__ = [
     "BatchDistance",
     "Binary",
     "CharacterDiversity",
     "CharacterFraction",
+    "Diffusion",
     "LanguageModel",
     "LineLength",
     "ReferenceLogProbability",
