@@ -6,6 +6,7 @@ from ravine.callbacks.compile import Compile
 from ravine.callbacks.curves import Curves
 from ravine.callbacks.ema import EMA
 from ravine.callbacks.figures import Figures
+from ravine.callbacks.frechet_distance import FrechetDistance
 from ravine.callbacks.gradient_clipping import GradientClipping
 from ravine.callbacks.lora import LoRA, lora_disabled
 from ravine.callbacks.loss_plot import LossPlot
@@ -39,6 +40,7 @@ __all__ = [
     "Curves",
     "ExactResume",
     "Figures",
+    "FrechetDistance",
     "GradientClipping",
     "Lion",
     "LionOptimizer",

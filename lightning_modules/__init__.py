@@ -2,6 +2,7 @@
 
 from .base import TaskModule
 from .diffusion import Diffusion
+from .imaging.classifier import ClassifierFeatures, ImageClassifier
 from .policy.rewards import Reward, RewardFunction
 from .policy.terms import (
     BatchDistance,
@@ -24,7 +25,9 @@ __all__ = [
     "Binary",
     "CharacterDiversity",
     "CharacterFraction",
+    "ClassifierFeatures",
     "Diffusion",
+    "ImageClassifier",
     "LanguageModel",
     "LineLength",
     "ReferenceLogProbability",

@@ -1,0 +1,266 @@
+"""How far samples are from the data: Fréchet's distance and the kernel distance at each validation.
+
+    every rank       draws its blocks of samples, and takes their features
+    all together     blocks are handed round, and every rank adds them in the order of their numbers
+
+so the same bits come out on any number of ranks. `fid` is said of the 2048 features of InceptionV3
+alone; in any other features the distance is called fd_<extractor>. Beside it stands its floor, the
+distance of as many real test images: no number of this kind means anything without it.
+"""
+
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .feature_statistics import Gaussian, frechet, kernel_distance
+from .inception import SHA256, Inception, Layer, weights
+from .shared_features import SharedFeatures, checked, fingerprint, some, spread
+
+KEPT = 10_000  # real images at most whose features are kept for the kernel distance
+FORM = "bytes, statistics 1"  # of what is cached: another code must not find it
+
+
+class Reference(NamedTuple):
+    """What is known of the real images in an extractor's features, and kept in a file."""
+
+    mean: Tensor  # (d) of the training images
+    trace: Tensor
+    root: Tensor  # (d d)
+    features: Tensor  # (n d) of some training images
+    floor: Tensor  # distances of n test images: Fréchet's and the kernel's (2)
+    accuracy: Tensor  # of the extractor on these, nan where it does not classify
+
+
+class FrechetDistance(L.Callback):
+    """Logs val/fid or val/fd_<extractor>, val/kid or val/kd_<extractor>, floor, ratio and speed.
+
+        Trainer(callbacks=[FrechetDistance(ClassifierFeatures("last.ckpt"), n=1000)])
+
+    The module draws samples by `sample_images(index, labels)`: uint8 images (n c y x) of these
+    sample numbers (n) and, where it can choose, these labels (n). The datamodule gives the real
+    ones by `pictures(part)`: uint8 images (n c y x) and labels (n) of "train" and "test".
+
+    Args:
+        extractor: any module that maps uint8 images to features (b d); by default InceptionV3.
+        n: samples, and real test images for the floor. Below 5,000 trust the kernel distance more:
+            Fréchet's is too large by about c / n, its floor alike.
+        layer: of InceptionV3.
+        weights: InceptionV3's file, in torch-fidelity's layout; by default the published one.
+        reference: training images compared with; by default all.
+        batch_size: images sampled at once; the distance depends on it in the last bits.
+        every: validations from one measurement to the next.
+        cache: folder for what is known of the real images; by default ravine's cache.
+    """
+
+    def __init__(
+        self,
+        extractor: nn.Module | None = None,
+        n: int = 1000,
+        layer: Layer = 2048,
+        weights: str | None = None,
+        reference: int | None = None,
+        batch_size: int = 128,
+        every: int = 1,
+        cache: str | None = None,
+    ) -> None:
+        """Check the sizes."""
+        for name, value, least in (("n", n, 2), ("reference", reference or 2, 2),
+                                   ("batch_size", batch_size, 1), ("every", every, 1)):  # fmt: skip
+            if value < least:
+                raise ValueError(
+                    f"FrechetDistance: {name} is {value}; allowed: {least} or more; type "
+                    f"--trainer.callbacks.{name}={max(least, 1000 if name == 'n' else least)}"
+                )
+        self.extractor, self.weights = extractor, weights
+        self.layer: Layer = layer
+        self.n, self.reference, self.batch_size, self.every = n, reference, batch_size, every
+        self.cache = Path(cache).expanduser() if cache else None
+        self.found: dict[str, float] = {}  # the last measurement, unrounded
+        self.validations = 0
+        self._file, self._sha256 = Path(), ""
+        self._known: tuple[str, Reference] | None = None  # of this run, by its key
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what cannot be measured before anything is trained."""
+        if not callable(getattr(pl_module, "sample_images", None)):
+            raise ValueError(
+                "FrechetDistance needs a module with a method sample_images(index, labels), and "
+                f"{type(pl_module).__name__} has none; take FrechetDistance out of "
+                "trainer.callbacks"
+            )
+        data: Any = getattr(trainer, "datamodule", None)
+        if not callable(getattr(data, "pictures", None)):
+            raise ValueError(
+                'FrechetDistance needs a datamodule with a method pictures("train"), and '
+                f"{type(data).__name__ if data else 'none'} is given; type --data=ImageDataModule"
+            )
+        if self.extractor is None:
+            self._file, self._sha256 = weights(self.weights)
+            if self._sha256 != SHA256:
+                rank_zero_warn(
+                    f"{self._file} is not the published InceptionV3 (SHA-256 {self._sha256[:8]}, "
+                    f"not {SHA256[:8]}): distances in it can be compared with nobody's"
+                )
+        else:
+            self._sha256 = fingerprint(*self.extractor.state_dict().values())
+
+    @property
+    def name(self) -> str:
+        """What the distance is called: fid for Inception's 2048, else after the extractor."""
+        if self.extractor is not None:
+            return f"fd_{getattr(self.extractor, 'name', type(self.extractor).__name__.lower())}"
+        return "fid" if self.layer == 2048 else f"fd_inception_{self.layer}"
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure, so early that a checkpoint can be chosen by it."""
+        if trainer.sanity_checking:
+            return
+        self.validations += 1
+        if trainer.state.fn != "fit" or (self.validations - 1) % self.every == self.every - 1:
+            self._measure(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure."""
+        self._measure(trainer, pl_module, "test")
+
+    @torch.no_grad()
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        module: Any = pl_module
+        with self._at_work(pl_module.device) as extractor:
+            work = SharedFeatures(trainer, extractor, self.batch_size, pl_module.device)
+            real = self._real(trainer, work)
+            labels = spread(trainer.datamodule.pictures("train")[1], self.n)  # pyright: ignore
+
+            def draw(index: Tensor) -> Tensor:
+                with trainer.precision_plugin.val_step_context():
+                    images = module.sample_images(index.to(module.device), labels[index])
+                return checked(images, len(index), type(module).__name__)
+
+            begun = time.perf_counter()
+            moments, features = work.moments(draw, self.n, real.mean, self.n)
+            seconds = time.perf_counter() - begun
+        gaussian = Gaussian(real.mean, real.trace, real.root)
+        distance = frechet(moments, gaussian)
+        kernel = kernel_distance(features, real.features[: self.n])
+        other = "kid" if self.name == "fid" else self.name.replace("fd_", "kd_", 1)
+        found = {
+            self.name: distance,
+            f"{self.name}_floor": real.floor[0],
+            f"{self.name}_ratio": distance / real.floor[0],
+            other: kernel,
+            f"{other}_floor": real.floor[1],
+            f"{self.name}_n": self.n,
+            f"{self.name}_seconds": seconds,
+            f"{self.name}_images_per_second": self.n / seconds,
+        }
+        self.found = {f"{stage}/{key}": float(value) for key, value in found.items()}
+        pl_module.log_dict(self.found, sync_dist=True)
+
+    @contextmanager
+    def _at_work(self, device: torch.device) -> Iterator[nn.Module]:
+        """The extractor on the device, and gone from it afterwards, with all that it needed."""
+        extractor = self.extractor or Inception(self._file, self.layer)
+        try:
+            yield extractor.to(device).eval()
+        finally:
+            if self.extractor is not None:
+                self.extractor.to("cpu")
+            del extractor
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _real(self, trainer: L.Trainer, work: SharedFeatures) -> Reference:
+        """What is known of the real images: from this run, from the cache, or measured now."""
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        train, *_ = data.pictures("train")
+        train = some(train, self.reference or len(train))
+        test, labels = (some(each, self.n) for each in data.pictures("test"))
+        parts = (FORM, self.name, self._sha256, str(self.n), fingerprint(train), fingerprint(test))
+        key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        if self._known is None or self._known[0] != key:
+            path = (self.cache or cache_folder()) / f"{key}.safetensors"
+            known = read(path)
+            everywhere = trainer.strategy.reduce_boolean_decision(known is not None)
+            if known is None or not everywhere:
+                known = self._measured(work, train, test, labels)
+                if trainer.is_global_zero:
+                    write(path, known)
+            moved = [value.to(work.exact) for value in known]
+            self._known = key, Reference(*moved)
+            self._announce(self._known[1], len(train), len(test))
+        return self._known[1]
+
+    def _measured(
+        self, work: SharedFeatures, train: Tensor, test: Tensor, labels: Tensor
+    ) -> Reference:
+        moments, features = work.moments(lambda i: train[i], len(train), None, KEPT)
+        gaussian = Gaussian.of(moments)
+        others, tested = work.moments(lambda i: test[i], len(test), gaussian.mean, self.n)
+        floor = torch.stack(
+            (frechet(others, gaussian), kernel_distance(tested, features[: self.n]))
+        )
+        accuracy = torch.tensor(torch.nan)
+        if classify := getattr(work.extractor, "logits", None):
+            answers = classify(tested.to(work.device)).argmax(1)
+            accuracy = (answers.cpu() == labels.cpu()).double().mean()
+        return Reference(*gaussian, features, floor, accuracy)
+
+    def _announce(self, real: Reference, train: int, test: int) -> None:
+        d = len(real.mean)
+        if min(self.n, train) <= d:
+            rank_zero_warn(
+                f"FrechetDistance: {min(self.n, train)} images and {d} features: the covariance "
+                f"cannot have full rank, and the distance says less; type "
+                f"--trainer.callbacks.n={4 * d}"
+            )
+        if test < self.n:
+            rank_zero_warn(
+                f"FrechetDistance: the floor is of {test} real test images and the distance of "
+                f"{self.n} samples: they are not alike; type --trainer.callbacks.n={test}"
+            )
+        knows = "" if real.accuracy.isnan() else f", right on {real.accuracy:.2%} of them"
+        rank_zero_info(
+            f"{self.name}: {d} features, weights {self._sha256[:8]}; {test:,} real test images are "
+            f"{real.floor[0]:.4g} away from {train:,} to train{knows}"
+        )
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/ravine/features, by default ~/.cache/ravine/features."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "ravine" / "features"
+
+
+def read(path: Path) -> Reference | None:
+    """What was kept; None if nothing was, or not whole."""
+    try:
+        found = load_file(path)
+        return Reference(**found)
+    except (OSError, SafetensorError, TypeError):
+        return None
+
+
+def write(path: Path, known: Reference) -> None:
+    """Keep it under its name when it is whole; a cache that cannot be written is no error."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    tensors = {name: value.cpu().contiguous() for name, value in known._asdict().items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part)
+        os.replace(part, path)
+    except OSError as error:
+        rank_zero_warn(f"FrechetDistance: the real images' statistics are not kept: {error}")
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""torch-fidelity's InceptionV3, its weights found, checked and read without running any pickle.
+
+Looked for: the file given; `inception/` below DATA_ROOT; torch's hub folder, where torch-fidelity
+and torchmetrics keep theirs as well; then the address it was published at.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+from urllib.error import URLError
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
+Layer = Literal[64, 192, 768, 2048]
+
+
+def weights(given: str | None = None) -> tuple[Path, str]:
+    """The file of weights and its SHA-256; one of another checksum counts only if it is `given`."""
+    if given is not None:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no file {path}; give InceptionV3's weights in torch-fidelity's layout, "
+                f"{FILE}: {URL}"
+            )
+        return path, digest(path)
+    hub = Path(torch.hub.get_dir()) / "checkpoints" / FILE
+    data = os.environ.get("DATA_ROOT")
+    places = [Path(data).expanduser() / "inception" / FILE] if data else []
+    for path in (*places, hub):
+        if path.is_file() and digest(path) == SHA256:
+            return path, SHA256
+    try:
+        hub.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL, str(hub), hash_prefix=SHA256, progress=False)
+    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a wrong checksum
+        looked = "; ".join(str(path) for path in (*places, hub))
+        raise FileNotFoundError(
+            f"InceptionV3's weights were not found; looked at: {looked}; {URL} ({error}); ways "
+            f"out: run once with a network; or put {FILE} at {hub}; or type "
+            "--trainer.callbacks.weights=FILE; or measure in features of your own: "
+            "--trainer.callbacks.extractor=ClassifierFeatures"
+        ) from None
+    return hub, SHA256
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Inception(nn.Module):
+    """Bytes (b c y x), gray or colour, to the features (b d) of one layer, d its name.
+
+    Images are resized to 299 as TensorFlow 1 did, or no published figure could be compared with.
+    """
+
+    def __init__(self, path: Path, layer: Layer = 2048) -> None:
+        """Read the weights."""
+        super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        self.name = "inception" if layer == 2048 else f"inception_{layer}"
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            # torch-fidelity unpickles whatever it is given: it is given only tensors, in memory
+            memory = io.BytesIO()
+            torch.save(state, memory)
+            memory.seek(0)
+            self.net = FeatureExtractorInceptionV3(
+                "inception-v3-compat", [str(layer)], feature_extractor_weights_path=memory
+            )
+        except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{path} holds no InceptionV3 in torch-fidelity's layout ({why}); fetch {URL}"
+            ) from None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of uint8 images."""
+        if images.shape[1] == 1:
+            images = repeat(images, "b 1 y x -> b c y x", c=3)
+        return self.net(images)[0]

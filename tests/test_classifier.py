@@ -1,0 +1,139 @@
+"""Lecture 4's models learn what they can, alike on any ranks, and their features are a measure."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from ranks import furthest, whole
+
+from ravine.callbacks import ExactResume, FrechetDistance, OptimizerPlan
+from ravine.datamodules import ImageDataModule
+from ravine.datamodules.images import to_float
+from ravine.lightning_modules import ClassifierFeatures, ImageClassifier
+
+PLAN = {"lr": 5e-3}
+
+
+def trained(variant="convolutional", world=1, **arguments):
+    """So many steps on digits; the module, its trainer and the data."""
+    L.seed_everything(0, verbose=False)
+    shift = arguments.pop("shift", 1)
+    plan = OptimizerPlan(lambda p: torch.optim.AdamW(p, **PLAN))
+    options = {"max_steps": 60, "logger": False, "enable_checkpointing": False} | arguments
+    trainer = L.Trainer(
+        accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto",
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        **{"callbacks": [plan]} | options,
+    )  # fmt: skip
+    module, data = ImageClassifier(variant, shift=shift), ImageDataModule(batch_size=64)
+    trainer.fit(module, data)
+    return module, trainer, data
+
+
+def accuracy(module, trainer, data) -> float:
+    return trainer.test(module, data, verbose=False)[0]["test/accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "least"), [("linear", 0.9), ("mlp", 0.9), ("convolutional", 0.95)]
+)
+def test_each_of_the_lectures_models_learns_digits(variant: str, least: float) -> None:
+    assert accuracy(*trained(variant, max_steps=150, shift=0)) > least  # chance is 0.10
+
+
+def test_the_linear_model_is_the_softmax_regression_it_says() -> None:
+    module, _, data = trained("linear", max_steps=1)
+    images, labels = next(iter(data.val_dataloader()))
+    weight, bias = module.net.head.weight, module.net.head.bias
+    assert torch.equal(module(images), images.flatten(1) @ weight.T + bias)
+    assert sum(p.numel() for p in module.parameters()) == 64 * 10 + 10
+    assert len(labels) == len(images)
+
+
+def test_features_do_not_depend_on_the_rest_of_the_batch() -> None:
+    module, _, data = trained(max_steps=2)
+    images = to_float(data.pictures("test")[0][:8]).double()
+    body = module.net.double().body
+    assert torch.allclose(body(images)[:3], body(images[:3]), rtol=1e-12)
+
+
+def weights_on(world: int, shift: int) -> dict[str, torch.Tensor]:
+    sgd = OptimizerPlan(lambda p: torch.optim.SGD(p, 0.1))
+    return whole(trained(world=world, shift=shift, max_steps=3, callbacks=[sgd])[0])
+
+
+def test_two_ranks_train_as_one_process_also_when_images_are_moved(ranks) -> None:
+    alone = weights_on(1, shift=2)
+    assert furthest(alone, weights_on(1, shift=0)) > 1e-3
+    for other in ranks(weights_on, 2, 2, 2):
+        assert furthest(alone, other) < 2e-6
+
+
+def test_a_run_that_was_cut_continues_with_the_same_bits(tmp_path: Path) -> None:
+    def run(steps: int, **arguments):
+        callbacks = [OptimizerPlan(lambda p: torch.optim.AdamW(p, **PLAN)), ExactResume()]
+        return trained(max_steps=steps, shift=2, callbacks=callbacks, **arguments)
+
+    uncut, _, _ = run(30)  # beyond the first epoch of 21 steps
+    _, trainer, _ = run(23)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    L.seed_everything(0, verbose=False)
+    callbacks = [OptimizerPlan(lambda p: torch.optim.AdamW(p, **PLAN)), ExactResume()]
+    again = L.Trainer(
+        accelerator="cpu", max_steps=30, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        callbacks=callbacks,
+    )  # fmt: skip
+    module = ImageClassifier(shift=2)
+    again.fit(module, ImageDataModule(batch_size=64), ckpt_path=tmp_path / "cut.ckpt")
+    assert furthest(whole(uncut), whole(module)) == 0
+
+
+def test_any_size_of_image_and_number_of_channels_will_do() -> None:
+    for channels, size in ((3, (5, 9)), (1, (1, 1)), (1, (28, 28))):
+        module = ImageClassifier()
+        module.form = {"channels": channels, "size": size, "class_names": "abc", "source": "x"}
+        module.configure_model()
+        assert module(torch.zeros(2, channels, *size)).shape == (2, 3)
+
+
+def test_a_checkpoint_is_a_measure_with_a_name_and_an_accuracy(tmp_path: Path) -> None:
+    module, trainer, data = trained(max_steps=100)
+    trainer.save_checkpoint(tmp_path / "digits.ckpt")
+    extractor = ClassifierFeatures(str(tmp_path / "digits.ckpt"))
+    assert extractor.name == "digits_cnn"
+    images, labels = data.pictures("test")
+    features = extractor(images)
+    assert features.shape == (len(images), 64)
+    assert torch.equal(extractor.logits(features), module(to_float(images)))
+    right = (extractor.logits(features).argmax(1) == labels).float().mean()
+    assert float(right) == pytest.approx(accuracy(module, trainer, data))
+    with pytest.raises(
+        ValueError, match=r"images of \(1, 28, 28\) .* digits_cnn knows \(1, 8, 8\)"
+    ):
+        extractor(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
+    assert FrechetDistance(extractor).name == "fd_digits_cnn"
+
+
+def test_predictions_are_named_by_their_classes() -> None:
+    module, trainer, data = trained(max_steps=100)
+    rows = [row for batch in trainer.predict(module, data) for row in batch]
+    assert len(rows) == len(data.pictures("test")[1])
+    assert sum(said == truth for said, _, truth in rows) / len(rows) > 0.8
+    assert all(0.1 <= p <= 1 for _, p, _ in rows)
+
+
+@pytest.mark.parametrize("bad", [{"features": 0}, {"shift": -1}])
+def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="features 1 or more, shift 0 or more; type --model"):
+        ImageClassifier(**bad)
+
+
+def test_data_of_another_form_are_refused() -> None:
+    module, _, data = trained(max_steps=1)
+    data.channels = 3
+    with pytest.raises(ValueError, match="the data has channels 3 and the classifier 1"):
+        module.adopt(data)
+    with pytest.raises(ValueError, match="there are none; type --data=ImageDataModule"):
+        ImageClassifier().configure_model()

@@ -1,0 +1,451 @@
+"""Fréchet's distance is the one that others compute, alike on any ranks, and honest of its name."""
+
+import gc
+import weakref
+from functools import cache
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch_fidelity
+from torch import nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from ravine.callbacks import FrechetDistance, frechet_distance, inception
+from ravine.callbacks.feature_statistics import Gaussian, Moments, frechet, kernel_distance
+from ravine.callbacks.shared_features import spread
+
+D = 16
+
+
+class Random(nn.Module):
+    """Uint8 images of 8x8 to D features, some of them dead, the others far from zero."""
+
+    name = "random"
+
+    def __init__(self, dead: int = 0, width: int = D):
+        super().__init__()
+        g = torch.Generator().manual_seed(7)
+        self.weight = nn.Parameter(torch.randn(64, width, generator=g).double(), False)
+        self.dead = dead
+
+    def forward(self, images):
+        features = torch.relu(images.flatten(1).double() / 255 @ self.weight) + 100
+        features[:, : self.dead] = 3.0
+        return features
+
+    def logits(self, features):
+        return features
+
+
+class Painter(L.LightningModule):
+    """A foreign module: each number is its own picture, whatever is drawn beside it."""
+
+    def __init__(self, size: int = 8, bright: int = 256):
+        super().__init__()
+        self.line, self.size, self.bright = nn.Linear(1, 1), size, bright
+
+    def sample_images(self, index, labels=None):
+        return torch.stack([paint(int(i) + 10_000, self.size, self.bright) for i in index])
+
+    def validation_step(self, batch, index):
+        self.log("val/loss", self.line(torch.ones(1, 1)).mean(), batch_size=1, sync_dist=True)
+
+    def test_step(self, batch, index):
+        pass
+
+
+def paint(number: int, size: int = 8, bright: int = 256) -> torch.Tensor:
+    g = torch.Generator().manual_seed(number)
+    return torch.randint(bright, (1, size, size), generator=g, dtype=torch.uint8)
+
+
+class Pictures(L.LightningDataModule):
+    def __init__(self, train: int = 96, test: int = 64, size: int = 8):
+        super().__init__()
+        self.counts, self.size = {"train": train, "test": test}, size
+
+    def pictures(self, part):
+        first = 0 if part == "train" else 5_000
+        images = [paint(i, self.size) for i in range(first, first + self.counts[part])]
+        return torch.stack(images), torch.arange(len(images)) % 4
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(range(4))
+
+    test_dataloader = val_dataloader
+
+
+def measured(callback, module=None, data=None, world: int = 1):
+    trainer = L.Trainer(
+        accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto",
+        logger=False, callbacks=[callback], enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.validate(module or Painter(), data or Pictures(), verbose=False)
+    return callback.found | {"logged": dict(trainer.callback_metrics)}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def correlated(n: int, d: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return torch.randn(n, d, generator=g, dtype=torch.float64) @ mix + shift
+
+
+def gathered(features: torch.Tensor, block: int = 50) -> Moments:
+    moments = Moments(features[:block].mean(0))
+    for part in features.split(block):
+        moments.add(part)
+    return moments
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(frechet(gathered(one), Gaussian.of(gathered(other))))
+
+
+def test_the_distance_of_two_gaussians_is_the_closed_form() -> None:
+    # commuting covariances: |m1 - m2|² + sum of (s1 - s2)²
+    g = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(5, 5, generator=g, dtype=torch.float64)).Q
+    rows = torch.cat((torch.eye(5), -torch.eye(5))).double() * 3  # covariance 2
+    s1, s2, m = torch.rand(3, 5, generator=g, dtype=torch.float64)
+    one, other = rows * s1 @ q, rows * s2 @ q + m
+    expected = m.square().sum() + 2 * (s1 - s2).square().sum()
+    assert distance(one, other) == pytest.approx(float(expected), rel=1e-12)
+    assert distance(one, one) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_one_pass_around_a_pivot_loses_nothing(shift: float) -> None:
+    features = correlated(300, 8, 1, shift)
+    moments = gathered(features)
+    assert torch.allclose(moments.mean(), features.mean(0), rtol=1e-14)
+    assert torch.allclose(moments.covariance(), torch.cov(features.T), rtol=1e-12, atol=1e-12)
+
+
+class Registered(FeatureExtractorBase):
+    """For torch-fidelity: our random features, in float64 (it keeps whatever type it is given)."""
+
+    def __init__(self, name, features_list, **kwargs):
+        super().__init__(name, features_list)
+        self.inner = Random()
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("f",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "f"
+
+    @staticmethod
+    def can_be_compiled():
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile():
+        return torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+
+    def forward(self, images):
+        return (self.inner(images),)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+def official(one: torch.Tensor, other: torch.Tensor, **arguments) -> dict[str, float]:
+    if "random" not in torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY:
+        torch_fidelity.register_feature_extractor("random", Registered)
+    return torch_fidelity.calculate_metrics(
+        input1=Rows(one), input2=Rows(other), fid=True, cuda=False, verbose=False, cache=False,
+        save_cpu_ram=True, **({"feature_extractor": "random"} | arguments),
+    )  # fmt: skip
+
+
+def both(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    real = torch.stack([paint(i) for i in range(n)])
+    return real, torch.stack([paint(i + 10_000, bright=220) for i in range(n)])
+
+
+def test_torch_fidelity_computes_the_same_to_nine_digits() -> None:
+    real, drawn = both(400)
+    theirs = official(drawn, real, kid=True, kid_subsets=1, kid_subset_size=400)
+    extract = Random()
+    ours = distance(extract(drawn), extract(real))
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
+    kernel = float(kernel_distance(extract(drawn), extract(real)))
+    assert kernel == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-7)
+
+
+def test_torchmetrics_computes_the_same_to_six_digits() -> None:
+    class Features(Random):
+        num_features = D
+
+    real, drawn = both(400)
+    metric = FrechetInceptionDistance(feature=Features(), normalize=False)
+    metric.update(real, real=True)
+    metric.update(drawn, real=False)
+    extract = Random()
+    ours = distance(extract(drawn), extract(real))
+    assert ours == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+def test_the_kernel_distance_is_unbiased() -> None:
+    means = [
+        float(kernel_distance(correlated(40, 4, 2 * i), correlated(30, 4, 2 * i + 1)))
+        for i in range(200)
+    ]
+    spreads = torch.tensor(means)
+    assert abs(spreads.mean()) < 4 * spreads.std() / 200**0.5
+    assert spreads.min() < 0 < spreads.max()
+
+
+def test_a_rank_deficient_covariance_gives_a_finite_number_near_the_singular_values() -> None:
+    one, other = correlated(30, 64, 1), correlated(30, 64, 2, 0.5)
+    (a, b), (n, m) = ((f - f.mean(0) for f in (one, other)), (29, 29))
+    shared = torch.linalg.svdvals(a @ b.T).sum() / (n * m) ** 0.5
+    apart = (one.mean(0) - other.mean(0)).square().sum()
+    exact = apart + a.square().sum() / n + b.square().sum() / m - 2 * shared
+    assert distance(one, other) == pytest.approx(float(exact), rel=1e-6)
+
+
+def on_ranks(world: int, dead: int, width: int) -> dict[str, float]:
+    callback = FrechetDistance(Random(dead, width), n=90, batch_size=20, cache=f"cache{world}")
+    found = measured(callback, world=world)
+    assert float(found["logged"]["val/fd_random"]) == pytest.approx(found["val/fd_random"])
+    return {k: found[f"val/{k}"] for k in ("fd_random", "fd_random_floor", "kd_random")}
+
+
+@pytest.mark.parametrize(("dead", "width"), [(0, D), (3, D), (3, 128)])
+@pytest.mark.filterwarnings("ignore:FrechetDistance")
+def test_any_number_of_ranks_gives_the_same_bits(
+    ranks, dead: int, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    alone = on_ranks(1, dead, width)
+    assert alone["fd_random"] > 0
+    for world in (2, 4):
+        assert ranks(on_ranks, world, world, dead, width) == [alone] * world
+
+
+def test_the_callback_says_what_the_formula_says_of_the_same_images() -> None:
+    data, callback = Pictures(train=200, test=100), FrechetDistance(Random(), n=100, batch_size=32)
+    found = measured(callback, Painter(bright=200), data)
+    extract, (real, _), (test, _) = Random(), data.pictures("train"), data.pictures("test")
+    drawn = torch.stack([paint(i + 10_000, bright=200) for i in range(100)])
+    assert found["val/fd_random"] == pytest.approx(distance(extract(drawn), extract(real)))
+    floor = distance(extract(test), extract(real))
+    assert found["val/fd_random_floor"] == pytest.approx(floor)
+    assert found["val/fd_random_ratio"] == pytest.approx(found["val/fd_random"] / floor)
+    kernel = kernel_distance(extract(drawn), extract(real)[:100])
+    assert found["val/kd_random"] == pytest.approx(float(kernel))
+    assert found["val/fd_random_n"] == 100
+    assert found["val/fd_random_images_per_second"] > 0
+    assert set(found["logged"]) == {*found} - {"logged"} | {"val/loss"}
+
+
+@cache
+def random_inception(folder: Path) -> Path:
+    """A file in torch-fidelity's layout, of weights as torch initialises them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "load_state_dict", lambda self, state: None)
+        patch.setattr(
+            "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
+            lambda *a, **k: None,
+        )
+        torch.manual_seed(0)
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["64"], verbose=False)
+    torch.save(net.state_dict(), folder / "inception.pth")
+    return folder / "inception.pth"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_inception(tmp_path_factory.mktemp("weights"))
+
+
+UNPUBLISHED = "is not the published InceptionV3"
+
+
+@pytest.mark.filterwarnings("ignore:FrechetDistance")
+def test_the_distance_in_inceptions_features_is_that_of_torch_fidelity(weights: Path) -> None:
+    data, painter = Pictures(train=80, test=40), Painter(bright=180)
+    callback = FrechetDistance(layer=64, weights=str(weights), n=40, batch_size=20)
+    with pytest.warns(UserWarning, match=UNPUBLISHED):
+        found = measured(callback, painter, data)
+    real, drawn = data.pictures("train")[0], painter.sample_images(torch.arange(40))
+    theirs = official(
+        drawn.expand(-1, 3, -1, -1), real.expand(-1, 3, -1, -1),
+        feature_extractor="inception-v3-compat", feature_layer_fid="64",
+        feature_extractor_weights_path=str(weights),
+    )["frechet_inception_distance"]  # fmt: skip
+    assert found["val/fd_inception_64"] == pytest.approx(theirs, rel=1e-4)
+    assert "val/fid" not in found
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the published InceptionV3")
+def test_fid_is_of_2048_features_finite_and_leaves_no_inception_behind(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Watched(inception.Inception):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(frechet_distance, "Inception", Watched)
+    callback = FrechetDistance(weights=str(weights), n=4, batch_size=4)
+    with pytest.warns(UserWarning, match="4 images and 2048 features: the covariance cannot have"):
+        found = measured(callback, data=Pictures(train=4, test=4))
+    assert 0 < found["val/fid"] < float("inf")
+    assert "val/kid" in found
+    gc.collect()
+    assert len(made) == 1
+    assert made[0]() is None
+
+
+def test_what_is_known_of_the_real_images_is_kept_under_a_key_of_all_that_decides_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    original = FrechetDistance._measured
+    monkeypatch.setattr(FrechetDistance, "_measured", lambda *a: calls.append(1) or original(*a))
+    extractor, folder = Random(), str(tmp_path / "kept")
+
+    def again(**changes):
+        arguments = {"extractor": extractor, "n": 40, "cache": folder} | changes
+        return measured(FrechetDistance(**arguments), data=Pictures(train=80))["val/fd_random"]
+
+    first = again()
+    assert again() == first
+    assert len(calls) == 1
+    again(n=30)
+    again(reference=60)
+    with torch.no_grad():
+        extractor.weight[0, 0] += 1
+    again()
+    assert len(calls) == 4
+    for path in Path(folder).iterdir():
+        path.write_bytes(path.read_bytes()[:50])  # damaged: measured again
+    assert again() == again()
+    assert len(calls) == 5
+
+
+def test_labels_are_asked_for_in_the_proportions_of_the_data() -> None:
+    labels = torch.tensor([2] * 60 + [0] * 20 + [1] * 20)
+    assert spread(labels, 10).bincount().tolist() == [2, 2, 6]
+
+
+def test_the_extractors_accuracy_and_the_floor_are_said(capsys, caplog) -> None:
+    with caplog.at_level("INFO"):
+        measured(FrechetDistance(Random(), n=64))
+    assert "64 real test images are" in caplog.text
+    assert "right on" in caplog.text
+
+
+class Nothing(L.LightningModule):
+    def validation_step(self, batch, index):
+        pass
+
+
+class Floats(Painter):
+    def sample_images(self, index, labels=None):
+        return torch.rand(len(index), 1, 8, 8)
+
+
+class Few(Painter):
+    def sample_images(self, index, labels=None):
+        return paint(0)[None]
+
+
+class NotFinite(Random):
+    def forward(self, images):
+        return super().forward(images) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"module": Nothing()}, r"a method sample_images\(index, labels\), and Nothing has none"),
+        ({"data": L.LightningDataModule()}, r"a method pictures\(.train.\), and Lightning"),
+        ({"module": Floats()}, "sample_images of Floats gave torch.float32 of shape .*to_uint8"),
+        ({"module": Few()}, "sample_images of Few gave 1 images of 64 asked for"),
+        ({"callback": FrechetDistance(NotFinite(), n=64)}, "NotFinite gave features that are not"),
+        ({"callback": FrechetDistance(nn.Identity(), n=64)}, r"Identity made \(96, 1, 8, 8\) of"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(arguments, text: str) -> None:
+    arguments = {"callback": FrechetDistance(Random(), n=64)} | arguments
+    with pytest.raises(ValueError, match=text) as error:
+        measured(**arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [{"n": 1}, {"reference": 1}, {"batch_size": 0}, {"every": 0}])
+def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
+    (name,) = bad
+    with pytest.raises(ValueError, match=rf"{name} is {bad[name]}; allowed: .*callbacks.{name}="):
+        FrechetDistance(**bad)
+
+
+def test_more_samples_than_test_images_are_said_to_have_another_floor() -> None:
+    with pytest.warns(UserWarning, match=r"floor is of 20 real test images .* --trainer.*\.n=20"):
+        measured(FrechetDistance(Random(), n=64), data=Pictures(test=20))
+
+
+def test_missing_weights_are_answered_with_the_file_and_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*a, **k):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    place = rf"put {inception.FILE} at {tmp_path}/hub/hub/checkpoints/{inception.FILE}"
+    with pytest.raises(FileNotFoundError, match=f"no network.*{place}"):
+        measured(FrechetDistance())
+    with pytest.raises(FileNotFoundError, match=r"no file gone\.pth; give InceptionV3's weights"):
+        measured(FrechetDistance(weights="gone.pth"))
+
+
+def test_a_file_of_weights_never_runs_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save(Evil(), tmp_path / "evil.pth")
+    (tmp_path / "short.pth").write_bytes(b"PK\3\4")
+    torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
+    for name in ("evil", "short", "other"):
+        with pytest.raises(ValueError, match=rf"{name}\.pth holds no InceptionV3"):
+            inception.Inception(tmp_path / f"{name}.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_download_with_another_checksum_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong.pth").write_bytes(b"something else")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(inception, "URL", (tmp_path / "wrong.pth").as_uri())
+    with pytest.raises(FileNotFoundError, match="invalid hash value"):
+        inception.weights()
+    assert not list((tmp_path / "hub").rglob("*.pth"))
