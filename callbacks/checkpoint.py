@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ravine.strategies.saving import save, worth_saving
 
+from .nan_guard import NonFiniteError
+
 MONITOR = "val/loss"
 
 
@@ -99,9 +101,13 @@ class Checkpoint(ModelCheckpoint):
             self._keep(trainer, measured=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step."""
-        if not self._saved(trainer):
-            self._keep(trainer, measured=False)
+        """Save the last step; a run that ends with a NaN in its weights has failed."""
+        if not self._saved(trainer) and not self._keep(trainer, measured=False):
+            raise NonFiniteError(
+                f"the weights are not finite at step {trainer.global_step}, the end of the run; "
+                f"newest whole checkpoint: {self.last_model_path or 'none'}; lower the learning "
+                "rate, or see where it begins: --trainer.callbacks+=NaNGuard"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best so far, in whichever folder it is; only files in ours are removed."""
@@ -110,11 +116,16 @@ class Checkpoint(ModelCheckpoint):
     def _saved(self, trainer: L.Trainer) -> bool:
         return self._last_global_step_saved == trainer.global_step
 
-    def _keep(self, trainer: L.Trainer, measured: bool) -> None:
-        """Write the file, then remove the one before it unless it is among the best."""
+    def _keep(self, trainer: L.Trainer, measured: bool) -> bool:
+        """Write the file, then remove the one before it unless it is among the best.
+
+        Returns False if a weight is not finite, and writes nothing.
+        """
         self._owed = False
-        if getattr(trainer, "fast_dev_run", False) or not worth_saving(trainer):
-            return
+        if getattr(trainer, "fast_dev_run", False):
+            return True
+        if not worth_saving(trainer):
+            return False
         candidates = self._monitor_candidates(trainer)
         current = candidates.get(str(self.monitor)) if measured else None
         path = self.format_checkpoint_name(candidates)
@@ -127,6 +138,7 @@ class Checkpoint(ModelCheckpoint):
         stale = previous and previous not in self.best_k_models and self.save_top_k != -1
         if stale and self._should_remove_checkpoint(trainer, previous, path):
             self._remove_checkpoint(trainer, previous)
+        return True
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         save(trainer, filepath)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ravine.callbacks import Checkpoint, ExactResume
+from ravine.callbacks.nan_guard import NonFiniteError
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, check
 
 
@@ -120,8 +121,13 @@ def test_a_validation_within_an_optimizer_step_is_saved_when_the_step_is_done(
 def test_weights_that_are_not_finite_never_replace_a_good_file(tmp_path: Path) -> None:
     keep = Checkpoint(str(tmp_path))
     text = r"no checkpoint at step 6: net\.bias is not finite; the last good file stays"
-    with pytest.warns(UserWarning, match=text):
+    ended = r"the weights are not finite at step 6, the end of the run; .*step=000004\.ckpt"
+    with (
+        pytest.warns(UserWarning, match=text),
+        pytest.raises(NonFiniteError, match=ended) as told,
+    ):
         fit(Net([5, 4, 3], spoil=6), keep, max_steps=6)
+    assert told.value.exit_status == 1
     assert names(tmp_path) == ["step=000004.ckpt"]
     assert keep.best_model_path == keep.last_model_path == str(tmp_path / "step=000004.ckpt")
     assert check(keep.best_model_path) is None
