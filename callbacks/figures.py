@@ -1,4 +1,4 @@
-"""Figures: what a trained module can show of itself, as PNG files named after their config."""
+"""Figures: what a trained module can show of itself, as PNG files and in the logger."""
 
 from pathlib import Path
 from typing import Any
@@ -31,3 +31,8 @@ class Figures(L.Callback):
         if trainer.is_global_zero:
             for name, figure in drawn.items():
                 figure.savefig(folder / f"{config}_{name}.png")
+                loggers: list[Any] = trainer.loggers
+                for logger in loggers:
+                    take = getattr(logger.experiment, "add_figure", None)  # TensorBoard's
+                    if take is not None:
+                        take(name, figure, trainer.global_step, close=False)

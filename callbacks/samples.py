@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy
 
 
 class Samples(L.Callback):
-    """Calls the task's `generate` at each validation; the last sample is printed at the end.
+    """Calls the task's `generate` at each validation; the last text is printed at the end.
 
     Trainer(callbacks=[Samples({"prompt": "ROMEO:", "max_new_tokens": 300})])
+    Trainer(callbacks=[Samples({"labels": "0-9", "steps": 20})])
 
     Args:
         arguments: of `generate`; its own defaults if not given.
@@ -29,16 +31,35 @@ class Samples(L.Callback):
             )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write a sample to samples.txt; all ranks generate, as a sharded net needs all of them."""
+        """Keep a sample; all ranks generate, as a sharded net needs all of them.
+
+        Texts are added to samples.txt; pictures, which have a method `grid`, become
+        samples/000100.png, and go to every logger that takes images.
+        """
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        self.last = str(pl_module.generate(**self.arguments))  # pyright: ignore
-        folder = trainer.log_dir
+        made: Any = pl_module.generate(**self.arguments)  # pyright: ignore
+        step, folder = trainer.global_step, trainer.log_dir
+        if callable(getattr(made, "grid", None)):
+            if trainer.is_global_zero and folder:
+                made.save(Path(folder, "samples", f"{step:06}.png"))
+            loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
+            for logger in loggers:
+                take = getattr(logger.experiment, "add_image", None)  # TensorBoard's
+                if take is not None:
+                    take(
+                        "samples",
+                        numpy.asarray(made.grid().convert("RGB")),
+                        step,
+                        dataformats="HWC",
+                    )
+            return
+        self.last = str(made)
         if trainer.is_global_zero and folder:
             with (Path(folder) / "samples.txt").open("a", encoding="utf-8") as file:
-                file.write(f"--- step {trainer.global_step} ---\n{self.last}\n")
+                file.write(f"--- step {step} ---\n{self.last}\n")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the last one."""
+        """Print the last text."""
         if self.last is not None:
             pl_module.print(f"--- a sample after step {trainer.global_step} ---\n{self.last}")

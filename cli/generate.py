@@ -1,9 +1,11 @@
-"""`generate`: let a trained model write, draw, play; what it takes is said by its own method.
+"""`generate`: let a trained model write or draw; what it takes is said by its own method.
 
 lightning generate --ckpt_path last --prompt "ROMEO:" --temperature 0.8
+lightning generate --ckpt_path last --labels 0-9 --guidance 0.5 --steps 20
 """
 
 import sys
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,54 @@ from . import signature
 from .errors import Mistake
 from .trained import prepare
 
-OURS = {"prompt_file": str, "device": str}  # flags that no task has to know
+DEVICE = {"device": str}  # flags that no task has to know
+TEXTS = DEVICE | {"prompt_file": str}
+PICTURES = DEVICE | {"file": str, "folder": str}
 
 
 def run(argv: list[str]) -> int:
     """Load the checkpoint, call `generate` with what was typed, show what comes."""
     module, given = prepare(argv, "generate")
     known = signature.flags(module.generate)  # type: ignore[arg-type]
-    known |= {name: signature.Flag(kind, None) for name, kind in OURS.items()}
+    writes = "prompt" in known
+    ours = TEXTS if writes else PICTURES
+    known |= {name: signature.Flag(kind, None) for name, kind in ours.items()}
     arguments = signature.read(given, known, "generate")
     place = arguments.pop("device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not writes:
+        file, folder = arguments.pop("file", None), arguments.pop("folder", None)
+        draw(module.to(torch.device(place)), arguments, file, folder)
+        return 0
     file = arguments.pop("prompt_file", None)
     if file is not None:
         arguments["prompt"] = prompts(Path(file), arguments.get("prompt"))
-    module.to(torch.device(place))
-    show(module, arguments)
+    show(module.to(torch.device(place)), arguments)
     return 0
+
+
+def draw(
+    module: TaskModule, arguments: dict[str, Any], file: str | None, folder: str | None
+) -> None:
+    """Write pictures as one grid, and each into a file of its own if there is a folder for them."""
+    if file is not None and Path(file).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise Mistake(f"{file} is no name of a picture", [".png", ".jpg"], "--file=samples.png")
+    if folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise Mistake(f"the folder {folder} is not empty", ["a new one"], f"--folder={folder}_2")
+    method: Any = module.generate
+    pictures = method(**arguments)
+    file = file or free("samples", ".png")
+    pictures.save(file)
+    words = [file]
+    if folder is not None:
+        pictures.save_each(folder)
+        words.append(f"{len(pictures.images)} files in {folder}")
+    print(f"written: {', '.join(words)}")
+
+
+def free(name: str, end: str) -> str:
+    """A name that no file has yet: samples.png, samples_1.png, ..."""
+    more = (f"{name}_{number}{end}" for number in count(1))
+    return next(file for file in chain([name + end], more) if not Path(file).exists())
 
 
 def prompts(file: Path, typed: Any) -> list[str]:
@@ -53,8 +87,7 @@ def show(module: TaskModule, arguments: dict[str, Any]) -> None:
     """Print a single text as it is written, several one after the other."""
     method: Any = module.generate
     prompt = arguments.get("prompt", signature.flags(method)["prompt"].default)
-    count = arguments.get("num_samples", 1)
-    if isinstance(prompt, str) and count == 1:
+    if isinstance(prompt, str) and arguments.get("num_samples", 1) == 1:
         before = [prompt]  # shown when it has been accepted
 
         def piece(text: str) -> None:

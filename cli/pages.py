@@ -7,7 +7,7 @@ usage: {0} COMMAND [--config NAME ...] [--key=value ...]
   validate   measure a checkpoint     {0} validate --ckpt_path=FILE
   test       the final measurement    {0} test --ckpt_path=FILE
   predict    apply it to new data     {0} predict --ckpt_path=FILE
-  generate   let a model write        {0} generate --ckpt_path=FILE --prompt=TEXT
+  generate   let a model write, draw  {0} generate --ckpt_path=FILE --prompt=TEXT
   export     weights for others       {0} export --ckpt_path=FILE --folder=NAME
 
 {0} COMMAND --help says more; {0} --version says which versions run here.
@@ -39,23 +39,24 @@ usage: {0} {1} --ckpt_path=FILE [--config NAME ...] [--key=value ...]
 """
 
 GENERATE = """\
-usage: {0} generate --ckpt_path=FILE [--prompt=TEXT ...] [--key=value ...]
+usage: {0} generate --ckpt_path=FILE [--prompt=TEXT | --labels=0-9] [--key=value ...]
 
   --ckpt_path=FILE            a trained model; or auto; or last (of --trainer.name=NAME)
-  --prompt=TEXT               may be repeated; \\n is a line break; or --prompt_file=FILE
-  --max_new_tokens=200 --num_samples=1 --seed=0 --batch_size=64 --device=cpu
-  --temperature=0.8           below 1 the probable becomes more so; 0 takes the most probable
-  --top_k=40 --top_p=0.9 --min_p=0.05             leave the improbable out
-  --stop=TEXT                 where a text ends; may be repeated
-  --window=slide              or refuse: what to do when the model's context is full
+  texts:  --prompt=TEXT       may be repeated; \\n is a line break; or --prompt_file=FILE
+    --max_new_tokens=200 --temperature=0.8 --top_k=40 --top_p=0.9 --min_p=0.05
+    --stop=TEXT --window=slide    where a text ends; refuse: not beyond the model's context
+  pictures:  --labels=0-4,7   what they show, a row each; into --file=samples.png
+    --guidance=0.5 --steps=20 --sampler=ddim --eta=0 --folder=NAME, for single files
+  both:  --num_samples=8 --seed=0 --batch_size=64 --device=cpu
 """
 
 EXPORT = """\
-usage: {0} export --ckpt_path=FILE --folder=NAME [--format=gpt2]
+usage: {0} export --ckpt_path=FILE --folder=NAME [--format=NAME]
 
   --ckpt_path=FILE            a trained model; or auto; or last (of --trainer.name=NAME)
   --folder=NAME               where to write; files of the same names are replaced
-  --format=gpt2               model.safetensors and config.json, as transformers reads them
+  --format=gpt2               language: model.safetensors and config.json for transformers
+  --format=safetensors        images: model.safetensors and config.json
 """
 
 ABOUT = {

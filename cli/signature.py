@@ -31,8 +31,9 @@ def flags(method: Callable[..., Any]) -> dict[str, Flag]:
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         kind = next((kind for kind in (int, float, str) if kind in kinds), None)
         repeats = any(get_origin(kind) is Sequence for kind in kinds)
-        if get_origin(hint) is Literal:
-            found[name] = Flag(str, parameter.default, get_args(hint))
+        choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+        if choices:
+            found[name] = Flag(str, parameter.default, choices)
         elif kind is not None:
             found[name] = Flag(kind, parameter.default, repeats=repeats)
     return found

@@ -70,7 +70,9 @@ def test_files_are_named_after_their_config(tmp_path: Path) -> None:
     model.configure_model()
     folder = tmp_path / "seed_last" / "version_0"
     folder.mkdir(parents=True)
-    trainer: Any = SimpleNamespace(log_dir=str(folder), datamodule=data, is_global_zero=True)
+    trainer: Any = SimpleNamespace(
+        log_dir=str(folder), datamodule=data, is_global_zero=True, loggers=[]
+    )
     Figures().on_train_end(trainer, model)
     assert sorted(path.name for path in folder.iterdir()) == [
         "seed_last_attention.png",

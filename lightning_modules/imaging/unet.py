@@ -135,7 +135,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Images (b c y x), times (b) in [0, 1000] and labels (b) to images (b c y x)."""
-        embedding = self.time(sinusoids(t, self.time_width))
+        embedding = self.time(sinusoids(t, self.time_width).to(x.dtype))
         if self.labels is not None:
             y = torch.full_like(t, self.classes, dtype=torch.int64) if y is None else y
             embedding = embedding + self.labels(y)

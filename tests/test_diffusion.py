@@ -1,0 +1,340 @@
+"""Diffusion as a task: what a step computes, what is logged, what is drawn, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from ranks import furthest, whole
+from torch.nn import functional as F
+
+from ravine.callbacks import EMA, Figures, Samples
+from ravine.cli.main import main
+from ravine.cli.trainer import Trainer
+from ravine.datamodules import ImageDataModule
+from ravine.datamodules.images import to_uint8
+from ravine.lightning_modules import Diffusion, LanguageModel
+from ravine.lightning_modules.imaging.draws import key, normals, uniforms
+from ravine.lightning_modules.imaging.noise_schedules import alpha_bar
+
+# as in tests/test_support.py: it is logged on each rank after the ranks have summed it
+pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+
+TINY: dict[str, Any] = {"width": 8, "time_width": 16}
+
+
+class Steps(Diffusion):
+    """With plain SGD, under which a wrong scale of a gradient is seen."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def data(batch_size: int = 32) -> ImageDataModule:
+    return ImageDataModule("digits", batch_size=batch_size, seed=0)
+
+
+def fit(module: L.LightningModule, steps: int = 3, **more: Any) -> L.Trainer:
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        **({"limit_val_batches": 0} | more),
+    )  # fmt: skip
+    trainer.fit(module, data())
+    return trainer
+
+
+def built(**arguments: Any) -> Diffusion:
+    """A net that has learned nothing, for gray images of 8x8 with ten labels."""
+    torch.manual_seed(0)
+    model = Diffusion(**(TINY | {"labels": True, "steps": 4} | arguments))
+    images = data()
+    images.setup("fit")
+    model.adopt(images)
+    model.configure_model()
+    return model.eval()
+
+
+def test_a_step_is_the_lectures_loop() -> None:
+    """x_t from a draw of t and noise, and the mean squared error of the net's x0."""
+    model = built(labels=False)
+    images = data()
+    images.setup("fit")
+    x0, y = next(iter(images.train_dataloader()))
+    model.log = lambda *a, **k: None  # type: ignore[method-assign]
+    loss = model.training_step((x0, y), 0)
+    places = torch.arange(32)
+    draw = uniforms(key(0, "training", 0, "times"), places)
+    t = (1000 * (places + draw) / 32).floor() + 1  # evenly over 1..1000
+    noise = normals(key(0, "training", 0, "noise"), places, (1, 8, 8))
+    kept = alpha_bar("linear")[t.long()].float()[:, None, None, None]
+    x = kept.sqrt() * x0 + (1 - kept).sqrt() * noise
+    torch.testing.assert_close(loss, F.mse_loss(model.net(x, t), x0))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "velocity"])
+def test_an_even_loss_is_the_error_of_what_is_asked_for(prediction: Any) -> None:
+    model = built(prediction=prediction)
+    x0, eps, t = torch.randn(5, 1, 8, 8), torch.randn(5, 1, 8, 8), torch.full((5,), 400.0)
+    error, x, answer = model.denoising.errors(model, x0, t, None, eps)
+    a, s = (level[0] for level in model.denoising.schedule.levels(t))
+    right = {"eps": eps, "v": a * eps - s * x0, "velocity": eps - x0}[prediction]
+    torch.testing.assert_close(error, (answer - right).square().mean((1, 2, 3)))
+    torch.testing.assert_close(model.denoise(x, t), model.denoising.meant(answer, x, t))
+
+
+def test_accumulated_batches_train_as_one() -> None:
+    one, other = (Steps(labels=True, **TINY) for _ in range(2))
+    fit(one)
+    fit(other, accumulate_grad_batches=4)
+    assert furthest(whole(one), whole(other)) < 2e-6
+
+
+def validate_on(strategy: str, devices: int) -> dict[str, float]:
+    model = Steps(labels=True, process="cosine", prediction="v", **TINY)
+    trainer = fit(model, 2, strategy=strategy, devices=devices, limit_val_batches=1.0,
+                  check_val_every_n_epoch=1, limit_train_batches=2)  # fmt: skip
+    return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+
+
+def test_validation_is_the_same_on_any_number_of_ranks(ranks: Any) -> None:
+    single = validate_on("auto", 1)
+    assert {"val/loss", "val/x0_mse", "val/x0_mse_t051", "val/x0_mse_t951"} <= single.keys()
+    assert len(single) == 12
+    levels = [v for k, v in single.items() if k.startswith("val/x0_mse_t")]
+    assert single["val/x0_mse"] == pytest.approx(sum(levels) / 10, rel=1e-5)
+    for found in ranks(validate_on, 2, "ddp", 2):
+        assert found == pytest.approx(single, rel=1e-4)
+
+
+def test_validation_of_the_same_weights_gives_the_same_numbers() -> None:
+    model = built()
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    first, second = (trainer.validate(model, data(size), verbose=False) for size in (16, 16))
+    assert len(first[0]) == 12
+    assert first == second
+    assert trainer.validate(model, data(7), verbose=False)[0] == pytest.approx(first[0], rel=1e-5)
+    tested = trainer.test(model, data(), verbose=False)[0]
+    assert tested.keys() == {name.replace("val/", "test/") for name in first[0]}
+
+
+def test_the_first_attempt_learns_the_mean_of_all_images() -> None:
+    """From noise that says nothing of the image, the best answer is one blurry blob."""
+    model = Diffusion("one_step", **TINY)
+    model.lr = 3e-3
+    fit(model, 150)
+    made = model.generate(num_samples=50).images.float() / 127.5 - 1
+    images = data()
+    images.setup("fit")
+    mean = images.pictures("train")[0].float().mean(0) / 127.5 - 1
+    assert (made - mean).square().mean() < 0.03  # images are 0.42 apart from their mean
+    assert made.var(0).mean() < 0.02
+
+
+def test_the_second_attempt_does_not_know_the_time() -> None:
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 900.0])
+    for conditioning, depends in (("none", False), ("time", True)):
+        model = built(conditioning=conditioning)
+        answers = [model.denoise(x, t), model.denoise(x, t.flip(0))]
+        assert (not torch.allclose(*answers, atol=1e-6)) == depends
+
+
+def test_a_cut_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def run(steps: int, path: str | None = None) -> Diffusion:
+        L.seed_everything(0, verbose=False)
+        model = Diffusion(labels=True, **TINY)
+        trainer = Trainer(
+            max_steps=steps, default_root_dir=tmp_path, accelerator="cpu", callbacks=[EMA()],
+            enable_progress_bar=False, logger=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(model, data(), ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return model
+
+    through = run(5)
+    run(3)
+    assert furthest(whole(run(5, str(tmp_path / "3.ckpt"))), whole(through)) == 0
+
+
+def test_a_number_always_gives_the_same_image() -> None:
+    model = built(guidance=0.5, label_dropout=0.1)
+    images = model.sample_images(torch.arange(30))
+    assert images.dtype == torch.uint8
+    assert images.shape == (30, 1, 8, 8)
+    some = torch.tensor([17, 4])
+    again = model.sample_images(some, some % 10)
+    assert (again.int() - images[some].int()).abs().max() <= 1  # a sum in another order
+    assert (model.sample_images(some, (some + 1) % 10).int() - again.int()).abs().max() > 1
+
+
+def test_labels_withheld_in_training_are_a_tenth() -> None:
+    seen = []
+    model = built(label_dropout=0.1)
+    model.log = lambda *a, **k: None  # type: ignore[method-assign]
+    model.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[2]))
+    model.training_step((torch.zeros(2000, 1, 8, 8), torch.full((2000,), 3)), 0)
+    assert set(seen[0].tolist()) == {3, 10}
+    assert abs((seen[0] == 10).float().mean() - 0.1) < 0.03
+
+
+def saved(model: Diffusion, path: Path) -> str:
+    checkpoint: dict[str, Any] = {
+        "state_dict": model.state_dict(),
+        "hyper_parameters": dict(model.hparams),
+    }
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
+    return str(path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    return saved(built(), tmp_path / "model.ckpt")
+
+
+def read(path: str | Path) -> torch.Tensor:
+    import numpy
+    from PIL import Image
+
+    return torch.from_numpy(numpy.array(Image.open(path)))
+
+
+def test_three_lines_of_python_draw_what_the_command_draws(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Diffusion.load(checkpoint)
+    pictures = model.generate(labels="1-2,7", num_samples=3, guidance=0.5, steps=3, seed=5)
+    pictures.save("mine.png")
+    words = ["--labels=1-2,7", "--num_samples=3", "--guidance=0.5", "--steps=3", "--seed=5"]
+    for name in ("samples.png", "samples_1.png"):  # nothing is overwritten unasked
+        assert main(["generate", "--ckpt_path", checkpoint, *words, "--folder", name[:-4]]) == 0
+        assert capsys.readouterr().out == f"written: {name}, 9 files in {name[:-4]}\n"
+        assert torch.equal(read(name), read("mine.png"))
+    singles = [read(path) for path in sorted(Path("samples").iterdir())]
+    assert torch.equal(torch.stack(singles), pictures.images[:, 0])
+    assert read("mine.png").shape == (3 * 58 + 2, 3 * 58 + 2)  # eight pixels are drawn as 56
+    assert torch.equal(read("mine.png")[2:58:7, 60:116:7], pictures.images[1, 0])
+
+
+REFUSED = {
+    "--labels=10": "labels are 10; allowed: 0 to 9; type --labels=0-9",
+    "--labels=seven": "'seven' is no label; allowed: numbers and ranges; type --labels=0-9",
+    "--guidance=-1": "guidance is -1.0; allowed: 0 (none) or more; type --guidance=0.5",
+    "--steps=0": "steps is 0; allowed: 1 or more; type --steps=50",
+    "--steps=2000": "steps is 2000; allowed: 1 to 1000; type --steps=1000",
+    "--steps=ten": "--steps is 'ten', not a whole number",
+    "--sampler=dim": "--sampler is 'dim'\n  nearest: ddim",
+    "--num_samples=0": "num_samples and batch_size must be 1 or more",
+    "--prompt=hello": "generate has no flag --prompt",
+    "--file=samples.txt": "samples.txt is no name of a picture",
+    "--folder=.": "the folder . is not empty",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_mistake_is_told_in_words_and_writes_nothing(
+    words: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(Path().iterdir())
+    assert main(["generate", "--ckpt_path", checkpoint, words]) == 2
+    assert REFUSED[words] in capsys.readouterr().err
+    assert sorted(Path().iterdir()) == before
+
+
+def test_texts_and_pictures_take_each_their_own_options() -> None:
+    from ravine.cli import signature
+
+    words, pictures = (set(signature.flags(task.generate)) for task in (LanguageModel, Diffusion))
+    assert {"labels", "guidance", "steps", "sampler", "eta"} <= pictures - words
+    assert words & pictures == {"num_samples", "seed", "batch_size"}
+
+
+def test_weights_that_are_not_finite_end_in_one_line(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Diffusion.load(checkpoint)
+    with torch.no_grad():
+        model.net.blocks["out"].weight.fill_(torch.nan)
+    assert main(["generate", "--ckpt_path", saved(model, Path("nan.ckpt"))]) == 2
+    assert "100.00% of the pixels are not finite" in capsys.readouterr().err
+    assert not Path("samples.png").exists()
+
+
+def test_export_writes_what_the_checkpoint_holds(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    assert main(["export", "--ckpt_path", checkpoint, "--folder=out"]) == 0
+    assert capsys.readouterr().out == "written: out/model.safetensors, config.json\n"
+    there = load_file("out/model.safetensors")
+    ours = Diffusion.load(checkpoint).net.state_dict()
+    assert there.keys() == ours.keys()
+    assert all(torch.equal(there[name], ours[name]) for name in ours)
+
+
+def test_pictures_are_kept_at_each_validation(tmp_path: Path) -> None:
+    L.seed_everything(0, verbose=False)
+    model = Diffusion(labels=True, steps=2, **TINY)
+    trainer = Trainer(
+        max_steps=2, default_root_dir=tmp_path, name="digits", accelerator="cpu",
+        val_check_interval=1, check_val_every_n_epoch=None, enable_progress_bar=False,
+        callbacks=[Samples({"num_samples": 2}), Figures()],
+    )  # fmt: skip
+    trainer.fit(model, data())
+    run = tmp_path / "digits" / "version_0"
+    drawn = sorted(path.name for path in (run / "samples").iterdir())
+    assert drawn == ["000001.png", "000002.png"]
+    assert read(run / "samples" / "000002.png").shape == (10 * 58 + 2, 2 * 58 + 2)
+    assert torch.equal(read(run / "samples" / "000002.png")[2:58:7, 2:58:7],
+                       model.generate(num_samples=2).images[0, 0])  # fmt: skip
+    for name in ("reverse", "estimates", "interpolation"):
+        assert read(run / f"digits_{name}.png").ndim == 3
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run)).Reload()
+    assert set(events.Tags()["images"]) == {"samples", "reverse", "estimates", "interpolation"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"label_dropout": 1.0}, "label_dropout is 1.0; allowed: 0 to below 1"),
+        ({"guidance": 0.5}, r"trained without labels that are sometimes withheld; allowed: 0"),
+        ({"guidance": 1, "labels": True, "label_dropout": 0}, "sometimes withheld"),
+        ({"prediction": "eps", "process": "flow"}, "allowed: x0, v, velocity"),
+        ({"steps": 1500}, "steps is 1500; allowed: 1 to 1000"),
+        ({"width": 10}, "allowed: a width that 8 divides"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Diffusion(**arguments)
+
+
+def test_a_model_without_labels_and_one_without_data_say_so() -> None:
+    model = built(labels=False)
+    with pytest.raises(ValueError, match=r"trained without labels; leave --labels away"):
+        model.generate(labels="3")
+    assert len(model.generate(num_samples=3).images) == 3
+    assert torch.equal(
+        model.sample_images(torch.arange(3), torch.arange(3)), model.sample_images(torch.arange(3))
+    )
+    with pytest.raises(ValueError, match=r"type --data=ImageDataModule, or load a checkpoint"):
+        Diffusion().configure_model()
+    other = data()
+    other.setup("fit")
+    other.channels = 3
+    with pytest.raises(ValueError, match=r"the data have 3 channels and 0 classes, the model 1"):
+        model.adopt(other)
+    other.num_classes = 0
+    with pytest.raises(ValueError, match=r"the data have no labels; type --model.labels=false"):
+        Diffusion(labels=True).adopt(other)
+
+
+def test_a_sampled_byte_comes_back_through_the_floats() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(every.float() / 127.5 - 1), every)
