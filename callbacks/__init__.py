@@ -23,6 +23,7 @@ from ravine.callbacks.optimizers.watching import UpdateSizes
 from ravine.callbacks.predictions import PredictionTable
 from ravine.callbacks.pretrained import Pretrained
 from ravine.callbacks.progress import ProgressBar
+from ravine.callbacks.quantization import Quantization
 from ravine.callbacks.recompute import Recompute
 from ravine.callbacks.resume import ExactResume
 from ravine.callbacks.rollout_table import RolloutTable
@@ -55,6 +56,7 @@ __all__ = [
     "PredictionTable",
     "Pretrained",
     "ProgressBar",
+    "Quantization",
     "Recompute",
     "RolloutTable",
     "Rule",

@@ -26,7 +26,8 @@ class Swapped(nn.Module):
     keeps: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = [getattr(self, name) for name in self.keeps if hasattr(self, name)]
+        names = [name for kind in type(self).__mro__ for name in kind.__dict__.get("keeps", ())]
+        kept = [getattr(self, name) for name in names if hasattr(self, name)]
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

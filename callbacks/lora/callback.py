@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ..pretrained import Pretrained
@@ -192,9 +193,16 @@ class LoRA(Transform):
         self._watch(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fail if an adapter had no say in it."""
+        """Fail if an adapter had no say in it; a whole net may be for training alone (a critic)."""
+        found = adapters(pl_module)
+        called = {name.partition(".")[0] for name, each in found.items() if each.lora_called}
+        idle = {name.partition(".")[0] for name in found} - called
+        if called and idle:
+            rank_zero_warn(f"LoRA: no adapter of {', '.join(sorted(idle))} is used in validation")
+        for name, layer in found.items():
+            layer.lora_called |= bool(called) and name.partition(".")[0] in idle
         self._refuse_silent(pl_module, "in the validation")
-        for name, layer in adapters(pl_module).items():
+        for name, layer in found.items():
             layer.lora_called = name in self._called
 
     def _watch(self, module: nn.Module) -> None:

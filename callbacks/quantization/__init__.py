@@ -1,0 +1,3 @@
+from .callback import Quantization, quantize_module
+
+__all__ = ["Quantization", "quantize_module"]

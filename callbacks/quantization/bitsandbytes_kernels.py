@@ -1,0 +1,27 @@
+"""NF4 with the kernels of bitsandbytes, where CUDA and that package are there: same bits, faster.
+
+Codes and blocks are laid out alike, so a checkpoint knows nothing of the backend.
+"""
+
+import torch
+from torch import Tensor
+
+from . import nf4
+
+
+def dequantize(
+    shape: torch.Size, dtype: torch.dtype, codes: Tensor, scale: Tensor, *more: Tensor
+) -> Tensor:
+    """The weight of this shape."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit  # pyright: ignore
+
+    code = torch.tensor(nf4.levels(), dtype=torch.float64).float().to(codes.device)
+    state = QuantState(
+        absmax=nf4.scales(scale, *more),
+        shape=shape,
+        code=code,
+        blocksize=nf4.BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+    )
+    return dequantize_4bit(codes.reshape(-1, 1), state)

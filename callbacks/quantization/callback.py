@@ -1,0 +1,208 @@
+"""Quantization as a callback: the frozen matrices of any module in four or eight bits.
+
+Lightning's own bitsandbytes plugin needs CUDA and decides the precision of all the rest; this one
+runs anywhere torch does, layer by layer, beside any `trainer.precision`.
+"""
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..swapping import refuse_sharded
+from ..targets import Patterns, hidden_layers, hits, listed, matching
+from ..transforms import Transform
+from .layers import QuantizedLinear, quantize_layer
+
+SHOWN = 5  # layers of the table of errors
+
+
+class Quantization(Transform):
+    """Round the weights of the Linear layers meant, and freeze them; what is left may train.
+
+    lightning fit --config gpt2/lora --trainer.callbacks+=Quantization
+
+    With `LoRA`, in any order, it is QLoRA: rounded weights, adapters in float32. To measure what
+    rounding costs: `lightning validate --ckpt_path=FILE --trainer.callbacks+=Quantization`.
+
+    Args:
+        scheme: nf4, 4.127 bits a weight, or int8 with a scale for each output, for weights that are
+            to be changed little (error 0.7 % of their RMS instead of 9 %).
+        targets: globs over layer names, each of which must hit; by default every hidden matrix, but
+            no embedding and not the head.
+        exclude: layers of `targets` to leave alone.
+        double: quantize NF4's scales too: 4.127 bits instead of 4.5, at no loss that shows.
+        backend: bitsandbytes has faster NF4 kernels for CUDA; the bits are the same.
+    """
+
+    phase = "quantize"
+
+    def __init__(
+        self,
+        scheme: Literal["nf4", "int8"] = "nf4",
+        targets: Patterns | None = None,
+        exclude: Patterns = (),
+        double: bool = True,
+        backend: Literal["torch", "bitsandbytes"] = "torch",
+    ) -> None:
+        """Choose."""
+        if scheme not in ("nf4", "int8"):
+            raise ValueError(f"Quantization: no scheme {scheme!r}; allowed: nf4, int8")
+        if backend not in ("torch", "bitsandbytes"):
+            raise ValueError(f"Quantization: no backend {backend!r}; allowed: torch, bitsandbytes")
+        if backend == "bitsandbytes" and scheme != "nf4":
+            raise ValueError("Quantization: bitsandbytes is for nf4 here; type backend: torch")
+        self.arguments: dict[str, Any] = {
+            "scheme": scheme,
+            "targets": None if targets is None else listed(targets),
+            "exclude": listed(exclude),
+            "double": double,
+        }
+        self.backend = backend
+        self.errors: dict[str, float] = {}  # RMS of the rounding over the weights', by layer
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bits; the backend does not."""
+        return self.arguments
+
+    def record(self) -> dict[str, Any]:
+        """The same, for a checkpoint."""
+        return self.arguments
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Announce the phase; refuse what cannot run here."""
+        device = trainer.strategy.root_device.type
+        if self.backend == "bitsandbytes" and device != "cuda":
+            raise ValueError(
+                f"Quantization: the kernels of bitsandbytes need CUDA, and this run is on {device};"
+                " the bits are the same; type --trainer.callbacks.backend=torch"
+            )
+        if self.backend == "bitsandbytes" and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "Quantization: bitsandbytes is not installed; type pip install 'ravine[quant]', or "
+                "--trainer.callbacks.backend=torch"
+            )
+        ranks = getattr(trainer.strategy, "_tensor_parallel_size", 1)
+        if isinstance(ranks, int) and ranks > 1:
+            raise ValueError(
+                "Quantization: blocks of 64 weights do not split with the matrices of tensor "
+                "parallelism; type --trainer.strategy=zero3, which shards them"
+            )
+        pl_module.strict_loading = False  # a file of the net before has weights where codes are
+        super().setup(trainer, pl_module, stage)
+
+    def transform(self, module: nn.Module) -> None:
+        """Quantize and say how much was lost."""
+        arguments = {key: self.arguments[key] for key in ("scheme", "targets", "exclude", "double")}
+        self.errors = quantize_module(module, **arguments, backend=self.backend)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the layers that lost most."""
+        super().on_fit_start(trainer, pl_module)
+        if trainer.is_global_zero and self.errors:
+            Console().print(error_table(self.errors, self.arguments["scheme"]))
+
+    def accept(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Refuse bits of another kind; float weights are rounded as they come."""
+        saved = checkpoint.get("transforms", {}).get(self.phase, {}).get("arguments")
+        wrong = [k for k in self.arguments if saved and saved.get(k) != self.arguments[k]]
+        if saved and wrong:
+            there = ", ".join(f"{key}={saved.get(key)}" for key in wrong)
+            here = ", ".join(f"{key}={self.arguments[key]}" for key in wrong)
+            raise ValueError(f"the checkpoint's weights have {there}, here is {here}; give theirs")
+        state = checkpoint.get("state_dict", {})
+        here = {name.replace(".weight_codes", ".weight") for name in module.state_dict()}
+        missing = [
+            name
+            for name in here
+            if "lora_" not in name
+            and ".weight_" not in name
+            and name not in state
+            and f"{name}_codes" not in state
+        ]
+        partial = not checkpoint.get("lora", {"frozen": True})["frozen"]
+        if state and missing and not partial:
+            raise ValueError(
+                f"the checkpoint lacks {', '.join(sorted(missing)[:3])}; allowed: one of this model"
+            )
+
+
+def quantizable(module: nn.Module) -> dict[str, nn.Linear]:
+    """The Linear layers that are called; torch's attention reads the weight of its own."""
+    inner = {m.out_proj for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if name and isinstance(layer, nn.Linear) and layer not in inner
+    }
+
+
+def quantize_module(
+    module: nn.Module,
+    scheme: str = "nf4",
+    targets: Patterns | None = None,
+    exclude: Patterns = (),
+    double: bool = True,
+    backend: str = "torch",
+) -> dict[str, float]:
+    """Quantize the layers meant, in place; returns the error of each, RMS over RMS."""
+    refuse_sharded(module, "Quantization")
+    layers = quantizable(module)
+    if targets is None:
+        hidden = hidden_layers(module)
+        names = [name for name in layers if name in hidden]
+        if not names:
+            raise ValueError(
+                f"Quantization: {type(module).__name__} has no hidden matrix; name the layers: "
+                "type --trainer.callbacks.targets=NAME"
+            )
+    else:
+        _refuse_other_kinds(module, targets, layers)
+        names = matching(targets, list(layers), "Quantization.targets")
+    out = matching(exclude, names, "Quantization.exclude")
+    names = [name for name in names if name not in out]
+    for name in names:
+        _refuse(module, name, layers[name])
+    return {name: quantize_layer(layers[name], scheme, double, backend) for name in names}
+
+
+def _refuse_other_kinds(module: nn.Module, targets: Patterns, layers: dict[str, nn.Linear]) -> None:
+    for pattern in listed(targets):
+        if any(hits(pattern, name) for name in layers):
+            continue
+        for name, layer in module.named_modules():
+            if name and hits(pattern, name):
+                raise ValueError(
+                    f"Quantization.targets: {pattern!r} hits {name}, a {type(layer).__name__}; "
+                    f"allowed: Linear layers that are called, here {', '.join(list(layers)[:4])}"
+                )
+
+
+def _refuse(module: nn.Module, name: str, layer: nn.Linear) -> None:
+    if isinstance(layer, QuantizedLinear):
+        raise ValueError(f"Quantization: {name} is quantized already; make a new module")
+    sharing = [
+        other
+        for other, parameter in module.named_parameters(remove_duplicate=False)
+        if parameter is layer.weight and other != f"{name}.weight"
+    ]
+    if sharing:
+        raise ValueError(
+            f"Quantization: {name} shares its weight with {sharing[0]}, which stays as it is, so "
+            f"nothing would be saved; type --trainer.callbacks.exclude={name}"
+        )
+
+
+def error_table(errors: dict[str, float], scheme: str) -> Table:
+    """The layers that lost most."""
+    made = Table("layer", f"{scheme}: RMS error / RMS weight")
+    for name in sorted(errors, key=lambda name: -errors[name])[:SHOWN]:
+        made.add_row(name, f"{errors[name]:.4f}")
+    if len(errors) > SHOWN:
+        made.add_row(
+            f"... of {len(errors)} layers, mean", f"{sum(errors.values()) / len(errors):.4f}"
+        )
+    return made

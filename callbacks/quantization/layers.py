@@ -1,0 +1,134 @@
+"""A Linear whose frozen weight is a few bits, and a float matrix only while it is multiplied.
+
+    forward     W = dequantize(codes);  y = W x + b;  W is dropped
+    backward    W = dequantize(codes);  dx = Wᵀ dy;   W is dropped
+
+Left to itself, autograd would keep W from forward to backward, in every layer: the memory that was
+to be saved. The bits are parameters that do not train: a sharded strategy shards them, one that
+replicates sends them once and not at every step, as it does with buffers.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..swapping import Swapped, multiplied_in, swap, swap_back
+from . import bitsandbytes_kernels, int8, nf4
+
+PARTS = ("weight_codes", "weight_scales", "weight_outer", "weight_mean")
+SCHEMES = {"nf4": nf4.dequantize, "int8": int8.dequantize}
+
+
+class _Multiply(torch.autograd.Function):
+    """x W^T + b with W made anew for each use; nothing of W's size is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, decode: Any, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.decode = decode
+        return F.linear(x, decode(x.dtype, *parts), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (dy,) = gradients  # (... o)
+        dx = db = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ ctx.decode(dy.dtype, *ctx.saved_tensors)
+        if ctx.needs_input_grad[1]:
+            db = dy.reshape(-1, dy.shape[-1]).sum(0)
+        return dx, db, None, *(None for _ in ctx.saved_tensors)
+
+
+class QuantizedLinear(Swapped, nn.Linear):
+    """A Linear with `weight_codes` and `weight_scales` in the place of `weight`."""
+
+    keeps = ("weight_scales", "weight_outer", "weight_mean")  # float32 under bf16-true too
+    scheme: str
+    double: bool
+    backend: str
+    dense: torch.dtype  # of the weight before
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight that is multiplied by; made anew at each look."""
+        return self._decode()(self.dense, *self._parts())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As a Linear does, in the dtype autocast or x asks for."""
+        dtype = multiplied_in(x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return _Multiply.apply(x.to(dtype), bias, self._decode(), *self._parts())
+
+    def dequantize(self) -> None:
+        """Be a plain Linear again, with the rounded weight."""
+        weight = self.weight
+        for name in PARTS:
+            self._parameters.pop(name, None)
+        swap_back(self)
+        bias = self._parameters.pop("bias")
+        self._parameters |= {"weight": nn.Parameter(weight), "bias": bias}  # in the usual order
+
+    def extra_repr(self) -> str:
+        """The layer's own, and the bits."""
+        return f"{super().extra_repr()}, {self.scheme}"
+
+    def _parts(self) -> list[Tensor]:
+        found = (self._parameters.get(name) for name in PARTS)
+        return [part for part in found if part is not None]
+
+    def _decode(self) -> Any:
+        shape = torch.Size((self.out_features, self.in_features))
+        if self.backend == "bitsandbytes":
+            return partial(bitsandbytes_kernels.dequantize, shape)
+        return partial(SCHEMES[self.scheme], shape)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        dense = state_dict.pop(f"{prefix}weight", None)
+        if dense is not None:  # a file of the net before: rounded as it comes
+            parts = encode(dense, self.scheme, self.double)
+            state_dict |= {f"{prefix}weight_{name}": part for name, part in parts.items()}
+        for name in PARTS[:2]:
+            saved, ours = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and (saved.shape, saved.dtype) != (ours.shape, ours.dtype):
+                raise ValueError(
+                    f"{prefix}{name} is {saved.dtype} {tuple(saved.shape)} in the checkpoint and "
+                    f"{ours.dtype} {tuple(ours.shape)} here ({self.scheme}); allowed: the scheme "
+                    "it was saved with; type --trainer.callbacks.scheme=nf4, or int8"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class NF4(QuantizedLinear):
+    """Four bits a weight."""
+
+    prefix, scheme = "NF4", "nf4"
+
+
+class Int8(QuantizedLinear):
+    """Eight."""
+
+    prefix, scheme = "Int8", "int8"
+
+
+def encode(weight: Tensor, scheme: str, double: bool) -> dict[str, Tensor]:
+    """The tensors that stand for a weight (o, d)."""
+    return nf4.quantize(weight, double) if scheme == "nf4" else int8.quantize(weight)
+
+
+@torch.no_grad()
+def quantize_layer(layer: nn.Linear, scheme: str, double: bool, backend: str = "torch") -> float:
+    """Change a Linear in place; returns the error's RMS over the weight's."""
+    weight = layer.weight
+    parts = encode(weight, scheme, double)
+    del layer.weight
+    swap(layer, {"nf4": NF4, "int8": Int8}[scheme])
+    for name, part in parts.items():
+        layer.register_parameter(f"weight_{name}", nn.Parameter(part, requires_grad=False))
+    assert isinstance(layer, QuantizedLinear)
+    layer.double, layer.backend, layer.dense = double, backend, weight.dtype
+    error = (layer.weight.float() - weight.float()).square().mean()
+    size = weight.float().square().mean()
+    return float((error / size.clamp_min(1e-30)).sqrt())

@@ -1,0 +1,366 @@
+"""LoRA and Quantization as callbacks of a stock Trainer, on modules that know only lightning."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from foreign.net_in_configure_model import NetInConfigureModel
+from foreign.net_in_init import NetInInit
+from foreign.two_optimizers import TwoOptimizers
+from lightning.pytorch.demos.boring_classes import BoringModel
+from ranks import furthest, whole
+from torch import nn
+
+import ravine.strategies  # noqa: F401  the name zero3
+from ravine.callbacks import (
+    EMA,
+    ExactResume,
+    GradientClipping,
+    LoRA,
+    OptimizerPlan,
+    Pretrained,
+    Quantization,
+)
+from ravine.callbacks.lora import adapters, merge
+from ravine.callbacks.quantization.layers import QuantizedLinear
+from ravine.callbacks.transforms import reapply
+from ravine.strategies import MeshStrategy
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
+    pytest.mark.filterwarnings("ignore:.weights_only. was not set"),
+]
+TARGETS = {NetInInit: ["net.0", "net.2"], NetInConfigureModel: ["layers.*", "head"]}
+
+
+class SaveAt(L.Callback):
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(kind, *callbacks, strategy="auto", devices=1, steps=8, resume=None, validate=1, **how):
+    L.seed_everything(0, verbose=False)
+    module = kind(batch_size=32 // devices)
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=validate,
+        strategy=strategy,
+        devices=devices,
+        **how,
+    )
+    trainer.fit(module, ckpt_path=resume)
+    return module, trainer
+
+
+def recipe(kind, quantized=True, save="adapter", rank=1):
+    """Everything at once; LoRA before Quantization, as their order does not matter."""
+    lora = LoRA(TARGETS[kind], rank=rank, save=save)
+    plan = OptimizerPlan(partial(torch.optim.AdamW, lr=0.05))
+    rest = [plan, GradientClipping(1.0), EMA(0.9), ExactResume()]
+    return [lora, *([Quantization(targets=TARGETS[kind])] if quantized else []), *rest]
+
+
+def run(kind, quantized, strategy="auto", devices=1, save=None, step=None, resume=None):
+    saver = [SaveAt(save, step)] if save else []
+    callbacks = [*recipe(kind, quantized), *saver]
+    module, _ = fit(kind, *callbacks, strategy=strategy, devices=devices, resume=resume)
+    return whole(module)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_one_process_ddp_and_zero3_end_with_the_same_weights(ranks, kind, quantized):
+    single = run(kind, quantized)
+    assert max(v.abs().max() for n, v in single.items() if "lora_b" in n) > 0.01
+    for strategy in ("ddp", "zero3"):
+        for weights in ranks(run, 2, kind, quantized, strategy, 2):
+            floats = {n for n, v in weights.items() if v.is_floating_point()}
+            assert furthest({n: weights[n] for n in floats}, {n: single[n] for n in floats}) < 1e-6
+            assert all(torch.equal(weights[n], single[n]) for n in weights.keys() - floats)
+
+
+def cut_and_continued(kind, quantized, strategy, folder, step, devices=2):
+    file = folder / f"{strategy}.ckpt"
+    straight = run(kind, quantized, strategy, devices, save=file, step=step)
+    return straight, run(kind, quantized, strategy, devices, resume=file)
+
+
+@pytest.mark.parametrize("step", [3, 4], ids=["within an epoch", "at its end"])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_adapters_saved_alone_resume_bit_for_bit(tmp_path, kind, quantized, step):
+    straight, resumed = cut_and_continued(kind, quantized, "auto", tmp_path, step, 1)
+    assert furthest(straight, resumed) == 0
+    held = torch.load(tmp_path / "auto.ckpt", weights_only=True)["state_dict"]
+    assert held
+    assert all("lora_" in name for name in held)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_adapters_saved_alone_resume_bit_for_bit_on_ranks(ranks, tmp_path, strategy):
+    for straight, resumed in ranks(
+        cut_and_continued, 2, NetInConfigureModel, True, strategy, tmp_path, 3
+    ):
+        assert furthest(straight, resumed) == 0
+
+
+def test_adapters_go_from_zero3_to_one_process_and_back(ranks, tmp_path):
+    kind = NetInInit
+    straight = run(kind, True, save=tmp_path / "single.ckpt", step=3)
+    ranks(run, 2, kind, True, "zero3", 2, tmp_path / "zero3.ckpt", 3)
+    assert furthest(run(kind, True, resume=tmp_path / "zero3.ckpt"), straight) < 1e-6
+    for weights in ranks(run, 2, kind, True, "zero3", 2, None, None, tmp_path / "single.ckpt"):
+        assert furthest(weights, straight) < 1e-6
+
+
+def shards(folder, resume=None):
+    strategy = MeshStrategy(save_distributed_checkpoint=True)
+    callbacks = [*recipe(NetInInit, save="all"), *([] if resume else [SaveAt(folder, 3)])]
+    return whole(fit(NetInInit, *callbacks, strategy=strategy, devices=2, resume=resume)[0])
+
+
+def test_a_folder_of_shards_resumes_with_everything_in_it(ranks, tmp_path):
+    straight = ranks(shards, 2, tmp_path / "all.ckpt")[0]
+    for weights in ranks(shards, 2, None, tmp_path / "all.ckpt"):
+        assert furthest(weights, straight) == 0
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_foreign_module_trains_resumes_and_is_exported_plain(tmp_path, kind):
+    module, trainer = fit(kind, *recipe(kind), SaveAt(tmp_path / "cut.ckpt", 5))
+    first = trainer.callback_metrics["train_loss"]
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    reader = kind()
+    reader.configure_model()
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    L.seed_everything(0, verbose=False)
+    reader = kind()  # the same base
+    reader.configure_model()
+    reapply(reader, checkpoint)
+    reader.load_state_dict(checkpoint["state_dict"])
+    batch = next(iter(module.loader()))[0]
+    net = (lambda m: m.net(batch)) if kind is NetInInit else (lambda m: m(batch))
+    expected = net(module)
+    assert torch.equal(net(reader), expected)
+    merge(reader)
+    plain = kind()
+    plain.configure_model()
+    plain.load_state_dict(reader.state_dict())
+    assert (net(plain) - expected).abs().max() < 1e-5
+    assert torch.isfinite(first)
+
+
+def test_the_base_is_frozen_and_only_adapters_have_optimizer_state():
+    module, trainer = fit(NetInInit, LoRA("net.0", rank=2), steps=4)
+    state = trainer.optimizers[0].state
+    trained = {n for n, p in module.named_parameters() if state.get(p)}
+    assert trained == {"net.0.lora_a", "net.0.lora_b"}
+    assert all(v.dtype == torch.float32 for s in state.values() for v in s.values())
+
+
+def test_a_module_that_steps_by_hand_trains_its_adapters():
+    with pytest.warns(UserWarning, match="no adapter of critic is used in validation"):
+        module, _ = fit(TwoOptimizers, LoRA(["predictor.2", "critic.2"], rank=1), steps=4)
+    for layer in adapters(module).values():
+        assert layer.lora_b.abs().max() > 0
+
+
+def test_a_frozen_base_stays_as_it_was_to_the_bit():
+    L.seed_everything(0, verbose=False)
+    before = whole(NetInInit())
+    module, _ = fit(NetInInit, LoRA("net.0", rank=2))
+    after = {n: p for n, p in whole(module).items() if "lora_" not in n}
+    assert furthest(before, after) == 0
+
+
+# a file of the base, and what belongs to it
+
+
+@pytest.fixture
+def base(tmp_path):
+    _, trainer = fit(NetInInit, steps=4)
+    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    return tmp_path / "base.ckpt"
+
+
+def tuned(base, save=None, resume=None, rank=1, steps=8):
+    callbacks = [Pretrained(str(base)), LoRA(["net.0", "net.2"], rank=rank), ExactResume()]
+    saver = [SaveAt(save, 3)] if save else []
+    return fit(NetInInit, *callbacks, *saver, resume=resume, steps=steps)
+
+
+def test_a_checkpoint_of_a_pretrained_module_holds_adapters_and_the_identity_of_its_base(
+    base, tmp_path
+):
+    straight, _ = tuned(base, save=tmp_path / "cut.ckpt")
+    checkpoint = torch.load(tmp_path / "cut.ckpt", weights_only=True)
+    assert {n.rpartition(".")[2] for n in checkpoint["state_dict"]} == {"lora_a", "lora_b"}
+    assert checkpoint["lora"]["base"]["file"] == str(base)
+    assert len(checkpoint["lora"]["base"]["sha256"]) == 64
+    weights = torch.load(base, weights_only=True)["state_dict"]
+    held = dict(straight.named_parameters())
+    assert all(torch.equal(held[name], value) for name, value in weights.items())
+    resumed, _ = tuned(base, resume=tmp_path / "cut.ckpt")
+    assert furthest(whole(straight), whole(resumed)) == 0
+    reader = NetInInit()
+    reapply(reader, checkpoint)  # from the base's file
+    reader.load_state_dict(checkpoint["state_dict"])
+    assert all(torch.equal(reader.state_dict()[name], value) for name, value in weights.items())
+
+
+def test_the_adapter_file_is_as_small_as_its_share(tmp_path):
+    sizes = {}
+    for save in ("adapter", "all"):
+        module, trainer = fit(
+            partial(NetInInit, width=4096), LoRA("net.2", rank=1, save=save), steps=1, validate=0
+        )
+        trainer.save_checkpoint(tmp_path / f"{save}.ckpt")
+        held = torch.load(tmp_path / f"{save}.ckpt", weights_only=True)["state_dict"]
+        sizes[save] = sum(v.numel() * v.itemsize for v in held.values())
+    count = sum(p.numel() for p in module.parameters())
+    share = sum(p.numel() for p in module.parameters() if p.requires_grad) / count
+    assert sizes["adapter"] <= 1.1 * share * sizes["all"]
+
+
+def test_resuming_with_another_base_is_refused_and_writes_nothing(base, tmp_path):
+    tuned(base, save=tmp_path / "cut.ckpt")
+    _, trainer = fit(NetInInit, steps=2)
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"belong to other weights: .*base\.ckpt \(sha256 .*other"):
+        tuned(tmp_path / "other.ckpt", resume=tmp_path / "cut.ckpt")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_resuming_when_the_bases_file_is_gone_names_it(base, tmp_path):
+    tuned(base, save=tmp_path / "cut.ckpt")
+    base.unlink()
+    with pytest.raises(ValueError, match=r"belong to other weights: .*base\.ckpt"):
+        tuned(base, resume=tmp_path / "cut.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*base\.ckpt"):
+        tuned(base)
+
+
+def test_resuming_with_another_rank_is_refused(base, tmp_path):
+    tuned(base, save=tmp_path / "cut.ckpt")
+    with pytest.raises(ValueError, match=r"net\.0 is \(1, 4\) in the checkpoint and \(2, 4\) here"):
+        fit(
+            NetInInit,
+            Pretrained(str(base)),
+            LoRA(["net.0", "net.2"], ranks={"net.0": 2}, rank=1),
+            resume=tmp_path / "cut.ckpt",
+        )
+
+
+def test_resuming_with_another_scale_is_refused(tmp_path):
+    fit(NetInInit, LoRA("net.0", rank=1), SaveAt(tmp_path / "cut.ckpt", 3))
+    with pytest.raises(ValueError, match=r"trained with alpha=16\.0, here is alpha=8\.0"):
+        fit(NetInInit, LoRA("net.0", rank=1, alpha=8.0), resume=tmp_path / "cut.ckpt")
+
+
+def test_resuming_without_the_callback_is_refused(tmp_path):
+    fit(NetInInit, LoRA("net.0", rank=1), SaveAt(tmp_path / "cut.ckpt", 3))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*net\.0\.lora_a"):
+        fit(NetInInit, resume=tmp_path / "cut.ckpt")
+
+
+def test_resuming_a_run_without_adapters_with_them_is_refused(tmp_path):
+    fit(NetInInit, SaveAt(tmp_path / "cut.ckpt", 3))
+    with pytest.raises(ValueError, match="holds no adapters, it was not trained with LoRA"):
+        fit(NetInInit, LoRA("net.0", rank=1), resume=tmp_path / "cut.ckpt")
+
+
+def test_other_bits_are_refused(tmp_path):
+    fit(NetInInit, Quantization(), SaveAt(tmp_path / "cut.ckpt", 3))
+    with pytest.raises(ValueError, match=r"weight_codes is torch\.uint8 .* here \(int8\)"):
+        fit(NetInInit, Quantization("int8"), resume=tmp_path / "cut.ckpt")
+
+
+class ShardsItself(NetInInit):
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def shard_itself():
+    fit(ShardsItself, LoRA("net.0", rank=1), strategy="zero3", devices=2)
+
+
+def test_a_module_that_is_sharded_already_is_refused(ranks):
+    with pytest.raises(AssertionError, match=r"LoRA: ShardsItself shards its parameters"):
+        ranks(shard_itself, 2)
+
+
+class ReadsWeights(NetInInit):
+    """Calls its layers in training only."""
+
+    def validation_step(self, batch, batch_idx):
+        x = nn.functional.linear(batch[0], self.net[0].weight)
+        self.log("val_loss", x.mean())
+
+
+class ReadsOneAlways(NetInInit):
+    def training_step(self, batch, batch_idx):
+        x = self.net[2](nn.functional.linear(batch[0], self.net[0].weight))
+        return x.square().mean()
+
+
+def test_an_adapter_that_is_never_called_in_validation_ends_the_run():
+    with pytest.raises(RuntimeError, match=r"net\.0 was never called in the validation"):
+        fit(ReadsWeights, LoRA("net.0", rank=1))
+
+
+def test_an_adapter_that_is_never_called_in_training_ends_the_run():
+    words = r"adapter of net\.0 was never called in a training epoch.*exclude=net\.0"
+    with pytest.raises(RuntimeError, match=words):
+        fit(ReadsOneAlways, LoRA(["net.0", "net.2"], rank=1), validate=0)
+
+
+def test_by_default_hidden_matrices_are_adapted_and_not_the_head():
+    module, _ = fit(NetInConfigureModel, LoRA(rank=2), steps=1)
+    assert list(adapters(module)) == ["layers.0", "layers.1"]
+    with pytest.raises(ValueError, match="BoringModel has no hidden matrix"):
+        LoRA().transform(BoringModel())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_leaves_scales_adapters_and_optimizer_state_in_float32(precision):
+    callbacks = [LoRA(rank=2), Quantization()]
+    module, trainer = fit(NetInConfigureModel, *callbacks, steps=2, precision=precision)
+    layer = module.layers[0]
+    assert isinstance(layer, QuantizedLinear)
+    assert layer.weight_outer.dtype == layer.lora_a.dtype == torch.float32
+    state = trainer.optimizers[0].state[layer.lora_a]
+    assert state["momentum_buffer"].dtype == torch.float32
+    assert layer.lora_b.abs().max() > 0
+
+
+def test_rounding_is_measured_by_validating_a_file_of_plain_weights(base):
+    options = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    losses = []
+    for callbacks in ([], [Quantization()], [Quantization("int8")]):
+        L.seed_everything(1, verbose=False)
+        trainer = L.Trainer(**options, callbacks=callbacks, enable_model_summary=False)
+        (found,) = trainer.validate(NetInInit(), ckpt_path=base, verbose=False)
+        losses.append(found["val_loss"])
+    plain, four, eight = losses
+    assert 0 < abs(eight - plain) < abs(four - plain) < 0.1
+
+
+def test_a_wrong_dropout_dtype_or_scheme_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"dropout=1\.5 is outside \[0, 1\)"):
+        LoRA(dropout=1.5)
+    with pytest.raises(ValueError, match="no dtype 'float8'; allowed: float64"):
+        LoRA(dtype="float8")  # type: ignore
