@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import _typehints, set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import ravine.callbacks
@@ -68,6 +69,14 @@ class Command(LightningCLI):
                 self.config = diagnosis.parse(parser, [*argv, *more])
             resolved = self._resolved(argv[0])
             self.changed += saved_config.compare(saved, resolved, str(self.checkpoint))
+
+    def after_fit(self) -> None:
+        """Say where everything is, and what to type next."""
+        saved = [each.last_model_path for each in self.trainer.checkpoint_callbacks
+                 if isinstance(each, ModelCheckpoint) and each.last_model_path]  # fmt: skip
+        if saved and self.trainer.is_global_zero:
+            verb = "generate" if callable(getattr(self.model, "generate", None)) else "test"
+            print(f"done: {self.trainer.log_dir}\nnext: {program()} {verb} --ckpt_path {saved[0]}")
 
     def _resolved(self, command: str) -> saved_config.Config:
         return saved_config.resolved(self._subcommand_parsers[command], self.config[command])
