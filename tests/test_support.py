@@ -4,6 +4,7 @@ A cell is ticked if two steps leave the weights that one process has, on every r
 the combination is refused by an error of ours, in one line; anything else fails this file.
 """
 
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -18,17 +19,19 @@ import ravine.callbacks
 from ravine.callbacks import (
     CollapseAlarm,
     Compile,
+    FrechetDistance,
     GradientClipping,
     LoRA,
     OptimizerPlan,
     Pretrained,
     Samples,
 )
-from ravine.datamodules import PromptDataModule, SpamDataModule, TextDataModule
+from ravine.datamodules import ImageDataModule, PromptDataModule, SpamDataModule, TextDataModule
 from ravine.datamodules.text import documentation
 from ravine.lightning_modules import (
     BatchDistance,
     CharacterFraction,
+    ImageClassifier,
     LanguageModel,
     Reinforce,
     SpamClassifier,
@@ -51,12 +54,37 @@ CALLBACKS = sorted(
 ARGUMENTS = {
     "CollapseAlarm": lambda: CollapseAlarm({"train/loss": 0.0}),
     "Compile": lambda: Compile(backend="eager"),
+    "FrechetDistance": lambda: FrechetDistance(Pixels(), n=8, batch_size=4),
     "GradientClipping": lambda: GradientClipping(1.0),
     "LoRA": lambda: LoRA(rank=2),
     "OptimizerPlan": lambda: OptimizerPlan(partial(torch.optim.AdamW, lr=1e-3)),
     "Pretrained": lambda: Pretrained("weights.pt"),
     "Samples": lambda: Samples({"prompt": "T", "max_new_tokens": 4}),
 }
+
+
+class Pixels(torch.nn.Module):
+    """A measure of images: their pixels."""
+
+    def forward(self, images):
+        return images.flatten(1).double()
+
+
+class Beside(L.LightningDataModule):
+    """The module's own data, and pictures of 2x2 beside them."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def train_dataloader(self):
+        return self.module.train_dataloader()
+
+    def val_dataloader(self):
+        return self.module.val_dataloader()
+
+    def pictures(self, part):
+        return Small.sample_images(None, torch.arange(16)), torch.arange(16) % 2
 
 
 class Small(NetInInit):
@@ -67,6 +95,9 @@ class Small(NetInInit):
 
     def samples(self):
         return [{"text": "one", "reward": 1.0}]
+
+    def sample_images(self, index, labels=None):
+        return (index[:, None] * torch.tensor([7, 13, 29, 31]) % 32).byte().reshape(-1, 1, 2, 2)
 
     def load_pretrained(self, path):
         assert path == "weights.pt"
@@ -81,6 +112,7 @@ def tasks(folder):
     rewards = [CharacterFraction("abcdefghijklm", -1.0), BatchDistance(n=1)]
     return {
         "SpamClassifier": (SpamClassifier(buckets=256), spam),
+        "ImageClassifier": (ImageClassifier(features=8, shift=1), ImageDataModule(batch_size=8)),
         "LanguageModel": (LanguageModel(layers=1, width=16, heads=2, zero_init=False), text),
         "Reinforce": (Reinforce(str(folder / "base.ckpt"), rewards, new=5), prompts),
     }
@@ -121,14 +153,16 @@ def train(module, data, strategy, devices, folder, *callbacks):
 
 def rows(strategy, devices, folder):
     """The weights after training, or the refusal, for each task and each callback."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     found = {}
     for name in [*tasks(folder), *CALLBACKS]:
         callbacks = []
         module, data = tasks(folder).get(name, tasks(folder)["LanguageModel"])
         if name in CALLBACKS:
             callbacks = [ARGUMENTS.get(name, getattr(ravine.callbacks, name))()]
-        if name in ("Compile", "Newton", "Pretrained", "RolloutTable"):
+        if name in ("Compile", "FrechetDistance", "Newton", "Pretrained", "RolloutTable"):
             module, data = Small(batch_size=32 if strategy == "tp" else 32 // devices), None
+            data = Beside(module) if name == "FrechetDistance" else None
         try:
             found[name] = train(module, data, strategy, devices, folder, *callbacks)
         except ValueError as refusal:
