@@ -24,7 +24,7 @@ PICTURES = DEVICE | {"file": str, "folder": str}
 
 def run(argv: list[str]) -> int:
     """Load the checkpoint, call `generate` with what was typed, show what comes."""
-    module, given = prepare(argv, "generate")
+    module, _, given = prepare(argv, "generate")
     known = signature.flags(module.generate)  # type: ignore[arg-type]
     writes = "prompt" in known
     ours = TEXTS if writes else PICTURES

@@ -51,12 +51,15 @@ usage: {0} generate --ckpt_path=FILE [--prompt=TEXT | --labels=0-9] [--key=value
 """
 
 EXPORT = """\
-usage: {0} export --ckpt_path=FILE --folder=NAME [--format=NAME]
+usage: {0} export --ckpt_path=FILE --folder=NAME [--format=NAME | --merge | --quantize=NAME]
 
   --ckpt_path=FILE            a trained model; or auto; or last (of --trainer.name=NAME)
   --folder=NAME               where to write; files of the same names are replaced
   --format=gpt2               language: model.safetensors and config.json for transformers
   --format=safetensors        images: model.safetensors and config.json
+  --merge                     the plain model, its adapters added to the weights: model.ckpt,
+                              which needs no callback, and model.safetensors
+  --quantize=int8             the same in 8 bits a weight, or nf4 in 4
 """
 
 ABOUT = {

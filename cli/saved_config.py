@@ -123,6 +123,12 @@ def _leaves(config: Config) -> Iterator[tuple[str, Any]]:
         yield from _flat(arguments, f"trainer.callbacks.{path.rpartition('.')[2]}")
 
 
+def without_transforms(config: Config) -> Config:
+    """The configuration of a checkpoint whose net is as it was built."""
+    kept = [spec for spec in _callbacks(config) if not _changes_the_net(spec)]
+    return config | {"trainer.callbacks": kept}
+
+
 def _callbacks(config: Config) -> list[Config]:
     """The callbacks of a checkpoint or of a command, where one may stand without its list."""
     specs = config["trainer"]["callbacks"] if "trainer" in config else config["trainer.callbacks"]

@@ -3,7 +3,9 @@
 from importlib import import_module
 from pathlib import Path
 
+import ravine.callbacks  # a checkpoint names callbacks that changed its net
 import ravine.lightning_modules
+from ravine.callbacks.transforms import reapply
 from ravine.lightning_modules import TaskModule
 from ravine.strategies.checkpoint_io import CheckpointError, check
 
@@ -13,8 +15,22 @@ from .errors import Mistake, unknown
 NAME, ROOT = "trainer.name", "trainer.default_root_dir"  # where `last` and `auto` look
 
 
-def prepare(argv: list[str], command: str) -> tuple[TaskModule, list[tuple[str, str]]]:
-    """The model of the checkpoint that was named, and the other flags."""
+def load(path: str | Path) -> TaskModule:
+    """A trained model by its checkpoint alone, with the adapters and quantized weights it has.
+
+    from ravine.cli.trained import load
+    print(load("runs/shakespeare/lora/version_0/checkpoints/step=000300.ckpt").generate("ARIEL:"))
+
+    `TaskModule.load` does the same for nets that nothing has changed. Of a LightningModule of your
+    own: build it, then `ravine.callbacks.transforms.reapply(module, checkpoint)`.
+    """
+    return task_of(Path(path)).load(path, reapply)
+
+
+def prepare(
+    argv: list[str], command: str, any_task: bool = False
+) -> tuple[TaskModule, Path, list[tuple[str, str]]]:
+    """The model of the checkpoint that was named, its path, and the other flags."""
     given = signature.pairs(argv[1:])
     chosen = dict(given).get("ckpt_path")
     if chosen is None:
@@ -33,14 +49,14 @@ def prepare(argv: list[str], command: str) -> tuple[TaskModule, list[tuple[str, 
     if reason := check(path):  # a flipped byte would write plausible nonsense
         raise CheckpointError(f"{path} cannot be used: {reason}; take another, or type auto")
     task = task_of(path)
-    if not callable(getattr(task, command, None)):
+    if not any_task and not callable(getattr(task, command, None)):
         able = [n for n, c in tasks().items() if callable(getattr(c, command, None))]
         wrong = f"a {task.__name__} cannot {command}"
         raise Mistake(
             wrong, able, f"{command} --ckpt_path=FILE, of one that can", "models that can"
         )
-    module = task.load(path)
-    return module, [(name, v) for name, v in given if name not in ("ckpt_path", NAME, ROOT)]
+    rest = [(name, v) for name, v in given if name not in ("ckpt_path", NAME, ROOT)]
+    return load(path), path, rest
 
 
 def tasks() -> dict[str, type[TaskModule]]:

@@ -49,6 +49,8 @@ class TextDataModule(L.LightningDataModule):
         memory_limit: characters; a longer text is not held in memory or moved to the device.
         windows: where training windows start: at random; or in passes, side by side from an offset
             that is another each epoch, so that an epoch sees every token once.
+        begin: the first token of the text to use; the vocabulary is the whole text's.
+        end: the first one not to use; by default there is none.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class TextDataModule(L.LightningDataModule):
         tokenizer: Literal["characters", "bytes", "gpt2"] = "characters",
         memory_limit: int = 2**28,
         windows: Literal["random", "passes"] = "random",
+        begin: int = 0,
+        end: int | None = None,
     ) -> None:
         """Check the sizes; files are looked at in `setup`."""
         super().__init__()
@@ -76,7 +80,7 @@ class TextDataModule(L.LightningDataModule):
         self.path, self.source, self.root = path, source, root
         self.context, self.batch_size = context, batch_size
         self.val_fraction, self.seed, self.memory_limit = val_fraction, seed, memory_limit
-        self.kind, self.windows = tokenizer, windows
+        self.kind, self.windows, self.begin, self.end = tokenizer, windows, begin, end
         self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
         self._corpus: Corpus | None = None
         self._tried = ""
@@ -113,12 +117,26 @@ class TextDataModule(L.LightningDataModule):
             text = (lambda: read(files)) if file else documentation
             corpus = load(text, name, self.memory_limit, self.kind)
         unit = "tokens" if corpus.tokenizer.kind == "gpt2" else corpus.tokenizer.kind
+        corpus = self._part(name, unit, corpus)
         self._check_length(name, unit, corpus)
         self._corpus = corpus
         taken = self.source if self.path is not None else "shakespeare" if file else "embedded"
         self.resolved = {"source": taken, "file": str(file or ""), "sha256": corpus.sha256}
         size = f"{len(corpus.tokens):,} {unit}, {corpus.tokenizer.vocabulary:,} different"
         announce(f"data: {name}, {size}{why and '; ' + why}", loud=bool(why))
+
+    def _part(self, name: str, unit: str, corpus: Corpus) -> Corpus:
+        """From `begin` to `end`."""
+        count = len(corpus.tokens)
+        end = count if self.end is None else self.end
+        if (self.begin, end) == (0, count):
+            return corpus
+        if not 0 <= self.begin < end <= count or corpus.rest is not None:
+            raise ValueError(
+                f"begin {self.begin} and end {self.end} are no part of the {count:,} {unit} of "
+                f"{name}; allowed: 0 to {count} of a text in one piece; type --data.begin=0"
+            )
+        return corpus._replace(tokens=corpus.tokens[self.begin : end])
 
     def _check_length(self, name: str, unit: str, corpus: Corpus) -> None:
         train, rest = self._split(corpus)

@@ -4,6 +4,7 @@ Late, because callbacks and strategies act between `__init__` and the first step
 net its sizes (`adopt`), transforms rewrite it, the strategy shards it. None of that is seen here.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,6 +73,19 @@ class TaskModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another task's weights in words, before the tensors disagree in numbers."""
         self._check_task(checkpoint)
+        if self.net is not None:  # built, so whatever changes it has changed it by now
+            self._check_changes(checkpoint)
+
+    def _check_changes(self, checkpoint: dict[str, Any]) -> None:
+        done = getattr(self.__dict__.get("_transforms"), "applied", {})
+        phases = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys() - done.keys()
+        if phases:
+            names = [checkpoint["transforms"][phase]["class"] for phase in sorted(phases)]
+            raise ValueError(
+                f"the net of the checkpoint was changed by {' and '.join(names)}; allowed: a "
+                f"trainer with the same; type --trainer.callbacks+={names[0]}, or in a script "
+                "ravine.cli.trained.load(path)"
+            )
 
     @classmethod
     def _check_task(cls, checkpoint: dict[str, Any]) -> None:
@@ -83,11 +97,18 @@ class TaskModule(L.LightningModule):
             )
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(
+        cls, path: str | Path, change: Callable[[Self, dict[str, Any]], None] | None = None
+    ) -> Self:
         """Rebuild a trained task from a checkpoint alone, on the CPU, ready to use.
 
         model = LanguageModel.load("runs/shakespeare/quick/version_0/checkpoints/last.ckpt")
         print(model.generate("ROMEO:", max_new_tokens=200))
+
+        Args:
+            path: the file.
+            change: does to the built net what was done to that of the checkpoint; see
+                `ravine.cli.trained.load`, which loads adapters and quantized weights.
         """
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         cls._check_task(checkpoint)
@@ -95,5 +116,8 @@ class TaskModule(L.LightningModule):
         model = cls(**{k: v for k, v in arguments.items() if not k.startswith("_")})
         model.on_load_checkpoint(checkpoint)
         model.configure_model()
+        if change is not None:
+            change(model, checkpoint)
+        model._check_changes(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         return model.eval()

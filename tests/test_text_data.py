@@ -334,3 +334,15 @@ def test_a_pass_sees_each_token_once_and_starts_elsewhere_each_epoch(
         epochs.append(inputs.tolist())
     assert len({epoch[0] for epoch in epochs}) > 1
     assert len({min(epoch) for epoch in epochs}) > 1
+
+
+def test_a_part_of_a_text_has_the_tokens_between_and_the_whole_texts_vocabulary(tmp_path):
+    (tmp_path / "text.txt").write_text("abc" * 100 + "xyz" * 100)
+    whole = TextDataModule(tmp_path / "text.txt", context=4)
+    part = TextDataModule(tmp_path / "text.txt", context=4, begin=300, end=500)
+    for data in (whole, part):
+        data.setup("fit")
+    assert torch.equal(part.corpus.tokens, whole.corpus.tokens[300:500])
+    assert part.tokenizer.state() == whole.tokenizer.state()
+    with pytest.raises(ValueError, match=r"begin 9 and end 601 are no part of the 600 characters"):
+        TextDataModule(tmp_path / "text.txt", context=4, begin=9, end=601).setup("fit")

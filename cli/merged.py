@@ -1,0 +1,86 @@
+"""A trained model as plain weights: no adapters, and a checkpoint that needs no callback."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ravine.callbacks import Quantization
+from ravine.callbacks.lora import adapters, merge
+from ravine.callbacks.quantization import quantize_module
+from ravine.datamodules.sources import whole
+from ravine.lightning_modules import TaskModule
+from ravine.strategies.checkpoint_io import AtomicCheckpointIO
+
+from .errors import Mistake
+from .saved_config import without_transforms
+
+RUN = (  # what belongs to the run and to what changed the net, not to the model
+    *("optimizer_states", "lr_schedulers", "callbacks", "loops", "exact_resume", "ema"),
+    *("optimizer_plan", "transforms", "lora", "state_dict"),
+)
+
+
+def flatten(module: TaskModule) -> list[str]:
+    """Merge the adapters and make every quantized layer a plain one; returns what was merged."""
+    names = merge(module)
+    for layer in module.modules():
+        if hasattr(layer, "dequantize"):
+            layer.dequantize()  # pyright: ignore[reportCallIssue]
+    return names
+
+
+def write(module: TaskModule, path: Path, folder: Path, merging: bool, scheme: str | None) -> str:
+    """Write model.ckpt and model.safetensors into a folder, in float or in the scheme's bits."""
+    if merging and not adapters(module):
+        raise Mistake(
+            f"{path} holds no adapters: there is nothing to merge",
+            [],
+            "export --format=..., or --quantize=int8",
+        )
+    tied = _tied(module)
+    flatten(module)
+    state = module.state_dict()
+    for one, other in tied:
+        if not torch.equal(state[one], state[other]):
+            raise Mistake(
+                f"{one} and {other} are one weight in this model and differ once merged, so no "
+                "plain checkpoint of it can hold them",
+                [],
+                "fit with --model.tied=false, or adapters on neither of the two",
+            )
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = {key: value for key, value in checkpoint.items() if key not in RUN}
+    config = checkpoint.get("ravine", {}).get("config")
+    if config:
+        checkpoint["ravine"]["config"] = without_transforms(config)
+    if scheme is not None:
+        rounding = Quantization(scheme)  # pyright: ignore[reportArgumentType]
+        quantize_module(module, scheme)
+        arguments = rounding.record()
+        checkpoint["transforms"] = {"quantize": {"class": "Quantization", "arguments": arguments}}
+        if config:
+            spec = {"class_path": "ravine.callbacks.Quantization", "init_args": arguments}
+            checkpoint["ravine"]["config"]["trainer.callbacks"] += [spec]
+    tensors: dict[str, Tensor] = {
+        name: value.detach().cpu().clone() for name, value in module.state_dict().items()
+    }
+    from safetensors.torch import save_file
+
+    with whole(folder / "model.safetensors") as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    AtomicCheckpointIO().save_checkpoint(
+        checkpoint | {"state_dict": tensors}, folder / "model.ckpt"
+    )
+    return f"{folder}/model.ckpt, model.safetensors"
+
+
+def _tied(module: TaskModule) -> list[tuple[str, str]]:
+    first: dict[int, str] = {}
+    pairs = []
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            pairs.append((first[id(parameter)], name))
+        first.setdefault(id(parameter), name)
+    return pairs
