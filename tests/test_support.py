@@ -31,6 +31,7 @@ from ravine.datamodules.text import documentation
 from ravine.lightning_modules import (
     BatchDistance,
     CharacterFraction,
+    Diffusion,
     ImageClassifier,
     LanguageModel,
     Reinforce,
@@ -113,6 +114,10 @@ def tasks(folder):
     return {
         "SpamClassifier": (SpamClassifier(buckets=256), spam),
         "ImageClassifier": (ImageClassifier(features=8, shift=1), ImageDataModule(batch_size=8)),
+        "Diffusion": (
+            Diffusion(labels=True, width=8, time_width=16),
+            ImageDataModule(batch_size=8),
+        ),
         "LanguageModel": (LanguageModel(layers=1, width=16, heads=2, zero_init=False), text),
         "Reinforce": (Reinforce(str(folder / "base.ckpt"), rewards, new=5), prompts),
     }

@@ -1,0 +1,127 @@
+"""What a diffusion model draws, judged by somebody else: python benchmarks/diffusion_quality.py
+
+    mnist [seed ...]     diffusion/mnist_quick, 1,000 images of all ten labels
+    digits [seed ...]    the three attempts of lecture 6 on 8x8 digits, 500 images each
+
+The judge is a classifier that has seen neither the model nor its images. Its features give the
+Fréchet distance to the training images, beside that of as many real test images, the floor. The
+distance of each image to the nearest training image, in pixels from 0 to 1, beside that of real
+test images, shows whether the model copies. MNIST is read from DATA_ROOT. Raw rows in
+rows/diffusion_quality.jsonl; runs are kept in the folder RUNS, runs/quality by default.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import append, circumstances, ravine
+from torch import Tensor
+
+from ravine.callbacks.feature_statistics import Gaussian, Moments, frechet
+from ravine.datamodules import ImageDataModule
+from ravine.lightning_modules import Diffusion
+from ravine.lightning_modules.imaging.classifier import ClassifierFeatures
+
+RUNS = Path(os.environ.get("RUNS", "runs/quality")).resolve()
+WAYS = [(20, 0.5), (10, 0.0), (20, 0.0), (20, 2.0)]  # steps and guidance; the last is a control
+
+
+def trained(config: str, seed: int, *words: str) -> tuple[Path, dict[str, float]]:
+    """Checkpoint of a run with this seed, made if it is not there; and its seconds."""
+    folder = RUNS / config / f"seed{seed}" / "version_0"
+    if not (folder / "stopwatch.json").exists():
+        ravine("fit", "--config", config, f"--seed_everything={seed}", *words,
+               f"--trainer.default_root_dir={RUNS / config}", f"--trainer.name=seed{seed}",
+               "--trainer.callbacks+=benchmarks.record.Stopwatch")  # fmt: skip
+    newest = max((folder / "checkpoints").glob("step*.ckpt"))
+    return newest, json.loads((folder / "stopwatch.json").read_text())
+
+
+class Judge:
+    """A classifier, and what it says of real images."""
+
+    def __init__(self, path: Path, data: ImageDataModule, n: int) -> None:
+        self.features = ClassifierFeatures(str(path)).eval()
+        self.train, _ = data.pictures("train")
+        self.reference = Gaussian.of(self.moments(self.train))
+        self.test, labels = data.pictures("test")
+        self.accuracy = self.right(self.test, labels).float().mean().item()
+        self.some = some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[
+            :n
+        ]
+        self.floor = self.distance(self.test[some])
+
+    def of(self, images: Tensor) -> Tensor:
+        return torch.cat([self.features(part) for part in images.split(1000)])
+
+    def moments(self, images: Tensor) -> Moments:
+        features = self.of(images)
+        sums = Moments(features[:1000].mean(0))
+        sums.add(features)
+        return sums
+
+    def right(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.features.logits(self.of(images)).argmax(1) == labels
+
+    def distance(self, images: Tensor) -> float:
+        return float(frechet(self.moments(images), self.reference))
+
+    def nearest(self, images: Tensor) -> Tensor:
+        """Distance of each image to the nearest training image."""
+        train = self.train.flatten(1).float() / 255
+        parts = (images.flatten(1).float() / 255).split(250)
+        return torch.cat([torch.cdist(part, train).amin(1) for part in parts])
+
+
+@torch.no_grad()
+def judged(model: Diffusion, judge: Judge, n: int, steps: int, guidance: float) -> dict[str, Any]:
+    """One way of making images, in figures."""
+    pictures = model.generate(num_samples=n // 10, steps=steps, guidance=guidance)
+    labels = torch.arange(10).repeat_interleave(n // 10)
+    right = judge.right(pictures.images, labels).float().view(10, -1).mean(1)
+    near, real = judge.nearest(pictures.images), judge.nearest(judge.test[judge.some])
+    distance = judge.distance(pictures.images)
+    return {
+        "accuracy": round(right.mean().item(), 4),
+        "worst_class": round(right.min().item(), 4),
+        "fd": round(distance, 3),
+        "fd_over_floor": round(distance / judge.floor, 3),
+        "nn_median": round((near.median() / real.median()).item(), 3),
+        "nn_p1": round((near.quantile(0.01) / real.quantile(0.01)).item(), 3),
+    }
+
+
+def mnist(seed: int) -> None:
+    data = ImageDataModule("mnist", val_fraction=0.0)
+    data.setup("test")
+    judge = Judge(trained("classifier/mnist", 1)[0], data, 1000)
+    path, seconds = trained("diffusion/mnist_quick", seed)
+    model = Diffusion.load(path)
+    row = circumstances("diffusion/mnist_quick") | {"seed": seed, "n": 1000} | seconds
+    row |= {"judge": round(judge.accuracy, 4), "floor": round(judge.floor, 3)}
+    for steps, guidance in WAYS:
+        row[f"{steps} steps, w {guidance}"] = judged(model, judge, 1000, steps, guidance)
+    append("diffusion_quality", row)
+
+
+def digits(seed: int) -> None:
+    data = ImageDataModule("digits")
+    data.setup("test")
+    words = ["--data.source=digits", "--trainer.max_steps=1000", "--model.shift=0"]
+    judge = Judge(trained("classifier/mnist", 2, *words)[0], data, 359)
+    for name in ("digits_one_step", "digits_none", "digits"):
+        path, seconds = trained(f"diffusion/{name}", seed)
+        row = circumstances(f"diffusion/{name}") | {"seed": seed, "n": 500} | seconds
+        row |= {"judge": round(judge.accuracy, 4), "floor": round(judge.floor, 3)}
+        append("diffusion_quality", row | judged(Diffusion.load(path), judge, 500, 20, 0.0))
+
+
+if __name__ == "__main__":
+    what: Callable[[int], None] = {"mnist": mnist, "digits": digits}[sys.argv[1]]
+    with torch.no_grad():
+        for seed in [int(word) for word in sys.argv[2:]] or [0]:
+            what(seed)

@@ -1,0 +1,118 @@
+"""A training step of the Diffusion task against a bare loop of the same: what the framework costs.
+
+python benchmarks/diffusion_step.py
+
+Both train the same U-Net (width 16, labels, 8x8 digits, batch 128) with the same loss, AdamW,
+clipping and average, in fp32; the bare loop draws its times and noise with torch.randn and knows no
+trainer. They take turns in blocks of steps, and the bare one runs twice a round: the A/A control.
+One raw row in rows/diffusion_step.jsonl.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from record import append, processor
+
+from ravine.callbacks import EMA, GradientClipping, OptimizerPlan
+from ravine.cli.trainer import Trainer
+from ravine.datamodules import ImageDataModule
+from ravine.lightning_modules import Diffusion
+from ravine.lightning_modules.imaging.noise_schedules import alpha_bar
+from ravine.lightning_modules.imaging.unet import UNet
+
+BLOCK, ROUNDS = 20, 9
+
+
+class Clock(L.Callback):
+    """Stops the run for the rivals after each block of steps, and notes the seconds of its own."""
+
+    def __init__(self, rivals: Callable[[], None]) -> None:
+        self.rivals, self.blocks, self.begun = rivals, [], 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.begun = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step % BLOCK == 0:
+            self.blocks.append((time.perf_counter() - self.begun) / BLOCK)
+            self.rivals()
+            self.begun = time.perf_counter()
+
+
+class Bare:
+    """The lecture's loop, with the labels, clipping and average that the task has."""
+
+    def __init__(self, data: ImageDataModule) -> None:
+        images, self.labels = data.pictures("train")
+        self.images = images
+        self.net = UNet(1, 16, classes=10).to(memory_format=torch.channels_last)  # pyright: ignore
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), 2e-3)
+        self.average = [p.detach().clone() for p in self.net.parameters()]
+        kept = alpha_bar("linear").float()
+        self.alpha, self.sigma = kept.sqrt(), (1 - kept).sqrt()
+        self.order = torch.randperm(len(images))
+
+    def step(self) -> None:
+        items, self.order = self.order[:128], self.order[128:]
+        if len(self.order) < 128:
+            self.order = torch.randperm(len(self.images))
+        x0 = self.images[items].float() / 127.5 - 1
+        y = self.labels[items].masked_fill(torch.rand(128) < 0.1, 10)
+        t = torch.randint(1, 1001, (128,))
+        eps = torch.randn_like(x0)
+        x = self.alpha[t][:, None, None, None] * x0 + self.sigma[t][:, None, None, None] * eps
+        x = x.contiguous(memory_format=torch.channels_last)
+        loss = F.mse_loss(self.net(x, t, y), x0)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, list(self.net.parameters()), 0.005)
+
+    def block(self) -> float:
+        begun = time.perf_counter()
+        for _ in range(BLOCK):
+            self.step()
+        return (time.perf_counter() - begun) / BLOCK
+
+
+def main() -> None:
+    L.seed_everything(0, verbose=False)
+    data = ImageDataModule("digits", batch_size=128)
+    data.setup("fit")
+    bare, times = Bare(data), {"bare": [], "bare_again": []}
+
+    def rivals() -> None:
+        for name in times if len(times["bare"]) % 2 else reversed(times):
+            times[name].append(bare.block())
+
+    clock = Clock(rivals)
+    plan = OptimizerPlan(partial(torch.optim.AdamW, lr=2e-3), decay="all")
+    trainer = Trainer(
+        max_steps=BLOCK * (ROUNDS + 1), accelerator="cpu", limit_val_batches=0, logger=False,
+        callbacks=[plan, GradientClipping(1.0), EMA(0.995), clock], enable_progress_bar=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Diffusion(labels=True, width=16, channels_last=True), datamodule=data)
+    every = {"ours": clock.blocks} | times
+    median = {name: statistics.median(spent[1:]) for name, spent in every.items()}
+    append("diffusion_step", {
+        "machine": f"{processor()}, {torch.get_num_threads()} threads",
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "milliseconds": {k: [round(1e3 * s, 2) for s in v[1:]] for k, v in every.items()},
+        "ratio": round(median["ours"] / median["bare"], 3),
+        "control": round(median["bare_again"] / median["bare"], 3),
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
