@@ -50,10 +50,9 @@ class Judge:
         self.reference = Gaussian.of(self.moments(self.train))
         self.test, labels = data.pictures("test")
         self.accuracy = self.right(self.test, labels).float().mean().item()
-        self.some = some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[
-            :n
-        ]
+        some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:n]
         self.floor = self.distance(self.test[some])
+        self.real = self.nearest(self.test[some])
 
     def of(self, images: Tensor) -> Tensor:
         return torch.cat([self.features(part) for part in images.split(1000)])
@@ -83,7 +82,7 @@ def judged(model: Diffusion, judge: Judge, n: int, steps: int, guidance: float) 
     pictures = model.generate(num_samples=n // 10, steps=steps, guidance=guidance)
     labels = torch.arange(10).repeat_interleave(n // 10)
     right = judge.right(pictures.images, labels).float().view(10, -1).mean(1)
-    near, real = judge.nearest(pictures.images), judge.nearest(judge.test[judge.some])
+    near, real = judge.nearest(pictures.images), judge.real
     distance = judge.distance(pictures.images)
     return {
         "accuracy": round(right.mean().item(), 4),
