@@ -33,6 +33,11 @@ class Compile(Transform):
         backend: str = "inductor",
     ) -> None:
         """Choose."""
+        if backend != "inductor" and mode != "default":
+            raise ValueError(
+                f"Compile: mode={mode!r} is a mode of inductor, and backend={backend!r} has none; "
+                "type --trainer.callbacks.mode=default, or --trainer.callbacks.backend=inductor"
+            )
         self.mode, self.blocks, self.backend = mode, blocks, backend
 
     def identity(self) -> tuple[str, bool, str]:

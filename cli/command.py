@@ -1,5 +1,6 @@
 """The command line proper: LightningCLI with our Trainer, reached through the front door."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,25 @@ class Command(LightningCLI):
             args=argv,
         )
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One flag for what is one question at any config: who trains which parameter?"""
+        text = "list the parameters of each rule of the optimizer plan"
+        parser.add_argument("--print_groups", action="store_true", help=text)
+
+    def before_fit(self) -> None:
+        """Pass `--print_groups` on to the plan."""
+        if not self._get(self.config, "print_groups"):
+            return
+        plans = [c for c in self.trainer.callbacks if hasattr(c, "print_groups")]
+        if not plans:
+            raise Mistake(
+                "--print_groups, and no callback plans the optimizers: the model has its own",
+                [],
+                "--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW",
+            )
+        for plan in plans:
+            plan.print_groups = True
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse what the checkpoint says, and then what the user says, who wins."""
         argv: list[str] = args  # type: ignore
@@ -78,11 +98,28 @@ class Command(LightningCLI):
             verb = "generate" if callable(getattr(self.model, "generate", None)) else "test"
             print(f"done: {self.trainer.log_dir}\nnext: {program()} {verb} --ckpt_path {saved[0]}")
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            forget_unused(self.trainer)
+            raise
+
     def _resolved(self, command: str) -> saved_config.Config:
         return saved_config.resolved(self._subcommand_parsers[command], self.config[command])
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has done it."""
+
+
+def forget_unused(trainer: Trainer) -> None:
+    """Remove the folder of a run that failed before its first step, if nothing else is in it."""
+    folder = trainer._folder
+    if not folder or trainer.global_step or not trainer.is_global_zero:
+        return
+    names = [path.name for path in Path(folder).rglob("*") if path.is_file()]
+    if all(name == "config.yaml" or name.startswith("events.out.") for name in names):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(argv: list[str]) -> int:

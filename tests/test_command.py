@@ -288,3 +288,29 @@ def test_a_module_of_others_is_sharded_from_the_command_line(
     assert ranks(_zero3, 2) == [0, 0]
     assert files("base") == sorted(USUAL)
     assert main(["validate", "--ckpt_path=last"]) == 0
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder() -> None:
+    words = ["fit", "--config", "text.yaml", "--trainer.callbacks.arguments={prompt: so}"]
+    schedule = "--trainer.callbacks.schedule={kind: linear, warmup: 50}"
+    plan = ["--trainer.callbacks+=OptimizerPlan", "--trainer.callbacks.optimizer=SGD", schedule]
+    assert main([*words, *plan]) == 2
+    assert list(Path("runs").glob("*/version_*")) == []
+    assert main(words) == 0
+    assert checkpoints("text")
+
+
+def test_the_end_of_a_run_says_what_to_type_next(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "text.yaml"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "done: runs/text/version_0" in said
+    path = checkpoints("text")[-1]
+    assert f"next: ravine generate --ckpt_path {path}" in said
+    assert main(["generate", "--ckpt_path", str(path), "--max_new_tokens=1"]) == 0
+
+
+def test_print_groups_lists_the_parameters_of_each_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "text.yaml", "--trainer.max_steps=1", "--print_groups"]) == 0
+    assert "net.embed.weight" in capsys.readouterr().out
+    assert main(["fit", "--config", "base.yaml", "--print_groups"]) == 2
+    assert "no callback plans the optimizers" in capsys.readouterr().err

@@ -235,6 +235,11 @@ def test_writing_leaves_a_compiled_net_uncompiled() -> None:
     assert net._compiled_call_impl is not None
 
 
+def test_a_mode_that_the_backend_has_not_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"is a mode of inductor, and backend='eager' has none"):
+        Compile(mode="reduce-overhead", backend="eager")
+
+
 def test_blocks_are_missed_where_there_are_none() -> None:
     with pytest.raises(ValueError, match=r"Naps has no net with blocks .*blocks=false"):
         fit(Naps(), Compile(blocks=True))
