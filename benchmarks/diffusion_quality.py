@@ -79,14 +79,17 @@ class Judge:
 @torch.no_grad()
 def judged(model: Diffusion, judge: Judge, n: int, steps: int, guidance: float) -> dict[str, Any]:
     """One way of making images, in figures."""
-    pictures = model.generate(num_samples=n // 10, steps=steps, guidance=guidance)
-    labels = torch.arange(10).repeat_interleave(n // 10)
-    right = judge.right(pictures.images, labels).float().view(10, -1).mean(1)
+    count = n // max(1, model.classes)
+    pictures = model.generate(num_samples=count, steps=steps, guidance=guidance)
+    read: dict[str, Any] = {}
+    if model.classes:
+        labels = torch.arange(model.classes).repeat_interleave(count)
+        right = judge.right(pictures.images, labels).float().view(-1, count).mean(1)  # (classes)
+        read["accuracy"] = round(right.mean().item(), 4)
+        read["worst_class"] = round(right.min().item(), 4)
     near, real = judge.nearest(pictures.images), judge.real
     distance = judge.distance(pictures.images)
-    return {
-        "accuracy": round(right.mean().item(), 4),
-        "worst_class": round(right.min().item(), 4),
+    return read | {
         "fd": round(distance, 3),
         "fd_over_floor": round(distance / judge.floor, 3),
         "nn_median": round((near.median() / real.median()).item(), 3),
