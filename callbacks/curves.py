@@ -87,12 +87,15 @@ class Curves(L.Callback):
             self.on_train_end(trainer, pl_module)
 
     def _check(self, metrics: dict[str, Any], module: L.LightningModule) -> None:
-        missing = [n for n in self.metrics or () if n not in metrics and n[:4] != "val/"]
-        if missing:
+        wanted = [n for n in self.metrics or () if n[:4] != "val/"]
+        missing = [n for n in wanted if n not in metrics]
+        if missing and missing == wanted:
             raise ValueError(
-                f"Curves: {type(module).__name__} logs no {missing[0]}; there are "
-                f"{', '.join(sorted(metrics)) or 'none'}; take it out of Curves' metrics"
+                f"Curves: {type(module).__name__} logs none of {', '.join(missing)}, but "
+                f"{', '.join(sorted(metrics)) or 'nothing'}; type --trainer.callbacks.metrics=[...]"
             )
+        if missing:
+            module.print(f"Curves: {type(module).__name__} logs no {', '.join(missing)}")
 
     def _take(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

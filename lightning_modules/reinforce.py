@@ -57,7 +57,7 @@ class Reinforce(TaskModule):
 
     Args:
         base: checkpoint of the language model to start from, or its run's folder.
-        rewards: terms of the reward, added up.
+        rewards: the terms, added up.
         new: most tokens to write after a prompt.
         group_size: texts for each prompt; they stay on one rank.
         sampling: how to draw, and to score what was drawn.
@@ -74,7 +74,7 @@ class Reinforce(TaskModule):
     def __init__(
         self,
         base: str,
-        rewards: Sequence[Reward] = (),
+        rewards: Sequence[Reward] | Reward = (),
         new: int = 256,
         group_size: int = 1,
         sampling: Sampling = Sampling(0.8),  # noqa: B008 - immutable, as the next ones
@@ -86,7 +86,8 @@ class Reinforce(TaskModule):
         """Check what can be checked without data."""
         super().__init__()
         self.save_hyperparameters("base", "new", "group_size", "reference", "stop")
-        self.base, self.rewards, self.new, self.group_size = base, list(rewards), new, group_size
+        self.base, self.new, self.group_size = base, new, group_size
+        self.rewards = [rewards] if isinstance(rewards, Reward) else list(rewards)
         self.sampling, self.estimator, self.kl = sampling, estimator, kl
         self.reference, self.stop = reference, stop
         self.vocabulary: int | None = None

@@ -113,14 +113,17 @@ class RewardFunction(Reward):
     Args:
         function: my_file.reward.
         weight: what it is multiplied by in the sum.
-        name: under which it is logged; by default the function's.
+        name: under which it is logged; by default the function's, or its file's.
     """
 
     def __init__(
         self, function: Callable[..., Any], weight: float = 1.0, name: str | None = None
     ) -> None:
         """Look at what the function wants."""
-        super().__init__(weight, name or getattr(function, "__name__", "reward"))
+        own = getattr(function, "__name__", type(function).__name__)
+        if own == "reward":  # the sum's name; the file has one, too
+            own = function.__module__.rpartition(".")[2]
+        super().__init__(weight, name or own)
         self.function = function
         self.wants = inspect.signature(function).parameters
 

@@ -1,0 +1,121 @@
+"""The terms of the reward by hand, and what is watched beside them."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from ravine.lightning_modules import (
+    BatchDistance,
+    Binary,
+    CharacterDiversity,
+    CharacterFraction,
+    LineLength,
+    ReferenceLogProbability,
+    RewardFunction,
+    SpeakerDiversity,
+    UniqueWords,
+    VocabularyFraction,
+    WordUniqueness,
+)
+from ravine.lightning_modules.policy.overlap import distances, mean_pairwise, to_nearest
+from ravine.lightning_modules.policy.rewards import Facts, Reward, RewardError, Samples, combine
+from ravine.lightning_modules.policy.rewards import evaluate as answers_of
+from ravine.lightning_modules.policy.watching import of_texts
+
+PLAY = (
+    "ROMEO:\nO speak again, bright angel.\n\nJULIET:\nGood night, good night.\n\nFirst Lord:\nHo!\n"
+)
+
+
+def samples(*texts: str, everyone: tuple[str, ...] | None = None, first: int = 0) -> Samples:
+    n = max(map(len, texts)) or 1
+    mask = torch.tensor([[i < len(text) for i in range(n)] for text in texts])
+    said = -torch.arange(1.0, n + 1).repeat(len(texts), 1)
+    return Samples(
+        ["p"] * len(texts), list(texts), mask.long(), mask, said, said,
+        corpus=Facts(PLAY), everyone=list(everyone or texts), first=first,
+    )  # fmt: skip
+
+
+def score(term: Reward, *texts: str) -> list[float]:
+    return answers_of([term], samples(*texts))[0].tolist()
+
+
+TERMS: list[tuple[Reward, list[str], list[float]]] = [
+    (CharacterFraction("eE"), ["eEx.", "", "abc"], [0.5, 0, 0]),
+    (VocabularyFraction(), ["speak again now", "angel angel.", " "], [1 / 3, 0.5, 0]),
+    (UniqueWords(), ["a b a", "", "a"], [2 / 3, 0, 1]),
+    (CharacterDiversity(2), ["ababa", "a", "abc"], [0.5, 0, 1]),
+    (WordUniqueness(3), ["a b c a b c", "a b", "a b c"], [0.75, 0, 1]),
+    (LineLength(10), ["12345\n\n1234567", "", "x" * 30], [0.6, 0, 1]),
+    (ReferenceLogProbability(), ["ab", "abcd"], [-1.5, -2.5]),
+    (Binary(CharacterFraction("e"), most=0), ["xyz", "xez"], [1, 0]),
+    (Binary(UniqueWords(), least=0.5, most=0.9), ["a b a", "a b", "a a a"], [1, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("term", "texts", "exact"), TERMS, ids=lambda x: getattr(x, "name", ""))
+def test_a_term_is_its_formula(term: Reward, texts: list[str], exact: list[float]) -> None:
+    assert score(term, *texts) == pytest.approx(exact)
+
+
+def test_a_speaker_counts_who_is_known_and_says_enough() -> None:
+    text = "ly.\n\nROMEO:\nI have said enough words here.\n\nNobody:\nI am in no play, but talk.\n"
+    text += "\nJULIET:\nNo.\n"
+    longer = text.replace("No.", "No, and no, and no, and no.")
+    assert score(SpeakerDiversity(2), text, longer) == [0.5, 1]
+    assert Facts(PLAY).speakers == {"ROMEO", "JULIET", "First Lord"}
+
+
+def jaccard(one: str, other: str, n: int) -> float:
+    sets = [
+        {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+        for words in (one.split(), other.split())
+    ]
+    either = sets[0] | sets[1]
+    return 1 - len(sets[0] & sets[1]) / len(either) if either else 0.0
+
+
+def test_distances_of_a_batch_are_those_of_all_pairs() -> None:
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices("abc", k=draw.randrange(12))) for _ in range(30)] + ["", "a b"]
+    for n in (1, 2, 4):
+        apart = distances(texts, n)
+        for i, j in itertools.combinations(range(len(texts)), 2):
+            assert apart[i, j] == apart[j, i] == pytest.approx(jaccard(texts[i], texts[j], n))
+        assert not np.diag(apart).any()
+        nearest = [min(apart[i, j] for j in range(32) if j != i) for i in range(32)]
+        assert to_nearest(apart).tolist() == nearest
+        pairs = [apart[i, j] for i, j in itertools.combinations(range(32), 2)]
+        assert mean_pairwise(apart) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_the_batch_of_all_ranks_is_compared_and_ours_are_answered() -> None:
+    everyone = ("a b c d", "e f g h", "a b c d", "i j k l")
+    ours = samples("a b c d", "i j k l", everyone=everyone, first=2)
+    assert BatchDistance(4).score(ours) == [0.0, 1.0]
+    with pytest.raises(RewardError, match=r"there is one; type --data\.batch_size=64"):
+        BatchDistance().score(samples("alone"))
+
+
+def test_terms_add_up_by_weight_and_none_leaves_a_sample_out() -> None:
+    terms = [
+        CharacterFraction("e", -2.0),
+        RewardFunction(lambda texts: [None, 3.0], weight=0.5, name="mine"),
+        RewardFunction(lambda texts: [None, None], weight=0.0, name="watched"),
+    ]
+    total = combine(terms, answers_of(terms, samples("eeee", "ex")))
+    assert total.isnan().tolist() == [True, False]
+    assert total[1] == -2 * 0.5 + 0.5 * 3
+
+
+def test_what_is_watched_of_texts() -> None:
+    found = of_texts(["O speak", "O speak", "again yonder"], Facts(PLAY))
+    assert found["distinct"] == pytest.approx(2 / 3)
+    assert found["vocabulary"] == pytest.approx(4 / 6)
+    assert found["distinct_words"] == 4
+    with pytest.raises(RewardError, match="Binary has no bound"):
+        Binary(UniqueWords())
