@@ -1,13 +1,13 @@
 """How far apart two sets of features are: Fréchet's distance and the kernel distance, in float64.
 
     Fréchet   |m1 - m2|² + tr C1 + tr C2 - 2 tr (C1 C2)^½,   means m, covariances C (divisor n - 1)
-              tr (C1 C2)^½ = sum of sqrt of the eigenvalues of R C2 R,   R = C1^½
+              tr (C1 C2)^½ = sum of sqrt of the eigenvalues of U C1 Uᵀ,   Uᵀ U = C2
     kernel    mean k(x, x') + mean k(y, y') - 2 mean k(x, y),  x != x', y != y',
               k(x, y) = (x·y / d + 1)³
 
-R C2 R is symmetric, so its eigenvalues are real and cost a third of those of C1 C2; rank-deficient
-covariances give tiny negative ones, which are cut off, never a complex or missing number. R is that
-of the real data, which do not change: it is kept. The Fréchet distance is biased upwards by about
+U C1 Uᵀ is symmetric, so its eigenvalues are real and cost a sixth of those of C1 C2; rank-deficient
+covariances give tiny negative ones, which are cut off, never a complex or missing number. U is of
+the real data, which do not change: it is kept. The Fréchet distance is biased upwards by about
 c / n, so only distances at equal n can be compared; the kernel distance is not.
 Sources: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID).
 
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BLOCK = 256  # rows of a triangular matrix multiplied at once
 ROWS = 1024  # of the kernel matrix at once: 8 MB a thousand columns
 
 
@@ -61,7 +62,7 @@ class Moments:
 
 
 class Gaussian(NamedTuple):
-    """What is kept of a set that does not change: mean (d), trace of C, and R = C^1/2 (d d)."""
+    """What is kept of a set that does not change: mean (d), trace of C, and its root U (d d)."""
 
     mean: Tensor
     trace: Tensor
@@ -69,20 +70,35 @@ class Gaussian(NamedTuple):
 
     @classmethod
     def of(cls, moments: Moments) -> "Gaussian":
-        """The symmetric root, by the eigenvalues of the covariance."""
+        """The upper triangular root, by Cholesky, or by eigenvalues where C has not full rank."""
         covariance = moments.covariance()
-        values, vectors = torch.linalg.eigh(covariance)
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-        return cls(moments.mean(), covariance.trace(), root)
+        lower, failed = torch.linalg.cholesky_ex(covariance)
+        root = lower.T
+        if failed:
+            values, vectors = torch.linalg.eigh(covariance)
+            root = torch.linalg.qr(values.clamp(min=0).sqrt()[:, None] * vectors.T, mode="r").R
+        return cls(moments.mean(), covariance.trace(), root.contiguous())
 
 
 def frechet(moments: Moments, other: Gaussian) -> Tensor:
     """Fréchet's distance, squared as is usual, of a set of features from one whose root is kept."""
     covariance = moments.covariance()
-    product = other.root @ covariance @ other.root
-    shared = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    shared = torch.linalg.eigvalsh(_within(other.root, covariance)).clamp(min=0).sqrt().sum()
     apart = (moments.mean() - other.mean).square().sum()
     return apart + covariance.trace() + other.trace - 2 * shared
+
+
+def _within(root: Tensor, covariance: Tensor) -> Tensor:
+    """U C Uᵀ below and on the diagonal, all that `eigvalsh` reads: half the work of two products.
+
+    U (d d) is zero below the diagonal, so each block of rows needs only what is right of it.
+    """
+    starts = range(0, len(root), BLOCK)
+    left = torch.cat([root[s : s + BLOCK, s:] @ covariance[s:] for s in starts])  # (d d)
+    product = torch.zeros_like(covariance)
+    for s in starts:
+        product[s:, s : s + BLOCK] = left[s:, s:] @ root[s : s + BLOCK, s:].T
+    return product
 
 
 def kernel_distance(features: Tensor, others: Tensor) -> Tensor:

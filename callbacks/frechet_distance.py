@@ -29,7 +29,7 @@ from .inception import SHA256, Inception, Layer, weights
 from .shared_features import SharedFeatures, checked, fingerprint, some, spread
 
 KEPT = 10_000  # real images at most whose features are kept for the kernel distance
-FORM = "bytes, statistics 1"  # of what is cached: another code must not find it
+FORM = "bytes, statistics 2"  # of what is cached: another code must not find it
 
 
 class Reference(NamedTuple):

@@ -123,6 +123,15 @@ def test_the_distance_of_two_gaussians_is_the_closed_form() -> None:
     assert distance(one, one) == pytest.approx(0, abs=1e-12)
 
 
+def test_products_in_blocks_are_the_whole_products() -> None:
+    one, other = correlated(900, 300, 1), correlated(900, 300, 2, 0.1)  # blocks are of 256
+    product = torch.cov(one.T) @ torch.cov(other.T)
+    shared = torch.linalg.eigvals(product).sqrt().real.sum()
+    apart = (one.mean(0) - other.mean(0)).square().sum()
+    exact = apart + torch.cov(one.T).trace() + torch.cov(other.T).trace() - 2 * shared
+    assert distance(one, other) == pytest.approx(float(exact), rel=1e-10)
+
+
 @pytest.mark.parametrize("shift", [0.0, 100.0])
 def test_one_pass_around_a_pivot_loses_nothing(shift: float) -> None:
     features = correlated(300, 8, 1, shift)
