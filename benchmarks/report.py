@@ -20,6 +20,7 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 SHOWN = {  # a row of the table: file of raw rows, label in it, metrics
     "tiny Shakespeare, AdamW": ("shakespeare_quick", "shakespeare/quick_adamw", ["val/loss"]),
     "tiny Shakespeare, Muon": ("shakespeare_quick", "shakespeare/quick", ["val/loss"]),
+    "MNIST, a classifier": ("mnist_classifier", "classifier/mnist", ["test/accuracy"]),
     "SMS Spam": ("spam", "spam", ["test/accuracy", "test/f1", "test/auroc"]),
     "SMS Spam, scikit-learn's rival": (
         "spam",
