@@ -59,13 +59,16 @@ def config_hash(config: str) -> str:
 
 def circumstances(config: str) -> dict[str, Any]:
     """Everything a later reader needs to judge a row of this config."""
+    return {"config": config, "config_hash": config_hash(config)} | machine()
+
+
+def machine() -> dict[str, Any]:
+    """The code and the machine that a row comes from."""
     commit = subprocess.run(
         ["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
-        "config": config,
-        "config_hash": config_hash(config),
         "commit": commit,
         "machine": f"{processor()}, {os.cpu_count()} cores, {device}",
         "load": round(os.getloadavg()[0], 2),

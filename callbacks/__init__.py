@@ -10,6 +10,7 @@ from ravine.callbacks.frechet_distance import FrechetDistance
 from ravine.callbacks.gradient_clipping import GradientClipping
 from ravine.callbacks.lora import LoRA, lora_disabled
 from ravine.callbacks.loss_plot import LossPlot
+from ravine.callbacks.memory_table import MemoryTable
 from ravine.callbacks.nan_guard import NaNGuard
 from ravine.callbacks.optimizers.adagrad import AdaGrad, AdaGradOptimizer
 from ravine.callbacks.optimizers.lion import Lion, LionOptimizer
@@ -47,6 +48,7 @@ __all__ = [
     "LionOptimizer",
     "LoRA",
     "LossPlot",
+    "MemoryTable",
     "Muon",
     "MuonOptimizer",
     "NaNGuard",

@@ -18,6 +18,7 @@ from ravine.callbacks import (
     ExactResume,
     GradientClipping,
     LoRA,
+    MemoryTable,
     OptimizerPlan,
     Pretrained,
     Quantization,
@@ -364,3 +365,32 @@ def test_a_wrong_dropout_dtype_or_scheme_is_refused_at_once():
         LoRA(dropout=1.5)
     with pytest.raises(ValueError, match="no dtype 'float8'; allowed: float64"):
         LoRA(dtype="float8")  # type: ignore
+
+
+def counted(strategy="auto", devices=1):
+    table = MemoryTable()
+    fit(
+        partial(NetInConfigureModel, width=64),
+        *[LoRA(rank=2), Quantization(), table, OptimizerPlan(partial(torch.optim.AdamW, lr=0.05))],
+        strategy=strategy,
+        devices=devices,
+        steps=1,
+    )
+    return {name: tuple(row) for name, row in table.rows.items()}
+
+
+def test_the_table_of_bytes_counts_what_is_there_and_a_shard_is_half(ranks, capsys):
+    rows = counted()
+    printed = capsys.readouterr().out
+    bits = 2 * (64 * 64 // 2 + 64 + 4 + 4)  # codes, scales, one outer scale and the mean, 2 layers
+    rest = 2 * 64 + 2 * 64 + 64 * 3 + 3  # biases, norm, head
+    adapters = 2 * 2 * (64 + 64)
+    assert rows["frozen weights"][1] == bits + 4 * rest
+    assert rows["trained weights"] == rows["gradients"] == (adapters, 4 * adapters)
+    assert rows["optimizer state"][1] == 8 * adapters + 4 * 4  # and a step count a tensor
+    dense = 2 * 64 * 64 + rest
+    assert f"{16 * dense:,}" in printed
+    assert "peak memory: " in printed
+    for shard in ranks(counted, 2, "zero3", 2):
+        assert shard["trained weights"][1] * 2 == 4 * adapters
+        assert shard["frozen weights"][1] < 0.6 * rows["frozen weights"][1]

@@ -1,5 +1,7 @@
 """Four and eight bits: the theory's error and size, bitsandbytes' numbers, no dense weight kept."""
 
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import lightning as L
@@ -183,6 +185,45 @@ def test_no_dense_weight_is_kept_for_the_backward():
     plain = net()  # the same look sees those of plain layers
     adapt_module(plain, ["0", "2"], rank=4)
     assert weights & set(kept_for_backward(plain, x))
+
+
+PEAK = """
+import resource, sys, torch
+import torch.nn.functional as F
+from torch import nn
+from ravine.callbacks.lora import adapt_module
+from ravine.callbacks.quantization import quantize_module
+torch.set_num_threads(1)
+class Naive(torch.nn.Module):  # dequantises under autograd, which keeps the dense weight
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+    def forward(self, x):
+        return x + F.linear(x, self.layer.weight)
+layers = []
+for _ in range(16):
+    layer = nn.Sequential(nn.Linear(2048, 2048, bias=False))
+    quantize_module(layer, targets="0")
+    adapt_module(layer, "0", rank=4)
+    layers.append(Naive(layer[0]) if sys.argv[1] == "naive" else layer)
+net, x = nn.Sequential(*layers), torch.randn(4, 2048)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+net(x.requires_grad_()).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_a_fresh_process_peaks_far_below_one_that_keeps_dense_weights():
+    grown = {}
+    for way in ("ours", "naive"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PEAK, way], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        grown[way] = float(done.stdout)
+    dense = 16 * 2048 * 2048 * 4 / 2**20  # 256 MiB
+    assert grown["naive"] > 0.7 * dense
+    assert grown["ours"] < 0.45 * dense  # one layer's matrix at a time, and the way to it
 
 
 def test_the_bits_do_not_train_and_scales_stay_float32_when_the_module_is_cast():

@@ -1,0 +1,69 @@
+"""A training step with adapters, ours against peft's: two blocks of width 512, rank 16.
+
+    OMP_NUM_THREADS=1 python benchmarks/lora_step.py    # 4 x 128 tokens, 31 rounds of one step
+
+Forward, backward and an AdamW step of the adapters. The ways take turns within a round, and ours
+runs twice: the ratio of the two is what this machine calls equal (A/A). Rows are appended to
+benchmarks/rows/lora_step.jsonl. Needs peft (pip install 'ravine[test]').
+"""
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable
+
+import torch
+from batch_gather import measure
+from peft import LoraConfig, inject_adapter_in_model
+from record import append, machine
+from torch import nn
+
+from ravine.callbacks.lora import adapt_module
+from ravine.lightning_modules.language import Transformer
+
+LAYERS = ["query", "key", "value", "out", "up", "down"]
+
+
+def step(net: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+
+    def once() -> None:
+        net(tokens).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return once
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=31)
+    rounds = parser.parse_args().rounds
+    torch.manual_seed(0)
+    base = Transformer(65, 128, layers=2, width=512, heads=8)
+    tokens = torch.randint(65, (4, 128))
+    ways = {}
+    for name in ("ours", "peft", "ours again"):
+        net = copy.deepcopy(base)
+        if name == "peft":
+            config = LoraConfig(r=16, lora_alpha=16, target_modules=LAYERS)
+            net = inject_adapter_in_model(config, net)
+        else:
+            adapt_module(net, LAYERS, rank=16)
+        ways[name] = step(net, tokens)
+    times = measure(ways, rounds, 1)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    control = medians["ours again"] / medians["ours"]
+    both = statistics.median(times["ours"] + times["ours again"])
+    append("lora_step", machine() | {
+        "ours/peft": round(both / medians["peft"], 3),
+        "A/A": round(control, 3),
+        "milliseconds": {name: round(median / 1000, 2) for name, median in medians.items()},
+        "rounds": rounds,
+        "raw_microseconds": times,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
