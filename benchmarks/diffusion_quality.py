@@ -4,7 +4,9 @@
     digits [seed ...]    the three attempts of lecture 6 on 8x8 digits, 500 images each
 
 The judge is a classifier that has seen neither the model nor its images. Its features give the
-Fréchet distance to the training images, beside that of as many real test images, the floor. The
+Fréchet distance to the training images, beside that of as many real test images, the floor. A
+judge that knows its training images by heart puts test images further off: a floor is of a judge.
+MNIST has two: our classifier, and `batch_norm`, trained half as long again. The
 distance of each image to the nearest training image, in pixels from 0 to 1, beside that of real
 test images, shows whether the model copies. MNIST is read from DATA_ROOT. Raw rows in
 rows/diffusion_quality.jsonl; runs are kept in the folder RUNS, runs/quality by default.
@@ -18,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from record import append, circumstances, ravine
 from torch import Tensor
 
 from ravine.callbacks.feature_statistics import Gaussian, Moments, frechet
 from ravine.datamodules import ImageDataModule
+from ravine.datamodules.images import to_float
 from ravine.lightning_modules import Diffusion
 from ravine.lightning_modules.imaging.classifier import ClassifierFeatures
 
@@ -41,11 +45,43 @@ def trained(config: str, seed: int, *words: str) -> tuple[Path, dict[str, float]
     return newest, json.loads((folder / "stopwatch.json").read_text())
 
 
+class BatchNormed(torch.nn.Module):
+    """Three convolutions with BatchNorm, 64 features, in the form of ClassifierFeatures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[torch.nn.Module] = []
+        for before, after in ((1, 16), (16, 32), (32, 64)):
+            layers += [torch.nn.Conv2d(before, after, 3, padding=1), torch.nn.BatchNorm2d(after)]
+            layers += [torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+        layers += [torch.nn.Flatten(), torch.nn.Linear(576, 64), torch.nn.ReLU()]
+        self.body, self.logits = torch.nn.Sequential(*layers), torch.nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(to_float(images))
+
+    @torch.enable_grad()
+    def learn(self, images: Tensor, labels: Tensor, steps: int = 1400) -> "BatchNormed":
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW(self.parameters())
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps)
+        for _ in range(steps):
+            items = torch.randint(len(labels), (128,))
+            down, right = torch.randint(5, (2,)).tolist()
+            x = F.pad(images[items], (2, 2, 2, 2))[..., down : down + 28, right : right + 28]
+            loss = F.cross_entropy(self.logits(self(x)), labels[items])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rate.step()
+        return self.eval()
+
+
 class Judge:
     """A classifier, and what it says of real images."""
 
-    def __init__(self, path: Path, data: ImageDataModule, n: int) -> None:
-        self.features = ClassifierFeatures(str(path)).eval()
+    def __init__(self, features: Any, data: ImageDataModule, n: int) -> None:
+        self.features = features.eval()
         self.train, _ = data.pictures("train")
         self.reference = Gaussian.of(self.moments(self.train))
         self.test, labels = data.pictures("test")
@@ -100,21 +136,26 @@ def judged(model: Diffusion, judge: Judge, n: int, steps: int, guidance: float) 
 def mnist(seed: int) -> None:
     data = ImageDataModule("mnist", val_fraction=0.0)
     data.setup("test")
-    judge = Judge(trained("classifier/mnist", 1)[0], data, 1000)
+    ours = ClassifierFeatures(str(trained("classifier/mnist", 1)[0]))
+    judges = {"mnist_cnn": ours, "batch_norm": BatchNormed().learn(*data.pictures("train"))}
     path, seconds = trained("diffusion/mnist_quick", seed)
     model = Diffusion.load(path)
     row = circumstances("diffusion/mnist_quick") | {"seed": seed, "n": 1000} | seconds
-    row |= {"judge": round(judge.accuracy, 4), "floor": round(judge.floor, 3)}
-    for steps, guidance in WAYS:
-        row[f"{steps} steps, w {guidance}"] = judged(model, judge, 1000, steps, guidance)
-    append("diffusion_quality", row)
+    for name, features in judges.items():
+        judge = Judge(features, data, 1000)
+        row |= {"judge": name, "judge_accuracy": round(judge.accuracy, 4)}
+        row["floor"] = round(judge.floor, 3)
+        for steps, guidance in WAYS:
+            row[f"{steps} steps, w {guidance}"] = judged(model, judge, 1000, steps, guidance)
+        append("diffusion_quality", row)
 
 
 def digits(seed: int) -> None:
     data = ImageDataModule("digits")
     data.setup("test")
     words = ["--data.source=digits", "--trainer.max_steps=1000", "--model.shift=0"]
-    judge = Judge(trained("classifier/mnist", 2, *words)[0], data, 359)
+    features = ClassifierFeatures(str(trained("classifier/mnist", 2, *words)[0]))
+    judge = Judge(features, data, 359)
     for name in ("digits_one_step", "digits_none", "digits"):
         path, seconds = trained(f"diffusion/{name}", seed)
         row = circumstances(f"diffusion/{name}") | {"seed": seed, "n": 500} | seconds

@@ -92,6 +92,18 @@ def test_accumulated_batches_train_as_one() -> None:
     assert furthest(whole(one), whole(other)) < 2e-6
 
 
+def weights_on(strategy: str, devices: int, width: int) -> dict[str, torch.Tensor]:
+    model = Steps(labels=True, width=width, time_width=16)
+    fit(model, strategy=strategy, devices=devices)
+    return whole(model)
+
+
+def test_ranks_train_as_one_process_under_plain_sgd(ranks: Any) -> None:
+    single = weights_on("auto", 1, 8)
+    for found in ranks(weights_on, 2, "ddp", 2, 8):
+        assert furthest(found, single) < 2e-6
+
+
 def validate_on(strategy: str, devices: int) -> dict[str, float]:
     model = Steps(labels=True, process="cosine", prediction="v", **TINY)
     trainer = fit(model, 2, strategy=strategy, devices=devices, limit_val_batches=1.0,
