@@ -21,6 +21,17 @@ SHOWN = {  # a row of the table: file of raw rows, label in it, metrics
     "tiny Shakespeare, AdamW": ("shakespeare_quick", "shakespeare/quick_adamw", ["val/loss"]),
     "tiny Shakespeare, Muon": ("shakespeare_quick", "shakespeare/quick", ["val/loss"]),
     "MNIST, a classifier": ("mnist_classifier", "classifier/mnist", ["test/accuracy"]),
+    "no letter e: base model": ("reinforce_quick", "reinforce/quick", ["base/loss"]),
+    "no letter e: v1, e alone": (
+        "reinforce_quick",
+        "reinforce/quick",
+        ["v1/e", "v1/vocabulary_of_base"],
+    ),
+    "no letter e: v6 with KL": (
+        "reinforce_quick",
+        "reinforce/quick",
+        ["v6/e", "v6/vocabulary_of_base", "v6/nearest_jaccard", "v6/distinct_words_of_base"],
+    ),
     "SMS Spam": ("spam", "spam", ["test/accuracy", "test/f1", "test/auroc"]),
     "SMS Spam, scikit-learn's rival": (
         "spam",

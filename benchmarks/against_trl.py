@@ -1,0 +1,169 @@
+"""A step against TRL's RLOOTrainer: python benchmarks/against_trl.py [speed | learn SEED]
+
+The same GPT-2-shaped model (4 layers of width 128, characters of tiny Shakespeare), trained a
+little by us and exported; G = 4, 4 prompts, 64 + 64 tokens, temperature 0.8, fp32 on a CPU, Adam
+1e-3, clipping 1. `speed`: rounds of each in turn, with and without a reference (TRL's β is per
+text, ours per token: β · 64), seconds a step after two to warm up; the second round of ours is the
+A/A control. `learn`: 60 steps of both from one seed, reward the missing letter e. Raw rows in
+rows/against_trl.jsonl. Needs the extra `bench`.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from record import append, circumstances
+
+from ravine.callbacks import GradientClipping
+from ravine.datamodules import PromptDataModule, TextDataModule
+from ravine.lightning_modules import CharacterFraction, LanguageModel, Reinforce
+from ravine.lightning_modules.language.sampling import Sampling
+from ravine.lightning_modules.policy.estimators import Estimator
+from ravine.lightning_modules.policy.kl import KL
+
+G, PROMPTS, PROMPT, NEW, RATE = 4, 4, 64, 64, 1e-3
+WARM, STEPS = 2, 4  # a round of `speed`
+SHAPE: dict[str, Any] = {
+    "layers": 4, "width": 128, "heads": 4, "positions": "learned", "norm": "layernorm",
+    "qk_norm": False, "mlp": "gelu_tanh", "bias": "all", "tied": True, "zero_init": False,
+}  # fmt: skip
+QUIET: dict[str, Any] = {
+    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+    "enable_model_summary": False, "accelerator": "cpu", "limit_val_batches": 0,
+}  # fmt: skip
+
+
+def base(folder: str) -> str:
+    """Train the model a little, and leave a checkpoint and an export in the folder."""
+    L.seed_everything(0, verbose=False)
+    model = LanguageModel(**SHAPE)
+    model.lr = 2e-3
+    trainer = L.Trainer(max_steps=250, **QUIET)
+    trainer.fit(model, TextDataModule(source="shakespeare", context=PROMPT + NEW, batch_size=16))
+    trainer.save_checkpoint(f"{folder}/base.ckpt")
+    model.export(f"{folder}/gpt2")
+    assert model.tokenizer is not None
+    return model.tokenizer.state()["characters"]
+
+
+class Steps(L.Callback):
+    """Seconds and mean reward of each step."""
+
+    def __init__(self) -> None:
+        self.at, self.rewards = [time.perf_counter()], list[float]()
+
+    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+        self.at.append(time.perf_counter())
+        self.rewards.append(statistics.fmean(row["reward"] for row in pl_module.samples()))
+
+
+def ours(folder: str, beta: float, steps: int, seed: int) -> tuple[list[float], list[float]]:
+    L.seed_everything(seed, verbose=False)
+    policy = Reinforce(
+        f"{folder}/base.ckpt",
+        [CharacterFraction("eE", -1.0)],
+        new=NEW,
+        group_size=G,
+        sampling=Sampling(0.8),
+        estimator=Estimator("rloo", "group"),
+        kl=KL(beta * NEW),
+        reference="copy" if beta else "none",
+    )
+    policy.lr, watch = RATE, Steps()
+    callbacks: list[Any] = [watch, GradientClipping(1.0)]
+    trainer = L.Trainer(max_steps=steps, callbacks=callbacks, log_every_n_steps=1, **QUIET)
+    trainer.fit(policy, PromptDataModule(source="shakespeare", length=PROMPT, batch_size=PROMPTS))
+    took = [b - a for a, b in zip(watch.at[1:], watch.at[2:], strict=False)]
+    return took, watch.rewards
+
+
+def characters(known: str) -> Any:
+    """Our character tokenizer as TRL wants it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = {c: i for i, c in enumerate(known)}
+    tokenizer = Tokenizer(models.WordLevel(names, unk_token=known[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=known[0],
+                                   eos_token=known[3], padding_side="left")  # fmt: skip
+
+
+def theirs(
+    folder: str, known: str, beta: float, steps: int, seed: int
+) -> tuple[list[float], list[float]]:
+    from datasets import Dataset
+    from transformers import GPT2LMHeadModel, TrainerCallback
+    from trl import RLOOConfig, RLOOTrainer
+
+    L.seed_everything(seed, verbose=False)
+    data = PromptDataModule(source="shakespeare", length=PROMPT, batch_size=PROMPTS)
+    data.prepare_data()
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    texts = [text for _ in range(steps) for text in next(batches).texts]
+    model = GPT2LMHeadModel.from_pretrained(f"{folder}/gpt2")
+    model.generation_config.eos_token_id = None  # a text ends with its 64th character, as ours
+    at, rewards = [], []
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        found = [-sum(map(text.count, "eE")) / max(len(text), 1) for text in completions]
+        rewards.append(statistics.fmean(found))
+        return found
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            at.append(time.perf_counter())
+
+    config = RLOOConfig(
+        output_dir=f"{folder}/trl", per_device_train_batch_size=G * PROMPTS, num_generations=G,
+        max_completion_length=NEW, temperature=0.8, top_k=0, beta=beta, learning_rate=RATE,
+        lr_scheduler_type="constant", optim="adamw_torch", max_grad_norm=1.0, max_steps=steps,
+        num_iterations=1, use_cpu=True, bf16=False, gradient_checkpointing=False, seed=seed,
+        logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, shuffle_dataset=False,
+    )  # fmt: skip
+    trainer = RLOOTrainer(model=model, reward_funcs=reward, args=config,
+                          train_dataset=Dataset.from_dict({"prompt": texts}),
+                          processing_class=characters(known), callbacks=[Watch()])  # fmt: skip
+    trainer.train()
+    return [b - a for a, b in zip(at, at[1:], strict=False)], rewards
+
+
+def speed(folder: str, known: str) -> None:
+    for beta in (0.0, 0.05):
+        count = WARM + STEPS
+        first = statistics.median(ours(folder, beta, count, 0)[0][WARM - 1 :])
+        rival = statistics.median(theirs(folder, known, beta, count, 0)[0][WARM - 1 :])
+        again = statistics.median(ours(folder, beta, count, 0)[0][WARM - 1 :])
+        row = {"what": "speed", "beta": beta, "ours": round(first, 3), "trl": round(rival, 3),
+               "ours_again": round(again, 3), "control": round(again / first, 3),
+               "ratio": round(2 * rival / (first + again), 2)}  # fmt: skip
+        append("against_trl", circumstances("reinforce/quick") | row)
+
+
+def learn(folder: str, known: str, seed: int) -> None:
+    for name, run in (("ours", ours), ("trl", theirs)):
+        words = (folder, 0.0) if name == "ours" else (folder, known, 0.0)
+        rewards = run(*words, 60, seed)[1]  # type: ignore[operator]
+        row = {"what": "learn", "who": name, "seed": seed,
+               "first10": round(statistics.fmean(rewards[:10]), 4),
+               "last10": round(statistics.fmean(rewards[-10:]), 4)}  # fmt: skip
+        append("against_trl", circumstances("reinforce/quick") | row)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    what = sys.argv[1:] or ["speed"]
+    with tempfile.TemporaryDirectory() as place:
+        alphabet = base(place)
+        if what[0] == "speed":
+            speed(place, alphabet)
+        else:
+            learn(place, alphabet, int(what[1]))
