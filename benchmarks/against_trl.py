@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -78,8 +79,7 @@ def ours(folder: str, beta: float, steps: int, seed: int) -> tuple[list[float], 
     callbacks: list[Any] = [watch, GradientClipping(1.0)]
     trainer = L.Trainer(max_steps=steps, callbacks=callbacks, log_every_n_steps=1, **QUIET)
     trainer.fit(policy, PromptDataModule(source="shakespeare", length=PROMPT, batch_size=PROMPTS))
-    took = [b - a for a, b in zip(watch.at[1:], watch.at[2:], strict=False)]
-    return took, watch.rewards
+    return [b - a for a, b in pairwise(watch.at[1:])], watch.rewards
 
 
 def characters(known: str) -> Any:
@@ -132,7 +132,7 @@ def theirs(
                           train_dataset=Dataset.from_dict({"prompt": texts}),
                           processing_class=characters(known), callbacks=[Watch()])  # fmt: skip
     trainer.train()
-    return [b - a for a, b in zip(at, at[1:], strict=False)], rewards
+    return [b - a for a, b in pairwise(at)], rewards
 
 
 def speed(folder: str, known: str) -> None:

@@ -164,7 +164,9 @@ class Reinforce(TaskModule):
         loss = loss_of(rollout, log_p, self.estimator, self.kl, self.new)
         self.log("train/surrogate", loss)
         self.log("train/drift", drift(log_p, rollout))
-        for name, value in (self._metrics | self._clock.seconds).items():
+        seconds = self._clock.seconds  # of the update, those of the step before
+        pace = {"tokens_per_second": self._metrics["tokens"] / sum(seconds.values())}
+        for name, value in (self._metrics | seconds | pace).items():
             self.log(f"train/{name}", torch.tensor(value))
         return loss
 

@@ -26,6 +26,7 @@ from ravine.lightning_modules import (
     VocabularyFraction,
     WordUniqueness,
 )
+from ravine.lightning_modules.language import Transformer
 from ravine.lightning_modules.language.sampling import Sampling
 from ravine.lightning_modules.policy.estimators import Estimator
 from ravine.lightning_modules.policy.kl import KL
@@ -101,7 +102,7 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer, *args) -> None:
         metrics = trainer.callback_metrics
-        self.metrics.append({k: float(v) for k, v in metrics.items() if "seconds" not in k})
+        self.metrics.append({k: float(v) for k, v in metrics.items() if "second" not in k})
 
 
 def fit(model: Reinforce, prompts: PromptDataModule, steps: int = 2, **how: Any) -> Watch:
@@ -195,6 +196,20 @@ def test_dropout_is_off_while_it_writes_and_while_it_learns(base) -> None:
     assert all(row["train/drift"] < 1e-5 for row in watch.metrics)
 
 
+def test_texts_are_drawn_in_the_precision_of_the_step(base, monkeypatch) -> None:
+    """The hook that writes is outside of the trainer's precision context, and enters it."""
+    seen = []
+
+    def note(module: Any, *args: Any) -> None:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+
+    model = policy(base)
+    monkeypatch.setattr(Transformer, "__call__", lambda net, *a: (note(net), net.forward(*a))[1])
+    watch = fit(model, data(base), 1, precision="bf16-mixed")
+    assert set(seen) == {(True, False), (True, True)}
+    assert 1e-5 < watch.metrics[0]["train/drift"] < 0.05
+
+
 def test_rewards_rise(base) -> None:
     model = policy(base, CharacterFraction("e ", 1.0, "share"), new=16)
     model.lr = 0.01
@@ -268,7 +283,7 @@ def test_validation_writes_the_same_texts_each_time(base) -> None:
     trainer = L.Trainer(**QUIET)
     L.seed_everything(0, verbose=False)
     found = [trainer.validate(model, data(base), verbose=False)[0] for _ in range(2)]
-    same = [{k: v for k, v in each.items() if "seconds" not in k} for each in found]
+    same = [{k: v for k, v in each.items() if "second" not in k} for each in found]
     assert same[0] == same[1]
     assert {"val/reward", "val/e", "val/vocabulary", "val/nearest_jaccard", "val/kl"} <= set(
         same[0]
