@@ -114,8 +114,7 @@ class Reinforce(TaskModule):
             self._sha256 = start.sha256
         super().setup(stage)
         check_terms(self.rewards, self.corpus is not None, self.reference != "none")
-        if self.stop is not None:
-            self._stops()
+        self._stops()  # a stop that the tokenizer does not know
 
     def adopt(self, datamodule: Any) -> None:
         """Take the corpus; refuse other data than prompts, and prompts that are too long."""
@@ -197,11 +196,8 @@ class Reinforce(TaskModule):
         """The tokenizer and the sizes travel with the weights; the reference by its checksum."""
         super().on_save_checkpoint(checkpoint)
         tokenizer = None if self.tokenizer is None else self.tokenizer.state()
-        checkpoint["language"] = {
-            "tokenizer": tokenizer,
-            "context": self.context,
-            "shape": self.shape,
-        }
+        sizes = {"context": self.context, "shape": self.shape}
+        checkpoint["language"] = {"tokenizer": tokenizer, **sizes}
         checkpoint["policy"] = {"base": self._sha256}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -282,6 +278,11 @@ class Reinforce(TaskModule):
                 return by_reference(self, *what)
         for net in self._frozen:
             return by_reference(net.to(self.device), *what)
+        if self.reference == "copy":
+            raise ValueError(
+                "this policy was loaded, and has no copy of its base; make it anew and go on with "
+                "fit(..., ckpt_path=FILE)"
+            )
         return None, None
 
     def _gathered(self, x: Tensor) -> Tensor:
