@@ -38,7 +38,9 @@ def row(seed: int) -> dict:
               if "val/vocabulary" in v}  # fmt: skip
     return circumstances("reinforce/quick") | {
         "seed": seed,
-        "seconds": round(sum(took.values()), 1),
+        # one thread is for the quality alone: others may have used the machine meanwhile
+        "seconds": round(sum(took.values()), 1) if torch.get_num_threads() > 1 else None,
+        "threads": torch.get_num_threads(),
         "stages": took,
         "base/loss": found[STAGES[0]]["val/loss"],
         "v1/e": found[STAGES[1]]["val/e"],

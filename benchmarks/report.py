@@ -75,7 +75,8 @@ def table() -> str:
             for m in metrics
         )
         command = f"`fit --config {config}`" if "words" in rows[0] else f"`benchmarks/{file}.py`"
-        seconds = spread([row["seconds"] for row in rows], 0)
+        timed = [row["seconds"] for row in rows if row["seconds"] is not None]
+        seconds = spread(timed, 0) if timed else ""
         machine = rows[-1]["machine"]
         lines.append(f"| {name} | {command} | {results} | {seconds} | {len(rows)} | {machine} |")
     return "\n".join(lines)
