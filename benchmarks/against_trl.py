@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import lightning as L
@@ -28,7 +28,7 @@ from ravine.lightning_modules.policy.estimators import Estimator
 from ravine.lightning_modules.policy.kl import KL
 
 G, PROMPTS, PROMPT, NEW, RATE = 4, 4, 64, 64, 1e-3
-WARM, STEPS = 2, 4  # a round of `speed`
+WARM, STEPS, ROUNDS = 2, 8, 2  # of `speed`
 SHAPE: dict[str, Any] = {
     "layers": 4, "width": 128, "heads": 4, "positions": "learned", "norm": "layernorm",
     "qk_norm": False, "mlp": "gelu_tanh", "bias": "all", "tied": True, "zero_init": False,
@@ -136,12 +136,12 @@ def theirs(
 
 
 def speed(folder: str, known: str) -> None:
-    for beta in (0.0, 0.05):
-        count = WARM + STEPS
+    count = WARM + STEPS
+    for number, beta in product(range(ROUNDS), (0.0, 0.05)):
         first = statistics.median(ours(folder, beta, count, 0)[0][WARM - 1 :])
         rival = statistics.median(theirs(folder, known, beta, count, 0)[0][WARM - 1 :])
         again = statistics.median(ours(folder, beta, count, 0)[0][WARM - 1 :])
-        row = {"what": "speed", "beta": beta, "ours": round(first, 3), "trl": round(rival, 3),
+        row = {"what": "speed", "round": number, "beta": beta, "seed": 0, "ours": round(first, 3), "trl": round(rival, 3),
                "ours_again": round(again, 3), "control": round(again / first, 3),
                "ratio": round(2 * rival / (first + again), 2)}  # fmt: skip
         append("against_trl", circumstances("reinforce/quick") | row)
