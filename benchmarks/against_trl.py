@@ -142,7 +142,8 @@ def speed(folder: str, known: str) -> None:
         rival = statistics.median(theirs(folder, known, beta, count, 0)[0][WARM - 1 :])
         again = statistics.median(ours(folder, beta, count, 0)[0][WARM - 1 :])
         row = {"what": "speed", "round": number, "beta": beta, "seed": 0,
-               "ours": round(first, 3), "trl": round(rival, 3), "ours_again": round(again, 3), "control": round(again / first, 3),
+               "ours": round(first, 3), "trl": round(rival, 3),
+               "ours_again": round(again, 3), "control": round(again / first, 3),
                "ratio": round(2 * rival / (first + again), 2)}  # fmt: skip
         append("against_trl", circumstances("reinforce/quick") | row)
 
