@@ -10,6 +10,7 @@ Axes: b batch, n images, c channels, y rows, x columns.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -60,6 +61,7 @@ class ImageDataModule(L.LightningDataModule):
         test_fraction: share of each class kept to test, where the source has no test part.
         seed: of the order; by default that of seed_everything. The parts never depend on it, or a
             later `test` with another seed would test on images that were trained on.
+        classes: numbers of the classes to use; by default all. They keep their numbers.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class ImageDataModule(L.LightningDataModule):
         val_fraction: float = 0.05,
         test_fraction: float = 0.2,
         seed: int | None = None,
+        classes: Sequence[int] | None = None,
     ) -> None:
         """Check the sizes; files are looked at in `setup`."""
         super().__init__()
@@ -88,6 +91,7 @@ class ImageDataModule(L.LightningDataModule):
         self.source, self.batch_size, self.root, self.seed = source, batch_size, root, seed
         self.flip = source in MIRRORED if flip is None else flip
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.classes = None if classes is None else list(classes)
         self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
         self.num_classes, self.channels, self.size = 0, 0, (0, 0)
         self.class_names: tuple[str, ...] = ()
@@ -107,7 +111,8 @@ class ImageDataModule(L.LightningDataModule):
         if test is None:
             train, test = held_out(train, self.test_fraction, "test")
         train, val = held_out(train, self.val_fraction, "val")
-        self._parts = {"train": train, "val": val, "test": test}
+        parts = {"train": train, "val": val, "test": test}
+        self._parts = {name: self._chosen(part) for name, part in parts.items()}
         self.class_names, self.num_classes = train.names, len(train.names)
         self.channels, self.size = train.images.shape[1], tuple(train.images.shape[2:])
         digest = hashlib.sha256()
@@ -137,6 +142,19 @@ class ImageDataModule(L.LightningDataModule):
                 f"--data.source={nearest(self.source)[0]}"
             )
         return (read_folder(folder), None), str(folder)
+
+    def _chosen(self, part: ImageSet) -> ImageSet:
+        """The images of `classes`."""
+        if self.classes is None:
+            return part
+        wrong = [number for number in self.classes if not 0 <= number < len(part.names)]
+        if wrong or not self.classes:
+            raise ValueError(
+                f"classes {self.classes} are not all there; allowed: 0 to {len(part.names) - 1}; "
+                "type --data.classes=[0]"
+            )
+        keep = torch.isin(part.labels, torch.tensor(self.classes))
+        return part._replace(images=part.images[keep], labels=part.labels[keep])
 
     def pictures(self, part: Part = "train") -> tuple[Tensor, Tensor]:
         """All images of a part as bytes, uint8 (n c y x), with their labels, int64 (n)."""

@@ -265,3 +265,17 @@ def test_the_checksums_known_are_of_different_files() -> None:
     known = [source for some in image_files.SOURCES.values() for source in some]
     assert len({source.sha256 for source in known}) == len(known) == 9
     assert all(len(bytes.fromhex(source.sha256)) == 32 for source in known)
+
+
+def test_some_classes_keep_their_numbers_and_their_parts() -> None:
+    whole, some = ImageDataModule("digits"), ImageDataModule("digits", classes=[5, 7])
+    for data in (whole, some):
+        data.setup("fit")
+    for part in ("train", "val", "test"):
+        images, labels = whole.pictures(part)
+        keep = (labels == 5) | (labels == 7)
+        assert torch.equal(some.pictures(part)[0], images[keep])
+        assert set(some.pictures(part)[1].tolist()) == {5, 7}
+    assert some.num_classes == 10
+    with pytest.raises(ValueError, match=r"classes \[10\] are not all there; allowed: 0 to 9"):
+        ImageDataModule("digits", classes=[10]).setup("fit")

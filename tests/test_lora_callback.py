@@ -394,3 +394,18 @@ def test_the_table_of_bytes_counts_what_is_there_and_a_shard_is_half(ranks, caps
     for shard in ranks(counted, 2, "zero3", 2):
         assert shard["trained weights"][1] * 2 == 4 * adapters
         assert shard["frozen weights"][1] < 0.6 * rows["frozen weights"][1]
+
+
+class Mixed(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2)
+        self.up = nn.ConvTranspose2d(4, 4, 2)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+
+def test_by_default_what_takes_no_adapter_is_left_alone():
+    module = Mixed()
+    LoRA(rank=2).transform(module)
+    assert list(adapters(module)) == ["attend", "mix"]

@@ -17,7 +17,7 @@ from torch import nn
 from ..pretrained import Pretrained
 from ..targets import Patterns, hidden_layers, listed
 from ..transforms import Transform, frozen
-from .inject import adapt_module, adapters
+from .inject import adapt_module, adaptable, adapters
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TRIED = 10  # micro-batches within which every adapter must have been called
@@ -109,7 +109,10 @@ class LoRA(Transform):
         """Freeze and adapt."""
         self.base["sha256"] = fingerprint(module)
         targets, dtype = self.arguments["targets"], self.arguments["dtype"]
-        if targets is None and not (targets := hidden_layers(module)):
+        if targets is None:
+            layers = adaptable(module)
+            targets = [name for name in hidden_layers(module) if name in layers]
+        if not targets:
             raise ValueError(
                 f"LoRA: {type(module).__name__} has no hidden matrix; name the layers to adapt: "
                 "type --trainer.callbacks.targets=NAME"
