@@ -459,7 +459,7 @@ def test_adapters_switched_off_are_the_reference(base) -> None:
         model = policy(base, kl=KL(0.1), reference=reference)
         model.lr = 0.01
         found.append(fit(model, data(base), 3, callbacks=[LoRA(rank=2)]).metrics)
-    assert found[0][0]["train/kl"] == 0
+    assert abs(found[0][0]["train/kl"]) < 1e-6
     assert found[0][2]["train/kl_k3"] > 1e-5
     for copied, switched in zip(*found, strict=True):
         assert switched == pytest.approx(copied, abs=1e-6)
