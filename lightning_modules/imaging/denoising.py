@@ -93,4 +93,5 @@ class Denoising:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         told = t if self.conditioning == "time" else torch.zeros_like(t)
-        return net(x, told, y).float()  # bf16 keeps three digits: too few to sum squares in
+        # not in the net's own type: bf16 keeps three digits, too few to sum squares in
+        return net(x, told, y).to(torch.promote_types(x.dtype, torch.float32))

@@ -73,7 +73,9 @@ class Schedule:
         return 0.5 if self.kind == "edm" else 1.0
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """α and σ at times t (b), of t's dtype; for linear and cosine t is rounded."""
+        """α and σ at times t (b), of t's dtype if it is a float; linear and cosine round t."""
+        if not t.is_floating_point():
+            t = t.to(torch.get_default_dtype())
         if self.kind == "flow":
             return 1 - t / T, t / T
         if self.kind == "edm":
@@ -83,12 +85,13 @@ class Schedule:
         return alpha[step], sigma[step]
 
     def draw(self, u: Tensor) -> Tensor:
-        """Times to train at (b), by numbers u (b) uniform in (0, 1)."""
+        """Times to train at (b), above 0, by numbers u (b) uniform in [0, 1]."""
         if self.whole:
             return (u * T).floor().clamp(max=T - 1) + 1
         if self.kind == "flow":
             return u * T
-        log_sigma = -1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * u - 1)
+        inside = u.clamp(1e-6, 1 - 1e-6)  # erfinv has no end at 0 and 1, to which floats round
+        log_sigma = -1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * inside - 1)
         return T * ((log_sigma - math.log(80)) / 7).exp().clamp(max=1)
 
     def path(self, steps: int) -> Path:
