@@ -32,6 +32,9 @@ SHOWN = {  # a row of the table: file of raw rows, label in it, metrics
         "reinforce/quick",
         ["v6/e", "v6/vocabulary_of_base", "v6/nearest_jaccard", "v6/distinct_words_of_base"],
     ),
+    "an unseen play, all weights": ("lora_play", "shakespeare/full_play", ["val/loss"]),
+    "an unseen play, LoRA rank 8": ("lora_play", "shakespeare/lora", ["val/loss"]),
+    "an unseen play, QLoRA": ("lora_play", "shakespeare/qlora", ["val/loss"]),
     "SMS Spam": ("spam", "spam", ["test/accuracy", "test/f1", "test/auroc"]),
     "SMS Spam, scikit-learn's rival": (
         "spam",
