@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from .shards import local, part_of, put_into, trainable, whole
+from .shards import local, part_of, put_into, saved_as, trainable
 
 
 class EMA(Callback):
@@ -101,9 +101,9 @@ class EMA(Callback):
         if self.other:
             live = dict(trainable(pl_module))
             raw, average = (self.other, live) if self.swapped else (live, self.other)
-            put_into(checkpoint["state_dict"], average)
-            whole_raw = {name: whole(weight).detach().clone() for name, weight in raw.items()}
-            checkpoint["ema"] = {"steps": self.steps, "raw": whole_raw}
+            state = checkpoint["state_dict"]
+            put_into(state, average)
+            checkpoint["ema"] = {"steps": self.steps, "raw": saved_as(state, raw)}
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

@@ -31,8 +31,16 @@ from .patching import patch, unpatch
 from .shards import local
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients together, () on their device, the same on every rank."""
+def global_norm(
+    gradients: Sequence[Tensor], stages: Any = None, elsewhere: Sequence[Tensor] = ()
+) -> Tensor:
+    """The norm of all gradients together, () on their device, the same on every rank.
+
+    In a pipeline the ranks of the group `stages` have different ones, but for those `elsewhere`,
+    which another rank counts.
+    """
+    given = gradients[0]
+    gradients = [g for g in gradients if not any(g is other for other in elsewhere)]
     squares: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         key = None
@@ -40,7 +48,7 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
             axes = tuple(i for i, p in enumerate(gradient.placements) if not p.is_replicate())
             key = (gradient.device_mesh, axes)
         squares.setdefault(key, []).append(local(gradient))
-    total = torch.zeros((), device=local(gradients[0]).device)
+    total = torch.zeros((), device=local(given).device)
     for key, shards in squares.items():
         # float32, also for bfloat16 gradients: a sum of squares needs the digits
         norms = torch.stack(_foreach_norm(shards, 2, dtype=torch.float32))
@@ -50,20 +58,25 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
             for axis in axes:
                 all_reduce(square, group=mesh.get_group(axis))
         total = total + square
+    if stages is not None:
+        all_reduce(total, group=stages)
     return total.sqrt()
 
 
-def clip_by_norm(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place so that their global norm is at most max_norm; the norm before."""
-    norm = global_norm(gradients)
+def clip_by_norm(gradients: Sequence[Tensor], max_norm: float, *others: Any) -> Tensor:
+    """Scale gradients in place so that their global norm is at most max_norm; the norm before.
+
+    `others` are the further arguments of `global_norm`.
+    """
+    norm = global_norm(gradients, *others)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     _foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm
 
 
-def clip_by_value(gradients: Sequence[Tensor], max_value: float) -> Tensor:
-    """Clamp every number in place; the global norm before."""
-    norm = global_norm(gradients)
+def clip_by_value(gradients: Sequence[Tensor], max_value: float, *others: Any) -> Tensor:
+    """Clamp every number in place; the global norm before, with `others` as its arguments."""
+    norm = global_norm(gradients, *others)
     parts = [local(gradient) for gradient in gradients]
     _foreach_clamp_max_(parts, max_value)
     _foreach_clamp_min_(parts, -max_value)
@@ -169,12 +182,16 @@ class GradientClipping(Callback):
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return
+        others: tuple[Any, ...] = ()
+        if (pipeline := getattr(trainer.strategy, "pipeline", None)) is not None:
+            twice = [p.grad for p in pipeline.repeated() if p.grad is not None]
+            others = (pipeline.group, twice)
         if self.max_norm is not None:
-            self._norm = norm = clip_by_norm(gradients, self.max_norm)
+            self._norm = norm = clip_by_norm(gradients, self.max_norm, *others)
             clipped = norm > self.max_norm
         else:
-            self._norm = norm = clip_by_value(gradients, self.max_value or 0.0)
-            clipped = global_norm(gradients) < norm
+            self._norm = norm = clip_by_value(gradients, self.max_value or 0.0, *others)
+            clipped = global_norm(gradients, *others) < norm
         self._clipped, self._steps = clipped + self._clipped, self._steps + 1
         skip = (10 if norm.device.type == "cpu" else 0) if self.skip is None else self.skip
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # skips such steps by itself

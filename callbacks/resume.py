@@ -100,7 +100,8 @@ class ExactResume(Callback):
                 " make val_check_interval a multiple of accumulate_grad_batches"
             )
         states = checkpoint.get("optimizer_states", [])
-        for optimizer, state in zip(trainer.optimizers, states, strict=True):
+        numbered = getattr(trainer.strategy, "numbered", False)  # MeshStrategy does it itself
+        for optimizer, state in () if numbered else zip(trainer.optimizers, states, strict=True):
             number_by_place(list(pl_module.parameters()), optimizer, state)
         metrics = trainer._logger_connector._callback_metrics
         checkpoint["exact_resume"] = {

@@ -23,6 +23,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole value, spread as `like` is; nothing is sent."""
+    if isinstance(value, DTensor):  # read in parts: it is spread already
+        return value.to_local()
     value = value.to(like.device)
     if not isinstance(like, DTensor):
         return value
@@ -44,9 +46,17 @@ def trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter
 
 
+def saved_as(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies for a checkpoint, whole or in parts as its state_dict is; every rank calls it."""
+    parts = any(isinstance(value, DTensor) for value in state.values())
+    return {
+        name: (weight if parts else whole(weight)).detach().clone()
+        for name, weight in weights.items()
+    }
+
+
 def put_into(state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
     """Put values into a checkpoint's state_dict, whole or sharded as it is; every rank calls it."""
-    for name, weight in weights.items():
-        value = weight if isinstance(state.get(name), DTensor) else whole(weight)
+    for name, value in saved_as(state, weights).items():
         if name in state:  # one rank alone holds whole weights
-            state[name] = value.detach().clone()
+            state[name] = value

@@ -2,15 +2,18 @@
 
 lightning export --ckpt_path last --format gpt2 --folder my_gpt2
 lightning export --ckpt_path last --merge --folder plain
+lightning export --ckpt_path runs/big/version_0/checkpoints/step=001000.ckpt --consolidate big.ckpt
 """
 
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
+from ravine.strategies.checkpoint_io import AtomicCheckpointIO
+
 from . import merged, signature
 from .errors import Mistake
-from .trained import prepare
+from .trained import locate, prepare
 
 SCHEMES = ("int8", "nf4")
 PLAIN = {  # flags of what needs no method of the task
@@ -21,6 +24,8 @@ PLAIN = {  # flags of what needs no method of the task
 
 def run(argv: list[str]) -> int:
     """Load the checkpoint, write it plain or by the task's `export`, say what was written."""
+    if any(word.startswith("--consolidate") for word in argv):
+        return consolidate(*locate(argv, "export"))
     merge = "--merge" in argv
     argv = [word for word in argv if word != "--merge"]
     plain = merge or any(word.startswith("--quantize") for word in argv)
@@ -38,4 +43,19 @@ def run(argv: list[str]) -> int:
         merged.flatten(module)
         written = method(**arguments)
     print(f"written: {written}")
+    return 0
+
+
+def consolidate(path: Path, given: list[tuple[str, str]]) -> int:
+    """Write a checkpoint in parts, or any other, as one new file."""
+    (_, target), *others = given
+    if others or not target:
+        flag = f"--{others[0][0]}" if others else "a file's name"
+        wrong = f"export --consolidate {'takes no ' if others else 'needs '}{flag}"
+        raise Mistake(wrong, [], f"export --ckpt_path={path} --consolidate=FILE.ckpt")
+    if Path(target).exists():
+        raise Mistake(f"{target} is there already", [], "--consolidate=ANOTHER_NAME.ckpt")
+    files = AtomicCheckpointIO()
+    files.save_checkpoint(files.load_checkpoint(path), target)
+    print(f"written: {target}")
     return 0

@@ -60,6 +60,7 @@ usage: {0} export --ckpt_path=FILE --folder=NAME [--format=NAME | --merge | --qu
   --merge                     the plain model, its adapters added to the weights: model.ckpt,
                               which needs no callback, and model.safetensors
   --quantize=int8             the same in 8 bits a weight, or nf4 in 4
+  --consolidate=FILE.ckpt     instead: a checkpoint in parts as one file, which goes anywhere
 """
 
 ABOUT = {

@@ -7,7 +7,7 @@ import ravine.callbacks  # a checkpoint names callbacks that changed its net
 import ravine.lightning_modules
 from ravine.callbacks.transforms import reapply
 from ravine.lightning_modules import TaskModule
-from ravine.strategies.checkpoint_io import CheckpointError, check
+from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, check
 
 from . import newest, restore, signature
 from .errors import Mistake, unknown
@@ -24,13 +24,29 @@ def load(path: str | Path) -> TaskModule:
     `TaskModule.load` does the same for nets that nothing has changed. Of a LightningModule of your
     own: build it, then `ravine.callbacks.transforms.reapply(module, checkpoint)`.
     """
-    return task_of(Path(path)).load(path, reapply)
+    task = task_of(Path(path))
+    if Path(path).is_dir():
+        return task.restored(AtomicCheckpointIO().load_checkpoint(path), reapply)
+    return task.load(path, reapply)
 
 
 def prepare(
     argv: list[str], command: str, any_task: bool = False
 ) -> tuple[TaskModule, Path, list[tuple[str, str]]]:
     """The model of the checkpoint that was named, its path, and the other flags."""
+    path, given = locate(argv, command)
+    task = task_of(path)
+    if not any_task and not callable(getattr(task, command, None)):
+        able = [n for n, c in tasks().items() if callable(getattr(c, command, None))]
+        wrong = f"a {task.__name__} cannot {command}"
+        raise Mistake(
+            wrong, able, f"{command} --ckpt_path=FILE, of one that can", "models that can"
+        )
+    return load(path), path, given
+
+
+def locate(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
+    """The checkpoint that was named, which is whole, and the other flags."""
     given = signature.pairs(argv[1:])
     chosen = dict(given).get("ckpt_path")
     if chosen is None:
@@ -48,15 +64,7 @@ def prepare(
         raise Mistake("there is no checkpoint", [], f"{command} --ckpt_path=FILE")
     if reason := check(path):  # a flipped byte would write plausible nonsense
         raise CheckpointError(f"{path} cannot be used: {reason}; take another, or type auto")
-    task = task_of(path)
-    if not any_task and not callable(getattr(task, command, None)):
-        able = [n for n, c in tasks().items() if callable(getattr(c, command, None))]
-        wrong = f"a {task.__name__} cannot {command}"
-        raise Mistake(
-            wrong, able, f"{command} --ckpt_path=FILE, of one that can", "models that can"
-        )
-    rest = [(name, v) for name, v in given if name not in ("ckpt_path", NAME, ROOT)]
-    return load(path), path, rest
+    return path, [(name, v) for name, v in given if name not in ("ckpt_path", NAME, ROOT)]
 
 
 def tasks() -> dict[str, type[TaskModule]]:

@@ -27,6 +27,7 @@ def parameters(
     rung: str = "qkv",
     output: bool = True,
     bias: str = "none",
+    experts: int = 0,
     **_: Any,
 ) -> dict[str, int]:
     """Parameters of `Transformer` with these arguments, term by term of the lecture's formula.
@@ -37,9 +38,12 @@ def parameters(
     maps = len(LEARNED[rung]) + output  # matrices d x d of an attention
     gains = {"rmsnorm": 1, "layernorm": 2, "none": 0}[norm]
     squares = maps + (8 if mlp not in ("none", "swiglu") else 0)
+    if experts:  # and their router, in the place of the MLP
+        mlp, squares = "experts", maps + 8 * experts
     lines = gains * (1 if mlp == "none" else 2) + (maps if bias == "all" else 0)
     hidden = 8 * math.ceil(width / 3) if mlp == "swiglu" else 4 * width
-    lines += 5 if bias != "none" and mlp not in ("none", "swiglu") else 0
+    lines += 5 if bias != "none" and mlp not in ("none", "swiglu", "experts") else 0
+    lines += experts
     terms = [
         (1 if tied else 2, "|V|d", vocabulary * width),
         (positions == "learned", "Td", context * width),
@@ -57,14 +61,52 @@ def training_flops(
 ) -> int:
     """FLOPs of one training step for each token: 6N + 12LdT.
 
-    N leaves out the tables that are looked up (embedding, learned positions) but not the head.
+    N leaves out the tables that are looked up (embedding, learned positions) but not the head, and
+    of a mixture all experts but two.
     """
     terms = parameters(vocabulary, context, layers, width, **shape)
     looked_up = terms.get("Td", 0) + (0 if shape.get("tied") else padded(vocabulary) * width)
     mixes = shape.get("rung", "qkv") != "last"
-    return 6 * (sum(terms.values()) - looked_up) + 12 * layers * width * context * mixes
+    idle = 8 * layers * width**2 * max(0, shape.get("experts", 0) - 2)
+    return 6 * (sum(terms.values()) - looked_up - idle) + 12 * layers * width * context * mixes
 
 
 def cache_bytes(rows: int, slots: int, layers: int, width: int, item: int = 4) -> int:
     """Bytes of the keys and values of `rows` texts, each with room for `slots` tokens."""
     return 2 * layers * rows * slots * width * item
+
+
+def collectives(
+    layers: int,
+    shards: int = 1,
+    copies: int = 1,
+    zero: int = 3,
+    tp: int = 1,
+    sequence: bool = False,
+    ep: int = 1,
+) -> dict[str, int]:
+    """Messages of one training step of a transformer, one micro-batch, all ranks alike.
+
+    A block is one unit of sharding, and the rest of the net another. With ZeRO-3 a unit is gathered
+    forward and backward, with ZeRO-2 once; each has its gradients scattered; copies add theirs up.
+    Tensor parallelism sums twice a block in each direction, which `sequence` does in two halves.
+    A mixture sends tokens there and back, in each direction.
+
+    collectives(12, shards=8)["all_gather"]  # 26
+    """
+    units, found = layers + 1, {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
+    if zero == 1 and shards * copies > 1:
+        found["all_reduce"] += units
+        found["all_gather"] += 1  # parameters are handed round
+    elif shards * copies > 1:
+        found["all_gather"] += units * (2 if zero == 3 else 1)
+        found["reduce_scatter"] += units
+        found["all_reduce"] += units if copies > 1 else 0
+    if tp > 1 and sequence:
+        found["all_gather"] += 4 * layers + 2  # and where the sequence is put together, and back
+        found["reduce_scatter"] += 4 * layers
+        found["all_reduce"] += 1  # gradients of the norms
+    elif tp > 1:
+        found["all_reduce"] += 4 * layers
+    found["all_to_all"] = 4 * layers if ep > 1 else 0
+    return found

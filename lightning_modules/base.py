@@ -110,7 +110,15 @@ class TaskModule(L.LightningModule):
             change: does to the built net what was done to that of the checkpoint; see
                 `ravine.cli.trained.load`, which loads adapters and quantized weights.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return cls.restored(torch.load(path, map_location="cpu", weights_only=True), change)
+
+    @classmethod
+    def restored(
+        cls,
+        checkpoint: dict[str, Any],
+        change: Callable[[Self, dict[str, Any]], None] | None = None,
+    ) -> Self:
+        """The same from a checkpoint that was read already."""
         cls._check_task(checkpoint)
         arguments = checkpoint.get("hyper_parameters", {})
         model = cls(**{k: v for k, v in arguments.items() if not k.startswith("_")})

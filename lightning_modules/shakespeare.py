@@ -20,10 +20,13 @@ from .base import TaskModule
 from .language import Transformer, gpt2
 from .language import figures as draw
 from .language.loss import IGNORED, nats
+from .language.moe import balance_of
 from .language.reading import Window
 from .language.sampling import Sampling
 from .language.transformer import LARGE
 from .language.writing import write
+
+BALANCE = 0.01  # of the loss that keeps experts equally busy (Switch, 2021)
 
 
 class LanguageModel(TaskModule):
@@ -82,7 +85,7 @@ class LanguageModel(TaskModule):
         """Mean loss of (inputs, targets), both (b t)."""
         loss = self._nats(*batch, "mean")
         self.log("train/loss", loss)
-        return loss
+        return loss + BALANCE * balance_of(self) if self.shape.get("experts") else loss
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""

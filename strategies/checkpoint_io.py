@@ -26,6 +26,8 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from . import sharded
+
 SUFFIX = ".ckpt"
 PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None))
 PLAIN_TORCH = (torch.Size, torch.device, torch.dtype, torch.layout)
@@ -79,6 +81,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, plain)
         if not source.exists():
             raise _missing(source)
+        if source.is_dir():
+            if reason := sharded.damage(source):
+                raise _unreadable(source, reason)
+            return sharded.read_whole(source)
         try:
             with source.open("rb") as file:  # one file for both: it may be replaced meanwhile
                 if reason := _damage(file, plain):
@@ -88,9 +94,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             raise _unreadable(source, _words(error)) from error
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a file or a folder; a folder loses its name first, and then what is in it."""
+        target = _local(path)
+        if target is not None and target.is_dir():
+            going = target.with_name(f".tmp-{uuid.uuid4().hex}")
+            target.rename(going)
+            path = going
+        super().remove_checkpoint(path)
+
 
 def check(path: str | Path) -> str | None:
-    """None if the file is a whole checkpoint, else what is wrong with it, in words."""
+    """None if the file or folder is a whole checkpoint, else what is wrong with it, in words."""
+    if Path(path).is_dir():
+        return sharded.damage(Path(path))
     try:
         with open(path, "rb") as file:
             return _damage(file)
@@ -104,7 +121,7 @@ def newest_valid(folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]
     Newest by the time of writing: a run resumed at an early step is newer than its first half.
     """
     passed_over = []
-    files = [path for path in Path(folder).glob(f"*{SUFFIX}") if path.is_file()]
+    files = Path(folder).glob(f"*{SUFFIX}")
     for path in sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
         reason = check(path)
         if reason is None:

@@ -54,6 +54,20 @@ def resolve(given: dict[str, int], world: int) -> dict[str, int]:
     return {**axes, "ep": ep}
 
 
+def check_choices(zero: int, schedule: str, schedules: list[str], microbatches: int) -> None:
+    """Refuse what no run could mean, when the strategy is made."""
+    flag = "type --trainer.strategy"
+    if zero not in (1, 2, 3):
+        raise ValueError(f"zero is {zero}; allowed: 1, 2, 3; {flag}.zero=3")
+    if schedule not in schedules:
+        allowed = ", ".join(schedules)
+        raise ValueError(f"schedule is {schedule!r}; allowed: {allowed}; {flag}.schedule=1f1b")
+    if microbatches < 1:
+        raise ValueError(
+            f"microbatches is {microbatches}; allowed: 1 or more; {flag}.microbatches=4"
+        )
+
+
 @dataclass
 class Layout:
     """The meshes that the parts of a strategy need, all views of one."""
@@ -63,6 +77,8 @@ class Layout:
     data: DeviceMesh  # ranks with different tokens: what gradients and losses are averaged over
     shard: DeviceMesh  # for fully_shard: one axis, or (replicas, shards)
     tp: DeviceMesh
+    experts: DeviceMesh | None = None  # ranks that keep different experts
+    replicas: DeviceMesh | None = None  # ranks that keep the same ones
 
     @property
     def batch(self) -> DeviceMesh:
@@ -78,15 +94,18 @@ def lay_out(degrees: dict[str, int], zero: int, device: torch.device) -> Layout:
     )
     samples = {"pp": pp, DP: copies * shards, "cp": cp, TP: tp}
     named = _view(world, {k: n for k, n in samples.items() if n > 1 or k in (DP, TP)})
+    mixed: list[DeviceMesh] = []
+    if (ep := degrees["ep"]) > 1:
+        parts = _view(world, {"pp": pp, "same": copies * shards // ep, "ep": ep, "cp": cp, TP: tp})
+        mixed = [parts["ep"], parts["same", "cp"]._flatten("replicas")]
     if zero > 1 and copies * cp == 1:
-        return Layout(degrees, named, named[DP], named[DP], named[TP])
+        return Layout(degrees, named, named[DP], named[DP], named[TP], *mixed)
     # for ZeRO-1 parameters are "sharded" over one rank: whole, and yet in fully_shard's care
     copies, shards = (copies * shards * cp, 1) if zero == 1 else (copies, shards * cp)
     parts = _view(world, {"pp": pp, "copies": copies, "shards": shards, TP: tp})
     both = parts["copies", "shards"]
-    return Layout(
-        degrees, named, both._flatten("data"), both if copies > 1 else parts["shards"], parts[TP]
-    )
+    shard = both if copies > 1 else parts["shards"]
+    return Layout(degrees, named, both._flatten("data"), shard, parts[TP], *mixed)
 
 
 def _view(world: DeviceMesh, sizes: dict[str, int]) -> DeviceMesh:

@@ -20,13 +20,14 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
-from .layout import Layout, lay_out, resolve
+from . import sharded, states
+from .checkpoint_io import CheckpointError, check, refuse_foreign
+from .context import Context
+from .layout import Layout, check_choices, lay_out, resolve
 from .parallelize import Spread, copy_from_rank_zero, is_parallel, parallelize
+from .pipeline import SCHEDULES, Pipeline, Schedule
 from .recompute import Mode
 from .zero1 import share_steps
 
@@ -44,37 +45,55 @@ def leave() -> None:
 class MeshStrategy(ModelParallelStrategy):
     """Shard parameters, gradients and optimizer state, and split matrices, from outside.
 
+    Optimizer states are numbered by place here already (`numbered`).
+
     Args:
         dp_shard: ranks that share the batch and each parameter; -1: all that the others leave.
         dp_replicate: copies of such a group; between them only gradients travel (HSDP).
+        cp: ranks that share each sequence, for attention modules with the slots of context.py.
         tp: ranks that share each matrix of the net's `tp_plan`; -1: all that the others leave.
         sequence_parallel: cut the activations between the split matrices along time, over `tp`.
         zero: what the ranks of `dp_shard` share: 1 the optimizer's state, 2 gradients as well, 3
             parameters as well. Less is sent at 2 than at 3, more kept.
+        pp: ranks that have different blocks, for nets with the methods of pipeline.py.
+        ep: ranks of `dp_shard` that keep different experts of a mixture; -1: all of them.
+        schedule: in which order the micro-batches of a pipeline go forward and backward.
+        microbatches: into how many a pipeline cuts each batch of a rank.
         recompute: keep fewer activations, and compute them again when going backward.
         save_distributed_checkpoint: a folder with one file a rank instead of a single file, which
             one process can read.
     """
 
+    numbered = True
+
     def __init__(
         self,
         dp_shard: int = -1,
         dp_replicate: int = 1,
+        cp: int = 1,
         tp: int = 1,
         sequence_parallel: bool = False,
         zero: Literal[1, 2, 3] = 3,
+        pp: int = 1,
+        ep: int = 1,
+        schedule: Schedule = "1f1b",
+        microbatches: int = 4,
         recompute: Mode = "none",
         save_distributed_checkpoint: bool = False,
     ) -> None:
         """Remember the degrees; the number of processes is known to the trainer only."""
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
-        self.degrees = {"dp_shard": dp_shard, "dp_replicate": dp_replicate, "tp": tp}
-        if zero not in (1, 2, 3):
-            raise ValueError(f"zero is {zero}; allowed: 1, 2, 3; type --trainer.strategy.zero=3")
+        axes = {"dp_shard": dp_shard, "dp_replicate": dp_replicate, "cp": cp, "tp": tp, "pp": pp}
+        self.degrees = axes | {"ep": ep}
+        check_choices(zero, schedule, list(SCHEDULES), microbatches)
+        self.schedule: Schedule = schedule
+        self.microbatches = microbatches
+        self.pipeline: Pipeline | None = None
         self.zero, self.sequence_parallel = zero, sequence_parallel
         self.recompute: Mode = recompute
         self.layout: Layout | None = None
         self.spread: Spread | None = None
+        self.context: Context | None = None
         self.owner: dict[Tensor, int] = {}  # with ZeRO-1, who keeps whose state
 
     def resolved_degrees(self) -> dict[str, int]:
@@ -103,6 +122,9 @@ class MeshStrategy(ModelParallelStrategy):
         """Spread the module over the mesh unless it has done so itself."""
         assert self.layout is not None
         copy_from_rank_zero(module, self.root_device)
+        if self.layout.degrees["pp"] > 1 and self.pipeline is None:
+            mesh = self.layout.named["pp"]
+            self.pipeline = Pipeline(module, mesh, self.schedule, self.microbatches)
         if is_parallel(module):
             return Spread(module, self.layout)
         how = (self.zero, self.sequence_parallel, self.recompute)
@@ -117,6 +139,9 @@ class MeshStrategy(ModelParallelStrategy):
                 f"{type(module).__name__} steps its own optimizers (manual optimization), which"
                 " sequence_parallel cannot follow; type --trainer.strategy tp"
             )
+        assert self.layout is not None
+        if self.layout.degrees["cp"] > 1:
+            self.context = Context(module, self.layout.named["cp"])
         self.spread = self.parallelize(module)
         own = is_overridden("configure_model", module)
         if not own:  # Lightning insists that the module has one, to shard itself there
@@ -140,6 +165,30 @@ class MeshStrategy(ModelParallelStrategy):
             for optimizer in self.optimizers:
                 self.owner |= share_steps(optimizer, self.layout.data.get_group())
 
+    def training_step(self, batch: Any, *args: Any) -> Any:
+        """The module's step, on this rank's part of each sequence."""
+        batch = self.context.cut(batch) if self.context else batch
+        if self.pipeline is None:
+            return super().training_step(batch, *args)
+        self._spread.accumulate(more=self._accumulates())
+        return self.pipeline.step(batch, args, self.precision_plugin.train_step_context)
+
+    def validation_step(self, batch: Any, *args: Any) -> Any:
+        """As in training."""
+        return self._evaluate(super().validation_step, batch, args)
+
+    def test_step(self, batch: Any, *args: Any) -> Any:
+        """As in training."""
+        return self._evaluate(super().test_step, batch, args)
+
+    def _evaluate(self, step: Callable[..., Any], batch: Any, args: tuple[Any, ...]) -> Any:
+        if self.context is None:
+            return step(batch, *args)
+        try:
+            return step(self.context.cut(batch), *args)
+        finally:
+            self.context.release()
+
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Say whether this backward pass is the last of an optimizer step."""
         super().pre_backward(closure_loss)
@@ -148,8 +197,12 @@ class MeshStrategy(ModelParallelStrategy):
     def post_backward(self, closure_loss: Tensor) -> None:
         """Reduce what no shard does, once an optimizer step."""
         super().post_backward(closure_loss)
+        if self.context is not None:
+            self.context.release()
         if not self._accumulates():
             self._spread.settle()
+            if self.pipeline is not None:
+                self.pipeline.settle()
 
     def _accumulates(self) -> bool:
         module = self.lightning_module
@@ -181,82 +234,53 @@ class MeshStrategy(ModelParallelStrategy):
         )
         return int(votes) == self.world_size if all else int(votes) > 0
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights: this rank's parts for a folder, else all of them on rank 0."""
+        assert self.lightning_module is not None
+        parts = self._save_distributed_checkpoint
+        return states.weights(self.lightning_module, parts, self._stages)
+
+    @property
+    def _stages(self) -> states.Stages | None:
+        """With a pipeline, the names of all parameters and the ranks that have them."""
+        pipeline = self.pipeline
+        return None if pipeline is None else states.Stages(pipeline.names, pipeline.group)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state on rank 0, parameters numbered by their place in `named_parameters()`."""
-        if self._save_distributed_checkpoint:
-            return super().optimizer_state(optimizer)
+        """The state, parameters numbered by their place in `named_parameters()`, as the weights."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         assert self.lightning_module is not None
-        place = {p: i for i, p in enumerate(self.lightning_module.parameters())}
-        saved = optimizer.state_dict()
-        ids = {}
-        for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-            ids |= {i: place[p] for i, p in zip(group["params"], ours["params"], strict=True)}
-        state = {
-            i: tree_map_only(Tensor, self._whole, state) for i, state in saved["state"].items()
-        }
-        state = self._gathered(state)
-        saved["state"] = {ids[i]: state[i] for i in sorted(state)}
-        for group in saved["param_groups"]:
-            group["params"] = [ids[i] for i in group["params"]]
-        return saved if self.is_global_zero else {}
+        group = self.layout.data.get_group() if self.owner and self.layout else None
+        parts = self._save_distributed_checkpoint
+        return states.optimizer_state(self.lightning_module, optimizer, parts, group, self._stages)
 
-    def _whole(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return tensor.cpu() if self.is_global_zero or self.owner else tensor.new_empty(0)
-
-    def _gathered(self, state: dict[int, Any]) -> dict[int, Any]:
-        """With ZeRO-1, the states of all owners."""
-        if not self.owner or self.layout is None:
-            return state
-        parts: list[Any] = [None] * self.layout.data.size()
-        dist.all_gather_object(parts, state, group=self.layout.data.get_group())
-        return {i: values for part in parts for i, values in part.items()}
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a single file, or a folder with a part from each rank."""
+        if not self._save_distributed_checkpoint:
+            return super().save_checkpoint(checkpoint, filepath, storage_options)
+        refuse_foreign({k: v for k, v in checkpoint.items() if k not in sharded.SPREAD})
+        sharded.write(checkpoint, Path(self.broadcast(filepath)))
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a single file, of any strategy, or a folder; weights and optimizers are set here."""
+        """Read what any strategy has written; weights and optimizers are set here."""
         path = Path(self.broadcast(checkpoint_path))
+        module, optimizers = self.lightning_module, self.optimizers
+        assert module is not None
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only)
+            reason = self.broadcast(check(path) if self.is_global_zero else None)
+            if reason:
+                raise CheckpointError(f"the checkpoint {path} cannot be used: {reason}")
+            return states.load_parts(module, optimizers, path, self._owned, self._stages)
         checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        assert self.model is not None
-        assert self.lightning_module is not None
-        strict = self.lightning_module.strict_loading
-        options = StateDictOptions(full_state_dict=True, strict=strict)
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
-        states = checkpoint.get("optimizer_states", []) if self.optimizers else []
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            _load_optimizer(optimizer, state, self._owned)
+        states.load(module, optimizers, checkpoint, self._owned, self._stages)
         return checkpoint
 
     def _owned(self, parameter: Tensor) -> bool:
         assert self.layout is not None
         rank = self.layout.data.get_local_rank()
         return self.owner.get(parameter, rank) == rank
-
-
-def _load_optimizer(
-    optimizer: Optimizer, saved: dict[str, Any], owned: Callable[[Tensor], bool]
-) -> None:
-    """Load whole state tensors; those shaped like their parameter are spread like it."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    ids = [i for group in saved["param_groups"] for i in group["params"]]
-
-    def spread(parameter: Tensor, value: Any) -> Any:
-        alike = isinstance(value, Tensor) and value.shape == parameter.shape
-        if not alike or not isinstance(parameter, DTensor):
-            return value
-        value = value.to(parameter.device)
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return distribute_tensor(value, mesh, placements, src_data_rank=None)  # all ranks have it
-
-    state = {
-        i: {key: spread(p, value) for key, value in saved["state"].get(i, {}).items()}
-        for i, p in zip(ids, parameters, strict=False)
-        if owned(p)
-    }
-    state = {i: values for i, values in state.items() if values}
-    optimizer.load_state_dict({**saved, "state": state})

@@ -14,7 +14,11 @@ NAMES = {
         "tp, and the activations between split matrices cut along time",
         {"dp_shard": 1, "tp": -1, "sequence_parallel": True},
     ),
+    "cp": ("each sequence cut along time over all ranks", {"dp_shard": 1, "cp": -1}),
+    "pp": ("blocks divided among all ranks, micro-batches in turn", {"dp_shard": 1, "pp": -1}),
+    "ep": ("ZeRO-3, and the experts of a mixture divided among all ranks", {"ep": -1}),
     "2d": ("ZeRO-3 over pairs of ranks that split matrices", {"tp": 2}),
+    "3d": ("2d, in two halves of the net that follow each other", {"tp": 2, "pp": 2}),
 }
 
 for _name, (_description, _degrees) in NAMES.items():

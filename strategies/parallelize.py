@@ -1,9 +1,11 @@
 """Spread any module over a mesh, in one written order.
 
     1  rank 0's values everywhere        ranks may have initialised differently
-    2  tensor plan       (axis tp)       strategies/tensor.py
-    3  recompute                         strategies/recompute.py
-    4  fully_shard       (data axes)     block by block, then the rest of each child
+    2  stages            (axis pp)       strategies/pipeline.py
+    3  tensor plan       (axis tp)       strategies/tensor.py
+    4  recompute                         strategies/recompute.py
+    5  experts           (axis ep)       strategies/expert.py
+    6  fully_shard       (data axes)     block by block, then the rest of each child
 
 A LightningModule's own forward is not what training calls, so it cannot be the unit that gathers
 parameters: its children are. What stands outside of them, what several of them share, and scalars
@@ -11,6 +13,7 @@ stay whole on each rank, and have their gradients averaged (`settle`).
 """
 
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -24,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from .expert import settle_experts, spread_experts
 from .layout import Layout
 from .recompute import Mode, recompute
 from .tensor import split_matrices
@@ -38,6 +42,7 @@ class Spread:
     module: nn.Module
     layout: Layout
     partial: list[nn.Module] = field(default_factory=list)  # each rank of tp has a part of a sum
+    experts: list[nn.Module] = field(default_factory=list)  # those that are spread over ep
 
     def whole(self) -> list[str]:
         """Names of the trainable parameters that are not sharded."""
@@ -68,6 +73,8 @@ class Spread:
         if self.partial:
             parts = [p for module in self.partial for p in module.parameters()]
             _sum_together([p for p in parts if p.requires_grad], self.layout.tp.get_group())
+        if self.layout.replicas is not None:
+            settle_experts(self.experts, self.layout.replicas, data.size())
 
 
 def _sum_together(parameters: list[Any], group: ProcessGroup, factor: float = 1.0) -> None:
@@ -101,15 +108,18 @@ def parallelize(
     if tp.size() > 1:
         spread.partial = split_matrices(module, tp, sequence_parallel)
     recompute(module, mode)
-    if layout.data.size() > 1 or tp.size() == 1:
-        shard(module, layout.shard, keep=zero == 2)
+    if layout.experts is not None:
+        spread.experts = spread_experts(module, layout.experts)
+    if layout.data.size() > 1 or tp.size() * layout.degrees["pp"] == 1:
+        apart = {p for experts in spread.experts for p in experts.parameters()}
+        shard(module, layout.shard, apart, keep=zero == 2)
     untied = sorted(names - _names_of_tied(module))
     if untied:
         raise ValueError(
             f"{type(module).__name__}: {' and '.join(untied[0])} share one parameter and cannot be"
             " split apart: leave them out of tp_plan, or give each its own"
         )
-    if not is_parallel(module):
+    if not is_parallel(module) and layout.degrees["pp"] == 1:
         raise ValueError(
             f"{type(module).__name__} has nothing to shard: no child module holds a parameter"
             " (build them in __init__ or configure_model); or type --trainer.strategy ddp"
@@ -117,15 +127,18 @@ def parallelize(
     return spread
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, keep: bool = False) -> None:
+def shard(
+    module: nn.Module, mesh: DeviceMesh, apart: Set[Tensor] = frozenset(), keep: bool = False
+) -> None:
     """Apply fully_shard to the blocks of `module`, then to the rest of each of its children.
 
+    Parameters in `apart` are left as they are.
     With `keep` the gathered parameters stay from a forward to its backward (ZeRO-2).
     """
     blocks = _blocks(module)
     roots = [root for root in _roots(module) if root not in blocks]
     holders = Counter(p for root in roots for p in root.parameters())
-    whole = {p for p in module.parameters() if p.ndim == 0 or holders[p] > 1}
+    whole = {p for p in module.parameters() if p.ndim == 0 or holders[p] > 1 or p in apart}
     for unit in blocks + roots:
         unit.register_forward_hook(_own_outputs)  # before fully_shard's own hook
         fully_shard(unit, mesh=mesh, reshard_after_forward=not keep, ignored_params=whole)

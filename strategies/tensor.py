@@ -50,8 +50,9 @@ def split_matrices(module: nn.Module, mesh: DeviceMesh, sequence: bool = False) 
         )
     partial = []
     for net in nets:
-        styles = _resolve(net, net.tp_plan())  # pyright: ignore[reportCallIssue]
-        if sequence and not {"scatter", "gather"} <= set(styles.values()):
+        plan = net.tp_plan()  # pyright: ignore[reportCallIssue]
+        styles = _resolve(net, plan)
+        if sequence and not {"scatter", "gather"} <= set(plan.values()):
             raise ValueError(
                 f"sequence_parallel: {type(net).__name__}.tp_plan says not where the sequence is"
                 " cut and put together: give a module the style 'scatter' and a later one"
@@ -135,6 +136,7 @@ def _left_out(net: nn.Module, names: list[str], glob: str) -> bool:
     """Whether the glob names a part this net does without: an attribute that is None."""
     parent, _, leaf = glob.rpartition(".")
     owners = [net.get_submodule(name) for name in names if _matches(name, parent)]
+    owners = owners if parent else [net]
     return any(getattr(owner, leaf, "missing") is None for owner in owners)
 
 

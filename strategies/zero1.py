@@ -57,6 +57,8 @@ def share_steps(optimizer: Optimizer, group: ProcessGroup) -> dict[Tensor, int]:
         hand_round(owner, group)
         return loss
 
+    if hasattr(whole_step, "_wrapped_by_lr_sched"):  # or a schedule would warn that we came later
+        step.__dict__["_wrapped_by_lr_sched"] = True
     optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
     return owner
 

@@ -132,7 +132,8 @@ class Net(L.LightningModule):
 
     def __init__(self, plan=None, **shape) -> None:
         super().__init__()
-        self.net = Transformer(5, 8, layers=1, width=12, zero_init=False, **shape)
+        shape = {"layers": 1, "width": 12, "zero_init": False} | shape
+        self.net = Transformer(5, 8, **shape)
         if plan is not None:
             self.net.tp_plan = lambda: plan
 
@@ -208,6 +209,30 @@ REFUSED = {
         (Newtonian, "zero1", 2, (), {"heads": 2}),
         "LBFGS computes the gradient of all parameters several times a step",
     ),
+    "fewer layers than stages": (
+        (Net, "pp", 2, (), {"heads": 2}),
+        "Net has 1 blocks, fewer than the 2 stages; allowed: up to 1 stages; type --trainer",
+    ),
+    "a batch smaller than its micro-batches": (
+        (Net, MeshStrategy(dp_shard=1, pp=2, microbatches=5), 2, (), {"heads": 2, "layers": 2}),
+        "microbatches=5 does not divide the 4 samples of a rank's batch; type .*microbatches=4",
+    ),
+    "no stages": (
+        (NetInInit, "pp", 2),
+        "pp=2: NetInInit has no net that can be cut into stages: one with blocks, enter, through",
+    ),
+    "a sequence that is not cut into equal pieces": (
+        (Net, "cp", 3, (), {"heads": 3, "positions": "none"}),
+        "cp=3 does not cut 8 tokens into 6 equal pieces; type --data.context=6",
+    ),
+    "no attention to go round": (
+        (NetInInit, "cp", 2),
+        "cp=2: NetInInit has no attention with the slots `attend` and `times`",
+    ),
+    "attention weights that are dropped": (
+        (Net, "cp", 2, (), {"heads": 2, "dropout": 0.1}),
+        "cp=2: Net drops attention weights, which no rank has whole; type --model.dropout=0",
+    ),
     "an unknown way to recompute": (
         (Net, MeshStrategy(recompute="all"), 2, (), {"heads": 2}),
         "recompute is 'all'; allowed: none, selective, full; type",
@@ -270,6 +295,8 @@ def test_what_cannot_be_spread_is_refused_in_one_line(ranks, world):
             r"\(dp_shard=-1, dp_replicate=3\) needs a multiple of 3 processes",
         ),
         ({"sequence_parallel": True}, 2, "sequence_parallel cuts along tp, and tp is 1; type"),
+        ({"microbatches": 0}, 2, "microbatches is 0; allowed: 1 or more"),
+        ({"schedule": "1f2b"}, 2, "schedule is '1f2b'; allowed: gpipe, 1f1b, interleaved; type"),
         ({"zero": 4}, 2, "zero is 4; allowed: 1, 2, 3; type --trainer.strategy.zero=3"),
     ],
 )
@@ -280,17 +307,18 @@ def test_degrees_that_do_not_fit_are_refused_when_the_trainer_is_made(degrees, d
 
 def clipped(strategy="auto", devices=1, stock=False):
     torch.manual_seed(0)
-    module = NetInInit(batch_size=32 // devices) if stock else Net(heads=2)
+    module = NetInInit(batch_size=32 // devices) if stock else Net(heads=2, layers=2, tied=True)
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.5)
     how = {"gradient_clip_val": 0.05} if stock else {}
     fit(module, strategy, devices, *([] if stock else [GradientClipping(0.05)]), **how)
     return whole(module)
 
 
-@pytest.mark.parametrize(("name", "stock"), [("zero3", True), ("tp", False)])
+@pytest.mark.parametrize(("name", "stock"), [("zero3", True), ("tp", False), ("pp", False)])
 def test_gradient_clipping_equals_one_process(ranks, name, stock):
     for weights in ranks(clipped, 2, name, 2, stock):
-        assert furthest(weights, clipped(stock=stock)) < 2e-6
+        single = clipped(stock=stock)
+        assert furthest(weights, {n: single[n] for n in weights}) < 2e-6
 
 
 def one_device():

@@ -16,12 +16,22 @@ from ravine.callbacks import Recompute
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import documentation
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import NAMES, MeshStrategy, parallelize, tensor, zero1
+from ravine.strategies import (
+    NAMES,
+    MeshStrategy,
+    context,
+    expert,
+    parallelize,
+    pipeline,
+    tensor,
+    zero1,
+)
 
 # a validation loss that was reduced already is logged by each rank
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
 
 QUICK = {"layers": 4, "width": 32, "heads": 4}
+EXPERTS = QUICK | {"layers": 2, "experts": 8}
 OTHER = {  # what QUICK has not
     "layers": 2,
     "width": 32,
@@ -43,6 +53,14 @@ STRATEGIES = {
     "ddp": lambda: {"strategy": "ddp"},
     **{name: partial(dict, strategy=name) for name in NAMES},
     "hsdp x sp": lambda: mesh(dp_replicate=2, tp=2, sequence_parallel=True),
+    "gpipe": lambda: mesh(dp_shard=1, pp=2, schedule="gpipe", microbatches=2),
+    "interleaved": lambda: mesh(dp_shard=1, pp=2, schedule="interleaved"),
+    "hsdp x pp": lambda: mesh(dp_replicate=2, pp=2, microbatches=2),
+    "pp x sp": lambda: mesh(dp_shard=1, pp=2, tp=2, sequence_parallel=True, recompute="full"),
+    "zero3 x ep": lambda: mesh(ep=2),
+    "hsdp x ep": lambda: mesh(dp_replicate=2, ep=2),
+    "hsdp x cp": lambda: mesh(dp_replicate=2, cp=2, zero=2),
+    "cp x tp": lambda: mesh(dp_shard=1, cp=2, tp=2, recompute="full"),
     "zero1 x tp": lambda: mesh(zero=1, tp=2),
     "zero3 x sp": lambda: mesh(tp=2, sequence_parallel=True),
     "zero3 recompute": lambda: mesh(recompute="full"),
@@ -52,6 +70,9 @@ WORLDS = [  # and the micro-batches of a step
     *(("ddp", 2, 1), ("zero1", 2, 1), ("zero1", 4, 2), ("zero2", 2, 2), ("zero3", 2, 1)),
     *(("zero3", 2, 2), ("hsdp", 4, 2), ("tp", 2, 1), ("sp", 2, 2), ("2d", 4, 1)),
     *(("hsdp x sp", 8, 1), ("zero1 x tp", 4, 1), ("zero3 x sp", 4, 2)),
+    *(("cp", 2, 1), ("cp", 4, 2), ("hsdp x cp", 4, 1), ("cp x tp", 4, 1)),
+    *(("pp", 2, 1), ("pp", 2, 2), ("pp", 4, 1), ("gpipe", 2, 2), ("interleaved", 2, 2)),
+    *(("3d", 8, 1), ("hsdp x pp", 4, 1), ("pp x sp", 4, 1)),
     *(("zero3 recompute", 2, 1), ("sp recompute", 2, 1)),
 ]
 
@@ -97,6 +118,14 @@ def train(name, text, shape, *callbacks, accumulate=1):
     return whole(module), torch.stack([*losses.losses, trainer.callback_metrics["val/loss"]])
 
 
+def off(found, single):
+    """The largest difference of any weight or loss; a rank of a pipeline has some of the names."""
+    weights, losses = single
+    assert {name for theirs, _ in found for name in theirs} == weights.keys()
+    far = [furthest(theirs, {n: weights[n] for n in theirs}) for theirs, _ in found]
+    return max(*far, *((theirs - losses).abs().max() for _, theirs in found))
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "topics.txt"
@@ -119,21 +148,19 @@ def test_five_steps_of_sgd_move_every_parameter(single, text):
 
 @pytest.mark.parametrize(("name", "world", "accumulate"), WORLDS)
 def test_five_steps_of_sgd_equal_one_process(ranks, text, single, name, world, accumulate):
-    for weights, losses in ranks(accumulated, world, name, text, accumulate):
-        assert furthest(weights, single[0]) < 2e-6
-        assert (losses - single[1]).abs().max() < 2e-6
+    found = ranks(accumulated, world, name, text, accumulate)
+    assert off(found, single) < 2e-6
 
 
 def accumulated(name, text, accumulate):
     return train(name, text, QUICK, accumulate=accumulate)
 
 
-@pytest.mark.parametrize(("name", "world"), [("zero1", 2), ("2d", 4), ("zero3 x sp", 4)])
+@pytest.mark.parametrize(
+    ("name", "world"), [("zero1", 2), ("2d", 4), ("zero3 x sp", 4), ("cp", 2), ("pp", 2)]
+)
 def test_a_net_of_other_parts_equals_one_process_too(ranks, text, name, world):
-    weights, losses = train("single", text, OTHER)
-    for theirs, their_losses in ranks(train, world, name, text, OTHER):
-        assert furthest(theirs, weights) < 2e-6
-        assert (their_losses - losses).abs().max() < 2e-6
+    assert off(ranks(train, world, name, text, OTHER), train("single", text, OTHER)) < 2e-6
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
@@ -143,6 +170,27 @@ def test_recomputation_changes_no_bit_of_a_net_with_dropout(text, mode):
     again, their_losses = train("single", text, shape, Recompute(mode))
     assert furthest(again, weights) == 0
     assert torch.equal(losses, their_losses)
+
+
+@pytest.mark.parametrize(
+    ("name", "world"), [("zero3", 2), ("ep", 2), ("ep", 4), ("zero3 x ep", 4), ("hsdp x ep", 4)]
+)
+def test_a_mixture_of_experts_equals_one_process(ranks, text, name, world):
+    assert off(ranks(train, world, name, text, EXPERTS), train("single", text, EXPERTS)) < 2e-6
+
+
+def mail_that_stays_at_home():
+    expert.dist.all_to_all_single = lambda received, x, group: received.copy_(x)
+
+
+def experts_that_are_not_averaged():
+    parallelize.settle_experts = lambda *args: None
+
+
+@pytest.mark.parametrize("fault", [mail_that_stays_at_home, experts_that_are_not_averaged])
+def test_a_fault_among_experts_is_caught(ranks, text, fault):
+    found = ranks(faulty, 2, fault, "ep", text, 1, EXPERTS)
+    assert off(found, train("single", text, EXPERTS)) > 1e-4
 
 
 def summed_instead_of_averaged():
@@ -188,6 +236,24 @@ def the_columns_of_another_rank():
     tensor.parallelize_module = torch.no_grad()(fault)
 
 
+def keys_that_do_not_go_round():
+    context._Passing.received = lambda self: self.sent
+
+
+def tokens_in_the_plain_order():
+    context.zigzag = lambda length, rank, ranks: torch.arange(length).chunk(ranks)[rank]
+
+
+def gradients_not_divided_by_their_number():
+    step = pipeline.Pipeline.step
+
+    def fault(self, *args):
+        loss = step(self, *args)
+        return loss * self.microbatches
+
+    pipeline.Pipeline.step = fault
+
+
 def each_rank_its_own_values():
     import ravine.strategies.mesh
 
@@ -210,16 +276,19 @@ FAULTS = [
     ("hsdp", 4, 2, replicas_that_meet_too_late),
     ("tp", 2, 1, the_columns_of_another_rank),
     ("sp", 2, 1, partial_gradients_not_summed),
+    ("cp", 2, 1, keys_that_do_not_go_round),
+    ("pp", 2, 1, gradients_not_divided_by_their_number),
+    ("cp", 2, 1, tokens_in_the_plain_order),
     ("zero3", 2, 1, each_rank_its_own_values),
 ]
 
 
-def faulty(fault, name, text, accumulate):
+def faulty(fault, name, text, accumulate, shape=QUICK):
     fault()
-    return train(name, text, QUICK, accumulate=accumulate)
+    return train(name, text, shape, accumulate=accumulate)
 
 
 @pytest.mark.parametrize(("name", "world", "accumulate", "fault"), FAULTS)
 def test_a_planted_fault_is_caught(ranks, text, single, name, world, accumulate, fault):
     found = ranks(faulty, world, fault, name, text, accumulate)
-    assert max(furthest(weights, single[0]) for weights, _ in found) > 1e-4
+    assert off(found, single) > 1e-4

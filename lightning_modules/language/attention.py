@@ -99,6 +99,7 @@ class CausalAttention(nn.Module):
     value: nn.Module | None
     cosine: Tensor  # (t k), with rope only
     sine: Tensor
+    times: Tensor | None = None  # (t): positions of x, where it is a part of its sequence
 
     def __init__(
         self,
@@ -151,7 +152,8 @@ class CausalAttention(nn.Module):
         if self.qk_norm:  # without gain: a gain per channel, shared by heads, would not split
             query, key = unit_rms(query), unit_rms(key)
         if self.rope:
-            time = slice(x.shape[1]) if past is None else past.time_of(x.shape[1])
+            here = slice(x.shape[1]) if self.times is None else self.times
+            time = here if past is None else past.time_of(x.shape[1])
             tables = self.cosine[time].to(query), self.sine[time].to(query)
             query, key = rotate(query, *tables), rotate(key, *tables)
         return query, key, value

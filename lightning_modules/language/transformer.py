@@ -9,7 +9,7 @@ Axes: b batch, t time, d model, h heads, k head width, v vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .attention import CausalAttention, Rung
 from .cache import Cache, Past
 from .loss import chunked_nats, nats
+from .moe import MixtureOfExperts
 from .norm import RMSNorm
 
 Positions = Literal["rope", "learned", "sinusoidal", "none"]
@@ -85,7 +86,7 @@ class Block(nn.Module):
     def __init__(
         self,
         attention: CausalAttention,
-        mlp: MLP | None,
+        mlp: nn.Module | None,
         norm: Callable[[int], nn.Module],
         width: int,
         dropout: float,
@@ -128,7 +129,10 @@ class Transformer(nn.Module):
         residual: add the attention's answer to the stream, instead of passing it on alone.
         output: a matrix mixes the heads' answers.
         bias: which linear maps of the blocks have one.
+        experts: a mixture of so many MLPs in the place of each; 0 for none.
     """
+
+    times: Tensor | None = None  # (t): positions of the tokens, where they are a part of a text
 
     def __init__(
         self,
@@ -149,6 +153,7 @@ class Transformer(nn.Module):
         residual: bool = True,
         output: bool = True,
         bias: Biases = "none",
+        experts: int = 0,
     ) -> None:
         """Check the sizes, then build."""
         super().__init__()
@@ -165,6 +170,7 @@ class Transformer(nn.Module):
         for layer in range(layers):
             attend = CausalAttention(width, heads, context, *how)
             after = None if mlp == "none" else MLP(width, mlp, bias != "none")
+            after = MixtureOfExperts(width, experts) if experts else after
             self.blocks[str(layer)] = Block(attend, after, NORMS[norm], width, dropout, residual)
         self.norm = NORMS[norm](width)
         self.head = nn.Linear(width, padded(vocabulary), bias=False)
@@ -181,7 +187,7 @@ class Transformer(nn.Module):
                 if isinstance(table, nn.Embedding):
                     nn.init.normal_(table.weight, std=0.02 if tied else 0.1)
         for name, parameter in self.named_parameters():  # a tied head is listed as the embedding
-            silent = ("out.weight", "down.weight", "head.weight")
+            silent = ("out.weight", "down.weight", "head.weight", "experts.down")
             if zero_init and (name.endswith(silent) or name.endswith(".bias")):
                 nn.init.zeros_(parameter)
 
@@ -193,7 +199,30 @@ class Transformer(nn.Module):
         With a cache, which was told what comes, only those after the newest ones: (b 1 v). With
         targets (b t), the sum of their nats in the place of logits too large to exist.
         """
-        x = self.features(tokens, cache)
+        return self.leave(self.through(self.enter(tokens, cache), None, cache), cache, targets)
+
+    def enter(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """The stream (b t d) before the first block."""
+        x = self.embed(tokens)
+        if self.place is not None:
+            here = self.times
+            if here is None:
+                here = torch.arange(tokens.shape[1], device=tokens.device)
+            x = x + self.place(here if cache is None else cache.times(here))
+        return self.dropout(x)
+
+    def through(
+        self, x: Tensor, names: Sequence[str] | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """The stream (b t d) after the blocks of these names, by default all."""
+        for name in self.blocks if names is None else names:
+            block = self.blocks[name]
+            x = block(x) if cache is None else block(x, cache.layers[int(name)])
+        return x
+
+    def leave(self, x: Tensor, cache: Cache | None = None, targets: Tensor | None = None) -> Tensor:
+        """What forward answers, from the stream (b t d) after the last block."""
+        x = self.norm(x)
         if cache is not None:
             x = cache.newest(x)
         if targets is None:
@@ -202,16 +231,9 @@ class Transformer(nn.Module):
             return chunked_nats(x, self.head.weight, targets, self.vocabulary)
         return nats(self.head(x)[..., : self.vocabulary], targets, "sum")  # a head with adapters
 
-    def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """What the head is applied to, (b t d)."""
-        x = self.embed(tokens)
-        if self.place is not None:
-            here = torch.arange(tokens.shape[1], device=tokens.device)
-            x = x + self.place(here if cache is None else cache.times(here))
-        x = self.dropout(x)
-        for layer, block in enumerate(self.blocks.values()):
-            x = block(x) if cache is None else block(x, cache.layers[layer])
-        return self.norm(x)
+    def ends(self) -> tuple[list[str], list[str]]:
+        """The modules that `enter` and `leave` need."""
+        return ["embed", "place"], ["norm", "head"]
 
     def tp_plan(self) -> dict[str, str]:
         """How matrices split over tensor-parallel ranks: by heads and hidden channels.
@@ -225,7 +247,7 @@ class Transformer(nn.Module):
             parts = ("attention.query", "attention.key", "attention.value")
             styles |= {"attention": "shared", **dict.fromkeys(parts, "colwise")}
             styles["attention.out"] = "rowwise"
-        if first.mlp is not None:
+        if isinstance(first.mlp, MLP):
             styles |= {"mlp": "shared", "mlp.up": "colwise", "mlp.gate": "colwise"}
             styles["mlp.down"] = "rowwise"
         plan = {f"blocks.*.{name}": style for name, style in styles.items()}

@@ -1,0 +1,221 @@
+"""Weights and optimizer states between a spread net and a checkpoint, whole or in parts.
+
+Parameters are numbered by their place in `named_parameters()` on every layout, so a state saved
+with any grouping, on any mesh or on none, finds its parameter again.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from . import sharded
+from .checkpoint_io import CheckpointError
+
+SHOWN = 5  # tensors named in a message
+Owned = Callable[[Tensor], bool]
+
+
+class Stages(NamedTuple):
+    """A net that is cut into stages: the names of all parameters, and the ranks that have them."""
+
+    names: list[str]
+    group: ProcessGroup
+
+
+def numbers(module: nn.Module, stages: Stages | None) -> dict[Tensor, int]:
+    """Each parameter's place in `named_parameters()` of the whole net."""
+    named = dict(module.named_parameters())
+    names = list(named) if stages is None else stages.names
+    return {named[name]: i for i, name in enumerate(names) if name in named}
+
+
+def weights(module: nn.Module, parts: bool, stages: Stages | None) -> dict[str, Any]:
+    """The module's state_dict: this rank's parts, or all on rank 0 and nothing elsewhere."""
+    if stages is None or parts:
+        options = StateDictOptions(full_state_dict=not parts, cpu_offload=True)
+        return get_model_state_dict(module, options=options)
+    ours = {name: _whole(value).cpu() for name, value in module.state_dict().items()}
+    merged: dict[str, Any] = {}
+    for some in _from_all(ours, stages.group):
+        merged |= some
+    return merged if dist.get_rank() == 0 else {}
+
+
+def _whole(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _from_all(value: Any, group: ProcessGroup) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def optimizer_state(
+    module: nn.Module,
+    optimizer: Optimizer,
+    parts: bool,
+    owners: ProcessGroup | None,
+    stages: Stages | None,
+) -> dict[str, Any]:
+    """The optimizer's state_dict: this rank's parts, or all on rank 0.
+
+    With ZeRO-1 `owners` are the ranks that keep the state of different parameters.
+    """
+    place = numbers(module, stages)
+    saved = optimizer.state_dict()
+    ids = {}
+    for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        ids |= {i: place[p] for i, p in zip(group["params"], ours["params"], strict=True)}
+        group["params"] = [ids[i] for i in group["params"]]
+    state = {ids[i]: values for i, values in saved["state"].items()}
+    first = dist.get_rank() == 0
+    others = [group for group in (owners, stages and stages.group) if group is not None]
+    if stages is not None:
+        groups = _from_all([group["params"] for group in saved["param_groups"]], stages.group)
+        for i, group in enumerate(saved["param_groups"]):
+            group["params"] = sorted({number for each in groups for number in each[i]})
+    if not parts:
+        keep = first or bool(others)
+
+        def here(tensor: Tensor) -> Tensor:
+            tensor = _whole(tensor)  # every rank takes part
+            return tensor.cpu() if keep else tensor.new_empty(0)
+
+        state = tree_map_only(Tensor, here, state)
+        for group in others:
+            state = {i: values for some in _from_all(state, group) for i, values in some.items()}
+    saved["state"] = {i: state[i] for i in sorted(state)}
+    return saved if parts or first else {}
+
+
+def load(
+    module: nn.Module,
+    optimizers: list[Optimizer],
+    checkpoint: dict[str, Any],
+    owned: Owned,
+    stages: Stages | None,
+) -> None:
+    """Set weights and optimizers from a checkpoint of whole tensors."""
+    state, ours = checkpoint["state_dict"], module.state_dict()
+    if stages is not None:
+        state = {name: value for name, value in state.items() if name in ours}
+    options = StateDictOptions(full_state_dict=True, strict=module.strict_loading)  # type: ignore
+    set_model_state_dict(module, state, options=options)
+    states = checkpoint.get("optimizer_states", []) if optimizers else []
+    for optimizer, state in zip(optimizers, states, strict=True):
+        _load_optimizer(optimizer, state, owned, numbers(module, stages) if stages else None)
+
+
+def load_parts(
+    module: nn.Module,
+    optimizers: list[Optimizer],
+    path: Path,
+    owned: Owned,
+    stages: Stages | None,
+) -> dict[str, Any]:
+    """Set weights and optimizers from a folder, of which each rank reads its parts."""
+    checkpoint = sharded.read_meta(path)
+    place = numbers(module, stages)
+    parameters = {number: p for p, number in place.items() if owned(p)}
+    named = dict(module.named_parameters())
+    found = dict(sharded.entries(path))
+    ours: dict[sharded.Place, Tensor] = {
+        ("state_dict", name): value
+        for name, value in module.state_dict().items()
+        if isinstance(value, Tensor)
+    }
+    if stages is not None:
+        found = {at: e for at, e in found.items() if at[0] != "state_dict" or at in ours}
+    refuse_other_shapes(module, ours, found)
+    tensors: dict[sharded.Place, Tensor] = {at: t for at, t in ours.items() if at in found}
+    for at, entry in found.items():
+        if at[0] == "optimizer_states":
+            if optimizers and at[3] in parameters:
+                tensors[at] = sharded.like(entry, parameters[int(at[3])])
+        elif at[0] != "state_dict" and (stages is None or at[-1] in named):
+            tensors[at] = sharded.like(entry, named.get(str(at[-1])))
+    sharded.read(path, tensors)
+    for at, tensor in tensors.items():
+        sharded.put(checkpoint, at, tensor)
+    states = checkpoint.pop("optimizer_states", []) if optimizers else []
+    for optimizer, state in zip(optimizers, states, strict=True):
+        _load_optimizer(optimizer, state, owned, place if stages else None)
+    return checkpoint
+
+
+def refuse_other_shapes(
+    module: nn.Module,
+    ours: dict[sharded.Place, Tensor],
+    found: dict[sharded.Place, Any],
+) -> None:
+    """Compare names and sizes of a folder's weights with the module's before one of them is set."""
+    theirs = {place: entry.size for place, entry in found.items() if place[0] == "state_dict"}
+    wrong = [
+        f"{place[1]} is {tuple(ours[place].shape)} here and {tuple(theirs[place])} there"
+        for place in ours.keys() & theirs.keys()
+        if ours[place].shape != theirs[place]
+    ]
+    if module.strict_loading:  # type: ignore[attr-defined]
+        wrong += [f"{place[1]} is only here" for place in ours.keys() - theirs.keys()]
+        wrong += [f"{place[1]} is only there" for place in theirs.keys() - ours.keys()]
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise CheckpointError(
+            f"the checkpoint's weights do not fit this {type(module).__name__}: "
+            + "; ".join(sorted(wrong)[:SHOWN])
+            + f"{more}; build the model as the run did, or choose another checkpoint"
+        )
+
+
+def _load_optimizer(
+    optimizer: Optimizer, saved: dict[str, Any], owned: Owned, place: dict[Tensor, int] | None
+) -> None:
+    """Load state tensors; those shaped like their parameter are spread like it.
+
+    Groups keep their order from layout to layout; a stage has some of each, found by its `place`.
+    """
+    groups = [group["params"] for group in optimizer.param_groups]
+    theirs = [group["params"] for group in saved["param_groups"]]
+    if len(groups) != len(theirs):
+        raise CheckpointError(
+            f"the checkpoint's optimizer has {len(theirs)} groups of parameters and this one"
+            f" {len(groups)}: build it as the run did, or begin anew without --ckpt_path"
+        )
+    parameters = [p for ours in groups for p in ours]
+    ids = [i for there in theirs for i in there]
+    if place is not None:
+        ids = [place[p] for p in parameters]
+
+    def spread(parameter: Tensor, value: Any) -> Any:
+        alike = isinstance(value, Tensor) and value.shape == parameter.shape
+        if not alike or not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+            return value
+        value = value.to(parameter.device)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return distribute_tensor(value, mesh, placements, src_data_rank=None)  # all ranks have it
+
+    numbered = dict(zip(parameters, ids, strict=True))
+    state = {
+        i: {key: spread(p, value) for key, value in saved["state"].get(i, {}).items()}
+        for p, i in numbered.items()
+        if owned(p)
+    }
+    state = {i: values for i, values in state.items() if values}
+    settings = [
+        {**there, "params": [numbered[p] for p in ours]}
+        for ours, there in zip(groups, saved["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({**saved, "param_groups": settings, "state": state})

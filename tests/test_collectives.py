@@ -1,0 +1,89 @@
+"""What a step sends is what the formula says: counted at two depths and on two numbers of ranks."""
+
+import lightning as L
+import pytest
+from torch.distributed.tensor.debug import CommDebugMode
+
+from ravine.datamodules import TextDataModule
+from ravine.datamodules.text import documentation
+from ravine.lightning_modules import LanguageModel
+from ravine.lightning_modules.accounting import collectives
+from ravine.strategies import MeshStrategy
+
+KINDS = {  # by what torch calls them, on whichever road a message goes
+    "all_gather": ("allgather_base_", "all_gather_into_tensor"),
+    "reduce_scatter": ("reduce_scatter_base_", "reduce_scatter_tensor"),
+    "all_reduce": ("allreduce_", "all_reduce"),
+    "all_to_all": ("alltoall_base_", "all_to_all_single"),
+}
+LAYOUTS = {  # the strategy, and the same for the formula
+    "zero1": (lambda n: {"zero": 1}, lambda n: {"zero": 1, "shards": n}),
+    "zero2": (lambda n: {"zero": 2}, lambda n: {"zero": 2, "shards": n}),
+    "zero3": (lambda n: {}, lambda n: {"shards": n}),
+    "hsdp": (lambda n: {"dp_replicate": 2}, lambda n: {"copies": 2, "shards": n // 2}),
+    "tp": (lambda n: {"dp_shard": 1, "tp": n}, lambda n: {"tp": n}),
+    "sp": (
+        lambda n: {"dp_shard": 1, "tp": n, "sequence_parallel": True},
+        lambda n: {"tp": n, "sequence": True},
+    ),
+    "2d": (lambda n: {"tp": 2}, lambda n: {"tp": 2, "shards": n // 2}),
+    "ep": (lambda n: {"ep": -1}, lambda n: {"shards": n, "ep": n}),
+}
+
+
+class Count(L.Callback):
+    """Count the messages of the second step, when everything has been set up."""
+
+    def __init__(self):
+        self.mode = CommDebugMode()
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if index == 1:
+            self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if index == 1:
+            self.mode.__exit__(None, None, None)
+
+
+def count(text, layouts, world, layers):
+    found = {}
+    for name in layouts:
+        experts = {"experts": 8} if name == "ep" else {}
+        shape = {"layers": layers, "width": 16, "heads": 4} | experts
+        counter = Count()
+        trainer = L.Trainer(
+            max_steps=2,
+            accelerator="cpu",
+            devices=world,
+            strategy=MeshStrategy(**LAYOUTS[name][0](world)),
+            logger=False,
+            callbacks=[counter],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(LanguageModel(**shape), TextDataModule(text, context=16, batch_size=8))
+        counts = {str(op).rpartition(".")[2]: n for op, n in counter.mode.get_comm_counts().items()}
+        found[name] = {
+            kind: sum(n for op, n in counts.items() if op.strip("_") in map(bare, ops))
+            for kind, ops in KINDS.items()
+        }
+        found[name]["ops"] = counts
+    return found
+
+
+def bare(name):
+    return name.strip("_")
+
+
+@pytest.mark.parametrize(("world", "layers"), [(2, 2), (2, 4), (4, 2), (4, 4)])
+def test_a_step_sends_what_the_formula_says(ranks, tmp_path, world, layers):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(documentation())[:3000])
+    layouts = [name for name in LAYOUTS if world == 4 or name not in ("hsdp", "2d")]
+    for found in ranks(count, world, text, layouts, world, layers):
+        for name, counts in found.items():
+            ops = counts.pop("ops")
+            assert counts == collectives(layers, **LAYOUTS[name][1](world)), (name, ops)

@@ -1,0 +1,240 @@
+"""What any layout wrote, any other continues; a folder that is not whole is told from one that is.
+
+The run: Muon and AdamW as one optimizer, an average of the weights, a schedule, mid-epoch.
+"""
+
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import furthest, whole
+from torch.optim import AdamW
+
+from ravine.callbacks import EMA, ExactResume, Muon, Schedule
+from ravine.cli.main import main
+from ravine.datamodules import TextDataModule
+from ravine.datamodules.text import documentation
+from ravine.lightning_modules import LanguageModel
+from ravine.strategies import AtomicCheckpointIO, CheckpointError, MeshStrategy, sharded
+from ravine.strategies.checkpoint_io import newest_valid
+
+# a validation loss that was reduced already is logged by each rank
+pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+
+TINY = {"layers": 2, "width": 16, "heads": 4, "zero_init": False, "mlp": "gelu"}
+
+
+def mesh(**how):
+    return lambda: MeshStrategy(save_distributed_checkpoint=True, **how)
+
+
+LAYOUTS = {
+    "single": (1, lambda: "auto"),
+    "ddp 2": (2, lambda: "ddp"),
+    "zero1 2": (2, mesh(zero=1)),
+    "zero3 2": (2, mesh()),
+    "zero3 4": (4, mesh()),
+    "tp 2": (2, mesh(dp_shard=1, tp=-1)),
+    "zero3 x tp 2x2": (4, mesh(tp=2)),
+    "pp 2": (2, mesh(dp_shard=1, pp=2)),
+}
+
+
+class Save(L.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+
+def train(name, text, save=None, resume=None, width=16):
+    L.seed_everything(0, verbose=False)
+    muon = Muon(
+        0.02, partial(AdamW, lr=0.003), iteration_dtype="float32", schedule=Schedule("linear")
+    )
+    ema = EMA(0.5)
+    trainer = L.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        devices=LAYOUTS[name][0],
+        strategy=LAYOUTS[name][1](),
+        logger=False,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[muon, ema, ExactResume(), *([Save(save)] if save else [])],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    module = LanguageModel(**TINY | {"width": width})
+    trainer.fit(module, TextDataModule(text, context=16, batch_size=8), ckpt_path=resume)
+    average = {name: p.detach().clone() for name, p in whole(module).items()}
+    ema._show(module, average=False)  # now the raw weights
+    return average, whole(module)
+
+
+def write(name, text, folder):
+    return train(name, text, save=folder / f"{name}.ckpt")
+
+
+def resume_each(name, text, folder, sources):
+    return [train(name, text, resume=folder / f"{source}.ckpt") for source in sources]
+
+
+def off(result, straight):
+    """The largest difference; a rank of a pipeline has some of the names."""
+    pairs = zip(result, straight, strict=True)
+    return max(furthest(ours, {name: theirs[name] for name in ours}) for ours, theirs in pairs)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("".join(documentation())[:3000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(text, tmp_path_factory):
+    """A checkpoint of each layout after two steps, and what four steps come to."""
+    from ranks import run_ranks
+
+    folder = tmp_path_factory.mktemp("written")
+    straight = train("single", text, save=folder / "single.ckpt")
+    for name, (world, _) in LAYOUTS.items():
+        if world > 1:
+            for result in run_ranks(write, world, name, text, folder):
+                assert off(result, straight) < 2e-6
+    return folder, straight
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_any_layout_continues_what_any_other_wrote(ranks, text, written, name):
+    folder, straight = written
+    world, sources = LAYOUTS[name][0], list(LAYOUTS)
+    if world == 1:
+        found = [resume_each(name, text, folder, sources)]
+    else:
+        found = ranks(resume_each, world, name, text, folder, sources)
+    for results in found:
+        for source, result in zip(sources, results, strict=True):
+            assert off(result, straight) < 2e-6, source
+
+
+def test_a_folder_becomes_one_file_that_torch_reads(written, tmp_path, capsys):
+    folder, _ = written
+    target = tmp_path / "one.ckpt"
+    words = ["export", f"--ckpt_path={folder / 'zero3 x tp 2x2.ckpt'}", f"--consolidate={target}"]
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"written: {target}\n"
+    ours = torch.load(target, weights_only=True)
+    theirs = torch.load(folder / "single.ckpt", weights_only=True)
+    assert furthest(ours["state_dict"], theirs["state_dict"]) < 2e-6
+    assert furthest(ours["ema"]["raw"], theirs["ema"]["raw"]) < 2e-6
+    assert (
+        ours["optimizer_states"][0]["state"].keys() == theirs["optimizer_states"][0]["state"].keys()
+    )
+    assert main(words) == 2  # nothing is written over
+    assert f"{target} is there already" in capsys.readouterr().err
+    assert len(LanguageModel.load(target).generate("T", max_new_tokens=3)) == 4
+
+
+def cut(name):
+    return lambda folder: os.truncate(folder / name, 9)
+
+
+def gone(name):
+    return lambda folder: (folder / name).unlink()
+
+
+DAMAGES = {
+    "a part is missing": (gone("__1_0.distcp"), "its part __1_0.distcp is missing"),
+    "a part is cut": (cut("__0_0.distcp"), "__0_0.distcp does not match its checksum"),
+    "no manifest": (gone("manifest.json"), "it is incomplete: a folder without manifest.json"),
+    "half a manifest": (cut("manifest.json"), "its manifest.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_folder_that_is_not_whole_is_refused_and_passed_over(written, tmp_path, name):
+    do, words = DAMAGES[name]
+    shutil.copytree(written[0] / "zero3 2.ckpt", tmp_path / "step=1.ckpt")
+    shutil.copytree(written[0] / "zero3 2.ckpt", tmp_path / "step=2.ckpt")
+    os.utime(tmp_path / "step=1.ckpt", (0, 0))
+    do(tmp_path / "step=2.ckpt")
+    newest, passed_over = newest_valid(tmp_path)
+    assert newest == tmp_path / "step=1.ckpt"
+    assert words in passed_over[0][1]
+    with pytest.raises(CheckpointError, match=words):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "step=2.ckpt")
+
+
+def other_shapes(name, text, path):
+    with pytest.raises(CheckpointError) as refusal:
+        train(name, text, resume=path, width=32)
+    return str(refusal.value)
+
+
+def test_parts_of_another_architecture_are_refused_by_name(ranks, text, written):
+    for said in ranks(other_shapes, 2, "zero3 2", text, written[0] / "zero3 4.ckpt"):
+        assert (
+            "do not fit this LanguageModel: net.blocks.0.attention.key.weight is (32, 32)" in said
+        )
+        assert "and (16, 16) there" in said
+
+
+def test_an_index_that_would_run_a_program_is_not_read(written, tmp_path):
+    shutil.copytree(written[0] / "zero3 2.ckpt", path := tmp_path / "evil.ckpt")
+    (path / ".metadata").write_bytes(pickle.dumps(os.getcwd))
+    with pytest.raises(pickle.UnpicklingError, match=r"asks for posix.getcwd"):
+        list(sharded.entries(path))
+
+
+def save_without_end(folder, rank):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    weight = torch.zeros(40_000)
+    for number in range(1, 10_000):
+        content = {"state_dict": {f"{rank}": weight + number}, "number": number}
+        sharded.write(content, folder / "runs" / f"step={number % 3}.ckpt")
+
+
+def in_fork(folder, rank):
+    """Start a rank in a process of its own; its id."""
+    if child := os.fork():
+        return child
+    try:
+        save_without_end(folder, rank)
+    finally:
+        os._exit(1)
+
+
+def test_killed_thirty_times_in_a_sharded_save_what_looks_whole_is_whole(tmp_path):
+    dice, found = random.Random(1), 0
+    for turn in range(30):
+        folder = tmp_path / str(turn)
+        (folder / "runs").mkdir(parents=True)
+        jobs = [in_fork(folder, rank) for rank in (0, 1)]
+        limit = time.monotonic() + 30
+        while not any((folder / "runs").glob("*.ckpt")) and time.monotonic() < limit:
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, 0.05))
+        for job in dice.sample(jobs, 2):
+            os.kill(job, signal.SIGKILL)
+            os.waitpid(job, 0)
+        for path in (folder / "runs").glob("*.ckpt"):
+            if (path / "manifest.json").exists():  # it looks complete
+                content, found = AtomicCheckpointIO().load_checkpoint(path), found + 1
+                for weight in content["state_dict"].values():
+                    assert (weight == content["number"]).all()
+    assert found >= 30
