@@ -121,7 +121,8 @@ def newest_valid(folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]
     Newest by the time of writing: a run resumed at an early step is newer than its first half.
     """
     passed_over = []
-    files = Path(folder).glob(f"*{SUFFIX}")
+    there = Path(folder).glob(f"*{SUFFIX}")
+    files = [path for path in there if path.is_file() or sharded.begun(path)]
     for path in sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
         reason = check(path)
         if reason is None:

@@ -146,9 +146,7 @@ def _rename(draft: Path, path: Path) -> None:
         os.replace(path, old)
     os.replace(draft, path)
     _sync(path.parent)
-    if old.is_dir():
-        shutil.rmtree(old)
-    old.unlink(missing_ok=True)
+    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -168,11 +166,18 @@ def _sum(path: Path) -> list[int]:
     return [size, crc]
 
 
+def begun(path: Path) -> bool:
+    """Whether a folder holds anything of a checkpoint."""
+    return any((path / name).exists() for name in (MANIFEST, META, INDEX))
+
+
 def damage(path: Path) -> str | None:
     """None if the folder is a whole checkpoint, else what is wrong with it, in words."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except FileNotFoundError:
+        if not begun(path):
+            return "it is a folder, not a checkpoint file"
         return f"it is incomplete: a folder without {MANIFEST}, which is written last"
     except (OSError, ValueError, KeyError, TypeError):
         return f"its {MANIFEST} is damaged"

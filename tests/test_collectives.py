@@ -83,7 +83,7 @@ def test_a_step_sends_what_the_formula_says(ranks, tmp_path, world, layers):
     text = tmp_path / "text.txt"
     text.write_text("".join(documentation())[:3000])
     layouts = [name for name in LAYOUTS if world == 4 or name not in ("hsdp", "2d")]
-    for found in ranks(count, world, text, layouts, world, layers):
+    for found in ranks(count, world, text, layouts, world, layers, timeout=300):
         for name, counts in found.items():
             ops = counts.pop("ops")
             assert counts == collectives(layers, **LAYOUTS[name][1](world)), (name, ops)

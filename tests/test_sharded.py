@@ -44,7 +44,6 @@ LAYOUTS = {
     "zero3 4": (4, mesh()),
     "tp 2": (2, mesh(dp_shard=1, tp=-1)),
     "zero3 x tp 2x2": (4, mesh(tp=2)),
-    "pp 2": (2, mesh(dp_shard=1, pp=2)),
 }
 
 
