@@ -160,7 +160,8 @@ def digits(seed: int) -> None:
         path, seconds = trained(f"diffusion/{name}", seed)
         row = circumstances(f"diffusion/{name}") | {"seed": seed, "n": 500} | seconds
         row |= {"judge": round(judge.accuracy, 4), "floor": round(judge.floor, 3)}
-        append("diffusion_quality", row | judged(Diffusion.load(path), judge, 500, 20, 0.0))
+        steps = 1 if name == "digits_one_step" else 20
+        append("diffusion_quality", row | judged(Diffusion.load(path), judge, 500, steps, 0.0))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     kernel    mean k(x, x') + mean k(y, y') - 2 mean k(x, y),  x != x', y != y',
               k(x, y) = (x·y / d + 1)³
 
-U C1 Uᵀ is symmetric, so its eigenvalues are real and cost a sixth of those of C1 C2; rank-deficient
+U C1 Uᵀ is symmetric, so its eigenvalues are real and cheaper than those of C1 C2; rank-deficient
 covariances give tiny negative ones, which are cut off, never a complex or missing number. U is of
 the real data, which do not change: it is kept. The Fréchet distance is biased upwards by about
 c / n, so only distances at equal n can be compared; the kernel distance is not.

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from .feature_statistics import Gaussian, frechet, kernel_distance
 from .inception import SHA256, Inception, Layer, weights
 from .shared_features import SharedFeatures, checked, fingerprint, some, spread
+from .validations import refuse_without_validation
 
 KEPT = 10_000  # real images at most whose features are kept for the kernel distance
-FORM = "bytes, statistics 2"  # of what is cached: another code must not find it
+PROBES = 8  # real images by which an extractor is known again
+FORM = "bytes, statistics 3"  # of what is cached: another code must not find it
 
 
 class Reference(NamedTuple):
@@ -41,6 +43,7 @@ class Reference(NamedTuple):
     features: Tensor  # (n d) of some training images
     floor: Tensor  # distances of n test images: Fréchet's and the kernel's (2)
     accuracy: Tensor  # of the extractor on these, nan where it does not classify
+    probe: Tensor  # features of a few training images, by which the extractor is known again
 
 
 class FrechetDistance(L.Callback):
@@ -60,7 +63,6 @@ class FrechetDistance(L.Callback):
         weights: InceptionV3's file, in torch-fidelity's layout; by default the published one.
         reference: training images compared with; by default all.
         batch_size: images sampled at once; the distance depends on it in the last bits.
-        every: validations from one measurement to the next.
         cache: folder for what is known of the real images; by default ravine's cache.
     """
 
@@ -72,12 +74,11 @@ class FrechetDistance(L.Callback):
         weights: str | None = None,
         reference: int | None = None,
         batch_size: int = 128,
-        every: int = 1,
         cache: str | None = None,
     ) -> None:
         """Check the sizes."""
         for name, value, least in (("n", n, 2), ("reference", reference or 2, 2),
-                                   ("batch_size", batch_size, 1), ("every", every, 1)):  # fmt: skip
+                                   ("batch_size", batch_size, 1)):  # fmt: skip
             if value < least:
                 raise ValueError(
                     f"FrechetDistance: {name} is {value}; allowed: {least} or more; type "
@@ -85,15 +86,15 @@ class FrechetDistance(L.Callback):
                 )
         self.extractor, self.weights = extractor, weights
         self.layer: Layer = layer
-        self.n, self.reference, self.batch_size, self.every = n, reference, batch_size, every
+        self.n, self.reference, self.batch_size = n, reference, batch_size
         self.cache = Path(cache).expanduser() if cache else None
         self.found: dict[str, float] = {}  # the last measurement, unrounded
-        self.validations = 0
         self._file, self._sha256 = Path(), ""
-        self._known: tuple[str, Reference] | None = None  # of this run, by its key
+        self._known: Reference | None = None  # of this run
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot be measured before anything is trained."""
+        self._known = None
         if not callable(getattr(pl_module, "sample_images", None)):
             raise ValueError(
                 "FrechetDistance needs a module with a method sample_images(index, labels), and "
@@ -106,6 +107,7 @@ class FrechetDistance(L.Callback):
                 'FrechetDistance needs a datamodule with a method pictures("train"), and '
                 f"{type(data).__name__ if data else 'none'} is given; type --data=ImageDataModule"
             )
+        refuse_without_validation(trainer, "FrechetDistance", stage)
         if self.extractor is None:
             self._file, self._sha256 = weights(self.weights)
             if self._sha256 != SHA256:
@@ -125,10 +127,7 @@ class FrechetDistance(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, so early that a checkpoint can be chosen by it."""
-        if trainer.sanity_checking:
-            return
-        self.validations += 1
-        if trainer.state.fn != "fit" or (self.validations - 1) % self.every == self.every - 1:
+        if not trainer.sanity_checking:
             self._measure(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -175,37 +174,39 @@ class FrechetDistance(L.Callback):
         try:
             yield extractor.to(device).eval()
         finally:
-            if self.extractor is not None:
-                self.extractor.to("cpu")
-            del extractor
+            extractor.to("cpu")  # whoever still holds it
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _real(self, trainer: L.Trainer, work: SharedFeatures) -> Reference:
         """What is known of the real images: from this run, from the cache, or measured now."""
+        if self._known is not None:
+            return self._known
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         train, *_ = data.pictures("train")
         train = some(train, self.reference or len(train))
         test, labels = (some(each, self.n) for each in data.pictures("test"))
         parts = (FORM, self.name, self._sha256, str(self.n), fingerprint(train), fingerprint(test))
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        if self._known is None or self._known[0] != key:
-            path = (self.cache or cache_folder()) / f"{key}.safetensors"
-            known = read(path)
-            everywhere = trainer.strategy.reduce_boolean_decision(known is not None)
-            if known is None or not everywhere:
-                known = self._measured(work, train, test, labels)
-                if trainer.is_global_zero:
-                    write(path, known)
-            moved = [value.to(work.exact) for value in known]
-            self._known = key, Reference(*moved)
-            self._announce(self._known[1], len(train), len(test))
-        return self._known[1]
+        path = (self.cache or cache_folder()) / f"{key}.safetensors"
+        known = read(path)
+        if known and not alike(known.probe, probe(work, train)):
+            known = None  # an extractor of the same name and weights, and yet another one
+        everywhere = trainer.strategy.reduce_boolean_decision(known is not None)
+        if known is None or not everywhere:
+            known = self._measured(work, train, test, labels)
+            if trainer.is_global_zero:
+                write(path, known)
+        self._known = Reference(*(value.to(work.exact) for value in known))
+        self._announce(self._known, len(train), len(test))
+        return self._known
 
     def _measured(
         self, work: SharedFeatures, train: Tensor, test: Tensor, labels: Tensor
     ) -> Reference:
-        moments, features = work.moments(lambda i: train[i], len(train), None, KEPT)
+        g = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(train), generator=g)  # in a folder, a class comes after another
+        moments, features = work.moments(lambda i: train[order[i]], len(train), None, KEPT)
         gaussian = Gaussian.of(moments)
         others, tested = work.moments(lambda i: test[i], len(test), gaussian.mean, self.n)
         floor = torch.stack(
@@ -215,7 +216,7 @@ class FrechetDistance(L.Callback):
         if classify := getattr(work.extractor, "logits", None):
             answers = classify(tested.to(work.device)).argmax(1)
             accuracy = (answers.cpu() == labels.cpu()).double().mean()
-        return Reference(*gaussian, features, floor, accuracy)
+        return Reference(*gaussian, features, floor, accuracy, probe(work, train))
 
     def _announce(self, real: Reference, train: int, test: int) -> None:
         d = len(real.mean)
@@ -235,6 +236,17 @@ class FrechetDistance(L.Callback):
             f"{self.name}: {d} features, weights {self._sha256[:8]}; {test:,} real test images are "
             f"{real.floor[0]:.4g} away from {train:,} to train{knows}"
         )
+
+
+def probe(work: SharedFeatures, train: Tensor) -> Tensor:
+    """Features (p d) of a few of the images (n c y x), on the CPU."""
+    return work.extractor(some(train, PROBES).to(work.device)).cpu()
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether features are the same up to what another device or batch may change."""
+    same = one.shape == other.shape and one.dtype == other.dtype
+    return same and bool((one - other).abs().max() <= 1e-4 * one.abs().max())
 
 
 def cache_folder() -> Path:

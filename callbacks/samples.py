@@ -6,6 +6,8 @@ from typing import Any
 import lightning as L
 import numpy
 
+from .validations import refuse_without_validation
+
 
 class Samples(L.Callback):
     """Calls the task's `generate` at each validation; the last text is printed at the end.
@@ -23,12 +25,13 @@ class Samples(L.Callback):
         self.last: str | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module that generates nothing."""
+        """Refuse a module that generates nothing, and a fit that never asks it to."""
         if not callable(getattr(pl_module, "generate", None)):
             raise ValueError(
                 f"Samples needs a module with a method generate(), and {type(pl_module).__name__} "
                 "has none; take Samples out of trainer.callbacks"
             )
+        refuse_without_validation(trainer, "Samples", stage)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep a sample; all ranks generate, as a sharded net needs all of them.

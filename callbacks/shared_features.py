@@ -55,14 +55,15 @@ class SharedFeatures:
         first = next(blocks)
         sums, kept = Moments(first.double().mean(0) if pivot is None else pivot), []
         for block in chain((first,), blocks):
-            kept.append(block[: max(0, keep - sums.count)])
+            if (missing := keep - sums.count) > 0:
+                kept.append(block if missing >= len(block) else block[:missing].clone())
             sums.add(block)
         if not sums.second.isfinite().all():
             raise ValueError(
                 f"{type(self.extractor).__name__} gave features that are not finite; a distance "
                 "cannot be measured in them: give another extractor, or weights that are whole"
             )
-        return sums, torch.cat(kept)
+        return sums, torch.cat(kept) if kept else first[:0].clone()
 
     def _blocks(self, images: Callable[[Tensor], Tensor], count: int) -> Iterator[Tensor]:
         """The features of all blocks, in the order of their numbers."""

@@ -6,15 +6,15 @@ logged, and how images are asked for.
 Axes: b batch, n images, c y x images, s noise steps.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ravine.datamodules.images import to_uint8
+from ravine.datamodules.images import to_float, to_uint8
 from ravine.datamodules.order import Share, global_seed
 
 from .base import TaskModule
@@ -90,7 +90,9 @@ class Diffusion(TaskModule):
                 f"label_dropout is {label_dropout}; allowed: 0 to below 1; "
                 "type --model.label_dropout=0.1"
             )
-        self.way = self._told(Way(sampler, steps, guidance, eta))
+        self.one_step = conditioning == "one_step"
+        self.withheld = labels and label_dropout > 0
+        self.way = Way(sampler, steps, guidance, eta).of(self.withheld, self.one_step)
         self.denoising.schedule.path(self.way.steps)
         self.shape: dict[str, Any] = {
             "width": width, "time_width": time_width, "patch": patch, "attention": attention
@@ -121,13 +123,13 @@ class Diffusion(TaskModule):
         if self.labels and not classes:
             raise ValueError("the data have no labels; type --model.labels=false")
         found = (datamodule.channels, classes)
-        if self.channels and found != (self.channels, self.classes):
-            raise ValueError(
-                f"the data have {found[0]} channels and {found[1]} classes, the model "
-                f"{self.channels} and {self.classes}; type --data.source=... with the data that "
-                "the model was trained on"
-            )
+        self._agree(found, (self.channels, self.classes))
         self.size, (self.channels, self.classes) = tuple(datamodule.size), found
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """The net's answers to x (b c y x), in its own type: noise is fp32 whatever that is."""
+        own = next(w.dtype for w in self.parameters() if w.is_floating_point())
+        return super().forward(x.to(own), t, y)
 
     def denoise(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, guidance: float = 0.0
@@ -168,7 +170,7 @@ class Diffusion(TaskModule):
         numbers = share.rank + share.size * torch.arange(self.seen, self.seen + b, device=x0.device)
         self.seen += b
         level = numbers % LEVELS
-        t = self.denoising.times((level + 0.5) / LEVELS)
+        t = self.denoising.times((level.float() + 0.5) / LEVELS)
         eps = normals(key("validation"), numbers, tuple(x0.shape[1:]))
         error, x, answer = self.denoising.errors(self, x0, t, y, eps)
         of_x0 = (self.denoising.meant(answer, x, t) - x0).square().mean((1, 2, 3))
@@ -184,7 +186,7 @@ class Diffusion(TaskModule):
         there = total[:, 0] > 0  # of few images some levels may have none
         self.log(f"{stage}/loss", mean[there, 0].mean().float())
         self.log(f"{stage}/x0_mse", mean[there, 1].mean().float())
-        if self.denoising.conditioning != "one_step":
+        if not self.one_step:
             times = self.denoising.times((torch.arange(LEVELS) + 0.5) / LEVELS).tolist()
             levels = zip(times, mean[:, 1].tolist(), strict=True)
             self.log_dict({f"{stage}/x0_mse_t{round(t):03}": value for t, value in levels})
@@ -221,7 +223,7 @@ class Diffusion(TaskModule):
 
         Args:
             labels: what they shall show, "3", "0-4,7" or [3, 5]: a row each; by default all.
-            num_samples: images of each label.
+            num_samples: images of each label; without labels, of all, in a square.
             guidance: by default that of the model, as for the next three.
             steps: calls of the net.
             sampler: ddim, ancestral, euler, heun or dpm.
@@ -230,20 +232,19 @@ class Diffusion(TaskModule):
             batch_size: images made at once.
         """
         given = {"guidance": guidance, "steps": steps, "sampler": sampler, "eta": eta}
-        way = self._told(replace(self.way, **{k: v for k, v in given.items() if v is not None}))
+        way = self.way.of(self.withheld, self.one_step, **given)
         if num_samples < 1 or batch_size < 1:
             raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=8")
         asked = pick(labels, self.classes)
         index = torch.arange(num_samples * max(1, len(asked)), device=self.device)
         shown = torch.tensor(asked, device=self.device).repeat_interleave(num_samples)
         images = self._sample(index, shown if asked else None, way, seed, batch_size)
-        return Pictures(images, num_samples)
+        return Pictures(images, num_samples if asked else math.ceil(math.sqrt(num_samples)))
 
     def figures(self, datamodule: Any) -> dict[str, Any]:
         """The way back, estimates at each level, and what lies between two noises."""
-        images, *_ = next(iter(datamodule.val_dataloader()))
-        schedule, few = self.denoising.schedule, images[:2].to(self.device)
-        return draw.everything(self.denoise, schedule, self.way, few, self.classes)
+        few = to_float(datamodule.pictures("train")[0][:2].to(self.device))
+        return draw.everything(self.denoise, self.denoising.schedule, self.way, few, self.classes)
 
     def export(self, folder: str, format: Literal["safetensors"] = "safetensors") -> str:
         """Write the net's weights, and what it takes to build it again, into a folder.
@@ -265,19 +266,19 @@ class Diffusion(TaskModule):
         """Take them from a checkpoint, unless the data brought others."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["images"]
-        if not self.channels:
-            self.channels, self.size = saved["channels"], tuple(saved["size"])
-            self.classes = saved["classes"]
+        model = saved["channels"], saved["classes"]
+        if self.channels:
+            self._agree((self.channels, self.classes), model)
+        else:
+            (self.channels, self.classes), self.size = model, tuple(saved["size"])
 
-    def _told(self, way: Way) -> Way:
-        """The way as it can be gone by this model."""
-        if way.guidance and not (self.labels and self.label_dropout):
+    def _agree(self, data: tuple[int, int], model: tuple[int, int]) -> None:
+        """Refuse data of other channels and classes than the model has, if it has any yet."""
+        if model[0] and data != model:
             raise ValueError(
-                f"guidance is {way.guidance}, and the model was trained without labels that are "
-                "sometimes withheld; allowed: 0; type --guidance=0, or train with "
-                "--model.labels=true --model.label_dropout=0.1"
+                f"the data have {data[0]} channels and {data[1]} classes, the model {model[0]} and "
+                f"{model[1]}; type --data.source=... with the data that the model was trained on"
             )
-        return replace(way, steps=1) if self.denoising.conditioning == "one_step" else way
 
     def _sample(
         self, index: Tensor, labels: Tensor | None, way: Way, seed: int, batch_size: int

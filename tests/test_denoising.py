@@ -1,6 +1,7 @@
-"""Denoising: a net that answers rightly has no error, whatever it is asked for and however noisy."""
+"""Denoising: a net that answers rightly has no error, whatever it is asked for."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ TIMES = torch.linspace(100, 900, 9, dtype=torch.float64)
 
 
 def right_answers(
-    process: str, prediction: str, x0: Tensor, eps: Tensor
+    process: Any, prediction: Any, x0: Tensor, eps: Tensor
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """Written out from the papers: the data's spread is 1/2 for EDM and 1 for all others."""
     d = 0.5 if process == "edm" else 1.0
@@ -34,11 +35,11 @@ def right_answers(
 
 
 @pytest.mark.parametrize(("process", "prediction"), ASKED)
-def test_the_right_answer_has_no_error_and_is_the_image(process: str, prediction: str) -> None:
+def test_the_right_answer_has_no_error_and_is_the_image(process: Any, prediction: Any) -> None:
     denoising = Denoising(Schedule(process), prediction, "edm")
     x0, eps = torch.randn(2, 9, 1, 4, 4, dtype=torch.float64)
     net = right_answers(process, prediction, x0, eps)
-    error, x, answer = denoising.errors(net, x0, TIMES, None, eps)
+    error, x, _ = denoising.errors(net, x0, TIMES, None, eps)
     assert error.dtype == torch.float64
     assert error.max() < 1e-10
     assert (denoising.denoise(net, x, TIMES) - x0).abs().max() < 1e-10
@@ -66,7 +67,7 @@ def test_whole_times_of_whole_numbers_have_the_levels_of_the_table() -> None:
 
 @pytest.mark.parametrize("process", KINDS)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_images_are_the_samplers_of_their_own_noise(name: str, process: str) -> None:
+def test_images_are_the_samplers_of_their_own_noise(name: Any, process: Any) -> None:
     def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         return (x * 0.3 + t[:, None, None, None] / 5000).tanh()
 

@@ -17,6 +17,7 @@ from ravine.datamodules.images import to_uint8
 from ravine.lightning_modules import Diffusion, LanguageModel
 from ravine.lightning_modules.imaging.draws import key, normals, uniforms
 from ravine.lightning_modules.imaging.noise_schedules import alpha_bar
+from ravine.lightning_modules.imaging.unet import sinusoids
 
 # as in tests/test_support.py: it is logged on each rank after the ranks have summed it
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
@@ -331,7 +332,8 @@ def test_a_model_without_labels_and_one_without_data_say_so() -> None:
     model = built(labels=False)
     with pytest.raises(ValueError, match=r"trained without labels; leave --labels away"):
         model.generate(labels="3")
-    assert len(model.generate(num_samples=3).images) == 3
+    made = model.generate(num_samples=10)
+    assert (len(made.images), made.columns) == (10, 4)  # nearly a square
     assert torch.equal(
         model.sample_images(torch.arange(3), torch.arange(3)), model.sample_images(torch.arange(3))
     )
@@ -340,11 +342,49 @@ def test_a_model_without_labels_and_one_without_data_say_so() -> None:
     other = data()
     other.setup("fit")
     other.channels = 3
-    with pytest.raises(ValueError, match=r"the data have 3 channels and 0 classes, the model 1"):
+    said = r"the data have 3 channels and 0 classes, the model 1"
+    with pytest.raises(ValueError, match=said):
         model.adopt(other)
+    checkpoint: dict[str, Any] = {}
+    model.on_save_checkpoint(checkpoint)
+    new = Diffusion(**TINY)
+    new.adopt(other)
+    with pytest.raises(ValueError, match=said):
+        new.on_load_checkpoint(checkpoint)
     other.num_classes = 0
     with pytest.raises(ValueError, match=r"the data have no labels; type --model.labels=false"):
         Diffusion(labels=True).adopt(other)
+
+
+def test_one_step_is_not_asked_for_more() -> None:
+    model = built(conditioning="one_step", steps=20)
+    assert len(model.generate(num_samples=1, steps=1).images) == 10
+    said = r"steps is 20, .*conditioning one_step; allowed: 1; type --steps=1"
+    with pytest.raises(ValueError, match=said):
+        model.generate(steps=20)
+
+
+def test_weights_of_bf16_see_the_same_times_and_the_noise_in_their_type() -> None:
+    model = Diffusion(labels=True, steps=2, **TINY)
+    trainer = fit(model, 2, precision="bf16-true", limit_val_batches=1, check_val_every_n_epoch=1,
+                  limit_train_batches=2)  # fmt: skip
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert {"val/x0_mse_t051", "val/x0_mse_t951"} <= trainer.callback_metrics.keys()
+    assert model.generate(num_samples=1).images.float().std() > 0
+    t = torch.tensor([999.0])
+    with trainer.precision_plugin.forward_context():
+        inside = sinusoids(t, 16)
+    assert torch.equal(inside, sinusoids(t, 16))
+
+
+def test_a_run_without_validation_has_its_figures(tmp_path: Path) -> None:
+    images = ImageDataModule("digits", batch_size=32, seed=0, val_fraction=0)
+    trainer = Trainer(
+        max_steps=1, default_root_dir=tmp_path, name="digits", accelerator="cpu", logger=True,
+        enable_progress_bar=False, callbacks=[Figures()],
+    )  # fmt: skip
+    trainer.fit(Diffusion(steps=2, **TINY), images)
+    assert len(list(tmp_path.rglob("digits_*.png"))) == 3
 
 
 def test_a_sampled_byte_comes_back_through_the_floats() -> None:

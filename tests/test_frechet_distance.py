@@ -14,9 +14,9 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ravine.callbacks import FrechetDistance, frechet_distance, inception
+from ravine.callbacks import FrechetDistance, Samples, frechet_distance, inception
 from ravine.callbacks.feature_statistics import Gaussian, Moments, frechet, kernel_distance
-from ravine.callbacks.shared_features import spread
+from ravine.callbacks.shared_features import SharedFeatures, spread
 
 D = 16
 
@@ -262,7 +262,8 @@ def test_the_callback_says_what_the_formula_says_of_the_same_images() -> None:
     floor = distance(extract(test), extract(real))
     assert found["val/fd_random_floor"] == pytest.approx(floor)
     assert found["val/fd_random_ratio"] == pytest.approx(found["val/fd_random"] / floor)
-    kernel = kernel_distance(extract(drawn), extract(real)[:100])
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    kernel = kernel_distance(extract(drawn), extract(real[order])[:100])
     assert found["val/kd_random"] == pytest.approx(float(kernel))
     assert found["val/fd_random_n"] == 100
     assert found["val/fd_random_images_per_second"] > 0
@@ -357,6 +358,105 @@ def test_what_is_known_of_the_real_images_is_kept_under_a_key_of_all_that_decide
     assert len(calls) == 5
 
 
+class Brightness(nn.Module):
+    """Without parameters, and with an argument that no name tells."""
+
+    name = "brightness"
+
+    def __init__(self, power: float):
+        super().__init__()
+        self.power = power
+
+    def forward(self, images):
+        return (images.flatten(1).double() / 255)[:, :8] ** self.power
+
+
+def test_extractors_without_parameters_do_not_share_what_is_kept(tmp_path: Path) -> None:
+    def of(power: float, cache: str) -> float:
+        callback = FrechetDistance(Brightness(power), n=40, cache=str(tmp_path / cache))
+        return measured(callback, Painter(bright=200))["val/fd_brightness"]
+
+    of(1.0, "shared")
+    assert of(2.0, "shared") == of(2.0, "own")
+
+
+class Sorted(Pictures):
+    """Four classes of four brightnesses, one after another, or mixed."""
+
+    mixed = False
+
+    def pictures(self, part):
+        labels = torch.arange(self.counts[part]) * 4 // self.counts[part]
+        images = torch.stack([paint(i, 8, 60 * (int(c) + 1)) for i, c in enumerate(labels)])
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))
+        return (images[order], labels[order]) if self.mixed else (images, labels)
+
+
+class Labelled(Painter):
+    """As bright as its label says."""
+
+    def sample_images(self, index, labels=None):
+        pairs = zip(index.tolist(), labels.tolist(), strict=True)
+        return torch.stack([paint(i + 10_000, 8, 60 * (c + 1)) for i, c in pairs])
+
+
+def test_the_kernel_distance_does_not_hang_on_the_order_of_the_images() -> None:
+    found = []
+    for mixed in (False, True):
+        data = Sorted(400, 100)
+        data.mixed = mixed
+        found.append(measured(FrechetDistance(Brightness(1), n=100), Labelled(), data))
+    one, other = (each["val/kd_brightness"] for each in found)
+    apart = measured(FrechetDistance(Brightness(1), n=100), Painter(bright=60), data)
+    assert abs(one - other) < 0.1 * apart["val/kd_brightness"]
+
+
+def test_samples_are_drawn_with_the_labels_of_the_data() -> None:
+    """A painter whose brightness is its label is near; with its labels rolled on, it is not."""
+
+    class Rolled(Labelled):
+        def sample_images(self, index, labels=None):
+            return super().sample_images(index, labels.div(2, rounding_mode="floor"))
+
+    data, callback = Sorted(400, 100), FrechetDistance(Brightness(1), n=100)
+    near = measured(callback, Labelled(), data)["val/fd_brightness_ratio"]
+    assert near < 3 < measured(callback, Rolled(), data)["val/fd_brightness_ratio"]
+
+
+def test_no_more_features_are_held_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts, *a: held.extend(parts) or cat(parts, *a))
+    work = SharedFeatures(L.Trainer(accelerator="cpu"), Random(), 32, torch.device("cpu"))
+    real = Pictures(train=128).pictures("train")[0]
+    for keep in (0, 40, 200):
+        _, features = work.moments(lambda i: real[i], 128, None, keep)
+        assert torch.equal(features, Random()(real)[:keep])
+        held.append(features)
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in held)
+
+
+@pytest.mark.parametrize("callback", [FrechetDistance(Random()), Samples()])
+def test_a_fit_without_validation_is_refused(callback: L.Callback) -> None:
+    class Trained(Painter):
+        train_dataloader = Pictures.val_dataloader
+
+        def generate(self):
+            return "words"
+
+        def training_step(self, batch, index):
+            return self.line(torch.ones(1, 1)).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, callbacks=[callback], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, max_steps=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"this fit has none; allowed: .*--data.val_fraction=0.05"):
+        trainer.fit(Trained(), datamodule=Pictures())
+
+
 def test_labels_are_asked_for_in_the_proportions_of_the_data() -> None:
     labels = torch.tensor([2] * 60 + [0] * 20 + [1] * 20)
     assert spread(labels, 10).bincount().tolist() == [2, 2, 6]
@@ -407,7 +507,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments, text: str) ->
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("bad", [{"n": 1}, {"reference": 1}, {"batch_size": 0}, {"every": 0}])
+@pytest.mark.parametrize("bad", [{"n": 1}, {"reference": 1}, {"batch_size": 0}])
 def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
     (name,) = bad
     with pytest.raises(ValueError, match=rf"{name} is {bad[name]}; allowed: .*callbacks.{name}="):

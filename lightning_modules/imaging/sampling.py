@@ -8,8 +8,9 @@ Axes: n images, b batch, c y x images.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,25 @@ class Way:
                 f"eta is {self.eta} and the sampler {self.sampler}, which takes none; "
                 "allowed with it: 0; type --sampler=ddim"
             )
+
+    def of(self, withheld: bool, one_step: bool, **given: Any) -> "Way":
+        """As given (None is not), and as a model can go it: guided, if labels were withheld.
+
+        One that knows pure noise only goes in one step.
+        """
+        way = replace(self, **{name: value for name, value in given.items() if value is not None})
+        if one_step and given.get("steps") not in (None, 1):
+            raise ValueError(
+                f"steps is {way.steps}, and this model knows pure noise only, conditioning "
+                "one_step; allowed: 1; type --steps=1"
+            )
+        if way.guidance and not withheld:
+            raise ValueError(
+                f"guidance is {way.guidance}, and the model was trained without labels that are "
+                "sometimes withheld; allowed: 0; type --guidance=0, or train with "
+                "--model.labels=true --model.label_dropout=0.1"
+            )
+        return replace(way, steps=1) if one_step else way
 
     def function(self) -> Sampler:
         """The sampler."""

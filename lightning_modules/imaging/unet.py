@@ -72,7 +72,7 @@ class Attention(nn.Module):
 def sinusoids(t: Tensor, width: int) -> Tensor:
     """Times (b) as sines and cosines of wavelengths from 2π to 20000π, (b d)."""
     half = width // 2
-    rates = torch.exp(-math.log(1e4) / half * torch.arange(half, device=t.device))
+    rates = torch.exp(-math.log(1e4) / half * torch.arange(half, device=t.device).float())
     angles = t.float()[:, None] * rates  # (b d/2); fp32: bf16 cannot tell 999 from 1000
     return torch.cat((angles.sin(), angles.cos()), 1)  # (b d)
 
