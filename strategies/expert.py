@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.functional import pad
 
 
 def mixtures(module: nn.Module) -> list[nn.Module]:
@@ -55,6 +56,12 @@ def _travelling(
 
     def travelling(x: Tensor) -> Tensor:
         e, n, d = x.shape
+        given = n
+        if not torch.is_grad_enabled():  # in an evaluation ranks may have unequal batches
+            most = torch.tensor(n, device=x.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+            n = int(most)
+            x = pad(x, (0, 0, 0, n - given))
         sent = _Exchange.apply(x, group).view(ranks, e // ranks, n, d)  # of each rank, for mine
         mail = sent.transpose(0, 1).reshape(e // ranks, ranks * n, d)
         whole = dict(experts._parameters)
@@ -65,7 +72,7 @@ def _travelling(
         finally:
             experts._parameters.update(whole)
         answers = answers.view(e // ranks, ranks, n, d).transpose(0, 1).reshape(e, n, d)
-        return _Exchange.apply(answers, group)
+        return _Exchange.apply(answers, group)[:, :given]
 
     return travelling
 
