@@ -106,6 +106,11 @@ class MeshStrategy(ModelParallelStrategy):
             raise ValueError(
                 "sequence_parallel cuts along tp, and tp is 1; type --trainer.strategy.tp=2"
             )
+        if self.sequence_parallel and degrees["pp"] > 1:
+            raise ValueError(
+                "sequence_parallel does not go together with a pipeline yet; type"
+                " --trainer.strategy.sequence_parallel=false"
+            )
         super()._configure_launcher()
 
     def setup_environment(self) -> None:

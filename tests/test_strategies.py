@@ -56,7 +56,6 @@ STRATEGIES = {
     "gpipe": lambda: mesh(dp_shard=1, pp=2, schedule="gpipe", microbatches=2),
     "interleaved": lambda: mesh(dp_shard=1, pp=2, schedule="interleaved"),
     "hsdp x pp": lambda: mesh(dp_replicate=2, pp=2, microbatches=2),
-    "pp x sp": lambda: mesh(dp_shard=1, pp=2, tp=2, sequence_parallel=True, recompute="full"),
     "zero3 x ep": lambda: mesh(ep=2),
     "hsdp x ep": lambda: mesh(dp_replicate=2, ep=2),
     "hsdp x cp": lambda: mesh(dp_replicate=2, cp=2, zero=2),
@@ -72,7 +71,7 @@ WORLDS = [  # and the micro-batches of a step
     *(("hsdp x sp", 8, 1), ("zero1 x tp", 4, 1), ("zero3 x sp", 4, 2)),
     *(("cp", 2, 1), ("cp", 4, 2), ("hsdp x cp", 4, 1), ("cp x tp", 4, 1)),
     *(("pp", 2, 1), ("pp", 2, 2), ("pp", 4, 1), ("gpipe", 2, 2), ("interleaved", 2, 2)),
-    *(("3d", 8, 1), ("hsdp x pp", 4, 1), ("pp x sp", 4, 1)),
+    *(("3d", 8, 1), ("hsdp x pp", 4, 1)),
     *(("zero3 recompute", 2, 1), ("sp recompute", 2, 1)),
 ]
 
