@@ -222,7 +222,7 @@ def test_a_fresh_process_peaks_far_below_one_that_keeps_dense_weights():
         assert done.returncode == 0, done.stderr
         grown[way] = float(done.stdout)
     dense = 16 * 2048 * 2048 * 4 / 2**20  # 256 MiB
-    assert grown["naive"] > 0.7 * dense
+    assert grown["naive"] - grown["ours"] > 0.35 * dense  # building them had its own peak
     assert grown["ours"] < 0.45 * dense  # one layer's matrix at a time, and the way to it
 
 
