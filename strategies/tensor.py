@@ -142,11 +142,17 @@ def _left_out(net: nn.Module, names: list[str], glob: str) -> bool:
 
 def _check_split(net: nn.Module, name: str, style: str, ranks: int) -> None:
     """Refuse what does not divide; where a parent says `head_width`, whole heads must."""
-    weight = getattr(net.get_submodule(name), "weight", None)
+    module = net.get_submodule(name)
+    weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 2:
         raise ValueError(
-            f"{type(net).__name__}.tp_plan: {name!r} is a"
-            f" {type(net.get_submodule(name)).__name__}; only matrices split"
+            f"{type(net).__name__}.tp_plan: {name!r} is a {type(module).__name__};"
+            " only matrices split"
+        )
+    if "weight" not in module._parameters:  # codes stand for it, in blocks
+        raise ValueError(
+            f"tp={ranks}: the weight of {name} is quantized, and blocks of codes do not split;"
+            " type --trainer.strategy=zero3, which shards them"
         )
     head_width = getattr(net.get_submodule(name.rpartition(".")[0]), "head_width", None)
     parts = weight.shape[SPLIT_AXIS[style]] // (head_width or 1)

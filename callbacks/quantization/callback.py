@@ -85,12 +85,6 @@ class Quantization(Transform):
                 "Quantization: bitsandbytes is not installed; type pip install 'ravine[quant]', or "
                 "--trainer.callbacks.backend=torch"
             )
-        ranks = getattr(trainer.strategy, "_tensor_parallel_size", 1)
-        if isinstance(ranks, int) and ranks > 1:
-            raise ValueError(
-                "Quantization: blocks of 64 weights do not split with the matrices of tensor "
-                "parallelism; type --trainer.strategy=zero3, which shards them"
-            )
         pl_module.strict_loading = False  # a file of the net before has weights where codes are
         super().setup(trainer, pl_module, stage)
 
