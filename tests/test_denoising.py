@@ -13,7 +13,8 @@ from ravine.lightning_modules.imaging.noise_schedules import Schedule, alpha_bar
 from ravine.lightning_modules.imaging.samplers import SAMPLERS
 from ravine.lightning_modules.imaging.sampling import Way, sample
 
-KINDS, PREDICTIONS = ("linear", "cosine", "flow", "edm"), ("x0", "eps", "v", "velocity")
+KINDS: Any = ("linear", "cosine", "flow", "edm")
+PREDICTIONS = ("x0", "eps", "v", "velocity")
 ASKED = [(p, k) for p in KINDS for k in PREDICTIONS if (p, k) != ("flow", "eps")]
 TIMES = torch.linspace(100, 900, 9, dtype=torch.float64)
 

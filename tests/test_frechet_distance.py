@@ -76,7 +76,7 @@ class Pictures(L.LightningDataModule):
     def val_dataloader(self):
         return torch.utils.data.DataLoader(range(4))
 
-    test_dataloader = val_dataloader
+    train_dataloader = test_dataloader = val_dataloader
 
 
 def measured(callback, module=None, data=None, world: int = 1):
@@ -313,12 +313,16 @@ def test_the_distance_in_inceptions_features_is_that_of_torch_fidelity(weights: 
 def test_fid_is_of_2048_features_finite_and_leaves_no_inception_behind(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
+    made, moved = [], []
 
     class Watched(inception.Inception):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             made.append(weakref.ref(self))
+
+        def to(self, device):
+            moved.append(str(device))
+            return super().to(device)
 
     monkeypatch.setattr(frechet_distance, "Inception", Watched)
     callback = FrechetDistance(weights=str(weights), n=4, batch_size=4)
@@ -329,6 +333,7 @@ def test_fid_is_of_2048_features_finite_and_leaves_no_inception_behind(
     gc.collect()
     assert len(made) == 1
     assert made[0]() is None
+    assert moved == ["cpu", "cpu"]  # to the device, and off it again
 
 
 def test_what_is_known_of_the_real_images_is_kept_under_a_key_of_all_that_decides_it(
@@ -435,26 +440,40 @@ def test_no_more_features_are_held_than_are_kept(monkeypatch: pytest.MonkeyPatch
         assert all(part.untyped_storage().nbytes() == part.nbytes for part in held)
 
 
-@pytest.mark.parametrize("callback", [FrechetDistance(Random()), Samples()])
-def test_a_fit_without_validation_is_refused(callback: L.Callback) -> None:
-    class Trained(Painter):
-        train_dataloader = Pictures.val_dataloader
+class Trained(Painter):
+    def generate(self):
+        return "words"
 
-        def generate(self):
-            return "words"
+    def training_step(self, batch, index):
+        return self.line(torch.ones(1, 1)).mean()
 
-        def training_step(self, batch, index):
-            return self.line(torch.ones(1, 1)).mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
 
+def fit(callback: L.Callback, **more: int) -> None:
     trainer = L.Trainer(
         accelerator="cpu", logger=False, callbacks=[callback], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, max_steps=1,
+        enable_progress_bar=False, enable_model_summary=False, **more,
     )  # fmt: skip
+    trainer.fit(Trained(), datamodule=Pictures())
+
+
+@pytest.mark.parametrize("callback", [FrechetDistance(Random()), Samples()])
+def test_a_fit_without_validation_is_refused(callback: L.Callback) -> None:
     with pytest.raises(ValueError, match=r"this fit has none; allowed: .*--data.val_fraction=0.05"):
-        trainer.fit(Trained(), datamodule=Pictures())
+        fit(callback, limit_val_batches=0, max_steps=1)
+
+
+def test_the_real_images_are_read_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, distances = [], []
+    original, measure = frechet_distance.fingerprint, FrechetDistance._measure
+    monkeypatch.setattr(
+        frechet_distance, "fingerprint", lambda *a: seen.append(len(a)) or original(*a)
+    )
+    monkeypatch.setattr(FrechetDistance, "_measure", lambda *a: distances.append(measure(*a)))
+    fit(FrechetDistance(Random(), n=64), max_epochs=3)
+    assert (len(distances), len(seen)) == (3, 3)  # of the extractor, and of either part
 
 
 def test_labels_are_asked_for_in_the_proportions_of_the_data() -> None:
