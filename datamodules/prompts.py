@@ -55,7 +55,8 @@ class PromptDataModule(L.LightningDataModule):
         length: characters of a snippet.
         batch_size: prompts of one optimizer step, over all ranks and accumulated batches.
         val_fraction: the last part of the text, or of the file, from which no prompt is trained on.
-        val_prompts: prompts of a validation, always the same, spread over that part.
+        val_prompts: prompts of a validation, always the same, spread over that part; of more ranks
+            the greatest number below that they share evenly.
         seed: of the order; by default that of seed_everything.
     """
 
@@ -123,6 +124,11 @@ class PromptDataModule(L.LightningDataModule):
         """Those of a file; of a text there are too many."""
         return [row["prompt"] for row in self.rows]
 
+    @property
+    def characters(self) -> str:
+        """The different characters of all prompts, sorted."""
+        return "".join(sorted(set(self._snippets).union(*self.prompts)))
+
     def train_dataloader(self) -> TrainLoader:
         """Prompts drawn with replacement from a text, without from a file."""
         first, trainer = self._parts()[0], cast(Any, self.trainer)
@@ -137,26 +143,36 @@ class PromptDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> EvalLoader:
         """The same prompts each time, all of them in one batch, which they are compared within."""
-        first, last = self._parts()
+        _, first, last = self._parts()
+        share = Share.of(self.trainer)
         count = min(self.val_prompts, last - first) if self.rows else self.val_prompts
-        places = torch.linspace(first, last - 1, count).long()
+        even = count - count % share.size  # all ranks compare texts of one batch of one size
+        if not even:
+            held = f"only {count} are held out" if self.rows else f"val_prompts is {count}"
+            fix = "val_fraction=0.5" if count < self.val_prompts else f"val_prompts={share.size}"
+            raise ValueError(
+                f"{held}, for {share.size} ranks; allowed: {share.size} or more, a prompt for each "
+                f"rank; type --data.{fix}, or --trainer.devices={count}"
+            )
+        places = torch.linspace(first, last - 1, even).long()
 
         def take(numbers: Tensor) -> Prompts:
             return self._batch(places[numbers], [(-1, n) for n in numbers.tolist()])
 
-        return EvalLoader(take, count, count, Share.of(self.trainer))
+        return EvalLoader(take, even, even, share)
 
     def test_dataloader(self) -> EvalLoader:
         """As in validation."""
         return self.val_dataloader()
 
-    def _parts(self) -> tuple[int, int]:
-        """Items to train on, and all: rows, or places in the text where a snippet may begin."""
+    def _parts(self) -> tuple[int, int, int]:
+        """Items to train on, the first held out, and all: rows, or where a snippet may begin."""
         items = len(self.rows) or len(self._snippets)
         train = int(items * (1 - self.val_fraction))
         if self.rows:
-            return min(train, items - 1), items
-        return train - self.length, items - self.length + 1
+            train = min(train, items - 1)
+            return train, train, items
+        return train - self.length, train, items - self.length + 1  # none crosses the border
 
     def _batch(self, items: Tensor, places: list[tuple[int, int]]) -> Prompts:
         numbers = items.tolist()
@@ -168,8 +184,8 @@ class PromptDataModule(L.LightningDataModule):
         return Prompts([row["prompt"] for row in rows], places, columns)
 
     def _check_size(self, name: str) -> None:
-        train, whole = self._parts()
-        if train < 1 or whole - train < 1:
+        train, first, whole = self._parts()
+        if train < 1 or whole - first < 1:
             unit = "prompts" if self.rows else "characters"
             count = len(self.rows) or len(self._snippets)
             raise ValueError(

@@ -30,17 +30,14 @@ from .policy import base_model
 from .policy.estimators import Estimator
 from .policy.judge import Judge
 from .policy.kl import KL
-from .policy.rewards import (
-    Facts,
-    Reward,
-    check_terms,
-)
+from .policy.rewards import Facts, Reward, check_terms
 from .policy.rollout import (
     Clock,
     Rollout,
     adapters_off,
     by_reference,
     check_fits,
+    check_known,
     check_together,
     drift,
     log_probabilities,
@@ -101,7 +98,7 @@ class Reinforce(TaskModule):
         self._frozen: tuple[nn.Module, ...] = ()
         self._clock, self._metrics = Clock(), dict[str, float]()
         self._written: list[dict[str, Any]] = []
-        check_together(new, group_size, sampling, estimator, kl, reference)
+        check_together(new, group_size, sampling, estimator, kl, reference, stop)
 
     def setup(self, stage: str) -> None:
         """Read the base model, then look at the data."""
@@ -124,8 +121,10 @@ class Reinforce(TaskModule):
                 "type --data=PromptDataModule"
             )
         self.corpus = None if datamodule.text is None else Facts(datamodule.text)
-        micro = datamodule.batch_size // Share.of(self.trainer).accumulate
-        self.estimator.check(micro * self.group_size, self.group_size)
+        accumulate = Share.of(self.trainer).accumulate
+        micro = datamodule.batch_size // accumulate
+        self.estimator.check(micro * self.group_size, self.group_size, accumulate)
+        check_known(datamodule.characters, cast(Tokenizer, self.tokenizer), datamodule.resolved)
         for number, prompt in enumerate(datamodule.prompts):
             self._encode(prompt, f"prompt {number} of the file")
 

@@ -206,6 +206,26 @@ def test_each_rule_keeps_what_it_says(rules: dict[str, Any], kept: list[float]) 
     torch.testing.assert_close(found, expected / expected.sum())
 
 
+def test_a_drawn_token_that_rounding_moves_over_the_border_is_still_scored() -> None:
+    """Drawn as the second of two, it comes third in the pass that scores it, by the last bit."""
+    drawn = torch.tensor([1.0, 0.5, 0.5 - 1e-7, -3.0])
+    scored = torch.tensor([1.0, 0.5 - 1e-7, 0.5, -3.0], requires_grad=True)
+    token = torch.tensor(1)
+    for rule in (Sampling(top_k=2), Sampling(top_p=0.6), Sampling(0.5, top_k=2, top_p=0.8)):
+        was = rule.log_probabilities(drawn)[token]
+        assert was.isfinite()
+        assert rule.log_probabilities(scored)[token] == -math.inf
+        kept = rule.log_probabilities(scored, keep=token)
+        likely = (scored.detach()[:3] / rule.temperature).log_softmax(-1)  # with the one drawn
+        torch.testing.assert_close(kept[:3].detach(), likely)
+        (slope,) = torch.autograd.grad(kept[token], scored)
+        assert slope.isfinite().all()
+        inside = rule.log_probabilities(drawn, keep=token)
+        assert inside.equal(rule.log_probabilities(drawn))  # one that never left changes nothing
+    floor = Sampling(min_p=math.exp(-0.5))
+    assert floor.log_probabilities(torch.tensor([1.0, 0.4]), keep=token).isfinite().all()
+
+
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
     count = 40_000

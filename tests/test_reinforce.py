@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -28,6 +29,7 @@ from ravine.lightning_modules import (
 )
 from ravine.lightning_modules.language import Transformer
 from ravine.lightning_modules.language.sampling import Sampling
+from ravine.lightning_modules.policy import base_model
 from ravine.lightning_modules.policy.estimators import Estimator
 from ravine.lightning_modules.policy.kl import KL
 from ravine.lightning_modules.policy.rollout import log_probabilities
@@ -393,6 +395,14 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         lambda b: policy(b, sampling=Sampling(0.0)),
         r"nothing is drawn.*--model\.sampling\.temperature=0\.8",
     ),
+    "a stop of nothing": (
+        lambda b: policy(b, stop=""),
+        r"stop is ''.*; allowed: one character or more.*; type --model\.stop=",
+    ),
+    "a term with a metric's name": (
+        lambda b: policy(b, CharacterFraction("e", name="kl")),
+        r"two metrics are called 'kl': give each term a `name`",
+    ),
     "no base": (
         lambda b: policy(b + "x"),
         r"no base model at .*: no such file.*--model\.base=FILE",
@@ -501,4 +511,109 @@ def test_validation_prompts_are_none_that_are_trained_on(base) -> None:
     assert len(held_out) == 8
     text, border = prompts.text or "", int(len(prompts.text or "") * 0.9)
     assert all(t in text[:border] for t in trained)
-    assert all(t in text[border - 8 :] for t in held_out)
+    assert all(t in text[border:] for t in held_out)
+    loader, length = prompts.val_dataloader(), prompts.length
+    prompts._snippets = "." * border + "".join(map(chr, range(9000, 9000 + len(text) - border)))
+    found = [text for batch in loader for text in batch.texts]
+    assert found[0][0] == chr(9000)  # the border itself, and not a character before it
+    assert not any("." in each for each in found)
+    assert ord(found[-1][-1]) - 9000 >= len(text) - border - 1 - length
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_ranks_validate_on_batches_of_one_size(rows: bool, base: str, tmp_path) -> None:
+    """Seven prompts on two ranks are six: they are compared within one batch."""
+    lines = [json.dumps({"prompt": f"a {i}"}) for i in range(70)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    path = tmp_path / "prompts.jsonl" if rows else base.replace("base.ckpt", "text.txt")
+    batches = []
+    for rank in range(2):
+        prompts = PromptDataModule(path, length=8, val_prompts=7)
+        prompts.trainer = ranked(rank, 2)
+        prompts.setup("fit")
+        batches.append([batch.texts for batch in prompts.val_dataloader()])
+    assert [[len(texts) for texts in each] for each in batches] == [[3], [3]]
+    assert not {*batches[0][0]} & {*batches[1][0]}
+
+
+def test_fewer_held_out_prompts_than_ranks_are_refused(base: str, tmp_path) -> None:
+    prompts = data(base, val_prompts=3)
+    prompts.trainer = ranked(0, 4)
+    prompts.setup("fit")
+    with pytest.raises(ValueError, match=r"is 3, for 4 ranks; allowed: 4 .*--data\.val_prompts=4"):
+        prompts.val_dataloader()
+    (tmp_path / "few.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    few = PromptDataModule(tmp_path / "few.jsonl")
+    few.trainer = ranked(0, 2)
+    few.setup("fit")
+    with pytest.raises(ValueError, match=r"only 1 are held out.*--data\.val_fraction=0\.5"):
+        few.val_dataloader()
+
+
+def ranked(rank: int, size: int) -> Any:
+    """What a data module asks of a trainer."""
+    strategy = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": size})
+    return SimpleNamespace(strategy=strategy, accumulate_grad_batches=1)
+
+
+def test_a_policy_of_a_base_in_the_default_shape_is_a_base_itself(tmp_path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    model = LanguageModel()
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    trainer.fit(model, TextDataModule(tmp_path / "text.txt", context=16, batch_size=1))
+    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    first = base_model.read(str(tmp_path / "base.ckpt"))
+    tuned = policy(str(tmp_path / "base.ckpt"), reward_of(0.0, 1.0), new=2, reference="none")
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    trainer.fit(tuned, data(str(tmp_path / "base.ckpt"), batch_size=2))
+    trainer.save_checkpoint(tmp_path / "policy.ckpt")
+    second = base_model.read(str(tmp_path / "policy.ckpt"))
+    assert first.shape == second.shape == {}
+    again = policy(str(tmp_path / "policy.ckpt"), reward_of(0.0, 1.0), new=2, reference="none")
+    fit(again, data(str(tmp_path / "base.ckpt"), batch_size=2), 1)
+
+
+def test_a_prompt_with_a_character_the_base_does_not_know_is_refused(tmp_path) -> None:
+    (tmp_path / "text.txt").write_text("abc def\n" * 200)
+    model = LanguageModel(layers=1, width=16, heads=2)
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    letters = TextDataModule(
+        tmp_path / "text.txt", context=16, batch_size=1, tokenizer="characters"
+    )
+    trainer.fit(model, letters)
+    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    base = str(tmp_path / "base.ckpt")
+    late = "abc def\n" * 400 + "cab \u00f8 z\n"  # held out: without a check, long after the start
+    (tmp_path / "other.txt").write_text(late)
+    (tmp_path / "other.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "\u00f8z"}\n')
+    for name in ("other.txt", "other.jsonl"):
+        prompts = PromptDataModule(tmp_path / name, length=4, batch_size=2)
+        message = rf"{name} has prompts with 'z' \(U\+007A\), '\u00f8' .*; type --data\.path=FILE"
+        with pytest.raises(ValueError, match=message):
+            fit(policy(base, CharacterFraction("e"), new=4), prompts, 1)
+
+
+def test_tokens_of_a_micro_batch_are_no_divisor_of_a_step(base) -> None:
+    model = policy(base, estimator=Estimator("none", normalize="tokens"))
+    with pytest.raises(ValueError, match=r"2 micro-batches.*--model\.estimator\.normalize=const"):
+        fit(model, data(base), 1, accumulate_grad_batches=2)
+
+
+DIVERGENCES = {"k1 in the reward": KL(0.5), "k2 in the loss": KL(0.5, "k2", "loss")}
+
+
+@pytest.mark.parametrize("where", DIVERGENCES)
+def test_the_weights_are_of_the_reward_minus_the_divergence(where: str, base: str) -> None:
+    """The penalty lowers the reward it stands in; in the loss it leaves the weights alone."""
+    kl, beta = DIVERGENCES[where], 0.5
+    model = policy(base, CharacterFraction("e"), kl=kl, estimator=Estimator("rloo"))
+    model.lr = 0.05
+    rollout = fit(model, data(base), 3).rollouts[2]  # away from the base
+    rewards = torch.tensor([row["reward"] for row in model.samples()], dtype=torch.float64)
+    assert rollout.reference is not None
+    away = (rollout.sampled - rollout.reference).double().where(rollout.mask, 0.0).sum(1) / 16
+    assert away.std() > 1e-2
+    if kl.where == "reward":
+        rewards = rewards - beta * away
+    others = (rewards.sum() - rewards) / (len(rewards) - 1)
+    torch.testing.assert_close(rollout.weights.double(), rewards - others, atol=1e-6, rtol=0)

@@ -21,7 +21,14 @@ from ravine.lightning_modules import (
     WordUniqueness,
 )
 from ravine.lightning_modules.policy.overlap import distances, mean_pairwise, to_nearest
-from ravine.lightning_modules.policy.rewards import Facts, Reward, RewardError, Samples, combine
+from ravine.lightning_modules.policy.rewards import (
+    Facts,
+    Reward,
+    RewardError,
+    Samples,
+    check_terms,
+    combine,
+)
 from ravine.lightning_modules.policy.rewards import evaluate as answers_of
 from ravine.lightning_modules.policy.watching import of_texts
 
@@ -110,6 +117,26 @@ def test_terms_add_up_by_weight_and_none_leaves_a_sample_out() -> None:
     total = combine(terms, answers_of(terms, samples("eeee", "ex")))
     assert total.isnan().tolist() == [True, False]
     assert total[1] == -2 * 0.5 + 0.5 * 3
+
+
+def test_a_binary_term_names_the_nan_of_what_it_judges_and_leaves_none_out() -> None:
+    broken = RewardFunction(lambda texts: [1.0, float("nan")], name="mine")
+    with pytest.raises(RewardError, match="the reward mine is nan for sample 1"):
+        score(Binary(broken, least=0.5), "a", "b")
+    partly = RewardFunction(lambda texts: [1.0, None], name="mine")
+    assert np.isnan(score(Binary(partly, least=0.5), "a", "b")).tolist() == [False, True]
+
+
+TAKEN = (
+    "reward surrogate entropy kl kl_k3 distinct jaccard nearest_jaccard vocabulary distinct_words "
+    "tokens tokens_per_second zero_advantages drift prompt text seconds_rollout e_spread"
+)
+
+
+@pytest.mark.parametrize("name", TAKEN.split())
+def test_a_term_does_not_take_the_name_of_what_is_logged_beside_it(name: str) -> None:
+    with pytest.raises(RewardError, match=f"two metrics are called '{name}'"):
+        check_terms([CharacterFraction("e", name=name)], corpus=True, reference=True)
 
 
 def test_what_is_watched_of_texts() -> None:

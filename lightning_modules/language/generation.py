@@ -180,7 +180,8 @@ def score(
 
 def chosen(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
     """Log-probabilities of tokens (b n) where the mask is true, 0 elsewhere, of logits (b n v)."""
-    scores = sampling.log_probabilities(logits).gather(-1, tokens[..., None])[..., 0]  # (b n)
+    scores = sampling.log_probabilities(logits, keep=tokens)  # (b n v)
+    scores = scores.gather(-1, tokens[..., None])[..., 0]  # (b n)
     return scores.where(mask, 0.0)
 
 

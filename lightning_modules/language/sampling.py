@@ -61,8 +61,11 @@ class Sampling:
                 f"allowed: 1 to {vocabulary}; type --top_k={min(40, vocabulary)}"
             )
 
-    def log_probabilities(self, logits: Tensor) -> Tensor:
+    def log_probabilities(self, logits: Tensor, keep: Tensor | None = None) -> Tensor:
         """What is drawn from, as logarithms (... v); tokens left out have -inf.
+
+        Tokens `keep` (...) are not left out: they were drawn, and only rounding can have moved
+        them over the border since.
 
         At temperature 0 nothing is drawn, and the net's own distribution is given. At least fp32:
         bf16 keeps 3 digits, and probabilities would be off by a percent.
@@ -70,6 +73,7 @@ class Sampling:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature > 0:
             logits = logits / self.temperature
+        drawn = None if keep is None else logits.gather(-1, keep[..., None])
         if self.top_k is not None:
             least = logits.topk(self.top_k).values[..., -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
@@ -82,6 +86,8 @@ class Sampling:
             outside = torch.zeros_like(before, dtype=torch.bool)
             outside = outside.scatter(-1, places, before >= self.top_p)
             logits = logits.masked_fill(outside, -math.inf)
+        if keep is not None and drawn is not None:
+            logits = logits.scatter(-1, keep[..., None], drawn)
         return logits.log_softmax(-1)
 
     def choose(self, log_probabilities: Tensor, uniform: Tensor) -> Tensor:

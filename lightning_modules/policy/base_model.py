@@ -59,9 +59,8 @@ def read(base: str) -> BaseModel:
             "read what it writes; train it on a TextDataModule, or type --model.base=FILE"
         )
     given = checkpoint.get("hyper_parameters", {})
-    shape = {k: v for k, v in given.items() if not k.startswith("_")}
-    shape = language.get("shape") or shape
-    shape = {k: v for k, v in shape.items() if k not in ("vocabulary", "context")}
+    shape = language.get("shape", given)  # a policy's {} is the default
+    shape = {k: v for k, v in shape.items() if k[0] != "_" and k not in ("vocabulary", "context")}
     tokenizer = from_state(language["tokenizer"])
     weights = {
         name.removeprefix("net."): tensor

@@ -14,8 +14,8 @@ P is the probability of r = 1; the last two hold as B grows, and for any B the g
     grpo        E √(q(1-q)) / (P(1-P)),  q ~ Binomial(B, P) / B
     rejection   (1 - (1-P)^B) / P
 
-tests/test_estimators.py shows all of this by enumeration. B is the batch over all ranks, or one
-prompt's group. Axes: b samples, n new tokens.
+tests/test_estimators.py shows all of this by enumeration. B is the micro-batch over all ranks (of a
+step that accumulates, one part), or one prompt's group. Axes: b samples, n new tokens.
 """
 
 import math
@@ -39,11 +39,12 @@ class Estimator:
 
     Args:
         kind: the weight; see above.
-        scope: whom a sample is compared with: the step's batch on all ranks, or its prompt's group.
+        scope: whom a sample is compared with: the micro-batch on all ranks (the step's batch where
+            gradients are not accumulated), or its prompt's group.
         deviation: of the population (divide by B), or the sample's (by B - 1): grpo alone.
         normalize: sequence sums over tokens and is exact; constant divides that by the greatest
             length, and is as exact; tokens divides by all tokens of the batch, so that the step
-            depends on how long the others are.
+            depends on how long the others are: refused where gradients are accumulated.
         clip: keep each token's ratio to the sampler's probability within 1 ± clip (PPO). There is
             one step for each rollout, so only rounding moves the ratio from 1.
     """
@@ -61,8 +62,20 @@ class Estimator:
                 f"clip is {self.clip}; allowed: above 0, below 1; type --model.estimator.clip=0.2"
             )
 
-    def check(self, samples: int, group_size: int) -> None:
-        """Refuse a baseline over a single sample, which is always the sample itself."""
+    def check(self, samples: int, group_size: int, accumulate: int = 1) -> None:
+        """Refuse a baseline over one sample, which is the sample, and tokens of a part of a step.
+
+        Args:
+            samples: of a micro-batch over all ranks.
+            group_size: samples of a prompt.
+            accumulate: micro-batches of a step.
+        """
+        if self.normalize == "tokens" and accumulate > 1:
+            raise ValueError(
+                f"normalize is tokens, and a step has {accumulate} micro-batches, of which each "
+                "would divide by its own tokens; allowed: sequence, constant; "
+                "type --model.estimator.normalize=constant, or --trainer.accumulate_grad_batches=1"
+            )
         size = samples if self.scope == "batch" else group_size
         if self.kind in ("mean", "rloo", "grpo") and size < 2:
             fix = "--data.batch_size=64" if self.scope == "batch" else "--model.group_size=4"

@@ -29,7 +29,7 @@ class KL:
     rewards = rewards - kl.beta * kl.penalty(log_p, log_ref, mask, length=256)
 
     Args:
-        beta: nats that a reward of one is worth, for each token; 0 is none.
+        beta: reward lost for each nat a token; 0 is none.
         estimator: k1, k2 or k3.
         where: k1 belongs in the reward, k2 and k3 in the loss.
     """

@@ -20,6 +20,11 @@ import torch
 from torch import Tensor
 
 SHOWN = 40  # characters of a text in a message
+RESERVED = frozenset({  # what is logged beside the terms, or stands beside them in a sample
+    "reward", "surrogate", "entropy", "kl", "kl_k3", "distinct", "jaccard", "nearest_jaccard",
+    "vocabulary", "distinct_words", "tokens", "tokens_per_second", "zero_advantages", "drift",
+    "prompt", "text",
+})  # fmt: skip
 
 
 class RewardError(ValueError):
@@ -158,7 +163,8 @@ def check_terms(terms: Sequence[Reward], corpus: bool, reference: bool) -> None:
         )
     names = [term.name for term in terms]
     for term in terms:
-        if names.count(term.name) > 1 or term.name in ("reward", "surrogate"):
+        taken = term.name in RESERVED or re.match(r"seconds_|.*_spread$", term.name)
+        if taken or names.count(term.name) > 1:
             raise RewardError(f"two metrics are called {term.name!r}: give each term a `name`")
         if term.needs_corpus and not corpus:
             raise RewardError(

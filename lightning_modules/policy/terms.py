@@ -11,13 +11,14 @@ Each is computed from the text that was written, without its prompt, and lies in
 reference's log-probability). A text without words, or shorter than n, scores 0.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from .overlap import distances, ngrams, to_nearest
-from .rewards import Reward, RewardError, Samples
+from .rewards import Reward, RewardError, Samples, evaluate
 
 
 class CharacterFraction(Reward):
@@ -195,7 +196,8 @@ class Binary(Reward):
         """Judge."""
         low = -float("inf") if self.least is None else self.least
         high = float("inf") if self.most is None else self.most
-        return [None if x is None else float(low <= x <= high) for x in self.term.score(samples)]
+        found = evaluate([self.term], samples)[0]  # names a NaN, and gives one only for None
+        return [None if math.isnan(x) else float(low <= x <= high) for x in found.tolist()]
 
 
 def vocabulary_share(text: str, known: frozenset[str]) -> float:
