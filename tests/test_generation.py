@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ravine.lightning_modules.language import Transformer
-from ravine.lightning_modules.language.generation import generate, score, stream
+from ravine.lightning_modules.language.generation import chosen, generate, score, stream
 from ravine.lightning_modules.language.sampling import Sampling, uniforms
 
 V, T = 23, 32
@@ -218,6 +218,9 @@ def test_a_drawn_token_that_rounding_moves_over_the_border_is_still_scored() -> 
         kept = rule.log_probabilities(scored, keep=token)
         likely = (scored.detach()[:3] / rule.temperature).log_softmax(-1)  # with the one drawn
         torch.testing.assert_close(kept[:3].detach(), likely)
+        one = torch.ones(1, 1, dtype=torch.long)
+        in_training = chosen(scored[None, None], one, one.bool(), rule)
+        assert in_training.item() == kept[token].item()
         (slope,) = torch.autograd.grad(kept[token], scored)
         assert slope.isfinite().all()
         inside = rule.log_probabilities(drawn, keep=token)
