@@ -236,7 +236,8 @@ def the_columns_of_another_rank():
 
 
 def keys_that_do_not_go_round():
-    context._Passing.received = lambda self: self.sent
+    received = context._Passing.received
+    context._Passing.received = lambda self: (received(self), self.sent)[1]
 
 
 def tokens_in_the_plain_order():
