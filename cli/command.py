@@ -4,7 +4,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import _typehints, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -62,7 +62,7 @@ class Command(LightningCLI):
         """Pass `--print_groups` on to the plan."""
         if not self._get(self.config, "print_groups"):
             return
-        plans = [c for c in self.trainer.callbacks if hasattr(c, "print_groups")]
+        plans = [c for c in cast(Any, self.trainer).callbacks if hasattr(c, "print_groups")]
         if not plans:
             raise Mistake(
                 "--print_groups, and no callback plans the optimizers: the model has its own",
@@ -102,7 +102,7 @@ class Command(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
-            forget_unused(self.trainer)
+            forget_unused(cast(Trainer, self.trainer))
             raise
 
     def _resolved(self, command: str) -> saved_config.Config:
