@@ -49,7 +49,7 @@ class Reference(NamedTuple):
 class FrechetDistance(L.Callback):
     """Logs val/fid or val/fd_<extractor>, val/kid or val/kd_<extractor>, floor, ratio and speed.
 
-        Trainer(callbacks=[FrechetDistance(ClassifierFeatures("last.ckpt"), n=1000)])
+        Trainer(callbacks=[FrechetDistance(ClassifierFeatures("FILE.ckpt"), n=1000)])
 
     The module draws samples by `sample_images(index, labels)`: uint8 images (n c y x) of these
     sample numbers (n) and, where it can choose, these labels (n). The datamodule gives the real

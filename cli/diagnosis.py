@@ -91,7 +91,7 @@ class Diagnosis:
         """
         actions = [a for a in parser._actions if not f".{a.dest}".endswith(".help")]
         hints = {action.dest: getattr(action, "_typehint", None) for action in actions}
-        parts = [part for part in key.split(".") if part not in ("init_args", "help")]
+        parts = [p.removesuffix("+") for p in key.split(".") if p not in ("init_args", "help")]
         starts = [".".join(parts[:n]) for n in range(len(parts) + 1)]
         sections = {start for start in starts if any(d.startswith(f"{start}.") for d in hints)}
         reach = next(s for s in reversed(starts) if s in hints or s in sections or not s)

@@ -109,9 +109,10 @@ def start(words: list[str]) -> int:
         raise errors.Mistake("the folder you are in has been removed", [], "cd FOLDER") from error
     argv = arrange(words)
     environment.check(os.environ, argv[0], COMMANDS)
-    for word in argv:
-        if word.startswith("--config="):
-            presets.check(word.partition("=")[2])
+    configs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    for path in configs:
+        presets.check(path)
+    presets.check_order(configs)
     presets.checkpoint(argv)
     sys.argv[1:] = argv  # in place: Lightning's launcher runs sys.argv again in the other ranks
     if sys.path[0] != here:  # a console script has its own bin/ there

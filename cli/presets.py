@@ -94,3 +94,16 @@ def check(path: str) -> None:
         if key.value == "trainer" and not isinstance(value, yaml.MappingNode):
             why = f"in {path}, line {line}: 'trainer' must map arguments to values"
             raise Mistake(why, [], "trainer: {max_steps: 100}")
+
+
+def check_order(paths: list[str]) -> None:
+    """Refuse a config that adds callbacks before another that sets them: it would add nothing."""
+    import yaml
+
+    adds = ""
+    for path in paths:
+        trainer = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("trainer") or {}
+        if adds and "callbacks" in trainer:
+            why = f"{adds} adds to trainer.callbacks, and {path} behind it sets them anew"
+            raise Mistake(why, [], f"--config {path} --config {adds}")
+        adds = path if "callbacks+" in trainer else adds

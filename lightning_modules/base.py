@@ -102,7 +102,7 @@ class TaskModule(L.LightningModule):
     ) -> Self:
         """Rebuild a trained task from a checkpoint alone, on the CPU, ready to use.
 
-        model = LanguageModel.load("runs/shakespeare/quick/version_0/checkpoints/last.ckpt")
+        model = LanguageModel.load("runs/shakespeare/quick/version_0/checkpoints/step=001000.ckpt")
         print(model.generate("ROMEO:", max_new_tokens=200))
 
         Args:

@@ -52,6 +52,17 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
             "  type: key: value",
         ],
     ),
+    "a kind of parameter in callbacks+": (
+        MODEL,
+        "trainer:\n  callbacks+:\n  - class_path: OptimizerPlan\n    init_args:\n      rules:\n"
+        "      - kind: hiden_matrix\n",
+        [
+            "in run.yaml, line 6, trainer.callbacks+.0.init_args.rules.0.kind: kind cannot be "
+            "'hiden_matrix'",
+            "  nearest: hidden_matrix",
+            "  type: kind: hidden_matrix",
+        ],
+    ),
     "a config without a word": (
         ["fit"],
         "# model: LanguageModel\n",
@@ -446,3 +457,14 @@ def test_what_a_mistake_says_to_type_is_right(capsys: pytest.CaptureFixture[str]
             words = [told if word.startswith(f"{flag}=") else word for word in words]
     assert words == ["fit", "--model=LanguageModel", "--model.layers=3", "--trainer.max_steps=1"]
     assert "layers: 3" in capsys.readouterr().out
+
+
+def test_callbacks_that_a_later_config_would_drop_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("more.yaml").write_text("trainer:\n  callbacks+:\n  - class_path: EMA\n")
+    Path("run.yaml").write_text("model: LanguageModel\ntrainer:\n  callbacks: []\n")
+    assert main(["fit", "--config=more.yaml", "--config=run.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert "more.yaml adds to trainer.callbacks, and run.yaml behind it sets them anew" in told
+    assert "type: --config run.yaml --config more.yaml" in told

@@ -227,6 +227,16 @@ def test_a_value_that_the_optimizer_refuses_is_named():
         trained(OptimizerPlan(partial(AdamW, lr=-1.0)))
 
 
+@pytest.mark.parametrize("lr", ["0,03", float("nan"), float("inf"), -0.1])
+def test_a_rate_that_is_none_is_refused_where_the_optimizer_does_not_look(lr):
+    class Trusting(torch.optim.Optimizer):
+        def __init__(self, params, lr=1e-3):
+            super().__init__(params, {"lr": lr})
+
+    with pytest.raises(ValueError, match=r"Trusting: lr is .* allowed: a finite number"):
+        trained(OptimizerPlan(partial(Trusting, lr=lr)))
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     module = Net()
     module.configure_model()

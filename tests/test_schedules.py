@@ -61,3 +61,9 @@ def test_the_warmup_never_starts_at_zero_and_meets_the_shape_at_its_peak(kind):
 def test_a_schedule_that_does_not_fit_the_run_is_refused(schedule, length, message):
     with pytest.raises(ValueError, match=message):
         schedule.check(length)
+
+
+@pytest.mark.parametrize(("name", "share"), [("final", -3.0), ("final", 2.0), ("rate", 1e30)])
+def test_a_share_of_the_rate_is_between_none_and_all_of_it(name, share):
+    with pytest.raises(ValueError, match=rf"schedule: {name}=.*; allowed: 0 to 1"):
+        Schedule("cosine", **{name: share}).check(100)

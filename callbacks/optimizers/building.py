@@ -6,11 +6,13 @@ than one does. What a rule changes for itself (lr_scale, decay) is kept in its g
 
 import difflib
 import inspect
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from rich.table import Table
+from rich.table import Column, Table
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .composite import Composite
@@ -44,11 +46,21 @@ def compose(shares: Sequence[Share], decay: Decay) -> Composite:
         for group in list(member.param_groups):
             rule = owner[id(group["params"][0])].rule
             if "lr" in group:
+                check_rate(group["lr"], member)
                 group["lr"] *= rule.lr_scale
             split_decay(member, group, rule.decay or decay)
         members.append(member)
         labels += [owner[id(group["params"][0])].label for group in member.param_groups]
     return Composite(members, labels)
+
+
+def check_rate(lr: Any, optimizer: Optimizer) -> None:
+    """Refuse what an optimizer without checks of its own would compute with."""
+    if not isinstance(lr, int | float | Tensor) or not 0 <= lr < math.inf:
+        raise ValueError(
+            f"{type(optimizer).__name__}: lr is {lr!r}; allowed: a finite number, 0 or more; type "
+            "--trainer.callbacks.optimizer.lr=0.001, or lr: 1.0e-3 in a config"
+        )
 
 
 def same(one: OptimizerFactory | None, other: OptimizerFactory | None) -> bool:
@@ -73,7 +85,9 @@ def make(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimiz
     try:
         return factory(parameters)
     except ValueError as error:  # torch: "Invalid learning rate: -1.0"
-        words = [f"{key}={value}" for key, value in getattr(factory, "keywords", {}).items()]
+        given = getattr(factory, "keywords", {})
+        usual = inspect.signature(made).parameters if made is not None else {}
+        words = [f"{k}={v}" for k, v in given.items() if k not in usual or usual[k].default != v]
         name = made.__name__ if made is not None else "the optimizer"
         raise ValueError(f"{name} refuses {', '.join(words) or 'this'}: {error}") from error
 
@@ -93,7 +107,9 @@ def split_decay(optimizer: Optimizer, group: dict[str, Any], decay: Decay) -> No
 
 def table(shares: Sequence[Share], composite: Composite, names: bool = False) -> Table:
     """What runs, before it runs: a wrong grouping trains without complaint."""
-    made = Table("rule", "tensors", "parameters", "lr", "decay", "optimizer")
+    made = Table(
+        Column("rule", overflow="fold"), "tensors", "parameters", "lr", "decay", "optimizer"
+    )
     parts = composite.by_label()
     for share in shares:
         member, groups = parts[share.label]

@@ -61,6 +61,12 @@ class Schedule:
                 f"schedule: warmup={self.warmup}, but the run has {length:g} optimizer steps; "
                 f"set warmup between 0 and {length - 1:g}"
             )
+        for name, share in (("final", self.final), ("rate", self.rate)):
+            if not 0 <= share <= 1:
+                raise ValueError(
+                    f"schedule: {name}={share}; allowed: 0 to 1, a share of the peak learning "
+                    f"rate; set {name} to 0.1"
+                )
         falling = self.warmup + self.cooldown * length
         if self.kind == "wsd" and not (0 < self.cooldown <= 1 and falling <= length):
             raise ValueError(

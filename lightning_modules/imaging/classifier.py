@@ -194,7 +194,7 @@ class ImageClassifier(TaskModule):
 class ClassifierFeatures(nn.Module):
     """A trained classifier as a measure of images: bytes (b c y x) -> features (b d).
 
-    FrechetDistance(extractor=ClassifierFeatures("runs/classifier/mnist/version_0/.../last.ckpt"))
+    FrechetDistance(extractor=ClassifierFeatures("step=000600.ckpt"))
 
     `name`, e.g. mnist_cnn, is the one its distances are logged by.
 
