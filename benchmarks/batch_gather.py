@@ -8,6 +8,7 @@ within 3 %. Raw rows are appended to benchmarks/rows/batch_gather.jsonl.
 """
 
 import argparse
+import random
 import json
 import os
 import platform
@@ -65,11 +66,11 @@ def microseconds(way: Callable[[], Any], batches: int) -> float:
 def measure(
     ways: dict[str, Callable[[], Any]], rounds: int, batches: int
 ) -> dict[str, list[float]]:
-    """Rounds in which every way has its turn, each round beginning with another."""
+    """Rounds in which every way has its turn, in an order drawn anew: no way has one predecessor."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
+    names, order = list(ways), random.Random(0)
     for number in range(-1, rounds):  # the first round only warms the caches
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in order.sample(names, len(names)):
             taken = round(microseconds(ways[name], batches), 1)
             if number >= 0:
                 times[name].append(taken)
