@@ -8,10 +8,10 @@ within 3 %. Raw rows are appended to benchmarks/rows/batch_gather.jsonl.
 """
 
 import argparse
-import random
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import tempfile
