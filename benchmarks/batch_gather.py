@@ -66,7 +66,7 @@ def microseconds(way: Callable[[], Any], batches: int) -> float:
 def measure(
     ways: dict[str, Callable[[], Any]], rounds: int, batches: int
 ) -> dict[str, list[float]]:
-    """Rounds in which every way has its turn, in an order drawn anew: no way has one predecessor."""
+    """Rounds in which every way has its turn, in an order drawn anew each time."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     names, order = list(ways), random.Random(0)
     for number in range(-1, rounds):  # the first round only warms the caches
