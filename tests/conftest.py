@@ -37,15 +37,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_start() -> Iterator[None]:
+def same_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every test begins with the same generators and leaves the environment as it was."""
-    before = dict(os.environ)
+    before, imported = dict(os.environ), set(sys.modules)
+    folders = str(tmp_path_factory.getbasetemp())
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
     yield
     os.environ.clear()
     os.environ.update(before)
+    for name in set(sys.modules) - imported:  # a file in a test's folder: the next has its own
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(folders):
+            del sys.modules[name]
 
 
 @pytest.fixture
