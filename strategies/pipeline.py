@@ -15,7 +15,7 @@ the stages have made in the place of the net's own answer; what it logs is told 
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .expert import mixtures
-from .stages import let_go, net_of, shares
+from .stages import Stage, let_go, net_of, shares, whole
 
 Schedule = Literal["gpipe", "1f1b", "interleaved"]
 SCHEDULES: dict[str, tuple[Any, int]] = {  # and stages a rank
@@ -54,15 +54,22 @@ class Pipeline:
         kind, each = SCHEDULES[schedule]
         self.kind, self.microbatches, self.count = kind, microbatches, each * self.ranks
         self.names = [name for name, _ in module.named_parameters()]  # of the whole net
-        self.blocks = shares(list(self.net.blocks), self.count, type(module).__name__)
+        self.order = list(self.net.blocks)
+        self.blocks = shares(self.order, self.count, type(module).__name__)
         self.mine = range(self.rank, self.count, self.ranks)
         self.first, self.last = self.rank == 0, self.rank == self.ranks - 1
+        self.absent: dict[str, nn.Module] = {}  # stand-ins for blocks, and for what is at the ends
+        self.ends: dict[str, nn.Module] = {}
         self.tied = let_go(self)
         self.net.forward = lambda *args, **how: self.answer(*args, **how)
         self.answer: Callable[..., Any] = self.in_turn
         self.made: dict[Any, Any] = {}  # schedules by the shape of their input
         self.logged: dict[int, dict[str, Any]] = {}
         self.known: list[Any] | None = None  # names and options of what training_step logs
+
+    def whole(self) -> AbstractContextManager[None]:
+        """The whole net for a moment, to look at: optimizers are chosen by what it is."""
+        return whole(self)
 
     def part(self, stage: int, x: Any, *others: Any) -> Tensor:
         """What one stage of this rank makes of what it is given."""
@@ -223,7 +230,7 @@ class Pipeline:
                     x = self._tell(self.net(x) if stage in self.mine else None, stage % self.ranks)
                 if stage in self.mine:
                     shapes = (_like(given), _like(x))
-                    part = _Stage(self, stage)
+                    part = Stage(self, stage)
                     stages.append(
                         PipelineStage(part, stage, self.count, device, *shapes, group=self.group)
                     )
@@ -260,19 +267,6 @@ class _Asked(Exception):
     def __init__(self, inputs: Tensor) -> None:
         super().__init__()
         self.inputs = inputs
-
-
-class _Stage(nn.Module):
-    """One stage as torch wants it; the net stays where it was, with its names and its hooks."""
-
-    def __init__(self, pipeline: Pipeline, stage: int) -> None:
-        super().__init__()
-        self.__dict__["pipeline"], self.stage = pipeline, stage
-
-    def forward(self, x: Tensor) -> Tensor:
-        pipeline: Pipeline = self.__dict__["pipeline"]
-        with pipeline.context(), pipeline._answering(pipeline._of(self.stage)):
-            return pipeline.net(x)
 
 
 class _HandOut(torch.autograd.Function):

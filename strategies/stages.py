@@ -3,13 +3,16 @@
     blocks 0 1 | 2 3 | 4 5     enter (embedding) at the first stage, leave (norm, head) at the last
 
 Names do not change, so a checkpoint of the stages is one of the net. A tied head keeps its weight
-at both ends.
+at both ends. What is let go leaves a stand-in without numbers, for whoever must see the whole net:
+the last linear map of a stage is not the net's.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PROTOCOL = ("blocks", "enter", "through", "leave", "ends")
 
@@ -46,16 +49,63 @@ def let_go(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]]:
         found = [getattr(net, name) for name in names]
         return {p for each in found if each is not None for p in each.parameters()}
 
+    known: dict[nn.Parameter, nn.Parameter] = {}
     both = owned(enter) & owned(leave)
     tied = [(n, p.shape, p.dtype) for n, p in module.named_parameters() if p in both]
     kept = {name for stage in pipeline.mine for name in pipeline.blocks[stage]}
     for name in list(net.blocks):
         if name not in kept:
+            pipeline.absent[name] = stand_in(net.blocks[name], known)
             del net.blocks[name]
     gone = ([] if pipeline.first else enter) + ([] if pipeline.last else leave)
     for name in gone:
         part = getattr(net, name)
         shares = part is not None and any(p in both for p in part.parameters())
-        if not (shares and (pipeline.first or pipeline.last)):
+        if part is not None and not (shares and (pipeline.first or pipeline.last)):
+            pipeline.ends[name] = stand_in(part, known)
             setattr(net, name, None)
     return tied
+
+
+def stand_in(module: nn.Module, known: dict[nn.Parameter, nn.Parameter]) -> nn.Module:
+    """The same module, each parameter one number in the shape of all; `known` keeps ties."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None and p not in known:
+                like = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
+                known[p] = nn.Parameter(like, p.requires_grad)
+                known[p].elsewhere = True  # type: ignore[attr-defined]
+            part._parameters[name] = None if p is None else known[p]
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.to("meta")
+    return module
+
+
+@contextmanager
+def whole(pipeline: Any) -> Iterator[None]:
+    """Show the whole net for a moment, stand-ins (`elsewhere`) where another rank has the part."""
+    net, blocks = pipeline.net, dict(pipeline.net.blocks)
+    net.blocks._modules = {n: blocks.get(n) or pipeline.absent[n] for n in pipeline.order}
+    for name, part in pipeline.ends.items():
+        setattr(net, name, part)
+    try:
+        yield
+    finally:
+        net.blocks._modules = blocks
+        for name in pipeline.ends:
+            setattr(net, name, None)
+
+
+class Stage(nn.Module):
+    """One stage as torch wants it; the net stays where it was, with its names and its hooks."""
+
+    def __init__(self, pipeline: Any, stage: int) -> None:
+        """Remember which; a pipeline is no part of it."""
+        super().__init__()
+        self.__dict__["pipeline"], self.stage = pipeline, stage
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Go through the stage, as the net does."""
+        pipeline = self.__dict__["pipeline"]
+        with pipeline.context(), pipeline._answering(pipeline._of(self.stage)):
+            return pipeline.net(x)

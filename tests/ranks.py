@@ -19,7 +19,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,24 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     The function stands at module level of a test file; arguments and results are pickled. Inside,
     a stock ``Trainer(devices=world, ...)`` joins the job, and the warning filters are the caller's.
     """
+    with started(function, world, *args, timeout=timeout) as (processes, pipes, logs):
+        answers = _collect(pipes, timeout)
+        for process in processes if len(answers) == world else ():
+            process.join(5)
+        for process in processes:
+            process.kill()
+            process.join()
+        return _results(answers, logs, [process.exitcode for process in processes], timeout)
+
+
+@contextmanager
+def started(
+    function: Callable[..., Any], world: int, *args: Any, timeout: float = 90
+) -> Iterator[tuple[list[Any], list[Connection], list[Path]]]:
+    """Processes that call the function, the pipes of their answers, and what they write.
+
+    At the end whoever still lives is killed.
+    """
     if "<" in function.__qualname__:
         raise TypeError(f"{function.__qualname__} must stand at module level to run in ranks")
     context = multiprocessing.get_context("forkserver")
@@ -89,14 +108,11 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
             processes.append(process)
             pipes.append(receiver)
         try:
-            answers = _collect(pipes, timeout)
-            for process in processes if len(answers) == world else ():
-                process.join(5)
+            yield processes, pipes, logs
         finally:
             for process in processes:
                 process.kill()
                 process.join()
-        return _results(answers, logs, [process.exitcode for process in processes], timeout)
 
 
 def _environment(rank: int, world: int, port: int) -> dict[str, str]:

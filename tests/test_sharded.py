@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -29,6 +30,7 @@ from ravine.strategies.checkpoint_io import newest_valid
 # a validation loss that was reduced already is logged by each rank
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "parallelism.md"
 TINY = {"layers": 2, "width": 16, "heads": 4, "zero_init": False, "mlp": "gelu"}
 
 
@@ -44,6 +46,7 @@ LAYOUTS = {
     "zero3 4": (4, mesh()),
     "tp 2": (2, mesh(dp_shard=1, tp=-1)),
     "zero3 x tp 2x2": (4, mesh(tp=2)),
+    "pp 2": (2, mesh(dp_shard=1, pp=2)),
 }
 
 
@@ -110,24 +113,56 @@ def written(text, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("written")
     straight = train("single", text, save=folder / "single.ckpt")
+    torch.save(straight, folder / "straight.pt")
     for name, (world, _) in LAYOUTS.items():
         if world > 1:
             for result in run_ranks(write, world, name, text, folder):
-                assert off(result, straight) < 2e-6
+                assert off(result, straight) < 2e-6, name
     return folder, straight
 
 
+def square(ranks, text, folder, name, sources):
+    """How far each run that `name` continues is from one that was not cut."""
+    straight, world = torch.load(folder / "straight.pt"), LAYOUTS[name][0]
+    alone = [resume_each(name, text, folder, sources)] if world == 1 else None
+    found = alone or ranks(resume_each, world, name, text, folder, sources)
+    return {s: max(off(each[i], straight) for each in found) for i, s in enumerate(sources)}
+
+
+NAMES = list(LAYOUTS)
+SPANNING = {  # each layout continues its own, and those of two others
+    name: [NAMES[(i + step) % len(NAMES)] for step in (0, 1, 3)] for i, name in enumerate(NAMES)
+}
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_any_layout_continues_what_any_other_wrote(ranks, text, written, name):
-    folder, straight = written
-    world, sources = LAYOUTS[name][0], list(LAYOUTS)
-    if world == 1:
-        found = [resume_each(name, text, folder, sources)]
-    else:
-        found = ranks(resume_each, world, name, text, folder, sources)
-    for results in found:
-        for source, result in zip(sources, results, strict=True):
-            assert off(result, straight) < 2e-6, source
+def test_a_layout_continues_what_others_wrote(ranks, text, written, name):
+    far = square(ranks, text, written[0], name, SPANNING[name])
+    assert max(far.values()) < 2e-6, far
+
+
+def as_table(far):
+    """Rows: who wrote; columns: who went on."""
+    lines = [["saved on", *LAYOUTS], ["---"] * (len(LAYOUTS) + 1)]
+    lines += [[s, *(f"{far[name][s]:.0e}" for name in LAYOUTS)] for s in LAYOUTS]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@pytest.mark.square
+def test_any_layout_continues_what_any_other_wrote(ranks, text, written):
+    far = {name: square(ranks, text, written[0], name, NAMES) for name in LAYOUTS}
+    page = PAGE.read_text()
+    before, after = page.index("<!-- square -->"), page.index("<!-- /square -->")
+    PAGE.write_text(f"{page[:before]}<!-- square -->\n{as_table(far)}\n{page[after:]}")
+    assert max(far[name][s] for name in LAYOUTS for s in LAYOUTS) < 2e-6, far
+
+
+def test_the_page_has_a_figure_for_each_pair():
+    block = PAGE.read_text().partition("<!-- square -->")[2].partition("<!-- /square -->")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n")]
+    header, _, *rows = [line for line in lines if len(line) > 1]
+    assert header[1:] == [row[0] for row in rows] == NAMES
+    assert max(float(cell) for row in rows for cell in row[1:]) < 2e-6
 
 
 def test_a_folder_becomes_one_file_that_torch_reads(written, tmp_path, capsys):

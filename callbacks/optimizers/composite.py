@@ -52,6 +52,15 @@ class Composite(Optimizer):
             member.state = self.state
         self._unseen = [p for group in self.param_groups for p in group["params"]]
 
+    def let_go(self) -> None:
+        """Forget parameters that other ranks have (`elsewhere`); the groups are alike on all."""
+        for group in self.param_groups:
+            there = [p for p in group["params"] if getattr(p, "elsewhere", False)]
+            group["params"] = [p for p in group["params"] if not getattr(p, "elsewhere", False)]
+            for p in there:
+                self.state.pop(p, None)
+        self._unseen = [p for group in self.param_groups for p in group["params"]]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """`load_state_dict` ends here, with new group dicts and a new state dict."""
         super().__setstate__(state)

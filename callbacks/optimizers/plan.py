@@ -6,6 +6,7 @@ mixed precision, clipping, checkpoints) goes the usual way.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -153,7 +154,9 @@ class OptimizerPlan(Callback):
         self._length = length
 
     def _configure(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        shares = self._shares(module)
+        pipeline = getattr(trainer.strategy, "pipeline", None)  # of its stages none is the net
+        with pipeline.whole() if pipeline is not None else nullcontext():
+            shares = self._shares(module)
         composite = compose(shares, self.decay)
         self._refuse(trainer, composite)
         self._sets.use(composite)
@@ -170,6 +173,7 @@ class OptimizerPlan(Callback):
         if trainer.is_global_zero:
             Console().print(table(shares, composite, self.print_groups))
             self._say_what_it_replaces(trainer, module)
+        composite.let_go()
         if self.schedule is None:
             return {"optimizer": composite}
         schedule = self.schedule
