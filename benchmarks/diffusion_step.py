@@ -8,8 +8,6 @@ trainer. They take turns in blocks of steps, and the bare one runs twice a round
 One raw row in rows/diffusion_step.jsonl.
 """
 
-import os
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from record import append, processor
+from versus import compare
 
 from ravine.callbacks import EMA, GradientClipping, OptimizerPlan
 from ravine.cli.trainer import Trainer
@@ -88,7 +86,7 @@ def main() -> None:
     L.seed_everything(0, verbose=False)
     data = ImageDataModule("digits", batch_size=128)
     data.setup("fit")
-    bare, times = Bare(data), {"bare": [], "bare_again": []}
+    bare, times = Bare(data), {"bare": [], "bare again": []}
 
     def rivals() -> None:
         for name in times if len(times["bare"]) % 2 else reversed(times):
@@ -102,16 +100,9 @@ def main() -> None:
         enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(Diffusion(labels=True, width=16, channels_last=True), datamodule=data)
-    every = {"ours": clock.blocks} | times
-    median = {name: statistics.median(spent[1:]) for name, spent in every.items()}
-    append("diffusion_step", {
-        "machine": f"{processor()}, {torch.get_num_threads()} threads",
-        "load": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-        "milliseconds": {k: [round(1e3 * s, 2) for s in v[1:]] for k, v in every.items()},
-        "ratio": round(median["ours"] / median["bare"], 3),
-        "control": round(median["bare_again"] / median["bare"], 3),
-    })  # fmt: skip
+    every = {name: spent[1:] for name, spent in ({"ours": clock.blocks} | times).items()}
+    what = "a training step of diffusion/digits"
+    compare("diffusion_step", what, every, [], threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

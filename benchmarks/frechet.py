@@ -9,21 +9,19 @@
 One raw row a run, in rows/frechet.jsonl.
 """
 
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch_fidelity
-from record import HERE, append, processor
+from record import append, machine
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import _compute_fid
+from versus import compare, rounds
 
 from ravine.callbacks.feature_statistics import Gaussian, Moments, frechet
 from ravine.callbacks.inception import Inception
@@ -38,7 +36,7 @@ def gathered(features: Tensor) -> Moments:
     return moments
 
 
-def matrix() -> dict[str, Any]:
+def matrix() -> None:
     torch.set_num_threads(1)
     mix = torch.randn(D, D, dtype=torch.float64) / D**0.5
     drawn, real = (gathered(torch.randn(N, D, dtype=torch.float64) @ mix + m) for m in (0, 0.1))
@@ -46,26 +44,14 @@ def matrix() -> dict[str, Any]:
     theirs = drawn.mean(), drawn.covariance(), real.mean(), real.covariance()
     ways = {
         "ours": lambda: frechet(drawn, kept),
-        "ours_cold": lambda: frechet(drawn, Gaussian.of(real)),
+        "ours, cold": lambda: frechet(drawn, Gaussian.of(real)),
         "torchmetrics": lambda: _compute_fid(*theirs),
-        "ours_again": lambda: frechet(drawn, kept),
+        "ours again": lambda: frechet(drawn, kept),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    values: dict[str, float] = {}
-    for number in range(ROUNDS):
-        for name in list(ways) if number % 2 else reversed(ways):
-            begun = time.process_time()
-            values[name] = float(ways[name]())
-            times[name].append(round(time.process_time() - begun, 3))
-    median = {name: statistics.median(spent) for name, spent in times.items()}
-    return {
-        "d": D,
-        "seconds": times,
-        "ratio": round(median["torchmetrics"] / median["ours"], 2),
-        "ratio_cold": round(median["torchmetrics"] / median["ours_cold"], 2),
-        "control": round(median["ours_again"] / median["ours"], 3),
-        "relative_difference": abs(values["torchmetrics"] / values["ours"] - 1),
-    }
+    difference = abs(float(ways["torchmetrics"]()) / float(ways["ours"]()) - 1)
+    times = rounds(ways, ROUNDS)
+    what = f"Frechet's distance out of {D} means and covariances"
+    compare("frechet", what, times, ["torchmetrics"], relative_difference=difference)
 
 
 class Rows(torch.utils.data.Dataset[Tensor]):
@@ -91,7 +77,7 @@ def random_weights(path: Path) -> None:
 
 
 @torch.no_grad()
-def inception() -> dict[str, Any]:
+def inception() -> None:
     real = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
     drawn = torch.randint(200, (IMAGES, 3, 32, 32), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,38 +87,21 @@ def inception() -> dict[str, Any]:
         net = Inception(path, 64)
         one, other = (torch.cat([net(p) for p in images.split(64)]) for images in (drawn, real))
         ours = float(frechet(gathered(one), Gaussian.of(gathered(other))))
-        seconds = time.perf_counter() - begun
+        took = time.perf_counter() - begun
         begun = time.perf_counter()
         found = torch_fidelity.calculate_metrics(
             input1=Rows(drawn), input2=Rows(real), fid=True, cuda=False, verbose=False,
             cache=False, feature_layer_fid="64", feature_extractor_weights_path=str(path),
         )  # fmt: skip
     theirs = found["frechet_inception_distance"]
-    return {
-        "images": IMAGES,
-        "ours": ours,
-        "torch_fidelity": theirs,
-        "relative_difference": abs(ours / theirs - 1),
-        "seconds": {
-            "ours": round(seconds, 1),
-            "torch_fidelity": round(time.perf_counter() - begun, 1),
-        },
-    }
-
-
-def main(what: str) -> None:
-    torch.manual_seed(0)
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    row = {
-        "what": what,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
-        "load": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-    }
-    append("frechet", row | {"matrix": matrix, "inception": inception}[what]())
+    seconds = {"ours": round(took, 1), "torch_fidelity": round(time.perf_counter() - begun, 1)}
+    values = {"ours": ours, "torch_fidelity": theirs, "relative_difference": abs(ours / theirs - 1)}
+    what = f"val/fid at layer 64, {IMAGES} images of each kind"
+    versions = {"torch-fidelity": version("torch-fidelity")}
+    append("frechet", {"what": what} | machine() | versions | values | {"seconds": seconds})
 
 
 if __name__ == "__main__":
-    for what in sys.argv[1:] or ["matrix", "inception"]:
-        main(what)
+    torch.manual_seed(0)
+    for name in sys.argv[1:] or ["matrix", "inception"]:
+        {"matrix": matrix, "inception": inception}[name]()

@@ -1,37 +1,23 @@
 """Tokens per second with a key-value cache and without: python benchmarks/generation.py
 
 4 layers of width 128, context 256, 16 prompts of 128 characters, 128 new tokens, fp32. The ways
-take turns (cached, uncached, cached again: the A/A control). On a CPU one thread, seconds of the
-processor, so that a busy machine counts less; on a GPU seconds of the clock, and one way more: a
-step recorded as a CUDA graph. One raw row a round, in rows/generation.jsonl.
+take turns, ours twice (the A/A control). On a CPU one thread; on a GPU one way more: a step
+recorded as a CUDA graph. One raw row in rows/generation.jsonl.
 """
 
-import os
 import statistics
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from record import append, processor
+from versus import compare, rounds, waited
 
 from ravine.lightning_modules.language import Transformer
 from ravine.lightning_modules.language.generation import generate
 from ravine.lightning_modules.language.replay import cuda_graph
 
-B, PROMPT, NEW, CONTEXT, ROUNDS = 16, 128, 128, 256, 5
-
-
-def seconds(work: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        return time.perf_counter() - begun
-    begun = time.process_time()
-    work()
-    return time.process_time() - begun
+B, PROMPT, NEW, CONTEXT, ROUNDS = 16, 128, 128, 256, 3
 
 
 def main() -> None:
@@ -40,32 +26,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = Transformer(65, CONTEXT, layers=4, width=128, heads=4, zero_init=False).to(device)
     prompts = list(torch.randint(65, (B, PROMPT)))
-    ways: dict[str, dict[str, Any]] = {"cached": {}, "uncached": {"cached": False}}
-    ways |= {"cached_again": {}} | (
-        {"recorded": {"capture": cuda_graph}} if device == "cuda" else {}
-    )
-    generate(net, prompts, NEW, CONTEXT)
-    ratios, controls = [], []
-    for number in range(ROUNDS):
-        took = {
-            name: seconds(lambda how=how: generate(net, prompts, NEW, CONTEXT, **how))
-            for name, how in ways.items()
-        }
-        ratios.append(2 * took["uncached"] / (took["cached"] + took["cached_again"]))
-        controls.append(took["cached_again"] / took["cached"])
-        append(
-            "generation",
-            {
-                "round": number,
-                "machine": torch.cuda.get_device_name() if device == "cuda" else processor(),
-                "load": round(os.getloadavg()[0], 2),
-                "torch": torch.__version__,
-                "tokens_per_second": {k: round(B * NEW / s, 1) for k, s in took.items()},
-                "ratio": round(ratios[-1], 2),
-            },
-        )
-    print(f"cached / uncached, median {statistics.median(ratios):.1f} x", end=", ")
-    print(f"cached / cached, median {statistics.median(controls):.3f}")
+    ways: dict[str, dict[str, Any]] = {"ours": {}, "uncached": {"cached": False}, "ours again": {}}
+    if device == "cuda":
+        ways["ours, recorded"] = {"capture": cuda_graph}
+    calls = {k: partial(generate, net, prompts, NEW, CONTEXT, **how) for k, how in ways.items()}
+    times = rounds(calls, ROUNDS, clock=waited if device == "cuda" else time.process_time)
+    per_second = {name: round(B * NEW / statistics.median(s), 1) for name, s in times.items()}
+    what = f"generation with a cache, {B} x ({PROMPT} + {NEW}) tokens"
+    compare("generation", what, times, [], tokens_per_second=per_second)
 
 
 if __name__ == "__main__":

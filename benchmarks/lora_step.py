@@ -9,14 +9,13 @@ benchmarks/rows/lora_step.jsonl. Needs peft (pip install 'ravine[test]').
 
 import argparse
 import copy
-import statistics
 from collections.abc import Callable
 
 import torch
-from batch_gather import measure
 from peft import LoraConfig, inject_adapter_in_model
-from record import append, machine
 from torch import nn
+from versus import compare
+from versus import rounds as measured
 
 from ravine.callbacks.lora import adapt_module
 from ravine.lightning_modules.language import Transformer
@@ -52,17 +51,8 @@ def main() -> None:
         else:
             adapt_module(net, LAYERS, rank=16)
         ways[name] = step(net, tokens)
-    times = measure(ways, rounds, 1)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    control = medians["ours again"] / medians["ours"]
-    both = statistics.median(times["ours"] + times["ours again"])
-    append("lora_step", machine() | {
-        "ours/peft": round(both / medians["peft"], 3),
-        "A/A": round(control, 3),
-        "milliseconds": {name: round(median / 1000, 2) for name, median in medians.items()},
-        "rounds": rounds,
-        "raw_microseconds": times,
-    })  # fmt: skip
+    what = "a training step of rank 16 adapters on two blocks of width 512"
+    compare("lora_step", what, measured(ways, rounds), ["peft"])
 
 
 if __name__ == "__main__":

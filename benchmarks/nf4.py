@@ -7,12 +7,11 @@ benchmarks/rows/nf4.jsonl. Needs torchao and bitsandbytes (pip install 'ravine[b
 """
 
 import argparse
-import statistics
 import warnings
 
 import torch
-from batch_gather import measure
-from record import append, machine
+from versus import compare
+from versus import rounds as measured
 
 from ravine.callbacks.quantization import nf4
 
@@ -44,17 +43,9 @@ def main() -> None:
     error = {
         name: round(float((way() - weight).norm() / weight.norm()), 5) for name, way in ways.items()
     }
-    times = measure(ways, rounds, 10)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    append("nf4", machine() | {
-        "ours/torchao": round(medians["ours"] / medians["torchao"], 4),
-        "ours/bitsandbytes": round(medians["ours"] / medians["bitsandbytes"], 3),
-        "A/A": round(medians["ours again"] / medians["ours"], 3),
-        "microseconds": {name: round(median) for name, median in medians.items()},
-        "relative RMS error": error,
-        "rounds of 10": rounds,
-        "raw_microseconds": times,
-    })  # fmt: skip
+    what = "a million NF4 weights made float again"
+    packages = ["torchao", "bitsandbytes"]
+    compare("nf4", what, measured(ways, rounds, 10), packages, relative_rms_error=error)
 
 
 if __name__ == "__main__":

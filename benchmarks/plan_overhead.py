@@ -2,21 +2,19 @@
 
 200 tensors in 10 groups under AdamW and a linear schedule. Bare: one AdamW of 10 groups and torch's
 LambdaLR. Plan: ten rules, hence ten AdamW in one composite, with the plan's schedule. They take
-turns, and the bare one runs twice (the A/A control); seconds are of the processor, so that a busy
-machine counts less. One raw row a size, in rows/plan_overhead.jsonl.
+turns, and the bare one runs twice (the A/A control). One raw row a size,
+in rows/plan_overhead.jsonl.
 """
 
-import os
-import statistics
-import time
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from record import append, processor
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from versus import compare, rounds
 
 from ravine.callbacks import OptimizerPlan, Rule, Schedule
 
@@ -51,37 +49,19 @@ def planned(width: int) -> tuple[Any, Any]:
     return made["optimizer"], made["lr_scheduler"]["scheduler"]
 
 
-def seconds(optimizer: Any, scheduler: Any) -> float:
-    """Of one step, on average over some."""
-    begun = time.process_time()
-    for _ in range(STEPS):
-        optimizer.step()
-        scheduler.step()
-    return (time.process_time() - begun) / STEPS
+def step(optimizer: Any, scheduler: Any) -> None:
+    optimizer.step()
+    scheduler.step()
 
 
 def main() -> None:
     """Small tensors show the machinery, larger ones what it matters."""
     torch.set_num_threads(1)
     for width in (16, 128):
-        ways = {"bare": bare(width), "plan": planned(width)}
-        times: dict[str, list[float]] = {"bare": [], "plan": [], "bare_again": []}
-        for number in range(ROUNDS + 1):
-            for label in times if number % 2 else reversed(times):
-                spent = seconds(*ways[label.removesuffix("_again")])
-                if number:
-                    times[label].append(spent)
-        median = {label: statistics.median(spent) for label, spent in times.items()}
-        row = {
-            "tensors": f"{GROUPS * EACH} of {width} x {width}",
-            "machine": f"{processor()}, one thread",
-            "load": round(os.getloadavg()[0], 2),
-            "torch": torch.__version__,
-            "microseconds": {k: [round(1e6 * s, 1) for s in v] for k, v in times.items()},
-            "ratio": round(median["plan"] / median["bare"], 3),
-            "control": round(median["bare_again"] / median["bare"], 3),
-        }
-        append("plan_overhead", row)
+        kept = partial(step, *bare(width))
+        ways = {"ours": partial(step, *planned(width)), "bare": kept, "bare again": kept}
+        what = f"a step of a plan of ten rules, {GROUPS * EACH} tensors of {width} x {width}"
+        compare("plan_overhead", what, rounds(ways, ROUNDS, STEPS), [])
 
 
 if __name__ == "__main__":

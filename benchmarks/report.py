@@ -1,9 +1,9 @@
-"""The README's results table, written from raw rows: no number stands there by hand.
+"""The tables of results and of speeds, written from raw rows: no number stands there by hand.
 
-python benchmarks/report.py [README.md]
+python benchmarks/report.py [README.md docs/measurements.md]
 
 Of each recipe the rows of its present config count, the newest of each seed; what was run with an
-older config is history.
+older config is history. Of each comparison the newest row counts.
 """
 
 import json
@@ -16,7 +16,6 @@ from typing import Any
 from record import config_hash
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 SHOWN = {  # a row of the table: file of raw rows, label in it, metrics
     "tiny Shakespeare, AdamW": ("shakespeare_quick", "shakespeare/quick_adamw", ["val/loss"]),
     "tiny Shakespeare, Muon": ("shakespeare_quick", "shakespeare/quick", ["val/loss"]),
@@ -41,6 +40,20 @@ SHOWN = {  # a row of the table: file of raw rows, label in it, metrics
         "scikit-learn",
         ["test/accuracy", "test/f1", "test/auroc"],
     ),
+}
+
+FASTER = {  # file of raw rows: what a claim of it says (or its rival's name), and the ratio asked
+    "trainer_overhead": {"ours": "1.05"},
+    "diffusion_step": {"": "1.05"},
+    "plan_overhead": {"": "1.05"},
+    "batch_gather": {},
+    "muon_step": {"": "1.03"},
+    "lora_step": {"": "1.00"},
+    "nf4": {"torchao": "0.1", "bitsandbytes": "3"},
+    "generation": {"": "0.1"},
+    "rollout": {"": "0.125"},
+    "against_trl": {"beta 0.05": "0.556", "beta 0": "0.5"},
+    "frechet": {"torchmetrics": "0.333"},
 }
 
 
@@ -85,15 +98,60 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main(readme: Path) -> None:
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        sys.exit(f"{readme} needs one line {BEGIN} and one {END} after it; the table goes between")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
-    print(table())
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if seconds * factor >= 1 or unit == "µs":
+            return f"{seconds * factor:.3g} {unit}"
+    raise AssertionError("the last unit takes everything")
+
+
+def speeds() -> str:
+    """A line for each rival of each comparison, in the order of FASTER."""
+    lines = [
+        "| what | rival | time of ours | of the rival | ratio | asked | A/A | machine | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for file, asked in FASTER.items():
+        path = HERE / "rows" / f"{file}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for row in {row["what"]: row for row in rows if "ratios" in row}.values():
+            median = {name: statistics.median(spent) for name, spent in row["seconds"].items()}
+            for rival, ratio in row["ratios"].items():
+                bound = next(
+                    (b for part, b in asked.items() if part in f"{row['what']} {rival}"), ""
+                )
+                named = f"{rival} {row[rival]}" if rival in row else rival
+                lines.append(
+                    f"| [{row['what']}](../benchmarks/{file}.py) | {named} "
+                    f"| {duration(median['ours'])} | {duration(median[rival])} | **{ratio:.3f}** "
+                    f"| {bound} | {row['A/A']:.3f} | {row['machine']} | {row['commit']} |"
+                )
+    return "\n".join(lines)
+
+
+TABLES = {"results": table, "speeds": speeds}
+
+
+def write(page: Path) -> None:
+    """Renew the tables that the page has room for, between <!-- name --> and <!-- /name -->."""
+    text = page.read_text(encoding="utf-8")
+    rooms = {name: (f"<!-- {name} -->", f"<!-- /{name} -->") for name in TABLES}
+    found = [
+        name for name, (begin, end) in rooms.items() if text.count(begin) == text.count(end) == 1
+    ]
+    if not found:
+        sys.exit(
+            f"{page} has no room for a table: a line <!-- results --> and one <!-- /results -->"
+        )
+    for name in found:
+        before, rest = text.split(rooms[name][0])
+        after = rest.split(rooms[name][1])[1]
+        text = f"{before}{rooms[name][0]}\n{TABLES[name]()}\n{rooms[name][1]}{after}"
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else HERE.parent / "README.md")
+    pages = [HERE.parent / "README.md", HERE.parent / "docs" / "measurements.md"]
+    for given in [Path(word) for word in sys.argv[1:]] or pages:
+        write(given)

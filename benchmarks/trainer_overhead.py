@@ -2,10 +2,9 @@
 
 python benchmarks/trainer_overhead.py     appends a row a case to rows/trainer_overhead.jsonl
 
-The two take turns in one process: some steps under the Trainer, the clock stops, as many steps of
-the bare loop, and so on; whatever else the machine does, it does to both. `bare` is two bare loops
-taking turns: how far equal things differ here. A row holds microseconds a step, of CPU and of wall
-time, over all turns, and the ratio of the two. `ours` has everything on: bar, CSV, TensorBoard,
+They take turns in one process: some steps under the Trainer, the clock stops, as many steps of a
+bare loop, and of another (the A/A control), and so on; whatever else the machine does, it does to
+all. A row holds processor seconds a step. `ours` has everything on: bar, CSV, TensorBoard,
 checkpoints, a log line every 50 steps; the other cases lack one part, or are stock Lightning.
 """
 
@@ -13,7 +12,6 @@ import argparse
 import contextlib
 import io
 import logging
-import statistics
 import tempfile
 import time
 import warnings
@@ -26,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from record import append, circumstances
 from rich.console import Console
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from versus import Times, compare
 
 from ravine.callbacks import (
     ExactResume,
@@ -48,7 +46,7 @@ from ravine.lightning_modules import LanguageModel
 from ravine.strategies import GracefulStop
 
 WARM = 50  # steps of each before the first turn
-Times = tuple[float, float]  # seconds: CPU of this process, wall
+BARE = ("bare", "bare again")
 
 
 class Mlp(L.LightningModule):
@@ -150,40 +148,26 @@ class Transformers:
 
 
 class Turns(Callback):
-    """After each turn of the trainer, one of the bare loop; keeps the seconds of both."""
+    """After each turn of the trainer, one of each bare loop; keeps the seconds of a step of all."""
 
-    def __init__(self, rival: Iterator[None], turn: int, turns: int) -> None:
-        self.rival, self.turn, self.turns = rival, turn, turns
-        self.ours: list[Times] = []
-        self.bare: list[Times] = []
+    def __init__(self, loops: list[Iterator[None]], turn: int, turns: int) -> None:
+        self.loops, self.turn, self.turns = dict(zip(BARE, loops, strict=True)), turn, turns
+        self.times: Times = {name: [] for name in ("ours", *BARE)}
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         done = trainer.global_step - WARM
         if done < 0 or done % self.turn:
             return
         if done:
-            self.ours.append(since(self.start))
-            self.bare.append(steps(self.rival, self.turn))
-        else:
-            steps(self.rival, WARM)
-        trainer.should_stop = len(self.ours) == self.turns
-        self.start = now()
-
-
-def now() -> Times:
-    return time.process_time(), time.perf_counter()
-
-
-def since(start: Times) -> Times:
-    cpu, wall = now()
-    return cpu - start[0], wall - start[1]
-
-
-def steps(loop: Iterator[None], count: int) -> Times:
-    start = now()
-    for _ in range(count):
-        next(loop)
-    return since(start)
+            self.times["ours"].append((time.process_time() - self.begun) / self.turn)
+        for name, loop in list(self.loops.items())[:: 1 if done // self.turn % 2 else -1]:
+            begun = time.process_time()
+            for _ in range(self.turn if done else WARM):
+                next(loop)
+            if done:
+                self.times[name].append((time.process_time() - begun) / self.turn)
+        trainer.should_stop = len(self.times["ours"]) == self.turns
+        self.begun = time.process_time()
 
 
 class Screen(io.StringIO):
@@ -234,17 +218,7 @@ def stock(net: Any, turns: Turns) -> None:
         net.under(trainer)
 
 
-def bare(net: Any, turns: Turns) -> None:
-    """Two bare loops."""
-    loop = net.bare()
-    steps(loop, WARM)
-    steps(turns.rival, WARM)
-    for _ in range(turns.turns):
-        turns.ours.append(steps(loop, net.turn))
-        turns.bare.append(steps(turns.rival, net.turn))
-
-
-CASES: dict[str, Callable[[Any, Turns], None]] = {"bare": bare, "ours": ours, "stock": stock}
+CASES: dict[str, Callable[[Any, Turns], None]] = {"ours": ours, "stock": stock}
 CASES |= {f"ours without {part}": partial(ours, without=part) for part in PARTS}
 
 
@@ -260,19 +234,11 @@ def main(turns: int, net: str, case: str) -> None:
     }
     for name, made in ((name, made) for name, made in nets.items() if net in name):
         for label in (label for label in CASES if case in label):
-            clock = Turns(made.bare(), made.turn, turns)
+            clock = Turns([made.bare(), made.bare()], made.turn, turns)
             with contextlib.redirect_stdout(Screen()):
                 CASES[label](made, clock)
-            row = {"net": name, "case": label, "turns": turns, "steps a turn": made.turn}
-            for place, unit in enumerate(("cpu", "wall")):
-                a, b = (sum(t[place] for t in each) for each in (clock.ours, clock.bare))
-                pairs = [o[place] / r[place] for o, r in zip(clock.ours, clock.bare, strict=True)]
-                row[f"{unit} us"] = round(1e6 * a / turns / made.turn, 1)
-                row[f"{unit} us bare"] = round(1e6 * b / turns / made.turn, 1)
-                row[f"{unit} ratio"] = round(a / b, 4)
-                row[f"{unit} median ratio of turns"] = round(statistics.median(pairs), 4)
-            common = circumstances("shakespeare/quick_adamw") | {"config": "none"}
-            append("trainer_overhead", common | row)
+            what = f"a training step of the {name} under the trainer, {label}"
+            compare("trainer_overhead", what, clock.times, ["lightning"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""Ways beside each other: rounds in a drawn order, medians, a control, one kind of raw row.
+
+A way called `ours again` (or `bare again`) is `ours` a second time: how far equal things differ on
+this machine now. Where they differ by more than LIMIT, a ratio means nothing and none is written.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from record import append, machine
+
+LIMIT = 0.03  # of the control
+Times = dict[str, list[float]]
+
+
+def rounds(
+    ways: dict[str, Callable[[], Any]],
+    count: int,
+    repeat: int = 1,
+    clock: Callable[[], float] = time.process_time,
+    warm: int = 1,
+) -> Times:
+    """Seconds of each way, `repeat` times a round, on average; the first `warm` rounds are lost.
+
+    The order is drawn anew in each round, so that no way always follows the same one. By default
+    seconds are of the processor: of one thread's work a busy machine takes no more of them.
+    """
+    times: Times = {name: [] for name in ways}
+    order = random.Random(0)
+    for number in range(count + warm):
+        for name in order.sample(list(ways), len(ways)):
+            begun = clock()
+            for _ in range(repeat):
+                ways[name]()
+            if number >= warm:
+                times[name].append((clock() - begun) / repeat)
+    return times
+
+
+def waited() -> float:
+    """Seconds on the wall, with nothing left under way on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def verdict(times: Times) -> dict[str, Any]:
+    """The control, and the time of ours over that of each rival, of the medians.
+
+    Of four ways `ours`, `ours again`, `ours, cold` and `torch`, only the last is a rival.
+    """
+    median = {name: statistics.median(spent) for name, spent in times.items()}
+    (again,) = (name for name in median if name.endswith(" again"))
+    control = median[again] / median[again.removesuffix(" again")]
+    rivals = [name for name in median if not name.startswith("ours") and name != again]
+    steady = abs(control - 1) <= LIMIT
+    ratios = {name: round(median["ours"] / median[name], 4) for name in rivals if steady}
+    return {"ratios": ratios, "A/A": round(control, 4)}
+
+
+def compare(benchmark: str, what: str, times: Times, packages: list[str], **more: Any) -> None:
+    """Append a row with the raw seconds, the verdict on them and the versions of the rivals."""
+    row = {"what": what} | machine() | {name: version(name) for name in packages} | more
+    seconds = {name: [float(f"{s:.4g}") for s in spent] for name, spent in times.items()}
+    append(benchmark, row | verdict(times) | {"seconds": seconds})
+    if not verdict(times)["ratios"]:
+        print(f"no ratio: the control is not within {LIMIT:.0%}; run again on a quiet machine")
