@@ -104,7 +104,7 @@ class Checkpoint(ModelCheckpoint):
         """Save the last step; a run that ends with a NaN in its weights has failed."""
         if not self._saved(trainer) and not self._keep(trainer, measured=False):
             raise NonFiniteError(
-                f"the weights are not finite at step {trainer.global_step}, the end of the run; "
+                f"the weights went to infinity by step {trainer.global_step}, the end of the run; "
                 f"newest whole checkpoint: {self.last_model_path or 'none'}; lower the learning "
                 "rate, or see where it begins: --trainer.callbacks+=NaNGuard"
             )

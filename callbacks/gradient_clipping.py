@@ -27,6 +27,7 @@ from torch.distributed import all_reduce
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from .nan_guard import NonFiniteError, StepsLeftOut
 from .patching import patch, unpatch
 from .shards import local
 
@@ -92,16 +93,16 @@ class GradientClipping(Callback):
     Args:
         max_norm: the largest global norm that is let through; 1.0 if nothing is given.
         max_value: instead, the largest absolute value of each number.
-        skip: a step whose norm is not finite is left out, and the run stops when so many follow
-            each other; 0 looks at nothing. By default 10 on a CPU, and 0 on an accelerator, where
-            looking at a number makes the host wait in every step.
+        patience: a step whose norm is not finite is left out, and the run stops when so many
+            follow each other; 0 looks at nothing. By default 10 on a CPU, and 0 on an accelerator,
+            where looking at a number makes the host wait in every step.
     """
 
     def __init__(
         self,
         max_norm: float | None = None,
         max_value: float | None = None,
-        skip: int | None = None,
+        patience: int | None = None,
     ) -> None:
         """Set the bound."""
         if max_norm is not None and max_value is not None:
@@ -115,9 +116,12 @@ class GradientClipping(Callback):
                 )
         self.max_norm = 1.0 if max_norm is None and max_value is None else max_norm
         self.max_value = max_value
-        self.skip = skip
-        self.skipped = 0  # steps left out, in all
-        self._in_a_row = 0
+        if patience is not None and patience < 0:
+            raise ValueError(
+                f"GradientClipping: patience={patience} is negative; set 0 to look at nothing"
+            )
+        self.patience = patience
+        self.left_out = StepsLeftOut()
         self._norm: Tensor | None = None  # of this step, until it is logged
         self._clipped, self._steps = torch.zeros(()), 0  # since the last log line
 
@@ -160,6 +164,14 @@ class GradientClipping(Callback):
 
         patch(trainer, pl_module, "configure_gradient_clipping", configure_gradient_clipping, self)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count the steps of this fit."""
+        self.left_out = StepsLeftOut()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run whose last steps were all left out has failed."""
+        self.left_out.end(trainer.global_step)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the method back."""
         if stage == "fit":
@@ -172,8 +184,8 @@ class GradientClipping(Callback):
         if self._norm is not None and trainer._logger_connector.should_update_logs:
             pl_module.log("train/grad_norm", self._norm)
             pl_module.log("train/clipped", self._clipped / self._steps)
-            if self.skipped:
-                pl_module.log("train/skipped", float(self.skipped))
+            if self.left_out.total:
+                pl_module.log("train/skipped", float(self.left_out.total))
             self._clipped, self._steps = torch.zeros_like(self._clipped), 0
         self._norm = None
 
@@ -193,21 +205,22 @@ class GradientClipping(Callback):
             self._norm = norm = clip_by_value(gradients, self.max_value or 0.0, *others)
             clipped = global_norm(gradients, *others) < norm
         self._clipped, self._steps = clipped + self._clipped, self._steps + 1
-        skip = (10 if norm.device.type == "cpu" else 0) if self.skip is None else self.skip
+        usual = 10 if norm.device.type == "cpu" else 0
+        patience = usual if self.patience is None else self.patience
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # skips such steps by itself
-        if skip and scaler is None:
-            self._leave_out(norm.isfinite().item(), parameters, skip, trainer.global_step)
+        if patience and scaler is None:
+            self._leave_out(bool(norm.isfinite()), parameters, patience, trainer.global_step)
 
-    def _leave_out(self, finite: Any, parameters: list[Tensor], skip: int, step: int) -> None:
-        self._in_a_row = 0 if finite else self._in_a_row + 1
+    def _leave_out(self, finite: bool, parameters: list[Tensor], patience: int, step: int) -> None:
+        self.left_out.count(finite)
         if finite:
             return
-        self.skipped += 1
-        if self._in_a_row >= skip:
-            raise FloatingPointError(
-                f"the gradient was not finite in {skip} optimizer steps in a row, up to step "
+        if self.left_out.in_a_row >= patience:
+            raise NonFiniteError(
+                f"the gradient was not finite in {patience} optimizer steps in a row, up to step "
                 f"{step}; set a lower lr, or add the callback NaNGuard to see where it begins"
             )
-        rank_zero_warn(f"optimizer step {step} is left out: its gradient is not finite")
+        if self.left_out.in_a_row == 1:  # one line for all that follow
+            rank_zero_warn(f"optimizer step {step} is left out: its gradient is not finite")
         for p in parameters:
             p.grad = None  # then no optimizer moves anything

@@ -24,6 +24,30 @@ class NonFiniteError(RuntimeError):
     exit_status = 1
 
 
+class StepsLeftOut:
+    """Optimizer steps that were not taken, of one fit: in all, and the last ones in a row."""
+
+    def __init__(self) -> None:
+        """Nothing has been looked at."""
+        self.looked = self.total = self.in_a_row = 0
+
+    def count(self, fine: bool) -> None:
+        """One step more, taken or left out."""
+        self.looked += 1
+        self.total += not fine
+        self.in_a_row = 0 if fine else self.in_a_row + 1
+
+    def end(self, step: int) -> None:
+        """Refuse to call a run done that learned nothing at its end: one bad step may be chance."""
+        if self.in_a_row and self.in_a_row >= min(2, self.looked):
+            none = "no optimizer step was taken: " if self.in_a_row == self.looked else ""
+            raise NonFiniteError(
+                f"{none}the gradient was not finite in the last {self.in_a_row} of "
+                f"{self.looked} optimizer steps, up to step {step}, the end of the run; lower the "
+                "learning rate, or see where it begins: --trainer.callbacks+=NaNGuard"
+            )
+
+
 class NaNGuard(Callback):
     """Skip up to `skip` steps whose loss or gradients are not finite, then stop the run.
 
@@ -42,6 +66,7 @@ class NaNGuard(Callback):
             raise ValueError(f"NaNGuard: skip={skip} is negative; set 0 to stop at the first")
         self.skip = skip
         self.skipped = 0
+        self._left_out = StepsLeftOut()
         self._finite: Tensor | None = None  # of the losses since the last step, on their device
 
     @property
@@ -56,6 +81,14 @@ class NaNGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on counting."""
         self.skipped = state_dict["skipped"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count the steps of this fit."""
+        self._left_out = StepsLeftOut()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run whose last steps were all skipped has failed."""
+        self._left_out.end(trainer.global_step)
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
@@ -77,7 +110,8 @@ class NaNGuard(Callback):
         if ranks > 1:
             fine = fine.to(pl_module.device, torch.int32)
             dist.all_reduce(fine, dist.ReduceOp.MIN)
-        if bool(fine):  # the one read
+        self._left_out.count(is_fine := bool(fine))  # the one read
+        if is_fine:
             return
         named = ((f"the gradient of {n}", p.grad) for n, p in pl_module.named_parameters())
         culprit = non_finite((name, grad) for name, grad in named if grad is not None)

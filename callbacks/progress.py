@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ravine.strategies.share import Share
+
 PAUSE = 0.3  # seconds between two drawings of the bar; one takes two milliseconds
 
 
@@ -191,8 +193,7 @@ class ProgressBar(Base):
         groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
         if groups and "lr" in groups[0]:  # a module may train without an optimizer
             words.append(f"lr {float(groups[0]['lr']):.2g}")
-        ranks = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        a_step = units_in(module, batch) * accumulate * ranks.get("num_replicas", 1)
+        a_step = units_in(module, batch) * accumulate * Share.of(trainer).size
         pace = (self.step - self.read[0]) / max(now - self.read[1], 1e-9)
         words.append(f"{a_step * pace:,.0f} {getattr(module, 'unit', 'samples')}/s")
         if self.total is not None:

@@ -28,6 +28,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ravine.strategies.share import Share
+
 Place = Literal["start", "epoch end", "step end", "before validation", "after validation"]
 
 
@@ -56,8 +58,7 @@ class ExactResume(Callback):
         """Find the seed, and which share of the data this is: ranks that split one model agree."""
         self._place, self._max_steps, self._metrics = "start", None, {}
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
-        shares = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        self._rank = shares.get("rank", 0)
+        self._rank = Share.of(trainer).rank
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the loop and the loaders where the file left them."""

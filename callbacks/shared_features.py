@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ravine.strategies.share import Share
+
 from .feature_statistics import Moments
 
 
@@ -33,8 +35,7 @@ class SharedFeatures:
         self, trainer: L.Trainer, extractor: nn.Module, batch_size: int, device: torch.device
     ) -> None:
         """Ask the trainer for this rank's part; ranks that split one model count as one."""
-        part: Any = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        self.rank, self.size = part.get("rank", 0), part.get("num_replicas", 1)
+        self.rank, self.size, _ = Share.of(trainer)
         self.trainer, self.extractor = trainer, extractor
         self.batch_size, self.device = batch_size, device
         # float64, which some accelerators do not have

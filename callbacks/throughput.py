@@ -16,6 +16,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from ravine.strategies.share import Share
+
 from .progress import log_interval, units_in
 
 # Dense bf16 or fp16 FLOP/s by a part of the device's name; the longer name stands first.
@@ -166,8 +168,7 @@ class Throughput(L.Callback):
         wait(device)
         now = time.perf_counter()
         seconds = now - self.begun - self.paused
-        share = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        rate = self.units * share.get("num_replicas", 1) / seconds
+        rate = self.units * Share.of(trainer).size / seconds
         row = {f"{getattr(pl_module, 'unit', 'samples')}_per_second": rate}
         if self.peak is not None:
             flops: Any = getattr(pl_module, "flops")  # noqa: B009 - not in LightningModule

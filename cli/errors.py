@@ -75,6 +75,14 @@ def say(text: str) -> None:
         sys.stderr.write(f"{program()}: error: {text}\n")
 
 
+def interrupted(typed: list[str]) -> int:
+    """Say that Ctrl-C ended the command, before anything took the signals over; the status."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        what = " before the first step: nothing was saved" if "fit" in typed else ""
+        sys.stderr.write(f"\nstopped by Ctrl-C{what}\n")
+    return INTERRUPTED
+
+
 def words(error: Exception) -> str:
     """The text of an exception; that of the system does not say what to do about a full disk."""
     if isinstance(error, OSError) and error.errno in FULL:

@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         with signals_held(), errors.threads_silent():
             return start(words)
     except KeyboardInterrupt:
-        return errors.INTERRUPTED
+        return errors.interrupted(words)
     except SystemExit as leave:
         if isinstance(leave.__context__, KeyboardInterrupt):  # before our handler: Lightning's 1
-            return errors.INTERRUPTED
+            return errors.interrupted(words)
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Exception as raised:
         error = errors.original(raised)

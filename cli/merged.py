@@ -18,7 +18,7 @@ from .saved_config import without_transforms
 
 RUN = (  # what belongs to the run and to what changed the net, not to the model
     *("optimizer_states", "lr_schedulers", "callbacks", "loops", "exact_resume", "ema"),
-    *("optimizer_plan", "transforms", "lora", "state_dict"),
+    *("optimizer_plan", "schedule_length", "transforms", "lora", "state_dict"),
 )
 
 

@@ -11,10 +11,12 @@ number of ranks, and a position counted in samples can be continued on another.
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ravine.strategies.share import Share
 
 BLOCK = 4096  # draws made at once; a change would change the data of every run
 
@@ -32,26 +34,6 @@ def generator(seed: int, *key: int | str) -> torch.Generator:
 def global_seed(seed: int | None) -> int:
     """The seed itself, or that of `seed_everything`, or 0."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-
-
-class Share(NamedTuple):
-    """Which part of the global batch this process computes."""
-
-    rank: int = 0
-    size: int = 1
-    accumulate: int = 1
-
-    @classmethod
-    def of(cls, trainer: Any) -> "Share":
-        """Ask the trainer; ranks that split one model (tensor parallel) count as one."""
-        if trainer is None:
-            return cls()
-        data_parallel = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        return cls(
-            data_parallel.get("rank", 0),
-            data_parallel.get("num_replicas", 1),
-            trainer.accumulate_grad_batches,
-        )
 
 
 class Order:

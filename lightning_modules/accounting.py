@@ -9,66 +9,50 @@ The attention term counts all T x T pairs, although half of them are masked (nan
 """
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 from .language.attention import LEARNED
-from .language.transformer import padded
+from .language.transformer import complete, padded
 
 
-def parameters(
-    vocabulary: int,
-    context: int,
-    layers: int = 4,
-    width: int = 128,
-    positions: str = "rope",
-    norm: str = "rmsnorm",
-    mlp: str = "relu2",
-    tied: bool = False,
-    rung: str = "qkv",
-    output: bool = True,
-    bias: str = "none",
-    experts: int = 0,
-    **_: Any,
-) -> dict[str, int]:
+def parameters(vocabulary: int, context: int, **shape: Any) -> dict[str, int]:
     """Parameters of `Transformer` with these arguments, term by term of the lecture's formula.
 
     sum(parameters(65, 128, layers=4, width=256, ...).values())  # 2,922,240 in the lecture
     """
-    vocabulary = padded(vocabulary)
-    maps = len(LEARNED[rung]) + output  # matrices d x d of an attention
-    gains = {"rmsnorm": 1, "layernorm": 2, "none": 0}[norm]
-    squares = maps + (8 if mlp not in ("none", "swiglu") else 0)
-    if experts:  # and their router, in the place of the MLP
-        mlp, squares = "experts", maps + 8 * experts
-    lines = gains * (1 if mlp == "none" else 2) + (maps if bias == "all" else 0)
-    hidden = 8 * math.ceil(width / 3) if mlp == "swiglu" else 4 * width
-    lines += 5 if bias != "none" and mlp not in ("none", "swiglu", "experts") else 0
-    lines += experts
+    vocabulary, s = padded(vocabulary), SimpleNamespace(**complete(shape))
+    maps = len(LEARNED[s.rung]) + s.output  # matrices d x d of an attention
+    gains = {"rmsnorm": 1, "layernorm": 2, "none": 0}[s.norm]
+    mlp = "experts" if s.experts else s.mlp  # they and their router stand in the place of the MLP
+    squares = maps + (8 * s.experts or (8 if mlp not in ("none", "swiglu") else 0))
+    lines = gains * (1 if mlp == "none" else 2) + (maps if s.bias == "all" else 0)
+    hidden = 8 * math.ceil(s.width / 3) if mlp == "swiglu" else 4 * s.width
+    lines += 5 if s.bias != "none" and mlp not in ("none", "swiglu", "experts") else 0
+    lines += s.experts
     terms = [
-        (1 if tied else 2, "|V|d", vocabulary * width),
-        (positions == "learned", "Td", context * width),
-        (squares, "Ld²", layers * width**2),
-        (3 * (mlp == "swiglu"), "Ldh", layers * width * hidden),
-        (mlp == "swiglu" and bias != "none", "L(2h + d)", layers * (2 * hidden + width)),
-        (lines, "Ld", layers * width),
-        (gains, "d", width),
+        (1 if s.tied else 2, "|V|d", vocabulary * s.width),
+        (s.positions == "learned", "Td", context * s.width),
+        (squares, "Ld²", s.layers * s.width**2),
+        (3 * (mlp == "swiglu"), "Ldh", s.layers * s.width * hidden),
+        (mlp == "swiglu" and s.bias != "none", "L(2h + d)", s.layers * (2 * hidden + s.width)),
+        (lines, "Ld", s.layers * s.width),
+        (gains, "d", s.width),
     ]
     return {f"{n}{what}" if n > 1 else what: n * size for n, what, size in terms if n}
 
 
-def training_flops(
-    vocabulary: int, context: int, layers: int = 4, width: int = 128, **shape: Any
-) -> int:
+def training_flops(vocabulary: int, context: int, **shape: Any) -> int:
     """FLOPs of one training step for each token: 6N + 12LdT.
 
     N leaves out the tables that are looked up (embedding, learned positions) but not the head, and
     of a mixture all experts but two.
     """
-    terms = parameters(vocabulary, context, layers, width, **shape)
-    looked_up = terms.get("Td", 0) + (0 if shape.get("tied") else padded(vocabulary) * width)
-    mixes = shape.get("rung", "qkv") != "last"
-    idle = 8 * layers * width**2 * max(0, shape.get("experts", 0) - 2)
-    return 6 * (sum(terms.values()) - looked_up - idle) + 12 * layers * width * context * mixes
+    terms, s = parameters(vocabulary, context, **shape), SimpleNamespace(**complete(shape))
+    looked_up = terms.get("Td", 0) + (0 if s.tied else padded(vocabulary) * s.width)
+    idle = 8 * s.layers * s.width**2 * max(0, s.experts - 2)
+    mixes = s.rung != "last"
+    return 6 * (sum(terms.values()) - looked_up - idle) + 12 * s.layers * s.width * context * mixes
 
 
 def cache_bytes(rows: int, slots: int, layers: int, width: int, item: int = 4) -> int:

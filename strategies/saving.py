@@ -1,5 +1,6 @@
 """One save on all ranks: it succeeds on every one or ends every one, and never writes a NaN."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .checkpoint_io import CheckpointError
+
+SQUARABLE = 2.0**64  # the square of this is infinite in fp32, and so is a norm of such weights
 
 
 def save(trainer: L.Trainer, path: str | Path) -> None:
@@ -31,18 +34,19 @@ def save(trainer: L.Trainer, path: str | Path) -> None:
 
 def worth_saving(trainer: L.Trainer) -> bool:
     """Whether the weights are finite on all ranks; where not, a warning names the first."""
-    name = non_finite(trainer.lightning_module.named_parameters())
+    name = non_finite(trainer.lightning_module.named_parameters(), below=SQUARABLE)
     if trainer.strategy.reduce_boolean_decision(name is None):
         return True
     rank_zero_warn(
         f"no checkpoint at step {trainer.global_step}: {name or 'a tensor of another rank'} is "
-        "not finite; the last good file stays; --trainer.callbacks+=NaNGuard stops such a run"
+        "not finite, or its square is not; the last good file stays; "
+        "--trainer.callbacks+=NaNGuard stops such a run"
     )
     return False
 
 
-def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Name of the first tensor with a NaN or an infinity; one host read where there is none.
+def non_finite(tensors: Iterable[tuple[str, Tensor]], below: float = math.inf) -> str | None:
+    """Name of the first tensor with a NaN or a number not below; one host read where there is none.
 
     Of a sharded tensor, this rank's part is looked at.
     """
@@ -51,7 +55,9 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
         for name, t in tensors
         if t.is_floating_point() and t.element_size() > 1  # torch has no isfinite for 8 bits
     ]
-    flags = [part.detach().isfinite().all() for _, part in parts]
+    parts = [(name, part) for name, part in parts if part.numel()]
+    norms = [torch.linalg.vector_norm(part.detach(), math.inf) for _, part in parts]  # keep a NaN
+    flags = [norm < below for norm in norms]
     if not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()):
         return None
     return next(name for (name, _), flag in zip(parts, flags, strict=True) if not flag)

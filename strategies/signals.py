@@ -54,17 +54,21 @@ class GracefulStop(Callback):
         """Nothing to choose."""
         self._signum = 0
         self._training = False
+        self._unsaid = ""  # what a signal means while nothing is trained
         self._previous: dict[int, Any] = {}
         self._group: Any = None
         self._meeting, self._met_step, self._met_time = 0, 0, 0.0
         self._mark: tuple[int, int] | None = None
         self._pid = 0
+        self._speaks = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the signals over; go last, so that what other callbacks did in a step is saved."""
         trainer.callbacks = [c for c in trainer.callbacks if c is not self] + [self]  # type: ignore
         self._signum, self._group, self._pid = 0, None, os.getpid()
         self._meeting, self._met_time = 0, 0.0
+        self._unsaid = " before the first step: nothing was saved" if stage == "fit" else ""
+        self._speaks = trainer.is_global_zero
         if stage == "fit" and trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
@@ -109,7 +113,7 @@ class GracefulStop(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """All is done and saved."""
-        self._training = False
+        self._training, self._unsaid = False, " after the last step"
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -132,6 +136,9 @@ class GracefulStop(Callback):
             return  # a data loader's worker: the main process decides
         if self._signum or not self._training:
             signal.signal(signum, signal.SIG_DFL)  # a third one needs no Python
+            if self._speaks:
+                how = " at once" if self._signum else self._unsaid
+                os.write(2, f"\nstopped by {signal.Signals(signum).name}{how}\n".encode())
             raise Interrupted(signum)
         self._signum = signum
         text = "\nstopping after this step, with a checkpoint; once more: at once\n"

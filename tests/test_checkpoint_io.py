@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, check, newest_valid
-from ravine.strategies.saving import non_finite, save
+from ravine.strategies.saving import SQUARABLE, non_finite, save
 
 IO = AtomicCheckpointIO()
 CONTENT = {
@@ -299,6 +299,15 @@ def test_the_first_tensor_that_is_not_finite_is_named() -> None:
     assert non_finite(tensors.items()) == "a"
     assert non_finite(list(tensors.items())[1:2]) is None
     assert non_finite([]) is None
+    assert non_finite([("none", torch.empty(0)), ("bf16", torch.tensor(1e20).bfloat16())]) is None
+
+
+def test_a_weight_whose_square_is_infinite_is_named_where_that_matters() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        tensors = {"fine": torch.tensor([-1e19]).to(dtype), "lost": torch.tensor([-1e20]).to(dtype)}
+        assert non_finite(tensors.items(), below=SQUARABLE) == "lost"
+    assert torch.tensor(SQUARABLE).square().isinf()
+    assert torch.tensor(SQUARABLE * 0.999).square().isfinite()
 
 
 class Net(L.LightningModule):

@@ -1,5 +1,6 @@
 """Clipping: the norm's closed form, and that it happens once a step at the right moment."""
 
+import warnings
 from functools import partial
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import GradientClipping, OptimizerPlan
 from ravine.callbacks.gradient_clipping import clip_by_norm, clip_by_value, global_norm
+from ravine.callbacks.nan_guard import NonFiniteError
 from ravine.callbacks.shards import local
 from ravine.datamodules.order import Order, Share, TrainLoader
 from ravine.lightning_modules import LanguageModel
@@ -158,16 +160,37 @@ def test_a_step_without_a_finite_norm_moves_nothing_and_the_next_one_does(plan):
     assert torch.equal(module.after[0], module.after[2])
     assert not torch.equal(module.after[2], module.after[3])
     assert module.after[3].isfinite().all()
-    assert clipping.skipped == 2
+    assert clipping.left_out.total == 2
     assert module.trainer.callback_metrics["train/skipped"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:optimizer step .* is left out")
 def test_too_many_steps_left_out_in_a_row_end_the_run():
     module = Poisoned({0, 2, 3})
-    trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[GradientClipping(skip=2)])
-    with pytest.raises(FloatingPointError, match="2 optimizer steps in a row, up to step 3"):
+    trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[GradientClipping(patience=2)])
+    with pytest.raises(NonFiniteError, match="2 optimizer steps in a row, up to step 3"):
         trainer.fit(module, data(16))
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "message"),
+    [
+        (range(4), "no optimizer step was taken: the gradient was not finite in the last 4 of 4"),
+        ({2, 3}, "^the gradient was not finite in the last 2 of 4 optimizer steps, up to step 4"),
+    ],
+)
+def test_a_run_that_learned_nothing_at_its_end_has_failed(poisoned, message):
+    trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[GradientClipping()])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(NonFiniteError, match=message):
+            trainer.fit(Poisoned(poisoned), data(16))
+    assert sum("is left out" in str(each.message) for each in said) == 1
+
+
+@pytest.mark.filterwarnings("ignore:optimizer step .* is left out")
+def test_one_bad_step_at_the_end_may_be_chance():
+    L.Trainer(**QUIET, max_steps=4, callbacks=[GradientClipping()]).fit(Poisoned({3}), data(16))
 
 
 def test_the_module_has_its_own_method_again_after_fit():
@@ -210,6 +233,7 @@ def test_manual_optimization_is_refused_in_words():
         ({"max_norm": 0}, r"max_norm=0 must be positive; set e\.g\. max_norm=1\.0"),
         ({"max_value": float("nan")}, r"max_value=nan must be positive"),
         ({"max_norm": 1.0, "max_value": 1.0}, "set one of them"),
+        ({"patience": -1}, "patience=-1 is negative"),
     ],
 )
 def test_bounds_that_make_no_sense_are_refused(arguments, message):

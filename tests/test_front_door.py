@@ -216,7 +216,6 @@ def raising(folder: Path, line: str) -> Run:
         ('raise KeyError("the text")', 2),
         ('raise RuntimeError("the text")', 1),
         (f'raise OSError({errno.ENOSPC}, "the text")', 1),
-        ("raise KeyboardInterrupt", 130),
         ("raise SystemExit(143)", 143),
     ],
 )
@@ -326,6 +325,21 @@ def test_a_ctrl_c_that_lightning_makes_an_exit_of_stays_one(command: SimpleNames
 
     command.run = run
     assert door.main(["fit"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("fit", " before the first step: nothing was saved"), ("generate", "")],
+)
+def test_a_ctrl_c_before_anything_handles_it_is_one_line(
+    name: str, said: str, command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    command.run = run
+    assert door.main([name]) == 130
+    assert capsys.readouterr().err == f"\nstopped by Ctrl-C{said}\n"
 
 
 def test_torch_and_torchvision_of_two_builds_are_named(

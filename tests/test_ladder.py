@@ -129,6 +129,11 @@ def test_parameters_are_counted_as_the_formula_says(shape: dict[str, Any]) -> No
         assert sum(terms.values()) == counted
 
 
+def test_the_formula_has_the_net_s_own_defaults() -> None:
+    counted = sum(p.numel() for p in Transformer(65, 16).parameters())
+    assert sum(accounting.parameters(65, 16).values()) == counted
+
+
 def test_presets_differ_in_their_rung_and_depth_only() -> None:
     first = preset(PRESETS[0])
     ladder = {"layers", "rung", "residual", "mlp", "bias"}

@@ -10,7 +10,15 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import OptimizerPlan, Rule, Schedule, SignSGD, SignSGDOptimizer, UpdateSizes
+from ravine.callbacks import (
+    ExactResume,
+    OptimizerPlan,
+    Rule,
+    Schedule,
+    SignSGD,
+    SignSGDOptimizer,
+    UpdateSizes,
+)
 from ravine.callbacks.optimizers.composite import Composite
 from ravine.callbacks.optimizers.rules import assign, kinds
 from ravine.strategies import AtomicCheckpointIO
@@ -118,7 +126,7 @@ def test_of_epochs_and_steps_the_shorter_is_the_length():
 
 def test_a_run_without_end_has_no_schedule_that_needs_one():
     plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=Schedule("linear"))
-    with pytest.raises(ValueError, match=r"set --trainer\.max_steps"):
+    with pytest.raises(ValueError, match=r"type --trainer\.max_steps"):
         trained(plan, steps=-1, max_epochs=-1)
 
 
@@ -134,6 +142,25 @@ def test_a_schedule_longer_than_the_run_is_refused_before_the_first_step():
     with pytest.raises(ValueError, match="warmup=50, but the run has 6 optimizer steps"):
         trained(plan, module=module)
     assert not module.rates
+
+
+@pytest.mark.parametrize(("length", "said"), [(8, False), (16, True)])
+def test_a_resume_with_another_length_says_from_what_to_what(tmp_path, capsys, length, said):
+    def plan():
+        return OptimizerPlan(partial(SGD, lr=0.1), schedule=Schedule("linear"))
+
+    class Cut(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    trained(None, 8, callbacks=[plan(), Cut(), ExactResume()])
+    capsys.readouterr()
+    callbacks = [plan(), ExactResume()]
+    _, module = trained(None, length, ckpt_path=tmp_path / "cut.ckpt", callbacks=callbacks)
+    line = "from 8 optimizer steps in the checkpoint to 16 here; at step 4 the learning rate goes"
+    assert (f"{line} from 0.5 to 0.75 of its peak" in capsys.readouterr().out) == said
+    assert len(module.rates) == length - 4
 
 
 def test_a_trial_of_one_step_is_too_short_for_no_schedule():

@@ -50,10 +50,11 @@ def test_the_warmup_never_starts_at_zero_and_meets_the_shape_at_its_peak(kind):
 @pytest.mark.parametrize(
     ("schedule", "length", "message"),
     [
-        (Schedule("cosine"), math.inf, "set --trainer.max_steps"),
-        (Schedule("constant", warmup=100), 100, "warmup=100, but the run has 100 optimizer steps"),
-        (Schedule(warmup=-1), 100, "set warmup between 0 and 99"),
-        (Schedule("wsd", warmup=50, cooldown=0.6), 100, "set cooldown to at most 0.50"),
+        (Schedule("cosine"), math.inf, "type --trainer.max_steps=1000, or in the config schedule"),
+        (Schedule("constant", warmup=100), 100, "0 to 99; type --trainer.max_steps=200, or in"),
+        (Schedule(warmup=-1), 100, "0 to 99; type in the config schedule: {warmup: 10}"),
+        (Schedule(warmup=-1), math.inf, "type in the config schedule: {warmup: 0}"),
+        (Schedule("wsd", warmup=50, cooldown=0.6), 100, "{cooldown: 0.50} or less"),
         (Schedule("step", every=200), 100, "every=200 never happens"),
         (Schedule("restarts", every=0), 100, "every=0 never happens"),
     ],

@@ -141,14 +141,20 @@ def test_weights_that_were_exchanged_for_a_validation_are_not_saved_as_the_model
     assert all(map(torch.equal, weights(whole), weights(resumed)))
 
 
-def test_where_nothing_is_trained_it_stops_at_once(tmp_path: Path) -> None:
+def test_where_nothing_is_trained_it_stops_at_once_and_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     for hook in ("on_fit_start", "setup"):
         stop = interrupted(trainer(tmp_path, Send(hook, signum=signal.SIGTERM)))
         assert (stop.code, stop.checkpoint) == (143, None)
+        assert (
+            "stopped by SIGTERM before the first step: nothing was saved" in capfd.readouterr().err
+        )
     run = trainer(tmp_path, Send("on_validation_batch_start", 2))
     with pytest.raises(Interrupted) as stopped:
         run.validate(Net(), DataLoader(TensorDataset(torch.ones(9, 4))), verbose=False)
     assert stopped.value.code == 130
+    assert "\nstopped by SIGINT\n" in capfd.readouterr().err
 
 
 def test_a_signal_that_comes_too_late_for_the_last_step_is_not_swallowed(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def check_rate(lr: Any, optimizer: Optimizer) -> None:
     if not isinstance(lr, int | float | Tensor) or not 0 <= lr < math.inf:
         raise ValueError(
             f"{type(optimizer).__name__}: lr is {lr!r}; allowed: a finite number, 0 or more; type "
-            "--trainer.callbacks.optimizer.lr=0.001, or lr: 1.0e-3 in a config"
+            "0.001 in its place, or lr: 1.0e-3 in a config"
         )
 
 

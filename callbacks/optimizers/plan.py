@@ -74,6 +74,7 @@ class OptimizerPlan(Callback):
         self.schedule = schedule
         self.print_groups = print_groups
         self._length = float("inf")  # optimizer steps of the run, once known
+        self._saved_length: float | None = None  # of the run that wrote the checkpoint
         self._members: list[str] = []
         self._saved_members: list[str] = []
         self._sets = TwoSets()
@@ -114,6 +115,7 @@ class OptimizerPlan(Callback):
         """Learn the run's length from the loaders, which exist only now."""
         if trainer.max_epochs != -1 and self is plans(trainer)[-1]:
             self._know_length(trainer, trainer.estimated_stepping_batches)
+        self._say_what_is_rescaled(trainer)
         self._sets.train(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -136,6 +138,7 @@ class OptimizerPlan(Callback):
         """Say which optimizers there are, to refuse a resume that would misread their state."""
         if self is plans(trainer)[-1]:
             checkpoint["optimizer_plan"] = list(self._members)
+            checkpoint["schedule_length"] = self._length
             self._sets.save(pl_module, checkpoint)
 
     def on_load_checkpoint(
@@ -144,6 +147,7 @@ class OptimizerPlan(Callback):
         """Compare at once where optimizers exist already (sharded), else when they are built."""
         if trainer.state.fn == "fit" and self is plans(trainer)[-1]:
             self._saved_members = checkpoint.get("optimizer_plan", [])
+            self._saved_length = checkpoint.get("schedule_length")
             self._sets.load(checkpoint)
             self._compare()
 
@@ -203,6 +207,21 @@ class OptimizerPlan(Callback):
             console.print(
                 f"{own.__qualname__} is not called: {name} takes its place", soft_wrap=True
             )
+
+    def _say_what_is_rescaled(self, trainer: L.Trainer) -> None:
+        """A resume with another length goes on at another place of the schedule's shape."""
+        before, self._saved_length = self._saved_length, None
+        if self.schedule is None or not self.schedule.needs_length or before is None:
+            return
+        if before != self._length and trainer.is_global_zero:
+            step = trainer.global_step
+            was, now = (self.schedule.factor(step, n) for n in (before, self._length))
+            text = (
+                f"schedule {self.schedule.kind!r}: from {before:g} optimizer steps in the "
+                f"checkpoint to {self._length:g} here; at step {step} the learning rate goes "
+                f"from {was:.3g} to {now:.3g} of its peak"
+            )
+            Console().print(text, soft_wrap=True, highlight=False)
 
     def _compare(self) -> None:
         if self._saved_members and self._members and self._saved_members != self._members:

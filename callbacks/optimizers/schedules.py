@@ -54,30 +54,34 @@ class Schedule:
         if self.needs_length and math.isinf(length):
             raise ValueError(
                 f"schedule {self.kind!r} needs the length of the run, and this one has no end; "
-                "set --trainer.max_steps, or --trainer.callbacks.schedule.kind=constant"
+                "type --trainer.max_steps=1000, or in the config schedule: {kind: constant}"
             )
         if not 0 <= self.warmup < length:
+            fitting = 0 if math.isinf(length) else int(length // 10)
+            longer = f"--trainer.max_steps={2 * self.warmup}, or " if self.warmup > 0 else ""
             raise ValueError(
                 f"schedule: warmup={self.warmup}, but the run has {length:g} optimizer steps; "
-                f"set warmup between 0 and {length - 1:g}"
+                f"allowed: 0 to {length - 1:g}; type {longer}in the config "
+                f"schedule: {{warmup: {fitting}}}"
             )
         for name, share in (("final", self.final), ("rate", self.rate)):
             if not 0 <= share <= 1:
                 raise ValueError(
                     f"schedule: {name}={share}; allowed: 0 to 1, a share of the peak learning "
-                    f"rate; set {name} to 0.1"
+                    f"rate; in the config schedule: {{{name}: 0.1}}"
                 )
         falling = self.warmup + self.cooldown * length
         if self.kind == "wsd" and not (0 < self.cooldown <= 1 and falling <= length):
             raise ValueError(
                 f"schedule 'wsd': warmup={self.warmup} and cooldown={self.cooldown} do not fit "
-                f"into {length:g} optimizer steps; set cooldown to at most "
-                f"{1 - self.warmup / length:.2f}"
+                f"into {length:g} optimizer steps; in the config schedule: {{cooldown: "
+                f"{1 - self.warmup / length:.2f}}} or less"
             )
         if self.kind in ("step", "restarts") and not 0 < self.every <= length - self.warmup:
             raise ValueError(
                 f"schedule {self.kind!r}: every={self.every} never happens in the "
-                f"{length - self.warmup:g} optimizer steps after the warm-up; set a smaller `every`"
+                f"{length - self.warmup:g} optimizer steps after the warm-up; in the config "
+                f"schedule: {{every: {max(1, (length - self.warmup) // 4):g}}}"
             )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transformer import Transformer
+from .transformer import Transformer, complete
 
 SHAPE = {  # what makes a Transformer a GPT-2
     "positions": "learned",
@@ -133,9 +133,7 @@ def write(net: Transformer, shape: dict[str, Any], folder: str | Path, end: int 
     """
     from safetensors.torch import save_file
 
-    defaults = {"rung": "qkv", "residual": True, "output": True, "norm": "rmsnorm"}
-    defaults |= {"positions": "rope", "qk_norm": True, "mlp": "relu2", "tied": False}
-    given = defaults | {"bias": "none"} | shape
+    given = complete(shape)
     wrong = [
         f"{key}={given[key]}, not {value}" for key, value in SHAPE.items() if given[key] != value
     ]
@@ -159,7 +157,7 @@ def write(net: Transformer, shape: dict[str, Any], folder: str | Path, end: int 
         "n_positions": net.context,
         "n_embd": net.embed.embedding_dim,
         "n_layer": len(net.blocks),
-        "n_head": shape.get("heads", 4),
+        "n_head": given["heads"],
         "bos_token_id": end,
         "eos_token_id": end,
     }

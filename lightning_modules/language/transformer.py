@@ -8,9 +8,10 @@ is a table of bigrams.
 Axes: b batch, t time, d model, h heads, k head width, v vocabulary.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -254,6 +255,15 @@ class Transformer(nn.Module):
         if "blocks.*.attention" not in plan or "blocks.*.mlp" not in plan:
             return plan  # a part that is not split needs the whole sequence
         return {"dropout": "scatter", **plan, "norm": "gather"}
+
+
+def complete(shape: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `Transformer`, those not given as its signature has them.
+
+    complete({"width": 64})["layers"]  # 4
+    """
+    usual = inspect.signature(Transformer).parameters
+    return {k: p.default for k, p in usual.items() if p.default is not p.empty} | shape
 
 
 LARGE = 4096  # tokens: a larger vocabulary is padded, and its logits are not all made at once
