@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-BUCKET = 64  # `limit` grows in such steps, so that shapes seldom change
+BUCKET = 64  # `limit` grows in such steps where shapes are recorded, and should seldom change
 
 
 class Clock:
@@ -28,10 +28,14 @@ class Clock:
         self.time = torch.zeros_like(self.all)  # (b) position of the newest token of each row
         self.reading = True
         self.limit = 0  # slots to look at, at least the largest time + 1
+        self.ahead: Tensor | None = None  # (b 1 1 limit) 0, and -inf after the row's time
 
 
 class Past:
-    """What one layer remembers: keys and values (b h T k)."""
+    """What one layer remembers: keys (b h k T), as a product takes them, and values (b h T k).
+
+    Of keys (b h T k) a processor would make a copy in bf16, for each token.
+    """
 
     def __init__(self, clock: Clock, slots: int) -> None:
         """Take no memory yet: the first keys know their heads, type and device."""
@@ -48,25 +52,30 @@ class Past:
         clock = self.clock
         if self.keys is None or self.values is None:
             _, h, _, k = key.shape
-            self.keys = key.new_zeros(len(clock.all), h, self.slots, k)
-            self.values = torch.zeros_like(self.keys)
+            self.keys = key.new_zeros(len(clock.all), h, k, self.slots)
+            self.values = key.new_zeros(len(clock.all), h, self.slots, k)
         if clock.reading:
-            self.keys[clock.rows, :, : key.shape[2]] = key
+            self.keys[clock.rows, :, :, : key.shape[2]] = key.mT
             self.values[clock.rows, :, : key.shape[2]] = value
         else:
-            self.keys[clock.all, :, clock.time] = key[:, :, 0]  # (b h k)
+            self.keys[clock.all, :, :, clock.time] = key[:, :, 0]  # (b h k)
             self.values[clock.all, :, clock.time] = value[:, :, 0]
         return not clock.reading
+
+    def spread(self, twins: Tensor) -> None:
+        """Give each row what row `twins` (b) remembers."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[twins], self.values[twins]
 
 
 def over_past(query: Tensor, past: Past) -> Tensor:
     """Attention of one query a row (b h 1 k) over all that is remembered: (b h 1 k)."""
-    if past.keys is None or past.values is None:
-        raise RuntimeError("nothing is remembered yet: read a prompt first")
-    keys, values = past.keys[:, :, : past.clock.limit], past.values[:, :, : past.clock.limit]
-    later = torch.arange(keys.shape[2], device=query.device) > past.clock.time[:, None]  # (b T)
-    scores = query / math.sqrt(query.shape[-1]) @ keys.mT  # (b h 1 T)
-    return scores.masked_fill(later[:, None, None], -math.inf).softmax(-1) @ values
+    clock = past.clock
+    if past.keys is None or past.values is None or clock.ahead is None:
+        raise RuntimeError("nothing is remembered yet: read a prompt first, then tick")
+    keys, values = past.keys[..., : clock.limit], past.values[:, :, : clock.limit]
+    scores = query / math.sqrt(query.shape[-1]) @ keys + clock.ahead.to(query)  # (b h 1 T)
+    return scores.softmax(-1) @ values
 
 
 class Cache:
@@ -80,9 +89,11 @@ class Cache:
     logits = net(chosen[:, None], cache)
     """
 
-    def __init__(self, layers: int, rows: int, slots: int, device: torch.device) -> None:
-        """Prepare one memory a layer."""
-        self.clock = Clock(rows, device)
+    def __init__(
+        self, layers: int, rows: int, slots: int, device: torch.device, bucket: int = 1
+    ) -> None:
+        """Prepare one memory a layer; how far it looks grows by `bucket`."""
+        self.clock, self.slots, self.bucket = Clock(rows, device), slots, bucket
         self.layers = [Past(self.clock, slots) for _ in range(layers)]
 
     def read(self, lengths: Tensor, rows: Tensor | None = None) -> None:
@@ -107,10 +118,21 @@ class Cache:
 
         Apart from this number all is done on the device, where the same steps can be replayed.
         """
-        self.clock.reading = False
-        self.clock.limit = -(-most // BUCKET) * BUCKET
-        return self.clock.limit
+        clock = self.clock
+        clock.reading = False
+        clock.limit = min(-(-most // self.bucket) * self.bucket, self.slots)
+        return clock.limit
 
     def tick(self) -> None:
         """Every row is one token further."""
-        self.clock.time += 1
+        clock = self.clock
+        clock.time += 1
+        later = torch.arange(clock.limit, device=clock.time.device) > clock.time[:, None]  # (b T)
+        ahead = torch.zeros(later.shape, device=later.device).masked_fill(later, -math.inf)
+        clock.ahead = ahead[:, None, None]
+
+    def spread(self, twins: Tensor) -> None:
+        """Rows whose prompt was not read take over that of their twin: twins (b)."""
+        self.clock.time = self.clock.time[twins]
+        for layer in self.layers:
+            layer.spread(twins)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .cache import BUCKET
 from .reading import CachedReader, Page, Reader, Window
 from .replay import Capture, Replay
 from .sampling import Sampling, uniforms
@@ -92,7 +93,8 @@ def stream(
     page = Page(prompts, new, context, window, device)
     uniform = uniforms(seed, texts or range(len(prompts)), new)
     pen = Pen(page, sampling, stops, uniform)
-    reader = CachedReader(net, page) if cached else Reader(net, page)
+    bucket = BUCKET if capture else 1
+    reader = CachedReader(net, page, bucket) if cached else Reader(net, page)
     shown = 0
     advance = Replay(lambda: pen.draw(reader.newest()), capture if cached else None)
     with evaluating(net):

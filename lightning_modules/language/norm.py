@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 def unit_rms(x: Tensor) -> Tensor:
     """x (... d) over the root mean square of its channels; ε as fine as fp32."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or not torch.is_grad_enabled():
         return F.rms_norm(x, x.shape[-1:])
     return _UnitRMS.apply(x)[0]
 
@@ -31,7 +31,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (... d)."""
-        return unit_rms(x) * self.weight if x.device.type == "cpu" else super().forward(x)
+        own = x.device.type == "cpu" and torch.is_grad_enabled()
+        return unit_rms(x) * self.weight if own else super().forward(x)
 
 
 class _UnitRMS(torch.autograd.Function):

@@ -34,6 +34,9 @@ class Page:
         check(self.lengths, new, context, window)
         self.context = context
         self.starts = [max(0, n - context) for n in self.lengths]  # first token the net sees
+        first: dict[tuple[int, ...], int] = {}
+        rows = enumerate(tuple(prompt.tolist()) for prompt in prompts)
+        self.twins = [first.setdefault(prompt, row) for row, prompt in rows]  # with equal prompts
         text = torch.zeros(len(prompts), max(self.lengths) + new, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             text[row, : len(prompt)] = prompt
@@ -92,17 +95,21 @@ class Reader:
 class CachedReader(Reader):
     """The same logits, each token read once."""
 
-    def __init__(self, net: nn.Module, page: Page) -> None:
+    def __init__(self, net: nn.Module, page: Page, bucket: int = 1) -> None:
         """Read with a net that takes a cache."""
         super().__init__(net, page)
         layers = len(net.blocks)  # type: ignore[arg-type]
-        self.cache = Cache(layers, len(page.lengths), page.context, page.text.device)
+        self.cache = Cache(layers, len(page.lengths), page.context, page.text.device, bucket)
 
     def prompt(self) -> Tensor:
-        """Fill the cache."""
-        window, sizes = self.page.seen(range(len(self.page.lengths)))
-        self.cache.read(sizes)
-        return self.net(window, self.cache)[:, 0]
+        """Fill the cache; a prompt that stands in several rows is read once."""
+        rows, places = torch.tensor(self.page.twins).unique(return_inverse=True)
+        window, sizes = self.page.seen(rows.tolist())
+        self.cache.read(sizes, rows.to(sizes.device))
+        logits = self.net(window, self.cache)[:, 0]
+        if len(rows) < len(places):
+            self.cache.spread(rows[places].to(sizes.device))
+        return logits[places.to(sizes.device)]
 
     def turn(self, full: list[int]) -> int:
         """Rows that have forgotten their older half read the younger again, but its last token."""
