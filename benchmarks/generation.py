@@ -15,7 +15,7 @@ from versus import compare, rounds, waited
 
 from ravine.lightning_modules.language import Transformer
 from ravine.lightning_modules.language.generation import generate
-from ravine.lightning_modules.language.replay import cuda_graph
+from ravine.lightning_modules.replay import cuda_graph
 
 B, PROMPT, NEW, CONTEXT, ROUNDS = 16, 128, 128, 256, 3
 

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from PIL import Image
+
+from .showing import show
 
 
 class Figures(L.Callback):
@@ -28,11 +31,10 @@ class Figures(L.Callback):
         drawn = module.figures(getattr(trainer, "datamodule", None))
         folder = Path(trainer.log_dir or ".")
         config = folder.parent.name or "run"
-        if trainer.is_global_zero:
-            for name, figure in drawn.items():
-                figure.savefig(folder / f"{config}_{name}.png")
-                loggers: list[Any] = trainer.loggers
-                for logger in loggers:
-                    take = getattr(logger.experiment, "add_figure", None)  # TensorBoard's
-                    if take is not None:
-                        take(name, figure, trainer.global_step, close=False)
+        if not trainer.is_global_zero:
+            return
+        for name, figure in drawn.items():
+            file = folder / f"{config}_{name}.png"
+            figure.savefig(file)
+            with Image.open(file) as image:
+                show(trainer, name, image)

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy
 
+from .showing import show
 from .validations import refuse_without_validation
 
 
@@ -46,16 +46,7 @@ class Samples(L.Callback):
         if callable(getattr(made, "grid", None)):
             if trainer.is_global_zero and folder:
                 made.save(Path(folder, "samples", f"{step:06}.png"))
-            loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
-            for logger in loggers:
-                take = getattr(logger.experiment, "add_image", None)  # TensorBoard's
-                if take is not None:
-                    take(
-                        "samples",
-                        numpy.asarray(made.grid().convert("RGB")),
-                        step,
-                        dataformats="HWC",
-                    )
+            show(trainer, "samples", made.grid())
             return
         self.last = str(made)
         if trainer.is_global_zero and folder:

@@ -21,15 +21,14 @@ from .base import TaskModule
 from .imaging import figures as draw
 from .imaging import samplers
 from .imaging.denoising import Conditioning, Denoising
-from .imaging.draws import key, normals, uniforms
+from .imaging.draws import key, normals, of_step
+from .imaging.levels import LEVELS, MIDDLES, Levels, named
 from .imaging.noise_schedules import Kind, Schedule
 from .imaging.parametrisations import Prediction, Weight
 from .imaging.pictures import Pictures
+from .imaging.recordings import Recordings
 from .imaging.sampling import Way, pick, sample
 from .imaging.unet import UNet, write
-from .language.replay import cuda_graph
-
-LEVELS = 10  # at which the loss is measured; a tenth of the validation images at each
 
 
 class Diffusion(TaskModule):
@@ -81,9 +80,8 @@ class Diffusion(TaskModule):
         """Check the arguments before any work is done."""
         super().__init__()
         self.save_hyperparameters()
-        self.denoising = Denoising(
-            Schedule(process), prediction, weight, conditioning, channels_last
-        )
+        schedule = Schedule(process)
+        self.denoising = Denoising(schedule, prediction, weight, conditioning, channels_last)
         self.labels, self.label_dropout = labels, label_dropout
         if not 0 <= label_dropout < 1:
             raise ValueError(
@@ -93,15 +91,15 @@ class Diffusion(TaskModule):
         self.one_step = conditioning == "one_step"
         self.withheld = labels and label_dropout > 0
         self.way = Way(sampler, steps, guidance, eta).of(self.withheld, self.one_step)
-        self.denoising.schedule.path(self.way.steps)
-        self.shape: dict[str, Any] = {
-            "width": width, "time_width": time_width, "patch": patch, "attention": attention
-        }  # fmt: skip
+        schedule.path(self.way.steps)
+        named = ("width", "time_width", "patch", "attention")
+        self.shape = {name: self.hparams[name] for name in named}
         with torch.device("meta"):  # nothing is allocated, every check is made
             UNet(**self.shape)
-        self.channels, self.classes = 0, 0  # the data's
-        self.size: tuple[int, int] = (0, 0)
-        self.sums, self.seen = torch.zeros(0), 0  # of an evaluation: a row a level; images so far
+        self.channels, self.classes, self.size = 0, 0, (0, 0)  # the data's
+        self.recordings = Recordings()  # of sampling, for one evaluation
+        self.trained = Levels(1)  # since the last log
+        self.judged, self.seen = Levels(2), 0  # of an evaluation; images so far
 
     def build(self) -> nn.Module:
         """The lecture's U-Net, for the data's images."""
@@ -115,10 +113,7 @@ class Diffusion(TaskModule):
         return net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
     def adopt(self, datamodule: Any) -> None:
-        """Take the images' channels, size and number of classes; refuse others than before.
-
-        Another size is no fault: the net has none of its own.
-        """
+        """Take the images' channels, classes, and size, which may change; refuse others."""
         classes = datamodule.num_classes if self.labels else 0
         if self.labels and not classes:
             raise ValueError("the data have no labels; type --model.labels=false")
@@ -148,20 +143,25 @@ class Diffusion(TaskModule):
         first = (index % share.accumulate * share.size + share.rank) * b
         places = torch.arange(first, first + b, device=x0.device)
         name = (global_seed(None), "training", self.global_step)
-        u = (places + uniforms(key(*name, "times"), places)) / (b * share.size * share.accumulate)
+        draws = of_step(name, places, b * share.size * share.accumulate, x0)
         if self.classes:
-            dropped = uniforms(key(*name, "labels"), places) < self.label_dropout
-            y = y.masked_fill(dropped, self.classes)
-        eps = normals(key(*name, "noise"), places, tuple(x0.shape[1:]))
-        loss = self.denoising.errors(self, x0, self.denoising.times(u), y, eps)[0].mean()
+            y = y.masked_fill(draws.label < self.label_dropout, self.classes)
+        t = self.denoising.times(draws.u)
+        error = self.denoising.errors(self, x0, t, y, draws.noise)[0]
+        loss = error.mean()
         self.log("train/loss", loss)
+        if self._trainer is not None and not self.one_step:
+            level = (draws.u * LEVELS).long().clamp(max=LEVELS - 1)
+            self.trained.add(level, error.detach()[:, None])
+            if self._trainer._logger_connector.should_update_logs:  # ten `log`s cost 1 ms
+                means, _ = self.trained.means()
+                self.log_dict(named("train/loss", self.denoising.times, means[:, 0]))
+                self.trained = Levels(1)
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""
-        # float64: ranks add in another order
-        self.sums = torch.zeros(LEVELS, 3, dtype=torch.float64, device=self.device)
-        self.seen = 0
+        self.judged, self.seen = Levels(2), 0
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Errors at a fixed grid of times with fixed noise: image i at level i modulo 10."""
@@ -170,30 +170,30 @@ class Diffusion(TaskModule):
         numbers = share.rank + share.size * torch.arange(self.seen, self.seen + b, device=x0.device)
         self.seen += b
         level = numbers % LEVELS
-        t = self.denoising.times((level.float() + 0.5) / LEVELS)
+        t = self.denoising.times(MIDDLES.to(x0.device)[level])
         eps = normals(key("validation"), numbers, tuple(x0.shape[1:]))
         error, x, answer = self.denoising.errors(self, x0, t, y, eps)
         of_x0 = (self.denoising.meant(answer, x, t) - x0).square().mean((1, 2, 3))
-        rows = torch.stack((torch.ones_like(error), error, of_x0), 1).double()  # (b 3)
-        at = level == torch.arange(LEVELS, device=x0.device)[:, None]  # (s b)
-        self.sums += at.double() @ rows
+        self.judged.add(level, torch.stack((error, of_x0), 1))
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss, and the squared error of the image at each level."""
         stage = "test" if self.trainer.testing else "val"
-        total = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
-        mean = total[:, 1:] / total[:, :1]
-        there = total[:, 0] > 0  # of few images some levels may have none
+        total = self.trainer.strategy.reduce(self.judged.sums, reduce_op="sum")
+        mean, there = self.judged.means(total)  # of few images some levels may have none
         self.log(f"{stage}/loss", mean[there, 0].mean().float())
         self.log(f"{stage}/x0_mse", mean[there, 1].mean().float())
         if not self.one_step:
-            times = self.denoising.times((torch.arange(LEVELS) + 0.5) / LEVELS).tolist()
-            levels = zip(times, mean[:, 1].tolist(), strict=True)
-            self.log_dict({f"{stage}/x0_mse_t{round(t):03}": value for t, value in levels})
+            self.log_dict(named(f"{stage}/x0_mse", self.denoising.times, mean[:, 1]))
+
+    def on_validation_end(self) -> None:
+        """Give the recordings' memory back; callbacks have drawn their images by now."""
+        self.recordings = Recordings()
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
 
     def sample_images(self, index: Tensor, labels: Tensor | None = None, seed: int = 0) -> Tensor:
         """The images of these numbers (n), of these labels (n), as bytes, uint8 (n c y x).
@@ -209,7 +209,7 @@ class Diffusion(TaskModule):
     def generate(
         self,
         labels: Sequence[int] | str | None = None,
-        num_samples: int = 8,
+        num_samples: int | None = None,
         guidance: float | None = None,
         steps: int | None = None,
         sampler: samplers.Name | None = None,
@@ -223,7 +223,7 @@ class Diffusion(TaskModule):
 
         Args:
             labels: what they shall show, "3", "0-4,7" or [3, 5]: a row each; by default all.
-            num_samples: images of each label; without labels, of all, in a square.
+            num_samples: images of each label, by default 8; without labels in all, by default 64.
             guidance: by default that of the model, as for the next three.
             steps: calls of the net.
             sampler: ddim, ancestral, euler, heun or dpm.
@@ -233,13 +233,14 @@ class Diffusion(TaskModule):
         """
         given = {"guidance": guidance, "steps": steps, "sampler": sampler, "eta": eta}
         way = self.way.of(self.withheld, self.one_step, **given)
-        if num_samples < 1 or batch_size < 1:
-            raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=8")
         asked = pick(labels, self.classes)
-        index = torch.arange(num_samples * max(1, len(asked)), device=self.device)
-        shown = torch.tensor(asked, device=self.device).repeat_interleave(num_samples)
+        count = (8 if asked else 64) if num_samples is None else num_samples
+        if count < 1 or batch_size < 1:
+            raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=8")
+        index = torch.arange(count * max(1, len(asked)), device=self.device)
+        shown = torch.tensor(asked, device=self.device).repeat_interleave(count)
         images = self._sample(index, shown if asked else None, way, seed, batch_size)
-        return Pictures(images, num_samples if asked else math.ceil(math.sqrt(num_samples)))
+        return Pictures(images, count if asked else math.ceil(math.sqrt(count)))
 
     def figures(self, datamodule: Any) -> dict[str, Any]:
         """The way back, estimates at each level, and what lies between two noises."""
@@ -253,7 +254,8 @@ class Diffusion(TaskModule):
             folder: where; files of the same names are replaced.
             format: safetensors.
         """
-        return write(cast(UNet, self.net), folder)
+        asked = {name: self.hparams[name] for name in ("process", "prediction", "conditioning")}
+        return write(cast(UNet, self.net), folder, asked)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The data's sizes travel with the weights."""
@@ -284,17 +286,14 @@ class Diffusion(TaskModule):
         self, index: Tensor, labels: Tensor | None, way: Way, seed: int, batch_size: int
     ) -> Tensor:
         net, trainer = cast(nn.Module, self.net), self._trainer
-        context = nullcontext()
+        context, recordings = nullcontext(), Recordings()
         if trainer is not None and trainer.state.status == "running":  # as in a validation step
-            context = trainer.precision_plugin.forward_context()
-        plain = all(type(p) is nn.Parameter for p in net.parameters())  # not sharded
+            context, recordings = trainer.precision_plugin.forward_context(), self.recordings
 
         def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
             return self.denoise(x, t, y, way.guidance).clamp(-1, 1)
 
         size = (self.channels, self.size[0], self.size[1])
-        capture = cuda_graph if index.is_cuda and plain else None
-        with context:
-            schedule = self.denoising.schedule
-            x = sample(denoise, schedule, way, index, labels, size, seed, batch_size, capture)
-        return to_uint8(x)
+        asked = self.denoising.schedule, way, index, labels, size, seed, batch_size
+        with context, recordings.used_by(net) as record:
+            return to_uint8(sample(denoise, *asked, record))

@@ -24,7 +24,6 @@ from ravine.datamodules.tokenizers import Tokenizer, from_state
 from .base import TaskModule
 from .language import Transformer
 from .language.generation import LOOK, Generated, generate, lay_out
-from .language.replay import cuda_graph
 from .language.sampling import Sampling
 from .policy import base_model
 from .policy.estimators import Estimator
@@ -43,6 +42,7 @@ from .policy.rollout import (
     log_probabilities,
     loss_of,
 )
+from .replay import cuda_graph
 from .shakespeare import LanguageModel
 
 

@@ -16,6 +16,7 @@ from ravine.lightning_modules.imaging.denoising import Denoising
 from ravine.lightning_modules.imaging.draws import key, normals, uniforms
 from ravine.lightning_modules.imaging.noise_schedules import Path, Schedule, alpha_bar
 from ravine.lightning_modules.imaging.parametrisations import from_x0, gain, to_x0, weight
+from ravine.lightning_modules.imaging.recordings import Recordings
 from ravine.lightning_modules.imaging.samplers import SAMPLERS, ddim
 from ravine.lightning_modules.imaging.sampling import Way, sample
 
@@ -256,9 +257,19 @@ def test_images_do_not_depend_on_the_batch_or_on_a_recording(name: str) -> None:
     labels = numbers % 3
     how = (schedule, way, numbers, labels, (1, 4, 4), 0)
     one = sample(denoise, *how)
+    recordings = Recordings(capture)
     for size in (1, 2, 3, 5):
-        torch.testing.assert_close(sample(denoise, *how, size, capture), one)
-    assert len(recorded) == 4
+        with recordings.used_by(net) as record:
+            for seed in (0, 1):
+                made = sample(denoise, *how[:-1], seed, size, record)
+            again = sample(denoise, *how, size, record)
+        torch.testing.assert_close(again, one)
+        assert (made - again).abs().max() > 0.1
+    assert len(recorded) == 4  # a recording a size, for all calls
+    net.weight = torch.nn.Parameter(net.weight.clone())  # the same elsewhere
+    with recordings.used_by(net) as record:
+        torch.testing.assert_close(sample(denoise, *how, 5, record), sample(denoise, *how))
+    assert len(recorded) == 5
     alone = sample(denoise, schedule, way, numbers[2:3], labels[2:3], (1, 4, 4), 0)
     torch.testing.assert_close(alone, one[2:3])
     other = sample(denoise, schedule, way, numbers, labels, (1, 4, 4), 1)

@@ -68,8 +68,11 @@ def test_times_and_labels_tell() -> None:
 
 def test_written_weights_build_the_same_net(tmp_path: Path) -> None:
     net = UNet(3, 8, 16, classes=2, patch=2).to(memory_format=torch.channels_last)  # pyright: ignore
-    assert write(net, str(tmp_path / "out")) == f"{tmp_path}/out/model.safetensors, config.json"
-    other = UNet(**json.loads((tmp_path / "out" / "config.json").read_text()))
+    written = write(net, str(tmp_path / "out"), {"prediction": "v"})
+    assert written == f"{tmp_path}/out/model.safetensors, config.json"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["prediction"] == "v"
+    other = UNet(**config["net"])
     other.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0])
     torch.testing.assert_close(other(x, t), net(x, t))

@@ -11,6 +11,7 @@ Axes: b batch.
 
 import hashlib
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,3 +59,18 @@ def _unit(bits: Tensor) -> Tensor:
 
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
+
+
+class Draws(NamedTuple):
+    """What a training step draws for its images (b)."""
+
+    u: Tensor  # (b) in (0, 1): spread evenly over the whole step
+    label: Tensor  # (b) in (0, 1)
+    noise: Tensor  # (b c y x)
+
+
+def of_step(names: tuple[int | str, ...], places: Tensor, total: int, x0: Tensor) -> Draws:
+    """Draws for the images x0 (b c y x) at places (b) among the `total` of a step."""
+    u = (places + uniforms(key(*names, "times"), places)) / total
+    label = uniforms(key(*names, "labels"), places)
+    return Draws(u, label, normals(key(*names, "noise"), places, tuple(x0.shape[1:])))

@@ -7,7 +7,7 @@ Axes: n images, b batch, c y x images.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..language.replay import Capture, Replay
 from .draws import key, normals
 from .noise_schedules import Schedule
+from .recordings import Denoise, Estimator, Record, plainly
 from .samplers import SAMPLERS, Name, Sampler, ddim
-
-Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,31 +92,6 @@ def pick(labels: Iterable[int | str] | str | None, classes: int) -> list[int]:
     return found
 
 
-class Estimator:
-    """`denoise` through buffers that stay where they are: one recording serves every step."""
-
-    def __init__(self, denoise: Denoise, x: Tensor, y: Tensor | None, capture: Capture | None):
-        """For images like x (b c y x), with labels y (b) if there are any."""
-        self.denoise, self.x, self.x0 = denoise, x.clone(), torch.empty_like(x)
-        self.t, self.y = x.new_zeros(len(x)), None if y is None else y.clone()
-        self.work = Replay(self._run, capture)
-
-    def _run(self) -> None:
-        self.x0.copy_(self.denoise(self.x, self.t, self.y))
-
-    def label(self, y: Tensor | None) -> None:
-        """The labels (b) from now on."""
-        if self.y is not None and y is not None:
-            self.y.copy_(y)
-
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        """The images (b c y x) that x at time t come from."""
-        self.x.copy_(x)
-        self.t.fill_(t)
-        self.work(0)
-        return self.x0.clone()  # a sampler may keep it, and the next step overwrites
-
-
 @torch.no_grad()
 def sample(
     denoise: Denoise,
@@ -129,7 +102,7 @@ def sample(
     shape: tuple[int, int, int],
     seed: int,
     batch_size: int = 256,
-    capture: Capture | None = None,
+    record: Record = plainly,
 ) -> Tensor:
     """The images of these numbers (n), of these labels (n), as the sampler left them, (n c y x).
 
@@ -142,7 +115,7 @@ def sample(
         shape: c y x.
         seed: of all.
         batch_size: images made at once, at most.
-        capture: how to record a step, to replay it: `replay.cuda_graph`.
+        record: what makes an estimator that repeats `denoise`: plainly, or as `Recordings` do.
     """
     total, path, sampler = len(numbers), schedule.path(way.steps), way.function()
     parts = -(-total // batch_size)
@@ -154,7 +127,7 @@ def sample(
         number, label = numbers[place], None if labels is None else labels[place]
         x = normals(key(seed, "start"), number, shape) * path.sigma[0].item()
         if estimator is None:
-            estimator = Estimator(denoise, x, label, capture)
+            estimator = record(denoise, x, label, way)
         estimator.label(label)
 
         def fresh(step: int, number: Tensor = number) -> Tensor:

@@ -13,7 +13,7 @@ Axes: b batch, c y x images, d embedding.
 import json
 import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -158,15 +158,19 @@ class UNet(nn.Module):
         return b["out"](h)
 
 
-def write(net: UNet, folder: str) -> str:
-    """Write the weights and the arguments into a folder: safetensors and JSON; returns the names.
+def write(net: UNet, folder: str, asked: dict[str, Any]) -> str:
+    """Write the weights, the arguments and what the net is asked into a folder; returns the names.
 
-    net = UNet(**json.load(open("config.json")))
-    net.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+        config = json.load(open("config.json"))
+        net = UNet(**config["net"])
+        net.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+
+    The rest of config.json says what the net's answers mean: process, prediction, conditioning.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     weights = {name: w.contiguous() for name, w in net.state_dict().items()}
     save_file(weights, place / "model.safetensors")
-    (place / "config.json").write_text(json.dumps(net.arguments, indent=1))
+    config = {"net": net.arguments, **asked}
+    (place / "config.json").write_text(json.dumps(config, indent=1))
     return f"{folder}/model.safetensors, config.json"

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..replay import Capture, Replay
 from .cache import BUCKET
 from .reading import CachedReader, Page, Reader, Window
-from .replay import Capture, Replay
 from .sampling import Sampling, uniforms
 
 LOOK = 32  # steps between two looks of the host
