@@ -109,7 +109,7 @@ class FrechetDistance(L.Callback):
             )
         refuse_without_validation(trainer, "FrechetDistance", stage)
         if self.extractor is None:
-            self._file, self._sha256 = weights(self.weights)
+            self._file, self._sha256 = weights(self.weights, trainer)
             if self._sha256 != SHA256:
                 rank_zero_warn(
                     f"{self._file} is not the published InceptionV3 (SHA-256 {self._sha256[:8]}, "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.error import URLError
 
+import lightning as L
 import torch
 from einops import repeat
 from torch import Tensor, nn
@@ -22,8 +23,11 @@ URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}
 Layer = Literal[64, 192, 768, 2048]
 
 
-def weights(given: str | None = None) -> tuple[Path, str]:
-    """The file of weights and its SHA-256; one of another checksum counts only if it is `given`."""
+def weights(given: str | None = None, trainer: L.Trainer | None = None) -> tuple[Path, str]:
+    """The file of weights and its SHA-256; one of another checksum counts only if it is `given`.
+
+    What is nowhere is downloaded by one rank of each machine, for which the others wait.
+    """
     if given is not None:
         path = Path(given).expanduser()
         if not path.is_file():
@@ -34,22 +38,37 @@ def weights(given: str | None = None) -> tuple[Path, str]:
         return path, digest(path)
     hub = Path(torch.hub.get_dir()) / "checkpoints" / FILE
     data = os.environ.get("DATA_ROOT")
-    places = [Path(data).expanduser() / "inception" / FILE] if data else []
-    for path in (*places, hub):
-        if path.is_file() and digest(path) == SHA256:
-            return path, SHA256
-    try:
-        hub.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(hub), hash_prefix=SHA256, progress=False)
-    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a wrong checksum
-        looked = "; ".join(str(path) for path in (*places, hub))
+    places = [*([Path(data).expanduser() / "inception" / FILE] if data else []), hub]
+    why, found = "", _whole(places)
+    if found is None:
+        first = trainer is None or trainer.local_rank == 0
+        why = _download(hub) if first else "was tried by the first rank of this machine"
+    if trainer is not None:
+        trainer.strategy.barrier("weights of InceptionV3")
+    found = found or _whole(places)
+    if found is None:
+        looked = "; ".join(str(path) for path in places)
         raise FileNotFoundError(
-            f"InceptionV3's weights were not found; looked at: {looked}; {URL} ({error}); ways "
+            f"InceptionV3's weights were not found; looked at: {looked}; {URL} ({why}); ways "
             f"out: run once with a network; or put {FILE} at {hub}; or type "
             "--trainer.callbacks.weights=FILE; or measure in features of your own: "
             "--trainer.callbacks.extractor=ClassifierFeatures"
-        ) from None
-    return hub, SHA256
+        )
+    return found, SHA256
+
+
+def _whole(places: list[Path]) -> Path | None:
+    return next((path for path in places if path.is_file() and digest(path) == SHA256), None)
+
+
+def _download(path: Path) -> str:
+    """Fetch the file; in words why it failed, or ""."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256, progress=False)
+    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a wrong checksum
+        return str(error)
+    return ""
 
 
 def digest(path: Path) -> str:

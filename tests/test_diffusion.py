@@ -1,11 +1,13 @@
 """Diffusion as a task: what a step computes, what is logged, what is drawn, and what is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from ranks import furthest, whole
 from torch.nn import functional as F
 
@@ -39,9 +41,9 @@ def data(batch_size: int = 32) -> ImageDataModule:
 def fit(module: L.LightningModule, steps: int = 3, **more: Any) -> L.Trainer:
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_steps=steps, accelerator="cpu", enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        **({"limit_val_batches": 0} | more),
+        **({"limit_val_batches": 0, "logger": False} | more),
     )  # fmt: skip
     trainer.fit(module, data())
     return trainer
@@ -144,6 +146,67 @@ def test_the_first_attempt_learns_the_mean_of_all_images() -> None:
     mean = images.pictures("train")[0].float().mean(0) / 127.5 - 1
     assert (made - mean).square().mean() < 0.03  # images are 0.42 apart from their mean
     assert made.var(0).mean() < 0.02
+
+
+def test_the_third_attempt_learns_each_digit() -> None:
+    """In six seconds a digit is nearest to the mean of its own class more often than not."""
+    torch.manual_seed(0)
+    model = Diffusion("time", process="cosine", labels=True, width=16, time_width=32, steps=10)
+    model.lr = 4e-3
+    fit(model, 250)
+    made = model.generate(num_samples=20).images.flatten(1).float()
+    images = data()
+    images.setup("fit")
+    real, labels = images.pictures("train")
+    means = torch.stack([real[labels == k].flatten(1).float().mean(0) for k in range(10)])
+    asked = torch.arange(10).repeat_interleave(20)
+    read = torch.cdist(made, means).argmin(1)
+    assert (read == asked).float().mean() > 0.7  # of real images 0.9, of chance 0.1
+    spread = [part.var(0).mean() for part in made.view(10, 20, -1)]
+    assert min(spread) > 500  # of real images 1,000 to 3,000, of blobs 0
+
+
+class Kept(DummyLogger):
+    """A logger that keeps what it is given, images as Weights & Biases takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: list[dict[str, float]] = []
+        self.pictures: list[tuple[str, int, Any]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.numbers.append(dict(metrics))
+
+    def log_image(self, key: str, images: list[Any], step: int) -> None:
+        self.pictures += [(key, step, image.size) for image in images]
+
+
+def test_the_loss_is_logged_at_each_level_while_training() -> None:
+    """Ten means, of all images since the last log; together they are the mean loss."""
+    kept, seen = Kept(), []
+
+    class Seen(Diffusion):
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            loss = super().training_step(batch, index)
+            seen.append(float(loss.detach()))
+            return loss
+
+    fit(Seen(**TINY), 8, logger=kept, log_every_n_steps=4)
+    logged = [row for row in kept.numbers if "train/loss" in row]
+    assert [row["train/loss"] for row in logged] == pytest.approx([seen[3], seen[7]])
+    for row, losses in zip(logged, (seen[:4], seen[4:]), strict=True):
+        levels = [v for name, v in row.items() if name.startswith("train/loss_t")]
+        assert len(levels) == 10
+        assert sum(levels) / 10 == pytest.approx(sum(losses) / 4, rel=0.1)  # 12 or 13 images each
+    assert {"train/loss_t051", "train/loss_t951"} <= logged[0].keys()
+
+
+def test_pictures_go_to_loggers_that_take_images() -> None:
+    kept = Kept()
+    fit(Diffusion(labels=True, steps=2, **TINY), 2, logger=kept, limit_val_batches=1,
+        limit_train_batches=2, check_val_every_n_epoch=1,
+        callbacks=[Samples({"num_samples": 2})])  # fmt: skip
+    assert kept.pictures == [("samples", 2, (2 * 58 + 2, 10 * 58 + 2))]
 
 
 def test_the_second_attempt_does_not_know_the_time() -> None:
@@ -287,6 +350,9 @@ def test_export_writes_what_the_checkpoint_holds(
     ours = Diffusion.load(checkpoint).net.state_dict()
     assert there.keys() == ours.keys()
     assert all(torch.equal(there[name], ours[name]) for name in ours)
+    config = json.loads(Path("out/config.json").read_text())
+    assert config.pop("net")["classes"] == 10
+    assert config == {"process": "linear", "prediction": "x0", "conditioning": "time"}
 
 
 def test_pictures_are_kept_at_each_validation(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 """Fréchet's distance is the one that others compute, alike on any ranks, and honest of its name."""
 
 import gc
+import hashlib
+import os
+import time
 import weakref
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -577,3 +581,25 @@ def test_a_download_with_another_checksum_is_not_taken(
     with pytest.raises(FileNotFoundError, match="invalid hash value"):
         inception.weights()
     assert not list((tmp_path / "hub").rglob("*.pth"))
+
+
+def fetched_on_ranks(folder: str) -> tuple[int, str]:
+    """How often this rank downloaded, and what it then found."""
+    os.environ["TORCH_HOME"], calls = folder, []
+    os.environ.pop("DATA_ROOT", None)
+
+    def download(url: str, target: str, **more: Any) -> None:
+        time.sleep(0.3)  # the others are sooner at the barrier
+        calls.append(url)
+        Path(target).write_bytes(b"weights")
+
+    inception.SHA256 = hashlib.sha256(b"weights").hexdigest()
+    torch.hub.download_url_to_file = download
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    trainer.strategy.setup_environment()
+    path, _ = inception.weights(None, trainer)
+    return len(calls), path.read_text()
+
+
+def test_one_rank_of_a_machine_downloads_and_the_others_wait(ranks: Any, tmp_path: Path) -> None:
+    assert list(ranks(fetched_on_ranks, 2, str(tmp_path))) == [(1, "weights"), (0, "weights")]

@@ -2,6 +2,7 @@
 
 import contextlib
 import email.message
+import gzip
 import hashlib
 import io
 import os
@@ -12,6 +13,7 @@ import urllib.request
 import urllib.response
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -94,6 +96,29 @@ def test_a_download_is_checked_and_kept(serve: Serve, tmp_path: Path) -> None:
     assert path.read_bytes() == CONTENT
     assert left_behind(tmp_path) == ["play.txt"]
     assert fetch("play", source("https://nowhere.invalid")) == ""  # no second download
+
+
+def test_a_gzip_is_checked_by_what_is_inside_and_kept_as_it_came(serve: Serve) -> None:
+    for level in (1, 9):  # mirrors wrap it differently
+        body = gzip.compress(CONTENT, level)
+        good = replace(serve(body), gzipped=True, path=f"plays/{level}.gz")
+        assert fetch("play", good) == ""
+        assert locate(good).read_bytes() == body
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (CONTENT, "not a gzip"),
+        (gzip.compress(CONTENT)[:-20], "not a gzip"),
+        (gzip.compress(CONTENT[1:]), "do not have the SHA-256 known"),
+        (gzip.compress(bytes(10**7)), "do not have the SHA-256 known"),  # unfolds to far too much
+    ],
+    ids=["plain", "cut", "another", "bomb"],
+)
+def test_a_bad_gzip_leaves_nothing(serve: Serve, tmp_path: Path, body: bytes, reason: str) -> None:
+    assert reason in fetch("play", replace(serve(body), gzipped=True))
+    assert left_behind(tmp_path) == []
 
 
 def test_a_zip_gives_the_file_of_the_exact_name(serve: Serve) -> None:
