@@ -71,7 +71,9 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
         size = max(1, len(losses) // 25)  # a single step's loss is mostly chance
         smooth = [statistics.mean(losses[max(0, i - size) : i + 1]) for i in range(len(losses))]
         label = name.removeprefix("seed_").replace(" --model.", ", ")
-        axis.plot(steps, smooth, label=label, linewidth=1.4, linestyle="--" if number > 9 else "-")
+        # the first (last) and third (raw) rung are one curve while embeddings are long: see both
+        look = {"linestyle": "--", "zorder": 3} if number == 0 or number > 9 else {}
+        axis.plot(steps, smooth, label=label, linewidth=1.4, **look)
     axis.set(xlabel="optimizer steps", ylabel="training loss, nats a token")
     if max(max(loss for _, loss in row["curve"]) for row in rows) > 6:
         axis.set_ylim(0.8, 5)  # embeddings from N(0, 1) start far above uniform guessing

@@ -14,7 +14,7 @@ import torch
 from ravine.lightning_modules import TaskModule
 
 from . import signature
-from .errors import Mistake
+from .errors import Mistake, unknown
 from .trained import prepare
 
 DEVICE = {"device": str}  # flags that no task has to know
@@ -30,16 +30,28 @@ def run(argv: list[str]) -> int:
     ours = TEXTS if writes else PICTURES
     known |= {name: signature.Flag(kind, None) for name, kind in ours.items()}
     arguments = signature.read(given, known, "generate")
-    place = arguments.pop("device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(chosen(arguments.pop("device", None)))
     if not writes:
         file, folder = arguments.pop("file", None), arguments.pop("folder", None)
-        draw(module.to(torch.device(place)), arguments, file, folder)
+        draw(module, arguments, file, folder)
         return 0
     file = arguments.pop("prompt_file", None)
     if file is not None:
         arguments["prompt"] = prompts(Path(file), arguments.get("prompt"))
-    show(module.to(torch.device(place)), arguments)
+    show(module, arguments)
     return 0
+
+
+def chosen(name: str | None) -> torch.device:
+    """The device of that name, by default the fastest that is here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    there += ["cuda"] if torch.cuda.is_available() else []
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    if name not in there:
+        raise unknown(f"no device {name!r} is here", name, there, lambda n: f"--device={n}", "cpu")
+    return torch.device(name)
 
 
 def draw(

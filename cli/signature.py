@@ -70,7 +70,8 @@ def read(given: list[tuple[str, str]], known: dict[str, Flag], command: str) -> 
 def convert(name: str, text: str, flag: Flag) -> Any:
     """One value; in texts that may be repeated \\n is a line break, since shells make it hard."""
     if flag.choices and text not in flag.choices:
-        raise unknown(f"--{name} is {text!r}", text, flag.choices, lambda n: f"--{name}={n}", "")
+        wrong, first = f"--{name} is {text!r}", flag.choices[0]
+        raise unknown(wrong, text, flag.choices, lambda n: f"--{name}={n}", first)
     if flag.kind is str:
         return unescape(text) if flag.repeats else text
     try:

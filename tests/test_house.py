@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")
@@ -138,6 +139,15 @@ def test_only_the_five_folders_hold_product_code() -> None:
 
 def test_no_folder_imports_what_it_must_never_know() -> None:
     assert trespassing(ROOT) == []
+
+
+def test_no_preset_validates_within_an_optimizer_step() -> None:
+    """`val_check_interval` counts micro-batches: of forty a step, 2,000 of them are 50 steps."""
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        trainer = (yaml.safe_load(path.read_text()) or {}).get("trainer", {})
+        every = trainer.get("val_check_interval") or 0
+        micro = trainer.get("accumulate_grad_batches") or 1
+        assert every % micro == 0, path
 
 
 def test_one_place_asks_which_part_of_the_data_is_a_process_s() -> None:
