@@ -3,24 +3,26 @@
 The same GPT-2-shaped model (4 layers of width 128, characters of tiny Shakespeare), trained a
 little by us and exported; G = 4, 4 prompts, 64 + 64 tokens, temperature 0.8, fp32 on a CPU, Adam
 1e-3 without decay, clipping 1, no dropout: the same for both (GPT-2's own 0.1 is switched off).
-`speed`: rounds of each in turn, with and without a reference (TRL's β is per
-text, ours per token: β · 64), seconds a step after two to warm up; the second round of ours is the
-A/A control. `learn`: 60 steps of both from one seed, reward the missing letter e. Raw rows in
-rows/against_trl.jsonl, of which there are none yet under these settings. Needs the extra `bench`.
+`speed`: runs of each, and of ours once more, in a drawn order, with and without a reference (TRL's
+β is per text, ours per token: β · 64), one thread, seconds of the processor for each step after two
+to warm up. `learn`: 60 steps of both from one seed, reward the missing letter e. Raw rows in
+rows/against_trl.jsonl. Needs the extra `bench`.
 """
 
+import random
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
 import torch
 from record import append, circumstances
+from versus import Times, compare
 
 from ravine.callbacks import GradientClipping, OptimizerPlan
 from ravine.datamodules import PromptDataModule, TextDataModule
@@ -59,10 +61,10 @@ class Steps(L.Callback):
     """Seconds and mean reward of each step."""
 
     def __init__(self) -> None:
-        self.at, self.rewards = [time.perf_counter()], list[float]()
+        self.at, self.rewards = [time.process_time()], list[float]()
 
     def on_train_batch_end(self, trainer, pl_module, *args) -> None:
-        self.at.append(time.perf_counter())
+        self.at.append(time.process_time())
         self.rewards.append(statistics.fmean(row["reward"] for row in pl_module.samples()))
 
 
@@ -122,7 +124,7 @@ def theirs(
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            at.append(time.perf_counter())
+            at.append(time.process_time())
 
     config = RLOOConfig(
         output_dir=f"{folder}/trl", per_device_train_batch_size=G * PROMPTS, num_generations=G,
@@ -140,17 +142,15 @@ def theirs(
     return [b - a for a, b in pairwise(at)], rewards
 
 
-def speed(folder: str, known: str) -> None:
-    count = WARM + STEPS
-    for number, beta in product(range(ROUNDS), (0.0, 0.05)):
-        first = statistics.median(ours(folder, beta, count, 0)[0][WARM - 1 :])
-        rival = statistics.median(theirs(folder, known, beta, count, 0)[0][WARM - 1 :])
-        again = statistics.median(ours(folder, beta, count, 0)[0][WARM - 1 :])
-        row = {"what": "speed", "round": number, "beta": beta, "seed": 0,
-               "ours": round(first, 3), "trl": round(rival, 3),
-               "ours_again": round(again, 3), "control": round(again / first, 3),
-               "ratio": round(2 * rival / (first + again), 2)}  # fmt: skip
-        append("against_trl", circumstances("reinforce/quick") | row)
+def speed(folder: str, known: str, beta: float) -> None:
+    runs = {"ours": partial(ours, folder), "trl": partial(theirs, folder, known)}
+    runs["ours again"] = runs["ours"]
+    times: Times = {name: [] for name in runs}
+    for number in range(ROUNDS):
+        for name in random.Random(number).sample(list(runs), len(runs)):
+            times[name] += runs[name](beta, WARM + STEPS, 0)[0][WARM - 1 :]
+    what = f"an RLOO step, {PROMPTS} x {G} texts of {PROMPT} + {NEW} characters, beta {beta:g}"
+    compare("against_trl", what, times, ["trl", "transformers"], seed=0)
 
 
 def learn(folder: str, known: str, seed: int) -> None:
@@ -170,6 +170,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         alphabet = base(place)
         if what[0] == "speed":
-            speed(place, alphabet)
+            speed(place, alphabet, 0.0)
+            speed(place, alphabet, 0.05)
         else:
             learn(place, alphabet, int(what[1]))

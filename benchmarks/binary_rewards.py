@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from record import append
+from record import append, machine
 from torch import Tensor
 
 from ravine.lightning_modules.policy.estimators import Estimator, Kind
@@ -54,7 +54,8 @@ def main() -> None:
             axes.plot(T, measured, lw=1, label=f"B = {size}")
             inner = (T > 0.1) & (T < 0.9)
             furthest = (measured - exact)[inner].abs().max().item()
-            append("binary_rewards", {"kind": kind, "B": size, "furthest": round(furthest, 5)})
+            row = {"kind": kind, "B": size, "furthest": round(furthest, 5)}
+            append("binary_rewards", machine() | row)
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     folder = Path(__file__).parent.parent / "docs" / "figures"

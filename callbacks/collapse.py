@@ -29,6 +29,10 @@ class CollapseAlarm(L.Callback):
         self, below: dict[str, float] | None = None, fallen: dict[str, float] | None = None
     ) -> None:
         """Start without an alarm."""
+        self.asked = {
+            *(below or {}),
+            *(fallen or {}),
+        }  # a default that is not logged is passed over
         if below is None and fallen is None:
             below, fallen = BELOW, FALLEN
         self.below, self.fallen = below or {}, fallen or {}
@@ -71,10 +75,11 @@ class CollapseAlarm(L.Callback):
         metrics = trainer.callback_metrics
         watched = {*self.below, *self.fallen}
         found = {name: float(metrics[name]) for name in sorted(watched & metrics.keys())}
-        if not found:
+        missing = watched if not found else self.asked - found.keys()
+        if missing:
             logged = ", ".join(sorted(metrics)) or "nothing"
             raise ValueError(
-                f"CollapseAlarm watches {', '.join(sorted(watched))}, and "
+                f"CollapseAlarm watches {', '.join(sorted(missing))}, and "
                 f"{type(pl_module).__name__} logs {logged}; name metrics of its own: "
                 "--trainer.callbacks.below='{NAME: 0.5}', or leave CollapseAlarm out"
             )

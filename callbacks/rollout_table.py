@@ -38,6 +38,7 @@ class RolloutTable(L.Callback):
         self.every, self.count = every, count
         self.step, self.shown = 0, -1
         self.folder: str | None = None
+        self.rows: list[Row] = []  # of the last step; a validation after it writes others
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a module that has no samples."""
@@ -61,16 +62,17 @@ class RolloutTable(L.Callback):
     ) -> None:
         """Show those of the step, when it is due."""
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
+        self.rows = pl_module.samples()[: self.count]  # pyright: ignore[reportCallIssue]
         if stepped and (self.step == 1 or self.step % self.every == 0):
             self._show(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the last ones."""
-        if self.step != self.shown:
+        if self.rows and self.step != self.shown:
             self._show(trainer, pl_module)
 
     def _show(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        rows = module.samples()[: self.count]  # pyright: ignore[reportCallIssue]
+        rows = self.rows
         if not trainer.is_global_zero or not rows:
             return
         self.shown = self.step

@@ -26,18 +26,16 @@ from .language import Transformer
 from .language.generation import LOOK, Generated, generate, lay_out
 from .language.sampling import Sampling
 from .policy import base_model
+from .policy.checks import check_fits, check_known, check_together
+from .policy.clock import Clock
 from .policy.estimators import Estimator
 from .policy.judge import Judge
 from .policy.kl import KL
 from .policy.rewards import Facts, Reward, check_terms
 from .policy.rollout import (
-    Clock,
     Rollout,
     adapters_off,
     by_reference,
-    check_fits,
-    check_known,
-    check_together,
     drift,
     log_probabilities,
     loss_of,
@@ -251,9 +249,10 @@ class Reinforce(TaskModule):
         return Judge(*how, *whose, self._gathered, Share.of(self.trainer).rank)
 
     def _write(self, prompts: list[Tensor], keys: list[tuple]) -> Generated:
-        alone = self.trainer.world_size == 1
+        net = cast(nn.Module, self.net)
+        whole = not any(hasattr(parameter, "device_mesh") for parameter in net.parameters())
         return generate(
-            cast(nn.Module, self.net),
+            net,
             prompts,
             self.new,
             cast(int, self.context),
@@ -263,8 +262,8 @@ class Reinforce(TaskModule):
             texts=keys,
             window="refuse",
             # ranks that shard a net take every step together, however soon their texts have ended
-            look=LOOK if alone else self.new,
-            capture=cuda_graph if alone and self.device.type == "cuda" else None,
+            look=LOOK if whole else self.new,
+            capture=cuda_graph if whole and self.device.type == "cuda" else None,
         )
 
     def _ask_reference(

@@ -91,6 +91,19 @@ def test_a_text_does_not_depend_on_the_texts_beside_it() -> None:
     assert not together.tokens.equal(generate(net, begun, 20, T, seed=8).tokens)
 
 
+def test_equal_prompts_are_read_once_and_go_their_own_ways() -> None:
+    net, begun = lively(), prompts(5, longest=5)
+    rows = [begun[i] for i in (3, 1, 3, 3, 4, 1)]
+    read: list[tuple[int, ...]] = []
+    hook = net.embed.register_forward_hook(lambda _, given, __: read.append(tuple(given[0].shape)))
+    written = generate(net, rows, 40, T, Sampling(1.0), stops=[[3]])
+    hook.remove()
+    assert read[0] == (3, 5)  # three different prompts, the longest of five tokens
+    assert read[1] == (6, 1)
+    assert written.tokens.equal(generate(net, rows, 40, T, stops=[[3]], cached=False).tokens)
+    assert not written.tokens[0].equal(written.tokens[2])
+
+
 def test_nothing_is_written_after_a_stop() -> None:
     net, begun = lively(), prompts(40, longest=5)
     written = generate(net, begun, 20, T, stops=[[3], [5, 4]])

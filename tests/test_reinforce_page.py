@@ -64,7 +64,7 @@ def test_the_base_presets_differ_from_the_defaults_only() -> None:
         LanguageModel(65, config["data"]["init_args"]["context"], **shape)
 
 
-def test_what_binary_rewards_ascend() -> None:
+def test_estimators_ascend_their_phi_of_a_binary_reward() -> None:
     """The page's table at B = 64 and t = 0.2: factor times slope."""
     rewards = torch.tensor([1.0] * 13 + [0.0] * 51, dtype=torch.float64)
     grpo, rejection = Estimator("grpo").weights(rewards), Estimator("rejection").weights(rewards)

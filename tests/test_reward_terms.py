@@ -139,7 +139,7 @@ def test_a_term_does_not_take_the_name_of_what_is_logged_beside_it(name: str) ->
         check_terms([CharacterFraction("e", name=name)], corpus=True, reference=True)
 
 
-def test_what_is_watched_of_texts() -> None:
+def test_the_measures_of_texts_are_their_counts() -> None:
     found = of_texts(["O speak", "O speak", "again yonder"], Facts(PLAY))
     assert found["distinct"] == pytest.approx(2 / 3)
     assert found["vocabulary"] == pytest.approx(4 / 6)

@@ -90,6 +90,12 @@ def test_a_module_that_logs_nothing_of_it_is_refused_by_name(
     fit(module, Curves(["train_loss"]), tmp_path, 2)  # of their own they are taken
 
 
+def test_an_alarm_on_a_metric_that_nobody_logs_is_refused(tmp_path: Path) -> None:
+    alarm = CollapseAlarm(below={"train/distinct": 0.5, "train/distnct": 0.5})
+    with pytest.raises(ValueError, match="watches train/distnct, and Scripted logs"):
+        fit(Scripted(distinct=[1.0]), alarm, tmp_path, 2)
+
+
 def test_a_curve_that_is_missing_is_said(tmp_path: Path, capsys) -> None:
     fit(Scripted(reward=[0.1]), Curves(["train/reward", "train/e"]), tmp_path, 2)
     assert "Curves: Scripted logs no train/e\n" in capsys.readouterr().out
@@ -121,6 +127,28 @@ def test_the_table_shows_first_due_and_last_and_commands_no_terminal(
     assert written.count("reward 0.5") == 6
     with pytest.raises(ValueError, match="every is 0"):
         RolloutTable(every=0)
+
+
+class Validated(Scripted):
+    """Writes in validations too."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.rows = [{"text": "of a validation", "reward": 0.5}]
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        self.rows = [{"text": "of a step", "reward": 0.5}]
+        return super().training_step(batch, index)
+
+    def samples(self) -> list[dict[str, Any]]:
+        return self.rows
+
+
+def test_the_last_table_shows_the_last_step_and_no_validation(tmp_path: Path) -> None:
+    table = RolloutTable(every=10)
+    folder = fit(Validated(), table, tmp_path, 2, limit_val_batches=1)
+    written = (Path(folder) / "rollouts.txt").read_text()
+    assert written.count("of a step") == 2
+    assert "of a validation" not in written
 
 
 def certain(self: Transformer, tokens: torch.Tensor, *cache: Any) -> torch.Tensor:

@@ -10,15 +10,12 @@ mode (dropout would make them two policies) and through one `Sampling`.
 Axes: b samples, t positions, n new tokens, v vocabulary.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from ravine.datamodules.tokenizers import Tokenizer
 
 from ..language.generation import chosen
 from ..language.sampling import Sampling
@@ -39,79 +36,6 @@ class Rollout(NamedTuple):
     weights: Tensor  # (b) from the rewards
     share: Tensor  # () tokens of a rank, the mean over ranks
     reference: Tensor | None = None  # (b n) the reference's log-probabilities
-
-
-def check_together(
-    new: int,
-    group_size: int,
-    sampling: Sampling,
-    estimator: Estimator,
-    kl: KL,
-    reference: str,
-    stop: str | None = None,
-) -> None:
-    """Refuse choices that make no policy gradient, alone or together."""
-    for name, value in (("new", new), ("group_size", group_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; allowed: 1 or more; type --model.{name}=1")
-    if stop == "":
-        raise ValueError(
-            "stop is '', which stands in every text; allowed: one character or more, or null for "
-            "no stop; type --model.stop='.', or leave it out"
-        )
-    if sampling.temperature == 0:
-        raise ValueError(
-            "at temperature 0 nothing is drawn, and there is no policy to improve; allowed: above "
-            "0; type --model.sampling.temperature=0.8"
-        )
-    if kl.beta and reference == "none":
-        raise ValueError(
-            f"kl.beta is {kl.beta}, and there is no reference to stay near; "
-            "type --model.reference=copy, or --model.kl.beta=0"
-        )
-    if kl.beta and kl.where == "reward" and estimator.kind == "rejection":
-        raise ValueError(
-            "rejection needs rewards of 0 and 1, and the divergence would be taken from them; "
-            "type --model.kl.estimator=k2 --model.kl.where=loss"
-        )
-
-
-def check_fits(what: str, prompt: str, size: int, new: int, context: int) -> None:
-    """Refuse a prompt of `size` tokens that leaves no place for the new ones."""
-    if size + new - 1 > context:
-        fits = context - size + 1
-        out = f"type --model.new={fits} or less, or " if fits > 0 else ""
-        raise ValueError(
-            f"{what} has {size} tokens, and with {new} new ones it does not fit into the {context} "
-            f"that the model sees: {prompt[:40]!r}; {out}give shorter prompts (--data.length)"
-        )
-
-
-def check_known(characters: str, tokenizer: Tokenizer, resolved: dict[str, Any]) -> None:
-    """Refuse prompts with a character that the base never saw: before training, on every rank."""
-    try:
-        tokenizer.encode(characters)
-    except ValueError:
-        pass
-    else:
-        return
-    where = resolved.get("file") or "the text of the prompts"
-    unknown = [c for c in characters if not _encodes(tokenizer, c)]
-    shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5])
-    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    raise ValueError(
-        f"{where} has prompts with {shown}{more}, which the base model does not know; allowed are "
-        "the characters of the text it was trained on; type --data.path=FILE without them, or "
-        "--model.base=FILE of a model trained on such a text"
-    )
-
-
-def _encodes(tokenizer: Tokenizer, character: str) -> bool:
-    try:
-        tokenizer.encode(character)
-    except ValueError:
-        return False
-    return True
 
 
 def read(net: Net, text: Tensor, places: Tensor) -> Tensor:
@@ -175,27 +99,3 @@ def adapters_off(net: nn.Module) -> Iterator[None]:
     finally:
         for adapter, flag in zip(adapters, before, strict=True):
             adapter.lora_enabled = flag
-
-
-class Clock:
-    """Seconds of named parts: `with clock("reward"): ...`, or `start` here and `stop` there."""
-
-    def __init__(self) -> None:
-        """Start with none."""
-        self.seconds: dict[str, float] = {}
-        self._begun: dict[str, float] = {}
-
-    def start(self, part: str) -> None:
-        """Begin a part."""
-        self._begun[part] = time.perf_counter()
-
-    def stop(self, part: str) -> None:
-        """End it."""
-        self.seconds[f"seconds_{part}"] = time.perf_counter() - self._begun[part]
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Time a part."""
-        self.start(part)
-        yield
-        self.stop(part)
