@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedParameter
 
 
 class Swapped(nn.Module):
@@ -67,3 +68,27 @@ def refuse_sharded(module: nn.Module, what: str) -> None:
                 f"{what}: {name} is spread over ranks already; do it to the whole module, before "
                 "the strategy shards it (as a callback in trainer.callbacks)"
             )
+
+
+def refuse_unlike(name: str, layer: nn.Module, kind: type[nn.Module], what: str) -> None:
+    """Raise for a layer that does not compute what `kind` does from a weight of its own.
+
+    Its change would then be no change of the weight: seen in training, and gone when merged.
+    """
+    own = next(c for c in type(layer).__mro__ if not issubclass(c, Swapped))
+    key = "in_proj_weight" if issubclass(kind, nn.MultiheadAttention) else "weight"
+    weight = layer._parameters.get(key)
+    reason = None
+    if own.forward is not kind.forward:
+        reason = f"is a {own.__name__}, which computes in a way of its own"
+    elif weight is None and not hasattr(layer, "dequantize"):
+        reason = "makes its weight anew at each use (weight_norm, another parametrization, pruning)"
+    elif isinstance(weight, UninitializedParameter):
+        reason = "has no weight before its first input (a lazy layer)"
+    elif weight is not None and weight.is_meta:
+        reason = "has no numbers yet: it is on the device meta"
+    if reason:
+        raise ValueError(
+            f"{what}: {name} {reason}; allowed: a plain {kind.__name__} that holds its weight; "
+            f"type --trainer.callbacks.exclude={name}"
+        )

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from .patching import living, owner_of, patch, unpatch
 
+CHANGES = ("quantize", "adapt")  # phases after which the weights have other names
 PHASES = ("load", "quantize", "adapt", "recompute", "compile")
 
 
@@ -35,6 +36,7 @@ class _Ledger:
     applied: dict[str, Any] = field(default_factory=dict)
     pending: dict[str, _Pending] = field(default_factory=dict)
     wrapped_by: L.Callback | None = None
+    names: set[str] = field(default_factory=set)  # of the whole net: a pipeline has less on a rank
 
 
 def _ledger(module: L.LightningModule) -> _Ledger:
@@ -110,6 +112,7 @@ def _apply(trainer: L.Trainer, module: L.LightningModule) -> None:
             )
         pending.apply(module)
         ledger.applied[phase] = pending.identity
+    ledger.names = set(module.state_dict())
     strategy = trainer.strategy
     shards_by_itself = hasattr(strategy, "parallelize")  # ravine.strategies.MeshStrategy
     if isinstance(strategy, ModelParallelStrategy) and not shards_by_itself and not sharded:
@@ -156,6 +159,46 @@ def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         own = module.state_dict()
         for name in frozen(module):
             checkpoint["state_dict"].setdefault(name, own[name])
+
+
+def refuse_other_phases(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Raise where a checkpoint's net is not this one: strict loading is off, torch says nothing."""
+    ledger, saved = _ledger(module), checkpoint.get("transforms", {})
+    for phase in CHANGES:
+        if phase not in saved:
+            continue
+        name, theirs = saved[phase]["class"], saved[phase]["arguments"]
+        if phase not in ledger.applied:
+            raise ValueError(
+                f"the checkpoint was trained with {name}, which is not here; give it as it was,"
+                f" with {theirs}; type --trainer.callbacks+={name}"
+            )
+        ours = ledger.applied[phase]
+        ours = ours if isinstance(ours, dict) else {}
+        wrong = [key for key in ours if theirs.get(key) != ours[key]]
+        if wrong:
+            there = ", ".join(f"{key}={theirs.get(key)}" for key in wrong)
+            here = ", ".join(f"{key}={ours[key]}" for key in wrong)
+            raise ValueError(f"{name} was trained with {there}, here is {here}; give the former")
+    if "adapt" in saved and "quantize" in ledger.applied and "quantize" not in saved:
+        raise ValueError(
+            "the checkpoint's adapters belong to weights that were not quantized; take"
+            " Quantization out of trainer.callbacks"
+        )
+    if not ledger.names or not set(CHANGES) & ledger.applied.keys():
+        return
+    known = {_float(name) for name in ledger.names | module.state_dict().keys()}
+    odd = sorted({_float(name) for name in checkpoint.get("state_dict", {})} - known)
+    if odd:
+        raise ValueError(
+            f"the checkpoint has {', '.join(odd[:3])}, and this {type(module).__name__} has not;"
+            " give it the sizes that it was trained with"
+        )
+
+
+def _float(name: str) -> str:
+    head, dot, leaf = name.rpartition(".")
+    return f"{head}{dot}weight" if leaf.startswith("weight_") else name
 
 
 def _kinds(kind: type["Transform"]) -> list[type["Transform"]]:
@@ -214,6 +257,7 @@ class Transform(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Compare."""
+        refuse_other_phases(pl_module, checkpoint)
         self.accept(pl_module, checkpoint)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

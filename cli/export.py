@@ -9,7 +9,10 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
-from ravine.strategies.checkpoint_io import AtomicCheckpointIO
+from safetensors import SafetensorError
+
+from ravine.lightning_modules import TaskModule
+from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError
 
 from . import merged, signature
 from .errors import Mistake
@@ -36,14 +39,22 @@ def run(argv: list[str]) -> int:
     for name, flag in known.items():
         if flag.default is Parameter.empty and name not in arguments:
             raise Mistake(f"export needs a {name}", [], f"--{name}=NAME")
-    if plain:
-        folder, scheme = Path(arguments["folder"]), arguments.get("quantize")
-        written = merged.write(module, path, folder, merge, scheme)
-    else:
-        merged.flatten(module)
-        written = method(**arguments)
+    try:
+        written = _written(module, path, arguments, merge, method)
+    except SafetensorError as error:  # neither an OSError nor a name for what is wrong
+        raise CheckpointError(f"{arguments['folder']} cannot be written: {error}", 1) from error
     print(f"written: {written}")
     return 0
+
+
+def _written(
+    module: TaskModule, path: Path, arguments: dict[str, Any], merge: bool, method: Any
+) -> str:
+    if method is None:
+        folder, scheme = Path(arguments["folder"]), arguments.get("quantize")
+        return merged.write(module, path, folder, merge, scheme)
+    merged.flatten(module)
+    return method(**arguments)
 
 
 def consolidate(path: Path, given: list[tuple[str, str]]) -> int:

@@ -24,10 +24,20 @@ RUN = (  # what belongs to the run and to what changed the net, not to the model
 
 def flatten(module: TaskModule) -> list[str]:
     """Merge the adapters and make every quantized layer a plain one; returns what was merged."""
+    tied = _tied(module)
     names = merge(module)
     for layer in module.modules():
         if hasattr(layer, "dequantize"):
             layer.dequantize()  # pyright: ignore[reportCallIssue]
+    state = module.state_dict()
+    for one, other in tied:
+        if not torch.equal(state[one], state[other]):
+            raise Mistake(
+                f"{one} and {other} are one weight in this model and differ once merged, so no "
+                "plain checkpoint of it can hold them",
+                [],
+                "fit with --model.tied=false, or adapters on neither of the two",
+            )
     return names
 
 
@@ -39,17 +49,10 @@ def write(module: TaskModule, path: Path, folder: Path, merging: bool, scheme: s
             [],
             "export --format=..., or --quantize=int8",
         )
-    tied = _tied(module)
+    target = folder / "model.ckpt"
+    if target.exists() and target.samefile(path):
+        raise Mistake(f"{target} is what is to be exported", [], "--folder=ANOTHER")
     flatten(module)
-    state = module.state_dict()
-    for one, other in tied:
-        if not torch.equal(state[one], state[other]):
-            raise Mistake(
-                f"{one} and {other} are one weight in this model and differ once merged, so no "
-                "plain checkpoint of it can hold them",
-                [],
-                "fit with --model.tied=false, or adapters on neither of the two",
-            )
     checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     checkpoint = {key: value for key, value in checkpoint.items() if key not in RUN}
     config = checkpoint.get("ravine", {}).get("config")
@@ -70,9 +73,7 @@ def write(module: TaskModule, path: Path, folder: Path, merging: bool, scheme: s
 
     with whole(folder / "model.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})
-    AtomicCheckpointIO().save_checkpoint(
-        checkpoint | {"state_dict": tensors}, folder / "model.ckpt"
-    )
+    AtomicCheckpointIO().save_checkpoint(checkpoint | {"state_dict": tensors}, target)
     return f"{folder}/model.ckpt, model.safetensors"
 
 

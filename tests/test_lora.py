@@ -362,6 +362,12 @@ BAD = {
         {"targets": ["query"], "train_also": ["nrm"]}, r"LoRA\.train_also: 'nrm'.*nearest: norm",
     ),
     "an embedding that rescales its rows": ({"targets": ["scaled"], "rank": 2}, "max_norm"),
+    "a rank that is no number": ({"targets": ["query"], "rank": 2.5}, r"rank=2\.5 for query"),
+    "no parts": ({"targets": ["query"], "split": {"query": 0}}, r"split=0 for query; allowed:"),
+    "a scale of nothing": ({"targets": ["query"], "alpha": 0.0}, r"alpha=0\.0 is no scale"),
+    "a scale that is no number": ({"targets": ["query"], "alpha": math.nan}, "alpha=nan"),
+    "dropout of everything": ({"targets": ["query"], "dropout": 1.0}, r"dropout=1\.0 is outside"),
+    "no targets": ({"targets": []}, "targets is empty; name the layers"),
 }  # fmt: skip
 
 
@@ -395,3 +401,77 @@ def test_what_trains_also_is_a_layer_or_a_parameter_and_the_rest_is_frozen():
     adapt_module(net, "a", rank=2, train_also=["b", "c.bias"])
     names = {name for name, p in net.named_parameters() if p.requires_grad}
     assert names == {"a.lora_a", "a.lora_b", "b.weight", "b.bias", "c.bias"}
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, *args, **kwargs):
+        y, weights = super().forward(*args, **kwargs)
+        return 2 * y, weights
+
+
+def pruned(layer):
+    nn.utils.prune.random_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+UNLIKE = {
+    "a class with a way of its own": (lambda: Doubled(6, 8), "a Doubled, which computes in a way"),
+    "an attention with a way of its own": (lambda: OwnAttention(8, 2), "an? OwnAttention, which"),
+    "weight_norm": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), "makes its weight anew",
+    ),
+    "weight_norm as it was": (
+        lambda: nn.utils.weight_norm(nn.Conv2d(4, 6, 3)), "makes its weight anew",
+    ),
+    "pruning": (lambda: pruned(nn.Linear(6, 8)), "makes its weight anew"),
+    "a lazy layer": (lambda: nn.LazyLinear(8), "no weight before its first input"),
+    "a layer without numbers": (lambda: nn.Linear(6, 8, device="meta"), "on the device meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_layer_whose_change_could_not_be_merged_is_refused(what):
+    make, words = UNLIKE[what]
+    net = nn.Sequential(make())
+    with pytest.raises(ValueError, match=f"LoRA: 0 .*{words}.*exclude=0"):
+        adapt_module(net, "0", rank=2)
+    assert adapters(net) == {}
+
+
+def test_a_net_without_a_layer_for_adapters_says_so():
+    with pytest.raises(ValueError, match=r"a Conv1d, .*Embedding, of which there is none here$"):
+        adapt_module(nn.Sequential(nn.Conv1d(4, 4, 3)), "0", rank=2)
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding", "conv"])
+def test_a_layer_is_called_by_torchs_name_of_its_input(name):
+    net, x, before = made(name)
+    assert torch.equal(net[0](input=x), before)
+
+
+def test_a_layer_that_stands_in_two_places_has_one_adapter():
+    layer = nn.Linear(6, 6)
+    net = nn.Sequential(layer, nn.Tanh(), layer).double()
+    assert adapt_module(net, "*", rank=2) == ["0"]
+    x = torch.randn(3, 6, dtype=DOUBLE)
+    y = randomized(net)(x)
+    merge(net)
+    assert (net(x) - y).abs().max() <= 1e-12
+    assert net[0] is net[2]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_weights_are_as_frozen_as_they_were(tied):
+    net = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9, bias=False))
+    if tied:
+        net[1].weight = net[0].weight
+    adapt_module(net, "1", rank=2)
+    merge(net)
+    assert not any(parameter.requires_grad for parameter in net.parameters())

@@ -266,7 +266,7 @@ def test_resuming_with_another_rank_is_refused(base, tmp_path):
 
 def test_resuming_with_another_scale_is_refused(tmp_path):
     fit(NetInInit, LoRA("net.0", rank=1), SaveAt(tmp_path / "cut.ckpt", 3))
-    with pytest.raises(ValueError, match=r"trained with alpha=16\.0, here is alpha=8\.0"):
+    with pytest.raises(ValueError, match=r"LoRA was trained with alpha=16\.0, here is alpha=8\.0"):
         fit(NetInInit, LoRA("net.0", rank=1, alpha=8.0), resume=tmp_path / "cut.ckpt")
 
 
@@ -284,8 +284,73 @@ def test_resuming_a_run_without_adapters_with_them_is_refused(tmp_path):
 
 def test_other_bits_are_refused(tmp_path):
     fit(NetInInit, Quantization(), SaveAt(tmp_path / "cut.ckpt", 3))
-    with pytest.raises(ValueError, match=r"weight_codes is torch\.uint8 .* here \(int8\)"):
+    with pytest.raises(ValueError, match=r"weight_codes is torch\.uint8 .* here \(int8, double"):
         fit(NetInInit, Quantization("int8"), resume=tmp_path / "cut.ckpt")
+    with pytest.raises(ValueError, match=r"weight_scales is torch\.int8 .*double=False\).*double="):
+        fit(NetInInit, Quantization(double=False), resume=tmp_path / "cut.ckpt")
+
+
+def evaluated(file, *callbacks):
+    L.seed_everything(0, verbose=False)
+    how = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = L.Trainer(callbacks=list(callbacks), enable_model_summary=False, **how)
+    return trainer.validate(NetInInit(), ckpt_path=file, verbose=False)
+
+
+ONE = partial(LoRA, "net.0", rank=1)
+OTHERS = {
+    "four bits under adapters to float weights": (
+        [ONE()], [ONE(), Quantization()], "weights that were not quantized; take Quantization out",
+    ),
+    "float weights under adapters to four bits": (
+        [ONE(), Quantization()], [ONE()], "trained with Quantization, which is not here.*nf4",
+    ),
+    "no adapters": (
+        [ONE()], [Quantization()], r"trained with LoRA, which is not here.*callbacks\+=LoRA",
+    ),
+    "bits of another kind": (
+        [ONE(), Quantization()], [ONE(), Quantization("int8")], "scheme=nf4, here is scheme=int8",
+    ),
+    "another scale": ([ONE()], [ONE(alpha=1.0)], r"alpha=16\.0, here is alpha=1\.0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_checkpoint_is_not_evaluated_as_another_net(base, tmp_path, what):
+    before, now, words = OTHERS[what]
+    _, trainer = fit(NetInInit, Pretrained(str(base)), *before, steps=2)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    with pytest.raises(ValueError, match=words):
+        evaluated(tmp_path / "cut.ckpt", Pretrained(str(base)), *now)
+    assert evaluated(tmp_path / "cut.ckpt", Pretrained(str(base)), *before)
+
+
+def test_weights_that_the_net_has_no_place_for_are_refused(tmp_path):
+    _, trainer = fit(NetInInit, Quantization(targets="net.0"), steps=2)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    checkpoint = torch.load(tmp_path / "cut.ckpt", weights_only=True)
+    checkpoint["state_dict"]["net.4.weight"] = torch.zeros(1)
+    torch.save(checkpoint, tmp_path / "cut.ckpt")
+    with pytest.raises(ValueError, match=r"has net\.4\.weight, and this NetInInit has not"):
+        evaluated(tmp_path / "cut.ckpt", Quantization(targets="net.0"))
+
+
+class Frozen(NetInInit):
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.requires_grad_(False)
+
+
+def test_bits_alone_with_nothing_left_to_train_are_refused():
+    with pytest.raises(ValueError, match=r"nothing is left to train in this Frozen.*\+=LoRA"):
+        fit(Frozen, Quantization())
+    module, _ = fit(Frozen, Quantization(), LoRA("net.0", rank=1), steps=2)
+    assert module.net[0].lora_b.abs().max() > 0
+
+
+def test_a_net_without_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"LoRA: net\.0\.weight has no numbers yet"):
+        LoRA("net.0", rank=1).transform(NetInInit().to("meta"))
 
 
 class ShardsItself(NetInInit):

@@ -289,12 +289,23 @@ def test_the_error_of_each_layer_is_measured():
     assert errors == {"0": pytest.approx(expected.item())}
 
 
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
 BAD = {
     "a target that matches nothing": ({"targets": "qurey"}, r"'qurey' matches .* nearest: query"),
     "a layer that is no Linear": ({"targets": "table"}, "hits table, a Embedding; allowed: Linear"),
     "the inside of torch's attention": ({"targets": "out_proj"}, r"hits attend\.out_proj"),
     "a shared weight": ({"targets": "head"}, r"head shares its weight with table\.weight"),
     "an exclude that matches nothing": ({"targets": "query", "exclude": "v"}, r"\.exclude: 'v'"),
+    "an exclude that leaves nothing": (
+        {"targets": "query", "exclude": "*"}, "no layer is left to round",
+    ),
+    "a weight that is no number": ({"targets": "broken"}, "weight of broken has inf or nan"),
+    "a layer with a way of its own": ({"targets": "doubled"}, "doubled is a Doubled, which"),
+    "a weight that is made anew": ({"targets": "normed"}, "normed makes its weight anew"),
 }  # fmt: skip
 
 
@@ -306,8 +317,13 @@ def test_a_mistake_is_named_and_changes_nothing(what):
             "table": nn.Embedding(9, 8),
             "attend": nn.MultiheadAttention(8, 2),
             "head": nn.Linear(8, 9, bias=False),
+            "broken": nn.Linear(8, 8),
+            "doubled": Doubled(8, 8),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
         }
     )
+    nn.init.constant_(module["broken"].bias, 0.0)
+    nn.init.constant_(module["broken"].weight[0], torch.inf)
     module["head"].weight = module["table"].weight
     arguments, words = BAD[what]
     with pytest.raises(ValueError, match=words):
@@ -320,6 +336,24 @@ def test_layers_are_quantized_once_and_before_adapters():
     quantize_module(module, targets="0")
     with pytest.raises(ValueError, match="0 is quantized already"):
         quantize_module(module, targets="0")
+    adapt_module(module, "2", rank=2)
+    with pytest.raises(ValueError, match="2 has an adapter already; round first"):
+        quantize_module(module, targets="2")
+
+
+def test_bits_cannot_train_also():
+    module = net()
+    quantize_module(module, targets="0")
+    with pytest.raises(ValueError, match=r"train_also: 0 is quantized.*exclude: \[0\]"):
+        adapt_module(module, "2", rank=2, train_also="0")
+
+
+def test_a_layer_that_stands_in_two_places_is_rounded_once():
+    layer = nn.Linear(64, 64)
+    module = nn.Sequential(layer, nn.Tanh(), layer)
+    assert list(quantize_module(module, targets="*")) == ["0"]
+    assert module[0] is module[2]
+    assert module(input=torch.randn(2, 64)).shape == (2, 64)
 
 
 def test_what_the_device_cannot_run_is_refused_in_words():

@@ -17,7 +17,7 @@ from torch import nn
 from ..pretrained import Pretrained
 from ..targets import Patterns, hidden_layers, listed
 from ..transforms import Transform, frozen
-from .inject import adapt_module, adaptable, adapters
+from .inject import adapt_module, adaptable, adapters, check_numbers
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TRIED = 10  # micro-batches within which every adapter must have been called
@@ -66,8 +66,7 @@ class LoRA(Transform):
         save: Literal["auto", "adapter", "all"] = "auto",
     ) -> None:
         """Check what needs no net."""
-        if not 0 <= dropout < 1:
-            raise ValueError(f"LoRA: dropout={dropout} is outside [0, 1); set e.g. 0.05")
+        check_numbers(alpha, dropout)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"LoRA: no dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
         self.arguments: dict[str, Any] = {
@@ -85,6 +84,7 @@ class LoRA(Transform):
         self.save = save
         self.base: dict[str, Any] = {"file": None, "sha256": None}
         self._tried = 0
+        self._frozen: set[str] = set()  # of all stages of a pipeline
 
     def identity(self) -> dict[str, Any]:
         """What decides the adapters; not how they are saved."""
@@ -121,6 +121,7 @@ class LoRA(Transform):
         given["targets"], given["seed"] = targets, int(os.environ.get("PL_GLOBAL_SEED", 0))
         given["dtype"] = getattr(torch, dtype) if dtype else None
         adapt_module(module, **given)
+        self._frozen = frozen(module)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -137,22 +138,16 @@ class LoRA(Transform):
         checkpoint["lora"] = {"base": dict(self.base), "frozen": not self._saves_adapters}
         if self._saves_adapters:
             state = checkpoint["state_dict"]
-            for name in frozen(pl_module):
+            for name in self._frozen | frozen(pl_module):
                 state.pop(name, None)
 
     def accept(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other adapters, or one of adapters to other weights."""
+        """Refuse a checkpoint without adapters, or one of adapters to other weights."""
         if (saved := checkpoint.get("lora")) is None:
             raise ValueError(
                 "the checkpoint holds no adapters, it was not trained with LoRA; to start from its"
                 " weights: Pretrained(path), --trainer.callbacks+=Pretrained"
             )
-        theirs = checkpoint["transforms"][self.phase]["arguments"]
-        wrong = [k for k in self.arguments if theirs.get(k) != self.arguments[k]]
-        if wrong:
-            there = ", ".join(f"{key}={theirs.get(key)}" for key in wrong)
-            here = ", ".join(f"{key}={self.arguments[key]}" for key in wrong)
-            raise ValueError(f"the adapters were trained with {there}, here is {here}; give theirs")
         state, left_out = checkpoint.get("state_dict", {}), set()
         if not saved["frozen"]:
             left_out = frozen(module)
@@ -227,6 +222,8 @@ def fingerprint(module: nn.Module) -> str:
     """SHA-256 of the parameters' names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"LoRA: {name} has no numbers yet: it is on the device meta")
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(raw.numpy().tobytes())

@@ -6,7 +6,7 @@ merge(net)                                       # plain layers again, W + s B A
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..swapping import refuse_sharded, swap_back
+from ..swapping import refuse_sharded, refuse_unlike, swap_back
 from ..targets import Patterns, hits, listed, matching, nearest
 from .attention import AttentionAdapter, leave_fast_path, take_fast_path
 from .layers import Adapter, ConvAdapter, EmbeddingAdapter, LinearAdapter, adapt
@@ -53,10 +53,10 @@ def adapt_module(
 ) -> list[str]:
     """Freeze the module, adapt the layers meant, and return their names; see `LoRA`."""
     refuse_sharded(module, "LoRA")
+    check_numbers(alpha, dropout)
     layers, ranks, split = adaptable(module), ranks or {}, split or {}
     names = _chosen(module, targets, exclude, layers)
-    parameters = [name for name, _ in module.named_parameters()]
-    also = set(_owned(train_also, parameters)) if train_also else set()
+    also = set(_owned(train_also, dict(module.named_parameters()))) if train_also else set()
     for patterns, whose in ((list(ranks), "LoRA.ranks"), (list(split), "LoRA.split")):
         matching(patterns, names, whose)
     plan = {}
@@ -75,6 +75,14 @@ def adapt_module(
     return names
 
 
+def check_numbers(alpha: float, dropout: float) -> None:
+    """Refuse a scale or a dropout at which adapters would have no say."""
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"LoRA: alpha={alpha} is no scale; allowed: above 0; set e.g. 16")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"LoRA: dropout={dropout} is outside [0, 1); set e.g. 0.05")
+
+
 def _chosen(
     module: nn.Module, targets: Patterns, exclude: Patterns, layers: dict[str, nn.Module]
 ) -> list[str]:
@@ -86,33 +94,43 @@ def _chosen(
             near = nearest(name, list(layers))
             if isinstance(layer, NonDynamicallyQuantizableLinear):
                 near = [name.rpartition(".")[0]]  # the attention that reads its weight
+            there = f"; nearest: {', '.join(near)}; type --trainer.callbacks.targets={near[0]}"
             raise ValueError(
                 f"LoRA.targets: {pattern!r} hits {name}, a {kind}, which takes no adapter by "
-                f"itself; allowed: {kinds}; nearest: {', '.join(near)}; "
-                f"type --trainer.callbacks.targets={near[0]}"
+                f"itself; allowed: {kinds}{there if layers else ', of which there is none here'}"
             )
     names = matching(targets, list(layers), "LoRA.targets")
     out = set(matching(exclude, names, "LoRA.exclude"))
-    if names and out.issuperset(names):
-        raise ValueError("LoRA: exclude leaves no layer of targets; type a narrower exclude")
+    if out.issuperset(names):
+        less = "exclude leaves no layer of targets; type a narrower exclude"
+        raise ValueError(f"LoRA: {less if names else 'targets is empty; name the layers to adapt'}")
     return [name for name in names if name not in out]
 
 
-def _owned(patterns: Patterns, parameters: Sequence[str]) -> list[str]:
+def _owned(patterns: Patterns, parameters: Mapping[str, Tensor]) -> list[str]:
     """Parameters by their own name or that of their layer."""
-    owners = [name.rpartition(".")[0] for name in parameters]
-    matching(patterns, [*parameters, *owners], "LoRA.train_also")
-    return [
-        name
-        for name, owner in zip(parameters, owners, strict=True)
-        if any(hits(pattern, name) or hits(pattern, owner) for pattern in listed(patterns))
-    ]
+    owners = {name: name.rpartition(".")[0] for name in parameters}
+    matching(patterns, [*parameters, *owners.values()], "LoRA.train_also")
+    found = []
+    for name, owner in owners.items():
+        if any(hits(pattern, name) or hits(pattern, owner) for pattern in listed(patterns)):
+            if not parameters[name].is_floating_point():
+                raise ValueError(
+                    f"LoRA.train_also: {owner} is quantized, and bits do not train; give "
+                    f"Quantization exclude: [{owner}]"
+                )
+            found.append(name)
+    return found
 
 
 def _refuse(name: str, layer: nn.Module, rank: int, parts: int, dropout: float) -> None:
     kind = type(layer).__name__
     if isinstance(layer, Adapter):
         raise ValueError(f"LoRA: {name} has an adapter already; make a new module")
+    refuse_unlike(name, layer, next(k for k in KINDS if isinstance(layer, k)), "LoRA")
+    if parts < 1 or type(rank) is not int:
+        wrong, key = ("split", parts) if parts < 1 else ("rank", rank)
+        raise ValueError(f"LoRA: {wrong}={key!r} for {name}; allowed: whole numbers from 1")
     if isinstance(layer, nn.MultiheadAttention):
         if not layer._qkv_same_embed_dim:
             raise ValueError(
@@ -210,6 +228,6 @@ def _add(owner: Any, name: str, change: Tensor, owners: dict[int, int]) -> None:
     value = (weight.double() + change).to(weight.dtype)
     if owners.get(id(weight), 1) > 1:
         owners[id(weight)] -= 1
-        setattr(owner, name, nn.Parameter(value))
+        setattr(owner, name, nn.Parameter(value, requires_grad=weight.requires_grad))
     else:
         weight.copy_(value)

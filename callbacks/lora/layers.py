@@ -57,9 +57,9 @@ class Adapter(Swapped):
         """The layer's output y with that of the adapter for the input x added."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """The layer's own answer, and the adapter's."""
-        y = super().forward(x, *args)
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
+        """The layer's own answer, and the adapter's; named as torch's, who may be called so."""
+        x, y = input, super().forward(input, *args)
         if not self.lora_enabled:
             return y
         self.lora_called = True

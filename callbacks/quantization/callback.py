@@ -8,11 +8,12 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..swapping import refuse_sharded
+from ..swapping import refuse_sharded, refuse_unlike
 from ..targets import Patterns, hidden_layers, hits, listed, matching
 from ..transforms import Transform
 from .layers import QuantizedLinear, quantize_layer
@@ -94,19 +95,18 @@ class Quantization(Transform):
         self.errors = quantize_module(module, **arguments, backend=self.backend)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the layers that lost most."""
+        """Show the layers that lost most; refuse a net in which nothing is left to train."""
         super().on_fit_start(trainer, pl_module)
+        if not any(parameter.requires_grad for parameter in pl_module.parameters()):
+            raise ValueError(
+                f"Quantization: nothing is left to train in this {type(pl_module).__name__}; add "
+                "adapters: type --trainer.callbacks+=LoRA"
+            )
         if trainer.is_global_zero and self.errors:
             Console().print(error_table(self.errors, self.arguments["scheme"]))
 
     def accept(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Refuse bits of another kind; float weights are rounded as they come."""
-        saved = checkpoint.get("transforms", {}).get(self.phase, {}).get("arguments")
-        wrong = [k for k in self.arguments if saved and saved.get(k) != self.arguments[k]]
-        if saved and wrong:
-            there = ", ".join(f"{key}={saved.get(key)}" for key in wrong)
-            here = ", ".join(f"{key}={self.arguments[key]}" for key in wrong)
-            raise ValueError(f"the checkpoint's weights have {there}, here is {here}; give theirs")
+        """Refuse a checkpoint of another net; float weights are rounded as they come."""
         state = checkpoint.get("state_dict", {})
         here = {name.replace(".weight_codes", ".weight") for name in module.state_dict()}
         missing = [
@@ -158,6 +158,8 @@ def quantize_module(
         names = matching(targets, list(layers), "Quantization.targets")
     out = matching(exclude, names, "Quantization.exclude")
     names = [name for name in names if name not in out]
+    if not names:
+        raise ValueError("Quantization: no layer is left to round; type a narrower exclude")
     for name in names:
         _refuse(module, name, layers[name])
     return {name: quantize_layer(layers[name], scheme, double, backend) for name in names}
@@ -178,15 +180,21 @@ def _refuse_other_kinds(module: nn.Module, targets: Patterns, layers: dict[str, 
 def _refuse(module: nn.Module, name: str, layer: nn.Linear) -> None:
     if isinstance(layer, QuantizedLinear):
         raise ValueError(f"Quantization: {name} is quantized already; make a new module")
+    if hasattr(layer, "lora_enabled"):
+        raise ValueError(f"Quantization: {name} has an adapter already; round first, then adapt")
+    refuse_unlike(name, layer, nn.Linear, "Quantization")
+    if not torch.isfinite(layer.weight).all():
+        raise ValueError(f"Quantization: the weight of {name} has inf or nan; start from another")
     sharing = [
-        other
-        for other, parameter in module.named_parameters(remove_duplicate=False)
-        if parameter is layer.weight and other != f"{name}.weight"
+        f"{other}.{key}".lstrip(".")
+        for other, part in module.named_modules()
+        for key, parameter in part._parameters.items()
+        if parameter is layer.weight and part is not layer
     ]
     if sharing:
         raise ValueError(
-            f"Quantization: {name} shares its weight with {sharing[0]}, which stays as it is, so "
-            f"nothing would be saved; type --trainer.callbacks.exclude={name}"
+            f"Quantization: {name} shares its weight with {sharing[0]}: bits in one of them would "
+            f"save nothing; type --trainer.callbacks.exclude={name}"
         )
 
 

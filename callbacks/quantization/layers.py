@@ -56,20 +56,20 @@ class QuantizedLinear(Swapped, nn.Linear):
         """The weight that is multiplied by; made anew at each look."""
         return self._decode()(self.dense, *self._parts())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As a Linear does, in the dtype autocast or x asks for."""
-        dtype = multiplied_in(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """As a Linear does, in the dtype autocast or the input asks for."""
+        dtype = multiplied_in(input)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _Multiply.apply(x.to(dtype), bias, self._decode(), *self._parts())
+        return _Multiply.apply(input.to(dtype), bias, self._decode(), *self._parts())
 
     def dequantize(self) -> None:
         """Be a plain Linear again, with the rounded weight."""
-        weight = self.weight
+        weight = nn.Parameter(self.weight, requires_grad=False)
         for name in PARTS:
             self._parameters.pop(name, None)
         swap_back(self)
         bias = self._parameters.pop("bias")
-        self._parameters |= {"weight": nn.Parameter(weight), "bias": bias}  # in the usual order
+        self._parameters |= {"weight": weight, "bias": bias}  # in the usual order
 
     def extra_repr(self) -> str:
         """The layer's own, and the bits."""
@@ -95,8 +95,9 @@ class QuantizedLinear(Swapped, nn.Linear):
             if saved is not None and (saved.shape, saved.dtype) != (ours.shape, ours.dtype):
                 raise ValueError(
                     f"{prefix}{name} is {saved.dtype} {tuple(saved.shape)} in the checkpoint and "
-                    f"{ours.dtype} {tuple(ours.shape)} here ({self.scheme}); allowed: the scheme "
-                    "it was saved with; type --trainer.callbacks.scheme=nf4, or int8"
+                    f"{ours.dtype} {tuple(ours.shape)} here ({self.scheme}, double={self.double}); "
+                    "allowed: the scheme and double that it was saved with; type "
+                    "--trainer.callbacks.scheme=nf4, or int8, or --trainer.callbacks.double=false"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
