@@ -55,6 +55,13 @@ def test_the_norm_is_that_of_all_gradients_laid_end_to_end():
     torch.testing.assert_close(global_norm(gradients), flat.norm())
 
 
+def test_the_norm_of_bf16_gradients_has_the_digits_of_fp32():
+    gradients = [torch.randn(30, generator=torch.Generator().manual_seed(n)) for n in range(40)]
+    gradients = [g.bfloat16() for g in gradients]
+    exact = torch.cat([g.double() for g in gradients]).norm()
+    torch.testing.assert_close(global_norm(gradients).double(), exact, rtol=1e-6, atol=0)
+
+
 def test_clipping_leaves_the_direction_and_the_largest_norm_allowed():
     gradients = [torch.randn(30, 4), torch.randn(5)]
     before = torch.cat([g.flatten() for g in gradients])
