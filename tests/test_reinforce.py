@@ -431,7 +431,7 @@ def test_equal_rewards_are_said_and_change_nothing(base) -> None:
     assert watch.metrics[0]["train/zero_advantages"] == 1
 
 
-def test_a_base_without_a_tokenizer_is_refused(base, tmp_path) -> None:
+def test_a_base_that_is_no_plain_language_model_is_refused(base, tmp_path) -> None:
     checkpoint = torch.load(base, weights_only=True)
     checkpoint["language"]["tokenizer"] = None
     torch.save(checkpoint, tmp_path / "bare.ckpt")
@@ -440,11 +440,26 @@ def test_a_base_without_a_tokenizer_is_refused(base, tmp_path) -> None:
     (tmp_path / "torn.ckpt").write_bytes(b"PK no more")
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         fit(policy(str(tmp_path / "torn.ckpt")), data(base))
+    checkpoint = torch.load(base, weights_only=True)
+    checkpoint["state_dict"]["net.blocks.0.attention.query.lora_a"] = torch.zeros(1)
+    torch.save(checkpoint, tmp_path / "lora.ckpt")
+    with pytest.raises(
+        ValueError,
+        match=r"has adapters \(net\.blocks\.0\.attention\.query\.lora_a and 0 more.*--merge",
+    ):
+        fit(policy(str(tmp_path / "lora.ckpt")), data(base))
     del checkpoint["language"]
     checkpoint["task"] = SpamClassifier.__name__
     torch.save(checkpoint, tmp_path / "spam.ckpt")
     with pytest.raises(ValueError, match="no checkpoint of a language model, but of SpamClass"):
         fit(policy(str(tmp_path / "spam.ckpt")), data(base))
+
+
+def test_a_base_in_parts_is_refused_with_the_command_that_joins_them(base, tmp_path) -> None:
+    (tmp_path / "run" / "step=2.ckpt").mkdir(parents=True)
+    (tmp_path / "run" / "step=2.ckpt" / "__0_0.distcp").touch()
+    with pytest.raises(ValueError, match=r"is a checkpoint in parts.*--consolidate=base\.ckpt"):
+        fit(policy(str(tmp_path / "run")), data(base))
 
 
 def fails_on_the_second_rank(base: str) -> None:

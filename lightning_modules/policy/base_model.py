@@ -27,6 +27,13 @@ def find(base: str) -> Path:
     if path.is_file():
         return path
     files = [p for p in path.rglob("*.ckpt") if p.is_file()] if path.is_dir() else []
+    parts = [] if files or not path.is_dir() else sorted(path.rglob("*.distcp"))
+    if parts:
+        raise ValueError(
+            f"{parts[0].parent} is a checkpoint in parts, and a base model is one file; type "
+            f"lightning export --ckpt_path={parts[0].parent} --consolidate=base.ckpt, "
+            "then --model.base=base.ckpt"
+        )
     if not files:
         name = path.as_posix().removeprefix("runs/")
         raise FileNotFoundError(
@@ -57,6 +64,13 @@ def read(base: str) -> BaseModel:
         raise ValueError(
             f"{path} has no tokenizer: the model was trained on bare numbers, and no reward can "
             "read what it writes; train it on a TextDataModule, or type --model.base=FILE"
+        )
+    adapters = [name for name in checkpoint["state_dict"] if name.endswith((".lora_a", ".lora_b"))]
+    if adapters:
+        raise ValueError(
+            f"{path} has adapters ({adapters[0]} and {len(adapters) - 1} more), and a base model "
+            f"is plain weights; type lightning export --ckpt_path={path} --merge --folder=plain, "
+            "then --model.base=plain/model.ckpt"
         )
     given = checkpoint.get("hyper_parameters", {})
     shape = language.get("shape", given)  # a policy's {} is the default
