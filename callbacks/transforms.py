@@ -11,6 +11,7 @@ second trainer that asks for the same finds it done, one that asks for something
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -153,6 +154,11 @@ def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
             )
         transform = known[saved["class"]](**saved["arguments"])
         transform.transform(module)
+        if getattr(transform, "missing", None) is not None:
+            raise FileNotFoundError(
+                f"the adapters belong to the weights in {saved['arguments']['path']}, and from "
+                f"{Path.cwd()} there is no such file; go where they were trained, or copy it here"
+            )
         transform.accept(module, checkpoint)
         _ledger(module).applied[phase] = transform.identity()
     if partial:

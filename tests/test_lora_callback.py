@@ -247,6 +247,8 @@ def test_resuming_with_another_base_is_refused_and_writes_nothing(base, tmp_path
 def test_resuming_when_the_bases_file_is_gone_names_it(base, tmp_path):
     tuned(base, save=tmp_path / "cut.ckpt")
     base.unlink()
+    with pytest.raises(FileNotFoundError, match=r"in .*base\.ckpt, and from /"):
+        reapply(NetInInit(), torch.load(tmp_path / "cut.ckpt", weights_only=True))
     with pytest.raises(ValueError, match=r"belong to other weights: .*base\.ckpt"):
         tuned(base, resume=tmp_path / "cut.ckpt")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*base\.ckpt"):
@@ -474,3 +476,13 @@ def test_by_default_what_takes_no_adapter_is_left_alone():
     module = Mixed()
     LoRA(rank=2).transform(module)
     assert list(adapters(module)) == ["attend", "mix"]
+
+
+def test_a_rank_of_a_pipeline_leaves_out_what_is_frozen_on_others(tmp_path):
+    lora, module = LoRA(["net.0", "net.2"], rank=1, save="adapter"), NetInInit()
+    lora.transform(module)
+    checkpoint = {"state_dict": module.state_dict()}
+    module.net[2] = nn.Identity()  # on another rank
+    lora.on_save_checkpoint(L.Trainer(logger=False, accelerator="cpu"), module, checkpoint)
+    assert len(checkpoint["state_dict"]) == 4
+    assert all("lora_" in name for name in checkpoint["state_dict"])

@@ -4,15 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ravine.callbacks import Pretrained
-from ravine.callbacks.lora import adapters
+import ravine.lightning_modules
+from ravine.callbacks import LoRA, Pretrained
+from ravine.callbacks.lora import adapt_module, adapters
 from ravine.callbacks.quantization.layers import QuantizedLinear
+from ravine.cli.errors import Mistake
 from ravine.cli.main import main
+from ravine.cli.merged import flatten
 from ravine.cli.trained import load
-from ravine.lightning_modules import LanguageModel
+from ravine.lightning_modules import Diffusion, LanguageModel
 
 TEXT = "to be or not to be, that is the question. " * 40
 SMALL = ["--model=LanguageModel", "--model.layers=1", "--model.width=32", "--model.heads=2"]
@@ -162,6 +167,59 @@ def test_a_mistake_is_one_line_and_touches_no_file(here: Path, what: str, capsys
     after = {p: p.stat().st_mtime_ns for p in here.rglob("*") if p.is_file()}
     assert before.items() <= after.items()
     assert {p.name for p in after.keys() - before.keys()} <= {"config.yaml"}
+
+
+def test_an_export_does_not_replace_what_it_reads(here: Path, capsys) -> None:
+    assert main(["export", f"--ckpt_path={file_of('lora')}", "--merge", "--folder=once"]) == 0
+    before = Path("once/model.ckpt").read_bytes()
+    words = ["export", "--ckpt_path=once/model.ckpt", "--quantize=int8", "--folder=once"]
+    assert main(words) == 2
+    assert "once/model.ckpt is what is to be exported" in capsys.readouterr().err
+    assert Path("once/model.ckpt").read_bytes() == before
+
+
+def test_a_full_disk_is_one_line(here: Path, monkeypatch, capsys) -> None:
+    def full(*args: object, **how: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    words = ["export", f"--ckpt_path={file_of('lora')}", "--merge", "--folder=disk"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "disk cannot be written: I/O error: No space left" in error
+    assert "Traceback" not in error
+    assert not list(Path("disk").iterdir())
+
+
+def test_weights_that_were_one_and_differ_once_merged_are_not_exported() -> None:
+    model = LanguageModel(layers=1, width=32, heads=2, vocabulary=9, context=16, tied=True)
+    model.configure_model()
+    adapt_module(model, "embed", rank=2)
+    for layer in adapters(model).values():
+        nn.init.normal_(layer.lora_b)
+    with pytest.raises(Mistake, match="are one weight in this model and differ once merged"):
+        flatten(model)
+
+
+PRESETS = ["shakespeare/lora", "shakespeare/qlora", "diffusion/lora", "gpt2/lora"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_adapters_of_a_preset_fit_its_net(preset: str) -> None:
+    file = Path(__file__).parent.parent / "configs" / f"{preset}.yaml"
+    config = yaml.safe_load(file.read_text())
+    given = config["model"].get("init_args", {})
+    kind = getattr(ravine.lightning_modules, config["model"]["class_path"])
+    if kind is LanguageModel:  # the shape alone
+        given |= {"layers": 1, "width": 32, "heads": 2, "vocabulary": 65, "context": 16}
+    module = kind(**given)
+    if kind is Diffusion:
+        module.channels, module.classes = 1, 10
+    module.configure_model()
+    callbacks = [each for each in config["trainer"]["callbacks"] if isinstance(each, dict)]
+    (lora,) = [c.get("init_args", {}) for c in callbacks if c["class_path"] == "LoRA"]
+    LoRA(**lora).transform(module)
+    assert adapters(module)
 
 
 def test_merging_what_has_no_adapters_is_refused(here: Path, capsys) -> None:
