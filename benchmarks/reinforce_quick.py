@@ -7,6 +7,7 @@ itself judged on the same 256 held-out prompts. One raw row a seed in rows/reinf
 `seconds` are those of the three commands, starting Python included.
 """
 
+import os
 import sys
 import tempfile
 import time
@@ -36,10 +37,11 @@ def row(seed: int) -> dict:
         rung = torch.load(file, weights_only=True)["callbacks"]["CollapseAlarm"]["alarms"]
     shares = {k: v["val/vocabulary"] / found["base"]["val/vocabulary"] for k, v in found.items()
               if "val/vocabulary" in v}  # fmt: skip
+    busy = torch.get_num_threads() == 1 or os.getloadavg()[0] > (os.cpu_count() or 1) + 1
     return circumstances("reinforce/quick") | {
         "seed": seed,
-        # one thread is for the quality alone: others may have used the machine meanwhile
-        "seconds": round(sum(took.values()), 1) if torch.get_num_threads() > 1 else None,
+        # on a machine that others use too, the row is for the quality alone
+        "seconds": None if busy else round(sum(took.values()), 1),
         "threads": torch.get_num_threads(),
         "stages": took,
         "base/loss": found[STAGES[0]]["val/loss"],
