@@ -475,3 +475,11 @@ def test_merged_weights_are_as_frozen_as_they_were(tied):
     adapt_module(net, "1", rank=2)
     merge(net)
     assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_a_bfloat16_weight_is_merged_by_one_rounding():
+    net = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    adapt_module(net, "0", rank=2)
+    exact = net[0].weight.double() + randomized(net)[0].lora_changes()["weight"]
+    merge(net)
+    assert torch.equal(net[0].weight, exact.bfloat16())

@@ -59,6 +59,14 @@ def test_no_weight_is_off_by_more_than_half_the_widest_gap():
     assert off.max() <= level.diff().max() / 2 + 1e-6
 
 
+def test_a_doubly_quantized_scale_is_off_by_half_a_step_at_most():
+    weight = torch.randn(256, 256)
+    double, single = nf4.quantize(weight), nf4.quantize(weight, double=False)["scales"]
+    found = nf4.scales(double["scales"], double["outer"], double["mean"])
+    step = (double["outer"] / 127).repeat_interleave(nf4.GROUP)[: len(single)]
+    assert ((found - single).abs() <= 0.501 * step).all()
+
+
 def test_what_lies_on_the_levels_is_kept_exactly():
     weight = torch.tensor(nf4.levels()).repeat(8).view(2, 64)
     parts = nf4.quantize(weight, double=False)
