@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ravine.lightning_modules.language import Transformer
-from ravine.lightning_modules.language.attention import rotation
+from ravine.lightning_modules.language.attention import explicit, rotation
 from ravine.lightning_modules.language.transformer import MLP, NORMS, waves
 
 V, T, D, H = 7, 5, 8, 2
@@ -177,3 +177,10 @@ def test_waves_are_sines_and_cosines_of_falling_frequency() -> None:
             angle = t / 10_000 ** (2 * i / 6)
             assert abs(float(table[t, 2 * i]) - math.sin(angle)) < 1e-10
             assert abs(float(table[t, 2 * i + 1]) - math.cos(angle)) < 1e-10
+
+
+def test_explicit_attention_drops_weights_and_keeps_their_sum_on_average():
+    query, key = torch.randn(2, 1, 1, 400, 8)
+    answer = explicit(query, key, torch.ones(1, 1, 400, 1), dropout=0.5)
+    assert answer.std() > 0.05
+    assert abs(answer.mean() - 1) < 0.1
