@@ -64,11 +64,12 @@ def train(layout, text, plan, tied=False, fault=None):
         {k: v for k, v in group.items() if isinstance(v, int | float | bool | str)}
         for group in trainer.optimizers[0].param_groups
     ]
-    return whole(module), groups
+    written = module.generate("T", max_new_tokens=24, temperature=0)
+    return whole(module), groups, written
 
 
 def off(found, single):
-    return max(furthest(ours, {n: single[n] for n in ours}) for ours, _ in found)
+    return max(furthest(ours, {n: single[n] for n in ours}) for ours, *_ in found)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +81,11 @@ def off(found, single):
     ],
 )
 def test_a_plan_is_made_for_the_net_and_not_for_a_stage(ranks, text, plan, tied, layout, world):
-    single, groups = train("single", text, plan, tied)
+    single, groups, written = train("single", text, plan, tied)
     found = ranks(train, world, layout, text, plan, tied)
     assert off(found, single) < 2e-6
-    assert all(theirs == groups for _, theirs in found)
+    assert all(theirs == groups for _, theirs, _ in found)
+    assert all(theirs == written for *_, theirs in found)
 
 
 def stages_seen_as_nets():
@@ -91,7 +93,7 @@ def stages_seen_as_nets():
 
 
 def test_a_plan_for_each_stage_would_be_caught(ranks, text):
-    single, _ = train("single", text, "Muon and AdamW")
+    single, *_ = train("single", text, "Muon and AdamW")
     found = ranks(train, 2, "pp", text, "Muon and AdamW", False, stages_seen_as_nets)
     assert off(found, single) > 1e-3
 

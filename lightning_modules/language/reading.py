@@ -7,7 +7,7 @@ host can count: it never asks the device.
 Axes: b batch, t time, v vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -98,7 +98,8 @@ class CachedReader(Reader):
     def __init__(self, net: nn.Module, page: Page, bucket: int = 1) -> None:
         """Read with a net that takes a cache."""
         super().__init__(net, page)
-        layers = len(net.blocks)  # type: ignore[arg-type]
+        blocks: Iterable[str] = net.blocks  # type: ignore[assignment]
+        layers = 1 + max(map(int, blocks))  # a stage of a pipeline has the last ones
         self.cache = Cache(layers, len(page.lengths), page.context, page.text.device, bucket)
 
     def prompt(self) -> Tensor:
