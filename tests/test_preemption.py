@@ -109,8 +109,8 @@ def fates(name, folder):
     world, found = len(CASES[name][-1]), []
     with started(run, world, folder, name) as (processes, pipes, logs):
         for rank, pipe in enumerate(pipes):
-            said = f"rank {rank}: {logs[rank].read_text()[-3000:]}"
-            assert pipe.poll(LIMIT + 30 * (rank == 0)), f"still there: {said}"
+            ended = pipe.poll(LIMIT + 30 * (rank == 0))
+            assert ended, f"rank {rank} is still there: {logs[rank].read_text()[-3000:]}"
             try:
                 good, answer = pickle.loads(pipe.recv_bytes())
                 assert good, answer

@@ -1,5 +1,6 @@
 """Four and eight bits: the theory's error and size, bitsandbytes' numbers, no dense weight kept."""
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -229,13 +230,16 @@ def test_a_fresh_process_peaks_far_below_one_that_keeps_dense_weights():
     grown = {}
     for way in ("ours", "naive"):
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", PEAK, way], capture_output=True, text=True
+            [sys.executable, "-W", "ignore", "-c", PEAK, way],
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},  # what is freed is given back
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         grown[way] = float(done.stdout)
     dense = 16 * 2048 * 2048 * 4 / 2**20  # 256 MiB
-    assert grown["naive"] - grown["ours"] > 0.35 * dense  # building them had its own peak
-    assert grown["ours"] < 0.45 * dense  # one layer's matrix at a time, and the way to it
+    assert grown["naive"] > 0.9 * dense
+    assert grown["ours"] < 0.2 * dense  # one layer's matrix at a time, and the way to it
 
 
 def test_the_bits_do_not_train_and_scales_stay_float32_when_the_module_is_cast():
