@@ -69,9 +69,11 @@ def circumstances(config: str) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """The code and the machine that a row comes from."""
-    commit = subprocess.run(
-        ["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
+    git = ["git", "-C", str(HERE.parent)]
+    commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/rows"])
+    if changed.returncode:
+        commit += "-dirty"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "commit": commit,
