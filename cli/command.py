@@ -94,9 +94,15 @@ class Command(LightningCLI):
         """Say where everything is, and what to type next."""
         saved = [each.last_model_path for each in self.trainer.checkpoint_callbacks
                  if isinstance(each, ModelCheckpoint) and each.last_model_path]  # fmt: skip
-        if saved and self.trainer.is_global_zero:
-            verb = "generate" if callable(getattr(self.model, "generate", None)) else "test"
-            print(f"done: {self.trainer.log_dir}\nnext: {program()} {verb} --ckpt_path {saved[0]}")
+        if not saved or not self.trainer.is_global_zero:
+            return
+        folder, step = str(self.trainer.log_dir), self.trainer.global_step
+        if not Path(saved[0]).is_relative_to(folder):  # it is still that of the run before
+            print(f"nothing was trained: {saved[0]} is at step {step}, where the run was to end")
+            print(f"next: the same words with --trainer.max_steps={2 * step}")
+            return
+        verb = "generate" if callable(getattr(self.model, "generate", None)) else "test"
+        print(f"done: {folder}\nnext: {program()} {verb} --ckpt_path {saved[0]}")
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

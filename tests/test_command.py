@@ -189,6 +189,19 @@ def test_a_run_cut_at_any_of_three_steps_and_continued_is_the_uncut_run_bit_for_
         assert equal(state(checkpoints("text", version)[-1]), state(whole[-1]))
 
 
+def test_a_run_resumed_at_its_end_says_that_nothing_was_trained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["fit", "--config=text", "--trainer.max_steps=2"]
+    assert main(words) == 0
+    assert "done: " in capsys.readouterr().out
+    assert main([*words, "--ckpt_path=auto"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing was trained: " in out
+    assert "--trainer.max_steps=4" in out
+    assert "done: " not in out
+
+
 def test_another_seed_is_another_run() -> None:
     words = ["fit", "--config=text", "--trainer.max_steps=2"]
     assert main(words) == 0
