@@ -5,7 +5,8 @@
 
 so the same bits come out on any number of ranks. `fid` is said of the 2048 features of InceptionV3
 alone; in any other features the distance is called fd_<extractor>. Beside it stands its floor, the
-distance of as many real test images: no number of this kind means anything without it.
+distance of as many real test images: no number of this kind means anything without it. One draw of
+them may be twice as far as another, so the floor is the mean over disjoint draws.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +22,18 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .feature_statistics import Gaussian, frechet, kernel_distance
+from .feature_statistics import Gaussian, Moments, frechet, kernel_distance
 from .inception import SHA256, Inception, Layer, weights
-from .shared_features import SharedFeatures, checked, fingerprint, some, spread
+from .shared_features import SharedFeatures, checked, fingerprint, picked, some, spread
 from .validations import refuse_without_validation
 
 KEPT = 10_000  # real images at most whose features are kept for the kernel distance
+DRAWS = 10  # of test images at most, each as large as the samples, for the floor
 PROBES = 8  # real images by which an extractor is known again
-FORM = "bytes, statistics 3"  # of what is cached: another code must not find it
+FORM = "bytes, statistics 4"  # of what is cached: another code must not find it
 
 
 class Reference(NamedTuple):
@@ -41,8 +43,8 @@ class Reference(NamedTuple):
     trace: Tensor
     root: Tensor  # (d d)
     features: Tensor  # (n d) of some training images
-    floor: Tensor  # distances of n test images: Fréchet's and the kernel's (2)
-    accuracy: Tensor  # of the extractor on these, nan where it does not classify
+    floors: Tensor  # distances of draws k of n test images: Fréchet's and the kernel's (k 2)
+    accuracy: Tensor  # of the extractor on all of them, nan where it does not classify
     probe: Tensor  # features of a few training images, by which the extractor is known again
 
 
@@ -57,8 +59,8 @@ class FrechetDistance(L.Callback):
 
     Args:
         extractor: any module that maps uint8 images to features (b d); by default InceptionV3.
-        n: samples, and real test images for the floor. Below 5,000 trust the kernel distance more:
-            Fréchet's is too large by about c / n, its floor alike.
+        n: samples, and real test images of each draw for the floor. Below 5,000 trust the kernel
+            distance more: Fréchet's is too large by about c / n, its floor alike.
         layer: of InceptionV3.
         weights: InceptionV3's file, in torch-fidelity's layout; by default the published one.
         reference: training images compared with; by default all.
@@ -151,15 +153,15 @@ class FrechetDistance(L.Callback):
             moments, features = work.moments(draw, self.n, real.mean, self.n)
             seconds = time.perf_counter() - begun
         gaussian = Gaussian(real.mean, real.trace, real.root)
-        distance = frechet(moments, gaussian)
-        kernel = kernel_distance(features, real.features[: self.n])
+        distance, kernel = self._apart(moments, features, gaussian, real.features)
+        floor, kernel_floor = real.floors.mean(0)
         other = "kid" if self.name == "fid" else self.name.replace("fd_", "kd_", 1)
         found = {
             self.name: distance,
-            f"{self.name}_floor": real.floor[0],
-            f"{self.name}_ratio": distance / real.floor[0],
+            f"{self.name}_floor": floor,
+            f"{self.name}_ratio": distance / floor,
             other: kernel,
-            f"{other}_floor": real.floor[1],
+            f"{other}_floor": kernel_floor,
             f"{self.name}_n": self.n,
             f"{self.name}_seconds": seconds,
             f"{self.name}_images_per_second": self.n / seconds,
@@ -183,10 +185,9 @@ class FrechetDistance(L.Callback):
         if self._known is not None:
             return self._known
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        train, *_ = data.pictures("train")
-        train = some(train, self.reference or len(train))
-        test, labels = (some(each, self.n) for each in data.pictures("test"))
-        parts = (FORM, self.name, self._sha256, str(self.n), fingerprint(train), fingerprint(test))
+        (train, _), test = data.pictures("train"), data.pictures("test")
+        sizes = f"{self.n} {self.reference}"
+        parts = (FORM, self.name, self._sha256, sizes, fingerprint(train), fingerprint(*test))
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         path = (self.cache or cache_folder()) / f"{key}.safetensors"
         known = read(path)
@@ -194,29 +195,36 @@ class FrechetDistance(L.Callback):
             known = None  # an extractor of the same name and weights, and yet another one
         everywhere = trainer.strategy.reduce_boolean_decision(known is not None)
         if known is None or not everywhere:
-            known = self._measured(work, train, test, labels)
+            known = self._measured(work, train, *test)
             if trainer.is_global_zero:
                 write(path, known)
         self._known = Reference(*(value.to(work.exact) for value in known))
-        self._announce(self._known, len(train), len(test))
+        self._announce(self._known, min(len(train), self.reference or len(train)), len(test[0]))
         return self._known
 
     def _measured(
         self, work: SharedFeatures, train: Tensor, test: Tensor, labels: Tensor
     ) -> Reference:
-        g = torch.Generator().manual_seed(0)
-        order = torch.randperm(len(train), generator=g)  # in a folder, a class comes after another
-        moments, features = work.moments(lambda i: train[order[i]], len(train), None, KEPT)
+        chosen = some(len(train), self.reference)
+        moments, kept = work.moments(picked(train, chosen), len(chosen), None, KEPT)
         gaussian = Gaussian.of(moments)
-        others, tested = work.moments(lambda i: test[i], len(test), gaussian.mean, self.n)
-        floor = torch.stack(
-            (frechet(others, gaussian), kernel_distance(tested, features[: self.n]))
-        )
-        accuracy = torch.tensor(torch.nan)
-        if classify := getattr(work.extractor, "logits", None):
-            answers = classify(tested.to(work.device)).argmax(1)
-            accuracy = (answers.cpu() == labels.cpu()).double().mean()
-        return Reference(*gaussian, features, floor, accuracy, probe(work, train))
+        classify = getattr(work.extractor, "logits", None)
+        floors, right = [], []
+        draws = max(1, min(DRAWS, len(test) // self.n))
+        for draw in some(len(test), draws * self.n).split(self.n):
+            moments, features = work.moments(picked(test, draw), len(draw), gaussian.mean, self.n)
+            floors.append(torch.stack(self._apart(moments, features, gaussian, kept)))
+            if classify:
+                answers = classify(features.to(work.device)).argmax(1)
+                right.append(answers.cpu() == labels[draw].cpu())
+        accuracy = torch.cat(right).double().mean() if right else torch.tensor(torch.nan)
+        return Reference(*gaussian, kept, torch.stack(floors), accuracy, probe(work, train))
+
+    def _apart(
+        self, moments: Moments, features: Tensor, gaussian: Gaussian, kept: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both distances of a set from the training images, by its sums and its features."""
+        return frechet(moments, gaussian), kernel_distance(features, kept[: self.n])
 
     def _announce(self, real: Reference, train: int, test: int) -> None:
         d = len(real.mean)
@@ -231,16 +239,19 @@ class FrechetDistance(L.Callback):
                 f"FrechetDistance: the floor is of {test} real test images and the distance of "
                 f"{self.n} samples: they are not alike; type --trainer.callbacks.n={test}"
             )
+        floors = real.floors[:, 0]
+        draws = f" ({len(floors)} draws, {floors.min():.4g} to {floors.max():.4g})"
         knows = "" if real.accuracy.isnan() else f", right on {real.accuracy:.2%} of them"
         rank_zero_info(
-            f"{self.name}: {d} features, weights {self._sha256[:8]}; {test:,} real test images are "
-            f"{real.floor[0]:.4g} away from {train:,} to train{knows}"
+            f"{self.name}: {d} features, weights {self._sha256[:8]}; {min(self.n, test):,} real "
+            f"test images are {floors.mean():.4g}{draws if len(floors) > 1 else ''} away from "
+            f"{train:,} to train{knows}"
         )
 
 
 def probe(work: SharedFeatures, train: Tensor) -> Tensor:
     """Features (p d) of a few of the images (n c y x), on the CPU."""
-    return work.extractor(some(train, PROBES).to(work.device)).cpu()
+    return work.extractor(train[some(len(train), PROBES)].to(work.device)).cpu()
 
 
 def alike(one: Tensor, other: Tensor) -> bool:
@@ -270,9 +281,10 @@ def write(path: Path, known: Reference) -> None:
     tensors = {name: value.cpu().contiguous() for name, value in known._asdict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part)
+        part.write_bytes(save(tensors))  # save_file has an error of its own for a full disk
         os.replace(part, path)
     except OSError as error:
         rank_zero_warn(f"FrechetDistance: the real images' statistics are not kept: {error}")
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or no folder for one
+            part.unlink()

@@ -96,12 +96,17 @@ class SharedFeatures:
         return torch.stack(everybodys)
 
 
-def some(images: Tensor, n: int) -> Tensor:
-    """So many of the images, drawn alike in every run, or all where there are no more."""
-    if n >= len(images):
-        return images
-    g = torch.Generator().manual_seed(0)
-    return images[torch.randperm(len(images), generator=g)[:n].to(images.device)]
+def some(count: int, n: int | None = None) -> Tensor:
+    """Numbers below `count`, at most n of them, in an order that is mixed alike in every run.
+
+    Mixed, since the first images of a set may be of one class, or of few people's hands.
+    """
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:n]
+
+
+def picked(images: Tensor, chosen: Tensor) -> Callable[[Tensor], Tensor]:
+    """The chosen images (n c y x) by their places among the chosen."""
+    return lambda index: images[chosen[index]]
 
 
 def spread(labels: Tensor, n: int) -> Tensor:
@@ -130,5 +135,5 @@ def fingerprint(*tensors: Tensor) -> str:
     for tensor in tensors:
         whole = tensor.detach().cpu().contiguous()
         digest.update(f"{whole.dtype}{tuple(whole.shape)}".encode())
-        digest.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,8 +1,10 @@
 """Fréchet's distance is the one that others compute, alike on any ranks, and honest of its name."""
 
+import errno
 import gc
 import hashlib
 import os
+import re
 import time
 import weakref
 from functools import cache
@@ -191,6 +193,10 @@ def official(one: torch.Tensor, other: torch.Tensor, **arguments) -> dict[str, f
     )  # fmt: skip
 
 
+def mixed(count: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
 def both(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     real = torch.stack([paint(i) for i in range(n)])
     return real, torch.stack([paint(i + 10_000, bright=220) for i in range(n)])
@@ -258,20 +264,59 @@ def test_any_number_of_ranks_gives_the_same_bits(
 
 
 def test_the_callback_says_what_the_formula_says_of_the_same_images() -> None:
-    data, callback = Pictures(train=200, test=100), FrechetDistance(Random(), n=100, batch_size=32)
+    data, callback = Pictures(train=200, test=130), FrechetDistance(Random(), n=100, batch_size=32)
     found = measured(callback, Painter(bright=200), data)
     extract, (real, _), (test, _) = Random(), data.pictures("train"), data.pictures("test")
     drawn = torch.stack([paint(i + 10_000, bright=200) for i in range(100)])
     assert found["val/fd_random"] == pytest.approx(distance(extract(drawn), extract(real)))
-    floor = distance(extract(test), extract(real))
+    chosen = mixed(130)[:100]
+    floor = distance(extract(test[chosen]), extract(real))
     assert found["val/fd_random_floor"] == pytest.approx(floor)
     assert found["val/fd_random_ratio"] == pytest.approx(found["val/fd_random"] / floor)
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    kernel = kernel_distance(extract(drawn), extract(real[order])[:100])
+    kernel = kernel_distance(extract(drawn), extract(real[mixed(200)])[:100])
     assert found["val/kd_random"] == pytest.approx(float(kernel))
     assert found["val/fd_random_n"] == 100
     assert found["val/fd_random_images_per_second"] > 0
     assert set(found["logged"]) == {*found} - {"logged"} | {"val/loss"}
+
+
+def test_the_floor_is_the_mean_over_disjoint_draws_of_the_test_images() -> None:
+    seen = []
+
+    class Seeing(Random):
+        def forward(self, images):
+            seen.append(images)
+            return super().forward(images)
+
+    data, n = Sorted(400, 130), 40
+    found = measured(FrechetDistance(Seeing(), n=n, batch_size=16), data=data)
+    (real, _), (test, _), extract = data.pictures("train"), data.pictures("test"), Random()
+    draws = mixed(130)[: 3 * n].split(n)
+    floors = [distance(extract(test[draw]), extract(real)) for draw in draws]
+    assert found["val/fd_random_floor"] == pytest.approx(sum(floors) / 3)
+    assert found["val/fd_random_ratio"] == pytest.approx(found["val/fd_random"] * 3 / sum(floors))
+    assert max(floors) > 1.02 * min(floors)  # one of them would not do
+    kernels = [kernel_distance(extract(test[d]), extract(real[mixed(400)])[:n]) for d in draws]
+    assert found["val/kd_random_floor"] == pytest.approx(float(sum(kernels)) / 3)
+    looked_at = torch.cat(seen).flatten(1).unique(dim=0, return_counts=True)
+    tested = test[torch.cat(draws)].flatten(1)
+    for image in tested:  # a class comes after another, and none twice
+        assert looked_at[1][(looked_at[0] == image).all(1)].tolist() == [1]
+    first = distance(extract(test[:n]), extract(real))
+    assert first > 5 * max(floors)  # they are of one class
+
+
+@pytest.mark.parametrize(("test", "draws"), [(20, 1), (64, 1), (127, 1), (128, 2), (2000, 10)])
+@pytest.mark.filterwarnings("ignore:FrechetDistance")
+def test_there_are_as_many_draws_as_the_test_images_allow_up_to_ten(
+    test: int, draws: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        measured(FrechetDistance(Random(), n=64), data=Pictures(test=test))
+    said = re.findall(
+        r"real test images are [\d.]+ \((\d+) draws, [\d.]+ to [\d.]+\) away", caplog.text
+    )
+    assert said == ([] if draws == 1 else [str(draws)])
 
 
 @cache
@@ -367,6 +412,26 @@ def test_what_is_known_of_the_real_images_is_kept_under_a_key_of_all_that_decide
     assert len(calls) == 5
 
 
+@pytest.mark.parametrize("why", ["a file", "a full disk"])
+def test_a_cache_that_cannot_be_written_is_said_and_nothing_is_lost(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "kept"
+    if why == "a file":
+        cache.write_bytes(b"mine")
+    else:
+
+        def full(self: Path, content: bytes) -> None:
+            self.touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.warns(UserWarning, match="the real images' statistics are not kept"):
+        found = measured(FrechetDistance(Random(), n=40, cache=str(cache)))
+    assert found["val/fd_random"] > 0
+    assert cache.read_bytes() == b"mine" if why == "a file" else not list(cache.iterdir())
+
+
 class Brightness(nn.Module):
     """Without parameters, and with an argument that no name tells."""
 
@@ -396,7 +461,8 @@ class Sorted(Pictures):
 
     def pictures(self, part):
         labels = torch.arange(self.counts[part]) * 4 // self.counts[part]
-        images = torch.stack([paint(i, 8, 60 * (int(c) + 1)) for i, c in enumerate(labels)])
+        first = 0 if part == "train" else 5_000
+        images = torch.stack([paint(i, 8, 60 * (int(c) + 1)) for i, c in enumerate(labels, first)])
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))
         return (images[order], labels[order]) if self.mixed else (images, labels)
 
