@@ -11,34 +11,62 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from record import config_hash
 
 HERE = Path(__file__).parent
-SHOWN = {  # a row of the table: file of raw rows, label in it, metrics
-    "tiny Shakespeare, AdamW": ("shakespeare_quick", "shakespeare/quick_adamw", ["val/loss"]),
-    "tiny Shakespeare, Muon": ("shakespeare_quick", "shakespeare/quick", ["val/loss"]),
-    "MNIST, a classifier": ("mnist_classifier", "classifier/mnist", ["test/accuracy"]),
-    "no letter e: base model": ("reinforce_quick", "reinforce/quick", ["base/loss"]),
-    "no letter e: v1, e alone": (
-        "reinforce_quick",
-        "reinforce/quick",
-        ["v1/e", "v1/vocabulary_of_base"],
+
+
+class Shown(NamedTuple):
+    """A row of the table: file of raw rows, label in it, metrics, and what else a row must have.
+
+    A metric `20 steps/fd` may lie within `20 steps`; `a over b` is their quotient.
+    """
+
+    file: str
+    config: str
+    metrics: list[str]
+    where: tuple[str, str] | None = None
+
+
+GUIDED = [
+    f"20 steps, w 0.5/{what}" for what in ("accuracy", "fd over floor", "fd over floor_first")
+]
+SHOWN = {
+    "tiny Shakespeare, AdamW": Shown("shakespeare_quick", "shakespeare/quick_adamw", ["val/loss"]),
+    "tiny Shakespeare, Muon": Shown("shakespeare_quick", "shakespeare/quick", ["val/loss"]),
+    "MNIST, a classifier": Shown("mnist_classifier", "classifier/mnist", ["test/accuracy"]),
+    "MNIST out of noise": Shown(
+        "diffusion_quality", "diffusion/mnist_quick", GUIDED, ("judge", "mnist_cnn")
     ),
-    "no letter e: v6 with KL": (
+    "the same, another judge": Shown(
+        "diffusion_quality", "diffusion/mnist_quick", GUIDED, ("judge", "batch_norm")
+    ),
+    "digits out of noise": Shown(
+        "diffusion_quality", "diffusion/digits", ["accuracy", "fd over floor"], ("over", "")
+    ),
+    "digits, no time told": Shown(
+        "diffusion_quality", "diffusion/digits", ["fd over floor"], ("over", "diffusion/none")
+    ),
+    "digits, one step": Shown(
+        "diffusion_quality", "diffusion/digits", ["fd over floor"], ("over", "diffusion/one_step")
+    ),
+    "no letter e: base model": Shown("reinforce_quick", "reinforce/quick", ["base/loss"]),
+    "no letter e: v1, e alone": Shown(
+        "reinforce_quick", "reinforce/quick", ["v1/e", "v1/vocabulary_of_base"]
+    ),
+    "no letter e: v6 with KL": Shown(
         "reinforce_quick",
         "reinforce/quick",
         ["v6/e", "v6/vocabulary_of_base", "v6/nearest_jaccard", "v6/distinct_words_of_base"],
     ),
-    "an unseen play, all weights": ("lora_play", "shakespeare/full_play", ["val/loss"]),
-    "an unseen play, LoRA rank 8": ("lora_play", "shakespeare/lora", ["val/loss"]),
-    "an unseen play, QLoRA": ("lora_play", "shakespeare/qlora", ["val/loss"]),
-    "SMS Spam": ("spam", "spam", ["test/accuracy", "test/f1", "test/auroc"]),
-    "SMS Spam, scikit-learn's rival": (
-        "spam",
-        "scikit-learn",
-        ["test/accuracy", "test/f1", "test/auroc"],
+    "an unseen play, all weights": Shown("lora_play", "shakespeare/full_play", ["val/loss"]),
+    "an unseen play, LoRA rank 8": Shown("lora_play", "shakespeare/lora", ["val/loss"]),
+    "an unseen play, QLoRA": Shown("lora_play", "shakespeare/qlora", ["val/loss"]),
+    "SMS Spam": Shown("spam", "spam", ["test/accuracy", "test/f1", "test/auroc"]),
+    "SMS Spam, scikit-learn's rival": Shown(
+        "spam", "scikit-learn", ["test/accuracy", "test/f1", "test/auroc"]
     ),
 }
 
@@ -57,18 +85,30 @@ FASTER = {  # file of raw rows: what a claim of it says (or its rival's name), a
 }
 
 
-def rows_of(file: str, config: str) -> list[dict[str, Any]]:
-    """The newest row of each seed, of the newest config that was run."""
-    path = HERE / "rows" / f"{file}.jsonl"
+def rows_of(shown: Shown) -> list[dict[str, Any]]:
+    """The newest row of each seed, of the present config."""
+    config, path = shown.config, HERE / "rows" / f"{shown.file}.jsonl"
     if not path.exists():
         return []
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows = [row for row in rows if row["config"] == config]
+    if shown.where:
+        key, value = shown.where
+        rows = [row for row in rows if row.get(key) == value]
     present = HERE.parent / "configs" / f"{config}.yaml"
     if present.exists():
         now = config_hash(config)
         rows = [row for row in rows if row["config_hash"] == now]
     return list({row["seed"]: row for row in rows}.values())
+
+
+def figure(row: dict[str, Any], metric: str) -> float:
+    """A metric of a row, as `Shown` has it."""
+    above, _, below = metric.partition(" over ")
+    if below:
+        return figure(row, above) / row[below]
+    first, _, rest = metric.partition("/")
+    return row[metric] if metric in row else row[first][rest]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -82,15 +122,17 @@ def spread(values: list[float], digits: int) -> str:
 def table() -> str:
     """The rows that exist, in the order of SHOWN."""
     lines = ["| task | command | result | seconds | seeds | machine |", "|---|---|---|---|---|---|"]
-    for name, (file, config, metrics) in SHOWN.items():
-        rows = rows_of(file, config)
+    for name, shown in SHOWN.items():
+        rows = rows_of(shown)
         if not rows:
             continue
         results = ", ".join(
-            f"{m.partition('/')[2] if m != 'val/loss' else m} {spread([r[m] for r in rows], 3)}"
-            for m in metrics
+            f"{m if m == 'val/loss' else m.rpartition('/')[2]} "
+            f"{spread([figure(row, m) for row in rows], 3)}"
+            for m in shown.metrics
         )
-        command = f"`fit --config {config}`" if "words" in rows[0] else f"`benchmarks/{file}.py`"
+        script = f"`benchmarks/{shown.file}.py`"
+        command = f"`fit --config {shown.config}`" if "words" in rows[0] else script
         timed = [row["seconds"] for row in rows if row["seconds"] is not None]
         seconds = spread(timed, 0) if timed else ""
         machine = rows[-1]["machine"]
