@@ -83,10 +83,11 @@ def interrupted(typed: list[str]) -> int:
     return INTERRUPTED
 
 
-def words(error: Exception) -> str:
+def words(error: Exception, typed: list[str]) -> str:
     """The text of an exception; that of the system does not say what to do about a full disk."""
     if isinstance(error, OSError) and error.errno in FULL:
-        return f"{error}; make room, then go on with --ckpt_path auto"
+        again = "go on with --ckpt_path auto" if "fit" in typed else "type the same again"
+        return f"{error}; make room, then {again}"
     return str(error.args[0] if isinstance(error, LookupError) else error)
 
 

@@ -4,6 +4,7 @@ lightning generate --ckpt_path last --prompt "ROMEO:" --temperature 0.8
 lightning generate --ckpt_path last --labels 0-9 --guidance 0.5 --steps 20
 """
 
+import os
 import sys
 from itertools import chain, count
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from ravine.lightning_modules import TaskModule
+from ravine.lightning_modules.imaging.pictures import format_of
 
 from . import signature
 from .errors import Mistake, unknown
@@ -58,19 +60,36 @@ def draw(
     module: TaskModule, arguments: dict[str, Any], file: str | None, folder: str | None
 ) -> None:
     """Write pictures as one grid, and each into a file of its own if there is a folder for them."""
-    if file is not None and Path(file).suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise Mistake(f"{file} is no name of a picture", [".png", ".jpg"], "--file=samples.png")
-    if folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir()):
-        raise Mistake(f"the folder {folder} is not empty", ["a new one"], f"--folder={folder}_2")
+    file = file or free("samples", ".png")
+    format_of(file)
+    check_place(file, Path(file).absolute().parent, "file")
+    if folder is not None:
+        if Path(folder).is_dir() and any(Path(folder).iterdir()):
+            wrong = f"the folder {folder} is not empty"
+            raise Mistake(wrong, ["a new one"], f"--folder={folder}_2")
+        check_place(folder, Path(folder).absolute(), "folder")
     method: Any = module.generate
     pictures = method(**arguments)
-    file = file or free("samples", ".png")
     pictures.save(file)
     words = [file]
     if folder is not None:
         pictures.save_each(folder)
         words.append(f"{len(pictures.images)} files in {folder}")
     print(f"written: {', '.join(words)}")
+
+
+def check_place(name: str, there: Path, flag: str) -> None:
+    """Refuse what cannot be written in the folder `there`, before anything is computed for it."""
+    while not there.exists():
+        there = there.parent
+    why = "" if os.access(there, os.W_OK) else "may not be written"
+    if not there.is_dir():
+        why = "is no folder"
+    elif flag == "file" and Path(name).is_dir():
+        there, why = Path(name).absolute(), "is a folder"
+    if why:
+        wrong = f"{name} cannot be written: {there} {why}"
+        raise Mistake(wrong, ["a place of your own"], f"--{flag}=ANOTHER/{Path(name).name}")
 
 
 def free(name: str, end: str) -> str:

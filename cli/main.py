@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             raise error from error.__cause__
         if os.environ.get("RAVINE_DEBUG"):
             traceback.print_exc()
-        errors.say(errors.words(error))
+        errors.say(errors.words(error, words))
         return status
 
 

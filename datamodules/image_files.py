@@ -90,19 +90,25 @@ class ImageSet(NamedTuple):
                 f"{name} has {len(self.images):,} images and {len(self.labels):,} labels; they "
                 "must be as many: fetch both files again"
             )
+        check_labels(self.labels, len(self.names), name)
         counts = torch.bincount(self.labels, minlength=len(self.names))
-        if len(counts) > len(self.names):
-            place = int((self.labels >= len(self.names)).nonzero()[0])
-            raise ValueError(
-                f"{name}: the label of image {place} is {int(self.labels[place])}; allowed are 0 "
-                f"to {len(self.names) - 1}, the {len(self.names)} classes: mend the labels"
-            )
         if empty := [self.names[k] for k in (counts == 0).nonzero()[:, 0].tolist()]:
             raise ValueError(
                 f"{name}: no image of class {', '.join(empty)}; give each class at least one, or "
                 "remove the class"
             )
         return self
+
+
+def check_labels(labels: Tensor, classes: int, name: str) -> None:
+    """Refuse labels (n) that are no class: a net may take one for a label that is not given."""
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name}: the label of image {place} is {int(labels[place])}; allowed are 0 to "
+            f"{classes - 1}, the {classes} classes: mend the labels"
+        )
 
 
 def read_idx(content: bytes, name: str) -> Tensor:

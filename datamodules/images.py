@@ -34,11 +34,10 @@ def to_float(images: Tensor) -> Tensor:
 
 def to_uint8(images: Tensor) -> Tensor:
     """Back to bytes, any shape: rounded, not cut off, so that nothing is lost on the way."""
-    if not images.isfinite().all():
-        share = float((~images.isfinite()).float().mean())
+    if (wrong := ~images.isfinite()).any():
         raise ValueError(
-            f"{share:.2%} of the pixels are not finite (NaN or infinite): no picture can be made "
-            "of them; train with a lower rate, or type --trainer.callbacks+=NaNGuard"
+            f"{wrong.float().mean():.2%} of the pixels are not finite (NaN, infinite): no picture "
+            "can be made of them; train with a lower rate, or type --trainer.callbacks+=NaNGuard"
         )
     return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 

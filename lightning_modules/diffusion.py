@@ -1,7 +1,6 @@
 """Diffusion: learn to take noise off an image, then make images of nothing but noise (lecture 6).
 
-The formulas are in `imaging/denoising.py`. Here: which times and which noise a step has, what is
-logged, and how images are asked for.
+The formulas are in `imaging/denoising.py`; here: what a step draws, what is logged, what is made.
 
 Axes: b batch, n images, c y x images, s noise steps.
 """
@@ -14,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ravine.datamodules.image_files import check_labels
 from ravine.datamodules.images import to_float, to_uint8
 from ravine.datamodules.order import Share, global_seed
 
@@ -92,8 +92,8 @@ class Diffusion(TaskModule):
         self.withheld = labels and label_dropout > 0
         self.way = Way(sampler, steps, guidance, eta).of(self.withheld, self.one_step)
         schedule.path(self.way.steps)
-        named = ("width", "time_width", "patch", "attention")
-        self.shape = {name: self.hparams[name] for name in named}
+        names = "width", "time_width", "patch", "attention"
+        self.shape = {name: self.hparams[name] for name in names}
         with torch.device("meta"):  # nothing is allocated, every check is made
             UNet(**self.shape)
         self.channels, self.classes, self.size = 0, 0, (0, 0)  # the data's
@@ -117,6 +117,8 @@ class Diffusion(TaskModule):
         classes = datamodule.num_classes if self.labels else 0
         if self.labels and not classes:
             raise ValueError("the data have no labels; type --model.labels=false")
+        if self.labels and hasattr(datamodule, "pictures"):  # one too high would mean: not given
+            check_labels(datamodule.pictures("train")[1], classes, "the data to train")
         found = (datamodule.channels, classes)
         self._agree(found, (self.channels, self.classes))
         self.size, (self.channels, self.classes) = tuple(datamodule.size), found
@@ -254,15 +256,14 @@ class Diffusion(TaskModule):
             folder: where; files of the same names are replaced.
             format: safetensors.
         """
-        asked = {name: self.hparams[name] for name in ("process", "prediction", "conditioning")}
-        return write(cast(UNet, self.net), folder, asked)
+        names = "process", "prediction", "conditioning"
+        return write(cast(UNet, self.net), folder, {name: self.hparams[name] for name in names})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The data's sizes travel with the weights."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["images"] = {
-            "channels": self.channels, "size": list(self.size), "classes": self.classes
-        }  # fmt: skip
+        sizes = {"channels": self.channels, "size": [*self.size], "classes": self.classes}
+        checkpoint["images"] = sizes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them from a checkpoint, unless the data brought others."""

@@ -1,5 +1,6 @@
 """Diffusion as a task: what a step computes, what is logged, what is drawn, and what is refused."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from ravine.cli.trainer import Trainer
 from ravine.datamodules import ImageDataModule
 from ravine.datamodules.images import to_uint8
 from ravine.lightning_modules import Diffusion, LanguageModel
+from ravine.lightning_modules.imaging import figures as draw
 from ravine.lightning_modules.imaging.denoising import Denoising
 from ravine.lightning_modules.imaging.draws import key, normals, uniforms
-from ravine.lightning_modules.imaging.noise_schedules import alpha_bar
+from ravine.lightning_modules.imaging.noise_schedules import Schedule, alpha_bar
+from ravine.lightning_modules.imaging.samplers import ddim
 from ravine.lightning_modules.imaging.unet import sinusoids
 
 # as in tests/test_support.py: it is logged on each rank after the ranks have summed it
@@ -136,6 +139,20 @@ def test_validation_of_the_same_weights_gives_the_same_numbers() -> None:
     assert tested.keys() == {name.replace("val/", "test/") for name in first[0]}
 
 
+def test_validations_differ_by_the_weights_alone() -> None:
+    class Still(Diffusion):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0)
+
+    kept = Kept()
+    fit(Still(labels=True, **TINY), 2, logger=kept, limit_val_batches=1.0, val_check_interval=1,
+        check_val_every_n_epoch=None)  # fmt: skip
+    first, second = ({k: v for k, v in row.items() if k.startswith("val/")}
+                     for row in kept.numbers if "val/loss" in row)  # fmt: skip
+    assert len(first) == 12
+    assert first == second
+
+
 def test_the_first_attempt_learns_the_mean_of_all_images() -> None:
     """From noise that says nothing of the image, the best answer is one blurry blob."""
     model = Diffusion("one_step", **TINY)
@@ -193,6 +210,7 @@ def test_the_loss_is_logged_at_each_level_while_training(monkeypatch: pytest.Mon
     monkeypatch.setattr(Denoising, "errors", errors)
     kept = Kept()
     fit(Steps(**TINY), 8, logger=kept, log_every_n_steps=4)
+    assert not torch.equal(times[0], times[1])  # each step draws its own
     logged = [row for row in kept.numbers if "train/loss" in row]
     for row, steps in zip(logged, (times[:4], times[4:]), strict=True):
         seen = torch.cat(steps)
@@ -297,6 +315,8 @@ def test_three_lines_of_python_draw_what_the_command_draws(
 
 REFUSED = {
     "--labels=10": "labels are 10; allowed: 0 to 9; type --labels=0-9",
+    "--labels=3,5-3": "labels are 3,5-3; allowed: 0 to 9; type --labels=0-9",
+    "--labels=0-99999999999": "labels are 0-99999999999; allowed: 0 to 9; type --labels=0-9",
     "--labels=seven": "'seven' is no label; allowed: numbers and ranges; type --labels=0-9",
     "--guidance=-1": "guidance is -1.0; allowed: 0 (none) or more; type --guidance=0.5",
     "--steps=0": "steps is 0; allowed: 1 or more; type --steps=50",
@@ -305,7 +325,10 @@ REFUSED = {
     "--sampler=dim": "--sampler is 'dim'\n  nearest: ddim",
     "--num_samples=0": "num_samples and batch_size must be 1 or more",
     "--prompt=hello": "generate has no flag --prompt",
-    "--file=samples.txt": "samples.txt is no name of a picture",
+    "--file=samples.txt": "samples.txt is no name of a picture; allowed: .png, .jpg, .jpeg; type",
+    "--file=model.ckpt/a.png": "cannot be written: {here}/model.ckpt is no folder",
+    "--file=taken.png": "cannot be written: {here}/taken.png is a folder",
+    "--folder=model.ckpt": "cannot be written: {here}/model.ckpt is no folder",
     "--folder=.": "the folder . is not empty",
 }
 
@@ -314,10 +337,43 @@ REFUSED = {
 def test_a_mistake_is_told_in_words_and_writes_nothing(
     words: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = sorted(Path().iterdir())
+    Path("taken.png").mkdir()
+    before = sorted(Path().rglob("*"))
     assert main(["generate", "--ckpt_path", checkpoint, words]) == 2
-    assert REFUSED[words] in capsys.readouterr().err
-    assert sorted(Path().iterdir()) == before
+    assert REFUSED[words].format(here=Path.cwd()) in capsys.readouterr().err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_place_that_may_not_be_written_is_refused_before_anything_is_drawn(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Diffusion, "_sample", None)
+    monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path))
+    Path("locked").mkdir()
+    for words in ("--file=locked/new/a.png", "--folder=locked/singles"):
+        assert main(["generate", "--ckpt_path", checkpoint, words]) == 2
+        said = capsys.readouterr().err
+        assert f"cannot be written: {Path.cwd()}/locked may not be written" in said
+        assert f"type: {words.split('=')[0]}=ANOTHER/" in said
+    monkeypatch.chdir("locked")
+    assert main(["generate", "--ckpt_path", checkpoint]) == 2
+    assert "samples.png cannot be written" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_takes_no_older_picture_away(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, file: Any, form: str) -> None:
+        Path(file).write_bytes(b"half a picture")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Path("samples.png").write_bytes(b"an older one")
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    assert main(["generate", "--ckpt_path", checkpoint, "--file=samples.png", "--steps=1"]) == 1
+    assert "make room, then type the same again\n" in capsys.readouterr().err
+    assert sorted(Path().rglob("*")) == before
+    assert Path("samples.png").read_bytes() == b"an older one"
 
 
 def test_texts_and_pictures_take_each_their_own_options() -> None:
@@ -396,7 +452,7 @@ def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], said: s
 
 def test_a_model_without_labels_and_one_without_data_say_so() -> None:
     model = built(labels=False)
-    with pytest.raises(ValueError, match=r"trained without labels; leave --labels away"):
+    with pytest.raises(ValueError, match=r"trained without any; leave --labels away"):
         model.generate(labels="3")
     made = model.generate(num_samples=10)
     assert (len(made.images), made.columns) == (10, 4)  # nearly a square
@@ -422,6 +478,15 @@ def test_a_model_without_labels_and_one_without_data_say_so() -> None:
         Diffusion(labels=True).adopt(other)
 
 
+def test_a_label_beyond_the_classes_is_never_taken_for_one_that_is_withheld() -> None:
+    images = data()
+    images.setup("fit")
+    images.pictures("train")[1][7] = 10
+    with pytest.raises(ValueError, match=r"the label of image 7 is 10; allowed are 0 to 9"):
+        Diffusion(labels=True, **TINY).adopt(images)
+    Diffusion(**TINY).adopt(images)  # it looks at no labels
+
+
 def test_one_step_is_not_asked_for_more() -> None:
     model = built(conditioning="one_step", steps=20)
     assert len(model.generate(num_samples=1, steps=1).images) == 10
@@ -441,6 +506,42 @@ def test_weights_of_bf16_see_the_same_times_and_the_noise_in_their_type() -> Non
     with trainer.precision_plugin.forward_context():
         inside = sinusoids(t, 16)
     assert torch.equal(inside, sinusoids(t, 16))
+
+
+def tiles(figure: Any, columns: int) -> torch.Tensor:
+    """The images of a sheet, (rows columns y x), without the line around each."""
+    sheet = torch.from_numpy(figure.axes[0].images[0].get_array().data)
+    size = sheet.shape[1] // columns
+    parts = sheet.unfold(0, size, size).unfold(1, size, size)
+    return parts[..., 1:-1, 1:-1].to(torch.uint8)
+
+
+def test_the_figures_show_noise_images_and_what_lies_between() -> None:
+    """Of a model that takes half of what it sees for the image."""
+    schedule = Schedule("flow")
+    path = schedule.path(5)
+
+    def half(x: torch.Tensor, t: float) -> torch.Tensor:
+        return x / 2
+
+    def made(x: torch.Tensor) -> torch.Tensor:
+        return ddim(half, x, path, draw.unused)
+
+    one, other, image = (0.3 * torch.randn(2, 1, 4, 4) for _ in range(3))
+    shown = tiles(draw.interpolation(half, path, one, other), 11)
+    between = [made(one.lerp(other, w) / (w**2 + (1 - w) ** 2) ** 0.5) for w in (0.0, 0.5, 1.0)]
+    for place, images in zip((0, 5, 10), between, strict=True):
+        assert torch.equal(shown[:, place], to_uint8(images[:, 0]))
+    shown = tiles(draw.reverse(half, path, one), 11)
+    for row, images in ((0, one), (1, one / 2)):
+        assert torch.equal(shown[row::2, 0], to_uint8(images[:, 0]))
+    assert torch.equal(shown[0::2, 10], to_uint8(made(one)[:, 0]))
+    shown = tiles(draw.estimates(half, schedule, image, one), 11)
+    for place, w in ((0, 0.0), (3, 0.3), (10, 1.0)):
+        noisy = image.lerp(one, w)
+        assert torch.equal(shown[0::2, place], to_uint8(noisy[:, 0]))
+        if place:
+            assert torch.equal(shown[1::2, place], to_uint8(noisy[:, 0] / 2))
 
 
 def test_a_run_without_validation_has_its_figures(tmp_path: Path) -> None:

@@ -212,6 +212,8 @@ def test_a_label_beyond_the_classes_is_refused() -> None:
     images, names = torch.zeros(3, 1, 2, 2, dtype=torch.uint8), ("a", "b")
     with pytest.raises(ValueError, match="the label of image 1 is 7; allowed are 0 to 1"):
         ImageSet(images, torch.tensor([0, 7, 1]), names).checked("x")
+    with pytest.raises(ValueError, match="the label of image 2 is -1; allowed are 0 to 1"):
+        ImageSet(images, torch.tensor([0, 1, -1]), names).checked("x")
     with pytest.raises(ValueError, match="3 images and 2 labels"):
         ImageSet(images, torch.tensor([0, 1]), names).checked("x")
 

@@ -1,17 +1,73 @@
 """The U-Net is the lecture's, and takes images of any size."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from ravine.lightning_modules.imaging.unet import UNet, sinusoids, write
+from ravine.lightning_modules.imaging.unet import Attention, UNet, sinusoids, write
 
 
 def count(net: torch.nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
+
+
+def written_out(net: UNet, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The lecture's net, at a size that needs no padding, by its weights alone."""
+    w = net.state_dict()
+
+    def of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return w[f"{name}.weight"], w[f"{name}.bias"]
+
+    def part(name: str, x: torch.Tensor, number: int) -> torch.Tensor:
+        h = F.conv2d(x, *of(f"{name}.conv{number}"), padding=1)
+        return F.silu(F.group_norm(h, 8, *of(f"{name}.norm{number}")))
+
+    def block(name: str, x: torch.Tensor) -> torch.Tensor:
+        name = f"blocks.{name}"
+        h = part(name, x, 1) + F.linear(embedding, *of(f"{name}.time"))[:, :, None, None]
+        other = f"{name}.shortcut" if f"{name}.shortcut.weight" in w else ""
+        return part(name, h, 2) + (F.conv2d(x, *of(other)) if other else x)
+
+    embedding = F.linear(sinusoids(t, net.time_width).to(x), *of("time.0"))
+    embedding = F.linear(F.silu(embedding), *of("time.2")) + w["labels.weight"][y]
+    full = block("first", x)
+    half = block("second", F.conv2d(full, *of("blocks.narrow1"), stride=2, padding=1))
+    h = block("third", F.conv2d(half, *of("blocks.narrow2"), stride=2, padding=1))
+    h = F.conv_transpose2d(block("middle", h), *of("blocks.widen1"), stride=2, padding=1)
+    h = block("fourth", torch.cat((h, half), 1))
+    h = F.conv_transpose2d(h, *of("blocks.widen2"), stride=2, padding=1)
+    return F.conv2d(block("last", torch.cat((h, full), 1)), *of("blocks.out"))
+
+
+def test_it_computes_what_the_lectures_does() -> None:
+    torch.manual_seed(0)
+    net = UNet(2, 16, 16, classes=3).double()
+    for p in net.parameters():  # norms start as the identity
+        torch.nn.init.normal_(p, std=0.2)
+    x, t, y = torch.randn(3, 2, 8, 12).double(), torch.tensor([1, 500, 1000.0]), torch.arange(3)
+    torch.testing.assert_close(net(x, t, y), written_out(net, x, t, y), rtol=1e-9, atol=1e-9)
+
+
+def test_attention_is_the_mean_of_values_by_likeness() -> None:
+    torch.manual_seed(0)
+    layer = Attention(64).double()  # two heads
+    torch.nn.init.normal_(layer.out.weight)
+    x = torch.randn(2, 64, 2, 3).double()
+    normed = F.group_norm(x, 8).flatten(2)  # (b c yx)
+    qkv = layer.qkv.weight[:, :, 0, 0] @ normed + layer.qkv.bias[:, None]
+    mixed = torch.zeros_like(normed)
+    for b, head in itertools.product(range(2), range(2)):
+        q, k, v = (qkv[b, 64 * i + 32 * head :][:32] for i in range(3))
+        for here in range(6):
+            share = torch.stack([q[:, here] @ k[:, there] / 32**0.5 for there in range(6)])
+            mixed[b, 32 * head : 32 * head + 32, here] = v @ share.softmax(0)
+    right = x + (layer.out.weight[:, :, 0, 0] @ mixed).view_as(x)
+    torch.testing.assert_close(layer(x), right, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("width", "parameters"), [(64, 4165953), (32, 1199521), (16, 428241)])

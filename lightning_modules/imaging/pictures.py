@@ -10,7 +10,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ravine.datamodules.sources import whole
+
 GAP, PAPER = 2, 255  # pixels between images, and their color
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
 class Pictures:
@@ -35,15 +38,27 @@ class Pictures:
         return picture(torch.nn.functional.pad(sheet, (GAP, 0, GAP, 0), value=PAPER))
 
     def save(self, path: str | Path) -> None:
-        """Write the grid; the name's end decides the format."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.grid().save(path)
+        """Write the grid, whole or not at all; the name's end decides the format."""
+        form = format_of(path)
+        with whole(Path(path)) as part:
+            self.grid().save(part, form)
 
     def save_each(self, folder: str | Path) -> None:
         """Write each image into a file of its own: 00000.png, 00001.png, ..."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(self.images):
             picture(image).save(Path(folder, f"{number:05}.png"))
+
+
+def format_of(path: str | Path) -> str:
+    """What Pillow calls the format that a name's end says."""
+    end = Path(path).suffix.lower()
+    if end not in FORMATS:
+        allowed = ", ".join(FORMATS)
+        raise ValueError(
+            f"{path} is no name of a picture; allowed: {allowed}; type --file=samples.png"
+        )
+    return FORMATS[end]
 
 
 def picture(image: Tensor) -> Image.Image:

@@ -84,11 +84,14 @@ def pick(labels: Iterable[int | str] | str | None, classes: int) -> list[int]:
         first, _, last = word.strip().partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
             raise ValueError(f"{word!r} is no label; allowed: numbers and ranges; {fix}")
-        found += range(int(first), int(last or first) + 1)
-    if not classes:
-        raise ValueError(f"labels are {labels}, and this model was trained without labels; {fix}")
-    if not found or max(found) >= classes:
-        raise ValueError(f"labels are {labels}; allowed: 0 to {classes - 1}; {fix}")
+        if not classes:
+            raise ValueError(f"labels are {labels}, and this model was trained without any; {fix}")
+        begin, end = int(first), int(last or first)
+        if not begin <= end < classes:
+            raise ValueError(f"labels are {labels}; allowed: 0 to {classes - 1}; {fix}")
+        found += range(begin, end + 1)
+    if classes and not found:
+        raise ValueError(f"labels are {labels}, none at all; {fix}")
     return found
 
 
@@ -110,7 +113,7 @@ def sample(
         denoise: (x (b c y x), t (b), y (b) or None) to x0 (b c y x).
         schedule: of the noise.
         way: to go.
-        numbers: of the images; they alone decide the noise.
+        numbers: of the images, one at least; they alone decide the noise.
         labels: what they shall show, if the net knows labels.
         shape: c y x.
         seed: of all.
@@ -119,11 +122,11 @@ def sample(
     """
     total, path, sampler = len(numbers), schedule.path(way.steps), way.function()
     parts = -(-total // batch_size)
-    each = -(-total // max(parts, 1))
+    each = -(-total // parts)  # all of one size, so that one recording serves them
     places = torch.arange(parts * each, device=numbers.device).clamp(max=total - 1)
     made: list[Tensor] = []
     estimator: Estimator | None = None
-    for place in places.split(each) if total else ():
+    for place in places.split(each):
         number, label = numbers[place], None if labels is None else labels[place]
         x = normals(key(seed, "start"), number, shape) * path.sigma[0].item()
         if estimator is None:
@@ -134,5 +137,4 @@ def sample(
             return normals(key(seed, "step", step), number, shape)
 
         made.append(sampler(estimator, x, path, fresh))
-    whole = torch.cat(made) if made else torch.empty(0, *shape, device=numbers.device)
-    return whole[:total]
+    return torch.cat(made)[:total]

@@ -21,6 +21,8 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ravine.datamodules.sources import whole
+
 GROUPS = 8  # of GroupNorm: one example's statistics, whatever the batch
 
 
@@ -167,10 +169,9 @@ def write(net: UNet, folder: str, asked: dict[str, Any]) -> str:
 
     The rest of config.json says what the net's answers mean: process, prediction, conditioning.
     """
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
     weights = {name: w.contiguous() for name, w in net.state_dict().items()}
-    save_file(weights, place / "model.safetensors")
-    config = {"net": net.arguments, **asked}
-    (place / "config.json").write_text(json.dumps(config, indent=1))
+    with whole(Path(folder, "model.safetensors")) as part:
+        save_file(weights, part)
+    with whole(Path(folder, "config.json")) as part:
+        part.write_text(json.dumps({"net": net.arguments, **asked}, indent=1))
     return f"{folder}/model.safetensors, config.json"
