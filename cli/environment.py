@@ -5,7 +5,10 @@ from collections.abc import Collection, Mapping
 from .errors import Mistake, nearest
 
 # Read by Lightning itself (its sources hold no others), and by the front door.
-READ = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PL_DEEPSPEED_CONFIG_PATH", "RAVINE_DEBUG")
+READ = (
+    *("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PL_DEEPSPEED_CONFIG_PATH"),
+    *("RAVINE_DEBUG", "RAVINE_STATUS"),
+)
 SECTIONS = ("TRAINER", "MODEL", "DATA")
 
 

@@ -19,12 +19,30 @@ COMMANDS: dict[str, str] = dict.fromkeys(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program with the words ``argv``, those of the shell by default; return its status.
+    """Run the program with the words ``argv``, those of the shell by default; return its status."""
+    return told(outcome(sys.argv[1:] if argv is None else argv))
+
+
+def told(status: int) -> int:
+    """Write a stop or a refusal to the file that a launcher names, and end with 0.
+
+    torchrun starts again whatever ends otherwise; configs/cluster/torchrun.sh reads the file.
+    """
+    path = os.environ.get("RAVINE_STATUS")
+    if path is None or status in (0, 1):
+        return status
+    with open(path, "w") as file:
+        file.write(str(status))
+    return 0
+
+
+def outcome(argv: list[str]) -> int:
+    """Do what the words say.
 
     0: done. 1: the run failed. 2: a mistake of the user's. 130: Ctrl-C. Where the traceback of an
     exception has to be shown (`errors.status` decides), the exception is left to pass through.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(argv)
     if "--debug" in words:
         words = [w for w in words if w != "--debug"]
         os.environ["RAVINE_DEBUG"] = "1"  # the ranks that Lightning starts inherit it

@@ -27,6 +27,7 @@ from ravine.callbacks.progress import ProgressBar
 from ravine.callbacks.resume import ExactResume
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 from ravine.strategies.signals import GracefulStop
+from ravine.strategies.weighting import GlobalMean
 
 from .errors import REFUSED, Mistake
 from .lean_loop import LeanEpochLoop, Unprofiled
@@ -45,9 +46,9 @@ class Trainer(L.Trainer):
 
         Trainer(max_steps=1000, precision="auto").fit(model, datamodule=data)
 
-    Added unless one of the kind is given: ExactResume, GracefulStop, PredictionTable and the plugin
-    AtomicCheckpointIO, and, unless switched off, Checkpoint (enable_checkpointing), ProgressBar
-    (enable_progress_bar) and LossPlot (logger).
+    Added unless one of the kind is given: ExactResume, GracefulStop, GlobalMean, PredictionTable,
+    the plugin AtomicCheckpointIO, and, unless switched off, Checkpoint (enable_checkpointing),
+    ProgressBar (enable_progress_bar) and LossPlot (logger).
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Trainer(L.Trainer):
         defaults = {
             ExactResume: not tries,
             GracefulStop: not tries,
+            GlobalMean: True,
             Checkpoint: enable_checkpointing and not tries,
             ProgressBar: enable_progress_bar and not bare,
             LossPlot: bool(self._loggers_wanted) and not tries,

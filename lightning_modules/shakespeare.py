@@ -83,9 +83,14 @@ class LanguageModel(TaskModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Mean loss of (inputs, targets), both (b t)."""
-        loss = self._nats(*batch, "mean")
+        # a rank that has a part of each sequence may have no answer in it: 0, and not 0/0
+        loss = self._nats(*batch) / self.terms(batch).clamp(min=1)
         self.log("train/loss", loss)
         return loss + BALANCE * balance_of(self) if self.shape.get("experts") else loss
+
+    def terms(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Tokens of (inputs, targets) that are learned: over these the loss is a mean."""
+        return (batch[1] != IGNORED).sum()
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""
@@ -96,7 +101,7 @@ class LanguageModel(TaskModule):
         """Add up, so that ragged batches and unequal ranks weigh by their tokens."""
         inputs, targets = batch
         counted = targets != IGNORED
-        total = self._nats(inputs, targets, "sum")
+        total = self._nats(inputs, targets)
         size = self._bytes(targets.device)[targets.clamp(min=0)]  # (b t)
         self.sums += torch.stack((total, counted.sum(), (size * counted).sum()))
 
@@ -231,11 +236,10 @@ class LanguageModel(TaskModule):
             )
         self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
 
-    def _nats(self, inputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    def _nats(self, inputs: Tensor, targets: Tensor) -> Tensor:
         if self._sizes()[0] <= LARGE:
-            return nats(self(inputs), targets, reduction)
-        total = self(inputs, None, targets)  # the net, since its logits are too many to hand over
-        return total if reduction == "sum" else total / (targets != IGNORED).sum()
+            return nats(self(inputs), targets, "sum")
+        return self(inputs, None, targets)  # the net, since its logits are too many to hand over
 
     def _sizes(self) -> tuple[int, int]:
         if self.vocabulary is None or self.context is None:

@@ -2,5 +2,13 @@ from .checkpoint_io import AtomicCheckpointIO, CheckpointError
 from .mesh import MeshStrategy
 from .names import NAMES
 from .signals import GracefulStop
+from .weighting import GlobalMean
 
-__all__ = ["NAMES", "AtomicCheckpointIO", "CheckpointError", "GracefulStop", "MeshStrategy"]
+__all__ = [
+    "NAMES",
+    "AtomicCheckpointIO",
+    "CheckpointError",
+    "GlobalMean",
+    "GracefulStop",
+    "MeshStrategy",
+]

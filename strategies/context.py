@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def zigzag(length: int, rank: int, ranks: int) -> Tensor:
@@ -54,19 +54,23 @@ class Context:
             )
         self.usual = [m.attend for m in self.attentions]
 
-    def cut(self, batch: Any) -> Any:
-        """This rank's share of every tensor (b t ...) of a batch, and the slots filled for it."""
-        lengths = set()
+    def part(self, batch: Any) -> Any:
+        """This rank's share of every tensor (b t ...) of a batch."""
 
         def share(tensor: Tensor) -> Tensor:
             if tensor.ndim < 2:
                 return tensor
-            lengths.add(tensor.shape[1])
             self._check(tensor.shape[1])
             here = zigzag(tensor.shape[1], self.rank, self.ranks).to(tensor.device)
             return tensor.index_select(1, here)
 
-        mine = tree_map_only(Tensor, share, batch)
+        return tree_map_only(Tensor, share, batch)
+
+    def cut(self, batch: Any) -> Any:
+        """This rank's share, and the slots filled for it."""
+        mine = self.part(batch)
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        lengths = {tensor.shape[1] for tensor in tensors if tensor.ndim > 1}
         if len(lengths) != 1:
             raise ValueError(
                 f"cp={self.ranks} cuts the tensors (b t ...) of a batch along t, and this batch has"

@@ -170,6 +170,10 @@ class MeshStrategy(ModelParallelStrategy):
             for optimizer in self.optimizers:
                 self.owner |= share_steps(optimizer, self.layout.data.get_group())
 
+    def part(self, batch: Any) -> Any:
+        """What this rank computes of a batch: with `cp`, a part of each sequence."""
+        return self.context.part(batch) if self.context else batch
+
     def training_step(self, batch: Any, *args: Any) -> Any:
         """The module's step, on this rank's part of each sequence."""
         batch = self.context.cut(batch) if self.context else batch

@@ -114,7 +114,7 @@ class Pipeline:
         micros = self._cut(batch)
         inputs = [self._asked(micro, args) for micro in micros]
         schedule = self._schedule(inputs[0], context)
-        self.micros, self.args = micros, args
+        self.micros, self.args, self.shares = micros, args, self._shares(micros)
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
         for p in parameters:
@@ -172,7 +172,13 @@ class Pipeline:
             self._recording(i),
         ):
             found = self.module.training_step(self.micros[i], *self.args)
-        return (found["loss"] if isinstance(found, dict) else found) / self.microbatches
+        return (found["loss"] if isinstance(found, dict) else found) * self.shares[i]
+
+    def _shares(self, micros: list[Any]) -> Tensor:
+        """How much of the batch's mean each micro-batch is, where they may have unequal terms."""
+        terms = getattr(self.module, "terms", None)
+        counts = [torch.as_tensor(terms(m) if callable(terms) else 1.0) for m in micros]
+        return torch.stack(counts) / sum(counts).clamp(min=1)
 
     @contextmanager
     def _recording(self, number: int) -> Iterator[None]:
@@ -192,7 +198,7 @@ class Pipeline:
         self.logged[number] = found
 
     def _report(self, total: Tensor | None) -> Tensor:
-        """Tell all ranks the loss and what was logged, the mean over micro-batches."""
+        """Tell all ranks the loss and what was logged, the mean over the batch."""
         start = dist.get_global_rank(self.group, self.ranks - 1)
         each = [self.logged[i] for i in range(self.microbatches)] if self.last else []
         ours = [(name, args, how) for name, (_, args, how) in each[0].items()] if each else []
@@ -211,7 +217,7 @@ class Pipeline:
             values[0] = total
             for i, (name, _, _) in enumerate(self.known, 1):
                 parts = [torch.as_tensor(found[name][0]).detach().float() for found in each]
-                values[i] = torch.stack(parts).mean()
+                values[i] = (torch.stack(parts) * self.shares).sum()
         dist.broadcast(values, start, self.group)
         for (name, args, how), value in zip(self.known, values[1:], strict=True):
             self.module.log(name, value.clone(), *args, **how)

@@ -19,7 +19,6 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
@@ -145,11 +144,7 @@ class GracefulStop(Callback):
         os.write(2, text.encode())  # print is not reentrant
 
     def _install(self, trainer: L.Trainer) -> None:
-        environment = trainer._accelerator_connector.cluster_environment
-        signals = [signal.SIGINT, signal.SIGTERM]
-        if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
-            signals.append(signal.SIGUSR1)
-        for signum in signals:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             before = signal.signal(signum, self._receive)
             self._previous.setdefault(signum, before)
 

@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric
 from ravine.callbacks import Checkpoint, ExactResume, LossPlot, PredictionTable, ProgressBar
 from ravine.cli import trainer as trainer_module
 from ravine.cli.trainer import Trainer, automatic_precision
-from ravine.strategies import AtomicCheckpointIO, GracefulStop
+from ravine.strategies import AtomicCheckpointIO, GlobalMean, GracefulStop
 
 STEP = (
     "on_train_batch_start",
@@ -270,7 +270,8 @@ def kinds(trainer: L.Trainer) -> list[type]:
 
 
 def test_defaults_are_there_once_and_what_is_given_takes_their_place() -> None:
-    defaults = {ExactResume, GracefulStop, Checkpoint, ProgressBar, LossPlot, PredictionTable}
+    defaults = {ExactResume, GracefulStop, GlobalMean, Checkpoint, ProgressBar, LossPlot}
+    defaults |= {PredictionTable}
     assert set(kinds(Trainer())) == defaults
     resume, checkpoint = ExactResume(), ModelCheckpoint(monitor="val_loss")
     given = Trainer(callbacks=[resume, checkpoint], logger=False)

@@ -1,0 +1,95 @@
+"""GlobalMean: every token counts the same, on whichever rank and in whichever micro-batch it is.
+
+    wanted    Σ over all n·loss / Σ over all n          n terms in a micro-batch of a rank
+    a mean    of means instead gives a token of a short answer the weight of several
+
+Each backward pass is weighed by its n as it begins; at the end of the optimizer step, when the sum
+is known, the gradients are divided by it once. So nothing is awaited between micro-batches: what is
+sent is one number a step.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+
+class GlobalMean(Callback):
+    """Make the loss a mean over all terms of a step, for a module that says how many a batch has.
+
+    def terms(self, batch): return (batch[1] != -100).sum()   # the loss is a mean over these
+
+    Works on every strategy that averages gradients over ranks, with a stock Trainer too; modules
+    without `terms` are left alone, and one process without accumulation has nothing to weigh. The
+    loss that is logged is each micro-batch's own. What `training_step` adds to the mean (the
+    balance of experts) is weighed like it.
+    """
+
+    def __init__(self) -> None:
+        """Nothing to choose."""
+        self._count: Callable[[Any], Any] | None = None  # None: there is nothing to weigh
+        self._terms = torch.zeros(())  # of this micro-batch
+        self._sum: Tensor | None = None  # of this step, on this rank
+        self._unit = 0.0  # a power of two, so that it rounds nothing: keeps gradients in range
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Go first: whoever looks at the gradients of a step sees those of the mean."""
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore
+        self._sum, self._unit = None, 0.0
+        if hasattr(pl_module, "terms") and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{type(pl_module).__name__} has `terms` and steps its own optimizers (manual"
+                " optimization), which GlobalMean cannot weigh; leave `terms` away"
+            )
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See whether a step has several parts; a schedule may change it from epoch to epoch."""
+        parts = trainer.world_size * trainer.accumulate_grad_batches
+        self._count = getattr(pl_module, "terms", None) if parts > 1 else None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count what this rank computes of the batch."""
+        if self._count is None:
+            return
+        mine = getattr(trainer.strategy, "part", lambda batch: batch)(batch)
+        found = self._count(mine)
+        self._terms = torch.as_tensor(found, dtype=torch.float32, device=pl_module.device)
+        if not self._unit:  # once a run
+            mean = float(trainer.strategy.reduce(self._terms.clone(), reduce_op="mean"))
+            self._unit = 2.0 ** math.floor(math.log2(max(mean, 1.0)))
+
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
+        """Weigh what goes backward; the loss itself stays as it is."""
+        if self._count is not None:
+            weight = self._terms / self._unit
+            self._sum = weight if self._sum is None else self._sum + weight
+            loss.register_hook(lambda gradient: gradient * weight)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Divide by the sum; ranks and micro-batches have been averaged over already."""
+        if self._sum is None:
+            return
+        mean: Any = trainer.strategy.reduce(self._sum, reduce_op="mean")
+        factor = trainer.accumulate_grad_batches / mean.clamp(min=1e-20)  # nothing counted: 0
+        self._sum = None
+        scale([p.grad for group in optimizer.param_groups for p in group["params"]], factor)
+
+
+@torch.no_grad()
+def scale(gradients: list[Tensor | None], factor: Tensor) -> None:
+    """Multiply each in place, this rank's part of those that are spread."""
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
+    if parts:
+        _foreach_mul_(parts, factor)
