@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .expert import mixtures
-from .stages import Stage, let_go, net_of, shares, whole
+from .stages import Asked, HandOut, Stage, ghost, let_go, net_of, shares, whole
 
 Schedule = Literal["gpipe", "1f1b", "interleaved"]
 SCHEDULES: dict[str, tuple[Any, int]] = {  # and stages a rank
@@ -61,9 +61,15 @@ class Pipeline:
         self.absent: dict[str, nn.Module] = {}  # stand-ins for blocks, and for what is at the ends
         self.ends: dict[str, nn.Module] = {}
         self.tied = let_go(self)
+        self.ghost = ghost(self.net)  # to ask for shapes, before anything is spread
         self.net.forward = lambda *args, **how: self.answer(*args, **how)
         self.answer: Callable[..., Any] = self.in_turn
+        self.weight: Tensor | float = (
+            1.0  # of the batch: gradients meet other ranks' in the schedule
+        )
+        self.losses: list[Tensor] = []
         self.made: dict[Any, Any] = {}  # schedules by the shape of their input
+        self.types: dict[int, torch.dtype] = {}  # of what each stage makes
         self.logged: dict[int, dict[str, Any]] = {}
         self.known: list[Any] | None = None  # names and options of what training_step logs
 
@@ -71,11 +77,12 @@ class Pipeline:
         """The whole net for a moment, to look at: optimizers are chosen by what it is."""
         return whole(self)
 
-    def part(self, stage: int, x: Any, *others: Any) -> Tensor:
+    def part(self, stage: int, x: Any, *others: Any, net: Any = None) -> Tensor:
         """What one stage of this rank makes of what it is given."""
+        net = net or self.net
         if stage == 0:
-            x = self.net.enter(x, *others)
-        return self.net.through(x, self.blocks[stage], *others)
+            x = net.enter(x, *others)
+        return net.through(x, self.blocks[stage], *others)
 
     def in_turn(self, inputs: Any, cache: Any = None, *args: Any, **how: Any) -> Any:
         """The net's answer, on all ranks: each stage by itself, one after the other."""
@@ -122,15 +129,15 @@ class Pipeline:
         how: dict[str, Any] = {}
         if "return_outputs" in inspect.signature(schedule.step).parameters:
             how["return_outputs"] = False
-        losses: list[Tensor] = []
+        self.losses = []
         if self.last:
-            how |= {"target": torch.arange(len(micros)), "losses": losses}
+            how["target"] = torch.arange(len(micros))
         schedule.step(*([torch.cat(inputs)] if self.first else []), **how)
         made = [p.grad for p in parameters]
         for p, gradient in zip(parameters, before, strict=True):
             p.grad = gradient
-        total = torch.stack(losses).detach().sum() if self.last else None
-        return _HandOut.apply(self._report(total).requires_grad_(), parameters, made)
+        total = torch.stack(self.losses).sum() if self.last else None
+        return HandOut.apply(self._report(total).requires_grad_(), parameters, made)
 
     def _cut(self, batch: Any) -> list[Any]:
         sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
@@ -150,13 +157,13 @@ class Pipeline:
         """What training_step gives the net: it is run up to there."""
 
         def stop(net: nn.Module, inputs: tuple[Any, ...]) -> None:
-            raise _Asked(inputs[0])
+            raise Asked(inputs[0])
 
         hook = self.net.register_forward_pre_hook(stop, prepend=True)  # before anything is gathered
         try:
             with self._recording(-1):
                 self.module.training_step(micro, *args)
-        except _Asked as asked:
+        except Asked as asked:
             return asked.inputs
         finally:
             hook.remove()
@@ -172,13 +179,16 @@ class Pipeline:
             self._recording(i),
         ):
             found = self.module.training_step(self.micros[i], *self.args)
-        return (found["loss"] if isinstance(found, dict) else found) * self.shares[i]
+        loss = (found["loss"] if isinstance(found, dict) else found) * self.shares[i]
+        self.losses.append(loss.detach())
+        return loss * self.weight
 
     def _shares(self, micros: list[Any]) -> Tensor:
         """How much of the batch's mean each micro-batch is, where they may have unequal terms."""
         terms = getattr(self.module, "terms", None)
         counts = [torch.as_tensor(terms(m) if callable(terms) else 1.0) for m in micros]
-        return torch.stack(counts) / sum(counts).clamp(min=1)
+        found = torch.stack(counts)
+        return found / found.sum().clamp(min=1)
 
     @contextmanager
     def _recording(self, number: int) -> Iterator[None]:
@@ -232,8 +242,8 @@ class Pipeline:
             x: Tensor = inputs
             for stage in range(self.count):  # once in turn, to see the shapes
                 given = x
-                with torch.no_grad(), context(), self._answering(self._of(stage)):
-                    x = self._tell(self.net(x) if stage in self.mine else None, stage % self.ranks)
+                made = self._seen(stage, x) if stage in self.mine else None
+                x = self._tell(made, stage % self.ranks)
                 if stage in self.mine:
                     shapes = (_like(given), _like(x))
                     part = Stage(self, stage)
@@ -248,6 +258,20 @@ class Pipeline:
                 scale_grads=False,
             )
         return self.made[key]
+
+    @torch.no_grad()
+    def _seen(self, stage: int, x: Tensor) -> Tensor:
+        """What a stage makes, the first time; afterwards, a tensor of its shape and type.
+
+        Data ranks see new shapes at different times, and only together could they gather.
+        """
+        if stage not in self.types:
+            with self.context(), self._answering(self._of(stage)):
+                made = self.net(x)
+            self.types[stage] = made.dtype
+            return made
+        made = self.part(stage, x.to("meta"), net=self.ghost)
+        return torch.empty(made.shape, dtype=self.types[stage], device=x.device)
 
     def _of(self, stage: int) -> Callable[[Tensor], Tensor]:
         return lambda x: self.part(stage, x)
@@ -267,30 +291,6 @@ class Pipeline:
                 gradient = torch.zeros(shape, dtype=dtype, device=device)
             part = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             dist.all_reduce(part, group=self.group)
-
-
-class _Asked(Exception):
-    def __init__(self, inputs: Tensor) -> None:
-        super().__init__()
-        self.inputs = inputs
-
-
-class _HandOut(torch.autograd.Function):
-    """A loss whose gradients are there already: its backward scales them and adds them up."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, parameters: list[Tensor], made: list[Any]) -> Tensor:
-        ctx.parameters, ctx.made = parameters, made
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore
-        for p, made in zip(ctx.parameters, ctx.made, strict=True):
-            if made is None:
-                continue
-            (made.to_local() if isinstance(made, DTensor) else made).mul_(gradients[0])
-            p.grad = made if p.grad is None else p.grad + made
-        return None, None, None
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ at both ends. What is let go leaves a stand-in without numbers, for whoever must
 the last linear map of a stage is not the net's.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 PROTOCOL = ("blocks", "enter", "through", "leave", "ends")
 
@@ -67,6 +69,15 @@ def let_go(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]]:
     return tied
 
 
+def ghost(net: nn.Module) -> nn.Module:
+    """A copy of the net without numbers, which takes no memory: it tells shapes only."""
+    known = {id(t): t.detach().to("meta") for t in (*net.parameters(), *net.buffers())}
+    made = copy.deepcopy(net, known)
+    for module in made.modules():
+        module.__dict__.pop("forward", None)  # of the net itself: recomputation changes no shape
+    return made
+
+
 def stand_in(module: nn.Module, known: dict[nn.Parameter, nn.Parameter]) -> nn.Module:
     """The same module, each parameter one number in the shape of all; `known` keeps ties."""
     for part in module.modules():
@@ -109,3 +120,32 @@ class Stage(nn.Module):
         pipeline = self.__dict__["pipeline"]
         with pipeline.context(), pipeline._answering(pipeline._of(self.stage)):
             return pipeline.net(x)
+
+
+class Asked(Exception):
+    """The net has been called: with these inputs."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        """Carry them to whoever wanted to know."""
+        super().__init__()
+        self.inputs = inputs
+
+
+class HandOut(torch.autograd.Function):
+    """A loss whose gradients are there already: its backward scales them and adds them up."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, parameters: list[Tensor], made: list[Any]) -> Tensor:
+        """Remember what was made for whom."""
+        ctx.parameters, ctx.made = parameters, made
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore
+        """Hand it out."""
+        for p, made in zip(ctx.parameters, ctx.made, strict=True):
+            if made is None:
+                continue
+            (made.to_local() if isinstance(made, DTensor) else made).mul_(gradients[0])
+            p.grad = made if p.grad is None else p.grad + made
+        return None, None, None

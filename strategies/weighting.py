@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.tensor import DTensor
@@ -34,7 +35,7 @@ class GlobalMean(Callback):
     def __init__(self) -> None:
         """Nothing to choose."""
         self._count: Callable[[Any], Any] | None = None  # None: there is nothing to weigh
-        self._terms = torch.zeros(())  # of this micro-batch
+        self._weight = torch.zeros(())  # of this micro-batch
         self._sum: Tensor | None = None  # of this step, on this rank
         self._unit = 0.0  # a power of two, so that it rounds nothing: keeps gradients in range
 
@@ -61,18 +62,23 @@ class GlobalMean(Callback):
             return
         mine = getattr(trainer.strategy, "part", lambda batch: batch)(batch)
         found = self._count(mine)
-        self._terms = torch.as_tensor(found, dtype=torch.float32, device=pl_module.device)
+        terms = torch.as_tensor(found, dtype=torch.float32, device=pl_module.device)
         if not self._unit:  # once a run
-            mean = float(trainer.strategy.reduce(self._terms.clone(), reduce_op="mean"))
+            mean = float(mean_over_ranks(terms.clone(), trainer))
             self._unit = 2.0 ** math.floor(math.log2(max(mean, 1.0)))
+        self._weight = terms / self._unit
+        if (pipeline := getattr(trainer.strategy, "pipeline", None)) is not None:
+            pipeline.weight = self._weight  # it goes backward before there is a loss to see
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
         """Weigh what goes backward; the loss itself stays as it is."""
-        if self._count is not None:
-            weight = self._terms / self._unit
-            self._sum = weight if self._sum is None else self._sum + weight
+        if self._count is None:
+            return
+        weight = self._weight
+        self._sum = weight.clone() if self._sum is None else self._sum + weight
+        if getattr(trainer.strategy, "pipeline", None) is None:
             loss.register_hook(lambda gradient: gradient * weight)
 
     def on_before_optimizer_step(
@@ -81,10 +87,23 @@ class GlobalMean(Callback):
         """Divide by the sum; ranks and micro-batches have been averaged over already."""
         if self._sum is None:
             return
-        mean: Any = trainer.strategy.reduce(self._sum, reduce_op="mean")
+        mean = mean_over_ranks(self._sum, trainer)
         factor = trainer.accumulate_grad_batches / mean.clamp(min=1e-20)  # nothing counted: 0
         self._sum = None
         scale([p.grad for group in optimizer.param_groups for p in group["params"]], factor)
+
+
+def mean_over_ranks(number: Tensor, trainer: L.Trainer) -> Tensor:
+    """The mean over the ranks that see different data, as of gradients.
+
+    Lightning's own `reduce` begins with a barrier, at which the host would wait for the device.
+    """
+    if trainer.world_size == 1:
+        return number
+    layout = getattr(trainer.strategy, "layout", None)
+    group = dist.group.WORLD if layout is None else layout.data.get_group()
+    dist.all_reduce(number, group=group)
+    return number / dist.get_world_size(group)
 
 
 @torch.no_grad()

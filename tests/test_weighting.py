@@ -16,7 +16,7 @@ from ranks import furthest, whole
 from ravine.callbacks import GradientClipping
 from ravine.datamodules import AnswerDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import GlobalMean, MeshStrategy, pipeline
+from ravine.strategies import GlobalMean, MeshStrategy, pipeline, weighting
 
 SHAPE = {"layers": 2, "width": 32, "heads": 4, "zero_init": False}
 CASES = {  # strategy, ranks, micro-batches of a step
@@ -105,14 +105,7 @@ def a_mean_of_means(callbacks):
 
 
 def each_rank_its_own_mean(callbacks):
-    before = GlobalMean.on_before_optimizer_step
-
-    def alone(self, trainer, *args):
-        reduce, trainer.strategy.reduce = trainer.strategy.reduce, lambda tensor, **_: tensor
-        before(self, trainer, *args)
-        trainer.strategy.reduce = reduce
-
-    GlobalMean.on_before_optimizer_step = alone
+    weighting.mean_over_ranks = lambda number, trainer: number
 
 
 def the_tokens_of_whole_sequences(callbacks):
@@ -198,22 +191,20 @@ def test_a_module_that_steps_by_itself_cannot_be_weighed():
         fit(module, None, "auto", 1, GlobalMean())
 
 
-def test_one_number_is_sent_a_step(ranks, answers):
-    for sent in ranks(count, 2, answers):
-        assert sent == 5 + 1  # and one before the first
+def count(path, case, fault=None):
+    sent, all_reduce = [], torch.distributed.all_reduce
 
+    def counting(tensor, *args, **how):
+        sent.append(tensor.numel())
+        return all_reduce(tensor, *args, **how)
 
-def count(path):
-    sent = []
-
-    def listen(callbacks):
-        reduce = L.pytorch.strategies.DDPStrategy.reduce
-
-        def counting(self, tensor, *args, **how):
-            sent.append(tensor.numel())
-            return reduce(self, tensor, *args, **how)
-
-        L.pytorch.strategies.DDPStrategy.reduce = counting
-
-    train(path, "ddp, accumulated", listen)
+    torch.distributed.all_reduce = counting
+    train(path, case, fault)
     return sum(sent)
+
+
+def test_one_number_is_sent_a_step(ranks, answers):
+    case = "ddp, accumulated"
+    without = ranks(count, 2, answers, case, a_mean_of_means)
+    for sent, before in zip(ranks(count, 2, answers, case), without, strict=True):
+        assert sent - before == 5 + 1  # and one before the first
