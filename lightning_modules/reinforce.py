@@ -23,6 +23,7 @@ from ravine.datamodules.tokenizers import Tokenizer, from_state
 
 from .base import TaskModule
 from .language import Transformer
+from .language.branches import Branches
 from .language.generation import LOOK, Generated, generate, lay_out
 from .language.sampling import Sampling
 from .policy import base_model
@@ -35,6 +36,7 @@ from .policy.rewards import Facts, Reward, check_terms
 from .policy.rollout import (
     Rollout,
     adapters_off,
+    branches_for,
     by_reference,
     drift,
     log_probabilities,
@@ -229,19 +231,21 @@ class Reinforce(TaskModule):
             self._encode(text, f"sample {sample}")
             for text, (_, sample) in zip(batch.texts, batch.places, strict=True)
         ]
-        prompts = [prompt for prompt in prompts for _ in range(group)]
+        rows = [prompt for prompt in prompts for _ in range(group)]
         keys = [("rollout", *place, g) for place in batch.places for g in range(group)]
         with clock("rollout"):
-            written = self._write(prompts, keys)
-        text, places = lay_out(prompts, written.tokens)
+            written = self._write(rows, keys)
+        text, places = lay_out(rows, written.tokens)
+        branches = branches_for(cast(nn.Module, self.net), prompts, written.tokens)
         with clock("reference"):
-            warm, plain = self._ask_reference(text, places, written)
+            warm, plain = self._ask_reference(text, places, written, branches)
         with clock("reward"):
             judged = self._judge()(batch.texts, batch.columns, written, warm, plain)
         self._metrics, self._written = judged.metrics, judged.rows
         log_p = written.log_probabilities
         weights, share = judged.weights.to(log_p), judged.share.to(log_p)
-        return Rollout(text, places, written.tokens, written.mask, log_p, weights, share, warm)
+        how = log_p, weights, share, warm, branches
+        return Rollout(text, places, written.tokens, written.mask, *how)
 
     def _judge(self) -> Judge:
         how = self.rewards, self.estimator, self.kl, self.new, self.group_size
@@ -267,10 +271,10 @@ class Reinforce(TaskModule):
         )
 
     def _ask_reference(
-        self, text: Tensor, places: Tensor, written: Generated
+        self, text: Tensor, places: Tensor, written: Generated, branches: Branches | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Log-probabilities (b n) at the sampling temperature, and at 1."""
-        what = text, places, written.tokens, written.mask, self.sampling
+        what = text, places, written.tokens, written.mask, self.sampling, branches
         if self.reference == "lora":
             with adapters_off(cast(nn.Module, self.net)):
                 return by_reference(self, *what)

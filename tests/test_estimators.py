@@ -391,8 +391,8 @@ def test_top_k_is_scored_as_it_is_drawn() -> None:
     exact = gradient((p * REWARDS[possible]).sum())
 
     def keep(fake: Rollout) -> Rollout:
-        rows = {k: v[possible] for k, v in fake._asdict().items() if k != "share"}
-        return Rollout(**rows, share=fake.share)
+        rows = {k: v for k, v in fake._asdict().items() if k not in ("share", "branches")}
+        return Rollout(**{k: v[possible] for k, v in rows.items()}, share=fake.share)
 
     weights = torch.zeros(N, dtype=torch.float64)
     weights[possible] = p.detach() * REWARDS[possible] * possible.sum() / N

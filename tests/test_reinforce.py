@@ -32,7 +32,7 @@ from ravine.lightning_modules.language.sampling import Sampling
 from ravine.lightning_modules.policy import base_model
 from ravine.lightning_modules.policy.estimators import Estimator
 from ravine.lightning_modules.policy.kl import KL
-from ravine.lightning_modules.policy.rollout import log_probabilities
+from ravine.lightning_modules.policy.rollout import by_reference, log_probabilities, loss_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
@@ -192,6 +192,34 @@ def test_what_was_drawn_is_scored_the_same_in_the_update(base) -> None:
         log_probabilities(fresh, rollout, model.sampling).detach(), rollout.sampled,
         rtol=0, atol=1e-5,
     )  # fmt: skip
+
+
+def test_a_prompt_that_several_texts_share_is_read_once_and_the_step_is_the_same(base) -> None:
+    """Policy and reference read branches; the gradient is that of whole texts."""
+    read = []
+    how: dict[str, Any] = {"group_size": 4, "kl": KL(0.1, "k3", "loss")}
+    model = policy(base, **how)
+    model.lr = 0.01
+    watch = fit(model, data(base), 2)
+    rollout = watch.rollouts[1]
+    model.zero_grad()
+    model.eval()
+    for each in (rollout, rollout._replace(branches=None)):
+        hook = model.net.embed.register_forward_hook(
+            lambda _, given, __: read.append(given[0].numel())
+        )  # type: ignore
+        log_p = log_probabilities(model, each, model.sampling)
+        hook.remove()
+        loss_of(each, log_p, model.estimator, model.kl, 16).backward()
+        read.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert read[0] == 8 * 7 + 32 * 16  # eight prompts but for their last token, which branches have
+    assert read[2] == 32 * (8 + 15)
+    assert max(float((a - b).abs().max()) for a, b in zip(read[1], read[3], strict=True)) < 1e-6
+    assert max(float(gradient.abs().max()) for gradient in read[1]) > 1e-3
+    texts = rollout.text, rollout.places, rollout.tokens, rollout.mask, model.sampling
+    whole, _ = by_reference(model._frozen[0], *texts)
+    torch.testing.assert_close(rollout.reference, whole, rtol=0, atol=1e-6)
 
 
 def test_dropout_is_off_while_it_writes_and_while_it_learns(base) -> None:

@@ -123,7 +123,10 @@ def tasks(folder):
             ImageDataModule(batch_size=8),
         ),
         "LanguageModel": (LanguageModel(layers=1, width=16, heads=2, zero_init=False), text),
-        "Reinforce": (Reinforce(str(folder / "base.ckpt"), rewards, new=5), prompts),
+        "Reinforce": (
+            Reinforce(str(folder / "base.ckpt"), rewards, new=5, group_size=2),
+            prompts,
+        ),
     }
 
 

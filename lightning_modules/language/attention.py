@@ -19,13 +19,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from .cache import Past, over_past
+from .branches import Fork
+from .cache import Past
 from .norm import unit_rms
 
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Attend = Callable[..., Tensor]  # of query, key, value, dropout; ours also of who sees whom
 Rung = Literal["last", "average", "raw", "shared", "qk", "qkv"]
 
 LEARNED: dict[str, tuple[str, ...]] = {  # the projections each rung has
@@ -38,31 +38,43 @@ LEARNED: dict[str, tuple[str, ...]] = {  # the projections each rung has
 }
 
 
-def causal_weights(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(q kᵀ / √k) over the past, (b h t t), of queries and keys (b h t k)."""
+def causal_weights(query: Tensor, key: Tensor, seen: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √k) over the past, (b h t t), of queries and keys (b h t k).
+
+    Where `seen` is given it says, true or false, who sees whom, and may not be square.
+    """
     t, k = query.shape[-2:]
-    mask = torch.full((t, t), -math.inf, dtype=query.dtype, device=query.device).triu(1)
+    shape = (t, t) if seen is None else seen.shape
+    mask = torch.full(shape, -math.inf, dtype=query.dtype, device=query.device)
+    mask = mask.triu(1) if seen is None else mask.masked_fill(seen, 0.0)
     return (query / math.sqrt(k) @ key.mT + mask).softmax(-1)
 
 
-def explicit(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+def explicit(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, seen: Tensor | None = None
+) -> Tensor:
     """Causal attention as the formula says it; all (b h t k)."""
-    return F.dropout(causal_weights(query, key), dropout) @ value
+    return F.dropout(causal_weights(query, key, seen), dropout) @ value
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, seen: Tensor | None = None
+) -> Tensor:
     """The same by torch's fused kernel, which never stores the (t t) weights; all (b h t k)."""
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+    causal = seen is None
+    return F.scaled_dot_product_attention(query, key, value, seen, dropout, is_causal=causal)
 
 
-def auto(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+def auto(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, seen: Tensor | None = None
+) -> Tensor:
     """The faster of the two; all (b h t k).
 
     torch's CPU kernel goes backward 5.8 times slower in bf16 than in fp32: half of a whole
     training step at t=64. So bf16 on a CPU takes the formula, everything else the kernel.
     """
     slow_kernel = value.device.type == "cpu" and value.dtype == torch.bfloat16
-    return (explicit if slow_kernel else sdpa)(query, key, value, dropout)
+    return (explicit if slow_kernel else sdpa)(query, key, value, dropout, seen)
 
 
 ATTENTIONS: dict[str, Attend] = {"auto": auto, "sdpa": sdpa, "explicit": explicit}
@@ -127,18 +139,19 @@ class CausalAttention(nn.Module):
             self.register_buffer("cosine", cosine.float(), persistent=False)
             self.register_buffer("sine", sine.float(), persistent=False)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: Past | Fork | None = None) -> Tensor:
         """Attend within x (b t d); with a past, over what it remembers of earlier calls too."""
         query, key, value = self.parts(x, past)
+        dropout = self.dropout if self.training else 0.0
         if self.rung == "last":
             answer = value
-        elif past is not None and past.remember(key, value):
-            answer = over_past(query, past)
+        elif past is None:
+            answer = self.attend(query, key, value, dropout)
         else:
-            answer = self.attend(query, key, value, self.dropout if self.training else 0.0)
-        return self.out(rearrange(answer, "b h t k -> b t (h k)"))
+            answer = past.attend(query, key, value, self.attend, dropout)
+        return self.out(answer.transpose(1, 2).flatten(2))  # (b t d)
 
-    def parts(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def parts(self, x: Tensor, past: Past | Fork | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x (b t d), all (b h t k)."""
         query = x if self.query is None else self.query(x)
         key = query if self.rung == "shared" else x if self.key is None else self.key(x)
@@ -146,7 +159,7 @@ class CausalAttention(nn.Module):
         if self.rung == "average":  # equal scores are equal weights
             query = key = torch.zeros_like(x)
         query, key, value = (
-            rearrange(part, "b t (h k) -> b h t k", k=self.head_width)
+            part.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (b h t k)
             for part in (query, key, value)
         )
         if self.qk_norm:  # without gain: a gain per channel, shared by heads, would not split

@@ -45,7 +45,6 @@ class Pen:
         self.stops = [torch.tensor(list(stop), device=device) for stop in stops]
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.live = torch.ones(len(page.lengths), dtype=torch.bool, device=device)
-        self.sound = self.live.clone()  # no NaN so far
         self.tokens = torch.zeros_like(uniform, dtype=torch.int64, device=device)
         self.scores = torch.zeros_like(uniform, dtype=torch.float32, device=device)
         self.mask = torch.zeros_like(uniform, dtype=torch.bool, device=device)
@@ -55,7 +54,6 @@ class Pen:
         scores = self.sampling.log_probabilities(logits)
         token = self.sampling.choose(scores, self.uniform.index_select(1, self.column)[:, 0])
         score = scores.gather(1, token[:, None])[:, 0]
-        self.sound &= score.isfinite() | ~self.live
         token, score = token * self.live, score.where(self.live, 0.0).float()
         for buffer, value in ((self.tokens, token), (self.scores, score), (self.mask, self.live)):
             buffer.index_copy_(1, self.column, value[:, None])
@@ -205,7 +203,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def _sound(pen: Pen) -> None:
-    broken = (~pen.sound).nonzero()[:, 0].tolist()
+    broken = (~pen.scores.isfinite()).any(1).nonzero()[:, 0].tolist()
     if broken:
         raise RuntimeError(
             f"the net gives NaN after text {broken[0]}: its weights or activations are damaged; "

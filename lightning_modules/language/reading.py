@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import Cache
+from .moe import MixtureOfExperts
 
 Window = Literal["slide", "refuse"]
 
@@ -32,7 +33,7 @@ class Page:
         """Write the prompts down."""
         self.lengths = [len(prompt) for prompt in prompts]  # the host's count of `length`
         check(self.lengths, new, context, window)
-        self.context = context
+        self.context, self.new = context, new
         self.starts = [max(0, n - context) for n in self.lengths]  # first token the net sees
         first: dict[tuple[int, ...], int] = {}
         rows = enumerate(tuple(prompt.tolist()) for prompt in prompts)
@@ -43,6 +44,12 @@ class Page:
         self.text = text.to(device)
         self.rows = torch.arange(len(prompts), device=device)
         self.length = torch.tensor(self.lengths, device=device)
+
+    def group(self) -> int:
+        """How many rows each prompt stands in, side by side and for good; else 1."""
+        rows, size = len(self.twins), len(self.twins) // len(set(self.twins))
+        grouped = self.twins == [row // size * size for row in range(rows)]
+        return size if grouped and max(self.lengths) + self.new - 1 <= self.context else 1
 
     def append(self, token: Tensor) -> None:
         """Write one token (b) at the end of each row."""
@@ -100,15 +107,22 @@ class CachedReader(Reader):
         super().__init__(net, page)
         blocks: Iterable[str] = net.blocks  # type: ignore[assignment]
         layers = 1 + max(map(int, blocks))  # a stage of a pipeline has the last ones
-        self.cache = Cache(layers, len(page.lengths), page.context, page.text.device, bucket)
+        experts = any(isinstance(m, MixtureOfExperts) for m in net.modules())  # look at whole rows
+        self.size = 1 if experts else page.group()
+        self.base = page.lengths if self.size > 1 else [0] * len(page.lengths)
+        rows, slots = len(page.lengths) // self.size, page.new if self.size > 1 else page.context
+        self.cache = Cache(layers, rows, slots, page.text.device, bucket, self.size)
 
     def prompt(self) -> Tensor:
         """Fill the cache; a prompt that stands in several rows is read once."""
         rows, places = torch.tensor(self.page.twins).unique(return_inverse=True)
         window, sizes = self.page.seen(rows.tolist())
-        self.cache.read(sizes, rows.to(sizes.device))
+        if self.size > 1:
+            self.cache.share(sizes, window.shape[1])
+        else:
+            self.cache.read(sizes, rows.to(sizes.device))
         logits = self.net(window, self.cache)[:, 0]
-        if len(rows) < len(places):
+        if self.size == 1 and len(rows) < len(places):
             self.cache.spread(rows[places].to(sizes.device))
         return logits[places.to(sizes.device)]
 
@@ -120,14 +134,15 @@ class CachedReader(Reader):
             self.cache.read(sizes, torch.tensor(full, device=page.text.device))
             if window.shape[1]:
                 self.net(window, self.cache)
-        pairs = zip(page.lengths, page.starts, strict=True)
-        return self.cache.widen(max(length - start for length, start in pairs))
+        sizes = zip(page.lengths, page.starts, self.base, strict=True)
+        return self.cache.widen(max(length - start - base for length, start, base in sizes))
 
     def newest(self) -> Tensor:
         """Read the last token of each row; nothing here is new to a device that did it before."""
         self.cache.tick()
         page = self.page
-        return self.net(page.text.gather(1, page.length[:, None] - 1), self.cache)[:, 0]
+        tokens = page.text.gather(1, page.length[:, None] - 1)  # (b 1)
+        return self.net(tokens.view(-1, self.size), self.cache).flatten(0, 1)  # (b v)
 
 
 def check(lengths: list[int], new: int, context: int, window: Window) -> None:

@@ -94,12 +94,9 @@ class Sampling:
         """Tokens (b) by one number in (0, 1] each, uniform (b), from log-probabilities (b v)."""
         if self.temperature == 0:
             return log_probabilities.argmax(-1)
-        reached = (
-            log_probabilities.double().exp().cumsum(-1)
-        )  # fp32 would lose rare tokens of 50,000
-        return (
-            (reached < uniform[:, None] * reached[:, -1:]).sum(-1).clamp(max=reached.shape[-1] - 1)
-        )
+        # fp32 would lose rare tokens of 50,000
+        reached = log_probabilities.double().exp().cumsum(-1)
+        return (reached < uniform[:, None] * reached[:, -1:]).sum(-1)
 
 
 def uniforms(seed: int, texts: Sequence[Hashable], count: int) -> Tensor:

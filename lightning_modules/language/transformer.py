@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import CausalAttention, Rung
+from .branches import Branches, Fork
 from .cache import Cache, Past
 from .loss import chunked_nats, nats
 from .moe import MixtureOfExperts
@@ -99,9 +100,11 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = (None, None) if mlp is None else (norm(width), mlp)
         self.dropout, self.residual = nn.Dropout(dropout), residual
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: Past | Fork | None = None) -> Tensor:
         """Add both answers to x (b t d); without residual the attention's replaces x."""
         answer = self.dropout(self.attention(self.attention_norm(x), past))
+        if past is not None:
+            x, answer = past.needed(x), past.needed(answer)
         x = x + answer if self.residual else answer
         if self.mlp is None or self.mlp_norm is None:
             return x
@@ -193,16 +196,17 @@ class Transformer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, tokens: Tensor, cache: Cache | None = None, targets: Tensor | None = None
+        self, tokens: Tensor, cache: Cache | Branches | None = None, targets: Tensor | None = None
     ) -> Tensor:
         """Logits (b t v) of the token after each of tokens (b t).
 
-        With a cache, which was told what comes, only those after the newest ones: (b 1 v). With
-        targets (b t), the sum of their nats in the place of logits too large to exist.
+        With a cache, which was told what comes, only those after the newest ones: (b 1 v); with
+        branches, whose tokens they are, those of each: (b n v). With targets (b t), the sum of
+        their nats in the place of logits too large to exist.
         """
         return self.leave(self.through(self.enter(tokens, cache), None, cache), cache, targets)
 
-    def enter(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def enter(self, tokens: Tensor, cache: Cache | Branches | None = None) -> Tensor:
         """The stream (b t d) before the first block."""
         x = self.embed(tokens)
         if self.place is not None:
@@ -213,7 +217,7 @@ class Transformer(nn.Module):
         return self.dropout(x)
 
     def through(
-        self, x: Tensor, names: Sequence[str] | None = None, cache: Cache | None = None
+        self, x: Tensor, names: Sequence[str] | None = None, cache: Cache | Branches | None = None
     ) -> Tensor:
         """The stream (b t d) after the blocks of these names, by default all."""
         for name in self.blocks if names is None else names:
@@ -221,7 +225,9 @@ class Transformer(nn.Module):
             x = block(x) if cache is None else block(x, cache.layers[int(name)])
         return x
 
-    def leave(self, x: Tensor, cache: Cache | None = None, targets: Tensor | None = None) -> Tensor:
+    def leave(
+        self, x: Tensor, cache: Cache | Branches | None = None, targets: Tensor | None = None
+    ) -> Tensor:
         """What forward answers, from the stream (b t d) after the last block."""
         x = self.norm(x)
         if cache is not None:

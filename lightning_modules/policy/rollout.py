@@ -5,24 +5,30 @@
 
 The second pass computes what the first one knew, because the first was cached, recorded, or in
 another precision: the gradient is taken of the net as it trains. Both see the net in evaluation
-mode (dropout would make them two policies) and through one `Sampling`.
+mode (dropout would make them two policies) and through one `Sampling`. It reads a prompt once for
+all of its samples, if the net can (`language/branches.py`).
 
-Axes: b samples, t positions, n new tokens, v vocabulary.
+Axes: g prompts, b samples, t positions, n new tokens, v vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..language import Transformer
+from ..language.attention import ATTENTIONS
+from ..language.branches import Branches
 from ..language.generation import chosen
+from ..language.moe import MixtureOfExperts
 from ..language.sampling import Sampling
+from ..language.transformer import Block
 from .estimators import Estimator
 from .kl import KL
 
-Net = Callable[[Tensor], Tensor]
+Net = Callable[..., Tensor]
 
 
 class Rollout(NamedTuple):
@@ -36,28 +42,52 @@ class Rollout(NamedTuple):
     weights: Tensor  # (b) from the rewards
     share: Tensor  # () tokens of a rank, the mean over ranks
     reference: Tensor | None = None  # (b n) the reference's log-probabilities
+    branches: Branches | None = None  # text and places once more, each prompt once
 
 
-def read(net: Net, text: Tensor, places: Tensor) -> Tensor:
+def branches_for(net: nn.Module, prompts: Sequence[Tensor], tokens: Tensor) -> Branches | None:
+    """Tokens (b n) behind prompts (g < b), if the net makes of `Branches` what it makes of texts.
+
+    It does not if experts share out a row's tokens, nor where somebody answers in its place (a
+    pipeline) or attends in its blocks' (a cut sequence).
+    """
+    alone = len(prompts) == len(tokens)  # little is saved, and torch's causal kernels are lost
+    if alone or not isinstance(net, Transformer) or "forward" in vars(net):
+        return None
+    blocks = [cast(Block, block) for block in net.blocks.values()]
+    whole = any(isinstance(block.mlp, MixtureOfExperts) for block in blocks)
+    others = any(block.attention.attend not in ATTENTIONS.values() for block in blocks)
+    return None if whole or others else Branches(prompts, tokens, len(blocks))
+
+
+def read(net: Net, text: Tensor, places: Tensor, branches: Branches | None = None) -> Tensor:
     """Logits (b n v) at some places of texts (b t)."""
+    if branches is not None:
+        return net(branches.tokens, branches)
     return net(text)[torch.arange(len(text), device=text.device)[:, None], places]
 
 
 def log_probabilities(net: Net, rollout: Rollout, sampling: Sampling) -> Tensor:
     """Of the tokens that were drawn, with gradient: (b n), 0 after the end."""
-    logits = read(net, rollout.text, rollout.places)
+    logits = read(net, rollout.text, rollout.places, rollout.branches)
     return chosen(logits, rollout.tokens, rollout.mask, sampling)
 
 
 def by_reference(
-    net: Net, text: Tensor, places: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling
+    net: Net,
+    text: Tensor,
+    places: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    branches: Branches | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The reference's log-probabilities (b n) at the sampling temperature, and at 1.
 
     Top-k and the like are left out: what the policy may draw need not be in the reference's k.
     """
     with torch.no_grad():
-        logits = read(net, text, places)
+        logits = read(net, text, places, branches)
         warm, plain = Sampling(sampling.temperature), Sampling()
         return chosen(logits, tokens, mask, warm), chosen(logits, tokens, mask, plain)
 
