@@ -67,6 +67,7 @@ class Reinforce(TaskModule):
 
     unit = "tokens"
     lr = 1e-4
+    whole_along = ("cp", "pp")  # what was written has no parts yet when a strategy would cut it
 
     def __init__(
         self,
@@ -242,10 +243,9 @@ class Reinforce(TaskModule):
         with clock("reward"):
             judged = self._judge()(batch.texts, batch.columns, written, warm, plain)
         self._metrics, self._written = judged.metrics, judged.rows
-        log_p = written.log_probabilities
+        tokens, log_p, mask = written
         weights, share = judged.weights.to(log_p), judged.share.to(log_p)
-        how = log_p, weights, share, warm, branches
-        return Rollout(text, places, written.tokens, written.mask, *how)
+        return Rollout(text, places, tokens, mask, log_p, weights, share, warm, branches)
 
     def _judge(self) -> Judge:
         how = self.rewards, self.estimator, self.kl, self.new, self.group_size

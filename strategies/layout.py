@@ -11,6 +11,7 @@ groups of `ep`, hold different experts (expert.py).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -66,6 +67,16 @@ def check_choices(zero: int, schedule: str, schedules: list[str], microbatches: 
         raise ValueError(
             f"microbatches is {microbatches}; allowed: 1 or more; {flag}.microbatches=4"
         )
+
+
+def check_whole(module: Any, degrees: dict[str, int]) -> None:
+    """Refuse axes along which a module says, by `whole_along`, that it cannot be cut."""
+    for axis in getattr(module, "whole_along", ()):
+        if degrees[axis] > 1:
+            raise ValueError(
+                f"{axis}={degrees[axis]}: {type(module).__name__} cannot be cut along {axis};"
+                " allowed: zero1, zero2, zero3, hsdp, tp, ddp; type --trainer.strategy zero3"
+            )
 
 
 @dataclass

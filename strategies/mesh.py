@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from . import sharded, states
 from .checkpoint_io import CheckpointError, check, refuse_foreign
 from .context import Context
-from .layout import Layout, check_choices, lay_out, resolve
+from .layout import Layout, check_choices, check_whole, lay_out, resolve
 from .parallelize import Spread, copy_from_rank_zero, is_parallel, parallelize
 from .pipeline import SCHEDULES, Pipeline, Schedule
 from .recompute import Mode
@@ -145,6 +145,7 @@ class MeshStrategy(ModelParallelStrategy):
                 " sequence_parallel cannot follow; type --trainer.strategy tp"
             )
         assert self.layout is not None
+        check_whole(module, self.layout.degrees)
         if self.layout.degrees["cp"] > 1:
             self.context = Context(module, self.layout.named["cp"])
         self.spread = self.parallelize(module)

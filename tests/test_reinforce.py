@@ -505,6 +505,15 @@ def test_a_reward_that_fails_on_one_rank_ends_all(ranks, base) -> None:
     assert "hung" not in str(error.value)
 
 
+@pytest.mark.parametrize("axis", ["cp", "pp"])
+def test_a_strategy_that_would_cut_the_texts_is_refused(ranks, base, axis: str) -> None:
+    with pytest.raises(AssertionError) as error:
+        ranks(on_ranks, 2, base, axis, 2, {})
+    said = f"{axis}=2: Reinforce cannot be cut along {axis}; allowed: zero1,"
+    assert said in str(error.value)
+    assert "type --trainer.strategy zero3" in str(error.value)
+
+
 def test_adapters_switched_off_are_the_reference(base) -> None:
     """The policy's own frozen weights say what a copy of the base would say."""
     found = []
