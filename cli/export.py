@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from ravine.lightning_modules import TaskModule
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError
 
-from . import merged, signature
+from . import merged, places, signature
 from .errors import Mistake
 from .trained import locate, prepare
 
@@ -39,10 +39,13 @@ def run(argv: list[str]) -> int:
     for name, flag in known.items():
         if flag.default is Parameter.empty and name not in arguments:
             raise Mistake(f"export needs a {name}", [], f"--{name}=NAME")
+    if "folder" in arguments:
+        places.check(arguments["folder"], "folder", file=False)
     try:
         written = _written(module, path, arguments, merge, method)
     except SafetensorError as error:  # neither an OSError nor a name for what is wrong
-        raise CheckpointError(f"{arguments['folder']} cannot be written: {error}", 1) from error
+        wrong = f"{arguments['folder']} cannot be written: {error}"
+        raise CheckpointError(f"{wrong}; make room, then type the same again", 1) from error
     print(f"written: {written}")
     return 0
 
@@ -66,6 +69,7 @@ def consolidate(path: Path, given: list[tuple[str, str]]) -> int:
         raise Mistake(wrong, [], f"export --ckpt_path={path} --consolidate=FILE.ckpt")
     if Path(target).exists():
         raise Mistake(f"{target} is there already", [], "--consolidate=ANOTHER_NAME.ckpt")
+    places.check(target, "consolidate", file=True)
     files = AtomicCheckpointIO()
     files.save_checkpoint(files.load_checkpoint(path), target)
     print(f"written: {target}")

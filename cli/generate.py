@@ -4,7 +4,6 @@ lightning generate --ckpt_path last --prompt "ROMEO:" --temperature 0.8
 lightning generate --ckpt_path last --labels 0-9 --guidance 0.5 --steps 20
 """
 
-import os
 import sys
 from itertools import chain, count
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from ravine.lightning_modules import TaskModule
 from ravine.lightning_modules.imaging.pictures import format_of
 
-from . import signature
+from . import places, signature
 from .errors import Mistake, unknown
 from .trained import prepare
 
@@ -60,14 +59,14 @@ def draw(
     module: TaskModule, arguments: dict[str, Any], file: str | None, folder: str | None
 ) -> None:
     """Write pictures as one grid, and each into a file of its own if there is a folder for them."""
-    file = file or free("samples", ".png")
+    file = free("samples", ".png") if file is None else file
     format_of(file)
-    check_place(file, Path(file).absolute().parent, "file")
+    places.check(file, "file", file=True)
     if folder is not None:
         if Path(folder).is_dir() and any(Path(folder).iterdir()):
             wrong = f"the folder {folder} is not empty"
             raise Mistake(wrong, ["a new one"], f"--folder={folder}_2")
-        check_place(folder, Path(folder).absolute(), "folder")
+        places.check(folder, "folder", file=False)
     method: Any = module.generate
     pictures = method(**arguments)
     pictures.save(file)
@@ -76,20 +75,6 @@ def draw(
         pictures.save_each(folder)
         words.append(f"{len(pictures.images)} files in {folder}")
     print(f"written: {', '.join(words)}")
-
-
-def check_place(name: str, there: Path, flag: str) -> None:
-    """Refuse what cannot be written in the folder `there`, before anything is computed for it."""
-    while not there.exists():
-        there = there.parent
-    why = "" if os.access(there, os.W_OK) else "may not be written"
-    if not there.is_dir():
-        why = "is no folder"
-    elif flag == "file" and Path(name).is_dir():
-        there, why = Path(name).absolute(), "is a folder"
-    if why:
-        wrong = f"{name} cannot be written: {there} {why}"
-        raise Mistake(wrong, ["a place of your own"], f"--{flag}=ANOTHER/{Path(name).name}")
 
 
 def free(name: str, end: str) -> str:

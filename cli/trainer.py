@@ -29,7 +29,7 @@ from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 from ravine.strategies.signals import GracefulStop
 from ravine.strategies.weighting import GlobalMean
 
-from .errors import REFUSED, Mistake
+from .errors import FULL, Mistake
 from .lean_loop import LeanEpochLoop, Unprofiled
 from .quiet import quiet
 from .restore import Restore
@@ -184,7 +184,7 @@ class Trainer(L.Trainer):
 
 def no_folder(folder: Path, error: OSError) -> Exception:
     """What to say of a run's folder that the system will not make; a full disk says it itself."""
-    if error.errno in REFUSED:
+    if error.errno in FULL:
         return error
     return Mistake(
         f"the run's folder {folder} cannot be made: {error.strerror}",

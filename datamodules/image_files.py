@@ -164,7 +164,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _read_pictures(paths: list[Path]) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     images = torch.empty(0, dtype=torch.uint8)
     form = ("", (0, 0))
@@ -183,8 +183,8 @@ def _read_pictures(paths: list[Path]) -> Tensor:
                         f"{'gray' if form[0] == 'L' else 'sRGB'} FILE"
                     )
                 content = bytearray(picture.tobytes())
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"{path} is no whole image: {error}; remove it") from None
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} is no image that can be read: {error}; remove it") from None
         flat = torch.frombuffer(content, dtype=torch.uint8)
         images[number] = flat.reshape(*images.shape[2:], images.shape[1]).permute(2, 0, 1)  # c y x
     return images

@@ -234,9 +234,10 @@ def held_out(images: ImageSet, fraction: float, key: str) -> tuple[ImageSet, Ima
         (places,) = (images.labels == k).nonzero(as_tuple=True)
         count = max(1, round(fraction * len(places))) if fraction else 0
         if count >= len(places):
+            way = ", or type --data.val_fraction=0" if key == "val" else ""
             raise ValueError(
                 f"class {name} has {len(places)} images, and none would be left to train when "
-                f"{count} are kept for {key}; give it at least 3, or type --data.val_fraction=0"
+                f"{count} are kept for {key}; give it at least 3{way}"
             )
         order = torch.randperm(len(places), generator=generator(0, key, k))
         drawn[places[order[:count]]] = True

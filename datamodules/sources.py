@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 from rich.progress import Progress
 
+NO_GZIP = "no gzip"
 TIMEOUT = 10.0  # seconds of silence before a server is given up
 
 
@@ -141,14 +142,14 @@ def sha256(path: Path) -> str:
 
 
 def checksum(path: Path, source: Source) -> str:
-    """What the source's checksum is compared with; "no gzip" where one should be."""
+    """What the source's checksum is compared with; NO_GZIP where one should be."""
     if not source.gzipped:
         return sha256(path)
     try:
         with gzip.open(path) as file:
             return hashlib.sha256(file.read(source.size + 1)).hexdigest()
     except (OSError, EOFError, zlib.error):
-        return "no gzip"
+        return NO_GZIP
 
 
 @contextmanager
@@ -186,9 +187,10 @@ def announce(line: str, loud: bool = False) -> None:
 def _checked(path: Path, source: Source) -> Path:
     if (found := checksum(path, source)) != source.sha256:
         inside = " inside the gzip" if source.gzipped else ""
+        why = f"its SHA-256{inside} is {found}, that of the set is {source.sha256}"
         raise ValueError(
-            f"{path} is not the data set {source.name!r}: its SHA-256{inside} is {found}, that of "
-            f"the set is {source.sha256}; if you changed the file, type "
+            f"{path} is not the data set {source.name!r}: "
+            f"{why if found != NO_GZIP else 'it is no whole gzip'}; if you changed the file, type "
             f"--data.{source.own.replace('FILE', str(path))}; if not, remove it and run again"
         )
     return path

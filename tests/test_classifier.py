@@ -13,7 +13,7 @@ from ravine.callbacks import ExactResume, FrechetDistance, OptimizerPlan
 from ravine.cli.main import main
 from ravine.datamodules import ImageDataModule
 from ravine.datamodules.images import to_float
-from ravine.lightning_modules import ClassifierFeatures, ImageClassifier
+from ravine.lightning_modules import ClassifierFeatures, Diffusion, ImageClassifier
 
 PLAN = {"lr": 5e-3}
 
@@ -117,6 +117,19 @@ def test_a_checkpoint_is_a_measure_with_a_name_and_an_accuracy(tmp_path: Path) -
     ):
         extractor(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
     assert FrechetDistance(extractor).name == "fd_digits_cnn"
+
+
+def test_an_extractor_that_is_no_classifier_is_refused_in_one_line(tmp_path: Path) -> None:
+    model = Diffusion(width=8, time_width=16)
+    checkpoint: dict = {"state_dict": {}, "hyper_parameters": {}}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    (tmp_path / "junk.ckpt").write_bytes(b"junk")
+    for name, why in (("gone", "No such file"), ("junk", ""), ("other", "written by Diffusion")):
+        said = rf"{name}.ckpt cannot be read as a classifier's checkpoint: .*{why}.* type --trainer"
+        with pytest.raises(ValueError, match=said) as error:
+            ClassifierFeatures(str(tmp_path / f"{name}.ckpt"))
+        assert "\n" not in str(error.value)
 
 
 def test_predictions_are_named_by_their_classes() -> None:

@@ -325,6 +325,7 @@ REFUSED = {
     "--sampler=dim": "--sampler is 'dim'\n  nearest: ddim",
     "--num_samples=0": "num_samples and batch_size must be 1 or more",
     "--prompt=hello": "generate has no flag --prompt",
+    "--file=": "is no name of a picture",
     "--file=samples.txt": "samples.txt is no name of a picture; allowed: .png, .jpg, .jpeg; type",
     "--file=model.ckpt/a.png": "cannot be written: {here}/model.ckpt is no folder",
     "--file=taken.png": "cannot be written: {here}/taken.png is a folder",
@@ -350,8 +351,10 @@ def test_a_place_that_may_not_be_written_is_refused_before_anything_is_drawn(
     monkeypatch.setattr(Diffusion, "_sample", None)
     monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path))
     Path("locked").mkdir()
-    for words in ("--file=locked/new/a.png", "--folder=locked/singles"):
-        assert main(["generate", "--ckpt_path", checkpoint, words]) == 2
+    for what, words in (("generate", "--file=locked/new/a.png"),
+                        ("generate", "--folder=locked/singles"), ("export", "--folder=locked/out"),
+                        ("export", "--consolidate=locked/one.ckpt")):  # fmt: skip
+        assert main([what, "--ckpt_path", checkpoint, words]) == 2
         said = capsys.readouterr().err
         assert f"cannot be written: {Path.cwd()}/locked may not be written" in said
         assert f"type: {words.split('=')[0]}=ANOTHER/" in said
@@ -363,7 +366,7 @@ def test_a_place_that_may_not_be_written_is_refused_before_anything_is_drawn(
 def test_a_disk_that_is_full_takes_no_older_picture_away(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Any, file: Any, form: str) -> None:
+    def full(self: Any, file: Any, form: str = "") -> None:
         Path(file).write_bytes(b"half a picture")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -374,6 +377,10 @@ def test_a_disk_that_is_full_takes_no_older_picture_away(
     assert "make room, then type the same again\n" in capsys.readouterr().err
     assert sorted(Path().rglob("*")) == before
     assert Path("samples.png").read_bytes() == b"an older one"
+    pictures = Diffusion.load(checkpoint).generate(labels="3", num_samples=2, steps=1)
+    with pytest.raises(OSError, match="No space left"):
+        pictures.save_each("singles")
+    assert not list(Path("singles").iterdir())
 
 
 def test_texts_and_pictures_take_each_their_own_options() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy
@@ -13,7 +14,7 @@ from PIL import Image
 from ravine.datamodules import ImageDataModule, image_files
 from ravine.datamodules.image_files import ImageSet, read_cifar, read_folder, read_idx, read_named
 from ravine.datamodules.images import held_out, to_float, to_uint8
-from ravine.datamodules.sources import SourceMissing, checksum
+from ravine.datamodules.sources import SourceMissing, checksum, locate
 
 
 def idx(array: numpy.ndarray) -> bytes:
@@ -110,6 +111,11 @@ def test_a_gzipped_set_is_known_by_what_is_inside(tmp_path: Path) -> None:
     assert checksum(path, source) == one != source.sha256
     path.write_bytes(b"no gzip at all")
     assert checksum(path, source) == "no gzip"
+    path.write_bytes(gzip.compress(b"other labels")[:-9])
+    (tmp_path / "mnist").mkdir()
+    path.rename(tmp_path / source.path)
+    with pytest.raises(ValueError, match=r"not the data set 'mnist': it is no whole gzip; if you"):
+        locate(source, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +177,14 @@ def spoil_content(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:45])
 
 
+def spoil_extent(root: Path) -> None:
+    """A few bytes that say they are 60,000 pixels wide and high."""
+    path = root / "dog/1.png"
+    head = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + path.read_bytes()[24:29]
+    check = zlib.crc32(head).to_bytes(4, "big")
+    path.write_bytes(path.read_bytes()[:12] + head + check + path.read_bytes()[33:])
+
+
 def spoil_class(root: Path) -> None:
     (root / "eel").mkdir()
 
@@ -185,7 +199,8 @@ def spoil_levels(root: Path) -> None:
         (spoil_size, r"dog/1\.png is 6x5 RGB, .*cat/0\.png is 6x4 RGB; .*mogrify -resize 6x4!"),
         (spoil_mode, r"dog/1\.png is 6x4 L, .*cat/0\.png is 6x4 RGB"),
         (spoil_first, r"cat/0\.png is of mode RGBA; allowed are L \(gray\) and RGB"),
-        (spoil_content, r"dog/1\.png is no whole image: .*; remove it"),
+        (spoil_content, r"dog/1\.png is no image that can be read: .*; remove it"),
+        (spoil_extent, r"dog/1\.png is no image that can be read: Image size \(3600000000 pixels"),
         (spoil_class, r"no image of class eel; give each class at least one, or remove"),
         (spoil_levels, r"holds both images \(1\.png\) and folders \(cat\)"),
     ],
@@ -204,8 +219,13 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_class_too_small_to_be_split_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="class dog has 1 images, and none would be left"):
-        ready(folder(tmp_path, {"cat": 9, "dog": 1}))
+    said = "class dog has 1 images, and none would be left to train when 1 are kept for"
+    with pytest.raises(ValueError, match=f"{said} test; give it at least 3$"):
+        ready(folder(tmp_path / "one", {"cat": 9, "dog": 1}))
+    two = folder(tmp_path / "two", {"cat": 9, "dog": 2})
+    with pytest.raises(ValueError, match=f"{said} val; .* 3, or type --data.val_fraction=0$"):
+        ready(two)
+    assert ready(two, val_fraction=0, batch_size=2).pictures("train")[1].bincount()[1] == 1
 
 
 def test_a_label_beyond_the_classes_is_refused() -> None:

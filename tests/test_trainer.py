@@ -1,6 +1,7 @@
 """Our Trainer is Lightning's with other defaults: same hooks and numbers, a folder for each run."""
 
 import csv
+import errno
 import logging
 import os
 import sys
@@ -235,6 +236,22 @@ def test_a_folder_that_cannot_be_made_is_named_and_not_looked_for_for_ever() -> 
     Path("file").touch()
     with pytest.raises(ValueError, match=r"type: --trainer.default_root_dir=FOLDER"):
         Trainer(default_root_dir="file", max_steps=1, accelerator="cpu").fit(NetInInit())
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_place_that_refuses_a_runs_folder_is_left_in_words(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdir(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    full = code == errno.ENOSPC  # where another place on the disk would not help
+    said = (
+        r"\[Errno 28\] No space" if full else r"a/version_0 cannot be made: .*\n  type: --trainer"
+    )
+    with pytest.raises(OSError if full else ValueError, match=said):
+        Trainer(name="a", max_steps=1, accelerator="cpu").fit(NetInInit())
 
 
 @pytest.mark.parametrize("key", ["accumulate_grad_batches", "val_check_interval"])

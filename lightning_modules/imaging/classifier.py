@@ -205,7 +205,14 @@ class ClassifierFeatures(nn.Module):
     def __init__(self, path: str) -> None:
         """Load the weights."""
         super().__init__()
-        module = ImageClassifier.load(path)
+        try:
+            module = ImageClassifier.load(path)
+        except Exception as error:  # torch says it in many ways
+            why = (str(error) or type(error).__name__).splitlines()[0].partition(";")[0]
+            raise ValueError(
+                f"{path} cannot be read as a classifier's checkpoint: {why}; train one (lightning "
+                "fit --config classifier/mnist), and type --trainer.callbacks.extractor.path=FILE"
+            ) from error
         self.net = cast(Net, module.net).requires_grad_(False)
         self.name = f"{module.form['source']}_{SHORT[module.variant]}"
         self.form = (module.form["channels"], *module.form["size"])

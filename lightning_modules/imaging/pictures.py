@@ -47,7 +47,12 @@ class Pictures:
         """Write each image into a file of its own: 00000.png, 00001.png, ..."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(self.images):
-            picture(image).save(Path(folder, f"{number:05}.png"))
+            file = Path(folder, f"{number:05}.png")
+            try:
+                picture(image).save(file)
+            except OSError:
+                file.unlink(missing_ok=True)  # it is not whole
+                raise
 
 
 def format_of(path: str | Path) -> str:
