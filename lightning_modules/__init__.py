@@ -3,7 +3,8 @@
 from .base import TaskModule
 from .diffusion import Diffusion
 from .imaging.classifier import ClassifierFeatures, ImageClassifier
-from .policy.rewards import Reward, RewardFunction
+from .policy.functions import RewardFunction
+from .policy.rewards import Reward
 from .policy.terms import (
     BatchDistance,
     Binary,

@@ -123,7 +123,7 @@ class Reinforce(TaskModule):
             )
         self.corpus = None if datamodule.text is None else Facts(datamodule.text)
         accumulate = Share.of(self.trainer).accumulate
-        micro = datamodule.batch_size // accumulate
+        micro = max(1, datamodule.batch_size // accumulate)  # of none the loader will speak
         self.estimator.check(micro * self.group_size, self.group_size, accumulate)
         check_known(datamodule.characters, cast(Tokenizer, self.tokenizer), datamodule.resolved)
         for number, prompt in enumerate(datamodule.prompts):

@@ -415,6 +415,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         lambda b: policy(b, estimator=Estimator("rloo", "group")),
         r"rloo compares the samples of a group, and here that is one.*--model\.group_size=4",
     ),
+    "a batch of one": (
+        lambda b: policy(b, sampling=Sampling(0.8)),
+        r"mean compares the samples of a batch, and here that is one.*--data\.batch_size=64$",
+    ),
     "a group of none": (
         lambda b: policy(b, group_size=0),
         r"group_size is 0; allowed: 1 or more; type --model\.group_size=1",
@@ -446,7 +450,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 def test_a_mistake_is_named(mistake: str, base: str) -> None:
     make, message = MISTAKES[mistake]
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        fit(make(base), data(base), 1)
+        fit(make(base), data(base, batch_size=1 if mistake == "a batch of one" else 8), 1)
     assert "\n" not in str(error.value)
 
 
@@ -466,7 +470,7 @@ def test_a_base_that_is_no_plain_language_model_is_refused(base, tmp_path) -> No
     with pytest.raises(ValueError, match="has no tokenizer"):
         fit(policy(str(tmp_path / "bare.ckpt")), data(base))
     (tmp_path / "torn.ckpt").write_bytes(b"PK no more")
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint: it is another kind"):
         fit(policy(str(tmp_path / "torn.ckpt")), data(base))
     checkpoint = torch.load(base, weights_only=True)
     checkpoint["state_dict"]["net.blocks.0.attention.query.lora_a"] = torch.zeros(1)

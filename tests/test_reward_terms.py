@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -146,3 +147,38 @@ def test_the_measures_of_texts_are_their_counts() -> None:
     assert found["distinct_words"] == 4
     with pytest.raises(RewardError, match="Binary has no bound"):
         Binary(UniqueWords())
+
+
+NO_FUNCTION = {
+    "own.lenght": r"functions in own are length, other; type --model\.rewards.*=own\.length",
+    "own.LIMIT": r"that is 3, and functions in own are .*; type .*=own\.",
+    "onw.length": r"no file is called onw\.py; .* in this folder are own.*=own\.length",
+    "own": r"a file and a function in it are named, with a dot between; type .*=own\.reward",
+    "torn.reward": r"importing torn ends in ValueError: two lines; correct it, and type python -c",
+}
+OWN = """
+LIMIT = 3
+def length(texts): return [len(text) for text in texts]
+def other(texts): return []
+"""
+
+
+@pytest.mark.parametrize("path", NO_FUNCTION)
+def test_a_reward_that_is_not_there_is_said_in_one_line(path: str, tmp_path, monkeypatch) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "torn.py").write_text("raise ValueError('two\\nlines')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("own", None)
+    with pytest.raises(RewardError, match=rf"no reward function {path}: {NO_FUNCTION[path]}") as e:
+        RewardFunction(path)
+    assert "\n" not in str(e.value)
+    assert RewardFunction("own.length").score(samples("a", "bcd")) == [1, 3]
+
+
+def test_what_is_no_number_is_blamed_on_its_sample() -> None:
+    def mine(texts: list[str]) -> list[str]:
+        return [text if text == "two" else "1" for text in texts]
+
+    with pytest.raises(RewardError, match=r"failed on sample 1 \('two'\): ValueError: could not"):
+        score(RewardFunction(mine), "one", "two")

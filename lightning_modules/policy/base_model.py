@@ -1,6 +1,7 @@
 """The base model: a trained language model's checkpoint, from which a policy starts."""
 
 import hashlib
+import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ def read(base: str) -> BaseModel:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch says it in many ways
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # it would advise to run what is in the file
+            said = "it is another kind of file, or has more in it than tensors and plain values"
         raise ValueError(
             f"{path} cannot be read as a checkpoint: {said}; type --model.base=FILE"
         ) from error

@@ -52,9 +52,10 @@ def check_fits(what: str, prompt: str, size: int, new: int, context: int) -> Non
     if size + new - 1 > context:
         fits = context - size + 1
         out = f"type --model.new={fits} or less, or " if fits > 0 else ""
+        where = "" if "file" in what else " (--data.length)"
         raise ValueError(
             f"{what} has {size} tokens, and with {new} new ones it does not fit into the {context} "
-            f"that the model sees: {prompt[:40]!r}; {out}give shorter prompts (--data.length)"
+            f"that the model sees: {prompt[:40]!r}; {out}give shorter prompts{where}"
         )
 
 

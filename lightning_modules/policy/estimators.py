@@ -78,10 +78,11 @@ class Estimator:
             )
         size = samples if self.scope == "batch" else group_size
         if self.kind in ("mean", "rloo", "grpo") and size < 2:
-            fix = "--data.batch_size=64" if self.scope == "batch" else "--model.group_size=4"
+            others = "--data.batch_size=64", "--model.estimator.scope=batch"
+            fix = "--model.group_size=4, or " + others[self.scope == "group"]
             raise ValueError(
                 f"{self.kind} compares the samples of a {self.scope}, and here that is one; "
-                f"allowed: 2 or more; type {fix}, or --model.estimator.scope=batch"
+                f"allowed: 2 or more; type {fix}"
             )
 
     def weights(self, rewards: Tensor, group_size: int = 1) -> Tensor:

@@ -7,11 +7,10 @@ a sample gets no reward and weighs nothing. A term that fails, or answers NaN, o
 stops the run with its name and the sample's.
 """
 
-import inspect
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -105,54 +104,6 @@ class Reward(ABC):
         """A number for each of the samples, or None for one that has none."""
 
 
-class RewardFunction(Reward):
-    """A function of yours: it gets what it asks for by name.
-
-    # my_file.py
-    def reward(texts, answer):                    # answer: a column of the data
-        return [float(a in text) for text, a in zip(texts, answer)]
-
-    Known are texts, prompts, tokens, mask, log_probabilities and the columns of the data; `**rest`
-    takes all of them. It returns a number a text, or None for one that cannot be scored.
-
-    Args:
-        function: my_file.reward.
-        weight: what it is multiplied by in the sum.
-        name: under which it is logged; by default the function's, or its file's.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any], weight: float = 1.0, name: str | None = None
-    ) -> None:
-        """Look at what the function wants."""
-        own = getattr(function, "__name__", type(function).__name__)
-        if own == "reward":  # the sum's name; the file has one, too
-            own = function.__module__.rpartition(".")[2]
-        super().__init__(weight, name or own)
-        self.function = function
-        self.wants = inspect.signature(function).parameters
-
-    def score(self, samples: Samples) -> Any:
-        """Call it."""
-        known = {
-            "texts": samples.texts,
-            "prompts": samples.prompts,
-            "tokens": samples.tokens,
-            "mask": samples.mask,
-            "log_probabilities": samples.log_probabilities,
-        } | samples.columns
-        kinds = {name: p.kind for name, p in self.wants.items()}
-        if inspect.Parameter.VAR_KEYWORD in kinds.values():
-            return self.function(**known)
-        for name, parameter in self.wants.items():
-            if name not in known and parameter.default is inspect.Parameter.empty:
-                raise RewardError(
-                    f"the reward {self.name} asks for {name!r}; there are {', '.join(known)}; "
-                    "rename the argument, or give the data a column of that name"
-                )
-        return self.function(**{name: known[name] for name in kinds if name in known})
-
-
 def check_terms(terms: Sequence[Reward], corpus: bool, reference: bool) -> None:
     """Refuse, before the first step, terms that lack what they need or have one name for two."""
     if not terms:
@@ -203,15 +154,14 @@ def check_scored(terms: Sequence[Reward], answers: Tensor) -> None:
 def _checked(term: Reward, samples: Samples) -> Tensor:
     """One term's answers (b), or an error that names it and the sample."""
     try:
-        answers = term.score(samples)
-        values = answers.tolist() if isinstance(answers, Tensor) else list(answers)
-        numbers = [math.nan if value is None else float(value) for value in values]
+        values, numbers = _answered(term, samples)
     except RewardError:
         raise
     except Exception as error:
+        what = f"{type(error).__name__}: {in_line(error)}"
         raise RewardError(
-            f"the reward {term.name} failed on {_culprit(term, samples)}: "
-            f"{type(error).__name__}: {error}; correct it, or return None for such a sample"
+            f"the reward {term.name} failed on {_culprit(term, samples)}: {what}; correct it, or "
+            "return None for such a sample"
         ) from error
     if len(numbers) != len(samples.texts):
         raise RewardError(
@@ -227,17 +177,32 @@ def _checked(term: Reward, samples: Samples) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
+def _answered(term: Reward, samples: Samples) -> tuple[list[Any], list[float]]:
+    """What a term answers, and the same as numbers, NaN for None."""
+    answers = term.score(samples)
+    values = answers.tolist() if isinstance(answers, Tensor) else list(answers)
+    return values, [math.nan if value is None else float(value) for value in values]
+
+
 def _culprit(term: Reward, samples: Samples) -> str:
     """The first sample on which the term fails by itself, in words."""
     for i in range(len(samples.texts)):
         try:
-            list(term.score(samples.pick(i)))
+            _answered(term, samples.pick(i))
         except Exception:
             return _named(samples, i)
     return f"the batch of {len(samples.texts)} samples, and on none of them alone"
 
 
 def _named(samples: Samples, i: int) -> str:
-    text = samples.texts[i]
-    shown = text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
-    return f"sample {samples.first + i} ({shown!r})"
+    return f"sample {samples.first + i} ({shortened(samples.texts[i])!r})"
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, for a message."""
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def in_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())

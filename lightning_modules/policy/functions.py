@@ -1,0 +1,104 @@
+"""A reward of the user's: a function in a file of theirs, found by its name."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .rewards import Reward, RewardError, Samples, in_line, shortened
+
+
+class RewardFunction(Reward):
+    """A function of yours: it gets what it asks for by name.
+
+    # my_file.py
+    def reward(texts, answer):                    # answer: a column of the data
+        return [float(a in text) for text, a in zip(texts, answer)]
+
+    Known are texts, prompts, tokens, mask, log_probabilities and the columns of the data; `**rest`
+    takes all of them. It returns a number a text, or None for one that cannot be scored.
+
+    Args:
+        function: the function, or where to find it: my_file.reward.
+        weight: what it is multiplied by in the sum.
+        name: under which it is logged; by default the function's, or its file's.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any] | str, weight: float = 1.0, name: str | None = None
+    ) -> None:
+        """Look at what the function wants."""
+        if isinstance(function, str):
+            function = named(function)
+        own = getattr(function, "__name__", type(function).__name__)
+        if own == "reward":  # the sum's name; the file has one, too
+            own = function.__module__.rpartition(".")[2]
+        super().__init__(weight, name or own)
+        self.function = function
+        self.wants = inspect.signature(function).parameters
+
+    def score(self, samples: Samples) -> Any:
+        """Call it."""
+        known = {
+            "texts": samples.texts,
+            "prompts": samples.prompts,
+            "tokens": samples.tokens,
+            "mask": samples.mask,
+            "log_probabilities": samples.log_probabilities,
+        } | samples.columns
+        kinds = {name: p.kind for name, p in self.wants.items()}
+        if inspect.Parameter.VAR_KEYWORD in kinds.values():
+            return self.function(**known)
+        for name, parameter in self.wants.items():
+            if name not in known and parameter.default is inspect.Parameter.empty:
+                raise RewardError(
+                    f"the reward {self.name} asks for {name!r}; there are {', '.join(known)}; "
+                    "rename the argument, or give the data a column of that name"
+                )
+        return self.function(**{name: known[name] for name in kinds if name in known})
+
+
+def named(path: str) -> Callable[..., Any]:
+    """The function at my_file.reward; if there is none, an error that says which there are."""
+    file, _, name = path.rpartition(".")
+    if not file:
+        raise _none(path, "a file and a function in it are named, with a dot between", path, [])
+    module = _module(path, file, name)
+    function = getattr(module, name, None)
+    if callable(function):
+        return function
+    known = _nearest(name, [k for k, v in vars(module).items() if inspect.isfunction(v)])
+    there = f"functions in {file} are {', '.join(known[:9]) or 'none'}"
+    if function is not None:
+        there = f"that is {shortened(repr(function))}, and {there}"
+    raise _none(path, there, file, known)
+
+
+def _module(path: str, file: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(file)
+    except Exception as error:  # whatever a file of the user's does when it is imported
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{file}.".startswith(f"{missing}."):
+            files = _nearest(file, [each.stem for each in Path().glob("[!._]*.py")])
+            there = f"{', '.join(files[:9])}" if files else "none"
+            what = f"no file is called {missing}.py; files of Python in this folder are {there}"
+            raise _none(path, what, files[0] if files else file, [name]) from error
+        raise RewardError(
+            f"no reward function {path}: importing {file} ends in {type(error).__name__}: "
+            f'{in_line(error)}; correct it, and type python -c "import {file}" to see'
+        ) from error
+
+
+def _none(path: str, what: str, file: str, names: Sequence[str]) -> RewardError:
+    right = f"{file}.{names[0] if names else 'reward'}"
+    fix = f"type --model.rewards.function={right}"
+    return RewardError(f"no reward function {path}: {what}; {fix}")
+
+
+def _nearest(word: str, names: Sequence[str]) -> list[str]:
+    likeness = {n: SequenceMatcher(None, n.lower(), word.lower()).ratio() for n in names}
+    return sorted(names, key=lambda name: -likeness[name])
