@@ -13,7 +13,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import ravine.callbacks
 import ravine.datamodules
 import ravine.lightning_modules
-import ravine.strategies  # noqa: F401  bare class names are found among what is imported
+import ravine.strategies  # bare class names are found among what is imported
 
 from . import diagnosis, newest, saved_config
 from .errors import Mistake, program
@@ -124,14 +124,30 @@ def forget_unused(trainer: Trainer) -> None:
     if not folder or trainer.global_step or not trainer.is_global_zero:
         return
     names = [path.name for path in Path(folder).rglob("*") if path.is_file()]
-    if all(name == "config.yaml" or name.startswith("events.out.") for name in names):
+    said = ("config.yaml", "hparams.yaml")
+    if all(name in said or name.startswith("events.out.") for name in names):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def spelled_out(argv: list[str]) -> list[str]:
+    """The words, the name of a strategy as its class where an argument of it is given as well.
+
+    spelled_out(["fit", "--trainer.strategy=pp", "--trainer.strategy.microbatches=8"])
+    """
+    presets = ravine.strategies.NAMES
+    first = next((i for i, w in enumerate(argv) if w.startswith("--trainer.strategy.")), None)
+    names = [each.value for each in given(argv) if each.key == "trainer.strategy"]
+    if first is None or not names or str(names[-1]) not in presets:
+        return argv
+    how = [f"--trainer.strategy.{k}={v}" for k, v in presets[str(names[-1])][1].items()]
+    return [*argv[:first], "--trainer.strategy=MeshStrategy", *how, *argv[first:]]
 
 
 def run(argv: list[str]) -> int:
     """Run one command and return the exit status; errors are for the front door to word."""
     # A configuration names classes: those that run commands or delete files are denied.
     set_parsing_settings(import_path_denylist=[], config_read_mode_fsspec_enabled=False)
+    argv = spelled_out(argv)
     sys.argv[1:], checkpoint = newest.settle(argv)  # in place: the ranks repeat these words
     Command(sys.argv[1:], checkpoint)
     return 0

@@ -260,4 +260,5 @@ class LanguageModel(TaskModule):
         metrics = {"loss": loss, "perplexity": loss.exp()}
         if self.tokenizer is not None:
             metrics["bits_per_byte"] = total / math.log(2) / size
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in metrics.items()})
+        found = {f"{stage}/{name}": value.float() for name, value in metrics.items()}
+        self.log_dict(found, sync_dist=True)  # alike on all ranks; or Lightning would advise it

@@ -79,6 +79,30 @@ def check_whole(module: Any, degrees: dict[str, int]) -> None:
             )
 
 
+def check_together(
+    degrees: dict[str, int], sequence_parallel: bool, schedule: str, microbatches: int
+) -> None:
+    """Refuse what does not go together, before a process starts; the rest are torch's rules."""
+    ranks = degrees["pp"]
+    if sequence_parallel and degrees["tp"] == 1:
+        raise ValueError(
+            "sequence_parallel cuts along tp, and tp is 1; type --trainer.strategy.tp=2"
+        )
+    if sequence_parallel and ranks > 1:
+        raise ValueError(
+            "sequence_parallel does not go together with a pipeline yet; type"
+            " --trainer.strategy.sequence_parallel=false"
+        )
+    rounds = max(1, microbatches // ranks)
+    too_few = schedule == "1f1b" and microbatches < ranks
+    if too_few or (schedule == "interleaved" and microbatches % rounds):
+        allowed = f"{ranks} or more" if too_few else f"multiples of {ranks}"
+        raise ValueError(
+            f"microbatches={microbatches} for a pipeline of {ranks} ranks ({schedule}); allowed:"
+            f" {allowed}; type --trainer.strategy.microbatches={ranks * rounds}"
+        )
+
+
 @dataclass
 class Layout:
     """The meshes that the parts of a strategy need, all views of one."""

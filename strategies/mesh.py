@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from . import sharded, states
 from .checkpoint_io import CheckpointError, check, refuse_foreign
 from .context import Context
-from .layout import Layout, check_choices, check_whole, lay_out, resolve
+from .layout import Layout, check_choices, check_together, check_whole, lay_out, resolve
 from .parallelize import Spread, copy_from_rank_zero, is_parallel, parallelize
 from .pipeline import SCHEDULES, Pipeline, Schedule
 from .recompute import Mode
@@ -102,15 +102,7 @@ class MeshStrategy(ModelParallelStrategy):
 
     def _configure_launcher(self) -> None:
         degrees = self.resolved_degrees()  # the trainer is being made: fail before a process starts
-        if self.sequence_parallel and degrees["tp"] == 1:
-            raise ValueError(
-                "sequence_parallel cuts along tp, and tp is 1; type --trainer.strategy.tp=2"
-            )
-        if self.sequence_parallel and degrees["pp"] > 1:
-            raise ValueError(
-                "sequence_parallel does not go together with a pipeline yet; type"
-                " --trainer.strategy.sequence_parallel=false"
-            )
+        check_together(degrees, self.sequence_parallel, self.schedule, self.microbatches)
         super()._configure_launcher()
 
     def setup_environment(self) -> None:

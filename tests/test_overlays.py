@@ -21,7 +21,9 @@ WORDS = [
     *("fit", "--config", "shakespeare/quick_adamw", "--trainer.max_steps=2"),
     *("--trainer.val_check_interval=2", "--trainer.limit_val_batches=1", "--model.width=32"),
     *("--model.heads=4", "--data.source=embedded", "--trainer.accelerator=cpu"),
-    *("--trainer.precision=32-true", "--trainer.callbacks.arguments.max_new_tokens=4"),
+    *("--trainer.callbacks=OptimizerPlan", "--trainer.callbacks.optimizer=AdamW"),  # no warm-up
+    *("--trainer.callbacks+=GradientClipping", "--trainer.callbacks.max_norm=1.0"),
+    *("--trainer.callbacks+=Samples", "--trainer.callbacks.arguments.max_new_tokens=4"),
 ]
 
 
@@ -29,11 +31,11 @@ def train(name, folder):
     os.chdir(folder)
     more = ["--model.experts=8"] if name == "ep" else []
     devices = f"--trainer.devices={os.environ['WORLD_SIZE']}"
-    return main([*WORDS, "--config", f"strategy/{name}", devices, *more])
+    assert main([*WORDS, "--config", f"strategy/{name}", devices, *more]) == 0
 
 
 def trained(ranks, name, folder):
-    assert set(ranks(train, FEWEST.get(name, 2), name, folder)) == {0}
+    ranks(train, FEWEST.get(name, 2), name, folder)
     (written,) = folder.glob("runs/shakespeare/quick_adamw/version_0/checkpoints/*.ckpt")
     return torch.load(written, weights_only=True)["global_step"] == 2
 
@@ -49,6 +51,17 @@ def test_every_other_overlay_trains_too(ranks, name, tmp_path):
     assert trained(ranks, name, tmp_path)
 
 
+def refused(name, folder):
+    os.chdir(folder)
+    words = ["--config", f"strategy/{name}", "--trainer.devices=2", "--data.batch_size=40"]
+    assert main([*WORDS, *words]) == 2
+
+
+def test_what_only_the_first_batch_shows_is_refused_and_leaves_no_run(ranks, tmp_path):
+    ranks(refused, 2, "pp", tmp_path)  # 16 micro-batches of a batch of 40
+    assert not list(tmp_path.rglob("*.yaml"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_overlay_begins_with_a_command_that_names_it(name):
     text = (OVERLAYS / f"{name}.yaml").read_text()
@@ -57,18 +70,22 @@ def test_an_overlay_begins_with_a_command_that_names_it(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "devices", "told"),
+    ("words", "devices", "told"),
     [
-        ("2d", 3, "MeshStrategy(dp_shard=-1, tp=2) needs a multiple of 2 processes; there are 3"),
-        ("3d", 4, "needs a multiple of 8 processes; there are 4"),
-        ("hsdp", 3, "needs a multiple of 2 processes; there are 3"),
+        (["2d"], 3, "(dp_shard=-1, tp=2) needs a multiple of 2 processes; there are 3"),
+        (["3d"], 4, "needs a multiple of 8 processes; there are 4"),
+        (["hsdp"], 3, "needs a multiple of 2 processes; there are 3"),
+        (["tp", "--trainer.strategy.tp=3"], 2, "(dp_shard=1, tp=3) needs 3 processes; there are 2"),
+        (["zero3", "--trainer.strategy=pp", "--trainer.strategy.pp=3"], 2, "pp=3) needs 3 proc"),
     ],
 )
 def test_a_world_that_does_not_fit_is_refused_with_the_number_to_type(
-    name, devices, told, tmp_path, monkeypatch, capsys
+    words, devices, told, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    assert main([*WORDS, "--config", f"strategy/{name}", f"--trainer.devices={devices}"]) == 2
+    overlay, *more = words
+    devices = f"--trainer.devices={devices}"
+    assert main([*WORDS, "--config", f"strategy/{overlay}", devices, *more]) == 2
     said = capsys.readouterr().err
     assert told in said
     assert re.search(r"type:? --trainer.devices=\d+\n", said)

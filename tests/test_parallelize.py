@@ -297,6 +297,16 @@ def test_what_cannot_be_spread_is_refused_in_one_line(ranks, world):
         ({"sequence_parallel": True}, 2, "sequence_parallel cuts along tp, and tp is 1; type"),
         ({"microbatches": 0}, 2, "microbatches is 0; allowed: 1 or more"),
         ({"schedule": "1f2b"}, 2, "schedule is '1f2b'; allowed: gpipe, 1f1b, interleaved; type"),
+        (
+            {"dp_shard": 1, "pp": 2, "microbatches": 1},
+            2,
+            r"microbatches=1 .* of 2 ranks \(1f1b\); allowed: 2 or more; type .*microbatches=2",
+        ),
+        (
+            {"dp_shard": 1, "pp": 2, "microbatches": 5, "schedule": "interleaved"},
+            2,
+            r"microbatches=5 .* \(interleaved\); allowed: multiples of 2; type .*microbatches=4",
+        ),
         ({"zero": 4}, 2, "zero is 4; allowed: 1, 2, 3; type --trainer.strategy.zero=3"),
     ],
 )
