@@ -1,5 +1,6 @@
 """Curves: what was logged in a run, one panel a metric, drawn at its end."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,32 @@ POINTS = 2000  # of a curve; beyond that every second one is dropped
 ACROSS = 3  # panels side by side
 
 
-class Curves(L.Callback):
-    """Draws `curves.png` in the run's folder; a continued run draws the whole curves.
+class Recorded(L.Callback, ABC):
+    """Curves of a run that go into its checkpoints, and into a picture at its end."""
 
-    Trainer(callbacks=[Curves(["train/reward", "train/kl", "val/reward"])])
-
-    Args:
-        metrics: as the module logs them; one that begins with val/ is taken at validations, any
-            other one every log interval. All that begin with train/ if not given.
-    """
-
-    def __init__(self, metrics: Sequence[str] | None = None) -> None:
+    def __init__(self) -> None:
         """Begin with empty curves."""
-        self.metrics = metrics
         self.curves: dict[str, Curve] = {}
-        self.step, self.begins, self.folder = 0, True, None
+        self.step = 0
+        self.folder: str | None = None
+
+    @abstractmethod
+    def draw(self, folder: Path, module: L.LightningModule) -> None:
+        """Write the picture into the run's folder."""
+
+    def add(self, name: str, value: Tensor) -> bool:
+        """Put a value of this step on a curve; true if the curve was too long and lost half."""
+        curve = self.curves.setdefault(name, [])
+        curve.append((self.step, value.detach().clone()))
+        thinned = len(curve) > POINTS
+        if thinned:
+            del curve[1::2]
+        return thinned
 
     @property
     def state_key(self) -> str:
-        """The curves are kept in checkpoints under this name."""
-        return "Curves"
+        """The curves are kept in checkpoints under the class's name."""
+        return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
         """The curves as plain numbers."""
@@ -46,7 +53,44 @@ class Curves(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder, which is asked for on all ranks."""
-        self.step, self.folder, self.begins = trainer.global_step, trainer.log_dir, True
+        self.step, self.folder = trainer.global_step, trainer.log_dir
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw."""
+        if trainer.is_global_zero and self.folder and any(self.curves.values()):
+            self.draw(Path(self.folder), pl_module)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Draw what there is when the run is stopped; one that fails has other worries."""
+        if isinstance(exception, SystemExit | KeyboardInterrupt):
+            self.on_train_end(trainer, pl_module)
+
+
+class Curves(Recorded):
+    """Draws `curves.png` in the run's folder; a continued run draws the whole curves.
+
+    Trainer(callbacks=[Curves(["train/reward", "train/kl", "val/reward"])])
+
+    Args:
+        metrics: as the module logs them; one that begins with val/ is taken at validations, any
+            other one every log interval. All that begin with train/ if not given.
+    """
+
+    def __init__(self, metrics: Sequence[str] | None = None) -> None:
+        """Begin with empty curves."""
+        super().__init__()
+        self.metrics, self.begins = metrics, True
+
+    def draw(self, folder: Path, module: L.LightningModule) -> None:
+        """A panel for each metric."""
+        draw(self.state_dict(), folder / "curves.png")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the folder, and look at the first step whatever the interval."""
+        super().on_train_start(trainer, pl_module)
+        self.begins = True
 
     def on_train_batch_end(
         self,
@@ -65,26 +109,16 @@ class Curves(L.Callback):
             self._check(metrics, pl_module)
         self.begins = False
         wanted = [n for n in metrics if n[:6] == "train/"] if self.metrics is None else self.metrics
-        self._take({n: metrics[n] for n in wanted if n in metrics and n[:4] != "val/"})
+        for name in wanted:
+            if name in metrics and name[:4] != "val/":
+                self.add(name, metrics[name])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what a validation has found, if it is wanted."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = trainer.callback_metrics
-            names = [n for n in self.metrics or () if n[:4] == "val/" and n in metrics]
-            self._take({name: metrics[name] for name in names})
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw."""
-        if trainer.is_global_zero and self.folder and any(self.curves.values()):
-            draw(self.state_dict(), Path(self.folder) / "curves.png")
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Draw what there is when the run is stopped; one that fails has other worries."""
-        if isinstance(exception, SystemExit | KeyboardInterrupt):
-            self.on_train_end(trainer, pl_module)
+            for name in [n for n in self.metrics or () if n[:4] == "val/" and n in metrics]:
+                self.add(name, metrics[name])
 
     def _check(self, metrics: dict[str, Any], module: L.LightningModule) -> None:
         wanted = [n for n in self.metrics or () if n[:4] != "val/"]
@@ -96,13 +130,6 @@ class Curves(L.Callback):
             )
         if missing:
             module.print(f"Curves: {type(module).__name__} logs no {', '.join(missing)}")
-
-    def _take(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            curve = self.curves.setdefault(name, [])
-            curve.append((self.step, value.detach().clone()))
-            if len(curve) > POINTS:
-                del curve[1::2]
 
 
 def draw(curves: dict[str, Any], path: Path) -> None:

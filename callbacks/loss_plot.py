@@ -8,13 +8,11 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from .curves import Recorded
 from .progress import log_interval, total_steps
 
-Curve = list[tuple[int, float | Tensor]]
-POINTS = 2000  # of a curve; beyond that every second one is dropped
 
-
-class LossPlot(L.Callback):
+class LossPlot(Recorded):
     """Draws `loss.png` in the run's folder; a continued run draws the whole curve.
 
     Trainer(callbacks=[LossPlot()])
@@ -22,36 +20,23 @@ class LossPlot(L.Callback):
 
     def __init__(self) -> None:
         """Begin with empty curves."""
-        self.train: Curve = []
-        self.val: Curve = []
+        super().__init__()
+        self.curves = {"train": [], "val": []}
         self.every = 1  # optimizer steps whose mean is a point
-        self.step = 0
-        self.folder: str | None = None
         self.losses: list[Tensor] = []  # since the last point
 
-    @property
-    def state_key(self) -> str:
-        """The curves are kept in checkpoints under this name."""
-        return "LossPlot"
-
-    def state_dict(self) -> dict[str, Any]:
-        """The curves as plain numbers."""
-        return {
-            "train": [(step, float(value)) for step, value in self.train],
-            "val": [(step, float(value)) for step, value in self.val],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the curves of a checkpoint."""
-        self.train = [tuple(point) for point in state_dict["train"]]
-        self.val = [tuple(point) for point in state_dict["val"]]
+    def draw(self, folder: Path, module: L.LightningModule) -> None:
+        """Both curves in one panel."""
+        unit = getattr(module, "unit", "samples").removesuffix("s")
+        nats = " in nats" if unit == "token" else ""
+        draw(self.state_dict(), folder / "loss.png", f"loss{nats} (mean per {unit})", self.every)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take a point every log interval, more often in a short run."""
+        super().on_train_start(trainer, pl_module)
         total = total_steps(trainer)
         self.every = min(log_interval(trainer), max(1, (total or 10_000) // 200))
         self.losses.clear()
-        self.step, self.folder = trainer.global_step, trainer.log_dir  # asked for on all ranks
 
     def on_train_batch_end(
         self,
@@ -70,9 +55,7 @@ class LossPlot(L.Callback):
             return
         mean = torch.stack(self.losses).mean() * trainer.accumulate_grad_batches
         self.losses.clear()
-        self.train.append((self.step, mean))
-        if len(self.train) > POINTS:
-            del self.train[1::2]
+        if self.add("train", mean):
             self.every *= 2
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -81,23 +64,7 @@ class LossPlot(L.Callback):
             metrics = trainer.callback_metrics
             name = next((n for n in metrics if n.startswith("val") and n.endswith("loss")), None)
             if name is not None:
-                self.val.append((trainer.global_step, metrics[name].detach().clone()))
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw."""
-        curves = self.state_dict()
-        if trainer.is_global_zero and self.folder and (curves["train"] or curves["val"]):
-            unit = getattr(pl_module, "unit", "samples").removesuffix("s")
-            nats = " in nats" if unit == "token" else ""
-            label = f"loss{nats} (mean per {unit})"
-            draw(curves, Path(self.folder) / "loss.png", label, self.every)
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Draw what there is when the run is stopped; one that fails has other worries."""
-        if isinstance(exception, SystemExit | KeyboardInterrupt):
-            self.on_train_end(trainer, pl_module)
+                self.add("val", metrics[name])
 
 
 def draw(curves: dict[str, Any], path: Path, label: str, every: int) -> None:

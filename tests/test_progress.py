@@ -16,7 +16,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from ravine.callbacks import LossPlot, PredictionTable, ProgressBar, Samples
-from ravine.callbacks import loss_plot as plot_module
+from ravine.callbacks import curves as curves_module
 from ravine.callbacks import progress as progress_module
 from ravine.callbacks.loss_plot import draw
 from ravine.callbacks.predictions import show
@@ -187,7 +187,7 @@ def test_a_continued_run_draws_the_whole_curve() -> None:
 
 
 def test_a_long_curve_is_thinned_and_stays_even(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot_module, "POINTS", 20)
+    monkeypatch.setattr(curves_module, "POINTS", 20)
     plot = LossPlot()
     trainer(plot, max_steps=90, log_every_n_steps=1, limit_val_batches=0).fit(NetInInit())
     steps = [step for step, _ in plot.state_dict()["train"]]
