@@ -47,6 +47,14 @@ def test_the_right_answer_has_no_error_and_is_the_image(process: Any, prediction
     assert denoising.errors(lambda *a: net(*a) + 1, x0, TIMES, None, eps)[0].min() > 1e-6
 
 
+def test_the_first_attempt_is_trained_at_pure_noise_alone() -> None:
+    u = torch.linspace(0.001, 0.999, 7)
+    assert Denoising(Schedule("linear"), conditioning="one_step").times(u).unique().tolist() == [
+        1000
+    ]
+    assert len(Denoising(Schedule("linear")).times(u).unique()) == 7
+
+
 @pytest.mark.parametrize("u", [0.0, 1e-9, 1.0])
 def test_a_draw_at_the_ends_of_its_range_has_a_finite_loss(u: float) -> None:
     for process in KINDS[:2] + KINDS[3:]:

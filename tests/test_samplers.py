@@ -117,6 +117,20 @@ def test_ddim_with_eta_1_is_ancestral_sampling(kind: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_eta_is_the_share_of_ancestral_noise_in_standard_deviations(kind: str) -> None:
+    schedule = Schedule(kind)
+    path = Path(t := torch.tensor([600.0, 300.0], **DOUBLE), *schedule.levels(t))
+    (a, s), (a2, s2) = levels(schedule, 600.0), levels(schedule, 300.0)
+    beta = s2**2 * (1 - (a * s2 / (a2 * s)) ** 2)
+    nothing, one = torch.zeros(1, **DOUBLE), torch.ones(1, **DOUBLE)
+    for eta in (0.3, 0.5, 1.0):
+        made = ddim(lambda x, t: nothing, nothing, path, lambda step: one, eta)
+        assert made.item() == pytest.approx(eta * beta**0.5, rel=1e-9)
+        old = ddim(lambda x, t: nothing, one * s, path, lambda step: nothing, eta)
+        assert old.item() == pytest.approx((s2**2 - eta**2 * beta) ** 0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_eulers_method_goes_through_the_points_of_ddim(kind: str) -> None:
     schedule = Schedule(kind)
     path = schedule.path(20)
