@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ravine.lightning_modules.language import Transformer
 from ravine.lightning_modules.language.branches import Branches
+from ravine.lightning_modules.language.cache import Cache
 from ravine.lightning_modules.language.generation import generate, lay_out
 from ravine.lightning_modules.language.sampling import Sampling
 from ravine.lightning_modules.policy.rollout import branches_for, read
@@ -141,3 +142,11 @@ def test_texts_that_will_forget_their_prompt_are_rows_of_their_own() -> None:
     read.clear()
     generate(net, rows, T - 5, T, Sampling(1.0))
     assert read[1] == (1, 3)
+
+
+def test_what_is_recorded_does_not_count_on_texts_of_one_length() -> None:
+    """A recording writes at a place that the device knows, in all steps of a bucket."""
+    for bucket, even in ((64, False), (1, True)):
+        cache = Cache(layers=1, rows=2, slots=128, device=torch.device("cpu"), bucket=bucket)
+        assert cache.widen(64, even=True) == 64
+        assert cache.clock.even is even

@@ -39,6 +39,7 @@ class Clock:
         self.trunk: Tensor | None = None  # (b s p) 0, and -inf where a group's prompt has ended
         self.reading = True
         self.limit = 0  # slots to look at, at least the largest slot + 1
+        self.even = False  # all texts fill these slots: nothing is masked
         self.ahead: Tensor | None = None  # (b 1 s p+limit) 0, and -inf after the text's time
 
 
@@ -72,6 +73,9 @@ class Past:
         if clock.reading:
             self.keys[clock.rows, :, 0, :, : key.shape[2]] = key.mT
             self.values[clock.rows, :, 0, : key.shape[2]] = value
+        elif clock.even:
+            self.keys[..., clock.limit - 1] = key
+            self.values[..., clock.limit - 1, :] = value
         else:
             rows, texts = clock.places
             self.keys[rows, :, texts, :, clock.slot] = key.transpose(1, 2)  # (b s h k)
@@ -104,14 +108,16 @@ class Past:
 def over_past(query: Tensor, past: Past) -> Tensor:
     """Attention of one query a text (b h s k) over all that is remembered: (b h s k)."""
     clock = past.clock
-    if past.keys is None or past.values is None or clock.ahead is None:
+    if past.keys is None or past.values is None:
         raise RuntimeError("nothing is remembered yet: read a prompt first, then tick")
     keys, values = past.keys[..., : clock.limit], past.values[..., : clock.limit, :]
     query = query / math.sqrt(query.shape[-1])
     scores = (query[..., None, :] @ keys)[..., 0, :]  # (b h s T)
     if past.trunk is not None:
         scores = torch.cat((query @ past.trunk[0], scores), -1)  # (b h s p+T)
-    weights = (scores + clock.ahead.to(query)).softmax(-1)
+    if clock.ahead is not None:
+        scores = scores + clock.ahead.to(query)
+    weights = scores.softmax(-1)
     answer = (weights[..., None, -clock.limit :] @ values)[..., 0, :]  # (b h s k)
     if past.trunk is None:
         return answer
@@ -168,20 +174,25 @@ class Cache:
             return x
         return x[torch.arange(len(x), device=x.device), clock.time[clock.rows, 0]][:, None]
 
-    def widen(self, most: int) -> int:
+    def widen(self, most: int, even: bool = False) -> int:
         """Announce one token more in each text; the longest will fill `most` slots. The limit.
 
-        Apart from this number all is done on the device, where the same steps can be replayed.
+        `even` promises that all will, after prompts of one length: then nothing needs a mask. Apart
+        from these numbers all is done on the device, where the same steps can be replayed.
         """
         clock = self.clock
         clock.reading = False
         clock.limit = min(-(-most // self.bucket) * self.bucket, self.slots)
+        clock.even = even and self.bucket == 1  # what is recorded has to hold for a whole bucket
         return clock.limit
 
     def tick(self) -> None:
         """Every text is one token further."""
         clock = self.clock
         clock.time += 1
+        clock.ahead = None
+        if clock.even:
+            return
         clock.slot = clock.time - clock.base
         later = torch.arange(clock.limit, device=clock.time.device) > clock.slot[..., None]
         ahead = torch.zeros(later.shape, device=later.device).masked_fill(later, -math.inf)

@@ -134,8 +134,9 @@ class CachedReader(Reader):
             self.cache.read(sizes, torch.tensor(full, device=page.text.device))
             if window.shape[1]:
                 self.net(window, self.cache)
-        sizes = zip(page.lengths, page.starts, self.base, strict=True)
-        return self.cache.widen(max(length - start - base for length, start, base in sizes))
+        seen = [n - start for n, start in zip(page.lengths, page.starts, strict=True)]
+        slots = [n - base for n, base in zip(seen, self.base, strict=True)]
+        return self.cache.widen(max(slots), even=min(seen) == max(seen))
 
     def newest(self) -> Tensor:
         """Read the last token of each row; nothing here is new to a device that did it before."""
