@@ -263,6 +263,28 @@ def test_a_number_always_gives_the_same_image() -> None:
     assert (model.sample_images(some, (some + 1) % 10).int() - again.int()).abs().max() > 1
 
 
+def test_images_are_made_of_the_guided_estimate_cut_to_the_range_of_pixels() -> None:
+    model = built()
+    with torch.no_grad():
+        model.net.blocks["out"].weight.mul_(20)  # beyond what a pixel can be
+    path = model.denoising.schedule.path(4)
+    start = normals(key(0, "start"), torch.arange(2), (1, 8, 8)) * path.sigma[0].item()
+
+    @torch.no_grad()
+    def by_hand(w: float, most: float) -> torch.Tensor:
+        def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+            times = x.new_full((2,), t)
+            told, free = (model.denoise(x, times, torch.tensor([y, y])) for y in (3, 10))
+            return (told + w * (told - free)).clamp(-most, most)
+
+        return to_uint8(ddim(denoise, start, path, draw.unused)).int()
+
+    made = model.generate(labels="3", num_samples=2, guidance=1.5).images.int()
+    assert (made - by_hand(1.5, 1)).abs().max() <= 1
+    for other in (by_hand(0, 1), by_hand(1.5, 9)):
+        assert (made - other).abs().max() > 20
+
+
 def test_labels_withheld_in_training_are_a_tenth() -> None:
     seen = []
     model = built(label_dropout=0.1)
@@ -524,31 +546,31 @@ def tiles(figure: Any, columns: int) -> torch.Tensor:
 
 
 def test_the_figures_show_noise_images_and_what_lies_between() -> None:
-    """Of a model that takes half of what it sees for the image."""
+    """Of a model that takes a share of what it sees for the image, the larger the more noise."""
     schedule = Schedule("flow")
     path = schedule.path(5)
 
-    def half(x: torch.Tensor, t: float) -> torch.Tensor:
-        return x / 2
+    def share(x: torch.Tensor, t: float) -> torch.Tensor:
+        return x * (0.2 + t / 2000)
 
     def made(x: torch.Tensor) -> torch.Tensor:
-        return ddim(half, x, path, draw.unused)
+        return ddim(share, x, path, draw.unused)
 
     one, other, image = (0.3 * torch.randn(2, 1, 4, 4) for _ in range(3))
-    shown = tiles(draw.interpolation(half, path, one, other), 11)
+    shown = tiles(draw.interpolation(share, path, one, other), 11)
     between = [made(one.lerp(other, w) / (w**2 + (1 - w) ** 2) ** 0.5) for w in (0.0, 0.5, 1.0)]
     for place, images in zip((0, 5, 10), between, strict=True):
         assert torch.equal(shown[:, place], to_uint8(images[:, 0]))
-    shown = tiles(draw.reverse(half, path, one), 11)
-    for row, images in ((0, one), (1, one / 2)):
+    shown = tiles(draw.reverse(share, path, one), 11)
+    for row, images in ((0, one), (1, share(one, 1000))):
         assert torch.equal(shown[row::2, 0], to_uint8(images[:, 0]))
     assert torch.equal(shown[0::2, 10], to_uint8(made(one)[:, 0]))
-    shown = tiles(draw.estimates(half, schedule, image, one), 11)
+    shown = tiles(draw.estimates(share, schedule, image, one), 11)
     for place, w in ((0, 0.0), (3, 0.3), (10, 1.0)):
         noisy = image.lerp(one, w)
         assert torch.equal(shown[0::2, place], to_uint8(noisy[:, 0]))
         if place:
-            assert torch.equal(shown[1::2, place], to_uint8(noisy[:, 0] / 2))
+            assert torch.equal(shown[1::2, place], to_uint8(share(noisy[:, 0], 1000 * w)))
 
 
 def test_a_run_without_validation_has_its_figures(tmp_path: Path) -> None:

@@ -280,7 +280,17 @@ def test_the_callback_says_what_the_formula_says_of_the_same_images() -> None:
     assert set(found["logged"]) == {*found} - {"logged"} | {"val/loss"}
 
 
-def test_the_floor_is_the_mean_over_disjoint_draws_of_the_test_images() -> None:
+def test_a_reference_is_so_many_of_the_training_images_drawn_from_all() -> None:
+    data = Sorted(200, 60)
+    found = measured(FrechetDistance(Random(), n=40, reference=60), Painter(bright=200), data)
+    real, extract = data.pictures("train")[0][mixed(200)[:60]], Random()
+    drawn = torch.stack([paint(i + 10_000, bright=200) for i in range(40)])
+    assert found["val/fd_random"] == pytest.approx(distance(extract(drawn), extract(real)))
+
+
+def test_the_floor_is_the_mean_over_disjoint_draws_of_the_test_images(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     seen = []
 
     class Seeing(Random):
@@ -289,8 +299,9 @@ def test_the_floor_is_the_mean_over_disjoint_draws_of_the_test_images() -> None:
             return super().forward(images)
 
     data, n = Sorted(400, 130), 40
-    found = measured(FrechetDistance(Seeing(), n=n, batch_size=16), data=data)
-    (real, _), (test, _), extract = data.pictures("train"), data.pictures("test"), Random()
+    with caplog.at_level("INFO"):
+        found = measured(FrechetDistance(Seeing(), n=n, batch_size=16), data=data)
+    (real, _), (test, labels), extract = data.pictures("train"), data.pictures("test"), Random()
     draws = mixed(130)[: 3 * n].split(n)
     floors = [distance(extract(test[draw]), extract(real)) for draw in draws]
     assert found["val/fd_random_floor"] == pytest.approx(sum(floors) / 3)
@@ -302,6 +313,9 @@ def test_the_floor_is_the_mean_over_disjoint_draws_of_the_test_images() -> None:
     tested = test[torch.cat(draws)].flatten(1)
     for image in tested:  # a class comes after another, and none twice
         assert looked_at[1][(looked_at[0] == image).all(1)].tolist() == [1]
+    answers = extract(test[torch.cat(draws)]).argmax(1) == labels[torch.cat(draws)]
+    assert 0 < answers.sum() < len(answers)
+    assert f"right on {answers.double().mean():.2%} of them" in caplog.text
     first = distance(extract(test[:n]), extract(real))
     assert first > 5 * max(floors)  # they are of one class
 
@@ -393,9 +407,9 @@ def test_what_is_known_of_the_real_images_is_kept_under_a_key_of_all_that_decide
     monkeypatch.setattr(FrechetDistance, "_measured", lambda *a: calls.append(1) or original(*a))
     extractor, folder = Random(), str(tmp_path / "kept")
 
-    def again(**changes):
-        arguments = {"extractor": extractor, "n": 40, "cache": folder} | changes
-        return measured(FrechetDistance(**arguments), data=Pictures(train=80))["val/fd_random"]
+    def again(train=80, test=64, **changes):
+        callback = FrechetDistance(**({"extractor": extractor, "n": 40, "cache": folder} | changes))
+        return measured(callback, data=Pictures(train, test))["val/fd_random"]
 
     first = again()
     assert again() == first
@@ -406,10 +420,13 @@ def test_what_is_known_of_the_real_images_is_kept_under_a_key_of_all_that_decide
         extractor.weight[0, 0] += 1
     again()
     assert len(calls) == 4
+    again(train=79)
+    again(test=63)
+    assert len(calls) == 6
     for path in Path(folder).iterdir():
         path.write_bytes(path.read_bytes()[:50])  # damaged: measured again
     assert again() == again()
-    assert len(calls) == 5
+    assert len(calls) == 7
 
 
 @pytest.mark.parametrize("why", ["a file", "a full disk"])
@@ -549,6 +566,7 @@ def test_the_real_images_are_read_once_a_run(monkeypatch: pytest.MonkeyPatch) ->
 def test_labels_are_asked_for_in_the_proportions_of_the_data() -> None:
     labels = torch.tensor([2] * 60 + [0] * 20 + [1] * 20)
     assert spread(labels, 10).bincount().tolist() == [2, 2, 6]
+    assert spread(torch.arange(100) % 2, 50).bincount().tolist() == [25, 25]
 
 
 def test_the_extractors_accuracy_and_the_floor_are_said(capsys, caplog) -> None:
