@@ -38,9 +38,10 @@ def spread_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
         count = next(experts.parameters()).shape[0]
         if count % mesh.size():
             fitting = [n for n in range(1, count + 1) if count % n == 0]
+            nearest = max(n for n in fitting if n <= mesh.size())
             raise ValueError(
                 f"ep={mesh.size()} does not divide the {count} experts; allowed:"
-                f" {', '.join(map(str, fitting))}; type --trainer.strategy.ep={fitting[-1]}"
+                f" {', '.join(map(str, fitting))}; type --trainer.strategy.ep={nearest}"
             )
         for name, parameter in list(experts.named_parameters()):
             part = distribute_tensor(parameter.detach(), mesh, [Shard(0)])

@@ -14,6 +14,7 @@ from foreign.two_optimizers import TwoOptimizers
 from ranks import furthest, whole
 
 from ravine.callbacks import GradientClipping
+from ravine.cli.trainer import Trainer
 from ravine.datamodules import AnswerDataModule
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import GlobalMean, MeshStrategy, pipeline, weighting
@@ -98,6 +99,25 @@ def spread(ranks, answers, case, fault=None):
 @pytest.mark.parametrize("case", CASES)
 def test_unequal_answers_train_as_on_one_process(ranks, answers, single, case):
     assert off(spread(ranks, answers, case), single) < 2e-6
+
+
+def test_the_command_lines_trainer_weighs_without_being_asked(answers, tmp_path):
+    def trained(accumulate):
+        L.seed_everything(0, verbose=False)
+        data = AnswerDataModule(answers, tokenizer="bytes", context=96, batch_size=8)
+        trainer = Trainer(
+            max_steps=5,
+            accelerator="cpu",
+            accumulate_grad_batches=accumulate,
+            logger=False,
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(module := Model(**SHAPE), data)
+        return whole(module)
+
+    assert furthest(trained(4), trained(1)) < 2e-6
 
 
 def a_mean_of_means(callbacks):
