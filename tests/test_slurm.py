@@ -74,6 +74,10 @@ def wait_for(what, seconds, *whose):
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     """munged, slurmctld and slurmd of our own, found by SLURM_CONF."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # daemons are not on every user's PATH
+    need = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "sinfo")
+    missing = [name for name in need if not shutil.which(name, path=path)]
+    assert not missing, f"no {', '.join(missing)} here: apt-get install slurm-wlm"
     folder = tmp_path_factory.mktemp("slurm")
     folder.chmod(0o755)  # munged insists
     (folder / "munge.key").write_bytes(os.urandom(128))
@@ -95,14 +99,11 @@ def slurm(tmp_path_factory):
     flags = {"socket": "socket", "pid": "pid-file", "log": "log-file", "seed": "seed-file"}
     flags |= {"key": "key-file"}
     munge = [f"--{flags[k]}={file}" for k, file in files.items()]
-    daemons = [
-        [shutil.which("munged") or "/usr/sbin/munged", "--foreground", "--force", *munge],
-        [shutil.which("slurmctld") or "/usr/sbin/slurmctld", "-D"],
-        [shutil.which("slurmd") or "/usr/sbin/slurmd", "-D"],
-    ]
+    daemons = [["munged", "--foreground", "--force", *munge], ["slurmctld", "-D"], ["slurmd", "-D"]]
     running = []
     try:
-        for command in daemons:
+        for name, *rest in daemons:
+            command = [shutil.which(name, path=path), *rest]
             running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=2))
             time.sleep(0.5)
         wait_for(lambda: "idle" in subprocess.run(

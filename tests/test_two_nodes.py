@@ -1,6 +1,7 @@
 """Two nodes on one machine: each runs the script that a cluster's nodes get, with a rank of it.
 
-A signal to one node stops both; the same command on both goes on, to what one process has.
+A signal to one node stops both; the same command on both goes on, also over the death of a rank,
+to what one process has.
 """
 
 import os
@@ -67,6 +68,20 @@ def below(pid):
     return found
 
 
+def rank_of(node):
+    """The process that trains, below the script and torchrun."""
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in below(node.pid)}
+    return next(pid for pid, names in environments.items() if b"\0RANK=" in names)
+
+
+def until_a_checkpoint(nodes, folder, version):
+    deadline = time.monotonic() + 60
+    where = f"runs/languagemodel/version_{version}/checkpoints/*.ckpt"
+    while not list(folder.glob(where)) and time.monotonic() < deadline:
+        assert all(node.poll() is None for node in nodes), said(folder)
+        time.sleep(0.02)
+
+
 def said(folder):
     return "\n".join(log.read_text()[-4000:] for log in sorted(folder.glob("node*.log")))
 
@@ -78,10 +93,7 @@ def test_a_signal_to_one_node_stops_both_and_the_same_command_goes_on(tmp_path, 
     there = tmp_path / "nodes"
     runs = there / "runs" / "languagemodel"
     with two_nodes(there) as nodes:
-        deadline = time.monotonic() + 60
-        while not list(runs.glob("version_0/checkpoints/*.ckpt")) and time.monotonic() < deadline:
-            assert all(node.poll() is None for node in nodes), said(there)
-            time.sleep(0.02)
+        until_a_checkpoint(nodes, there, 0)
         nodes[1].terminate()
         statuses = [node.wait(60) for node in nodes]
     assert statuses == [143, 143], said(there)
@@ -90,11 +102,16 @@ def test_a_signal_to_one_node_stops_both_and_the_same_command_goes_on(tmp_path, 
     stopped_at = AtomicCheckpointIO().load_checkpoint(newest)["global_step"]
     assert 0 < stopped_at < STEPS
     with two_nodes(there) as nodes:
+        until_a_checkpoint(nodes, there, 1)
+        os.kill(rank_of(nodes[0]), signal.SIGKILL)
         assert [node.wait(90) for node in nodes] == [0, 0], said(there)
-    assert f"stopped by SIGTERM at step {stopped_at}; go on with" in said(there)
+    whole = "".join(log.read_text() for log in there.glob("node*.log"))
+    assert f"stopped by SIGTERM at step {stopped_at}; go on with" in whole
+    assert whole.count("failed (exitcode: -9)") == 1
+    assert "failed to connect" not in whole  # with the addresses of the ranks that are no more
     monkeypatch.chdir(tmp_path / "alone")
     assert main(["fit", *WORDS]) == 0
     last = f"version_{{}}/checkpoints/step={STEPS:06d}.ckpt"
-    spread = torch.load(runs / last.format(1), weights_only=True)["state_dict"]
+    spread = torch.load(runs / last.format(2), weights_only=True)["state_dict"]
     alone = Path("runs", "languagemodel", last.format(0))
     assert furthest(spread, torch.load(alone, weights_only=True)["state_dict"]) < 2e-6

@@ -8,6 +8,7 @@ NODES=${NODES:-2}
 DEVICES=${DEVICES:-8}
 RAVINE_STATUS=$(mktemp) # how it ended: torchrun would start again whatever does not end with 0
 export RAVINE_STATUS
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or nodes meet where a start before has left its addresses
 setsid python -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$DEVICES" \
     --max-restarts=3 --rdzv-backend=c10d --rdzv-id=ravine \
     --rdzv-endpoint="${HEAD:?the name of one node}:${PORT:-29500}" -m ravine.cli.main fit "$@" \
