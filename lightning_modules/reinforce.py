@@ -255,20 +255,17 @@ class Reinforce(TaskModule):
     def _write(self, prompts: list[Tensor], keys: list[tuple]) -> Generated:
         net = cast(nn.Module, self.net)
         whole = not any(hasattr(parameter, "device_mesh") for parameter in net.parameters())
-        return generate(
-            net,
-            prompts,
-            self.new,
-            cast(int, self.context),
-            self.sampling,
-            stops=self._stops(),
-            seed=global_seed(None),
-            texts=keys,
-            window="refuse",
+        how: dict[str, Any] = {
+            "stops": self._stops(), "seed": global_seed(None), "texts": keys, "window": "refuse",
             # ranks that shard a net take every step together, however soon their texts have ended
-            look=LOOK if whole else self.new,
-            capture=cuda_graph if whole and self.device.type == "cuda" else None,
-        )
+            "look": LOOK if whole else self.new,
+            "capture": cuda_graph if whole and self.device.type == "cuda" else None,
+        }  # fmt: skip
+        # alone as Lightning validates: keeping books for gradients is a tenth of a rollout
+        with torch.inference_mode(self.trainer.world_size == 1):
+            context = cast(int, self.context)
+            written = generate(net, prompts, self.new, context, self.sampling, **how)
+        return Generated(*(x.clone() for x in written))  # what gradients may pass through again
 
     def _ask_reference(
         self, text: Tensor, places: Tensor, written: Generated, branches: Branches | None

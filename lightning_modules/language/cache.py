@@ -111,7 +111,7 @@ def over_past(query: Tensor, past: Past) -> Tensor:
     if past.keys is None or past.values is None:
         raise RuntimeError("nothing is remembered yet: read a prompt first, then tick")
     keys, values = past.keys[..., : clock.limit], past.values[..., : clock.limit, :]
-    query = query / math.sqrt(query.shape[-1])
+    query = (query * query.shape[-1] ** -0.5).contiguous()
     scores = (query[..., None, :] @ keys)[..., 0, :]  # (b h s T)
     if past.trunk is not None:
         scores = torch.cat((query @ past.trunk[0], scores), -1)  # (b h s p+T)
