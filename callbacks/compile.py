@@ -2,6 +2,7 @@
 
 In place (`net.compile()`), so that no name in a checkpoint changes; after adapters and
 recomputation, before sharding. Sampling runs uncompiled: a prompt of each length would recompile.
+A pipeline runs its net in parts, so there the blocks are compiled.
 """
 
 from typing import Literal
@@ -39,6 +40,12 @@ class Compile(Transform):
                 "type --trainer.callbacks.mode=default, or --trainer.callbacks.backend=inductor"
             )
         self.mode, self.blocks, self.backend = mode, blocks, backend
+        self._in_parts = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Announce the phase."""
+        self._in_parts = getattr(trainer.strategy, "degrees", {}).get("pp", 1) != 1
+        super().setup(trainer, pl_module, stage)
 
     def identity(self) -> tuple[str, bool, str]:
         """The arguments."""
@@ -47,7 +54,7 @@ class Compile(Transform):
     def transform(self, module: L.LightningModule) -> None:
         """Mark what is to be compiled; it happens at the first step."""
         parts = [child for child in module.children() if any(True for _ in child.parameters())]
-        if self.blocks:
+        if self.blocks or self._in_parts:
             stacks = [m for m in module.modules() if isinstance(m, nn.ModuleDict | nn.ModuleList)]
             parts = [block for stack in stacks for block in stack.children()]
         if not parts:

@@ -33,14 +33,13 @@ from .shards import local
 
 
 def global_norm(
-    gradients: Sequence[Tensor], stages: Any = None, elsewhere: Sequence[Tensor] = ()
+    gradients: Sequence[Tensor], pipeline: Any = None, elsewhere: Sequence[Tensor] = ()
 ) -> Tensor:
     """The norm of all gradients together, () on their device, the same on every rank.
 
-    In a pipeline the ranks of the group `stages` have different ones, but for those `elsewhere`,
-    which another rank counts.
+    In a pipeline each stage has others, or none, but for those `elsewhere`, which another counts.
     """
-    given = gradients[0]
+    one = gradients[0] if gradients else next(pipeline.module.parameters())
     gradients = [g for g in gradients if not any(g is other for other in elsewhere)]
     squares: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
@@ -49,7 +48,7 @@ def global_norm(
             axes = tuple(i for i, p in enumerate(gradient.placements) if not p.is_replicate())
             key = (gradient.device_mesh, axes)
         squares.setdefault(key, []).append(local(gradient))
-    total = torch.zeros((), device=local(given).device)
+    total = torch.zeros((), device=local(one).device)
     for key, shards in squares.items():
         # float32, also for bfloat16 gradients: a sum of squares needs the digits
         norms = torch.stack(_foreach_norm(shards, 2, dtype=torch.float32))
@@ -59,8 +58,8 @@ def global_norm(
             for axis in axes:
                 all_reduce(square, group=mesh.get_group(axis))
         total = total + square
-    if stages is not None:
-        all_reduce(total, group=stages)
+    if pipeline is not None:
+        all_reduce(total, group=pipeline.group)
     return total.sqrt()
 
 
@@ -71,16 +70,17 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float, *others: Any) -> 
     """
     norm = global_norm(gradients, *others)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    _foreach_mul_([local(gradient) for gradient in gradients], scale)
+    if gradients:
+        _foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm
 
 
 def clip_by_value(gradients: Sequence[Tensor], max_value: float, *others: Any) -> Tensor:
     """Clamp every number in place; the global norm before, with `others` as its arguments."""
     norm = global_norm(gradients, *others)
-    parts = [local(gradient) for gradient in gradients]
-    _foreach_clamp_max_(parts, max_value)
-    _foreach_clamp_min_(parts, -max_value)
+    if parts := [local(gradient) for gradient in gradients]:
+        _foreach_clamp_max_(parts, max_value)
+        _foreach_clamp_min_(parts, -max_value)
     return norm
 
 
@@ -192,12 +192,13 @@ class GradientClipping(Callback):
     def _clip(self, trainer: L.Trainer, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
+        pipeline = getattr(trainer.strategy, "pipeline", None)
+        if not gradients and pipeline is None:
             return
         others: tuple[Any, ...] = ()
-        if (pipeline := getattr(trainer.strategy, "pipeline", None)) is not None:
+        if pipeline is not None:
             twice = [p.grad for p in pipeline.repeated() if p.grad is not None]
-            others = (pipeline.group, twice)
+            others = (pipeline, twice)
         if self.max_norm is not None:
             self._norm = norm = clip_by_norm(gradients, self.max_norm, *others)
             clipped = norm > self.max_norm

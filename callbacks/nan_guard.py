@@ -136,6 +136,7 @@ class NaNGuard(Callback):
 def _all_finite(loss: Tensor | None, gradients: list[Tensor], scaler: Any) -> Tensor:
     """Whether losses and gradients of this rank are finite, unread."""
     parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    parts = [part for part in parts if part.numel()]  # a shard may be empty, which has no largest
     fine = torch.nn.utils.get_total_norm(parts, float("inf")).isfinite()  # keeps a NaN too
     if scaler is not None and scaler.is_enabled():
         fine = fine | (scaler._scale.to(fine.device) > 1)

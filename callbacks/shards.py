@@ -5,6 +5,8 @@ its memory; files and other layouts need the whole.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -31,6 +33,12 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(
         value, like.device_mesh, like.placements, src_data_rank=None
     ).to_local()
+
+
+def whole_net(trainer: Any) -> AbstractContextManager[None]:
+    """In a pipeline, all of the net in the module for a moment, to count or to choose by."""
+    pipeline = getattr(trainer.strategy, "pipeline", None)
+    return nullcontext() if pipeline is None else pipeline.whole()
 
 
 def trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from .shards import whole_net
+
 LAST = 100  # steps over which the training loss is averaged: one step's is mostly chance
 
 
@@ -46,7 +48,8 @@ class Summary(L.Callback):
             if name.startswith("val/"):
                 lines[name] = f"{float(value):.4f}"
         formula = getattr(pl_module, "formula", lambda: "")()
-        count = sum(parameter.numel() for parameter in pl_module.parameters())
+        with whole_net(trainer):
+            count = sum(parameter.numel() for parameter in pl_module.parameters())
         lines["parameters"] = f"{count:,}" + f" = {formula}" * bool(formula)
         return lines
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
@@ -52,6 +53,12 @@ class Context:
                 f"cp={self.ranks}: {name} drops attention weights, which no rank has whole; type"
                 " --model.dropout=0"
             )
+        for part, m in module.named_modules():
+            if isinstance(m, _DropoutNd) and m.p > 0:
+                raise ValueError(
+                    f"cp={self.ranks}: {name} has dropout ({part}), and ranks would drop the same"
+                    " of different tokens; type --model.dropout=0"
+                )
         self.usual = [m.attend for m in self.attentions]
 
     def part(self, batch: Any) -> Any:

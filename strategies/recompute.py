@@ -3,15 +3,17 @@
     full        a block keeps its input alone: memory of one block, a third more FLOPs
     selective   matrix products and attention are kept, all that is cheap between them is not
 
-The numbers do not change, not even in the last bit: dropout is drawn again from where it began.
+The numbers do not change, not even in the last bit: dropout is drawn again from where it began, and
+running statistics (BatchNorm) see a batch once.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -34,7 +36,10 @@ KEPT = {  # what costs most to compute anew
 
 
 def recompute(module: nn.Module, mode: Mode) -> None:
-    """Let each block of `module` (a member of a ModuleDict or ModuleList) forget and recompute."""
+    """Let each block of `module` forget and recompute.
+
+    Blocks are the members of a ModuleDict or ModuleList; without any, each Sequential is one.
+    """
     if mode == "none":
         return
     if mode not in ("selective", "full"):
@@ -42,11 +47,11 @@ def recompute(module: nn.Module, mode: Mode) -> None:
             f"recompute is {mode!r}; allowed: none, selective, full; type"
             " --trainer.strategy.recompute=full"
         )
-    blocks = stacked(module)
+    blocks = stacked(module) or in_sequence(module)
     if not blocks:
         raise ValueError(
             f"recompute={mode}: {type(module).__name__} has no blocks (a ModuleDict or ModuleList"
-            " of them) to recompute one by one; leave it out"
+            " of them, or a Sequential) to recompute one by one; leave it out"
         )
     for block in blocks:
         if "recomputed" in block.__dict__ and block.__dict__["recomputed"] != mode:
@@ -72,17 +77,44 @@ def stacked(module: nn.Module) -> list[nn.Module]:
     return [block for block in found if any(True for _ in block.parameters())]
 
 
+def in_sequence(module: nn.Module) -> list[nn.Module]:
+    """The outermost Sequentials that hold parameters."""
+    if isinstance(module, nn.Sequential) and any(True for _ in module.parameters()):
+        return [module]
+    return [block for child in module.children() for block in in_sequence(child)]
+
+
 def _forgetful(block: nn.Module, forward: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
-    contexts: dict[str, Any] = {}
-    if mode == "selective":
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    counting = [m for m in block.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        first, again = nullcontext(), nullcontext()
+        if mode == "selective":
+            first, again = create_selective_checkpoint_contexts(_policy)
+        return first, _uncounted(counting, again)
+
+    how: dict[str, Any] = {"context_fn": contexts} if counting or mode == "selective" else {}
 
     def forgetful(*args: Any, **kwargs: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **how, **kwargs)
 
     return forgetful
+
+
+@contextmanager
+def _uncounted(norms: list[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """Leave running statistics as the first pass has left them."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, count in before:
+        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
+    try:
+        with inner:
+            yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

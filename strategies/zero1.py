@@ -32,6 +32,8 @@ def owners(parameters: list[Tensor], ranks: int) -> dict[Tensor, int]:
 
 def share_steps(optimizer: Optimizer, group: ProcessGroup) -> dict[Tensor, int]:
     """Let each rank of `group` step its own parameters only, and send the result to the others."""
+    if getattr(optimizer, "gathers", False):  # Newton: there is no state to share
+        return {}
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(

@@ -37,6 +37,7 @@ PRELOAD = (
     "torch._dynamo",
     "pytest",
     "lightning",
+    "matplotlib.backends.backend_agg",
     "torchmetrics",
     "ravine.callbacks",
     "ravine.datamodules",

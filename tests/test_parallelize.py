@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import ExactResume, GradientClipping
+from ravine.callbacks import ExactResume, GradientClipping, LoRA
 from ravine.callbacks.transforms import Transform
 from ravine.lightning_modules.language import Transformer
 from ravine.strategies import MeshStrategy
@@ -148,6 +148,22 @@ class Net(L.LightningModule):
         return DataLoader(TensorDataset(torch.arange(32).reshape(4, 8) % 5), batch_size=4)
 
 
+class Bare(NetInInit):
+    """One linear map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 1)
+
+
+class Forgetful(Net):
+    """Its stream is dropped now and then, its attention weights are not."""
+
+    def __init__(self, **shape) -> None:
+        super().__init__(**shape)
+        self.net.dropout = nn.Dropout(0.1)
+
+
 class Adapter(Transform):
     phase = "adapt"
 
@@ -233,17 +249,25 @@ REFUSED = {
         (Net, "cp", 2, (), {"heads": 2, "dropout": 0.1}),
         "cp=2: Net drops attention weights, which no rank has whole; type --model.dropout=0",
     ),
+    "tokens that are dropped": (
+        (Forgetful, "cp", 2, (), {"heads": 2}),
+        "cp=2: Forgetful has dropout .net.dropout., and ranks would drop the same",
+    ),
     "an unknown way to recompute": (
         (Net, MeshStrategy(recompute="all"), 2, (), {"heads": 2}),
         "recompute is 'all'; allowed: none, selective, full; type",
     ),
     "no blocks to recompute": (
-        (NetInInit, MeshStrategy(recompute="full"), 2),
-        "recompute=full: NetInInit has no blocks",
+        (Bare, MeshStrategy(recompute="full"), 2),
+        "recompute=full: Bare has no blocks",
     ),
     "an unknown style": (
         (Net, "tp", 2, (), {"heads": 2, "plan": {"blocks.*.mlp.up": "col"}}),
         r"unknown style 'col' of 'blocks.\*.mlp.up'; allowed: colwise, rowwise, shared",
+    ),
+    "an adapter that does not divide": (
+        (Net, "tp", 2, (LoRA(rank=1),), {"heads": 2}),
+        "tp=2 does not divide the 1 rows of blocks.0.attention.query.lora_a; give it a multiple",
     ),
     "not a matrix": (
         (Net, "tp", 2, (), {"heads": 2, "plan": {"blocks.*.mlp": "colwise"}}),

@@ -10,7 +10,7 @@ import torch
 from ranks import furthest, whole
 from torch.optim import SGD, AdamW
 
-from ravine.callbacks import GradientClipping, Muon, OptimizerPlan
+from ravine.callbacks import GradientClipping, Muon, OptimizerPlan, Summary, UpdateSizes
 from ravine.callbacks.optimizers.rules import Rule, kinds
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import documentation
@@ -47,13 +47,15 @@ def train(layout, text, plan, tied=False, fault=None):
         fault()
     L.seed_everything(0, verbose=False)
     module = LanguageModel(zero_init=False, tied=tied, **SHAPE)
+    summary = Summary()
     trainer = L.Trainer(
         max_steps=4,
         accelerator="cpu",
         devices=int(os.environ.get("WORLD_SIZE", 1)),
         strategy=LAYOUTS[layout](),
         logger=False,
-        callbacks=[PLANS[plan](), GradientClipping(0.5)],
+        callbacks=[PLANS[plan](), GradientClipping(0.5), UpdateSizes(), summary],
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -65,7 +67,9 @@ def train(layout, text, plan, tied=False, fault=None):
         for group in trainer.optimizers[0].param_groups
     ]
     written = module.generate("T", max_new_tokens=24, temperature=0)
-    return whole(module), groups, written
+    written += summary.lines(trainer, module)["parameters"]
+    said = {n: float(v) for n, v in trainer.callback_metrics.items() if n != "train/loss"}
+    return whole(module), groups, written, said
 
 
 def off(found, single):
@@ -81,11 +85,12 @@ def off(found, single):
     ],
 )
 def test_a_plan_is_made_for_the_net_and_not_for_a_stage(ranks, text, plan, tied, layout, world):
-    single, groups, written = train("single", text, plan, tied)
+    single, groups, written, said = train("single", text, plan, tied)
     found = ranks(train, world, layout, text, plan, tied)
     assert off(found, single) < 2e-6
-    assert all(theirs == groups for _, theirs, _ in found)
-    assert all(theirs == written for *_, theirs in found)
+    assert all(theirs == groups for _, theirs, *_ in found)
+    assert all(theirs == written for *_, theirs, _ in found)
+    assert all(theirs == pytest.approx(said, rel=1e-5) for *_, theirs in found)
 
 
 def stages_seen_as_nets():

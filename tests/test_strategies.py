@@ -9,7 +9,9 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from foreign.net_in_init import NetInInit
 from ranks import furthest, whole
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ravine.callbacks import Recompute
@@ -169,6 +171,35 @@ def test_recomputation_changes_no_bit_of_a_net_with_dropout(text, mode):
     again, their_losses = train("single", text, shape, Recompute(mode))
     assert furthest(again, weights) == 0
     assert torch.equal(losses, their_losses)
+
+
+class Sequence(NetInInit):
+    """No list of blocks, running statistics, and a count of what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_size=8)
+        parts = nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 1)
+        self.net, self.passes = nn.Sequential(*parts), 0
+        self.net[0].register_forward_hook(self.count)
+
+    def count(self, *_) -> None:
+        self.passes += self.training
+
+
+def pass_through(*callbacks):
+    L.seed_everything(0, verbose=False)
+    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "logger"), False)
+    trainer = L.Trainer(max_steps=3, accelerator="cpu", callbacks=list(callbacks), **quiet,
+                        enable_model_summary=False)  # fmt: skip
+    trainer.fit(module := Sequence())
+    return module.state_dict(), module.passes
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_a_sequence_is_recomputed_as_one_block_and_its_batches_are_counted_once(mode):
+    (usual, once), (again, twice) = pass_through(), pass_through(Recompute(mode))
+    assert (once, twice) == (3, 6)
+    assert all(torch.equal(again[name], usual[name]) for name in usual)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,11 @@ class Composite(Optimizer):
         self.labels = list(labels) or [f"group {i}" for i in range(len(self.param_groups))]
         self._link()
 
+    @property
+    def gathers(self) -> bool:
+        """Whether every rank takes the whole step, of parameters that are gathered for it."""
+        return any(getattr(member, "gathers", False) for member in self.members)
+
     def by_label(self) -> dict[str, tuple[Optimizer, list[dict[str, Any]]]]:
         """The member and the groups behind each label."""
         parts: dict[str, tuple[Optimizer, list[dict[str, Any]]]] = {}

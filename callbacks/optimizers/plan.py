@@ -6,7 +6,6 @@ mixed precision, clipping, checkpoints) goes the usual way.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.optim import Adafactor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..patching import patch, unpatch
+from ..shards import whole_net
 from .building import Share, compose, table
 from .composite import Composite, needs_closure
 from .modes import TwoSets
@@ -158,8 +158,7 @@ class OptimizerPlan(Callback):
         self._length = length
 
     def _configure(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        pipeline = getattr(trainer.strategy, "pipeline", None)  # of its stages none is the net
-        with pipeline.whole() if pipeline is not None else nullcontext():
+        with whole_net(trainer):  # a stage of a pipeline is none
             shares = self._shares(module)
         composite = compose(shares, self.decay)
         self._refuse(trainer, composite)
@@ -250,14 +249,15 @@ class OptimizerPlan(Callback):
                     "--trainer.strategy ddp"
                 )
             if needs_closure(member):
-                self._refuse_closure(trainer, name, alone=len(composite.members) == 1)
+                self._refuse_closure(trainer, name, composite)
 
-    def _refuse_closure(self, trainer: L.Trainer, name: str, alone: bool) -> None:
+    def _refuse_closure(self, trainer: L.Trainer, name: str, composite: Composite) -> None:
         obstacles = {
-            "other optimizers beside it": not alone,
+            "other optimizers beside it": len(composite.members) > 1,
             "gradient accumulation": trainer.accumulate_grad_batches > 1,
             "a gradient scaler": getattr(trainer.precision_plugin, "scaler", None) is not None,
-            "several ranks": trainer.world_size > 1,
+            "several ranks": trainer.world_size > 1 and not composite.gathers,
+            "a pipeline": getattr(trainer.strategy, "pipeline", None) is not None,
         }
         if found := [obstacle for obstacle, there in obstacles.items() if there]:
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,8 +23,9 @@ from .composite import Composite
 class UpdateSizes(Callback):
     """Log `update/rms/<rule>`, `update/ratio/<rule>` and `lr/<rule>` at each log line.
 
-    Works with any optimizer; one that no plan made has its parameter groups for rules. It copies
-    the weights in the steps that are logged, and in no others: `--trainer.callbacks+=UpdateSizes`.
+    Works with any optimizer; one that no plan made has its parameter groups for rules, and a second
+    one `1 ` before them. It copies the weights in the steps that are logged, and in no others:
+    `--trainer.callbacks+=UpdateSizes`.
     """
 
     def __init__(self) -> None:
@@ -35,9 +37,9 @@ class UpdateSizes(Callback):
     ) -> None:
         """Keep the weights of a step that will be logged."""
         if trainer._logger_connector.should_update_logs:
-            self._before = {
+            self._before |= {
                 label: [p.detach().clone() for p in parameters]
-                for label, parameters, _ in by_rule(optimizer)
+                for label, parameters, _ in by_rule(trainer, optimizer)
             }
 
     def on_train_batch_end(
@@ -46,24 +48,34 @@ class UpdateSizes(Callback):
         """Compare with the weights now; nothing leaves the device before it is written."""
         if not self._before:
             return
-        for label, parameters, lr in by_rule(trainer.optimizers[0]):
-            before = self._before[label]
-            moved = [p.detach() - b for p, b in zip(parameters, before, strict=True)]
-            step, size = global_norm(moved), global_norm(before)
-            count = sum(p.numel() for p in parameters)
-            pl_module.log(f"update/rms/{label}", step / math.sqrt(count))
+        pipeline = getattr(trainer.strategy, "pipeline", None)
+        repeated = set() if pipeline is None else set(pipeline.repeated())
+        rules = [rule for each in trainer.optimizers for rule in by_rule(trainer, each)]
+        for label, parameters, lr in rules:
+            if label not in self._before:  # stepped by hand, and not now
+                continue
+            pairs = zip(parameters, self._before[label], strict=True)
+            pairs = [(p.detach(), before) for p, before in pairs if p not in repeated]
+            step = global_norm([now - before for now, before in pairs], pipeline)
+            size = global_norm([before for _, before in pairs], pipeline)
+            count = torch.tensor(float(sum(p.numel() for p, _ in pairs)), device=size.device)
+            if pipeline is not None:
+                dist.all_reduce(count, group=pipeline.group)
+            pl_module.log(f"update/rms/{label}", step / count.sqrt())
             pl_module.log(f"update/ratio/{label}", step / size.clamp(min=torch.finfo().tiny))
             pl_module.log(f"lr/{label}", float(lr))
         self._before = {}
 
 
-def by_rule(optimizer: Optimizer) -> list[tuple[str, list[Tensor], float]]:
+def by_rule(trainer: L.Trainer, optimizer: Optimizer) -> list[tuple[str, list[Tensor], float]]:
     """Label, parameters and learning rate of each rule."""
+    number = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
+    before = f"{number} " * (number > 0)
     if isinstance(optimizer, Composite):
         groups = [(label, own) for label, (_, own) in optimizer.by_label().items()]
     else:
         groups = [(f"group {i}", [group]) for i, group in enumerate(optimizer.param_groups)]
     return [
-        (label, [p for group in own for p in group["params"]], own[0].get("lr", math.nan))
+        (before + label, [p for group in own for p in group["params"]], own[0].get("lr", math.nan))
         for label, own in groups
     ]

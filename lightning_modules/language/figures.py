@@ -89,12 +89,12 @@ def bigrams(net: Transformer, text: Tensor, names: Sequence[str]) -> "Figure":
 def attention(net: Transformer, tokens: Tensor, names: Sequence[str]) -> "Figure":
     """What each of tokens (t) takes from which, for every layer and at most four heads."""
     seen: list[Tensor] = []
-    blocks: list[Any] = list(net.blocks.values())
+    blocks: dict[str, Any] = dict(net.blocks.items())  # a stage of a pipeline has some
     hooks = [
         block.attention.register_forward_pre_hook(
             lambda module, inputs: seen.append(module.weights(inputs[0])[0].float().cpu())
         )
-        for block in blocks
+        for block in blocks.values()
     ]
     try:
         with evaluating(net):
@@ -105,9 +105,9 @@ def attention(net: Transformer, tokens: Tensor, names: Sequence[str]) -> "Figure
     heads = min(4, len(seen[0]))
     figure, axes = _figure(len(seen), heads, 4.5 * heads + 1, 4.5 * len(seen))
     words = [label(names[int(token)]) for token in tokens]
-    for layer, weights in enumerate(seen):
+    for row, (layer, weights) in enumerate(zip(blocks, seen, strict=True)):
         for head in range(heads):
-            axis = axes[layer, head]
+            axis = axes[row, head]
             axis.imshow(
                 weights[head].numpy(), cmap="magma", vmin=0, vmax=float(weights[head].max())
             )

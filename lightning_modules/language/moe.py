@@ -60,7 +60,9 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Send each token of x (b t d) to two experts, and add what they say, weighted."""
         b, t, _ = x.shape
-        chances = F.linear(x.float(), self.router.weight.float()).softmax(-1)  # (b t E)
+        with torch.autocast(x.device.type, enabled=False):  # near ties decide where a token goes
+            scores = self.router(x.to(self.router.weight.dtype))
+        chances = scores.float().softmax(-1)  # (b t E)
         weights, choices = chances.topk(CHOICES, -1)  # (b t k)
         weights = weights / weights.sum(-1, keepdim=True)
         chosen = F.one_hot(choices, self.count)  # (b t k E)
