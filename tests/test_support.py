@@ -23,6 +23,7 @@ from ranks import furthest, run_ranks, whole
 from torch.utils.data import DataLoader, TensorDataset
 
 import ravine.callbacks
+import ravine.strategies
 from ravine.callbacks import (
     CollapseAlarm,
     Compile,
@@ -67,11 +68,12 @@ WORLDS = {
     **dict.fromkeys(("tp", "sp", "cp", "pp", "ep"), 2),
     **dict.fromkeys(("2d", "3d"), 4),
 }
-CALLBACKS = sorted(
-    name
-    for name, kind in vars(ravine.callbacks).items()
-    if isinstance(kind, type) and issubclass(kind, L.Callback) and not name.startswith("_")
-)
+KINDS = {
+    name: kind
+    for name, kind in (vars(ravine.callbacks) | vars(ravine.strategies)).items()
+    if isinstance(kind, type) and issubclass(kind, L.Callback)
+}
+CALLBACKS = sorted(KINDS)
 ARGUMENTS = {
     "CollapseAlarm": lambda: CollapseAlarm({"train/loss": 0.0}),
     "Compile": lambda: Compile(backend="eager"),
@@ -88,8 +90,8 @@ ARGUMENTS = {
 }
 WATCHERS = (
     *("Checkpoint", "CollapseAlarm", "Curves", "ExactResume", "Figures", "FrechetDistance"),
-    *("LossPlot", "MemoryTable", "NaNGuard", "PredictionTable", "ProgressBar", "RolloutTable"),
-    *("Samples", "Summary", "Throughput", "UpdateSizes"),
+    *("GlobalMean", "GracefulStop", "LossPlot", "MemoryTable", "NaNGuard", "PredictionTable"),
+    *("ProgressBar", "RolloutTable", "Samples", "Summary", "Throughput", "UpdateSizes"),
 )
 STIRRERS = ("EMA", "GradientClipping", "Pretrained")
 REASONS = (
@@ -268,7 +270,7 @@ def attempt(module, names, strategy, devices, folder):
     """The weights after two steps with these callbacks, and what they logged; or the refusal."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     L.seed_everything(0, verbose=False)
-    callbacks = [ARGUMENTS.get(n, getattr(ravine.callbacks, n))() for n in names]
+    callbacks = [ARGUMENTS.get(n, KINDS[n])() for n in names]
     model, data = MODULES[module](names, folder, devices)
     if not any(isinstance(c, OptimizerPlan) for c in callbacks) and model.automatic_optimization:
         callbacks.append(OptimizerPlan(partial(torch.optim.SGD, lr=0.1)))
