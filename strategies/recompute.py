@@ -9,6 +9,7 @@ running statistics (BatchNorm) see a batch once.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -86,18 +87,18 @@ def in_sequence(module: nn.Module) -> list[nn.Module]:
 
 def _forgetful(block: nn.Module, forward: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
     counting = [m for m in block.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    selection = partial(create_selective_checkpoint_contexts, _policy)
+    usual: dict[str, Any] = {"context_fn": selection} if mode == "selective" else {}
 
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        first, again = nullcontext(), nullcontext()
-        if mode == "selective":
-            first, again = create_selective_checkpoint_contexts(_policy)
+    def once() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        first, again = selection() if usual else (nullcontext(), nullcontext())
         return first, _uncounted(counting, again)
-
-    how: dict[str, Any] = {"context_fn": contexts} if counting or mode == "selective" else {}
 
     def forgetful(*args: Any, **kwargs: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
+        # what is compiled counts once by itself, and knows no other contexts
+        how = {"context_fn": once} if counting and not torch.compiler.is_compiling() else usual
         return checkpoint(forward, *args, use_reentrant=False, **how, **kwargs)
 
     return forgetful

@@ -165,7 +165,7 @@ def _check_split(net: nn.Module, name: str, style: str, ranks: int) -> None:
             f" --trainer.strategy.tp={nearest}"
         )
     for leaf, extra in module.named_parameters(recurse=False):
-        if style == "colwise" and extra.shape[0] % ranks:
+        if style == "colwise" and extra.ndim and extra.shape[0] % ranks:
             raise ValueError(
                 f"tp={ranks} does not divide the {extra.shape[0]} rows of {name}.{leaf}; give it a"
                 f" multiple of {ranks}, an adapter by --trainer.callbacks.rank={ranks}"

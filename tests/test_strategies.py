@@ -14,7 +14,7 @@ from ranks import furthest, whole
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ravine.callbacks import Recompute
+from ravine.callbacks import Compile, Recompute
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import documentation
 from ravine.lightning_modules import LanguageModel
@@ -180,18 +180,20 @@ class Sequence(NetInInit):
         super().__init__(batch_size=8)
         parts = nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 1)
         self.net, self.passes = nn.Sequential(*parts), 0
-        self.net[0].register_forward_hook(self.count)
 
     def count(self, *_) -> None:
         self.passes += self.training
 
 
-def pass_through(*callbacks):
+def pass_through(*callbacks, counting=True):
     L.seed_everything(0, verbose=False)
     quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "logger"), False)
     trainer = L.Trainer(max_steps=3, accelerator="cpu", callbacks=list(callbacks), **quiet,
                         enable_model_summary=False)  # fmt: skip
-    trainer.fit(module := Sequence())
+    module = Sequence()
+    if counting:  # a compiled net would be cut in two there
+        module.net[0].register_forward_hook(module.count)
+    trainer.fit(module)
     return module.state_dict(), module.passes
 
 
@@ -200,6 +202,13 @@ def test_a_sequence_is_recomputed_as_one_block_and_its_batches_are_counted_once(
     (usual, once), (again, twice) = pass_through(), pass_through(Recompute(mode))
     assert (once, twice) == (3, 6)
     assert all(torch.equal(again[name], usual[name]) for name in usual)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.filterwarnings("ignore:Detected that context_fn is passed")
+def test_what_is_recomputed_may_be_compiled(mode):
+    compiled = pass_through(Recompute(mode), Compile(backend="aot_eager"), counting=False)[0]
+    assert furthest(compiled, pass_through()[0]) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ Callbacks that leave training alone run together, and so do three that change it
 if one of them is refused, all are tried one by one.
 """
 
+import json
 import os
 import re
 from functools import cache, partial
@@ -341,11 +342,24 @@ def single(folder):
 
 
 @pytest.fixture(scope="module")
-def measure(folder, single):
-    """`measure(modules, strategy, world)`: None or the refusal, by module and callback."""
+def measure(folder, single, tmp_path_factory):
+    """`measure(modules, strategy, world)`: None or the refusal, by module and callback.
 
-    @cache
+    It is measured once, whichever worker of pytest-xdist asks.
+    """
+    known = tmp_path_factory.getbasetemp()
+    known = known.parent if "PYTEST_XDIST_WORKER" in os.environ else known
+
     def measured(modules, strategy, world):
+        file = known / f"{strategy}_{'_'.join(modules)}.json"
+        if not file.exists():
+            cells = look(modules, strategy, world)
+            part = Path(folder, file.name)
+            part.write_text(json.dumps([[*at, cell] for at, cell in cells.items()]))
+            part.replace(file)
+        return {(module, name): cell for module, name, cell in json.loads(file.read_text())}
+
+    def look(modules, strategy, world):
         if world == 1:
             found = [rows(modules, trying=single)]
         else:
