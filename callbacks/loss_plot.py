@@ -26,7 +26,9 @@ class LossPlot(Recorded):
         self.losses: list[Tensor] = []  # since the last point
 
     def draw(self, folder: Path, module: L.LightningModule) -> None:
-        """Both curves in one panel."""
+        """Both curves in one panel, unless the module says that its loss means nothing."""
+        if getattr(module, "headline", ()):
+            return
         unit = getattr(module, "unit", "samples").removesuffix("s")
         nats = " in nats" if unit == "token" else ""
         draw(self.state_dict(), folder / "loss.png", f"loss{nats} (mean per {unit})", self.every)

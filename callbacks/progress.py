@@ -184,11 +184,13 @@ class ProgressBar(Base):
     def _reading(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> str:
-        """Loss, learning rate, throughput since the last reading, time left at the mean pace."""
+        """Loss or headline, learning rate, throughput since the last reading, time left."""
         words, now = [], time.perf_counter()
         accumulate = trainer.accumulate_grad_batches
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):  # already divided by the number of accumulated batches
+        metrics, headline = trainer.callback_metrics, getattr(module, "headline", ())
+        words += [f"{n.split('/')[-1]} {float(metrics[n]):.4g}" for n in headline if n in metrics]
+        if isinstance(loss, Tensor) and not words:  # divided by the number of accumulated batches
             words.append(f"loss {loss.item() * accumulate:.4g}")
         groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
         if groups and "lr" in groups[0]:  # a module may train without an optimizer

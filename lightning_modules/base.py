@@ -25,6 +25,7 @@ class TaskModule(L.LightningModule):
     """
 
     unit: str = "samples"  # what `count` counts: the unit of throughput
+    headline: tuple[str, ...] = ()  # metrics to show in the place of a loss that means nothing
     lr: float = 1e-3  # of the default optimizer only; a plan callback brings its own
 
     def __init__(self) -> None:

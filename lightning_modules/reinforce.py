@@ -65,7 +65,7 @@ class Reinforce(TaskModule):
         stop: a text that ends what is written; it belongs to what is learned.
     """
 
-    unit = "tokens"
+    unit, headline = "tokens", ("train/reward", "train/kl")
     lr = 1e-4
     whole_along = ("cp", "pp")  # what was written has no parts yet when a strategy would cut it
 
@@ -99,7 +99,7 @@ class Reinforce(TaskModule):
         self._frozen: tuple[nn.Module, ...] = ()
         self._clock, self._metrics = Clock(), dict[str, float]()
         self._written: list[dict[str, Any]] = []
-        check_together(new, group_size, sampling, estimator, kl, reference, stop)
+        check_together(new, group_size, sampling, kl, reference, stop)
 
     def setup(self, stage: str) -> None:
         """Read the base model, then look at the data."""

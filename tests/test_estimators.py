@@ -314,6 +314,18 @@ def test_k1_in_the_reward_is_the_gradient_of_the_reverse_divergence() -> None:
     assert off(found, -gradient(divergence()) * kl.beta / L) < EXACT
 
 
+@pytest.mark.parametrize("kind", ["none", "mean", "rloo", "grpo", "rejection"])
+def test_k1_beside_an_estimator_adds_its_gradient_to_the_estimators(kind: str) -> None:
+    """Whatever the estimator makes of rewards; the batch mean shortens this by (B-1)/B, too."""
+    fake, kl, estimator = rollout(), KL(0.3), Estimator(kind)  # type: ignore[arg-type]
+    assert fake.reference is not None
+    penalty = kl.beta * kl.penalty(fake.sampled, fake.reference, MASK, L)
+    weights = expected(estimator, RIGHT, 2) - expected(estimator.linear(), penalty, 2)
+    exact = estimated(kind, 2, RIGHT)
+    exact -= gradient(divergence()) * kl.beta / L * (0.5 if kind == "mean" else 1)
+    assert off(ascent(estimator, weights), exact) < EXACT
+
+
 @pytest.mark.parametrize(("name", "forward"), [("k2", False), ("k3", True)])
 def test_k2_and_k3_in_the_loss_lower_the_next_tokens_divergence(name: str, forward: bool) -> None:
     fake, kl = rollout(), KL(0.3, name, "loss")  # type: ignore[arg-type]

@@ -109,6 +109,22 @@ def test_a_module_that_steps_by_hand_is_shown_without_a_loss(
     assert [x.split()[1] for x in lines] == ["2/4", "4/4"]
 
 
+def test_a_module_whose_loss_means_nothing_shows_its_headline_and_no_plot_of_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Surrogate(NetInInit):
+        headline = ("train/reward", "train/missing")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("train/reward", 0.25)
+            return super().training_step(batch, batch_idx)
+
+    trainer(max_steps=2).fit(Surrogate())
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step 2/2 rew")]
+    assert line.startswith("step 2/2 reward 0.25  lr 0.01 ")
+    assert not Path("runs/surrogate/version_0/loss.png").exists()
+
+
 def _said() -> str:
     import contextlib
 

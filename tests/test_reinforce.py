@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -372,7 +373,7 @@ def once(texts: list[str]) -> list[float]:
 MISTAKES: dict[str, tuple[Any, str]] = {
     "it raises": (
         lambda b: policy(b, RewardFunction(once)),
-        r"the reward once failed on sample \d+ \('.*'\): KeyError: 'no e, please'; correct it",
+        r"the reward once failed on sample \d+ \('.*'\): KeyError: 'no e, please' \(test_reinforce\.py:\d+\); cor",
     ),
     "NaN": (
         lambda b: policy(b, reward_of(0.5, math.nan)),
@@ -463,6 +464,16 @@ def test_equal_rewards_are_said_and_change_nothing(base) -> None:
     assert watch.metrics[0]["train/zero_advantages"] == 1
 
 
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_equal_rewards_leave_the_divergence_and_no_rounding_blown_up(kind, base) -> None:
+    """The policy is its reference still: what is left of the divergence is rounding."""
+    model = policy(base, reward_of(1.0), kl=KL(0.1), estimator=Estimator(kind))
+    with pytest.warns(UserWarning, match="teaches nothing but to stay near the reference"):
+        watch = fit(model, data(base), 1)
+    assert watch.rollouts[0].weights.abs().max() < 1e-6
+    assert watch.metrics[0]["train/zero_advantages"] == 1
+
+
 def test_a_base_that_is_no_plain_language_model_is_refused(base, tmp_path) -> None:
     checkpoint = torch.load(base, weights_only=True)
     checkpoint["language"]["tokenizer"] = None
@@ -485,6 +496,46 @@ def test_a_base_that_is_no_plain_language_model_is_refused(base, tmp_path) -> No
     torch.save(checkpoint, tmp_path / "spam.ckpt")
     with pytest.raises(ValueError, match="no checkpoint of a language model, but of SpamClass"):
         fit(policy(str(tmp_path / "spam.ckpt")), data(base))
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "no net": (lambda c: c.pop("state_dict"), "is no checkpoint of a language model"),
+    "an empty box": (lambda c: c["language"].clear(), "is no checkpoint of a language model"),
+    "a setting of its own": (
+        lambda c: c["hyper_parameters"].update(experts_of_mine=2),
+        "by LanguageModel, whose net is not that of LanguageModel: experts_of_mine and 0 more",
+    ),
+    "another width": (
+        lambda c: c["hyper_parameters"].update(width=32),
+        r"blocks\.0\.attention\.key\.weight and \d+ more differ; .*--model\.base=FILE",
+    ),
+    "a weight too many": (
+        lambda c: c["state_dict"].update({"net.mine": torch.zeros(1)}),
+        "not that of LanguageModel: mine and 0 more",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_base_of_another_net_is_refused_before_anything_is_built(
+    damage: str, base: str, tmp_path
+) -> None:
+    change, message = DAMAGE[damage]
+    checkpoint = torch.load(base, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=message) as error:
+        base_model.read(str(tmp_path / "other.ckpt"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_base_that_was_cut_off_is_said_so(base, tmp_path) -> None:
+    whole_file = Path(base).read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(whole_file[: len(whole_file) // 2])
+    with pytest.raises(ValueError, match="it is damaged, or was not written to its end; type"):
+        base_model.read(str(tmp_path / "half.ckpt"))
+    with pytest.raises(ValueError, match=r"base is empty; type --model\.base=FILE"):
+        base_model.read("")
 
 
 def test_a_base_in_parts_is_refused_with_the_command_that_joins_them(base, tmp_path) -> None:
@@ -658,18 +709,22 @@ def test_tokens_of_a_micro_batch_are_no_divisor_of_a_step(base) -> None:
 DIVERGENCES = {"k1 in the reward": KL(0.5), "k2 in the loss": KL(0.5, "k2", "loss")}
 
 
+@pytest.mark.parametrize("kind", ["rloo", "grpo", "rejection"])
 @pytest.mark.parametrize("where", DIVERGENCES)
-def test_the_weights_are_of_the_reward_minus_the_divergence(where: str, base: str) -> None:
-    """The penalty lowers the reward it stands in; in the loss it leaves the weights alone."""
-    kl, beta = DIVERGENCES[where], 0.5
-    model = policy(base, CharacterFraction("e"), kl=kl, estimator=Estimator("rloo"))
+def test_the_divergence_lowers_the_weights_and_in_the_loss_it_leaves_them_alone(
+    where: str, kind: Any, base: str
+) -> None:
+    """In the reward it is taken from it; an estimator that bends rewards leaves it as it is."""
+    kl, estimator = DIVERGENCES[where], Estimator(kind)
+    model = policy(base, reward_of(1.0, 0.0, 0.0, 0.0), kl=kl, estimator=estimator)
     model.lr = 0.05
     rollout = fit(model, data(base), 3).rollouts[2]  # away from the base
     rewards = torch.tensor([row["reward"] for row in model.samples()], dtype=torch.float64)
     assert rollout.reference is not None
     away = (rollout.sampled - rollout.reference).double().where(rollout.mask, 0.0).sum(1) / 16
     assert away.std() > 1e-2
+    exact = estimator.weights(rewards)
     if kl.where == "reward":
-        rewards = rewards - beta * away
-    others = (rewards.sum() - rewards) / (len(rewards) - 1)
-    torch.testing.assert_close(rollout.weights.double(), rewards - others, atol=1e-6, rtol=0)
+        exact -= 0.5 * (away - (away.sum() - away) / (len(away) - 1))
+    assert estimator.weights(rewards).any()
+    torch.testing.assert_close(rollout.weights.double(), exact, atol=1e-6, rtol=0)

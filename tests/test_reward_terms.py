@@ -1,5 +1,6 @@
 """The terms of the reward by hand, and what is watched beside them."""
 
+import copy
 import itertools
 import random
 import sys
@@ -145,8 +146,61 @@ def test_the_measures_of_texts_are_their_counts() -> None:
     assert found["distinct"] == pytest.approx(2 / 3)
     assert found["vocabulary"] == pytest.approx(4 / 6)
     assert found["distinct_words"] == 4
-    with pytest.raises(RewardError, match="Binary has no bound"):
-        Binary(UniqueWords())
+
+
+BLIND = {
+    "no bound": (lambda: Binary(UniqueWords()), "Binary has no bound"),
+    "bounds the wrong way": (lambda: Binary(UniqueWords(), 0.9, 0.1), "least=0.9 and most=0.1"),
+    "no character": (lambda: CharacterFraction(""), "counts no character; type .*characters=eE"),
+    "runs of no word": (lambda: WordUniqueness(0), "n of the reward word_uniqueness is 0; allowed"),
+    "runs of -1": (lambda: BatchDistance(-1), r"is -1; allowed: 1 .*--model\.rewards\.n=3"),
+    "runs of no character": (lambda: CharacterDiversity(0), "n of the reward character_diversity"),
+    "lines of no length": (lambda: LineLength(0), r"scale .* is 0; .*--model\.rewards\.scale=3"),
+    "no speaker": (lambda: SpeakerDiversity(0), "enough of the reward speaker_diversity is 0"),
+}
+
+
+@pytest.mark.parametrize("term", BLIND)
+def test_a_term_that_would_see_nothing_is_refused(term: str) -> None:
+    make, message = BLIND[term]
+    with pytest.raises(RewardError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("term", [VocabularyFraction(), SpeakerDiversity()])
+def test_a_corpus_in_which_a_term_finds_nothing_is_refused(term: Reward) -> None:
+    seen = samples("O speak")
+    seen.corpus = Facts("\n \n")
+    message = rf"reward {term.name} is 0 for every text, .* no (words|speakers).*--data\.corpus="
+    with pytest.raises(RewardError, match=message):
+        answers_of([term], seen)
+
+
+def test_what_a_reward_does_to_its_arguments_others_do_not_see() -> None:
+    def takes(texts, prompts, tokens, mask, log_probabilities, facts) -> list[float]:
+        scores = [float(len(text)) for text in texts]
+        for each in (texts, prompts, facts[0]):
+            each.clear()
+        for each in (tokens, mask, log_probabilities):
+            each.zero_()
+        return scores
+
+    seen = samples("one", "three")
+    seen.columns = {"facts": [{"answer": 1}, {"answer": 2}]}
+    before = copy.deepcopy(seen)
+    first, second = (RewardFunction(takes, name=name) for name in ("first", "second"))
+    assert answers_of([first, second], seen).tolist() == [[3, 5], [3, 5]]
+    for name in ("texts", "prompts", "columns"):
+        assert getattr(seen, name) == getattr(before, name)
+    for name in ("tokens", "mask", "log_probabilities"):
+        assert getattr(seen, name).equal(getattr(before, name))
+
+
+def test_a_column_named_as_what_was_written_is_refused() -> None:
+    seen = samples("a")
+    seen.columns = {"texts": ["of the file"]}
+    with pytest.raises(RewardError, match=r"a column 'texts'.*give the column another name"):
+        answers_of([RewardFunction(lambda texts: [1.0])], seen)
 
 
 NO_FUNCTION = {
@@ -154,6 +208,7 @@ NO_FUNCTION = {
     "own.LIMIT": r"that is 3, and functions in own are .*; type .*=own\.",
     "onw.length": r"no file is called onw\.py; .* in this folder are own.*=own\.length",
     "own": r"a file and a function in it are named, with a dot between; type .*=own\.reward",
+    ".own": r"a file and a function in it are named, .*; type --model\.rewards\.function=own\.rew",
     "torn.reward": r"importing torn ends in ValueError: two lines; correct it, and type python -c",
 }
 OWN = """
@@ -180,5 +235,16 @@ def test_what_is_no_number_is_blamed_on_its_sample() -> None:
     def mine(texts: list[str]) -> list[str]:
         return [text if text == "two" else "1" for text in texts]
 
-    with pytest.raises(RewardError, match=r"failed on sample 1 \('two'\): ValueError: could not"):
+    message = r"failed on sample 1 \('two'\): ValueError: could not convert[^()]*; correct it"
+    with pytest.raises(RewardError, match=message):
         score(RewardFunction(mine), "one", "two")
+
+
+def test_the_line_of_a_reward_that_fails_is_named() -> None:
+    def mine(texts: list[str]) -> list[float]:
+        raise KeyError
+
+    line = mine.__code__.co_firstlineno + 1
+    said = rf"failed on sample 0 \('a'\): KeyError \(test_reward_terms\.py:{line}\); corr"
+    with pytest.raises(RewardError, match=said):
+        score(RewardFunction(mine), "a")

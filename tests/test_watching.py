@@ -72,6 +72,13 @@ def test_the_alarm_is_silent_while_texts_live(
     assert "degenerated" not in capsys.readouterr().out
 
 
+def test_short_answers_have_no_word_n_grams_and_ring_no_alarm(tmp_path: Path) -> None:
+    fit(Scripted(distinct=[0.9], jaccard=[0.0]), alarm := CollapseAlarm(), tmp_path, 3)
+    assert not alarm.alarms
+    fit(Scripted(jaccard=[0.9, 0.9, 0.4]), alarm := CollapseAlarm(), tmp_path, 3)
+    assert [each["metric"] for each in alarm.alarms] == ["train/jaccard"]
+
+
 def test_the_alarm_goes_on_with_what_it_has_seen() -> None:
     alarm, again = CollapseAlarm(), CollapseAlarm()
     alarm.first, alarm.ringing = {"train/vocabulary": 0.8}, ["train/vocabulary"]

@@ -1,6 +1,7 @@
 """The base model: a trained language model's checkpoint, from which a policy starts."""
 
 import hashlib
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ravine.datamodules.tokenizers import Tokenizer, from_state
+
+from ..language import Transformer
 
 
 class BaseModel(NamedTuple):
@@ -24,6 +27,8 @@ class BaseModel(NamedTuple):
 
 def find(base: str) -> Path:
     """The file itself, or of a run's folder the newest checkpoint."""
+    if not base:
+        raise ValueError("base is empty; type --model.base=FILE, or the folder of a run")
     path = Path(base).expanduser()
     if path.is_file():
         return path
@@ -50,15 +55,18 @@ def read(base: str) -> BaseModel:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch says it in many ways
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = "it is damaged, or was not written to its end"
         if isinstance(error, pickle.UnpicklingError):  # it would advise to run what is in the file
             said = "it is another kind of file, or has more in it than tensors and plain values"
+        elif isinstance(error, PermissionError):
+            said = "it may not be read"
         raise ValueError(
             f"{path} cannot be read as a checkpoint: {said}; type --model.base=FILE"
         ) from error
-    language = checkpoint.get("language") if isinstance(checkpoint, dict) else None
-    if language is None:
-        task = checkpoint.get("task") if isinstance(checkpoint, dict) else None
+    given = checkpoint if isinstance(checkpoint, dict) else {}
+    language, saved = given.get("language"), given.get("state_dict")
+    if not language or not saved:
+        task = given.get("task")
         raise ValueError(
             f"{path} is no checkpoint of a language model, but of {task or 'another program'}; "
             "train one: lightning fit --config reinforce/base; then type --model.base=FILE"
@@ -68,24 +76,47 @@ def read(base: str) -> BaseModel:
             f"{path} has no tokenizer: the model was trained on bare numbers, and no reward can "
             "read what it writes; train it on a TextDataModule, or type --model.base=FILE"
         )
-    adapters = [name for name in checkpoint["state_dict"] if name.endswith((".lora_a", ".lora_b"))]
+    adapters = [name for name in saved if name.endswith((".lora_a", ".lora_b"))]
     if adapters:
         raise ValueError(
             f"{path} has adapters ({adapters[0]} and {len(adapters) - 1} more), and a base model "
             f"is plain weights; type lightning export --ckpt_path={path} --merge --folder=plain, "
             "then --model.base=plain/model.ckpt"
         )
-    given = checkpoint.get("hyper_parameters", {})
-    shape = language.get("shape", given)  # a policy's {} is the default
+    shape = language.get("shape", given.get("hyper_parameters", {}))  # a policy's {} is the default
     shape = {k: v for k, v in shape.items() if k[0] != "_" and k not in ("vocabulary", "context")}
     tokenizer = from_state(language["tokenizer"])
     weights = {
         name.removeprefix("net."): tensor
-        for name, tensor in checkpoint["state_dict"].items()
+        for name, tensor in saved.items()
         if name.startswith("net.")
     }
-    context = language["context"]
-    return BaseModel(tokenizer.vocabulary, context, shape, tokenizer, weights, fingerprint(weights))
+    sizes = tokenizer.vocabulary, language["context"], shape
+    _check_net(path, given.get("task"), weights, *sizes)
+    return BaseModel(*sizes, tokenizer, weights, fingerprint(weights))
+
+
+def _check_net(
+    path: Path,
+    task: str | None,
+    weights: dict[str, Tensor],
+    vocabulary: int,
+    context: int,
+    shape: dict[str, Any],
+) -> None:
+    """Refuse weights of another net than ours of these sizes."""
+    wrong = sorted(shape.keys() - inspect.signature(Transformer).parameters.keys())
+    if not wrong:
+        with torch.device("meta"):  # sizes without memory
+            ours = Transformer(vocabulary, context, **shape).state_dict()
+        here, there = ({k: v.shape for k, v in each.items()} for each in (ours, weights))
+        wrong = sorted(name for name, _ in here.items() ^ there.items())
+    if wrong:
+        raise ValueError(
+            f"{path} was written by {task}, whose net is not that of LanguageModel: {wrong[0]} and "
+            f"{len(set(wrong)) - 1} more differ; allowed: a LanguageModel's checkpoint; "
+            "train one: lightning fit --config reinforce/base; then type --model.base=FILE"
+        )
 
 
 def fingerprint(weights: dict[str, Tensor]) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 from ravine.datamodules.tokenizers import Tokenizer
 
 from ..language.sampling import Sampling
-from .estimators import Estimator
 from .kl import KL
 
 
@@ -16,7 +15,6 @@ def check_together(
     new: int,
     group_size: int,
     sampling: Sampling,
-    estimator: Estimator,
     kl: KL,
     reference: str,
     stop: str | None = None,
@@ -39,11 +37,6 @@ def check_together(
         raise ValueError(
             f"kl.beta is {kl.beta}, and there is no reference to stay near; "
             "type --model.reference=copy, or --model.kl.beta=0"
-        )
-    if kl.beta and kl.where == "reward" and estimator.kind == "rejection":
-        raise ValueError(
-            "rejection needs rewards of 0 and 1, and the divergence would be taken from them; "
-            "type --model.kl.estimator=k2 --model.kl.where=loss"
         )
 
 

@@ -19,7 +19,7 @@ step that accumulates, one part), or one prompt's group. Axes: b samples, n new 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -77,7 +77,7 @@ class Estimator:
                 "type --model.estimator.normalize=constant, or --trainer.accumulate_grad_batches=1"
             )
         size = samples if self.scope == "batch" else group_size
-        if self.kind in ("mean", "rloo", "grpo") and size < 2:
+        if self.kind != "none" and size < 2:
             others = "--data.batch_size=64", "--model.estimator.scope=batch"
             fix = "--model.group_size=4, or " + others[self.scope == "group"]
             raise ValueError(
@@ -97,6 +97,14 @@ class Estimator:
             return rearrange(r * count / r.sum(1, keepdim=True).clamp(min=1), "g s -> (g s)")
         w = r if self.kind == "none" else self._compared(r, scored, count)
         return rearrange(w.where(scored, 0.0), "g s -> (g s)")
+
+    def linear(self) -> "Estimator":
+        """By which a divergence in the reward is weighed: itself, unless it bends rewards.
+
+        grpo would divide a divergence by the deviation of the rewards: where they are equal, by its
+        own, which in the first step is rounding. rejection knows 0 and 1.
+        """
+        return self if self.kind in ("none", "mean", "rloo") else replace(self, kind="rloo")
 
     def _compared(self, r: Tensor, scored: Tensor, count: Tensor) -> Tensor:
         mean = r.sum(1, keepdim=True) / count.clamp(min=1)

@@ -48,7 +48,13 @@ class RewardFunction(Reward):
             "tokens": samples.tokens,
             "mask": samples.mask,
             "log_probabilities": samples.log_probabilities,
-        } | samples.columns
+        }
+        for name in samples.columns.keys() & known.keys():
+            raise RewardError(
+                f"the data have a column {name!r}, by which the reward {self.name} would get what "
+                "was written; give the column another name"
+            )
+        known |= samples.columns
         kinds = {name: p.kind for name, p in self.wants.items()}
         if inspect.Parameter.VAR_KEYWORD in kinds.values():
             return self.function(**known)
@@ -65,7 +71,8 @@ def named(path: str) -> Callable[..., Any]:
     """The function at my_file.reward; if there is none, an error that says which there are."""
     file, _, name = path.rpartition(".")
     if not file:
-        raise _none(path, "a file and a function in it are named, with a dot between", path, [])
+        form = "a file and a function in it are named, with a dot between"
+        raise _none(path, form, path.strip("."), [])
     module = _module(path, file, name)
     function = getattr(module, name, None)
     if callable(function):
@@ -88,8 +95,8 @@ def _module(path: str, file: str, name: str) -> ModuleType:
             what = f"no file is called {missing}.py; files of Python in this folder are {there}"
             raise _none(path, what, files[0] if files else file, [name]) from error
         raise RewardError(
-            f"no reward function {path}: importing {file} ends in {type(error).__name__}: "
-            f'{in_line(error)}; correct it, and type python -c "import {file}" to see'
+            f"no reward function {path}: importing {file} ends in {in_line(error)}; "
+            f'correct it, and type python -c "import {file}" to see'
         ) from error
 
 

@@ -8,6 +8,7 @@ them, and on one process it gives back what it gets.
 Axes: b samples of this rank, B of all ranks, n new tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -88,15 +89,16 @@ class Judge:
         answers, measured = both[:, : len(self.terms)].T, both[:, len(self.terms) :]
         check_scored(self.terms, answers)
         rewards = combine(self.terms, answers)  # (B)
-        penalty = self.kl.beta if self.kl.where == "reward" else 0.0
-        weights = self.estimator.weights(rewards - penalty * measured[:, 4], group)  # (B)
+        earned = self.estimator.weights(rewards, group)  # (B)
+        weights = earned - self._divergence(measured[:, 4], rewards)
         metrics = of_rewards(self.terms, answers, rewards) | of_texts(everyone, self.corpus)
         metrics |= of_tokens(measured, reference=warm is not None)
-        metrics["zero_advantages"] = (weights == 0).double().mean().item()
-        if not weights.any():
+        metrics["zero_advantages"] = (earned == 0).double().mean().item()
+        if not earned.any():
+            kept = " but to stay near the reference" if self.kl.beta else ""
             rank_zero_warn(
                 f"all {len(weights)} samples weigh 0, since their rewards are alike "
-                f"({rewards.nanmean():.4g}): this step teaches nothing"
+                f"({rewards.nanmean():.4g}): this step teaches nothing{kept}"
             )
         share = measured[:, 3].sum() * b / len(weights)
         rows = self._rows(samples, rewards, answers)
@@ -107,6 +109,13 @@ class Judge:
         left_out, stops = (-1, self.tokenizer.end), [] if self.stop is None else [self.stop]
         rows = ([n for n in row if n not in left_out] for row in tokens.tolist())
         return [cut(self.tokenizer.decode(row), stops) for row in rows]
+
+    def _divergence(self, penalty: Tensor, rewards: Tensor) -> Tensor:
+        """What the divergence (B) takes from the weights, if it stands in the reward."""
+        if not self.kl.beta or self.kl.where == "loss":
+            return torch.zeros_like(rewards)
+        scored = penalty.where(~rewards.isnan(), math.nan)
+        return self.kl.beta * self.estimator.linear().weights(scored, self.group_size)
 
     def _answers(self, samples: Samples) -> Tensor:
         """The terms' answers (b terms); if they fail on one rank, all ranks end."""

@@ -4,7 +4,8 @@
 
     k1 in the reward   r - (β/m) Σ_t Δ_t, no gradient through Δ, m the greatest length, a constant:
                        the policy gradient of r - (β/m) KL(p ‖ ref), exactly. With the sample's own
-                       length in the place of m it would be the gradient of nothing.
+                       length in the place of m it would be the gradient of nothing. grpo and
+                       rejection bend rewards; beside them Δ is weighed by rloo, as exactly.
     k2 in the loss     (β/m) Σ_t Δ_t² / 2: lowers KL(p ‖ ref) of each next token where samples
                        lead, and does not see that an early token leads to other places.
     k3 in the loss     (β/m) Σ_t (e^-Δ_t - 1 + Δ_t): likewise, of the forward KL(ref ‖ p).

@@ -7,12 +7,15 @@ a sample gets no reward and weighs nothing. A term that fails, or answers NaN, o
 stops the run with its name and the sample's.
 """
 
+import copy
 import math
 import re
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,19 +66,19 @@ class Samples:
     everyone: list[str] = field(default_factory=list)  # texts of all ranks, in the batch's order
     first: int = 0  # place of our first text among them
 
-    def pick(self, i: int) -> "Samples":
-        """One sample alone."""
-        columns = {name: values[i : i + 1] for name, values in self.columns.items()}
-        cut = {
-            name: None if (x := getattr(self, name)) is None else x[i : i + 1]
+    def copied(self, first: int = 0, last: int | None = None) -> "Samples":
+        """Samples first .. last-1, for a term to do with what it likes: others read the same."""
+        rows = slice(first, last)
+        own = {
+            name: None if (x := getattr(self, name)) is None else copy.deepcopy(x[rows])
             for name in ("prompts", "texts", "tokens", "mask", "log_probabilities", "reference")
         }
         return Samples(
-            **cut,  # type: ignore[arg-type]
-            columns=columns,
+            **own,  # type: ignore[arg-type]
+            columns={k: copy.deepcopy(values[rows]) for k, values in self.columns.items()},
             corpus=self.corpus,
-            everyone=self.everyone,
-            first=self.first + i,
+            everyone=list(self.everyone),
+            first=self.first + first,
         )
 
 
@@ -158,10 +161,9 @@ def _checked(term: Reward, samples: Samples) -> Tensor:
     except RewardError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {in_line(error)}"
         raise RewardError(
-            f"the reward {term.name} failed on {_culprit(term, samples)}: {what}; correct it, or "
-            "return None for such a sample"
+            f"the reward {term.name} failed on {_culprit(term, samples)}: {in_line(error)}"
+            f"{_line_of(error)}; correct it, or return None for such a sample"
         ) from error
     if len(numbers) != len(samples.texts):
         raise RewardError(
@@ -179,7 +181,7 @@ def _checked(term: Reward, samples: Samples) -> Tensor:
 
 def _answered(term: Reward, samples: Samples) -> tuple[list[Any], list[float]]:
     """What a term answers, and the same as numbers, NaN for None."""
-    answers = term.score(samples)
+    answers = term.score(samples.copied())
     values = answers.tolist() if isinstance(answers, Tensor) else list(answers)
     return values, [math.nan if value is None else float(value) for value in values]
 
@@ -188,7 +190,7 @@ def _culprit(term: Reward, samples: Samples) -> str:
     """The first sample on which the term fails by itself, in words."""
     for i in range(len(samples.texts)):
         try:
-            _answered(term, samples.pick(i))
+            _answered(term, samples.copied(i, i + 1))
         except Exception:
             return _named(samples, i)
     return f"the batch of {len(samples.texts)} samples, and on none of them alone"
@@ -204,5 +206,11 @@ def shortened(text: str) -> str:
 
 
 def in_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())
+    """An error's kind and what it says, in one line."""
+    return ": ".join([type(error).__name__, *filter(None, [" ".join(str(error).split())])])
+
+
+def _line_of(error: Exception) -> str:
+    """Where it was raised, if that was not in this file: there an answer is only read."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return "" if frame.filename == __file__ else f" ({Path(frame.filename).name}:{frame.lineno})"

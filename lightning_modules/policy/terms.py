@@ -25,8 +25,12 @@ class CharacterFraction(Reward):
     """Share of a text's characters that are among `characters`."""
 
     def __init__(self, characters: str, weight: float = 1.0, name: str | None = None) -> None:
-        """Choose the characters."""
+        """Choose the characters; without one there is nothing to count."""
         super().__init__(weight, name)
+        if not characters:
+            raise RewardError(
+                f"the reward {self.name} counts no character; type --model.rewards.characters=eE"
+            )
         self.characters = characters
 
     def score(self, samples: Samples) -> list[float]:
@@ -46,6 +50,8 @@ class VocabularyFraction(Reward):
         """Look each word up."""
         assert samples.corpus is not None
         known = samples.corpus.words
+        if not known:
+            raise _unknown(self, "words")
         return [vocabulary_share(text, known) for text in samples.texts]
 
 
@@ -75,6 +81,7 @@ class CharacterDiversity(Reward):
     def __init__(self, n: int = 2, weight: float = 1.0, name: str | None = None) -> None:
         """Choose n."""
         super().__init__(weight, name)
+        _at_least_1(self, n=n)
         self.n = n
 
     def score(self, samples: Samples) -> list[float]:
@@ -88,6 +95,7 @@ class WordUniqueness(Reward):
     def __init__(self, n: int = 3, weight: float = 1.0, name: str | None = None) -> None:
         """Choose n."""
         super().__init__(weight, name)
+        _at_least_1(self, n=n)
         self.n = n
 
     def score(self, samples: Samples) -> list[float]:
@@ -101,6 +109,7 @@ class LineLength(Reward):
     def __init__(self, scale: float = 40, weight: float = 1.0, name: str | None = None) -> None:
         """Choose the length that is long enough."""
         super().__init__(weight, name)
+        _at_least_1(self, scale=scale)
         self.scale = scale
 
     def score(self, samples: Samples) -> list[float]:
@@ -127,12 +136,15 @@ class SpeakerDiversity(Reward):
     ) -> None:
         """Choose how many and how much."""
         super().__init__(weight, name)
+        _at_least_1(self, enough=enough)
         self.enough, self.least = enough, least
 
     def score(self, samples: Samples) -> list[float]:
         """Cut each text at its speakers."""
         assert samples.corpus is not None
         known = samples.corpus.speakers
+        if not known:
+            raise _unknown(self, "speakers: lines that end in a colon, after an empty one")
         counts = []
         for text in samples.texts:
             _, *parts = re.split(r"(?:\A|\n)([^\n:]+):\n", text)
@@ -151,6 +163,7 @@ class BatchDistance(Reward):
     def __init__(self, n: int = 4, weight: float = 1.0, name: str | None = None) -> None:
         """Choose n."""
         super().__init__(weight, name)
+        _at_least_1(self, n=n)
         self.n = n
 
     def score(self, samples: Samples) -> list[float]:
@@ -189,6 +202,8 @@ class Binary(Reward):
         super().__init__(weight, name)
         if least is None and most is None:
             raise RewardError("Binary has no bound; give `least`, or `most`, or both")
+        if least is not None and most is not None and least > most:
+            raise RewardError(f"Binary: nothing lies between least={least} and most={most}")
         self.term, self.least, self.most = term, least, most
         self.needs_corpus, self.needs_reference = term.needs_corpus, term.needs_reference
 
@@ -204,6 +219,22 @@ def vocabulary_share(text: str, known: frozenset[str]) -> float:
     """Share of a text's words that are known; 0 of a text without words."""
     words = text.split()
     return sum(word in known for word in words) / max(len(words), 1)
+
+
+def _at_least_1(term: Reward, **sizes: float) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise RewardError(
+                f"{name} of the reward {term.name} is {size}; allowed: 1 or more; "
+                f"type --model.rewards.{name}=3"
+            )
+
+
+def _unknown(term: Reward, what: str) -> RewardError:
+    return RewardError(
+        f"the reward {term.name} is 0 for every text, since the corpus has no {what}; "
+        "type --data.corpus=FILE of another one, or leave the term out"
+    )
 
 
 def _distinct(items: Sequence) -> float:
