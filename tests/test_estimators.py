@@ -391,6 +391,11 @@ def test_only_what_stands_before_the_end_counts() -> None:
         for fake in (rollout(V, REWARDS), changed)
     ]
     assert losses[0].item() == losses[1].item()
+    scores = rollout().sampled
+    how = REWARDS, L, MASK.sum()
+    for estimator in (Estimator(), Estimator(normalize="tokens")):
+        bare = estimator.loss(scores.masked_fill(~MASK, 7.0), MASK, *how)
+        assert bare.item() == estimator.loss(scores, MASK, *how).item()
 
 
 def test_top_k_is_scored_as_it_is_drawn() -> None:

@@ -373,7 +373,7 @@ def once(texts: list[str]) -> list[float]:
 MISTAKES: dict[str, tuple[Any, str]] = {
     "it raises": (
         lambda b: policy(b, RewardFunction(once)),
-        r"reward once failed on sample \d+ \('.*'\): KeyError: 'no e, please' \(test_.*\.py:\d+\); c",
+        r"once failed on sample \d+ \('.*'\): KeyError: 'no e, please' \(test_.*\.py:\d+\); cor",
     ),
     "NaN": (
         lambda b: policy(b, reward_of(0.5, math.nan)),
