@@ -135,8 +135,12 @@ class Diagnosis:
         elif kinds and isinstance(given.node, yaml.MappingNode):
             self.spec(kinds, key, given)
         elif names := registered().get(key):
-            if given.text.lower() not in names:
-                raise no_name(given, f"no {given.name} is called {given.text!r}", names)
+            known = typehints.subclasses(kind for kind, _ in kinds)
+            if kinds and ("." in given.text or given.text in known):
+                self.choose(kinds, key, given)
+            elif given.text.lower() not in names:
+                what = f"no {given.name} is called {given.text!r}"
+                raise no_name(given, what, [*names, *known])
         elif kinds and self._names_class(hint, given) and not record:
             self.choose(kinds, key, given)
         elif hint is not None and not typehints.accepts(hint, given.value):

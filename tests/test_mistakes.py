@@ -292,6 +292,34 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
             "  type: strategy: zero3",
         ],
     ),
+    "an argument of a strategy's name": (
+        [*MODEL, "--trainer.strategy=zero3", "--trainer.strategy.dp_shrd=2"],
+        "",
+        [
+            "on the command line, --trainer.strategy.dp_shrd: MeshStrategy has no argument "
+            "'dp_shrd'",
+            "  nearest: dp_shard",
+            "  type: --trainer.strategy.dp_shard=2",
+        ],
+    ),
+    "a value of a strategy's argument": (
+        [*MODEL, "--trainer.strategy=MeshStrategy", "--trainer.strategy.schedule=1f2b"],
+        "",
+        [
+            "on the command line, --trainer.strategy.schedule: schedule cannot be '1f2b'",
+            "  nearest: 1f1b",
+            "  type: --trainer.strategy.schedule=1f1b",
+        ],
+    ),
+    "the class of a strategy": (
+        [*MODEL, "--trainer.strategy=MeshStrategi"],
+        "",
+        [
+            "on the command line, --trainer.strategy: no strategy is called 'MeshStrategi'",
+            "  nearest: MeshStrategy",
+            "  type: --trainer.strategy=MeshStrategy",
+        ],
+    ),
     "the accelerator": (
         [*MODEL, "--trainer.accelerator=gpuu"],
         "",
