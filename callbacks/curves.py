@@ -136,14 +136,17 @@ def draw(curves: dict[str, Any], path: Path) -> None:
     """Write the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     down = -(-len(curves) // ACROSS)
     figure = Figure(figsize=(4 * ACROSS, 2.4 * down), layout="constrained")
     figure.suptitle(path.parent.as_posix(), fontsize=10)
+    figure.supxlabel("optimizer step", fontsize=9)
     for place, (name, curve) in enumerate(curves.items(), 1):
         axes = figure.add_subplot(down, ACROSS, place, title=name)
         axes.plot(*zip(*curve, strict=True), "o-" if name[:4] == "val/" else "-", ms=3, lw=1.2)
         axes.grid(alpha=0.3)
         axes.title.set_fontsize(9)
         axes.tick_params(labelsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no half a step
     FigureCanvasAgg(figure).print_png(path)

@@ -204,16 +204,16 @@ class Reinforce(TaskModule):
         """Take them from a checkpoint; refuse one that has another base as its reference."""
         super().on_load_checkpoint(checkpoint)
         saved, base = checkpoint["language"], checkpoint["policy"]["base"]
-        if self._sha256 is None:  # no trainer, no base: the checkpoint knows the sizes
-            self.tokenizer = from_state(saved["tokenizer"])
-            self.vocabulary, self.context = self.tokenizer.vocabulary, saved["context"]
-            self.shape, self._sha256 = saved["shape"], base
-        elif self.reference != "none" and base != self._sha256:
-            raise ValueError(
-                f"the base model at {self.base} is not the one this policy started from: its "
-                f"weights have the checksum {self._sha256[:12]}, those were {base[:12]}; "
-                "type --model.base=FILE with the first one"
-            )
+        if self._sha256 is not None:
+            if self.reference != "none":
+                base_model.check_same(self.base, self._sha256, base)
+            return
+        # no trainer, no base: the checkpoint knows the sizes
+        self.tokenizer = from_state(saved["tokenizer"])
+        self.vocabulary, self.context = self.tokenizer.vocabulary, saved["context"]
+        self.shape, self._sha256 = saved["shape"], base
+        if "net.embed.weight" not in checkpoint["state_dict"]:  # adapters alone
+            self._start = base_model.behind_adapters(self.base, base)
 
     def _encode(self, prompt: str, what: str) -> Tensor:
         tokens = cast(Tokenizer, self.tokenizer).encode(prompt)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from ranks import furthest, whole
 
 from ravine.callbacks import ExactResume, GradientClipping, LoRA
+from ravine.cli import trained
 from ravine.datamodules import ByteTokenizer, PromptDataModule, TextDataModule
 from ravine.datamodules.text import documentation
 from ravine.lightning_modules import (
@@ -297,6 +299,32 @@ def test_a_policy_is_loaded_without_its_base(base, tmp_path) -> None:
     assert loaded.generate("the", max_new_tokens=8) == model.generate("the", max_new_tokens=8)
     again = policy(str(tmp_path / "policy.ckpt"))  # and it is a base itself
     fit(again, data(base), 1)
+
+
+def test_a_policy_of_adapters_alone_is_loaded_with_its_base_or_asks_for_it(
+    base, tmp_path, monkeypatch
+) -> None:
+    own = shutil.copy(base, tmp_path / "own.ckpt")
+    model = policy(str(own), kl=KL(0.1), reference="lora")
+    model.lr = 0.05
+    L.seed_everything(0, verbose=False)
+    lora = LoRA(rank=2, save="adapter")
+    trainer = L.Trainer(max_steps=2, limit_val_batches=0, callbacks=[lora], **QUIET)
+    trainer.fit(model, data(base))
+    trainer.save_checkpoint(path := tmp_path / "policy.ckpt", weights_only=False)
+    assert path.stat().st_size < own.stat().st_size
+    how = {"max_new_tokens": 32, "seed": 1}
+    loaded = trained.load(path)
+    assert loaded.generate("the", **how) == model.generate("the", **how)
+    assert loaded.generate("the", **how) != LanguageModel.load(base).generate("the", **how)
+    other = torch.load(base, weights_only=True)
+    other["state_dict"]["net.head.weight"] += 1
+    torch.save(other, own)
+    with pytest.raises(ValueError, match="is not the one this policy started from"):
+        trained.load(path)
+    own.unlink()
+    with pytest.raises(FileNotFoundError, match=r"to the base model at .*own\.ckpt, and .* copy"):
+        trained.load(path)
 
 
 def test_another_base_under_the_same_name_is_refused(base, tmp_path) -> None:

@@ -119,6 +119,29 @@ def _check_net(
         )
 
 
+def behind_adapters(base: str, sha256: str) -> BaseModel:
+    """The base that a checkpoint of adapters alone belongs to."""
+    try:
+        found = read(base)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"the adapters belong to the base model at {base}, and {Path.cwd()} has none there; "
+            "go where they were trained, or copy it here"
+        ) from None
+    check_same(base, found.sha256, sha256)
+    return found
+
+
+def check_same(base: str, here: str, there: str) -> None:
+    """Refuse a base with another checksum than that of a checkpoint."""
+    if here != there:
+        raise ValueError(
+            f"the base model at {base} is not the one this policy started from: its weights have "
+            f"the checksum {here[:12]}, those were {there[:12]}; give the first one: "
+            "--model.base=FILE, or put it back"
+        )
+
+
 def fingerprint(weights: dict[str, Tensor]) -> str:
     """A checksum of names and values, in hex."""
     digest = hashlib.sha256()
