@@ -15,7 +15,7 @@ from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.policy.estimators import Estimator
 
 # in eight characters of an untrained net a letter may well be missing
-pytestmark = pytest.mark.filterwarnings("ignore:all 8 samples weigh 0")
+pytestmark = pytest.mark.filterwarnings("ignore:all (8|16) samples weigh 0")
 PAGE = (Path(__file__).parent.parent / "docs" / "reinforce.md").read_text()
 TINY = ["--model.new=8", "--data.length=8", "--data.val_prompts=8", "--data.batch_size=8",
         "--data.source=embedded", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
@@ -47,6 +47,16 @@ def test_the_reward_of_the_page_trains_by_the_command_beside_it(base: str) -> No
     words = ["--model.rewards=RewardFunction", "--model.rewards.function=mine.reward"]
     assert words[1] in PAGE
     assert main(["fit", "--config", "reinforce/quick", base, *words, *TINY]) == 0
+
+
+def test_the_config_of_the_page_trains_on_answers(base: str, capsys) -> None:
+    for name in ("mine.py", "answers.yaml"):
+        Path(name).write_text(files(PAGE)[name])
+    (line,) = re.findall(r"lines like (\{.*\})", PAGE)
+    Path("answers.jsonl").write_text(f"{line}\n" * 12)
+    config = ["--config", "reinforce/quick", "--config", "answers.yaml"]
+    assert main(["fit", *config, base, *TINY, "--data.batch_size=4"]) == 0
+    assert "right 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("version", range(1, 7))
