@@ -115,7 +115,7 @@ class Judge:
         if not self.kl.beta or self.kl.where == "loss":
             return torch.zeros_like(rewards)
         scored = penalty.where(~rewards.isnan(), math.nan)
-        return self.kl.beta * self.estimator.weights(scored, self.group_size)
+        return self.kl.beta * self.estimator.linear().weights(scored, self.group_size)
 
     def _answers(self, samples: Samples) -> Tensor:
         """The terms' answers (b terms); if they fail on one rank, all ranks end."""
