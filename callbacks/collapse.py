@@ -30,10 +30,7 @@ class CollapseAlarm(L.Callback):
         self, below: dict[str, float] | None = None, fallen: dict[str, float] | None = None
     ) -> None:
         """Start without an alarm."""
-        self.asked = {
-            *(below or {}),
-            *(fallen or {}),
-        }  # a default that is not logged is passed over
+        self.asked = {*(below or {}), *(fallen or {})}  # a default may not be logged
         if below is None and fallen is None:
             below, fallen = BELOW, FALLEN
         self.below, self.fallen = below or {}, fallen or {}

@@ -14,7 +14,7 @@ from ranks import furthest, whole
 
 from ravine.callbacks import ExactResume, GradientClipping, LoRA
 from ravine.cli import trained
-from ravine.datamodules import ByteTokenizer, PromptDataModule, TextDataModule
+from ravine.datamodules import PromptDataModule, TextDataModule
 from ravine.datamodules.text import documentation
 from ravine.lightning_modules import (
     BatchDistance,
@@ -35,6 +35,7 @@ from ravine.lightning_modules.language.sampling import Sampling
 from ravine.lightning_modules.policy import base_model
 from ravine.lightning_modules.policy.estimators import Estimator
 from ravine.lightning_modules.policy.kl import KL
+from ravine.lightning_modules.policy.rewards import check_terms
 from ravine.lightning_modules.policy.rollout import by_reference, log_probabilities, loss_of
 
 pytestmark = [
@@ -175,13 +176,24 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(base, tmp_path) -> None:
 
 
 def test_the_step_is_the_mean_of_weight_times_gradient(base) -> None:
+    """Both by hand, from the texts alone."""
     model = policy(base, CharacterFraction("e", -1.0), estimator=Estimator("mean"))
+    model.lr = 0.0
     watch = fit(model, data(base), 1)
-    rollout = watch.rollouts[0]
-    texts = [row["text"] for row in model.samples()]
-    rewards = torch.tensor([-text.count("e") / len(text) for text in texts])
-    torch.testing.assert_close(rollout.weights, rewards - rewards.mean())
-    assert rollout.sampled.sum(1).lt(0).all()
+    samples, net = model.samples(), model.net
+    rewards = torch.tensor([-row["text"].count("e") / len(row["text"]) for row in samples])
+    torch.testing.assert_close(watch.rollouts[0].weights, rewards - rewards.mean())
+    assert model.tokenizer is not None
+    assert net is not None
+    model.zero_grad()
+    for row, advantage in zip(samples, rewards - rewards.mean(), strict=True):
+        prompt, text = (model.tokenizer.encode(row[part]) for part in ("prompt", "text"))
+        logits = net.eval()(torch.cat((prompt, text))[None])[0, len(prompt) - 1 : -1]
+        log_p = (logits / 0.8).log_softmax(-1).gather(1, text[:, None]).sum()
+        (-advantage * log_p / len(samples)).backward()
+    by_hand = {name: p.grad for name, p in model.named_parameters()}
+    assert furthest(watch.gradients[0], by_hand) < 1e-6
+    assert max(float(g.abs().max()) for g in watch.gradients[0].values()) > 1e-3
 
 
 def test_what_was_drawn_is_scored_the_same_in_the_update(base) -> None:
@@ -361,6 +373,16 @@ def test_a_stop_ends_a_text_and_belongs_to_what_is_learned(base) -> None:
     for tokens, length in zip(rollout.tokens, lengths, strict=True):
         assert length == 32 or tokens[length - 1] == space
     assert not any(" " in row["text"] for row in model.samples())
+
+
+def test_no_term_takes_the_name_of_what_is_logged_or_shown_beside_it(base) -> None:
+    model = policy(base)
+    watch, terms = fit(model, data(base), 2), {term.name for term in model.rewards}
+    logged = {name.removeprefix("train/") for name in watch.metrics[-1]}
+    for name in (logged | model.samples()[0].keys() | {"seconds_update"}) - terms:
+        with pytest.raises(ValueError, match=f"two metrics are called '{name}'"):
+            check_terms([CharacterFraction("e", name=name)], corpus=True, reference=True)
+    assert {"e_spread", "kl", "drift", "prompt"} <= logged | model.samples()[0].keys()
 
 
 # Rewards of the user's, and bad input
@@ -630,12 +652,10 @@ def test_other_data_are_refused(base) -> None:
     text = TextDataModule(base.replace("base.ckpt", "text.txt"), context=8, batch_size=8)
     with pytest.raises(ValueError, match="TextDataModule has none; type --data=PromptDataModule"):
         fit(policy(base), text)  # type: ignore[arg-type]
-    (prompts := data(base)).text = None
-    prompts.setup("fit")
+    (prompts := data(base)).setup("fit")
     prompts.text = None
     with pytest.raises(ValueError, match=r"the data have none; type --data\.corpus=FILE"):
         fit(policy(base, VocabularyFraction()), prompts)
-    assert ByteTokenizer.end == 0
 
 
 def test_validation_prompts_are_none_that_are_trained_on(base) -> None:

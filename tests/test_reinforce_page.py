@@ -1,5 +1,6 @@
 """docs/reinforce.md is true: its presets exist, its reward runs, its study is what it says."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from ravine.cli import presets
 from ravine.cli.main import main
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.lightning_modules.policy.estimators import Estimator
 
 # in eight characters of an untrained net a letter may well be missing
 pytestmark = pytest.mark.filterwarnings("ignore:all (8|16) samples weigh 0")
@@ -24,8 +24,9 @@ TINY = ["--model.new=8", "--data.length=8", "--data.val_prompts=8", "--data.batc
 
 def test_every_preset_it_names_is_there_and_no_other() -> None:
     shipped = {name for name in presets.installed() if name.startswith("reinforce/")}
-    named = set(re.findall(r"reinforce/\w+", PAGE)) | {f"reinforce/avoid_e_v{i}" for i in range(7)}
-    assert shipped - {"reinforce/lora"} <= named
+    assert "`reinforce/avoid_e_v1` to `avoid_e_v6`" in PAGE
+    between = {f"reinforce/avoid_e_v{i}" for i in range(2, 7)}
+    assert set(re.findall(r"reinforce/\w+", PAGE)) | between == shipped
 
 
 @pytest.fixture
@@ -76,14 +77,17 @@ def test_the_base_presets_differ_from_the_defaults_only() -> None:
         LanguageModel(65, config["data"]["init_args"]["context"], **shape)
 
 
-def test_estimators_ascend_their_phi_of_a_binary_reward() -> None:
-    """The page's table at B = 64 and t = 0.2: factor times slope."""
-    rewards = torch.tensor([1.0] * 13 + [0.0] * 51, dtype=torch.float64)
-    grpo, rejection = Estimator("grpo").weights(rewards), Estimator("rejection").weights(rewards)
-    share = 13 / 64
-    assert grpo[0].item() == pytest.approx(((1 - share) / share) ** 0.5)
-    assert rejection[0].item() == pytest.approx(64 / 13)
-    assert not rejection[13:].any()
+def test_the_study_measures_the_slopes_of_what_the_page_says(monkeypatch) -> None:
+    """At any B where that is exact, and of the limits at B = 512."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    study = importlib.import_module("binary_rewards")
+    t = study.T
+    torch.testing.assert_close(study.slopes("rloo", 8), torch.ones_like(t))
+    torch.testing.assert_close(study.slopes("rejection", 8), (1 - (1 - t) ** 8) / t)
+    torch.testing.assert_close(study.slopes("grpo", 2), torch.ones_like(t))
+    middle = (t > 0.1) & (t < 0.9)
+    grpo = study.slopes("grpo", 512)[middle] * (t * (1 - t)).sqrt()[middle]
+    assert (grpo - 1).abs().max() < 0.01
 
 
 def test_a_mistake_in_a_reward_is_one_line(base: str, capsys: pytest.CaptureFixture[str]) -> None:

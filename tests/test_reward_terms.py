@@ -28,7 +28,6 @@ from ravine.lightning_modules.policy.rewards import (
     Reward,
     RewardError,
     Samples,
-    check_terms,
     combine,
 )
 from ravine.lightning_modules.policy.rewards import evaluate as answers_of
@@ -127,18 +126,6 @@ def test_a_binary_term_names_the_nan_of_what_it_judges_and_leaves_none_out() -> 
         score(Binary(broken, least=0.5), "a", "b")
     partly = RewardFunction(lambda texts: [1.0, None], name="mine")
     assert np.isnan(score(Binary(partly, least=0.5), "a", "b")).tolist() == [False, True]
-
-
-TAKEN = (
-    "reward surrogate entropy kl kl_k3 distinct jaccard nearest_jaccard vocabulary distinct_words "
-    "tokens tokens_per_second zero_advantages drift prompt text seconds_rollout e_spread"
-)
-
-
-@pytest.mark.parametrize("name", TAKEN.split())
-def test_a_term_does_not_take_the_name_of_what_is_logged_beside_it(name: str) -> None:
-    with pytest.raises(RewardError, match=f"two metrics are called '{name}'"):
-        check_terms([CharacterFraction("e", name=name)], corpus=True, reference=True)
 
 
 def test_the_measures_of_texts_are_their_counts() -> None:

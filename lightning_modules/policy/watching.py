@@ -7,7 +7,7 @@
     distinct_words    different words in the batch                a narrow language
     kl, kl_k3         nats a token away from the reference
     entropy           nats a token that the policy still leaves open
-    zero_advantages   share of samples that teach nothing
+    zero_advantages   share of samples whose reward teaches nothing
 
 All of it is of the batch over all ranks.
 """
