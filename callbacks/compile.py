@@ -2,13 +2,16 @@
 
 In place (`net.compile()`), so that no name in a checkpoint changes; after adapters and
 recomputation, before sharding. Sampling runs uncompiled: a prompt of each length would recompile.
-A pipeline runs its net in parts, so there the blocks are compiled.
+Where a strategy runs the net in parts, stages of a pipeline or blocks that are gathered one by one,
+each block is compiled within its hooks: one graph, and one for all that are equal.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
-from torch import nn
+import torch
+
+from ravine.strategies.recompute import in_sequence, stacked
 
 from .transforms import Transform
 
@@ -44,7 +47,7 @@ class Compile(Transform):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Announce the phase."""
-        self._in_parts = getattr(trainer.strategy, "degrees", {}).get("pp", 1) != 1
+        self._in_parts = getattr(trainer.strategy, "in_parts", False)
         super().setup(trainer, pl_module, stage)
 
     def identity(self) -> tuple[str, bool, str]:
@@ -53,10 +56,11 @@ class Compile(Transform):
 
     def transform(self, module: L.LightningModule) -> None:
         """Mark what is to be compiled; it happens at the first step."""
-        parts = [child for child in module.children() if any(True for _ in child.parameters())]
-        if self.blocks or self._in_parts:
-            stacks = [m for m in module.modules() if isinstance(m, nn.ModuleDict | nn.ModuleList)]
-            parts = [block for stack in stacks for block in stack.children()]
+        parts = stacked(module)
+        if not self.blocks and not (self._in_parts and parts):
+            rows = in_sequence(module) if self._in_parts else []  # their members are gathered apart
+            parts = [part for row in rows or [module] for part in row.children()]
+            parts = [part for part in parts if any(True for _ in part.parameters())]
         if not parts:
             what = "no net with blocks (a ModuleDict or ModuleList)" if self.blocks else "no net"
             raise ValueError(
@@ -64,5 +68,9 @@ class Compile(Transform):
                 + ("type --trainer.callbacks.blocks=false" if self.blocks else "leave it out")
             )
         mode = None if self.backend != "inductor" else self.mode
+        how: Any = {"mode": mode, "backend": self.backend, "dynamic": False}
         for part in parts:
-            part.compile(mode=mode, backend=self.backend, dynamic=False)
+            if self._in_parts:  # hooks that gather stay outside: each would cut the graph
+                part.forward = torch.compile(part.forward, **how)
+            else:
+                part.compile(**how)

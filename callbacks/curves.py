@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from .progress import log_interval
+from .showing import run_folder
 
 Curve = list[tuple[int, float | Tensor]]
 POINTS = 2000  # of a curve; beyond that every second one is dropped
@@ -23,7 +24,7 @@ class Recorded(L.Callback, ABC):
         """Begin with empty curves."""
         self.curves: dict[str, Curve] = {}
         self.step = 0
-        self.folder: str | None = None
+        self.folder: Path | None = None
 
     @abstractmethod
     def draw(self, folder: Path, module: L.LightningModule) -> None:
@@ -53,12 +54,12 @@ class Recorded(L.Callback, ABC):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder, which is asked for on all ranks."""
-        self.step, self.folder = trainer.global_step, trainer.log_dir
+        self.step, self.folder = trainer.global_step, run_folder(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw."""
         if trainer.is_global_zero and self.folder and any(self.curves.values()):
-            self.draw(Path(self.folder), pl_module)
+            self.draw(self.folder, pl_module)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 from PIL import Image
 
-from .showing import show
+from .showing import run_folder, show
 
 
 class Figures(L.Callback):
@@ -29,7 +29,7 @@ class Figures(L.Callback):
         """Draw on all ranks, since a sharded net needs all of them; the first one writes."""
         module: Any = pl_module
         drawn = module.figures(getattr(trainer, "datamodule", None))
-        folder = Path(trainer.log_dir or ".")
+        folder = run_folder(trainer) or Path()
         config = folder.parent.name or "run"
         if not trainer.is_global_zero:
             return

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .showing import run_folder
+
 LONGEST = 300  # characters of a cell shown; the file has them all
 Row = dict[str, Any]
 
@@ -46,7 +48,7 @@ class PredictionTable(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the rows of all ranks into the order of the data, write and show them."""
-        folder, rows = trainer.log_dir, self.rows
+        folder, rows = run_folder(trainer), self.rows
         if dist.is_initialized():
             shares: list[list[Row]] = [[] for _ in range(trainer.world_size)]
             dist.all_gather_object(shares, rows)
@@ -55,7 +57,7 @@ class PredictionTable(L.Callback):
         if trainer.is_global_zero and rows:
             show(rows[: self.shown])
             if folder:
-                path = Path(folder) / "predictions.csv"
+                path = folder / "predictions.csv"
                 write(rows, path)
                 print(f"{len(rows)} rows in {path}")
 

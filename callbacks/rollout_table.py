@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .predictions import plain
+from .showing import run_folder
 
 Row = dict[str, Any]
 
@@ -37,7 +38,7 @@ class RolloutTable(L.Callback):
                 raise ValueError(f"RolloutTable: {name} is {value}; allowed: 1 or more; type 10")
         self.every, self.count = every, count
         self.step, self.shown = 0, -1
-        self.folder: str | None = None
+        self.folder: Path | None = None
         self.rows: list[Row] = []  # of the last step; a validation after it writes others
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -50,7 +51,7 @@ class RolloutTable(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder, which is asked for on all ranks."""
-        self.step, self.folder = trainer.global_step, trainer.log_dir
+        self.step, self.folder = trainer.global_step, run_folder(trainer)
 
     def on_train_batch_end(
         self,
@@ -79,7 +80,7 @@ class RolloutTable(L.Callback):
         words = table(rows, f"written in step {self.step}")
         module.print(words)
         if self.folder:
-            with (Path(self.folder) / "rollouts.txt").open("a", encoding="utf-8") as file:
+            with (self.folder / "rollouts.txt").open("a", encoding="utf-8") as file:
                 file.write(f"--- step {self.step} ---\n{listing(rows)}")
         for logger in trainer.loggers:
             writer = getattr(logger, "experiment", None)

@@ -1,11 +1,10 @@
 """Samples: what a generative model makes, looked at after each validation."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from .showing import show
+from .showing import run_folder, show
 from .validations import refuse_without_validation
 
 
@@ -42,15 +41,15 @@ class Samples(L.Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         made: Any = pl_module.generate(**self.arguments)  # pyright: ignore
-        step, folder = trainer.global_step, trainer.log_dir
+        step, folder = trainer.global_step, run_folder(trainer)
         if callable(getattr(made, "grid", None)):
             if trainer.is_global_zero and folder:
-                made.save(Path(folder, "samples", f"{step:06}.png"))
+                made.save(folder / "samples" / f"{step:06}.png")
             show(trainer, "samples", made.grid())
             return
         self.last = str(made)
         if trainer.is_global_zero and folder:
-            with (Path(folder) / "samples.txt").open("a", encoding="utf-8") as file:
+            with (folder / "samples.txt").open("a", encoding="utf-8") as file:
                 file.write(f"--- step {step} ---\n{self.last}\n")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

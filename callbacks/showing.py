@@ -1,10 +1,20 @@
-"""Pictures into the logs: every logger that takes images is given them, each by its own method."""
+"""Where a run is shown: its folder, and pictures into every logger that takes them."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy
 from PIL import Image
+
+
+def run_folder(trainer: L.Trainer) -> Path | None:
+    """The run's folder, made if it is not there yet; every rank asks."""
+    if not (folder := trainer.log_dir):
+        return None
+    if trainer.is_global_zero:  # a stock trainer without a logger makes none
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
 
 
 def show(trainer: L.Trainer, name: str, image: Image.Image) -> None:

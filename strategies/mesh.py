@@ -105,6 +105,12 @@ class MeshStrategy(ModelParallelStrategy):
         check_together(degrees, self.sequence_parallel, self.schedule, self.microbatches)
         super()._configure_launcher()
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether the net runs in parts: stages, or blocks that are gathered one by one."""
+        assert self.layout is not None
+        return self.layout.degrees["pp"] > 1 or self.layout.data.size() > 1
+
     def setup_environment(self) -> None:
         """Join the job and lay out the mesh."""
         self._setup_distributed()

@@ -211,6 +211,22 @@ def test_what_is_recomputed_may_be_compiled(mode):
     assert furthest(compiled, pass_through()[0]) < 1e-6
 
 
+def graphs(name, text):
+    torch._dynamo.utils.counters.clear()
+    trained = train(name, text, QUICK, Compile(backend="eager"))
+    counted = torch._dynamo.utils.counters
+    return *trained, (counted["stats"]["unique_graphs"], dict(counted["graph_break"]))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("name", ["zero3", "pp"])
+def test_blocks_that_stand_apart_are_compiled_whole_and_once_for_all(ranks, text, single, name):
+    found = ranks(graphs, 2, name, text)
+    assert off([each[:2] for each in found], single) < 2e-6
+    forms = {"zero3": 2, "pp": 3}[name]  # with and without gradients; a whole batch, unscheduled
+    assert [counted for *_, counted in found] == [(forms, {})] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "world"), [("zero3", 2), ("ep", 2), ("ep", 4), ("zero3 x ep", 4), ("hsdp x ep", 4)]
 )

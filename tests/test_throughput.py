@@ -228,11 +228,18 @@ def test_writing_leaves_a_compiled_net_uncompiled() -> None:
 
     module = model()
     net: Any = module.net
-    calls: list[int] = []
-    net._compiled_call_impl = lambda *args: calls.append(1)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    net.compile(backend=backend)
+    net.blocks["1"].forward = torch.compile(net.blocks["1"].forward, backend=backend)
     assert generate(net, [torch.tensor([1, 2])], 4, 8).tokens.shape == (1, 4)
-    assert not calls
-    assert net._compiled_call_impl is not None
+    assert not graphs
+    net(torch.tensor([[1, 2]]))
+    assert graphs
 
 
 def test_a_mode_that_the_backend_has_not_is_refused() -> None:

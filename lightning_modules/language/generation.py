@@ -189,17 +189,13 @@ def chosen(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> 
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Switch dropout off, and a compiled net to eager: a prompt of each length would recompile."""
     modes = [(module, module.training) for module in net.modules()]
-    compiled = [(m, m._compiled_call_impl) for m, _ in modes if m._compiled_call_impl is not None]
     net.eval()
-    for module, _ in compiled:
-        module._compiled_call_impl = None
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for module, call in compiled:
-            module._compiled_call_impl = call
 
 
 def _sound(pen: Pen) -> None:
