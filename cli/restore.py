@@ -9,11 +9,9 @@ import torch
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities import rank_zero_only
 
-from ravine.strategies.checkpoint_io import AtomicCheckpointIO
+from ravine.strategies import AtomicCheckpointIO, MeshStrategy, sharded, states
 
 from .errors import Mistake
-
-SHOWN = 5  # tensors named in a message
 
 
 class Restore(_CheckpointConnector):
@@ -33,7 +31,7 @@ class Restore(_CheckpointConnector):
     def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, *args: Any) -> None:
         self.rates = rates(self.trainer)  # a sharding strategy restores its optimizers here
         if checkpoint_path:
-            refuse_other_shapes(self.trainer.lightning_module, Path(checkpoint_path), self.changed)
+            refuse_other_shapes(self.trainer, Path(checkpoint_path), self.changed)
         super()._restore_modules_and_callbacks(checkpoint_path, *args)
 
     def restore_callbacks(self) -> None:
@@ -73,26 +71,18 @@ def read(path: Path) -> dict[str, Any]:
     )
 
 
-def refuse_other_shapes(module: L.LightningModule, path: Path, changed: list[str]) -> None:
+def refuse_other_shapes(trainer: L.Trainer, path: Path, changed: list[str]) -> None:
     """Compare the names and sizes of a checkpoint's weights with those of the model as built."""
-    if path.is_dir():
-        return  # in shards: their loader compares them
-    theirs = {name: tuple(t.shape) for name, t in read(path)["state_dict"].items()}
-    ours = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    wrong = [
-        f"{name} is {ours[name]} here and {theirs[name]} there"
-        for name in ours.keys() & theirs.keys()
-        if ours[name] != theirs[name]
-    ]
-    if module.strict_loading:
-        wrong += [f"{name} is only here" for name in ours.keys() - theirs.keys()]
-        wrong += [f"{name} is only there" for name in theirs.keys() - ours.keys()]
-    if wrong:
-        more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+    module, strategy = trainer.lightning_module, trainer.strategy
+    spread = isinstance(strategy, MeshStrategy)
+    if path.is_dir() and (spread or sharded.damage(path)):
+        return  # its loader says so
+    ours = strategy.sizes() if spread else states.sizes(module.state_dict())
+    theirs = states.sizes_in(path) if path.is_dir() else states.sizes(read(path)["state_dict"])
+    if wrong := states.apart(ours, theirs, module.strict_loading):
         flags = [f"--{key}" for key in changed if key.startswith("model.")]
         raise Mistake(
-            f"the weights in {path} do not fit this {type(module).__name__}: "
-            + "; ".join(sorted(wrong)[:SHOWN] + more),
+            f"the weights in {path} do not fit this {type(module).__name__}: {wrong}",
             [],
             f"the command without {' and '.join(flags)}" if flags else "a checkpoint of this model",
         )

@@ -115,6 +115,12 @@ def check(path: str | Path) -> str | None:
         return _words(error)
 
 
+def refusal(path: Path) -> str | None:
+    """None if the file or folder is a whole checkpoint, else what to say of it."""
+    reason = check(path)
+    return None if reason is None else str(_unreadable(path, reason))
+
+
 def newest_valid(folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest whole checkpoint of a folder, and the damaged ones that are newer, with reasons.
 

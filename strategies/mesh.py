@@ -10,6 +10,7 @@ each matrix.
 
 import atexit
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import sharded, states
-from .checkpoint_io import CheckpointError, check, refuse_foreign
+from .checkpoint_io import CheckpointError, refusal, refuse_foreign
 from .context import Context
 from .layout import Layout, check_choices, check_together, check_whole, lay_out, resolve
 from .parallelize import Spread, copy_from_rank_zero, is_parallel, parallelize
@@ -280,13 +281,20 @@ class MeshStrategy(ModelParallelStrategy):
         module, optimizers = self.lightning_module, self.optimizers
         assert module is not None
         if path.is_dir():
-            reason = self.broadcast(check(path) if self.is_global_zero else None)
-            if reason:
-                raise CheckpointError(f"the checkpoint {path} cannot be used: {reason}")
+            if wrong := self.broadcast(refusal(path) if self.is_global_zero else None):
+                raise CheckpointError(wrong)
+            states.refuse_others(module, self.sizes(), states.sizes_in(path))
             return states.load_parts(module, optimizers, path, self._owned, self._stages)
         checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        states.refuse_others(module, self.sizes(), states.sizes(checkpoint["state_dict"]))
         states.load(module, optimizers, checkpoint, self._owned, self._stages)
         return checkpoint
+
+    def sizes(self) -> states.Sizes:
+        """The size of each weight of the whole net, wherever its stages are."""
+        assert self.lightning_module is not None
+        with self.pipeline.whole() if self.pipeline else nullcontext():
+            return states.sizes(self.lightning_module.state_dict())
 
     def _owned(self, parameter: Tensor) -> bool:
         assert self.layout is not None

@@ -25,6 +25,7 @@ from .checkpoint_io import CheckpointError
 
 SHOWN = 5  # tensors named in a message
 Owned = Callable[[Tensor], bool]
+Sizes = dict[str, tuple[int, ...]]
 
 
 class Stages(NamedTuple):
@@ -132,15 +133,11 @@ def load_parts(
     parameters = {number: p for p, number in place.items() if owned(p)}
     named = dict(module.named_parameters())
     found = dict(sharded.entries(path))
-    ours: dict[sharded.Place, Tensor] = {
+    tensors: dict[sharded.Place, Tensor] = {
         ("state_dict", name): value
         for name, value in module.state_dict().items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and ("state_dict", name) in found
     }
-    if stages is not None:
-        found = {at: e for at, e in found.items() if at[0] != "state_dict" or at in ours}
-    refuse_other_shapes(module, ours, found)
-    tensors: dict[sharded.Place, Tensor] = {at: t for at, t in ours.items() if at in found}
     for at, entry in found.items():
         if at[0] == "optimizer_states":
             if optimizers and at[3] in parameters:
@@ -156,27 +153,42 @@ def load_parts(
     return checkpoint
 
 
-def refuse_other_shapes(
-    module: nn.Module,
-    ours: dict[sharded.Place, Tensor],
-    found: dict[sharded.Place, Any],
-) -> None:
-    """Compare names and sizes of a folder's weights with the module's before one of them is set."""
-    theirs = {place: entry.size for place, entry in found.items() if place[0] == "state_dict"}
+def sizes(state: dict[str, Any]) -> Sizes:
+    """The size of each tensor of a state_dict."""
+    return {name: tuple(t.shape) for name, t in state.items() if isinstance(t, Tensor)}
+
+
+def sizes_in(path: Path) -> Sizes:
+    """The size of each weight in a folder."""
+    return {str(at[1]): tuple(e.size) for at, e in sharded.entries(path) if at[0] == "state_dict"}
+
+
+def apart(ours: Sizes, theirs: Sizes, strict: bool) -> str:
+    """In what the weights of a checkpoint differ from a net's; empty if they fit.
+
+    Args:
+        ours: those of the whole net, the same on every rank, so that all refuse or none
+        theirs: the checkpoint's
+        strict: whether one may not have what the other has not
+    """
     wrong = [
-        f"{place[1]} is {tuple(ours[place].shape)} here and {tuple(theirs[place])} there"
-        for place in ours.keys() & theirs.keys()
-        if ours[place].shape != theirs[place]
+        f"{name} is {ours[name]} here and {theirs[name]} there"
+        for name in ours.keys() & theirs.keys()
+        if ours[name] != theirs[name]
     ]
-    if module.strict_loading:  # type: ignore[attr-defined]
-        wrong += [f"{place[1]} is only here" for place in ours.keys() - theirs.keys()]
-        wrong += [f"{place[1]} is only there" for place in theirs.keys() - ours.keys()]
-    if wrong:
-        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    if strict:
+        wrong += [f"{name} is only here" for name in ours.keys() - theirs.keys()]
+        wrong += [f"{name} is only there" for name in theirs.keys() - ours.keys()]
+    more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+    return "; ".join(sorted(wrong)[:SHOWN] + more)
+
+
+def refuse_others(module: nn.Module, ours: Sizes, theirs: Sizes) -> None:
+    """Refuse weights of another architecture before one of them is set."""
+    if wrong := apart(ours, theirs, module.strict_loading):  # type: ignore[arg-type]
         raise CheckpointError(
-            f"the checkpoint's weights do not fit this {type(module).__name__}: "
-            + "; ".join(sorted(wrong)[:SHOWN])
-            + f"{more}; build the model as the run did, or choose another checkpoint"
+            f"the checkpoint's weights do not fit this {type(module).__name__}: {wrong}; build the"
+            " model as the run did, or choose another checkpoint"
         )
 
 

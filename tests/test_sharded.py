@@ -5,17 +5,13 @@ The run: Muon and AdamW as one optimizer, an average of the weights, a schedule,
 
 import os
 import pickle
-import random
 import shutil
-import signal
-import time
 from functools import partial
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import furthest, whole
 from torch.optim import AdamW
 
@@ -59,7 +55,7 @@ class Save(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def train(name, text, save=None, resume=None, width=16):
+def train(name, text, save=None, resume=None, **shape):
     L.seed_everything(0, verbose=False)
     muon = Muon(
         0.02, partial(AdamW, lr=0.003), iteration_dtype="float32", schedule=Schedule("linear")
@@ -78,7 +74,7 @@ def train(name, text, save=None, resume=None, width=16):
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    module = LanguageModel(**TINY | {"width": width})
+    module = LanguageModel(**TINY | shape)
     trainer.fit(module, TextDataModule(text, context=16, batch_size=8), ckpt_path=resume)
     average = {name: p.detach().clone() for name, p in whole(module).items()}
     ema._show(module, average=False)  # now the raw weights
@@ -213,18 +209,61 @@ def test_a_folder_that_is_not_whole_is_refused_and_passed_over(written, tmp_path
         AtomicCheckpointIO().load_checkpoint(tmp_path / "step=2.ckpt")
 
 
-def other_shapes(name, text, path):
+def other_shapes(name, text, path, shape):
     with pytest.raises(CheckpointError) as refusal:
-        train(name, text, resume=path, width=32)
+        train(name, text, resume=path, **shape)
     return str(refusal.value)
 
 
-def test_parts_of_another_architecture_are_refused_by_name(ranks, text, written):
-    for said in ranks(other_shapes, 2, "zero3 2", text, written[0] / "zero3 4.ckpt"):
+@pytest.mark.parametrize("source", ["zero3 4", "single"])
+@pytest.mark.parametrize("name", ["zero3 2", "pp 2"])
+def test_weights_of_another_architecture_are_refused_by_name(ranks, text, written, name, source):
+    path = written[0] / f"{source}.ckpt"
+    for said in ranks(other_shapes, 2, name, text, path, {"width": 32}):
         assert (
             "do not fit this LanguageModel: net.blocks.0.attention.key.weight is (32, 32)" in said
         )
         assert "and (16, 16) there" in said
+    for said in ranks(other_shapes, 2, name, text, path, {"layers": 3}):
+        assert "net.blocks.2.attention.key.weight is only here" in said
+
+
+@pytest.mark.parametrize("name", ["zero3 2", "pp 2"])
+def test_blocks_that_only_the_checkpoint_has_are_not_left_out(ranks, text, tmp_path, name):
+    train("single", text, save=tmp_path / "deep.ckpt", layers=3)
+    for said in ranks(other_shapes, 2, name, text, tmp_path / "deep.ckpt", {}):
+        assert "net.blocks.2.attention.key.weight is only there" in said
+
+
+WORDS = [
+    *("fit", "--model=LanguageModel", "--model.layers=2", "--model.width=16", "--model.heads=4"),
+    *("--data=TextDataModule", "--data.context=16", "--trainer.accelerator=cpu"),
+    *("--trainer.limit_val_batches=0", "--trainer.logger=false", "--trainer.max_steps=2"),
+]
+
+
+def command(folder, words):
+    os.chdir(folder)
+    return main(words)
+
+
+def test_the_command_line_continues_a_file_on_stages(ranks, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*WORDS, f"--data.path={text}", "--data.batch_size=8"]
+    assert main(words) == 0
+    words += ["--trainer.max_steps=4", "--ckpt_path=auto", "--trainer.devices=2"]
+    assert ranks(command, 2, tmp_path, [*words, "--trainer.strategy=pp"]) == [0, 0]
+    (path,) = tmp_path.rglob("step=000004.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 4
+
+
+def test_one_process_refuses_parts_of_another_architecture(written, text, capsys, tmp_path):
+    path = written[0] / "zero3 2.ckpt"
+    words = [*WORDS, f"--data.path={text}", f"--ckpt_path={path}", "--model.width=32"]
+    assert command(tmp_path, words) == 2
+    said = capsys.readouterr().err
+    assert f"the weights in {path} do not fit this LanguageModel: " in said
+    assert "type: a checkpoint of this model\n" in said
 
 
 def test_an_index_that_would_run_a_program_is_not_read(written, tmp_path):
@@ -232,43 +271,3 @@ def test_an_index_that_would_run_a_program_is_not_read(written, tmp_path):
     (path / ".metadata").write_bytes(pickle.dumps(os.getcwd))
     with pytest.raises(pickle.UnpicklingError, match=r"asks for posix.getcwd"):
         list(sharded.entries(path))
-
-
-def save_without_end(folder, rank):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    weight = torch.zeros(40_000)
-    for number in range(1, 10_000):
-        content = {"state_dict": {f"{rank}": weight + number}, "number": number}
-        sharded.write(content, folder / "runs" / f"step={number % 3}.ckpt")
-
-
-def in_fork(folder, rank):
-    """Start a rank in a process of its own; its id."""
-    if child := os.fork():
-        return child
-    try:
-        save_without_end(folder, rank)
-    finally:
-        os._exit(1)
-
-
-def test_killed_thirty_times_in_a_sharded_save_what_looks_whole_is_whole(tmp_path):
-    dice, found = random.Random(1), 0
-    for turn in range(30):
-        folder = tmp_path / str(turn)
-        (folder / "runs").mkdir(parents=True)
-        jobs = [in_fork(folder, rank) for rank in (0, 1)]
-        limit = time.monotonic() + 30
-        while not any((folder / "runs").glob("*.ckpt")) and time.monotonic() < limit:
-            time.sleep(0.005)
-        time.sleep(dice.uniform(0, 0.05))
-        for job in dice.sample(jobs, 2):
-            os.kill(job, signal.SIGKILL)
-            os.waitpid(job, 0)
-        for path in (folder / "runs").glob("*.ckpt"):
-            if (path / "manifest.json").exists():  # it looks complete
-                content, found = AtomicCheckpointIO().load_checkpoint(path), found + 1
-                for weight in content["state_dict"].values():
-                    assert (weight == content["number"]).all()
-    assert found >= 30
