@@ -398,6 +398,14 @@ def test_only_what_stands_before_the_end_counts() -> None:
         assert bare.item() == estimator.loss(scores, MASK, *how).item()
 
 
+def test_drift_is_the_root_mean_square_over_what_was_drawn() -> None:
+    fake = rollout()
+    away = torch.where(torch.arange(L) == 1, 0.3, 0.0).where(MASK, 9.0)  # of the second token
+    share = (LENGTHS > 1).sum() / LENGTHS.sum()
+    found = rollouts.drift(fake.sampled + away, fake)
+    assert found.item() == pytest.approx(0.3 * share.sqrt().item())
+
+
 def test_top_k_is_scored_as_it_is_drawn() -> None:
     """With two of three tokens, fewer texts are possible, and their probabilities add up to one."""
     two = Sampling(0.8, top_k=2)

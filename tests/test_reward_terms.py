@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ravine.datamodules.tokenizers import CharTokenizer
 from ravine.lightning_modules import (
     BatchDistance,
     Binary,
@@ -22,6 +23,10 @@ from ravine.lightning_modules import (
     VocabularyFraction,
     WordUniqueness,
 )
+from ravine.lightning_modules.language.generation import Generated
+from ravine.lightning_modules.policy.estimators import Estimator
+from ravine.lightning_modules.policy.judge import Judge
+from ravine.lightning_modules.policy.kl import KL
 from ravine.lightning_modules.policy.overlap import distances, mean_pairwise, to_nearest
 from ravine.lightning_modules.policy.rewards import (
     Facts,
@@ -50,6 +55,20 @@ def samples(*texts: str, everyone: tuple[str, ...] | None = None, first: int = 0
 
 def score(term: Reward, *texts: str) -> list[float]:
     return answers_of([term], samples(*texts))[0].tolist()
+
+
+def test_what_stands_after_the_end_is_not_read() -> None:
+    """Padding is token 0, which is a character: of a text that met the end, or the stop."""
+    tokenizer = CharTokenizer("!.abc")
+    tokenizer.end = 4
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    tokens = torch.tensor([[2, 3, 4, 0], [2, 1, 0, 0], [2, 3, 2, 0]])
+    terms = [RewardFunction(lambda texts: map(len, texts), name="length")]
+    how = Estimator("none"), KL(), 4, 1, tokenizer, ".", None, lambda x: x, 0
+    judged = Judge(terms, *how)(list("pqr"), {}, Generated(tokens, -mask.float(), mask), None, None)
+    assert [row["text"] for row in judged.rows] == ["ab", "a", "aba!"]
+    assert judged.weights.tolist() == [2, 1, 4]
+    assert judged.share == 9
 
 
 TERMS: list[tuple[Reward, list[str], list[float]]] = [

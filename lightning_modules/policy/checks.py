@@ -44,10 +44,11 @@ def check_fits(what: str, prompt: str, size: int, new: int, context: int) -> Non
     """Refuse a prompt of `size` tokens that leaves no place for the new ones."""
     if size + new - 1 > context:
         fits = context - size + 1
-        fewer = f"--model.new={fits} or less, or " if fits > 0 else ""
+        fewer = f"type --model.new={fits} or less, or " if fits > 0 else ""
+        shorter = f" (snippets: --data.length={context - new + 1})" if new <= context else ""
         raise ValueError(
             f"{what} has {size} tokens, and with {new} new ones it does not fit into the {context} "
-            f"that the model sees: {prompt[:40]!r}; type {fewer}--data.length, or shorten the file"
+            f"that the model sees: {prompt[:40]!r}; {fewer}give shorter prompts{shorter}"
         )
 
 
