@@ -131,13 +131,25 @@ class Trainer(L.Trainer):
     def log_dir(self) -> str | None:
         """Folder of this run; made when a run that has begun asks for it, on all ranks together."""
         if self._folder is None and self.lightning_module is not None and not self._tries:
-            self._folder = self.strategy.broadcast(self._claim() if self.is_global_zero else "")
+            self._folder = self._claimed()
             self.loggers = [self._made(each, self._folder) for each in self._loggers_wanted]
             for callback in self.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     callback.dirpath = os.path.join(self._folder, "checkpoints")
             self.print(f"run: {self._folder}, on {self._machine()}")
         return self._folder
+
+    def _claimed(self) -> str:
+        """The folder that rank 0 has made; where it cannot, no rank waits for it."""
+        folder, problem = "", None
+        if self.is_global_zero:
+            try:
+                folder = self._claim()
+            except (Mistake, OSError) as error:
+                problem = error
+        if folder := self.strategy.broadcast(folder):
+            return folder
+        raise problem or no_folder(Path(self.default_root_dir), OSError(0, "not by rank 0"))
 
     def _claim(self) -> str:
         """Make the next free folder; of two runs that start together each gets its own."""

@@ -254,6 +254,24 @@ def test_a_place_that_refuses_a_runs_folder_is_left_in_words(
         Trainer(name="a", max_steps=1, accelerator="cpu").fit(NetInInit())
 
 
+def _refused(root: str) -> str:
+    trainer = Trainer(
+        default_root_dir=root, max_steps=1, accelerator="cpu", devices=2, strategy="ddp"
+    )
+    with pytest.raises(ValueError, match="cannot be made") as wrong:
+        trainer.fit(NetInInit())
+    return str(wrong.value)
+
+
+def test_a_folder_that_rank_0_cannot_make_is_missed_by_all(
+    ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    first, other = ranks(_refused, 2, str(tmp_path / "file"))
+    assert "type: --trainer.default_root_dir=FOLDER" in first
+    assert "type: --trainer.default_root_dir=FOLDER" in other
+
+
 @pytest.mark.parametrize("key", ["accumulate_grad_batches", "val_check_interval"])
 def test_every_nothing_is_no_interval(key: str) -> None:
     with pytest.raises(ValueError, match=rf"{key} is 0\n  allowed: 1 or more"):
