@@ -69,8 +69,13 @@ def check_choices(zero: int, schedule: str, schedules: list[str], microbatches: 
         )
 
 
-def check_whole(module: Any, degrees: dict[str, int]) -> None:
-    """Refuse axes along which a module says, by `whole_along`, that it cannot be cut."""
+def check_module(module: Any, degrees: dict[str, int], sequence_parallel: bool) -> None:
+    """Refuse axes along which a module says, by `whole_along`, or shows that it cannot be cut."""
+    if sequence_parallel and not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} steps its own optimizers (manual optimization), which"
+            " sequence_parallel cannot follow; type --trainer.strategy tp"
+        )
     for axis in getattr(module, "whole_along", ()):
         if degrees[axis] > 1:
             raise ValueError(

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from . import sharded, states
 from .checkpoint_io import CheckpointError, refusal, refuse_foreign
 from .context import Context
-from .layout import Layout, check_choices, check_together, check_whole, lay_out, resolve
+from .layout import Layout, check_choices, check_module, check_together, lay_out, resolve
 from .parallelize import Spread, copy_from_rank_zero, is_parallel, parallelize
 from .pipeline import SCHEDULES, Pipeline, Schedule
 from .recompute import Mode
@@ -138,13 +138,8 @@ class MeshStrategy(ModelParallelStrategy):
         """Parallelise after `configure_model`, before weights are restored and optimizers made."""
         module = self.lightning_module
         assert module is not None
-        if self.sequence_parallel and not module.automatic_optimization:
-            raise ValueError(
-                f"{type(module).__name__} steps its own optimizers (manual optimization), which"
-                " sequence_parallel cannot follow; type --trainer.strategy tp"
-            )
         assert self.layout is not None
-        check_whole(module, self.layout.degrees)
+        check_module(module, self.layout.degrees, self.sequence_parallel)
         if self.layout.degrees["cp"] > 1:
             self.context = Context(module, self.layout.named["cp"])
         self.spread = self.parallelize(module)
