@@ -12,6 +12,9 @@ import torch
 import yaml
 
 from ravine.cli.main import main
+from ravine.strategies import NAMES as PRESETS
+from ravine.strategies import MeshStrategy
+from ravine.strategies.layout import resolve
 
 OVERLAYS = Path(__file__).resolve().parent.parent / "configs" / "strategy"
 NAMES = sorted(path.stem for path in OVERLAYS.glob("*.yaml"))
@@ -62,11 +65,38 @@ def test_what_only_the_first_batch_shows_is_refused_and_leaves_no_run(ranks, tmp
     assert not list(tmp_path.rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_overlay_begins_with_a_command_that_names_it(name):
-    text = (OVERLAYS / f"{name}.yaml").read_text()
-    assert re.match(rf"# lightning fit --config \S+ .*--config strategy/{name}\b", text)
-    assert set(yaml.safe_load(text)) == {"trainer"}
+def read(path):
+    """The command above a file, the trainer's flags in it, and the text of the file."""
+    text = path.read_text()
+    command = re.search(r"# ([^\n]*--config gpt2/124m.*?[^\\])\n", text, re.DOTALL)[1]
+    return command, dict(re.findall(r"--trainer\.(\w+)=(\d+)", command)), text
+
+
+@pytest.mark.parametrize("name", [*NAMES, "torchrun.sh", "slurm.sh"])
+def test_the_command_above_a_file_names_it_and_can_be_typed(name):
+    script = name.endswith(".sh")
+    path = OVERLAYS.parent / "cluster" / name if script else OVERLAYS / f"{name}.yaml"
+    command, flags, text = read(path)
+    overlay = "hsdp" if script else name
+    start = rf".*cluster/{name}" if script else "lightning fit"
+    assert re.match(rf"{start} --config gpt2/124m .*--config strategy/{overlay}\b", command)
+    if script:
+        flags |= {"devices": 8, "num_nodes": 2}
+    else:
+        assert set(yaml.safe_load(text)) == {"trainer"}
+    base = yaml.safe_load((OVERLAYS.parent / "gpt2" / "124m.yaml").read_text())
+    how = yaml.safe_load((OVERLAYS / f"{overlay}.yaml").read_text())["trainer"]["strategy"]
+    arguments = PRESETS[how][1] if isinstance(how, str) else how["init_args"]
+    world = int(flags["devices"]) * int(flags.get("num_nodes", 1))
+    mesh = resolve(MeshStrategy(**arguments).degrees, world)
+    usual = base["trainer"]
+    steps = int(flags.get("accumulate_grad_batches", usual["accumulate_grad_batches"]))
+    share, left = divmod(
+        base["data"]["init_args"]["batch_size"], steps * mesh["dp_replicate"] * mesh["dp_shard"]
+    )
+    assert left == 0
+    assert share % arguments.get("microbatches", 1) == 0
+    assert int(flags.get("val_check_interval", usual["val_check_interval"])) == 2000 * steps
 
 
 @pytest.mark.parametrize(

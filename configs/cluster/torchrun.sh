@@ -1,6 +1,9 @@
 #!/bin/bash
-# On each of two nodes: HEAD=node0 configs/cluster/torchrun.sh --config gpt2/124m --config strategy/hsdp
-# HEAD is the name of one of them, PORT a free port there, NODES and DEVICES how many there are of each.
+# On each of two nodes, in a folder that both see (runs/ is there):
+# HEAD=node0 configs/cluster/torchrun.sh --config gpt2/124m --config strategy/hsdp \
+#   --trainer.accumulate_grad_batches=5 --trainer.val_check_interval=10000
+# HEAD is the name of one of them, PORT a free port there (29500), NODES (2) and DEVICES (8) how many
+# there are of each.
 # A run that fails is started again on all nodes, at most three times, and goes on from its newest
 # checkpoint that is whole. SIGTERM, SIGUSR1 or Ctrl-C to this script on any node stops all of them
 # with a checkpoint and status 143, 138 or 130; the same command goes on.
