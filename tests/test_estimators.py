@@ -334,6 +334,7 @@ def test_k2_and_k3_in_the_loss_lower_the_next_tokens_divergence(name: str, forwa
     found = gradient((P * kl.penalty(scores, fake.reference, MASK, L)).sum())
     exact = gradient(next_token_divergence(forward)) / L
     assert off(found, exact) < EXACT
+    assert not fake.reference.requires_grad  # though the reference could learn
     assert off(found, gradient(divergence()) / L) > 0.05  # not the divergence of whole texts
     whole = loss_of(fake._replace(weights=0 * P), scores, Estimator("none"), kl, L)
     assert whole.item() == pytest.approx(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,12 @@ from ravine.lightning_modules.policy import base_model
 from ravine.lightning_modules.policy.estimators import Estimator
 from ravine.lightning_modules.policy.kl import KL
 from ravine.lightning_modules.policy.rewards import check_terms
-from ravine.lightning_modules.policy.rollout import by_reference, log_probabilities, loss_of
+from ravine.lightning_modules.policy.rollout import (
+    adapters_off,
+    by_reference,
+    log_probabilities,
+    loss_of,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
@@ -86,6 +92,9 @@ def policy(base: str, *rewards, **how: Any) -> Reinforce:
 def data(base: str, **how: Any) -> PromptDataModule:
     how = {"length": 8, "batch_size": 8, "val_prompts": 8} | how
     return PromptDataModule(base.replace("base.ckpt", "text.txt"), **how)
+
+
+NONE = Estimator("none")
 
 
 class Watch(L.Callback):
@@ -466,6 +475,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         lambda b: policy(b, reward_of(0.5, math.nan)),
         r"the reward mine is nan for sample 1 \('.*'\); return a number, or None",
     ),
+    "infinite": (
+        lambda b: policy(b, reward_of(math.inf)),
+        r"the reward mine is inf for sample 0 \('.*'\); return a number, or None",
+    ),
     "too few": (
         lambda b: policy(b, RewardFunction(lambda texts: [1.0, 2.0], name="two")),
         r"the reward two gave 2 numbers for 8 samples, 0 to 7; return one for each",
@@ -625,6 +638,18 @@ def test_a_base_that_was_cut_off_is_said_so(base, tmp_path) -> None:
         base_model.read("")
 
 
+def test_of_a_folder_the_newest_checkpoint_is_the_base(tmp_path) -> None:
+    for name, age in (("b", 3), ("c", 1), ("a", 2)):
+        (tmp_path / f"{name}.ckpt").touch()
+        os.utime(tmp_path / f"{name}.ckpt", (10**9 - age, 10**9 - age))
+    assert base_model.find(str(tmp_path)) == tmp_path / "c.ckpt"
+
+
+def test_a_micro_batch_of_one_sample_is_refused_as_a_batch_of_one(base) -> None:
+    with pytest.raises(ValueError, match="mean compares the samples of a batch, and here that is"):
+        fit(policy(base), data(base), 1, accumulate_grad_batches=8)
+
+
 def test_a_base_in_parts_is_refused_with_the_command_that_joins_them(base, tmp_path) -> None:
     (tmp_path / "run" / "step=2.ckpt").mkdir(parents=True)
     (tmp_path / "run" / "step=2.ckpt" / "__0_0.distcp").touch()
@@ -647,6 +672,21 @@ def test_a_reward_that_fails_on_one_rank_ends_all(ranks, base) -> None:
     assert "hung" not in str(error.value)
 
 
+def stopped(base: str, stop: str | None, devices: int = 1) -> list[str]:
+    how = {"strategy": "zero3", "devices": devices} if devices > 1 else {}
+    model = policy(base, reward_of(1.0), reference="none", new=40, stop=stop, estimator=NONE)
+    fit(model, data(base, batch_size=2), 1, **how)
+    return [row["text"] for row in model.samples()]
+
+
+def test_a_rank_whose_texts_have_ended_writes_on_as_long_as_others_do(ranks, base) -> None:
+    """Where a net is sharded, they gather its weights together."""
+    first, second = stopped(base, None)
+    stop = next(c for c in first[:30] if c not in second)
+    both = ranks(stopped, 2, base, stop, 2)
+    assert both == [[first.partition(stop)[0]], [second]]
+
+
 @pytest.mark.parametrize("axis", ["cp", "pp"])
 def test_a_strategy_that_would_cut_the_texts_is_refused(ranks, base, axis: str) -> None:
     with pytest.raises(AssertionError) as error:
@@ -667,6 +707,22 @@ def test_adapters_switched_off_are_the_reference(base) -> None:
     assert found[0][2]["train/kl_k3"] > 1e-5
     for copied, switched in zip(*found, strict=True):
         assert switched == pytest.approx(copied, abs=1e-6)
+
+
+def test_adapters_are_switched_on_again_whatever_happens() -> None:
+    net = torch.nn.Linear(1, 1)
+    net.lora_enabled = True  # type: ignore[assignment]
+    with pytest.raises(KeyError, match="False"), adapters_off(net):
+        raise KeyError(net.lora_enabled)
+    assert net.lora_enabled
+
+
+def test_rewards_of_prompts_in_a_file_compare_with_the_corpus_beside_it(base, tmp_path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n' * 3)
+    (tmp_path / "plays.txt").write_text("speak again")
+    prompts = PromptDataModule(tmp_path / "p.jsonl", corpus=tmp_path / "plays.txt")
+    prompts.setup("fit")
+    assert (prompts.text, prompts.prompts) == ("speak again", ["one"] * 3)
 
 
 @pytest.mark.parametrize(

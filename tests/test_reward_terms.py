@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import random
 import sys
 
@@ -33,10 +34,11 @@ from ravine.lightning_modules.policy.rewards import (
     Reward,
     RewardError,
     Samples,
+    check_scored,
     combine,
 )
 from ravine.lightning_modules.policy.rewards import evaluate as answers_of
-from ravine.lightning_modules.policy.watching import of_texts
+from ravine.lightning_modules.policy.watching import measure, of_rewards, of_texts, of_tokens
 
 PLAY = (
     "ROMEO:\nO speak again, bright angel.\n\nJULIET:\nGood night, good night.\n\nFirst Lord:\nHo!\n"
@@ -152,6 +154,33 @@ def test_the_measures_of_texts_are_their_counts() -> None:
     assert found["distinct"] == pytest.approx(2 / 3)
     assert found["vocabulary"] == pytest.approx(4 / 6)
     assert found["distinct_words"] == 4
+    found = of_texts(["a b c d", "a b c d", "e f g h"], None)
+    assert found["jaccard"] == pytest.approx(2 / 3)
+    assert found["nearest_jaccard"] == pytest.approx(1 / 3)
+    assert "vocabulary" not in found
+
+
+def test_the_measures_of_tokens_are_means_over_what_was_written() -> None:
+    log_p, log_ref = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
+    mask = torch.tensor([[True, True, False]])
+    found = of_tokens(measure(Generated(mask.long(), log_p, mask), log_ref, KL(), 3), True)
+    k3 = math.exp(-0.5) - 1 + 0.5 + math.exp(1.0) - 1 - 1
+    exact = {"entropy": 1.5, "tokens": 2, "kl": (0.5 - 1.0) / 2, "kl_k3": k3 / 2}
+    assert found == pytest.approx(exact)
+    assert "kl" not in of_tokens(measure(Generated(mask.long(), log_p, mask), None, KL(), 3), False)
+
+
+def test_mean_and_spread_of_a_term_are_over_what_it_scored() -> None:
+    term, scores = RewardFunction(lambda texts: [], name="mine"), torch.tensor([0.0, math.nan, 4.0])
+    found = of_rewards([term], scores[None], scores)
+    exact = {"mine": 2, "mine_spread": 2, "reward": 2, "reward_spread": 2}
+    assert found == exact
+    nothing = torch.full((1, 3), math.nan)
+    with pytest.raises(RewardError, match="mine is None for all 3 samples"):
+        check_scored([term], nothing)
+    term.weight = 0.0
+    check_scored([term], nothing)  # of what is watched only
+    assert of_rewards([term], nothing, scores) == {"reward": 2, "reward_spread": 2}
 
 
 BLIND = {
