@@ -709,9 +709,16 @@ def test_adapters_switched_off_are_the_reference(base) -> None:
         assert switched == pytest.approx(copied, abs=1e-6)
 
 
+def test_a_reference_that_would_learn_is_refused(base) -> None:
+    lora = LoRA(rank=2, train_also=["net.head"])
+    with pytest.raises(ValueError, match=r"head\.weight learns beside them.*reference=copy"):
+        fit(policy(base, kl=KL(0.1), reference="lora"), data(base), 1, callbacks=[lora])
+    fit(policy(base, kl=KL(0.1)), data(base), 1, callbacks=[LoRA(rank=2, train_also=["net.head"])])
+
+
 def test_adapters_are_switched_on_again_whatever_happens() -> None:
     net = torch.nn.Linear(1, 1)
-    net.lora_enabled = True  # type: ignore[assignment]
+    net.requires_grad_(False).lora_enabled = True  # type: ignore[assignment]
     with pytest.raises(KeyError, match="False"), adapters_off(net):
         raise KeyError(net.lora_enabled)
     assert net.lora_enabled

@@ -121,6 +121,13 @@ def adapters_off(net: nn.Module) -> Iterator[None]:
             "reference: lora asks the net with its adapters switched off, and it has none; add "
             "the callback: --trainer.callbacks+=LoRA, or type --model.reference=copy"
         )
+    others = [n for n, p in net.named_parameters() if p.requires_grad and "lora_" not in n]
+    if others:
+        raise ValueError(
+            f"reference: lora is the net without its adapters, and {others[0]} learns beside them, "
+            "so that it would not stay what it was; type --model.reference=copy, or leave "
+            "train_also out"
+        )
     before = [adapter.lora_enabled for adapter in adapters]
     for adapter in adapters:
         adapter.lora_enabled = False
