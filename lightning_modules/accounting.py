@@ -68,17 +68,26 @@ def collectives(
     tp: int = 1,
     sequence: bool = False,
     ep: int = 1,
+    cp: int = 1,
+    stages: int = 1,
+    microbatches: int = 4,
 ) -> dict[str, int]:
     """Messages of one training step of a transformer, one micro-batch, all ranks alike.
+
+    Sends from one rank to another are those of all ranks together: a pipeline's ends have fewer.
 
     A block is one unit of sharding, and the rest of the net another. With ZeRO-3 a unit is gathered
     forward and backward, with ZeRO-2 once; each has its gradients scattered; copies add theirs up.
     Tensor parallelism sums twice a block in each direction, which `sequence` does in two halves.
-    A mixture sends tokens there and back, in each direction.
+    A mixture sends tokens there and back, in each direction. In a ring keys and values take n - 1
+    steps in each direction, and their gradients n. Each boundary of `stages` is crossed by each
+    micro-batch both ways, and the last stage tells the loss. (Not for a ring in a pipeline.)
 
     collectives(12, shards=8)["all_gather"]  # 26
     """
     units, found = layers + 1, {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
+    alike = shards * copies * tp  # rings, or pipelines
+    shards *= cp  # parameters are shared out over both
     if zero == 1 and shards * copies > 1:
         found["all_reduce"] += units
         found["all_gather"] += 1  # parameters are handed round
@@ -93,4 +102,7 @@ def collectives(
     elif tp > 1:
         found["all_reduce"] += 4 * layers
     found["all_to_all"] = 4 * layers if ep > 1 else 0
+    found["broadcast"] = int(stages > 1)
+    ring = layers * cp * (3 * cp - 2) if cp > 1 else 0
+    found["send"] = alike * (ring + 2 * microbatches * (stages - 1))
     return found
