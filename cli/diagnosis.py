@@ -26,6 +26,7 @@ from .errors import Mistake, program, unknown
 from .given import Given, in_environment, in_words
 
 SPEC = ("class_path", "init_args", "dict_kwargs")
+TAKERS = {"model": "NAME", "data": "NAME", "trainer.strategy": "MeshStrategy"}  # of arguments
 Classes = list[tuple[type, int]]
 
 
@@ -125,8 +126,8 @@ class Diagnosis:
         if rest and rest != ["class_path"]:
             if key in self.chosen:
                 self.key(typehints.arguments(*self.chosen[key]), key, ".".join(rest), given)
-            elif key in ("model", "data"):
-                fix = f"--{key}=NAME {given.renamed('', '')}"
+            elif name := TAKERS.get(key):
+                fix = f"--{key}={name} {given.renamed('', '')}"
                 raise Mistake(f"{given.place}: no class is named that could take it", [], fix)
         elif isinstance(given.node, yaml.SequenceNode) and kinds and typehints.takes_list(hint):
             for each in given.items():

@@ -302,6 +302,22 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
             "  type: --trainer.strategy.dp_shard=2",
         ],
     ),
+    "an argument of no strategy": (
+        [*MODEL, "--trainer.strategy.tp=2"],
+        "",
+        [
+            "on the command line, --trainer.strategy.tp: no class is named that could take it",
+            "  type: --trainer.strategy=MeshStrategy --trainer.strategy.tp=2",
+        ],
+    ),
+    "an argument of Lightning's strategies": (
+        [*MODEL, "--trainer.strategy=ddp", "--trainer.strategy.zero=1"],
+        "",
+        [
+            "on the command line, --trainer.strategy.zero: no class is named that could take it",
+            "  type: --trainer.strategy=MeshStrategy --trainer.strategy.zero=1",
+        ],
+    ),
     "a value of a strategy's argument": (
         [*MODEL, "--trainer.strategy=MeshStrategy", "--trainer.strategy.schedule=1f2b"],
         "",
