@@ -1,6 +1,7 @@
 """Trainer: Lightning's own, with a run folder, exact resume and safe checkpoints by default."""
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from .quiet import quiet
 from .restore import Restore
 
 STANDS_FOR = {Checkpoint: ModelCheckpoint, ProgressBar: AnyProgressBar}
+DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(, ?\d+)+")
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
@@ -216,9 +218,17 @@ def wanted(logger: Any, bare: bool) -> list[Any]:
 
 def check_positive(options: dict[str, Any]) -> None:
     """Refuse counts below one, which Lightning takes and then divides by."""
-    for key, least in (("accumulate_grad_batches", 1), ("val_check_interval", 1e-9)):
+    for key, least in (
+        ("accumulate_grad_batches", 1),
+        ("num_nodes", 1),
+        ("val_check_interval", 1e-9),
+    ):
         if isinstance(value := options.get(key), int | float) and value < least:
             raise Mistake(f"{key} is {value}", ["1 or more"], f"--trainer.{key}=1")
+    devices = options.get("devices", "auto")
+    if isinstance(devices, int | str) and not DEVICES.fullmatch(str(devices)):
+        allowed = ["auto", "-1 (all)", "1 or more", "a list: 0,3"]
+        raise Mistake(f"devices is {devices!r}", allowed, "--trainer.devices=1")
 
 
 def with_atomic_files(plugins: list[Any]) -> list[Any]:

@@ -272,10 +272,28 @@ def test_a_folder_that_rank_0_cannot_make_is_missed_by_all(
     assert "type: --trainer.default_root_dir=FOLDER" in other
 
 
-@pytest.mark.parametrize("key", ["accumulate_grad_batches", "val_check_interval"])
+@pytest.mark.parametrize("key", ["accumulate_grad_batches", "num_nodes", "val_check_interval"])
 def test_every_nothing_is_no_interval(key: str) -> None:
     with pytest.raises(ValueError, match=rf"{key} is 0\n  allowed: 1 or more"):
         Trainer(**{key: 0})  # type: ignore
+
+
+@pytest.mark.parametrize("devices", [0, "0", "two", -2, "1.5", ""])
+def test_devices_that_are_none_are_refused(devices: int | str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"devices is {devices!r}\n.*\n  type: --trainer.devices=1"
+    ):
+        Trainer(devices=devices)
+
+
+@pytest.mark.parametrize("devices", ["auto", 1, "1"])
+def test_devices_that_are_some_are_taken(devices: int | str) -> None:
+    assert Trainer(devices=devices, accelerator="cpu").num_devices == 1
+
+
+@pytest.mark.parametrize("devices", ["-1", -1, "0,", "0,3", "0, 3", 16])
+def test_devices_of_other_machines_are_left_to_lightning(devices: int | str) -> None:
+    trainer_module.check_positive({"devices": devices})
 
 
 def test_fit_and_test_on_one_trainer_share_a_folder_and_log_dir_is_none_before() -> None:
