@@ -47,7 +47,7 @@ class Compile(Transform):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Announce the phase."""
-        self._in_parts = getattr(trainer.strategy, "in_parts", False)
+        self._in_parts = getattr(getattr(trainer.strategy, "layout", None), "in_parts", False)
         super().setup(trainer, pl_module, stage)
 
     def identity(self) -> tuple[str, bool, str]:

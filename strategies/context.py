@@ -17,6 +17,8 @@ the positions (t) of the tokens it is given.
 Axes: b batch, t time (of this rank), h heads, k head width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +44,8 @@ class Context:
         self.group, self.rank, self.ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self.attentions: list[Any] = [m for m in module.modules() if hasattr(m, "attend")]
         self.timed: list[Any] = [m for m in module.modules() if hasattr(m, "times")]
-        name = type(module).__name__
+        self.name = name = type(module).__name__
+        self.seen_sober = False
         if not self.attentions or not self.timed:
             raise ValueError(
                 f"cp={self.ranks}: {name} has no attention with the slots `attend` and `times`,"
@@ -51,13 +54,13 @@ class Context:
         if any(getattr(m, "dropout", 0) for m in self.attentions):
             raise ValueError(
                 f"cp={self.ranks}: {name} drops attention weights, which no rank has whole; type"
-                " --model.dropout=0"
+                " --model.dropout=0, or --trainer.strategy zero3"
             )
         for part, m in module.named_modules():
             if isinstance(m, _DropoutNd) and m.p > 0:
                 raise ValueError(
                     f"cp={self.ranks}: {name} has dropout ({part}), and ranks would drop the same"
-                    " of different tokens; type --model.dropout=0"
+                    " of different tokens; type --model.dropout=0, or --trainer.strategy zero3"
                 )
         self.usual = [m.attend for m in self.attentions]
 
@@ -90,6 +93,24 @@ class Context:
         for module in self.attentions:
             module.attend = self.attend
         return mine
+
+    @contextmanager
+    def sober(self) -> Iterator[None]:
+        """Refuse a step that draws random numbers, like a dropout that is no module; look once."""
+        before = [] if self.seen_sober else self._generators()
+        yield
+        if before and not all(map(torch.equal, before, self._generators())):
+            raise ValueError(
+                f"cp={self.ranks}: {self.name}.training_step draws random numbers (a dropout?), and"
+                " ranks would draw the same for different tokens; leave them out, or type"
+                " --trainer.strategy zero3"
+            )
+        self.seen_sober = True
+
+    def _generators(self) -> list[Tensor]:
+        device = next(self.timed[0].parameters()).device
+        states = [torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
     def release(self) -> None:
         """Empty the slots: whoever calls the net now has whole sequences."""

@@ -125,6 +125,11 @@ class Layout:
         """Ranks with different samples."""
         return self.named[DP]
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether a net runs in parts: stages, or blocks that are gathered one by one."""
+        return self.degrees["pp"] > 1 or self.data.size() > 1
+
 
 def lay_out(degrees: dict[str, int], zero: int, device: torch.device) -> Layout:
     """Make the mesh, and a second view of it where replicas, shards and `cp` do not coincide."""

@@ -106,12 +106,6 @@ class MeshStrategy(ModelParallelStrategy):
         check_together(degrees, self.sequence_parallel, self.schedule, self.microbatches)
         super()._configure_launcher()
 
-    @property
-    def in_parts(self) -> bool:
-        """Whether the net runs in parts: stages, or blocks that are gathered one by one."""
-        assert self.layout is not None
-        return self.layout.degrees["pp"] > 1 or self.layout.data.size() > 1
-
     def setup_environment(self) -> None:
         """Join the job and lay out the mesh."""
         self._setup_distributed()
@@ -172,10 +166,11 @@ class MeshStrategy(ModelParallelStrategy):
     def training_step(self, batch: Any, *args: Any) -> Any:
         """The module's step, on this rank's part of each sequence."""
         batch = self.context.cut(batch) if self.context else batch
-        if self.pipeline is None:
-            return super().training_step(batch, *args)
-        self._spread.accumulate(more=self._accumulates())
-        return self.pipeline.step(batch, args, self.precision_plugin.train_step_context)
+        with self.context.sober() if self.context else nullcontext():
+            if self.pipeline is None:
+                return super().training_step(batch, *args)
+            self._spread.accumulate(more=self._accumulates())
+            return self.pipeline.step(batch, args, self.precision_plugin.train_step_context)
 
     def validation_step(self, batch: Any, *args: Any) -> Any:
         """As in training."""

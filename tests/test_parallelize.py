@@ -164,6 +164,13 @@ class Forgetful(Net):
         self.net.dropout = nn.Dropout(0.1)
 
 
+class Careless(Net):
+    """It drops tokens by a function."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * nn.functional.dropout(torch.ones(())).sum()
+
+
 class Adapter(Transform):
     phase = "adapt"
 
@@ -252,6 +259,10 @@ REFUSED = {
     "tokens that are dropped": (
         (Forgetful, "cp", 2, (), {"heads": 2}),
         "cp=2: Forgetful has dropout .net.dropout., and ranks would drop the same",
+    ),
+    "tokens that are dropped by a function": (
+        (Careless, "cp", 2, (), {"heads": 2}),
+        r"cp=2: Careless.training_step draws random numbers \(a dropout\?\), and ranks would draw",
     ),
     "an unknown way to recompute": (
         (Net, MeshStrategy(recompute="all"), 2, (), {"heads": 2}),
