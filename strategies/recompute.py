@@ -4,7 +4,7 @@
     selective   matrix products and attention are kept, all that is cheap between them is not
 
 The numbers do not change, not even in the last bit: dropout is drawn again from where it began, and
-running statistics (BatchNorm) see a batch once.
+buffers that a pass changes (BatchNorm, spectral_norm) are those of the first pass, and change once.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 Mode = Literal["none", "selective", "full"]
+Place = tuple[Any, str]  # a module and the name of its buffer
 aten = torch.ops.aten
 KEPT = {  # what costs most to compute anew
     aten.mm.default,
@@ -86,36 +86,55 @@ def in_sequence(module: nn.Module) -> list[nn.Module]:
 
 
 def _forgetful(block: nn.Module, forward: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
-    counting = [m for m in block.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     selection = partial(create_selective_checkpoint_contexts, _policy)
     usual: dict[str, Any] = {"context_fn": selection} if mode == "selective" else {}
-
-    def once() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        first, again = selection() if usual else (nullcontext(), nullcontext())
-        return first, _uncounted(counting, again)
+    moving: dict[bool, list[Place]] = {}  # buffers that a pass changes, by mode: the first shows
 
     def forgetful(*args: Any, **kwargs: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        # what is compiled counts once by itself, and knows no other contexts
-        how = {"context_fn": once} if counting and not torch.compiler.is_compiling() else usual
-        return checkpoint(forward, *args, use_reentrant=False, **how, **kwargs)
+        if torch.compiler.is_compiling():  # changes are no part of what is compiled to run again
+            return checkpoint(forward, *args, use_reentrant=False, **usual, **kwargs)
+        known = moving.get(block.training)
+        places = _places(block) if known is None else known
+        kept = [(m, name, m._buffers[name].detach().clone()) for m, name in places]
+        versions = [module._buffers[name]._version for module, name in places]
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            first, again = selection() if usual else (nullcontext(), nullcontext())
+            return first, _back_then(kept, again)
+
+        how = {"context_fn": contexts} if places else usual
+        answer = checkpoint(forward, *args, use_reentrant=False, **how, **kwargs)
+        if known is None:
+            pairs = zip(list(kept), versions, strict=True)
+            kept[:] = [(m, n, was) for (m, n, was), v in pairs if _moved(m._buffers[n], was, v)]
+            moving[block.training] = [(m, name) for m, name, _ in kept]
+        return answer
 
     return forgetful
 
 
+def _places(block: nn.Module) -> list[Place]:
+    return [(m, n) for m in block.modules() for n, b in m._buffers.items() if b is not None]
+
+
+def _moved(buffer: Tensor, before: Tensor, version: int) -> bool:
+    return buffer._version != version or not torch.equal(buffer, before)  # norms leave no trace
+
+
 @contextmanager
-def _uncounted(norms: list[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    """Leave running statistics as the first pass has left them."""
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, _, count in before:
-        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
+def _back_then(kept: list[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """Buffers as the first pass found them; afterwards, as it has left them."""
+    now = [module._buffers[name] for module, name, _ in kept]
+    for module, name, before in kept:
+        module._buffers[name] = before.clone()
     try:
         with inner:
             yield
     finally:
-        for norm, momentum, count in before:
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        for (module, name, _), buffer in zip(kept, now, strict=True):
+            module._buffers[name] = buffer
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

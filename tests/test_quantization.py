@@ -15,6 +15,7 @@ from ravine.callbacks import Quantization
 from ravine.callbacks.lora import adapt_module, merge
 from ravine.callbacks.quantization import bitsandbytes_kernels, int8, nf4, quantize_module
 from ravine.callbacks.quantization.layers import QuantizedLinear
+from ravine.strategies.recompute import recompute
 
 FLOAT = torch.float32
 
@@ -194,6 +195,20 @@ def test_no_dense_weight_is_kept_for_the_backward():
     plain = net()  # the same look sees those of plain layers
     adapt_module(plain, ["0", "2"], rank=4)
     assert weights & set(kept_for_backward(plain, x))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_what_is_quantized_may_be_recomputed(mode):
+    gradients = []
+    for how in ("none", mode):
+        torch.manual_seed(0)
+        module = net()
+        quantize_module(module)
+        adapt_module(module, ["0", "2"], rank=4)
+        recompute(module, how)
+        module(torch.ones(5, 64)).square().sum().backward()
+        gradients.append([p.grad for p in module.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *gradients))
 
 
 PEAK = """

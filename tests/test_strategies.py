@@ -28,6 +28,7 @@ from ravine.strategies import (
     tensor,
     zero1,
 )
+from ravine.strategies.recompute import recompute
 
 # a validation loss that was reduced already is logged by each rank
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
@@ -174,41 +175,53 @@ def test_recomputation_changes_no_bit_of_a_net_with_dropout(text, mode):
 
 
 class Sequence(NetInInit):
-    """No list of blocks, running statistics, and a count of what is computed."""
+    """No list of blocks, buffers that move, and a count of what is computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: bool) -> None:
         super().__init__(batch_size=8)
-        parts = nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 1)
-        self.net, self.passes = nn.Sequential(*parts), 0
+        parts = nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Tanh()
+        self.net, self.passes = nn.Sequential(*parts, nn.Linear(16, 4), nn.Linear(4, 1)), 0
+        if not compiled:  # a graph would be cut in two there
+            nn.utils.parametrizations.spectral_norm(self.net[4])  # it moves as it is used
+            self.net[0].register_forward_hook(self.count)
 
     def count(self, *_) -> None:
         self.passes += self.training
 
 
-def pass_through(*callbacks, counting=True):
+def pass_through(*callbacks, compiled=False):
     L.seed_everything(0, verbose=False)
     quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "logger"), False)
     trainer = L.Trainer(max_steps=3, accelerator="cpu", callbacks=list(callbacks), **quiet,
                         enable_model_summary=False)  # fmt: skip
-    module = Sequence()
-    if counting:  # a compiled net would be cut in two there
-        module.net[0].register_forward_hook(module.count)
-    trainer.fit(module)
+    trainer.fit(module := Sequence(compiled))
     return module.state_dict(), module.passes
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-def test_a_sequence_is_recomputed_as_one_block_and_its_batches_are_counted_once(mode):
+def test_a_sequence_is_recomputed_as_one_block_and_its_buffers_move_once(mode):
     (usual, once), (again, twice) = pass_through(), pass_through(Recompute(mode))
     assert (once, twice) == (3, 6)
     assert all(torch.equal(again[name], usual[name]) for name in usual)
 
 
+def test_a_net_that_learns_in_evaluation_mode_is_recomputed_too():
+    module = Sequence(compiled=False).eval()  # a policy, whose sampler has no dropout
+    passes = []
+    module.net[3].register_forward_hook(lambda *_: passes.append(1))
+    recompute(module, "full")
+    with torch.no_grad():
+        module.net(torch.ones(2, 4))
+    assert len(passes) == 1
+    module.net(torch.ones(2, 4)).sum().backward()
+    assert len(passes) == 3
+
+
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.filterwarnings("ignore:Detected that context_fn is passed")
 def test_what_is_recomputed_may_be_compiled(mode):
-    compiled = pass_through(Recompute(mode), Compile(backend="aot_eager"), counting=False)[0]
-    assert furthest(compiled, pass_through()[0]) < 1e-6
+    again = pass_through(Recompute(mode), Compile(backend="aot_eager"), compiled=True)[0]
+    assert furthest(again, pass_through(compiled=True)[0]) < 1e-6
 
 
 def graphs(name, text):

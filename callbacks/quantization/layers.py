@@ -34,12 +34,13 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (dy,) = gradients  # (... o)
+        parts = ctx.saved_tensors  # once: under recomputation they can be had once
         dx = db = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.decode(dy.dtype, *ctx.saved_tensors)
+            dx = dy @ ctx.decode(dy.dtype, *parts)
         if ctx.needs_input_grad[1]:
             db = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, db, None, *(None for _ in ctx.saved_tensors)
+        return dx, db, None, *(None for _ in parts)
 
 
 class QuantizedLinear(Swapped, nn.Linear):
