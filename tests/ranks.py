@@ -147,6 +147,7 @@ def _serve(
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.enable(sys.__stderr__)  # where it dies
     faulthandler.dump_traceback_later(timeout * 0.95, file=sys.__stderr__)  # where it hangs
     warnings.resetwarnings()
     warnings.filters.extend(filters)  # type: ignore[attr-defined]
