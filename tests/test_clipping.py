@@ -197,7 +197,10 @@ def test_a_run_that_learned_nothing_at_its_end_has_failed(poisoned, message):
 
 @pytest.mark.filterwarnings("ignore:optimizer step .* is left out")
 def test_one_bad_step_at_the_end_may_be_chance():
-    L.Trainer(**QUIET, max_steps=4, callbacks=[GradientClipping()]).fit(Poisoned({3}), data(16))
+    module, trainer = Poisoned({3}), L.Trainer(**QUIET, max_steps=4, callbacks=[GradientClipping()])
+    trainer.fit(module, data(16))
+    assert trainer.global_step == 4
+    assert all(p.isfinite().all() for p in module.parameters())
 
 
 def test_the_module_has_its_own_method_again_after_fit():

@@ -469,7 +469,9 @@ def test_an_optimizer_for_matrices_alone_is_refused_for_everything():
 
 def test_an_embedding_goes_to_an_optimizer_for_matrices_when_that_is_said():
     rules = [Rule("embedding", optimizer=torch.optim.Muon, anywhere=True), Rule()]
-    trained(OptimizerPlan(SGD, rules=rules), module=Everything())
+    trainer, module = trained(OptimizerPlan(SGD, rules=rules), module=Everything())
+    taken = [o for o in trainer.optimizers[0].members if isinstance(o, torch.optim.Muon)]
+    assert [p is module.embed.weight for o in taken for p in o.param_groups[0]["params"]] == [True]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"rules": [Rule("bias")]}])

@@ -13,6 +13,7 @@ from ravine.cli import presets
 from ravine.cli.main import main
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
+from ravine.lightning_modules.language.transformer import complete
 
 # in eight characters of an untrained net a letter may well be missing
 pytestmark = pytest.mark.filterwarnings("ignore:all (8|16) samples weigh 0")
@@ -75,6 +76,7 @@ def test_the_base_presets_differ_from_the_defaults_only() -> None:
         model = config["model"]
         shape = model.get("init_args", {}) if isinstance(model, dict) else {}
         LanguageModel(65, config["data"]["init_args"]["context"], **shape)
+        assert not {k for k, v in shape.items() if complete({})[k] == v}
 
 
 def test_the_study_measures_the_slopes_of_what_the_page_says(monkeypatch) -> None:
