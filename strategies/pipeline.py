@@ -64,9 +64,8 @@ class Pipeline:
         self.ghost = ghost(self.net)  # to ask for shapes, before anything is spread
         self.net.forward = lambda *args, **how: self.answer(*args, **how)
         self.answer: Callable[..., Any] = self.in_turn
-        self.weight: Tensor | float = (
-            1.0  # of the batch: gradients meet other ranks' in the schedule
-        )
+        # of the batch: gradients meet other ranks' in the schedule
+        self.weight: Tensor | float = 1.0
         self.losses: list[Tensor] = []
         self.made: dict[Any, Any] = {}  # schedules by the shape of their input
         self.types: dict[int, torch.dtype] = {}  # of what each stage makes
