@@ -8,12 +8,11 @@
 The attention term counts all T x T pairs, although half of them are masked (nanoGPT, PaLM).
 """
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
 from .language.attention import LEARNED
-from .language.transformer import complete, padded
+from .language.transformer import complete, mlp_width, padded
 
 
 def parameters(vocabulary: int, context: int, **shape: Any) -> dict[str, int]:
@@ -25,17 +24,21 @@ def parameters(vocabulary: int, context: int, **shape: Any) -> dict[str, int]:
     maps = len(LEARNED[s.rung]) + s.output  # matrices d x d of an attention
     gains = {"rmsnorm": 1, "layernorm": 2, "none": 0}[s.norm]
     mlp = "experts" if s.experts else s.mlp  # they and their router stand in the place of the MLP
-    squares = maps + (8 * s.experts or (8 if mlp not in ("none", "swiglu") else 0))
+    hidden = mlp_width(s.width, mlp, s.d_ff)
+    usual = hidden == 4 * s.width and mlp not in ("none", "swiglu")  # a term of Ld², not of Ldh
+    matrices = {"none": 0, "swiglu": 3, "experts": 2 * s.experts}.get(mlp, 2)  # d x h
+    biased = s.bias != "none" and mlp not in ("none", "experts")
+    squares = maps + (4 * matrices if usual else 0)
     lines = gains * (1 if mlp == "none" else 2) + (maps if s.bias == "all" else 0)
-    hidden = 8 * math.ceil(s.width / 3) if mlp == "swiglu" else 4 * s.width
-    lines += 5 if s.bias != "none" and mlp not in ("none", "swiglu", "experts") else 0
+    lines += 5 if biased and usual else 0
     lines += s.experts
+    inward, name = (2, "L(2h + d)") if mlp == "swiglu" else (1, "L(h + d)")  # biased matrices d x h
     terms = [
         (1 if s.tied else 2, "|V|d", vocabulary * s.width),
         (s.positions == "learned", "Td", context * s.width),
         (squares, "Ld²", s.layers * s.width**2),
-        (3 * (mlp == "swiglu"), "Ldh", s.layers * s.width * hidden),
-        (mlp == "swiglu" and s.bias != "none", "L(2h + d)", s.layers * (2 * hidden + s.width)),
+        (0 if usual else matrices, "Ldh", s.layers * s.width * hidden),
+        (biased and not usual, name, s.layers * (inward * hidden + s.width)),
         (lines, "Ld", s.layers * s.width),
         (gains, "d", s.width),
     ]
@@ -50,7 +53,8 @@ def training_flops(vocabulary: int, context: int, **shape: Any) -> int:
     """
     terms, s = parameters(vocabulary, context, **shape), SimpleNamespace(**complete(shape))
     looked_up = terms.get("Td", 0) + (0 if s.tied else padded(vocabulary) * s.width)
-    idle = 8 * s.layers * s.width**2 * max(0, s.experts - 2)
+    hidden = mlp_width(s.width, "experts", s.d_ff)
+    idle = 2 * s.layers * s.width * hidden * max(0, s.experts - 2)
     mixes = s.rung != "last"
     return 6 * (sum(terms.values()) - looked_up - idle) + 12 * s.layers * s.width * context * mixes
 

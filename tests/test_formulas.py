@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ravine.lightning_modules.language import Transformer
 from ravine.lightning_modules.language.attention import explicit, rotation
-from ravine.lightning_modules.language.transformer import MLP, NORMS, waves
+from ravine.lightning_modules.language.transformer import MLP, make_norm, waves
 
 V, T, D, H = 7, 5, 8, 2
 EPS = {"rmsnorm": torch.finfo(torch.float64).eps, "layernorm": 1e-5}
@@ -155,7 +155,7 @@ def test_a_whole_net_is_its_formula(shape: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "none"])
 def test_each_norm_is_its_formula(kind: str) -> None:
-    norm: Any = NORMS[kind](D).double()
+    norm: Any = make_norm(kind, D).double()
     x = torch.randn(3, D, dtype=torch.float64) * 4 + 1
     expected = [norm_of(row.tolist(), kind, None, None) for row in x]
     assert (norm(x) - torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-10

@@ -40,6 +40,17 @@ def test_it_is_torchs_norm_with_a_gain_or_without(dtype, bound):
     assert torch.equal(ours.state_dict()["weight"], torchs.state_dict()["weight"])
 
 
+@pytest.mark.parametrize("eps", [0.5, 1e-5, 0.0])
+def test_eps_is_obeyed_alike_with_gradients_and_without(eps):
+    ours, later, x = RMSNorm(8, eps=eps), RMSNorm(8), torch.ones(1, 8) / 8
+    later.eps = eps  # an attribute, as in torch's norm
+    expected = x / (1 / 64 + eps) ** 0.5
+    for norm in (ours, later):
+        assert torch.allclose(norm(x), expected)
+        with torch.no_grad():
+            assert torch.allclose(norm(x), expected)
+
+
 def test_zeros_stay_zeros_and_have_a_finite_gradient():
     x = torch.zeros(2, 8, requires_grad=True)
     y = unit_rms(x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ravine.lightning_modules.accounting import parameters
 from ravine.lightning_modules.language.attention import (
     ATTENTIONS,
     CausalAttention,
@@ -18,6 +19,7 @@ from ravine.lightning_modules.language.transformer import (
     MLP,
     SinusoidalPositions,
     Transformer,
+    mlp_width,
 )
 
 V, T = 11, 8
@@ -150,6 +152,49 @@ def test_parameters_are_counted_by_the_formula(kind):
     assert sum(p.numel() for p in net.parameters()) == expected
 
 
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+def test_d_ff_is_the_hidden_width_of_every_mlp_and_is_counted(mlp, bias, experts):
+    shape = {"width": 16, "mlp": mlp, "bias": bias, "experts": experts, "d_ff": 10}
+    net = small(**shape)
+    inner = net.blocks["1"].mlp.experts if experts else net.blocks["1"].mlp
+    up, down = (getattr(part, "weight", part) for part in (inner.up, inner.down))
+    assert 10 in up.shape
+    assert 10 in down.shape
+    counted = sum(p.numel() for p in net.parameters())
+    assert sum(parameters(V, T, layers=2, heads=2, **shape).values()) == counted
+    usual = {"layers": 2, "width": 16, "heads": 2, "mlp": mlp}
+    default = mlp_width(16, mlp)
+    assert parameters(V, T, **usual, d_ff=default) == parameters(V, T, **usual)
+
+
+def test_rope_base_slows_the_rotation_of_the_later_pairs():
+    ours, usual = small(rope_base=500.0), small()
+    for block in usual.blocks.values():
+        cosine, sine = rotation(T, 8, 500.0)
+        block.attention.cosine, block.attention.sine = cosine, sine
+    assert torch.allclose(ours(tokens()), usual(tokens()), atol=1e-6)
+    assert not torch.allclose(ours(tokens()), small()(tokens()), atol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_norm_eps_stands_under_every_root_in_training_and_in_evaluation(norm):
+    net = small(norm=norm, norm_eps=0.5)
+    x = torch.randn(3, T, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    centred = x - x.mean(-1, keepdim=True) if norm == "layernorm" else x
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 0.5).sqrt()
+    block = net.blocks["0"]
+    query = block.attention.query(x).unflatten(-1, (2, 8)).transpose(1, 2)
+    unit = query / (query.square().mean(-1, keepdim=True) + 0.5).sqrt()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for part in (net.norm, block.attention_norm, block.mlp_norm):
+                assert torch.allclose(part(x), expected)
+            turned, _, _ = block.attention.parts(x)
+            assert torch.allclose(turned.norm(dim=-1), unit.norm(dim=-1))
+
+
 @pytest.mark.parametrize("kind", [k for k in EVERYTHING.values() if not k.get("tied")])
 def test_an_untrained_net_with_a_zero_head_guesses_uniformly(kind):
     net = small(zero_init=True, **kind)
@@ -233,6 +278,12 @@ def test_the_tensor_parallel_plan_names_every_matrix_of_the_blocks_once(kind):
         ({"width": -16}, "width is -16; allowed: 1 or more"),
         ({"heads": 0}, "heads is 0; allowed: 1 or more"),
         ({"dropout": 1.0}, r"dropout is 1.0; allowed: 0 to below 1; type --model.dropout=0.1"),
+        ({"d_ff": 0}, "d_ff is 0; allowed: 1 or more"),
+        ({"d_ff": 8, "mlp": "none"}, "d_ff is 8, and mlp is none"),
+        ({"rope_base": 1.0}, "rope_base is 1.0; allowed: above 1"),
+        ({"rope_base": 5e5, "positions": "none"}, "rope_base is 500000, and positions is none"),
+        ({"norm_eps": -1e-5}, "norm_eps is -1e-05; allowed: 0 or more"),
+        ({"norm_eps": 1e-5, "norm": "none", "qk_norm": False}, "norm_eps is 1e-05, and norm is"),
     ],
 )
 def test_sizes_that_make_no_net_are_refused_in_words(wrong, message):

@@ -28,6 +28,8 @@ from .norm import unit_rms
 Attend = Callable[..., Tensor]  # of query, key, value, dropout; ours also of who sees whom
 Rung = Literal["last", "average", "raw", "shared", "qk", "qkv"]
 
+ROPE_BASE = 10_000.0  # of RoFormer and Llama 2; Llama 3 has 500,000
+
 LEARNED: dict[str, tuple[str, ...]] = {  # the projections each rung has
     "last": (),
     "average": (),
@@ -80,7 +82,7 @@ def auto(
 ATTENTIONS: dict[str, Attend] = {"auto": auto, "sdpa": sdpa, "explicit": explicit}
 
 
-def rotation(context: int, head_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+def rotation(context: int, head_width: int, base: float = ROPE_BASE) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of rotary positions (RoFormer, 2021), both (t k) in float64.
 
     The channel pair (i, i + k/2) turns by t · base^(-2i/k).
@@ -125,17 +127,20 @@ class CausalAttention(nn.Module):
         rung: Rung = "qkv",
         output: bool = True,
         bias: bool = False,
+        rope_base: float = ROPE_BASE,
+        norm_eps: float | None = None,
     ) -> None:
         """Make the projections of the rung, kept apart so that each splits by heads."""
         super().__init__()
         self.head_width, self.qk_norm, self.dropout = width // heads, qk_norm, dropout
         self.attend, self.rung, self.rope = ATTENTIONS[attention], rung, rope
+        self.norm_eps = norm_eps  # of qk_norm
         for name in ("query", "key", "value"):
             learned = nn.Linear(width, width, bias) if name in LEARNED[rung] else None
             self.register_module(name, learned)
         self.out = nn.Linear(width, width, bias) if output else nn.Identity()
         if rope:
-            cosine, sine = rotation(context, self.head_width)
+            cosine, sine = rotation(context, self.head_width, rope_base)
             self.register_buffer("cosine", cosine.float(), persistent=False)
             self.register_buffer("sine", sine.float(), persistent=False)
 
@@ -163,7 +168,7 @@ class CausalAttention(nn.Module):
             for part in (query, key, value)
         )
         if self.qk_norm:  # without gain: a gain per channel, shared by heads, would not split
-            query, key = unit_rms(query), unit_rms(key)
+            query, key = unit_rms(query, self.norm_eps), unit_rms(key, self.norm_eps)
         if self.rope:
             here = slice(x.shape[1]) if self.times is None else self.times
             time = here if past is None else past.time_of(x.shape[1])

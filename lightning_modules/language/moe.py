@@ -28,11 +28,12 @@ class Experts(nn.Module):
     The first axis of both parameters is E; a strategy may keep some of the experts on each rank.
     """
 
-    def __init__(self, width: int, experts: int) -> None:
-        """As E linear layers start."""
+    def __init__(self, width: int, experts: int, d_ff: int | None = None) -> None:
+        """As E linear layers start; d_ff hidden channels each, by default 4d."""
         super().__init__()
-        self.up = nn.Parameter(torch.empty(experts, width, 4 * width))
-        self.down = nn.Parameter(torch.empty(experts, 4 * width, width))
+        d_ff = d_ff or 4 * width
+        self.up = nn.Parameter(torch.empty(experts, width, d_ff))
+        self.down = nn.Parameter(torch.empty(experts, d_ff, width))
         for matrices in (self.up, self.down):
             bound = 1 / math.sqrt(matrices.shape[1])
             nn.init.uniform_(matrices, -bound, bound)
@@ -45,7 +46,9 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """In the place of a block's MLP, (b t d) -> (b t d)."""
 
-    def __init__(self, width: int, experts: int = 8, capacity: float = 2.0) -> None:
+    def __init__(
+        self, width: int, experts: int = 8, capacity: float = 2.0, d_ff: int | None = None
+    ) -> None:
         """Make the router and the experts; capacity 1 leaves no room for an uneven choice."""
         super().__init__()
         if experts < CHOICES:
@@ -54,7 +57,7 @@ class MixtureOfExperts(nn.Module):
             )
         self.capacity, self.count = capacity, experts
         self.router = nn.Linear(width, experts, bias=False)
-        self.experts = Experts(width, experts)
+        self.experts = Experts(width, experts, d_ff)
         self.balance = torch.zeros(())  # of the latest call, part of the loss
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ Axes: b batch, t time, d model, h heads, k head width, v vocabulary.
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import CausalAttention, Rung
+from .attention import ROPE_BASE, CausalAttention, Rung
 from .branches import Branches, Fork
 from .cache import Cache, Past
 from .loss import chunked_nats, nats
@@ -29,7 +30,7 @@ Norm = Literal["rmsnorm", "layernorm", "none"]
 Activation = Literal["relu2", "gelu", "gelu_tanh", "swiglu", "relu"]
 Biases = Literal["none", "mlp", "all"]
 
-NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm, "none": lambda width: nn.Identity()}
+EPS = {"rmsnorm": None, "layernorm": 1e-5}  # by default; None: the machine epsilon of fp32
 ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),
     "gelu": F.gelu,
@@ -37,6 +38,22 @@ ACTIVATIONS = {
     "swiglu": F.silu,
     "relu": F.relu,
 }
+
+
+def make_norm(norm: Norm, width: int, eps: float | None = None) -> nn.Module:
+    """A norm over `width` channels, with `eps` under its root (the default is in `EPS`)."""
+    if norm == "none":
+        return nn.Identity()
+    eps = EPS[norm] if eps is None else eps
+    return RMSNorm(width, eps) if norm == "rmsnorm" else nn.LayerNorm(width, eps)
+
+
+def mlp_width(width: int, activation: str, d_ff: int | None = None) -> int:
+    """Hidden channels of an MLP: `d_ff`, by default 4d, and with SwiGLU 8d/3 rounded up to eights.
+
+    mlp_width(384, "swiglu")  # 1024
+    """
+    return d_ff or (8 * math.ceil(width / 3) if activation == "swiglu" else 4 * width)
 
 
 def waves(context: int, width: int) -> Tensor:
@@ -62,15 +79,27 @@ class SinusoidalPositions(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices around a nonlinearity, (b t d) -> (b t d), 8 d² weights in each variant.
+    """Two matrices around a nonlinearity, (b t d) -> (b t d), by default 8 d² weights.
 
-    SwiGLU has three matrices, so its hidden width is 8d/3 instead of 4d, rounded up to eights.
+    SwiGLU has three matrices, so its default width is 8d/3 instead of 4d, rounded up to eights.
+
+    Args:
+        width: channels d.
+        activation: the nonlinearity.
+        bias: whether the matrices have biases.
+        d_ff: hidden channels.
     """
 
-    def __init__(self, width: int, activation: Activation = "relu2", bias: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        activation: Activation = "relu2",
+        bias: bool = False,
+        d_ff: int | None = None,
+    ) -> None:
         """Make `up` and `down`, and SwiGLU's `gate`."""
         super().__init__()
-        hidden = 8 * math.ceil(width / 3) if activation == "swiglu" else 4 * width
+        hidden = mlp_width(width, activation, d_ff)
         self.activation = activation
         self.up = nn.Linear(width, hidden, bias)
         self.gate = nn.Linear(width, hidden, bias) if activation == "swiglu" else None
@@ -89,15 +118,14 @@ class Block(nn.Module):
         self,
         attention: CausalAttention,
         mlp: nn.Module | None,
-        norm: Callable[[int], nn.Module],
-        width: int,
+        norm: Callable[[], nn.Module],
         dropout: float,
         residual: bool = True,
     ) -> None:
         """Put the parts together."""
         super().__init__()
-        self.attention_norm, self.attention = norm(width), attention
-        self.mlp_norm, self.mlp = (None, None) if mlp is None else (norm(width), mlp)
+        self.attention_norm, self.attention = norm(), attention
+        self.mlp_norm, self.mlp = (None, None) if mlp is None else (norm(), mlp)
         self.dropout, self.residual = nn.Dropout(dropout), residual
 
     def forward(self, x: Tensor, past: Past | Fork | None = None) -> Tensor:
@@ -134,6 +162,10 @@ class Transformer(nn.Module):
         output: a matrix mixes the heads' answers.
         bias: which linear maps of the blocks have one.
         experts: a mixture of so many MLPs in the place of each; 0 for none.
+        d_ff: hidden channels of each MLP; by default 4d, and 8d/3 rounded up to eights for swiglu.
+        rope_base: rotary positions turn the channel pair i of k by t · rope_base^(-2i/k).
+        norm_eps: added under the root of each norm, qk_norm included; by default 1e-5 for
+            layernorm, and 1.19e-7, the machine epsilon of fp32, for rmsnorm and qk_norm.
     """
 
     times: Tensor | None = None  # (t): positions of the tokens, where they are a part of a text
@@ -158,11 +190,18 @@ class Transformer(nn.Module):
         output: bool = True,
         bias: Biases = "none",
         experts: int = 0,
+        d_ff: int | None = None,
+        rope_base: float = ROPE_BASE,
+        norm_eps: float | None = None,
     ) -> None:
         """Check the sizes, then build."""
         super().__init__()
         sizes = {"vocabulary": vocabulary, "context": context, "layers": layers}
         check(positions, dropout, **sizes, width=width, heads=heads)
+        normed = norm != "none" or qk_norm
+        check_settings(
+            positions, mlp if not experts else "experts", normed, d_ff, rope_base, norm_eps
+        )
         self.context, self.vocabulary = context, vocabulary
         self.embed = nn.Embedding(padded(vocabulary), width)
         self.place = nn.Embedding(context, width) if positions == "learned" else None
@@ -170,13 +209,26 @@ class Transformer(nn.Module):
             self.place = SinusoidalPositions(context, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleDict()  # a dict: names survive when a pipeline takes blocks away
-        how = (positions == "rope", qk_norm, dropout, attention, rung, output, bias == "all")
+        make = partial(make_norm, norm, width, norm_eps)
         for layer in range(layers):
-            attend = CausalAttention(width, heads, context, *how)
-            after = None if mlp == "none" else MLP(width, mlp, bias != "none")
-            after = MixtureOfExperts(width, experts) if experts else after
-            self.blocks[str(layer)] = Block(attend, after, NORMS[norm], width, dropout, residual)
-        self.norm = NORMS[norm](width)
+            attend = CausalAttention(
+                width,
+                heads,
+                context,
+                rope=positions == "rope",
+                qk_norm=qk_norm,
+                dropout=dropout,
+                attention=attention,
+                rung=rung,
+                output=output,
+                bias=bias == "all",
+                rope_base=rope_base,
+                norm_eps=norm_eps,
+            )
+            after = None if mlp == "none" else MLP(width, mlp, bias != "none", d_ff)
+            after = MixtureOfExperts(width, experts, d_ff=d_ff) if experts else after
+            self.blocks[str(layer)] = Block(attend, after, make, dropout, residual)
+        self.norm = make()
         self.head = nn.Linear(width, padded(vocabulary), bias=False)
         if tied:
             self.head.weight = self.embed.weight
@@ -297,4 +349,38 @@ def check(positions: str, dropout: float, **sizes: int) -> None:
             f"heads {heads} does not split width {width} into {what}; allowed: "
             f"{', '.join(map(str, fitting[:5])) or 'none'}; "
             + (f"type --model.heads={fitting[0]}" if fitting else "type --model.width=128")
+        )
+
+
+def check_settings(
+    positions: str,
+    mlp: str,
+    has_norm: bool,
+    d_ff: int | None,
+    rope_base: float,
+    norm_eps: float | None,
+) -> None:
+    """Refuse settings out of range, and those of a part that the net does not have."""
+    if d_ff is not None and d_ff < 1:
+        raise ValueError(f"d_ff is {d_ff}; allowed: 1 or more; type --model.d_ff=512")
+    if d_ff is not None and mlp == "none":
+        raise ValueError(
+            f"d_ff is {d_ff}, and mlp is none: there is no MLP of that width; allowed: null; "
+            "type --model.mlp=relu2, or leave d_ff out"
+        )
+    if not 1 < rope_base < math.inf:
+        raise ValueError(
+            f"rope_base is {rope_base}; allowed: above 1; type --model.rope_base=10000"
+        )
+    if rope_base != ROPE_BASE and positions != "rope":
+        raise ValueError(
+            f"rope_base is {rope_base:g}, and positions is {positions}, which turns nothing; "
+            "type --model.positions=rope, or leave rope_base out"
+        )
+    if norm_eps is not None and not 0 <= norm_eps < math.inf:
+        raise ValueError(f"norm_eps is {norm_eps}; allowed: 0 or more; type --model.norm_eps=1e-5")
+    if norm_eps is not None and not has_norm:
+        raise ValueError(
+            f"norm_eps is {norm_eps:g}, and norm is none; type --model.norm=rmsnorm, or leave "
+            "norm_eps out"
         )
