@@ -19,6 +19,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from .collectives import all_gather_single
+
 
 def owners(parameters: list[Tensor], ranks: int) -> dict[Tensor, int]:
     """The rank that owns each parameter: the largest first, each to whoever has least so far."""
@@ -81,7 +83,7 @@ def hand_round(owner: dict[Tensor, int], group: ProcessGroup) -> None:
         send = torch.zeros(most, dtype=dtype, device=device)
         _fill(send, own[rank])
         received = send.new_empty(ranks * most)
-        dist.all_gather_into_tensor(received, send, group=group)
+        all_gather_single(received, send, group=group)
         for each, flat in enumerate(received.view(ranks, most)):
             if each != rank:
                 _spill(flat, own[each])

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from ravine.strategies.collectives import all_gather_single
+
 from ..shards import part_of
 
 # Of a stack of whole matrices, to a stack of the same shape and dtype.
@@ -63,7 +65,7 @@ def _shared(function: Function, matrices: Tensor, group: ProcessGroup) -> Tensor
     if taken:
         send[:taken] = function(matrices[rank * slots : rank * slots + taken])
     received = send.new_empty(ranks * slots, *matrices.shape[1:])
-    dist.all_gather_into_tensor(received, send, group=group)
+    all_gather_single(received, send, group=group)
     return received[: len(matrices)]
 
 

@@ -1,0 +1,24 @@
+"""Collectives whose names differ among the supported versions of torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# torch 2.14 deprecates `all_gather_into_tensor`; older versions lack `all_gather_single`.
+# Both have the same arguments. Remove this when pyproject.toml asks for a torch that has the new.
+_NAMES = ("all_gather_single", "all_gather_into_tensor")
+_all_gather: Callable[..., Any] = next(getattr(dist, n) for n in _NAMES if hasattr(dist, n))
+
+
+def all_gather_single(output: Tensor, input: Tensor, group: ProcessGroup | None = None) -> None:
+    """Gather `input` of every rank into `output`, in the order of ranks.
+
+    Args:
+        output: (ranks * n, ...), the inputs one after another.
+        input: (n, ...), of the same shape and dtype on every rank.
+        group: the ranks that take part; None: all.
+    """
+    _all_gather(output, input, group=group)
