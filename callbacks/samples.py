@@ -49,7 +49,9 @@ class Samples(L.Callback):
             return
         self.last = str(made)
         if trainer.is_global_zero and folder:
-            with (folder / "samples.txt").open("a", encoding="utf-8") as file:
+            with (folder / "samples.txt").open(
+                "a", encoding="utf-8", errors="backslashreplace"
+            ) as file:
                 file.write(f"--- step {step} ---\n{self.last}\n")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,6 +4,7 @@ lightning generate --ckpt_path last --prompt "ROMEO:" --temperature 0.8
 lightning generate --ckpt_path last --labels 0-9 --guidance 0.5 --steps 20
 """
 
+import codecs
 import sys
 from itertools import chain, count
 from pathlib import Path
@@ -86,17 +87,31 @@ def free(name: str, end: str) -> str:
 def prompts(file: Path, typed: Any) -> list[str]:
     """The lines of a file, one prompt each, after those typed; empty lines are left out."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except FileNotFoundError:
         raise Mistake(f"no file {file}", [], "--prompt_file=FILE, one prompt a line") from None
-    except UnicodeDecodeError as error:
-        wrong = f"{file} is not UTF-8: byte {error.start}"
-        raise Mistake(wrong, [], f"iconv -f latin1 -t utf-8 {file} > prompts.txt") from None
-    found = [signature.unescape(line) for line in lines if line]
+    except IsADirectoryError:
+        raise Mistake(f"{file} is a folder", [], "--prompt_file=FILE, one prompt a line") from None
+    texts = [_decoded(line.removesuffix(b"\r"), file, n) for n, line in enumerate(lines, 1)]
+    found = [signature.unescape(line) for line in texts if line]
     if not found:
         raise Mistake(f"{file} holds no prompt", [], "--prompt_file=FILE, one prompt a line")
     before = [typed] if isinstance(typed, str) else list(typed or [])
     return before + found
+
+
+def _decoded(line: bytes, file: Path, number: int) -> str:
+    """The text of a line; only a line break ends one, whatever other breaks Unicode knows."""
+    if b"\0" in line:
+        wrong = f"{file}, line {number}: no text: byte 0x00 at position {line.index(0)}"
+        raise Mistake(wrong, [], f"iconv -f utf-16 -t utf-8 '{file}' > prompts.txt")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        encoding = "utf-16" if line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
+        wrong = f"{file}, line {number}: not UTF-8: byte 0x{line[error.start]:02x} at position "
+        fix = f"iconv -f {encoding} -t utf-8 '{file}' > prompts.txt"
+        raise Mistake(f"{wrong}{error.start}", [], fix) from None
 
 
 def show(module: TaskModule, arguments: dict[str, Any]) -> None:

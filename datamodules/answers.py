@@ -1,4 +1,4 @@
-"""Prompts and answers from JSONL, for fine-tuning: only what is answered is learned.
+"""Prompts and answers from JSON files, for fine-tuning: only what is answered is learned.
 
     {"prompt": "Capital of France? ", "answer": "Paris"}            one such line an example
 
@@ -8,8 +8,6 @@
 Axes: b batch, t time.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +16,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from .corpus import files_of
+from .json_rows import check_text, checksum, rows
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator, global_seed
 from .sources import announce
 from .tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, gpt2
@@ -27,37 +27,20 @@ STEP = 64  # batches are as long as their longest example, rounded up: shapes se
 
 
 class Example(NamedTuple):
-    """One line: its number in the file, and its two texts."""
+    """The two texts of a row."""
 
-    line: int
     prompt: str
     answer: str
 
 
 def examples(path: Path, prompt: str, answer: str) -> Iterator[Example]:
-    """The lines of a JSONL file; empty ones are left out."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; type --data.path=FILE, JSON objects, one a line")
-    with path.open(encoding="utf-8-sig") as file:
-        for number, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}; "
-                    f'write {{"{prompt}": "...", "{answer}": "..."}}'
-                ) from None
-            yield Example(number, *_texts(row, (prompt, answer), f"{path}, line {number}"))
+    """The rows of a JSON file or folder; empty lines are left out."""
+    shown = f'{{"{prompt}": "...", "{answer}": "..."}}'
+    for place, row in rows(path, shown):
+        yield Example(*_texts(row, (prompt, answer), place))
 
 
-def _texts(row: Any, fields: tuple[str, str], place: str) -> Iterator[str]:
-    if not isinstance(row, dict):
-        raise ValueError(
-            f"{place}: {type(row).__name__}, not an object; "
-            f'write {{"{fields[0]}": "...", "{fields[1]}": "..."}}'
-        )
+def _texts(row: dict[str, Any], fields: tuple[str, str], place: str) -> Iterator[str]:
     for flag, field in zip(("prompt", "answer"), fields, strict=True):
         if not isinstance(row.get(field), str) or not row[field]:
             what = "an empty" if row.get(field) == "" else "no text in" if field in row else "no"
@@ -66,7 +49,7 @@ def _texts(row: Any, fields: tuple[str, str], place: str) -> Iterator[str]:
                 f"{place}: {what} field {field!r}; it has {', '.join(row) or 'nothing'}; "
                 f"type --data.{flag}={others[0] if others else 'NAME'} if it is called otherwise"
             )
-        yield row[field]
+        yield check_text(row[field], place, field)
 
 
 class AnswerDataModule(L.LightningDataModule):
@@ -77,7 +60,8 @@ class AnswerDataModule(L.LightningDataModule):
     An answer ends with the tokenizer's end token, where it has one, so that a model learns to stop.
 
     Args:
-        path: a file of JSON objects, one a line.
+        path: a file of JSON objects, one a line (.jsonl, .ndjson) or in a list (.json), or a folder
+            of such files.
         prompt: the field that is given.
         answer: the field that is learned.
         tokenizer: what a token is; that of the model that is tuned.
@@ -135,7 +119,7 @@ class AnswerDataModule(L.LightningDataModule):
                 f"answer is left; type --data.context={2 * self.context}"
             )
         cut = sum(len(tokens) > self.context for tokens, _ in rows)
-        sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        sha256 = checksum(files_of(self.path))
         self.resolved = {"source": "path", "file": str(self.path), "sha256": sha256}
         long = f"; {cut} longer than the context are cut, {len(rows) - len(self.rows)} left out"
         announce(f"data: {self.path}, {len(found):,} examples{long if cut else ''}", loud=cut > 0)

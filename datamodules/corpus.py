@@ -33,7 +33,7 @@ def files_of(path: Path, flag: str = "--data.path") -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = [p.name for p in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
         nearest = difflib.get_close_matches(path.name, beside, 3) or sorted(beside)[:3]
         there = f"nearest there: {', '.join(nearest)}" if nearest else "its folder is missing, too"
         raise FileNotFoundError(f"no file or folder {path}; {there}; type {flag}=FILE")

@@ -1,11 +1,10 @@
-"""Prompts for a policy: snippets of a corpus, or the lines of a JSONL file with their columns.
+"""Prompts for a policy: snippets of a corpus, or the rows of JSON files with their columns.
 
 A prompt is text, since only the model knows its tokens. With it goes the sample's place in the
 order of the data: all that is drawn for a prompt depends on the seed and this place alone, so that
 any number of ranks draws the same batch, and a run that was cut goes on as if it had not been.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .corpus import files_of, read
+from .json_rows import check_text, is_json, rows
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, global_seed
 from .sources import SOURCES, announce, choose, fetch
 from .text import documentation
@@ -48,7 +48,8 @@ class PromptDataModule(L.LightningDataModule):
     data = PromptDataModule("questions.jsonl", corpus="plays.txt")  # {"prompt": ..., "answer": ...}
 
     Args:
-        path: a text, or a JSONL file whose objects have a "prompt"; without it `source` decides.
+        path: a text; or objects with a "prompt" in a .jsonl, .ndjson or .json file or a folder of
+            them; without it `source` decides.
         source: shakespeare, embedded (CPython's help topics), or auto: the first that can be had.
         root: the folder of data sets; by default the variable DATA_ROOT.
         corpus: a text for rewards that compare with one; by default the text of the snippets.
@@ -87,7 +88,7 @@ class PromptDataModule(L.LightningDataModule):
         self.val_fraction, self.val_prompts, self.seed = val_fraction, val_prompts, seed
         self.resolved: dict[str, Any] = {}
         self.text: str | None = None  # what rewards compare with
-        self.rows: list[dict[str, Any]] = []  # of a JSONL file
+        self.rows: list[dict[str, Any]] = []  # of JSON files
         self._snippets = ""
         self._tried = ""
 
@@ -105,7 +106,7 @@ class PromptDataModule(L.LightningDataModule):
         else:
             file, why = choose(self.source, SOURCES["shakespeare"], self.root, self._tried)
         name = str(file or "the EMBEDDED text (help topics of CPython)")
-        if file is not None and file.suffix == ".jsonl":
+        if file is not None and is_json(file):
             self.rows = rows_of(file)
             size = f"{len(self.rows):,} prompts"
         else:
@@ -195,29 +196,25 @@ class PromptDataModule(L.LightningDataModule):
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; each has a prompt, and all have the same columns."""
-    rows: list[dict[str, Any]] = []
-    lines = "".join(read(files_of(path))).split("\n")  # a string may hold other breaks
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no JSON: {error}; correct it") from None
-        prompt = row.get("prompt") if isinstance(row, dict) else None
+    """The objects of JSON files; each has a prompt, and all have the same columns."""
+    found: list[dict[str, Any]] = []
+    for place, row in rows(path, '{"prompt": "Q: ", "answer": "A"}'):
+        prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(
-                f'{path}, line {number}: no "prompt"; each line is an object like '
+                f'{place}: no "prompt"; each line is an object like '
                 '{"prompt": "Q: ", "answer": "A"}, whose prompt is not empty'
             )
-        if rows and row.keys() != rows[0].keys():
-            wrong = ", ".join(sorted(row.keys() ^ rows[0].keys()))
+        if found and row.keys() != found[0].keys():
+            wrong = ", ".join(sorted(row.keys() ^ found[0].keys()))
             raise ValueError(
-                f"{path}, line {number}: its columns are not those of the first line ({wrong}); "
+                f"{place}: its columns are not those of the first line ({wrong}); "
                 "give every line the same"
             )
-        rows.append(row)
-    if len(rows) < 2:
-        raise ValueError(f"{path} has {len(rows)} prompts; give 2 or more, one to validate on")
-    return rows
+        for name, value in row.items():
+            if isinstance(value, str):
+                check_text(value, place, name)
+        found.append(row)
+    if len(found) < 2:
+        raise ValueError(f"{path} has {len(found)} prompts; give 2 or more, one to validate on")
+    return found

@@ -130,5 +130,7 @@ def test_a_bad_line_is_named(rows: list[Any], told: str, tmp_path: Path) -> None
 
 
 def test_a_missing_file_is_told() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file nowhere.jsonl; type --data.path=FILE"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file or folder nowhere.jsonl; .*type --data.path=FILE"
+    ):
         data_of(Path("nowhere.jsonl"))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ravine.cli import signature
+from ravine.cli import generate, signature
 from ravine.cli.main import main
 from ravine.datamodules import CharTokenizer
 from ravine.lightning_modules import LanguageModel
@@ -62,6 +62,27 @@ def test_several_prompts_and_samples_come_one_after_the_other(
     assert out == "".join(f"--- {i} of 6 ---\n{text}\n" for i, text in enumerate(texts, 1))
     assert [text[:3] for text in texts] == ["zer", "zer", "one", "one", "two", "two"]
     assert len(set(texts)) == 6
+
+
+def test_a_file_of_prompts_may_have_a_mark_and_other_breaks_within_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["one\f\v\x1ctwo", "a\u2028b\u0085c\u2029d", "é"]
+    for mark, end in (("", "\n"), ("\ufeff", "\r\n")):
+        Path("p.txt").write_bytes((mark + end.join([*lines, ""])).encode())
+        assert generate.prompts(Path("p.txt"), None) == lines
+    for content, told in {
+        b"good\ncaf\xe9\n": "p.txt, line 2: not UTF-8: byte 0xe9 at position 3\n  type: iconv",
+        "text".encode("utf-16"): "p.txt, line 1: no text: byte 0x00 at position 3",
+        b"\xef\xbb\xbf\n\n": "p.txt holds no prompt",
+    }.items():
+        Path("p.txt").write_bytes(content)
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
+            generate.prompts(Path("p.txt"), None)
+        assert told in str(error.value)
+    with pytest.raises(ValueError, match="is a folder"):
+        generate.prompts(tmp_path, None)
 
 
 def test_a_text_ends_before_its_stop(checkpoint: str) -> None:

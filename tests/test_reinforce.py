@@ -735,7 +735,7 @@ def test_rewards_of_prompts_in_a_file_compare_with_the_corpus_beside_it(base, tm
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ('{"prompt": "a"}\n{"prompt": }\n', "line 2: no JSON"),
+        ('{"prompt": "a"}\n{"prompt": }\n', "line 2: not JSON"),
         ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2: no "prompt"'),
         ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: no "prompt"'),
         ('{"prompt": "a"}\n{"prompt": "b", "x": 1}\n', r"line 2: its columns .*\(x\)"),
