@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ravine.lightning_modules import LanguageModel
-from ravine.lightning_modules.language import Transformer
+from ravine.lightning_modules.language import Transformer, loss
 from ravine.lightning_modules.language.loss import IGNORED, chunked_nats, nats
 
 V, PADDED, D = 11, 16, 8
@@ -78,10 +78,10 @@ def test_a_large_vocabulary_trains_like_a_small_one(monkeypatch: pytest.MonkeyPa
     model = LanguageModel(5000, 8, layers=1, width=16, heads=2)
     model.net = net
     monkeypatch.setattr(model, "log", lambda *_: None)
-    loss = model.training_step((tokens, targets), 0)
-    torch.testing.assert_close(loss, expected)
+    found = model.training_step((tokens, targets), 0)
+    torch.testing.assert_close(found, expected)
     for a, b in zip(
-        torch.autograd.grad(loss, list(net.parameters())),
+        torch.autograd.grad(found, list(net.parameters())),
         torch.autograd.grad(expected, list(net.parameters())),
         strict=True,
     ):
@@ -98,3 +98,37 @@ def test_the_largest_thing_kept_is_the_gradient_of_the_head() -> None:
     ):
         chunked_nats(x, weight, torch.randint(20_000, (1, 1000)), 20_000, 64)
     assert max(kept) == weight.numel()
+
+
+@pytest.mark.parametrize("wrong", [-1, -2, -99, V, V + 2, PADDED])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_target_outside_the_vocabulary_is_refused_on_every_path(wrong: int, frozen: bool) -> None:
+    x, weight, targets = features()
+    targets[2, 3] = wrong
+    message = rf"target {wrong} at \[2, 3\] of \[3, 5\]; allowed: 0 to {V - 1}, and -100"
+    with torch.set_grad_enabled(not frozen):
+        with pytest.raises(ValueError, match=message):
+            chunked_nats(x, weight, targets, V)
+        with pytest.raises(ValueError, match=message):
+            whole(x, weight, targets)
+
+
+@pytest.mark.parametrize("vocabulary", [100, 5000])
+def test_a_mark_of_another_program_never_teaches_the_first_token(vocabulary: int) -> None:
+    model = LanguageModel(vocabulary, 8, layers=1, width=16, heads=2)
+    model.configure_model()
+    inputs = torch.randint(vocabulary, (2, 8))
+    targets = inputs.roll(-1, 1)
+    targets[:, :6] = -1
+    for step in (model.training_step, model.validation_step):
+        with pytest.raises(ValueError, match=r"target -1 .*targets == -1, -100\)"):
+            step((inputs, targets), 0)
+
+
+def test_the_kernel_of_the_chunks_refuses_a_negative_target_by_itself(monkeypatch) -> None:
+    """What an accelerator does, where the ids are not looked at."""
+    monkeypatch.setattr(loss, "check_ids", lambda *_: None)
+    x, weight, targets = features()
+    targets[0, 0] = -1
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        chunked_nats(x, weight, targets, V)

@@ -267,6 +267,25 @@ def test_the_tensor_parallel_plan_names_every_matrix_of_the_blocks_once(kind):
             assert len([p for p in plan if fnmatch(name, p)]) == 1, name
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal", "none"])
+def test_more_tokens_than_the_context_are_refused_in_one_line(positions):
+    net = small(positions=positions)
+    net(torch.zeros(1, T, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"9 tokens, and the model sees 8 .*allowed: 8 or less"):
+        net(torch.zeros(1, T + 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="9 tokens"):
+        net(torch.zeros(1, T + 1, dtype=torch.int64), None, torch.zeros(1, T + 1))
+
+
+@pytest.mark.parametrize(("vocabulary", "wrong"), [(V, V), (V, -1), (5000, 5010), (5000, -2)])
+def test_a_token_outside_the_vocabulary_is_refused_even_where_the_table_has_a_row(
+    vocabulary, wrong
+):
+    net = Transformer(vocabulary, T, layers=1, width=8, heads=2)
+    with pytest.raises(ValueError, match=rf"token {wrong} at \[0, 1\] of \[1, 3\]; allowed: 0 to"):
+        net(torch.tensor([[0, wrong, 1]]))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -22,6 +22,7 @@ LOGITS = 2**25  # that exist at once: 128 MiB in fp32
 
 def nats(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy of logits (b t v) at targets (b t); IGNORED targets do not count."""
+    check_ids("target", targets, logits.shape[-1], IGNORED)
     logits = rearrange(logits, "b t v -> (b t) v").float()  # bf16 would round small improvements
     return F.cross_entropy(logits, rearrange(targets, "b t -> (b t)"), reduction=reduction)
 
@@ -33,10 +34,40 @@ def chunked_nats(
 
     Rows of the head beyond the vocabulary are padding; `rows` positions are treated at a time.
     """
+    check_ids("target", targets, vocabulary, IGNORED)
     x, targets = rearrange(x, "b t d -> (b t) d"), rearrange(targets, "b t -> (b t)")
     learns = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
     rows = rows or max(1, LOGITS // len(weight))
     return _Chunked.apply(x, weight, targets, vocabulary, rows, learns)
+
+
+def check_ids(what: str, ids: Tensor, vocabulary: int, ignored: int | None = None) -> None:
+    """Raise ValueError for an id outside 0 to vocabulary - 1 that is not `ignored`.
+
+    Only on a CPU: reading the result would make the host wait for an accelerator, whose kernels
+    assert the bounds themselves.
+
+    Args:
+        what: name of the ids in the message: token, target.
+        ids: integers of any shape.
+        vocabulary: number of different tokens.
+        ignored: one id that is allowed besides.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (ids < 0) | (ids >= vocabulary)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if not wrong.any():
+        return
+    place = wrong.nonzero()[0].tolist()
+    found = int(ids[tuple(place)])
+    allowed, hint = f"0 to {vocabulary - 1}", "encode the text with the model's tokenizer"
+    if ignored is not None:
+        allowed += f", and {ignored} for a position that is not learned"
+        if found < 0:
+            hint = f"mark such positions: {what}s.masked_fill({what}s == {found}, {ignored})"
+    raise ValueError(f"{what} {found} at {place} of {list(ids.shape)}; allowed: {allowed}; {hint}")
 
 
 class _Chunked(torch.autograd.Function):
@@ -57,7 +88,8 @@ class _Chunked(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=exact) if learns[1] else None
         for start in range(0, len(x), rows):
             some, target = x[start : start + rows], targets[start : start + rows]
-            counted, place = target != IGNORED, target.clamp(min=0)[:, None]
+            counted = target != IGNORED
+            place = target.where(counted, 0)[:, None]  # gather refuses any other below 0
             logits = F.linear(some, weight)[:, :vocabulary].to(exact)  # (n v)
             spread = logits.logsumexp(-1, keepdim=True)
             total += (spread - logits.gather(1, place))[:, 0].where(counted, 0.0).sum()

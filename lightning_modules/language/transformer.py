@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .attention import ROPE_BASE, CausalAttention, Rung
 from .branches import Branches, Fork
 from .cache import Cache, Past
-from .loss import chunked_nats, nats
+from .loss import check_ids, chunked_nats, nats
 from .moe import MixtureOfExperts
 from .norm import RMSNorm
 
@@ -259,7 +259,9 @@ class Transformer(nn.Module):
         return self.leave(self.through(self.enter(tokens, cache), None, cache), cache, targets)
 
     def enter(self, tokens: Tensor, cache: Cache | Branches | None = None) -> Tensor:
-        """The stream (b t d) before the first block."""
+        """The stream (b t d) before the first block; ValueError for ids or lengths out of range."""
+        if cache is None:
+            self._check(tokens)
         x = self.embed(tokens)
         if self.place is not None:
             here = self.times
@@ -267,6 +269,18 @@ class Transformer(nn.Module):
                 here = torch.arange(tokens.shape[1], device=tokens.device)
             x = x + self.place(here if cache is None else cache.times(here))
         return self.dropout(x)
+
+    def _check(self, tokens: Tensor) -> None:
+        length = tokens.shape[1] if self.times is None else 0  # with times, a part of a sequence
+        if length > self.context:
+            raise ValueError(
+                f"{length} tokens, and the model sees {self.context} (its context); allowed: "
+                f"{self.context} or less; cut the input, or build the model with context={length}"
+            )
+        if tokens.is_cuda and self.embed.num_embeddings > self.vocabulary:
+            inside = (tokens < self.vocabulary).all()  # a row of padding is no token
+            torch._assert_async(inside, "a token is outside the vocabulary")  # pyright: ignore
+        check_ids("token", tokens, self.vocabulary)
 
     def through(
         self, x: Tensor, names: Sequence[str] | None = None, cache: Cache | Branches | None = None
