@@ -37,9 +37,14 @@ def global_norm(
 ) -> Tensor:
     """The norm of all gradients together, () on their device, the same on every rank.
 
-    In a pipeline each stage has others, or none, but for those `elsewhere`, which another counts.
+    In float64 where a gradient is, else in float32; 0 of no gradients. In a pipeline each stage has
+    others, or none, but for those `elsewhere`, which another counts.
     """
+    if not gradients and pipeline is None:
+        return torch.zeros(())
     one = gradients[0] if gradients else next(pipeline.module.parameters())
+    exact = any(g.dtype in (torch.float64, torch.complex128) for g in [*gradients, one])
+    kind = torch.float64 if exact else torch.float32
     gradients = [g for g in gradients if not any(g is other for other in elsewhere)]
     squares: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
@@ -47,11 +52,11 @@ def global_norm(
         if isinstance(gradient, DTensor):
             axes = tuple(i for i, p in enumerate(gradient.placements) if not p.is_replicate())
             key = (gradient.device_mesh, axes)
-        squares.setdefault(key, []).append(local(gradient))
-    total = torch.zeros((), device=local(one).device)
+        squares.setdefault(key, []).append(_real(gradient))
+    total = torch.zeros((), dtype=kind, device=local(one).device)
     for key, shards in squares.items():
         # float32, also for bfloat16 gradients: a sum of squares needs the digits
-        norms = torch.stack(_foreach_norm(shards, 2, dtype=torch.float32))
+        norms = torch.stack(_foreach_norm(shards, 2, dtype=kind))
         square = norms.square().sum()
         if key is not None:
             mesh, axes = key
@@ -61,6 +66,12 @@ def global_norm(
     if pipeline is not None:
         all_reduce(total, group=pipeline.group)
     return total.sqrt()
+
+
+def _real(gradient: Tensor) -> Tensor:
+    """This rank's numbers of a gradient; a complex one shows its two parts, of the same memory."""
+    part = local(gradient)
+    return torch.view_as_real(part) if part.is_complex() else part
 
 
 def clip_by_norm(gradients: Sequence[Tensor], max_norm: float, *others: Any) -> Tensor:
@@ -78,7 +89,7 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float, *others: Any) -> 
 def clip_by_value(gradients: Sequence[Tensor], max_value: float, *others: Any) -> Tensor:
     """Clamp every number in place; the global norm before, with `others` as its arguments."""
     norm = global_norm(gradients, *others)
-    if parts := [local(gradient) for gradient in gradients]:
+    if parts := [_real(gradient) for gradient in gradients]:
         _foreach_clamp_max_(parts, max_value)
         _foreach_clamp_min_(parts, -max_value)
     return norm

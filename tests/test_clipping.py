@@ -62,6 +62,34 @@ def test_the_norm_of_bf16_gradients_has_the_digits_of_fp32():
     torch.testing.assert_close(global_norm(gradients).double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("by", [clip_by_norm, clip_by_value])
+def test_no_gradients_have_the_norm_zero(by):
+    assert by([], 1.0).item() == 0
+
+
+@pytest.mark.parametrize("dtypes", [("float64",), ("float64", "float32"), ("complex64", "float32")])
+def test_gradients_of_double_precision_beside_others_and_complex_ones_are_clipped(dtypes):
+    gradients = [torch.randn(6, dtype=getattr(torch, name)) for name in dtypes]
+    exact = sum(g.abs().double().square().sum() for g in gradients) ** 0.5
+    before = [g.clone() for g in gradients]
+    norm = clip_by_norm(gradients, 0.5)
+    digits = 1e-12 if "float64" in dtypes else 1e-6
+    torch.testing.assert_close(norm.double(), exact, rtol=digits, atol=0)
+    for now, was in zip(gradients, before, strict=True):
+        assert now.dtype == was.dtype
+        torch.testing.assert_close(now, was * 0.5 / exact.item())
+
+
+@pytest.mark.parametrize("how", [{"max_norm": 0.1}, {"max_value": 0.01}])
+def test_a_run_in_double_precision_is_clipped(how):
+    module = Line(scale=100.0)
+    callbacks = [GradientClipping(**how)]
+    trainer = L.Trainer(**QUIET, max_steps=2, precision="64-true", callbacks=callbacks)
+    trainer.fit(module, data())
+    assert next(module.parameters()).dtype == torch.float64
+    assert trainer.global_step == 2
+
+
 def test_clipping_leaves_the_direction_and_the_largest_norm_allowed():
     gradients = [torch.randn(30, 4), torch.randn(5)]
     before = torch.cat([g.flatten() for g in gradients])
@@ -125,6 +153,9 @@ def test_values_are_clamped_one_by_one():
     gradients = [torch.tensor([-3.0, 0.5, 2.0])]
     assert clip_by_value(gradients, 1.0) == torch.tensor([3.0, 0.5, 2.0]).norm()
     assert torch.equal(gradients[0], torch.tensor([-1.0, 0.5, 1.0]))
+    gradients = [torch.tensor([3 - 0.5j])]
+    assert clip_by_value(gradients, 1.0).item() == pytest.approx(9.25**0.5)
+    assert gradients[0].item() == 1 - 0.5j
 
 
 def test_a_step_clipped_by_value_moves_no_weight_by_more_than_lr_times_the_bound():

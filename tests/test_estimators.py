@@ -5,6 +5,7 @@ An expectation over batches of B texts is a sum over 15^B of them: nothing here 
 is in float64. At the end the mistakes of published code are planted, to see them noticed.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -222,6 +223,41 @@ def test_a_ratio_is_clipped_where_that_makes_the_objective_smaller(sign: int) ->
     assert moved == ([False, True, True] if sign > 0 else [True, False, True])
 
 
+@pytest.mark.parametrize(("clip", "high"), [(0.2, None), (0.2, 0.28), (10.0, None), (2.0, 0.1)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_clipped_terms_are_their_formula_and_the_loss_their_sum(clip, high, sign) -> None:
+    log_p = torch.linspace(-3, 3, 8, dtype=torch.float64).view(2, 4).requires_grad_()
+    sampled, w = torch.zeros(2, 4), torch.tensor([sign, 2 * sign], dtype=torch.float64)
+    estimator = Estimator("none", clip=clip, clip_high=high)
+    terms = estimator.terms(log_p, w, sampled)
+    top = 1 + (clip if high is None else high)
+    for b, n in itertools.product(range(2), range(4)):
+        ratio, each = math.exp(log_p[b, n].item()), w[b].item()
+        expected = min(ratio * each, min(max(ratio, 1 - clip), top) * each)
+        assert terms[b, n].item() == pytest.approx(expected)
+    mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    loss = estimator.loss(log_p, mask, w, 4, 4, sampled)
+    torch.testing.assert_close(loss, -terms[mask].sum() / 2)
+    plain = Estimator("none").terms(log_p, w)
+    torch.testing.assert_close(plain, w[:, None] * log_p)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"clip": 0.0}, r"clip is 0\.0; allowed: a finite number above 0; type --model"),
+        ({"clip": -0.2}, "clip is -0.2; allowed"),
+        ({"clip": math.inf}, "clip is inf; allowed"),
+        ({"clip": math.nan}, "clip is nan; allowed"),
+        ({"clip": 0.2, "clip_high": 0.0}, "clip_high is 0.0; allowed"),
+        ({"clip_high": 0.28}, "clip, the lower bound, is not given; type --model.estimator.clip"),
+    ],
+)
+def test_a_clip_that_bounds_nothing_is_refused(how, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Estimator("grpo", **how)
+
+
 BINARY = P @ RIGHT  # the probability of a right text
 RISE = gradient((log_p().exp() * RIGHT).sum())
 
@@ -266,6 +302,48 @@ def test_equal_rewards_weigh_nothing_and_never_are_nan() -> None:
         for kind in ("mean", "rloo", "grpo"):
             assert not Estimator(kind).weights(equal).any()
     assert not Estimator("rejection").weights(torch.zeros(4)).any()
+
+
+ROUNDED = {  # rewards that arithmetic alone makes different
+    "sums in another order": torch.tensor([0.1 + 0.2, 0.3, 0.3, 0.3], dtype=torch.float64),
+    "two and two": torch.tensor([0.1 + 0.2, 0.3, 0.1 + 0.2, 0.3], dtype=torch.float64),
+    "sums in float32": torch.tensor([1.29999995, 1.30000007, 1.29999995, 1.29999995]),
+    "terms that cancel": torch.tensor([0.1 + 0.2 - 0.3, 0.0, 0.0, 0.0], dtype=torch.float64),
+    "large": torch.tensor([1e9, 1e9 + 1e-6, 1e9, 1e9], dtype=torch.float64),
+    "negative": -torch.tensor([0.1 + 0.2, 0.3, 0.3, 0.3], dtype=torch.float64),
+    "one without a reward": torch.tensor([0.1 + 0.2, 0.3, math.nan, 0.3], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("rewards", ROUNDED.values(), ids=ROUNDED)
+@pytest.mark.parametrize("scope", ["batch", "group"])
+@pytest.mark.parametrize("deviation", ["population", "sample"])
+def test_rewards_that_differ_by_rounding_weigh_nothing(rewards, scope, deviation) -> None:
+    for kind in ("mean", "rloo", "grpo"):
+        estimator = Estimator(kind, scope=scope, deviation=deviation)
+        assert not estimator.weights(rewards, 4).any()
+    beside = torch.cat((rewards, torch.tensor([1.0, 0.0, 1.0, 0.0]).to(rewards)))
+    w = Estimator("grpo", scope="group").weights(beside, 4)
+    assert not w[:4].any()
+    assert w[4:].tolist() == [1, -1, 1, -1]
+
+
+def test_a_small_difference_that_is_no_rounding_keeps_its_full_weight() -> None:
+    for scale in (1.0, 1e-6, 1e6):
+        r = scale * torch.tensor([1.0, 1.0001, 1.0, 1.0001], dtype=torch.float64)
+        w = Estimator("grpo", scope="group").weights(r, 4)
+        torch.testing.assert_close(w, torch.tensor([-1, 1, -1, 1.0], dtype=torch.float64))
+
+
+def test_whole_numbers_as_rewards_weigh_as_the_same_floats() -> None:
+    r = torch.tensor([1, 0, 0, 3])
+    for kind in ("none", "mean", "rloo", "grpo"):
+        assert Estimator(kind).weights(r).equal(Estimator(kind).weights(r.double()))
+
+
+def test_rejection_takes_a_one_that_arithmetic_has_rounded() -> None:
+    r = torch.tensor([0.7 + 0.2 + 0.1, 0.0, 0.1 + 0.2 - 0.3, 1 + 2e-16], dtype=torch.float64)
+    assert Estimator("rejection").weights(r).tolist() == [2, 0, 0, 2]
 
 
 @pytest.mark.parametrize("kind", ["none", "mean", "rloo", "grpo", "rejection"])

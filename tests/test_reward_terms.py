@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from ravine.lightning_modules.policy.rewards import (
     RewardError,
     Samples,
     check_scored,
+    check_terms,
     combine,
 )
 from ravine.lightning_modules.policy.rewards import evaluate as answers_of
@@ -43,6 +45,11 @@ from ravine.lightning_modules.policy.watching import measure, of_rewards, of_tex
 PLAY = (
     "ROMEO:\nO speak again, bright angel.\n\nJULIET:\nGood night, good night.\n\nFirst Lord:\nHo!\n"
 )
+
+
+class Count(Reward):
+    def score(self, samples: Samples) -> list[float]:
+        return [float(len(text)) for text in samples.texts]
 
 
 def samples(*texts: str, everyone: tuple[str, ...] | None = None, first: int = 0) -> Samples:
@@ -273,6 +280,79 @@ def test_what_is_no_number_is_blamed_on_its_sample() -> None:
     message = r"failed on sample 1 \('two'\): ValueError: could not convert[^()]*; correct it"
     with pytest.raises(RewardError, match=message):
         score(RewardFunction(mine), "one", "two")
+
+
+NO_LIST = {
+    "dict": lambda texts: {i: 5.0 for i in range(len(texts))},
+    "str": lambda texts: "01"[: len(texts)],
+    "bytes": lambda texts: b"01",
+    "set": lambda texts: {1.0, 0.0},
+    "dict_keys": lambda texts: {1.0: 2, 0.0: 3}.keys(),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LIST)
+def test_rewards_in_a_container_without_numbers_in_order_are_refused_in_one_line(kind) -> None:
+    message = rf"the reward mine gave a {kind}; allowed: a list or a tensor.*; return \["
+    with pytest.raises(RewardError, match=message) as error:
+        score(RewardFunction(NO_LIST[kind], name="mine"), "one", "two")
+    assert "\n" not in str(error.value)
+
+
+def test_a_reward_that_float32_cannot_hold_is_refused_with_its_term_and_sample() -> None:
+    for value in (1e39, -1e39, 10**40):
+        term = RewardFunction(lambda texts, v=value: [0.5, v], name="huge")
+        with pytest.raises(
+            RewardError, match=r"the reward huge is -?1e\+\d+ for sample 1 \('two'\)"
+        ):
+            score(term, "one", "two")
+    terms = [Count(weight=1e30, name="much"), Count(name="little")]
+    with pytest.raises(RewardError, match=r"sample 1 is 1e\+39, most of it of much with weight"):
+        combine(terms, torch.tensor([[1, 1e9], [1, 1]], dtype=torch.float64))
+
+
+def test_a_weight_that_is_no_number_is_refused() -> None:
+    for weight in (math.nan, math.inf):
+        with pytest.raises(RewardError, match=r"weight of the reward count is .*; allowed: a fin"):
+            check_terms([Count(weight=weight)], corpus=True, reference=True)
+
+
+def test_terms_that_cancel_add_up_to_zero() -> None:
+    terms = [Count(weight=w, name=f"t{w}") for w in (0.1, 0.2, -0.3)]
+    answers = torch.tensor([[1, 0], [1, 0], [1, 0]], dtype=torch.float64)
+    assert combine(terms, answers).tolist() == [0, 0]
+    assert combine(terms, 0.5 * answers + torch.tensor([[1e-9], [0], [0]])).abs().min() > 1e-11
+
+
+def test_a_function_written_for_trl_gets_the_texts_as_completions() -> None:
+    seen: dict[str, Any] = {}
+
+    def trl(completions, **kwargs):
+        seen.update(kwargs)
+        return [float(len(text)) for text in completions]
+
+    batch = samples("one", "seven")
+    batch.columns = {"answer": ["1", "2"]}
+    assert answers_of([RewardFunction(trl)], batch).tolist() == [[3, 5]]
+    assert seen["prompts"] == batch.prompts
+    assert seen["answer"] == ["1", "2"]
+    rows = [t[m].tolist() for t, m in zip(batch.tokens, batch.mask, strict=True)]
+    assert seen["completion_ids"] == rows
+    named = RewardFunction(
+        lambda prompts, completions, completion_ids: [len(x) for x in completions]
+    )
+    assert score(named, "one", "seven") == [3, 5]
+    batch.columns = {"completions": ["written", "by someone"]}
+    with pytest.raises(RewardError, match=r"a column 'completions'.*another name"):
+        answers_of([RewardFunction(trl)], batch)
+    whole = RewardFunction(lambda **columns: [len(text) for text in columns["completions"]])
+    assert answers_of([whole], batch).tolist() == [[7, 10]]
+
+
+def test_an_argument_that_is_not_there_is_named_beside_others_that_take_all() -> None:
+    with pytest.raises(RewardError, match=r"asks for 'completion'; there are texts, prompts"):
+        score(RewardFunction(lambda completion, **rest: [1.0], name="f"), "a")
+    assert score(RewardFunction(lambda texts, /, *others, **rest: [2.0], name="g"), "a") == [2]
 
 
 def test_the_line_of_a_reward_that_fails_is_named() -> None:

@@ -28,6 +28,9 @@ from torch import Tensor
 
 Kind = Literal["none", "mean", "rloo", "grpo", "rejection"]
 
+TIED = 1e-6  # of the largest |r|: a smaller spread is the rounding of fp32 sums, and counts as none
+TINY = 1e-12  # a smaller spread is the rounding of fp64 sums whose terms cancel: 0.1 + 0.2 - 0.3
+
 
 @dataclass(frozen=True)
 class Estimator:
@@ -46,7 +49,9 @@ class Estimator:
             length, and is as exact; tokens divides by all tokens of the batch, so that the step
             depends on how long the others are: refused where gradients are accumulated.
         clip: keep each token's ratio to the sampler's probability within 1 ± clip (PPO). There is
-            one step for each rollout, so only rounding moves the ratio from 1.
+            one step for each rollout, so only rounding moves the ratio from 1. From 1 on the lower
+            bound never acts.
+        clip_high: another distance for the upper bound: 1 - clip to 1 + clip_high (DAPO: 0.28).
     """
 
     kind: Kind = "mean"
@@ -54,12 +59,20 @@ class Estimator:
     deviation: Literal["population", "sample"] = "population"
     normalize: Literal["sequence", "constant", "tokens"] = "sequence"
     clip: float | None = None
+    clip_high: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a clip that lets nothing through, or no ratio at all."""
-        if self.clip is not None and not 0 < self.clip < 1:
+        """Refuse a clip that lets nothing through, or everything."""
+        for name, bound in (("clip", self.clip), ("clip_high", self.clip_high)):
+            if bound is not None and not 0 < bound < math.inf:
+                raise ValueError(
+                    f"{name} is {bound}; allowed: a finite number above 0; "
+                    f"type --model.estimator.{name}=0.2"
+                )
+        if self.clip_high is not None and self.clip is None:
             raise ValueError(
-                f"clip is {self.clip}; allowed: above 0, below 1; type --model.estimator.clip=0.2"
+                f"clip_high is {self.clip_high}, and clip, the lower bound, is not given; "
+                "type --model.estimator.clip=0.2"
             )
 
     def check(self, samples: int, group_size: int, accumulate: int = 1) -> None:
@@ -86,14 +99,18 @@ class Estimator:
             )
 
     def weights(self, rewards: Tensor, group_size: int = 1) -> Tensor:
-        """Weights (b) of rewards (b), groups side by side; NaN counts nowhere and weighs 0."""
+        """Weights (b) of rewards (b), groups side by side; NaN counts nowhere and weighs 0.
+
+        Rewards that differ by less than rounding can explain (`TIED`, `TINY`) count as equal.
+        """
         size = len(rewards) if self.scope == "batch" else group_size
+        rewards = rewards if rewards.is_floating_point() else rewards.double()
         r = rearrange(rewards, "(g s) -> g s", s=size)
         scored = ~r.isnan()
         count = scored.sum(1, keepdim=True)  # (g 1)
         r = r.where(scored, 0.0)
         if self.kind == "rejection":
-            self._check_binary(r)
+            r = self._binary(r)
             return rearrange(r * count / r.sum(1, keepdim=True).clamp(min=1), "g s -> (g s)")
         w = r if self.kind == "none" else self._compared(r, scored, count)
         return rearrange(w.where(scored, 0.0), "g s -> (g s)")
@@ -112,7 +129,8 @@ class Estimator:
         most = r.where(scored, -math.inf).amax(1, keepdim=True)
         # equal rewards teach nothing; their rounded mean would differ, and a deviation of 1e-17
         # would blow that up to weights of one
-        w = (r - mean).where(scored & (most > least), 0.0)
+        rounding = (TIED * r.abs().amax(1, keepdim=True)).clamp(min=TINY)
+        w = (r - mean).where(scored & (most - least > rounding), 0.0)
         if self.kind == "rloo":
             return w * count / (count - 1).clamp(min=1)  # r - mean of the others
         if self.kind == "grpo":
@@ -121,14 +139,39 @@ class Estimator:
             return w / deviation.where(deviation > 0, 1.0)
         return w
 
-    def _check_binary(self, r: Tensor) -> None:
-        if not ((r == 0) | (r == 1)).all():
-            wrong = r[(r != 0) & (r != 1)][0].item()
+    def _binary(self, r: Tensor) -> Tensor:
+        binary = r.round()  # 0.7 + 0.2 + 0.1 is 0.9999999999999999
+        fits = ((r - binary).abs() <= TIED) & ((binary == 0) | (binary == 1))
+        if not fits.all():
+            wrong = r[~fits][0].item()
             raise ValueError(
                 f"rejection keeps samples of reward 1 and drops those of 0, and a reward is "
                 f"{wrong:.4g}; make the reward binary (Binary with weight 1, and nothing else), "
                 "or type --model.estimator.kind=rloo"
             )
+        return binary
+
+    def terms(
+        self, log_probabilities: Tensor, weights: Tensor, sampled: Tensor | None = None
+    ) -> Tensor:
+        """The objective of each token (b n), to be summed where the mask is set, and ascended.
+
+        Without clip w log p; with clip min(q w, clamp(q, 1 - clip, 1 + clip_high) w), q the ratio
+        of the policy's probability to the sampler's.
+
+        Args:
+            log_probabilities: of the tokens drawn (b n), with gradient.
+            weights: of the samples (b).
+            sampled: the sampler's log-probabilities (b n); needed with clip.
+        """
+        w = weights[:, None]  # (b 1)
+        if self.clip is None:
+            return w * log_probabilities
+        if sampled is None:
+            raise ValueError("a clipped ratio needs the sampler's log-probabilities: give sampled")
+        high = self.clip if self.clip_high is None else self.clip_high
+        ratio = (log_probabilities - sampled).exp()
+        return torch.minimum(ratio * w, ratio.clamp(1 - self.clip, 1 + high) * w)
 
     def loss(
         self,
@@ -149,13 +192,7 @@ class Estimator:
             tokens: tokens of this share of the batch; of several equal shares, their mean.
             sampled: the sampler's log-probabilities (b n), for `clip`.
         """
-        w = weights[:, None]  # (b 1)
-        terms = w * log_probabilities
-        if self.clip is not None:
-            ratio = (log_probabilities - sampled).exp() if sampled is not None else None
-            if ratio is None:
-                raise ValueError("a clipped ratio needs the sampler's log-probabilities")
-            terms = torch.minimum(ratio * w, ratio.clamp(1 - self.clip, 1 + self.clip) * w)
+        terms = self.terms(log_probabilities, weights, sampled)
         total = terms.where(mask, 0.0).sum()
         if self.normalize == "tokens":
             return -total / tokens

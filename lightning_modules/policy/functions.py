@@ -19,7 +19,9 @@ class RewardFunction(Reward):
         return [float(a in text) for text, a in zip(texts, answer)]
 
     Known are texts, prompts, tokens, mask, log_probabilities and the columns of the data; `**rest`
-    takes all of them. It returns a number a text, or None for one that cannot be scored.
+    takes all of them. A function written for TRL, `def reward(completions, **kwargs)`, gets the
+    texts as `completions` and lists of token ids as `completion_ids`. It returns a list with a
+    number for each text, or None for one that cannot be scored.
 
     Args:
         function: the function, or where to find it: my_file.reward.
@@ -49,22 +51,36 @@ class RewardFunction(Reward):
             "mask": samples.mask,
             "log_probabilities": samples.log_probabilities,
         }
+        kinds = {name: p.kind for name, p in self.wants.items()}
+        takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
+        rows = zip(samples.tokens.tolist(), samples.mask.tolist(), strict=True)
+        ids = [[n for n, kept in zip(*row, strict=True) if kept] for row in rows]
+        for name, value in (("completions", samples.texts), ("completion_ids", ids)):  # TRL's
+            if name in kinds or (takes_all and name not in samples.columns):
+                known[name] = value
         for name in samples.columns.keys() & known.keys():
             raise RewardError(
                 f"the data have a column {name!r}, by which the reward {self.name} would get what "
                 "was written; give the column another name"
             )
         known |= samples.columns
-        kinds = {name: p.kind for name, p in self.wants.items()}
-        if inspect.Parameter.VAR_KEYWORD in kinds.values():
-            return self.function(**known)
+        rest = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         for name, parameter in self.wants.items():
-            if name not in known and parameter.default is inspect.Parameter.empty:
+            needed = parameter.default is inspect.Parameter.empty and parameter.kind not in rest
+            if name not in known and needed:
                 raise RewardError(
                     f"the reward {self.name} asks for {name!r}; there are {', '.join(known)}; "
                     "rename the argument, or give the data a column of that name"
                 )
-        return self.function(**{name: known[name] for name in kinds if name in known})
+        first = [n for n, k in kinds.items() if k is inspect.Parameter.POSITIONAL_ONLY]
+        if takes_all:
+            others = [name for name in known if name not in first]
+        else:
+            others = [
+                n for n, k in kinds.items() if n in known and n not in first and k not in rest
+            ]
+        placed = [known[name] for name in first if name in known]
+        return self.function(*placed, **{name: known[name] for name in others})
 
 
 def named(path: str) -> Callable[..., Any]:

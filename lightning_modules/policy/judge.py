@@ -21,7 +21,7 @@ from ravine.datamodules.tokenizers import Tokenizer
 
 from ..language.generation import Generated
 from ..language.writing import cut
-from .estimators import Estimator
+from .estimators import TIED, Estimator
 from .kl import KL
 from .rewards import Facts, Reward, RewardError, Samples, check_scored, combine, evaluate
 from .watching import measure, of_rewards, of_texts, of_tokens
@@ -93,7 +93,8 @@ class Judge:
         weights = earned - self._divergence(measured[:, 4], rewards)
         metrics = of_rewards(self.terms, answers, rewards) | of_texts(everyone, self.corpus)
         metrics |= of_tokens(measured, reference=warm is not None)
-        metrics["zero_advantages"] = (earned == 0).double().mean().item()
+        idle = earned.abs() <= TIED * earned.abs().max()  # but for rounding
+        metrics["zero_advantages"] = idle.double().mean().item()
         if not earned.any():
             kept = " but to stay near the reference" if self.kl.beta else ""
             rank_zero_warn(

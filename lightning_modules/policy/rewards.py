@@ -12,7 +12,7 @@ import math
 import re
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = float(torch.finfo(torch.float32).max)  # in which weights of samples are multiplied
+CANCELLED = 1e-12  # of the summands' absolute values: a smaller sum is the rounding of terms
 SHOWN = 40  # characters of a text in a message
 RESERVED = frozenset({  # what is logged beside the terms, or stands beside them in a sample
     "reward", "surrogate", "entropy", "kl", "kl_k3", "distinct", "jaccard", "nearest_jaccard",
@@ -117,6 +119,11 @@ def check_terms(terms: Sequence[Reward], corpus: bool, reference: bool) -> None:
         )
     names = [term.name for term in terms]
     for term in terms:
+        if not math.isfinite(term.weight):
+            raise RewardError(
+                f"the weight of the reward {term.name} is {term.weight}; allowed: a finite number; "
+                "type --model.rewards.weight=1"
+            )
         taken = term.name in RESERVED or re.match(r"seconds_|.*_spread$", term.name)
         if taken or names.count(term.name) > 1:
             raise RewardError(f"two metrics are called {term.name!r}: give each term a `name`")
@@ -138,10 +145,23 @@ def evaluate(terms: Sequence[Reward], samples: Samples) -> Tensor:
 
 
 def combine(terms: Sequence[Reward], answers: Tensor) -> Tensor:
-    """Weighted sum (b) of the answers (terms, b); NaN where a term that counts gave none."""
+    """Weighted sum (b) of the answers (terms, b); NaN where a term that counts gave none.
+
+    A sum whose terms cancel but for rounding (0.1 + 0.2 - 0.3) is 0.
+    """
     counted = [i for i, term in enumerate(terms) if term.weight]
     weights = answers.new_tensor([terms[i].weight for i in counted])
-    return (weights[:, None] * answers[counted]).sum(0)
+    parts = weights[:, None] * answers[counted]  # (terms, b)
+    total = parts.sum(0)
+    if (total.abs() > LARGEST).any():
+        i = int((total.abs() > LARGEST).nonzero()[0])
+        term = terms[counted[int(parts[:, i].abs().argmax())]]
+        raise RewardError(
+            f"the reward of sample {i} is {total[i]:.4g}, most of it of {term.name} with weight "
+            f"{term.weight:g}; allowed: up to {LARGEST:.2g}, the largest number of float32; give "
+            "the term a smaller weight"
+        )
+    return total.where(total.abs() > CANCELLED * parts.abs().sum(0), 0.0 * total)
 
 
 def check_scored(terms: Sequence[Reward], answers: Tensor) -> None:
@@ -176,12 +196,22 @@ def _checked(term: Reward, samples: Samples) -> Tensor:
                 f"the reward {term.name} is {number} for {_named(samples, i)}; return a number, or "
                 "None for a sample that cannot be scored"
             )
+        if abs(number) > LARGEST:
+            raise RewardError(
+                f"the reward {term.name} is {number:.4g} for {_named(samples, i)}; allowed: up to "
+                f"{LARGEST:.2g}, the largest number of float32; scale it, or return None"
+            )
     return torch.tensor(numbers, dtype=torch.float64)
 
 
 def _answered(term: Reward, samples: Samples) -> tuple[list[Any], list[float]]:
     """What a term answers, and the same as numbers, NaN for None."""
     answers = term.score(samples.copied())
+    if isinstance(answers, str | bytes | bytearray | Mapping | Set):
+        raise RewardError(
+            f"the reward {term.name} gave a {type(answers).__name__}; allowed: a list or a tensor "
+            "with one number for each sample, in their order; return [... for text in texts]"
+        )
     values = answers.tolist() if isinstance(answers, Tensor) else list(answers)
     return values, [math.nan if value is None else float(value) for value in values]
 
