@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .composite import Composite
+from .composite import Composite, Group, Part
 from .rules import Decay, Named, OptimizerFactory, Rule, optimizer_class
 
 
@@ -52,6 +52,51 @@ def compose(shares: Sequence[Share], decay: Decay) -> Composite:
         members.append(member)
         labels += [owner[id(group["params"][0])].label for group in member.param_groups]
     return Composite(members, labels)
+
+
+def later(
+    share: Share, member: Optimizer | None, decay: Decay, given: Group, factor: float | None
+) -> Part:
+    """What a rule's optimizer gets of parameters that are trained from now on.
+
+    Args:
+        share: the rule and the parameters.
+        member: the rule's optimizer; None if it has none yet.
+        decay: for a rule that says nothing of it.
+        given: the settings that came with the parameters; they count.
+        factor: what the schedule multiplies learning rates by now; None without one.
+    """
+    rule, parameters = share.rule, [p for _, p in share.named]
+    new = member is None
+    member = make(rule.optimizer, parameters) if member is None else member
+    defaults = getattr(member, "defaults", {})
+    lr = defaults.get("lr")
+    settings: Group = {}
+    if isinstance(lr, int | float | Tensor):
+        check_rate(lr, member)
+        base = lr * rule.lr_scale
+        settings = {"lr": base} if factor is None else {"lr": base * factor, "initial_lr": base}
+    if "lr" in given:
+        settings = {}
+    settings |= given
+    groups: list[Group] = [{**settings, "params": parameters}]
+    usual = defaults.get("weight_decay")
+    if usual and isinstance(usual, int | float) and "weight_decay" not in given:
+        kept = [p for p in parameters if decays(p, rule.decay or decay)]
+        spared = [p for p in parameters if not decays(p, rule.decay or decay)]
+        groups = [{**settings, "params": spared, "weight_decay": 0.0}] if spared else []
+        groups += [{**settings, "params": kept}] if kept else []
+    if new:
+        (only,) = member.param_groups
+        only |= groups[0]
+        for group in groups[1:]:
+            member.add_param_group(group)
+    return Part(share.label, member, [] if new else groups)
+
+
+def decays(parameter: Tensor, decay: Decay) -> bool:
+    """Whether weight decay is meant for a parameter."""
+    return decay == "all" or (decay == "matrices" and parameter.ndim >= 2)
 
 
 def check_rate(lr: Any, optimizer: Optimizer) -> None:
@@ -96,11 +141,11 @@ def split_decay(optimizer: Optimizer, group: dict[str, Any], decay: Decay) -> No
     """Leave weight decay to the tensors that it is meant for; the others become a second group."""
     if decay == "all" or not group.get("weight_decay"):
         return
-    spared = [p for p in group["params"] if decay == "none" or p.ndim < 2]
+    spared = [p for p in group["params"] if not decays(p, decay)]
     if len(spared) == len(group["params"]):
         group["weight_decay"] = 0.0
     elif spared:
-        group["params"] = [p for p in group["params"] if p.ndim >= 2]
+        group["params"] = [p for p in group["params"] if decays(p, decay)]
         settings = {k: v for k, v in group.items() if k != "params"}
         optimizer.add_param_group({**settings, "params": spared, "weight_decay": 0.0})
 

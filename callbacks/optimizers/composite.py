@@ -1,23 +1,86 @@
 """Several optimizers as one: Lightning, AMP and checkpoints see a single torch Optimizer.
 
 composite.param_groups = [group of A, group of A, group of B]      the same dicts, not copies
-composite.state        = A.state = B.state                         one dict
+composite.state        = what A and B keep, each in its own dict
 composite.state_dict() : flat and standard, so that a sharded load finds its way
+
+A group that is added later (`add_param_group`) stands last and belongs to one of the members; the
+plan's rules choose which (`route`). Without a plan it is the last member.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from itertools import islice
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
+
+Group = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """What one rule takes of a group that is added later."""
+
+    label: str  # of the rule
+    member: Optimizer  # a new one, with groups already, if the rule had none
+    groups: list[Group]  # what to add to a member that was there
+
+
+Route = Callable[[list[Tensor], Group], list[Part]]  # parameters and the settings given with them
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether `step` cannot do without a function that computes the loss anew (LBFGS)."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
+
+
+class States(MutableMapping[Any, Any]):
+    """The states of all members, read and written where each member keeps its own."""
+
+    def __init__(self, members: list[Optimizer]) -> None:
+        """Keep the list itself: members may be added to it."""
+        self._members = members
+
+    def __getitem__(self, key: Any) -> Any:
+        """The state of a parameter; an empty one is made as torch's optimizers do."""
+        return self._home(key)[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Replace the state of a parameter."""
+        self._home(key)[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        """Forget the state of a parameter."""
+        del self._home(key)[key]
+
+    def __contains__(self, key: object) -> bool:
+        """Whether any member has a state of it; none is made."""
+        return any(key in member.state for member in self._members)
+
+    def __iter__(self) -> Iterator[Any]:
+        """All keys, member by member."""
+        for member in self._members:
+            yield from list(member.state)
+
+    def __len__(self) -> int:
+        """How many states there are."""
+        return sum(len(member.state) for member in self._members)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The state of a parameter if there is one; none is made."""
+        return next((m.state[key] for m in self._members if key in m.state), default)
+
+    def _home(self, key: Any) -> Any:
+        for member in self._members:
+            if key in member.state:
+                return member.state
+        for member in self._members:
+            if any(p is key for group in member.param_groups for p in group["params"]):
+                return member.state
+        raise KeyError(key)
 
 
 class Composite(Optimizer):
@@ -28,34 +91,155 @@ class Composite(Optimizer):
 
     def __init__(self, members: Sequence[Optimizer], labels: Sequence[str] = ()) -> None:
         """Join optimizers that have no parameter in common; labels, one a group, are for logs."""
+        # Optimizer.__init__ would make groups and states of its own: here they are the members'
+        super().__setstate__({"defaults": {}})
+        self._warned_capturable_if_run_uncaptured = True
         self.members = list(members)
-        self._sizes = [len(member.param_groups) for member in self.members]
-        super().__init__([group for member in self.members for group in member.param_groups], {})
-        self.labels = list(labels) or [f"group {i}" for i in range(len(self.param_groups))]
-        self._link()
+        # Lightning's wrapper calls these methods with itself as `self`: lists change in place
+        self._owners = [m for m, each in enumerate(self.members) for _ in each.param_groups]
+        self._listed: list[Group] = []  # what `param_groups` gave last
+        self._known: list[Group] = []  # what it held then: a caller may have changed it since
+        self.labels = list(labels) or [f"group {i}" for i in range(len(self._owners))]
+        self.route: Route | None = None
+        self._joint: list[list[Group]] = []  # groups of one `add_param_group`; the last one leads
+        self._rates: dict[int, Any] = {}  # of those groups, by id, after the last step
+        self._unseen: list[Tensor] = []  # without a gradient so far
+        self._watch(self.param_groups)
+
+    @property
+    def param_groups(self) -> list[Group]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The groups of all members: those of the start by member, then those added later.
+
+        The list may be changed and assigned, as torch's: a group goes to the member that has its
+        parameters, and one of new parameters to the member that `add_param_group` would choose.
+        """
+        if not _same(self._listed, self._known):  # somebody changed the list that we gave
+            self._assign(list(self._listed))
+        self._notice()
+        queues = [iter(member.param_groups) for member in self.members]
+        self._listed[:] = [next(queues[owner]) for owner in self._owners]
+        self._known[:] = self._listed
+        return self._listed
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        """Give each group to a member."""
+        self._assign(list(groups))
+
+    @property
+    def state(self) -> MutableMapping[Any, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What the members remember, by parameter."""
+        return States(self.members)
+
+    @state.setter
+    def state(self, value: MutableMapping[Any, Any]) -> None:
+        """Give each state to the member that has its parameter."""
+        for member in self.members:
+            member.state.clear()
+        for key, each in value.items():
+            self.state[key] = each
 
     @property
     def gathers(self) -> bool:
         """Whether every rank takes the whole step, of parameters that are gathered for it."""
         return any(getattr(member, "gathers", False) for member in self.members)
 
-    def by_label(self) -> dict[str, tuple[Optimizer, list[dict[str, Any]]]]:
+    def by_label(self) -> dict[str, tuple[Optimizer, list[Group]]]:
         """The member and the groups behind each label."""
-        parts: dict[str, tuple[Optimizer, list[dict[str, Any]]]] = {}
-        labelled = zip(self.labels, self.param_groups, strict=True)
-        for member, size in zip(self.members, self._sizes, strict=True):
-            for label, group in islice(labelled, size):
-                parts.setdefault(label, (member, []))[1].append(group)
+        parts: dict[str, tuple[Optimizer, list[Group]]] = {}
+        for label, owner, group in zip(self.labels, self._owners, self.param_groups, strict=True):
+            parts.setdefault(label, (self.members[owner], []))[1].append(group)
         return parts
 
-    def _link(self) -> None:
-        groups = iter(self.param_groups)
-        for member, size in zip(self.members, self._sizes, strict=True):
-            member.param_groups = [next(groups) for _ in range(size)]
-            for parameter, state in member.state.items():
-                self.state.setdefault(parameter, state)
-            member.state = self.state
-        self._unseen = [p for group in self.param_groups for p in group["params"]]
+    def add_param_group(self, param_group: Group) -> None:
+        """Train more parameters: layers that are unfrozen during a run.
+
+        The plan's rules send each parameter to the member that would have had it from the start.
+        What the group does not say (learning rate, decay, ...) is as that rule has it. A group
+        whose parameters differ in rule or in decay becomes several, the last of which leads: a
+        learning rate that is set there later holds for the others too.
+
+        Raises:
+            TypeError: the parameters are a set, or no tensors.
+            ValueError: a parameter is in another group already, or no rule takes it.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is a {type(param_group).__name__}; give a dict")
+        given = param_group["params"]
+        if isinstance(given, set):
+            raise TypeError("param_group['params'] is a set, which has no order; give a list")
+        given = [given] if isinstance(given, Tensor) else list(given)
+        parameters = [p[1] if isinstance(p, tuple) else p for p in given]
+        if wrong := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
+            raise TypeError(f"param_group['params'] holds a {wrong[0]}; give tensors only")
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        if any(id(p) in held for p in parameters):
+            raise ValueError(
+                "some parameters appear in more than one parameter group; leave out those that "
+                "are trained already"
+            )
+        settings = {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
+        first = len(self._owners)
+        for part in self._parts(parameters, settings):
+            if not any(part.member is member for member in self.members):
+                self.members.append(part.member)
+            for group in part.groups:
+                part.member.add_param_group(group)
+            self._notice(part.label)
+        added = self.param_groups[first:]
+        self._watch(added)
+        if len(added) > 1:
+            self._joint.append(added)
+            self._rates |= {id(group): group.get("lr") for group in added}
+        param_group.clear()
+        param_group |= added[-1] if added else {"params": []}
+
+    def _parts(self, parameters: list[Tensor], settings: Group) -> list[Part]:
+        if self.route is not None:
+            return self.route(parameters, settings)
+        return [Part(self.labels[-1], self.members[-1], [{**settings, "params": parameters}])]
+
+    def _notice(self, label: str | None = None) -> None:
+        """Count groups that members have got since."""
+        for number, member in enumerate(self.members):
+            more = len(member.param_groups) - self._owners.count(number)
+            if more > 0:
+                own = dict(zip(self._owners, self.labels, strict=True)).get(number)
+                self._owners += [number] * more
+                self.labels += [label or own or f"group {len(self.labels)}"] * more
+            for _ in range(-more):
+                last = len(self._owners) - 1 - self._owners[::-1].index(number)
+                del self._owners[last], self.labels[last]
+
+    def _assign(self, groups: list[Group]) -> None:
+        """Give each group to the member that has its parameters."""
+        self._listed[:] = self._known
+        owner_of = {
+            id(p): (number, label)
+            for number, label, group in zip(
+                self._owners, self.labels, self._known or self.param_groups, strict=True
+            )
+            for p in group["params"]
+        }
+        kept = [g for g in groups if any(id(p) in owner_of for p in g["params"])]
+        places = [next(owner_of[id(p)] for p in g["params"] if id(p) in owner_of) for g in kept]
+        for number, member in enumerate(self.members):
+            member.param_groups[:] = [
+                g for g, (owner, _) in zip(kept, places, strict=True) if owner == number
+            ]
+        self._owners[:] = [owner for owner, _ in places]
+        self.labels[:] = [label for _, label in places]
+        self._joint.clear()
+        self._listed.clear()
+        self._known.clear()
+        for group in groups:
+            if group["params"] and not any(group is other for other in kept):
+                self.add_param_group({**group})
+        self._unseen.clear()
+        self._watch(self.param_groups)
+
+    def _watch(self, groups: list[Group]) -> None:
+        self._unseen += [p for group in groups for p in group["params"]]
 
     def let_go(self) -> None:
         """Forget parameters that other ranks have (`elsewhere`); the groups are alike on all."""
@@ -64,18 +248,38 @@ class Composite(Optimizer):
             group["params"] = [p for p in group["params"] if not getattr(p, "elsewhere", False)]
             for p in there:
                 self.state.pop(p, None)
-        self._unseen = [p for group in self.param_groups for p in group["params"]]
+        self._unseen[:] = [p for p in self._unseen if not getattr(p, "elsewhere", False)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it, for copies."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("step", "route")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """`load_state_dict` ends here, with new group dicts and a new state dict."""
-        super().__setstate__(state)
+        """From a copy; or new groups and states, which `load_state_dict` ends with."""
+        groups, states = state.pop("param_groups", None), state.pop("state", None)
+        super().__setstate__({"defaults": {}, "route": None, **self.__dict__, **state})
+        if groups is not None:
+            queue = iter(groups)
+            mine: dict[int, list[Group]] = defaultdict(list)
+            for owner in self._owners:
+                mine[owner].append(next(queue))
+            for number, member in enumerate(self.members):
+                member.param_groups[:] = mine[number]
+            self._listed.clear()
+            self._known.clear()
+        if states is not None:
+            self.state = states
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Each member's own."""
         for member in self.members:
-            member.state = self.state
-        self._link()
+            member.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of every member, unless nobody has a gradient; the closure runs once."""
+        groups = self.param_groups
+        self._follow()
         if closure is not None and needs_closure(self.members[0]):
             loss = self.members[0].step(closure)  # alone then, and calls it as often as it likes
         else:
@@ -83,19 +287,30 @@ class Composite(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            if any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            if any(p.grad is not None for group in groups for p in group["params"]):
                 for member in self.members:
                     member.step()
         if self._unseen:
             self._give_state()
         return loss
 
+    def _follow(self) -> None:
+        """Groups of one `add_param_group` follow a learning rate that the last one was given."""
+        for groups in self._joint:
+            lead = groups[-1]
+            old, new = self._rates[id(lead)], lead.get("lr")
+            for group in groups[:-1]:
+                own = group.get("lr")
+                if type(new) is float and new != old and own == self._rates[id(group)]:
+                    group["lr"] = new if own == old or not old else own * (new / old)
+            self._rates |= {id(group): group.get("lr") for group in groups}
+
     def _give_state(self) -> None:
         """torch.distributed.checkpoint refuses a member without state (plain SGD) beside others."""
         for parameter in self._unseen:
             if parameter.grad is not None and not self.state.get(parameter):
                 self.state[parameter] = {"step": torch.zeros(())}
-        self._unseen = [p for p in self._unseen if p not in self.state]
+        self._unseen[:] = [p for p in self._unseen if p not in self.state]
 
     def train(self) -> None:
         """Tell members that keep two sets of weights (schedule-free) that training goes on."""
@@ -109,3 +324,7 @@ class Composite(Optimizer):
         for member in self.members:
             if callable(switch := getattr(member, name, None)):
                 switch()
+
+
+def _same(one: list[Group], other: list[Group]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

@@ -14,23 +14,24 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Adafactor
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..patching import patch, unpatch
 from ..shards import whole_net
-from .building import Share, compose, table
-from .composite import Composite, needs_closure
+from .building import Share, compose, later, table
+from .composite import Composite, Group, Part, needs_closure
 from .modes import TwoSets
 from .rules import (
     Decay,
     OptimizerFactory,
     Rule,
     assign,
+    choose,
     optimizer_class,
 )
-from .schedules import Schedule
+from .schedules import Schedule, ScheduleLR
 
 
 class OptimizerPlan(Callback):
@@ -177,14 +178,48 @@ class OptimizerPlan(Callback):
             Console().print(table(shares, composite, self.print_groups))
             self._say_what_it_replaces(trainer, module)
         composite.let_go()
+        start = {id(p) for p in module.parameters() if p.requires_grad}
+        rates: list[ScheduleLR] = []
+
+        def route(parameters: list[Tensor], given: Group) -> list[Part]:
+            if isinstance(trainer.strategy, DDPStrategy):
+                _refuse_unreduced(module, parameters, start)
+            factor = rates[0].factor_now() if rates else None
+            return self._route(module, shares, composite, parameters, given, factor)
+
+        composite.route = route
         if self.schedule is None:
             return {"optimizer": composite}
         schedule = self.schedule
-        scheduler = LambdaLR(composite, lambda step: schedule.factor(step, self._length))
+        rates += [ScheduleLR(composite, lambda step: schedule.factor(step, self._length))]
         return {
             "optimizer": composite,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+            "lr_scheduler": {"scheduler": rates[0], "interval": "step"},
         }
+
+    def _route(
+        self,
+        module: L.LightningModule,
+        shares: list[Share],
+        composite: Composite,
+        parameters: list[Tensor],
+        given: Group,
+        factor: float | None,
+    ) -> list[Part]:
+        """Whose optimizer takes parameters that are trained from now on: by the same rules."""
+        parts = []
+        members = composite.by_label()
+        for rule, named in choose(module, self.rules, parameters):
+            share = next((s for s in shares if s.rule is rule), None)
+            if share is None:  # it had nothing to train until now
+                taken = [s.label for s in shares]
+                number = self.rules.index(rule) + 1
+                label = rule.label if rule.label not in taken else f"{rule.label} {number}"
+                share = Share(rule, label, [])
+                shares.append(share)
+            member = members[share.label][0] if share.label in members else None
+            parts.append(later(share._replace(named=named), member, self.decay, given, factor))
+        return parts
 
     def _shares(self, module: L.LightningModule) -> list[Share]:
         taken = zip(self.rules, assign(module, self.rules), strict=True)
@@ -264,6 +299,17 @@ class OptimizerPlan(Callback):
                 f"{name} computes the loss several times a step, which is not possible with "
                 f"{', '.join(found)}; leave that out, or take an optimizer such as AdamW"
             )
+
+
+def _refuse_unreduced(module: L.LightningModule, parameters: list[Tensor], start: set[int]) -> None:
+    """DDP averages the gradients of what was trainable when it was set up, and no others."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    if late := [names.get(id(p), "one of no module") for p in parameters if id(p) not in start]:
+        raise ValueError(
+            f"parameters that are trained from now on ({', '.join(late[:3])}): with ddp their "
+            "gradients would differ from rank to rank, since they were frozen at the start; train "
+            "on one process, or leave them trainable at the start with a learning rate of 0"
+        )
 
 
 def plans(trainer: L.Trainer) -> list[OptimizerPlan]:

@@ -124,6 +124,28 @@ def assign(module: nn.Module, rules: Sequence[Rule]) -> list[list[Named]]:
     return shares
 
 
+def choose(
+    module: nn.Module, rules: Sequence[Rule], parameters: Iterable[Any]
+) -> list[tuple[Rule, list[Named]]]:
+    """The rules that take these parameters, which are trained from now on, in the rules' order."""
+    kind_of = kinds(module)
+    names = {id(p): name for name, p in module.named_parameters()}
+    shares: list[list[Named]] = [[] for _ in rules]
+    for parameter in parameters:
+        name = names.get(id(parameter), "")
+        kind = kind_of.get(name, "other")
+        place = next((i for i, r in enumerate(rules) if r.matches(kind, name)), None)
+        if place is None:
+            raise ValueError(
+                f"no rule takes {name or 'a parameter of no module'} ({kind}), which "
+                "add_param_group brings; add a last rule {kind: rest, optimizer: ...}"
+            )
+        shares[place].append((name, parameter))
+    for number, (rule, share) in enumerate(zip(rules, shares, strict=True), 1):
+        _refuse_tables(number, rule, share, kind_of | {"": "other"})
+    return [(rule, share) for rule, share in zip(rules, shares, strict=True) if share]
+
+
 def _idle(number: int, rule: Rule, kind_of: dict[str, str]) -> str:
     if rule.name != "*":
         near = difflib.get_close_matches(rule.name, kind_of, n=3, cutoff=0.1)

@@ -7,7 +7,10 @@ The learning rate of optimizer step k (k = 0, 1, ...) is `lr * factor(k, length)
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 Kind = Literal[
     "constant", "linear", "cosine", "wsd", "step", "inverse_sqrt", "geometric", "restarts"
@@ -83,6 +86,39 @@ class Schedule:
                 f"{length - self.warmup:g} optimizer steps after the warm-up; in the config "
                 f"schedule: {{every: {max(1, (length - self.warmup) // 4):g}}}"
             )
+
+
+class ScheduleLR(LambdaLR):
+    """torch's LambdaLR, which also knows groups that are added to the optimizer during the run.
+
+    Such a group has the learning rate that it was given, and the schedule multiplies it from there.
+    What somebody sets there later (Lightning's BackboneFinetuning does) stays in force too.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
+        """One factor for all groups."""
+        self.first = len(optimizer.param_groups)  # groups of the start; those after were added
+        super().__init__(optimizer, factor)
+
+    def factor_now(self) -> float:
+        """What the learning rates are multiplied by in the coming optimizer step."""
+        return self.lr_lambdas[0](self.last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        """Base rate times factor, for each group."""
+        groups, old = self.optimizer.param_groups, self.lr_lambdas[0](max(self.last_epoch - 1, 0))
+        for number, group in enumerate(groups[self.first :], self.first):
+            new = number >= len(self.base_lrs)
+            changed = new or group["lr"] != self._last_lr[number]
+            base = group["lr"] / old if changed and old else group.get("initial_lr", group["lr"])
+            if new:
+                base = group.get("initial_lr", base)
+                self.base_lrs.append(base)
+            elif changed:
+                self.base_lrs[number] = base
+            group["initial_lr"] = self.base_lrs[number]
+        self.lr_lambdas += [self.lr_lambdas[0]] * (len(groups) - len(self.lr_lambdas))
+        return super().get_lr()
 
 
 # t: optimizer steps since the warm-up; span: how many there are (never less than t).
