@@ -2,6 +2,7 @@
 
 lightning generate --ckpt_path last --prompt "ROMEO:" --temperature 0.8
 lightning generate --ckpt_path last --labels 0-9 --guidance 0.5 --steps 20
+lightning generate --ckpt_path last --labels cat,dog
 """
 
 import codecs
@@ -76,6 +77,8 @@ def draw(
         pictures.save_each(folder)
         words.append(f"{len(pictures.images)} files in {folder}")
     print(f"written: {', '.join(words)}")
+    if not all(name.isdecimal() for name in pictures.rows):
+        print(f"rows: {', '.join(pictures.rows)}")
 
 
 def free(name: str, end: str) -> str:

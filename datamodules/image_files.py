@@ -1,24 +1,22 @@
-"""Image files as one tensor of bytes: idx, CIFAR's binary form, folders of PNG and JPEG, digits.
+"""Named sets of images as one tensor of bytes each: MNIST, Fashion-MNIST, CIFAR-10, digits.
 
 Axes: n images, c channels, y rows, x columns.
 """
 
-import gzip
 import io
-import math
 import tarfile
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .idx import read_idx
+from .image_set import ImageSet, check_labels
 from .sources import Source
 
-MODES = {"L": 1, "RGB": 3}  # of Pillow, with their channels
-SUFFIXES = {".png", ".jpg", ".jpeg"}
-LIMIT = 2**34  # bytes: a set is kept whole in memory
+__all__ = ["ImageSet", "check_labels", "read_cifar", "read_digits", "read_named"]
+
 IMAGE_SOURCE = partial(Source, own="source=FOLDER", embedded="digits")
 
 # Mirrors of MNIST wrap it in different gzips, so it is known by what is inside; Fashion-MNIST has
@@ -38,6 +36,7 @@ CHECKSUMS = {
         ("67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5", 5_148),
     ),
 }
+TORCHVISION = {"mnist": "MNIST/raw", "fashion": "FashionMNIST/raw"}  # where it keeps them
 MIRRORS = {
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "fashion": "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
@@ -51,6 +50,12 @@ SOURCES: dict[str, tuple[Source, ...]] = {
             size=size,
             url=f"{MIRRORS[name]}{file}-ubyte.gz",
             gzipped=name == "mnist",
+            also=tuple(
+                f"{folder}/{file}-ubyte{end}"
+                for folder in (name, TORCHVISION[name])
+                for end in (".gz", "")  # the checksum of Fashion-MNIST is that of the gzip
+                if end or name == "mnist"
+            ),
         )
         for file, (sha256, size) in zip(FILES, rows, strict=True)
     )
@@ -76,55 +81,6 @@ NAMES = {
 }  # fmt: skip
 
 
-class ImageSet(NamedTuple):
-    """Images uint8 (n c y x), labels int64 (n), and the names of the classes."""
-
-    images: Tensor
-    labels: Tensor
-    names: tuple[str, ...]
-
-    def checked(self, name: str) -> "ImageSet":
-        """Refuse labels without an image or without a class, and classes without an image."""
-        if len(self.images) != len(self.labels):
-            raise ValueError(
-                f"{name} has {len(self.images):,} images and {len(self.labels):,} labels; they "
-                "must be as many: fetch both files again"
-            )
-        check_labels(self.labels, len(self.names), name)
-        counts = torch.bincount(self.labels, minlength=len(self.names))
-        if empty := [self.names[k] for k in (counts == 0).nonzero()[:, 0].tolist()]:
-            raise ValueError(
-                f"{name}: no image of class {', '.join(empty)}; give each class at least one, or "
-                "remove the class"
-            )
-        return self
-
-
-def check_labels(labels: Tensor, classes: int, name: str) -> None:
-    """Refuse labels (n) that are no class: a net may take one for a label that is not given."""
-    wrong = (labels < 0) | (labels >= classes)
-    if wrong.any():
-        place = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{name}: the label of image {place} is {int(labels[place])}; allowed are 0 to "
-            f"{classes - 1}, the {classes} classes: mend the labels"
-        )
-
-
-def read_idx(content: bytes, name: str) -> Tensor:
-    """The idx form of MNIST: 0 0 8 dimensions, their sizes in four bytes each, then the bytes."""
-    rank = content[3] if len(content) > 3 else 0
-    start = 4 + 4 * rank
-    sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
-    if content[:3] != b"\0\0\x08" or not rank or len(content) != start + math.prod(sizes):
-        raise ValueError(
-            f"{name} is not an idx file of bytes: it begins with {content[:4].hex(' ')} and has "
-            f"{len(content):,} bytes; expected 00 00 08 0N and as many bytes as the N sizes after "
-            "it say; fetch the file again"
-        )
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].reshape(sizes)
-
-
 def read_cifar(content: bytes, name: str) -> tuple[Tensor, Tensor]:
     """CIFAR-10's binary form: images (n 3 32 32) and labels (n), from records of 3,073 bytes."""
     record = 1 + 3 * 32 * 32  # a label, then the three planes
@@ -135,79 +91,6 @@ def read_cifar(content: bytes, name: str) -> tuple[Tensor, Tensor]:
         )
     rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, record)
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
-
-
-def read_folder(folder: Path) -> ImageSet:
-    """A user's own images: FOLDER/<class>/*.png, or FOLDER/*.png, which are of one class."""
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    flat = _pictures(folder)
-    if classes and flat:
-        raise ValueError(
-            f"{folder} holds both images ({flat[0].name}) and folders ({classes[0].name}); allowed "
-            "is one of the two: move the images into a folder of their class"
-        )
-    files = [_pictures(each) for each in classes] or [flat]
-    names = tuple(each.name for each in classes) or (folder.name,)
-    if not any(files):
-        raise FileNotFoundError(
-            f"no image in {folder}: allowed are files {', '.join(sorted(SUFFIXES))}, in it or in "
-            "one folder a class; type --data.source=FOLDER"
-        )
-    labels = torch.tensor([k for k, paths in enumerate(files) for _ in paths])
-    paths = [path for some in files for path in some]
-    return ImageSet(_read_pictures(paths), labels, names).checked(str(folder))
-
-
-def _pictures(folder: Path) -> list[Path]:
-    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return sorted(p for p in files if p.suffix.lower() in SUFFIXES)
-
-
-def _read_pictures(paths: list[Path]) -> Tensor:
-    from PIL import Image
-
-    images = torch.empty(0, dtype=torch.uint8)
-    form = ("", (0, 0))
-    for number, path in enumerate(paths):
-        try:
-            with Image.open(path) as picture:
-                found = (picture.mode, picture.size)
-                if not number:
-                    form = found
-                    images = _room(len(paths), path, *found)
-                if found != form:
-                    raise ValueError(
-                        f"{path} is {_words(found)}, {paths[0]} is {_words(form)}; all images must "
-                        "be of one size and mode: convert them, e.g. with ImageMagick: "
-                        f"mogrify -resize {form[1][0]}x{form[1][1]}! -colorspace "
-                        f"{'gray' if form[0] == 'L' else 'sRGB'} FILE"
-                    )
-                content = bytearray(picture.tobytes())
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is no image that can be read: {error}; remove it") from None
-        flat = torch.frombuffer(content, dtype=torch.uint8)
-        images[number] = flat.reshape(*images.shape[2:], images.shape[1]).permute(2, 0, 1)  # c y x
-    return images
-
-
-def _room(count: int, path: Path, mode: str, size: tuple[int, int]) -> Tensor:
-    if mode not in MODES:
-        raise ValueError(
-            f"{path} is of mode {mode}; allowed are L (gray) and RGB: convert it, e.g. with "
-            "ImageMagick: mogrify -alpha off -depth 8 -type TrueColor FILE"
-        )
-    shape = (count, MODES[mode], size[1], size[0])
-    if math.prod(shape) > LIMIT:
-        raise ValueError(
-            f"{count:,} images of {_words((mode, size))} are {math.prod(shape) / 2**30:.0f} GiB, "
-            f"and a set is kept in memory whole, up to {LIMIT / 2**30:.0f} GiB; make them smaller, "
-            "e.g. with ImageMagick: mogrify -resize 64x64! FILE"
-        )
-    return torch.empty(shape, dtype=torch.uint8)
-
-
-def _words(form: tuple[str, tuple[int, int]]) -> str:
-    return f"{form[1][0]}x{form[1][1]} {form[0]}"
 
 
 def read_digits() -> ImageSet:
@@ -224,21 +107,13 @@ def read_named(name: str, paths: list[Path]) -> tuple[ImageSet, ImageSet]:
     if name == "cifar10":
         parts = _cifar_parts(paths[0])
     else:
-        arrays = [read_idx(_unzipped(path), str(path)) for path in paths]
-        for path, array, rank in zip(paths, arrays, (3, 1, 3, 1), strict=True):
-            if array.dim() != rank:
-                raise ValueError(f"{path} has {array.dim()} dimensions, not {rank}; fetch it again")
+        arrays = [read_idx(path, rank) for path, rank in zip(paths, (3, 1, 3, 1), strict=True)]
         parts = [(arrays[i][:, None], arrays[i + 1].long()) for i in (0, 2)]  # (n 1 y x)
     train, test = (
         ImageSet(*part, NAMES[name]).checked(f"{paths[0].parent} ({side})")
         for part, side in zip(parts, ("train", "test"), strict=True)
     )
     return train, test
-
-
-def _unzipped(path: Path) -> bytes:
-    with gzip.open(path) as file:
-        return file.read()
 
 
 def _cifar_parts(path: Path) -> list[tuple[Tensor, Tensor]]:

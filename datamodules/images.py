@@ -18,7 +18,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from .image_files import SOURCES, ImageSet, read_digits, read_folder, read_named
+from .idx import find_idx, read_own_idx
+from .image_files import SOURCES, read_digits, read_named
+from .image_folders import Mode, read_folder, read_images
+from .image_set import ImageSet, class_numbers, spelled
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator, global_seed
 from .sources import announce, fetch, locate
 
@@ -52,7 +55,8 @@ class ImageDataModule(L.LightningDataModule):
 
     Args:
         source: digits (scikit-learn's, 8x8, needs no file), mnist, fashion, cifar10, or a folder
-            of your own PNG or JPEG files, FOLDER/<class>/*.png or FOLDER/*.png.
+            of your own: FOLDER/<class>/* of image files, the same in FOLDER/train and FOLDER/test,
+            FOLDER/* of one class, or the idx files of a set like MNIST.
         batch_size: images of one optimizer step, over all ranks and accumulated batches.
         root: the folder of data sets; by default the variable DATA_ROOT.
         flip: mirror each image in every other epoch, drawn by the seed; by default only cifar10.
@@ -60,7 +64,13 @@ class ImageDataModule(L.LightningDataModule):
         test_fraction: share of each class kept to test, where the source has no test part.
         seed: of the order; by default that of seed_everything. The parts never depend on it, or a
             later `test` with another seed would test on images that were trained on.
-        classes: numbers of the classes to use; by default all. They keep their numbers.
+        classes: numbers or names of the classes to use; by default all. They keep their numbers.
+        mode: of a folder's images: `auto` takes 8-bit gray or RGB as stored and refuses a mixture;
+            `gray` and `rgb` convert, transparent pixels become white.
+        resize: rows and columns, or one number for both, to which each image of a folder is scaled
+            and cropped at its center; by default all must be of one size.
+        predict_path: image file, or folder with images at any depth, for `predict`; by default the
+            test part is predicted.
     """
 
     def __init__(
@@ -72,7 +82,10 @@ class ImageDataModule(L.LightningDataModule):
         val_fraction: float = 0.05,
         test_fraction: float = 0.2,
         seed: int | None = None,
-        classes: Sequence[int] | None = None,
+        classes: Sequence[int | str] | str | None = None,
+        mode: Mode = "auto",
+        resize: int | tuple[int, int] | None = None,
+        predict_path: str | Path | None = None,
     ) -> None:
         """Check the sizes; files are looked at in `setup`."""
         super().__init__()
@@ -90,11 +103,20 @@ class ImageDataModule(L.LightningDataModule):
         self.source, self.batch_size, self.root, self.seed = source, batch_size, root, seed
         self.flip = source in MIRRORED if flip is None else flip
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.classes = None if classes is None else list(classes)
+        self.classes = classes if classes is None or isinstance(classes, str) else list(classes)
+        self.mode, self.resize, self.predict_path = mode, _sized(resize), predict_path
+        if mode not in ("auto", "gray", "rgb"):
+            raise ValueError(f"mode is {mode!r}; allowed are auto, gray, rgb: type --data.mode=rgb")
+        if source in NAMED and (mode != "auto" or resize is not None) and predict_path is None:
+            raise ValueError(
+                f"mode is {mode} and resize {resize}, and the images of {source} are of one form; "
+                "allowed are folders of your own: type --data.source=FOLDER, or leave both away"
+            )
         self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
         self.num_classes, self.channels, self.size = 0, 0, (0, 0)
         self.class_names: tuple[str, ...] = ()
         self._parts: dict[str, ImageSet] = {}
+        self._new: ImageSet | None = None  # to predict, with labels of -1
         self._tried: dict[str, str] = {}
 
     def prepare_data(self) -> None:
@@ -104,56 +126,97 @@ class ImageDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the images, split them, and say what was found."""
-        if self._parts:
-            return
-        (train, test), file = self._read()
-        if test is None:
-            train, test = held_out(train, self.test_fraction, "test")
-        train, val = held_out(train, self.val_fraction, "val")
-        parts = {"train": train, "val": val, "test": test}
+        if not self._parts:
+            self._read_parts()
+        if stage == "predict" and self.predict_path is not None and self._new is None:
+            self._new = self._read_new(Path(self.predict_path).expanduser())
+        if stage == "fit" and not len(self._parts["val"].labels) and self.trainer is not None:
+            cast(Any, self.trainer).limit_val_batches = 0  # it would warn of an empty loader
+
+    def _read_parts(self) -> None:
+        sides, file, notes = self._read()
+        train = sides["train"]
+        if "test" not in sides:
+            train, sides["test"] = held_out(train, self.test_fraction, "test")
+        if "val" not in sides:
+            train, sides["val"] = held_out(train, self.val_fraction, "val")
+        parts = {"train": train, "val": sides["val"], "test": sides["test"]}
         self._parts = {name: self._chosen(part) for name, part in parts.items()}
         self.class_names, self.num_classes = train.names, len(train.names)
         self.channels, self.size = train.images.shape[1], tuple(train.images.shape[2:])
         digest = hashlib.sha256()
         for part in self._parts.values():
-            digest.update(part.images.numpy().tobytes() + part.labels.numpy().tobytes())
-        self.resolved = {"source": self.source, "file": file, "sha256": digest.hexdigest()}
+            digest.update(part.images.contiguous().numpy())
+            digest.update(part.labels.numpy())
+        self.resolved = {
+            "source": self.source,
+            "file": file,
+            "sha256": digest.hexdigest(),
+            "class_names": list(self.class_names),
+        }
         sizes = ", ".join(f"{len(part.labels):,} {side}" for side, part in self._parts.items())
-        form = f"{self.size[0]}x{self.size[1]}x{self.channels}, {self.num_classes} classes"
-        announce(f"data: {file or 'the digits of scikit-learn'}, {form}; {sizes}")
-        if stage == "fit" and not self.val_fraction and self.trainer is not None:
-            cast(Any, self.trainer).limit_val_batches = 0  # it would warn of an empty loader
+        form = f"{self.size[0]}x{self.size[1]}x{self.channels}, {self.num_classes} "
+        form += "class" if self.num_classes == 1 else "classes"
+        announce(
+            f"data: {file or 'the digits of scikit-learn'}, {form} ({spelled(self.class_names)}); "
+            f"{sizes}"
+        )
+        for note in notes:
+            announce(f"data: {note}", loud=True)
 
-    def _read(self) -> tuple[tuple[ImageSet, ImageSet | None], str]:
+    def _read(self) -> tuple[dict[str, ImageSet], str, list[str]]:
+        """The images by side (train, and val and test where the source has them), file, notes."""
         if self.source == "digits":
-            return (read_digits(), None), ""
+            return {"train": read_digits()}, "", []
         if self.source in SOURCES:
             files = [
                 locate(source, self.root, self._tried.get(source.path, ""))
                 for source in SOURCES[self.source]
             ]
-            return read_named(self.source, files), str(files[0].parent)
+            train, test = read_named(self.source, files)
+            return {"train": train, "test": test}, str(files[0].parent), []
         folder = Path(self.source).expanduser()
+        if found := find_idx(folder):
+            if (self.mode != "auto" or self.resize) and self.predict_path is None:
+                raise ValueError(
+                    f"mode is {self.mode} and resize {self.resize}, and {folder} holds idx files, "
+                    "which are read as they are; leave both away"
+                )
+            sides, notes = read_own_idx(found)
+            return sides, str(folder), notes
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"source {self.source!r} is neither a known set nor a folder; allowed are "
-                f"{', '.join(nearest(self.source))} or a folder of PNG or JPEG files; type "
+                f"{', '.join(nearest(self.source))} or a folder of images or idx files; type "
                 f"--data.source={nearest(self.source)[0]}"
             )
-        return (read_folder(folder), None), str(folder)
+        sides, notes = read_folder(folder, self.mode, self.resize)
+        if "all" in sides:
+            sides = {"train": sides["all"]}
+        return sides, str(folder), notes
+
+    def _read_new(self, path: Path) -> ImageSet:
+        """The images to predict, which must be of the form of those to train."""
+        images, notes = read_images(path, self.mode, self.resize)
+        found = (images.images.shape[1], *images.images.shape[2:])
+        if found != (wanted := (self.channels, *self.size)):
+            mode = "gray" if self.channels == 1 else "rgb"
+            raise ValueError(
+                f"{path} holds images of {found[1]}x{found[2]}x{found[0]} (rows, columns, channels)"
+                f", those to train are {wanted[1]}x{wanted[2]}x{wanted[0]}; type --data.mode={mode}"
+                f" --data.resize=[{wanted[1]},{wanted[2]}]"
+            )
+        announce(f"data: {path}, {len(images.files):,} images to predict")
+        for note in notes:
+            announce(f"data: {note}", loud=True)
+        return images
 
     def _chosen(self, part: ImageSet) -> ImageSet:
         """The images of `classes`."""
         if self.classes is None:
             return part
-        wrong = [number for number in self.classes if not 0 <= number < len(part.names)]
-        if wrong or not self.classes:
-            raise ValueError(
-                f"classes {self.classes} are not all there; allowed: 0 to {len(part.names) - 1}; "
-                "type --data.classes=[0]"
-            )
-        keep = torch.isin(part.labels, torch.tensor(self.classes))
-        return part._replace(images=part.images[keep], labels=part.labels[keep])
+        chosen = class_numbers(self.classes, part.names, "--data.classes")
+        return part.take(torch.isin(part.labels, torch.tensor(chosen)))
 
     def pictures(self, part: Part = "train") -> tuple[Tensor, Tensor]:
         """All images of a part as bytes, uint8 (n c y x), with their labels, int64 (n)."""
@@ -198,11 +261,27 @@ class ImageDataModule(L.LightningDataModule):
         return self._eval("test")
 
     def predict_dataloader(self) -> EvalLoader:
-        """The test part, too."""
-        return self._eval("test")
+        """Those of `predict_path`, or the test part: (images, labels, names of the files (b))."""
+        if self._new is not None:
+            images, labels, files = self._new.images, self._new.labels, self._new.files
+        else:
+            images, labels = self._on_device("test")
+            files = self._parts["test"].files or tuple(f"test {i}" for i in range(len(labels)))
+
+        def take(items: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+            names = [files[i] for i in items.tolist()]
+            items = items.to(images.device)
+            return to_float(images[items]), labels[items], names
+
+        return EvalLoader(take, len(labels), self.batch_size, Share.of(self.trainer))
 
     def _eval(self, part: Part) -> EvalLoader:
         images, labels = self._on_device(part)
+        if not len(labels):
+            raise ValueError(
+                f"there are no images for {part}: val_fraction is {self.val_fraction}; type "
+                "lightning test for the test part, or train with --data.val_fraction=0.05"
+            )
 
         def take(items: Tensor) -> tuple[Tensor, Tensor]:
             items = items.to(images.device)
@@ -236,13 +315,23 @@ def held_out(images: ImageSet, fraction: float, key: str) -> tuple[ImageSet, Ima
         if count >= len(places):
             way = ", or type --data.val_fraction=0" if key == "val" else ""
             raise ValueError(
-                f"class {name} has {len(places)} images, and none would be left to train when "
-                f"{count} are kept for {key}; give it at least 3{way}"
+                f"class {name} has {len(places)} {'image' if len(places) == 1 else 'images'}, and "
+                f"none would be left to train when {count} are kept for {key}; give it at least "
+                f"3{way}"
             )
         order = torch.randperm(len(places), generator=generator(0, key, k))
         drawn[places[order[:count]]] = True
-    keep, kept = (
-        images._replace(images=images.images[mask], labels=images.labels[mask])
-        for mask in (~drawn, drawn)
-    )
-    return keep, kept
+    return images.take(~drawn), images.take(drawn)
+
+
+def _sized(resize: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Rows and columns."""
+    if resize is None:
+        return None
+    both = (resize, resize) if isinstance(resize, int) else tuple(resize)
+    if len(both) != 2 or not all(0 < side <= 2**12 for side in both):
+        raise ValueError(
+            f"resize is {resize}; allowed are rows and columns from 1 to 4096: type "
+            "--data.resize=64 or --data.resize=[48,64]"
+        )
+    return both[0], both[1]

@@ -43,6 +43,7 @@ class Source:
     gzipped: bool = False  # checksum and size are of what is inside: mirrors wrap it differently
     own: str = "path=FILE"  # the flag that gives data of one's own
     embedded: str = "embedded"  # the source that needs no file
+    also: tuple[str, ...] = ()  # other places below DATA_ROOT, where other programs keep it
 
 
 TABLE = (
@@ -93,10 +94,10 @@ def locate(source: Source, root: str | None = None, tried: str = "") -> Path:
     looked = []
     label, folder = ("--data.root", root) if root else ("DATA_ROOT", os.environ.get("DATA_ROOT"))
     if folder:
-        path = Path(folder).expanduser() / source.path
-        if path.is_file():
-            return _checked(path, source)
-        looked.append(f"{path} ({label}: no such file)")
+        for place in (source.path, *source.also):
+            if (path := Path(folder).expanduser() / place).is_file():
+                return _checked(path, source)
+        looked.append(f"{Path(folder).expanduser() / source.path} ({label}: no such file)")
     else:
         looked.append("--data.root and DATA_ROOT (not set)")
     path = cache_folder() / source.path
@@ -143,7 +144,9 @@ def sha256(path: Path) -> str:
 
 def checksum(path: Path, source: Source) -> str:
     """What the source's checksum is compared with; NO_GZIP where one should be."""
-    if not source.gzipped:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    if not source.gzipped or (not zipped and path.suffix != ".gz"):  # unzipped already
         return sha256(path)
     try:
         with gzip.open(path) as file:
@@ -187,11 +190,12 @@ def announce(line: str, loud: bool = False) -> None:
 def _checked(path: Path, source: Source) -> Path:
     if (found := checksum(path, source)) != source.sha256:
         inside = " inside the gzip" if source.gzipped else ""
+        own = source.own.replace("FILE", str(path)).replace("FOLDER", str(path.parent))
         why = f"its SHA-256{inside} is {found}, that of the set is {source.sha256}"
         raise ValueError(
             f"{path} is not the data set {source.name!r}: "
             f"{why if found != NO_GZIP else 'it is no whole gzip'}; if you changed the file, type "
-            f"--data.{source.own.replace('FILE', str(path))}; if not, remove it and run again"
+            f"--data.{own}; if not, remove it and run again"
         )
     return path
 

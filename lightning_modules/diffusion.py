@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ravine.datamodules.image_files import check_labels
+from ravine.datamodules.image_set import check_labels, spelled
 from ravine.datamodules.images import to_float, to_uint8
 from ravine.datamodules.order import Share, global_seed
 
@@ -29,6 +29,11 @@ from .imaging.pictures import Pictures
 from .imaging.recordings import Recordings
 from .imaging.sampling import Way, pick, sample
 from .imaging.unet import UNet, write
+
+
+def numbered(classes: int) -> tuple[str, ...]:
+    """Names of classes that have none: their numbers."""
+    return tuple(str(number) for number in range(classes))
 
 
 class Diffusion(TaskModule):
@@ -97,6 +102,7 @@ class Diffusion(TaskModule):
         with torch.device("meta"):  # nothing is allocated, every check is made
             UNet(**self.shape)
         self.channels, self.classes, self.size = 0, 0, (0, 0)  # the data's
+        self.class_names: tuple[str, ...] = ()  # with labels, in the order of their numbers
         self.recordings = Recordings()  # of sampling, for one evaluation
         self.trained = Levels(1)  # since the last log
         self.judged, self.seen = Levels(2), 0  # of an evaluation; images so far
@@ -119,9 +125,16 @@ class Diffusion(TaskModule):
             raise ValueError("the data have no labels; type --model.labels=false")
         if self.labels and hasattr(datamodule, "pictures"):  # one too high would mean: not given
             check_labels(datamodule.pictures("train")[1], classes, "the data to train")
+        if self.labels and classes == 1:
+            raise ValueError(
+                "all images of the data are of one class, so a label tells the model nothing; "
+                "allowed are two classes or more: type --model.labels=false"
+            )
+        names = tuple(getattr(datamodule, "class_names", ())) or numbered(classes)
         found = (datamodule.channels, classes)
-        self._agree(found, (self.channels, self.classes))
+        self._agree(found, names, (self.channels, self.classes), self.class_names)
         self.size, (self.channels, self.classes) = tuple(datamodule.size), found
+        self.class_names = names if self.labels else ()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """The net's answers to x (b c y x), in its own type: noise is fp32 whatever that is."""
@@ -210,7 +223,7 @@ class Diffusion(TaskModule):
 
     def generate(
         self,
-        labels: Sequence[int] | str | None = None,
+        labels: Sequence[int | str] | str | None = None,
         num_samples: int | None = None,
         guidance: float | None = None,
         steps: int | None = None,
@@ -224,7 +237,8 @@ class Diffusion(TaskModule):
         model.generate(labels="0-9", guidance=0.5, steps=20).save("digits.png")
 
         Args:
-            labels: what they shall show, "3", "0-4,7" or [3, 5]: a row each; by default all.
+            labels: what they shall show, by number or by the name of a class, "3", "0-4,7",
+                "cat,dog" or [3, 5]: a row each; by default all.
             num_samples: images of each label, by default 8; without labels in all, by default 64.
             guidance: by default that of the model, as for the next three.
             steps: calls of the net.
@@ -235,14 +249,15 @@ class Diffusion(TaskModule):
         """
         given = {"guidance": guidance, "steps": steps, "sampler": sampler, "eta": eta}
         way = self.way.of(self.withheld, self.one_step, **given)
-        asked = pick(labels, self.classes)
+        asked = pick(labels, self.class_names)
         count = (8 if asked else 64) if num_samples is None else num_samples
         if count < 1 or batch_size < 1:
             raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=8")
         index = torch.arange(count * max(1, len(asked)), device=self.device)
         shown = torch.tensor(asked, device=self.device).repeat_interleave(count)
         images = self._sample(index, shown if asked else None, way, seed, batch_size)
-        return Pictures(images, count if asked else math.ceil(math.sqrt(count)))
+        rows = tuple(self.class_names[number] for number in asked)
+        return Pictures(images, count if asked else math.ceil(math.sqrt(count)), rows)
 
     def figures(self, datamodule: Any) -> dict[str, Any]:
         """The way back, estimates at each level, and what lies between two noises."""
@@ -263,24 +278,37 @@ class Diffusion(TaskModule):
         """The data's sizes travel with the weights."""
         super().on_save_checkpoint(checkpoint)
         sizes = {"channels": self.channels, "size": [*self.size], "classes": self.classes}
-        checkpoint["images"] = sizes
+        checkpoint["images"] = sizes | {"class_names": [*self.class_names]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them from a checkpoint, unless the data brought others."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["images"]
         model = saved["channels"], saved["classes"]
+        names = tuple(saved.get("class_names", ())) or numbered(saved["classes"])
         if self.channels:
-            self._agree((self.channels, self.classes), model)
+            self._agree((self.channels, self.classes), self.class_names, model, names)
         else:
             (self.channels, self.classes), self.size = model, tuple(saved["size"])
+            self.class_names = names
 
-    def _agree(self, data: tuple[int, int], model: tuple[int, int]) -> None:
+    def _agree(
+        self,
+        data: tuple[int, int],
+        names: tuple[str, ...],
+        model: tuple[int, int],
+        known: tuple[str, ...],
+    ) -> None:
         """Refuse data of other channels and classes than the model has, if it has any yet."""
         if model[0] and data != model:
             raise ValueError(
                 f"the data have {data[0]} channels and {data[1]} classes, the model {model[0]} and "
                 f"{model[1]}; type --data.source=... with the data that the model was trained on"
+            )
+        if model[1] and names != known:
+            raise ValueError(
+                f"the data have the classes {spelled(names)}; the model was trained on "
+                f"{spelled(known)}, in this order; type --data.source=... with the same folders"
             )
 
     def _sample(

@@ -136,8 +136,9 @@ def test_predictions_are_named_by_their_classes() -> None:
     module, trainer, data = trained(max_steps=100)
     rows = [row for batch in trainer.predict(module, data) for row in batch]
     assert len(rows) == len(data.pictures("test")[1])
-    assert sum(said == truth for said, _, truth in rows) / len(rows) > 0.8
-    assert all(0.1 <= p <= 1 for _, p, _ in rows)
+    assert [file for file, *_ in rows] == [f"test {i}" for i in range(len(rows))]
+    assert sum(said == truth for _, said, _, truth in rows) / len(rows) > 0.8
+    assert all(0.1 <= p <= 1 for _, _, p, _ in rows)
 
 
 @pytest.mark.parametrize("bad", [{"features": 0}, {"shift": -1}])

@@ -339,7 +339,7 @@ REFUSED = {
     "--labels=10": "labels are 10; allowed: 0 to 9; type --labels=0-9",
     "--labels=3,5-3": "labels are 3,5-3; allowed: 0 to 9; type --labels=0-9",
     "--labels=0-99999999999": "labels are 0-99999999999; allowed: 0 to 9; type --labels=0-9",
-    "--labels=seven": "'seven' is no label; allowed: numbers and ranges; type --labels=0-9",
+    "--labels=seven": "'seven' is no class; allowed: 0 to 9; type --labels=0-9",
     "--guidance=-1": "guidance is -1.0; allowed: 0 (none) or more; type --guidance=0.5",
     "--steps=0": "steps is 0; allowed: 1 or more; type --steps=50",
     "--steps=2000": "steps is 2000; allowed: 1 to 1000; type --steps=1000",

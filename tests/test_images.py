@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from ravine.datamodules import ImageDataModule, image_files
-from ravine.datamodules.image_files import ImageSet, read_cifar, read_folder, read_idx, read_named
+from ravine.datamodules.idx import read_idx
+from ravine.datamodules.image_files import ImageSet, read_cifar, read_named
+from ravine.datamodules.image_folders import read_folder
 from ravine.datamodules.images import held_out, to_float, to_uint8
 from ravine.datamodules.sources import SourceMissing, checksum, locate
 
@@ -119,11 +121,26 @@ def test_a_gzipped_set_is_known_by_what_is_inside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\0\0\x0d\x01" + b"\0" * 8, idx(numpy.zeros((2, 3)))[:-1], b"\0\0\x08\0"]
+    ("content", "why"),
+    [
+        (b"", "is not an idx file of bytes: it begins with ;"),
+        (b"\0\0\x0d\x01" + b"\0" * 8, "holds float32; allowed is an idx file of bytes"),
+        (idx(numpy.zeros((2, 3)))[:-1], "it has 17 bytes, and 2 x 3 after a head of 12 are 18"),
+        (idx(numpy.zeros((2, 3))) + b"x", "it has 19 bytes, and 2 x 3 after a head of 12 are 18"),
+        (b"\0\0\x08\0", "is not an idx file of bytes: it begins with 00 00 08 00"),
+        (b"\0\0\x08\x03", "it has 4 bytes, and 0 x 0 x 0 after a head of 16 are 16"),
+        (idx(numpy.zeros((0, 4, 4))), "holds 0 x 4 x 4 bytes, which is no image and no label"),
+        (gzip.compress(idx(numpy.zeros((2, 3)))[:-1]), "it has fewer than the 2 x 3 that it says"),
+        (gzip.compress(idx(numpy.zeros((2, 3)))) + b"\n<x>", "cannot be read: Not a gzipped file"),
+        (gzip.compress(idx(numpy.zeros((2, 3))))[:-9], "cannot be read: Compressed file ended"),
+        (gzip.compress(b"\0\0\x08\x01\x7f\xff\xff\xff"), "says that it unfolds to 2147483647 by"),
+    ],
 )
-def test_what_is_no_idx_file_is_refused(content: bytes) -> None:
-    with pytest.raises(ValueError, match="x is not an idx file of bytes: it begins with"):
-        read_idx(content, "x")
+def test_what_is_no_idx_file_is_refused(content: bytes, why: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=r"/x ") as error:
+        read_idx(tmp_path / "x")
+    assert why in str(error.value)
 
 
 def test_cifar_is_read_from_its_records_and_its_archive(tmp_path: Path) -> None:
@@ -147,9 +164,10 @@ def test_cifar_is_read_from_its_records_and_its_archive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_folder_of_pictures_has_a_class_a_subfolder(mode: str, tmp_path: Path) -> None:
-    found = read_folder(folder(tmp_path / "pets", {"cat": 2, "dog": 3}, mode))
+    found = read_folder(folder(tmp_path / "pets", {"cat": 2, "dog": 3}, mode)).sides["all"]
     assert found.names == ("cat", "dog")
     assert found.labels.tolist() == [0, 0, 1, 1, 1]
+    assert found.files == ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png", "dog/2.png")
     assert found.images.shape == (5, len(mode), 4, 6)  # c y x
     expected = numpy.asarray(Image.open(tmp_path / "pets/dog/2.png")).reshape(4, 6, len(mode))
     assert numpy.array_equal(found.images[4].permute(1, 2, 0).numpy(), expected)
@@ -196,9 +214,9 @@ def spoil_levels(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
-        (spoil_size, r"dog/1\.png is 6x5 RGB, .*cat/0\.png is 6x4 RGB; .*mogrify -resize 6x4!"),
-        (spoil_mode, r"dog/1\.png is 6x4 L, .*cat/0\.png is 6x4 RGB"),
-        (spoil_first, r"cat/0\.png is of mode RGBA; allowed are L \(gray\) and RGB"),
+        (spoil_size, r"dog/1\.png is 6x5 RGB, .*cat/0\.png is 6x4 RGB; .* --data.resize=\[4,6\]"),
+        (spoil_mode, r"dog/1\.png is 6x4 L, .*cat/0\.png is 6x4 RGB; .* --data.mode=rgb"),
+        (spoil_first, r"cat/0\.png is of mode RGBA, transparent; .* type --data.mode=rgb"),
         (spoil_content, r"dog/1\.png is no image that can be read: .*; remove it"),
         (spoil_extent, r"dog/1\.png is no image that can be read: Image size \(3600000000 pixels"),
         (spoil_class, r"no image of class eel; give each class at least one, or remove"),
@@ -219,7 +237,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_class_too_small_to_be_split_is_refused(tmp_path: Path) -> None:
-    said = "class dog has 1 images, and none would be left to train when 1 are kept for"
+    said = "class dog has 1 image, and none would be left to train when 1 are kept for"
     with pytest.raises(ValueError, match=f"{said} test; give it at least 3$"):
         ready(folder(tmp_path / "one", {"cat": 9, "dog": 1}))
     two = folder(tmp_path / "two", {"cat": 9, "dog": 2})
@@ -304,5 +322,5 @@ def test_some_classes_keep_their_numbers_and_their_parts() -> None:
         assert torch.equal(some.pictures(part)[0], images[keep])
         assert set(some.pictures(part)[1].tolist()) == {5, 7}
     assert some.num_classes == 10
-    with pytest.raises(ValueError, match=r"classes \[10\] are not all there; allowed: 0 to 9"):
+    with pytest.raises(ValueError, match=r"data.classes are 10; allowed: 0 to 9; type --data\.cl"):
         ImageDataModule("digits", classes=[10]).setup("fit")

@@ -8,6 +8,7 @@ The features before the last layer are what distances between sets of images are
 Axes: b batch, c channels, y rows, x columns, k classes, d features.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ravine.datamodules.image_set import spelled
 from ravine.datamodules.images import to_float
 from ravine.datamodules.order import generator, global_seed
 
@@ -80,7 +82,7 @@ class ImageClassifier(TaskModule):
     """
 
     lr = 1e-3
-    columns = ("class", "probability", "label")  # of what predict_step returns
+    columns = ("file", "class", "probability", "label")  # of what predict_step returns
 
     def __init__(
         self, variant: Variant = "convolutional", features: int = 64, shift: int = 0
@@ -109,6 +111,12 @@ class ImageClassifier(TaskModule):
             "class_names": list(datamodule.class_names),
             "source": Path(datamodule.source).name,
         }
+        if len(found["class_names"]) < 2:
+            raise ValueError(
+                f"all images of {found['source']} are of one class, {found['class_names'][0]}, and "
+                "a classifier needs two or more; allowed is a folder with a folder for each class: "
+                "type --data.source=FOLDER"
+            )
         self._take(found, "the data")
 
     def build(self) -> nn.Module:
@@ -141,12 +149,15 @@ class ImageClassifier(TaskModule):
         """Loss and accuracy."""
         self._judge(batch, "test")
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], index: int) -> list[tuple[Any, ...]]:
-        """(class, its probability, label) for each image."""
+    def predict_step(self, batch: Sequence[Any], index: int) -> list[tuple[Any, ...]]:
+        """(file, class, its probability, label) for each image; the label is "" where unknown."""
         best = self(batch[0]).float().softmax(1).max(1)  # (b)
         names = self.class_names
-        rows = zip(best.indices.tolist(), best.values.tolist(), batch[1].tolist(), strict=True)
-        return [(names[k], p, names[truth]) for k, p, truth in rows]
+        files = batch[2] if len(batch) > 2 else [""] * len(batch[0])
+        rows = zip(
+            files, best.indices.tolist(), best.values.tolist(), batch[1].tolist(), strict=True
+        )
+        return [(file, names[k], p, names[true] if true >= 0 else "") for file, k, p, true in rows]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the data said travels with the weights."""
@@ -159,6 +170,13 @@ class ImageClassifier(TaskModule):
         self._take(checkpoint["images"], "the checkpoint")
 
     def _take(self, found: dict[str, Any], whose: str) -> None:
+        ours, theirs = (one.get("class_names", []) for one in (found, self.form))
+        if theirs and sorted(ours) == sorted(theirs) and ours != theirs:
+            raise ValueError(
+                f"{whose} has the classes in the order {spelled(ours)}, the classifier in the order"
+                f" {spelled(theirs)}; the order must be the same: type --data.source=... as it was "
+                "trained"
+            )
         for key in ("channels", "size", "class_names"):
             if self.form and self.form[key] != found[key]:
                 raise ValueError(

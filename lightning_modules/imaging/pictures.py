@@ -20,11 +20,13 @@ class Pictures:
     """Images, uint8 (n c y x), in rows of `columns`.
 
     model.generate(labels="0-9").save("digits.png")
+
+    `rows` are the names of the rows, where each row is of one class.
     """
 
-    def __init__(self, images: Tensor, columns: int) -> None:
+    def __init__(self, images: Tensor, columns: int, rows: tuple[str, ...] = ()) -> None:
         """Keep them on the CPU."""
-        self.images, self.columns = images.cpu(), columns
+        self.images, self.columns, self.rows = images.cpu(), columns, rows
 
     def grid(self) -> Image.Image:
         """All in one, enlarged where they are small."""

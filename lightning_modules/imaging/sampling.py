@@ -7,13 +7,15 @@ Axes: n images, b batch, c y x images.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ravine.datamodules.image_set import class_numbers
 
 from .draws import key, normals
 from .noise_schedules import Schedule
@@ -74,25 +76,15 @@ class Way:
         return partial(ddim, eta=self.eta) if self.sampler == "ddim" else SAMPLERS[self.sampler]
 
 
-def pick(labels: Iterable[int | str] | str | None, classes: int) -> list[int]:
-    """The labels that are meant by "3", "0-4,7" or [3, "5"]; by None all there are."""
+def pick(labels: Iterable[int | str] | str | None, names: Sequence[str]) -> list[int]:
+    """The numbers of the labels meant by "3", "0-4,7", "cat,dog" or [3, "5"]; by None all."""
     if labels is None:
-        return list(range(classes))
-    fix = f"type --labels=0-{classes - 1}" if classes else "leave --labels away"
-    found: list[int] = []
-    for word in str(labels).split(",") if isinstance(labels, str) else map(str, labels):
-        first, _, last = word.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise ValueError(f"{word!r} is no label; allowed: numbers and ranges; {fix}")
-        if not classes:
-            raise ValueError(f"labels are {labels}, and this model was trained without any; {fix}")
-        begin, end = int(first), int(last or first)
-        if not begin <= end < classes:
-            raise ValueError(f"labels are {labels}; allowed: 0 to {classes - 1}; {fix}")
-        found += range(begin, end + 1)
-    if classes and not found:
-        raise ValueError(f"labels are {labels}, none at all; {fix}")
-    return found
+        return list(range(len(names)))
+    if not names:
+        raise ValueError(
+            f"labels are {labels}, and this model was trained without any; leave --labels away"
+        )
+    return class_numbers(labels, names, "--labels")
 
 
 @torch.no_grad()
