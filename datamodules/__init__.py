@@ -4,7 +4,13 @@ from .order import EvalLoader, Order, Share, TrainLoader, generator
 from .prompts import PromptDataModule, Prompts
 from .spam import SpamDataModule
 from .text import TextDataModule
-from .tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
+from .tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    FileTokenizer,
+    NumberTokenizer,
+)
 
 __all__ = [
     "AnswerDataModule",
@@ -12,7 +18,9 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "EvalLoader",
+    "FileTokenizer",
     "ImageDataModule",
+    "NumberTokenizer",
     "Order",
     "PromptDataModule",
     "Prompts",

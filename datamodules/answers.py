@@ -10,7 +10,7 @@ Axes: b batch, t time.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -20,7 +20,7 @@ from .corpus import files_of
 from .json_rows import check_text, checksum, rows
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator, global_seed
 from .sources import announce
-from .tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, gpt2
+from .tokenizers import Specials, Tokenizer, make_tokenizer
 
 IGNORED = -100  # the target where there is nothing to learn, as in F.cross_entropy
 STEP = 64  # batches are as long as their longest example, rounded up: shapes seldom change
@@ -64,11 +64,14 @@ class AnswerDataModule(L.LightningDataModule):
             of such files.
         prompt: the field that is given.
         answer: the field that is learned.
-        tokenizer: what a token is; that of the model that is tuned.
+        tokenizer: what a token is: characters, bytes, gpt2 or a file, as in TextDataModule; that
+            of the model that is tuned.
         context: t at most; of a longer example the end is cut off, and their number is told.
         batch_size: examples of one optimizer step, over all ranks and accumulated batches.
         val_fraction: share of the examples, drawn by the seed, kept for validation and test.
         seed: of the split and the order; by default that of seed_everything.
+        specials: how the tokenizer's special tokens are read in a text: plain, as other words;
+            allowed, as one token each; or refuse.
     """
 
     def __init__(
@@ -76,11 +79,12 @@ class AnswerDataModule(L.LightningDataModule):
         path: str | Path,
         prompt: str = "prompt",
         answer: str = "answer",
-        tokenizer: Literal["characters", "bytes", "gpt2"] = "gpt2",
+        tokenizer: str = "gpt2",
         context: int = 256,
         batch_size: int = 32,
         val_fraction: float = 0.1,
         seed: int | None = None,
+        specials: Specials = "plain",
     ) -> None:
         """Check the sizes; the file is looked at in `setup`."""
         super().__init__()
@@ -94,6 +98,7 @@ class AnswerDataModule(L.LightningDataModule):
         self.path, self.fields, self.kind = Path(path).expanduser(), (prompt, answer), tokenizer
         self.context, self.batch_size = context, batch_size
         self.val_fraction, self.seed = val_fraction, seed
+        self.specials: Specials = specials
         self.resolved: dict[str, Any] = {}
         self.rows: list[tuple[Tensor, int]] = []  # tokens, and how many of them are given
         self.tokenizer: Tokenizer | None = None
@@ -109,8 +114,7 @@ class AnswerDataModule(L.LightningDataModule):
                 "for validation; type --data.path=FILE"
             )
         letters = {c for example in found for c in example.prompt + example.answer}
-        kinds = {"characters": lambda: CharTokenizer(letters), "bytes": ByteTokenizer, "gpt2": gpt2}
-        self.tokenizer = tokenizer = kinds[self.kind]()
+        self.tokenizer = tokenizer = make_tokenizer(self.kind, letters, self.specials)
         rows = [self._row(example, tokenizer) for example in found]
         self.rows = [(tokens, given) for tokens, given in rows if given < len(tokens)]
         if len(self.rows) < 2:

@@ -10,22 +10,24 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from .tokenized import read_bins, tokenized
-from .tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, gpt2
+from .tokenized import TokenType, as_tensor, check_tokens, extent, read_bins, tokenized
+from .tokenizers import Specials, Tokenizer, make_tokenizer
 
 PIECE = 1 << 24  # bytes read at once
 
 
 class Corpus(NamedTuple):
-    """The tokens (n), uint8 or uint16, what made them, and the checksum of the text."""
+    """The tokens (n) as uint8, uint16 or int32, what made them, and the checksum of the text."""
 
     tokens: Tensor
     tokenizer: Tokenizer
     sha256: str
     mapped: bool  # the tokens are a file
     rest: Tensor | None = None  # those for validation, where a file of its own holds them
+    note: str = ""  # to be said of them
 
 
 def files_of(path: Path, flag: str = "--data.path") -> list[Path]:
@@ -78,7 +80,11 @@ def _read(path: Path, flag: str) -> Iterator[str]:
 
 
 def load(
-    pieces: Callable[[], Iterator[str]], name: str, memory_limit: int, kind: str = "characters"
+    pieces: Callable[[], Iterator[str]],
+    name: str,
+    memory_limit: int,
+    kind: str = "characters",
+    specials: Specials = "plain",
 ) -> Corpus:
     """Read the text twice: for its characters and checksum, then for its tokens."""
     digest, characters, count = hashlib.sha256(), set[str](), 0
@@ -88,19 +94,34 @@ def load(
         count += len(piece)
     if not count:
         raise ValueError(f"{name} is empty: give a text of at least one window, --data.path=FILE")
-    kinds = {"characters": lambda: CharTokenizer(characters), "bytes": ByteTokenizer, "gpt2": gpt2}
-    tokenizer = kinds[kind]()
-    if tokenizer.vocabulary > 1 << 16:
-        raise ValueError(
-            f"{name} has {tokenizer.vocabulary:,} different characters, over 65,536; "
-            "type --data.tokenizer=bytes"
-        )
+    tokenizer = make_tokenizer(kind, characters, specials)
     mapped = count > memory_limit
     tokens = tokenized(tokenizer, pieces, digest.hexdigest(), mapped)
     return Corpus(tokens, tokenizer, digest.hexdigest(), mapped)
 
 
-def bins(folder: Path) -> Corpus | None:
-    """The tokens of a folder that nanoGPT has prepared, if it is one."""
-    found = read_bins(folder)
-    return None if found is None else Corpus(found[0], found[2], "", True, rest=found[1])
+def bins(
+    folder: Path,
+    kind: str = "characters",
+    vocabulary: int | None = None,
+    dtype: TokenType | None = None,
+) -> Corpus | None:
+    """The tokens of a folder with train.bin and val.bin, if it is one."""
+    found = read_bins(folder, kind, vocabulary, dtype)
+    if found is None:
+        return None
+    return Corpus(found.train, found.tokenizer, found.sha256, True, found.val, found.note)
+
+
+def of_array(tokens: np.ndarray | Tensor, tokenizer: Tokenizer) -> Corpus:
+    """An array of tokens (n) as a corpus; every token must be in the vocabulary."""
+    array = tokens.numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not array.size:
+        raise ValueError(
+            f"tokens are {array.dtype} of shape {array.shape}; allowed: whole numbers of shape "
+            "(n,), one or more; give one long array"
+        )
+    check_tokens("tokens", array, extent(array), tokenizer)
+    digest = hashlib.sha256(array.size.to_bytes(8, "little"))
+    digest.update(array[: 1 << 17].tobytes() + array[-(1 << 17) :].tobytes())
+    return Corpus(as_tensor(array), tokenizer, digest.hexdigest(), isinstance(array, np.memmap))

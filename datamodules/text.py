@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
-from .corpus import Corpus, bins, files_of, load, read
+from .corpus import Corpus, bins, files_of, load, of_array, read
 from .order import EvalLoader, Order, Passes, Share, TrainLoader, check_positive, global_seed
 from .sources import SOURCES, announce, choose, fetch
+from .tokenized import TokenType
+from .tokenizers import NumberTokenizer, Specials, Tokenizer
 
 IGNORED = -100  # the target where there is nothing to predict, as in F.cross_entropy
 
@@ -45,12 +48,19 @@ class TextDataModule(L.LightningDataModule):
         batch_size: windows of one optimizer step, over all ranks and accumulated batches.
         val_fraction: the last part of the text, kept for validation (and for `test`).
         seed: of the order of the windows; by default that of seed_everything.
-        tokenizer: what a token is: a character of the text, a byte, or a piece of GPT-2's.
+        tokenizer: what a token is: characters (of the text), bytes, gpt2 (a piece of GPT-2's), or
+            the path of a tokenizer.json or of a folder with one or with vocab.json and merges.txt.
         memory_limit: characters; a longer text is not held in memory or moved to the device.
         windows: where training windows start: at random; or in passes, side by side from an offset
             that is another each epoch, so that an epoch sees every token once.
         begin: the first token of the text to use; the vocabulary is the whole text's.
         end: the first one not to use; by default there is none.
+        specials: how the tokenizer's special tokens, like <|endoftext|>, are read in a text: plain,
+            as other words; allowed, as one token each; or refuse.
+        vocabulary: of a folder of tokens: how many different ones there are, where their text is
+            not known.
+        dtype: of a folder of tokens: the type of the numbers; by default what its meta.pkl or
+            meta.json says, or uint16.
     """
 
     def __init__(
@@ -62,11 +72,14 @@ class TextDataModule(L.LightningDataModule):
         batch_size: int = 32,
         val_fraction: float = 0.1,
         seed: int | None = None,
-        tokenizer: Literal["characters", "bytes", "gpt2"] = "characters",
+        tokenizer: str = "characters",
         memory_limit: int = 2**28,
         windows: Literal["random", "passes"] = "random",
         begin: int = 0,
         end: int | None = None,
+        specials: Specials = "plain",
+        vocabulary: int | None = None,
+        dtype: TokenType | None = None,
     ) -> None:
         """Check the sizes; files are looked at in `setup`."""
         super().__init__()
@@ -81,9 +94,34 @@ class TextDataModule(L.LightningDataModule):
         self.context, self.batch_size = context, batch_size
         self.val_fraction, self.seed, self.memory_limit = val_fraction, seed, memory_limit
         self.kind, self.windows, self.begin, self.end = tokenizer, windows, begin, end
+        self.specials: Specials = specials
+        self.vocabulary, self.dtype = vocabulary, dtype
         self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
         self._corpus: Corpus | None = None
         self._tried = ""
+
+    @classmethod
+    def of_tokens(
+        cls,
+        tokens: np.ndarray | Tensor,
+        tokenizer: Tokenizer | int,
+        **options: Any,
+    ) -> "TextDataModule":
+        """The same of an array of tokens (n), a mapped one too.
+
+        data = TextDataModule.of_tokens(numpy.memmap("my.bin", "uint16"), 10_000, context=256)
+
+        Args:
+            tokens: whole numbers.
+            tokenizer: what made them, or how many different ones there are.
+            options: the other arguments.
+        """
+        data = cls(**options)
+        known = NumberTokenizer(tokenizer) if isinstance(tokenizer, int) else tokenizer
+        data._corpus = of_array(tokens, known)
+        data.resolved = {"source": "tokens", "file": "", "sha256": data._corpus.sha256}
+        data._check_length("the array", "tokens", data._corpus)
+        return data
 
     @property
     def corpus(self) -> Corpus:
@@ -111,19 +149,37 @@ class TextDataModule(L.LightningDataModule):
         else:
             file, why = choose(self.source, SOURCES["shakespeare"], self.root, self._tried)
         name = str(file or "the EMBEDDED text (help topics of CPython)")
-        corpus = bins(file) if file else None
+        corpus = bins(file, self.kind, self.vocabulary, self.dtype) if file else None
         if corpus is None:
+            self._refuse_token_options(name)
             files = files_of(file) if file else []
             text = (lambda: read(files)) if file else documentation
-            corpus = load(text, name, self.memory_limit, self.kind)
-        unit = "tokens" if corpus.tokenizer.kind == "gpt2" else corpus.tokenizer.kind
+            corpus = load(text, name, self.memory_limit, self.kind, self.specials)
+        elif self.specials != "plain":
+            raise ValueError(
+                f"{name} holds tokens, in which specials={self.specials} changes nothing; allowed: "
+                "plain; leave --data.specials away"
+            )
+        kind = corpus.tokenizer.kind
+        unit = kind if kind in ("characters", "bytes") else "tokens"
         corpus = self._part(name, unit, corpus)
         self._check_length(name, unit, corpus)
         self._corpus = corpus
         taken = self.source if self.path is not None else "shakespeare" if file else "embedded"
         self.resolved = {"source": taken, "file": str(file or ""), "sha256": corpus.sha256}
         size = f"{len(corpus.tokens):,} {unit}, {corpus.tokenizer.vocabulary:,} different"
-        announce(f"data: {name}, {size}{why and '; ' + why}", loud=bool(why))
+        note = "; ".join(word for word in (why, corpus.note) if word)
+        announce(f"data: {name}, {size}{note and '; ' + note}", loud=bool(note))
+
+    def _refuse_token_options(self, name: str) -> None:
+        """Refuse what only a folder of tokens can use."""
+        for option in ("vocabulary", "dtype"):
+            if getattr(self, option) is not None:
+                raise ValueError(
+                    f"{option} is {getattr(self, option)}, and {name} is a text, whose tokens are "
+                    "made here; allowed: a folder with train.bin and val.bin; leave "
+                    f"--data.{option} away"
+                )
 
     def _part(self, name: str, unit: str, corpus: Corpus) -> Corpus:
         """From `begin` to `end`."""

@@ -1,54 +1,71 @@
 """Tokens on disk and in memory: a text is tokenized once, on all cores, and found again by content.
 
-A long text becomes a file of two-byte tokens in the cache folder, named by the checksum of the text
-and the kind of tokenizer, memory-mapped, of which only the parts in use are read. nanoGPT's
-train.bin and val.bin are such files, and are read as they are.
+A long text becomes a file of tokens of two or four bytes in the cache folder, named by the checksum
+of the text and the tokenizer, memory-mapped, of which only the parts in use are read. nanoGPT's
+train.bin and val.bin are such files, and are read as they are, with the type and the vocabulary
+that a meta.pkl or meta.json beside them, or the caller, says.
 """
 
+import hashlib
+import json
 import os
 import pickle
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .sources import cache_folder, whole
-from .tokenizers import CharTokenizer, Tokenizer, gpt2
+from .tokenizers import CharTokenizer, FileTokenizer, NumberTokenizer, Tokenizer, make_tokenizer
 
 PIECE = 1 << 20  # characters tokenized at once by one core
-WORD_END = re.compile(r"[A-Za-z0-9](?=[ \n])")
+SCANNED = 1 << 24  # tokens looked at once
+REMEMBERED = 1 << 27  # bytes of a file whose extent is kept, not to read it at each start
+META = 1 << 24  # bytes of a meta file at most
+TokenType = Literal["uint8", "uint16", "int32", "uint32", "int64", "uint64"]
 
 
 def tokenized(
     tokenizer: Tokenizer, text: Callable[[], Iterator[str]], sha256: str, mapped: bool
 ) -> Tensor:
     """The tokens (n) of a text: in memory, uint8 if that is enough, or mapped from a file."""
+    small = np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32
     if not mapped:
-        kind = np.uint8 if tokenizer.vocabulary <= 256 else np.uint16
+        kind = np.uint8 if tokenizer.vocabulary <= 256 else small
         parts = [part.astype(kind) for part in encoded(tokenizer, text())]
-        return torch.from_numpy(np.concatenate(parts))
-    path = cache_folder() / "tokens" / f"{sha256}-{tokenizer.kind}.uint16"
+        return as_tensor(np.concatenate(parts))
+    path = cache_folder() / "tokens" / f"{sha256}-{tokenizer.name}.{np.dtype(small)}"
     if not path.is_file():
         with whole(path) as part, part.open("wb") as file:
             for numbers in encoded(tokenizer, text()):
-                numbers.astype(np.uint16).tofile(file)
-    return mapping(path)
+                numbers.astype(small).tofile(file)
+    return as_tensor(mapping(path, np.dtype(small)))
 
 
-def mapping(path: Path) -> Tensor:
-    """A file of two-byte tokens as a tensor (n); nothing is read yet."""
-    if path.stat().st_size % 2 or not path.stat().st_size:
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The same memory as a tensor; uint32 as int32, which torch gathers on every device."""
+    signed = {"uint32": np.int32, "uint64": np.int64}.get(str(array.dtype))
+    return torch.from_numpy(array if signed is None else array.view(signed))
+
+
+def mapping(path: Path, kind: np.dtype) -> np.ndarray:
+    """A file of tokens as an array (n); nothing is read yet."""
+    size = path.stat().st_size
+    if size % kind.itemsize or not size:
         raise ValueError(
-            f"{path} has {path.stat().st_size} bytes and should hold two for each token: "
-            "it is cut short or of another kind; make it again"
+            f"{path} has {size} bytes and should hold {NUMBERS[kind.itemsize]} for each token: "
+            "it is cut short or of another kind; make it again, or type --data.dtype="
+            f"{'uint8' if size % 2 else 'uint16'} if that is its type"
         )
-    return torch.from_numpy(np.memmap(path, np.uint16, "c"))  # on write copied: the file stays
+    return np.memmap(path, kind, "c")  # on write copied: the file stays
+
+
+NUMBERS = {1: "one", 2: "two", 4: "four", 8: "eight"}
 
 
 def encoded(tokenizer: Tokenizer, text: Iterable[str]) -> Iterator[np.ndarray]:
@@ -56,7 +73,7 @@ def encoded(tokenizer: Tokenizer, text: Iterable[str]) -> Iterator[np.ndarray]:
     cores = os.cpu_count() or 1
     waiting: deque[Any] = deque()
     with ThreadPoolExecutor(cores) as pool:  # tiktoken and numpy let other threads run
-        for piece in at_words(text):
+        for piece in at_borders(text, tokenizer):
             waiting.append(pool.submit(tokenizer.numbers, piece))
             if len(waiting) > 2 * cores:
                 yield waiting.popleft().result()
@@ -64,22 +81,31 @@ def encoded(tokenizer: Tokenizer, text: Iterable[str]) -> Iterator[np.ndarray]:
             yield waiting.popleft().result()
 
 
-def at_words(text: Iterable[str], size: int = PIECE) -> Iterator[str]:
-    """Cut between a word and the space after it: no kind of tokenizer joins the two."""
-    rest = ""
+def at_borders(text: Iterable[str], tokenizer: Tokenizer, size: int = PIECE) -> Iterator[str]:
+    """Cut a text where the tokenizer says that no token changes, into pieces of at most `size`.
+
+    A piece is longer only where there is no border: of one word of a million letters, say. What
+    has been searched for a border is neither searched nor copied again.
+    """
+    held: list[str] = []  # the beginning of a piece, without a border that is far enough
+    length, buffer = 0, ""
     for part in text:
-        rest, start = rest + part, 0
-        while len(rest) - start > size:
-            ends = [end.end() for end in WORD_END.finditer(rest, start + size // 2, start + size)]
-            beyond = None if ends else WORD_END.search(rest, start + size)  # one very long word
-            if not ends and beyond is None:
+        buffer, place = buffer + part, 0
+        while True:
+            least = tokenizer.reach if held else 1  # those before were looked at
+            border = tokenizer.border(buffer, place + max(least, size // 2 - length))
+            if border is None:
                 break
-            cut = ends[-1] if ends else beyond.end()  # type: ignore[union-attr]
-            yield rest[start:cut]
-            start = cut
-        rest = rest[start:]
-    if rest:
-        yield rest
+            yield "".join([*held, buffer[place:border]])
+            held, length, place = [], 0, border
+        # a border may yet come behind the last ones, and is judged by those before it
+        split = max(place, len(buffer) - 2 * tokenizer.reach)
+        if split > place:
+            held.append(buffer[place:split])
+            length += split - place
+        buffer = buffer[split:]
+    if held or buffer:
+        yield "".join([*held, buffer])
 
 
 class Plain(pickle.Unpickler):
@@ -90,26 +116,214 @@ class Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def read_bins(folder: Path) -> tuple[Tensor, Tensor, Tokenizer] | None:
-    """Training tokens, validation tokens and tokenizer of a folder made by nanoGPT, if it is one.
+class Bins(NamedTuple):
+    """Training tokens, validation tokens, both (n), their tokenizer, and what is to be said."""
 
-    A meta.pkl beside them names the characters; without it the tokens are GPT-2's.
+    train: Tensor
+    val: Tensor
+    tokenizer: Tokenizer
+    sha256: str  # of the sizes and the two ends of the files
+    note: str = ""
+
+
+def read_bins(
+    folder: Path,
+    tokenizer: str = "characters",
+    vocabulary: int | None = None,
+    dtype: TokenType | None = None,
+) -> Bins | None:
+    """Read a folder with train.bin and val.bin, if it is one: arrays of tokens without a header.
+
+    What a token is, is said by the caller, or else by a meta.pkl or meta.json (`itos`,
+    `vocab_size`, `dtype`) or a tokenizer.json in the folder. Tokens must be below the vocabulary.
+
+    Args:
+        folder: the folder.
+        tokenizer: gpt2, bytes, or a file; `characters` means that nothing was said.
+        vocabulary: how many different tokens there are, of tokens whose text is not known.
+        dtype: of the numbers, by default that of the meta file, or uint16.
     """
-    train, val, meta = (folder / name for name in ("train.bin", "val.bin", "meta.pkl"))
-    if not (train.is_file() and val.is_file()):
+    files = folder / "train.bin", folder / "val.bin"
+    if not all(file.is_file() for file in files):
         return None
-    if not meta.is_file():
-        return mapping(train), mapping(val), gpt2()
+    meta, place = _meta(folder)
+    kind = np.dtype(dtype or _type_of(meta, place))
+    arrays = [mapping(file, kind) for file in files]
+    for file, array in zip(files, arrays, strict=True):
+        _refuse_other_type(file, array)
+    extents = [_extent(file, array) for file, array in zip(files, arrays, strict=True)]
+    largest = max(extent[1] for extent in extents)
+    what = _what(folder, meta, place, tokenizer, vocabulary, largest)
+    for file, array, found in zip(files, arrays, extents, strict=True):
+        check_tokens(str(file), array, found, what)
+    note = ""
+    if what.kind == "gpt2" and largest < what.vocabulary // 2:
+        note = (
+            f"no token is above {largest:,} of GPT-2's {what.vocabulary:,}: if they are another "
+            f"tokenizer's, type --data.vocabulary={largest + 1} or more"
+        )
+    train, val = map(as_tensor, arrays)
+    return Bins(train, val, what, _fingerprint(files), note)
+
+
+def check_tokens(
+    name: str, array: np.ndarray, found: tuple[int, int], tokenizer: Tokenizer
+) -> None:
+    """Refuse tokens outside of the vocabulary; `found` is their smallest and their largest."""
+    low, high = found
+    if low >= 0 and high < tokenizer.vocabulary:
+        return
+    wrong = low if low < 0 else high
+    fix = f"--data.vocabulary={high + 1} or more" if low >= 0 else "--data.dtype=uint32"
+    raise ValueError(
+        f"{name} holds the token {wrong:,} at place {int(np.argmax(array == wrong)):,}, and the "
+        f"vocabulary has {tokenizer.vocabulary:,}; allowed: 0 to {tokenizer.vocabulary - 1:,}; "
+        f"type {fix}"
+    )
+
+
+def _what(
+    folder: Path, meta: dict[str, Any], place: Path, name: str, vocabulary: int | None, largest: int
+) -> Tokenizer:
+    """What a token of a folder is: said by the caller, else by its files."""
+    if name != "characters":
+        known = make_tokenizer(name)
+        if vocabulary in (None, known.vocabulary):
+            return known
+    if vocabulary is not None:
+        return NumberTokenizer(vocabulary)
+    if "itos" in meta:
+        return _characters(meta["itos"], place)
+    beside = folder / "tokenizer.json"
+    if beside.is_file():
+        return FileTokenizer.of_file(beside)
+    size = meta.get("vocab_size")
+    if size is not None:
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise ValueError(
+                f"{place} says that vocab_size is {size!r}; allowed: a number; "
+                f"type --data.vocabulary={largest + 1}"
+            )
+        return NumberTokenizer(size)
+    raise ValueError(
+        f"{folder} says nowhere what its tokens are, of which the largest is {largest:,}; allowed: "
+        "a meta.pkl or meta.json with vocab_size, a tokenizer.json; type --data.tokenizer=gpt2 if "
+        f"they are GPT-2's, or else --data.vocabulary={largest + 1} or more"
+    )
+
+
+def _meta(folder: Path) -> tuple[dict[str, Any], Path]:
+    """What meta.pkl or meta.json says, and which of them it was."""
+    for name in ("meta.pkl", "meta.json"):
+        place = folder / name
+        if not place.is_file():
+            continue
+        try:
+            if place.stat().st_size > META:
+                raise ValueError(f"it has more than {META:,} bytes")
+            content = place.read_bytes()
+            said = json.loads(content) if name == "meta.json" else _unpickled(place)
+            if not isinstance(said, dict):
+                raise TypeError(f"{type(said).__name__}, not a dictionary")
+            if not {"itos", "vocab_size", "dtype"} & said.keys():
+                raise LookupError("it has neither 'itos' nor 'vocab_size' nor 'dtype'")
+            return said, place
+        except (RecursionError, MemoryError, OverflowError) as error:
+            told: object = type(error).__name__
+        except Exception as error:  # a damaged pickle raises any of a dozen types
+            told = error
+        raise ValueError(
+            f"{place} does not describe tokens as nanoGPT's does: {told}; remove it, and type "
+            "--data.tokenizer=gpt2 if the tokens are GPT-2's, or --data.vocabulary=NUMBER"
+        )
+    return {}, folder / "meta.pkl"
+
+
+def _unpickled(place: Path) -> Any:
+    with place.open("rb") as file:
+        return Plain(file).load()
+
+
+def _type_of(meta: dict[str, Any], place: Path) -> str:
+    name = str(meta.get("dtype", "uint16"))
+    if name not in get_args(TokenType):
+        raise ValueError(
+            f"{place} says that dtype is {name[:40]!r}; allowed: {', '.join(get_args(TokenType))}; "
+            "type --data.dtype=uint16"
+        )
+    return name
+
+
+def _characters(numbered: Any, place: Path) -> CharTokenizer:
+    """The characters that nanoGPT's meta.pkl names."""
     try:
-        with meta.open("rb") as file:
-            numbered = Plain(file).load()["itos"]
         characters = [numbered[number] for number in range(len(numbered))]
         tokenizer = CharTokenizer(characters)
-    except (pickle.UnpicklingError, LookupError, TypeError, EOFError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{meta} does not name characters as nanoGPT's does: {error}; remove it if the tokens "
+            f"{place} does not name characters as nanoGPT's does: {error}; remove it if the tokens "
             "are GPT-2's, or give the text itself: --data.path=FILE"
         ) from error
     if list(tokenizer.characters) != characters:
-        raise ValueError(f"{meta} does not sort its characters; give the text: --data.path=FILE")
-    return mapping(train), mapping(val), tokenizer
+        raise ValueError(
+            f"{place} does not sort its characters, or has longer words; give the text: "
+            f"--data.path=FILE, or type --data.vocabulary={len(characters)}"
+        )
+    return tokenizer
+
+
+def _refuse_other_type(file: Path, array: np.ndarray) -> None:
+    """Refuse numbers of four or eight bytes that were read as two, and NumPy's own files."""
+    with file.open("rb") as opened:
+        if opened.read(6) == b"\x93NUMPY":
+            raise ValueError(
+                f"{file} is a .npy file; allowed: the numbers alone; write it again with "
+                "numpy.load(FILE).tofile(FILE)"
+            )
+    some = array[: 1 << 20]
+    if array.dtype.itemsize == 2 and len(some) >= 8 and not some[1::2].any():
+        wide = not some[2::4].any()
+        allowed = ("int64",) if wide else ("int32", "uint32")
+        raise ValueError(
+            f"every second number of {file} is 0 where they are read as uint16: they are wider; "
+            f"allowed: {', '.join(allowed)}; type --data.dtype={allowed[0]}"
+        )
+
+
+def _extent(file: Path, array: np.ndarray) -> tuple[int, int]:
+    """The smallest and the largest token of a file; of a long file it is read once."""
+    state = file.stat()
+    key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {array.dtype}"
+    name = f"extent-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    path = cache_folder() / "tokens" / name
+    long = state.st_size > REMEMBERED
+    if long and path.is_file():
+        try:
+            low, high = json.loads(path.read_text())
+            return int(low), int(high)
+        except (ValueError, TypeError):
+            pass
+    found = extent(array)
+    if long:
+        with whole(path) as part:
+            part.write_text(json.dumps(found))
+    return found
+
+
+def extent(array: np.ndarray) -> tuple[int, int]:
+    """The smallest and the largest number of an array (n), a mapped one too."""
+    pieces = [array[n : n + SCANNED] for n in range(0, len(array), SCANNED)]
+    return min(int(p.min()) for p in pieces), max(int(p.max()) for p in pieces)
+
+
+def _fingerprint(files: Iterable[Path]) -> str:
+    """SHA-256 of the sizes and of the first and last million bytes."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as opened:
+            digest.update(opened.read(1 << 20))
+            opened.seek(max(0, size - (1 << 20)))
+            digest.update(opened.read(1 << 20))
+    return digest.hexdigest()

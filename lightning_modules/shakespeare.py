@@ -223,7 +223,7 @@ class LanguageModel(TaskModule):
 
     def _take(self, tokenizer: Tokenizer, whose: str) -> None:
         ours = self.tokenizer
-        if ours is not None and ours.state() != tokenizer.state():
+        if ours is not None and not ours.alike(tokenizer):
             raise ValueError(
                 f"{whose} tokenizer has {tokenizer.vocabulary} tokens, the model's other "
                 f"{ours.vocabulary}: they come from different texts; "
@@ -234,7 +234,8 @@ class LanguageModel(TaskModule):
                 f"{whose} tokenizer has {tokenizer.vocabulary} tokens, the model "
                 f"{self.vocabulary}; leave --model.vocabulary away: it comes from the data"
             )
-        self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
+        # alike ones differ in how they read special tokens: the data's, which came first, stays
+        self.tokenizer, self.vocabulary = ours or tokenizer, tokenizer.vocabulary
 
     def _nats(self, inputs: Tensor, targets: Tensor) -> Tensor:
         if self._sizes()[0] <= LARGE:
@@ -258,7 +259,7 @@ class LanguageModel(TaskModule):
         total, tokens, size = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
         loss = total / tokens
         metrics = {"loss": loss, "perplexity": loss.exp()}
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and self.tokenizer.sized:
             metrics["bits_per_byte"] = total / math.log(2) / size
         found = {f"{stage}/{name}": value.float() for name, value in metrics.items()}
         self.log_dict(found, sync_dist=True)  # alike on all ranks; or Lightning would advise it

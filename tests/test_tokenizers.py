@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ravine.datamodules.tokenized import at_words, encoded
+from ravine.datamodules.tokenized import at_borders, encoded
 from ravine.datamodules.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
@@ -115,7 +115,8 @@ def test_a_text_tokenized_in_pieces_is_the_text_tokenized_at_once(
     size: int, made: Callable[[str], Tokenizer]
 ) -> None:
     tokenizer = made(PROSE)
-    parts = list(at_words((PROSE[n : n + 13] for n in range(0, len(PROSE), 13)), size))
+    texts = (PROSE[n : n + 13] for n in range(0, len(PROSE), 13))
+    parts = list(at_borders(texts, tokenizer, size))
     assert "".join(parts) == PROSE
     assert len(parts) > 1 or size > len(PROSE)
     assert np.concatenate(list(map(tokenizer.numbers, parts))).tolist() == (
@@ -124,7 +125,9 @@ def test_a_text_tokenized_in_pieces_is_the_text_tokenized_at_once(
 
 
 def test_tokens_come_back_in_order_from_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ravine.datamodules.tokenized.at_words", lambda text: iter(text))
+    monkeypatch.setattr(
+        "ravine.datamodules.tokenized.at_borders", lambda text, tokenizer: iter(text)
+    )
     words = [f"word {n} " for n in range(500)]
     tokens = np.concatenate(list(encoded(ByteTokenizer(), words)))
     assert ByteTokenizer().decode(tokens.tolist()) == "".join(words)
