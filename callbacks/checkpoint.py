@@ -8,7 +8,7 @@ from weakref import proxy
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ravine.strategies.saving import save, worth_saving
+from ravine.strategies.saving import save, save_as_usual, save_last, worth_saving
 
 from .nan_guard import NonFiniteError
 
@@ -19,7 +19,8 @@ class Checkpoint(ModelCheckpoint):
     """Save `step=000600.ckpt` after each validation, and at the end; keep the newest and the best.
 
     Without a validation it saves at the end of each epoch. A file always stands between two
-    optimizer steps, after the validation where there is one, so that it holds its outcome.
+    optimizer steps, after the validation where there is one, so that it holds its outcome. It is
+    written after all hooks of the step, the module's own `on_train_batch_end` included.
     `best_model_path` is the newest while nothing was measured. Example:
     `Checkpoint(monitor="val/accuracy", mode="max", every_n_train_steps=500)`.
 
@@ -64,6 +65,12 @@ class Checkpoint(ModelCheckpoint):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
             super().setup(trainer, pl_module, stage)
+        save_last(trainer, pl_module, self)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the module's hooks back."""
+        super().teardown(trainer, pl_module, stage)
+        save_as_usual(pl_module, self)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any

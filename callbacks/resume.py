@@ -1,45 +1,50 @@
 """ExactResume: a run that goes on from a checkpoint is the run that was never cut, bit for bit.
 
-Lightning restores weights, optimizers and counters. Four things are left:
+Lightning restores weights, optimizers and counters. Five things are left:
 
     dropout      the generators are a function of (seed, micro-batch, rank), set at each micro-batch
+    data         each batch is fetched under a seed of (seed, epoch, batch, rank): batch_seeds.py
     counters     every file is brought to one of the forms of `rewind`, whenever it was written
     validation   one that was due or under way at the cut runs; one that was complete does not
-    order        a plain DataLoader shuffles by (seed, epoch) and is wound on to its place; one with
-                 `state_dict` goes on by itself
+    order        a DataLoader's sampler draws anew what it drew, and no data are read for it;
+                 an iterable data set is read again up to its place; a loader with `state_dict`
+                 goes on by itself
 """
 
 import os
-import random
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning as L
-import numpy
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loops.fetchers import _DataFetcher
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
 
+from ravine.strategies.saving import save_as_usual, save_last
 from ravine.strategies.share import Share
 
+from .batch_seeds import BatchSeeds, seed_of, set_generators
+
+VALIDATION, FETCH = -1, -2  # beside the kinds of loaders: whose seed it is
 Place = Literal["start", "epoch end", "step end", "before validation", "after validation"]
 
 
 class ExactResume(Callback):
     """Make `fit(..., ckpt_path=...)` exact, on the same layout of processes.
 
-    Works with any module, a stock Trainer and any checkpoint callback. Not covered: data sets that
-    draw from the global generators in the main process, or in workers that outlive an epoch; a file
-    written between micro-batches of one optimizer step, which lacks their gradients. Example:
-    `Trainer(callbacks=[ExactResume()])`.
+    Works with any module, a stock Trainer and any checkpoint callback, and with DataLoaders as
+    they are: random data sets, samplers and batch samplers, workers, persistent or not. Iterable
+    data sets and plain iterables are read again up to their place; a line says so. Not covered:
+    a data set or sampler that changes itself as it is read (other than by its random generators);
+    an iterator, which a line at the start names; a file written between the micro-batches of one
+    optimizer step, which lacks their gradients. Example: `Trainer(callbacks=[ExactResume()])`.
     """
 
     def __init__(self) -> None:
@@ -48,6 +53,8 @@ class ExactResume(Callback):
         self._place: Place = "start"
         self._metrics: dict[str, Tensor] = {}
         self._max_steps: int | None = None
+        self._plateau_due = False  # the file was written before its epoch's plateau schedules
+        self._seeded: list[BatchSeeds] = []
 
     @property
     def state_key(self) -> str:
@@ -57,8 +64,11 @@ class ExactResume(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the seed, and which share of the data this is: ranks that split one model agree."""
         self._place, self._max_steps, self._metrics = "start", None, {}
+        self._plateau_due = False
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         self._rank = Share.of(trainer).rank
+        for callback in trainer.checkpoint_callbacks if stage == "fit" else ():
+            save_last(trainer, pl_module, callback)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the loop and the loaders where the file left them."""
@@ -77,6 +87,13 @@ class ExactResume(Callback):
         elif self._place == "epoch end":
             fit._restarting = fit._resuming_from_checkpoint = False
             fit.epoch_loop.restarting = False
+            if self._plateau_due:
+                epochs = fit.epoch_progress.current
+                epochs.completed -= 1  # as it is when Lightning steps them
+                fit.epoch_loop._update_learning_rates("epoch", update_plateau_schedulers=True)
+                epochs.completed += 1
+        self._seed_other_loaders(trainer)
+        self._seed_validation(trainer)
         self._wind(trainer, within)
         self._place = "start"
 
@@ -89,6 +106,25 @@ class ExactResume(Callback):
     ) -> None:
         """Set the default generators, 7 us: what ran before this micro-batch leaves no trace."""
         reseed(self._seed, trainer.fit_loop.total_batch_idx, self._rank, pl_module.device)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the loops and loaders back."""
+        trainer.fit_loop.epoch_loop.__dict__.pop("_on_before_fetch", None)
+        trainer.fit_loop.epoch_loop.val_loop.__dict__.pop("run", None)
+        for seeds in self._seeded:
+            seeds.remove()
+        self._seeded = []
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the loops and loaders back."""
+        self.on_train_end(trainer, pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the hooks back."""
+        for callback in trainer.checkpoint_callbacks:
+            save_as_usual(pl_module, callback)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -116,6 +152,8 @@ class ExactResume(Callback):
         """Bring the counters of the file, however it was written, to a known form."""
         if trainer.state.fn != "fit":
             return
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+        self._plateau_due = epochs["processed"] != epochs["completed"]
         self._place = rewind(checkpoint["loops"]["fit_loop"])
         kept = checkpoint.get("exact_resume", {})
         self._seed, self._metrics = kept.get("seed", self._seed), kept.get("metrics", {})
@@ -141,48 +179,131 @@ class ExactResume(Callback):
         return advance
 
     def _wind(self, trainer: L.Trainer, within: bool) -> None:
-        """Make plain DataLoaders follow (seed, epoch), from the place of the file on."""
+        """Make the loaders follow (seed, epoch), from the place of the file on."""
         fit, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
         loader = fit._combined_loader  # whose truth is its length, which it need not have
-        loaders = loader.flattened if loader is not None else []
+        if fetcher is None or loader is None:
+            return
+        parts = loader.flattened
+        progress = fit.epoch_loop.batch_progress
+        done = progress.current.ready if within and not progress.is_last_batch else 0
         # an iterator is gone through once: looked at here, its first batch would be lost
-        if fetcher is None or any(isinstance(each, _Stateful | Iterator) for each in loaders):
+        kept = [isinstance(part, _Stateful | Iterator) for part in parts]
+        for part in parts:
+            if isinstance(part, Iterator) and not isinstance(part, _Stateful):
+                say(
+                    f"the training data are an iterator ({type(part).__name__}): a resumed run "
+                    "takes whatever it yields next, and is not exact; hand over an iterable"
+                )
+        if not any(kept):
+            skips = isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is not None
+            skips = skips and all(can_skip(part, done) for part in parts)
+            self._shuffle(trainer, done if skips else 0)
+            self._seed_fetch(trainer, 0)
+            iter(fetcher)
+            if done and not skips:
+                self._read_again(trainer, done)
+        elif not all(kept) and loader._iterator is not None:
+            self._shuffle(trainer, done)
+            for number, part in enumerate(parts):
+                if not kept[number]:
+                    each = iter(part)
+                    for _ in range(0 if can_skip(part, done) else done):
+                        next(each, None)
+                    loader._iterator.iterators[number] = each
+        else:
             return
-        self._shuffle(trainer)
-        iter(fetcher)
-        if not within:
-            return
-        # it is, now; Lightning cannot know
-        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
-        if not fit.epoch_loop.batch_progress.is_last_batch:
-            done = fit.epoch_loop.batch_progress.current.ready
-            for _ in range(done):
-                next(fetcher, None)
-            fetcher.fetched -= done  # Lightning adds them
+        if within:  # it is resumable, now; Lightning cannot know
+            warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
 
-    def _shuffle(self, trainer: L.Trainer) -> None:
+    def _read_again(self, trainer: L.Trainer, done: int) -> None:
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        say(f"the data cannot be skipped: {done} batches are read again to reach their place")
+        for batch in range(done):
+            self._seed_fetch(trainer, batch + 1 if fetcher.length is None else batch)
+            next(fetcher, None)
+        fetcher.fetched -= done  # Lightning adds them
+
+    def _shuffle(self, trainer: L.Trainer, skip: int = 0) -> None:
         epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-        number = reseed(self._seed, epoch, -1, trainer.lightning_module.device)
+        reseed(self._seed, epoch, -1, trainer.lightning_module.device)
         loader = trainer.fit_loop._combined_loader
-        for part in loader.flattened if loader is not None else []:
+        for number, part in enumerate(loader.flattened if loader is not None else []):
             _set_sampler_epoch(part, epoch)
-            sampler: Any = getattr(part, "sampler", None)
-            if not isinstance(part, _Stateful) and hasattr(sampler, "generator"):
-                sampler.generator = torch.Generator().manual_seed(number)
+            self._begin(part, 2 * number, epoch, skip if can_skip(part, skip) else 0)
+
+    def _begin(self, part: Any, kind: int, epoch: int, skip: int = 0) -> None:
+        """Announce an iteration to a loader of torch; others have no seeds of their own."""
+        if isinstance(part, DataLoader) and not isinstance(part, _Stateful):
+            seeds = BatchSeeds.of(part)
+            seeds.begin(kind, self._seed, self._rank, epoch, skip)
+            if seeds not in self._seeded:
+                self._seeded.append(seeds)
+
+    def _seed_validation(self, trainer: L.Trainer) -> None:
+        """Let a validation be a function of its place, whatever ran before it."""
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        run = type(loop).run
+
+        def run_seeded() -> Any:
+            loop.setup_data()
+            place = trainer.fit_loop.total_batch_idx
+            number = seed_of(VALIDATION, self._seed, self._rank, place)
+            set_generators(number, trainer.lightning_module.device)
+            parts = loop._combined_loader.flattened if loop._combined_loader is not None else []
+            for each, part in enumerate(parts):
+                self._begin(part, 2 * each + 1, place)
+            return run(loop)
+
+        loop.__dict__["run"] = run_seeded
+
+    def _seed_other_loaders(self, trainer: L.Trainer) -> None:
+        """Seed before each batch of loaders that are not torch's, but those that draw nothing."""
+        loader, loop = trainer.fit_loop._combined_loader, trainer.fit_loop.epoch_loop
+        parts = loader.flattened if loader is not None else []
+        torchs = [
+            isinstance(part, DataLoader) and not isinstance(part, _Stateful) for part in parts
+        ]
+        silent = [getattr(part, "draws_nothing", False) for part in parts]
+        if all(a or b for a, b in zip(torchs, silent, strict=True)):
+            return
+
+        def before_fetch() -> None:
+            assert trainer.fit_loop._data_fetcher is not None
+            self._seed_fetch(trainer, trainer.fit_loop._data_fetcher.fetched)
+            type(loop)._on_before_fetch(loop)
+
+        loop.__dict__["_on_before_fetch"] = before_fetch
+
+    def _seed_fetch(self, trainer: L.Trainer, batch: int) -> None:
+        epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        number = seed_of(FETCH, self._seed, self._rank, epoch, batch)
+        set_generators(number, trainer.lightning_module.device)
+
+
+def can_skip(loader: Any, batches: int) -> bool:
+    """Whether the loader can begin after that many batches of its epoch without reading them."""
+    if not isinstance(loader, DataLoader) or isinstance(loader, _Stateful):
+        return False
+    length = sized_len(loader)
+    map_style = not isinstance(loader.dataset, IterableDataset)
+    return map_style and length is not None and batches < length
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line, of the first rank alone."""
+    print(text)
 
 
 def reseed(seed: int, index: int, rank: int, device: torch.device) -> int:
     """Set the default generators of torch, Python and NumPy by a hash of (seed, index, rank).
 
-    32 bits, because torch's CPU generator keeps no more; of one rank no two indices collide. The
-    generators are set directly: `torch.manual_seed` asks every backend, 124 us instead of 1.
+    Of one rank no two indices collide.
     """
-    number = zlib.crc32(struct.pack("<Qqq", seed % 2**64, rank, index))
-    torch.default_generator.manual_seed(number)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(number)
-    random.seed(number)
-    numpy.random.seed(number)
+    number = seed_of(seed, rank, index)
+    set_generators(number, device)
     return number
 
 

@@ -98,6 +98,8 @@ class TrainLoader:
     overfit its first batches.
     """
 
+    draws_nothing = True  # from the default generators, so nobody need seed them for a batch
+
     def __init__(
         self,
         order: Order,
@@ -115,8 +117,8 @@ class TrainLoader:
         self._turn, self._shift = 0, 0  # the trainer's number of the epoch, and ours minus it
         self._resume: dict[str, int] | None = None
         self.repeat = repeat
-        if not repeat:  # Lightning would warn that it cannot stop a sampler from shuffling
-            self.sampler = self
+        # Lightning would warn of a `sampler` that it cannot stop from shuffling
+        setattr(self, "batch_sampler" if repeat else "sampler", _Epochs(self))
 
     def __len__(self) -> int:
         """Micro-batches an epoch. (A length also keeps Lightning from fetching one ahead.)"""
@@ -166,9 +168,15 @@ class TrainLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start the next iteration where the saved one stood."""
-        if not self.repeat:
-            self.epoch, self.sample, self._turn = state["epoch"], state["sample"], state["turn"]
-            self._resume = state
+        self.epoch, self.sample, self._turn = state["epoch"], state["sample"], state["turn"]
+        self._resume = state
+
+
+class _Epochs:
+    """Has `set_epoch` where Lightning looks for it: in `sampler` or `batch_sampler.sampler`."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self.sampler, self.set_epoch = self, loader.set_epoch
 
 
 class EvalLoader:

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
-from .saving import save, worth_saving
+from .saving import save, save_as_usual, save_last, worth_saving
 
 BETWEEN_MEETINGS = 0.5  # seconds; the ranks agree on the number of steps that takes
 
@@ -68,6 +68,7 @@ class GracefulStop(Callback):
         self._meeting, self._met_time = 0, 0.0
         self._unsaid = " before the first step: nothing was saved" if stage == "fit" else ""
         self._speaks = trainer.is_global_zero
+        save_last(trainer, pl_module, self)
         if stage == "fit" and trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
@@ -124,6 +125,7 @@ class GracefulStop(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back; one that came too late for the last step is not swallowed."""
         self._restore(trainer)
+        save_as_usual(pl_module, self)
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None

@@ -35,6 +35,7 @@ class GlobalMean(Callback):
     def __init__(self) -> None:
         """Nothing to choose."""
         self._count: Callable[[Any], Any] | None = None  # None: there is nothing to weigh
+        self._parts = 0  # micro-batches of a step over all ranks, when `_count` was chosen
         self._weight = torch.zeros(())  # of this micro-batch
         self._sum: Tensor | None = None  # of this step, on this rank
         self._unit = 0.0  # a power of two, so that it rounds nothing: keeps gradients in range
@@ -42,22 +43,25 @@ class GlobalMean(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Go first: whoever looks at the gradients of a step sees those of the mean."""
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore
-        self._sum, self._unit = None, 0.0
+        self._sum, self._unit, self._count, self._parts = None, 0.0, None, 0
         if hasattr(pl_module, "terms") and not pl_module.automatic_optimization:
             raise ValueError(
                 f"{type(pl_module).__name__} has `terms` and steps its own optimizers (manual"
                 " optimization), which GlobalMean cannot weigh; leave `terms` away"
             )
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See whether a step has several parts; a schedule may change it from epoch to epoch."""
-        parts = trainer.world_size * trainer.accumulate_grad_batches
-        self._count = getattr(pl_module, "terms", None) if parts > 1 else None
-
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count what this rank computes of the batch."""
+        """Count what this rank computes of the batch.
+
+        A schedule may change the number of parts. It is read here: a run that resumes within an
+        epoch gets no `on_train_epoch_start` for that epoch.
+        """
+        parts = trainer.world_size * trainer.accumulate_grad_batches
+        if parts != self._parts:
+            self._parts = parts
+            self._count = getattr(pl_module, "terms", None) if parts > 1 else None
         if self._count is None:
             return
         mine = getattr(trainer.strategy, "part", lambda batch: batch)(batch)

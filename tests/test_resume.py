@@ -1,25 +1,38 @@
 """A run that is cut anywhere and goes on is the run that was never cut: bit for bit."""
 
+import copy
 import math
 import os
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy
 import pytest
 import torch
 from foreign.net_in_configure_model import NetInConfigureModel
 from foreign.net_in_init import NetInInit
 from foreign.two_optimizers import TwoOptimizers
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    get_worker_info,
+)
 
 from ravine.callbacks import Checkpoint
 from ravine.callbacks.gradient_clipping import local
@@ -254,8 +267,6 @@ def test_a_file_written_in_any_hook_goes_on_exactly(
 ) -> None:
     settings = {"epoch": 6, "val_check_interval": 6} | settings
     hooks = list(HOOKS)
-    if "plateau" in settings.get("module", {}):
-        hooks.remove("on_train_epoch_end")  # the schedule is stepped after it, by no hook
     save = SaveAt(tmp_path, *hooks)
     whole = end(*fit(None, save, **settings))
     last = whole["losses"][-1][0] // 2 + 1
@@ -413,3 +424,294 @@ def test_a_file_written_within_a_step_is_left_to_lightning(tmp_path: Path) -> No
     before = repr(loops)
     assert rewind(loops) == "start"
     assert repr(loops) == before
+
+
+DRAWS = {
+    "random": random.random,
+    "numpy": numpy.random.rand,
+    "torch": lambda: torch.rand(()).item(),
+    "a generator of its own": None,
+}
+
+
+class Noisy(Dataset):
+    """Each sample is drawn anew whenever it is read."""
+
+    def __init__(self, draw: str = "torch", samples: int = 22) -> None:
+        self.draw, self.data = draw, data(samples)
+        self.own = numpy.random.default_rng(5)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = self.data[index]
+        return x + (DRAWS[self.draw] or self.own.random)(), y
+
+
+class NoisyStream(IterableDataset):
+    """Draws as it begins, and for each sample."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = data(22).tensors
+        order = torch.randperm(22).tolist()
+        worker = get_worker_info()
+        each = order if worker is None else order[worker.id :: worker.num_workers]
+        return ((x[i] + random.random(), y[i]) for i in each)
+
+
+class OwnSampler(Sampler):
+    """Draws as it begins, from one generator, and for each index, from another."""
+
+    def __init__(self) -> None:
+        self.rng = random.Random(3)
+
+    def __len__(self) -> int:
+        return 22
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.rng.sample(range(22), 22)
+        return ((i + random.randrange(2)) % 22 for i in order)
+
+
+class PlainIterable:
+    """Not a DataLoader, and it draws."""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = data(22).tensors
+        for i in range(0, 22, 2):
+            yield x[i : i + 2] + torch.rand(()), y[i : i + 2]
+
+
+def batches_of(data: Any) -> DataLoader:
+    return DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 2, drop_last=False))
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    **{f"drawn by {how}": partial(lambda how: DataLoader(Noisy(how), 2), how) for how in DRAWS},
+    "shuffled": lambda: DataLoader(Noisy(), 2, shuffle=True),
+    "batch_sampler": lambda: batches_of(Noisy()),
+    "no batches": lambda: DataLoader(Noisy("numpy"), None, shuffle=True),
+    "a generator": lambda: DataLoader(
+        Noisy(), 2, shuffle=True, generator=torch.Generator().manual_seed(9)
+    ),
+    "weighted": lambda: DataLoader(
+        Noisy(), 2, sampler=WeightedRandomSampler([1.0, 2.0] * 11, 22, generator=torch.Generator())
+    ),
+    "own sampler": lambda: DataLoader(Noisy(), 2, sampler=OwnSampler()),
+    "workers": lambda: DataLoader(Noisy("numpy"), 2, shuffle=True, num_workers=2),
+    "persistent workers": lambda: DataLoader(
+        Noisy("random"), 2, shuffle=True, num_workers=2, persistent_workers=True
+    ),
+    "iterable": lambda: DataLoader(NoisyStream(), 2),
+    "iterable, persistent workers": lambda: DataLoader(
+        NoisyStream(), 2, num_workers=2, persistent_workers=True
+    ),
+    "plain iterable": PlainIterable,
+    "two": lambda: {"a": batches_of(Noisy()), "b": DataLoader(Noisy(samples=6), 2, shuffle=True)},
+    "own and torch's": lambda: {
+        "a": TrainLoader(Order(1, 22), data(22).__getitem__, 22, 2),
+        "b": DataLoader(Noisy(), 2),
+    },
+}
+
+
+class Fed(Net):
+    """Takes what a loader gives, and one sample too; validates with noise."""
+
+    def loss(self, batch: Any) -> Tensor:
+        if isinstance(batch, dict):
+            return self.loss(batch["a"]) + self.loss(batch["b"])
+        x, y = batch
+        return F.mse_loss(self.net(x.reshape(-1, 6))[:, 0], y.reshape(-1))
+
+
+def feed(kind: str, folder: Path, ckpt: Path | None = None, **settings: Any) -> dict[str, Any]:
+    """An epoch and a half, a file after each optimizer step."""
+    L.seed_everything(SEED, verbose=False)
+    net = Fed()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=16,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        callbacks=[ExactResume(), Checkpoint(str(folder), every_n_train_steps=1, save_top_k=-1)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **settings,
+    )
+    validation = DataLoader(Noisy("numpy", 6), 2)
+    trainer.fit(net, LOADERS[kind](), validation, ckpt_path=ckpt)
+    return end(net, trainer)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_loader_as_people_write_it_goes_on_exactly(kind: str, tmp_path: Path) -> None:
+    whole = feed(kind, tmp_path / "whole")
+    for step in (14,) if "workers" in kind else (3, 11, 14):
+        cut = feed(kind, tmp_path / "cut", tmp_path / "whole" / f"step={step:06d}.ckpt")
+        left = whole | {
+            "losses": [entry for entry in whole["losses"] if entry[0] >= step],
+            "values": [v for v in whole["values"] if v[0] > step],
+            "epoch_ends": cut["epoch_ends"],
+        }
+        assert differences(left, cut) == [], f"cut at {step}"
+    assert len({loss.item() for _, loss in whole["losses"]}) == 16  # no two batches are alike
+
+
+@pytest.mark.parametrize("kind", ["iterable", "plain iterable"])
+def test_data_that_are_read_again_are_said(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(kind, tmp_path)
+    feed(kind, tmp_path / "cut", tmp_path / "step=000014.ckpt")
+    text = "the data cannot be skipped: 3 batches are read again to reach their place\n"
+    assert capsys.readouterr().out.count(text) == 1
+
+
+class Read(Noisy):
+    """Counts what is read."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.read = getattr(self, "read", 0) + 1
+        return super().__getitem__(index)
+
+
+def test_a_map_style_loader_is_skipped_in_its_sampler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Read()
+    monkeypatch.setitem(LOADERS, "counted", lambda: DataLoader(read, 2, shuffle=True))
+    feed("counted", tmp_path)
+    assert read.read == 32
+    feed("counted", tmp_path / "cut", tmp_path / "step=000014.ckpt")
+    assert read.read == 32 + 4
+
+
+def test_an_iterator_is_said_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    test_no_batch_of_an_iterator_is_lost()
+    assert "the training data are an iterator (list_iterator)" in capsys.readouterr().out
+
+
+class OverAndOver(L.LightningDataModule):
+    """The project's own loaders, asked to overfit."""
+
+    def train_dataloader(self) -> TrainLoader:
+        kept = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        return TrainLoader(Order(1, 40), data(40).__getitem__, 40, 2, repeat=kept)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(data(4))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_first_batches_over_and_over_go_on_exactly(own: bool, tmp_path: Path) -> None:
+    def run(name: str, ckpt: Path | None = None) -> dict[str, Any]:
+        L.seed_everything(SEED, verbose=False)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=10,
+            overfit_batches=3,
+            num_sanity_val_steps=0,
+            callbacks=[
+                ExactResume(),
+                Checkpoint(str(tmp_path / name), every_n_train_steps=1, save_top_k=-1),
+            ],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loader = OverAndOver() if own else DataLoader(Noisy(), 2)
+        trainer.fit(net := Net(), loader, None if own else DataLoader(data(4)), ckpt_path=ckpt)
+        return end(net, trainer) | {"epoch_ends": None}
+
+    whole = run("whole")
+    for step in (1, 3, 5):
+        cut = run("cut", tmp_path / "whole" / f"step={step:06d}.ckpt")
+        left = whole | {"losses": whole["losses"][step:], "values": whole["values"][step // 4 :]}
+        assert differences(left, cut) == [], f"cut at {step}"
+
+
+class Teacher(Net):
+    """Its own hooks change weights, after those of every callback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(6, 1).requires_grad_(False)
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(batch) + (self.teacher(batch[0])[:, 0] - batch[1]).square().mean()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            self.teacher.weight.add_(0.01 * self.net[0].weight[:1])
+
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        with torch.no_grad():
+            self.net[0].weight.mul_(0.99)
+
+
+SAVERS: dict[str, Callable[[Path], Callback]] = {
+    "ours": lambda folder: Checkpoint(str(folder), every_n_train_steps=1, save_top_k=-1),
+    "Lightning's": lambda folder: ModelCheckpoint(
+        folder,
+        "step={step:06d}",
+        every_n_train_steps=1,
+        save_top_k=-1,
+        auto_insert_metric_name=False,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("saver", SAVERS)
+def test_a_file_is_written_after_the_modules_own_hooks(saver: str, tmp_path: Path) -> None:
+    def run(name: str, ckpt: Path | None = None, steps: int = 8) -> dict[str, Any]:
+        L.seed_everything(SEED, verbose=False)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            val_check_interval=3,
+            callbacks=[ExactResume(), SAVERS[saver](tmp_path / name)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        net = Teacher()
+        trainer.fit(net, DataLoader(data(22), 2), DataLoader(data(4), 2), ckpt_path=ckpt)
+        assert "on_train_batch_end" not in net.__dict__  # the hooks are given back
+        return end(net, trainer)["weights"]
+
+    whole = run("whole")
+    for step in (2, 3, 4):
+        file = tmp_path / "whole" / f"step={step:06d}.ckpt"
+        assert differences(whole, run("cut", file)) == [], f"cut at {step}"
+
+
+def test_a_fit_that_failed_leaves_no_saving_hook_behind(tmp_path: Path) -> None:
+    class Failing(Teacher):
+        fails = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.fails and batch_idx == 1:
+                raise RuntimeError("once")
+            return super().training_step(batch, batch_idx)
+
+    keep = SAVERS["ours"](tmp_path)
+    net = Failing()
+    kept: dict[str, Any] = {"logger": False, "enable_model_summary": False, "max_steps": 3}
+    kept |= {"accelerator": "cpu", "enable_progress_bar": False, "limit_val_batches": 0}
+    loaders = DataLoader(data(22), 2), DataLoader(data(4))
+    with pytest.raises(RuntimeError, match="once"):
+        L.Trainer(**kept, callbacks=[keep]).fit(net, *loaders)
+    net.fails = False
+    L.Trainer(**kept, callbacks=[keep]).fit(net, *loaders)
+    assert len(list(tmp_path.iterdir())) == 3
+    copy.deepcopy(net)

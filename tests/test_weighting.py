@@ -13,7 +13,7 @@ from foreign.net_in_init import NetInInit
 from foreign.two_optimizers import TwoOptimizers
 from ranks import furthest, whole
 
-from ravine.callbacks import GradientClipping
+from ravine.callbacks import Checkpoint, ExactResume, GradientClipping
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import AnswerDataModule
 from ravine.lightning_modules import LanguageModel
@@ -161,6 +161,40 @@ def divided_after_the_clipping(callbacks):
 )
 def test_a_planted_fault_is_caught(ranks, answers, single, case, fault):
     assert off(spread(ranks, answers, case, fault), single) > 1e-4
+
+
+def resume(path, folder, strategy, accumulate):
+    """The weights of a whole run, and of one that went on within the epoch."""
+
+    def run(name, ckpt=None):
+        L.seed_everything(0, verbose=False)
+        data = AnswerDataModule(path, tokenizer="bytes", context=96, batch_size=8)
+        keep = Checkpoint(f"{folder}/{name}", every_n_train_steps=1, save_top_k=-1)
+        trainer = L.Trainer(
+            max_steps=4,
+            accelerator="cpu",
+            devices=int(os.environ.get("WORLD_SIZE", 1)),
+            strategy=strategy,
+            accumulate_grad_batches=accumulate,
+            logger=False,
+            callbacks=[GlobalMean(), ExactResume(), keep],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(module := Model(**SHAPE), data, ckpt_path=ckpt)
+        return whole(module)
+
+    uncut = run("whole")
+    return furthest(run("cut", f"{folder}/whole/step=000001.ckpt"), uncut)
+
+
+@pytest.mark.parametrize(("strategy", "world", "accumulate"), [("auto", 1, 2), ("ddp", 2, 1)])
+def test_a_run_that_resumes_within_an_epoch_is_weighed_on(
+    ranks, answers, tmp_path, strategy, world, accumulate
+):
+    how = (answers, str(tmp_path), strategy, accumulate)
+    assert (ranks(resume, 2, *how) if world > 1 else [resume(*how)]) == [0] * world
 
 
 class Ragged(NetInInit):
