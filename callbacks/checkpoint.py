@@ -54,6 +54,7 @@ class Checkpoint(ModelCheckpoint):
             enable_version_counter=False,  # a step saved again replaces its file
         )
         self._owed = False  # a validation ended within an optimizer step
+        self._written: set[str] = set()  # paths; a checkpoint may name any other file
 
     @property
     def state_key(self) -> str:
@@ -117,7 +118,7 @@ class Checkpoint(ModelCheckpoint):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best so far, in whichever folder it is; only files in ours are removed."""
+        """Go on with the best so far, wherever it is; only files of this run are removed."""
         super().load_state_dict(state_dict | {"dirpath": self.dirpath})
 
     def _saved(self, trainer: L.Trainer) -> bool:
@@ -148,12 +149,12 @@ class Checkpoint(ModelCheckpoint):
         return True
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        self._written.add(filepath)
         save(trainer, filepath)
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(proxy(self))
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        return previous != self.last_model_path and super()._should_remove_checkpoint(
-            trainer, previous, current
-        )
+        removable = previous in self._written and previous != self.last_model_path
+        return removable and super()._should_remove_checkpoint(trainer, previous, current)

@@ -12,6 +12,8 @@ import fcntl
 import os
 import pickle
 import re
+import shutil
+import stat
 import uuid
 import zipfile
 from collections import Counter, OrderedDict
@@ -26,32 +28,30 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from . import sharded
+from . import archive, sharded
+from .checkpoint_error import CheckpointError as CheckpointError
+from .plain_pickle import UnsafePickle
 
 SUFFIX = ".ckpt"
+LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{32}")  # of a writer that was killed
 PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None))
 PLAIN_TORCH = (torch.Size, torch.device, torch.dtype, torch.layout)
 CONTAINERS = (list, tuple, set)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the text says why and what to do, in one line.
-
-    `exit_status` is what a command ends with: 1 where the run failed, 2 where the user can choose
-    another file.
-    """
-
-    def __init__(self, text: str, exit_status: int = 2) -> None:
-        """Say it in words; a file that cannot be read is the default."""
-        super().__init__(text)
-        self.exit_status = exit_status
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Reads and writes checkpoint files; `Trainer(plugins=[AtomicCheckpointIO()])`.
 
     Remote paths (s3://, gs://) go to Lightning's own writer: object stores replace atomically.
+
+    It removes only what it has written itself: a checkpoint names files of the run before, and
+    may name any other.
     """
+
+    def __init__(self) -> None:
+        """Begin with no file written."""
+        super().__init__()
+        self.written: set[Path] = set()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -62,6 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         refuse_foreign(checkpoint)
+        self.written.add(resolved(target))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(target.parent)
@@ -79,29 +80,49 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         source, plain = _local(path), weights_only is not False
         if source is None:  # Lightning would unpickle what an http address sends
             return super().load_checkpoint(path, map_location, plain)
-        if not source.exists():
+        if not os.path.lexists(source):
             raise _missing(source)
         if source.is_dir():
             if reason := sharded.damage(source):
                 raise _unreadable(source, reason)
-            return sharded.read_whole(source)
+            try:
+                return sharded.read_whole(source)
+            except CheckpointError as error:
+                raise _unreadable(source, str(error)) from error
         try:
-            with source.open("rb") as file:  # one file for both: it may be replaced meanwhile
+            with _opened(source) as file:  # one file for both: it may be replaced meanwhile
                 if reason := _damage(file, plain):
                     raise _unreadable(source, reason)
                 file.seek(0)
                 return torch.load(file, map_location, weights_only=plain)
         except OSError as error:
             raise _unreadable(source, _words(error)) from error
+        except (LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError) or not plain:
+                raise
+            raise _unreadable(source, _damaged(error)) from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a file or a folder; a folder loses its name first, and then what is in it."""
+        """Remove a file or a folder that this object has written; any other is left as it is.
+
+        A folder loses its name first, and then what is in it.
+        """
         target = _local(path)
-        if target is not None and target.is_dir():
-            going = target.with_name(f".tmp-{uuid.uuid4().hex}")
-            target.rename(going)
-            path = going
-        super().remove_checkpoint(path)
+        if target is None:
+            super().remove_checkpoint(path)
+        elif resolved(target) in self.written and not target.is_symlink():
+            self.written.discard(resolved(target))
+            if target.is_dir():
+                going = target.with_name(f".tmp-{uuid.uuid4().hex}")
+                target.rename(going)
+                shutil.rmtree(going, ignore_errors=True)  # another writer may clear it away too
+            else:
+                target.unlink(missing_ok=True)
+
+
+def resolved(path: Path) -> Path:
+    """The path without links and without `..` in the folders above it."""
+    return path.parent.resolve() / path.name
 
 
 def check(path: str | Path) -> str | None:
@@ -109,7 +130,7 @@ def check(path: str | Path) -> str | None:
     if Path(path).is_dir():
         return sharded.damage(Path(path))
     try:
-        with open(path, "rb") as file:
+        with _opened(Path(path)) as file:
             return _damage(file)
     except OSError as error:
         return _words(error)
@@ -127,14 +148,31 @@ def newest_valid(folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]
     Newest by the time of writing: a run resumed at an early step is newer than its first half.
     """
     passed_over = []
-    there = Path(folder).glob(f"*{SUFFIX}")
-    files = [path for path in there if path.is_file() or sharded.begun(path)]
-    for path in sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
+    for _, path in sorted(dated(folder), reverse=True):
         reason = check(path)
         if reason is None:
             return path, passed_over
         passed_over.append((path, reason))
     return None, passed_over
+
+
+def dated(folder: str | Path) -> list[tuple[int, Path]]:
+    """The checkpoints in a folder and in those below it, with the time of writing (ns).
+
+    Below it, because a metric's name has a slash: `{val/loss:.2f}` in a file name makes a folder.
+    A link to nowhere, and a file that another run removes meanwhile, are left out.
+    """
+    found = []
+    for top, folders, files in os.walk(folder):
+        whole = [name for name in folders if name.endswith(SUFFIX)]
+        folders[:] = [name for name in folders if name not in whole and not name.startswith(".tmp")]
+        for name in [*whole, *(name for name in files if name.endswith(SUFFIX))]:
+            path = Path(top, name)
+            with suppress(OSError):
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode) or sharded.begun(path):
+                    found.append((status.st_mtime_ns, path))
+    return found
 
 
 def refuse_foreign(value: Any, name: str = "") -> None:
@@ -168,10 +206,9 @@ def _local(path: str | Path) -> Path | None:
 
 
 def _write(checkpoint: dict[str, Any], target: Path) -> None:
-    temporary = target.with_name(f".tmp-{uuid.uuid4().hex}")
+    temporary, file = _draft(target.parent)
     try:
-        with temporary.open("wb") as file:
-            _lock(file)  # held while we live: see _remove_leftovers
+        with file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # torch closes its archive and hides what the disk said
@@ -188,46 +225,83 @@ def _write(checkpoint: dict[str, Any], target: Path) -> None:
         os.close(folder)
 
 
+def _draft(folder: Path) -> tuple[Path, IO[bytes]]:
+    """A new file, locked as long as it is open: see _remove_leftovers.
+
+    Between its making and its lock another writer may take it for a leftover; then the next is
+    made.
+    """
+    for attempt in range(20):
+        path = folder / f".tmp-{uuid.uuid4().hex}"
+        file = path.open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return path, file
+        except (BlockingIOError, FileNotFoundError):  # it is being removed, or was
+            pass
+        except OSError:  # a file system without locks: then leftovers stay
+            return path, file
+        if attempt < 19:
+            file.close()
+            path.unlink(missing_ok=True)
+    return path, file  # it cannot be written, and its write says why
+
+
 def _cause(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
-def _lock(file: IO[bytes]) -> None:
-    with suppress(OSError):  # a file system without locks: then leftovers stay
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def _remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left; whoever still writes holds the lock of his file."""
     for leftover in folder.glob(".tmp-*"):
-        with suppress(OSError), leftover.open("rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
+        if LEFTOVER.fullmatch(leftover.name) and not leftover.is_symlink():
+            with suppress(OSError), leftover.open("rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """Open a file to read; a FIFO or a device, which might never end, is an error."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
+    if stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def _damage(file: IO[bytes], plain: bool = True) -> str | None:
     """What is wrong with an open checkpoint: torch.save writes an uncompressed zip archive."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     start = file.read(4)
     if not start:
         return "it is empty"
     if start != b"PK\x03\x04":
         return "it is not a checkpoint: torch.save begins a file differently"
     try:
-        archive = zipfile.ZipFile(file)
+        table = zipfile.ZipFile(file)
     except Exception:  # the table at the end of the file is missing or unreadable
-        return f"it is cut short or damaged at its end ({file.seek(0, os.SEEK_END)} bytes)"
+        return f"it is cut short or damaged at its end ({size} bytes)"
     try:
-        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+        if not any(name.partition("/")[2] == "data.pkl" for name in table.namelist()):
             return "it is not a checkpoint: a zip archive without data.pkl"
-        if broken := archive.testzip():
-            return f"it is damaged: {broken} does not match its checksum"
-        if any(entry.external_attr for entry in archive.infolist()):
+        if any(entry.external_attr for entry in table.infolist()):
             # no checksum covers the table; torch gives uninitialised memory for a "folder"
             return "it is damaged: its table of contents was changed"
+        archive.check_contents(table, size)
+        if broken := table.testzip():
+            return f"it is damaged: {broken} does not match its checksum"
+        if plain:
+            archive.check_pickle(table, size)
         file.seek(0)
         torch.load(file, "meta", weights_only=plain)  # everything but the numbers
+    except (UnsafePickle, archive.DamagedArchive) as error:
+        return f"it is damaged ({error})"
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         return (
@@ -235,13 +309,18 @@ def _damage(file: IO[bytes], plain: bool = True) -> str | None:
             "(if you trust its writer: trainer.fit(..., weights_only=False))"
         )
     except Exception as error:  # a flipped byte can ask zipfile and torch for anything
-        return f"it is damaged ({' '.join(str(error).split())[:80] or type(error).__name__})"
+        return _damaged(error)
     return None
+
+
+def _damaged(error: BaseException) -> str:
+    return f"it is damaged ({' '.join(str(error).split())[:80] or type(error).__name__})"
 
 
 def _words(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
-        return "there is no such file"
+        link = error.filename is not None and os.path.islink(error.filename)
+        return "it is a link to a file that is not there" if link else "there is no such file"
     if isinstance(error, IsADirectoryError):
         return "it is a folder, not a checkpoint file"
     return f"it cannot be read ({error.strerror or error})"

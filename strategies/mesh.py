@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import sharded, states
-from .checkpoint_io import CheckpointError, refusal, refuse_foreign
+from .checkpoint_io import (
+    AtomicCheckpointIO,
+    CheckpointError,
+    refusal,
+    refuse_foreign,
+    resolved,
+)
 from .context import Context
 from .layout import Layout, check_choices, check_module, check_together, lay_out, resolve
 from .parallelize import Spread, copy_from_rank_zero, is_parallel, parallelize
@@ -261,7 +267,10 @@ class MeshStrategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         refuse_foreign({k: v for k, v in checkpoint.items() if k not in sharded.SPREAD})
-        sharded.write(checkpoint, Path(self.broadcast(filepath)))
+        path = Path(self.broadcast(filepath))
+        if isinstance(self.checkpoint_io, AtomicCheckpointIO):
+            self.checkpoint_io.written.add(resolved(path))
+        sharded.write(checkpoint, path)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None

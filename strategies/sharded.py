@@ -10,31 +10,69 @@ alone tells that it is whole. A tensor is found by its path in the checkpoint, a
 can be read: so what any layout wrote is loaded on any other, or put together to one file.
 """
 
+import errno
 import fcntl
 import json
+import math
 import os
-import pickle
+import re
 import shutil
 import uuid
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from . import archive, plain_pickle
+from .checkpoint_error import CheckpointError
+from .plain_pickle import Name, Record, UnsafePickle
+
 MANIFEST, META, INDEX = "manifest.json", "meta.pt", ".metadata"
 SPREAD = ("state_dict", "optimizer_states", "ema")  # whose tensors are written in parts
 Place = tuple[str | int, ...]
+DRAFT = re.compile(r"\.tmp-[0-9a-f]{32}(-old)?")  # of a writer that was killed
+_METADATA = "torch.distributed.checkpoint.metadata"
+_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+DTYPES = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
+NAMES = {  # all that an index may name
+    *((_METADATA, each) for each in ("Metadata", "MetadataIndex", "StorageMeta")),
+    *((_METADATA, each) for each in ("TensorStorageMetadata", "BytesStorageMetadata")),
+    *((_METADATA, each) for each in ("ChunkStorageMetadata", "TensorProperties")),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    (_FILESYSTEM, "_StorageInfo"),
+    ("torch", "Size"),
+    *(("torch", each) for each in DTYPES),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+}
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
@@ -43,11 +81,8 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
     Where one fails, all do, and what stood at `path` is as it was.
     """
     rank = dist.get_rank()
-    name: list[Any] = [uuid.uuid4().hex]
-    dist.broadcast_object_list(name)
-    draft = path.with_name(f".tmp-{name[0]}")
     tensors, rest = part(checkpoint)
-    with _drafting(draft, rank) as error:
+    with _drafting(path, rank) as (draft, error):
         _agree(error)
         writer = FileSystemWriter(draft, thread_count=1)
         save({key_of(place): t for place, t in tensors.items()}, storage_writer=writer)
@@ -69,26 +104,48 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 class _drafting:
-    """A folder that others may remove as a leftover as soon as its writer is dead."""
+    """A folder that others may remove as a leftover as soon as its writer is dead.
 
-    def __init__(self, draft: Path, rank: int) -> None:
-        self.draft, self.rank, self.lock = draft, rank, None
+    Between its making and its lock another writer may take it for a leftover; then the next is
+    made.
+    """
 
-    def __enter__(self) -> OSError | None:
-        if self.rank:
-            return None
-        try:
-            self.draft.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.draft.parent)
-            self.draft.mkdir()
-            self.lock = _locked(self.draft)
-        except OSError as error:
-            return error
-        return None
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path, self.rank, self.lock = path, rank, None
+        self.draft = path
+
+    def __enter__(self) -> tuple[Path, OSError | None]:
+        error = None
+        if self.rank == 0:
+            try:
+                self._make()
+            except OSError as problem:
+                error = problem
+        name: list[Any] = [self.draft.name]
+        dist.broadcast_object_list(name)
+        self.draft = self.path.with_name(name[0])
+        return self.draft, error
+
+    def _make(self) -> None:
+        if self.path.is_dir() and not self.path.is_symlink() and not begun(self.path):
+            raise OSError(errno.EEXIST, "a folder that is no checkpoint stands there")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path.parent)
+        while self.lock is None:
+            draft = self.path.with_name(f".tmp-{uuid.uuid4().hex}")
+            draft.mkdir()
+            self.draft = draft
+            with suppress(BlockingIOError, FileNotFoundError):  # it is being removed, or was
+                lock = _locked(draft)
+                if draft.is_dir() and os.path.samestat(os.fstat(lock), draft.stat()):
+                    self.lock = lock
+                else:
+                    os.close(lock)
 
     def __exit__(self, *_: Any) -> None:
         if self.rank == 0:
-            shutil.rmtree(self.draft, ignore_errors=True)  # unless it was renamed
+            if self.draft != self.path:
+                shutil.rmtree(self.draft, ignore_errors=True)  # unless it was renamed
             if self.lock is not None:
                 os.close(self.lock)
 
@@ -96,10 +153,11 @@ class _drafting:
 def remove_leftovers(folder: Path) -> None:
     """Remove folders of writers that were killed; one who still writes holds his lock."""
     for leftover in folder.glob(".tmp-*/"):
-        with suppress(OSError):
-            lock = _locked(leftover)
-            shutil.rmtree(leftover)
-            os.close(lock)
+        if DRAFT.fullmatch(leftover.name) and not leftover.is_symlink():
+            with suppress(OSError):
+                lock = _locked(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
+                os.close(lock)
 
 
 def _locked(folder: Path) -> int:
@@ -142,11 +200,14 @@ def _finish(draft: Path, files: dict[str, list[int]]) -> None:
 
 def _rename(draft: Path, path: Path) -> None:
     old = path.with_name(f"{draft.name}-old")
-    if path.exists():
+    if os.path.lexists(path):
         os.replace(path, old)
     os.replace(draft, path)
     _sync(path.parent)
-    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -173,20 +234,41 @@ def begun(path: Path) -> bool:
 
 def damage(path: Path) -> str | None:
     """None if the folder is a whole checkpoint, else what is wrong with it, in words."""
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except FileNotFoundError:
+    if not (path / MANIFEST).is_file():
         if not begun(path):
             return "it is a folder, not a checkpoint file"
         return f"it is incomplete: a folder without {MANIFEST}, which is written last"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"its {MANIFEST} is damaged"
-    for name, wanted in files.items():
-        if not (path / name).is_file():
-            return f"its part {name} is missing"
-        if _sum(path / name) != wanted:
-            return f"its part {name} does not match its checksum"
+    try:
+        files = _files(path)
+        for name, (size, crc) in files.items():
+            if not (path / name).is_file():
+                return f"its part {name} is missing"
+            if (path / name).stat().st_size != size or _sum(path / name) != [size, crc]:
+                return f"its part {name} does not match its checksum"
+        with (path / META).open("rb") as file, zipfile.ZipFile(file) as table:
+            archive.check_contents(table, files[META][0])
+            archive.check_pickle(table, files[META][0])
+        _index(path)
+    except CheckpointError as error:
+        return str(error)
+    except Exception as error:  # whatever a changed byte asks zipfile for
+        text = " ".join(str(error).split())[:80] or type(error).__name__
+        return f"its part {META} is damaged ({text})"
     return None
+
+
+def _files(path: Path) -> dict[str, tuple[int, int]]:
+    """Name, size and checksum of each part; META and INDEX are among them."""
+    try:
+        files = json.loads((path / MANIFEST).read_bytes())["files"]
+        found = {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
+        raise CheckpointError(f"its {MANIFEST} is damaged") from None
+    if any(name != os.path.basename(name) or name in ("", ".", "..") for name in found):
+        raise CheckpointError(f"its {MANIFEST} names a file outside the folder")
+    if missing := {META, INDEX} - found.keys():
+        raise CheckpointError(f"its {MANIFEST} does not list {' and '.join(sorted(missing))}")
+    return found
 
 
 def part(checkpoint: dict[str, Any]) -> tuple[dict[Place, Tensor], dict[str, Any]]:
@@ -231,48 +313,136 @@ def put(tree: dict[Any, Any], place: Place, value: Any) -> None:
     branch[place[-1]] = value
 
 
-class _Index(pickle.Unpickler):
-    """Reads torch's index of the parts, and nothing that could run a program."""
+def _index(path: Path) -> Metadata:
+    """torch's index of the parts, rebuilt from plain values after each was checked.
 
-    def find_class(self, module: str, name: str) -> Any:
-        good = module.startswith("torch.distributed.checkpoint.") or module in (
-            "torch",
-            "torch._utils",
-        )
-        good = good or (module, name) in (("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"))
-        good = good or (module, name) == ("torch.serialization", "_get_layout")
-        if not good or name in ("load", "save", "hub"):
-            raise pickle.UnpicklingError(f"{INDEX} asks for {module}.{name}")
-        return super().find_class(module, name)
+    The index is a pickle. Nothing that it names is called, and it may name the classes of NAMES
+    only.
+
+    Raises:
+        CheckpointError: if it names another class, or does not describe the parts there are.
+    """
+    lengths = {name: size for name, (size, _) in _files(path).items()}
+    try:
+        content = (path / INDEX).read_bytes()
+        root = plain_pickle.load(content, lambda each: (each.module, each.name) in NAMES)
+        return _metadata(root, lengths)
+    except UnsafePickle as error:
+        raise CheckpointError(f"its {INDEX} cannot be used: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"its {INDEX} cannot be read ({error.strerror})") from None
+    except (AssertionError, LookupError, RecursionError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())[:80] or type(error).__name__
+        raise CheckpointError(f"its {INDEX} is damaged ({text})") from None
+
+
+def _metadata(root: Any, lengths: dict[str, int]) -> Metadata:
+    fields = _state(root, "Metadata")
+    entries, stored = {}, {}
+    total = 0
+    for key, record in fields["state_dict_metadata"].items():
+        if record.name.name != "BytesStorageMetadata":
+            _place(key)
+            entries[key] = entry = _entry(record)
+            total += math.prod(entry.size) * entry.properties.dtype.itemsize
+    if total > sum(lengths.values()):
+        raise ValueError("its tensors are larger than its parts")
+    for record, place in fields["storage_data"].items():
+        index, info = _state(record, "MetadataIndex"), _state(place, "_StorageInfo")
+        name, start, length = info["relative_path"], info["offset"], info["length"]
+        if info.get("transform_descriptors"):
+            raise ValueError("a part is compressed")
+        if name not in lengths or not 0 <= start <= start + length <= lengths[name]:
+            raise ValueError("a tensor is outside its part")
+        offset = None if index.get("offset") is None else _shape(index["offset"])
+        stored[MetadataIndex(index["fqn"], offset)] = _StorageInfo(name, start, length)
+    for key, entry in entries.items():
+        for chunk in entry.chunks:
+            if MetadataIndex(key, chunk.offsets) not in stored:
+                raise ValueError(f"{key[:40]} is in no part")
+    return Metadata(entries, storage_data=stored, storage_meta=StorageMeta())
+
+
+def _state(record: Any, name: str) -> dict[str, Any]:
+    if not isinstance(record, Record) or record.name.name != name:
+        raise ValueError(f"no {name}")
+    if not isinstance(record.state, dict):
+        raise ValueError(f"a {name} without its fields")
+    return record.state
+
+
+def _entry(record: Any) -> TensorStorageMetadata:
+    fields = _state(record, "TensorStorageMetadata")
+    dtype = fields["properties"].state[0]
+    if not isinstance(dtype, Name) or dtype.name not in DTYPES:
+        raise ValueError("a tensor of no dtype")
+    size = _shape(fields["size"])
+    chunks = []
+    for each in fields["chunks"]:
+        inside = _state(each, "ChunkStorageMetadata")
+        chunk = ChunkStorageMetadata(_shape(inside["offsets"]), _shape(inside["sizes"]))
+        ends = zip(chunk.offsets, chunk.sizes, size, strict=True)
+        if any(start + length > whole for start, length, whole in ends):
+            raise ValueError("a part of a tensor is outside the tensor")
+        chunks.append(chunk)
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
+        raise ValueError("the parts of a tensor are not the whole")
+    return TensorStorageMetadata(TensorProperties(DTYPES[dtype.name]), size, chunks)
+
+
+def _shape(record: Any) -> torch.Size:
+    (sizes,) = record.arguments if record.name == Name("torch", "Size") else ((-1,),)
+    if len(sizes) > 64 or not all(type(n) is int and 0 <= n < 2**62 for n in sizes):
+        raise ValueError("a shape is no shape")
+    return torch.Size(sizes)
+
+
+def _place(key: str) -> Place:
+    place = tuple(json.loads(key))
+    good = 2 <= len(place) <= 16 and all(type(step) in (str, int) for step in place)
+    if not good or place[0] not in SPREAD:
+        raise ValueError(f"{key[:40]} is no place in a checkpoint")
+    return place
 
 
 class _Reader(FileSystemReader):
+    """torch's, with the index read by `_index` and each part checked before torch reads it."""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path, INDEX), "rb") as file:
-            metadata = _unpickled(file)
+        metadata = _index(Path(self.path))
         self.storage_data = metadata.storage_data
         return metadata
 
-
-def _unpickled(file: IO[bytes]) -> Metadata:
-    return _Index(file).load()
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        for item in plan.items:
+            info = self.storage_data[item.storage_index]
+            with Path(self.path, info.relative_path).open("rb") as file:
+                part = archive.Window(file, info.offset, info.length)
+                with zipfile.ZipFile(part) as table:  # type: ignore[arg-type]
+                    archive.check_contents(table, info.length)
+                    archive.check_pickle(table, info.length)
+        return super().read_data(plan, planner)
 
 
 def entries(path: Path) -> Iterator[tuple[Place, TensorStorageMetadata]]:
     """Place, size and dtype of each tensor that was written in parts."""
-    with (path / INDEX).open("rb") as file:
-        index = _unpickled(file).state_dict_metadata
-    for key, entry in index.items():
-        if isinstance(entry, TensorStorageMetadata):
-            yield tuple(json.loads(key)), entry
+    for key, entry in _index(path).state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        yield _place(key), entry
 
 
 def read(path: Path, tensors: dict[Place, Tensor]) -> None:
     """Fill tensors, or this rank's parts of them, in place; no rank waits for another."""
     wanted = {key_of(place): tensor for place, tensor in tensors.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
-        load(wanted, storage_reader=_Reader(path), no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
+            load(wanted, storage_reader=_Reader(path), no_dist=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch collects what each rank met in one of its own
+        text = " ".join(str(error).split())[-120:] or type(error).__name__
+        raise CheckpointError(f"the parts of {path} are not those of its index ({text})") from error
 
 
 def like(entry: TensorStorageMetadata, parameter: Tensor | None) -> Tensor:
@@ -293,6 +463,9 @@ def read_whole(path: Path) -> dict[str, Any]:
     checkpoint = read_meta(path)
     tensors = {place: like(entry, None) for place, entry in entries(path)}
     read(path, tensors)
-    for place, tensor in tensors.items():
-        put(checkpoint, place, tensor)
+    try:
+        for place, tensor in tensors.items():
+            put(checkpoint, place, tensor)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise CheckpointError(f"its {INDEX} does not fit its {META} ({error!r})") from None
     return checkpoint

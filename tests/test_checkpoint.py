@@ -219,3 +219,23 @@ def test_a_metric_that_is_never_logged_is_named(tmp_path: Path) -> None:
 def test_a_fast_run_for_debugging_writes_nothing(tmp_path: Path) -> None:
     fit(Net([5]), Checkpoint(str(tmp_path)), fast_dev_run=True, max_steps=1)
     assert names(tmp_path) == []
+
+
+def test_a_checkpoint_that_names_other_files_makes_no_run_delete_them(tmp_path: Path) -> None:
+    keep = Checkpoint(str(tmp_path / "own"))
+    fit(Net([5, 3]), keep, max_steps=4)
+    (path,) = (tmp_path / "own").iterdir()
+    checkpoint = torch.load(path, weights_only=True)
+    victims = [tmp_path / "victim", tmp_path / "own" / "thesis.ckpt", tmp_path / "own" / "notes"]
+    for victim in victims:
+        (victim / "deep").mkdir(parents=True)
+        named = str(tmp_path / "own" / ".." / "own" / ".." / victim.relative_to(tmp_path))
+        for name in (named, str(victim)):
+            state = checkpoint["callbacks"]["Checkpoint[val/loss]"]
+            worst = torch.tensor(1e9)
+            state |= {"best_k_models": {name: worst}, "kth_best_model_path": name}
+            state |= {"kth_value": worst, "last_model_path": name, "best_model_path": name}
+            torch.save(checkpoint, tmp_path / "evil.ckpt")
+            again = Checkpoint(str(tmp_path / "own"))
+            fit(Net([2, 1]), again, ckpt=str(tmp_path / "evil.ckpt"), max_steps=8)
+    assert all((victim / "deep").is_dir() for victim in victims)

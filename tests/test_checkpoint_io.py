@@ -1,6 +1,7 @@
 """Whatever kills the writer, a whole checkpoint remains; whatever befalls a file, it is told."""
 
 import errno
+import fcntl
 import os
 import pathlib
 import random
@@ -107,8 +108,9 @@ def test_killed_fifty_times_while_saving_a_whole_newest_file_remains(
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dead = path.with_name(".tmp-dead")
+    dead = path.with_name(f".tmp-{'0d' * 16}")
     dead.write_bytes(b"half a checkpoint")
+    path.with_name(".tmp-notes").write_bytes(b"of the user")
     torch_save = torch.save
 
     def another_run_saves_meanwhile(*args: Any) -> None:
@@ -118,7 +120,49 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(
 
     monkeypatch.setattr(torch, "save", another_run_saves_meanwhile)
     IO.save_checkpoint(CONTENT, path)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["other.ckpt", path.name]
+    names = [".tmp-notes", "other.ckpt", path.name]
+    assert sorted(p.name for p in path.parent.iterdir()) == names
+
+
+def test_several_writers_in_one_folder_do_not_disturb_each_other(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer clears leftovers at the worst moments: before the lock, and after it."""
+    lock, folder = fcntl.flock, path.parent
+
+    def interrupted(file: Any, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        IO.save_checkpoint(CONTENT, folder / "other.ckpt")
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", interrupted)
+    IO.save_checkpoint(CONTENT, path)
+    assert sorted(p.name for p in folder.iterdir()) == ["other.ckpt", path.name]
+    children = []
+    for number in range(3):
+
+        def work(number: int = number) -> None:
+            for _ in range(40):
+                IO.save_checkpoint(CONTENT, folder / f"{number}.ckpt")
+            os._exit(0)
+
+        children.append(in_fork(work))
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+
+
+def test_only_what_was_written_is_removed(path: Path, tmp_path: Path) -> None:
+    """A checkpoint names the files of the run before, and may name any other."""
+    victim = tmp_path / "victim"
+    (victim / "deep").mkdir(parents=True)
+    (path.parent / "link.ckpt").symlink_to(path)
+    other = AtomicCheckpointIO()
+    for name in (path, victim, path.parent / "../victim", path.parent / "link.ckpt"):
+        other.remove_checkpoint(name)
+    IO.remove_checkpoint(path.parent / "link.ckpt")
+    assert (victim / "deep").is_dir()
+    assert path.is_file()
+    IO.remove_checkpoint(path.parent / ".." / path.parent.name / path.name)
+    assert not path.exists()
 
 
 def test_a_disk_that_is_full_at_any_moment_leaves_the_file_before(path: Path) -> None:

@@ -269,5 +269,5 @@ def test_one_process_refuses_parts_of_another_architecture(written, text, capsys
 def test_an_index_that_would_run_a_program_is_not_read(written, tmp_path):
     shutil.copytree(written[0] / "zero3 2.ckpt", path := tmp_path / "evil.ckpt")
     (path / ".metadata").write_bytes(pickle.dumps(os.getcwd))
-    with pytest.raises(pickle.UnpicklingError, match=r"asks for posix.getcwd"):
+    with pytest.raises(CheckpointError, match=r"asks for posix.getcwd"):
         list(sharded.entries(path))

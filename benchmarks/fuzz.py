@@ -1,0 +1,658 @@
+"""Fuzzing of the readers of outside files: no input may run a program or touch a file outside.
+
+    python benchmarks/fuzz.py --reader checkpoint --minutes 10 --seed 1
+    python benchmarks/fuzz.py --list
+
+A row of TARGETS is a reader: small good files to begin with, mutators, the call, and the first
+check that an input has to pass to count (a checksum, a signature, a manifest). A mutator changes
+what is inside and then makes checksums and tables right again, so that the input gets that far.
+
+Each input is read in a forked child. An audit hook reports every event that would act outside the
+folder of the input; the parent measures time and the peak of resident memory, and kills the child
+after `HANG` seconds. An input fails if it
+
+    ran      a program, an import of a module of its own choice, or code
+    touched  a file outside its folder: write, remove, rename, link, or read of the canary
+    hung     longer than HANG seconds
+    grew     by more than 512 MiB + 4 x the size of the input
+    crashed  the process
+    raised   an exception that the command line would show with a traceback
+
+The row in rows/fuzz.jsonl has the seed, the counts, the worst time and memory, the versions. Failed
+inputs are kept in --keep FOLDER; `--replay FILE --reader NAME` reads one of them again.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pickle
+import pickletools
+import random
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+HANG = 10.0  # seconds
+MEMORY = 512 * 2**20  # bytes, beside 4 x the input
+BATCH = 200  # inputs a child
+ACTS = (
+    *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn"),
+    *("subprocess.Popen", "socket.connect", "socket.bind", "urllib.Request", "os.fork"),
+    *("os.forkpty", "os.kill", "os.putenv", "ctypes.dlopen", "code.__new__"),
+)
+CHANGES = (
+    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"),
+    *("os.chmod", "os.chown", "shutil.rmtree", "shutil.move", "os.utime"),
+)
+Files = dict[str, bytes]  # an input: its files by name; the first one is handed to the reader
+Mutator = Callable[[random.Random, Files], Files]
+
+
+@dataclass
+class Target:
+    """A reader of outside files.
+
+    Args:
+        seeds: makes good inputs.
+        read: reads one, given the path of its first file or, if `folder`, of its folder.
+        mutators: each changes an input; bytes of any file are changed by all targets besides.
+        passes: whether an input passes the reader's first check.
+        folder: whether the reader gets the folder.
+    """
+
+    seeds: Callable[[], list[Files]]
+    read: Callable[[Path], Any]
+    mutators: list[Mutator]
+    passes: Callable[[Path], bool]
+    folder: bool = False
+
+
+# ---- mutators that any target may use
+
+ODD = (
+    0,
+    1,
+    -1,
+    127,
+    128,
+    255,
+    256,
+    2**15,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**62,
+    2**63,
+    -(2**31),
+)
+WORDS = (
+    *("os", "system", "os.system", "builtins", "eval", "canary_module", "canary_module.Thing"),
+    *("../../canary", "/etc/passwd", "", ".", "..", "a/b", "\0", "nan", "1e999", "-1", "\ud83d"),
+    *("torch.hub.load", "subprocess.Popen", "!!python/object/apply:os.system", "x" * 300),
+)
+
+
+def change_bytes(dice: random.Random, content: bytes) -> bytes:
+    """A few bytes flipped, cut out, doubled, or replaced by an odd number or word."""
+    data = bytearray(content)
+    for _ in range(dice.choice((1, 1, 2, 4, 16))):
+        place, length = dice.randrange(len(data) + 1), dice.choice((1, 1, 2, 4, 8, 32, 200))
+        match dice.randrange(7):
+            case 0 if place < len(data):
+                data[place] ^= 1 << dice.randrange(8)
+            case 1 if place < len(data):
+                data[place] = dice.randrange(256)
+            case 2:
+                del data[place : place + length]
+            case 3:
+                data[place:place] = data[place : place + length] * dice.choice((1, 2, 50))
+            case 4:
+                number = dice.choice(ODD) % 2**64
+                data[place : place + 8] = number.to_bytes(8, dice.choice(("big", "little")))
+            case 5:
+                data[place:place] = dice.choice(WORDS).encode("utf-8", "surrogatepass")
+            case 6:
+                other = dice.randrange(len(data) + 1)
+                data[place : place + length] = data[other : other + length]
+    return bytes(data)
+
+
+def any_bytes(dice: random.Random, files: Files) -> Files:
+    """Change bytes of one file, checksums left wrong."""
+    name = dice.choice(list(files))
+    return files | {name: change_bytes(dice, files[name])}
+
+
+def odd_value(dice: random.Random, value: Any) -> Any:
+    """Another value in the place of one: of another type, too large, nested, or shared."""
+    bomb: Any = [1]
+    for _ in range(12):
+        bomb = [bomb] * 9
+    deep: Any = 0
+    for _ in range(dice.choice((10, 150, 400))):
+        deep = [deep]
+    choices = [None, True, -1, 0, dice.choice(ODD), 1e308, float("nan"), dice.choice(WORDS), [], {},
+               [value], {"a": value}, {1: value}, bomb, deep, b"x", (), "x" * 1000,
+               {"class_path": dice.choice(WORDS), "init_args": {}}]  # fmt: skip
+    return dice.choice(choices)
+
+
+def change_value(dice: random.Random, value: Any, chance: float = 0.3) -> Any:
+    """A tree of plain values with one of them replaced, removed or moved."""
+    if isinstance(value, dict) and value and dice.random() > chance:
+        key = dice.choice(list(value))
+        match dice.randrange(8):
+            case 0:
+                return {k: v for k, v in value.items() if k != key}
+            case 1:
+                return value | {dice.choice(WORDS): value[key]}
+            case _:
+                return value | {key: change_value(dice, value[key], chance)}
+    if isinstance(value, list | tuple) and value and dice.random() > chance:
+        place = dice.randrange(len(value))
+        items = list(value)
+        items[place] = change_value(dice, items[place], chance)
+        return type(value)(items) if type(value) in (list, tuple) else items
+    return odd_value(dice, value)
+
+
+def change_pickle(dice: random.Random, content: bytes) -> bytes:
+    """A pickle with operations removed, doubled, exchanged or given other arguments."""
+    try:
+        places = [place for _, _, place in pickletools.genops(content)]
+    except Exception:
+        return change_bytes(dice, content)
+    ends = [*places[1:], len(content)]
+    ops = [content[a:b] for a, b in zip(places, ends, strict=True)]
+    for _ in range(dice.choice((1, 1, 2, 5))):
+        at = dice.randrange(len(ops))
+        match dice.randrange(6):
+            case 0:
+                del ops[at]
+                ops = ops or [b"."]
+            case 1:
+                ops.insert(at, dice.choice(ops))
+            case 2:
+                ops[at] = dice.choice(ops)
+            case 3:
+                module, name = dice.choice((("os", "system"), ("builtins", "bytearray"),
+                    ("torch", "load"), ("canary_module", "Thing"), ("collections", "OrderedDict"),
+                    ("torch._utils", "_rebuild_tensor_v2"), ("builtins", "set")))  # fmt: skip
+                ops.insert(at, f"c{module}\n{name}\n".encode())
+            case 4:
+                number = dice.choice(ODD)
+                ops[at] = pickle.LONG1 + bytes([9]) + (number % 2**71).to_bytes(9, "little")
+            case 5:
+                word = dice.choice(WORDS).encode("utf-8", "surrogatepass")
+                ops[at] = b"X" + len(word).to_bytes(4, "little") + word
+    return b"".join(ops)
+
+
+def repack(content: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
+    """The archive of torch.save with each record changed, lengths and checksums made right."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w") as new:
+        for entry in old.infolist():
+            info = zipfile.ZipInfo(entry.filename)
+            info.create_system = 0  # no rights of a file, which torch does not write either
+            with new.open(info, "w") as record:
+                record.write(change(entry.filename, old.read(entry)))
+            info.external_attr = 0
+    return out.getvalue()
+
+
+# ---- the readers
+
+
+def _refused(error: Exception) -> bool:
+    """Whether the command line would show the exception without a traceback."""
+    from ravine.cli import errors
+
+    return errors.status(errors.original(error)) is not None
+
+
+def _model() -> dict[str, Any]:
+    """A checkpoint of a tiny language model, as `lightning fit` writes it."""
+    from ravine.datamodules.tokenizers import ByteTokenizer
+    from ravine.lightning_modules import LanguageModel
+
+    shape = {"vocabulary": 256, "context": 8, "layers": 1, "width": 8, "heads": 2}
+    model = LanguageModel(**shape)
+    model.tokenizer = ByteTokenizer()
+    model.configure_model()
+    checkpoint: dict[str, Any] = {
+        "state_dict": model.state_dict(),
+        "hyper_parameters": dict(model.hparams),
+        "epoch": 0,
+        "global_step": 2,
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "callbacks": {"Checkpoint[val/loss]": {"best_k_models": {"a.ckpt": 1.0}, "dirpath": "a"}},
+        "ravine": {"version": 1, "world_size": 1, "config": {
+            "model": {"class_path": "ravine.lightning_modules.LanguageModel", "init_args": shape},
+            "data": None, "seed_everything": 1, "trainer.name": "a", "trainer.callbacks": None}},
+    }  # fmt: skip
+    model.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _saved(value: Any) -> bytes:
+    memory = io.BytesIO()
+    torch.save(value, memory)
+    return memory.getvalue()
+
+
+def checkpoint_seeds() -> list[Files]:
+    torch.manual_seed(0)
+    plain = {"state_dict": {"a": torch.randn(3, 4), "b": torch.ones(2)}, "epoch": 1}
+    return [{"a.ckpt": _saved(_model())}, {"a.ckpt": _saved(plain)}]
+
+
+def change_record(dice: random.Random, files: Files) -> Files:
+    """Change the pickle of a checkpoint, or another record, the archive made right again."""
+    inside = dice.random() < 0.9
+
+    def change(name: str, content: bytes) -> bytes:
+        if inside == name.endswith("data.pkl"):
+            return (change_pickle if inside else change_bytes)(dice, content)
+        return content
+
+    return files | {"a.ckpt": repack(files["a.ckpt"], change)}
+
+
+def change_tree(dice: random.Random, files: Files) -> Files:
+    """Change a value of a checkpoint, and save it anew."""
+    tree = torch.load(io.BytesIO(files["a.ckpt"]), weights_only=True)
+    for _ in range(dice.choice((1, 1, 2, 4))):
+        tree = change_value(dice, tree, 0.1)
+    try:
+        return files | {"a.ckpt": _saved(tree)}
+    except Exception:  # a value that cannot be saved
+        return change_record(dice, files)
+
+
+def read_checkpoint(path: Path) -> None:
+    from ravine.cli import restore, saved_config, trained
+    from ravine.strategies.checkpoint_io import AtomicCheckpointIO, check
+
+    check(path)
+    AtomicCheckpointIO().load_checkpoint(path)
+    config = saved_config.saved(path)
+    if config:
+        saved_config.as_words(config)
+    restore.read(path)
+    trained.load(path)
+
+
+def whole_archive(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as table:
+            return table.testzip() is None and bool(table.namelist())
+    except Exception:
+        return False
+
+
+def sharded_seeds() -> list[Files]:
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    from ravine.strategies import sharded
+
+    checkpoint = _model()
+    tensors, rest = sharded.part(checkpoint)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        named = {sharded.key_of(place): t for place, t in tensors.items()}
+        save(named, storage_writer=FileSystemWriter(folder, thread_count=1), no_dist=True)
+        torch.save(rest, Path(folder, "meta.pt"))
+        files = {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir())}
+    return [sealed(files)]
+
+
+def sealed(files: Files) -> Files:
+    """With a manifest that has the right sizes and checksums."""
+    rest = {name: content for name, content in files.items() if name != "manifest.json"}
+    sums = {name: [len(content), zlib.crc32(content)] for name, content in rest.items()}
+    return rest | {"manifest.json": json.dumps({"format": 1, "files": sums}).encode()}
+
+
+def change_part(dice: random.Random, files: Files) -> Files:
+    """Change the index, the rest or a part of a folder; the manifest is made right again."""
+    name = dice.choice([".metadata", ".metadata", "meta.pt", "meta.pt", "__0_0.distcp"])
+    content = files[name]
+    if name == ".metadata":
+        content = change_pickle(dice, content)
+    elif name == "meta.pt" and dice.random() < 0.8:
+        content = change_record(dice, {"a.ckpt": content})["a.ckpt"]
+    else:
+        content = change_bytes(dice, content)
+    return sealed(files | {name: content})
+
+
+def change_manifest(dice: random.Random, files: Files) -> Files:
+    """Change the manifest itself, or leave a part out."""
+    if dice.random() < 0.3:
+        name = dice.choice(list(files))
+        return sealed({n: c for n, c in files.items() if n != name})
+    manifest = change_value(dice, json.loads(files["manifest.json"]), 0.2)
+    try:
+        text = json.dumps(manifest)[: 2**20]
+    except (RecursionError, TypeError, ValueError, MemoryError):
+        text = "[" * 100_000
+    return files | {"manifest.json": text.encode("utf-8", "surrogatepass")}
+
+
+def whole_folder(path: Path) -> bool:
+    try:
+        files = json.loads((path / "manifest.json").read_bytes())["files"]
+        return all(
+            [len(c := (path / n).read_bytes()), zlib.crc32(c)] == s for n, s in files.items()
+        )
+    except Exception:
+        return False
+
+
+TARGETS: dict[str, Target] = {
+    "checkpoint": Target(
+        checkpoint_seeds, read_checkpoint, [change_record, change_tree], whole_archive
+    ),
+    "folder": Target(
+        sharded_seeds, read_checkpoint, [change_part, change_manifest], whole_folder, folder=True
+    ),
+}
+
+
+# ---- one input
+
+
+@dataclass
+class Outcome:
+    """What became of an input."""
+
+    passed: bool
+    seconds: float
+    grown: int  # bytes of resident memory, at the peak
+    refused: bool
+    faults: list[str] = field(default_factory=list)
+
+
+class Watch:
+    """An audit hook that notes what acts outside a folder while an input is read."""
+
+    def __init__(self) -> None:
+        self.folder, self.outside, self.events = "", "", []
+        self.on, self.known = False, {name.partition(".")[0] for name in sys.modules}
+        self.known |= set(sys.stdlib_module_names)
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        if event.startswith(ACTS):
+            self.events.append(f"ran: {event} {str(arguments)[:200]}")
+        elif event in CHANGES:
+            paths = [a for a in arguments if isinstance(a, str | bytes | os.PathLike)]
+            self.events += [f"touched: {event} {p!r}" for p in paths if not self.inside(p)]
+        elif event == "open":
+            path, mode, flags = arguments
+            writes = bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) or (
+                isinstance(mode, str) and any(letter in mode for letter in "wax+")
+            )
+            if isinstance(path, str | bytes | os.PathLike):
+                there = os.path.realpath(os.fsdecode(path))
+                wrong = there.startswith(self.outside) or (writes and not self.inside(path))
+                if wrong and there != os.devnull:
+                    self.events.append(f"touched: open {there!r} {mode or flags}")
+        elif event == "import" and arguments[0].partition(".")[0] not in self.known:
+            self.events.append(f"ran: import {arguments[0]}")
+
+    def inside(self, path: Any) -> bool:
+        there = os.path.realpath(os.fsdecode(path))
+        return there == self.folder or there.startswith(self.folder + os.sep)
+
+
+def put(files: Files, folder: Path) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def peak() -> int:
+    """Peak of resident memory (bytes)."""
+    with open("/proc/self/status") as file:
+        line = next(each for each in file if each.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def try_input(target: Target, files: Files, sandbox: Path, watch: Watch) -> Outcome:
+    """Read one input in a folder of its own."""
+    folder = sandbox / "input.ckpt"
+    folder.mkdir()
+    try:
+        put(files, folder)
+        path = folder if target.folder else folder / next(iter(files))
+        passed = target.passes(path)
+        watch.folder, watch.events = os.path.realpath(folder), []
+        watch.outside = os.path.realpath(sandbox / "canary")
+        reset_peak()
+        before, begun, refused, faults = peak(), time.perf_counter(), False, []
+        watch.on = True
+        try:
+            target.read(path)
+        except Exception as error:
+            watch.on = False
+            refused = True
+            if not _refused(error):
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                text = " ".join(str(error).split())[:120]
+                place = f"{Path(where.filename).name}:{where.lineno}"
+                faults.append(f"raised: {type(error).__name__} at {place}: {text}")
+        except BaseException as error:  # SystemExit out of a payload
+            faults.append(f"ran: {type(error).__name__}")
+        watch.on = False
+        seconds, grown = time.perf_counter() - begun, peak() - before
+        faults += watch.events
+        if seconds > HANG:
+            faults.append(f"hung: {seconds:.1f} s")
+        if grown > MEMORY + 4 * sum(map(len, files.values())):
+            faults.append(f"grew: {grown / 2**20:.0f} MiB")
+        return Outcome(passed, seconds, grown, refused, faults)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def mutated(target: Target, seeds: list[Files], dice: random.Random) -> Files:
+    files = dice.choice(seeds)
+    for _ in range(dice.choice((1, 1, 1, 2, 3))):
+        mutator = dice.choice([*target.mutators * 4, any_bytes])
+        with contextlib.suppress(Exception):  # one mutation may spoil what another needs
+            files = mutator(dice, files)
+    return files
+
+
+# ---- the campaign
+
+
+class Campaign:
+    """Reads inputs until the time is over, and counts."""
+
+    def __init__(self, name: str, seed: int, keep: Path | None) -> None:
+        self.name, self.seed, self.keep = name, seed, keep
+        self.target = TARGETS[name]
+        self.counts: Counter[str] = Counter()
+        self.worst_seconds, self.worst_bytes = 0.0, 0
+        self.faults: Counter[str] = Counter()
+        self.seeds = self.target.seeds()
+
+    def run(self, seconds: float, inputs: int | None = None) -> None:
+        """Run children of BATCH inputs each, for so long, or so many inputs."""
+        end, number = time.monotonic() + seconds, 0
+        while time.monotonic() < end and (inputs is None or number < inputs):
+            batch = BATCH if inputs is None else min(BATCH, inputs - number)
+            number = self._batch(number, number + batch, end)
+
+    def _batch(self, start: int, stop: int, end: float) -> int:
+        """Fork a child for inputs from start to stop; the number of the next one."""
+        reader, writer = os.pipe()
+        sys.stdout.flush()
+        if not (child := os.fork()):
+            os.close(reader)
+            status = 1
+            try:
+                self._child(start, stop, writer)
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(writer)
+        number = start
+        with os.fdopen(reader, "rb", buffering=0) as pipe:
+            waiting = b""
+            while True:
+                ready, _, _ = select.select([pipe], [], [], 3 * HANG)
+                piece = pipe.read(2**16) if ready else b""
+                if not ready:
+                    self.note(number, [f"hung: more than {3 * HANG:.0f} s"])
+                    os.kill(child, signal.SIGKILL)
+                if not piece:
+                    break
+                *lines, waiting = (waiting + piece).split(b"\n")
+                for line in lines:
+                    self.count(number, json.loads(line))
+                    number += 1
+                if time.monotonic() > end:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    return number
+        _, status = os.waitpid(child, 0)
+        if status and number < stop:
+            killed = f" by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else ""
+            if not killed.endswith(f" {signal.SIGKILL}"):
+                self.note(number, [f"crashed{killed}"])
+            number += 1
+        return number
+
+    def _child(self, start: int, stop: int, writer: int) -> None:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        here = Path(tempfile.mkdtemp(prefix="fuzz-"))
+        try:
+            os.chdir(here)
+            (here / "canary").mkdir()
+            (here / "canary" / "passwd").write_text("secret")
+            (here / "canary_module.py").write_text("raise SystemExit('the canary is dead')")
+            sys.path.insert(0, str(here))
+            for files in self.seeds:  # what a good file imports is no fault
+                for _ in range(2):
+                    with contextlib.suppress(Exception):
+                        folder = here / "good.ckpt"
+                        folder.mkdir()
+                        put(files, folder)
+                        self.target.read(
+                            folder if self.target.folder else folder / next(iter(files))
+                        )
+                    shutil.rmtree(folder)
+            limit = 2 * MEMORY + 2**32 + int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            watch = Watch()
+            with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent):
+                os.dup2(silent.fileno(), 2)
+                for number in range(start, stop):
+                    files = self.input(number)
+                    outcome = try_input(self.target, files, here, watch)
+                    os.write(writer, json.dumps(vars(outcome)).encode() + b"\n")
+        finally:
+            os.chdir("/")
+            shutil.rmtree(here, ignore_errors=True)
+
+    def input(self, number: int) -> Files:
+        """The input of a number: the seed and the number make it again."""
+        return mutated(self.target, self.seeds, random.Random(f"{self.seed}/{self.name}/{number}"))
+
+    def count(self, number: int, outcome: dict[str, Any]) -> None:
+        self.counts["inputs"] += 1
+        self.counts["passed_first_check"] += outcome["passed"]
+        self.counts["refused"] += outcome["refused"]
+        self.worst_seconds = max(self.worst_seconds, outcome["seconds"])
+        self.worst_bytes = max(self.worst_bytes, outcome["grown"])
+        self.note(number, outcome["faults"])
+
+    def note(self, number: int, faults: list[str]) -> None:
+        for fault in faults:
+            self.counts[fault.partition(":")[0].split()[0]] += 1
+            if not self.faults[fault]:
+                print(f"{self.name} {number}: {fault}", flush=True)
+                if self.keep:
+                    folder = self.keep / f"{self.name}-{self.seed}-{number}"
+                    folder.mkdir(parents=True, exist_ok=True)
+                    put(self.input(number), folder)
+            self.faults[fault] += 1
+
+    def row(self) -> dict[str, Any]:
+        """What is stored."""
+        import lightning
+
+        kinds = ("ran", "touched", "hung", "grew", "crashed", "raised")
+        return {
+            "reader": self.name,
+            "seed": self.seed,
+            **{key: self.counts[key] for key in ("inputs", "passed_first_check", "refused")},
+            **{key: self.counts[key] for key in kinds},
+            "worst_seconds": round(self.worst_seconds, 2),
+            "worst_mib": round(self.worst_bytes / 2**20),
+            "python": sys.version.split()[0],
+            "lightning": lightning.__version__,
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--reader", action="append", choices=list(TARGETS), default=[])
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--inputs", type=int, help="so many inputs, and no row")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for the inputs that fail")
+    parser.add_argument("--list", action="store_true", help="show the readers")
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(TARGETS))
+        return 0
+    failed = False
+    for name in options.reader or TARGETS:
+        campaign = Campaign(name, options.seed, options.keep)
+        begun = time.monotonic()
+        campaign.run(60 * options.minutes, options.inputs)
+        row = campaign.row() | {"minutes": round((time.monotonic() - begun) / 60, 2)}
+        failed |= bool(campaign.faults)
+        if options.inputs is None:
+            from record import append, machine
+
+            append("fuzz", row | machine())
+        else:
+            print(json.dumps(row))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
