@@ -254,7 +254,8 @@ class Reader:
 
     def __init__(self, mode: Mode = "auto", resize: Size | None = None) -> None:
         """Take the first image's size and mode for that of all."""
-        self.mode, self.resize = mode, resize
+        self.mode: Mode = mode
+        self.resize = resize
         self.first: tuple[Path, Form] | None = None
         self.frames: list[str] = []  # files with several
         self.turned = 0

@@ -104,7 +104,8 @@ class ImageDataModule(L.LightningDataModule):
         self.flip = source in MIRRORED if flip is None else flip
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.classes = classes if classes is None or isinstance(classes, str) else list(classes)
-        self.mode, self.resize, self.predict_path = mode, _sized(resize), predict_path
+        self.mode: Mode = mode
+        self.resize, self.predict_path = _sized(resize), predict_path
         if mode not in ("auto", "gray", "rgb"):
             raise ValueError(f"mode is {mode!r}; allowed are auto, gray, rgb: type --data.mode=rgb")
         if source in NAMED and (mode != "auto" or resize is not None) and predict_path is None:
@@ -146,8 +147,8 @@ class ImageDataModule(L.LightningDataModule):
         self.channels, self.size = train.images.shape[1], tuple(train.images.shape[2:])
         digest = hashlib.sha256()
         for part in self._parts.values():
-            digest.update(part.images.contiguous().numpy())
-            digest.update(part.labels.numpy())
+            for numbers in (part.images, part.labels):
+                digest.update(cast(Any, numbers.contiguous().numpy()))
         self.resolved = {
             "source": self.source,
             "file": file,

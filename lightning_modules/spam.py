@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
@@ -143,7 +144,7 @@ class SpamClassifier(TaskModule):
     """
 
     lr = 1e-2
-    columns = ("message", "probability", "label")  # of what predict_step returns
+    columns = ("line", "message", "probability", "label")  # of what predict_step returns
 
     def __init__(
         self,
@@ -207,22 +208,35 @@ class SpamClassifier(TaskModule):
     def test_step(self, batch: dict[str, Any], index: int) -> None:
         """Accuracy, F1 of spam, AUROC and the confusion matrix."""
         _, probability = self.loss(batch)
-        self.test_metrics(probability, batch["label"])
+        self.test_metrics.update(probability, batch["label"])
         self.confusion.update(probability, batch["label"])
-        self.log_dict(self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Log the confusion matrix by its four names."""
-        matrix = self.confusion.compute().float()
+        """Log the scores, NaN where they are undefined, and the confusion matrix by its names."""
+        matrix = self.confusion.compute().float()  # of all ranks
+        ham, spam = matrix.sum(1).tolist()
+        undefined = {
+            "auroc": not ham or not spam,  # of two classes
+            "f1": not spam and not matrix[:, 1].any(),  # 0 / 0
+        }
+        for name, metric in self.test_metrics.items(keep_base=True):
+            value = torch.full_like(matrix[0, 0], float("nan"))
+            self.log(f"test/{name}", value if undefined.get(name) else metric.compute())
+        if any(undefined.values()):
+            names = " and ".join(f"test/{name}" for name, wrong in undefined.items() if wrong)
+            absent = LABELS[0] if not ham else LABELS[1]
+            rank_zero_info(
+                f"{names}: undefined, so NaN: no {absent} among the {ham + spam:.0f} test messages"
+            )
         for truth, row in zip(LABELS, matrix, strict=True):
             for answer, count in zip(LABELS, row, strict=True):
                 self.log(f"test/{truth}_called_{answer}", count)
         self.confusion.reset()
+        self.test_metrics.reset()
 
-    def predict_step(self, batch: dict[str, Any], index: int) -> list[tuple[str, float, str]]:
-        """(message, probability of spam, label) for each message."""
+    def predict_step(self, batch: dict[str, Any], index: int) -> list[tuple[int, str, float, str]]:
+        """(line from 1, message, probability of spam, label) for each message."""
         probabilities = self(batch["message"])[:, 0].float().sigmoid().tolist()
-        return [
-            (message, p, LABELS[p > 0.5])
-            for message, p in zip(batch["message"], probabilities, strict=True)
-        ]
+        places = batch["index"].tolist() if "index" in batch else range(len(probabilities))
+        rows = zip(places, batch["message"], probabilities, strict=True)
+        return [(place + 1, message, p, LABELS[p > 0.5]) for place, message, p in rows]

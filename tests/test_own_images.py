@@ -20,7 +20,7 @@ from ravine.datamodules.image_set import class_numbers
 from ravine.lightning_modules import Diffusion, ImageClassifier
 
 RANDOM = numpy.random.RandomState(0)
-TINY = {"width": 8, "time_width": 16}
+TINY: dict[str, Any] = {"width": 8, "time_width": 16}
 
 
 def photo(size: tuple[int, int] = (8, 8)) -> Image.Image:

@@ -1,5 +1,7 @@
 """Spam: both classes on every side, copies on one, and each message once."""
 
+import csv
+import io
 import os
 from collections import Counter
 from pathlib import Path
@@ -212,17 +214,24 @@ BAD = [
     (b"", {}, "bad.tsv has 0 ham and 0 spam messages; both kinds are needed"),
     (b"ham\tyes\nham\tno\n", {}, "bad.tsv has 2 ham and 0 spam messages; both kinds are needed"),
     (b"ham\tyes\njunk\tno\n", {}, r"bad.tsv, line 2: 'junk\tno' is not label<TAB>text with the "
-     "label ham or spam; write each line so, or type --data.source=embedded"),
+     "label ham or spam; write each line so; or, of a CSV or TSV file, type --data.text_column"),
     (b"ham yes\n", {}, "bad.tsv, line 1: 'ham yes' is not label<TAB>text"),
     (b"ham\tcaf\xe9\n", {}, "bad.tsv is not UTF-8: byte 0xe9 at position 7"),
-    (b"ham\ta\nspam\tb\n", {}, "2 messages leave none for val and test: give more, or type"),
+    (b"ham\ta\nspam\tb\n", {}, "2 messages, of which 2 are different, leave none for val and"),
+    (b"ham\ta\nspam\tb\n" * 10, {}, "bad.tsv: 20 messages, of which 2 are different, leave none"),
+    (b"ham\ta\nham\tb\nspam\tc\nspam\td\n", {}, "leave none for val: copies stay together; give "
+     "more different messages, or type --data.val_fraction=0 to do without val"),
+    (b"ham\ta\0b\n", {}, "bad.tsv is no text: byte 0x00 at position 5; if it is UTF-16, type "
+     "--data.encoding=utf-16"),
+    (b"", {"encoding": "latin-9000"}, "encoding is 'latin-9000'; allowed are utf-8, latin-1"),
+    (b"", {"encoding": "zip"}, "encoding is 'zip'; allowed are utf-8, latin-1"),
     (b"", {"batch_size": 0}, "batch_size is 0; allowed are"),
     (b"", {"batch_size": "some"}, "batch_size is 'some'; allowed are"),
     (b"", {"test_fraction": 0.0}, "test_fraction is 0.0 and val_fraction 0.1; allowed are"),
     (b"", {"val_fraction": -0.1}, "type --data.test_fraction=0.2 --data.val_fraction=0.1"),
     (b" \n\n", {"stage": "predict", "predict_path": "bad.tsv"}, "bad.tsv is empty: write one"),
     (b"", {"stage": "predict"}, "nothing to predict: type --data.predict_path=FILE"),
-    (b"\xff", {"stage": "predict", "predict_path": "bad.tsv"}, "and --data.predict_path=text.txt"),
+    (b"\xff", {"stage": "predict", "predict_path": "bad.tsv"}, "0xff at position 0; if it is"),
     (b"", {"stage": "predict", "predict_path": "."}, "is a folder; one file is read: type"),
 ]  # fmt: skip
 
@@ -245,6 +254,126 @@ def test_a_missing_file_names_its_neighbours() -> None:
         spam_data(Path("mesages.tsv"))
     with pytest.raises(FileNotFoundError, match=r"type --data\.predict_path=FILE"):
         spam_data(stage="predict", predict_path="mesages.tsv")
+
+
+def csv_data(content: str | bytes, name: str = "mail.csv", **options: Any) -> SpamDataModule:
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return spam_data(Path(name), **{"val_fraction": 0.0} | options)
+
+
+def texts(data: SpamDataModule) -> list[tuple[str, int]]:
+    return [(message.text, message.label) for message in data.messages]
+
+
+KAGGLE = "v1,v2,,,\r\n" + "".join(
+    f'ham,"see you, at {i}",,,\r\nspam,WIN \xa3{i}00 now,,,\r\n' for i in range(6)
+)
+
+
+def test_kaggles_spam_csv_is_read_by_its_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"not UTF-8: byte 0xa3 .* type --data\.encoding=latin-1"):
+        csv_data(KAGGLE.encode("latin-1"), "spam.csv")
+    data = csv_data(KAGGLE.encode("latin-1"), "spam.csv", encoding="latin-1")
+    assert texts(data)[:2] == [("see you, at 0", 0), ("WIN \xa3000 now", 1)]
+    assert len(data.messages) == 12
+    assert "spam.csv, columns v2 and v1, 6 ham, 6 spam" in capsys.readouterr().out
+    csv_data(KAGGLE.replace('at 3",', 'at 3","or later"'), "more.csv")
+    assert "1 rows have text in columns without a name" in capsys.readouterr().out
+
+
+ROWS = [("ham", f'hi {i}, a "b"; c|d') for i in range(4)] + [
+    ("spam", f"win\n{i}") for i in range(4)
+]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("header", [("category", "message"), ("kind", "note"), None])
+def test_any_table_is_read_by_columns(delimiter: str, header: Any) -> None:
+    buffer = io.StringIO()
+    table = csv.writer(buffer, delimiter=delimiter)
+    table.writerows([(*header, "id")] if header else [])
+    table.writerows([(*row, 7) for row in ROWS])
+    options: dict[str, str] = {}
+    if header is None:
+        options = {"text_column": "1", "label_column": "0"}
+    elif header[0] == "kind":
+        options = {"text_column": "note", "label_column": "kind"}
+    data = csv_data(buffer.getvalue(), **options)
+    assert texts(data) == [(text, int(label == "spam")) for label, text in ROWS]
+
+
+def test_labels_of_ones_own_are_read_if_one_is_said_to_be_spam() -> None:
+    rows = "".join(f"ok,a{i}\njunk,b{i}\n" for i in range(4))
+    content = "target,text\n" + rows
+    with pytest.raises(ValueError, match=r"line 2: the label is 'ok'; .* type --data.spam_label"):
+        csv_data(content)
+    assert [label for _, label in texts(csv_data(content, spam_label="junk"))] == [0, 1] * 4
+    with pytest.raises(ValueError, match=r"the labels are 'junk', 'ok'; allowed are two values, "):
+        csv_data(content, spam_label="x")
+    digits = "spam,message\n" + "".join(f"{i % 2},text {i}\n" for i in range(8))
+    assert [label for _, label in texts(csv_data(digits))] == [0, 1] * 4
+    tabs = digits.replace(",", "\t")
+    assert texts(csv_data(tabs, "mail.tsv")) == texts(csv_data(digits))
+
+
+BAD_TABLES = [
+    ("a,b\nham,x\n", {}, "has the columns a, b; which of them holds the texts? type --data.text_c"),
+    ("text,b\nx,ham\n", {}, "has the columns text, b; which of them holds the labels? type"),
+    ("text,label\nx,ham\n", {"text_column": "txt"}, "no column 'txt'; allowed: text, label; type "
+     "--data.text_column=text"),
+    ("text,text,label\nx,y,ham\n", {}, "has 2 columns that may hold the texts, number 0, 1 from 0"),
+    ("label,text\nham,x\nham\n", {}, "line 3: the row has 1 columns, and text is number 2"),
+    ('label,text\nham,x\nham,"y\nspam,z\n', {}, "line 3: a quote is opened and never closed"),
+    ("label,text\n,x\n", {}, "line 2: the label is ''; allowed are ham and spam, or 0 and 1"),
+    ("", {}, "mail.csv is empty: write a header and one message a row"),
+    ("label,text\nham,x\n", {}, "mail.csv has 1 ham and 0 spam messages"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "options", "message"), BAD_TABLES)
+def test_a_table_that_cannot_be_read_is_refused_by_its_line(
+    content: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
+        csv_data(content, **options)
+    assert message in str(error.value)
+
+
+def test_a_cell_may_be_as_long_as_the_file() -> None:
+    long = "x" * 200_000
+    content = "label,text\n" + "".join(f"ham,{long}{i}\nspam,{i}\n" for i in range(3))
+    before = csv.field_size_limit()
+    assert csv_data(content).messages[0].text == f"{long}0"
+    assert csv.field_size_limit() == before
+
+
+def test_a_table_can_be_predicted_with_the_lines_of_its_rows() -> None:
+    Path("new.csv").write_text('id,text\n1,"two\nlines"\n\n2,last\n')
+    data = spam_data(stage="predict", predict_path="new.csv")
+    assert data.lines == [(1, "two\nlines"), (4, "last")]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_rare_class_is_in_every_part_or_it_is_said(
+    count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"ham\tsee you at {i}" for i in range(40)] + [f"spam\tWIN {i}00" for i in range(count)]
+    Path("rare.tsv").write_text("\n".join(rows) + "\n")
+    for seed in range(5):
+        data = spam_data(Path("rare.tsv"), seed=seed)
+        spam = {k: sum(data.messages[i].label for i in v) for k, v in data.parts.items()}
+        assert spam["train"] >= 1
+        said = capsys.readouterr().out
+        for side in ("val", "test"):
+            assert (f"no spam in {side}, so scores" in said) == (spam[side] == 0)
+        assert (spam["test"] >= 1) == (count > 1)
+        assert (spam["val"] >= 1) == (count > 2)
+
+
+def test_a_part_without_messages_says_how_to_get_them() -> None:
+    data = spam_data(written(), val_fraction=0.0)
+    with pytest.raises(ValueError, match=r"no messages for val: .*--data.val_fraction=0\.1"):
+        data.val_dataloader()
 
 
 def test_line_separators_inside_a_message_do_not_end_it() -> None:

@@ -138,9 +138,9 @@ def test_ngrams_learn_the_training_messages_and_generalise():
     data = trainer.datamodule
     rows = model.predict_step({"message": data.train_messages}, 0)
     labels = [("ham", "spam")[data.messages[i].label] for i in data.parts["train"]]
-    assert [label for _, _, label in rows] == labels
-    assert [message for message, _, _ in rows] == data.train_messages
-    assert all((p > 0.5) == (label == "spam") for _, p, label in rows)
+    assert [label for *_, label in rows] == labels
+    assert [message for _, message, _, _ in rows] == data.train_messages
+    assert all((p > 0.5) == (label == "spam") for _, _, p, label in rows)
 
 
 def test_metrics_are_those_of_the_predictions():
@@ -167,7 +167,32 @@ def test_a_checkpoint_alone_gives_probabilities_back(tmp_path):
     loaded = SpamClassifier.load(tmp_path / "spam.ckpt")
     batch = {"message": MESSAGES}
     assert loaded.predict_step(batch, 0) == model.predict_step(batch, 0)
-    assert not math.isclose(loaded.predict_step(batch, 0)[0][1], 0.5, abs_tol=1e-3)
+    assert not math.isclose(loaded.predict_step(batch, 0)[0][2], 0.5, abs_tol=1e-3)
+
+
+@pytest.mark.parametrize("absent", ["ham", "spam"])
+def test_scores_that_are_undefined_are_nan_and_said_once(absent, caplog):
+    data = SpamDataModule(source="embedded", batch_size=5, val_fraction=0.0)
+    data.setup("test")
+    label = ("ham", "spam").index(absent)
+    data.parts["test"] = [i for i in data.parts["test"] if data.messages[i].label != label]
+    model = SpamClassifier("lecture")
+    model.configure_model()
+    with torch.no_grad():
+        model.net[1].weight.zero_()
+        model.net[1].bias.fill_(-1.0)  # it calls nothing spam
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False,
+                        enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+    with caplog.at_level("INFO"):
+        report = trainer.test(model, data, verbose=False)[0]
+    assert math.isnan(report["test/auroc"])
+    assert math.isnan(report["test/f1"]) == (absent == "spam")
+    assert report["test/accuracy"] == (absent == "spam")
+    said = [r.getMessage() for r in caplog.records if "undefined" in r.getMessage()]
+    names = "test/f1 and test/auroc" if absent == "spam" else "test/auroc"
+    assert [text.replace("test/auroc and test/f1", "test/f1 and test/auroc") for text in said] == [
+        f"{names}: undefined, so NaN: no {absent} among the 5 test messages"
+    ]
 
 
 @pytest.mark.parametrize("wrong", [{"hidden": -1}, {"buckets": 0}])
