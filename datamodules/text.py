@@ -95,7 +95,8 @@ class TextDataModule(L.LightningDataModule):
         self.val_fraction, self.seed, self.memory_limit = val_fraction, seed, memory_limit
         self.kind, self.windows, self.begin, self.end = tokenizer, windows, begin, end
         self.specials: Specials = specials
-        self.vocabulary, self.dtype = vocabulary, dtype
+        self.vocabulary = vocabulary
+        self.dtype: TokenType | None = dtype
         self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
         self._corpus: Corpus | None = None
         self._tried = ""

@@ -23,9 +23,11 @@ from .language.loss import IGNORED, nats
 from .language.moe import balance_of
 from .language.reading import Window
 from .language.sampling import Sampling
-from .language.transformer import LARGE
+from .language.transformer import LARGE, complete
 from .language.writing import write
 
+# arguments of Transformer that decide what the same tensors compute
+UNSEEN = ("heads", "qk_norm", "mlp", "norm_eps", "rope_base", "rung", "residual", "positions")
 BALANCE = 0.01  # of the loss that keeps experts equally busy (Switch, 2021)
 
 
@@ -216,10 +218,25 @@ class LanguageModel(TaskModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them from a checkpoint, unless the data brought others."""
         super().on_load_checkpoint(checkpoint)
+        self._refuse_other_function(checkpoint.get("hyper_parameters", {}))
         saved = checkpoint["language"]
         if saved["tokenizer"] is not None:
             self._take(from_state(saved["tokenizer"]), "the checkpoint's")
         self.context = self.context or saved["context"]
+
+    def _refuse_other_function(self, saved: dict[str, Any]) -> None:
+        """Refuse weights that fit, and that this net would compute something else with."""
+        known = complete({})
+        theirs = known | {key: value for key, value in saved.items() if key in known}
+        ours = known | self.shape
+        other = [key for key in UNSEEN if ours[key] != theirs[key]]
+        if saved and other:
+            raise ValueError(
+                "the checkpoint's model has "
+                f"{', '.join(f'{key}={theirs[key]}' for key in other)}, and this one "
+                f"{', '.join(f'{key}={ours[key]}' for key in other)}; its weights would compute "
+                f"something else; type {' '.join(f'--model.{key}={theirs[key]}' for key in other)}"
+            )
 
     def _take(self, tokenizer: Tokenizer, whose: str) -> None:
         ours = self.tokenizer
