@@ -146,6 +146,11 @@ def adagrad(w, s, g):
     return w - 0.5 * g / (s["v"] ** 0.5 + 1e-10)
 
 
+def adagrad_of_cs336(w, s, g):
+    s["v"] = s.get("v", 0.0) + g * g
+    return w - 0.5 * g / (s["v"] + 1e-5) ** 0.5
+
+
 def lion(w, s, g):
     m = s.get("m", 0.0)
     s["m"] = 0.99 * m + 0.01 * g
@@ -156,6 +161,10 @@ FORMULAS = {
     "SignSGD": (partial(SignSGDOptimizer, lr=0.02, weight_decay=0.1), partial(signum, mu=0.0)),
     "Signum": (partial(SignSGDOptimizer, lr=0.02, momentum=0.9, weight_decay=0.1), signum),
     "AdaGrad": (partial(AdaGradOptimizer, lr=0.5), adagrad),
+    "AdaGrad, eps in the root": (
+        partial(AdaGradOptimizer, lr=0.5, eps=1e-5, eps_in_root=True),
+        adagrad_of_cs336,
+    ),
     "Lion": (partial(LionOptimizer, lr=0.02, weight_decay=0.1), lion),
 }
 
@@ -178,6 +187,13 @@ def test_a_hundred_steps_equal_the_formula_written_out(name):
         optimizer.step()
     expected = torch.tensor([n for n, _ in numbers], dtype=torch.float64).reshape(4, 3)
     torch.testing.assert_close(w.data, expected, rtol=0, atol=1e-12)
+
+
+def test_a_small_gradient_takes_a_small_step_with_eps_in_the_root():
+    w = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    w.grad = torch.full_like(w, 1e-3)
+    AdaGradOptimizer([w], lr=0.01, eps=1e-5, eps_in_root=True).step()
+    assert 1 - w.item() == pytest.approx(0.01 * 1e-3 / (1e-6 + 1e-5) ** 0.5)  # 0.00302
 
 
 def test_adagrad_is_torchs():
@@ -231,6 +247,55 @@ def test_newton_ends_a_coupled_quadratic_in_one_step():
 def test_newton_on_a_fourth_power_leaves_two_thirds_each_step():
     path = newton(lambda w: (w**4).sum(), (1.0,), 10)[:, 0]
     torch.testing.assert_close(path[1:] / path[:-1], torch.full((9,), 2 / 3).double())
+
+
+def test_newton_at_a_flat_minimum_keeps_its_rate():
+    path = newton(lambda w: (w**4).sum(), (1.0, 2.0), 60)
+    expected = torch.tensor([1.0, 2.0], dtype=torch.float64) * (2 / 3) ** 60
+    torch.testing.assert_close(path[-1], expected, rtol=1e-8, atol=0)  # 2.7e-11, not 6e-7
+
+
+class Cube(torch.autograd.Function):
+    """Sum of x^3 with a backward that autograd takes for a constant times the slope."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(3 * x.detach() ** 2)
+        return (x**3).sum()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope * ctx.saved_tensors[0]
+
+
+class OnceOnly(Cube):
+    """The same with a backward that refuses to be differentiated."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        return slope * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("function", [Cube, OnceOnly])
+def test_newton_takes_differences_where_a_second_derivative_is_wrong_or_missing(function):
+    """x^3 - 3 x has its minimum at 1; the curvature there is 6."""
+    cubes = newton(lambda w: function.apply(w) - 3 * w.sum(), (2.0, 1.5), 6)
+    plain = newton(lambda w: (w**3).sum() - 3 * w.sum(), (2.0, 1.5), 6)
+    torch.testing.assert_close(cubes, plain, rtol=0, atol=1e-7)
+    assert plain[-1].tolist() == pytest.approx([1, 1])
+
+
+def test_newton_sums_the_curvature_of_losses_that_are_sent_back_one_by_one():
+    w = nn.Parameter(torch.tensor([5.0], dtype=torch.float64))
+    optimizer = NewtonOptimizer([w])
+
+    def closure():
+        for rate in (1.0, 3.0):
+            (rate * (w - 1).square().sum()).backward()
+
+    optimizer.step(closure)
+    assert w.item() == pytest.approx(1.0)
 
 
 def test_newton_walks_the_coupled_ravine_of_the_lecture_in_about_thirty_steps():

@@ -47,6 +47,26 @@ def test_the_warmup_never_starts_at_zero_and_meets_the_shape_at_its_peak(kind):
     assert schedule.factor(4, 100) == schedule.factor(5, 100) == 1
 
 
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_a_warmup_from_zero_starts_there_and_has_its_peak_once(kind):
+    schedule = Schedule(kind, warmup=5, warmup_from_zero=True)
+    schedule.check(120)
+    rise = [schedule.factor(k, 120) for k in range(6)]
+    assert rise == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    usual = Schedule(kind, warmup=5)
+    for step in (5, 6, 50, 119, 130):  # the shape itself is the same
+        assert schedule.factor(step, 120) == usual.factor(step, 120)
+
+
+def test_a_cosine_from_zero_is_the_courses():
+    """CS336, assignment 1: warm-up of 7, end of the cosine at 21, from 1 to 0.1."""
+    schedule, found = Schedule("cosine", warmup=7, final=0.1, warmup_from_zero=True), []
+    for it in range(25):
+        cosine = 0.1 + 0.5 * (1 + math.cos((it - 7) / 14 * math.pi)) * 0.9
+        found.append((schedule.factor(it, 21), it / 7 if it < 7 else 0.1 if it > 21 else cosine))
+    assert [a for a, _ in found] == pytest.approx([b for _, b in found])
+
+
 @pytest.mark.parametrize(
     ("schedule", "length", "message"),
     [
@@ -54,6 +74,7 @@ def test_the_warmup_never_starts_at_zero_and_meets_the_shape_at_its_peak(kind):
         (Schedule("constant", warmup=100), 100, "0 to 99; type --trainer.max_steps=200, or in"),
         (Schedule(warmup=-1), 100, "0 to 99; type in the config schedule: {warmup: 10}"),
         (Schedule(warmup=-1), math.inf, "type in the config schedule: {warmup: 0}"),
+        (Schedule(warmup_from_zero=True), 100, "warmup is 0; allowed: 1 step or more"),
         (Schedule("wsd", warmup=50, cooldown=0.6), 100, "{cooldown: 0.50} or less"),
         (Schedule("step", every=200), 100, "every=200 never happens"),
         (Schedule("restarts", every=0), 100, "every=0 never happens"),

@@ -1,7 +1,8 @@
 """AdaGrad: a step that shrinks in each coordinate with what it has seen there (lecture 8).
 
     v <- v + g^2
-    w <- w - lr g / (sqrt(v) + eps)
+    w <- w - lr g / (sqrt(v) + eps)      torch's; or with eps_in_root, CS336's,
+    w <- w - lr g / sqrt(v + eps)
 
 The first step is lr in every coordinate; v never forgets, so steps fall like 1 / sqrt(k).
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import (
     Tensor,
+    _foreach_add,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_add_,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_addcdiv_,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_addcmul_,  # pyright: ignore[reportPrivateImportUsage]
@@ -32,13 +34,21 @@ class AdaGradOptimizer(Elementwise):
         params: any tensors.
         lr: the size of the first step of each weight.
         eps: keeps the quotient finite where every gradient was zero.
+        eps_in_root: add eps under the root (CS336, lecture 2: eps=1e-5). Gradients below sqrt(eps)
+            then take smaller steps.
     """
 
     remembered = ("sum",)
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        eps_in_root: bool = False,
+    ) -> None:
         """Set the defaults of every group."""
-        super().__init__(params, {"lr": lr, "eps": eps})
+        super().__init__(params, {"lr": lr, "eps": eps, "eps_in_root": eps_in_root})
 
     def move(
         self,
@@ -50,8 +60,11 @@ class AdaGradOptimizer(Elementwise):
         """The formula above."""
         (sums,) = states
         _foreach_addcmul_(sums, gradients, gradients)
-        roots = _foreach_sqrt(sums)
-        _foreach_add_(roots, group["eps"])
+        if group.get("eps_in_root"):
+            roots = _foreach_sqrt(_foreach_add(sums, group["eps"]))
+        else:
+            roots = _foreach_sqrt(sums)
+            _foreach_add_(roots, group["eps"])
         _foreach_addcdiv_(weights, gradients, roots, -group["lr"])
 
 
@@ -61,8 +74,17 @@ class AdaGrad(OptimizerPlan):
     Args:
         lr: the size of the first step of each weight.
         schedule: what multiplies lr.
+        eps: keeps the quotient finite where every gradient was zero.
+        eps_in_root: add eps under the root: `AdaGrad(eps=1e-5, eps_in_root=True)` is CS336's.
     """
 
-    def __init__(self, lr: float = 1e-2, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self,
+        lr: float = 1e-2,
+        schedule: Schedule | None = None,
+        eps: float = 1e-10,
+        eps_in_root: bool = False,
+    ) -> None:
         """Write the plan."""
-        super().__init__(partial(AdaGradOptimizer, lr=lr), schedule=schedule)
+        given = {"lr": lr, "eps": eps, "eps_in_root": eps_in_root}
+        super().__init__(partial(AdaGradOptimizer, **given), schedule=schedule)

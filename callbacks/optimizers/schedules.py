@@ -1,7 +1,8 @@
 """Learning-rate schedules as pure functions of the optimizer step (STAT 4830, lecture 8).
 
 The learning rate of optimizer step k (k = 0, 1, ...) is `lr * factor(k, length)`. The first
-`warmup` steps rise linearly, (k + 1) / warmup: none is wasted at zero. Then the shape begins.
+`warmup` steps rise linearly, (k + 1) / warmup: none is wasted at zero. Then the shape begins. With
+`warmup_from_zero` they rise as k / warmup, as in CS336 and in Hugging Face's schedules.
 """
 
 import math
@@ -31,6 +32,7 @@ class Schedule:
         cooldown: wsd only: the share of the run, at its end, that falls linearly.
         every: step and restarts only: optimizer steps between two drops, or of one cosine.
         rate: step and geometric only: the factor of one drop, or of one optimizer step.
+        warmup_from_zero: rise as k / warmup: the first step has the rate 0, the peak comes once.
     """
 
     kind: Kind = "constant"
@@ -39,6 +41,7 @@ class Schedule:
     cooldown: float = 0.2
     every: int = 100
     rate: float = 0.5
+    warmup_from_zero: bool = False
 
     @property
     def needs_length(self) -> bool:
@@ -48,7 +51,7 @@ class Schedule:
     def factor(self, step: int, length: float) -> float:
         """The share of the peak learning rate at optimizer step `step` of `length`."""
         if step < self.warmup:
-            return (step + 1) / self.warmup
+            return (step + (not self.warmup_from_zero)) / self.warmup
         span = max(length - self.warmup, 1)
         return max(self.final, SHAPES[self.kind](min(step - self.warmup, span), span, self))
 
@@ -66,6 +69,11 @@ class Schedule:
                 f"schedule: warmup={self.warmup}, but the run has {length:g} optimizer steps; "
                 f"allowed: 0 to {length - 1:g}; type {longer}in the config "
                 f"schedule: {{warmup: {fitting}}}"
+            )
+        if self.warmup_from_zero and not self.warmup:
+            raise ValueError(
+                "schedule: warmup_from_zero is true, and warmup is 0; allowed: 1 step or more; in "
+                "the config schedule: {warmup: 100, warmup_from_zero: true}"
             )
         for name, share in (("final", self.final), ("rate", self.rate)):
             if not 0 <= share <= 1:
