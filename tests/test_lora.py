@@ -1,5 +1,6 @@
 """LoRA layer by layer: equal to peft, to the merged dense layer, and to the base at the start."""
 
+import copy
 import math
 
 import peft
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ravine.callbacks.lora import adapt_module, adapters, lora_disabled, merge
+from ravine.callbacks.lora.callback import default_targets
+from ravine.callbacks.targets import frozen_copies
 
 DOUBLE = torch.float64
 
@@ -342,7 +345,11 @@ BAD = {
     "a rank larger than the layer": (
         {"targets": ["query"], "rank": 9}, r"rank 9 for query, a map from 6 to 8; allowed: 1 to 6",
     ),
-    "no rank": ({"targets": ["query"], "rank": 0}, r"rank 0 for query.*type .*rank=1"),
+    "two ranks that are too large among one that fits": (
+        {"targets": ["query", "attend"], "rank": 8, "ranks": {"attend": 9}},
+        r"rank 8 for query, a map .*; rank 9 for attend, .*ranks='{query: 6, attend: 8}'",
+    ),
+    "no rank": ({"targets": ["query"], "rank": 0}, r"rank 0 for query.*type .*ranks='{query: 1}'"),
     "a layer without weights of its own kind": (
         {"targets": ["norm"]}, r"hits norm, a LayerNorm, which takes no .*allowed: Multihead",
     ),
@@ -387,6 +394,89 @@ def test_a_mistake_is_named_and_changes_nothing(what):
         adapt_module(net, **arguments)
     assert adapters(net) == {}
     assert all(p.requires_grad for p in net.parameters())
+
+
+def test_without_a_rank_each_layer_has_8_or_its_thinner_side():
+    net = nn.ModuleDict(
+        {
+            "wide": nn.Linear(16, 32),
+            "thin": nn.Linear(16, 3),
+            "depthwise": nn.Conv2d(12, 12, 3, groups=12),
+            "grouped": nn.Conv2d(8, 8, 1, groups=2),
+            "table": nn.Embedding(5, 16),
+            "stacked": nn.Linear(16, 12),
+        }
+    )
+    adapt_module(net, "*", split={"stacked": 3})
+    ranks = {name: layer.lora_rank for name, layer in adapters(net).items()}
+    expected = {"wide": 8, "thin": 3, "depthwise": 1, "grouped": 4, "table": 5, "stacked": 4}
+    assert ranks == expected
+    again = nn.ModuleDict({"wide": nn.Linear(16, 32), "thin": nn.Linear(16, 3)})
+    with pytest.raises(ValueError, match="rank 8 for thin, a map from 16 to 3") as error:
+        adapt_module(again, "*", rank=8)
+    assert "wide" not in str(error.value)
+
+
+def learning(module):
+    return {name for name, p in module.named_parameters() if p.requires_grad}
+
+
+class Transfer(nn.Module):
+    """A frozen base and a new head of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.base.requires_grad_(False)
+        self.norm = nn.LayerNorm(16)
+        self.classifier = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("targets", [None, "base.*", ["base.0"]])
+def test_beside_a_frozen_base_what_trains_trains_on(targets):
+    net = Transfer()
+    adapt_module(net, targets or default_targets(net))
+    hit = {"base.0", "base.2"} if targets != ["base.0"] else {"base.0"}
+    assert set(adapters(net)) == hit
+    new = {name for name, _ in net.named_parameters() if not name.startswith("base")}
+    assert learning(net) == new | {f"{name}.lora_{key}" for name in hit for key in "ab"}
+
+
+def test_a_layer_named_outside_the_base_is_adapted_and_frozen_itself():
+    net = Transfer()
+    adapt_module(net, ["base.0", "classifier.0"])
+    free = {"norm.weight", "norm.bias", "classifier.2.weight", "classifier.2.bias"}
+    assert {name for name in learning(net) if "lora_" not in name} == free
+
+
+class Taught(nn.Module):
+    """A student, its head, and a teacher that follows the student."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+
+def test_a_net_and_its_frozen_copy_have_the_same_adapters_or_none():
+    net = Taught()
+    assert frozen_copies(net) == {"teacher": "net"}
+    assert default_targets(net) == ["net.0", "net.2", "teacher.0", "teacher.2"]
+    adapt_module(net, default_targets(net))
+    shapes = [[p.shape for p in part.parameters()] for part in (net.net, net.teacher)]
+    assert shapes[0] == shapes[1]
+    assert [layer.lora_is_copy for layer in adapters(net).values()] == [False, False, True, True]
+    for targets in ("net.*", "teacher.*", ["net.0", "teacher.2"]):
+        with pytest.raises(ValueError, match=r"teacher is a frozen copy of net.*\[net\.\*,teacher"):
+            adapt_module(Taught(), targets)
+
+
+def test_equal_shapes_alone_make_no_copy_of_one_layer():
+    net = nn.ModuleDict({"base": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    net["base"].requires_grad_(False)
+    assert frozen_copies(net) == {}
+    net["base"].load_state_dict(net["head"].state_dict())
+    assert frozen_copies(net) == {"base": "head"}
 
 
 def test_a_layer_is_adapted_once():

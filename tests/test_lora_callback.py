@@ -1,5 +1,6 @@
 """LoRA and Quantization as callbacks of a stock Trainer, on modules that know only lightning."""
 
+import copy
 from functools import partial
 
 import lightning as L
@@ -394,6 +395,123 @@ def test_an_adapter_that_is_never_called_in_training_ends_the_run():
     words = r"adapter of net\.0 was never called in a training epoch.*exclude=net\.0"
     with pytest.raises(RuntimeError, match=words):
         fit(ReadsOneAlways, LoRA(["net.0", "net.2"], rank=1), validate=0)
+
+
+class Transfer(NetInInit):
+    """A frozen base under no_grad or not, and a new classifier."""
+
+    def __init__(self, no_grad=False, **how):
+        super().__init__(**how)
+        self.no_grad = no_grad
+        self.net.requires_grad_(False)
+        self.classifier = nn.Linear(1, 2)
+
+    def training_step(self, batch, batch_idx):
+        with torch.set_grad_enabled(not self.no_grad):
+            features = self.net(batch[0])
+        return self.classifier(features).square().mean()
+
+
+def test_on_transfer_learning_the_base_is_adapted_and_the_new_head_trains(capsys):
+    L.seed_everything(0, verbose=False)
+    before = whole(Transfer())
+    module, _ = fit(Transfer, LoRA(), ExactResume(), validate=0)
+    now = whole(module)
+    assert not torch.equal(now["classifier.weight"], before["classifier.weight"])
+    assert all(layer.lora_b.abs().max() > 0 for layer in adapters(module).values())
+    assert set(adapters(module)) == {"net.0", "net.2"}
+    assert torch.equal(now["net.0.weight"], before["net.0.weight"])
+    said = capsys.readouterr().out
+    assert "LoRA: rank 8, but 4 for net.0, 1 for net.2: the thinner side of the layer" in said
+    assert "LoRA: classifier.weight, classifier.bias trained already beside frozen layers" in said
+
+
+def test_quantized_and_adapted_a_frozen_base_leaves_the_new_head_to_train():
+    module, _ = fit(Transfer, Quantization("int8", targets="net.*"), LoRA(), validate=0, steps=2)
+    assert set(adapters(module)) == {"net.0", "net.2"}
+    assert module.classifier.weight.requires_grad
+
+
+def test_layers_that_no_gradient_reaches_are_refused_before_the_first_step():
+    module = None
+    words = r"adapter of net\.0, net\.2 gets no gradient in the first training batch.*no_grad"
+    watch = SaveAt("never", 1)
+    with pytest.raises(RuntimeError, match=words) as error:
+        module, _ = fit(partial(Transfer, no_grad=True), LoRA(), watch, validate=0)
+    assert module is None
+    assert "\n" not in str(error.value)
+
+
+class Detaches(NetInInit):
+    def training_step(self, batch, batch_idx):
+        return self.net[2](self.net[0](batch[0]).detach()).square().mean()
+
+
+def test_a_layer_whose_output_is_detached_is_refused_by_name():
+    with pytest.raises(RuntimeError, match=r"adapter of net\.0 gets no gradient in a training ep"):
+        fit(Detaches, LoRA("net.*"), validate=0)
+
+
+class SkipsTheEnd(NetInInit):
+    """The last two of four batches have no loss."""
+
+    def __init__(self, batch_size):
+        super().__init__(batch_size=batch_size // 4)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if batch_idx < 2 else None
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step.* returned .None")
+def test_a_resume_into_batches_that_are_skipped_accuses_no_adapter(tmp_path):
+    class SaveInTheMiddle(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 0 and batch_idx == 1:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    how = {"validate": 0, "steps": 6}
+    straight, _ = fit(SkipsTheEnd, LoRA("net.0"), ExactResume(), SaveInTheMiddle(), **how)
+    callbacks = LoRA("net.0"), ExactResume()
+    resumed, _ = fit(SkipsTheEnd, *callbacks, resume=tmp_path / "cut.ckpt", **how)
+    assert furthest(whole(straight), whole(resumed)) == 0
+
+
+class Follows(NetInInit):
+    """A teacher follows its student, parameter by parameter."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            target = self.teacher(batch[0])
+        return (self.net(batch[0]) - target - 1).square().mean()
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_):
+        for new, old in zip(self.net.parameters(), self.teacher.parameters(), strict=True):
+            old.lerp_(new, 0.1)
+
+
+def test_a_momentum_teacher_follows_the_adapters_of_its_student():
+    module, _ = fit(Follows, LoRA(), validate=0, steps=12)
+    assert module.net[0].lora_b.abs().max() > module.teacher[0].lora_b.abs().max() > 0
+    for change in (LoRA("net.*"), Quantization(targets="net.*"), Quantization()):
+        adapted = [LoRA()] if isinstance(change, Quantization) else []
+        with pytest.raises(ValueError, match=r"teacher is a frozen copy of net.*type --tr") as e:
+            fit(Follows, change, *adapted, validate=0)
+        assert "\n" not in str(e.value)
+
+
+def test_a_fixed_reference_may_be_quantized_if_that_is_said():
+    class Fixed(Follows):
+        def on_train_batch_end(self, *_):
+            pass
+
+    fixed = Quantization("int8", targets=["net.*", "teacher.*"], frozen_copies=True)
+    module, _ = fit(Fixed, fixed, LoRA(["net.*", "teacher.*"]), validate=0, steps=2)
+    assert isinstance(module.teacher[0], QuantizedLinear)
 
 
 def test_by_default_hidden_matrices_are_adapted_and_not_the_head():

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .layers import Adapter, product
@@ -34,6 +35,7 @@ class AttentionAdapter(Adapter, nn.MultiheadAttention):
         if not self.lora_enabled:
             return nn.MultiheadAttention.forward(self, *args, **kwargs)
         self.lora_called = True
+        self.lora_recorded |= torch.is_grad_enabled()
         with self._changed():
             return nn.MultiheadAttention.forward(self, *args, **kwargs)
 

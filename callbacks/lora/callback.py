@@ -12,12 +12,13 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
 from torch import nn
 
 from ..pretrained import Pretrained
-from ..targets import Patterns, hidden_layers, listed
+from ..targets import Patterns, frozen_copies, hidden_layers, listed, trains, within
 from ..transforms import Transform, frozen
-from .inject import adapt_module, adaptable, adapters, check_numbers
+from .inject import RANK, adapt_module, adaptable, adapters, check_numbers
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TRIED = 10  # micro-batches within which every adapter must have been called
@@ -31,10 +32,14 @@ class LoRA(Transform):
     In a script `LoRA(["attention.*", "mlp.*"], rank=8)`. Where the weights to start from are a
     file, `Pretrained` reads it. With Quantization the frozen weights take 4 or 8 bits (QLoRA).
 
+    A module that freezes some of its layers itself (transfer learning) is a base with new parts:
+    by default its frozen layers are adapted, and what it left to train trains as it is. Layers that
+    no gradient reaches, under `torch.no_grad()`, are refused in the first batch.
+
     Args:
         targets: globs over layer names, each of which must hit; by default every hidden matrix and
-            convolution, but no embedding and not the head.
-        rank: r.
+            convolution, but no embedding and not the head; of these the frozen ones, if there are.
+        rank: r; by default 8, and less in a layer whose thinner side is less.
         alpha: the change is scaled by alpha / r.
         exclude: layers of `targets` to leave alone.
         ranks: another rank for some, by pattern; the first that hits counts.
@@ -54,7 +59,7 @@ class LoRA(Transform):
     def __init__(
         self,
         targets: Patterns | None = None,
-        rank: int = 8,
+        rank: int | None = None,
         alpha: float = 16.0,
         exclude: Patterns = (),
         ranks: Mapping[str, int] | None = None,
@@ -83,7 +88,11 @@ class LoRA(Transform):
         }
         self.save = save
         self.base: dict[str, Any] = {"file": None, "sha256": None}
-        self._tried = 0
+        self._tried = 0  # batches with a backward
+        self._learned = False  # whether this batch had one
+        self._from_start = False  # whether this epoch was seen from its first batch
+        self._reached: set[str] = set()  # adapters that had a gradient
+        self._say: list[str] = []  # lines for the start of a fit
         self._frozen: set[str] = set()  # of all stages of a pipeline
 
     def identity(self) -> dict[str, Any]:
@@ -110,8 +119,7 @@ class LoRA(Transform):
         self.base["sha256"] = fingerprint(module)
         targets, dtype = self.arguments["targets"], self.arguments["dtype"]
         if targets is None:
-            layers = adaptable(module)
-            targets = [name for name in hidden_layers(module) if name in layers]
+            targets = default_targets(module)
         if not targets:
             raise ValueError(
                 f"LoRA: {type(module).__name__} has no hidden matrix; name the layers to adapt: "
@@ -120,8 +128,16 @@ class LoRA(Transform):
         given = dict(self.arguments)
         given["targets"], given["seed"] = targets, int(os.environ.get("PL_GLOBAL_SEED", 0))
         given["dtype"] = getattr(torch, dtype) if dtype else None
-        adapt_module(module, **given)
+        names = adapt_module(module, **given)
         self._frozen = frozen(module)
+        self._say = _said(module, names) if self.arguments["rank"] is None else []
+        trained = [n for n, p in module.named_parameters() if p.requires_grad and "lora_" not in n]
+        if trained and not self.arguments["train_also"]:
+            more = f" and {len(trained) - 4} more" if len(trained) > 4 else ""
+            self._say.append(
+                f"LoRA: {', '.join(trained[:4])}{more} trained already beside frozen layers: "
+                "they train as they are"
+            )
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -163,27 +179,52 @@ class LoRA(Transform):
                 f"{_named(self.base)}; give Pretrained the former"
             )
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say which ranks were lowered, and what trains without an adapter."""
+        super().on_fit_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            for line in self._say:
+                Console().print(line, soft_wrap=True, highlight=False)
+        self._say = []
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to watch which adapters are called."""
+        self._from_start |= batch_idx == 0
+        self._learned = False
         if self._tried == 0:
             self._watch(pl_module)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note which adapters get a gradient; fail at once if they run under no_grad."""
+        self._learned = True
+        if self._tried > TRIED:
+            return
+        found = adapters(pl_module)
+        for name, layer in found.items():
+            if any(getattr(layer, key).grad is not None for key in layer.lora_names):
+                self._reached.add(name)
+        called = [layer for layer in found.values() if layer.lora_called]
+        recorded = any(layer.lora_recorded for layer in called)
+        if called and not recorded and not self._reached and pl_module.automatic_optimization:
+            self._refuse_unreached(pl_module, "in the first training batch")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Fail if one never is, early."""
-        self._tried += self._tried < TRIED
+        """Fail early if an adapter is never called, or no gradient reaches it."""
+        if not self._learned or self._tried > TRIED:  # a batch that was skipped shows nothing
+            return
+        self._tried += 1
         if self._tried == TRIED:
-            self._tried += 1
-            self._refuse_silent(pl_module, f"in {TRIED} training batches")
+            self._judge(pl_module, f"in {TRIED} training batches")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Likewise after an epoch of fewer batches."""
-        if self._tried <= TRIED:
-            self._tried = TRIED + 1
-            self._refuse_silent(pl_module, "in a training epoch")
+        """Likewise after an epoch of fewer batches, if a resume has not cut its beginning off."""
+        if 0 < self._tried <= TRIED and self._from_start:
+            self._judge(pl_module, "in a training epoch")
+        self._from_start = False
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Watch the validation by itself: torch has faster ways that skip layers there."""
@@ -205,7 +246,27 @@ class LoRA(Transform):
 
     def _watch(self, module: nn.Module) -> None:
         for layer in adapters(module).values():
-            layer.lora_called = False
+            layer.lora_called = layer.lora_recorded = False
+
+    def _judge(self, module: nn.Module, when: str) -> None:
+        self._tried = TRIED + 1
+        self._refuse_silent(module, when)
+        self._refuse_unreached(module, when)
+
+    def _refuse_unreached(self, module: nn.Module, when: str) -> None:
+        idle = [
+            name
+            for name, layer in adapters(module).items()
+            if name not in self._reached and not layer.lora_is_copy
+        ]
+        if idle:
+            more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+            names = ",".join(idle[:6])
+            raise RuntimeError(
+                f"LoRA: the adapter of {', '.join(idle[:3])}{more} gets no gradient {when}: its "
+                "layer runs under torch.no_grad(), or its output is detached; take that away, or "
+                f"type --trainer.callbacks.exclude=[{names}], or leave LoRA out"
+            )
 
     def _refuse_silent(self, module: nn.Module, when: str) -> None:
         silent = [name for name, layer in adapters(module).items() if not layer.lora_called]
@@ -216,6 +277,35 @@ class LoRA(Transform):
                 "code reads the layer's weight instead of calling the layer, or skips it; adapt "
                 f"another layer; type --trainer.callbacks.exclude={silent[0]}"
             )
+
+
+def default_targets(module: nn.Module) -> list[str]:
+    """The hidden layers that can have an adapter: of a module with frozen ones, these alone.
+
+    Of a net and its frozen copy, such as a momentum teacher, the same layers.
+    """
+    layers, copies = adaptable(module), frozen_copies(module)
+    hidden = [name for name in hidden_layers(module) if name in layers]
+    base = [
+        name
+        for name in hidden
+        if not trains(layers[name]) and not any(within(name, copy) for copy in copies)
+    ]
+    found = set(base or hidden)
+    for copy, original in copies.items():
+        for one, other in ((copy, original), (original, copy)):
+            found |= {other + name[len(one) :] for name in found if within(name, one)}
+    return [name for name in layers if name in found]
+
+
+def _said(module: nn.Module, names: list[str]) -> list[str]:
+    """One line on the layers whose rank is below the default."""
+    found = adapters(module)
+    thin = [f"{found[n].lora_rank} for {n}" for n in names if found[n].lora_rank < RANK]
+    if not thin:
+        return []
+    more = f" and {len(thin) - 6} more" if len(thin) > 6 else ""
+    return [f"LoRA: rank {RANK}, but {', '.join(thin[:6])}{more}: the thinner side of the layer"]
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -6,7 +6,7 @@ merge(net)                                       # plain layers again, W + s B A
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,9 +15,22 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..swapping import refuse_sharded, refuse_unlike, swap_back
-from ..targets import Patterns, hits, listed, matching, nearest
+from ..targets import (
+    Patterns,
+    frozen_copies,
+    half_changed,
+    hits,
+    listed,
+    matching,
+    nearest,
+    trains,
+    within,
+)
 from .attention import AttentionAdapter, leave_fast_path, take_fast_path
 from .layers import Adapter, ConvAdapter, EmbeddingAdapter, LinearAdapter, adapt
+
+SHOWN = 4  # layers in a message
+RANK = 8  # where none is given: less in a layer that is thinner
 
 KINDS: dict[type[nn.Module], type[Adapter]] = {
     nn.MultiheadAttention: AttentionAdapter,
@@ -40,7 +53,7 @@ def adaptable(module: nn.Module) -> dict[str, nn.Module]:
 def adapt_module(
     module: nn.Module,
     targets: Patterns,
-    rank: int = 8,
+    rank: int | None = None,
     alpha: float = 16.0,
     exclude: Patterns = (),
     ranks: Mapping[str, int] | None = None,
@@ -51,28 +64,52 @@ def adapt_module(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Freeze the module, adapt the layers meant, and return their names; see `LoRA`."""
+    """Freeze the module, adapt the layers meant, and return their names; see `LoRA`.
+
+    A module of which some adapted layers are frozen already is a frozen base with new parts: what
+    trains in it and takes no adapter trains as before.
+    """
     refuse_sharded(module, "LoRA")
     check_numbers(alpha, dropout)
     layers, ranks, split = adaptable(module), ranks or {}, split or {}
     names = _chosen(module, targets, exclude, layers)
+    copies = frozen_copies(module)
+    _refuse_half(names, copies)
     also = set(_owned(train_also, dict(module.named_parameters()))) if train_also else set()
+    also |= set(fresh_parts(module, names, copies))
     for patterns, whose in ((list(ranks), "LoRA.ranks"), (list(split), "LoRA.split")):
         matching(patterns, names, whose)
-    plan = {}
+    plan, thin = {}, {}
     for name in names:  # all is checked before anything changes
         own = next((r for pattern, r in ranks.items() if hits(pattern, name)), rank)
         parts = next((p for pattern, p in split.items() if hits(pattern, name)), 1)
-        _refuse(name, layers[name], own, parts, dropout)
-        plan[name] = own, parts
+        sizes = _refuse(name, layers[name], RANK if own is None else own, parts, dropout)
+        if own is not None and not 1 <= own <= min(sizes):
+            thin[name] = own, sizes
+        plan[name] = min(RANK, *sizes) if own is None else own, parts
+    _refuse_thin(thin)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in also)
     for name, (own, parts) in plan.items():
         scale = alpha / (math.sqrt(own) if rank_stabilized else own)
         mixin = next(KINDS[kind] for kind in KINDS if isinstance(layers[name], kind))
         adapt(layers[name], mixin, name, own, scale, parts, dropout, dtype, seed)
+        cast(Adapter, layers[name]).lora_is_copy = any(within(name, copy) for copy in copies)
     leave_fast_path(module)
     return names
+
+
+def fresh_parts(module: nn.Module, names: Sequence[str], copies: Mapping[str, str]) -> list[str]:
+    """Parameters that train beside a frozen base whose layers `names` are adapted; else none."""
+    based = any(
+        not trains(module.get_submodule(name)) and not any(within(name, copy) for copy in copies)
+        for name in names
+    )
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if based and parameter.requires_grad and not any(within(name, layer) for layer in names)
+    ]
 
 
 def check_numbers(alpha: float, dropout: float) -> None:
@@ -123,7 +160,35 @@ def _owned(patterns: Patterns, parameters: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
-def _refuse(name: str, layer: nn.Module, rank: int, parts: int, dropout: float) -> None:
+def _refuse_half(names: Sequence[str], copies: Mapping[str, str]) -> None:
+    if (pair := half_changed(names, copies)) is not None:
+        copy, original = pair
+        raise ValueError(
+            f"LoRA: {copy} is a frozen copy of {original}, and other layers of it would be adapted;"
+            " code that pairs their parameters (a momentum teacher) would pair wrong ones; name "
+            f"the layers of both: type --trainer.callbacks.targets=[{original}.*,{copy}.*]"
+        )
+
+
+def _refuse_thin(thin: Mapping[str, tuple[int, tuple[int, int]]]) -> None:
+    """Refuse ranks that were typed and do not fit, naming the layers and no others."""
+    if not thin:
+        return
+    said = [
+        f"rank {rank} for {name}, a map from {sizes[0]} to {sizes[1]}; allowed: 1 to {min(sizes)}"
+        for name, (rank, sizes) in thin.items()
+    ]
+    fits = {name: min(max(rank, 1), *sizes) for name, (rank, sizes) in thin.items()}
+    typed = ", ".join(f"{name}: {rank}" for name, rank in list(fits.items())[:SHOWN])
+    more = f"; and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
+    raise ValueError(
+        f"LoRA: {'; '.join(said[:SHOWN])}{more}; type --trainer.callbacks.ranks='{{{typed}}}', or "
+        "leave rank out: 8, and less where a layer is thinner"
+    )
+
+
+def _refuse(name: str, layer: nn.Module, rank: int, parts: int, dropout: float) -> tuple[int, int]:
+    """Raise if the layer can have no adapter; else the sizes of the map that it is."""
     kind = type(layer).__name__
     if isinstance(layer, Adapter):
         raise ValueError(f"LoRA: {name} has an adapter already; make a new module")
@@ -163,12 +228,7 @@ def _refuse(name: str, layer: nn.Module, rank: int, parts: int, dropout: float) 
             )
     if parts != 1 and not isinstance(layer, nn.Linear):
         raise ValueError(f"LoRA.split: {name} is a {kind}; only a Linear holds several maps")
-    if not 1 <= rank <= min(sizes):
-        raise ValueError(
-            f"LoRA: rank {rank} for {name}, a map from {sizes[0]} to {sizes[1]}; allowed: 1 to "
-            f"{min(sizes)}; type --trainer.callbacks.rank={min(max(rank, 1), min(sizes))}, or "
-            f"ranks: {{{name}: {min(sizes)}}}"
-        )
+    return sizes
 
 
 def adapters(module: nn.Module) -> dict[str, Adapter]:

@@ -37,6 +37,8 @@ class Adapter(Swapped):
     lora_names: tuple[str, ...] = ("lora_a", "lora_b")
     lora_enabled: bool
     lora_called: bool  # since somebody set it to False
+    lora_recorded: bool  # whether autograd was on in one of these calls
+    lora_is_copy: bool  # of another adapted layer that trains: a teacher's gets no gradient
     lora_rank: int
     lora_parts: int
     lora_scale: float
@@ -63,6 +65,7 @@ class Adapter(Swapped):
         if not self.lora_enabled:
             return y
         self.lora_called = True
+        self.lora_recorded |= torch.is_grad_enabled()
         if self.lora_dropout and x.is_floating_point():
             x = F.dropout(x, self.lora_dropout, self.training)
         return self.lora_add(y, x)
@@ -196,4 +199,5 @@ def adapt(
         adapter.register_parameter(key, nn.Parameter(value.to(reference.device)))
     adapter.lora_rank, adapter.lora_parts, adapter.lora_scale = rank, parts, scale
     adapter.lora_dropout, adapter.lora_dtype = dropout, dtype
-    adapter.lora_enabled = adapter.lora_called = True
+    adapter.lora_enabled = adapter.lora_called = adapter.lora_recorded = True
+    adapter.lora_is_copy = False

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from ..swapping import refuse_sharded, refuse_unlike
-from ..targets import Patterns, hidden_layers, hits, listed, matching
+from ..targets import Patterns, frozen_copies, hidden_layers, hits, listed, matching, within
 from ..transforms import Transform
 from .layers import QuantizedLinear, quantize_layer
 
@@ -37,6 +37,8 @@ class Quantization(Transform):
         exclude: layers of `targets` to leave alone.
         double: quantize NF4's scales too: 4.127 bits instead of 4.5, at no loss that shows.
         backend: bitsandbytes has faster NF4 kernels for CUDA; the bits are the same.
+        frozen_copies: quantize although the module holds a frozen copy of the same net. Set it for
+            a fixed reference; a momentum teacher pairs parameters, which the bits would break.
     """
 
     phase = "quantize"
@@ -48,6 +50,7 @@ class Quantization(Transform):
         exclude: Patterns = (),
         double: bool = True,
         backend: Literal["torch", "bitsandbytes"] = "torch",
+        frozen_copies: bool = False,
     ) -> None:
         """Choose."""
         if scheme not in ("nf4", "int8"):
@@ -62,7 +65,7 @@ class Quantization(Transform):
             "exclude": listed(exclude),
             "double": double,
         }
-        self.backend = backend
+        self.backend, self.frozen_copies = backend, frozen_copies
         self.errors: dict[str, float] = {}  # RMS of the rounding over the weights', by layer
 
     def identity(self) -> dict[str, Any]:
@@ -92,7 +95,8 @@ class Quantization(Transform):
     def transform(self, module: nn.Module) -> None:
         """Quantize and say how much was lost."""
         arguments = {key: self.arguments[key] for key in ("scheme", "targets", "exclude", "double")}
-        self.errors = quantize_module(module, **arguments, backend=self.backend)
+        how = {"backend": self.backend, "copies": self.frozen_copies}
+        self.errors = quantize_module(module, **arguments, **how)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the layers that lost most; refuse a net in which nothing is left to train."""
@@ -141,8 +145,12 @@ def quantize_module(
     exclude: Patterns = (),
     double: bool = True,
     backend: str = "torch",
+    copies: bool = True,
 ) -> dict[str, float]:
-    """Quantize the layers meant, in place; returns the error of each, RMS over RMS."""
+    """Quantize the layers meant, in place; returns the error of each, RMS over RMS.
+
+    Without `copies` a net of which the module holds a frozen copy, or the copy, is refused.
+    """
     refuse_sharded(module, "Quantization")
     layers = quantizable(module)
     if targets is None:
@@ -162,6 +170,8 @@ def quantize_module(
         raise ValueError("Quantization: no layer is left to round; type a narrower exclude")
     for name in names:
         _refuse(module, name, layers[name])
+    if not copies:
+        _refuse_copies(module, names)
     return {name: quantize_layer(layers[name], scheme, double, backend) for name in names}
 
 
@@ -175,6 +185,18 @@ def _refuse_other_kinds(module: nn.Module, targets: Patterns, layers: dict[str, 
                     f"Quantization.targets: {pattern!r} hits {name}, a {type(layer).__name__}; "
                     f"allowed: Linear layers that are called, here {', '.join(list(layers)[:4])}"
                 )
+
+
+def _refuse_copies(module: nn.Module, names: list[str]) -> None:
+    for copy, original in frozen_copies(module).items():
+        hit = [one for one in (original, copy) if any(within(name, one) for name in names)]
+        if hit:
+            raise ValueError(
+                f"Quantization: {copy} is a frozen copy of {original}; code that pairs their "
+                "parameters (a momentum teacher) would meet bits in the place of weights; type "
+                f"--trainer.callbacks.exclude=[{','.join(f'{one}*' for one in hit)}], or for a "
+                "fixed reference --trainer.callbacks.frozen_copies=true"
+            )
 
 
 def _refuse(module: nn.Module, name: str, layer: nn.Linear) -> None:

@@ -51,6 +51,7 @@ class QuantizedLinear(Swapped, nn.Linear):
     double: bool
     backend: str
     dense: torch.dtype  # of the weight before
+    trained: bool  # whether the weight did, before it was rounded
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -131,6 +132,7 @@ def quantize_layer(layer: nn.Linear, scheme: str, double: bool, backend: str = "
         layer.register_parameter(f"weight_{name}", nn.Parameter(part, requires_grad=False))
     assert isinstance(layer, QuantizedLinear)
     layer.double, layer.backend, layer.dense = double, backend, weight.dtype
+    layer.trained = weight.requires_grad
     error = (layer.weight.float() - weight.float()).square().mean()
     size = weight.float().square().mean()
     return float((error / size.clamp_min(1e-30)).sqrt())
