@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ravine.strategies.saving import save, save_as_usual, save_last, worth_saving
 
+from .checks import before_training
 from .nan_guard import NonFiniteError
 
 MONITOR = "val/loss"
@@ -57,12 +58,18 @@ class Checkpoint(ModelCheckpoint):
         self._written: set[str] = set()  # paths; a checkpoint may name any other file
 
     @property
+    def monitor_is_optional(self) -> bool:
+        """Whether a run may log no metric of that name."""
+        return self.monitor == MONITOR
+
+    @property
     def state_key(self) -> str:
         """Two may live side by side if they look at different metrics."""
         return f"Checkpoint[{self.monitor}]"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder; that it holds files already is no news to one who resumes there."""
+        before_training(trainer, pl_module, stage)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
             super().setup(trainer, pl_module, stage)

@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from .checks import before_training
 from .progress import log_interval
 
 BELOW = {"train/distinct": 0.5}
@@ -38,6 +39,16 @@ class CollapseAlarm(L.Callback):
         self.alarms: list[dict[str, Any]] = []  # step, metric, value, bound
         self.ringing: list[str] = []
         self.step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let the metrics be looked for before the first step."""
+        before_training(trainer, pl_module, stage)
+
+    def needed_metrics(self) -> tuple[str, list[set[str]]]:
+        """All that were given by name; of the defaults one."""
+        watched = {*self.below, *self.fallen}
+        groups = [{name} for name in sorted(self.asked)] or [watched]
+        return "below" if self.asked & self.below.keys() else "fallen", groups
 
     @property
     def state_key(self) -> str:

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from .checks import before_training
 from .progress import log_interval
 from .showing import run_folder
 
@@ -83,6 +84,14 @@ class Curves(Recorded):
         """Begin with empty curves."""
         super().__init__()
         self.metrics, self.begins = metrics, True
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let the metrics be looked for before the first step."""
+        before_training(trainer, pl_module, stage)
+
+    def needed_metrics(self) -> tuple[str, list[set[str]]]:
+        """One of those that were given, at least."""
+        return "metrics", [set(self.metrics)] if self.metrics else []
 
     def draw(self, folder: Path, module: L.LightningModule) -> None:
         """A panel for each metric."""

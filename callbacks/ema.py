@@ -16,8 +16,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from .shards import local, part_of, put_into, saved_as, trainable
+from .checks import before_training
+from .optimizers.composite import Composite
+from .optimizers.modes import has_two_sets
+from .shards import followed, local, part_of, put_into, saved_as, trainable
 
 
 class EMA(Callback):
@@ -41,14 +45,25 @@ class EMA(Callback):
         self.other: dict[str, Tensor] = {}  # the set of weights that the model does not hold
         self.swapped = False  # the model holds the average
         self._weights: dict[str, Tensor] = {}  # of this run: a walk over a net takes longer
+        self._frozen: list[Tensor] = []  # parameters that may be unfrozen later
         self._saved: dict[str, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a second average, which would be an average of this one."""
+        """Refuse a second owner of the weights that are evaluated."""
+        before_training(trainer, pl_module, stage)
         both = [c for c in trainer.callbacks if isinstance(c, EMA)]  # pyright: ignore[reportAttributeAccessIssue]
         if len(both) > 1:
             decays = " and ".join(f"EMA(decay={ema.decay})" for ema in both)
             raise ValueError(f"one average a run: there are {decays}; leave one of them out")
+        for other in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if stage == "fit" and callable(two := getattr(other, "optimizers_with_two_sets", None)):
+                refuse_two_sets(two())
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse an optimizer that has an average of its own, whoever made it."""
+        for each in trainer.optimizers:
+            members = each.members if isinstance(each, Composite) else [each]
+            refuse_two_sets([type(m).__name__ for m in members if has_two_sets(m)])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on from a checkpoint, or start at the weights as they are: loaded and sharded."""
@@ -57,7 +72,14 @@ class EMA(Callback):
         if not self.other or self.steps != trainer.global_step:
             self.steps = trainer.global_step
             self.other = {name: p.detach().clone() for name, p in trainable(pl_module)}
-        self._weights = dict(trainable(pl_module))
+        self._take_over(pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Begin to average what was unfrozen since, at its value before its first step."""
+        if any(parameter.requires_grad for parameter in self._frozen):
+            self._take_over(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -99,7 +121,8 @@ class EMA(Callback):
     ) -> None:
         """The average as the model's weights, the raw ones beside it; called on every rank."""
         if self.other:
-            live = dict(trainable(pl_module))
+            self._take_over(pl_module)
+            live = dict(followed(pl_module, self.other))
             raw, average = (self.other, live) if self.swapped else (live, self.other)
             state = checkpoint["state_dict"]
             put_into(state, average)
@@ -116,7 +139,7 @@ class EMA(Callback):
         if not self._saved:
             return
         self.other = {}
-        for name, weight in trainable(module):
+        for name, weight in followed(module, self._saved):
             if name not in self._saved:
                 raise ValueError(
                     f"EMA: the checkpoint does not know {name}; it was written with other "
@@ -126,13 +149,32 @@ class EMA(Callback):
             local(self.other[name]).copy_(part_of(self._saved[name], weight))
         self._saved = {}
 
+    def _take_over(self, module: nn.Module) -> None:
+        """Average every weight that moves now; one that is new starts at its current value."""
+        self._weights = dict(followed(module, self.other))
+        for name, weight in self._weights.items():
+            if name not in self.other:
+                self.other[name] = weight.detach().clone()
+        self._frozen = [p for p in module.parameters() if not p.requires_grad]
+
     @torch.no_grad()
     def _show(self, module: nn.Module, average: bool) -> None:
         if self.swapped == average:
             return
-        for name, weight in trainable(module):
+        self._take_over(module)
+        for name, weight in self._weights.items():
             mine, theirs = local(self.other[name]), local(weight)
             held = theirs.clone()
             theirs.copy_(mine)
             mine.copy_(held)
         self.swapped = average
+
+
+def refuse_two_sets(names: list[str]) -> None:
+    """ValueError if an optimizer keeps weights to evaluate beside those that it trains."""
+    if names:
+        raise ValueError(
+            f"EMA and {names[0]} would both decide which weights are evaluated: {names[0]} keeps "
+            "an average of its own; allowed: one of the two; take EMA out of trainer.callbacks, or "
+            "choose an optimizer such as AdamW"
+        )

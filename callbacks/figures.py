@@ -1,11 +1,13 @@
 """Figures: what a trained module can show of itself, as PNG files and in the logger."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from PIL import Image
 
+from .checks import before_training
 from .showing import run_folder, show
 
 
@@ -19,11 +21,19 @@ class Figures(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a module that draws nothing."""
+        before_training(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "figures", None)):
             raise ValueError(
                 f"Figures needs a module with a method figures(), and {type(pl_module).__name__} "
                 "has none; take Figures out of trainer.callbacks"
             )
+
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Draw once with the weights as they are; the pictures are thrown away."""
+        module: Any = pl_module
+        for figure in module.figures(getattr(trainer, "datamodule", None)).values():
+            if trainer.is_global_zero:
+                figure.savefig(BytesIO(), format="png")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw on all ranks, since a sharded net needs all of them; the first one writes."""

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from .checks import before_training
 from .feature_statistics import Gaussian, Moments, frechet, kernel_distance
 from .inception import SHA256, Inception, Layer, weights
 from .shared_features import SharedFeatures, checked, fingerprint, picked, some, spread
@@ -96,6 +97,7 @@ class FrechetDistance(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot be measured before anything is trained."""
+        before_training(trainer, pl_module, stage)
         self._known = None
         if not callable(getattr(pl_module, "sample_images", None)):
             raise ValueError(
@@ -110,6 +112,13 @@ class FrechetDistance(L.Callback):
                 f"{type(data).__name__ if data else 'none'} is given; type --data=ImageDataModule"
             )
         refuse_without_validation(trainer, "FrechetDistance", stage)
+        for part in ("train", "test"):
+            if (count := len(data.pictures(part)[0])) < 2:
+                raise ValueError(
+                    f"FrechetDistance: the {part} part has {count} image{'s' * (count != 1)}, and "
+                    "a covariance needs 2; allowed: parts of 2 images or more; add images, type "
+                    "--data.test_fraction=0.5, or take FrechetDistance out of trainer.callbacks"
+                )
         if self.extractor is None:
             self._file, self._sha256 = weights(self.weights, trainer)
             if self._sha256 != SHA256:
@@ -119,6 +128,31 @@ class FrechetDistance(L.Callback):
                 )
         else:
             self._sha256 = fingerprint(*self.extractor.state_dict().values())
+
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Measure the real images, as a run needs them once, and sample two."""
+        module: Any = pl_module
+        with self._at_work(pl_module.device) as extractor:
+            work = SharedFeatures(trainer, extractor, self.batch_size, pl_module.device)
+            real = self._real(trainer, work)
+            labels = spread(trainer.datamodule.pictures("train")[1], self.n)[:2]  # pyright: ignore
+            with trainer.precision_plugin.val_step_context():
+                images = module.sample_images(torch.arange(2, device=module.device), labels)
+            features = extractor(checked(images, 2, type(module).__name__).to(work.device))
+            if features.shape[1:] != real.mean.shape:
+                raise ValueError(
+                    f"FrechetDistance: samples have features {tuple(features.shape[1:])} and the "
+                    f"data's images {tuple(real.mean.shape)}; sample images of the data's size"
+                )
+
+    def logged_metrics(self, trainer: L.Trainer) -> set[str]:
+        """What it logs; no ratio where real images are no distance apart."""
+        other = "kid" if self.name == "fid" else self.name.replace("fd_", "kd_", 1)
+        ends = ("", "_floor", "_n", "_seconds", "_images_per_second")
+        names = {f"{self.name}{end}" for end in ends} | {other, f"{other}_floor"}
+        if self._known is None or self._known.floors[:, 0].mean() > 0:
+            names.add(f"{self.name}_ratio")
+        return {f"val/{name}" for name in names}
 
     @property
     def name(self) -> str:
@@ -159,7 +193,7 @@ class FrechetDistance(L.Callback):
         found = {
             self.name: distance,
             f"{self.name}_floor": floor,
-            f"{self.name}_ratio": distance / floor,
+            **({f"{self.name}_ratio": distance / floor} if floor > 0 else {}),
             other: kernel,
             f"{other}_floor": kernel_floor,
             f"{self.name}_n": self.n,
@@ -240,6 +274,11 @@ class FrechetDistance(L.Callback):
                 f"{self.n} samples: they are not alike; type --trainer.callbacks.n={test}"
             )
         floors = real.floors[:, 0]
+        if not floors.mean() > 0:
+            rank_zero_warn(
+                "FrechetDistance: the real images are no distance apart (are they all equal?): "
+                f"{self.name}_ratio is not logged"
+            )
         draws = f" ({len(floors)} draws, {floors.min():.4g} to {floors.max():.4g})"
         knows = "" if real.accuracy.isnan() else f", right on {real.accuracy:.2%} of them"
         rank_zero_info(

@@ -27,6 +27,7 @@ from torch.distributed import all_reduce
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from .checks import before_training
 from .nan_guard import NonFiniteError, StepsLeftOut
 from .patching import patch, unpatch
 from .shards import local
@@ -146,6 +147,7 @@ class GradientClipping(Callback):
 
         Of several the last one counts: a flag on the command line comes after a config's.
         """
+        before_training(trainer, pl_module, stage)
         if stage != "fit":
             return
         clippings = [c for c in trainer.callbacks if isinstance(c, GradientClipping)]  # pyright: ignore[reportAttributeAccessIssue]
@@ -174,6 +176,10 @@ class GradientClipping(Callback):
             self._clip(trainer, optimizer)
 
         patch(trainer, pl_module, "configure_gradient_clipping", configure_gradient_clipping, self)
+
+    def logged_metrics(self, trainer: L.Trainer) -> set[str]:
+        """What it logs."""
+        return {"train/grad_norm", "train/clipped", "train/skipped"}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the steps of this fit."""

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 
 from ravine.strategies.saving import non_finite
 
+from .checks import before_training
+
 
 class NonFiniteError(RuntimeError):
     """Training went to NaN or infinity; the text says where. A command ends with `exit_status`."""
@@ -68,6 +70,10 @@ class NaNGuard(Callback):
         self.skipped = 0
         self._left_out = StepsLeftOut()
         self._finite: Tensor | None = None  # of the losses since the last step, on their device
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let the run be checked before the first step."""
+        before_training(trainer, pl_module, stage)
 
     @property
     def state_key(self) -> str:

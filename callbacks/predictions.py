@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .checks import before_training
 from .showing import run_folder
 
 LONGEST = 300  # characters of a cell shown; the file has them all
@@ -35,6 +36,10 @@ class PredictionTable(L.Callback):
         self.shown = shown
         self.rows: list[Row] = []
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a prediction that the module cannot make."""
+        before_training(trainer, pl_module, stage)
+
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any
     ) -> None:
@@ -44,6 +49,12 @@ class PredictionTable(L.Callback):
             if isinstance(row, dict):
                 self.rows.append(row)
             elif isinstance(row, tuple) and names is not None:
+                if len(row) != len(names):
+                    raise ValueError(
+                        f"PredictionTable: predict_step of {type(pl_module).__name__} gave a row "
+                        f"of {len(row)} values, and its `columns` are {len(names)}: "
+                        f"{', '.join(names)}; give each row one value a column"
+                    )
                 self.rows.append(dict(zip(names, row, strict=True)))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 
+from ravine.strategies import states
 from ravine.strategies.checkpoint_io import SUFFIX, AtomicCheckpointIO
 
 from .transforms import Transform
@@ -85,6 +86,7 @@ def fill(module: L.LightningModule, path: str) -> None:
             f"lightning export --merge --ckpt_path={path} --folder=FOLDER"
         )
     module.on_load_checkpoint(checkpoint)
+    refuse_other_sizes(module, checkpoint, path)
     wrong = module.load_state_dict(checkpoint["state_dict"], strict=False)
     odd = [f"{name} is only here" for name in wrong.missing_keys]
     odd += [f"{name} is only there" for name in wrong.unexpected_keys]
@@ -95,3 +97,19 @@ def fill(module: L.LightningModule, path: str) -> None:
             f"{'; '.join(odd[:4])}{more}; allowed: a checkpoint of this model; "
             "type --trainer.callbacks.path=FILE"
         )
+
+
+def refuse_other_sizes(module: L.LightningModule, checkpoint: dict[str, Any], path: str) -> None:
+    """ValueError if a weight has another size in the checkpoint, with the arguments that differ."""
+    ours, theirs = states.sizes(module.state_dict()), states.sizes(checkpoint["state_dict"])
+    wrong = states.apart(ours, theirs, strict=False)
+    if not wrong:
+        return
+    saved, here = checkpoint.get("hyper_parameters", {}), dict(module.hparams)
+    other = {key: saved[key] for key in saved.keys() & here.keys() if saved[key] != here[key]}
+    flags = " ".join(f"--model.{key}={other[key]}" for key in sorted(other) if key[0] != "_")
+    raise ValueError(
+        f"the weights in {path} have other sizes than this {type(module).__name__}: {wrong}; "
+        f"allowed: a model of the checkpoint's sizes; type {flags or 'its own arguments'}, or "
+        "another checkpoint: --trainer.callbacks.path=FILE"
+    )

@@ -31,6 +31,7 @@ from ravine.strategies.saving import save_as_usual, save_last
 from ravine.strategies.share import Share
 
 from .batch_seeds import BatchSeeds, seed_of, set_generators
+from .checks import before_training
 
 VALIDATION, FETCH = -1, -2  # beside the kinds of loaders: whose seed it is
 Place = Literal["start", "epoch end", "step end", "before validation", "after validation"]
@@ -63,6 +64,7 @@ class ExactResume(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the seed, and which share of the data this is: ranks that split one model agree."""
+        before_training(trainer, pl_module, stage)
         self._place, self._max_steps, self._metrics = "start", None, {}
         self._plateau_due = False
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .checks import before_training
 from .predictions import plain
 from .showing import run_folder
 
@@ -43,6 +44,7 @@ class RolloutTable(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a module that has no samples."""
+        before_training(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "samples", None)):
             raise ValueError(
                 f"RolloutTable needs a module with a method samples(), and "

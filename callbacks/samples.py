@@ -1,9 +1,12 @@
 """Samples: what a generative model makes, looked at after each validation."""
 
+import inspect
+from difflib import get_close_matches
 from typing import Any
 
 import lightning as L
 
+from .checks import before_training
 from .showing import run_folder, show
 from .validations import refuse_without_validation
 
@@ -24,13 +27,22 @@ class Samples(L.Callback):
         self.last: str | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module that generates nothing, and a fit that never asks it to."""
+        """Refuse a module that generates nothing, arguments it has not, a fit that never asks."""
+        before_training(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "generate", None)):
             raise ValueError(
                 f"Samples needs a module with a method generate(), and {type(pl_module).__name__} "
                 "has none; take Samples out of trainer.callbacks"
             )
         refuse_without_validation(trainer, "Samples", stage)
+        refuse_unknown_arguments(pl_module, self.arguments)
+
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Try the arguments: by the module's `try_generate`, which is short, or by `generate`."""
+        module: Any = pl_module
+        made = getattr(module, "try_generate", module.generate)(**self.arguments)
+        if callable(getattr(made, "grid", None)):
+            made.grid()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep a sample; all ranks generate, as a sharded net needs all of them.
@@ -58,3 +70,23 @@ class Samples(L.Callback):
         """Print the last text."""
         if self.last is not None:
             pl_module.print(f"--- a sample after step {trainer.global_step} ---\n{self.last}")
+
+
+def refuse_unknown_arguments(module: Any, arguments: dict[str, Any]) -> None:
+    """ValueError for an argument that the module's `generate` does not take, or lacks."""
+    signature = inspect.signature(module.generate)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        names = [name for name in signature.parameters if name != "show"]
+        wrong = [name for name in arguments if name not in signature.parameters]
+        near = get_close_matches(wrong[0], names, n=1) if wrong else []
+        raise ValueError(
+            f"Samples: generate() of {type(module).__name__}: {error}; allowed: "
+            f"{', '.join(names)}; "
+            + (
+                f"type --trainer.callbacks.arguments.{near[0]}=..."
+                if near
+                else "change --trainer.callbacks.arguments"
+            )
+        ) from error

@@ -4,7 +4,7 @@ A parameter spread over a mesh is a DTensor. Arithmetic by number needs only the
 its memory; files and other layouts need the whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,6 +51,14 @@ def trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             unit.reshard()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.is_floating_point():
+            yield name, parameter
+
+
+def followed(module: nn.Module, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """Those that move now, and those of these names, which may be frozen at the moment."""
+    moving = {name for name, _ in trainable(module)}
+    for name, parameter in module.named_parameters():
+        if name in moving or (name in names and parameter.is_floating_point()):
             yield name, parameter
 
 

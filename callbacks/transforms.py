@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
+from .checks import before_training
 from .patching import living, owner_of, patch, unpatch
 
 CHANGES = ("quantize", "adapt")  # phases after which the weights have other names
@@ -59,12 +59,6 @@ def register(
     name, ledger = type(owner).__name__, _ledger(module)
     if phase not in PHASES:
         raise ValueError(f"{name}: no phase {phase!r}; phases are {', '.join(PHASES)}")
-    for other in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(other, WeightAveraging):
-            raise ValueError(
-                f"{type(other).__name__} copies the net before {name} has changed it: use"
-                " ravine.callbacks.EMA in its place"
-            )
     if phase in ledger.applied:
         if ledger.applied[phase] == identity:
             return
@@ -268,6 +262,7 @@ class Transform(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Announce the phase."""
+        before_training(trainer, pl_module, stage)
         register(trainer, pl_module, self.phase, self.transform, self, self.identity())
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -121,6 +121,7 @@ def show(module: TaskModule, arguments: dict[str, Any]) -> None:
     """Print a single text as it is written, several one after the other."""
     method: Any = module.generate
     prompt = arguments.get("prompt", signature.flags(method)["prompt"].default)
+    prompt = getattr(module, "default_prompt", None) if prompt is None else prompt
     if isinstance(prompt, str) and arguments.get("num_samples", 1) == 1:
         before = [prompt]  # shown when it has been accepted
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.loggers import (
     CSVLogger,
@@ -22,12 +22,14 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from ravine.callbacks.checkpoint import Checkpoint
+from ravine.callbacks.checks import RunChecks
 from ravine.callbacks.loss_plot import LossPlot
 from ravine.callbacks.predictions import PredictionTable
 from ravine.callbacks.progress import ProgressBar
 from ravine.callbacks.resume import ExactResume
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 from ravine.strategies.signals import GracefulStop
+from ravine.strategies.stock_callbacks import refuse_stock_callbacks
 from ravine.strategies.weighting import GlobalMean
 
 from .errors import FULL, Mistake
@@ -49,8 +51,8 @@ class Trainer(L.Trainer):
         Trainer(max_steps=1000, precision="auto").fit(model, datamodule=data)
 
     Added unless one of the kind is given: ExactResume, GracefulStop, GlobalMean, PredictionTable,
-    the plugin AtomicCheckpointIO, and, unless switched off, Checkpoint (enable_checkpointing),
-    ProgressBar (enable_progress_bar) and LossPlot (logger).
+    RunChecks, the plugin AtomicCheckpointIO, and, unless switched off, Checkpoint
+    (enable_checkpointing), ProgressBar (enable_progress_bar) and LossPlot (logger).
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class Trainer(L.Trainer):
         super().__init__(
             precision=chosen_precision(precision, kwargs.get("accelerator", "auto")),
             logger=[each for each in self._loggers_wanted if isinstance(each, Logger)] or False,
-            callbacks=with_defaults(listed(callbacks), defaults),
+            callbacks=checked_first(with_defaults(listed(callbacks), defaults)),
             plugins=with_atomic_files(listed(plugins)),
             default_root_dir=default_root_dir,
             num_sanity_val_steps=num_sanity_val_steps,
@@ -116,10 +118,7 @@ class Trainer(L.Trainer):
 
     def _lighten(self) -> None:
         """Take from a step what it does not need: lean_loop.py has the figures."""
-        for callback in self.callbacks:  # type: ignore
-            if isinstance(callback, WeightAveraging):
-                wrong = f"{type(callback).__name__} copies the net before it is built"
-                raise Mistake(wrong, ["EMA"], "--trainer.callbacks+=EMA", "averages that work")
+        refuse_stock_callbacks(self)
         self._checkpoint_connector = Restore(self)
         loop = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = LeanEpochLoop(self, loop.min_steps, loop.max_steps)
@@ -239,6 +238,12 @@ def with_atomic_files(plugins: list[Any]) -> list[Any]:
 def with_defaults(given: list[Callback], defaults: dict[type, bool]) -> list[Callback]:
     """The callbacks given, and those defaults that are on and not among them."""
     return given + [kind() for kind, on in defaults.items() if on and not has(given, kind)]
+
+
+def checked_first(callbacks: list[Callback]) -> list[Callback]:
+    """The callbacks, RunChecks before all others: it refuses what they would fail at."""
+    first = [each for each in callbacks if isinstance(each, RunChecks)] or [RunChecks()]
+    return first[:1] + [each for each in callbacks if not isinstance(each, RunChecks)]
 
 
 def listed(value: Any) -> list[Any]:

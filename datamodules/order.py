@@ -158,6 +158,12 @@ class TrainLoader:
             self._shift = at["epoch"] + (not same) - self._turn
         self.epoch = 0 if self.repeat else self._turn + self._shift
 
+    def peek(self) -> Any:
+        """This rank's first micro-batch of the epoch; the position stays as it is."""
+        rank, size, accumulate = self.share
+        mine = self.batch_size // accumulate // size
+        return self.fetch(self.order(self.epoch, rank * mine, (rank + 1) * mine))
+
     def set_epoch(self, epoch: int) -> None:
         """Take the trainer's number of the epoch that the next iteration hands out."""
         self._turn = epoch

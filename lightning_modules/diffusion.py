@@ -5,9 +5,11 @@ The formulas are in `imaging/denoising.py`; here: what a step draws, what is log
 Axes: b batch, n images, c y x images, s noise steps.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -258,6 +260,23 @@ class Diffusion(TaskModule):
         images = self._sample(index, shown if asked else None, way, seed, batch_size)
         rows = tuple(self.class_names[number] for number in asked)
         return Pictures(images, count if asked else math.ceil(math.sqrt(count)), rows)
+
+    def try_generate(self, **arguments: Any) -> Pictures:
+        """One image in one step for these arguments of `generate`, all of which are checked."""
+        given = inspect.signature(self.generate).bind(**arguments)
+        given.apply_defaults()
+        asked = given.arguments
+        names = "guidance", "steps", "sampler", "eta"
+        way = self.way.of(self.withheld, self.one_step, **{name: asked[name] for name in names})
+        labels = pick(asked["labels"], self.classes)
+        count = asked["num_samples"]
+        if (count is not None and count < 1) or asked["batch_size"] < 1:
+            raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=8")
+        index = torch.arange(1, device=self.device)
+        shown = torch.tensor(labels[:1], device=self.device) if labels else None
+        images = self._sample(index, shown, replace(way, steps=1), asked["seed"], 1)
+        self.recordings = Recordings()
+        return Pictures(images, 1)
 
     def figures(self, datamodule: Any) -> dict[str, Any]:
         """The way back, estimates at each level, and what lies between two noises."""

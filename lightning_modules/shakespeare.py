@@ -6,6 +6,7 @@ bits per byte do not, and are what models with different vocabularies are compar
 Axes: b batch, t time, v vocabulary.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
@@ -21,7 +22,7 @@ from .language import Transformer, gpt2
 from .language import figures as draw
 from .language.loss import IGNORED, nats
 from .language.moe import balance_of
-from .language.reading import Window
+from .language.reading import Window, check
 from .language.sampling import Sampling
 from .language.transformer import LARGE, complete
 from .language.writing import write
@@ -129,7 +130,7 @@ class LanguageModel(TaskModule):
 
     def generate(
         self,
-        prompt: str | Sequence[str] = "\n",
+        prompt: str | Sequence[str] | None = None,
         max_new_tokens: int = 200,
         temperature: float = 0.8,
         top_k: int | None = None,
@@ -147,7 +148,7 @@ class LanguageModel(TaskModule):
         model.generate("ROMEO:", temperature=0.5, stop="\\n\\n")
 
         Args:
-            prompt: the beginning.
+            prompt: the beginning; by default `default_prompt`.
             max_new_tokens: most tokens to write.
             temperature: below 1 the probable becomes more so; 0 takes the most probable token.
             top_k: draw only from the k most probable tokens.
@@ -168,6 +169,7 @@ class LanguageModel(TaskModule):
         if num_samples < 1 or batch_size < 1:
             raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=1")
         sampling = Sampling(temperature, top_k, top_p, min_p)
+        prompt = self.default_prompt if prompt is None else prompt
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_samples)]
         stops = [stop] if isinstance(stop, str) else list(stop)
@@ -180,6 +182,23 @@ class LanguageModel(TaskModule):
             new = write(self.net, self.tokenizer, part, stops, **how)
             texts += [before + after for before, after in zip(part, new, strict=True)]
         return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
+
+    @property
+    def default_prompt(self) -> str:
+        """A line break; the first known character for a text that has none."""
+        known = getattr(self.tokenizer, "characters", "\n")
+        return "\n" if "\n" in known else known[0]
+
+    def try_generate(self, **arguments: Any) -> str | list[str]:
+        """One token for these arguments of `generate`, all of which are checked as for many."""
+        given = inspect.signature(self.generate).bind(**arguments)
+        given.apply_defaults()
+        new, window = given.arguments["max_new_tokens"], given.arguments["window"]
+        if self.tokenizer is not None and self.context is not None:
+            prompt = given.arguments["prompt"]
+            prompts = [prompt] if isinstance(prompt, str) else prompt or [self.default_prompt]
+            check([len(self.tokenizer.encode(p)) for p in prompts], new, self.context, window)
+        return self.generate(**arguments | {"max_new_tokens": 1, "show": None})
 
     def figures(self, datamodule: Any) -> dict[str, Any]:
         """Next-token probabilities and attention on the data's text, and bigrams if it has them."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from . import archive, sharded
 from .checkpoint_error import CheckpointError as CheckpointError
 from .plain_pickle import UnsafePickle
+from .plain_values import with_plain_hyperparameters
 
 SUFFIX = ".ckpt"
 LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{32}")  # of a writer that was killed
@@ -61,6 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if target is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        checkpoint = with_plain_hyperparameters(checkpoint)
         refuse_foreign(checkpoint)
         self.written.add(resolved(target))
         try:

@@ -35,6 +35,7 @@ from .context import Context
 from .layout import Layout, check_choices, check_module, check_together, lay_out, resolve
 from .parallelize import Spread, copy_from_rank_zero, is_parallel, parallelize
 from .pipeline import SCHEDULES, Pipeline, Schedule
+from .plain_values import with_plain_hyperparameters
 from .recompute import Mode
 from .zero1 import share_steps
 
@@ -266,6 +267,7 @@ class MeshStrategy(ModelParallelStrategy):
         """Write a single file, or a folder with a part from each rank."""
         if not self._save_distributed_checkpoint:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
+        checkpoint = with_plain_hyperparameters(checkpoint)
         refuse_foreign({k: v for k, v in checkpoint.items() if k not in sharded.SPREAD})
         path = Path(self.broadcast(filepath))
         if isinstance(self.checkpoint_io, AtomicCheckpointIO):

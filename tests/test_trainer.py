@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torchmetrics import MeanMetric
 
 from ravine.callbacks import Checkpoint, ExactResume, LossPlot, PredictionTable, ProgressBar
+from ravine.callbacks.checks import RunChecks
 from ravine.cli import trainer as trainer_module
 from ravine.cli.trainer import Trainer, automatic_precision
 from ravine.strategies import AtomicCheckpointIO, GlobalMean, GracefulStop
@@ -324,7 +325,7 @@ def kinds(trainer: L.Trainer) -> list[type]:
 
 def test_defaults_are_there_once_and_what_is_given_takes_their_place() -> None:
     defaults = {ExactResume, GracefulStop, GlobalMean, Checkpoint, ProgressBar, LossPlot}
-    defaults |= {PredictionTable}
+    defaults |= {PredictionTable, RunChecks}
     assert set(kinds(Trainer())) == defaults
     resume, checkpoint = ExactResume(), ModelCheckpoint(monitor="val_loss")
     given = Trainer(callbacks=[resume, checkpoint], logger=False)
@@ -443,8 +444,6 @@ def test_training_reads_no_value_back_except_where_it_is_logged(
 def test_an_average_that_copies_the_net_too_early_is_refused_by_the_name_of_ours():
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
-    with pytest.raises(
-        Exception, match="EMAWeightAveraging copies the net before it is built"
-    ) as e:
+    with pytest.raises(Exception, match="EMAWeightAveraging copies the network in setup") as e:
         Trainer(callbacks=[EMAWeightAveraging()])
     assert "--trainer.callbacks+=EMA" in str(e.value)

@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..shards import local, part_of, put_into, trainable, whole
+from ..shards import followed, local, part_of, put_into, trainable, whole
 from .composite import Composite
 
 KEY = "training_weights"
+
+
+def has_two_sets(optimizer: Any) -> bool:
+    """Whether an optimizer, or a class of one, has `train()` and `eval()`."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 class TwoSets:
@@ -28,8 +33,10 @@ class TwoSets:
 
     def use(self, optimizer: Composite) -> None:
         """Look whether any member has the two modes."""
-        two = any(callable(getattr(member, "eval", None)) for member in optimizer.members)
+        two = any(has_two_sets(member) for member in optimizer.members)
         self._optimizer, self._aside = optimizer if two else None, {}
+        if two:  # a search for a learning rate steps before the hooks of a run
+            optimizer.train()
 
     def resume(self, module: nn.Module) -> None:
         """Go on with the training set, if the other one is still shown."""
@@ -41,7 +48,7 @@ class TwoSets:
         """Put the training set in place, as it was when it was set aside or saved."""
         if self._optimizer is not None:
             self._optimizer.train()
-            for name, weight in trainable(module):
+            for name, weight in followed(module, {*self._aside, *self._saved}):
                 if name in self._aside:
                     local(weight).copy_(local(self._aside[name]))
                 elif name in self._saved:

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Adafactor
 
+from ..checks import before_training
 from ..patching import patch, unpatch
 from ..shards import whole_net
 from .building import Share, compose, later, table
 from .composite import Composite, Group, Part, needs_closure
-from .modes import TwoSets
+from .modes import TwoSets, has_two_sets
 from .rules import (
     Decay,
     OptimizerFactory,
@@ -90,6 +91,7 @@ class OptimizerPlan(Callback):
 
         A flag on the command line comes after the callbacks of a config, and means what it says.
         """
+        before_training(trainer, pl_module, stage)
         if stage != "fit" or self is not plans(trainer)[-1]:
             return
         if not pl_module.automatic_optimization:
@@ -106,6 +108,11 @@ class OptimizerPlan(Callback):
             return self._configure(trainer, module)
 
         patch(trainer, pl_module, "configure_optimizers", configure_optimizers, self)
+
+    def optimizers_with_two_sets(self) -> list[str]:
+        """Names of those that evaluate other weights than they train, as far as classes tell."""
+        kinds = (optimizer_class(rule.optimizer) for rule in self.rules)
+        return [kind.__name__ for kind in kinds if kind and has_two_sets(kind)]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give `configure_optimizers` back."""

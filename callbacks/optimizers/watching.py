@@ -32,6 +32,13 @@ class UpdateSizes(Callback):
         """How often is for `--trainer.log_every_n_steps`."""
         self._before: dict[str, list[Tensor]] = {}
 
+    def logged_metrics(self, trainer: L.Trainer) -> set[str]:
+        """What it logs."""
+        labels = [rule[0] for each in trainer.optimizers for rule in by_rule(trainer, each)]
+        return {
+            f"{kind}/{label}" for kind in ("update/rms", "update/ratio", "lr") for label in labels
+        }
+
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:

@@ -1,0 +1,233 @@
+"""RunChecks: what a validation, a save or a metric needs is tried before the first training step.
+
+    setup                         what needs arguments only
+    check(trainer, module, batch) what needs the network or data: after the strategy has placed the
+                                  weights and a checkpoint is restored, before the sanity check
+
+`check` is a method that any callback, module or data module may have. It is called once a fit, on
+all ranks, with the first validation batch on its device, or None where there is none. It may raise,
+and must not change what training uses; whatever it does to the module, its buffers and the global
+generators is undone afterwards.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader
+
+from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, refuse_foreign
+from ravine.strategies.plain_values import plain
+from ravine.strategies.stock_callbacks import refuse_stock_callbacks
+
+from . import monitors
+from .undisturbed import undisturbed
+
+
+class RunChecks(Callback):
+    """Call every `check(trainer, module, batch)` once, before the first training step.
+
+    Any callback of this package adds it to a stock Trainer; there is nothing to configure. A check
+    of your own:
+
+        class Scores(L.Callback):
+            def check(self, trainer, module, batch):
+                if not hasattr(module, "score"):
+                    raise ValueError("Scores needs a module with a method score()")
+    """
+
+    def __init__(self) -> None:
+        """Nothing to choose."""
+        self._due = self._metrics_due = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what can be known without data: other callbacks, hyperparameters, prediction."""
+        self._due = self._metrics_due = stage == "fit"
+        refuse_stock_callbacks(trainer)
+        if stage == "fit":
+            _check_hyperparameters(trainer, pl_module)
+        elif stage == "predict":
+            _check_prediction(pl_module)
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check before the sanity check, where there is one."""
+        self._check_once(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check, where there is no sanity check; then the metrics that others monitor."""
+        self._check_once(trainer, pl_module)
+        if self._metrics_due and monitors.monitored(trainer):
+            with undisturbed(trainer, pl_module):
+                problem = monitors.missing(
+                    trainer,
+                    pl_module,
+                    lambda: validation_batches(trainer, pl_module),
+                    lambda: training_batch(trainer, pl_module),
+                )
+            agree(trainer, None if problem is None else ValueError(problem))
+        self._metrics_due = False
+
+    def _check_once(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self._due:
+            return
+        self._due = False
+        owners = [*_callbacks(trainer), module, getattr(trainer, "datamodule", None)]
+        checks = [check for each in owners if (check := _check_of(each)) is not None]
+        if not checks:
+            return
+        problem: Exception | None = None
+        with undisturbed(trainer, module):
+            try:
+                batches = validation_batches(trainer, module) or [None]
+                for check in checks:
+                    check(trainer, module, batches[0])
+            except Exception as error:
+                problem = error
+        agree(trainer, problem)
+
+
+def before_training(trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+    """Give the trainer a RunChecks unless it has one; every callback's `setup` calls this."""
+    if not any(isinstance(each, RunChecks) for each in _callbacks(trainer)):
+        checks = RunChecks()
+        # Lightning goes on with the old list in this hook, so `setup` is called here
+        trainer.callbacks = [checks, *_callbacks(trainer)]  # pyright: ignore[reportAttributeAccessIssue]
+        checks.setup(trainer, module, stage)
+
+
+def agree(trainer: L.Trainer, problem: Exception | None) -> None:
+    """Raise on every rank if one has a problem: a rank that went on would wait for it."""
+    if trainer.world_size > 1 and dist.is_initialized():
+        texts: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, None if problem is None else str(problem))
+        found = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+        if problem is None and found:
+            raise ValueError(f"on rank {found[0][0]}: {found[0][1]}")
+    if problem is not None:
+        raise problem
+
+
+def validation_batches(trainer: L.Trainer, module: L.LightningModule) -> list[Any] | None:
+    """The first batch of each validation loader, on the device.
+
+    None without validation, and where the data can be read only once.
+    """
+    if not trainer.enable_validation:
+        return None
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    made = loop._combined_loader is None
+    reloaded = loop._last_val_dl_reload_epoch
+    loop.setup_data()
+    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
+    batches = [first_batch(loader) for loader in loaders]
+    if made:  # the hook that makes it is called again when it is due, and draws what it would draw
+        loop._combined_loader, loop._last_val_dl_reload_epoch = None, reloaded
+    if not batches or any(batch is None for batch in batches):
+        return None
+    return [on_device(trainer, module, batch) for batch in batches]
+
+
+def training_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:
+    """The first batch of an epoch, on the device; None where the data can be read only once."""
+    loader = trainer.fit_loop._combined_loader
+    if loader is None:
+        return None
+    batch = tree_map(first_batch, loader.iterables)
+    if any(each is None for each in tree_leaves(batch)):
+        return None
+    return on_device(trainer, module, batch)
+
+
+def first_batch(loader: Any) -> Any:
+    """The first batch of a loader whose position stays as it is, or None."""
+    if callable(peek := getattr(loader, "peek", None)):
+        return peek()
+    if isinstance(loader, Iterator):
+        return None  # it can be gone through once
+    if not isinstance(loader, DataLoader):
+        return None if isinstance(loader, _Stateful) else next(iter(copy.copy(loader)), None)
+    if isinstance(loader, _Stateful) or isinstance(loader.dataset, Iterator):
+        return None
+    twin: Any = copy.copy(loader)  # with an iterator of its own: persistent workers are kept there
+    twin.__dict__["_iterator"] = None
+    samplers = (loader, loader.sampler, loader.batch_sampler, inner_sampler(loader))
+    generators = {id(g): g for each in samplers if (g := getattr(each, "generator", None))}
+    states = [(each, each.get_state()) for each in generators.values()]
+    try:
+        return next(iter(twin), None)
+    finally:
+        if (iterator := twin.__dict__["_iterator"]) is not None:
+            iterator._shutdown_workers()
+        for each, state in states:
+            each.set_state(state)
+
+
+def inner_sampler(loader: DataLoader) -> Any:
+    """The sampler that a batch sampler draws from."""
+    return getattr(loader.batch_sampler, "sampler", None)
+
+
+def on_device(trainer: Any, module: L.LightningModule, batch: Any) -> Any:
+    """The batch as a step gets it."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _callbacks(trainer: L.Trainer) -> list[Callback]:
+    return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _check_of(owner: Any) -> Any:
+    """The owner's check; a method of this name with other parameters is something else."""
+    check = getattr(owner, "check", None)
+    if not callable(check):
+        return None
+    try:
+        inspect.signature(check).bind(None, None, None)
+    except (TypeError, ValueError):
+        return None
+    return check
+
+
+def _check_hyperparameters(trainer: L.Trainer, module: L.LightningModule) -> None:
+    saves = trainer.checkpoint_callbacks and not getattr(trainer, "fast_dev_run", False)
+    if not saves or not isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+        return
+    for owner in (module, getattr(trainer, "datamodule", None)):
+        refuse_unsavable(type(owner).__name__, dict(getattr(owner, "hparams", {}) or {}))
+
+
+def refuse_unsavable(owner: str, hyperparameters: dict[str, Any]) -> None:
+    """ValueError for the first hyperparameter that no checkpoint can hold, by its key."""
+    for key, value in hyperparameters.items():
+        try:
+            refuse_foreign(plain(value), str(key))
+        except CheckpointError as error:
+            raise ValueError(
+                f"{owner}: hyperparameter {error.args[0].partition(';')[0]}, which a checkpoint "
+                "cannot hold; allowed: tensors, numbers, text, paths, lists and dicts; type "
+                f"self.save_hyperparameters(ignore=[{str(key)!r}]), or give it as text"
+            ) from error
+
+
+def _check_prediction(module: L.LightningModule) -> None:
+    """Without a `predict_step`, Lightning calls `forward` with the batch alone."""
+    if is_overridden("predict_step", module):
+        return
+    name = type(module).__name__
+    try:
+        inspect.signature(module.forward).bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} has no predict_step, and its forward takes more than a batch ({error}); "
+            "allowed: a module with predict_step(batch, batch_idx); "
+            "give it one, or use `lightning generate` if it has a method generate()"
+        ) from error

@@ -1,0 +1,41 @@
+"""Hyperparameters as plain values: a checkpoint that is read safely holds no other objects.
+
+Path("data")             -> "data"
+numpy.float64(0.1)       -> 0.1
+IntEnum, StrEnum         -> their number, their text
+a subclass of dict, list -> dict, list
+"""
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import numpy
+from torch import Tensor
+
+KEYS = ("hyper_parameters", "datamodule_hyper_parameters")  # Lightning's, in a checkpoint
+
+
+def plain(value: Any) -> Any:
+    """The value in plain types where that loses nothing; any other object as it is."""
+    if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, numpy.generic):
+        return value.item()
+    for kind in (bool, int, float, str, bytes):
+        if isinstance(value, kind):
+            return kind.__new__(kind, value)  # type: ignore[call-overload]  # an enum's own number
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            items = [plain(item) for item in value]
+            return items if kind is list else tuple(items) if kind is tuple else set(items)
+    return value
+
+
+def with_plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint, its hyperparameters in plain types; the given one stays as it is."""
+    return checkpoint | {key: plain(checkpoint[key]) for key in KEYS if key in checkpoint}
