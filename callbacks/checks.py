@@ -28,7 +28,8 @@ from ravine.strategies.plain_values import plain
 from ravine.strategies.stock_callbacks import refuse_stock_callbacks
 
 from . import monitors
-from .undisturbed import undisturbed
+from .batch_seeds import _generators
+from .undisturbed import remember_value, undisturbed
 
 
 class RunChecks(Callback):
@@ -156,22 +157,17 @@ def first_batch(loader: Any) -> Any:
     if isinstance(loader, _Stateful) or isinstance(loader.dataset, Iterator):
         return None
     twin: Any = copy.copy(loader)  # with an iterator of its own: persistent workers are kept there
+    for name in ("_get_iterator", "_batch_seeds"):  # of BatchSeeds, for the loader itself
+        twin.__dict__.pop(name, None)
     twin.__dict__["_iterator"] = None
-    samplers = (loader, loader.sampler, loader.batch_sampler, inner_sampler(loader))
-    generators = {id(g): g for each in samplers if (g := getattr(each, "generator", None))}
-    states = [(each, each.get_state()) for each in generators.values()]
+    restores = [remember_value(each, {}) for each in _generators(twin, twin.collate_fn)]
     try:
         return next(iter(twin), None)
     finally:
         if (iterator := twin.__dict__["_iterator"]) is not None:
             iterator._shutdown_workers()
-        for each, state in states:
-            each.set_state(state)
-
-
-def inner_sampler(loader: DataLoader) -> Any:
-    """The sampler that a batch sampler draws from."""
-    return getattr(loader.batch_sampler, "sampler", None)
+        for restore in restores:
+            restore()
 
 
 def on_device(trainer: Any, module: L.LightningModule, batch: Any) -> Any:

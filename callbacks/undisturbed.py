@@ -68,7 +68,7 @@ def remember(module: nn.Module) -> Restore:
 def _of_layer(layer: nn.Module, seen: dict[int, Any]) -> Restore:
     names = layer.__dict__
     skipped = ("_parameters", "_modules", "_trainer", "_fabric")
-    inner = [_of_value(v, seen, 0) for k, v in names.items() if k not in skipped]
+    inner = [remember_value(v, seen, 0) for k, v in names.items() if k not in skipped]
     kept, modules, parameters = dict(names), dict(layer._modules), dict(layer._parameters)
 
     def restore() -> None:
@@ -89,8 +89,8 @@ def _refill(held: Any, kept: Any) -> None:
         held.update(kept)
 
 
-def _of_value(value: Any, seen: dict[int, Any], depth: int) -> Restore:
-    """What puts a value back as it is now."""
+def remember_value(value: Any, seen: dict[int, Any], depth: int = 0) -> Restore:
+    """Keep a value; the function returned puts it back."""
     if id(value) in seen or depth > DEPTH or value is None:
         return _nothing
     seen[id(value)] = value
@@ -104,6 +104,9 @@ def _of_value(value: Any, seen: dict[int, Any], depth: int) -> Restore:
     if isinstance(value, numpy.random.Generator):
         numbers = copy.deepcopy(value.bit_generator.state)
         return lambda: setattr(value.bit_generator, "state", numbers)
+    if isinstance(value, numpy.random.RandomState):
+        words = value.get_state()
+        return lambda: value.set_state(words)
     if isinstance(value, random.Random):
         drawn = value.getstate()
         return lambda: value.setstate(drawn)
@@ -132,7 +135,7 @@ def _of_tensor(tensor: Tensor) -> Restore:
 def _of_members(
     value: Any, kept: Any, members: Any, put: Callable[[Any, Any], None], seen: Any, depth: int
 ) -> Restore:
-    inner = [_of_value(each, seen, depth + 1) for each in list(members)]
+    inner = [remember_value(each, seen, depth + 1) for each in list(members)]
 
     def restore() -> None:
         put(value, kept)
