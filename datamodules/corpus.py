@@ -6,6 +6,7 @@ A text above `memory_limit` characters is not held in memory: its tokens are a m
 import codecs
 import difflib
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from .file_kinds import HEAD, SUFFIXES, refuse_binary
 from .tokenized import TokenType, as_tensor, check_tokens, extent, read_bins, tokenized
 from .tokenizers import Specials, Tokenizer, make_tokenizer
 
@@ -39,11 +41,19 @@ def files_of(path: Path, flag: str = "--data.path") -> list[Path]:
         nearest = difflib.get_close_matches(path.name, beside, 3) or sorted(beside)[:3]
         there = f"nearest there: {', '.join(nearest)}" if nearest else "its folder is missing, too"
         raise FileNotFoundError(f"no file or folder {path}; {there}; type {flag}=FILE")
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    files = [p for p in files if not any(q.startswith(".") for q in p.relative_to(path).parts)]
+    files = []
+    for folder, below, names in os.walk(path):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for file in (Path(folder, name) for name in names if not name.startswith(".")):
+            if not file.is_file():
+                continue
+            if file.suffix.lower() in SUFFIXES:  # at once: a wrong folder may hold millions
+                with file.open("rb") as opened:
+                    refuse_binary(file, opened.read(HEAD), flag)
+            files.append(file)
     if not files:
         raise FileNotFoundError(f"the folder {path} holds no files; type {flag}=FOLDER")
-    return files
+    return sorted(files)
 
 
 def read(files: Iterable[Path], flag: str = "--data.path") -> Iterator[str]:
@@ -60,6 +70,8 @@ def _read(path: Path, flag: str) -> Iterator[str]:
     with path.open("rb") as file:
         while True:
             piece = file.read(PIECE)
+            if not place:
+                refuse_binary(path, piece, flag)
             if b"\0" in piece:
                 raise ValueError(
                     f"{path} is no text: byte 0x00 at position {file.tell() - len(piece)} or "

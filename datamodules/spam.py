@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .corpus import files_of
+from .file_kinds import refuse_binary
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator
 from .sources import SOURCES, announce, choose, fetch, sha256
 from .tables import Table, has_known_header, read_table
@@ -377,6 +378,7 @@ def _text(path: Path, flag: str, encoding: str) -> str:
         raise ValueError(f"{path} is a folder; one file is read: type {flag}=FILE")
     (file,) = files_of(path, flag)
     content = file.read_bytes()
+    refuse_binary(path, content, flag)
     codec = codecs.lookup(encoding).name
     wide = codec.startswith(("utf-16", "utf-32"))
     if not wide and (place := content.find(b"\0")) >= 0:

@@ -221,6 +221,8 @@ BAD = [
     (b"ham\ta\nspam\tb\n" * 10, {}, "bad.tsv: 20 messages, of which 2 are different, leave none"),
     (b"ham\ta\nham\tb\nspam\tc\nspam\td\n", {}, "leave none for val: copies stay together; give "
      "more different messages, or type --data.val_fraction=0 to do without val"),
+    (b"\x89PNG\r\n\x1a\n", {}, "bad.tsv is no text: it is a PNG image; give files of text: type "
+     "--data.path=FILE"),
     (b"ham\ta\0b\n", {}, "bad.tsv is no text: byte 0x00 at position 5; if it is UTF-16, type "
      "--data.encoding=utf-16"),
     (b"", {"encoding": "latin-9000"}, "encoding is 'latin-9000'; allowed are utf-8, latin-1"),

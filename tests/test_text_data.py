@@ -223,7 +223,8 @@ BAD = [
     (b"caf\xe9", {}, "bad.txt is not UTF-8: byte 0xe9 at position 3; if it is Latin-1, type "
      "iconv -f latin1 -t utf-8 'bad.txt' > text.txt and --data.path=text.txt"),
     (GOOD + "é".encode()[:1], {}, f"byte 0xc3 at position {len(GOOD)}"),
-    (b"GIF89a\x00\x01", {}, "bad.txt is no text: byte 0x00"),
+    (b"GIF89a\x00\x01", {}, "bad.txt is no text: it is a GIF image"),
+    (b"GIF\x00\x01", {}, "bad.txt is no text: byte 0x00"),
     ("text".encode("utf-16"), {}, "if it is UTF-16, type iconv -f utf-16"),
     (b"too short at all", {}, "bad.txt has 16 characters, 14 of them for training: less than one "
      "window of context + 1 = 17; type --data.context=13 or less, or give a longer text"),
@@ -346,3 +347,23 @@ def test_a_part_of_a_text_has_the_tokens_between_and_the_whole_texts_vocabulary(
     assert part.tokenizer.state() == whole.tokenizer.state()
     with pytest.raises(ValueError, match=r"begin 9 and end 601 are no part of the 600 characters"):
         TextDataModule(tmp_path / "text.txt", context=4, begin=9, end=601).setup("fit")
+
+
+def test_a_folder_of_anything_ends_at_the_first_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden/x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.png").write_text("text under a wrong name")
+    (tmp_path / "c.md").write_text("RIFF and ID3 are words")
+    files = corpus.files_of(tmp_path)
+    assert [p.name for p in files] == ["a.txt", "b.png", "c.md"]
+    assert "".join(corpus.read(files)).startswith("text\ntext under")
+    for name, head, kind in (
+        ("c.png", b"\x89PNG\r\n\x1a\n", "it is a PNG image; give files of text: type --data.path"),
+        ("c.docx", b"PK\x03\x04", "it is a zip archive"),
+        ("c", b"\x1f\x8b\x08", "it is a gzip; gunzip it;"),
+    ):
+        (tmp_path / name).write_bytes(head)
+        with pytest.raises(ValueError, match=f"/{name} is no text: {kind}"):
+            list(corpus.read(corpus.files_of(tmp_path)))
+        (tmp_path / name).unlink()
