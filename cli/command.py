@@ -14,6 +14,7 @@ import ravine.callbacks
 import ravine.datamodules
 import ravine.lightning_modules
 import ravine.strategies  # bare class names are found among what is imported
+from ravine.strategies.agreement import flat
 
 from . import diagnosis, newest, saved_config
 from .errors import Mistake, program
@@ -57,6 +58,12 @@ class Command(LightningCLI):
         """One flag for what is one question at any config: who trains which parameter?"""
         text = "list the parameters of each rule of the optimizer plan"
         parser.add_argument("--print_groups", action="store_true", help=text)
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; the ranks compare the whole configuration first of all."""
+        super().instantiate_classes()
+        config = self._resolved(self.subcommand or "fit")
+        cast(Trainer, self.trainer).compare_ranks(flat(config))
 
     def before_fit(self) -> None:
         """Pass `--print_groups` on to the plan."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
@@ -27,9 +28,12 @@ from ravine.callbacks.loss_plot import LossPlot
 from ravine.callbacks.predictions import PredictionTable
 from ravine.callbacks.progress import ProgressBar
 from ravine.callbacks.resume import ExactResume
+from ravine.strategies.agreement import refuse_difference
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO
+from ravine.strategies.mesh import MeshStrategy
 from ravine.strategies.signals import GracefulStop
 from ravine.strategies.stock_callbacks import refuse_stock_callbacks
+from ravine.strategies.watchdog import RankWatchdog
 from ravine.strategies.weighting import GlobalMean
 
 from .errors import FULL, Mistake
@@ -51,8 +55,9 @@ class Trainer(L.Trainer):
         Trainer(max_steps=1000, precision="auto").fit(model, datamodule=data)
 
     Added unless one of the kind is given: ExactResume, GracefulStop, GlobalMean, PredictionTable,
-    RunChecks, the plugin AtomicCheckpointIO, and, unless switched off, Checkpoint
-    (enable_checkpointing), ProgressBar (enable_progress_bar) and LossPlot (logger).
+    RunChecks, the plugin AtomicCheckpointIO, where there are several ranks RankWatchdog, and,
+    unless switched off, Checkpoint (enable_checkpointing), ProgressBar (enable_progress_bar) and
+    LossPlot (logger).
     """
 
     def __init__(
@@ -114,7 +119,28 @@ class Trainer(L.Trainer):
             enable_model_summary=enable_model_summary,
             **kwargs,  # passed on as it is, or the parser would not see which arguments there are
         )
+        if self.world_size > 1 and not has(self.callbacks, RankWatchdog):  # type: ignore
+            self.callbacks.insert(0, RankWatchdog())  # type: ignore[attr-defined]
         self._lighten()
+
+    def compare_ranks(self, config: dict[str, Any]) -> None:
+        """Refuse ranks with another `config` (flat, plain values), as soon as they have joined."""
+        strategy: Any = self.strategy
+
+        def compare() -> None:
+            if self.world_size > 1 and dist.is_initialized():
+                refuse_difference(config)
+
+        if isinstance(strategy, MeshStrategy):  # its mesh is made of collectives
+            strategy.when_joined = compare
+            return
+        join = strategy.setup_environment
+
+        def join_and_compare() -> None:
+            join()
+            compare()
+
+        strategy.setup_environment = join_and_compare
 
     def _lighten(self) -> None:
         """Take from a step what it does not need: lean_loop.py has the figures."""

@@ -1,7 +1,9 @@
+from .agreement import RanksDiffer
 from .checkpoint_io import AtomicCheckpointIO, CheckpointError
 from .mesh import MeshStrategy
 from .names import NAMES
 from .signals import GracefulStop
+from .watchdog import RankWatchdog
 from .weighting import GlobalMean
 
 __all__ = [
@@ -11,4 +13,6 @@ __all__ = [
     "GlobalMean",
     "GracefulStop",
     "MeshStrategy",
+    "RankWatchdog",
+    "RanksDiffer",
 ]

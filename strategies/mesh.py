@@ -103,6 +103,7 @@ class MeshStrategy(ModelParallelStrategy):
         self.spread: Spread | None = None
         self.context: Context | None = None
         self.owner: dict[Tensor, int] = {}  # with ZeRO-1, who keeps whose state
+        self.when_joined: Callable[[], None] | None = None  # called before the mesh is made
 
     def resolved_degrees(self) -> dict[str, int]:
         """The size of each axis with -1 filled in, or an error that says what would fit."""
@@ -116,6 +117,8 @@ class MeshStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Join the job and lay out the mesh."""
         self._setup_distributed()
+        if self.when_joined is not None:
+            self.when_joined()
         self.layout = lay_out(self.resolved_degrees(), self.zero, self.root_device)
         self._device_mesh = self.layout.named
         assert self.lightning_module is not None

@@ -2,13 +2,50 @@
 
 import ast
 import importlib
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 from test_house import sources
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TABLE = PROJECT["tool"]["ravine"]
+REQUIREMENTS = {r.name: r for r in map(Requirement, PROJECT["project"]["dependencies"])}
+
+
+@pytest.mark.parametrize("name", TABLE["lowest"])
+def test_the_lowest_version_tested_is_the_lowest_that_may_be_installed(name: str):
+    allowed = REQUIREMENTS[name].specifier
+    lower = [s.version for s in allowed if s.operator == ">="]
+    lowest, highest = Version(TABLE["lowest"][name]), Version(TABLE["highest"][name])
+    assert [Version(v) for v in lower] == [lowest]
+    assert lowest < highest
+    assert highest in allowed
+    assert Version(version(name)) >= lowest
+
+
+def test_torch_has_no_upper_bound():
+    assert [s.operator for s in REQUIREMENTS["torch"].specifier] == [">="]
+
+
+def test_the_lowest_run_has_files_of_each_part():
+    files = TABLE["lowest_tests"]
+    assert [f for f in files if not (ROOT / f).is_file()] == []
+    assert len(set(files)) == len(files)
+    for part in ("strategies", "resume", "optimizers", "command"):
+        assert f"tests/test_{part}.py" in files
+
+
+def test_the_readme_states_the_tested_versions():
+    low, high = TABLE["lowest"], TABLE["highest"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"torch {low['torch']} to {high['torch']}" in text
+    assert f"Lightning {low['lightning']} to {high['lightning']}" in text
 
 
 def chains(tree: ast.AST) -> list[tuple[int, list[str]]]:

@@ -1,0 +1,94 @@
+"""Ranks of one job have one configuration: a hash is compared once, before anything is set up."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+ABSENT = "absent"
+SHOWN = 60  # characters of a value in a message
+LIMITS = (
+    "max_epochs",
+    "max_steps",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "check_val_every_n_epoch",
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "num_sanity_val_steps",
+)
+OWN = ("rank", "local_rank", "global_rank", "node_rank", "device", "gpu", "gpu_id")  # hparams
+
+
+class RanksDiffer(ValueError):
+    """Ranks of one job were started with different configurations, or with unequal loaders."""
+
+
+def flat(config: Any, key: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings and lists, by dotted key."""
+    if isinstance(config, Mapping) and config:
+        pairs: Any = config.items()
+    elif isinstance(config, list | tuple) and config:
+        pairs = enumerate(config)
+    else:
+        return {key: config}
+    return {
+        k: v for name, inner in pairs for k, v in flat(inner, f"{key}.{name}".lstrip(".")).items()
+    }
+
+
+def refuse_difference(config: dict[str, Any], group: ProcessGroup | None = None) -> None:
+    """Raise RanksDiffer on every rank if the flat configurations of the ranks are not equal.
+
+    Every rank of `group` calls it. One hash a rank is gathered; the values are gathered only where
+    the hashes differ, to name the first key.
+    """
+    text = {key: json.dumps(config[key], default=repr, sort_keys=True) for key in sorted(config)}
+    digest = hashlib.sha256(json.dumps(text).encode()).hexdigest()
+    if len(set(_gathered(digest, group))) == 1:
+        return
+    every: list[dict[str, str]] = _gathered(text, group)
+    key = next(k for k in sorted(set().union(*every)) if len({c.get(k) for c in every}) > 1)
+    values = [_short(each.get(key, ABSENT)) for each in every]
+    other = next(rank for rank, value in enumerate(values) if value != values[0])
+    raise RanksDiffer(
+        f"ranks of one job have different configurations: {key} is {values[0]} on rank 0 and"
+        f" {values[other]} on rank {other}; start every rank with the same arguments, config files"
+        " and environment variables"
+    )
+
+
+def facts(trainer: L.Trainer) -> dict[str, Any]:
+    """What a script chose, as far as it can be read from trainer, module and data."""
+    module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
+    found: dict[str, Any] = {
+        "seed": os.environ.get("PL_GLOBAL_SEED"),
+        "module": _path(module),
+        "data": _path(data) if data is not None else None,
+        "trainer": {name: getattr(trainer, name, None) for name in LIMITS},
+    }
+    for name, owner in (("module", module), ("data", data)):
+        for key, value in dict(getattr(owner, "hparams", None) or {}).items():
+            if key not in OWN and isinstance(value, bool | int | float | str | None):
+                found[f"{name}.{key}"] = value
+    return flat(found)
+
+
+def _gathered(value: Any, group: ProcessGroup | None) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
+
+
+def _path(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
