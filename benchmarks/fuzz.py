@@ -370,12 +370,264 @@ def whole_folder(path: Path) -> bool:
         return False
 
 
+ROWS_EXAMPLE = [{"prompt": f"what is {n}? 天 é", "answer": f"{n} 😀\n"} for n in range(6)]
+
+
+def dumped(value: Any, ascii_only: bool = True) -> bytes:
+    """The first 65,536 characters of a value as JSON; shared parts may unfold to billions."""
+    found, size = [], 0
+    for part in json.JSONEncoder(ensure_ascii=ascii_only).iterencode(value):
+        found.append(part)
+        size += len(part)
+        if size > 2**16:
+            break
+    return "".join(found).encode("utf-8", "surrogatepass")
+
+
+def rows_seeds() -> list[Files]:
+    import ravine.datamodules  # noqa: F401 - before the children, each of which would wait for it
+
+    lines = "\n".join(json.dumps(row) for row in ROWS_EXAMPLE).encode()
+    listed = json.dumps(ROWS_EXAMPLE, indent=1, ensure_ascii=False).encode()
+    return [{"a.jsonl": lines}, {"a.json": listed}, {"a.ndjson": b"\xef\xbb\xbf" + lines}]
+
+
+def change_json(dice: random.Random, files: Files) -> Files:
+    """Change values of the JSON file of an input, of one line where there are several."""
+    name = dice.choice([n for n in files if "json" in n])
+    content = files[name].removeprefix(b"\xef\xbb\xbf")
+    parts = [content] if name.endswith(".json") else content.split(b"\n")
+    at = dice.randrange(len(parts))
+    value = json.loads(parts[at])
+    for _ in range(dice.choice((1, 1, 2, 4))):
+        value = change_value(dice, value, 0.1)
+    parts[at] = dumped(value, dice.random() < 0.5)
+    return files | {name: b"\n".join(parts)}
+
+
+def read_rows(path: Path) -> None:
+    from ravine.datamodules import AnswerDataModule, PromptDataModule
+
+    refused = None
+    for data in (AnswerDataModule(path, tokenizer="bytes"), PromptDataModule(path, val_prompts=1)):
+        try:
+            data.setup("fit")
+        except Exception as error:
+            if not _refused(error):
+                raise
+            refused = error
+    if refused is not None:
+        raise refused
+
+
+def all_json(path: Path) -> bool:
+    """Whether the JSON of a file, or of a folder, can be parsed."""
+    try:
+        for file in path.glob("*json*") if path.is_dir() else [path]:
+            text = file.read_text(encoding="utf-8-sig")
+            for part in [text] if file.suffix == ".json" else text.split("\n"):
+                json.loads(part)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def tokenizer_seeds() -> list[Files]:
+    from ravine.datamodules import BPETokenizer, ByteTokenizer, CharTokenizer, FileTokenizer
+    from ravine.datamodules.tokenizers import NumberTokenizer
+
+    pieces = [bytes([n]) for n in range(256)] + [b"th", b"the", b" the"]
+    merges = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the")]
+    file = FileTokenizer.of_merges(dict(enumerate(pieces)), merges, ["<|endoftext|>"])
+    content = json.loads(file.content)
+    config = json.dumps({"eos_token": "<|endoftext|>"}).encode()
+    found: list[Files] = [
+        {"tokenizer.json": file.content.encode(), "tokenizer_config.json": config},
+        {"vocab.json": json.dumps(content["model"]["vocab"]).encode(),
+         "merges.txt": "\n".join(" ".join(m) for m in content["model"]["merges"]).encode()},
+    ]  # fmt: skip
+    made = (file, BPETokenizer(pieces), ByteTokenizer(), CharTokenizer("abc"), NumberTokenizer(9))
+    return found + [{"state.json": json.dumps(each.state()).encode()} for each in made]
+
+
+def read_tokenizer(path: Path) -> None:
+    from ravine.datamodules.tokenizers import FileTokenizer, from_state
+
+    state = path / "state.json"
+    if state.is_file():
+        try:
+            said = json.loads(state.read_bytes())
+        except (ValueError, RecursionError):
+            return  # of a checkpoint, which another reader takes apart
+        if not isinstance(said, dict):
+            return
+        tokenizer = from_state(said)
+    else:
+        tokenizer = FileTokenizer.of_file(path)
+    for text in ("abc", "7 8", "", "the 天地 the<|endoftext|>"):
+        try:
+            numbers = tokenizer.encode(text)
+        except Exception as error:  # a character that it does not know
+            if not _refused(error):
+                raise
+            continue
+        tokenizer.decode(numbers)
+
+
+def tokens_seeds() -> list[Files]:
+    import numpy as np
+
+    import ravine.datamodules  # noqa: F401
+
+    numbers = np.arange(400) % 50
+    files = {f"{name}.bin": numbers.astype(np.uint16).tobytes() for name in ("train", "val")}
+    wide = {f"{name}.bin": numbers.astype(np.int32).tobytes() for name in ("train", "val")}
+    letters = dict(enumerate(map(chr, range(48, 98))))
+    meta = pickle.dumps(
+        {"vocab_size": 50, "itos": letters, "stoi": {c: n for n, c in letters.items()}}
+    )
+    return [
+        files | {"meta.pkl": meta},
+        wide | {"meta.json": json.dumps({"vocab_size": 50, "dtype": "int32"}).encode()},
+        files | {"meta.pkl": pickle.dumps({"vocab_size": 60, "dtype": "uint16"}, 0)},
+    ]
+
+
+def change_meta(dice: random.Random, files: Files) -> Files:
+    """Change the meta file, as a stream or as values; the tokens stay."""
+    if "meta.json" in files:
+        return change_json(dice, files)
+    if dice.random() < 0.5:
+        return files | {"meta.pkl": change_pickle(dice, files["meta.pkl"])}
+    value = change_value(dice, pickle.loads(files["meta.pkl"]), 0.2)
+    return files | {"meta.pkl": pickle.dumps(value, dice.choice((0, 2, 4)))}
+
+
+def change_tokens(dice: random.Random, files: Files) -> Files:
+    """Change bytes of the tokens."""
+    name = dice.choice(("train.bin", "val.bin"))
+    return files | {name: change_bytes(dice, files[name])}
+
+
+def read_tokens(path: Path) -> None:
+    from ravine.datamodules import TextDataModule
+
+    data = TextDataModule(path, context=8, batch_size=2)
+    data.setup("fit")
+    next(iter(data.train_dataloader()))
+    list(data.val_dataloader())
+
+
+def even_tokens(path: Path) -> bool:
+    sizes = [(path / name).stat().st_size for name in ("train.bin", "val.bin")]
+    return all(size and size % 2 == 0 for size in sizes)
+
+
+def text_seeds() -> list[Files]:
+    import ravine.cli.generate
+    import ravine.datamodules  # noqa: F401
+
+    texts = ["a text of some length, " * 20, "Größe — 天地玄黄，宇宙洪荒。😀 " * 20]  # noqa: RUF001
+    return [
+        {"a.txt": text.encode(encoding)} for text in texts for encoding in ("utf-8", "utf-8-sig")
+    ]
+
+
+def change_text(dice: random.Random, files: Files) -> Files:
+    """Insert odd characters, long runs and halves of special tokens; the encoding stays right."""
+    text = files["a.txt"].decode()
+    for _ in range(dice.choice((1, 2, 5))):
+        at = dice.randrange(len(text) + 1)
+        word = dice.choice(
+            (
+                " " * 200_000,
+                "\u2028",
+                "\x1c",
+                "<|endoftext|>",
+                "<|end",
+                "\ufeff",
+                "\n" * 120_000,
+                "a" * 100_000,
+                "\U0010ffff",
+                "\r",
+                "'s",
+                "\u0301" * 999,
+            )
+        )
+        text = text[:at] + word + text[at:]
+    return files | {"a.txt": text.encode()}
+
+
+def read_text(path: Path) -> None:
+    from ravine.cli import generate
+    from ravine.datamodules import TextDataModule
+
+    for kind in ("characters", "bytes"):
+        data = TextDataModule(path, context=8, batch_size=2, tokenizer=kind, memory_limit=2**20)
+        data.setup("fit")
+        next(iter(data.train_dataloader()))
+    generate.prompts(path, None)
+
+
+def is_utf8(path: Path) -> bool:
+    try:
+        return bool(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        return False
+
+
+def weights_seeds() -> list[Files]:
+    from ravine.lightning_modules.language import Transformer, gpt2
+
+    torch.manual_seed(0)
+    shape = gpt2.SHAPE | {"layers": 1, "width": 8, "heads": 2}
+    with tempfile.TemporaryDirectory() as folder:
+        gpt2.write(Transformer(20, 8, **shape), shape, folder, end=0)
+        return [{p.name: p.read_bytes() for p in sorted(Path(folder).iterdir(), reverse=True)}]
+
+
+def change_header(dice: random.Random, files: Files) -> Files:
+    """Change the table of a safetensors file; its length is made right again."""
+    content = files["model.safetensors"]
+    size = int.from_bytes(content[:8], "little")
+    table = json.loads(content[8 : 8 + size])
+    table = change_value(dice, table, 0.05)
+    text = dumped(table)
+    new = len(text).to_bytes(8, "little") + text + content[8 + size :]
+    return files | {"model.safetensors": new}
+
+
+def read_weights(path: Path) -> None:
+    from ravine.lightning_modules.language import Transformer, gpt2
+
+    shape = gpt2.SHAPE | {"layers": 1, "width": 8, "heads": 2}
+    gpt2.read(path, Transformer(20, 8, **shape))
+
+
+def whole_weights(path: Path) -> bool:
+    from safetensors.torch import load_file
+
+    try:
+        return bool(load_file(path / "model.safetensors")) and all_json(path)
+    except Exception:
+        return False
+
+
 TARGETS: dict[str, Target] = {
     "checkpoint": Target(
         checkpoint_seeds, read_checkpoint, [change_record, change_tree], whole_archive
     ),
     "folder": Target(
         sharded_seeds, read_checkpoint, [change_part, change_manifest], whole_folder, folder=True
+    ),
+    "jsonl": Target(rows_seeds, read_rows, [change_json], all_json),
+    "tokenizer": Target(tokenizer_seeds, read_tokenizer, [change_json], all_json, folder=True),
+    "tokens": Target(
+        tokens_seeds, read_tokens, [change_meta, change_tokens], even_tokens, folder=True
+    ),
+    "text": Target(text_seeds, read_text, [change_text], is_utf8),
+    "safetensors": Target(
+        weights_seeds, read_weights, [change_header, change_json], whole_weights, folder=True
     ),
 }
 

@@ -9,7 +9,6 @@ that a meta.pkl or meta.json beside them, or the caller, says.
 import hashlib
 import json
 import os
-import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from torch import Tensor
+
+from ravine.strategies import plain_pickle
 
 from .sources import cache_folder, whole
 from .tokenizers import CharTokenizer, FileTokenizer, NumberTokenizer, Tokenizer, make_tokenizer
@@ -106,14 +107,6 @@ def at_borders(text: Iterable[str], tokenizer: Tokenizer, size: int = PIECE) -> 
         buffer = buffer[split:]
     if held or buffer:
         yield "".join([*held, buffer])
-
-
-class Plain(pickle.Unpickler):
-    """Reads dictionaries, texts and numbers; anything that would run code is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Refuse."""
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 class Bins(NamedTuple):
@@ -228,10 +221,10 @@ def _meta(folder: Path) -> tuple[dict[str, Any], Path]:
             if not {"itos", "vocab_size", "dtype"} & said.keys():
                 raise LookupError("it has neither 'itos' nor 'vocab_size' nor 'dtype'")
             return said, place
-        except (RecursionError, MemoryError, OverflowError) as error:
-            told: object = type(error).__name__
-        except Exception as error:  # a damaged pickle raises any of a dozen types
-            told = error
+        except RecursionError:
+            told: object = "it is nested too deep"
+        except (ValueError, TypeError, LookupError, plain_pickle.UnsafePickle) as error:
+            told = error.args[0] if error.args else type(error).__name__
         raise ValueError(
             f"{place} does not describe tokens as nanoGPT's does: {told}; remove it, and type "
             "--data.tokenizer=gpt2 if the tokens are GPT-2's, or --data.vocabulary=NUMBER"
@@ -240,12 +233,15 @@ def _meta(folder: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _unpickled(place: Path) -> Any:
-    with place.open("rb") as file:
-        return Plain(file).load()
+    """The plain values of a pickle; of classes only NumPy's number types, as names."""
+    kinds = get_args(TokenType)
+    return plain_pickle.load(
+        place.read_bytes(), lambda name: name.module == "numpy" and name.name in kinds
+    )
 
 
 def _type_of(meta: dict[str, Any], place: Path) -> str:
-    name = str(meta.get("dtype", "uint16"))
+    name = str(meta.get("dtype", "uint16")).removeprefix("numpy.")
     if name not in get_args(TokenType):
         raise ValueError(
             f"{place} says that dtype is {name[:40]!r}; allowed: {', '.join(get_args(TokenType))}; "

@@ -464,18 +464,17 @@ class FileTokenizer(Tokenizer):
         steps = _steps(said.get("pre_tokenizer"))
         byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
         whole = said.get("normalizer") is None and said["model"].get("type") == "BPE"
-        self.exact = bool(byte_level) and whole  # every byte of a text is in one of its tokens
         around = any(t.lstrip or t.rstrip or t.single_word for t in added.values())
         prefix = any(step.get("add_prefix_space", True) for step in byte_level)
-        self.cut = self.exact and not (around or prefix)
-        self.sized = self.exact
-        lengths = torch.zeros(size, dtype=torch.int64)
+        self.sized = bool(byte_level) and whole
+        # every byte of a text is in one of its tokens, and a text may be cut behind words
+        self.exact = self.sized and not (around or prefix)
+        self.written = torch.zeros(size, dtype=torch.int64)  # bytes, those of special words too
         for word, number in table.items():
-            special = number in self.special.values()
             # of the alphabet of ByteLevel a character is a byte; other tokens are written out
-            length = len(word.encode()) if number in added else len(word)
-            lengths[number] = 0 if special else length
-        self.token_bytes = lengths
+            self.written[number] = len(word.encode()) if number in added else len(word)
+        self.token_bytes = self.written.clone()
+        self.token_bytes[list(self.special.values())] = 0
 
     def numbers(self, text: str) -> np.ndarray:
         """The numbers that the library gives, without what it would put around a text."""
@@ -484,8 +483,8 @@ class FileTokenizer(Tokenizer):
             list(self._parts(text))
         found = self.library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         numbers = np.array(found, dtype=np.int64)
-        if self.exact and self.specials != "allowed":
-            there, kept = len(text.encode()), int(self.token_bytes[numbers].sum())
+        if self.exact:
+            there, kept = len(text.encode()), int(self.written[numbers].sum())
             if there != kept:
                 raise ValueError(
                     f"{there - kept} of {there} bytes of a text are in no token of this "
@@ -500,7 +499,7 @@ class FileTokenizer(Tokenizer):
 
     def border(self, text: str, start: int) -> int | None:
         """Behind a word; nowhere, if the library may put something before each text."""
-        return self._first(WORD_END, text, start) if self.cut else None
+        return self._first(WORD_END, text, start) if self.exact else None
 
     @property
     def name(self) -> str:

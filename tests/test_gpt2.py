@@ -156,7 +156,7 @@ def test_options_that_change_nothing_are_accepted_and_damaged_files_refused(tmp_
             gpt2.read(folder, net)
 
 
-WRONG = {
+WRONG: dict[str, Any] = {
     "qk_norm": True,
     "residual": False,
     "mlp": "gelu",

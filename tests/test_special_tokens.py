@@ -210,6 +210,8 @@ def test_a_vocabulary_that_lacks_bytes_does_not_drop_them() -> None:
     tokenizer = FileTokenizer.of_merges(vocabulary, [], specials="plain")
     with pytest.raises(ValueError, match="2 of 3 bytes of a text are in no token"):
         tokenizer.encode("aé")
+    with pytest.raises(ValueError, match="2 of 15 bytes of a text are in no token"):
+        FileTokenizer.of_merges(vocabulary, [], [END]).encode(f"é{END}")
     with pytest.raises(ValueError, match="specials is 'allowed', and the tokenizer 'file' has no"):
         FileTokenizer(tokenizer.content, None, "allowed")
 

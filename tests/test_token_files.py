@@ -122,6 +122,11 @@ def test_damaged_meta_files_and_numpy_files_are_refused(tmp_path: Path) -> None:
         data_of(place, vocabulary=10_000)
 
 
+def test_a_meta_file_may_name_numpy_s_type_itself(tmp_path: Path) -> None:
+    place = folder(tmp_path / "bins", kind="int32", meta={"vocab_size": 10_000, "dtype": np.int32})
+    assert data_of(place).corpus.tokens.tolist() == tokens(9_999, 4_001).tolist()
+
+
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a text of some length " * 9)
     for how in ({"vocabulary": 50}, {"dtype": "int32"}):
