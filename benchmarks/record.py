@@ -99,7 +99,7 @@ def train(config: str, seed: int, *words: str, test: bool = False) -> dict[str, 
         ravine("fit", "--config", config, f"--seed_everything={seed}", *where, *words,
                "--trainer.callbacks+=benchmarks.record.Stopwatch")  # fmt: skip
         if test:
-            ravine("test", "--ckpt_path=last", *where, *words)
+            ravine("test", "--ckpt_path=last", "--trust=benchmarks", *where, *words)
         versions = sorted(Path(folder, "run").iterdir(), key=lambda path: path.stat().st_mtime)
         watch = json.loads((versions[0] / "stopwatch.json").read_text())
         metrics = {k: v for path in versions for k, v in last_values(path / "metrics.csv").items()}

@@ -16,7 +16,7 @@ import ravine.lightning_modules
 import ravine.strategies  # bare class names are found among what is imported
 from ravine.strategies.agreement import flat
 
-from . import diagnosis, newest, saved_config
+from . import diagnosis, newest, saved_config, trust
 from .errors import Mistake, program
 from .newest import given
 from .saved_config import SavedConfig
@@ -43,6 +43,7 @@ class Command(LightningCLI):
     def __init__(self, argv: list[str], checkpoint: Path | None) -> None:
         """Parse the words and run them; the checkpoint's own words come first."""
         self.checkpoint = checkpoint
+        argv, self.trusted = trust.packages(argv)
         self.changed: list[str] = []  # keys that differ from the checkpoint
         super().__init__(
             trainer_class=Trainer,
@@ -89,10 +90,13 @@ class Command(LightningCLI):
                 [],
                 f"{program()} {argv[0]} --ckpt_path={self.checkpoint} --model=NAME --data=NAME",
             )
+        admitted = trust.Trust(self.trusted, trust.named_in(given(argv)))
+        admitted.check(saved, str(self.checkpoint))
         argv = [argv[0], *saved_config.as_words(saved), *argv[1:]]
         self.config = diagnosis.parse(parser, argv)
         if saved:
-            if more := saved_config.words_behind(saved, self._resolved(argv[0])):
+            parsed, source = self._resolved(argv[0]), str(self.checkpoint)
+            if more := saved_config.words_behind(saved, parsed, admitted, source):
                 self.config = diagnosis.parse(parser, [*argv, *more])
             resolved = self._resolved(argv[0])
             self.changed += saved_config.compare(saved, resolved, str(self.checkpoint))

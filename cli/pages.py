@@ -22,6 +22,7 @@ usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
   --trainer.max_steps=200     any argument of Lightning's Trainer
   --trainer.callbacks+=NAME --trainer.callbacks.KEY=V     one callback more
   --ckpt_path=auto            go on from the newest whole checkpoint; or last; or a file
+  --trust=PACKAGE             import what the checkpoint names beside Ravine's own classes
   --print_config, --debug     show what would run; show tracebacks
   --help=all                  every argument; those of a class: --model.help=NAME
 """
@@ -34,6 +35,7 @@ usage: {0} {1} --ckpt_path=FILE [--config NAME ...] [--key=value ...]
   --data.KEY=V                {3}
   --config NAME               a preset or a YAML file, for what the checkpoint leaves open
   --trainer.devices=2         any argument of Lightning's Trainer
+  --trust=PACKAGE             import what the checkpoint names beside Ravine's own classes
   --print_config, --debug     show what would run; show tracebacks
   --help=all                  every argument; those of a class: --data.help=NAME
 """
@@ -47,7 +49,7 @@ usage: {0} generate --ckpt_path=FILE [--prompt=TEXT | --labels=0-9] [--key=value
     --stop=TEXT --window=slide    where a text ends; refuse: not beyond the model's context
   pictures:  --labels=0-4,7   what they show, a row each; into --file=samples.png
     --guidance=0.5 --steps=20 --sampler=ddim --eta=0 --folder=NAME, for single files
-  both:  --num_samples=8 --seed=0 --batch_size=64 --device=cpu
+  both:  --num_samples=8 --seed=0 --batch_size=64 --device=cpu --trust=PACKAGE
 """
 
 EXPORT = """\

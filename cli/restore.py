@@ -1,5 +1,6 @@
 """Between a checkpoint and the trainer: what must not be loaded, and what the user has changed."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ import torch
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities import rank_zero_only
 
-from ravine.strategies import AtomicCheckpointIO, MeshStrategy, sharded, states
+from ravine.strategies import MeshStrategy, sharded, states
+from ravine.strategies.checkpoint_io import CheckpointError, refusal
+from ravine.strategies.plain_pickle import UnsafePickle, check_size
 
 from .errors import Mistake
+
+MAX_VALUES, MAX_LEVELS = 20_000, 50  # of a configuration
 
 
 class Restore(_CheckpointConnector):
@@ -56,18 +61,59 @@ class Restore(_CheckpointConnector):
 
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint without its numbers: what is in it, and tensors that only have a shape."""
-    try:
-        file = path / "meta.pt" if path.is_dir() else path
-        checkpoint = torch.load(file, map_location="meta", mmap=True, weights_only=True)
-    except Exception:  # torch says it in many ways; the loader says what is wrong
-        AtomicCheckpointIO().load_checkpoint(path)
-        raise
+    if wrong := refusal(path):
+        raise CheckpointError(wrong)
+    file = path / "meta.pt" if path.is_dir() else path
+    checkpoint = torch.load(file, map_location="meta", mmap=True, weights_only=True)
     if isinstance(checkpoint, dict) and (path.is_dir() or "state_dict" in checkpoint):
         return checkpoint
     raise Mistake(
         f"{path} is a file of torch.save, but no checkpoint of a trainer: it has no 'state_dict'",
         [],
         "--ckpt_path=auto, or a file of a run: runs/NAME/version_0/checkpoints/step=000100.ckpt",
+    )
+
+
+def config_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The configuration that a command has put into a checkpoint; empty if none has.
+
+    Refuses one that no command has written, or that is too large to be one.
+    """
+    own = checkpoint.get("ravine", {})
+    config = own.get("config", {}) if isinstance(own, dict) else own
+    if config == {}:
+        return {}
+    try:
+        check_size(config, MAX_VALUES, MAX_LEVELS)
+        whole = isinstance(config, dict) and _is_config(config)
+        json.dumps(config)
+    except (TypeError, ValueError, UnsafePickle) as error:
+        whole, why = False, f": {error}"
+    else:
+        why = ""
+    if whole:
+        return config
+    raise Mistake(
+        f"{path}: its configuration, ravine.config, is not one that a command has written{why}",
+        ["model, data, seed_everything, trainer.name, trainer.callbacks"],
+        "a checkpoint of `fit`, or in a script ckpt_path=FILE with the model built there",
+    )
+
+
+def _is_config(config: dict[str, Any]) -> bool:
+    callbacks = config.get("trainer.callbacks") or []
+    specs = [*(callbacks if isinstance(callbacks, list) else [callbacks])]
+    specs += [config[key] for key in ("model", "data") if config.get(key) is not None]
+    for spec in specs:
+        if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
+            return False
+        if not isinstance(spec.get("init_args", {}), dict):
+            return False
+    return (
+        config.keys() >= {"model", "data", "seed_everything", "trainer.name", "trainer.callbacks"}
+        and isinstance(config["model"], dict)
+        and isinstance(config["trainer.name"], str | None)
+        and isinstance(config["seed_everything"], int | None)
     )
 
 

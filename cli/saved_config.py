@@ -22,7 +22,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from ravine.callbacks.transforms import Transform
 
 from .errors import Mistake
-from .restore import Restore, read
+from .restore import Restore, config_of, read
+from .trust import Trust
 
 Config = dict[str, Any]
 WORDS = ("model", "data", "seed_everything", "trainer.name")  # that come back as flags
@@ -69,7 +70,7 @@ class SavedConfig(L.Callback):
 
 def saved(path: Path) -> Config:
     """The configuration inside a checkpoint; empty if it was not written by a command."""
-    return read(path).get("ravine", {}).get("config", {})
+    return config_of(read(path), path)
 
 
 def as_words(config: Config) -> list[str]:
@@ -78,16 +79,16 @@ def as_words(config: Config) -> list[str]:
     return [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
 
 
-def words_behind(config: Config, parsed: Config) -> list[str]:
+def words_behind(config: Config, parsed: Config, trust: Trust, source: str) -> list[str]:
     """Flags to stand behind the user's: the checkpoint's transforms that his callbacks leave out,
     and the source it was trained on in the place of `auto`, which might now find another.
     """
     present = {spec["class_path"] for spec in _callbacks(parsed)}
-    words = [
-        f"--trainer.callbacks+={json.dumps(spec)}"
-        for spec in _callbacks(config)
-        if spec["class_path"] not in present and _changes_the_net(spec)
-    ]
+    words = []
+    for spec in _callbacks(config):
+        if spec["class_path"] not in present and _changes_the_net(spec):
+            trust.check_callback(spec, source)
+            words.append(f"--trainer.callbacks+={json.dumps(spec)}")
     here, there = ((c.get("data") or {}).get("init_args", {}) for c in (parsed, config))
     if here.get("source") == "auto" and there.get("source"):
         words.append(f"--data.source={there['source']}")
@@ -99,7 +100,16 @@ def compare(config: Config, parsed: Config, path: str) -> list[str]:
 
     Refuse a model of another kind: its weights would not fit, and the user should hear why.
     """
-    theirs, ours = _imported(config["model"]), _imported(parsed["model"])
+    try:
+        theirs = _imported(config["model"])
+    except (ImportError, AttributeError) as error:
+        named = config["model"]["class_path"]
+        raise Mistake(
+            f"{path} names the model {named!r}, which cannot be imported: {error}",
+            [],
+            "the command from the folder that has its file, or another checkpoint",
+        ) from error
+    ours = _imported(parsed["model"])
     if not issubclass(theirs, ours) and not issubclass(ours, theirs):
         raise Mistake(
             f"{path} holds the weights of a {theirs.__name__}, and the model given is a "
@@ -145,6 +155,8 @@ def _changes_the_net(spec: Config) -> bool:
 
 def _imported(spec: Config) -> Any:
     module, _, name = spec["class_path"].rpartition(".")
+    if not module:
+        raise ImportError(f"{name!r} is no dotted path of a class")
     return getattr(import_module(module), name)
 
 

@@ -1,5 +1,6 @@
 """A trained model by its checkpoint: for commands that need nothing else, and no trainer."""
 
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError,
 
 from . import newest, restore, signature
 from .errors import Mistake, unknown
+from .trust import Trust, packages
 
 NAME, ROOT = "trainer.name", "trainer.default_root_dir"  # where `last` and `auto` look
 
 
-def load(path: str | Path) -> TaskModule:
+def load(path: str | Path, trust: Iterable[str] = ()) -> TaskModule:
     """A trained model by its checkpoint alone, with the adapters and quantized weights it has.
 
     from ravine.cli.trained import load
@@ -23,26 +25,30 @@ def load(path: str | Path) -> TaskModule:
 
     `TaskModule.load` does the same for nets that nothing has changed. Of a LightningModule of your
     own: build it, then `ravine.callbacks.transforms.reapply(module, checkpoint)`.
+
+    Args:
+        path: the checkpoint, a file or a folder.
+        trust: packages or modules of other people whose classes it may name: importing one runs
+            its code, so it is refused without. `load(path, trust=["mine"])`.
     """
-    task = task_of(Path(path))
-    if Path(path).is_dir():
-        return task.restored(AtomicCheckpointIO().load_checkpoint(path), reapply)
-    return task.load(path, reapply)
+    task = task_of(Path(path), trust)
+    return task.restored(AtomicCheckpointIO().load_checkpoint(path), reapply)
 
 
 def prepare(
     argv: list[str], command: str, any_task: bool = False
 ) -> tuple[TaskModule, Path, list[tuple[str, str]]]:
     """The model of the checkpoint that was named, its path, and the other flags."""
+    argv, trusted = packages(argv)
     path, given = locate(argv, command)
-    task = task_of(path)
+    task = task_of(path, trusted)
     if not any_task and not callable(getattr(task, command, None)):
         able = [n for n, c in tasks().items() if callable(getattr(c, command, None))]
         wrong = f"a {task.__name__} cannot {command}"
         raise Mistake(
             wrong, able, f"{command} --ckpt_path=FILE, of one that can", "models that can"
         )
-    return load(path), path, given
+    return load(path, trusted), path, given
 
 
 def locate(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
@@ -73,13 +79,15 @@ def tasks() -> dict[str, type[TaskModule]]:
     return {c.__name__: c for c in found if isinstance(c, type) and issubclass(c, TaskModule)}
 
 
-def task_of(path: Path) -> type[TaskModule]:
+def task_of(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
     """The class whose weights a checkpoint holds: by its saved configuration, or by its name."""
     checkpoint = restore.read(path)
-    config = checkpoint.get("ravine", {}).get("config", {}).get("model") or {}
+    config = restore.config_of(checkpoint, path).get("model") or {}
     name = config.get("class_path") or checkpoint.get("task", "")
+    name = name if isinstance(name, str) else ""
     module, _, last = name.rpartition(".")
     if module and not module.startswith("ravine."):
+        Trust(trust).demand(name, f"model in {path}")
         found = getattr(import_module(module), last, None)
         if isinstance(found, type) and issubclass(found, TaskModule):
             return found

@@ -5,13 +5,56 @@ net its sizes (`adopt`), transforms rewrite it, the strategy shards it. None of 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+class _Bounded(TorchDispatchMode):
+    """Build without memory, and stop where a net grows far beyond the weights that it is for.
+
+    The sizes stand in a checkpoint, which may say a width of 10**9 beside four numbers.
+    """
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.over = False
+        sizes = [value.numel() for value in state.values() if isinstance(value, Tensor)]
+        self.tensors, self.numbers = 100 * len(sizes) + 10_000, 16 * sum(sizes) + 2**24
+        self.device = torch.device("meta")
+
+    def __enter__(self) -> Self:
+        self.device.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.device.__exit__(*error)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.tensors -= 1
+        if isinstance(result, Tensor) and not result._is_view():
+            self.numbers -= result.numel()
+        self.over |= self.tensors < 0 or self.numbers < 0
+        self.check()
+        return result
+
+    def check(self) -> None:
+        """Refuse a net that has grown too far."""
+        if self.over:
+            raise ValueError(
+                "the hyperparameters of the checkpoint make a net far larger than its weights; it "
+                "was changed: choose another checkpoint"
+            )
 
 
 class TaskModule(L.LightningModule):
@@ -119,14 +162,41 @@ class TaskModule(L.LightningModule):
         checkpoint: dict[str, Any],
         change: Callable[[Self, dict[str, Any]], None] | None = None,
     ) -> Self:
-        """The same from a checkpoint that was read already."""
+        """The same from a checkpoint that was read already.
+
+        Raises:
+            ValueError: if its hyperparameters, or its weights, make no model of this class.
+        """
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+            raise ValueError(
+                f"this is no checkpoint of a {cls.__name__}: it has no state_dict; choose a file "
+                "that a trainer has written"
+            )
         cls._check_task(checkpoint)
-        arguments = checkpoint.get("hyper_parameters", {})
-        model = cls(**{k: v for k, v in arguments.items() if not k.startswith("_")})
+        try:
+            arguments = checkpoint.get("hyper_parameters", {})
+            arguments = {k: v for k, v in arguments.items() if not k.startswith("_")}
+            with suppress(Exception), _Bounded(checkpoint["state_dict"]) as sizes:
+                cls._built(arguments, checkpoint)  # what it raises, the next line raises again
+            sizes.check()
+            model = cls._built(arguments, checkpoint)
+            if change is not None:
+                change(model, checkpoint)
+            model._check_changes(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
+        except (FileNotFoundError, ValueError):  # said in words
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            text = " ".join(str(error).split())[:160] or type(error).__name__
+            raise ValueError(
+                f"the checkpoint makes no {cls.__name__}: {type(error).__name__}: {text}; it was "
+                "changed, or written by another version: choose another checkpoint"
+            ) from error
+        return model.eval()
+
+    @classmethod
+    def _built(cls, arguments: dict[str, Any], checkpoint: dict[str, Any]) -> Self:
+        model = cls(**arguments)
         model.on_load_checkpoint(checkpoint)
         model.configure_model()
-        if change is not None:
-            change(model, checkpoint)
-        model._check_changes(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
-        return model.eval()
+        return model

@@ -238,7 +238,12 @@ class LanguageModel(TaskModule):
         """Take them from a checkpoint, unless the data brought others."""
         super().on_load_checkpoint(checkpoint)
         self._refuse_other_function(checkpoint.get("hyper_parameters", {}))
-        saved = checkpoint["language"]
+        saved = checkpoint.get("language")
+        if not isinstance(saved, dict) or not {"tokenizer", "context"} <= saved.keys():
+            raise ValueError(
+                "the checkpoint has no tokenizer and no context of a language model; choose one "
+                "that `fit` has written"
+            )
         if saved["tokenizer"] is not None:
             self._take(from_state(saved["tokenizer"]), "the checkpoint's")
         self.context = self.context or saved["context"]

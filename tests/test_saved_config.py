@@ -15,6 +15,7 @@ from torch import nn
 from ravine.callbacks.transforms import Transform
 from ravine.cli.main import main
 from ravine.cli.newest import newest, settle
+from ravine.cli.trained import load as trained_by_name
 from ravine.cli.trainer import Trainer
 
 BASE = """
@@ -25,6 +26,8 @@ trainer:
   log_every_n_steps: 4
   enable_model_summary: false
 """
+
+TRUST = "--trust=foreign"  # the package of the models here, which only the checkpoint names
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,7 @@ def test_a_checkpoint_is_all_that_an_evaluation_needs(
 ) -> None:
     Path("toys.py").write_text(TOYS)
     assert main(["fit", "--config=base", "--model=toys.Toy", "--data=toys.Data"]) == 0
-    assert main([command, "--ckpt_path", str(saved())]) == 0
+    assert main([command, "--ckpt_path", str(saved()), "--trust=toys"]) == 0
     config = yaml.safe_load(Path("runs/base/version_1/config.yaml").read_text())
     assert config["model"] == {"class_path": "toys.Toy", "init_args": {"width": 8}}
     assert config["data"] == {"class_path": "toys.Data", "init_args": {"size": 3}}
@@ -87,7 +90,7 @@ class Data(L.LightningDataModule):
 
 
 def test_name_and_seed_come_back_too(trained: Path) -> None:
-    assert main(["validate", "--ckpt_path", str(trained)]) == 0
+    assert main(["validate", "--ckpt_path", str(trained), TRUST]) == 0
     config = yaml.safe_load(Path("runs/base/version_1/config.yaml").read_text())
     assert (config["seed_everything"], config["trainer"]["name"]) == (7, "base")
 
@@ -105,7 +108,7 @@ def test_a_flag_beats_the_checkpoint_and_each_difference_is_printed(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["validate", "--ckpt_path", str(trained), "--model.batch_size=4", "--model.lr=0.5"]
-    assert main(words) == 0
+    assert main([*words, TRUST]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "is used" in line]
     assert said == [
         "model.batch_size is 4 here and 8 in the checkpoint: 4 is used",
@@ -152,7 +155,7 @@ def test_weights_that_only_one_side_has_are_named() -> None:
 def test_a_checkpoint_of_another_task_is_refused_in_words(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["validate", f"--ckpt_path={trained}", "--model=SpamClassifier"]
+    words = ["validate", f"--ckpt_path={trained}", "--model=SpamClassifier", TRUST]
     assert main([*words, "--data=SpamDataModule"]) == 2
     assert capsys.readouterr().err == (
         f"ravine: error: {trained} holds the weights of a NetInInit, and the model given is a "
@@ -220,10 +223,12 @@ def test_a_transform_comes_back_with_its_checkpoint(
     words = [doubled, "--trainer.callbacks.factor=3"]
     assert main(["fit", "--config=base", *words]) == 0
     assert "factor" in weights(saved())
-    assert main(["validate", "--ckpt_path", str(saved())]) == 0
-    assert main(["validate", "--ckpt_path", str(saved()), "--trainer.callbacks+=LossPlot"]) == 0
+    again = ["validate", "--ckpt_path", str(saved()), TRUST]
+    mine = f"--trust={__name__}"
+    assert main([*again, mine]) == 0
+    assert main([*again, mine, "--trainer.callbacks+=LossPlot"]) == 0
     capsys.readouterr()
-    assert main(["validate", "--ckpt_path", str(saved()), doubled]) == 0
+    assert main([*again, doubled]) == 0
     assert "trainer.callbacks.Doubled.factor is 2.0 here and 3.0 in" in capsys.readouterr().out
 
 
@@ -234,7 +239,7 @@ def test_one_callback_may_stand_without_a_list_and_may_be_gone_later(
     assert main(["fit", "--config=base", "--trainer.callbacks=gone.Gone"]) == 0
     Path("gone.py").unlink()
     del sys.modules["gone"]
-    assert main(["validate", "--ckpt_path", str(saved())]) == 0
+    assert main(["validate", "--ckpt_path", str(saved()), TRUST, "--trust=gone"]) == 0
 
 
 def test_the_source_that_was_taken_is_written_down_and_taken_again(
@@ -342,3 +347,76 @@ def test_a_sharded_net_is_compared_by_its_whole_sizes(
     trained: Path, ranks: Callable[..., list[Any]]
 ) -> None:
     ranks(_metrics, 2, trained)
+
+
+ACTS = """
+from pathlib import Path
+Path("mark").touch()
+import lightning as L
+class Thing(L.Callback): ...
+class Model(L.LightningModule): ...
+def reward(texts): return [0.0 for _ in texts]
+"""
+NAMED = [
+    ("model.class_path", "acts.Model"),
+    ("data.class_path", "acts.Thing"),
+    ("data.class_path", "ravine.cli.command.sys.exit"),
+    ("trainer.callbacks.0.class_path", "acts.Thing"),
+    ("model.init_args.optimizer", {"class_path": "acts.Thing"}),
+    ("model.init_args.rewards", [{"class_path": "ravine.lightning_modules.RewardFunction",
+                                  "init_args": {"function": "acts.reward"}}]),
+    ("model.class_path", "os.system"),
+    ("model.class_path", "torch.hub.load"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), NAMED)
+def test_a_class_that_only_the_checkpoint_names_is_not_imported(
+    trained: Path, key: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("acts.py").write_text(ACTS)
+    config = {
+        "model": {"class_path": "ravine.lightning_modules.Reinforce", "init_args": {}},
+        "data": {"class_path": "ravine.datamodules.TextDataModule"},
+        "trainer.callbacks": [{"class_path": "ravine.callbacks.EMA"}],
+    }
+    place: Any = config
+    first, _, rest = key.removeprefix("trainer.").partition(".")
+    steps = [f"trainer.{first}" if key.startswith("trainer.") else first, *rest.split(".")]
+    for step in steps[:-1]:
+        place = place[int(step) if step.isdigit() else step]
+    place[steps[-1]] = value
+    checkpoint = torch.load(trained, weights_only=True)
+    checkpoint["ravine"]["config"] |= config
+    torch.save(checkpoint, "evil.ckpt")
+    for command in ("fit", "validate", "generate"):
+        if command == "generate" and key != "model.class_path":
+            continue
+        assert main([command, "--ckpt_path=evil.ckpt"]) == 2
+        err = capsys.readouterr().err
+        assert "--trust=" in err
+        assert len(err.splitlines()) == 3
+    assert not Path("mark").exists()
+    assert "acts" not in sys.modules
+
+
+def test_a_script_trusts_a_package_by_name(trained: Path) -> None:
+    with pytest.raises(ValueError, match=r"in Python trust=\['foreign'\]"):
+        trained_by_name(trained)
+    with pytest.raises(ValueError, match=r"holds the weights of foreign.net_in_init.NetInInit"):
+        trained_by_name(trained, trust=["foreign"])  # imported, and no TaskModule
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["text", [1], {"model": None}, {"model": {"class_path": 3}}, {"trainer.callbacks": "a.b"}],
+)
+def test_a_configuration_that_no_command_has_written_is_one_mistake(
+    trained: Path, config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(trained, weights_only=True)
+    whole = checkpoint["ravine"]["config"]
+    checkpoint["ravine"]["config"] = whole | config if isinstance(config, dict) else config
+    torch.save(checkpoint, "odd.ckpt")
+    assert main(["validate", "--ckpt_path=odd.ckpt"]) == 2
+    assert "ravine.config, is not one that a command has written" in capsys.readouterr().err
