@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from jsonargparse import _typehints, set_parsing_settings
+import yaml
+from jsonargparse import _typehints, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -16,11 +17,11 @@ import ravine.lightning_modules
 import ravine.strategies  # bare class names are found among what is imported
 from ravine.strategies.agreement import flat
 
-from . import diagnosis, newest, saved_config, trust
+from . import diagnosis, newest, presets, saved_config, trust
 from .errors import Mistake, program
 from .newest import given
 from .saved_config import SavedConfig
-from .trainer import Trainer
+from .trainer import ELSEWHERE, Trainer
 
 
 def ours_first(find: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -34,6 +35,7 @@ def ours_first(find: Callable[..., list[str]]) -> Callable[..., list[str]]:
     return found
 
 
+load_yaml = get_loader("yaml")
 _typehints.get_all_subclass_paths = ours_first(_typehints.get_all_subclass_paths)
 
 
@@ -103,12 +105,15 @@ class Command(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where everything is, and what to type next."""
-        saved = [each.last_model_path for each in self.trainer.checkpoint_callbacks
-                 if isinstance(each, ModelCheckpoint) and each.last_model_path]  # fmt: skip
+        saved = [each.last_model_path or each.best_model_path
+                 for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)
+                 and (each.last_model_path or each.best_model_path)]  # fmt: skip
         if not saved or not self.trainer.is_global_zero:
             return
         folder, step = str(self.trainer.log_dir), self.trainer.global_step
-        if not Path(saved[0]).is_relative_to(folder):  # it is still that of the run before
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore
+        begun = next((each.begun for each in callbacks if isinstance(each, SavedConfig)), 0)
+        if begun is None or step <= begun:
             print(f"nothing was trained: {saved[0]} is at step {step}, where the run was to end")
             print(f"next: the same words with --trainer.max_steps={2 * step}")
             return
@@ -135,7 +140,7 @@ def forget_unused(trainer: Trainer) -> None:
     if not folder or trainer.global_step or not trainer.is_global_zero:
         return
     names = [path.name for path in Path(folder).rglob("*") if path.is_file()]
-    said = ("config.yaml", "hparams.yaml")
+    said = ("config.yaml", "hparams.yaml", ELSEWHERE)
     if all(name in said or name.startswith("events.out.") for name in names):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -145,19 +150,27 @@ def spelled_out(argv: list[str]) -> list[str]:
 
     spelled_out(["fit", "--trainer.strategy=pp", "--trainer.strategy.microbatches=8"])
     """
-    presets = ravine.strategies.NAMES
+    strategies = ravine.strategies.NAMES
     first = next((i for i, w in enumerate(argv) if w.startswith("--trainer.strategy.")), None)
     names = [each.value for each in given(argv) if each.key == "trainer.strategy"]
-    if first is None or not names or str(names[-1]) not in presets:
+    if first is None or not names or str(names[-1]) not in strategies:
         return argv
-    how = [f"--trainer.strategy.{k}={v}" for k, v in presets[str(names[-1])][1].items()]
+    how = [f"--trainer.strategy.{k}={v}" for k, v in strategies[str(names[-1])][1].items()]
     return [*argv[:first], "--trainer.strategy=MeshStrategy", *how, *argv[first:]]
+
+
+def bounded(text: str) -> Any:
+    """Read YAML as the parser does, also a file that a value names, after its size is checked."""
+    if "*" in text or len(text) > 1000:
+        presets.check_size(text, "a value")
+    return load_yaml(text)
 
 
 def run(argv: list[str]) -> int:
     """Run one command and return the exit status; errors are for the front door to word."""
     # A configuration names classes: those that run commands or delete files are denied.
     set_parsing_settings(import_path_denylist=[], config_read_mode_fsspec_enabled=False)
+    set_loader("yaml", bounded, (yaml.YAMLError,))
     argv = spelled_out(argv)
     sys.argv[1:], checkpoint = newest.settle(argv)  # in place: the ranks repeat these words
     Command(sys.argv[1:], checkpoint)

@@ -10,11 +10,13 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from ravine.strategies.checkpoint_io import newest_valid
+from ravine.strategies.checkpoint_io import check, dated
 
 from . import presets
 from .errors import Mistake
 from .given import Given, in_environment, in_words
+from .restore import config_of, read
+from .trainer import ELSEWHERE
 
 
 def given(argv: list[str]) -> Iterator[Given]:
@@ -46,28 +48,64 @@ def newest(command: str, asked: str, name: str | None, root: str) -> Path | None
     """
     place = Path(root, name or "")
     say = rank_zero_only(print)
-    found = place.glob("version_*/checkpoints") if name else place.rglob("checkpoints")
-    folders = [folder for folder in found if any(folder.glob("*.ckpt"))]
-    age = {f: max(p.stat().st_mtime_ns for p in f.glob("*.ckpt")) for f in folders}
-    for folder in sorted(folders, key=lambda f: age[f], reverse=True):
-        path, damaged = newest_valid(folder)
-        if asked == "last" and damaged:
+    for path, run in candidates(place, name):
+        reason = check(path)
+        if run is not None and reason is None and _name_in(path) not in (None, run):
+            continue  # two runs of other names write into one folder
+        if reason is None:
+            say(f"--ckpt_path {asked}: {path}")
+            return path
+        if asked == "last":
             raise Mistake(
-                f"the last checkpoint, {damaged[0][0]}, cannot be used: {damaged[0][1]}",
+                f"the last checkpoint, {path}, cannot be used: {reason}",
                 [],
                 "--ckpt_path auto, which takes the newest that is whole",
             )
-        for broken, reason in damaged:
-            say(f"--ckpt_path auto: {broken} is passed over: {reason}")
-        if path is not None:
-            say(f"--ckpt_path {asked}: {path}")
-            return path
+        say(f"--ckpt_path auto: {path} is passed over: {reason}")
     if asked == "auto" and command == "fit":
         say(f"--ckpt_path auto: no checkpoint under {place} yet, starting anew")
         return None
     raise Mistake(
         f"--ckpt_path {asked}: there is no checkpoint under {place}",
-        sorted({str(p.parent.parent.relative_to(root)) for p in Path(root).rglob("checkpoints")}),
+        sorted({str(run.parent.relative_to(root)) for run in _runs(Path(root), None)}),
         "--trainer.name=NAME, or --ckpt_path=FILE",
         "names with checkpoints",
     )
+
+
+def candidates(place: Path, name: str | None) -> Iterator[tuple[Path, str | None]]:
+    """Checkpoints of the runs at a place, newest first, and the run's name if one must be asked.
+
+    A run whose checkpoints stand in a folder of their own says so in ELSEWHERE; there the files of
+    other runs may be among them.
+    """
+    found: dict[Path, tuple[int, str | None]] = {}
+    for run in _runs(place, name):
+        for folder in elsewhere(run):
+            for time, path in dated(folder):
+                found.setdefault(path, (time, name))
+        for time, path in dated(run / "checkpoints"):
+            found[path] = time, None
+    for path in sorted(found, key=lambda each: (found[each][0], str(each)), reverse=True):
+        yield path, found[path][1]
+
+
+def elsewhere(run: Path) -> list[Path]:
+    """The folders outside of a run's own that it has written checkpoints into."""
+    try:
+        lines = (run / ELSEWHERE).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    return [Path(line) for line in lines if line]
+
+
+def _runs(place: Path, name: str | None) -> Iterator[Path]:
+    if name:
+        yield from place.glob("version_*")
+        return
+    found = {each.parent for mark in ("checkpoints", ELSEWHERE) for each in place.rglob(mark)}
+    yield from sorted(found)
+
+
+def _name_in(path: Path) -> str | None:
+    return config_of(read(path), path).get("trainer.name")

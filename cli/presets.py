@@ -1,12 +1,14 @@
 """Configs and checkpoints by name: a config is a file as typed, then with .yaml, then a preset."""
 
 import json
+import os
 from pathlib import Path
 
 from .errors import Mistake, unknown
 
 SECTIONS = ("model", "data", "trainer", "seed_everything", "ckpt_path")
 FOUND_LATER = ("auto", "last", "best", "hpc", "registry", "null")
+MAX_BYTES, MAX_VALUES, MAX_LEVELS = 2**18, 10_000, 100  # of a config
 INSTALLED = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -41,7 +43,7 @@ def checkpoint(words: list[str]) -> None:
     for word, after in zip(words, [*words[1:], ""], strict=True):
         flag, equals, name = word.partition("=")
         name = name if equals else after
-        if flag != "--ckpt_path" or name in FOUND_LATER or "://" in name or Path(name).exists():
+        if flag != "--ckpt_path" or name in FOUND_LATER or "://" in name or os.path.exists(name):
             continue
         there = [str(path) for path in Path(name).parent.glob("*.ckpt")]
         raise unknown(
@@ -67,7 +69,11 @@ def check(path: str) -> None:
     import yaml
 
     try:
+        if (size := Path(path).stat().st_size) > MAX_BYTES:
+            why = f"{path} has {size:,} bytes, and a config has at most {MAX_BYTES:,}"
+            raise Mistake(why, [], "--config=FILE.yaml, with what differs from the defaults alone")
         text = Path(path).read_text(encoding="utf-8")
+        check_size(text, path)
         root = yaml.compose(text, yaml.SafeLoader)
         json.dumps(yaml.safe_load(text), default=str)  # refuses tags, and anchors in themselves
     except UnicodeDecodeError as error:
@@ -78,6 +84,8 @@ def check(path: str) -> None:
         place = f"{path}, line {mark.line + 1}" if mark else path
         why = getattr(error, "problem", None) or error
         raise Mistake(f"in {place}: not YAML: {why}", [], "key: value") from error
+    except Mistake:
+        raise
     except (TypeError, ValueError, RecursionError) as error:
         why = f"{path} is YAML, but no plain values: {error}"
         raise Mistake(why, ["text", "numbers", "lists", "mappings"], "key: value") from error
@@ -94,6 +102,36 @@ def check(path: str) -> None:
         if key.value == "trainer" and not isinstance(value, yaml.MappingNode):
             why = f"in {path}, line {line}: 'trainer' must map arguments to values"
             raise Mistake(why, [], "trainer: {max_steps: 100}")
+
+
+def check_size(text: str, name: str) -> None:
+    """Refuse YAML of too many values, aliases counted as what they stand for, before it is built.
+
+    Nine aliases of a list of nine aliases, nine times over, are 341 bytes and 400 million values.
+    """
+    import yaml
+
+    sizes: dict[str, int] = {}  # of what an anchor names
+    open_: list[tuple[str | None, int]] = []  # collections: anchor, values before it
+    count = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_.append((event.anchor, count))
+            count += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_.pop()
+            if anchor is not None:
+                sizes[anchor] = count - before
+        elif isinstance(event, yaml.AliasEvent):
+            count += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        if count > MAX_VALUES or len(open_) > MAX_LEVELS:
+            most = f"{MAX_VALUES:,} values and {MAX_LEVELS} levels, aliases counted in full"
+            why = f"{name} holds too much: a config has at most {most}"
+            raise Mistake(why, [], "--config=FILE.yaml, with what differs from the defaults alone")
 
 
 def check_order(paths: list[str]) -> None:

@@ -43,6 +43,7 @@ class SavedConfig(L.Callback):
     ) -> None:
         """Take the configuration of a command, and the keys that differ from its checkpoint."""
         self.config, self.changed = resolved(parser, config), changed
+        self.begun: int | None = None  # step at which training began, if it did
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write config.yaml, when the data have said which source they took."""
@@ -57,6 +58,10 @@ class SavedConfig(L.Callback):
             lines = [f"# data {key}: {value}\n" for key, value in taken.items()]
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             Path(folder, "config.yaml").write_text("".join(lines) + text, encoding="utf-8")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step."""
+        self.begun = trainer.global_step
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

@@ -41,6 +41,7 @@ from .lean_loop import LeanEpochLoop, Unprofiled
 from .quiet import quiet
 from .restore import Restore
 
+ELSEWHERE = "checkpoint_folders.txt"  # in a run's folder: others that it writes checkpoints into
 STANDS_FOR = {Checkpoint: ModelCheckpoint, ProgressBar: AnyProgressBar}
 DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(, ?\d+)+")
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
@@ -163,8 +164,18 @@ class Trainer(L.Trainer):
             for callback in self.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     callback.dirpath = os.path.join(self._folder, "checkpoints")
+            self._note_folders(self._folder)
             self.print(f"run: {self._folder}, on {self._machine()}")
         return self._folder
+
+    def _note_folders(self, folder: str) -> None:
+        """Write down where the checkpoints are, if not in the run's folder: `last` looks there."""
+        callbacks = [c for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        own = os.path.abspath(folder)
+        others = [os.path.abspath(str(c.dirpath)) for c in callbacks if "://" not in str(c.dirpath)]
+        lines = sorted({each for each in others if not each.startswith(own + os.sep)})
+        if lines and self.is_global_zero:
+            Path(folder, ELSEWHERE).write_text("\n".join(lines), encoding="utf-8")
 
     def _claimed(self) -> str:
         """The folder that rank 0 has made; where it cannot, no rank waits for it."""
@@ -180,9 +191,9 @@ class Trainer(L.Trainer):
 
     def _claim(self) -> str:
         """Make the next free folder; of two runs that start together each gets its own."""
-        root = Path(
-            self.default_root_dir, self._name or type(self.lightning_module).__name__.lower()
-        )
+        name = self._name or type(self.lightning_module).__name__.lower()
+        check_name(name)
+        root = Path(self.default_root_dir, name)
         taken = [int(p.name[8:]) for p in root.glob("version_*") if p.name[8:].isdecimal()]
         number = max(taken, default=-1) + 1
         while True:
@@ -219,6 +230,16 @@ class Trainer(L.Trainer):
         count = torch.get_num_threads()
         threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
         return f"{ranks}{kind}{threads}, precision {self.precision}"
+
+
+def check_name(name: str) -> None:
+    """Refuse a name whose folder is not below default_root_dir; it may stand in a checkpoint."""
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise Mistake(
+            f"the run's name {name!r} leads out of the folder of all runs",
+            ["a name, or several with / between"],
+            "--trainer.name=NAME --trainer.default_root_dir=FOLDER",
+        )
 
 
 def no_folder(folder: Path, error: OSError) -> Exception:

@@ -420,3 +420,53 @@ def test_a_configuration_that_no_command_has_written_is_one_mistake(
     torch.save(checkpoint, "odd.ckpt")
     assert main(["validate", "--ckpt_path=odd.ckpt"]) == 2
     assert "ravine.config, is not one that a command has written" in capsys.readouterr().err
+
+
+def test_links_to_nowhere_and_to_themselves_are_passed_over(trained: Path) -> None:
+    for name, target in (("dangling.ckpt", "gone.ckpt"), ("loop.ckpt", "loop.ckpt")):
+        (trained.parent / name).symlink_to(target)
+    for asked in ("auto", "last"):
+        assert newest("fit", asked, "base", "runs") == trained
+    assert main(["validate", "--config=base", f"--ckpt_path={trained.parent}/loop.ckpt"]) == 2
+
+
+def test_a_metric_with_a_slash_in_a_file_s_name_makes_a_folder_that_is_found() -> None:
+    stock = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"
+    named = "--trainer.callbacks.filename={step}-{train/loss:.2f}"
+    assert main(["fit", "--config=base", stock, named, "--trainer.max_epochs=1"]) == 0
+    (path,) = Path("runs").rglob("*.ckpt")
+    assert path.parent.name.endswith("-train")
+    assert newest("test", "last", None, "runs") == path
+    assert newest("fit", "auto", "base", "runs") == path
+
+
+def test_checkpoints_in_a_folder_of_one_s_own_are_found_by_the_run_s_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = ["--trainer.callbacks+=Checkpoint", "--trainer.callbacks.dirpath=mine"]
+    for name, epochs in (("one", 1), ("two", 2)):
+        words = ["fit", "--config=base", *own, f"--trainer.name={name}"]
+        assert main([*words, f"--trainer.max_epochs={epochs}"]) == 0
+    said = capsys.readouterr().out
+    assert "nothing was trained" not in said
+    assert said.count("done: runs/") == 2
+    one, two = sorted(Path("mine").resolve().iterdir())
+    assert newest("test", "last", "one", "runs") == one
+    assert newest("test", "last", "two", "runs") == two
+    assert newest("test", "last", None, "runs") == two
+    words = ["fit", "--config=base", *own, "--trainer.name=two", "--ckpt_path=auto"]
+    assert main([*words, "--trainer.max_epochs=2"]) == 0
+    assert "nothing was trained" in capsys.readouterr().out
+    assert two.exists()
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/../../../b"])
+def test_a_run_s_name_does_not_lead_out_of_the_folder_of_all_runs(
+    trained: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(trained, weights_only=True)
+    checkpoint["ravine"]["config"]["trainer.name"] = name
+    torch.save(checkpoint, "odd.ckpt")
+    for words in (["--ckpt_path=odd.ckpt", TRUST], [f"--trainer.name={name}", "--config=base"]):
+        assert main(["validate", *words]) == 2
+        assert "leads out of the folder of all runs" in capsys.readouterr().err
