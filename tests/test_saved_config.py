@@ -444,9 +444,9 @@ def test_checkpoints_in_a_folder_of_one_s_own_are_found_by_the_run_s_name(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     own = ["--trainer.callbacks+=Checkpoint", "--trainer.callbacks.dirpath=mine"]
-    for name, epochs in (("one", 1), ("two", 2)):
+    for name, steps in (("one", 2), ("two", 4)):
         words = ["fit", "--config=base", *own, f"--trainer.name={name}"]
-        assert main([*words, f"--trainer.max_epochs={epochs}"]) == 0
+        assert main([*words, f"--trainer.max_steps={steps}"]) == 0
     said = capsys.readouterr().out
     assert "nothing was trained" not in said
     assert said.count("done: runs/") == 2
@@ -455,7 +455,7 @@ def test_checkpoints_in_a_folder_of_one_s_own_are_found_by_the_run_s_name(
     assert newest("test", "last", "two", "runs") == two
     assert newest("test", "last", None, "runs") == two
     words = ["fit", "--config=base", *own, "--trainer.name=two", "--ckpt_path=auto"]
-    assert main([*words, "--trainer.max_epochs=2"]) == 0
+    assert main([*words, "--trainer.max_steps=4"]) == 0
     assert "nothing was trained" in capsys.readouterr().out
     assert two.exists()
 
