@@ -104,7 +104,14 @@ class TaskModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW on everything trainable, so that a task also runs with no optimizer callback."""
-        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.lr)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if any(p.dtype == torch.float16 for p in parameters):
+            raise ValueError(
+                "AdamW's eps of 1e-08 is 0 in float16, so that weights turn to NaN (0 / 0); "
+                "allowed: 16-mixed, bf16-mixed, bf16-true, 32-true; type "
+                "--trainer.precision=16-mixed, or OptimizerPlan(partial(AdamW, eps=1e-4))"
+            )
+        return torch.optim.AdamW(parameters, lr=self.lr)
 
     def count(self, batch: Any) -> int:
         """Units in a batch: here the rows of its first tensor."""

@@ -21,6 +21,7 @@ from ravine.callbacks import (
 )
 from ravine.callbacks.optimizers.composite import Composite
 from ravine.callbacks.optimizers.rules import assign, kinds
+from ravine.lightning_modules.base import TaskModule
 from ravine.strategies import AtomicCheckpointIO
 
 QUIET = {
@@ -262,6 +263,71 @@ def test_a_rate_that_is_none_is_refused_where_the_optimizer_does_not_look(lr):
 
     with pytest.raises(ValueError, match=r"Trusting: lr is .* allowed: a finite number"):
         trained(OptimizerPlan(partial(Trusting, lr=lr)))
+
+
+class ReadsItsScheduler(Net):
+    """Logs the rate of its own scheduler, as tutorials do."""
+
+    def __init__(self, use=lambda scheduler: scheduler.get_last_lr()[0]):
+        super().__init__()
+        self.use, self.read = use, []
+
+    def training_step(self, batch, index):
+        self.read.append(self.use(self.lr_schedulers()))
+        return super().training_step(batch, index)
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+
+def test_a_module_reads_the_rate_of_the_plan_where_its_scheduler_was():
+    factory = partial(SGD, lr=0.1)
+    _, module = trained(OptimizerPlan(factory), module=ReadsItsScheduler())
+    assert module.read == pytest.approx([0.1] * 6)
+    assert same(module, by_hand(factory, 6))
+    schedule = Schedule("linear")
+    _, module = trained(OptimizerPlan(factory, schedule=schedule), module=ReadsItsScheduler())
+    assert module.read == pytest.approx([0.1 * schedule.factor(k, 6) for k in range(6)])
+    assert "lr_schedulers" not in vars(module)  # its own again
+
+
+USES = {
+    ".step": lambda scheduler: scheduler.step(),
+    r"\[0\]": lambda scheduler: scheduler[0],
+    " in a loop": lambda scheduler: list(scheduler),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_another_use_of_a_scheduler_that_the_plan_replaced_names_the_plan(use):
+    words = rf"ReadsItsScheduler uses self\.lr_schedulers\(\){use}, and OptimizerPlan has replaced"
+    with pytest.raises((AttributeError, TypeError), match=words) as error:
+        trained(OptimizerPlan(partial(SGD, lr=0.1)), module=ReadsItsScheduler(USES[use]))
+    assert "\n" not in str(error.value)
+
+
+def test_an_eps_that_float16_rounds_to_zero_is_refused_before_the_first_step():
+    for factory in (AdamW, torch.optim.RMSprop, partial(AdamW, eps=2e-8)):
+        words = r"eps=\de-08 is 0 in float16.*allowed: 6e-8 or more; type .*eps=1e-4, or"
+        with pytest.raises(ValueError, match=words):
+            trained(OptimizerPlan(factory), precision="16-true")
+    for factory in (partial(AdamW, eps=1e-4), partial(SGD, lr=0.01)):
+        _, module = trained(OptimizerPlan(factory), precision="16-true")
+        assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_a_task_in_float16_without_a_plan_says_what_to_type():
+    class Task(TaskModule):
+        def build(self):
+            return nn.Linear(3, 2)
+
+        def training_step(self, batch, index):
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
+    trainer = L.Trainer(**QUIET, max_steps=2, precision="16-true")
+    with pytest.raises(ValueError, match=r"0 in float16.*--trainer\.precision=16-mixed, or Opt"):
+        trainer.fit(Task(), data())
 
 
 def test_a_model_with_nothing_to_train_is_refused():

@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Adafactor
+from torch.optim import Adafactor, Optimizer
 
 from ..checks import before_training
 from ..patching import patch, unpatch
@@ -108,6 +109,9 @@ class OptimizerPlan(Callback):
             return self._configure(trainer, module)
 
         patch(trainer, pl_module, "configure_optimizers", configure_optimizers, self)
+        if self.schedule is None:
+            name, owner = type(pl_module).__name__, type(self).__name__
+            patch(trainer, pl_module, "lr_schedulers", lambda _: Rates(trainer, name, owner), self)
 
     def optimizers_with_two_sets(self) -> list[str]:
         """Names of those that evaluate other weights than they train, as far as classes tell."""
@@ -118,6 +122,7 @@ class OptimizerPlan(Callback):
         """Give `configure_optimizers` back."""
         if stage == "fit":
             unpatch(pl_module, "configure_optimizers", self)
+            unpatch(pl_module, "lr_schedulers", self)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn the run's length from the loaders, which exist only now."""
@@ -284,6 +289,7 @@ class OptimizerPlan(Callback):
                     f"{name} keeps no 'lr' in its param_groups, which lr_scale and schedule act "
                     "on; leave both out, or give it one"
                 )
+            _refuse_small_eps(member)
             parameters = (p for group in member.param_groups for p in group["params"])
             if isinstance(member, Adafactor) and any(isinstance(p, DTensor) for p in parameters):
                 raise ValueError(
@@ -317,6 +323,58 @@ def _refuse_unreduced(module: L.LightningModule, parameters: list[Tensor], start
             "gradients would differ from rank to rank, since they were frozen at the start; train "
             "on one process, or leave them trainable at the start with a learning rate of 0"
         )
+
+
+class Rates:
+    """What `self.lr_schedulers()` gives where a plan has no schedule: the rates, to be read.
+
+    rates = Rates(trainer, "MyModule", "OptimizerPlan")
+    rates.get_last_lr()     # [0.001], of each group
+    rates.step()            # AttributeError: the module's own schedulers are not there
+    """
+
+    def __init__(self, trainer: L.Trainer, module: str, owner: str) -> None:
+        """Remember whose schedulers are replaced, and by whom."""
+        self._trainer, self._module, self._owner = trainer, module, owner
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rate of each group."""
+        groups = (g for optimizer in self._trainer.optimizers for g in optimizer.param_groups)
+        return [float(group["lr"]) for group in groups if "lr" in group]
+
+    def __getattr__(self, name: str) -> Any:
+        """Name the plan."""
+        raise AttributeError(name if name.startswith("__") else self._absent(f".{name}"))
+
+    def __getitem__(self, index: Any) -> Any:
+        """Several schedulers are no more there than one."""
+        raise TypeError(self._absent(f"[{index}]"))
+
+    def __iter__(self) -> Any:
+        """Likewise."""
+        raise TypeError(self._absent(" in a loop"))
+
+    def _absent(self, use: str) -> str:
+        return (
+            f"{self._module} uses self.lr_schedulers(){use}, and {self._owner} has replaced its "
+            "optimizers and schedulers; allowed: get_last_lr(); leave the use out, or give the "
+            f"schedule to {self._owner}: schedule=Schedule('cosine')"
+        )
+
+
+def _refuse_small_eps(optimizer: Optimizer) -> None:
+    """Refuse an eps of torch's optimizers that float16 rounds to 0: NaN where gradients are 0."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return  # others may compute in float32
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        half = any(p.dtype == torch.float16 for p in group["params"])
+        if half and isinstance(eps, float) and eps and not float(torch.tensor(eps).half()):
+            raise ValueError(
+                f"{type(optimizer).__name__}: eps={eps:g} is 0 in float16, so that weights turn to "
+                "NaN (0 / 0); allowed: 6e-8 or more; type --trainer.callbacks.optimizer.eps=1e-4, "
+                "or --trainer.precision=16-mixed"
+            )
 
 
 def plans(trainer: L.Trainer) -> list[OptimizerPlan]:
