@@ -125,7 +125,7 @@ class EMA(Callback):
             live = dict(followed(pl_module, self.other))
             raw, average = (self.other, live) if self.swapped else (live, self.other)
             state = checkpoint["state_dict"]
-            put_into(state, average)
+            put_into(state, average, pl_module)
             checkpoint["ema"] = {"steps": self.steps, "raw": saved_as(state, raw)}
 
     def on_load_checkpoint(

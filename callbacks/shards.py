@@ -71,8 +71,16 @@ def saved_as(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, 
     }
 
 
-def put_into(state: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    """Put values into a checkpoint's state_dict, whole or sharded as it is; every rank calls it."""
+def put_into(state: dict[str, Tensor], weights: dict[str, Tensor], module: nn.Module) -> None:
+    """Put values into a checkpoint's state_dict, whole or sharded as it is; every rank calls it.
+
+    A weight that layers share stands there under each of its names, and gets one value.
+    """
+    owned: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owned.setdefault(id(parameter), []).append(name)
+    alike = {name: names for names in owned.values() for name in names}
     for name, value in saved_as(state, weights).items():
-        if name in state:  # one rank alone holds whole weights
-            state[name] = value
+        for each in alike.get(name, [name]):
+            if each in state:  # one rank alone holds whole weights
+                state[each] = value

@@ -452,6 +452,28 @@ def test_a_layer_whose_output_is_detached_is_refused_by_name():
         fit(Detaches, LoRA("net.*"), validate=0)
 
 
+class MadeEarly(NetInInit):
+    """Its optimizer is made in __init__, as routines of other packages do."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.made = torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    def configure_optimizers(self):
+        return self.made
+
+
+def test_an_optimizer_made_before_the_adapters_is_refused_and_a_plan_is_the_way_out():
+    with pytest.raises(
+        ValueError, match=r"no optimizer of MadeEarly holds an adapter.*Optimiz"
+    ) as e:
+        fit(MadeEarly, LoRA())
+    assert "\n" not in str(e.value)
+    plan = OptimizerPlan(partial(torch.optim.AdamW, lr=0.05))
+    module, _ = fit(MadeEarly, LoRA("net.0"), plan, steps=2)
+    assert module.net[0].lora_b.abs().max() > 0
+
+
 class SkipsTheEnd(NetInInit):
     """The last two of four batches have no loss."""
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import nn
@@ -186,6 +187,28 @@ class LoRA(Transform):
             for line in self._say:
                 Console().print(line, soft_wrap=True, highlight=False)
         self._say = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse optimizers that hold no adapter: they were made before there was one."""
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+            return  # a rank may hold a part of the parameters
+        groups = (group for each in trainer.optimizers for group in each.param_groups)
+        held = {id(p) for group in groups for p in group["params"]}
+        found = adapters(pl_module)
+        idle = [
+            name
+            for name, layer in found.items()
+            if not layer.lora_is_copy
+            and not any(id(getattr(layer, key)) in held for key in layer.lora_names)
+        ]
+        if held and len(idle) == sum(not layer.lora_is_copy for layer in found.values()):
+            name = type(pl_module).__name__
+            raise ValueError(
+                f"LoRA: no optimizer of {name} holds an adapter: it was made in "
+                "__init__, before them, or names other parameters; give it self.parameters() in "
+                "configure_optimizers, or type --trainer.callbacks+=OptimizerPlan "
+                "--trainer.callbacks.optimizer=AdamW"
+            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -69,7 +69,7 @@ class TwoSets:
         shown = bool(self._aside)
         self.evaluate(module)
         checkpoint[KEY] = {name: whole(weight) for name, weight in self._aside.items()}
-        put_into(checkpoint["state_dict"], dict(trainable(module)))
+        put_into(checkpoint["state_dict"], dict(trainable(module)), module)
         if not shown:
             self.train(module)
 
