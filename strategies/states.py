@@ -96,6 +96,8 @@ def optimizer_state(
             return tensor.cpu() if keep else tensor.new_empty(0)
 
         state = tree_map_only(Tensor, here, state)
+        if "members" in saved:  # what optimizers save beside, the same on every rank
+            saved["members"] = tree_map_only(Tensor, here, saved["members"])
         for group in others:
             state = {i: values for some in _from_all(state, group) for i, values in some.items()}
     saved["state"] = {i: state[i] for i in sorted(state)}
@@ -140,7 +142,9 @@ def load_parts(
     }
     for at, entry in found.items():
         if at[0] == "optimizer_states":
-            if optimizers and at[3] in parameters:
+            if optimizers and at[2] != "state":
+                tensors[at] = sharded.like(entry, None)
+            elif optimizers and at[3] in parameters:
                 tensors[at] = sharded.like(entry, parameters[int(at[3])])
         elif at[0] != "state_dict" and (stages is None or at[-1] in named):
             tensors[at] = sharded.like(entry, named.get(str(at[-1])))

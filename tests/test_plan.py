@@ -400,13 +400,16 @@ def test_groups_and_states_of_a_composite_are_its_members_also_after_loading():
     torch.testing.assert_close(second.state[matrix]["momentum_buffer"], torch.full((2, 2), 1.9))
 
 
-def test_every_parameter_that_was_stepped_has_state():
+def test_every_parameter_that_was_stepped_has_state_in_what_is_saved():
     matrix, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     optimizer = Composite([SGD([matrix, unused], lr=0.1)])
     matrix.grad = torch.ones(2, 2)
     optimizer.step()
-    assert list(optimizer.state) == [matrix]
-    assert optimizer.state[matrix]["step"].shape == ()
+    assert list(optimizer.state_dict()["state"]) == [0]
+    assert optimizer.state_dict()["state"][0]["step"].shape == ()
+    again = Composite([SGD([matrix, unused], lr=0.1)])
+    again.load_state_dict(optimizer.state_dict())
+    assert not again.state
 
 
 class Everything(L.LightningModule):
@@ -599,6 +602,7 @@ class Doubling(torch.optim.Optimizer):
         assert all(group["training"] for group in self.param_groups)
         for p in self._all():
             p -= 0.1 * p.grad
+            self.state[p]["step"] = torch.ones(())
 
     def train(self):
         self._switch(True, 1 / 3)

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import faults
 from .composite import Composite, Group, Part
 from .rules import Decay, Named, OptimizerFactory, Rule, optimizer_class
 
@@ -45,9 +46,9 @@ def compose(shares: Sequence[Share], decay: Decay) -> Composite:
         owner = {id(p): share for share in mates for _, p in share.named}
         for group in list(member.param_groups):
             rule = owner[id(group["params"][0])].rule
-            if "lr" in group:
+            if group.get("lr") is not None:
                 check_rate(group["lr"], member)
-                group["lr"] *= rule.lr_scale
+                group["lr"] = scaled(group["lr"], rule.lr_scale)
             split_decay(member, group, rule.decay or decay)
         members.append(member)
         labels += [owner[id(group["params"][0])].label for group in member.param_groups]
@@ -74,7 +75,7 @@ def later(
     settings: Group = {}
     if isinstance(lr, int | float | Tensor):
         check_rate(lr, member)
-        base = lr * rule.lr_scale
+        base = scaled(lr, rule.lr_scale)
         settings = {"lr": base} if factor is None else {"lr": base * factor, "initial_lr": base}
     if "lr" in given:
         settings = {}
@@ -99,8 +100,17 @@ def decays(parameter: Tensor, decay: Decay) -> bool:
     return decay == "all" or (decay == "matrices" and parameter.ndim >= 2)
 
 
+def scaled(lr: Any, scale: float) -> Any:
+    """A learning rate of its own for a group: a tensor may be shared with others."""
+    if isinstance(lr, Tensor):
+        return lr.clone() * scale if scale != 1 else lr.clone()
+    return lr * scale if scale != 1 else lr
+
+
 def check_rate(lr: Any, optimizer: Optimizer) -> None:
     """Refuse what an optimizer without checks of its own would compute with."""
+    if isinstance(lr, list | tuple):  # a rate for each of something: the class knows of what
+        return
     if not isinstance(lr, int | float | Tensor) or not 0 <= lr < math.inf:
         raise ValueError(
             f"{type(optimizer).__name__}: lr is {lr!r}; allowed: a finite number, 0 or more; type "
@@ -118,28 +128,68 @@ def same(one: OptimizerFactory | None, other: OptimizerFactory | None) -> bool:
 def make(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimizer:
     """Call the factory; an argument that its class does not know ends in the nearest it does."""
     made = optimizer_class(factory)
-    if made is not None:
-        allowed = list(inspect.signature(made).parameters)[1:]
-        for word in getattr(factory, "keywords", {}):
+    given = getattr(factory, "keywords", {})
+    usual = _arguments(made)
+    if usual and not any(a.kind is a.VAR_KEYWORD for a in usual.values()):
+        allowed = list(usual)[1:]
+        for word in given:
             if word not in allowed:
                 nearest = difflib.get_close_matches(word, allowed, n=3, cutoff=0.3) or allowed
                 raise ValueError(
-                    f"{made.__name__} has no argument {word!r}; nearest: {', '.join(nearest)}"
+                    f"{made.__name__ if made else 'the optimizer'} has no argument {word!r}; "
+                    f"nearest: {', '.join(nearest)}"
                 )
     assert factory is not None  # the plan checks it
     try:
-        return factory(parameters)
-    except ValueError as error:  # torch: "Invalid learning rate: -1.0"
-        given = getattr(factory, "keywords", {})
-        usual = inspect.signature(made).parameters if made is not None else {}
-        words = [f"{k}={v}" for k, v in given.items() if k not in usual or usual[k].default != v]
+        built = factory(parameters)
+    except Exception as error:  # torch: ValueError "Invalid learning rate: -1.0"
+        if faults.whole_wanted():
+            raise
+        shown = [f"{k}={v}" for k, v in given.items() if k not in usual or usual[k].default != v]
         name = made.__name__ if made is not None else "the optimizer"
-        raise ValueError(f"{name} refuses {', '.join(words) or 'this'}: {error}") from error
+        raise ValueError(
+            f"{name} refuses {', '.join(shown) or 'this'}: {_why(error, parameters)}"
+        ) from error
+    if not isinstance(getattr(built, "param_groups", None), list):
+        raise ValueError(
+            f"{type(built).__name__} is no torch.optim.Optimizer: it has no param_groups; give a "
+            "class, or a function of the parameters that returns one"
+        )
+    return built
+
+
+def _arguments(made: type | None) -> dict[str, inspect.Parameter]:
+    """The arguments of a class by name, where they can be seen."""
+    try:
+        return dict(inspect.signature(made).parameters) if made is not None else {}
+    except (TypeError, ValueError):
+        return {}
+
+
+def _why(error: Exception, parameters: Sequence[Any]) -> str:
+    """What a constructor said, and what can be done about its usual wishes."""
+    at = faults.own_frame(error)
+    where = f" (at {at})" if at and type(error) is not ValueError else ""
+    said = str(error) if type(error) is ValueError else faults.words(error)
+    wants_model = isinstance(error, AttributeError) and "named_parameters" in str(error)
+    wants_model = wants_model or "'parameters'" in str(error) or "'modules'" in str(error)
+    if wants_model:
+        return (
+            f"{said}{where}; it wants the model, and a plan gives it parameters: make it in the "
+            "module's configure_optimizers, without a plan"
+        )
+    if type(error) is ValueError:
+        return said
+    return (
+        f"{said}{where}; it is called with {len(parameters)} parameters or groups of them: set its"
+        " arguments, or give a function of the parameters that makes it"
+    )
 
 
 def split_decay(optimizer: Optimizer, group: dict[str, Any], decay: Decay) -> None:
     """Leave weight decay to the tensors that it is meant for; the others become a second group."""
-    if decay == "all" or not group.get("weight_decay"):
+    given = group.get("weight_decay")
+    if decay == "all" or not isinstance(given, int | float) or not given:
         return
     spared = [p for p in group["params"] if not decays(p, decay)]
     if len(spared) == len(group["params"]):
@@ -164,10 +214,19 @@ def table(shares: Sequence[Share], composite: Composite, names: bool = False) ->
                 share.label.replace("+", " + ") if place == 0 else "",
                 str(len(own)),
                 f"{sum(p.numel() for p in group['params']):,}",
-                f"{group['lr']:g}" if "lr" in group else "",
-                f"{group['weight_decay']:g}" if "weight_decay" in group else "",
+                _shown(group.get("lr")),
+                _shown(group.get("weight_decay")),
                 type(member).__name__,
             )
             for name in (name for name, p in share.named if names and id(p) in own):
                 made.add_row(f"  {name}")
     return made
+
+
+def _shown(setting: Any) -> str:
+    """A setting as the table has it: a number in short, None as nothing."""
+    if isinstance(setting, Tensor) and setting.numel() == 1:
+        setting = setting.item()
+    if setting is None:
+        return ""
+    return f"{setting:g}" if isinstance(setting, int | float) else str(setting)

@@ -2,20 +2,26 @@
 
 composite.param_groups = [group of A, group of A, group of B]      the same dicts, not copies
 composite.state        = what A and B keep, each in its own dict
-composite.state_dict() : flat and standard, so that a sharded load finds its way
+composite.state_dict() : flat and standard, so that a sharded load finds its way; what else A and B
+                         save by their own state_dict stands beside it, and is loaded by their own
 
 A group that is added later (`add_param_group`) stands last and belongs to one of the members; the
 plan's rules choose which (`route`). Without a plan it is the last member.
 """
 
 import inspect
-from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from ...strategies.checkpoint_io import CheckpointError
+from .faults import in_words
+from .saving import Packed, pack, unpack
 
 Group = dict[str, Any]
 
@@ -35,6 +41,15 @@ def needs_closure(optimizer: Optimizer) -> bool:
     """Whether `step` cannot do without a function that computes the loss anew (LBFGS)."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def takes_closure(optimizer: Optimizer) -> bool:
+    """Whether `step` has an argument for a function that computes the loss."""
+    return "closure" in inspect.signature(type(optimizer).step).parameters
+
+
+class _Nothing(BaseException):
+    """Nobody has a gradient: ends a member's step before it moves anything."""
 
 
 class States(MutableMapping[Any, Any]):
@@ -104,6 +119,8 @@ class Composite(Optimizer):
         self._joint: list[list[Group]] = []  # groups of one `add_param_group`; the last one leads
         self._rates: dict[int, Any] = {}  # of those groups, by id, after the last step
         self._unseen: list[Tensor] = []  # without a gradient so far
+        self.two_sets: list[Optimizer] = []  # members that train one set and show another
+        self._checked = False  # whether a checkpoint can hold the states
         self._watch(self.param_groups)
 
     @property
@@ -255,44 +272,182 @@ class Composite(Optimizer):
         return {k: v for k, v in self.__dict__.items() if k not in ("step", "route")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a copy; or new groups and states, which `load_state_dict` ends with."""
-        groups, states = state.pop("param_groups", None), state.pop("state", None)
+        """From a copy."""
         super().__setstate__({"defaults": {}, "route": None, **self.__dict__, **state})
-        if groups is not None:
-            queue = iter(groups)
-            mine: dict[int, list[Group]] = defaultdict(list)
-            for owner in self._owners:
-                mine[owner].append(next(queue))
-            for number, member in enumerate(self.members):
-                member.param_groups[:] = mine[number]
-            self._listed.clear()
-            self._known.clear()
-        if states is not None:
-            self.state = states
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Each member's own."""
         for member in self.members:
             member.zero_grad(set_to_none)
 
+    def state_dict(self) -> dict[str, Any]:
+        """States and settings of all members as plain values, parameters numbered by group.
+
+        Each member's own `state_dict` and hooks say what is saved. What is no state of a parameter
+        and no setting of a group stands under `members`, an entry for each member.
+
+        Raises:
+            CheckpointError: a member keeps what no checkpoint can hold.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        groups = self.param_groups
+        packed = []
+        for member in self.members:
+            with in_words(member, "when its state was saved"):
+                packed.append(pack(member))
+        queues = [iter(each.groups) for each in packed]
+        numbers: list[list[int]] = [[] for _ in self.members]  # of a member's parameters here
+        flat: list[Group] = []
+        count = 0
+        for owner in self._owners:
+            group = next(queues[owner])
+            size = len(group["params"])
+            group["params"] = list(range(count, count + size))
+            numbers[owner] += group["params"]
+            count += size
+            flat.append(group)
+        state: dict[int, Any] = {}
+        for number, each in zip(numbers, packed, strict=True):
+            # a member counts its parameters in the order of its own groups
+            state |= {number[i]: values for i, values in each.state.items()}
+        unseen = {id(p) for p in self._unseen}
+        plain = {m for m, each in enumerate(packed) if "whole" not in each.rest}
+        for owner, saved, group in zip(self._owners, flat, groups, strict=True):
+            if owner in plain:
+                for i, p in zip(saved["params"], group["params"], strict=True):
+                    if i not in state and id(p) not in unseen:
+                        state[i] = _no_state()
+        result: dict[str, Any] = {"state": state, "param_groups": flat}
+        if any(each.rest for each in packed):
+            result["members"] = [each.rest for each in packed]
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, result)
+            result = result if changed is None else changed
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give each member its part, by its own `load_state_dict`.
+
+        Raises:
+            ValueError: the groups are not those of the optimizer that was saved.
+            CheckpointError: a member cannot read what is there.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._check_groups(state_dict["param_groups"])
+        rests = state_dict.get("members") or [{} for _ in self.members]
+        groups: list[list[Group]] = [[] for _ in self.members]
+        state: list[dict[int, Any]] = [{} for _ in self.members]
+        counts = [0 for _ in self.members]
+        for owner, saved in zip(self._owners, state_dict["param_groups"], strict=True):
+            first = counts[owner]
+            counts[owner] += len(saved["params"])
+            for number, key in enumerate(saved["params"], first):
+                values = state_dict["state"].get(key)
+                if values and not _is_no_state(values):
+                    state[owner][number] = values
+            groups[owner].append({**saved, "params": list(range(first, counts[owner]))})
+        parts = zip(self.members, groups, state, rests, strict=True)
+        for member, own_groups, own_state, rest in parts:
+            try:
+                with in_words(member, "when its state was loaded"):
+                    unpack(member, Packed(own_groups, own_state, rest))
+            except LookupError as error:
+                name = type(member).__name__
+                raise CheckpointError(
+                    f"the checkpoint lacks what {name} saves ({type(error).__name__}: {error}): it "
+                    "was written by another version or by another optimizer; go on with that one, "
+                    "or start a new run from the weights alone"
+                ) from error
+        self._known.clear()
+        self._listed.clear()
+        self._rates |= {id(g): g.get("lr") for groups in self._joint for g in groups}
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _check_groups(self, saved: list[Group]) -> None:
+        ours = [len(group["params"]) for group in self.param_groups]
+        theirs = [len(group["params"]) for group in saved]
+        if ours != theirs:
+            more = len(theirs) > len(ours)
+            why = "; parameters that were added during the run are missing here" if more else ""
+            raise ValueError(
+                f"the saved optimizer has groups of {theirs} parameters and this one of {ours}"
+                f"{why}; build it as the run did, or start a new run from the weights alone"
+            )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of every member, unless nobody has a gradient; the closure runs once."""
+        """One step of every member, unless nobody has a gradient.
+
+        A single member is given the closure and calls it as it likes. Of several, each that has an
+        argument for it is given one that returns the loss, which was computed once.
+        """
         groups = self.param_groups
         self._follow()
-        if closure is not None and needs_closure(self.members[0]):
-            loss = self.members[0].step(closure)  # alone then, and calls it as often as it likes
+        if closure is not None and len(self.members) == 1 and takes_closure(self.members[0]):
+            loss = self._step_alone(closure, groups)
         else:
             loss = None
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            if any(p.grad is not None for group in groups for p in group["params"]):
+            if _any_gradient(groups):
+                again = None if closure is None else _Again(loss, groups)
                 for member in self.members:
-                    member.step()
+                    with in_words(member):
+                        if again is not None and takes_closure(member):
+                            member.step(closure=again.of(member))
+                        else:
+                            member.step()
         if self._unseen:
-            self._give_state()
+            self._unseen[:] = [p for p in self._unseen if p.grad is None]
+        if not self._checked:
+            self._check_state()
         return loss
+
+    def _step_alone(self, closure: Callable[[], Any], groups: list[Group]) -> Any:
+        (member,) = self.members
+        needed, raised, loss = needs_closure(member), [], [None]
+
+        def called() -> Any:
+            try:
+                with torch.enable_grad():
+                    loss[0] = closure()
+            except BaseException as error:
+                raised.append(error)
+                raise
+            if not needed and not _any_gradient(groups):
+                raise _Nothing
+            return loss[0]
+
+        try:
+            return member.step(closure=called)
+        except _Nothing:
+            return loss[0]
+        except Exception as error:
+            if any(error is each for each in raised):
+                raise  # of the module or a callback, not of the optimizer
+            with in_words(member):
+                raise
+
+    def _check_state(self) -> None:
+        """Refuse now, after one step, what a checkpoint could not hold after many."""
+        if not any(_any_gradient([group]) for group in self.param_groups):
+            return
+        self._checked = True
+        saved = self.state_dict()
+        for member, rest in zip(self.members, saved.get("members", []), strict=False):
+            if any(isinstance(leaf, DTensor) for leaf in tree_leaves(rest)):
+                raise CheckpointError(
+                    f"{type(member).__name__} keeps tensors outside of its state, and this run's "
+                    "parameters are sharded: such a run could not be continued; type "
+                    "--trainer.strategy ddp",
+                    exit_status=1,
+                )
 
     def _follow(self) -> None:
         """Groups of one `add_param_group` follow a learning rate that the last one was given."""
@@ -305,13 +460,6 @@ class Composite(Optimizer):
                     group["lr"] = new if own == old or not old else own * (new / old)
             self._rates |= {id(group): group.get("lr") for group in groups}
 
-    def _give_state(self) -> None:
-        """torch.distributed.checkpoint refuses a member without state (plain SGD) beside others."""
-        for parameter in self._unseen:
-            if parameter.grad is not None and not self.state.get(parameter):
-                self.state[parameter] = {"step": torch.zeros(())}
-        self._unseen[:] = [p for p in self._unseen if p not in self.state]
-
     def train(self) -> None:
         """Tell members that keep two sets of weights (schedule-free) that training goes on."""
         self._mode("train")
@@ -321,10 +469,54 @@ class Composite(Optimizer):
         self._mode("eval")
 
     def _mode(self, name: str) -> None:
-        for member in self.members:
-            if callable(switch := getattr(member, name, None)):
-                switch()
+        for member in self.two_sets:
+            getattr(member, name)()
 
 
 def _same(one: list[Group], other: list[Group]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _any_gradient(groups: Iterable[Group]) -> bool:
+    return any(p.grad is not None for group in groups for p in group["params"])
+
+
+def _no_state() -> dict[str, Any]:
+    """torch.distributed.checkpoint refuses a member without state (plain SGD) beside others."""
+    return {"step": torch.zeros(())}
+
+
+def _is_no_state(values: dict[str, Any]) -> bool:
+    step = values.get("step") if len(values) == 1 else None
+    return isinstance(step, Tensor) and step.ndim == 0 and step.item() == 0
+
+
+class _Again:
+    """The closure that one of several members is given: the loss, whose gradients are there.
+
+    They are those of the weights as they were. A member that wants them elsewhere, or twice, would
+    compute something else than it says: that is refused.
+    """
+
+    def __init__(self, loss: Any, groups: list[Group]) -> None:
+        self.loss = loss
+        self.seen = [(p, p.grad) for group in groups for p in group["params"]]
+
+    def of(self, member: Optimizer) -> Callable[[], Any]:
+        """The closure for one member."""
+        own = {id(p) for group in member.param_groups for p in group["params"]}
+        seen = [(p, p._version, gradient) for p, gradient in self.seen if id(p) in own]
+        calls = [0]
+
+        def closure() -> Any:
+            calls[0] += 1
+            moved = any(p._version != v or p.grad is not g for p, v, g in seen)
+            if calls[0] > 1 or moved:
+                raise ValueError(
+                    f"{type(member).__name__} computes the loss several times a step, or at other "
+                    "weights, which is not possible with other optimizers beside it; leave them "
+                    "out, or take an optimizer such as AdamW"
+                )
+            return self.loss
+
+        return closure

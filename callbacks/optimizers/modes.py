@@ -22,6 +22,18 @@ def has_two_sets(optimizer: Any) -> bool:
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
+def _begins(optimizer: Any) -> bool:
+    """Whether `train()` works: a learning-rate search, too, steps before the hooks of a run.
+
+    A wrapper may have the methods for the sake of what it wraps, and the wrapped have none.
+    """
+    try:
+        optimizer.train()
+    except (AttributeError, NotImplementedError):
+        return False
+    return True
+
+
 class TwoSets:
     """What a plan does around training, evaluation and saving; nothing for other optimizers."""
 
@@ -33,10 +45,9 @@ class TwoSets:
 
     def use(self, optimizer: Composite) -> None:
         """Look whether any member has the two modes."""
-        two = any(has_two_sets(member) for member in optimizer.members)
+        two = [member for member in optimizer.members if has_two_sets(member) and _begins(member)]
+        optimizer.two_sets[:] = two
         self._optimizer, self._aside = optimizer if two else None, {}
-        if two:  # a search for a learning rate steps before the hooks of a run
-            optimizer.train()
 
     def resume(self, module: nn.Module) -> None:
         """Go on with the training set, if the other one is still shown."""

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -34,6 +35,8 @@ from .rules import (
     optimizer_class,
 )
 from .schedules import Schedule, ScheduleLR
+
+NAME = "configure_optimizers"
 
 
 class OptimizerPlan(Callback):
@@ -81,11 +84,31 @@ class OptimizerPlan(Callback):
         self._members: list[str] = []
         self._saved_members: list[str] = []
         self._sets = TwoSets()
+        self._log: Any = None
 
     def __str__(self) -> str:
         """The plan in a line, for messages."""
         made = (optimizer_class(rule.optimizer) for rule in self.rules)
         return f"{type(self).__name__}({', '.join(c.__name__ for c in made if c)})"
+
+    @property
+    def log(self) -> Any:
+        """The module's `log`, which Lightning hands to every callback."""
+        return self._log
+
+    @log.setter
+    def log(self, log: Any) -> None:
+        """Let Lightning find a `configure_optimizers` in a module that has none.
+
+        It asks for one right after it has handed this out, and before any hook of a callback.
+        """
+        self._log = log
+        module = getattr(log, "__self__", None)
+        if not isinstance(module, L.LightningModule) or is_overridden(NAME, module):
+            return
+        trainer = module._trainer
+        if trainer is not None and self is plans(trainer)[-1]:
+            patch(trainer, module, NAME, lambda module: self._configure(trainer, module), self)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take over `configure_optimizers` for one fit, unless a later plan does.
@@ -108,7 +131,7 @@ class OptimizerPlan(Callback):
         def configure_optimizers(module: L.LightningModule) -> dict[str, Any]:
             return self._configure(trainer, module)
 
-        patch(trainer, pl_module, "configure_optimizers", configure_optimizers, self)
+        patch(trainer, pl_module, NAME, configure_optimizers, self)
         if self.schedule is None:
             name, owner = type(pl_module).__name__, type(self).__name__
             patch(trainer, pl_module, "lr_schedulers", lambda _: Rates(trainer, name, owner), self)
@@ -121,7 +144,7 @@ class OptimizerPlan(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give `configure_optimizers` back."""
         if stage == "fit":
-            unpatch(pl_module, "configure_optimizers", self)
+            unpatch(pl_module, NAME, self)
             unpatch(pl_module, "lr_schedulers", self)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -284,10 +307,11 @@ class OptimizerPlan(Callback):
         acts_on_lr = self.schedule is not None or any(rule.lr_scale != 1 for rule in self.rules)
         for member in composite.members:
             name = type(member).__name__
-            if acts_on_lr and any("lr" not in group for group in member.param_groups):
+            rates = [group.get("lr") for group in member.param_groups]
+            if acts_on_lr and not all(isinstance(lr, int | float | Tensor) for lr in rates):
                 raise ValueError(
-                    f"{name} keeps no 'lr' in its param_groups, which lr_scale and schedule act "
-                    "on; leave both out, or give it one"
+                    f"{name} keeps no number 'lr' in its param_groups, which lr_scale and schedule "
+                    "act on; leave both out, or give it one"
                 )
             _refuse_small_eps(member)
             parameters = (p for group in member.param_groups for p in group["params"])

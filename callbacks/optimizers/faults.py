@@ -1,0 +1,95 @@
+"""What an optimizer of another package raises, in one line; what the user's own code raises, whole.
+
+A traceback through a package that the user did not write says less than one sentence. One that
+passes through the user's own file says where to look, and is left as it is. `RAVINE_TRACEBACK=1` in
+the environment leaves all of them.
+"""
+
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+OURS = Path(__file__).resolve().parents[2]
+STANDARD = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
+
+
+class OptimizerError(RuntimeError):
+    """An optimizer failed in a step; the text has the type and the words of what it raised."""
+
+    exit_status = 1
+
+
+@contextmanager
+def in_words(member: Optimizer, place: str = "in its step") -> Iterator[None]:
+    """Turn what a package raises into one line; what passes the user's own files stays."""
+    try:
+        yield
+    except Exception as error:
+        spoken = getattr(error, "exit_status", None) is not None
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if spoken or memory or whole_wanted() or own_frame(error) is not None or _ours(error):
+            raise
+        raise OptimizerError(text(member, error, place)) from error
+
+
+def text(member: Optimizer, error: Exception, place: str) -> str:
+    """The line: who failed, with what, and what to do."""
+    parameters = (p for group in member.param_groups for p in group["params"])
+    spread = any(isinstance(p, DTensor) for p in parameters)
+    way_out = (
+        "it cannot step sharded parameters; type --trainer.strategy ddp, or take AdamW"
+        if spread
+        else "take another optimizer, or give it other parameters by a rule; RAVINE_TRACEBACK=1 "
+        "shows where"
+    )
+    return f"{type(member).__name__} failed {place}: {words(error)}; {way_out}"
+
+
+def words(error: BaseException) -> str:
+    """Type and text of an exception, in one line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
+
+
+def whole_wanted() -> bool:
+    """Whether the user asked for tracebacks."""
+    return os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0")
+
+
+def own_frame(error: BaseException) -> str | None:
+    """Where the user's own code stands in a traceback, as file:line; None if nowhere."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if is_own(frame.filename):
+            return f"{Path(frame.filename).name}:{frame.lineno}"
+    return None
+
+
+def is_own(filename: str) -> bool:
+    """Whether a file is neither Ravine's, nor Python's, nor of an installed package."""
+    path = Path(filename)
+    if not path.is_absolute() or not path.exists():  # "<string>", or generated code
+        return False
+    path = path.resolve()
+    if any(path.is_relative_to(folder) for folder in [OURS / n for n in _FOLDERS] + STANDARD):
+        return False
+    above = [Path(entry).resolve() for entry in sys.path if entry]
+    above = [entry for entry in above if path.is_relative_to(entry)]
+    installed = any(next(entry.glob("*.dist-info"), None) for entry in above)
+    return not installed and not {"site-packages", "dist-packages"} & set(path.parts)
+
+
+_FOLDERS = ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether Ravine itself raised it: then it is in words already, or a bug to be seen."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return any(Path(last).resolve().is_relative_to(OURS / name) for name in _FOLDERS)
