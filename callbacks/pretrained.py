@@ -6,7 +6,9 @@ from typing import Any
 import lightning as L
 
 from ravine.strategies import states
+from ravine.strategies.checkpoint_form import other_kinds
 from ravine.strategies.checkpoint_io import SUFFIX, AtomicCheckpointIO
+from ravine.strategies.saving import non_finite
 
 from .transforms import Transform
 
@@ -59,8 +61,17 @@ class Pretrained(Transform):
                 fill(module, self.path)
             else:
                 module.load_pretrained(self.path)  # pyright: ignore[reportCallIssue]
+            self._refuse_non_finite(module)
         except FileNotFoundError as error:
             self.missing = error  # a run that goes on can do without, and is known only later
+
+    def _refuse_non_finite(self, module: L.LightningModule) -> None:
+        real = ((name, p) for name, p in module.named_parameters() if not p.is_meta)
+        if name := non_finite(real):
+            raise ValueError(
+                f"{self.path} cannot be trained on: {name} is not finite; allowed: weights without"
+                " NaN and infinity; type --trainer.callbacks.path=FILE"
+            )
 
     @property
     def _whole(self) -> bool:
@@ -84,6 +95,11 @@ def fill(module: L.LightningModule, path: str) -> None:
         raise ValueError(
             f"{path} was changed by {' and '.join(names)}; allowed: plain weights; type "
             f"lightning export --merge --ckpt_path={path} --folder=FOLDER"
+        )
+    if wrong := other_kinds(module.state_dict(), checkpoint.get("state_dict", {})):
+        raise ValueError(
+            f"{path} holds no weights of this {type(module).__name__}: {wrong}; allowed: a"
+            " checkpoint of this model; type --trainer.callbacks.path=FILE"
         )
     module.on_load_checkpoint(checkpoint)
     refuse_other_sizes(module, checkpoint, path)

@@ -14,6 +14,7 @@ Lightning restores weights, optimizers and counters. Five things are left:
 import os
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any, Literal
 
 import lightning as L
@@ -27,7 +28,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from ravine.strategies.saving import save_as_usual, save_last
+from ravine.strategies.checkpoint_error import CheckpointError
+from ravine.strategies.checkpoint_form import damaged_states, not_a_number, other_kinds, shapes
+from ravine.strategies.saving import non_finite, save_as_usual, save_last
 from ravine.strategies.share import Share
 
 from .batch_seeds import BatchSeeds, seed_of, set_generators
@@ -143,8 +146,10 @@ class ExactResume(Callback):
         for optimizer, state in () if numbered else zip(trainer.optimizers, states, strict=True):
             number_by_place(list(pl_module.parameters()), optimizer, state)
         metrics = trainer._logger_connector._callback_metrics
+        parts = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
         checkpoint["exact_resume"] = {
             "seed": self._seed,
+            "optimizer_shapes": None if parts else shapes(states),  # parts have an index of theirs
             "metrics": {name: value.detach().cpu() for name, value in metrics.items()},
         }
 
@@ -154,6 +159,7 @@ class ExactResume(Callback):
         """Bring the counters of the file, however it was written, to a known form."""
         if trainer.state.fn != "fit":
             return
+        self._refuse_damaged(trainer, pl_module, checkpoint)
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
         self._plateau_due = epochs["processed"] != epochs["completed"]
         self._place = rewind(checkpoint["loops"]["fit_loop"])
@@ -163,6 +169,33 @@ class ExactResume(Callback):
         if self._place == "before validation" and loop.max_steps == checkpoint["global_step"]:
             self._max_steps = loop.max_steps  # or Lightning would return before that validation
             loop.max_steps += 1
+
+    def _refuse_damaged(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint that no training can go on from; nothing has been trained or lost."""
+        states, names = checkpoint.get("optimizer_states"), list(dict(module.named_parameters()))
+        kept = checkpoint.get("exact_resume", {})
+        wrong = other_kinds(module.state_dict(), checkpoint.get("state_dict", {}))
+        if states is not None and not wrong:  # parts are checked by their reader
+            steps = checkpoint.get("global_step", 0)
+            wrong = damaged_states(states, kept.get("optimizer_shapes"), steps, names)
+        bad = non_finite(module.named_parameters()) or not_a_number(states or [], names)
+        if not trainer.strategy.reduce_boolean_decision(bad is None) and not wrong:
+            wrong = f"{bad or 'a tensor of another rank'} is not finite"
+        if wrong:
+            raise CheckpointError(
+                f"no training can go on from this checkpoint: {wrong}; choose an earlier one:"
+                " --ckpt_path FILE, or begin anew without --ckpt_path"
+            )
+        try:
+            rewind(deepcopy(checkpoint["loops"]["fit_loop"]))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                "no training can go on from this checkpoint: its loops, which count epochs and"
+                f" batches, are incomplete ({type(error).__name__}: {error}); choose another one:"
+                " --ckpt_path FILE, or use its weights alone: Pretrained(path)"
+            ) from error
 
     def _finish_iteration(self, trainer: L.Trainer, place: Place) -> Any:
         """The loop's first `advance`: what follows the micro-batch that was the file's last."""

@@ -123,8 +123,11 @@ class Command(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except BaseException:
-            forget_unused(cast(Trainer, self.trainer))
+        except BaseException as error:
+            trainer = cast(Trainer, self.trainer)
+            error.checkpoint = last_checkpoint(trainer) or self.checkpoint  # type: ignore
+            forget_unused(trainer)
+            refuse_removed(trainer, error)
             raise
 
     def _resolved(self, command: str) -> saved_config.Config:
@@ -132,6 +135,28 @@ class Command(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has done it."""
+
+
+def last_checkpoint(trainer: Trainer) -> str | None:
+    """The newest checkpoint that this run has written and that is there."""
+    paths = [getattr(each, "last_model_path", None) for each in trainer.checkpoint_callbacks]
+    paths = [path for path in paths if path and Path(path).exists()]
+    return max(paths, key=lambda path: Path(path).stat().st_mtime_ns, default=None)
+
+
+def refuse_removed(trainer: Trainer, error: BaseException) -> None:
+    """Say in words that the run's folder was removed, where an error comes of that."""
+    folder, step = trainer._folder, trainer.global_step
+    if folder and step and isinstance(error, Exception) and not Path(folder).is_dir():
+        raise RunFolderRemoved(
+            f"the run's folder {folder} was removed while the run wrote to it, at step {step}"
+            f" ({type(error).__name__}); its checkpoints are gone with it; type the same again, and"
+            " leave the folder until the run has ended"
+        ) from error
+
+
+class RunFolderRemoved(RuntimeError):
+    """The folder of a run was removed before its end."""
 
 
 def forget_unused(trainer: Trainer) -> None:

@@ -15,6 +15,7 @@ INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 ROOT = Path(__file__).resolve().parent.parent
 OURS = [ROOT / n for n in ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")]
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of memory")
 REFUSED = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -86,9 +87,45 @@ def interrupted(typed: list[str]) -> int:
 def words(error: Exception, typed: list[str]) -> str:
     """The text of an exception; that of the system does not say what to do about a full disk."""
     if isinstance(error, OSError) and error.errno in FULL:
-        again = "go on with --ckpt_path auto" if "fit" in typed else "type the same again"
-        return f"{error}; make room, then {again}"
+        saved = getattr(error, "checkpoint", None)
+        again = f"go on with --ckpt_path={saved}" if saved else "type the same again"
+        lost = "" if saved or "fit" not in typed else "; no checkpoint was written"
+        return f"{error}{lost}; make room, then {again}"
+    if bad_name(error):
+        return f"{bad_name(error)}; allowed: 255 bytes in each part, no NUL; type a shorter name"
+    if out_of_memory(error):
+        said = " ".join(str(error).split())[:120] or "no more was to be had"
+        return f"out of memory: {said}; type a smaller --data.batch_size or a smaller model"
     return str(error.args[0] if isinstance(error, LookupError) else error)
+
+
+def bad_name(error: BaseException) -> str:
+    """Why no file can have the name that was asked for; empty for any other error."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        longest = max(str(error.filename or "").split(os.sep), key=len)
+        return f"the name {longest[:40]}... of {len(os.fsencode(longest))} bytes is too long"
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return "a name holds a NUL character"
+    return ""
+
+
+def in_users_file(error: BaseException) -> bool:
+    """Whether a frame of the traceback is neither Ravine's nor of an installed package."""
+    installed = {str(Path(module).parent) for module in (os.__file__, linecache.__file__)}
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = Path(frame.filename)
+        ours = any(file.is_relative_to(folder) for folder in OURS)
+        packaged = "site-packages" in file.parts or "dist-packages" in file.parts
+        if not (ours or packaged or str(file.parent) in installed or frame.filename[0] == "<"):
+            return True
+    return False
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the device had no memory left, however that was put."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 @contextmanager
@@ -134,6 +171,10 @@ def status(error: Exception) -> int | None:
     """
     if isinstance(error, OSError) and error.errno in REFUSED:
         return 1
+    if out_of_memory(error):
+        return 1
+    if bad_name(error):
+        return 2
     frame = traceback.extract_tb(error.__traceback__)[-1]
     if not linecache.getline(frame.filename, frame.lineno or 0).lstrip().startswith("raise "):
         return None

@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.strategies import MeshStrategy, sharded, states
+from ravine.strategies.checkpoint_form import odd
 from ravine.strategies.checkpoint_io import CheckpointError, refusal
 from ravine.strategies.plain_pickle import UnsafePickle, check_size
 
-from .errors import Mistake
+from .errors import Mistake, in_users_file, status
 
 MAX_VALUES, MAX_LEVELS = 20_000, 50  # of a configuration
 
@@ -44,7 +47,8 @@ class Restore(_CheckpointConnector):
         with warnings.catch_warnings():
             if self.trainer.state.fn != "fit":
                 warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
-            super().restore_callbacks()
+            with restoring("callbacks"):
+                super().restore_callbacks()
 
     def restore_training_state(self) -> None:
         """Restore optimizers and loops; a learning rate given anew beats the checkpoint's."""
@@ -53,10 +57,45 @@ class Restore(_CheckpointConnector):
         if any(key.rpartition(".")[2] == "lr" for key in self.changed):
             use_rates(self.trainer, configured)
 
+    def restore_optimizers(self) -> None:
+        """Restore the optimizers' states."""
+        with restoring("optimizer_states"):
+            super().restore_optimizers()
+
+    def restore_lr_schedulers(self) -> None:
+        """Restore the schedules' states."""
+        with restoring("lr_schedulers"):
+            super().restore_lr_schedulers()
+
+    def restore_loops(self) -> None:
+        """Restore the counters of epochs and batches."""
+        with restoring("loops"):
+            super().restore_loops()
+
     def dump_checkpoint(self, weights_only: bool = False) -> dict[str, Any]:
         """Collect the latest metrics first: the lean loop does so at log steps only."""
         _ = self.trainer.callback_metrics
         return super().dump_checkpoint(weights_only)
+
+
+@contextmanager
+def restoring(section: str) -> Iterator[None]:
+    """Name the section of a checkpoint whose content cannot be restored, in one line.
+
+    An error in a file of the user's own keeps its traceback.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        worded = isinstance(error, CheckpointError | Mistake) or hasattr(error, "exit_status")
+        if worded or status(error) is not None or in_users_file(error):
+            raise
+        said = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"the section {section!r} of the checkpoint cannot be restored"
+            f" ({type(error).__name__}: {said}); build the run as it was, or choose another"
+            " checkpoint: --ckpt_path FILE"
+        ) from error
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -65,6 +104,9 @@ def read(path: Path) -> dict[str, Any]:
         raise CheckpointError(wrong)
     file = path / "meta.pt" if path.is_dir() else path
     checkpoint = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+    if wrong := odd(checkpoint):
+        text = f"the checkpoint {path} cannot be used: {wrong}; choose another: --ckpt_path FILE"
+        raise CheckpointError(text)
     if isinstance(checkpoint, dict) and (path.is_dir() or "state_dict" in checkpoint):
         return checkpoint
     raise Mistake(
@@ -124,7 +166,12 @@ def refuse_other_shapes(trainer: L.Trainer, path: Path, changed: list[str]) -> N
     if path.is_dir() and (spread or sharded.damage(path)):
         return  # its loader says so
     ours = strategy.sizes() if spread else states.sizes(module.state_dict())
-    theirs = states.sizes_in(path) if path.is_dir() else states.sizes(read(path)["state_dict"])
+    if path.is_dir():
+        theirs = states.sizes_in(path)
+    else:
+        weights = read(path)["state_dict"]
+        states.refuse_other_kinds(module, module.state_dict(), weights)
+        theirs = states.sizes(weights)
     if wrong := states.apart(ours, theirs, module.strict_loading):
         flags = [f"--{key}" for key in changed if key.startswith("model.")]
         raise Mistake(

@@ -212,7 +212,7 @@ class Trainer(L.Trainer):
         name = os.path.relpath(folder, self.default_root_dir)
         match logger:
             case "csv":
-                return CSVLogger(root, name="", version=version)
+                return RunCSVLogger(root, name="", version=version)
             case "tensorboard":
                 return TensorBoardLogger(root, name="", version=version, default_hp_metric=False)
             case "wandb":
@@ -240,6 +240,15 @@ def check_name(name: str) -> None:
             ["a name, or several with / between"],
             "--trainer.name=NAME --trainer.default_root_dir=FOLDER",
         )
+
+
+class RunCSVLogger(CSVLogger):
+    """Lightning's, but a run whose folder is removed meanwhile goes on in a new one."""
+
+    def save(self) -> None:
+        """Write the metrics; where the folder is not there, make it again."""
+        os.makedirs(self.log_dir, exist_ok=True)
+        super().save()
 
 
 def no_folder(folder: Path, error: OSError) -> Exception:

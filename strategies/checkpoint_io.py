@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from . import archive, sharded
+from . import archive, checkpoint_form, sharded
 from .checkpoint_error import CheckpointError as CheckpointError
 from .plain_pickle import UnsafePickle
 from .plain_values import with_plain_hyperparameters
@@ -308,7 +308,8 @@ def _damage(file: IO[bytes], plain: bool = True) -> str | None:
         if plain:
             archive.check_pickle(table, size)
         file.seek(0)
-        torch.load(file, "meta", weights_only=plain)  # everything but the numbers
+        whole = torch.load(file, "meta", weights_only=plain)  # everything but the numbers
+        return checkpoint_form.odd(whole)
     except (UnsafePickle, archive.DamagedArchive) as error:
         return f"it is damaged ({error})"
     except pickle.UnpicklingError as error:
@@ -319,7 +320,6 @@ def _damage(file: IO[bytes], plain: bool = True) -> str | None:
         )
     except Exception as error:  # a flipped byte can ask zipfile and torch for anything
         return _damaged(error)
-    return None
 
 
 def _damaged(error: BaseException) -> str:
@@ -356,8 +356,10 @@ def _missing(path: Path) -> CheckpointError:
 
 def _unwritable(path: Path, error: OSError) -> CheckpointError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    before = max((written for written in dated(path.parent) if written[1] != path), default=None)
+    again = f"go on with --ckpt_path {before[1]}" if before else "begin anew: there is none before"
     way_out = (
-        f"make room in {path.parent}, then go on with --ckpt_path auto"
+        f"make room in {path.parent}, then {again}"
         if full
         else f"make {path.parent} writable or choose a folder: --trainer.default_root_dir=<folder>"
     )

@@ -4,7 +4,7 @@ Parameters are numbered by their place in `named_parameters()` on every layout, 
 with any grouping, on any mesh or on none, finds its parameter again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from . import sharded
+from .checkpoint_form import other_kinds
 from .checkpoint_io import CheckpointError
 
 SHOWN = 5  # tensors named in a message
@@ -115,9 +116,11 @@ def load(
     state, ours = checkpoint["state_dict"], module.state_dict()
     if stages is not None:
         state = {name: value for name, value in state.items() if name in ours}
+    refuse_other_kinds(module, ours, state)
     options = StateDictOptions(full_state_dict=True, strict=module.strict_loading)  # type: ignore
     set_model_state_dict(module, state, options=options)
     states = checkpoint.get("optimizer_states", []) if optimizers else []
+    _refuse_too_few(optimizers, states)
     for optimizer, state in zip(optimizers, states, strict=True):
         _load_optimizer(optimizer, state, owned, numbers(module, stages) if stages else None)
 
@@ -135,6 +138,8 @@ def load_parts(
     parameters = {number: p for p, number in place.items() if owned(p)}
     named = dict(module.named_parameters())
     found = dict(sharded.entries(path))
+    kinds = {str(at[1]): e.properties.dtype for at, e in found.items() if at[0] == "state_dict"}
+    refuse_other_kinds(module, module.state_dict(), kinds)
     tensors: dict[sharded.Place, Tensor] = {
         ("state_dict", name): value
         for name, value in module.state_dict().items()
@@ -152,6 +157,7 @@ def load_parts(
     for at, tensor in tensors.items():
         sharded.put(checkpoint, at, tensor)
     states = checkpoint.pop("optimizer_states", []) if optimizers else []
+    _refuse_too_few(optimizers, states)
     for optimizer, state in zip(optimizers, states, strict=True):
         _load_optimizer(optimizer, state, owned, place if stages else None)
     return checkpoint
@@ -193,6 +199,25 @@ def refuse_others(module: nn.Module, ours: Sizes, theirs: Sizes) -> None:
         raise CheckpointError(
             f"the checkpoint's weights do not fit this {type(module).__name__}: {wrong}; build the"
             " model as the run did, or choose another checkpoint"
+        )
+
+
+def refuse_other_kinds(
+    module: nn.Module, ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> None:
+    """Refuse whole or complex numbers for real ones, which would be cast without a word."""
+    if wrong := other_kinds(ours, theirs):
+        raise CheckpointError(
+            f"the checkpoint's weights are no weights of this {type(module).__name__}: {wrong};"
+            " choose another checkpoint"
+        )
+
+
+def _refuse_too_few(optimizers: list[Optimizer], saved: list[Any]) -> None:
+    if len(optimizers) != len(saved):
+        raise CheckpointError(
+            f"the checkpoint has the states of {len(saved)} optimizers, and there are"
+            f" {len(optimizers)}; build them as the run did, or choose another checkpoint"
         )
 
 

@@ -1,0 +1,146 @@
+"""The form of a checkpoint: the type of each section, and states that a training can resume."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHOWN = 5  # names in a message
+SECTIONS: dict[str, type | tuple[type, ...]] = {
+    "state_dict": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": Mapping,
+    "callbacks": Mapping,
+    "hyper_parameters": Mapping,
+    "ravine": Mapping,
+    "exact_resume": Mapping,
+    "transforms": Mapping,
+    "epoch": int,
+    "global_step": int,
+}
+Shapes = list[dict[str, dict[str, list[int]]]]  # by optimizer, parameter and entry
+
+
+def odd(checkpoint: Any) -> str | None:
+    """The first section that is of another type than a trainer writes; None if all are right."""
+    if not isinstance(checkpoint, Mapping):
+        return None
+    for name, kind in SECTIONS.items():
+        if name in checkpoint and not isinstance(checkpoint[name], kind):
+            return _of_type(f"its {name}", checkpoint[name], kind)
+    for name in checkpoint.get("state_dict", {}):
+        if not isinstance(name, str):
+            return f"its state_dict has {name!r} for a name"
+    for number, state in enumerate(checkpoint.get("optimizer_states", [])):
+        where = f"its optimizer_states[{number}]"
+        if not isinstance(state, Mapping):
+            return _of_type(where, state, Mapping)
+        for key, kind in (("state", Mapping), ("param_groups", list)):
+            if key in state and not isinstance(state[key], kind):
+                return _of_type(f"{where}[{key!r}]", state[key], kind)
+        for group in state.get("param_groups", []):
+            if not isinstance(group, Mapping) or not isinstance(group.get("params", []), list):
+                return f"{where} has a parameter group that is not one"
+        for values in state.get("state", {}).values():
+            if not isinstance(values, Mapping | Tensor | int | float | list | None):
+                return _of_type(f"{where}['state']", values, Mapping)
+    return None
+
+
+def _of_type(name: str, value: Any, kind: Any) -> str:
+    word = {Mapping: "dict"}.get(kind, getattr(kind, "__name__", "value"))
+    return f"{name} is a {type(value).__name__} and not a {word}"
+
+
+def other_kinds(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Weights whose numbers are of another kind in a checkpoint; empty if there are none.
+
+    Real, complex and whole numbers are kinds; another width (bfloat16 for float32) is none.
+
+    Args:
+        ours: by name, the dtypes of the module, or its tensors.
+        theirs: the same of the checkpoint.
+    """
+    wrong = []
+    for name in sorted(ours.keys() & theirs.keys()):
+        here, there = _dtype(ours[name]), _dtype(theirs[name])
+        if here is not None and there is not None and _kind(here) != _kind(there):
+            wrong.append(f"{name} is {here} here and {there} there")
+    return _listed(wrong)
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    return value if isinstance(value, torch.dtype) else getattr(value, "dtype", None)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "real" if dtype.is_floating_point else "complex" if dtype.is_complex else "whole"
+
+
+def shapes(states: Iterable[Any]) -> Shapes:
+    """The shapes of all tensors of optimizer states: what a checkpoint records of them."""
+    return [
+        {
+            str(number): {str(k): list(v.shape) for k, v in values.items() if _is_tensor(v)}
+            for number, values in state.get("state", {}).items()
+            if isinstance(values, Mapping)
+        }
+        for state in states
+    ]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def damaged_states(states: list[Any], recorded: Any, steps: int, names: list[str]) -> str:
+    """What is missing in the optimizer states of a checkpoint, or of another shape; or empty.
+
+    Args:
+        states: the checkpoint's `optimizer_states`.
+        recorded: what `shapes` gave when it was written; None if nothing was recorded.
+        steps: the optimizer steps that had been taken.
+        names: the names of the module's parameters, by place.
+    """
+    if recorded is None:
+        return "it has no optimizer state, after a step was taken" if steps and not states else ""
+    found = shapes(states)
+    if len(found) < len(recorded):
+        return f"it has the states of {len(found)} optimizers, and was written with {len(recorded)}"
+    wrong = []
+    for before, after in zip(recorded, found, strict=False):
+        for number, entries in before.items():
+            name = _named(number, names)
+            if number not in after:
+                wrong.append(f"the optimizer state of {name} is missing")
+                continue
+            for key, shape in entries.items():
+                there = after[number].get(key)
+                if there is None:
+                    wrong.append(f"{key} of {name} is missing in the optimizer state")
+                elif there != shape:
+                    wrong.append(f"{key} of {name} has shape {there}, and was written as {shape}")
+    return _listed(wrong)
+
+
+def not_a_number(states: Iterable[Any], names: list[str]) -> str | None:
+    """The first entry of optimizer states, as large as a matrix or vector, that holds a NaN."""
+    for state in states:
+        for number, values in state.get("state", {}).items():
+            for key, value in values.items() if isinstance(values, Mapping) else ():
+                plain = _is_tensor(value) and value.is_floating_point() and value.ndim
+                if plain and value.element_size() > 1 and bool(value.isnan().any()):
+                    return f"{key} of {_named(number, names)} in the optimizer state"
+    return None
+
+
+def _named(number: Any, names: list[str]) -> str:
+    text = str(number)
+    return names[int(text)] if text.isdecimal() and int(text) < len(names) else text
+
+
+def _listed(wrong: list[str]) -> str:
+    more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+    return "; ".join(wrong[:SHOWN] + more)
