@@ -356,7 +356,7 @@ def _missing(path: Path) -> CheckpointError:
 
 def _unwritable(path: Path, error: OSError) -> CheckpointError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    before = max((written for written in dated(path.parent) if written[1] != path), default=None)
+    before = max(dated(path.parent), default=None)
     again = f"go on with --ckpt_path {before[1]}" if before else "begin anew: there is none before"
     way_out = (
         f"make room in {path.parent}, then {again}"

@@ -184,7 +184,7 @@ def test_a_disk_that_is_full_at_any_moment_leaves_the_file_before(path: Path) ->
         said = pipe.read().splitlines()
     told = (
         f"1 the checkpoint {path} cannot be written (File too large); the files written before "
-        f"are untouched; make room in {path.parent}, then go on with --ckpt_path auto"
+        f"are untouched; make room in {path.parent}, then go on with --ckpt_path {path}"
     )
     assert said == [told] * 4
     assert same(IO.load_checkpoint(path))
