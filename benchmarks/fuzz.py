@@ -613,7 +613,56 @@ def whole_weights(path: Path) -> bool:
         return False
 
 
+def config_seeds() -> list[Files]:
+    texts = [
+        "model: {class_path: LanguageModel, init_args: {layers: 1}}\ntrainer:\n  max_steps: 3\n",
+        "a: &a [1, 2]\nb: &b {c: *a, d: *a}\ntrainer: {callbacks: [{class_path: EMA}]}\n",
+    ]
+    return [{"a.yaml": text.encode()} for text in texts]
+
+
+def change_yaml(dice: random.Random, files: Files) -> Files:
+    """Change a value, or add anchors, aliases and tags; what comes out is mostly YAML."""
+    import yaml
+
+    text = files["a.yaml"].decode()
+    match dice.randrange(4):
+        case 0:
+            depth, width = dice.choice((3, 5, 9, 40)), dice.choice((1, 2, 9))
+            lines = ["x0: &x0 [1]"]
+            lines += [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * width)}]" for n in range(1, depth)]
+            text = "\n".join([*lines, text])
+        case 1:
+            tag = dice.choice(("!!python/object/apply:os.system", "!!binary", "!!set", "!!omap"))
+            text += f"\nz: {tag} [{dice.choice(('touch canary', 'a', '1'))}]\n"
+        case 2:
+            text += f"\nz: {'[' * dice.choice((5, 90, 3000))}"
+        case 3:
+            value = change_value(dice, yaml.safe_load(text), 0.2)
+            text = json.dumps(value)[: 2**19]
+    return files | {"a.yaml": text.encode("utf-8", "surrogatepass")}
+
+
+def read_config(path: Path) -> None:
+    from ravine.cli import given, presets, trust
+
+    presets.check(str(path))
+    presets.check_order([str(path)])
+    found = given.in_file(str(path))
+    trust.named_in(found)
+    for each in found:
+        _ = each.items(), each.value, each.shown
+
+
+def is_text(path: Path) -> bool:
+    try:
+        return ":" in path.read_text("utf-8")
+    except UnicodeDecodeError:
+        return False
+
+
 TARGETS: dict[str, Target] = {
+    "config": Target(config_seeds, read_config, [change_yaml], is_text),
     "checkpoint": Target(
         checkpoint_seeds, read_checkpoint, [change_record, change_tree], whole_archive
     ),
