@@ -1,6 +1,7 @@
 """How it is optimised and watched: callbacks that work on any LightningModule."""
 
 from ravine.callbacks.checkpoint import Checkpoint
+from ravine.callbacks.checks import RunChecks
 from ravine.callbacks.collapse import CollapseAlarm
 from ravine.callbacks.compile import Compile
 from ravine.callbacks.curves import Curves
@@ -62,6 +63,7 @@ __all__ = [
     "Recompute",
     "RolloutTable",
     "Rule",
+    "RunChecks",
     "Samples",
     "Schedule",
     "SignSGD",

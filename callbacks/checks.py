@@ -18,7 +18,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, SpikeDetection
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
@@ -28,8 +28,19 @@ from ravine.strategies.plain_values import plain
 from ravine.strategies.stock_callbacks import refuse_stock_callbacks
 
 from . import monitors
+from .accumulation import check_factors, follow, scheduler_of
 from .batch_seeds import _generators
+from .patching import unpatch
+from .searches import save_found, search_as_usual, skip_searches, use_found
 from .undisturbed import remember_value, undisturbed
+from .unfreezing import (
+    KEY,
+    finetunings,
+    freeze_as_usual,
+    freeze_when_built,
+    save_trainable,
+    unfreeze,
+)
 
 
 class RunChecks(Callback):
@@ -44,18 +55,62 @@ class RunChecks(Callback):
                     raise ValueError("Scores needs a module with a method score()")
     """
 
+    follows_accumulation = True
+
     def __init__(self) -> None:
         """Nothing to choose."""
         self._due = self._metrics_due = False
+        self._trainable: list[str] = []  # of a checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what can be known without data: other callbacks, hyperparameters, prediction."""
         self._due = self._metrics_due = stage == "fit"
+        self._trainable = []
         refuse_stock_callbacks(trainer)
         if stage == "fit":
+            freeze_when_built(trainer, pl_module)
+            search_as_usual(trainer)
+            for each in _callbacks(trainer):
+                if isinstance(each, SpikeDetection):  # its load_state_dict reads another name
+                    each.running = each.running_mean  # pyright: ignore[reportAttributeAccessIssue]
             _check_hyperparameters(trainer, pl_module)
         elif stage == "predict":
             _check_prediction(pl_module)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stand behind a scheduler of accumulation, which then looks at the trainer first."""
+        first = [c for c in _callbacks(trainer) if c is scheduler_of(trainer)]
+        rest = [c for c in _callbacks(trainer) if c is not self and c not in first]
+        trainer.callbacks = [*first, self, *rest]  # pyright: ignore[reportAttributeAccessIssue]
+        unfreeze(pl_module, self._trainable)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep which parameters train, where that changes, and what a search has found."""
+        save_trainable(trainer, pl_module, checkpoint)
+        save_found(trainer, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember them until the optimizers are made, which the frozen ones enter later."""
+        self._trainable = checkpoint.get(KEY, []) if finetunings(trainer) else []
+        if trainer.state.fn == "fit" and checkpoint.get("global_step"):  # not a search's own file
+            skip_searches(trainer)
+            use_found(trainer, pl_module, checkpoint)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let data of this package follow a scheduler of accumulation."""
+        follow(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the trainer's accumulation as it was before a scheduler changed it."""
+        freeze_as_usual(trainer)
+        for each in finetunings(trainer):
+            unpatch(pl_module, "configure_model", each)
+        if scheduler_of(trainer) is not None:
+            trainer.accumulate_grad_batches = 1
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check before the sanity check, where there is one."""
@@ -64,6 +119,8 @@ class RunChecks(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check, where there is no sanity check; then the metrics that others monitor."""
         self._check_once(trainer, pl_module)
+        check_factors(trainer)
+        follow(trainer)  # an epoch that is resumed has no start
         if self._metrics_due and monitors.monitored(trainer):
             with undisturbed(trainer, pl_module):
                 problem = monitors.missing(

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from ravine.strategies.share import Share
 
+from .accumulation import optimizer_steps, scheduler_of
+
 PAUSE = 0.3  # seconds between two drawings of the bar; one takes two milliseconds
 
 
@@ -45,7 +47,10 @@ def total_steps(trainer: L.Trainer) -> int | None:
     ends = [trainer.max_steps] if trainer.max_steps > 0 else []
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if epochs is not None and epochs > 0 and batches != float("inf"):
-        ends.append(epochs * -(-int(batches) // trainer.accumulate_grad_batches))
+        if scheduler_of(trainer) is not None:
+            ends.append(int(optimizer_steps(trainer)))
+        else:
+            ends.append(epochs * -(-int(batches) // trainer.accumulate_grad_batches))
     return min(ends, default=None)
 
 

@@ -1,7 +1,7 @@
 """Change the net between its building and its sharding, in one order whatever the callbacks'.
 
-    build  ->  load -> quantize -> adapt -> recompute -> compile  ->  shard  ->  optimizer
-               \\________ wrapped around configure_model _______/      (strategy)
+    build  ->  load -> quantize -> adapt -> freeze -> recompute -> compile  ->  shard -> optimizer
+               \\_____________ wrapped around configure_model ____________/    (strategy)
 
 Callbacks announce a phase in `setup`; the first of them wraps the module's `configure_model`, so
 any LightningModule will do. What was applied stays on the module, with its plain arguments: a
@@ -19,11 +19,10 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
-from .checks import before_training
 from .patching import living, owner_of, patch, unpatch
 
 CHANGES = ("quantize", "adapt")  # phases after which the weights have other names
-PHASES = ("load", "quantize", "adapt", "recompute", "compile")
+PHASES = ("load", "quantize", "adapt", "freeze", "recompute", "compile")
 
 
 class _Pending(NamedTuple):
@@ -77,6 +76,12 @@ def register(
         raise ValueError(f"{type(other.owner).__name__} and {name} both {phase}: keep one of them")
     ledger.pending[phase] = _Pending(function, owner, identity)
     _wrap(trainer, module, owner)
+
+
+def unregister(module: L.LightningModule, phase: str) -> None:
+    """Forget that a phase was applied, if it may be applied once more."""
+    _ledger(module).applied.pop(phase, None)
+    _ledger(module).pending.pop(phase, None)
 
 
 def _wrap(trainer: L.Trainer, module: L.LightningModule, owner: L.Callback) -> None:
@@ -262,6 +267,8 @@ class Transform(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Announce the phase."""
+        from .checks import before_training  # which itself registers a phase
+
         before_training(trainer, pl_module, stage)
         register(trainer, pl_module, self.phase, self.transform, self, self.identity())
 

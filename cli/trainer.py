@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import (
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
 
+from ravine.callbacks.accumulation import optimizer_steps
 from ravine.callbacks.checkpoint import Checkpoint
 from ravine.callbacks.checks import RunChecks
 from ravine.callbacks.loss_plot import LossPlot
@@ -154,6 +155,11 @@ class Trainer(L.Trainer):
         if isinstance(self.accelerator, CPUAccelerator):
             # set by Lightning for forks beside a GPU; here Adam looks for a driver each step: 50 us
             os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Optimizer steps of the run, also where their number of batches changes with the epoch."""
+        return optimizer_steps(self)
 
     @property
     def log_dir(self) -> str | None:

@@ -113,6 +113,8 @@ class TrainLoader:
         check_divisible(batch_size, samples, share)
         self.order, self.fetch, self.batch_size, self.share = order, fetch, batch_size, share
         self.samples = samples // batch_size * batch_size
+        # Lightning's BatchSizeFinder doubles a batch as long as it is smaller than this length
+        self.dataset = range(samples // 2 + 1)
         self.epoch, self.sample = 0, 0  # the position: samples of the epoch handed out so far
         self._turn, self._shift = 0, 0  # the trainer's number of the epoch, and ours minus it
         self._resume: dict[str, int] | None = None
@@ -157,6 +159,17 @@ class TrainLoader:
             self.sample = at["sample"] if same else 0
             self._shift = at["epoch"] + (not same) - self._turn
         self.epoch = 0 if self.repeat else self._turn + self._shift
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.samples // self.batch_size
+
+    def set_accumulate(self, accumulate: int) -> None:
+        """Cut the batch of a step into so many micro-batches, from the next epoch on."""
+        share = self.share._replace(accumulate=accumulate)
+        check_divisible(self.batch_size, self.samples, share)
+        self.share = share
 
     def peek(self) -> Any:
         """This rank's first micro-batch of the epoch; the position stays as it is."""

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -57,6 +58,17 @@ class _Bounded(TorchDispatchMode):
             )
 
 
+def refuse_early_copies(callbacks: list[L.Callback]) -> None:
+    """ValueError for a callback that has copied a module whose net is not built yet."""
+    for each in callbacks:
+        if isinstance(each, WeightAveraging | StochasticWeightAveraging):
+            name = type(each).__name__
+            raise ValueError(
+                f"{name} copies the network in setup, before it is built, and would average "
+                f"nothing; take {name} out of trainer.callbacks and use ravine.callbacks.EMA"
+            )
+
+
 class TaskModule(L.LightningModule):
     """A LightningModule whose net is made by `build()`, once, when the sizes are known.
 
@@ -85,6 +97,8 @@ class TaskModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Let the task look at the data, whose own `setup` has run by now."""
+        if self.net is None:
+            refuse_early_copies(self.trainer.callbacks)  # type: ignore[attr-defined]
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.adopt(datamodule)

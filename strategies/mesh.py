@@ -37,6 +37,7 @@ from .parallelize import Spread, copy_from_rank_zero, is_parallel, parallelize
 from .pipeline import SCHEDULES, Pipeline, Schedule
 from .plain_values import with_plain_hyperparameters
 from .recompute import Mode
+from .stock_callbacks import refuse_stock_callbacks
 from .zero1 import share_steps
 
 
@@ -143,6 +144,7 @@ class MeshStrategy(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         assert self.layout is not None
+        refuse_stock_callbacks(trainer)
         check_module(module, self.layout.degrees, self.sequence_parallel)
         if self.layout.degrees["cp"] > 1:
             self.context = Context(module, self.layout.named["cp"])

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
 
 class Share(NamedTuple):
     """Part `rank` of `size`, in `accumulate` micro-batches; alone: all of it.
@@ -19,6 +21,19 @@ class Share(NamedTuple):
         """Ask the trainer; ranks that split one model (tensor parallel) count as one."""
         if trainer is None:
             return cls()
+        refuse_changing_accumulation(trainer)
         kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         rank, size = kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
         return cls(rank, size, trainer.accumulate_grad_batches)
+
+
+def refuse_changing_accumulation(trainer: Any) -> None:
+    """ValueError if a batch of one optimizer step would grow with the epoch, and nothing helps."""
+    callbacks = getattr(trainer, "callbacks", None) or ()
+    changes = any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
+    if changes and not any(getattr(each, "follows_accumulation", False) for each in callbacks):
+        raise ValueError(
+            "GradientAccumulationScheduler would make an optimizer step larger than "
+            "batch_size, which counts all samples of one; allowed: ravine's Trainer, or "
+            "ravine.callbacks.RunChecks in trainer.callbacks; add RunChecks()"
+        )

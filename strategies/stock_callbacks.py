@@ -5,16 +5,18 @@ The measured table of all of them is docs/lightning_callbacks.md.
 
 from typing import Any
 
-from lightning.pytorch.callbacks import (
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 
 COPIES = "copies the network in setup, before it is built, changed or placed"
-# the first class that a callback is an instance of decides
+AVERAGE = "use ravine.callbacks.EMA; type --trainer.callbacks+=EMA"
+# why, and what to do
 REFUSED: dict[type, tuple[str, str]] = {
-    WeightAveraging: (COPIES, "ravine.callbacks.EMA"),
-    StochasticWeightAveraging: (COPIES, "ravine.callbacks.EMA"),
+    WeightAveraging: (COPIES, AVERAGE),
+    StochasticWeightAveraging: (COPIES, AVERAGE),
+    ModelPruning: (
+        "replaces weights in setup, before the network is built, and gives them other names",
+        "use torch.nn.utils.prune in the module's configure_model",
+    ),
 }
 
 
@@ -25,6 +27,6 @@ def refuse_stock_callbacks(trainer: Any) -> None:
             if isinstance(callback, kind):
                 name = type(callback).__name__
                 raise ValueError(
-                    f"{name} {reason}; allowed in its place: {instead}; take {name} out of "
-                    f"trainer.callbacks and type --trainer.callbacks+={instead.rpartition('.')[2]}"
+                    f"{name} {reason}; allowed: another way; take {name} out of "
+                    f"trainer.callbacks and {instead}"
                 )

@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Adafactor, Optimizer
 
+from ..accumulation import optimizer_steps
 from ..checks import before_training
 from ..patching import patch, unpatch
 from ..shards import whole_net
 from .building import Share, compose, later, table
 from .composite import Composite, Group, Part, needs_closure
+from .found_rate import check_one_rate, finders, found_rate, use_rate
 from .modes import TwoSets, has_two_sets
 from .rules import (
     Decay,
@@ -85,6 +87,8 @@ class OptimizerPlan(Callback):
         self._saved_members: list[str] = []
         self._sets = TwoSets()
         self._log: Any = None
+        self._found: float | None = None  # learning rate, by a search in a fit before this one
+        self._base: tuple[Composite, ScheduleLR | None, dict[str, float]] | None = None
 
     def __str__(self) -> str:
         """The plan in a line, for messages."""
@@ -146,11 +150,15 @@ class OptimizerPlan(Callback):
         if stage == "fit":
             unpatch(pl_module, NAME, self)
             unpatch(pl_module, "lr_schedulers", self)
+            if any(finder._early_exit for finder in finders(trainer)):
+                self._found = found_rate(trainer)  # a Tuner searches in a fit of its own
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn the run's length from the loaders, which exist only now."""
         if trainer.max_epochs != -1 and self is plans(trainer)[-1]:
-            self._know_length(trainer, trainer.estimated_stepping_batches)
+            self._know_length(trainer, optimizer_steps(trainer))
+        if trainer.global_step == 0 and (rate := found_rate(trainer)) and self._base is not None:
+            use_rate(rate, *self._base)
         self._say_what_is_rescaled(trainer)
         self._sets.train(pl_module)
 
@@ -183,7 +191,8 @@ class OptimizerPlan(Callback):
         """Compare at once where optimizers exist already (sharded), else when they are built."""
         if trainer.state.fn == "fit" and self is plans(trainer)[-1]:
             self._saved_members = checkpoint.get("optimizer_plan", [])
-            self._saved_length = checkpoint.get("schedule_length")
+            begun = checkpoint.get("global_step")  # else it is the file of a search
+            self._saved_length = checkpoint.get("schedule_length") if begun else None
             self._sets.load(checkpoint)
             self._compare()
 
@@ -223,10 +232,16 @@ class OptimizerPlan(Callback):
             return self._route(module, shares, composite, parameters, given, factor)
 
         composite.route = route
+        scales = {share.label: share.rule.lr_scale for share in shares}
+        check_one_rate(trainer, composite, scales)
+        if self._found is not None and not finders(trainer):
+            use_rate(self._found, composite, None, scales)
+        self._base = (composite, None, scales)
         if self.schedule is None:
             return {"optimizer": composite}
         schedule = self.schedule
         rates += [ScheduleLR(composite, lambda step: schedule.factor(step, self._length))]
+        self._base = (composite, rates[0], scales)
         return {
             "optimizer": composite,
             "lr_scheduler": {"scheduler": rates[0], "interval": "step"},

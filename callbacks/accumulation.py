@@ -1,0 +1,93 @@
+"""GradientAccumulationScheduler beside data whose `batch_size` is that of one optimizer step.
+
+    factor 1    step = 1 micro-batch of batch_size samples       an epoch has n micro-batches
+    factor 4    step = 4 micro-batches of batch_size / 4         an epoch has 4 n micro-batches
+
+Lightning counts the micro-batches of an epoch once, when the loader is made. Here they are counted
+at the start of every epoch, for loaders that have `set_accumulate`; other loaders keep their
+batches, and an optimizer step takes more of them, as in Lightning.
+"""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+
+def scheduler_of(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
+    """The trainer's scheduler of accumulation, if it has one."""
+    callbacks: Any = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    return next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+
+
+def check_factors(trainer: L.Trainer) -> None:
+    """ValueError if a loader cannot split its batch by a factor that a later epoch has."""
+    scheduler = scheduler_of(trainer)
+    for loader in own_loaders(trainer) if scheduler is not None else ():
+        for factor in scheduler.scheduling.values():
+            loader.set_accumulate(factor)
+
+
+def follow(trainer: L.Trainer) -> None:
+    """Set the factor of the current epoch, and the number of micro-batches that it makes."""
+    scheduler = scheduler_of(trainer)
+    if scheduler is None:
+        return
+    fit = trainer.fit_loop
+    factor = scheduler.get_accumulate_grad_batches(trainer.current_epoch)
+    trainer.accumulate_grad_batches = factor
+    loaders, combined = own_loaders(trainer), fit._combined_loader
+    if not loaders or combined is None:
+        return
+    for loader in loaders:
+        loader.set_accumulate(factor)
+    before = fit.max_batches
+    combined.limits = [limited(trainer, len(each)) for each in combined.flattened]
+    fit.max_batches = batches_of_epoch(trainer, factor)
+    interval = trainer.val_check_interval
+    if isinstance(interval, float) and trainer.val_check_batch is not None:
+        trainer.val_check_batch = max(1, int(fit.max_batches * interval))
+    if fit.max_batches != before and fit._data_fetcher is not None:
+        iter(fit._data_fetcher)  # which counts them once an epoch, and has begun this one
+
+
+def own_loaders(trainer: L.Trainer) -> list[Any]:
+    """The training loaders that cut one batch into the micro-batches of a step."""
+    combined = trainer.fit_loop._combined_loader
+    loaders = combined.flattened if combined is not None else []
+    return [each for each in loaders if callable(getattr(each, "set_accumulate", None))]
+
+
+def batches_of_epoch(trainer: L.Trainer, factor: int) -> float:
+    """Micro-batches of an epoch with this factor."""
+    combined = trainer.fit_loop._combined_loader
+    if combined is None or not own_loaders(trainer):
+        return trainer.num_training_batches
+    counts = [
+        limited(trainer, each.steps * factor if hasattr(each, "set_accumulate") else len(each))
+        for each in combined.flattened
+    ]
+    return min(counts) if combined._mode == "min_size" else max(counts)
+
+
+def limited(trainer: L.Trainer, batches: int) -> int:
+    """At most `limit_train_batches` of them, a number or a share."""
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def optimizer_steps(trainer: L.Trainer) -> float:
+    """Optimizer steps of the whole run; Lightning's own estimate if no factor changes."""
+    scheduler = scheduler_of(trainer)
+    if scheduler is None or trainer.max_epochs in (None, -1):
+        return L.Trainer.estimated_stepping_batches.fget(trainer)  # type: ignore[attr-defined]
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    steps = 0.0
+    for epoch in range(max(trainer.max_epochs or 1, 1)):
+        factor = scheduler.get_accumulate_grad_batches(epoch)
+        batches = batches_of_epoch(trainer, factor)
+        if batches == float("inf"):
+            return trainer.max_steps
+        steps += -(-int(batches) // factor)
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)

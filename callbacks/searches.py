@@ -1,0 +1,52 @@
+"""Lightning's BatchSizeFinder and LearningRateFinder in a run that resumes: nothing is searched.
+
+A search within a resume would read its own file in the place of the checkpoint, and the run would
+begin anew. The learning rates of a checkpoint are those that were found; the batch size that was
+found is kept in the checkpoint and set again before the data are loaded.
+"""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.utilities.parsing import lightning_setattr
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+KEY = "found_batch_size"
+SEARCH = {LearningRateFinder: "lr_find", BatchSizeFinder: "scale_batch_size"}
+
+
+def search_as_usual(trainer: Any) -> None:
+    """Let every callback search that does so."""
+    for callback in trainer.callbacks:
+        for kind, method in SEARCH.items():
+            if isinstance(callback, kind):
+                callback.__dict__.pop(method, None)
+
+
+def skip_searches(trainer: Any) -> None:
+    """Let no callback search, in a run that goes on from a checkpoint."""
+    for callback in trainer.callbacks:
+        for kind, method in SEARCH.items():
+            if isinstance(callback, kind):
+                callback.__dict__[method] = lambda *args: None
+                rank_zero_only(print)(
+                    f"{type(callback).__name__} searches nothing: the run goes on with what its "
+                    "checkpoint was trained with"
+                )
+
+
+def save_found(trainer: Any, checkpoint: dict[str, Any]) -> None:
+    """Keep the batch size that a search has found, by the name of the attribute."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, BatchSizeFinder) and callback.optimal_batch_size is not None:
+            checkpoint[KEY] = {callback._batch_arg_name: callback.optimal_batch_size}
+
+
+def use_found(trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Set it again, for a trainer that searches."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, BatchSizeFinder):
+            for name, value in checkpoint.get(KEY, {}).items():
+                lightning_setattr(module, name, value)
+                callback.optimal_batch_size = value

@@ -1,0 +1,58 @@
+"""Lightning's BaseFinetuning (BackboneFinetuning) beside networks built late, and beside a resume.
+
+It freezes layers in `setup`, when a network that `configure_model` builds does not exist yet: here
+it freezes after `configure_model`, before optimizers are made. A resumed run builds the network
+frozen again: what was unfrozen by the time of the checkpoint is unfrozen after it is restored.
+"""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from .transforms import register, unregister
+
+KEY = "trainable_parameters"
+
+
+def finetunings(trainer: Any) -> list[BaseFinetuning]:
+    """The trainer's callbacks that unfreeze layers."""
+    return [each for each in trainer.callbacks if isinstance(each, BaseFinetuning)]
+
+
+def freeze_when_built(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Let them freeze after `configure_model`, for a module that has one."""
+    callbacks = finetunings(trainer)
+    if not callbacks or not is_overridden("configure_model", module):
+        return
+
+    def freeze(built: L.LightningModule) -> None:
+        for callback in callbacks:
+            type(callback).freeze_before_training(callback, built)
+
+    for callback in callbacks:
+        callback.__dict__["freeze_before_training"] = lambda built: None
+    unregister(module, "freeze")  # of a fit before this one
+    register(trainer, module, "freeze", freeze, callbacks[0])
+
+
+def freeze_as_usual(trainer: L.Trainer) -> None:
+    """Give the method back."""
+    for callback in finetunings(trainer):
+        callback.__dict__.pop("freeze_before_training", None)
+
+
+def save_trainable(trainer: L.Trainer, module: L.LightningModule, checkpoint: Any) -> None:
+    """Write down which parameters train, where it may change in a run."""
+    if finetunings(trainer):
+        named = module.named_parameters()
+        checkpoint[KEY] = [name for name, parameter in named if parameter.requires_grad]
+
+
+def unfreeze(module: L.LightningModule, names: list[str]) -> None:
+    """Let these parameters train."""
+    named = dict(module.named_parameters())
+    for name in names:
+        if name in named and named[name].is_floating_point():
+            named[name].requires_grad_(True)
