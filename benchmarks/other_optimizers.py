@@ -31,7 +31,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -389,20 +389,17 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # or each fork's collector would touch, and so copy, all that was imported
     if given.ranks:
-        rows = on_ranks(found, given.limit)
+        rows = on_ranks(found, given.limit, given.dry)
     else:
         rows = {}
         for path, kind in found.items():
             rows[path] = forked(kind, given.limit)
             row = rows[path]
+            if not given.dry:
+                store("other_optimizers", path, row)
             trains = "trains" if row.get("trains") else ""
             print(f"{row['verdict']:16} {trains:6} {path:60} {row['plan'][:150]}", flush=True)
-    name = "other_optimizers_ddp" if given.ranks else "other_optimizers"
     packages = {line.split("==")[0]: line.split("==")[1] for line in listed()}
-    if not given.dry:
-        with contextlib.redirect_stdout(io.StringIO()):
-            for path, row in rows.items():
-                record.append(name, {"class": path} | row | record.machine())
     print(json.dumps(packages))
     trains = [row for row in rows.values() if row.get("trains")]
     print(f"tried {len(rows)}; train in plain Lightning {len(trains)}")
@@ -414,7 +411,19 @@ def main() -> None:
         print(f"{title}: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
 
 
-def on_ranks(found: dict[str, type], limit: int) -> dict[str, dict[str, Any]]:
+@cache
+def machine() -> dict[str, Any]:
+    """Code and machine, asked for once."""
+    return record.machine()
+
+
+def store(benchmark: str, path: str, row: dict[str, Any]) -> None:
+    """Keep a row as soon as it is known."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        record.append(benchmark, {"class": path} | row | machine())
+
+
+def on_ranks(found: dict[str, type], limit: int, dry: bool) -> dict[str, dict[str, Any]]:
     """Classes spread evenly over all that train, on two ranks, against one process."""
     stored = record.ROWS / "other_optimizers.jsonl"
     known = [json.loads(line) for line in stored.read_text().splitlines()]

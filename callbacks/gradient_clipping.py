@@ -70,8 +70,12 @@ def global_norm(
 
 
 def _real(gradient: Tensor) -> Tensor:
-    """This rank's numbers of a gradient; a complex one shows its two parts, of the same memory."""
+    """This rank's numbers of a gradient; a complex one shows its two parts, of the same memory.
+
+    Of a sparse gradient they are the rows that it has, each once: it must be coalesced.
+    """
     part = local(gradient)
+    part = part._values() if part.is_sparse else part
     return torch.view_as_real(part) if part.is_complex() else part
 
 
@@ -83,7 +87,8 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float, *others: Any) -> 
     norm = global_norm(gradients, *others)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if gradients:
-        _foreach_mul_([local(gradient) for gradient in gradients], scale)
+        parts = [local(gradient) for gradient in gradients]
+        _foreach_mul_([part._values() if part.is_sparse else part for part in parts], scale)
     return norm
 
 
@@ -208,6 +213,9 @@ class GradientClipping(Callback):
 
     def _clip(self, trainer: L.Trainer, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in parameters:  # an index that came twice has two rows, of which only the sum counts
+            if p.grad is not None and p.grad.is_sparse and not p.grad.is_coalesced():
+                p.grad = p.grad.coalesce()
         gradients = [p.grad for p in parameters if p.grad is not None]
         pipeline = getattr(trainer.strategy, "pipeline", None)
         if not gradients and pipeline is None:

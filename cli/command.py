@@ -1,13 +1,14 @@
 """The command line proper: LightningCLI with our Trainer, reached through the front door."""
 
+import enum
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
-from jsonargparse import _typehints, get_loader, set_loader, set_parsing_settings
+from jsonargparse import _signatures, _typehints, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -36,7 +37,29 @@ def ours_first(find: Callable[..., list[str]]) -> Callable[..., list[str]]:
 
 
 load_yaml = get_loader("yaml")
+
+
+def plain_only(find: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Leave out arguments whose default no config can hold (a sentinel object, an enum).
+
+    The class keeps its default; to set such an argument takes a function of the user's own.
+    """
+
+    def found(*args: Any, **kwargs: Any) -> list[Any]:
+        return [p for p in find(*args, **kwargs) if writable(p.default, p.annotation)]
+
+    return found
+
+
+def writable(default: Any, hint: Any) -> bool:
+    """Whether a config can hold a default; the parser itself writes enums that it has hints of."""
+    if isinstance(default, enum.Enum):
+        return type(default) in (hint, *get_args(hint))
+    return type(default) is not object
+
+
 _typehints.get_all_subclass_paths = ours_first(_typehints.get_all_subclass_paths)
+_signatures.get_signature_parameters = plain_only(_signatures.get_signature_parameters)
 
 
 class Command(LightningCLI):

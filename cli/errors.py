@@ -167,8 +167,10 @@ def status(error: Exception) -> int | None:
     2: a mistake in what was asked (ValueError, TypeError, LookupError, a missing file, Lightning's
     MisconfigurationException). 1: what was asked failed on the way (any other exception of ours,
     and what the operating system refused: a full disk, a folder that may not be written). An
-    exception of ours that knows better carries `exit_status`.
+    exception of ours that knows better carries `exit_status`. RAVINE_TRACEBACK=1 shows all.
     """
+    if os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0"):
+        return None
     if isinstance(error, OSError) and error.errno in REFUSED:
         return 1
     if out_of_memory(error):

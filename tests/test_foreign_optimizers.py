@@ -2,20 +2,23 @@
 
 import enum
 import io
+import re
 import threading
 from collections import defaultdict, deque
 from functools import partial
+from pathlib import Path
 from types import FunctionType
 
 import lightning as L
 import numpy
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import ExactResume, OptimizerPlan, Rule, Schedule
+from ravine.callbacks import ExactResume, GradientClipping, OptimizerPlan, Rule, Schedule
 from ravine.callbacks.optimizers.building import Share, compose
 from ravine.callbacks.optimizers.composite import Composite, takes_closure
 from ravine.callbacks.optimizers.faults import OptimizerError
@@ -713,6 +716,90 @@ def test_a_state_that_lacks_what_the_optimizer_saves_is_refused_in_words():
     del state["members"]
     with pytest.raises(CheckpointError, match=r"lacks what Counter saves \(KeyError: 't'\)"):
         planned(Counter, net).load_state_dict(state)
+
+
+NOTHING = object()
+
+
+class OddDefaults(SGD):
+    """Defaults that no config can hold."""
+
+    def __init__(self, params, lr: float = 0.1, palm: bool = NOTHING, mode: int = Mode.UP):
+        assert palm is NOTHING
+        assert mode is Mode.UP
+        super().__init__(params, lr)
+
+
+def test_on_the_command_line_a_class_keeps_defaults_that_no_config_can_hold():
+    from ravine.cli import command  # noqa: F401  it teaches the parser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(OptimizerPlan, "plan")
+    name = f"{__name__}.OddDefaults"
+    words = [f"--plan.optimizer={name}", "--plan.optimizer.lr=0.2"]
+    config = parser.parse_args(words)
+    assert "palm" not in parser.dump(config)
+    made = parser.instantiate_classes(config).plan.rules[0].optimizer([nn.Parameter(torch.ones(1))])
+    assert made.param_groups[0]["lr"] == 0.2
+
+
+class Counted(SGD):
+    """Steps the groups that it had when it was made, as some classes do."""
+
+    def __init__(self, params, lr=0.1, weight_decay=0.1):
+        super().__init__(params, lr, weight_decay=weight_decay)
+        self.rates = [group["lr"] for group in self.param_groups]
+
+    def step(self, closure=None):
+        every = self.param_groups
+        self.param_groups = every[: len(self.rates)]
+        loss = super().step(closure)
+        self.param_groups = every
+        return loss
+
+
+def test_a_class_that_counts_its_groups_when_it_is_made_steps_those_without_decay_too():
+    def two_groups(parameters):
+        matrices = [p for p in parameters if p.ndim >= 2]
+        others = [p for p in parameters if p.ndim < 2]
+        return Counted([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
+
+    _, own = fitted(module=Net(two_groups))
+    _, planned = fitted(OptimizerPlan(Counted))
+    assert torch.equal(flat(own), flat(planned))
+
+
+@pytest.mark.parametrize("clipping", [{"max_norm": 0.01}, {"max_value": 0.001}])
+def test_sparse_gradients_are_clipped_as_dense_ones(clipping):
+    class Rows(Net):
+        def __init__(self, sparse):
+            super().__init__()
+            self.net = nn.Sequential(nn.Embedding(4, 3, sparse=sparse), nn.Linear(3, 2))
+
+        def training_step(self, batch, index):
+            return self.net((batch[0] > 0).long()).square().mean()
+
+    rules = [Rule("embedding", optimizer=partial(SGD, lr=0.5)), Rule(optimizer=SGD)]
+    weights = []
+    for sparse in (True, False):
+        module = Rows(sparse)
+        fitted(OptimizerPlan(rules=rules), GradientClipping(**clipping), module=module, steps=3)
+        weights.append(flat(module))
+    torch.testing.assert_close(*weights)
+
+
+def test_the_source_folders_name_no_package_of_the_trials():
+    root = Path(__file__).resolve().parent.parent
+    lines = (root / "benchmarks/other_optimizers.txt").read_text().splitlines()
+    packages = {line.split("==")[0] for line in lines if line and line[0] != "#"}
+    # the kernels of one are used by name, in one file; another has the name of an English word
+    packages -= {"bitsandbytes", "tabulate", "colorama"}
+    packages |= {"gluonts", "mlcolvar", "torch-uncertainty", "lightly"}
+    names = {form for name in packages for form in (name, name.replace("-", "_"))}
+    pattern = re.compile(rf"(?i)\b({'|'.join(map(re.escape, sorted(names)))})\b")
+    folders = ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")
+    for file in (f for folder in folders for f in (root / folder).rglob("*.py")):
+        assert not pattern.search(file.read_text()), file
 
 
 def test_hooks_of_the_composite_itself_run():

@@ -40,9 +40,9 @@ def compose(shares: Sequence[Share], decay: Decay) -> Composite:
     members: list[Optimizer] = []
     labels: list[str] = []
     for mates in together:
-        lists = [[p for _, p in share.named] for share in mates]
-        groups = [{"params": each} for each in lists]
-        member = make(mates[0].rule.optimizer, lists[0] if len(lists) == 1 else groups)
+        factory = mates[0].rule.optimizer
+        groups = split_before(mates, decay)
+        member = make(factory, groups[0]["params"] if len(groups) == 1 else groups)
         owner = {id(p): share for share in mates for _, p in share.named}
         for group in list(member.param_groups):
             rule = owner[id(group["params"][0])].rule
@@ -98,6 +98,32 @@ def later(
 def decays(parameter: Tensor, decay: Decay) -> bool:
     """Whether weight decay is meant for a parameter."""
     return decay == "all" or (decay == "matrices" and parameter.ndim >= 2)
+
+
+def split_before(mates: Sequence[Share], decay: Decay) -> list[Group]:
+    """The groups of rules with one optimizer, parameters that do not decay apart.
+
+    Where the class tells its decay; some classes count their groups when they are made, and would
+    overlook one that is added. For the others `split_decay` adds groups.
+    """
+    factory = mates[0].rule.optimizer
+    argument = _arguments(optimizer_class(factory)).get("weight_decay")
+    usual = argument.default if argument is not None else None
+    value = getattr(factory, "keywords", {}).get("weight_decay", usual)
+    known = argument is not None and isinstance(value, int | float) and bool(value)
+    first: list[Group] = []
+    spared: list[Group] = []
+    for share in mates:
+        policy = share.rule.decay or decay
+        parameters = [p for _, p in share.named]
+        kept = [p for p in parameters if decays(p, policy)]
+        if not known or not kept or len(kept) == len(parameters):
+            first.append({"params": parameters})
+        else:
+            first.append({"params": kept})
+            rest = [p for p in parameters if not decays(p, policy)]
+            spared.append({"params": rest, "weight_decay": 0.0})
+    return first + spared
 
 
 def scaled(lr: Any, scale: float) -> Any:

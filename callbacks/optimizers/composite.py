@@ -278,7 +278,7 @@ class Composite(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Each member's own."""
         for member in self.members:
-            member.zero_grad(set_to_none)
+            member.zero_grad() if set_to_none else member.zero_grad(False)
 
     def state_dict(self) -> dict[str, Any]:
         """States and settings of all members as plain values, parameters numbered by group.

@@ -111,7 +111,7 @@ class OptimizerPlan(Callback):
         if not isinstance(module, L.LightningModule) or is_overridden(NAME, module):
             return
         trainer = module._trainer
-        if trainer is not None and self is plans(trainer)[-1]:
+        if trainer is not None and trainer.state.fn == "fit" and self is plans(trainer)[-1]:
             patch(trainer, module, NAME, lambda module: self._configure(trainer, module), self)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
