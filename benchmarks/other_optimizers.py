@@ -45,6 +45,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import record
 from ravine.callbacks import ExactResume, OptimizerPlan
+from ravine.callbacks.optimizers.composite import Composite
 from ravine.cli import errors
 from ravine.strategies import AtomicCheckpointIO
 
@@ -74,6 +75,19 @@ class Net(L.LightningModule):
         matrices = [p for p in self.parameters() if p.ndim >= 2]
         others = [p for p in self.parameters() if p.ndim < 2]
         return self.factory([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
+
+    def on_train_start(self) -> None:
+        self._switch("train")
+
+    def on_fit_end(self) -> None:
+        self._switch("eval")
+
+    def _switch(self, mode: str) -> None:
+        """What the packages tell users of two sets of weights to do; the plan does it by itself."""
+        for optimizer in self.trainer.optimizers:
+            if not isinstance(optimizer, Composite):
+                with contextlib.suppress(AttributeError):
+                    getattr(optimizer, mode)()
 
     def train_dataloader(self) -> DataLoader:
         x = torch.linspace(-2, 2, 256).reshape(32, 8).mul(3.1).sin()
