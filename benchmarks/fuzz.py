@@ -495,11 +495,14 @@ def tokens_seeds() -> list[Files]:
 
 def change_meta(dice: random.Random, files: Files) -> Files:
     """Change the meta file, as a stream or as values; the tokens stay."""
+    from ravine.strategies import plain_pickle
+
     if "meta.json" in files:
         return change_json(dice, files)
     if dice.random() < 0.5:
         return files | {"meta.pkl": change_pickle(dice, files["meta.pkl"])}
-    value = change_value(dice, pickle.loads(files["meta.pkl"]), 0.2)
+    value = plain_pickle.load(files["meta.pkl"], lambda name: False)  # it may have been changed
+    value = change_value(dice, value, 0.2)
     return files | {"meta.pkl": pickle.dumps(value, dice.choice((0, 2, 4)))}
 
 

@@ -9,6 +9,7 @@ that a meta.pkl or meta.json beside them, or the caller, says.
 import hashlib
 import json
 import os
+import reprlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -194,7 +195,7 @@ def _what(
     if size is not None:
         if not isinstance(size, int) or isinstance(size, bool):
             raise ValueError(
-                f"{place} says that vocab_size is {size!r}; allowed: a number; "
+                f"{place} says that vocab_size is {reprlib.repr(size)[:80]}; allowed: a number; "
                 f"type --data.vocabulary={largest + 1}"
             )
         return NumberTokenizer(size)
@@ -241,7 +242,10 @@ def _unpickled(place: Path) -> Any:
 
 
 def _type_of(meta: dict[str, Any], place: Path) -> str:
-    name = str(meta.get("dtype", "uint16")).removeprefix("numpy.")
+    said = meta.get("dtype", "uint16")
+    # shared lists of a pickle may unfold to millions of words: shortened, not written out
+    plain = isinstance(said, str | plain_pickle.Name)
+    name = str(said).removeprefix("numpy.") if plain else reprlib.repr(said)
     if name not in get_args(TokenType):
         raise ValueError(
             f"{place} says that dtype is {name[:40]!r}; allowed: {', '.join(get_args(TokenType))}; "

@@ -125,6 +125,7 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}, which"),
     ({"pruned_heads": {"0": [1]}}, "pruned_heads={'0': [1]}, which"),
     ({"activation_function": "silu"}, "activation_function='silu', which Transformer does not"),
+    ({"activation_function": ["relu"]}, "activation_function=['relu'], which Transformer does not"),
     ({"n_head": 5}, "n_head=5 for a width of 24; allowed: a divisor of 24"),
     ({"n_head": "three"}, "n_head='three' for a width"),
     ({"layer_norm_epsilon": -1}, "layer_norm_epsilon=-1; allowed: a number from 0 on"),

@@ -122,6 +122,18 @@ def test_damaged_meta_files_and_numpy_files_are_refused(tmp_path: Path) -> None:
         data_of(place, vocabulary=10_000)
 
 
+def test_values_that_unfold_to_millions_are_not_written_out(tmp_path: Path) -> None:
+    bomb: Any = [1]
+    for _ in range(7):
+        bomb = [bomb] * 9
+    place = folder(tmp_path / "bins")
+    for key in ("dtype", "vocab_size", "itos"):
+        (place / "meta.pkl").write_bytes(pickle.dumps({key: bomb}))
+        with pytest.raises(ValueError, match=r"meta.pkl") as error:
+            data_of(place)
+        assert len(str(error.value)) < 2_000
+
+
 def test_a_meta_file_may_name_numpy_s_type_itself(tmp_path: Path) -> None:
     place = folder(tmp_path / "bins", kind="int32", meta={"vocab_size": 10_000, "dtype": np.int32})
     assert data_of(place).corpus.tokens.tolist() == tokens(9_999, 4_001).tolist()

@@ -12,6 +12,7 @@ What tensors do not show (heads, activation, epsilon) stands in the config.json 
 
 import json
 import math
+import reprlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -209,23 +210,23 @@ def expected_of(config: dict[str, Any], sizes: dict[str, int], name: str) -> dic
                 f"allowed: {allowed}; use a GPT-2 without this option"
             )
     activation = config.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(
-            f"{name} says activation_function={activation!r}, which Transformer does not have; "
-            f"allowed: {', '.join(ACTIVATIONS)}; use a GPT-2 with one of these"
+            f"{name} says activation_function={_short(activation)}, which Transformer does "
+            f"not have; allowed: {', '.join(ACTIVATIONS)}; use a GPT-2 with one of these"
         )
     heads = 12 if given["n_head"] is None else given["n_head"]
     eps = config.get("layer_norm_epsilon", 1e-5)
     width = sizes["width"]
     if type(heads) is not int or heads < 1 or width % heads:
         raise ValueError(
-            f"{name} says n_head={heads!r} for a width of {width}; allowed: a divisor of {width}; "
-            "fetch the file again"
+            f"{name} says n_head={_short(heads)} for a width of {width}; allowed: a divisor "
+            f"of {width}; fetch the file again"
         )
     if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
         raise ValueError(
-            f"{name} says layer_norm_epsilon={eps!r}; allowed: a number from 0 on; fetch the file "
-            "again"
+            f"{name} says layer_norm_epsilon={_short(eps)}; allowed: a number from 0 on; "
+            "fetch the file again"
         )
     shown = {
         "n_embd": width,
@@ -238,8 +239,8 @@ def expected_of(config: dict[str, Any], sizes: dict[str, int], name: str) -> dic
     for key, value in shown.items():
         if said[key] not in (None, value):
             raise ValueError(
-                f"{name} says {key}={said[key]}, and the tensors have {value}; the two files do "
-                "not belong together: fetch both again"
+                f"{name} says {key}={_short(said[key])}, and the tensors have {value}; the "
+                "two files do not belong together: fetch both again"
             )
     if said["n_inner"] is None and sizes["d_ff"] != 4 * width:
         raise ValueError(
@@ -310,6 +311,10 @@ def refuse_other(expected: dict[str, Any], net: Transformer, name: str) -> None:
         f"the weights in {name} do not fit the model: they are a GPT-2 with {theirs}, and the "
         f"model has {mine}; type {' '.join(flags)}"
     )
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)[:80]
 
 
 def _typed(value: Any) -> str:
