@@ -432,6 +432,132 @@ def all_json(path: Path) -> bool:
     return True
 
 
+def png_chunks(content: bytes) -> list[tuple[bytes, bytes]]:
+    """Name and content of each chunk."""
+    chunks, place = [], 8
+    while place + 8 <= len(content):
+        length = int.from_bytes(content[place : place + 4], "big")
+        chunks.append((content[place + 4 : place + 8], content[place + 8 : place + 8 + length]))
+        place += 12 + length
+    return chunks
+
+
+def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    """A PNG of these chunks, their lengths and checksums right."""
+    parts = [
+        len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+        for name, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def image_seeds() -> list[Files]:
+    """A small image in each format and mode that is read, and some that are not."""
+    import numpy
+    from PIL import Image
+
+    numbers = numpy.random.RandomState(0)
+    photo = Image.fromarray(numbers.randint(0, 256, (9, 7, 3), dtype=numpy.uint8))
+    deep = Image.fromarray(numbers.randint(0, 65536, (9, 7)).astype(numpy.uint16))
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    more = {"save_all": True, "append_images": [photo.rotate(180), photo]}
+    made = [
+        (photo, "PNG", {"exif": exif}), (photo, "PNG", {"transparency": (0, 0, 0)}),
+        (photo.convert("RGBA"), "PNG", {}), (photo.convert("P"), "PNG", {"transparency": 3}),
+        (photo.convert("1"), "PNG", {}), (photo.convert("LA"), "PNG", {}), (deep, "PNG", {}),
+        (photo, "PNG", more), (photo, "JPEG", {"exif": exif}), (photo.convert("CMYK"), "JPEG", {}),
+        (photo.convert("L"), "JPEG", {"progressive": True}), (photo, "GIF", {}),
+        (photo, "GIF", more), (photo, "WEBP", {"exif": exif}), (photo.convert("RGBA"), "WEBP", {}),
+        (photo, "WEBP", more), (photo, "BMP", {}), (photo.convert("P"), "BMP", {}),
+        (photo, "TIFF", {"exif": exif}), (photo, "TIFF", {"compression": "tiff_lzw"}),
+        (photo, "TIFF", {"compression": "jpeg"}), (photo.convert("1"), "TIFF", {"compression":
+        "group4"}), (deep, "TIFF", {"compression": "tiff_deflate"}), (photo, "TIFF", more),
+        (photo, "ICO", {}), (photo, "EPS", {}), (photo, "PPM", {}), (photo, "SGI", {}),
+    ]  # fmt: skip
+    seeds = []
+    for image, form, options in made:
+        memory = io.BytesIO()
+        image.save(memory, form, **options)
+        seeds.append({f"a.{'png' if form in ('ICO', 'EPS', 'PPM', 'SGI') else form.lower()}":
+                      memory.getvalue()})  # fmt: skip
+    return seeds
+
+
+def change_image(dice: random.Random, files: Files) -> Files:
+    """Change chunks of a PNG, checksums and compression right; of other formats what follows."""
+    (name, content), *_ = files.items()
+    if not content.startswith(b"\x89PNG"):
+        keep = dice.choice((4, 12, 20, 30))
+        return {name: content[:keep] + change_bytes(dice, content[keep:])}
+    chunks = png_chunks(content)
+    at = dice.randrange(len(chunks))
+    kind, data = chunks[at]
+    match dice.randrange(6):
+        case 0:
+            del chunks[at]
+        case 1:
+            chunks.insert(dice.randrange(len(chunks)), chunks[at])
+        case 2 if kind in (b"IDAT", b"fdAT"):
+            head = data[:4] if kind == b"fdAT" else b""
+            plain = change_bytes(dice, zlib.decompress(data[len(head) :]))
+            chunks[at] = kind, head + zlib.compress(plain)
+        case 3:
+            chunks[0] = b"IHDR", change_bytes(dice, chunks[0][1])
+        case 4:
+            kinds = (b"tRNS", b"PLTE", b"eXIf", b"iCCP", b"zTXt", b"acTL", b"fcTL", b"fdAT")
+            text = dice.choice((data, b"a\0\0" + zlib.compress(b"\0" * 10**7), b"\xff" * 40))
+            chunks.insert(1, (dice.choice(kinds), text))
+        case _:
+            chunks[at] = kind, change_bytes(dice, data)
+    return {name: png_of(chunks)}
+
+
+def enlarge_image(dice: random.Random, files: Files) -> Files:
+    """An image whose small file unfolds to many pixels."""
+    from PIL import Image
+
+    side = dice.choice((1000, 3000, 4990, 5100, 8000))
+    image = Image.new(dice.choice(("1", "L", "P", "RGB", "RGBA", "LA")), (side, side))
+    form = dice.choice(("PNG", "GIF", "TIFF")) if side < 4000 else "PNG"
+    memory = io.BytesIO()
+    options = {"compression": "tiff_deflate"} if form == "TIFF" else {}
+    (image.convert("P") if form == "GIF" else image).save(memory, form, **options)
+    return {f"a.{form.lower()}": memory.getvalue()}
+
+
+def sometimes_large(dice: random.Random, files: Files) -> Files:
+    """Seldom: it takes a hundred times as long to read."""
+    return enlarge_image(dice, files) if dice.random() < 0.02 else change_image(dice, files)
+
+
+def read_image(path: Path) -> None:
+    from ravine.datamodules.image_folders import read_images
+
+    refused = None
+    for mode, resize in (("auto", None), ("rgb", None), ("gray", (4, 6))):
+        try:
+            read_images(path, mode, resize)
+        except ValueError as error:
+            refused = error if _refused(error) or refused is None else refused
+            if not _refused(error):
+                raise
+    if refused:
+        raise refused
+
+
+def known_image(path: Path) -> bool:
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(path).close()
+    except Exception:
+        return False
+    return True
+
+
 def tokenizer_seeds() -> list[Files]:
     from ravine.datamodules import BPETokenizer, ByteTokenizer, CharTokenizer, FileTokenizer
     from ravine.datamodules.tokenizers import NumberTokenizer
@@ -664,11 +790,137 @@ def is_text(path: Path) -> bool:
         return False
 
 
+def idx_seeds() -> list[Files]:
+    """Sets like MNIST: gzipped, plain, with labels from 1, in color."""
+    import gzip
+
+    import numpy
+
+    numbers = numpy.random.RandomState(0)
+
+    def idx(array: Any) -> bytes:
+        head = bytes([0, 0, 8, array.ndim])
+        sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+        return head + sizes + array.astype(numpy.uint8).tobytes()
+
+    seeds = []
+    for first, shape, zipped in ((0, (5, 4), True), (1, (5, 4), False), (0, (3, 3, 3), True)):
+        files = {}
+        for side, count in (("train", 40), ("t10k", 20)):
+            images = numbers.randint(0, 256, (count, *shape))
+            arrays = {"images-idx3": images, "labels-idx1": first + numpy.arange(count) % 4}
+            for name, array in arrays.items():
+                content = idx(array)
+                end = ".gz" if zipped else ""
+                files[f"{side}-{name}-ubyte{end}"] = gzip.compress(content) if zipped else content
+        seeds.append(files)
+    return seeds
+
+
+def change_idx(dice: random.Random, files: Files) -> Files:
+    """Change the head or the content of a file; a gzip is made right again."""
+    import gzip
+
+    name = dice.choice(list(files))
+    zipped = name.endswith(".gz")
+    content = gzip.decompress(files[name]) if zipped else files[name]
+    match dice.randrange(5):
+        case 0:
+            place = 4 * dice.randrange(1, 5)
+            number = dice.choice((*ODD, 10**9, 40, 39, 41, 5, 4)) % 2**32
+            content = content[:place] + number.to_bytes(4, "big") + content[place + 4 :]
+        case 1:
+            content = content[:2] + bytes([dice.choice((8, 9, 11, 12, 13, 14, 200))]) + content[3:]
+        case 2:
+            content = content[:3] + bytes([dice.randrange(256)]) + content[4:]
+        case 3:
+            content = content[:16] + change_bytes(dice, content[16:])
+        case 4:
+            rank = dice.randrange(1, 5)
+            size = dice.choice((10**6, 10**8, 2**31 - 1)) if dice.random() < 0.1 else 10**4
+            sizes = [size] + [1] * (rank - 1)
+            head = bytes([0, 0, 8, rank]) + b"".join(n.to_bytes(4, "big") for n in sizes)
+            content = head + bytes(min(size, 10**8))
+    return files | {name: gzip.compress(content, 1) if zipped else content[: 10**7]}
+
+
+def read_idx_folder(path: Path) -> None:
+    from ravine.datamodules import ImageDataModule
+
+    ImageDataModule(str(path), batch_size=4).setup("fit")
+
+
+def whole_idx(path: Path) -> bool:
+    """Whether each file is a whole gzip, or plain, and begins as an idx file does."""
+    import gzip
+
+    try:
+        for file in path.iterdir():
+            content = file.read_bytes()
+            plain = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+            if plain[:2] != b"\0\0":
+                return False
+    except Exception:
+        return False
+    return True
+
+
+def csv_seeds() -> list[Files]:
+    """Tables as people have them, and label<TAB>text."""
+    rows = [(("ham", "spam")[i % 2], f'text {i}, or "more"; | of it') for i in range(12)]
+    quoted = [(label, '"' + text.replace('"', '""') + '"') for label, text in rows]
+    made = {
+        "a.csv": "v1,v2,,,\r\n" + "".join(f"{a},{b},,,\r\n" for a, b in quoted),
+        "b.csv": "id;text;category\n" + "".join(f"7;{b};{a}\n" for a, b in quoted),
+        "c.csv": "".join(f"{a},{b}\n" for a, b in quoted),
+        "d.tsv": "label\ttext\n" + "".join(f"{a}\t{b}\n" for a, b in quoted),
+        "e.tsv": "".join(f"{a}\t{b}\n" for a, b in rows),
+        "f.csv": "spam,message\n" + "".join(f"{int(a == 'spam')},{b}\n" for a, b in quoted),
+    }
+    return [{name: text.encode()} for name, text in made.items()]
+
+
+def change_table(dice: random.Random, files: Files) -> Files:
+    """Put other quotes, delimiters, line ends, labels and letters into a table."""
+    (name, content), *_ = files.items()
+    text = content.decode("utf-8", "replace")
+    for _ in range(dice.choice((1, 1, 2, 6))):
+        place, length = dice.randrange(len(text) + 1), dice.choice((0, 1, 1, 5, 60))
+        piece = dice.choice(
+            ('"', '""', ",", ";", "\t", "|", "\n", "\r", "\r\n", "\ufeff", "ham", "spam", "1", "",
+             "\x0b", "\x85", "\u2028", "text", "label", "=1+1", "🎁", "\x1b[2J", " ", "x" * 2000,
+             '"' * 99, "," * 3000, "\n" * 3000, text[place : place + 300])
+        )  # fmt: skip
+        text = text[:place] + piece + text[place + length :]
+    return {name: text.encode("utf-8", "surrogatepass")}
+
+
+def read_messages(path: Path) -> None:
+    from ravine.datamodules import SpamDataModule
+    from ravine.lightning_modules import SpamClassifier
+
+    data = SpamDataModule(path, predict_path=path, batch_size="all", val_fraction=0.0)
+    data.setup("fit")
+    SpamClassifier(buckets=64).adopt(data)
+    next(iter(data.train_dataloader()))
+    data.setup("predict")
+
+
+def text_file(path: Path) -> bool:
+    try:
+        return "\0" not in path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return False
+
+
 TARGETS: dict[str, Target] = {
     "config": Target(config_seeds, read_config, [change_yaml], is_text),
     "checkpoint": Target(
         checkpoint_seeds, read_checkpoint, [change_record, change_tree], whole_archive
     ),
+    "image": Target(image_seeds, read_image, [change_image, sometimes_large], known_image),
+    "idx": Target(idx_seeds, read_idx_folder, [change_idx], whole_idx, folder=True),
+    "csv": Target(csv_seeds, read_messages, [change_table], text_file),
     "folder": Target(
         sharded_seeds, read_checkpoint, [change_part, change_manifest], whole_folder, folder=True
     ),
@@ -808,6 +1060,9 @@ class Campaign:
         self.counts: Counter[str] = Counter()
         self.worst_seconds, self.worst_bytes = 0.0, 0
         self.faults: Counter[str] = Counter()
+        import ravine.cli.errors
+        import ravine.lightning_modules  # noqa: F401 - before the fork: it takes longer than an input
+
         self.seeds = self.target.seeds()
 
     def run(self, seconds: float, inputs: int | None = None) -> None:

@@ -162,7 +162,11 @@ def read_own_idx(files: Files) -> tuple[dict[str, ImageSet], list[str]]:
             for side, array in images.items()
         }, []
     labels = {side: read_idx(files[side, "labels"], 1) for side in sides}
-    there = torch.cat(list(labels.values())).unique()  # sorted
+    for side in sides:
+        one = ImageSet(images[side], labels[side], ())
+        one.as_many(str(files[side, "images"]))
+    counts = torch.stack([torch.bincount(each, minlength=256) for each in labels.values()])
+    there = counts.sum(0).nonzero()[:, 0].to(torch.uint8)
     names = tuple(str(label) for label in there.tolist())
     sets, notes = {}, []
     for side in sides:

@@ -30,7 +30,7 @@ SUFFIXES = {
 }  # fmt: skip
 # Pillow recognizes a file by its content. Of its other formats some start programs (EPS: gs).
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
-PIXELS = 2**25  # of one image: decoded and converted it takes up to 13 bytes a pixel
+PIXELS = 25_000_000  # of one image: decoded and converted it takes up to 13 bytes a pixel
 OTHERS = 100_000  # files that are not images, after which a folder is taken for a wrong one
 SIDES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -275,9 +275,8 @@ class Reader:
                 )
             if not number:
                 images = room(len(paths), form)
-            images[number] = (
-                torch.from_numpy(pixels).reshape(*images.shape[2:], -1).permute(2, 0, 1)
-            )  # c y x
+            place = images[number].permute(1, 2, 0).numpy()  # y x c, the memory of images
+            place[...] = pixels.reshape(place.shape)
         return images
 
     def notes(self) -> list[str]:
@@ -340,7 +339,7 @@ class Reader:
         if self.resize:
             rows, columns = self.resize
             picture = ImageOps.fit(picture, (columns, rows), Image.Resampling.LANCZOS)
-        return numpy.array(picture), Form(picture.mode, picture.size)
+        return numpy.asarray(picture), Form(picture.mode, picture.size)
 
 
 def _raw_mode(picture: Any) -> str:
@@ -379,7 +378,7 @@ def converted(picture: Any, mode: Mode, form: Form) -> Any:
     elif picture.mode == "F":
         raise Refused("has pixels of 32-bit floats; allowed are 8 or 16 bits: convert it first")
     elif picture.has_transparency_data:
-        picture = picture.convert("RGBA")
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         paper = Image.new("RGB", picture.size, "white")
         paper.paste(picture, mask=picture.getchannel("A"))
         picture = paper

@@ -38,12 +38,16 @@ class ImageSet(NamedTuple):
 
     def fitting(self, name: str) -> None:
         """Refuse labels without an image or without a class."""
+        self.as_many(name)
+        check_labels(self.labels, len(self.names), name)
+
+    def as_many(self, name: str) -> None:
+        """Refuse labels without an image, and images without a label."""
         if len(self.images) != len(self.labels):
             raise ValueError(
                 f"{name} has {len(self.images):,} images and {len(self.labels):,} labels; they "
                 "must be as many: fetch both files again"
             )
-        check_labels(self.labels, len(self.names), name)
 
     def absent(self) -> list[str]:
         """The names of the classes without an image."""
