@@ -251,14 +251,14 @@ class Diffusion(TaskModule):
         """
         given = {"guidance": guidance, "steps": steps, "sampler": sampler, "eta": eta}
         way = self.way.of(self.withheld, self.one_step, **given)
-        asked = pick(labels, self.class_names)
+        asked = pick(labels, self._names())
         count = (8 if asked else 64) if num_samples is None else num_samples
         if count < 1 or batch_size < 1:
             raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=8")
         index = torch.arange(count * max(1, len(asked)), device=self.device)
         shown = torch.tensor(asked, device=self.device).repeat_interleave(count)
         images = self._sample(index, shown if asked else None, way, seed, batch_size)
-        rows = tuple(self.class_names[number] for number in asked)
+        rows = tuple(self._names()[number] for number in asked)
         return Pictures(images, count if asked else math.ceil(math.sqrt(count)), rows)
 
     def try_generate(self, **arguments: Any) -> Pictures:
@@ -268,7 +268,7 @@ class Diffusion(TaskModule):
         asked = given.arguments
         names = "guidance", "steps", "sampler", "eta"
         way = self.way.of(self.withheld, self.one_step, **{name: asked[name] for name in names})
-        labels = pick(asked["labels"], self.classes)
+        labels = pick(asked["labels"], self._names())
         count = asked["num_samples"]
         if (count is not None and count < 1) or asked["batch_size"] < 1:
             raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=8")
@@ -292,6 +292,10 @@ class Diffusion(TaskModule):
         """
         names = "process", "prediction", "conditioning"
         return write(cast(UNet, self.net), folder, {name: self.hparams[name] for name in names})
+
+    def _names(self) -> tuple[str, ...]:
+        """The classes' names; their numbers where neither data nor checkpoint name them."""
+        return self.class_names or numbered(self.classes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The data's sizes travel with the weights."""

@@ -303,7 +303,7 @@ def test_what_is_not_a_checkpoint_is_told(path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("bad", "name"),
     [
-        ({"hyper_parameters": {"root": Path("/")}}, "hyper_parameters['root'] is a pathlib"),
+        ({"hyper_parameters": {"root": nn.ReLU()}}, "hyper_parameters['root'] is a torch.nn"),
         ({"callbacks": {"EMA": [1, {2.0, 1j}, nn.ReLU()]}}, "callbacks['EMA'][2] is a torch.nn"),
         ({"loops": {Path("/"): 1}}, "a key of loops is a pathlib"),
     ],

@@ -94,7 +94,7 @@ def test_spam_is_trained_validated_tested_and_predicted(
     assert main(words) == 0
     text = Path("runs/spam/version_3/predictions.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
-    assert list(rows[0]) == ["message", "probability", "label"]
+    assert list(rows[0]) == ["line", "message", "probability", "label"]
     assert [row["message"] for row in rows] == Path("mails.txt").read_text().splitlines()
     out = capsys.readouterr().out
     assert "2 rows in runs/spam/version_3/predictions.csv" in out
