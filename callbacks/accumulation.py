@@ -23,7 +23,9 @@ def scheduler_of(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
 def check_factors(trainer: L.Trainer) -> None:
     """ValueError if a loader cannot split its batch by a factor that a later epoch has."""
     scheduler = scheduler_of(trainer)
-    for loader in own_loaders(trainer) if scheduler is not None else ():
+    if scheduler is None:
+        return
+    for loader in own_loaders(trainer):
         for factor in scheduler.scheduling.values():
             loader.set_accumulate(factor)
 

@@ -56,7 +56,8 @@ class EMA(Callback):
             decays = " and ".join(f"EMA(decay={ema.decay})" for ema in both)
             raise ValueError(f"one average a run: there are {decays}; leave one of them out")
         for other in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if stage == "fit" and callable(two := getattr(other, "optimizers_with_two_sets", None)):
+            two: Any = getattr(other, "optimizers_with_two_sets", None)
+            if stage == "fit" and two is not None:
                 refuse_two_sets(two())
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -57,7 +57,7 @@ def monitored(trainer: Any) -> list[Monitored]:
                 found.append(Monitored(who, (callback.monitor,), "monitor"))
         elif isinstance(callback, EarlyStopping) and callback.strict:
             found.append(Monitored(who, (callback.monitor,), "monitor"))
-        elif callable(needed := getattr(callback, "needed_metrics", None)):
+        elif (needed := _method(callback, "needed_metrics")) is not None:
             argument, groups = needed()
             found += [Monitored(who, tuple(sorted(names)), argument) for names in groups]
     for each in trainer.lr_scheduler_configs:
@@ -100,6 +100,10 @@ def missing(
     names |= tried
     open_ones = unmet(open_ones, names)
     return sentence(open_ones[0], names, trainer, module) if open_ones else None
+
+
+def _method(owner: Any, name: str) -> Any:
+    return getattr(owner, name, None)
 
 
 def unmet(open_ones: list[Monitored], names: set[str]) -> list[Monitored]:
@@ -194,7 +198,7 @@ def by_callbacks(trainer: Any) -> set[str]:
     """Names that callbacks of this package and of Lightning log, as far as they say so."""
     names: set[str] = set()
     for callback in trainer.callbacks:
-        if callable(logged := getattr(callback, "logged_metrics", None)):
+        if (logged := _method(callback, "logged_metrics")) is not None:
             names |= set(logged(trainer))
         if isinstance(callback, LearningRateMonitor):
             groups = [g for each in trainer.optimizers for g in each.param_groups]

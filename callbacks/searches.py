@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.parsing import lightning_setattr
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 KEY = "found_batch_size"
 SEARCH = {LearningRateFinder: "lr_find", BatchSizeFinder: "scale_batch_size"}

@@ -265,7 +265,7 @@ class Diffusion(TaskModule):
         """One image in one step for these arguments of `generate`, all of which are checked."""
         given = inspect.signature(self.generate).bind(**arguments)
         given.apply_defaults()
-        asked = given.arguments
+        asked: Any = given.arguments
         names = "guidance", "steps", "sampler", "eta"
         way = self.way.of(self.withheld, self.one_step, **{name: asked[name] for name in names})
         labels = pick(asked["labels"], self._names())

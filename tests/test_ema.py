@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import EMA, ExactResume
+from ravine.callbacks import EMA, ExactResume, OptimizerPlan
 from ravine.datamodules.order import Order, Share, TrainLoader
 from ravine.strategies import MeshStrategy
 
@@ -294,3 +294,78 @@ def test_an_average_saved_on_one_process_goes_on_in_every_layout(ranks, tmp_path
     for there in ranks(averaged, 2, layout, None, tmp_path / "single.ckpt"):
         assert furthest(there[0], weights) < 1e-6
         assert furthest(there[1], average) < 1e-6
+
+
+class Unfreezes(L.Callback):
+    """Lets the frozen weight climb from one step on, in a hook after EMA's."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step == self.step:
+            module.frozen.requires_grad_(True)
+
+
+class Both(Watched):
+    def training_step(self, batch, index):
+        return -self.weight.sum() - (self.frozen.sum() if self.frozen.requires_grad else 0)
+
+
+def unfrozen(steps, **arguments):
+    module, ema = Both(), EMA(0.9, warmup=False)
+    options = {**QUIET, "max_steps": steps, "val_check_interval": 1, **arguments}
+    trainer = L.Trainer(**options, callbacks=[ema, Unfreezes(2)])
+    return trainer, module, ema
+
+
+def test_a_weight_that_is_unfrozen_is_averaged_from_its_value_before_its_first_step(tmp_path):
+    trainer, module, ema = unfrozen(5)
+    trainer.fit(module, loader(), loader(1))
+    average = 1.0
+    for value in (2.0, 3.0, 4.0):  # after steps 3, 4 and 5
+        average += 0.1 * (value - average)
+    assert module.frozen.item() == pytest.approx(average)
+    assert ema.other["frozen"].item() == 4
+    trainer.save_checkpoint(tmp_path / "five.ckpt")
+    saved = torch.load(tmp_path / "five.ckpt", weights_only=True)
+    assert saved["state_dict"]["frozen"].item() == pytest.approx(average)
+    assert saved["ema"]["raw"]["frozen"].item() == 4
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")  # rows are equal
+def test_a_weight_that_is_frozen_again_at_a_resume_loses_nothing(tmp_path):
+    trainer, module, _ = unfrozen(4)
+    trainer.fit(module, loader(), loader(1))
+    trainer.save_checkpoint(tmp_path / "four.ckpt")
+    trainer, resumed, ema = unfrozen(5)
+    trainer.fit(resumed, loader(), loader(1), ckpt_path=tmp_path / "four.ckpt")
+    assert ema.other["frozen"].item() == 3  # as it was: nothing has unfrozen it
+    assert 1 < resumed.frozen.item() < 3  # the average goes on towards it
+
+
+class TwoSetsSGD(torch.optim.SGD):
+    def train(self):
+        """Show the weights that train."""
+
+    def eval(self):
+        """Show the average."""
+
+
+@pytest.mark.parametrize("plan_first", [True, False])
+def test_an_optimizer_with_an_average_of_its_own_is_refused(plan_first):
+    both = [OptimizerPlan(TwoSetsSGD), EMA()]
+    trainer = L.Trainer(**QUIET, max_steps=1, callbacks=both if plan_first else both[::-1])
+    with pytest.raises(ValueError, match="EMA and TwoSetsSGD would both decide"):
+        trainer.fit(Climb(), loader())
+    assert trainer.global_step == 0
+
+
+def test_the_module_s_own_optimizer_of_that_kind_is_refused_too():
+    class Own(Climb):
+        def configure_optimizers(self):
+            return TwoSetsSGD(self.parameters(), lr=1.0)
+
+    trainer = L.Trainer(**QUIET, max_steps=1, callbacks=[EMA()])
+    with pytest.raises(ValueError, match="EMA and TwoSetsSGD would both decide"):
+        trainer.fit(Own(), loader())

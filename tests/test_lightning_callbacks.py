@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.tuner import Tuner
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from ravine.callbacks import EMA, Checkpoint, ExactResume, OptimizerPlan, Rule, Schedule
 from ravine.cli.trainer import Trainer
@@ -139,7 +139,7 @@ MAKE: dict[str, Callable[[], L.Callback]] = {
     "ProgressBar": Silent,
     "RichModelSummary": stock.RichModelSummary,
     "RichProgressBar": stock.RichProgressBar,
-    "SpikeDetection": stock.SpikeDetection,
+    "SpikeDetection": lambda: stock.SpikeDetection(atol=1e6),
     "StochasticWeightAveraging": lambda: stock.StochasticWeightAveraging(0.1, 1),
     "TQDMProgressBar": stock.TQDMProgressBar,
     "ThroughputMonitor": lambda: stock.ThroughputMonitor(len),
@@ -348,7 +348,10 @@ def test_a_factor_that_a_batch_cannot_be_split_by_is_refused_before_the_first_st
     assert trainer.global_step == 0
 
 
-def test_data_alone_refuse_a_schedule_that_nothing_follows() -> None:
+def test_data_alone_refuse_a_schedule_that_nothing_follows(monkeypatch) -> None:
+    for kind in (DataLoader, BatchSampler):  # Lightning leaves its own there after an error
+        for name in ("__init__", "__setattr__", "__delattr__"):
+            monkeypatch.setattr(kind, name, getattr(kind, name))
     scheduler = GradientAccumulationScheduler({0: 1, 1: 2})
     trainer = L.Trainer(**QUIET, max_epochs=2, callbacks=[scheduler])
     with pytest.raises(ValueError, match=r"larger than batch_size.*add RunChecks"):
@@ -395,12 +398,9 @@ class Task(TaskModule):
         return self(batch[0]).square().mean()
 
 
-@NOISE
-@pytest.mark.parametrize(
-    "average", [lambda: stock.StochasticWeightAveraging(0.1), stock.EMAWeightAveraging]
-)
-def test_a_task_alone_refuses_an_average_of_a_net_that_is_not_built(average) -> None:
-    trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=[average()])
+def test_a_task_alone_refuses_an_average_of_a_net_that_is_not_built() -> None:
+    callbacks = [stock.StochasticWeightAveraging(0.1)]
+    trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=callbacks)
     with pytest.raises(ValueError, match=r"use ravine.callbacks.EMA"):
         trainer.fit(Task(), DataLoader(TensorDataset(ROWS), 4))
 

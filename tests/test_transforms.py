@@ -142,7 +142,9 @@ def test_a_phase_registered_and_not_applied_is_an_error():
 
 
 def test_an_unknown_phase_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="phases are load, quantize, adapt, recompute, compile"):
+    with pytest.raises(
+        ValueError, match="phases are load, quantize, adapt, freeze, recompute, compile"
+    ):
         trainer(Log("prune")).fit(Late())
 
 

@@ -99,7 +99,7 @@ def test_a_module_that_logs_nothing_of_it_is_refused_by_name(
 
 def test_an_alarm_on_a_metric_that_nobody_logs_is_refused(tmp_path: Path) -> None:
     alarm = CollapseAlarm(below={"train/distinct": 0.5, "train/distnct": 0.5})
-    with pytest.raises(ValueError, match="watches train/distnct, and Scripted logs"):
+    with pytest.raises(ValueError, match="monitors 'train/distnct', and no metric of that name"):
         fit(Scripted(distinct=[1.0]), alarm, tmp_path, 2)
 
 

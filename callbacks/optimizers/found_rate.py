@@ -9,7 +9,7 @@ beside it: one number cannot replace two.
 from typing import Any
 
 from lightning.pytorch.callbacks import LearningRateFinder
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from .composite import Composite
 
