@@ -83,7 +83,7 @@ class Curves(Recorded):
     def __init__(self, metrics: Sequence[str] | None = None) -> None:
         """Begin with empty curves."""
         super().__init__()
-        self.metrics, self.begins = metrics, True
+        self.metrics, self.begins, self.checked = metrics, True, False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let the metrics be looked for before the first step."""
@@ -100,7 +100,7 @@ class Curves(Recorded):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder, and look at the first step whatever the interval."""
         super().on_train_start(trainer, pl_module)
-        self.begins = True
+        self.begins, self.checked = not self.curves, False
 
     def on_train_batch_end(
         self,
@@ -112,12 +112,15 @@ class Curves(Recorded):
     ) -> None:
         """Keep the values on their device: nobody has to wait for them."""
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        if not stepped or not (self.begins or self.step % log_interval(trainer) == 0):
+        first = stepped and not self.checked
+        if not first and not (stepped and self.step % log_interval(trainer) == 0):
             return
         metrics = trainer.callback_metrics
-        if self.begins and self.metrics is not None:
+        if first and self.metrics is not None:
             self._check(metrics, pl_module)
-        self.begins = False
+        self.checked, begins, self.begins = True, self.begins, False
+        if not begins and self.step % log_interval(trainer):
+            return  # a run that goes on has had its first step
         wanted = [n for n in metrics if n[:6] == "train/"] if self.metrics is None else self.metrics
         for name in wanted:
             if name in metrics and name[:4] != "val/":

@@ -24,6 +24,14 @@ from .optimizers.modes import has_two_sets
 from .shards import followed, local, part_of, put_into, saved_as, trainable
 
 
+@torch.no_grad()
+def use_raw_weights(module: nn.Module, raw: dict[str, Tensor]) -> None:
+    """Put the raw weights of a checkpoint in the place of the average, for a run without one."""
+    for name, weight in trainable(module):
+        if name in raw:
+            local(weight).copy_(part_of(raw[name], weight))
+
+
 class EMA(Callback):
     """Keep an average of the trainable weights, and use it for everything but training.
 
@@ -34,6 +42,8 @@ class EMA(Callback):
         decay: how much of the average remains at each optimizer step, once warmed up.
         warmup: let the decay rise with the steps.
     """
+
+    acts_on_training = True  # a resume without it is another run
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         """Set the horizon: about 1 / (1 - decay) optimizer steps."""

@@ -115,6 +115,8 @@ class GradientClipping(Callback):
             where looking at a number makes the host wait in every step.
     """
 
+    acts_on_training = True  # a resume without it is another run
+
     def __init__(
         self,
         max_norm: float | None = None,
@@ -139,6 +141,7 @@ class GradientClipping(Callback):
             )
         self.patience = patience
         self.left_out = StepsLeftOut()
+        self._loaded: dict[str, int] = {}  # of a checkpoint
         self._norm: Tensor | None = None  # of this step, until it is logged
         self._clipped, self._steps = torch.zeros(()), 0  # since the last log line
 
@@ -186,9 +189,26 @@ class GradientClipping(Callback):
         """What it logs."""
         return {"train/grad_norm", "train/clipped", "train/skipped"}
 
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep what the next log line and the patience count from; the last of two does."""
+        counts = {"clipped": float(self._clipped), "steps": self._steps}
+        checkpoint["gradient_clipping"] = counts | {"left_out": dict(vars(self.left_out))}
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on counting."""
+        if counts := checkpoint.get("gradient_clipping"):
+            self._clipped, self._steps = torch.tensor(counts["clipped"]), counts["steps"]
+            self._loaded = counts["left_out"]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the steps of this fit."""
+        """Count the steps of this fit, from where a checkpoint left them."""
         self.left_out = StepsLeftOut()
+        vars(self.left_out).update(self._loaded)
+        self._loaded = {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run whose last steps were all left out has failed."""

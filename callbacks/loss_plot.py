@@ -23,7 +23,9 @@ class LossPlot(Recorded):
         super().__init__()
         self.curves = {"train": [], "val": []}
         self.every = 1  # optimizer steps whose mean is a point
+        self.first = 1  # the same, before a long curve was thinned
         self.losses: list[Tensor] = []  # since the last point
+        self._saved: dict[str, Any] = {}  # of a checkpoint
 
     def draw(self, folder: Path, module: L.LightningModule) -> None:
         """Both curves in one panel, unless the module says that its loss means nothing."""
@@ -38,7 +40,24 @@ class LossPlot(Recorded):
         super().on_train_start(trainer, pl_module)
         total = total_steps(trainer)
         self.every = min(log_interval(trainer), max(1, (total or 10_000) // 200))
-        self.losses.clear()
+        self.first, self.losses = self.every, []
+        if self._saved:  # a run that goes on
+            self.every *= self._saved["thinned"]
+            self.losses = list(self._saved["losses"].to(pl_module.device))
+            self._saved = {}
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the losses of the point that is under way."""
+        losses = torch.stack(self.losses).cpu() if self.losses else torch.empty(0)
+        checkpoint["loss_plot"] = {"thinned": self.every // self.first, "losses": losses}
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with them."""
+        self._saved = checkpoint.get("loss_plot", {})
 
     def on_train_batch_end(
         self,

@@ -62,6 +62,8 @@ class NaNGuard(Callback):
         skip: steps to skip in the whole run before it is stopped.
     """
 
+    acts_on_training = True  # a resume without it is another run
+
     def __init__(self, skip: int = 3) -> None:
         """Set the number of steps that may be lost."""
         if skip < 0:

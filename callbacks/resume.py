@@ -23,7 +23,8 @@ from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
@@ -35,8 +36,19 @@ from ravine.strategies.share import Share
 
 from .batch_seeds import BatchSeeds, seed_of, set_generators
 from .checks import before_training
+from .comparing import (
+    compare_callbacks,
+    compare_data,
+    compare_optimizers,
+    compare_world,
+    facts,
+    has,
+    say,
+)
+from .ema import use_raw_weights
 
 VALIDATION, FETCH = -1, -2  # beside the kinds of loaders: whose seed it is
+ACCEPTED = ("EMA", "data", "optimizer")
 Place = Literal["start", "epoch end", "step end", "before validation", "after validation"]
 
 
@@ -49,10 +61,25 @@ class ExactResume(Callback):
     a data set or sampler that changes itself as it is read (other than by its random generators);
     an iterator, which a line at the start names; a file written between the micro-batches of one
     optimizer step, which lacks their gradients. Example: `Trainer(callbacks=[ExactResume()])`.
+
+    A run that goes on with other data, without EMA or with other optimizers is refused: see
+    comparing.py.
+
+    Args:
+        accept: differences from the checkpoint's run that are meant: "EMA" (go on from the raw
+            weights), "data", "optimizer" (its state begins anew).
     """
 
-    def __init__(self) -> None:
-        """Nothing to choose: the seed is that of `seed_everything`."""
+    def __init__(self, accept: list[str] | str | None = None) -> None:
+        """The seed is that of `seed_everything`."""
+        self.accept = [accept] if isinstance(accept, str) else list(accept or ())
+        if unknown := [word for word in self.accept if word not in ACCEPTED]:
+            raise ValueError(
+                f"ExactResume: accept={unknown[0]!r}; allowed: {', '.join(ACCEPTED)}; "
+                f"type --trainer.callbacks.accept=[{ACCEPTED[0]}]"
+            )
+        self._there: dict[str, Any] = {}  # what the checkpoint says of its run
+        self._raw: dict[str, Tensor] = {}  # weights that an average left out stood for
         self._seed, self._rank = 0, 0
         self._place: Place = "start"
         self._metrics: dict[str, Tensor] = {}
@@ -68,8 +95,11 @@ class ExactResume(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the seed, and which share of the data this is: ranks that split one model agree."""
         before_training(trainer, pl_module, stage)
+        if stage == "fit" and isinstance(trainer.precision_plugin, DoublePrecision):
+            # Lightning loads the file's weights first and converts the net afterwards
+            trainer.precision_plugin.convert_module(pl_module)
         self._place, self._max_steps, self._metrics = "start", None, {}
-        self._plateau_due = False
+        self._plateau_due, self._there, self._raw = False, {}, {}
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         self._rank = Share.of(trainer).rank
         for callback in trainer.checkpoint_callbacks if stage == "fit" else ():
@@ -78,6 +108,8 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the loop and the loaders where the file left them."""
         fit = trainer.fit_loop
+        self._compare_loaders(trainer)
+        use_raw_weights(pl_module, self._raw)
         trainer._logger_connector._callback_metrics.update(self._metrics)  # schedulers read them
         loader, states = fit._combined_loader, fit._combined_loader_states_to_load
         if states and loader is not None:
@@ -147,7 +179,7 @@ class ExactResume(Callback):
             number_by_place(list(pl_module.parameters()), optimizer, state)
         metrics = trainer._logger_connector._callback_metrics
         parts = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
-        checkpoint["exact_resume"] = {
+        checkpoint["exact_resume"] = facts(trainer) | {
             "seed": self._seed,
             "optimizer_shapes": None if parts else shapes(states),  # parts have an index of theirs
             "metrics": {name: value.detach().cpu() for name, value in metrics.items()},
@@ -165,6 +197,11 @@ class ExactResume(Callback):
         self._place = rewind(checkpoint["loops"]["fit_loop"])
         kept = checkpoint.get("exact_resume", {})
         self._seed, self._metrics = kept.get("seed", self._seed), kept.get("metrics", {})
+        self._there = kept
+        compare_callbacks(trainer, checkpoint, self.accept)
+        self._compare_optimizers(trainer, checkpoint)
+        if "ema" in checkpoint and "EMA" in self.accept and not has(trainer, "EMA"):
+            self._raw = checkpoint["ema"]["raw"]
         loop = trainer.fit_loop.epoch_loop
         if self._place == "before validation" and loop.max_steps == checkpoint["global_step"]:
             self._max_steps = loop.max_steps  # or Lightning would return before that validation
@@ -196,6 +233,31 @@ class ExactResume(Callback):
                 f" batches, are incomplete ({type(error).__name__}: {error}); choose another one:"
                 " --ckpt_path FILE, or use its weights alone: Pretrained(path)"
             ) from error
+
+    def _compare_optimizers(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Compare when they exist, before their states are loaded."""
+        there, strategy = self._there.get("optimizers"), trainer.strategy
+        if there is None or checkpoint.get("optimizer_plan"):  # whose plan compares its members
+            return
+        load = type(strategy).load_optimizer_state_dict
+
+        def compare_and_load(checkpoint: Any) -> None:
+            del strategy.__dict__["load_optimizer_state_dict"]
+            here = [type(optimizer).__name__ for optimizer in strategy.optimizers]
+            if compare_optimizers(here, there, self.accept):
+                load(strategy, checkpoint)
+
+        strategy.__dict__["load_optimizer_state_dict"] = compare_and_load
+
+    def _compare_loaders(self, trainer: L.Trainer) -> None:
+        if not self._there:
+            return
+        compare_data(trainer, self._there.get("data", {}), self.accept)
+        loader = trainer.fit_loop._combined_loader
+        parts = loader.flattened if loader is not None else []
+        if world := self._there.get("world"):
+            compare_world(trainer, world, all(isinstance(part, _Stateful) for part in parts))
+        self._there = {}
 
     def _finish_iteration(self, trainer: L.Trainer, place: Place) -> Any:
         """The loop's first `advance`: what follows the micro-batch that was the file's last."""
@@ -324,12 +386,6 @@ def can_skip(loader: Any, batches: int) -> bool:
     length = sized_len(loader)
     map_style = not isinstance(loader.dataset, IterableDataset)
     return map_style and length is not None and batches < length
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Print a line, of the first rank alone."""
-    print(text)
 
 
 def reseed(seed: int, index: int, rank: int, device: torch.device) -> int:

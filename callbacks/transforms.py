@@ -234,6 +234,7 @@ class Transform(L.Callback):
     """
 
     phase: str
+    acts_on_training = True  # a resume without it is another run
 
     def transform(self, module: L.LightningModule) -> None:
         """Change the module in place; it is built and on no mesh yet."""

@@ -117,14 +117,15 @@ class Command(LightningCLI):
             )
         admitted = trust.Trust(self.trusted, trust.named_in(given(argv)))
         admitted.check(saved, str(self.checkpoint))
-        argv = [argv[0], *saved_config.as_words(saved), *argv[1:]]
+        typed = {each.key for each in given(argv)}
+        argv = [argv[0], *saved_config.as_words(saved, argv[0], typed), *argv[1:]]
         self.config = diagnosis.parse(parser, argv)
         if saved:
             parsed, source = self._resolved(argv[0]), str(self.checkpoint)
-            if more := saved_config.words_behind(saved, parsed, admitted, source):
+            if more := saved_config.words_behind(saved, parsed, admitted, source, argv[0]):
                 self.config = diagnosis.parse(parser, [*argv, *more])
             resolved = self._resolved(argv[0])
-            self.changed += saved_config.compare(saved, resolved, str(self.checkpoint))
+            self.changed += saved_config.compare(saved, resolved, str(self.checkpoint), argv[0])
 
     def after_fit(self) -> None:
         """Say where everything is, and what to type next."""

@@ -1,14 +1,16 @@
 """What a checkpoint carries of the command that made it, and how it comes back.
 
-    checkpoint["ravine"]["config"]: model, data, seed_everything, trainer.name, trainer.callbacks
+    checkpoint["ravine"]["config"]: model, data, seed_everything, trainer.name, trainer.callbacks,
+                                    and of the trainer's arguments those of TRAINING
 
 The first four, put in front of the user's words, make `test --ckpt_path X` a whole command; of the
-callbacks those that change the net are added. What the user gives stands behind and wins, and each
+callbacks those that change the net are added. `fit` has the arguments of TRAINING in front too, and
+all callbacks where the user names none. What the user gives stands behind and wins, and each
 difference is printed. One that changes the shape of a weight is refused: see restore.py.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,21 @@ from .trust import Trust
 
 Config = dict[str, Any]
 WORDS = ("model", "data", "seed_everything", "trainer.name")  # that come back as flags
+LENGTHS = ("max_epochs", "max_steps")
+TRAINING = (  # arguments of the trainer that a resumed fit would otherwise have by default
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    *LENGTHS,
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "val_check_interval",
+    "check_val_every_n_epoch",
+    "reload_dataloaders_every_n_epochs",
+    "use_distributed_sampler",
+)
 FORM = 1  # of what stands under checkpoint["ravine"]["config"]
 
 
@@ -68,7 +85,11 @@ class SavedConfig(L.Callback):
     ) -> None:
         """Add to the checkpoint what rebuilds its model and its data."""
         kept = {key: self.config[key] for key in ("model", "data", "seed_everything")}
-        kept |= {f"trainer.{key}": self.config["trainer"][key] for key in ("name", "callbacks")}
+        trainer_arguments = self.config["trainer"]
+        keys = ("name", "callbacks", *TRAINING)
+        kept |= {
+            f"trainer.{key}": trainer_arguments[key] for key in keys if key in trainer_arguments
+        }
         own = checkpoint.setdefault("ravine", {})
         own |= {"version": FORM, "config": kept, "world_size": trainer.world_size}
 
@@ -78,29 +99,43 @@ def saved(path: Path) -> Config:
     return config_of(read(path), path)
 
 
-def as_words(config: Config) -> list[str]:
-    """A saved configuration as flags, to stand before the user's own."""
-    values = {key: config[key] for key in WORDS if config.get(key) is not None}
+def as_words(config: Config, command: str = "test", typed: Collection[str] = ()) -> list[str]:
+    """A saved configuration as flags, to stand before the user's own, whose keys are `typed`.
+
+    Who types a length or a config decides how long the run is.
+    """
+    keys = [*WORDS, *(f"trainer.{key}" for key in TRAINING if command == "fit")]
+    if "config" in typed or any(f"trainer.{key}" in typed for key in LENGTHS):
+        keys = [key for key in keys if key.removeprefix("trainer.") not in LENGTHS]
+    values = {key: config[key] for key in keys if config.get(key) is not None}
     return [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
 
 
-def words_behind(config: Config, parsed: Config, trust: Trust, source: str) -> list[str]:
+def words_behind(
+    config: Config, parsed: Config, trust: Trust, source: str, command: str = "test"
+) -> list[str]:
     """Flags to stand behind the user's: the checkpoint's transforms that his callbacks leave out,
     and the source it was trained on in the place of `auto`, which might now find another.
+
+    A fit without any callback of the user's gets all of the checkpoint's.
     """
     present = {spec["class_path"] for spec in _callbacks(parsed)}
+    everything = command == "fit" and not present
     words = []
     for spec in _callbacks(config):
-        if spec["class_path"] not in present and _changes_the_net(spec):
+        if everything or (spec["class_path"] not in present and _changes_the_net(spec)):
             trust.check_callback(spec, source)
             words.append(f"--trainer.callbacks+={json.dumps(spec)}")
+    if everything and words:
+        names = [spec["class_path"].rpartition(".")[2] for spec in _callbacks(config)]
+        rank_zero_only(print)(f"callbacks of the checkpoint: {', '.join(names)}")
     here, there = ((c.get("data") or {}).get("init_args", {}) for c in (parsed, config))
     if here.get("source") == "auto" and there.get("source"):
         words.append(f"--data.source={there['source']}")
     return words
 
 
-def compare(config: Config, parsed: Config, path: str) -> list[str]:
+def compare(config: Config, parsed: Config, path: str, command: str = "test") -> list[str]:
     """Print the values that differ from the checkpoint's and return their keys.
 
     Refuse a model of another kind: its weights would not fit, and the user should hear why.
@@ -122,7 +157,8 @@ def compare(config: Config, parsed: Config, path: str) -> list[str]:
             [],
             f"--model={theirs.__name__}, or the command without --model and --config",
         )
-    here, there = dict(_leaves(parsed)), dict(_leaves(config))
+    fits = command == "fit"
+    here, there = dict(_leaves(parsed, fits)), dict(_leaves(config, fits))
     changed = [key for key in sorted(here.keys() & there.keys()) if here[key] != there[key]]
     for key in changed:
         word, other = json.dumps(here[key]), json.dumps(there[key])
@@ -130,10 +166,16 @@ def compare(config: Config, parsed: Config, path: str) -> list[str]:
     return changed
 
 
-def _leaves(config: Config) -> Iterator[tuple[str, Any]]:
-    """The values of model, data, callbacks and seed, by key."""
+def _leaves(config: Config, fits: bool) -> Iterator[tuple[str, Any]]:
+    """The values of model, data, callbacks and seed, and for a fit the trainer's, by key."""
     callbacks = {spec["class_path"]: spec.get("init_args", {}) for spec in _callbacks(config)}
     yield from _flat({k: config[k] for k in ("model", "data", "seed_everything")})
+    arguments = config.get("trainer") or {
+        k[8:]: v for k, v in config.items() if k[:8] == "trainer."
+    }
+    for key in sorted({*TRAINING} - {*LENGTHS}) if fits else ():
+        if key in arguments:
+            yield f"trainer.{key}", arguments[key]
     for path, arguments in callbacks.items():
         yield from _flat(arguments, f"trainer.callbacks.{path.rpartition('.')[2]}")
 

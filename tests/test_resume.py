@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -34,7 +35,8 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from ravine.callbacks import Checkpoint
+from ravine.callbacks import EMA, Checkpoint, GradientClipping, NaNGuard
+from ravine.callbacks.comparing import compare_world
 from ravine.callbacks.gradient_clipping import local
 from ravine.callbacks.resume import ExactResume, number_by_place, reseed, rewind
 from ravine.datamodules.order import EvalLoader, Order, Share, TrainLoader
@@ -715,3 +717,125 @@ def test_a_fit_that_failed_leaves_no_saving_hook_behind(tmp_path: Path) -> None:
     L.Trainer(**kept, callbacks=[keep]).fit(net, *loaders)
     assert len(list(tmp_path.iterdir())) == 3
     copy.deepcopy(net)
+
+
+def go_on_otherwise(folder: Path, *callbacks: Callback, **settings: Any) -> L.Trainer:
+    """Four more steps after a run with the callbacks of `begun`, with others."""
+    L.seed_everything(SEED, verbose=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=settings.pop("steps", 8),
+        limit_val_batches=0,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = settings.pop("data", None) or Labelled()
+    net = settings.pop("net", None) or Net()
+    trainer.fit(net, data, ckpt_path=settings.pop("ckpt", folder / "step=000004.ckpt"))
+    return trainer
+
+
+class Labelled(L.LightningDataModule):
+    """Says what its data are, as the project's own modules do."""
+
+    def __init__(self, sha: str = "ab", samples: int = 22, classes: str = "cat dog") -> None:
+        super().__init__()
+        self.samples = samples
+        self.resolved = {"file": "here", "sha256": sha, "class_names": classes.split()}
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(data(self.samples), 2)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(data(4), 2)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps with EMA and clipping."""
+    folder = tmp_path_factory.mktemp("begun")
+    keep = Checkpoint(str(folder))
+    go_on_otherwise(folder, EMA(0.5), GradientClipping(), ExactResume(), keep, steps=4, ckpt=None)
+    return folder
+
+
+KEPT = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+
+@KEPT
+def test_a_run_without_the_average_is_refused_or_goes_on_from_the_raw_weights(begun: Path) -> None:
+    with pytest.raises(ValueError, match=r"had EMA, which is missing.*accept=\[EMA\]"):
+        go_on_otherwise(begun, GradientClipping(), ExactResume())
+
+    class First(Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            self.__dict__.setdefault("weights", copy.deepcopy(dict(pl_module.named_parameters())))
+
+    with_it, without = First(), First()
+    go_on_otherwise(begun, EMA(0.5), GradientClipping(), ExactResume(), with_it)
+    go_on_otherwise(begun, GradientClipping(), ExactResume(accept="EMA"), without)
+    assert differences(with_it.weights, without.weights) == []
+    with pytest.raises(ValueError, match=r"accept='ema'; allowed: EMA, data, optimizer"):
+        ExactResume(accept=["ema"])
+
+
+@KEPT
+def test_a_callback_left_out_or_added_is_said(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go_on_otherwise(begun, EMA(0.5), NaNGuard(), ExactResume())
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        "GradientClipping was in the run of the checkpoint and is missing here: it acts no more"
+        in lines
+    )
+    assert "NaNGuard was not in the run of the checkpoint: it begins here" in lines
+    go_on_otherwise(begun, EMA(0.5), GradientClipping(), ExactResume())
+    assert "of the checkpoint" not in capsys.readouterr().out
+
+
+@KEPT
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (Labelled("cd"), r"data sha256: ab in the checkpoint, cd here"),
+        (Labelled(classes="dog cat"), r"data class_names: \['cat', 'dog'\] in"),
+        (Labelled(samples=24), r"samples of the loaders: \[22\] in the checkpoint, \[24\] here"),
+    ],
+)
+def test_changed_data_are_refused_or_accepted_in_words(
+    begun: Path, data: Any, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = EMA(0.5), GradientClipping()
+    with pytest.raises(ValueError, match=rf"the training data have changed \({said}"):
+        go_on_otherwise(begun, *same, ExactResume(), data=data)
+    go_on_otherwise(begun, *same, ExactResume(accept=["data"]), data=data)
+    assert "the training data have changed, which is accepted" in capsys.readouterr().out
+
+
+class OtherOptimizer(Net):
+    """Adam's state would be taken for its momentum."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+@KEPT
+def test_the_state_of_another_optimizer_is_refused_or_left(begun: Path) -> None:
+    same = EMA(0.5), GradientClipping()
+    with pytest.raises(ValueError, match=r"has the state of AdamW, and this run SGD"):
+        go_on_otherwise(begun, *same, ExactResume(), net=OtherOptimizer())
+    accepting = ExactResume(accept=["optimizer"])
+    trainer = go_on_otherwise(begun, *same, accepting, net=OtherOptimizer())
+    assert trainer.global_step == 8
+
+
+def test_another_world_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer: Any = SimpleNamespace(world_size=1, accumulate_grad_batches=2)
+    compare_world(trainer, {"ranks": 1, "accumulate": 2}, own_order=True)
+    assert capsys.readouterr().out == ""
+    compare_world(trainer, {"ranks": 2, "accumulate": 2}, own_order=False)
+    assert "written by 2 ranks x 2 micro-batches" in capsys.readouterr().out

@@ -470,3 +470,23 @@ def test_a_run_s_name_does_not_lead_out_of_the_folder_of_all_runs(
     for words in (["--ckpt_path=odd.ckpt", TRUST], [f"--trainer.name={name}", "--config=base"]):
         assert main(["validate", *words]) == 2
         assert "leads out of the folder of all runs" in capsys.readouterr().err
+
+
+def test_a_checkpoint_alone_brings_the_whole_recipe_back(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("plan.yaml").write_text(PLAN)
+    words = ["--trainer.callbacks+=GradientClipping", "--trainer.accumulate_grad_batches=2"]
+    assert main(["fit", "--config=base", "--config=plan", *words, "--trainer.max_epochs=2"]) == 0
+    cpu = ["--trainer.accelerator=cpu", "--trainer.max_epochs=3", TRUST]
+    alone = ["fit", f"--ckpt_path={saved()}", *cpu]
+    capsys.readouterr()
+    assert main([*alone, "--trainer.enable_model_summary=false"]) == 0
+    said = "callbacks of the checkpoint: OptimizerPlan, GradientClipping"
+    assert said in capsys.readouterr().out
+    config = yaml.safe_load(Path("runs/base/version_1/config.yaml").read_text())
+    assert config["trainer"]["accumulate_grad_batches"] == 2
+    assert main([*alone, "--trainer.callbacks=GradientClipping"]) == 2
+    err = capsys.readouterr().err
+    assert "the optimizers of the checkpoint's run (SGD of 4 tensors)" in err
+    assert "--config RUN/config.yaml" in err

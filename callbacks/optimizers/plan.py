@@ -57,6 +57,8 @@ class OptimizerPlan(Callback):
         print_groups: list the parameters of each rule below the table of rules.
     """
 
+    acts_on_training = True  # a resume without it is another run
+
     def __init__(
         self,
         optimizer: OptimizerFactory | None = None,
