@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import yaml
-from jsonargparse import _signatures, _typehints, get_loader, set_loader, set_parsing_settings
+from jsonargparse import (
+    _parameter_resolvers,
+    _signatures,
+    _typehints,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -59,7 +66,9 @@ def writable(default: Any, hint: Any) -> bool:
 
 
 _typehints.get_all_subclass_paths = ours_first(_typehints.get_all_subclass_paths)
-_signatures.get_signature_parameters = plain_only(_signatures.get_signature_parameters)
+cast(Any, _signatures).get_signature_parameters = plain_only(
+    _parameter_resolvers.get_signature_parameters
+)
 
 
 class Command(LightningCLI):
