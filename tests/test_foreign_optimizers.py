@@ -235,6 +235,12 @@ def drawn(gradient, state):
     return gradient + torch.randn(gradient.shape, generator=state["it"])
 
 
+def spelled(gradient, state):
+    state["it"]["seen"].append(1)
+    assert state["it"]["signs"] == ("ab", ["c"])
+    return gradient * len(state["it"]["seen"])
+
+
 def scaled(gradient, state):
     state["it"] = numpy.float64(state["it"] * 0.5)
     return gradient * float(state["it"])
@@ -405,6 +411,9 @@ KINDS = {
     "an array of numpy": Arrays,
     "dicts and lists in the state": remembering(
         "Deep", lambda g: {"m": [torch.zeros_like(g), 0]}, deep
+    ),
+    "texts and queues in the state": remembering(
+        "Spells", lambda g: {"signs": ("ab", ["c"]), "seen": deque(maxlen=2)}, spelled
     ),
     "a defaultdict": remembering("Tallies", lambda g: defaultdict(int), tallied),
     "a state by name": GlobalState,

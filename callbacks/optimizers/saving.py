@@ -83,7 +83,36 @@ def unpack(member: Optimizer, packed: Packed) -> None:
     state: dict[Any, Any] = {key: code.decode(value) for key, value in packed.state.items()}
     rest = {key: code.decode(value) for key, value in packed.rest.items()}
     state |= rest.pop("state", {})
-    member.load_state_dict({**rest, "state": state, "param_groups": groups})
+    member.load_state_dict({**rest, "state": dict(state), "param_groups": groups})
+    if type(member).load_state_dict is Optimizer.load_state_dict:
+        for number, parameter in enumerate(code.parameters):
+            for key, value in state.get(number, {}).items():
+                if _spoilt(value) and key in member.state[parameter]:
+                    member.state[parameter][key] = value
+
+
+def _spoilt(value: Any) -> bool:
+    """Whether torch's loader would make something else of it.
+
+    It rebuilds what can be gone through item by item: of a text nothing is left, and a queue
+    forgets how long it may be. Tensors have to be moved and cast, so what holds one stays as it is.
+    """
+    leaves = list(_leaves(value))
+    if any(isinstance(leaf, Tensor) for leaf in leaves):
+        return False
+    return any(isinstance(leaf, str | bytes | numpy.ndarray | deque) for leaf in leaves)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, deque):
+        yield value
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        for each in value:
+            yield from _leaves(each)
+    else:
+        yield value
 
 
 def _standard(whole: Any, live: list[Group]) -> bool:
