@@ -347,6 +347,17 @@ def change_part(dice: random.Random, files: Files) -> Files:
     return sealed(files | {name: content})
 
 
+def json_text(value: Any, limit: int = 2**20) -> str:
+    """The first `limit` characters as JSON: parts that are shared may unfold without end."""
+    pieces, size = [], 0
+    for piece in json.JSONEncoder().iterencode(value):
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            break
+    return "".join(pieces)[:limit]
+
+
 def change_manifest(dice: random.Random, files: Files) -> Files:
     """Change the manifest itself, or leave a part out."""
     if dice.random() < 0.3:
@@ -354,7 +365,7 @@ def change_manifest(dice: random.Random, files: Files) -> Files:
         return sealed({n: c for n, c in files.items() if n != name})
     manifest = change_value(dice, json.loads(files["manifest.json"]), 0.2)
     try:
-        text = json.dumps(manifest)[: 2**20]
+        text = json_text(manifest)
     except (RecursionError, TypeError, ValueError, MemoryError):
         text = "[" * 100_000
     return files | {"manifest.json": text.encode("utf-8", "surrogatepass")}
@@ -768,7 +779,7 @@ def change_yaml(dice: random.Random, files: Files) -> Files:
             text += f"\nz: {'[' * dice.choice((5, 90, 3000))}"
         case 3:
             value = change_value(dice, yaml.safe_load(text), 0.2)
-            text = json.dumps(value)[: 2**19]
+            text = json_text(value, 2**19)
     return files | {"a.yaml": text.encode("utf-8", "surrogatepass")}
 
 

@@ -6,7 +6,7 @@
               k(x, y) = (x·y / d + 1)³
 
 U C1 Uᵀ is symmetric, so its eigenvalues are real and cheaper than those of C1 C2; rank-deficient
-covariances give tiny negative ones, which are cut off, never a complex or missing number. U is of
+covariances give tiny ones of either sign, which count as 0, as in the rank of a matrix. U is of
 the real data, which do not change: it is kept. The Fréchet distance is biased upwards by about
 c / n, so only distances at equal n can be compared; the kernel distance is not.
 Sources: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID).
@@ -83,7 +83,10 @@ class Gaussian(NamedTuple):
 def frechet(moments: Moments, other: Gaussian) -> Tensor:
     """Fréchet's distance, squared as is usual, of a set of features from one whose root is kept."""
     covariance = moments.covariance()
-    shared = torch.linalg.eigvalsh(_within(other.root, covariance)).clamp(min=0).sqrt().sum()
+    values = torch.linalg.eigvalsh(_within(other.root, covariance))
+    # of a feature that never changes, rounding leaves 1e-16 in place of 0, whose root is 1e-8
+    noise = len(values) * torch.finfo(values.dtype).eps * values.amax()
+    shared = torch.where(values > noise, values, 0.0).sqrt().sum()
     apart = (moments.mean() - other.mean).square().sum()
     return apart + covariance.trace() + other.trace - 2 * shared
 

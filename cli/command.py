@@ -125,13 +125,14 @@ class Command(LightningCLI):
                 f"{program()} {argv[0]} --ckpt_path={self.checkpoint} --model=NAME --data=NAME",
             )
         admitted = trust.Trust(self.trusted, trust.named_in(given(argv)))
-        admitted.check(saved, str(self.checkpoint))
         typed = {each.key for each in given(argv)}
+        typed |= {"config" for word in argv if word.partition("=")[0] == "--config"}
+        admitted.check(saved, str(self.checkpoint), argv[0] != "fit" or "config" not in typed)
         argv = [argv[0], *saved_config.as_words(saved, argv[0], typed), *argv[1:]]
         self.config = diagnosis.parse(parser, argv)
         if saved:
             parsed, source = self._resolved(argv[0]), str(self.checkpoint)
-            if more := saved_config.words_behind(saved, parsed, admitted, source, argv[0]):
+            if more := saved_config.words_behind(saved, parsed, admitted, source, argv[0], typed):
                 self.config = diagnosis.parse(parser, [*argv, *more])
             resolved = self._resolved(argv[0])
             self.changed += saved_config.compare(saved, resolved, str(self.checkpoint), argv[0])

@@ -22,9 +22,8 @@ usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
   --trainer.max_steps=200     any argument of Lightning's Trainer
   --trainer.callbacks+=NAME --trainer.callbacks.KEY=V     one callback more
   --ckpt_path=auto            go on from the newest whole checkpoint; or last; or a file
-  --trust=PACKAGE             import what the checkpoint names beside Ravine's own classes
-  --print_config, --debug     show what would run; show tracebacks
-  --help=all                  every argument; those of a class: --model.help=NAME
+  --trust=PACKAGE, --debug    import what only the checkpoint names; show tracebacks
+  --print_config, --help=all  what would run; every argument, of one class: --model.help=NAME
 """
 
 EVALUATE = """\

@@ -112,18 +112,28 @@ def as_words(config: Config, command: str = "test", typed: Collection[str] = ())
 
 
 def words_behind(
-    config: Config, parsed: Config, trust: Trust, source: str, command: str = "test"
+    config: Config,
+    parsed: Config,
+    trust: Trust,
+    source: str,
+    command: str = "test",
+    typed: Collection[str] = (),
 ) -> list[str]:
     """Flags to stand behind the user's: the checkpoint's transforms that his callbacks leave out,
     and the source it was trained on in the place of `auto`, which might now find another.
 
-    A fit without any callback of the user's gets all of the checkpoint's.
+    A fit without a configuration and without any callback of the user's gets all of the
+    checkpoint's. Where a configuration is typed, its callbacks are the recipe.
     """
     present = {spec["class_path"] for spec in _callbacks(parsed)}
-    everything = command == "fit" and not present
+    everything = command == "fit" and not present and "config" not in typed
     words = []
     for spec in _callbacks(config):
-        if everything or (spec["class_path"] not in present and _changes_the_net(spec)):
+        path = spec["class_path"]
+        left_out = not everything and path not in present
+        if left_out and not trust.admits(path):
+            rank_zero_only(print)(f"{path} of the checkpoint is left out: it is not imported")
+        elif everything or (left_out and _changes_the_net(spec)):
             trust.check_callback(spec, source)
             words.append(f"--trainer.callbacks+={json.dumps(spec)}")
     if everything and words:

@@ -86,14 +86,16 @@ class Trust:
         home = f"{getattr(found, '__module__', '')}."
         return isinstance(found, type) and home.startswith(tuple(f"{h}." for h in HOMES))
 
-    def check(self, config: dict[str, Any], source: str) -> None:
+    def check(self, config: dict[str, Any], source: str, with_callbacks: bool = True) -> None:
         """Refuse a saved configuration that names another class.
 
         Args:
             config: model, data and callbacks, as `SavedConfig` writes them.
             source: the checkpoint's path.
+            with_callbacks: whether the callbacks are needed; those that are not admitted are not
+                imported either way.
         """
-        callbacks = config.get("trainer.callbacks") or []
+        callbacks = (config.get("trainer.callbacks") or []) if with_callbacks else []
         for key, value in (("model", config.get("model")), ("data", config.get("data"))):
             for path in names(value, self, top=True):
                 self.demand(path, f"{key} in {source}")

@@ -454,8 +454,16 @@ def like(entry: TensorStorageMetadata, parameter: Tensor | None) -> Tensor:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The checkpoint without the tensors that were written in parts."""
-    return torch.load(path / META, map_location="cpu", weights_only=True)
+    """The checkpoint without the tensors that were written in parts.
+
+    Raises:
+        CheckpointError: if torch cannot read the file, whose checksum may be right all the same.
+    """
+    try:
+        return torch.load(path / META, map_location="cpu", weights_only=True)
+    except (LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{path / META} is damaged ({text})") from error
 
 
 def read_whole(path: Path) -> dict[str, Any]:

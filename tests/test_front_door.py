@@ -296,8 +296,8 @@ def test_a_full_disk_is_one_line_though_a_thread_met_it(
     command.run = run
     assert door.main(["fit"]) == 1
     assert capsys.readouterr().err == (
-        "lightning: error: [Errno 28] No space left on device; make room, then go on with "
-        "--ckpt_path auto\n"
+        "lightning: error: [Errno 28] No space left on device; no checkpoint was written; "
+        "make room, then type the same again\n"
     )
 
 

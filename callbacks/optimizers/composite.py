@@ -9,6 +9,7 @@ A group that is added later (`add_param_group`) stands last and belongs to one o
 plan's rules choose which (`route`). Without a plan it is the last member.
 """
 
+import dis
 import inspect
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
@@ -44,8 +45,16 @@ def needs_closure(optimizer: Optimizer) -> bool:
 
 
 def takes_closure(optimizer: Optimizer) -> bool:
-    """Whether `step` has an argument for a function that computes the loss."""
-    return "closure" in inspect.signature(type(optimizer).step).parameters
+    """Whether `step` has an argument for the closure and uses it; many classes ignore it."""
+    step = inspect.unwrap(type(optimizer).step)
+    if "closure" not in inspect.signature(type(optimizer).step).parameters:
+        return False
+    code = getattr(step, "__code__", None)
+    if code is None or "closure" not in (*code.co_varnames, *code.co_cellvars):
+        return True  # compiled, or under another name: it cannot be seen
+    loaded = (i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD"))
+    # an instruction loads one local variable, or since Python 3.13 two
+    return any("closure" in (name if isinstance(name, tuple) else (name,)) for name in loaded)
 
 
 class _Nothing(BaseException):
