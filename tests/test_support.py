@@ -109,6 +109,8 @@ AWAITING = {  # what these wait for does not happen in two steps
     "NaNGuard": "a number that is none",
     "Newton": "a net of its own: there is nothing to compare with",
     "PredictionTable": "predictions",
+    "RankWatchdog": "a rank that waits for ever",
+    "RunChecks": "a mistake",
 }
 STIRRERS = ("EMA", "GradientClipping", "Pretrained")
 REASONS = (
@@ -319,6 +321,8 @@ def attempt(module, names, strategy, devices, folder):
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     L.seed_everything(0, verbose=False)
     callbacks = [ARGUMENTS.get(n, KINDS[n])() for n in names]
+    if module in FOREIGN and "CollapseAlarm" in names:  # they log another name
+        callbacks[names.index("CollapseAlarm")] = CollapseAlarm({"train_loss": 99.0})
     model, data = MODULES[module](names, folder, devices)
     if not any(isinstance(c, OptimizerPlan) for c in callbacks) and model.automatic_optimization:
         callbacks.append(OptimizerPlan(partial(torch.optim.SGD, lr=0.1)))
