@@ -242,12 +242,12 @@ class ExactResume(Callback):
         load = type(strategy).load_optimizer_state_dict
 
         def compare_and_load(checkpoint: Any) -> None:
-            del strategy.__dict__["load_optimizer_state_dict"]
+            vars(strategy).pop("load_optimizer_state_dict")
             here = [type(optimizer).__name__ for optimizer in strategy.optimizers]
             if compare_optimizers(here, there, self.accept):
                 load(strategy, checkpoint)
 
-        strategy.__dict__["load_optimizer_state_dict"] = compare_and_load
+        vars(strategy)["load_optimizer_state_dict"] = compare_and_load
 
     def _compare_loaders(self, trainer: L.Trainer) -> None:
         if not self._there:

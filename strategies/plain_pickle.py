@@ -137,6 +137,10 @@ def _key(value: Any) -> Any:
 
 
 class _Reader(pickle._Unpickler):  # in Python: that in C takes memory for what a stream announces
+    stack: list[Any]  # these are set by the base class when it begins to load
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(self, content: bytes, allowed: Callable[[Name], bool], persistent: Any) -> None:
         super().__init__(io.BytesIO(content), encoding="utf-8", errors="surrogatepass")
         self.allowed, self.persistent = allowed, persistent

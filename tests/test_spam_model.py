@@ -183,7 +183,7 @@ def test_scores_that_are_undefined_are_nan_and_said_once(absent, caplog):
         model.net[1].bias.fill_(-1.0)  # it calls nothing spam
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False,
                         enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         report = trainer.test(model, data, verbose=False)[0]
     assert math.isnan(report["test/auroc"])
     assert math.isnan(report["test/f1"]) == (absent == "spam")
