@@ -429,7 +429,7 @@ class FileTokenizer(Tokenizer):
         import tokenizers
 
         try:
-            self.library = tokenizers.Tokenizer.from_str(content)
+            self.inner = tokenizers.Tokenizer.from_str(content)
             said = json.loads(content)
         except Exception as error:  # the library raises no other type
             raise ValueError(
@@ -437,13 +437,13 @@ class FileTokenizer(Tokenizer):
                 "tokenizer.json, as Hugging Face's models have; type --data.tokenizer=gpt2 for "
                 "GPT-2's"
             ) from None
-        self.library.no_truncation()
-        self.library.no_padding()
+        self.inner.no_truncation()
+        self.inner.no_padding()
         self.content = content
-        added = self.library.get_added_tokens_decoder()
+        added = self.inner.get_added_tokens_decoder()
         special = {token.content: n for n, token in added.items() if token.special}
         self._set_specials(special, specials)
-        self.library.encode_special_tokens = specials != "allowed"
+        self.inner.encode_special_tokens = specials != "allowed"
         names = [end] if end else [name for name in self.ends if name in special]
         if end and end not in special:
             raise ValueError(f"end {end!r} is no special token; known: {', '.join(special)}")
@@ -454,7 +454,7 @@ class FileTokenizer(Tokenizer):
 
     def _measure(self, said: dict[str, Any], added: Mapping[int, Any]) -> None:
         """Bytes of each token, and whether a text may be cut."""
-        table = self.library.get_vocab(with_added_tokens=True)
+        table = self.inner.get_vocab(with_added_tokens=True)
         size = 1 + max(table.values(), default=-1)
         if size > max(4096, 4 * len(table)):  # a number that would ask for any amount of memory
             raise ValueError(
@@ -481,7 +481,7 @@ class FileTokenizer(Tokenizer):
         text = text.encode("utf-8", "replace").decode()
         if self.specials == "refuse":
             list(self._parts(text))
-        found = self.library.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        found = self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
         numbers = np.array(found, dtype=np.int64)
         if self.exact:
             there, kept = len(text.encode()), int(self.written[numbers].sum())
@@ -495,7 +495,7 @@ class FileTokenizer(Tokenizer):
 
     def text(self, numbers: Sequence[int]) -> str:
         """The text that the library decodes."""
-        return self.library.decode(list(numbers), skip_special_tokens=False)
+        return self.inner.decode(list(numbers), skip_special_tokens=False)
 
     def border(self, text: str, start: int) -> int | None:
         """Behind a word; nowhere, if the library may put something before each text."""
