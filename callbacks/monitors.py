@@ -171,22 +171,26 @@ def try_training(trainer: Any, module: L.LightningModule, batch: Any) -> set[str
 
 @contextmanager
 def recorded(module: L.LightningModule, loaders: int) -> Iterator[set[str]]:
-    """Collect the names that `module.log` is called with in the body."""
-    names: set[str] = set()
-    before = module.__dict__.get("log")
+    """Collect the names that arrive at Lightning's `log` of the module in the body.
 
-    def log(name: str, *args: Any, **kwargs: Any) -> None:
+    A module's own `log`, which may give other names, is called as in a step.
+    """
+    names: set[str] = set()
+    original = L.LightningModule.log
+
+    def log(self: L.LightningModule, name: str, *args: Any, **kwargs: Any) -> None:
+        if self is not module:
+            original(self, name, *args, **kwargs)
+            return
         forks = {name, *(f"{name}/dataloader_idx_{i}" for i in range(loaders) if loaders > 1)}
         for each in forks:
             names.update((each, f"{each}_step", f"{each}_epoch") if both(kwargs) else (each,))
 
-    module.__dict__["log"] = log
+    L.LightningModule.log = log
     try:
         yield names
     finally:
-        module.__dict__.pop("log")
-        if before is not None:
-            module.__dict__["log"] = before
+        L.LightningModule.log = original
 
 
 def both(options: dict[str, Any]) -> bool:

@@ -321,8 +321,6 @@ def attempt(module, names, strategy, devices, folder):
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     L.seed_everything(0, verbose=False)
     callbacks = [ARGUMENTS.get(n, KINDS[n])() for n in names]
-    if module in FOREIGN and "CollapseAlarm" in names:  # they log another name
-        callbacks[names.index("CollapseAlarm")] = CollapseAlarm({"train_loss": 99.0})
     model, data = MODULES[module](names, folder, devices)
     if not any(isinstance(c, OptimizerPlan) for c in callbacks) and model.automatic_optimization:
         callbacks.append(OptimizerPlan(partial(torch.optim.SGD, lr=0.1)))
