@@ -44,6 +44,7 @@ TRAINING = (  # arguments of the trainer that a resumed fit would otherwise have
     "reload_dataloaders_every_n_epochs",
     "use_distributed_sampler",
 )
+PLACES = ("dirpath", "exclude_batches_path")  # arguments of callbacks that say where to write
 FORM = 1  # of what stands under checkpoint["ravine"]["config"]
 
 
@@ -128,7 +129,7 @@ def words_behind(
     present = {spec["class_path"] for spec in _callbacks(parsed)}
     everything = command == "fit" and not present and "config" not in typed
     words = []
-    for spec in _callbacks(config):
+    for spec in map(_writing_below, _callbacks(config)):
         path = spec["class_path"]
         left_out = not everything and path not in present
         if left_out and not trust.admits(path):
@@ -143,6 +144,18 @@ def words_behind(
     if here.get("source") == "auto" and there.get("source"):
         words.append(f"--data.source={there['source']}")
     return words
+
+
+def _writing_below(spec: Config) -> Config:
+    """A callback of a checkpoint without the folder it wrote to: a run writes below its own."""
+    arguments = spec.get("init_args") or {}
+    kept = {k: v for k, v in arguments.items() if k not in PLACES and not _leaves_folder(k, v)}
+    return spec | {"init_args": kept} if kept != arguments else spec
+
+
+def _leaves_folder(key: str, value: Any) -> bool:
+    path = Path(str(value))
+    return key == "filename" and (path.is_absolute() or ".." in path.parts)
 
 
 def compare(config: Config, parsed: Config, path: str, command: str = "test") -> list[str]:

@@ -51,6 +51,7 @@ from .checkpoint_error import CheckpointError
 from .plain_pickle import Name, Record, UnsafePickle
 
 MANIFEST, META, INDEX = "manifest.json", "meta.pt", ".metadata"
+LONGEST_ENTRY = 2000  # bytes of a file in the manifest: a name of 255, escaped, and two numbers
 SPREAD = ("state_dict", "optimizer_states", "ema")  # whose tensors are written in parts
 Place = tuple[str | int, ...]
 DRAFT = re.compile(r"\.tmp-[0-9a-f]{32}(-old)?")  # of a writer that was killed
@@ -259,10 +260,15 @@ def damage(path: Path) -> str | None:
 
 def _files(path: Path) -> dict[str, tuple[int, int]]:
     """Name, size and checksum of each part; META and INDEX are among them."""
+    limit = LONGEST_ENTRY * (2 + sum(1 for _ in path.iterdir()))
+    with (path / MANIFEST).open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:  # a megabyte of lists within lists takes seconds to read
+        raise CheckpointError(f"its {MANIFEST} is longer than {limit:,} bytes")
     try:
-        files = json.loads((path / MANIFEST).read_bytes())["files"]
+        files = json.loads(content)["files"]
         found = {str(name): (int(size), int(crc)) for name, (size, crc) in files.items()}
-    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise CheckpointError(f"its {MANIFEST} is damaged") from None
     if any(name != os.path.basename(name) or name in ("", ".", "..") for name in found):
         raise CheckpointError(f"its {MANIFEST} names a file outside the folder")

@@ -127,7 +127,8 @@ def test_a_run_of_adapters_goes_on_from_its_checkpoint(here: Path) -> None:
     before = Path(file_of("qlora")).read_bytes()
     words = ["fit", f"--ckpt_path={file_of('qlora')}", *QUIET, "--trainer.accelerator=cpu"]
     assert main([*words, "--trainer.max_steps=6", "--trainer.limit_val_batches=1"]) == 0
-    assert Path(file_of("qlora")).read_bytes() == before
+    assert Path(file_of("qlora")).read_bytes() == before  # and the folder has no other file: the
+    assert list(Path("runs").rglob("checkpoints/step=000006.ckpt"))  # run wrote below its own
 
 
 BAD = {

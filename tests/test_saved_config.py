@@ -472,6 +472,22 @@ def test_a_run_s_name_does_not_lead_out_of_the_folder_of_all_runs(
         assert "leads out of the folder of all runs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argument", [{"dirpath": "elsewhere"}, {"filename": "../../../out"}])
+def test_a_resume_writes_below_its_own_folder_whatever_the_checkpoint_says(
+    trained: Path, argument: dict[str, str]
+) -> None:
+    checkpoint = torch.load(trained, weights_only=True)
+    stock = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": argument}
+    checkpoint["ravine"]["config"]["trainer.callbacks"] = [stock]
+    checkpoint["callbacks"].clear()
+    torch.save(checkpoint, "odd.ckpt")
+    before = set(Path.cwd().iterdir())
+    cpu = ["--trainer.accelerator=cpu", "--trainer.enable_model_summary=false", TRUST]
+    assert main(["fit", "--ckpt_path=odd.ckpt", *cpu, "--trainer.max_epochs=2"]) == 0
+    assert set(Path.cwd().iterdir()) == before
+    assert list(Path("runs/base/version_1").rglob("*.ckpt"))
+
+
 def test_a_checkpoint_alone_brings_the_whole_recipe_back(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

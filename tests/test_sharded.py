@@ -187,11 +187,16 @@ def gone(name):
     return lambda folder: (folder / name).unlink()
 
 
+def long_manifest(folder):
+    (folder / "manifest.json").write_text("[" * 2**20)
+
+
 DAMAGES = {
     "a part is missing": (gone("__1_0.distcp"), "its part __1_0.distcp is missing"),
     "a part is cut": (cut("__0_0.distcp"), "__0_0.distcp does not match its checksum"),
     "no manifest": (gone("manifest.json"), "it is incomplete: a folder without manifest.json"),
     "half a manifest": (cut("manifest.json"), "its manifest.json is damaged"),
+    "a manifest without end": (long_manifest, "its manifest.json is longer than"),
 }
 
 
