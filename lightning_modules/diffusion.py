@@ -302,11 +302,13 @@ class Diffusion(TaskModule):
         super().on_save_checkpoint(checkpoint)
         sizes = {"channels": self.channels, "size": [*self.size], "classes": self.classes}
         checkpoint["images"] = sizes | {"class_names": [*self.class_names]}
+        checkpoint["images"]["trained"] = self.trained.sums.cpu()  # until the next log line
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them from a checkpoint, unless the data brought others."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["images"]
+        self.trained.sums = saved.get("trained", self.trained.sums)
         model = saved["channels"], saved["classes"]
         names = tuple(saved.get("class_names", ())) or numbered(saved["classes"])
         if self.channels:

@@ -28,11 +28,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_net_that_is_built_in_init_goes_on_bit_for_bit_in_64_true(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"task": "TwoOptimizers"},  # weights were loaded into 32 bits, and converted afterwards
+        {"task": "diffusion", "callbacks": "plan, clipping"},  # forgot losses since the log line
+    ],
+)
+def test_cases_of_the_cover_that_once_differed_in_64_true_are_exact(
+    values: dict[str, str], folder: Path
+) -> None:
     first = {axis: values[0] for axis, values in resume_cover.AXES.items()}
-    case = first | {"task": "TwoOptimizers", "loader": "random", "precision": "64-true"}
-    found = resume_cover.cut_twice(case, str(folder))
-    assert found["outcome"] == "bitwise", found
+    case = first | {"loader": "random", "precision": "64-true"} | values
+    for key in ("", "another"):  # cut at other steps
+        found = resume_cover.cut_twice(case, str(folder), key)
+        assert found["outcome"] == "bitwise", found
 
 
 def test_the_cover_has_each_pair_that_is_not_excluded() -> None:
