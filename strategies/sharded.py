@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import (
     FileSystemReader,
     FileSystemWriter,
@@ -446,8 +447,11 @@ def read(path: Path, tensors: dict[Place, Tensor]) -> None:
             load(wanted, storage_reader=_Reader(path), no_dist=True)
     except CheckpointError:
         raise
-    except Exception as error:  # torch collects what each rank met in one of its own
-        text = " ".join(str(error).split())[-120:] or type(error).__name__
+    except (Exception, CheckpointException) as error:  # which holds what each rank met
+        causes = [each for each, _ in getattr(error, "failures", {}).values()] or [error]
+        if isinstance(causes[0], KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        text = " ".join(str(causes[0]).split())[-120:] or type(causes[0]).__name__
         raise CheckpointError(f"the parts of {path} are not those of its index ({text})") from error
 
 

@@ -249,6 +249,14 @@ def test_an_index_that_does_not_describe_its_parts_is_refused(
         AtomicCheckpointIO().load_checkpoint(parts)
 
 
+def test_a_part_that_is_no_archive_is_refused_though_its_checksum_is_right(parts: Path) -> None:
+    part = parts / "__0_0.distcp"
+    part.write_bytes(part.read_bytes().replace(b"PK\x01\x02", b"PK\x03\x02"))
+    seal(parts)
+    with pytest.raises(CheckpointError, match="are not those of its index"):
+        AtomicCheckpointIO().load_checkpoint(parts)
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", ""])
 def test_a_manifest_names_files_of_its_folder_only(parts: Path, name: str) -> None:
     manifest = json.loads((parts / sharded.MANIFEST).read_text())
