@@ -117,19 +117,14 @@ class RunChecks(Callback):
         self._check_once(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check, where there is no sanity check; then the metrics that others monitor."""
+        """Check, where there is no sanity check; then the validation step and its metrics."""
         self._check_once(trainer, pl_module)
         check_factors(trainer)
         follow(trainer)  # an epoch that is resumed has no start
-        if self._metrics_due and monitors.monitored(trainer):
-            with undisturbed(trainer, pl_module):
-                problem = monitors.missing(
-                    trainer,
-                    pl_module,
-                    lambda: validation_batches(trainer, pl_module),
-                    lambda: training_batch(trainer, pl_module),
-                )
-            agree(trainer, None if problem is None else ValueError(problem))
+        if self._metrics_due and (
+            monitors.monitored(trainer) or monitors.tries_validation(trainer)
+        ):
+            agree(trainer, _validation_problem(trainer, pl_module))
         self._metrics_due = False
 
     def _check_once(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -149,6 +144,21 @@ class RunChecks(Callback):
             except Exception as error:
                 problem = error
         agree(trainer, problem)
+
+
+def _validation_problem(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
+    """What the validation step raises for one batch, or a metric that nothing logs."""
+    with undisturbed(trainer, module):
+        try:
+            problem = monitors.missing(
+                trainer,
+                module,
+                lambda: validation_batches(trainer, module),
+                lambda: training_batch(trainer, module),
+            )
+        except Exception as error:
+            return error
+    return None if problem is None else ValueError(problem)
 
 
 def before_training(trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:

@@ -79,11 +79,14 @@ def missing(
         module: whose steps are tried
         validation_batches: one of each loader, on the device; None if they cannot be read
         training_batch: one, on the device; None if it cannot be read
+
+    Raises:
+        Exception: what the validation step raises, where no sanity check has run it before.
     """
     open_ones = monitored(trainer)
     names = by_callbacks(trainer)
     open_ones = unmet(open_ones, names)
-    if not open_ones:
+    if not open_ones and not tries_validation(trainer):
         return None
     unknown = any(may_log(type(callback)) for callback in trainer.callbacks)
     if trainer.enable_validation:
@@ -100,6 +103,11 @@ def missing(
     names |= tried
     open_ones = unmet(open_ones, names)
     return sentence(open_ones[0], names, trainer, module) if open_ones else None
+
+
+def tries_validation(trainer: Any) -> bool:
+    """Whether a validation is due that no sanity check tries."""
+    return bool(trainer.enable_validation and not trainer.num_sanity_val_steps)
 
 
 def _method(owner: Any, name: str) -> Any:
@@ -124,10 +132,15 @@ def sentence(one: Monitored, names: set[str], trainer: Any, module: L.LightningM
 
 
 def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) -> set[str] | None:
-    """Names that a validation of one batch logs; None if it cannot be tried."""
+    """Names that a validation of one batch logs; None if it cannot be tried.
+
+    Raises:
+        Exception: what the step raises, where no sanity check has run it before.
+    """
     step = module.validation_step
     if "dataloader_iter" in inspect.signature(step).parameters:
         return None
+    in_step = False
     with recorded(module, len(batches)) as names:
         try:
             module.on_validation_start()
@@ -140,11 +153,15 @@ def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) 
                     step, "dataloader_idx", min_args=3
                 ):
                     given.append(number)
+                in_step = True
                 output = trainer.strategy.validation_step(*given)
+                in_step = False
                 module.on_validation_batch_end(output, batch, 0, number)
             module.on_validation_epoch_end()
-        except Exception:  # one batch may be too few for a metric; the validation itself will tell
-            return None
+        except Exception:
+            if in_step and tries_validation(trainer):
+                raise
+            return None  # one batch may be too few for the metric of an epoch
     return names
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ravine.strategies.checkpoint_io import AtomicCheckpointIO
+
 
 class _Bounded(TorchDispatchMode):
     """Build without memory, and stop where a net grows far beyond the weights that it is for.
@@ -175,7 +177,7 @@ class TaskModule(L.LightningModule):
             change: does to the built net what was done to that of the checkpoint; see
                 `ravine.cli.trained.load`, which loads adapters and quantized weights.
         """
-        return cls.restored(torch.load(path, map_location="cpu", weights_only=True), change)
+        return cls.restored(AtomicCheckpointIO().load_checkpoint(path), change)
 
     @classmethod
     def restored(

@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import uuid
@@ -471,6 +472,8 @@ def read_meta(path: Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path / META, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text says how to run what is in the file
+        raise CheckpointError(f"its {META} holds more than tensors and plain values") from error
     except (LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{path / META} is damaged ({text})") from error

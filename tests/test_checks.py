@@ -22,7 +22,7 @@ from ravine.callbacks import (
     Pretrained,
     Samples,
 )
-from ravine.callbacks.checks import first_batch
+from ravine.callbacks.checks import RunChecks, first_batch
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.order import Order, TrainLoader
@@ -102,16 +102,24 @@ class Disturb(L.Callback):
         module.added = 1
 
 
-def trained(trial: bool, strategy: str = "auto", devices: int = 1) -> tuple:
+def trained(
+    trial: bool,
+    strategy: str = "auto",
+    devices: int = 1,
+    sanity: int = 1,
+    common: tuple = (partial(GradientClipping, 1.0),),
+) -> tuple:
     L.seed_everything(0, verbose=False)
     module, disturb = Noisy(), Disturb()
-    module.strict = trial
-    callbacks = [GradientClipping(1.0), EarlyStopping("val/loss", patience=99, strict=trial)]
+    module.strict = trial and bool(common)
+    early = EarlyStopping("val/loss", patience=99, strict=module.strict)
+    callbacks = [*(each() for each in common), early]
+    added = [disturb] if common else [RunChecks()]
     trainer = L.Trainer(
         **QUIET,
         max_epochs=2,
-        num_sanity_val_steps=1,
-        callbacks=[*callbacks, *([disturb] if trial else [])],
+        num_sanity_val_steps=sanity,
+        callbacks=[*callbacks, *(added if trial else [])],
         strategy=strategy,
         devices=devices,
     )
@@ -133,6 +141,10 @@ def test_a_run_that_was_checked_equals_one_that_was_not_bit_for_bit() -> None:
     checked, plain = trained(True), trained(False)
     assert checked[3] == [(0, (4, 4), False)]
     assert_same(checked, plain)
+
+
+def test_a_validation_step_that_is_tried_leaves_no_trace() -> None:
+    assert_same(trained(True, sanity=0, common=()), trained(False, sanity=0, common=()))
 
 
 def checked_and_plain(*arguments) -> tuple:
@@ -365,6 +377,20 @@ class Noisy1(L.LightningModule):
 def LOADERS():
     rows = TensorDataset(torch.rand(16, 4))
     return {"train_dataloaders": DataLoader(rows, 4), "val_dataloaders": DataLoader(rows, 4)}
+
+
+class NoValidation(Noisy1):
+    def validation_step(self, batch, index):
+        raise KeyError("labels")
+
+
+@pytest.mark.parametrize("kind", [L.Trainer, Trainer])
+def test_a_validation_step_that_fails_ends_the_run_before_the_first_step(kind) -> None:
+    clipping = GradientClipping(1.0)
+    trainer = kind(**QUIET, max_steps=2, num_sanity_val_steps=0, callbacks=[clipping])
+    with pytest.raises(KeyError, match="labels"):
+        trainer.fit(NoValidation(), **LOADERS())
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0
 
 
 @pytest.mark.parametrize("name", ["val/loss", "val/b", "train/loss_epoch", "train/grad_norm"])

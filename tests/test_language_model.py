@@ -1,6 +1,7 @@
 """The language model: what it reports is the split's loss, and what it learns beats bigrams."""
 
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,20 @@ def test_a_checkpoint_alone_gives_the_trained_model_back(poem, tmp_path):
     assert not loaded.training
     assert loaded(ids).equal(model(ids))
     assert loaded.generate("the", max_new_tokens=20) == model.generate("the", max_new_tokens=20)
+
+
+def test_a_file_that_would_unfold_in_memory_is_refused(tmp_path):
+    torch.save({"state_dict": {"a": torch.zeros(1000)}}, tmp_path / "plain.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
+        zipfile.ZipFile(tmp_path / "small.ckpt", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+            small.getinfo(name).external_attr = 0  # torch writes no rights of a file
+    assert torch.load(tmp_path / "small.ckpt", weights_only=True)  # torch unpacks what it finds
+    with pytest.raises(RuntimeError, match="its records are compressed"):
+        LanguageModel.load(tmp_path / "small.ckpt")
 
 
 def test_a_checkpoint_of_another_task_is_refused_by_name(poem, tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ravine.datamodules.tokenizers import Tokenizer, from_state
+from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError
 
 from ..language import Transformer
 
@@ -53,13 +53,9 @@ def read(base: str) -> BaseModel:
     """Read a language model's checkpoint, or that of a policy; refuse one without a tokenizer."""
     path = find(base)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch says it in many ways
-        said = "it is damaged, or was not written to its end"
-        if isinstance(error, pickle.UnpicklingError):  # it would advise to run what is in the file
-            said = "it is another kind of file, or has more in it than tensors and plain values"
-        elif isinstance(error, PermissionError):
-            said = "it may not be read"
+        checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+    except CheckpointError as error:
+        said = str(error).partition(" cannot be used: ")[2].partition(";")[0] or str(error)
         raise ValueError(
             f"{path} cannot be read as a checkpoint: {said}; type --model.base=FILE"
         ) from error
