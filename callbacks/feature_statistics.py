@@ -56,7 +56,12 @@ class Moments:
         return self.pivot + self.first / self.count
 
     def covariance(self) -> Tensor:
-        """Covariance (d d) with divisor n - 1."""
+        """Covariance (d d) with divisor n - 1.
+
+        Raises:
+            ValueError: for fewer than two rows.
+        """
+        _at_least_two(self.count)
         outer = torch.outer(self.first, self.first / self.count)
         return (self.second - outer) / (self.count - 1)
 
@@ -91,6 +96,13 @@ def frechet(moments: Moments, other: Gaussian) -> Tensor:
     return apart + covariance.trace() + other.trace - 2 * shared
 
 
+def _at_least_two(count: int) -> None:
+    if count < 2:
+        raise ValueError(
+            f"a distance of {count} images is not defined; allowed: 2 or more; give more"
+        )
+
+
 def _within(root: Tensor, covariance: Tensor) -> Tensor:
     """U C Uᵀ below and on the diagonal, all that `eigvalsh` reads: half the work of two products.
 
@@ -108,6 +120,8 @@ def kernel_distance(features: Tensor, others: Tensor) -> Tensor:
     """The squared maximum mean discrepancy of all features (n d) and all others (m d), unbiased."""
     x, y = features.double(), others.double()
     n, m = len(x), len(y)
+    _at_least_two(n)
+    _at_least_two(m)
     within = _kernel_sum(x, x) - _kernel(x.square().sum(1), x).sum()
     without = _kernel_sum(y, y) - _kernel(y.square().sum(1), y).sum()
     across = _kernel_sum(x, y) / (n * m)

@@ -235,6 +235,15 @@ def test_the_kernel_distance_is_unbiased() -> None:
     assert spreads.min() < 0 < spreads.max()
 
 
+def test_one_image_has_no_distance() -> None:
+    x = torch.rand(5, 3, dtype=torch.float64)
+    one = Moments(x.mean(0))
+    one.add(x[:1])
+    for measure in (one.covariance, lambda: kernel_distance(x[:1], x)):
+        with pytest.raises(ValueError, match="a distance of 1 images is not defined"):
+            measure()
+
+
 def test_a_rank_deficient_covariance_gives_a_finite_number_near_the_singular_values() -> None:
     one, other = correlated(30, 64, 1), correlated(30, 64, 2, 0.5)
     (a, b), (n, m) = ((f - f.mean(0) for f in (one, other)), (29, 29))
