@@ -29,7 +29,7 @@ from . import diagnosis, newest, presets, saved_config, trust
 from .errors import Mistake, program
 from .newest import given
 from .saved_config import SavedConfig
-from .trainer import ELSEWHERE, Trainer
+from .trainer import ELSEWHERE, Trainer, check_links
 
 
 def ours_first(find: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -135,6 +135,9 @@ class Command(LightningCLI):
             if more := saved_config.words_behind(saved, parsed, admitted, source, argv[0], typed):
                 self.config = diagnosis.parse(parser, [*argv, *more])
             resolved = self._resolved(argv[0])
+            if "trainer.name" not in typed:
+                root = resolved["trainer"]["default_root_dir"] or "."
+                check_links(resolved["trainer"]["name"], root)
             self.changed += saved_config.compare(saved, resolved, str(self.checkpoint), argv[0])
 
     def after_fit(self) -> None:

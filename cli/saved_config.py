@@ -10,6 +10,8 @@ difference is printed. One that changes the shape of a weight is refused: see re
 """
 
 import json
+import os
+import re
 from collections.abc import Collection, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -44,7 +46,10 @@ TRAINING = (  # arguments of the trainer that a resumed fit would otherwise have
     "reload_dataloaders_every_n_epochs",
     "use_distributed_sampler",
 )
-PLACES = ("dirpath", "exclude_batches_path")  # arguments of callbacks that say where to write
+PLACES = ("dirpath", "exclude_batches_path", "cache")  # arguments of callbacks: where to write
+FIELD = re.compile(
+    r"\{[\w./ -]+(:0?\d{0,2}(\.\d{1,2})?[defg%]?)?\}"
+)  # of a file's name: {val/loss:.2f}
 FORM = 1  # of what stands under checkpoint["ravine"]["config"]
 
 
@@ -148,14 +153,23 @@ def words_behind(
 
 def _writing_below(spec: Config) -> Config:
     """A callback of a checkpoint without the folder it wrote to: a run writes below its own."""
-    arguments = spec.get("init_args") or {}
-    kept = {k: v for k, v in arguments.items() if k not in PLACES and not _leaves_folder(k, v)}
-    return spec | {"init_args": kept} if kept != arguments else spec
+    kept = dict(spec)
+    for part in spec.keys() & {"init_args", "dict_kwargs"}:
+        arguments = spec[part] or {}
+        kept[part] = {
+            k: v for k, v in arguments.items() if k not in PLACES and not _leaves_folder(k, v)
+        }
+    return kept
 
 
 def _leaves_folder(key: str, value: Any) -> bool:
-    path = Path(str(value))
-    return key == "filename" and (path.is_absolute() or ".." in path.parts)
+    """Whether the name of a file, a template perhaps, may become a path out of its folder."""
+    if key != "filename" or value is None:
+        return False
+    literal = FIELD.sub("0", str(value))
+    names = [field[0].strip("{}") for field in FIELD.finditer(str(value))]
+    odd = "{" in literal or "}" in literal  # such as {step:c}, which is any letter
+    return odd or any(os.path.isabs(n) or ".." in Path(n).parts for n in (literal, *names))
 
 
 def compare(config: Config, parsed: Config, path: str, command: str = "test") -> list[str]:

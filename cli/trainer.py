@@ -248,6 +248,18 @@ def check_name(name: str) -> None:
         )
 
 
+def check_links(name: str | None, root: str | Path) -> None:
+    """Refuse a name of a checkpoint that a link leads out of the folder of all runs."""
+    if name:
+        check_name(name)
+    if name and not Path(root, name).resolve().is_relative_to(Path(root).resolve()):
+        raise Mistake(
+            f"the run's name {name!r}, of the checkpoint, leads out of {root} by a link",
+            ["a folder below it"],
+            f"--trainer.name={name}, if you mean it, or --trainer.name=ANOTHER",
+        )
+
+
 class RunCSVLogger(CSVLogger):
     """Lightning's, but a run whose folder is removed meanwhile goes on in a new one."""
 

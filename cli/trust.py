@@ -8,16 +8,22 @@ stands only in a checkpoint may name a class of Ravine, one of torch's layers an
 Lightning's callbacks, and a class that the words of the same command name. Any other is refused.
 """
 
+import datetime
+import enum
 import inspect
+import os
 import re
 from collections.abc import Callable as AnyCallable
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from importlib import import_module
-from typing import Any, get_args, get_origin, get_type_hints
+from pathlib import PurePath
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 
-from . import typehints
+from . import presets, typehints
 from .errors import Mistake
 from .given import Given
 
@@ -113,8 +119,15 @@ class Trust:
         """Refuse one class."""
         if isinstance(path, str) and self.admits(path):
             return
+        if not DOTTED.fullmatch(str(path)):
+            raise Mistake(
+                f"{place} has {str(path)[:80]!r} where a class may be named: it is not read, since"
+                " that could import anything",
+                ["a class of Ravine, torch.nn, torch.optim or lightning.pytorch.callbacks"],
+                "another checkpoint, or in a script ckpt_path=FILE with the model built there",
+            )
         shown = str(path)[:80]
-        package = shown.partition(".")[0] if DOTTED.fullmatch(str(path)) else "PACKAGE"
+        package = shown.partition(".")[0]
         raise Mistake(
             f"{place} names {shown!r}, which is no class of Ravine, and no word of this command "
             "names it: it is not imported, since that would run its code",
@@ -144,46 +157,124 @@ def names(value: Any, trust: Trust, top: bool = False) -> Iterator[Any]:
         for part in ("init_args", "dict_kwargs"):
             arguments = value.get(part) or {}
             for key, each in arguments.items() if isinstance(arguments, dict) else ():
-                imports = hints is None or key not in hints or _takes_name(hints[key])
-                yield from _dotted(each) if imports else ()
+                yield from _in_texts(each, UNKNOWN if hints is None else hints.get(key), trust)
                 yield from names(each, trust)
     elif isinstance(value, dict):
         for each in value.values():
             yield from names(each, trust, top)
 
 
-def _dotted(value: Any) -> Iterator[str]:
-    if isinstance(value, str) and DOTTED.fullmatch(value):
-        yield value
+def _in_texts(value: Any, hint: Any, trust: Trust, level: int = 0) -> Iterator[str]:
+    """What the texts in a value of this type make the parser import.
+
+    The parser reads a text as YAML, and for a class the file that it names: either may hold a
+    `class_path`. In a text for a class or a function a dot may part a module from a name.
+    """
+    hint = UNKNOWN if hint is None else hint
+    if level > presets.MAX_LEVELS or (not (by_name := _takes_name(hint)) and not _takes_any(hint)):
+        return
+    if isinstance(value, str):
+        text = _of_file(value) if by_name else value
+        read = _read(text) if text is not None else value
+        if text is None:
+            yield value
+        elif isinstance(read, dict | list):
+            yield from names(read, trust)
+            yield from _in_texts(read, hint, trust, level + 1)
+        elif by_name and "." in read and _could_be_path(read):
+            yield read
     elif isinstance(value, list):
+        inside = typehints.elements(hint) if typehints.takes_list(hint) else hint
         for each in value:
-            yield from _dotted(each)
+            yield from _in_texts(each, inside, trust, level + 1)
     elif isinstance(value, dict) and "class_path" not in value:
-        for each in value.values():
-            yield from _dotted(each)
+        records = [kind for kind, _ in typehints.classes(hint) if is_dataclass(kind)]
+        fields = _all_hints(records[0]) if records else {}
+        of_values = [get_args(m)[-1] for m in typehints.members(hint) if len(get_args(m)) == 2]
+        for key, each in value.items():
+            inside = (fields or {}).get(key) or (of_values[0] if of_values else hint)
+            yield from _in_texts(each, inside, trust, level + 1)
+
+
+def _read(text: str) -> Any:
+    """A text as YAML if it holds a list or a mapping, else a text."""
+    try:
+        presets.check_size(text, "")
+        read = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):  # also one that is too large
+        return text
+    return read if isinstance(read, dict | list | str) else text
+
+
+def _of_file(text: str) -> str | None:
+    """The content of a file that the text names, else the text; None for one that is too large."""
+    try:
+        path = os.path.expanduser(text)
+        if not os.path.lexists(path):
+            return text
+        if not os.path.isfile(path) or os.path.getsize(path) > presets.MAX_BYTES:
+            return None if not os.path.isdir(path) else text
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, ValueError):  # a name that no file can have
+        return text
+
+
+def _could_be_path(text: str) -> bool:
+    """Whether importing a text with a dot in it could find a module: `mine.Net`, `mine..Net`."""
+    first = text.partition(".")[0].strip()
+    return bool(first) and not re.search(r"[\s/]", first)
 
 
 def _hints(path: str) -> dict[str, Any] | None:
     """Types of the arguments of a class and of those it inherits; None if they are not known."""
     module, _, name = path.rpartition(".")
     try:
-        kind = getattr(import_module(module), name) if module else None
-        if kind is None:
-            return None
-        found: dict[str, Any] = {}
+        return _all_hints(getattr(import_module(module), name)) if module else None
+    except Exception:  # a module that has gone
+        return None
+
+
+def _all_hints(kind: Any) -> dict[str, Any] | None:
+    found: dict[str, Any] = {}
+    try:
         for each in reversed(kind.__mro__ if isinstance(kind, type) else ()):
             if "__init__" in vars(each) and inspect.isfunction(each.__init__):
-                found |= get_type_hints(each.__init__)
-        return found
-    except Exception:  # a hint that cannot be read, or a module that has gone
+                named = inspect.signature(each.__init__).parameters
+                found |= dict.fromkeys(named, Any) | get_type_hints(each.__init__)
+    except Exception:  # a hint that cannot be read
         return None
+    return {key: Any if hint is None else hint for key, hint in found.items()}
+
+
+PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.device, torch.dtype)
+PLAIN_BASES = (enum.Enum, PurePath, datetime.date, datetime.time, datetime.timedelta)
+BARE = (list, tuple, set, frozenset, dict, *map(get_origin, (Iterable[int], Mapping[int, int])))
+UNKNOWN = object  # an argument whose type is not known: any class
 
 
 def _takes_name(hint: Any) -> bool:
     """Whether a text for this type may be the dotted path of a class or a function."""
-    for member in typehints.members(hint):
-        if member is Any or get_origin(member) in (AnyCallable, type) or member is AnyCallable:
-            return True
-        if typehints.classes(member) or any(_takes_name(p) for p in get_args(member)):
-            return True
-    return False
+    return any(
+        get_origin(member) in (AnyCallable, type)
+        or any(_takes_name(part) for part in get_args(member) if part is not ...)
+        if get_args(member)
+        else not _is_plain(member) and member not in BARE and member is not Any
+        for member in typehints.members(hint)
+        if get_origin(member) is not Literal
+    )
+
+
+def _takes_any(hint: Any) -> bool:
+    """Whether a value for this type may hold a class, given as a mapping with a `class_path`."""
+    return any(
+        any(_takes_any(part) for part in get_args(member) if part is not ...)
+        if get_args(member)
+        else not _is_plain(member)
+        for member in typehints.members(hint)
+        if get_origin(member) is not Literal
+    )
+
+
+def _is_plain(kind: Any) -> bool:
+    return kind in PLAIN or (isinstance(kind, type) and issubclass(kind, PLAIN_BASES))

@@ -15,8 +15,10 @@ from torch import nn
 from ravine.callbacks.transforms import Transform
 from ravine.cli.main import main
 from ravine.cli.newest import newest, settle
+from ravine.cli.saved_config import _writing_below
 from ravine.cli.trained import load as trained_by_name
 from ravine.cli.trainer import Trainer
+from ravine.cli.trust import Trust, names
 
 BASE = """
 model: {class_path: foreign.net_in_init.NetInInit, init_args: {width: 8}}
@@ -370,6 +372,66 @@ NAMED = [
 ]  # fmt: skip
 
 
+def plan(**arguments: Any) -> dict[str, Any]:
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
+    init = {"optimizer": optimizer, **arguments}
+    return {"class_path": "ravine.callbacks.OptimizerPlan", "init_args": init}
+
+
+def callback(path: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": path, "init_args": arguments}
+
+
+SPEC = '{"class_path": "acts.Thing"}'
+IN_TEXTS = [  # what the parser reads as YAML, or as the name of a file, or imports in part
+    plan(optimizer=SPEC),
+    plan(optimizer=f"[{SPEC}]"),
+    plan(optimizer="class_path: acts.Thing"),
+    plan(optimizer="spec.yaml"),
+    plan(optimizer="spec"),
+    plan(optimizer="acts.Thing # text"),
+    plan(optimizer="acts.1"),
+    plan(optimizer="acts..Thing"),
+    plan(rules=f"[{{optimizer: {SPEC}}}]"),
+    plan(rules=[f"{{optimizer: {SPEC}}}"]),
+    plan(rules=[{"optimizer": SPEC}]),
+    callback("ravine.callbacks.FrechetDistance", extractor=SPEC),
+    callback("ravine.callbacks.FrechetDistance", extractor="spec.yaml"),
+    callback("ravine.callbacks.Samples", arguments={"prompt": SPEC}),
+    callback("ravine.callbacks.Samples", arguments=f"{{prompt: [{SPEC}]}}"),
+    callback("lightning.pytorch.callbacks.LambdaCallback", on_fit_start=SPEC),
+    callback("lightning.pytorch.callbacks.LambdaCallback", on_fit_start=" acts.reward"),
+]
+
+
+def test_a_text_in_a_checkpoint_imports_no_more_than_a_class_path_does(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("acts.py").write_text(ACTS)
+    for name in ("spec.yaml", "spec"):
+        Path(name).write_text("class_path: acts.Thing\n")
+    for spec in IN_TEXTS:
+        with pytest.raises(ValueError, match=r"it is not (imported|read), since"):
+            Trust().check_callback(spec, "FILE")
+    checkpoint = torch.load(trained, weights_only=True)
+    checkpoint["ravine"]["config"]["trainer.callbacks"] = [IN_TEXTS[0]]
+    torch.save(checkpoint, "evil.ckpt")
+    assert main(["fit", "--ckpt_path=evil.ckpt", TRUST]) == 2
+    assert "--trust=acts" in capsys.readouterr().err
+    assert not Path("mark").exists()
+    assert "acts" not in sys.modules
+
+
+def test_texts_that_name_no_class_stay_texts() -> None:
+    rule = {"kind": "rest", "name": "net.head.weight", "lr_scale": 2.0}
+    specs = [
+        plan(rules=[rule, {"name": "*.gate.*"}]),
+        callback("ravine.callbacks.Samples", arguments={"prompt": "Well. No.", "stop": "a.b"}),
+    ]
+    found = {path for spec in specs for path in names(spec, Trust())}
+    assert found == {*(spec["class_path"] for spec in specs), "torch.optim.AdamW"}
+
+
 @pytest.mark.parametrize(("key", "value"), NAMED)
 def test_a_class_that_only_the_checkpoint_names_is_not_imported(
     trained: Path, key: str, value: Any, capsys: pytest.CaptureFixture[str]
@@ -472,12 +534,13 @@ def test_a_run_s_name_does_not_lead_out_of_the_folder_of_all_runs(
         assert "leads out of the folder of all runs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argument", [{"dirpath": "elsewhere"}, {"filename": "../../../out"}])
+@pytest.mark.parametrize("argument", [{"dirpath": "elsewhere"}, {"filename": "{HERE/out}"}])
 def test_a_resume_writes_below_its_own_folder_whatever_the_checkpoint_says(
     trained: Path, argument: dict[str, str]
 ) -> None:
     checkpoint = torch.load(trained, weights_only=True)
-    stock = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": argument}
+    placed = {key: value.replace("HERE", str(Path.cwd())) for key, value in argument.items()}
+    stock = callback("lightning.pytorch.callbacks.ModelCheckpoint", **placed)
     checkpoint["ravine"]["config"]["trainer.callbacks"] = [stock]
     checkpoint["callbacks"].clear()
     torch.save(checkpoint, "odd.ckpt")
@@ -486,6 +549,29 @@ def test_a_resume_writes_below_its_own_folder_whatever_the_checkpoint_says(
     assert main(["fit", "--ckpt_path=odd.ckpt", *cpu, "--trainer.max_epochs=2"]) == 0
     assert set(Path.cwd().iterdir()) == before
     assert list(Path("runs/base/version_1").rglob("*.ckpt"))
+
+
+def test_a_template_in_a_checkpoint_names_files_of_the_folder_only() -> None:
+    kept = ["{epoch}-{val/loss:.2f}", "step={step:06d}", "best", "{val.loss:8.3e}"]
+    for name in [*kept, "../x", "/x", "{/x}", "{../x}", "{step:c}x", "{epoch].__doc__[9}", "{{x"]:
+        spec = callback("lightning.pytorch.callbacks.ModelCheckpoint", filename=name)
+        assert ("filename" in _writing_below(spec)["init_args"]) == (name in kept)
+    spec = {"class_path": "ravine.callbacks.FrechetDistance", "init_args": {"cache": "x", "n": 9}}
+    assert _writing_below(spec)["init_args"] == {"n": 9}
+
+
+def test_a_name_in_a_checkpoint_does_not_lead_out_of_all_runs_by_a_link(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(trained, weights_only=True)
+    checkpoint["ravine"]["config"]["trainer.name"] = "linked"
+    torch.save(checkpoint, "odd.ckpt")
+    Path("outside").mkdir()
+    Path("runs/linked").symlink_to(Path("outside").resolve())
+    assert main(["validate", "--ckpt_path=odd.ckpt", TRUST]) == 2
+    assert "leads out of runs by a link" in capsys.readouterr().err
+    assert not list(Path("outside").iterdir())
+    assert main(["validate", "--ckpt_path=odd.ckpt", TRUST, "--trainer.name=linked"]) == 0
 
 
 def test_a_checkpoint_alone_brings_the_whole_recipe_back(
