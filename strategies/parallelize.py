@@ -144,6 +144,7 @@ def shard(
         fully_shard(unit, mesh=mesh, reshard_after_forward=not keep, ignored_params=whole)
         if keep:
             unit.register_forward_hook(_let_go)
+            unit.register_forward_pre_hook(_gather_anew, prepend=True)
 
 
 def _let_go(module: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -153,6 +154,17 @@ def _let_go(module: nn.Module, inputs: Any, outputs: Any) -> None:
     write into those.
     """
     if not torch.is_grad_enabled() and isinstance(module, FSDPModule):
+        module.reshard()
+
+
+@torch.compiler.disable
+def _gather_anew(module: nn.Module, inputs: Any) -> None:
+    """Free what an earlier forward without a backward has left gathered.
+
+    The shards may have been stepped or toggled (`requires_grad`) since. A block that is computed
+    again within a backward needs what is gathered.
+    """
+    if torch._C._current_graph_task_id() < 0 and isinstance(module, FSDPModule):
         module.reshard()
 
 

@@ -31,10 +31,10 @@ def plain_sgd(module):
     return torch.optim.SGD(module.parameters(), lr=0.5)
 
 
-def train(kind, strategy="auto", devices=1, sgd=False, steps=8, save=None, resume=None):
-    """All 32 samples are a step's global batch, however many ranks share them."""
+def train(kind, strategy="auto", devices=1, sgd=False, steps=8, save=None, resume=None, samples=32):
+    """So many samples are a step's global batch, however many ranks share them."""
     L.seed_everything(0, verbose=False)
-    module = kind(batch_size=32 // devices)
+    module = kind(batch_size=samples // devices)
     if sgd:
         module.configure_optimizers = lambda: plain_sgd(module)
     trainer = L.Trainer(
@@ -78,6 +78,16 @@ def test_ddp_equals_one_process(ranks, kind, name):
     first, second = ranks(train, 2, kind, name, 2, True)
     assert furthest(first[0], single) < 2e-6
     assert furthest(first[0], second[0]) == 0
+
+
+def with_ddp_and_zero2():
+    """Weights after four batches of 8 samples, without a validation between them."""
+    return [train(TwoOptimizers, name, 2, True, samples=8)[0] for name in (UNUSED, "zero2")]
+
+
+def test_toggled_optimizers_train_with_zero2_as_with_ddp(ranks):
+    for expected, weights in ranks(with_ddp_and_zero2, 2):
+        assert furthest(weights, expected) < 2e-6
 
 
 def test_ddp_tells_the_module_that_steps_by_hand_what_to_type(ranks):
