@@ -154,26 +154,33 @@ def plan(**more: Any) -> OptimizerPlan:
 
 
 def fit(
-    kind: type[L.Trainer], name: str | None, epochs: int = 3, resume: Any = None, **more: Any
+    kind: type[L.Trainer],
+    name: str,
+    epochs: int = 3,
+    resume: Any = None,
+    save_at: int | None = None,
 ) -> tuple[L.Trainer, Late]:
-    """Plan, EMA, accumulation, a network built late, checkpoints; and the callback of that name."""
+    """Plan, EMA, accumulation, a network built late, checkpoints; and the callback of that name.
+
+    Checkpoints are written at multiples of `save_at` steps, and at the end; into a new folder, since
+    Lightning resumes by itself from what it finds where there is an OnExceptionCheckpoint.
+    """
     L.seed_everything(0, verbose=False)
-    callbacks = [EMA(0.5), plan(), ExactResume(), Checkpoint("kept", every_n_train_steps=1,
-                 save_top_k=-1)]  # fmt: skip
-    if name is not None:
-        callbacks.append(MAKE[name]())
+    keep = Checkpoint(tempfile.mkdtemp(dir="."), every_n_train_steps=save_at, save_top_k=-1)
     options = QUIET | {
         "max_epochs": epochs,
-        "callbacks": callbacks,
+        "callbacks": [EMA(0.5), plan(), ExactResume(), keep, MAKE[name]()],
         "enable_checkpointing": True,
         "accumulate_grad_batches": 1 if name == "GradientAccumulationScheduler" else 2,
         "logger": L.pytorch.loggers.CSVLogger(".") if name in NEED_LOGGER else False,
         "log_every_n_steps": 1,
-        "enable_progress_bar": name is not None and "ProgressBar" in name,
-        "enable_model_summary": name is not None and "Summary" in name,
+        "enable_progress_bar": "ProgressBar" in name,
+        "enable_model_summary": "Summary" in name,
     }
-    trainer, module = kind(**options | more), Late()
-    trainer.fit(module, datamodule=Data(2), ckpt_path=resume)
+    trainer, module = kind(**options), Late()
+    trainer.fit(module, datamodule=Data(4), ckpt_path=resume)
+    if epochs == 3 and resume is None and name != "BatchSizeFinder":
+        assert trainer.global_step == 12
     if name == "BasePredictionWriter":
         trainer.predict(module, datamodule=Data())
         assert Path("written").exists()
@@ -185,20 +192,20 @@ def weights(module: nn.Module) -> list[torch.Tensor]:
 
 
 def outcome(name: str) -> tuple[str, str, str]:
-    """What comes of a fit under either Trainer, and of one that is cut within an epoch."""
-    found = []
+    """The result of a fit under either Trainer, and of one that is cut within an epoch."""
+    found, cut = [], None
     for kind in (Trainer, L.Trainer):
         try:
-            trainer, module = fit(kind, name)
+            trainer, module = fit(kind, name, save_at=cut)
             found.append("works")
+            cut = int(trainer.global_step * 0.55)  # within the second of three epochs
         except ValueError as error:
             early = trainer_steps(error) == 0 and "trainer.callbacks" in str(error)
             found.append("refused" if early else f"late: {error}")
     if found != ["works", "works"]:
         return found[0], found[1], "-"
     straight = weights(module)
-    steps = int(trainer.global_step * 0.55)  # within the second of three epochs
-    file = Path(trainer.checkpoint_callbacks[0].dirpath) / f"step={steps:06}.ckpt"
+    file = Path(trainer.checkpoint_callbacks[0].dirpath) / f"step={cut:06}.ckpt"
     _, resumed = fit(L.Trainer, name, resume=str(file))
     exact = all(torch.equal(a, b) for a, b in zip(straight, weights(resumed), strict=True))
     return found[0], found[1], "bitwise" if exact else "differs"
