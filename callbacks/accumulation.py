@@ -1,4 +1,4 @@
-"""GradientAccumulationScheduler beside data whose `batch_size` is that of one optimizer step.
+"""GradientAccumulationScheduler with data whose `batch_size` is that of one optimizer step.
 
     factor 1    step = 1 micro-batch of batch_size samples       an epoch has n micro-batches
     factor 4    step = 4 micro-batches of batch_size / 4         an epoch has 4 n micro-batches

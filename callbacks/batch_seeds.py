@@ -33,7 +33,7 @@ def seed_of(*numbers: int) -> int:
 def set_generators(number: int, device: torch.device | None = None) -> None:
     """Seed the default generators of torch, Python and NumPy.
 
-    They are set directly: `torch.manual_seed` asks every backend, 124 us instead of 1.
+    They are set directly: `torch.manual_seed` calls every backend and takes 124 us instead of 1.
     """
     torch.default_generator.manual_seed(number)
     if device is not None and device.type == "cuda":
@@ -54,17 +54,17 @@ class BatchSeeds:
     """Gives a DataLoader's iterators the seeds; its data set stays as it is.
 
     `seeds = BatchSeeds.of(loader)`, then `seeds.begin(...)` before each iteration. An iteration
-    that is not announced (a shorter loader beside a longer one starts again within the epoch)
-    continues the count of batches.
+    without `begin` continues the count of batches: a shorter loader starts again within an epoch
+    of a longer one.
     """
 
     def __init__(self, loader: DataLoader) -> None:
-        """Take over how the loader makes its iterators, until `remove`."""
+        """Replace the method by which the loader makes its iterators, until `remove`."""
         self.loader = loader
         self.seed, self.rank, self.epoch, self.first = 0, 0, 0, 0
         self.kind, self.skip = 0, 0
         self.map_style = not isinstance(loader.dataset, IterableDataset)
-        _end_workers(loader)  # of an iterator that knows no seeds
+        _end_workers(loader)  # of an iterator made without seeds
         loader.__dict__["_get_iterator"] = self._iterator
         loader.__dict__["_batch_seeds"] = self
 
@@ -76,12 +76,12 @@ class BatchSeeds:
         return present if present is not None and present.loader is loader else cls(loader)
 
     def begin(self, kind: int, seed: int, rank: int, epoch: int, skip: int = 0) -> None:
-        """Announce an iteration: whose it is, and how many batches are left out at its start."""
+        """Set the key of the next iteration, and how many batches to skip at its start."""
         self.kind, self.seed, self.rank, self.epoch, self.skip = kind, seed, rank, epoch, skip
         self.first = 0
 
     def remove(self) -> None:
-        """Give the loader back."""
+        """Restore the loader's own method."""
         _end_workers(self.loader)
         for name in ("_get_iterator", "_batch_seeds"):
             self.loader.__dict__.pop(name, None)
@@ -111,7 +111,7 @@ def _end_workers(loader: Any) -> None:
 
 
 class _Indices:
-    """A sampler or batch sampler that draws each batch under its seed, and tells the seed."""
+    """A sampler or batch sampler that draws each batch under its seed and yields both."""
 
     def __init__(self, seeds: BatchSeeds, inner: Any) -> None:
         self.seeds, self.inner = seeds, inner
@@ -120,12 +120,12 @@ class _Indices:
         return len(self.inner)
 
     def __iter__(self) -> Iterator[Seeded]:
-        """Begin with the settings of this moment: persistent workers ask again each epoch."""
+        """Begin with the present settings: persistent workers call this once an epoch."""
         seeds = self.seeds
         return self._draw((seeds.kind, seeds.seed, seeds.epoch), seeds.rank, seeds.first)
 
     def _draw(self, key: tuple[int, ...], rank: int, first: int) -> Iterator[Seeded]:
-        # only now: an iterator with workers asks twice, and draws from the second alone
+        # read here: an iterator with workers makes two of these and draws from the second only
         skip, self.seeds.skip = self.seeds.skip, 0
         epoch = seed_of(*key, first, rank)
         generators = _generators(self.inner)
@@ -157,7 +157,7 @@ class _SeededFetcher:
 
 
 class _SeedWorker:
-    """A `worker_init_fn`: the worker's fetchers understand batches that come with their seed."""
+    """A `worker_init_fn` that makes the worker's fetchers accept batches with their seed."""
 
     def __init__(self, inner: Callable[[int], None] | None) -> None:
         self.inner = inner

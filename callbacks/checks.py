@@ -58,7 +58,7 @@ class RunChecks(Callback):
     follows_accumulation = True
 
     def __init__(self) -> None:
-        """Nothing to choose."""
+        """Create the callback."""
         self._due = self._metrics_due = False
         self._trainable: list[str] = []  # of a checkpoint
 
@@ -78,7 +78,7 @@ class RunChecks(Callback):
             _check_prediction(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stand behind a scheduler of accumulation, which then looks at the trainer first."""
+        """Move behind a GradientAccumulationScheduler, which must see the trainer unchanged."""
         first = [c for c in _callbacks(trainer) if c is scheduler_of(trainer)]
         rest = [c for c in _callbacks(trainer) if c is not self and c not in first]
         trainer.callbacks = [*first, self, *rest]  # pyright: ignore[reportAttributeAccessIssue]
@@ -87,14 +87,14 @@ class RunChecks(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep which parameters train, where that changes, and what a search has found."""
+        """Save which parameters train, where that changes, and the results of searches."""
         save_trainable(trainer, pl_module, checkpoint)
         save_found(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember them until the optimizers are made, which the frozen ones enter later."""
+        """Read the same; parameters are unfrozen again before the optimizers are made."""
         self._trainable = checkpoint.get(KEY, []) if finetunings(trainer) else []
         if trainer.state.fn == "fit" and checkpoint.get("global_step"):  # not a search's own file
             skip_searches(trainer)
@@ -105,7 +105,7 @@ class RunChecks(Callback):
         follow(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the trainer's accumulation as it was before a scheduler changed it."""
+        """Restore the trainer's accumulation and the patched methods."""
         freeze_as_usual(trainer)
         for each in finetunings(trainer):
             unpatch(pl_module, "configure_model", each)
@@ -165,13 +165,13 @@ def before_training(trainer: L.Trainer, module: L.LightningModule, stage: str) -
     """Give the trainer a RunChecks unless it has one; every callback's `setup` calls this."""
     if not any(isinstance(each, RunChecks) for each in _callbacks(trainer)):
         checks = RunChecks()
-        # Lightning goes on with the old list in this hook, so `setup` is called here
+        # Lightning iterates over the old list in this hook, so `setup` is called here
         trainer.callbacks = [checks, *_callbacks(trainer)]  # pyright: ignore[reportAttributeAccessIssue]
         checks.setup(trainer, module, stage)
 
 
 def agree(trainer: L.Trainer, problem: Exception | None) -> None:
-    """Raise on every rank if one has a problem: a rank that went on would wait for it."""
+    """Raise on every rank if one has a problem: the other ranks would wait for it."""
     if trainer.world_size > 1 and dist.is_initialized():
         texts: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(texts, None if problem is None else str(problem))
@@ -195,7 +195,7 @@ def validation_batches(trainer: L.Trainer, module: L.LightningModule) -> list[An
     loop.setup_data()
     loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
     batches = [first_batch(loader) for loader in loaders]
-    if made:  # the hook that makes it is called again when it is due, and draws what it would draw
+    if made:  # the loop makes it again when it is due, with the same random draws
         loop._combined_loader, loop._last_val_dl_reload_epoch = None, reloaded
     if not batches or any(batch is None for batch in batches):
         return None
@@ -218,7 +218,7 @@ def first_batch(loader: Any) -> Any:
     if callable(peek := getattr(loader, "peek", None)):
         return peek()
     if isinstance(loader, Iterator):
-        return None  # it can be gone through once
+        return None  # it can be iterated once only
     if not isinstance(loader, DataLoader):
         return None if isinstance(loader, _Stateful) else next(iter(copy.copy(loader)), None)
     if isinstance(loader, _Stateful) or isinstance(loader.dataset, Iterator):
@@ -238,7 +238,7 @@ def first_batch(loader: Any) -> Any:
 
 
 def on_device(trainer: Any, module: L.LightningModule, batch: Any) -> Any:
-    """The batch as a step gets it."""
+    """The batch on the device, converted as for a step."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

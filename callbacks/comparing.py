@@ -1,4 +1,4 @@
-"""What a resumed run has otherwise than the run of its checkpoint: refused, or said in one line.
+"""Differences between a resumed run and the run of its checkpoint: refused, or printed.
 
 A checkpoint keeps under `exact_resume`:
 
@@ -7,7 +7,7 @@ A checkpoint keeps under `exact_resume`:
     data         fingerprint: what the datamodule says in `resolved`, and numbers of samples
     world        ranks, and micro-batches of an optimizer step
 
-What would train wrongly is refused: `ExactResume(accept=["EMA"])` goes on nevertheless.
+A difference that would train wrongly is refused; `ExactResume(accept=["EMA"])` permits one.
 """
 
 from collections.abc import Collection
@@ -26,18 +26,18 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities import rank_zero_only
 
 WATCHES = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar, Timer)
-PLACES = ("file", "source", "path", "root")  # where data lie, not what they are
+PLACES = ("file", "source", "path", "root")  # the location of the data, not their content
 Facts = dict[str, Any]
 
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print a line, of the first rank alone."""
+    """Print a line on rank 0."""
     print(text)
 
 
 def refuse(problem: str, word: str, instead: str = "") -> None:
-    """Refuse to go on, with the word that accepts it."""
+    """Raise ValueError, with the word of `accept` that permits the difference."""
     first = f"{instead}; or " if instead else ""
     raise ValueError(
         f"{problem}; {first}if it is meant, type --trainer.callbacks+=ExactResume "
@@ -46,7 +46,7 @@ def refuse(problem: str, word: str, instead: str = "") -> None:
 
 
 def facts(trainer: L.Trainer) -> Facts:
-    """What a checkpoint keeps of the run, to compare the next run with."""
+    """Properties of the run that a checkpoint stores for the comparison."""
     return {
         "callbacks": acting(trainer),
         "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
@@ -56,7 +56,7 @@ def facts(trainer: L.Trainer) -> Facts:
 
 
 def acting(trainer: Any) -> list[str]:
-    """Names of the callbacks that act on training, or of which nobody knows that they do not."""
+    """Names of the callbacks that act on training; callbacks of other packages count as such."""
     found = []
     for callback in trainer.callbacks:
         ours = type(callback).__module__.startswith("ravine.")
@@ -67,7 +67,7 @@ def acting(trainer: Any) -> list[str]:
 
 
 def fingerprint(trainer: Any) -> dict[str, Any]:
-    """What the training data are: the datamodule's word, and the samples of each loader."""
+    """The datamodule's `resolved` values and the number of samples of each loader."""
     taken = getattr(trainer.datamodule, "resolved", None) or {}
     found = {f"data {key}": plain(v) for key, v in taken.items() if key not in PLACES}
     loader = trainer.fit_loop._combined_loader
@@ -118,7 +118,7 @@ def has(trainer: Any, name: str) -> bool:
 
 
 def compare_data(trainer: L.Trainer, there: Facts, accept: Collection[str]) -> None:
-    """Refuse data that have changed; called when the loaders are there."""
+    """Refuse data that have changed; called after the loaders are made."""
     here = fingerprint(trainer)
     changed = [key for key in there if key in here and there[key] != here[key]]
     for key in changed:
@@ -129,7 +129,7 @@ def compare_data(trainer: L.Trainer, there: Facts, accept: Collection[str]) -> N
 
 
 def compare_world(trainer: L.Trainer, there: Facts, own_order: bool) -> None:
-    """Say that another number of ranks, or of micro-batches, goes on: it is not bitwise."""
+    """Print that the number of ranks or micro-batches differs: the resume is not bitwise."""
     ranks, parts = there["ranks"], there["accumulate"]
     if (ranks, parts) == (trainer.world_size, trainer.accumulate_grad_batches):
         return

@@ -120,7 +120,7 @@ class Curves(Recorded):
             self._check(metrics, pl_module)
         self.checked, begins, self.begins = True, self.begins, False
         if not begins and self.step % log_interval(trainer):
-            return  # a run that goes on has had its first step
+            return  # a resumed run has had its first step
         wanted = [n for n in metrics if n[:6] == "train/"] if self.metrics is None else self.metrics
         for name in wanted:
             if name in metrics and name[:4] != "val/":

@@ -71,7 +71,7 @@ class EMA(Callback):
                 refuse_two_sets(two())
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse an optimizer that has an average of its own, whoever made it."""
+        """Refuse an optimizer that has an average of its own, with or without a plan."""
         for each in trainer.optimizers:
             members = each.members if isinstance(each, Composite) else [each]
             refuse_two_sets([type(m).__name__ for m in members if has_two_sets(m)])
@@ -182,7 +182,7 @@ class EMA(Callback):
 
 
 def refuse_two_sets(names: list[str]) -> None:
-    """ValueError if an optimizer keeps weights to evaluate beside those that it trains."""
+    """ValueError if an optimizer keeps separate weights for evaluation."""
     if names:
         raise ValueError(
             f"EMA and {names[0]} would both decide which weights are evaluated: {names[0]} keeps "

@@ -192,14 +192,14 @@ class GradientClipping(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep what the next log line and the patience count from; the last of two does."""
+        """Save the counts for the next log line and for the patience."""
         counts = {"clipped": float(self._clipped), "steps": self._steps}
         checkpoint["gradient_clipping"] = counts | {"left_out": dict(vars(self.left_out))}
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on counting."""
+        """Restore the counts."""
         if counts := checkpoint.get("gradient_clipping"):
             self._clipped, self._steps = torch.tensor(counts["clipped"]), counts["steps"]
             self._loaded = counts["left_out"]

@@ -41,7 +41,7 @@ class LossPlot(Recorded):
         total = total_steps(trainer)
         self.every = min(log_interval(trainer), max(1, (total or 10_000) // 200))
         self.first, self.losses = self.every, []
-        if self._saved:  # a run that goes on
+        if self._saved:  # a resumed run
             self.every *= self._saved["thinned"]
             self.losses = list(self._saved["losses"].to(pl_module.device))
             self._saved = {}
@@ -56,7 +56,7 @@ class LossPlot(Recorded):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with them."""
+        """Restore them."""
         self._saved = checkpoint.get("loss_plot", {})
 
     def on_train_batch_end(

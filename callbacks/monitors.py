@@ -1,9 +1,9 @@
-"""Metrics that a callback or a scheduler monitors: is there one of that name, before any step?
+"""Check before the first step that the metrics which callbacks and schedulers monitor are logged.
 
-The names are found by trying: one validation batch and one training batch go through the module's
-steps, and what `log` is called with is written down instead of being logged. Where a name may come
-from elsewhere (a step that cannot be tried, a hook or callback of the user's that logs), nothing is
-refused here.
+The names are found by a trial: one validation batch and one training batch go through the module's
+steps, and the names that `log` is called with are recorded instead of being logged. Nothing is
+refused where a name may have another source: a step that cannot be tried, or a hook or callback of
+the user's that logs.
 """
 
 import inspect
@@ -72,7 +72,7 @@ def missing(
     validation_batches: Callable[[], list[Any] | None],
     training_batch: Callable[[], Any],
 ) -> str | None:
-    """What to say of a metric that nothing logs; None if each is there or may yet come.
+    """The error text for a metric that nothing logs; None if each is or may be logged.
 
     Args:
         trainer: whose callbacks are looked at
@@ -115,12 +115,12 @@ def _method(owner: Any, name: str) -> Any:
 
 
 def unmet(open_ones: list[Monitored], names: set[str]) -> list[Monitored]:
-    """Those of which no name is there."""
+    """The requirements of which no name is logged."""
     return [each for each in open_ones if not names.intersection(each.names)]
 
 
 def sentence(one: Monitored, names: set[str], trainer: Any, module: L.LightningModule) -> str:
-    """The refusal."""
+    """The error text."""
     wanted = " and ".join(repr(name) for name in one.names)
     near = get_close_matches(one.names[0], sorted(names), n=3, cutoff=0.5) or sorted(names)[:6]
     where = "" if trainer.enable_validation else ", and this fit has no validation"
@@ -216,7 +216,7 @@ def both(options: dict[str, Any]) -> bool:
 
 
 def by_callbacks(trainer: Any) -> set[str]:
-    """Names that callbacks of this package and of Lightning log, as far as they say so."""
+    """Names that callbacks of this package and of Lightning log, as far as they are known."""
     names: set[str] = set()
     for callback in trainer.callbacks:
         if (logged := _method(callback, "logged_metrics")) is not None:
@@ -230,7 +230,7 @@ def by_callbacks(trainer: Any) -> set[str]:
 
 
 def may_log(kind: type) -> bool:
-    """Whether code of the user's in a callback logs."""
+    """Whether a callback's class that is of no known package mentions a method that logs."""
     own = [base for base in kind.__mro__ if not f"{base.__module__}.".startswith(PACKAGES)]
     return any(LOGS & set(code.co_names) for base in own for code in codes(vars(base)))
 

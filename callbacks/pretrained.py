@@ -28,7 +28,7 @@ class Pretrained(Transform):
     phase = "load"
 
     def __init__(self, path: str) -> None:
-        """Remember where they are."""
+        """Store the path."""
         self.path = path
         self.missing: FileNotFoundError | None = None
 
@@ -63,7 +63,7 @@ class Pretrained(Transform):
                 module.load_pretrained(self.path)  # pyright: ignore[reportCallIssue]
             self._refuse_non_finite(module)
         except FileNotFoundError as error:
-            self.missing = error  # a run that goes on can do without, and is known only later
+            self.missing = error  # a resumed run does not need it, and resuming is known only later
 
     def _refuse_non_finite(self, module: L.LightningModule) -> None:
         real = ((name, p) for name, p in module.named_parameters() if not p.is_meta)

@@ -66,8 +66,8 @@ class ExactResume(Callback):
     comparing.py.
 
     Args:
-        accept: differences from the checkpoint's run that are meant: "EMA" (go on from the raw
-            weights), "data", "optimizer" (its state begins anew).
+        accept: differences from the checkpoint's run to permit: "EMA" (resume from the raw
+            weights), "data", "optimizer" (with a new state).
     """
 
     def __init__(self, accept: list[str] | str | None = None) -> None:
@@ -78,8 +78,10 @@ class ExactResume(Callback):
                 f"ExactResume: accept={unknown[0]!r}; allowed: {', '.join(ACCEPTED)}; "
                 f"type --trainer.callbacks.accept=[{ACCEPTED[0]}]"
             )
-        self._there: dict[str, Any] = {}  # what the checkpoint says of its run
-        self._raw: dict[str, Tensor] = {}  # weights that an average left out stood for
+        self._there: dict[str, Any] = {}  # what the checkpoint stores of its run
+        self._raw: dict[
+            str, Tensor
+        ] = {}  # raw weights of a checkpoint with EMA, resumed without EMA
         self._seed, self._rank = 0, 0
         self._place: Place = "start"
         self._metrics: dict[str, Tensor] = {}
@@ -106,7 +108,7 @@ class ExactResume(Callback):
             save_last(trainer, pl_module, callback)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the loop and the loaders where the file left them."""
+        """Set the loop and the loaders to the position of the checkpoint."""
         fit = trainer.fit_loop
         self._compare_loaders(trainer)
         use_raw_weights(pl_module, self._raw)
@@ -145,7 +147,7 @@ class ExactResume(Callback):
         reseed(self._seed, trainer.fit_loop.total_batch_idx, self._rank, pl_module.device)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the loops and loaders back."""
+        """Restore the loops and loaders."""
         trainer.fit_loop.epoch_loop.__dict__.pop("_on_before_fetch", None)
         trainer.fit_loop.epoch_loop.val_loop.__dict__.pop("run", None)
         for seeds in self._seeded:
@@ -155,11 +157,11 @@ class ExactResume(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Give the loops and loaders back."""
+        """Restore the loops and loaders."""
         self.on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the hooks back."""
+        """Restore the hooks."""
         for callback in trainer.checkpoint_callbacks:
             save_as_usual(pl_module, callback)
 
@@ -210,7 +212,7 @@ class ExactResume(Callback):
     def _refuse_damaged(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse a checkpoint that no training can go on from; nothing has been trained or lost."""
+        """Refuse a checkpoint from which training cannot resume, before any step."""
         states, names = checkpoint.get("optimizer_states"), list(dict(module.named_parameters()))
         kept = checkpoint.get("exact_resume", {})
         wrong = other_kinds(module.state_dict(), checkpoint.get("state_dict", {}))
@@ -276,7 +278,7 @@ class ExactResume(Callback):
         return advance
 
     def _wind(self, trainer: L.Trainer, within: bool) -> None:
-        """Make the loaders follow (seed, epoch), from the place of the file on."""
+        """Seed the loaders by (seed, epoch) and skip to the position of the checkpoint."""
         fit, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
         loader = fit._combined_loader  # whose truth is its length, which it need not have
         if fetcher is None or loader is None:
@@ -284,7 +286,7 @@ class ExactResume(Callback):
         parts = loader.flattened
         progress = fit.epoch_loop.batch_progress
         done = progress.current.ready if within and not progress.is_last_batch else 0
-        # an iterator is gone through once: looked at here, its first batch would be lost
+        # an iterator can be iterated once: reading from it here would lose its first batch
         kept = [isinstance(part, _Stateful | Iterator) for part in parts]
         for part in parts:
             if isinstance(part, Iterator) and not isinstance(part, _Stateful):
@@ -310,7 +312,7 @@ class ExactResume(Callback):
                     loader._iterator.iterators[number] = each
         else:
             return
-        if within:  # it is resumable, now; Lightning cannot know
+        if within:  # it can be resumed from here on; Lightning assumes that it cannot
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
 
     def _read_again(self, trainer: L.Trainer, done: int) -> None:

@@ -27,7 +27,7 @@ class Samples(L.Callback):
         self.last: str | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module that generates nothing, arguments it has not, a fit that never asks."""
+        """Refuse a module without `generate`, unknown arguments, and a fit without validation."""
         before_training(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "generate", None)):
             raise ValueError(

@@ -1,8 +1,8 @@
 """Lightning's BatchSizeFinder and LearningRateFinder in a run that resumes: nothing is searched.
 
-A search within a resume would read its own file in the place of the checkpoint, and the run would
-begin anew. The learning rates of a checkpoint are those that were found; the batch size that was
-found is kept in the checkpoint and set again before the data are loaded.
+A search within a resume would load its own file instead of the checkpoint, and the run would start
+from the beginning. A checkpoint has the learning rates that were found. The batch size that was
+found is saved in the checkpoint and set again before the data are loaded.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ SEARCH = {LearningRateFinder: "lr_find", BatchSizeFinder: "scale_batch_size"}
 
 
 def search_as_usual(trainer: Any) -> None:
-    """Let every callback search that does so."""
+    """Restore the search methods of all callbacks."""
     for callback in trainer.callbacks:
         for kind, method in SEARCH.items():
             if isinstance(callback, kind):
@@ -25,26 +25,26 @@ def search_as_usual(trainer: Any) -> None:
 
 
 def skip_searches(trainer: Any) -> None:
-    """Let no callback search, in a run that goes on from a checkpoint."""
+    """Disable the searches of all callbacks in a resumed run."""
     for callback in trainer.callbacks:
         for kind, method in SEARCH.items():
             if isinstance(callback, kind):
                 callback.__dict__[method] = lambda *args: None
                 rank_zero_only(print)(
-                    f"{type(callback).__name__} searches nothing: the run goes on with what its "
-                    "checkpoint was trained with"
+                    f"{type(callback).__name__} does not search: the resumed run keeps the values "
+                    "of its checkpoint"
                 )
 
 
 def save_found(trainer: Any, checkpoint: dict[str, Any]) -> None:
-    """Keep the batch size that a search has found, by the name of the attribute."""
+    """Save the batch size that a search found, by the name of the attribute."""
     for callback in trainer.callbacks:
         if isinstance(callback, BatchSizeFinder) and callback.optimal_batch_size is not None:
             checkpoint[KEY] = {callback._batch_arg_name: callback.optimal_batch_size}
 
 
 def use_found(trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Set it again, for a trainer that searches."""
+    """Set the saved batch size on a module whose trainer has a BatchSizeFinder."""
     for callback in trainer.callbacks:
         if isinstance(callback, BatchSizeFinder):
             for name, value in checkpoint.get(KEY, {}).items():

@@ -55,7 +55,7 @@ def trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def followed(module: nn.Module, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """Those that move now, and those of these names, which may be frozen at the moment."""
+    """Trainable parameters, and those of the given names even if they are frozen now."""
     moving = {name for name, _ in trainable(module)}
     for name, parameter in module.named_parameters():
         if name in moving or (name in names and parameter.is_floating_point()):

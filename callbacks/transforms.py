@@ -79,7 +79,7 @@ def register(
 
 
 def unregister(module: L.LightningModule, phase: str) -> None:
-    """Forget that a phase was applied, if it may be applied once more."""
+    """Remove a phase from the record of applied phases, so that it can be applied again."""
     _ledger(module).applied.pop(phase, None)
     _ledger(module).pending.pop(phase, None)
 

@@ -1,10 +1,10 @@
-"""Try something on a module and leave no trace: weights, buffers, generators and counters return.
+"""Run code on a module, then restore its buffers, attributes, generators and counters.
 
     with undisturbed(trainer, module):
         module.validation_step(batch, 0)
 
-Not copied are parameters, which nothing changes without gradients and optimizer, and objects of
-torch, Lightning and other packages that an attribute may hold.
+Parameters are not copied, because they do not change without gradients and an optimizer. Objects of
+torch, Lightning and other packages that an attribute holds are not copied either.
 """
 
 import copy
@@ -31,11 +31,11 @@ OTHERS = ("torch.", "lightning.", "numpy.", "jsonargparse.", "builtins.")
 
 @contextmanager
 def undisturbed(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """Evaluate without gradients in the body, then put back everything that the body changed.
+    """Run the body in evaluation mode without gradients, then restore what it changed.
 
     Inside, `trainer.sanity_checking` is true, loggers write nothing, and every layer evaluates.
     """
-    _ = trainer.log_dir  # a folder that is made at its first use brings the loggers with it
+    _ = trainer.log_dir  # the first access creates the folder and the loggers
     stage, loggers = trainer.state.stage, list(trainer.loggers)
     restore = remember(module)
     try:
@@ -50,7 +50,7 @@ def undisturbed(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]
 
 
 def remember(module: nn.Module) -> Restore:
-    """Keep the buffers and attributes of all layers; the function returned puts them back."""
+    """Copy the buffers and attributes of all layers; returns a function that restores them."""
     seen: dict[int, Any] = {}
     undo = [_of_layer(part, seen) for part in module.modules()]
 
@@ -90,7 +90,7 @@ def _refill(held: Any, kept: Any) -> None:
 
 
 def remember_value(value: Any, seen: dict[int, Any], depth: int = 0) -> Restore:
-    """Keep a value; the function returned puts it back."""
+    """Copy a value; returns a function that restores it."""
     if id(value) in seen or depth > DEPTH or value is None:
         return _nothing
     seen[id(value)] = value

@@ -1,4 +1,4 @@
-"""Lightning's BaseFinetuning (BackboneFinetuning) beside networks built late, and beside a resume.
+"""Lightning's BaseFinetuning (BackboneFinetuning) with networks built late, and in a resumed run.
 
 It freezes layers in `setup`, when a network that `configure_model` builds does not exist yet: here
 it freezes after `configure_model`, before optimizers are made. A resumed run builds the network
@@ -22,7 +22,7 @@ def finetunings(trainer: Any) -> list[BaseFinetuning]:
 
 
 def freeze_when_built(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Let them freeze after `configure_model`, for a module that has one."""
+    """Postpone their freezing until after `configure_model`, for a module that has one."""
     callbacks = finetunings(trainer)
     if not callbacks or not is_overridden("configure_model", module):
         return
@@ -38,20 +38,20 @@ def freeze_when_built(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def freeze_as_usual(trainer: L.Trainer) -> None:
-    """Give the method back."""
+    """Restore the method."""
     for callback in finetunings(trainer):
         callback.__dict__.pop("freeze_before_training", None)
 
 
 def save_trainable(trainer: L.Trainer, module: L.LightningModule, checkpoint: Any) -> None:
-    """Write down which parameters train, where it may change in a run."""
+    """Save which parameters train, where it may change in a run."""
     if finetunings(trainer):
         named = module.named_parameters()
         checkpoint[KEY] = [name for name, parameter in named if parameter.requires_grad]
 
 
 def unfreeze(module: L.LightningModule, names: list[str]) -> None:
-    """Let these parameters train."""
+    """Make these parameters trainable."""
     named = dict(module.named_parameters())
     for name in names:
         if name in named and named[name].is_floating_point():

@@ -182,7 +182,7 @@ def last_checkpoint(trainer: Trainer) -> str | None:
 
 
 def refuse_removed(trainer: Trainer, error: BaseException) -> None:
-    """Say in words that the run's folder was removed, where an error comes of that."""
+    """Raise RunFolderRemoved if the run's folder was removed, instead of the error it caused."""
     folder, step = trainer._folder, trainer.global_step
     if folder and step and isinstance(error, Exception) and not Path(folder).is_dir():
         raise RunFolderRemoved(

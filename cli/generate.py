@@ -104,7 +104,7 @@ def prompts(file: Path, typed: Any) -> list[str]:
 
 
 def _decoded(line: bytes, file: Path, number: int) -> str:
-    """The text of a line; only a line break ends one, whatever other breaks Unicode knows."""
+    """The text of a line. Only a line feed ends a line, not the other line breaks of Unicode."""
     if b"\0" in line:
         wrong = f"{file}, line {number}: no text: byte 0x00 at position {line.index(0)}"
         raise Mistake(wrong, [], f"iconv -f utf-16 -t utf-8 '{file}' > prompts.txt")

@@ -261,7 +261,7 @@ def check_links(name: str | None, root: str | Path) -> None:
 
 
 class RunCSVLogger(CSVLogger):
-    """Lightning's, but a run whose folder is removed meanwhile goes on in a new one."""
+    """Lightning's CSVLogger, which creates its folder again if it was removed during the run."""
 
     def save(self) -> None:
         """Write the metrics; where the folder is not there, make it again."""

@@ -132,7 +132,7 @@ class Trust:
             f"{place} names {shown!r}, which is no class of Ravine, and no word of this command "
             "names it: it is not imported, since that would run its code",
             [f"{FLAG}={package}", f"in Python trust=[{package!r}]"],
-            f"the same with {FLAG}={package}, if you trust whoever wrote the checkpoint",
+            f"the same with {FLAG}={package}, if you trust the author of the checkpoint",
         )
 
 

@@ -29,7 +29,7 @@ class Corpus(NamedTuple):
     sha256: str
     mapped: bool  # the tokens are a file
     rest: Tensor | None = None  # those for validation, where a file of its own holds them
-    note: str = ""  # to be said of them
+    note: str = ""  # printed for the user
 
 
 def files_of(path: Path, flag: str = "--data.path") -> list[Path]:

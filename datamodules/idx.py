@@ -1,4 +1,4 @@
-"""The idx form of MNIST: 0 0 8 dimensions, their sizes in four bytes each, then the bytes.
+"""The idx format of MNIST: 0 0 8 dimensions, their sizes in four bytes each, then the bytes.
 
 A user's own set in this form (KMNIST, EMNIST, one of his own) is a folder of such files, gzipped or
 not, under the names they are published by:
@@ -32,7 +32,7 @@ Files = dict[tuple[str, str], Path]  # by (side, content)
 
 
 def read_idx(path: Path, *ranks: int) -> Tensor:
-    """The array of an idx file of bytes, gzipped or not, uint8 of as many dimensions as it says.
+    """The array of an idx file of bytes, gzipped or not: uint8, with the dimensions of its header.
 
     Args:
         path: the file.

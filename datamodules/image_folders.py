@@ -253,7 +253,7 @@ class Reader:
     """Reads image files, all of one size and mode, and counts what it changed on the way."""
 
     def __init__(self, mode: Mode = "auto", resize: Size | None = None) -> None:
-        """Take the first image's size and mode for that of all."""
+        """The first image determines the size and mode of all."""
         self.mode: Mode = mode
         self.resize = resize
         self.first: tuple[Path, Form] | None = None
@@ -299,11 +299,11 @@ class Reader:
 
     def _image(self, path: Path) -> tuple[Any, Form]:
         """The pixels, uint8 (y x) or (y x 3), and their form."""
-        if not path.is_file():  # opening a pipe would wait for ever
+        if not path.is_file():  # opening a pipe would block
             raise ValueError(f"{path} is no file; remove it")
         try:
             with path.open("rb") as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, of a file it reads nevertheless
+                warnings.simplefilter("ignore")  # Pillow's, of a file that it can read
                 return self._decoded(file, path)
         except Refused as error:
             raise ValueError(f"{path} {error}") from None

@@ -1,4 +1,4 @@
-"""Images with their labels, and what is asked of them wherever they come from.
+"""Images with their labels, and the checks that all sources of images share.
 
 Axes: n images, c channels, y rows, x columns.
 """
@@ -56,7 +56,7 @@ class ImageSet(NamedTuple):
 
 
 def check_labels(labels: Tensor, classes: int, name: str) -> None:
-    """Refuse labels (n) that are no class: a net may take one for a label that is not given."""
+    """Refuse labels (n) that are no class: -1, for example, means an absent label to some nets."""
     wrong = (labels < 0) | (labels >= classes)
     if wrong.any():
         place = int(wrong.nonzero()[0])
@@ -67,10 +67,10 @@ def check_labels(labels: Tensor, classes: int, name: str) -> None:
 
 
 def class_numbers(words: Iterable[int | str] | str, names: Sequence[str], flag: str) -> list[int]:
-    """The classes meant by "cat,dog", "0-4,7" or [3, "cat"]: by name, or by number from 0.
+    """Class numbers of "cat,dog", "0-4,7" or [3, "cat"]: by name, or by number from 0.
 
-    A word that is a name means that class, also where it is a number; a range between two names of
-    digits goes from one to the other.
+    A word that is a name means that class, even if it is a number. A range between two names of
+    digits covers the classes from one to the other.
 
     Args:
         words: what was given.

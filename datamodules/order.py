@@ -98,7 +98,7 @@ class TrainLoader:
     overfit its first batches.
     """
 
-    draws_nothing = True  # from the default generators, so nobody need seed them for a batch
+    draws_nothing = True  # from the default generators: they need no seed for a batch
 
     def __init__(
         self,

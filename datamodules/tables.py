@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The rows of a file, the columns that were taken, and how many rows have text beside them."""
+    """The rows of a file, the columns used, and how many rows have text in unnamed columns."""
 
     entries: list[Entry]
     columns: tuple[str, ...]

@@ -84,7 +84,7 @@ def encoded(tokenizer: Tokenizer, text: Iterable[str]) -> Iterator[np.ndarray]:
 
 
 def at_borders(text: Iterable[str], tokenizer: Tokenizer, size: int = PIECE) -> Iterator[str]:
-    """Cut a text where the tokenizer says that no token changes, into pieces of at most `size`.
+    """Cut a text into pieces of at most `size` at borders, where the tokenizer changes no token.
 
     A piece is longer only where there is no border: of one word of a million letters, say. What
     has been searched for a border is neither searched nor copied again.
@@ -111,7 +111,7 @@ def at_borders(text: Iterable[str], tokenizer: Tokenizer, size: int = PIECE) -> 
 
 
 class Bins(NamedTuple):
-    """Training tokens, validation tokens, both (n), their tokenizer, and what is to be said."""
+    """Training tokens, validation tokens, both (n), their tokenizer, and a note for the user."""
 
     train: Tensor
     val: Tensor
@@ -179,7 +179,7 @@ def check_tokens(
 def _what(
     folder: Path, meta: dict[str, Any], place: Path, name: str, vocabulary: int | None, largest: int
 ) -> Tokenizer:
-    """What a token of a folder is: said by the caller, else by its files."""
+    """The tokenizer of a folder of tokens: from the arguments, else from its files."""
     if name != "characters":
         known = make_tokenizer(name)
         if vocabulary in (None, known.vocabulary):
@@ -207,7 +207,7 @@ def _what(
 
 
 def _meta(folder: Path) -> tuple[dict[str, Any], Path]:
-    """What meta.pkl or meta.json says, and which of them it was."""
+    """The content of meta.pkl or meta.json, and the path of the file."""
     for name in ("meta.pkl", "meta.json"):
         place = folder / name
         if not place.is_file():

@@ -456,7 +456,7 @@ class FileTokenizer(Tokenizer):
         """Bytes of each token, and whether a text may be cut."""
         table = self.inner.get_vocab(with_added_tokens=True)
         size = 1 + max(table.values(), default=-1)
-        if size > max(4096, 4 * len(table)):  # a number that would ask for any amount of memory
+        if size > max(4096, 4 * len(table)):  # one large number would allocate any amount of memory
             raise ValueError(
                 f"the largest token is {size - 1:,} among {len(table):,}; allowed: numbers without "
                 "large gaps; make the file again"
@@ -509,7 +509,7 @@ class FileTokenizer(Tokenizer):
         return f"{super().name}-{hashlib.sha256(self.content.encode()).hexdigest()[:16]}"
 
     def state(self) -> dict[str, str]:
-        """The whole file: a checkpoint needs nothing beside it to be used."""
+        """The whole file, so that a checkpoint needs no other file."""
         end = next((word for word, n in self.special.items() if n == self.end), "")
         state = {"kind": self.kind, "content": self.content, "end": end}
         return state if self.specials == "plain" else state | {"specials": self.specials}

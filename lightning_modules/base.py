@@ -20,9 +20,9 @@ from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 
 
 class _Bounded(TorchDispatchMode):
-    """Build without memory, and stop where a net grows far beyond the weights that it is for.
+    """Build on the meta device, and stop if a net becomes far larger than its weights.
 
-    The sizes stand in a checkpoint, which may say a width of 10**9 beside four numbers.
+    The sizes come from a checkpoint, which may hold a width of 10**9 and four numbers.
     """
 
     def __init__(self, state: dict[str, Any]) -> None:
@@ -200,14 +200,14 @@ class TaskModule(L.LightningModule):
             arguments = checkpoint.get("hyper_parameters", {})
             arguments = {k: v for k, v in arguments.items() if not k.startswith("_")}
             with suppress(Exception), _Bounded(checkpoint["state_dict"]) as sizes:
-                cls._built(arguments, checkpoint)  # what it raises, the next line raises again
+                cls._built(arguments, checkpoint)  # an error of it is raised again below
             sizes.check()
             model = cls._built(arguments, checkpoint)
             if change is not None:
                 change(model, checkpoint)
             model._check_changes(checkpoint)
             model.load_state_dict(checkpoint["state_dict"])
-        except (FileNotFoundError, ValueError):  # said in words
+        except (FileNotFoundError, ValueError):  # already a sentence
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             text = " ".join(str(error).split())[:160] or type(error).__name__

@@ -275,7 +275,7 @@ class LanguageModel(TaskModule):
                 f"{whose} tokenizer has {tokenizer.vocabulary} tokens, the model "
                 f"{self.vocabulary}; leave --model.vocabulary away: it comes from the data"
             )
-        # alike ones differ in how they read special tokens: the data's, which came first, stays
+        # equal vocabularies may treat special tokens differently: that of the data is kept
         self.tokenizer, self.vocabulary = ours or tokenizer, tokenizer.vocabulary
 
     def _nats(self, inputs: Tensor, targets: Tensor) -> Tensor:

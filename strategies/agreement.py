@@ -1,4 +1,4 @@
-"""Ranks of one job have one configuration: a hash is compared once, before anything is set up."""
+"""Compare the configurations of all ranks of a job by one hash, before anything is set up."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def refuse_difference(config: dict[str, Any], group: ProcessGroup | None = None)
 
 
 def facts(trainer: L.Trainer) -> dict[str, Any]:
-    """What a script chose, as far as it can be read from trainer, module and data."""
+    """The choices of a script that trainer, module and data show."""
     module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
     found: dict[str, Any] = {
         "seed": os.environ.get("PL_GLOBAL_SEED"),

@@ -1,8 +1,8 @@
 """The zip archive of `torch.save`, checked before torch reads it.
 
-torch trusts the archive: it unpacks compressed records whatever they grow to, and takes as many
-bytes from a record as the pickle says, also beyond its end. So the table of contents and the
-pickle are compared here, and no number of a tensor is read.
+torch does not check the archive: it unpacks compressed records without a limit, and reads as many
+bytes of a record as the pickle states, even beyond its end. So the table of contents and the pickle
+are compared here; no number of a tensor is read.
 """
 
 import io
@@ -13,7 +13,7 @@ from typing import IO, Any
 from . import plain_pickle
 from .plain_pickle import Name, Record, UnsafePickle
 
-MAX_EXPANDED = 2**28  # bytes of tensors beyond 4 x the file: one storage may be shown several times
+MAX_EXPANDED = 2**28  # bytes of tensors beyond 4 x the file: tensors may share one storage
 ITEM_SIZES = {
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
     **dict.fromkeys(("FloatStorage", "IntStorage", "QInt32Storage"), 4),
@@ -30,18 +30,18 @@ class DamagedArchive(ValueError):
 
 
 class Window(io.RawIOBase):
-    """A part of an open file as a file of its own, read-only."""
+    """A part of an open file as a read-only file."""
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         """Take `length` bytes from `start` on."""
         self.file, self.start, self.length, self.place = file, start, length, 0
 
     def readable(self) -> bool:
-        """Yes."""
+        """Always true."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Always true."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -50,11 +50,11 @@ class Window(io.RawIOBase):
         return self.place
 
     def tell(self) -> int:
-        """Place within the part."""
+        """Position within the part."""
         return self.place
 
     def readinto(self, buffer: Any) -> int:
-        """Read what is left, at most."""
+        """Read at most up to the end of the part."""
         count = max(0, min(len(buffer), self.length - self.place))
         self.file.seek(self.start + self.place)
         content = self.file.read(count)
@@ -64,7 +64,7 @@ class Window(io.RawIOBase):
 
 
 def check_contents(archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse records that are compressed or overlap, and names that torch may take for another.
+    """Refuse records that are compressed or overlap, and names that torch may confuse.
 
     Args:
         archive: the open archive.
@@ -85,7 +85,7 @@ def check_contents(archive: zipfile.ZipFile, size: int) -> None:
 
 
 def check_pickle(archive: zipfile.ZipFile, size: int) -> None:
-    """Compare the tensors that the pickle announces with the records there are.
+    """Compare the tensors of the pickle with the records of the archive.
 
     Raises:
         UnsafePickle: if the stream itself is damaged or unfolds to too much.
@@ -130,7 +130,7 @@ def check_pickle(archive: zipfile.ZipFile, size: int) -> None:
 
 
 def _bytes(arguments: tuple[Any, ...]) -> int:
-    """Bytes that a tensor shows, which may be more than its storage has."""
+    """Bytes of a tensor's elements, which may be more than those of its storage."""
     match arguments:
         case (Record(arguments=(count,)) as storage, int() as offset, tuple() | Record() as size,
               tuple() as stride, *_):  # fmt: skip

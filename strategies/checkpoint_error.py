@@ -9,6 +9,6 @@ class CheckpointError(RuntimeError):
     """
 
     def __init__(self, text: str, exit_status: int = 2) -> None:
-        """Say it in words; a file that cannot be read is the default."""
+        """Store the text; the default exit status is that of a file that cannot be read."""
         super().__init__(text)
         self.exit_status = exit_status

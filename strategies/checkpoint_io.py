@@ -51,7 +51,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def __init__(self) -> None:
-        """Begin with no file written."""
+        """Start without any written file."""
         super().__init__()
         self.written: set[Path] = set()
 
@@ -254,7 +254,7 @@ def _draft(folder: Path) -> tuple[Path, IO[bytes]]:
         if attempt < 19:
             file.close()
             path.unlink(missing_ok=True)
-    return path, file  # it cannot be written, and its write says why
+    return path, file  # the write will raise the error
 
 
 def _cause(error: BaseException | None) -> OSError | None:
@@ -264,7 +264,7 @@ def _cause(error: BaseException | None) -> OSError | None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left; whoever still writes holds the lock of his file."""
+    """Remove files of killed writers; a live writer holds the lock of its file."""
     for leftover in folder.glob(".tmp-*"):
         if LEFTOVER.fullmatch(leftover.name) and not leftover.is_symlink():
             with suppress(OSError), leftover.open("rb+") as file:

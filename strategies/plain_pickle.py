@@ -4,8 +4,8 @@ A pickle names classes and functions and calls them. Here each name becomes a `N
 call a `Record` of the name and its arguments; names outside a fixed set are refused. The caller
 checks the records and makes the objects itself.
 
-The stream is bounded as well: operations, levels of nesting, and the size of the tree that shared
-references unfold to (a list that holds one list nine times, which holds another nine times, ...).
+The stream is bounded as well: in operations, in levels of nesting, and in the size of the tree when
+shared references are counted in full (a list that holds one list nine times, and so on).
 """
 
 import io
@@ -23,7 +23,7 @@ SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
 
 class UnsafePickle(pickle.UnpicklingError):
-    """A stream that is damaged, names what is not allowed, or unfolds to too much."""
+    """A stream that is damaged, names a class that is not allowed, or is too large."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Name:
 
 @dataclass(eq=False)
 class Record:
-    """A call that a stream asks for: what is called, with which arguments, and the state set."""
+    """A call in a stream: the function, its arguments, and the state that is set."""
 
     name: Name
     arguments: tuple[Any, ...]
@@ -127,7 +127,7 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict or a member of a set: hashing nested tuples may take for ever."""
+    """Check a key of a dict or a member of a set: hashing nested tuples can take unbounded time."""
     flat = isinstance(value, tuple) and all(isinstance(part, SCALARS) for part in value)
     if flat or isinstance(value, (*SCALARS, Name)):
         return value
@@ -136,7 +136,7 @@ def _key(value: Any) -> Any:
     raise UnsafePickle(f"a key is a {type(value).__name__}")
 
 
-class _Reader(pickle._Unpickler):  # in Python: that in C takes memory for what a stream announces
+class _Reader(pickle._Unpickler):  # the one in C allocates the sizes that a stream states
     stack: list[Any]  # these are set by the base class when it begins to load
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
@@ -145,7 +145,7 @@ class _Reader(pickle._Unpickler):  # in Python: that in C takes memory for what 
         super().__init__(io.BytesIO(content), encoding="utf-8", errors="surrogatepass")
         self.allowed, self.persistent = allowed, persistent
         self.left = MAX_OPERATIONS
-        self.states: list[Any] = []  # of dicts, which stay out of the value
+        self.states: list[Any] = []  # of dicts; checked, but not part of the value
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
@@ -229,7 +229,7 @@ class _Reader(pickle._Unpickler):  # in Python: that in C takes memory for what 
 
 def _called(name: Any, arguments: Any) -> Any:
     if not isinstance(name, Name) or not isinstance(arguments, tuple):
-        raise UnsafePickle("it calls what is no function")
+        raise UnsafePickle("it calls an object that is no function")
     match (name.module, name.name), arguments:
         case ("collections", "OrderedDict"), ():
             return OrderedDict()

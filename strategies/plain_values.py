@@ -1,4 +1,4 @@
-"""Hyperparameters as plain values: a checkpoint that is read safely holds no other objects.
+"""Hyperparameters as plain values, the only kind that a safely read checkpoint holds.
 
 Path("data")             -> "data"
 numpy.float64(0.1)       -> 0.1
@@ -17,7 +17,7 @@ KEYS = ("hyper_parameters", "datamodule_hyper_parameters")  # Lightning's, in a 
 
 
 def plain(value: Any) -> Any:
-    """The value in plain types where that loses nothing; any other object as it is."""
+    """The value in plain types where no information is lost; any other object unchanged."""
     if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, PurePath):
@@ -37,5 +37,5 @@ def plain(value: Any) -> Any:
 
 
 def with_plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint, its hyperparameters in plain types; the given one stays as it is."""
+    """A copy of the checkpoint with its hyperparameters in plain types."""
     return checkpoint | {key: plain(checkpoint[key]) for key in KEYS if key in checkpoint}

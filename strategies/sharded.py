@@ -107,7 +107,7 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 class _drafting:
-    """A folder that others may remove as a leftover as soon as its writer is dead.
+    """A draft folder that other writers may remove once its writer has been killed.
 
     Between its making and its lock another writer may take it for a leftover; then the next is
     made.
@@ -154,7 +154,7 @@ class _drafting:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove folders of writers that were killed; one who still writes holds his lock."""
+    """Remove folders of killed writers; a live writer holds the lock of its folder."""
     for leftover in folder.glob(".tmp-*/"):
         if DRAFT.fullmatch(leftover.name) and not leftover.is_symlink():
             with suppress(OSError):
@@ -254,7 +254,7 @@ def damage(path: Path) -> str | None:
         _index(path)
     except CheckpointError as error:
         return str(error)
-    except Exception as error:  # whatever a changed byte asks zipfile for
+    except Exception as error:  # a changed byte can make zipfile raise nearly any type
         text = " ".join(str(error).split())[:80] or type(error).__name__
         return f"its part {META} is damaged ({text})"
     return None
@@ -444,7 +444,7 @@ def read(path: Path, tensors: dict[Place, Tensor]) -> None:
     wanted = {key_of(place): tensor for place, tensor in tensors.items()}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
             load(wanted, storage_reader=_Reader(path), no_dist=True)
     except CheckpointError:
         raise
@@ -472,7 +472,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path / META, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's text says how to run what is in the file
+    except pickle.UnpicklingError as error:  # torch's text recommends to run the file
         raise CheckpointError(f"its {META} holds more than tensors and plain values") from error
     except (LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())[:200] or type(error).__name__

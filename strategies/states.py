@@ -97,7 +97,7 @@ def optimizer_state(
             return tensor.cpu() if keep else tensor.new_empty(0)
 
         state = tree_map_only(Tensor, here, state)
-        if "members" in saved:  # what optimizers save beside, the same on every rank
+        if "members" in saved:  # further state of optimizers, the same on every rank
             saved["members"] = tree_map_only(Tensor, here, saved["members"])
         for group in others:
             state = {i: values for some in _from_all(state, group) for i, values in some.items()}

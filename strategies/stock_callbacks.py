@@ -1,4 +1,4 @@
-"""Lightning's own callbacks beside this package: those that cannot work are refused by name.
+"""Lightning's callbacks that do not work with this package are refused by name.
 
 The measured table of all of them is docs/lightning_callbacks.md.
 """
@@ -21,7 +21,7 @@ REFUSED: dict[type, tuple[str, str]] = {
 
 
 def refuse_stock_callbacks(trainer: Any) -> None:
-    """ValueError for a callback of Lightning's that would do nothing or something wrong here."""
+    """ValueError for a callback of Lightning that would have no effect or a wrong one here."""
     for callback in trainer.callbacks:
         for kind, (reason, instead) in REFUSED.items():
             if isinstance(callback, kind):

@@ -1,4 +1,4 @@
-"""RankWatchdog: a job whose ranks no longer take the same steps ends with one line, not a hang.
+"""RankWatchdog: end a job with one line where its ranks no longer take the same steps.
 
     at setup          one hash of the configuration is compared
     each epoch        the lengths of the loaders are compared, where loaders have a length
@@ -29,7 +29,7 @@ POLL = 1.0  # seconds between two reports of a rank
 BLOCKED = 0.002  # seconds of processor time in a poll; a thread that waits uses less
 BUSY = 3  # a rank that computes may take this many times the limit
 ALL_WAIT = 5.0  # seconds that all ranks wait before unequal loaders are taken for the reason
-GRACE = 3.0  # seconds in which all ranks read why they end
+GRACE = 3.0  # seconds in which all ranks can read the verdict
 LIBRARIES = (os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(L.__file__)))
 
 
@@ -38,7 +38,7 @@ BEGUN, DONE, ENDED = range(3)  # in its step; between two steps; the loader has 
 
 
 class RankWatchdog(Callback):
-    """End the job with status 1, and one line that names the rank, when ranks wait for ever.
+    """End the job with status 1, and one line that names the rank, where ranks would hang.
 
     Our Trainer adds it where there are several ranks. Example: `RankWatchdog(limit=1800)`.
 
@@ -65,11 +65,11 @@ class RankWatchdog(Callback):
 
     @property
     def state_key(self) -> str:
-        """There is one a run."""
+        """One key: a run has one watchdog."""
         return "RankWatchdog"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Compare what was chosen on each rank."""
+        """Compare the configurations of the ranks."""
         if trainer.world_size == 1 or not dist.is_initialized():
             return
         self._trainer, self._rank, self._ranks = trainer, dist.get_rank(), dist.get_world_size()
@@ -77,7 +77,7 @@ class RankWatchdog(Callback):
         refuse_difference(facts(trainer), self._group)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to watch."""
+        """Start the thread that reports and watches."""
         if self._group is None:
             return
         self._place = (trainer.current_epoch, 0, BEGUN)
@@ -103,18 +103,18 @@ class RankWatchdog(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note the place for the reports."""
+        """Record the position for the reports."""
         self._place = (trainer.current_epoch, batch_idx + 1, BEGUN)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Note the end of the step, or of the loader."""
+        """Record the end of the step, or of the loader."""
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         self._place = (*self._place[:2], ENDED if last else DONE)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for the other ranks, still watched, so that none ends alone."""
+        """Wait for the other ranks while the thread still watches, then stop it."""
         if self._thread is not None:
             dist.barrier(group=self._group)
         self._end_watch()
@@ -122,11 +122,11 @@ class RankWatchdog(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """The exception says why this rank ends."""
+        """Stop the thread: the exception is the reason why this rank ends."""
         self._end_watch()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the group."""
+        """Destroy the process group."""
         self._end_watch()
         if self._group is not None:
             dist.destroy_process_group(self._group)
@@ -159,7 +159,7 @@ class RankWatchdog(Callback):
         )
 
     def _watch(self, watched: int) -> None:
-        """The thread: report, and end the process when rank 0 says so."""
+        """Run in the thread: report, and end the process once rank 0 has decided so."""
         wait = _Wait(watched)
         lost = 0.0
         beats: dict[int, tuple[int, float]] = {}
@@ -179,13 +179,13 @@ class RankWatchdog(Callback):
                     store.set(f"read {self._rank}", "")
                     os._exit(1)
                 lost = 0.0
-            except RuntimeError:  # rank 0 has gone: the error of the collective says so, or nothing
+            except RuntimeError:  # rank 0 has ended; the collective may raise an error, or hang
                 lost += POLL
                 if waiting and lost > 10 * GRACE and not self._stop.is_set():
                     os._exit(1)
 
     def _judged(self, reports: dict[int, list[Any]], beats: dict[int, tuple[int, float]]) -> str:
-        """Why the job cannot go on; empty if it can."""
+        """The reason why the job cannot continue; empty if it can."""
         now = time.monotonic()
         for rank, report in reports.items():
             if beats.get(rank, (-1, 0))[0] != report[0]:
@@ -233,12 +233,12 @@ class RankWatchdog(Callback):
         while not store.check(others) and time.monotonic() < end:
             time.sleep(0.01)
         if (launcher := self._trainer.strategy.launcher) is not None:
-            launcher.kill(signal.SIGKILL)  # a rank that does not answer
+            launcher.kill(signal.SIGKILL)  # a rank that has not ended by itself
         os._exit(1)
 
 
 def _hush() -> None:
-    """Write no more to stderr."""
+    """Discard all further output to stderr."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
@@ -265,7 +265,7 @@ def unequal(places: dict[int, Place], between_steps: bool = False) -> str:
 
 
 class _Wait:
-    """Looks at one thread of this process: how long it has waited in one collective."""
+    """Measures how long one thread of this process has waited in one collective."""
 
     def __init__(self, watched: int) -> None:
         self.watched = watched
@@ -275,7 +275,7 @@ class _Wait:
         self.place: Any = None
 
     def look(self, place: Any) -> tuple[float, bool, str]:
-        """Seconds in one collective (0: in none), whether it computes, and where it is."""
+        """Seconds in one collective (0: in none), whether it computes, and its innermost call."""
         used, now = self._used(), time.monotonic()
         blocked = used - self.used < BLOCKED
         frame = sys._current_frames().get(self.watched)
@@ -298,7 +298,7 @@ def in_collective(frame: FrameType | None) -> bool:
 
 
 def debugged(frame: FrameType | None) -> bool:
-    """Whether a person is at a breakpoint."""
+    """Whether the thread is in a debugger."""
     while frame is not None:
         if frame.f_code.co_filename.endswith(("/pdb.py", "/bdb.py")):
             return True
@@ -307,7 +307,7 @@ def debugged(frame: FrameType | None) -> bool:
 
 
 def named(frame: FrameType | None) -> str:
-    """The innermost call with file and line, and the innermost that is not a library's."""
+    """The innermost call with file and line, and the innermost outside of libraries."""
     if frame is None:
         return "no Python code"
     outer: FrameType | None = frame
@@ -321,5 +321,5 @@ def named(frame: FrameType | None) -> str:
 
 
 def _read(store: Any, ranks: Any) -> dict[int, list[Any]]:
-    """The reports of the ranks that have made one."""
+    """The reports by rank; ranks without a report are left out."""
     return {r: json.loads(store.get(str(r))) for r in ranks if store.check([str(r)])}

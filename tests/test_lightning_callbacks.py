@@ -162,8 +162,8 @@ def fit(
 ) -> tuple[L.Trainer, Late]:
     """Plan, EMA, accumulation, a network built late, checkpoints; and the callback of that name.
 
-    Checkpoints are written at multiples of `save_at` steps, and at the end; into a new folder, since
-    Lightning resumes by itself from what it finds where there is an OnExceptionCheckpoint.
+    Checkpoints are written at multiples of `save_at` steps, and at the end, into a new folder: with
+    an OnExceptionCheckpoint, Lightning would resume from the files of an earlier fit.
     """
     L.seed_everything(0, verbose=False)
     keep = Checkpoint(tempfile.mkdtemp(dir="."), every_n_train_steps=save_at, save_top_k=-1)

@@ -181,7 +181,7 @@ class LoRA(Transform):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say which ranks were lowered, and what trains without an adapter."""
+        """Print which ranks were lowered, and which parameters train without an adapter."""
         super().on_fit_start(trainer, pl_module)
         if trainer.is_global_zero:
             for line in self._say:
@@ -244,7 +244,7 @@ class LoRA(Transform):
             self._judge(pl_module, f"in {TRIED} training batches")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Likewise after an epoch of fewer batches, if a resume has not cut its beginning off."""
+        """The same after an epoch of fewer batches, unless a resume began within it."""
         if 0 < self._tried <= TRIED and self._from_start:
             self._judge(pl_module, "in a training epoch")
         self._from_start = False

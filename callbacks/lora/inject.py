@@ -64,7 +64,7 @@ def adapt_module(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Freeze the module, adapt the layers meant, and return their names; see `LoRA`.
+    """Freeze the module, adapt the layers that match, and return their names; see `LoRA`.
 
     A module of which some adapted layers are frozen already is a frozen base with new parts: what
     trains in it and takes no adapter trains as before.
@@ -100,7 +100,7 @@ def adapt_module(
 
 
 def fresh_parts(module: nn.Module, names: Sequence[str], copies: Mapping[str, str]) -> list[str]:
-    """Parameters that train beside a frozen base whose layers `names` are adapted; else none."""
+    """Trainable parameters outside the adapted layers `names`, if those belong to a frozen base."""
     based = any(
         not trains(module.get_submodule(name)) and not any(within(name, copy) for copy in copies)
         for name in names

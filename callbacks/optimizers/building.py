@@ -58,13 +58,13 @@ def compose(shares: Sequence[Share], decay: Decay) -> Composite:
 def later(
     share: Share, member: Optimizer | None, decay: Decay, given: Group, factor: float | None
 ) -> Part:
-    """What a rule's optimizer gets of parameters that are trained from now on.
+    """The groups and settings for parameters that a rule's optimizer trains from now on.
 
     Args:
         share: the rule and the parameters.
         member: the rule's optimizer; None if it has none yet.
         decay: for a rule that says nothing of it.
-        given: the settings that came with the parameters; they count.
+        given: the settings that came with the parameters; they take precedence.
         factor: what the schedule multiplies learning rates by now; None without one.
     """
     rule, parameters = share.rule, [p for _, p in share.named]
@@ -96,15 +96,15 @@ def later(
 
 
 def decays(parameter: Tensor, decay: Decay) -> bool:
-    """Whether weight decay is meant for a parameter."""
+    """Whether weight decay applies to a parameter."""
     return decay == "all" or (decay == "matrices" and parameter.ndim >= 2)
 
 
 def split_before(mates: Sequence[Share], decay: Decay) -> list[Group]:
     """The groups of rules with one optimizer, parameters that do not decay apart.
 
-    Where the class tells its decay; some classes count their groups when they are made, and would
-    overlook one that is added. For the others `split_decay` adds groups.
+    Done where the class has a `weight_decay` argument, because some classes count their groups in
+    the constructor and ignore groups added later. For the others `split_decay` adds groups.
     """
     factory = mates[0].rule.optimizer
     argument = _arguments(optimizer_class(factory)).get("weight_decay")
@@ -135,7 +135,7 @@ def scaled(lr: Any, scale: float) -> Any:
 
 def check_rate(lr: Any, optimizer: Optimizer) -> None:
     """Refuse what an optimizer without checks of its own would compute with."""
-    if isinstance(lr, list | tuple):  # a rate for each of something: the class knows of what
+    if isinstance(lr, list | tuple):  # several rates, whose meaning the class defines
         return
     if not isinstance(lr, int | float | Tensor) or not 0 <= lr < math.inf:
         raise ValueError(
@@ -193,7 +193,7 @@ def _arguments(made: type | None) -> dict[str, inspect.Parameter]:
 
 
 def _why(error: Exception, parameters: Sequence[Any]) -> str:
-    """What a constructor said, and what can be done about its usual wishes."""
+    """The text of a constructor's error, with a hint for the usual causes."""
     at = faults.own_frame(error)
     where = f" (at {at})" if at and type(error) is not ValueError else ""
     said = str(error) if type(error) is ValueError else faults.words(error)
@@ -250,7 +250,7 @@ def table(shares: Sequence[Share], composite: Composite, names: bool = False) ->
 
 
 def _shown(setting: Any) -> str:
-    """A setting as the table has it: a number in short, None as nothing."""
+    """A setting as shown in the table: a number in short form, None as an empty text."""
     if isinstance(setting, Tensor) and setting.numel() == 1:
         setting = setting.item()
     if setting is None:

@@ -1,9 +1,9 @@
 """Several optimizers as one: Lightning, AMP and checkpoints see a single torch Optimizer.
 
 composite.param_groups = [group of A, group of A, group of B]      the same dicts, not copies
-composite.state        = what A and B keep, each in its own dict
-composite.state_dict() : flat and standard, so that a sharded load finds its way; what else A and B
-                         save by their own state_dict stands beside it, and is loaded by their own
+composite.state        = the states of A and B, each in its own dict
+composite.state_dict() : flat and standard, as sharded loading requires; what else the state_dict
+                         of A and B holds is stored separately, for their own load_state_dict
 
 A group that is added later (`add_param_group`) stands last and belongs to one of the members; the
 plan's rules choose which (`route`). Without a plan it is the last member.
@@ -58,7 +58,7 @@ def takes_closure(optimizer: Optimizer) -> bool:
 
 
 class _Nothing(BaseException):
-    """Nobody has a gradient: ends a member's step before it moves anything."""
+    """Raised if no parameter has a gradient, to end a member's step before it changes anything."""
 
 
 class States(MutableMapping[Any, Any]):
@@ -69,7 +69,7 @@ class States(MutableMapping[Any, Any]):
         self._members = members
 
     def __getitem__(self, key: Any) -> Any:
-        """The state of a parameter; an empty one is made as torch's optimizers do."""
+        """The state of a parameter; created empty if absent, as in torch's optimizers."""
         return self._home(key)[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -77,11 +77,11 @@ class States(MutableMapping[Any, Any]):
         self._home(key)[key] = value
 
     def __delitem__(self, key: Any) -> None:
-        """Forget the state of a parameter."""
+        """Delete the state of a parameter."""
         del self._home(key)[key]
 
     def __contains__(self, key: object) -> bool:
-        """Whether any member has a state of it; none is made."""
+        """Whether any member has a state of it; none is created."""
         return any(key in member.state for member in self._members)
 
     def __iter__(self) -> Iterator[Any]:
@@ -90,11 +90,11 @@ class States(MutableMapping[Any, Any]):
             yield from list(member.state)
 
     def __len__(self) -> int:
-        """How many states there are."""
+        """The number of states."""
         return sum(len(member.state) for member in self._members)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """The state of a parameter if there is one; none is made."""
+        """The state of a parameter if there is one; none is created."""
         return next((m.state[key] for m in self._members if key in m.state), default)
 
     def _home(self, key: Any) -> Any:
@@ -121,8 +121,8 @@ class Composite(Optimizer):
         self.members = list(members)
         # Lightning's wrapper calls these methods with itself as `self`: lists change in place
         self._owners = [m for m, each in enumerate(self.members) for _ in each.param_groups]
-        self._listed: list[Group] = []  # what `param_groups` gave last
-        self._known: list[Group] = []  # what it held then: a caller may have changed it since
+        self._listed: list[Group] = []  # the list that `param_groups` returned last
+        self._known: list[Group] = []  # its content then; a caller may have changed it since
         self.labels = list(labels) or [f"group {i}" for i in range(len(self._owners))]
         self.route: Route | None = None
         self._joint: list[list[Group]] = []  # groups of one `add_param_group`; the last one leads
@@ -139,7 +139,7 @@ class Composite(Optimizer):
         The list may be changed and assigned, as torch's: a group goes to the member that has its
         parameters, and one of new parameters to the member that `add_param_group` would choose.
         """
-        if not _same(self._listed, self._known):  # somebody changed the list that we gave
+        if not _same(self._listed, self._known):  # a caller changed the list
             self._assign(list(self._listed))
         self._notice()
         queues = [iter(member.param_groups) for member in self.members]
@@ -154,7 +154,7 @@ class Composite(Optimizer):
 
     @property
     def state(self) -> MutableMapping[Any, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What the members remember, by parameter."""
+        """The states of all members, by parameter."""
         return States(self.members)
 
     @state.setter
@@ -226,7 +226,7 @@ class Composite(Optimizer):
         return [Part(self.labels[-1], self.members[-1], [{**settings, "params": parameters}])]
 
     def _notice(self, label: str | None = None) -> None:
-        """Count groups that members have got since."""
+        """Register groups that were added to members directly, or removed from them."""
         for number, member in enumerate(self.members):
             more = len(member.param_groups) - self._owners.count(number)
             if more > 0:
@@ -390,7 +390,7 @@ class Composite(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of every member, unless nobody has a gradient.
+        """One step of every member, unless no parameter has a gradient.
 
         A single member is given the closure and calls it as it likes. Of several, each that has an
         argument for it is given one that returns the loss, which was computed once.
@@ -444,7 +444,7 @@ class Composite(Optimizer):
                 raise
 
     def _check_state(self) -> None:
-        """Refuse now, after one step, what a checkpoint could not hold after many."""
+        """Refuse after the first step a state that no checkpoint can hold."""
         if not any(_any_gradient([group]) for group in self.param_groups):
             return
         self._checked = True
@@ -491,7 +491,7 @@ def _any_gradient(groups: Iterable[Group]) -> bool:
 
 
 def _no_state() -> dict[str, Any]:
-    """torch.distributed.checkpoint refuses a member without state (plain SGD) beside others."""
+    """A placeholder: torch.distributed.checkpoint refuses parameters without state (plain SGD)."""
     return {"step": torch.zeros(())}
 
 
@@ -501,10 +501,10 @@ def _is_no_state(values: dict[str, Any]) -> bool:
 
 
 class _Again:
-    """The closure that one of several members is given: the loss, whose gradients are there.
+    """The closure for one of several members: returns the loss, whose gradients are computed.
 
-    They are those of the weights as they were. A member that wants them elsewhere, or twice, would
-    compute something else than it says: that is refused.
+    The gradients are those at the weights before the step. A member that evaluates the loss at
+    other weights, or twice, would compute a wrong step; it is refused.
     """
 
     def __init__(self, loss: Any, groups: list[Group]) -> None:

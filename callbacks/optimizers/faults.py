@@ -1,8 +1,7 @@
-"""What an optimizer of another package raises, in one line; what the user's own code raises, whole.
+"""Errors of optimizers of other packages as one line; errors of the user's code with traceback.
 
-A traceback through a package that the user did not write says less than one sentence. One that
-passes through the user's own file says where to look, and is left as it is. `RAVINE_TRACEBACK=1` in
-the environment leaves all of them.
+A traceback that passes through a file of the user's own shows the place to correct, and is kept.
+Other tracebacks are replaced by one sentence. `RAVINE_TRACEBACK=1` in the environment keeps all.
 """
 
 import os
@@ -22,14 +21,14 @@ STANDARD = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "pla
 
 
 class OptimizerError(RuntimeError):
-    """An optimizer failed in a step; the text has the type and the words of what it raised."""
+    """An optimizer failed in a step; the text has the type and the message of its exception."""
 
     exit_status = 1
 
 
 @contextmanager
 def in_words(member: Optimizer, place: str = "in its step") -> Iterator[None]:
-    """Turn what a package raises into one line; what passes the user's own files stays."""
+    """Turn an exception of a package into one line, unless it passes through the user's files."""
     try:
         yield
     except Exception as error:
@@ -41,7 +40,7 @@ def in_words(member: Optimizer, place: str = "in its step") -> Iterator[None]:
 
 
 def text(member: Optimizer, error: Exception, place: str) -> str:
-    """The line: who failed, with what, and what to do."""
+    """The line: the optimizer, its exception, and a hint."""
     parameters = (p for group in member.param_groups for p in group["params"])
     spread = any(isinstance(p, DTensor) for p in parameters)
     way_out = (
@@ -65,7 +64,7 @@ def whole_wanted() -> bool:
 
 
 def own_frame(error: BaseException) -> str | None:
-    """Where the user's own code stands in a traceback, as file:line; None if nowhere."""
+    """The innermost frame of the user's own code in a traceback, as file:line; None if none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if is_own(frame.filename):
             return f"{Path(frame.filename).name}:{frame.lineno}"
@@ -90,6 +89,6 @@ _FOLDERS = ("lightning_modules", "datamodules", "callbacks", "strategies", "cli"
 
 
 def _ours(error: BaseException) -> bool:
-    """Whether Ravine itself raised it: then it is in words already, or a bug to be seen."""
+    """Whether Ravine itself raised it: a sentence already, or a bug that needs its traceback."""
     last = traceback.extract_tb(error.__traceback__)[-1].filename
     return any(Path(last).resolve().is_relative_to(OURS / name) for name in _FOLDERS)

@@ -15,13 +15,13 @@ from .composite import Composite
 
 
 def finders(trainer: Any) -> list[LearningRateFinder]:
-    """Those that are to set the rate, not only to show it."""
+    """The finders that set the rate and do not only suggest it."""
     found = [c for c in trainer.callbacks if isinstance(c, LearningRateFinder)]
     return [finder for finder in found if finder._update_attr]
 
 
 def found_rate(trainer: Any) -> float | None:
-    """What a finder of this trainer suggests, if one has searched."""
+    """The rate that a finder of this trainer suggests, if a search has run."""
     for finder in finders(trainer):
         if finder.optimal_lr is not None:
             return finder.optimal_lr.suggestion()

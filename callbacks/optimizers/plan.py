@@ -143,7 +143,7 @@ class OptimizerPlan(Callback):
             patch(trainer, pl_module, "lr_schedulers", lambda _: Rates(trainer, name, owner), self)
 
     def optimizers_with_two_sets(self) -> list[str]:
-        """Names of those that evaluate other weights than they train, as far as classes tell."""
+        """Names of optimizers whose class shows that they keep separate weights for evaluation."""
         kinds = (optimizer_class(rule.optimizer) for rule in self.rules)
         return [kind.__name__ for kind in kinds if kind and has_two_sets(kind)]
 
@@ -258,7 +258,7 @@ class OptimizerPlan(Callback):
         given: Group,
         factor: float | None,
     ) -> list[Part]:
-        """Whose optimizer takes parameters that are trained from now on: by the same rules."""
+        """The optimizers that take parameters trained from now on, by the same rules."""
         parts = []
         members = composite.by_label()
         for rule, named in choose(module, self.rules, parameters):
@@ -367,15 +367,15 @@ def _refuse_unreduced(module: L.LightningModule, parameters: list[Tensor], start
 
 
 class Rates:
-    """What `self.lr_schedulers()` gives where a plan has no schedule: the rates, to be read.
+    """The result of `self.lr_schedulers()` where a plan has no schedule: read-only rates.
 
     rates = Rates(trainer, "MyModule", "OptimizerPlan")
     rates.get_last_lr()     # [0.001], of each group
-    rates.step()            # AttributeError: the module's own schedulers are not there
+    rates.step()            # AttributeError: the module's own schedulers do not exist
     """
 
     def __init__(self, trainer: L.Trainer, module: str, owner: str) -> None:
-        """Remember whose schedulers are replaced, and by whom."""
+        """Store the names of the module and of the callback that replaces its schedulers."""
         self._trainer, self._module, self._owner = trainer, module, owner
 
     def get_last_lr(self) -> list[float]:
@@ -384,15 +384,15 @@ class Rates:
         return [float(group["lr"]) for group in groups if "lr" in group]
 
     def __getattr__(self, name: str) -> Any:
-        """Name the plan."""
+        """Raise AttributeError, which names the plan."""
         raise AttributeError(name if name.startswith("__") else self._absent(f".{name}"))
 
     def __getitem__(self, index: Any) -> Any:
-        """Several schedulers are no more there than one."""
+        """Raise TypeError, which names the plan."""
         raise TypeError(self._absent(f"[{index}]"))
 
     def __iter__(self) -> Any:
-        """Likewise."""
+        """Raise TypeError, which names the plan."""
         raise TypeError(self._absent(" in a loop"))
 
     def _absent(self, use: str) -> str:

@@ -3,9 +3,9 @@
     member.state_dict() -> its groups and its states by parameter: flat, as torch's optimizers have
                            the rest (counters, a form of its own): under `members`, an entry each
 
-A checkpoint holds tensors and plain values only. Other objects are written as a dict that says what
-they were: a queue, an enum, a random generator, an object of the optimizer's own package. They are
-made again without importing anything: a class must be loaded already, by this run.
+A checkpoint holds tensors and plain values only. Other objects (a queue, an enum, a random
+generator, an object of the optimizer's own package) are written as a dict with a tag. They are
+rebuilt without an import or a constructor: the class must be loaded already by this run.
 """
 
 import enum
@@ -92,10 +92,10 @@ def unpack(member: Optimizer, packed: Packed) -> None:
 
 
 def _spoilt(value: Any) -> bool:
-    """Whether torch's loader would make something else of it.
+    """Whether torch's loader would change the value.
 
-    It rebuilds what can be gone through item by item: of a text nothing is left, and a queue
-    forgets how long it may be. Tensors have to be moved and cast, so what holds one stays as it is.
+    It rebuilds every iterable item by item: a text becomes the repr of a generator, and a queue
+    loses its `maxlen`. A value that holds tensors must pass through it, to be moved and cast.
     """
     leaves = list(_leaves(value))
     if any(isinstance(leaf, Tensor) for leaf in leaves):
@@ -144,12 +144,12 @@ class _Code:
         self.packages -= {"torch", "builtins", "typing", "abc"}
         self.parameters = [p for group in member.param_groups for p in group["params"]]
         self.place = {id(p): i for i, p in enumerate(self.parameters)}
-        self.within: list[int] = []  # ids of the objects that contain the one at hand
+        self.within: list[int] = []  # ids of the objects that contain the present one
 
     def group(self, group: Group, loose: bool = False) -> Group:
-        """The settings of a group; what is no value (a class, a function) stays with the live.
+        """The settings of a group; a class or a function is taken from the live optimizer on load.
 
-        With `loose` the member keeps them by itself, and whatever is no value may stay.
+        With `loose` the member saves them by itself, and any other object may be left out.
         """
         coded = {}
         for key, value in group.items():
@@ -157,7 +157,7 @@ class _Code:
                 constant = isinstance(value, CONSTANTS) or type(value) is object
                 coded[key] = {TAG: "live"} if constant else self.encode(value, key)
             except CheckpointError:
-                # a function of the step is a setting, whatever its class; weights are none
+                # any callable is a setting; modules hold weights and are not
                 if not loose and (not callable(value) or isinstance(value, nn.Module)):
                     raise
                 coded[key] = {TAG: "live"}

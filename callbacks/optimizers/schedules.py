@@ -97,10 +97,10 @@ class Schedule:
 
 
 class ScheduleLR(LambdaLR):
-    """torch's LambdaLR, which also knows groups that are added to the optimizer during the run.
+    """torch's LambdaLR for groups that are added to the optimizer during the run, too.
 
-    Such a group has the learning rate that it was given, and the schedule multiplies it from there.
-    What somebody sets there later (Lightning's BackboneFinetuning does) stays in force too.
+    Such a group starts at the learning rate that it was given, and the schedule multiplies that.
+    A rate that a callback sets later, such as Lightning's BackboneFinetuning, is kept too.
     """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
@@ -109,7 +109,7 @@ class ScheduleLR(LambdaLR):
         super().__init__(optimizer, factor)
 
     def factor_now(self) -> float:
-        """What the learning rates are multiplied by in the coming optimizer step."""
+        """The factor of the learning rates in the next optimizer step."""
         return self.lr_lambdas[0](self.last_epoch)
 
     def get_lr(self) -> list[Any]:

@@ -147,7 +147,7 @@ def quantize_module(
     backend: str = "torch",
     copies: bool = True,
 ) -> dict[str, float]:
-    """Quantize the layers meant, in place; returns the error of each, RMS over RMS.
+    """Quantize the layers that match, in place; returns the error of each, RMS over RMS.
 
     Without `copies` a net of which the module holds a frozen copy, or the copy, is refused.
     """

@@ -77,7 +77,7 @@ class Way:
 
 
 def pick(labels: Iterable[int | str] | str | None, names: Sequence[str]) -> list[int]:
-    """The numbers of the labels meant by "3", "0-4,7", "cat,dog" or [3, "5"]; by None all."""
+    """The class numbers of "3", "0-4,7", "cat,dog" or [3, "5"]; None stands for all."""
     if labels is None:
         return list(range(len(names)))
     if not names:

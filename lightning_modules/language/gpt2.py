@@ -176,7 +176,7 @@ def sizes_of(theirs: dict[str, Tensor]) -> dict[str, int]:
 
 
 def config_of(file: Path) -> dict[str, Any] | None:
-    """What a config.json says; None if there is none."""
+    """The content of config.json; None if there is none."""
     if not file.is_file():
         return None
     try:
