@@ -1,6 +1,7 @@
 """A checkpoint rebuilds its command; what the user gives beats it, and is compared with it."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,9 +50,22 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one trained run."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["ravine"])
+        Path("base.yaml").write_text(BASE)
+        assert main(["fit", "--config", "base", "--seed_everything=7"]) == 0
+    return folder / "runs"
+
+
 @pytest.fixture
-def trained() -> Path:
-    assert main(["fit", "--config", "base", "--seed_everything=7"]) == 0
+def trained(runs: Path) -> Path:
+    """A copy of it in the test's own folder."""
+    shutil.copytree(runs, "runs")
     return saved()
 
 
