@@ -41,6 +41,9 @@ def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
         diagnosis.words(argv)
         named = [(key, kind) for key, (kind, _) in diagnosis.chosen.items()]
         raise stated(str(error), argv[0], named) from error
+    trainer = config[argv[0]].get("trainer")
+    if trainer is not None and isinstance(trainer.get("callbacks"), Namespace):
+        trainer["callbacks"] = [trainer["callbacks"]]  # else what its constructor raises is lost
     for key, names in registered().items():
         if isinstance(name := config[argv[0]].get(key), str) and name.lower() not in names:
             diagnosis.words(argv)

@@ -35,6 +35,14 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
             "  type: ravine fit --model=LanguageModel",
         ],
     ),
+    "what the constructor of a single callback refuses": (
+        [*MODEL, "--data=TextDataModule", "--trainer.callbacks=OptimizerPlan"],
+        "",
+        [
+            "OptimizerPlan needs an optimizer; type --trainer.callbacks.optimizer=AdamW, or give "
+            "rules"
+        ],
+    ),
     "a preset": (
         ["fit", "--config=rum"],
         "",
