@@ -1,6 +1,6 @@
 """The tables of results and of speeds, written from raw rows: no number stands there by hand.
 
-python benchmarks/report.py [README.md docs/measurements.md]
+python benchmarks/report.py [README.md docs/measurements.md docs/compatibility.md]
 
 Of each recipe the rows of its present config count, the newest of each seed; what was run with an
 older config is history. Of each comparison the newest row counts.
@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,7 +173,53 @@ def speeds() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"results": table, "speeds": speeds}
+def newest(file: str, *keys: str) -> list[dict[str, Any]]:
+    """The newest row of each value of the keys, in their order."""
+    path = HERE / "rows" / f"{file}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {tuple(str(row.get(key)) for key in keys): row for row in rows}
+    return [found[key] for key in sorted(found)]
+
+
+def fuzzing() -> str:
+    """A line a reader of outside files."""
+    faults = ("ran", "touched", "hung", "grew", "crashed", "raised")
+    lines = [
+        "| reader | inputs | past first check | refused | faults | longest | memory | commit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in newest("fuzz", "reader"):
+        lines.append(
+            f"| {row['reader']} | {row['inputs']:,} | {row['passed_first_check']:,} "
+            f"| {row['refused']:,} | {sum(row[each] for each in faults)} "
+            f"| {row['worst_seconds']:.2g} s | {row['worst_mib']} MiB | {row['commit']} |"
+        )
+    return "\n".join(lines)
+
+
+def counted(title: str, rows: list[dict[str, Any]], key: str) -> list[str]:
+    """A line for each verdict, the most frequent one first."""
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    counts = Counter(row[key] for row in rows).most_common()
+    return [f"| {title} ({len(rows)}) | {word} | {n} | {commits} |" for word, n in counts]
+
+
+def verdicts() -> str:
+    """How often each verdict was found in each trial."""
+    optimizers = newest("other_optimizers", "class")
+    lines = ["| what was tried | outcome | how many | commit |", "|---|---|---|---|"]
+    for title, trains in (("optimizers that train in plain Lightning", True), ("others", False)):
+        some = [row for row in optimizers if bool(row.get("trains")) == trains]
+        lines += counted(title, some, "verdict")
+    lines += counted("optimizers, ddp 2", newest("other_optimizers_ranks", "class"), "verdict")
+    pairs = newest("other_modules", "module", "callback")
+    lines += counted("modules x callbacks", pairs, "verdict")
+    axes = ("callbacks", "task", "loader", "precision", "accumulate", "strategy", "seed")
+    lines += counted("runs cut and resumed twice", newest("resume_cover", *axes), "outcome")
+    return "\n".join(lines)
+
+
+TABLES = {"results": table, "speeds": speeds, "fuzzing": fuzzing, "verdicts": verdicts}
 
 
 def write(page: Path) -> None:
@@ -194,6 +241,7 @@ def write(page: Path) -> None:
 
 
 if __name__ == "__main__":
-    pages = [HERE.parent / "README.md", HERE.parent / "docs" / "measurements.md"]
+    docs = HERE.parent / "docs"
+    pages = [HERE.parent / "README.md", docs / "measurements.md", docs / "compatibility.md"]
     for given in [Path(word) for word in sys.argv[1:]] or pages:
         write(given)

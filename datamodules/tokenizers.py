@@ -444,6 +444,8 @@ class FileTokenizer(Tokenizer):
         special = {token.content: n for n, token in added.items() if token.special}
         self._set_specials(special, specials)
         self.inner.encode_special_tokens = specials != "allowed"
+        if end is not None and not isinstance(end, str):
+            raise TypeError(f"end is of type {type(end).__name__}; allowed: the token as a text")
         names = [end] if end else [name for name in self.ends if name in special]
         if end and end not in special:
             raise ValueError(f"end {end!r} is no special token; known: {', '.join(special)}")
@@ -627,7 +629,8 @@ def _eos(folder: Path) -> str | None:
     try:
         said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
         named = said.get("eos_token")
-        return str(named.get("content")) if isinstance(named, dict) else named
+        named = named.get("content") if isinstance(named, dict) else named
+        return named if isinstance(named, str) else None
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
@@ -665,8 +668,11 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
             case ByteTokenizer.kind:
                 return ByteTokenizer()
             case BPETokenizer.kind:
-                pieces = state["pieces"].split(" ")
-                return BPETokenizer([base64.b64decode(piece) for piece in pieces], specials)
+                pieces = [
+                    base64.b64decode(piece.encode(), validate=True)
+                    for piece in state["pieces"].split(" ")
+                ]
+                return BPETokenizer(pieces, specials)
             case NumberTokenizer.kind:
                 return NumberTokenizer(state["vocabulary"])
             case FileTokenizer.kind:

@@ -193,6 +193,9 @@ def test_files_of_the_library_and_older_ones_are_read(tmp_path: Path) -> None:
     lines = [" ".join(pair) for pair in content["model"]["merges"]]
     (tmp_path / "old/merges.txt").write_text("#version: 0.2\n" + "\n".join(lines))
     text = f"the hello{END} 天地"
+    for name in ([], 7, {"content": ["a"]}):  # of the end of a text: what is no text is left out
+        (tmp_path / "new/tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
+        assert FileTokenizer.of_file(tmp_path / "new").end == tokenizer.end
     for path in ("new", "new/tokenizer.json", "old"):
         again = FileTokenizer.of_file(tmp_path / path, "allowed")
         assert again.encode(text).equal(tokenizer.encode(text)), path
@@ -299,6 +302,7 @@ STATES: list[dict[str, Any]] = [
     {"kind": "gpt2"},
     {"kind": "gpt2", "pieces": "YQ== YQ=="},
     {"kind": "gpt2", "pieces": "!"},
+    {"kind": "gpt2", "pieces": "YQ\u00e9=="},
     {"kind": "gpt2", "pieces": 3},
     {"kind": "gpt2", "pieces": " ".join(["YQ=="] * 300)},
     {"kind": "characters"},
@@ -307,6 +311,7 @@ STATES: list[dict[str, Any]] = [
     {"kind": "numbers", "vocabulary": "many"},
     {"kind": "file", "content": "{}", "end": ""},
     {"kind": "file", "content": 5, "end": ""},
+    {"kind": "file", "content": of_merges().content, "end": ["a"]},
     {"kind": "file", "content": "[" * 100_000, "end": ""},
     {"kind": ["gpt2"]},
 ]
@@ -314,7 +319,7 @@ STATES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("state", STATES, ids=range(len(STATES)))
 def test_a_damaged_state_is_refused_in_words(state: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 - of any of the kinds
+    with pytest.raises(ValueError, match=r"damaged|allowed|known|not a file|unknown"):
         from_state(state)
 
 
