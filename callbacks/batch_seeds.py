@@ -42,6 +42,22 @@ def set_generators(number: int, device: torch.device | None = None) -> None:
     numpy.random.seed(number)
 
 
+def keep_generators(device: torch.device) -> Callable[[], None]:
+    """Remember the default generators; the function returned puts them back."""
+    states = torch.default_generator.get_state(), random.getstate(), numpy.random.get_state()
+    cuda = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
+    there = cuda.get_state() if cuda is not None else None
+
+    def restore() -> None:
+        torch.default_generator.set_state(states[0])
+        random.setstate(states[1])
+        numpy.random.set_state(states[2])
+        if cuda is not None:
+            cuda.set_state(there)
+
+    return restore
+
+
 class Seeded(NamedTuple):
     """The indices of a batch, the seed of the batch and the seed of its epoch."""
 

@@ -1,8 +1,9 @@
 """ExactResume: a run that goes on from a checkpoint is the run that was never cut, bit for bit.
 
-Lightning restores weights, optimizers and counters. Five things are left:
+Lightning restores weights, optimizers and counters. Six things are left:
 
     dropout      the generators are a function of (seed, micro-batch, rank), set at each micro-batch
+    optimizers   what a step draws is a function of (seed, step), equal on all ranks
     data         each batch is fetched under a seed of (seed, epoch, batch, rank): batch_seeds.py
     counters     every file is brought to one of the forms of `rewind`, whenever it was written
     validation   one that was due or under way at the cut runs; one that was complete does not
@@ -13,7 +14,7 @@ Lightning restores weights, optimizers and counters. Five things are left:
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ from ravine.strategies.checkpoint_form import damaged_states, not_a_number, othe
 from ravine.strategies.saving import non_finite, save_as_usual, save_last
 from ravine.strategies.share import Share
 
-from .batch_seeds import BatchSeeds, seed_of, set_generators
+from .batch_seeds import BatchSeeds, keep_generators, seed_of, set_generators
 from .checks import before_training
 from .comparing import (
     compare_callbacks,
@@ -47,7 +48,7 @@ from .comparing import (
 )
 from .ema import use_raw_weights
 
-VALIDATION, FETCH = -1, -2  # beside the kinds of loaders: whose seed it is
+VALIDATION, FETCH, STEP = -1, -2, -3  # what a seed is for; -4 and below are not used
 ACCEPTED = ("EMA", "data", "optimizer")
 Place = Literal["start", "epoch end", "step end", "before validation", "after validation"]
 
@@ -145,6 +146,18 @@ class ExactResume(Callback):
     ) -> None:
         """Set the default generators, 7 us: what ran before this micro-batch leaves no trace."""
         reseed(self._seed, trainer.fit_loop.total_batch_idx, self._rank, pl_module.device)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Set the default generators alike on all ranks: optimizers that draw keep equal weights.
+
+        Where a module steps by itself, what its forward draws next goes on as before.
+        """
+        if not pl_module.automatic_optimization:
+            after_step(optimizer, keep_generators(pl_module.device))
+        number = seed_of(STEP, self._seed, trainer.global_step)
+        set_generators(number, pl_module.device)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the loops and loaders."""
@@ -388,6 +401,19 @@ def can_skip(loader: Any, batches: int) -> bool:
     length = sized_len(loader)
     map_style = not isinstance(loader.dataset, IterableDataset)
     return map_style and length is not None and batches < length
+
+
+def after_step(optimizer: Optimizer, action: Callable[[], None]) -> None:
+    """Do it once, after the optimizer's next step; nothing for one without torch's hooks."""
+    register = getattr(optimizer, "register_step_post_hook", None)
+    if register is None or not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        return
+
+    def once(*_: Any) -> None:
+        handle.remove()
+        action()
+
+    handle = register(once)
 
 
 def reseed(seed: int, index: int, rank: int, device: torch.device) -> int:

@@ -407,6 +407,71 @@ def test_ids_that_are_names_or_absent_stay() -> None:
         assert repr(state) == before
 
 
+class HalfOfTheWeights(torch.optim.SGD):
+    """Each step moves a half of the weights that is drawn anew."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for p in self.param_groups[0]["params"]:
+            p.grad.mul_(torch.rand_like(p) < 0.5)
+        super().step()
+        return loss
+
+
+def drawn_in_steps(devices: int, strategy: str = "auto") -> dict[str, Tensor]:
+    L.seed_everything(0, verbose=False)
+    module = NetInInit(batch_size=8 // devices)
+    module.configure_optimizers = lambda: HalfOfTheWeights(module.parameters(), lr=0.1)
+    rows = module.train_dataloader().dataset[:8]  # one batch: its order makes no difference
+    module.train_dataloader = lambda: DataLoader(TensorDataset(*rows), 8 // devices)
+    trainer = L.Trainer(
+        max_steps=4, accelerator="cpu", devices=devices, strategy=strategy, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=0, callbacks=[ExactResume()],
+    )  # fmt: skip
+    trainer.fit(module)
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_an_optimizer_that_draws_moves_all_ranks_as_one_process(ranks: Any) -> None:
+    single = drawn_in_steps(1)
+    first, second = ranks(drawn_in_steps, 2, 2, "ddp")
+    for name, value in single.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps_first", [True, False])
+def test_a_step_by_hand_leaves_what_the_module_draws_as_it_was(steps_first: bool) -> None:
+    class Draws(NetInInit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization, self.drawn = False, []
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            loss = F.mse_loss(self.net(batch[0]), batch[1])
+            self.manual_backward(loss)
+            if steps_first:
+                self.optimizers().step()
+            self.drawn.append((torch.rand(()).item(), random.random(), numpy.random.rand()))
+            if not steps_first:
+                self.optimizers().step()
+
+    module = Draws()
+    trainer = L.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        callbacks=[ExactResume()],
+    )  # fmt: skip
+    L.seed_everything(0, verbose=False)
+    trainer.fit(module)
+    expected = []
+    for index in range(2):
+        reseed(0, index, 0, torch.device("cpu"))
+        expected.append((torch.rand(()).item(), random.random(), numpy.random.rand()))
+    assert module.drawn == expected
+
+
 def test_no_two_micro_batches_or_ranks_draw_alike() -> None:
     cpu = torch.device("cpu")
     numbers = {reseed(7, i, rank, cpu) for i in range(2000) for rank in range(4)}
