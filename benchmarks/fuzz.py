@@ -1133,6 +1133,9 @@ class Campaign:
             (here / "canary" / "passwd").write_text("secret")
             (here / "canary_module.py").write_text("raise SystemExit('the canary is dead')")
             sys.path.insert(0, str(here))
+            os.environ["XDG_CACHE_HOME"] = str(
+                here / "input.ckpt"
+            )  # tokens of a long text are kept
             for files in self.seeds:  # what a good file imports is no fault
                 for _ in range(2):
                     with contextlib.suppress(Exception):
