@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
-from . import typehints
+from . import presets, typehints
 from .errors import Mistake, program, unknown
 from .given import Given, in_environment, in_words
 
@@ -202,6 +203,8 @@ def imported(given: Given, base: str, bases: tuple[type, ...]) -> Any:
     except Exception as error:  # whatever a file of the user's does when it is imported
         missing = isinstance(error, ModuleNotFoundError) and error.name
         if missing and f"{path}.".startswith(f"{missing}."):
+            if os.path.isfile(given.text):  # a configuration that the parser could not read
+                presets.check(given.text)
             files = [file.stem for file in Path().glob("[!.]*.py")]
             what = f"{given.place}: no module is called {missing!r}, in this folder or installed"
             fix = lambda file: given.valued(f"{file}.{name}")  # noqa: E731

@@ -603,8 +603,11 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_no_checkpoint_can_hold_is_refused_in_the_first_step(what):
     make, words = REFUSED[what]
+    steps = []
+    ends = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *_: steps.append(1))
     with pytest.raises(CheckpointError) as caught:
-        fitted(OptimizerPlan(remembering("Keeps", make, lock)))
+        fitted(OptimizerPlan(remembering("Keeps", make, lock)), ends)
+    assert steps == []
     assert words in str(caught.value)
     assert errors.status(caught.value) == 1
 

@@ -234,8 +234,10 @@ def test_a_name_that_no_file_can_have_and_memory_that_is_not_there_are_one_line(
     assert "\n" not in errors.words(error, ["fit"])
 
 
-@pytest.mark.parametrize("name", ["a" * 300, "a\0b"], ids=["long", "NUL"])
-def test_a_run_is_not_given_such_a_name(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "said"), [("a" * 300, "too long"), ("a\0b", "NUL")], ids=["long", "NUL"]
+)
+def test_a_run_is_not_given_such_a_name(name, said, tmp_path):
     error = failed(lambda: fit(tmp_path, 1, name=name, logger="csv"))
     assert errors.status(error) == 2
-    assert "too long" in errors.words(error, ["fit"]) or "NUL" in errors.words(error, ["fit"])
+    assert said in errors.words(error, ["fit"])

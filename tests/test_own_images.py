@@ -134,7 +134,8 @@ def test_one_odd_image_is_refused_and_the_refusal_says_what_helps(
     for i in range(3):
         photo().save(tmp_path / f"{i}.png")
     MIXED[kind](tmp_path / "1.png")
-    with pytest.raises(ValueError, match=r"/1\.png is .*type --data\.(mode=rgb|resize=\[8,8\])"):
+    fix = r"resize=\[8,8\]" if kind == "another size" else "mode=rgb"
+    with pytest.raises(ValueError, match=rf"/1\.png is .*type --data\.{fix}"):
         read_folder(tmp_path)
     for mode, channels in (("rgb", 3), ("gray", 1)):
         found = read_folder(tmp_path, mode, (8, 8)).sides["all"]
@@ -271,9 +272,7 @@ def test_a_resume_with_other_classes_or_another_order_is_refused(kind: Any, tmp_
         trainer(max_steps=3).fit(kind(), other, ckpt_path=tmp_path / "pets.ckpt")
     turned = ready(tmp_path / "pets")
     turned.class_names = ("dog", "cat")
-    with pytest.raises(
-        ValueError, match=r"(0 dog, 1 cat|0 cat, 1 dog).*(0 dog, 1 cat|0 cat, 1 dog)"
-    ):
+    with pytest.raises(ValueError, match=r"(?=.*0 dog, 1 cat)(?=.*0 cat, 1 dog)"):
         trainer(max_steps=3).fit(kind(), turned, ckpt_path=tmp_path / "pets.ckpt")
     if isinstance(loaded, Diffusion):
         by_name = loaded.generate(labels="dog,cat", num_samples=1, steps=1)

@@ -224,27 +224,29 @@ def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
         AtomicCheckpointIO().load_checkpoint(path)
 
 
-def changed(folder: Path, old: bytes, new: bytes) -> None:
+def changed(folder: Path, old: bytes, new: bytes, count: int) -> None:
     index = folder / sharded.INDEX
     content = index.read_bytes()
     assert old in content
-    index.write_bytes(content.replace(old, new))
+    index.write_bytes(content.replace(old, new, count))
     seal(folder)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "why"),
+    ("old", "new", "count", "why"),
     [
-        (b"__0_0.distcp", b"../secret.pt", "outside its part"),
-        (b"K\x03K\x04", b"K\x7fK\x7f", "outside the tensor|larger than its parts|not the whole"),
-        (b"float32", b"float99", "asks for torch.float99"),
+        (b"__0_0.distcp", b"../secret.pt", -1, "outside its part"),
+        (b"K\x03K\x04", b"K\x7fK\x7f", -1, "larger than its parts"),
+        (b"K\x03K\x04", b"K\x7fK\x7f", 1, "parts of a tensor are not the whole"),
+        (b"K\x03K\x04", b"K\x02K\x04", 1, "a part of a tensor is outside the tensor"),
+        (b"float32", b"float99", -1, "asks for torch.float99"),
     ],
 )
 def test_an_index_that_does_not_describe_its_parts_is_refused(
-    parts: Path, old: bytes, new: bytes, why: str
+    parts: Path, old: bytes, new: bytes, count: int, why: str
 ) -> None:
     (parts.parent / "secret.pt").write_bytes(b"secret")
-    changed(parts, old, new)
+    changed(parts, old, new, count)
     with pytest.raises(CheckpointError, match=why):
         AtomicCheckpointIO().load_checkpoint(parts)
 

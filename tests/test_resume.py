@@ -597,7 +597,7 @@ class Fed(Net):
 
 
 def feed(kind: str, folder: Path, ckpt: Path | None = None, **settings: Any) -> dict[str, Any]:
-    """An epoch and a half, a file after each optimizer step."""
+    """An epoch and a half; unless it resumes, a file after each optimizer step."""
     L.seed_everything(SEED, verbose=False)
     net = Fed()
     trainer = L.Trainer(
@@ -605,7 +605,10 @@ def feed(kind: str, folder: Path, ckpt: Path | None = None, **settings: Any) -> 
         max_steps=16,
         val_check_interval=4,
         check_val_every_n_epoch=None,
-        callbacks=[ExactResume(), Checkpoint(str(folder), every_n_train_steps=1, save_top_k=-1)],
+        callbacks=[ExactResume()]
+        if ckpt is not None
+        else [ExactResume(), Checkpoint(str(folder), every_n_train_steps=1, save_top_k=-1)],
+        enable_checkpointing=ckpt is None,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
