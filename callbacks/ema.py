@@ -18,6 +18,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ravine.strategies.checkpoint_error import CheckpointError
+from ravine.strategies.checkpoint_form import other_kinds
+
 from .checks import before_training
 from .optimizers.composite import Composite
 from .optimizers.modes import has_two_sets
@@ -143,7 +146,12 @@ class EMA(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember the raw weights until the average is in place, as the model's weights."""
-        if saved := checkpoint.get("ema"):
+        if (saved := checkpoint.get("ema")) is not None:
+            if wrong := _odd(saved):
+                raise CheckpointError(
+                    f"the average in the checkpoint cannot be used: {wrong}; choose another "
+                    "checkpoint: --ckpt_path FILE, or use its weights alone: Pretrained(path)"
+                )
             self.steps, self._saved, self.swapped = saved["steps"], saved["raw"], True
 
     def _restore(self, module: nn.Module) -> None:
@@ -155,6 +163,13 @@ class EMA(Callback):
                 raise ValueError(
                     f"EMA: the checkpoint does not know {name}; it was written with other "
                     "trainable parameters; resume it with the callbacks that it was trained with"
+                )
+            raw = self._saved[name]
+            if raw.shape != weight.shape or other_kinds({name: weight}, {name: raw}):
+                raise CheckpointError(
+                    f"EMA: the raw weight {name} of the checkpoint is {raw.dtype} of shape "
+                    f"{list(raw.shape)}, and here {weight.dtype} of {list(weight.shape)}; choose "
+                    "another checkpoint: --ckpt_path FILE"
                 )
             self.other[name] = weight.detach().clone()
             local(self.other[name]).copy_(part_of(self._saved[name], weight))
@@ -179,6 +194,16 @@ class EMA(Callback):
             theirs.copy_(mine)
             mine.copy_(held)
         self.swapped = average
+
+
+def _odd(saved: Any) -> str:
+    """What is wrong with an average as a checkpoint keeps it; empty if nothing is."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("raw"), dict) or not saved["raw"]:
+        return "it has no raw weights"
+    if type(saved.get("steps")) is not int:
+        return f"its number of steps is {saved.get('steps')!r}"
+    odd = [name for name, value in saved["raw"].items() if not isinstance(value, Tensor)]
+    return f"{odd[0]} is no tensor" if odd else ""
 
 
 def refuse_two_sets(names: list[str]) -> None:

@@ -31,7 +31,15 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from ravine.strategies.checkpoint_error import CheckpointError
-from ravine.strategies.checkpoint_form import damaged_states, not_a_number, other_kinds, shapes
+from ravine.strategies.checkpoint_form import (
+    changed_kinds,
+    damaged_states,
+    kinds,
+    not_a_number,
+    odd_record,
+    other_kinds,
+    shapes,
+)
 from ravine.strategies.saving import non_finite, save_as_usual, save_last
 from ravine.strategies.share import Share
 
@@ -197,6 +205,7 @@ class ExactResume(Callback):
         checkpoint["exact_resume"] = facts(trainer) | {
             "seed": self._seed,
             "optimizer_shapes": None if parts else shapes(states),  # parts have an index of theirs
+            "optimizer_kinds": None if parts else kinds(states),
             "metrics": {name: value.detach().cpu() for name, value in metrics.items()},
         }
 
@@ -228,11 +237,18 @@ class ExactResume(Callback):
         """Refuse a checkpoint from which training cannot resume, before any step."""
         states, names = checkpoint.get("optimizer_states"), list(dict(module.named_parameters()))
         kept = checkpoint.get("exact_resume", {})
+        if wrong := odd_record(kept):
+            raise CheckpointError(
+                f"no training can go on from this checkpoint: {wrong}; choose another one:"
+                " --ckpt_path FILE, or use its weights alone: Pretrained(path)"
+            )
         wrong = other_kinds(module.state_dict(), checkpoint.get("state_dict", {}))
         if states is not None and not wrong:  # parts are checked by their reader
             steps = checkpoint.get("global_step", 0)
             wrong = damaged_states(states, kept.get("optimizer_shapes"), steps, names)
+            wrong = wrong or changed_kinds(states, kept.get("optimizer_kinds"), names)
         bad = non_finite(module.named_parameters()) or not_a_number(states or [], names)
+        bad = bad or _not_finite_raw(checkpoint.get("ema"))
         if not trainer.strategy.reduce_boolean_decision(bad is None) and not wrong:
             wrong = f"{bad or 'a tensor of another rank'} is not finite"
         if wrong:
@@ -241,7 +257,10 @@ class ExactResume(Callback):
                 " --ckpt_path FILE, or begin anew without --ckpt_path"
             )
         try:
-            rewind(deepcopy(checkpoint["loops"]["fit_loop"]))
+            counts = deepcopy(checkpoint["loops"]["fit_loop"])
+            rewind(counts)
+            if not isinstance(counts.get("state_dict", {}).get("combined_loader", []), list):
+                raise TypeError("the places of the loaders are no list")
         except (LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 "no training can go on from this checkpoint: its loops, which count epochs and"
@@ -392,6 +411,14 @@ class ExactResume(Callback):
         epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         number = seed_of(FETCH, self._seed, self._rank, epoch, batch)
         set_generators(number, trainer.lightning_module.device)
+
+
+def _not_finite_raw(saved: Any) -> str | None:
+    raw = saved.get("raw") if isinstance(saved, dict) else None
+    if not isinstance(raw, dict):
+        return None
+    name = non_finite((n, value) for n, value in raw.items() if isinstance(value, Tensor))
+    return f"the raw weight {name} beside the average" if name else None
 
 
 def can_skip(loader: Any, batches: int) -> bool:

@@ -142,8 +142,14 @@ def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     known = {kind.__name__: kind for kind in _kinds(Transform)}
     partial = not checkpoint.get("lora", {"frozen": True})["frozen"]  # adapters alone
     for phase, saved in sorted(
-        checkpoint.get("transforms", {}).items(), key=lambda item: PHASES.index(item[0])
+        checkpoint.get("transforms", {}).items(),
+        key=lambda item: PHASES.index(item[0]) if item[0] in PHASES else -1,
     ):
+        if phase not in PHASES:
+            raise ValueError(
+                f"the checkpoint's net was changed in a phase {phase!r}; known: "
+                f"{', '.join(PHASES)}; read it with the version that wrote it"
+            )
         if phase == "load" and not partial:
             continue
         if saved["class"] not in known:

@@ -57,6 +57,21 @@ class Restore(_CheckpointConnector):
         if any(key.rpartition(".")[2] == "lr" for key in self.changed):
             use_rates(self.trainer, configured)
 
+    def resume_start(self, *args: Any, **kwargs: Any) -> None:
+        """Read the checkpoint, and bring one of an older Lightning to the form of today's."""
+        with restoring("pytorch-lightning_version"):
+            super().resume_start(*args, **kwargs)
+
+    def restore_model(self) -> None:
+        """Restore the weights."""
+        with restoring("state_dict"):
+            super().restore_model()
+
+    def restore_datamodule(self) -> None:
+        """Restore the data's own state."""
+        with restoring("of the data"):
+            super().restore_datamodule()
+
     def restore_optimizers(self) -> None:
         """Restore the optimizers' states."""
         with restoring("optimizer_states"):

@@ -10,6 +10,7 @@ number of ranks, and a position counted in samples can be continued on another.
 
 import hashlib
 import os
+import reprlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -187,6 +188,12 @@ class TrainLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start the next iteration where the saved one stood."""
+        keys = ("epoch", "sample", "turn")
+        if not isinstance(state, dict) or any(type(state.get(key)) is not int for key in keys):
+            raise ValueError(
+                f"the place in the data that was saved is {reprlib.repr(state)}; allowed: whole "
+                f"numbers of {', '.join(keys)}; choose another checkpoint: --ckpt_path FILE"
+            )
         self.epoch, self.sample, self._turn = state["epoch"], state["sample"], state["turn"]
         self._resume = state
 

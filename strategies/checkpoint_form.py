@@ -1,6 +1,7 @@
 """The form of a checkpoint: the type of each section, and states that a training can resume."""
 
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ SECTIONS: dict[str, type | tuple[type, ...]] = {
     "epoch": int,
     "global_step": int,
 }
+Kinds = list[dict[str, dict[str, str]]]  # likewise
 Shapes = list[dict[str, dict[str, list[int]]]]  # by optimizer, parameter and entry
 
 
@@ -46,7 +48,60 @@ def odd(checkpoint: Any) -> str | None:
         for values in state.get("state", {}).values():
             if not isinstance(values, Mapping | Tensor | int | float | list | None):
                 return _of_type(f"{where}['state']", values, Mapping)
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if not _best_files(state):
+            return f"its list of the best files, of {key}, is none"
     return None
+
+
+RECORD: dict[str, Callable[[Any], bool]] = {  # what ExactResume keeps, by its form
+    "callbacks": lambda v: _names(v),
+    "optimizers": lambda v: _names(v),
+    "data": lambda v: isinstance(v, Mapping),
+    "world": lambda v: isinstance(v, Mapping) and {"ranks", "accumulate"} <= v.keys(),
+    "seed": lambda v: type(v) is int and abs(v) < 2**64,
+    "metrics": lambda v: isinstance(v, Mapping) and all(map(_is_tensor, v.values())),
+    "optimizer_shapes": lambda v: v is None or (isinstance(v, list) and all(map(_shapes, v))),
+    "optimizer_kinds": lambda v: v is None or (isinstance(v, list) and all(map(_shapes, v))),
+}
+
+
+def odd_record(kept: Any) -> str:
+    """What is wrong with a checkpoint's record of its run; empty if nothing is."""
+    if not isinstance(kept, Mapping):
+        return _of_type("its exact_resume", kept, Mapping)
+    for key, fits in RECORD.items():
+        if key in kept and not fits(kept[key]):
+            return f"its exact_resume has {reprlib.repr(kept[key])[:60]} for {key}"
+    return ""
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _shapes(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(entries, Mapping) and all(isinstance(v, list | str) for v in entries.values())
+        for entries in value.values()
+    )
+
+
+def _best_files(state: Any) -> bool:
+    """Whether a state that names the best files, as ModelCheckpoint's does, has its form."""
+    if not isinstance(state, Mapping) or "best_k_models" not in state:
+        return True
+    best, texts = state["best_k_models"], ("best_model_path", "last_model_path")
+    texts = (*texts, "kth_best_model_path", "dirpath")
+    numbers = (state.get("kth_value"), state.get("best_model_score"))
+    return (
+        isinstance(best, Mapping)
+        and all(isinstance(path, str) for path in best)
+        and all(isinstance(value, Tensor | int | float) for value in best.values())
+        and all(isinstance(state.get(key, ""), str | None) for key in texts)
+        and all(isinstance(value, Tensor | int | float | None) for value in numbers)
+        and (not best or state.get("kth_best_model_path") in {*best, "", None})
+    )
 
 
 def _of_type(name: str, value: Any, kind: Any) -> str:
@@ -89,6 +144,42 @@ def shapes(states: Iterable[Any]) -> Shapes:
         }
         for state in states
     ]
+
+
+def kinds(states: Iterable[Any]) -> Kinds:
+    """The tensors of optimizer states whose numbers are not real, by kind: a checkpoint's record.
+
+    Single numbers are left out: counters may be whole or real.
+    """
+    found: Kinds = []
+    for state in states:
+        of_state = {}
+        for number, values in state.get("state", {}).items():
+            own = {
+                str(key): _kind(value.dtype)
+                for key, value in (values.items() if isinstance(values, Mapping) else ())
+                if _is_tensor(value) and value.ndim and _kind(value.dtype) != "real"
+            }
+            of_state |= {str(number): own} if own else {}
+        found.append(of_state)
+    return found
+
+
+def changed_kinds(states: list[Any], recorded: Any, names: list[str]) -> str:
+    """Entries of optimizer states that are of another kind than `kinds` recorded; or empty."""
+    if recorded is None:
+        return ""
+    wrong = []
+    for before, after in zip(recorded, kinds(states), strict=False):
+        for number in before.keys() | after.keys():
+            old, new = before.get(number, {}), after.get(number, {})
+            wrong += [
+                f"{key} of {_named(number, names)} has {new.get(key, 'real')} numbers in the "
+                f"optimizer state, and was written with {old.get(key, 'real')} ones"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+            ]
+    return _listed(sorted(wrong))
 
 
 def _is_tensor(value: Any) -> bool:

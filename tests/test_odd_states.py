@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ravine.callbacks import ExactResume, Pretrained
+from ravine.callbacks import EMA, ExactResume, Pretrained
 from ravine.cli import errors
 from ravine.cli.command import last_checkpoint, refuse_removed
 from ravine.cli.trainer import Trainer
@@ -62,7 +62,7 @@ def weight(checkpoint: dict[str, Any], value: torch.Tensor) -> None:
     checkpoint["state_dict"]["net.weight"] = value
 
 
-NAN = float("nan")
+NAN, VERSION = float("nan"), "pytorch-lightning_version"
 ODD = {  # what is done to the checkpoint, and what the refusal names
     "a NaN": (lambda c: weight(c, torch.tensor([[1, NAN, 0]])), "net.weight is not finite"),
     "infinity": (lambda c: weight(c, torch.full((1, 3), torch.inf)), "net.weight is not finite"),
@@ -97,6 +97,28 @@ ODD = {  # what is done to the checkpoint, and what the refusal names
     "callbacks a str": (lambda c: c.update(callbacks="x"), "callbacks is a str"),
     "ravine a str": (lambda c: c.update(ravine="x"), "ravine is a str"),
     "exact_resume a list": (lambda c: c.update(exact_resume=[]), "exact_resume is a list"),
+    "moment of int8": (
+        lambda c: state(c)[0].update(exp_avg=torch.ones(1, 3, dtype=torch.int8)),
+        "exp_avg of net.weight has whole numbers",
+    ),
+    "version of no form": (lambda c: c.update({VERSION: "x"}), "'pytorch-lightning_version'"),
+    "version a number": (lambda c: c.update({VERSION: 3}), "'pytorch-lightning_version'"),
+    "no version": (lambda c: c.pop(VERSION), "'pytorch-lightning_version'"),
+    "a record of data": (lambda c: c["exact_resume"].update(data=3), "3 for data"),
+    "a record of the seed": (lambda c: c["exact_resume"].update(seed="x"), "'x' for seed"),
+    "a record of metrics": (lambda c: c["exact_resume"].update(metrics={"a": 1}), "for metrics"),
+    "a record of shapes": (
+        lambda c: c["exact_resume"].update(optimizer_shapes=[{"0": 3}]),
+        "for optimizer_shapes",
+    ),
+    "a place in the data": (
+        lambda c: c["loops"]["fit_loop"]["state_dict"].update(combined_loader=3),
+        "the places of the loaders are no list",
+    ),
+    "a list of files": (
+        lambda c: c["callbacks"].update(Checkpoint={"best_k_models": ["x"]}),
+        "its list of the best files, of Checkpoint, is none",
+    ),
     "a step of text": (lambda c: c.update(global_step="4"), "global_step is a str"),
 }
 
@@ -109,6 +131,46 @@ def test_an_odd_checkpoint_is_refused_in_one_line_that_names_what_is_odd(kind, w
     torch.save(checkpoint, tmp_path / "odd.ckpt")
     with pytest.raises((CheckpointError, ValueError)) as refused:
         fit(tmp_path, 4, tmp_path / "odd.ckpt")
+    assert said in str(refused.value)
+    assert errors.status(refused.value) == 2
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("averaged")
+    trainer = fit(folder, 2, enable_checkpointing=False, callbacks=EMA())
+    trainer.save_checkpoint(folder / "averaged.ckpt")
+    return folder / "averaged.ckpt"
+
+
+ODD_AVERAGES = {
+    "no dict": (lambda c: c.update(ema="x"), "it has no raw weights"),
+    "nothing raw": (lambda c: c["ema"].update(raw={}), "it has no raw weights"),
+    "steps of text": (lambda c: c["ema"].update(steps="2"), "its number of steps is '2'"),
+    "no tensor": (lambda c: c["ema"]["raw"].update({"net.bias": 1}), "net.bias is no tensor"),
+    "NaN": (
+        lambda c: c["ema"]["raw"].update({"net.bias": torch.tensor([NAN])}),
+        "the raw weight net.bias beside the average is not finite",
+    ),
+    "int8": (
+        lambda c: c["ema"]["raw"].update({"net.bias": torch.ones(1, dtype=torch.int8)}),
+        "the raw weight net.bias of the checkpoint is torch.int8",
+    ),
+    "a shape": (
+        lambda c: c["ema"]["raw"].update({"net.bias": torch.ones(1, 1)}),
+        "of shape [1, 1], and here torch.float32 of [1]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_AVERAGES)
+def test_an_odd_average_is_refused_before_it_is_trained_on(kind, averaged, tmp_path):
+    change, said = ODD_AVERAGES[kind]
+    checkpoint = torch.load(averaged, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    with pytest.raises(CheckpointError) as refused:
+        fit(tmp_path, 4, tmp_path / "odd.ckpt", callbacks=EMA())
     assert said in str(refused.value)
     assert errors.status(refused.value) == 2
 

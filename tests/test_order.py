@@ -250,3 +250,10 @@ def test_a_stock_trainer_resumes_the_stream_wherever_it_was_cut(
 def test_new_loaders_every_epoch_go_on_with_the_order() -> None:
     whole = fit(max_epochs=3)
     assert fit(max_epochs=3, reload_dataloaders_every_n_epochs=1) == whole
+
+
+@pytest.mark.parametrize("state", [3, {}, {"epoch": 0, "sample": "x", "turn": 0}])
+def test_a_place_of_another_form_is_refused_in_words(state):
+    loader = TrainLoader(Order(0, 8), lambda items: items, samples=8, batch_size=4)
+    with pytest.raises(ValueError, match="the place in the data that was saved is"):
+        loader.load_state_dict(state)

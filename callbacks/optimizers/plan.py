@@ -192,7 +192,7 @@ class OptimizerPlan(Callback):
     ) -> None:
         """Compare at once where optimizers exist already (sharded), else when they are built."""
         if trainer.state.fn == "fit" and self is plans(trainer)[-1]:
-            self._saved_members = checkpoint.get("optimizer_plan", [])
+            self._saved_members = [str(each) for each in checkpoint.get("optimizer_plan", [])]
             begun = checkpoint.get("global_step")  # else it is the file of a search
             self._saved_length = checkpoint.get("schedule_length") if begun else None
             self._sets.load(checkpoint)
