@@ -11,7 +11,7 @@ from ranks import RankError
 from torch.utils.data import DataLoader, IterableDataset
 
 from ravine.cli.command import run
-from ravine.strategies import RanksDiffer, RankWatchdog
+from ravine.strategies import RanksDiffer, RankWatchdog, watchdog
 from ravine.strategies.agreement import flat
 from ravine.strategies.watchdog import BEGUN, DONE, ENDED, unequal
 
@@ -50,7 +50,8 @@ class Linear(L.LightningModule):
         return self.loader
 
 
-def train(module: L.LightningModule, **options: Any) -> L.Trainer:
+def train(module: L.LightningModule, limit: float = 6, **options: Any) -> L.Trainer:
+    watchdog.POLL = 0.2  # in this rank's process
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
@@ -60,7 +61,7 @@ def train(module: L.LightningModule, **options: Any) -> L.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[RankWatchdog(limit=6)],
+        callbacks=[RankWatchdog(limit)],
         **{"max_epochs": 2, **options},
     )
     trainer.fit(module)
@@ -85,7 +86,7 @@ def train_on_lengths(rows: list[int], max_steps: int) -> int | str:
 
 
 def train_until_stuck() -> None:
-    train(Linear(DataLoader(torch.ones(9, 3)), stuck_at=2))
+    train(Linear(DataLoader(torch.ones(9, 3)), stuck_at=2), limit=2)
 
 
 def refusals_of_commands(words: list[str], folder: str) -> list[str]:
