@@ -280,7 +280,7 @@ def change_record(dice: random.Random, files: Files) -> Files:
 
 
 def change_tree(dice: random.Random, files: Files) -> Files:
-    """Change a value of a checkpoint, and save it anew."""
+    """Change a value of a checkpoint, and save it again."""
     tree = torch.load(io.BytesIO(files["a.ckpt"]), weights_only=True)
     for _ in range(dice.choice((1, 1, 2, 4))):
         tree = change_value(dice, tree, 0.1)
@@ -877,7 +877,7 @@ def whole_idx(path: Path) -> bool:
 
 
 def csv_seeds() -> list[Files]:
-    """Tables as people have them, and label<TAB>text."""
+    """Common tables, and label<TAB>text."""
     rows = [(("ham", "spam")[i % 2], f'text {i}, or "more"; | of it') for i in range(12)]
     quoted = [(label, '"' + text.replace('"', '""') + '"') for label, text in rows]
     made = {

@@ -86,7 +86,7 @@ class Net(L.LightningModule):
         self._switch("eval")
 
     def _switch(self, mode: str) -> None:
-        """What the packages tell users of two sets of weights to do; the plan does it by itself."""
+        """Call train() or eval(), as schedule-free packages require; a plan does so itself."""
         for optimizer in self.trainer.optimizers:
             if not isinstance(optimizer, Composite):
                 with contextlib.suppress(AttributeError):
@@ -175,7 +175,7 @@ def trial(kind: type, folder: Path, ranks: int = 1) -> dict[str, Any]:
         file.unlink(missing_ok=True)
         whole, error, steps = run(made, None)
         if whole is None and error is not None and steps == CUT and not file.exists():
-            row["plain_save"] = said(error)  # it trains, and only its state cannot be saved
+            row["plain_save"] = said(error)  # it trains, but its state cannot be saved
             file.unlink(missing_ok=True)
             whole, error, steps = run(made, None, stock=True)
             if whole is None:
@@ -313,7 +313,7 @@ def install(site: Path) -> None:
 
 
 def quiet() -> None:
-    """One thread, no compilation, no noise; and sources as they are now, to judge errors by."""
+    """One thread, no compilation, no warnings; and read the sources, to classify errors."""
     for folder in errors.OURS:
         for file in folder.rglob("*.py"):
             linecache.getlines(str(file))

@@ -1,4 +1,4 @@
-"""Runs that are cut and go on, over each pair of callbacks, task, loader, precision and strategy.
+"""Runs that are cut and resumed, over each pair of callbacks, task, loader, precision and strategy.
 
     python benchmarks/resume_cover.py [--seed 0] [--only 12] [--planted]
 
@@ -146,7 +146,7 @@ def drawn_by(how: str) -> int:
 
 
 class Drawn(Dataset):
-    """Whole batches of a task; which one is read for an index is drawn at the reading."""
+    """Whole batches of a task; each read draws which batch an index gives."""
 
     def __init__(self, batches: list[Any], how: str) -> None:
         self.batches, self.how = batches, how
@@ -176,7 +176,7 @@ def only(batch: list[Any]) -> Any:
 
 
 def loader_of(kind: str, batches: list[Any]) -> DataLoader:
-    """A DataLoader as people write it."""
+    """A plain torch DataLoader."""
     kept = {"num_workers": 2, "batch_size": None, "shuffle": True}
     match kind:
         case "random":
@@ -314,7 +314,7 @@ SECONDS = ("second", "_time", "throughput")  # measured, so never the same twice
 
 
 def content(path: Path) -> dict[str, Any]:
-    """What two files of a step have alike: all but paths and measured seconds."""
+    """The content of a checkpoint without paths and measured seconds, for comparison."""
     if path.is_dir():
         from ravine.strategies.sharded import load
 
@@ -347,7 +347,7 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
 
 
 def cut_twice(case: Case, folder: str, key: str = "") -> dict[str, Any]:
-    """Run whole, from a random file, and from a random file of that run; what differs."""
+    """Compare a run, a run resumed from a random file of it, and one resumed from the second."""
     warnings.filterwarnings("ignore")
     place = Path(folder)
     draw = random.Random(f"{key}{case}")
@@ -431,7 +431,7 @@ def forgets(kind: Any, *names: str) -> Callable[[], Any]:
 
 @contextmanager
 def nan_guard_forgets() -> Iterator[None]:
-    """NaNGuard forgets its count, in a run of NetInInit whose first gradient is not finite."""
+    """NaNGuard loses its count, in a run of NetInInit whose first gradient is not finite."""
 
     def spoil(module: L.LightningModule) -> None:
         if module.trainer.global_step == 0:
@@ -447,7 +447,7 @@ def nan_guard_forgets() -> Iterator[None]:
 
 
 def planted_faults() -> dict[str, tuple[str, Callable[[], Any]]]:
-    """By callback: the value of the axis that has it, and the state that it forgets."""
+    """By callback: the value of the axis that contains it, and the planted loss of its state."""
     from ravine.callbacks import ExactResume
     from ravine.callbacks.batch_seeds import BatchSeeds
     from ravine.callbacks.optimizers.composite import Composite

@@ -1,4 +1,4 @@
-"""Parameters that train from the middle of a run on: `add_param_group` reaches an optimizer."""
+"""Parameters added during a run: `add_param_group` passes them to an optimizer of the plan."""
 
 import copy
 from functools import partial

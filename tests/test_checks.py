@@ -1,4 +1,4 @@
-"""Before the first step: what a validation, a save or a metric needs is tried, without a trace."""
+"""Validation, saving and metrics are tried before the first step, without an effect on training."""
 
 import enum
 from functools import partial
@@ -43,7 +43,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Noisy(L.LightningModule):
-    """Dropout, BatchNorm, a shuffled loader, sums of its own: all that a trial could disturb."""
+    """Dropout, BatchNorm, a shuffled loader and own sums: everything that a trial could change."""
 
     def __init__(self):
         super().__init__()
@@ -181,7 +181,7 @@ def test_a_check_that_fails_on_one_rank_ends_all(ranks) -> None:
 
 
 class Order0(L.Callback):
-    """Writes down when it is called."""
+    """Records the order of its calls."""
 
     def __init__(self):
         self.calls = []

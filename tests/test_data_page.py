@@ -1,4 +1,4 @@
-"""The page on one's own data: its training commands are accepted, and its tables are what is so."""
+"""docs/data.md: its training commands are accepted, and its tables equal the code."""
 
 import re
 from pathlib import Path

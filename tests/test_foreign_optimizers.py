@@ -1,4 +1,4 @@
-"""Optimizers of other people, by kind: under a plan each does and saves what it does by itself."""
+"""Optimizers of other packages, by kind: each steps, saves and resumes under a plan as alone."""
 
 import enum
 import io
@@ -28,7 +28,7 @@ from ravine.strategies.checkpoint_io import CheckpointError, refuse_foreign
 
 
 class Base(Optimizer):
-    """w <- w - lr * move(gradient): a subclass says what move is and what it remembers."""
+    """w <- w - lr * move(gradient): a subclass defines move and its state."""
 
     def __init__(self, params, lr=0.1, **settings):
         super().__init__(params, {"lr": lr, **settings})
@@ -283,7 +283,7 @@ class InGroups(Base):
 
 
 class NeedsClosure(Base):
-    """The argument has a default, and no use without a closure."""
+    """The closure has a default value, but is required."""
 
     def step(self, closure=None):
         if closure is None:
@@ -292,7 +292,7 @@ class NeedsClosure(Base):
 
 
 class ByLoss(Base):
-    """The step is as long as the loss says."""
+    """The step is proportional to the loss."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -305,7 +305,7 @@ class ByLoss(Base):
 
 
 class Sharp(Base):
-    """Goes up along the last gradient, computes the loss there, comes back and goes down."""
+    """SAM: computes the gradient at weights moved up along the last gradient, then steps down."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -336,7 +336,7 @@ class AnyWords(SGD):
 
 
 class NoRate(Base):
-    """A learning rate of None: the class finds its own."""
+    """A learning rate of None: the class computes its own."""
 
     def __init__(self, params, lr=None):
         super().__init__(params, lr)
@@ -376,7 +376,7 @@ class OwnZero(Base):
 
 
 class Watches(Base):
-    """Its step is a wrapper that a scheduler of its own puts there."""
+    """Its step is replaced on the instance by a wrapper."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, lr)
@@ -418,10 +418,10 @@ KINDS = {
     "a defaultdict": remembering("Tallies", lambda g: defaultdict(int), tallied),
     "a state by name": GlobalState,
     "classes, functions and enums in groups": InGroups,
-    "a closure that it cannot miss": NeedsClosure,
-    "a step as long as the loss": ByLoss,
+    "a required closure": NeedsClosure,
+    "a step proportional to the loss": ByLoss,
     "a loss at other weights": Sharp,
-    "any words": partial(AnyWords, lr=0.1, momentum=0.9),
+    "any keyword arguments": partial(AnyWords, lr=0.1, momentum=0.9),
     "no learning rate": NoRate,
     "lists in groups": Lists,
     "a zero_grad of its own": OwnZero,
@@ -477,7 +477,7 @@ def flat(net):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_moves_under_a_plan_as_by_itself_and_continues_bitwise_from_a_file(kind):
+def test_it_steps_under_a_plan_as_alone_and_resumes_bitwise_from_a_file(kind):
     factory = KINDS[kind]
     net, rows = problem()
     descend(net, rows, factory(list(net.parameters())), range(6))
@@ -487,7 +487,7 @@ def test_it_moves_under_a_plan_as_by_itself_and_continues_bitwise_from_a_file(ki
     third, _ = problem()
     third.load_state_dict(other.state_dict())
     for p, q in zip(third.parameters(), other.parameters(), strict=True):
-        p.grad = q.grad.clone()  # what is left of the last step: some begin with it
+        p.grad = q.grad.clone()  # gradients of the last step: some classes start with them
     state = through_a_file(optimizer.state_dict())
     descend(other, rows, optimizer, range(3, 6))
     resumed = planned(factory, third)
@@ -498,7 +498,7 @@ def test_it_moves_under_a_plan_as_by_itself_and_continues_bitwise_from_a_file(ki
 
 
 @pytest.mark.parametrize("kind", ["a counter as an attribute", "a state_dict of another form"])
-def test_of_two_members_each_loads_its_own_and_a_state_by_name_is_not_shared(kind):
+def test_two_members_each_load_their_own_state_and_share_no_state_by_name(kind):
     def made(net):
         matrices = [net[0].weight, net[2].weight]
         biases = [net[0].bias, net[2].bias]
@@ -601,7 +601,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_no_checkpoint_can_hold_is_refused_in_the_first_step(what):
+def test_a_state_that_no_checkpoint_can_hold_is_refused_in_the_first_step(what):
     make, words = REFUSED[what]
     steps = []
     ends = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *_: steps.append(1))
@@ -646,7 +646,7 @@ class WantsKeys(Base):
         (lambda params: nn.Linear(1, 1), r"Linear is no torch.optim.Optimizer"),
     ],
 )
-def test_whatever_a_constructor_raises_is_put_into_words(factory, words):
+def test_an_error_of_a_constructor_becomes_one_sentence(factory, words):
     with pytest.raises(ValueError, match=words):
         fitted(OptimizerPlan(factory))
 
@@ -669,7 +669,7 @@ def test_rules_that_share_a_tensor_for_lr_have_each_their_own():
     assert rates == pytest.approx([5e-4, 7.5e-4])
 
 
-def test_beside_others_a_closure_gives_the_loss_and_nothing_else():
+def test_with_several_members_the_closure_only_returns_the_loss():
     rules = [Rule("bias", optimizer=partial(ByLoss, lr=0.1)), Rule(optimizer=partial(SGD, lr=0.1))]
     trainer, _ = fitted(OptimizerPlan(rules=rules), steps=2)
     assert trainer.global_step == 2
@@ -683,7 +683,7 @@ class Failing(Base):
         raise RuntimeError("no\nluck")
 
 
-def test_what_a_package_raises_in_a_step_is_one_line_and_ones_own_code_keeps_its_traceback(
+def test_an_error_of_a_package_is_one_line_and_an_error_of_own_code_keeps_its_traceback(
     monkeypatch,
 ):
     with pytest.raises(RuntimeError, match=r"^no\nluck$"):
@@ -700,7 +700,7 @@ def test_what_a_package_raises_in_a_step_is_one_line_and_ones_own_code_keeps_its
         fitted(OptimizerPlan(Failing))
 
 
-def test_what_the_module_raises_in_a_closure_is_left_as_it_is(monkeypatch):
+def test_an_error_of_the_module_in_a_closure_is_unchanged(monkeypatch):
     class Broken(Net):
         def training_step(self, batch, index):
             raise KeyError("mine")
@@ -712,7 +712,7 @@ def test_what_the_module_raises_in_a_closure_is_left_as_it_is(monkeypatch):
         fitted(OptimizerPlan(SGD), module=Broken())
 
 
-def test_a_file_is_ones_own_unless_it_is_of_python_of_ravine_or_installed():
+def test_own_files_are_those_outside_of_python_ravine_and_packages():
     from ravine.callbacks.optimizers.faults import is_own
 
     assert is_own(__file__)
@@ -756,7 +756,7 @@ def test_on_the_command_line_a_class_keeps_defaults_that_no_config_can_hold():
 
 
 class Counted(SGD):
-    """Steps the groups that it had when it was made, as some classes do."""
+    """Steps only the groups of its constructor, as some classes do."""
 
     def __init__(self, params, lr=0.1, weight_decay=0.1):
         super().__init__(params, lr, weight_decay=weight_decay)

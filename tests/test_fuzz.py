@@ -1,4 +1,4 @@
-"""A short form of benchmarks/fuzz.py: a fixed seed, some inputs a reader, and planted faults."""
+"""benchmarks/fuzz.py in short: a fixed seed, 25 inputs for each reader, and planted faults."""
 
 import importlib.util
 import os

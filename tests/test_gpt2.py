@@ -75,7 +75,7 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # of the config.json, o
 
 @pytest.mark.filterwarnings("ignore")  # their library's own
 @pytest.mark.parametrize(("config", "shape"), OTHERS, ids=[" ".join(c) for c, _ in OTHERS])
-def test_what_config_json_says_is_computed_or_refused_with_what_to_type(
+def test_config_json_is_obeyed_or_refused_with_the_arguments_to_type(
     config: dict[str, Any], shape: dict[str, Any], tmp_path: Path
 ) -> None:
     model = theirs(101, tmp_path / "hf", **config)
@@ -204,7 +204,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
             gpt2.read(folder, Transformer(256, T, **SHAPE))
 
 
-def test_without_config_json_what_is_not_known_is_said(
+def test_without_config_json_a_line_names_what_could_not_be_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpt2.read(small(tmp_path / "hf"), Transformer(256, T, **SHAPE))

@@ -1,4 +1,4 @@
-"""Fifteen idioms of other people's modules under our callbacks: each works, or is refused by name.
+"""Fifteen idioms of common modules under the callbacks of Ravine: each works or is refused by name.
 
 What works is shown by an equivalence: a plan with the module's optimizer is plain Lightning,
 adapters leave frozen weights as they were, and a cut run goes on bitwise.
@@ -128,7 +128,7 @@ def test_by_default_adapters_move_and_frozen_weights_stay(kind, how):
 
 
 @every
-def test_many_together_go_on_bitwise(kind, tmp_path):
+def test_a_run_with_many_callbacks_resumes_bitwise(kind, tmp_path):
     adam = [] if kind is GAN else [OptimizerPlan(partial(torch.optim.Adam, lr=0.01))]
     clipping = [] if kind is GAN else [GradientClipping(0.1)]
 
@@ -141,6 +141,6 @@ def test_many_together_go_on_bitwise(kind, tmp_path):
 
 
 def test_dropout_makes_the_transformer_depend_on_its_generator():
-    """Else the bitwise comparisons above would not see it."""
+    """Otherwise the bitwise comparisons above could not fail because of dropout."""
     first, second = fit(TransformerClassifier), fit(TransformerClassifier, ExactResume())
     assert not same(weights(first), weights(second))

@@ -1,4 +1,4 @@
-"""Every callback that Lightning exports: it works beside ours, or is refused before the first step.
+"""Every callback that Lightning exports works beside Ravine's or is refused before the first step.
 
 `python tests/test_lightning_callbacks.py` writes the table of docs/lightning_callbacks.md.
 """
@@ -228,7 +228,7 @@ def table() -> dict[str, tuple[str, str, str]]:
     return {name: tuple(rest) for name, *rest in lines}
 
 
-NOISE = pytest.mark.filterwarnings("ignore")  # what Lightning says of its own callbacks
+NOISE = pytest.mark.filterwarnings("ignore")  # warnings of Lightning's own callbacks
 
 
 def test_the_page_has_a_row_for_every_callback_that_lightning_exports() -> None:
@@ -237,13 +237,13 @@ def test_the_page_has_a_row_for_every_callback_that_lightning_exports() -> None:
 
 @NOISE
 @pytest.mark.parametrize("name", sorted(MAKE))
-def test_a_row_of_the_page_is_what_comes_out(name: str, tmp_path, monkeypatch) -> None:
+def test_a_row_of_the_page_equals_the_measured_result(name: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert outcome(name) == table()[name]
 
 
 @NOISE
-def test_only_those_that_need_not_work_are_refused() -> None:
+def test_only_averages_and_pruning_are_refused() -> None:
     refused = {name for name, row in table().items() if "refused" in row}
     averages = {"EMAWeightAveraging", "StochasticWeightAveraging", "WeightAveraging"}
     assert refused == averages | {"ModelPruning"}
@@ -312,7 +312,7 @@ def test_a_search_before_the_fit_counts_as_well(tmp_path, monkeypatch) -> None:
     assert rates.rates[0] == pytest.approx(finder.suggestion())
 
 
-def test_one_rate_for_two_is_refused(tmp_path, monkeypatch) -> None:
+def test_a_rate_finder_with_two_base_rates_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     two = OptimizerPlan(
         partial(torch.optim.SGD, lr=0.05),
@@ -355,7 +355,7 @@ def test_a_factor_that_a_batch_cannot_be_split_by_is_refused_before_the_first_st
     assert trainer.global_step == 0
 
 
-def test_data_alone_refuse_a_schedule_that_nothing_follows(monkeypatch) -> None:
+def test_the_loader_refuses_a_schedule_of_accumulation_without_run_checks(monkeypatch) -> None:
     for kind in (DataLoader, BatchSampler):  # Lightning leaves its own there after an error
         for name in ("__init__", "__setattr__", "__delattr__"):
             monkeypatch.setattr(kind, name, getattr(kind, name))
@@ -405,7 +405,7 @@ class Task(TaskModule):
         return self(batch[0]).square().mean()
 
 
-def test_a_task_alone_refuses_an_average_of_a_net_that_is_not_built() -> None:
+def test_a_task_without_other_callbacks_refuses_an_average_made_before_its_net() -> None:
     callbacks = [stock.StochasticWeightAveraging(0.1)]
     trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=callbacks)
     with pytest.raises(ValueError, match=r"use ravine.callbacks.EMA"):

@@ -489,7 +489,7 @@ class SkipsTheEnd(NetInInit):
 
 
 @pytest.mark.filterwarnings("ignore:.*training_step.* returned .None")
-def test_a_resume_into_batches_that_are_skipped_accuses_no_adapter(tmp_path):
+def test_a_resume_into_batches_without_a_loss_reports_no_unused_adapter(tmp_path):
     class SaveInTheMiddle(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             if trainer.current_epoch == 0 and batch_idx == 1:
@@ -530,7 +530,7 @@ def test_a_momentum_teacher_follows_the_adapters_of_its_student():
         assert "\n" not in str(e.value)
 
 
-def test_a_fixed_reference_may_be_quantized_if_that_is_said():
+def test_a_fixed_reference_is_quantized_with_the_argument_for_it():
     class Fixed(Follows):
         def on_train_batch_end(self, *_):
             pass

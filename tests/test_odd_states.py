@@ -1,4 +1,4 @@
-"""A damaged or odd checkpoint ends in one line before the first step, and nothing is lost."""
+"""A damaged or invalid checkpoint is refused in one line before the first step."""
 
 import errno
 import shutil
@@ -124,7 +124,9 @@ ODD = {  # what is done to the checkpoint, and what the refusal names
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_an_odd_checkpoint_is_refused_in_one_line_that_names_what_is_odd(kind, whole, tmp_path):
+def test_an_invalid_checkpoint_is_refused_in_one_line_that_names_the_invalid_part(
+    kind, whole, tmp_path
+):
     change, said = ODD[kind]
     checkpoint = torch.load(whole, weights_only=True)
     change(checkpoint)
@@ -175,7 +177,7 @@ def test_an_odd_average_is_refused_before_it_is_trained_on(kind, averaged, tmp_p
     assert errors.status(refused.value) == 2
 
 
-def test_a_form_that_no_trainer_writes_is_passed_over_by_auto(whole, tmp_path):
+def test_auto_skips_a_checkpoint_whose_sections_have_other_types(whole, tmp_path):
     shutil.copy(whole, tmp_path / "good.ckpt")
     torch.save({**torch.load(whole, weights_only=True), "loops": []}, tmp_path / "odd.ckpt")
     path, passed_over = newest_valid(tmp_path)
@@ -185,7 +187,7 @@ def test_a_form_that_no_trainer_writes_is_passed_over_by_auto(whole, tmp_path):
     ]
 
 
-def test_a_whole_checkpoint_and_one_of_a_stock_trainer_go_on(whole, tmp_path):
+def test_a_valid_checkpoint_and_one_of_a_stock_trainer_resume(whole, tmp_path):
     assert fit(tmp_path, 4, whole, enable_checkpointing=False).global_step == 4
     checkpoint = torch.load(whole, weights_only=True)
     del checkpoint["exact_resume"]
@@ -212,7 +214,7 @@ def test_a_stock_trainer_with_exact_resume_refuses_a_nan_too(whole, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["a NaN", "int8", "complex"])
-def test_pretrained_refuses_weights_that_no_training_can_begin_with(kind, whole, tmp_path):
+def test_pretrained_refuses_weights_that_cannot_be_trained(kind, whole, tmp_path):
     change, said = ODD[kind]
     checkpoint = torch.load(whole, weights_only=True)
     change(checkpoint)
@@ -299,7 +301,7 @@ def test_a_name_that_no_file_can_have_and_memory_that_is_not_there_are_one_line(
 @pytest.mark.parametrize(
     ("name", "said"), [("a" * 300, "too long"), ("a\0b", "NUL")], ids=["long", "NUL"]
 )
-def test_a_run_is_not_given_such_a_name(name, said, tmp_path):
+def test_a_run_with_such_a_name_is_refused(name, said, tmp_path):
     error = failed(lambda: fit(tmp_path, 1, name=name, logger="csv"))
     assert errors.status(error) == 2
     assert said in errors.words(error, ["fit"])

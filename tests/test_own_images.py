@@ -1,4 +1,4 @@
-"""A user's own images: every file is read, or named; no pixel and no class is guessed."""
+"""A user's own images: every file is read or named, and no pixel or class is guessed."""
 
 import gzip
 import os
@@ -183,7 +183,7 @@ def test_of_several_frames_the_first_is_read_and_the_file_is_named(tmp_path: Pat
     assert found.notes == ["only the first frame is read of 3 images (0.png)"]
 
 
-def test_a_file_that_would_start_a_program_or_fill_the_memory_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_would_start_a_program_or_exhaust_memory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(ValueError, match=r"0\.png is no image that can be read: it is none of PNG"):
         read_folder(tmp_path)
@@ -292,7 +292,7 @@ def test_one_class_is_refused_where_classes_are_learned(tmp_path: Path) -> None:
     trainer().fit(Diffusion(**TINY), data)
 
 
-def test_new_images_are_judged_by_name(tmp_path: Path) -> None:
+def test_new_images_are_classified_and_listed_by_file_name(tmp_path: Path) -> None:
     source = pets(tmp_path / "pets")
     (tmp_path / "new/deep").mkdir(parents=True)
     Image.new("RGB", (20, 10), (225, 225, 225)).save(tmp_path / "new/2.jpg")

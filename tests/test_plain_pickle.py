@@ -1,4 +1,4 @@
-"""A pickle from outside runs nothing, whatever is in it, and takes time and memory for its size."""
+"""A pickle from outside runs no code; time and memory are bounded by its size."""
 
 import contextlib
 import io
@@ -52,7 +52,7 @@ PAYLOADS = [
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of what is in a folder, as whoever changed it would."""
+    """Write the manifest of a folder, as an attacker would after changing a file."""
     parts = [p for p in folder.iterdir() if p.name != sharded.MANIFEST]
     files = {p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in parts}
     (folder / sharded.MANIFEST).write_text(json.dumps({"format": 1, "files": files}))

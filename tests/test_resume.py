@@ -502,7 +502,7 @@ DRAWS = {
 
 
 class Noisy(Dataset):
-    """Each sample is drawn anew whenever it is read."""
+    """Each read of a sample draws new noise."""
 
     def __init__(self, draw: str = "torch", samples: int = 22) -> None:
         self.draw, self.data = draw, data(samples)
@@ -587,7 +587,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 
 
 class Fed(Net):
-    """Takes what a loader gives, and one sample too; validates with noise."""
+    """Accepts batches, single samples and dicts of batches; validates with noise."""
 
     def loss(self, batch: Any) -> Tensor:
         if isinstance(batch, dict):
@@ -621,7 +621,7 @@ def feed(kind: str, folder: Path, ckpt: Path | None = None, **settings: Any) -> 
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_a_loader_as_people_write_it_goes_on_exactly(kind: str, tmp_path: Path) -> None:
+def test_a_run_with_any_common_loader_resumes_exactly(kind: str, tmp_path: Path) -> None:
     whole = feed(kind, tmp_path / "whole")
     for step in (14,) if "workers" in kind else (3, 11, 14):
         cut = feed(kind, tmp_path / "cut", tmp_path / "whole" / f"step={step:06d}.ckpt")
@@ -631,11 +631,11 @@ def test_a_loader_as_people_write_it_goes_on_exactly(kind: str, tmp_path: Path) 
             "epoch_ends": cut["epoch_ends"],
         }
         assert differences(left, cut) == [], f"cut at {step}"
-    assert len({loss.item() for _, loss in whole["losses"]}) == 16  # no two batches are alike
+    assert len({loss.item() for _, loss in whole["losses"]}) == 16  # no two batches are equal
 
 
 @pytest.mark.parametrize("kind", ["iterable", "plain iterable"])
-def test_data_that_are_read_again_are_said(
+def test_a_line_is_printed_where_data_are_read_again(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     feed(kind, tmp_path)
@@ -663,13 +663,13 @@ def test_a_map_style_loader_is_skipped_in_its_sampler(
     assert read.read == 32 + 4
 
 
-def test_an_iterator_is_said_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_at_the_start_names_an_iterator(capsys: pytest.CaptureFixture[str]) -> None:
     test_no_batch_of_an_iterator_is_lost()
     assert "the training data are an iterator (list_iterator)" in capsys.readouterr().out
 
 
 class OverAndOver(L.LightningDataModule):
-    """The project's own loaders, asked to overfit."""
+    """The project's own loaders with `overfit_batches`."""
 
     def train_dataloader(self) -> TrainLoader:
         kept = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
@@ -680,7 +680,7 @@ class OverAndOver(L.LightningDataModule):
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_the_first_batches_over_and_over_go_on_exactly(own: bool, tmp_path: Path) -> None:
+def test_overfitting_a_few_batches_resumes_exactly(own: bool, tmp_path: Path) -> None:
     def run(name: str, ckpt: Path | None = None) -> dict[str, Any]:
         L.seed_everything(SEED, verbose=False)
         trainer = L.Trainer(
@@ -807,7 +807,7 @@ def go_on_otherwise(folder: Path, *callbacks: Callback, **settings: Any) -> L.Tr
 
 
 class Labelled(L.LightningDataModule):
-    """Says what its data are, as the project's own modules do."""
+    """Has `resolved`, as the project's own data modules do."""
 
     def __init__(self, sha: str = "ab", samples: int = 22, classes: str = "cat dog") -> None:
         super().__init__()
@@ -834,7 +834,7 @@ KEPT = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
 
 @KEPT
-def test_a_run_without_the_average_is_refused_or_goes_on_from_the_raw_weights(begun: Path) -> None:
+def test_a_resume_without_ema_is_refused_or_starts_from_the_raw_weights(begun: Path) -> None:
     with pytest.raises(ValueError, match=r"had EMA, which is missing.*accept=\[EMA\]"):
         go_on_otherwise(begun, GradientClipping(), ExactResume())
 
@@ -851,7 +851,7 @@ def test_a_run_without_the_average_is_refused_or_goes_on_from_the_raw_weights(be
 
 
 @KEPT
-def test_a_callback_left_out_or_added_is_said(
+def test_a_line_names_each_callback_left_out_or_added(
     begun: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     go_on_otherwise(begun, EMA(0.5), NaNGuard(), ExactResume())
@@ -901,7 +901,9 @@ def test_the_state_of_another_optimizer_is_refused_or_left(begun: Path) -> None:
     assert trainer.global_step == 8
 
 
-def test_another_world_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_is_printed_where_the_number_of_ranks_differs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     trainer: Any = SimpleNamespace(world_size=1, accumulate_grad_batches=2)
     compare_world(trainer, {"ranks": 1, "accumulate": 2}, own_order=True)
     assert capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""The comparison of benchmarks/resume_cover.py sees a forgotten state, and its cover is whole.
+"""The comparison of benchmarks/resume_cover.py detects lost state, and its cover is complete.
 
 The runs of the cover themselves are the benchmark's; one that once differed stands here.
 """
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"task": "diffusion", "callbacks": "plan, clipping"},  # forgot losses since the log line
     ],
 )
-def test_cases_of_the_cover_that_once_differed_in_64_true_are_exact(
+def test_earlier_failures_of_the_cover_in_64_true_are_exact(
     values: dict[str, str], folder: Path
 ) -> None:
     first = {axis: values[0] for axis, values in resume_cover.AXES.items()}
@@ -64,7 +64,7 @@ def without_a_fault(callbacks: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", resume_cover.planted_faults())
-def test_a_callback_that_forgets_its_state_is_caught(name: str, folder: Path) -> None:
+def test_a_callback_that_does_not_restore_its_state_is_caught(name: str, folder: Path) -> None:
     callbacks, planted = resume_cover.planted_faults()[name]
     first = {axis: values[0] for axis, values in resume_cover.AXES.items()}
     case = first | {"callbacks": callbacks, "loader": "random", "task": "NetInInit"}

@@ -588,7 +588,7 @@ def test_a_name_in_a_checkpoint_does_not_lead_out_of_all_runs_by_a_link(
     assert main(["validate", "--ckpt_path=odd.ckpt", TRUST, "--trainer.name=linked"]) == 0
 
 
-def test_a_checkpoint_alone_brings_the_whole_recipe_back(
+def test_a_checkpoint_alone_restores_the_configuration_of_its_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("plan.yaml").write_text(PLAN)

@@ -304,7 +304,7 @@ def test_any_table_is_read_by_columns(delimiter: str, header: Any) -> None:
     assert texts(data) == [(text, int(label == "spam")) for label, text in ROWS]
 
 
-def test_labels_of_ones_own_are_read_if_one_is_said_to_be_spam() -> None:
+def test_other_labels_are_read_if_an_argument_names_that_of_spam() -> None:
     rows = "".join(f"ok,a{i}\njunk,b{i}\n" for i in range(4))
     content = "target,text\n" + rows
     with pytest.raises(ValueError, match=r"line 2: the label is 'ok'; .* type --data.spam_label"):
@@ -356,7 +356,7 @@ def test_a_table_can_be_predicted_with_the_lines_of_its_rows() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_a_rare_class_is_in_every_part_or_it_is_said(
+def test_a_rare_class_is_in_every_part_or_a_line_names_the_part(
     count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [f"ham\tsee you at {i}" for i in range(40)] + [f"spam\tWIN {i}00" for i in range(count)]

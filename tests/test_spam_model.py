@@ -171,7 +171,7 @@ def test_a_checkpoint_alone_gives_probabilities_back(tmp_path):
 
 
 @pytest.mark.parametrize("absent", ["ham", "spam"])
-def test_scores_that_are_undefined_are_nan_and_said_once(absent, caplog):
+def test_undefined_scores_are_nan_and_one_line_names_them(absent, caplog):
     data = SpamDataModule(source="embedded", batch_size=5, val_fraction=0.0)
     data.setup("test")
     label = ("ham", "spam").index(absent)

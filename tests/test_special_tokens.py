@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - texts of several languages
-"""Special tokens by choice, borders that change no token, and tokenizers from files."""
+"""Special tokens, borders at which a text is cut without changing tokens, tokenizers from files."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Files of tokens: their type and vocabulary are read, or asked for, and no token is outside."""
+"""Files of tokens: type and vocabulary come from a file or a flag, and every token is checked."""
 
 import json
 import pickle
@@ -31,7 +31,7 @@ def tokens(largest: int, count: int) -> np.ndarray:
 def folder(
     place: Path, largest: int = 9_999, kind: str = "uint16", meta: dict[str, Any] | None = None
 ) -> Path:
-    """A folder as a student's own program leaves it."""
+    """A folder of token files, as a program of the user writes it."""
     place.mkdir()
     for name, count in (("train.bin", 4_001), ("val.bin", 401)):
         tokens(largest, count).astype(kind).tofile(place / name)
@@ -51,7 +51,9 @@ KINDS = {"uint16": 60_000, "int32": 100_000, "uint32": 9_999, "int64": 9_999, "u
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("said", ["by flags", "by meta.pkl", "by meta.json"])
-def test_type_and_vocabulary_are_those_that_are_said(kind: str, said: str, tmp_path: Path) -> None:
+def test_type_and_vocabulary_are_those_of_flags_or_meta_file(
+    kind: str, said: str, tmp_path: Path
+) -> None:
     largest = KINDS[kind]
     meta = {"vocab_size": largest + 1, "dtype": kind}
     place = folder(tmp_path / "bins", largest, kind, meta if said == "by meta.pkl" else None)
@@ -161,7 +163,7 @@ def test_a_tokenizer_beside_the_tokens_or_named_gives_their_text(tmp_path: Path)
     assert data_of(place, vocabulary=300).tokenizer.kind == "numbers"  # what is typed comes first
 
 
-def test_tokens_taken_for_gpt2_s_that_cannot_be_are_told(
+def test_a_line_warns_of_tokens_that_cannot_be_those_of_gpt2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from test_special_tokens import pieces

@@ -1,4 +1,4 @@
-"""Ranks of one job have one configuration and take the same steps, or one line says why not."""
+"""Ranks that differ in configuration or steps end with one line that names the difference."""
 
 import os
 import time
@@ -90,7 +90,7 @@ def train_until_stuck() -> None:
 
 
 def refusals_of_commands(words: list[str], folder: str) -> list[str]:
-    """What the command says where the second rank has one word more."""
+    """The refusals of commands of which the second rank has one argument more."""
     said = []
     for word in words:
         own = [word] if os.environ["RANK"] == "1" else []

@@ -164,7 +164,7 @@ def test_a_planted_fault_is_caught(ranks, answers, single, case, fault):
 
 
 def resume(path, folder, strategy, accumulate):
-    """The weights of a whole run, and of one that went on within the epoch."""
+    """The largest difference of weights between a run and one resumed within the epoch."""
 
     def run(name, ckpt=None):
         L.seed_everything(0, verbose=False)
