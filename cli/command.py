@@ -154,6 +154,8 @@ class Command(LightningCLI):
             print(f"nothing was trained: {saved[0]} is at step {step}, where the run was to end")
             print(f"next: the same words with --trainer.max_steps={2 * step}")
             return
+        if unvalidated := without_validation(self.trainer):
+            print(unvalidated)
         verb = "generate" if callable(getattr(self.model, "generate", None)) else "test"
         print(f"done: {folder}\nnext: {program()} {verb} --ckpt_path {saved[0]}")
 
@@ -172,6 +174,23 @@ class Command(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has done it."""
+
+
+def without_validation(trainer: Any) -> str | None:
+    """What to say of a fit whose validation was never due."""
+    loop = trainer.fit_loop.epoch_loop
+    trained = loop.batch_progress.total.completed
+    if not trainer.enable_validation or loop.val_loop.batch_progress.total.ready:
+        return None
+    due, flags = f"val_check_interval={trainer.val_check_interval}", ""
+    if (epochs := trainer.check_val_every_n_epoch) is not None:
+        due += f", check_val_every_n_epoch={epochs}"
+        flags = " --trainer.check_val_every_n_epoch=null"
+    interval = max(1, trained // 2)
+    return (
+        f"no validation ran in {trained} batches: {due}; "
+        f"type --trainer.val_check_interval={interval}{flags}"
+    )
 
 
 def last_checkpoint(trainer: Trainer) -> str | None:

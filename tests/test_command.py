@@ -324,6 +324,17 @@ def test_the_end_of_a_run_says_what_to_type_next(capsys: pytest.CaptureFixture[s
     assert main(["generate", "--ckpt_path", str(path), "--max_new_tokens=1"]) == 0
 
 
+def test_a_fit_without_a_validation_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["fit", "--config", "text.yaml", "--trainer.max_steps=2"]
+    assert main(short) == 0
+    expected = (
+        "no validation ran in 4 batches: val_check_interval=6; type --trainer.val_check_interval=2"
+    )
+    assert expected in capsys.readouterr().out.splitlines()
+    assert main([*short, "--trainer.val_check_interval=2"]) == 0
+    assert "no validation" not in capsys.readouterr().out
+
+
 def test_print_groups_lists_the_parameters_of_each_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "text.yaml", "--trainer.max_steps=1", "--print_groups"]) == 0
     assert "net.embed.weight" in capsys.readouterr().out
