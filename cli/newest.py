@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from ravine.strategies.checkpoint_io import check, dated
+from ravine.strategies.checkpoint_io import CheckpointError, check, dated
 
 from . import presets
 from .errors import Mistake
@@ -49,8 +49,8 @@ def newest(command: str, asked: str, name: str | None, root: str) -> Path | None
     place = Path(root, name or "")
     say = rank_zero_only(print)
     for path, run in candidates(place, name):
-        reason = check(path)
-        if run is not None and reason is None and _name_in(path) not in (None, run):
+        reason, own = _judged(path)
+        if run is not None and reason is None and own not in (None, run):
             continue  # two runs of other names write into one folder
         if reason is None:
             say(f"--ckpt_path {asked}: {path}")
@@ -107,5 +107,11 @@ def _runs(place: Path, name: str | None) -> Iterator[Path]:
     yield from sorted(found)
 
 
-def _name_in(path: Path) -> str | None:
-    return config_of(read(path), path).get("trainer.name")
+def _judged(path: Path) -> tuple[str | None, str | None]:
+    """Why a file is no checkpoint to go on from, if it is none, and the name of its run."""
+    if reason := check(path):
+        return reason, None
+    try:
+        return None, config_of(read(path), path).get("trainer.name")
+    except (CheckpointError, Mistake) as error:  # of another program, in a folder of one's own
+        return str(error).partition("\n")[0], None

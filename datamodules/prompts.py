@@ -5,6 +5,7 @@ order of the data: all that is drawn for a prompt depends on the seed and this p
 any number of ranks draws the same batch, and a run that was cut goes on as if it had not been.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .corpus import files_of, read
-from .json_rows import check_text, is_json, rows
+from .json_rows import check_text, checksum, is_json, rows
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, global_seed
 from .sources import SOURCES, announce, choose, fetch
 from .text import documentation
@@ -115,10 +116,15 @@ class PromptDataModule(L.LightningDataModule):
         if self.corpus is not None:
             self.text = "".join(read(files_of(Path(self.corpus).expanduser(), "--data.corpus")))
         self._check_size(name)
-        self.resolved = {"file": str(file or "")}
+        self.resolved = {"file": str(file or ""), "sha256": self._checksum(file)}
         if self.path is None:
             self.resolved["source"] = "shakespeare" if file else "embedded"
         announce(f"data: {name}, {size}{why and '; ' + why}", loud=bool(why))
+
+    def _checksum(self, file: Path | None) -> str:
+        """SHA-256 of the rows and of the text that rewards compare with: a resumed run compares."""
+        rows = checksum(files_of(file)) if self.rows and file is not None else ""
+        return hashlib.sha256(f"{rows}{self.text or ''}".encode()).hexdigest()
 
     @property
     def prompts(self) -> list[str]:

@@ -145,9 +145,16 @@ def read_bins(
     arrays = [mapping(file, kind) for file in files]
     for file, array in zip(files, arrays, strict=True):
         _refuse_other_type(file, array)
+    said = dtype is not None or "dtype" in meta
     extents = [_extent(file, array) for file, array in zip(files, arrays, strict=True)]
     largest = max(extent[1] for extent in extents)
     what = _what(folder, meta, place, tokenizer, vocabulary, largest)
+    if not said and what.vocabulary > 1 << 16:
+        raise ValueError(
+            f"{files[0]} is read as uint16, which cannot hold the {what.vocabulary:,} tokens of "
+            "the vocabulary; allowed: int32, uint32, or uint16 if it is that all the same; type "
+            "--data.dtype=uint32"
+        )
     for file, array, found in zip(files, arrays, extents, strict=True):
         check_tokens(str(file), array, found, what)
     note = ""
@@ -273,7 +280,7 @@ def _characters(numbered: Any, place: Path) -> CharTokenizer:
 
 
 def _refuse_other_type(file: Path, array: np.ndarray) -> None:
-    """Refuse numbers of four or eight bytes that were read as two, and NumPy's own files."""
+    """Refuse numbers that were read as half as wide as they are, and NumPy's own files."""
     with file.open("rb") as opened:
         if opened.read(6) == b"\x93NUMPY":
             raise ValueError(
@@ -281,11 +288,13 @@ def _refuse_other_type(file: Path, array: np.ndarray) -> None:
                 "numpy.load(FILE).tofile(FILE)"
             )
     some = array[: 1 << 20]
-    if array.dtype.itemsize == 2 and len(some) >= 8 and not some[1::2].any():
-        wide = not some[2::4].any()
+    if len(some) >= 8 and array.dtype.itemsize < 8 and some.any() and not some[1::2].any():
+        wide = array.dtype.itemsize == 4 or not some[2::4].any()
         allowed = ("int64",) if wide else ("int32", "uint32")
+        allowed = ("uint16",) if array.dtype.itemsize == 1 and some[2::4].any() else allowed
         raise ValueError(
-            f"every second number of {file} is 0 where they are read as uint16: they are wider; "
+            f"every second number of {file} is 0 where they are read as {array.dtype}: they are "
+            "wider; "
             f"allowed: {', '.join(allowed)}; type --data.dtype={allowed[0]}"
         )
 

@@ -112,3 +112,16 @@ def test_pairs_of_escapes_and_all_other_characters_are_read(tmp_path: Path) -> N
     path.write_text('{"prompt": "\\ud83d\\ude00 \u2028\u0085\\u000c", "answer": "\\ufffd"}\n' * 2)
     (_, first), _ = rows(path, "{}")
     assert first == {"prompt": "😀 \u2028\u0085\f", "answer": "\ufffd"}
+
+
+def test_prompts_and_the_text_they_are_compared_with_have_a_checksum(tmp_path: Path) -> None:
+    def checksum(answer: str, text: str) -> str:
+        rows = [f'{{"prompt": "q{i}", "answer": "{answer}"}}' for i in range(4)]
+        (tmp_path / "q.jsonl").write_text("\n".join(rows))
+        (tmp_path / "t.txt").write_text(text)
+        data = PromptDataModule(tmp_path / "q.jsonl", corpus=tmp_path / "t.txt")
+        data.setup("fit")
+        return data.resolved["sha256"]
+
+    assert checksum("a", "play") == checksum("a", "play")
+    assert len({checksum("a", "play"), checksum("b", "play"), checksum("a", "plan")}) == 3

@@ -206,6 +206,50 @@ def test_adagrad_is_torchs():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_a_complex_weight_moves_as_its_two_parts_and_a_rate_may_be_a_tensor():
+    ours = nn.Parameter(torch.tensor([1 + 1j, 2 - 1j], dtype=torch.complex128))
+    theirs = nn.Parameter(ours.detach().clone())
+    a = AdaGradOptimizer([ours], lr=torch.tensor(0.5))
+    b = torch.optim.Adagrad([theirs], lr=0.5)
+    for step in range(1, 4):
+        ours.grad = torch.tensor([3 + 4j, 1j], dtype=torch.complex128) / step
+        theirs.grad = ours.grad.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    SignSGDOptimizer([ours], lr=1.0).step()
+    torch.testing.assert_close(ours, theirs - torch.tensor([1 + 1j, 1j]), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="Muon takes matrices of real numbers"):
+        MuonOptimizer([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("kind", [SignSGDOptimizer, AdaGradOptimizer, LionOptimizer, MuonOptimizer])
+def test_a_sparse_gradient_is_refused_in_words(kind):
+    table = nn.Embedding(4, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match=f"{kind.__name__} takes no sparse gradients"):
+        Composite([kind(table.parameters())]).step()
+
+
+@pytest.mark.parametrize("kind", ["OneCycleLR", "CyclicLR"])
+def test_a_schedule_that_cycles_momentum_moves_a_composite_as_its_member(kind):
+    given = {"OneCycleLR": {"max_lr": 0.1, "total_steps": 9}, "CyclicLR": {"max_lr": 0.1}}[kind]
+    given |= {"base_lr": 0.01, "step_size_up": 2} if kind == "CyclicLR" else {}
+    alone = torch.optim.AdamW([ours := matrix()], lr=0.01)
+    joined = Composite([torch.optim.AdamW([theirs := matrix()], lr=0.01)])
+    schedules = [getattr(torch.optim.lr_scheduler, kind)(o, **given) for o in (alone, joined)]
+    for _ in range(5):
+        descend(alone, [ours], 1)
+        descend(joined, [theirs], 1)
+        for schedule in schedules:
+            schedule.step()
+    assert torch.equal(ours, theirs)
+    assert joined.param_groups[0]["betas"] == alone.param_groups[0]["betas"] != (0.9, 0.999)
+    both = Composite([torch.optim.SGD([matrix()], lr=0.1), torch.optim.Adam([matrix()], lr=0.2)])
+    assert both.defaults["lr"] == 0.1
+    assert not {"momentum", "betas"} & both.defaults.keys()
+
+
 def test_sign_steps_of_one_size_stall_and_shrinking_ones_do_not():
     stalled, shrinking = (nn.Parameter(torch.tensor([3.05], dtype=torch.float64)) for _ in "ab")
     a, b = SignSGDOptimizer([stalled], lr=0.1), SignSGDOptimizer([shrinking], lr=0.1)

@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import (
+    AdaGradOptimizer,
     ExactResume,
     OptimizerPlan,
     Rule,
@@ -308,8 +309,8 @@ def test_another_use_of_a_scheduler_that_the_plan_replaced_names_the_plan(use):
 
 
 def test_an_eps_that_float16_rounds_to_zero_is_refused_before_the_first_step():
-    for factory in (AdamW, torch.optim.RMSprop, partial(AdamW, eps=2e-8)):
-        words = r"eps=\de-08 is 0 in float16.*allowed: 6e-8 or more; type .*eps=1e-4, or"
+    for factory in (AdamW, torch.optim.RMSprop, partial(AdamW, eps=2e-8), AdaGradOptimizer):
+        words = r"eps=\de-\d+ is 0 in float16.*allowed: 6e-8 or more; type .*eps=1e-4, or"
         with pytest.raises(ValueError, match=words):
             trained(OptimizerPlan(factory), precision="16-true")
     for factory in (partial(AdamW, eps=1e-4), partial(SGD, lr=0.01)):

@@ -296,6 +296,19 @@ def test_auto_is_the_newest_whole_file_and_says_what_it_passed_over(
     assert "type: --ckpt_path auto" in err
 
 
+def test_auto_passes_over_a_file_that_no_trainer_has_written(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(trained, weights_only=True)
+    checkpoint["ravine"]["config"] = [1]
+    for name, content in (("weights", {"w": torch.ones(1)}), ("odd", checkpoint)):
+        torch.save(content, trained.with_name(f"{name}.ckpt"))
+        assert main(["validate", "--config=base", "--ckpt_path=auto"]) == 0
+        out = capsys.readouterr().out
+        assert f"{name}.ckpt is passed over" in out
+        assert f"--ckpt_path auto: {trained}\n" in out
+
+
 def test_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

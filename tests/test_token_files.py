@@ -88,6 +88,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"meta": {"itos": {0: "ab", 1: "c"}}}, {}, "type --data.vocabulary=2"),
     ({}, {"vocabulary": 0}, "vocabulary is 0; allowed: 1 to"),
     ({}, {"vocabulary": 10_000, "dtype": "uint32"}, "has 8002 bytes and should hold four for each"),
+    ({"kind": "uint32", "largest": 100_000}, {"vocabulary": 100_001}, "read as uint16, which "
+     "cannot hold the 100,001 tokens of the vocabulary"),
+    ({"kind": "uint32", "largest": 100_000, "meta": {"vocab_size": 100_001}}, {}, "as uint16"),
+    ({"kind": "int64"}, {"vocabulary": 10_000, "dtype": "uint32"}, "type --data.dtype=int64"),
+    ({"kind": "uint16", "largest": 200}, {"vocabulary": 201, "dtype": "uint8"}, "dtype=uint16"),
     ({"kind": "uint8", "largest": 9}, {"vocabulary": 10}, "should hold two for each"),
 ]  # fmt: skip
 

@@ -17,6 +17,7 @@ from torch import (
     _foreach_add_,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_addcdiv_,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_addcmul_,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_mul,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_sqrt,  # pyright: ignore[reportPrivateImportUsage]
 )
 
@@ -65,7 +66,11 @@ class AdaGradOptimizer(Elementwise):
         else:
             roots = _foreach_sqrt(sums)
             _foreach_add_(roots, group["eps"])
-        _foreach_addcdiv_(weights, gradients, roots, -group["lr"])
+        lr = group["lr"]
+        if isinstance(lr, Tensor):  # which addcdiv takes of one dimension only, and on a CPU
+            _foreach_addcdiv_(weights, _foreach_mul(gradients, -lr), roots)
+        else:
+            _foreach_addcdiv_(weights, gradients, roots, -lr)
 
 
 class AdaGrad(OptimizerPlan):

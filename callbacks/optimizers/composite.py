@@ -116,7 +116,7 @@ class Composite(Optimizer):
     def __init__(self, members: Sequence[Optimizer], labels: Sequence[str] = ()) -> None:
         """Join optimizers that have no parameter in common; labels, one a group, are for logs."""
         # Optimizer.__init__ would make groups and states of its own: here they are the members'
-        super().__setstate__({"defaults": {}})
+        super().__setstate__({"defaults": _common_defaults(members)})
         self._warned_capturable_if_run_uncaptured = True
         self.members = list(members)
         # Lightning's wrapper calls these methods with itself as `self`: lists change in place
@@ -484,6 +484,12 @@ class Composite(Optimizer):
 
 def _same(one: list[Group], other: list[Group]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _common_defaults(members: Sequence[Optimizer]) -> dict[str, Any]:
+    """What all members have by default, as the first has it; schedulers such as OneCycleLR ask."""
+    each = [getattr(member, "defaults", {}) for member in members]
+    return {key: each[0][key] for key in each[0] if all(key in other for other in each[1:])}
 
 
 def _any_gradient(groups: Iterable[Group]) -> bool:

@@ -50,12 +50,29 @@ class Elementwise(Optimizer):
             if not moving:
                 continue
             for p in moving:
+                refuse_sparse(self, p)
                 for name in self.remembered:
                     if name not in self.state[p]:
                         self.state[p][name] = torch.zeros_like(p)
-            weights = [local(p) for p in moving]
+            weights = [_real(p) for p in moving]
             if decay := group.get("weight_decay"):
                 _foreach_mul_(weights, 1 - group["lr"] * decay)
-            states = ([local(self.state[p][name]) for p in moving] for name in self.remembered)
-            self.move(group, weights, [local(p.grad) for p in moving], *states)
+            states = ([_real(self.state[p][name]) for p in moving] for name in self.remembered)
+            self.move(group, weights, [_real(p.grad) for p in moving], *states)
         return loss
+
+
+def refuse_sparse(optimizer: Optimizer, parameter: Tensor) -> None:
+    """ValueError for a sparse gradient: that of `nn.Embedding(sparse=True)`."""
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        raise ValueError(
+            f"{type(optimizer).__name__} takes no sparse gradients, and a weight of shape "
+            f"{tuple(parameter.shape)} has one; allowed: torch.optim.SparseAdam, SGD and Adagrad; "
+            "make the embedding with sparse=False, or give it to one of these by a rule"
+        )
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """This rank's numbers, sharing memory; of complex ones both parts, each a number by itself."""
+    part = local(tensor)
+    return torch.view_as_real(part) if part.is_complex() else part

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from ..shards import local
+from .elementwise import refuse_sparse
 from .ownership import apply_to_whole
 from .plan import OptimizerPlan
 from .rules import Decay, OptimizerFactory, Rule
@@ -158,6 +159,11 @@ class MuonOptimizer(Optimizer):
         super().__init__(params, defaults)
         for group in self.param_groups:
             for p in group["params"]:
+                if p.is_complex():
+                    raise ValueError(
+                        f"Muon takes matrices of real numbers, not {p.dtype} of shape "
+                        f"{tuple(p.shape)}; give it to AdamW"
+                    )
                 if p.ndim < 2 or p.shape[0] % group["split"]:
                     raise ValueError(
                         f"Muon takes matrices whose rows divide by split={group['split']}, not a "
@@ -175,6 +181,7 @@ class MuonOptimizer(Optimizer):
             alike: dict[Any, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
+                    refuse_sparse(self, p)
                     layout = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
                     alike.setdefault((p.shape, p.dtype, p.device, layout), []).append(p)
             for matrices in alike.values():

@@ -404,8 +404,8 @@ class Rates:
 
 
 def _refuse_small_eps(optimizer: Optimizer) -> None:
-    """Refuse an eps of torch's optimizers that float16 rounds to 0: NaN where gradients are 0."""
-    if not type(optimizer).__module__.startswith("torch.optim"):
+    """Refuse an eps of torch's and our optimizers that float16 rounds to 0: NaN of 0 / 0."""
+    if not type(optimizer).__module__.startswith(("torch.optim", "ravine.")):
         return  # others may compute in float32
     for group in optimizer.param_groups:
         eps = group.get("eps")
@@ -414,7 +414,7 @@ def _refuse_small_eps(optimizer: Optimizer) -> None:
             raise ValueError(
                 f"{type(optimizer).__name__}: eps={eps:g} is 0 in float16, so that weights turn to "
                 "NaN (0 / 0); allowed: 6e-8 or more; type --trainer.callbacks.optimizer.eps=1e-4, "
-                "or --trainer.precision=16-mixed"
+                "of AdaGrad --trainer.callbacks.eps=1e-4, or --trainer.precision=16-mixed"
             )
 
 

@@ -297,7 +297,8 @@ class _Code:
             getattr(kind, name, None) is getattr(object, name, None)
             for name in ("__reduce__", "__reduce_ex__", "__new__")
         )
-        simple = not hasattr(kind, "__slots__") and not hasattr(kind, "__setstate__")
+        acts = ("__slots__", "__setstate__", "__del__")  # the last would run with any attributes
+        simple = not any(hasattr(kind, name) for name in acts)
         builtin = any(b.__module__ in ("builtins",) and b is not object for b in kind.__mro__)
         return self._ours(kind) and plain and simple and not builtin
 
