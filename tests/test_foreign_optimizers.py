@@ -814,6 +814,14 @@ def test_the_source_folders_name_no_package_of_the_trials():
         assert not pattern.search(file.read_text()), file
 
 
+def test_a_training_step_does_not_inspect_the_optimizers_again(monkeypatch):
+    net, rows = problem()
+    optimizer = planned(Counted, net)
+    descend(net, rows, optimizer, range(1))
+    monkeypatch.setattr("dis.get_instructions", lambda code: pytest.fail("inspected again"))
+    descend(net, rows, optimizer, range(1, 3))
+
+
 def test_hooks_of_the_composite_itself_run():
     net, rows = problem()
     optimizer, calls = planned(SGD, net), []

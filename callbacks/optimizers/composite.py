@@ -10,6 +10,7 @@ plan's rules choose which (`route`). Without a plan it is the last member.
 """
 
 import dis
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
@@ -39,15 +40,20 @@ Route = Callable[[list[Tensor], Group], list[Part]]  # parameters and the settin
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether `step` cannot do without a function that computes the loss anew (LBFGS)."""
+    """Whether `step` requires a function that computes the loss again (LBFGS)."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def takes_closure(optimizer: Optimizer) -> bool:
     """Whether `step` has an argument for the closure and uses it; many classes ignore it."""
-    step = inspect.unwrap(type(optimizer).step)
-    if "closure" not in inspect.signature(type(optimizer).step).parameters:
+    return _class_takes_closure(type(optimizer))
+
+
+@functools.cache  # it takes 0.1 ms, and is needed in every training step
+def _class_takes_closure(kind: type[Optimizer]) -> bool:
+    step = inspect.unwrap(kind.step)
+    if "closure" not in inspect.signature(kind.step).parameters:
         return False
     code = getattr(step, "__code__", None)
     if code is None or "closure" not in (*code.co_varnames, *code.co_cellvars):
