@@ -109,18 +109,6 @@ def bad_name(error: BaseException) -> str:
     return ""
 
 
-def in_users_file(error: BaseException) -> bool:
-    """Whether a frame of the traceback is neither Ravine's nor of an installed package."""
-    installed = {str(Path(module).parent) for module in (os.__file__, linecache.__file__)}
-    for frame in traceback.extract_tb(error.__traceback__):
-        file = Path(frame.filename)
-        ours = any(file.is_relative_to(folder) for folder in OURS)
-        packaged = "site-packages" in file.parts or "dist-packages" in file.parts
-        if not (ours or packaged or str(file.parent) in installed or frame.filename[0] == "<"):
-            return True
-    return False
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Whether the machine or the device had no memory left, however that was put."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

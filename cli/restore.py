@@ -12,12 +12,13 @@ import torch
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities import rank_zero_only
 
+from ravine.callbacks.optimizers.faults import own_frame
 from ravine.strategies import MeshStrategy, sharded, states
 from ravine.strategies.checkpoint_form import odd
 from ravine.strategies.checkpoint_io import CheckpointError, refusal
 from ravine.strategies.plain_pickle import UnsafePickle, check_size
 
-from .errors import Mistake, in_users_file, status
+from .errors import Mistake, status
 
 MAX_VALUES, MAX_LEVELS = 20_000, 50  # of a configuration
 
@@ -103,7 +104,7 @@ def restoring(section: str) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         worded = isinstance(error, CheckpointError | Mistake) or hasattr(error, "exit_status")
-        if worded or status(error) is not None or in_users_file(error):
+        if worded or status(error) is not None or own_frame(error) is not None:
             raise
         said = " ".join(str(error).split())[:160]
         raise CheckpointError(

@@ -1,6 +1,7 @@
 """A damaged or invalid checkpoint is refused in one line before the first step."""
 
 import errno
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from ravine.callbacks import EMA, ExactResume, Pretrained
 from ravine.cli import errors
 from ravine.cli.command import last_checkpoint, refuse_removed
+from ravine.cli.restore import restoring
 from ravine.cli.trainer import Trainer
 from ravine.strategies import AtomicCheckpointIO, CheckpointError
 from ravine.strategies.checkpoint_io import newest_valid
@@ -245,6 +247,20 @@ def test_a_disk_that_fills_while_logging_does_the_same(tmp_path):
     assert "--ckpt_path" not in said
     error.checkpoint = "runs/x/version_0/checkpoints/step=000004.ckpt"
     assert f"go on with --ckpt_path={error.checkpoint}" in errors.words(error, ["fit"])
+
+
+def test_an_error_within_pythons_own_packages_is_one_line_that_names_the_section():
+    error = failed(lambda: json.loads("{"))
+    section = restoring("loops")
+    section.__enter__()
+    assert not section.__exit__(type(error), error, error.__traceback__)  # it passes on unchanged
+    frames = error.__traceback__
+    while "json" not in frames.tb_frame.f_code.co_filename:
+        frames = frames.tb_next  # without this file, which counts as the user's own
+    section = restoring("loops")
+    section.__enter__()
+    with pytest.raises(CheckpointError, match=r"section 'loops' .* cannot be restored"):
+        section.__exit__(type(error), error.with_traceback(frames), frames)
 
 
 class RemovesItsFolder(L.Callback):
