@@ -30,6 +30,7 @@ from .given import Given
 HOMES = ("ravine", "torch.nn", "torch.optim", "lightning.pytorch.callbacks")
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 FLAG = "--trust"
+FILES = ("ckpt_path", "config", "trainer.name", "trainer.default_root_dir")  # that name no class
 
 
 def packages(words: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -51,12 +52,16 @@ def packages(words: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def named_in(given: Iterable[Given]) -> set[str]:
-    """The dotted names among what the user gave."""
-    found, todo = set(), [each.node for each in given]
+    """The dotted names among what the user gave.
+
+    Names of files are none: `--ckpt_path=model.ckpt` must not let that file import model.py.
+    """
+    found, todo = set(), [each.node for each in given if each.key not in FILES]
     while todo:
         node = todo.pop()
         if isinstance(node, yaml.ScalarNode):
-            found.update([node.value] if DOTTED.fullmatch(str(node.value)) else [])
+            name = str(node.value)
+            found.update([name] if DOTTED.fullmatch(name) and not os.path.lexists(name) else [])
         elif isinstance(node, yaml.SequenceNode):
             todo += node.value
         elif isinstance(node, yaml.MappingNode):

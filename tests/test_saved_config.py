@@ -449,6 +449,22 @@ def test_a_text_in_a_checkpoint_imports_no_more_than_a_class_path_does(
     assert "acts" not in sys.modules
 
 
+def test_the_name_of_a_file_in_the_command_is_no_name_of_a_class(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("acts", "notes"):
+        Path(f"{name}.py").write_text(ACTS)
+    Path("notes.txt").write_text("text " * 99)
+    checkpoint = torch.load(trained, weights_only=True)
+    for path in ("acts.ckpt", "notes.txt"):
+        checkpoint["ravine"]["config"]["model"]["class_path"] = path
+        torch.save(checkpoint, "acts.ckpt")
+        words = ["--data=TextDataModule", "--data.path=notes.txt", "--ckpt_path=acts.ckpt"]
+        assert main(["fit", *words, TRUST]) == 2
+        assert f"names {path!r}, which is no class of Ravine" in capsys.readouterr().err
+    assert not Path("mark").exists()
+
+
 def test_texts_that_name_no_class_stay_texts() -> None:
     rule = {"kind": "rest", "name": "net.head.weight", "lr_scale": 2.0}
     specs = [
