@@ -21,7 +21,7 @@ SPEC.loader.exec_module(fuzz)
 @pytest.mark.parametrize("name", list(fuzz.TARGETS))
 def test_no_changed_input_acts_hangs_or_ends_in_a_traceback(name: str) -> None:
     campaign = fuzz.Campaign(name, seed=1, keep=None)
-    campaign.run(60, inputs=25)
+    campaign.run(600, inputs=25)
     assert campaign.counts["inputs"] == 25
     assert campaign.counts["passed_first_check"] > 5
     assert dict(campaign.faults) == {}
@@ -72,5 +72,5 @@ def test_a_planted_fault_is_seen(monkeypatch: pytest.MonkeyPatch, read: Any, fau
     target = fuzz.Target(seeds, once_warm, [], lambda path: True)
     monkeypatch.setitem(fuzz.TARGETS, "planted", target)
     campaign = fuzz.Campaign("planted", seed=1, keep=None)
-    campaign.run(60, inputs=1)
+    campaign.run(600, inputs=1)
     assert any(found.startswith(fault) for found in campaign.faults)
