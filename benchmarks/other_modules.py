@@ -105,10 +105,15 @@ def of_gluonts() -> dict[str, Callable[[], L.LightningModule]]:
 def of_mlcolvar() -> dict[str, Callable[[], L.LightningModule]]:
     from mlcolvar.cvs import AutoEncoderCV, DeepTDA, RegressionCV
 
+    plain: dict[str, Any] = {
+        "norm_in": False
+    }  # a norm asks the package's own loader for statistics
     return {
-        "mlcolvar.Regression": lambda: RegressionCV([8, 16, 16, 1]),
-        "mlcolvar.AutoEncoder": lambda: AutoEncoderCV([8, 16, 2]),
-        "mlcolvar.DeepTDA": lambda: DeepTDA(2, 1, [-5.0, 5.0], [0.2, 0.2], [8, 16, 1]),
+        "mlcolvar.Regression": lambda: RegressionCV([8, 16, 16, 1], options=dict(plain)),
+        "mlcolvar.AutoEncoder": lambda: AutoEncoderCV([8, 16, 2], options=dict(plain)),
+        "mlcolvar.DeepTDA": lambda: DeepTDA(
+            2, 1, [-5.0, 5.0], [0.2, 0.2], [8, 16, 1], options=dict(plain)
+        ),
     }
 
 
