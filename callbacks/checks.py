@@ -125,6 +125,8 @@ class RunChecks(Callback):
             monitors.monitored(trainer) or monitors.tries_validation(trainer)
         ):
             agree(trainer, _validation_problem(trainer, pl_module))
+        if self._metrics_due:
+            agree(trainer, _save_problem(trainer, pl_module))
         self._metrics_due = False
 
     def _check_once(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -159,6 +161,70 @@ def _validation_problem(trainer: L.Trainer, module: L.LightningModule) -> Except
         except Exception as error:
             return error
     return None if problem is None else ValueError(problem)
+
+
+def _save_problem(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
+    """What the first checkpoint would hold that no file can: states of the user's own objects.
+
+    Hooks that fail here may need what only a training sets: nothing is said of them.
+    """
+    if not _saves(trainer):
+        return None
+    data = getattr(trainer, "datamodule", None)
+    owners = [each for each in (*_callbacks(trainer), module, data) if _of_user(each)]
+    names = [remember_value(vars(each), {}) for each in owners if isinstance(each, Callback)]
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    try:
+        with undisturbed(trainer, module):
+            for each in [*owners, *schedulers]:
+                try:
+                    state = _saved_by(trainer, module, each)
+                except Exception:
+                    continue
+                for key, value in state.items():
+                    refuse_foreign(value, f"{key} of {type(each).__name__}")
+    except CheckpointError as error:
+        return ValueError(
+            f"the first checkpoint could not be written: {error.args[0].partition(';')[0]}; "
+            "allowed: tensors, numbers, text, lists and dicts; convert it in state_dict or in "
+            "on_save_checkpoint"
+        )
+    finally:
+        for restore in names:
+            restore()
+    return None
+
+
+def _saved_by(trainer: L.Trainer, module: L.LightningModule, owner: Any) -> dict[str, Any]:
+    """What an owner adds to a checkpoint, in its state and in its hook."""
+    state = {} if owner is module else dict(owner.state_dict())  # a module's holds tensors
+    if (hook := getattr(owner, "on_save_checkpoint", None)) is None:
+        return state
+    checkpoint: dict[str, Any] = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "pytorch-lightning_version": L.__version__,
+        "state_dict": dict(module.state_dict()),
+        "hyper_parameters": dict(module.hparams),
+        **{key: {} for key in ("loops", "callbacks")},
+        **{key: [] for key in ("optimizer_states", "lr_schedulers")},
+    }
+    given = dict(checkpoint)
+    if isinstance(owner, Callback):
+        hook(trainer, module, checkpoint)
+    else:
+        hook(checkpoint)
+    return state | {k: v for k, v in checkpoint.items() if k not in given or v is not given[k]}
+
+
+def _of_user(owner: Any) -> bool:
+    """Whether a class, or its hooks, are of no known package."""
+    return owner is not None and not f"{type(owner).__module__}.".startswith(monitors.PACKAGES)
+
+
+def _saves(trainer: L.Trainer) -> bool:
+    saves = trainer.checkpoint_callbacks and not getattr(trainer, "fast_dev_run", False)
+    return bool(saves) and isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
 
 
 def before_training(trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
@@ -261,8 +327,7 @@ def _check_of(owner: Any) -> Any:
 
 
 def _check_hyperparameters(trainer: L.Trainer, module: L.LightningModule) -> None:
-    saves = trainer.checkpoint_callbacks and not getattr(trainer, "fast_dev_run", False)
-    if not saves or not isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+    if not _saves(trainer):
         return
     for owner in (module, getattr(trainer, "datamodule", None)):
         refuse_unsavable(type(owner).__name__, dict(getattr(owner, "hparams", {}) or {}))

@@ -153,13 +153,14 @@ def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) 
                     step, "dataloader_idx", min_args=3
                 ):
                     given.append(number)
+                module.on_validation_batch_start(batch, 0, number)
                 in_step = True
                 output = trainer.strategy.validation_step(*given)
                 in_step = False
                 module.on_validation_batch_end(output, batch, 0, number)
             module.on_validation_epoch_end()
         except Exception:
-            if in_step and tries_validation(trainer):
+            if in_step and tries_validation(trainer) and not any(map(prepares, trainer.callbacks)):
                 raise
             return None  # one batch may be too few for the metric of an epoch
     return names
@@ -227,6 +228,15 @@ def by_callbacks(trainer: Any) -> set[str]:
             more = [f"/pg{i}" for i in range(1, len(groups) + 1)]
             names |= {f"lr-{kind}{end}" for kind in kinds for end in ("", *more)}
     return names
+
+
+def prepares(callback: Any) -> bool:
+    """Whether a callback of the user's acts before a validation step, which may rely on it."""
+    hooks = ("on_sanity_check_start", "on_validation_start", "on_validation_epoch_start")
+    hooks = (*hooks, "on_validation_batch_start")
+    return not f"{type(callback).__module__}.".startswith(PACKAGES) and any(
+        getattr(type(callback), hook) is not getattr(L.Callback, hook) for hook in hooks
+    )
 
 
 def may_log(kind: type) -> bool:

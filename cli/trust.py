@@ -30,6 +30,7 @@ from .given import Given
 HOMES = ("ravine", "torch.nn", "torch.optim", "lightning.pytorch.callbacks")
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 FLAG = "--trust"
+SPEC = ("class_path", "init_args", "dict_kwargs")  # the keys of a class's specification
 FILES = ("ckpt_path", "config", "trainer.name", "trainer.default_root_dir")  # that name no class
 
 
@@ -158,8 +159,9 @@ def names(value: Any, trust: Trust, top: bool = False) -> Iterator[Any]:
     elif isinstance(value, dict) and "class_path" in value:
         path = value["class_path"]
         yield path
+        yield from (f"{key}." for key in value if key not in SPEC)  # such as init_args.optimizer
         hints = _hints(path) if isinstance(path, str) and trust.admits(path) else {}
-        for part in ("init_args", "dict_kwargs"):
+        for part in SPEC[1:]:
             arguments = value.get(part) or {}
             for key, each in arguments.items() if isinstance(arguments, dict) else ():
                 yield from _in_texts(each, UNKNOWN if hints is None else hints.get(key), trust)

@@ -313,6 +313,53 @@ def test_hyperparameters_that_cannot_be_saved_are_refused_at_the_start(odd) -> N
     assert trainer.global_step == 0
 
 
+class Unsavable(L.Callback):
+    def __init__(self):
+        self.saves = 0
+
+    def state_dict(self):
+        self.saves += 1
+        return {"queue": Kind.A}
+
+
+class AddsAnObject(L.Callback):
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        checkpoint["mine"] = {"path": [Path("x")]}
+
+
+class SavesAnObject(NetInInit):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["own"] = self
+
+
+class OddScheduler(NetInInit):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        scheduler.kind = Kind.A
+        return [optimizer], [scheduler]
+
+
+@pytest.mark.parametrize(
+    ("module", "callback", "named"),
+    [
+        (NetInInit(), Unsavable(), "queue of Unsavable is a "),
+        (NetInInit(), AddsAnObject(), "mine of AddsAnObject"),
+        (SavesAnObject(), L.Callback(), "own of SavesAnObject is a "),
+        (OddScheduler(), L.Callback(), "kind of StepLR is a "),
+    ],
+)
+def test_a_state_that_no_checkpoint_can_hold_is_refused_before_the_first_step(
+    module, callback, named
+) -> None:
+    trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_steps=2, callbacks=[callback])
+    with pytest.raises(ValueError, match="the first checkpoint could not be written") as error:
+        trainer.fit(module)
+    assert named in str(error.value)
+    assert trainer.global_step == 0
+    assert getattr(callback, "saves", 0) == 0  # as it was before the trial
+
+
 def test_harmless_ones_are_saved_as_plain_values() -> None:
     given = {
         "path": (1, Path("x")),
@@ -391,6 +438,31 @@ def test_a_validation_step_that_fails_ends_the_run_before_the_first_step(kind) -
     with pytest.raises(KeyError, match="labels"):
         trainer.fit(NoValidation(), **LOADERS())
     assert trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0
+
+
+class PreparesItsBatch(Noisy1):
+    def on_validation_batch_start(self, batch, batch_idx, dataloader_idx=0):
+        self.prepared = len(batch)
+
+    def validation_step(self, batch, index):
+        assert self.prepared
+        return super().validation_step(batch, index)
+
+
+class Prepares(L.Callback):
+    def on_validation_epoch_start(self, trainer, module):
+        module.prepared = 1
+
+
+class IsPrepared(PreparesItsBatch):
+    on_validation_batch_start = Noisy1.on_validation_batch_start
+
+
+def test_a_validation_step_may_rely_on_the_hooks_before_it() -> None:
+    for module, callbacks in ((PreparesItsBatch(), []), (IsPrepared(), [Prepares()])):
+        trainer = Trainer(**QUIET, max_steps=4, callbacks=callbacks)
+        trainer.fit(module, **LOADERS())
+        assert trainer.global_step == 4
 
 
 @pytest.mark.parametrize("name", ["val/loss", "val/b", "train/loss_epoch", "train/grad_norm"])
