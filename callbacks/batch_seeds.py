@@ -182,10 +182,10 @@ class _SeedWorker:
         if self.inner is not None:
             self.inner(worker)
         for kind in (fetch._MapDatasetFetcher, fetch._IterableDatasetFetcher):
-            _teach(kind, worker)
+            _patch_fetcher(kind, worker)
 
 
-def _teach(kind: Any, worker: int) -> None:
+def _patch_fetcher(kind: Any, worker: int) -> None:
     """Change a fetcher class, in a worker process that ends with its loader."""
     plain, iterable = kind.fetch, kind is fetch._IterableDatasetFetcher
 

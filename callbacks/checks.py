@@ -31,13 +31,13 @@ from . import monitors
 from .accumulation import check_factors, follow, scheduler_of
 from .batch_seeds import _generators
 from .patching import unpatch
-from .searches import save_found, search_as_usual, skip_searches, use_found
-from .undisturbed import remember_value, undisturbed
+from .searches import disable_searches, enable_searches, restore_batch_size, save_batch_size
+from .undisturbed import snapshot_value, undisturbed
 from .unfreezing import (
     KEY,
     finetunings,
-    freeze_as_usual,
-    freeze_when_built,
+    postpone_freezing,
+    restore_freezing,
     save_trainable,
     unfreeze,
 )
@@ -68,8 +68,8 @@ class RunChecks(Callback):
         self._trainable = []
         refuse_stock_callbacks(trainer)
         if stage == "fit":
-            freeze_when_built(trainer, pl_module)
-            search_as_usual(trainer)
+            postpone_freezing(trainer, pl_module)
+            enable_searches(trainer)
             for each in _callbacks(trainer):
                 if isinstance(each, SpikeDetection):  # its load_state_dict reads another name
                     each.running = each.running_mean  # pyright: ignore[reportAttributeAccessIssue]
@@ -89,7 +89,7 @@ class RunChecks(Callback):
     ) -> None:
         """Save which parameters train, where that changes, and the results of searches."""
         save_trainable(trainer, pl_module, checkpoint)
-        save_found(trainer, checkpoint)
+        save_batch_size(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -97,8 +97,8 @@ class RunChecks(Callback):
         """Read the same; parameters are unfrozen again before the optimizers are made."""
         self._trainable = checkpoint.get(KEY, []) if finetunings(trainer) else []
         if trainer.state.fn == "fit" and checkpoint.get("global_step"):  # not a search's own file
-            skip_searches(trainer)
-            use_found(trainer, pl_module, checkpoint)
+            disable_searches(trainer)
+            restore_batch_size(trainer, pl_module, checkpoint)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let data of this package follow a scheduler of accumulation."""
@@ -106,7 +106,7 @@ class RunChecks(Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the trainer's accumulation and the patched methods."""
-        freeze_as_usual(trainer)
+        restore_freezing(trainer)
         for each in finetunings(trainer):
             unpatch(pl_module, "configure_model", each)
         if scheduler_of(trainer) is not None:
@@ -293,7 +293,7 @@ def first_batch(loader: Any) -> Any:
     for name in ("_get_iterator", "_batch_seeds"):  # of BatchSeeds, for the loader itself
         twin.__dict__.pop(name, None)
     twin.__dict__["_iterator"] = None
-    restores = [remember_value(each, {}) for each in _generators(twin, twin.collate_fn)]
+    restores = [snapshot_value(each, {}) for each in _generators(twin, twin.collate_fn)]
     try:
         return next(iter(twin), None)
     finally:
@@ -330,10 +330,10 @@ def _check_hyperparameters(trainer: L.Trainer, module: L.LightningModule) -> Non
     if not _saves(trainer):
         return
     for owner in (module, getattr(trainer, "datamodule", None)):
-        refuse_unsavable(type(owner).__name__, dict(getattr(owner, "hparams", {}) or {}))
+        refuse_unserializable(type(owner).__name__, dict(getattr(owner, "hparams", {}) or {}))
 
 
-def refuse_unsavable(owner: str, hyperparameters: dict[str, Any]) -> None:
+def refuse_unserializable(owner: str, hyperparameters: dict[str, Any]) -> None:
     """ValueError for the first hyperparameter that no checkpoint can hold, by its key."""
     for key, value in hyperparameters.items():
         try:

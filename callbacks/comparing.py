@@ -45,17 +45,17 @@ def refuse(problem: str, word: str, instead: str = "") -> None:
     )
 
 
-def facts(trainer: L.Trainer) -> Facts:
+def run_properties(trainer: L.Trainer) -> Facts:
     """Properties of the run that a checkpoint stores for the comparison."""
     return {
-        "callbacks": acting(trainer),
+        "callbacks": training_callbacks(trainer),
         "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
         "data": fingerprint(trainer),
         "world": {"ranks": trainer.world_size, "accumulate": trainer.accumulate_grad_batches},
     }
 
 
-def acting(trainer: Any) -> list[str]:
+def training_callbacks(trainer: Any) -> list[str]:
     """Names of the callbacks that act on training; callbacks of other packages count as such."""
     found = []
     for callback in trainer.callbacks:
@@ -88,7 +88,7 @@ def plain(value: Any) -> Any:
 
 def compare_callbacks(trainer: L.Trainer, checkpoint: Facts, accept: Collection[str] = ()) -> None:
     """Refuse a run without an average, or without the optimizers, of the checkpoint's run."""
-    here = acting(trainer)
+    here = training_callbacks(trainer)
     if "ema" in checkpoint and "EMA" not in accept and not has(trainer, "EMA"):
         refuse(
             "the run of the checkpoint had EMA, which is missing here: the file's weights are the "
@@ -128,7 +128,7 @@ def compare_data(trainer: L.Trainer, there: Facts, accept: Collection[str]) -> N
         say(f"the training data have changed, which is accepted ({text})")
 
 
-def compare_world(trainer: L.Trainer, there: Facts, own_order: bool) -> None:
+def compare_ranks_and_accumulation(trainer: L.Trainer, there: Facts, own_order: bool) -> None:
     """Print that the number of ranks or micro-batches differs: the resume is not bitwise."""
     ranks, parts = there["ranks"], there["accumulate"]
     if (ranks, parts) == (trainer.world_size, trainer.accumulate_grad_batches):

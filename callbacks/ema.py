@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ravine.strategies.checkpoint_error import CheckpointError
-from ravine.strategies.checkpoint_form import other_kinds
+from ravine.strategies.checkpoint_form import kind_mismatches
 
 from .checks import before_training
 from .optimizers.composite import Composite
@@ -165,7 +165,7 @@ class EMA(Callback):
                     "trainable parameters; resume it with the callbacks that it was trained with"
                 )
             raw = self._saved[name]
-            if raw.shape != weight.shape or other_kinds({name: weight}, {name: raw}):
+            if raw.shape != weight.shape or kind_mismatches({name: weight}, {name: raw}):
                 raise CheckpointError(
                     f"EMA: the raw weight {name} of the checkpoint is {raw.dtype} of shape "
                     f"{list(raw.shape)}, and here {weight.dtype} of {list(weight.shape)}; choose "

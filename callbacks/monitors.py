@@ -84,8 +84,8 @@ def missing(
         Exception: what the validation step raises, where no sanity check has run it before.
     """
     open_ones = monitored(trainer)
-    names = by_callbacks(trainer)
-    open_ones = unmet(open_ones, names)
+    names = names_logged_by_callbacks(trainer)
+    open_ones = unmet_requirements(open_ones, names)
     if not open_ones and not tries_validation(trainer):
         return None
     unknown = any(may_log(type(callback)) for callback in trainer.callbacks)
@@ -94,15 +94,15 @@ def missing(
         tried = None if batches is None else try_validation(trainer, module, batches)
         unknown |= tried is None
         names |= tried or set()
-        open_ones = unmet(open_ones, names)
-    if not open_ones or unknown or any(untried_hooks_that_log(module)):
+        open_ones = unmet_requirements(open_ones, names)
+    if not open_ones or unknown or any(untried_logging_hooks(module)):
         return None
     tried = try_training(trainer, module, training_batch())
     if tried is None:
         return None
     names |= tried
-    open_ones = unmet(open_ones, names)
-    return sentence(open_ones[0], names, trainer, module) if open_ones else None
+    open_ones = unmet_requirements(open_ones, names)
+    return error_text(open_ones[0], names, trainer, module) if open_ones else None
 
 
 def tries_validation(trainer: Any) -> bool:
@@ -114,12 +114,12 @@ def _method(owner: Any, name: str) -> Any:
     return getattr(owner, name, None)
 
 
-def unmet(open_ones: list[Monitored], names: set[str]) -> list[Monitored]:
+def unmet_requirements(open_ones: list[Monitored], names: set[str]) -> list[Monitored]:
     """The requirements of which no name is logged."""
     return [each for each in open_ones if not names.intersection(each.names)]
 
 
-def sentence(one: Monitored, names: set[str], trainer: Any, module: L.LightningModule) -> str:
+def error_text(one: Monitored, names: set[str], trainer: Any, module: L.LightningModule) -> str:
     """The error text."""
     wanted = " and ".join(repr(name) for name in one.names)
     near = get_close_matches(one.names[0], sorted(names), n=3, cutoff=0.5) or sorted(names)[:6]
@@ -141,7 +141,7 @@ def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) 
     if "dataloader_iter" in inspect.signature(step).parameters:
         return None
     in_step = False
-    with recorded(module, len(batches)) as names:
+    with record_logged_names(module, len(batches)) as names:
         try:
             module.on_validation_start()
             module.on_validation_epoch_start()
@@ -176,7 +176,7 @@ def try_training(trainer: Any, module: L.LightningModule, batch: Any) -> set[str
         return None
     given = [batch, 0] if is_param_in_hook_signature(step, "batch_idx", min_args=2) else [batch]
     module.train()
-    with recorded(module, 1) as names, trainer.precision_plugin.train_step_context():
+    with record_logged_names(module, 1) as names, trainer.precision_plugin.train_step_context():
         try:
             module.on_train_batch_start(batch, 0)
             step(*given)
@@ -188,7 +188,7 @@ def try_training(trainer: Any, module: L.LightningModule, batch: Any) -> set[str
 
 
 @contextmanager
-def recorded(module: L.LightningModule, loaders: int) -> Iterator[set[str]]:
+def record_logged_names(module: L.LightningModule, loaders: int) -> Iterator[set[str]]:
     """Collect the names that arrive at Lightning's `log` of the module in the body.
 
     A module's own `log`, which may give other names, is called as in a step.
@@ -202,7 +202,9 @@ def recorded(module: L.LightningModule, loaders: int) -> Iterator[set[str]]:
             return
         forks = {name, *(f"{name}/dataloader_idx_{i}" for i in range(loaders) if loaders > 1)}
         for each in forks:
-            names.update((each, f"{each}_step", f"{each}_epoch") if both(kwargs) else (each,))
+            names.update(
+                (each, f"{each}_step", f"{each}_epoch") if logs_step_and_epoch(kwargs) else (each,)
+            )
 
     L.LightningModule.log = log
     try:
@@ -211,12 +213,12 @@ def recorded(module: L.LightningModule, loaders: int) -> Iterator[set[str]]:
         L.LightningModule.log = original
 
 
-def both(options: dict[str, Any]) -> bool:
+def logs_step_and_epoch(options: dict[str, Any]) -> bool:
     """Whether a value is logged at the step and at the epoch, under two more names."""
     return bool(options.get("on_step") and options.get("on_epoch"))
 
 
-def by_callbacks(trainer: Any) -> set[str]:
+def names_logged_by_callbacks(trainer: Any) -> set[str]:
     """Names that callbacks of this package and of Lightning log, as far as they are known."""
     names: set[str] = set()
     for callback in trainer.callbacks:
@@ -242,26 +244,26 @@ def prepares(callback: Any) -> bool:
 def may_log(kind: type) -> bool:
     """Whether a callback's class that is of no known package mentions a method that logs."""
     own = [base for base in kind.__mro__ if not f"{base.__module__}.".startswith(PACKAGES)]
-    return any(LOGS & set(code.co_names) for base in own for code in codes(vars(base)))
+    return any(LOGS & set(code.co_names) for base in own for code in function_codes(vars(base)))
 
 
-def codes(members: Any) -> Iterator[CodeType]:
+def function_codes(members: Any) -> Iterator[CodeType]:
     """The code of all functions of a class, inner ones included."""
     for value in members.values():
         function = getattr(value, "__func__", getattr(value, "fget", value))
         if isinstance(function, FunctionType):
-            yield from nested(function.__code__)
+            yield from nested_codes(function.__code__)
 
 
-def nested(code: CodeType) -> Iterator[CodeType]:
+def nested_codes(code: CodeType) -> Iterator[CodeType]:
     """The code, and that of the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from nested(constant)
+            yield from nested_codes(constant)
 
 
-def untried_hooks_that_log(module: L.LightningModule) -> Iterable[str]:
+def untried_logging_hooks(module: L.LightningModule) -> Iterable[str]:
     """Hooks of the module that log, themselves or by a method they call, and were not tried."""
     for name in UNTRIED:
         if is_overridden(name, module) and _logs(type(module), name, set()):
@@ -275,5 +277,5 @@ def _logs(kind: type, name: str, seen: set[str]) -> bool:
     if function.__module__.startswith("lightning."):
         return False
     seen.add(name)
-    words = {word for code in nested(function.__code__) for word in code.co_names}
+    words = {word for code in nested_codes(function.__code__) for word in code.co_names}
     return bool(LOGS & words) or any(_logs(kind, word, seen) for word in words)

@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 
 from ravine.strategies import states
-from ravine.strategies.checkpoint_form import other_kinds
+from ravine.strategies.checkpoint_form import kind_mismatches
 from ravine.strategies.checkpoint_io import SUFFIX, AtomicCheckpointIO
 from ravine.strategies.saving import non_finite
 
@@ -96,7 +96,7 @@ def fill(module: L.LightningModule, path: str) -> None:
             f"{path} was changed by {' and '.join(names)}; allowed: plain weights; type "
             f"lightning export --merge --ckpt_path={path} --folder=FOLDER"
         )
-    if wrong := other_kinds(module.state_dict(), checkpoint.get("state_dict", {})):
+    if wrong := kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {})):
         raise ValueError(
             f"{path} holds no weights of this {type(module).__name__}: {wrong}; allowed: a"
             " checkpoint of this model; type --trainer.callbacks.path=FILE"

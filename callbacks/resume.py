@@ -34,10 +34,10 @@ from ravine.strategies.checkpoint_error import CheckpointError
 from ravine.strategies.checkpoint_form import (
     changed_kinds,
     damaged_states,
+    kind_mismatches,
     kinds,
-    not_a_number,
+    nan_entry,
     odd_record,
-    other_kinds,
     shapes,
 )
 from ravine.strategies.saving import non_finite, save_as_usual, save_last
@@ -49,9 +49,9 @@ from .comparing import (
     compare_callbacks,
     compare_data,
     compare_optimizers,
-    compare_world,
-    facts,
+    compare_ranks_and_accumulation,
     has,
+    run_properties,
     say,
 )
 from .ema import use_raw_weights
@@ -202,7 +202,7 @@ class ExactResume(Callback):
             number_by_place(list(pl_module.parameters()), optimizer, state)
         metrics = trainer._logger_connector._callback_metrics
         parts = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
-        checkpoint["exact_resume"] = facts(trainer) | {
+        checkpoint["exact_resume"] = run_properties(trainer) | {
             "seed": self._seed,
             "optimizer_shapes": None if parts else shapes(states),  # parts have an index of theirs
             "optimizer_kinds": None if parts else kinds(states),
@@ -242,12 +242,12 @@ class ExactResume(Callback):
                 f"no training can go on from this checkpoint: {wrong}; choose another one:"
                 " --ckpt_path FILE, or use its weights alone: Pretrained(path)"
             )
-        wrong = other_kinds(module.state_dict(), checkpoint.get("state_dict", {}))
+        wrong = kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {}))
         if states is not None and not wrong:  # parts are checked by their reader
             steps = checkpoint.get("global_step", 0)
             wrong = damaged_states(states, kept.get("optimizer_shapes"), steps, names)
             wrong = wrong or changed_kinds(states, kept.get("optimizer_kinds"), names)
-        bad = non_finite(module.named_parameters()) or not_a_number(states or [], names)
+        bad = non_finite(module.named_parameters()) or nan_entry(states or [], names)
         bad = bad or _not_finite_raw(checkpoint.get("ema"))
         if not trainer.strategy.reduce_boolean_decision(bad is None) and not wrong:
             wrong = f"{bad or 'a tensor of another rank'} is not finite"
@@ -290,7 +290,9 @@ class ExactResume(Callback):
         loader = trainer.fit_loop._combined_loader
         parts = loader.flattened if loader is not None else []
         if world := self._there.get("world"):
-            compare_world(trainer, world, all(isinstance(part, _Stateful) for part in parts))
+            compare_ranks_and_accumulation(
+                trainer, world, all(isinstance(part, _Stateful) for part in parts)
+            )
         self._there = {}
 
     def _finish_iteration(self, trainer: L.Trainer, place: Place) -> Any:

@@ -16,7 +16,7 @@ KEY = "found_batch_size"
 SEARCH = {LearningRateFinder: "lr_find", BatchSizeFinder: "scale_batch_size"}
 
 
-def search_as_usual(trainer: Any) -> None:
+def enable_searches(trainer: Any) -> None:
     """Restore the search methods of all callbacks."""
     for callback in trainer.callbacks:
         for kind, method in SEARCH.items():
@@ -24,7 +24,7 @@ def search_as_usual(trainer: Any) -> None:
                 callback.__dict__.pop(method, None)
 
 
-def skip_searches(trainer: Any) -> None:
+def disable_searches(trainer: Any) -> None:
     """Disable the searches of all callbacks in a resumed run."""
     for callback in trainer.callbacks:
         for kind, method in SEARCH.items():
@@ -36,14 +36,14 @@ def skip_searches(trainer: Any) -> None:
                 )
 
 
-def save_found(trainer: Any, checkpoint: dict[str, Any]) -> None:
+def save_batch_size(trainer: Any, checkpoint: dict[str, Any]) -> None:
     """Save the batch size that a search found, by the name of the attribute."""
     for callback in trainer.callbacks:
         if isinstance(callback, BatchSizeFinder) and callback.optimal_batch_size is not None:
             checkpoint[KEY] = {callback._batch_arg_name: callback.optimal_batch_size}
 
 
-def use_found(trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+def restore_batch_size(trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Set the saved batch size on a module whose trainer has a BatchSizeFinder."""
     for callback in trainer.callbacks:
         if isinstance(callback, BatchSizeFinder):

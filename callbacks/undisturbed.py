@@ -37,7 +37,7 @@ def undisturbed(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]
     """
     _ = trainer.log_dir  # the first access creates the folder and the loggers
     stage, loggers = trainer.state.stage, list(trainer.loggers)
-    restore = remember(module)
+    restore = snapshot(module)
     try:
         with isolate_rng(), torch.no_grad():
             trainer.sanity_checking = True
@@ -49,7 +49,7 @@ def undisturbed(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]
         restore()
 
 
-def remember(module: nn.Module) -> Restore:
+def snapshot(module: nn.Module) -> Restore:
     """Copy the buffers and attributes of all layers; returns a function that restores them."""
     seen: dict[int, Any] = {}
     undo = [_of_layer(part, seen) for part in module.modules()]
@@ -68,7 +68,7 @@ def remember(module: nn.Module) -> Restore:
 def _of_layer(layer: nn.Module, seen: dict[int, Any]) -> Restore:
     names = layer.__dict__
     skipped = ("_parameters", "_modules", "_trainer", "_fabric")
-    inner = [remember_value(v, seen, 0) for k, v in names.items() if k not in skipped]
+    inner = [snapshot_value(v, seen, 0) for k, v in names.items() if k not in skipped]
     kept, modules, parameters = dict(names), dict(layer._modules), dict(layer._parameters)
 
     def restore() -> None:
@@ -89,7 +89,7 @@ def _refill(held: Any, kept: Any) -> None:
         held.update(kept)
 
 
-def remember_value(value: Any, seen: dict[int, Any], depth: int = 0) -> Restore:
+def snapshot_value(value: Any, seen: dict[int, Any], depth: int = 0) -> Restore:
     """Copy a value; returns a function that restores it."""
     if id(value) in seen or depth > DEPTH or value is None:
         return _nothing
@@ -135,7 +135,7 @@ def _of_tensor(tensor: Tensor) -> Restore:
 def _of_members(
     value: Any, kept: Any, members: Any, put: Callable[[Any, Any], None], seen: Any, depth: int
 ) -> Restore:
-    inner = [remember_value(each, seen, depth + 1) for each in list(members)]
+    inner = [snapshot_value(each, seen, depth + 1) for each in list(members)]
 
     def restore() -> None:
         put(value, kept)

@@ -21,7 +21,7 @@ def finetunings(trainer: Any) -> list[BaseFinetuning]:
     return [each for each in trainer.callbacks if isinstance(each, BaseFinetuning)]
 
 
-def freeze_when_built(trainer: L.Trainer, module: L.LightningModule) -> None:
+def postpone_freezing(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Postpone their freezing until after `configure_model`, for a module that has one."""
     callbacks = finetunings(trainer)
     if not callbacks or not is_overridden("configure_model", module):
@@ -37,7 +37,7 @@ def freeze_when_built(trainer: L.Trainer, module: L.LightningModule) -> None:
     register(trainer, module, "freeze", freeze, callbacks[0])
 
 
-def freeze_as_usual(trainer: L.Trainer) -> None:
+def restore_freezing(trainer: L.Trainer) -> None:
     """Restore the method."""
     for callback in finetunings(trainer):
         callback.__dict__.pop("freeze_before_training", None)

@@ -23,7 +23,7 @@ import ravine.callbacks
 import ravine.datamodules
 import ravine.lightning_modules
 import ravine.strategies  # bare class names are found among what is imported
-from ravine.strategies.agreement import flat
+from ravine.strategies.agreement import flatten
 
 from . import diagnosis, newest, presets, saved_config, trust
 from .errors import Mistake, program
@@ -98,7 +98,7 @@ class Command(LightningCLI):
         """Build trainer, model and data; the ranks compare the whole configuration first of all."""
         super().instantiate_classes()
         config = self._resolved(self.subcommand or "fit")
-        cast(Trainer, self.trainer).compare_ranks(flat(config))
+        cast(Trainer, self.trainer).compare_ranks(flatten(config))
 
     def before_fit(self) -> None:
         """Pass `--print_groups` on to the plan."""

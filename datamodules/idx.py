@@ -164,7 +164,7 @@ def read_own_idx(files: Files) -> tuple[dict[str, ImageSet], list[str]]:
     labels = {side: read_idx(files[side, "labels"], 1) for side in sides}
     for side in sides:
         one = ImageSet(images[side], labels[side], ())
-        one.as_many(str(files[side, "images"]))
+        one.check_counts(str(files[side, "images"]))
     counts = torch.stack([torch.bincount(each, minlength=256) for each in labels.values()])
     there = counts.sum(0).nonzero()[:, 0].to(torch.uint8)
     names = tuple(str(label) for label in there.tolist())
@@ -175,8 +175,8 @@ def read_own_idx(files: Files) -> tuple[dict[str, ImageSet], list[str]]:
         if side == "train":
             one.checked(str(files[side, "images"]))
         else:
-            one.fitting(str(files[side, "images"]))
-            if absent := one.absent():
+            one.check_fit(str(files[side, "images"]))
+            if absent := one.empty_classes():
                 notes.append(f"no image of class {', '.join(absent)} in {side}")
         sets[side] = one
     return sets, notes

@@ -42,7 +42,7 @@ Mode = Literal["auto", "gray", "rgb"]
 Size = tuple[int, int]  # rows, columns
 
 
-class LeftOut:
+class SkippedFiles:
     """The files below a folder that are not read, by kind, with an example of each."""
 
     def __init__(self, root: Path) -> None:
@@ -100,7 +100,7 @@ def read_folder(folder: Path, mode: Mode = "auto", resize: Size | None = None) -
         ValueError: an image cannot be read or does not fit the others, or a class has none.
         FileNotFoundError: no image is there.
     """
-    left = LeftOut(folder)
+    left = SkippedFiles(folder)
     below = subfolders(folder)
     _refuse_both(folder, below, flat := images_below(folder, left, deep=False))
     if sides := _sides(below):
@@ -110,7 +110,7 @@ def read_folder(folder: Path, mode: Mode = "auto", resize: Size | None = None) -
     if not any(paths for classes in found.values() for paths in classes.values()):
         raise FileNotFoundError(
             f"no image in {folder}: allowed are files {', '.join(sorted(SUFFIXES))}, in it or in "
-            f"one folder a class{_but(left)}; type --data.source=FOLDER"
+            f"one folder a class{_skipped_note(left)}; type --data.source=FOLDER"
         )
     names = tuple(next(iter(found.values())))
     for side, classes in found.items():
@@ -129,7 +129,7 @@ def read_folder(folder: Path, mode: Mode = "auto", resize: Size | None = None) -
         if empty := [name for name, some in classes.items() if not some]:
             raise ValueError(
                 f"{folder}: no image of class {', '.join(empty)}; give each class at least one, "
-                f"or remove the class{_but(left)}"
+                f"or remove the class{_skipped_note(left)}"
             )
         files = tuple(os.path.relpath(path, folder) for path in paths)
         sets[side] = ImageSet(reader.read(paths), labels, names, files)
@@ -141,7 +141,7 @@ def read_folder(folder: Path, mode: Mode = "auto", resize: Size | None = None) -
 
 def read_images(path: Path, mode: Mode, resize: Size | None) -> tuple[ImageSet, list[str]]:
     """An image file, or all images below a folder, in one class without a meaning; and notes."""
-    left = LeftOut(path)
+    left = SkippedFiles(path)
     if path.is_file():
         files, root = [path], path.parent
     elif path.is_dir():
@@ -150,8 +150,8 @@ def read_images(path: Path, mode: Mode, resize: Size | None) -> tuple[ImageSet, 
         raise FileNotFoundError(f"no file or folder {path}; type --data.predict_path=FOLDER")
     if not files:
         raise FileNotFoundError(
-            f"no image in {path}: allowed are files {', '.join(sorted(SUFFIXES))}{_but(left)}; "
-            "type --data.predict_path=FOLDER"
+            f"no image in {path}: allowed are files {', '.join(sorted(SUFFIXES))}"
+            f"{_skipped_note(left)}; type --data.predict_path=FOLDER"
         )
     files.sort(key=lambda file: by_number(str(file)))
     reader = Reader(mode, resize)
@@ -172,7 +172,7 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: by_number(p.name))
 
 
-def images_below(folder: Path, left: LeftOut, deep: bool = True) -> list[Path]:
+def images_below(folder: Path, left: SkippedFiles, deep: bool = True) -> list[Path]:
     """The image files in a folder, and with `deep` below it; links to folders are followed."""
     found, waiting, seen = [], [str(folder)], set()
     while waiting:
@@ -215,14 +215,14 @@ def _sides(below: list[Path]) -> dict[str, Path]:
     return {k: sides[k] for k in ("train", "val", "test") if k in sides} if whole else {}
 
 
-def _classes(folder: Path, name: str, left: LeftOut) -> dict[str, list[Path]]:
+def _classes(folder: Path, name: str, left: SkippedFiles) -> dict[str, list[Path]]:
     """The image files by class; those of a folder without folders are of one class, `name`."""
     below = subfolders(folder)
     _refuse_both(folder, below, flat := images_below(folder, left, deep=False))
     return _deep(below, left) or {name: flat}
 
 
-def _deep(below: list[Path], left: LeftOut) -> dict[str, list[Path]]:
+def _deep(below: list[Path], left: SkippedFiles) -> dict[str, list[Path]]:
     for path in below:
         if path.name != printable(path.name):
             raise ValueError(
@@ -240,7 +240,7 @@ def _refuse_both(folder: Path, below: list[Path], flat: list[Path]) -> None:
         )
 
 
-def _but(left: LeftOut) -> str:
+def _skipped_note(left: SkippedFiles) -> str:
     return f"; not read: {left.words()}" if left.counts else ""
 
 
@@ -274,7 +274,7 @@ class Reader:
                     f"mode: type {self._fix(form, wanted)}"
                 )
             if not number:
-                images = room(len(paths), form)
+                images = allocate(len(paths), form)
             place = images[number].permute(1, 2, 0).numpy()  # y x c, the memory of images
             place[...] = pixels.reshape(place.shape)
         return images
@@ -305,7 +305,7 @@ class Reader:
             with path.open("rb") as file, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's, of a file that it can read
                 return self._decoded(file, path)
-        except Refused as error:
+        except UnsupportedImage as error:
             raise ValueError(f"{path} {error}") from None
         except Exception as error:  # Pillow's decoders raise nearly every type on damaged files
             why = str(error) or type(error).__name__
@@ -321,7 +321,7 @@ class Reader:
         if self.resize and picture.format == "JPEG":
             picture.draft(None, (max(self.resize), max(self.resize)))  # decode it smaller
         if math.prod(picture.size) > PIXELS:
-            raise Refused(
+            raise UnsupportedImage(
                 f"is {picture.size[0]}x{picture.size[1]}; allowed are {PIXELS:,} pixels an image: "
                 "make it smaller"
             )
@@ -335,7 +335,7 @@ class Reader:
             self.turned += orientation in range(2, 9)
         form = Form(picture.mode, picture.size, f"{', 16-bit' if deep else ''}"
                     f"{', transparent' if picture.has_transparency_data else ''}")  # fmt: skip
-        picture = converted(picture, self.mode, form)
+        picture = convert(picture, self.mode, form)
         if self.resize:
             rows, columns = self.resize
             picture = ImageOps.fit(picture, (columns, rows), Image.Resampling.LANCZOS)
@@ -348,11 +348,11 @@ def _raw_mode(picture: Any) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
-class Refused(ValueError):
+class UnsupportedImage(ValueError):
     """An image that can be read and is not taken; the text follows the file's name."""
 
 
-def converted(picture: Any, mode: Mode, form: Form) -> Any:
+def convert(picture: Any, mode: Mode, form: Form) -> Any:
     """A loaded image in mode L or RGB; with `auto` only where no pixel changes."""
     from PIL import Image
 
@@ -360,7 +360,7 @@ def converted(picture: Any, mode: Mode, form: Form) -> Any:
     if target is None:
         plain = {"1": "L", "P": "RGB", "L": "L", "RGB": "RGB"}.get(form.mode)
         if plain is None or form.note:
-            raise Refused(
+            raise UnsupportedImage(
                 f"is of mode {form.mode}{form.note}; allowed are gray (L) and RGB of 8 bits without"
                 " transparency: type --data.mode=rgb or --data.mode=gray to convert all images"
             )
@@ -368,7 +368,7 @@ def converted(picture: Any, mode: Mode, form: Form) -> Any:
     if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         values = numpy.array(picture)
         if values.size and not 0 <= values.min() <= values.max() < 2**16:
-            raise Refused("has pixels of 32 bits; allowed are 8 or 16: convert it first")
+            raise UnsupportedImage("has pixels of 32 bits; allowed are 8 or 16: convert it first")
         key = picture.info.get("transparency")
         clear = values == key if isinstance(key, int) else None
         small = (values >> 8).astype(numpy.uint8)
@@ -376,7 +376,9 @@ def converted(picture: Any, mode: Mode, form: Form) -> Any:
             small[clear] = 255  # transparent: white
         picture = Image.fromarray(small)
     elif picture.mode == "F":
-        raise Refused("has pixels of 32-bit floats; allowed are 8 or 16 bits: convert it first")
+        raise UnsupportedImage(
+            "has pixels of 32-bit floats; allowed are 8 or 16 bits: convert it first"
+        )
     elif picture.has_transparency_data:
         picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         paper = Image.new("RGB", picture.size, "white")
@@ -385,7 +387,7 @@ def converted(picture: Any, mode: Mode, form: Form) -> Any:
     return picture if picture.mode == target else picture.convert(target)
 
 
-def room(count: int, form: Form) -> Tensor:
+def allocate(count: int, form: Form) -> Tensor:
     """An empty tensor, uint8 (count c y x), unless it is too large for memory."""
     shape = (count, CHANNELS[form.mode], form.size[1], form.size[0])
     if math.prod(shape) > LIMIT:

@@ -28,20 +28,20 @@ class ImageSet(NamedTuple):
 
     def checked(self, name: str) -> "ImageSet":
         """Refuse labels without an image or without a class, and classes without an image."""
-        self.fitting(name)
-        if empty := self.absent():
+        self.check_fit(name)
+        if empty := self.empty_classes():
             raise ValueError(
                 f"{name}: no image of class {', '.join(empty)}; give each class at least one, or "
                 "remove the class"
             )
         return self
 
-    def fitting(self, name: str) -> None:
+    def check_fit(self, name: str) -> None:
         """Refuse labels without an image or without a class."""
-        self.as_many(name)
+        self.check_counts(name)
         check_labels(self.labels, len(self.names), name)
 
-    def as_many(self, name: str) -> None:
+    def check_counts(self, name: str) -> None:
         """Refuse labels without an image, and images without a label."""
         if len(self.images) != len(self.labels):
             raise ValueError(
@@ -49,7 +49,7 @@ class ImageSet(NamedTuple):
                 "must be as many: fetch both files again"
             )
 
-    def absent(self) -> list[str]:
+    def empty_classes(self) -> list[str]:
         """The names of the classes without an image."""
         counts = torch.bincount(self.labels, minlength=len(self.names))
         return [self.names[k] for k in (counts == 0).nonzero()[:, 0].tolist()]
@@ -93,18 +93,18 @@ def class_numbers(words: Iterable[int | str] | str, names: Sequence[str], flag: 
         first, _, last = word.partition("-")
         ends = first.strip(), (last or first).strip()
         if not all(end.isascii() and end.isdecimal() and len(end) < 20 for end in ends):
-            raise ValueError(f"{word!r} is no class; allowed: {spelled(names)}; {fix}")
+            raise ValueError(f"{word!r} is no class; allowed: {describe_classes(names)}; {fix}")
         named = all(end in place for end in ends)
         begin, end = (place[end] for end in ends) if named else map(int, ends)
         if not begin <= end < len(names):
-            raise ValueError(f"{flag[2:]} are {given}; allowed: {spelled(names)}; {fix}")
+            raise ValueError(f"{flag[2:]} are {given}; allowed: {describe_classes(names)}; {fix}")
         found += range(begin, end + 1)
     if not found:
         raise ValueError(f"{flag[2:]} are {given}, none at all; {fix}")
     return found
 
 
-def spelled(names: Sequence[str], most: int = 12) -> str:
+def describe_classes(names: Sequence[str], most: int = 12) -> str:
     """The numbers and names of classes in a line: 0 to 9, or 0 cat, 1 dog."""
     if list(names) == [str(number) for number in range(len(names))]:
         return f"0 to {len(names) - 1}"

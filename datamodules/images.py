@@ -21,7 +21,7 @@ from torch import Tensor
 from .idx import find_idx, read_own_idx
 from .image_files import SOURCES, read_digits, read_named
 from .image_folders import Mode, read_folder, read_images
-from .image_set import ImageSet, class_numbers, spelled
+from .image_set import ImageSet, class_numbers, describe_classes
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator, global_seed
 from .sources import announce, fetch, locate
 
@@ -159,8 +159,8 @@ class ImageDataModule(L.LightningDataModule):
         form = f"{self.size[0]}x{self.size[1]}x{self.channels}, {self.num_classes} "
         form += "class" if self.num_classes == 1 else "classes"
         announce(
-            f"data: {file or 'the digits of scikit-learn'}, {form} ({spelled(self.class_names)}); "
-            f"{sizes}"
+            f"data: {file or 'the digits of scikit-learn'}, {form} "
+            f"({describe_classes(self.class_names)}); {sizes}"
         )
         for note in notes:
             announce(f"data: {note}", loud=True)

@@ -58,7 +58,7 @@ def read_table(
     lines = list(io.StringIO(content, newline=""))
     wanted = {text_column, label_column} - {None}
     rows = _rows(lines, name, "\t" if name.lower().endswith((".tsv", ".tab")) else min(
-        DELIMITERS, key=lambda delimiter: _fitness(lines, delimiter, wanted)
+        DELIMITERS, key=lambda delimiter: _delimiter_rank(lines, delimiter, wanted)
     ))  # fmt: skip
     if not rows:
         raise ValueError(f"{name} is empty: write a header and one message a row")
@@ -125,7 +125,7 @@ def _rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, list[s
     return found
 
 
-def _fitness(lines: list[str], delimiter: str, wanted: set[str | None]) -> tuple[int, int]:
+def _delimiter_rank(lines: list[str], delimiter: str, wanted: set[str | None]) -> tuple[int, int]:
     """Smaller where the first row has more of the columns that are wanted, then more columns."""
     head = next((line for line in lines if line.strip()), "")
     with _long_fields():

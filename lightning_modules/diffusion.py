@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ravine.datamodules.image_set import check_labels, spelled
+from ravine.datamodules.image_set import check_labels, describe_classes
 from ravine.datamodules.images import to_float, to_uint8
 from ravine.datamodules.order import Share, global_seed
 
@@ -332,8 +332,9 @@ class Diffusion(TaskModule):
             )
         if model[1] and names != known:
             raise ValueError(
-                f"the data have the classes {spelled(names)}; the model was trained on "
-                f"{spelled(known)}, in this order; type --data.source=... with the same folders"
+                f"the data have the classes {describe_classes(names)}; the model was trained on "
+                f"{describe_classes(known)}, in this order; type --data.source=... with the same "
+                "folders"
             )
 
     def _sample(

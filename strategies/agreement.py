@@ -30,7 +30,7 @@ class RanksDiffer(ValueError):
     """Ranks of one job were started with different configurations, or with unequal loaders."""
 
 
-def flat(config: Any, key: str = "") -> dict[str, Any]:
+def flatten(config: Any, key: str = "") -> dict[str, Any]:
     """The leaves of nested mappings and lists, by dotted key."""
     if isinstance(config, Mapping) and config:
         pairs: Any = config.items()
@@ -39,7 +39,9 @@ def flat(config: Any, key: str = "") -> dict[str, Any]:
     else:
         return {key: config}
     return {
-        k: v for name, inner in pairs for k, v in flat(inner, f"{key}.{name}".lstrip(".")).items()
+        k: v
+        for name, inner in pairs
+        for k, v in flatten(inner, f"{key}.{name}".lstrip(".")).items()
     }
 
 
@@ -51,9 +53,9 @@ def refuse_difference(config: dict[str, Any], group: ProcessGroup | None = None)
     """
     text = {key: json.dumps(config[key], default=repr, sort_keys=True) for key in sorted(config)}
     digest = hashlib.sha256(json.dumps(text).encode()).hexdigest()
-    if len(set(_gathered(digest, group))) == 1:
+    if len(set(_all_gather(digest, group))) == 1:
         return
-    every: list[dict[str, str]] = _gathered(text, group)
+    every: list[dict[str, str]] = _all_gather(text, group)
     key = next(k for k in sorted(set().union(*every)) if len({c.get(k) for c in every}) > 1)
     values = [_short(each.get(key, ABSENT)) for each in every]
     other = next(rank for rank, value in enumerate(values) if value != values[0])
@@ -64,7 +66,7 @@ def refuse_difference(config: dict[str, Any], group: ProcessGroup | None = None)
     )
 
 
-def facts(trainer: L.Trainer) -> dict[str, Any]:
+def script_configuration(trainer: L.Trainer) -> dict[str, Any]:
     """The choices of a script that trainer, module and data show."""
     module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
     found: dict[str, Any] = {
@@ -77,10 +79,10 @@ def facts(trainer: L.Trainer) -> dict[str, Any]:
         for key, value in dict(getattr(owner, "hparams", None) or {}).items():
             if key not in OWN and isinstance(value, bool | int | float | str | None):
                 found[f"{name}.{key}"] = value
-    return flat(found)
+    return flatten(found)
 
 
-def _gathered(value: Any, group: ProcessGroup | None) -> list[Any]:
+def _all_gather(value: Any, group: ProcessGroup | None) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values

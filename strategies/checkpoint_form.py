@@ -109,7 +109,7 @@ def _of_type(name: str, value: Any, kind: Any) -> str:
     return f"{name} is a {type(value).__name__} and not a {word}"
 
 
-def other_kinds(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def kind_mismatches(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Weights whose numbers are of another kind in a checkpoint; empty if there are none.
 
     Real, complex and whole numbers are kinds; another width (bfloat16 for float32) is none.
@@ -216,7 +216,7 @@ def damaged_states(states: list[Any], recorded: Any, steps: int, names: list[str
     return _listed(wrong)
 
 
-def not_a_number(states: Iterable[Any], names: list[str]) -> str | None:
+def nan_entry(states: Iterable[Any], names: list[str]) -> str | None:
     """The first entry of optimizer states, as large as a matrix or vector, that holds a NaN."""
     for state in states:
         for number, values in state.get("state", {}).items():

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from . import sharded
-from .checkpoint_form import other_kinds
+from .checkpoint_form import kind_mismatches
 from .checkpoint_io import CheckpointError
 
 SHOWN = 5  # tensors named in a message
@@ -206,7 +206,7 @@ def refuse_other_kinds(
     module: nn.Module, ours: Mapping[str, Any], theirs: Mapping[str, Any]
 ) -> None:
     """Refuse whole or complex numbers for real ones, which would be cast without a word."""
-    if wrong := other_kinds(ours, theirs):
+    if wrong := kind_mismatches(ours, theirs):
         raise CheckpointError(
             f"the checkpoint's weights are no weights of this {type(module).__name__}: {wrong};"
             " choose another checkpoint"

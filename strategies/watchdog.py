@@ -23,7 +23,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from .agreement import RanksDiffer, facts, refuse_difference
+from .agreement import RanksDiffer, refuse_difference, script_configuration
 
 POLL = 1.0  # seconds between two reports of a rank
 BLOCKED = 0.002  # seconds of processor time in a poll; a thread that waits uses less
@@ -74,7 +74,7 @@ class RankWatchdog(Callback):
             return
         self._trainer, self._rank, self._ranks = trainer, dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
-        refuse_difference(facts(trainer), self._group)
+        refuse_difference(script_configuration(trainer), self._group)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the thread that reports and watches."""
@@ -160,22 +160,22 @@ class RankWatchdog(Callback):
 
     def _watch(self, watched: int) -> None:
         """Run in the thread: report, and end the process once rank 0 has decided so."""
-        wait = _Wait(watched)
+        wait = _WaitTimer(watched)
         lost = 0.0
         beats: dict[int, tuple[int, float]] = {}
         number = 0
         while not self._stop.wait(POLL):
             store = self._store
             number += 1
-            waiting, busy, where = wait.look(self._place)
+            waiting, busy, where = wait.measure(self._place)
             report = [number, *self._place, waiting, busy, where]
             try:
                 store.set(str(self._rank), json.dumps(report))
                 if self._rank == 0:
-                    if verdict := self._judged(_read(store, range(self._ranks)), beats):
+                    if verdict := self._reason_to_end(_read(store, range(self._ranks)), beats):
                         self._end_job(store, verdict)
                 elif store.check(["verdict"]):
-                    _hush()
+                    _silence_stderr()
                     store.set(f"read {self._rank}", "")
                     os._exit(1)
                 lost = 0.0
@@ -184,14 +184,16 @@ class RankWatchdog(Callback):
                 if waiting and lost > 10 * GRACE and not self._stop.is_set():
                     os._exit(1)
 
-    def _judged(self, reports: dict[int, list[Any]], beats: dict[int, tuple[int, float]]) -> str:
+    def _reason_to_end(
+        self, reports: dict[int, list[Any]], beats: dict[int, tuple[int, float]]
+    ) -> str:
         """The reason why the job cannot continue; empty if it can."""
         now = time.monotonic()
         for rank, report in reports.items():
             if beats.get(rank, (-1, 0))[0] != report[0]:
                 beats[rank] = (report[0], now)
         places = {rank: (report[1], report[2], report[3]) for rank, report in reports.items()}
-        if text := unequal(places):
+        if text := describe_ended_loader(places):
             return text
         waits = {rank: report[4] for rank, report in reports.items()}
         outside = [
@@ -201,7 +203,11 @@ class RankWatchdog(Callback):
         if not inside:
             return ""
         seconds = min(waits[r] for r in inside)
-        if not outside and seconds > ALL_WAIT and (text := unequal(places, between_steps=True)):
+        if (
+            not outside
+            and seconds > ALL_WAIT
+            and (text := describe_ended_loader(places, between_steps=True))
+        ):
             return text
         busy = any(reports[r][5] for r in outside)
         if seconds < self.limit * (BUSY if busy else 1):
@@ -212,10 +218,10 @@ class RankWatchdog(Callback):
                 f"all ranks wait in collectives for {seconds:.0f} s, which do not match: {calls};"
                 " let every rank call the same collectives in the same order"
             )
-        named = "; ".join(f"rank {r} is in {reports[r][6]}" for r in sorted(outside)[:4])
+        outer = "; ".join(f"rank {r} is in {reports[r][6]}" for r in sorted(outside)[:4])
         first = sorted(inside)[0]
         return (
-            f"{named} and does not reach the collective in which rank {first} has waited for"
+            f"{outer} and does not reach the collective in which rank {first} has waited for"
             f" {seconds:.0f} s, at batch {reports[first][2]} of epoch {reports[first][1]}; if it"
             f" needs longer, set RankWatchdog(limit=...), {self.limit:g} s now"
         )
@@ -226,7 +232,7 @@ class RankWatchdog(Callback):
             return
         sys.stdout.flush()
         os.write(2, f"ravine: error: {text}\n".encode())
-        _hush()  # the first rank that ends makes the collectives of the others fail
+        _silence_stderr()  # the first rank that ends makes the collectives of the others fail
         store.set("verdict", text)
         others = [f"read {rank}" for rank in range(1, self._ranks)]
         end = time.monotonic() + GRACE
@@ -237,12 +243,12 @@ class RankWatchdog(Callback):
         os._exit(1)
 
 
-def _hush() -> None:
+def _silence_stderr() -> None:
     """Discard all further output to stderr."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def unequal(places: dict[int, Place], between_steps: bool = False) -> str:
+def describe_ended_loader(places: dict[int, Place], between_steps: bool = False) -> str:
     """A sentence where the loader of one rank has ended before another's; empty if none has.
 
     Args:
@@ -264,7 +270,7 @@ def unequal(places: dict[int, Place], between_steps: bool = False) -> str:
     return ""
 
 
-class _Wait:
+class _WaitTimer:
     """Measures how long one thread of this process has waited in one collective."""
 
     def __init__(self, watched: int) -> None:
@@ -274,7 +280,7 @@ class _Wait:
         self.used, self.time, self.since = self._used(), time.monotonic(), 0.0
         self.place: Any = None
 
-    def look(self, place: Any) -> tuple[float, bool, str]:
+    def measure(self, place: Any) -> tuple[float, bool, str]:
         """Seconds in one collective (0: in none), whether it computes, and its innermost call."""
         used, now = self._used(), time.monotonic()
         blocked = used - self.used < BLOCKED
@@ -282,7 +288,7 @@ class _Wait:
         if not (blocked and in_collective(frame) and place == self.place):
             self.since = now
         self.used, self.place = used, place
-        return now - self.since, not blocked or debugged(frame), named(frame)
+        return now - self.since, not blocked or in_debugger(frame), describe_frames(frame)
 
     def _used(self) -> float:
         return 0.0 if self.clock is None else time.clock_gettime(self.clock)
@@ -297,7 +303,7 @@ def in_collective(frame: FrameType | None) -> bool:
     return distributed or file.endswith("/torch/autograd/graph.py")
 
 
-def debugged(frame: FrameType | None) -> bool:
+def in_debugger(frame: FrameType | None) -> bool:
     """Whether the thread is in a debugger."""
     while frame is not None:
         if frame.f_code.co_filename.endswith(("/pdb.py", "/bdb.py")):
@@ -306,7 +312,7 @@ def debugged(frame: FrameType | None) -> bool:
     return False
 
 
-def named(frame: FrameType | None) -> str:
+def describe_frames(frame: FrameType | None) -> str:
     """The innermost call with file and line, and the innermost outside of libraries."""
     if frame is None:
         return "no Python code"

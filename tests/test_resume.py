@@ -36,7 +36,7 @@ from torch.utils.data import (
 )
 
 from ravine.callbacks import EMA, Checkpoint, GradientClipping, NaNGuard
-from ravine.callbacks.comparing import compare_world
+from ravine.callbacks.comparing import compare_ranks_and_accumulation
 from ravine.callbacks.gradient_clipping import local
 from ravine.callbacks.resume import ExactResume, number_by_place, reseed, rewind
 from ravine.datamodules.order import EvalLoader, Order, Share, TrainLoader
@@ -905,7 +905,7 @@ def test_a_line_is_printed_where_the_number_of_ranks_differs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     trainer: Any = SimpleNamespace(world_size=1, accumulate_grad_batches=2)
-    compare_world(trainer, {"ranks": 1, "accumulate": 2}, own_order=True)
+    compare_ranks_and_accumulation(trainer, {"ranks": 1, "accumulate": 2}, own_order=True)
     assert capsys.readouterr().out == ""
-    compare_world(trainer, {"ranks": 2, "accumulate": 2}, own_order=False)
+    compare_ranks_and_accumulation(trainer, {"ranks": 2, "accumulate": 2}, own_order=False)
     assert "written by 2 ranks x 2 micro-batches" in capsys.readouterr().out

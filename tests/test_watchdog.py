@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ravine.cli.command import run
 from ravine.strategies import RanksDiffer, RankWatchdog, watchdog
-from ravine.strategies.agreement import flat
-from ravine.strategies.watchdog import BEGUN, DONE, ENDED, unequal
+from ravine.strategies.agreement import flatten
+from ravine.strategies.watchdog import BEGUN, DONE, ENDED, describe_ended_loader
 
 SMALL = [
     *("fit", "--model=LanguageModel", "--model.layers=1", "--model.width=8", "--model.heads=2"),
@@ -129,19 +129,19 @@ def setups_of_a_script(seeds: list[int], widths: list[int]) -> str:
     ],
 )
 def test_a_loader_that_ended_before_another_is_named_and_nothing_else(places, said):
-    assert said in unequal(places)
-    assert bool(unequal(places)) == bool(said)
+    assert said in describe_ended_loader(places)
+    assert bool(describe_ended_loader(places)) == bool(said)
 
 
 def test_a_rank_between_two_steps_counts_only_where_all_ranks_wait():
     places = {0: (0, 25, DONE), 1: (0, 25, ENDED)}
-    assert "rank 1 ended epoch 0 after 25" in unequal(places, between_steps=True)
-    assert unequal({**places, 0: (0, 25, BEGUN)}, between_steps=True) == ""
+    assert "rank 1 ended epoch 0 after 25" in describe_ended_loader(places, between_steps=True)
+    assert describe_ended_loader({**places, 0: (0, 25, BEGUN)}, between_steps=True) == ""
 
 
 def test_a_configuration_is_flattened_to_its_leaves():
     config = {"a": {"b": [1, {"c": None}]}, "d": {}, "e": []}
-    assert flat(config) == {"a.b.0": 1, "a.b.1.c": None, "d": {}, "e": []}
+    assert flatten(config) == {"a.b.0": 1, "a.b.1.c": None, "d": {}, "e": []}
 
 
 def test_a_rank_whose_stream_ends_early_is_named_and_the_job_ends(ranks):

@@ -169,7 +169,7 @@ def make(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimiz
     try:
         built = factory(parameters)
     except Exception as error:  # torch: ValueError "Invalid learning rate: -1.0"
-        if faults.whole_wanted():
+        if faults.wants_traceback():
             raise
         shown = [f"{k}={v}" for k, v in given.items() if k not in usual or usual[k].default != v]
         name = made.__name__ if made is not None else "the optimizer"

@@ -63,7 +63,7 @@ def _class_takes_closure(kind: type[Optimizer]) -> bool:
     return any("closure" in (name if isinstance(name, tuple) else (name,)) for name in loaded)
 
 
-class _Nothing(BaseException):
+class _NoGradient(BaseException):
     """Raised if no parameter has a gradient, to end a member's step before it changes anything."""
 
 
@@ -76,15 +76,15 @@ class States(MutableMapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         """The state of a parameter; created empty if absent, as in torch's optimizers."""
-        return self._home(key)[key]
+        return self._state_of_owner(key)[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Replace the state of a parameter."""
-        self._home(key)[key] = value
+        self._state_of_owner(key)[key] = value
 
     def __delitem__(self, key: Any) -> None:
         """Delete the state of a parameter."""
-        del self._home(key)[key]
+        del self._state_of_owner(key)[key]
 
     def __contains__(self, key: object) -> bool:
         """Whether any member has a state of it; none is created."""
@@ -103,7 +103,7 @@ class States(MutableMapping[Any, Any]):
         """The state of a parameter if there is one; none is created."""
         return next((m.state[key] for m in self._members if key in m.state), default)
 
-    def _home(self, key: Any) -> Any:
+    def _state_of_owner(self, key: Any) -> Any:
         for member in self._members:
             if key in member.state:
                 return member.state
@@ -147,7 +147,7 @@ class Composite(Optimizer):
         """
         if not _same(self._listed, self._known):  # a caller changed the list
             self._assign(list(self._listed))
-        self._notice()
+        self._register_groups()
         queues = [iter(member.param_groups) for member in self.members]
         self._listed[:] = [next(queues[owner]) for owner in self._owners]
         self._known[:] = self._listed
@@ -217,7 +217,7 @@ class Composite(Optimizer):
                 self.members.append(part.member)
             for group in part.groups:
                 part.member.add_param_group(group)
-            self._notice(part.label)
+            self._register_groups(part.label)
         added = self.param_groups[first:]
         self._watch(added)
         if len(added) > 1:
@@ -231,7 +231,7 @@ class Composite(Optimizer):
             return self.route(parameters, settings)
         return [Part(self.labels[-1], self.members[-1], [{**settings, "params": parameters}])]
 
-    def _notice(self, label: str | None = None) -> None:
+    def _register_groups(self, label: str | None = None) -> None:
         """Register groups that were added to members directly, or removed from them."""
         for number, member in enumerate(self.members):
             more = len(member.param_groups) - self._owners.count(number)
@@ -402,7 +402,7 @@ class Composite(Optimizer):
         argument for it is given one that returns the loss, which was computed once.
         """
         groups = self.param_groups
-        self._follow()
+        self._sync_rates()
         if closure is not None and len(self.members) == 1 and takes_closure(self.members[0]):
             loss = self._step_alone(closure, groups)
         else:
@@ -411,7 +411,7 @@ class Composite(Optimizer):
                 with torch.enable_grad():
                     loss = closure()
             if _any_gradient(groups):
-                again = None if closure is None else _Again(loss, groups)
+                again = None if closure is None else _LossOnlyClosure(loss, groups)
                 for member in self.members:
                     with in_words(member):
                         if again is not None and takes_closure(member):
@@ -436,12 +436,12 @@ class Composite(Optimizer):
                 raised.append(error)
                 raise
             if not needed and not _any_gradient(groups):
-                raise _Nothing
+                raise _NoGradient
             return loss[0]
 
         try:
             return member.step(closure=called)
-        except _Nothing:
+        except _NoGradient:
             return loss[0]
         except Exception as error:
             if any(error is each for each in raised):
@@ -464,7 +464,7 @@ class Composite(Optimizer):
                     exit_status=1,
                 )
 
-    def _follow(self) -> None:
+    def _sync_rates(self) -> None:
         """Groups of one `add_param_group` follow a learning rate that the last one was given."""
         for groups in self._joint:
             lead = groups[-1]
@@ -512,7 +512,7 @@ def _is_no_state(values: dict[str, Any]) -> bool:
     return isinstance(step, Tensor) and step.ndim == 0 and step.item() == 0
 
 
-class _Again:
+class _LossOnlyClosure:
     """The closure for one of several members: returns the loss, whose gradients are computed.
 
     The gradients are those at the weights before the step. A member that evaluates the loss at

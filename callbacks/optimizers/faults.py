@@ -34,7 +34,7 @@ def in_words(member: Optimizer, place: str = "in its step") -> Iterator[None]:
     except Exception as error:
         spoken = getattr(error, "exit_status", None) is not None
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if spoken or memory or whole_wanted() or own_frame(error) is not None or _ours(error):
+        if spoken or memory or wants_traceback() or own_frame(error) is not None or _ours(error):
             raise
         raise OptimizerError(text(member, error, place)) from error
 
@@ -58,7 +58,7 @@ def words(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
 
 
-def whole_wanted() -> bool:
+def wants_traceback() -> bool:
     """Whether the user asked for tracebacks."""
     return os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0")
 

@@ -43,7 +43,7 @@ def pack(member: Optimizer) -> Packed:
         CheckpointError: it keeps an object that no checkpoint can hold.
     """
     whole = member.state_dict()
-    code = _Code(member)
+    code = _StateCodec(member)
     live = member.param_groups
     if not _standard(whole, live):
         numbers = iter(range(sum(len(group["params"]) for group in live)))
@@ -72,7 +72,7 @@ def pack(member: Optimizer) -> Packed:
 
 def unpack(member: Optimizer, packed: Packed) -> None:
     """Give a member what `pack` made, by its own load_state_dict."""
-    code = _Code(member)
+    code = _StateCodec(member)
     if "whole" in packed.rest:
         member.load_state_dict(code.decode(packed.rest["whole"]))
         return
@@ -87,11 +87,11 @@ def unpack(member: Optimizer, packed: Packed) -> None:
     if type(member).load_state_dict is Optimizer.load_state_dict:
         for number, parameter in enumerate(code.parameters):
             for key, value in state.get(number, {}).items():
-                if _spoilt(value) and key in member.state[parameter]:
+                if _changed_by_loader(value) and key in member.state[parameter]:
                     member.state[parameter][key] = value
 
 
-def _spoilt(value: Any) -> bool:
+def _changed_by_loader(value: Any) -> bool:
     """Whether torch's loader would change the value.
 
     It rebuilds every iterable item by item: a text becomes the repr of a generator, and a queue
@@ -135,7 +135,7 @@ def _standard(whole: Any, live: list[Group]) -> bool:
     )
 
 
-class _Code:
+class _StateCodec:
     """Objects as plain values and back, for one member."""
 
     def __init__(self, member: Optimizer) -> None:

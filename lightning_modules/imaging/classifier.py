@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ravine.datamodules.image_set import spelled
+from ravine.datamodules.image_set import describe_classes
 from ravine.datamodules.images import to_float
 from ravine.datamodules.order import generator, global_seed
 
@@ -173,9 +173,9 @@ class ImageClassifier(TaskModule):
         ours, theirs = (one.get("class_names", []) for one in (found, self.form))
         if theirs and sorted(ours) == sorted(theirs) and ours != theirs:
             raise ValueError(
-                f"{whose} has the classes in the order {spelled(ours)}, the classifier in the order"
-                f" {spelled(theirs)}; the order must be the same: type --data.source=... as it was "
-                "trained"
+                f"{whose} has the classes in the order {describe_classes(ours)}, the classifier in"
+                f" the order {describe_classes(theirs)}; the order must be the same: type"
+                " --data.source=... as it was trained"
             )
         for key in ("channels", "size", "class_names"):
             if self.form and self.form[key] != found[key]:
