@@ -172,7 +172,7 @@ def _save_problem(trainer: L.Trainer, module: L.LightningModule) -> Exception | 
         return None
     data = getattr(trainer, "datamodule", None)
     owners = [each for each in (*_callbacks(trainer), module, data) if _of_user(each)]
-    names = [remember_value(vars(each), {}) for each in owners if isinstance(each, Callback)]
+    names = [snapshot_value(vars(each), {}) for each in owners if isinstance(each, Callback)]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     try:
         with undisturbed(trainer, module):
