@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import PurePath
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -248,10 +249,25 @@ def _all_hints(kind: Any) -> dict[str, Any] | None:
         for each in reversed(kind.__mro__ if isinstance(kind, type) else ()):
             if "__init__" in vars(each) and inspect.isfunction(each.__init__):
                 named = inspect.signature(each.__init__).parameters
-                found |= dict.fromkeys(named, Any) | get_type_hints(each.__init__)
+                found |= dict.fromkeys(named, Any) | _resolved(each.__init__)
     except Exception:  # a hint that cannot be read
         return None
     return {key: Any if hint is None else hint for key, hint in found.items()}
+
+
+def _resolved(function: Any) -> dict[str, Any]:
+    """The hints of a function; UNKNOWN for one that cannot be read, such as of TYPE_CHECKING."""
+    try:
+        return get_type_hints(function)
+    except Exception:
+        found = {}
+        for key, hint in function.__annotations__.items():
+            try:
+                alone = SimpleNamespace(__annotations__={key: hint})
+                found[key] = get_type_hints(alone, function.__globals__)[key]
+            except Exception:
+                found[key] = UNKNOWN
+        return found
 
 
 PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.device, torch.dtype)

@@ -468,6 +468,20 @@ def test_the_name_of_a_file_in_the_command_is_no_name_of_a_class(
     assert not Path("mark").exists()
 
 
+def test_a_hint_that_cannot_be_read_leaves_the_others_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    Path("hinted.py").write_text(
+        "from __future__ import annotations\n"
+        "class Hinted:\n"
+        "    def __init__(self, path: str, net: Missing, size: int | None = None): ...\n"
+    )
+    given = {"path": "big-1.csv", "size": "1.5", "net": "os.system"}
+    spec = {"class_path": "hinted.Hinted", "init_args": given}
+    assert list(names(spec, Trust(["hinted"]))) == ["hinted.Hinted", "os.system"]
+
+
 def test_texts_that_name_no_class_stay_texts() -> None:
     rule = {"kind": "rest", "name": "net.head.weight", "lr_scale": 2.0}
     specs = [
