@@ -597,18 +597,16 @@ class Fed(Net):
 
 
 def feed(kind: str, folder: Path, ckpt: Path | None = None, **settings: Any) -> dict[str, Any]:
-    """An epoch and a half; unless it resumes, a file after each optimizer step."""
+    """An epoch and a half; a run that does not resume saves after each optimizer step."""
     L.seed_everything(SEED, verbose=False)
-    net = Fed()
+    every, net = 1 if ckpt is None else None, Fed()
+    keep = Checkpoint(str(folder), every_n_train_steps=every, save_top_k=-1)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=16,
         val_check_interval=4,
         check_val_every_n_epoch=None,
-        callbacks=[ExactResume()]
-        if ckpt is not None
-        else [ExactResume(), Checkpoint(str(folder), every_n_train_steps=1, save_top_k=-1)],
-        enable_checkpointing=ckpt is None,
+        callbacks=[ExactResume(), keep],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
