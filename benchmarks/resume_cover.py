@@ -97,7 +97,7 @@ CALLBACKS: dict[str, Callable[[], list[L.Callback]]] = {
     "Quantization, LoRA": lambda: [
         Quantization("int8"),
         LoRA(rank=1),
-        OptimizerPlan(partial(torch.optim.SGD, lr=0.1, momentum=0.9)),
+        OptimizerPlan(partial(torch.optim.SGD, lr=0.01, momentum=0.9)),
     ],
 }
 TASKS = (
@@ -298,11 +298,14 @@ def fit(case: Case, folder: Path, name: str, ckpt: Path | None = None) -> Path:
             each.fallen, each.asked = {loss: 1.0}, {loss}
         if isinstance(each, Curves):
             each.metrics = [loss]
+    strategy = {"one process": "auto"}.get(case["strategy"], case["strategy"])
+    if by_hand and strategy == "ddp":
+        strategy = "ddp_find_unused_parameters_true"  # a step by hand has half of the parameters
     trainer = Trainer(
         max_steps=steps,
         precision=case["precision"],
         devices=ranks,
-        strategy="auto" if case["strategy"] == "one process" else case["strategy"],
+        strategy=strategy,
         accumulate_grad_batches=case["accumulate"],
         val_check_interval=2 * case["accumulate"],
         check_val_every_n_epoch=None,

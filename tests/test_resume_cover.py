@@ -1,13 +1,16 @@
-"""The comparison of benchmarks/resume_cover.py detects lost state, and its cover is complete.
+"""Twelve cases of benchmarks/resume_cover.py, drawn by the commit, are cut twice and are exact.
 
-The runs of the cover themselves are the benchmark's; one that once differed stands here.
+Its comparison detects lost state, and its cover is complete; the benchmark runs all cases.
 """
 
 import functools
 import importlib.util
 import itertools
+import random
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +30,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cover")
     resume_cover.prepare(path)
     return path
+
+
+def commit() -> str:
+    """The commit, which draws other cases than the one before; of an archive always the same."""
+    git = ["git", "-C", str(BENCHMARKS), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "archive"
+
+
+def drawn(key: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Ten cases of the cover on one process, and two on two ranks; workers are the benchmark's."""
+    cases = [case for case in resume_cover.cover() if "workers" not in case["loader"]]
+    random.Random(key).shuffle(cases)
+    two = [case for case in cases if case["strategy"] != "one process"][:2]
+    rest = [case for case in cases if case not in two][:10]
+    return [case | {"strategy": "one process"} for case in rest], two
+
+
+def cut_all(cases: list[dict[str, Any]], folder: str, key: str) -> list[dict[str, Any]]:
+    return [resume_cover.cut_twice(case, folder, key) for case in cases]
+
+
+def test_twelve_cases_drawn_by_the_commit_go_on_bit_for_bit(folder: Path, ranks: Any) -> None:
+    key = commit()
+    alone, together = drawn(key)
+    found = cut_all(alone, str(folder), key)
+    found += ranks(cut_all, 2, together, str(folder), key)[0]
+    different = [
+        (list(case.values()), result)
+        for case, result in zip([*alone, *together], found, strict=True)
+        if result["outcome"] == "different"
+    ]
+    assert different == []
+    assert sum(result["outcome"] == "bitwise" for result in found) >= 6  # the others are refused
 
 
 @pytest.mark.parametrize(
