@@ -52,7 +52,7 @@ def keep_generators(device: torch.device) -> Callable[[], None]:
         torch.default_generator.set_state(states[0])
         random.setstate(states[1])
         numpy.random.set_state(states[2])
-        if cuda is not None:
+        if cuda is not None and there is not None:
             cuda.set_state(there)
 
     return restore
