@@ -175,7 +175,7 @@ def samples(module: L.LightningModule) -> Dataset:
     if kind == "gluonts":
         return series(module)
     if kind == "mlcolvar":
-        x, y = features(), (features().sum(1) > 0).float()
+        x, y = features(), (torch.arange(32) % 2).float()  # each batch has both states
         return Rows(
             data=x, labels=y, target=features() if "Auto" in type(module).__name__ else y[:, None]
         )
