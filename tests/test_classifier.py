@@ -125,7 +125,11 @@ def test_an_extractor_that_is_no_classifier_is_refused_in_one_line(tmp_path: Pat
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "other.ckpt")
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
-    for name, why in (("gone", "No such file"), ("junk", ""), ("other", "written by Diffusion")):
+    for name, why in (
+        ("gone", "no checkpoint"),
+        ("junk", "not a checkpoint"),
+        ("other", "written by Diffusion"),
+    ):
         said = rf"{name}.ckpt cannot be read as a classifier's checkpoint: .*{why}.* type --trainer"
         with pytest.raises(ValueError, match=said) as error:
             ClassifierFeatures(str(tmp_path / f"{name}.ckpt"))
