@@ -324,6 +324,16 @@ def test_the_end_of_a_run_says_what_to_type_next(capsys: pytest.CaptureFixture[s
     assert main(["generate", "--ckpt_path", str(path), "--max_new_tokens=1"]) == 0
 
 
+def test_a_module_of_others_is_told_a_command_that_works(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["fit", "--config", "base.yaml"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    path = checkpoints("base")[-1]
+    assert line == f"next: ravine validate --trust=foreign --ckpt_path {path}"
+    assert main(line.split()[2:]) == 0
+
+
 def test_a_fit_without_a_validation_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     short = ["fit", "--config", "text.yaml", "--trainer.max_steps=2"]
     assert main(short) == 0
