@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -144,7 +144,7 @@ def shard(
         fully_shard(unit, mesh=mesh, reshard_after_forward=not keep, ignored_params=whole)
         if keep:
             unit.register_forward_hook(_let_go)
-            unit.register_forward_pre_hook(_gather_anew, prepend=True)
+            unit.register_forward_pre_hook(cast(Any, _gather_anew), prepend=True)
 
 
 def _let_go(module: nn.Module, inputs: Any, outputs: Any) -> None:
