@@ -414,7 +414,7 @@ def measure(folder, single, tmp_path_factory):
         if world == 1:
             found = [rows(modules, trying=single)]
         else:
-            found = run_ranks(rows, world, modules, strategy, world, folder, timeout=240)
+            found = run_ranks(rows, world, modules, strategy, world, folder, timeout=600)
         cells = {}
         for (module, names), first in found[0].items():
             each = [theirs[module, names] for theirs in found]
