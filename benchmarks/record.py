@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -84,12 +85,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+FOLDERS = re.compile(r"(?<![\w./:])/(?:[\w.@+=-]+/)+")  # of an absolute path in a message
+
+
 def append(benchmark: str, row: dict[str, Any]) -> None:
-    """Add a row to rows/<benchmark>.jsonl and show it."""
+    """Add a row to rows/<benchmark>.jsonl and show it; of absolute paths the name is kept."""
     ROWS.mkdir(exist_ok=True)
+    line = FOLDERS.sub("", json.dumps(row))
     with (ROWS / f"{benchmark}.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
+        file.write(line + "\n")
+    print(line, flush=True)
 
 
 def train(config: str, seed: int, *words: str, test: bool = False) -> dict[str, Any]:
