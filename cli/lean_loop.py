@@ -25,6 +25,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ravine.strategies.gradient_readers import free_gradients, frees_early
+
 from .quick_log import quick_log
 
 STEP = (
@@ -53,7 +55,13 @@ class LeanOptimization(_AutomaticOptimization):
         """Belong to ``loop``, which knows when the short way will do."""
         super().__init__(trainer)
         self.call = loop.call
-        self.lean = False  # set by the loop for each epoch
+        self.lean = self.frees = False  # set by the loop for each epoch
+
+    def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict) -> Any:
+        """Train on one micro-batch; the old gradients are freed before the first of a step."""
+        if self.frees and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            free_gradients(optimizer)
+        return super().run(optimizer, batch_idx, kwargs)
 
     def _training_step(self, kwargs: OrderedDict) -> ClosureResult:
         if not self.lean:
@@ -132,6 +140,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
         trainer = self.trainer
         module, precision = trainer.lightning_module, trainer.precision_plugin
         self.lean = self.automatic_optimization.lean = self._is_plain(data_fetcher)
+        self.automatic_optimization.frees = frees_early(trainer)
         if not self.lean:
             return super().run(data_fetcher)
         self.hooks = {name: implemented(name, trainer) for name in STEP}

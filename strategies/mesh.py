@@ -32,6 +32,7 @@ from .checkpoint_io import (
     resolved,
 )
 from .context import Context
+from .gradient_readers import free_gradients, frees_early
 from .layout import Layout, check_choices, check_module, check_together, lay_out, resolve
 from .parallelize import Spread, copy_from_rank_zero, is_parallel, parallelize
 from .pipeline import SCHEDULES, Pipeline, Schedule
@@ -105,6 +106,7 @@ class MeshStrategy(ModelParallelStrategy):
         self.context: Context | None = None
         self.owner: dict[Tensor, int] = {}  # with ZeRO-1, who keeps whose state
         self.when_joined: Callable[[], None] | None = None  # called before the mesh is made
+        self.frees = False  # whether gradients are freed before the forward pass
 
     def resolved_degrees(self) -> dict[str, int]:
         """The size of each axis with -1 filled in, or an error that says what would fit."""
@@ -170,6 +172,19 @@ class MeshStrategy(ModelParallelStrategy):
         if self.zero == 1 and self.layout.data.size() > 1:
             for optimizer in self.optimizers:
                 self.owner |= share_steps(optimizer, self.layout.data.get_group())
+
+    def on_train_start(self) -> None:
+        """Find out whether anything reads gradients after an optimizer step."""
+        super().on_train_start()
+        assert self.lightning_module is not None
+        self.frees = frees_early(self.lightning_module.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Free the gradients of the last optimizer step, before the forward pass of the next."""
+        super().on_train_batch_start(batch, batch_idx)
+        assert self.lightning_module is not None
+        if self.frees and batch_idx % self.lightning_module.trainer.accumulate_grad_batches == 0:
+            free_gradients(self.optimizers[0])
 
     def part(self, batch: Any) -> Any:
         """What this rank computes of a batch: with `cp`, a part of each sequence."""
