@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ravine.strategies.parallelize import units
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -46,9 +47,8 @@ def trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     A forward may have left whole copies in the place of shards: they would hide a change of those.
     """
-    for unit in module.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()
+    for unit in units(module):
+        unit.reshard()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             yield name, parameter

@@ -20,8 +20,9 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
+
+from ravine.strategies.parallelize import units
 
 Restore = Callable[[], Any]
 DEPTH = 6  # containers within containers that are looked into
@@ -58,9 +59,8 @@ def snapshot(module: nn.Module) -> Restore:
     def restore() -> None:
         for each in undo:
             each()
-        for unit in module.modules():  # a forward may have left gathered weights
-            if isinstance(unit, FSDPModule):
-                unit.reshard()
+        for unit in units(module):  # a forward may have left gathered weights
+            unit.reshard()
 
     return restore
 

@@ -32,9 +32,18 @@ from .checkpoint_io import (
     resolved,
 )
 from .context import Context
+from .gradient_norm import clip_grad_norm
 from .gradient_readers import free_gradients, frees_early
 from .layout import Layout, check_choices, check_module, check_together, lay_out, resolve
-from .parallelize import Spread, copy_from_rank_zero, is_parallel, parallelize
+from .mixed_precision import half_of
+from .parallelize import (
+    Spread,
+    UnitOptions,
+    copy_from_rank_zero,
+    is_parallel,
+    parallelize,
+    units,
+)
 from .pipeline import SCHEDULES, Pipeline, Schedule
 from .plain_values import with_plain_hyperparameters
 from .recompute import Mode
@@ -70,6 +79,11 @@ class MeshStrategy(ModelParallelStrategy):
         schedule: in which order the micro-batches of a pipeline go forward and backward.
         microbatches: into how many a pipeline cuts each batch of a rank.
         recompute: keep fewer activations, and compute them again when going backward.
+        smallest_unit: bytes of the smallest block that is gathered by itself (default: 1 MiB);
+            smaller blocks are gathered with their parent.
+        gather_once: under zero 2 and 3 with accumulated micro-batches, gather the parameters once
+            an optimizer step and keep all of them until its last micro-batch: fewer bytes sent,
+            more memory.
         save_distributed_checkpoint: a folder with one file a rank instead of a single file, which
             one process can read.
     """
@@ -89,6 +103,8 @@ class MeshStrategy(ModelParallelStrategy):
         schedule: Schedule = "1f1b",
         microbatches: int = 4,
         recompute: Mode = "none",
+        smallest_unit: int | None = None,
+        gather_once: bool = False,
         save_distributed_checkpoint: bool = False,
     ) -> None:
         """Remember the degrees; the number of processes is known to the trainer only."""
@@ -101,6 +117,7 @@ class MeshStrategy(ModelParallelStrategy):
         self.pipeline: Pipeline | None = None
         self.zero, self.sequence_parallel = zero, sequence_parallel
         self.recompute: Mode = recompute
+        self.smallest_unit, self.gather_once = smallest_unit, gather_once
         self.layout: Layout | None = None
         self.spread: Spread | None = None
         self.context: Context | None = None
@@ -138,8 +155,20 @@ class MeshStrategy(ModelParallelStrategy):
             self.pipeline = Pipeline(module, mesh, self.schedule, self.microbatches)
         if is_parallel(module):
             return Spread(module, self.layout)
-        how = (self.zero, self.sequence_parallel, self.recompute)
-        return parallelize(module, self.layout, *how)
+        options = self._unit_options(module)
+        return parallelize(module, self.layout, options, self.sequence_parallel, self.recompute)
+
+    def _unit_options(self, module: nn.Module) -> UnitOptions:
+        assert self.layout is not None
+        shards = self.layout.shard.size(-1)  # the last axis is that of the shards
+        automatic = getattr(module, "automatic_optimization", False)
+        return UnitOptions(
+            keep=self.zero == 2 or self.gather_once,
+            smallest=self.smallest_unit,
+            half=half_of(self.precision_plugin) if shards > 1 else None,
+            around_steps=automatic and self.layout.degrees["pp"] == 1,
+            gather_once=self.gather_once,
+        )
 
     def setup(self, trainer: L.Trainer) -> None:
         """Parallelise after `configure_model`, before weights are restored and optimizers made."""
@@ -159,10 +188,24 @@ class MeshStrategy(ModelParallelStrategy):
             del module.configure_model
         whole = self.spread.whole()
         if trainer.gradient_clip_val and whole:
-            raise ValueError(
-                f"gradient_clip_val cannot mix {whole[0]}, which stays whole, with sharded"
-                " parameters: use the GradientClipping callback in its place"
-            )
+            degrees = self.layout.degrees
+            apart = [f"{k}={degrees[k]}" for k in ("pp", "ep") if degrees[k] > 1]
+            apart += ["zero=1"] if self.zero == 1 else []
+            if apart:
+                raise ValueError(
+                    f"gradient_clip_val cannot add up the norm over ranks with different parameters"
+                    f" ({', '.join(apart)}): use the GradientClipping callback in its place"
+                )
+            self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Clip sharded gradients and whole ones together, which torch's function cannot mix."""
+        clip_grad_norm(self.precision_plugin.main_params(optimizer), clip_val)
+
+    def teardown(self) -> None:
+        """Undo what `setup` has changed."""
+        self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+        super().teardown()
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         """Make the optimizers; with ZeRO-1 each rank steps its share of the parameters."""
@@ -195,7 +238,7 @@ class MeshStrategy(ModelParallelStrategy):
         batch = self.context.cut(batch) if self.context else batch
         with self.context.sober() if self.context else nullcontext():
             if self.pipeline is None:
-                return super().training_step(batch, *args)
+                return self._gathered(super().training_step, batch, *args)
             self._spread.accumulate(more=self._accumulates())
             return self.pipeline.step(batch, args, self.precision_plugin.train_step_context)
 
@@ -209,11 +252,28 @@ class MeshStrategy(ModelParallelStrategy):
 
     def _evaluate(self, step: Callable[..., Any], batch: Any, args: tuple[Any, ...]) -> Any:
         if self.context is None:
-            return step(batch, *args)
+            return self._gathered(step, batch, *args)
         try:
-            return step(self.context.cut(batch), *args)
+            return self._gathered(step, self.context.cut(batch), *args)
         finally:
             self.context.release()
+
+    def predict_step(self, *args: Any) -> Any:
+        """As in training."""
+        return self._gathered(super().predict_step, *args)
+
+    def _gathered(self, step: Callable[..., Any], *args: Any) -> Any:
+        """Run a step of the module with its small children gathered."""
+        unit = self._spread.step_unit
+        return step(*args) if unit is None else unit(step, *args)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Step; what is gathered then has old values, and is freed."""
+        result = super().optimizer_step(*args, **kwargs)
+        if self.gather_once and self.lightning_module is not None:
+            for unit in units(self.lightning_module):
+                unit.reshard()
+        return result
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Say whether this backward pass is the last of an optimizer step."""

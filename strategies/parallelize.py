@@ -8,8 +8,13 @@
     6  fully_shard       (data axes)     block by block, then the rest of each child
 
 A LightningModule's own forward is not what training calls, so it cannot be the unit that gathers
-parameters: its children are. What stands outside of them, what several of them share, and scalars
-stay whole on each rank, and have their gradients averaged (`settle`).
+parameters: its children are. Parameters outside of them, those that several of them share, scalars,
+and under mixed precision the weights of norms (mixed_precision.py) stay whole on each rank; their
+gradients are averaged in one message (`settle`).
+
+A member of a list that is smaller than `smallest` bytes is no unit of its own: a message of a few
+kilobytes costs as much time as one of a megabyte. It stays with its parent, and small children of
+the LightningModule are gathered together around each step (step_unit.py).
 """
 
 from collections import Counter
@@ -29,10 +34,14 @@ from torch.utils._pytree import tree_map_only
 
 from .expert import settle_experts, spread_experts
 from .layout import Layout
+from .mixed_precision import UnitAutocast, full_precision, look_up_in_fp32, unit_policy
 from .recompute import Mode, recompute
+from .step_unit import StepUnit
 from .tensor import split_matrices
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # they have no forward, so they cannot be units
+SMALLEST = 2**20  # bytes of a unit, by default
+TOGETHER = 2**25  # bytes of small members that one unit gathers; with more, each is a unit
 
 
 @dataclass
@@ -43,6 +52,9 @@ class Spread:
     layout: Layout
     partial: list[nn.Module] = field(default_factory=list)  # each rank of tp has a part of a sum
     experts: list[nn.Module] = field(default_factory=list)  # those that are spread over ep
+    step_unit: StepUnit | None = None  # small children, gathered around each step
+    replicated: set[int] = field(default_factory=set)  # ids of parameters that no unit shards
+    gather_once: bool = False  # keep what is gathered until the last micro-batch of a step
 
     def whole(self) -> list[str]:
         """Names of the trainable parameters that are not sharded."""
@@ -52,7 +64,7 @@ class Spread:
         return [
             (name, p)
             for name, p in self.module.named_parameters()
-            if p.requires_grad and not isinstance(p, DTensor)
+            if p.requires_grad and (id(p) in self.replicated or not isinstance(p, DTensor))
         ]
 
     def accumulate(self, more: bool) -> None:
@@ -60,9 +72,10 @@ class Spread:
 
         Shards are reduced in each: otherwise every rank would keep whole gradients in between.
         """
-        for unit in self.module.modules():
-            if isinstance(unit, FSDPModule):
-                unit.set_requires_all_reduce(not more, recurse=False)
+        for unit in units(self.module):
+            unit.set_requires_all_reduce(not more, recurse=False)
+            if self.gather_once:
+                unit.set_reshard_after_backward(not more, recurse=False)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -90,15 +103,42 @@ def _sum_together(parameters: list[Any], group: ProcessGroup, factor: float = 1.
             part.copy_(new.view(part.shape))
 
 
+def units(module: nn.Module) -> list[FSDPModule]:
+    """All units of a LightningModule, that of its small children included."""
+    found = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+    step_unit = module.__dict__.get("_step_unit")
+    return found if step_unit is None else [*found, step_unit]
+
+
 def is_parallel(module: nn.Module) -> bool:
     """Whether somebody has spread parameters of the module already."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
+@dataclass
+class UnitOptions:
+    """How units gather, and which modules become units.
+
+    Args:
+        keep: the gathered parameters stay from a forward to its backward (ZeRO-2).
+        smallest: bytes below which a member of a list is no unit of its own; None: SMALLEST.
+        half: dtype of the gathered parameters; None: that of the shards.
+        around_steps: whether small children may be gathered together around a step, whose backward
+            must then follow it.
+        gather_once: what is gathered stays until the last micro-batch of a step.
+    """
+
+    keep: bool = False
+    smallest: int | None = None
+    half: torch.dtype | None = None
+    around_steps: bool = False
+    gather_once: bool = False
+
+
 def parallelize(
     module: nn.Module,
     layout: Layout,
-    zero: int = 3,
+    options: UnitOptions,
     sequence_parallel: bool = False,
     mode: Mode = "none",
 ) -> Spread:
@@ -111,8 +151,10 @@ def parallelize(
     if layout.experts is not None:
         spread.experts = spread_experts(module, layout.experts)
     if layout.data.size() > 1 or tp.size() * layout.degrees["pp"] == 1:
-        apart = {p for experts in spread.experts for p in experts.parameters()}
-        shard(module, layout.shard, apart, keep=zero == 2)
+        apart = {id(p) for experts in spread.experts for p in experts.parameters()}
+        spread.replicated = shard(module, layout.shard, options, apart)
+        spread.step_unit = module.__dict__.get("_step_unit")
+        spread.gather_once = options.gather_once
     untied = sorted(names - _names_of_tied(module))
     if untied:
         raise ValueError(
@@ -128,23 +170,58 @@ def parallelize(
 
 
 def shard(
-    module: nn.Module, mesh: DeviceMesh, apart: Set[Tensor] = frozenset(), keep: bool = False
-) -> None:
+    module: nn.Module,
+    mesh: DeviceMesh,
+    options: UnitOptions = UnitOptions(),  # noqa: B008 (it is not changed)
+    apart: Set[int] = frozenset(),
+) -> set[int]:
     """Apply fully_shard to the blocks of `module`, then to the rest of each of its children.
 
-    Parameters in `apart` are left as they are.
-    With `keep` the gathered parameters stay from a forward to its backward (ZeRO-2).
+    Parameters with ids in `apart` are left as they are.
+
+    Returns:
+        ids of the parameters that stay whole and have their gradients averaged by `settle`.
     """
-    blocks = _blocks(module)
+    smallest = SMALLEST if options.smallest is None else options.smallest
+    blocks = _blocks(module, smallest)
     roots = [root for root in _roots(module) if root not in blocks]
-    holders = Counter(p for root in roots for p in root.parameters())
-    whole = {p for p in module.parameters() if p.ndim == 0 or holders[p] > 1 or p in apart}
+    together: list[nn.Module] = []
+    if options.around_steps:
+        small = [r for r in roots if not _contains(r, blocks) and _size(r) < smallest]
+        if len(small) > 1 and sum(map(_size, small)) <= TOGETHER:
+            together = small
+    holders = Counter(id(p) for root in roots for p in root.parameters())  # ids keep nothing alive
+    alone = {id(p) for p in module.parameters() if p.ndim == 0 or holders[id(p)] > 1}
+    if options.half is not None:
+        alone |= {id(p) for p in full_precision(module)}
+        look_up_in_fp32(module)
+    whole = {p for p in module.parameters() if id(p) in alone | apart}
+    policy = unit_policy(options.half)
+    how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not options.keep}
+    if together:
+        roots = [root for root in roots if root not in together]
+        step_unit = StepUnit(together)
+        module.__dict__["_step_unit"] = step_unit  # not a child: it has no names in a checkpoint
+        roots.append(step_unit)
     for unit in blocks + roots:
         unit.register_forward_hook(_own_outputs)  # before fully_shard's own hook
-        fully_shard(unit, mesh=mesh, reshard_after_forward=not keep, ignored_params=whole)
-        if keep:
+        if options.half is not None:
+            UnitAutocast(unit, torch.device(mesh.device_type), options.half)
+        fully_shard(unit, mp_policy=policy, ignored_params=whole, **how)
+        if options.keep:
             unit.register_forward_hook(_let_go)
+        if options.keep and not options.gather_once:
             unit.register_forward_pre_hook(cast(Any, _gather_anew), prepend=True)
+    return alone - apart
+
+
+def _size(module: nn.Module) -> int:
+    """Bytes of the parameters of a module."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _contains(module: nn.Module, others: list[nn.Module]) -> bool:
+    return any(part is other for part in module.modules() for other in others)
 
 
 def _let_go(module: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -180,19 +257,31 @@ def _own_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
     return tree_map_only(Tensor, own, outputs)
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def _blocks(module: nn.Module, smallest: int = 0) -> list[nn.Module]:
     """Members of lists, dicts and sequences, innermost first: each is gathered by itself.
 
-    A member that shares a parameter with the outside is left to its parent, which holds both.
+    A member that shares a parameter with the outside is left to its parent, which holds both; so is
+    one of less than `smallest` bytes, as long as its parent has at most `TOGETHER` of such members.
     """
-    owners = Counter(p for _, p in module.named_parameters(remove_duplicate=False))
-    blocks = []
+    owners = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    blocks: list[nn.Module] = []
     for parent in reversed(list(module.modules())):
+        small, bytes_of_small = [], 0
         for child in parent.children() if isinstance(parent, (*CONTAINERS, nn.Sequential)) else ():
-            inside = Counter(p for _, p in child.named_parameters(remove_duplicate=False))
-            alone = all(count == owners[p] for p, count in inside.items())
-            if inside and alone and not isinstance(child, CONTAINERS):
+            inside = Counter(id(p) for _, p in child.named_parameters(remove_duplicate=False))
+            alone = all(count == owners[i] for i, count in inside.items())
+            if not inside or not alone or isinstance(child, CONTAINERS):
+                continue
+            taken = {id(p) for b in blocks if b in set(child.modules()) for p in b.parameters()}
+            rest = {id(p): p for p in child.parameters() if id(p) not in taken}
+            size = sum(p.numel() * p.element_size() for p in rest.values())
+            if size >= smallest:
                 blocks.append(child)
+            else:
+                small.append(child)
+                bytes_of_small += size
+        if bytes_of_small > TOGETHER:
+            blocks += small
     return blocks
 
 
@@ -209,9 +298,9 @@ def _roots(module: nn.Module) -> list[nn.Module]:
 
 def _names_of_tied(module: nn.Module) -> set[tuple[str, ...]]:
     """Groups of names that mean one parameter."""
-    names: dict[nn.Parameter, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
+        names.setdefault(id(parameter), []).append(name)
     return {tuple(group) for group in names.values() if len(group) > 1}
 
 

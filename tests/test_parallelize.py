@@ -289,8 +289,8 @@ REFUSED = {
         "net.embed.weight and net.head.weight share one parameter and cannot be split apart",
     ),
     "stock clipping beside whole parameters": (
-        (Net, "tp", 2, (), {"heads": 2}, {"gradient_clip_val": 1.0}),
-        "gradient_clip_val cannot mix net.embed.weight, .* GradientClipping",
+        (Net, "pp", 2, (), {"heads": 2, "layers": 2}, {"gradient_clip_val": 1.0}),
+        r"gradient_clip_val cannot add up .* \(pp=2\): use the GradientClipping",
     ),
     "stock ModelParallelStrategy, which shards nothing": (
         (NetInInit, ModelParallelStrategy(2, 1), 2, (Adapter(),)),

@@ -265,11 +265,12 @@ def summed_instead_of_averaged():
     shard = parallelize.shard
 
     def fault(module, *args, **how):
-        shard(module, *args, **how)
+        replicated = shard(module, *args, **how)
         for unit in module.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_force_sum_reduction_for_comms(True)
                 unit.set_gradient_divide_factor(1.0)
+        return replicated
 
     parallelize.shard = fault
 

@@ -46,6 +46,8 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """In the place of a block's MLP, (b t d) -> (b t d)."""
 
+    full_precision = ("router",)  # under mixed precision too: near ties decide the choices
+
     def __init__(
         self, width: int, experts: int = 8, capacity: float = 2.0, d_ff: int | None = None
     ) -> None:

@@ -1,0 +1,101 @@
+"""Mixed precision of sharded units: computed in half precision, stored and reduced in fp32.
+
+    shard (fp32) -> gathered in bf16 or fp16 -> forward, backward -> gradient reduced in fp32
+
+Under autocast alone a unit is gathered in fp32, and autograd keeps the half-precision copy of every
+weight from the forward to the backward pass. With torch's MixedPrecisionPolicy the gathered weight
+itself has half precision and is freed with the unit, and a gather sends half the bytes.
+
+Some parameters stay in fp32, because autocast does not cast them in one process either: the weights
+of norms, of routers (a module names such children in `full_precision`) and of recurrent layers,
+vectors and scalars that no matrix product uses, complex and double-precision parameters. They are
+left out of the units: every rank has them whole. Embeddings are looked up in fp32.
+"""
+
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of Lightning's precisions
+PRODUCTS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Embedding, _ConvNd)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)  # their kernels want all weights in one dtype
+
+
+def half_of(precision: Any) -> torch.dtype | None:
+    """The dtype of a Lightning precision plugin's matrix products; None if they are not lowered."""
+    return HALF.get(str(getattr(precision, "precision", "")))
+
+
+def unit_policy(half: torch.dtype | None) -> MixedPrecisionPolicy:
+    """torch's policy of a unit. Inputs stay as they are: autocast casts those of each product."""
+    if half is None:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+
+
+def full_precision(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of `module` that stay in fp32 under mixed precision."""
+    kept = set()
+    for owner in module.modules():
+        for name in getattr(owner, "full_precision", ()):
+            kept |= set(owner.get_submodule(name).modules())
+    for owner in module.modules():
+        whole = owner in kept or isinstance(owner, (*NORMS, *RECURRENT))
+        for parameter in owner.parameters(recurse=False):
+            vector = parameter.ndim < 2 and not isinstance(owner, PRODUCTS)
+            if whole or vector or parameter.dtype != torch.float32:
+                yield parameter
+
+
+class UnitAutocast:
+    """Hooks of a unit: its forward runs under autocast, whoever calls it.
+
+    The weights have half precision, so a call outside of Lightning's steps (samples, an average's
+    validation, user code) would else mix dtypes.
+    """
+
+    def __init__(self, unit: nn.Module, device: torch.device, half: torch.dtype) -> None:
+        """Register them; those of the unit's own gathering must come later."""
+        self.device, self.half = device.type, half
+        self.entered: list[torch.autocast | None] = []  # one for each call that is running
+        unit.register_forward_pre_hook(cast(Any, self.enter))
+        unit.register_forward_hook(self.leave, always_call=True)
+
+    @torch.compiler.disable
+    def enter(self, module: nn.Module, inputs: Any) -> None:
+        """Start autocast, unless it is on."""
+        context = None
+        if not torch.is_autocast_enabled(self.device):
+            context = torch.autocast(self.device, self.half, cache_enabled=False)
+            context.__enter__()
+        self.entered.append(context)
+
+    @torch.compiler.disable
+    def leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """End it."""
+        if self.entered and (context := self.entered.pop()) is not None:
+            context.__exit__(None, None, None)
+
+
+def look_up_in_fp32(module: nn.Module) -> None:
+    """Let embeddings give fp32 rows, as under autocast in one process.
+
+    The gradient of a row is a sum over its tokens: in half precision the small terms are lost.
+    """
+    for layer in module.modules():
+        plain = type(layer).forward is nn.Embedding.forward and "forward" not in layer.__dict__
+        if plain and cast(nn.Embedding, layer).max_norm is None:
+            layer.forward = MethodType(_look_up, layer)
+
+
+def _look_up(self: nn.Embedding, input: Tensor) -> Tensor:
+    options = (self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+    return F.embedding(input, self.weight.float(), *options)

@@ -1,0 +1,53 @@
+"""Small children of a LightningModule as one unit, gathered together around each step.
+
+A LightningModule's own forward is not what training calls, so no forward holds its children
+together: a thousand tiny layers in a list would be a thousand units, with three messages each. Here
+they are the members of a module whose forward is the step itself.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+class StepUnit(nn.Module):
+    """Members that are gathered while `forward` runs a step, and by a call outside of one."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        """Watch the members' own calls."""
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.running = False
+        for member in members:
+            member.register_forward_pre_hook(cast(Any, self._gather))
+            member.register_forward_hook(self._free)
+
+    def forward(self, step: Callable[..., Any], *args: Any) -> Any:
+        """Run a step with all members gathered."""
+        self.running = True
+        try:
+            return step(*args)
+        finally:
+            self.running = False
+
+    @torch.compiler.disable
+    def _gather(self, member: nn.Module, inputs: Any) -> None:
+        """Gather for a call outside of a step: samples, predictions, user code."""
+        if self.running or torch._C._current_graph_task_id() >= 0:  # or recomputed in a backward
+            return
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.members.parameters()):
+            raise RuntimeError(
+                f"{type(member).__name__} is called with gradients outside of training_step, where"
+                " its shards cannot be gathered for the backward pass; call it in training_step or"
+                " under torch.no_grad(), or type --trainer.strategy ddp"
+            )
+        cast(FSDPModule, self).unshard()
+
+    @torch.compiler.disable
+    def _free(self, member: nn.Module, inputs: Any, outputs: Any) -> None:
+        """Free what `_gather` has gathered."""
+        if not self.running and torch._C._current_graph_task_id() < 0:
+            cast(FSDPModule, self).reshard()
