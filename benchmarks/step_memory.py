@@ -1,0 +1,231 @@
+"""The peak of a training step in tensor bytes, on one process and on every layout.
+
+python benchmarks/step_memory.py                     25 M parameters, every layout
+python benchmarks/step_memory.py --size 124M         the net of gpt2/124m
+python benchmarks/step_memory.py --only zero3,ddp    some layouts
+
+A row a layout into rows/step_memory.jsonl. All numbers are MiB of one rank, the largest of the
+ranks, counted by torch's allocator in the third step; what gloo allocates is not counted.
+
+    P, G, S     parameters, gradients and optimizer state that a rank holds, by formula
+    A           what is alive at the end of the forward pass beyond P, S and gathered parameters
+    must hold   the maximum over the phases of a step of what the strategy has to hold
+                    ddp          P + G + S + A
+                    single, tp   P + S + max(A, G + largest activation)
+                    zero1        P + G + S + max(A, a bucket)
+                    zero2        W + P + G + S + A + a reduce buffer
+                    zero3        P + G + S + A + two gathered units + a reduce buffer
+    peak        of a step; the ratio is peak over must hold
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from record import append, machine
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from ranks import run_ranks
+from tensor_bytes import tensor_bytes
+
+from ravine.cli.trainer import Trainer
+from ravine.datamodules import TextDataModule
+from ravine.lightning_modules import LanguageModel
+from ravine.strategies import NAMES, MeshStrategy, parallelize
+
+MIB = 2**20
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "25M": ({"layers": 8, "width": 512, "heads": 8}, {"context": 64, "batch_size": 8}),
+    "124M": (
+        {
+            "layers": 12, "width": 768, "heads": 12, "positions": "learned", "norm": "layernorm",
+            "qk_norm": False, "mlp": "gelu_tanh", "tied": True, "bias": "all",
+        },
+        {"context": 64, "batch_size": 4, "tokenizer": "gpt2"},
+    ),
+}  # fmt: skip
+LAYOUTS: dict[str, tuple[str | dict[str, Any], int]] = {
+    "single": ("auto", 1),
+    "ddp": ("ddp", 2),
+    "ddp 4": ("ddp", 4),
+    "zero1": ("zero1", 2),
+    "zero1 4": ("zero1", 4),
+    "zero2": ("zero2", 2),
+    "zero3": ("zero3", 2),
+    "zero3 4": ("zero3", 4),
+    "hsdp": ("hsdp", 4),
+    "tp": ("tp", 2),
+    "sp": ("sp", 2),
+    "cp": ("cp", 2),
+    "pp": ("pp", 2),
+    "2d": ("2d", 4),
+    "tp x pp": ({"dp_shard": 1, "tp": 2, "pp": 2}, 4),
+    "ep": ("ep", 2),
+}
+STEP = 2  # the one that is measured: states exist
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def bytes_of(tensors: Any) -> int:
+    """Bytes of the storages of some tensors, each once."""
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(found.values())
+
+
+class Peak(L.Callback):
+    """Measures one step; must be the last callback."""
+
+    def __init__(self) -> None:
+        self.row: dict[str, float] = {}
+        self.forward = 0
+        self.measure: Any = None
+        self.found: Any = None
+
+    def held(self, trainer: Any, module: Any) -> dict[str, int]:
+        parameters = [local(p) for p in module.parameters()]
+        states = [
+            local(v)
+            for optimizer in trainer.optimizers
+            for state in optimizer.state.values()
+            for v in state.values()
+            if isinstance(v, torch.Tensor)
+        ]
+        grads = [local(p.grad) for p in module.parameters() if p.grad is not None]
+        return {"P": bytes_of(parameters), "S": bytes_of(states), "G": bytes_of(grads)}
+
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        if index == STEP:
+            self.start = self.held(trainer, module)
+            self.measure = tensor_bytes()
+            self.found = self.measure.__enter__()
+
+    def on_before_backward(self, trainer, module, loss) -> None:
+        if self.measure is not None:
+            self.mark = torch.zeros(977)  # an allocation that is found in the curve
+            del self.mark
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        if self.measure is None:
+            return
+        self.measure.__exit__(None, None, None)
+        self.measure = None
+        base = sum(self.start.values())
+        alive = [bytes for _, bytes in self.found.curve]
+        jumps = itertools.pairwise(alive)
+        marks = [i for i, (a, b) in enumerate(jumps) if b - a == 977 * 4 + 60 or b - a == 977 * 4]
+        at = marks[0] if marks else 0
+        self.row = {
+            "peak": base + self.found.peak,
+            "forward_end": base + alive[at],
+            "forward_peak": base + max(alive[: at + 1], default=0),
+            "backward_peak": base + max(alive[at:], default=0),
+        } | self.held(trainer, module)  # fmt: skip
+        self.row["G_before"] = self.start["G"]
+
+
+def unit_bytes(module: Any, half: bool) -> list[int]:
+    """Bytes of what each unit gathers, the largest first."""
+    found = []
+    for unit in parallelize.units(module):
+        group = unit._get_fsdp_state()._fsdp_param_group
+        if group is not None:
+            numbers = sum(p._orig_size.numel() for p in group.fsdp_params)
+            found.append(numbers * (2 if half else 4))
+    return sorted(found, reverse=True)
+
+
+def measure(layout: str, size: str, precision: str, rows: int | None) -> dict[str, Any]:
+    """Train three steps and look at the last; in each rank."""
+    warnings.simplefilter("ignore")
+    parallelize.SMALLEST = 2**20  # as in training; the harness of the tests sets 0
+    strategy, world = LAYOUTS[layout]
+    shape, data = SIZES[size]
+    if layout == "ep":
+        shape = shape | {"experts": 4}
+    if rows is not None:
+        data = data | {"batch_size": rows}
+    if isinstance(strategy, dict):
+        strategy = MeshStrategy(**strategy)
+    torch.manual_seed(0)
+    module, peak = LanguageModel(**shape), Peak()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(
+            accelerator="cpu", devices=world, strategy=strategy, max_steps=STEP + 1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0,
+            precision=precision, callbacks=[peak], default_root_dir=folder,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=TextDataModule(source="embedded", **data))
+    row = dict(peak.row)
+    half = precision != "32-true"
+    units = unit_bytes(module, half) if layout not in ("single", "ddp", "ddp 4") else []
+    row["units"] = units[:2]
+    row["W"] = sum(p.numel() * 4 for p in module.parameters())
+    row["logits"] = data["batch_size"] * data["context"] * 4 * module.net.head.weight.shape[0]
+    row["logits"] //= 1 if layout in ("single", "tp", "sp", "pp", "cp", "tp x pp") else world
+    return row
+
+
+def bound(layout: str, row: dict[str, Any]) -> dict[str, int]:
+    """A, and what the strategy has to hold at the worst moment of a step."""
+    name = layout.split()[0]
+    p, s, w = row["P"], row["S"], row["W"]
+    g = p  # every parameter is trained, in fp32
+    two, largest = sum(row["units"]), row["logits"]
+    first = row["units"][0] if row["units"] else 0
+    if name == "ddp":
+        a = row["forward_end"] - p - s - g
+        return {"A": a, "must_hold": p + g + s + a}
+    if name == "zero2":
+        a = row["forward_end"] - p - s - w
+        return {"A": a, "must_hold": w + p + s + g + a + 2 * first}
+    a = row["forward_end"] - p - s
+    if name == "zero1":
+        return {"A": a, "must_hold": p + s + g + a}
+    if row["units"] and name in ("zero3", "hsdp", "cp", "2d", "ep"):
+        return {"A": a, "must_hold": p + s + g + a + two + 2 * first}
+    return {"A": a, "must_hold": p + s + max(a, g + largest)}
+
+
+def main() -> None:
+    """Measure and store."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", default="25M", choices=list(SIZES))
+    parser.add_argument("--only", default="")
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--rows", type=int, help="windows of a step")
+    parser.add_argument("--dry", action="store_true", help="store no rows")
+    given = parser.parse_args()
+    chosen = given.only.split(",") if given.only else list(LAYOUTS)
+    for layout in chosen:
+        world = LAYOUTS[layout][1]
+        job = (layout, given.size, given.precision, given.rows)
+        rows = run_ranks(measure, world, *job, timeout=600)
+        row = max(rows, key=lambda each: each["peak"])
+        row |= bound(layout, row)
+        shown = {
+            k: [round(x / MIB, 1) for x in v] if isinstance(v, list) else round(v / MIB, 1)
+            for k, v in row.items()
+        }
+        shown["ratio"] = round(row["peak"] / row["must_hold"], 3)
+        found = {"layout": layout, "size": given.size, "precision": given.precision} | shown
+        if given.dry:
+            print(found, flush=True)
+        else:
+            append("step_memory", found | machine())
+
+
+if __name__ == "__main__":
+    assert set(NAMES) - {"3d"} <= {value for value, _ in LAYOUTS.values() if isinstance(value, str)}
+    main()
