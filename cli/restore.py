@@ -15,12 +15,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from ravine.callbacks.optimizers.faults import own_frame
 from ravine.strategies import MeshStrategy, sharded, states
 from ravine.strategies.checkpoint_form import odd
-from ravine.strategies.checkpoint_io import CheckpointError, refusal
+from ravine.strategies.checkpoint_io import CheckpointError, reading_together, refusal
 from ravine.strategies.plain_pickle import UnsafePickle, check_size
 
 from .errors import Mistake, status
+from .launched import is_launched
 
 MAX_VALUES, MAX_LEVELS = 20_000, 50  # of a configuration
+COPIED = ("state_dict", "ema")  # sections whose tensors are copied when they are restored
 
 
 class Restore(_CheckpointConnector):
@@ -60,7 +62,7 @@ class Restore(_CheckpointConnector):
 
     def resume_start(self, *args: Any, **kwargs: Any) -> None:
         """Read the checkpoint, and bring one of an older Lightning to the form of today's."""
-        with restoring("pytorch-lightning_version"):
+        with restoring("pytorch-lightning_version"), reading_together(COPIED):
             super().resume_start(*args, **kwargs)
 
     def restore_model(self) -> None:
@@ -115,8 +117,12 @@ def restoring(section: str) -> Iterator[None]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint without its numbers: what is in it, and tensors that only have a shape."""
-    if wrong := refusal(path):
+    """A checkpoint without its numbers: what is in it, and tensors that only have a shape.
+
+    One process alone compares all checksums. A rank that a launcher has started leaves that to the
+    loading, where the ranks divide it.
+    """
+    if wrong := refusal(path, sums=not is_launched()):
         raise CheckpointError(wrong)
     file = path / "meta.pt" if path.is_dir() else path
     checkpoint = torch.load(file, map_location="meta", mmap=True, weights_only=True)
@@ -179,7 +185,7 @@ def refuse_other_shapes(trainer: L.Trainer, path: Path, changed: list[str]) -> N
     """Compare the names and sizes of a checkpoint's weights with those of the model as built."""
     module, strategy = trainer.lightning_module, trainer.strategy
     spread = isinstance(strategy, MeshStrategy)
-    if path.is_dir() and (spread or sharded.damage(path)):
+    if path.is_dir() and (spread or sharded.structure(path)):
         return  # its loader says so
     ours = strategy.sizes() if spread else states.sizes(module.state_dict())
     if path.is_dir():

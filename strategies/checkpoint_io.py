@@ -3,6 +3,9 @@
     write -> .tmp-<uuid> beside the target -> fsync -> rename onto the target -> fsync the folder
     read  <- every record's checksum, which torch does not compare <- tensors and plain types only
 
+Ranks that resume together (`reading_together`) map the file: a machine has its pages once, and a
+rank copies what it uses. Each record's checksum is compared by one of the ranks.
+
 The temporary file stands beside the target because a rename is atomic on one file system only; a
 rename from $TMPDIR on another is a copy, and a copy that is killed leaves half a checkpoint.
 """
@@ -17,7 +20,9 @@ import stat
 import uuid
 import zipfile
 from collections import Counter, OrderedDict
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
@@ -28,17 +33,39 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from . import archive, checkpoint_form, sharded
+from . import archive, checkpoint_form, mapped_file, sharded
 from .checkpoint_error import CheckpointError as CheckpointError
+from .mapped_file import PLAIN, PLAIN_TORCH
 from .plain_pickle import UnsafePickle
 from .plain_values import with_plain_hyperparameters
+from .verification import Readers
 
 SUFFIX = ".ckpt"
 LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{32}")  # of a writer that was killed
-PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None))
-PLAIN_TORCH = (torch.Size, torch.device, torch.dtype, torch.layout)
 CONTAINERS = (list, tuple, set)
-_whole: set[tuple[int, ...]] = set()  # files that `check` has read whole: one of 10 GB takes 5 s
+TRIES = 3  # to open one file on all ranks, where a writer replaces it meanwhile
+_whole: set[tuple[int, ...]] = set()  # files whose sums were compared: one of 10 GB takes 5 s
+_together: ContextVar[tuple[Readers, frozenset[str]]] = ContextVar(
+    "together", default=(Readers(), frozenset())
+)
+
+
+@contextmanager
+def reading_together(mapped: Collection[str] = ()) -> Iterator[None]:
+    """Let the ranks of the job share the work of `load_checkpoint`; every rank calls it.
+
+    Each rank compares the checksums of its share. All ranks read one file, and all refuse a bad one
+    with one text. Where there is one process, only `mapped` has an effect.
+
+    Args:
+        mapped: sections of a single file whose tensors are views of the file's pages. The caller
+            copies what it keeps: see mapped_file.py for what becomes of a view.
+    """
+    token = _together.set((Readers.of_job(), frozenset(mapped)))
+    try:
+        yield
+    finally:
+        _together.reset(token)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -83,27 +110,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         source, plain = _local(path), weights_only is not False
         if source is None:  # Lightning would unpickle what an http address sends
             return super().load_checkpoint(path, map_location, plain)
-        if not os.path.lexists(source):
-            raise _missing(source)
+        readers, mapped = _together.get()
         if source.is_dir():
-            if reason := sharded.damage(source):
-                raise _unreadable(source, reason)
+            check_folder(source)
             try:
                 return sharded.read_whole(source)
             except CheckpointError as error:
                 raise _unreadable(source, str(error)) from error
-        try:
-            with _opened(source) as file:  # one file for both: it may be replaced meanwhile
-                if reason := _damage(file, plain):
-                    raise _unreadable(source, reason)
-                file.seek(0)
-                return torch.load(file, map_location, weights_only=plain)
-        except OSError as error:
-            raise _unreadable(source, _words(error)) from error
-        except (LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError) or not plain:
-                raise
-            raise _unreadable(source, _damaged(error)) from error
+        return _load(source, map_location, plain, readers, mapped)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file or a folder that this object has written; any other is left as it is.
@@ -128,27 +142,56 @@ def resolved(path: Path) -> Path:
     return path.parent.resolve() / path.name
 
 
-def check(path: str | Path) -> str | None:
-    """None if the file or folder is a whole checkpoint, else what is wrong with it, in words."""
-    if Path(path).is_dir():
-        return sharded.damage(Path(path))
+def check(path: str | Path, sums: bool = True) -> str | None:
+    """None if the file or folder is a whole checkpoint, else what is wrong with it, in words.
+
+    Args:
+        path: the file or folder.
+        sums: whether the checksums are compared, once a process; without, only tables and pickles
+            are read.
+    """
+    path, key = Path(path), ()
     try:
-        with _opened(Path(path)) as file:
-            status = os.fstat(file.fileno())
-            key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-            if key in _whole:
-                return None
-            if (reason := _damage(file)) is None:
-                _whole.add(key)
-            return reason
+        if path.is_dir():
+            if (reason := sharded.structure(path)) is None:
+                key = sharded.identity(path)
+                if sums and key not in _whole:
+                    reason = sharded.other_sum(path)
+        else:
+            with _opened(path) as file:
+                key = _identity(file)
+                if (reason := _damage(file)) is None and sums and key not in _whole:
+                    reason = _other_sum(file)
     except OSError as error:
         return _words(error)
+    if reason is None and sums:
+        _whole.add(key)
+    return reason
 
 
-def refusal(path: Path) -> str | None:
-    """None if the file or folder is a whole checkpoint, else what to say of it."""
-    reason = check(path)
+def refusal(path: Path, sums: bool = True) -> str | None:
+    """None if the file or folder is a whole checkpoint, else what to say of it; see `check`."""
+    reason = check(path, sums)
     return None if reason is None else str(_unreadable(path, reason))
+
+
+def check_folder(path: Path) -> None:
+    """Raise CheckpointError if a folder is no whole checkpoint; see `reading_together`."""
+    readers, _ = _together.get()
+    key: tuple[int, ...] = ()
+    sizes: dict[str, int] = {}
+
+    def words(reason: str) -> str:
+        return str(_unreadable(path, reason))
+
+    if (reason := sharded.structure(path)) is None:
+        try:
+            key, sizes = sharded.identity(path), sharded.lengths(path)
+        except (OSError, CheckpointError) as error:  # it is being removed
+            reason = str(error)
+    readers.agree(reason, words)
+    readers.agree(sharded.other_sum(path, readers.share(sizes, key[1:], key in _whole)), words)
+    _whole.add(key)
 
 
 def newest_valid(folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -283,8 +326,75 @@ def _opened(path: Path) -> IO[bytes]:
     raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
+def _identity(file: IO[bytes]) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, *times
+
+
+def _load(
+    path: Path, map_location: Any, plain: bool, readers: Readers, mapped: frozenset[str]
+) -> dict[str, Any]:
+    """Read a file that all ranks find whole, each through one handle: it may be replaced."""
+
+    def words(reason: str) -> str:
+        return reason if reason.startswith("no checkpoint ") else str(_unreadable(path, reason))
+
+    for _ in range(TRIES):
+        reason, file = None, None
+        try:
+            file = _opened(path)
+            reason = _damage(file, plain)
+        except OSError as error:
+            reason = str(_missing(path)) if not os.path.lexists(path) else _words(error)
+        try:
+            readers.agree(reason, words)
+            assert file is not None
+            key, (sizes, table) = _identity(file), archive.tensors(file)
+            if len(set(readers.gather(table))) > 1:  # replaced before the last rank opened it
+                continue
+            mine = readers.share(sizes, key[1:], key in _whole)
+            checkpoint = None
+            try:
+                if (reason := _other_sum(file, mine)) is None:
+                    checkpoint = _read(file, map_location, plain, mapped)
+            except OSError as error:
+                reason = _words(error)
+            except (LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+                if not plain:
+                    raise
+                reason = _damaged(error)
+            readers.agree(reason, words)
+            _whole.add(key)
+            assert checkpoint is not None
+            return checkpoint
+        finally:
+            if file is not None:
+                file.close()
+    raise CheckpointError(words("it was replaced again and again while the ranks opened it"))
+
+
+def _read(file: IO[bytes], map_location: Any, plain: bool, mapped: frozenset[str]) -> Any:
+    """The content of a file that was checked; `mapped` sections as views of its pages."""
+    if plain and mapped and map_location in (None, "cpu"):
+        with suppress(mapped_file.Unmappable):
+            return mapped_file.load(file, mapped)
+    file.seek(0)
+    return torch.load(file, map_location, weights_only=plain)
+
+
+def _other_sum(file: IO[bytes], names: Collection[str] | None = None) -> str | None:
+    """What does not match its checksum: of the tensors of these names, or of all."""
+    with zipfile.ZipFile(file) as table:
+        broken = archive.broken(table, table.namelist() if names is None else names)
+    return broken and f"it is damaged: {broken} does not match its checksum"
+
+
 def _damage(file: IO[bytes], plain: bool = True) -> str | None:
-    """What is wrong with an open checkpoint: torch.save writes an uncompressed zip archive."""
+    """What is wrong with an open checkpoint, but for the numbers in its tensors.
+
+    torch.save writes an uncompressed zip archive.
+    """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(4)
@@ -303,7 +413,7 @@ def _damage(file: IO[bytes], plain: bool = True) -> str | None:
             # no checksum covers the table; torch gives uninitialised memory for a "folder"
             return "it is damaged: its table of contents was changed"
         archive.check_contents(table, size)
-        if broken := table.testzip():
+        if broken := archive.broken(table, archive.others(table)):
             return f"it is damaged: {broken} does not match its checksum"
         if plain:
             archive.check_pickle(table, size)

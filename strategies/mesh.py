@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 from . import sharded, states
 from .checkpoint_io import (
     AtomicCheckpointIO,
-    CheckpointError,
-    refusal,
+    check_folder,
+    reading_together,
     refuse_foreign,
     resolved,
 )
@@ -361,12 +361,12 @@ class MeshStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         module, optimizers = self.lightning_module, self.optimizers
         assert module is not None
-        if path.is_dir():
-            if wrong := self.broadcast(refusal(path) if self.is_global_zero else None):
-                raise CheckpointError(wrong)
-            states.refuse_others(module, self.sizes(), states.sizes_in(path))
-            return states.load_parts(module, optimizers, path, self._owned, self._stages)
-        checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        with reading_together(mapped=sharded.SPREAD):
+            if path.is_dir():
+                check_folder(path)
+                states.refuse_others(module, self.sizes(), states.sizes_in(path))
+                return states.load_parts(module, optimizers, path, self._owned, self._stages)
+            checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         states.refuse_others(module, self.sizes(), states.sizes(checkpoint["state_dict"]))
         states.load(module, optimizers, checkpoint, self._owned, self._stages)
         return checkpoint

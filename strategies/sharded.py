@@ -7,7 +7,8 @@
 
 It is written under another name and renamed, where the store can rename; elsewhere the manifest
 alone tells that it is whole. A tensor is found by its path in the checkpoint, and any part of it
-can be read: so what any layout wrote is loaded on any other, or put together to one file.
+can be read: so what any layout wrote is loaded on any other, or put together to one file. A tensor
+with several names (tied weights) is written once: the index gives each name the same place.
 """
 
 import errno
@@ -19,23 +20,18 @@ import pickle
 import re
 import shutil
 import uuid
-import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import (
-    FileSystemReader,
-    FileSystemWriter,
-    _StorageInfo,
-)
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -44,12 +40,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from . import archive, plain_pickle
 from .checkpoint_error import CheckpointError
+from .local_parts import MESSAGE, Run, Runs, blocks, runs_of
 from .plain_pickle import Name, Record, UnsafePickle
 
 MANIFEST, META, INDEX = "manifest.json", "meta.pt", ".metadata"
@@ -87,8 +84,10 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
     tensors, rest = part(checkpoint)
     with _drafting(path, rank) as (draft, error):
         _agree(error)
-        writer = FileSystemWriter(draft, thread_count=1)
-        save({key_of(place): t for place, t in tensors.items()}, storage_writer=writer)
+        first_keys = _first_keys(tensors)
+        writer = _Writer(draft, {k: v for each in _gathered(first_keys) for k, v in each.items()})
+        named = {key_of(place): tensor for place, tensor in tensors.items()}
+        save({k: v for k, v in named.items() if k not in first_keys}, storage_writer=writer)
         others = _gathered(_plain_states(rest))
         error = None
         sums = _gathered({f.name: _sum(f) for f in draft.glob(f"__{rank}_*")})
@@ -104,6 +103,32 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
             except OSError as problem:
                 error = problem
         _agree(error)
+
+
+def _first_keys(tensors: dict[Place, Tensor]) -> dict[str, str]:
+    """Of each further name of a tensor, the name under which it is written."""
+    first: dict[int, str] = {}
+    keys = {key_of(place): first.setdefault(id(t), key_of(place)) for place, t in tensors.items()}
+    return {key: known for key, known in keys.items() if known != key}
+
+
+class _Writer(FileSystemWriter):
+    """torch's, with further names for tensors that are written once."""
+
+    def __init__(self, path: Path, first_keys: dict[str, str]) -> None:
+        super().__init__(path, thread_count=1)
+        self.first_keys = first_keys
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        written: dict[str, list[WriteResult]] = {}
+        for result in (each for rank in results for each in rank):
+            written.setdefault(result.index.fqn, []).append(result)
+        further = []
+        for key, first in self.first_keys.items():
+            if key not in written:
+                metadata.state_dict_metadata[key] = metadata.state_dict_metadata[first]
+                further += [replace(r, index=replace(r.index, fqn=key)) for r in written[first]]
+        super().finish(metadata, [*results, further])
 
 
 class _drafting:
@@ -237,17 +262,25 @@ def begun(path: Path) -> bool:
 
 def damage(path: Path) -> str | None:
     """None if the folder is a whole checkpoint, else what is wrong with it, in words."""
+    reason = structure(path)
+    return other_sum(path) if reason is None else reason
+
+
+def structure(path: Path) -> str | None:
+    """What is wrong with a folder, but for the numbers in its parts."""
     if not (path / MANIFEST).is_file():
         if not begun(path):
             return "it is a folder, not a checkpoint file"
         return f"it is incomplete: a folder without {MANIFEST}, which is written last"
     try:
         files = _files(path)
-        for name, (size, crc) in files.items():
+        for name, (size, _) in files.items():
             if not (path / name).is_file():
                 return f"its part {name} is missing"
-            if (path / name).stat().st_size != size or _sum(path / name) != [size, crc]:
+            if (path / name).stat().st_size != size:
                 return f"its part {name} does not match its checksum"
+        if (reason := other_sum(path, [META, INDEX])) is not None:
+            return reason
         with (path / META).open("rb") as file, zipfile.ZipFile(file) as table:
             archive.check_contents(table, files[META][0])
             archive.check_pickle(table, files[META][0])
@@ -258,6 +291,34 @@ def damage(path: Path) -> str | None:
         text = " ".join(str(error).split())[:80] or type(error).__name__
         return f"its part {META} is damaged ({text})"
     return None
+
+
+def other_sum(path: Path, names: Collection[str] | None = None) -> str | None:
+    """What does not match its checksum: of the parts of these names, or of all with numbers."""
+    try:
+        wanted = lengths(path) if names is None else names
+        for name, (size, crc) in _files(path).items():
+            if name in wanted and _sum(path / name) != [size, crc]:
+                return f"its part {name} does not match its checksum"
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    return None
+
+
+def lengths(path: Path) -> dict[str, int]:
+    """The bytes of each part with numbers."""
+    return {name: size for name, (size, _) in _files(path).items() if name not in (META, INDEX)}
+
+
+def identity(path: Path) -> tuple[int, ...]:
+    """Tells whether a folder is another one than before: device, and of each part what changes."""
+    found = [path.stat().st_dev]
+    for name in [MANIFEST, *sorted(_files(path))]:
+        status = (path / name).stat()
+        found += [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return tuple(found)
 
 
 def _files(path: Path) -> dict[str, tuple[int, int]]:
@@ -282,6 +343,7 @@ def _files(path: Path) -> dict[str, tuple[int, int]]:
 def part(checkpoint: dict[str, Any]) -> tuple[dict[Place, Tensor], dict[str, Any]]:
     """The tensors that are written in parts, by their place, and the checkpoint without them."""
     tensors: dict[Place, Tensor] = {}
+    known: dict[int, Tensor] = {}  # a tensor with several names stays one
 
     def without(value: Any, place: Place) -> Any:
         if isinstance(value, dict):
@@ -290,7 +352,7 @@ def part(checkpoint: dict[str, Any]) -> tuple[dict[Place, Tensor], dict[str, Any
         if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
             return type(value)(without(v, (*place, i)) for i, v in enumerate(value))
         if isinstance(value, Tensor):
-            tensors[place] = value.detach()
+            tensors[place] = known.setdefault(id(value), value.detach())
         return value
 
     rest = {k: without(v, (k,)) if k in SPREAD else v for k, v in checkpoint.items()}
@@ -348,12 +410,13 @@ def _metadata(root: Any, lengths: dict[str, int]) -> Metadata:
     fields = _state(root, "Metadata")
     entries, stored = {}, {}
     total = 0
+    places: dict[tuple[Any, ...], int] = {}
     for key, record in fields["state_dict_metadata"].items():
         if record.name.name != "BytesStorageMetadata":
             _place(key)
             entries[key] = entry = _entry(record)
             total += math.prod(entry.size) * entry.properties.dtype.itemsize
-    if total > sum(lengths.values()):
+    if total > 4 * sum(lengths.values()) + archive.MAX_EXPANDED:  # names may share a tensor
         raise ValueError("its tensors are larger than its parts")
     for record, place in fields["storage_data"].items():
         index, info = _state(record, "MetadataIndex"), _state(place, "_StorageInfo")
@@ -366,8 +429,14 @@ def _metadata(root: Any, lengths: dict[str, int]) -> Metadata:
         stored[MetadataIndex(index["fqn"], offset)] = _StorageInfo(name, start, length)
     for key, entry in entries.items():
         for chunk in entry.chunks:
-            if MetadataIndex(key, chunk.offsets) not in stored:
+            if (info := stored.get(MetadataIndex(key, chunk.offsets))) is None:
                 raise ValueError(f"{key[:40]} is in no part")
+            size = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+            places[info.relative_path, info.offset] = size
+            if size > info.length:
+                raise ValueError(f"{key[:40]} is larger than its part")
+    if sum(places.values()) > sum(lengths.values()):
+        raise ValueError("its tensors are larger than its parts")
     return Metadata(entries, storage_data=stored, storage_meta=StorageMeta())
 
 
@@ -413,47 +482,124 @@ def _place(key: str) -> Place:
     return place
 
 
-class _Reader(FileSystemReader):
-    """torch's, with the index read by `_index` and each part checked before torch reads it."""
+class Stored(NamedTuple):
+    """A tensor in the parts: its size and dtype, and where each chunk of it is."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _index(Path(self.path))
-        self.storage_data = metadata.storage_data
-        return metadata
+    entry: TensorStorageMetadata
+    chunks: list[tuple[ChunkStorageMetadata, _StorageInfo]]
 
-    def read_data(self, plan: Any, planner: Any) -> Any:
-        for item in plan.items:
-            info = self.storage_data[item.storage_index]
-            with Path(self.path, info.relative_path).open("rb") as file:
-                part = archive.Window(file, info.offset, info.length)
-                with zipfile.ZipFile(part) as table:  # type: ignore[arg-type]
-                    archive.check_contents(table, info.length)
-                    archive.check_pickle(table, info.length)
-        return super().read_data(plan, planner)
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """The same for two names of one tensor."""
+        return tuple((info.relative_path, info.offset) for _, info in self.chunks)
+
+
+def stored(path: Path) -> dict[Place, Stored]:
+    """Each tensor that was written in parts, by its place in the checkpoint."""
+    metadata, found = _index(path), {}
+    for key, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        chunks = [(c, metadata.storage_data[MetadataIndex(key, c.offsets)]) for c in entry.chunks]
+        found[_place(key)] = Stored(entry, chunks)
+    return found
 
 
 def entries(path: Path) -> Iterator[tuple[Place, TensorStorageMetadata]]:
     """Place, size and dtype of each tensor that was written in parts."""
-    for key, entry in _index(path).state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata)
-        yield _place(key), entry
+    for place, each in stored(path).items():
+        yield place, each.entry
 
 
 def read(path: Path, tensors: dict[Place, Tensor]) -> None:
-    """Fill tensors, or this rank's parts of them, in place; no rank waits for another."""
-    wanted = {key_of(place): tensor for place, tensor in tensors.items()}
+    """Fill tensors, or this rank's parts of them, in place; no rank waits for another.
+
+    Of each chunk only the rows that are wanted are read, MESSAGE bytes at a time. A tensor that is
+    given under two names is read once.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
-            load(wanted, storage_reader=_Reader(path), no_dist=True)
+        found, done = stored(path), set()
+        for place, tensor in tensors.items():
+            each = found[place]
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            mark = (local.data_ptr(), tuple(local.shape), each.place)
+            if not local.numel() or mark in done:
+                continue
+            done.add(mark)
+            if tensor.shape != each.entry.size:
+                raise ValueError(f"{key_of(place)[:40]} has another shape")
+            for chunk, info in each.chunks:
+                dtype = each.entry.properties.dtype
+                _read_chunk(path, info, chunk, dtype, local.detach(), runs_of(tensor))
     except CheckpointError:
         raise
-    except (Exception, CheckpointException) as error:  # which holds what each rank met
-        causes = [each for each, _ in getattr(error, "failures", {}).values()] or [error]
-        if isinstance(causes[0], KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        text = " ".join(str(causes[0]).split())[-120:] or type(causes[0]).__name__
+    except Exception as error:  # a changed byte can make zipfile and torch raise nearly any type
+        text = " ".join(str(error).split())[-120:] or type(error).__name__
         raise CheckpointError(f"the parts of {path} are not those of its index ({text})") from error
+
+
+def _read_chunk(
+    path: Path,
+    info: _StorageInfo,
+    chunk: ChunkStorageMetadata,
+    dtype: torch.dtype,
+    local: Tensor,
+    runs: Runs,
+) -> None:
+    """Copy what a chunk has of a tensor into this rank's part of it, which has these runs."""
+    inside = [
+        _overlap(each, start, size)
+        for each, start, size in zip(runs, chunk.offsets, chunk.sizes, strict=True)
+    ]
+    if not all(inside):
+        return
+    with Path(path, info.relative_path).open("rb") as file:
+        part = archive.Window(file, info.offset, info.length)
+        with zipfile.ZipFile(part) as table:  # type: ignore[arg-type]
+            archive.check_contents(table, info.length)
+            archive.check_pickle(table, info.length)
+            part.seek(0)
+            whole = torch.load(part, "meta", weights_only=True)  # type: ignore[arg-type]
+            if not isinstance(whole, Tensor) or whole.shape != chunk.sizes or whole.dtype != dtype:
+                raise ValueError("a part holds another tensor")
+            rows = archive.first_record(table, part)  # type: ignore[arg-type]
+        dense = whole.is_contiguous() and not whole.storage_offset() and not whole.is_conj()
+        if not dense or rows.length < whole.numel() * dtype.itemsize:
+            part.seek(0)
+            whole = torch.load(part, "cpu", weights_only=True)  # type: ignore[arg-type]
+            for there, here in blocks(inside):
+                local[here] = whole[there].to(local.device)
+            return
+        for first, last, some in _rows(rows, chunk.sizes, dtype, inside[0] if inside else []):
+            wanted = [_overlap(inside[0], first, last - first), *inside[1:]] if inside else []
+            for there, here in blocks(wanted):
+                local[here] = some[there].to(local.device)
+
+
+def _overlap(runs: list[Run], start: int, size: int) -> list[Run]:
+    """The parts of the runs in `size` indices from `start` on, counted from there."""
+    found = []
+    for run in runs:
+        first, last = max(run.start, start), min(run.start + run.length, start + size)
+        if first < last:
+            found.append(Run(first - start, run.local + first - run.start, last - first))
+    return found
+
+
+def _rows(
+    record: archive.Window, sizes: torch.Size, dtype: torch.dtype, wanted: list[Run]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """First row, last row and content of pieces of a dense tensor that hold the wanted rows."""
+    row = math.prod(sizes[1:]) * dtype.itemsize
+    step = max(1, MESSAGE // max(1, row))
+    for run in wanted if sizes else [Run(0, 0, 1)]:
+        for first in range(run.start, run.start + run.length, step):
+            last = min(first + step, run.start + run.length)
+            content = bytearray((last - first) * row)
+            record.seek(first * row)
+            if record.readinto(content) != len(content):
+                raise ValueError("a part is cut short")
+            shape = [last - first, *sizes[1:]] if sizes else []
+            yield first, last, torch.frombuffer(content, dtype=dtype).view(shape)
 
 
 def like(entry: TensorStorageMetadata, parameter: Tensor | None) -> Tensor:
@@ -482,7 +628,10 @@ def read_meta(path: Path) -> dict[str, Any]:
 def read_whole(path: Path) -> dict[str, Any]:
     """The checkpoint as a single file would hold it."""
     checkpoint = read_meta(path)
-    tensors = {place: like(entry, None) for place, entry in entries(path)}
+    once: dict[tuple[Any, ...], Tensor] = {}
+    tensors = {}
+    for place, each in stored(path).items():
+        tensors[place] = once.setdefault((each.place, each.entry.size), like(each.entry, None))
     read(path, tensors)
     try:
         for place, tensor in tensors.items():

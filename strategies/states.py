@@ -8,21 +8,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from . import sharded
 from .checkpoint_form import kind_mismatches
 from .checkpoint_io import CheckpointError
+from .local_parts import collect, keeper, local_part, to_first
 
 SHOWN = 5  # tensors named in a message
 Owned = Callable[[Tensor], bool]
@@ -44,19 +42,61 @@ def numbers(module: nn.Module, stages: Stages | None) -> dict[Tensor, int]:
 
 
 def weights(module: nn.Module, parts: bool, stages: Stages | None) -> dict[str, Any]:
-    """The module's state_dict: this rank's parts, or all on rank 0 and nothing elsewhere."""
-    if stages is None or parts:
-        options = StateDictOptions(full_state_dict=not parts, cpu_offload=True)
-        return get_model_state_dict(module, options=options)
-    ours = {name: _whole(value).cpu() for name, value in module.state_dict().items()}
-    merged: dict[str, Any] = {}
-    for some in _from_all(ours, stages.group):
-        merged |= some
-    return merged if dist.get_rank() == 0 else {}
+    """The module's state_dict: this rank's parts, or all on rank 0 and nothing elsewhere.
+
+    A tensor with several names is collected once, and stands under each of them.
+    """
+    state = get_model_state_dict(module, options=StateDictOptions(cpu_offload=parts))
+    first_names = _first_names(module, state)
+    if parts:
+        return {name: state[first_names.get(name, name)] for name in state}
+    keepers, found = _keepers(stages), {}
+    for name, value in state.items():
+        if name not in first_names:
+            found[name] = _kept(value, keepers)
+    stand = {name: first_names.get(name, name) for name in state}
+    if stages is not None and dist.get_rank() in keepers:
+        own, found, stand = (found, stand), {}, {}
+        for tensors, names in to_first(own, stages.group, _device(module)):
+            found |= {name: value for name, value in tensors.items() if name not in found}
+            stand |= {name: first for name, first in names.items() if name not in stand}
+    return {name: found[first] for name, first in stand.items()} if dist.get_rank() == 0 else {}
 
 
-def _whole(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def _first_names(module: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
+    """Of each further name of a tensor, the name under which it stands first."""
+    first: dict[int, str] = {}
+    further = {}
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in named:
+        if name in state and (known := first.setdefault(id(tensor), name)) != name:
+            further[name] = known
+    return further
+
+
+def _keepers(stages: Stages | None) -> list[int]:
+    """The ranks that whole tensors are collected on: rank 0, and its peer in each other stage."""
+    if stages is None:
+        return [0]
+    count, world = dist.get_world_size(stages.group), dist.get_world_size()
+    return [stage * world // count for stage in range(count)]
+
+
+def _kept(value: Any, keepers: list[int]) -> Any:
+    """A whole value on the CPU of the keeper; None on the other ranks."""
+    if isinstance(value, DTensor):
+        return collect(value) if keeper(value.device_mesh) in keepers else None
+    if dist.get_rank() not in keepers:
+        return None
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where the messages of the job's ranks have to be."""
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def _from_all(value: Any, group: ProcessGroup) -> list[Any]:
@@ -83,26 +123,34 @@ def optimizer_state(
         ids |= {i: place[p] for i, p in zip(group["params"], ours["params"], strict=True)}
         group["params"] = [ids[i] for i in group["params"]]
     state = {ids[i]: values for i, values in saved["state"].items()}
-    first = dist.get_rank() == 0
-    others = [group for group in (owners, stages and stages.group) if group is not None]
+    rank = dist.get_rank()
     if stages is not None:
         groups = _from_all([group["params"] for group in saved["param_groups"]], stages.group)
         for i, group in enumerate(saved["param_groups"]):
             group["params"] = sorted({number for each in groups for number in each[i]})
     if not parts:
-        keep = first or bool(others)
+        keepers = holders = _keepers(stages)
+        ranks = [] if owners is None else dist.get_process_group_ranks(owners)
+        if ranks:  # each of them has the state of other parameters
+            holders = [first + each - ranks[0] for first in keepers for each in ranks]
 
         def here(tensor: Tensor) -> Tensor:
-            tensor = _whole(tensor)  # every rank takes part
-            return tensor.cpu() if keep else tensor.new_empty(0)
+            return _kept(tensor, holders)  # every rank of its mesh takes part
 
         state = tree_map_only(Tensor, here, state)
         if "members" in saved:  # further state of optimizers, the same on every rank
             saved["members"] = tree_map_only(Tensor, here, saved["members"])
-        for group in others:
-            state = {i: values for some in _from_all(state, group) for i, values in some.items()}
+        device = _device(module)
+        if owners is not None and ranks[0] in keepers:
+            state = _merged(to_first(state, owners, device))
+        if stages is not None and rank in keepers:
+            state = _merged(to_first(state, stages.group, device))
     saved["state"] = {i: state[i] for i in sorted(state)}
-    return saved if parts or first else {}
+    return saved if parts or rank == 0 else {}
+
+
+def _merged(states: list[dict[int, Any]]) -> dict[int, Any]:
+    return {i: values for some in states for i, values in some.items()}
 
 
 def load(
@@ -117,12 +165,25 @@ def load(
     if stages is not None:
         state = {name: value for name, value in state.items() if name in ours}
     refuse_other_kinds(module, ours, state)
-    options = StateDictOptions(full_state_dict=True, strict=module.strict_loading)  # type: ignore
-    set_model_state_dict(module, state, options=options)
+    spread = {name: _set(ours.get(name), value) for name, value in state.items()}
+    module.load_state_dict(spread, strict=module.strict_loading)  # type: ignore[arg-type]
     states = checkpoint.get("optimizer_states", []) if optimizers else []
     _refuse_too_few(optimizers, states)
+    place = numbers(module, stages) if stages else None
     for optimizer, state in zip(optimizers, states, strict=True):
-        _load_optimizer(optimizer, state, owned, numbers(module, stages) if stages else None)
+        _load_optimizer(optimizer, state, owned, place, mapped=True)
+
+
+@torch.no_grad()
+def _set(ours: Any, value: Any) -> Any:
+    """What a module may load: a whole value, or the sharded tensor after its part was copied.
+
+    Of a whole tensor in a mapped file only the part is read, and nothing is held beside it.
+    """
+    if isinstance(ours, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor):
+        ours.to_local().copy_(local_part(value, ours))
+        return ours
+    return value
 
 
 def load_parts(
@@ -222,11 +283,16 @@ def _refuse_too_few(optimizers: list[Optimizer], saved: list[Any]) -> None:
 
 
 def _load_optimizer(
-    optimizer: Optimizer, saved: dict[str, Any], owned: Owned, place: dict[Tensor, int] | None
+    optimizer: Optimizer,
+    saved: dict[str, Any],
+    owned: Owned,
+    place: dict[Tensor, int] | None,
+    mapped: bool = False,
 ) -> None:
     """Load state tensors; those shaped like their parameter are spread like it.
 
     Groups keep their order from layout to layout; a stage has some of each, found by its `place`.
+    Tensors of a `mapped` file are copied: they must not outlive the loading.
     """
     groups = [group["params"] for group in optimizer.param_groups]
     theirs = [group["params"] for group in saved["param_groups"]]
@@ -241,12 +307,22 @@ def _load_optimizer(
         ids = [place[p] for p in parameters]
 
     def spread(parameter: Tensor, value: Any) -> Any:
-        alike = isinstance(value, Tensor) and value.shape == parameter.shape
-        if not alike or not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+        if isinstance(value, DTensor):
             return value
-        value = value.to(parameter.device)
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return distribute_tensor(value, mesh, placements, src_data_rank=None)  # all ranks have it
+        if not isinstance(value, Tensor):
+            return _copied(value) if mapped else value
+        if value.shape != parameter.shape or not isinstance(parameter, DTensor):
+            return value.clone() if mapped else value
+        part = local_part(value, parameter)
+        part = part.clone() if part.device == parameter.device else part.to(parameter.device)
+        return DTensor.from_local(
+            part.contiguous(),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
 
     numbered = dict(zip(parameters, ids, strict=True))
     state = {
@@ -259,4 +335,11 @@ def _load_optimizer(
         {**there, "params": [numbered[p] for p in ours]}
         for ours, there in zip(groups, saved["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({**saved, "param_groups": settings, "state": state})
+    further = {key: value for key, value in saved.items() if key not in ("state", "param_groups")}
+    if mapped:
+        further = _copied(further)
+    optimizer.load_state_dict({**further, "param_groups": settings, "state": state})
+
+
+def _copied(tree: Any) -> Any:
+    return tree_map_only(Tensor, torch.clone, tree)
