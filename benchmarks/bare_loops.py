@@ -3,6 +3,8 @@
 python benchmarks/bare_loops.py                  appends a row a case to rows/bare_loops.jsonl
 python benchmarks/bare_loops.py --case zero3     one case
 
+python benchmarks/bare_loops.py --memory         peaks of a step in tensor bytes, 2 and 4 ranks
+
 Some steps under the Trainer, as many of a bare loop, and of another (the A/A control), in turns in
 the same processes. A row holds processor seconds a step, summed over the ranks, of 15 turns.
 
@@ -29,6 +31,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from record import append, machine
+from step_memory import Peak, bytes_of, local
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -39,6 +43,7 @@ from versus import Times, compare
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from ranks import run_ranks
+from tensor_bytes import tensor_bytes
 
 from ravine.cli.trainer import Trainer
 from ravine.lightning_modules.language import Transformer
@@ -211,6 +216,50 @@ def measure(case: str, turn: int, turns: int) -> Times:
     return clock.times
 
 
+def peak(case: str, world: int, by_hand: bool) -> int:
+    """Bytes at the peak of the third step of one way, in each rank."""
+    warnings.simplefilter("ignore")
+    parallelize.SMALLEST = 2**20
+    kind, strategy, precision = KINDS[case]
+    if by_hand:
+        dist.init_process_group("gloo")
+        loop = bare(case)
+        with tensor_bytes() as found:
+            next(loop)
+            next(loop)
+            start = time.time_ns()
+            next(loop)
+            end = time.time_ns()
+        held = loop.gi_frame.f_locals  # type: ignore[attr-defined]
+        states = [t for s in held["optimizer"].state.values() for t in s.values()]
+        grads = [p.grad for p in held["parameters"]]
+        alive = [local(t) for t in [*held["parameters"], *states, *grads]]
+        return bytes_of(alive) + found.peak_over(start, end)
+    look = Peak()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(
+            accelerator="cpu", devices=world, strategy=strategy, max_steps=3, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, precision=precision,
+            use_distributed_sampler=False, callbacks=[look], default_root_dir=folder,
+        )  # fmt: skip
+        trainer.fit(kind(), DataLoader([kind.batch() for _ in range(9)], batch_size=None))
+    return int(look.row["peak"])
+
+
+def memory(cases: list[str], dry: bool) -> None:
+    """Peaks beside the loop by hand."""
+    for case in cases:
+        for world in (2, 4):
+            both = [
+                max(run_ranks(peak, world, case, world, hand, timeout=600))
+                for hand in (False, True)
+            ]
+            ours, theirs = (round(each / 2**20, 2) for each in both)
+            row = {"case": case, "ranks": world, "ours": ours, "bare": theirs}
+            row["ratio"] = round(both[0] / both[1], 4)
+            print(row, flush=True) if dry else append("bare_loops_memory", row | machine())
+
+
 def main() -> None:
     """Run the cases and store their rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -218,7 +267,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--turn", type=int, default=4, help="steps of a turn")
     parser.add_argument("--dry", action="store_true", help="store no rows")
+    parser.add_argument("--memory", action="store_true", help="peaks in place of seconds")
     given = parser.parse_args()
+    if given.memory:
+        memory([given.case] if given.case else list(KINDS), given.dry)
+        return
     for case in [given.case] if given.case else KINDS:
         found = run_ranks(measure, 2, case, given.turn, given.turns, timeout=3000)
         times = {

@@ -21,9 +21,9 @@ ranks, counted by torch's allocator in the third step; what gloo allocates is no
 import argparse
 import contextlib
 import io
-import itertools
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -85,16 +85,18 @@ def bytes_of(tensors: Any) -> int:
 
 
 class Peak(L.Callback):
-    """Measures one step; must be the last callback."""
+    """Measures one step; must be the last callback.
+
+    It records from the first step on: what was allocated before is not seen being freed.
+    """
 
     def __init__(self) -> None:
         self.row: dict[str, float] = {}
-        self.forward = 0
         self.measure: Any = None
-        self.found: Any = None
+        self.times: list[int] = []  # of the measured step: start, end of the forward, end
 
     def held(self, trainer: Any, module: Any) -> dict[str, int]:
-        parameters = [local(p) for p in module.parameters()]
+        """Bytes of parameters, gradients and states that this rank has."""
         states = [
             local(v)
             for optimizer in trainer.optimizers
@@ -103,36 +105,34 @@ class Peak(L.Callback):
             if isinstance(v, torch.Tensor)
         ]
         grads = [local(p.grad) for p in module.parameters() if p.grad is not None]
+        parameters = [local(p) for p in module.parameters()]
         return {"P": bytes_of(parameters), "S": bytes_of(states), "G": bytes_of(grads)}
 
     def on_train_batch_start(self, trainer, module, batch, index) -> None:
-        if index == STEP:
-            self.start = self.held(trainer, module)
+        if index == 0:
             self.measure = tensor_bytes()
             self.found = self.measure.__enter__()
+        if index == STEP:
+            self.start = self.held(trainer, module)
+            self.times.append(time.time_ns())
 
     def on_before_backward(self, trainer, module, loss) -> None:
-        if self.measure is not None:
-            self.mark = torch.zeros(977)  # an allocation that is found in the curve
-            del self.mark
+        if len(self.times) == 1:
+            self.times.append(time.time_ns())
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
-        if self.measure is None:
+        if index != STEP:
             return
+        self.times.append(time.time_ns())
         self.measure.__exit__(None, None, None)
-        self.measure = None
+        start, middle, end = self.times
         base = sum(self.start.values())
-        alive = [bytes for _, bytes in self.found.curve]
-        jumps = itertools.pairwise(alive)
-        marks = [i for i, (a, b) in enumerate(jumps) if b - a == 977 * 4 + 60 or b - a == 977 * 4]
-        at = marks[0] if marks else 0
+        found = self.found
         self.row = {
-            "peak": base + self.found.peak,
-            "forward_end": base + alive[at],
-            "forward_peak": base + max(alive[: at + 1], default=0),
-            "backward_peak": base + max(alive[at:], default=0),
-        } | self.held(trainer, module)  # fmt: skip
-        self.row["G_before"] = self.start["G"]
+            "peak": base + found.peak_over(start, end),
+            "forward_end": base + found.alive(middle) - found.alive(start),
+            "forward_peak": base + found.peak_over(start, middle),
+        } | self.held(trainer, module)
 
 
 def unit_bytes(module: Any, half: bool) -> list[int]:

@@ -5,8 +5,10 @@
     print(bytes.peak, bytes.rest)
 
 On the CPU every allocation of torch's allocator is recorded by torch.profiler, in all threads,
-autograd's included; what libraries below torch allocate (gloo's own buffers) is not seen. On CUDA
-the allocator counts.
+autograd's included; what libraries below torch allocate (gloo's own buffers) is not seen, and of
+what was allocated before the block, neither the bytes nor that it is freed. So start before
+anything is allocated that the block frees, and look at a part of the curve (`peak_over`). A tensor
+that a thread of gloo frees last stays counted. On CUDA the allocator counts.
 """
 
 from collections.abc import Iterator
@@ -25,11 +27,14 @@ class TensorBytes:
     rest: int = 0
     curve: list[tuple[int, int]] = field(default_factory=list)
 
-    def peak_between(self, start: int, end: int) -> int:
-        """The peak between two moments of `time.time_ns()`."""
-        before = [alive for at, alive in self.curve if at < start]
+    def alive(self, moment: int) -> int:
+        """Bytes over the start at a moment of `time.time_ns()`."""
+        return next((alive for at, alive in reversed(self.curve) if at < moment), 0)
+
+    def peak_over(self, start: int, end: int) -> int:
+        """The peak between two moments of `time.time_ns()`, over what is alive at the first."""
         inside = [alive for at, alive in self.curve if start <= at <= end]
-        return max([before[-1] if before else 0, *inside])
+        return max([0, *(alive - self.alive(start) for alive in inside)])
 
 
 @contextmanager
