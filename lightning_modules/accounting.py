@@ -80,8 +80,9 @@ def collectives(
 
     Sends from one rank to another are those of all ranks together: a pipeline's ends have fewer.
 
-    A block of 1 MiB or more is one unit of sharding, and the rest of the net another. With ZeRO-3 a unit is gathered
-    forward and backward, with ZeRO-2 once; each has its gradients scattered; copies add theirs up.
+    A block of 1 MiB or more is one unit of sharding, and the rest of the net another. With ZeRO-3 a
+    unit is gathered forward and backward, with ZeRO-2 once; each has its gradients scattered;
+    copies add theirs up.
     Tensor parallelism sums twice a block in each direction, which `sequence` does in two halves.
     A mixture sends tokens there and back, in each direction. In a ring keys and values take n - 1
     steps in each direction, and their gradients n. Each boundary of `stages` is crossed by each
