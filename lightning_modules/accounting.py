@@ -75,6 +75,7 @@ def collectives(
     cp: int = 1,
     stages: int = 1,
     microbatches: int = 4,
+    pieces: int = 1,
 ) -> dict[str, int]:
     """Messages of one training step of a transformer, one micro-batch, all ranks alike.
 
@@ -84,9 +85,10 @@ def collectives(
     unit is gathered forward and backward, with ZeRO-2 once; each has its gradients scattered;
     copies add theirs up.
     Tensor parallelism sums twice a block in each direction, which `sequence` does in two halves.
-    A mixture sends tokens there and back, in each direction. In a ring keys and values take n - 1
-    steps in each direction, and their gradients n. Each boundary of `stages` is crossed by each
-    micro-batch both ways, and the last stage tells the loss. (Not for a ring in a pipeline.)
+    A mixture sends tokens there and back, in each direction. In a ring a rank sends keys and values
+    to n - 1 others, forward and backward, and gradients of theirs back to them: 3 (n - 1) messages
+    for each of the `pieces` of heads (strategies/context.py). Each boundary of `stages` is crossed
+    by each micro-batch both ways, and the last stage tells the loss. (Not for a ring and stages.)
 
     collectives(12, shards=8)["all_gather"]  # 26
     """
@@ -108,6 +110,6 @@ def collectives(
         found["all_reduce"] += 4 * layers
     found["all_to_all"] = 4 * layers if ep > 1 else 0
     found["broadcast"] = int(stages > 1)
-    ring = layers * cp * (3 * cp - 2) if cp > 1 else 0
+    ring = layers * pieces * cp * 3 * (cp - 1)
     found["send"] = alike * (ring + 2 * microbatches * (stages - 1))
     return found

@@ -1,24 +1,29 @@
 """Context parallelism: a sequence too long for one device is cut along time, over a ring of ranks.
 
-Each rank keeps its queries; keys and values go round (Liu, 2023). In causal attention late tokens
-look at more than early ones, so a rank takes one early piece of 2n and one late piece (zig-zag):
+Each rank keeps its queries; keys and values go to the ranks that need them, at each step one rank
+further (Liu, 2023). In causal attention late tokens look at more than early ones, so a rank takes
+one early piece of 2n and one late piece (zig-zag):
 
     n = 2:  rank 0 has pieces 0 and 3, rank 1 has 1 and 2
 
     keys of          early piece              late piece
     this rank        causal within both
-    an earlier one   all queries see it       nobody
+    an earlier one   all queries see it       nobody: it is not sent
     a later one      late queries see it      late queries see it
 
 So every rank has the same work at each of the n steps, half of what there is without the mask.
+Blocks of keys are joined by their log-sum-exp (block_attention.py); no rank stores scores. What a
+step needs travels while the step before is computed, and so do the gradients that return.
+
 A net takes part by two slots of its modules: `attend(query, key, value, dropout)`, and `times`,
 the positions (t) of the tokens it is given.
 
 Axes: b batch, t time (of this rank), h heads, k head width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +31,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .block_attention import attention, attention_backward, exact
+
+SHORTEST = {"cpu": 2**16, "cuda": 2**22}  # bytes of a message for which heads are taken apart
 
 
 def zigzag(length: int, rank: int, ranks: int) -> Tensor:
@@ -121,6 +131,10 @@ class Context:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
         """Causal attention over the whole sequence, of this rank's tokens; all (b h t k)."""
+        device = query.device.type
+        if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)  # as for scaled_dot_product_attention
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         return _Ring.apply(query, key, value, self.group)
 
     def _check(self, length: int) -> None:
@@ -133,85 +147,212 @@ class Context:
             )
 
 
-def pairs(rank: int, source: int, length: int) -> tuple[slice, slice]:
-    """Which queries of a rank see which keys of another, as slices of time."""
-    half = length // 2
-    if source < rank:
-        return slice(None), slice(half)
-    return (slice(half, None) if source > rank else slice(None)), slice(None)
+def queries(rank: int, source: int, length: int) -> slice:
+    """Which queries of `rank`, as a slice of its time, see keys of `source`."""
+    return slice(length // 2 if source > rank else 0, length)
 
 
-def scores(query: Tensor, key: Tensor, causal: bool) -> Tensor:
-    """q kᵀ / √k in fp32, masked on the rank's own keys: (b h t t)."""
-    found = (query @ key.mT).float() * query.shape[-1] ** -0.5
-    if causal:
-        found = found + torch.full(found.shape[-2:], -torch.inf, device=found.device).triu(1)
-    return found
+def seen(rank: int, source: int, length: int) -> int:
+    """How many keys of `source`, from its first, some query of `rank` sees."""
+    return length // 2 if source < rank else length
+
+
+def pieces(key: Tensor, ranks: int) -> list[tuple[slice, slice]]:
+    """Which sequences and heads of a key (b h t k) go round the ring at a time.
+
+    The buffers of the ring hold one piece: of two ranks an eighth of the heads, of more a quarter,
+    unless messages would be too short for the device. (Fewer heads: less memory, more messages.)
+    """
+    batch, heads = key.shape[:2]
+    size = 2 * key.numel() * key.element_size()  # of keys and values
+    parts = min(max(4, 16 // ranks), max(1, size // SHORTEST.get(key.device.type, 2**22)))
+    across = max(1, heads // parts)
+    rows = batch if parts <= heads else max(1, batch * heads // parts)
+    return [
+        (slice(row, row + rows), slice(head, head + across))
+        for row in range(0, batch, rows)
+        for head in range(0, heads, across)
+    ]
+
+
+@torch.library.custom_op("ravine::ring_attention", mutates_args=())
+def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Out (b h t k) and log-sum-exp (b h t) of causal attention over the whole sequence.
+
+    Query, key and value (b h t k) are this rank's, `group` is the name of the ring's group. As one
+    operator it is kept whole by selective recomputation, and torch.compile does not look into it.
+    """
+    ring, length = _Neighbours(group), query.shape[2]
+    out, lse = _results(query)
+    for piece in pieces(key, ring.ranks):
+        own = _packed(key[piece], value[piece], key.dtype)
+        block, q, spread, result = own, query[piece], lse[piece], out[piece]
+        total = _total(result, lse.dtype)
+        for step in range(ring.ranks):
+            passing = ring.keys(own, step + 1)
+            mine = queries(ring.rank, ring.back(step), length)
+            found, now = attention(q[:, :, mine], *_unpacked(block), causal=step == 0)
+            if step == 0:
+                total.copy_(found)
+                spread.copy_(now)
+            else:
+                _merge(total[:, :, mine], spread[:, :, mine], found, now)
+            del found, now  # before the next block is computed
+            block = passing.received() if passing else own
+        if total is not result:
+            result.copy_(total)
+        del own, block, passing, total
+    return out, lse
+
+
+@torch.library.custom_op("ravine::ring_attention_backward", mutates_args=())
+def ring_attention_backward(
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value (b h t k) of this rank.
+
+    Keys and values are exchanged again. The gradients of a block's keys and values return to their
+    rank while the next block is computed.
+    """
+    ring, length = _Neighbours(group), query.shape[2]
+    results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    add: Callable[[], None] | None = None  # the gradients that are on their way to this rank
+    for piece in pieces(key, ring.ranks):
+        own = _packed(key[piece], value[piece], key.dtype)
+        block, inputs = own, [each[piece] for each in (d_out, query, out, lse)]
+        d_piece = [each[piece] for each in results]
+        totals = [_total(each, lse.dtype) for each in d_piece]
+        for step in range(ring.ranks):
+            passing = ring.keys(own, step + 1)
+            mine = queries(ring.rank, ring.back(step), length)
+            d, q, o, spread = (each[:, :, mine] for each in inputs)
+            found = attention_backward(d, q, *_unpacked(block), o, spread, causal=step == 0)
+            if step == 0:
+                for total, each in zip(totals, found, strict=True):
+                    total.copy_(each)
+            else:
+                totals[0][:, :, mine] += found[0]
+            if add is not None:
+                add()
+            add = None
+            if step > 0:
+                returning = ring.gradients(_packed(*found[1:], lse.dtype), step, length)
+                add = partial(_add, returning, totals, d_piece if step + 1 == ring.ranks else [])
+                del returning
+            del found  # before the next block is computed
+            block = passing.received() if passing else own
+        del own, block, passing, totals
+    if add is not None:
+        add()
+    return results
+
+
+@ring_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    return _results(query)
+
+
+@ring_attention_backward.register_fake
+def _(
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _results(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for out (b h t k), whose heads lie together at each time as in (b t d), and for lse."""
+    b, h, t, k = query.shape
+    out = query.new_empty(b, t, h, k).transpose(1, 2)
+    return out, query.new_empty(b, h, t, dtype=exact(query.dtype))
+
+
+def _total(result: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where blocks are added up: the result itself, or in a wider dtype beside it."""
+    return result if result.dtype == dtype else torch.empty_like(result, dtype=dtype)
+
+
+def _merge(total: Tensor, lse: Tensor, found: Tensor, now: Tensor) -> None:
+    """Join a block's result to that over the keys before it, in place."""
+    found = found if found.dtype == total.dtype else found.to(total.dtype)
+    total.lerp_(found, (now - lse).sigmoid_()[..., None])
+    torch.logaddexp(lse, now, out=lse)
+
+
+def _add(returning: "_Passing", totals: list[Tensor], results: list[Tensor]) -> None:
+    """Add what has come to the gradients of keys and values; the last time, keep the results."""
+    found = returning.received()
+    for total, each in zip(totals[1:], _unpacked(found), strict=True):
+        total[:, :, : len(found)] += each
+    for total, result in zip(totals, results, strict=False):
+        if total is not result:
+            result.copy_(total)
+
+
+def _packed(key: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """One message (t 2 b h k) of keys and values; the first half of its time is contiguous."""
+    b, h, t, k = key.shape
+    message = key.new_empty(t, 2, b, h, k, dtype=dtype)
+    for room, part in zip(_unpacked(message), (key, value), strict=True):
+        room.copy_(part)
+    return message
+
+
+def _unpacked(message: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (b h t k) of a message, as views."""
+    key, value = message.permute(1, 2, 3, 0, 4).unbind()
+    return key, value
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> Tensor:
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        both = torch.stack((key, value))  # one message a step
-        answer = torch.zeros_like(query, dtype=torch.float32)  # many small terms are added up
-        spread = answer.new_full(query.shape[:-1], -torch.inf)  # logsumexp of the scores so far
-        for step in range(ranks):
-            source = (rank - step) % ranks
-            passing = _Passing(both, group) if step < ranks - 1 else None
-            mine, theirs = pairs(rank, source, query.shape[2])
-            some, values = both[0, :, :, theirs], both[1, :, :, theirs]
-            found = scores(query[:, :, mine], some, causal=source == rank)
-            now = torch.logaddexp(spread[:, :, mine], found.logsumexp(-1))
-            weights = (found - now[..., None]).exp()
-            keep = (spread[:, :, mine] - now).exp()[..., None]
-            added = (weights.to(values.dtype) @ values).float()
-            answer[:, :, mine] = answer[:, :, mine] * keep + added
-            spread[:, :, mine] = now
-            both = passing.received() if passing else both
-        answer = answer.to(query.dtype)
-        ctx.save_for_backward(query, key, value, answer, spread)
-        ctx.group = group
-        return answer
+        out, lse = torch.ops.ravine.ring_attention(query, key, value, group.group_name)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.group = group.group_name
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        query, key, value, answer, spread = ctx.saved_tensors
-        group, d_answer = ctx.group, gradients[0]
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        both = torch.stack((key, value))
-        d_both = torch.zeros_like(both, dtype=torch.float32)  # goes round with its keys and values
-        d_query = torch.zeros_like(query, dtype=torch.float32)
-        inner = (d_answer.float() * answer.float()).sum(-1, keepdim=True)  # (b h t 1)
-        for step in range(ranks):
-            source = (rank - step) % ranks
-            passing = _Passing(both, group) if step < ranks - 1 else None
-            mine, theirs = pairs(rank, source, query.shape[2])
-            some, values = both[0, :, :, theirs], both[1, :, :, theirs]
-            q, d = query[:, :, mine], d_answer[:, :, mine]
-            found = scores(q, some, causal=source == rank)
-            weights = (found - spread[:, :, mine, None]).exp()
-            d_found = weights * ((d @ values.mT).float() - inner[:, :, mine])
-            d_found = (d_found * q.shape[-1] ** -0.5).to(q.dtype)
-            d_query[:, :, mine] += (d_found @ some).float()
-            d_both[0, :, :, theirs] += (d_found.mT @ q).float()
-            d_both[1, :, :, theirs] += (weights.to(d.dtype).mT @ d).float()
-            both = passing.received() if passing else both
-            d_both = _Passing(d_both, group).received()
-        return d_query.to(query.dtype), *d_both.to(key.dtype), None
+        given = (gradients[0], *ctx.saved_tensors, ctx.group)
+        return *torch.ops.ravine.ring_attention_backward(*given), None
+
+
+class _Neighbours:
+    """The ranks of a ring, and what they send one another at each step."""
+
+    def __init__(self, group: str) -> None:
+        self.group = _resolve_process_group(group)
+        self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    def back(self, step: int) -> int:
+        """The rank so many places before this one: its keys are used at this step."""
+        return (self.rank - step) % self.ranks
+
+    def keys(self, own: Tensor, step: int) -> "_Passing | None":
+        """Exchange the keys and values that are used at this step, if there is such a step."""
+        if step == self.ranks:
+            return None
+        reader, source = self.back(-step), self.back(step)
+        sent = own[: seen(reader, self.rank, len(own))]
+        return _Passing(sent, seen(self.rank, source, len(own)), reader, source, self.group)
+
+    def gradients(self, found: Tensor, step: int, length: int) -> "_Passing":
+        """Send the gradients of this step's keys and values to their rank, and get those of own."""
+        source, reader = self.back(step), self.back(-step)
+        return _Passing(found, seen(reader, self.rank, length), source, reader, self.group)
 
 
 class _Passing:
-    """A tensor on its way to the next rank of the ring, while one comes from the rank before."""
+    """A message (t ...) on its way to a rank of the ring, and one of another length from a rank."""
 
-    def __init__(self, tensor: Tensor, group: ProcessGroup) -> None:
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        after, before = (dist.get_global_rank(group, (rank + i) % ranks) for i in (1, -1))
-        self.sent = tensor.contiguous()
-        self.arriving = torch.empty_like(self.sent)
+    def __init__(
+        self, sent: Tensor, length: int, to: int, source: int, group: ProcessGroup
+    ) -> None:
+        self.sent = sent
+        self.arriving = sent.new_empty(length, *sent.shape[1:])
         messages = [
-            dist.P2POp(dist.isend, self.sent, after, group),
-            dist.P2POp(dist.irecv, self.arriving, before, group),
+            dist.P2POp(dist.isend, sent, group=group, group_peer=to),
+            dist.P2POp(dist.irecv, self.arriving, group=group, group_peer=source),
         ]
         self.work = dist.batch_isend_irecv(messages)
 

@@ -307,7 +307,7 @@ def the_columns_of_another_rank():
 
 def keys_that_do_not_go_round():
     received = context._Passing.received
-    context._Passing.received = lambda self: (received(self), self.sent)[1]
+    context._Passing.received = lambda self: received(self).zero_()
 
 
 def tokens_in_the_plain_order():
