@@ -36,6 +36,7 @@ from .gradient_norm import clip_grad_norm
 from .gradient_readers import free_gradients, frees_early
 from .layout import Layout, check_choices, check_module, check_together, lay_out, resolve
 from .mixed_precision import half_of
+from .original_parameters import OriginalParameters
 from .parallelize import (
     Spread,
     UnitOptions,
@@ -47,6 +48,7 @@ from .parallelize import (
 from .pipeline import SCHEDULES, Pipeline, Schedule
 from .plain_values import with_plain_hyperparameters
 from .recompute import Mode
+from .sharded_parameter import GatherOnUse, is_marked
 from .stock_callbacks import refuse_stock_callbacks
 from .zero1 import share_steps
 
@@ -122,6 +124,8 @@ class MeshStrategy(ModelParallelStrategy):
         self.spread: Spread | None = None
         self.context: Context | None = None
         self.owner: dict[Tensor, int] = {}  # with ZeRO-1, who keeps whose state
+        self.originals: OriginalParameters | None = None  # with ZeRO-2 and 3
+        self.gather: GatherOnUse | None = None  # with ZeRO-2 and 3
         self.when_joined: Callable[[], None] | None = None  # called before the mesh is made
         self.frees = False  # whether gradients are freed before the forward pass
 
@@ -179,13 +183,21 @@ class MeshStrategy(ModelParallelStrategy):
         check_module(module, self.layout.degrees, self.sequence_parallel)
         if self.layout.degrees["cp"] > 1:
             self.context = Context(module, self.layout.named["cp"])
+        foreign = is_parallel(module) and not is_marked(module)  # sharded by itself
+        if self.zero > 1:
+            self.originals = OriginalParameters(module)
         self.spread = self.parallelize(module)
+        if self.originals is not None:
+            self.originals.update_references()
         own = is_overridden("configure_model", module)
         if not own:  # Lightning insists that the module has one, to shard itself there
             module.configure_model = lambda: None
         super().setup(trainer)
         if not own:
             del module.configure_model
+        if self.zero > 1 and self.layout.tp.size() * self.layout.degrees["pp"] == 1 and not foreign:
+            self.gather = GatherOnUse(module)
+            self.gather.mark()
         whole = self.spread.whole()
         if trainer.gradient_clip_val and whole:
             degrees = self.layout.degrees
@@ -212,6 +224,9 @@ class MeshStrategy(ModelParallelStrategy):
         super().setup_optimizers(trainer)
         assert self.layout is not None
         self.owner = {}
+        if self.originals is not None and self.layout.degrees["pp"] == 1:
+            for optimizer in self.optimizers:
+                self.originals.update_optimizer(optimizer)
         if self.zero == 1 and self.layout.data.size() > 1:
             for optimizer in self.optimizers:
                 self.owner |= share_steps(optimizer, self.layout.data.get_group())
@@ -263,8 +278,9 @@ class MeshStrategy(ModelParallelStrategy):
         return self._gathered(super().predict_step, *args)
 
     def _gathered(self, step: Callable[..., Any], *args: Any) -> Any:
-        """Run a step of the module with its small children gathered."""
+        """Run a step of the module with its small children and weights it uses itself gathered."""
         unit = self._spread.step_unit
+        step = step if self.gather is None else self.gather.around(step)
         return step(*args) if unit is None else unit(step, *args)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -279,10 +295,14 @@ class MeshStrategy(ModelParallelStrategy):
         """Say whether this backward pass is the last of an optimizer step."""
         super().pre_backward(closure_loss)
         self._spread.accumulate(more=self._accumulates())
+        if self.gather is not None:
+            self.gather.begin_backward()
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Reduce what no shard does, once an optimizer step."""
         super().post_backward(closure_loss)
+        if self.gather is not None:
+            self.gather.end_backward()
         if self.context is not None:
             self.context.release()
         if not self._accumulates():

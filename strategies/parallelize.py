@@ -225,12 +225,13 @@ def _contains(module: nn.Module, others: list[nn.Module]) -> bool:
 
 
 def _let_go(module: nn.Module, inputs: Any, outputs: Any) -> None:
-    """Free what was gathered where no backward will.
+    """Free what was gathered where no backward will, and frozen layers, as zero3 does.
 
     `parameters()` would else yield gathered copies, and a callback that swaps weights (EMA) would
     write into those.
     """
-    if not torch.is_grad_enabled() and isinstance(module, FSDPModule):
+    frozen = not any(p.requires_grad for p in module.parameters())
+    if (not torch.is_grad_enabled() or frozen) and isinstance(module, FSDPModule):
         module.reshard()
 
 

@@ -1,0 +1,149 @@
+"""Who holds the parameters from before sharding, and gets the sharded ones in their place.
+
+fully_shard replaces each parameter of a module by another tensor. An optimizer that was built in
+`__init__`, or a list of weights that the module keeps, would go on with the old tensors, which
+nothing trains. The tensors are matched by identity, never by shape or order.
+"""
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+DEPTH = 3  # of lists and dicts within each other
+
+
+class OriginalParameters:
+    """The parameters of a module by identity, without keeping them alive.
+
+    originals = OriginalParameters(module)      # before fully_shard
+    originals.update_references()               # after it
+    originals.update_optimizer(optimizer)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Remember who holds which parameter."""
+        self.module = module
+        self._name: dict[int, str] = {}
+        self._original: dict[int, weakref.ref[Tensor]] = {}
+        for name, parameter in module.named_parameters():
+            if isinstance(parameter, DTensor):  # of a fit before this one: nothing replaces it
+                continue
+            self._name[id(parameter)] = name
+            self._original[id(parameter)] = weakref.ref(parameter)
+        self._now: dict[str, Tensor] = {}
+
+    def replacement(self, tensor: Any) -> Tensor | None:
+        """The sharded parameter for one from before sharding; None for any other object."""
+        known = self._original.get(id(tensor))
+        if known is None or known() is not tensor:
+            return None
+        now = self._now.get(self._name[id(tensor)])
+        return None if now is tensor else now
+
+    def update_references(self) -> None:
+        """Put sharded parameters into attributes, lists and dicts of the modules."""
+        self._now = dict(self.module.named_parameters())
+        for parameter in self._now.values():  # torch moves no tensor that has a weak reference
+            if self._name.pop(id(parameter), None) is not None:
+                del self._original[id(parameter)]
+        for module in self.module.modules():
+            for name, value in list(vars(module).items()):
+                if name in ("_parameters", "_modules", "_buffers") or isinstance(value, nn.Module):
+                    continue
+                if isinstance(value, Tensor):
+                    if (now := self.replacement(value)) is not None:
+                        vars(module)[name] = now
+                elif isinstance(value, list | tuple | dict):
+                    vars(module)[name] = self._updated(value, DEPTH)
+
+    def _updated(self, value: Any, depth: int) -> Any:
+        if depth == 0:
+            return value
+        pairs = list(value.items() if isinstance(value, dict) else enumerate(value))
+        changed = {}
+        for key, each in pairs:
+            if isinstance(each, Tensor):
+                now = self.replacement(each)
+                if now is not None:
+                    changed[key] = now
+            elif type(each) in (list, tuple, dict):
+                new = self._updated(each, depth - 1)
+                if new is not each:
+                    changed[key] = new
+        if not changed:
+            return value
+        if isinstance(value, list | dict):
+            for key, new in changed.items():
+                value[key] = new
+            return value
+        rebuilt = [changed.get(key, each) for key, each in pairs]
+        made = getattr(value, "_make", type(value))  # of a NamedTuple
+        return made(rebuilt)
+
+    def update_optimizer(self, optimizer: Optimizer) -> None:
+        """Give an optimizer the sharded parameters in the place of those it was built with.
+
+        Raises:
+            ValueError: it has a tensor that is no parameter of the module.
+        """
+        self._now = dict(self.module.named_parameters())
+        own = {id(p) for p in self._now.values()}
+        for each in nested_optimizers(optimizer):
+            for group in each.param_groups:
+                if all(id(p) in own for p in group["params"]):
+                    continue
+                group["params"] = [self._of_module(optimizer, p, own) for p in group["params"]]
+            self._move_state(each)
+
+    def _of_module(self, optimizer: Optimizer, tensor: Tensor, own: set[int]) -> Tensor:
+        now = tensor if id(tensor) in own else self.replacement(tensor)
+        if now is None:
+            raise ValueError(
+                f"{type(optimizer).__name__} has a tensor of shape {tuple(tensor.shape)} that is no"
+                f" parameter of {type(self.module).__name__}, so that ranks would not share it; "
+                "allowed: parameters of the module, in the optimizers of configure_optimizers; "
+                "register it (nn.Parameter), or type --trainer.strategy ddp"
+            )
+        return now
+
+    def _move_state(self, optimizer: Optimizer) -> None:
+        """State that the constructor made (torch's Adagrad): shard it like its parameter."""
+        state = optimizer.state
+        for old in [key for key in state if isinstance(key, Tensor)]:
+            now = self.replacement(old)
+            if now is None:
+                continue
+            values = state.pop(old)
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.shape == now.shape:
+                    values[key] = shard_like(value, now)
+            state[now] = values
+
+
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, the same on all ranks, sharded as a parameter is."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    with torch.no_grad():
+        return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
+def nested_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """An optimizer, and those that it keeps in attributes: members, or a wrapped one."""
+    seen: dict[int, Optimizer] = {}
+    waiting: list[Any] = [optimizer]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen[id(each)] = each
+        for value in vars(each).values():
+            inner = value if isinstance(value, list | tuple) else [value]
+            waiting += [o for o in inner if isinstance(o, Optimizer)]
+    return iter(seen.values())

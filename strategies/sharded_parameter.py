@@ -1,0 +1,400 @@
+"""FSDP2 parameters that work outside of the forward pass of their unit.
+
+fully_shard gathers the parameters of a unit around its `forward`. Elsewhere a parameter is a
+DTensor, and an operation on it and a plain tensor raises "got mixed torch.Tensor and DTensor". A
+`ShardedParameter` is that DTensor with these rules for operations outside of `forward`:
+
+    F.linear(h, self.emb.weight)      gradients are recorded: its unit is gathered, until the end of
+    self.net.encode(x)                the backward pass, which reduces the gradients of all uses
+    under no_grad                     computed on shards, or on a gathered copy if that fails
+    p.mul_(0.9), p.copy_(plain)       in place, on this rank's shard
+    p.data = new                      copied into this rank's shard
+    p.norm(), p.grad.norm()           of all shards: a plain scalar
+
+All ranks run the same operations on parameters; code under `if rank == 0` would wait for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.utils._pytree import tree_any_only, tree_flatten, tree_map_only
+
+from .parallelize import units
+
+CHECK_EVERY = 50  # backward passes between two looks for writes into copies in half precision
+
+_unmodified = torch._C.DisableTorchFunctionSubclass
+_DATA, _GRAD = torch.Tensor.data, torch.Tensor.grad  # properties
+_GET_DATA, _SET_DATA, _GET_GRAD = _DATA.__get__, _DATA.__set__, _GRAD.__get__
+# attributes that are computed from the values, and methods that are not
+_COMPUTED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+_METADATA = {
+    getattr(Tensor, name)
+    for name in (
+        "size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset",
+        "is_contiguous", "is_floating_point", "is_complex", "is_signed", "data_ptr", "get_device",
+        "requires_grad_", "untyped_storage", "register_hook", "retain_grad", "__len__", "__hash__",
+        "__repr__", "__format__", "__deepcopy__", "__reduce_ex__", "is_pinned", "ndimension",
+        "register_post_accumulate_grad_hook",
+    )
+    if hasattr(Tensor, name)
+}  # fmt: skip
+
+
+class ShardedParameter(DTensor):
+    """A DTensor whose operations follow the rules above; the class of FSDP2's parameters."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Apply a torch function or property to arguments, some of which are of this class."""
+        kwargs = kwargs or {}
+        with _unmodified():
+            name = getattr(func, "__name__", "")
+            if func is _SET_DATA or (name == "__set__" and func == _SET_DATA):
+                return _assign(args[0], args[1])
+            if name in ("__get__", "__set__", "__delete__") and func not in _COMPUTED:
+                value = func(*args, **kwargs)
+                return _marked(value) if func in (_GET_DATA, _GET_GRAD) else value
+            if func in _METADATA:
+                return func(*args, **kwargs)
+            return _compute(func, name, args, kwargs)
+
+
+def _marked(value: Any) -> Any:
+    """The same tensor as a ShardedParameter: gradients follow the rules too."""
+    if type(value) is DTensor:
+        value.__class__ = ShardedParameter
+    return value
+
+
+def _assign(parameter: Tensor, value: Tensor) -> None:
+    """`parameter.data = value`: FSDP2 would keep its own storage, so the values are copied."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        mesh, placements = parameter.device_mesh, parameter.placements
+        if not isinstance(value, DTensor):
+            value = distribute_tensor(value.detach(), mesh, placements, src_data_rank=None)
+        elif tuple(value.placements) != tuple(placements):
+            value = value.redistribute(mesh, placements)
+        with torch.no_grad():
+            local.copy_(value.to_local())
+        return
+    raise ValueError(
+        f"`p.data = new` with a tensor of shape {tuple(value.shape)} for a sharded parameter of "
+        f"shape {tuple(parameter.shape)}; allowed: its own shape; type --trainer.strategy ddp"
+    )
+
+
+def _compute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation by the rules of this file."""
+    if _in_place(name, args, kwargs):
+        mesh = args[0].device_mesh if isinstance(args[0], DTensor) else None
+        if mesh is not None and not name.startswith("_foreach"):
+            args, kwargs = _replicated((args, kwargs), mesh)
+        return func(*args, **kwargs)
+    mixed = _mixed((args, kwargs))
+    if torch.is_grad_enabled() and (mixed or _in_step((args, kwargs))) and _trains((args, kwargs)):
+        args, kwargs = tree_map_only(DTensor, _gather, (args, kwargs))
+        return func(*args, **kwargs)
+    if not mixed:
+        try:
+            result = func(*args, **kwargs)
+        except (NotImplementedError, RuntimeError):
+            mixed = True  # no rule for shards: an operation on whole tensors
+        else:
+            if isinstance(result, DTensor):
+                return result.full_tensor() if result.ndim == 0 else _marked(result)
+            return result
+    args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation writes into its first argument, or into `out`."""
+    if "out" in kwargs or name in ("__setitem__", "_foreach_mul_", "_foreach_add_"):
+        return True
+    if name.startswith("__i") and name.endswith("__"):
+        return name not in ("__invert__", "__int__", "__index__")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _mixed(tree: Any) -> bool:
+    """Whether plain tensors with axes stand beside the DTensors."""
+    return tree_any_only(Tensor, lambda t: not isinstance(t, DTensor) and t.ndim > 0, tree)
+
+
+def _in_step(tree: Any) -> bool:
+    return any(gather.in_step for gather in _gatherers(tree))
+
+
+def _trains(tree: Any) -> bool:
+    """Whether a parameter that is trained is among the arguments."""
+    return any(
+        isinstance(leaf, ShardedParameter) and leaf.requires_grad and hasattr(leaf, "_gather")
+        for leaf in tree_flatten(tree)[0]
+    )
+
+
+def _gatherers(tree: Any) -> Iterator[GatherOnUse]:
+    for leaf in tree_flatten(tree)[0]:
+        if isinstance(leaf, ShardedParameter) and hasattr(leaf, "_gather"):
+            yield leaf._gather[0]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _gather(tensor: DTensor) -> Tensor:
+    """The whole tensor; of a trained parameter the one whose gradients the unit reduces."""
+    if isinstance(tensor, ShardedParameter) and tensor.requires_grad and hasattr(tensor, "_gather"):
+        gather, group, parameter = tensor._gather  # pyright: ignore[reportAttributeAccessIssue]
+        gather.hold(group)
+        return parameter._unsharded_param
+    return tensor.full_tensor()
+
+
+def _replicated(tree: Any, mesh: DeviceMesh) -> Any:
+    """Plain tensors with axes as DTensors, the same on all ranks: an operand for shards."""
+
+    def replicated(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DTensor) or tensor.ndim == 0:
+            return tensor
+        return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+    return tree_map_only(Tensor, replicated, tree)
+
+
+class GatherOnUse:
+    """Gathers the units of a module whose parameters are used outside of their forward.
+
+    gather = GatherOnUse(module)
+    gather.mark()                    # after fully_shard, once the parameters are where they stay
+    loss = gather.around(module.training_step)(batch, batch_idx)
+    gather.begin_backward(); loss.backward(); gather.end_backward()
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Remember the module; `mark` looks for its units."""
+        self.module = module
+        self.in_step = False
+        self.in_backward = False
+        self.held: dict[Any, None] = {}  # groups that are gathered now, by us
+        self.groups: list[Any] = []
+        self._backward_passes = 0
+
+    def mark(self) -> None:
+        """Let the sharded parameters of all units follow the rules of this file."""
+        found = [unit._get_fsdp_state() for unit in units(self.module)]
+        inner = [
+            part._get_fsdp_state()
+            for unit in units(self.module)
+            for part in cast(nn.Module, unit).modules()
+            if part is not unit and isinstance(part, FSDPModule)
+        ]
+        for state in found:
+            if not any(state is each for each in inner):
+                state._lazy_init()  # or the first unit that runs would be a root
+        self.groups = [group for state in found for group in groups_of(state)]
+        for group in self.groups:
+            for parameter in group.fsdp_params:
+                sharded = parameter.sharded_param
+                if isinstance(_marked(sharded), ShardedParameter):
+                    sharded._gather = (self, group, parameter)
+        for state in found:
+            watched = hasattr(state, "_gather")
+            state._gather = self
+            if not watched:
+                state._root_post_backward_final_callback = _watched(state)
+
+    def hold(self, group: Any) -> None:
+        """Gather a group until the end of the backward pass, and keep its gradients whole."""
+        if not group.is_unsharded:
+            group.unshard()
+            group.wait_for_unshard()
+        group.reduce_grads = group.reshard_after_backward = False
+        self.held[group] = None
+
+    def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step of the module by these rules; what is held from an earlier one is released.
+
+        Raises:
+            ValueError: gradients are left that no rank would reduce, or writes that would be lost.
+        """
+
+        def gathered(*args: Any) -> Any:
+            if not self.in_backward:
+                self.release()
+            before, self.in_step = self.in_step, True
+            try:
+                result = step(*args)
+                self._check_reduced()
+                self.write_back()
+                return result
+            finally:
+                self.in_step = before
+                if not torch.is_grad_enabled():
+                    self.release()
+
+        return gathered
+
+    def release(self) -> None:
+        """Reshard what is held."""
+        for group in self.held:
+            _let_go(group)
+        self.held.clear()
+
+    def _check_reduced(self) -> None:
+        """Refuse a backward pass that the strategy does not know of.
+
+        Raises:
+            ValueError: it left gradients that no rank would reduce.
+        """
+        parameters = [p for group in self.held for p in group.fsdp_params]
+        copies = [getattr(p, "_unsharded_param", None) for p in parameters]
+        if any(copy is not None and copy.grad is not None for copy in copies):
+            raise ValueError(
+                f"{type(self.module).__name__}: loss.backward() was called on weights that are used"
+                " outside of a layer's forward; allowed: self.manual_backward(loss); type that, or "
+                "--trainer.strategy ddp"
+            )
+
+    def begin_backward(self) -> None:
+        """Before a backward pass: gather again what is held, and keep its gradients whole."""
+        self.in_backward = True
+        self._backward_passes += 1
+        for group in list(self.held):
+            self.hold(group)  # it may have been resharded by a forward since
+
+    def write_back(self) -> None:
+        """Copy what a step has written into gathered parameters to the shards.
+
+        Raises:
+            ValueError: it cannot be copied, since the gathered parameters have half precision.
+        """
+        for group in self.groups:
+            if group.is_unsharded:
+                _write_back(group, self._refuse, self._backward_passes % CHECK_EVERY in (0, 1))
+
+    def _refuse(self, parameter: Any) -> None:
+        owner, attribute = parameter._module_info.module, parameter._module_info.param_name
+        names = (name for name, module in self.module.named_modules() if module is owner)
+        name = f"{next(names, '')}.{attribute}".lstrip(".")
+        raise ValueError(
+            f"{type(self.module).__name__}: {name} was changed within a step, where it is a "
+            "gathered copy in half precision; allowed: before or after the step; move the change "
+            "to on_train_batch_end, or type --trainer.strategy ddp"
+        )
+
+    def end_backward(self) -> None:
+        """After a backward pass: reduce the gradients of what is held, and reshard."""
+        self.in_backward = False
+        for group in self.held:
+            group.reduce_grads = group.reshard_after_backward = True
+            group._training_state = type(group._training_state).IDLE
+            group.post_backward()
+            group.finalize_backward()
+            group._training_state = type(group._training_state).IDLE
+            _let_go(group)
+        self.held.clear()
+
+
+class _Rows:
+    """The rows of a group's gathered parameters that this rank's shards hold."""
+
+    def __init__(self, group: Any) -> None:
+        ranks, rank = group.mesh_info.shard_mesh_size, group.mesh_info.shard_mesh_rank
+        self.parameters = [
+            p
+            for p in group.fsdp_params
+            if not isinstance(p._unsharded_param, DTensor)
+            and p.fsdp_placement.dim == 0
+            and p.sharded_param.to_local().numel()
+        ]
+        self.copies, self.shards = [], []
+        for p in self.parameters:
+            shard = p.sharded_param.to_local().detach()
+            first = -(-p._unsharded_param.shape[0] // ranks) * rank
+            self.copies.append(_gathered(p).narrow(0, first, shard.shape[0]))
+            self.shards.append(shard)
+        self.alike = all(c.dtype == s.dtype for c, s in zip(self.copies, self.shards, strict=True))
+
+
+def _gathered(parameter: Any) -> Tensor:
+    """FSDP2's memory of a gathered parameter, without its padding."""
+    flat, strides = parameter.all_gather_outputs[0], parameter._contiguous_orig_stride
+    return flat.as_strided(parameter._orig_size, strides, 0)
+
+
+@torch.no_grad()
+def _write_back(group: Any, refuse: Callable[[Any], None], look: bool) -> None:
+    """Copy the gathered parameters of one group to the shards, where they have been written."""
+    rows = vars(group).get("_written_rows")
+    moved = rows is None or any(
+        shard.data_ptr() != p.sharded_param.to_local().data_ptr()
+        for shard, p in zip(rows.shards[:1], rows.parameters, strict=False)
+    )
+    if moved:
+        rows = group._written_rows = _Rows(group)
+    for p in rows.parameters:
+        copy = p._unsharded_param
+        if copy.data_ptr() != p.all_gather_outputs[0].data_ptr():  # p.data = new
+            if not rows.alike or copy.shape != p._orig_size:
+                refuse(p)
+            own = _gathered(p)
+            own.copy_(copy)
+            copy.data = own
+    if rows.alike:
+        torch._foreach_copy_(rows.shards, rows.copies)
+    elif look:
+        for p, copy, shard in zip(rows.parameters, rows.copies, rows.shards, strict=True):
+            if not torch.equal(copy, shard.to(copy.dtype)):
+                refuse(p)
+
+
+def is_marked(module: nn.Module) -> bool:
+    """Whether a module has parameters that follow the rules of this file."""
+    return any(isinstance(p, ShardedParameter) for p in module.parameters())
+
+
+def groups_of(state: Any) -> list[Any]:
+    """The groups of parameters of an FSDP2 unit; torch before 2.12 has one."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def _let_go(group: Any) -> None:
+    """Let a group gather and reduce as FSDP2 does."""
+    group.reduce_grads = group.reshard_after_backward = True
+    if group.is_unsharded:
+        group._to_sharded()
+
+
+def _have_gradients(groups: list[Any]) -> bool:
+    """Whether a backward pass reached parameters: loss.backward() in manual optimization."""
+    return any(p.sharded_param.grad is not None for group in groups for p in group.fsdp_params)
+
+
+def _watched(state: Any) -> Callable[[], None]:
+    """A backward pass within a step (a gradient penalty): its graph needs the weights again."""
+    own = state._root_post_backward_final_callback
+
+    def final_callback() -> None:
+        own()
+        gather = state._gather
+        if gather.in_step and not gather.in_backward:
+            groups = [g for each in state._state_ctx.all_states for g in groups_of(each)]
+            if gather.module.automatic_optimization or not _have_gradients(groups):
+                for group in groups:
+                    gather.hold(group)
+
+    return final_callback
