@@ -1,5 +1,6 @@
 from .agreement import RanksDiffer
 from .checkpoint_io import AtomicCheckpointIO, CheckpointError
+from .data_parallel import DataParallelStrategy
 from .mesh import MeshStrategy
 from .names import NAMES
 from .signals import GracefulStop
@@ -10,6 +11,7 @@ __all__ = [
     "NAMES",
     "AtomicCheckpointIO",
     "CheckpointError",
+    "DataParallelStrategy",
     "GlobalMean",
     "GracefulStop",
     "MeshStrategy",

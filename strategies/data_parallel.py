@@ -1,0 +1,144 @@
+"""DDP that keeps gradients once, and sends each step only the buffers that training changes.
+
+    gradients   views of the buckets in which they are averaged      W bytes less on each rank
+    buffers     statistics of BatchNorm and others that change       tables of positions: never sent
+
+Registered under Lightning's own names (`ddp`, `ddp_find_unused_parameters_true`, ...) in place of
+its DDPStrategy, which stays as it is for those who make one themselves.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels leave no trace there
+
+
+class DataParallelStrategy(DDPStrategy):
+    """Lightning's DDPStrategy with `gradient_as_bucket_view`, and without constant buffers.
+
+    All buffers are equal at the start: rank 0's. After the batches 1, 2, 4, 8, ... and at the start
+    of each epoch the ranks compare which buffers have changed since; those are broadcast before
+    each forward pass from then on, as DDP does with all of them. Statistics of normalization are
+    broadcast from the start.
+
+    Args:
+        gradient_as_bucket_view: as in torch's DistributedDataParallel; false where something keeps
+            a reference to a gradient from one step to the next.
+        kwargs: those of DDPStrategy; with `broadcast_buffers=False` no buffer is ever sent.
+    """
+
+    def __init__(self, gradient_as_bucket_view: bool = True, **kwargs: Any) -> None:
+        """Set other defaults."""
+        super().__init__(**{"gradient_as_bucket_view": gradient_as_bucket_view}, **kwargs)
+        self._batches = 0  # seen by this run
+        self._watched: dict[str, tuple[Any, ...]] = {}  # buffers that have not changed so far
+        self._stepped = False
+
+    def configure_ddp(self) -> None:
+        """Wrap the module, and leave out of each step's broadcast what has not changed yet."""
+        super().configure_ddp()
+        self._batches, self._stepped, self._watched = 0, False, {}
+        if not self._ddp.will_sync_module_buffers():
+            return
+        for name, buffer in self._ddp.module.named_buffers():
+            if name.rpartition(".")[2] not in STATISTICS:
+                self._watched[name] = fingerprint(buffer)
+        self._leave_out(set(self._watched))
+
+    @property
+    def _ddp(self) -> DistributedDataParallel:
+        assert isinstance(self.model, DistributedDataParallel)
+        return self.model
+
+    def _leave_out(self, names: set[str]) -> None:
+        """Set which buffers DDP ignores; it reads these names before each broadcast."""
+        ddp: Any = self._ddp
+        ddp.parameters_to_ignore = set(ddp.parameters_to_ignore) - set(self._watched) | names
+        ddp._assign_modules_buffers()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Compare buffers, more and more rarely; all ranks do so before the same batches."""
+        super().on_train_batch_start(batch, batch_idx)
+        number, self._batches = self._batches, self._batches + 1
+        due = number > 0 and (number & (number - 1) == 0 or batch_idx == 0)
+        if self._watched and due:
+            self._find_changed()
+
+    def _find_changed(self) -> None:
+        buffers = dict(self._ddp.module.named_buffers())
+        changed = [
+            name not in buffers or fingerprint(buffers[name]) != before
+            for name, before in self._watched.items()
+        ]
+        flags = torch.tensor(changed, dtype=torch.uint8, device=self.root_device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        moved = [name for name, flag in zip(self._watched, flags.tolist(), strict=True) if flag]
+        if moved:
+            self._leave_out(set(self._watched) - set(moved))
+            for name in moved:
+                del self._watched[name]
+
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Step; after the first one, look for states that are gradients themselves."""
+        output = super().optimizer_step(optimizer, *args, **kwargs)
+        if not self._stepped:
+            self._stepped = True
+            if self._ddp_kwargs["gradient_as_bucket_view"]:
+                refuse_kept_gradients(optimizer)
+        return output
+
+
+def fingerprint(buffer: Tensor) -> tuple[Any, ...]:
+    """What tells a change of a buffer: its memory, its version, its sum."""
+    if buffer.is_meta or buffer.numel() == 0:
+        return (tuple(buffer.shape),)
+    version = None if buffer.is_inference() else buffer._version
+    numbers = torch.view_as_real(buffer) if buffer.is_complex() else buffer
+    exact = numbers.is_floating_point()
+    total = numbers.detach().sum(dtype=torch.float64 if exact else torch.int64)
+    return buffer.data_ptr(), version, total.item() if total.isfinite() else None
+
+
+def refuse_kept_gradients(optimizer: Any) -> None:
+    """ValueError if an optimizer keeps a gradient, not a copy of it, as part of its state.
+
+    A gradient that is a view of a bucket is overwritten by the next backward pass.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        if parameter.grad is None or parameter.grad.layout != torch.strided:
+            continue
+        memory = parameter.grad.untyped_storage().data_ptr()
+        state = optimizer.state.get(parameter) or {}
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.layout != torch.strided:
+                continue
+            if value.numel() and value.untyped_storage().data_ptr() == memory:
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps a gradient as its state {name!r}, and ddp"
+                    " overwrites gradients in place (gradient_as_bucket_view); type"
+                    " --trainer.strategy=DataParallelStrategy"
+                    " --trainer.strategy.gradient_as_bucket_view=false"
+                )
+
+
+def register() -> None:
+    """Put the class behind each name under which Lightning has registered its own."""
+    for name, entry in list(StrategyRegistry.items()):
+        if entry["strategy"] is DDPStrategy:
+            StrategyRegistry.register(
+                name,
+                DataParallelStrategy,
+                entry["description"],
+                override=True,
+                **entry["init_params"],
+            )
+
+
+register()

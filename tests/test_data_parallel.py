@@ -1,0 +1,175 @@
+"""ddp keeps gradients once, and sends only the buffers that training changes."""
+
+from contextlib import ExitStack
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from tensor_bytes import tensor_bytes
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from ravine.datamodules import TextDataModule
+from ravine.datamodules.text import documentation
+from ravine.lightning_modules import LanguageModel
+from ravine.strategies import DataParallelStrategy
+from ravine.strategies.data_parallel import refuse_kept_gradients
+
+pytestmark = pytest.mark.filterwarnings("ignore:The module hierarchy tracking")
+
+
+class Peak(L.Callback):
+    """Bytes of tensors over those at the start of training: the buckets are there by then."""
+
+    def on_train_start(self, *_):
+        self.stack = ExitStack()
+        self.found = self.stack.enter_context(tensor_bytes())
+
+    def on_train_end(self, *_):
+        self.stack.close()
+
+
+class Messages(L.Callback):
+    """Count broadcasts of each batch, and see whether gradients are views of one another's."""
+
+    def __init__(self):
+        self.broadcasts, self.memories = [], set()
+
+    def on_train_batch_start(self, *_):
+        self.mode = CommDebugMode()
+        self.mode.__enter__()
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        self.memories = {g.untyped_storage().data_ptr() for g in grads}
+
+    def on_train_batch_end(self, *_):
+        self.mode.__exit__(None, None, None)
+        counts = self.mode.get_comm_counts().items()
+        self.broadcasts.append(sum(n for op, n in counts if "broadcast" in str(op)))
+
+
+def fit(module, strategy, steps, data=None):
+    messages, peak = Messages(), Peak()
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        logger=False,
+        callbacks=[messages, peak],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, data)
+    kind = type(trainer.strategy).__name__
+    return messages.broadcasts, len(messages.memories), peak.found.peak, kind
+
+
+class Net(L.LightningModule):
+    """A linear map, a constant, and a counter that begins to count in the third step."""
+
+    def __init__(self, norm=False, width=64):
+        super().__init__()
+        self.net = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
+        self.unused = nn.Linear(2, 2)
+        self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
+        self.register_buffer("constant", torch.randn(width))
+        self.register_buffer("counter", torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(float(self.counter))
+        if self.global_step >= 2:
+            self.counter += 1 + self.global_rank
+        return self.norm(self.net(batch[0]) + self.constant).square().mean()
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(64, self.net[0].in_features)), batch_size=2)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+UNUSED = "ddp_find_unused_parameters_true"
+
+
+def several(path):
+    shape = {"layers": 2, "width": 16, "heads": 4}
+    data = TextDataModule(path, context=16, batch_size=8)
+    text = fit(LanguageModel(**shape), "ddp", 3, data)
+    torch.manual_seed(torch.distributed.get_rank())
+    normed = fit(norm := Net(norm=True), UNUSED, 3)
+    late = fit(counter := Net(), UNUSED, 8)
+    ours = fit(Net(width=512), UNUSED, 2)
+    stock = fit(Net(width=512), DDPStrategy(find_unused_parameters=True), 2)
+    return {
+        "text": text,
+        "normed": (normed, norm.constant, norm.norm.running_mean),
+        "late": (late, counter.seen),
+        "ours": ours,
+        "stock": stock,
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    from ranks import run_ranks
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(documentation())[:3000])
+    return run_ranks(several, 2, path)
+
+
+def test_tables_of_positions_are_never_sent(found):
+    for each in found:
+        broadcasts, _, _, name = each["text"]
+        assert name == "DataParallelStrategy"
+        assert (broadcasts[0], broadcasts[2]) == (0, 0)  # in the second DDP orders its buckets
+
+
+def test_statistics_of_normalization_are_sent_in_each_step(found):
+    for each in found:
+        assert min(each["normed"][0][0]) >= 1
+    first, second = found
+    assert torch.equal(first["normed"][1], second["normed"][1])  # constants are rank 0's
+
+
+def test_a_buffer_is_sent_from_when_it_was_seen_to_change(found):
+    for each in found:
+        assert each["late"][0][0] == [0, 0, 0, 0, 1, 1, 1, 1]
+    (first, second) = (each["late"][1] for each in found)
+    assert first[:5] == [0, 0, 0, 1, 2]
+    assert second[:4] == [0, 0, 0, 2]
+    assert second[4:] == first[4:]
+
+
+def test_gradients_are_kept_once(found):
+    for each in found:
+        (_, ours, peak, _), (_, stock, stock_peak, name) = each["ours"], each["stock"]
+        assert name == "DDPStrategy"
+        assert ours < stock == 8
+        assert stock_peak - peak > 0.7 * 4 * 4 * 512 * 512  # one of four is on its way to a bucket
+
+
+def test_an_optimizer_that_keeps_a_gradient_is_refused():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    parameter.grad = torch.ones(3)
+    optimizer.step()  # it copies
+    refuse_kept_gradients(optimizer)
+    optimizer.state[parameter]["before"] = parameter.grad
+    with pytest.raises(ValueError, match="SGD keeps a gradient as its state 'before', and ddp"):
+        refuse_kept_gradients(optimizer)
+
+
+def test_a_strategy_of_the_user_keeps_its_own_arguments():
+    strategy = DataParallelStrategy(static_graph=True, gradient_as_bucket_view=False)
+    assert strategy._ddp_kwargs == {
+        "static_graph": True,
+        "gradient_as_bucket_view": False,
+    }
