@@ -23,7 +23,7 @@ from torch import (
     _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_norm,  # pyright: ignore[reportPrivateImportUsage]
 )
-from torch.distributed import all_reduce
+from torch.distributed import ProcessGroup, all_reduce
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -34,16 +34,22 @@ from .shards import local
 
 
 def global_norm(
-    gradients: Sequence[Tensor], pipeline: Any = None, elsewhere: Sequence[Tensor] = ()
+    gradients: Sequence[Tensor],
+    pipeline: Any = None,
+    elsewhere: Sequence[Tensor] = (),
+    owned: tuple[ProcessGroup, Tensor] | None = None,
 ) -> Tensor:
     """The norm of all gradients together, () on their device, the same on every rank.
 
     In float64 where a gradient is, else in float32; 0 of no gradients. In a pipeline each stage has
-    others, or none, but for those `elsewhere`, which another counts.
+    others, or none, but for those `elsewhere`, which another counts. With ZeRO-1 each rank has the
+    gradients that it owns: `owned` is the group of ranks, and a parameter of the widest dtype.
     """
-    if not gradients and pipeline is None:
+    if not gradients and pipeline is None and owned is None:
         return torch.zeros(())
-    one = gradients[0] if gradients else next(pipeline.module.parameters())
+    one = gradients[0] if gradients else next(pipeline.module.parameters()) if pipeline else None
+    one = one if owned is None else owned[1]
+    assert one is not None
     exact = any(g.dtype in (torch.float64, torch.complex128) for g in [*gradients, one])
     kind = torch.float64 if exact else torch.float32
     gradients = [g for g in gradients if not any(g is other for other in elsewhere)]
@@ -66,6 +72,8 @@ def global_norm(
         total = total + square
     if pipeline is not None:
         all_reduce(total, group=pipeline.group)
+    if owned is not None:
+        all_reduce(total, group=owned[0])
     return total.sqrt()
 
 
@@ -116,6 +124,7 @@ class GradientClipping(Callback):
     """
 
     acts_on_training = True  # a resume without it is another run
+    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
 
     def __init__(
         self,
@@ -183,6 +192,7 @@ class GradientClipping(Callback):
         ) -> None:
             self._clip(trainer, optimizer)
 
+        configure_gradient_clipping.takes_partial_gradients = True  # type: ignore[attr-defined]
         patch(trainer, pl_module, "configure_gradient_clipping", configure_gradient_clipping, self)
 
     def logged_metrics(self, trainer: L.Trainer) -> set[str]:
@@ -238,12 +248,14 @@ class GradientClipping(Callback):
                 p.grad = p.grad.coalesce()
         gradients = [p.grad for p in parameters if p.grad is not None]
         pipeline = getattr(trainer.strategy, "pipeline", None)
-        if not gradients and pipeline is None:
+        group = getattr(trainer.strategy, "gradient_group", None)
+        if not gradients and pipeline is None and group is None:
             return
-        others: tuple[Any, ...] = ()
+        twice: list[Tensor] = []
         if pipeline is not None:
             twice = [p.grad for p in pipeline.repeated() if p.grad is not None]
-            others = (pipeline, twice)
+        wide = [p for p in parameters if p.dtype in (torch.float64, torch.complex128)]
+        others = (pipeline, twice, None if group is None else (group, (wide or parameters)[0]))
         if self.max_norm is not None:
             self._norm = norm = clip_by_norm(gradients, self.max_norm, *others)
             clipped = norm > self.max_norm

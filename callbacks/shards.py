@@ -42,6 +42,15 @@ def whole_net(trainer: Any) -> AbstractContextManager[None]:
     return nullcontext() if pipeline is None else pipeline.whole()
 
 
+def reached(trainer: Any, parameter: Tensor) -> bool:
+    """Whether the last backward pass has reached a parameter, on this rank.
+
+    With ZeRO-1 the gradient may have been sent to the rank that owns the parameter.
+    """
+    arrived = getattr(trainer.strategy, "arrived", ())
+    return parameter.grad is not None or parameter in arrived
+
+
 def trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and parameters that move, as shards where they are sharded.
 

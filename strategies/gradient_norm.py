@@ -7,20 +7,30 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm(
+    parameters: Iterable[Tensor], max_norm: float, group: ProcessGroup | None = None
+) -> Tensor:
     """Scale gradients in place so that the norm of all of them is at most `max_norm`.
 
     As `torch.nn.utils.clip_grad_norm_`, which refuses DTensors of different meshes, or with others.
 
+    Args:
+        parameters: those of an optimizer
+        max_norm: the largest norm that is let through
+        group: with ZeRO-1 the ranks that have the gradients of different parameters
+
     Returns:
         the norm before, () on the device of the gradients, the same on every rank.
     """
+    parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
     groups: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
@@ -29,9 +39,14 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         groups.setdefault(key, []).append(gradient)
     norms = [get_total_norm(group) for group in groups.values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    if not norms:
+    if not norms and (group is None or not parameters):
         return torch.zeros(())
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    device = norms[0].device if norms else parameters[0].device
+    total = torch.linalg.vector_norm(torch.stack([*norms, torch.zeros((), device=device)]))
+    if group is not None:  # in float64, so that all ranks send one dtype
+        square = total.double().square()
+        dist.all_reduce(square, group=group)
+        total = square.sqrt().to(total.dtype)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -12,10 +12,13 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
+READING = ("on_after_backward", "on_before_optimizer_step")
 ZEROING = ("on_before_zero_grad", "optimizer_zero_grad")
 PACKAGES = ("torch", "lightning", "pytorch_lightning")
 FUNCTIONS = {
@@ -44,8 +47,52 @@ def frees_early(trainer: Any) -> bool:
         and not any(is_overridden(hook, module) for hook in ZEROING)
         and not any(is_overridden(ZEROING[0], each, Callback) for each in trainer.callbacks)
         and not mentions_gradients(module, module.training_step)
-        and all(has_own_zero_grad(optimizer) is False for optimizer in trainer.optimizers)
+        and not any(has_own_zero_grad(optimizer) for optimizer in trainer.optimizers)
     )
+
+
+def find_readers(trainer: Any) -> list[str]:
+    """Names of what reads gradients besides the optimizers, and needs those of all parameters.
+
+    A callback whose class has `takes_partial_gradients = True` works where a rank has the gradients
+    of some parameters only, and None for the others; so does a hook with that attribute.
+    """
+    module, found = trainer.lightning_module, []
+    if not module.automatic_optimization:
+        found.append(f"{type(module).__name__}, which steps its own optimizers")
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        found.append("the gradient scaler")
+    plugin = type(trainer.precision_plugin)
+    if trainer.gradient_clip_val and plugin.clip_grad_by_norm is not Precision.clip_grad_by_norm:
+        found.append(plugin.__name__)
+    pipeline = getattr(trainer.strategy, "pipeline", None)
+    if pipeline is not None and pipeline.tied:
+        found.append("the pipeline, whose first and last stage share a parameter")
+    for hook in (*READING, "configure_gradient_clipping", *ZEROING):
+        own = getattr(module, hook)
+        if is_overridden(hook, module) and not getattr(own, "takes_partial_gradients", False):
+            found.append(f"{type(module).__name__}.{hook}")
+    if not found and mentions_gradients(module):
+        found.append(type(module).__name__)
+    for callback in trainer.callbacks:
+        if getattr(callback, "takes_partial_gradients", False):
+            continue
+        hooks = [hook for hook in (*READING, ZEROING[0]) if is_overridden(hook, callback, Callback)]
+        if hooks or mentions_gradients(callback):
+            found.append(".".join([type(callback).__name__, *hooks[:1]]))
+    for optimizer in trainer.optimizers:
+        if getattr(optimizer, "gathers", False):
+            continue
+        if has_own_zero_grad(optimizer):
+            found.append(f"{type(optimizer).__name__}.zero_grad")
+        if getattr(optimizer, "_optimizer_step_pre_hooks", None):
+            found.append(f"a hook before the step of {type(optimizer).__name__}")
+    if found:
+        rank_zero_info(
+            f"zero1: {', '.join(found)} may read gradients: each rank keeps all of them, and a step"
+            " sends 3 W in place of 2 W"
+        )
+    return found
 
 
 def has_own_zero_grad(optimizer: Any) -> bool:

@@ -9,7 +9,7 @@ each matrix.
 """
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from .checkpoint_io import (
 )
 from .context import Context
 from .gradient_norm import clip_grad_norm
-from .gradient_readers import free_gradients, frees_early
+from .gradient_readers import find_readers, free_gradients, frees_early
 from .layout import Layout, check_choices, check_module, check_together, lay_out, resolve
 from .mixed_precision import half_of
 from .original_parameters import OriginalParameters
@@ -50,7 +50,7 @@ from .plain_values import with_plain_hyperparameters
 from .recompute import Mode
 from .sharded_parameter import GatherOnUse, is_marked
 from .stock_callbacks import refuse_stock_callbacks
-from .zero1 import share_steps
+from .zero1 import OwnedGradients
 
 
 @atexit.register
@@ -123,9 +123,9 @@ class MeshStrategy(ModelParallelStrategy):
         self.layout: Layout | None = None
         self.spread: Spread | None = None
         self.context: Context | None = None
-        self.owner: dict[Tensor, int] = {}  # with ZeRO-1, who keeps whose state
         self.originals: OriginalParameters | None = None  # with ZeRO-2 and 3
         self.gather: GatherOnUse | None = None  # with ZeRO-2 and 3
+        self.gradients: OwnedGradients | None = None  # with ZeRO-1
         self.when_joined: Callable[[], None] | None = None  # called before the mesh is made
         self.frees = False  # whether gradients are freed before the forward pass
 
@@ -167,6 +167,7 @@ class MeshStrategy(ModelParallelStrategy):
         shards = self.layout.shard.size(-1)  # the last axis is that of the shards
         automatic = getattr(module, "automatic_optimization", False)
         return UnitOptions(
+            sharded=self.zero > 1,
             keep=self.zero == 2 or self.gather_once,
             smallest=self.smallest_unit,
             half=half_of(self.precision_plugin) if shards > 1 else None,
@@ -202,7 +203,6 @@ class MeshStrategy(ModelParallelStrategy):
         if trainer.gradient_clip_val and whole:
             degrees = self.layout.degrees
             apart = [f"{k}={degrees[k]}" for k in ("pp", "ep") if degrees[k] > 1]
-            apart += ["zero=1"] if self.zero == 1 else []
             if apart:
                 raise ValueError(
                     f"gradient_clip_val cannot add up the norm over ranks with different parameters"
@@ -211,11 +211,14 @@ class MeshStrategy(ModelParallelStrategy):
             self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        """Clip sharded gradients and whole ones together, which torch's function cannot mix."""
-        clip_grad_norm(self.precision_plugin.main_params(optimizer), clip_val)
+        """Clip all gradients together: sharded ones, whole ones, and those of other ranks."""
+        parameters = self.precision_plugin.main_params(optimizer)
+        clip_grad_norm(parameters, clip_val, self.gradient_group)
 
     def teardown(self) -> None:
         """Undo what `setup` has changed."""
+        if self.gradients is not None:
+            self.gradients.close()
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
         super().teardown()
 
@@ -223,13 +226,34 @@ class MeshStrategy(ModelParallelStrategy):
         """Make the optimizers; with ZeRO-1 each rank steps its share of the parameters."""
         super().setup_optimizers(trainer)
         assert self.layout is not None
-        self.owner = {}
         if self.originals is not None and self.layout.degrees["pp"] == 1:
             for optimizer in self.optimizers:
                 self.originals.update_optimizer(optimizer)
+        if self.gradients is not None:
+            self.gradients.close()
+            self.gradients = None
         if self.zero == 1 and self.layout.data.size() > 1:
-            for optimizer in self.optimizers:
-                self.owner |= share_steps(optimizer, self.layout.data.get_group())
+            module, spread = self.lightning_module, self._spread
+            assert module is not None
+            self.gradients = OwnedGradients(
+                module,
+                self.optimizers,
+                self.layout.data.get_group(),
+                lambda: find_readers(trainer),
+                {p for experts in spread.experts for p in experts.parameters()},
+            )
+            spread.owned = self.gradients
+
+    @property
+    def gradient_group(self) -> Any:
+        """With ZeRO-1, the ranks that have the gradients of different parameters; else None."""
+        own = self.gradients
+        return None if own is None or own.keeps_all else own.group
+
+    @property
+    def arrived(self) -> Collection[Tensor]:
+        """With ZeRO-1, the parameters that the last backward pass has reached on this rank."""
+        return () if self.gradients is None else self.gradients.arrived
 
     def on_train_start(self) -> None:
         """Find out whether anything reads gradients after an optimizer step."""
@@ -294,9 +318,13 @@ class MeshStrategy(ModelParallelStrategy):
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Say whether this backward pass is the last of an optimizer step."""
         super().pre_backward(closure_loss)
-        self._spread.accumulate(more=self._accumulates())
+        more = self._accumulates()
+        self._spread.accumulate(more=more)
         if self.gather is not None:
             self.gather.begin_backward()
+        if self.gradients is not None and not more:
+            own = is_overridden("backward", self.lightning_module)  # may go backward several times
+            self.gradients.begin(None if own else closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Reduce what no shard does, once an optimizer step."""
@@ -306,6 +334,8 @@ class MeshStrategy(ModelParallelStrategy):
         if self.context is not None:
             self.context.release()
         if not self._accumulates():
+            if self.gradients is not None:
+                self.gradients.finish()
             self._spread.settle()
             if self.pipeline is not None:
                 self.pipeline.settle()
@@ -357,7 +387,8 @@ class MeshStrategy(ModelParallelStrategy):
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         assert self.lightning_module is not None
-        group = self.layout.data.get_group() if self.owner and self.layout else None
+        owners = self.gradients.owner if self.gradients else {}
+        group = self.layout.data.get_group() if owners and self.layout else None
         parts = self._save_distributed_checkpoint
         return states.optimizer_state(self.lightning_module, optimizer, parts, group, self._stages)
 
@@ -400,4 +431,5 @@ class MeshStrategy(ModelParallelStrategy):
     def _owned(self, parameter: Tensor) -> bool:
         assert self.layout is not None
         rank = self.layout.data.get_local_rank()
-        return self.owner.get(parameter, rank) == rank
+        owners = self.gradients.owner if self.gradients else {}
+        return owners.get(parameter, rank) == rank

@@ -38,6 +38,7 @@ from .mixed_precision import UnitAutocast, full_precision, look_up_in_fp32, unit
 from .recompute import Mode, recompute
 from .step_unit import StepUnit
 from .tensor import split_matrices
+from .zero1 import OwnedGradients
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # they have no forward, so they cannot be units
 SMALLEST = 2**20  # bytes of a unit, by default
@@ -55,6 +56,7 @@ class Spread:
     step_unit: StepUnit | None = None  # small children, gathered around each step
     replicated: set[int] = field(default_factory=set)  # ids of parameters that no unit shards
     gather_once: bool = False  # keep what is gathered until the last micro-batch of a step
+    owned: OwnedGradients | None = None  # with ZeRO-1, which averages over the data
 
     def whole(self) -> list[str]:
         """Names of the trainable parameters that are not sharded."""
@@ -81,10 +83,12 @@ class Spread:
     def settle(self) -> None:
         """Average what stayed whole over the data, sum what is partial over tp; once a step."""
         data = self.layout.data
-        if data.size() > 1:
+        if data.size() > 1 and self.owned is None:
             _sum_together([p for _, p in self._plain()], data.get_group(), 1 / data.size())
         if self.partial:
             parts = [p for module in self.partial for p in module.parameters()]
+            if self.owned is not None:  # ranks of tp own the same parameters
+                parts = [p for p in parts if p.grad is not None]
             _sum_together([p for p in parts if p.requires_grad], self.layout.tp.get_group())
         if self.layout.replicas is not None:
             settle_experts(self.experts, self.layout.replicas, data.size())
@@ -120,6 +124,7 @@ class UnitOptions:
     """How units gather, and which modules become units.
 
     Args:
+        sharded: false: there are no units, and each rank has whole parameters (ZeRO-1).
         keep: the gathered parameters stay from a forward to its backward (ZeRO-2).
         smallest: bytes below which a member of a list is no unit of its own; None: SMALLEST.
         half: dtype of the gathered parameters; None: that of the shards.
@@ -128,6 +133,7 @@ class UnitOptions:
         gather_once: what is gathered stays until the last micro-batch of a step.
     """
 
+    sharded: bool = True
     keep: bool = False
     smallest: int | None = None
     half: torch.dtype | None = None
@@ -150,7 +156,7 @@ def parallelize(
     recompute(module, mode)
     if layout.experts is not None:
         spread.experts = spread_experts(module, layout.experts)
-    if layout.data.size() > 1 or tp.size() * layout.degrees["pp"] == 1:
+    if options.sharded and (layout.data.size() > 1 or tp.size() * layout.degrees["pp"] == 1):
         apart = {id(p) for experts in spread.experts for p in experts.parameters()}
         spread.replicated = shard(module, layout.shard, options, apart)
         spread.step_unit = module.__dict__.get("_step_unit")
@@ -161,7 +167,7 @@ def parallelize(
             f"{type(module).__name__}: {' and '.join(untied[0])} share one parameter and cannot be"
             " split apart: leave them out of tp_plan, or give each its own"
         )
-    if not is_parallel(module) and layout.degrees["pp"] == 1:
+    if options.sharded and not is_parallel(module) and layout.degrees["pp"] == 1:
         raise ValueError(
             f"{type(module).__name__} has nothing to shard: no child module holds a parameter"
             " (build them in __init__ or configure_model); or type --trainer.strategy ddp"
@@ -312,4 +318,5 @@ def copy_from_rank_zero(module: nn.Module, device: torch.device) -> None:
             continue
         flat = tensor.detach().to(device).reshape(-1).contiguous()
         dist.broadcast(flat.view(torch.uint8), 0)  # as bytes: gloo knows few types
-        tensor.detach().copy_(flat.view(tensor.shape))
+        if flat.data_ptr() != tensor.data_ptr():  # else the broadcast has written into the tensor
+            tensor.detach().copy_(flat.view(tensor.shape))

@@ -24,6 +24,8 @@ from torch.optim import Optimizer
 class GlobalMean(Callback):
     """Make the loss a mean over all terms of a step, for a module that says how many a batch has.
 
+    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
+
     def terms(self, batch): return (batch[1] != -100).sum()   # the loss is a mean over these
 
     Works on every strategy that averages gradients over ranks, with a stock Trainer too; modules

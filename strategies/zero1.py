@@ -1,105 +1,549 @@
-"""ZeRO-1: every rank has all weights, and the optimizer state of its share of them.
+"""ZeRO-1: every rank has all weights, and gradients and optimizer state of its share of them.
 
-    gradients averaged on all ranks -> each steps the parameters it owns -> they are handed round
+    backward   gradients of a bucket -> the rank that owns each parameter, as soon as they are ready
+    step       each rank steps the parameters that it owns
+    after it   parameters of a bucket -> all other ranks
 
-Any optimizer will do, since all skip a parameter without a gradient: those of others are hidden
-from it for the length of a step. Parameters are owned whole, so one that treats matrices as
-matrices (Muon) does its work once in the job, and not once a rank.
+A step sends 2 W (n - 1) / n on each of n ranks. Parameters are owned whole: an optimizer that
+treats matrices as matrices (Muon) does its work once in the job, and not once a rank. Parameters
+stay plain tensors, so a module computes as it does with ddp.
+
+gloo is fastest with pairs of isend and irecv: the small parameters of a bucket are sent joined,
+the large ones from their own memory, in pieces. Other backends reduce to the owner and broadcast
+from it. Sums are taken in a fixed order of ranks.
+
+After the reduction a rank has the averaged gradients of the parameters that it owns, and None for
+the rest. Where something besides the optimizer reads gradients (gradient_readers.py), every rank
+keeps all of them: a step then sends W more.
 """
 
 import inspect
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import (
+    Tensor,
+    _foreach_add_,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
+    nn,
+)
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from .collectives import all_gather_single
+MB = 2**20
+BUCKET = 25 * MB  # of gradients that are sent together, and the most that is received at once
+JOINED = MB  # parameters below are sent together, the others from their own memory
+PIECE = 8 * MB  # the largest message of one parameter
+TAG = 71  # of these messages: other pairs of the same ranks (a ring) have other ones
 
 
-def owners(parameters: list[Tensor], ranks: int) -> dict[Tensor, int]:
-    """The rank that owns each parameter: the largest first, each to whoever has least so far."""
-    load, owner = [0] * ranks, {}
+class Message(NamedTuple):
+    """Some small parameters one after another, or the numbers [start, stop) of a large one."""
+
+    parameters: list[Tensor]
+    numel: int
+    dtype: torch.dtype
+    start: int | None = None
+    flagged: Sequence[Tensor] = ()  # at the end, a number for each: 1 where it has a gradient
+
+
+def owners(parameters: Iterable[Tensor], load: list[int]) -> dict[Tensor, int]:
+    """The rank that owns each parameter: the largest first, each to the rank with the least so far.
+
+    Args:
+        parameters: in the same order on every rank
+        load: how many numbers each rank owns already; those of the parameters are added
+    """
+    owner = {}
     for parameter in sorted(parameters, key=lambda p: -p.numel()):  # stable: alike on all ranks
-        rank = min(range(ranks), key=load.__getitem__)
+        rank = min(range(len(load)), key=load.__getitem__)
         owner[parameter] = rank
         load[rank] += parameter.numel()
     return owner
 
 
-def share_steps(optimizer: Optimizer, group: ProcessGroup) -> dict[Tensor, int]:
-    """Let each rank of `group` step its own parameters only, and send the result to the others."""
-    if getattr(optimizer, "gathers", False):  # Newton: there is no state to share
-        return {}
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"{type(optimizer).__name__} computes the gradient of all parameters several times a"
-            " step, which ranks cannot share; type --trainer.strategy ddp"
-        )
-    parameters = [p for each in optimizer.param_groups for p in each["params"]]
-    owner = owners(parameters, dist.get_world_size(group))
-    rank, whole_step = dist.get_rank(group), optimizer.step
-    foreign = [p for p in parameters if owner[p] != rank]
+class OwnedGradients:
+    """Reduces gradients to the ranks that own their parameters, and shares the optimizer steps.
 
-    def step(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        gradients = [p.grad for p in foreign]
-        for p in foreign:
-            p.grad = None
-        whole_step()
-        for p, gradient in zip(foreign, gradients, strict=True):
-            p.grad = gradient
-        hand_round(owner, group)
-        return loss
+    Args:
+        module: its trainable parameters are reduced
+        optimizers: each steps, on a rank, the parameters that the rank owns
+        group: the ranks with different data and the same parameters
+        find_readers: called at the first backward pass; names what else reads gradients
+        apart: parameters that are reduced elsewhere
 
-    if hasattr(whole_step, "_wrapped_by_lr_sched"):  # or a schedule would warn that we came later
-        step.__dict__["_wrapped_by_lr_sched"] = True
-    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
-    return owner
+    Raises:
+        ValueError: an optimizer calls its closure several times a step.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        group: ProcessGroup,
+        find_readers: Callable[[], list[str]] = list,
+        apart: Set[Tensor] = frozenset(),
+    ) -> None:
+        """Find an owner for each parameter."""
+        self.module, self.group, self.apart = module, group, apart
+        self.find_readers = find_readers
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.in_pairs = dist.get_backend(group) == "gloo"
+        # Newton needs all gradients on every rank, and has no state to share
+        self.optimizers = [each for each in optimizers if not getattr(each, "gathers", False)]
+        self.owner: dict[Tensor, int] = {}
+        self.keeps_all = True  # every rank keeps all gradients; decided at the first backward pass
+        self.arrived: dict[Tensor, int] = {}  # in this backward pass: how often, by parameter
+        self._load = [0] * self.ranks
+        self._decided = self._open = False
+        self._expected: dict[Tensor, int] = {}  # the most that arrived in a backward pass
+        self._known: Any = None  # for which parameters the buckets were made
+        self._all: list[Tensor] = []
+        self._buckets: list[list[Tensor]] = []
+        self._bucket_of: dict[Tensor, int] = {}
+        self._missing: list[int] = []  # gradients that each bucket waits for
+        self._launched = 0
+        self._sent: deque[tuple[Any, Tensor]] = deque()
+        self._awaited: deque[tuple[int, Message]] = deque()  # to be received, in order
+        self._posted: deque[tuple[Any, Tensor, Message]] = deque()
+        self._joint: deque[tuple[Any, Tensor, Message]] = deque()  # sums by the backend
+        self._memory: Tensor | None = None  # for what is received
+        self._used = 0
+        self._hooks: dict[Tensor, Any] = {}
+        for optimizer in self.optimizers:
+            self._share_steps(optimizer)
+        self._assign()
+
+    def begin(self, loss: Tensor | None = None) -> None:
+        """Announce the last backward pass of an optimizer step, which begins at `loss`."""
+        if not self._decided:
+            self._decided = True
+            self.keeps_all = bool(self.find_readers())
+        self._refresh()
+        self._open, self._launched = True, 0
+        self.arrived.clear()
+        self._missing = [len(bucket) for bucket in self._buckets]
+        if loss is not None and loss.requires_grad:
+            loss.register_hook(self._finish_after)
+
+    def _finish_after(self, _: Tensor) -> None:
+        """Called as the outermost backward pass begins: reduce the rest at its end."""
+        torch.autograd.Variable._execution_engine.queue_callback(self.finish)  # type: ignore
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Send what has not been sent, and wait for what this rank receives."""
+        if not self._open:
+            return
+        while self._launched < len(self._buckets):
+            self._launch()
+        self._complete()
+        self._open, self._memory = False, None
+        for parameter, count in self.arrived.items():
+            self._expected[parameter] = max(count, self._expected.get(parameter, 0))
+        own = [p for p in self._bucket_of if self._holder(p) == self.rank and p.grad is not None]
+        if self.in_pairs and own:
+            _foreach_mul_([_part(p.grad) for p in own], 1 / self.ranks)
+
+    def close(self) -> None:
+        """Leave the module's parameters as they were."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+
+    def _holder(self, parameter: Tensor) -> int | None:
+        """The rank that keeps the gradient; None: all of them."""
+        return None if self.keeps_all else self.owner.get(parameter)
+
+    # Which parameters there are
+
+    def _assign(self) -> None:
+        """Give an owner to parameters that have none: all of them, or those added to a group."""
+        groups = [group for each in self.optimizers for group in each.param_groups]
+        new = [p for group in groups for p in group["params"] if p not in self.owner]
+        new = [p for p in dict.fromkeys(new) if p not in self.apart]
+        self.owner |= owners(new, self._load)
+        for optimizer in self.optimizers:
+            for parameter in new:
+                if self.owner[parameter] != self.rank and parameter in optimizer.state:
+                    del optimizer.state[parameter]
+
+    def _refresh(self) -> None:
+        """Make the buckets anew if parameters were added, frozen or unfrozen."""
+        groups = [group for each in self.optimizers for group in each.param_groups]
+        known = [len(group["params"]) for group in groups], [p.requires_grad for p in self._all]
+        if known == self._known:
+            return
+        self._assign()
+        self._all = list(dict.fromkeys([*self.module.parameters(), *self.owner]))
+        self._known = known[0], [p.requires_grad for p in self._all]
+        moving = [p for p in reversed(self._all) if p.requires_grad and p not in self.apart]
+        self._buckets = list(buckets(moving))
+        self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
+        for parameter in moving:
+            if parameter not in self._hooks:
+                hook = parameter.register_post_accumulate_grad_hook(self._arrive)
+                self._hooks[parameter] = hook
+
+    # Backward
+
+    @torch.no_grad()
+    def _arrive(self, parameter: Tensor) -> None:
+        """A gradient is ready; send those of its bucket if it is the last one."""
+        manual = not getattr(self.module, "automatic_optimization", True)
+        if not self._open:
+            if not manual:  # a micro-batch before the last one
+                return
+            self.begin()  # `loss.backward()` in place of `self.manual_backward(loss)`
+            self._finish_after(parameter)
+        count = self.arrived[parameter] = self.arrived.get(parameter, 0) + 1
+        bucket = self._bucket_of.get(parameter)
+        if manual or bucket is None or parameter not in self._expected:
+            return
+        if count > self._expected[parameter] and bucket < self._launched:
+            raise RuntimeError(
+                f"zero1: the gradient of {self._name(parameter)} arrives more often than in earlier"
+                " steps (re-entrant checkpointing?), after it was sent; allowed: the same number"
+                " in each step; use checkpoint(..., use_reentrant=False), or type"
+                " --trainer.strategy ddp"
+            )
+        self._missing[bucket] -= count == self._expected[parameter]
+        while self._launched < len(self._buckets) and not self._missing[self._launched]:
+            self._launch()
+
+    def _name(self, parameter: Tensor) -> str:
+        named = self.module.named_parameters()
+        return next((name for name, p in named if p is parameter), "a parameter")
+
+    def _launch(self) -> None:
+        """Send the gradients of the next bucket, when those of the one before have arrived."""
+        self._complete()
+        bucket = self._buckets[self._launched]
+        self._launched += 1
+        held: dict[int | None, list[Tensor]] = {}
+        for parameter in bucket:
+            gradient = parameter.grad
+            if gradient is not None and gradient.layout != torch.strided:
+                raise ValueError(
+                    f"zero1: the gradient of {self._name(parameter)} is sparse; allowed: dense"
+                    " gradients; set sparse=False, or type --trainer.strategy ddp"
+                )
+            if gradient is not None and not _part(gradient).is_contiguous():
+                _set_gradient(parameter, _part(gradient).contiguous())
+            held.setdefault(self._holder(parameter), []).append(parameter)
+        together = held.pop(None, [])
+        for message in messages(together, flagged=True, whole=True):
+            data = _joined_gradients(message)
+            self._joint.append(
+                (dist.all_reduce(data, group=self.group, async_op=True), data, message)
+            )
+        if not self.in_pairs:
+            for holder, parameters in sorted(held.items()):
+                self._reduce_to(holder, parameters)
+            return
+        for to in _others(self.rank, self.ranks):
+            for message in messages(held.get(to, []), flagged=True):
+                self._send(_gradients(message), to)
+            for parameter in held.get(to, []):
+                parameter.grad = None
+        own = held.get(self.rank, [])
+        for source in _others(self.rank, self.ranks):
+            self._awaited += ((source, message) for message in messages(own, flagged=True))
+        if self._awaited:
+            sizes = [_aligned(message) for _, message in self._awaited]
+            size = min(sum(sizes), max(BUCKET, *sizes))
+            if self._memory is None or len(self._memory) < size:
+                device = _part(own[0]).device
+                self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+            self._post()
+
+    def _reduce_to(self, holder: int, parameters: list[Tensor]) -> None:
+        for message in messages(parameters, flagged=True, whole=True):
+            data = _joined_gradients(message)
+            how = {"group": self.group, "group_dst": holder, "async_op": True}
+            work = dist.reduce(data, **how)
+            if holder == self.rank:
+                self._joint.append((work, data, message))
+            else:
+                self._sent.append((work, data))
+                for parameter in parameters:
+                    parameter.grad = None
+
+    def _send(self, data: Tensor, to: int) -> None:
+        work = dist.isend(data, group=self.group, group_dst=to, tag=TAG)
+        self._sent.append((work, data))
+
+    def _post(self) -> None:
+        """Begin to receive, as far as the memory for it reaches."""
+        assert self._memory is not None
+        if not self._posted:
+            self._used = 0
+        while self._awaited:
+            source, message = self._awaited[0]
+            size = message.numel * message.dtype.itemsize
+            if self._used + size > len(self._memory):
+                return
+            buffer = self._memory[self._used : self._used + size].view(message.dtype)
+            self._used += _aligned(message)
+            work = dist.irecv(buffer, group=self.group, group_src=source, tag=TAG)
+            self._posted.append((work, buffer, message))
+            self._awaited.popleft()
+
+    def _complete(self) -> None:
+        """Wait for all that was launched."""
+        while self._posted or self._awaited:
+            if not self._posted:
+                self._post()
+            work, buffer, message = self._posted.popleft()
+            work.wait()
+            _add(buffer, message)
+        while self._joint:
+            work, data, message = self._joint.popleft()
+            work.wait()
+            _take(data.mul_(1 / self.ranks), message)
+        while self._sent:
+            self._sent.popleft()[0].wait()
+
+    # Step
+
+    def _share_steps(self, optimizer: Optimizer) -> None:
+        """Let each rank step its own parameters, and send the result to the other ranks."""
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{type(optimizer).__name__} computes the gradient of all parameters several times"
+                " a step, which ranks cannot share; type --trainer.strategy ddp"
+            )
+        whole_step = optimizer.step
+
+        def step(own: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._refresh()
+            parameters = [p for group in own.param_groups for p in group["params"]]
+            hidden = [p for p in parameters if self.owner.get(p, self.rank) != self.rank]
+            gradients = [p.grad for p in hidden]
+            for p in hidden:  # all optimizers skip a parameter without a gradient
+                p.grad = None
+            whole_step()
+            for p, gradient in zip(hidden, gradients, strict=True):
+                p.grad = gradient
+            self.hand_out([p for p in parameters if p.requires_grad and p in self.owner])
+            return loss
+
+        if hasattr(whole_step, "_wrapped_by_lr_sched"):  # or a schedule would warn of this one
+            step.__dict__["_wrapped_by_lr_sched"] = True
+        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def hand_out(self, parameters: list[Tensor]) -> None:
+        """Give every rank the owners' values, bucket by bucket."""
+        waiting: deque[list[tuple[Any, Tensor, Message | None]]] = deque()
+        for bucket in buckets(parameters):
+            held: dict[int, list[Tensor]] = {}
+            for parameter in bucket:
+                held.setdefault(self.owner[parameter], []).append(parameter)
+            send = self._exchange if self.in_pairs else self._broadcast
+            waiting.append(send(held))
+            if len(waiting) > 1:
+                _receive(waiting.popleft())
+        while waiting:
+            _receive(waiting.popleft())
+
+    def _exchange(self, held: dict[int, list[Tensor]]) -> list[tuple[Any, Tensor, Message | None]]:
+        found: list[tuple[Any, Tensor, Message | None]] = []
+        for message in messages(held.get(self.rank, [])):
+            data = _values(message)
+            for to in _others(self.rank, self.ranks):
+                how = {"group": self.group, "group_dst": to, "tag": TAG}
+                found.append((dist.isend(data, **how), data, None))
+        for source in _others(self.rank, self.ranks):
+            for message in messages(held.get(source, [])):
+                data = _place(message)
+                how = {"group": self.group, "group_src": source, "tag": TAG}
+                found.append((dist.irecv(data, **how), data, message))
+        return found
+
+    def _broadcast(self, held: dict[int, list[Tensor]]) -> list[tuple[Any, Tensor, Message | None]]:
+        found: list[tuple[Any, Tensor, Message | None]] = []
+        for source, parameters in sorted(held.items()):
+            for message in messages(parameters, whole=True):
+                own = source == self.rank
+                data = _values(message) if own else _place(message)
+                how = {"group": self.group, "group_src": source, "async_op": True}
+                found.append((dist.broadcast(data, **how), data, None if own else message))
+        return found
 
 
-@torch.no_grad()
-def hand_round(owner: dict[Tensor, int], group: ProcessGroup) -> None:
-    """Give every rank the values of the owners: one all-gather for each dtype."""
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    for dtype in {p.dtype: None for p in owner}:
-        own: list[list[Tensor]] = [[] for _ in range(ranks)]
-        for p, each in owner.items():
-            if p.dtype == dtype and p.requires_grad:
-                own[each].append(p.to_local() if isinstance(p, DTensor) else p)
-        most = max(sum(p.numel() for p in part) for part in own)
-        if most == 0:
+def buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut a list of parameters into buckets of about BUCKET bytes; a small net has two, or one."""
+    total = sum(_bytes(p) for p in parameters)
+    most = min(BUCKET, max(JOINED, -(-total // 2)))
+    bucket, size = [], 0
+    for parameter in parameters:
+        bucket.append(parameter)
+        size += _bytes(parameter)
+        if size >= most:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+def messages(
+    parameters: Sequence[Tensor], flagged: bool = False, whole: bool = False
+) -> Iterator[Message]:
+    """The messages for some parameters, alike on the sender and the receiver.
+
+    Args:
+        parameters: those of one bucket and one owner
+        flagged: whether it is told for each parameter if there is a gradient
+        whole: whether the large ones are joined to the small ones
+    """
+    for dtype in {_part(p).dtype: None for p in parameters}:
+        alike = [p for p in parameters if _part(p).dtype == dtype]
+        large = [p for p in alike if _bytes(p) >= JOINED and _part(p).is_contiguous()]
+        large = [] if whole else large
+        small = [p for p in alike if not any(p is other for other in large)]
+        flags = alike if flagged else []
+        if numel := sum(_part(p).numel() for p in small) + len(flags):
+            yield Message(small, numel, dtype, None, flags)
+        step = PIECE // dtype.itemsize
+        for parameter in large:
+            numel = _part(parameter).numel()
+            for start in range(0, numel, step):
+                yield Message([parameter], min(step, numel - start), dtype, start)
+
+
+def _others(rank: int, ranks: int) -> list[int]:
+    """The other ranks; at each place of the list, ranks form pairs."""
+    even = ranks & (ranks - 1) == 0
+    partners = [rank ^ i if even else (i - rank) % ranks for i in range(ranks)]
+    return [each for each in partners if each != rank]
+
+
+def _aligned(message: Message) -> int:
+    """Bytes of a message, up to the next place where a tensor of any dtype may begin."""
+    return -(-message.numel * message.dtype.itemsize // 16) * 16
+
+
+def _part(tensor: Any) -> Tensor:
+    """This rank's numbers of a tensor, of the same memory; complex ones as pairs of real ones."""
+    part = tensor.detach()
+    part = part.to_local() if isinstance(part, DTensor) else part
+    return torch.view_as_real(part) if part.is_complex() else part
+
+
+def _bytes(tensor: Tensor) -> int:
+    part = _part(tensor)
+    return part.numel() * part.element_size()
+
+
+def _values(message: Message) -> Tensor:
+    """The numbers of parameters; a view of a large one."""
+    if message.start is not None:
+        flat = _part(message.parameters[0]).view(-1)
+        return flat[message.start : message.start + message.numel]
+    return torch.cat([_part(p).reshape(-1) for p in message.parameters])
+
+
+def _place(message: Message) -> Tensor:
+    """Memory to receive parameters in: a large one's own."""
+    if message.start is not None:
+        return _values(message)
+    return torch.empty(
+        message.numel, dtype=message.dtype, device=_part(message.parameters[0]).device
+    )
+
+
+def _receive(works: list[tuple[Any, Tensor, Message | None]]) -> None:
+    for work, data, message in works:
+        work.wait()
+        if message is None:
             continue
-        device = next(p for part in own for p in part).device
-        send = torch.zeros(most, dtype=dtype, device=device)
-        _fill(send, own[rank])
-        received = send.new_empty(ranks * most)
-        all_gather_single(received, send, group=group)
-        for each, flat in enumerate(received.view(ranks, most)):
-            if each != rank:
-                _spill(flat, own[each])
+        parts = [_part(p) for p in message.parameters]
+        if message.start is None:
+            for part, values in zip(parts, data.split([p.numel() for p in parts]), strict=True):
+                part.copy_(values.view(part.shape))
+        for parameter in message.parameters:  # what is received is no change that torch sees
+            torch.autograd.graph.increment_version(parameter)
 
 
-def _fill(flat: Tensor, parts: list[Tensor]) -> None:
-    if parts:
-        joined = torch.cat([part.reshape(-1) for part in parts])
-        flat[: len(joined)] = joined
+def _gradients(message: Message) -> Tensor:
+    """What is sent of gradients; a view of a large one."""
+    if message.start is None:
+        return _joined_gradients(message)
+    gradient = message.parameters[0].grad
+    if gradient is None:
+        part = _part(message.parameters[0])
+        return torch.zeros(message.numel, dtype=message.dtype, device=part.device)
+    return _part(gradient).view(-1)[message.start : message.start + message.numel]
 
 
-def _spill(flat: Tensor, parts: list[Tensor]) -> None:
-    for part, values in zip(parts, flat.split_with_sizes(_sizes(flat, parts)), strict=False):
-        part.copy_(values.view(part.shape))
+def _joined_gradients(message: Message) -> Tensor:
+    parts = []
+    for p in message.parameters:
+        like = _part(p)
+        parts.append(like.new_zeros(like.numel()) if p.grad is None else _part(p.grad).view(-1))
+    flags = [float(p.grad is not None) for p in message.flagged]
+    device = _part((*message.parameters, *message.flagged)[0]).device
+    return torch.cat([*parts, torch.tensor(flags, dtype=message.dtype, device=device)])
 
 
-def _sizes(flat: Tensor, parts: list[Tensor]) -> list[int]:
-    sizes = [part.numel() for part in parts]
-    return [*sizes, len(flat) - sum(sizes)]
+def _flags(data: Tensor, message: Message) -> list[bool]:
+    """Whether each flagged parameter has a gradient, here or there; read only where it is open."""
+    if all(p.grad is not None for p in message.flagged):
+        return [True] * len(message.flagged)
+    there = data[len(data) - len(message.flagged) :].tolist()
+    return [
+        p.grad is not None or number > 0 for p, number in zip(message.flagged, there, strict=True)
+    ]
+
+
+def _add(data: Tensor, message: Message) -> None:
+    """Add the gradients of another rank."""
+    if message.start is not None:
+        gradient = message.parameters[0].grad
+        if gradient is not None:
+            flat = _part(gradient).view(-1)
+            flat[message.start : message.start + message.numel].add_(data)
+        return
+    for parameter, has in zip(message.flagged, _flags(data, message), strict=True):
+        if has and parameter.grad is None:
+            _set_gradient(
+                parameter, torch.zeros_like(_part(parameter), memory_format=torch.contiguous_format)
+            )
+    sizes = [_part(p).numel() for p in message.parameters]
+    pairs = zip(message.parameters, data.split([*sizes, len(message.flagged)]), strict=False)
+    moving = [(_part(p.grad).view(-1), values) for p, values in pairs if p.grad is not None]
+    if moving:
+        _foreach_add_([own for own, _ in moving], [values for _, values in moving])
+
+
+def _take(data: Tensor, message: Message) -> None:
+    """Make views of the sum the gradients of those parameters that have one on any rank."""
+    sizes = [_part(p).numel() for p in message.parameters]
+    parts = data.split([*sizes, len(message.flagged)])
+    flags = _flags(data, message)
+    has = {id(p) for p, flag in zip(message.flagged, flags, strict=True) if flag}
+    for parameter, values in zip(message.parameters, parts, strict=False):
+        if id(parameter) in has:
+            _set_gradient(parameter, values.view(_part(parameter).shape))
+
+
+def _set_gradient(parameter: Any, values: Tensor) -> None:
+    """Set a gradient from this rank's numbers of it, of the shape of `_part`."""
+    if parameter.is_complex():
+        values = torch.view_as_complex(values)
+    if isinstance(parameter, DTensor):
+        mesh, places = parameter.device_mesh, parameter.placements
+        size = {"shape": parameter.shape, "stride": parameter.stride()}
+        values = DTensor.from_local(values, mesh, places, run_check=False, **size)
+    parameter.grad = values

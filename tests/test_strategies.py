@@ -285,8 +285,28 @@ def replicas_that_meet_too_late():
     parallelize.Spread.accumulate = lambda self, more: accumulate(self, more=not more)
 
 
-def parameters_not_handed_round():
-    zero1.hand_round = lambda owner, group: None
+def parameters_not_handed_out():
+    zero1.OwnedGradients.hand_out = lambda self, parameters: None
+
+
+def owned_gradients_summed_instead_of_averaged():
+    zero1._foreach_mul_ = lambda gradients, factor: None
+
+
+def gradients_of_a_bucket_that_are_not_sent():
+    launch = zero1.OwnedGradients._launch
+
+    def fault(self):
+        if self._launched == 0:
+            self._launched = 1
+        else:
+            launch(self)
+
+    zero1.OwnedGradients._launch = fault
+
+
+def gradients_that_are_not_added():
+    zero1._add = lambda data, message: None
 
 
 def partial_gradients_not_summed():
@@ -340,8 +360,10 @@ def each_rank_its_own_values():
 FAULTS = [
     ("zero3", 2, 1, summed_instead_of_averaged),
     ("zero2", 2, 1, summed_instead_of_averaged),
-    ("zero1", 2, 1, parameters_not_handed_round),
-    ("zero1", 2, 1, replicas_that_never_meet),
+    ("zero1", 2, 1, parameters_not_handed_out),
+    ("zero1", 2, 1, owned_gradients_summed_instead_of_averaged),
+    ("zero1", 2, 1, gradients_of_a_bucket_that_are_not_sent),
+    ("zero1", 2, 1, gradients_that_are_not_added),
     ("hsdp", 4, 1, replicas_that_never_meet),
     ("hsdp", 4, 2, replicas_that_meet_too_late),
     ("tp", 2, 1, the_columns_of_another_rank),

@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from ..pretrained import Pretrained
+from ..shards import reached
 from ..targets import Patterns, frozen_copies, hidden_layers, listed, trains, within
 from ..transforms import Transform, frozen
 from .inject import RANK, adapt_module, adaptable, adapters, check_numbers
@@ -56,6 +57,8 @@ class LoRA(Transform):
     """
 
     phase = "adapt"
+
+    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
 
     def __init__(
         self,
@@ -226,7 +229,7 @@ class LoRA(Transform):
             return
         found = adapters(pl_module)
         for name, layer in found.items():
-            if any(getattr(layer, key).grad is not None for key in layer.lora_names):
+            if any(reached(trainer, getattr(layer, key)) for key in layer.lora_names):
                 self._reached.add(name)
         called = [layer for layer in found.values() if layer.lora_called]
         recorded = any(layer.lora_recorded for layer in called)

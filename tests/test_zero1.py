@@ -1,0 +1,280 @@
+"""ZeRO-1: 2 W are sent, less is held than with ddp, and what reads gradients sees all of them."""
+
+import os
+from contextlib import ExitStack
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import grad_norm
+from ranks import furthest, run_ranks, whole
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from ravine.callbacks import GradientClipping, NaNGuard
+from ravine.strategies import zero1
+
+WIDTH = 640  # a matrix of 1.6 MB, which is sent from its own memory
+
+
+class Net(L.LightningModule):
+    """Large and small parameters, and a scalar."""
+
+    def __init__(self, width=WIDTH, layers=4, optimizer=torch.optim.AdamW, **how):
+        super().__init__()
+        self.net = nn.Sequential(
+            *(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(layers))
+        )
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.head = nn.Linear(width, 3)
+        self.optimizer, self.how, self.batch = optimizer, {"lr": 1e-3} | how, 8
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch[0])
+
+    def loss(self, x):
+        return (self.scale * self.head(self.net(x))).square().mean()
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(48, self.head.in_features, generator=generator)
+        ranks = self.trainer.world_size
+        size = self.batch // (ranks * self.trainer.accumulate_grad_batches)
+        return DataLoader(TensorDataset(x[self.trainer.global_rank :: ranks]), batch_size=size)
+
+    def configure_optimizers(self):
+        return self.optimizer((p for p in self.parameters() if p.requires_grad), **self.how)
+
+
+def fit(module, strategy="zero1", *callbacks, **options):
+    """Train for four steps; the weights."""
+    torch.manual_seed(0)
+    options = {"max_steps": 4, "accumulate_grad_batches": 1} | options
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
+        strategy=strategy,
+        callbacks=list(callbacks),
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module)
+    return whole(module)
+
+
+def built(kind, **how):
+    torch.manual_seed(0)
+    return kind(**how)
+
+
+def trained(kind, strategy, how, options, *callbacks):
+    return fit(built(kind, **how), strategy, *callbacks, **options)
+
+
+class Messages(L.Callback):
+    """Count the bytes of all messages that this rank sends in the third step."""
+
+    def __init__(self):
+        self.sent, self.largest, self.counts = 0, 0, {}
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if index != 2:
+            return
+        self.stack = ExitStack()
+        for name in ("isend", "all_reduce", "broadcast", "reduce", "all_gather_into_tensor"):
+            self.stack.callback(setattr, dist, name, getattr(dist, name))
+            setattr(dist, name, self.counting(name, getattr(dist, name)))
+
+    def counting(self, name, function):
+        def counted(tensor, *args, **how):
+            size = tensor.numel() * tensor.element_size()
+            self.counts[name] = self.counts.get(name, 0) + 1
+            self.sent += size * (2 if name == "all_reduce" else 1)
+            self.largest = max(self.largest, size)
+            return function(tensor, *args, **how)
+
+        return counted
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if index == 2:
+            self.stack.close()
+
+
+def counted(reads=False):
+    messages = Messages()
+    more = [Norms()] if reads else []
+    module = built(Net)
+    fit(module, "zero1", messages, *more)
+    weights = sum(p.numel() * 4 for p in module.parameters())
+    return messages.sent, messages.largest, messages.counts, weights
+
+
+class Norms(L.Callback):
+    """Lightning's norm of all gradients, as its users read it."""
+
+    def __init__(self):
+        self.norms, self.later = [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.norms.append(float(grad_norm(module, 2)["grad_2.0_norm_total"]))
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.later.append(float(grad_norm(module, 2)["grad_2.0_norm_total"]))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_step_sends_two_times_the_weights(ranks, world):
+    everywhere = ranks(counted, world)
+    weights = everywhere[0][-1]
+    ideal = 2 * weights * (world - 1) / world  # of each rank, if all owned equally much
+    sent = sum(sent for sent, *_ in everywhere) / world
+    assert ideal <= sent < 1.001 * ideal + 100
+    assert all(set(counts) == {"isend"} for _, _, counts, _ in everywhere)
+    assert max(largest for _, largest, _, _ in everywhere) <= zero1.PIECE
+
+
+def test_a_reader_of_gradients_costs_one_time_more(ranks):
+    everywhere = ranks(counted, 2, True)
+    weights = everywhere[0][-1]
+    sent = sum(sent for sent, *_ in everywhere) / 2
+    assert sent == pytest.approx(2 * weights + weights / 2, rel=1e-3)  # half is another's
+    assert all(set(counts) == {"isend", "all_reduce"} for _, _, counts, _ in everywhere)
+
+
+class Odd(Net):
+    """Parameters that are frozen, tied, unused, complex, of another dtype or memory format, and
+    some that a rank uses only for some samples."""
+
+    def __init__(self, **how):
+        super().__init__(width=16, layers=2, **how)
+        self.tied = nn.Linear(16, 16)
+        self.tied.weight = self.net[0][0].weight
+        self.frozen = nn.Linear(16, 16).requires_grad_(False)
+        self.unused = nn.Linear(600, 600)
+        self.some, self.many = nn.Linear(16, 3), nn.Linear(16, 70_000)  # the second is sent alone
+        self.turn = nn.Parameter(torch.randn(16, dtype=torch.complex64))
+        self.wide = nn.Parameter(torch.randn(16, dtype=torch.float64))
+        self.filter = nn.Conv2d(4, 4, 1).to(memory_format=torch.channels_last)
+
+    def loss(self, x):
+        y = self.frozen(self.tied(x)) * self.wide.float()
+        y = torch.view_as_real(y * self.turn).sum(-1)
+        y = y + self.filter(y.view(-1, 4, 2, 2)).flatten(1)
+        chosen = x[x[:, 0] > 1]
+        loss = super().loss(y)
+        if len(chosen):
+            both = self.some(chosen).sum() + self.many(chosen).square().mean(1).sum()
+            loss = loss + both / len(x)
+        return loss
+
+
+class Toggled(Net):
+    """Two optimizers in turn, by hand; accumulates over two backward passes in one of them."""
+
+    def __init__(self):
+        super().__init__(width=16, layers=2)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(m.parameters(), lr=0.1) for m in (self.net, self.head)]
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        self.toggle_optimizer(first)
+        self.manual_backward(self.loss(batch[0]), retain_graph=True)
+        self.manual_backward(self.loss(batch[0].flip(1)))
+        first.step()
+        first.zero_grad()
+        self.untoggle_optimizer(first)
+        self.loss(batch[0]).backward()  # not by manual_backward
+        self.clip_gradients(second, 0.1, "norm")
+        second.step()
+        second.zero_grad()
+
+
+class Added(Net):
+    """Unfreezes its head before the third step."""
+
+    def __init__(self, **how):
+        super().__init__(width=16, layers=2, **how)
+        self.head.requires_grad_(False)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_step == 2 and not self.head.weight.requires_grad:
+            self.head.requires_grad_(True)
+            self.trainer.optimizers[0].add_param_group({"params": list(self.head.parameters())})
+
+
+class Twice(Net):
+    """A layer that is used in two re-entrant checkpoints: its gradient arrives in two parts."""
+
+    def __init__(self, **how):
+        super().__init__(width=16, layers=2, **how)
+
+    def loss(self, x):
+        x = x.requires_grad_()
+        for _ in range(2):
+            x = checkpoint(self.net, x, use_reentrant=True)
+        return super().loss(x)
+
+
+class TwoBackwards(Net):
+    """Goes backward twice in a step."""
+
+    def __init__(self, **how):
+        super().__init__(width=16, layers=2, **how)
+
+    def backward(self, loss):
+        (0.25 * loss).backward(retain_graph=True)
+        (0.75 * loss).backward()
+
+
+SGD = {"optimizer": torch.optim.SGD, "lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}
+TWO = {"accumulate_grad_batches": 2}
+CASES = {
+    "large and small": (Net, {}, {}),
+    "accumulation": (Net, SGD, TWO),
+    "odd parameters": (Odd, SGD, {}),
+    "odd parameters, accumulation": (Odd, SGD, TWO),
+    "clipping": (Net, SGD, {}, GradientClipping(0.05), NaNGuard()),
+    "clipping of odd parameters": (Odd, SGD, {}, GradientClipping(0.05)),
+    "clipping by value": (Odd, SGD, {}, GradientClipping(max_value=0.001)),
+    "Lightning's clipping": (Net, SGD, {"gradient_clip_val": 0.05}),
+    "two optimizers by hand": (Toggled, {}, {}),
+    "a group that is added": (Added, SGD, {}),
+    "a gradient in two parts": (Twice, SGD, {}),
+    "two backward passes": (TwoBackwards, SGD, TWO),
+    "double precision": (Net, SGD, {"precision": "64-true"}),
+}
+
+
+def all_cases(strategy):
+    found = {}
+    for name, (kind, how, options, *callbacks) in CASES.items():
+        found[name] = trained(kind, strategy, how, options, *callbacks)
+    return found
+
+
+@pytest.fixture(scope="module")
+def single():
+    return all_cases("auto")
+
+
+@pytest.fixture(scope="module")
+def everywhere():
+    return run_ranks(all_cases, 2, "zero1", timeout=200)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("case", CASES)
+def test_four_steps_equal_one_process(single, everywhere, case):
+    bound = 1e-13 if case == "double precision" else 2e-6
+    for found in everywhere:
+        assert furthest(found[case], single[case]) < bound
