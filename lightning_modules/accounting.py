@@ -76,6 +76,7 @@ def collectives(
     stages: int = 1,
     microbatches: int = 4,
     pieces: int = 1,
+    buckets: int = 1,
 ) -> dict[str, int]:
     """Messages of one training step of a transformer, one micro-batch, all ranks alike.
 
@@ -84,6 +85,8 @@ def collectives(
     A block of 1 MiB or more is one unit of sharding, and the rest of the net another. With ZeRO-3 a
     unit is gathered forward and backward, with ZeRO-2 once; each has its gradients scattered;
     copies add theirs up.
+    With ZeRO-1 each rank sends, for each of `buckets`, a message of gradients and one of parameters
+    to each other rank (gloo; a parameter of 1 MiB or more is sent apart, in pieces of 8 MiB).
     Tensor parallelism sums twice a block in each direction, which `sequence` does in two halves.
     A mixture sends tokens there and back, in each direction. In a ring a rank sends keys and values
     to n - 1 others, forward and backward, and gradients of theirs back to them: 3 (n - 1) messages
@@ -95,10 +98,8 @@ def collectives(
     units, found = layers + 1, {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
     alike = shards * copies * tp  # rings, or pipelines
     shards *= cp  # parameters are shared out over both
-    if zero == 1 and shards * copies > 1:
-        found["all_reduce"] += units
-        found["all_gather"] += 1  # parameters are handed round
-    elif shards * copies > 1:
+    data = shards * copies
+    if zero > 1 and data > 1:
         found["all_gather"] += units * (2 if zero == 3 else 1)
         found["reduce_scatter"] += units
         found["all_reduce"] += units if copies > 1 else 0
@@ -112,4 +113,5 @@ def collectives(
     found["broadcast"] = int(stages > 1)
     ring = layers * pieces * cp * 3 * (cp - 1)
     found["send"] = alike * (ring + 2 * microbatches * (stages - 1))
+    found["send"] += 2 * buckets * data * (data - 1) * tp if zero == 1 else 0
     return found
