@@ -8,6 +8,7 @@ name; other methods are searched for code that mentions `.grad` or a function of
 import dis
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.optim import Optimizer
 READING = ("on_after_backward", "on_before_optimizer_step")
 ZEROING = ("on_before_zero_grad", "optimizer_zero_grad")
 PACKAGES = ("torch", "lightning", "pytorch_lightning")
-FUNCTIONS = {
+FUNCTIONS = {  # that are given parameters, and read their gradients
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
@@ -29,6 +30,19 @@ FUNCTIONS = {
     "get_total_norm",
     "grad_norm",
 }
+SIZES = {  # attributes of a gradient that are equal whatever its numbers are
+    *("numel", "element_size", "nbytes", "itemsize", "shape", "size", "stride", "ndim", "dim"),
+    *("dtype", "device", "layout", "is_sparse", "untyped_storage", "data_ptr", "to_local"),
+    *("_local_tensor", "is_contiguous", "__class__"),
+}
+NUMBERS = {  # names by which code reads the numbers of a tensor, or changes them
+    *("norm", "vector_norm", "square", "pow", "abs", "std", "var", "sum", "mean", "max", "min"),
+    *("isfinite", "isnan", "isinf", "histogram", "histc", "add_histogram", "quantile", "flatten"),
+    *("mul_", "add_", "div_", "copy_", "clamp_", "zero_", "cat", "stack", "dot", "full_tensor"),
+}
+ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
+SKIPPED = ("CACHE", "RESUME", "PRECALL", "EXTENDED_ARG")
+HOLDERS = {"parameters", "named_parameters", "optimizers", "lightning_module", "model", "modules"}
 
 
 def frees_early(trainer: Any) -> bool:
@@ -68,18 +82,19 @@ def find_readers(trainer: Any) -> list[str]:
     pipeline = getattr(trainer.strategy, "pipeline", None)
     if pipeline is not None and pipeline.tied:
         found.append("the pipeline, whose first and last stage share a parameter")
-    for hook in (*READING, "configure_gradient_clipping", *ZEROING):
+    for hook in ("configure_gradient_clipping", *ZEROING):
         own = getattr(module, hook)
         if is_overridden(hook, module) and not getattr(own, "takes_partial_gradients", False):
             found.append(f"{type(module).__name__}.{hook}")
-    if not found and mentions_gradients(module):
-        found.append(type(module).__name__)
-    for callback in trainer.callbacks:
-        if getattr(callback, "takes_partial_gradients", False):
+    for owner, base in ((module, None), *((each, Callback) for each in trainer.callbacks)):
+        if getattr(owner, "takes_partial_gradients", False):
             continue
-        hooks = [hook for hook in (*READING, ZEROING[0]) if is_overridden(hook, callback, Callback)]
-        if hooks or mentions_gradients(callback):
-            found.append(".".join([type(callback).__name__, *hooks[:1]]))
+        hooks = [each for each in READING if is_overridden(each, owner, base)]
+        hooks = [each for each in hooks if _may_read(getattr(owner, each), owner)]
+        if base is not None and is_overridden(ZEROING[0], owner, base):
+            hooks.append(ZEROING[0])
+        if hooks or reads_gradients(owner):
+            found.append(".".join([type(owner).__name__, *hooks[:1]]))
     for optimizer in trainer.optimizers:
         if getattr(optimizer, "gathers", False):
             continue
@@ -114,18 +129,34 @@ def free_gradients(optimizer: Optimizer) -> None:
             parameter.grad = None
 
 
-def mentions_gradients(owner: Any, *methods: Any) -> bool:
-    """Whether code of an object's class mentions gradients; functions that it calls count.
+@dataclass
+class _Uses:
+    """What code does with gradients, as far as it can be followed."""
 
-    Args:
-        owner: the object; its own functions and those of its class are searched
-        methods: where the search begins; by default, everywhere
-    """
-    functions = [*methods] or [
+    mentions: bool = False  # `.grad`, or a function of gradients
+    reads: bool = False  # numbers of gradients, if it mentions them
+    passes: bool = False  # the module, an optimizer or parameters to code that is not followed
+
+
+def mentions_gradients(owner: Any, method: Any) -> bool:
+    """Whether a method of an object, or what it calls, mentions gradients."""
+    return _uses(method, owner).mentions
+
+
+def reads_gradients(owner: Any) -> bool:
+    """Whether any method of an object's class reads numbers of gradients; sizes do not count."""
+    functions = [
         *(each for each in vars(owner).values() if isinstance(each, FunctionType)),
         *(each for base in type(owner).__mro__ if not _is_known(base) for each in _functions(base)),
     ]
-    return any(_mentions(getattr(each, "__func__", each), type(owner), set()) for each in functions)
+    found = [_uses(each, owner) for each in functions]
+    return any(uses.mentions and uses.reads for uses in found)
+
+
+def _may_read(hook: Any, owner: Any) -> bool:
+    """Whether a hook that is called when gradients are complete can read their numbers."""
+    uses = _uses(hook, owner)
+    return uses.reads if uses.mentions else uses.passes
 
 
 def _is_known(kind: Any) -> bool:
@@ -140,34 +171,57 @@ def _functions(kind: type) -> Iterator[FunctionType]:
             yield function
 
 
-def _mentions(function: Any, owner: type, seen: set[Any]) -> bool:
-    function = inspect.unwrap(function)
-    code = getattr(function, "__code__", None)
-    if code is None or code in seen or _is_known(function):
-        return False
-    seen.add(code)
-    for each in _nested(code):
-        before = ""
-        for step in dis.get_instructions(each):
+def _uses(function: Any, owner: Any) -> _Uses:
+    uses = _Uses()
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if isinstance(function, FunctionType):
+        _follow(function, type(owner), uses, set())
+    else:
+        uses.passes = True  # a partial, a compiled function
+    return uses
+
+
+def _follow(function: FunctionType, owner: type, uses: _Uses, seen: set[CodeType]) -> None:
+    if function.__code__ in seen or _is_known(function):
+        return
+    seen.add(function.__code__)
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    given = set(names[1:]) - {"trainer", "batch", "batch_idx", "outputs", "loss"}
+    for code in _nested(function.__code__):
+        steps = [step for step in dis.get_instructions(code) if step.opname not in SKIPPED]
+        for before, step, after in zip([None, *steps], steps, [*steps[1:], None], strict=False):
             name = step.argval if isinstance(step.argval, str) else ""
-            is_attribute = step.opname in ("LOAD_ATTR", "STORE_ATTR", "LOAD_METHOD")
-            if name in FUNCTIONS or (
-                name == "grad"
-                and before != "autograd"
-                and (
-                    is_attribute or step.opname == "LOAD_CONST"  # getattr(parameter, "grad")
-                )
-            ):
-                return True
-            called = None
-            if is_attribute:
-                called = getattr(owner, name, None)
-            elif step.opname == "LOAD_GLOBAL":
+            attribute = step.opname in ATTRIBUTE
+            if name in FUNCTIONS:
+                uses.mentions = uses.reads = True
+            elif name == "grad" and (attribute or step.opname == "LOAD_CONST"):
+                if before is None or before.argval != "autograd":
+                    uses.mentions = True
+                    uses.reads |= _reads_next(step, after)
+            elif attribute or step.opname == "LOAD_GLOBAL":
+                uses.reads |= name in NUMBERS and step.opname != "LOAD_GLOBAL"
+                uses.passes |= name in HOLDERS
+            elif step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+                loaded = step.argval if isinstance(step.argval, tuple) else (name,)
+                uses.passes |= not given.isdisjoint(loaded)
+                is_passed = after is None or after.opname not in ATTRIBUTE
+                uses.passes |= loaded[-1] in names[:1] and is_passed
+            called: Any = getattr(owner, name, None) if attribute else None
+            if step.opname == "LOAD_GLOBAL":
                 called = function.__globals__.get(name)
-            if isinstance(called, FunctionType) and _mentions(called, owner, seen):
-                return True
-            before = name or before
-    return False
+            if isinstance(called, FunctionType):
+                _follow(called, owner, uses, seen)
+
+
+def _reads_next(step: dis.Instruction, after: dis.Instruction | None) -> bool:
+    """Whether the instruction after `.grad` works with its numbers."""
+    if step.opname in ("STORE_ATTR", "LOAD_CONST"):
+        return True
+    if after is None:
+        return False
+    if after.opname in ATTRIBUTE:
+        return after.argval not in SIZES
+    return after.opname.startswith(("BINARY", "INPLACE", "UNARY", "COMPARE"))
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

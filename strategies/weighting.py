@@ -24,8 +24,6 @@ from torch.optim import Optimizer
 class GlobalMean(Callback):
     """Make the loss a mean over all terms of a step, for a module that says how many a batch has.
 
-    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
-
     def terms(self, batch): return (batch[1] != -100).sum()   # the loss is a mean over these
 
     Works on every strategy that averages gradients over ranks, with a stock Trainer too; modules
@@ -33,6 +31,8 @@ class GlobalMean(Callback):
     loss that is logged is each micro-batch's own. What `training_step` adds to the mean (the
     balance of experts) is weighed like it.
     """
+
+    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
 
     def __init__(self) -> None:
         """Nothing to choose."""

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import grad_norm
 from ranks import furthest, run_ranks, whole
+from tensor_bytes import tensor_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import GradientClipping, NaNGuard
 from ravine.strategies import zero1
+from ravine.strategies.gradient_readers import find_readers
 
 WIDTH = 640  # a matrix of 1.6 MB, which is sent from its own memory
 
@@ -148,6 +150,115 @@ def test_a_reader_of_gradients_costs_one_time_more(ranks):
     assert all(set(counts) == {"isend", "all_reduce"} for _, _, counts, _ in everywhere)
 
 
+class LogsNorms(Net):
+    """Reads gradients in its own hooks, once by code that cannot be followed."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.norms, self.tool = [], Tool()
+
+    def on_after_backward(self):
+        self.norms.append(self.tool.norm(self))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.norms.append(norm_of(self))
+
+
+class Tool:
+    """An object whose methods are not searched for what they read."""
+
+    def norm(self, module):
+        return norm_of(module)
+
+
+def norm_of(module):
+    return float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]))
+
+
+def norms(strategy):
+    first = Norms()
+    trained(Net, strategy, SGD, {}, first)
+    module = built(LogsNorms, **SGD)
+    fit(module, strategy, max_steps=2)
+    clipping = Clipped()
+    trained(Net, strategy, SGD, {"log_every_n_steps": 1}, GradientClipping(0.05), clipping)
+    return torch.tensor([*first.norms, *first.later, *module.norms, *clipping.norms])
+
+
+class Clipped(L.Callback):
+    """What GradientClipping logs."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.norms.append(trainer.callback_metrics["train/grad_norm"].item())
+
+
+def test_readers_of_gradients_see_the_norm_of_all_of_them(ranks):
+    expected = norms("auto")
+    for found in ranks(norms, 2, "zero1"):
+        assert torch.allclose(found, expected, rtol=1e-5)
+
+
+class Poisoned(Net):
+    """Its last parameter gets a gradient that is not finite in the second step."""
+
+    def loss(self, x):
+        loss = super().loss(x)
+        zero = 0 * self.head.bias.sum()
+        return loss + zero.sqrt() if self.global_step == 1 else loss
+
+
+def guarded():
+    module, guard = built(Poisoned, **SGD), NaNGuard(skip=1)
+    weights = fit(module, "zero1", guard, max_steps=3)
+    return guard.skipped, all(p.isfinite().all() for p in weights.values())
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of head.bias is not finite at step 1")
+def test_a_gradient_that_is_not_finite_on_its_owner_is_seen_by_all(ranks):
+    assert ranks(guarded, 2) == [(1, True)] * 2
+
+
+class Phases(L.Callback):
+    """Looks at memory and sizes, and at no number of a gradient."""
+
+    def __init__(self):
+        self.sizes, self.times = [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.times.append(torch.initial_seed())
+
+    def on_train_batch_end(self, trainer, module, *_):
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        self.sizes.append(sum(g.untyped_storage().nbytes() for g in grads))
+
+
+class Assigns(L.Callback):
+    def on_train_batch_start(self, trainer, module, *_):
+        for p in module.parameters():
+            p.grad = None
+
+
+class Scales(L.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        self.mean = sum(p.grad * 2 for p in module.parameters())
+
+
+READERS = {Norms: True, Phases: False, Assigns: True, Scales: True, Messages: False}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_code_that_reads_numbers_of_gradients_is_found(kind):
+    trainer = L.Trainer(accelerator="cpu", callbacks=[kind()], logger=False, max_steps=1,
+                        enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
+    trainer.strategy.connect(module := Net(width=4))
+    module.trainer = trainer
+    found = find_readers(trainer)
+    assert (kind.__name__ in "".join(found)) is READERS[kind]
+
+
 class Odd(Net):
     """Parameters that are frozen, tied, unused, complex, of another dtype or memory format, and
     some that a rank uses only for some samples."""
@@ -278,3 +389,35 @@ def test_four_steps_equal_one_process(single, everywhere, case):
     bound = 1e-13 if case == "double precision" else 2e-6
     for found in everywhere:
         assert furthest(found[case], single[case]) < bound
+
+
+class Peak(L.Callback):
+    """The peak of a step over what is held at its start, and what is held."""
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if index == 2:
+            states = [v for s in trainer.optimizers[0].state.values() for v in s.values()]
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
+            self.held = sum(t.numel() * t.element_size() for t in [*states, *grads])
+            self.stack = ExitStack()
+            self.found = self.stack.enter_context(tensor_bytes())
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if index == 2:
+            self.stack.close()
+
+
+def peak(strategy):
+    """Bytes beyond the parameters, in times of the parameters; buckets of ddp are not counted."""
+    module, peak = built(Net), Peak()
+    zero1.BUCKET = zero1.MB  # of 6.6, as 25 MB are of a net of 165
+    fit(module, strategy, peak, max_steps=3)
+    weights = sum(p.numel() * 4 for p in module.parameters())
+    return (peak.held + peak.found.peak) / weights
+
+
+@pytest.mark.parametrize(("world", "bound"), [(2, 1.0), (4, 0.85)])
+def test_the_peak_of_a_step_is_below_that_of_ddp(ranks, world, bound):
+    ours, theirs = max(ranks(peak, world, "zero1")), min(ranks(peak, world, "ddp"))
+    assert 1 + ours < bound * (1 + theirs)
+    assert ours < 3 / world + 0.6  # G / n, S / n, and what is on its way
