@@ -54,7 +54,8 @@ class Context:
         self.group, self.rank, self.ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self.attentions: list[Any] = [m for m in module.modules() if hasattr(m, "attend")]
         self.timed: list[Any] = [m for m in module.modules() if hasattr(m, "times")]
-        self.name = name = type(module).__name__
+        self.module, self.name = module, type(module).__name__
+        name = self.name
         self.seen_sober = False
         if not self.attentions or not self.timed:
             raise ValueError(
@@ -97,9 +98,9 @@ class Context:
                 f" {' and '.join(map(str, sorted(lengths))) or 'no'} lengths; type"
                 " --trainer.strategy zero3"
             )
-        times = zigzag(lengths.pop(), self.rank, self.ranks)
+        times = zigzag(lengths.pop(), self.rank, self.ranks).to(self._device)
         for module in self.timed:
-            module.times = times.to(next(module.parameters()).device)
+            module.times = times
         for module in self.attentions:
             module.attend = self.attend
         return mine
@@ -117,8 +118,12 @@ class Context:
             )
         self.seen_sober = True
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
     def _generators(self) -> list[Tensor]:
-        device = next(self.timed[0].parameters()).device
+        device = self._device
         states = [torch.get_rng_state()]
         return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 

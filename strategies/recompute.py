@@ -20,6 +20,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from . import context as ring  # noqa: F401  (registers ravine::ring_attention)
+
 Mode = Literal["none", "selective", "full"]
 Place = tuple[Any, str]  # a module and the name of its buffer
 aten = torch.ops.aten
@@ -33,6 +35,7 @@ KEPT = {  # what costs most to compute anew
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.ravine.ring_attention.default,
 }
 
 

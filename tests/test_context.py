@@ -4,7 +4,10 @@ Blocks of keys joined by their log-sum-exp are the attention over all of them; o
 one process's attention, in its outputs and gradients, within 1e-12 in fp64 and 2e-6 in fp32.
 """
 
+import copy
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -14,9 +17,11 @@ from tensor_bytes import tensor_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from ravine.lightning_modules.language.transformer import Transformer
 from ravine.strategies import block_attention, context
 from ravine.strategies.block_attention import attention, attention_backward
 from ravine.strategies.context import _Ring, pieces, queries, seen, zigzag
+from ravine.strategies.recompute import recompute
 
 B, H, T, K = 1, 8, 2048, 32  # of the measurements of memory
 BOUNDS = {2: 0.65, 4: 0.40}  # of one process's peak
@@ -235,3 +240,80 @@ def test_a_ring_is_the_attention_of_one_process_at_a_share_of_its_memory(ranks, 
         assert [each[1:] for each in shapes[:world]] == blocks
     for fault in FAULTS:
         assert max(faults[fault.__name__] for *_, faults in everywhere) > 1e-3, fault.__name__
+
+
+def test_layers_share_the_tables_of_rotary_positions_also_after_a_move():
+    net = Transformer(5, 64, layers=3, width=16, heads=2).double()
+    found = {id(b) for b in net.buffers()}
+    assert len(found) == 2
+    assert not [name for name in net.state_dict() if "rotary" in name]
+    copied = copy.deepcopy(net)
+    assert len({id(block.attention.rotary) for block in copied.blocks.values()}) == 1
+    assert found.isdisjoint(id(b) for b in copied.buffers())
+
+
+def test_a_part_of_a_sequence_turns_as_it_does_in_the_whole():
+    net = Transformer(5, 64, layers=1, width=16, heads=2)
+    attention, x = net.blocks["0"].attention, torch.randn(1, 64, 16)
+    query, key, _ = attention.parts(x)
+    attention.rotary.times = times = zigzag(64, 1, 2)
+    some, others, _ = attention.parts(x[:, times])
+    assert torch.equal(some, query[:, :, times])
+    assert torch.equal(others, key[:, :, times])
+    rows = attention.rotary.rows(32)
+    assert rows is attention.rotary.rows(32)  # every layer gets these
+    attention.rotary.times = None
+    assert torch.equal(attention.parts(x)[0], query)
+
+
+def ways(mode):
+    """Gradients of a block on a ring: plainly, recomputed or compiled, and calls of the ring."""
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    net = Transformer(5, 64, layers=1, width=16, heads=2, zero_init=False).double()
+    block = net.blocks["0"]
+    block.attention.rotary.times = here = zigzag(64, rank, ranks)
+    ring = SimpleNamespace(group=dist.group.WORLD)
+    block.attention.attend = partial(context.Context.attend, ring)
+    x = torch.randn(1, 64, 16, dtype=torch.float64)[:, here]
+    calls, found = [], []
+    inner = context.attention
+
+    def counted(*args, **how):
+        calls.append(1)
+        return inner(*args, **how)
+
+    with mock.patch.object(context, "attention", counted):
+        for changed in (False, True):
+            calls.clear()
+            if changed and mode == "compiled":
+                block.compile(backend="aot_eager", fullgraph=True)
+            elif changed:
+                recompute(net, mode)
+            x = x.detach().requires_grad_()
+            found.append(torch.autograd.grad(block(x).square().sum(), (x, *block.parameters())))
+    return distance(found[1], found[0]), len(calls)
+
+
+@pytest.mark.parametrize(("mode", "times"), [("selective", 1), ("full", 2), ("compiled", 1)])
+def test_a_ring_is_kept_recomputed_and_compiled_as_a_whole(ranks, mode, times):
+    for far, calls in ranks(ways, 2, mode):
+        assert far < 1e-12
+        assert calls == 2 * times  # of two blocks of keys
+
+
+def autocast_and_twice():
+    dist.init_process_group("gloo")
+    ring = SimpleNamespace(group=dist.group.WORLD)
+    leaf = torch.randn(1, 2, 16, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = context.Context.attend(ring, leaf, leaf, leaf.bfloat16())
+    (first,) = torch.autograd.grad(out.float().square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="ring_attention_backward"):
+        first.sum().backward()
+    return out.dtype
+
+
+def test_a_ring_heeds_autocast_and_refuses_a_second_derivative(ranks):
+    assert ranks(autocast_and_twice, 2) == [torch.bfloat16] * 2

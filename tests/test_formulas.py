@@ -147,7 +147,7 @@ def test_a_whole_net_is_its_formula(shape: dict[str, Any]) -> None:
             net.place.table = waves(T, D)
         for block in net.blocks.values():
             if shape["positions"] == "rope":
-                block.attention.cosine, block.attention.sine = rotation(T, D // H)
+                block.attention.rotary.cosine, block.attention.rotary.sine = rotation(T, D // H)
         tokens = torch.randint(V, (1, T))
         expected = torch.tensor(net_of(net, tokens[0].tolist(), shape), dtype=torch.float64)
         assert (net(tokens)[0] - expected).abs().max() < 1e-10

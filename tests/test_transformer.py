@@ -173,7 +173,7 @@ def test_rope_base_slows_the_rotation_of_the_later_pairs():
     ours, usual = small(rope_base=500.0), small()
     for block in usual.blocks.values():
         cosine, sine = rotation(T, 8, 500.0)
-        block.attention.cosine, block.attention.sine = cosine, sine
+        block.attention.rotary.cosine, block.attention.rotary.sine = cosine, sine
     assert torch.allclose(ours(tokens()), usual(tokens()), atol=1e-6)
     assert not torch.allclose(ours(tokens()), small()(tokens()), atol=1e-3)
 

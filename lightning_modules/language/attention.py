@@ -101,19 +101,60 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x * cosine + x.roll(x.shape[-1] // 2, -1) * sine
 
 
+class Rotary(nn.Module):
+    """The tables of rotary positions, kept once for all layers of a net.
+
+    Args:
+        context: longest sequence, in tokens.
+        head_width: channels k of a head, an even number.
+        base: the channel pair i turns by t · base^(-2i/k).
+    """
+
+    cosine: Tensor  # (t k)
+    sine: Tensor
+
+    def __init__(self, context: int, head_width: int, base: float = ROPE_BASE) -> None:
+        """Tabulate them; a checkpoint does not hold them."""
+        super().__init__()
+        cosine, sine = rotation(context, head_width, base)
+        self.register_buffer("cosine", cosine.float(), persistent=False)
+        self.register_buffer("sine", sine.float(), persistent=False)
+        self._times: Tensor | None = None
+        self._rows: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def times(self) -> Tensor | None:
+        """Positions (t) of the tokens where they are a part of their sequence, else None.
+
+        A slot: context parallelism sets it, and all layers share the rows taken here.
+        """
+        return self._times
+
+    @times.setter
+    def times(self, times: Tensor | None) -> None:
+        self._times = times
+        self._rows = None if times is None else (self.cosine[times], self.sine[times])
+
+    def rows(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of the tokens of a sequence, both (t k)."""
+        if self._rows is not None:
+            return self._rows
+        return self.cosine[:length], self.sine[:length]
+
+
 class CausalAttention(nn.Module):
     """Multi-head causal self-attention, (b t d) -> (b t d), on any rung of the ladder.
 
     `attend` is a slot: context parallelism puts another callable there. How many heads live here
     is read from the projections, so that a tensor-parallel slice of them just works.
+
+    With `rope` the tables of positions are `rotary`, which layers can share; by default they are
+    made here.
     """
 
     query: nn.Module | None
     key: nn.Module | None
     value: nn.Module | None
-    cosine: Tensor  # (t k), with rope only
-    sine: Tensor
-    times: Tensor | None = None  # (t): positions of x, where it is a part of its sequence
 
     def __init__(
         self,
@@ -129,6 +170,7 @@ class CausalAttention(nn.Module):
         bias: bool = False,
         rope_base: float = ROPE_BASE,
         norm_eps: float | None = None,
+        rotary: Rotary | None = None,
     ) -> None:
         """Make the projections of the rung, kept apart so that each splits by heads."""
         super().__init__()
@@ -139,10 +181,9 @@ class CausalAttention(nn.Module):
             learned = nn.Linear(width, width, bias) if name in LEARNED[rung] else None
             self.register_module(name, learned)
         self.out = nn.Linear(width, width, bias) if output else nn.Identity()
+        self.rotary = None
         if rope:
-            cosine, sine = rotation(context, self.head_width, rope_base)
-            self.register_buffer("cosine", cosine.float(), persistent=False)
-            self.register_buffer("sine", sine.float(), persistent=False)
+            self.rotary = rotary or Rotary(context, self.head_width, rope_base)
 
     def forward(self, x: Tensor, past: Past | Fork | None = None) -> Tensor:
         """Attend within x (b t d); with a past, over what it remembers of earlier calls too."""
@@ -169,10 +210,12 @@ class CausalAttention(nn.Module):
         )
         if self.qk_norm:  # without gain: a gain per channel, shared by heads, would not split
             query, key = unit_rms(query, self.norm_eps), unit_rms(key, self.norm_eps)
-        if self.rope:
-            here = slice(x.shape[1]) if self.times is None else self.times
-            time = here if past is None else past.time_of(x.shape[1])
-            tables = self.cosine[time].to(query), self.sine[time].to(query)
+        if self.rotary is not None:
+            cosine, sine = self.rotary.rows(x.shape[1])
+            if past is not None:
+                time = past.time_of(x.shape[1])
+                cosine, sine = self.rotary.cosine[time], self.rotary.sine[time]
+            tables = cosine.to(query), sine.to(query)
             query, key = rotate(query, *tables), rotate(key, *tables)
         return query, key, value
 

@@ -23,7 +23,8 @@ LOGITS = 2**25  # that exist at once: 128 MiB in fp32
 def nats(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy of logits (b t v) at targets (b t); IGNORED targets do not count."""
     check_ids("target", targets, logits.shape[-1], IGNORED)
-    logits = rearrange(logits, "b t v -> (b t) v").float()  # bf16 would round small improvements
+    exact = torch.promote_types(logits.dtype, torch.float32)  # bf16 rounds small improvements away
+    logits = rearrange(logits, "b t v -> (b t) v").to(exact)
     return F.cross_entropy(logits, rearrange(targets, "b t -> (b t)"), reduction=reduction)
 
 

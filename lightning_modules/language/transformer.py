@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import ROPE_BASE, CausalAttention, Rung
+from .attention import ROPE_BASE, CausalAttention, Rotary, Rung
 from .branches import Branches, Fork
 from .cache import Cache, Past
 from .loss import check_ids, chunked_nats, nats
@@ -210,6 +210,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleDict()  # a dict: names survive when a pipeline takes blocks away
         make = partial(make_norm, norm, width, norm_eps)
+        rotary = Rotary(context, width // heads, rope_base) if positions == "rope" else None
         for layer in range(layers):
             attend = CausalAttention(
                 width,
@@ -224,6 +225,7 @@ class Transformer(nn.Module):
                 bias=bias == "all",
                 rope_base=rope_base,
                 norm_eps=norm_eps,
+                rotary=rotary,
             )
             after = None if mlp == "none" else MLP(width, mlp, bias != "none", d_ff)
             after = MixtureOfExperts(width, experts, d_ff=d_ff) if experts else after
