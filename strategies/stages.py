@@ -8,7 +8,7 @@ the last linear map of a stage is not the net's.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,9 +55,10 @@ def let_go(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]]:
     both = owned(enter) & owned(leave)
     tied = [(n, p.shape, p.dtype) for n, p in module.named_parameters() if p in both]
     kept = {name for stage in pipeline.mine for name in pipeline.blocks[stage]}
+    here = {part for name in kept for part in net.blocks[name].modules()}  # like shared tables
     for name in list(net.blocks):
         if name not in kept:
-            pipeline.absent[name] = stand_in(net.blocks[name], known)
+            pipeline.absent[name] = stand_in(net.blocks[name], known, here)
             del net.blocks[name]
     gone = ([] if pipeline.first else enter) + ([] if pipeline.last else leave)
     for name in gone:
@@ -78,9 +79,16 @@ def ghost(net: nn.Module) -> nn.Module:
     return made
 
 
-def stand_in(module: nn.Module, known: dict[nn.Parameter, nn.Parameter]) -> nn.Module:
-    """The same module, each parameter one number in the shape of all; `known` keeps ties."""
-    for part in module.modules():
+def stand_in(
+    module: nn.Module,
+    known: dict[nn.Parameter, nn.Parameter],
+    here: Collection[nn.Module] = (),
+) -> nn.Module:
+    """The same module, each parameter one number in the shape of all; `known` keeps ties.
+
+    Parts that blocks of this rank have too (`here`) stay as they are.
+    """
+    for part in (each for each in module.modules() if each not in here):
         for name, p in part._parameters.items():
             if p is not None and p not in known:
                 like = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)

@@ -132,6 +132,7 @@ class Rotary(nn.Module):
 
     @times.setter
     def times(self, times: Tensor | None) -> None:
+        """Take the rows of these positions (t), or with None those of whole sequences again."""
         self._times = times
         self._rows = None if times is None else (self.cosine[times], self.sine[times])
 
