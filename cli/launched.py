@@ -1,9 +1,27 @@
-"""Ranks that a launcher has started: torchrun, srun, or Lightning for its further processes."""
+"""Ranks that a launcher has started: one of them finds the checkpoint, and tells the others.
 
+torchrun, srun and scripts start every rank with the same words, before there is a process group.
+`--ckpt_path=auto` reads whole files, so rank 0 does it alone and puts the path into a TCPStore:
+torchrun's own, or one that rank 0 opens on a port beside the job's.
+"""
+
+import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from .errors import Mistake
 
 COUNTS = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
+POLL = 0.1  # seconds between two looks into the store: Ctrl-C is heard between them
+CONNECT = 1800.0  # seconds until rank 0 has imported torch and opened the store
+FAREWELL = 60.0  # seconds that rank 0 keeps its store open for the others
+OTHER_PORT = 10_000  # distance of the store's port from the job's
+_stores: list[Any] = []  # kept open until the process ends
+_questions = 0  # asked by this process so far
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
@@ -14,3 +32,141 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
         place in environment and environment.get(count, "1") != "1"
         for place, count in COUNTS.items()
     )
+
+
+class Job(NamedTuple):
+    """Where the ranks of a job meet, and which of them this process is."""
+
+    rank: int
+    size: int
+    address: str
+    port: int
+    shared: bool  # whether the launcher has a store there
+
+
+def job(environment: Mapping[str, str] = os.environ) -> Job | None:
+    """The job that a launcher has started this process for; None if there is none."""
+    if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
+        return Job(rank, size, address, int(port), shared) if address and port else None
+    if environment.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in environment:
+        from lightning.fabric.plugins.environments import SLURMEnvironment
+
+        if SLURMEnvironment.detect():
+            cluster = SLURMEnvironment()
+            rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
+            return Job(rank, size, cluster.main_address, cluster.main_port, False)
+    return None
+
+
+def from_first(ask: Callable[[], str | None] | None) -> str | None:
+    """What `ask` returns on rank 0, on all ranks of a job; without a job what it returns here.
+
+    The other ranks wait without a limit. They raise what it raises there.
+
+    Args:
+        ask: finds the answer; None if the words of this rank ask nothing. Rank 0 says so to ranks
+            that do ask.
+
+    Raises:
+        Mistake: as on rank 0, or if rank 0 was not asked.
+    """
+    global _questions
+    here = job()
+    if here is None:
+        return ask() if ask else None
+    _questions += 1
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"ravine/checkpoint/{attempt}/{_questions}"
+    if here.rank == 0:
+        return _answer(ask, here, key)
+    if ask is None:
+        return None
+    said = json.loads(_wait(_store(here), key))
+    if "mistake" in said:
+        raise _Repeated(said["mistake"])
+    if said.get("interrupted"):
+        raise KeyboardInterrupt
+    if not said.get("asked"):
+        raise Mistake(
+            f"rank {here.rank} has --ckpt_path=auto or last, and rank 0 has not",
+            [],
+            "the same words on every rank",
+        )
+    return said["answer"]
+
+
+class _Repeated(Mistake):
+    """The mistake that rank 0 has found, in its words."""
+
+    def __init__(self, text: str) -> None:
+        ValueError.__init__(self, text)
+
+
+def _answer(ask: Callable[[], str | None] | None, here: Job, key: str) -> str | None:
+    if ask is None:
+        with suppress(RuntimeError, Mistake):  # nobody may ask: a port that is taken is no fault
+            _store(here).set(key, json.dumps({"asked": False}))
+        return None
+    store = _store(here)
+    said: dict[str, Any] = {"mistake": "rank 0 could not find the checkpoint"}
+    try:
+        said = {"asked": True, "answer": ask()}
+        return said["answer"]
+    except KeyboardInterrupt:
+        said = {"interrupted": True}
+        raise
+    except Exception as error:
+        said = {"mistake": str(error)}
+        raise
+    finally:
+        store.set(key, json.dumps(said))
+        end = time.monotonic() + FAREWELL
+        while not here.shared and time.monotonic() < end:  # the store ends with this process
+            if store.add(f"{key}/read", 0) == here.size - 1:
+                break
+            time.sleep(POLL)
+
+
+def _store(here: Job) -> Any:
+    """The store of the job; rank 0 opens it where the launcher has none."""
+    if _stores:
+        return _stores[0]
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    port = here.port
+    if not here.shared:
+        port += OTHER_PORT if port + OTHER_PORT < 2**16 else -OTHER_PORT
+    end = time.monotonic() + CONNECT
+    while True:
+        serves = here.rank == 0 and not here.shared
+        try:
+            store = TCPStore(
+                here.address, port, None, serves, timedelta(seconds=5), wait_for_workers=False
+            )
+        except RuntimeError as error:  # refused: rank 0 is still being imported
+            if serves or time.monotonic() > end:
+                raise Mistake(
+                    f"the ranks cannot meet at {here.address}:{port} to agree on a checkpoint:"
+                    f" {' '.join(str(error).split())[:100]}",
+                    [],
+                    "--ckpt_path=FILE, or another MASTER_PORT",
+                ) from error
+            time.sleep(POLL)
+        else:
+            _stores.append(store)
+            return store
+
+
+def _wait(store: Any, key: str) -> str:
+    """The value of a key, as soon as it is there."""
+    try:
+        while not store.check([key]):
+            time.sleep(POLL)
+        value = store.get(key).decode()
+        store.add(f"{key}/read", 1)
+        return value
+    except RuntimeError as error:
+        raise RuntimeError("rank 0 has ended before it found a checkpoint") from error

@@ -1,7 +1,8 @@
 """`--ckpt_path auto` and `last`: the newest checkpoint of a run's name, found before it begins.
 
 Found here and not by the trainer, because the processes it starts repeat the command: all of them
-must read the same file, whatever one of them has written meanwhile.
+must read the same file, whatever one of them has written meanwhile. Where a launcher starts the
+ranks, rank 0 finds it for all: it compares the checksums of whole files.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ravine.strategies.checkpoint_io import CheckpointError, check, dated
 from . import presets
 from .errors import Mistake
 from .given import Given, in_environment, in_words
+from .launched import from_first
 from .restore import config_of, read
 from .trainer import ELSEWHERE
 
@@ -34,9 +36,16 @@ def settle(argv: list[str]) -> tuple[list[str], Path | None]:
         argv = [*argv, f"--trainer.name={values['trainer.name']}"]
     asked = values.get("ckpt_path")
     if asked not in ("auto", "last"):
+        from_first(None)
         return argv, Path(asked) if asked else None
     root = str(values.get("trainer.default_root_dir", "runs"))
-    path = newest(argv[0], asked, values.get("trainer.name"), root)
+
+    def find() -> str | None:
+        found = newest(argv[0], asked, values.get("trainer.name"), root)
+        return None if found is None else str(found)
+
+    said = from_first(find)
+    path = None if said is None else Path(said)
     return [*argv, f"--ckpt_path={path or 'null'}"], path
 
 

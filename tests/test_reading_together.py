@@ -13,6 +13,7 @@ import torch
 from tensor_bytes import tensor_bytes
 from torch import nn
 
+from ravine.cli import newest
 from ravine.strategies import AtomicCheckpointIO, CheckpointError, MeshStrategy, archive, sharded
 from ravine.strategies.checkpoint_io import check, reading_together
 
@@ -242,3 +243,50 @@ def test_a_loaded_checkpoint_may_be_written_over_its_file(files, tmp_path):
     torch.save(checkpoint | {"epoch": 7}, path)
     assert check(path) is None
     assert AtomicCheckpointIO().load_checkpoint(path)["epoch"] == 7
+
+
+def settle_counted(folder, words, own_store, wrong):
+    """What `--ckpt_path=auto` becomes on this rank, and the records that it has compared."""
+    if own_store:  # as under srun: the launcher has no store
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    rank = int(os.environ["RANK"])
+    if wrong is not None and rank == wrong:
+        words = [*words, "--ckpt_path=null"]
+    os.chdir(folder)
+    compared, broken = [], archive.broken
+
+    def counted(table, names):
+        compared.extend(name for name in names if "/data/" in name)
+        return broken(table, names)
+
+    archive.broken = counted
+    try:
+        path = newest.settle(words)[1]
+    except ValueError as error:
+        return str(error), len(compared)
+    return str(path), len(compared)
+
+
+@pytest.mark.parametrize("own_store", [False, True])
+def test_auto_reads_files_on_one_rank_and_all_take_its_choice(ranks, files, tmp_path, own_store):
+    folder = tmp_path / "runs" / "a" / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    shutil.copy(files / "single.ckpt", folder / "old.ckpt")
+    shutil.copy(files / "single.ckpt", folder / "new.ckpt")
+    os.utime(folder / "old.ckpt", (0, 0))
+    content = bytearray((folder / "new.ckpt").read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (folder / "new.ckpt").write_bytes(content)
+    words = ["fit", "--trainer.name=a", "--ckpt_path=auto"]
+    first, *rest = ranks(settle_counted, 3, tmp_path, words, own_store, None)
+    assert first[0] == "runs/a/version_0/checkpoints/old.ckpt"
+    assert first[1] > 20  # both files
+    assert rest == [(first[0], 0)] * 2
+    words = ["test", "--trainer.name=b", "--ckpt_path=last"]
+    said = ranks(settle_counted, 2, tmp_path, words, own_store, None)
+    assert said[0] == said[1]
+    assert "there is no checkpoint under runs/b" in said[0][0]
+    if own_store:  # which ends with rank 0
+        return
+    said = ranks(settle_counted, 2, tmp_path, words, own_store, 0)
+    assert said[1][0].startswith("rank 1 has --ckpt_path=auto or last, and rank 0 has not")
