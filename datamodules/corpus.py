@@ -15,7 +15,17 @@ import numpy as np
 from torch import Tensor
 
 from .file_kinds import HEAD, SUFFIXES, refuse_binary
-from .tokenized import TokenType, as_tensor, check_tokens, extent, read_bins, tokenized
+from .tokenized import (
+    TokensUnwritable,
+    TokenType,
+    as_tensor,
+    check_tokens,
+    extent,
+    read_bins,
+    read_tokens,
+    tokenized,
+    write_tokens,
+)
 from .tokenizers import Specials, Tokenizer, make_tokenizer
 
 PIECE = 1 << 24  # bytes read at once
@@ -91,14 +101,17 @@ def _read(path: Path, flag: str) -> Iterator[str]:
                 return
 
 
-def load(
-    pieces: Callable[[], Iterator[str]],
-    name: str,
-    memory_limit: int,
-    kind: str = "characters",
-    specials: Specials = "plain",
-) -> Corpus:
-    """Read the text twice: for its characters and checksum, then for its tokens."""
+class Outline(NamedTuple):
+    """What one pass over a text finds, and the file of its tokens if one was written for all."""
+
+    sha256: str
+    characters: str  # the different ones, sorted
+    count: int
+    file: str = ""
+
+
+def outline(pieces: Callable[[], Iterator[str]], name: str) -> Outline:
+    """Read a text once for its checksum, its different characters and their number."""
     digest, characters, count = hashlib.sha256(), set[str](), 0
     for piece in pieces():
         digest.update(piece.encode())
@@ -106,10 +119,52 @@ def load(
         count += len(piece)
     if not count:
         raise ValueError(f"{name} is empty: give a text of at least one window, --data.path=FILE")
-    tokenizer = make_tokenizer(kind, characters, specials)
-    mapped = count > memory_limit
-    tokens = tokenized(tokenizer, pieces, digest.hexdigest(), mapped)
-    return Corpus(tokens, tokenizer, digest.hexdigest(), mapped)
+    return Outline(digest.hexdigest(), "".join(sorted(characters)), count)
+
+
+def prepare(
+    pieces: Callable[[], Iterator[str]],
+    name: str,
+    memory_limit: int,
+    kind: str = "characters",
+    specials: Specials = "plain",
+) -> Outline:
+    """Write the tokens of a text to a file, for all processes of a machine; see `load`.
+
+    A text that is short enough for memory needs no file: where none can be written, each process
+    makes its tokens.
+    """
+    found = outline(pieces, name)
+    tokenizer = make_tokenizer(kind, found.characters, specials)
+    mapped = found.count > memory_limit
+    try:
+        return found._replace(file=str(write_tokens(tokenizer, pieces, found.sha256, mapped)))
+    except TokensUnwritable:
+        if mapped:
+            raise
+        return found
+
+
+def load(
+    pieces: Callable[[], Iterator[str]],
+    name: str,
+    memory_limit: int,
+    kind: str = "characters",
+    specials: Specials = "plain",
+    prepared: Outline | None = None,
+) -> Corpus:
+    """Read the text twice: for its characters and checksum, then for its tokens.
+
+    With what `prepare` has found the text is not read, and the tokens are its file.
+    """
+    found = outline(pieces, name) if prepared is None else prepared
+    tokenizer = make_tokenizer(kind, found.characters, specials)
+    mapped = found.count > memory_limit
+    if found.file and Path(found.file).is_file():
+        tokens = read_tokens(Path(found.file), tokenizer, mapped)
+    else:
+        tokens = tokenized(tokenizer, pieces, found.sha256, mapped)
+    return Corpus(tokens, tokenizer, found.sha256, mapped)
 
 
 def bins(

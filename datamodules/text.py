@@ -7,7 +7,7 @@ windows side by side.
 Axes: b batch, t time (the context length).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .corpus import Corpus, bins, files_of, load, of_array, read
+from .corpus import Corpus, Outline, bins, files_of, load, of_array, prepare, read
 from .order import EvalLoader, Order, Passes, Share, TrainLoader, check_positive, global_seed
+from .prepared import Prepared, handed_over, has_ranks
 from .sources import SOURCES, announce, choose, fetch
-from .tokenized import TokenType
+from .tokenized import TokenType, is_bins
 from .tokenizers import NumberTokenizer, Specials, Tokenizer
 
 IGNORED = -100  # the target where there is nothing to predict, as in F.cross_entropy
@@ -99,6 +100,7 @@ class TextDataModule(L.LightningDataModule):
         self.dtype: TokenType | None = dtype
         self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
         self._corpus: Corpus | None = None
+        self._prepared: Prepared | None = None  # between prepare_data and setup
         self._tried = ""
 
     @classmethod
@@ -137,25 +139,49 @@ class TextDataModule(L.LightningDataModule):
         return self.corpus.tokenizer
 
     def prepare_data(self) -> None:
-        """Download what is missing; Lightning calls this on one process only."""
+        """Download what is missing, and tokenize for all ranks of the machine.
+
+        Lightning calls this on local rank 0 only. One process alone tokenizes in `setup`.
+        """
         if self.path is None:
             self._tried = fetch(self.source, SOURCES["shakespeare"], self.root)
+        if self._corpus is None and has_ranks(self.trainer):
+            self._prepared = Prepared.by(self._prepare)
 
-    def setup(self, stage: str) -> None:
-        """Read the text, say which one, and refuse one that is too short."""
-        if self._corpus is not None:
-            return
+    def _prepare(self) -> Outline | None:
+        """Write the tokens of the text to a file; a folder of tokens is one already."""
+        file, name, _ = self._source()
+        if file and is_bins(file):
+            return None
+        self._refuse_token_options(name)
+        return prepare(self._text(file), name, self.memory_limit, self.kind, self.specials)
+
+    def _source(self) -> tuple[Path | None, str, str]:
+        """The file or folder, None for the embedded text; its name; why it was taken."""
         if self.path is not None:
             file, why = Path(self.path).expanduser(), ""
         else:
             file, why = choose(self.source, SOURCES["shakespeare"], self.root, self._tried)
-        name = str(file or "the EMBEDDED text (help topics of CPython)")
+        return file, str(file or "the EMBEDDED text (help topics of CPython)"), why
+
+    def _text(self, file: Path | None) -> Callable[[], Iterator[str]]:
+        files = files_of(file) if file else []
+        return (lambda: read(files)) if file else documentation
+
+    def setup(self, stage: str) -> None:
+        """Read the text, say which one, and refuse one that is too short."""
+        prepared = None
+        if has_ranks(self.trainer):
+            prepared = handed_over(self._prepared, self.trainer)
+            self._prepared = None
+        if self._corpus is not None:
+            return
+        file, name, why = self._source()
         corpus = bins(file, self.kind, self.vocabulary, self.dtype) if file else None
         if corpus is None:
             self._refuse_token_options(name)
-            files = files_of(file) if file else []
-            text = (lambda: read(files)) if file else documentation
-            corpus = load(text, name, self.memory_limit, self.kind, self.specials)
+            text, limit = self._text(file), self.memory_limit
+            corpus = load(text, name, limit, self.kind, self.specials, prepared)
         elif self.specials != "plain":
             raise ValueError(
                 f"{name} holds tokens, in which specials={self.specials} changes nothing; allowed: "

@@ -36,17 +36,69 @@ def tokenized(
     tokenizer: Tokenizer, text: Callable[[], Iterator[str]], sha256: str, mapped: bool
 ) -> Tensor:
     """The tokens (n) of a text: in memory, uint8 if that is enough, or mapped from a file."""
-    small = np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32
-    if not mapped:
-        kind = np.uint8 if tokenizer.vocabulary <= 256 else small
-        parts = [part.astype(kind) for part in encoded(tokenizer, text())]
-        return as_tensor(np.concatenate(parts))
-    path = cache_folder() / "tokens" / f"{sha256}-{tokenizer.name}.{np.dtype(small)}"
-    if not path.is_file():
+    if mapped:
+        return read_tokens(write_tokens(tokenizer, text, sha256, mapped), tokenizer, mapped)
+    kind = _type_for(tokenizer, mapped)
+    return as_tensor(np.concatenate([part.astype(kind) for part in encoded(tokenizer, text())]))
+
+
+def write_tokens(
+    tokenizer: Tokenizer, text: Callable[[], Iterator[str]], sha256: str, mapped: bool
+) -> Path:
+    """The file with the tokens of a text, written unless it is there.
+
+    Two jobs that write the same file do not disturb each other: it appears under its name when it
+    is whole.
+
+    Args:
+        tokenizer: makes the tokens.
+        text: gives the text in pieces.
+        sha256: the checksum of the text.
+        mapped: whether the tokens stay a file, or are held in memory.
+
+    Raises:
+        OSError: if the cache folder cannot be written.
+    """
+    kind = _type_for(tokenizer, mapped)
+    # one that refuses special tokens has to see the text, whoever wrote a file of it before
+    name = tokenizer.name + ("-refuse" if tokenizer.specials == "refuse" else "")
+    path = cache_folder() / "tokens" / f"{sha256}-{name}.{kind}"
+    if path.is_file():
+        return path
+    try:
         with whole(path) as part, part.open("wb") as file:
             for numbers in encoded(tokenizer, text()):
-                numbers.astype(small).tofile(file)
-    return as_tensor(mapping(path, np.dtype(small)))
+                file.write(numbers.astype(kind).data)
+    except OSError as error:
+        at = path.parent if error.filename is None else Path(error.filename)
+        if not (path.is_relative_to(at) or at.is_relative_to(path.parent)):
+            raise  # the text itself cannot be read
+        raise TokensUnwritable(
+            error.errno,
+            f"{error.strerror or error}: the tokens cannot be written to {path.parent}; allowed: a "
+            "folder with room for two to four bytes a token; set XDG_CACHE_HOME=FOLDER",
+        ) from error
+    return path
+
+
+class TokensUnwritable(OSError):
+    """The cache folder has no room for tokens or may not be written."""
+
+    def __str__(self) -> str:
+        """The text without the number of the error."""
+        return str(self.args[1])
+
+
+def read_tokens(path: Path, tokenizer: Tokenizer, mapped: bool) -> Tensor:
+    """The tokens (n) of a file of `write_tokens`, whose pages all processes share."""
+    return as_tensor(mapping(path, _type_for(tokenizer, mapped)))
+
+
+def _type_for(tokenizer: Tokenizer, mapped: bool) -> np.dtype:
+    """The type of a token: of a file two or four bytes, in memory one where that is enough."""
+    if not mapped and tokenizer.vocabulary <= 256:
+        return np.dtype(np.uint8)
+    return np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
@@ -120,6 +172,11 @@ class Bins(NamedTuple):
     note: str = ""
 
 
+def is_bins(folder: Path) -> bool:
+    """Whether a folder holds tokens, in train.bin and val.bin."""
+    return all((folder / name).is_file() for name in ("train.bin", "val.bin"))
+
+
 def read_bins(
     folder: Path,
     tokenizer: str = "characters",
@@ -138,7 +195,7 @@ def read_bins(
         dtype: of the numbers, by default that of the meta file, or uint16.
     """
     files = folder / "train.bin", folder / "val.bin"
-    if not all(file.is_file() for file in files):
+    if not is_bins(folder):
         return None
     meta, place = _meta(folder)
     kind = np.dtype(dtype or _type_of(meta, place))

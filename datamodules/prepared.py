@@ -1,0 +1,92 @@
+"""What one process of a machine prepares, for all of its ranks: files of tokens above all.
+
+    prepare_data   local rank 0 works, with all cores; the other ranks wait, without a limit of time
+    setup          every rank learns what came of it: `handed_over`
+
+Lightning calls `prepare_data` on local rank 0 only, and lets the others wait at a barrier of its
+own. An error there, or Ctrl-C, is kept until `setup`, so that all ranks end with it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+
+class Prepared(NamedTuple):
+    """Plain values to hand over, or what went wrong."""
+
+    content: Any = None
+    failure: BaseException | None = None
+
+    @classmethod
+    def by(cls, work: Callable[[], Any]) -> "Prepared":
+        """Do the work and keep what it returns or raises."""
+        try:
+            return cls(work())
+        except BaseException as error:  # Ctrl-C too: the others wait, and must learn of it
+            return cls(failure=error)
+
+
+def has_ranks(trainer: Any) -> bool:
+    """Whether a trainer has several ranks, which have joined their job."""
+    several = getattr(trainer, "world_size", 1) > 1
+    return several and dist.is_available() and dist.is_initialized()
+
+
+def handed_over(prepared: Prepared | None, trainer: Any) -> Any:
+    """What local rank 0 of this machine has prepared; None if it has not. Every rank calls it.
+
+    Args:
+        prepared: what this process has prepared, if it has.
+        trainer: of this rank.
+
+    Raises:
+        PreparationFailed: on the other ranks, and on a rank itself what it has met.
+    """
+    failure = None if prepared is None else prepared.failure
+    group = dist.new_group(backend="gloo")
+    try:
+        found: list[Any] = [None] * dist.get_world_size(group)
+        mine = None if prepared is None else (prepared.content, _in_words(failure))
+        dist.all_gather_object(found, (trainer.node_rank, mine), group=group)
+    except RuntimeError:  # another rank has ended: of its own Ctrl-C, say
+        if failure is not None:
+            raise failure from None
+        raise
+    finally:
+        dist.destroy_process_group(group)
+    if failure is not None:
+        raise failure
+    done = [(node, *each) for node, each in found if each is not None]
+    for _, _, words in done:
+        if words is not None:
+            _raise(*words)
+    here = [content for node, content, _ in done if node == trainer.node_rank]
+    return (here or [content for _, content, _ in done] or [None])[0]
+
+
+class PreparationFailed(RuntimeError):
+    """Local rank 0 could not prepare the data."""
+
+
+class WrongData(ValueError):
+    """Local rank 0 refuses the data; the text is its own."""
+
+
+def _in_words(failure: BaseException | None) -> tuple[str, str] | None:
+    if failure is None:
+        return None
+    if isinstance(failure, KeyboardInterrupt):
+        return "interrupt", ""
+    asked = isinstance(failure, ValueError | TypeError | LookupError | FileNotFoundError)
+    text = str(failure.args[0] if isinstance(failure, LookupError) and failure.args else failure)
+    return "asked" if asked else "failed", text or type(failure).__name__
+
+
+def _raise(kind: str, text: str) -> None:
+    if kind == "interrupt":
+        raise KeyboardInterrupt
+    if kind == "asked":
+        raise WrongData(text)
+    raise PreparationFailed(f"local rank 0 could not prepare the data: {text}")

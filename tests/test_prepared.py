@@ -1,0 +1,172 @@
+"""A corpus is tokenized by one process of a machine; the others wait for it and map its file."""
+
+import os
+import pickle
+import resource
+import signal
+import time
+from datetime import timedelta
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from ranks import started
+
+from ravine.datamodules import TextDataModule
+from ravine.datamodules.tokenizers import ByteTokenizer, CharTokenizer
+from ravine.lightning_modules import LanguageModel
+from ravine.strategies import MeshStrategy
+
+TEXT = "".join(f"{n} swallows carry {n * n} coconuts.\n" for n in range(4000))
+
+
+def ready(cache, act=None):
+    """Use a cache folder; count the tokenizers' calls; `act(calls)` is done in each of rank 0."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    calls = []
+    for kind in (ByteTokenizer, CharTokenizer):
+        plain = kind.numbers
+
+        def numbers(self, text, plain=plain):
+            calls.append(len(text))
+            if act is not None and os.environ.get("RANK", "0") == "0":
+                act(calls)
+            return plain(self, text)
+
+        kind.numbers = numbers
+    return calls
+
+
+def fit(data, strategy, ranks):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy,
+        max_steps=1,
+        limit_val_batches=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(LanguageModel(layers=1, width=8, heads=2), datamodule=data)
+
+
+def text_data(path, **options):
+    return TextDataModule(path, context=8, batch_size=4, **options)
+
+
+def wait_longer_than_the_group(calls):
+    if len(calls) == 1:
+        time.sleep(4)
+
+
+def tokens_of(path, cache, options, slow, ranks, strategy="ddp"):
+    """Calls of the tokenizer on this rank, the tokens, and what is said of the text."""
+    act = wait_longer_than_the_group if slow else None
+    calls = ready(cache, act)
+    if ranks > 1:
+        limit = timedelta(seconds=2)
+        strategy = DDPStrategy(timeout=limit) if strategy == "ddp" else MeshStrategy()
+    data = text_data(path, **options)
+    fit(data, strategy, ranks)
+    corpus = data.corpus
+    said = corpus.tokens.dtype, corpus.mapped, data.resolved, corpus.tokenizer.state()
+    return sum(calls), corpus.tokens.long(), *said
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "text.txt"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"memory_limit": 1000}, {"tokenizer": "bytes"}, {"tokenizer": "bytes", "begin": 7}],
+)
+def test_one_rank_tokenizes_and_all_have_the_tokens_of_one_process(ranks, path, options):
+    first, second = ranks(tokens_of, 2, path, path.parent / "many", options, options == {}, 2)
+    alone = tokens_of(path, path.parent / "one", options, False, 1, "auto")
+    assert (first[0], second[0]) == (len(TEXT), 0)
+    for rank in (first, second):
+        assert torch.equal(rank[1], alone[1])
+        assert rank[2:] == alone[2:]
+    files = sorted(each.name for each in (path.parent / "many").rglob("*") if each.is_file())
+    assert len(files) == 1
+    # one process writes a file only where the text is too long for memory
+    assert (path.parent / "one").exists() == ("memory_limit" in options)
+
+
+def failing(path, cache, options, what):
+    """What this rank says where local rank 0 cannot tokenize."""
+
+    def act(calls):
+        if what == "interrupt":
+            raise KeyboardInterrupt
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if what == "full":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    calls = ready(cache, act)
+    data = text_data(path, **options)
+    try:
+        fit(data, "ddp", 2)
+    except SystemExit as error:
+        return "SystemExit", str(error), sum(calls)
+    except Exception as error:
+        return type(error).__name__, str(error), sum(calls)
+    return "done", "", sum(calls)
+
+
+def test_an_error_of_local_rank_0_ends_all_ranks_with_its_text(ranks, path):
+    path.write_bytes(TEXT.encode() + b"\xff")
+    first, second = ranks(failing, 2, path, path.parent / "cache", {}, "error")
+    assert (first[0], second[0]) == ("ValueError", "WrongData")
+    assert first[1] == second[1]
+    assert "is not UTF-8" in first[1]
+    missing = path.with_name("missing.txt")
+    first, second = ranks(failing, 2, missing, path.parent / "cache", {}, "error")
+    assert first[1] == second[1]
+    assert "no file or folder" in first[1]
+
+
+def test_ctrl_c_while_local_rank_0_tokenizes_ends_all_ranks(ranks, path):
+    said = ranks(failing, 2, path, path.parent / "cache", {}, "interrupt")
+    assert [each[:2] for each in said] == [("SystemExit", "1")] * 2
+    assert not list((path.parent / "cache").rglob("*.part"))
+
+
+def test_a_cache_that_is_full_or_cannot_be_written_is_done_without_or_told(ranks, path):
+    (path.parent / "file").write_text("no folder")
+    for cache, what in ((path.parent / "file", ""), (path.parent / "cache", "full")):
+        said = ranks(failing, 2, path, cache, {}, what)
+        assert [each[0] for each in said] == ["done", "done"]
+        assert said[1][2] == len(TEXT)  # each makes its own
+        first, second = ranks(failing, 2, path, cache, {"memory_limit": 1000}, what)
+        assert (first[0], second[0]) == ("TokensUnwritable", "PreparationFailed")
+        assert "the tokens cannot be written to" in first[1]
+        assert first[1].endswith("set XDG_CACHE_HOME=FOLDER")
+        assert first[1] in second[1]
+
+
+def test_the_death_of_local_rank_0_ends_the_others(path):
+    with started(failing, 2, path, path.parent / "cache", {}, "kill") as (_, pipes, _logs):
+        assert pipes[1].poll(60)
+        good, said = pickle.loads(pipes[1].recv_bytes())
+    assert good
+    assert said[0] != "done"
+    assert said[2] == 0
+
+
+def test_a_text_is_seen_again_where_special_tokens_are_to_be_refused(path, monkeypatch):
+    """A file of tokens that was made where they were read as plain words is another one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path.parent / "cache"))
+    path.write_text(TEXT + "<|endoftext|>" + TEXT)
+    text_data(path, tokenizer="gpt2", memory_limit=10).setup("fit")
+    with pytest.raises(ValueError, match="endoftext"):
+        text_data(path, tokenizer="gpt2", memory_limit=10, specials="refuse").setup("fit")
