@@ -8,18 +8,22 @@
 Axes: b batch, t time.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
 from .corpus import files_of
 from .json_rows import check_text, checksum, rows
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator, global_seed
-from .sources import announce
+from .prepared import Prepared, handed_over, has_ranks
+from .sources import announce, cache_folder, whole
 from .tokenizers import Specials, Tokenizer, make_tokenizer
 
 IGNORED = -100  # the target where there is nothing to learn, as in F.cross_entropy
@@ -50,6 +54,29 @@ def _texts(row: dict[str, Any], fields: tuple[str, str], place: str) -> Iterator
                 f"type --data.{flag}={others[0] if others else 'NAME'} if it is called otherwise"
             )
         yield check_text(row[field], place, field)
+
+
+class Encoded(NamedTuple):
+    """The tokens of all examples, in memory or in a file."""
+
+    sha256: str  # of the files
+    letters: str  # the different characters, sorted
+    name: str  # of the tokenizer
+    count: int  # of examples
+    lengths: np.ndarray  # tokens of each, int32 (count,)
+    given: np.ndarray  # how many of them are the prompt, int32 (count,)
+    tokens: np.ndarray  # int32, one example after the other
+    file: str = ""  # the tokens, where one process has made them for all
+
+    def has_file(self) -> bool:
+        """Whether the file, if there is one, is on this machine."""
+        return not self.file or Path(self.file).is_file()
+
+    def read(self) -> "Encoded":
+        """The same in memory."""
+        if not self.file:
+            return self
+        return self._replace(tokens=np.fromfile(self.file, np.int32), file="")
 
 
 class AnswerDataModule(L.LightningDataModule):
@@ -102,20 +129,65 @@ class AnswerDataModule(L.LightningDataModule):
         self.resolved: dict[str, Any] = {}
         self.rows: list[tuple[Tensor, int]] = []  # tokens, and how many of them are given
         self.tokenizer: Tokenizer | None = None
+        self._prepared: Prepared | None = None  # between prepare_data and setup
 
-    def setup(self, stage: str) -> None:
-        """Read the file, say what was found, and refuse one that cannot be split."""
-        if self.rows:
-            return
+    def prepare_data(self) -> None:
+        """Tokenize for all ranks of the machine; Lightning calls this on local rank 0 only.
+
+        One process alone tokenizes in `setup`.
+        """
+        if not self.rows and has_ranks(self.trainer):
+            self._prepared = Prepared.by(self._prepare)
+
+    def _prepare(self) -> Encoded:
+        """Tokenize, and write the tokens to a file if the cache folder can be written."""
+        found = self._encode()
+        key = json.dumps([found.sha256, self.fields, found.name, self.specials, self.context])
+        name = f"answers-{hashlib.sha256(key.encode()).hexdigest()[:32]}.int32"
+        path = cache_folder() / "tokens" / name
+        empty = found._replace(tokens=np.zeros(0, np.int32))
+        try:
+            with whole(path) as part, part.open("wb") as file:
+                file.write(found.tokens.data)
+        except OSError:  # each process makes its own
+            return empty._replace(count=0)
+        return empty._replace(file=str(path))
+
+    def _encode(self) -> Encoded:
+        """The tokens of all examples, one after the other."""
         found = list(examples(self.path, *self.fields))
         if len(found) < 2:
             raise ValueError(
                 f"{self.path} holds {len(found)} examples; allowed: 2 or more, for training and "
                 "for validation; type --data.path=FILE"
             )
-        letters = {c for example in found for c in example.prompt + example.answer}
-        self.tokenizer = tokenizer = make_tokenizer(self.kind, letters, self.specials)
+        letters = "".join(sorted({c for e in found for c in e.prompt + e.answer}))
+        tokenizer = make_tokenizer(self.kind, letters, self.specials)
         rows = [self._row(example, tokenizer) for example in found]
+        return Encoded(
+            checksum(files_of(self.path)),
+            letters,
+            tokenizer.name,
+            len(found),
+            np.array([len(tokens) for tokens, _ in rows], np.int32),
+            np.array([given for _, given in rows], np.int32),
+            torch.cat([tokens for tokens, _ in rows]).numpy().astype(np.int32),
+        )
+
+    def setup(self, stage: str) -> None:
+        """Read the file, say what was found, and refuse one that cannot be split."""
+        prepared: Encoded | None = None
+        if has_ranks(self.trainer):
+            prepared = handed_over(self._prepared, self.trainer)
+            self._prepared = None
+        if self.rows:
+            return
+        if prepared is None or not prepared.count or not prepared.has_file():
+            prepared = self._encode()
+        found = prepared.read()
+        self.tokenizer = make_tokenizer(self.kind, found.letters, self.specials)
+        tokens = torch.from_numpy(found.tokens.astype(np.int64)).split(found.lengths.tolist())
+        rows = list(zip(tokens, found.given.tolist(), strict=True))
         self.rows = [(tokens, given) for tokens, given in rows if given < len(tokens)]
         if len(self.rows) < 2:
             raise ValueError(
@@ -123,10 +195,9 @@ class AnswerDataModule(L.LightningDataModule):
                 f"answer is left; type --data.context={2 * self.context}"
             )
         cut = sum(len(tokens) > self.context for tokens, _ in rows)
-        sha256 = checksum(files_of(self.path))
-        self.resolved = {"source": "path", "file": str(self.path), "sha256": sha256}
+        self.resolved = {"source": "path", "file": str(self.path), "sha256": found.sha256}
         long = f"; {cut} longer than the context are cut, {len(rows) - len(self.rows)} left out"
-        announce(f"data: {self.path}, {len(found):,} examples{long if cut else ''}", loud=cut > 0)
+        announce(f"data: {self.path}, {found.count:,} examples{long if cut else ''}", loud=cut > 0)
 
     def _row(self, example: Example, tokenizer: Tokenizer) -> tuple[Tensor, int]:
         end = [] if tokenizer.end is None else [tokenizer.end]

@@ -1,5 +1,6 @@
 """A corpus is tokenized by one process of a machine; the others wait for it and map its file."""
 
+import json
 import os
 import pickle
 import resource
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from ranks import started
 
-from ravine.datamodules import TextDataModule
+from ravine.datamodules import AnswerDataModule, TextDataModule
 from ravine.datamodules.tokenizers import ByteTokenizer, CharTokenizer
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import MeshStrategy
@@ -170,3 +171,27 @@ def test_a_text_is_seen_again_where_special_tokens_are_to_be_refused(path, monke
     text_data(path, tokenizer="gpt2", memory_limit=10).setup("fit")
     with pytest.raises(ValueError, match="endoftext"):
         text_data(path, tokenizer="gpt2", memory_limit=10, specials="refuse").setup("fit")
+
+
+def answers_of(path, cache, ranks):
+    """Characters that this rank tokenizes, its rows, and what is said of the file."""
+    calls = ready(cache)
+    data = AnswerDataModule(path, tokenizer="bytes", context=40, batch_size=4)
+    fit(data, "ddp" if ranks > 1 else "auto", ranks)
+    return sum(calls), data.rows, data.resolved
+
+
+def test_answers_are_tokenized_by_one_rank(ranks, path):
+    rows = [{"prompt": f"{n} plus {n} is ", "answer": f"{2 * n}" * (n % 5 + 1)} for n in range(50)]
+    path = path.with_suffix(".jsonl")
+    path.write_text("\n".join(map(json.dumps, rows)))
+    first, second = ranks(answers_of, 2, path, path.parent / "many", 2)
+    alone = answers_of(path, path.parent / "one", 1)
+    assert first[0] == sum(len(row["prompt"] + row["answer"]) for row in rows)
+    assert second[0] == 0
+    (path.parent / "file").write_text("no folder")
+    for rank in (first, second, *ranks(answers_of, 2, path, path.parent / "file", 2)):
+        assert rank[2] == alone[2]
+        for mine, other in zip(rank[1], alone[1], strict=True):
+            assert mine[1] == other[1]
+            assert torch.equal(mine[0], other[0])
