@@ -7,6 +7,7 @@ torchrun's own, or one that rank 0 opens on a port beside the job's.
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -78,7 +79,8 @@ def from_first(ask: Callable[[], str | None] | None) -> str | None:
     if here is None:
         return ask() if ask else None
     _questions += 1
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # torchrun's store outlives a start; the count differs between nodes where one lost a rank
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if here.shared else ""
     key = f"ravine/checkpoint/{attempt}/{_questions}"
     if here.rank == 0:
         return _answer(ask, here, key)
@@ -139,25 +141,34 @@ def _store(here: Job) -> Any:
     port = here.port
     if not here.shared:
         port += OTHER_PORT if port + OTHER_PORT < 2**16 else -OTHER_PORT
+    serves = here.rank == 0 and not here.shared
+    try:
+        if not serves:
+            _until_open(here.address, port)
+        limit = timedelta(seconds=60)
+        store = TCPStore(here.address, port, None, serves, limit, wait_for_workers=False)
+    except (OSError, RuntimeError) as error:
+        raise Mistake(
+            f"the ranks cannot meet at {here.address}:{port} to agree on a checkpoint:"
+            f" {' '.join(str(error).split())[:100]}",
+            [],
+            "--ckpt_path=FILE, or another MASTER_PORT",
+        ) from error
+    _stores.append(store)
+    return store
+
+
+def _until_open(address: str, port: int) -> None:
+    """Wait until rank 0 has opened its store; torch would print each attempt, and hold Ctrl-C."""
     end = time.monotonic() + CONNECT
     while True:
-        serves = here.rank == 0 and not here.shared
         try:
-            store = TCPStore(
-                here.address, port, None, serves, timedelta(seconds=5), wait_for_workers=False
-            )
-        except RuntimeError as error:  # refused: rank 0 is still being imported
-            if serves or time.monotonic() > end:
-                raise Mistake(
-                    f"the ranks cannot meet at {here.address}:{port} to agree on a checkpoint:"
-                    f" {' '.join(str(error).split())[:100]}",
-                    [],
-                    "--ckpt_path=FILE, or another MASTER_PORT",
-                ) from error
+            socket.create_connection((address, port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
             time.sleep(POLL)
-        else:
-            _stores.append(store)
-            return store
 
 
 def _wait(store: Any, key: str) -> str:

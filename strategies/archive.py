@@ -60,10 +60,9 @@ class Window(io.RawIOBase):
         """Read at most up to the end of the part."""
         count = max(0, min(len(buffer), self.length - self.place))
         self.file.seek(self.start + self.place)
-        content = self.file.read(count)
-        buffer[: len(content)] = content
-        self.place += len(content)
-        return len(content)
+        count = self.file.readinto(memoryview(buffer).cast("B")[:count])  # type: ignore
+        self.place += count
+        return count
 
 
 def check_contents(archive: zipfile.ZipFile, size: int) -> None:

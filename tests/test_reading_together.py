@@ -249,6 +249,8 @@ def settle_counted(folder, words, own_store, wrong):
     """What `--ckpt_path=auto` becomes on this rank, and the records that it has compared."""
     if own_store:  # as under srun: the launcher has no store
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        # a node that lost a rank counts a start more than the other
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]
     rank = int(os.environ["RANK"])
     if wrong is not None and rank == wrong:
         words = [*words, "--ckpt_path=null"]
