@@ -39,6 +39,7 @@ MB = 2**20
 BUCKET = 25 * MB  # of gradients that are sent together, and the most that is received at once
 JOINED = MB  # parameters below are sent together, the others from their own memory
 PIECE = 8 * MB  # the largest message of one parameter
+PAIRED = {"gloo"}  # backends for which isend and irecv are faster than their reduce_scatter
 TAG = 71  # of these messages: other pairs of the same ranks (a ring) have other ones
 
 
@@ -93,7 +94,7 @@ class OwnedGradients:
         self.module, self.group, self.apart = module, group, apart
         self.find_readers = find_readers
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.in_pairs = dist.get_backend(group) == "gloo"
+        self.in_pairs = dist.get_backend(group) in PAIRED
         # Newton needs all gradients on every rank, and has no state to share
         self.optimizers = [each for each in optimizers if not getattr(each, "gathers", False)]
         self.owner: dict[Tensor, int] = {}
@@ -341,6 +342,22 @@ class OwnedGradients:
         if hasattr(whole_step, "_wrapped_by_lr_sched"):  # or a schedule would warn of this one
             step.__dict__["_wrapped_by_lr_sched"] = True
         optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+        for mode in ("train", "eval"):
+            if callable(getattr(optimizer, mode, None)):
+                self._share_mode(optimizer, mode)
+
+    def _share_mode(self, optimizer: Any, mode: str) -> None:
+        """Let a schedule-free optimizer change its weights where it has states, and send them."""
+        change = getattr(optimizer, mode)
+
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            result = change(*args, **kwargs)
+            if getattr(optimizer, "two_sets", True):  # of several optimizers, those with two modes
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                self.hand_out([p for p in parameters if p.requires_grad and p in self.owner])
+            return result
+
+        setattr(optimizer, mode, changed)
 
     @torch.no_grad()
     def hand_out(self, parameters: list[Tensor]) -> None:
