@@ -9,6 +9,7 @@ Some steps under the Trainer, as many of a bare loop, and of another (the A/A co
 the same processes. A row holds processor seconds a step, summed over the ranks, of 15 turns.
 
     ddp          torch's DistributedDataParallel
+    zero1        as ddp: the same loop, which ZeRO-1 is to be as fast as
     zero3        torch's fully_shard, a unit a block
     zero3 bf16   the same, with MixedPrecisionPolicy(bf16, fp32) and autocast
     tiny         1,000 layers of 72 parameters: fully_shard over all, AdamW on the local shards
@@ -119,6 +120,7 @@ class Around(nn.Module):
 
 KINDS: dict[str, tuple[type[Language], str, str]] = {
     "ddp": (Language, "ddp", "32-true"),
+    "zero1": (Language, "zero1", "32-true"),
     "zero3": (Language, "zero3", "32-true"),
     "zero3 bf16": (Language, "zero3", "bf16-mixed"),
     "tiny": (Tiny, "zero3", "32-true"),
@@ -131,7 +133,7 @@ def bare(case: str) -> Iterator[None]:
     kind, strategy, precision = KINDS[case]
     module = kind()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
-    if strategy == "ddp":
+    if strategy in ("ddp", "zero1"):
         net: Any = DistributedDataParallel(Around(module), gradient_as_bucket_view=True)
         loss_of = net
     else:
