@@ -49,6 +49,7 @@ class Message(NamedTuple):
     parameters: list[Tensor]
     numel: int
     dtype: torch.dtype
+    sizes: list[int]  # numbers of each parameter
     start: int | None = None
     flagged: Sequence[Tensor] = ()  # at the end, a number for each: 1 where it has a gradient
 
@@ -106,6 +107,9 @@ class OwnedGradients:
         self._known: Any = None  # for which parameters the buckets were made
         self._all: list[Tensor] = []
         self._buckets: list[list[Tensor]] = []
+        self._plans: list[dict[int | None, list[Message]]] = []  # of each bucket, by holder
+        self._handed: dict[tuple[int, ...], list[dict[int, list[Message]]]] = {}
+        self._manual = False
         self._bucket_of: dict[Tensor, int] = {}
         self._missing: list[int] = []  # gradients that each bucket waits for
         self._launched = 0
@@ -127,6 +131,7 @@ class OwnedGradients:
             self.keeps_all = bool(self.find_readers())
         self._refresh()
         self._open, self._launched = True, 0
+        self._manual = not getattr(self.module, "automatic_optimization", True)
         self.arrived.clear()
         self._missing = [len(bucket) for bucket in self._buckets]
         if loss is not None and loss.requires_grad:
@@ -178,14 +183,25 @@ class OwnedGradients:
         """Make the buckets anew if parameters were added, frozen or unfrozen."""
         groups = [group for each in self.optimizers for group in each.param_groups]
         known = [len(group["params"]) for group in groups], [p.requires_grad for p in self._all]
-        if known == self._known:
+        if (*known, self.keeps_all) == self._known:
             return
         self._assign()
         self._all = list(dict.fromkeys([*self.module.parameters(), *self.owner]))
-        self._known = known[0], [p.requires_grad for p in self._all]
+        self._known = known[0], [p.requires_grad for p in self._all], self.keeps_all
         moving = [p for p in reversed(self._all) if p.requires_grad and p not in self.apart]
         self._buckets = list(buckets(moving))
         self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
+        self._plans = []
+        for bucket in self._buckets:
+            held: dict[int | None, list[Tensor]] = {}
+            for parameter in bucket:
+                held.setdefault(self._holder(parameter), []).append(parameter)
+            self._plans.append(
+                {
+                    holder: list(messages(each, True, holder is None or not self.in_pairs))
+                    for holder, each in held.items()
+                }
+            )
         for parameter in moving:
             if parameter not in self._hooks:
                 hook = parameter.register_post_accumulate_grad_hook(self._arrive)
@@ -193,18 +209,17 @@ class OwnedGradients:
 
     # Backward
 
-    @torch.no_grad()
     def _arrive(self, parameter: Tensor) -> None:
         """A gradient is ready; send those of its bucket if it is the last one."""
-        manual = not getattr(self.module, "automatic_optimization", True)
         if not self._open:
-            if not manual:  # a micro-batch before the last one
+            self._manual = not getattr(self.module, "automatic_optimization", True)
+            if not self._manual:  # a micro-batch before the last one
                 return
             self.begin()  # `loss.backward()` in place of `self.manual_backward(loss)`
             self._finish_after(parameter)
         count = self.arrived[parameter] = self.arrived.get(parameter, 0) + 1
         bucket = self._bucket_of.get(parameter)
-        if manual or bucket is None or parameter not in self._expected:
+        if self._manual or bucket is None or parameter not in self._expected:
             return
         if count > self._expected[parameter] and bucket < self._launched:
             raise RuntimeError(
@@ -221,62 +236,56 @@ class OwnedGradients:
         named = self.module.named_parameters()
         return next((name for name, p in named if p is parameter), "a parameter")
 
+    @torch.no_grad()
     def _launch(self) -> None:
         """Send the gradients of the next bucket, when those of the one before have arrived."""
         self._complete()
         bucket = self._buckets[self._launched]
         self._launched += 1
-        held: dict[int | None, list[Tensor]] = {}
+        plan = self._plans[self._launched - 1]
         for parameter in bucket:
             gradient = parameter.grad
-            if gradient is not None and gradient.layout != torch.strided:
+            if gradient is None or (gradient.layout == torch.strided and gradient.is_contiguous()):
+                continue
+            if gradient.layout != torch.strided:
                 raise ValueError(
                     f"zero1: the gradient of {self._name(parameter)} is sparse; allowed: dense"
                     " gradients; set sparse=False, or type --trainer.strategy ddp"
                 )
-            if gradient is not None and not _part(gradient).is_contiguous():
-                _set_gradient(parameter, _part(gradient).contiguous())
-            held.setdefault(self._holder(parameter), []).append(parameter)
-        together = held.pop(None, [])
-        for message in messages(together, flagged=True, whole=True):
+            _set_gradient(parameter, _part(gradient).contiguous())
+        for message in plan.get(None, []):
             data = _joined_gradients(message)
-            self._joint.append(
-                (dist.all_reduce(data, group=self.group, async_op=True), data, message)
-            )
-        if not self.in_pairs:
-            for holder, parameters in sorted(held.items()):
-                self._reduce_to(holder, parameters)
-            return
-        for to in _others(self.rank, self.ranks):
-            for message in messages(held.get(to, []), flagged=True):
-                self._send(_gradients(message), to)
-            for parameter in held.get(to, []):
+            work = dist.all_reduce(data, group=self.group, async_op=True)
+            self._joint.append((work, data, message))
+        send = self._send_to if self.in_pairs else self._reduce_to
+        for to in _others(self.rank, self.ranks) if self.in_pairs else range(self.ranks):
+            for message in plan.get(to, []):
+                send(to, message)
+        for parameter in bucket:
+            if self._holder(parameter) not in (None, self.rank):
                 parameter.grad = None
-        own = held.get(self.rank, [])
+        own = plan.get(self.rank, []) if self.in_pairs else []
         for source in _others(self.rank, self.ranks):
-            self._awaited += ((source, message) for message in messages(own, flagged=True))
+            self._awaited += ((source, message) for message in own)
         if self._awaited:
             sizes = [_aligned(message) for _, message in self._awaited]
             size = min(sum(sizes), max(BUCKET, *sizes))
             if self._memory is None or len(self._memory) < size:
-                device = _part(own[0]).device
+                device = _part(bucket[0]).device
                 self._memory = torch.empty(size, dtype=torch.uint8, device=device)
             self._post()
 
-    def _reduce_to(self, holder: int, parameters: list[Tensor]) -> None:
-        for message in messages(parameters, flagged=True, whole=True):
-            data = _joined_gradients(message)
-            how = {"group": self.group, "group_dst": holder, "async_op": True}
-            work = dist.reduce(data, **how)
-            if holder == self.rank:
-                self._joint.append((work, data, message))
-            else:
-                self._sent.append((work, data))
-                for parameter in parameters:
-                    parameter.grad = None
+    def _reduce_to(self, holder: int, message: Message) -> None:
+        data = _joined_gradients(message)
+        work = dist.reduce(data, group=self.group, group_dst=holder, async_op=True)
+        if holder == self.rank:
+            self._joint.append((work, data, message))
+        else:
+            self._sent.append((work, data))
 
-    def _send(self, data: Tensor, to: int) -> None:
-        work = dist.isend(data, group=self.group, group_dst=to, tag=TAG)
+    def _send_to(self, holder: int, message: Message) -> None:
+        data = _gradients(message)
+        work = dist.isend(data, group=self.group, group_dst=holder, tag=TAG)
         self._sent.append((work, data))
 
     def _post(self) -> None:
@@ -363,35 +372,50 @@ class OwnedGradients:
     def hand_out(self, parameters: list[Tensor]) -> None:
         """Give every rank the owners' values, bucket by bucket."""
         waiting: deque[list[tuple[Any, Tensor, Message | None]]] = deque()
-        for bucket in buckets(parameters):
-            held: dict[int, list[Tensor]] = {}
-            for parameter in bucket:
-                held.setdefault(self.owner[parameter], []).append(parameter)
-            send = self._exchange if self.in_pairs else self._broadcast
-            waiting.append(send(held))
+        send = self._exchange if self.in_pairs else self._broadcast
+        for plan in self._plan_of(parameters):
+            waiting.append(send(plan))
             if len(waiting) > 1:
                 _receive(waiting.popleft())
         while waiting:
             _receive(waiting.popleft())
 
-    def _exchange(self, held: dict[int, list[Tensor]]) -> list[tuple[Any, Tensor, Message | None]]:
+    def _plan_of(self, parameters: list[Tensor]) -> list[dict[int, list[Message]]]:
+        """For each bucket of parameters, the messages of each owner."""
+        key = tuple(map(id, parameters))
+        if key not in self._handed:
+            if len(self._handed) > len(self.optimizers):  # parameters were frozen or added
+                self._handed.clear()
+            self._handed[key] = []
+            for bucket in buckets(parameters):
+                held: dict[int, list[Tensor]] = {}
+                for parameter in bucket:
+                    held.setdefault(self.owner[parameter], []).append(parameter)
+                whole = not self.in_pairs
+                plan = {rank: list(messages(each, whole=whole)) for rank, each in held.items()}
+                self._handed[key].append(plan)
+        return self._handed[key]
+
+    def _exchange(self, plan: dict[int, list[Message]]) -> list[tuple[Any, Tensor, Message | None]]:
         found: list[tuple[Any, Tensor, Message | None]] = []
-        for message in messages(held.get(self.rank, [])):
+        for message in plan.get(self.rank, []):
             data = _values(message)
             for to in _others(self.rank, self.ranks):
                 how = {"group": self.group, "group_dst": to, "tag": TAG}
                 found.append((dist.isend(data, **how), data, None))
         for source in _others(self.rank, self.ranks):
-            for message in messages(held.get(source, [])):
+            for message in plan.get(source, []):
                 data = _place(message)
                 how = {"group": self.group, "group_src": source, "tag": TAG}
                 found.append((dist.irecv(data, **how), data, message))
         return found
 
-    def _broadcast(self, held: dict[int, list[Tensor]]) -> list[tuple[Any, Tensor, Message | None]]:
+    def _broadcast(
+        self, plan: dict[int, list[Message]]
+    ) -> list[tuple[Any, Tensor, Message | None]]:
         found: list[tuple[Any, Tensor, Message | None]] = []
-        for source, parameters in sorted(held.items()):
-            for message in messages(parameters, whole=True):
+        for source, each in sorted(plan.items()):
+            for message in each:
                 own = source == self.rank
                 data = _values(message) if own else _place(message)
                 how = {"group": self.group, "group_src": source, "async_op": True}
@@ -428,15 +452,17 @@ def messages(
         alike = [p for p in parameters if _part(p).dtype == dtype]
         large = [p for p in alike if _bytes(p) >= JOINED and _part(p).is_contiguous()]
         large = [] if whole else large
-        small = [p for p in alike if not any(p is other for other in large)]
+        apart = set(map(id, large))
+        small = [p for p in alike if id(p) not in apart]
         flags = alike if flagged else []
         if numel := sum(_part(p).numel() for p in small) + len(flags):
-            yield Message(small, numel, dtype, None, flags)
+            sizes = [_part(p).numel() for p in small]
+            yield Message(small, numel, dtype, sizes, None, flags)
         step = PIECE // dtype.itemsize
         for parameter in large:
             numel = _part(parameter).numel()
             for start in range(0, numel, step):
-                yield Message([parameter], min(step, numel - start), dtype, start)
+                yield Message([parameter], min(step, numel - start), dtype, [numel], start)
 
 
 def _others(rank: int, ranks: int) -> list[int]:
@@ -453,9 +479,10 @@ def _aligned(message: Message) -> int:
 
 def _part(tensor: Any) -> Tensor:
     """This rank's numbers of a tensor, of the same memory; complex ones as pairs of real ones."""
-    part = tensor.detach()
-    part = part.to_local() if isinstance(part, DTensor) else part
-    return torch.view_as_real(part) if part.is_complex() else part
+    part: Tensor = tensor
+    if isinstance(tensor, DTensor):
+        part = tensor._local_tensor  # detached, and faster than `to_local`
+    return torch.view_as_real(part.detach()) if part.dtype.is_complex else part
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -485,12 +512,12 @@ def _receive(works: list[tuple[Any, Tensor, Message | None]]) -> None:
         work.wait()
         if message is None:
             continue
-        parts = [_part(p) for p in message.parameters]
         if message.start is None:
-            for part, values in zip(parts, data.split([p.numel() for p in parts]), strict=True):
+            for p, values in zip(message.parameters, data.split(message.sizes), strict=True):
+                part = _part(p)
                 part.copy_(values.view(part.shape))
-        for parameter in message.parameters:  # what is received is no change that torch sees
-            torch.autograd.graph.increment_version(parameter)
+        else:  # what is received is no change that torch sees
+            torch.autograd.graph.increment_version(message.parameters[0])
 
 
 def _gradients(message: Message) -> Tensor:
@@ -507,8 +534,11 @@ def _gradients(message: Message) -> Tensor:
 def _joined_gradients(message: Message) -> Tensor:
     parts = []
     for p in message.parameters:
-        like = _part(p)
-        parts.append(like.new_zeros(like.numel()) if p.grad is None else _part(p.grad).view(-1))
+        if (gradient := p.grad) is None:
+            part = _part(p)
+            parts.append(part.new_zeros(part.numel()))
+        else:
+            parts.append(_part(gradient).view(-1))
     flags = [float(p.grad is not None) for p in message.flagged]
     device = _part((*message.parameters, *message.flagged)[0]).device
     return torch.cat([*parts, torch.tensor(flags, dtype=message.dtype, device=device)])
@@ -537,8 +567,8 @@ def _add(data: Tensor, message: Message) -> None:
             _set_gradient(
                 parameter, torch.zeros_like(_part(parameter), memory_format=torch.contiguous_format)
             )
-    sizes = [_part(p).numel() for p in message.parameters]
-    pairs = zip(message.parameters, data.split([*sizes, len(message.flagged)]), strict=False)
+    parts = data.split([*message.sizes, len(message.flagged)])
+    pairs = zip(message.parameters, parts, strict=False)
     moving = [(_part(p.grad).view(-1), values) for p, values in pairs if p.grad is not None]
     if moving:
         _foreach_add_([own for own, _ in moving], [values for _, values in moving])
@@ -546,8 +576,7 @@ def _add(data: Tensor, message: Message) -> None:
 
 def _take(data: Tensor, message: Message) -> None:
     """Make views of the sum the gradients of those parameters that have one on any rank."""
-    sizes = [_part(p).numel() for p in message.parameters]
-    parts = data.split([*sizes, len(message.flagged)])
+    parts = data.split([*message.sizes, len(message.flagged)])
     flags = _flags(data, message)
     has = {id(p) for p, flag in zip(message.flagged, flags, strict=True) if flag}
     for parameter, values in zip(message.parameters, parts, strict=False):

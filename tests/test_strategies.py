@@ -64,6 +64,8 @@ STRATEGIES = {
     "hsdp x cp": lambda: mesh(dp_replicate=2, cp=2, zero=2),
     "cp x tp": lambda: mesh(dp_shard=1, cp=2, tp=2, recompute="full"),
     "zero1 x tp": lambda: mesh(zero=1, tp=2),
+    "zero1 x cp": lambda: mesh(zero=1, cp=2),
+    "zero1 x pp": lambda: mesh(zero=1, pp=2, microbatches=2),
     "zero3 x sp": lambda: mesh(tp=2, sequence_parallel=True),
     "zero3 recompute": lambda: mesh(recompute="full"),
     "sp recompute": lambda: mesh(tp=-1, dp_shard=1, sequence_parallel=True, recompute="selective"),
@@ -71,7 +73,13 @@ STRATEGIES = {
 WORLDS = [  # and the micro-batches of a step
     *(("ddp", 2, 1), ("zero1", 2, 1), ("zero1", 4, 2), ("zero2", 2, 2), ("zero3", 2, 1)),
     *(("zero3", 2, 2), ("hsdp", 4, 2), ("tp", 2, 1), ("sp", 2, 2), ("2d", 4, 1)),
-    *(("hsdp x sp", 8, 1), ("zero1 x tp", 4, 1), ("zero3 x sp", 4, 2)),
+    *(
+        ("hsdp x sp", 8, 1),
+        ("zero1 x tp", 4, 1),
+        ("zero1 x cp", 2, 1),
+        ("zero1 x pp", 4, 1),
+        ("zero3 x sp", 4, 2),
+    ),
     *(("cp", 2, 1), ("cp", 4, 2), ("hsdp x cp", 4, 1), ("cp x tp", 4, 1)),
     *(("pp", 2, 1), ("pp", 2, 2), ("pp", 4, 1), ("gpipe", 2, 2), ("interleaved", 2, 2)),
     *(("3d", 8, 1), ("hsdp x pp", 4, 1)),
