@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 
+from .initial_values import InitialValues
+
 
 class _Bounded(TorchDispatchMode):
     """Build on the meta device, and stop if a net becomes far larger than its weights.
@@ -107,8 +109,26 @@ class TaskModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Build the net unless it is there; callbacks and strategies do the rest from outside."""
-        if self.net is None:
+        if self.net is not None:
+            return
+        device = torch.get_default_device()
+        known = type(self).build.__module__.partition(".")[0] == __name__.partition(".")[0]
+        values = InitialValues.of(self.build) if known and device.type != "meta" else None
+        if values is None:
             self.net = self.build()
+        elif self._may_wait():
+            self.net = values.net
+            self.__dict__["initial_values"] = (
+                values  # a strategy draws them once it has cut the net
+            )
+        else:
+            self.net = values.materialize(device)
+
+    def _may_wait(self) -> bool:
+        """Whether nothing needs the values of the parameters before the strategy is set up."""
+        own = type(self).configure_model is not TaskModule.configure_model
+        transforms = getattr(self.__dict__.get("_transforms"), "pending", None)
+        return bool(self.__dict__.get("strategy_draws_values")) and not own and not transforms
 
     def forward(self, *args: Any) -> Any:
         """Apply the net."""

@@ -111,8 +111,10 @@ class HashedLinear(nn.Module):
         """Start from weights of the given standard deviation."""
         super().__init__()
         self.register_buffer("idf", idf)
-        self.weight = nn.Parameter(torch.randn(len(idf), out) * std)
-        self.bias = nn.Parameter(torch.zeros(out))
+        self.weight = nn.Parameter(torch.empty(len(idf), out))
+        self.bias = nn.Parameter(torch.empty(out))
+        nn.init.normal_(self.weight, std=std)
+        nn.init.zeros_(self.bias)
 
     def forward(self, messages: list[str]) -> Tensor:
         """Gather and add."""

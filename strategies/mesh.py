@@ -35,6 +35,7 @@ from .context import Context
 from .gradient_norm import clip_grad_norm
 from .gradient_readers import find_readers, free_gradients, frees_early
 from .layout import Layout, check_choices, check_module, check_together, lay_out, resolve
+from .materialize import materialize
 from .mixed_precision import half_of
 from .original_parameters import OriginalParameters
 from .parallelize import (
@@ -147,6 +148,7 @@ class MeshStrategy(ModelParallelStrategy):
         self._device_mesh = self.layout.named
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh  # type: ignore[assignment]
+        self.lightning_module.__dict__["strategy_draws_values"] = True  # asked for by TaskModule
         if self.layout.tp.size() > 1:  # ranks that compute one activation draw one dropout for it
             torch.manual_seed(self.broadcast(torch.initial_seed()))
 
@@ -188,6 +190,10 @@ class MeshStrategy(ModelParallelStrategy):
         if self.zero > 1:
             self.originals = OriginalParameters(module)
         self.spread = self.parallelize(module)
+        values = module.__dict__.pop("initial_values", None)
+        if values is not None:
+            values.seed = self.broadcast(values.seed)
+            self.spread.replaced(materialize(module, values, self.root_device))
         if self.originals is not None:
             self.originals.update_references()
         own = is_overridden("configure_model", module)
@@ -219,6 +225,8 @@ class MeshStrategy(ModelParallelStrategy):
         """Undo what `setup` has changed."""
         if self.gradients is not None:
             self.gradients.close()
+        if self.lightning_module is not None:
+            self.lightning_module.__dict__.pop("strategy_draws_values", None)
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
         super().teardown()
 

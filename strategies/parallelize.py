@@ -69,6 +69,10 @@ class Spread:
             if p.requires_grad and (id(p) in self.replicated or not isinstance(p, DTensor))
         ]
 
+    def replaced(self, new: dict[int, nn.Parameter]) -> None:
+        """Follow parameters that were replaced, by the id of the one before."""
+        self.replicated = {id(new[i]) if i in new else i for i in self.replicated}
+
     def accumulate(self, more: bool) -> None:
         """Announce the next backward pass: replicas meet after the last micro-batch of a step only.
 

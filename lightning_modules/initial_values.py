@@ -1,0 +1,201 @@
+"""Initial values of a network, drawn by (seed, parameter name): the same bits on every layout.
+
+    values = InitialValues.of(build)     the network on the meta device, and how each value is drawn
+    values.draw("blocks.0.mlp.up.weight", 0, 100)      rows 0 to 99 of one parameter
+    values.materialize()                               all of them, on one process
+
+A network's constructor names a distribution for each parameter (`nn.init.normal_`, ...). On the
+meta device it runs without memory, and the last operation on each parameter is recorded. The values
+are drawn afterwards in chunks of rows, each chunk with a generator of its own, so that a rank that
+keeps some rows draws those alone. Parameters that two modules share stay shared. Buffers are
+computed in the constructor as usual: they are small, and are no random numbers.
+
+Networks of this package alone: some functions of `nn.init` (`orthogonal_`, `trunc_normal_`) do
+nothing on the meta device, so the constructor of another network cannot be trusted to be recorded.
+A network whose parameters were not all recorded is built with memory, by the global generator.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CHUNK = 2**20  # numbers that are drawn with one generator
+aten = torch.ops.aten
+
+
+class Distribution(NamedTuple):
+    """What a parameter's numbers are drawn from: `normal` (mean, deviation), `uniform` (from, to).
+
+    A `constant` has its value twice.
+    """
+
+    kind: str
+    first: float = 0.0
+    second: float = 0.0
+
+    def fill(self, rows: Tensor, generator: torch.Generator) -> None:
+        """Draw numbers in place."""
+        if self.kind == "normal":
+            rows.normal_(self.first, self.second, generator=generator)
+        elif self.kind == "uniform":
+            rows.uniform_(self.first, self.second, generator=generator)
+        else:
+            rows.fill_(self.first)
+
+
+class _Recorder(TorchDispatchMode):
+    """Remembers the last in-place operation on each tensor of the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # by storage, and by tensor: `module.to` changes the storage; None: no simple distribution
+        self.found: dict[tuple[str, int], Distribution | None] = {}
+        self.kept: list[Any] = []  # or another tensor or storage could get the same number
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        target = args[0] if args else None
+        if isinstance(target, Tensor) and target.is_meta and function._schema.is_mutable:
+            whole = target.numel() * target.itemsize == target.untyped_storage().nbytes()
+            drawn = _distribution(function, args[1:], kwargs) if whole else None
+            self.found |= dict.fromkeys(_keys(target), drawn)
+            self.kept += [target, target.untyped_storage()]
+        return result
+
+    def of(self, parameter: Tensor) -> Distribution | None:
+        """What was recorded for a parameter."""
+        return next((self.found[key] for key in _keys(parameter) if key in self.found), None)
+
+
+def _keys(tensor: Tensor) -> tuple[tuple[str, int], ...]:
+    return ("storage", tensor.untyped_storage()._cdata), ("tensor", id(tensor))
+
+
+def _distribution(function: Any, args: Any, kwargs: Any) -> Distribution | None:
+    values = [float(value) for value in args if isinstance(value, int | float)]
+    options = dict(kwargs or {})
+    if options.pop("generator", None) is not None or options:
+        return None
+    if function is aten.normal_.default:
+        mean, deviation = [*values, *(0.0, 1.0)[len(values) :]]
+        return Distribution("normal", mean, deviation)
+    if function is aten.uniform_.default:
+        low, high = [*values, *(0.0, 1.0)[len(values) :]]
+        return Distribution("uniform", low, high)
+    if function is aten.zero_.default:
+        return Distribution("constant")
+    if function is aten.fill_.Scalar:
+        return Distribution("constant", values[0], values[0])
+    return None
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move each parameter to the meta device when a module registers it."""
+    usual = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        usual(self, name, param)
+        if param is not None and not param.is_meta:
+            moved = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+            self._parameters[name] = moved
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = usual  # type: ignore[method-assign]
+
+
+class InitialValues:
+    """A network whose parameters are on the meta device, and the distribution of each.
+
+    Args:
+        net: the network.
+        distributions: by parameter name.
+        seed: of all draws.
+        prefix: of the parameters' names in the LightningModule that holds the network.
+    """
+
+    def __init__(
+        self, net: nn.Module, distributions: dict[str, Distribution], seed: int, prefix: str
+    ) -> None:
+        """Keep them."""
+        self.net, self.distributions, self.seed, self.prefix = net, distributions, seed, prefix
+
+    @classmethod
+    def of(cls, build: Callable[[], nn.Module], prefix: str = "net.") -> "InitialValues | None":
+        """Call `build` without memory for parameters.
+
+        None if some parameter has no recorded distribution: its constructor computes with values.
+        The seed is one draw of the global generator.
+        """
+        state = torch.get_rng_state()
+        recorder = _Recorder()
+        try:
+            with _parameters_on_meta(), recorder:
+                net = build()
+        except (NotImplementedError, RuntimeError):  # an operation on values that are not there
+            net = None
+        found = {}
+        for name, parameter in net.named_parameters() if net is not None else ():
+            found[prefix + name] = recorder.of(parameter)
+        if net is None or not all(found.values()):
+            torch.set_rng_state(state)
+            return None
+        torch.set_rng_state(state)
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        return cls(net, {k: v for k, v in found.items() if v is not None}, seed, prefix)
+
+    def draw(self, name: str, shape: torch.Size, start: int, stop: int, dtype: Any) -> Tensor:
+        """Rows `start` to `stop` (exclusive) of the parameter `name`, (stop - start, ...), on CPU.
+
+        Args:
+            name: the parameter's name, `prefix` included.
+            shape: the whole parameter's.
+            start: first row; a row is an index of the first axis, scalars have one.
+            stop: end of the rows.
+            dtype: of the numbers.
+        """
+        rest = shape[1:] if shape else torch.Size()
+        found = torch.empty(stop - start, *rest, dtype=dtype, device="cpu")
+        rows = max(1, CHUNK // max(1, rest.numel()))
+        for chunk in range(start // rows, -(-stop // rows)):
+            first, last = chunk * rows, min((chunk + 1) * rows, shape[0] if shape else 1)
+            numbers = torch.empty(last - first, *rest, dtype=dtype, device="cpu")
+            self.distributions[name].fill(numbers, generator(self.seed, name, chunk))
+            begin, end = max(start, first), min(stop, last)
+            found[begin - start : end - start] = numbers[begin - first : end - first]
+        return found
+
+    def materialize(self, device: torch.device | str = "cpu") -> nn.Module:
+        """Give every parameter of the network its values, on one process."""
+        new: dict[int, nn.Parameter] = {}
+        for name, parameter in self.net.named_parameters():
+            rows = parameter.shape[0] if parameter.ndim else 1
+            full = self.draw(self.prefix + name, parameter.shape, 0, rows, parameter.dtype)
+            value = torch.empty_like(parameter, device=device, requires_grad=False)  # its strides
+            value.copy_(full.view(parameter.shape))
+            new[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+        replace_parameters(self.net, new)
+        return self.net
+
+
+def generator(seed: int, name: str, chunk: int) -> torch.Generator:
+    """The generator of one chunk of a parameter."""
+    return torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}/{name}/{chunk}".encode()))
+
+
+def replace_parameters(net: nn.Module, new: dict[int, nn.Parameter]) -> None:
+    """Put other parameters in the place of those with the given ids, shared ones everywhere."""
+    for module in net.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in new:
+                module._parameters[name] = new[id(parameter)]
