@@ -172,7 +172,7 @@ def measure(layout: str, size: str, precision: str, rows: int | None) -> dict[st
     units = unit_bytes(module, half) if layout not in ("single", "ddp", "ddp 4") else []
     row["units"] = units[:2]
     row["W"] = sum(p.numel() * 4 for p in module.parameters())
-    row["logits"] = data["batch_size"] * data["context"] * 4 * module.net.head.weight.shape[0]
+    row["logits"] = data["batch_size"] * data["context"] * 4 * int(module.net.vocabulary)
     row["logits"] //= 1 if layout in ("single", "tp", "sp", "pp", "cp", "tp x pp") else world
     return row
 
