@@ -12,6 +12,7 @@ ranks, counted by torch's allocator in the third step; what gloo allocates is no
     must hold   the maximum over the phases of a step of what the strategy has to hold
                     ddp          P + G + S + A
                     single, tp   P + S + max(A, G + largest activation)
+                    pp           P + G + S + A of the micro-batches under way
                     zero1        P + G + S + max(A, a bucket)
                     zero2        W + P + G + S + A + a reduce buffer
                     zero3        P + G + S + A + two gathered units + a reduce buffer
@@ -177,8 +178,11 @@ def measure(layout: str, size: str, precision: str, rows: int | None) -> dict[st
     return row
 
 
-def bound(layout: str, row: dict[str, Any]) -> dict[str, int]:
-    """A, and what the strategy has to hold at the worst moment of a step."""
+def bound(layout: str, row: dict[str, Any], alone: int) -> dict[str, int]:
+    """A, and what the strategy has to hold at the worst moment of a step.
+
+    `alone` is A of one process with all samples: a pipeline goes forward and backward in turns.
+    """
     name = layout.split()[0]
     p, s, w = row["P"], row["S"], row["W"]
     g = p  # every parameter is trained, in fp32
@@ -191,6 +195,10 @@ def bound(layout: str, row: dict[str, Any]) -> dict[str, int]:
         a = row["forward_end"] - p - s - w
         return {"A": a, "must_hold": w + p + s + g + a + 2 * first}
     a = row["forward_end"] - p - s
+    if "pp" in layout:
+        a = alone // 2 // (2 if "tp" in layout else 1)  # of a stage
+        a = a * 2 // 4  # 2 of 4 micro-batches
+        return {"A": a, "must_hold": p + s + g + a}
     if name == "zero1":
         return {"A": a, "must_hold": p + s + g + a}
     if row["units"] and name in ("zero3", "hsdp", "cp", "2d", "ep"):
@@ -208,12 +216,16 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="store no rows")
     given = parser.parse_args()
     chosen = given.only.split(",") if given.only else list(LAYOUTS)
+    alone = 0
+    if any("pp" in layout for layout in chosen):
+        (row,) = run_ranks(measure, 1, "single", given.size, given.precision, given.rows)
+        alone = bound("single", row, 0)["A"]
     for layout in chosen:
         world = LAYOUTS[layout][1]
         job = (layout, given.size, given.precision, given.rows)
         rows = run_ranks(measure, world, *job, timeout=600)
         row = max(rows, key=lambda each: each["peak"])
-        row |= bound(layout, row)
+        row |= bound(layout, row, alone)
         shown = {
             k: [round(x / MIB, 1) for x in v] if isinstance(v, list) else round(v / MIB, 1)
             for k, v in row.items()
