@@ -159,7 +159,7 @@ def bytes_at(path: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", choices=list(SIZES), default="124M")
     parser.add_argument("--only", default="zero3", help="names of strategies, by commas")
     parser.add_argument("--ranks", type=int, default=4)

@@ -140,8 +140,9 @@ class EMA(Callback):
             live = dict(followed(pl_module, self.other))
             raw, average = (self.other, live) if self.swapped else (live, self.other)
             state = checkpoint["state_dict"]
-            put_into(state, average, pl_module)
-            checkpoint["ema"] = {"steps": self.steps, "raw": saved_as(state, raw)}
+            put_into(state, average, pl_module, live=True)
+            raw = saved_as(state, raw, live=True)
+            checkpoint["ema"] = {"steps": self.steps, "raw": raw}
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

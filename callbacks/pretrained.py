@@ -5,9 +5,9 @@ from typing import Any
 
 import lightning as L
 
-from ravine.strategies import states
+from ravine.strategies import sharded, states
 from ravine.strategies.checkpoint_form import kind_mismatches
-from ravine.strategies.checkpoint_io import SUFFIX, AtomicCheckpointIO
+from ravine.strategies.checkpoint_io import SUFFIX, AtomicCheckpointIO, reading_together
 from ravine.strategies.saving import non_finite
 
 from .transforms import Transform
@@ -88,7 +88,8 @@ class Pretrained(Transform):
 
 def fill(module: L.LightningModule, path: str) -> None:
     """Give a built module the weights of a checkpoint of its kind, and nothing else of it."""
-    checkpoint: dict[str, Any] = AtomicCheckpointIO().load_checkpoint(path)
+    with reading_together(mapped=sharded.SPREAD, divided=False):  # weights are copied below
+        checkpoint: dict[str, Any] = AtomicCheckpointIO().load_checkpoint(path)
     changed = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys()
     if changed:
         names = [checkpoint["transforms"][phase]["class"] for phase in sorted(changed)]

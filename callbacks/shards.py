@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from ravine.strategies.local_parts import collect, local_part
 from ravine.strategies.parallelize import units
 
 
@@ -26,14 +27,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole value, spread as `like` is; nothing is sent."""
-    if isinstance(value, DTensor):  # read in parts: it is spread already
-        return value.to_local()
-    value = value.to(like.device)
-    if not isinstance(like, DTensor):
-        return value
-    return distribute_tensor(
-        value, like.device_mesh, like.placements, src_data_rank=None
-    ).to_local()
+    return local_part(value, like).to(like.device)  # what was read in parts is spread already
 
 
 def whole_net(trainer: Any) -> AbstractContextManager[None]:
@@ -71,25 +65,42 @@ def followed(module: nn.Module, names: Container[str]) -> Iterator[tuple[str, Te
             yield name, parameter
 
 
-def saved_as(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies for a checkpoint, whole or in parts as its state_dict is; every rank calls it."""
-    parts = any(isinstance(value, DTensor) for value in state.values())
-    return {
-        name: (weight if parts else whole(weight)).detach().clone()
-        for name, weight in weights.items()
-    }
+def saved_as(
+    state: dict[str, Tensor], weights: dict[str, Tensor], live: bool = False
+) -> dict[str, Tensor]:
+    """Copies for a checkpoint, whole or in parts as its state_dict is; every rank calls it.
+
+    What is whole and was sharded is on the first rank of its mesh only.
+
+    Args:
+        state: the checkpoint's state_dict.
+        weights: by name.
+        live: whether parts may be the weights themselves: they do not change before they are
+            written.
+    """
+    if any(isinstance(value, DTensor) for value in state.values()):
+        return {name: w.detach() if live else w.detach().clone() for name, w in weights.items()}
+    found = {}
+    for name, weight in weights.items():
+        value = collect(weight) if isinstance(weight, DTensor) else weight.detach().clone()
+        if value is not None:
+            found[name] = value
+    return found
 
 
-def put_into(state: dict[str, Tensor], weights: dict[str, Tensor], module: nn.Module) -> None:
+def put_into(
+    state: dict[str, Tensor], weights: dict[str, Tensor], module: nn.Module, live: bool = False
+) -> None:
     """Put values into a checkpoint's state_dict, whole or sharded as it is; every rank calls it.
 
-    A weight that layers share stands there under each of its names, and gets one value.
+    A weight that layers share stands there under each of its names, and gets one value. See
+    `saved_as` for the arguments.
     """
     owned: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         owned.setdefault(id(parameter), []).append(name)
     alike = {name: names for names in owned.values() for name in names}
-    for name, value in saved_as(state, weights).items():
+    for name, value in saved_as(state, weights, live).items():
         for each in alike.get(name, [name]):
             if each in state:  # one rank alone holds whole weights
                 state[each] = value

@@ -53,7 +53,7 @@ def job(environment: Mapping[str, str] = os.environ) -> Job | None:
         address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
         return Job(rank, size, address, int(port), shared) if address and port else None
     if environment.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in environment:
-        from lightning.fabric.plugins.environments import SLURMEnvironment
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         if SLURMEnvironment.detect():
             cluster = SLURMEnvironment()

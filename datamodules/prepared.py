@@ -45,7 +45,7 @@ def handed_over(prepared: Prepared | None, trainer: Any) -> Any:
         PreparationFailed: on the other ranks, and on a rank itself what it has met.
     """
     failure = None if prepared is None else prepared.failure
-    group = dist.new_group(backend="gloo")
+    group: Any = dist.new_group(backend="gloo")
     try:
         found: list[Any] = [None] * dist.get_world_size(group)
         mine = None if prepared is None else (prepared.content, _in_words(failure))

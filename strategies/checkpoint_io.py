@@ -51,7 +51,7 @@ _together: ContextVar[tuple[Readers, frozenset[str]]] = ContextVar(
 
 
 @contextmanager
-def reading_together(mapped: Collection[str] = ()) -> Iterator[None]:
+def reading_together(mapped: Collection[str] = (), divided: bool = True) -> Iterator[None]:
     """Let the ranks of the job share the work of `load_checkpoint`; every rank calls it.
 
     Each rank compares the checksums of its share. All ranks read one file, and all refuse a bad one
@@ -60,8 +60,9 @@ def reading_together(mapped: Collection[str] = ()) -> Iterator[None]:
     Args:
         mapped: sections of a single file whose tensors are views of the file's pages. The caller
             copies what it keeps: see mapped_file.py for what becomes of a view.
+        divided: whether the ranks share the checksums; if not, a rank may call it alone.
     """
-    token = _together.set((Readers.of_job(), frozenset(mapped)))
+    token = _together.set((Readers.of_job() if divided else Readers(), frozenset(mapped)))
     try:
         yield
     finally:

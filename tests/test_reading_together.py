@@ -6,14 +6,17 @@ import struct
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from tensor_bytes import tensor_bytes
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ravine.cli import newest
+from ravine.cli.trainer import Trainer
 from ravine.strategies import AtomicCheckpointIO, CheckpointError, MeshStrategy, archive, sharded
 from ravine.strategies.checkpoint_io import check, reading_together
 
@@ -42,7 +45,7 @@ class Task(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def train_dataloader(self):
-        data = torch.arange(64).view(16, 4)
+        data: Any = torch.arange(64).view(16, 4)
         return torch.utils.data.DataLoader(data, batch_size=4)
 
 
@@ -66,7 +69,7 @@ def mesh(folder=False, **degrees):
     return MeshStrategy(save_distributed_checkpoint=folder, **degrees)
 
 
-def saved(path, strategy="auto", devices=1):
+def saved(path, strategy: Any = "auto", devices=1):
     L.seed_everything(0, verbose=False)
     run = trainer(strategy, devices=devices)
     run.fit(Task())
@@ -112,8 +115,19 @@ def load_counted(path, strategy, degrees):
         return other_sum(folder, names)
 
     archive.broken, sharded.other_sum = counted, counted_parts
-    strategy = mesh(**degrees) if strategy == "mesh" else strategy
-    run = trainer(strategy, devices=2, callbacks=[Stop()], max_steps=4)
+    if strategy == "mesh":
+        run = trainer(mesh(**degrees), devices=2, callbacks=[Stop()], max_steps=4)
+    else:
+        os.chdir(path.parent)
+        quiet: dict[str, Any] = {"enable_model_summary": False, "logger": False}
+        run = Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=strategy,
+            callbacks=[Stop()],
+            max_steps=4,
+            **quiet,
+        )
     module, peaks = Task(), []
     load = run.strategy.load_checkpoint
 
@@ -126,7 +140,7 @@ def load_counted(path, strategy, degrees):
     run.strategy.load_checkpoint = measured
     with suppress(Resumed):
         run.fit(module, ckpt_path=path)
-    own = [p.to_local() if hasattr(p, "to_local") else p for p in module.parameters()]
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
     share = 4 * sum(p.numel() for p in own)
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
     return compared, peaks[0], share, maps
@@ -148,6 +162,17 @@ def test_each_record_is_compared_by_one_rank_which_keeps_only_its_part(ranks, fi
         # two moments of AdamW; the weights were there
         assert 1.9 * share < rest < 2.1 * share + MIB // 4
         assert peak < 1.3 * 2 * share + MIB // 4
+        assert maps == []
+
+
+def test_ranks_of_ddp_divide_the_sums_and_own_what_they_keep(ranks, files):
+    """The weights are copied out of the file's pages, and the states are read."""
+    found = ranks(load_counted, 2, files / "single.ckpt", "ddp", {})
+    with zipfile.ZipFile(files / "single.ckpt") as table:
+        every = sorted(each for each in table.namelist() if "/data/" in each)
+    assert sorted(each for rank in found for each in rank[0]) == every
+    for _, (peak, rest), share, maps in found:
+        assert 1.9 * share < rest <= peak < 2.1 * share + MIB // 4
         assert maps == []
 
 
