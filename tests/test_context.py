@@ -178,6 +178,50 @@ def lost_gradients():
     return mock.patch.object(context, "_add", dropped)
 
 
+@contextmanager
+def journal():
+    """What a ring does, in order: ("post" or "wait", a message, its bytes) and ("block",)."""
+    events = []
+    begin, receive = context._Passing.__init__, context._Passing.received
+
+    def post(self, sent, *rest):
+        events.append(("post", id(self), sent.nbytes))
+        begin(self, sent, *rest)
+
+    def wait(self):
+        events.append(("wait", id(self), 0))
+        return receive(self)
+
+    def noted(function):
+        def block(*args, **how):
+            events.append(("block", 0, 0))
+            return function(*args, **how)
+
+        return block
+
+    with (
+        mock.patch.object(context._Passing, "__init__", post),
+        mock.patch.object(context._Passing, "received", wait),
+        mock.patch.object(context, "attention", noted(attention)),
+        mock.patch.object(context, "attention_backward", noted(attention_backward)),
+    ):
+        yield events
+
+
+def idle(events):
+    """Messages that nothing is computed between their start and their end."""
+    flying, found = {}, 0
+    for kind, message, _ in events:
+        if kind == "post":
+            flying[message] = False
+        elif kind == "block":
+            flying = dict.fromkeys(flying, True)
+        else:
+            found += not flying.pop(message)
+    assert not flying
+    return found
+
+
 FAULTS = (swapped_merge, forgotten_log_sum_exp, other_scale, wrong_half, lost_gradients)
 
 
@@ -216,18 +260,22 @@ def measure(lengths):
 
     with mock.patch.object(context, "attention", noted):
         ring(*parts[:3])
-    sent = {}
+    with journal() as events:
+        out = ring(*parts[:3])
+        forward = len(events)
+        out.sum().backward()
+    missed = {}
     for fault in FAULTS:
         with fault():
-            sent[fault.__name__] = compare(torch.float64, 64)
-    return far, peaks, shapes, sent
+            missed[fault.__name__] = compare(torch.float64, 64)
+    return far, peaks, shapes, (events[:forward], events[forward:]), missed
 
 
 @pytest.mark.parametrize("world", BOUNDS)
 def test_a_ring_is_the_attention_of_one_process_at_a_share_of_its_memory(ranks, world):
     lengths = {torch.float64: 256, torch.float32: 512, torch.bfloat16: 256}
     everywhere = ranks(measure, world, lengths)
-    for rank, (far, peaks, shapes, _) in enumerate(everywhere):
+    for rank, (far, peaks, shapes, (forward, backward), _) in enumerate(everywhere):
         assert far.pop("three heads") < FAR[torch.float64]
         for dtype in lengths:
             assert far[str(dtype)] < FAR[dtype], (rank, far)
@@ -238,6 +286,18 @@ def test_a_ring_is_the_attention_of_one_process_at_a_share_of_its_memory(ranks, 
         earlier, later = (t, t // 2, False), (t // 2, t, False)  # halves that nobody sees: left out
         blocks = [(t, t, True), *[earlier] * rank, *[later] * (world - 1 - rank)]
         assert [each[1:] for each in shapes[:world]] == blocks
+        assert (idle(forward), idle(backward)) == (0, 1)  # the last gradients have no block left
+        messages = len(shapes) // world * (world - 1)
+        assert [sum(e[0] == "post" for e in part) for part in (forward, backward)] == [
+            messages,
+            2 * messages,
+        ]
+    activation = B * H * T * K * 4
+    sent = [
+        sum(sum(e[2] for e in part) for part in parts)
+        for parts in zip(*(each[3] for each in everywhere), strict=True)
+    ]
+    assert sent == [1.5 * activation * (world - 1), 3 * activation * (world - 1)]
     for fault in FAULTS:
         assert max(faults[fault.__name__] for *_, faults in everywhere) > 1e-3, fault.__name__
 
