@@ -29,9 +29,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -326,7 +325,7 @@ class _Neighbours:
     """The ranks of a ring, and what they send one another at each step."""
 
     def __init__(self, group: str) -> None:
-        self.group = _resolve_process_group(group)
+        self.group: Any = distributed_c10d._resolve_process_group(group)  # pyright: ignore
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def back(self, step: int) -> int:
