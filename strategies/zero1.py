@@ -69,6 +69,23 @@ def owners(parameters: Iterable[Tensor], load: list[int]) -> dict[Tensor, int]:
     return owner
 
 
+def refuse_shards(module: nn.Module, group: ProcessGroup, apart: Set[Tensor]) -> None:
+    """ValueError if ranks of the group have different parts of a parameter."""
+    ranks = set(dist.get_process_group_ranks(group))
+    for name, parameter in module.named_parameters():
+        if not isinstance(parameter, DTensor) or parameter in apart:
+            continue
+        mesh: Any = parameter.device_mesh
+        for axis, placement in enumerate(parameter.placements):
+            here = set(dist.get_process_group_ranks(mesh.get_group(axis)))
+            if not placement.is_replicate() and len(here & ranks) > 1:
+                raise ValueError(
+                    f"zero1: {name} is sharded over the ranks that it is to be owned by;"
+                    " allowed: whole parameters, or shards over tp; leave fully_shard to the"
+                    " strategy, or type --trainer.strategy zero3"
+                )
+
+
 class OwnedGradients:
     """Reduces gradients to the ranks that own their parameters, and shares the optimizer steps.
 
@@ -80,7 +97,8 @@ class OwnedGradients:
         apart: parameters that are reduced elsewhere
 
     Raises:
-        ValueError: an optimizer calls its closure several times a step.
+        ValueError: an optimizer calls its closure several times a step, or a parameter is sharded
+            over these ranks.
     """
 
     def __init__(
@@ -93,6 +111,7 @@ class OwnedGradients:
     ) -> None:
         """Find an owner for each parameter."""
         self.module, self.group, self.apart = module, group, apart
+        refuse_shards(module, group, apart)
         self.find_readers = find_readers
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.in_pairs = dist.get_backend(group) in PAIRED

@@ -1,6 +1,7 @@
 """ZeRO-1: 2 W are sent, less is held than with ddp, and what reads gradients sees all of them."""
 
 import os
+import re
 import time
 from contextlib import ExitStack
 
@@ -426,6 +427,62 @@ def test_four_steps_equal_one_process(single, everywhere, case):
     bound = 1e-13 if case == "double precision" else 2e-6
     for found in everywhere:
         assert furthest(found[case], single[case]) < bound
+
+
+class Sparse(Net):
+    """An embedding with sparse gradients."""
+
+    def __init__(self):
+        super().__init__(width=16, layers=1, optimizer=torch.optim.SGD)
+        self.table = nn.Embedding(5, 16, sparse=True)
+
+    def loss(self, x):
+        return super().loss(x + self.table(x.argmax(1) % 5))
+
+
+class Irregular(Twice):
+    """Uses a layer once, and in the third step twice."""
+
+    def loss(self, x):
+        again = checkpoint(self.net, x.requires_grad_(), use_reentrant=True)
+        loss = Net.loss(self, again)
+        if self.global_step == 2:
+            loss = Net.loss(self, checkpoint(self.net, again, use_reentrant=True))
+        return loss
+
+
+class ShardsItself(Net):
+    """Shards its head over the ranks that own parameters."""
+
+    def __init__(self):
+        super().__init__(width=16, layers=1)
+
+    def configure_model(self):
+        torch.distributed.fsdp.fully_shard(self.head, mesh=self.device_mesh["data_parallel"])
+
+
+REFUSED = {
+    Sparse: "zero1: the gradient of table.weight is sparse; allowed: dense gradients; set",
+    Irregular: "zero1: the gradient of net.* arrives more often than in earlier steps",
+    ShardsItself: "zero1: head.weight is sharded over the ranks that it is to be owned by; allowed",
+}
+
+
+def refusals():
+    found = {}
+    for kind in REFUSED:
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            fit(built(kind))
+        found[kind.__name__] = str(error.value)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_what_zero1_cannot_do_is_refused_in_one_line(ranks):
+    for found in ranks(refusals, 2):
+        for kind, words in REFUSED.items():
+            assert re.search(words, found[kind.__name__])
+            assert "\n" not in found[kind.__name__]
 
 
 class Peak(L.Callback):
