@@ -89,9 +89,10 @@ def collectives(
     to each other rank (gloo; a parameter of 1 MiB or more is sent apart, in pieces of 8 MiB).
     Tensor parallelism sums twice a block in each direction, which `sequence` does in two halves.
     A mixture sends tokens there and back, in each direction. In a ring a rank sends keys and values
-    to n - 1 others, forward and backward, and gradients of theirs back to them: 3 (n - 1) messages
-    for each of the `pieces` of heads (strategies/context.py). Each boundary of `stages` is crossed
-    by each micro-batch both ways, and the last stage tells the loss. (Not for a ring and stages.)
+    to n - 1 others, forward and backward, and gradients of theirs back to them; backward for each
+    of the `pieces` of heads, forward for two at most (strategies/context.py). Each boundary of
+    `stages` is crossed by each micro-batch both ways, and the last stage tells the loss. (Not for a
+    ring and stages.)
 
     collectives(12, shards=8)["all_gather"]  # 26
     """
@@ -111,7 +112,7 @@ def collectives(
         found["all_reduce"] += 4 * layers
     found["all_to_all"] = 4 * layers if ep > 1 else 0
     found["broadcast"] = int(stages > 1)
-    ring = layers * pieces * cp * 3 * (cp - 1)
+    ring = layers * cp * (cp - 1) * (min(pieces, 2) + 2 * pieces)
     found["send"] = alike * (ring + 2 * microbatches * (stages - 1))
     found["send"] += 2 * buckets * data * (data - 1) * tp if zero == 1 else 0
     return found

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .block_attention import attention, attention_backward, exact
 
+FORWARD, BACKWARD = 2, {2: 8, 3: 8}  # parts of the heads, by ranks; backward there are more buffers
 SHORTEST = {"cpu": 2**16, "cuda": 2**22}  # bytes of a message for which heads are taken apart
 
 
@@ -161,15 +162,15 @@ def seen(rank: int, source: int, length: int) -> int:
     return length // 2 if source < rank else length
 
 
-def pieces(key: Tensor, ranks: int) -> list[tuple[slice, slice]]:
+def pieces(key: Tensor, parts: int) -> list[tuple[slice, slice]]:
     """Which sequences and heads of a key (b h t k) go round the ring at a time.
 
-    The buffers of the ring hold one piece: of two ranks an eighth of the heads, of more a quarter,
-    unless messages would be too short for the device. (Fewer heads: less memory, more messages.)
+    The buffers of the ring hold one piece, of `parts` equal ones where there are as many heads, and
+    of fewer where messages would be too short for the device.
     """
     batch, heads = key.shape[:2]
     size = 2 * key.numel() * key.element_size()  # of keys and values
-    parts = min(max(4, 16 // ranks), max(1, size // SHORTEST.get(key.device.type, 2**22)))
+    parts = min(parts, max(1, size // SHORTEST.get(key.device.type, 2**22)))
     across = max(1, heads // parts)
     rows = batch if parts <= heads else max(1, batch * heads // parts)
     return [
@@ -188,7 +189,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
     """
     ring, length = _Neighbours(group), query.shape[2]
     out, lse = _results(query)
-    for piece in pieces(key, ring.ranks):
+    for piece in pieces(key, FORWARD):
         own = _packed(key[piece], value[piece], key.dtype)
         block, q, spread, result = own, query[piece], lse[piece], out[piece]
         total = _total(result, lse.dtype)
@@ -221,7 +222,7 @@ def ring_attention_backward(
     ring, length = _Neighbours(group), query.shape[2]
     results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     add: Callable[[], None] | None = None  # the gradients that are on their way to this rank
-    for piece in pieces(key, ring.ranks):
+    for piece in pieces(key, BACKWARD.get(ring.ranks, 4)):
         own = _packed(key[piece], value[piece], key.dtype)
         block, inputs = own, [each[piece] for each in (d_out, query, out, lse)]
         d_piece = [each[piece] for each in results]

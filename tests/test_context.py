@@ -17,6 +17,7 @@ from tensor_bytes import tensor_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from ravine.lightning_modules.accounting import collectives
 from ravine.lightning_modules.language.transformer import Transformer
 from ravine.strategies import block_attention, context
 from ravine.strategies.block_attention import attention, attention_backward
@@ -113,15 +114,15 @@ def test_the_kernels_of_a_gpu_take_what_they_are_given(name, dtype):
 
 
 def test_pieces_cover_every_head_of_every_sequence_once():
-    for batch, heads, ranks in ((1, 8, 2), (1, 8, 4), (3, 2, 2), (2, 12, 2), (4, 1, 4), (1, 3, 8)):
+    for batch, heads, parts in ((1, 8, 2), (1, 8, 4), (3, 2, 8), (2, 12, 8), (4, 1, 4), (1, 3, 8)):
         key = torch.zeros(batch, heads, 512, 64)
         count = torch.zeros(batch, heads)
-        for piece in pieces(key, ranks):
+        for piece in pieces(key, parts):
             count[piece] += 1
         assert (count == 1).all()
-    assert len(pieces(torch.zeros(1, 8, 512, 64), 2)) == 8
-    assert len(pieces(torch.zeros(4, 2, 512, 64), 2)) == 8
-    assert len(pieces(torch.zeros(1, 8, 16, 4), 2)) == 1  # messages would be too short
+    assert len(pieces(torch.zeros(1, 8, 512, 64), 8)) == 8
+    assert len(pieces(torch.zeros(4, 2, 512, 64), 8)) == 8
+    assert len(pieces(torch.zeros(1, 8, 16, 4), 8)) == 1  # messages would be too short
 
 
 def test_every_rank_has_the_same_work_and_all_the_pairs_of_a_causal_mask():
@@ -287,11 +288,11 @@ def test_a_ring_is_the_attention_of_one_process_at_a_share_of_its_memory(ranks, 
         blocks = [(t, t, True), *[earlier] * rank, *[later] * (world - 1 - rank)]
         assert [each[1:] for each in shapes[:world]] == blocks
         assert (idle(forward), idle(backward)) == (0, 1)  # the last gradients have no block left
-        messages = len(shapes) // world * (world - 1)
-        assert [sum(e[0] == "post" for e in part) for part in (forward, backward)] == [
-            messages,
-            2 * messages,
-        ]
+        steps = [sum(e[0] == "block" for e in part) // world for part in (forward, backward)]
+        sends = [sum(e[0] == "post" for e in part) for part in (forward, backward)]
+        assert sends == [steps[0] * (world - 1), 2 * steps[1] * (world - 1)]
+        counted = collectives(1, cp=world, pieces=steps[1])["send"]
+        assert sum(sends) * world == counted
     activation = B * H * T * K * 4
     sent = [
         sum(sum(e[2] for e in part) for part in parts)
