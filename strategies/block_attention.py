@@ -60,6 +60,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value over this block of keys; out and lse are over all keys."""
     kernel = _kernel(query, key, value, causal)
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()  # that of a sum has strides of 0
     if kernel == "flash":
         seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of a dropout of 0
         lengths = (None, None, query.shape[2], key.shape[2])
