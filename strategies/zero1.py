@@ -558,9 +558,12 @@ def _joined_gradients(message: Message) -> Tensor:
             parts.append(part.new_zeros(part.numel()))
         else:
             parts.append(_part(gradient).view(-1))
-    flags = [float(p.grad is not None) for p in message.flagged]
-    device = _part((*message.parameters, *message.flagged)[0]).device
-    return torch.cat([*parts, torch.tensor(flags, dtype=message.dtype, device=device)])
+    like = _part((*message.parameters, *message.flagged)[0])
+    flags = like.new_ones(len(message.flagged), dtype=message.dtype)
+    for number, p in enumerate(message.flagged):
+        if p.grad is None:
+            flags[number] = 0
+    return torch.cat([*parts, flags])
 
 
 def _flags(data: Tensor, message: Message) -> list[bool]:
