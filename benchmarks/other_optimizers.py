@@ -3,6 +3,7 @@
     python -m benchmarks.other_optimizers --site FOLDER --install     the packages of the list
     python -m benchmarks.other_optimizers --site FOLDER               all classes, one process each
     python -m benchmarks.other_optimizers --site FOLDER --ranks       40 of them on two ranks (ddp)
+    python -m benchmarks.other_optimizers --site FOLDER --ranks --strategy zero3     29, on shards
 
 Each class is tried in a process that is forked from one that has imported everything: 6 steps; the
 same, saved at 3 and continued to 6; and the plan's default decay against two groups written by
@@ -41,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -54,6 +56,37 @@ LIST = Path(__file__).with_suffix(".txt")
 LARGE = {n: f"{n}.optim" for n in ("timm", "torchao", "bitsandbytes")}  # only this part is read
 STEPS, CUT = 6, 3
 RANKS, CLASSES_ON_RANKS = 2, 40
+ON_SHARDS = (  # of each kind: elementwise, per tensor, coupled, with a state of its own
+    "torch.optim.Rprop",
+    "torch.optim.RMSprop",
+    "torch.optim.ASGD",
+    "pytorch_optimizer.Lamb",
+    "pytorch_optimizer.SOAP",
+    "pytorch_optimizer.Adan",
+    "pytorch_optimizer.NovoGrad",
+    "pytorch_optimizer.LARS",
+    "pytorch_optimizer.SM3",
+    "pytorch_optimizer.Shampoo",
+    "pytorch_optimizer.AdamP",
+    "pytorch_optimizer.ADOPT",
+    "pytorch_optimizer.Prodigy",
+    "prodigyopt.Prodigy",
+    "dadaptation.DAdaptAdam",
+    "adv_optm.AdamW_adv",
+    "pytorch_optimizer.AdaFactor",
+    "pytorch_optimizer.CAME",
+    "bitsandbytes.optim.Adam",
+    "adabelief_pytorch.AdaBelief",
+    "schedulefree.AdamWScheduleFree",
+    "pytorch_optimizer.Lion",
+    "timm.optim.Lamb",
+    "optimi.AdamW",
+    "adam_atan2_pytorch.AdamAtan2",
+    "pytorch_optimizer.Yogi",
+    "galore_torch.GaLoreAdamW",
+    "heavyball.SOAP",
+    "timm.optim.Muon",
+)
 NEAR = 2e-3  # of a weight, two ranks against one process: rounding, grown by signs and roots
 Factory = Callable[[Any], Optimizer]
 
@@ -61,6 +94,7 @@ Factory = Callable[[Any], Optimizer]
 class Net(L.LightningModule):
     """Two layers, one of more than 4096 weights: 8-bit optimizers keep less in float32."""
 
+    strategy = "ddp"  # on several ranks
     rows = 32  # 8 where ranks are compared with one process: a step has all, in whatever order
 
     def __init__(self, factory: Factory | None = None, by_hand: bool = False, ranks: int = 1):
@@ -123,7 +157,9 @@ def fit(
     module = Net(factory, by_hand, ranks)
     callbacks: list[L.Callback] = [ExactResume(), *([plan] if plan else [])]
     callbacks += [SaveAt(file)] if save and not resume else []
-    many: dict[str, Any] = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {"devices": 1}
+    many: dict[str, Any] = (
+        {"strategy": Net.strategy, "devices": ranks} if ranks > 1 else {"devices": 1}
+    )
     trainer = None
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -135,7 +171,11 @@ def fit(
             trainer.fit(module, ckpt_path=str(file) if resume else None, weights_only=not stock)
     except BaseException as error:
         return None, error, trainer.global_step if trainer is not None else 0
-    return {k: v.detach().clone() for k, v in module.state_dict().items()}, None, STEPS
+    weights = {
+        k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone()
+        for k, v in module.state_dict().items()
+    }
+    return weights, None, STEPS
 
 
 def far(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -394,7 +434,8 @@ def main() -> None:
     parser.add_argument("--site", type=Path, required=True, help="where the packages are")
     parser.add_argument("--install", action="store_true", help="install them there first")
     parser.add_argument("--only", default="", help="classes whose path matches this pattern")
-    parser.add_argument("--ranks", action="store_true", help="40 classes, ddp 2")
+    parser.add_argument("--ranks", action="store_true", help="40 classes on two ranks")
+    parser.add_argument("--strategy", default="ddp", help="with --ranks: ddp, zero1, zero2, zero3")
     parser.add_argument("--limit", type=int, default=90, help="seconds of a processor, a class")
     parser.add_argument("--dry", action="store_true", help="store no rows")
     given = parser.parse_args()
@@ -404,13 +445,19 @@ def main() -> None:
     quiet()
     if (given.site / "heavyball").exists():  # it insists on compilation, which needs minutes
         importlib.import_module("heavyball").utils.compile_mode = None
-    found = classes(installed(given.site))
+    if given.ranks and given.strategy != "ddp":
+        found = {}
+        for path in ON_SHARDS:
+            module, _, name = path.rpartition(".")
+            found[path] = getattr(importlib.import_module(module), name)
+    else:
+        found = classes(installed(given.site))
     found = {path: kind for path, kind in found.items() if re.search(given.only, path)}
     print(f"{len(found)} classes", flush=True)
     gc.collect()
     gc.freeze()  # or each fork's collector would touch, and so copy, all that was imported
     if given.ranks:
-        Net.rows = 8
+        Net.rows, Net.strategy = 8, given.strategy
         rows = on_ranks(found, given.limit, given.dry)
     else:
         rows = {}
@@ -452,6 +499,8 @@ def on_ranks(found: dict[str, type], limit: int, dry: bool) -> dict[str, dict[st
     paths = [row["class"] for row in known if row.get("trains") and row["class"] in found]
     paths = sorted(set(paths))
     chosen = [paths[i * len(paths) // CLASSES_ON_RANKS] for i in range(CLASSES_ON_RANKS)]
+    on_shards = Net.strategy != "ddp"
+    chosen = list(found) if on_shards else chosen
     rows = {}
     for path in dict.fromkeys(chosen):
         row = forked(found[path], limit, RANKS)
@@ -466,7 +515,9 @@ def on_ranks(found: dict[str, type], limit: int, dry: bool) -> dict[str, dict[st
             row["verdict"] += ", as one process" if away < NEAR else ", not as one process"
         rows[path] = row
         if not dry:
-            store("other_optimizers_ranks", path, row)
+            if on_shards:
+                row["strategy"] = Net.strategy
+            store("other_optimizers_shards" if on_shards else "other_optimizers_ranks", path, row)
         print(
             f"{row['verdict']:32} {path:60} {row.get('from_one_process', '')} {row['plan'][:100]}",
             flush=True,

@@ -61,11 +61,24 @@ def outcome(argv: list[str]) -> int:
         error = errors.original(raised)
         status = errors.status(error)
         if status is None:
-            raise error from error.__cause__
+            told = sharding_error(error)
+            if told is None:
+                raise error from error.__cause__
+            error, status = told, 2
         if os.environ.get("RAVINE_DEBUG"):
             traceback.print_exc()
         errors.say(errors.words(error, words))
         return status
+
+
+def sharding_error(error: Exception) -> Exception | None:
+    """An error of sharded tensors in a hook of a module or callback, as one line; else None."""
+    found = sys.modules.get("ravine.strategies.sharding_errors")  # with it, something was sharded
+    if found is None or os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0"):
+        return None
+    if not found.of_shards(error):
+        return None
+    return found.ShardingError(found.text("the module or a callback", error, "in a hook"))
 
 
 def asks_only(words: list[str]) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import sharded, states
+from .buffer_sync import BufferSync
 from .checkpoint_io import (
     AtomicCheckpointIO,
     check_folder,
@@ -49,7 +50,9 @@ from .parallelize import (
 from .pipeline import SCHEDULES, Pipeline, Schedule
 from .plain_values import with_plain_hyperparameters
 from .recompute import Mode
+from .sharded_optimizer import owns, refuse_coupled_members, shard_steps, share_methods
 from .sharded_parameter import GatherOnUse, is_marked
+from .sharding_errors import in_one_line
 from .stock_callbacks import refuse_stock_callbacks
 from .zero1 import OwnedGradients
 
@@ -126,6 +129,7 @@ class MeshStrategy(ModelParallelStrategy):
         self.context: Context | None = None
         self.originals: OriginalParameters | None = None  # with ZeRO-2 and 3
         self.gather: GatherOnUse | None = None  # with ZeRO-2 and 3
+        self.buffers: BufferSync | None = None
         self.gradients: OwnedGradients | None = None  # with ZeRO-1
         self.when_joined: Callable[[], None] | None = None  # called before the mesh is made
         self.frees = False  # whether gradients are freed before the forward pass
@@ -205,6 +209,8 @@ class MeshStrategy(ModelParallelStrategy):
         if self.zero > 1 and self.layout.tp.size() * self.layout.degrees["pp"] == 1 and not foreign:
             self.gather = GatherOnUse(module)
             self.gather.mark()
+        if self.layout.data.size() > 1:
+            self.buffers = BufferSync(module, self.layout.data.get_group())
         whole = self.spread.whole()
         if trainer.gradient_clip_val and whole:
             degrees = self.layout.degrees
@@ -237,6 +243,7 @@ class MeshStrategy(ModelParallelStrategy):
         if self.originals is not None and self.layout.degrees["pp"] == 1:
             for optimizer in self.optimizers:
                 self.originals.update_optimizer(optimizer)
+        self._prepare_optimizers()
         if self.gradients is not None:
             self.gradients.close()
             self.gradients = None
@@ -263,6 +270,17 @@ class MeshStrategy(ModelParallelStrategy):
         """With ZeRO-1, the parameters that the last backward pass has reached on this rank."""
         return () if self.gradients is None else self.gradients.arrived
 
+    def _prepare_optimizers(self) -> None:
+        """Let optimizers that know nothing of shards step them; those added later, too."""
+        for optimizer in self.optimizers:
+            if self.zero > 1:
+                shard_steps(optimizer)
+                for wrapper in self._lightning_optimizers:
+                    if wrapper.optimizer is optimizer:
+                        share_methods(optimizer, wrapper)
+            elif self.world_size > 1:
+                refuse_coupled_members(optimizer)
+
     def on_train_start(self) -> None:
         """Find out whether anything reads gradients after an optimizer step."""
         super().on_train_start()
@@ -282,6 +300,14 @@ class MeshStrategy(ModelParallelStrategy):
 
     def training_step(self, batch: Any, *args: Any) -> Any:
         """The module's step, on this rank's part of each sequence."""
+        if self.buffers is not None:
+            self.buffers.before_step()
+        result = self._training_step(batch, *args)
+        if self.buffers is not None:
+            self.buffers.after_step()
+        return result
+
+    def _training_step(self, batch: Any, *args: Any) -> Any:
         batch = self.context.cut(batch) if self.context else batch
         with self.context.sober() if self.context else nullcontext():
             if self.pipeline is None:
@@ -313,11 +339,19 @@ class MeshStrategy(ModelParallelStrategy):
         """Run a step of the module with its small children and weights it uses itself gathered."""
         unit = self._spread.step_unit
         step = step if self.gather is None else self.gather.around(step)
-        return step(*args) if unit is None else unit(step, *args)
+        with in_one_line(self.lightning_module, "in its step"):
+            return step(*args) if unit is None else unit(step, *args)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Go backward; errors of sharded tensors are told in one line."""
+        with in_one_line(self.lightning_module, "in the backward pass"):
+            return super().backward(*args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Step; what is gathered then has old values, and is freed."""
-        result = super().optimizer_step(*args, **kwargs)
+        self._prepare_optimizers()
+        with in_one_line(self.lightning_module, "in an optimizer step"):
+            result = super().optimizer_step(*args, **kwargs)
         if self.gather_once and self.lightning_module is not None:
             for unit in units(self.lightning_module):
                 unit.reshard()
@@ -395,10 +429,13 @@ class MeshStrategy(ModelParallelStrategy):
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         assert self.lightning_module is not None
-        owners = self.gradients.owner if self.gradients else {}
+        owners = bool(self.gradients and self.gradients.owner)
+        owners |= any(self._whole(p) for p in self.lightning_module.parameters())
         group = self.layout.data.get_group() if owners and self.layout else None
-        parts = self._save_distributed_checkpoint
-        return states.optimizer_state(self.lightning_module, optimizer, parts, group, self._stages)
+        how = (self._save_distributed_checkpoint, group, self._stages)
+        return states.optimizer_state(
+            self.lightning_module, optimizer, *how, lambda p: bool(self._owner_here(p))
+        )
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -424,10 +461,12 @@ class MeshStrategy(ModelParallelStrategy):
             if path.is_dir():
                 check_folder(path)
                 states.refuse_others(module, self.sizes(), states.sizes_in(path))
-                return states.load_parts(module, optimizers, path, self._owned, self._stages)
+                return states.load_parts(
+                    module, optimizers, path, self._owned, self._stages, self._whole
+                )
             checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         states.refuse_others(module, self.sizes(), states.sizes(checkpoint["state_dict"]))
-        states.load(module, optimizers, checkpoint, self._owned, self._stages)
+        states.load(module, optimizers, checkpoint, self._owned, self._stages, self._whole)
         return checkpoint
 
     def sizes(self) -> states.Sizes:
@@ -437,7 +476,17 @@ class MeshStrategy(ModelParallelStrategy):
             return states.sizes(self.lightning_module.state_dict())
 
     def _owned(self, parameter: Tensor) -> bool:
+        """Whether this rank has state of a parameter: its shard's, or all of it."""
+        return self._owner_here(parameter) is not False
+
+    def _whole(self, parameter: Tensor) -> bool:
+        """Whether a sharded parameter's state is whole, on one rank."""
+        return owns(self.optimizers, parameter) is not None
+
+    def _owner_here(self, parameter: Tensor) -> bool | None:
+        """Whether this rank owns a parameter; None where each rank has state of its shard."""
         assert self.layout is not None
-        rank = self.layout.data.get_local_rank()
         owners = self.gradients.owner if self.gradients else {}
-        return owners.get(parameter, rank) == rank
+        if parameter in owners:
+            return owners[parameter] == self.layout.data.get_local_rank()
+        return owns(self.optimizers, parameter)

@@ -20,7 +20,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import (
+    Tensor,
+    _foreach_copy_,  # pyright: ignore[reportPrivateImportUsage]
+    nn,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -31,7 +35,8 @@ from .parallelize import units
 CHECK_EVERY = 50  # backward passes between two looks for writes into copies in half precision
 
 _unmodified = torch._C.DisableTorchFunctionSubclass
-_DATA, _GRAD = torch.Tensor.data, torch.Tensor.grad  # properties
+_DATA: Any = torch.Tensor.data  # properties
+_GRAD: Any = torch.Tensor.grad
 _GET_DATA, _SET_DATA, _GET_GRAD = _DATA.__get__, _DATA.__set__, _GRAD.__get__
 # attributes that are computed from the values, and methods that are not
 _COMPUTED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
@@ -192,7 +197,7 @@ class GatherOnUse:
 
     def mark(self) -> None:
         """Let the sharded parameters of all units follow the rules of this file."""
-        found = [unit._get_fsdp_state() for unit in units(self.module)]
+        found: list[Any] = [unit._get_fsdp_state() for unit in units(self.module)]
         inner = [
             part._get_fsdp_state()
             for unit in units(self.module)
@@ -326,6 +331,11 @@ class _Rows:
             self.shards.append(shard)
         self.alike = all(c.dtype == s.dtype for c, s in zip(self.copies, self.shards, strict=True))
 
+    def are_old(self) -> bool:
+        """Whether the shards have been moved since."""
+        pairs = zip(self.shards[:1], self.parameters, strict=False)
+        return any(s.data_ptr() != p.sharded_param.to_local().data_ptr() for s, p in pairs)
+
 
 def _gathered(parameter: Any) -> Tensor:
     """FSDP2's memory of a gathered parameter, without its padding."""
@@ -336,12 +346,8 @@ def _gathered(parameter: Any) -> Tensor:
 @torch.no_grad()
 def _write_back(group: Any, refuse: Callable[[Any], None], look: bool) -> None:
     """Copy the gathered parameters of one group to the shards, where they have been written."""
-    rows = vars(group).get("_written_rows")
-    moved = rows is None or any(
-        shard.data_ptr() != p.sharded_param.to_local().data_ptr()
-        for shard, p in zip(rows.shards[:1], rows.parameters, strict=False)
-    )
-    if moved:
+    rows: Any = vars(group).get("_written_rows")
+    if rows is None or rows.are_old():
         rows = group._written_rows = _Rows(group)
     for p in rows.parameters:
         copy = p._unsharded_param
@@ -352,7 +358,7 @@ def _write_back(group: Any, refuse: Callable[[Any], None], look: bool) -> None:
             own.copy_(copy)
             copy.data = own
     if rows.alike:
-        torch._foreach_copy_(rows.shards, rows.copies)
+        _foreach_copy_(rows.shards, rows.copies)
     elif look:
         for p, copy, shard in zip(rows.parameters, rows.copies, rows.shards, strict=True):
             if not torch.equal(copy, shard.to(copy.dtype)):

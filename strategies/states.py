@@ -111,10 +111,12 @@ def optimizer_state(
     parts: bool,
     owners: ProcessGroup | None,
     stages: Stages | None,
+    owned: Owned = lambda parameter: True,
 ) -> dict[str, Any]:
     """The optimizer's state_dict: this rank's parts, or all on rank 0.
 
-    With ZeRO-1 `owners` are the ranks that keep the state of different parameters.
+    Where parameters have owners (ZeRO-1, optimizers that need whole tensors), `owners` are the
+    ranks that keep the state of different parameters; `owned` is false for those of other ranks.
     """
     place = numbers(module, stages)
     saved = optimizer.state_dict()
@@ -141,6 +143,8 @@ def optimizer_state(
         if "members" in saved:  # further state of optimizers, the same on every rank
             saved["members"] = tree_map_only(Tensor, here, saved["members"])
         device = _device(module)
+        if ranks and rank not in keepers:  # what is sharded is on the keepers already
+            state = {place[p]: state[place[p]] for p in place if place[p] in state and owned(p)}
         if owners is not None and ranks[0] in keepers:
             state = _merged(to_first(state, owners, device))
         if stages is not None and rank in keepers:
@@ -159,8 +163,12 @@ def load(
     checkpoint: dict[str, Any],
     owned: Owned,
     stages: Stages | None,
+    whole: Owned = lambda parameter: False,
 ) -> None:
-    """Set weights and optimizers from a checkpoint of whole tensors."""
+    """Set weights and optimizers from a checkpoint of whole tensors.
+
+    Of parameters that are `whole`, the state is whole on the rank that owns it.
+    """
     state, ours = checkpoint["state_dict"], module.state_dict()
     if stages is not None:
         state = {name: value for name, value in state.items() if name in ours}
@@ -171,7 +179,7 @@ def load(
     _refuse_too_few(optimizers, states)
     place = numbers(module, stages) if stages else None
     for optimizer, state in zip(optimizers, states, strict=True):
-        _load_optimizer(optimizer, state, owned, place, mapped=True)
+        _load_optimizer(optimizer, state, owned, place, whole, mapped=True)
 
 
 @torch.no_grad()
@@ -192,6 +200,7 @@ def load_parts(
     path: Path,
     owned: Owned,
     stages: Stages | None,
+    whole: Owned = lambda parameter: False,
 ) -> dict[str, Any]:
     """Set weights and optimizers from a folder, of which each rank reads its parts."""
     checkpoint = sharded.read_meta(path)
@@ -211,7 +220,8 @@ def load_parts(
             if optimizers and at[2] != "state":
                 tensors[at] = sharded.like(entry, None)
             elif optimizers and at[3] in parameters:
-                tensors[at] = sharded.like(entry, parameters[int(at[3])])
+                parameter = parameters[int(at[3])]
+                tensors[at] = sharded.like(entry, None if whole(parameter) else parameter)
         elif at[0] != "state_dict" and (stages is None or at[-1] in named):
             tensors[at] = sharded.like(entry, named.get(str(at[-1])))
     sharded.read(path, tensors)
@@ -220,7 +230,7 @@ def load_parts(
     states = checkpoint.pop("optimizer_states", []) if optimizers else []
     _refuse_too_few(optimizers, states)
     for optimizer, state in zip(optimizers, states, strict=True):
-        _load_optimizer(optimizer, state, owned, place if stages else None)
+        _load_optimizer(optimizer, state, owned, place if stages else None, whole)
     return checkpoint
 
 
@@ -287,6 +297,7 @@ def _load_optimizer(
     saved: dict[str, Any],
     owned: Owned,
     place: dict[Tensor, int] | None,
+    whole: Owned,
     mapped: bool = False,
 ) -> None:
     """Load state tensors; those shaped like their parameter are spread like it.
@@ -311,7 +322,7 @@ def _load_optimizer(
             return value
         if not isinstance(value, Tensor):
             return _copied(value) if mapped else value
-        if value.shape != parameter.shape or not isinstance(parameter, DTensor):
+        if value.shape != parameter.shape or not isinstance(parameter, DTensor) or whole(parameter):
             return value.clone() if mapped else value
         part = local_part(value, parameter)
         part = part.clone() if part.device == parameter.device else part.to(parameter.device)

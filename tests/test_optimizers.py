@@ -428,15 +428,10 @@ def test_resume_is_bitwise(name, tmp_path):
     assert furthest(train(name, resume=tmp_path / "cut.ckpt"), straight) == 0
 
 
-def sharded(layout):
-    """torch's Adafactor cannot step a DTensor; another test says what the plan says then."""
-    return [name for name in OPTIMIZERS if layout == "ddp" or name != "Adafactor"]
-
-
 def table(layout, folder):
     """In ranks: every optimizer from a single process's file, and files of this layout."""
     found = {}
-    for name in sharded(layout):
+    for name in OPTIMIZERS:
         if layout != "folder":  # zero3 reads single files the same way
             found[name] = train(name, layout, resume=folder / f"single {name}.ckpt")
         straight = train(name, layout, save=folder / f"{layout} {name}.ckpt")
@@ -447,7 +442,7 @@ def table(layout, folder):
 
 @pytest.mark.parametrize("layout", ["ddp", "zero3", "folder"])
 def test_a_run_saved_on_one_layout_continues_on_another(ranks, tmp_path, layout):
-    names = sharded(layout)
+    names = list(OPTIMIZERS)
     straight = {n: train(n, save=tmp_path / f"single {n}.ckpt") for n in names}
     for found in ranks(table, 2, layout, tmp_path):
         for name in names:
@@ -461,8 +456,6 @@ def test_a_run_saved_on_one_layout_continues_on_another(ranks, tmp_path, layout)
 
 
 def refused_on_several_ranks():
-    with pytest.raises(ValueError, match="Adafactor cannot step sharded parameters; take AdamW"):
-        train("Adafactor", "zero3")
     OPTIMIZERS["LBFGS"] = torch.optim.LBFGS
     with pytest.raises(ValueError, match=r"not possible with other optimizers .*, several ranks"):
         train("LBFGS", "ddp")

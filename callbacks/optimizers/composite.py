@@ -330,8 +330,10 @@ class Composite(Optimizer):
         plain = {m for m, each in enumerate(packed) if "whole" not in each.rest}
         for owner, saved, group in zip(self._owners, flat, groups, strict=True):
             if owner in plain:
+                shards = vars(self.members[owner]).get("_shards")  # the state may be elsewhere
                 for i, p in zip(saved["params"], group["params"], strict=True):
-                    if i not in state and id(p) not in unseen:
+                    here = shards is None or shards.keeps(p)
+                    if i not in state and id(p) not in unseen and here:
                         state[i] = _no_state()
         result: dict[str, Any] = {"state": state, "param_groups": flat}
         if any(each.rest for each in packed):

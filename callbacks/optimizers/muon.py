@@ -125,6 +125,7 @@ class MuonOptimizer(Optimizer):
     """
 
     matrices_only = True  # what rules ask
+    supports_dtensor = True
     replicas: ProcessGroup | None = None  # ranks that hold the same weights; the plan sets it
 
     def __init__(

@@ -17,8 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.optim import Adafactor, Optimizer
+from torch.optim import Optimizer
 
 from ..accumulation import optimizer_steps
 from ..checks import before_training
@@ -331,12 +330,6 @@ class OptimizerPlan(Callback):
                     "act on; leave both out, or give it one"
                 )
             _refuse_small_eps(member)
-            parameters = (p for group in member.param_groups for p in group["params"])
-            if isinstance(member, Adafactor) and any(isinstance(p, DTensor) for p in parameters):
-                raise ValueError(
-                    "torch's Adafactor cannot step sharded parameters; take AdamW, or "
-                    "--trainer.strategy ddp"
-                )
             if needs_closure(member):
                 self._refuse_closure(trainer, name, composite)
 

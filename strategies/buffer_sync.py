@@ -1,0 +1,90 @@
+"""Buffers of a sharded module are rank 0's at the start of each training step, as under DDP.
+
+BatchNorm computes its running statistics from the batch of its rank. Without a message they would
+differ, validation would average over different models, and a checkpoint would hold one of them.
+Only buffers that training changes are sent: statistics of normalization from the start, others once
+they have changed. All ranks compare after the batches 1, 3, 7, 15, ...
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from .data_parallel import STATISTICS, fingerprint
+
+
+class BufferSync:
+    """Broadcasts the changing buffers of a module from the first rank of a group.
+
+    sync = BufferSync(module, group)
+    sync.before_step(); loss = module.training_step(batch, batch_idx); sync.after_step()
+    """
+
+    def __init__(self, module: nn.Module, group: ProcessGroup) -> None:
+        """Remember what each buffer is like now; all are equal on all ranks."""
+        self.module, self.group = module, group
+        self.sent: set[str] = set()  # names of buffers that change
+        self.watched: dict[str, tuple[Any, ...]] = {}  # of those that have not changed so far
+        self._batches = 0
+        for name, buffer in _buffers(module).items():
+            if name.rpartition(".")[2] in STATISTICS:
+                self.sent.add(name)
+            else:
+                self.watched[name] = fingerprint(buffer)
+
+    def before_step(self) -> None:
+        """Send what changes; every rank of the group calls it."""
+        if self.sent and self._batches > 0:
+            self.broadcast()
+
+    def after_step(self) -> None:
+        """Compare if it is due; every rank of the group calls it."""
+        self._batches += 1
+        if self.watched and self._batches & (self._batches + 1) == 0:
+            self._find_changed()
+
+    def _find_changed(self) -> None:
+        now = _buffers(self.module)
+        changed = [
+            name in now and fingerprint(now[name]) != before
+            for name, before in self.watched.items()
+        ]
+        device = next(iter(now.values())).device if now else torch.device("cpu")
+        flags = torch.tensor(changed, dtype=torch.uint8, device=device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        for name, flag in zip(list(self.watched), flags.tolist(), strict=True):
+            if flag:
+                self.sent.add(name)
+                del self.watched[name]
+
+    @torch.no_grad()
+    def broadcast(self) -> None:
+        """Give all ranks the first rank's values: one message for each device."""
+        now = _buffers(self.module)
+        tensors = [now[name] for name in sorted(self.sent) if name in now]
+        for device in {tensor.device for tensor in tensors}:
+            here = [tensor for tensor in tensors if tensor.device == device]
+            flat = torch.cat([_bytes_of(tensor) for tensor in here])
+            dist.broadcast(flat, dist.get_global_rank(self.group, 0), group=self.group)
+            if dist.get_rank(self.group) != 0:
+                sizes = [tensor.numel() * tensor.element_size() for tensor in here]
+                for tensor, piece in zip(here, flat.split(sizes), strict=True):
+                    values = piece.clone().view(tensor.dtype)  # aligned in memory of its own
+                    tensor.copy_(values.view(tensor.shape))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Plain buffers with values, each once."""
+    return {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if not isinstance(buffer, DTensor) and not buffer.is_meta and buffer.numel()
+    }

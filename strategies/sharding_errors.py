@@ -1,0 +1,77 @@
+"""Errors of sharded tensors in a user's module, as one line that says what to type.
+
+torch's DTensor and FSDP2 raise where an operation has no rule for shards, or finds the memory of a
+gathered parameter freed. The traceback speaks of their internals; the line names the module, the
+place in its code and the strategies that give every rank whole parameters.
+"""
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+PACKAGES = [Path(str(p.__file__)).parent for p in (torch, lightning)]
+OURS = Path(__file__).resolve().parents[1]
+FOLDERS = [OURS / n for n in ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")]
+INTERNALS = [PACKAGES[0] / "distributed" / name for name in ("tensor", "fsdp")]
+TEXTS = (
+    "DTensor", "setStorage", "storage of size 0", "sharding strategy", "FSDP",
+    "data is not allocated yet",
+)  # fmt: skip
+
+
+class ShardingError(RuntimeError):
+    """A module cannot do with sharded parameters what it does."""
+
+    exit_status = 2
+
+
+@contextmanager
+def in_one_line(module: Any, place: str) -> Iterator[None]:
+    """Raise errors of sharded tensors as a ShardingError; RAVINE_TRACEBACK=1 shows them as is."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0") or not of_shards(error):
+            raise
+        raise ShardingError(text(type(module).__name__, error, place)) from error
+
+
+def of_shards(error: Exception) -> bool:
+    """Whether torch raised an error because of sharded tensors."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ShardingError) or not frames:
+        return False
+    last = Path(frames[-1].filename)
+    if any(last.is_relative_to(folder) for folder in FOLDERS) and str(frames[-1].line).startswith(
+        "raise "
+    ):
+        return False  # a sentence already
+    inside = any(Path(f.filename).is_relative_to(i) for f in frames for i in INTERNALS)
+    said = any(each in str(error) for each in TEXTS)
+    return said or (inside and isinstance(error, RuntimeError | NotImplementedError))
+
+
+def text(name: str, error: Exception, place: str) -> str:
+    """The line."""
+    said = " ".join(str(error).split())[:160]
+    return (
+        f"{name}: {place}{_own_line(error)} an operation cannot work with sharded "
+        f"parameters ({type(error).__name__}: {said}); allowed: strategies where each rank has "
+        "whole parameters: ddp, zero1; type --trainer.strategy ddp"
+    )
+
+
+def _own_line(error: Exception) -> str:
+    """The innermost place in a traceback that is of no framework."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        known = any(path.is_relative_to(folder) for folder in [*PACKAGES, *FOLDERS])
+        if path.is_absolute() and not known and "contextlib" not in path.name:
+            return f" ({path.name}:{frame.lineno})"
+    return ""

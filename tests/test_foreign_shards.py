@@ -1,0 +1,289 @@
+"""Optimizers that know nothing of shards: each kind trains as on one process, or is refused."""
+
+import random
+from functools import partial
+
+import lightning as L
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import furthest, whole
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+from ravine.callbacks import ExactResume, OptimizerPlan
+from ravine.strategies import AtomicCheckpointIO, MeshStrategy
+from ravine.strategies.optimizer_probe import measure
+
+
+class Base(Optimizer):
+    """w <- w - lr * move(gradient)."""
+
+    def __init__(self, params, lr=0.05, **settings):
+        super().__init__(params, {"lr": lr, **settings})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.begin()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p -= group["lr"] * self.move(p, p.grad, self.state[p], group)
+        return loss
+
+    def begin(self):
+        pass
+
+
+class Plain(Base):
+    """Elementwise, by operations that mix parameters and tensors of its own."""
+
+    def move(self, p, gradient, state, group):
+        if not state:
+            state["mean"], state["count"] = torch.zeros(p.shape), torch.zeros(1)
+            state["nested"] = {"last": torch.zeros(p.shape)}
+        state["count"] += 1
+        state["mean"].lerp_(gradient, 0.1)
+        state["nested"]["last"].copy_(gradient)
+        return state["mean"].sign() + 0.1 * state["nested"]["last"]
+
+
+class TrustRatio(Base):
+    """LARS and LAMB: the norm of each tensor sets its rate."""
+
+    def move(self, p, gradient, state, group):
+        mean = state.setdefault("mean", torch.zeros(p.shape)).lerp_(gradient, 0.1)
+        state["ratio"] = p.norm() / mean.norm().clamp(min=1e-6)
+        return mean * state["ratio"].clamp(max=10)
+
+
+class Factored(Base):
+    """Adafactor: means of rows and columns, in other shapes than the parameter's."""
+
+    def move(self, p, gradient, state, group):
+        if p.ndim < 2:
+            return gradient
+        rows = state.setdefault("rows", torch.zeros(p.shape[0], 1))
+        rows.lerp_(gradient.square().mean(1, keepdim=True), 0.1)
+        return gradient / rows.add(1e-3).sqrt()
+
+
+class OneRate(Base):
+    """Prodigy and D-Adaptation: one number for all parameters."""
+
+    def begin(self):
+        found = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.total = sum(float((p.grad * p).sum()) for p in found)
+
+    def move(self, p, gradient, state, group):
+        return gradient * (1 + min(abs(self.total), 1.0))
+
+
+class Modes(Plain):
+    """As schedule-free optimizers: two sets of weights, moved by train() and eval()."""
+
+    def __init__(self, params, lr=0.05):
+        super().__init__(params, lr, training=False)
+
+    def begin(self):
+        if not all(group["training"] for group in self.param_groups):
+            raise RuntimeError("train() was not called")
+
+    def train(self):
+        self._move(True, -1)
+
+    def eval(self):
+        self._move(False, 1)
+
+    @torch.no_grad()
+    def _move(self, training, sign):
+        for group in self.param_groups:
+            if group["training"] != training:
+                for p in group["params"]:
+                    if "mean" in self.state[p]:
+                        p.add_(self.state[p]["mean"], alpha=sign * 0.125)
+            group["training"] = training
+
+
+class NeedsTwo(Base):
+    """Fails in a trial, and in any run."""
+
+    def move(self, p, gradient, state, group):
+        raise RuntimeError("two of them\nare needed")
+
+
+TORCH = {
+    "elementwise": [
+        *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop"),
+        *("Rprop", "SGD"),
+    ],
+    "per tensor": ["Adafactor", "Muon"],
+    "coupled": ["LBFGS"],
+}
+
+
+def parameters(shapes=((8, 6), (8,))):
+    return [nn.Parameter(torch.randn(shape)) for shape in shapes]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, names in TORCH.items() for n in names])
+def test_the_kind_of_each_optimizer_of_torch_is_measured(kind, name):
+    made = getattr(torch.optim, name)(parameters([(8, 6)] if name == "Muon" else [(8, 6), (8,)]))
+    assert measure(made).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        (Plain, "elementwise"), (Modes, "elementwise"), (TrustRatio, "per tensor"),
+        (Factored, "per tensor"), (OneRate, "coupled"), (NeedsTwo, "coupled"),
+    ],
+)  # fmt: skip
+def test_the_kind_of_an_optimizer_of_others_is_measured(optimizer, kind):
+    made = optimizer([{"params": parameters(), "lr": 0.0}])  # a schedule may begin at zero
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1]
+    before = [p.detach().clone() for group in made.param_groups for p in group["params"]]
+    assert measure(made).kind == kind
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, made.param_groups[0]["params"], strict=True)
+    )
+    assert not made.state
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert (numpy.random.get_state()[1] == states[2]).all()
+
+
+def test_large_tensors_are_tried_large():
+    """An optimizer that factors only what has 128 rows or more is not elementwise there."""
+
+    class Thresholds(Base):
+        def move(self, p, gradient, state, group):
+            return gradient / gradient.norm() if min(p.shape) >= 128 else gradient
+
+    assert measure(Thresholds(parameters([(20, 6)]))).kind == "elementwise"
+    assert measure(Thresholds(parameters([(20, 6), (200, 130)]))).kind == "per tensor"
+
+
+class Net(L.LightningModule):
+    def __init__(self, factory, ranks):
+        super().__init__()
+        self.factory, self.ranks = factory, ranks
+        self.net = nn.Sequential(nn.Linear(6, 11), nn.Tanh(), nn.Linear(11, 3))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        others = [p for p in self.parameters() if p.ndim < 2]
+        return self.factory([{"params": matrices}, {"params": others}])
+
+    def on_train_start(self):
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, Modes):
+                self.optimizers().train()
+
+    def train_dataloader(self):
+        x = torch.linspace(-2, 2, 48).reshape(8, 6).mul(3.1).sin()
+        data = TensorDataset(x, (x.sum(1) > 0).long())
+        return DataLoader(data, batch_size=8 // self.ranks)
+
+
+class SaveAt(L.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+
+def train(factory, plan, layout=None, save=None, resume=None, clip=False):
+    devices = 2 if layout else 1
+    L.seed_everything(0, verbose=False)
+    module = Net(factory, devices)
+    callbacks = [OptimizerPlan(factory, decay="all")] if plan else []
+    trainer = L.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ExactResume(), *callbacks, *([SaveAt(save)] if save else [])],
+        plugins=[AtomicCheckpointIO()],
+        strategy=MeshStrategy(**layout) if layout else "auto",
+        devices=devices,
+    )
+    trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
+    return whole(module)
+
+
+OPTIMIZERS = {
+    "plain": Plain,
+    "trust ratio": TrustRatio,
+    "factored": Factored,
+    "modes": Modes,
+    "Adagrad": partial(torch.optim.Adagrad, lr=0.05),
+    "Rprop": torch.optim.Rprop,
+    "Adafactor": partial(torch.optim.Adafactor, lr=0.05),
+}
+LAYOUTS = {"zero3": {"zero": 3}, "parts": {"zero": 2, "save_distributed_checkpoint": True}}
+
+
+def runs(folder):
+    """For each optimizer: straight, resumed from its own file, and from one process's."""
+    found = {}
+    for name, factory in OPTIMIZERS.items():
+        for layout, how in LAYOUTS.items():
+            for plan in (True, False) if layout == "zero3" else (True,):
+                file = folder / f"{name} {layout} {plan}.ckpt"
+                straight = train(factory, plan, how, save=file)
+                resumed = train(factory, plan, how, resume=file)
+                single = train(factory, plan, how, resume=folder / f"{name} {plan}.ckpt")
+                found[name, layout, plan] = (straight, resumed, single)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+def test_optimizers_of_others_train_and_resume_on_shards_as_on_one_process(ranks, tmp_path):
+    one = {
+        (name, plan): train(factory, plan, save=tmp_path / f"{name} {plan}.ckpt")
+        for name, factory in OPTIMIZERS.items()
+        for plan in (True, False)
+    }
+    for found in ranks(runs, 2, tmp_path):
+        for (name, layout, plan), (straight, resumed, single) in found.items():
+            assert furthest(straight, one[name, plan]) < 2e-6, (name, layout, plan)
+            assert furthest(straight, resumed) == 0, (name, layout, plan)
+            assert furthest(single, one[name, plan]) < 2e-6, (name, layout, plan)
+    for name, factory in OPTIMIZERS.items():
+        for layout in LAYOUTS:
+            file = tmp_path / f"{name} {layout} True.ckpt"
+            assert furthest(train(factory, True, resume=file), one[name, True]) < 2e-6, name
+
+
+def refusals():
+    found = []
+    for factory in (OneRate, NeedsTwo, lambda groups: torch.optim.LBFGS(groups[0]["params"])):
+        for zero in (1, 3):
+            with pytest.raises(ValueError, match="ddp") as error:
+                train(factory, False, {"zero": zero})
+            found.append(str(error.value))
+    return found
+
+
+def test_coupled_optimizers_are_refused_in_one_line_before_the_first_step(ranks):
+    for texts in ranks(refusals, 2):
+        for text, name in zip(
+            texts, ["OneRate"] * 2 + ["NeedsTwo"] * 2 + ["LBFGS"] * 2, strict=True
+        ):
+            assert name in text
+            assert "\n" not in text
+            assert "--trainer.strategy ddp" in text
