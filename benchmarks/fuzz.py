@@ -293,15 +293,24 @@ def change_tree(dice: random.Random, files: Files) -> Files:
 
 def read_checkpoint(path: Path) -> None:
     from ravine.cli import restore, saved_config, trained
-    from ravine.strategies.checkpoint_io import AtomicCheckpointIO, check
+    from ravine.strategies.checkpoint_io import AtomicCheckpointIO, check, reading_together
 
     check(path)
+    with reading_together(mapped=("state_dict", "callbacks")):
+        touch(AtomicCheckpointIO().load_checkpoint(path))
     AtomicCheckpointIO().load_checkpoint(path)
     config = saved_config.saved(path)
     if config:
         saved_config.as_words(config)
     restore.read(path)
     trained.load(path)
+
+
+def touch(value: Any) -> None:
+    """Read every number of a tree's tensors: those of a mapped file are read now."""
+    for leaf in torch.utils._pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+            leaf.clone()
 
 
 def whole_archive(path: Path) -> bool:

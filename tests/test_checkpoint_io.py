@@ -20,7 +20,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, check, newest_valid
+from ravine.strategies.checkpoint_io import (
+    AtomicCheckpointIO,
+    CheckpointError,
+    check,
+    newest_valid,
+    reading_together,
+)
 from ravine.strategies.saving import SQUARABLE, non_finite, save
 
 IO = AtomicCheckpointIO()
@@ -322,6 +328,15 @@ def test_a_file_with_foreign_types_is_read_only_on_trust(path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"it holds pathlib\.\w+, more than tensors"):
         IO.load_checkpoint(path)
     assert IO.load_checkpoint(path, weights_only=False) == {"root": Path("/")}
+
+
+@pytest.mark.parametrize("content", [None, 3, [torch.ones(2)], torch.ones(2)])
+def test_a_file_that_is_no_dict_is_read_as_it_is(path: Path, content: Any) -> None:
+    torch.save(content, path)
+    with reading_together(mapped=("state_dict",)):
+        mapped = IO.load_checkpoint(path)
+    for loaded in (mapped, IO.load_checkpoint(path)):
+        assert str(loaded) == str(content)
 
 
 def test_a_remote_path_is_left_to_lightning() -> None:
