@@ -1,5 +1,6 @@
 """Ranks that load one checkpoint divide its checksums, refuse it alike, and copy their part."""
 
+import json
 import os
 import shutil
 import struct
@@ -73,11 +74,13 @@ def saved(path, strategy: Any = "auto", devices=1):
     L.seed_everything(0, verbose=False)
     run = trainer(strategy, devices=devices)
     run.fit(Task())
-    run.save_checkpoint(path)
+    with tensor_bytes() as found:
+        run.save_checkpoint(path)
+    return found.peak
 
 
 def save_on(path, folder):
-    saved(path, mesh(folder), 2)
+    return saved(path, mesh(folder), 2)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +90,11 @@ def files(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("files")
     saved(folder / "single.ckpt")
-    run_ranks(save_on, 2, folder / "zero3.ckpt", False)
-    run_ranks(save_on, 2, folder / "parts.ckpt", True)
+    peaks = {
+        "zero3.ckpt": run_ranks(save_on, 2, folder / "zero3.ckpt", False),
+        "parts.ckpt": run_ranks(save_on, 2, folder / "parts.ckpt", True),
+    }
+    (folder / "peaks.json").write_text(json.dumps(peaks))
     return folder
 
 
@@ -174,6 +180,15 @@ def test_ranks_of_ddp_divide_the_sums_and_own_what_they_keep(ranks, files):
     for _, (peak, rest), share, maps in found:
         assert 1.9 * share < rest <= peak < 2.1 * share + MIB // 4
         assert maps == []
+
+
+def test_saving_needs_no_copy_of_a_share_but_on_the_rank_that_writes_all(files):
+    peaks = json.loads((files / "peaks.json").read_text())
+    whole = (files / "single.ckpt").stat().st_size
+    assert max(peaks["parts.ckpt"]) < whole / 16
+    first, second = peaks["zero3.ckpt"]
+    assert second < whole / 16
+    assert first < whole + 4 * 2 * WIDTH * WIDTH  # a message of the largest tensor beside it
 
 
 @pytest.mark.parametrize("name", ["zero3.ckpt", "parts.ckpt"])
