@@ -7,6 +7,8 @@ Registered under Lightning's own names (`ddp`, `ddp_find_unused_parameters_true`
 its DDPStrategy, which stays as it is for those who make one themselves.
 """
 
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -95,14 +97,16 @@ class DataParallelStrategy(DDPStrategy):
 
 
 def fingerprint(buffer: Tensor) -> tuple[Any, ...]:
-    """What tells a change of a buffer: its memory, its version, its sum."""
-    if buffer.is_meta or buffer.numel() == 0:
-        return (tuple(buffer.shape),)
+    """What tells a change of a buffer: its memory, its version and, where it has one, its sum."""
     version = None if buffer.is_inference() else buffer._version
+    if buffer.is_meta or buffer.numel() == 0 or buffer.layout != torch.strided:
+        return tuple(buffer.shape), id(buffer), version
     numbers = torch.view_as_real(buffer) if buffer.is_complex() else buffer
-    exact = numbers.is_floating_point()
-    total = numbers.detach().sum(dtype=torch.float64 if exact else torch.int64)
-    return buffer.data_ptr(), version, total.item() if total.isfinite() else None
+    exact = torch.float64 if numbers.is_floating_point() else torch.int64
+    total = None
+    with suppress(RuntimeError, NotImplementedError):  # no sum of numbers of eight bits
+        total = numbers.detach().sum(dtype=exact).item()
+    return buffer.data_ptr(), version, str(total)  # a NaN is like itself
 
 
 def refuse_kept_gradients(optimizer: Any) -> None:
@@ -111,12 +115,13 @@ def refuse_kept_gradients(optimizer: Any) -> None:
     A gradient that is a view of a bucket is overwritten by the next backward pass.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
+    states: Any = getattr(optimizer, "state", None)
+    for parameter in parameters if isinstance(states, Mapping) else ():
         if parameter.grad is None or parameter.grad.layout != torch.strided:
             continue
         memory = parameter.grad.untyped_storage().data_ptr()
-        state = optimizer.state.get(parameter) or {}
-        for name, value in state.items():
+        state = states.get(parameter)
+        for name, value in state.items() if isinstance(state, Mapping) else ():
             if not isinstance(value, Tensor) or value.layout != torch.strided:
                 continue
             if value.numel() and value.untyped_storage().data_ptr() == memory:

@@ -15,7 +15,7 @@ from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import documentation
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import DataParallelStrategy
-from ravine.strategies.data_parallel import refuse_kept_gradients
+from ravine.strategies.data_parallel import fingerprint, refuse_kept_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:The module hierarchy tracking")
 
@@ -165,6 +165,35 @@ def test_an_optimizer_that_keeps_a_gradient_is_refused():
     optimizer.state[parameter]["before"] = parameter.grad
     with pytest.raises(ValueError, match="SGD keeps a gradient as its state 'before', and ddp"):
         refuse_kept_gradients(optimizer)
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.ones(3),
+        torch.tensor([1.0, float("nan")]),
+        torch.ones(3, dtype=torch.bool),
+        torch.ones(3, dtype=torch.complex64),
+        torch.ones(3).to(torch.float8_e4m3fn),
+        torch.ones(0),
+        torch.ones(3).to_sparse(),
+        torch.ones(3, device="meta"),
+    ],
+)
+def test_any_buffer_has_a_fingerprint_that_a_change_in_place_changes(buffer):
+    before = fingerprint(buffer)
+    assert fingerprint(buffer) == before
+    buffer.copy_(buffer.clone())
+    assert fingerprint(buffer) != before or buffer.numel() == 0
+
+
+def test_a_change_that_leaves_no_trace_is_seen_by_the_sum():
+    buffer = torch.ones(3)
+    before = fingerprint(buffer)
+    with torch.autograd._unsafe_preserve_version_counter(buffer):
+        buffer += 1
+    assert fingerprint(buffer)[1] == before[1]
+    assert fingerprint(buffer) != before
 
 
 def test_a_strategy_of_the_user_keeps_its_own_arguments():
