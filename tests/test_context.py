@@ -5,18 +5,25 @@ one process's attention, in its outputs and gradients, within 1e-12 in fp64 and 
 """
 
 import copy
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from types import SimpleNamespace
 from unittest import mock
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from tensor_bytes import tensor_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from ravine.cli.trainer import Trainer
+from ravine.datamodules import TextDataModule
+from ravine.datamodules.text import documentation
+from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.accounting import collectives
 from ravine.lightning_modules.language.transformer import Transformer
 from ravine.strategies import block_attention, context
@@ -378,3 +385,68 @@ def autocast_and_twice():
 
 def test_a_ring_heeds_autocast_and_refuses_a_second_derivative(ranks):
     assert ranks(autocast_and_twice, 2) == [torch.bfloat16] * 2
+
+
+class Watch(L.Callback):
+    """Keeps the gradients of the first step, and the peak of the second up to its gradients."""
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        self.measure = tensor_bytes() if index else nullcontext()
+        self.found = self.measure.__enter__()
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.measure.__exit__(None, None, None)
+        if trainer.global_step == 0:
+            grads = {n: p.grad for n, p in module.named_parameters()}
+            self.gradients = {
+                n: (g.full_tensor() if isinstance(g, DTensor) else g).clone()
+                for n, g in grads.items()
+            }
+
+
+def steps(text, world, precision="32-true"):
+    torch.manual_seed(0)
+    module = LanguageModel(layers=2, width=128, heads=8, zero_init=False)
+    watch = Watch()
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        devices=world,
+        strategy="auto" if world == 1 else "cp",
+        precision=precision,
+        default_root_dir=text.parent,
+        logger=False,
+        callbacks=[watch],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, TextDataModule(text, context=T, batch_size=1))
+    return watch.gradients, watch.found.peak
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("".join(documentation())[:60_000])
+    return path
+
+
+@cache
+def alone(text, precision):
+    return run_ranks(steps, 1, text, 1, precision)[0]
+
+
+@pytest.mark.parametrize("world", BOUNDS)
+def test_a_net_on_a_ring_holds_a_share_of_what_one_process_does(ranks, text, world):
+    expected, one = alone(text, "32-true")
+    for gradients, peak in ranks(steps, world, text, world):
+        assert peak <= BOUNDS[world] * one, (peak, one)
+        assert distance(gradients.values(), expected.values()) < FAR[torch.float32]
+
+
+def test_a_net_on_a_ring_keeps_double_precision(ranks, text):
+    expected, _ = alone(text, "64-true")
+    for gradients, _ in ranks(steps, 2, text, 2, "64-true"):
+        assert distance(gradients.values(), expected.values()) < FAR[torch.float64]
