@@ -145,7 +145,7 @@ def lay_out(degrees: dict[str, int], zero: int, device: torch.device) -> Layout:
         mixed = [parts["ep"], parts["same", "cp"]._flatten("replicas")]
     if zero > 1 and copies * cp == 1:
         return Layout(degrees, named, named[DP], named[DP], named[TP], *mixed)
-    # for ZeRO-1 parameters are "sharded" over one rank: whole, and yet in fully_shard's care
+    # with ZeRO-1 every rank has whole parameters (zero1.py): the axis of shards has one rank
     copies, shards = (copies * shards * cp, 1) if zero == 1 else (copies, shards * cp)
     parts = _view(world, {"pp": pp, "copies": copies, "shards": shards, TP: tp})
     both = parts["copies", "shards"]
