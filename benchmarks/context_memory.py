@@ -16,7 +16,8 @@ One row a length, a size and a number of ranks into rows/context_memory.jsonl.
                 as many processes run at once when one process is timed; at most 1.15
     far         the largest difference from one process, of outputs (the loss of a net) and of the
                 gradients, over the largest magnitude: of each tensor by itself, and the worst;
-                at most 2e-6 in fp32 and 1e-12 in fp64
+                at most 2e-6 in fp32 and 1e-12 in fp64 (a net's `far_together`: of all gradients
+                over the largest of all)
 """
 
 import argparse
@@ -184,6 +185,10 @@ def of_net(world: int, length: int, precision: str, rounds: int) -> dict[str, An
     }
     worst = max(far, key=lambda key: far[key])
     row: dict[str, Any] = {"far": far[worst], "far_in": worst}
+    gradients = [{k: v for k, v in each["results"].items() if k != "loss"} for each in found]
+    largest = max(one["results"][key].abs().max() for key in gradients[0])
+    apart = ((each[key] - one["results"][key]).abs().max() for each in gradients for key in each)
+    row["far_together"] = (max(apart) / largest).item()
     if steps > 1:
         row |= memory(max(each["peak"] for each in found), one["peak"])
     if rounds:
