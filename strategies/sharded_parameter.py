@@ -357,6 +357,8 @@ def _write_back(group: Any, refuse: Callable[[Any], None], look: bool) -> None:
             own = _gathered(p)
             own.copy_(copy)
             copy.data = own
+    if not rows.parameters:  # all of them are frozen
+        return
     if rows.alike:
         _foreach_copy_(rows.shards, rows.copies)
     elif look:

@@ -14,6 +14,7 @@ from ranks import furthest, whole
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+import ravine.strategies.mesh as mesh_strategy
 from ravine.callbacks import Compile, Recompute
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import documentation
@@ -322,15 +323,21 @@ def partial_gradients_not_summed():
 
 
 def the_columns_of_another_rank():
-    split = tensor.parallelize_module
+    split, draw, cut = tensor.parallelize_module, mesh_strategy.materialize, []
 
-    def fault(module, mesh, style):
+    def noted(module, mesh, style):
         split(module, mesh, style)
         if isinstance(style, tensor.RowwiseParallel):
+            cut.append((module, mesh))
+
+    def fault(*args):  # the values come after the cut
+        found = draw(*args)
+        for module, mesh in cut:
             parts = module.weight.full_tensor().chunk(mesh.size(), 1)
             module.weight.to_local().copy_(parts[mesh.get_local_rank() - 1])
+        return found
 
-    tensor.parallelize_module = torch.no_grad()(fault)
+    tensor.parallelize_module, mesh_strategy.materialize = noted, torch.no_grad()(fault)
 
 
 def keys_that_do_not_go_round():
