@@ -2,6 +2,7 @@
 
 python benchmarks/other_modules.py           appends a row a combination to rows/other_modules.jsonl
 python benchmarks/other_modules.py --count   counts the verdicts of the newest rows
+python benchmarks/other_modules.py --strategies   on two ranks: rows/other_modules_layouts.jsonl
 
 23 modules: 15 as tutorials write them (tests/foreign/common_idioms.py), 8 of packages, which are
 installed with `pip install --no-deps` from `PACKAGES` (and toolz, pandas, seaborn, timm).
@@ -32,9 +33,11 @@ import lightning as L
 import torch
 from record import ROWS, append, machine
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from foreign.common_idioms import IDIOMS, Idiom, features, images, labelled
@@ -209,14 +212,19 @@ Run = tuple[State, Keep, L.LightningModule]
 
 
 class Loader(L.LightningDataModule):
-    """Batches of eight, in their order."""
+    """Batches of eight over all ranks, in their order."""
 
-    def __init__(self, rows: Dataset) -> None:
+    def __init__(self, rows: Dataset, ranks: int = 1) -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.ranks = rows, ranks
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.rows, batch_size=8)
+        if self.ranks == 1:
+            return DataLoader(self.rows, batch_size=8)
+        assert self.trainer is not None
+        own, each = self.trainer.global_rank, 8 // self.ranks
+        mine = [i for i in range(32) if i % 8 // each == own]  # of each batch of eight
+        return DataLoader(Subset(self.rows, mine), batch_size=each)
 
 
 def save_at(file: Path, module: L.LightningModule) -> None:
@@ -257,10 +265,11 @@ def fit(
             enable_model_summary=False,
             default_root_dir=folder,
             log_every_n_steps=1,
+            use_distributed_sampler=False,
             callbacks=[*callbacks, keep],
             **how,
         )  # fmt: skip
-        data = Loader(samples(module))  # mlcolvar's norms ask the datamodule
+        data = Loader(samples(module), how.get("devices", 1))  # mlcolvar's norms ask the datamodule
         trainer.fit(
             module, datamodule=data, ckpt_path=resume, weights_only=True if resume else None
         )
@@ -377,6 +386,118 @@ CASES: dict[str, Callable[[Any], str]] = {
 }
 
 
+LAYOUTS = ("ddp", "zero2", "zero3")
+WITH_CALLBACKS = ("Autoencoder", "TransformerClassifier", "Tied", "Teacher")
+TOGETHER: dict[str, Callable[[], list[L.Callback]]] = {
+    "": list,
+    "OptimizerPlan": lambda: [ours.OptimizerPlan(ADAM, decay="all")],
+    "OptimizerPlan SGD": lambda: [ours.OptimizerPlan(MOMENTUM, decay="all")],
+    "Muon": lambda: [ours.Muon()],
+    "GradientClipping": lambda: [ours.GradientClipping(max_norm=0.1)],
+    "EMA": lambda: [ours.EMA(0.9)],
+    "NaNGuard": lambda: [ours.NaNGuard()],
+    "LoRA": lambda: [ours.LoRA(rank=1)],
+    "Quantization": lambda: [ours.Quantization()],
+    "Recompute": lambda: [ours.Recompute()],
+    "ExactResume": lambda: [ours.ExactResume()],
+    "Throughput": lambda: [ours.Throughput()],
+    "UpdateSizes": lambda: [ours.UpdateSizes()],
+    "many together": lambda: [make() for make in MANY],
+}
+
+
+def made_of(name: str) -> Callable[[], L.LightningModule]:
+    """The module of a name."""
+    return everything()[name]
+
+
+def everything() -> dict[str, Callable[[], L.LightningModule]]:
+    """All modules by name, those of packages where they are installed."""
+    modules: dict[str, Callable[[], L.LightningModule]] = {kind.__name__: kind for kind in IDIOMS}
+    for package in (of_gluonts, of_mlcolvar, of_torch_uncertainty, of_lightly):
+        try:
+            modules |= package()
+        except ImportError as error:
+            print(f"{package.__name__}: {error}; pip install --no-deps {PACKAGES}", file=sys.stderr)
+    return modules
+
+
+def gathered(module: nn.Module) -> State:
+    """All parameters, whole."""
+    whole = {}
+    for name, p in module.named_parameters():
+        whole[name] = (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+    return whole
+
+
+def attempt(name: str, callbacks: str, **how: Any) -> tuple[str, str, State]:
+    """Verdict, reason and weights of one run."""
+    weights: State = {}
+
+    def run(make: Any) -> str:
+        module = fit(make, *TOGETHER[callbacks](), **how)[2]
+        weights.update(gathered(module))
+        return ""
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        verdict, reason = judge(run, made_of(name))
+    return verdict, reason, weights
+
+
+def on_ranks(name: str, callbacks: list[str]) -> list[tuple[str, str, str, str, State]]:
+    """In each of two ranks: the runs of one module on every layout."""
+    warnings.simplefilter("ignore")
+    by_hand = not made_of(name)().automatic_optimization
+    names = {"ddp": "ddp_find_unused_parameters_true"} if by_hand else {}
+    return [
+        (layout, each, *attempt(name, each, strategy=names.get(layout, layout), devices=2))
+        for each in callbacks
+        for layout in LAYOUTS
+    ]
+
+
+def layouts(only: str | None) -> None:
+    """Each module on every layout, against one process and against ddp."""
+    from ranks import run_ranks
+
+    circumstances = machine()
+    counts: Counter[str] = Counter()
+    for name in everything():
+        if only and only not in name:
+            continue
+        chosen = list(TOGETHER) if name in WITH_CALLBACKS else [""]
+        expected = {each: attempt(name, each, devices=1) for each in chosen}
+        noise = any(isinstance(m, _BatchNorm) for m in made_of(name)().modules())
+        by_ddp: dict[str, State] = {}
+        try:
+            found = run_ranks(on_ranks, 2, name, chosen, timeout=600)
+        except AssertionError as error:
+            print(f"{name}: {str(error)[-2000:]}")
+            continue
+        for one, two in zip(*found, strict=True):
+            layout, each, verdict, reason, weights = one
+            single = expected[each]
+            if layout == "ddp":
+                by_ddp[each] = weights
+            off = apart(weights, single[2]) if weights and single[2] else float("nan")
+            off_ddp = apart(weights, by_ddp[each]) if weights and by_ddp[each] else float("nan")
+            if verdict == "works" and (two[2] != "works" or apart(weights, two[4]) > 0):
+                verdict, reason = "wrong", "the ranks differ"
+            elif verdict == "works" and not (off <= 1e-5 or off_ddp <= 1e-6):
+                verdict, reason = "wrong", f"{off:.2g} from one process, {off_ddp:.2g} from ddp"
+            elif verdict == "works" and layout == "ddp" and off > 1e-5:
+                reason = f"ddp is {off:.2g} from one process: statistics or random numbers by rank"
+            elif verdict == "traceback" and single[0] != "works":
+                verdict = "as one process"
+            row = {
+                "module": name, "callback": each, "layout": layout, "verdict": verdict,
+                "reason": reason, "from_one_process": off, "from_ddp": off_ddp, "batch_norm": noise,
+            }  # fmt: skip
+            counts[verdict] += 1
+            append("other_modules_layouts", row | circumstances)
+    print(counts, "of", counts.total())
+
+
 def judge(case: Callable[[Any], str], make: Any) -> tuple[str, str]:
     """Verdict and reason of a combination."""
     torch._dynamo.reset()
@@ -410,18 +531,16 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="count the verdicts of the rows")
     parser.add_argument("--module", help="only modules whose name contains this")
     parser.add_argument("--callback", help="only callbacks whose name contains this")
+    parser.add_argument("--strategies", action="store_true", help="ddp, zero2, zero3 on two ranks")
     given = parser.parse_args()
     if given.count:
         return count()
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    modules: dict[str, Callable[[], L.LightningModule]] = {kind.__name__: kind for kind in IDIOMS}
-    for package in (of_gluonts, of_mlcolvar, of_torch_uncertainty, of_lightly):
-        try:
-            modules |= package()
-        except ImportError as error:
-            print(f"{package.__name__}: {error}; pip install --no-deps {PACKAGES}", file=sys.stderr)
+    if given.strategies:
+        return layouts(given.module)
+    modules = everything()
     circumstances = machine()
     for module, make in modules.items():
         if given.module and given.module not in module:

@@ -112,6 +112,8 @@ def _measure(
 
         try:
             (together,) = run((whole, gradients))
+        except _Outside:
+            return "coupled", "keeps tensors outside of its state"
         except Exception as error:
             said = " ".join(str(error).split())[:150]
             return "coupled", f"failed in a trial ({type(error).__name__}: {said})"
@@ -151,6 +153,7 @@ def _run(
         for parameter, (_, gradients) in zip(parameters, tensors, strict=True):
             parameter.grad = gradients[step].clone()
         trial.step()
+    _check_saved(trial)
     all_optimizers = list(nested_optimizers(trial))
     results = []
     for parameter in parameters:
@@ -162,6 +165,21 @@ def _run(
         ]
         results.append((parameter.detach(), [dict(s) for s in states], settings))
     return results
+
+
+class _Outside(Exception):
+    """A tensor would be saved that belongs to no parameter: one rank's rows would be lost."""
+
+
+def _check_saved(trial: Any) -> None:
+    saved = trial.state_dict()
+    state = saved.get("state") if isinstance(saved, dict) else None
+    if not isinstance(state, dict):
+        raise _Outside
+    others = {k: v for k, v in state.items() if not isinstance(k, int)}
+    rest = {k: v for k, v in saved.items() if k != "state"}
+    if any(isinstance(x, Tensor) and x.numel() > 1 for x in tree_flatten((others, rest))[0]):
+        raise _Outside
 
 
 def _copy(optimizer: Optimizer, number: int, parameters: list[nn.Parameter]) -> Any:

@@ -118,6 +118,17 @@ class NeedsTwo(Base):
         raise RuntimeError("two of them\nare needed")
 
 
+class Outside(Base):
+    """Its mean is an attribute, saved by its own state_dict."""
+
+    def move(self, p, gradient, state, group):
+        means = self.__dict__.setdefault("means", {})
+        return means.setdefault(p.shape, torch.zeros(p.shape)).lerp_(gradient, 0.1)
+
+    def state_dict(self):
+        return {**super().state_dict(), "means": list(self.__dict__.get("means", {}).values())}
+
+
 TORCH = {
     "elementwise": [
         *("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop"),
@@ -142,7 +153,7 @@ def test_the_kind_of_each_optimizer_of_torch_is_measured(kind, name):
     ("optimizer", "kind"),
     [
         (Plain, "elementwise"), (Modes, "elementwise"), (TrustRatio, "per tensor"),
-        (Factored, "per tensor"), (OneRate, "coupled"), (NeedsTwo, "coupled"),
+        (Factored, "per tensor"), (OneRate, "coupled"), (NeedsTwo, "coupled"), (Outside, "coupled"),
     ],
 )  # fmt: skip
 def test_the_kind_of_an_optimizer_of_others_is_measured(optimizer, kind):
