@@ -107,8 +107,10 @@ def _measure(
         whole, gradients = draw(), [draw() * scale for scale in SCALES]
         other, other_gradients = draw(), [draw() * scale / 7 for scale in SCALES]
 
+        found: Shaped = {}
+
         def run(*tensors: tuple[Tensor, list[Tensor]]) -> list[Any]:
-            return _run(optimizer, number, tensors)
+            return _run(optimizer, number, tensors, found)
 
         try:
             (together,) = run((whole, gradients))
@@ -117,10 +119,7 @@ def _measure(
         except Exception as error:
             said = " ".join(str(error).split())[:150]
             return "coupled", f"failed in a trial ({type(error).__name__}: {said})"
-        for state in together[1]:
-            for path, leaf in tree_flatten_with_path(state)[0]:
-                if isinstance(leaf, Tensor):
-                    shaped[example.ndim, keystr(path)] = leaf.shape == torch.Size(shape)
+        shaped |= found
         try:
             parts = [
                 run((whole[rows], [g[rows] for g in gradients]))[0]
@@ -138,7 +137,10 @@ def _measure(
 
 
 def _run(
-    optimizer: Optimizer, number: int, tensors: tuple[tuple[Tensor, list[Tensor]], ...]
+    optimizer: Optimizer,
+    number: int,
+    tensors: tuple[tuple[Tensor, list[Tensor]], ...],
+    shaped: Shaped,
 ) -> list[Any]:
     """Weights, state and settings for each tensor after the steps of one copy."""
     parameters = [nn.Parameter(values.clone()) for values, _ in tensors]
@@ -153,7 +155,7 @@ def _run(
         for parameter, (_, gradients) in zip(parameters, tensors, strict=True):
             parameter.grad = gradients[step].clone()
         trial.step()
-    _check_saved(trial)
+    _check_saved(trial, parameters[0], shaped)
     all_optimizers = list(nested_optimizers(trial))
     results = []
     for parameter in parameters:
@@ -171,7 +173,8 @@ class _Outside(Exception):
     """A tensor would be saved that belongs to no parameter: one rank's rows would be lost."""
 
 
-def _check_saved(trial: Any) -> None:
+def _check_saved(trial: Any, parameter: Tensor, shaped: Shaped) -> None:
+    """Note which saved entries have the parameter's shape; refuse those of no parameter."""
     saved = trial.state_dict()
     state = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(state, dict):
@@ -180,6 +183,9 @@ def _check_saved(trial: Any) -> None:
     rest = {k: v for k, v in saved.items() if k != "state"}
     if any(isinstance(x, Tensor) and x.numel() > 1 for x in tree_flatten((others, rest))[0]):
         raise _Outside
+    for path, leaf in tree_flatten_with_path(state.get(0, {}))[0]:
+        if isinstance(leaf, Tensor):
+            shaped[parameter.ndim, keystr(path)] = leaf.shape == parameter.shape
 
 
 def _copy(optimizer: Optimizer, number: int, parameters: list[nn.Parameter]) -> Any:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_map_only, tree_map_with_path
 
+from .checkpoint_error import CheckpointError
 from .optimizer_probe import Shaped, Verdict, measure
 from .original_parameters import nested_optimizers, shard_like
 
@@ -339,33 +340,49 @@ class Local(_Plain):
         self._restore()
 
     def to_checkpoint(self, saved: State) -> State:
-        """State tensors with the shape of the rows as DTensors, sharded like the parameter."""
-        return self._mapped(saved, self._as_shard)
+        """State tensors with the shape of the rows as DTensors, sharded like the parameter.
+
+        Raises:
+            CheckpointError: a tensor that the trial of the optimizer did not have.
+        """
+        return self._mapped(saved, self._as_shard, known=bool(self.shaped))
 
     def from_checkpoint(self, saved: State) -> State:
         """This rank's rows of state tensors with the shape of the parameter."""
         return self._mapped(saved, self._rows_of)
 
-    def _mapped(self, saved: State, change: Callable[[Tensor, DTensor, bool], Tensor]) -> State:
+    def _mapped(
+        self, saved: State, change: Callable[[Tensor, DTensor, bool], Tensor], known: bool = False
+    ) -> State:
         numbered = self._numbered(saved)
         state = dict(saved["state"]) if numbered else {}
         for number, values in state.items():
             p = numbered.get(number)
             if isinstance(p, DTensor):
-                state[number] = self._changed(values, p, change)
+                state[number] = self._changed(values, p, change, known)
         return {**saved, "state": state} if numbered else saved
 
     def to_plain(self, state: Any, parameter: DTensor) -> Any:
         """This rank's rows."""
         return self._changed(state, parameter, self._rows_of)
 
-    def _changed(self, state: Any, parameter: DTensor, change: Callable[..., Tensor]) -> Any:
+    def _changed(
+        self, state: Any, parameter: DTensor, change: Callable[..., Tensor], known: bool = False
+    ) -> Any:
         axes = parameter.ndim
 
         def changed(path: Any, leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            return change(leaf, parameter, self.shaped.get((axes, keystr(path)), axes > 1))
+            shaped = self.shaped.get((axes, keystr(path)))
+            if shaped is None and known and leaf.ndim == axes:  # so on all ranks, or on none
+                raise CheckpointError(
+                    f"{type(self.optimizer).__name__} keeps{keystr(path)} in its state, which a "
+                    "trial of it did not, so that its shards cannot be joined; type "
+                    "--trainer.strategy ddp",
+                    exit_status=1,
+                )
+            return change(leaf, parameter, bool(shaped) if shaped is not None else True)
 
         return tree_map_with_path(changed, state)
 
