@@ -308,7 +308,9 @@ def read_checkpoint(path: Path) -> None:
 
 def touch(value: Any) -> None:
     """Read every number of a tree's tensors: those of a mapped file are read now."""
-    for leaf in torch.utils._pytree.tree_leaves(value):
+    from torch.utils._pytree import tree_leaves
+
+    for leaf in tree_leaves(value):
         if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
             leaf.clone()
 
