@@ -349,11 +349,12 @@ class MeshStrategy(ModelParallelStrategy):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Step; what is gathered then has old values, and is freed."""
-        self._prepare_optimizers()
-        with in_one_line(self.lightning_module, "in an optimizer step"):
-            result = super().optimizer_step(*args, **kwargs)
-        if self.gather_once and self.lightning_module is not None:
-            for unit in units(self.lightning_module):
+        module = self.lightning_module
+        if self.gather is not None and module is not None and not module.automatic_optimization:
+            self.gather.write_back()
+        result = super().optimizer_step(*args, **kwargs)
+        if (self.gather is not None or self.gather_once) and module is not None:
+            for unit in units(module):
                 unit.reshard()
         return result
 

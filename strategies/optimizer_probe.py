@@ -77,6 +77,8 @@ def _cases(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
             if key not in ("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr")
         )
         for parameter in group["params"]:
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                continue  # codes of quantized weights: nothing trains them
             case = (settings, parameter.ndim, parameter.dtype)
             known = found.setdefault(case, (number, parameter))
             if parameter.numel() > known[1].numel():

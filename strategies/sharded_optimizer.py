@@ -326,7 +326,7 @@ class Local(_Plain):
             rows = p._local_tensor
             plain = self.plain.get(id(p))
             if plain is None or plain.data_ptr() != rows.data_ptr() or plain.shape != rows.shape:
-                plain = self.plain[id(p)] = nn.Parameter(rows.detach())
+                plain = self.plain[id(p)] = nn.Parameter(rows.detach(), p.requires_grad)
             plain.requires_grad = p.requires_grad
             if step and p.grad is not None:
                 grad = p.grad
@@ -460,7 +460,7 @@ class Owned(_Plain):
         for p in parameters:
             whole = self.plain.get(id(p))
             if whole is None:
-                whole = self.plain[id(p)] = nn.Parameter(p._local_tensor.new_empty(0))
+                whole = self.plain[id(p)] = nn.Parameter(p._local_tensor.new_empty(0), False)
             if self.keeps(p):
                 if not placeholders:
                     whole.data = values[id(p)]
