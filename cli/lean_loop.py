@@ -6,9 +6,9 @@ each step, and takes stock of all logged values. For a tiny net that is twice th
 an epoch and called in the same order; what is not plain goes Lightning's own way.
 """
 
-import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ravine.strategies import MeshStrategy
 from ravine.strategies.gradient_readers import free_gradients, frees_early
 
 from .quick_log import quick_log
@@ -43,9 +44,9 @@ TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_ba
 class Unprofiled(PassThroughProfiler):
     """No profiler, and no generator made and thrown away for each hook either."""
 
-    def profile(self, action_name: str) -> contextlib.AbstractContextManager[None]:  # type: ignore
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore
         """Do nothing around the hook."""
-        return contextlib.nullcontext()
+        return nullcontext()
 
 
 class LeanOptimization(_AutomaticOptimization):
@@ -81,11 +82,13 @@ class LeanOptimization(_AutomaticOptimization):
         if not self.lean or self._skip_backward:
             return super()._make_backward_fn(optimizer)
         strategy, module = self.trainer.strategy, self.trainer.lightning_module
+        around = strategy.around_backward if isinstance(strategy, MeshStrategy) else nullcontext
 
         def backward(loss: Tensor) -> None:
             strategy.pre_backward(loss)
             self.call("on_before_backward", loss)
-            strategy.precision_plugin.backward(loss, module, optimizer)
+            with around():
+                strategy.precision_plugin.backward(loss, module, optimizer)
             self.call("on_after_backward")
             strategy.post_backward(loss.detach())
 
@@ -175,7 +178,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
             and precision.pre_backward in (Precision.pre_backward, MixedPrecision.pre_backward)
             and precision.post_backward is Precision.post_backward
             and precision._after_closure is Precision._after_closure
-            and strategy.backward is Strategy.backward
+            and strategy.backward in (Strategy.backward, MeshStrategy.backward)
             and not trainer.strategy.handles_gradient_accumulation
         )
 

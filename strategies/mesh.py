@@ -10,7 +10,7 @@ each matrix.
 
 import atexit
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -344,8 +344,12 @@ class MeshStrategy(ModelParallelStrategy):
 
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Go backward; errors of sharded tensors are told in one line."""
-        with in_one_line(self.lightning_module, "in the backward pass"):
+        with self.around_backward():
             return super().backward(*args, **kwargs)
+
+    def around_backward(self) -> AbstractContextManager[None]:
+        """What a backward pass runs in, for a loop that calls the parts of `backward` itself."""
+        return in_one_line(self.lightning_module, "in the backward pass")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Step; what is gathered then has old values, and is freed."""

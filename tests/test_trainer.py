@@ -181,6 +181,19 @@ def test_the_short_way_is_taken_where_nothing_asks_for_the_long_one() -> None:
     assert lean == {("Talkative",): True, ("EndsEarly",): False, ("Talkative", "profiler"): False}
 
 
+def lean_on_ranks(strategy: str) -> bool:
+    seen: list[bool] = []
+    trainer = Trainer(max_steps=1, logger=False, accelerator="cpu", devices=2, strategy=strategy)
+    trainer.callbacks.append(_Look(seen))
+    trainer.fit(NetInInit())
+    return seen[0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
+def test_the_short_way_is_taken_under_strategies_too(ranks: Any, strategy: str) -> None:
+    assert ranks(lean_on_ranks, 2, strategy) == [True, True]
+
+
 class _Look(Callback):
     def __init__(self, seen: list[bool]) -> None:
         self.seen = seen
