@@ -406,6 +406,22 @@ TOGETHER: dict[str, Callable[[], list[L.Callback]]] = {
 }
 
 
+LIGHTNINGS = {  # its own refusals, in one line, on every layout
+    "RuntimeError: Skipping the `training_step` by returning None in distributed training is not "
+    "supported. It is recommended that you rewrite your training logic to avoid having to skip the "
+    "step in the first place. (automatic.py:323)"
+}
+
+
+def near_ddp(callbacks: str) -> float:
+    """How near to ddp weights must be.
+
+    A clipped gradient is rounded otherwise where the norm is summed in another order; Adam divides
+    such a difference by the size of the gradient, which is tiny for some weights.
+    """
+    return 5e-4 if callbacks in ("GradientClipping", "many together") else 1e-6
+
+
 def made_of(name: str) -> Callable[[], L.LightningModule]:
     """The module of a name."""
     return everything()[name]
@@ -470,7 +486,7 @@ def layouts(only: str | None) -> None:
         noise = any(isinstance(m, _BatchNorm) for m in made_of(name)().modules())
         by_ddp: dict[str, State] = {}
         try:
-            found = run_ranks(on_ranks, 2, name, chosen, timeout=600)
+            found = run_ranks(on_ranks, 2, name, chosen, timeout=60 * len(chosen))
         except AssertionError as error:
             print(f"{name}: {str(error)[-2000:]}")
             continue
@@ -483,10 +499,12 @@ def layouts(only: str | None) -> None:
             off_ddp = apart(weights, by_ddp[each]) if weights and by_ddp[each] else float("nan")
             if verdict == "works" and (two[2] != "works" or apart(weights, two[4]) > 0):
                 verdict, reason = "wrong", "the ranks differ"
-            elif verdict == "works" and not (off <= 1e-5 or off_ddp <= 1e-6):
+            elif verdict == "works" and not (off <= 1e-5 or off_ddp <= near_ddp(each)):
                 verdict, reason = "wrong", f"{off:.2g} from one process, {off_ddp:.2g} from ddp"
             elif verdict == "works" and layout == "ddp" and off > 1e-5:
                 reason = f"ddp is {off:.2g} from one process: statistics or random numbers by rank"
+            elif verdict == "traceback" and reason in LIGHTNINGS:
+                verdict = "refused"
             elif verdict == "traceback" and single[0] != "works":
                 verdict = "as one process"
             row = {
