@@ -212,8 +212,12 @@ def verdicts() -> str:
         some = [row for row in optimizers if bool(row.get("trains")) == trains]
         lines += counted(title, some, "verdict")
     lines += counted("optimizers, ddp 2", newest("other_optimizers_ranks", "class"), "verdict")
+    shards = newest("other_optimizers_shards", "class")
+    lines += counted("optimizers, zero3 2", shards, "verdict")
     pairs = newest("other_modules", "module", "callback")
     lines += counted("modules x callbacks", pairs, "verdict")
+    layouts = newest("other_modules_layouts", "module", "callback", "layout")
+    lines += counted("modules on ddp, zero2 and zero3", layouts, "verdict")
     axes = ("callbacks", "task", "loader", "precision", "accumulate", "strategy", "seed")
     lines += counted("runs cut and resumed twice", newest("resume_cover", *axes), "outcome")
     return "\n".join(lines)
