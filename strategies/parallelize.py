@@ -99,16 +99,26 @@ class Spread:
 
 
 def _sum_together(parameters: list[Any], group: ProcessGroup, factor: float = 1.0) -> None:
-    """Sum gradients over a group, one message for each dtype; none is as good as zero."""
+    """Sum gradients over a group, one message for each dtype.
+
+    A parameter without a gradient on some rank counts as zero there, and gets the sum; one without
+    a gradient on every rank stays without.
+    """
     for dtype in {p.dtype: None for p in parameters}:
         alike = [p for p in parameters if p.dtype == dtype]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
         parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-        flat = torch.cat([part.reshape(-1) for part in parts])
+        has = torch.tensor([float(p.grad is not None) for p in alike], device=parts[0].device)
+        flat = torch.cat([*(part.reshape(-1) for part in parts), has.to(dtype)])
         dist.all_reduce(flat, group=group)
         flat *= factor
-        for part, new in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+        *sums, found = flat.split([*(part.numel() for part in parts), len(alike)])
+        for part, new in zip(parts, sums, strict=True):
             part.copy_(new.view(part.shape))
+        absent = [i for i, p in enumerate(alike) if p.grad is None]
+        if absent:  # only here the host waits for the message
+            for i, others in zip(absent, found[absent].real.tolist(), strict=True):
+                alike[i].grad = grads[i] if others > 0 else None
 
 
 def units(module: nn.Module) -> list[FSDPModule]:

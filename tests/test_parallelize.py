@@ -393,3 +393,29 @@ def with_dropout(resume):
 def test_ranks_that_split_matrices_draw_the_same_dropout(ranks, resume):
     first, second = ranks(with_dropout, 2, resume)
     assert furthest(first, second) == 0
+
+
+class UsedByOneRank(NetInInit):
+    """A scalar that the loss of rank 0 alone depends on, and one that no loss depends on."""
+
+    def __init__(self, batch_size):
+        super().__init__(batch_size=batch_size)
+        self.scale, self.idle = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * self.scale if self.global_rank == 0 else loss
+
+
+def scales(strategy):
+    torch.manual_seed(0)
+    module = UsedByOneRank(batch_size=16)
+    fit(module, strategy, 2)
+    return module.scale.item(), module.idle.grad
+
+
+def test_a_whole_parameter_that_one_rank_uses_is_the_same_on_all(ranks):
+    for strategy in ("zero2", "zero3"):
+        (one, idle), (other, also_idle) = ranks(scales, 2, strategy)
+        assert one == other != 1.0
+        assert idle is also_idle is None
