@@ -13,7 +13,7 @@ One row a length, a size and a number of ranks into rows/context_memory.jsonl.
     peak        MiB of tensors of the largest rank over what it held before (tests/tensor_bytes.py)
     ratio       of that to one process's; at most 0.65 on 2 ranks and 0.40 on 4
     work        CPU seconds of all threads of all ranks over those of one process, median of rounds;
-                as many processes run at once when one process is timed; at most 1.15
+                as many processes run at once when one process is timed; the aim is 1.15
     far         the largest difference from one process, of outputs (the loss of a net) and of the
                 gradients, over the largest magnitude: of each tensor by itself, and the worst;
                 at most 2e-6 in fp32 and 1e-12 in fp64 (a net's `far_together`: of all gradients

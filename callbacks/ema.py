@@ -47,7 +47,7 @@ class EMA(Callback):
     """
 
     acts_on_training = True  # a resume without it is another run
-    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
+    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         """Set the horizon: about 1 / (1 - decay) optimizer steps."""

@@ -41,8 +41,8 @@ def global_norm(
 ) -> Tensor:
     """The norm of all gradients together, () on their device, the same on every rank.
 
-    In float64 where a gradient is, else in float32; 0 of no gradients. In a pipeline each stage has
-    others, or none, but for those `elsewhere`, which another counts. With ZeRO-1 each rank has the
+    In float64 if a gradient is, else in float32; 0 if there are none. In a pipeline each stage has
+    its own gradients; another stage counts those in `elsewhere`. With ZeRO-1 each rank has the
     gradients that it owns: `owned` is the group of ranks, and a parameter of the widest dtype.
     """
     if not gradients and pipeline is None and owned is None:
@@ -124,7 +124,7 @@ class GradientClipping(Callback):
     """
 
     acts_on_training = True  # a resume without it is another run
-    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
+    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
 
     def __init__(
         self,

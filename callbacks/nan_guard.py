@@ -63,7 +63,7 @@ class NaNGuard(Callback):
     """
 
     acts_on_training = True  # a resume without it is another run
-    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
+    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
 
     def __init__(self, skip: int = 3) -> None:
         """Set the number of steps that may be lost."""

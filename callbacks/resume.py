@@ -79,7 +79,7 @@ class ExactResume(Callback):
             weights), "data", "optimizer" (with a new state).
     """
 
-    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
+    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
 
     def __init__(self, accept: list[str] | str | None = None) -> None:
         """The seed is that of `seed_everything`."""

@@ -26,8 +26,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole value, spread as `like` is; nothing is sent."""
-    return local_part(value, like).to(like.device)  # what was read in parts is spread already
+    """This rank's part of a whole value, sharded as `like` is; nothing is sent."""
+    return local_part(value, like).to(like.device)  # read in parts: sharded already
 
 
 def whole_net(trainer: Any) -> AbstractContextManager[None]:
@@ -68,14 +68,14 @@ def followed(module: nn.Module, names: Container[str]) -> Iterator[tuple[str, Te
 def saved_as(
     state: dict[str, Tensor], weights: dict[str, Tensor], live: bool = False
 ) -> dict[str, Tensor]:
-    """Copies for a checkpoint, whole or in parts as its state_dict is; every rank calls it.
+    """Copy weights for a checkpoint, whole or sharded as its state_dict is; every rank calls it.
 
-    What is whole and was sharded is on the first rank of its mesh only.
+    The whole value of a sharded weight is on the first rank of its mesh only.
 
     Args:
         state: the checkpoint's state_dict.
         weights: by name.
-        live: whether parts may be the weights themselves: they do not change before they are
+        live: whether shards may be the weights themselves, if these do not change until they are
             written.
     """
     if any(isinstance(value, DTensor) for value in state.values()):

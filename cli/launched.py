@@ -1,8 +1,8 @@
-"""Ranks that a launcher has started: one of them finds the checkpoint, and tells the others.
+"""Under a launcher rank 0 finds the checkpoint of `--ckpt_path=auto`, for all ranks.
 
-torchrun, srun and scripts start every rank with the same words, before there is a process group.
-`--ckpt_path=auto` reads whole files, so rank 0 does it alone and puts the path into a TCPStore:
-torchrun's own, or one that rank 0 opens on a port beside the job's.
+torchrun, srun and scripts start every rank with the same command, before there is a process group.
+`--ckpt_path=auto` reads whole files, so rank 0 does it alone and puts the path into a TCPStore.
+The store is torchrun's own, or one that rank 0 opens on another port of the same host.
 """
 
 import json
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from .errors import Mistake
 
 COUNTS = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
-POLL = 0.1  # seconds between two looks into the store: Ctrl-C is heard between them
+POLL = 0.1  # seconds between two reads of the store: Ctrl-C can interrupt between them
 CONNECT = 1800.0  # seconds until rank 0 has imported torch and opened the store
-FAREWELL = 60.0  # seconds that rank 0 keeps its store open for the others
-OTHER_PORT = 10_000  # distance of the store's port from the job's
+FAREWELL = 60.0  # seconds that rank 0 keeps its store open for the other ranks
+OTHER_PORT = 10_000  # difference between the store's port and the job's
 _stores: list[Any] = []  # kept open until the process ends
-_questions = 0  # asked by this process so far
+_questions = 0  # calls of `from_first` in this process so far
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
@@ -36,7 +36,7 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 class Job(NamedTuple):
-    """Where the ranks of a job meet, and which of them this process is."""
+    """The address of a job, its number of ranks, and the rank of this process."""
 
     rank: int
     size: int
@@ -63,23 +63,23 @@ def job(environment: Mapping[str, str] = os.environ) -> Job | None:
 
 
 def from_first(ask: Callable[[], str | None] | None) -> str | None:
-    """What `ask` returns on rank 0, on all ranks of a job; without a job what it returns here.
+    """Return on all ranks of a job what `ask` returns on rank 0; without a job, call it here.
 
-    The other ranks wait without a limit. They raise what it raises there.
+    The other ranks wait without a time limit. If `ask` raises on rank 0, they raise the same.
 
     Args:
-        ask: finds the answer; None if the words of this rank ask nothing. Rank 0 says so to ranks
-            that do ask.
+        ask: finds the path; None if the command of this rank asks for none. Rank 0 then tells
+            ranks that wait for a path.
 
     Raises:
-        Mistake: as on rank 0, or if rank 0 was not asked.
+        Mistake: as on rank 0, or if the command of rank 0 asks for no path.
     """
     global _questions
     here = job()
     if here is None:
         return ask() if ask else None
     _questions += 1
-    # torchrun's store outlives a start; the count differs between nodes where one lost a rank
+    # torchrun keeps its store over restarts; without it nodes may have counted other restarts
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if here.shared else ""
     key = f"ravine/checkpoint/{attempt}/{_questions}"
     if here.rank == 0:
@@ -101,7 +101,7 @@ def from_first(ask: Callable[[], str | None] | None) -> str | None:
 
 
 class _Repeated(Mistake):
-    """The mistake that rank 0 has found, in its words."""
+    """The mistake that rank 0 has found, with its text."""
 
     def __init__(self, text: str) -> None:
         ValueError.__init__(self, text)
@@ -109,7 +109,7 @@ class _Repeated(Mistake):
 
 def _answer(ask: Callable[[], str | None] | None, here: Job, key: str) -> str | None:
     if ask is None:
-        with suppress(RuntimeError, Mistake):  # nobody may ask: a port that is taken is no fault
+        with suppress(RuntimeError, Mistake):  # maybe no rank waits: a taken port is no error
             _store(here).set(key, json.dumps({"asked": False}))
         return None
     store = _store(here)
@@ -159,7 +159,7 @@ def _store(here: Job) -> Any:
 
 
 def _until_open(address: str, port: int) -> None:
-    """Wait until rank 0 has opened its store; torch would print each attempt, and hold Ctrl-C."""
+    """Wait until rank 0 has opened its store; torch would print each attempt and block Ctrl-C."""
     end = time.monotonic() + CONNECT
     while True:
         try:
@@ -172,7 +172,7 @@ def _until_open(address: str, port: int) -> None:
 
 
 def _wait(store: Any, key: str) -> str:
-    """The value of a key, as soon as it is there."""
+    """Wait for the value of a key and return it."""
     try:
         while not store.check([key]):
             time.sleep(POLL)

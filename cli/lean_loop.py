@@ -59,7 +59,7 @@ class LeanOptimization(_AutomaticOptimization):
         self.lean = self.frees = False  # set by the loop for each epoch
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict) -> Any:
-        """Train on one micro-batch; the old gradients are freed before the first of a step."""
+        """Train on one micro-batch; old gradients are freed before the first one of a step."""
         if self.frees and batch_idx % self.trainer.accumulate_grad_batches == 0:
             free_gradients(optimizer)
         return super().run(optimizer, batch_idx, kwargs)

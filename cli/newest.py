@@ -2,7 +2,7 @@
 
 Found here and not by the trainer, because the processes it starts repeat the command: all of them
 must read the same file, whatever one of them has written meanwhile. Where a launcher starts the
-ranks, rank 0 finds it for all: it compares the checksums of whole files.
+ranks, rank 0 finds it for all, because the search compares the checksums of whole files.
 """
 
 from collections.abc import Iterator

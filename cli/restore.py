@@ -119,8 +119,8 @@ def restoring(section: str) -> Iterator[None]:
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint without its numbers: what is in it, and tensors that only have a shape.
 
-    One process alone compares all checksums. A rank that a launcher has started leaves that to the
-    loading, where the ranks divide it.
+    One process alone compares all checksums. A rank that a launcher has started compares none here:
+    the ranks divide the checksums when they load the checkpoint.
     """
     if wrong := refusal(path, sums=not is_launched()):
         raise CheckpointError(wrong)

@@ -66,7 +66,7 @@ class Encoded(NamedTuple):
     lengths: np.ndarray  # tokens of each, int32 (count,)
     given: np.ndarray  # how many of them are the prompt, int32 (count,)
     tokens: np.ndarray  # int32, one example after the other
-    file: str = ""  # the tokens, where one process has made them for all
+    file: str = ""  # of the tokens, if one process has written them for all
 
     def has_file(self) -> bool:
         """Whether the file, if there is one, is on this machine."""

@@ -102,7 +102,7 @@ def _read(path: Path, flag: str) -> Iterator[str]:
 
 
 class Outline(NamedTuple):
-    """What one pass over a text finds, and the file of its tokens if one was written for all."""
+    """The result of one pass over a text, and the file of its tokens if `prepare` wrote one."""
 
     sha256: str
     characters: str  # the different ones, sorted
@@ -131,7 +131,7 @@ def prepare(
 ) -> Outline:
     """Write the tokens of a text to a file, for all processes of a machine; see `load`.
 
-    A text that is short enough for memory needs no file: where none can be written, each process
+    A text that is short enough for memory needs no file: if none can be written, each process
     makes its tokens.
     """
     found = outline(pieces, name)
@@ -155,7 +155,7 @@ def load(
 ) -> Corpus:
     """Read the text twice: for its characters and checksum, then for its tokens.
 
-    With what `prepare` has found the text is not read, and the tokens are its file.
+    With the result of `prepare` the text is not read, and the tokens are mapped from its file.
     """
     found = outline(pieces, name) if prepared is None else prepared
     tokenizer = make_tokenizer(kind, found.characters, specials)

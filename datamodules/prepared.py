@@ -1,7 +1,7 @@
-"""What one process of a machine prepares, for all of its ranks: files of tokens above all.
+"""Data that one process of a machine prepares for all of its ranks, such as files of tokens.
 
-    prepare_data   local rank 0 works, with all cores; the other ranks wait, without a limit of time
-    setup          every rank learns what came of it: `handed_over`
+    prepare_data   local rank 0 works, with all cores; the other ranks wait, without a time limit
+    setup          every rank gets the result: `handed_over`
 
 Lightning calls `prepare_data` on local rank 0 only, and lets the others wait at a barrier of its
 own. An error there, or Ctrl-C, is kept until `setup`, so that all ranks end with it.
@@ -14,17 +14,17 @@ import torch.distributed as dist
 
 
 class Prepared(NamedTuple):
-    """Plain values to hand over, or what went wrong."""
+    """The result of a preparation, in plain values, or the error that ended it."""
 
     content: Any = None
     failure: BaseException | None = None
 
     @classmethod
     def by(cls, work: Callable[[], Any]) -> "Prepared":
-        """Do the work and keep what it returns or raises."""
+        """Call `work` and keep what it returns or raises."""
         try:
             return cls(work())
-        except BaseException as error:  # Ctrl-C too: the others wait, and must learn of it
+        except BaseException as error:  # Ctrl-C too: the other ranks wait for a result
             return cls(failure=error)
 
 
@@ -35,14 +35,14 @@ def has_ranks(trainer: Any) -> bool:
 
 
 def handed_over(prepared: Prepared | None, trainer: Any) -> Any:
-    """What local rank 0 of this machine has prepared; None if it has not. Every rank calls it.
+    """Return what local rank 0 of this machine has prepared, or None. Every rank calls it.
 
     Args:
         prepared: what this process has prepared, if it has.
         trainer: of this rank.
 
     Raises:
-        PreparationFailed: on the other ranks, and on a rank itself what it has met.
+        PreparationFailed, WrongData: on the other ranks. The rank that failed raises its own error.
     """
     failure = None if prepared is None else prepared.failure
     group: Any = dist.new_group(backend="gloo")
@@ -50,7 +50,7 @@ def handed_over(prepared: Prepared | None, trainer: Any) -> Any:
         found: list[Any] = [None] * dist.get_world_size(group)
         mine = None if prepared is None else (prepared.content, _in_words(failure))
         dist.all_gather_object(found, (trainer.node_rank, mine), group=group)
-    except RuntimeError:  # another rank has ended: of its own Ctrl-C, say
+    except RuntimeError:  # another rank has ended, for example by its own Ctrl-C
         if failure is not None:
             raise failure from None
         raise
@@ -71,7 +71,7 @@ class PreparationFailed(RuntimeError):
 
 
 class WrongData(ValueError):
-    """Local rank 0 refuses the data; the text is its own."""
+    """Local rank 0 refuses the data; the text is that of its error."""
 
 
 def _in_words(failure: BaseException | None) -> tuple[str, str] | None:

@@ -47,7 +47,7 @@ def write_tokens(
 ) -> Path:
     """The file with the tokens of a text, written unless it is there.
 
-    Two jobs that write the same file do not disturb each other: it appears under its name when it
+    Two jobs may write the same file at the same time: it is renamed to its name when it
     is whole.
 
     Args:
@@ -60,7 +60,7 @@ def write_tokens(
         OSError: if the cache folder cannot be written.
     """
     kind = _type_for(tokenizer, mapped)
-    # one that refuses special tokens has to see the text, whoever wrote a file of it before
+    # a tokenizer that refuses special tokens has to read the text even if a file of it exists
     name = tokenizer.name + ("-refuse" if tokenizer.specials == "refuse" else "")
     path = cache_folder() / "tokens" / f"{sha256}-{name}.{kind}"
     if path.is_file():
@@ -95,7 +95,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer, mapped: bool) -> Tensor:
 
 
 def _type_for(tokenizer: Tokenizer, mapped: bool) -> np.dtype:
-    """The type of a token: of a file two or four bytes, in memory one where that is enough."""
+    """The dtype of a token: two or four bytes in a file, one byte in memory if that is enough."""
     if not mapped and tokenizer.vocabulary <= 256:
         return np.dtype(np.uint8)
     return np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)

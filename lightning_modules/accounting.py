@@ -83,15 +83,15 @@ def collectives(
     Sends from one rank to another are those of all ranks together: a pipeline's ends have fewer.
 
     A block of 1 MiB or more is one unit of sharding, and the rest of the net another. With ZeRO-3 a
-    unit is gathered forward and backward, with ZeRO-2 once; each has its gradients scattered;
-    copies add theirs up.
+    unit is gathered forward and backward, with ZeRO-2 once. Its gradients are scattered, and
+    summed over the copies.
     With ZeRO-1 each rank sends, for each of `buckets`, a message of gradients and one of parameters
     to each other rank (gloo; a parameter of 1 MiB or more is sent apart, in pieces of 8 MiB).
     Tensor parallelism sums twice a block in each direction, which `sequence` does in two halves.
     A mixture sends tokens there and back, in each direction. In a ring a rank sends keys and values
-    to n - 1 others, forward and backward, and gradients of theirs back to them; backward for each
+    to n - 1 others, forward and backward, and sends gradients back to them; backward for each
     of the `pieces` of heads, forward for two at most (strategies/context.py). Each boundary of
-    `stages` is crossed by each micro-batch both ways, and the last stage tells the loss. (Not for a
+    `stages` is crossed by each micro-batch both ways, and the last stage sends the loss. (Not for a
     ring and stages.)
 
     collectives(12, shards=8)["all_gather"]  # 26

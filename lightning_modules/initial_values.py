@@ -12,7 +12,7 @@ computed in the constructor as usual: they are small, and are no random numbers.
 
 Networks of this package alone: some functions of `nn.init` (`orthogonal_`, `trunc_normal_`) do
 nothing on the meta device, so the constructor of another network cannot be trusted to be recorded.
-A network whose parameters were not all recorded is built with memory, by the global generator.
+A network with a parameter that was not recorded is built with memory, by the global generator.
 """
 
 import zlib
@@ -55,7 +55,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         # by storage, and by tensor: `module.to` changes the storage; None: no simple distribution
         self.found: dict[tuple[str, int], Distribution | None] = {}
-        self.kept: list[Any] = []  # or another tensor or storage could get the same number
+        self.kept: list[Any] = []  # so that no other tensor or storage gets the same number
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -134,7 +134,7 @@ class InitialValues:
     def of(cls, build: Callable[[], nn.Module], prefix: str = "net.") -> "InitialValues | None":
         """Call `build` without memory for parameters.
 
-        None if some parameter has no recorded distribution: its constructor computes with values.
+        None if a parameter has no recorded distribution: the constructor computes with values.
         The seed is one draw of the global generator.
         """
         state = torch.get_rng_state()
@@ -142,7 +142,7 @@ class InitialValues:
         try:
             with _parameters_on_meta(), recorder:
                 net = build()
-        except (NotImplementedError, RuntimeError):  # an operation on values that are not there
+        except (NotImplementedError, RuntimeError):  # an operation on values that do not exist
             net = None
         found = {}
         for name, parameter in net.named_parameters() if net is not None else ():

@@ -87,9 +87,9 @@ def check_contents(archive: zipfile.ZipFile, size: int) -> None:
 
 
 def tensors(file: IO[bytes]) -> tuple[dict[str, int], int]:
-    """The bytes of each record of numbers, and a checksum of the table of contents.
+    """The bytes of each record of tensor data, and a checksum of the table of contents.
 
-    The table has the checksum of each record: equal tables are of equal files.
+    The table has the checksum of each record, so files with equal tables are equal.
     """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -100,7 +100,7 @@ def tensors(file: IO[bytes]) -> tuple[dict[str, int], int]:
 
 
 def others(archive: zipfile.ZipFile) -> list[str]:
-    """The records that are no numbers of tensors: the pickle, and a few of one word."""
+    """The records that hold no tensor data: the pickle, and a few short ones."""
     return [name for name in archive.namelist() if name.split("/")[1:2] != ["data"]]
 
 
@@ -119,7 +119,7 @@ def broken(archive: zipfile.ZipFile, names: Collection[str]) -> str | None:
 
 
 def first_record(archive: zipfile.ZipFile, file: "Window") -> "Window":
-    """The numbers of the only tensor of an archive, as a file."""
+    """The data of the only tensor of an archive, as a file."""
     (entry,) = [e for e in archive.infolist() if e.filename.split("/")[1:2] == ["data"]]
     file.seek(entry.header_offset)
     header = file.read(30)

@@ -3,8 +3,8 @@
     s = q kᵀ / √k      lse = log Σ exp(s)      out = exp(s - lse) v
 
 Two blocks of keys give the attention over both: lse = logaddexp(lse₁, lse₂), and out is the mean of
-out₁ and out₂ weighted by exp(lse₁ - lse) and exp(lse₂ - lse). Backward, a block that is given out
-and lse over *all* keys has the weights exp(s - lse) of all keys, so gradients of blocks add up.
+out₁ and out₂ weighted by exp(lse₁ - lse) and exp(lse₂ - lse). Backward, a block gets out and lse
+over *all* keys, so its weights exp(s - lse) are those of all keys, and gradients of blocks add up.
 
 No kernel here stores the (t t) scores:
 
@@ -31,7 +31,7 @@ from torch.backends.cuda import (
 
 aten: Any = torch.ops.aten
 SCORES = 2**20  # numbers of a piece's scores: 4 MiB in fp32
-ALIGNED = 32  # the memory-efficient kernel wants rows of lse in multiples of it
+ALIGNED = 32  # the memory-efficient kernel needs rows of lse in multiples of it
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:
@@ -60,7 +60,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value over this block of keys; out and lse are over all keys."""
     kernel = _kernel(query, key, value, causal)
-    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()  # that of a sum has strides of 0
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()  # a sum gives strides of 0
     if kernel == "flash":
         seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of a dropout of 0
         lengths = (None, None, query.shape[2], key.shape[2])

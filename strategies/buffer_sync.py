@@ -1,6 +1,6 @@
-"""Buffers of a sharded module are rank 0's at the start of each training step, as under DDP.
+"""Broadcast the buffers of a sharded module from rank 0 at each training step, as DDP does.
 
-BatchNorm computes its running statistics from the batch of its rank. Without a message they would
+BatchNorm computes its running statistics from the batch of its rank. Without a broadcast they would
 differ, validation would average over different models, and a checkpoint would hold one of them.
 Only buffers that training changes are sent: statistics of normalization from the start, others once
 they have changed. All ranks compare after the batches 1, 3, 7, 15, ...
@@ -25,7 +25,7 @@ class BufferSync:
     """
 
     def __init__(self, module: nn.Module, group: ProcessGroup) -> None:
-        """Remember what each buffer is like now; all are equal on all ranks."""
+        """Take a fingerprint of each buffer; at this time all ranks have equal buffers."""
         self.module, self.group = module, group
         self.sent: set[str] = set()  # names of buffers that change
         self.watched: dict[str, tuple[Any, ...]] = {}  # of those that have not changed so far
@@ -37,12 +37,12 @@ class BufferSync:
                 self.watched[name] = fingerprint(buffer)
 
     def before_step(self) -> None:
-        """Send what changes; every rank of the group calls it."""
+        """Broadcast the buffers that change; every rank of the group calls it."""
         if self.sent and self._batches > 0:
             self.broadcast()
 
     def after_step(self) -> None:
-        """Compare if it is due; every rank of the group calls it."""
+        """Compare buffers after the steps 1, 3, 7, 15, ...; every rank of the group calls it."""
         self._batches += 1
         if self.watched and self._batches & (self._batches + 1) == 0:
             self._find_changed()

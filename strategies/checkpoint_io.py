@@ -3,7 +3,7 @@
     write -> .tmp-<uuid> beside the target -> fsync -> rename onto the target -> fsync the folder
     read  <- every record's checksum, which torch does not compare <- tensors and plain types only
 
-Ranks that resume together (`reading_together`) map the file: a machine has its pages once, and a
+Ranks that resume together (`reading_together`) map the file: a machine holds its pages once, and a
 rank copies what it uses. Each record's checksum is compared by one of the ranks.
 
 The temporary file stands beside the target because a rename is atomic on one file system only; a
@@ -43,7 +43,7 @@ from .verification import Readers
 SUFFIX = ".ckpt"
 LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{32}")  # of a writer that was killed
 CONTAINERS = (list, tuple, set)
-TRIES = 3  # to open one file on all ranks, where a writer replaces it meanwhile
+TRIES = 3  # to open the same file on all ranks, if a writer replaces it meanwhile
 _whole: set[tuple[int, ...]] = set()  # files whose sums were compared: one of 10 GB takes 5 s
 _together: ContextVar[tuple[Readers, frozenset[str]]] = ContextVar(
     "together", default=(Readers(), frozenset())
@@ -54,12 +54,12 @@ _together: ContextVar[tuple[Readers, frozenset[str]]] = ContextVar(
 def reading_together(mapped: Collection[str] = (), divided: bool = True) -> Iterator[None]:
     """Let the ranks of the job share the work of `load_checkpoint`; every rank calls it.
 
-    Each rank compares the checksums of its share. All ranks read one file, and all refuse a bad one
-    with one text. Where there is one process, only `mapped` has an effect.
+    Each rank compares the checksums of its share. All ranks read one file, and refuse a damaged one
+    with the same error. With one process only `mapped` has an effect.
 
     Args:
         mapped: sections of a single file whose tensors are views of the file's pages. The caller
-            copies what it keeps: see mapped_file.py for what becomes of a view.
+            copies what it keeps; mapped_file.py says what happens to a view if the file changes.
         divided: whether the ranks share the checksums; if not, a rank may call it alone.
     """
     token = _together.set((Readers.of_job() if divided else Readers(), frozenset(mapped)))
@@ -336,7 +336,7 @@ def _identity(file: IO[bytes]) -> tuple[int, ...]:
 def _load(
     path: Path, map_location: Any, plain: bool, readers: Readers, mapped: frozenset[str]
 ) -> dict[str, Any]:
-    """Read a file that all ranks find whole, each through one handle: it may be replaced."""
+    """Read a file that all ranks find undamaged, through one handle: it may be replaced."""
 
     def words(reason: str) -> str:
         return reason if reason.startswith("no checkpoint ") else str(_unreadable(path, reason))
@@ -367,7 +367,7 @@ def _load(
                 reason = _damaged(error)
             readers.agree(reason, words)
             _whole.add(key)
-            return cast(dict[str, Any], checkpoint)  # what another program wrote may be anything
+            return cast(dict[str, Any], checkpoint)  # another program may have written any type
         finally:
             if file is not None:
                 file.close()
@@ -384,14 +384,14 @@ def _read(file: IO[bytes], map_location: Any, plain: bool, mapped: frozenset[str
 
 
 def _other_sum(file: IO[bytes], names: Collection[str] | None = None) -> str | None:
-    """What does not match its checksum: of the tensors of these names, or of all."""
+    """The first record that does not match its checksum, of these names or of all."""
     with zipfile.ZipFile(file) as table:
         broken = archive.broken(table, table.namelist() if names is None else names)
     return broken and f"it is damaged: {broken} does not match its checksum"
 
 
 def _damage(file: IO[bytes], plain: bool = True) -> str | None:
-    """What is wrong with an open checkpoint, but for the numbers in its tensors.
+    """What is wrong with an open checkpoint; the checksums of tensor data are not compared.
 
     torch.save writes an uncompressed zip archive.
     """

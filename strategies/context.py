@@ -8,12 +8,12 @@ one early piece of 2n and one late piece (zig-zag):
 
     keys of          early piece              late piece
     this rank        causal within both
-    an earlier one   all queries see it       nobody: it is not sent
+    an earlier one   all queries see it       no query sees it: not sent
     a later one      late queries see it      late queries see it
 
 So every rank has the same work at each of the n steps, half of what there is without the mask.
-Blocks of keys are joined by their log-sum-exp (block_attention.py); no rank stores scores. What a
-step needs travels while the step before is computed, and so do the gradients that return.
+Blocks of keys are joined by their log-sum-exp (block_attention.py); no rank stores scores. Messages
+of keys, values and their gradients overlap with the computation of a block.
 
 A net takes part by two slots of its modules: `attend(query, key, value, dropout)`, and `times`,
 the positions (t) of the tokens it is given.
@@ -158,12 +158,12 @@ def queries(rank: int, source: int, length: int) -> slice:
 
 
 def seen(rank: int, source: int, length: int) -> int:
-    """How many keys of `source`, from its first, some query of `rank` sees."""
+    """How many keys of `source`, from the first on, are seen by any query of `rank`."""
     return length // 2 if source < rank else length
 
 
 def pieces(key: Tensor, parts: int) -> list[tuple[slice, slice]]:
-    """Which sequences and heads of a key (b h t k) go round the ring at a time.
+    """Slices of sequences and heads of a key (b h t k) that the ring exchanges one after another.
 
     The buffers of the ring hold one piece, of `parts` equal ones where there are as many heads, and
     of fewer where messages would be too short for the device.
@@ -185,7 +185,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
     """Out (b h t k) and log-sum-exp (b h t) of causal attention over the whole sequence.
 
     Query, key and value (b h t k) are this rank's, `group` is the name of the ring's group. As one
-    operator it is kept whole by selective recomputation, and torch.compile does not look into it.
+    operator its output is kept by selective recomputation, and torch.compile does not trace it.
     """
     ring, length = _Neighbours(group), query.shape[2]
     out, lse = _results(query)
@@ -221,7 +221,7 @@ def ring_attention_backward(
     """
     ring, length = _Neighbours(group), query.shape[2]
     results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    add: Callable[[], None] | None = None  # the gradients that are on their way to this rank
+    add: Callable[[], None] | None = None  # adds the gradients that another rank is sending
     for piece in pieces(key, BACKWARD.get(ring.ranks, 4)):
         own = _packed(key[piece], value[piece], key.dtype)
         block, inputs = own, [each[piece] for each in (d_out, query, out, lse)]
@@ -284,7 +284,7 @@ def _merge(total: Tensor, lse: Tensor, found: Tensor, now: Tensor) -> None:
 
 
 def _add(returning: "_Passing", totals: list[Tensor], results: list[Tensor]) -> None:
-    """Add what has come to the gradients of keys and values; the last time, keep the results."""
+    """Add a message to the gradients of keys and values; for the last one, copy the results."""
     found = returning.received()
     for total, each in zip(totals[1:], _unpacked(found), strict=True):
         total[:, :, : len(found)] += each
@@ -323,7 +323,7 @@ class _Ring(torch.autograd.Function):
 
 
 class _Neighbours:
-    """The ranks of a ring, and what they send one another at each step."""
+    """The ranks of a ring, and the messages between them at each step."""
 
     def __init__(self, group: str) -> None:
         self.group: Any = distributed_c10d._resolve_process_group(group)  # pyright: ignore
@@ -342,13 +342,13 @@ class _Neighbours:
         return _Passing(sent, seen(self.rank, source, len(own)), reader, source, self.group)
 
     def gradients(self, found: Tensor, step: int, length: int) -> "_Passing":
-        """Send the gradients of this step's keys and values to their rank, and get those of own."""
+        """Send the gradients of this step's keys and values to their rank; receive own ones."""
         source, reader = self.back(step), self.back(-step)
         return _Passing(found, seen(reader, self.rank, length), source, reader, self.group)
 
 
 class _Passing:
-    """A message (t ...) on its way to a rank of the ring, and one of another length from a rank."""
+    """A message (t ...) being sent to a rank of the ring, and one being received from another."""
 
     def __init__(
         self, sent: Tensor, length: int, to: int, source: int, group: ProcessGroup

@@ -4,7 +4,7 @@
     buffers     statistics of BatchNorm and others that change       tables of positions: never sent
 
 Registered under Lightning's own names (`ddp`, `ddp_find_unused_parameters_true`, ...) in place of
-its DDPStrategy, which stays as it is for those who make one themselves.
+its DDPStrategy. A DDPStrategy that a script makes itself is not changed.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels leave no trace there
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels keep the version
 
 
 class DataParallelStrategy(DDPStrategy):
@@ -36,7 +36,7 @@ class DataParallelStrategy(DDPStrategy):
     """
 
     def __init__(self, gradient_as_bucket_view: bool = True, **kwargs: Any) -> None:
-        """Set other defaults."""
+        """Take the arguments of DDPStrategy."""
         super().__init__(**{"gradient_as_bucket_view": gradient_as_bucket_view}, **kwargs)
         self._batches = 0  # seen by this run
         self._watched: dict[str, tuple[Any, ...]] = {}  # buffers that have not changed so far
@@ -65,7 +65,7 @@ class DataParallelStrategy(DDPStrategy):
         ddp._assign_modules_buffers()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Compare buffers, more and more rarely; all ranks do so before the same batches."""
+        """Compare buffers before the batches 1, 2, 4, 8, ... and at the start of an epoch."""
         super().on_train_batch_start(batch, batch_idx)
         number, self._batches = self._batches, self._batches + 1
         due = number > 0 and (number & (number - 1) == 0 or batch_idx == 0)
@@ -87,7 +87,7 @@ class DataParallelStrategy(DDPStrategy):
                 del self._watched[name]
 
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Step; after the first one, look for states that are gradients themselves."""
+        """Step; after the first step, refuse an optimizer whose state is a gradient itself."""
         output = super().optimizer_step(optimizer, *args, **kwargs)
         if not self._stepped:
             self._stepped = True
@@ -97,7 +97,7 @@ class DataParallelStrategy(DDPStrategy):
 
 
 def fingerprint(buffer: Tensor) -> tuple[Any, ...]:
-    """What tells a change of a buffer: its memory, its version and, where it has one, its sum."""
+    """Values that differ after a change of a buffer: address, version and, if it has one, sum."""
     version = None if buffer.is_inference() else buffer._version
     if buffer.is_meta or buffer.numel() == 0 or buffer.layout != torch.strided:
         return tuple(buffer.shape), id(buffer), version
@@ -106,7 +106,7 @@ def fingerprint(buffer: Tensor) -> tuple[Any, ...]:
     total = None
     with suppress(RuntimeError, NotImplementedError):  # no sum of numbers of eight bits
         total = numbers.detach().sum(dtype=exact).item()
-    return buffer.data_ptr(), version, str(total)  # a NaN is like itself
+    return buffer.data_ptr(), version, str(total)  # as text, because NaN != NaN
 
 
 def refuse_kept_gradients(optimizer: Any) -> None:
@@ -134,7 +134,7 @@ def refuse_kept_gradients(optimizer: Any) -> None:
 
 
 def register() -> None:
-    """Put the class behind each name under which Lightning has registered its own."""
+    """Register DataParallelStrategy under each name of Lightning's DDPStrategy."""
     for name, entry in list(StrategyRegistry.items()):
         if entry["strategy"] is DDPStrategy:
             StrategyRegistry.register(

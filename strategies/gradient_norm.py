@@ -24,7 +24,7 @@ def clip_grad_norm(
 
     Args:
         parameters: those of an optimizer
-        max_norm: the largest norm that is let through
+        max_norm: the largest norm that is not scaled
         group: with ZeRO-1 the ranks that have the gradients of different parameters
 
     Returns:

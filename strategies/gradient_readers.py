@@ -1,8 +1,8 @@
-"""Who reads gradients, and when: decides how early gradients may be freed.
+"""Find code that reads gradients, which decides how early gradients may be freed.
 
 A gradient is needed by the optimizer step. Hooks of modules and callbacks may read it too: before
 the step (`on_before_optimizer_step`), after it, or where gradients are zeroed. Hooks are found by
-name; other methods are searched for code that mentions `.grad` or a function of gradients.
+name; the bytecode of other methods is searched for `.grad` and functions of gradients.
 """
 
 import dis
@@ -111,9 +111,9 @@ def find_readers(trainer: Any) -> list[str]:
 
 
 def has_own_zero_grad(optimizer: Any) -> bool:
-    """Whether zeroing does more than to drop the gradient of each parameter.
+    """Whether `zero_grad` does more than set the gradient of each parameter to None.
 
-    Several optimizers joined as one (`members`) are asked one by one.
+    Of several optimizers joined as one (`members`), whether any of them does.
     """
     members = getattr(optimizer, "members", None)
     if isinstance(members, list):
@@ -123,7 +123,7 @@ def has_own_zero_grad(optimizer: Any) -> bool:
 
 
 def free_gradients(optimizer: Optimizer) -> None:
-    """Drop the gradient of each parameter."""
+    """Set the gradient of each parameter to None."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
@@ -131,7 +131,7 @@ def free_gradients(optimizer: Optimizer) -> None:
 
 @dataclass
 class _Uses:
-    """What code does with gradients, as far as it can be followed."""
+    """How code uses gradients, as far as it can be followed."""
 
     mentions: bool = False  # `.grad`, or a function of gradients
     reads: bool = False  # numbers of gradients, if it mentions them

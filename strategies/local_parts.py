@@ -1,11 +1,11 @@
 """Shards of a tensor as index ranges: copy one out of a whole tensor, or collect all on one rank.
 
-A DTensor's placements say which rows of which dimension a rank holds. Computed for any rank, they
-allow to read a shard from a file without the rest, and to assemble a tensor on one rank alone:
+The placements of a DTensor give the indices that any rank holds. So a rank can read its shard from
+a file without the rest, and a whole tensor can be assembled on one rank alone:
 
     local_part(whole, like)         this rank's shard of `whole`; a view where it is one block
     collect(tensor)                 the whole tensor on the mesh's first rank, None on the others
-    to_first(tree, group)           what the ranks of a group hold, on its first rank
+    to_first(tree, group)           the trees of all ranks of a group, on its first rank
 """
 
 import itertools
@@ -35,7 +35,7 @@ Runs = list[list[Run]]  # for each dimension
 
 
 def runs_of(tensor: Tensor, coordinate: tuple[int, ...] | None = None) -> Runs:
-    """The indices that a rank holds of a tensor, for each dimension; of a plain one all.
+    """The indices that a rank holds of a tensor, for each dimension; all of a plain tensor.
 
     Args:
         tensor: a DTensor, or a plain tensor.
@@ -59,7 +59,7 @@ def runs_of(tensor: Tensor, coordinate: tuple[int, ...] | None = None) -> Runs:
 
 
 def _factor(placement: Any) -> dict[str, Any]:
-    """The further argument of a shard that is split a second time along the same dimension."""
+    """The extra argument of a placement that splits a dimension a second time."""
     factor = getattr(placement, "split_factor", None)
     return {} if factor is None else {"split_factor": factor}
 
@@ -105,7 +105,7 @@ def local_part(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def keeper(mesh: DeviceMesh) -> int:
-    """The rank that `collect` leaves the tensors of a mesh with: the one at its origin."""
+    """The rank on which `collect` puts the tensors of a mesh: the one at its origin."""
     return int(mesh.mesh.flatten()[0])
 
 
@@ -205,7 +205,7 @@ def to_first(tree: Any, group: ProcessGroup, device: torch.device) -> list[Any]:
     Args:
         tree: what this rank holds.
         group: the ranks that send; the first of them receives.
-        device: where the group's messages have to be.
+        device: on which the group sends and receives.
     """
     ranks = dist.get_process_group_ranks(group)
     first, rank = ranks[0], dist.get_rank()

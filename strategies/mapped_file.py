@@ -23,7 +23,7 @@ PLAIN_TORCH = (torch.Size, torch.device, torch.dtype, torch.layout)
 
 
 class Unmappable(ValueError):
-    """The file holds what cannot be a view of its pages: it has to be read."""
+    """The file holds something that cannot be a view of its pages; it has to be read instead."""
 
 
 def load(file: IO[bytes], sections: Collection[str]) -> Any:

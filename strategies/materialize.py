@@ -1,7 +1,7 @@
 """Give the parameters of a sharded network their initial values, each rank its own part.
 
-The network was built on the meta device, and cut while it had no memory. A part of a parameter is
-drawn in blocks of rows: what is alive besides the parts is at most `BLOCK` bytes, and no rank has a
+The network was built on the meta device and sharded there. A part of a parameter is
+drawn in blocks of rows, so at most `BLOCK` bytes are in memory besides the parts, and no rank has a
 whole tensor. Parameters that two modules share get one part.
 """
 
@@ -21,7 +21,7 @@ def materialize(module: nn.Module, values: Any, device: torch.device) -> dict[in
     """Replace every meta parameter by this rank's part of its values.
 
     Args:
-        module: the LightningModule, cut already.
+        module: the LightningModule, sharded already.
         values: its `InitialValues`, with the same seed on every rank.
         device: where the parts are kept.
 

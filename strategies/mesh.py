@@ -152,7 +152,7 @@ class MeshStrategy(ModelParallelStrategy):
         self._device_mesh = self.layout.named
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh  # type: ignore[assignment]
-        self.lightning_module.__dict__["strategy_draws_values"] = True  # asked for by TaskModule
+        self.lightning_module.__dict__["strategy_draws_values"] = True  # read by TaskModule
         if self.layout.tp.size() > 1:  # ranks that compute one activation draw one dropout for it
             torch.manual_seed(self.broadcast(torch.initial_seed()))
 
@@ -190,7 +190,7 @@ class MeshStrategy(ModelParallelStrategy):
         check_module(module, self.layout.degrees, self.sequence_parallel)
         if self.layout.degrees["cp"] > 1:
             self.context = Context(module, self.layout.named["cp"])
-        foreign = is_parallel(module) and not is_marked(module)  # sharded by itself
+        foreign = is_parallel(module) and not is_marked(module)  # sharded by the module itself
         if self.zero > 1:
             self.originals = OriginalParameters(module)
         self.spread = self.parallelize(module)
@@ -271,7 +271,7 @@ class MeshStrategy(ModelParallelStrategy):
         return () if self.gradients is None else self.gradients.arrived
 
     def _prepare_optimizers(self) -> None:
-        """Let optimizers that know nothing of shards step them; those added later, too."""
+        """Replace methods of optimizers that are not written for shards; refuse coupled ones."""
         for optimizer in self.optimizers:
             if self.zero > 1:
                 shard_steps(optimizer)
@@ -282,7 +282,7 @@ class MeshStrategy(ModelParallelStrategy):
                 refuse_coupled_members(optimizer)
 
     def on_train_start(self) -> None:
-        """Find out whether anything reads gradients after an optimizer step."""
+        """Decide whether gradients are freed before the next forward pass."""
         super().on_train_start()
         assert self.lightning_module is not None
         self.frees = frees_early(self.lightning_module.trainer)
@@ -343,16 +343,16 @@ class MeshStrategy(ModelParallelStrategy):
             return step(*args) if unit is None else unit(step, *args)
 
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Go backward; errors of sharded tensors are told in one line."""
+        """Run the backward pass; errors of sharded tensors are raised in one line."""
         with self.around_backward():
             return super().backward(*args, **kwargs)
 
     def around_backward(self) -> AbstractContextManager[None]:
-        """What a backward pass runs in, for a loop that calls the parts of `backward` itself."""
+        """The context of a backward pass, for a loop that calls the parts of `backward` itself."""
         return in_one_line(self.lightning_module, "in the backward pass")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Step; what is gathered then has old values, and is freed."""
+        """Step, and free gathered parameters, which have the values from before it."""
         module = self.lightning_module
         if self.gather is not None and module is not None and not module.automatic_optimization:
             self.gather.write_back()

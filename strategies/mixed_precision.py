@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of Lightning's precisions
 PRODUCTS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Embedding, _ConvNd)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
-RECURRENT = (nn.RNNBase, nn.RNNCellBase)  # their kernels want all weights in one dtype
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)  # their kernels need all weights in one dtype
 
 
 def half_of(precision: Any) -> torch.dtype | None:
@@ -56,10 +56,10 @@ def full_precision(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 class UnitAutocast:
-    """Hooks of a unit: its forward runs under autocast, whoever calls it.
+    """Hooks of a unit that run its forward under autocast, also outside of a step.
 
-    The weights have half precision, so a call outside of Lightning's steps (samples, an average's
-    validation, user code) would else mix dtypes.
+    The weights have half precision, so a call outside of Lightning's steps (samples, validation of
+    averaged weights, user code) would otherwise mix dtypes.
     """
 
     def __init__(self, unit: nn.Module, device: torch.device, half: torch.dtype) -> None:

@@ -1,12 +1,12 @@
-"""Measures whether an optimizer treats each number, or each tensor, by itself.
+"""Measure whether an optimizer steps each number, or each tensor, independently of the others.
 
     elementwise    three steps on a tensor whole = three steps on its halves, to the last bit
     per tensor     three steps on two tensors together = three steps on each apart
-    coupled        neither: all parameters move together (Prodigy, D-Adaptation)
+    coupled        neither: one rate for all parameters (Prodigy, D-Adaptation)
 
 An elementwise optimizer may step shards. One that is not would train on shards without an error,
-with other norms, trust ratios or factors than on whole tensors. So it is measured, with a copy of
-the optimizer and small random tensors, before training.
+with other norms, trust ratios or factors than on whole tensors. So a copy of the optimizer is tried
+on small random tensors before training.
 """
 
 import copy
@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
 
     Args:
         kind: see the top of this file.
-        reason: why it is coupled: what it does, for a message.
+        reason: of a coupled optimizer, what it does; a part of an error message.
         shaped: for parameters of so many axes and an entry of their state, by its path: whether it
             has the shape of the parameter.
     """
@@ -135,7 +135,7 @@ def _measure(
         apart = [together, *run((other, other_gradients))]
         if all(_same(one, two, counts=False) for one, two in zip(both, apart, strict=True)):
             return "per tensor", ""
-    return "coupled", "moves each parameter by what it knows of the others"
+    return "coupled", "computes the update of a parameter from other parameters, too"
 
 
 def _run(
@@ -152,7 +152,7 @@ def _run(
     numpy.random.seed(0)
     if callable(getattr(trial, "train", None)) and callable(getattr(trial, "eval", None)):
         with suppress(AttributeError, NotImplementedError):  # a wrapper of one without
-            trial.train()  # schedule-free optimizers insist on it
+            trial.train()  # schedule-free optimizers require it
     for step in range(len(SCALES)):
         for parameter, (_, gradients) in zip(parameters, tensors, strict=True):
             parameter.grad = gradients[step].clone()
@@ -172,7 +172,7 @@ def _run(
 
 
 class _Outside(Exception):
-    """A tensor would be saved that belongs to no parameter: one rank's rows would be lost."""
+    """The state_dict has a tensor that belongs to no parameter, so shards of it would be lost."""
 
 
 def _check_saved(trial: Any, parameter: Tensor, shaped: Shaped) -> None:
@@ -291,7 +291,7 @@ def _required(optimizer: Optimizer, argument: str) -> bool:
 
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
-    """torch's CPU generator, numpy's and Python's are afterwards as before."""
+    """Restore the random states of torch (CPU), numpy and Python at the end."""
     ours, theirs, numbers = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
     try:
         with torch.enable_grad():

@@ -1,7 +1,7 @@
-"""Who holds the parameters from before sharding, and gets the sharded ones in their place.
+"""References to the parameters from before sharding, replaced by the sharded ones.
 
 fully_shard replaces each parameter of a module by another tensor. An optimizer that was built in
-`__init__`, or a list of weights that the module keeps, would go on with the old tensors, which
+`__init__`, or a list of weights that the module keeps, would still have the old tensors, which
 nothing trains. The tensors are matched by identity, never by shape or order.
 """
 
@@ -26,7 +26,7 @@ class OriginalParameters:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Remember who holds which parameter."""
+        """Remember the name of each parameter by its id."""
         self.module = module
         self._name: dict[int, str] = {}
         self._original: dict[int, weakref.ref[Tensor]] = {}

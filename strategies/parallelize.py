@@ -70,11 +70,11 @@ class Spread:
         ]
 
     def replaced(self, new: dict[int, nn.Parameter]) -> None:
-        """Follow parameters that were replaced, by the id of the one before."""
+        """Update the ids of parameters that were replaced; `new` is by the old id."""
         self.replicated = {id(new[i]) if i in new else i for i in self.replicated}
 
     def accumulate(self, more: bool) -> None:
-        """Announce the next backward pass: replicas meet after the last micro-batch of a step only.
+        """Announce the next backward pass: replicas all-reduce after the last micro-batch only.
 
         Shards are reduced in each: otherwise every rank would keep whole gradients in between.
         """
@@ -102,7 +102,7 @@ def _sum_together(parameters: list[Any], group: ProcessGroup, factor: float = 1.
     """Sum gradients over a group, one message for each dtype.
 
     A parameter without a gradient on some rank counts as zero there, and gets the sum; one without
-    a gradient on every rank stays without.
+    a gradient on every rank keeps None.
     """
     for dtype in {p.dtype: None for p in parameters}:
         alike = [p for p in parameters if p.dtype == dtype]
@@ -116,7 +116,7 @@ def _sum_together(parameters: list[Any], group: ProcessGroup, factor: float = 1.
         for part, new in zip(parts, sums, strict=True):
             part.copy_(new.view(part.shape))
         absent = [i for i, p in enumerate(alike) if p.grad is None]
-        if absent:  # only here the host waits for the message
+        if absent:  # only here the host waits for the result
             for i, others in zip(absent, found[absent].real.tolist(), strict=True):
                 alike[i].grad = grads[i] if others > 0 else None
 
@@ -135,10 +135,10 @@ def is_parallel(module: nn.Module) -> bool:
 
 @dataclass
 class UnitOptions:
-    """How units gather, and which modules become units.
+    """How units are gathered, and which modules become units.
 
     Args:
-        sharded: false: there are no units, and each rank has whole parameters (ZeRO-1).
+        sharded: if false, there are no units, and each rank has whole parameters (ZeRO-1).
         keep: the gathered parameters stay from a forward to its backward (ZeRO-2).
         smallest: bytes below which a member of a list is no unit of its own; None: SMALLEST.
         half: dtype of the gathered parameters; None: that of the shards.
@@ -210,7 +210,7 @@ def shard(
         small = [r for r in roots if not _contains(r, blocks) and _size(r) < smallest]
         if len(small) > 1 and sum(map(_size, small)) <= TOGETHER:
             together = small
-    holders = Counter(id(p) for root in roots for p in root.parameters())  # ids keep nothing alive
+    holders = Counter(id(p) for root in roots for p in root.parameters())  # ids hold no references
     alone = {id(p) for p in module.parameters() if p.ndim == 0 or holders[id(p)] > 1}
     if options.half is not None:
         alone |= {id(p) for p in full_precision(module)}
@@ -221,7 +221,7 @@ def shard(
     if together:
         roots = [root for root in roots if root not in together]
         step_unit = StepUnit(together)
-        module.__dict__["_step_unit"] = step_unit  # not a child: it has no names in a checkpoint
+        module.__dict__["_step_unit"] = step_unit  # not a child: not in state_dict()
         roots.append(step_unit)
     for unit in blocks + roots:
         unit.register_forward_hook(_own_outputs)  # before fully_shard's own hook

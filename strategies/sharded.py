@@ -106,14 +106,14 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _first_keys(tensors: dict[Place, Tensor]) -> dict[str, str]:
-    """Of each further name of a tensor, the name under which it is written."""
+    """For each further name of a tensor, the name under which it is written."""
     first: dict[int, str] = {}
     keys = {key_of(place): first.setdefault(id(t), key_of(place)) for place, t in tensors.items()}
     return {key: known for key, known in keys.items() if known != key}
 
 
 class _Writer(FileSystemWriter):
-    """torch's, with further names for tensors that are written once."""
+    """FileSystemWriter with further names for tensors that are written once."""
 
     def __init__(self, path: Path, first_keys: dict[str, str]) -> None:
         super().__init__(path, thread_count=1)
@@ -267,7 +267,7 @@ def damage(path: Path) -> str | None:
 
 
 def structure(path: Path) -> str | None:
-    """What is wrong with a folder, but for the numbers in its parts."""
+    """What is wrong with a folder; the checksums of tensor data are not compared."""
     if not (path / MANIFEST).is_file():
         if not begun(path):
             return "it is a folder, not a checkpoint file"
@@ -294,7 +294,7 @@ def structure(path: Path) -> str | None:
 
 
 def other_sum(path: Path, names: Collection[str] | None = None) -> str | None:
-    """What does not match its checksum: of the parts of these names, or of all with numbers."""
+    """The first part that does not match its checksum, of these names or of all with tensors."""
     try:
         wanted = lengths(path) if names is None else names
         for name, (size, crc) in _files(path).items():
@@ -308,12 +308,12 @@ def other_sum(path: Path, names: Collection[str] | None = None) -> str | None:
 
 
 def lengths(path: Path) -> dict[str, int]:
-    """The bytes of each part with numbers."""
+    """The bytes of each part that holds tensor data."""
     return {name: size for name, (size, _) in _files(path).items() if name not in (META, INDEX)}
 
 
 def identity(path: Path) -> tuple[int, ...]:
-    """Tells whether a folder is another one than before: device, and of each part what changes."""
+    """Identifies a state of a folder: its device, and inode, size and times of each part."""
     found = [path.stat().st_dev]
     for name in [MANIFEST, *sorted(_files(path))]:
         status = (path / name).stat()
@@ -545,7 +545,7 @@ def _read_chunk(
     local: Tensor,
     runs: Runs,
 ) -> None:
-    """Copy what a chunk has of a tensor into this rank's part of it, which has these runs."""
+    """Copy a chunk of a tensor into the part of it that this rank holds, given by `runs`."""
     inside = [
         _overlap(each, start, size)
         for each, start, size in zip(runs, chunk.offsets, chunk.sizes, strict=True)

@@ -1,4 +1,4 @@
-"""Optimizers that know nothing of DTensors step sharded parameters.
+"""Step sharded parameters with optimizers that are not written for DTensors.
 
     elementwise    step(shards)                    each rank its own rows, as plain tensors
     per tensor     gather -> step(whole) -> scatter      each tensor on one rank, its owner
@@ -43,17 +43,17 @@ def supports_dtensor(optimizer: Optimizer) -> bool:
 
 
 def agreed_verdict(optimizer: Optimizer) -> Verdict:
-    """What all ranks measure of an optimizer; where they differ, the most careful of them."""
+    """The verdict of all ranks on an optimizer; where they differ, the most restrictive one."""
     verdicts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(verdicts, tuple(measure(optimizer)))
     return Verdict(*max(verdicts, key=lambda each: ORDER.index(each[0])))
 
 
 def refuse_coupled(optimizer: Optimizer, verdict: Verdict) -> None:
-    """Refuse an optimizer whose parameters cannot be divided among ranks.
+    """Refuse an optimizer whose steps cannot be divided among ranks.
 
     Raises:
-        ValueError: it names the class, the reason and what to type.
+        ValueError: the optimizer is coupled.
     """
     if verdict.kind == "coupled":
         raise ValueError(
@@ -128,7 +128,7 @@ def _check_rows(member: Optimizer, parameters: list[DTensor]) -> None:
 
 
 class _Plain:
-    """Replaces the methods of an optimizer by ones that see plain tensors."""
+    """Replaces the methods of an optimizer by ones that work on plain tensors."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -169,7 +169,7 @@ class _Plain:
             return how(own, *args, **kwargs) if self.depth == 0 else own(*args, **kwargs)
 
         method.__name__ = name
-        if hasattr(own, "_wrapped_by_lr_sched"):  # or a schedule would warn that it comes later
+        if hasattr(own, "_wrapped_by_lr_sched"):  # else a schedule would warn of this method
             method.__dict__["_wrapped_by_lr_sched"] = True
         return MethodType(method, self.optimizer)
 
@@ -240,7 +240,7 @@ class _Plain:
         raise NotImplementedError
 
     def to_plain(self, state: Any, parameter: DTensor) -> Any:
-        """The state of one parameter as the optimizer sees it; every rank calls it."""
+        """The state of one parameter in plain tensors; every rank calls it."""
         return tree_map_only(DTensor, lambda value: value.full_tensor(), state)
 
     def to_checkpoint(self, saved: State) -> State:
@@ -315,7 +315,7 @@ class Local(_Plain):
     """An elementwise optimizer, which steps this rank's rows."""
 
     def __init__(self, optimizer: Optimizer, shaped: Shaped) -> None:
-        """Remember which entries of the state have one number for each weight."""
+        """Keep which entries of the state have the shape of the parameter."""
         super().__init__(optimizer)
         self.shaped = shaped
 
@@ -416,7 +416,7 @@ class Owned(_Plain):
         self._assign()
 
     def _assign(self) -> None:
-        """The largest first, each to the rank with the least; of each group one to rank 0.
+        """Assign the largest first, each to the rank with the least; one of each group to rank 0.
 
         A checkpoint has the settings of the groups from rank 0, whose counters must be current.
         """
@@ -474,7 +474,7 @@ class Owned(_Plain):
         return self._replace(lambda p: placeholders or self.keeps(p))
 
     def leave(self) -> None:
-        """Give each rank its rows of what the owners have."""
+        """Copy the rows of each rank from the whole tensors of the owners."""
         self._restore()
         pairs = self._both
         if self._moved:
@@ -494,7 +494,7 @@ class Owned(_Plain):
 
 
 def _split(parameter: Any) -> int | None:
-    """The axis of the mesh over which a parameter is split; None if no rank shares it."""
+    """The axis of the mesh over which a parameter is sharded; None if it is whole."""
     for axis, placement in enumerate(parameter.placements):
         if not placement.is_replicate() and parameter.device_mesh.size(axis) > 1:
             return axis
@@ -512,7 +512,7 @@ def _local_of(tensor: Any) -> Tensor:
 
 
 def _bundles(pairs: list[tuple[Any, Tensor]]) -> Iterator[tuple[ProcessGroup | None, list[int]]]:
-    """Places of the tensors that can travel in one message."""
+    """Indices of the tensors that can be sent in one message."""
     bundles: dict[Any, tuple[ProcessGroup | None, list[int]]] = {}
     for place, (p, tensor) in enumerate(pairs):
         group = _group_of(p) if _split(p) is not None else None

@@ -11,7 +11,7 @@ DTensor, and an operation on it and a plain tensor raises "got mixed torch.Tenso
     p.data = new                      copied into this rank's shard
     p.norm(), p.grad.norm()           of all shards: a plain scalar
 
-All ranks run the same operations on parameters; code under `if rank == 0` would wait for ever.
+All ranks must run the same operations on parameters; code under `if rank == 0` never returns.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_any_only, tree_flatten, tree_map_only
 
 from .parallelize import units
 
-CHECK_EVERY = 50  # backward passes between two looks for writes into copies in half precision
+CHECK_EVERY = 50  # backward passes between two checks for writes into copies in half precision
 
 _unmodified = torch._C.DisableTorchFunctionSubclass
 _DATA: Any = torch.Tensor.data  # properties
@@ -116,7 +116,7 @@ def _compute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         try:
             result = func(*args, **kwargs)
         except (NotImplementedError, RuntimeError):
-            mixed = True  # no rule for shards: an operation on whole tensors
+            mixed = True  # torch has no rule for shards: use whole tensors
         else:
             if isinstance(result, DTensor):
                 return result.full_tensor() if result.ndim == 0 else _marked(result)
@@ -135,7 +135,7 @@ def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _mixed(tree: Any) -> bool:
-    """Whether plain tensors with axes stand beside the DTensors."""
+    """Whether there are plain tensors with axes among the arguments."""
     return tree_any_only(Tensor, lambda t: not isinstance(t, DTensor) and t.ndim > 0, tree)
 
 
@@ -181,7 +181,7 @@ class GatherOnUse:
     """Gathers the units of a module whose parameters are used outside of their forward.
 
     gather = GatherOnUse(module)
-    gather.mark()                    # after fully_shard, once the parameters are where they stay
+    gather.mark()                    # after fully_shard, when the parameters are on their device
     loss = gather.around(module.training_step)(batch, batch_idx)
     gather.begin_backward(); loss.backward(); gather.end_backward()
     """
@@ -191,7 +191,7 @@ class GatherOnUse:
         self.module = module
         self.in_step = False
         self.in_backward = False
-        self.held: dict[Any, None] = {}  # groups that are gathered now, by us
+        self.held: dict[Any, None] = {}  # groups that this object has gathered
         self.groups: list[Any] = []
         self._backward_passes = 0
 
@@ -228,10 +228,10 @@ class GatherOnUse:
         self.held[group] = None
 
     def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A step of the module by these rules; what is held from an earlier one is released.
+        """Wrap a step of the module in these rules; release what an earlier step holds.
 
         Raises:
-            ValueError: gradients are left that no rank would reduce, or writes that would be lost.
+            ValueError: some gradients would not be reduced, or some writes would be lost.
         """
 
         def gathered(*args: Any) -> Any:
@@ -257,10 +257,10 @@ class GatherOnUse:
         self.held.clear()
 
     def _check_reduced(self) -> None:
-        """Refuse a backward pass that the strategy does not know of.
+        """Refuse a backward pass that was started without the strategy.
 
         Raises:
-            ValueError: it left gradients that no rank would reduce.
+            ValueError: it left gradients that would not be reduced.
         """
         parameters = [p for group in self.held for p in group.fsdp_params]
         copies = [getattr(p, "_unsharded_param", None) for p in parameters]
@@ -393,7 +393,7 @@ def _have_gradients(groups: list[Any]) -> bool:
 
 
 def _watched(state: Any) -> Callable[[], None]:
-    """A backward pass within a step (a gradient penalty): its graph needs the weights again."""
+    """Keep units gathered after a backward pass within a step (a gradient penalty)."""
     own = state._root_post_backward_final_callback
 
     def final_callback() -> None:

@@ -1,7 +1,7 @@
 """Errors of sharded tensors in a user's module, as one line that says what to type.
 
 torch's DTensor and FSDP2 raise where an operation has no rule for shards, or finds the memory of a
-gathered parameter freed. The traceback speaks of their internals; the line names the module, the
+gathered parameter freed. Their traceback shows internals of torch; the line names the module, the
 place in its code and the strategies that give every rank whole parameters.
 """
 
@@ -26,7 +26,7 @@ TEXTS = (
 
 
 class ShardingError(RuntimeError):
-    """A module cannot do with sharded parameters what it does."""
+    """An operation of a module does not work with sharded parameters."""
 
     exit_status = 2
 
@@ -51,14 +51,14 @@ def of_shards(error: Exception) -> bool:
     if any(last.is_relative_to(folder) for folder in FOLDERS) and str(frames[-1].line).startswith(
         "raise "
     ):
-        return False  # a sentence already
+        return False  # an error of this package: one line already
     inside = any(Path(f.filename).is_relative_to(i) for f in frames for i in INTERNALS)
     said = any(each in str(error) for each in TEXTS)
     return said or (inside and isinstance(error, RuntimeError | NotImplementedError))
 
 
 def text(name: str, error: Exception, place: str) -> str:
-    """The line."""
+    """The error message, in one line."""
     said = " ".join(str(error).split())[:160]
     return (
         f"{name}: {place}{_own_line(error)} an operation cannot work with sharded "
@@ -68,7 +68,7 @@ def text(name: str, error: Exception, place: str) -> str:
 
 
 def _own_line(error: Exception) -> str:
-    """The innermost place in a traceback that is of no framework."""
+    """File and line of the innermost frame outside of torch, Lightning and this package."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         known = any(path.is_relative_to(folder) for folder in [*PACKAGES, *FOLDERS])

@@ -86,7 +86,7 @@ def stand_in(
 ) -> nn.Module:
     """The same module, each parameter one number in the shape of all; `known` keeps ties.
 
-    Parts that blocks of this rank have too (`here`) stay as they are.
+    Modules that blocks of this rank also use (`here`) are not changed.
     """
     for part in (each for each in module.modules() if each not in here):
         for name, p in part._parameters.items():

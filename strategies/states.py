@@ -44,7 +44,7 @@ def numbers(module: nn.Module, stages: Stages | None) -> dict[Tensor, int]:
 def weights(module: nn.Module, parts: bool, stages: Stages | None) -> dict[str, Any]:
     """The module's state_dict: this rank's parts, or all on rank 0 and nothing elsewhere.
 
-    A tensor with several names is collected once, and stands under each of them.
+    A tensor with several names is collected once, and is in the result under each of them.
     """
     state = get_model_state_dict(module, options=StateDictOptions(cpu_offload=parts))
     first_names = _first_names(module, state)
@@ -64,7 +64,7 @@ def weights(module: nn.Module, parts: bool, stages: Stages | None) -> dict[str, 
 
 
 def _first_names(module: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
-    """Of each further name of a tensor, the name under which it stands first."""
+    """For each further name of a tensor, its first name."""
     first: dict[int, str] = {}
     further = {}
     named = [
@@ -78,7 +78,7 @@ def _first_names(module: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _keepers(stages: Stages | None) -> list[int]:
-    """The ranks that whole tensors are collected on: rank 0, and its peer in each other stage."""
+    """The ranks on which whole tensors are collected: the first rank of each stage."""
     if stages is None:
         return [0]
     count, world = dist.get_world_size(stages.group), dist.get_world_size()
@@ -95,7 +95,7 @@ def _kept(value: Any, keepers: list[int]) -> Any:
 
 
 def _device(module: nn.Module) -> torch.device:
-    """Where the messages of the job's ranks have to be."""
+    """The device on which the ranks of the job send and receive."""
     return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
@@ -167,7 +167,7 @@ def load(
 ) -> None:
     """Set weights and optimizers from a checkpoint of whole tensors.
 
-    Of parameters that are `whole`, the state is whole on the rank that owns it.
+    The state of a parameter that is `whole` is on the rank that owns the parameter.
     """
     state, ours = checkpoint["state_dict"], module.state_dict()
     if stages is not None:
@@ -184,9 +184,9 @@ def load(
 
 @torch.no_grad()
 def _set(ours: Any, value: Any) -> Any:
-    """What a module may load: a whole value, or the sharded tensor after its part was copied.
+    """The value to load: a whole tensor, or the sharded one after its part was copied.
 
-    Of a whole tensor in a mapped file only the part is read, and nothing is held beside it.
+    Of a whole tensor in a mapped file only the part is read, and no other copy is made.
     """
     if isinstance(ours, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor):
         ours.to_local().copy_(local_part(value, ours))

@@ -1,7 +1,7 @@
 """Small children of a LightningModule as one unit, gathered together around each step.
 
-A LightningModule's own forward is not what training calls, so no forward holds its children
-together: a thousand tiny layers in a list would be a thousand units, with three messages each. Here
+Training does not call the forward of a LightningModule, so no forward encloses its children: a
+thousand tiny layers in a list would be a thousand units, with three messages each. Here
 they are the members of a module whose forward is the step itself.
 """
 
@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 
 
 class StepUnit(nn.Module):
-    """Members that are gathered while `forward` runs a step, and by a call outside of one."""
+    """Members that are gathered while `forward` runs a step, and for a call outside of a step."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
-        """Watch the members' own calls."""
+        """Register hooks for calls of single members."""
         super().__init__()
         self.members = nn.ModuleList(members)
         self.running = False

@@ -1,4 +1,4 @@
-"""Ranks that read one checkpoint: they divide its checksums and refuse it with one text."""
+"""Ranks that read one checkpoint divide its checksums and refuse it with the same error."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from .checkpoint_error import CheckpointError
 
 
 class Readers:
-    """The ranks that read one checkpoint at the same time; by default this process alone.
+    """The ranks that read one checkpoint at the same time; by default only this process.
 
     readers = Readers.of_job()
     mine = readers.share({"data/0": 4000, "data/1": 40}, copy=(inode, size, time), known=False)
@@ -36,7 +36,7 @@ class Readers:
         return values
 
     def agree(self, problem: str | None, words: Callable[[str], str]) -> None:
-        """Return where no rank has a problem; else raise the first rank's on all of them.
+        """Return if no rank has a problem; else raise the first one on all ranks.
 
         Args:
             problem: what this rank has found, or None.
@@ -58,7 +58,7 @@ class Readers:
 
         Args:
             sizes: bytes of each part, the same on all ranks.
-            copy: tells the copies apart: inode, size and time of change.
+            copy: identifies a copy: inode, size and time of change.
             known: whether this process has compared the sums of this copy before.
         """
         found = self.gather((copy, known))

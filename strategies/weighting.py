@@ -32,7 +32,7 @@ class GlobalMean(Callback):
     balance of experts) is weighed like it.
     """
 
-    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
+    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
 
     def __init__(self) -> None:
         """Nothing to choose."""

@@ -1,14 +1,14 @@
-"""ZeRO-1: every rank has all weights, and gradients and optimizer state of its share of them.
+"""ZeRO-1: every rank has all weights, and the gradients and optimizer state of some of them.
 
     backward   gradients of a bucket -> the rank that owns each parameter, as soon as they are ready
     step       each rank steps the parameters that it owns
     after it   parameters of a bucket -> all other ranks
 
-A step sends 2 W (n - 1) / n on each of n ranks. Parameters are owned whole: an optimizer that
-treats matrices as matrices (Muon) does its work once in the job, and not once a rank. Parameters
+A step sends 2 W (n - 1) / n on each of n ranks. Parameters are not divided, so an optimizer that
+works on whole matrices (Muon) processes each on one rank, and not on all of them. Parameters
 stay plain tensors, so a module computes as it does with ddp.
 
-gloo is fastest with pairs of isend and irecv: the small parameters of a bucket are sent joined,
+gloo is fastest with pairs of isend and irecv. The small parameters of a bucket are sent joined,
 the large ones from their own memory, in pieces. Other backends reduce to the owner and broadcast
 from it. Sums are taken in a fixed order of ranks.
 
@@ -36,11 +36,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 MB = 2**20
-BUCKET = 25 * MB  # of gradients that are sent together, and the most that is received at once
-JOINED = MB  # parameters below are sent together, the others from their own memory
+BUCKET = 25 * MB  # bytes of gradients sent together, and the most that is received at once
+JOINED = MB  # smaller parameters are sent together, larger ones from their own memory
 PIECE = 8 * MB  # the largest message of one parameter
 PAIRED = {"gloo"}  # backends for which isend and irecv are faster than their reduce_scatter
-TAG = 71  # of these messages: other pairs of the same ranks (a ring) have other ones
+TAG = 71  # of these messages; other messages between the same ranks (a ring) have other tags
 
 
 class Message(NamedTuple):
@@ -93,8 +93,8 @@ class OwnedGradients:
         module: its trainable parameters are reduced
         optimizers: each steps, on a rank, the parameters that the rank owns
         group: the ranks with different data and the same parameters
-        find_readers: called at the first backward pass; names what else reads gradients
-        apart: parameters that are reduced elsewhere
+        find_readers: called at the first backward pass; names other code that reads gradients
+        apart: parameters whose gradients other code reduces
 
     Raises:
         ValueError: an optimizer calls its closure several times a step, or a parameter is sharded
@@ -308,7 +308,7 @@ class OwnedGradients:
         self._sent.append((work, data))
 
     def _post(self) -> None:
-        """Begin to receive, as far as the memory for it reaches."""
+        """Begin to receive as many messages as fit into the memory for them."""
         assert self._memory is not None
         if not self._posted:
             self._used = 0
@@ -324,7 +324,7 @@ class OwnedGradients:
             self._awaited.popleft()
 
     def _complete(self) -> None:
-        """Wait for all that was launched."""
+        """Wait for all messages that were launched."""
         while self._posted or self._awaited:
             if not self._posted:
                 self._post()
@@ -341,7 +341,7 @@ class OwnedGradients:
     # Step
 
     def _share_steps(self, optimizer: Optimizer) -> None:
-        """Let each rank step its own parameters, and send the result to the other ranks."""
+        """Replace `step`: each rank steps its own parameters and sends them to the other ranks."""
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(
@@ -367,7 +367,7 @@ class OwnedGradients:
             self.hand_out([p for p in parameters if p.requires_grad and p in self.owner])
             return loss
 
-        if hasattr(whole_step, "_wrapped_by_lr_sched"):  # or a schedule would warn of this one
+        if hasattr(whole_step, "_wrapped_by_lr_sched"):  # else a schedule would warn of this method
             step.__dict__["_wrapped_by_lr_sched"] = True
         optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
         for mode in ("train", "eval"):
@@ -375,7 +375,7 @@ class OwnedGradients:
                 self._share_mode(optimizer, mode)
 
     def _share_mode(self, optimizer: Any, mode: str) -> None:
-        """Let a schedule-free optimizer change its weights where it has states, and send them."""
+        """Replace a mode of a schedule-free optimizer: owners change weights and send them."""
         change = getattr(optimizer, mode)
 
         def changed(*args: Any, **kwargs: Any) -> Any:
@@ -389,7 +389,7 @@ class OwnedGradients:
 
     @torch.no_grad()
     def hand_out(self, parameters: list[Tensor]) -> None:
-        """Give every rank the owners' values, bucket by bucket."""
+        """Send the owners' values to every rank, bucket by bucket."""
         waiting: deque[list[tuple[Any, Tensor, Message | None]]] = deque()
         send = self._exchange if self.in_pairs else self._broadcast
         for plan in self._plan_of(parameters):
@@ -464,8 +464,8 @@ def messages(
 
     Args:
         parameters: those of one bucket and one owner
-        flagged: whether it is told for each parameter if there is a gradient
-        whole: whether the large ones are joined to the small ones
+        flagged: whether the message says for each parameter if it has a gradient
+        whole: whether large parameters are joined to the small ones
     """
     for dtype in {_part(p).dtype: None for p in parameters}:
         alike = [p for p in parameters if _part(p).dtype == dtype]
@@ -485,7 +485,7 @@ def messages(
 
 
 def _others(rank: int, ranks: int) -> list[int]:
-    """The other ranks; at each place of the list, ranks form pairs."""
+    """The other ranks, in an order in which ranks exchange in pairs at each index."""
     even = ranks & (ranks - 1) == 0
     partners = [rank ^ i if even else (i - rank) % ranks for i in range(ranks)]
     return [each for each in partners if each != rank]
@@ -535,7 +535,7 @@ def _receive(works: list[tuple[Any, Tensor, Message | None]]) -> None:
             for p, values in zip(message.parameters, data.split(message.sizes), strict=True):
                 part = _part(p)
                 part.copy_(values.view(part.shape))
-        else:  # what is received is no change that torch sees
+        else:  # torch does not count a message as a change
             torch.autograd.graph.increment_version(message.parameters[0])
 
 
@@ -567,7 +567,7 @@ def _joined_gradients(message: Message) -> Tensor:
 
 
 def _flags(data: Tensor, message: Message) -> list[bool]:
-    """Whether each flagged parameter has a gradient, here or there; read only where it is open."""
+    """Whether each flagged parameter has a gradient on this rank or on the sender."""
     if all(p.grad is not None for p in message.flagged):
         return [True] * len(message.flagged)
     there = data[len(data) - len(message.flagged) :].tolist()
@@ -597,7 +597,7 @@ def _add(data: Tensor, message: Message) -> None:
 
 
 def _take(data: Tensor, message: Message) -> None:
-    """Make views of the sum the gradients of those parameters that have one on any rank."""
+    """Set the gradients of parameters that have one on any rank to views of the sum."""
     parts = data.split([*message.sizes, len(message.flagged)])
     flags = _flags(data, message)
     has = {id(p) for p, flag in zip(message.flagged, flags, strict=True) if flag}

@@ -58,7 +58,7 @@ class LoRA(Transform):
 
     phase = "adapt"
 
-    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
+    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
 
     def __init__(
         self,

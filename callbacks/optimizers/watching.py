@@ -28,7 +28,7 @@ class UpdateSizes(Callback):
     `--trainer.callbacks+=UpdateSizes`.
     """
 
-    takes_partial_gradients = True  # with ZeRO-1 a rank has those that it owns
+    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
 
     def __init__(self) -> None:
         """How often is for `--trainer.log_every_n_steps`."""

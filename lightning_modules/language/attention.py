@@ -126,7 +126,7 @@ class Rotary(nn.Module):
     def times(self) -> Tensor | None:
         """Positions (t) of the tokens where they are a part of their sequence, else None.
 
-        A slot: context parallelism sets it, and all layers share the rows taken here.
+        Context parallelism sets it, and all layers share the rows that are computed then.
         """
         return self._times
 
