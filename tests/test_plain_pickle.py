@@ -236,7 +236,7 @@ def changed(folder: Path, old: bytes, new: bytes, count: int) -> None:
     ("old", "new", "count", "why"),
     [
         (b"__0_0.distcp", b"../secret.pt", -1, "outside its part"),
-        (b"K\x03K\x04", b"K\x7fK\x7f", -1, "larger than its parts"),
+        (b"K\x03K\x04", b"K\x7fK\x7f", -1, "larger than its part"),
         (b"K\x03K\x04", b"K\x7fK\x7f", 1, "parts of a tensor are not the whole"),
         (b"K\x03K\x04", b"K\x02K\x04", 1, "a part of a tensor is outside the tensor"),
         (b"float32", b"float99", -1, "asks for torch.float99"),
