@@ -15,7 +15,7 @@ nothing on the meta device, so the constructor of another network cannot be trus
 A network with a parameter that was not recorded is built with memory, by the global generator.
 """
 
-import zlib
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -190,7 +190,8 @@ class InitialValues:
 
 def generator(seed: int, name: str, chunk: int) -> torch.Generator:
     """The generator of one chunk of a parameter."""
-    return torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}/{name}/{chunk}".encode()))
+    digest = hashlib.sha256(f"{seed}/{name}/{chunk}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def replace_parameters(net: nn.Module, new: dict[int, nn.Parameter]) -> None:

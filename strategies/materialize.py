@@ -34,15 +34,22 @@ def materialize(module: nn.Module, values: Any, device: torch.device) -> dict[in
             continue
         shape, start = torch.Size(parameter.shape), (0,) * parameter.ndim
         if isinstance(parameter, DTensor):
-            where = (parameter.device_mesh, parameter.placements)
-            shape, start = compute_local_shape_and_global_offset(parameter.shape, *where)
+            shape, start = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
         part = torch.empty(shape, dtype=parameter.dtype, device=device)
         for rows, block in _blocks(values, name, parameter, shape, start):
             part[rows] = block.to(device)
         whole: Tensor = part
         if isinstance(parameter, DTensor):
-            size = {"shape": parameter.shape, "stride": parameter.stride()}
-            whole = DTensor.from_local(part, *where, run_check=False, **size)
+            whole = DTensor.from_local(
+                part,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
         new[id(parameter)] = nn.Parameter(whole, parameter.requires_grad)
     for part_of in module.modules():
         for name, parameter in part_of._parameters.items():

@@ -66,10 +66,10 @@ class UnitAutocast:
         """Register them; those of the unit's own gathering must come later."""
         self.device, self.half = device.type, half
         self.entered: list[torch.autocast | None] = []  # one for each call that is running
-        unit.register_forward_pre_hook(cast(Any, self.enter))
-        unit.register_forward_hook(self.leave, always_call=True)
+        unit.register_forward_pre_hook(cast(Any, torch.compiler.disable(self.enter)))
+        leave = cast(Any, torch.compiler.disable(self.leave))
+        unit.register_forward_hook(leave, always_call=True)
 
-    @torch.compiler.disable
     def enter(self, module: nn.Module, inputs: Any) -> None:
         """Start autocast, unless it is on."""
         context = None
@@ -78,7 +78,6 @@ class UnitAutocast:
             context.__enter__()
         self.entered.append(context)
 
-    @torch.compiler.disable
     def leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         """End it."""
         if self.entered and (context := self.entered.pop()) is not None:

@@ -123,7 +123,7 @@ def _sum_together(parameters: list[Any], group: ProcessGroup, factor: float = 1.
 
 def units(module: nn.Module) -> list[FSDPModule]:
     """All units of a LightningModule, that of its small children included."""
-    found = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+    found: list[FSDPModule] = [each for each in module.modules() if isinstance(each, FSDPModule)]
     step_unit = module.__dict__.get("_step_unit")
     return found if step_unit is None else [*found, step_unit]
 

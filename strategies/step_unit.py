@@ -22,8 +22,8 @@ class StepUnit(nn.Module):
         self.members = nn.ModuleList(members)
         self.running = False
         for member in members:
-            member.register_forward_pre_hook(cast(Any, self._gather))
-            member.register_forward_hook(self._free)
+            member.register_forward_pre_hook(cast(Any, torch.compiler.disable(self._gather)))
+            member.register_forward_hook(cast(Any, torch.compiler.disable(self._free)))
 
     def forward(self, step: Callable[..., Any], *args: Any) -> Any:
         """Run a step with all members gathered."""
@@ -33,7 +33,6 @@ class StepUnit(nn.Module):
         finally:
             self.running = False
 
-    @torch.compiler.disable
     def _gather(self, member: nn.Module, inputs: Any) -> None:
         """Gather for a call outside of a step: samples, predictions, user code."""
         if self.running or torch._C._current_graph_task_id() >= 0:  # or recomputed in a backward
@@ -46,7 +45,6 @@ class StepUnit(nn.Module):
             )
         cast(FSDPModule, self).unshard()
 
-    @torch.compiler.disable
     def _free(self, member: nn.Module, inputs: Any, outputs: Any) -> None:
         """Free what `_gather` has gathered."""
         if not self.running and torch._C._current_graph_task_id() < 0:

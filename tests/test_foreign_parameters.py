@@ -16,7 +16,7 @@ from ravine.strategies import MeshStrategy
 
 ROWS = 16
 # stage and smallest unit: each layer gathered by itself, or small ones together around a step
-LAYOUTS = [(2, 1), (3, 1), (2, None), (3, None)]
+LAYOUTS = [(2, 1), (3, 1), (2, 2**20), (3, 2**20)]
 
 
 class Classifier(L.LightningModule):

@@ -179,7 +179,8 @@ def test_no_whole_weight_is_alive_after_the_forward_under_zero3(ranks):
             assert bytes_alive == 0
             assert found > 0
     kept = 6 * 24 * 40 * BF16.itemsize  # zero2 keeps the gathered ones, in half precision
-    assert ranks(alive, 2, "zero2", "bf16-mixed")[0][0] <= kept + 6 * 40 * BF16.itemsize
+    for bytes_alive, _ in ranks(alive, 2, "zero2", "bf16-mixed"):
+        assert kept <= bytes_alive <= kept + 6 * 40 * BF16.itemsize
 
 
 class Timed(nn.Module):
@@ -204,15 +205,15 @@ def told(strategy):
     fit(module := Diffusion(Timed), strategy, 2, precision="bf16-mixed", steps=1)
     with torch.no_grad():
         outside = module.net(torch.ones(1, 24), torch.tensor(0.5))
-    return module.net.times, outside
+    return module.net.times, outside, torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_inputs_of_the_net_arrive_unrounded_and_a_call_outside_autocast_works(ranks, strategy):
-    for times, outside in ranks(told, 2, strategy):
+    for times, outside, autocast_stays in ranks(told, 2, strategy):
         assert times[0] == (FP32, torch.tensor(0.123456).item())
         assert torch.isfinite(outside).all()
-        assert not torch.is_autocast_enabled("cpu")
+        assert not autocast_stays
 
 
 def routed():
