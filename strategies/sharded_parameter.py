@@ -355,7 +355,9 @@ def _write_back(group: Any, refuse: Callable[[Any], None], look: bool) -> None:
             if not rows.alike or copy.shape != p._orig_size:
                 refuse(p)
             own = _gathered(p)
-            own.copy_(copy)
+            # `p.data = new` is no change for autograd in one process, so it is none here
+            with torch.autograd._unsafe_preserve_version_counter(p.all_gather_outputs[0]):
+                own.copy_(copy)
             copy.data = own
     if not rows.parameters:  # all of them are frozen
         return

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from ranks import furthest
 
 from ravine.cli.main import main
@@ -111,6 +112,7 @@ def test_a_signal_to_one_node_stops_both_and_the_same_command_goes_on(tmp_path, 
     assert "failed to connect" not in whole  # with the addresses of the ranks that are no more
     monkeypatch.chdir(tmp_path / "alone")
     assert main(["fit", *WORDS]) == 0
+    dist.destroy_process_group()  # of this process, where other tests run
     last = f"version_{{}}/checkpoints/step={STEPS:06d}.ckpt"
     spread = torch.load(runs / last.format(2), weights_only=True)["state_dict"]
     alone = Path("runs", "languagemodel", last.format(0))
