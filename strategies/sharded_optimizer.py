@@ -329,8 +329,7 @@ class Local(_Plain):
                 plain = self.plain[id(p)] = nn.Parameter(rows.detach(), p.requires_grad)
             plain.requires_grad = p.requires_grad
             if step and p.grad is not None:
-                grad = p.grad
-                plain.grad = grad._local_tensor if isinstance(grad, DTensor) else grad
+                plain.grad = _rows_of_gradient(p)
             self._both.append((p, plain))
         self._replace(lambda p: True)
         return True
@@ -453,7 +452,7 @@ class Owned(_Plain):
         if not placeholders:
             wanted = [(p, p._local_tensor) for p in parameters]
             with_grad = [p for p in parameters if step and p.grad is not None]
-            wanted += [(p, _local_of(p.grad)) for p in with_grad]
+            wanted += [(p, _rows_of_gradient(p)) for p in with_grad]
             found = _gather_to_owners(wanted, self.owner)
             values = dict(zip(map(id, parameters), found, strict=False))
             grads = dict(zip(map(id, with_grad), found[len(parameters) :], strict=True))
@@ -507,8 +506,14 @@ def _group_of(parameter: Any) -> ProcessGroup:
     return parameter.device_mesh.get_group(axis)
 
 
-def _local_of(tensor: Any) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+def _rows_of_gradient(parameter: Any) -> Tensor:
+    """The gradient of this rank's rows; under tp a gradient may be laid out in another way."""
+    gradient = parameter.grad
+    if not isinstance(gradient, DTensor):
+        return gradient
+    if tuple(gradient.placements) != tuple(parameter.placements):
+        gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
+    return gradient._local_tensor
 
 
 def _bundles(pairs: list[tuple[Any, Tensor]]) -> Iterator[tuple[ProcessGroup | None, list[int]]]:
