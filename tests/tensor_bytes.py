@@ -50,7 +50,8 @@ def tensor_bytes(device: str = "cpu") -> Iterator[TensorBytes]:
         found.peak = torch.cuda.max_memory_allocated() - before
         found.rest = torch.cuda.memory_allocated() - before
         return
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    how = {"profile_memory": True, "acc_events": True}  # without the latter torch 2.11 warns
+    with profile(activities=[ProfilerActivity.CPU], **how) as profiler:
         yield found
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()

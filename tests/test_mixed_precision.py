@@ -12,6 +12,8 @@ from ravine.lightning_modules.language.moe import MixtureOfExperts
 from ravine.strategies import MeshStrategy
 
 BF16, FP32 = torch.bfloat16, torch.float32
+# CommDebugMode hooks modules, and torch 2.11 warns where their inputs need no gradients
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 
 class Layers(nn.Module):
@@ -269,16 +271,17 @@ def messages(strategy, smallest, rows=8, **options):
     torch.manual_seed(0)
     module = Tiny(rows)
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.01)
-    counts, mode = [], CommDebugMode()
+    counts = []
 
     class Count(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, index):
-            mode.__enter__()
+            self.mode = CommDebugMode()  # it cannot be entered twice
+            self.mode.__enter__()
 
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
-            mode.__exit__(None, None, None)
-            names = {str(op).rsplit(".", 1)[-1]: n for op, n in mode.get_comm_counts().items()}
-            counts.append(names)
+            self.mode.__exit__(None, None, None)
+            found = self.mode.get_comm_counts()
+            counts.append({str(op).rsplit(".", 1)[-1]: n for op, n in found.items()})
 
     zero = 3 if strategy == "zero3" else 2
     how = MeshStrategy(zero=zero, smallest_unit=smallest, **options.pop("how", {}))

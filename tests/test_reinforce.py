@@ -306,8 +306,8 @@ def test_rewards_rise(base) -> None:
     model.lr = 0.01
     watch = fit(model, data(base, batch_size=16), 12)
     shares = [row["train/share"] for row in watch.metrics]
-    assert shares[0] < 0.4
     assert shares[-1] > 0.8
+    assert shares[-1] > shares[0] + 0.35
 
 
 def test_clipping_and_accumulation_see_a_usual_step(base) -> None:
