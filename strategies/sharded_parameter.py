@@ -25,6 +25,7 @@ from torch import (
     _foreach_copy_,  # pyright: ignore[reportPrivateImportUsage]
     nn,
 )
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -356,7 +357,7 @@ def _write_back(group: Any, refuse: Callable[[Any], None], look: bool) -> None:
                 refuse(p)
             own = _gathered(p)
             # `p.data = new` is no change for autograd in one process, so it is none here
-            with torch.autograd._unsafe_preserve_version_counter(p.all_gather_outputs[0]):
+            with _unsafe_preserve_version_counter(p.all_gather_outputs[0]):
                 own.copy_(copy)
             copy.data = own
     if not rows.parameters:  # all of them are frozen
