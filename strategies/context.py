@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.library import custom_op
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -180,7 +181,7 @@ def pieces(key: Tensor, parts: int) -> list[tuple[slice, slice]]:
     ]
 
 
-@torch.library.custom_op("ravine::ring_attention", mutates_args=())
+@custom_op("ravine::ring_attention", mutates_args=())
 def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """Out (b h t k) and log-sum-exp (b h t) of causal attention over the whole sequence.
 
@@ -210,7 +211,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
     return out, lse
 
 
-@torch.library.custom_op("ravine::ring_attention_backward", mutates_args=())
+@custom_op("ravine::ring_attention_backward", mutates_args=())
 def ring_attention_backward(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
