@@ -143,7 +143,8 @@ class LeanEpochLoop(_TrainingEpochLoop):
         trainer = self.trainer
         module, precision = trainer.lightning_module, trainer.precision_plugin
         self.lean = self.automatic_optimization.lean = self._is_plain(data_fetcher)
-        self.automatic_optimization.frees = frees_early(trainer)
+        own = isinstance(trainer.strategy, MeshStrategy)  # it frees them itself
+        self.automatic_optimization.frees = not own and frees_early(trainer)
         if not self.lean:
             return super().run(data_fetcher)
         self.hooks = {name: implemented(name, trainer) for name in STEP}

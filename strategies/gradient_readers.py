@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
@@ -124,9 +125,10 @@ def has_own_zero_grad(optimizer: Any) -> bool:
 
 def free_gradients(optimizer: Optimizer) -> None:
     """Set the gradient of each parameter to None."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
+    with torch._C.DisableTorchFunctionSubclass():  # sharded parameters take 2 µs each otherwise
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 @dataclass

@@ -66,7 +66,7 @@ class Spread:
         return [
             (name, p)
             for name, p in self.module.named_parameters()
-            if p.requires_grad and (id(p) in self.replicated or not isinstance(p, DTensor))
+            if (id(p) in self.replicated or not isinstance(p, DTensor)) and p.requires_grad
         ]
 
     def replaced(self, new: dict[int, nn.Parameter]) -> None:
@@ -217,7 +217,6 @@ def shard(
         look_up_in_fp32(module)
     whole = {p for p in module.parameters() if id(p) in alone | apart}
     policy = unit_policy(options.half)
-    how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not options.keep}
     if together:
         roots = [root for root in roots if root not in together]
         step_unit = StepUnit(together)
@@ -227,10 +226,13 @@ def shard(
         unit.register_forward_hook(_own_outputs)  # before fully_shard's own hook
         if options.half is not None:
             UnitAutocast(unit, torch.device(mesh.device_type), options.half)
+        # the backward pass of a step unit follows its forward: gather a small one once for both
+        keep = options.keep or (isinstance(unit, StepUnit) and _size(unit) < smallest)
+        how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not keep}
         fully_shard(unit, mp_policy=policy, ignored_params=whole, **how)
-        if options.keep:
+        if keep:
             unit.register_forward_hook(_let_go)
-        if options.keep and not options.gather_once:
+        if keep and not options.gather_once:
             unit.register_forward_pre_hook(cast(Any, _gather_anew), prepend=True)
     return alone - apart
 

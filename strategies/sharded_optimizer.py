@@ -322,15 +322,21 @@ class Local(_Plain):
     def enter(self, step: bool, placeholders: bool) -> bool:
         """Rows in place of parameters, which share their memory."""
         self._both = []
-        for p in self._parameters():
-            rows = p._local_tensor
-            plain = self.plain.get(id(p))
-            if plain is None or plain.data_ptr() != rows.data_ptr() or plain.shape != rows.shape:
-                plain = self.plain[id(p)] = nn.Parameter(rows.detach(), p.requires_grad)
-            plain.requires_grad = p.requires_grad
-            if step and p.grad is not None:
-                plain.grad = _rows_of_gradient(p)
-            self._both.append((p, plain))
+        with torch._C.DisableTorchFunctionSubclass():  # attributes of sharded parameters are slow
+            for p in self._parameters():
+                rows, trained = p._local_tensor, p.requires_grad
+                plain = self.plain.get(id(p))
+                if (
+                    plain is None
+                    or plain.data_ptr() != rows.data_ptr()
+                    or plain.shape != rows.shape
+                ):
+                    plain = self.plain[id(p)] = nn.Parameter(rows.detach(), trained)
+                elif plain.requires_grad != trained:
+                    plain.requires_grad = trained
+                if step and (gradient := p.grad) is not None:
+                    plain.grad = _rows_of_gradient(p, gradient)
+                self._both.append((p, plain))
         self._replace(lambda p: True)
         return True
 
@@ -452,7 +458,7 @@ class Owned(_Plain):
         if not placeholders:
             wanted = [(p, p._local_tensor) for p in parameters]
             with_grad = [p for p in parameters if step and p.grad is not None]
-            wanted += [(p, _rows_of_gradient(p)) for p in with_grad]
+            wanted += [(p, _rows_of_gradient(p, p.grad)) for p in with_grad]
             found = _gather_to_owners(wanted, self.owner)
             values = dict(zip(map(id, parameters), found, strict=False))
             grads = dict(zip(map(id, with_grad), found[len(parameters) :], strict=True))
@@ -506,12 +512,16 @@ def _group_of(parameter: Any) -> ProcessGroup:
     return parameter.device_mesh.get_group(axis)
 
 
-def _rows_of_gradient(parameter: Any) -> Tensor:
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+def _rows_of_gradient(parameter: Any, gradient: Tensor) -> Tensor:
     """The gradient of this rank's rows; under tp a gradient may be laid out in another way."""
-    gradient = parameter.grad
     if not isinstance(gradient, DTensor):
         return gradient
-    if tuple(gradient.placements) != tuple(parameter.placements):
+    ours, theirs = parameter._spec, gradient._spec
+    if ours is not theirs and tuple(ours.placements) != tuple(theirs.placements):
         gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
     return gradient._local_tensor
 

@@ -39,6 +39,15 @@ _unmodified = torch._C.DisableTorchFunctionSubclass
 _DATA: Any = torch.Tensor.data  # properties
 _GRAD: Any = torch.Tensor.grad
 _GET_DATA, _SET_DATA, _GET_GRAD = _DATA.__get__, _DATA.__set__, _GRAD.__get__
+# what FSDP2 and optimizers use of each parameter in each step, tried before all else
+_READ_ONLY = {
+    torch.Tensor.requires_grad.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    torch.Tensor.requires_grad.__set__,  # pyright: ignore[reportAttributeAccessIssue]
+    torch.Tensor.device.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    torch.Tensor.shape.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    torch.Tensor.dtype.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    _GRAD.__set__,
+}
 # attributes that are computed from the values, and methods that are not
 _COMPUTED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
 _METADATA = {
@@ -64,8 +73,10 @@ class ShardedParameter(DTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Apply a torch function or property to arguments, some of which are of this class."""
-        kwargs = kwargs or {}
         with _unmodified():
+            if func in _READ_ONLY:
+                return func(*args)
+            kwargs = kwargs or {}
             name = getattr(func, "__name__", "")
             if func is _SET_DATA or (name == "__set__" and func == _SET_DATA):
                 return _assign(args[0], args[1])

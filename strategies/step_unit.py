@@ -22,8 +22,8 @@ class StepUnit(nn.Module):
         self.members = nn.ModuleList(members)
         self.running = False
         for member in members:
-            member.register_forward_pre_hook(cast(Any, torch.compiler.disable(self._gather)))
-            member.register_forward_hook(cast(Any, torch.compiler.disable(self._free)))
+            member.register_forward_pre_hook(self._before)
+            member.register_forward_hook(self._after)
 
     def forward(self, step: Callable[..., Any], *args: Any) -> Any:
         """Run a step with all members gathered."""
@@ -33,9 +33,18 @@ class StepUnit(nn.Module):
         finally:
             self.running = False
 
-    def _gather(self, member: nn.Module, inputs: Any) -> None:
+    def _before(self, member: nn.Module, inputs: Any) -> None:
+        if not self.running:
+            self._gather(member)
+
+    def _after(self, member: nn.Module, inputs: Any, outputs: Any) -> None:
+        if not self.running:
+            self._free()
+
+    @torch.compiler.disable
+    def _gather(self, member: nn.Module) -> None:
         """Gather for a call outside of a step: samples, predictions, user code."""
-        if self.running or torch._C._current_graph_task_id() >= 0:  # or recomputed in a backward
+        if torch._C._current_graph_task_id() >= 0:  # it is computed again within a backward
             return
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.members.parameters()):
             raise RuntimeError(
@@ -45,7 +54,8 @@ class StepUnit(nn.Module):
             )
         cast(FSDPModule, self).unshard()
 
-    def _free(self, member: nn.Module, inputs: Any, outputs: Any) -> None:
+    @torch.compiler.disable
+    def _free(self) -> None:
         """Free what `_gather` has gathered."""
-        if not self.running and torch._C._current_graph_task_id() < 0:
+        if torch._C._current_graph_task_id() < 0:
             cast(FSDPModule, self).reshard()

@@ -303,10 +303,10 @@ def test_small_children_are_one_unit_and_train_as_one_process(ranks):
     single = Tiny(16)
     single.configure_optimizers = lambda: torch.optim.SGD(single.parameters(), lr=0.01)
     fit(single)
-    for smallest, units in ((0, 20), (2**20, 1)):
+    for smallest, expected in ((0, (40, 20)), (2**20, (1, 1))):
         for weights, counts, outside in ranks(messages, 2, "zero3", smallest):
             assert furthest(weights, whole(single)) < 2e-6
-            assert gathers_and_scatters(counts[1]) == (2 * units, units)
+            assert gathers_and_scatters(counts[1]) == expected
             assert torch.allclose(outside, single.net[3](torch.ones(24)), atol=1e-6)
 
 
