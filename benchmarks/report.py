@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from record import config_hash
+from versus import interval
 
 HERE = Path(__file__).parent
 
@@ -83,6 +84,7 @@ FASTER = {  # file of raw rows: what a claim of it says (or its rival's name), a
     "rollout": {"": "0.125"},
     "against_trl": {"beta 0.05": "0.556", "beta 0": "0.5"},
     "frechet": {"torchmetrics": "0.333"},
+    "bare_loops": {"tiny": "1.15", "": "1.03"},
 }
 
 
@@ -152,23 +154,29 @@ def duration(seconds: float) -> str:
 def speeds() -> str:
     """A line for each rival of each comparison, in the order of FASTER."""
     lines = [
-        "| what | rival | time of ours | of the rival | ratio | asked | A/A | machine | commit |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| what | rival | time of ours | of the rival | ratio | 95 % of the median | asked | A/A "
+        "| machine | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for file, asked in FASTER.items():
         path = HERE / "rows" / f"{file}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        prefix = "a step on 2 ranks beside a loop by hand: " if file == "bare_loops" else ""
         for row in {row["what"]: row for row in rows if "ratios" in row}.values():
             median = {name: statistics.median(spent) for name, spent in row["seconds"].items()}
             for rival, ratio in row["ratios"].items():
                 bound = next(
                     (b for part, b in asked.items() if part in f"{row['what']} {rival}"), ""
                 )
+                pair = row["seconds"]["ours"], row["seconds"][rival]
+                paired = len(pair[0]) == len(pair[1])  # measured in turns
+                between = "{:.3f} to {:.3f}".format(*interval(*pair)) if paired else ""
                 named = f"{rival} {row[rival]}" if rival in row else rival
                 lines.append(
-                    f"| [{row['what']}](../benchmarks/{file}.py) | {named} "
+                    f"| [{prefix}{row['what']}](../benchmarks/{file}.py) | {named} "
                     f"| {duration(median['ours'])} | {duration(median[rival])} | **{ratio:.3f}** "
-                    f"| {bound} | {row['A/A']:.3f} | {row['machine']} | {row['commit']} |"
+                    f"| {between} | {bound} "
+                    f"| {row['A/A']:.3f} | {row['machine']} | {row['commit']} |"
                 )
     return "\n".join(lines)
 
@@ -223,7 +231,49 @@ def verdicts() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"results": table, "speeds": speeds, "fuzzing": fuzzing, "verdicts": verdicts}
+def peaks() -> str:
+    """A line for each size and layout: what a step must hold, and its peak."""
+    lines = [
+        "| parameters | layout | P | G | S | A | must hold | peak | ratio | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = newest("step_memory", "size", "layout", "precision")
+    for row in sorted(rows, key=lambda row: int(row["size"].rstrip("M"))):
+        name = row["layout"] + ("" if row["precision"] == "32-true" else f", {row['precision']}")
+        numbers = " | ".join(f"{row[key]:.0f}" for key in ("P", "G", "S", "A", "must_hold", "peak"))
+        lines.append(
+            f"| {row['size']} | {name} | {numbers} | {row['ratio']:.2f} | {row['commit']} |"
+        )
+    return "\n".join(lines)
+
+
+def starts() -> str:
+    """A line for the start of each layout, and for each kind of checkpoint."""
+    lines = [
+        "| 124 M parameters | layout | ranks | share | peak | 1.3 shares + 32 | commit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in newest("start_memory", "layout", "ranks", "size"):
+        lines.append(
+            f"| start | {row['layout']} | {row['ranks']} | {row['share']:.0f} "
+            f"| {row['tensors']:.0f} | {row['bound']:.0f} | {row['commit']} |"
+        )
+    for row in newest("checkpoint_memory", "what", "layout", "ranks", "size"):
+        lines.append(
+            f"| {row['what']} | {row['layout']} | {row['ranks']} | {row['share']:.0f} "
+            f"| {row['peak']:.0f} | {row['limit']:.0f} | {row['commit']} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "results": table,
+    "speeds": speeds,
+    "fuzzing": fuzzing,
+    "verdicts": verdicts,
+    "peaks": peaks,
+    "starts": starts,
+}
 
 
 def write(page: Path) -> None:
@@ -246,6 +296,7 @@ def write(page: Path) -> None:
 
 if __name__ == "__main__":
     docs = HERE.parent / "docs"
-    pages = [HERE.parent / "README.md", docs / "measurements.md", docs / "compatibility.md"]
+    pages = [HERE.parent / "README.md"]
+    pages += [docs / f"{name}.md" for name in ("measurements", "compatibility", "parallelism")]
     for given in [Path(word) for word in sys.argv[1:]] or pages:
         write(given)

@@ -4,6 +4,7 @@ A way called `ours again` (or `bare again`) is `ours` a second time: how far equ
 this machine now. Where they differ by more than LIMIT, a ratio means nothing and none is written.
 """
 
+import math
 import random
 import statistics
 import time
@@ -61,6 +62,20 @@ def verdict(times: Times) -> dict[str, Any]:
     steady = abs(control - 1) <= LIMIT
     ratios = {name: round(median["ours"] / median[name], 4) for name in rivals if steady}
     return {"ratios": ratios, "A/A": round(control, 4)}
+
+
+def interval(ours: list[float], rival: list[float]) -> tuple[float, float]:
+    """The 95 % interval of the median of the ratios of rounds, by order statistics.
+
+    The k-th smallest and the k-th largest of n ratios enclose the median with the probability that
+    a coin shows between k and n - k heads in n throws.
+    """
+    ratios = sorted(a / b for a, b in zip(ours, rival, strict=True))
+    n, outside, k = len(ratios), 2 / 2 ** len(ratios), 0
+    while k < n // 2 and outside <= 0.05:
+        k += 1
+        outside += 2 * math.comb(n, k) / 2**n
+    return ratios[max(k - 1, 0)], ratios[n - max(k, 1)]
 
 
 def compare(benchmark: str, what: str, times: Times, packages: list[str], **more: Any) -> None:

@@ -60,8 +60,9 @@ class LeanOptimization(_AutomaticOptimization):
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict) -> Any:
         """Train on one micro-batch; old gradients are freed before the first one of a step."""
-        if self.frees and batch_idx % self.trainer.accumulate_grad_batches == 0:
-            free_gradients(optimizer)
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if self.frees and first and not isinstance(self.trainer.strategy, MeshStrategy):
+            free_gradients(optimizer)  # MeshStrategy does this itself
         return super().run(optimizer, batch_idx, kwargs)
 
     def _training_step(self, kwargs: OrderedDict) -> ClosureResult:
@@ -106,7 +107,11 @@ class LeanOptimization(_AutomaticOptimization):
         if not self.lean:
             return super()._optimizer_zero_grad(batch_idx, optimizer)
         trainer = self.trainer
-        trainer.lightning_module.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
+        if self.frees:  # neither the module nor the optimizer has a method of its own for it
+            free_gradients(optimizer)
+        else:
+            module, epoch = trainer.lightning_module, trainer.current_epoch
+            module.optimizer_zero_grad(epoch, batch_idx, optimizer)
         self.optim_progress.optimizer.zero_grad.increment_completed()
 
     def _optimizer_step(self, batch_idx: int, closure: Callable[[], Tensor | None]) -> None:
@@ -143,8 +148,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
         trainer = self.trainer
         module, precision = trainer.lightning_module, trainer.precision_plugin
         self.lean = self.automatic_optimization.lean = self._is_plain(data_fetcher)
-        own = isinstance(trainer.strategy, MeshStrategy)  # it frees them itself
-        self.automatic_optimization.frees = not own and frees_early(trainer)
+        self.automatic_optimization.frees = frees_early(trainer)
         if not self.lean:
             return super().run(data_fetcher)
         self.hooks = {name: implemented(name, trainer) for name in STEP}

@@ -275,28 +275,30 @@ class _Plain:
                 any_here |= bool(group["params"])
             if id(each.state) not in known:
                 known.add(id(each.state))
-                self._move(each.state, {p: q for p, q in self._both if p in each.state})
+                self._rename(each.state, {id(p): q for p, q in self._both})
         return any_here
 
     def _restore(self) -> None:
         for group, parameters in self._outside:
             group["params"] = parameters
         known: set[int] = set()
-        before = {id(q): p for p, q in self._both}
+        before: dict[int, Any] = {id(q): p for p, q in self._both}
         for each in nested_optimizers(self.optimizer):
             for group in each.param_groups:  # load_state_dict makes new ones
                 if any(id(q) in before for q in group["params"]):
                     group["params"] = [before.get(id(q), q) for q in group["params"]]
             if id(each.state) not in known:
                 known.add(id(each.state))
-                self._move(each.state, {q: p for p, q in self._both if q in each.state})
+                self._rename(each.state, before)
         for _, plain in self._both:
             plain.grad = None
 
     @staticmethod
-    def _move(state: Any, keys: dict[Any, Any]) -> None:
-        for old, new in keys.items():
-            state[new] = state.pop(old)
+    def _rename(state: Any, new: dict[int, Any]) -> None:
+        """Replace keys of a state, which are parameters, by those that `new` has for their ids."""
+        renamed = {new.get(id(key), key): value for key, value in state.items()}
+        state.clear()
+        state.update(renamed)
 
     def _numbered(self, saved: State) -> dict[Any, Any]:
         """The parameter behind each number of a state_dict; empty for another form."""

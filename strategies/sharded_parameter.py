@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_any_only, tree_flatten, tree_map_only
 
 from .parallelize import units
 
-CHECK_EVERY = 50  # backward passes between two checks for writes into copies in half precision
+CHECK_EVERY = 50  # backward passes between two searches for `p.data.mul_(2)` in half precision
 
 _unmodified = torch._C.DisableTorchFunctionSubclass
 _DATA: Any = torch.Tensor.data  # properties
@@ -342,6 +342,17 @@ class _Rows:
             self.copies.append(_gathered(p).narrow(0, first, shard.shape[0]))
             self.shards.append(shard)
         self.alike = all(c.dtype == s.dtype for c, s in zip(self.copies, self.shards, strict=True))
+        self.versions: list[int] = []
+        self.have_changed()
+
+    def have_changed(self) -> bool:
+        """Whether an operation has written into a gathered parameter since the last call.
+
+        Autograd counts such operations, but not those on `p.data`, which has a count of its own.
+        """
+        before = self.versions
+        self.versions = [p._unsharded_param._version for p in self.parameters]
+        return before != self.versions
 
     def are_old(self) -> bool:
         """Whether the shards have been moved since."""
@@ -375,7 +386,7 @@ def _write_back(group: Any, refuse: Callable[[Any], None], look: bool) -> None:
         return
     if rows.alike:
         _foreach_copy_(rows.shards, rows.copies)
-    elif look:
+    elif rows.have_changed() or look:
         for p, copy, shard in zip(rows.parameters, rows.copies, rows.shards, strict=True):
             if not torch.equal(copy, shard.to(copy.dtype)):
                 refuse(p)

@@ -206,7 +206,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-def train(kind, strategy="auto", devices=1):
+def train(kind, strategy="auto", devices=1, precision="32-true"):
     L.seed_everything(0, verbose=False)
     module = kind()
     module.ranks = devices
@@ -223,6 +223,7 @@ def train(kind, strategy="auto", devices=1):
         else MeshStrategy(zero=strategy[0], smallest_unit=strategy[1]),
         devices=devices,
         log_every_n_steps=1,
+        precision=precision,
     )
     trainer.fit(module)
     shards = any(isinstance(p, DTensor) for p in module.parameters())
@@ -266,18 +267,30 @@ class OtherShape(Classifier):
         self.net[0].bias.data = torch.zeros(4)
 
 
+class WritesOnce(Classifier):
+    """In its third step: no search for changed values would happen by then."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.global_step == 2:
+            with torch.no_grad():
+                self.net[0].bias.clamp_(-0.01, 0.01)
+        return loss
+
+
 REFUSED = {
-    (CallsBackward, (3, 1)): "allowed: self.manual_backward",
-    (StrayTensor, (3, None)): r"a tensor of shape \(7,\) that is no parameter of StrayTensor",
-    (OtherShape, (3, None)): r"shape \(4,\) for a sharded parameter of shape \(10,\)",
+    (CallsBackward, (3, 1), "32-true"): "allowed: self.manual_backward",
+    (StrayTensor, (3, None), "32-true"): r"of shape \(7,\) that is no parameter of StrayTensor",
+    (OtherShape, (3, None), "32-true"): r"shape \(4,\) for a sharded parameter of shape \(10,\)",
+    (WritesOnce, (2, 1), "bf16-mixed"): r"net\.0\.bias was changed within a step, where it is",
 }
 
 
 def errors_of_all():
     found = []
-    for kind, strategy in REFUSED:
+    for kind, strategy, precision in REFUSED:
         with pytest.raises(ValueError, match="ddp") as error:
-            train(kind, strategy, 2)
+            train(kind, strategy, 2, precision)
         found.append(str(error.value))
     return found
 
