@@ -2,6 +2,7 @@
 
 python benchmarks/start_memory.py     appends a row a layout to rows/start_memory.jsonl
 
+    start     plain, or what changes the network before it is sharded, by callbacks
     share     bytes of the parameters that a rank keeps
     tensors   the peak of tensor bytes from `setup` to `on_fit_start`
     anonymous the growth of the process's own memory (RssAnon) in that time
@@ -26,12 +27,22 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from ranks import run_ranks
 from tensor_bytes import tensor_bytes
 
+from ravine.callbacks import LoRA, Pretrained, Quantization
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import parallelize
 
 LAYOUTS = {"zero3": 4, "zero3 2": 2, "zero2": 4, "hsdp": 4, "tp": 2, "pp": 2}
+STARTS: dict[str, Any] = {  # callbacks by the folder of the weights; on zero3 with 4 ranks
+    "LoRA": lambda folder: [LoRA()],
+    "QLoRA": lambda folder: [Quantization(), LoRA()],
+    "Pretrained": lambda folder: [Pretrained(f"{folder}/base.ckpt")],
+    "Pretrained, safetensors": lambda folder: [Pretrained(f"{folder}/gpt2")],
+    "Pretrained + QLoRA": lambda folder: [
+        Pretrained(f"{folder}/base.ckpt"), Quantization(), LoRA()
+    ],
+}  # fmt: skip
 
 
 def anonymous() -> int:
@@ -59,17 +70,33 @@ class Start(L.Callback):
         }
 
 
-def measure(layout: str, size: str) -> dict[str, int]:
+def write(size: str, folder: str) -> None:
+    """Write a checkpoint and the safetensors of GPT-2; in one process."""
+    shape, data = SIZES[size]
+    module = LanguageModel(**shape)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, limit_val_batches=0, default_root_dir=folder,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=TextDataModule(source="embedded", **data))
+    trainer.save_checkpoint(f"{folder}/base.ckpt", weights_only=True)
+    if size == "124M":  # the other is no GPT-2
+        module.export(f"{folder}/gpt2")
+
+
+def measure(layout: str, size: str, start: str, files: str) -> dict[str, int]:
     """Begin a run; in each rank."""
     warnings.simplefilter("ignore")
     parallelize.SMALLEST = 2**20  # as in training; the harness of the tests sets 0
     shape, data = SIZES[size]
     look = Start()
+    changes = STARTS[start](files) if start in STARTS else []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
             accelerator="cpu", devices=LAYOUTS[layout], strategy=layout.split()[0], max_steps=1,
             logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            limit_val_batches=0, callbacks=[look], default_root_dir=folder,
+            limit_val_batches=0, callbacks=[look, *changes], default_root_dir=folder,
         )  # fmt: skip
         torch.manual_seed(0)
         trainer.fit(LanguageModel(**shape), datamodule=TextDataModule(source="embedded", **data))
@@ -83,14 +110,24 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--dry", action="store_true", help="store no rows")
     given = parser.parse_args()
-    for layout in given.only.split(",") if given.only else LAYOUTS:
-        rows = run_ranks(measure, LAYOUTS[layout], layout, given.size, timeout=600)
-        row = max(rows, key=lambda each: each["tensors"])
-        row["bound"] = int(1.3 * row["share"]) + 2**25
-        shown: dict[str, Any] = {k: round(v / 2**20, 1) for k, v in row.items()}
-        shown["ratio"] = round(row["tensors"] / row["bound"], 3)
-        shown = {"layout": layout, "ranks": LAYOUTS[layout], "size": given.size} | shown
-        print(shown, flush=True) if given.dry else append("start_memory", shown | machine())
+    cases = [(layout, "plain") for layout in LAYOUTS] + [("zero3", start) for start in STARTS]
+    if given.size != "124M":
+        cases = [case for case in cases if "safetensors" not in case[1]]
+    if given.only:
+        cases = [case for case in cases if {*case} & {*given.only.split(",")}]
+    with tempfile.TemporaryDirectory() as files:
+        if any("Pretrained" in start for _, start in cases):
+            run_ranks(write, 1, given.size, files, timeout=600)
+        for layout, start in cases:
+            how = layout, given.size, start, files
+            rows = run_ranks(measure, LAYOUTS[layout], *how, timeout=600)
+            row = max(rows, key=lambda each: each["tensors"])
+            row["bound"] = int(1.3 * row["share"]) + 2**25
+            shown: dict[str, Any] = {k: round(v / 2**20, 1) for k, v in row.items()}
+            shown["ratio"] = round(row["tensors"] / row["bound"], 3)
+            what = {"layout": layout, "start": start, "ranks": LAYOUTS[layout], "size": given.size}
+            shown = what | shown
+            print(shown, flush=True) if given.dry else append("start_memory", shown | machine())
 
 
 if __name__ == "__main__":

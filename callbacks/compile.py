@@ -29,6 +29,7 @@ class Compile(Transform):
     """
 
     phase = "compile"
+    without_values = True
 
     def __init__(
         self,

@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from torch import Tensor, nn
 
 from ravine.strategies import sharded, states
 from ravine.strategies.checkpoint_form import kind_mismatches
 from ravine.strategies.checkpoint_io import SUFFIX, AtomicCheckpointIO, reading_together
+from ravine.strategies.materialize import blocks, values_of
 from ravine.strategies.saving import non_finite
 
-from .transforms import Transform
+from .transforms import Transform, fill_in
 
 
 class Pretrained(Transform):
@@ -21,11 +24,15 @@ class Pretrained(Transform):
     A checkpoint (.ckpt) fills any module. What another checkpoint holds when a run goes on from it,
     or evaluates it, is loaded later and wins.
 
+    Where a strategy shards a network of this package, a file is mapped, and each rank copies its
+    own part of it after the sharding. A `load_pretrained` of your own gets a network with values.
+
     Args:
         path: a checkpoint, or a file or folder that the module can read.
     """
 
     phase = "load"
+    without_values = True
 
     def __init__(self, path: str) -> None:
         """Store the path."""
@@ -57,6 +64,8 @@ class Pretrained(Transform):
                 raise FileNotFoundError(
                     f"no checkpoint {self.path}; type --trainer.callbacks.path=FILE"
                 )
+            if not _reads_without_values(module, self._whole):
+                fill_in(module)
             if self._whole:
                 fill(module, self.path)
             else:
@@ -67,7 +76,12 @@ class Pretrained(Transform):
 
     def _refuse_non_finite(self, module: L.LightningModule) -> None:
         real = ((name, p) for name, p in module.named_parameters() if not p.is_meta)
-        if name := non_finite(real):
+        name = non_finite(real)
+        for later, parameter in module.named_parameters():  # one block in memory at a time
+            if name is None and values_of(parameter) is not None:
+                found = (non_finite([(later, block)]) for block in blocks(parameter))
+                name = next(filter(None, found), None)
+        if name:
             raise ValueError(
                 f"{self.path} cannot be trained on: {name} is not finite; allowed: weights without"
                 " NaN and infinity; type --trainer.callbacks.path=FILE"
@@ -86,8 +100,28 @@ class Pretrained(Transform):
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
 
+def _reads_without_values(module: L.LightningModule, checkpoint: bool) -> bool:
+    """Whether parameters on the meta device can have the file's weights read later.
+
+    Code of other packages that takes part in the reading would find no numbers.
+    """
+    if not checkpoint:
+        return _is_ours(module.load_pretrained)
+    parts = [part._load_from_state_dict for part in module.modules()]
+    known = all(_is_ours(each) or each.__module__.startswith("torch.") for each in parts)
+    hooks = any(part._load_state_dict_pre_hooks for part in module.modules())
+    return known and not hooks and type(module).load_state_dict is nn.Module.load_state_dict
+
+
+def _is_ours(method: Any) -> bool:
+    return method.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
 def fill(module: L.LightningModule, path: str) -> None:
-    """Give a built module the weights of a checkpoint of its kind, and nothing else of it."""
+    """Give a built module the weights of a checkpoint of its kind, and nothing else of it.
+
+    A parameter on the meta device gets its values from the mapped file when it is sharded.
+    """
     with reading_together(mapped=sharded.SPREAD, divided=False):  # weights are copied below
         checkpoint: dict[str, Any] = AtomicCheckpointIO().load_checkpoint(path)
     changed = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys()
@@ -104,8 +138,15 @@ def fill(module: L.LightningModule, path: str) -> None:
         )
     module.on_load_checkpoint(checkpoint)
     refuse_other_sizes(module, checkpoint, path)
-    wrong = module.load_state_dict(checkpoint["state_dict"], strict=False)
-    odd = [f"{name} is only here" for name in wrong.missing_keys]
+    state = dict(checkpoint["state_dict"])
+    if not all(isinstance(v, Tensor) and v.layout == torch.strided for v in state.values()):
+        fill_in(module)  # load_state_dict copies what it can
+    named = module.named_parameters(remove_duplicate=False)
+    later = {name: values_of(p) for name, p in named if name in state and values_of(p) is not None}
+    for name, values in later.items():  # of shared ones the last counts, as in load_state_dict
+        values.read_from(state.pop(name))
+    wrong = module.load_state_dict(state, strict=False)
+    odd = [f"{name} is only here" for name in wrong.missing_keys if name not in later]
     odd += [f"{name} is only there" for name in wrong.unexpected_keys]
     if odd:
         more = f"; and {len(odd) - 4} more" if len(odd) > 4 else ""

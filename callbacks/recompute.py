@@ -19,6 +19,7 @@ class Recompute(Transform):
     """
 
     phase = "recompute"
+    without_values = True
 
     def __init__(self, mode: Literal["selective", "full"] = "full") -> None:
         """Choose."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
+from ravine.strategies.materialize import values_of
+
 
 class Swapped(nn.Module):
     """Base of mixins; the tensors named in `keeps` stay in their dtype when the module is cast.
@@ -85,7 +87,7 @@ def refuse_unlike(name: str, layer: nn.Module, kind: type[nn.Module], what: str)
         reason = "makes its weight anew at each use (weight_norm, another parametrization, pruning)"
     elif isinstance(weight, UninitializedParameter):
         reason = "has no weight before its first input (a lazy layer)"
-    elif weight is not None and weight.is_meta:
+    elif weight is not None and weight.is_meta and values_of(weight) is None:
         reason = "has no numbers yet: it is on the device meta"
     if reason:
         raise ValueError(

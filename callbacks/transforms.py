@@ -4,7 +4,9 @@
                \\_____________ wrapped around configure_model ____________/    (strategy)
 
 Callbacks announce a phase in `setup`; the first of them wraps the module's `configure_model`, so
-any LightningModule will do. What was applied stays on the module, with its plain arguments: a
+any LightningModule will do. Under a strategy that shards it, a net of this package has no values
+yet (strategies/materialize.py): phases that can do without them get it so, the others get it with
+the values, whole on every rank. What was applied stays on the module, with its plain arguments: a
 second trainer that asks for the same finds it done, one that asks for something else is refused.
 """
 
@@ -19,6 +21,8 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
+from ravine.strategies.materialize import deferred, materialize
+
 from .patching import living, owner_of, patch, unpatch
 
 CHANGES = ("quantize", "adapt")  # phases after which the weights have other names
@@ -29,6 +33,7 @@ class _Pending(NamedTuple):
     apply: Callable[[L.LightningModule], None]
     owner: L.Callback
     identity: Any
+    without_values: bool
 
 
 @dataclass
@@ -50,10 +55,12 @@ def register(
     function: Callable[[L.LightningModule], None],
     owner: L.Callback,
     identity: Any = None,
+    without_values: bool = False,
 ) -> None:
     """Announce from `Callback.setup` that `function(module)` changes the net in `phase`.
 
     `identity` holds the plain arguments by which two equal transforms are known to be equal.
+    `without_values` says that the function needs no values of parameters on the meta device.
     """
     name, ledger = type(owner).__name__, _ledger(module)
     if phase not in PHASES:
@@ -74,7 +81,7 @@ def register(
     other = ledger.pending.get(phase)
     if other is not None and other.owner is not owner and living(trainer, other.owner):
         raise ValueError(f"{type(other.owner).__name__} and {name} both {phase}: keep one of them")
-    ledger.pending[phase] = _Pending(function, owner, identity)
+    ledger.pending[phase] = _Pending(function, owner, identity, without_values)
     _wrap(trainer, module, owner)
 
 
@@ -110,6 +117,8 @@ def _apply(trainer: L.Trainer, module: L.LightningModule) -> None:
                 f"{type(pending.owner).__name__}: {name} shards its parameters in configure_model,"
                 f" too early for {phase}: leave it to --trainer.strategy zero3"
             )
+        if not pending.without_values:
+            fill_in(module)
         pending.apply(module)
         ledger.applied[phase] = pending.identity
     ledger.names = set(module.state_dict())
@@ -120,6 +129,11 @@ def _apply(trainer: L.Trainer, module: L.LightningModule) -> None:
             f"{type(strategy).__name__} shards nothing by itself and neither does {name}: each rank"
             " would train alone; use --trainer.strategy zero3"
         )
+
+
+def fill_in(module: torch.nn.Module) -> None:
+    """Give all parameters whose values are made later these values, whole on this rank."""
+    materialize(module, deferred(module), torch.get_default_device())
 
 
 def check(module: L.LightningModule, phase: str, owner: L.Callback) -> None:
@@ -237,9 +251,13 @@ class Transform(L.Callback):
     class Half(Transform):
         phase = "quantize"
         def transform(self, module): module.half()
+
+    With `without_values`, `transform` may get parameters on the meta device, whose values
+    `ravine.strategies.materialize.values_of(parameter).rows(start, stop)` makes.
     """
 
     phase: str
+    without_values = False
     acts_on_training = True  # a resume without it is another run
 
     def transform(self, module: L.LightningModule) -> None:
@@ -277,7 +295,8 @@ class Transform(L.Callback):
         from .checks import before_training  # which itself registers a phase
 
         before_training(trainer, pl_module, stage)
-        register(trainer, pl_module, self.phase, self.transform, self, self.identity())
+        how = (self.transform, self, self.identity(), self.without_values)
+        register(trainer, pl_module, self.phase, *how)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give `configure_model` back."""

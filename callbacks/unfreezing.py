@@ -34,7 +34,7 @@ def postpone_freezing(trainer: L.Trainer, module: L.LightningModule) -> None:
     for callback in callbacks:
         callback.__dict__["freeze_before_training"] = lambda built: None
     unregister(module, "freeze")  # of a fit before this one
-    register(trainer, module, "freeze", freeze, callbacks[0])
+    register(trainer, module, "freeze", freeze, callbacks[0], without_values=True)
 
 
 def restore_freezing(trainer: L.Trainer) -> None:

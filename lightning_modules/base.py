@@ -125,10 +125,12 @@ class TaskModule(L.LightningModule):
             self.net = values.materialize(device)
 
     def _may_wait(self) -> bool:
-        """Whether nothing needs the values of the parameters before the strategy is set up."""
+        """Whether nothing here needs the values of the parameters before the strategy is set up.
+
+        A callback that does gives the parameters their values before it changes the net.
+        """
         own = type(self).configure_model is not TaskModule.configure_model
-        transforms = getattr(self.__dict__.get("_transforms"), "pending", None)
-        return bool(self.__dict__.get("strategy_draws_values")) and not own and not transforms
+        return bool(self.__dict__.get("strategy_draws_values")) and not own
 
     def forward(self, *args: Any) -> Any:
         """Apply the net."""

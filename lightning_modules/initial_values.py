@@ -3,6 +3,7 @@
     values = InitialValues.of(build)     the network on the meta device, and how each value is drawn
     values.draw("blocks.0.mlp.up.weight", 0, 100)      rows 0 to 99 of one parameter
     values.materialize()                               all of them, on one process
+    parameter.initial_values.rows(0, 100)              the same rows as a parameter's attribute
 
 A network's constructor names a distribution for each parameter (`nn.init.normal_`, ...). On the
 meta device it runs without memory, and the last operation on each parameter is recorded. The values
@@ -13,6 +14,9 @@ computed in the constructor as usual: they are small, and are no random numbers.
 Networks of this package alone: some functions of `nn.init` (`orthogonal_`, `trunc_normal_`) do
 nothing on the meta device, so the constructor of another network cannot be trusted to be recorded.
 A network with a parameter that was not recorded is built with memory, by the global generator.
+
+Each parameter on the meta device has its `ParameterValues` as attribute `initial_values`, for code
+that changes the network before it is sharded. strategies/materialize.py reads the attribute.
 """
 
 import hashlib
@@ -114,6 +118,44 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = usual  # type: ignore[method-assign]
 
 
+class ParameterValues:
+    """The values of one parameter on the meta device: drawn, or rows of a tensor that is stored.
+
+    Args:
+        values: of the network.
+        name: the parameter's, `values.prefix` included.
+        parameter: on the meta device.
+    """
+
+    def __init__(self, values: "InitialValues", name: str, parameter: Tensor) -> None:
+        """Nothing is drawn yet."""
+        self.values, self.name = values, name
+        self.shape, self.dtype = parameter.shape, parameter.dtype
+        self.stored: Tensor | None = None
+
+    def read_from(self, stored: Tensor) -> None:
+        """Take the values from a tensor (a mapped file) in the place of the distribution.
+
+        Args:
+            stored: of the parameter's shape, or with fewer rows; the further rows are zero.
+        """
+        self.stored = stored.detach()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (exclusive), (stop - start, ...), on the CPU; not to be changed.
+
+        A row is an index of the first axis; a scalar has one.
+        """
+        if self.stored is None:
+            return self.values.draw(self.name, self.shape, start, stop, self.dtype)
+        stored = self.stored if self.shape else self.stored.reshape(1)
+        if stop <= len(stored):
+            return stored[start:stop].to(self.dtype)
+        found = torch.zeros(stop - start, *self.shape[1:], dtype=self.dtype, device="cpu")
+        found[: max(0, len(stored) - start)] = stored[start:]
+        return found
+
+
 class InitialValues:
     """A network whose parameters are on the meta device, and the distribution of each.
 
@@ -127,8 +169,11 @@ class InitialValues:
     def __init__(
         self, net: nn.Module, distributions: dict[str, Distribution], seed: int, prefix: str
     ) -> None:
-        """Keep them."""
+        """Keep them, and give each parameter its values as an attribute."""
         self.net, self.distributions, self.seed, self.prefix = net, distributions, seed, prefix
+        for name, parameter in net.named_parameters():
+            own = ParameterValues(self, prefix + name, parameter)
+            parameter.initial_values = own  # type: ignore[attr-defined]
 
     @classmethod
     def of(cls, build: Callable[[], nn.Module], prefix: str = "net.") -> "InitialValues | None":

@@ -1,11 +1,15 @@
-"""Give the parameters of a sharded network their initial values, each rank its own part.
+"""Give the parameters of a network on the meta device their values, each rank its own part.
 
-The network was built on the meta device and sharded there. A part of a parameter is
-drawn in blocks of rows, so at most `BLOCK` bytes are in memory besides the parts, and no rank has a
-whole tensor. Parameters that two modules share get one part.
+    network on the meta device -> changed by callbacks -> sharded -> materialize
+
+A parameter whose values are made later has an attribute `initial_values`, an object whose method
+`rows(start, stop)` makes some rows on the CPU: it draws them, reads them from a file, or computes
+them from another parameter's rows. Sharding replaces parameters, so `deferred` finds the
+attributes by name before it. A part is made in blocks of rows: at most `BLOCK` bytes are in memory
+besides the parts, and no rank has a whole tensor. Parameters that two modules share get one part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,16 +17,41 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-BLOCK = 2**24  # bytes that are drawn at once
+BLOCK = 2**24  # bytes that are made at once
+
+
+def values_of(parameter: Tensor | None) -> Any:
+    """The object that makes a parameter's values later; None if it has values, or never will."""
+    later = parameter is not None and parameter.is_meta
+    return getattr(parameter, "initial_values", None) if later else None
+
+
+def deferred(module: nn.Module) -> dict[str, Any]:
+    """The objects that make values later, by the names of their parameters; shared ones by all."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: found for name, p in named if (found := values_of(p)) is not None}
+
+
+def blocks(parameter: Tensor) -> Iterator[Tensor]:
+    """A parameter's values in the order of its rows; those it has already are one block."""
+    values = values_of(parameter)
+    if values is None:
+        yield parameter.detach()
+        return
+    size = parameter.shape[0] if parameter.ndim else 1
+    for first in range(0, size, rows := _rows_of_a_block(parameter)):
+        yield values.rows(first, min(first + rows, size))
 
 
 @torch.no_grad()
-def materialize(module: nn.Module, values: Any, device: torch.device) -> dict[int, nn.Parameter]:
-    """Replace every meta parameter by this rank's part of its values.
+def materialize(
+    module: nn.Module, values: Mapping[str, Any], device: torch.device | str
+) -> dict[int, nn.Parameter]:
+    """Replace every parameter on the meta device by this rank's part of its values.
 
     Args:
-        module: the LightningModule, sharded already.
-        values: its `InitialValues`, with the same seed on every rank.
+        module: the LightningModule, sharded or not.
+        values: what `deferred` found before it was sharded; the same values on every rank.
         device: where the parts are kept.
 
     Returns:
@@ -30,15 +59,17 @@ def materialize(module: nn.Module, values: Any, device: torch.device) -> dict[in
     """
     new: dict[int, nn.Parameter] = {}
     for name, parameter in module.named_parameters():
-        if not parameter.is_meta:
+        if not parameter.is_meta or name not in values:
             continue
-        shape, start = torch.Size(parameter.shape), (0,) * parameter.ndim
         if isinstance(parameter, DTensor):
             shape, start = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
-        part = torch.empty(shape, dtype=parameter.dtype, device=device)
-        for rows, block in _blocks(values, name, parameter, shape, start):
+            part = torch.empty(shape, dtype=parameter.dtype, device=device)
+        else:
+            shape, start = parameter.shape, (0,) * parameter.ndim
+            part = torch.empty_like(parameter, device=device, requires_grad=False)  # its strides
+        for rows, block in _blocks(values[name], parameter, shape, start):
             part[rows] = block.to(device)
         whole: Tensor = part
         if isinstance(parameter, DTensor):
@@ -58,17 +89,19 @@ def materialize(module: nn.Module, values: Any, device: torch.device) -> dict[in
     return new
 
 
-def _blocks(
-    values: Any, name: str, parameter: Tensor, shape: Any, start: Any
-) -> Iterator[tuple[Any, Tensor]]:
+def _rows_of_a_block(parameter: Tensor) -> int:
+    row = parameter.shape[1:].numel() * parameter.itemsize
+    return max(1, BLOCK // max(1, row))
+
+
+def _blocks(values: Any, parameter: Tensor, shape: Any, start: Any) -> Iterator[tuple[Any, Tensor]]:
     """Rows of a part, as a slice of it, and their values."""
     if not shape:
-        yield ..., values.draw(name, parameter.shape, 0, 1, parameter.dtype).view(())
+        yield ..., values.rows(0, 1).view(())
         return
     columns = tuple(slice(a, a + n) for a, n in zip(start[1:], shape[1:], strict=True))
-    row = parameter.shape[1:].numel() * parameter.itemsize
-    rows = max(1, BLOCK // max(1, row))
+    rows = _rows_of_a_block(parameter)
     for first in range(0, shape[0], rows):
         last = min(first + rows, shape[0])
-        whole = (name, parameter.shape, start[0] + first, start[0] + last, parameter.dtype)
-        yield slice(first, last), values.draw(*whole)[(slice(None), *columns)]
+        block = values.rows(start[0] + first, start[0] + last)
+        yield slice(first, last), block[(slice(None), *columns)]

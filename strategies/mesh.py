@@ -36,7 +36,7 @@ from .context import Context
 from .gradient_norm import clip_grad_norm
 from .gradient_readers import find_readers, free_gradients, frees_early
 from .layout import Layout, check_choices, check_module, check_together, lay_out, resolve
-from .materialize import materialize
+from .materialize import deferred, materialize
 from .mixed_precision import half_of
 from .original_parameters import OriginalParameters
 from .parallelize import (
@@ -193,11 +193,12 @@ class MeshStrategy(ModelParallelStrategy):
         foreign = is_parallel(module) and not is_marked(module)  # sharded by the module itself
         if self.zero > 1:
             self.originals = OriginalParameters(module)
+        values = deferred(module)  # by name: sharding replaces the parameters
         self.spread = self.parallelize(module)
-        values = module.__dict__.pop("initial_values", None)
-        if values is not None:
-            values.seed = self.broadcast(values.seed)
-            self.spread.replaced(materialize(module, values, self.root_device))
+        drawn = module.__dict__.pop("initial_values", None)
+        if drawn is not None:
+            drawn.seed = self.broadcast(drawn.seed)
+        self.spread.replaced(materialize(module, values, self.root_device))
         if self.originals is not None:
             self.originals.update_references()
         own = is_overridden("configure_model", module)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 
 @dataclass
@@ -50,11 +50,10 @@ def tensor_bytes(device: str = "cpu") -> Iterator[TensorBytes]:
         found.peak = torch.cuda.max_memory_allocated() - before
         found.rest = torch.cuda.memory_allocated() - before
         return
-    how = {"profile_memory": True, "acc_events": True}  # without the latter torch 2.11 warns
-    with profile(activities=[ProfilerActivity.CPU], **how) as profiler:
+    with profile(profile_memory=True) as profiler:  # torch.profiler would build a tree: seconds
         yield found
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
+    assert profiler.kineto_results is not None
+    events = profiler.kineto_results.events()
     changes = sorted(
         (event.start_ns(), -event.nbytes()) for event in events if event.name() == "[memory]"
     )

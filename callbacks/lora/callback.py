@@ -16,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import nn
 
+from ravine.strategies.materialize import blocks, values_of
+
 from ..pretrained import Pretrained
 from ..shards import reached
 from ..targets import Patterns, frozen_copies, hidden_layers, listed, trains, within
@@ -57,6 +59,7 @@ class LoRA(Transform):
     """
 
     phase = "adapt"
+    without_values = True
 
     takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
 
@@ -338,11 +341,12 @@ def fingerprint(module: nn.Module) -> str:
     """SHA-256 of the parameters' names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and values_of(parameter) is None:
             raise ValueError(f"LoRA: {name} has no numbers yet: it is on the device meta")
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().tobytes())
+        for block in blocks(parameter):
+            raw = block.cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(raw.numpy().data)
     return digest.hexdigest()
 
 

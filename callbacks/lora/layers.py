@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ravine.strategies.materialize import values_of
+
 from ..swapping import Swapped, multiplied_in, swap
 from ..transforms import seeded_by_name
 
@@ -186,6 +188,7 @@ def adapt(
     """Swap a layer's class and give it A and B, drawn by its name; the layer itself is frozen."""
     reference = next(p for p in layer.parameters() if p.is_floating_point() or p.numel())
     stored = torch.float64 if reference.dtype == torch.float64 else torch.float32
+    device = "cpu" if values_of(reference) is not None else reference.device
     swap(layer, mixin)
     adapter = cast(Adapter, layer)
     shapes = dict(zip(adapter.lora_names, adapter.lora_shapes(rank, parts), strict=True))
@@ -196,7 +199,7 @@ def adapt(
             value.uniform_(-limit, limit, generator=seeded_by_name(seed, f"{name}.{key}"))
             if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
                 value[:, layer.padding_idx] = 0
-        adapter.register_parameter(key, nn.Parameter(value.to(reference.device)))
+        adapter.register_parameter(key, nn.Parameter(value.to(device)))
     adapter.lora_rank, adapter.lora_parts, adapter.lora_scale = rank, parts, scale
     adapter.lora_dropout, adapter.lora_dtype = dropout, dtype
     adapter.lora_enabled = adapter.lora_called = adapter.lora_recorded = True

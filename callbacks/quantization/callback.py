@@ -4,19 +4,21 @@ Lightning's own bitsandbytes plugin needs CUDA and decides the precision of all 
 runs anywhere torch does, layer by layer, beside any `trainer.precision`.
 """
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ravine.strategies.materialize import values_of
+
 from ..swapping import refuse_sharded, refuse_unlike
 from ..targets import Patterns, frozen_copies, hidden_layers, hits, listed, matching, within
 from ..transforms import Transform
-from .layers import QuantizedLinear, quantize_layer
+from .layers import QuantizedLinear, Rounding, quantize_layer, refuse_non_finite
 
 SHOWN = 5  # layers of the table of errors
 
@@ -42,6 +44,7 @@ class Quantization(Transform):
     """
 
     phase = "quantize"
+    without_values = True
 
     def __init__(
         self,
@@ -149,7 +152,8 @@ def quantize_module(
 ) -> dict[str, float]:
     """Quantize the layers that match, in place; returns the error of each, RMS over RMS.
 
-    Without `copies` a net of which the module holds a frozen copy, or the copy, is refused.
+    Without `copies` a net of which the module holds a frozen copy, or the copy, is refused. A
+    weight whose values are made later is rounded then, and its error is in the result then.
     """
     refuse_sharded(module, "Quantization")
     layers = quantizable(module)
@@ -172,7 +176,17 @@ def quantize_module(
         _refuse(module, name, layers[name])
     if not copies:
         _refuse_copies(module, names)
-    return {name: quantize_layer(layers[name], scheme, double, backend) for name in names}
+    errors: dict[str, float] = {}
+    latest: list[Any] = []
+    for name in names:
+        layer, later = layers[name], None
+        if values_of(layer.weight) is not None:
+            report = partial(errors.__setitem__, name)
+            later = Rounding(name, layer.weight, scheme, double, latest, report)
+        error = quantize_layer(layer, scheme, double, backend, later)
+        if error is not None:
+            errors[name] = error
+    return errors
 
 
 def _refuse_other_kinds(module: nn.Module, targets: Patterns, layers: dict[str, nn.Linear]) -> None:
@@ -205,8 +219,8 @@ def _refuse(module: nn.Module, name: str, layer: nn.Linear) -> None:
     if hasattr(layer, "lora_enabled"):
         raise ValueError(f"Quantization: {name} has an adapter already; round first, then adapt")
     refuse_unlike(name, layer, nn.Linear, "Quantization")
-    if not torch.isfinite(layer.weight).all():
-        raise ValueError(f"Quantization: the weight of {name} has inf or nan; start from another")
+    if values_of(layer.weight) is None:  # else it is tried when it is rounded
+        refuse_non_finite(name, layer.weight)
     sharing = [
         f"{other}.{key}".lstrip(".")
         for other, part in module.named_modules()

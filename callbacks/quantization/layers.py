@@ -8,6 +8,8 @@ to be saved. The bits are parameters that do not train: a sharded strategy shard
 replicates sends them once and not at every step, as it does with buffers.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,11 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ravine.strategies.materialize import values_of
+from ravine.strategies.saving import non_finite
+
 from ..swapping import Swapped, multiplied_in, swap, swap_back
 from . import bitsandbytes_kernels, int8, nf4
 
 PARTS = ("weight_codes", "weight_scales", "weight_outer", "weight_mean")
 SCHEMES = {"nf4": nf4.dequantize, "int8": int8.dequantize}
+PIECES = {"nf4": nf4.pieces, "int8": int8.pieces}
 
 
 class _Multiply(torch.autograd.Function):
@@ -121,18 +127,96 @@ def encode(weight: Tensor, scheme: str, double: bool) -> dict[str, Tensor]:
     return nf4.quantize(weight, double) if scheme == "nf4" else int8.quantize(weight)
 
 
+class Rounding:
+    """Rounds the weight of one layer when its codes are asked for: sharding comes before it.
+
+    Args:
+        name: of the layer, for an error.
+        weight: on the meta device, with values that are made later.
+        scheme: nf4 or int8.
+        double: whether NF4's scales are quantized.
+        latest: the layer that was rounded last, with its parts; shared by all layers of a network,
+            so that the parts of one layer are in memory.
+        report: is called with the error's RMS over the weight's, once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: Tensor,
+        scheme: str,
+        double: bool,
+        latest: list[Any],
+        report: Callable[[float], None],
+    ) -> None:
+        """Nothing is rounded yet."""
+        self.name, self.values, self.shape = name, values_of(weight), weight.shape
+        self.dtype, self.scheme, self.double = weight.dtype, scheme, double
+        self.latest, self.report, self.reported = latest, report, False
+
+    @torch.no_grad()
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that stand for the weight, whole, on the CPU."""
+        if not self.latest or self.latest[0] is not self:
+            self.latest.clear()
+            weight = self.values.rows(0, self.shape[0])
+            refuse_non_finite(self.name, weight)
+            parts = encode(weight, self.scheme, self.double)
+            if not self.reported:
+                self.report(rounding_error(weight, parts, self.scheme))
+            self.reported = True
+            self.latest += [self, parts]
+        return self.latest[1]
+
+
+class RoundedValues:
+    """The values of one of the parts, to be read after sharding (strategies/materialize.py)."""
+
+    def __init__(self, rounding: Rounding, part: str) -> None:
+        """Of which layer, and which part of it."""
+        self.rounding, self.part = rounding, part
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (exclusive)."""
+        return self.rounding.parts()[self.part][start:stop]
+
+
+def refuse_non_finite(name: str, weight: Tensor) -> None:
+    """ValueError for a weight that cannot be rounded."""
+    if non_finite([(name, weight)]):
+        raise ValueError(f"Quantization: the weight of {name} has inf or nan; start from another")
+
+
 @torch.no_grad()
-def quantize_layer(layer: nn.Linear, scheme: str, double: bool, backend: str = "torch") -> float:
-    """Change a Linear in place; returns the error's RMS over the weight's."""
+def quantize_layer(
+    layer: nn.Linear, scheme: str, double: bool, backend: str, later: Rounding | None
+) -> float | None:
+    """Change a Linear in place; returns the error's RMS over the weight's.
+
+    With `later` the weight is on the meta device, and so are the parts; the error is not known yet.
+    """
     weight = layer.weight
     parts = encode(weight, scheme, double)
     del layer.weight
     swap(layer, {"nf4": NF4, "int8": Int8}[scheme])
     for name, part in parts.items():
-        layer.register_parameter(f"weight_{name}", nn.Parameter(part, requires_grad=False))
+        parameter = nn.Parameter(part, requires_grad=False)
+        if later is not None:
+            parameter.initial_values = RoundedValues(later, name)  # type: ignore[attr-defined]
+        layer.register_parameter(f"weight_{name}", parameter)
     assert isinstance(layer, QuantizedLinear)
     layer.double, layer.backend, layer.dense = double, backend, weight.dtype
     layer.trained = weight.requires_grad
-    error = (layer.weight.float() - weight.float()).square().mean()
-    size = weight.float().square().mean()
-    return float((error / size.clamp_min(1e-30)).sqrt())
+    return None if later is not None else rounding_error(weight, parts, scheme)
+
+
+def rounding_error(weight: Tensor, parts: dict[str, Tensor], scheme: str) -> float:
+    """RMS of the rounding over that of the weight."""
+    flat, start = weight.detach().flatten(), 0
+    error = size = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for rounded in PIECES[scheme](weight.shape, weight.dtype, *parts.values()):
+        piece = flat[start : start + len(rounded)].float()
+        error = error + (rounded.float() - piece).square().sum(dtype=torch.float64)
+        size = size + piece.square().sum(dtype=torch.float64)
+        start += len(rounded)
+    return math.sqrt(error / max(size, 1e-30 * len(flat)))

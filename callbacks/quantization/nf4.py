@@ -8,6 +8,7 @@ The levels are quantiles of N(0, 1), eight above zero, seven below, and zero, ov
 Of normal weights the error is 0.0920 of their RMS; sixteen even steps would make it 0.1004.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from statistics import NormalDist
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK, GROUP = 64, 256  # weights that share a scale, scales that share one
+PIECE = 4096 * BLOCK  # weights that are rounded at once
 TAIL = 0.9677083  # the outermost quantile, of the paper's code
 
 
@@ -45,13 +47,20 @@ def quantize(weight: Tensor, double: bool = True) -> dict[str, Tensor]:
 
     With `double` the scales are int8, and `outer` (n/64/256) and `mean` (1) make them scales again.
     """
-    flat = weight.detach().float().flatten()
-    blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-    scale = blocks.abs().amax(1)
+    flat, device = weight.detach().flatten(), weight.device
+    count = -(-flat.numel() // BLOCK)
+    scale = torch.empty(count, dtype=torch.float32, device=device)
+    codes = torch.empty(count, BLOCK // 2, dtype=torch.uint8, device=device)
     level = torch.tensor(levels(), dtype=torch.float64)
-    edges = ((level[1:] + level[:-1]) / 2).float().to(weight.device)
-    code = torch.bucketize(blocks / scale.clamp_min(1e-30)[:, None], edges).to(torch.uint8)
-    codes = (code[:, ::2] << 4) | code[:, 1::2]
+    edges = ((level[1:] + level[:-1]) / 2).float().to(device)
+    for start in range(0, flat.numel(), PIECE):
+        piece = flat[start : start + PIECE].float()
+        blocks = F.pad(piece, (0, -piece.numel() % BLOCK)).view(-1, BLOCK)
+        here = slice(start // BLOCK, start // BLOCK + len(blocks))
+        scale[here] = largest = blocks.abs().amax(1)
+        of_largest = blocks / largest.clamp_min(1e-30)[:, None]
+        code = torch.bucketize(of_largest, edges, out_int32=True).to(torch.uint8)
+        codes[here] = (code[:, ::2] << 4) | code[:, 1::2]
     if not double:
         return {"codes": codes, "scales": scale}
     mean = scale.double().mean().float()  # in double: the same on every device
@@ -89,3 +98,14 @@ def dequantize(
     count = shape.numel()
     flat = blocks.flatten() if blocks.numel() == count else blocks.flatten()[:count]
     return flat.view(shape).to(dtype)
+
+
+def pieces(
+    shape: torch.Size, dtype: torch.dtype, codes: Tensor, scale: Tensor, *more: Tensor
+) -> Iterator[Tensor]:
+    """The numbers of `dequantize` in their order, as flat tensors of at most PIECE numbers."""
+    scale, count = scales(scale, *more), shape.numel()
+    for start in range(0, count, PIECE):
+        size = torch.Size([min(PIECE, count - start)])
+        here = slice(start // BLOCK, -(-(start + size[0]) // BLOCK))
+        yield dequantize(size, dtype, codes[here], scale[here])

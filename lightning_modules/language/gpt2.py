@@ -66,6 +66,7 @@ OTHER_NAMES = {
     "n_positions": "max_position_embeddings",
 }
 LONGEST = 1 << 20  # bytes of a config.json
+PIECE = 1 << 20  # numbers that are looked at together
 PREFIX = "transformer."  # of a model with a head; the published file has none
 
 
@@ -323,7 +324,10 @@ def _typed(value: Any) -> str:
 
 @torch.no_grad()
 def fill(net: Transformer, weights: dict[str, Tensor], name: str) -> None:
-    """Copy tensors into a net; it may see less than they do, and have a padded vocabulary."""
+    """Copy tensors into a net; it may see less than they do, and have a padded vocabulary.
+
+    Parameters on the meta device (initial_values.py) read the tensors' rows later.
+    """
     ours = dict(net.named_parameters())
     odd = [f"{n} is only in the file" for n in weights.keys() - ours.keys()]
     odd += [f"{n} is only in the model" for n in ours.keys() - weights.keys()]
@@ -338,7 +342,7 @@ def fill(net: Transformer, weights: dict[str, Tensor], name: str) -> None:
             odd.append(f"{key} is {shape} in the model and {list(theirs.shape)} in the file")
         elif not theirs.dtype.is_floating_point:
             odd.append(f"{key} is of {theirs.dtype} in the file")
-        elif not theirs.isfinite().all():
+        elif not all(piece.isfinite().all() for piece in _pieces(theirs)):
             odd.append(f"{key} holds NaN or infinity in the file")
     if odd:
         more = f"; and {len(odd) - 4} more" if len(odd) > 4 else ""
@@ -348,7 +352,16 @@ def fill(net: Transformer, weights: dict[str, Tensor], name: str) -> None:
         )
     for key, parameter in ours.items():
         theirs = weights[key][: len(parameter)]
-        parameter.zero_()[: len(theirs)].copy_(theirs)  # the padding stays zero
+        values = getattr(parameter, "initial_values", None)  # its values are made later
+        if values is not None:
+            values.read_from(theirs)
+        else:
+            parameter.zero_()[: len(theirs)].copy_(theirs)  # the padding stays zero
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Pieces of at most a million numbers."""
+    return tensor.split(max(1, PIECE // max(1, tensor[:1].numel())))
 
 
 def write(net: Transformer, shape: dict[str, Any], folder: str | Path, end: int | None) -> None:
