@@ -7,7 +7,7 @@ from .errors import Mistake, nearest
 # Read by Lightning itself (its sources hold no others), and by the front door.
 READ = (
     *("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PL_DEEPSPEED_CONFIG_PATH"),
-    *("RAVINE_DEBUG", "RAVINE_STATUS"),
+    *("RAVINE_DEBUG", "RAVINE_STATUS", "RAVINE_TRACEBACK"),
 )
 SECTIONS = ("TRAINER", "MODEL", "DATA")
 

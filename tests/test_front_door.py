@@ -1,6 +1,7 @@
 """The front door: answers without torch, arranged words, exit statuses; no command really runs."""
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -260,6 +261,34 @@ def test_a_bug_keeps_its_traceback(
         door.main(["fit"])
 
 
+def test_an_error_of_shards_in_a_hook_is_one_line(
+    tmp_path: Path,
+    command: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where nothing was sharded, or the traceback is wanted, the error stays as it is."""
+    line = 'raise RuntimeError("got mixed torch.Tensor and DTensor")'
+    command.run = raising(tmp_path / "theirs", line)
+    monkeypatch.delitem(sys.modules, "ravine.strategies.sharding_errors", raising=False)
+    with pytest.raises(RuntimeError, match="got mixed"):
+        door.main(["fit"])
+    sharding = importlib.import_module("ravine.strategies.sharding_errors")
+    assert door.main(["fit"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("lightning: error: the module or a callback: in a hook (")
+    assert said.endswith("type --trainer.strategy ddp\n")
+    assert sharding.of_shards(RuntimeError("")) is False
+    command.run = raising(tmp_path / "theirs", 'raise RuntimeError("size mismatch")')
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        door.main(["fit"])
+    command.run = raising(tmp_path / "theirs", line)
+    monkeypatch.setenv("RAVINE_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="got mixed"):
+        door.main(["fit"])
+
+
 def test_what_lightning_refuses_is_one_line(
     command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,7 +411,14 @@ def test_a_signal_before_there_is_a_handler_waits_for_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["PL_GLOBAL_SEED", "PL_FIT__TRAINER__MAX_STEPS", "PL_TEST__CKPT_PATH", "PLOT", "PATH"]
+    "name",
+    [
+        "PL_GLOBAL_SEED",
+        "PL_FIT__TRAINER__MAX_STEPS",
+        "PL_TEST__CKPT_PATH",
+        "RAVINE_TRACEBACK",
+        "PATH",
+    ],
 )
 def test_a_variable_that_somebody_reads_passes(name: str) -> None:
     environment.check({name: "1"}, "fit", door.COMMANDS)
