@@ -417,9 +417,7 @@ def _damage(file: IO[bytes], plain: bool = True) -> str | None:
             return f"it is damaged: {broken} does not match its checksum"
         if plain:
             archive.check_pickle(table, size)
-        file.seek(0)
-        whole = torch.load(file, "meta", weights_only=plain)  # everything but the numbers
-        return checkpoint_form.odd(whole)
+        return checkpoint_form.odd(_without_numbers(file, plain))
     except (UnsafePickle, archive.DamagedArchive) as error:
         return f"it is damaged ({error})"
     except pickle.UnpicklingError as error:
@@ -430,6 +428,15 @@ def _damage(file: IO[bytes], plain: bool = True) -> str | None:
         )
     except Exception as error:  # a flipped byte can ask zipfile and torch for anything
         return _damaged(error)
+
+
+def _without_numbers(file: IO[bytes], plain: bool) -> Any:
+    """The content of a checkpoint with meta tensors; with numbers if there are sparse tensors."""
+    for device in ("meta", "cpu"):
+        file.seek(0)
+        with suppress(NotImplementedError):  # torch compares the indices of a sparse tensor
+            return torch.load(file, device, weights_only=plain)
+    raise NotImplementedError("it holds a tensor that this version of torch cannot read")
 
 
 def _damaged(error: BaseException) -> str:

@@ -41,7 +41,10 @@ def load(file: IO[bytes], sections: Collection[str]) -> Any:
         if orders and table.read(orders[0]).decode(errors="replace") != sys.byteorder:
             raise Unmappable("it was written on a machine with another order of bytes")
     file.seek(0)
-    tree = torch.load(file, "meta", weights_only=True)
+    try:
+        tree = torch.load(file, "meta", weights_only=True)
+    except NotImplementedError as error:  # torch compares the indices of a sparse tensor
+        raise Unmappable("it holds a sparse tensor") from error
     try:
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:

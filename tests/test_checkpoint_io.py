@@ -1,6 +1,7 @@
 """Whatever kills the writer, a whole checkpoint remains; whatever befalls a file, it is told."""
 
 import errno
+import faulthandler
 import fcntl
 import os
 import pathlib
@@ -10,7 +11,9 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -20,6 +23,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ravine.strategies import mapped_file
 from ravine.strategies.checkpoint_io import (
     AtomicCheckpointIO,
     CheckpointError,
@@ -337,6 +341,59 @@ def test_a_file_that_is_no_dict_is_read_as_it_is(path: Path, content: Any) -> No
         mapped = IO.load_checkpoint(path)
     for loaded in (mapped, IO.load_checkpoint(path)):
         assert str(loaded) == str(content)
+
+
+@dataclass
+class Point:
+    """An object that a file may hold if its reader allows the class."""
+
+    x: int
+
+
+SPARSE = torch.eye(2).to_sparse()
+
+
+def test_a_mapped_file_that_is_cut_in_place_ends_the_process(path: Path) -> None:
+    def read() -> None:
+        faulthandler.disable()
+        content = {"state_dict": {"weight": torch.ones(2**16)}}
+        IO.save_checkpoint(content, path)
+        with reading_together(mapped=("state_dict",)):
+            loaded = IO.load_checkpoint(path)
+        os.truncate(path, 0)
+        loaded["state_dict"]["weight"].sum()
+
+    _, status = os.waitpid(in_fork(read), 0)
+    assert os.WTERMSIG(status) == signal.SIGBUS
+
+
+UNMAPPABLE = {
+    "another order of bytes": ({"state_dict": {}}, "another order of bytes"),
+    "a tensor as a key": ({"state_dict": {}, "a": {torch.ones(1): 1}}, "a key is a tensor"),
+    "an object": ({"state_dict": {"a": Point(1)}}, "it holds a Point"),
+    "a set of tensors": ({"state_dict": {"a": {torch.ones(1)}}}, "it holds a set"),
+    "a sparse tensor": ({"state_dict": {"a": SPARSE}}, "it holds a sparse tensor"),
+    "a conjugate": (
+        {"state_dict": {"a": torch.ones(2, dtype=torch.complex64).conj()}},
+        "it holds a Tensor that is no plain tensor",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize("name", UNMAPPABLE)
+def test_what_cannot_be_mapped_is_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    content, reason = UNMAPPABLE[name]
+    torch.save(content, path)
+    with torch.serialization.safe_globals([Point]):
+        if name == "another order of bytes":
+            monkeypatch.setattr(mapped_file, "sys", SimpleNamespace(byteorder="middle"))
+        with path.open("rb") as file, pytest.raises(mapped_file.Unmappable, match=reason):
+            mapped_file.load(file, ["state_dict"])
+        with reading_together(mapped=("state_dict",)):
+            assert str(IO.load_checkpoint(path)) == str(content)
 
 
 def test_a_remote_path_is_left_to_lightning() -> None:

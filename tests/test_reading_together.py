@@ -12,13 +12,21 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from tensor_bytes import tensor_bytes
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ravine.cli import newest
 from ravine.cli.trainer import Trainer
-from ravine.strategies import AtomicCheckpointIO, CheckpointError, MeshStrategy, archive, sharded
+from ravine.strategies import (
+    AtomicCheckpointIO,
+    CheckpointError,
+    MeshStrategy,
+    archive,
+    checkpoint_io,
+    sharded,
+)
 from ravine.strategies.checkpoint_io import check, reading_together
 
 WIDTH, LAYERS = 256, 6
@@ -152,18 +160,29 @@ def load_counted(path, strategy, degrees):
     return compared, peaks[0], share, maps
 
 
+def sizes_in(path):
+    """Bytes of each record of tensor data in a file."""
+    with zipfile.ZipFile(path) as table:
+        return {e.filename: e.file_size for e in table.infolist() if "/data/" in e.filename}
+
+
+def divided(compared, sizes):
+    """Each part is compared by one rank; ranks differ by one part at most."""
+    assert sorted(each for rank in compared for each in rank) == sorted(sizes)
+    bytes_of = [sum(sizes[each] for each in rank) for rank in compared]
+    assert max(bytes_of) - min(bytes_of) <= max(sizes.values())
+
+
 @pytest.mark.parametrize("name", ["single.ckpt", "zero3.ckpt", "parts.ckpt"])
 def test_each_record_is_compared_by_one_rank_which_keeps_only_its_part(ranks, files, name):
     found = ranks(load_counted, 2, files / name, "mesh", {})
     if name == "parts.ckpt":
-        every = sorted(sharded.lengths(files / name))
-        compared = sorted(each for f in found for each in f[0] if each.endswith(".distcp"))
+        every = sharded.lengths(files / name)
+        assert all(each.endswith(".distcp") for each in every)
+        compared = [[each for each in rank[0] if each in every] for rank in found]
     else:
-        with zipfile.ZipFile(files / name) as table:
-            every = sorted(each for each in table.namelist() if "/data/" in each)
-        compared = sorted(each for rank in found for each in rank[0])
-    assert compared == every
-    assert all(rank[0] for rank in found)
+        every, compared = sizes_in(files / name), [rank[0] for rank in found]
+    divided(compared, every)
     for _, (peak, rest), share, maps in found:
         # two moments of AdamW; the weights were there
         assert 1.9 * share < rest < 2.1 * share + MIB // 4
@@ -174,9 +193,7 @@ def test_each_record_is_compared_by_one_rank_which_keeps_only_its_part(ranks, fi
 def test_ranks_of_ddp_divide_the_sums_and_own_what_they_keep(ranks, files):
     """The weights are copied out of the file's pages, and the states are read."""
     found = ranks(load_counted, 2, files / "single.ckpt", "ddp", {})
-    with zipfile.ZipFile(files / "single.ckpt") as table:
-        every = sorted(each for each in table.namelist() if "/data/" in each)
-    assert sorted(each for rank in found for each in rank[0]) == every
+    divided([rank[0] for rank in found], sizes_in(files / "single.ckpt"))
     for _, (peak, rest), share, maps in found:
         assert 1.9 * share < rest <= peak < 2.1 * share + MIB // 4
         assert maps == []
@@ -251,6 +268,33 @@ def refuse_each(source, folder):
             pass
         said.append(refused(path))
     return said
+
+
+def load_replaced(path, other, times):
+    """Load a file that is another one whenever rank 1 opens it, so many times."""
+    dist.init_process_group("gloo")
+    opened, left = checkpoint_io._opened, [other] * times
+
+    def replaced(asked):
+        return opened(left.pop() if left and dist.get_rank() == 1 else asked)
+
+    checkpoint_io._opened = replaced
+    try:
+        with reading_together():
+            return AtomicCheckpointIO().load_checkpoint(path)["epoch"]
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_a_file_that_is_replaced_while_ranks_open_it_is_opened_again(ranks, tmp_path):
+    for name, epoch in (("a.ckpt", 1), ("b.ckpt", 2)):
+        content = {"state_dict": {"w": torch.ones(epoch)}, "epoch": epoch}
+        AtomicCheckpointIO().save_checkpoint(content, tmp_path / name)
+    files = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
+    assert ranks(load_replaced, 2, *files, checkpoint_io.TRIES - 1) == [1, 1]
+    said = ranks(load_replaced, 2, *files, checkpoint_io.TRIES)
+    assert said[0] == said[1]
+    assert "it was replaced again and again while the ranks opened it" in said[0]
 
 
 def flip(path, place):
