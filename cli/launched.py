@@ -151,8 +151,8 @@ def _store(here: Job) -> Any:
         raise Mistake(
             f"the ranks cannot meet at {here.address}:{port} to agree on a checkpoint:"
             f" {' '.join(str(error).split())[:100]}",
-            [],
-            "--ckpt_path=FILE, or another MASTER_PORT",
+            ["a port of this address that every rank reaches"],
+            "--ckpt_path=FILE",
         ) from error
     _stores.append(store)
     return store
@@ -180,4 +180,7 @@ def _wait(store: Any, key: str) -> str:
         store.add(f"{key}/read", 1)
         return value
     except RuntimeError as error:
-        raise RuntimeError("rank 0 has ended before it found a checkpoint") from error
+        raise RuntimeError(
+            "rank 0 has ended before it found the checkpoint that --ckpt_path=auto or last means;"
+            " allowed: a job in which rank 0 finds it; see the output of rank 0 for the cause"
+        ) from error

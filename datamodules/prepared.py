@@ -89,4 +89,4 @@ def _raise(kind: str, text: str) -> None:
         raise KeyboardInterrupt
     if kind == "asked":
         raise WrongData(text)
-    raise PreparationFailed(f"local rank 0 could not prepare the data: {text}")
+    raise PreparationFailed(f"local rank 0 could not prepare the data, see its output: {text}")

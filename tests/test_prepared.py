@@ -39,6 +39,14 @@ def ready(cache, act=None):
     return calls
 
 
+@pytest.fixture(autouse=True)
+def this_process_stays_as_it_is(monkeypatch, tmp_path):
+    """`ready` is called in this process too, for one process without ranks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for kind in (ByteTokenizer, CharTokenizer):
+        monkeypatch.setattr(kind, "numbers", kind.numbers)
+
+
 def fit(data, strategy, ranks):
     trainer = L.Trainer(
         accelerator="cpu",
@@ -85,11 +93,16 @@ def path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"memory_limit": 1000}, {"tokenizer": "bytes"}, {"tokenizer": "bytes", "begin": 7}],
-)
-def test_one_rank_tokenizes_and_all_have_the_tokens_of_one_process(ranks, path, options):
-    first, second = ranks(tokens_of, 2, path, path.parent / "many", options, options == {}, 2)
+    ("options", "strategy"),
+    [
+        ({}, "ddp"), ({"memory_limit": 1000}, "mesh"), ({"tokenizer": "bytes"}, "ddp"),
+        ({"tokenizer": "bytes", "begin": 7}, "mesh"),
+    ],
+)  # fmt: skip
+def test_one_rank_tokenizes_and_all_have_the_tokens_of_one_process(ranks, path, options, strategy):
+    slow = options == {}
+    many = path, path.parent / "many", options, slow, 2, strategy
+    first, second = ranks(tokens_of, 2, *many)
     alone = tokens_of(path, path.parent / "one", options, False, 1, "auto")
     assert (first[0], second[0]) == (len(TEXT), 0)
     for rank in (first, second):
