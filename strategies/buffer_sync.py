@@ -3,7 +3,7 @@
 BatchNorm computes its running statistics from the batch of its rank. Without a broadcast they would
 differ, validation would average over different models, and a checkpoint would hold one of them.
 Only buffers that training changes are sent: statistics of normalization from the start, others once
-they have changed. All ranks compare after the batches 1, 3, 7, 15, ...
+they have changed. All ranks compare after the batches 1, 2, 4, 8, ...
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .data_parallel import STATISTICS, fingerprint
+from .data_parallel import STATISTICS, changed_buffers, fingerprint, is_power_of_two
 
 
 class BufferSync:
@@ -42,24 +42,17 @@ class BufferSync:
             self.broadcast()
 
     def after_step(self) -> None:
-        """Compare buffers after the steps 1, 3, 7, 15, ...; every rank of the group calls it."""
+        """Compare buffers after the steps 1, 2, 4, 8, ...; every rank of the group calls it."""
         self._batches += 1
-        if self.watched and self._batches & (self._batches + 1) == 0:
+        if self.watched and is_power_of_two(self._batches):
             self._find_changed()
 
     def _find_changed(self) -> None:
         now = _buffers(self.module)
-        changed = [
-            name in now and fingerprint(now[name]) != before
-            for name, before in self.watched.items()
-        ]
         device = next(iter(now.values())).device if now else torch.device("cpu")
-        flags = torch.tensor(changed, dtype=torch.uint8, device=device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
-        for name, flag in zip(list(self.watched), flags.tolist(), strict=True):
-            if flag:
-                self.sent.add(name)
-                del self.watched[name]
+        for name in changed_buffers(self.watched, now, device, self.group):
+            self.sent.add(name)
+            del self.watched[name]
 
     @torch.no_grad()
     def broadcast(self) -> None:

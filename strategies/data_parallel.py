@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -68,22 +69,15 @@ class DataParallelStrategy(DDPStrategy):
         """Compare buffers before the batches 1, 2, 4, 8, ... and at the start of an epoch."""
         super().on_train_batch_start(batch, batch_idx)
         number, self._batches = self._batches, self._batches + 1
-        due = number > 0 and (number & (number - 1) == 0 or batch_idx == 0)
-        if self._watched and due:
+        if self._watched and number > 0 and (is_power_of_two(number) or batch_idx == 0):
             self._find_changed()
 
     def _find_changed(self) -> None:
         buffers = dict(self._ddp.module.named_buffers())
-        changed = [
-            name not in buffers or fingerprint(buffers[name]) != before
-            for name, before in self._watched.items()
-        ]
-        flags = torch.tensor(changed, dtype=torch.uint8, device=self.root_device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        moved = [name for name, flag in zip(self._watched, flags.tolist(), strict=True) if flag]
-        if moved:
-            self._leave_out(set(self._watched) - set(moved))
-            for name in moved:
+        changed = changed_buffers(self._watched, buffers, self.root_device)
+        if changed:
+            self._leave_out(set(self._watched) - set(changed))
+            for name in changed:
                 del self._watched[name]
 
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -109,6 +103,31 @@ def fingerprint(buffer: Tensor) -> tuple[Any, ...]:
     return buffer.data_ptr(), version, str(total)  # as text, because NaN != NaN
 
 
+def is_power_of_two(number: int) -> bool:
+    """After which batches buffers are compared: often at first, when most begin to change."""
+    return number & (number - 1) == 0
+
+
+def changed_buffers(
+    before: Mapping[str, tuple[Any, ...]],
+    now: Mapping[str, Tensor],
+    device: torch.device,
+    group: ProcessGroup | None = None,
+) -> list[str]:
+    """Names of buffers that have changed on any rank; every rank of the group calls it.
+
+    Args:
+        before: fingerprints by name, of the same names on all ranks.
+        now: all buffers by name.
+        device: on which the group sends.
+        group: the ranks; None: all.
+    """
+    changed = [name in now and fingerprint(now[name]) != old for name, old in before.items()]
+    flags = torch.tensor(changed, dtype=torch.uint8, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    return [name for name, flag in zip(before, flags.tolist(), strict=True) if flag]
+
+
 def refuse_kept_gradients(optimizer: Any) -> None:
     """ValueError if an optimizer keeps a gradient, not a copy of it, as part of its state.
 
@@ -127,7 +146,8 @@ def refuse_kept_gradients(optimizer: Any) -> None:
             if value.numel() and value.untyped_storage().data_ptr() == memory:
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps a gradient as its state {name!r}, and ddp"
-                    " overwrites gradients in place (gradient_as_bucket_view); type"
+                    " overwrites gradients in place (gradient_as_bucket_view); allowed: states with"
+                    " memory of their own; type"
                     " --trainer.strategy=DataParallelStrategy"
                     " --trainer.strategy.gradient_as_bucket_view=false"
                 )

@@ -90,7 +90,7 @@ def _measure(
     optimizer: Optimizer, number: int, example: Tensor, shaped: Shaped
 ) -> tuple[Kind, str]:
     """The kind for one group and parameters like `example`; adds to `shaped`."""
-    if _required(optimizer, "closure"):
+    if needs_closure(optimizer):
         return "coupled", "computes the gradient of all parameters several times a step"
     if example.ndim == 0:
         return "elementwise", ""
@@ -284,9 +284,10 @@ def _same_leaf(one: Any, two: Any) -> bool:
     return type(one) is type(two)
 
 
-def _required(optimizer: Optimizer, argument: str) -> bool:
-    found = inspect.signature(type(optimizer).step).parameters.get(argument)
-    return found is not None and found.default is inspect.Parameter.empty
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether `step` requires a function that computes the loss again (LBFGS)."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 @contextmanager

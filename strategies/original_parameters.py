@@ -107,7 +107,7 @@ class OriginalParameters:
                 f"{type(optimizer).__name__} has a tensor of shape {tuple(tensor.shape)} that is no"
                 f" parameter of {type(self.module).__name__}, so that ranks would not share it; "
                 "allowed: parameters of the module, in the optimizers of configure_optimizers; "
-                "register it (nn.Parameter), or type --trainer.strategy ddp"
+                "register it as an nn.Parameter of the module"
             )
         return now
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_map_only, tree_map_with_path
 
+from .balance import spread_evenly
 from .checkpoint_error import CheckpointError
 from .optimizer_probe import Shaped, Verdict, measure
 from .original_parameters import nested_optimizers, shard_like
@@ -385,8 +386,8 @@ class Local(_Plain):
             if shaped is None and known and leaf.ndim == axes:  # so on all ranks, or on none
                 raise CheckpointError(
                     f"{type(self.optimizer).__name__} keeps{keystr(path)} in its state, which a "
-                    "trial of it did not, so that its shards cannot be joined; type "
-                    "--trainer.strategy ddp",
+                    "trial of three steps did not, so that its shards cannot be joined; allowed: "
+                    "entries that the first steps make; type --trainer.strategy ddp",
                     exit_status=1,
                 )
             return change(leaf, parameter, bool(shaped) if shaped is not None else True)
@@ -423,22 +424,24 @@ class Owned(_Plain):
         self._assign()
 
     def _assign(self) -> None:
-        """Assign the largest first, each to the rank with the least; one of each group to rank 0.
+        """Give the smallest of each group to rank 0, and spread the others evenly.
 
         A checkpoint has the settings of the groups from rank 0, whose counters must be current.
         """
         load: dict[int, list[int]] = {}
-        groups: list[list[DTensor]] = []
         for group in self.optimizer.param_groups:
-            new = [p for p in group["params"] if isinstance(p, DTensor) and id(p) not in self.owner]
-            groups.append(sorted(new, key=lambda p: -p.numel()))  # stable: the same on all ranks
-        for parameters in groups:
-            for number, p in enumerate(reversed(parameters)):
-                size = dist.get_world_size(_group_of(p)) if _split(p) is not None else 1
-                loads = load.setdefault(size, [0] * size)
-                rank = 0 if number == 0 else min(range(size), key=loads.__getitem__)
-                self.owner[id(p)] = rank
-                loads[rank] += p.numel()
+            new: dict[int, list[DTensor]] = {}  # by the number of ranks
+            for p in group["params"]:
+                if isinstance(p, DTensor) and id(p) not in self.owner:
+                    ranks = dist.get_world_size(_group_of(p)) if _split(p) is not None else 1
+                    new.setdefault(ranks, []).append(p)
+            for ranks, parameters in new.items():
+                loads = load.setdefault(ranks, [0] * ranks)
+                first, *others = sorted(parameters, key=lambda p: p.numel())
+                loads[0] += first.numel()
+                places = spread_evenly([p.numel() for p in others], loads)
+                for p, rank in zip([first, *others], [0, *places], strict=True):
+                    self.owner[id(p)] = rank
 
     def rank_of(self, parameter: Any) -> int:
         """This rank in the group that has the shards of a parameter."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .balance import spread_evenly
 from .checkpoint_error import CheckpointError
 
 
@@ -65,10 +66,6 @@ class Readers:
         same = [rank for rank, (each, _) in enumerate(found) if each == copy]
         if any(found[rank][1] for rank in same):
             return []
-        load, mine = [0] * len(same), []
-        for name in sorted(sizes, key=lambda name: (-sizes[name], name)):  # the largest first
-            least = min(range(len(same)), key=load.__getitem__)
-            load[least] += sizes[name]
-            if same[least] == self.rank:
-                mine.append(name)
-        return mine
+        names = sorted(sizes)
+        ranks = spread_evenly([sizes[name] for name in names], [0] * len(same))
+        return [n for n, rank in zip(names, ranks, strict=True) if same[rank] == self.rank]

@@ -17,7 +17,6 @@ the rest. Where something besides the optimizer reads gradients (gradient_reader
 keeps all of them: a step then sends W more.
 """
 
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from types import MethodType
@@ -34,6 +33,9 @@ from torch import (
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from .balance import spread_evenly
+from .optimizer_probe import needs_closure
 
 MB = 2**20
 BUCKET = 25 * MB  # bytes of gradients sent together, and the most that is received at once
@@ -61,12 +63,9 @@ def owners(parameters: Iterable[Tensor], load: list[int]) -> dict[Tensor, int]:
         parameters: in the same order on every rank
         load: how many numbers each rank owns already; those of the parameters are added
     """
-    owner = {}
-    for parameter in sorted(parameters, key=lambda p: -p.numel()):  # stable: alike on all ranks
-        rank = min(range(len(load)), key=load.__getitem__)
-        owner[parameter] = rank
-        load[rank] += parameter.numel()
-    return owner
+    parameters = list(parameters)
+    ranks = spread_evenly([p.numel() for p in parameters], load)
+    return dict(zip(parameters, ranks, strict=True))
 
 
 def refuse_shards(module: nn.Module, group: ProcessGroup, apart: Set[Tensor]) -> None:
@@ -81,8 +80,7 @@ def refuse_shards(module: nn.Module, group: ProcessGroup, apart: Set[Tensor]) ->
             if not placement.is_replicate() and len(here & ranks) > 1:
                 raise ValueError(
                     f"zero1: {name} is sharded over the ranks that it is to be owned by;"
-                    " allowed: whole parameters, or shards over tp; leave fully_shard to the"
-                    " strategy, or type --trainer.strategy zero3"
+                    " allowed: whole parameters, or shards over tp; type --trainer.strategy zero3"
                 )
 
 
@@ -244,8 +242,7 @@ class OwnedGradients:
             raise RuntimeError(
                 f"zero1: the gradient of {self._name(parameter)} arrives more often than in earlier"
                 " steps (re-entrant checkpointing?), after it was sent; allowed: the same number"
-                " in each step; use checkpoint(..., use_reentrant=False), or type"
-                " --trainer.strategy ddp"
+                " in each step; use checkpoint(..., use_reentrant=False)"
             )
         self._missing[bucket] -= count == self._expected[parameter]
         while self._launched < len(self._buckets) and not self._missing[self._launched]:
@@ -342,11 +339,11 @@ class OwnedGradients:
 
     def _share_steps(self, optimizer: Optimizer) -> None:
         """Replace `step`: each rank steps its own parameters and sends them to the other ranks."""
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
+        if needs_closure(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} computes the gradient of all parameters several times"
-                " a step, which ranks cannot share; type --trainer.strategy ddp"
+                " a step, which ranks cannot share; allowed: optimizers whose step needs no"
+                " closure, such as AdamW; type --trainer.strategy ddp"
             )
         whole_step = optimizer.step
 

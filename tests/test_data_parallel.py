@@ -51,7 +51,7 @@ class Messages(L.Callback):
         self.broadcasts.append(sum(n for op, n in counts if "broadcast" in str(op)))
 
 
-def fit(module, strategy, steps, data=None):
+def fit(module, strategy, steps, data=None, batches=1.0):
     messages, peak = Messages(), Peak()
     trainer = L.Trainer(
         max_steps=steps,
@@ -64,6 +64,7 @@ def fit(module, strategy, steps, data=None):
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
+        limit_train_batches=batches,
     )
     trainer.fit(module, data)
     kind = type(trainer.strategy).__name__
@@ -71,20 +72,20 @@ def fit(module, strategy, steps, data=None):
 
 
 class Net(L.LightningModule):
-    """A linear map, a constant, and a counter that begins to count in the third step."""
+    """A linear map, a constant, and a counter that begins to count after two steps, or others."""
 
-    def __init__(self, norm=False, width=64):
+    def __init__(self, norm=False, width=64, begins=2):
         super().__init__()
         self.net = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
         self.unused = nn.Linear(2, 2)
         self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
         self.register_buffer("constant", torch.randn(width))
         self.register_buffer("counter", torch.zeros(()))
-        self.seen = []
+        self.seen, self.begins = [], begins
 
     def training_step(self, batch, batch_idx):
         self.seen.append(float(self.counter))
-        if self.global_step >= 2:
+        if self.global_step >= self.begins:
             self.counter += 1 + self.global_rank
         return self.norm(self.net(batch[0]) + self.constant).square().mean()
 
@@ -95,7 +96,29 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Keeps(Net):
+    """Its optimizer keeps a gradient from one step to the next."""
+
+    def configure_optimizers(self):
+        class KeepsGradients(torch.optim.SGD):
+            def step(self, closure=None):
+                super().step(closure)
+                for p in self.param_groups[0]["params"]:
+                    self.state[p]["last"] = p.grad
+
+        return KeepsGradients(self.net.parameters(), lr=0.1)
+
+
 UNUSED = "ddp_find_unused_parameters_true"
+
+
+def refused():
+    """The error of a default strategy; with gradients of their own the steps are taken."""
+    own = DataParallelStrategy(gradient_as_bucket_view=False, find_unused_parameters=True)
+    fit(Keeps(), own, 2)
+    with pytest.raises(ValueError, match="keeps a gradient") as error:
+        fit(Keeps(), UNUSED, 2)
+    return str(error.value)
 
 
 def several(path):
@@ -105,12 +128,15 @@ def several(path):
     torch.manual_seed(torch.distributed.get_rank())
     normed = fit(norm := Net(norm=True), UNUSED, 3)
     late = fit(counter := Net(), UNUSED, 8)
+    epochs = fit(Net(begins=4), UNUSED, 8, batches=5)
     ours = fit(Net(width=512), UNUSED, 2)
     stock = fit(Net(width=512), DDPStrategy(find_unused_parameters=True), 2)
     return {
         "text": text,
         "normed": (normed, norm.constant, norm.norm.running_mean),
         "late": (late, counter.seen),
+        "epochs": epochs,
+        "refused": refused(),
         "ours": ours,
         "stock": stock,
     }
@@ -146,6 +172,18 @@ def test_a_buffer_is_sent_from_when_it_was_seen_to_change(found):
     assert first[:5] == [0, 0, 0, 1, 2]
     assert second[:4] == [0, 0, 0, 2]
     assert second[4:] == first[4:]
+
+
+def test_buffers_are_compared_at_the_start_of_an_epoch_too(found):
+    for each in found:
+        assert each["epochs"][0] == [0, 0, 0, 0, 0, 1, 1, 1]  # the sixth batch begins one
+
+
+def test_an_optimizer_that_keeps_a_gradient_is_refused_after_its_first_step(found):
+    for each in found:
+        assert "KeepsGradients keeps a gradient as its state 'last', and ddp" in each["refused"]
+        assert "allowed: " in each["refused"]
+        assert "\n" not in each["refused"]
 
 
 def test_gradients_are_kept_once(found):

@@ -7,15 +7,19 @@ import lightning as L
 import numpy
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import furthest, whole
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import ExactResume, OptimizerPlan
-from ravine.strategies import AtomicCheckpointIO, MeshStrategy
+from ravine.strategies import AtomicCheckpointIO, CheckpointError, MeshStrategy
 from ravine.strategies.optimizer_probe import measure
+from ravine.strategies.sharded_optimizer import shard_steps
 
 
 class Base(Optimizer):
@@ -207,15 +211,15 @@ class Net(L.LightningModule):
 
 
 class SaveAt(L.Callback):
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, step=2):
+        self.path, self.step = path, step
 
     def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == 2:
+        if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
 
 
-def train(factory, plan, layout=None, save=None, resume=None, clip=False):
+def train(factory, plan, layout=None, save=None, resume=None, at=2):
     devices = 2 if layout else 1
     L.seed_everything(0, verbose=False)
     module = Net(factory, devices)
@@ -227,7 +231,7 @@ def train(factory, plan, layout=None, save=None, resume=None, clip=False):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ExactResume(), *callbacks, *([SaveAt(save)] if save else [])],
+        callbacks=[ExactResume(), *callbacks, *([SaveAt(save, at)] if save else [])],
         plugins=[AtomicCheckpointIO()],
         strategy=MeshStrategy(**layout) if layout else "auto",
         devices=devices,
@@ -280,18 +284,95 @@ def test_optimizers_of_others_train_and_resume_on_shards_as_on_one_process(ranks
             assert furthest(train(factory, True, resume=file), one[name, True]) < 2e-6, name
 
 
-def refusals():
+class Late(Plain):
+    """Has one more tensor in its state from the fourth step on."""
+
+    def move(self, p, gradient, state, group):
+        if state.get("count", 0) >= 3:
+            state["late"] = torch.zeros(p.shape)
+        return super().move(p, gradient, state, group)
+
+
+def saves_late(folder):
+    train(Late, False, LAYOUTS["zero3"], save=folder / "early.ckpt", at=3)
+    with pytest.raises(CheckpointError, match="Late") as error:
+        train(Late, False, LAYOUTS["zero3"], save=folder / "late.ckpt", at=4)
+    return str(error.value)
+
+
+def test_state_that_no_trial_has_shown_is_not_saved_as_a_shard(ranks, tmp_path):
+    for said in ranks(saves_late, 2, tmp_path):
+        assert said == (
+            "Late keeps['late'] in its state, which a trial of three steps did not, so that its "
+            "shards cannot be joined; allowed: entries that the first steps make; type "
+            "--trainer.strategy ddp"
+        )
+
+
+def split_otherwise():
+    """What is said of a whole-tensor optimizer whose parameters are split in these ways."""
+    dist.init_process_group("gloo")
     found = []
+    for shape, places in (((2,), [Shard(1)]), ((2, 1), [Shard(0), Shard(0)]), ((2,), [Shard(0)])):
+        mesh = init_device_mesh("cpu", shape)
+        p = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, places))
+        try:
+            shard_steps(TrustRatio([p]))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_whole_tensors_are_refused_for_parameters_that_are_split_by_columns_or_twice(ranks):
+    for said in ranks(split_otherwise, 2):
+        assert (
+            said
+            == [
+                "TrustRatio needs whole tensors, and here they are split over more than the data"
+                " ranks; allowed: elementwise optimizers such as AdamW; type"
+                " --trainer.strategy zero3"
+            ]
+            * 2
+        )
+
+
+def sent():
+    """Numbers that this rank sends to owners and from them, message by message."""
+    numbers, send = [], dist.all_to_all_single
+
+    def counted(received, tensor, *args, **how):
+        numbers.append(tensor.numel())
+        return send(received, tensor, *args, **how)
+
+    dist.all_to_all_single = counted
+    train(TrustRatio, False, LAYOUTS["zero3"])
+    return numbers
+
+
+def test_owners_of_whole_tensors_are_sent_three_times_the_weights_in_two_messages_a_step(ranks):
+    weights = sum(p.numel() for p in Net(None, 1).parameters())
+    first, second = ranks(sent, 2)
+    assert len(first) == len(second) == 2 * 4  # of four steps
+    for gathered, scattered in zip(range(0, 8, 2), range(1, 8, 2), strict=True):
+        assert first[gathered] + second[gathered] == 2 * weights  # values and gradients
+        assert first[scattered] + second[scattered] == weights
+
+
+def refusals():
+    """What is said of each optimizer, and the training steps that were begun."""
+    found, begun = [], []
+    Net.training_step = lambda self, *_: begun.append(self)
     for factory in (OneRate, NeedsTwo, lambda groups: torch.optim.LBFGS(groups[0]["params"])):
         for zero in (1, 3):
             with pytest.raises(ValueError, match="ddp") as error:
                 train(factory, False, {"zero": zero})
             found.append(str(error.value))
-    return found
+    return found, len(begun)
 
 
 def test_coupled_optimizers_are_refused_in_one_line_before_the_first_step(ranks):
-    for texts in ranks(refusals, 2):
+    for texts, begun in ranks(refusals, 2):
+        assert begun == 0
         for text, name in zip(
             texts, ["OneRate"] * 2 + ["NeedsTwo"] * 2 + ["LBFGS"] * 2, strict=True
         ):

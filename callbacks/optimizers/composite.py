@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from ...strategies.checkpoint_io import CheckpointError
+from ...strategies.optimizer_probe import needs_closure
 from .faults import in_words
 from .saving import Packed, pack, unpack
 
@@ -37,12 +38,6 @@ class Part(NamedTuple):
 
 
 Route = Callable[[list[Tensor], Group], list[Part]]  # parameters and the settings given with them
-
-
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether `step` requires a function that computes the loss again (LBFGS)."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def takes_closure(optimizer: Optimizer) -> bool:
