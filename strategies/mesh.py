@@ -33,6 +33,7 @@ from .checkpoint_io import (
     resolved,
 )
 from .context import Context
+from .fsdp_attributes import check_fsdp
 from .gradient_norm import clip_grad_norm
 from .gradient_readers import find_readers, free_gradients, frees_early
 from .layout import Layout, check_choices, check_module, check_together, lay_out, resolve
@@ -195,6 +196,8 @@ class MeshStrategy(ModelParallelStrategy):
             self.originals = OriginalParameters(module)
         values = deferred(module)  # by name: sharding replaces the parameters
         self.spread = self.parallelize(module)
+        if self.zero > 1 and not foreign:
+            check_fsdp(module)
         drawn = module.__dict__.pop("initial_values", None)
         if drawn is not None:
             drawn.seed = self.broadcast(drawn.seed)
@@ -212,19 +215,25 @@ class MeshStrategy(ModelParallelStrategy):
             self.gather.mark()
         if self.layout.data.size() > 1:
             self.buffers = BufferSync(module, self.layout.data.get_group())
-        whole = self.spread.whole()
-        if trainer.gradient_clip_val and whole:
-            degrees = self.layout.degrees
-            apart = [f"{k}={degrees[k]}" for k in ("pp", "ep") if degrees[k] > 1]
-            if apart:
-                raise ValueError(
-                    f"gradient_clip_val cannot add up the norm over ranks with different parameters"
-                    f" ({', '.join(apart)}): use the GradientClipping callback in its place"
-                )
-            self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
+            self._check_norm(trainer.gradient_clip_val)
+        self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+
+    def _check_norm(self, bound: float) -> None:
+        """ValueError where `gradient_clip_val` would measure the gradients of this rank alone."""
+        assert self.layout is not None
+        degrees = self.layout.degrees
+        apart = [f"{k}={degrees[k]}" for k in ("pp", "ep") if degrees[k] > 1]
+        if apart:
+            raise ValueError(
+                f"gradient_clip_val={bound:g} cannot add up the norm over ranks with different "
+                f"parameters ({', '.join(apart)}); allowed: strategies without pp and ep; use "
+                f"the callback GradientClipping(max_norm={bound:g})"
+            )
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clip all gradients together: sharded ones, whole ones, and those of other ranks."""
+        self._check_norm(clip_val)
         parameters = self.precision_plugin.main_params(optimizer)
         clip_grad_norm(parameters, clip_val, self.gradient_group)
 
@@ -315,6 +324,12 @@ class MeshStrategy(ModelParallelStrategy):
                 return self._gathered(super().training_step, batch, *args)
             self._spread.accumulate(more=self._accumulates())
             return self.pipeline.step(batch, args, self.precision_plugin.train_step_context)
+
+    def on_validation_start(self) -> None:
+        """Give all ranks the statistics of rank 0: those of the last training step differ."""
+        super().on_validation_start()
+        if self.buffers is not None:
+            self.buffers.before_step()
 
     def validation_step(self, batch: Any, *args: Any) -> Any:
         """As in training."""

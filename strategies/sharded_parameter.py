@@ -25,12 +25,13 @@ from torch import (
     _foreach_copy_,  # pyright: ignore[reportPrivateImportUsage]
     nn,
 )
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.autograd import grad_mode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils._pytree import tree_any_only, tree_flatten, tree_map_only
 
+from .fsdp_attributes import groups_of
 from .parallelize import units
 
 CHECK_EVERY = 50  # backward passes between two searches for `p.data.mul_(2)` in half precision
@@ -279,8 +280,8 @@ class GatherOnUse:
         if any(copy is not None and copy.grad is not None for copy in copies):
             raise ValueError(
                 f"{type(self.module).__name__}: loss.backward() was called on weights that are used"
-                " outside of a layer's forward; allowed: self.manual_backward(loss); type that, or "
-                "--trainer.strategy ddp"
+                " outside of a layer's forward; allowed: backward passes that the strategy starts;"
+                " type self.manual_backward(loss)"
             )
 
     def begin_backward(self) -> None:
@@ -306,8 +307,8 @@ class GatherOnUse:
         name = f"{next(names, '')}.{attribute}".lstrip(".")
         raise ValueError(
             f"{type(self.module).__name__}: {name} was changed within a step, where it is a "
-            "gathered copy in half precision; allowed: before or after the step; move the change "
-            "to on_train_batch_end, or type --trainer.strategy ddp"
+            "gathered copy in half precision; allowed: changes before or after the step; move it "
+            "to on_train_batch_end"
         )
 
     def end_backward(self) -> None:
@@ -379,7 +380,7 @@ def _write_back(group: Any, refuse: Callable[[Any], None], look: bool) -> None:
                 refuse(p)
             own = _gathered(p)
             # `p.data = new` is no change for autograd in one process, so it is none here
-            with _unsafe_preserve_version_counter(p.all_gather_outputs[0]):
+            with grad_mode._unsafe_preserve_version_counter(p.all_gather_outputs[0]):
                 own.copy_(copy)
             copy.data = own
     if not rows.parameters:  # all of them are frozen
@@ -395,14 +396,6 @@ def _write_back(group: Any, refuse: Callable[[Any], None], look: bool) -> None:
 def is_marked(module: nn.Module) -> bool:
     """Whether a module has parameters that follow the rules of this file."""
     return any(isinstance(p, ShardedParameter) for p in module.parameters())
-
-
-def groups_of(state: Any) -> list[Any]:
-    """The groups of parameters of an FSDP2 unit; torch before 2.12 has one."""
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:
-        groups = [state._fsdp_param_group]
-    return [group for group in groups if group is not None]
 
 
 def _let_go(group: Any) -> None:

@@ -49,8 +49,8 @@ class StepUnit(nn.Module):
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.members.parameters()):
             raise RuntimeError(
                 f"{type(member).__name__} is called with gradients outside of training_step, where"
-                " its shards cannot be gathered for the backward pass; call it in training_step or"
-                " under torch.no_grad(), or type --trainer.strategy ddp"
+                " its shards cannot be gathered for the backward pass; allowed: calls in"
+                " training_step or under torch.no_grad(); type --trainer.strategy ddp"
             )
         cast(FSDPModule, self).unshard()
 

@@ -279,17 +279,24 @@ class WritesOnce(Classifier):
 
 
 REFUSED = {
-    (CallsBackward, (3, 1), "32-true"): "allowed: self.manual_backward",
-    (StrayTensor, (3, None), "32-true"): r"of shape \(7,\) that is no parameter of StrayTensor",
-    (OtherShape, (3, None), "32-true"): r"shape \(4,\) for a sharded parameter of shape \(10,\)",
-    (WritesOnce, (2, 1), "bf16-mixed"): r"net\.0\.bias was changed within a step, where it is",
+    (
+        CallsBackward,
+        (3, 1),
+        "32-true",
+    ): r"weights that are used .*; type self.manual_backward\(loss\)$",
+    (StrayTensor, (3, None), "32-true"): r"a tensor of shape \(7,\) that is no parameter of StrayT"
+    ".*; register it as an nn.Parameter of the module$",
+    (OtherShape, (3, None), "32-true"): r"\(4,\) for a sharded parameter of shape \(10,\); .*; type"
+    " --trainer.strategy ddp$",
+    (WritesOnce, (2, 1), "bf16-mixed"): r"net\.0\.bias was changed within a step, .*; move it to"
+    " on_train_batch_end$",
 }
 
 
 def errors_of_all():
     found = []
     for kind, strategy, precision in REFUSED:
-        with pytest.raises(ValueError, match="ddp") as error:
+        with pytest.raises(ValueError, match="allowed: ") as error:
             train(kind, strategy, 2, precision)
         found.append(str(error.value))
     return found
@@ -299,5 +306,4 @@ def test_what_shards_would_lose_is_refused_in_one_line(ranks):
     for texts in ranks(errors_of_all, 2):
         for text, expected in zip(texts, REFUSED.values(), strict=True):
             assert re.search(expected, text)
-            assert "--trainer.strategy ddp" in text
             assert "\n" not in text

@@ -288,9 +288,17 @@ REFUSED = {
         (Net, "tp", 2, (), {"heads": 2, "tied": True, "plan": {"head": "rowwise"}}),
         "net.embed.weight and net.head.weight share one parameter and cannot be split apart",
     ),
+    "stock clipping of experts on different ranks": (
+        (Net, "ep", 2, (), {"heads": 2, "experts": 4}, {"gradient_clip_val": 0.5}),
+        r"gradient_clip_val=0.5 cannot add up .* \(ep=2\); allowed: .*; use the callback Gradient",
+    ),
+    "stock clipping of stages whose parameters are all sharded": (
+        (Net, MeshStrategy(pp=2), 4, (), {"heads": 2, "layers": 2}, {"gradient_clip_val": 1.0}),
+        r"gradient_clip_val=1 cannot add up .* \(pp=2\); allowed: .*; use the callback Gradient",
+    ),
     "stock clipping beside whole parameters": (
         (Net, "pp", 2, (), {"heads": 2, "layers": 2}, {"gradient_clip_val": 1.0}),
-        r"gradient_clip_val cannot add up .* \(pp=2\): use the GradientClipping",
+        r"gradient_clip_val=1 cannot add up .* \(pp=2\); allowed: .*; use the callback Gradient",
     ),
     "stock ModelParallelStrategy, which shards nothing": (
         (NetInInit, ModelParallelStrategy(2, 1), 2, (Adapter(),)),
@@ -308,7 +316,7 @@ def refusals():
     return {n: first_line(*case) for n, (case, _) in REFUSED.items() if case[2] == world}
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_what_cannot_be_spread_is_refused_in_one_line(ranks, world):
     first, *others = ranks(refusals, world)
     assert all(other == first for other in others)
@@ -350,20 +358,47 @@ def test_degrees_that_do_not_fit_are_refused_when_the_trainer_is_made(degrees, d
         L.Trainer(strategy=MeshStrategy(**degrees), devices=devices, accelerator="cpu")
 
 
-def clipped(strategy="auto", devices=1, stock=False):
+def clipped(strategy="auto", devices=1, bound=0.05, stock=True):
+    """Train with Lightning's clipping, or with the callback."""
     torch.manual_seed(0)
-    module = NetInInit(batch_size=32 // devices) if stock else Net(heads=2, layers=2, tied=True)
+    module = Net(heads=2, layers=2, tied=True)
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.5)
-    how = {"gradient_clip_val": 0.05} if stock else {}
-    fit(module, strategy, devices, *([] if stock else [GradientClipping(0.05)]), **how)
+    how = {"gradient_clip_val": bound} if stock else {}
+    fit(module, strategy, devices, *([] if stock else [GradientClipping(bound)]), **how)
     return whole(module)
 
 
-@pytest.mark.parametrize(("name", "stock"), [("zero3", True), ("tp", False), ("pp", False)])
-def test_gradient_clipping_equals_one_process(ranks, name, stock):
-    for weights in ranks(clipped, 2, name, 2, stock):
-        single = clipped(stock=stock)
-        assert furthest(weights, {n: single[n] for n in weights}) < 2e-6
+CLIPPED = {  # the layout, and whether Lightning clips or the callback
+    ("zero1", True): "zero1",
+    ("zero2", True): "zero2",
+    ("zero3", True): "zero3",
+    ("tp", True): "tp",
+    ("tp", False): "tp",
+    ("pp", False): "pp",
+    ("hsdp", True): "hsdp",
+    ("2d", True): "2d",
+    ("zero1 x tp", True): {"zero": 1, "tp": 2},
+}
+FOUR = ("hsdp", "2d", "zero1 x tp")
+
+
+def clipped_all(names, devices):
+    found = {}
+    for name, stock in names:
+        how = CLIPPED[name, stock]
+        strategy = MeshStrategy(**how) if isinstance(how, dict) else how
+        found[name, stock] = clipped(strategy, devices, stock=stock)
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradient_clipping_equals_one_process(ranks, world):
+    names = [each for each in CLIPPED if (each[0] in FOUR) == (world == 4)]
+    single = clipped()
+    assert furthest(single, clipped(bound=1e6)) > 1e-2  # the bound is exceeded
+    for found in ranks(clipped_all, world, names, world):
+        for name, weights in found.items():
+            assert furthest(weights, {n: single[n] for n in weights}) < 2e-6, name
 
 
 def one_device():

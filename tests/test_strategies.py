@@ -68,12 +68,14 @@ STRATEGIES = {
     "zero1 x cp": lambda: mesh(zero=1, cp=2),
     "zero1 x pp": lambda: mesh(zero=1, pp=2, microbatches=2),
     "zero3 x sp": lambda: mesh(tp=2, sequence_parallel=True),
+    "zero3 of one unit": lambda: mesh(smallest_unit=2**20),  # the default; in ranks here it is 0
     "zero3 recompute": lambda: mesh(recompute="full"),
     "sp recompute": lambda: mesh(tp=-1, dp_shard=1, sequence_parallel=True, recompute="selective"),
 }
 WORLDS = [  # and the micro-batches of a step
     *(("ddp", 2, 1), ("zero1", 2, 1), ("zero1", 4, 2), ("zero2", 2, 2), ("zero3", 2, 1)),
     *(("zero3", 2, 2), ("hsdp", 4, 2), ("tp", 2, 1), ("sp", 2, 2), ("2d", 4, 1)),
+    ("zero3 of one unit", 2, 2),
     *(
         ("hsdp x sp", 8, 1),
         ("zero1 x tp", 4, 1),
