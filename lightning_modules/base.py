@@ -20,6 +20,8 @@ from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 
 from .initial_values import InitialValues
 
+FUSED = ("cpu", "cuda")  # devices with a fused kernel of AdamW in every supported torch
+
 
 class _Bounded(TorchDispatchMode):
     """Build on the meta device, and stop if a net becomes far larger than its weights.
@@ -141,7 +143,12 @@ class TaskModule(L.LightningModule):
         return self.net(*args)
 
     def configure_optimizers(self) -> Any:
-        """AdamW on everything trainable, so that a task also runs with no optimizer callback."""
+        """AdamW on everything trainable, so that a task also runs with no optimizer callback.
+
+        Its fused kernel keeps no temporary tensors: one step of torch's loop over parameters has
+        two of the size of the largest parameter. Lightning's gradient scaler refuses to clip with
+        it, and half precisions round in another way there.
+        """
         parameters = [p for p in self.parameters() if p.requires_grad]
         if any(p.dtype == torch.float16 for p in parameters):
             raise ValueError(
@@ -149,7 +156,10 @@ class TaskModule(L.LightningModule):
                 "allowed: 16-mixed, bf16-mixed, bf16-true, 32-true; type "
                 "--trainer.precision=16-mixed, or OptimizerPlan(partial(AdamW, eps=1e-4))"
             )
-        return torch.optim.AdamW(parameters, lr=self.lr)
+        exact = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer else None
+        fused = exact and scaled is None and all(p.device.type in FUSED for p in parameters)
+        return torch.optim.AdamW(parameters, lr=self.lr, fused=fused or None)
 
     def count(self, batch: Any) -> int:
         """Units in a batch: here the rows of its first tensor."""

@@ -6,12 +6,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import MixedPrecision
 from tensor_bytes import tensor_bytes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.cli import lean_loop
 from ravine.cli.trainer import Trainer
+from ravine.lightning_modules import TaskModule
 from ravine.strategies import MeshStrategy
 
 QUIET = dict.fromkeys(
@@ -219,3 +221,60 @@ def test_a_stock_trainer_frees_the_gradients_of_shards(ranks):
 
 def test_ddp_keeps_the_views_of_its_buckets(ranks):
     assert ranks(watched, 2, "ddp", Trainer) == [[False, *[True] * 3]] * 2
+
+
+class OneMatrix(TaskModule):
+    """A task with the default optimizer."""
+
+    def build(self):
+        return nn.Linear(512, 512, bias=False)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).square().mean()
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(3, 512)), batch_size=1)
+
+
+def step_of(optimizer, weight):
+    """Bytes above those before it at the peak of the third step, and the weights after it."""
+    for _ in range(3):
+        weight.grad = torch.full_like(weight, 0.5)
+        with tensor_bytes() as found:
+            optimizer.step()
+    return found.peak, weight.detach().clone()
+
+
+def test_the_default_optimizer_keeps_no_temporary_tensor_of_the_size_of_a_parameter():
+    module = OneMatrix()
+    module.configure_model()
+    weight = module.net.weight
+    other = nn.Parameter(weight.detach().clone())
+    peak, ours = step_of(module.configure_optimizers(), weight)
+    usual, theirs = step_of(torch.optim.AdamW([other], lr=module.lr), other)
+    assert torch.equal(ours, theirs)
+    assert usual >= 4 * weight.numel()
+    assert peak < 0.01 * usual
+
+
+DTYPES = {torch.float32: True, torch.float64: True, torch.bfloat16: None}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_default_optimizer_is_fused_where_its_values_are_those_of_the_loop(dtype):
+    module = OneMatrix()
+    module.configure_model()
+    optimizer = module.to(dtype).configure_optimizers()
+    assert optimizer.defaults["fused"] is DTYPES[dtype]
+
+
+def test_the_default_optimizer_clips_with_a_gradient_scaler(tmp_path):
+    module = OneMatrix()
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    trainer = Trainer(
+        max_steps=2, plugins=[precision], gradient_clip_val=1.0, accelerator="cpu",
+        default_root_dir=tmp_path, **QUIET,
+    )  # fmt: skip
+    trainer.fit(module)
+    assert trainer.global_step == 2
+    assert trainer.optimizers[0].defaults["fused"] is None
