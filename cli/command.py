@@ -1,11 +1,13 @@
 """The command line proper: LightningCLI with our Trainer, reached through the front door."""
 
 import enum
+import inspect
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, NoReturn, cast, get_args
 
 import yaml
 from jsonargparse import (
@@ -18,6 +20,7 @@ from jsonargparse import (
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import ravine.callbacks
@@ -27,10 +30,12 @@ import ravine.strategies  # bare class names are found among what is imported
 from ravine.strategies.agreement import flatten
 
 from . import diagnosis, newest, presets, saved_config, trust
-from .errors import Mistake, program
+from .errors import Mistake, original, program
 from .newest import given
 from .saved_config import SavedConfig
 from .trainer import ELSEWHERE, Trainer, check_links
+
+OF_STRATEGY = "trainer.strategy."  # before the name of an argument
 
 
 def ours_first(find: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -66,6 +71,25 @@ def writable(default: Any, hint: Any) -> bool:
     return type(default) is not object
 
 
+def constructors_first(fail: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
+    """Name as the cause what a constructor has raised, before what the parser says of other types.
+
+    The parser keeps the first error alone: of `str | Strategy` the one of `str`.
+    """
+
+    def by_parser(error: Exception) -> bool:
+        frames = traceback.extract_tb(original(error).__traceback__)
+        return bool(frames) and "jsonargparse" in Path(frames[-1].filename).parts
+
+    def failed(subtypes: Any, value: Any, errors: list[Exception]) -> NoReturn:
+        fail(subtypes, value, sorted(errors, key=by_parser))
+
+    return failed
+
+
+_typehints.raise_union_unexpected_value = constructors_first(
+    _typehints.raise_union_unexpected_value
+)
 _typehints.get_all_subclass_paths = ours_first(_typehints.get_all_subclass_paths)
 cast(Any, _signatures).get_signature_parameters = plain_only(
     _parameter_resolvers.get_signature_parameters
@@ -236,17 +260,33 @@ def forget_unused(trainer: Trainer) -> None:
 
 
 def spelled_out(argv: list[str]) -> list[str]:
-    """The words, the name of a strategy as its class where an argument of it is given as well.
+    """Replace the name of a strategy by its class where an argument of it is given as well.
+
+    A name after the argument would otherwise take the argument back.
 
     spelled_out(["fit", "--trainer.strategy=pp", "--trainer.strategy.microbatches=8"])
     """
-    strategies = ravine.strategies.NAMES
-    first = next((i for i, w in enumerate(argv) if w.startswith("--trainer.strategy.")), None)
-    names = [each.value for each in given(argv) if each.key == "trainer.strategy"]
-    if first is None or not names or str(names[-1]) not in strategies:
+    values = list(given(argv))
+    arguments = [each.key.split(".")[2] for each in values if each.key.startswith(OF_STRATEGY)]
+    names = [str(each.value) for each in values if each.key == "trainer.strategy"]
+    if not arguments or not names or names[-1] not in StrategyRegistry:
         return argv
-    how = [f"--trainer.strategy.{k}={v}" for k, v in strategies[str(names[-1])][1].items()]
-    return [*argv[:first], "--trainer.strategy=MeshStrategy", *how, *argv[first:]]
+    kind, how = (StrategyRegistry[names[-1]][key] for key in ("strategy", "init_params"))
+    mesh, ddp = ravine.strategies.MeshStrategy, ravine.strategies.DataParallelStrategy
+    for_mesh = bool({*arguments} & {*inspect.signature(mesh).parameters})
+    if kind is not mesh and (kind is not ddp or for_mesh):
+        return argv
+    rest, words = [], iter(argv)
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if flag != "--trainer.strategy":
+            rest.append(word)
+        elif not equals:
+            next(words, None)  # its value
+    at = next((i for i, word in enumerate(rest) if word.startswith(f"--{OF_STRATEGY}")), len(rest))
+    chosen = [f"--trainer.strategy={kind.__name__}"]
+    chosen += [f"--{OF_STRATEGY}{key}={value}" for key, value in how.items()]
+    return [*rest[:at], *chosen, *rest[at:]]
 
 
 def bounded(text: str) -> Any:

@@ -30,9 +30,12 @@ def spread_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     """Leave each rank of `mesh` its share of the experts; the modules that were changed."""
     found = mixtures(module)
     if not found:
+        takes = "experts" in (getattr(module, "hparams", None) or {})
+        fix = "type --model.experts=8, or" if takes else "give it one, or type"
         raise ValueError(
             f"ep={mesh.size()}: {type(module).__name__} has no mixture of experts (a module called"
-            " `experts`); type --model.experts=8, or --trainer.strategy zero3"
+            f" `experts`, with the experts as the first axis of its parameters); {fix}"
+            " --trainer.strategy zero3"
         )
     for experts in found:
         count = next(experts.parameters()).shape[0]

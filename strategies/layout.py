@@ -55,7 +55,14 @@ def resolve(given: dict[str, int], world: int) -> dict[str, int]:
     return {**axes, "ep": ep}
 
 
-def check_choices(zero: int, schedule: str, schedules: list[str], microbatches: int) -> None:
+def check_choices(
+    zero: int,
+    schedule: str,
+    schedules: list[str],
+    microbatches: int,
+    smallest_unit: int | None = None,
+    gather_once: bool = False,
+) -> None:
     """Refuse what no run could mean, when the strategy is made."""
     flag = "type --trainer.strategy"
     if zero not in (1, 2, 3):
@@ -66,6 +73,18 @@ def check_choices(zero: int, schedule: str, schedules: list[str], microbatches: 
     if microbatches < 1:
         raise ValueError(
             f"microbatches is {microbatches}; allowed: 1 or more; {flag}.microbatches=4"
+        )
+    whole = isinstance(smallest_unit, int) and not isinstance(smallest_unit, bool)
+    if smallest_unit is not None and not (whole and smallest_unit >= 0):
+        raise ValueError(
+            f"smallest_unit is {smallest_unit!r}; allowed: a number of bytes, 0 or more;"
+            f" {flag}.smallest_unit=1048576"
+        )
+    if zero == 1 and (gather_once or smallest_unit is not None):
+        name = "gather_once" if gather_once else "smallest_unit"
+        raise ValueError(
+            f"{name} has no effect with zero=1, where every rank has whole parameters; allowed"
+            f" with zero=2 and 3; {flag}.zero=2, or leave {name} out"
         )
 
 

@@ -9,6 +9,7 @@ each matrix.
 """
 
 import atexit
+import functools
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -66,6 +68,30 @@ def leave() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _any_precision(validate: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let the trainer take `64-true` and `16-mixed` with a MeshStrategy, as with its names.
+
+    Lightning refuses them for each instance of ModelParallelStrategy.
+    """
+
+    @functools.wraps(validate)
+    def validated(connector: Any) -> None:
+        strategy = connector._strategy_flag
+        if isinstance(strategy, MeshStrategy):
+            connector._strategy_flag = "mesh"
+        try:
+            validate(connector)
+        finally:
+            connector._strategy_flag = strategy
+
+    return validated
+
+
+_AcceleratorConnector._validate_precision_choice = _any_precision(
+    _AcceleratorConnector._validate_precision_choice
+)
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -118,7 +144,8 @@ class MeshStrategy(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         axes = {"dp_shard": dp_shard, "dp_replicate": dp_replicate, "cp": cp, "tp": tp, "pp": pp}
         self.degrees = axes | {"ep": ep}
-        check_choices(zero, schedule, list(SCHEDULES), microbatches)
+        choices = (zero, schedule, list(SCHEDULES), microbatches)
+        check_choices(*choices, smallest_unit, gather_once)
         self.schedule: Schedule = schedule
         self.microbatches = microbatches
         self.pipeline: Pipeline | None = None

@@ -55,7 +55,7 @@ class Pipeline:
         self.kind, self.microbatches, self.count = kind, microbatches, each * self.ranks
         self.names = [name for name, _ in module.named_parameters()]  # of the whole net
         self.order = list(self.net.blocks)
-        self.blocks = shares(self.order, self.count, type(module).__name__)
+        self.blocks = shares(self.order, self.count, type(module).__name__, self.ranks)
         self.mine = range(self.rank, self.count, self.ranks)
         self.first, self.last = self.rank == 0, self.rank == self.ranks - 1
         self.absent: dict[str, nn.Module] = {}  # stand-ins for blocks, and for what is at the ends

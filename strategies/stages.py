@@ -30,12 +30,14 @@ def net_of(module: nn.Module, ranks: int) -> Any:
     )
 
 
-def shares(names: list[str], stages: int, what: str) -> list[list[str]]:
+def shares(names: list[str], stages: int, what: str, ranks: int) -> list[list[str]]:
     """The blocks of each stage, in order, their numbers differing by one at most."""
     if len(names) < stages:
+        fix = f"pp={len(names)}" if len(names) < ranks else "schedule=1f1b"
         raise ValueError(
-            f"{what} has {len(names)} blocks, fewer than the {stages} stages; allowed: up to"
-            f" {len(names)} stages; type --trainer.strategy.pp={len(names)}"
+            f"{what} has {len(names)} blocks, fewer than the {stages} stages ({stages // ranks} on"
+            f" each of {ranks} ranks); allowed: up to {len(names)} stages; type"
+            f" --trainer.strategy.{fix}"
         )
     sizes = [len(names) // stages + (i < len(names) % stages) for i in range(stages)]
     starts = [sum(sizes[:i]) for i in range(stages)]

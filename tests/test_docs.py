@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ravine.cli.main import main
 
@@ -62,3 +65,20 @@ def test_the_script_of_the_readme_trains_under_the_stock_trainer(
     script = files(README.read_text())["script.py"].replace("max_steps=200", "max_steps=2")
     exec(compile(script, "script.py", "exec"), {"__name__": "__main__"})
     assert "The" in capsys.readouterr().out
+
+
+def read_by_two_ranks(folder: str) -> tuple[int, ...]:
+    os.chdir(folder)
+    text = Path("two_ranks.py").read_text()
+    exec(compile(text, "two_ranks.py", "exec"), {"__name__": "__main__"})
+    weights = torch.load("line.ckpt", weights_only=True)["state_dict"]
+    return tuple(weights["layers.0.weight"].shape)
+
+
+@pytest.mark.filterwarnings("ignore")  # of a stock Trainer: its logger, its data
+def test_the_script_of_the_page_on_parallelism_trains_on_two_ranks(
+    ranks: Any, folder: Path
+) -> None:
+    page = (DOCS / "parallelism.md").read_text()
+    (folder / "two_ranks.py").write_text(files(page)["two_ranks.py"])
+    assert ranks(read_by_two_ranks, 2, str(folder)) == [(64, 8), (64, 8)]

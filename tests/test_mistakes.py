@@ -326,6 +326,31 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
             "  type: --trainer.strategy=MeshStrategy --trainer.strategy.zero=1",
         ],
     ),
+    "a name after an argument of it": (
+        [*MODEL, "--trainer.strategy.smallest_unt=2", "--trainer.strategy", "zero3"],
+        "",
+        [
+            "on the command line, --trainer.strategy.smallest_unt: MeshStrategy has no argument "
+            "'smallest_unt'",
+            "  nearest: smallest_unit",
+            "  type: --trainer.strategy.smallest_unit=2",
+        ],
+    ),
+    "an argument of ddp": (
+        [*MODEL, "--trainer.strategy=ddp", "--trainer.strategy.gradient_as_bucket_vew=false"],
+        "",
+        [
+            "on the command line, --trainer.strategy.gradient_as_bucket_vew: DataParallelStrategy "
+            "has no argument 'gradient_as_bucket_vew'",
+            "  nearest: gradient_as_bucket_view",
+            "  type: --trainer.strategy.gradient_as_bucket_view=false",
+        ],
+    ),
+    "what the constructor of a strategy refuses": (
+        [*MODEL, "--trainer.strategy=pp", "--trainer.strategy.microbatches=0"],
+        "",
+        ["microbatches is 0; allowed: 1 or more; type --trainer.strategy.microbatches=4"],
+    ),
     "a value of a strategy's argument": (
         [*MODEL, "--trainer.strategy=MeshStrategy", "--trainer.strategy.schedule=1f2b"],
         "",

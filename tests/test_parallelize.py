@@ -234,7 +234,8 @@ REFUSED = {
     ),
     "fewer layers than stages": (
         (Net, "pp", 2, (), {"heads": 2}),
-        "Net has 1 blocks, fewer than the 2 stages; allowed: up to 1 stages; type --trainer",
+        r"Net has 1 blocks, fewer than the 2 stages \(1 on each of 2 ranks\); allowed: up to 1"
+        " stages; type --trainer.strategy.pp=1",
     ),
     "a batch smaller than its micro-batches": (
         (Net, MeshStrategy(dp_shard=1, pp=2, microbatches=5), 2, (), {"heads": 2, "layers": 2}),
@@ -351,11 +352,22 @@ def test_what_cannot_be_spread_is_refused_in_one_line(ranks, world):
             r"microbatches=5 .* \(interleaved\); allowed: multiples of 2; type .*microbatches=4",
         ),
         ({"zero": 4}, 2, "zero is 4; allowed: 1, 2, 3; type --trainer.strategy.zero=3"),
+        ({"smallest_unit": -1}, 2, "smallest_unit is -1; allowed: a number of bytes, 0 or more"),
+        ({"smallest_unit": "1MB"}, 2, "smallest_unit is '1MB'; allowed: a number of bytes"),
+        ({"zero": 1, "gather_once": True}, 2, "gather_once has no effect with zero=1, .* leave"),
+        ({"zero": 1, "smallest_unit": 0}, 2, "smallest_unit has no effect with zero=1, .* leave"),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused_when_the_trainer_is_made(degrees, devices, words):
     with pytest.raises(ValueError, match=words):
         L.Trainer(strategy=MeshStrategy(**degrees), devices=devices, accelerator="cpu")
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_a_strategy_takes_the_same_precisions_by_name_and_as_an_object(precision):
+    for strategy in ("zero3", MeshStrategy()):
+        trainer = L.Trainer(strategy=strategy, precision=precision, devices=2, accelerator="cpu")
+        assert trainer.precision == precision
 
 
 def clipped(strategy="auto", devices=1, bound=0.05, stock=True):
