@@ -24,7 +24,7 @@ from ravine.strategies.checkpoint_form import kind_mismatches
 from .checks import before_training
 from .optimizers.composite import Composite
 from .optimizers.modes import has_two_sets
-from .shards import followed, local, part_of, put_into, saved_as, trainable
+from .shards import followed, local, part_of, put_into, saved_as, stages_to_join, trainable
 
 
 @torch.no_grad()
@@ -128,20 +128,23 @@ class EMA(Callback):
         self._show(pl_module, average=False)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the average."""
+        """Leave the average; a run that was resumed at its end has trained no batch."""
+        self._restore(pl_module)
         self._show(pl_module, average=bool(self.other))
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """The average as the model's weights, the raw ones beside it; called on every rank."""
+        self._restore(pl_module)
         if self.other:
             self._take_over(pl_module)
             live = dict(followed(pl_module, self.other))
             raw, average = (self.other, live) if self.swapped else (live, self.other)
             state = checkpoint["state_dict"]
-            put_into(state, average, pl_module, live=True)
-            raw = saved_as(state, raw, live=True)
+            stages = stages_to_join(trainer)
+            put_into(state, average, pl_module, live=True, stages=stages)
+            raw = saved_as(state, raw, live=True, stages=stages)
             checkpoint["ema"] = {"steps": self.steps, "raw": raw}
 
     def on_load_checkpoint(

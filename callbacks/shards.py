@@ -8,11 +8,13 @@ from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ravine.strategies.local_parts import collect, local_part
 from ravine.strategies.parallelize import units
+from ravine.strategies.states import Stages, join_stages
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -65,8 +67,17 @@ def followed(module: nn.Module, names: Container[str]) -> Iterator[tuple[str, Te
             yield name, parameter
 
 
+def stages_to_join(trainer: Any) -> Stages | None:
+    """The stages of a pipeline whose weights one file holds; None without one, or for a folder."""
+    in_folder = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+    return None if in_folder else getattr(trainer.strategy, "stages", None)
+
+
 def saved_as(
-    state: dict[str, Tensor], weights: dict[str, Tensor], live: bool = False
+    state: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    live: bool = False,
+    stages: Stages | None = None,
 ) -> dict[str, Tensor]:
     """Copy weights for a checkpoint, whole or sharded as its state_dict is; every rank calls it.
 
@@ -77,6 +88,7 @@ def saved_as(
         weights: by name.
         live: whether shards may be the weights themselves, if these do not change until they are
             written.
+        stages: of a pipeline, each of which has other weights; the result is on rank 0 only.
     """
     if any(isinstance(value, DTensor) for value in state.values()):
         return {name: w.detach() if live else w.detach().clone() for name, w in weights.items()}
@@ -85,11 +97,18 @@ def saved_as(
         value = collect(weight) if isinstance(weight, DTensor) else weight.detach().clone()
         if value is not None:
             found[name] = value
-    return found
+    if stages is None:
+        return found
+    device = next((weight.device for weight in weights.values()), torch.device("cpu"))
+    return join_stages({name: value.cpu() for name, value in found.items()}, stages, device)
 
 
 def put_into(
-    state: dict[str, Tensor], weights: dict[str, Tensor], module: nn.Module, live: bool = False
+    state: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    module: nn.Module,
+    live: bool = False,
+    stages: Stages | None = None,
 ) -> None:
     """Put values into a checkpoint's state_dict, whole or sharded as it is; every rank calls it.
 
@@ -100,7 +119,7 @@ def put_into(
     for name, parameter in module.named_parameters(remove_duplicate=False):
         owned.setdefault(id(parameter), []).append(name)
     alike = {name: names for names in owned.values() for name in names}
-    for name, value in saved_as(state, weights, live).items():
+    for name, value in saved_as(state, weights, live, stages).items():
         for each in alike.get(name, [name]):
             if each in state:  # one rank alone holds whole weights
                 state[each] = value

@@ -464,10 +464,10 @@ class MeshStrategy(ModelParallelStrategy):
         """The weights: this rank's parts for a folder, else all of them on rank 0."""
         assert self.lightning_module is not None
         parts = self._save_distributed_checkpoint
-        return states.weights(self.lightning_module, parts, self._stages)
+        return states.weights(self.lightning_module, parts, self.stages)
 
     @property
-    def _stages(self) -> states.Stages | None:
+    def stages(self) -> states.Stages | None:
         """With a pipeline, the names of all parameters and the ranks that have them."""
         pipeline = self.pipeline
         return None if pipeline is None else states.Stages(pipeline.names, pipeline.group)
@@ -480,7 +480,7 @@ class MeshStrategy(ModelParallelStrategy):
         owners = bool(self.gradients and self.gradients.owner)
         owners |= any(self._whole(p) for p in self.lightning_module.parameters())
         group = self.layout.data.get_group() if owners and self.layout else None
-        how = (self._save_distributed_checkpoint, group, self._stages)
+        how = (self._save_distributed_checkpoint, group, self.stages)
         return states.optimizer_state(
             self.lightning_module, optimizer, *how, lambda p: bool(self._owner_here(p))
         )
@@ -510,11 +510,11 @@ class MeshStrategy(ModelParallelStrategy):
                 check_folder(path)
                 states.refuse_others(module, self.sizes(), states.sizes_in(path))
                 return states.load_parts(
-                    module, optimizers, path, self._owned, self._stages, self._whole
+                    module, optimizers, path, self._owned, self.stages, self._whole
                 )
             checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         states.refuse_others(module, self.sizes(), states.sizes(checkpoint["state_dict"]))
-        states.load(module, optimizers, checkpoint, self._owned, self._stages, self._whole)
+        states.load(module, optimizers, checkpoint, self._owned, self.stages, self._whole)
         return checkpoint
 
     def sizes(self) -> states.Sizes:

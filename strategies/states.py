@@ -63,6 +63,15 @@ def weights(module: nn.Module, parts: bool, stages: Stages | None) -> dict[str, 
     return {name: found[first] for name, first in stand.items()} if dist.get_rank() == 0 else {}
 
 
+def join_stages(tensors: dict[str, Tensor], stages: Stages, device: torch.device) -> dict[str, Any]:
+    """The tensors that the first ranks of all stages hold, on rank 0; every rank calls it."""
+    found: dict[str, Any] = {}
+    if dist.get_rank() in _keepers(stages):
+        for each in to_first(tensors, stages.group, device):
+            found |= {name: value for name, value in each.items() if name not in found}
+    return found
+
+
 def _first_names(module: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
     """For each further name of a tensor, its first name."""
     first: dict[int, str] = {}

@@ -180,6 +180,18 @@ def test_a_file_resumes_the_same_run_whenever_it_was_written(tmp_path, while_val
     assert torch.equal(module.weight, whole.weight)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
+@pytest.mark.filterwarnings("ignore:.*max_steps=4.*")
+def test_a_run_resumed_at_its_end_saves_the_same_two_sets(tmp_path):
+    files = [saved_at_four(tmp_path / "four.ckpt", False), tmp_path / "again.ckpt"]
+    trainer = L.Trainer(**QUIET, callbacks=[EMA(0.9)], max_steps=4)
+    trainer.fit(Watched(), loader(), loader(1), ckpt_path=files[0])
+    trainer.save_checkpoint(files[1])
+    first, second = (torch.load(file, weights_only=True) for file in files)
+    assert second["state_dict"]["weight"] == first["state_dict"]["weight"] != 4
+    assert second["ema"]["raw"]["weight"] == first["ema"]["raw"]["weight"] == 4
+
+
 @pytest.mark.parametrize("while_validating", [False, True])
 @pytest.mark.parametrize("callbacks", [[EMA(0.9)], []])
 def test_whoever_reads_the_file_gets_the_average(tmp_path, while_validating, callbacks):

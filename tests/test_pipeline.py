@@ -8,9 +8,10 @@ import lightning as L
 import pytest
 import torch
 from ranks import furthest, whole
+from schedulefree import AdamWScheduleFree
 from torch.optim import SGD, AdamW
 
-from ravine.callbacks import GradientClipping, Muon, OptimizerPlan, Summary, UpdateSizes
+from ravine.callbacks import EMA, GradientClipping, Muon, OptimizerPlan, Summary, UpdateSizes
 from ravine.callbacks.optimizers.rules import Rule, kinds
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import documentation
@@ -129,3 +130,42 @@ def test_the_whole_net_can_be_looked_at_for_four_bytes_a_tensor(ranks, tied):
         assert restored
         assert fewer
         assert size < 4 * 60
+
+
+def saved(layout, text, path, plan):
+    """The file of a run with two sets of weights, written while the second one is shown."""
+    L.seed_everything(0, verbose=False)
+    module = LanguageModel(zero_init=False, **SHAPE)
+    trainer = L.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
+        strategy=LAYOUTS[layout](),
+        logger=False,
+        callbacks=TWO_SETS[plan](),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, TextDataModule(text, context=16, batch_size=8))
+    trainer.save_checkpoint(path)
+
+
+TWO_SETS = {
+    "ema": lambda: [OptimizerPlan(partial(SGD, lr=0.1)), EMA(0.9)],
+    "training_weights": lambda: [OptimizerPlan(partial(AdamWScheduleFree, lr=0.01))],
+}
+
+
+@pytest.mark.parametrize(("layout", "world"), [("pp", 2), ("zero3 x pp", 4)])
+@pytest.mark.parametrize("plan", TWO_SETS)
+def test_a_file_has_both_sets_of_weights_of_all_stages(ranks, text, tmp_path, layout, world, plan):
+    saved("single", text, tmp_path / "single.ckpt", plan)
+    ranks(saved, world, layout, text, tmp_path / "stages.ckpt", plan)
+    single, stages = (torch.load(tmp_path / f"{each}.ckpt") for each in ("single", "stages"))
+    assert furthest(stages["state_dict"], single["state_dict"]) < 2e-6
+    beside = [each["ema"]["raw"] if plan == "ema" else each[plan] for each in (stages, single)]
+    assert beside[0].keys() == beside[1].keys()
+    assert furthest(*beside) < 2e-6
+    assert furthest(beside[1], single["state_dict"]) > 1e-3

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..shards import followed, local, part_of, put_into, trainable, whole
+from ..shards import followed, local, part_of, put_into, saved_as, stages_to_join, trainable
 from .composite import Composite
 
 KEY = "training_weights"
@@ -73,14 +73,16 @@ class TwoSets:
             self._aside = {name: weight.detach().clone() for name, weight in trainable(module)}
             self._optimizer.eval()
 
-    def save(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    def save(self, trainer: Any, module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Both sets into the file; every rank calls it."""
         if self._optimizer is None:
             return
         shown = bool(self._aside)
         self.evaluate(module)
-        checkpoint[KEY] = {name: whole(weight) for name, weight in self._aside.items()}
-        put_into(checkpoint["state_dict"], dict(trainable(module)), module)
+        stages = getattr(trainer.strategy, "stages", None)
+        checkpoint[KEY] = saved_as({}, self._aside, stages=stages)  # whole, in a folder too
+        weights, state = dict(trainable(module)), checkpoint["state_dict"]
+        put_into(state, weights, module, stages=stages_to_join(trainer))
         if not shown:
             self.train(module)
 

@@ -184,7 +184,7 @@ class OptimizerPlan(Callback):
         if self is plans(trainer)[-1]:
             checkpoint["optimizer_plan"] = list(self._members)
             checkpoint["schedule_length"] = self._length
-            self._sets.save(pl_module, checkpoint)
+            self._sets.save(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
