@@ -7,6 +7,7 @@ Registered under Lightning's own names (`ddp`, `ddp_find_unused_parameters_true`
 its DDPStrategy. A DDPStrategy that a script makes itself is not changed.
 """
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -19,6 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+UNFINISHED = "Expected to have finished reduction in the prior iteration"  # of torch's DDP
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels keep the version
 
 
@@ -79,6 +81,33 @@ class DataParallelStrategy(DDPStrategy):
             self._leave_out(set(self._watched) - set(changed))
             for name in changed:
                 del self._watched[name]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's step.
+
+        Raises:
+            ValueError: the backward pass before it did not reach all trainable parameters.
+        """
+        try:
+            return super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            if UNFINISHED not in str(error):
+                raise
+            raise ValueError(
+                f"{type(self.lightning_module).__name__}: the loss does not depend on"
+                f" {self._not_reached(str(error))}, whose gradients ddp waits for; allowed: a loss"
+                " that depends on all trainable parameters; type"
+                " --trainer.strategy ddp_find_unused_parameters_true"
+            ) from error
+
+    def _not_reached(self, text: str) -> str:
+        """Names of the parameters whose places are in an error message of DDP."""
+        found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
+        named = [name for name, p in self._ddp.module.named_parameters() if p.requires_grad]
+        places = [int(place) for place in found[1].split()] if found else []
+        names = [named[place] for place in places if place < len(named)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"{', '.join(names[:3])}{more}" if names else "some trainable parameters"
 
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Step; after the first step, refuse an optimizer whose state is a gradient itself."""

@@ -12,9 +12,9 @@ parameters: its children are. Parameters outside of them, those that several of 
 and under mixed precision the weights of norms (mixed_precision.py) stay whole on each rank; their
 gradients are averaged in one message (`settle`).
 
-A member of a list that is smaller than `smallest` bytes is no unit of its own: a message of a few
-kilobytes costs as much time as one of a megabyte. It stays with its parent, and small children of
-the LightningModule are gathered together around each step (step_unit.py).
+A member of a list that is smaller than `smallest` bytes is no unit of its own, because each message
+has a fixed cost. It stays with its parent, and small children of the LightningModule are gathered
+together around each step (step_unit.py).
 """
 
 from collections import Counter

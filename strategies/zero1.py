@@ -266,7 +266,7 @@ class OwnedGradients:
             if gradient.layout != torch.strided:
                 raise ValueError(
                     f"zero1: the gradient of {self._name(parameter)} is sparse; allowed: dense"
-                    " gradients; set sparse=False, or type --trainer.strategy ddp"
+                    " gradients; set sparse=False"
                 )
             _set_gradient(parameter, _part(gradient).contiguous())
         for message in plan.get(None, []):

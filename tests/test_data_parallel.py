@@ -116,9 +116,11 @@ def refused():
     """The error of a default strategy; with gradients of their own the steps are taken."""
     own = DataParallelStrategy(gradient_as_bucket_view=False, find_unused_parameters=True)
     fit(Keeps(), own, 2)
-    with pytest.raises(ValueError, match="keeps a gradient") as error:
+    with pytest.raises(ValueError, match="keeps a gradient") as kept:
         fit(Keeps(), UNUSED, 2)
-    return str(error.value)
+    with pytest.raises(ValueError, match="does not depend") as unused:
+        fit(Net(), "ddp", 2)
+    return str(kept.value), str(unused.value)
 
 
 def several(path):
@@ -181,9 +183,18 @@ def test_buffers_are_compared_at_the_start_of_an_epoch_too(found):
 
 def test_an_optimizer_that_keeps_a_gradient_is_refused_after_its_first_step(found):
     for each in found:
-        assert "KeepsGradients keeps a gradient as its state 'last', and ddp" in each["refused"]
-        assert "allowed: " in each["refused"]
-        assert "\n" not in each["refused"]
+        assert "KeepsGradients keeps a gradient as its state 'last', and ddp" in each["refused"][0]
+        assert "allowed: " in each["refused"][0]
+        assert "\n" not in each["refused"][0]
+
+
+def test_parameters_that_no_loss_depends_on_are_named_in_one_line(found):
+    for each in found:
+        assert each["refused"][1] == (
+            "Net: the loss does not depend on unused.weight, unused.bias, whose gradients ddp waits"
+            " for; allowed: a loss that depends on all trainable parameters; type"
+            " --trainer.strategy ddp_find_unused_parameters_true"
+        )
 
 
 def test_gradients_are_kept_once(found):
