@@ -253,9 +253,10 @@ def starts() -> str:
         "| 124 M parameters | layout | ranks | share | peak | 1.3 shares + 32 | commit |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in newest("start_memory", "layout", "ranks", "size"):
+    for row in newest("start_memory", "layout", "ranks", "size", "start"):
+        name = f"start, {row['start']}" if "start" in row else "start"
         lines.append(
-            f"| start | {row['layout']} | {row['ranks']} | {row['share']:.0f} "
+            f"| {name} | {row['layout']} | {row['ranks']} | {row['share']:.0f} "
             f"| {row['tensors']:.0f} | {row['bound']:.0f} | {row['commit']} |"
         )
     for row in newest("checkpoint_memory", "what", "layout", "ranks", "size"):

@@ -2,9 +2,10 @@
 
 python benchmarks/start_memory.py     appends a row a layout to rows/start_memory.jsonl
 
-    start     plain, or what changes the network before it is sharded, by callbacks
+    start     the callbacks that change the network before it is sharded, if there are any
     share     bytes of the parameters that a rank keeps
-    tensors   the peak of tensor bytes from `setup` to `on_fit_start`
+    tensors   the peak of tensor bytes from `setup` to `on_fit_start`, without `mapped`
+    mapped    bytes of a safetensors file, whose pages the counter takes for tensors
     anonymous the growth of the process's own memory (RssAnon) in that time
     bound     1.3 x share + 32 MiB
 """
@@ -38,7 +39,7 @@ STARTS: dict[str, Any] = {  # callbacks by the folder of the weights; on zero3 w
     "LoRA": lambda folder: [LoRA()],
     "QLoRA": lambda folder: [Quantization(), LoRA()],
     "Pretrained": lambda folder: [Pretrained(f"{folder}/base.ckpt")],
-    "Pretrained, safetensors": lambda folder: [Pretrained(f"{folder}/gpt2")],
+    "Pretrained safetensors": lambda folder: [Pretrained(f"{folder}/gpt2")],
     "Pretrained + QLoRA": lambda folder: [
         Pretrained(f"{folder}/base.ckpt"), Quantization(), LoRA()
     ],
@@ -100,6 +101,9 @@ def measure(layout: str, size: str, start: str, files: str) -> dict[str, int]:
         )  # fmt: skip
         torch.manual_seed(0)
         trainer.fit(LanguageModel(**shape), datamodule=TextDataModule(source="embedded", **data))
+    file = Path(files, "gpt2/model.safetensors")
+    look.row["mapped"] = file.stat().st_size if "safetensors" in start else 0
+    look.row["tensors"] -= look.row["mapped"]
     return look.row
 
 
@@ -125,8 +129,8 @@ def main() -> None:
             row["bound"] = int(1.3 * row["share"]) + 2**25
             shown: dict[str, Any] = {k: round(v / 2**20, 1) for k, v in row.items()}
             shown["ratio"] = round(row["tensors"] / row["bound"], 3)
-            what = {"layout": layout, "start": start, "ranks": LAYOUTS[layout], "size": given.size}
-            shown = what | shown
+            what: dict[str, Any] = {"layout": layout, "ranks": LAYOUTS[layout], "size": given.size}
+            shown = what | ({"start": start} if start in STARTS else {}) | shown
             print(shown, flush=True) if given.dry else append("start_memory", shown | machine())
 
 

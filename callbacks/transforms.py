@@ -252,8 +252,8 @@ class Transform(L.Callback):
         phase = "quantize"
         def transform(self, module): module.half()
 
-    With `without_values`, `transform` may get parameters on the meta device, whose values
-    `ravine.strategies.materialize.values_of(parameter).rows(start, stop)` makes.
+    With `without_values = True` in the class that has it, `transform` may get parameters on the
+    meta device, whose values `ravine.strategies.materialize.blocks(parameter)` makes.
     """
 
     phase: str
@@ -295,7 +295,10 @@ class Transform(L.Callback):
         from .checks import before_training  # which itself registers a phase
 
         before_training(trainer, pl_module, stage)
-        how = (self.transform, self, self.identity(), self.without_values)
+        # of the class whose `transform` runs: one that overrides it may read values
+        kind = next(each for each in type(self).__mro__ if "transform" in vars(each))
+        without_values = bool(vars(kind).get("without_values"))
+        how = (self.transform, self, self.identity(), without_values)
         register(trainer, pl_module, self.phase, *how)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

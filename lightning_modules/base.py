@@ -75,6 +75,11 @@ def refuse_early_copies(callbacks: list[L.Callback]) -> None:
             )
 
 
+def _is_ours(method: Any) -> bool:
+    """Whether this package defines a method: another's may compute with values."""
+    return method.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
 class TaskModule(L.LightningModule):
     """A LightningModule whose net is made by `build()`, once, when the sizes are known.
 
@@ -114,7 +119,7 @@ class TaskModule(L.LightningModule):
         if self.net is not None:
             return
         device = torch.get_default_device()
-        known = type(self).build.__module__.partition(".")[0] == __name__.partition(".")[0]
+        known = _is_ours(type(self).build)
         values = InitialValues.of(self.build) if known and device.type != "meta" else None
         if values is None:
             self.net = self.build()
@@ -131,8 +136,9 @@ class TaskModule(L.LightningModule):
 
         A callback that does gives the parameters their values before it changes the net.
         """
-        own = type(self).configure_model is not TaskModule.configure_model
-        return bool(self.__dict__.get("strategy_draws_values")) and not own
+        return bool(self.__dict__.get("strategy_draws_values")) and _is_ours(
+            type(self).configure_model
+        )
 
     def forward(self, *args: Any) -> Any:
         """Apply the net."""

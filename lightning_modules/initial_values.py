@@ -20,6 +20,7 @@ that changes the network before it is sharded. strategies/materialize.py reads t
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CHUNK = 2**20  # numbers that are drawn with one generator
+LARGE = 2**18  # numbers of a tensor that is not allocated even for a moment
 aten = torch.ops.aten
 
 
@@ -53,10 +55,16 @@ class Distribution(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Remembers the last in-place operation on each tensor of the meta device."""
+    """Remembers the last in-place operation on each tensor of the meta device.
 
-    def __init__(self) -> None:
+    Args:
+        large_on_meta: whether large tensors without values (`torch.empty`) are made on the meta
+            device at once; a constructor that computes with one fails then.
+    """
+
+    def __init__(self, large_on_meta: bool) -> None:
         super().__init__()
+        self.large_on_meta = large_on_meta
         # by storage, and by tensor: `module.to` changes the storage; None: no simple distribution
         self.found: dict[tuple[str, int], Distribution | None] = {}
         self.kept: list[Any] = []  # so that no other tensor or storage gets the same number
@@ -64,7 +72,12 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.large_on_meta and function is aten.empty.memory_format:
+            device = torch.device(kwargs.get("device") or "cpu")
+            if device.type == "cpu" and math.prod(args[0]) >= LARGE:
+                kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": None}
+        result = function(*args, **kwargs)
         target = args[0] if args else None
         if isinstance(target, Tensor) and target.is_meta and function._schema.is_mutable:
             whole = target.numel() * target.itemsize == target.untyped_storage().nbytes()
@@ -116,6 +129,22 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = usual  # type: ignore[method-assign]
+
+
+def _recorded(
+    build: Callable[[], nn.Module], prefix: str, large_on_meta: bool
+) -> tuple[nn.Module | None, dict[str, Distribution]]:
+    """The network, and the distribution of each parameter; None if the record has a gap."""
+    recorder = _Recorder(large_on_meta)
+    try:
+        with _parameters_on_meta(), recorder:
+            net = build()
+    except (NotImplementedError, RuntimeError):  # an operation on values that do not exist
+        return None, {}
+    found = {prefix + name: recorder.of(p) for name, p in net.named_parameters()}
+    known = {name: each for name, each in found.items() if each is not None}
+    computed = not any(buffer.is_meta for buffer in net.buffers())
+    return (net, known) if computed and len(known) == len(found) else (None, {})
 
 
 class ParameterValues:
@@ -183,21 +212,13 @@ class InitialValues:
         The seed is one draw of the global generator.
         """
         state = torch.get_rng_state()
-        recorder = _Recorder()
-        try:
-            with _parameters_on_meta(), recorder:
-                net = build()
-        except (NotImplementedError, RuntimeError):  # an operation on values that do not exist
-            net = None
-        found = {}
-        for name, parameter in net.named_parameters() if net is not None else ():
-            found[prefix + name] = recorder.of(parameter)
-        if net is None or not all(found.values()):
+        for large_on_meta in (True, False):
+            net, found = _recorded(build, prefix, large_on_meta)
             torch.set_rng_state(state)
-            return None
-        torch.set_rng_state(state)
-        seed = int(torch.randint(2**62, (), device="cpu"))
-        return cls(net, {k: v for k, v in found.items() if v is not None}, seed, prefix)
+            if net is not None:
+                seed = int(torch.randint(2**62, (), device="cpu"))
+                return cls(net, found, seed, prefix)
+        return None
 
     def draw(self, name: str, shape: torch.Size, start: int, stop: int, dtype: Any) -> Tensor:
         """Rows `start` to `stop` (exclusive) of the parameter `name`, (stop - start, ...), on CPU.

@@ -140,10 +140,23 @@ class Reinforce(TaskModule):
         built = self.net is None
         super().configure_model()
         if built and self._start is not None and self.net is not None:
-            self.net.load_state_dict(self._start.weights)
+            self._read(self.net, self._start.weights)
             self._start.weights.clear()
             if self.reference == "copy":
                 self._frozen = (copy.deepcopy(self.net).requires_grad_(False).eval(),)
+
+    @staticmethod
+    def _read(net: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Give the net its weights; a strategy that shards it reads their rows after sharding."""
+        named = net.named_parameters(remove_duplicate=False)
+        later = {name: p.initial_values for name, p in named if hasattr(p, "initial_values")}
+        for name, values in later.items():
+            values.read_from(weights[name])
+        rest = {name: tensor for name, tensor in weights.items() if name not in later}
+        net.load_state_dict(rest, strict=not later)  # names were compared when they were read
+
+    def _may_wait(self) -> bool:
+        return self.reference != "copy" and super()._may_wait()  # the copy is not sharded
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Write, judge and weigh: the batch of the step is a Rollout."""

@@ -14,6 +14,7 @@ that a thread of gloo frees last stays counted. On CUDA the allocator counts.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.autograd.profiler import profile
@@ -52,8 +53,9 @@ def tensor_bytes(device: str = "cpu") -> Iterator[TensorBytes]:
         return
     with profile(profile_memory=True) as profiler:  # torch.profiler would build a tree: seconds
         yield found
+    assert profiler is not None
     assert profiler.kineto_results is not None
-    events = profiler.kineto_results.events()
+    events: Any = profiler.kineto_results.events()
     changes = sorted(
         (event.start_ns(), -event.nbytes()) for event in events if event.name() == "[memory]"
     )

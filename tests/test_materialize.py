@@ -37,6 +37,15 @@ class Doubled(Transform):
                 parameter.mul_(2)
 
 
+class Halved(LoRA):
+    """A change of this package, and one more."""
+
+    def transform(self, module: Any) -> None:
+        super().transform(module)
+        with torch.no_grad():
+            module.net.blocks["0"].mlp.up.weight.mul_(0.5)
+
+
 class Model(LanguageModel):
     """With SGD: Adam would make a whole step of a gradient that is 0 but for rounding."""
 
@@ -74,6 +83,7 @@ KINDS = {
     "safetensors + LoRA": ["folder", "lora"],
     "safetensors": ["folder"],
     "a change of others": ["doubled", "base"],
+    "a change of ours with more": ["halved", "base"],
     "a reader of others": ["weights"],
 }
 
@@ -87,6 +97,7 @@ def callbacks(kind: str, files: Path) -> list[L.Callback]:
         "nf4": lambda: Quantization(),
         "int8": lambda: Quantization("int8"),
         "doubled": Doubled,
+        "halved": lambda: Halved(rank=4),
     }
     return [made[each]() for each in KINDS[kind]]
 
@@ -254,7 +265,7 @@ def test_values_are_read_by_rows_and_zero_beyond_them():
     module = LanguageModel(vocabulary=50, context=8, **SHAPE)
     module.__dict__["strategy_draws_values"] = True  # as MeshStrategy does
     module.configure_model()
-    parameter = module.net.embed.weight
+    parameter: Any = module.get_parameter("net.embed.weight")
     values, drawn = values_of(parameter), torch.cat(list(blocks(parameter)))
     assert torch.equal(values.rows(3, 20), drawn[3:20])
     stored = torch.randn(40, 64, dtype=torch.float64)

@@ -43,6 +43,7 @@ from ravine.lightning_modules.policy.rollout import (
     log_probabilities,
     loss_of,
 )
+from ravine.strategies.materialize import blocks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
@@ -138,6 +139,31 @@ def on_ranks(base: str, strategy: str, devices: int, how: dict[str, Any]) -> tup
     metrics = {k: v for k, v in watch.metrics[-1].items() if k not in ("train/surrogate",)}
     tokens = [rollout.tokens for rollout in watch.rollouts]
     return watch.gradients[0], whole(model), tokens, metrics, model.samples()
+
+
+def without_a_copy(base: str, strategy: str, devices: int) -> dict[str, torch.Tensor]:
+    model = policy(base, CharacterFraction("eE"), reference="lora")
+    fit(model, data(base), steps=1, strategy=strategy, devices=devices, callbacks=[LoRA(rank=2)])
+    return whole(model)
+
+
+def test_two_ranks_tune_adapters_of_a_base_that_neither_has_whole(ranks, base) -> None:
+    one = without_a_copy(base, "auto", 1)
+    for weights in ranks(without_a_copy, 2, base, "zero3", 2):
+        assert furthest(weights, one) < 2e-6
+
+
+@pytest.mark.parametrize("reference", ["none", "lora", "copy"])
+def test_a_base_is_read_by_rows_unless_a_copy_of_it_is_kept(base, reference) -> None:
+    model = policy(base, CharacterFraction("eE"), reference=reference)
+    model._trainer = SimpleNamespace(callbacks=[], datamodule=None)  # type: ignore[assignment]
+    model.__dict__["strategy_draws_values"] = True  # as MeshStrategy does
+    model.setup("fit")
+    model.configure_model()
+    weights = torch.load(base, weights_only=True)["state_dict"]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert parameter.is_meta == (reference != "copy")
+        assert torch.cat(list(blocks(parameter))).equal(weights[name])
 
 
 # with the reward that looks at the batch: RLOO over it; groups, divided by all tokens

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ravine.datamodules.tokenizers import Tokenizer, from_state
-from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError
+from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, reading_together
 
 from ..language import Transformer
 
@@ -53,7 +53,8 @@ def read(base: str) -> BaseModel:
     """Read a language model's checkpoint, or that of a policy; refuse one without a tokenizer."""
     path = find(base)
     try:
-        checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+        with reading_together(mapped=("state_dict",), divided=False):  # weights are copied later
+            checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     except CheckpointError as error:
         said = str(error).partition(" cannot be used: ")[2].partition(";")[0] or str(error)
         raise ValueError(
