@@ -462,11 +462,12 @@ class Owned(_Plain):
         grads: dict[int, Tensor] = {}
         if not placeholders:
             wanted = [(p, p._local_tensor) for p in parameters]
-            with_grad = [p for p in parameters if step and p.grad is not None]
-            wanted += [(p, _rows_of_gradient(p, p.grad)) for p in with_grad]
+            with_grad = [(p, p.grad) for p in parameters if step and p.grad is not None]
+            wanted += [(p, _rows_of_gradient(p, gradient)) for p, gradient in with_grad]
             found = _gather_to_owners(wanted, self.owner)
             values = dict(zip(map(id, parameters), found, strict=False))
-            grads = dict(zip(map(id, with_grad), found[len(parameters) :], strict=True))
+            own = (id(p) for p, _ in with_grad)
+            grads = dict(zip(own, found[len(parameters) :], strict=True))
         for p in parameters:
             whole = self.plain.get(id(p))
             if whole is None:

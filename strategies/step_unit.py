@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+_not_compiled: Any = torch.compiler.disable  # its own annotation fits no method
+
 
 class StepUnit(nn.Module):
     """Members that are gathered while `forward` runs a step, and for a call outside of a step."""
@@ -41,7 +43,7 @@ class StepUnit(nn.Module):
         if not self.running:
             self._free()
 
-    @torch.compiler.disable
+    @_not_compiled
     def _gather(self, member: nn.Module) -> None:
         """Gather for a call outside of a step: samples, predictions, user code."""
         if torch._C._current_graph_task_id() >= 0:  # it is computed again within a backward
@@ -54,7 +56,7 @@ class StepUnit(nn.Module):
             )
         cast(FSDPModule, self).unshard()
 
-    @torch.compiler.disable
+    @_not_compiled
     def _free(self) -> None:
         """Free what `_gather` has gathered."""
         if torch._C._current_graph_task_id() < 0:
