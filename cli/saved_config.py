@@ -108,12 +108,17 @@ def saved(path: Path) -> Config:
 def as_words(config: Config, command: str = "test", typed: Collection[str] = ()) -> list[str]:
     """A saved configuration as flags, to stand before the user's own, whose keys are `typed`.
 
-    Who types a length or a config decides how long the run is.
+    Who types a length or a config decides how long the run is. An argument of the trainer may be
+    null on purpose, where its default is a number.
     """
     keys = [*WORDS, *(f"trainer.{key}" for key in TRAINING if command == "fit")]
     if "config" in typed or any(f"trainer.{key}" in typed for key in LENGTHS):
         keys = [key for key in keys if key.removeprefix("trainer.") not in LENGTHS]
-    values = {key: config[key] for key in keys if config.get(key) is not None}
+    values = {
+        key: config[key]
+        for key in keys
+        if key in config and (key.startswith("trainer.") or config[key] is not None)
+    }
     return [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
 
 

@@ -639,15 +639,19 @@ def test_a_checkpoint_alone_restores_the_configuration_of_its_run(
 ) -> None:
     Path("plan.yaml").write_text(PLAN)
     words = ["--trainer.callbacks+=GradientClipping", "--trainer.accumulate_grad_batches=2"]
+    words += ["--trainer.val_check_interval=3", "--trainer.check_val_every_n_epoch=null"]
     assert main(["fit", "--config=base", "--config=plan", *words, "--trainer.max_epochs=2"]) == 0
     cpu = ["--trainer.accelerator=cpu", "--trainer.max_epochs=3", TRUST]
     alone = ["fit", f"--ckpt_path={saved()}", *cpu]
     capsys.readouterr()
     assert main([*alone, "--trainer.enable_model_summary=false"]) == 0
     said = "callbacks of the checkpoint: OptimizerPlan, GradientClipping"
-    assert said in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert said in out
+    assert "is used" not in out  # nothing differs
     config = yaml.safe_load(Path("runs/base/version_1/config.yaml").read_text())
     assert config["trainer"]["accumulate_grad_batches"] == 2
+    assert config["trainer"]["check_val_every_n_epoch"] is None
     assert main([*alone, "--trainer.callbacks=GradientClipping"]) == 2
     err = capsys.readouterr().err
     assert "the optimizers of the checkpoint's run (SGD of 4 tensors)" in err
