@@ -1,7 +1,6 @@
 """A trained model as plain weights: no adapters, and a checkpoint that needs no callback."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +52,7 @@ def write(module: TaskModule, path: Path, folder: Path, merging: bool, scheme: s
     if target.exists() and target.samefile(path):
         raise Mistake(f"{target} is what is to be exported", [], "--folder=ANOTHER")
     flatten(module)
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     checkpoint = {key: value for key, value in checkpoint.items() if key not in RUN}
     config = checkpoint.get("ravine", {}).get("config")
     if config:

@@ -1,9 +1,11 @@
 """From the command line: a base, adapters on it, text from them, and the plain model again."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,6 +20,7 @@ from ravine.cli.main import main
 from ravine.cli.merged import flatten
 from ravine.cli.trained import load
 from ravine.lightning_modules import Diffusion, LanguageModel
+from ravine.strategies import sharded
 
 TEXT = "to be or not to be, that is the question. " * 40
 SMALL = ["--model=LanguageModel", "--model.layers=1", "--model.width=32", "--model.heads=2"]
@@ -106,6 +109,22 @@ def test_merged_it_needs_no_callback_and_measures_the_same(here: Path, name: str
     model.configure_model()
     Pretrained(written).transform(model)
     assert torch.equal(model(tokens), plain(tokens))
+
+
+def write_in_parts(source: str, target: str) -> None:
+    dist.init_process_group("gloo")
+    sharded.write(torch.load(source, weights_only=True), Path(target))
+
+
+def test_a_checkpoint_in_parts_is_merged_as_a_file_is(here: Path, ranks: Any) -> None:
+    ranks(write_in_parts, 2, str(here / file_of("lora")), str(here / "parts.ckpt"))
+    for path in (file_of("lora"), "parts.ckpt"):
+        words = ["export", f"--ckpt_path={path}", "--merge", f"--folder=of_{Path(path).stem}"]
+        assert main(words) == 0
+    one = load_file(f"of_{Path(file_of('lora')).stem}/model.safetensors")
+    other = load_file("of_parts/model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_int8_is_exported_after_training_and_loads_as_it_was_written(here: Path, capsys) -> None:
