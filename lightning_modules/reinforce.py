@@ -149,7 +149,8 @@ class Reinforce(TaskModule):
     def _read(net: nn.Module, weights: dict[str, Tensor]) -> None:
         """Give the net its weights; a strategy that shards it reads their rows after sharding."""
         named = net.named_parameters(remove_duplicate=False)
-        later = {name: p.initial_values for name, p in named if hasattr(p, "initial_values")}
+        sources: dict[str, Any] = {n: getattr(p, "initial_values", None) for n, p in named}
+        later = {name: values for name, values in sources.items() if values is not None}
         for name, values in later.items():
             values.read_from(weights[name])
         rest = {name: tensor for name, tensor in weights.items() if name not in later}
