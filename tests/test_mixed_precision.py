@@ -14,8 +14,6 @@ from ravine.lightning_modules.language.moe import MixtureOfExperts
 from ravine.strategies import MeshStrategy
 
 BF16, FP32 = torch.bfloat16, torch.float32
-# CommDebugMode hooks modules, and torch 2.11 warns where their inputs need no gradients
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 
 class Layers(nn.Module):
