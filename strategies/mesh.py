@@ -41,7 +41,7 @@ from .gradient_readers import find_readers, free_gradients, frees_early
 from .layout import Layout, check_choices, check_module, check_together, lay_out, resolve
 from .materialize import deferred, materialize
 from .mixed_precision import half_of
-from .original_parameters import OriginalParameters
+from .original_parameters import OriginalParameters, refuse_common_memory
 from .parallelize import (
     Spread,
     UnitOptions,
@@ -219,6 +219,10 @@ class MeshStrategy(ModelParallelStrategy):
         if self.layout.degrees["cp"] > 1:
             self.context = Context(module, self.layout.named["cp"])
         foreign = is_parallel(module) and not is_marked(module)  # sharded by the module itself
+        if self.world_size > 1:
+            refuse_common_memory(module)
+        if self._layer_sync is not None and trainer.training:
+            self._synchronize_batchnorm(module)
         if self.zero > 1:
             self.originals = OriginalParameters(module)
         values = deferred(module)  # by name: sharding replaces the parameters
@@ -240,6 +244,8 @@ class MeshStrategy(ModelParallelStrategy):
         if self.zero > 1 and self.layout.tp.size() * self.layout.degrees["pp"] == 1 and not foreign:
             self.gather = GatherOnUse(module)
             self.gather.mark()
+            if self.originals is not None:
+                self.gather.keep(self.originals.hooks, self.originals.attributes)
         if self.layout.data.size() > 1:
             self.buffers = BufferSync(module, self.layout.data.get_group())
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
@@ -258,6 +264,20 @@ class MeshStrategy(ModelParallelStrategy):
                 f"the callback GradientClipping(max_norm={bound:g})"
             )
 
+    def _synchronize_batchnorm(self, module: nn.Module) -> None:
+        """Let BatchNorm use the statistics of all data ranks (`sync_batchnorm=True`).
+
+        Raises:
+            ValueError: on a CPU, for which torch has no such layer.
+        """
+        assert self.layout is not None
+        if self.root_device.type == "cpu":
+            raise ValueError(
+                "sync_batchnorm=True: torch synchronizes BatchNorm on GPUs only, and this run is on"
+                " a CPU; allowed: false; type --trainer.sync_batchnorm=false"
+            )
+        nn.SyncBatchNorm.convert_sync_batchnorm(module, self.layout.data.get_group())
+
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clip all gradients together: sharded ones, whole ones, and those of other ranks."""
         self._check_norm(clip_val)
@@ -275,6 +295,8 @@ class MeshStrategy(ModelParallelStrategy):
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         """Make the optimizers; with ZeRO-1 each rank steps its share of the parameters."""
+        if self.originals is not None:  # moved to a device, parameters have lost them
+            self.originals.copy_attributes()
         super().setup_optimizers(trainer)
         assert self.layout is not None
         if self.originals is not None and self.layout.degrees["pp"] == 1:
@@ -324,6 +346,20 @@ class MeshStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         self.frees = frees_early(self.lightning_module.trainer)
 
+    def on_train_end(self) -> None:
+        """Leave equal buffers on all ranks."""
+        self._sync_buffers()
+        super().on_train_end()
+
+    def on_validation_start(self) -> None:
+        """Validate with equal buffers on all ranks, as they are saved."""
+        self._sync_buffers()
+        super().on_validation_start()
+
+    def _sync_buffers(self) -> None:
+        if self.buffers is not None:
+            self.buffers.before_step()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Free the gradients of the last optimizer step, before the forward pass of the next."""
         super().on_train_batch_start(batch, batch_idx)
@@ -337,8 +373,7 @@ class MeshStrategy(ModelParallelStrategy):
 
     def training_step(self, batch: Any, *args: Any) -> Any:
         """The module's step, on this rank's part of each sequence."""
-        if self.buffers is not None:
-            self.buffers.before_step()
+        self._sync_buffers()
         result = self._training_step(batch, *args)
         if self.buffers is not None:
             self.buffers.after_step()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from .sharded_parameter import marked
+
 DEPTH = 3  # of lists and dicts within each other
 
 
@@ -30,15 +32,41 @@ class OriginalParameters:
         self.module = module
         self._name: dict[int, str] = {}
         self._original: dict[int, weakref.ref[Tensor]] = {}
+        self.hooks: dict[str, Any] = {}  # of Tensor.register_hook
+        self.attributes: dict[str, dict[str, Any]] = {}  # set by the module's code
+        self._alias: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         for name, parameter in module.named_parameters():
             if isinstance(parameter, DTensor):  # of a fit before this one: nothing replaces it
                 continue
             self._name[id(parameter)] = name
             self._original[id(parameter)] = weakref.ref(parameter)
+            if parameter._backward_hooks:
+                self.hooks[name] = parameter._backward_hooks
+            if vars(parameter):
+                self.attributes[name] = dict(vars(parameter))
+            if getattr(parameter, "_post_accumulate_grad_hooks", None):
+                raise ValueError(
+                    f"{type(module).__name__}: {name} has a hook of "
+                    "register_post_accumulate_grad_hook, and gradients of sharded parameters are "
+                    "accumulated in gathered copies; allowed: Tensor.register_hook, "
+                    "on_after_backward; type --trainer.strategy ddp"
+                )
         self._now: dict[str, Tensor] = {}
+        for place, tensor, name in views_of_parameters(module):
+            parameter = dict(module.named_parameters())[name]
+            if tensor.shape != parameter.shape or tensor.stride() != parameter.stride():
+                raise ValueError(
+                    f"{type(module).__name__}: {place} is a view of the parameter {name}, which "
+                    "sharding replaces; allowed: a view that is taken when it is used; type "
+                    f"{name} there, or --trainer.strategy ddp"
+                )
+            self._alias[id(tensor)] = weakref.ref(tensor), name
 
     def replacement(self, tensor: Any) -> Tensor | None:
         """The sharded parameter for one from before sharding; None for any other object."""
+        alias, name = self._alias.get(id(tensor), (None, ""))
+        if alias is not None and alias() is tensor:
+            return marked(self._now[name].detach())
         known = self._original.get(id(tensor))
         if known is None or known() is not tensor:
             return None
@@ -60,6 +88,12 @@ class OriginalParameters:
                         vars(module)[name] = now
                 elif isinstance(value, list | tuple | dict):
                     vars(module)[name] = self._updated(value, DEPTH)
+
+    def copy_attributes(self) -> None:
+        """Set on sharded parameters what the module's code has set on those from before."""
+        now = dict(self.module.named_parameters()) if self.attributes else {}
+        for name, attributes in self.attributes.items():
+            vars(now[name]).update(attributes)
 
     def _updated(self, value: Any, depth: int) -> Any:
         if depth == 0:
@@ -123,6 +157,78 @@ class OriginalParameters:
                 if isinstance(value, Tensor) and value.shape == now.shape:
                     values[key] = shard_like(value, now)
             state[now] = values
+
+
+def views_of_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+    """Buffers and attributes that have memory in common with a parameter, and its name."""
+    owners = [(name, p) for name, p in module.named_parameters() if _extent(p)]
+    places = {p.untyped_storage().data_ptr() for _, p in owners}
+    for prefix, part in module.named_modules():
+        own = {id(p) for p in part._parameters.values()}
+        values = {**vars(part), **part._buffers}
+        for key, value in values.items():
+            if key in ("_parameters", "_modules", "_buffers") or isinstance(value, nn.Module):
+                continue
+            for tensor in _tensors(value, DEPTH):
+                extent = None if id(tensor) in own else _extent(tensor)
+                if extent is None or tensor.untyped_storage().data_ptr() not in places:
+                    continue
+                for name, p in owners:
+                    if tensor is not p and overlap(extent, _extent(p)):
+                        yield f"{prefix}.{key}".lstrip("."), tensor, name
+
+
+def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if type(value) is not nn.Parameter:
+            yield value
+    elif depth and type(value) in (list, tuple, dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each, depth - 1)
+
+
+def refuse_common_memory(module: nn.Module) -> None:
+    """Refuse parameters that are views of one tensor: ranks would step them apart.
+
+    Raises:
+        ValueError: names two of them.
+    """
+    found: dict[int, list[tuple[str, tuple[int, int, int]]]] = {}
+    for name, parameter in module.named_parameters():
+        extent = _extent(parameter)
+        if extent is None:
+            continue
+        others = found.setdefault(extent[0], [])
+        for other, known in others:
+            if overlap(extent, known):
+                raise ValueError(
+                    f"{type(module).__name__}: {other} and {name} are two parameters in the same "
+                    "memory, and ranks would step them apart; allowed: one parameter with two "
+                    f"names ({name.rpartition('.')[0] or 'self'}.{name.rpartition('.')[2]} = the "
+                    "other parameter); or type --trainer.strategy ddp"
+                )
+        others.append((name, extent))
+
+
+Extent = tuple[int, int, int]  # address of the memory, first and last byte
+
+
+def _extent(tensor: Tensor) -> Extent | None:
+    """Which memory a plain tensor uses; None for others, and for tensors without memory."""
+    if isinstance(tensor, DTensor) or tensor.is_meta or tensor.layout != torch.strided:
+        return None
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or not tensor.numel():
+        return None
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = tensor.storage_offset(), tensor.element_size()
+    return tensor.untyped_storage().data_ptr(), start * size, (start + last) * size
+
+
+def overlap(one: Extent | None, other: Extent | None) -> bool:
+    """Whether two tensors have bytes in common; columns of one matrix count as such."""
+    if one is None or other is None or one[0] != other[0]:
+        return False
+    return one[1] <= other[2] and other[1] <= one[2]
 
 
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -212,6 +212,7 @@ def shard(
             together = small
     holders = Counter(id(p) for root in roots for p in root.parameters())  # ids hold no references
     alone = {id(p) for p in module.parameters() if p.ndim == 0 or holders[id(p)] > 1}
+    alone |= {id(p) for p in module.parameters() if _has_own_class(p)}
     if options.half is not None:
         alone |= {id(p) for p in full_precision(module)}
         look_up_in_fp32(module)
@@ -230,6 +231,7 @@ def shard(
         keep = options.keep or (isinstance(unit, StepUnit) and _size(unit) < smallest)
         how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not keep}
         fully_shard(unit, mp_policy=policy, ignored_params=whole, **how)
+        cast(Any, type(unit)).__deepcopy__ = _refuse_copy
         if keep:
             unit.register_forward_hook(_let_go)
         if keep and not options.gather_once:
@@ -240,6 +242,21 @@ def shard(
 def _size(module: nn.Module) -> int:
     """Bytes of the parameters of a module."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _refuse_copy(unit: nn.Module, memo: Any) -> None:
+    """`copy.deepcopy` of a unit: torch's FSDP2 has none, and its error does not say what to do."""
+    name = type(unit).__name__.removeprefix("FSDP")
+    raise ValueError(
+        f"copy.deepcopy({name}): ranks share its parameters; allowed: a copy that __init__, setup "
+        "or configure_model makes, and copies of parameters and of state_dict(); make it there, or "
+        "type --trainer.strategy ddp"
+    )
+
+
+def _has_own_class(parameter: nn.Parameter) -> bool:
+    """Whether somebody's subclass of Parameter has to be kept, which a shard would not be."""
+    return type(parameter) not in (nn.Parameter, DTensor) and not isinstance(parameter, DTensor)
 
 
 def _contains(module: nn.Module, others: list[nn.Module]) -> bool:

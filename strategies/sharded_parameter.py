@@ -9,6 +9,9 @@ DTensor, and an operation on it and a plain tensor raises "got mixed torch.Tenso
     under no_grad                     computed on shards, or on a gathered copy if that fails
     p.mul_(0.9), p.copy_(plain)       in place, on this rank's shard
     p.data = new                      copied into this rank's shard
+    p[:3].zero_(), p.renorm_(...)     on a gathered copy, whose rows are copied into the shards
+    p.normal_(), randn_like(p)        drawn for the whole tensor, the same numbers on all ranks
+    p.register_hook(hook)             called with the gradient of the gathered parameter
     p.norm(), p.grad.norm()           of all shards: a plain scalar
 
 All ranks must run the same operations on parameters; code under `if rank == 0` never returns.
@@ -16,10 +19,13 @@ All ranks must run the same operations on parameters; code under `if rank == 0` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import (
     Tensor,
     _foreach_copy_,  # pyright: ignore[reportPrivateImportUsage]
@@ -30,8 +36,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils._pytree import tree_any_only, tree_flatten, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from .fsdp_attributes import groups_of
+from .local_parts import local_part
 from .parallelize import units
 
 CHECK_EVERY = 50  # backward passes between two searches for `p.data.mul_(2)` in half precision
@@ -39,7 +47,8 @@ CHECK_EVERY = 50  # backward passes between two searches for `p.data.mul_(2)` in
 _unmodified = torch._C.DisableTorchFunctionSubclass
 _DATA: Any = torch.Tensor.data  # properties
 _GRAD: Any = torch.Tensor.grad
-_GET_DATA, _SET_DATA, _GET_GRAD = _DATA.__get__, _DATA.__set__, _GRAD.__get__
+_GET_DATA, _SET_DATA = _DATA.__get__, _DATA.__set__
+_GET_GRAD, _SET_GRAD = _GRAD.__get__, _GRAD.__set__
 # what FSDP2 and optimizers use of each parameter in each step, tried before all else
 _READ_ONLY = {
     torch.Tensor.requires_grad.__get__,  # pyright: ignore[reportAttributeAccessIssue]
@@ -47,18 +56,39 @@ _READ_ONLY = {
     torch.Tensor.device.__get__,  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.shape.__get__,  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.dtype.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    _GRAD.__set__,
+    _SET_GRAD,
 }
 # attributes that are computed from the values, and methods that are not
 _COMPUTED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+_VIEWS = {  # functions whose result may share the memory of their argument
+    *("__getitem__", "narrow", "select", "chunk", "split", "tensor_split", "hsplit", "vsplit"),
+    *("dsplit", "unbind", "view", "view_as", "reshape", "reshape_as", "flatten", "ravel"),
+    *("unflatten", "squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims", "permute"),
+    *("movedim", "moveaxis", "expand", "expand_as", "diagonal", "unfold", "as_strided"),
+    *("view_as_real", "view_as_complex", "contiguous", "__get__"),
+}
+_ELEMENTWISE = {  # in-place operations that torch applies to shards as they are
+    *("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "copy", "zero"),
+    *("fill", "clamp", "clip", "clamp_min", "clamp_max", "lerp", "addcmul", "addcdiv", "sign"),
+    *("abs", "neg", "exp", "sqrt", "rsqrt", "pow", "square", "reciprocal", "tanh", "sigmoid"),
+    *("relu", "round", "floor", "ceil", "trunc", "nan_to_num", "masked_fill", "detach", "log"),
+}
+_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+_RANDOM = {  # functions that draw numbers
+    *("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_"),
+    *("geometric_", "rand_like", "randn_like", "randint_like", "bernoulli", "normal", "poisson"),
+    *("binomial", "multinomial", "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d"),
+    *("alpha_dropout", "alpha_dropout_", "feature_dropout", "feature_dropout_"),
+    *("feature_alpha_dropout", "feature_alpha_dropout_", "native_dropout", "rrelu", "rrelu_"),
+    *("gumbel_softmax", "svd_lowrank", "pca_lowrank"),
+}
 _METADATA = {
     getattr(Tensor, name)
     for name in (
         "size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset",
         "is_contiguous", "is_floating_point", "is_complex", "is_signed", "data_ptr", "get_device",
-        "requires_grad_", "untyped_storage", "register_hook", "retain_grad", "__len__", "__hash__",
-        "__repr__", "__format__", "__deepcopy__", "__reduce_ex__", "is_pinned", "ndimension",
-        "register_post_accumulate_grad_hook",
+        "requires_grad_", "untyped_storage", "retain_grad", "__len__", "__hash__", "__repr__",
+        "__format__", "__deepcopy__", "__reduce_ex__", "is_pinned", "ndimension",
     )
     if hasattr(Tensor, name)
 }  # fmt: skip
@@ -76,6 +106,8 @@ class ShardedParameter(DTensor):
         """Apply a torch function or property to arguments, some of which are of this class."""
         with _unmodified():
             if func in _READ_ONLY:
+                if type(args[-1]) is Tensor and func == _SET_GRAD and isinstance(args[0], DTensor):
+                    args = (args[0], _shard(args[1], args[0]))
                 return func(*args)
             kwargs = kwargs or {}
             name = getattr(func, "__name__", "")
@@ -83,17 +115,27 @@ class ShardedParameter(DTensor):
                 return _assign(args[0], args[1])
             if name in ("__get__", "__set__", "__delete__") and func not in _COMPUTED:
                 value = func(*args, **kwargs)
-                return _marked(value) if func in (_GET_DATA, _GET_GRAD) else value
+                return marked(value) if func in (_GET_DATA, _GET_GRAD) else value
             if func in _METADATA:
                 return func(*args, **kwargs)
+            if func in _REGISTER and hasattr(args[0], "_gather"):
+                return _REGISTER[func](*args, **kwargs)
             return _compute(func, name, args, kwargs)
 
 
-def _marked(value: Any) -> Any:
+def marked(value: Any) -> Any:
     """The same tensor as a ShardedParameter: gradients follow the rules too."""
     if type(value) is DTensor:
         value.__class__ = ShardedParameter
     return value
+
+
+def _shard(whole: Tensor, like: DTensor) -> Tensor:
+    """A plain tensor, the same on all ranks, sharded as `like` is."""
+    if whole.shape != like.shape or whole.layout != torch.strided:
+        return whole  # torch refuses it
+    mesh, placements = like.device_mesh, like.placements
+    return marked(distribute_tensor(whole.detach(), mesh, placements, src_data_rank=None))
 
 
 def _assign(parameter: Tensor, value: Tensor) -> None:
@@ -116,26 +158,173 @@ def _assign(parameter: Tensor, value: Tensor) -> None:
 
 def _compute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operation by the rules of this file."""
-    if _in_place(name, args, kwargs):
-        mesh = args[0].device_mesh if isinstance(args[0], DTensor) else None
-        if mesh is not None and not name.startswith("_foreach"):
-            args, kwargs = _replicated((args, kwargs), mesh)
+    if name == "__iter__":
+        return iter(_compute(Tensor.unbind, "unbind", args, kwargs))
+    args, kwargs = tree_map_only(CopyView, CopyView.now, (args, kwargs))
+    written = _in_place(name, args, kwargs)
+    target = _target(args, kwargs)
+    if written and not isinstance(target, DTensor):
+        args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), (args, kwargs))
         return func(*args, **kwargs)
-    mixed = _mixed((args, kwargs))
-    if torch.is_grad_enabled() and (mixed or _in_step((args, kwargs))) and _trains((args, kwargs)):
+    mixed = not written and _mixed((args, kwargs))
+    recorded = not written and torch.is_grad_enabled()
+    if recorded and (mixed or _in_step((args, kwargs))) and _trains((args, kwargs)):
         args, kwargs = tree_map_only(DTensor, _gather, (args, kwargs))
         return func(*args, **kwargs)
-    if not mixed:
-        try:
-            result = func(*args, **kwargs)
-        except (NotImplementedError, RuntimeError):
-            mixed = True  # torch has no rule for shards: use whole tensors
-        else:
-            if isinstance(result, DTensor):
-                return result.full_tensor() if result.ndim == 0 else _marked(result)
-            return result
-    args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), (args, kwargs))
-    return func(*args, **kwargs)
+    if getattr(func, "__module__", "") == "torch.nn.init":
+        return _on_copies(func, args, kwargs, random=True)
+    if name in _RANDOM and not written:
+        return _on_copies(func, args, kwargs, random=True)
+    refused = written and torch.is_grad_enabled() and target.requires_grad  # as by a plain tensor
+    by_torch = not written or name in _OPERATORS or name.strip("_") in _ELEMENTWISE
+    if mixed or not (by_torch or name.startswith("_foreach") or refused):
+        return _on_copies(func, args, kwargs, random=name in _RANDOM)
+    try:
+        if written and not name.startswith("_foreach"):
+            own = _replicated((args, kwargs), target.device_mesh)
+            return func(*own[0], **own[1])
+        result = func(*args, **kwargs)
+    except (NotImplementedError, RuntimeError):  # torch has no rule for shards
+        if refused:
+            raise
+        return _on_copies(func, args, kwargs)
+    if name in _VIEWS and not _share_memory(result, args[0]):
+        return _on_copies(func, args, kwargs)
+    return result if written else tree_map_only(DTensor, _usable, result)
+
+
+def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an in-place operation writes into; of a list the first tensor."""
+    if kwargs.get("out") is not None:
+        found = kwargs["out"]
+    else:
+        found = args[0] if args else next(iter(kwargs.values()), None)
+    return next(iter(found), None) if isinstance(found, list | tuple) else found
+
+
+def _usable(result: DTensor) -> Tensor:
+    """A result that follows the rules too; a plain tensor for sums that are not complete."""
+    partial = any(placement.is_partial() for placement in result.placements)
+    return result.full_tensor() if result.ndim == 0 or partial else marked(result)
+
+
+def _share_memory(result: Any, source: Any) -> bool:
+    """Whether the shards of a result are views of those of its argument."""
+    found = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)]
+    if not isinstance(source, DTensor) or not all(isinstance(each, DTensor) for each in found):
+        return not isinstance(source, DTensor)
+    return all(_memory(each._local_tensor) == _memory(source._local_tensor) for each in found)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Copy:
+    """A gathered copy of a sharded tensor, which is made current before each use."""
+
+    def __init__(self, sharded: DTensor) -> None:
+        self.sharded = sharded
+        with torch.inference_mode(False), torch.no_grad():
+            whole = sharded.detach().full_tensor()
+            self.whole = whole.clone() if whole.is_inference() else whole
+        self.version = self.whole._version
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Gather again: the shards may have changed. All ranks call it."""
+        self.whole.copy_(self.sharded.detach().full_tensor())
+        self.version = self.whole._version
+
+    @property
+    def written(self) -> bool:
+        """Whether the copy has been written to since."""
+        return self.whole._version != self.version
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Copy this rank's rows to its shard if the copy has been written to."""
+        if self.written:
+            self.sharded._local_tensor.copy_(local_part(self.whole, self.sharded))
+            self.version = self.whole._version
+
+
+class CopyView(Tensor):
+    """A view of a gathered copy of a sharded tensor: what is written to it goes to the shards."""
+
+    @classmethod
+    def of(cls, tensor: Tensor, copies: Iterable[_Copy]) -> Tensor:
+        """Make it from a tensor that shares the memory of one of the copies; else the tensor."""
+        if isinstance(tensor, DTensor):
+            return tensor
+        for copy in copies:
+            if _memory(tensor) == _memory(copy.whole):
+                view = tensor.detach().as_subclass(cls)
+                vars(view)["_copy"] = copy
+                return view
+        return tensor
+
+    def now(self) -> Tensor:
+        """The same memory as a plain tensor, with the present values of the shards."""
+        vars(self)["_copy"].update()
+        return self.as_subclass(Tensor)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Apply a function to plain tensors in the place of views, and copy what it writes."""
+        with _unmodified():
+            kwargs = kwargs or {}
+            leaves = tree_flatten((args, kwargs))[0]
+            views = [vars(leaf)["_copy"] for leaf in leaves if isinstance(leaf, CopyView)]
+            copies = list(dict.fromkeys(views))
+            args, kwargs = tree_map_only(CopyView, CopyView.now, (args, kwargs))
+            if any(isinstance(leaf, ShardedParameter) for leaf in leaves):
+                result = _compute(func, getattr(func, "__name__", ""), args, kwargs)
+            else:
+                result = func(*args, **kwargs)
+            for copy in copies:
+                copy.write()
+            return tree_map_only(Tensor, lambda tensor: CopyView.of(tensor, copies), result)
+
+
+def _on_copies(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], random: bool = False
+) -> Any:
+    """Apply a function to gathered copies of shards, and copy what it writes into the shards."""
+    copies: dict[int, _Copy] = {}
+
+    def copied(tensor: DTensor) -> Tensor:
+        if torch.is_grad_enabled() and tensor.grad_fn is not None:
+            return tensor.full_tensor()  # part of a graph
+        if id(tensor) not in copies:
+            copies[id(tensor)] = _Copy(tensor)
+        return copies[id(tensor)].whole
+
+    leaves = tree_flatten((args, kwargs))[0]
+    args, kwargs = tree_map_only(DTensor, copied, (args, kwargs))
+    result = func(*args, **kwargs)
+    written = [copy for copy in copies.values() if copy.written]
+    if random:
+        drawn = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        _broadcast([*(copy.whole for copy in written), *([] if written else drawn)])
+    for copy in copies.values():
+        copy.write()
+    for leaf in leaves:  # an in-place operation returns its argument
+        if id(leaf) in copies and result is copies[id(leaf)].whole:
+            return leaf
+    return tree_map_only(Tensor, lambda each: CopyView.of(each, copies.values()), result)
+
+
+@torch.no_grad()
+def _broadcast(tensors: list[Tensor]) -> None:
+    """Give all ranks the numbers of rank 0, whose generators may be elsewhere by now."""
+    for tensor in tensors:
+        numbers = tensor.detach().contiguous()
+        if numbers.numel():
+            dist.broadcast(numbers.view(-1).view(torch.uint8), 0)
+            tensor.copy_(numbers)
 
 
 def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -190,6 +379,62 @@ def _replicated(tree: Any, mesh: DeviceMesh) -> Any:
     return tree_map_only(Tensor, replicated, tree)
 
 
+def _register_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> RemovableHandle:
+    """`Tensor.register_hook`: the hook gets gradients of the gathered parameter, as under ddp."""
+    hooks = keep(sharded._gather[2], OrderedDict()).hooks
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle
+
+
+def _refuse_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> None:
+    raise ValueError(
+        "register_post_accumulate_grad_hook on a sharded parameter: gradients are accumulated in "
+        "gathered copies; allowed: Tensor.register_hook, on_after_backward; type "
+        "--trainer.strategy ddp"
+    )
+
+
+_REGISTER: dict[Any, Callable[..., Any]] = {
+    Tensor.register_hook: _register_hook,
+    Tensor.register_post_accumulate_grad_hook: _refuse_hook,
+}
+
+
+class _Kept:
+    """What a parameter had before it was sharded, for the gathered parameter."""
+
+    def __init__(self, hooks: OrderedDict[int, Any]) -> None:
+        self.hooks = hooks
+        self.attributes: dict[str, Any] = {}
+        self.registered = False
+
+    def __call__(self, own: Callable[[], None], parameter: Any) -> None:
+        own()
+        gathered = parameter._unsharded_param
+        vars(gathered).update(self.attributes)
+        if not self.registered and gathered.requires_grad:
+            self.registered = True
+            gathered.register_hook(self._changed)
+
+    def _changed(self, gradient: Tensor) -> Tensor:
+        for hook in list(self.hooks.values()):
+            new = hook(gradient)
+            gradient = gradient if new is None else new.to(gradient.dtype)
+        return gradient
+
+
+def keep(parameter: Any, hooks: OrderedDict[int, Any]) -> _Kept:
+    """Let hooks be called with the gradients of a parameter of FSDP2 whenever it is gathered."""
+    kept = vars(parameter).get("_kept")
+    if kept is None:
+        kept = parameter._kept = _Kept(hooks)
+        parameter.to_unsharded = partial(kept, parameter.to_unsharded, parameter)
+        if parameter.sharded_state.name == "UNSHARDED":
+            kept(lambda: None, parameter)
+    return kept
+
+
 class GatherOnUse:
     """Gathers the units of a module whose parameters are used outside of their forward.
 
@@ -223,14 +468,25 @@ class GatherOnUse:
         self.groups = [group for state in found for group in groups_of(state)]
         for group in self.groups:
             for parameter in group.fsdp_params:
+                if "_setattr_on_modules" not in vars(parameter):
+                    parameter._setattr_on_modules = partial(_set_on_modules, parameter)
                 sharded = parameter.sharded_param
-                if isinstance(_marked(sharded), ShardedParameter):
+                if isinstance(marked(sharded), ShardedParameter):
                     sharded._gather = (self, group, parameter)
         for state in found:
             watched = hasattr(state, "_gather")
             state._gather = self
             if not watched:
                 state._root_post_backward_final_callback = _watched(state)
+
+    def keep(self, hooks: dict[str, Any], attributes: dict[str, dict[str, Any]]) -> None:
+        """Take over hooks and attributes of the parameters from before sharding, by name."""
+        for name, parameter in self.module.named_parameters():
+            own = attributes.get(name, {})
+            if not hasattr(parameter, "_gather") or (name not in hooks and not own):
+                continue
+            gathered: Any = parameter._gather  # pyright: ignore[reportAttributeAccessIssue]
+            keep(gathered[2], hooks.get(name, OrderedDict())).attributes.update(own)
 
     def hold(self, group: Any) -> None:
         """Gather a group until the end of the backward pass, and keep its gradients whole."""
@@ -391,6 +647,29 @@ def _write_back(group: Any, refuse: Callable[[Any], None], look: bool) -> None:
         for p, copy, shard in zip(rows.parameters, rows.copies, rows.shards, strict=True):
             if not torch.equal(copy, shard.to(copy.dtype)):
                 refuse(p)
+
+
+def _set_on_modules(parameter: Any, new: nn.Parameter) -> None:
+    """Set a sharded or gathered parameter on its modules, but for those of a functional call.
+
+    `torch.func.functional_call` puts other tensors in the place of parameters while it runs.
+    """
+    info = parameter._module_info
+    own = (parameter.sharded_param, vars(parameter).get("_unsharded_param"))
+    set_on(info.module, info.param_name, new, own)
+    for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):
+        set_on(module, name, new, own)
+
+
+def set_on(module: nn.Module, name: str, new: nn.Parameter, own: tuple[Any, ...]) -> None:
+    """Set a parameter in the place of one of its two forms."""
+    now = module._parameters.get(name)
+    if now is not own[0] and now is not own[1]:
+        return
+    if type(module).__setattr__ is nn.Module.__setattr__:
+        module._parameters[name] = new
+    else:  # a recurrent layer keeps a list of them
+        setattr(module, name, new)
 
 
 def is_marked(module: nn.Module) -> bool:
