@@ -43,12 +43,12 @@ class DataParallelStrategy(DDPStrategy):
         super().__init__(**{"gradient_as_bucket_view": gradient_as_bucket_view}, **kwargs)
         self._batches = 0  # seen by this run
         self._watched: dict[str, tuple[Any, ...]] = {}  # buffers that have not changed so far
-        self._stepped = False
+        self._steps = 0  # of optimizers, in this run
 
     def configure_ddp(self) -> None:
         """Wrap the module, and leave out of each step's broadcast what has not changed yet."""
         super().configure_ddp()
-        self._batches, self._stepped, self._watched = 0, False, {}
+        self._batches, self._steps, self._watched = 0, 0, {}
         if not self._ddp.will_sync_module_buffers():
             return
         for name, buffer in self._ddp.module.named_buffers():
@@ -110,11 +110,12 @@ class DataParallelStrategy(DDPStrategy):
         return f"{', '.join(names[:3])}{more}" if names else "some trainable parameters"
 
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Step; after the first step, refuse an optimizer whose state is a gradient itself."""
+        """Step; after the steps 1, 2, 4, 8, ... refuse what views of the buckets would break."""
         output = super().optimizer_step(optimizer, *args, **kwargs)
-        if not self._stepped:
-            self._stepped = True
-            if self._ddp_kwargs["gradient_as_bucket_view"]:
+        self._steps += 1
+        if self._steps & (self._steps - 1) == 0 and self._ddp_kwargs["gradient_as_bucket_view"]:
+            refuse_moved_gradients(optimizer)
+            if self._steps == 1:
                 refuse_kept_gradients(optimizer)
         return output
 
@@ -155,6 +156,24 @@ def changed_buffers(
     flags = torch.tensor(changed, dtype=torch.uint8, device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     return [name for name, flag in zip(before, flags.tolist(), strict=True) if flag]
+
+
+def refuse_moved_gradients(optimizer: Any) -> None:
+    """ValueError if `p.grad.data = new` has given a view of a bucket other memory.
+
+    DDP would reduce the bucket, and the gradient would never have the result.
+    """
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        gradient = parameter.grad
+        if gradient is None or gradient.layout != torch.strided or gradient._base is None:
+            continue
+        if gradient.untyped_storage().data_ptr() != gradient._base.untyped_storage().data_ptr():
+            raise ValueError(
+                f"`p.grad.data = new` for a parameter of shape {tuple(parameter.shape)}: ddp keeps"
+                " gradients in its buckets (gradient_as_bucket_view); allowed: p.grad.copy_(new),"
+                " p.grad = new; type that, or --trainer.strategy=DataParallelStrategy"
+                " --trainer.strategy.gradient_as_bucket_view=false"
+            )
 
 
 def refuse_kept_gradients(optimizer: Any) -> None:

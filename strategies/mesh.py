@@ -159,6 +159,7 @@ class MeshStrategy(ModelParallelStrategy):
         self.gather: GatherOnUse | None = None  # with ZeRO-2 and 3
         self.buffers: BufferSync | None = None
         self.gradients: OwnedGradients | None = None  # with ZeRO-1
+        self._adapted: list[Optimizer] = []
         self.when_joined: Callable[[], None] | None = None  # called before the mesh is made
         self.frees = False  # whether gradients are freed before the forward pass
 
@@ -246,6 +247,10 @@ class MeshStrategy(ModelParallelStrategy):
             self.gather.mark()
             if self.originals is not None:
                 self.gather.keep(self.originals.hooks, self.originals.attributes)
+        if self.originals is not None and self.gather is not None:
+            for optimizer in self.originals.kept_optimizers():
+                self.originals.update_optimizer(optimizer)
+                shard_steps(optimizer)
         if self.layout.data.size() > 1:
             self.buffers = BufferSync(module, self.layout.data.get_group())
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
@@ -294,16 +299,36 @@ class MeshStrategy(ModelParallelStrategy):
         super().teardown()
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
-        """Make the optimizers; with ZeRO-1 each rank steps its share of the parameters."""
+        """Make the optimizers, which the setter of `optimizers` adapts."""
         if self.originals is not None:  # moved to a device, parameters have lost them
             self.originals.copy_attributes()
         super().setup_optimizers(trainer)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers; a module may set others at any time (`trainer.optimizers = [...]`)."""
+        return self._optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        self._optimizers = optimizers
+        wrapped = LightningOptimizer._to_lightning_optimizer
+        self._lightning_optimizers = [wrapped(optimizer, self) for optimizer in optimizers]
+        same = [id(o) for o in optimizers] == [id(o) for o in self._adapted]
+        if self.spread is not None and optimizers and not same:
+            self._adapted = list(optimizers)
+            self._adapt_optimizers()
+
+    def _adapt_optimizers(self) -> None:
+        """Let optimizers step shards; with ZeRO-1 each rank steps its share of the parameters."""
         assert self.layout is not None
         if self.originals is not None and self.layout.degrees["pp"] == 1:
             for optimizer in self.optimizers:
                 self.originals.update_optimizer(optimizer)
         self._prepare_optimizers()
+        known: dict[Tensor, int] = {}
         if self.gradients is not None:
+            known = self.gradients.owner
             self.gradients.close()
             self.gradients = None
         if self.zero == 1 and self.layout.data.size() > 1:
@@ -313,8 +338,9 @@ class MeshStrategy(ModelParallelStrategy):
                 module,
                 self.optimizers,
                 self.layout.data.get_group(),
-                lambda: find_readers(trainer),
+                lambda: find_readers(module.trainer),
                 {p for experts in spread.experts for p in experts.parameters()},
+                known,
             )
             spread.owned = self.gradients
 
@@ -446,7 +472,7 @@ class MeshStrategy(ModelParallelStrategy):
         more = self._accumulates()
         self._spread.accumulate(more=more)
         if self.gather is not None:
-            self.gather.begin_backward()
+            self.gather.begin_backward(closure_loss)
         if self.gradients is not None and not more:
             own = is_overridden("backward", self.lightning_module)  # may go backward several times
             self.gradients.begin(None if own else closure_loss)

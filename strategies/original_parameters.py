@@ -95,6 +95,15 @@ class OriginalParameters:
         for name, attributes in self.attributes.items():
             vars(now[name]).update(attributes)
 
+    def kept_optimizers(self) -> Iterator[Optimizer]:
+        """Optimizers of the module's parameters that it keeps; Lightning need not know them."""
+        for part in self.module.modules():
+            for value in vars(part).values():
+                for optimizer in _optimizers(value, DEPTH):
+                    kept = [p for group in optimizer.param_groups for p in group["params"]]
+                    if any(self.replacement(p) is not None for p in kept):
+                        yield optimizer
+
     def _updated(self, value: Any, depth: int) -> Any:
         if depth == 0:
             return value
@@ -185,6 +194,14 @@ def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
     elif depth and type(value) in (list, tuple, dict):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _tensors(each, depth - 1)
+
+
+def _optimizers(value: Any, depth: int) -> Iterator[Optimizer]:
+    if isinstance(value, Optimizer):
+        yield value
+    elif depth and type(value) in (list, tuple, dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _optimizers(each, depth - 1)
 
 
 def refuse_common_memory(module: nn.Module) -> None:

@@ -212,7 +212,10 @@ def shard(
             together = small
     holders = Counter(id(p) for root in roots for p in root.parameters())  # ids hold no references
     alone = {id(p) for p in module.parameters() if p.ndim == 0 or holders[id(p)] > 1}
-    alone |= {id(p) for p in module.parameters() if _has_own_class(p)}
+    alone |= {id(p) for p in module.parameters() if _has_own_class(p) or not p.numel()}
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()  # FSDP2 takes no other, as channels_last
     if options.half is not None:
         alone |= {id(p) for p in full_precision(module)}
         look_up_in_fp32(module)
@@ -345,7 +348,18 @@ def _names_of_tied(module: nn.Module) -> set[tuple[str, ...]]:
 
 
 def copy_from_rank_zero(module: nn.Module, device: torch.device) -> None:
-    """Give every rank rank 0's values of all that is not sharded, as DDP does."""
+    """Give every rank rank 0's values of all that is not sharded, as DDP does.
+
+    Raises:
+        ValueError: a lazy layer has not been called yet.
+    """
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(
+                f"{type(module).__name__}: {name} is of a lazy layer that has not been called, so "
+                "that ranks cannot share it; allowed: layers whose shapes are known; call the "
+                "network once with an example in __init__ or configure_model"
+            )
     for tensor in chain(module.parameters(), module.buffers()):
         if isinstance(tensor, DTensor) or tensor.is_meta or tensor.numel() == 0:
             continue

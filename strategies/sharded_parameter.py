@@ -452,6 +452,8 @@ class GatherOnUse:
         self.held: dict[Any, None] = {}  # groups that this object has gathered
         self.groups: list[Any] = []
         self._backward_passes = 0
+        self.outputs: dict[Any, set[Any]] = {}  # nodes of a unit's outputs, by its groups
+        self.escaping: dict[Any, None] = {}  # groups that results beside the outputs depend on
 
     def mark(self) -> None:
         """Let the sharded parameters of all units follow the rules of this file."""
@@ -476,6 +478,10 @@ class GatherOnUse:
         for state in found:
             watched = hasattr(state, "_gather")
             state._gather = self
+            if not watched:
+                state._register_pre_backward_hook = partial(
+                    _note_outputs, state, state._register_pre_backward_hook
+                )
             if not watched:
                 state._root_post_backward_final_callback = _watched(state)
 
@@ -506,6 +512,7 @@ class GatherOnUse:
         def gathered(*args: Any) -> Any:
             if not self.in_backward:
                 self.release()
+                self.outputs.clear()
             before, self.in_step = self.in_step, True
             try:
                 result = step(*args)
@@ -540,12 +547,34 @@ class GatherOnUse:
                 " type self.manual_backward(loss)"
             )
 
-    def begin_backward(self) -> None:
+    @property
+    def looks(self) -> bool:
+        """Whether the graph of the next backward pass is searched for results beside outputs."""
+        passes = self._backward_passes
+        return passes < 4 or passes & (passes - 1) == 0
+
+    def begin_backward(self, loss: Tensor | None = None) -> None:
         """Before a backward pass: gather again what is held, and keep its gradients whole."""
+        if self.looks and loss is not None:
+            self._find_escaping(loss)
         self.in_backward = True
         self._backward_passes += 1
-        for group in list(self.held):
+        for group in [*self.held, *self.escaping]:
             self.hold(group)  # it may have been resharded by a forward since
+
+    def _find_escaping(self, loss: Tensor) -> None:
+        """Find units that the loss depends on beside their outputs; all ranks compare.
+
+        FSDP2 gathers a unit when the gradient of an output arrives. A term that a layer has left in
+        an attribute or a list, such as a penalty, would read memory that is freed.
+        """
+        found = escaping(loss, self.groups, self.outputs)
+        flags = torch.tensor([group in found for group in self.groups], dtype=torch.uint8)
+        if flags.numel():
+            flags = flags.to(loss.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            pairs = zip(self.groups, flags.tolist(), strict=True)
+            self.escaping |= dict.fromkeys(group for group, flag in pairs if flag)
 
     def write_back(self) -> None:
         """Copy what a step has written into gathered parameters to the shards.
@@ -675,6 +704,61 @@ def set_on(module: nn.Module, name: str, new: nn.Parameter, own: tuple[Any, ...]
 def is_marked(module: nn.Module) -> bool:
     """Whether a module has parameters that follow the rules of this file."""
     return any(isinstance(p, ShardedParameter) for p in module.parameters())
+
+
+def _note_outputs(state: Any, own: Callable[[Any], Any], output: Any) -> Any:
+    """Keep the nodes of a unit's outputs, where gradients enter the unit."""
+    output = own(output)
+    gather = state._gather
+    if gather.looks and torch.is_grad_enabled():
+        leaves = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+        nodes = {leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None}
+        for group in groups_of(state):
+            gather.outputs.setdefault(group, set()).update(nodes)
+    return output
+
+
+def escaping(loss: Tensor, groups: list[Any], outputs: dict[Any, set[Any]]) -> set[Any]:
+    """The groups with a parameter from which a path leads to the loss, but through no output.
+
+    Args:
+        loss: where the backward pass begins.
+        groups: all groups of parameters of FSDP2.
+        outputs: of each group the nodes of its unit's outputs.
+    """
+    owner = {
+        id(p._unsharded_param): group
+        for group in groups
+        for p in group.fsdp_params
+        if hasattr(p, "_unsharded_param")
+    }
+    root, leaves = loss.grad_fn, []
+    readers: dict[Any, list[Any]] = {root: []}
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if (group := owner.get(id(getattr(node, "variable", None)))) is not None:
+            leaves.append((node, group))
+        for source, _ in node.next_functions if node is not None else ():
+            if source is None:
+                continue
+            if source not in readers:
+                readers[source] = []
+                waiting.append(source)
+            readers[source].append(node)
+    found: set[Any] = set()
+    for leaf, group in leaves:
+        inside, seen = outputs.get(group, set()), {leaf}
+        waiting = [] if group in found else [leaf]
+        while waiting:
+            node = waiting.pop()
+            if node is root:
+                found.add(group)
+                break
+            new = [each for each in readers[node] if each not in seen and each not in inside]
+            seen.update(new)
+            waiting += new
+    return found
 
 
 def _let_go(group: Any) -> None:

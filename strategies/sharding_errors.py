@@ -23,6 +23,7 @@ TEXTS = (
     "DTensor", "setStorage", "storage of size 0", "sharding strategy", "FSDP",
     "data is not allocated yet",
 )  # fmt: skip
+LOST = ("gloo/transport", "NCCL", "Connection closed", "Timed out")  # another rank has ended
 
 
 class ShardingError(RuntimeError):
@@ -45,7 +46,7 @@ def in_one_line(module: Any, place: str) -> Iterator[None]:
 def of_shards(error: Exception) -> bool:
     """Whether torch raised an error because of sharded tensors."""
     frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, ShardingError) or not frames:
+    if isinstance(error, ShardingError) or not frames or any(w in str(error) for w in LOST):
         return False
     last = Path(frames[-1].filename)
     if any(last.is_relative_to(folder) for folder in FOLDERS) and str(frames[-1].line).startswith(

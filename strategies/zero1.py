@@ -18,8 +18,8 @@ keeps all of them: a step then sends W more.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from types import MethodType
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from types import MappingProxyType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +93,7 @@ class OwnedGradients:
         group: the ranks with different data and the same parameters
         find_readers: called at the first backward pass; names other code that reads gradients
         apart: parameters whose gradients other code reduces
+        known: owners from before the optimizers were replaced, which have the state
 
     Raises:
         ValueError: an optimizer calls its closure several times a step, or a parameter is sharded
@@ -106,6 +107,7 @@ class OwnedGradients:
         group: ProcessGroup,
         find_readers: Callable[[], list[str]] = list,
         apart: Set[Tensor] = frozenset(),
+        known: Mapping[Tensor, int] = MappingProxyType({}),
     ) -> None:
         """Find an owner for each parameter."""
         self.module, self.group, self.apart = module, group, apart
@@ -115,10 +117,13 @@ class OwnedGradients:
         self.in_pairs = dist.get_backend(group) in PAIRED
         # Newton needs all gradients on every rank, and has no state to share
         self.optimizers = [each for each in optimizers if not getattr(each, "gathers", False)]
-        self.owner: dict[Tensor, int] = {}
+        here = set(module.parameters())
+        self.owner: dict[Tensor, int] = {p: rank for p, rank in known.items() if p in here}
         self.keeps_all = True  # every rank keeps all gradients; decided at the first backward pass
         self.arrived: dict[Tensor, int] = {}  # in this backward pass: how often, by parameter
         self._load = [0] * self.ranks
+        for parameter, rank in self.owner.items():
+            self._load[rank] += parameter.numel()
         self._decided = self._open = False
         self._expected: dict[Tensor, int] = {}  # the most that arrived in a backward pass
         self._known: Any = None  # for which parameters the buckets were made
@@ -137,9 +142,12 @@ class OwnedGradients:
         self._memory: Tensor | None = None  # for what is received
         self._used = 0
         self._hooks: dict[Tensor, Any] = {}
+        self._replaced: list[tuple[Optimizer, str, Any]] = []  # methods of the optimizers
         for optimizer in self.optimizers:
             self._share_steps(optimizer)
         self._assign()
+        if not getattr(module, "automatic_optimization", True):
+            self._refresh()  # the first backward pass may be a `loss.backward()`
 
     def begin(self, loss: Tensor | None = None) -> None:
         """Announce the last backward pass of an optimizer step, which begins at `loss`."""
@@ -174,7 +182,10 @@ class OwnedGradients:
             _foreach_mul_([_part(p.grad) for p in own], 1 / self.ranks)
 
     def close(self) -> None:
-        """Leave the module's parameters as they were."""
+        """Leave the module's parameters and the optimizers as they were."""
+        while self._replaced:
+            optimizer, name, method = self._replaced.pop()
+            setattr(optimizer, name, method)
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
@@ -366,6 +377,7 @@ class OwnedGradients:
 
         if hasattr(whole_step, "_wrapped_by_lr_sched"):  # else a schedule would warn of this method
             step.__dict__["_wrapped_by_lr_sched"] = True
+        self._replaced.append((optimizer, "step", whole_step))
         optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
         for mode in ("train", "eval"):
             if callable(getattr(optimizer, mode, None)):
@@ -382,6 +394,7 @@ class OwnedGradients:
                 self.hand_out([p for p in parameters if p.requires_grad and p in self.owner])
             return result
 
+        self._replaced.append((optimizer, mode, change))
         setattr(optimizer, mode, changed)
 
     @torch.no_grad()

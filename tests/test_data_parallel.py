@@ -15,7 +15,11 @@ from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import documentation
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import DataParallelStrategy
-from ravine.strategies.data_parallel import fingerprint, refuse_kept_gradients
+from ravine.strategies.data_parallel import (
+    fingerprint,
+    refuse_kept_gradients,
+    refuse_moved_gradients,
+)
 
 
 class Broadcasts(TorchDispatchMode):
@@ -223,6 +227,21 @@ def test_an_optimizer_that_keeps_a_gradient_is_refused():
     optimizer.state[parameter]["before"] = parameter.grad
     with pytest.raises(ValueError, match="SGD keeps a gradient as its state 'before', and ddp"):
         refuse_kept_gradients(optimizer)
+
+
+def test_a_gradient_that_has_left_its_bucket_is_refused():
+    parameter, bucket = nn.Parameter(torch.ones(3)), torch.zeros(6)
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    parameter.grad = bucket[:3]
+    refuse_moved_gradients(optimizer)
+    parameter.grad.mul_(0.5)
+    parameter.grad.data.mul_(0.5)
+    refuse_moved_gradients(optimizer)
+    parameter.grad.data = parameter.grad.data * 0.5
+    with pytest.raises(ValueError, match=r"`p.grad.data = new` for a parameter of shape \(3,\)"):
+        refuse_moved_gradients(optimizer)
+    parameter.grad = torch.ones(3)
+    refuse_moved_gradients(optimizer)
 
 
 @pytest.mark.parametrize(
