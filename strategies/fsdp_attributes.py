@@ -19,7 +19,10 @@ FUNCTIONS = {
     "torch._C": (torch._C, "_current_graph_task_id"),
     "torch.autograd.grad_mode": (grad_mode, "_unsafe_preserve_version_counter"),
 }
-STATE = ("_lazy_init", "_root_post_backward_final_callback", "_state_ctx")
+STATE = (
+    *("_lazy_init", "_root_post_backward_final_callback", "_state_ctx"),
+    "_register_pre_backward_hook",
+)
 GROUP = (
     *("fsdp_params", "mesh_info", "is_unsharded", "unshard", "wait_for_unshard", "_to_sharded"),
     *("reduce_grads", "reshard_after_backward", "_training_state"),
@@ -27,10 +30,11 @@ GROUP = (
 )
 PARAMETER = (
     *("sharded_param", "_unsharded_param", "all_gather_outputs", "fsdp_placement"),
-    *("_orig_size", "_contiguous_orig_stride", "_module_info"),
+    *("_orig_size", "_contiguous_orig_stride", "_module_info", "_setattr_on_modules"),
+    *("to_unsharded", "sharded_state"),
 )
 MESH = ("shard_mesh_size", "shard_mesh_rank")
-MODULE = ("module", "param_name")
+MODULE = ("module", "param_name", "shared_modules", "shared_param_names")
 
 
 def groups_of(state: Any) -> list[Any]:
