@@ -30,7 +30,6 @@ class BufferSync:
         self.sent: set[str] = set()  # names of buffers that change
         self.watched: dict[str, tuple[Any, ...]] = {}  # of those that have not changed so far
         self._batches = 0
-        self._changing = False  # whether a training step has run since the last broadcast
         for name, buffer in _buffers(module).items():
             if name.rpartition(".")[2] in STATISTICS:
                 self.sent.add(name)
@@ -38,19 +37,13 @@ class BufferSync:
                 self.watched[name] = fingerprint(buffer)
 
     def before_step(self) -> None:
-        """Broadcast the buffers that change; every rank of the group calls it.
-
-        Also before validation and at the end of training, where nothing is sent that has not been
-        in a training step since.
-        """
-        if self.sent and self._changing:
+        """Broadcast the buffers that change; every rank of the group calls it."""
+        if self.sent and self._batches > 0:
             self.broadcast()
-            self._changing = False
 
     def after_step(self) -> None:
         """Compare buffers after the steps 1, 2, 4, 8, ...; every rank of the group calls it."""
         self._batches += 1
-        self._changing = True
         if self.watched and is_power_of_two(self._batches):
             self._find_changed()
 

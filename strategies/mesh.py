@@ -377,11 +377,6 @@ class MeshStrategy(ModelParallelStrategy):
         self._sync_buffers()
         super().on_train_end()
 
-    def on_validation_start(self) -> None:
-        """Validate with equal buffers on all ranks, as they are saved."""
-        self._sync_buffers()
-        super().on_validation_start()
-
     def _sync_buffers(self) -> None:
         if self.buffers is not None:
             self.buffers.before_step()
