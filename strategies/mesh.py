@@ -311,6 +311,7 @@ class MeshStrategy(ModelParallelStrategy):
 
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
+        """Set them; those that are new are adapted to shards."""
         self._optimizers = optimizers
         wrapped = LightningOptimizer._to_lightning_optimizer
         self._lightning_optimizers = [wrapped(optimizer, self) for optimizer in optimizers]

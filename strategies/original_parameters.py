@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from .sharded_parameter import marked
-
 DEPTH = 3  # of lists and dicts within each other
 
 
@@ -66,6 +64,8 @@ class OriginalParameters:
         """The sharded parameter for one from before sharding; None for any other object."""
         alias, name = self._alias.get(id(tensor), (None, ""))
         if alias is not None and alias() is tensor:
+            from .sharded_parameter import marked  # it imports what imports this file
+
             return marked(self._now[name].detach())
         known = self._original.get(id(tensor))
         if known is None or known() is not tensor:
