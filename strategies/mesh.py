@@ -302,6 +302,7 @@ class MeshStrategy(ModelParallelStrategy):
         """Make the optimizers, which the setter of `optimizers` adapts."""
         if self.originals is not None:  # moved to a device, parameters have lost them
             self.originals.copy_attributes()
+        self._adapted = []  # a second fit may have the optimizers of the first
         super().setup_optimizers(trainer)
 
     @property
