@@ -99,7 +99,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _remove_leftovers(target.parent)
             _write(checkpoint, target)
         except OSError as error:
-            raise _unwritable(target, error) from error
+            raise unwritable(target, error) from error
 
     def load_checkpoint(
         self,
@@ -471,7 +471,8 @@ def _missing(path: Path) -> CheckpointError:
     )
 
 
-def _unwritable(path: Path, error: OSError) -> CheckpointError:
+def unwritable(path: Path, error: OSError) -> CheckpointError:
+    """The error for a checkpoint that the system will not write, with what to do."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     before = max(dated(path.parent), default=None)
     again = f"go on with --ckpt_path {before[1]}" if before else "begin anew: there is none before"

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -33,6 +33,7 @@ from .checkpoint_io import (
     reading_together,
     refuse_foreign,
     resolved,
+    unwritable,
 )
 from .context import Context
 from .fsdp_attributes import check_fsdp
@@ -89,8 +90,8 @@ def _any_precision(validate: Callable[[Any], None]) -> Callable[[Any], None]:
     return validated
 
 
-_AcceleratorConnector._validate_precision_choice = _any_precision(
-    _AcceleratorConnector._validate_precision_choice
+_AcceleratorConnector._validate_precision_choice = cast(
+    Any, _any_precision(_AcceleratorConnector._validate_precision_choice)
 )
 
 
@@ -554,7 +555,10 @@ class MeshStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         if isinstance(self.checkpoint_io, AtomicCheckpointIO):
             self.checkpoint_io.written.add(resolved(path))
-        sharded.write(checkpoint, path)
+        try:
+            sharded.write(checkpoint, path)
+        except OSError as error:
+            raise unwritable(path, error) from error
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None

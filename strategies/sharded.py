@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -87,7 +88,10 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         first_keys = _first_keys(tensors)
         writer = _Writer(draft, {k: v for each in _gathered(first_keys) for k, v in each.items()})
         named = {key_of(place): tensor for place, tensor in tensors.items()}
-        save({k: v for k, v in named.items() if k not in first_keys}, storage_writer=writer)
+        try:
+            save({k: v for k, v in named.items() if k not in first_keys}, storage_writer=writer)
+        except CheckpointException as problem:  # on all ranks; it is no Exception
+            raise _cause(problem) from problem
         others = _gathered(_plain_states(rest))
         error = None
         sums = _gathered({f.name: _sum(f) for f in draft.glob(f"__{rank}_*")})
@@ -103,6 +107,17 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
             except OSError as problem:
                 error = problem
         _agree(error)
+
+
+def _cause(problem: CheckpointException) -> BaseException:
+    """What the system has refused on some rank (a full disk), else the problem itself."""
+    for error, _ in problem.failures.values():
+        if isinstance(error, OSError):
+            return error
+        if isinstance(error, RuntimeError) and "inline_container" in str(error):
+            # torch closes its archive and hides the OSError, which no other rank gets
+            return OSError(errno.ENOSPC, "no space left, or a limit on the size of files")
+    return problem
 
 
 def _first_keys(tensors: dict[Place, Tensor]) -> dict[str, str]:

@@ -5,6 +5,8 @@ The run: Muon and AdamW as one optimizer, an average of the weights, a schedule,
 
 import os
 import pickle
+import re
+import resource
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import furthest, whole
 from torch.optim import AdamW
 
@@ -276,3 +279,19 @@ def test_an_index_that_would_run_a_program_is_not_read(written, tmp_path):
     (path / ".metadata").write_bytes(pickle.dumps(os.getcwd))
     with pytest.raises(CheckpointError, match=r"asks for posix.getcwd"):
         list(sharded.entries(path))
+
+
+def write_more_than_fits(path):
+    dist.init_process_group("gloo")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as on a full disk
+    strategy = MeshStrategy(save_distributed_checkpoint=True)
+    strategy.broadcast = lambda path: path
+    with pytest.raises(CheckpointError) as caught:
+        strategy.save_checkpoint({"state_dict": {"w": torch.ones(100_000)}}, path)
+    return str(caught.value), Path(path).exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_on_all_ranks(ranks, tmp_path):
+    for text, exists in ranks(write_more_than_fits, 2, str(tmp_path / "step=1.ckpt")):
+        assert re.search(r"cannot be written \(no space left, or .*make room in", text)
+        assert not exists
