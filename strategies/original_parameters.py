@@ -234,11 +234,11 @@ def _extent(tensor: Tensor) -> Extent | None:
     """Which memory a plain tensor uses; None for others, and for tensors without memory."""
     if isinstance(tensor, DTensor) or tensor.is_meta or tensor.layout != torch.strided:
         return None
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or not tensor.numel():
+    if isinstance(tensor, nn.UninitializedParameter) or not tensor.numel():
         return None
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     start, size = tensor.storage_offset(), tensor.element_size()
-    return tensor.untyped_storage().data_ptr(), start * size, (start + last) * size
+    return tensor.untyped_storage().data_ptr(), int(start * size), int((start + last) * size)
 
 
 def overlap(one: Extent | None, other: Extent | None) -> bool:

@@ -354,7 +354,7 @@ def copy_from_rank_zero(module: nn.Module, device: torch.device) -> None:
         ValueError: a lazy layer has not been called yet.
     """
     for name, parameter in module.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(
                 f"{type(module).__name__}: {name} is of a lazy layer that has not been called, so "
                 "that ranks cannot share it; allowed: layers whose shapes are known; call the "

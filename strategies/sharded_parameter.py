@@ -213,7 +213,8 @@ def _share_memory(result: Any, source: Any) -> bool:
     found = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)]
     if not isinstance(source, DTensor) or not all(isinstance(each, DTensor) for each in found):
         return not isinstance(source, DTensor)
-    return all(_memory(each._local_tensor) == _memory(source._local_tensor) for each in found)
+    locals_: list[Any] = [cast(Any, each)._local_tensor for each in found]
+    return all(_memory(each) == _memory(source._local_tensor) for each in locals_)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -226,14 +227,14 @@ class _Copy:
     def __init__(self, sharded: DTensor) -> None:
         self.sharded = sharded
         with torch.inference_mode(False), torch.no_grad():
-            whole = sharded.detach().full_tensor()
+            whole = cast(DTensor, sharded.detach()).full_tensor()
             self.whole = whole.clone() if whole.is_inference() else whole
         self.version = self.whole._version
 
     @torch.no_grad()
     def update(self) -> None:
         """Gather again: the shards may have changed. All ranks call it."""
-        self.whole.copy_(self.sharded.detach().full_tensor())
+        self.whole.copy_(cast(DTensor, self.sharded.detach()).full_tensor())
         self.version = self.whole._version
 
     @property
@@ -275,7 +276,7 @@ class CopyView(Tensor):
     ) -> Any:
         """Apply a function to plain tensors in the place of views, and copy what it writes."""
         with _unmodified():
-            kwargs = kwargs or {}
+            kwargs = {} if kwargs is None else kwargs
             leaves = tree_flatten((args, kwargs))[0]
             views = [vars(leaf)["_copy"] for leaf in leaves if isinstance(leaf, CopyView)]
             copies = list(dict.fromkeys(views))
@@ -563,18 +564,14 @@ class GatherOnUse:
             self.hold(group)  # it may have been resharded by a forward since
 
     def _find_escaping(self, loss: Tensor) -> None:
-        """Find units that the loss depends on beside their outputs; all ranks compare.
+        """Find units that the loss depends on beside their outputs.
 
         FSDP2 gathers a unit when the gradient of an output arrives. A term that a layer has left in
-        an attribute or a list, such as a penalty, would read memory that is freed.
+        an attribute or a list, such as a penalty, would read memory that is freed. Ranks run
+        the same operations on parameters, so they find the same units.
         """
         found = escaping(loss, self.groups, self.outputs)
-        flags = torch.tensor([group in found for group in self.groups], dtype=torch.uint8)
-        if flags.numel():
-            flags = flags.to(loss.device)
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-            pairs = zip(self.groups, flags.tolist(), strict=True)
-            self.escaping |= dict.fromkeys(group for group, flag in pairs if flag)
+        self.escaping |= dict.fromkeys(group for group in self.groups if group in found)
 
     def write_back(self) -> None:
         """Copy what a step has written into gathered parameters to the shards.
