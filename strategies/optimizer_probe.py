@@ -29,9 +29,12 @@ from .original_parameters import nested_optimizers
 Kind = Literal["elementwise", "per tensor", "coupled"]
 SCALES = (1.0, 1e-2, 1e-5)  # of the gradients, step by step: a rule may act on large or small ones
 # Some optimizers treat tensors of less than 4096 numbers, or of less than 128 rows or columns,
-# otherwise: where a parameter is larger, the trial is. Halves are no multiple of the usual blocks.
-SMALL: dict[int, tuple[int, ...]] = {1: (262,), 2: (38, 26)}
-LARGE: dict[int, tuple[int, ...]] = {1: (5002,), 2: (164, 130)}
+# otherwise: where a parameter is larger, the trial is. Halves have 32 times an odd number of
+# numbers. That is a multiple of a processor's vectors: fused kernels round the numbers after the
+# last whole vector in another way, in the last bit. It is no multiple of the usual blocks, from 64
+# numbers on, which some optimizers compute with.
+SMALL: dict[int, tuple[int, ...]] = {1: (320,), 2: (40, 24)}
+LARGE: dict[int, tuple[int, ...]] = {1: (5056,), 2: (164, 144)}
 
 
 Shaped = dict[tuple[int, str], bool]

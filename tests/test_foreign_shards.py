@@ -174,6 +174,28 @@ def test_the_kind_of_an_optimizer_of_others_is_measured(optimizer, kind):
     assert (numpy.random.get_state()[1] == states[2]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad"])
+def test_fused_kernels_are_elementwise_although_they_round_the_last_numbers_otherwise(name, dtype):
+    given = [nn.Parameter(p.detach().to(dtype)) for p in parameters([(8, 6), (8,), (200, 130)])]
+    made = getattr(torch.optim, name)(given, lr=0.1, fused=True)
+    assert measure(made).kind == "elementwise"
+
+
+@pytest.mark.parametrize("block", [64, 128, 256, 2048])
+def test_blocks_of_numbers_are_no_elements(block):
+    """8-bit optimizers keep one scale for a block, which the rows of a rank would cut."""
+
+    class Blocks(Base):
+        def move(self, p, gradient, state, group):
+            flat = F.pad(gradient.flatten(), (0, -gradient.numel() % block)).view(-1, block)
+            scaled = flat / flat.abs().amax(1, keepdim=True).clamp_min(1e-30)
+            return scaled.flatten()[: gradient.numel()].view_as(gradient)
+
+    for shapes in ([(20, 6)], [(300,)], [(200, 130)], [(5000,)]):
+        assert measure(Blocks(parameters(shapes))).kind == "per tensor"
+
+
 def test_large_tensors_are_tried_large():
     """An optimizer that factors only what has 128 rows or more is not elementwise there."""
 
