@@ -280,7 +280,8 @@ class CopyView(Tensor):
             leaves = tree_flatten((args, kwargs))[0]
             views = [vars(leaf)["_copy"] for leaf in leaves if isinstance(leaf, CopyView)]
             copies = list(dict.fromkeys(views))
-            args, kwargs = tree_map_only(CopyView, CopyView.now, (args, kwargs))
+            plain: Any = tree_map_only(CopyView, CopyView.now, (args, kwargs))
+            args, kwargs = plain[0], dict(plain[1])
             if any(isinstance(leaf, ShardedParameter) for leaf in leaves):
                 result = _compute(func, getattr(func, "__name__", ""), args, kwargs)
             else:
