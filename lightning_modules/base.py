@@ -152,8 +152,8 @@ class TaskModule(L.LightningModule):
         """AdamW on everything trainable, so that a task also runs with no optimizer callback.
 
         Its fused kernel keeps no temporary tensors: one step of torch's loop over parameters has
-        two of the size of the largest parameter. Lightning's gradient scaler refuses to clip with
-        it, and half precisions round in another way there.
+        two of the size of the largest parameter. Values may differ in the last bit. Lightning's
+        gradient scaler refuses to clip with it, and half precisions round in another way there.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         if any(p.dtype == torch.float16 for p in parameters):

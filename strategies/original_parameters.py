@@ -93,7 +93,8 @@ class OriginalParameters:
         """Set on sharded parameters what the module's code has set on those from before."""
         now = dict(self.module.named_parameters()) if self.attributes else {}
         for name, attributes in self.attributes.items():
-            vars(now[name]).update(attributes)
+            if name in now:  # a stage of a pipeline has some of them
+                vars(now[name]).update(attributes)
 
     def kept_optimizers(self) -> Iterator[Optimizer]:
         """Optimizers of the module's parameters that it keeps; Lightning need not know them."""

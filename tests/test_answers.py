@@ -100,7 +100,7 @@ def test_a_tuned_model_answers_and_stops(sums: Path) -> None:
     quiet = dict.fromkeys(
         ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
     )
-    trainer = L.Trainer(accelerator="cpu", max_steps=150, limit_val_batches=0, **quiet)
+    trainer = L.Trainer(accelerator="cpu", max_steps=200, limit_val_batches=0, **quiet)
     trainer.fit(model, data_of(sums, batch_size=14, val_fraction=0.13))
     known = [SUMS[i] for i in data_of(sums, val_fraction=0.13)._split()[0].tolist()]
     answers = model.generate([p for p, _ in known], max_new_tokens=6, temperature=0)
