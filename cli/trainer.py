@@ -48,6 +48,20 @@ DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(, ?\d+)+")
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
+def refuse_spawned(strategy: Any) -> None:
+    """Refuse to send a trainer to new processes.
+
+    Raises:
+        ValueError: the strategy pickles it, and it has locks and methods that cannot be pickled.
+    """
+    if getattr(strategy, "_start_method", "") in ("spawn", "forkserver"):
+        raise ValueError(
+            f"{type(strategy).__name__} starts its processes by {strategy._start_method}, which "
+            "would pickle the trainer; allowed: ddp, and in a notebook ddp_notebook; type "
+            "--trainer.strategy ddp"
+        )
+
+
 class Trainer(L.Trainer):
     """`lightning.Trainer` with other defaults; what the stock one takes, this one takes as well.
 
@@ -121,6 +135,7 @@ class Trainer(L.Trainer):
             enable_model_summary=enable_model_summary,
             **kwargs,  # passed on as it is, or the parser would not see which arguments there are
         )
+        refuse_spawned(self.strategy)
         if self.world_size > 1 and not has(self.callbacks, RankWatchdog):  # type: ignore
             self.callbacks.insert(0, RankWatchdog())  # type: ignore[attr-defined]
         self._lighten()

@@ -17,6 +17,7 @@ from foreign.net_in_init import NetInInit
 from foreign.two_optimizers import TwoOptimizers
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import DDPStrategy
 from torchmetrics import MeanMetric
 
 from ravine.callbacks import Checkpoint, ExactResume, LossPlot, PredictionTable, ProgressBar
@@ -460,3 +461,10 @@ def test_an_average_that_copies_the_net_too_early_is_refused_by_the_name_of_ours
     with pytest.raises(Exception, match="EMAWeightAveraging copies the network in setup") as e:
         Trainer(callbacks=[EMAWeightAveraging()])
     assert "--trainer.callbacks+=EMA" in str(e.value)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_processes_that_would_need_a_pickled_trainer_are_refused(method):
+    strategy = DDPStrategy(start_method=method)
+    with pytest.raises(ValueError, match=f"by {method}.*type --trainer.strategy ddp$"):
+        Trainer(accelerator="cpu", devices=2, strategy=strategy)
