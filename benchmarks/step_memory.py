@@ -12,7 +12,8 @@ ranks, counted by torch's allocator in the third step; what gloo allocates is no
     must hold   the maximum over the phases of a step of what the strategy has to hold
                     ddp          P + G + S + A
                     single, tp   P + S + max(A, G + largest activation)
-                    pp           P + G + S + A of the micro-batches under way
+                    pp           P + G + S + A of the micro-batches under way + the gradient of the
+                                 largest parameter for one micro-batch, which is added to G
                     zero1        P + G + S + max(A, a bucket)
                     zero2        W + P + G + S + A + a reduce buffer
                     zero3        P + G + S + A + two gathered units + a reduce buffer
@@ -173,6 +174,7 @@ def measure(layout: str, size: str, precision: str, rows: int | None) -> dict[st
     units = unit_bytes(module, half) if layout not in ("single", "ddp", "ddp 4") else []
     row["units"] = units[:2]
     row["W"] = sum(p.numel() * 4 for p in module.parameters())
+    row["largest"] = max(local(p).numel() * 4 for p in module.parameters())
     row["logits"] = data["batch_size"] * data["context"] * 4 * int(module.net.vocabulary)
     row["logits"] //= 1 if layout in ("single", "tp", "sp", "pp", "cp", "tp x pp") else world
     return row
@@ -198,7 +200,7 @@ def bound(layout: str, row: dict[str, Any], alone: int) -> dict[str, int]:
     if "pp" in layout:
         a = alone // 2 // (2 if "tp" in layout else 1)  # of a stage
         a = a * 2 // 4  # 2 of 4 micro-batches
-        return {"A": a, "must_hold": p + s + g + a}
+        return {"A": a, "must_hold": p + s + g + a + row["largest"]}
     if name == "zero1":
         return {"A": a, "must_hold": p + s + g + a}
     if row["units"] and name in ("zero3", "hsdp", "cp", "2d", "ep"):

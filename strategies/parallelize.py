@@ -17,6 +17,7 @@ has a fixed cost. It stays with its parent, and small children of the LightningM
 together around each step (step_unit.py).
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
@@ -42,6 +44,8 @@ from .zero1 import OwnedGradients
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # they have no forward, so they cannot be units
 SMALLEST = 2**20  # bytes of a unit, by default
+# before torch 2.12 a shard requires a gradient for a moment: bits of quantized weights stay whole
+SHARDS_INTEGERS = "requires_grad=" in inspect.getsource(FSDPParam._init_sharded_param)
 TOGETHER = 2**25  # bytes of small members that one unit gathers; with more, each is a unit
 
 
@@ -216,6 +220,10 @@ def shard(
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()  # FSDP2 takes no other, as channels_last
+    if not SHARDS_INTEGERS:
+        alone |= {
+            id(p) for p in module.parameters() if not (p.is_floating_point() or p.is_complex())
+        }
     if options.half is not None:
         alone |= {id(p) for p in full_precision(module)}
         look_up_in_fp32(module)
