@@ -730,13 +730,14 @@ def escaping(loss: Tensor, groups: list[Any], outputs: dict[Any, set[Any]]) -> s
         for p in group.fsdp_params
         if hasattr(p, "_unsharded_param")
     }
-    root, leaves = loss.grad_fn, []
+    root = loss.grad_fn
+    leaves: dict[Any, list[Any]] = {}  # nodes of parameters, by their group
     readers: dict[Any, list[Any]] = {root: []}
     waiting = [root]
     while waiting:
         node = waiting.pop()
         if (group := owner.get(id(getattr(node, "variable", None)))) is not None:
-            leaves.append((node, group))
+            leaves.setdefault(group, []).append(node)
         for source, _ in node.next_functions if node is not None else ():
             if source is None:
                 continue
@@ -745,9 +746,8 @@ def escaping(loss: Tensor, groups: list[Any], outputs: dict[Any, set[Any]]) -> s
                 waiting.append(source)
             readers[source].append(node)
     found: set[Any] = set()
-    for leaf, group in leaves:
-        inside, seen = outputs.get(group, set()), {leaf}
-        waiting = [] if group in found else [leaf]
+    for group, waiting in leaves.items():  # one walk a group: from each leaf it would be quadratic
+        inside, seen = outputs.get(group, set()), set(waiting)
         while waiting:
             node = waiting.pop()
             if node is root:
