@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("lightning_modules", "datamodules", "callbacks", "strategies", "cli", "configs")
+FOLDERS = (
+    "ravine",
+    "lightning_modules",
+    "datamodules",
+    "callbacks",
+    "strategies",
+    "cli",
+    "configs",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +45,26 @@ def test_the_wheel_holds_every_module_and_every_config(wheel: Path) -> None:
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".yaml", ".tsv"}:
-                assert f"ravine/{path.relative_to(ROOT)}" in names
+                name = path.relative_to(ROOT)
+                assert str(name if folder == "ravine" else f"ravine/{name}") in names
     stray = {n.split("/")[0] for n in names if ".dist-info" not in n}
     assert stray == {"ravine"}, "nothing but the namespace may be installed"
+
+
+def test_the_wheel_in_the_root_of_a_checkout_uses_the_files_of_the_checkout(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """`ravine/` of a checkout hides an installed package where the current folder comes first."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "import ravine.errors, ravine.cli.environment as e; print(ravine.__file__, e.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    for folder, root in ((ROOT, ROOT), (tmp_path, tmp_path / "site" / "ravine")):
+        run = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, ''); {code}"]
+        found = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True)
+        front = root / "ravine" if root == ROOT else root
+        expected = f"{front / '__init__.py'} {root / 'cli' / 'environment.py'}\n"
+        assert found.stdout == expected, found.stderr
 
 
 def test_the_wheel_trains_from_a_folder_that_has_its_own_callbacks(

@@ -1,0 +1,1 @@
+../../ravine/__init__.py

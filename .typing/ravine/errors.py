@@ -1,0 +1,1 @@
+../../ravine/errors.py
