@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -47,6 +48,8 @@ def test_the_wheel_holds_every_module_and_every_config(wheel: Path) -> None:
             if path.suffix in {".py", ".yaml", ".tsv"}:
                 name = path.relative_to(ROOT)
                 assert str(name if folder == "ravine" else f"ravine/{name}") in names
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert wheel.name.split("-")[1] == stated
     stray = {n.split("/")[0] for n in names if ".dist-info" not in n}
     assert stray == {"ravine"}, "nothing but the namespace may be installed"
 
