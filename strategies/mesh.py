@@ -49,7 +49,6 @@ from .parallelize import (
     copy_from_rank_zero,
     is_parallel,
     parallelize,
-    units,
 )
 from .pipeline import SCHEDULES, Pipeline, Schedule
 from .plain_values import with_plain_hyperparameters
@@ -460,7 +459,7 @@ class MeshStrategy(ModelParallelStrategy):
             self.gather.write_back()
         result = super().optimizer_step(*args, **kwargs)
         if (self.gather is not None or self.gather_once) and module is not None:
-            for unit in units(module):
+            for unit in self._spread.units():
                 unit.reshard()
         return result
 

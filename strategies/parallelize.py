@@ -61,17 +61,33 @@ class Spread:
     replicated: set[int] = field(default_factory=set)  # ids of parameters that no unit shards
     gather_once: bool = False  # keep what is gathered until the last micro-batch of a step
     owned: OwnedGradients | None = None  # with ZeRO-1, which averages over the data
+    _units: list[FSDPModule] | None = None
 
     def whole(self) -> list[str]:
         """Names of the trainable parameters that are not sharded."""
         return [name for name, p in self._plain()]
 
     def _plain(self) -> list[tuple[str, nn.Parameter]]:
-        return [
-            (name, p)
-            for name, p in self.module.named_parameters()
-            if (id(p) in self.replicated or not isinstance(p, DTensor)) and p.requires_grad
-        ]
+        return [(n, p) for n, p in self.module.named_parameters() if self._is_plain(p)]
+
+    def _plain_parameters(self) -> list[nn.Parameter]:
+        """As `_plain`, without the names, which cost more than the search."""
+        found = {}
+        for module in self.module.modules():
+            for p in module._parameters.values():
+                if p is not None and self._is_plain(p):
+                    found[id(p)] = p
+        return list(found.values())
+
+    def _is_plain(self, p: nn.Parameter) -> bool:
+        whole = not isinstance(p, DTensor) or id(p) in self.replicated
+        return whole and p.requires_grad
+
+    def units(self) -> list[FSDPModule]:
+        """All units, searched once: no unit is made after the module was sharded."""
+        if self._units is None:
+            self._units = units(self.module)
+        return self._units
 
     def replaced(self, new: dict[int, nn.Parameter]) -> None:
         """Update the ids of parameters that were replaced; `new` is by the old id."""
@@ -82,7 +98,7 @@ class Spread:
 
         Shards are reduced in each: otherwise every rank would keep whole gradients in between.
         """
-        for unit in units(self.module):
+        for unit in self.units():
             unit.set_requires_all_reduce(not more, recurse=False)
             if self.gather_once:
                 unit.set_reshard_after_backward(not more, recurse=False)
@@ -92,7 +108,7 @@ class Spread:
         """Average what stayed whole over the data, sum what is partial over tp; once a step."""
         data = self.layout.data
         if data.size() > 1 and self.owned is None:
-            _sum_together([p for _, p in self._plain()], data.get_group(), 1 / data.size())
+            _sum_together(self._plain_parameters(), data.get_group(), 1 / data.size())
         if self.partial:
             parts = [p for module in self.partial for p in module.parameters()]
             if self.owned is not None:  # ranks of tp own the same parameters

@@ -283,10 +283,12 @@ class _Plain:
         for group, parameters in self._outside:
             group["params"] = parameters
         known: set[int] = set()
+        restored = {id(parameters) for _, parameters in self._outside}
         before: dict[int, Any] = {id(q): p for p, q in self._both}
         for each in nested_optimizers(self.optimizer):
             for group in each.param_groups:  # load_state_dict makes new ones
-                if any(id(q) in before for q in group["params"]):
+                new = id(group["params"]) not in restored
+                if new and any(id(q) in before for q in group["params"]):
                     group["params"] = [before.get(id(q), q) for q in group["params"]]
             if id(each.state) not in known:
                 known.add(id(each.state))
