@@ -34,6 +34,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from ravine.errors import UsageError
+
 from .expert import settle_experts, spread_experts
 from .layout import Layout
 from .mixed_precision import UnitAutocast, full_precision, look_up_in_fp32, unit_policy
@@ -197,14 +199,18 @@ def parallelize(
         spread.gather_once = options.gather_once
     untied = sorted(names - _names_of_tied(module))
     if untied:
-        raise ValueError(
+        raise UsageError(
             f"{type(module).__name__}: {' and '.join(untied[0])} share one parameter and cannot be"
-            " split apart: leave them out of tp_plan, or give each its own"
+            " split apart",
+            ["a tp_plan that splits none of them"],
+            "leave them out of tp_plan",
         )
     if options.sharded and not is_parallel(module) and layout.degrees["pp"] == 1:
-        raise ValueError(
-            f"{type(module).__name__} has nothing to shard: no child module holds a parameter"
-            " (build them in __init__ or configure_model); or type --trainer.strategy ddp"
+        raise UsageError(
+            f"{type(module).__name__} has nothing to shard: no child module holds a parameter",
+            ["modules that are built in __init__ or configure_model"],
+            "use a strategy that shards nothing, such as ddp",
+            flag="type --trainer.strategy ddp",
         )
     return spread
 

@@ -23,6 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from ravine.errors import UsageError
+
 SPLIT_AXIS = {"colwise": 0, "rowwise": 1}  # of a weight (out in)
 STYLES = {
     "colwise": "split the outputs",
@@ -38,25 +40,38 @@ ALONG_TIME = Shard(1)
 def split_matrices(module: nn.Module, mesh: DeviceMesh, sequence: bool = False) -> list[nn.Module]:
     """Apply the plan of every net inside `module` over the one-dimensional `mesh`.
 
-    Returns the modules whose gradients are parts of a sum over the mesh.
+    Returns:
+        the modules whose gradients are parts of a sum over the mesh.
+
+    Raises:
+        UsageError: there is no plan, it splits no matrix, or its sizes do not divide.
     """
     nets = [net for net in module.modules() if callable(getattr(net, "tp_plan", None))]
     if not nets:
-        raise ValueError(
-            f"tp={mesh.size()}: {type(module).__name__} has no tensor-parallel plan: give its net"
-            " a method tp_plan() that returns, for example,"
-            " {'blocks.*.mlp.up': 'colwise', 'blocks.*.mlp.down': 'rowwise'}; or type"
-            " --trainer.strategy zero3, which needs none"
+        raise UsageError(
+            f"tp={mesh.size()}: {type(module).__name__} has no tensor-parallel plan",
+            ["a net whose tp_plan() returns, say, {'mlp.up': 'colwise', 'mlp.down': 'rowwise'}"],
+            "use a strategy that needs no plan, such as zero3",
+            flag="type --trainer.strategy zero3",
+        )
+    plans = [(net, net.tp_plan()) for net in nets]  # pyright: ignore[reportCallIssue]
+    resolved = [_resolve(net, plan) for net, plan in plans]
+    if not any(style in SPLIT_AXIS for styles in resolved for style in styles.values()):
+        raise UsageError(
+            f"tp={mesh.size()}: {type(nets[0]).__name__}.tp_plan splits no matrix of this net",
+            ["plans with a module of style 'colwise' or 'rowwise'"],
+            "use a strategy that needs no plan, such as zero3",
+            flag="type --trainer.strategy zero3",
         )
     partial = []
-    for net in nets:
-        plan = net.tp_plan()  # pyright: ignore[reportCallIssue]
-        styles = _resolve(net, plan)
+    for (net, plan), styles in zip(plans, resolved, strict=True):
         if sequence and not {"scatter", "gather"} <= set(plan.values()):
-            raise ValueError(
-                f"sequence_parallel: {type(net).__name__}.tp_plan says not where the sequence is"
-                " cut and put together: give a module the style 'scatter' and a later one"
-                " 'gather'; or type --trainer.strategy tp"
+            raise UsageError(
+                f"sequence_parallel: {type(net).__name__}.tp_plan does not mark where the sequence"
+                " is split and gathered",
+                ["plans with a module of style 'scatter' and a later one of style 'gather'"],
+                "use sequence_parallel=False",
+                flag="type --trainer.strategy tp",
             )
         for name, style in styles.items():
             _split(net, name, style, mesh, sequence)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from ravine.errors import UsageError
 from ravine.lightning_modules import LanguageModel, accounting
 from ravine.lightning_modules.language import Transformer
 from ravine.lightning_modules.language.attention import LEARNED, CausalAttention
@@ -59,6 +60,14 @@ def test_what_a_token_takes_from_the_past_adds_up_to_one(rung: str) -> None:
     values = attention.parts(x)[2]
     mixed = (weights @ values).transpose(1, 2).flatten(2)  # (b t d)
     torch.testing.assert_close(attention.out(mixed), attention(x))
+
+
+def test_a_variant_that_does_not_exist_is_refused_with_the_names_that_do(monkeypatch: Any) -> None:
+    with pytest.raises(UsageError, match=r"rung='qkvv' .*; allowed: last, .*, qkv; use rung='qkv'"):
+        Transformer(7, 6, width=8, heads=2, rung="qkvv")
+    monkeypatch.setitem(LEARNED, "kv", ("keys", "value"))
+    with pytest.raises(UsageError, match=r"'kv'\] has the projection 'keys'; allowed: query, key"):
+        Transformer(7, 6, width=8, heads=2, rung="kv")
 
 
 def by_loops(x: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from itertools import combinations
 
 import lightning as L
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ravine.callbacks import ExactResume, GradientClipping, LoRA
 from ravine.callbacks.transforms import Transform
 from ravine.lightning_modules.language import Transformer
+from ravine.lightning_modules.language.attention import LEARNED, PROJECTIONS
 from ravine.strategies import MeshStrategy
 
 
@@ -193,6 +195,34 @@ class Newtonian(Net):
         return torch.optim.LBFGS(self.parameters())
 
 
+SUBSETS = [names for size in range(4) for names in combinations(PROJECTIONS, size)]
+
+
+def weights_of_variants(strategy="auto", devices=1):
+    """Weights after training with each attention variant and with each that a user may add."""
+    added = {"own_" + "_".join(names): names for names in SUBSETS}
+    LEARNED.update(added)
+    try:
+        found = {}
+        for rung in LEARNED:
+            torch.manual_seed(0)
+            module = Net(heads=2, rung=rung)
+            fit(module, strategy, devices)
+            found[rung] = whole(module)
+        return found
+    finally:
+        for rung in added:
+            del LEARNED[rung]
+
+
+def test_every_attention_variant_trains_under_tp_as_on_one_process(ranks):
+    single = weights_of_variants()
+    assert {*LEARNED, "own_key_value", "own_query_value"} < single.keys()
+    for spread in ranks(weights_of_variants, 2, "tp", 2):
+        far = {rung: furthest(weights, single[rung]) for rung, weights in spread.items()}
+        assert max(far.values()) < 2e-6, far
+
+
 def first_line(kind, strategy, devices, callbacks=(), arguments=(), options=()):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the caller matches
         fit(kind(**dict(arguments)), strategy, devices, *callbacks, **dict(options))
@@ -202,11 +232,15 @@ def first_line(kind, strategy, devices, callbacks=(), arguments=(), options=()):
 REFUSED = {
     "nothing to shard": (
         (Late, "zero3", 2),
-        "Late has nothing to shard: no child module holds a parameter .* --trainer.strategy ddp",
+        "Late has nothing to shard: no child module holds a parameter; allowed: .*; use .* as ddp$",
     ),
     "no plan": (
         (NetInInit, "tp", 2),
-        "tp=2: NetInInit has no tensor-parallel plan: .* tp_plan.*; or type --trainer.strategy",
+        "tp=2: NetInInit has no tensor-parallel plan; allowed: .* tp_plan.*; use .* as zero3$",
+    ),
+    "a plan that splits nothing": (
+        (Net, "tp", 2, (), {"heads": 2, "rung": "qk", "mlp": "none"}),
+        "tp=2: Transformer.tp_plan splits no matrix of this net; allowed: .*; use .* as zero3$",
     ),
     "heads": (
         (Net, "tp", 2, (), {"heads": 3, "positions": "none"}),
@@ -218,7 +252,11 @@ REFUSED = {
     ),
     "a sequence that is cut nowhere": (
         (Net, "sp", 2, (), {"heads": 2, "plan": {"blocks.*.mlp.up": "colwise"}}),
-        "Transformer.tp_plan says not where the sequence is cut and put together: give a module",
+        "tp_plan does not mark where the sequence is split and gathered; allowed: .*; use seq",
+    ),
+    "an attention of whole heads and a cut sequence": (
+        (Net, "sp", 2, (), {"heads": 2, "rung": "qk"}),
+        "tp_plan does not mark where the sequence is split and gathered; allowed: .*; use seq",
     ),
     "a sequence that does not divide": (
         (Net, "sp", 3, (), {"heads": 3, "positions": "none"}),
@@ -287,7 +325,7 @@ REFUSED = {
     ),
     "a tied matrix split": (
         (Net, "tp", 2, (), {"heads": 2, "tied": True, "plan": {"head": "rowwise"}}),
-        "net.embed.weight and net.head.weight share one parameter and cannot be split apart",
+        "net.embed.weight and net.head.weight share one parameter and cannot .*; leave them out",
     ),
     "stock clipping of experts on different ranks": (
         (Net, "ep", 2, (), {"heads": 2, "experts": 4}, {"gradient_clip_val": 0.5}),

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ravine.errors import UsageError, suggest_names
+
 from .branches import Fork
 from .cache import Past
 from .norm import unit_rms
@@ -30,7 +32,10 @@ Rung = Literal["last", "average", "raw", "shared", "qk", "qkv"]
 
 ROPE_BASE = 10_000.0  # of RoFormer and Llama 2; Llama 3 has 500,000
 
-LEARNED: dict[str, tuple[str, ...]] = {  # the projections each rung has
+PROJECTIONS = ("query", "key", "value")
+# The projections that each rung learns; the rest of them are the input itself. Another row is
+# another variant: LEARNED["kv"] = ("key", "value").
+LEARNED: dict[str, tuple[str, ...]] = {
     "last": (),
     "average": (),
     "raw": (),
@@ -38,6 +43,23 @@ LEARNED: dict[str, tuple[str, ...]] = {  # the projections each rung has
     "qk": ("query", "key"),
     "qkv": ("query", "key", "value"),
 }
+
+
+def check_rung(rung: str) -> None:
+    """Raise UsageError for a rung that is not in `LEARNED`, or whose row names no projections."""
+    if rung not in LEARNED:
+        raise UsageError(
+            f"rung={rung!r} is no attention variant",
+            LEARNED,
+            f"use rung={(suggest_names(rung, LEARNED) or ['qkv'])[0]!r}",
+        )
+    unknown = [name for name in LEARNED[rung] if name not in PROJECTIONS]
+    if unknown:
+        raise UsageError(
+            f"LEARNED[{rung!r}] has the projection {unknown[0]!r}",
+            PROJECTIONS,
+            f"remove {unknown[0]!r} from it",
+        )
 
 
 def causal_weights(query: Tensor, key: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -175,16 +197,23 @@ class CausalAttention(nn.Module):
     ) -> None:
         """Make the projections of the rung, kept apart so that each splits by heads."""
         super().__init__()
+        check_rung(rung)
         self.head_width, self.qk_norm, self.dropout = width // heads, qk_norm, dropout
         self.attend, self.rung, self.rope = ATTENTIONS[attention], rung, rope
         self.norm_eps = norm_eps  # of qk_norm
-        for name in ("query", "key", "value"):
+        for name in PROJECTIONS:
             learned = nn.Linear(width, width, bias) if name in LEARNED[rung] else None
             self.register_module(name, learned)
         self.out = nn.Linear(width, width, bias) if output else nn.Identity()
         self.rotary = None
         if rope:
             self.rotary = rotary or Rotary(context, self.head_width, rope_base)
+
+    @property
+    def learns_all(self) -> bool:
+        """Whether query, key, value and output are learned, so that all four split by heads."""
+        learned = all(getattr(self, name) is not None for name in PROJECTIONS)
+        return learned and isinstance(self.out, nn.Linear)
 
     def forward(self, x: Tensor, past: Past | Fork | None = None) -> Tensor:
         """Attend within x (b t d); with a past, over what it remembers of earlier calls too."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import ROPE_BASE, CausalAttention, Rotary, Rung
+from .attention import PROJECTIONS, ROPE_BASE, CausalAttention, Rotary, Rung
 from .branches import Branches, Fork
 from .cache import Cache, Past
 from .loss import check_ids, chunked_nats, nats
@@ -313,13 +313,14 @@ class Transformer(nn.Module):
     def tp_plan(self) -> dict[str, str]:
         """How matrices split over tensor-parallel ranks: by heads and hidden channels.
 
-        Embedding and head stay whole: they may share their storage. So do the lower rungs of the
-        ladder, whose heads share what they listen to.
+        Embedding and head stay whole: they may share their storage. An attention is split if it
+        learns query, key, value and output. In any other variant all heads of a part that is not
+        learned exist on each rank, so the whole attention stays on each rank.
         """
         first = cast(Block, next(iter(self.blocks.values())))
         styles = {"attention_norm": "sequence", "mlp_norm": "sequence"}
-        if first.attention.value is not None and isinstance(first.attention.out, nn.Linear):
-            parts = ("attention.query", "attention.key", "attention.value")
+        if first.attention.learns_all:
+            parts = (f"attention.{name}" for name in PROJECTIONS)
             styles |= {"attention": "shared", **dict.fromkeys(parts, "colwise")}
             styles["attention.out"] = "rowwise"
         if isinstance(first.mlp, MLP):
