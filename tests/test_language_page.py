@@ -10,6 +10,7 @@ import torch
 from ravine.cli import presets
 from ravine.datamodules import ByteTokenizer
 from ravine.lightning_modules import LanguageModel
+from ravine.lightning_modules.language.attention import LEARNED
 
 PAGE = (Path(__file__).parent.parent / "docs" / "language.md").read_text()
 
@@ -30,9 +31,10 @@ def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     model.tokenizer = ByteTokenizer()
     model.configure_model()
     monkeypatch.setattr(LanguageModel, "load", lambda path: model)
+    monkeypatch.setitem(LEARNED, "kv", ())  # the page sets it; undone after the test
     names: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
     assert capsys.readouterr().out.startswith("ROMEO:")
