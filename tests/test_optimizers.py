@@ -5,6 +5,7 @@ A new optimizer is one row of OPTIMIZERS; one that is written here is also a row
 
 import copy
 from functools import partial
+from typing import ClassVar
 
 import lightning as L
 import pytest
@@ -28,8 +29,35 @@ from ravine.callbacks import (
     SignSGDOptimizer,
 )
 from ravine.callbacks.optimizers.composite import Composite
+from ravine.callbacks.optimizers.elementwise import Elementwise
 from ravine.datamodules.order import Order, Share, TrainLoader
 from ravine.strategies import MeshStrategy
+
+
+class CountingAdam(Elementwise):
+    """Adam, whose state has a count of steps and, by another name, a product of its betas."""
+
+    remembered = ("mean", "square")
+    scalars: ClassVar = {"step": 0.0, "left": 1.0}
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    def move(self, group, weights, gradients, *states):
+        means, squares, steps, left = states
+        torch._foreach_add_(steps, 1)
+        torch._foreach_mul_(left, 0.9)
+        torch._foreach_lerp_(means, gradients, 0.1)
+        torch._foreach_mul_(squares, 0.999)
+        torch._foreach_addcmul_(squares, gradients, gradients, 0.001)
+        squared = [s / (1 - 0.999 ** k.item()) for s, k in zip(squares, steps, strict=True)]
+        rates = [group["lr"] / (1 - k.item()) for k in left]
+        divided = torch._foreach_mul(means, rates)
+        roots = torch._foreach_sqrt(squared)
+        torch._foreach_add_(roots, 1e-8)
+        torch._foreach_div_(divided, roots)
+        torch._foreach_sub_(weights, divided)
+
 
 OPTIMIZERS = {
     "SGD": partial(torch.optim.SGD, lr=0.1),
@@ -43,6 +71,7 @@ OPTIMIZERS = {
     "Signum": partial(SignSGDOptimizer, lr=0.02, momentum=0.9),
     "AdaGrad": partial(AdaGradOptimizer, lr=0.5),
     "Lion": partial(LionOptimizer, lr=0.02),
+    "counting Adam": partial(CountingAdam, lr=0.05),
     "Muon": partial(MuonOptimizer, lr=0.05, iteration_dtype="float64"),
 }
 every = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -204,6 +233,34 @@ def test_adagrad_is_torchs():
         a.step()
         b.step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_an_optimizer_that_counts_its_steps_is_torchs_adam_before_and_after_a_saved_state():
+    ours, theirs = matrix(), matrix()
+    a, b = CountingAdam([ours], lr=0.1), torch.optim.Adam([theirs], lr=0.1)
+    for step in range(50):
+        if step == 20:
+            saved, a = copy.deepcopy(a.state_dict()), CountingAdam([ours], lr=0.1)
+            a.load_state_dict(saved)
+        ours.grad, theirs.grad = noise(step), noise(step)
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_number_of_the_state_is_not_rounded_to_the_dtype_of_its_parameter(dtype):
+    w = nn.Parameter(torch.ones(3, dtype=dtype))
+    w.grad = torch.ones_like(w)
+    optimizer, other = CountingAdam([w]), CountingAdam([w])
+    for _ in range(300):  # a bfloat16 counts to 256
+        optimizer.step()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    state, restored = optimizer.state[w], other.state[w]
+    assert {k: v.dtype for k, v in restored.items()} == {k: v.dtype for k, v in state.items()}
+    assert restored["step"].item() == 300
+    assert restored["left"].item() == state["left"].item() == pytest.approx(0.9**300)
+    assert restored["left"] is not state["left"]
 
 
 def test_a_complex_weight_moves_as_its_two_parts_and_a_rate_may_be_a_tensor():

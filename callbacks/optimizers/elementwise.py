@@ -1,10 +1,11 @@
 """Optimizers that move each number by what that number's gradient was: sharding cannot matter.
 
-A subclass names the tensors it remembers and writes its formula once, over lists of tensors: each
-line of it is one call for all parameters of a group.
+A subclass names its state, tensors shaped like the parameter and single numbers such as a count of
+steps. It writes its formula once, over lists of tensors: each line of it is one call for all
+parameters of a group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,15 +19,28 @@ from ..shards import local
 
 
 class Elementwise(Optimizer):
-    """Base of SignSGD, AdaGrad and Lion.
+    """Base of optimizers that change each number by the gradients of that number alone.
 
-    class Sgd(Elementwise):
-        def __init__(self, params, lr=0.1): super().__init__(params, {"lr": lr})
-        def move(self, group, weights, gradients):
-            torch._foreach_add_(weights, gradients, alpha=-group["lr"])
+    class Averaged(Elementwise):
+        remembered = ("average",)
+        scalars = {"step": 0.0}
+
+        def __init__(self, params, lr=0.1):
+            super().__init__(params, {"lr": lr})
+
+        def move(self, group, weights, gradients, averages, steps):
+            torch._foreach_add_(steps, 1)
+            torch._foreach_lerp_(averages, gradients, 0.1)
+            rates = [group["lr"] / (1 - 0.9 ** step.item()) for step in steps]
+            torch._foreach_sub_(weights, torch._foreach_mul(averages, rates))
     """
 
-    remembered: ClassVar[tuple[str, ...]] = ()  # names of state tensors; they start at zero
+    # names of state tensors of the parameter's shape and dtype; they start at zero
+    remembered: ClassVar[tuple[str, ...]] = ()
+    # Names of single numbers of each parameter, with their first values. Each is a float64 tensor
+    # without axes, on the CPU: reading it does not wait for a device. A number must depend on no
+    # weight or gradient, since each rank has its own copy of it.
+    scalars: ClassVar[Mapping[str, float]] = {}
 
     def move(
         self,
@@ -35,7 +49,14 @@ class Elementwise(Optimizer):
         gradients: list[Tensor],
         *states: list[Tensor],
     ) -> None:
-        """Change weights and states in place; `group` holds lr and the like."""
+        """Change weights and states in place; `group` holds lr and the like.
+
+        Args:
+            group: the settings of these parameters.
+            weights: the values of each parameter that has a gradient, or of this rank's shard.
+            gradients: of the same shapes.
+            states: one list for each name of `remembered`, then one for each of `scalars`.
+        """
         raise NotImplementedError(f"{type(self).__name__} needs a move()")
 
     @torch.no_grad()
@@ -54,12 +75,30 @@ class Elementwise(Optimizer):
                 for name in self.remembered:
                     if name not in self.state[p]:
                         self.state[p][name] = torch.zeros_like(p)
+                for name, first in self.scalars.items():
+                    if name not in self.state[p]:
+                        self.state[p][name] = torch.tensor(first, dtype=torch.float64)
             weights = [_real(p) for p in moving]
             if decay := group.get("weight_decay"):
                 _foreach_mul_(weights, 1 - group["lr"] * decay)
-            states = ([_real(self.state[p][name]) for p in moving] for name in self.remembered)
+            states = [[_real(self.state[p][name]) for p in moving] for name in self.remembered]
+            states += [[self.state[p][name] for p in moving] for name in self.scalars]
             self.move(group, weights, [_real(p.grad) for p in moving], *states)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as torch does, but keep the numbers of `scalars` as float64 on the CPU.
+
+        torch rounds every state but "step" to the parameter's dtype, and moves it to its device.
+        """
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, own, strict=True):
+            saved = state_dict["state"].get(i, {})
+            for name in self.scalars.keys() & saved.keys():
+                value = torch.as_tensor(saved[name], dtype=torch.float64, device="cpu")
+                self.state[p][name] = value.clone()
 
 
 def refuse_sparse(optimizer: Optimizer, parameter: Tensor) -> None:
