@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,24 @@ def test_every_public_name_is_found_and_a_wrong_one_is_an_attribute_error() -> N
     assert set(ravine.__all__) <= set(dir(ravine))
     with pytest.raises(AttributeError, match=r"no attribute 'Trainor'.*Trainer"):
         _ = ravine.Trainor
+
+
+def test_each_file_of_optimizers_adds_its_names_to_the_callbacks(tmp_path: Path) -> None:
+    """A new file is enough; its class is a bare name on the command line, too."""
+    (tmp_path / "newest.py").write_text(
+        "from ravine.callbacks import OptimizerPlan\n__all__ = ['Newest']\n"
+        "class Newest(OptimizerPlan):\n    pass\n"
+    )
+    code = (
+        f"import ravine.callbacks.optimizers as o; o.__path__.append({str(tmp_path)!r})\n"
+        "import importlib, ravine.callbacks as c; importlib.reload(c)\n"
+        "from ravine.callbacks import *\n"
+        "print(Newest, 'Newest' in c.__all__, Lion, LionOptimizer)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "newest.Newest'> True" in run.stdout
+    with pytest.raises(ImportError, match="cannot import name 'Lyon'"):
+        from ravine.callbacks import Lyon  # noqa: F401
 
 
 def test_an_error_holds_its_parts_and_shows_those_that_are_there() -> None:

@@ -39,6 +39,12 @@ def test_the_page_works_as_written(folder, capsys):
     assert said.count("MyOptimizer") >= 2
     plan = runpy.run_path("script.py")["trainer"].callbacks[0]
     assert str(plan) == "OptimizerPlan(MyOptimizer, AdamW)"
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    averaged = runpy.run_path("averaged.py")["Averaged"]([weight])
+    for _ in range(3):  # an average of equal gradients is the gradient, whatever the count
+        weight.grad = torch.full_like(weight, 2.0)
+        averaged.step()
+    torch.testing.assert_close(weight.data, torch.full_like(weight, 1 - 3 * 0.1 * 2))
 
 
 def weights(name, steps, *words, folder="."):

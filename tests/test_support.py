@@ -83,6 +83,8 @@ KINDS = {
     if isinstance(kind, type) and issubclass(kind, L.Callback)
 }
 CALLBACKS = sorted(KINDS)
+PLANS = {name for name, kind in KINDS.items() if issubclass(kind, OptimizerPlan)}
+EVERY_OTHER, OPTIMIZERS = "every other callback", "every optimizer of `ravine.callbacks`"
 ARGUMENTS = {
     "CollapseAlarm": lambda: CollapseAlarm({"train/loss": 99.0}),
     "Compile": lambda: Compile(backend="eager"),
@@ -450,16 +452,29 @@ def in_words(refusal):
     return numbers[0]
 
 
-def table(title, columns):
-    """Markdown: a row for each set of names whose cells are alike in all columns."""
+def table(title, columns, rest=""):
+    """Markdown: a row for each set of names whose cells are alike in all columns.
+
+    With `rest` the row of ticks alone has this name, so that a new callback changes no row. In
+    the other rows all optimizers together are not listed one by one either.
+    """
     names = list(next(iter(columns.values())))
     alike = {}
     for name in names:
         cells = tuple(in_words(found[name]) for found in columns.values())
-        alike.setdefault(cells, []).append(f"`{name}`")
+        alike.setdefault(cells, []).append(name)
     head = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    some = sorted(alike.items(), key=lambda item: (sum(c != "✓" for c in item[0]), item[1]))
-    return "\n".join([*head, *(f"| {', '.join(n)} | {' | '.join(c)} |" for c, n in some)])
+    written = []
+    for cells, same in alike.items():
+        if rest and set(cells) == {"✓"}:
+            row = [rest]
+        elif PLANS and set(same) >= PLANS:
+            row = [*sorted(f"`{n}`" for n in {*same} - PLANS | {"OptimizerPlan"}), OPTIMIZERS]
+        else:
+            row = [f"`{n}`" for n in same]
+        written.append((sum(c != "✓" for c in cells), row, cells))
+    some = [(row, cells) for _, row, cells in sorted(written, key=lambda w: w[:2])]
+    return "\n".join([*head, *(f"| {', '.join(n)} | {' | '.join(c)} |" for n, c in some)])
 
 
 def of_callbacks(measure, strategy):
@@ -555,8 +570,8 @@ def test_readme_says_what_was_measured(measure):
     measured = "\n\n".join(
         [
             table("task", by_task),
-            table("callback, on the transformer", by_strategy),
-            table("callback, on modules of others", by_module),
+            table("callback, on the transformer", by_strategy, EVERY_OTHER),
+            table("callback, on modules of others", by_module, EVERY_OTHER),
             "\n".join(f"{i}. `{reason}`" for i, reason in enumerate(REASONS, 1)),
         ]
     )

@@ -25,6 +25,8 @@ from .elementwise import Elementwise
 from .plan import OptimizerPlan
 from .schedules import Schedule
 
+__all__ = ["AdaGrad", "AdaGradOptimizer"]
+
 
 class AdaGradOptimizer(Elementwise):
     """Steps scaled by the sum of all squared gradients.

@@ -24,6 +24,8 @@ from .plan import OptimizerPlan
 from .rules import Decay
 from .schedules import Schedule
 
+__all__ = ["Lion", "LionOptimizer"]
+
 
 class LionOptimizer(Elementwise):
     """Steps of one size in every coordinate, along a momentum seen two ways.

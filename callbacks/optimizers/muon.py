@@ -33,6 +33,8 @@ from .plan import OptimizerPlan
 from .rules import Decay, OptimizerFactory, Rule
 from .schedules import Schedule
 
+__all__ = ["Muon", "MuonOptimizer"]
+
 Scale = Literal["spectral", "spectral_clamped", "rms"]
 Coefficients = Literal["newton_schulz", "polar_express"]
 IterationDtype = Literal["auto", "bfloat16", "float32", "float64"]

@@ -28,6 +28,8 @@ from ..shards import local, part_of, whole
 from .plan import OptimizerPlan
 from .schedules import Schedule
 
+__all__ = ["Newton", "NewtonOptimizer"]
+
 LIMIT = 256  # parameters: 512 gradients a step
 
 

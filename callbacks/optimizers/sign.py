@@ -22,6 +22,8 @@ from .plan import OptimizerPlan
 from .rules import Decay
 from .schedules import Schedule
 
+__all__ = ["SignSGD", "SignSGDOptimizer"]
+
 
 class SignSGDOptimizer(Elementwise):
     """Steps of one size in every coordinate.
