@@ -367,6 +367,9 @@ def quiet() -> None:
 def child(kind: type, pipe: Any, limit: int, rank: int, ranks: int, port: int, folder: str) -> None:
     """One trial in a forked process."""
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    # A fork has the thread pool of its parent. torch replaces it at the first use, which aborts the
+    # process where two threads of autograd are the first ("Invalid thread pool", torch 2.14).
+    torch.set_num_threads(1)
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
