@@ -8,6 +8,7 @@ from weakref import proxy
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from ravine.errors import UsageError
 from ravine.strategies.saving import save, save_as_usual, save_last, worth_saving
 
 from .checks import before_training
@@ -101,7 +102,7 @@ class Checkpoint(ModelCheckpoint):
         if self.monitor not in trainer.callback_metrics and self.monitor != MONITOR:
             names = sorted(trainer.callback_metrics)
             nearest = get_close_matches(str(self.monitor), names, n=3, cutoff=0)
-            raise ValueError(
+            raise UsageError(
                 f"Checkpoint: no metric {self.monitor!r} was logged by the end of the validation; "
                 f"there are {', '.join(nearest) or 'none'}; set monitor to one of them"
             )

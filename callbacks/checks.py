@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
+from ravine.errors import UsageError
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, refuse_foreign
 from ravine.strategies.plain_values import plain
 from ravine.strategies.stock_callbacks import refuse_stock_callbacks
@@ -52,7 +53,7 @@ class RunChecks(Callback):
         class Scores(L.Callback):
             def check(self, trainer, module, batch):
                 if not hasattr(module, "score"):
-                    raise ValueError("Scores needs a module with a method score()")
+                    raise UsageError("Scores needs a module with a method score()")
     """
 
     follows_accumulation = True
@@ -160,7 +161,7 @@ def _validation_problem(trainer: L.Trainer, module: L.LightningModule) -> Except
             )
         except Exception as error:
             return error
-    return None if problem is None else ValueError(problem)
+    return None if problem is None else UsageError(problem)
 
 
 def _save_problem(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
@@ -184,7 +185,7 @@ def _save_problem(trainer: L.Trainer, module: L.LightningModule) -> Exception | 
                 for key, value in state.items():
                     refuse_foreign(value, f"{key} of {type(each).__name__}")
     except CheckpointError as error:
-        return ValueError(
+        return UsageError(
             f"the first checkpoint could not be written: {error.args[0].partition(';')[0]}; "
             "allowed: tensors, numbers, text, lists and dicts; convert it in state_dict or in "
             "on_save_checkpoint"
@@ -243,7 +244,7 @@ def agree(trainer: L.Trainer, problem: Exception | None) -> None:
         dist.all_gather_object(texts, None if problem is None else str(problem))
         found = [(rank, text) for rank, text in enumerate(texts) if text is not None]
         if problem is None and found:
-            raise ValueError(f"on rank {found[0][0]}: {found[0][1]}")
+            raise UsageError(f"on rank {found[0][0]}: {found[0][1]}")
     if problem is not None:
         raise problem
 
@@ -339,7 +340,7 @@ def refuse_unserializable(owner: str, hyperparameters: dict[str, Any]) -> None:
         try:
             refuse_foreign(plain(value), str(key))
         except CheckpointError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{owner}: hyperparameter {error.args[0].partition(';')[0]}, which a checkpoint "
                 "cannot hold; allowed: tensors, numbers, text, paths, lists and dicts; type "
                 f"self.save_hyperparameters(ignore=[{str(key)!r}]), or give it as text"
@@ -354,7 +355,7 @@ def _check_prediction(module: L.LightningModule) -> None:
     try:
         inspect.signature(module.forward).bind(None)
     except TypeError as error:
-        raise ValueError(
+        raise UsageError(
             f"{name} has no predict_step, and its forward takes more than a batch ({error}); "
             "allowed: a module with predict_step(batch, batch_idx); "
             "give it one, or use `lightning generate` if it has a method generate()"

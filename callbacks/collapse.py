@@ -5,6 +5,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from ravine.errors import UsageError
+
 from .checks import before_training
 from .progress import log_interval
 
@@ -87,7 +89,7 @@ class CollapseAlarm(L.Callback):
         missing = watched if not found else self.asked - found.keys()
         if missing:
             logged = ", ".join(sorted(metrics)) or "nothing"
-            raise ValueError(
+            raise UsageError(
                 f"CollapseAlarm watches {', '.join(sorted(missing))}, and "
                 f"{type(pl_module).__name__} logs {logged}; name metrics of its own: "
                 "--trainer.callbacks.below='{NAME: 0.5}', or leave CollapseAlarm out"

@@ -25,6 +25,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_only
 
+from ravine.errors import UsageError
+
 WATCHES = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar, Timer)
 PLACES = ("file", "source", "path", "root")  # the location of the data, not their content
 Facts = dict[str, Any]
@@ -39,7 +41,7 @@ def say(text: str) -> None:
 def refuse(problem: str, word: str, instead: str = "") -> None:
     """Raise ValueError, with the word of `accept` that permits the difference."""
     first = f"{instead}; or " if instead else ""
-    raise ValueError(
+    raise UsageError(
         f"{problem}; {first}if it is meant, type --trainer.callbacks+=ExactResume "
         f"--trainer.callbacks.accept=[{word}] (in Python: ExactResume(accept=[{word!r}]))"
     )
@@ -98,7 +100,7 @@ def compare_callbacks(trainer: L.Trainer, checkpoint: Facts, accept: Collection[
         )
     if checkpoint.get("optimizer_plan") and not has(trainer, "OptimizerPlan"):
         members = " + ".join(checkpoint["optimizer_plan"])
-        raise ValueError(
+        raise UsageError(
             f"the optimizers of the checkpoint's run ({members}) were a callback's, which is "
             "missing here; give the callbacks of that run again: --config RUN/config.yaml before "
             "--ckpt_path, or --trainer.callbacks+=OptimizerPlan ..."

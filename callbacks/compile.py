@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from ravine.errors import UsageError
 from ravine.strategies.recompute import in_sequence, stacked
 
 from .transforms import Transform
@@ -39,7 +40,7 @@ class Compile(Transform):
     ) -> None:
         """Choose."""
         if backend != "inductor" and mode != "default":
-            raise ValueError(
+            raise UsageError(
                 f"Compile: mode={mode!r} is a mode of inductor, and backend={backend!r} has none; "
                 "type --trainer.callbacks.mode=default, or --trainer.callbacks.backend=inductor"
             )
@@ -64,7 +65,7 @@ class Compile(Transform):
             parts = [part for part in parts if any(True for _ in part.parameters())]
         if not parts:
             what = "no net with blocks (a ModuleDict or ModuleList)" if self.blocks else "no net"
-            raise ValueError(
+            raise UsageError(
                 f"Compile: {type(module).__name__} has {what}; "
                 + ("type --trainer.callbacks.blocks=false" if self.blocks else "leave it out")
             )

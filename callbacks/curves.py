@@ -9,6 +9,8 @@ import lightning as L
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 from .checks import before_training
 from .progress import log_interval
 from .showing import run_folder
@@ -137,7 +139,7 @@ class Curves(Recorded):
         wanted = [n for n in self.metrics or () if n[:4] != "val/"]
         missing = [n for n in wanted if n not in metrics]
         if missing and missing == wanted:
-            raise ValueError(
+            raise UsageError(
                 f"Curves: {type(module).__name__} logs none of {', '.join(missing)}, but "
                 f"{', '.join(sorted(metrics)) or 'nothing'}; type --trainer.callbacks.metrics=[...]"
             )

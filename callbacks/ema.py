@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ravine.errors import UsageError
 from ravine.strategies.checkpoint_error import CheckpointError
 from ravine.strategies.checkpoint_form import kind_mismatches
 
@@ -52,7 +53,7 @@ class EMA(Callback):
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         """Set the horizon: about 1 / (1 - decay) optimizer steps."""
         if not 0 <= decay < 1:
-            raise ValueError(f"EMA: decay={decay} is outside [0, 1); set e.g. 0.999")
+            raise UsageError(f"EMA: decay={decay} is outside [0, 1); set e.g. 0.999")
         self.decay = decay
         self.warmup = warmup
         self.steps = 0
@@ -68,7 +69,7 @@ class EMA(Callback):
         both = [c for c in trainer.callbacks if isinstance(c, EMA)]  # pyright: ignore[reportAttributeAccessIssue]
         if len(both) > 1:
             decays = " and ".join(f"EMA(decay={ema.decay})" for ema in both)
-            raise ValueError(f"one average a run: there are {decays}; leave one of them out")
+            raise UsageError(f"one average a run: there are {decays}; leave one of them out")
         for other in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             two: Any = getattr(other, "optimizers_with_two_sets", None)
             if stage == "fit" and two is not None:
@@ -165,7 +166,7 @@ class EMA(Callback):
         self.other = {}
         for name, weight in followed(module, self._saved):
             if name not in self._saved:
-                raise ValueError(
+                raise UsageError(
                     f"EMA: the checkpoint does not know {name}; it was written with other "
                     "trainable parameters; resume it with the callbacks that it was trained with"
                 )
@@ -214,7 +215,7 @@ def _odd(saved: Any) -> str:
 def refuse_two_sets(names: list[str]) -> None:
     """ValueError if an optimizer keeps separate weights for evaluation."""
     if names:
-        raise ValueError(
+        raise UsageError(
             f"EMA and {names[0]} would both decide which weights are evaluated: {names[0]} keeps "
             "an average of its own; allowed: one of the two; take EMA out of trainer.callbacks, or "
             "choose an optimizer such as AdamW"

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 BLOCK = 256  # rows of a triangular matrix multiplied at once
 ROWS = 1024  # of the kernel matrix at once: 8 MB a thousand columns
 
@@ -98,7 +100,7 @@ def frechet(moments: Moments, other: Gaussian) -> Tensor:
 
 def _at_least_two(count: int) -> None:
     if count < 2:
-        raise ValueError(
+        raise UsageError(
             f"a distance of {count} images is not defined; allowed: 2 or more; give more"
         )
 

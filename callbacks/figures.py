@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 from PIL import Image
 
+from ravine.errors import UsageError
+
 from .checks import before_training
 from .showing import run_folder, show
 
@@ -23,7 +25,7 @@ class Figures(L.Callback):
         """Refuse a module that draws nothing."""
         before_training(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "figures", None)):
-            raise ValueError(
+            raise UsageError(
                 f"Figures needs a module with a method figures(), and {type(pl_module).__name__} "
                 "has none; take Figures out of trainer.callbacks"
             )

@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ravine.errors import UsageError
+
 from .checks import before_training
 from .feature_statistics import Gaussian, Moments, frechet, kernel_distance
 from .inception import SHA256, Inception, Layer, weights
@@ -83,7 +85,7 @@ class FrechetDistance(L.Callback):
         for name, value, least in (("n", n, 2), ("reference", reference or 2, 2),
                                    ("batch_size", batch_size, 1)):  # fmt: skip
             if value < least:
-                raise ValueError(
+                raise UsageError(
                     f"FrechetDistance: {name} is {value}; allowed: {least} or more; type "
                     f"--trainer.callbacks.{name}={max(least, 1000 if name == 'n' else least)}"
                 )
@@ -100,21 +102,21 @@ class FrechetDistance(L.Callback):
         before_training(trainer, pl_module, stage)
         self._known = None
         if not callable(getattr(pl_module, "sample_images", None)):
-            raise ValueError(
+            raise UsageError(
                 "FrechetDistance needs a module with a method sample_images(index, labels), and "
                 f"{type(pl_module).__name__} has none; take FrechetDistance out of "
                 "trainer.callbacks"
             )
         data: Any = getattr(trainer, "datamodule", None)
         if not callable(getattr(data, "pictures", None)):
-            raise ValueError(
+            raise UsageError(
                 'FrechetDistance needs a datamodule with a method pictures("train"), and '
                 f"{type(data).__name__ if data else 'none'} is given; type --data=ImageDataModule"
             )
         refuse_without_validation(trainer, "FrechetDistance", stage)
         for part in ("train", "test"):
             if (count := len(data.pictures(part)[0])) < 2:
-                raise ValueError(
+                raise UsageError(
                     f"FrechetDistance: the {part} part has {count} image{'s' * (count != 1)}, and "
                     "a covariance needs 2; allowed: parts of 2 images or more; add images, type "
                     "--data.test_fraction=0.5, or take FrechetDistance out of trainer.callbacks"
@@ -140,7 +142,7 @@ class FrechetDistance(L.Callback):
                 images = module.sample_images(torch.arange(2, device=module.device), labels)
             features = extractor(checked(images, 2, type(module).__name__).to(work.device))
             if features.shape[1:] != real.mean.shape:
-                raise ValueError(
+                raise UsageError(
                     f"FrechetDistance: samples have features {tuple(features.shape[1:])} and the "
                     f"data's images {tuple(real.mean.shape)}; sample images of the data's size"
                 )

@@ -27,6 +27,8 @@ from torch.distributed import ProcessGroup, all_reduce
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ravine.errors import UsageError
+
 from .checks import before_training
 from .nan_guard import NonFiniteError, StepsLeftOut
 from .patching import patch, unpatch
@@ -134,18 +136,18 @@ class GradientClipping(Callback):
     ) -> None:
         """Set the bound."""
         if max_norm is not None and max_value is not None:
-            raise ValueError(
+            raise UsageError(
                 f"GradientClipping: max_norm={max_norm} and max_value={max_value}; set one of them"
             )
         for name, bound in (("max_norm", max_norm), ("max_value", max_value)):
             if bound is not None and not bound > 0:
-                raise ValueError(
+                raise UsageError(
                     f"GradientClipping: {name}={bound} must be positive; set e.g. {name}=1.0"
                 )
         self.max_norm = 1.0 if max_norm is None and max_value is None else max_norm
         self.max_value = max_value
         if patience is not None and patience < 0:
-            raise ValueError(
+            raise UsageError(
                 f"GradientClipping: patience={patience} is negative; set 0 to look at nothing"
             )
         self.patience = patience
@@ -174,12 +176,12 @@ class GradientClipping(Callback):
                 Console().print(line, soft_wrap=True)
             return
         if trainer.gradient_clip_val is not None:
-            raise ValueError(
+            raise UsageError(
                 f"gradients would be clipped twice: by {self} and by gradient_clip_val="
                 f"{trainer.gradient_clip_val}; leave out --trainer.gradient_clip_val"
             )
         if not pl_module.automatic_optimization:
-            raise ValueError(
+            raise UsageError(
                 f"{type(pl_module).__name__} steps its own optimizers (manual optimization), where "
                 "GradientClipping is never asked; call self.clip_gradients in its training_step"
             )

@@ -17,6 +17,8 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
+from ravine.errors import MissingFileError, UsageError
+
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
@@ -31,7 +33,7 @@ def weights(given: str | None = None, trainer: L.Trainer | None = None) -> tuple
     if given is not None:
         path = Path(given).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"no file {path}; give InceptionV3's weights in torch-fidelity's layout, "
                 f"{FILE}: {URL}"
             )
@@ -48,7 +50,7 @@ def weights(given: str | None = None, trainer: L.Trainer | None = None) -> tuple
     found = found or _whole(places)
     if found is None:
         looked = "; ".join(str(path) for path in places)
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"InceptionV3's weights were not found; looked at: {looked}; {URL} ({why}); ways "
             f"out: run once with a network; or put {FILE} at {hub}; or type "
             "--trainer.callbacks.weights=FILE; or measure in features of your own: "
@@ -100,7 +102,7 @@ class Inception(nn.Module):
             )
         except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
+            raise UsageError(
                 f"{path} holds no InceptionV3 in torch-fidelity's layout ({why}); fetch {URL}"
             ) from None
 

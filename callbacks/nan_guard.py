@@ -15,15 +15,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ravine.errors import RunError, UsageError
 from ravine.strategies.saving import non_finite
 
 from .checks import before_training
 
 
-class NonFiniteError(RuntimeError):
-    """Training went to NaN or infinity; the text says where. A command ends with `exit_status`."""
-
-    exit_status = 1
+class NonFiniteError(RunError):
+    """Training went to NaN or infinity; the text says where."""
 
 
 class StepsLeftOut:
@@ -68,7 +67,7 @@ class NaNGuard(Callback):
     def __init__(self, skip: int = 3) -> None:
         """Set the number of steps that may be lost."""
         if skip < 0:
-            raise ValueError(f"NaNGuard: skip={skip} is negative; set 0 to stop at the first")
+            raise UsageError(f"NaNGuard: skip={skip} is negative; set 0 to stop at the first")
         self.skip = skip
         self.skipped = 0
         self._left_out = StepsLeftOut()

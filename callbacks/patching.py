@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import lightning as L
 
+from ravine.errors import UsageError
+
 
 class _Patch(NamedTuple):
     owner: L.Callback
@@ -48,7 +50,7 @@ def patch(
     """
     holder = owner_of(trainer, module, name)
     if holder is not None and holder is not owner:
-        raise ValueError(
+        raise UsageError(
             f"{type(holder).__name__} and {type(owner).__name__} both decide {name}: keep one of"
             " the two in trainer.callbacks"
         )

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ravine.errors import UsageError
+
 from .checks import before_training
 from .showing import run_folder
 
@@ -50,7 +52,7 @@ class PredictionTable(L.Callback):
                 self.rows.append(row)
             elif isinstance(row, tuple) and names is not None:
                 if len(row) != len(names):
-                    raise ValueError(
+                    raise UsageError(
                         f"PredictionTable: predict_step of {type(pl_module).__name__} gave a row "
                         f"of {len(row)} values, and its `columns` are {len(names)}: "
                         f"{', '.join(names)}; give each row one value a column"

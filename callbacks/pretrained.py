@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from ravine.errors import MissingFileError, UsageError
 from ravine.strategies import sharded, states
 from ravine.strategies.checkpoint_form import kind_mismatches
 from ravine.strategies.checkpoint_io import SUFFIX, AtomicCheckpointIO, reading_together
@@ -50,7 +51,7 @@ class Pretrained(Transform):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Announce the phase; refuse a module that cannot read weights."""
         if not self._whole and not callable(getattr(pl_module, "load_pretrained", None)):
-            raise ValueError(
+            raise UsageError(
                 f"{type(pl_module).__name__} has no method load_pretrained(path); give it one, or "
                 "a checkpoint (.ckpt), or take Pretrained out of trainer.callbacks"
             )
@@ -61,7 +62,7 @@ class Pretrained(Transform):
         self.missing = None
         try:
             if self._whole and not Path(self.path).is_file():
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"no checkpoint {self.path}; type --trainer.callbacks.path=FILE"
                 )
             if not _reads_without_values(module, self._whole):
@@ -82,7 +83,7 @@ class Pretrained(Transform):
                 found = (non_finite([(later, block)]) for block in blocks(parameter))
                 name = next(filter(None, found), None)
         if name:
-            raise ValueError(
+            raise UsageError(
                 f"{self.path} cannot be trained on: {name} is not finite; allowed: weights without"
                 " NaN and infinity; type --trainer.callbacks.path=FILE"
             )
@@ -127,12 +128,12 @@ def fill(module: L.LightningModule, path: str) -> None:
     changed = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys()
     if changed:
         names = [checkpoint["transforms"][phase]["class"] for phase in sorted(changed)]
-        raise ValueError(
+        raise UsageError(
             f"{path} was changed by {' and '.join(names)}; allowed: plain weights; type "
             f"lightning export --merge --ckpt_path={path} --folder=FOLDER"
         )
     if wrong := kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {})):
-        raise ValueError(
+        raise UsageError(
             f"{path} holds no weights of this {type(module).__name__}: {wrong}; allowed: a"
             " checkpoint of this model; type --trainer.callbacks.path=FILE"
         )
@@ -150,7 +151,7 @@ def fill(module: L.LightningModule, path: str) -> None:
     odd += [f"{name} is only there" for name in wrong.unexpected_keys]
     if odd:
         more = f"; and {len(odd) - 4} more" if len(odd) > 4 else ""
-        raise ValueError(
+        raise UsageError(
             f"the weights in {path} do not fit this {type(module).__name__}: "
             f"{'; '.join(odd[:4])}{more}; allowed: a checkpoint of this model; "
             "type --trainer.callbacks.path=FILE"
@@ -166,7 +167,7 @@ def refuse_other_sizes(module: L.LightningModule, checkpoint: dict[str, Any], pa
     saved, here = checkpoint.get("hyper_parameters", {}), dict(module.hparams)
     other = {key: saved[key] for key in saved.keys() & here.keys() if saved[key] != here[key]}
     flags = " ".join(f"--model.{key}={other[key]}" for key in sorted(other) if key[0] != "_")
-    raise ValueError(
+    raise UsageError(
         f"the weights in {path} have other sizes than this {type(module).__name__}: {wrong}; "
         f"allowed: a model of the checkpoint's sizes; type {flags or 'its own arguments'}, or "
         "another checkpoint: --trainer.callbacks.path=FILE"

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ravine.errors import UsageError
 from ravine.strategies.share import Share
 
 from .accumulation import optimizer_steps, scheduler_of
@@ -64,7 +65,7 @@ class ProgressBar(Base):
         """Say nothing yet."""
         super().__init__()
         if refresh < 1:
-            raise ValueError(f"refresh is {refresh}; allowed are 1, 2, 3, ...: type refresh: 10")
+            raise UsageError(f"refresh is {refresh}; allowed are 1, 2, 3, ...: type refresh: 10")
         self.refresh = refresh
         self.enabled = True
         self.bar: Progress | None = None

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from ravine.errors import UsageError
 from ravine.strategies.checkpoint_error import CheckpointError
 from ravine.strategies.checkpoint_form import (
     changed_kinds,
@@ -85,7 +86,7 @@ class ExactResume(Callback):
         """The seed is that of `seed_everything`."""
         self.accept = [accept] if isinstance(accept, str) else list(accept or ())
         if unknown := [word for word in self.accept if word not in ACCEPTED]:
-            raise ValueError(
+            raise UsageError(
                 f"ExactResume: accept={unknown[0]!r}; allowed: {', '.join(ACCEPTED)}; "
                 f"type --trainer.callbacks.accept=[{ACCEPTED[0]}]"
             )

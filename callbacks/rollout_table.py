@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ravine.errors import UsageError
+
 from .checks import before_training
 from .predictions import plain
 from .showing import run_folder
@@ -36,7 +38,7 @@ class RolloutTable(L.Callback):
         """Choose when and how many."""
         for name, value in (("every", every), ("count", count)):
             if value < 1:
-                raise ValueError(f"RolloutTable: {name} is {value}; allowed: 1 or more; type 10")
+                raise UsageError(f"RolloutTable: {name} is {value}; allowed: 1 or more; type 10")
         self.every, self.count = every, count
         self.step, self.shown = 0, -1
         self.folder: Path | None = None
@@ -46,7 +48,7 @@ class RolloutTable(L.Callback):
         """Refuse a module that has no samples."""
         before_training(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "samples", None)):
-            raise ValueError(
+            raise UsageError(
                 f"RolloutTable needs a module with a method samples(), and "
                 f"{type(pl_module).__name__} has none; take RolloutTable out of trainer.callbacks"
             )

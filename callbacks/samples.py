@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning as L
 
+from ravine.errors import UsageError
+
 from .checks import before_training
 from .showing import run_folder, show
 from .validations import refuse_without_validation
@@ -30,7 +32,7 @@ class Samples(L.Callback):
         """Refuse a module without `generate`, unknown arguments, and a fit without validation."""
         before_training(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "generate", None)):
-            raise ValueError(
+            raise UsageError(
                 f"Samples needs a module with a method generate(), and {type(pl_module).__name__} "
                 "has none; take Samples out of trainer.callbacks"
             )
@@ -81,7 +83,7 @@ def refuse_unknown_arguments(module: Any, arguments: dict[str, Any]) -> None:
         names = [name for name in signature.parameters if name != "show"]
         wrong = [name for name in arguments if name not in signature.parameters]
         near = get_close_matches(wrong[0], names, n=1) if wrong else []
-        raise ValueError(
+        raise UsageError(
             f"Samples: generate() of {type(module).__name__}: {error}; allowed: "
             f"{', '.join(names)}; "
             + (

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ravine.errors import UsageError
 from ravine.strategies.share import Share
 
 from .feature_statistics import Moments
@@ -60,7 +61,7 @@ class SharedFeatures:
                 kept.append(block if missing >= len(block) else block[:missing].clone())
             sums.add(block)
         if not sums.second.isfinite().all():
-            raise ValueError(
+            raise UsageError(
                 f"{type(self.extractor).__name__} gave features that are not finite; a distance "
                 "cannot be measured in them: give another extractor, or weights that are whole"
             )
@@ -76,7 +77,7 @@ class SharedFeatures:
             index = torch.arange(first, min(count, first + self.batch_size))
             features = self.extractor(images(index).to(self.device))  # (b d)
             if features.dim() != 2 or len(features) != len(index):
-                raise ValueError(
+                raise UsageError(
                     f"{type(self.extractor).__name__} made {tuple(features.shape)} of "
                     f"{len(index)} images; features must be (images, numbers of each)"
                 )
@@ -120,12 +121,12 @@ def checked(images: Any, n: int, who: str) -> Tensor:
     shape = tuple(getattr(images, "shape", ()))
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4:
         kind = f"{images.dtype} of shape {shape}" if shape else type(images).__name__
-        raise ValueError(
+        raise UsageError(
             f"sample_images of {who} gave {kind}; it must give uint8 images (n c y x): round them "
             "with ravine.datamodules.images.to_uint8"
         )
     if len(images) != n:
-        raise ValueError(f"sample_images of {who} gave {len(images)} images of {n} asked for")
+        raise UsageError(f"sample_images of {who} gave {len(images)} images of {n} asked for")
     return images
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
+from ravine.errors import UsageError
 from ravine.strategies.materialize import values_of
 
 
@@ -66,7 +67,7 @@ def refuse_sharded(module: nn.Module, what: str) -> None:
     """Raise if parameters are spread over a mesh already."""
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
-            raise ValueError(
+            raise UsageError(
                 f"{what}: {name} is spread over ranks already; do it to the whole module, before "
                 "the strategy shards it (as a callback in trainer.callbacks)"
             )
@@ -90,7 +91,7 @@ def refuse_unlike(name: str, layer: nn.Module, kind: type[nn.Module], what: str)
     elif weight is not None and weight.is_meta and values_of(weight) is None:
         reason = "has no numbers yet: it is on the device meta"
     if reason:
-        raise ValueError(
+        raise UsageError(
             f"{what}: {name} {reason}; allowed: a plain {kind.__name__} that holds its weight; "
             f"type --trainer.callbacks.exclude={name}"
         )

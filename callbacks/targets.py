@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from ravine.errors import UsageError
+
 from .optimizers.rules import kinds
 
 Patterns = str | Sequence[str]
@@ -39,7 +41,7 @@ def matching(patterns: Patterns, names: Sequence[str], whose: str) -> list[str]:
     for pattern in listed(patterns):
         if not any(hits(pattern, name) for name in names):
             near = ", ".join(nearest(pattern, names))
-            raise ValueError(
+            raise UsageError(
                 f"{whose}: {pattern!r} matches nothing; nearest: {near}; "
                 f"type --trainer.callbacks.{whose.rpartition('.')[2]}=NAME"
             )

@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
+from ravine.errors import MissingFileError, RunError, UsageError
 from ravine.strategies.materialize import deferred, materialize
 
 from .patching import living, owner_of, patch, unpatch
@@ -64,23 +65,23 @@ def register(
     """
     name, ledger = type(owner).__name__, _ledger(module)
     if phase not in PHASES:
-        raise ValueError(f"{name}: no phase {phase!r}; phases are {', '.join(PHASES)}")
+        raise UsageError(f"{name}: no phase {phase!r}; phases are {', '.join(PHASES)}")
     if phase in ledger.applied:
         if ledger.applied[phase] == identity:
             return
-        raise ValueError(
+        raise UsageError(
             f"{name}: {phase} was applied to this {type(module).__name__} with"
             f" {ledger.applied[phase]}, now it is asked for with {identity}: make a new module"
         )
     late = [done for done in ledger.applied if PHASES.index(done) > PHASES.index(phase)]
     if late:
-        raise ValueError(
+        raise UsageError(
             f"{name}: {phase} comes before {late[0]}, which was already applied to this"
             f" {type(module).__name__}: make a new module, or use both in one trainer"
         )
     other = ledger.pending.get(phase)
     if other is not None and other.owner is not owner and living(trainer, other.owner):
-        raise ValueError(f"{type(other.owner).__name__} and {name} both {phase}: keep one of them")
+        raise UsageError(f"{type(other.owner).__name__} and {name} both {phase}: keep one of them")
     ledger.pending[phase] = _Pending(function, owner, identity, without_values)
     _wrap(trainer, module, owner)
 
@@ -113,7 +114,7 @@ def _apply(trainer: L.Trainer, module: L.LightningModule) -> None:
         if pending is None or not living(trainer, pending.owner):
             continue
         if sharded:
-            raise ValueError(
+            raise UsageError(
                 f"{type(pending.owner).__name__}: {name} shards its parameters in configure_model,"
                 f" too early for {phase}: leave it to --trainer.strategy zero3"
             )
@@ -125,7 +126,7 @@ def _apply(trainer: L.Trainer, module: L.LightningModule) -> None:
     strategy = trainer.strategy
     shards_by_itself = hasattr(strategy, "parallelize")  # ravine.strategies.MeshStrategy
     if isinstance(strategy, ModelParallelStrategy) and not shards_by_itself and not sharded:
-        raise ValueError(
+        raise UsageError(
             f"{type(strategy).__name__} shards nothing by itself and neither does {name}: each rank"
             " would train alone; use --trainer.strategy zero3"
         )
@@ -139,7 +140,7 @@ def fill_in(module: torch.nn.Module) -> None:
 def check(module: L.LightningModule, phase: str, owner: L.Callback) -> None:
     """Raise if a registered phase was not applied by the time the run begins."""
     if phase not in _ledger(module).applied:
-        raise RuntimeError(
+        raise RunError(
             f"{type(owner).__name__}: {phase} was registered and not applied; something replaced"
             f" {type(module).__name__}.configure_model after setup"
         )
@@ -160,21 +161,21 @@ def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         key=lambda item: PHASES.index(item[0]) if item[0] in PHASES else -1,
     ):
         if phase not in PHASES:
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint's net was changed in a phase {phase!r}; known: "
                 f"{', '.join(PHASES)}; read it with the version that wrote it"
             )
         if phase == "load" and not partial:
             continue
         if saved["class"] not in known:
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint was trained with {saved['class']}; known: {', '.join(known)}; "
                 "import the file that defines it first"
             )
         transform = known[saved["class"]](**saved["arguments"])
         transform.transform(module)
         if getattr(transform, "missing", None) is not None:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"the adapters belong to the weights in {saved['arguments']['path']}, and from "
                 f"{Path.cwd()} there is no such file; go where they were trained, or copy it here"
             )
@@ -194,7 +195,7 @@ def refuse_other_phases(module: L.LightningModule, checkpoint: dict[str, Any]) -
             continue
         name, theirs = saved[phase]["class"], saved[phase]["arguments"]
         if phase not in ledger.applied:
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint was trained with {name}, which is not here; give it as it was,"
                 f" with {theirs}; type --trainer.callbacks+={name}"
             )
@@ -204,9 +205,9 @@ def refuse_other_phases(module: L.LightningModule, checkpoint: dict[str, Any]) -
         if wrong:
             there = ", ".join(f"{key}={theirs.get(key)}" for key in wrong)
             here = ", ".join(f"{key}={ours[key]}" for key in wrong)
-            raise ValueError(f"{name} was trained with {there}, here is {here}; give the former")
+            raise UsageError(f"{name} was trained with {there}, here is {here}; give the former")
     if "adapt" in saved and "quantize" in ledger.applied and "quantize" not in saved:
-        raise ValueError(
+        raise UsageError(
             "the checkpoint's adapters belong to weights that were not quantized; take"
             " Quantization out of trainer.callbacks"
         )
@@ -215,7 +216,7 @@ def refuse_other_phases(module: L.LightningModule, checkpoint: dict[str, Any]) -
     known = {_float(name) for name in ledger.names | module.state_dict().keys()}
     odd = sorted({_float(name) for name in checkpoint.get("state_dict", {})} - known)
     if odd:
-        raise ValueError(
+        raise UsageError(
             f"the checkpoint has {', '.join(odd[:3])}, and this {type(module).__name__} has not;"
             " give it the sizes that it was trained with"
         )

@@ -4,7 +4,6 @@ import enum
 import inspect
 import shutil
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
@@ -27,10 +26,11 @@ import ravine.callbacks
 import ravine.datamodules
 import ravine.lightning_modules
 import ravine.strategies  # bare class names are found among what is imported
+from ravine.errors import RunError, UsageError
 from ravine.strategies.agreement import flatten
 
 from . import diagnosis, newest, presets, saved_config, trust
-from .errors import Mistake, original, program
+from .errors import by_parser, original, program
 from .newest import given
 from .saved_config import SavedConfig
 from .trainer import ELSEWHERE, Trainer, check_links
@@ -77,12 +77,8 @@ def constructors_first(fail: Callable[..., NoReturn]) -> Callable[..., NoReturn]
     The parser keeps the first error alone: of `str | Strategy` the one of `str`.
     """
 
-    def by_parser(error: Exception) -> bool:
-        frames = traceback.extract_tb(original(error).__traceback__)
-        return bool(frames) and "jsonargparse" in Path(frames[-1].filename).parts
-
     def failed(subtypes: Any, value: Any, errors: list[Exception]) -> NoReturn:
-        fail(subtypes, value, sorted(errors, key=by_parser))
+        fail(subtypes, value, sorted(errors, key=lambda e: by_parser(original(e))))
 
     return failed
 
@@ -131,10 +127,9 @@ class Command(LightningCLI):
             return
         plans = [c for c in cast(Any, self.trainer).callbacks if hasattr(c, "print_groups")]
         if not plans:
-            raise Mistake(
+            raise UsageError(
                 "--print_groups, and no callback plans the optimizers: the model has its own",
-                [],
-                "--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW",
+                flag="--trainer.callbacks+=OptimizerPlan --trainer.callbacks.optimizer=AdamW",
             )
         for plan in plans:
             plan.print_groups = True
@@ -144,10 +139,10 @@ class Command(LightningCLI):
         argv: list[str] = args  # type: ignore
         saved = saved_config.saved(self.checkpoint) if self.checkpoint else {}
         if self.checkpoint and not saved and not any(g.key[:5] == "model" for g in given(argv)):
-            raise Mistake(
+            raise UsageError(
                 f"{self.checkpoint} does not say which model it holds: no command has written it",
-                [],
-                f"{program()} {argv[0]} --ckpt_path={self.checkpoint} --model=NAME --data=NAME",
+                flag=f"{program()} {argv[0]} --ckpt_path={self.checkpoint} --model=NAME "
+                "--data=NAME",
             )
         admitted = trust.Trust(self.trusted, trust.named_in(given(argv)))
         typed = {each.key for each in given(argv)}
@@ -244,7 +239,7 @@ def refuse_removed(trainer: Trainer, error: BaseException) -> None:
         ) from error
 
 
-class RunFolderRemoved(RuntimeError):
+class RunFolderRemoved(RunError):
     """The folder of a run was removed before its end."""
 
 

@@ -22,8 +22,10 @@ from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
+from ravine.errors import UsageError
+
 from . import presets, typehints
-from .errors import Mistake, program, unknown
+from .errors import program, unknown_name
 from .given import Given, in_environment, in_words
 
 SPEC = ("class_path", "init_args", "dict_kwargs")
@@ -82,7 +84,7 @@ class Diagnosis:
             return
         if any(given.key.startswith(f"{key}.") for key, hint in hints.items() if hint):
             fix = f"--{given.key}={given.text}"
-            raise Mistake(f"{given.place}: no variable reaches inside a class", [], fix)
+            raise UsageError(f"{given.place}: no variable reaches inside a class", flag=fix)
         self.key(self.parser, "", given.key, given)
 
     def key(self, parser: ArgumentParser, owner: str, key: str, given: Given) -> None:
@@ -114,12 +116,12 @@ class Diagnosis:
 
     def no_argument(
         self, owner: str, section: str, wrong: str, names: set[str], given: Given
-    ) -> Mistake:
+    ) -> UsageError:
         """The mistake of a key that does not exist, of the command or of a class."""
         names -= {"config", "print_config"}
         kind = self.chosen[owner][0].__name__ if owner in self.chosen else section or self.command
         what = f"{given.place}: {kind} has no argument {wrong!r}"
-        return unknown(what, wrong, names, lambda right: given.renamed(wrong, right), "KEY")
+        return unknown_name(what, wrong, names, lambda right: given.renamed(wrong, right), "KEY")
 
     def value(self, hint: Any, key: str, rest: list[str], given: Given) -> None:
         """Hold a value against the type ``hint`` of the argument ``key``, or of one inside it."""
@@ -132,7 +134,7 @@ class Diagnosis:
                 self.key(typehints.arguments(*self.chosen[key]), key, ".".join(rest), given)
             elif name := TAKERS.get(key):
                 fix = f"--{key}={name} {given.renamed('', '')}"
-                raise Mistake(f"{given.place}: no class is named that could take it", [], fix)
+                raise UsageError(f"{given.place}: no class is named that could take it", flag=fix)
         elif isinstance(given.node, yaml.SequenceNode) and kinds and typehints.takes_list(hint):
             for each in given.items():
                 self.chosen.pop(key, None)
@@ -151,7 +153,7 @@ class Diagnosis:
         elif hint is not None and not typehints.accepts(hint, given.value):
             what = f"{given.place}: {given.name} cannot be {given.shown}"
             values, example = typehints.described(hint), typehints.sample(hint)
-            raise unknown(what, given.text, values, given.valued, example)
+            raise unknown_name(what, given.text, values, given.valued, example)
 
     def _names_class(self, hint: Any, given: Given) -> bool:
         return given.node.tag.endswith(":str") and str not in typehints.members(hint)
@@ -162,14 +164,14 @@ class Diagnosis:
         if "class_path" in inside:
             self.choose(kinds, key, inside["class_path"])
         if key not in self.chosen:
-            raise Mistake(f"{given.place}: it names no class", [], "class_path: NAME")
+            raise UsageError(f"{given.place}: it names no class", flag="class_path: NAME")
         stray = [each for name, each in inside.items() if name not in SPEC]
         if stray and "class_path" in inside:
             fix = f"init_args: {{{stray[0].name}: {stray[0].text}}}"
-            raise Mistake(f"{stray[0].place}: arguments stand under init_args", SPEC, fix)
+            raise UsageError(f"{stray[0].place}: arguments stand under init_args", SPEC, flag=fix)
         if "init_args" in inside and not isinstance(inside["init_args"].node, yaml.MappingNode):
             what = f"{inside['init_args'].place}: it must map arguments to values"
-            raise Mistake(what, [], "init_args: {KEY: VALUE}")
+            raise UsageError(what, flag="init_args: {KEY: VALUE}")
         for each in inside["init_args"].items() if "init_args" in inside else stray:
             self.key(typehints.arguments(*self.chosen[key]), key, each.name, each)
 
@@ -187,10 +189,10 @@ class Diagnosis:
             self.chosen[key] = (kind, next(n for base, n in kinds if issubclass(kind, base)))
 
 
-def no_name(given: Given, what: str, names: Iterable[str], before: str = "") -> Mistake:
+def no_name(given: Given, what: str, names: Iterable[str], before: str = "") -> UsageError:
     """The mistake of a name that nothing has."""
     name = given.text.removeprefix(before)
-    return unknown(
+    return unknown_name(
         f"{given.place}: {what}", name, names, lambda n: given.valued(before + n), "NAME"
     )
 
@@ -208,9 +210,9 @@ def imported(given: Given, base: str, bases: tuple[type, ...]) -> Any:
             files = [file.stem for file in Path().glob("[!.]*.py")]
             what = f"{given.place}: no module is called {missing!r}, in this folder or installed"
             fix = lambda file: given.valued(f"{file}.{name}")  # noqa: E731
-            raise unknown(what, missing, files, fix, "FILE") from error
+            raise unknown_name(what, missing, files, fix, "FILE") from error
         why = f"importing {path} ends in {type(error).__name__}: {error}"
-        raise Mistake(f"{given.place}: {why}", [], f'python -c "import {path}"') from error
+        raise UsageError(f"{given.place}: {why}", flag=f'python -c "import {path}"') from error
     known = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, bases)}
     kind = getattr(module, name, None)
     if kind is None:
@@ -220,7 +222,7 @@ def imported(given: Given, base: str, bases: tuple[type, ...]) -> Any:
     return kind
 
 
-def stated(message: str, command: str, chosen: Iterable[tuple[str, type]]) -> Mistake:
+def stated(message: str, command: str, chosen: Iterable[tuple[str, type]]) -> UsageError:
     """What the parser says of a mistake that stands nowhere: something is missing.
 
     Args:
@@ -232,12 +234,12 @@ def stated(message: str, command: str, chosen: Iterable[tuple[str, type]]) -> Mi
         key = found[1].removeprefix(f"{command}.")
         for above, kind in chosen:
             if key in inspect.signature(kind).parameters:
-                return Mistake(f"{kind.__name__} needs {key!r}", [], f"--{above}.{key}=VALUE")
+                return UsageError(f"{kind.__name__} needs {key!r}", flag=f"--{above}.{key}=VALUE")
         config = "--config shakespeare/quick" if command == "fit" else "--ckpt_path=FILE"
-        return Mistake(f"no {key} was given", [], f"{program()} {command} {config}")
+        return UsageError(f"no {key} was given", flag=f"{program()} {command} {config}")
     if found := re.search(r"argument (--[\w.]+)\S*: expected one argument", message):
-        return Mistake(f"on the command line, {found[1]}: no value", [], f"{found[1]}=VALUE")
+        return UsageError(f"on the command line, {found[1]}: no value", flag=f"{found[1]}=VALUE")
     if found := re.search(r"unrecognized arguments: (\S+)", message):
         what = f"on the command line, {found[1]}: it belongs to no flag"
-        return Mistake(what, [], f"--KEY={found[1]}")
-    return Mistake(message.strip(), [], f"{program()} {command} --help=all")
+        return UsageError(what, flag=f"--KEY={found[1]}")
+    return UsageError(message.strip(), flag=f"{program()} {command} --help=all")

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 
-from .errors import Mistake, nearest
+from ravine.errors import UsageError, suggest_names
 
 # Read by Lightning itself (its sources hold no others), and by the front door.
 READ = (
@@ -26,11 +26,11 @@ def check(environ: Mapping[str, str], command: str, commands: Collection[str]) -
             continue
         near = meant(name, command, commands)
         value = environ[name]
-        raise Mistake(
+        raise UsageError(
             f"no environment variable is called {name}",
             near,
-            f"export {near[0]}={value}" if near else f"unset {name}",
-            "nearest",
+            flag=f"export {near[0]}={value}" if near else f"unset {name}",
+            label="nearest",
         )
 
 
@@ -43,4 +43,4 @@ def meant(name: str, command: str, commands: Collection[str]) -> list[str]:
         if rest.startswith(section + "_"):
             key = rest.removeprefix(section).lstrip("_")
             return [f"PL_{command.upper()}__{section}__{key}"]
-    return nearest(name, READ)
+    return suggest_names(name, READ)

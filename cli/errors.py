@@ -1,53 +1,32 @@
-"""A user's mistake in three parts: what was given, what is allowed, what to type."""
+"""Print the errors that a user can correct: what was given, what is allowed, what to type.
 
-import difflib
+An exception is shown without its traceback if its class is one of `ravine.errors`. Those that the
+operating system and Lightning raise are recognised by their class and by the module that raised
+them. No source file is read, so it makes no difference through which path the package is imported.
+"""
+
 import errno
-import linecache
 import os
+import re
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from opcode import opmap
 from pathlib import Path
 
+from ravine.errors import RunError, UsageError, suggest_names
+
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
-ROOT = Path(__file__).resolve().parent.parent
-OURS = [ROOT / n for n in ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")]
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of memory")
 REFUSED = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class Mistake(ValueError):
-    """Something the user can put right by typing another thing; its text says which."""
-
-    def __init__(self, given: str, names: Iterable[str], fix: str, kind: str = "allowed") -> None:
-        """Put the three parts together.
-
-        Args:
-            given: what was given, and why it cannot be
-            names: what is allowed, nearest first; may be empty
-            fix: what to type
-            kind: the word before the names
-        """
-        names = list(names)
-        middle = [f"  {kind}: {', '.join(names)}"] if names else []
-        super().__init__("\n".join([given, *middle, f"  type: {fix}"]))
-
-
-def nearest(word: str, names: Iterable[str]) -> list[str]:
-    """At most three names that ``word`` was probably meant to be, best first, whatever the case."""
-    alike = {n: difflib.SequenceMatcher(None, n.lower(), word.lower()).ratio() for n in names}
-    enough = max([0.6, *(ratio - 0.15 for ratio in alike.values())])  # 1: the same letters
-    near = [name for name in sorted(alike) if alike[name] >= enough]
-    return sorted(near, key=lambda name: -alike[name])[:3]
-
-
-def unknown(
+def unknown_name(
     given: str, word: str, names: Iterable[str], fix: Callable[[str], str], form: str
-) -> Mistake:
-    """The mistake of a name that does not exist.
+) -> UsageError:
+    """The error for a name that does not exist.
 
     Args:
         given: where the word stands, and what it is not
@@ -57,11 +36,11 @@ def unknown(
         form: what stands in the place of a name if none is near
     """
     names = list(names)
-    if near := nearest(word, names):
-        return Mistake(given, near, fix(near[0]), "nearest")
+    if near := suggest_names(word, names):
+        return UsageError(given, near, flag=fix(near[0]), label="nearest")
     more = [f"and {len(names) - 12} more"] if len(names) > 12 else []
     short = sorted(names, key=lambda name: (len(name), name))[:12]  # variants have longer names
-    return Mistake(given, [*short, *more], fix(form))
+    return UsageError(given, [*short, *more], flag=fix(form))
 
 
 def program() -> str:
@@ -85,18 +64,38 @@ def interrupted(typed: list[str]) -> int:
 
 
 def words(error: Exception, typed: list[str]) -> str:
-    """The text of an exception; that of the system does not say what to do about a full disk."""
+    """The text to print for an exception.
+
+    A UsageError takes a line for each of its parts: the problem, the allowed values, what to type.
+    The system does not say what to do about a full disk or too little memory: that is added.
+    """
     if isinstance(error, OSError) and error.errno in FULL:
         saved = getattr(error, "checkpoint", None)
         again = f"go on with --ckpt_path={saved}" if saved else "type the same again"
         lost = "" if saved or "fit" not in typed else "; no checkpoint was written"
         return f"{error}{lost}; make room, then {again}"
+    if isinstance(error, UsageError):
+        allowed = [f"  {error.label}: {', '.join(error.allowed)}"] if error.allowed else []
+        fix = [f"  type: {error.flag}"] if error.flag else [f"  {error.hint}"] if error.hint else []
+        return "\n".join([without_worker(error.problem), *allowed, *fix])
+    if isinstance(error, RunError):
+        return without_worker(str(error))
     if bad_name(error):
         return f"{bad_name(error)}; allowed: 255 bytes in each part, no NUL; type a shorter name"
     if out_of_memory(error):
         said = " ".join(str(error).split())[:120] or "no more was to be had"
         return f"out of memory: {said}; type a smaller --data.batch_size or a smaller model"
     return str(error.args[0] if isinstance(error, LookupError) else error)
+
+
+def without_worker(text: str) -> str:
+    """The message alone of an error in a process of a DataLoader: torch puts a traceback before it.
+
+    torch raises the class again in the main process, with the worker's whole traceback as text.
+    """
+    if not re.match(r"Caught \w+ in .*\nOriginal Traceback \(most recent call last\):\n", text):
+        return text
+    return text.rstrip().splitlines()[-1].partition(": ")[2]
 
 
 def bad_name(error: BaseException) -> str:
@@ -111,7 +110,7 @@ def bad_name(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the machine or the device had no memory left, however that was put."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, (MemoryError, loaded("torch", "OutOfMemoryError"))):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
@@ -137,43 +136,70 @@ def threads_silent() -> Iterator[None]:
 
 def original(error: Exception) -> Exception:
     """What a class raised while the parser built it, out of the parser's own wrapping."""
-    while error.__traceback__ and isinstance(error.__cause__, Exception):
-        raised = traceback.extract_tb(error.__traceback__)[-1].filename
-        if "jsonargparse" not in Path(raised).parts:
-            break
+    while isinstance(error.__cause__, Exception) and by_parser(error):
         error = error.__cause__
     return error
+
+
+def by_parser(error: BaseException) -> bool:
+    """Whether a function of jsonargparse raised the error."""
+    return raised_in(error)[0].partition(".")[0] == "jsonargparse"
+
+
+def raised_in(error: BaseException) -> tuple[str, bool]:
+    """The module of the innermost frame of a traceback, and whether a `raise` statement ended it.
+
+    The second is read from the bytecode: False for an exception of the interpreter or of a
+    function in C, such as the TypeError of `None + 1`.
+    """
+    trace = error.__traceback__
+    if trace is None:
+        return "", False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    frame, at = trace.tb_frame, trace.tb_lasti
+    stated = at >= 0 and frame.f_code.co_code[at] == opmap["RAISE_VARARGS"]
+    return frame.f_globals.get("__name__") or "", stated
+
+
+def loaded(module: str, name: str) -> type[BaseException] | tuple[()]:
+    """An exception class of a module that may not have been imported; () matches nothing."""
+    return getattr(sys.modules.get(module), name, ())
 
 
 def status(error: Exception) -> int | None:
     """Exit status of a run that ``error`` ended, or None where the traceback has to be shown.
 
-    An exception speaks for itself, without a traceback, only if the statement that raised it is a
-    ``raise`` in Ravine or in Lightning: then somebody wrote its text for the user. The same type
-    out of any other line (a bug of ours, torch, the user's own module) keeps its traceback.
+    A UsageError or a RunError carries its exit status: 2 for a mistake in what was asked, 1 for
+    what failed during the run. What the operating system refused (a full disk, a folder that may
+    not be written) and too little memory are 1.
 
-    2: a mistake in what was asked (ValueError, TypeError, LookupError, a missing file, Lightning's
-    MisconfigurationException). 1: what was asked failed on the way (any other exception of ours,
-    and what the operating system refused: a full disk, a folder that may not be written). An
-    exception of ours that knows better carries `exit_status`. RAVINE_TRACEBACK=1 shows all.
+    An exception of Lightning is 2 if a ``raise`` statement in one of its modules made it, and if
+    its class says that an argument is wrong: MisconfigurationException, ValueError, TypeError,
+    LookupError, a missing file or package; from its callbacks and connectors RuntimeError too.
+
+    Every other exception (a bug of Ravine, torch, the user's own module) keeps its traceback, a
+    ValueError of Ravine that is no UsageError included. RAVINE_TRACEBACK=1 shows all.
     """
     if os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0"):
         return None
+    if isinstance(error, UsageError | RunError):
+        return error.exit_status
     if isinstance(error, OSError) and error.errno in REFUSED:
         return 1
     if out_of_memory(error):
         return 1
     if bad_name(error):
         return 2
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    if not linecache.getline(frame.filename, frame.lineno or 0).lstrip().startswith("raise "):
+    module, stated = raised_in(error)
+    if not stated or module.partition(".")[0] != "lightning":
         return None
-    source = Path(frame.filename)
-    asked = isinstance(error, ValueError | TypeError | LookupError | FileNotFoundError)
-    if any(source.is_relative_to(folder) for folder in OURS):
-        return getattr(error, "exit_status", 2 if asked else 1)
-    lightning = getattr(sys.modules.get("lightning"), "__path__", ["lightning"])[0]
-    asked = asked or type(error).__name__ in ("MisconfigurationException", "ModuleNotFoundError")
-    if isinstance(error, RuntimeError):  # two callbacks of a kind, a metric that nobody logs
-        asked = asked or source.parent.name in ("callbacks", "connectors")
-    return 2 if asked and source.is_relative_to(lightning) else None
+    asked = (ValueError, TypeError, LookupError, FileNotFoundError, ModuleNotFoundError)
+    wrong = loaded("lightning.fabric.utilities.exceptions", "MisconfigurationException")
+    if isinstance(error, (*asked, wrong)):
+        return 2
+    # two callbacks of a kind, a metric that nobody logs
+    found = isinstance(error, RuntimeError) and {"callbacks", "connectors"} & {
+        *module.split(".")[-2:-1]
+    }
+    return 2 if found else None

@@ -11,11 +11,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ravine.errors import UsageError
 from ravine.lightning_modules import TaskModule
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError
 
 from . import merged, places, signature
-from .errors import Mistake
 from .trained import locate, prepare
 
 SCHEMES = ("int8", "nf4")
@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
     arguments = signature.read(given, known, "export")
     for name, flag in known.items():
         if flag.default is Parameter.empty and name not in arguments:
-            raise Mistake(f"export needs a {name}", [], f"--{name}=NAME")
+            raise UsageError(f"export needs a {name}", flag=f"--{name}=NAME")
     if "folder" in arguments:
         places.check(arguments["folder"], "folder", file=False)
     try:
@@ -66,9 +66,9 @@ def consolidate(path: Path, given: list[tuple[str, str]]) -> int:
     if others or not target:
         flag = f"--{others[0][0]}" if others else "a file's name"
         wrong = f"export --consolidate {'takes no ' if others else 'needs '}{flag}"
-        raise Mistake(wrong, [], f"export --ckpt_path={path} --consolidate=FILE.ckpt")
+        raise UsageError(wrong, flag=f"export --ckpt_path={path} --consolidate=FILE.ckpt")
     if Path(target).exists():
-        raise Mistake(f"{target} is there already", [], "--consolidate=ANOTHER_NAME.ckpt")
+        raise UsageError(f"{target} is there already", flag="--consolidate=ANOTHER_NAME.ckpt")
     places.check(target, "consolidate", file=True)
     files = AtomicCheckpointIO()
     files.save_checkpoint(files.load_checkpoint(path), target)

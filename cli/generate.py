@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from ravine.errors import UsageError
 from ravine.lightning_modules import TaskModule
 from ravine.lightning_modules.imaging.pictures import format_of
 
 from . import places, signature
-from .errors import Mistake, unknown
+from .errors import unknown_name
 from .trained import prepare
 
 DEVICE = {"device": str}  # flags that no task has to know
@@ -53,7 +54,9 @@ def chosen(name: str | None) -> torch.device:
     there += ["cuda"] if torch.cuda.is_available() else []
     there += ["mps"] if torch.backends.mps.is_available() else []
     if name not in there:
-        raise unknown(f"no device {name!r} is here", name, there, lambda n: f"--device={n}", "cpu")
+        raise unknown_name(
+            f"no device {name!r} is here", name, there, lambda n: f"--device={n}", "cpu"
+        )
     return torch.device(name)
 
 
@@ -67,7 +70,7 @@ def draw(
     if folder is not None:
         if Path(folder).is_dir() and any(Path(folder).iterdir()):
             wrong = f"the folder {folder} is not empty"
-            raise Mistake(wrong, ["a new one"], f"--folder={folder}_2")
+            raise UsageError(wrong, ["a new one"], flag=f"--folder={folder}_2")
         places.check(folder, "folder", file=False)
     method: Any = module.generate
     pictures = method(**arguments)
@@ -92,13 +95,15 @@ def prompts(file: Path, typed: Any) -> list[str]:
     try:
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except FileNotFoundError:
-        raise Mistake(f"no file {file}", [], "--prompt_file=FILE, one prompt a line") from None
+        raise UsageError(f"no file {file}", flag="--prompt_file=FILE, one prompt a line") from None
     except IsADirectoryError:
-        raise Mistake(f"{file} is a folder", [], "--prompt_file=FILE, one prompt a line") from None
+        raise UsageError(
+            f"{file} is a folder", flag="--prompt_file=FILE, one prompt a line"
+        ) from None
     texts = [_decoded(line.removesuffix(b"\r"), file, n) for n, line in enumerate(lines, 1)]
     found = [signature.unescape(line) for line in texts if line]
     if not found:
-        raise Mistake(f"{file} holds no prompt", [], "--prompt_file=FILE, one prompt a line")
+        raise UsageError(f"{file} holds no prompt", flag="--prompt_file=FILE, one prompt a line")
     before = [typed] if isinstance(typed, str) else list(typed or [])
     return before + found
 
@@ -107,14 +112,14 @@ def _decoded(line: bytes, file: Path, number: int) -> str:
     """The text of a line. Only a line feed ends a line, not the other line breaks of Unicode."""
     if b"\0" in line:
         wrong = f"{file}, line {number}: no text: byte 0x00 at position {line.index(0)}"
-        raise Mistake(wrong, [], f"iconv -f utf-16 -t utf-8 '{file}' > prompts.txt")
+        raise UsageError(wrong, flag=f"iconv -f utf-16 -t utf-8 '{file}' > prompts.txt")
     try:
         return line.decode()
     except UnicodeDecodeError as error:
         encoding = "utf-16" if line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
         wrong = f"{file}, line {number}: not UTF-8: byte 0x{line[error.start]:02x} at position "
         fix = f"iconv -f {encoding} -t utf-8 '{file}' > prompts.txt"
-        raise Mistake(f"{wrong}{error.start}", [], fix) from None
+        raise UsageError(f"{wrong}{error.start}", flag=fix) from None
 
 
 def show(module: TaskModule, arguments: dict[str, Any]) -> None:

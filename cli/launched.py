@@ -14,7 +14,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from .errors import Mistake
+from ravine.errors import RunError, UsageError
 
 COUNTS = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
 POLL = 0.1  # seconds between two reads of the store: Ctrl-C can interrupt between them
@@ -72,7 +72,7 @@ def from_first(ask: Callable[[], str | None] | None) -> str | None:
             ranks that wait for a path.
 
     Raises:
-        Mistake: as on rank 0, or if the command of rank 0 asks for no path.
+        UsageError: as on rank 0, or if the command of rank 0 asks for no path.
     """
     global _questions
     here = job()
@@ -88,32 +88,24 @@ def from_first(ask: Callable[[], str | None] | None) -> str | None:
         return None
     said = json.loads(_wait(_store(here), key))
     if "mistake" in said:
-        raise _Repeated(said["mistake"])
+        raise UsageError(**said["mistake"])
     if said.get("interrupted"):
         raise KeyboardInterrupt
     if not said.get("asked"):
-        raise Mistake(
+        raise UsageError(
             f"rank {here.rank} has --ckpt_path=auto or last, and rank 0 has not",
-            [],
-            "the same words on every rank",
+            flag="the same words on every rank",
         )
     return said["answer"]
 
 
-class _Repeated(Mistake):
-    """The mistake that rank 0 has found, with its text."""
-
-    def __init__(self, text: str) -> None:
-        ValueError.__init__(self, text)
-
-
 def _answer(ask: Callable[[], str | None] | None, here: Job, key: str) -> str | None:
     if ask is None:
-        with suppress(RuntimeError, Mistake):  # maybe no rank waits: a taken port is no error
+        with suppress(RuntimeError, UsageError):  # maybe no rank waits: a taken port is no error
             _store(here).set(key, json.dumps({"asked": False}))
         return None
     store = _store(here)
-    said: dict[str, Any] = {"mistake": "rank 0 could not find the checkpoint"}
+    said: dict[str, Any] = {"mistake": {"problem": "rank 0 could not find the checkpoint"}}
     try:
         said = {"asked": True, "answer": ask()}
         return said["answer"]
@@ -121,7 +113,7 @@ def _answer(ask: Callable[[], str | None] | None, here: Job, key: str) -> str | 
         said = {"interrupted": True}
         raise
     except Exception as error:
-        said = {"mistake": str(error)}
+        said = {"mistake": parts(error)}
         raise
     finally:
         store.set(key, json.dumps(said))
@@ -130,6 +122,13 @@ def _answer(ask: Callable[[], str | None] | None, here: Job, key: str) -> str | 
             if store.add(f"{key}/read", 0) == here.size - 1:
                 break
             time.sleep(POLL)
+
+
+def parts(error: Exception) -> dict[str, Any]:
+    """The arguments that make an equal UsageError on another rank; of other errors the text."""
+    if not isinstance(error, UsageError):
+        return {"problem": str(error)}
+    return {name: getattr(error, name) for name in ("problem", "allowed", "hint", "flag", "label")}
 
 
 def _store(here: Job) -> Any:
@@ -148,11 +147,11 @@ def _store(here: Job) -> Any:
         limit = timedelta(seconds=60)
         store = TCPStore(here.address, port, None, serves, limit, wait_for_workers=False)
     except (OSError, RuntimeError) as error:
-        raise Mistake(
+        raise UsageError(
             f"the ranks cannot meet at {here.address}:{port} to agree on a checkpoint:"
             f" {' '.join(str(error).split())[:100]}",
             ["a port of this address that every rank reaches"],
-            "--ckpt_path=FILE",
+            flag="--ckpt_path=FILE",
         ) from error
     _stores.append(store)
     return store
@@ -180,7 +179,7 @@ def _wait(store: Any, key: str) -> str:
         store.add(f"{key}/read", 1)
         return value
     except RuntimeError as error:
-        raise RuntimeError(
+        raise RunError(
             "rank 0 has ended before it found the checkpoint that --ckpt_path=auto or last means;"
             " allowed: a job in which rank 0 finds it; see the output of rank 0 for the cause"
         ) from error

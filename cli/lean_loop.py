@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ravine.errors import RunError
 from ravine.strategies import MeshStrategy
 from ravine.strategies.gradient_readers import free_gradients, frees_early
 
@@ -74,7 +75,7 @@ class LeanOptimization(_AutomaticOptimization):
         output = trainer.strategy.training_step(*kwargs.values())
         names["_current_fx_name"] = None
         if output is None and trainer.world_size > 1:
-            raise RuntimeError("training_step returned None: a rank cannot skip a step alone")
+            raise RunError("training_step returned None: a rank cannot skip a step alone")
         if isinstance(output, Tensor) and trainer.accumulate_grad_batches == 1:
             return ClosureResult(output)  # a division by one would be one more node to go back
         return ClosureResult.from_training_step_output(output, trainer.accumulate_grad_batches)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
+from ravine.errors import UsageError
+
 from . import environment, errors, pages, presets
 
 # A command and the module whose `run(argv) -> int` does it; one that needs no model has its own.
@@ -117,8 +119,8 @@ def split(words: list[str]) -> tuple[str, list[str], list[str]]:
             return shlex.join([errors.program(), name, *others])
 
         if not wrong:
-            raise errors.Mistake("no command was given", COMMANDS, fix("fit"))
-        raise errors.unknown(f"no command is called {wrong!r}", wrong, COMMANDS, fix, "fit")
+            raise UsageError("no command was given", COMMANDS, flag=fix("fit"))
+        raise errors.unknown_name(f"no command is called {wrong!r}", wrong, COMMANDS, fix, "fit")
     rest.remove(command)
     return command, configs, rest
 
@@ -137,7 +139,7 @@ def start(words: list[str]) -> int:
     try:
         here = os.getcwd()
     except FileNotFoundError as error:
-        raise errors.Mistake("the folder you are in has been removed", [], "cd FOLDER") from error
+        raise UsageError("the folder you are in has been removed", flag="cd FOLDER") from error
     argv = arrange(words)
     environment.check(os.environ, argv[0], COMMANDS)
     configs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
@@ -185,10 +187,9 @@ def load(module: str) -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        raise errors.Mistake(
+        raise UsageError(
             "torch and torchvision are not of one build, so torchvision cannot be imported",
-            [],
-            "pip install --force-reinstall torch torchvision",
+            flag="pip install --force-reinstall torch torchvision",
         ) from error
     finally:
         if shown:

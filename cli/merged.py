@@ -9,10 +9,10 @@ from ravine.callbacks import Quantization
 from ravine.callbacks.lora import adapters, merge
 from ravine.callbacks.quantization import quantize_module
 from ravine.datamodules.sources import whole
+from ravine.errors import UsageError
 from ravine.lightning_modules import TaskModule
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 
-from .errors import Mistake
 from .saved_config import without_transforms
 
 RUN = (  # what belongs to the run and to what changed the net, not to the model
@@ -31,11 +31,10 @@ def flatten(module: TaskModule) -> list[str]:
     state = module.state_dict()
     for one, other in tied:
         if not torch.equal(state[one], state[other]):
-            raise Mistake(
+            raise UsageError(
                 f"{one} and {other} are one weight in this model and differ once merged, so no "
                 "plain checkpoint of it can hold them",
-                [],
-                "fit with --model.tied=false, or adapters on neither of the two",
+                flag="fit with --model.tied=false, or adapters on neither of the two",
             )
     return names
 
@@ -43,14 +42,13 @@ def flatten(module: TaskModule) -> list[str]:
 def write(module: TaskModule, path: Path, folder: Path, merging: bool, scheme: str | None) -> str:
     """Write model.ckpt and model.safetensors into a folder, in float or in the scheme's bits."""
     if merging and not adapters(module):
-        raise Mistake(
+        raise UsageError(
             f"{path} holds no adapters: there is nothing to merge",
-            [],
-            "export --format=..., or --quantize=int8",
+            flag="export --format=..., or --quantize=int8",
         )
     target = folder / "model.ckpt"
     if target.exists() and target.samefile(path):
-        raise Mistake(f"{target} is what is to be exported", [], "--folder=ANOTHER")
+        raise UsageError(f"{target} is what is to be exported", flag="--folder=ANOTHER")
     flatten(module)
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     checkpoint = {key: value for key, value in checkpoint.items() if key not in RUN}

@@ -11,10 +11,10 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from ravine.errors import UsageError
 from ravine.strategies.checkpoint_io import CheckpointError, check, dated
 
 from . import presets
-from .errors import Mistake
 from .given import Given, in_environment, in_words
 from .launched import from_first
 from .restore import config_of, read
@@ -65,20 +65,19 @@ def newest(command: str, asked: str, name: str | None, root: str) -> Path | None
             say(f"--ckpt_path {asked}: {path}")
             return path
         if asked == "last":
-            raise Mistake(
+            raise UsageError(
                 f"the last checkpoint, {path}, cannot be used: {reason}",
-                [],
-                "--ckpt_path auto, which takes the newest that is whole",
+                flag="--ckpt_path auto, which takes the newest that is whole",
             )
         say(f"--ckpt_path auto: {path} is passed over: {reason}")
     if asked == "auto" and command == "fit":
         say(f"--ckpt_path auto: no checkpoint under {place} yet, starting anew")
         return None
-    raise Mistake(
+    raise UsageError(
         f"--ckpt_path {asked}: there is no checkpoint under {place}",
         sorted({str(run.parent.relative_to(root)) for run in _runs(Path(root), None)}),
-        "--trainer.name=NAME, or --ckpt_path=FILE",
-        "names with checkpoints",
+        flag="--trainer.name=NAME, or --ckpt_path=FILE",
+        label="names with checkpoints",
     )
 
 
@@ -122,5 +121,6 @@ def _judged(path: Path) -> tuple[str | None, str | None]:
         return reason, None
     try:
         return None, config_of(read(path), path).get("trainer.name")
-    except (CheckpointError, Mistake) as error:  # of another program, in a folder of one's own
-        return str(error).partition("\n")[0], None
+    except (CheckpointError, UsageError) as error:  # of another program, in a folder of one's own
+        text = error.problem if isinstance(error, UsageError) else str(error)
+        return text.partition("\n")[0], None

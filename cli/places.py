@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from .errors import Mistake
+from ravine.errors import UsageError
 
 
 def check(name: str, flag: str, file: bool) -> None:
@@ -19,4 +19,4 @@ def check(name: str, flag: str, file: bool) -> None:
         there, why = path, "is a folder"
     if why:
         wrong = f"{name} cannot be written: {there} {why}"
-        raise Mistake(wrong, ["a place of your own"], f"--{flag}=ANOTHER/{path.name}")
+        raise UsageError(wrong, ["a place of your own"], flag=f"--{flag}=ANOTHER/{path.name}")

@@ -4,7 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from .errors import Mistake, unknown
+from ravine.errors import UsageError
+
+from .errors import unknown_name
 
 SECTIONS = ("model", "data", "trainer", "seed_everything", "ckpt_path")
 FOUND_LATER = ("auto", "last", "best", "hpc", "registry", "null")
@@ -21,15 +23,14 @@ def installed() -> list[str]:
 def find(name: str) -> str:
     """Path of the config called ``name``; a file of the user's comes before ours."""
     if name == "-" or name.startswith(("/dev/", "/proc/")):
-        raise Mistake(
+        raise UsageError(
             f"{name} can be read only once, and every process of a run reads its configs: save it",
-            [],
-            "--config=run.yaml",
+            flag="--config=run.yaml",
         )
     for path in (Path(name), Path(name + ".yaml"), INSTALLED / name, INSTALLED / (name + ".yaml")):
         if path.is_file():
             return str(path)
-    raise unknown(
+    raise unknown_name(
         f"no config is called {name!r}: no such file, none with .yaml, and no preset",
         name.removesuffix(".yaml"),
         [*installed(), *(p.stem for p in Path().glob("[!.]*.yaml"))],
@@ -46,7 +47,7 @@ def checkpoint(words: list[str]) -> None:
         if flag != "--ckpt_path" or name in FOUND_LATER or "://" in name or os.path.exists(name):
             continue
         there = [str(path) for path in Path(name).parent.glob("*.ckpt")]
-        raise unknown(
+        raise unknown_name(
             f"no checkpoint is called {name!r}",
             name,
             [*there, "auto", "last"],
@@ -71,37 +72,43 @@ def check(path: str) -> None:
     try:
         if (size := Path(path).stat().st_size) > MAX_BYTES:
             why = f"{path} has {size:,} bytes, and a config has at most {MAX_BYTES:,}"
-            raise Mistake(why, [], "--config=FILE.yaml, with what differs from the defaults alone")
+            raise UsageError(
+                why, flag="--config=FILE.yaml, with what differs from the defaults alone"
+            )
         text = Path(path).read_text(encoding="utf-8")
         check_size(text, path)
         root = yaml.compose(text, yaml.SafeLoader)
         json.dumps(yaml.safe_load(text), default=str)  # refuses tags, and anchors in themselves
     except UnicodeDecodeError as error:
         why = f"{path} is not text: byte {error.start} is not UTF-8"
-        raise Mistake(why, [], "--config=FILE.yaml") from error
+        raise UsageError(why, flag="--config=FILE.yaml") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else path
         why = getattr(error, "problem", None) or error
-        raise Mistake(f"in {place}: not YAML: {why}", [], "key: value") from error
-    except Mistake:
+        raise UsageError(f"in {place}: not YAML: {why}", flag="key: value") from error
+    except UsageError:
         raise
     except (TypeError, ValueError, RecursionError) as error:
         why = f"{path} is YAML, but no plain values: {error}"
-        raise Mistake(why, ["text", "numbers", "lists", "mappings"], "key: value") from error
+        raise UsageError(
+            why, ["text", "numbers", "lists", "mappings"], flag="key: value"
+        ) from error
     if not isinstance(root, yaml.MappingNode):
         kind = "empty" if root is None else "a list" if root.id == "sequence" else "one value"
-        raise Mistake(f"{path} is {kind}; it must map keys to values", SECTIONS, "model: NAME")
+        raise UsageError(
+            f"{path} is {kind}; it must map keys to values", SECTIONS, flag="model: NAME"
+        )
     first: dict[str, int] = {}
     for key, value in root.value:
         line = key.start_mark.line + 1
         if key.value in first:
             why = f"in {path}, line {line}: {key.value!r} stands in line {first[key.value]} already"
-            raise Mistake(why, [], f"{key.value}: once, with what stands below both")
+            raise UsageError(why, flag=f"{key.value}: once, with what stands below both")
         first[key.value] = line
         if key.value == "trainer" and not isinstance(value, yaml.MappingNode):
             why = f"in {path}, line {line}: 'trainer' must map arguments to values"
-            raise Mistake(why, [], "trainer: {max_steps: 100}")
+            raise UsageError(why, flag="trainer: {max_steps: 100}")
 
 
 def check_size(text: str, name: str) -> None:
@@ -131,7 +138,9 @@ def check_size(text: str, name: str) -> None:
         if count > MAX_VALUES or len(open_) > MAX_LEVELS:
             most = f"{MAX_VALUES:,} values and {MAX_LEVELS} levels, aliases counted in full"
             why = f"{name} holds too much: a config has at most {most}"
-            raise Mistake(why, [], "--config=FILE.yaml, with what differs from the defaults alone")
+            raise UsageError(
+                why, flag="--config=FILE.yaml, with what differs from the defaults alone"
+            )
 
 
 def check_order(paths: list[str]) -> None:
@@ -143,5 +152,5 @@ def check_order(paths: list[str]) -> None:
         trainer = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("trainer") or {}
         if adds and "callbacks" in trainer:
             why = f"{adds} adds to trainer.callbacks, and {path} behind it sets them anew"
-            raise Mistake(why, [], f"--config {path} --config {adds}")
+            raise UsageError(why, flag=f"--config {path} --config {adds}")
         adds = path if "callbacks+" in trainer else adds

@@ -13,12 +13,13 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.callbacks.optimizers.faults import own_frame
+from ravine.errors import UsageError
 from ravine.strategies import MeshStrategy, sharded, states
 from ravine.strategies.checkpoint_form import odd
 from ravine.strategies.checkpoint_io import CheckpointError, reading_together, refusal
 from ravine.strategies.plain_pickle import UnsafePickle, check_size
 
-from .errors import Mistake, status
+from .errors import status
 from .launched import is_launched
 
 MAX_VALUES, MAX_LEVELS = 20_000, 50  # of a configuration
@@ -105,8 +106,7 @@ def restoring(section: str) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        worded = isinstance(error, CheckpointError | Mistake) or hasattr(error, "exit_status")
-        if worded or status(error) is not None or own_frame(error) is not None:
+        if status(error) is not None or own_frame(error) is not None:
             raise
         said = " ".join(str(error).split())[:160]
         raise CheckpointError(
@@ -131,10 +131,10 @@ def read(path: Path) -> dict[str, Any]:
         raise CheckpointError(text)
     if isinstance(checkpoint, dict) and (path.is_dir() or "state_dict" in checkpoint):
         return checkpoint
-    raise Mistake(
+    raise UsageError(
         f"{path} is a file of torch.save, but no checkpoint of a trainer: it has no 'state_dict'",
-        [],
-        "--ckpt_path=auto, or a file of a run: runs/NAME/version_0/checkpoints/step=000100.ckpt",
+        flag="--ckpt_path=auto, or a file of a run: "
+        "runs/NAME/version_0/checkpoints/step=000100.ckpt",
     )
 
 
@@ -157,10 +157,10 @@ def config_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
         why = ""
     if whole:
         return config
-    raise Mistake(
+    raise UsageError(
         f"{path}: its configuration, ravine.config, is not one that a command has written{why}",
         ["model, data, seed_everything, trainer.name, trainer.callbacks"],
-        "a checkpoint of `fit`, or in a script ckpt_path=FILE with the model built there",
+        flag="a checkpoint of `fit`, or in a script ckpt_path=FILE with the model built there",
     )
 
 
@@ -196,10 +196,11 @@ def refuse_other_shapes(trainer: L.Trainer, path: Path, changed: list[str]) -> N
         theirs = states.sizes(weights)
     if wrong := states.apart(ours, theirs, module.strict_loading):
         flags = [f"--{key}" for key in changed if key.startswith("model.")]
-        raise Mistake(
+        raise UsageError(
             f"the weights in {path} do not fit this {type(module).__name__}: {wrong}",
-            [],
-            f"the command without {' and '.join(flags)}" if flags else "a checkpoint of this model",
+            flag=f"the command without {' and '.join(flags)}"
+            if flags
+            else "a checkpoint of this model",
         )
 
 

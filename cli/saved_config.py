@@ -24,8 +24,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.callbacks.transforms import Transform
+from ravine.errors import UsageError
 
-from .errors import Mistake
 from .restore import Restore, config_of, read
 from .trust import Trust
 
@@ -186,18 +186,16 @@ def compare(config: Config, parsed: Config, path: str, command: str = "test") ->
         theirs = _imported(config["model"])
     except (ImportError, AttributeError) as error:
         named = config["model"]["class_path"]
-        raise Mistake(
+        raise UsageError(
             f"{path} names the model {named!r}, which cannot be imported: {error}",
-            [],
-            "the command from the folder that has its file, or another checkpoint",
+            flag="the command from the folder that has its file, or another checkpoint",
         ) from error
     ours = _imported(parsed["model"])
     if not issubclass(theirs, ours) and not issubclass(ours, theirs):
-        raise Mistake(
+        raise UsageError(
             f"{path} holds the weights of a {theirs.__name__}, and the model given is a "
             f"{ours.__name__}: they are of different tasks",
-            [],
-            f"--model={theirs.__name__}, or the command without --model and --config",
+            flag=f"--model={theirs.__name__}, or the command without --model and --config",
         )
     fits = command == "fit"
     here, there = dict(_leaves(parsed, fits)), dict(_leaves(config, fits))

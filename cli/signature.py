@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from .errors import Mistake, unknown
+from ravine.errors import UsageError
+
+from .errors import unknown_name
 
 NUMBERS = {int: "a whole number", float: "a number"}
 
@@ -44,12 +46,12 @@ def pairs(words: Iterable[str]) -> list[tuple[str, str]]:
     found, each = [], iter(words)
     for word in each:
         if not word.startswith("--"):
-            raise Mistake(f"{word!r} belongs to no flag", [], f"--prompt={word!r}")
+            raise UsageError(f"{word!r} belongs to no flag", flag=f"--prompt={word!r}")
         name, equals, value = word[2:].partition("=")
         if not equals:
             value = next(each, None)
             if value is None:
-                raise Mistake(f"--{name} has no value", [], f"--{name}=VALUE")
+                raise UsageError(f"--{name} has no value", flag=f"--{name}=VALUE")
         found.append((name, value))
     return found
 
@@ -60,7 +62,7 @@ def read(given: list[tuple[str, str]], known: dict[str, Flag], command: str) -> 
     for name, text in given:
         if name not in known:
             wrong = f"{command} has no flag --{name}"
-            raise unknown(wrong, name, known, lambda near: f"--{near}=...", "NAME")
+            raise unknown_name(wrong, name, known, lambda near: f"--{near}=...", "NAME")
         flag = known[name]
         value = convert(name, text, flag)
         values[name] = [*values.get(name, []), value] if flag.repeats else value
@@ -71,14 +73,14 @@ def convert(name: str, text: str, flag: Flag) -> Any:
     """One value; in texts that may be repeated \\n is a line break, since shells make it hard."""
     if flag.choices and text not in flag.choices:
         wrong, first = f"--{name} is {text!r}", flag.choices[0]
-        raise unknown(wrong, text, flag.choices, lambda n: f"--{name}={n}", first)
+        raise unknown_name(wrong, text, flag.choices, lambda n: f"--{name}={n}", first)
     if flag.kind is str:
         return unescape(text) if flag.repeats else text
     try:
         return flag.kind(text)
     except ValueError:
         fix = f"--{name}={flag.default if isinstance(flag.default, int | float) else 10}"
-        raise Mistake(f"--{name} is {text!r}, not {NUMBERS[flag.kind]}", [], fix) from None
+        raise UsageError(f"--{name} is {text!r}, not {NUMBERS[flag.kind]}", flag=fix) from None
 
 
 def unescape(text: str) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 import ravine.callbacks  # a checkpoint names callbacks that changed its net
 import ravine.lightning_modules
 from ravine.callbacks.transforms import reapply
+from ravine.errors import UsageError
 from ravine.lightning_modules import TaskModule
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, check
 
 from . import newest, restore, signature
-from .errors import Mistake, unknown
+from .errors import unknown_name
 from .trust import Trust, packages
 
 NAME, ROOT = "trainer.name", "trainer.default_root_dir"  # where `last` and `auto` look
@@ -45,8 +46,11 @@ def prepare(
     if not any_task and not callable(getattr(task, command, None)):
         able = [n for n, c in tasks().items() if callable(getattr(c, command, None))]
         wrong = f"a {task.__name__} cannot {command}"
-        raise Mistake(
-            wrong, able, f"{command} --ckpt_path=FILE, of one that can", "models that can"
+        raise UsageError(
+            wrong,
+            able,
+            flag=f"{command} --ckpt_path=FILE, of one that can",
+            label="models that can",
         )
     return load(path, trusted), path, given
 
@@ -57,8 +61,11 @@ def locate(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
     chosen = dict(given).get("ckpt_path")
     if chosen is None:
         wrong = f"{command} needs a trained model"
-        raise Mistake(
-            wrong, ["last", "auto", "a file"], f"{command} --ckpt_path=last", "checkpoints"
+        raise UsageError(
+            wrong,
+            ["last", "auto", "a file"],
+            flag=f"{command} --ckpt_path=last",
+            label="checkpoints",
         )
     found = dict(given)
     if chosen in ("auto", "last"):
@@ -67,7 +74,7 @@ def locate(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
     else:
         path = Path(chosen)
     if path is None:
-        raise Mistake("there is no checkpoint", [], f"{command} --ckpt_path=FILE")
+        raise UsageError("there is no checkpoint", flag=f"{command} --ckpt_path=FILE")
     if reason := check(path):  # a flipped byte would write plausible nonsense
         raise CheckpointError(f"{path} cannot be used: {reason}; take another, or type auto")
     return path, [(name, v) for name, v in given if name not in ("ckpt_path", NAME, ROOT)]
@@ -93,5 +100,7 @@ def task_of(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
             return found
     if last not in tasks():
         wrong = f"{path} holds the weights of {name or 'another program'}"
-        raise unknown(wrong, last, tasks(), lambda near: f"--ckpt_path=FILE, of a {near}", "FILE")
+        raise unknown_name(
+            wrong, last, tasks(), lambda near: f"--ckpt_path=FILE, of a {near}", "FILE"
+        )
     return tasks()[last]

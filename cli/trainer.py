@@ -29,6 +29,7 @@ from ravine.callbacks.loss_plot import LossPlot
 from ravine.callbacks.predictions import PredictionTable
 from ravine.callbacks.progress import ProgressBar
 from ravine.callbacks.resume import ExactResume
+from ravine.errors import UsageError
 from ravine.strategies.agreement import refuse_difference
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 from ravine.strategies.mesh import MeshStrategy
@@ -37,7 +38,7 @@ from ravine.strategies.stock_callbacks import refuse_stock_callbacks
 from ravine.strategies.watchdog import RankWatchdog
 from ravine.strategies.weighting import GlobalMean
 
-from .errors import FULL, Mistake
+from .errors import FULL
 from .lean_loop import LeanEpochLoop, Unprofiled
 from .quiet import quiet
 from .restore import Restore
@@ -55,7 +56,7 @@ def refuse_spawned(strategy: Any) -> None:
         ValueError: the strategy pickles it, and it has locks and methods that cannot be pickled.
     """
     if getattr(strategy, "_start_method", "") in ("spawn", "forkserver"):
-        raise ValueError(
+        raise UsageError(
             f"{type(strategy).__name__} starts its processes by {strategy._start_method}, which "
             "would pickle the trainer; allowed: ddp, and in a notebook ddp_notebook; type "
             "--trainer.strategy ddp"
@@ -204,7 +205,7 @@ class Trainer(L.Trainer):
         if self.is_global_zero:
             try:
                 folder = self._claim()
-            except (Mistake, OSError) as error:
+            except (UsageError, OSError) as error:
                 problem = error
         if folder := self.strategy.broadcast(folder):
             return folder
@@ -256,10 +257,10 @@ class Trainer(L.Trainer):
 def check_name(name: str) -> None:
     """Refuse a name whose folder is not below default_root_dir; it may stand in a checkpoint."""
     if os.path.isabs(name) or ".." in Path(name).parts:
-        raise Mistake(
+        raise UsageError(
             f"the run's name {name!r} leads out of the folder of all runs",
             ["a name, or several with / between"],
-            "--trainer.name=NAME --trainer.default_root_dir=FOLDER",
+            flag="--trainer.name=NAME --trainer.default_root_dir=FOLDER",
         )
 
 
@@ -268,10 +269,10 @@ def check_links(name: str | None, root: str | Path) -> None:
     if name:
         check_name(name)
     if name and not Path(root, name).resolve().is_relative_to(Path(root).resolve()):
-        raise Mistake(
+        raise UsageError(
             f"the run's name {name!r}, of the checkpoint, leads out of {root} by a link",
             ["a folder below it"],
-            f"--trainer.name={name}, if you mean it, or --trainer.name=ANOTHER",
+            flag=f"--trainer.name={name}, if you mean it, or --trainer.name=ANOTHER",
         )
 
 
@@ -288,10 +289,9 @@ def no_folder(folder: Path, error: OSError) -> Exception:
     """What to say of a run's folder that the system will not make; a full disk says it itself."""
     if error.errno in FULL:
         return error
-    return Mistake(
+    return UsageError(
         f"the run's folder {folder} cannot be made: {error.strerror}",
-        [],
-        "--trainer.default_root_dir=FOLDER, or --trainer.name=NAME",
+        flag="--trainer.default_root_dir=FOLDER, or --trainer.name=NAME",
     )
 
 
@@ -312,11 +312,11 @@ def check_positive(options: dict[str, Any]) -> None:
         ("val_check_interval", 1e-9),
     ):
         if isinstance(value := options.get(key), int | float) and value < least:
-            raise Mistake(f"{key} is {value}", ["1 or more"], f"--trainer.{key}=1")
+            raise UsageError(f"{key} is {value}", ["1 or more"], flag=f"--trainer.{key}=1")
     devices = options.get("devices", "auto")
     if isinstance(devices, int | str) and not DEVICES.fullmatch(str(devices)):
         allowed = ["auto", "-1 (all)", "1 or more", "a list: 0,3"]
-        raise Mistake(f"devices is {devices!r}", allowed, "--trainer.devices=1")
+        raise UsageError(f"devices is {devices!r}", allowed, flag="--trainer.devices=1")
 
 
 def with_atomic_files(plugins: list[Any]) -> list[Any]:
@@ -365,8 +365,7 @@ def automatic_precision(accelerator: Any) -> str:
 def check_installed(logger: Logger | LoggerName) -> None:
     """Refuse a logger whose package is missing, before anything has begun."""
     if logger in ("wandb", "mlflow") and find_spec(str(logger)) is None:
-        raise Mistake(
+        raise UsageError(
             f"the logger {logger!r} needs the package {logger}, which is not installed",
-            [],
-            f"pip install {logger}, or --trainer.logger=[csv,tensorboard]",
+            flag=f"pip install {logger}, or --trainer.logger=[csv,tensorboard]",
         )

@@ -24,8 +24,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
+from ravine.errors import UsageError
+
 from . import presets, typehints
-from .errors import Mistake
 from .given import Given
 
 HOMES = ("ravine", "torch.nn", "torch.optim", "lightning.pytorch.callbacks")
@@ -48,7 +49,7 @@ def packages(words: Iterable[str]) -> tuple[list[str], list[str]]:
         names = [name.strip() for name in value.split(",")]
         if not all(all(part.isidentifier() for part in name.split(".")) for name in names):
             wrong = f"{FLAG} is {value!r}, which is no name of a package"
-            raise Mistake(wrong, [], f"{FLAG}=PACKAGE, or {FLAG}=ONE,ANOTHER")
+            raise UsageError(wrong, flag=f"{FLAG}=PACKAGE, or {FLAG}=ONE,ANOTHER")
         found += names
     return rest, found
 
@@ -127,19 +128,19 @@ class Trust:
         if isinstance(path, str) and self.admits(path):
             return
         if not DOTTED.fullmatch(str(path)):
-            raise Mistake(
+            raise UsageError(
                 f"{place} has {str(path)[:80]!r} where a class may be named: it is not read, since"
                 " that could import anything",
                 ["a class of Ravine, torch.nn, torch.optim or lightning.pytorch.callbacks"],
-                "another checkpoint, or in a script ckpt_path=FILE with the model built there",
+                flag="another checkpoint, or in a script ckpt_path=FILE with the model built there",
             )
         shown = str(path)[:80]
         package = shown.partition(".")[0]
-        raise Mistake(
+        raise UsageError(
             f"{place} names {shown!r}, which is no class of Ravine, and no word of this command "
             "names it: it is not imported, since that would run its code",
             [f"{FLAG}={package}", f"in Python trust=[{package!r}]"],
-            f"the same with {FLAG}={package}, if you trust the author of the checkpoint",
+            flag=f"the same with {FLAG}={package}, if you trust the author of the checkpoint",
         )
 
 

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 from .corpus import files_of
 from .json_rows import check_text, checksum, rows
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator, global_seed
@@ -49,7 +51,7 @@ def _texts(row: dict[str, Any], fields: tuple[str, str], place: str) -> Iterator
         if not isinstance(row.get(field), str) or not row[field]:
             what = "an empty" if row.get(field) == "" else "no text in" if field in row else "no"
             others = [name for name in row if name not in fields]
-            raise ValueError(
+            raise UsageError(
                 f"{place}: {what} field {field!r}; it has {', '.join(row) or 'nothing'}; "
                 f"type --data.{flag}={others[0] if others else 'NAME'} if it is called otherwise"
             )
@@ -118,7 +120,7 @@ class AnswerDataModule(L.LightningDataModule):
         check_positive("context", context)
         check_positive("batch_size", batch_size)
         if not 0 < val_fraction < 1:
-            raise ValueError(
+            raise UsageError(
                 f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
                 "type --data.val_fraction=0.1"
             )
@@ -157,7 +159,7 @@ class AnswerDataModule(L.LightningDataModule):
         """The tokens of all examples, one after the other."""
         found = list(examples(self.path, *self.fields))
         if len(found) < 2:
-            raise ValueError(
+            raise UsageError(
                 f"{self.path} holds {len(found)} examples; allowed: 2 or more, for training and "
                 "for validation; type --data.path=FILE"
             )
@@ -190,7 +192,7 @@ class AnswerDataModule(L.LightningDataModule):
         rows = list(zip(tokens, found.given.tolist(), strict=True))
         self.rows = [(tokens, given) for tokens, given in rows if given < len(tokens)]
         if len(self.rows) < 2:
-            raise ValueError(
+            raise UsageError(
                 f"the prompts in {self.path} fill the context of {self.context} tokens, and no "
                 f"answer is left; type --data.context={2 * self.context}"
             )

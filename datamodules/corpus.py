@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from ravine.errors import MissingFileError, UsageError
+
 from .file_kinds import HEAD, SUFFIXES, refuse_binary
 from .tokenized import (
     TokensUnwritable,
@@ -50,7 +52,7 @@ def files_of(path: Path, flag: str = "--data.path") -> list[Path]:
         beside = [p.name for p in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
         nearest = difflib.get_close_matches(path.name, beside, 3) or sorted(beside)[:3]
         there = f"nearest there: {', '.join(nearest)}" if nearest else "its folder is missing, too"
-        raise FileNotFoundError(f"no file or folder {path}; {there}; type {flag}=FILE")
+        raise MissingFileError(f"no file or folder {path}; {there}; type {flag}=FILE")
     files = []
     for folder, below, names in os.walk(path):
         below[:] = [name for name in below if not name.startswith(".")]
@@ -62,7 +64,7 @@ def files_of(path: Path, flag: str = "--data.path") -> list[Path]:
                     refuse_binary(file, opened.read(HEAD), flag)
             files.append(file)
     if not files:
-        raise FileNotFoundError(f"the folder {path} holds no files; type {flag}=FOLDER")
+        raise MissingFileError(f"the folder {path} holds no files; type {flag}=FOLDER")
     return sorted(files)
 
 
@@ -83,7 +85,7 @@ def _read(path: Path, flag: str) -> Iterator[str]:
             if not place:
                 refuse_binary(path, piece, flag)
             if b"\0" in piece:
-                raise ValueError(
+                raise UsageError(
                     f"{path} is no text: byte 0x00 at position {file.tell() - len(piece)} or "
                     "after; if it is UTF-16, type "
                     f"iconv -f utf-16 -t utf-8 '{path}' > text.txt and {flag}=text.txt"
@@ -91,7 +93,7 @@ def _read(path: Path, flag: str) -> Iterator[str]:
             try:
                 yield decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
-                raise ValueError(
+                raise UsageError(
                     f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position "
                     f"{place + error.start}; if it is Latin-1, type "
                     f"iconv -f latin1 -t utf-8 '{path}' > text.txt and {flag}=text.txt"
@@ -118,7 +120,7 @@ def outline(pieces: Callable[[], Iterator[str]], name: str) -> Outline:
         characters.update(piece)
         count += len(piece)
     if not count:
-        raise ValueError(f"{name} is empty: give a text of at least one window, --data.path=FILE")
+        raise UsageError(f"{name} is empty: give a text of at least one window, --data.path=FILE")
     return Outline(digest.hexdigest(), "".join(sorted(characters)), count)
 
 
@@ -184,7 +186,7 @@ def of_array(tokens: np.ndarray | Tensor, tokenizer: Tokenizer) -> Corpus:
     """An array of tokens (n) as a corpus; every token must be in the vocabulary."""
     array = tokens.numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     if array.ndim != 1 or array.dtype.kind not in "iu" or not array.size:
-        raise ValueError(
+        raise UsageError(
             f"tokens are {array.dtype} of shape {array.shape}; allowed: whole numbers of shape "
             "(n,), one or more; give one long array"
         )

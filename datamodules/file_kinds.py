@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ravine.errors import UsageError
+
 SIGNATURES = {
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
@@ -50,4 +52,4 @@ def refuse_binary(path: Path, head: bytes, flag: str) -> None:
         ValueError: the file is of a kind that is known.
     """
     if kind := kind_of(head):
-        raise ValueError(f"{path} is no text: it is {kind}; give files of text: type {flag}=FILE")
+        raise UsageError(f"{path} is no text: it is {kind}; give files of text: type {flag}=FILE")

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 from .image_set import LIMIT, ImageSet
 
 NAME = re.compile(
@@ -47,10 +49,10 @@ def read_idx(path: Path, *ranks: int) -> Tensor:
         with gzip.open(path) if zipped else path.open("rb") as file:
             array = _array(file, path, zipped)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}; fetch the file again") from None
+        raise UsageError(f"{path} cannot be read: {error}; fetch the file again") from None
     if ranks and array.dim() not in ranks:
         allowed = " or ".join(map(str, ranks))
-        raise ValueError(f"{path} has {array.dim()} dimensions, not {allowed}; fetch it again")
+        raise UsageError(f"{path} has {array.dim()} dimensions, not {allowed}; fetch it again")
     return array
 
 
@@ -59,24 +61,24 @@ def _array(file: gzip.GzipFile | object, path: Path, zipped: bool) -> Tensor:
     head = read(4)
     sizes = [int.from_bytes(read(4), "big") for _ in range(head[3] if len(head) == 4 else 0)]
     if head[:2] != b"\0\0" or not sizes or head[2] not in TYPES:
-        raise ValueError(
+        raise UsageError(
             f"{path} is not an idx file of bytes: it begins with {head.hex(' ')}; expected 00 00 "
             "08 and the number of dimensions; fetch the file again"
         )
     if head[2] != 8:
-        raise ValueError(
+        raise UsageError(
             f"{path} holds {TYPES[head[2]]}; allowed is an idx file of bytes, 0 to 255 (it begins "
             "with 00 00 08): convert it"
         )
     start, length = 4 + 4 * len(sizes), math.prod(sizes)
     form, size = " x ".join(map(str, sizes)), path.stat().st_size
     if zipped and length > 4 * size + SPARE:
-        raise ValueError(
+        raise UsageError(
             f"{path} says that it unfolds to {form} bytes, out of {size:,}; if that is meant, type "
             f"gunzip {path}"
         )
     if length > LIMIT or (not zipped and start + length != size):
-        raise ValueError(
+        raise UsageError(
             f"{path} is not an idx file of bytes: it has {size:,} bytes, and {form} after a head "
             f"of {start} are {start + length:,}; fetch the file again"
         )
@@ -85,12 +87,12 @@ def _array(file: gzip.GzipFile | object, path: Path, zipped: bool) -> Tensor:
     while done < length and (count := readinto(view[done:])):
         done += count
     if done < length or read(1):
-        raise ValueError(
+        raise UsageError(
             f"{path} is not an idx file of bytes: it has {'fewer' if done < length else 'more'} "
             f"than the {form} that it says; fetch the file again"
         )
     if not length:
-        raise ValueError(f"{path} holds {form} bytes, which is no image and no label")
+        raise UsageError(f"{path} holds {form} bytes, which is no image and no label")
     return torch.frombuffer(content, dtype=torch.uint8).reshape(sizes)
 
 
@@ -112,7 +114,7 @@ def find_idx(source: Path) -> Files | None:
         if len(sets) > 1:
             names = ", ".join(name or "without a prefix" for name in sorted(sets))
             first = folder / next(name for name in sorted(sets) if name)
-            raise ValueError(
+            raise UsageError(
                 f"{folder} holds several sets of idx files: {names}; give one of them: type "
                 f"--data.source={first}"
             )
@@ -141,18 +143,18 @@ def read_own_idx(files: Files) -> tuple[dict[str, ImageSet], list[str]]:
     """
     sides = [side for side in ("train", "val", "test") if (side, "images") in files]
     if alone := [str(path) for (side, _), path in files.items() if side not in sides]:
-        raise ValueError(f"{alone[0]} has no images beside it; put both files into one folder")
+        raise UsageError(f"{alone[0]} has no images beside it; put both files into one folder")
     if "train" not in sides:
         path = next(iter(files.values()))
-        raise ValueError(f"{path.parent} has no images to train: expected train-images-idx3-ubyte")
+        raise UsageError(f"{path.parent} has no images to train: expected train-images-idx3-ubyte")
     images = {side: _images(files[side, "images"]) for side in sides}
     labelled = [side for side in sides if (side, "labels") in files]
     if labelled and labelled != sides:
         side = next(side for side in sides if side not in labelled)
-        raise ValueError(f"{files[side, 'images']} has no labels, and others have; add the labels")
+        raise UsageError(f"{files[side, 'images']} has no labels, and others have; add the labels")
     shapes = {tuple(array.shape[1:]) for array in images.values()}
     if len(shapes) > 1:
-        raise ValueError(
+        raise UsageError(
             f"the images of {' and '.join(sides)} are of different sizes: {sorted(shapes)}"
         )
     if not labelled:
@@ -191,6 +193,6 @@ def _images(path: Path) -> Tensor:
         return array.permute(0, 3, 1, 2)
     if array.shape[1] in (1, 3):
         return array
-    raise ValueError(
+    raise UsageError(
         f"{path} holds images of {tuple(array.shape[1:])}; allowed are 1 or 3 channels"
     )

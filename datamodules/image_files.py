@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 from .idx import read_idx
 from .image_set import ImageSet, check_labels
 from .sources import Source
@@ -85,7 +87,7 @@ def read_cifar(content: bytes, name: str) -> tuple[Tensor, Tensor]:
     """CIFAR-10's binary form: images (n 3 32 32) and labels (n), from records of 3,073 bytes."""
     record = 1 + 3 * 32 * 32  # a label, then the three planes
     if not content or len(content) % record:
-        raise ValueError(
+        raise UsageError(
             f"{name} has {len(content):,} bytes, no whole number of records of {record}; fetch "
             "the file again"
         )
@@ -121,7 +123,7 @@ def _cifar_parts(path: Path) -> list[tuple[Tensor, Tensor]]:
         members = {Path(m.name).name: m for m in archive if m.isfile()}
         wanted = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
         if missing := [name for name in wanted if name not in members]:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; fetch the binary form again")
+            raise UsageError(f"{path} lacks {', '.join(missing)}; fetch the binary form again")
         read = [read_cifar((archive.extractfile(members[n]) or io.BytesIO()).read(), n)
                 for n in wanted]  # fmt: skip
     images, labels = zip(*read[:5], strict=True)

@@ -23,6 +23,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from ravine.errors import MissingFileError, UsageError
+
 from .image_set import LIMIT, ImageSet
 
 SUFFIXES = {
@@ -56,7 +58,7 @@ class SkippedFiles:
         self.counts[kind] += 1
         self.examples.setdefault(kind, printable(os.path.relpath(path, self.root)))
         if self.counts.total() > OTHERS:
-            raise ValueError(
+            raise UsageError(
                 f"{self.root} holds more than {OTHERS:,} files that are no images, e.g. "
                 f"{self.examples[kind]}; give the folder of the images alone: type "
                 "--data.source=FOLDER"
@@ -108,7 +110,7 @@ def read_folder(folder: Path, mode: Mode = "auto", resize: Size | None = None) -
     else:
         found = {"all": _deep(below, left) or {folder.name: flat}}
     if not any(paths for classes in found.values() for paths in classes.values()):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no image in {folder}: allowed are files {', '.join(sorted(SUFFIXES))}, in it or in "
             f"one folder a class{_skipped_note(left)}; type --data.source=FOLDER"
         )
@@ -116,7 +118,7 @@ def read_folder(folder: Path, mode: Mode = "auto", resize: Size | None = None) -
     for side, classes in found.items():
         if tuple(classes) != names and len(found) > 1:
             apart = sorted(set(classes) ^ set(names))
-            raise ValueError(
+            raise UsageError(
                 f"{folder}: the classes of {side} and {next(iter(found))} differ: "
                 f"{', '.join(apart[:5])}; allowed are the same in each: type "
                 f"--data.source={sides['train']}, or give each the same folders"
@@ -127,7 +129,7 @@ def read_folder(folder: Path, mode: Mode = "auto", resize: Size | None = None) -
         paths = [path for some in classes.values() for path in some]
         labels = torch.tensor([k for k, some in enumerate(classes.values()) for _ in some])
         if empty := [name for name, some in classes.items() if not some]:
-            raise ValueError(
+            raise UsageError(
                 f"{folder}: no image of class {', '.join(empty)}; give each class at least one, "
                 f"or remove the class{_skipped_note(left)}"
             )
@@ -147,9 +149,9 @@ def read_images(path: Path, mode: Mode, resize: Size | None) -> tuple[ImageSet, 
     elif path.is_dir():
         files, root = images_below(path, left), path
     else:
-        raise FileNotFoundError(f"no file or folder {path}; type --data.predict_path=FOLDER")
+        raise MissingFileError(f"no file or folder {path}; type --data.predict_path=FOLDER")
     if not files:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no image in {path}: allowed are files {', '.join(sorted(SUFFIXES))}"
             f"{_skipped_note(left)}; type --data.predict_path=FOLDER"
         )
@@ -225,7 +227,7 @@ def _classes(folder: Path, name: str, left: SkippedFiles) -> dict[str, list[Path
 def _deep(below: list[Path], left: SkippedFiles) -> dict[str, list[Path]]:
     for path in below:
         if path.name != printable(path.name):
-            raise ValueError(
+            raise UsageError(
                 f"the name of the folder {printable(str(path))} is not UTF-8; a class needs a name "
                 "of text: rename the folder"
             )
@@ -234,7 +236,7 @@ def _deep(below: list[Path], left: SkippedFiles) -> dict[str, list[Path]]:
 
 def _refuse_both(folder: Path, below: list[Path], flat: list[Path]) -> None:
     if below and flat:
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds both images ({flat[0].name}) and folders ({below[0].name}); allowed "
             "is one of the two: move the images into a folder of their class"
         )
@@ -269,7 +271,7 @@ class Reader:
                 self.first = path, form
             one, wanted = self.first
             if (form.mode, form.size) != (wanted.mode, wanted.size):
-                raise ValueError(
+                raise UsageError(
                     f"{path} is {form}, {one} is {wanted}; all images must be of one size and "
                     f"mode: type {self._fix(form, wanted)}"
                 )
@@ -300,16 +302,16 @@ class Reader:
     def _image(self, path: Path) -> tuple[Any, Form]:
         """The pixels, uint8 (y x) or (y x 3), and their form."""
         if not path.is_file():  # opening a pipe would block
-            raise ValueError(f"{path} is no file; remove it")
+            raise UsageError(f"{path} is no file; remove it")
         try:
             with path.open("rb") as file, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's, of a file that it can read
                 return self._decoded(file, path)
         except UnsupportedImage as error:
-            raise ValueError(f"{path} {error}") from None
+            raise UsageError(f"{path} {error}") from None
         except Exception as error:  # Pillow's decoders raise nearly every type on damaged files
             why = str(error) or type(error).__name__
-            raise ValueError(f"{path} is no image that can be read: {why}; remove it") from None
+            raise UsageError(f"{path} is no image that can be read: {why}; remove it") from None
 
     def _decoded(self, file: Any, path: Path) -> tuple[Any, Form]:
         from PIL import Image, ImageOps, UnidentifiedImageError
@@ -317,7 +319,7 @@ class Reader:
         try:
             picture: Any = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
-            raise ValueError(f"it is none of {', '.join(FORMATS)}") from None
+            raise UsageError(f"it is none of {', '.join(FORMATS)}") from None
         if self.resize and picture.format == "JPEG":
             picture.draft(None, (max(self.resize), max(self.resize)))  # decode it smaller
         if math.prod(picture.size) > PIXELS:
@@ -391,7 +393,7 @@ def allocate(count: int, form: Form) -> Tensor:
     """An empty tensor, uint8 (count c y x), unless it is too large for memory."""
     shape = (count, CHANNELS[form.mode], form.size[1], form.size[0])
     if math.prod(shape) > LIMIT:
-        raise ValueError(
+        raise UsageError(
             f"{count:,} images of {form} are {math.prod(shape) / 2**30:.0f} GiB, and a set is kept "
             f"in memory whole, up to {LIMIT / 2**30:.0f} GiB; make them smaller: type "
             "--data.resize=64"

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 LIMIT = 2**34  # bytes: a set is kept whole in memory
 
 
@@ -30,7 +32,7 @@ class ImageSet(NamedTuple):
         """Refuse labels without an image or without a class, and classes without an image."""
         self.check_fit(name)
         if empty := self.empty_classes():
-            raise ValueError(
+            raise UsageError(
                 f"{name}: no image of class {', '.join(empty)}; give each class at least one, or "
                 "remove the class"
             )
@@ -44,7 +46,7 @@ class ImageSet(NamedTuple):
     def check_counts(self, name: str) -> None:
         """Refuse labels without an image, and images without a label."""
         if len(self.images) != len(self.labels):
-            raise ValueError(
+            raise UsageError(
                 f"{name} has {len(self.images):,} images and {len(self.labels):,} labels; they "
                 "must be as many: fetch both files again"
             )
@@ -60,7 +62,7 @@ def check_labels(labels: Tensor, classes: int, name: str) -> None:
     wrong = (labels < 0) | (labels >= classes)
     if wrong.any():
         place = int(wrong.nonzero()[0])
-        raise ValueError(
+        raise UsageError(
             f"{name}: the label of image {place} is {int(labels[place])}; allowed are 0 to "
             f"{classes - 1}, the {classes} classes: mend the labels"
         )
@@ -93,14 +95,14 @@ def class_numbers(words: Iterable[int | str] | str, names: Sequence[str], flag: 
         first, _, last = word.partition("-")
         ends = first.strip(), (last or first).strip()
         if not all(end.isascii() and end.isdecimal() and len(end) < 20 for end in ends):
-            raise ValueError(f"{word!r} is no class; allowed: {describe_classes(names)}; {fix}")
+            raise UsageError(f"{word!r} is no class; allowed: {describe_classes(names)}; {fix}")
         named = all(end in place for end in ends)
         begin, end = (place[end] for end in ends) if named else map(int, ends)
         if not begin <= end < len(names):
-            raise ValueError(f"{flag[2:]} are {given}; allowed: {describe_classes(names)}; {fix}")
+            raise UsageError(f"{flag[2:]} are {given}; allowed: {describe_classes(names)}; {fix}")
         found += range(begin, end + 1)
     if not found:
-        raise ValueError(f"{flag[2:]} are {given}, none at all; {fix}")
+        raise UsageError(f"{flag[2:]} are {given}, none at all; {fix}")
     return found
 
 

@@ -18,6 +18,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ravine.errors import MissingFileError, RunError, UsageError
+
 from .idx import find_idx, read_own_idx
 from .image_files import SOURCES, read_digits, read_named
 from .image_folders import Mode, read_folder, read_images
@@ -38,7 +40,7 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Back to bytes, any shape: rounded, not cut off, so that nothing is lost on the way."""
     if (wrong := ~images.isfinite()).any():
-        raise ValueError(
+        raise UsageError(
             f"{wrong.float().mean():.2%} of the pixels are not finite (NaN, infinite): no picture "
             "can be made of them; train with a lower rate, or type --trainer.callbacks+=NaNGuard"
         )
@@ -91,12 +93,12 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         check_positive("batch_size", batch_size)
         if not 0 <= val_fraction < 1 or not 0 < test_fraction < 1:
-            raise ValueError(
+            raise UsageError(
                 f"val_fraction is {val_fraction} and test_fraction {test_fraction}; allowed are "
                 "numbers between 0 and 1: type --data.val_fraction=0.05 --data.test_fraction=0.2"
             )
         if flip and source in NAMED and source not in MIRRORED:
-            raise ValueError(
+            raise UsageError(
                 f"flip is true, and a mirrored image of {source} is none of its kind; allowed "
                 f"are {', '.join(MIRRORED)} and folders of your own; type --data.flip=false"
             )
@@ -107,9 +109,9 @@ class ImageDataModule(L.LightningDataModule):
         self.mode: Mode = mode
         self.resize, self.predict_path = _sized(resize), predict_path
         if mode not in ("auto", "gray", "rgb"):
-            raise ValueError(f"mode is {mode!r}; allowed are auto, gray, rgb: type --data.mode=rgb")
+            raise UsageError(f"mode is {mode!r}; allowed are auto, gray, rgb: type --data.mode=rgb")
         if source in NAMED and (mode != "auto" or resize is not None) and predict_path is None:
-            raise ValueError(
+            raise UsageError(
                 f"mode is {mode} and resize {resize}, and the images of {source} are of one form; "
                 "allowed are folders of your own: type --data.source=FOLDER, or leave both away"
             )
@@ -179,14 +181,14 @@ class ImageDataModule(L.LightningDataModule):
         folder = Path(self.source).expanduser()
         if found := find_idx(folder):
             if (self.mode != "auto" or self.resize) and self.predict_path is None:
-                raise ValueError(
+                raise UsageError(
                     f"mode is {self.mode} and resize {self.resize}, and {folder} holds idx files, "
                     "which are read as they are; leave both away"
                 )
             sides, notes = read_own_idx(found)
             return sides, str(folder), notes
         if not folder.is_dir():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"source {self.source!r} is neither a known set nor a folder; allowed are "
                 f"{', '.join(nearest(self.source))} or a folder of images or idx files; type "
                 f"--data.source={nearest(self.source)[0]}"
@@ -202,7 +204,7 @@ class ImageDataModule(L.LightningDataModule):
         found = (images.images.shape[1], *images.images.shape[2:])
         if found != (wanted := (self.channels, *self.size)):
             mode = "gray" if self.channels == 1 else "rgb"
-            raise ValueError(
+            raise UsageError(
                 f"{path} holds images of {found[1]}x{found[2]}x{found[0]} (rows, columns, channels)"
                 f", those to train are {wanted[1]}x{wanted[2]}x{wanted[0]}; type --data.mode={mode}"
                 f" --data.resize=[{wanted[1]},{wanted[2]}]"
@@ -222,7 +224,7 @@ class ImageDataModule(L.LightningDataModule):
     def pictures(self, part: Part = "train") -> tuple[Tensor, Tensor]:
         """All images of a part as bytes, uint8 (n c y x), with their labels, int64 (n)."""
         if not self._parts:
-            raise RuntimeError("ImageDataModule has no images yet: call setup() first")
+            raise RunError("ImageDataModule has no images yet: call setup() first")
         return self._parts[part].images, self._parts[part].labels
 
     def train_dataloader(self) -> TrainLoader:
@@ -279,7 +281,7 @@ class ImageDataModule(L.LightningDataModule):
     def _eval(self, part: Part) -> EvalLoader:
         images, labels = self._on_device(part)
         if not len(labels):
-            raise ValueError(
+            raise UsageError(
                 f"there are no images for {part}: val_fraction is {self.val_fraction}; type "
                 "lightning test for the test part, or train with --data.val_fraction=0.05"
             )
@@ -315,7 +317,7 @@ def held_out(images: ImageSet, fraction: float, key: str) -> tuple[ImageSet, Ima
         count = max(1, round(fraction * len(places))) if fraction else 0
         if count >= len(places):
             way = ", or type --data.val_fraction=0" if key == "val" else ""
-            raise ValueError(
+            raise UsageError(
                 f"class {name} has {len(places)} {'image' if len(places) == 1 else 'images'}, and "
                 f"none would be left to train when {count} are kept for {key}; give it at least "
                 f"3{way}"
@@ -331,7 +333,7 @@ def _sized(resize: int | Sequence[int] | None) -> tuple[int, int] | None:
         return None
     both = (resize, resize) if isinstance(resize, int) else tuple(resize)
     if len(both) != 2 or not all(0 < side <= 2**12 for side in both):
-        raise ValueError(
+        raise UsageError(
             f"resize is {resize}; allowed are rows and columns from 1 to 4096: type "
             "--data.resize=64 or --data.resize=[48,64]"
         )

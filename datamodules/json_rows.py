@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ravine.errors import UsageError
+
 from .corpus import files_of
 
 LINES = (".jsonl", ".ndjson")
@@ -36,7 +38,7 @@ def is_json(path: Path) -> bool:
     found = [file for file in files if file.suffix.lower() in SUFFIXES]
     if found and len(found) < len(files):
         other = next(file for file in files if file not in found)
-        raise ValueError(
+        raise UsageError(
             f"{path} holds JSON ({found[0].name}) and other files ({other.name}); allowed: a "
             "folder of one kind; move the others to a folder of their own"
         )
@@ -62,7 +64,7 @@ def check_text(text: str, place: str, field: str) -> str:
     """Return a text; refuse U+0000 and halves of characters, which no UTF-8 text holds."""
     if found := UNWRITABLE.search(text):
         what = "the character" if found[0] == "\0" else "half of a character,"
-        raise ValueError(
+        raise UsageError(
             f"{place}: field {field!r} holds {what} U+{ord(found[0]):04X} at position "
             f"{found.start()}; allowed: whole characters of a text; remove it from the file"
         )
@@ -113,7 +115,7 @@ def _decoded(text: bytes, place: str, file: Path) -> str:
     where = f"{file}, line {1 + text[:start].count(10)}" if place == str(file) else place
     wide = not text[bad] or text[:2] in (b"\xff\xfe", b"\xfe\xff")
     encoding = "utf-16" if wide else "latin1"
-    raise ValueError(
+    raise UsageError(
         f"{where}: {'no text' if not text[bad] else 'not UTF-8'}: byte 0x{text[bad]:02x} at "
         f"position {bad - start}; if it is {encoding}, type "
         f"iconv -f {encoding} -t utf-8 '{file}' > rows{file.suffix}"
@@ -125,19 +127,19 @@ def _parsed(text: str, place: str, example: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if ", line " not in place else ""
-        raise ValueError(
+        raise UsageError(
             f"{place}{line}: not JSON: {error.msg} at column {error.colno}; write {example}"
         ) from None
     except RecursionError:
-        raise ValueError(f"{place}: not a row: too many brackets in one another; write {example}"
+        raise UsageError(f"{place}: not a row: too many brackets in one another; write {example}"
                          ) from None  # fmt: skip
     except ValueError as error:  # a number of more than 4,300 digits
-        raise ValueError(f"{place}: not a row: {error}; write {example}") from None
+        raise UsageError(f"{place}: not a row: {error}; write {example}") from None
 
 
 def _object(found: Any, place: str, example: str) -> dict[str, Any]:
     if not isinstance(found, dict):
-        raise ValueError(f"{place}: {_kind(found)}, not an object; write {example}")
+        raise UsageError(f"{place}: {_kind(found)}, not an object; write {example}")
     return found
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
 from ravine.strategies.share import Share
 
 BLOCK = 4096  # draws made at once; a change would change the data of every run
@@ -137,7 +138,7 @@ class TrainLoader:
         rank, size, accumulate = self.share
         micro = self.batch_size // accumulate  # over all ranks
         if self.sample % micro:
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint was written after {self.sample} samples of epoch {self.epoch}, "
                 f"inside a batch of {micro} samples of this run; "
                 "resume with the batch_size and accumulate_grad_batches it was written with"
@@ -190,7 +191,7 @@ class TrainLoader:
         """Start the next iteration where the saved one stood."""
         keys = ("epoch", "sample", "turn")
         if not isinstance(state, dict) or any(type(state.get(key)) is not int for key in keys):
-            raise ValueError(
+            raise UsageError(
                 f"the place in the data that was saved is {reprlib.repr(state)}; allowed: whole "
                 f"numbers of {', '.join(keys)}; choose another checkpoint: --ckpt_path FILE"
             )
@@ -221,7 +222,7 @@ class EvalLoader:
     ) -> None:
         """Take `batch_size` samples at a time over the world (fewer where it must be)."""
         if samples < share.size:
-            raise ValueError(
+            raise UsageError(
                 f"{samples} samples cannot be evaluated on {share.size} ranks: each needs at "
                 f"least one; type --trainer.devices={max(samples, 1)} or fewer"
             )
@@ -246,14 +247,14 @@ class EvalLoader:
 def check_positive(name: str, value: int) -> None:
     """Refuse sizes below one."""
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; allowed are 1, 2, 3, ...: type --data.{name}=32")
+        raise UsageError(f"{name} is {value!r}; allowed are 1, 2, 3, ...: type --data.{name}=32")
 
 
 def check_divisible(batch_size: int, samples: int, share: Share) -> None:
     """Refuse a global batch that the set cannot fill or the ranks cannot share equally."""
     check_positive("batch_size", batch_size)
     if batch_size > samples:
-        raise ValueError(
+        raise UsageError(
             f"batch_size {batch_size} is more than the {samples} training samples: "
             f"type --data.batch_size={samples} or less"
         )
@@ -262,7 +263,7 @@ def check_divisible(batch_size: int, samples: int, share: Share) -> None:
         lower = batch_size // parts * parts
         nearest = lower or parts
         both = f"{lower} and {lower + parts}" if lower else f"{parts}"
-        raise ValueError(
+        raise UsageError(
             f"batch_size {batch_size} is one optimizer step of the whole world and cannot be "
             f"split into {share.size} ranks x {share.accumulate} accumulation steps = {parts} "
             f"equal parts; nearest that can: {both}; type --data.batch_size={nearest}"

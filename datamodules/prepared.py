@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from ravine.errors import RunError, UsageError
+
 
 class Prepared(NamedTuple):
     """The result of a preparation, in plain values, or the error that ended it."""
@@ -66,11 +68,11 @@ def handed_over(prepared: Prepared | None, trainer: Any) -> Any:
     return (here or [content for _, content, _ in done] or [None])[0]
 
 
-class PreparationFailed(RuntimeError):
+class PreparationFailed(RunError):
     """Local rank 0 could not prepare the data."""
 
 
-class WrongData(ValueError):
+class WrongData(UsageError):
     """Local rank 0 refuses the data; the text is that of its error."""
 
 
@@ -79,7 +81,7 @@ def _in_words(failure: BaseException | None) -> tuple[str, str] | None:
         return None
     if isinstance(failure, KeyboardInterrupt):
         return "interrupt", ""
-    asked = isinstance(failure, ValueError | TypeError | LookupError | FileNotFoundError)
+    asked = isinstance(failure, UsageError)
     text = str(failure.args[0] if isinstance(failure, LookupError) and failure.args else failure)
     return "asked" if asked else "failed", text or type(failure).__name__
 

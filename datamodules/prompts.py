@@ -13,6 +13,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 from .corpus import files_of, read
 from .json_rows import check_text, checksum, is_json, rows
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, global_seed
@@ -80,7 +82,7 @@ class PromptDataModule(L.LightningDataModule):
             check_positive(name, value)
         check_positive("val_prompts", val_prompts)
         if not 0 < val_fraction < 1:
-            raise ValueError(
+            raise UsageError(
                 f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
                 "type --data.val_fraction=0.1"
             )
@@ -157,7 +159,7 @@ class PromptDataModule(L.LightningDataModule):
         if not even:
             held = f"only {count} are held out" if self.rows else f"val_prompts is {count}"
             fix = "val_fraction=0.5" if count < self.val_prompts else f"val_prompts={share.size}"
-            raise ValueError(
+            raise UsageError(
                 f"{held}, for {share.size} ranks; allowed: {share.size} or more, a prompt for each "
                 f"rank; type --data.{fix}, or --trainer.devices={count}"
             )
@@ -195,7 +197,7 @@ class PromptDataModule(L.LightningDataModule):
         if train < 1 or whole - first < 1:
             unit = "prompts" if self.rows else "characters"
             count = len(self.rows) or len(self._snippets)
-            raise ValueError(
+            raise UsageError(
                 f"{name} has {count:,} {unit}, too few to train on some and validate on others"
                 + ("; give more" if self.rows else f" of {self.length}; type --data.length=32")
             )
@@ -207,13 +209,13 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     for place, row in rows(path, '{"prompt": "Q: ", "answer": "A"}'):
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
-            raise ValueError(
+            raise UsageError(
                 f'{place}: no "prompt"; each line is an object like '
                 '{"prompt": "Q: ", "answer": "A"}, whose prompt is not empty'
             )
         if found and row.keys() != found[0].keys():
             wrong = ", ".join(sorted(row.keys() ^ found[0].keys()))
-            raise ValueError(
+            raise UsageError(
                 f"{place}: its columns are not those of the first line ({wrong}); "
                 "give every line the same"
             )
@@ -222,5 +224,5 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
                 check_text(value, place, name)
         found.append(row)
     if len(found) < 2:
-        raise ValueError(f"{path} has {len(found)} prompts; give 2 or more, one to validate on")
+        raise UsageError(f"{path} has {len(found)} prompts; give 2 or more, one to validate on")
     return found

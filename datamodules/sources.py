@@ -22,11 +22,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 from rich.progress import Progress
 
+from ravine.errors import MissingFileError, UsageError
+
 NO_GZIP = "no gzip"
 TIMEOUT = 10.0  # seconds of silence before a server is given up
 
 
-class SourceMissing(FileNotFoundError):
+class SourceMissing(MissingFileError):
     """A named set is nowhere; the text names the places looked at and the ways out."""
 
 
@@ -75,7 +77,7 @@ def choose(
     `wanted` is the set's name, or "auto" (embedded only if the set cannot be had), or "embedded".
     """
     if wanted not in (source.name, "auto", "embedded"):
-        raise ValueError(
+        raise UsageError(
             f"source {wanted!r} is not one of {source.name}, auto, embedded; type "
             f"--data.source={source.name}, or --data.path=FILE for a file of your own"
         )
@@ -192,7 +194,7 @@ def _checked(path: Path, source: Source) -> Path:
         inside = " inside the gzip" if source.gzipped else ""
         own = source.own.replace("FILE", str(path)).replace("FOLDER", str(path.parent))
         why = f"its SHA-256{inside} is {found}, that of the set is {source.sha256}"
-        raise ValueError(
+        raise UsageError(
             f"{path} is not the data set {source.name!r}: "
             f"{why if found != NO_GZIP else 'it is no whole gzip'}; if you changed the file, type "
             f"--data.{own}; if not, remove it and run again"
@@ -225,9 +227,9 @@ def _download(source: Source) -> bytes:
             received += chunk
             bar.update(task, completed=len(received))
     if len(received) > limit:
-        raise ValueError(f"more than {limit:,} bytes arrived, the file has {source.size:,}")
+        raise UsageError(f"more than {limit:,} bytes arrived, the file has {source.size:,}")
     if len(received) < length:
-        raise ValueError(f"only {len(received):,} of {length:,} bytes arrived")
+        raise UsageError(f"only {len(received):,} of {length:,} bytes arrived")
     return bytes(received)
 
 
@@ -237,13 +239,13 @@ def _checked_content(content: bytes, source: Source) -> bytes:
             with zipfile.ZipFile(io.BytesIO(content)).open(source.member) as member:
                 content = member.read(source.size + 1)  # never more: a zip can unfold to anything
         except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:
-            raise ValueError(f"not a zip with the file {source.member}: {error}") from error
+            raise UsageError(f"not a zip with the file {source.member}: {error}") from error
     inside = content
     if source.gzipped:
         try:
             inside = gzip.GzipFile(fileobj=io.BytesIO(content)).read(source.size + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"not a gzip: {error}") from error
+            raise UsageError(f"not a gzip: {error}") from error
     if hashlib.sha256(inside).hexdigest() != source.sha256:
-        raise ValueError(f"the {len(content):,} bytes that arrived do not have the SHA-256 known")
+        raise UsageError(f"the {len(content):,} bytes that arrived do not have the SHA-256 known")
     return content

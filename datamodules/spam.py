@@ -15,6 +15,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 from .corpus import files_of
 from .file_kinds import refuse_binary
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator
@@ -43,7 +45,7 @@ def parse(lines: list[str], name: str, sides: bool = False) -> list[Message]:
         side, rest = line.split("\t", 1) if sides else ("", line)
         label, tab, text = rest.partition("\t")
         if not tab or label not in LABELS:
-            raise ValueError(
+            raise UsageError(
                 f"{name}, line {number}: {line[:40]!r} is not label<TAB>text with the label ham "
                 "or spam; write each line so; or, of a CSV or TSV file, type "
                 "--data.text_column=NAME --data.label_column=NAME"
@@ -57,7 +59,7 @@ def both(messages: list[Message], name: str) -> list[Message]:
     counts = Counter(m.label for m in messages)
     if len(counts) < 2:
         has = " and ".join(f"{counts[k]} {label}" for k, label in enumerate(LABELS))
-        raise ValueError(f"{name} has {has} messages; both kinds are needed, one message a line")
+        raise UsageError(f"{name} has {has} messages; both kinds are needed, one message a line")
     return messages
 
 
@@ -73,7 +75,7 @@ def labelled(table: Table, name: str, spam_label: str | None) -> list[Message]:
         found = sorted({entry.label.strip() for entry in table.entries})
         if len(found) != 2 or spam_label not in found:
             shown = ", ".join(repr(value[:40]) for value in found[:5])
-            raise ValueError(
+            raise UsageError(
                 f"{name}: the labels are {shown}{', ...' if len(found) > 5 else ''}; allowed are "
                 f"two values, {spam_label!r} one of them: type --data.spam_label=VALUE"
             )
@@ -82,7 +84,7 @@ def labelled(table: Table, name: str, spam_label: str | None) -> list[Message]:
         if spam_label is not None:
             value = int(label.strip() == spam_label)
         elif (value := VALUES.get(label.strip().casefold(), -1)) < 0:
-            raise ValueError(
+            raise UsageError(
                 f"{name}, line {line}: the label is {label[:40]!r}; allowed are ham and spam, or 0 "
                 "and 1; of two other values type --data.spam_label=VALUE, the one that means spam"
             )
@@ -173,7 +175,7 @@ class SpamDataModule(L.LightningDataModule):
         if batch_size != "all":
             check_positive("batch_size", batch_size)
         if not 0 < test_fraction < 1 or not 0 <= val_fraction < 1:
-            raise ValueError(
+            raise UsageError(
                 f"test_fraction is {test_fraction} and val_fraction {val_fraction}; allowed are "
                 "numbers between 0 and 1: type --data.test_fraction=0.2 --data.val_fraction=0.1"
             )
@@ -182,7 +184,7 @@ class SpamDataModule(L.LightningDataModule):
         except (LookupError, ValueError):
             text = False
         if not text:
-            raise ValueError(
+            raise UsageError(
                 f"encoding is {encoding!r}; allowed are utf-8, latin-1, utf-16 and others that "
                 "Python knows: type --data.encoding=latin-1"
             )
@@ -219,7 +221,7 @@ class SpamDataModule(L.LightningDataModule):
 
     def _read_lines(self) -> None:
         if self.predict_path is None:
-            raise ValueError(
+            raise UsageError(
                 "there is nothing to predict: type --data.predict_path=FILE, a text file with one "
                 "message a line"
             )
@@ -233,7 +235,7 @@ class SpamDataModule(L.LightningDataModule):
             lines = enumerate(_lines(text))
             self.lines = [(i, line) for i, line in lines if line.strip()]
         if not self.lines:
-            raise ValueError(f"{self.predict_path} is empty: write one message a line")
+            raise UsageError(f"{self.predict_path} is empty: write one message a line")
 
     def _read_messages(self) -> None:
         if self.path is not None:
@@ -311,7 +313,7 @@ class SpamDataModule(L.LightningDataModule):
         if short:
             kinds = len({m.text.strip().casefold() for m in messages})
             rather = f", or type --data.val_fraction=0 to do without {short[0]}"
-            raise ValueError(
+            raise UsageError(
                 f"{name}: {len(messages)} messages, of which {kinds} are different, leave none for "
                 f"{' and '.join(short)}: copies stay together; give more different messages"
                 f"{rather if short == ['val'] else ''}"
@@ -364,7 +366,7 @@ class SpamDataModule(L.LightningDataModule):
     def _eval(self, part: str) -> EvalLoader:
         places = self.parts[part]
         if not places:
-            raise ValueError(
+            raise UsageError(
                 f"there are no messages for {part}: val_fraction is {self.val_fraction}; type "
                 "lightning test for the test part, or train with --data.val_fraction=0.1"
             )
@@ -375,14 +377,14 @@ class SpamDataModule(L.LightningDataModule):
 def _text(path: Path, flag: str, encoding: str) -> str:
     """The text of one file; what is not of that encoding is refused with the byte's place."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; one file is read: type {flag}=FILE")
+        raise UsageError(f"{path} is a folder; one file is read: type {flag}=FILE")
     (file,) = files_of(path, flag)
     content = file.read_bytes()
     refuse_binary(path, content, flag)
     codec = codecs.lookup(encoding).name
     wide = codec.startswith(("utf-16", "utf-32"))
     if not wide and (place := content.find(b"\0")) >= 0:
-        raise ValueError(
+        raise UsageError(
             f"{path} is no text: byte 0x00 at position {place}; if it is UTF-16, type "
             "--data.encoding=utf-16"
         )
@@ -391,7 +393,7 @@ def _text(path: Path, flag: str, encoding: str) -> str:
     except UnicodeDecodeError as error:
         name = "UTF-8" if codec == "utf-8" else codec
         byte = error.object[error.start : error.start + 1].hex()
-        raise ValueError(
+        raise UsageError(
             f"{path} is not {name}: byte 0x{byte} at position {error.start}; if it is Latin-1, "
             "type --data.encoding=latin-1"
         ) from None

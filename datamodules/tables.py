@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from ravine.errors import UsageError
+
 LABEL_NAMES = ("label", "labels", "v1", "category", "class", "target", "type", "spam", "is_spam")
 TEXT_NAMES = ("text", "v2", "message", "messages", "sms", "content", "body", "email", "msg")
 DELIMITERS = ",;\t|"
@@ -61,7 +63,7 @@ def read_table(
         DELIMITERS, key=lambda delimiter: _delimiter_rank(lines, delimiter, wanted)
     ))  # fmt: skip
     if not rows:
-        raise ValueError(f"{name} is empty: write a header and one message a row")
+        raise UsageError(f"{name} is empty: write a header and one message a row")
     first = [cell.strip() for cell in rows[0][1]]
     words = {cell.casefold() for cell in first}
     header = not words & {"ham", "spam"} or bool(words & set(TEXT_NAMES) or wanted & set(first))
@@ -74,7 +76,7 @@ def read_table(
     entries, beside = [], 0
     for line, row in rows[header:]:
         if len(row) <= max(places):
-            raise ValueError(
+            raise UsageError(
                 f"{name}, line {line}: the row has {len(row)} columns, and {columns[max(places)]} "
                 f"is number {max(places) + 1}; mend the row, or remove it"
             )
@@ -112,13 +114,13 @@ def _rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, list[s
                     found.append((start + 1, row))
                 last, start = start, reader.line_num
         except csv.Error as error:
-            raise ValueError(f"{name}, line {reader.line_num}: {error}; mend the line") from None
+            raise UsageError(f"{name}, line {reader.line_num}: {error}; mend the line") from None
         if found:  # a quote that is never closed takes all that follows into one cell
             try:
                 list(csv.reader(lines[last:], delimiter=delimiter, strict=True))
             except csv.Error as error:
                 if "end of data" in str(error):
-                    raise ValueError(
+                    raise UsageError(
                         f"{name}, line {last + 1}: a quote is opened and never closed; close it, "
                         "or write two for one that belongs to the text"
                     ) from None
@@ -147,18 +149,18 @@ def _place(
             return int(wanted)
         near = difflib.get_close_matches(wanted, columns, 1) or [c for c in columns if c][:1]
         if not places:
-            raise ValueError(
+            raise UsageError(
                 f"{name} has no column {wanted!r}; allowed: {there}; type {flag}={near[0]}"
             )
     else:
         places = [k for k, column in enumerate(columns) if column.casefold() in known]
         if not places:
-            raise ValueError(
+            raise UsageError(
                 f"{name} has the columns {there}; which of them holds the {kind}s? type "
                 f"{flag}={next((c for c in columns if c), '0')}"
             )
     if len(places) > 1:
-        raise ValueError(
+        raise UsageError(
             f"{name} has {len(places)} columns that may hold the {kind}s, number "
             f"{', '.join(map(str, places))} from 0; type {flag}={places[0]}"
         )

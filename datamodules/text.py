@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ravine.errors import RunError, UsageError
+
 from .corpus import Corpus, Outline, bins, files_of, load, of_array, prepare, read
 from .order import EvalLoader, Order, Passes, Share, TrainLoader, check_positive, global_seed
 from .prepared import Prepared, handed_over, has_ranks
@@ -87,7 +89,7 @@ class TextDataModule(L.LightningDataModule):
         check_positive("context", context)
         check_positive("batch_size", batch_size)
         if not 0 < val_fraction < 1:
-            raise ValueError(
+            raise UsageError(
                 f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
                 "type --data.val_fraction=0.1"
             )
@@ -130,7 +132,7 @@ class TextDataModule(L.LightningDataModule):
     def corpus(self) -> Corpus:
         """The tokens and their tokenizer, once `setup` has run."""
         if self._corpus is None:
-            raise RuntimeError("TextDataModule has no text yet: call setup() first")
+            raise RunError("TextDataModule has no text yet: call setup() first")
         return self._corpus
 
     @property
@@ -183,7 +185,7 @@ class TextDataModule(L.LightningDataModule):
             text, limit = self._text(file), self.memory_limit
             corpus = load(text, name, limit, self.kind, self.specials, prepared)
         elif self.specials != "plain":
-            raise ValueError(
+            raise UsageError(
                 f"{name} holds tokens, in which specials={self.specials} changes nothing; allowed: "
                 "plain; leave --data.specials away"
             )
@@ -202,7 +204,7 @@ class TextDataModule(L.LightningDataModule):
         """Refuse what only a folder of tokens can use."""
         for option in ("vocabulary", "dtype"):
             if getattr(self, option) is not None:
-                raise ValueError(
+                raise UsageError(
                     f"{option} is {getattr(self, option)}, and {name} is a text, whose tokens are "
                     "made here; allowed: a folder with train.bin and val.bin; leave "
                     f"--data.{option} away"
@@ -215,7 +217,7 @@ class TextDataModule(L.LightningDataModule):
         if (self.begin, end) == (0, count):
             return corpus
         if not 0 <= self.begin < end <= count or corpus.rest is not None:
-            raise ValueError(
+            raise UsageError(
                 f"begin {self.begin} and end {self.end} are no part of the {count:,} {unit} of "
                 f"{name}; allowed: 0 to {count} of a text in one piece; type --data.begin=0"
             )
@@ -225,14 +227,14 @@ class TextDataModule(L.LightningDataModule):
         train, rest = self._split(corpus)
         count = len(train) + len(rest)
         if len(rest) < 2:
-            raise ValueError(
+            raise UsageError(
                 f"val_fraction {self.val_fraction} of the {count:,} {unit} of {name} is less "
                 "than two; type --data.val_fraction=0.1, or give a longer text"
             )
         if len(train) <= self.context:
             fits = len(train) - 1
             out = f"type --data.context={fits} or less, or " if fits > 0 else ""
-            raise ValueError(
+            raise UsageError(
                 f"{name} has {count:,} {unit}, {len(train):,} of them for training: less than one "
                 f"window of context + 1 = {self.context + 1}; {out}give a longer text"
             )
@@ -286,7 +288,7 @@ class TextDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> EvalLoader:
         """Refuse, and say what a language model does instead."""
-        raise ValueError(
+        raise UsageError(
             "a text has no answers to predict; a language model continues it: "
             "type lightning generate --ckpt_path=FILE --prompt=TEXT"
         )

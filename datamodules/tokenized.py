@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ravine.errors import RunError, UsageError
 from ravine.strategies import plain_pickle
 
 from .sources import cache_folder, whole
@@ -81,7 +82,7 @@ def write_tokens(
     return path
 
 
-class TokensUnwritable(OSError):
+class TokensUnwritable(OSError, RunError):
     """The cache folder has no room for tokens or may not be written."""
 
     def __str__(self) -> str:
@@ -111,7 +112,7 @@ def mapping(path: Path, kind: np.dtype) -> np.ndarray:
     """A file of tokens as an array (n); nothing is read yet."""
     size = path.stat().st_size
     if size % kind.itemsize or not size:
-        raise ValueError(
+        raise UsageError(
             f"{path} has {size} bytes and should hold {NUMBERS[kind.itemsize]} for each token: "
             "it is cut short or of another kind; make it again, or type --data.dtype="
             f"{'uint8' if size % 2 else 'uint16'} if that is its type"
@@ -207,7 +208,7 @@ def read_bins(
     largest = max(extent[1] for extent in extents)
     what = _what(folder, meta, place, tokenizer, vocabulary, largest)
     if not said and what.vocabulary > 1 << 16:
-        raise ValueError(
+        raise UsageError(
             f"{files[0]} is read as uint16, which cannot hold the {what.vocabulary:,} tokens of "
             "the vocabulary; allowed: int32, uint32, or uint16 if it is that all the same; type "
             "--data.dtype=uint32"
@@ -233,7 +234,7 @@ def check_tokens(
         return
     wrong = low if low < 0 else high
     fix = f"--data.vocabulary={high + 1} or more" if low >= 0 else "--data.dtype=uint32"
-    raise ValueError(
+    raise UsageError(
         f"{name} holds the token {wrong:,} at place {int(np.argmax(array == wrong)):,}, and the "
         f"vocabulary has {tokenizer.vocabulary:,}; allowed: 0 to {tokenizer.vocabulary - 1:,}; "
         f"type {fix}"
@@ -258,12 +259,12 @@ def _what(
     size = meta.get("vocab_size")
     if size is not None:
         if not isinstance(size, int) or isinstance(size, bool):
-            raise ValueError(
+            raise UsageError(
                 f"{place} says that vocab_size is {reprlib.repr(size)[:80]}; allowed: a number; "
                 f"type --data.vocabulary={largest + 1}"
             )
         return NumberTokenizer(size)
-    raise ValueError(
+    raise UsageError(
         f"{folder} says nowhere what its tokens are, of which the largest is {largest:,}; allowed: "
         "a meta.pkl or meta.json with vocab_size, a tokenizer.json; type --data.tokenizer=gpt2 if "
         f"they are GPT-2's, or else --data.vocabulary={largest + 1} or more"
@@ -278,7 +279,7 @@ def _meta(folder: Path) -> tuple[dict[str, Any], Path]:
             continue
         try:
             if place.stat().st_size > META:
-                raise ValueError(f"it has more than {META:,} bytes")
+                raise UsageError(f"it has more than {META:,} bytes")
             content = place.read_bytes()
             said = json.loads(content) if name == "meta.json" else _unpickled(place)
             if not isinstance(said, dict):
@@ -290,7 +291,7 @@ def _meta(folder: Path) -> tuple[dict[str, Any], Path]:
             told: object = "it is nested too deep"
         except (ValueError, TypeError, LookupError, plain_pickle.UnsafePickle) as error:
             told = error.args[0] if error.args else type(error).__name__
-        raise ValueError(
+        raise UsageError(
             f"{place} does not describe tokens as nanoGPT's does: {told}; remove it, and type "
             "--data.tokenizer=gpt2 if the tokens are GPT-2's, or --data.vocabulary=NUMBER"
         )
@@ -311,7 +312,7 @@ def _type_of(meta: dict[str, Any], place: Path) -> str:
     plain = isinstance(said, str | plain_pickle.Name)
     name = str(said).removeprefix("numpy.") if plain else reprlib.repr(said)
     if name not in get_args(TokenType):
-        raise ValueError(
+        raise UsageError(
             f"{place} says that dtype is {name[:40]!r}; allowed: {', '.join(get_args(TokenType))}; "
             "type --data.dtype=uint16"
         )
@@ -324,12 +325,12 @@ def _characters(numbered: Any, place: Path) -> CharTokenizer:
         characters = [numbered[number] for number in range(len(numbered))]
         tokenizer = CharTokenizer(characters)
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{place} does not name characters as nanoGPT's does: {error}; remove it if the tokens "
             "are GPT-2's, or give the text itself: --data.path=FILE"
         ) from error
     if list(tokenizer.characters) != characters:
-        raise ValueError(
+        raise UsageError(
             f"{place} does not sort its characters, or has longer words; give the text: "
             f"--data.path=FILE, or type --data.vocabulary={len(characters)}"
         )
@@ -340,7 +341,7 @@ def _refuse_other_type(file: Path, array: np.ndarray) -> None:
     """Refuse numbers that were read as half as wide as they are, and NumPy's own files."""
     with file.open("rb") as opened:
         if opened.read(6) == b"\x93NUMPY":
-            raise ValueError(
+            raise UsageError(
                 f"{file} is a .npy file; allowed: the numbers alone; write it again with "
                 "numpy.load(FILE).tofile(FILE)"
             )
@@ -349,7 +350,7 @@ def _refuse_other_type(file: Path, array: np.ndarray) -> None:
         wide = array.dtype.itemsize == 4 or not some[2::4].any()
         allowed = ("int64",) if wide else ("int32", "uint32")
         allowed = ("uint16",) if array.dtype.itemsize == 1 and some[2::4].any() else allowed
-        raise ValueError(
+        raise UsageError(
             f"every second number of {file} is 0 where they are read as {array.dtype}: they are "
             "wider; "
             f"allowed: {', '.join(allowed)}; type --data.dtype={allowed[0]}"

@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ravine.errors import MissingFileError, UsageError, UsageTypeError
+
 from .sources import SourceMissing
 
 Specials = Literal["plain", "allowed", "refuse"]
@@ -100,7 +102,7 @@ class Tokenizer(ABC):
     def _set_specials(self, special: Mapping[str, int], specials: str) -> None:
         """Keep the words that stand for one token, and how they are read."""
         if specials not in get_args(Specials):
-            raise ValueError(
+            raise UsageError(
                 f"specials is {specials!r}; allowed: {', '.join(get_args(Specials))}; "
                 "type --data.specials=plain"
             )
@@ -109,7 +111,7 @@ class Tokenizer(ABC):
         words = sorted(self.special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, words))) if words else None
         if specials != "plain" and not words:
-            raise ValueError(
+            raise UsageError(
                 f"specials is {specials!r}, and the tokenizer {self.kind!r} has no special "
                 "tokens; allowed: plain; type --data.tokenizer=gpt2 for one that has"
             )
@@ -129,7 +131,7 @@ class Tokenizer(ABC):
         for found in self._pattern.finditer(text):
             if self.specials == "refuse":
                 around = text[max(0, found.start() - 20) : found.end() + 20]
-                raise ValueError(
+                raise UsageError(
                     f"the special token {found[0]!r} stands in the text, here: {around!r}; "
                     "type --data.specials=allowed to read it as one token, or plain as other text"
                 )
@@ -193,7 +195,7 @@ class CharTokenizer(Tokenizer):
         self._set_specials({}, "plain")
         self.characters = "".join(sorted(set(characters)))
         if not self.characters:
-            raise ValueError("a tokenizer needs at least one character: give it a text")
+            raise UsageError("a tokenizer needs at least one character: give it a text")
         self.codes = code_points(self.characters)  # ascending, since Python sorts by code point
         sizes = [len(c.encode("utf-8", "surrogatepass")) for c in self.characters]
         self.token_bytes = torch.tensor(sizes)
@@ -204,7 +206,7 @@ class CharTokenizer(Tokenizer):
         places = np.searchsorted(self.codes, points).clip(max=self.vocabulary - 1)
         unknown = np.flatnonzero(self.codes[places] != points)
         if len(unknown):
-            raise ValueError(self._unknown(text, int(unknown[0])))
+            raise UsageError(self._unknown(text, int(unknown[0])))
         return places
 
     def text(self, numbers: Sequence[int]) -> str:
@@ -274,7 +276,7 @@ class BPETokenizer(Tokenizer):
 
         self.pieces, self.end = list(pieces), len(pieces)
         if len(set(self.pieces)) < len(self.pieces) or SINGLE - set(self.pieces):
-            raise ValueError(
+            raise UsageError(
                 f"{len(self.pieces)} pieces of which {len(set(self.pieces))} are different; "
                 "allowed: different pieces, and among them all 256 bytes; give the pieces of a "
                 "byte pair encoding in the order of their ranks"
@@ -373,7 +375,7 @@ class NumberTokenizer(Tokenizer):
     def __init__(self, vocabulary: int) -> None:
         """Take the number of different tokens."""
         if not 1 <= vocabulary <= 1 << 24:
-            raise ValueError(
+            raise UsageError(
                 f"vocabulary is {vocabulary}; allowed: 1 to {1 << 24:,}; "
                 "type --data.vocabulary=50257"
             )
@@ -385,12 +387,12 @@ class NumberTokenizer(Tokenizer):
         words = text.split()
         for word in words:
             if not (word.isascii() and word.isdigit() and len(word) < 11):
-                raise ValueError(
+                raise UsageError(
                     f"{word[:40]!r} is no token number, and this model knows no texts; allowed: "
                     f"numbers from 0 to {self.vocabulary - 1}, separated by spaces; type '17 4'"
                 )
             if int(word) >= self.vocabulary:
-                raise ValueError(
+                raise UsageError(
                     f"token {word} is outside the vocabulary of {self.vocabulary}; allowed: 0 to "
                     f"{self.vocabulary - 1}"
                 )
@@ -432,7 +434,7 @@ class FileTokenizer(Tokenizer):
             self.inner = tokenizers.Tokenizer.from_str(content)
             said = json.loads(content)
         except Exception as error:  # the library raises no other type
-            raise ValueError(
+            raise UsageError(
                 f"not a file of the tokenizers library: {str(error)[:200]}; allowed: a "
                 "tokenizer.json, as Hugging Face's models have; type --data.tokenizer=gpt2 for "
                 "GPT-2's"
@@ -445,10 +447,12 @@ class FileTokenizer(Tokenizer):
         self._set_specials(special, specials)
         self.inner.encode_special_tokens = specials != "allowed"
         if end is not None and not isinstance(end, str):
-            raise TypeError(f"end is of type {type(end).__name__}; allowed: the token as a text")
+            raise UsageTypeError(
+                f"end is of type {type(end).__name__}; allowed: the token as a text"
+            )
         names = [end] if end else [name for name in self.ends if name in special]
         if end and end not in special:
-            raise ValueError(f"end {end!r} is no special token; known: {', '.join(special)}")
+            raise UsageError(f"end {end!r} is no special token; known: {', '.join(special)}")
         self.end = special[names[0]] if names else None
         others = [token.content for token in added.values() if not token.special]  # always read
         self._keep_whole([*others, *(special if specials != "plain" else ())])
@@ -459,7 +463,7 @@ class FileTokenizer(Tokenizer):
         table = self.inner.get_vocab(with_added_tokens=True)
         size = 1 + max(table.values(), default=-1)
         if size > max(4096, 4 * len(table)):  # one large number would allocate any amount of memory
-            raise ValueError(
+            raise UsageError(
                 f"the largest token is {size - 1:,} among {len(table):,}; allowed: numbers without "
                 "large gaps; make the file again"
             )
@@ -488,7 +492,7 @@ class FileTokenizer(Tokenizer):
         if self.exact:
             there, kept = len(text.encode()), int(self.written[numbers].sum())
             if there != kept:
-                raise ValueError(
+                raise UsageError(
                     f"{there - kept} of {there} bytes of a text are in no token of this "
                     "vocabulary; allowed: a vocabulary with all 256 bytes; type "
                     "--data.tokenizer=bytes, or train the tokenizer with its initial alphabet"
@@ -530,21 +534,21 @@ class FileTokenizer(Tokenizer):
         if place.is_dir() and not file.is_file() and all(part.is_file() for part in pair):
             return cls(_merged(*pair), _eos(folder), specials)
         if not file.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"no tokenizer at {place}; allowed: characters, bytes, gpt2, a tokenizer.json, or "
                 "a folder with one or with vocab.json and merges.txt; type --data.tokenizer=FILE"
             )
         try:
             content = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{file} is not UTF-8 at byte {error.start}; allowed: a tokenizer.json; "
                 "type --data.tokenizer=FILE"
             ) from None
         try:
             return cls(content, _eos(folder), specials)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            raise UsageError(f"{file}: {error}") from None
 
     @classmethod
     def of_merges(
@@ -618,7 +622,7 @@ def _merged(vocabulary: Path, merges: Path) -> str:
         special = [name for name in FileTokenizer.ends if name in table]
         return _bpe({str(word): int(n) for word, n in table.items()}, pairs, special)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{vocabulary} and {merges.name} are no byte pair encoding: {error!r}; allowed: "
             "GPT-2's files; type --data.tokenizer=FOLDER"
         ) from None
@@ -678,11 +682,11 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
             case FileTokenizer.kind:
                 return FileTokenizer(state["content"], state["end"] or None, specials)
     except (LookupError, TypeError, AttributeError, binascii.Error) as error:
-        raise ValueError(
+        raise UsageError(
             f"the state of the tokenizer {state.get('kind')!r} is damaged: {error!r}; use another "
             "checkpoint"
         ) from None
-    raise ValueError(
+    raise UsageError(
         f"unknown kind of tokenizer {state.get('kind')!r}; known are characters, bytes, gpt2, "
         "file, numbers; the checkpoint was written by another version: install that one"
     )

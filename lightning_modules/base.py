@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ravine.errors import RunError, UsageError
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 
 from .initial_values import InitialValues
@@ -58,7 +59,7 @@ class _Bounded(TorchDispatchMode):
     def check(self) -> None:
         """Refuse a net that has grown too far."""
         if self.over:
-            raise ValueError(
+            raise UsageError(
                 "the hyperparameters of the checkpoint make a net far larger than its weights; it "
                 "was changed: choose another checkpoint"
             )
@@ -69,7 +70,7 @@ def refuse_early_copies(callbacks: list[L.Callback]) -> None:
     for each in callbacks:
         if isinstance(each, WeightAveraging | StochasticWeightAveraging):
             name = type(each).__name__
-            raise ValueError(
+            raise UsageError(
                 f"{name} copies the network in setup, before it is built, and would average "
                 f"nothing; take {name} out of trainer.callbacks and use ravine.callbacks.EMA"
             )
@@ -143,9 +144,7 @@ class TaskModule(L.LightningModule):
     def forward(self, *args: Any) -> Any:
         """Apply the net."""
         if self.net is None:
-            raise RuntimeError(
-                f"{type(self).__name__} has no net yet: call configure_model() first"
-            )
+            raise RunError(f"{type(self).__name__} has no net yet: call configure_model() first")
         return self.net(*args)
 
     def configure_optimizers(self) -> Any:
@@ -157,7 +156,7 @@ class TaskModule(L.LightningModule):
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         if any(p.dtype == torch.float16 for p in parameters):
-            raise ValueError(
+            raise UsageError(
                 "AdamW's eps of 1e-08 is 0 in float16, so that weights turn to NaN (0 / 0); "
                 "allowed: 16-mixed, bf16-mixed, bf16-true, 32-true; type "
                 "--trainer.precision=16-mixed, or OptimizerPlan(partial(AdamW, eps=1e-4))"
@@ -186,7 +185,7 @@ class TaskModule(L.LightningModule):
         phases = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys() - done.keys()
         if phases:
             names = [checkpoint["transforms"][phase]["class"] for phase in sorted(phases)]
-            raise ValueError(
+            raise UsageError(
                 f"the net of the checkpoint was changed by {' and '.join(names)}; allowed: a "
                 f"trainer with the same; type --trainer.callbacks+={names[0]}, or in a script "
                 "ravine.cli.trained.load(path)"
@@ -196,7 +195,7 @@ class TaskModule(L.LightningModule):
     def _check_task(cls, checkpoint: dict[str, Any]) -> None:
         task = checkpoint.get("task", "another program")
         if task not in (c.__name__ for c in cls.__mro__):
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint was written by {task}, the model is {cls.__name__}; "
                 f"allowed: a checkpoint of {cls.__name__}; type --model={task}"
             )
@@ -229,7 +228,7 @@ class TaskModule(L.LightningModule):
             ValueError: if its hyperparameters, or its weights, make no model of this class.
         """
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-            raise ValueError(
+            raise UsageError(
                 f"this is no checkpoint of a {cls.__name__}: it has no state_dict; choose a file "
                 "that a trainer has written"
             )
@@ -249,7 +248,7 @@ class TaskModule(L.LightningModule):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             text = " ".join(str(error).split())[:160] or type(error).__name__
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint makes no {cls.__name__}: {type(error).__name__}: {text}; it was "
                 "changed, or written by another version: choose another checkpoint"
             ) from error

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ravine.datamodules.image_set import check_labels, describe_classes
 from ravine.datamodules.images import to_float, to_uint8
 from ravine.datamodules.order import Share, global_seed
+from ravine.errors import UsageError
 
 from .base import TaskModule
 from .imaging import figures as draw
@@ -91,7 +92,7 @@ class Diffusion(TaskModule):
         self.denoising = Denoising(schedule, prediction, weight, conditioning, channels_last)
         self.labels, self.label_dropout = labels, label_dropout
         if not 0 <= label_dropout < 1:
-            raise ValueError(
+            raise UsageError(
                 f"label_dropout is {label_dropout}; allowed: 0 to below 1; "
                 "type --model.label_dropout=0.1"
             )
@@ -112,7 +113,7 @@ class Diffusion(TaskModule):
     def build(self) -> nn.Module:
         """The lecture's U-Net, for the data's images."""
         if not self.channels:
-            raise ValueError(
+            raise UsageError(
                 "Diffusion takes the images' size from the data, and there are none; "
                 "type --data=ImageDataModule, or load a checkpoint"
             )
@@ -124,11 +125,11 @@ class Diffusion(TaskModule):
         """Take the images' channels, classes, and size, which may change; refuse others."""
         classes = datamodule.num_classes if self.labels else 0
         if self.labels and not classes:
-            raise ValueError("the data have no labels; type --model.labels=false")
+            raise UsageError("the data have no labels; type --model.labels=false")
         if self.labels and hasattr(datamodule, "pictures"):  # one too high would mean: not given
             check_labels(datamodule.pictures("train")[1], classes, "the data to train")
         if self.labels and classes == 1:
-            raise ValueError(
+            raise UsageError(
                 "all images of the data are of one class, so a label tells the model nothing; "
                 "allowed are two classes or more: type --model.labels=false"
             )
@@ -254,7 +255,7 @@ class Diffusion(TaskModule):
         asked = pick(labels, self._names())
         count = (8 if asked else 64) if num_samples is None else num_samples
         if count < 1 or batch_size < 1:
-            raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=8")
+            raise UsageError("num_samples and batch_size must be 1 or more; type --num_samples=8")
         index = torch.arange(count * max(1, len(asked)), device=self.device)
         shown = torch.tensor(asked, device=self.device).repeat_interleave(count)
         images = self._sample(index, shown if asked else None, way, seed, batch_size)
@@ -271,7 +272,7 @@ class Diffusion(TaskModule):
         labels = pick(asked["labels"], self._names())
         count = asked["num_samples"]
         if (count is not None and count < 1) or asked["batch_size"] < 1:
-            raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=8")
+            raise UsageError("num_samples and batch_size must be 1 or more; type --num_samples=8")
         index = torch.arange(1, device=self.device)
         shown = torch.tensor(labels[:1], device=self.device) if labels else None
         images = self._sample(index, shown, replace(way, steps=1), asked["seed"], 1)
@@ -326,12 +327,12 @@ class Diffusion(TaskModule):
     ) -> None:
         """Refuse data of other channels and classes than the model has, if it has any yet."""
         if model[0] and data != model:
-            raise ValueError(
+            raise UsageError(
                 f"the data have {data[0]} channels and {data[1]} classes, the model {model[0]} and "
                 f"{model[1]}; type --data.source=... with the data that the model was trained on"
             )
         if model[1] and names != known:
-            raise ValueError(
+            raise UsageError(
                 f"the data have the classes {describe_classes(names)}; the model was trained on "
                 f"{describe_classes(known)}, in this order; type --data.source=... with the same "
                 "folders"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ravine.datamodules.order import Share, global_seed
 from ravine.datamodules.prompts import Prompts
 from ravine.datamodules.tokenizers import Tokenizer, from_state
+from ravine.errors import UsageError, UsageTypeError
 
 from .base import TaskModule
 from .language import Transformer
@@ -117,7 +118,7 @@ class Reinforce(TaskModule):
     def adopt(self, datamodule: Any) -> None:
         """Take the corpus; refuse other data than prompts, and prompts that are too long."""
         if not hasattr(datamodule, "prompts"):
-            raise ValueError(
+            raise UsageError(
                 f"Reinforce learns from prompts, and {type(datamodule).__name__} has none; "
                 "type --data=PromptDataModule"
             )
@@ -162,7 +163,7 @@ class Reinforce(TaskModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Write, judge and weigh: the batch of the step is a Rollout."""
         if not isinstance(batch, Prompts):
-            raise TypeError(
+            raise UsageTypeError(
                 f"Reinforce learns from Prompts, and the loader gives {type(batch).__name__}; "
                 "use PromptDataModule"
             )
@@ -292,7 +293,7 @@ class Reinforce(TaskModule):
         for net in self._frozen:
             return by_reference(net.to(self.device), *what)
         if self.reference == "copy":
-            raise ValueError(
+            raise UsageError(
                 "this policy was loaded, and has no copy of its base; make it anew and go on with "
                 "fit(..., ckpt_path=FILE)"
             )

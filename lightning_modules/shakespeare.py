@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ravine.datamodules.tokenizers import Tokenizer, from_state
+from ravine.errors import UsageError
 
 from . import accounting
 from .base import TaskModule
@@ -70,7 +71,7 @@ class LanguageModel(TaskModule):
         if self.context is None:
             self.context = datamodule.context
         elif self.context < datamodule.context:
-            raise ValueError(
+            raise UsageError(
                 f"the data's windows have {datamodule.context} tokens and the model sees "
                 f"{self.context}; allowed: {self.context} or less; "
                 f"type --data.context={self.context}"
@@ -162,12 +163,12 @@ class LanguageModel(TaskModule):
             show: called with each new piece of a single text.
         """
         if self.net is None or self.tokenizer is None or self.context is None:
-            raise ValueError(
+            raise UsageError(
                 "LanguageModel has no tokenizer to write with; "
                 "train it on a TextDataModule, or load a checkpoint of one that was"
             )
         if num_samples < 1 or batch_size < 1:
-            raise ValueError("num_samples and batch_size must be 1 or more; type --num_samples=1")
+            raise UsageError("num_samples and batch_size must be 1 or more; type --num_samples=1")
         sampling = Sampling(temperature, top_k, top_p, min_p)
         prompt = self.default_prompt if prompt is None else prompt
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -240,7 +241,7 @@ class LanguageModel(TaskModule):
         self._refuse_other_function(checkpoint.get("hyper_parameters", {}))
         saved = checkpoint.get("language")
         if not isinstance(saved, dict) or not {"tokenizer", "context"} <= saved.keys():
-            raise ValueError(
+            raise UsageError(
                 "the checkpoint has no tokenizer and no context of a language model; choose one "
                 "that `fit` has written"
             )
@@ -255,7 +256,7 @@ class LanguageModel(TaskModule):
         ours = known | self.shape
         other = [key for key in UNSEEN if ours[key] != theirs[key]]
         if saved and other:
-            raise ValueError(
+            raise UsageError(
                 "the checkpoint's model has "
                 f"{', '.join(f'{key}={theirs[key]}' for key in other)}, and this one "
                 f"{', '.join(f'{key}={ours[key]}' for key in other)}; its weights would compute "
@@ -265,13 +266,13 @@ class LanguageModel(TaskModule):
     def _take(self, tokenizer: Tokenizer, whose: str) -> None:
         ours = self.tokenizer
         if ours is not None and not ours.alike(tokenizer):
-            raise ValueError(
+            raise UsageError(
                 f"{whose} tokenizer has {tokenizer.vocabulary} tokens, the model's other "
                 f"{ours.vocabulary}: they come from different texts; "
                 "type --data.path=... with the text the model was trained on"
             )
         if self.vocabulary not in (None, tokenizer.vocabulary):
-            raise ValueError(
+            raise UsageError(
                 f"{whose} tokenizer has {tokenizer.vocabulary} tokens, the model "
                 f"{self.vocabulary}; leave --model.vocabulary away: it comes from the data"
             )
@@ -285,7 +286,7 @@ class LanguageModel(TaskModule):
 
     def _sizes(self) -> tuple[int, int]:
         if self.vocabulary is None or self.context is None:
-            raise ValueError(
+            raise UsageError(
                 "LanguageModel takes its vocabulary and context from the data, and there are "
                 "none; type --data=TextDataModule, or give both as arguments"
             )

@@ -27,6 +27,8 @@ from torchmetrics.classification import (
     BinaryF1Score,
 )
 
+from ravine.errors import UsageError
+
 from .base import TaskModule
 
 TRIGGERS = {"urgent", "buy", "money", "won", "free"}
@@ -157,7 +159,7 @@ class SpamClassifier(TaskModule):
         """Check the sizes."""
         super().__init__()
         if hidden < 0 or buckets < 1:
-            raise ValueError(
+            raise UsageError(
                 f"hidden is {hidden} and buckets {buckets}; allowed: hidden 0 or more, buckets 1 "
                 "or more; type --model.hidden=0 --model.buckets=262144"
             )

@@ -10,6 +10,8 @@ import lightning as L
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from ravine.errors import UsageError
+
 ABSENT = "absent"
 SHOWN = 60  # characters of a value in a message
 LIMITS = (
@@ -26,7 +28,7 @@ LIMITS = (
 OWN = ("rank", "local_rank", "global_rank", "node_rank", "device", "gpu", "gpu_id")  # hparams
 
 
-class RanksDiffer(ValueError):
+class RanksDiffer(UsageError):
     """Ranks of one job were started with different configurations, or with unequal loaders."""
 
 

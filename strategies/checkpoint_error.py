@@ -1,7 +1,9 @@
 """CheckpointError: why a checkpoint cannot be written or read, and what to do, in one line."""
 
+from ravine.errors import RunError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(RunError):
     """A checkpoint that cannot be written or read; the text says why and what to do, in one line.
 
     `exit_status` is what a command ends with: 1 where the run failed, 2 where the user can choose

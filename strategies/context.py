@@ -35,6 +35,8 @@ from torch.library import custom_op
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ravine.errors import UsageError
+
 from .block_attention import attention, attention_backward, exact
 
 FORWARD, BACKWARD = 2, {2: 8, 3: 8}  # parts of the heads, by ranks; backward there are more buffers
@@ -59,18 +61,18 @@ class Context:
         name = self.name
         self.seen_sober = False
         if not self.attentions or not self.timed:
-            raise ValueError(
+            raise UsageError(
                 f"cp={self.ranks}: {name} has no attention with the slots `attend` and `times`,"
                 " which a cut sequence needs; type --trainer.strategy zero3"
             )
         if any(getattr(m, "dropout", 0) for m in self.attentions):
-            raise ValueError(
+            raise UsageError(
                 f"cp={self.ranks}: {name} drops attention weights, which no rank has whole; type"
                 " --model.dropout=0, or --trainer.strategy zero3"
             )
         for part, m in module.named_modules():
             if isinstance(m, _DropoutNd) and m.p > 0:
-                raise ValueError(
+                raise UsageError(
                     f"cp={self.ranks}: {name} has dropout ({part}), and ranks would drop the same"
                     " of different tokens; type --model.dropout=0, or --trainer.strategy zero3"
                 )
@@ -94,7 +96,7 @@ class Context:
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         lengths = {tensor.shape[1] for tensor in tensors if tensor.ndim > 1}
         if len(lengths) != 1:
-            raise ValueError(
+            raise UsageError(
                 f"cp={self.ranks} cuts the tensors (b t ...) of a batch along t, and this batch has"
                 f" {' and '.join(map(str, sorted(lengths))) or 'no'} lengths; type"
                 " --trainer.strategy zero3"
@@ -112,7 +114,7 @@ class Context:
         before = [] if self.seen_sober else self._generators()
         yield
         if before and not all(map(torch.equal, before, self._generators())):
-            raise ValueError(
+            raise UsageError(
                 f"cp={self.ranks}: {self.name}.training_step draws random numbers (a dropout?), and"
                 " ranks would draw the same for different tokens; leave them out, or type"
                 " --trainer.strategy zero3"
@@ -147,7 +149,7 @@ class Context:
         parts = 2 * self.ranks
         if length % parts:
             nearest = max(parts, round(length / parts) * parts)
-            raise ValueError(
+            raise UsageError(
                 f"cp={self.ranks} does not cut {length} tokens into {parts} equal pieces; type"
                 f" --data.context={nearest}"
             )

@@ -20,6 +20,8 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ravine.errors import UsageError
+
 UNFINISHED = "Expected to have finished reduction in the prior iteration"  # of torch's DDP
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels keep the version
 
@@ -93,7 +95,7 @@ class DataParallelStrategy(DDPStrategy):
         except RuntimeError as error:
             if UNFINISHED not in str(error):
                 raise
-            raise ValueError(
+            raise UsageError(
                 f"{type(self.lightning_module).__name__}: the loss does not depend on"
                 f" {self._not_reached(str(error))}, whose gradients ddp waits for; allowed: a loss"
                 " that depends on all trainable parameters; type"
@@ -168,7 +170,7 @@ def refuse_moved_gradients(optimizer: Any) -> None:
         if gradient is None or gradient.layout != torch.strided or gradient._base is None:
             continue
         if gradient.untyped_storage().data_ptr() != gradient._base.untyped_storage().data_ptr():
-            raise ValueError(
+            raise UsageError(
                 f"`p.grad.data = new` for a parameter of shape {tuple(parameter.shape)}: ddp keeps"
                 " gradients in its buckets (gradient_as_bucket_view); allowed: p.grad.copy_(new),"
                 " p.grad = new; type that, or --trainer.strategy=DataParallelStrategy"
@@ -192,7 +194,7 @@ def refuse_kept_gradients(optimizer: Any) -> None:
             if not isinstance(value, Tensor) or value.layout != torch.strided:
                 continue
             if value.numel() and value.untyped_storage().data_ptr() == memory:
-                raise ValueError(
+                raise UsageError(
                     f"{type(optimizer).__name__} keeps a gradient as its state {name!r}, and ddp"
                     " overwrites gradients in place (gradient_as_bucket_view); allowed: states with"
                     " memory of their own; type"

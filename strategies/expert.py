@@ -20,6 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.functional import pad
 
+from ravine.errors import UsageError
+
 
 def mixtures(module: nn.Module) -> list[nn.Module]:
     """The modules called `experts`."""
@@ -32,7 +34,7 @@ def spread_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     if not found:
         takes = "experts" in (getattr(module, "hparams", None) or {})
         fix = "type --model.experts=8, or" if takes else "give it one, or type"
-        raise ValueError(
+        raise UsageError(
             f"ep={mesh.size()}: {type(module).__name__} has no mixture of experts (a module called"
             f" `experts`, with the experts as the first axis of its parameters); {fix}"
             " --trainer.strategy zero3"
@@ -42,7 +44,7 @@ def spread_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
         if count % mesh.size():
             fitting = [n for n in range(1, count + 1) if count % n == 0]
             nearest = max(n for n in fitting if n <= mesh.size())
-            raise ValueError(
+            raise UsageError(
                 f"ep={mesh.size()} does not divide the {count} experts; allowed:"
                 f" {', '.join(map(str, fitting))}; type --trainer.strategy.ep={nearest}"
             )

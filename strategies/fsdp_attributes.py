@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.autograd import grad_mode
 
+from ravine.errors import UsageError
+
 from .parallelize import units
 
 TORCH = "2.11 to 2.14"  # the versions that the tests are run with
@@ -56,7 +58,7 @@ def check_fsdp(module: nn.Module) -> None:
     """
     missing = next(_missing(module), None)
     if missing is not None:
-        raise ValueError(
+        raise UsageError(
             f"torch {torch.__version__} has no {missing}, which zero2 and zero3 use; allowed: "
             f"torch {TORCH}; type --trainer.strategy ddp"
         )

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ravine.errors import UsageError
+
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # far ranks first: tp wants the fastest links
 DP, TP = "data_parallel", "tensor_parallel"  # Lightning's names, known to modules of others
 
@@ -31,7 +33,7 @@ def resolve(given: dict[str, int], world: int) -> dict[str, int]:
     asked = f"MeshStrategy({', '.join(f'{axis}={size}' for axis, size in shown.items())})"
     free = [axis for axis, size in axes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in (*axes.values(), ep)):
-        raise ValueError(
+        raise UsageError(
             f"{asked}: a degree is 1 or more, and one may be -1 (what the others leave); type"
             " --trainer.strategy.dp_shard=-1 --trainer.strategy.tp=1"
         )
@@ -41,14 +43,14 @@ def resolve(given: dict[str, int], world: int) -> dict[str, int]:
     if free and world % product == 0:
         axes[free[0]] = world // product
     elif product != world:
-        raise ValueError(
+        raise UsageError(
             f"{asked} needs {'a multiple of ' if free else ''}{product} processes; there are"
             f" {world} (devices x nodes); type --trainer.devices={product}"
         )
     ep = axes["dp_shard"] if ep == -1 else ep
     if axes["dp_shard"] % ep:
         fitting = [n for n in range(1, axes["dp_shard"] + 1) if axes["dp_shard"] % n == 0]
-        raise ValueError(
+        raise UsageError(
             f"{asked}: ep={ep} does not divide the {axes['dp_shard']} ranks of dp_shard; allowed:"
             f" {', '.join(map(str, fitting))}; type --trainer.strategy.ep={fitting[-1]}"
         )
@@ -66,23 +68,23 @@ def check_choices(
     """Refuse what no run could mean, when the strategy is made."""
     flag = "type --trainer.strategy"
     if zero not in (1, 2, 3):
-        raise ValueError(f"zero is {zero}; allowed: 1, 2, 3; {flag}.zero=3")
+        raise UsageError(f"zero is {zero}; allowed: 1, 2, 3; {flag}.zero=3")
     if schedule not in schedules:
         allowed = ", ".join(schedules)
-        raise ValueError(f"schedule is {schedule!r}; allowed: {allowed}; {flag}.schedule=1f1b")
+        raise UsageError(f"schedule is {schedule!r}; allowed: {allowed}; {flag}.schedule=1f1b")
     if microbatches < 1:
-        raise ValueError(
+        raise UsageError(
             f"microbatches is {microbatches}; allowed: 1 or more; {flag}.microbatches=4"
         )
     whole = isinstance(smallest_unit, int) and not isinstance(smallest_unit, bool)
     if smallest_unit is not None and not (whole and smallest_unit >= 0):
-        raise ValueError(
+        raise UsageError(
             f"smallest_unit is {smallest_unit!r}; allowed: a number of bytes, 0 or more;"
             f" {flag}.smallest_unit=1048576"
         )
     if zero == 1 and (gather_once or smallest_unit is not None):
         name = "gather_once" if gather_once else "smallest_unit"
-        raise ValueError(
+        raise UsageError(
             f"{name} has no effect with zero=1, where every rank has whole parameters; allowed"
             f" with zero=2 and 3; {flag}.zero=2, or leave {name} out"
         )
@@ -91,13 +93,13 @@ def check_choices(
 def check_module(module: Any, degrees: dict[str, int], sequence_parallel: bool) -> None:
     """Refuse axes along which a module says, by `whole_along`, or shows that it cannot be cut."""
     if sequence_parallel and not module.automatic_optimization:
-        raise ValueError(
+        raise UsageError(
             f"{type(module).__name__} steps its own optimizers (manual optimization), which"
             " sequence_parallel cannot follow; type --trainer.strategy tp"
         )
     for axis in getattr(module, "whole_along", ()):
         if degrees[axis] > 1:
-            raise ValueError(
+            raise UsageError(
                 f"{axis}={degrees[axis]}: {type(module).__name__} cannot be cut along {axis};"
                 " allowed: zero1, zero2, zero3, hsdp, tp, ddp; type --trainer.strategy zero3"
             )
@@ -109,11 +111,11 @@ def check_together(
     """Refuse what does not go together, before a process starts; the rest are torch's rules."""
     ranks = degrees["pp"]
     if sequence_parallel and degrees["tp"] == 1:
-        raise ValueError(
+        raise UsageError(
             "sequence_parallel cuts along tp, and tp is 1; type --trainer.strategy.tp=2"
         )
     if sequence_parallel and ranks > 1:
-        raise ValueError(
+        raise UsageError(
             "sequence_parallel does not go together with a pipeline yet; type"
             " --trainer.strategy.sequence_parallel=false"
         )
@@ -121,7 +123,7 @@ def check_together(
     too_few = schedule == "1f1b" and microbatches < ranks
     if too_few or (schedule == "interleaved" and microbatches % rounds):
         allowed = f"{ranks} or more" if too_few else f"multiples of {ranks}"
-        raise ValueError(
+        raise UsageError(
             f"microbatches={microbatches} for a pipeline of {ranks} ranks ({schedule}); allowed:"
             f" {allowed}; type --trainer.strategy.microbatches={ranks * rounds}"
         )

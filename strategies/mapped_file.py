@@ -18,6 +18,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from ravine.errors import UsageError
+
 PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None))
 PLAIN_TORCH = (torch.Size, torch.device, torch.dtype, torch.layout)
 
@@ -111,7 +113,7 @@ class _Views:
     def storage(self, start: int, length: int) -> torch.UntypedStorage:
         """The pages of a record; tensors that shared a storage share it again."""
         if start + length > len(self.pages):
-            raise ValueError("a record reaches beyond the end of the file")
+            raise UsageError("a record reaches beyond the end of the file")
         if (start, length) not in self.storages:
             self.storages[start, length] = (
                 torch.frombuffer(self.pages, dtype=torch.uint8, count=length, offset=start)

@@ -25,6 +25,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ravine.errors import UsageError
+
 from . import sharded, states
 from .buffer_sync import BufferSync
 from .checkpoint_io import (
@@ -263,7 +265,7 @@ class MeshStrategy(ModelParallelStrategy):
         degrees = self.layout.degrees
         apart = [f"{k}={degrees[k]}" for k in ("pp", "ep") if degrees[k] > 1]
         if apart:
-            raise ValueError(
+            raise UsageError(
                 f"gradient_clip_val={bound:g} cannot add up the norm over ranks with different "
                 f"parameters ({', '.join(apart)}); allowed: strategies without pp and ep; use "
                 f"the callback GradientClipping(max_norm={bound:g})"
@@ -277,7 +279,7 @@ class MeshStrategy(ModelParallelStrategy):
         """
         assert self.layout is not None
         if self.root_device.type == "cpu":
-            raise ValueError(
+            raise UsageError(
                 "sync_batchnorm=True: torch synchronizes BatchNorm on GPUs only, and this run is on"
                 " a CPU; allowed: false; type --trainer.sync_batchnorm=false"
             )

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from ravine.errors import UsageError
+
 DEPTH = 3  # of lists and dicts within each other
 
 
@@ -43,7 +45,7 @@ class OriginalParameters:
             if vars(parameter):
                 self.attributes[name] = dict(vars(parameter))
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
-                raise ValueError(
+                raise UsageError(
                     f"{type(module).__name__}: {name} has a hook of "
                     "register_post_accumulate_grad_hook, and gradients of sharded parameters are "
                     "accumulated in gathered copies; allowed: Tensor.register_hook, "
@@ -53,7 +55,7 @@ class OriginalParameters:
         for place, tensor, name in views_of_parameters(module):
             parameter = dict(module.named_parameters())[name]
             if tensor.shape != parameter.shape or tensor.stride() != parameter.stride():
-                raise ValueError(
+                raise UsageError(
                     f"{type(module).__name__}: {place} is a view of the parameter {name}, which "
                     "sharding replaces; allowed: a view that is taken when it is used; type "
                     f"{name} there, or --trainer.strategy ddp"
@@ -147,7 +149,7 @@ class OriginalParameters:
     def _of_module(self, optimizer: Optimizer, tensor: Tensor, own: set[int]) -> Tensor:
         now = tensor if id(tensor) in own else self.replacement(tensor)
         if now is None:
-            raise ValueError(
+            raise UsageError(
                 f"{type(optimizer).__name__} has a tensor of shape {tuple(tensor.shape)} that is no"
                 f" parameter of {type(self.module).__name__}, so that ranks would not share it; "
                 "allowed: parameters of the module, in the optimizers of configure_optimizers; "
@@ -219,7 +221,7 @@ def refuse_common_memory(module: nn.Module) -> None:
         others = found.setdefault(extent[0], [])
         for other, known in others:
             if overlap(extent, known):
-                raise ValueError(
+                raise UsageError(
                     f"{type(module).__name__}: {other} and {name} are two parameters in the same "
                     "memory, and ranks would step them apart; allowed: one parameter with two "
                     f"names ({name.rpartition('.')[0] or 'self'}.{name.rpartition('.')[2]} = the "

@@ -210,7 +210,7 @@ def parallelize(
             f"{type(module).__name__} has nothing to shard: no child module holds a parameter",
             ["modules that are built in __init__ or configure_model"],
             "use a strategy that shards nothing, such as ddp",
-            flag="type --trainer.strategy ddp",
+            flag="--trainer.strategy ddp",
         )
     return spread
 
@@ -280,7 +280,7 @@ def _size(module: nn.Module) -> int:
 def _refuse_copy(unit: nn.Module, memo: Any) -> None:
     """`copy.deepcopy` of a unit: torch's FSDP2 has none, and its error does not say what to do."""
     name = type(unit).__name__.removeprefix("FSDP")
-    raise ValueError(
+    raise UsageError(
         f"copy.deepcopy({name}): ranks share its parameters; allowed: a copy that __init__, setup "
         "or configure_model makes, and copies of parameters and of state_dict(); make it there, or "
         "type --trainer.strategy ddp"
@@ -385,7 +385,7 @@ def copy_from_rank_zero(module: nn.Module, device: torch.device) -> None:
     """
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
-            raise ValueError(
+            raise UsageError(
                 f"{type(module).__name__}: {name} is of a lazy layer that has not been called, so "
                 "that ranks cannot share it; allowed: layers whose shapes are known; call the "
                 "network once with an example in __init__ or configure_model"

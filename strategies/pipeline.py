@@ -26,6 +26,8 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ravine.errors import UsageError
+
 from .expert import mixtures
 from .stages import Asked, HandOut, Stage, ghost, let_go, net_of, shares, whole
 
@@ -47,7 +49,7 @@ class Pipeline:
         self.module, self.net = module, net_of(module, mesh.size())
         self.group, self.rank, self.ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         if mixtures(module):
-            raise ValueError(
+            raise UsageError(
                 f"pp={mesh.size()}: the balance of experts is part of the loss, and only the last"
                 " stage has a loss; type --trainer.strategy ep"
             )
@@ -143,7 +145,7 @@ class Pipeline:
         size, n = min(sizes), self.microbatches
         if size % n:
             fitting = max(d for d in range(1, min(size, n) + 1) if size % d == 0)
-            raise ValueError(
+            raise UsageError(
                 f"microbatches={n} does not divide the {size} samples of a rank's batch; type"
                 f" --trainer.strategy.microbatches={fitting}, or --data.batch_size={n}"
             )
@@ -166,7 +168,7 @@ class Pipeline:
             return asked.inputs
         finally:
             hook.remove()
-        raise ValueError(f"pp: {type(self.module).__name__}.training_step does not call its net")
+        raise UsageError(f"pp: {type(self.module).__name__}.training_step does not call its net")
 
     def _loss(self, x: Tensor, number: Tensor) -> Tensor:
         """The loss of a micro-batch, as training_step computes it from what the stages made."""
@@ -219,7 +221,7 @@ class Pipeline:
         values = torch.zeros(1 + len(self.known), device=device)
         if total is not None:
             if ours != self.known:
-                raise ValueError(
+                raise UsageError(
                     f"pp: {type(self.module).__name__}.training_step logs other names than in its"
                     " first step; log the same in each"
                 )

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from ravine.errors import UsageError
+
 from . import context as ring  # noqa: F401  (registers ravine::ring_attention)
 
 Mode = Literal["none", "selective", "full"]
@@ -47,19 +49,19 @@ def recompute(module: nn.Module, mode: Mode) -> None:
     if mode == "none":
         return
     if mode not in ("selective", "full"):
-        raise ValueError(
+        raise UsageError(
             f"recompute is {mode!r}; allowed: none, selective, full; type"
             " --trainer.strategy.recompute=full"
         )
     blocks = stacked(module) or in_sequence(module)
     if not blocks:
-        raise ValueError(
+        raise UsageError(
             f"recompute={mode}: {type(module).__name__} has no blocks (a ModuleDict or ModuleList"
             " of them, or a Sequential) to recompute one by one; leave it out"
         )
     for block in blocks:
         if "recomputed" in block.__dict__ and block.__dict__["recomputed"] != mode:
-            raise ValueError(
+            raise UsageError(
                 f"recompute={mode}: the blocks recompute already"
                 f" ({block.__dict__['recomputed']}); ask for it once"
             )

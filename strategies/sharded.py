@@ -45,6 +45,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
+from ravine.errors import UsageError
+
 from . import archive, plain_pickle
 from .checkpoint_error import CheckpointError
 from .local_parts import MESSAGE, Run, Runs, blocks, runs_of
@@ -432,34 +434,34 @@ def _metadata(root: Any, lengths: dict[str, int]) -> Metadata:
             entries[key] = entry = _entry(record)
             total += math.prod(entry.size) * entry.properties.dtype.itemsize
     if total > 4 * sum(lengths.values()) + archive.MAX_EXPANDED:  # names may share a tensor
-        raise ValueError("its tensors are larger than its parts")
+        raise UsageError("its tensors are larger than its parts")
     for record, place in fields["storage_data"].items():
         index, info = _state(record, "MetadataIndex"), _state(place, "_StorageInfo")
         name, start, length = info["relative_path"], info["offset"], info["length"]
         if info.get("transform_descriptors"):
-            raise ValueError("a part is compressed")
+            raise UsageError("a part is compressed")
         if name not in lengths or not 0 <= start <= start + length <= lengths[name]:
-            raise ValueError("a tensor is outside its part")
+            raise UsageError("a tensor is outside its part")
         offset = None if index.get("offset") is None else _shape(index["offset"])
         stored[MetadataIndex(index["fqn"], offset)] = _StorageInfo(name, start, length)
     for key, entry in entries.items():
         for chunk in entry.chunks:
             if (info := stored.get(MetadataIndex(key, chunk.offsets))) is None:
-                raise ValueError(f"{key[:40]} is in no part")
+                raise UsageError(f"{key[:40]} is in no part")
             size = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
             places[info.relative_path, info.offset] = size
             if size > info.length:
-                raise ValueError(f"{key[:40]} is larger than its part")
+                raise UsageError(f"{key[:40]} is larger than its part")
     if sum(places.values()) > sum(lengths.values()):
-        raise ValueError("its tensors are larger than its parts")
+        raise UsageError("its tensors are larger than its parts")
     return Metadata(entries, storage_data=stored, storage_meta=StorageMeta())
 
 
 def _state(record: Any, name: str) -> dict[str, Any]:
     if not isinstance(record, Record) or record.name.name != name:
-        raise ValueError(f"no {name}")
+        raise UsageError(f"no {name}")
     if not isinstance(record.state, dict):
-        raise ValueError(f"a {name} without its fields")
+        raise UsageError(f"a {name} without its fields")
     return record.state
 
 
@@ -467,7 +469,7 @@ def _entry(record: Any) -> TensorStorageMetadata:
     fields = _state(record, "TensorStorageMetadata")
     dtype = fields["properties"].state[0]
     if not isinstance(dtype, Name) or dtype.name not in DTYPES:
-        raise ValueError("a tensor of no dtype")
+        raise UsageError("a tensor of no dtype")
     size = _shape(fields["size"])
     chunks = []
     for each in fields["chunks"]:
@@ -475,17 +477,17 @@ def _entry(record: Any) -> TensorStorageMetadata:
         chunk = ChunkStorageMetadata(_shape(inside["offsets"]), _shape(inside["sizes"]))
         ends = zip(chunk.offsets, chunk.sizes, size, strict=True)
         if any(start + length > whole for start, length, whole in ends):
-            raise ValueError("a part of a tensor is outside the tensor")
+            raise UsageError("a part of a tensor is outside the tensor")
         chunks.append(chunk)
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
-        raise ValueError("the parts of a tensor are not the whole")
+        raise UsageError("the parts of a tensor are not the whole")
     return TensorStorageMetadata(TensorProperties(DTYPES[dtype.name]), size, chunks)
 
 
 def _shape(record: Any) -> torch.Size:
     (sizes,) = record.arguments if record.name == Name("torch", "Size") else ((-1,),)
     if len(sizes) > 64 or not all(type(n) is int and 0 <= n < 2**62 for n in sizes):
-        raise ValueError("a shape is no shape")
+        raise UsageError("a shape is no shape")
     return torch.Size(sizes)
 
 
@@ -493,7 +495,7 @@ def _place(key: str) -> Place:
     place = tuple(json.loads(key))
     good = 2 <= len(place) <= 16 and all(type(step) in (str, int) for step in place)
     if not good or place[0] not in SPREAD:
-        raise ValueError(f"{key[:40]} is no place in a checkpoint")
+        raise UsageError(f"{key[:40]} is no place in a checkpoint")
     return place
 
 
@@ -541,7 +543,7 @@ def read(path: Path, tensors: dict[Place, Tensor]) -> None:
                 continue
             done.add(mark)
             if tensor.shape != each.entry.size:
-                raise ValueError(f"{key_of(place)[:40]} has another shape")
+                raise UsageError(f"{key_of(place)[:40]} has another shape")
             for chunk, info in each.chunks:
                 dtype = each.entry.properties.dtype
                 _read_chunk(path, info, chunk, dtype, local.detach(), runs_of(tensor))
@@ -575,7 +577,7 @@ def _read_chunk(
             part.seek(0)
             whole = torch.load(part, "meta", weights_only=True)  # type: ignore[arg-type]
             if not isinstance(whole, Tensor) or whole.shape != chunk.sizes or whole.dtype != dtype:
-                raise ValueError("a part holds another tensor")
+                raise UsageError("a part holds another tensor")
             rows = archive.first_record(table, part)  # type: ignore[arg-type]
         dense = whole.is_contiguous() and not whole.storage_offset() and not whole.is_conj()
         if not dense or rows.length < whole.numel() * dtype.itemsize:
@@ -612,7 +614,7 @@ def _rows(
             content = bytearray((last - first) * row)
             record.seek(first * row)
             if record.readinto(content) != len(content):
-                raise ValueError("a part is cut short")
+                raise UsageError("a part is cut short")
             shape = [last - first, *sizes[1:]] if sizes else []
             yield first, last, torch.frombuffer(content, dtype=dtype).view(shape)
 

@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_map_only, tree_map_with_path
 
+from ravine.errors import UsageError
+
 from .balance import spread_evenly
 from .checkpoint_error import CheckpointError
 from .optimizer_probe import Shaped, Verdict, measure
@@ -57,7 +59,7 @@ def refuse_coupled(optimizer: Optimizer, verdict: Verdict) -> None:
         ValueError: the optimizer is coupled.
     """
     if verdict.kind == "coupled":
-        raise ValueError(
+        raise UsageError(
             f"{type(optimizer).__name__} {verdict.reason}, so that ranks cannot share its "
             "parameters; allowed: optimizers that step each parameter by itself, such as AdamW; "
             "type --trainer.strategy ddp"
@@ -121,7 +123,7 @@ def _check_rows(member: Optimizer, parameters: list[DTensor]) -> None:
     for p in parameters:
         split = [place for place in p.placements if not place.is_replicate()]
         if len(split) > 1 or not all(place.is_shard(0) for place in split):
-            raise ValueError(
+            raise UsageError(
                 f"{type(member).__name__} needs whole tensors, and here they are split over more "
                 "than the data ranks; allowed: elementwise optimizers such as AdamW; type "
                 "--trainer.strategy zero3"

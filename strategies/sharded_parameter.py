@@ -38,6 +38,8 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils._pytree import tree_any_only, tree_flatten, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from ravine.errors import UsageError
+
 from .fsdp_attributes import groups_of
 from .local_parts import local_part
 from .parallelize import units
@@ -150,7 +152,7 @@ def _assign(parameter: Tensor, value: Tensor) -> None:
         with torch.no_grad():
             local.copy_(value.to_local())
         return
-    raise ValueError(
+    raise UsageError(
         f"`p.data = new` with a tensor of shape {tuple(value.shape)} for a sharded parameter of "
         f"shape {tuple(parameter.shape)}; allowed: its own shape; type --trainer.strategy ddp"
     )
@@ -390,7 +392,7 @@ def _register_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> RemovableHand
 
 
 def _refuse_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> None:
-    raise ValueError(
+    raise UsageError(
         "register_post_accumulate_grad_hook on a sharded parameter: gradients are accumulated in "
         "gathered copies; allowed: Tensor.register_hook, on_after_backward; type "
         "--trainer.strategy ddp"
@@ -543,7 +545,7 @@ class GatherOnUse:
         parameters = [p for group in self.held for p in group.fsdp_params]
         copies = [getattr(p, "_unsharded_param", None) for p in parameters]
         if any(copy is not None and copy.grad is not None for copy in copies):
-            raise ValueError(
+            raise UsageError(
                 f"{type(self.module).__name__}: loss.backward() was called on weights that are used"
                 " outside of a layer's forward; allowed: backward passes that the strategy starts;"
                 " type self.manual_backward(loss)"
@@ -588,7 +590,7 @@ class GatherOnUse:
         owner, attribute = parameter._module_info.module, parameter._module_info.param_name
         names = (name for name, module in self.module.named_modules() if module is owner)
         name = f"{next(names, '')}.{attribute}".lstrip(".")
-        raise ValueError(
+        raise UsageError(
             f"{type(self.module).__name__}: {name} was changed within a step, where it is a "
             "gathered copy in half precision; allowed: changes before or after the step; move it "
             "to on_train_batch_end"

@@ -10,15 +10,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import lightning
-import torch
+from ravine.errors import RunError, UsageError
 
-PACKAGES = [Path(str(p.__file__)).parent for p in (torch, lightning)]
-OURS = Path(__file__).resolve().parents[1]
-FOLDERS = [OURS / n for n in ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")]
-INTERNALS = [PACKAGES[0] / "distributed" / name for name in ("tensor", "fsdp")]
+INTERNALS = ("torch.distributed.tensor.", "torch.distributed.fsdp.")  # modules, each with a dot
+PACKAGES = ("torch", "lightning", "ravine", "contextlib")
 TEXTS = (
     "DTensor", "setStorage", "storage of size 0", "sharding strategy", "FSDP",
     "data is not allocated yet",
@@ -26,10 +24,8 @@ TEXTS = (
 LOST = ("gloo/transport", "NCCL", "Connection closed", "Timed out")  # another rank has ended
 
 
-class ShardingError(RuntimeError):
+class ShardingError(UsageError, RuntimeError):
     """An operation of a module does not work with sharded parameters."""
-
-    exit_status = 2
 
 
 @contextmanager
@@ -45,15 +41,12 @@ def in_one_line(module: Any, place: str) -> Iterator[None]:
 
 def of_shards(error: Exception) -> bool:
     """Whether torch raised an error because of sharded tensors."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, ShardingError) or not frames or any(w in str(error) for w in LOST):
+    modules = [_module(frame) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not modules or any(w in str(error) for w in LOST):
         return False
-    last = Path(frames[-1].filename)
-    if any(last.is_relative_to(folder) for folder in FOLDERS) and str(frames[-1].line).startswith(
-        "raise "
-    ):
+    if isinstance(error, UsageError | RunError):
         return False  # an error of this package: one line already
-    inside = any(Path(f.filename).is_relative_to(i) for f in frames for i in INTERNALS)
+    inside = any(f"{name}.".startswith(INTERNALS) for name in modules)
     said = any(each in str(error) for each in TEXTS)
     return said or (inside and isinstance(error, RuntimeError | NotImplementedError))
 
@@ -70,9 +63,12 @@ def text(name: str, error: Exception, place: str) -> str:
 
 def _own_line(error: Exception) -> str:
     """File and line of the innermost frame outside of torch, Lightning and this package."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        known = any(path.is_relative_to(folder) for folder in [*PACKAGES, *FOLDERS])
-        if path.is_absolute() and not known and "contextlib" not in path.name:
-            return f" ({path.name}:{frame.lineno})"
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        path = Path(frame.f_code.co_filename)
+        if path.is_absolute() and _module(frame).partition(".")[0] not in PACKAGES:
+            return f" ({path.name}:{line})"
     return ""
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))

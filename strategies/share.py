@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from ravine.errors import UsageError
+
 
 class Share(NamedTuple):
     """Part `rank` of `size`, in `accumulate` micro-batches; alone: all of it.
@@ -32,7 +34,7 @@ def refuse_changing_accumulation(trainer: Any) -> None:
     callbacks = getattr(trainer, "callbacks", None) or ()
     changes = any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
     if changes and not any(getattr(each, "follows_accumulation", False) for each in callbacks):
-        raise ValueError(
+        raise UsageError(
             "GradientAccumulationScheduler would make an optimizer step larger than "
             "batch_size, which counts all samples of one; allowed: ravine's Trainer, or "
             "ravine.callbacks.RunChecks in trainer.callbacks; add RunChecks()"

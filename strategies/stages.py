@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ravine.errors import UsageError
+
 PROTOCOL = ("blocks", "enter", "through", "leave", "ends")
 
 
@@ -24,7 +26,7 @@ def net_of(module: nn.Module, ranks: int) -> Any:
     for net in module.modules():
         if all(hasattr(net, name) for name in PROTOCOL):
             return net
-    raise ValueError(
+    raise UsageError(
         f"pp={ranks}: {type(module).__name__} has no net that can be cut into stages: one with"
         f" {', '.join(PROTOCOL)}; type --trainer.strategy zero3, which needs none of it"
     )
@@ -34,7 +36,7 @@ def shares(names: list[str], stages: int, what: str, ranks: int) -> list[list[st
     """The blocks of each stage, in order, their numbers differing by one at most."""
     if len(names) < stages:
         fix = f"pp={len(names)}" if len(names) < ranks else "schedule=1f1b"
-        raise ValueError(
+        raise UsageError(
             f"{what} has {len(names)} blocks, fewer than the {stages} stages ({stages // ranks} on"
             f" each of {ranks} ranks); allowed: up to {len(names)} stages; type"
             f" --trainer.strategy.{fix}"

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from ravine.errors import RunError
+
 _not_compiled: Any = torch.compiler.disable  # its own annotation fits no method
 
 
@@ -49,7 +51,7 @@ class StepUnit(nn.Module):
         if torch._C._current_graph_task_id() >= 0:  # it is computed again within a backward
             return
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.members.parameters()):
-            raise RuntimeError(
+            raise RunError(
                 f"{type(member).__name__} is called with gradients outside of training_step, where"
                 " its shards cannot be gathered for the backward pass; allowed: calls in"
                 " training_step or under torch.no_grad(); type --trainer.strategy ddp"

@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 
+from ravine.errors import UsageError
+
 COPIES = "copies the network in setup, before it is built, changed or placed"
 AVERAGE = "use ravine.callbacks.EMA; type --trainer.callbacks+=EMA"
 # why, and what to do
@@ -26,7 +28,7 @@ def refuse_stock_callbacks(trainer: Any) -> None:
         for kind, (reason, instead) in REFUSED.items():
             if isinstance(callback, kind):
                 name = type(callback).__name__
-                raise ValueError(
+                raise UsageError(
                     f"{name} {reason}; allowed: another way; take {name} out of "
                     f"trainer.callbacks and {instead}"
                 )

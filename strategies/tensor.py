@@ -52,7 +52,7 @@ def split_matrices(module: nn.Module, mesh: DeviceMesh, sequence: bool = False) 
             f"tp={mesh.size()}: {type(module).__name__} has no tensor-parallel plan",
             ["a net whose tp_plan() returns, say, {'mlp.up': 'colwise', 'mlp.down': 'rowwise'}"],
             "use a strategy that needs no plan, such as zero3",
-            flag="type --trainer.strategy zero3",
+            flag="--trainer.strategy zero3",
         )
     plans = [(net, net.tp_plan()) for net in nets]  # pyright: ignore[reportCallIssue]
     resolved = [_resolve(net, plan) for net, plan in plans]
@@ -61,7 +61,7 @@ def split_matrices(module: nn.Module, mesh: DeviceMesh, sequence: bool = False) 
             f"tp={mesh.size()}: {type(nets[0]).__name__}.tp_plan splits no matrix of this net",
             ["plans with a module of style 'colwise' or 'rowwise'"],
             "use a strategy that needs no plan, such as zero3",
-            flag="type --trainer.strategy zero3",
+            flag="--trainer.strategy zero3",
         )
     partial = []
     for (net, plan), styles in zip(plans, resolved, strict=True):
@@ -71,7 +71,7 @@ def split_matrices(module: nn.Module, mesh: DeviceMesh, sequence: bool = False) 
                 " is split and gathered",
                 ["plans with a module of style 'scatter' and a later one of style 'gather'"],
                 "use sequence_parallel=False",
-                flag="type --trainer.strategy tp",
+                flag="--trainer.strategy tp",
             )
         for name, style in styles.items():
             _split(net, name, style, mesh, sequence)
@@ -90,7 +90,7 @@ def _split(net: nn.Module, name: str, style: str, mesh: DeviceMesh, sequence: bo
     def on(x: Tensor) -> bool:
         cut = sequence and torch.is_grad_enabled() and module.training
         if cut and style == "scatter" and x.shape[1] % mesh.size():
-            raise ValueError(
+            raise UsageError(
                 f"sequence_parallel: tp={mesh.size()} does not divide {x.shape[1]} tokens; type"
                 f" --data.context={x.shape[1] // mesh.size() * mesh.size() or mesh.size()}"
             )
@@ -128,13 +128,13 @@ def _resolve(net: nn.Module, plan: dict[str, str]) -> dict[str, str]:
     styles: dict[str, str] = {}
     for glob, style in plan.items():
         if style not in STYLES:
-            raise ValueError(
+            raise UsageError(
                 f"{type(net).__name__}.tp_plan: unknown style {style!r} of {glob!r}; allowed:"
                 f" {', '.join(STYLES)}"
             )
         hits = [name for name in names if _matches(name, glob)]
         if not hits and not _left_out(net, names, glob):
-            raise ValueError(
+            raise UsageError(
                 f"{type(net).__name__}.tp_plan: {glob!r} matches no module; its modules are"
                 f" {', '.join(sorted(names)[:12])}, ..."
             )
@@ -160,12 +160,12 @@ def _check_split(net: nn.Module, name: str, style: str, ranks: int) -> None:
     module = net.get_submodule(name)
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 2:
-        raise ValueError(
+        raise UsageError(
             f"{type(net).__name__}.tp_plan: {name!r} is a {type(module).__name__};"
             " only matrices split"
         )
     if "weight" not in module._parameters:  # codes stand for it, in blocks
-        raise ValueError(
+        raise UsageError(
             f"tp={ranks}: the weight of {name} is quantized, and blocks of codes do not split;"
             " type --trainer.strategy=zero3, which shards them"
         )
@@ -174,14 +174,14 @@ def _check_split(net: nn.Module, name: str, style: str, ranks: int) -> None:
     if parts % ranks:
         allowed = [n for n in range(1, parts + 1) if parts % n == 0]
         nearest = min(allowed, key=lambda n: abs(n - ranks))
-        raise ValueError(
+        raise UsageError(
             f"tp={ranks} does not divide the {parts} {'heads' if head_width else 'channels'} of"
             f" {name}; allowed: {', '.join(map(str, allowed[:8]))}; type"
             f" --trainer.strategy.tp={nearest}"
         )
     for leaf, extra in module.named_parameters(recurse=False):
         if style == "colwise" and extra.ndim and extra.shape[0] % ranks:
-            raise ValueError(
+            raise UsageError(
                 f"tp={ranks} does not divide the {extra.shape[0]} rows of {name}.{leaf}; give it a"
                 f" multiple of {ranks}, an adapter by --trainer.callbacks.rank={ranks}"
             )

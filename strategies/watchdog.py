@@ -23,6 +23,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from ravine.errors import UsageError
+
 from .agreement import RanksDiffer, refuse_difference, script_configuration
 
 POLL = 1.0  # seconds between two reports of a rank
@@ -53,7 +55,7 @@ class RankWatchdog(Callback):
     def __init__(self, limit: float = 300) -> None:
         """Set the limit."""
         if limit <= 0:
-            raise ValueError(f"RankWatchdog: limit={limit} is not positive; set seconds, as 300")
+            raise UsageError(f"RankWatchdog: limit={limit} is not positive; set seconds, as 300")
         self.limit = limit
         self._group: Any = None
         self._store: Any = None

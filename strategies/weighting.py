@@ -20,6 +20,8 @@ from torch import Tensor, _foreach_mul_  # pyright: ignore[reportPrivateImportUs
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ravine.errors import UsageError
+
 
 class GlobalMean(Callback):
     """Make the loss a mean over all terms of a step, for a module that says how many a batch has.
@@ -47,7 +49,7 @@ class GlobalMean(Callback):
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore
         self._sum, self._unit, self._count, self._parts = None, 0.0, None, 0
         if hasattr(pl_module, "terms") and not pl_module.automatic_optimization:
-            raise ValueError(
+            raise UsageError(
                 f"{type(pl_module).__name__} has `terms` and steps its own optimizers (manual"
                 " optimization), which GlobalMean cannot weigh; leave `terms` away"
             )

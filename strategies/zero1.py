@@ -34,6 +34,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ravine.errors import RunError, UsageError
+
 from .balance import spread_evenly
 from .optimizer_probe import needs_closure
 
@@ -78,7 +80,7 @@ def refuse_shards(module: nn.Module, group: ProcessGroup, apart: Set[Tensor]) ->
         for axis, placement in enumerate(parameter.placements):
             here = set(dist.get_process_group_ranks(mesh.get_group(axis)))
             if not placement.is_replicate() and len(here & ranks) > 1:
-                raise ValueError(
+                raise UsageError(
                     f"zero1: {name} is sharded over the ranks that it is to be owned by;"
                     " allowed: whole parameters, or shards over tp; type --trainer.strategy zero3"
                 )
@@ -250,7 +252,7 @@ class OwnedGradients:
         if self._manual or bucket is None or parameter not in self._expected:
             return
         if count > self._expected[parameter] and bucket < self._launched:
-            raise RuntimeError(
+            raise RunError(
                 f"zero1: the gradient of {self._name(parameter)} arrives more often than in earlier"
                 " steps (re-entrant checkpointing?), after it was sent; allowed: the same number"
                 " in each step; use checkpoint(..., use_reentrant=False)"
@@ -275,7 +277,7 @@ class OwnedGradients:
             if gradient is None or (gradient.layout == torch.strided and gradient.is_contiguous()):
                 continue
             if gradient.layout != torch.strided:
-                raise ValueError(
+                raise UsageError(
                     f"zero1: the gradient of {self._name(parameter)} is sparse; allowed: dense"
                     " gradients; set sparse=False"
                 )
@@ -351,7 +353,7 @@ class OwnedGradients:
     def _share_steps(self, optimizer: Optimizer) -> None:
         """Replace `step`: each rank steps its own parameters and sends them to the other ranks."""
         if needs_closure(optimizer):
-            raise ValueError(
+            raise UsageError(
                 f"{type(optimizer).__name__} computes the gradient of all parameters several times"
                 " a step, which ranks cannot share; allowed: optimizers whose step needs no"
                 " closure, such as AdamW; type --trainer.strategy ddp"

@@ -9,11 +9,15 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+import ravine.errors
 from ravine.cli import environment, errors, pages, presets
 from ravine.cli import main as door
+from ravine.errors import UsageError
 
 Run = Callable[[list[str]], int]
 
@@ -171,9 +175,9 @@ def test_a_config_that_is_missing_is_answered_with_the_nearest(
     for file in ("configs/task/quick.yaml", "mine.yaml"):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("model: M")
-    with pytest.raises(errors.Mistake) as mistake:
+    with pytest.raises(UsageError) as mistake:
         presets.find(name)
-    assert str(mistake.value).splitlines()[1] == line
+    assert errors.words(mistake.value, []).splitlines()[1] == line
 
 
 def test_every_installed_config_is_found_by_its_name() -> None:
@@ -199,37 +203,41 @@ def test_only_the_first_rank_of_a_machine_speaks(
     assert capsys.readouterr().err == ""
 
 
-def raising(folder: Path, line: str) -> Run:
-    """A `run` whose one line stands in a file of ``folder``."""
+def raising(folder: Path, line: str, module: str = "part") -> Run:
+    """A `run` whose one line stands in a file of ``folder`` and in a module of that name."""
     folder.mkdir(exist_ok=True)
     file = folder / "part.py"
     file.write_text(f"def run(argv):\n    {line}\n")
-    scope: dict[str, Run] = {}
+    scope: dict[str, Any] = vars(ravine.errors) | {"__name__": module, "OwnError": OwnError}
+    scope |= {"Misconfiguration": MisconfigurationException}
     exec(compile(file.read_text(), str(file), "exec"), scope)
     return scope["run"]
+
+
+class OwnError(UsageError):
+    """An error class of a user's module."""
 
 
 @pytest.mark.parametrize(
     ("line", "status"),
     [
-        ('raise ValueError("the text")', 2),
-        ('raise FileNotFoundError("the text")', 2),
-        ('raise KeyError("the text")', 2),
-        ('raise RuntimeError("the text")', 1),
+        ('raise UsageError("the text")', 2),
+        ('raise UsageTypeError("the text")', 2),
+        ('raise MissingFileError("the text")', 2),
+        ('raise RunError("the text")', 1),
+        ('raise OwnError("the text")', 2),  # of a user, who has written it for the user
         (f'raise OSError({errno.ENOSPC}, "the text")', 1),
         ("raise SystemExit(143)", 143),
     ],
 )
-def test_an_error_we_raise_is_one_line_and_a_status(
+def test_an_error_for_the_user_is_one_line_and_a_status(
     line: str,
     status: int,
     tmp_path: Path,
     command: SimpleNamespace,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(errors, "OURS", [tmp_path / "ours"])
-    command.run = raising(tmp_path / "ours", line)
+    command.run = raising(tmp_path, line)
     assert door.main(["fit"]) == status
     said = capsys.readouterr().err
     assert said.count("\n") == ("the text" in line)
@@ -239,26 +247,125 @@ def test_an_error_we_raise_is_one_line_and_a_status(
 
 
 @pytest.mark.parametrize(
-    ("folder", "line", "kind"),
+    ("module", "line", "kind"),
     [
-        ("ours", 'int("x")', ValueError),  # a bug of ours: nobody wrote a text for it
-        ("ours", "{}[0]", KeyError),
-        ("theirs", 'raise ValueError("in the module of the user")', ValueError),
-        ("theirs", 'raise RuntimeError("size mismatch")', RuntimeError),
+        ("ravine.callbacks.part", 'int("x")', ValueError),
+        ("ravine.callbacks.part", "{}[0]", KeyError),
+        ("ravine.callbacks.part", 'raise ValueError("not written for a user")', ValueError),
+        ("task", 'raise ValueError("in the module of the user")', ValueError),
+        ("task", 'raise RuntimeError("size mismatch")', RuntimeError),
+        ("task", 'raise type("UsageError", (ValueError,), {"exit_status": 2})("x")', ValueError),
+        ("task", 'raise type("MisconfigurationException", (Exception,), {})("x")', Exception),
+        ("task", 'raise type("OutOfMemoryError", (Exception,), {})("x")', Exception),
+        ("task", 'raise Misconfiguration("Lightning did not raise it")', Exception),
+        ("lightning_addons.part", 'raise ValueError("not Lightning")', ValueError),
+        ("lightning.pytorch.part", "None + 1", TypeError),  # a bug met inside Lightning
+        ("lightning.pytorch.part", 'int("x")', ValueError),
+        (
+            "lightning.pytorch.loops.part",
+            'raise RuntimeError("no argument is wrong")',
+            RuntimeError,
+        ),
     ],
 )
-def test_a_bug_keeps_its_traceback(
-    folder: str,
-    line: str,
-    kind: type[Exception],
-    tmp_path: Path,
-    command: SimpleNamespace,
-    monkeypatch: pytest.MonkeyPatch,
+def test_every_other_error_keeps_its_traceback(
+    module: str, line: str, kind: type[Exception], tmp_path: Path, command: SimpleNamespace
 ) -> None:
-    monkeypatch.setattr(errors, "OURS", [tmp_path / "ours"])
-    command.run = raising(tmp_path / folder, line)
+    command.run = raising(tmp_path, line, module)
     with pytest.raises(kind):
         door.main(["fit"])
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("lightning.pytorch.trainer.part", 'raise Misconfiguration("the text")'),
+        ("lightning.fabric.part", 'raise ValueError("the text")'),
+        ("lightning.fabric.part", 'raise KeyError("the text")'),
+        ("lightning.pytorch.part", 'raise ModuleNotFoundError("the text")'),
+        ("lightning.pytorch.callbacks.part", 'raise RuntimeError("the text")'),
+    ],
+)
+def test_an_error_that_lightning_raises_about_an_argument_is_one_line(
+    module: str,
+    line: str,
+    tmp_path: Path,
+    command: SimpleNamespace,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command.run = raising(tmp_path, line, module)
+    assert door.main(["fit"]) == 2
+    assert capsys.readouterr().err == "lightning: error: the text\n"
+
+
+def test_each_part_of_an_error_has_a_line_of_its_own(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(argv: list[str]) -> int:
+        raise UsageError("no heads", [4, 8], "set num_heads=4", flag="--model.num_heads=4")
+
+    command.run = run
+    assert door.main(["fit"]) == 2
+    assert capsys.readouterr().err == (
+        "lightning: error: no heads\n  allowed: 4, 8\n  type: --model.num_heads=4\n"
+    )
+    assert errors.words(UsageError("no heads", hint="use 4"), []) == "no heads\n  use 4"
+
+
+def test_an_error_in_a_process_of_a_loader_is_one_line_without_the_workers_traceback() -> None:
+    from torch._utils import ExceptionWrapper
+
+    for kind in (UsageError, ravine.errors.MissingFileError, ravine.errors.RunError):
+        try:
+            raise kind("picture 3 is damaged: remove it")
+        except kind:
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 1")
+        with pytest.raises(kind, match="Original Traceback") as raised:
+            wrapped.reraise()
+        assert errors.status(raised.value) == kind.exit_status
+        assert errors.words(raised.value, []) == "picture 3 is damaged: remove it"
+
+
+SYMLINKED = """
+import sys
+from ravine.cli.main import main
+import ravine.cli.errors
+assert ravine.cli.errors.__file__.startswith(sys.argv[1]), ravine.cli.errors.__file__
+model = ["fit", "--model=LanguageModel", "--data=TextDataModule", "--trainer.max_steps=1"]
+model += ["--trainer.accelerator=cpu", "--trainer.logger=false", "--data.path=text.txt"]
+for words in (
+    ["fit", "--config=language/quikc"],
+    [*model, "--trainer.callbacks=OptimizerPlan", "--trainer.callbacks.optimizer=AdamM"],
+    [*model, "--model.width=128", "--model.heads=5"],
+    [*model, "--trainer.callbacks=OptimizerPlan"],
+    [*model[:-1], "--data.path=nothing.txt"],
+    [*model, "--trainer.precision=17"],
+    [*model, "--trainer.devices=0"],
+):
+    print(main(words), file=sys.stderr)
+"""
+
+
+def test_behind_a_symlink_a_mistake_is_a_line_and_status_2(tmp_path: Path) -> None:
+    """A virtual environment in a home folder that is a link, for example."""
+    site = tmp_path / "real" / "ravine"
+    site.mkdir(parents=True)
+    checkout = Path(__file__).resolve().parent.parent
+    for name in ("lightning_modules", "datamodules", "callbacks", "strategies", "cli", "configs"):
+        (site / name).symlink_to(checkout / name)
+    for name in ("__init__.py", "errors.py"):
+        (site / name).symlink_to(checkout / "ravine" / name)
+    (tmp_path / "home").symlink_to("real")
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 200)
+    home = str(tmp_path / "home")
+    env = os.environ | {"PYTHONPATH": home, "PYTHONWARNINGS": "ignore"}
+    words = [sys.executable, "-c", SYMLINKED, home]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.isdecimal()] == ["2"] * 7, done.stderr
+    assert sum(": error: " in line for line in lines) == 7, done.stderr
 
 
 def test_an_error_of_shards_in_a_hook_is_one_line(
@@ -437,9 +544,9 @@ def test_a_variable_that_somebody_reads_passes(name: str) -> None:
     ],
 )
 def test_a_variable_that_nobody_reads_is_refused(name: str, fix: str) -> None:
-    with pytest.raises(errors.Mistake) as mistake:
+    with pytest.raises(UsageError) as mistake:
         environment.check({name: "7"}, "fit", door.COMMANDS)
-    first, *_, last = str(mistake.value).splitlines()
+    first, *_, last = errors.words(mistake.value, []).splitlines()
     assert first == f"no environment variable is called {name}"
     assert last == f"  type: {fix}"
 

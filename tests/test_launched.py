@@ -5,8 +5,8 @@ import socket
 import pytest
 from torch.distributed import TCPStore
 
-from ravine.cli import launched
-from ravine.cli.errors import Mistake
+from ravine.cli import errors, launched
+from ravine.errors import UsageError
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def three_parts(text, port):
 
 def test_a_rank_that_finds_no_store_says_where_it_looked(monkeypatch, port):
     in_job(monkeypatch, 1, port)
-    with pytest.raises(Mistake) as error:
+    with pytest.raises(UsageError) as error:
         launched.from_first(lambda: "a.ckpt")
-    three_parts(str(error.value), port)
+    three_parts(errors.words(error.value, []), port)
 
 
 def test_rank_0_whose_port_is_taken_says_so_if_it_has_a_path_to_send(monkeypatch, port):
@@ -48,10 +48,10 @@ def test_rank_0_whose_port_is_taken_says_so_if_it_has_a_path_to_send(monkeypatch
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        with pytest.raises(Mistake) as error:
+        with pytest.raises(UsageError) as error:
             launched.from_first(lambda: "a.ckpt")
         assert launched.from_first(None) is None  # maybe no rank waits
-    three_parts(str(error.value), port)
+    three_parts(errors.words(error.value, []), port)
 
 
 def test_the_end_of_rank_0_ends_a_rank_that_waits(monkeypatch, port):

@@ -15,10 +15,10 @@ import ravine.lightning_modules
 from ravine.callbacks import LoRA, Pretrained
 from ravine.callbacks.lora import adapt_module, adapters
 from ravine.callbacks.quantization.layers import QuantizedLinear
-from ravine.cli.errors import Mistake
 from ravine.cli.main import main
 from ravine.cli.merged import flatten
 from ravine.cli.trained import load
+from ravine.errors import UsageError
 from ravine.lightning_modules import Diffusion, LanguageModel
 from ravine.strategies import sharded
 
@@ -217,7 +217,7 @@ def test_weights_that_were_one_and_differ_once_merged_are_not_exported() -> None
     adapt_module(model, "embed", rank=2)
     for layer in adapters(model).values():
         nn.init.normal_(layer.lora_b)
-    with pytest.raises(Mistake, match="are one weight in this model and differ once merged"):
+    with pytest.raises(UsageError, match="are one weight in this model and differ once merged"):
         flatten(model)
 
 

@@ -140,7 +140,7 @@ def failing(path, cache, options, what):
 def test_an_error_of_local_rank_0_ends_all_ranks_with_its_text(ranks, path):
     path.write_bytes(TEXT.encode() + b"\xff")
     first, second = ranks(failing, 2, path, path.parent / "cache", {}, "error")
-    assert (first[0], second[0]) == ("ValueError", "WrongData")
+    assert (first[0], second[0]) == ("UsageError", "WrongData")
     assert first[1] == second[1]
     assert "is not UTF-8" in first[1]
     missing = path.with_name("missing.txt")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from ravine.cli import presets
-from ravine.cli.errors import Mistake
 from ravine.cli.main import main
+from ravine.errors import UsageError
 
 NINE = ["x"] * 9
 LINES = [f"a0: &a0 [{', '.join(NINE)}]"]
@@ -49,7 +49,7 @@ def test_a_file_that_a_value_names_is_bounded_too(
 def test_aliases_within_the_bounds_are_counted_in_full() -> None:
     few = "\n".join(LINES[:3])
     presets.check_size(few, "few")
-    with pytest.raises(Mistake, match="aliases counted in full"):
+    with pytest.raises(UsageError, match="aliases counted in full"):
         presets.check_size("\n".join(LINES[:5]), "many")
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import nn
 
+from ravine.errors import RunError, UsageError
 from ravine.strategies.materialize import blocks, values_of
 
 from ..pretrained import Pretrained
@@ -80,7 +81,7 @@ class LoRA(Transform):
         """Check what needs no net."""
         check_numbers(alpha, dropout)
         if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"LoRA: no dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+            raise UsageError(f"LoRA: no dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
         self.arguments: dict[str, Any] = {
             "targets": None if targets is None else listed(targets),
             "rank": rank,
@@ -128,7 +129,7 @@ class LoRA(Transform):
         if targets is None:
             targets = default_targets(module)
         if not targets:
-            raise ValueError(
+            raise UsageError(
                 f"LoRA: {type(module).__name__} has no hidden matrix; name the layers to adapt: "
                 "type --trainer.callbacks.targets=NAME"
             )
@@ -167,7 +168,7 @@ class LoRA(Transform):
     def accept(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint without adapters, or one of adapters to other weights."""
         if (saved := checkpoint.get("lora")) is None:
-            raise ValueError(
+            raise UsageError(
                 "the checkpoint holds no adapters, it was not trained with LoRA; to start from its"
                 " weights: Pretrained(path), --trainer.callbacks+=Pretrained"
             )
@@ -176,12 +177,12 @@ class LoRA(Transform):
             left_out = frozen(module)
         missing = module.state_dict().keys() - state.keys() - left_out
         if state and missing:
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint lacks {', '.join(sorted(missing)[:3])}, which train here; resume "
                 "it with the callbacks that it was trained with"
             )
         if not saved["frozen"] and saved["base"]["sha256"] != self.base["sha256"]:
-            raise ValueError(
+            raise UsageError(
                 f"the adapters belong to other weights: {_named(saved['base'])}, and here are "
                 f"{_named(self.base)}; give Pretrained the former"
             )
@@ -209,7 +210,7 @@ class LoRA(Transform):
         ]
         if held and len(idle) == sum(not layer.lora_is_copy for layer in found.values()):
             name = type(pl_module).__name__
-            raise ValueError(
+            raise UsageError(
                 f"LoRA: no optimizer of {name} holds an adapter: it was made in "
                 "__init__, before them, or names other parameters; give it self.parameters() in "
                 "configure_optimizers, or type --trainer.callbacks+=OptimizerPlan "
@@ -291,7 +292,7 @@ class LoRA(Transform):
         if idle:
             more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
             names = ",".join(idle[:6])
-            raise RuntimeError(
+            raise RunError(
                 f"LoRA: the adapter of {', '.join(idle[:3])}{more} gets no gradient {when}: its "
                 "layer runs under torch.no_grad(), or its output is detached; take that away, or "
                 f"type --trainer.callbacks.exclude=[{names}], or leave LoRA out"
@@ -301,7 +302,7 @@ class LoRA(Transform):
         silent = [name for name, layer in adapters(module).items() if not layer.lora_called]
         if silent:
             more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
-            raise RuntimeError(
+            raise RunError(
                 f"LoRA: the adapter of {', '.join(silent[:3])}{more} was never called {when}: the "
                 "code reads the layer's weight instead of calling the layer, or skips it; adapt "
                 f"another layer; type --trainer.callbacks.exclude={silent[0]}"
@@ -342,7 +343,7 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         if parameter.is_meta and values_of(parameter) is None:
-            raise ValueError(f"LoRA: {name} has no numbers yet: it is on the device meta")
+            raise UsageError(f"LoRA: {name} has no numbers yet: it is on the device meta")
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         for block in blocks(parameter):
             raw = block.cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ravine.errors import UsageError
+
 from ..swapping import refuse_sharded, refuse_unlike, swap_back
 from ..targets import (
     Patterns,
@@ -115,9 +117,9 @@ def fresh_parts(module: nn.Module, names: Sequence[str], copies: Mapping[str, st
 def check_numbers(alpha: float, dropout: float) -> None:
     """Refuse a scale or a dropout at which adapters would have no say."""
     if not 0 < alpha < math.inf:
-        raise ValueError(f"LoRA: alpha={alpha} is no scale; allowed: above 0; set e.g. 16")
+        raise UsageError(f"LoRA: alpha={alpha} is no scale; allowed: above 0; set e.g. 16")
     if not 0 <= dropout < 1:
-        raise ValueError(f"LoRA: dropout={dropout} is outside [0, 1); set e.g. 0.05")
+        raise UsageError(f"LoRA: dropout={dropout} is outside [0, 1); set e.g. 0.05")
 
 
 def _chosen(
@@ -132,7 +134,7 @@ def _chosen(
             if isinstance(layer, NonDynamicallyQuantizableLinear):
                 near = [name.rpartition(".")[0]]  # the attention that reads its weight
             there = f"; nearest: {', '.join(near)}; type --trainer.callbacks.targets={near[0]}"
-            raise ValueError(
+            raise UsageError(
                 f"LoRA.targets: {pattern!r} hits {name}, a {kind}, which takes no adapter by "
                 f"itself; allowed: {kinds}{there if layers else ', of which there is none here'}"
             )
@@ -140,7 +142,7 @@ def _chosen(
     out = set(matching(exclude, names, "LoRA.exclude"))
     if out.issuperset(names):
         less = "exclude leaves no layer of targets; type a narrower exclude"
-        raise ValueError(f"LoRA: {less if names else 'targets is empty; name the layers to adapt'}")
+        raise UsageError(f"LoRA: {less if names else 'targets is empty; name the layers to adapt'}")
     return [name for name in names if name not in out]
 
 
@@ -152,7 +154,7 @@ def _owned(patterns: Patterns, parameters: Mapping[str, Tensor]) -> list[str]:
     for name, owner in owners.items():
         if any(hits(pattern, name) or hits(pattern, owner) for pattern in listed(patterns)):
             if not parameters[name].is_floating_point():
-                raise ValueError(
+                raise UsageError(
                     f"LoRA.train_also: {owner} is quantized, and bits do not train; give "
                     f"Quantization exclude: [{owner}]"
                 )
@@ -163,7 +165,7 @@ def _owned(patterns: Patterns, parameters: Mapping[str, Tensor]) -> list[str]:
 def _refuse_half(names: Sequence[str], copies: Mapping[str, str]) -> None:
     if (pair := half_changed(names, copies)) is not None:
         copy, original = pair
-        raise ValueError(
+        raise UsageError(
             f"LoRA: {copy} is a frozen copy of {original}, and other layers of it would be adapted;"
             " code that pairs their parameters (a momentum teacher) would pair wrong ones; name "
             f"the layers of both: type --trainer.callbacks.targets=[{original}.*,{copy}.*]"
@@ -181,7 +183,7 @@ def _refuse_thin(thin: Mapping[str, tuple[int, tuple[int, int]]]) -> None:
     fits = {name: min(max(rank, 1), *sizes) for name, (rank, sizes) in thin.items()}
     typed = ", ".join(f"{name}: {rank}" for name, rank in list(fits.items())[:SHOWN])
     more = f"; and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
-    raise ValueError(
+    raise UsageError(
         f"LoRA: {'; '.join(said[:SHOWN])}{more}; type --trainer.callbacks.ranks='{{{typed}}}', or "
         "leave rank out: 8, and less where a layer is thinner"
     )
@@ -191,19 +193,19 @@ def _refuse(name: str, layer: nn.Module, rank: int, parts: int, dropout: float) 
     """Raise if the layer can have no adapter; else the sizes of the map that it is."""
     kind = type(layer).__name__
     if isinstance(layer, Adapter):
-        raise ValueError(f"LoRA: {name} has an adapter already; make a new module")
+        raise UsageError(f"LoRA: {name} has an adapter already; make a new module")
     refuse_unlike(name, layer, next(k for k in KINDS if isinstance(layer, k)), "LoRA")
     if parts < 1 or type(rank) is not int:
         wrong, key = ("split", parts) if parts < 1 else ("rank", rank)
-        raise ValueError(f"LoRA: {wrong}={key!r} for {name}; allowed: whole numbers from 1")
+        raise UsageError(f"LoRA: {wrong}={key!r} for {name}; allowed: whole numbers from 1")
     if isinstance(layer, nn.MultiheadAttention):
         if not layer._qkv_same_embed_dim:
-            raise ValueError(
+            raise UsageError(
                 f"LoRA: {name} has keys or values of another width than its queries; allowed: "
                 "attention of one width; type --trainer.callbacks.exclude=" + name
             )
         if dropout or parts != 1:
-            raise ValueError(
+            raise UsageError(
                 f"LoRA: {name} is a {kind}, whose adapter is added to its weights: no dropout "
                 "before it, and its q, k, v are split anyway; type --trainer.callbacks.dropout=0"
             )
@@ -213,7 +215,7 @@ def _refuse(name: str, layer: nn.Module, rank: int, parts: int, dropout: float) 
         sizes = (inner // layer.groups, layer.out_channels // layer.groups)
     elif isinstance(layer, nn.Embedding):
         if layer.max_norm is not None:
-            raise ValueError(
+            raise UsageError(
                 f"LoRA: {name} rescales its rows (max_norm), so a change of them is not low-rank; "
                 f"type --trainer.callbacks.exclude={name}"
             )
@@ -222,12 +224,12 @@ def _refuse(name: str, layer: nn.Module, rank: int, parts: int, dropout: float) 
         linear = cast(nn.Linear, layer)
         sizes = (linear.in_features, linear.out_features // parts)
         if linear.out_features % parts:
-            raise ValueError(
+            raise UsageError(
                 f"LoRA.split: {parts} parts do not divide the {linear.out_features} outputs of "
                 f"{name}; type a divisor"
             )
     if parts != 1 and not isinstance(layer, nn.Linear):
-        raise ValueError(f"LoRA.split: {name} is a {kind}; only a Linear holds several maps")
+        raise UsageError(f"LoRA.split: {name} is a {kind}; only a Linear holds several maps")
     return sizes
 
 

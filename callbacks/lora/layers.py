@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ravine.errors import UsageError
 from ravine.strategies.materialize import values_of
 
 from ..swapping import Swapped, multiplied_in, swap
@@ -85,7 +86,7 @@ class Adapter(Swapped):
         for name in self.lora_names:
             ours, saved = getattr(self, name), state_dict.get(prefix + name)
             if saved is not None and saved.shape != ours.shape:
-                raise ValueError(
+                raise UsageError(
                     f"the adapter of {prefix[:-1]} is {tuple(saved.shape)} in the checkpoint and "
                     f"{tuple(ours.shape)} here (rank {self.lora_rank}); allowed: the rank, split "
                     "and targets it was trained with; type --trainer.callbacks.rank=RANK"

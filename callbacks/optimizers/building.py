@@ -15,6 +15,8 @@ from rich.table import Column, Table
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ravine.errors import UsageError
+
 from . import faults
 from .composite import Composite, Group, Part
 from .rules import Decay, Named, OptimizerFactory, Rule, optimizer_class
@@ -138,7 +140,7 @@ def check_rate(lr: Any, optimizer: Optimizer) -> None:
     if isinstance(lr, list | tuple):  # several rates, whose meaning the class defines
         return
     if not isinstance(lr, int | float | Tensor) or not 0 <= lr < math.inf:
-        raise ValueError(
+        raise UsageError(
             f"{type(optimizer).__name__}: lr is {lr!r}; allowed: a finite number, 0 or more; type "
             "0.001 in its place, or lr: 1.0e-3 in a config"
         )
@@ -161,7 +163,7 @@ def make(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimiz
         for word in given:
             if word not in allowed:
                 nearest = difflib.get_close_matches(word, allowed, n=3, cutoff=0.3) or allowed
-                raise ValueError(
+                raise UsageError(
                     f"{made.__name__ if made else 'the optimizer'} has no argument {word!r}; "
                     f"nearest: {', '.join(nearest)}"
                 )
@@ -173,11 +175,11 @@ def make(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimiz
             raise
         shown = [f"{k}={v}" for k, v in given.items() if k not in usual or usual[k].default != v]
         name = made.__name__ if made is not None else "the optimizer"
-        raise ValueError(
+        raise UsageError(
             f"{name} refuses {', '.join(shown) or 'this'}: {_why(error, parameters)}"
         ) from error
     if not isinstance(getattr(built, "param_groups", None), list):
-        raise ValueError(
+        raise UsageError(
             f"{type(built).__name__} is no torch.optim.Optimizer: it has no param_groups; give a "
             "class, or a function of the parameters that returns one"
         )
@@ -195,8 +197,9 @@ def _arguments(made: type | None) -> dict[str, inspect.Parameter]:
 def _why(error: Exception, parameters: Sequence[Any]) -> str:
     """The text of a constructor's error, with a hint for the usual causes."""
     at = faults.own_frame(error)
-    where = f" (at {at})" if at and type(error) is not ValueError else ""
-    said = str(error) if type(error) is ValueError else faults.words(error)
+    plain = type(error) is ValueError or isinstance(error, UsageError)
+    where = f" (at {at})" if at and not plain else ""
+    said = str(error) if plain else faults.words(error)
     wants_model = isinstance(error, AttributeError) and "named_parameters" in str(error)
     wants_model = wants_model or "'parameters'" in str(error) or "'modules'" in str(error)
     if wants_model:
@@ -204,7 +207,7 @@ def _why(error: Exception, parameters: Sequence[Any]) -> str:
             f"{said}{where}; it wants the model, and a plan gives it parameters: make it in the "
             "module's configure_optimizers, without a plan"
         )
-    if type(error) is ValueError:
+    if plain:
         return said
     return (
         f"{said}{where}; it is called with {len(parameters)} parameters or groups of them: set its"

@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from ravine.errors import UsageError, UsageTypeError
+
 from ...strategies.checkpoint_io import CheckpointError
 from ...strategies.optimizer_probe import needs_closure
 from .faults import in_words
@@ -191,17 +193,17 @@ class Composite(Optimizer):
             ValueError: a parameter is in another group already, or no rule takes it.
         """
         if not isinstance(param_group, dict):
-            raise TypeError(f"param_group is a {type(param_group).__name__}; give a dict")
+            raise UsageTypeError(f"param_group is a {type(param_group).__name__}; give a dict")
         given = param_group["params"]
         if isinstance(given, set):
-            raise TypeError("param_group['params'] is a set, which has no order; give a list")
+            raise UsageTypeError("param_group['params'] is a set, which has no order; give a list")
         given = [given] if isinstance(given, Tensor) else list(given)
         parameters = [p[1] if isinstance(p, tuple) else p for p in given]
         if wrong := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
-            raise TypeError(f"param_group['params'] holds a {wrong[0]}; give tensors only")
+            raise UsageTypeError(f"param_group['params'] holds a {wrong[0]}; give tensors only")
         held = {id(p) for group in self.param_groups for p in group["params"]}
         if any(id(p) in held for p in parameters):
-            raise ValueError(
+            raise UsageError(
                 "some parameters appear in more than one parameter group; leave out those that "
                 "are trained already"
             )
@@ -386,7 +388,7 @@ class Composite(Optimizer):
         if ours != theirs:
             more = len(theirs) > len(ours)
             why = "; parameters that were added during the run are missing here" if more else ""
-            raise ValueError(
+            raise UsageError(
                 f"the saved optimizer has groups of {theirs} parameters and this one of {ours}"
                 f"{why}; build it as the run did, or start a new run from the weights alone"
             )
@@ -530,7 +532,7 @@ class _LossOnlyClosure:
             calls[0] += 1
             moved = any(p._version != v or p.grad is not g for p, v, g in seen)
             if calls[0] > 1 or moved:
-                raise ValueError(
+                raise UsageError(
                     f"{type(member).__name__} computes the loss several times a step, or at other "
                     "weights, which is not possible with other optimizers beside it; leave them "
                     "out, or take an optimizer such as AdamW"

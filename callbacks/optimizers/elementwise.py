@@ -15,6 +15,8 @@ from torch import (
 )
 from torch.optim import Optimizer
 
+from ravine.errors import UsageError
+
 from ..shards import local
 
 
@@ -104,7 +106,7 @@ class Elementwise(Optimizer):
 def refuse_sparse(optimizer: Optimizer, parameter: Tensor) -> None:
     """ValueError for a sparse gradient: that of `nn.Embedding(sparse=True)`."""
     if parameter.grad is not None and parameter.grad.is_sparse:
-        raise ValueError(
+        raise UsageError(
             f"{type(optimizer).__name__} takes no sparse gradients, and a weight of shape "
             f"{tuple(parameter.shape)} has one; allowed: torch.optim.SparseAdam, SGD and Adagrad; "
             "make the embedding with sparse=False, or give it to one of these by a rule"

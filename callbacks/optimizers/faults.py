@@ -11,19 +11,19 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-OURS = Path(__file__).resolve().parents[2]
+from ravine.errors import RunError, UsageError
+
 STANDARD = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
 
 
-class OptimizerError(RuntimeError):
+class OptimizerError(RunError):
     """An optimizer failed in a step; the text has the type and the message of its exception."""
-
-    exit_status = 1
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def in_words(member: Optimizer, place: str = "in its step") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        spoken = getattr(error, "exit_status", None) is not None
+        spoken = isinstance(error, UsageError | RunError)
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if spoken or memory or wants_traceback() or own_frame(error) is not None or _ours(error):
             raise
@@ -65,19 +65,19 @@ def wants_traceback() -> bool:
 
 def own_frame(error: BaseException) -> str | None:
     """The innermost frame of the user's own code in a traceback, as file:line; None if none."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if is_own(frame.filename):
-            return f"{Path(frame.filename).name}:{frame.lineno}"
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if not _in_ravine(frame) and is_own(frame.f_code.co_filename):
+            return f"{Path(frame.f_code.co_filename).name}:{line}"
     return None
 
 
 def is_own(filename: str) -> bool:
-    """Whether a file is neither Ravine's, nor Python's, nor of an installed package."""
+    """Whether a file is neither Python's nor of an installed package."""
     path = Path(filename)
     if not path.is_absolute() or not path.exists():  # "<string>", or generated code
         return False
     path = path.resolve()
-    if any(path.is_relative_to(folder) for folder in [OURS / n for n in _FOLDERS] + STANDARD):
+    if any(path.is_relative_to(folder) for folder in STANDARD):
         return False
     above = [Path(entry).resolve() for entry in sys.path if entry]
     above = [entry for entry in above if path.is_relative_to(entry)]
@@ -85,10 +85,12 @@ def is_own(filename: str) -> bool:
     return not installed and not {"site-packages", "dist-packages"} & set(path.parts)
 
 
-_FOLDERS = ("lightning_modules", "datamodules", "callbacks", "strategies", "cli")
-
-
 def _ours(error: BaseException) -> bool:
     """Whether Ravine itself raised it: a sentence already, or a bug that needs its traceback."""
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return any(Path(last).resolve().is_relative_to(OURS / name) for name in _FOLDERS)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and _in_ravine(frames[-1])
+
+
+def _in_ravine(frame: FrameType) -> bool:
+    """Whether a frame runs code of Ravine: decided by its module, not by the path of a file."""
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "ravine"

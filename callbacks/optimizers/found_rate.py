@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_only
 
+from ravine.errors import UsageError
+
 from .composite import Composite
 
 
@@ -39,7 +41,7 @@ def check_one_rate(trainer: Any, composite: Composite, scales: dict[str, float])
     }
     if len({round(rate, 12) for rate in rates}) > 1:
         listed = ", ".join(f"{rate:g}" for rate in sorted(rates))
-        raise ValueError(
+        raise UsageError(
             "LearningRateFinder searches one learning rate, and the plan's optimizers have "
             f"{listed}; allowed: one rate, with lr_scale in the rules; leave LearningRateFinder "
             "out of trainer.callbacks, or give the optimizers one lr"

@@ -26,6 +26,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from ravine.errors import UsageError
+
 from ..shards import local
 from .elementwise import refuse_sparse
 from .ownership import apply_to_whole
@@ -148,7 +150,7 @@ class MuonOptimizer(Optimizer):
             ("coefficients", coefficients, ITERATIONS),
         ):
             if given not in allowed:
-                raise ValueError(f"Muon: {word}={given!r}; allowed: {', '.join(allowed)}")
+                raise UsageError(f"Muon: {word}={given!r}; allowed: {', '.join(allowed)}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -163,12 +165,12 @@ class MuonOptimizer(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.is_complex():
-                    raise ValueError(
+                    raise UsageError(
                         f"Muon takes matrices of real numbers, not {p.dtype} of shape "
                         f"{tuple(p.shape)}; give it to AdamW"
                     )
                 if p.ndim < 2 or p.shape[0] % group["split"]:
-                    raise ValueError(
+                    raise UsageError(
                         f"Muon takes matrices whose rows divide by split={group['split']}, not a "
                         f"tensor of shape {tuple(p.shape)}; give it to AdamW"
                     )

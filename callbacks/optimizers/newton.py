@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from ravine.errors import UsageError
+
 from ..shards import local, part_of, whole
 from .plan import OptimizerPlan
 from .schedules import Schedule
@@ -51,7 +53,7 @@ class NewtonOptimizer(Optimizer):
         super().__init__(params, {"lr": lr, "damping": damping})
         size = sum(p.numel() for p in self._all())
         if size > LIMIT or len(self.param_groups) > 1:
-            raise ValueError(
+            raise UsageError(
                 f"Newton takes one group of at most {LIMIT} numbers, since a step costs two "
                 f"gradients for each; this is {size} in {len(self.param_groups)}; take LBFGS"
             )
@@ -88,7 +90,7 @@ class NewtonOptimizer(Optimizer):
         slope = gradient(start)
         solution, trouble = torch.linalg.solve_ex(hessian, slope)
         if trouble:
-            raise ValueError(
+            raise UsageError(
                 f"Newton: the curvature is zero in some direction, and damping is "
                 f"{group['damping']}; set e.g. damping=1e-3"
             )

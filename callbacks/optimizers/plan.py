@@ -19,6 +19,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ravine.errors import UsageError
+
 from ..accumulation import optimizer_steps
 from ..checks import before_training
 from ..patching import patch, unpatch
@@ -69,12 +71,12 @@ class OptimizerPlan(Callback):
         """Choose; optimizers are built when the parameters exist."""
         for number, rule in enumerate(rules, 1):
             if rule.optimizer is None and optimizer is None:
-                raise ValueError(
+                raise UsageError(
                     f"rule {number} ({rule.label}) names no optimizer and neither does the plan; "
                     "set `optimizer` in the rule or beside `rules`"
                 )
         if optimizer is None and not rules:
-            raise ValueError(
+            raise UsageError(
                 f"{type(self).__name__} needs an optimizer; type "
                 "--trainer.callbacks.optimizer=AdamW, or give rules"
             )
@@ -124,7 +126,7 @@ class OptimizerPlan(Callback):
         if stage != "fit" or self is not plans(trainer)[-1]:
             return
         if not pl_module.automatic_optimization:
-            raise ValueError(
+            raise UsageError(
                 f"{type(pl_module).__name__} steps its own optimizers (manual optimization), so "
                 f"{type(self).__name__} has nothing to replace; leave it out of the callbacks"
             )
@@ -276,7 +278,7 @@ class OptimizerPlan(Callback):
         taken = zip(self.rules, assign(module, self.rules), strict=True)
         taken = [(rule, named) for rule, named in taken if named]
         if not taken:
-            raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to do")
+            raise UsageError(f"{type(module).__name__} has no trainable parameter: nothing to do")
         labels = [rule.label for rule, _ in taken]
         return [
             Share(rule, label if labels.count(label) == 1 else f"{label} {number}", named)
@@ -310,7 +312,7 @@ class OptimizerPlan(Callback):
 
     def _compare(self) -> None:
         if self._saved_members and self._members and self._saved_members != self._members:
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint was trained with {' + '.join(self._saved_members)}, this run "
                 f"uses {' + '.join(self._members)}, whose state is another; resume with the "
                 "former, or start a new run from the weights alone"
@@ -325,7 +327,7 @@ class OptimizerPlan(Callback):
             name = type(member).__name__
             rates = [group.get("lr") for group in member.param_groups]
             if acts_on_lr and not all(isinstance(lr, int | float | Tensor) for lr in rates):
-                raise ValueError(
+                raise UsageError(
                     f"{name} keeps no number 'lr' in its param_groups, which lr_scale and schedule "
                     "act on; leave both out, or give it one"
                 )
@@ -342,7 +344,7 @@ class OptimizerPlan(Callback):
             "a pipeline": getattr(trainer.strategy, "pipeline", None) is not None,
         }
         if found := [obstacle for obstacle, there in obstacles.items() if there]:
-            raise ValueError(
+            raise UsageError(
                 f"{name} computes the loss several times a step, which is not possible with "
                 f"{', '.join(found)}; leave that out, or take an optimizer such as AdamW"
             )
@@ -352,7 +354,7 @@ def _refuse_unreduced(module: L.LightningModule, parameters: list[Tensor], start
     """DDP averages the gradients of what was trainable when it was set up, and no others."""
     names = {id(p): name for name, p in module.named_parameters()}
     if late := [names.get(id(p), "one of no module") for p in parameters if id(p) not in start]:
-        raise ValueError(
+        raise UsageError(
             f"parameters that are trained from now on ({', '.join(late[:3])}): with ddp their "
             "gradients would differ from rank to rank, since they were frozen at the start; train "
             "on one process, or leave them trainable at the start with a learning rate of 0"
@@ -404,7 +406,7 @@ def _refuse_small_eps(optimizer: Optimizer) -> None:
         eps = group.get("eps")
         half = any(p.dtype == torch.float16 for p in group["params"])
         if half and isinstance(eps, float) and eps and not float(torch.tensor(eps).half()):
-            raise ValueError(
+            raise UsageError(
                 f"{type(optimizer).__name__}: eps={eps:g} is 0 in float16, so that weights turn to "
                 "NaN (0 / 0); allowed: 6e-8 or more; type --trainer.callbacks.optimizer.eps=1e-4, "
                 "of AdaGrad --trainer.callbacks.eps=1e-4, or --trainer.precision=16-mixed"

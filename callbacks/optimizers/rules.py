@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Muon, Optimizer
 
+from ravine.errors import UsageError
+
 Kind = Literal["hidden_matrix", "embedding", "head", "norm", "bias", "convolution", "scalar"]
 Choice = Kind | Literal["rest"]
 Decay = Literal["none", "matrices", "all"]
@@ -115,10 +117,10 @@ def assign(module: nn.Module, rules: Sequence[Rule]) -> list[list[Named]]:
             shares[place].append((name, parameter))
     for number, (rule, share) in enumerate(zip(rules, shares, strict=True), 1):
         if not share and rule.label != "rest":  # a last rule for what is left may be idle
-            raise ValueError(_idle(number, rule, kind_of))
+            raise UsageError(_idle(number, rule, kind_of))
         _refuse_tables(number, rule, share, kind_of)
     if missed:
-        raise ValueError(
+        raise UsageError(
             f"no rule takes {', '.join(missed)}; add a last rule {{kind: rest, optimizer: ...}}"
         )
     return shares
@@ -136,7 +138,7 @@ def choose(
         kind = kind_of.get(name, "other")
         place = next((i for i, r in enumerate(rules) if r.matches(kind, name)), None)
         if place is None:
-            raise ValueError(
+            raise UsageError(
                 f"no rule takes {name or 'a parameter of no module'} ({kind}), which "
                 "add_param_group brings; add a last rule {kind: rest, optimizer: ...}"
             )
@@ -166,7 +168,7 @@ def _refuse_tables(number: int, rule: Rule, share: list[Named], kind_of: dict[st
     allowed = {"hidden_matrix", "convolution"} | ({"embedding", "head"} if rule.anywhere else set())
     wrong = [f"{n} ({kind_of[n]})" for n, p in share if kind_of[n] not in allowed]
     if wrong:
-        raise ValueError(
+        raise UsageError(
             f"rule {number} ({rule.label}) sends {', '.join(wrong)} to {made.__name__}, which is "
             "for hidden matrices and convolutions; set kind: hidden_matrix and give the others "
             "to a rule {kind: rest, optimizer: AdamW}, or anywhere: true for embeddings and heads"

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ravine.errors import UsageError
+
 Kind = Literal[
     "constant", "linear", "cosine", "wsd", "step", "inverse_sqrt", "geometric", "restarts"
 ]
@@ -58,38 +60,38 @@ class Schedule:
     def check(self, length: float) -> None:
         """Refuse a schedule that does not fit a run of `length` optimizer steps."""
         if self.needs_length and math.isinf(length):
-            raise ValueError(
+            raise UsageError(
                 f"schedule {self.kind!r} needs the length of the run, and this one has no end; "
                 "type --trainer.max_steps=1000, or in the config schedule: {kind: constant}"
             )
         if not 0 <= self.warmup < length:
             fitting = 0 if math.isinf(length) else int(length // 10)
             longer = f"--trainer.max_steps={2 * self.warmup}, or " if self.warmup > 0 else ""
-            raise ValueError(
+            raise UsageError(
                 f"schedule: warmup={self.warmup}, but the run has {length:g} optimizer steps; "
                 f"allowed: 0 to {length - 1:g}; type {longer}in the config "
                 f"schedule: {{warmup: {fitting}}}"
             )
         if self.warmup_from_zero and not self.warmup:
-            raise ValueError(
+            raise UsageError(
                 "schedule: warmup_from_zero is true, and warmup is 0; allowed: 1 step or more; in "
                 "the config schedule: {warmup: 100, warmup_from_zero: true}"
             )
         for name, share in (("final", self.final), ("rate", self.rate)):
             if not 0 <= share <= 1:
-                raise ValueError(
+                raise UsageError(
                     f"schedule: {name}={share}; allowed: 0 to 1, a share of the peak learning "
                     f"rate; in the config schedule: {{{name}: 0.1}}"
                 )
         falling = self.warmup + self.cooldown * length
         if self.kind == "wsd" and not (0 < self.cooldown <= 1 and falling <= length):
-            raise ValueError(
+            raise UsageError(
                 f"schedule 'wsd': warmup={self.warmup} and cooldown={self.cooldown} do not fit "
                 f"into {length:g} optimizer steps; in the config schedule: {{cooldown: "
                 f"{1 - self.warmup / length:.2f}}} or less"
             )
         if self.kind in ("step", "restarts") and not 0 < self.every <= length - self.warmup:
-            raise ValueError(
+            raise UsageError(
                 f"schedule {self.kind!r}: every={self.every} never happens in the "
                 f"{length - self.warmup:g} optimizer steps after the warm-up; in the config "
                 f"schedule: {{every: {max(1, (length - self.warmup) // 4):g}}}"

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ravine.errors import UsageError
 from ravine.strategies.materialize import values_of
 
 from ..swapping import refuse_sharded, refuse_unlike
@@ -57,11 +58,11 @@ class Quantization(Transform):
     ) -> None:
         """Choose."""
         if scheme not in ("nf4", "int8"):
-            raise ValueError(f"Quantization: no scheme {scheme!r}; allowed: nf4, int8")
+            raise UsageError(f"Quantization: no scheme {scheme!r}; allowed: nf4, int8")
         if backend not in ("torch", "bitsandbytes"):
-            raise ValueError(f"Quantization: no backend {backend!r}; allowed: torch, bitsandbytes")
+            raise UsageError(f"Quantization: no backend {backend!r}; allowed: torch, bitsandbytes")
         if backend == "bitsandbytes" and scheme != "nf4":
-            raise ValueError("Quantization: bitsandbytes is for nf4 here; type backend: torch")
+            raise UsageError("Quantization: bitsandbytes is for nf4 here; type backend: torch")
         self.arguments: dict[str, Any] = {
             "scheme": scheme,
             "targets": None if targets is None else listed(targets),
@@ -83,12 +84,12 @@ class Quantization(Transform):
         """Announce the phase; refuse what cannot run here."""
         device = trainer.strategy.root_device.type
         if self.backend == "bitsandbytes" and device != "cuda":
-            raise ValueError(
+            raise UsageError(
                 f"Quantization: the kernels of bitsandbytes need CUDA, and this run is on {device};"
                 " the bits are the same; type --trainer.callbacks.backend=torch"
             )
         if self.backend == "bitsandbytes" and find_spec("bitsandbytes") is None:
-            raise ValueError(
+            raise UsageError(
                 "Quantization: bitsandbytes is not installed; type pip install 'ravine[quant]', or "
                 "--trainer.callbacks.backend=torch"
             )
@@ -105,7 +106,7 @@ class Quantization(Transform):
         """Show the layers that lost most; refuse a net in which nothing is left to train."""
         super().on_fit_start(trainer, pl_module)
         if not any(parameter.requires_grad for parameter in pl_module.parameters()):
-            raise ValueError(
+            raise UsageError(
                 f"Quantization: nothing is left to train in this {type(pl_module).__name__}; add "
                 "adapters: type --trainer.callbacks+=LoRA"
             )
@@ -126,7 +127,7 @@ class Quantization(Transform):
         ]
         partial = not checkpoint.get("lora", {"frozen": True})["frozen"]
         if state and missing and not partial:
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint lacks {', '.join(sorted(missing)[:3])}; allowed: one of this model"
             )
 
@@ -161,7 +162,7 @@ def quantize_module(
         hidden = hidden_layers(module)
         names = [name for name in layers if name in hidden]
         if not names:
-            raise ValueError(
+            raise UsageError(
                 f"Quantization: {type(module).__name__} has no hidden matrix; name the layers: "
                 "type --trainer.callbacks.targets=NAME"
             )
@@ -171,7 +172,7 @@ def quantize_module(
     out = matching(exclude, names, "Quantization.exclude")
     names = [name for name in names if name not in out]
     if not names:
-        raise ValueError("Quantization: no layer is left to round; type a narrower exclude")
+        raise UsageError("Quantization: no layer is left to round; type a narrower exclude")
     for name in names:
         _refuse(module, name, layers[name])
     if not copies:
@@ -195,7 +196,7 @@ def _refuse_other_kinds(module: nn.Module, targets: Patterns, layers: dict[str, 
             continue
         for name, layer in module.named_modules():
             if name and hits(pattern, name):
-                raise ValueError(
+                raise UsageError(
                     f"Quantization.targets: {pattern!r} hits {name}, a {type(layer).__name__}; "
                     f"allowed: Linear layers that are called, here {', '.join(list(layers)[:4])}"
                 )
@@ -205,7 +206,7 @@ def _refuse_copies(module: nn.Module, names: list[str]) -> None:
     for copy, original in frozen_copies(module).items():
         hit = [one for one in (original, copy) if any(within(name, one) for name in names)]
         if hit:
-            raise ValueError(
+            raise UsageError(
                 f"Quantization: {copy} is a frozen copy of {original}; code that pairs their "
                 "parameters (a momentum teacher) would meet bits in the place of weights; type "
                 f"--trainer.callbacks.exclude=[{','.join(f'{one}*' for one in hit)}], or for a "
@@ -215,9 +216,9 @@ def _refuse_copies(module: nn.Module, names: list[str]) -> None:
 
 def _refuse(module: nn.Module, name: str, layer: nn.Linear) -> None:
     if isinstance(layer, QuantizedLinear):
-        raise ValueError(f"Quantization: {name} is quantized already; make a new module")
+        raise UsageError(f"Quantization: {name} is quantized already; make a new module")
     if hasattr(layer, "lora_enabled"):
-        raise ValueError(f"Quantization: {name} has an adapter already; round first, then adapt")
+        raise UsageError(f"Quantization: {name} has an adapter already; round first, then adapt")
     refuse_unlike(name, layer, nn.Linear, "Quantization")
     if values_of(layer.weight) is None:  # else it is tried when it is rounded
         refuse_non_finite(name, layer.weight)
@@ -228,7 +229,7 @@ def _refuse(module: nn.Module, name: str, layer: nn.Linear) -> None:
         if parameter is layer.weight and part is not layer
     ]
     if sharing:
-        raise ValueError(
+        raise UsageError(
             f"Quantization: {name} shares its weight with {sharing[0]}: bits in one of them would "
             f"save nothing; type --trainer.callbacks.exclude={name}"
         )

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ravine.errors import UsageError
 from ravine.strategies.materialize import values_of
 from ravine.strategies.saving import non_finite
 
@@ -101,7 +102,7 @@ class QuantizedLinear(Swapped, nn.Linear):
         for name in PARTS[:2]:
             saved, ours = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and (saved.shape, saved.dtype) != (ours.shape, ours.dtype):
-                raise ValueError(
+                raise UsageError(
                     f"{prefix}{name} is {saved.dtype} {tuple(saved.shape)} in the checkpoint and "
                     f"{ours.dtype} {tuple(ours.shape)} here ({self.scheme}, double={self.double}); "
                     "allowed: the scheme and double that it was saved with; type "
@@ -184,7 +185,7 @@ class RoundedValues:
 def refuse_non_finite(name: str, weight: Tensor) -> None:
     """ValueError for a weight that cannot be rounded."""
     if non_finite([(name, weight)]):
-        raise ValueError(f"Quantization: the weight of {name} has inf or nan; start from another")
+        raise UsageError(f"Quantization: the weight of {name} has inf or nan; start from another")
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ravine.datamodules.image_set import describe_classes
 from ravine.datamodules.images import to_float
 from ravine.datamodules.order import generator, global_seed
+from ravine.errors import UsageError
 
 from ..base import TaskModule
 
@@ -90,7 +91,7 @@ class ImageClassifier(TaskModule):
         """Check the sizes."""
         super().__init__()
         if features < 1 or shift < 0:
-            raise ValueError(
+            raise UsageError(
                 f"features is {features} and shift {shift}; allowed: features 1 or more, shift 0 "
                 "or more; type --model.features=64 --model.shift=2"
             )
@@ -112,7 +113,7 @@ class ImageClassifier(TaskModule):
             "source": Path(datamodule.source).name,
         }
         if len(found["class_names"]) < 2:
-            raise ValueError(
+            raise UsageError(
                 f"all images of {found['source']} are of one class, {found['class_names'][0]}, and "
                 "a classifier needs two or more; allowed is a folder with a folder for each class: "
                 "type --data.source=FOLDER"
@@ -172,14 +173,14 @@ class ImageClassifier(TaskModule):
     def _take(self, found: dict[str, Any], whose: str) -> None:
         ours, theirs = (one.get("class_names", []) for one in (found, self.form))
         if theirs and sorted(ours) == sorted(theirs) and ours != theirs:
-            raise ValueError(
+            raise UsageError(
                 f"{whose} has the classes in the order {describe_classes(ours)}, the classifier in"
                 f" the order {describe_classes(theirs)}; the order must be the same: type"
                 " --data.source=... as it was trained"
             )
         for key in ("channels", "size", "class_names"):
             if self.form and self.form[key] != found[key]:
-                raise ValueError(
+                raise UsageError(
                     f"{whose} has {key} {found[key]} and the classifier {self.form[key]}; they "
                     "must be the same: type --data.source=... as it was trained"
                 )
@@ -187,7 +188,7 @@ class ImageClassifier(TaskModule):
 
     def _form(self) -> dict[str, Any]:
         if not self.form:
-            raise ValueError(
+            raise UsageError(
                 "ImageClassifier takes the size of images and the classes from its data, and there "
                 "are none; type --data=ImageDataModule"
             )
@@ -227,7 +228,7 @@ class ClassifierFeatures(nn.Module):
             module = ImageClassifier.load(path)
         except Exception as error:  # torch says it in many ways
             why = (str(error) or type(error).__name__).splitlines()[0].partition(";")[0]
-            raise ValueError(
+            raise UsageError(
                 f"{path} cannot be read as a classifier's checkpoint: {why}; train one (lightning "
                 "fit --config classifier/mnist), and type --trainer.callbacks.extractor.path=FILE"
             ) from error
@@ -238,7 +239,7 @@ class ClassifierFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features (b d) of uint8 images."""
         if tuple(images.shape[1:]) != self.form:
-            raise ValueError(
+            raise UsageError(
                 f"images of {tuple(images.shape[1:])} (channels, rows, columns), and {self.name} "
                 f"knows {self.form}; give an extractor trained on such images"
             )

@@ -17,6 +17,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 from .noise_schedules import Schedule, T
 from .parametrisations import Prediction, Weight, from_x0, to_x0, weight
 
@@ -40,7 +42,7 @@ class Denoising:
     def __post_init__(self) -> None:
         """Refuse to divide by zero."""
         if self.prediction == "eps" and self.schedule.kind == "flow":
-            raise ValueError(
+            raise UsageError(
                 "prediction is eps and process flow, which begins at pure noise, where ε says "
                 "nothing of the image; allowed: x0, v, velocity; type --model.prediction=velocity"
             )

@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 T = 1000
 Kind = Literal["linear", "cosine", "flow", "edm"]
 
@@ -98,7 +100,7 @@ class Schedule:
         """From pure noise to the image in so many steps; edm's are those of Karras et al."""
         most = T if self.whole else 10 * T
         if not 1 <= steps <= most:
-            raise ValueError(
+            raise UsageError(
                 f"steps is {steps}; allowed: 1 to {most}; type --steps={min(max(steps, 1), most)}"
             )
         t = torch.linspace(T, 0, steps + 1, dtype=torch.float64)

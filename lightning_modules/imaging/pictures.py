@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ravine.datamodules.sources import whole
+from ravine.errors import UsageError
 
 GAP, PAPER = 2, 255  # pixels between images, and their color
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -62,7 +63,7 @@ def format_of(path: str | Path) -> str:
     end = Path(path).suffix.lower()
     if end not in FORMATS:
         allowed = ", ".join(FORMATS)
-        raise ValueError(
+        raise UsageError(
             f"{path} is no name of a picture; allowed: {allowed}; type --file=samples.png"
         )
     return FORMATS[end]

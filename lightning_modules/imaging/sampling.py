@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ravine.datamodules.image_set import class_numbers
+from ravine.errors import UsageError
 
 from .draws import key, normals
 from .noise_schedules import Schedule
@@ -43,11 +44,11 @@ class Way:
         }
         for name, (fine, allowed, typical) in rules.items():
             if not fine:
-                raise ValueError(
+                raise UsageError(
                     f"{name} is {getattr(self, name)}; allowed: {allowed}; type --{name}={typical}"
                 )
         if self.eta and self.sampler != "ddim":
-            raise ValueError(
+            raise UsageError(
                 f"eta is {self.eta} and the sampler {self.sampler}, which takes none; "
                 "allowed with it: 0; type --sampler=ddim"
             )
@@ -59,12 +60,12 @@ class Way:
         """
         way = replace(self, **{name: value for name, value in given.items() if value is not None})
         if one_step and given.get("steps") not in (None, 1):
-            raise ValueError(
+            raise UsageError(
                 f"steps is {way.steps}, and this model knows pure noise only, conditioning "
                 "one_step; allowed: 1; type --steps=1"
             )
         if way.guidance and not withheld:
-            raise ValueError(
+            raise UsageError(
                 f"guidance is {way.guidance}, and the model was trained without labels that are "
                 "sometimes withheld; allowed: 0; type --guidance=0, or train with "
                 "--model.labels=true --model.label_dropout=0.1"
@@ -81,7 +82,7 @@ def pick(labels: Iterable[int | str] | str | None, names: Sequence[str]) -> list
     if labels is None:
         return list(range(len(names)))
     if not names:
-        raise ValueError(
+        raise UsageError(
             f"labels are {labels}, and this model was trained without any; leave --labels away"
         )
     return class_numbers(labels, names, "--labels")

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ravine.datamodules.sources import whole
+from ravine.errors import UsageError
 
 GROUPS = 8  # of GroupNorm: one example's statistics, whatever the batch
 
@@ -105,7 +106,7 @@ class UNet(nn.Module):
         """Build it."""
         super().__init__()
         if width < GROUPS or width % GROUPS or time_width < 2 or time_width % 2 or patch < 1:
-            raise ValueError(
+            raise UsageError(
                 f"width is {width}, time_width {time_width}, patch {patch}; allowed: a width that "
                 f"{GROUPS} divides, an even time_width, a patch of 1 or more; "
                 "type --model.width=64 --model.time_width=256 --model.patch=1"

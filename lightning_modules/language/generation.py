@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ravine.errors import RunError
+
 from ..replay import Capture, Replay
 from .cache import BUCKET
 from .reading import CachedReader, Page, Reader, Window
@@ -201,7 +203,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 def _sound(pen: Pen) -> None:
     broken = (~pen.scores.isfinite()).any(1).nonzero()[:, 0].tolist()
     if broken:
-        raise RuntimeError(
+        raise RunError(
             f"the net gives NaN after text {broken[0]}: its weights or activations are damaged; "
             "take an earlier checkpoint, or train with the NaNGuard callback to see where it began"
         )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ravine.datamodules.sources import announce
+from ravine.errors import MissingFileError, UsageError
 
 from .transformer import MLP, Block, Transformer, complete
 
@@ -130,7 +131,7 @@ def read(path: str | Path, net: Transformer) -> None:
     file = Path(path).expanduser()
     file = file / "model.safetensors" if file.is_dir() else file
     if not file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no weights at {file}; allowed: a model.safetensors in Hugging Face's GPT-2 layout, "
             "or its folder; type --trainer.callbacks.path=FOLDER"
         )
@@ -139,7 +140,7 @@ def read(path: str | Path, net: Transformer) -> None:
         sizes = sizes_of(theirs)
         weights = translated(theirs)
     except (SafetensorError, ValueError, LookupError) as error:
-        raise ValueError(f"{file} does not hold GPT-2 weights: {error!r}") from error
+        raise UsageError(f"{file} does not hold GPT-2 weights: {error!r}") from error
     config = config_of(file.parent / "config.json")
     if config is None:
         kept = {name: shape_of(net)[name] for name in ("heads", "mlp", "norm_eps")}
@@ -182,15 +183,15 @@ def config_of(file: Path) -> dict[str, Any] | None:
         return None
     try:
         if file.stat().st_size > LONGEST:
-            raise ValueError(f"it has more than {LONGEST:,} bytes")
+            raise UsageError(f"it has more than {LONGEST:,} bytes")
         said = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{file} is no JSON: {str(error)[:200]}; allowed: the config.json of a GPT-2; fetch it "
             "again"
         ) from None
     if not isinstance(said, dict):
-        raise ValueError(f"{file} holds no object; allowed: the config.json of a GPT-2")
+        raise UsageError(f"{file} holds no object; allowed: the config.json of a GPT-2")
     return said
 
 
@@ -206,13 +207,13 @@ def expected_of(config: dict[str, Any], sizes: dict[str, int], name: str) -> dic
     for option, allowed in FIXED.items():
         value = config.get(option, allowed)
         if value != allowed and not (value is None and option != "model_type"):
-            raise ValueError(
+            raise UsageError(
                 f"{name} says {option}={str(value)[:40]}, which Transformer cannot compute; "
                 f"allowed: {allowed}; use a GPT-2 without this option"
             )
     activation = config.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(
+        raise UsageError(
             f"{name} says activation_function={_short(activation)}, which Transformer does "
             f"not have; allowed: {', '.join(ACTIVATIONS)}; use a GPT-2 with one of these"
         )
@@ -220,12 +221,12 @@ def expected_of(config: dict[str, Any], sizes: dict[str, int], name: str) -> dic
     eps = config.get("layer_norm_epsilon", 1e-5)
     width = sizes["width"]
     if type(heads) is not int or heads < 1 or width % heads:
-        raise ValueError(
+        raise UsageError(
             f"{name} says n_head={_short(heads)} for a width of {width}; allowed: a divisor "
             f"of {width}; fetch the file again"
         )
     if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-        raise ValueError(
+        raise UsageError(
             f"{name} says layer_norm_epsilon={_short(eps)}; allowed: a number from 0 on; "
             "fetch the file again"
         )
@@ -239,12 +240,12 @@ def expected_of(config: dict[str, Any], sizes: dict[str, int], name: str) -> dic
     said = given | {key: config.get(key) for key in ("vocab_size", "n_inner")}
     for key, value in shown.items():
         if said[key] not in (None, value):
-            raise ValueError(
+            raise UsageError(
                 f"{name} says {key}={_short(said[key])}, and the tensors have {value}; the "
                 "two files do not belong together: fetch both again"
             )
     if said["n_inner"] is None and sizes["d_ff"] != 4 * width:
-        raise ValueError(
+        raise UsageError(
             f"{name} leaves n_inner out, which means {4 * width}, and the tensors have "
             f"{sizes['d_ff']}; the two files do not belong together: fetch both again"
         )
@@ -308,7 +309,7 @@ def refuse_other(expected: dict[str, Any], net: Transformer, name: str) -> None:
         flags[list(other).index("context")] = f"--data.context={other['context']}"
     theirs = ", ".join(f"{key}={value}" for key, value in other.items())
     mine = ", ".join(f"{key}={ours[key]}" for key in other)
-    raise ValueError(
+    raise UsageError(
         f"the weights in {name} do not fit the model: they are a GPT-2 with {theirs}, and the "
         f"model has {mine}; type {' '.join(flags)}"
     )
@@ -346,7 +347,7 @@ def fill(net: Transformer, weights: dict[str, Tensor], name: str) -> None:
             odd.append(f"{key} holds NaN or infinity in the file")
     if odd:
         more = f"; and {len(odd) - 4} more" if len(odd) > 4 else ""
-        raise ValueError(
+        raise UsageError(
             f"the weights in {name} do not fit the model: {'; '.join(sorted(odd)[:4])}{more}; "
             "allowed: the shape of its config.json; type --config gpt2/finetune"
         )
@@ -381,7 +382,7 @@ def write(net: Transformer, shape: dict[str, Any], folder: str | Path, end: int 
     if given["mlp"] not in names or given["experts"]:
         wrong.append(f"mlp={'experts' if given['experts'] else given['mlp']}, not {SHAPE['mlp']}")
     if wrong:
-        raise ValueError(
+        raise UsageError(
             f"this model is no GPT-2: {', '.join(wrong)}; allowed: models of --config gpt2/124m; "
             "train one of those to export it"
         )

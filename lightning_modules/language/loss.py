@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 IGNORED = -100  # target of a position that does not count (torch's convention)
 LOGITS = 2**25  # that exist at once: 128 MiB in fp32
 
@@ -68,7 +70,7 @@ def check_ids(what: str, ids: Tensor, vocabulary: int, ignored: int | None = Non
         allowed += f", and {ignored} for a position that is not learned"
         if found < 0:
             hint = f"mark such positions: {what}s.masked_fill({what}s == {found}, {ignored})"
-    raise ValueError(f"{what} {found} at {place} of {list(ids.shape)}; allowed: {allowed}; {hint}")
+    raise UsageError(f"{what} {found} at {place} of {list(ids.shape)}; allowed: {allowed}; {hint}")
 
 
 class _Chunked(torch.autograd.Function):

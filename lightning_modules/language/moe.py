@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ravine.errors import UsageError
+
 CHOICES = 2
 
 
@@ -54,7 +56,7 @@ class MixtureOfExperts(nn.Module):
         """Make the router and the experts; capacity 1 leaves no room for an uneven choice."""
         super().__init__()
         if experts < CHOICES:
-            raise ValueError(
+            raise UsageError(
                 f"experts is {experts}; allowed: {CHOICES} or more; type --model.experts=8"
             )
         self.capacity, self.count = capacity, experts

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ravine.errors import UsageError
+
 from .cache import Cache
 from .moe import MixtureOfExperts
 
@@ -149,14 +151,14 @@ class CachedReader(Reader):
 def check(lengths: list[int], new: int, context: int, window: Window) -> None:
     """Refuse what cannot be written."""
     if new < 1:
-        raise ValueError(f"max_new_tokens is {new}; allowed: 1 or more; type --max_new_tokens=200")
+        raise UsageError(f"max_new_tokens is {new}; allowed: 1 or more; type --max_new_tokens=200")
     if not lengths or min(lengths) < 1:
-        raise ValueError("a prompt is empty; allowed: any text; type --prompt='ROMEO:'")
+        raise UsageError("a prompt is empty; allowed: any text; type --prompt='ROMEO:'")
     longest = max(lengths)
     if window == "refuse" and longest + new - 1 > context:
         fits = context - longest + 1
         out = f"type --max_new_tokens={fits} or less" if fits > 0 else "give a shorter prompt"
-        raise ValueError(
+        raise UsageError(
             f"a prompt of {longest} tokens and {new} new ones do not fit into the {context} tokens "
             f"the model sees; {out}, or --window=slide to forget the older half when they are full"
         )

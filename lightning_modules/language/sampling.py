@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ravine.datamodules.order import generator
+from ravine.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Sampling:
         typical = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.05}
         for name, (fine, allowed) in rules.items():
             if not fine:
-                raise ValueError(
+                raise UsageError(
                     f"{name} is {getattr(self, name)}; allowed: {allowed}; "
                     f"type --{name}={typical[name]}"
                 )
@@ -56,7 +57,7 @@ class Sampling:
     def check(self, vocabulary: int) -> None:
         """Refuse to keep more tokens than there are."""
         if self.top_k is not None and self.top_k > vocabulary:
-            raise ValueError(
+            raise UsageError(
                 f"top_k is {self.top_k}, and there are {vocabulary} different tokens; "
                 f"allowed: 1 to {vocabulary}; type --top_k={min(40, vocabulary)}"
             )

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ravine.errors import UsageError
+
 from .attention import PROJECTIONS, ROPE_BASE, CausalAttention, Rotary, Rung
 from .branches import Branches, Fork
 from .cache import Cache, Past
@@ -275,7 +277,7 @@ class Transformer(nn.Module):
     def _check(self, tokens: Tensor) -> None:
         length = tokens.shape[1] if self.times is None else 0  # with times, a part of a sequence
         if length > self.context:
-            raise ValueError(
+            raise UsageError(
                 f"{length} tokens, and the model sees {self.context} (its context); allowed: "
                 f"{self.context} or less; cut the input, or build the model with context={length}"
             )
@@ -353,16 +355,16 @@ def check(positions: str, dropout: float, **sizes: int) -> None:
     """Refuse sizes that make no net, in the words of a command line."""
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name} is {size}; allowed: 1 or more; type --model.{name}=1")
+            raise UsageError(f"{name} is {size}; allowed: 1 or more; type --model.{name}=1")
     width, heads = sizes["width"], sizes["heads"]
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}; allowed: 0 to below 1; type --model.dropout=0.1")
+        raise UsageError(f"dropout is {dropout}; allowed: 0 to below 1; type --model.dropout=0.1")
     step = 2 if positions == "rope" else 1  # rotary positions turn pairs of channels
     if width % (heads * step):
         divisors = (h for h in range(1, min(width, 2**16) + 1) if width % (h * step) == 0)
         fitting = sorted(divisors, key=lambda h: abs(h - heads))
         what = "equal and even parts (rope turns pairs)" if step == 2 else "equal parts"
-        raise ValueError(
+        raise UsageError(
             f"heads {heads} does not split width {width} into {what}; allowed: "
             f"{', '.join(map(str, fitting[:5])) or 'none'}; "
             + (f"type --model.heads={fitting[0]}" if fitting else "type --model.width=128")
@@ -379,25 +381,25 @@ def check_settings(
 ) -> None:
     """Refuse settings out of range, and those of a part that the net does not have."""
     if d_ff is not None and d_ff < 1:
-        raise ValueError(f"d_ff is {d_ff}; allowed: 1 or more; type --model.d_ff=512")
+        raise UsageError(f"d_ff is {d_ff}; allowed: 1 or more; type --model.d_ff=512")
     if d_ff is not None and mlp == "none":
-        raise ValueError(
+        raise UsageError(
             f"d_ff is {d_ff}, and mlp is none: there is no MLP of that width; allowed: null; "
             "type --model.mlp=relu2, or leave d_ff out"
         )
     if not 1 < rope_base < math.inf:
-        raise ValueError(
+        raise UsageError(
             f"rope_base is {rope_base}; allowed: above 1; type --model.rope_base=10000"
         )
     if rope_base != ROPE_BASE and positions != "rope":
-        raise ValueError(
+        raise UsageError(
             f"rope_base is {rope_base:g}, and positions is {positions}, which turns nothing; "
             "type --model.positions=rope, or leave rope_base out"
         )
     if norm_eps is not None and not 0 <= norm_eps < math.inf:
-        raise ValueError(f"norm_eps is {norm_eps}; allowed: 0 or more; type --model.norm_eps=1e-5")
+        raise UsageError(f"norm_eps is {norm_eps}; allowed: 0 or more; type --model.norm_eps=1e-5")
     if norm_eps is not None and not has_norm:
-        raise ValueError(
+        raise UsageError(
             f"norm_eps is {norm_eps:g}, and norm is none; type --model.norm=rmsnorm, or leave "
             "norm_eps out"
         )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ravine.errors import UsageError
+
 from .generation import LOOK, stream
 
 
@@ -28,7 +30,7 @@ def write(
     With `show`, the first text is handed out piece by piece, as soon as it is certain.
     """
     if "" in stops:
-        raise ValueError(
+        raise UsageError(
             "a stop is empty; allowed: any text; type --stop='\\n\\n', or leave it away"
         )
     ends = [tokenizer.encode(stop).tolist() for stop in stops]

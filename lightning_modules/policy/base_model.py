@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ravine.datamodules.tokenizers import Tokenizer, from_state
+from ravine.errors import MissingFileError, UsageError
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, reading_together
 
 from ..language import Transformer
@@ -28,21 +29,21 @@ class BaseModel(NamedTuple):
 def find(base: str) -> Path:
     """The file itself, or of a run's folder the newest checkpoint."""
     if not base:
-        raise ValueError("base is empty; type --model.base=FILE, or the folder of a run")
+        raise UsageError("base is empty; type --model.base=FILE, or the folder of a run")
     path = Path(base).expanduser()
     if path.is_file():
         return path
     files = [p for p in path.rglob("*.ckpt") if p.is_file()] if path.is_dir() else []
     parts = [] if files or not path.is_dir() else sorted(path.rglob("*.distcp"))
     if parts:
-        raise ValueError(
+        raise UsageError(
             f"{parts[0].parent} is a checkpoint in parts, and a base model is one file; type "
             f"lightning export --ckpt_path={parts[0].parent} --consolidate=base.ckpt, "
             "then --model.base=base.ckpt"
         )
     if not files:
         name = path.as_posix().removeprefix("runs/")
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no base model at {base}: no such file, and no folder with checkpoints; train one "
             f"(lightning fit --config {name}, if that is a preset), or type --model.base=FILE"
         )
@@ -57,25 +58,25 @@ def read(base: str) -> BaseModel:
             checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     except CheckpointError as error:
         said = str(error).partition(" cannot be used: ")[2].partition(";")[0] or str(error)
-        raise ValueError(
+        raise UsageError(
             f"{path} cannot be read as a checkpoint: {said}; type --model.base=FILE"
         ) from error
     given = checkpoint if isinstance(checkpoint, dict) else {}
     language, saved = given.get("language"), given.get("state_dict")
     if not language or not saved:
         task = given.get("task")
-        raise ValueError(
+        raise UsageError(
             f"{path} is no checkpoint of a language model, but of {task or 'another program'}; "
             "train one: lightning fit --config reinforce/base; then type --model.base=FILE"
         )
     if language["tokenizer"] is None:
-        raise ValueError(
+        raise UsageError(
             f"{path} has no tokenizer: the model was trained on bare numbers, and no reward can "
             "read what it writes; train it on a TextDataModule, or type --model.base=FILE"
         )
     adapters = [name for name in saved if name.endswith((".lora_a", ".lora_b"))]
     if adapters:
-        raise ValueError(
+        raise UsageError(
             f"{path} has adapters ({adapters[0]} and {len(adapters) - 1} more), and a base model "
             f"is plain weights; type lightning export --ckpt_path={path} --merge --folder=plain, "
             "then --model.base=plain/model.ckpt"
@@ -109,7 +110,7 @@ def _check_net(
         here, there = ({k: v.shape for k, v in each.items()} for each in (ours, weights))
         wrong = sorted(name for name, _ in here.items() ^ there.items())
     if wrong:
-        raise ValueError(
+        raise UsageError(
             f"{path} was written by {task}, whose net is not that of LanguageModel: {wrong[0]} and "
             f"{len(set(wrong)) - 1} more differ; allowed: a LanguageModel's checkpoint; "
             "train one: lightning fit --config reinforce/base; then type --model.base=FILE"
@@ -121,7 +122,7 @@ def behind_adapters(base: str, sha256: str) -> BaseModel:
     try:
         found = read(base)
     except FileNotFoundError:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"the adapters belong to the base model at {base}, and {Path.cwd()} has none there; "
             "go where they were trained, or copy it here"
         ) from None
@@ -132,7 +133,7 @@ def behind_adapters(base: str, sha256: str) -> BaseModel:
 def check_same(base: str, here: str, there: str) -> None:
     """Refuse a base with another checksum than that of a checkpoint."""
     if here != there:
-        raise ValueError(
+        raise UsageError(
             f"the base model at {base} is not the one this policy started from: its weights have "
             f"the checksum {here[:12]}, those were {there[:12]}; give the first one: "
             "--model.base=FILE, or put it back"

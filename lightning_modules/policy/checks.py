@@ -6,6 +6,7 @@ Of each mistake: what was given, what is allowed, what to type.
 from typing import Any
 
 from ravine.datamodules.tokenizers import Tokenizer
+from ravine.errors import UsageError
 
 from ..language.sampling import Sampling
 from .kl import KL
@@ -22,19 +23,19 @@ def check_together(
     """Refuse choices that make no policy gradient, alone or together."""
     for name, value in (("new", new), ("group_size", group_size)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; allowed: 1 or more; type --model.{name}=1")
+            raise UsageError(f"{name} is {value}; allowed: 1 or more; type --model.{name}=1")
     if stop == "":
-        raise ValueError(
+        raise UsageError(
             "stop is '', which stands in every text; allowed: one character or more, or null for "
             "no stop; type --model.stop='.', or leave it out"
         )
     if sampling.temperature == 0:
-        raise ValueError(
+        raise UsageError(
             "at temperature 0 nothing is drawn, and there is no policy to improve; allowed: above "
             "0; type --model.sampling.temperature=0.8"
         )
     if kl.beta and reference == "none":
-        raise ValueError(
+        raise UsageError(
             f"kl.beta is {kl.beta}, and there is no reference to stay near; "
             "type --model.reference=copy, or --model.kl.beta=0"
         )
@@ -46,7 +47,7 @@ def check_fits(what: str, prompt: str, size: int, new: int, context: int) -> Non
         fits = context - size + 1
         fewer = f"type --model.new={fits} or less, or " if fits > 0 else ""
         shorter = f" (snippets: --data.length={context - new + 1})" if new <= context else ""
-        raise ValueError(
+        raise UsageError(
             f"{what} has {size} tokens, and with {new} new ones it does not fit into the {context} "
             f"that the model sees: {prompt[:40]!r}; {fewer}give shorter prompts{shorter}"
         )
@@ -64,7 +65,7 @@ def check_known(characters: str, tokenizer: Tokenizer, resolved: dict[str, Any])
     unknown = [c for c in characters if not _encodes(tokenizer, c)]
     shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5])
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    raise ValueError(
+    raise UsageError(
         f"{where} has prompts with {shown}{more}, which the base model does not know; allowed are "
         "the characters of the text it was trained on; type --data.path=FILE without them, or "
         "--model.base=FILE of a model trained on such a text"

@@ -26,6 +26,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 Kind = Literal["none", "mean", "rloo", "grpo", "rejection"]
 
 TIED = 1e-6  # of the largest |r|: a smaller spread is the rounding of fp32 sums, and counts as none
@@ -65,12 +67,12 @@ class Estimator:
         """Refuse a clip that lets nothing through, or everything."""
         for name, bound in (("clip", self.clip), ("clip_high", self.clip_high)):
             if bound is not None and not 0 < bound < math.inf:
-                raise ValueError(
+                raise UsageError(
                     f"{name} is {bound}; allowed: a finite number above 0; "
                     f"type --model.estimator.{name}=0.2"
                 )
         if self.clip_high is not None and self.clip is None:
-            raise ValueError(
+            raise UsageError(
                 f"clip_high is {self.clip_high}, and clip, the lower bound, is not given; "
                 "type --model.estimator.clip=0.2"
             )
@@ -84,7 +86,7 @@ class Estimator:
             accumulate: micro-batches of a step.
         """
         if self.normalize == "tokens" and accumulate > 1:
-            raise ValueError(
+            raise UsageError(
                 f"normalize is tokens, and a step has {accumulate} micro-batches, of which each "
                 "would divide by its own tokens; allowed: sequence, constant; "
                 "type --model.estimator.normalize=constant, or --trainer.accumulate_grad_batches=1"
@@ -93,7 +95,7 @@ class Estimator:
         if self.kind != "none" and size < 2:
             others = "--data.batch_size=64", "--model.estimator.scope=batch"
             fix = "--model.group_size=4, or " + others[self.scope == "group"]
-            raise ValueError(
+            raise UsageError(
                 f"{self.kind} compares the samples of a {self.scope}, and here that is one; "
                 f"allowed: 2 or more; type {fix}"
             )
@@ -144,7 +146,7 @@ class Estimator:
         fits = ((r - binary).abs() <= TIED) & ((binary == 0) | (binary == 1))
         if not fits.all():
             wrong = r[~fits][0].item()
-            raise ValueError(
+            raise UsageError(
                 f"rejection keeps samples of reward 1 and drops those of 0, and a reward is "
                 f"{wrong:.4g}; make the reward binary (Binary with weight 1, and nothing else), "
                 "or type --model.estimator.kind=rloo"
@@ -168,7 +170,7 @@ class Estimator:
         if self.clip is None:
             return w * log_probabilities
         if sampled is None:
-            raise ValueError("a clipped ratio needs the sampler's log-probabilities: give sampled")
+            raise UsageError("a clipped ratio needs the sampler's log-probabilities: give sampled")
         high = self.clip if self.clip_high is None else self.clip_high
         ratio = (log_probabilities - sampled).exp()
         return torch.minimum(ratio * w, ratio.clamp(1 - self.clip, 1 + high) * w)

@@ -21,6 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 
 @dataclass(frozen=True)
 class KL:
@@ -42,14 +44,14 @@ class KL:
     def __post_init__(self) -> None:
         """Refuse what would optimise nothing, or something else than it says."""
         if not self.beta >= 0:
-            raise ValueError(f"beta is {self.beta}; allowed: 0 or more; type --model.kl.beta=0.1")
+            raise UsageError(f"beta is {self.beta}; allowed: 0 or more; type --model.kl.beta=0.1")
         if self.estimator == "k1" and self.where == "loss":
-            raise ValueError(
+            raise UsageError(
                 "k1 in the loss has an expected gradient of exactly zero; allowed in the loss: "
                 "k2, k3; type --model.kl.where=reward, or --model.kl.estimator=k2"
             )
         if self.estimator != "k1" and self.where == "reward":
-            raise ValueError(
+            raise UsageError(
                 f"{self.estimator} in the reward has the gradient of no divergence; allowed in the "
                 f"reward: k1; type --model.kl.estimator=k1, or --model.kl.where=loss"
             )

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ravine.errors import UsageError
+
 LARGEST = float(torch.finfo(torch.float32).max)  # in which weights of samples are multiplied
 CANCELLED = 1e-12  # of the summands' absolute values: a smaller sum is the rounding of terms
 SHOWN = 40  # characters of a text in a message
@@ -31,7 +33,7 @@ RESERVED = frozenset({  # what is logged beside the terms, or stands beside them
 })  # fmt: skip
 
 
-class RewardError(ValueError):
+class RewardError(UsageError):
     """A term that cannot be used, or failed; the text names it and the sample."""
 
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ravine.errors import UsageError
+
 from ..language import Transformer
 from ..language.attention import ATTENTIONS
 from ..language.branches import Branches
@@ -98,7 +100,7 @@ def loss_of(rollout: Rollout, log_p: Tensor, estimator: Estimator, kl: KL, lengt
     loss = estimator.loss(log_p, mask, rollout.weights, length, rollout.share, rollout.sampled)
     if kl.beta and kl.where == "loss":
         if rollout.reference is None:
-            raise ValueError("beta is above 0, and the rollout has no reference")
+            raise UsageError("beta is above 0, and the rollout has no reference")
         loss = loss + kl.beta * kl.penalty(log_p, rollout.reference, mask, length).mean()
     return loss
 
@@ -117,13 +119,13 @@ def adapters_off(net: nn.Module) -> Iterator[None]:
     """
     adapters: list[Any] = [m for m in net.modules() if hasattr(m, "lora_enabled")]
     if not adapters:
-        raise ValueError(
+        raise UsageError(
             "reference: lora asks the net with its adapters switched off, and it has none; add "
             "the callback: --trainer.callbacks+=LoRA, or type --model.reference=copy"
         )
     others = [n for n, p in net.named_parameters() if p.requires_grad and "lora_" not in n]
     if others:
-        raise ValueError(
+        raise UsageError(
             f"reference: lora is the net without its adapters, and {others[0]} learns beside them, "
             "so that it would not stay what it was; type --model.reference=copy, or leave "
             "train_also out"
