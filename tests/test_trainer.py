@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_made_is_named_and_not_looked_for_for_ever() -> 
     with pytest.raises(ValueError, match=r"folder runs/a/version_0 cannot be made: File exists"):
         Trainer(name="a", max_steps=1, accelerator="cpu").fit(NetInInit())
     Path("file").touch()
-    with pytest.raises(ValueError, match="; --trainer.default_root_dir=FOLDER"):
+    with pytest.raises(ValueError, match=r"; --trainer\.default_root_dir=FOLDER"):
         Trainer(default_root_dir="file", max_steps=1, accelerator="cpu").fit(NetInInit())
 
 
