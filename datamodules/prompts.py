@@ -7,7 +7,7 @@ any number of ranks draws the same batch, and a run that was cut goes on as if i
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -18,7 +18,7 @@ from ravine.errors import UsageError
 from .corpus import files_of, read
 from .json_rows import check_text, checksum, is_json, rows
 from .order import EvalLoader, Order, Share, TrainLoader, check_positive, global_seed
-from .sources import SOURCES, announce, choose, fetch
+from .sources import TextName, announce, choose, fetch, text_source
 from .text import documentation
 
 
@@ -53,7 +53,7 @@ class PromptDataModule(L.LightningDataModule):
     Args:
         path: a text; or objects with a "prompt" in a .jsonl, .ndjson or .json file or a folder of
             them; without it `source` decides.
-        source: shakespeare, embedded (CPython's help topics), or auto: the first that can be had.
+        source: a text by its name, embedded or auto, as in `TextDataModule`.
         root: the folder of data sets; by default the variable DATA_ROOT.
         corpus: a text for rewards that compare with one; by default the text of the snippets.
         length: characters of a snippet.
@@ -67,7 +67,7 @@ class PromptDataModule(L.LightningDataModule):
     def __init__(
         self,
         path: str | Path | None = None,
-        source: Literal["auto", "shakespeare", "embedded"] = "auto",
+        source: TextName = "auto",
         root: str | None = None,
         corpus: str | Path | None = None,
         length: int = 256,
@@ -86,7 +86,9 @@ class PromptDataModule(L.LightningDataModule):
                 f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
                 "type --data.val_fraction=0.1"
             )
-        self.path, self.source, self.root, self.corpus = path, source, root, corpus
+        self.path, self.root, self.corpus = path, root, corpus
+        self.source: TextName = source
+        text_source(source)  # UsageError for an unknown name
         self.length, self.batch_size = length, batch_size
         self.val_fraction, self.val_prompts, self.seed = val_fraction, val_prompts, seed
         self.resolved: dict[str, Any] = {}
@@ -98,7 +100,7 @@ class PromptDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Download what is missing; Lightning calls this on one process only."""
         if self.path is None:
-            self._tried = fetch(self.source, SOURCES["shakespeare"], self.root)
+            self._tried = fetch(self.source, text_source(self.source), self.root)
 
     def setup(self, stage: str) -> None:
         """Read the file and say which one."""
@@ -107,7 +109,7 @@ class PromptDataModule(L.LightningDataModule):
         if self.path is not None:
             file, why = Path(self.path).expanduser(), ""
         else:
-            file, why = choose(self.source, SOURCES["shakespeare"], self.root, self._tried)
+            file, why = choose(self.source, text_source(self.source), self.root, self._tried)
         name = str(file or "the EMBEDDED text (help topics of CPython)")
         if file is not None and is_json(file):
             self.rows = rows_of(file)
@@ -120,7 +122,7 @@ class PromptDataModule(L.LightningDataModule):
         self._check_size(name)
         self.resolved = {"file": str(file or ""), "sha256": self._checksum(file)}
         if self.path is None:
-            self.resolved["source"] = "shakespeare" if file else "embedded"
+            self.resolved["source"] = text_source(self.source).name if file else "embedded"
         announce(f"data: {name}, {size}{why and '; ' + why}", loud=bool(why))
 
     def _checksum(self, file: Path | None) -> str:

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 from rich.progress import Progress
 
-from ravine.errors import MissingFileError, UsageError
+from ravine.errors import MissingFileError, UsageError, suggest_names
 
 NO_GZIP = "no gzip"
 TIMEOUT = 10.0  # seconds of silence before a server is given up
@@ -46,6 +47,8 @@ class Source:
     own: str = "path=FILE"  # the flag that gives data of one's own
     embedded: str = "embedded"  # the source that needs no file
     also: tuple[str, ...] = ()  # other places below DATA_ROOT, where other programs keep it
+    text: bool = False  # a text for language models
+    title: str = ""  # what it is, in a list of texts
 
 
 TABLE = (
@@ -56,6 +59,8 @@ TABLE = (
         size=1_115_394,
         url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
         "input.txt",
+        text=True,
+        title="tiny Shakespeare, 1.1 MB of his plays",
     ),
     Source(
         name="sms",
@@ -67,6 +72,11 @@ TABLE = (
     ),
 )
 SOURCES = {source.name: source for source in TABLE}
+
+# The texts that TextDataModule and PromptDataModule know by name. A new one is a row of TABLE with
+# `text=True`, and its name here.
+TextName = Literal["auto", "embedded", "shakespeare"]
+TEXTS = {source.name: source for source in TABLE if source.text}
 
 
 def choose(
@@ -89,6 +99,21 @@ def choose(
         if wanted == source.name:
             raise
         return None, str(error)
+
+
+def text_source(wanted: TextName) -> Source:
+    """The text of this name; for "auto" and "embedded" the first one of the table."""
+    if wanted in ("auto", "embedded"):
+        return next(iter(TEXTS.values()))
+    if wanted not in TEXTS:
+        known = get_args(TextName)
+        raise UsageError(
+            f"source {wanted!r} is not a text that is known by name",
+            dict.fromkeys([*suggest_names(wanted, known), *known]),
+            "give the path of a file of your own",
+            flag="--data.path=FILE",
+        )
+    return TEXTS[wanted]
 
 
 def locate(source: Source, root: str | None = None, tried: str = "") -> Path:

@@ -21,7 +21,7 @@ from ravine.errors import RunError, UsageError
 from .corpus import Corpus, Outline, bins, files_of, load, of_array, prepare, read
 from .order import EvalLoader, Order, Passes, Share, TrainLoader, check_positive, global_seed
 from .prepared import Prepared, handed_over, has_ranks
-from .sources import SOURCES, announce, choose, fetch
+from .sources import TextName, announce, choose, fetch, text_source
 from .tokenized import TokenType, is_bins
 from .tokenizers import NumberTokenizer, Specials, Tokenizer
 
@@ -44,8 +44,8 @@ class TextDataModule(L.LightningDataModule):
     Args:
         path: a text file, or a folder of them, or of nanoGPT's train.bin and val.bin; without it
             `source` decides.
-        source: shakespeare (tiny Shakespeare, 1.1 MB); embedded (CPython's help topics); auto: the
-            first where it can be had, otherwise the second.
+        source: a text by its name (docs/data.md lists them); embedded: CPython's help topics; auto:
+            the first of the list where it can be had, otherwise the embedded text.
         root: the folder of data sets; by default the variable DATA_ROOT.
         context: t.
         batch_size: windows of one optimizer step, over all ranks and accumulated batches.
@@ -69,7 +69,7 @@ class TextDataModule(L.LightningDataModule):
     def __init__(
         self,
         path: str | Path | None = None,
-        source: Literal["auto", "shakespeare", "embedded"] = "auto",
+        source: TextName = "auto",
         root: str | None = None,
         context: int = 64,
         batch_size: int = 32,
@@ -93,7 +93,9 @@ class TextDataModule(L.LightningDataModule):
                 f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
                 "type --data.val_fraction=0.1"
             )
-        self.path, self.source, self.root = path, source, root
+        self.path, self.root = path, root
+        self.source: TextName = source
+        text_source(source)  # UsageError for an unknown name
         self.context, self.batch_size = context, batch_size
         self.val_fraction, self.seed, self.memory_limit = val_fraction, seed, memory_limit
         self.kind, self.windows, self.begin, self.end = tokenizer, windows, begin, end
@@ -146,7 +148,7 @@ class TextDataModule(L.LightningDataModule):
         Lightning calls this on local rank 0 only. One process alone tokenizes in `setup`.
         """
         if self.path is None:
-            self._tried = fetch(self.source, SOURCES["shakespeare"], self.root)
+            self._tried = fetch(self.source, text_source(self.source), self.root)
         if self._corpus is None and has_ranks(self.trainer):
             self._prepared = Prepared.by(self._prepare)
 
@@ -163,7 +165,7 @@ class TextDataModule(L.LightningDataModule):
         if self.path is not None:
             file, why = Path(self.path).expanduser(), ""
         else:
-            file, why = choose(self.source, SOURCES["shakespeare"], self.root, self._tried)
+            file, why = choose(self.source, text_source(self.source), self.root, self._tried)
         return file, str(file or "the EMBEDDED text (help topics of CPython)"), why
 
     def _text(self, file: Path | None) -> Callable[[], Iterator[str]]:
@@ -194,7 +196,8 @@ class TextDataModule(L.LightningDataModule):
         corpus = self._part(name, unit, corpus)
         self._check_length(name, unit, corpus)
         self._corpus = corpus
-        taken = self.source if self.path is not None else "shakespeare" if file else "embedded"
+        known = text_source(self.source).name if file else "embedded"
+        taken = self.source if self.path is not None else known
         self.resolved = {"source": taken, "file": str(file or ""), "sha256": corpus.sha256}
         size = f"{len(corpus.tokens):,} {unit}, {corpus.tokenizer.vocabulary:,} different"
         note = "; ".join(word for word in (why, corpus.note) if word)

@@ -3,42 +3,23 @@
 from .base import TaskModule
 from .diffusion import Diffusion
 from .imaging.classifier import ClassifierFeatures, ImageClassifier
+from .policy import terms
 from .policy.functions import RewardFunction
 from .policy.rewards import Reward
-from .policy.terms import (
-    BatchDistance,
-    Binary,
-    CharacterDiversity,
-    CharacterFraction,
-    LineLength,
-    ReferenceLogProbability,
-    SpeakerDiversity,
-    UniqueWords,
-    VocabularyFraction,
-    WordUniqueness,
-)
+from .policy.terms import *  # noqa: F403
 from .reinforce import Reinforce
 from .shakespeare import LanguageModel
 from .spam import SpamClassifier
 
 __all__ = [
-    "BatchDistance",
-    "Binary",
-    "CharacterDiversity",
-    "CharacterFraction",
     "ClassifierFeatures",
     "Diffusion",
     "ImageClassifier",
     "LanguageModel",
-    "LineLength",
-    "ReferenceLogProbability",
     "Reinforce",
     "Reward",
     "RewardFunction",
     "SpamClassifier",
-    "SpeakerDiversity",
     "TaskModule",
-    "UniqueWords",
-    "VocabularyFraction",
-    "WordUniqueness",
 ]
+__all__ += terms.__all__

@@ -1,4 +1,9 @@
-"""Names for `--trainer.strategy`: presets of MeshStrategy beside Lightning's own `ddp`."""
+"""Names for `--trainer.strategy`: presets of MeshStrategy beside Lightning's own `ddp`.
+
+A new one is a row of the table below and a row of WORLDS in tests/test_strategies.py. Then
+`python tests/test_lists.py` writes its overlay and its row of docs/parallelism.md, and
+`WRITE_README=1 pytest tests/test_support.py -k readme` its column of README's table.
+"""
 
 from lightning.pytorch.strategies import StrategyRegistry
 

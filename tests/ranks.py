@@ -10,6 +10,7 @@ fraction of a second. The parent hosts the rendezvous store, hence no port can b
 
 import faulthandler
 import importlib.util
+import math
 import multiprocessing
 import os
 import pickle
@@ -210,3 +211,19 @@ def _results(
         said = logs[rank].read_text(errors="replace")[-4000:]
         parts += [f"--- rank {rank} wrote:\n{said}"] if said else []
     raise RankError("\n".join(parts))
+
+
+def fewest_ranks(arguments: dict[str, Any]) -> int:
+    """The fewest ranks of a mesh on which an axis without a fixed size has two or more.
+
+    Where another axis has a fixed size above 1, four ranks are enough: the first may have one.
+
+    Args:
+        arguments: those of MeshStrategy; an axis of -1 takes the ranks that are left.
+    """
+    axes = {"pp": 1, "dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1}
+    sizes = [arguments.get(axis, usual) for axis, usual in axes.items()]
+    fixed = math.prod(size for size in sizes if size > 0)
+    if -1 not in sizes:
+        return fixed
+    return 2 if fixed == 1 else max(4, fixed)

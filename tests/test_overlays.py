@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ranks import fewest_ranks
 
 from ravine.cli.main import main
 from ravine.strategies import NAMES as PRESETS
@@ -18,7 +19,6 @@ from ravine.strategies.layout import resolve
 
 OVERLAYS = Path(__file__).resolve().parent.parent / "configs" / "strategy"
 NAMES = sorted(path.stem for path in OVERLAYS.glob("*.yaml"))
-FEWEST = {"hsdp": 4, "2d": 4, "3d": 8}
 QUICK = ["zero3", "sp"]  # a name, and a class with its arguments
 WORDS = [
     *("fit", "--config", "shakespeare/quick_adamw", "--trainer.max_steps=2"),
@@ -30,15 +30,21 @@ WORDS = [
 ]
 
 
+def arguments_of(name):
+    """The arguments of MeshStrategy that an overlay gives, by itself or by a preset's name."""
+    how = yaml.safe_load((OVERLAYS / f"{name}.yaml").read_text())["trainer"]["strategy"]
+    return PRESETS[how][1] if isinstance(how, str) else how["init_args"]
+
+
 def train(name, folder):
     os.chdir(folder)
-    more = ["--model.experts=8"] if name == "ep" else []
+    more = ["--model.experts=8"] if "ep" in arguments_of(name) else []
     devices = f"--trainer.devices={os.environ['WORLD_SIZE']}"
     assert main([*WORDS, "--config", f"strategy/{name}", devices, *more]) == 0
 
 
 def trained(ranks, name, folder):
-    ranks(train, FEWEST.get(name, 2), name, folder)
+    ranks(train, fewest_ranks(arguments_of(name)), name, folder)
     (written,) = folder.glob("runs/shakespeare/quick_adamw/version_0/checkpoints/*.ckpt")
     return torch.load(written, weights_only=True)["global_step"] == 2
 
@@ -85,8 +91,7 @@ def test_the_command_above_a_file_names_it_and_can_be_typed(name):
     else:
         assert set(yaml.safe_load(text)) == {"trainer"}
     base = yaml.safe_load((OVERLAYS.parent / "gpt2" / "124m.yaml").read_text())
-    how = yaml.safe_load((OVERLAYS / f"{overlay}.yaml").read_text())["trainer"]["strategy"]
-    arguments = PRESETS[how][1] if isinstance(how, str) else how["init_args"]
+    arguments = arguments_of(overlay)
     world = int(flags["devices"]) * int(flags.get("num_nodes", 1))
     mesh = resolve(MeshStrategy(**arguments).degrees, world)
     usual = base["trainer"]

@@ -159,6 +159,10 @@ def test_five_steps_of_sgd_move_every_parameter(single, text):
     assert min(moved.values()) > 1e-4
 
 
+def test_every_preset_has_a_row_of_worlds_or_experts():
+    assert {name for name in NAMES if name not in {row[0] for row in WORLDS}} <= {"ep"}
+
+
 @pytest.mark.parametrize(("name", "world", "accumulate"), WORLDS)
 def test_five_steps_of_sgd_equal_one_process(ranks, text, single, name, world, accumulate):
     found = ranks(accumulated, world, name, text, accumulate)

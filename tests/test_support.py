@@ -1,5 +1,7 @@
 """README's tables of what works are what is measured here: trained alike on every strategy.
 
+`WRITE_README=1 pytest tests/test_support.py -k readme` writes them.
+
 A cell is ticked if two steps leave the weights that one process has, on every rank, and callbacks
 have logged the same numbers, written the same files and printed the same words; and each of them is
 seen to do something. It has the number of a reason if the combination is refused by an
@@ -27,7 +29,7 @@ from foreign.net_in_configure_model import NetInConfigureModel
 from foreign.net_in_init import NetInInit
 from foreign.two_optimizers import TwoOptimizers
 from matplotlib.figure import Figure
-from ranks import furthest, run_ranks, whole
+from ranks import fewest_ranks, furthest, run_ranks, whole
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -59,6 +61,7 @@ from ravine.lightning_modules import (
     Reinforce,
     SpamClassifier,
 )
+from ravine.strategies import NAMES
 
 pytestmark = [
     # it is logged on each rank after the ranks have summed it
@@ -71,12 +74,7 @@ pytestmark = [
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 ALONE = ("one process", "auto", 1)
-WORLDS = {
-    **dict.fromkeys(("ddp", "zero1", "zero2", "zero3"), 2),
-    "hsdp": 4,
-    **dict.fromkeys(("tp", "sp", "cp", "pp", "ep"), 2),
-    **dict.fromkeys(("2d", "3d"), 4),
-}
+WORLDS = {"ddp": 2, **{name: fewest_ranks(how) for name, (_, how) in NAMES.items()}}
 KINDS = {
     name: kind
     for name, kind in (vars(ravine.callbacks) | vars(ravine.strategies)).items()
@@ -478,7 +476,8 @@ def table(title, columns, rest=""):
 
 
 def of_callbacks(measure, strategy):
-    module = "mixture" if strategy == "ep" else "transformer"
+    experts = "ep" in NAMES.get(strategy, ("", {}))[1]
+    module = "mixture" if experts else "transformer"
     found = measure((module,), strategy, WORLDS[strategy])
     return {name: found[module, name] for name in CALLBACKS}
 
@@ -575,7 +574,10 @@ def test_readme_says_what_was_measured(measure):
             "\n".join(f"{i}. `{reason}`" for i, reason in enumerate(REASONS, 1)),
         ]
     )
-    print(measured)
-    written = re.search(r"<!-- support -->\n(.*?)<!-- /support -->", README.read_text(), re.DOTALL)
+    text = README.read_text()
+    written = re.search(r"<!-- support -->\n(.*?)<!-- /support -->", text, re.DOTALL)
     assert written is not None
+    if os.environ.get("WRITE_README"):
+        README.write_text(text.replace(written[1], f"{measured}\n"))
+        return
     assert written[1].strip() == measured

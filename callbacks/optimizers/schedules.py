@@ -135,36 +135,44 @@ class ScheduleLR(LambdaLR):
 
 
 def _constant(t: float, span: float, s: Schedule) -> float:
+    """The same rate until the end."""
     return 1.0
 
 
 def _linear(t: float, span: float, s: Schedule) -> float:
+    """Falls in a line from 1 to `final`."""
     return 1 - (1 - s.final) * t / span
 
 
 def _cosine(t: float, span: float, s: Schedule) -> float:
+    """Falls along half a cosine from 1 to `final` (Loshchilov and Hutter, 2017)."""
     return s.final + (1 - s.final) * (1 + math.cos(math.pi * t / span)) / 2
 
 
 def _wsd(t: float, span: float, s: Schedule) -> float:
+    """Stays, then falls in a line over the last `cooldown` of the run (warmup-stable-decay)."""
     falling = s.cooldown * (span + s.warmup)  # a share of the whole run, warm-up included
     return 1 - (1 - s.final) * max(0.0, t - (span - falling)) / falling
 
 
 def _step(t: float, span: float, s: Schedule) -> float:
+    """Is multiplied by `rate` every `every` steps."""
     return s.rate ** (t // s.every)
 
 
 def _inverse_sqrt(t: float, span: float, s: Schedule) -> float:
+    """Falls as 1 / sqrt(k) from the end of the warm-up (Vaswani et al., 2017)."""
     start = max(s.warmup, 1)  # falls as 1/sqrt(k) from where the warm-up ends
     return math.sqrt(start / (start + t))
 
 
 def _geometric(t: float, span: float, s: Schedule) -> float:
+    """Is multiplied by `rate` in each step."""
     return s.rate**t
 
 
 def _restarts(t: float, span: float, s: Schedule) -> float:
+    """A cosine of `every` steps, again and again (SGDR)."""
     return _cosine(t % s.every, s.every, s)
 
 

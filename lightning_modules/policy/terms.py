@@ -20,6 +20,20 @@ from torch import Tensor
 from .overlap import distances, ngrams, to_nearest
 from .rewards import Reward, RewardError, Samples, evaluate
 
+# Each name is also one of ravine.lightning_modules.
+__all__ = [
+    "BatchDistance",
+    "Binary",
+    "CharacterDiversity",
+    "CharacterFraction",
+    "LineLength",
+    "ReferenceLogProbability",
+    "SpeakerDiversity",
+    "UniqueWords",
+    "VocabularyFraction",
+    "WordUniqueness",
+]
+
 
 class CharacterFraction(Reward):
     """Share of a text's characters that are among `characters`."""
