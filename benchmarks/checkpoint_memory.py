@@ -38,6 +38,7 @@ from ranks import run_ranks
 from tensor_bytes import tensor_bytes
 
 from ravine.datamodules import TextDataModule
+from ravine.lightning_compat import set_saves_sharded
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import NAMES, AtomicCheckpointIO, MeshStrategy
 
@@ -126,7 +127,7 @@ def save(layout: str, ranks: int, size: str, place: str) -> dict[str, dict[str, 
         trainer, module, data = prepared(layout, ranks, size, True, max_steps=1)
         trainer.fit(module, data)
         for kind in ("folder", "file"):
-            trainer.strategy._save_distributed_checkpoint = kind == "folder"
+            set_saves_sharded(trainer.strategy, kind == "folder")
             found: dict[str, int] = {"share": share_of(trainer, module)}
             with tensor_bytes() as tensors, sampled(found):
                 trainer.save_checkpoint(f"{place}/{kind}.ckpt")

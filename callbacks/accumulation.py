@@ -13,6 +13,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from ravine.lightning_compat import combined_loader, combined_mode, data_fetcher
+
 
 def scheduler_of(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
     """The trainer's scheduler of accumulation, if it has one."""
@@ -38,7 +40,7 @@ def follow(trainer: L.Trainer) -> None:
     fit = trainer.fit_loop
     factor = scheduler.get_accumulate_grad_batches(trainer.current_epoch)
     trainer.accumulate_grad_batches = factor
-    loaders, combined = own_loaders(trainer), fit._combined_loader
+    loaders, combined = own_loaders(trainer), combined_loader(trainer)
     if not loaders or combined is None:
         return
     for loader in loaders:
@@ -49,27 +51,28 @@ def follow(trainer: L.Trainer) -> None:
     interval = trainer.val_check_interval
     if isinstance(interval, float) and trainer.val_check_batch is not None:
         trainer.val_check_batch = max(1, int(fit.max_batches * interval))
-    if fit.max_batches != before and fit._data_fetcher is not None:
-        iter(fit._data_fetcher)  # which counts them once an epoch, and has begun this one
+    fetcher = data_fetcher(trainer)
+    if fit.max_batches != before and fetcher is not None:
+        iter(fetcher)  # which counts them once an epoch, and has begun this one
 
 
 def own_loaders(trainer: L.Trainer) -> list[Any]:
     """The training loaders that cut one batch into the micro-batches of a step."""
-    combined = trainer.fit_loop._combined_loader
+    combined = combined_loader(trainer)
     loaders = combined.flattened if combined is not None else []
     return [each for each in loaders if callable(getattr(each, "set_accumulate", None))]
 
 
 def batches_of_epoch(trainer: L.Trainer, factor: int) -> float:
     """Micro-batches of an epoch with this factor."""
-    combined = trainer.fit_loop._combined_loader
+    combined = combined_loader(trainer)
     if combined is None or not own_loaders(trainer):
         return trainer.num_training_batches
     counts = [
         limited(trainer, each.steps * factor if hasattr(each, "set_accumulate") else len(each))
         for each in combined.flattened
     ]
-    return min(counts) if combined._mode == "min_size" else max(counts)
+    return min(counts) if combined_mode(combined) == "min_size" else max(counts)
 
 
 def limited(trainer: L.Trainer, batches: int) -> int:

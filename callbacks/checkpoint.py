@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import ModelCheckpointAccess, should_accumulate, validation_follows
 from ravine.strategies.saving import save, save_as_usual, save_last, worth_saving
 
 from .checks import before_training
@@ -17,7 +18,7 @@ from .nan_guard import NonFiniteError
 MONITOR = "val/loss"
 
 
-class Checkpoint(ModelCheckpoint):
+class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
     """Save `step=000600.ckpt` after each validation, and at the end; keep the newest and the best.
 
     Without a validation it saves at the end of each epoch. A file always stands between two
@@ -85,14 +86,12 @@ class Checkpoint(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Save a step that is due, unless its validation follows at once and saves it then."""
-        if trainer.fit_loop._should_accumulate() or self._saved(trainer):
+        if should_accumulate(trainer) or self._saved(trainer):
             return
-        n = self._every_n_train_steps
+        n = self.every_n_steps
         if not self._owed and (n < 1 or trainer.global_step % n):
             return
-        fetcher = trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        if not trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+        if not validation_follows(trainer):
             self._keep(trainer, measured=self._owed)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -106,14 +105,14 @@ class Checkpoint(ModelCheckpoint):
                 f"Checkpoint: no metric {self.monitor!r} was logged by the end of the validation; "
                 f"there are {', '.join(nearest) or 'none'}; set monitor to one of them"
             )
-        if trainer.fit_loop._should_accumulate():
+        if should_accumulate(trainer):
             self._owed = True
         else:
             self._keep(trainer, measured=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save an epoch that is not validated."""
-        if not (trainer.enable_validation or self._every_n_train_steps or self._saved(trainer)):
+        if not (trainer.enable_validation or self.every_n_steps or self._saved(trainer)):
             self._keep(trainer, measured=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -130,7 +129,7 @@ class Checkpoint(ModelCheckpoint):
         super().load_state_dict(state_dict | {"dirpath": self.dirpath})
 
     def _saved(self, trainer: L.Trainer) -> bool:
-        return self._last_global_step_saved == trainer.global_step
+        return self.last_saved_step == trainer.global_step
 
     def _keep(self, trainer: L.Trainer, measured: bool) -> bool:
         """Write the file, then remove the one before it unless it is among the best.
@@ -142,27 +141,29 @@ class Checkpoint(ModelCheckpoint):
             return True
         if not worth_saving(trainer):
             return False
-        candidates = self._monitor_candidates(trainer)
+        candidates = self.candidates(trainer)
         current = candidates.get(str(self.monitor)) if measured else None
         path = self.format_checkpoint_name(candidates)
         previous, self.last_model_path = self.last_model_path, path
         if self.save_top_k and self.check_monitor_top_k(trainer, current) and current is not None:
-            self._update_best_and_save(current, trainer, candidates)
+            self.save_among_best(current, trainer, candidates)
         else:
             self.best_model_path = self.best_model_path if self.best_k_models else path
-            self._save_checkpoint(trainer, path)
+            self.write_checkpoint(trainer, path)
         stale = previous and previous not in self.best_k_models and self.save_top_k != -1
-        if stale and self._should_remove_checkpoint(trainer, previous, path):
-            self._remove_checkpoint(trainer, previous)
+        if stale and self.should_remove(trainer, previous, path):
+            self.remove_checkpoint(trainer, previous)
         return True
 
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+    def write_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Write a whole file, and tell the loggers."""
         self._written.add(filepath)
         save(trainer, filepath)
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        self.note_saved(trainer.global_step, filepath)
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(proxy(self))
 
-    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+    def should_remove(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+        """Whether a file is of this run and not the newest."""
         removable = previous in self._written and previous != self.last_model_path
-        return removable and super()._should_remove_checkpoint(trainer, previous, current)
+        return removable and super().should_remove(trainer, previous, current)

@@ -17,13 +17,14 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.callbacks import Callback, SpikeDetection
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import combined_loader, load_batch, validation_loaders
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, refuse_foreign
 from ravine.strategies.plain_values import plain
 from ravine.strategies.stock_callbacks import refuse_stock_callbacks
@@ -256,28 +257,22 @@ def validation_batches(trainer: L.Trainer, module: L.LightningModule) -> list[An
     """
     if not trainer.enable_validation:
         return None
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    made = loop._combined_loader is None
-    reloaded = loop._last_val_dl_reload_epoch
-    loop.setup_data()
-    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
-    batches = [first_batch(loader) for loader in loaders]
-    if made:  # the loop makes it again when it is due, with the same random draws
-        loop._combined_loader, loop._last_val_dl_reload_epoch = None, reloaded
+    with validation_loaders(trainer, forget=True) as loaders:  # made again, with the same draws
+        batches = [first_batch(loader) for loader in loaders]
     if not batches or any(batch is None for batch in batches):
         return None
-    return [on_device(trainer, module, batch) for batch in batches]
+    return [load_batch(trainer, module, batch) for batch in batches]
 
 
 def training_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:
     """The first batch of an epoch, on the device; None where the data can be read only once."""
-    loader = trainer.fit_loop._combined_loader
+    loader = combined_loader(trainer)
     if loader is None:
         return None
     batch = tree_map(first_batch, loader.iterables)
     if any(each is None for each in tree_leaves(batch)):
         return None
-    return on_device(trainer, module, batch)
+    return load_batch(trainer, module, batch)
 
 
 def first_batch(loader: Any) -> Any:
@@ -287,8 +282,8 @@ def first_batch(loader: Any) -> Any:
     if isinstance(loader, Iterator):
         return None  # it can be iterated once only
     if not isinstance(loader, DataLoader):
-        return None if isinstance(loader, _Stateful) else next(iter(copy.copy(loader)), None)
-    if isinstance(loader, _Stateful) or isinstance(loader.dataset, Iterator):
+        return None if isinstance(loader, Stateful) else next(iter(copy.copy(loader)), None)
+    if isinstance(loader, Stateful) or isinstance(loader.dataset, Iterator):
         return None
     twin: Any = copy.copy(loader)  # with an iterator of its own: persistent workers are kept there
     for name in ("_get_iterator", "_batch_seeds"):  # of BatchSeeds, for the loader itself
@@ -302,13 +297,6 @@ def first_batch(loader: Any) -> Any:
             iterator._shutdown_workers()
         for restore in restores:
             restore()
-
-
-def on_device(trainer: Any, module: L.LightningModule, batch: Any) -> Any:
-    """The batch on the device, converted as for a step."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _callbacks(trainer: L.Trainer) -> list[Callback]:

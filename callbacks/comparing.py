@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import combined_loader
 
 WATCHES = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar, Timer)
 PLACES = ("file", "source", "path", "root")  # the location of the data, not their content
@@ -72,7 +73,7 @@ def fingerprint(trainer: Any) -> dict[str, Any]:
     """The datamodule's `resolved` values and the number of samples of each loader."""
     taken = getattr(trainer.datamodule, "resolved", None) or {}
     found = {f"data {key}": plain(v) for key, v in taken.items() if key not in PLACES}
-    loader = trainer.fit_loop._combined_loader
+    loader = combined_loader(trainer)
     if loader is not None:
         sizes = [sized_len(getattr(part, "dataset", None)) for part in loader.flattened]
         found["samples of the loaders"] = sizes

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import should_update_logs
 
 from .checks import before_training
 from .nan_guard import NonFiniteError, StepsLeftOut
@@ -235,7 +236,7 @@ class GradientClipping(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Log, but only what will be written: `self.log` costs 0.3 ms."""
-        if self._norm is not None and trainer._logger_connector.should_update_logs:
+        if self._norm is not None and should_update_logs(trainer):
             pl_module.log("train/grad_norm", self._norm)
             pl_module.log("train/clipped", self._clipped / self._steps)
             if self.left_out.total:

@@ -20,17 +20,35 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
-from lightning.fabric.utilities.types import _Stateful
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import (
+    after_resuming_at_epoch_end,
+    after_resuming_within_epoch,
+    collected_metrics,
+    combined_iterator,
+    combined_loader,
+    data_fetcher,
+    is_prefetching,
+    replace_method,
+    restore_before_fetch,
+    restore_loader_states,
+    restore_method,
+    saves_sharded,
+    set_before_fetch,
+    set_sampler_epoch,
+    should_accumulate,
+    skip_next_validation,
+    validation_loaders,
+)
 from ravine.strategies.checkpoint_error import CheckpointError
 from ravine.strategies.checkpoint_form import (
     changed_kinds,
@@ -124,24 +142,18 @@ class ExactResume(Callback):
         fit = trainer.fit_loop
         self._compare_loaders(trainer)
         use_raw_weights(pl_module, self._raw)
-        trainer._logger_connector._callback_metrics.update(self._metrics)  # schedulers read them
-        loader, states = fit._combined_loader, fit._combined_loader_states_to_load
-        if states and loader is not None:
-            # Lightning forgets them after an epoch's end, and if an optimizer asked for the
-            # number of steps: https://github.com/Lightning-AI/pytorch-lightning/issues/20550
-            loader._load_state_dicts(states)
-            fit._combined_loader_states_to_load = []
-            iter(fit._data_fetcher)  # type: ignore[call-overload]
+        collected_metrics(trainer).update(self._metrics)  # schedulers read them
+        restore_loader_states(trainer)
         within = self._place in ("step end", "before validation", "after validation")
         if within:
-            fit.epoch_loop.__dict__["advance"] = self._finish_iteration(trainer, self._place)
+            finish = self._finish_iteration(trainer, self._place)
+            replace_method(fit.epoch_loop, "advance", finish)
         elif self._place == "epoch end":
-            fit._restarting = fit._resuming_from_checkpoint = False
-            fit.epoch_loop.restarting = False
+            after_resuming_at_epoch_end(trainer)
             if self._plateau_due:
                 epochs = fit.epoch_progress.current
                 epochs.completed -= 1  # as it is when Lightning steps them
-                fit.epoch_loop._update_learning_rates("epoch", update_plateau_schedulers=True)
+                fit.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
                 epochs.completed += 1
         self._seed_other_loaders(trainer)
         self._seed_validation(trainer)
@@ -172,8 +184,8 @@ class ExactResume(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the loops and loaders."""
-        trainer.fit_loop.epoch_loop.__dict__.pop("_on_before_fetch", None)
-        trainer.fit_loop.epoch_loop.val_loop.__dict__.pop("run", None)
+        restore_before_fetch(trainer)
+        restore_method(trainer.fit_loop.epoch_loop.val_loop, "run")
         for seeds in self._seeded:
             seeds.remove()
         self._seeded = []
@@ -193,7 +205,7 @@ class ExactResume(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Number the optimizers' parameters as `named_parameters()` does; keep seed and metrics."""
-        if trainer.fit_loop._should_accumulate():
+        if should_accumulate(trainer):
             rank_zero_warn(
                 f"the checkpoint at step {trainer.global_step} is written between two micro-batches"
                 " of one optimizer step and lacks their gradients: going on from it is not exact;"
@@ -203,8 +215,8 @@ class ExactResume(Callback):
         numbered = getattr(trainer.strategy, "numbered", False)  # MeshStrategy does it itself
         for optimizer, state in () if numbered else zip(trainer.optimizers, states, strict=True):
             number_by_place(list(pl_module.parameters()), optimizer, state)
-        metrics = trainer._logger_connector._callback_metrics
-        parts = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+        metrics = collected_metrics(trainer)
+        parts = saves_sharded(trainer.strategy)
         checkpoint["exact_resume"] = run_properties(trainer) | {
             "seed": self._seed,
             "optimizer_shapes": None if parts else shapes(states),  # parts have an index of theirs
@@ -279,81 +291,80 @@ class ExactResume(Callback):
         load = type(strategy).load_optimizer_state_dict
 
         def compare_and_load(checkpoint: Any) -> None:
-            vars(strategy).pop("load_optimizer_state_dict")
+            restore_method(strategy, "load_optimizer_state_dict")
             here = [type(optimizer).__name__ for optimizer in strategy.optimizers]
             if compare_optimizers(here, there, self.accept):
                 load(strategy, checkpoint)
 
-        vars(strategy)["load_optimizer_state_dict"] = compare_and_load
+        replace_method(strategy, "load_optimizer_state_dict", compare_and_load)
 
     def _compare_loaders(self, trainer: L.Trainer) -> None:
         if not self._there:
             return
         compare_data(trainer, self._there.get("data", {}), self.accept)
-        loader = trainer.fit_loop._combined_loader
+        loader = combined_loader(trainer)
         parts = loader.flattened if loader is not None else []
         if world := self._there.get("world"):
             compare_ranks_and_accumulation(
-                trainer, world, all(isinstance(part, _Stateful) for part in parts)
+                trainer, world, all(isinstance(part, Stateful) for part in parts)
             )
         self._there = {}
 
     def _finish_iteration(self, trainer: L.Trainer, place: Place) -> Any:
         """The loop's first `advance`: what follows the micro-batch that was the file's last."""
-        fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        loop = trainer.fit_loop.epoch_loop
 
-        def advance(fetcher: _DataFetcher) -> None:
-            del loop.__dict__["advance"]
-            fit._restarting = False
-            loop.restarting = False  # the loops below it too
+        def advance(fetcher: Any) -> None:
+            restore_method(loop, "advance")
+            after_resuming_within_epoch(trainer)
             if self._max_steps is not None:
                 loop.max_steps = self._max_steps
             if place == "step end":
                 loop.advance(fetcher)
-            loop._skip_next_val = place == "after validation"
+            skip_next_validation(trainer, place == "after validation")
 
         return advance
 
     def _wind(self, trainer: L.Trainer, within: bool) -> None:
         """Seed the loaders by (seed, epoch) and skip to the position of the checkpoint."""
-        fit, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
-        loader = fit._combined_loader  # whose truth is its length, which it need not have
+        fit, fetcher = trainer.fit_loop, data_fetcher(trainer)
+        loader = combined_loader(trainer)  # whose truth is its length, which it need not have
         if fetcher is None or loader is None:
             return
         parts = loader.flattened
         progress = fit.epoch_loop.batch_progress
         done = progress.current.ready if within and not progress.is_last_batch else 0
         # an iterator can be iterated once: reading from it here would lose its first batch
-        kept = [isinstance(part, _Stateful | Iterator) for part in parts]
+        kept = [isinstance(part, Stateful | Iterator) for part in parts]
         for part in parts:
-            if isinstance(part, Iterator) and not isinstance(part, _Stateful):
+            if isinstance(part, Iterator) and not isinstance(part, Stateful):
                 say(
                     f"the training data are an iterator ({type(part).__name__}): a resumed run "
                     "takes whatever it yields next, and is not exact; hand over an iterable"
                 )
         if not any(kept):
-            skips = isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is not None
+            skips = is_prefetching(fetcher) and fetcher.length is not None
             skips = skips and all(can_skip(part, done) for part in parts)
             self._shuffle(trainer, done if skips else 0)
             self._seed_fetch(trainer, 0)
             iter(fetcher)
             if done and not skips:
                 self._read_again(trainer, done)
-        elif not all(kept) and loader._iterator is not None:
+        elif not all(kept) and combined_iterator(loader) is not None:
             self._shuffle(trainer, done)
             for number, part in enumerate(parts):
                 if not kept[number]:
                     each = iter(part)
                     for _ in range(0 if can_skip(part, done) else done):
                         next(each, None)
-                    loader._iterator.iterators[number] = each
+                    combined_iterator(loader).iterators[number] = each
         else:
             return
         if within:  # it can be resumed from here on; Lightning assumes that it cannot
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
 
     def _read_again(self, trainer: L.Trainer, done: int) -> None:
-        fetcher = trainer.fit_loop._data_fetcher
+        fetcher = data_fetcher(trainer)
         assert fetcher is not None
         say(f"the data cannot be skipped: {done} batches are read again to reach their place")
         for batch in range(done):
@@ -364,14 +375,14 @@ class ExactResume(Callback):
     def _shuffle(self, trainer: L.Trainer, skip: int = 0) -> None:
         epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         reseed(self._seed, epoch, -1, trainer.lightning_module.device)
-        loader = trainer.fit_loop._combined_loader
+        loader = combined_loader(trainer)
         for number, part in enumerate(loader.flattened if loader is not None else []):
-            _set_sampler_epoch(part, epoch)
+            set_sampler_epoch(part, epoch)
             self._begin(part, 2 * number, epoch, skip if can_skip(part, skip) else 0)
 
     def _begin(self, part: Any, kind: int, epoch: int, skip: int = 0) -> None:
         """Announce an iteration to a loader of torch; others have no seeds of their own."""
-        if isinstance(part, DataLoader) and not isinstance(part, _Stateful):
+        if isinstance(part, DataLoader) and not isinstance(part, Stateful):
             seeds = BatchSeeds.of(part)
             seeds.begin(kind, self._seed, self._rank, epoch, skip)
             if seeds not in self._seeded:
@@ -383,34 +394,29 @@ class ExactResume(Callback):
         run = type(loop).run
 
         def run_seeded() -> Any:
-            loop.setup_data()
-            place = trainer.fit_loop.total_batch_idx
-            number = seed_of(VALIDATION, self._seed, self._rank, place)
-            set_generators(number, trainer.lightning_module.device)
-            parts = loop._combined_loader.flattened if loop._combined_loader is not None else []
-            for each, part in enumerate(parts):
-                self._begin(part, 2 * each + 1, place)
+            with validation_loaders(trainer) as parts:
+                place = trainer.fit_loop.total_batch_idx
+                number = seed_of(VALIDATION, self._seed, self._rank, place)
+                set_generators(number, trainer.lightning_module.device)
+                for each, part in enumerate(parts):
+                    self._begin(part, 2 * each + 1, place)
             return run(loop)
 
-        loop.__dict__["run"] = run_seeded
+        replace_method(loop, "run", run_seeded)
 
     def _seed_other_loaders(self, trainer: L.Trainer) -> None:
         """Seed before each batch of loaders that are not torch's, but those that draw nothing."""
-        loader, loop = trainer.fit_loop._combined_loader, trainer.fit_loop.epoch_loop
+        loader = combined_loader(trainer)
         parts = loader.flattened if loader is not None else []
-        torchs = [
-            isinstance(part, DataLoader) and not isinstance(part, _Stateful) for part in parts
-        ]
+        torchs = [isinstance(part, DataLoader) and not isinstance(part, Stateful) for part in parts]
         silent = [getattr(part, "draws_nothing", False) for part in parts]
         if all(a or b for a, b in zip(torchs, silent, strict=True)):
             return
 
         def before_fetch() -> None:
-            assert trainer.fit_loop._data_fetcher is not None
-            self._seed_fetch(trainer, trainer.fit_loop._data_fetcher.fetched)
-            type(loop)._on_before_fetch(loop)
+            self._seed_fetch(trainer, data_fetcher(trainer).fetched)
 
-        loop.__dict__["_on_before_fetch"] = before_fetch
+        set_before_fetch(trainer, before_fetch)
 
     def _seed_fetch(self, trainer: L.Trainer, batch: int) -> None:
         epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
@@ -428,7 +434,7 @@ def _not_finite_raw(saved: Any) -> str | None:
 
 def can_skip(loader: Any, batches: int) -> bool:
     """Whether the loader can begin after that many batches of its epoch without reading them."""
-    if not isinstance(loader, DataLoader) or isinstance(loader, _Stateful):
+    if not isinstance(loader, DataLoader) or isinstance(loader, Stateful):
         return False
     length = sized_len(loader)
     map_style = not isinstance(loader.dataset, IterableDataset)

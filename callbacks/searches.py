@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.parsing import lightning_setattr
 
+from ravine.lightning_compat import batch_size_attribute, replace_method, restore_method
+
 KEY = "found_batch_size"
 SEARCH = {LearningRateFinder: "lr_find", BatchSizeFinder: "scale_batch_size"}
 
@@ -21,7 +23,7 @@ def enable_searches(trainer: Any) -> None:
     for callback in trainer.callbacks:
         for kind, method in SEARCH.items():
             if isinstance(callback, kind):
-                callback.__dict__.pop(method, None)
+                restore_method(callback, method)
 
 
 def disable_searches(trainer: Any) -> None:
@@ -29,7 +31,7 @@ def disable_searches(trainer: Any) -> None:
     for callback in trainer.callbacks:
         for kind, method in SEARCH.items():
             if isinstance(callback, kind):
-                callback.__dict__[method] = lambda *args: None
+                replace_method(callback, method, lambda *args: None)
                 rank_zero_only(print)(
                     f"{type(callback).__name__} does not search: the resumed run keeps the values "
                     "of its checkpoint"
@@ -40,7 +42,7 @@ def save_batch_size(trainer: Any, checkpoint: dict[str, Any]) -> None:
     """Save the batch size that a search found, by the name of the attribute."""
     for callback in trainer.callbacks:
         if isinstance(callback, BatchSizeFinder) and callback.optimal_batch_size is not None:
-            checkpoint[KEY] = {callback._batch_arg_name: callback.optimal_batch_size}
+            checkpoint[KEY] = {batch_size_attribute(callback): callback.optimal_batch_size}
 
 
 def restore_batch_size(trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ravine.lightning_compat import saves_sharded
 from ravine.strategies.local_parts import collect, local_part
 from ravine.strategies.parallelize import units
 from ravine.strategies.states import Stages, join_stages
@@ -69,7 +70,7 @@ def followed(module: nn.Module, names: Container[str]) -> Iterator[tuple[str, Te
 
 def stages_to_join(trainer: Any) -> Stages | None:
     """The stages of a pipeline whose weights one file holds; None without one, or for a folder."""
-    in_folder = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+    in_folder = saves_sharded(trainer.strategy)
     return None if in_folder else getattr(trainer.strategy, "stages", None)
 
 

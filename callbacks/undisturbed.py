@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ravine.lightning_compat import MODULE_REFERENCES
 from ravine.strategies.parallelize import units
 
 Restore = Callable[[], Any]
@@ -67,7 +68,7 @@ def snapshot(module: nn.Module) -> Restore:
 
 def _of_layer(layer: nn.Module, seen: dict[int, Any]) -> Restore:
     names = layer.__dict__
-    skipped = ("_parameters", "_modules", "_trainer", "_fabric")
+    skipped = ("_parameters", "_modules", *MODULE_REFERENCES)
     inner = [snapshot_value(v, seen, 0) for k, v in names.items() if k not in skipped]
     kept, modules, parameters = dict(names), dict(layer._modules), dict(layer._parameters)
 

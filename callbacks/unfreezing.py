@@ -11,6 +11,8 @@ import lightning as L
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from ravine.lightning_compat import replace_method, restore_method
+
 from .transforms import register, unregister
 
 KEY = "trainable_parameters"
@@ -32,7 +34,7 @@ def postpone_freezing(trainer: L.Trainer, module: L.LightningModule) -> None:
             type(callback).freeze_before_training(callback, built)
 
     for callback in callbacks:
-        callback.__dict__["freeze_before_training"] = lambda built: None
+        replace_method(callback, "freeze_before_training", lambda built: None)
     unregister(module, "freeze")  # of a fit before this one
     register(trainer, module, "freeze", freeze, callbacks[0], without_values=True)
 
@@ -40,7 +42,7 @@ def postpone_freezing(trainer: L.Trainer, module: L.LightningModule) -> None:
 def restore_freezing(trainer: L.Trainer) -> None:
     """Restore the method."""
     for callback in finetunings(trainer):
-        callback.__dict__.pop("freeze_before_training", None)
+        restore_method(callback, "freeze_before_training")
 
 
 def save_trainable(trainer: L.Trainer, module: L.LightningModule, checkpoint: Any) -> None:

@@ -18,7 +18,7 @@ from jsonargparse import (
     set_parsing_settings,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -27,6 +27,7 @@ import ravine.datamodules
 import ravine.lightning_modules
 import ravine.strategies  # bare class names are found among what is imported
 from ravine.errors import RunError, UsageError
+from ravine.lightning_compat.command_line import CommandLine
 from ravine.strategies.agreement import flatten
 
 from . import diagnosis, newest, presets, saved_config, trust
@@ -92,7 +93,7 @@ cast(Any, _signatures).get_signature_parameters = plain_only(
 )
 
 
-class Command(LightningCLI):
+class Command(CommandLine):
     """fit, validate, test, predict."""
 
     def __init__(self, argv: list[str], checkpoint: Path | None) -> None:
@@ -123,7 +124,7 @@ class Command(LightningCLI):
 
     def before_fit(self) -> None:
         """Pass `--print_groups` on to the plan."""
-        if not self._get(self.config, "print_groups"):
+        if not self.config_value("print_groups"):
             return
         plans = [c for c in cast(Any, self.trainer).callbacks if hasattr(c, "print_groups")]
         if not plans:
@@ -187,9 +188,10 @@ class Command(LightningCLI):
         foreign = sorted({name for name in packages if name not in ("ravine", "lightning")})
         return f"{verb} --trust={','.join(foreign)}" if foreign else verb
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, subcommand: str) -> None:
+        """Run the subcommand; an error carries the newest checkpoint."""
         try:
-            super()._run_subcommand(subcommand)
+            super().run_subcommand(subcommand)
         except BaseException as error:
             trainer = cast(Trainer, self.trainer)
             error.checkpoint = last_checkpoint(trainer) or self.checkpoint  # type: ignore
@@ -198,10 +200,7 @@ class Command(LightningCLI):
             raise
 
     def _resolved(self, command: str) -> saved_config.Config:
-        return saved_config.resolved(self._subcommand_parsers[command], self.config[command])
-
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: `parse_arguments` has done it."""
+        return saved_config.resolved(self.subcommand_parser(command), self.config[command])
 
 
 def without_validation(trainer: Any) -> str | None:

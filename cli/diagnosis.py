@@ -14,15 +14,15 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import precision_names
 
 from . import presets, typehints
 from .errors import program, unknown_name
@@ -58,7 +58,7 @@ def registered() -> dict[str, list[str]]:
     return {
         "trainer.strategy": ["auto", *StrategyRegistry.available_strategies()],
         "trainer.accelerator": ["auto", "gpu", *AcceleratorRegistry.available_accelerators()],
-        "trainer.precision": ["auto", *get_args(_PRECISION_INPUT_STR), "64", "32", "16", "bf16"],
+        "trainer.precision": ["auto", *precision_names(), "64", "32", "16", "bf16"],
     }
 
 

@@ -7,7 +7,7 @@ from ravine.errors import UsageError, suggest_names
 # Read by Lightning itself (its sources hold no others), and by the front door.
 READ = (
     *("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PL_DEEPSPEED_CONFIG_PATH"),
-    *("RAVINE_DEBUG", "RAVINE_STATUS", "RAVINE_TRACEBACK"),
+    *("RAVINE_DEBUG", "RAVINE_FAST_LOOP", "RAVINE_STATUS", "RAVINE_TRACEBACK"),
 )
 SECTIONS = ("TRAINER", "MODEL", "DATA")
 

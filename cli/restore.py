@@ -9,11 +9,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.callbacks.optimizers.faults import own_frame
 from ravine.errors import UsageError
+from ravine.lightning_compat import CheckpointConnector
 from ravine.strategies import MeshStrategy, sharded, states
 from ravine.strategies.checkpoint_form import odd
 from ravine.strategies.checkpoint_io import CheckpointError, reading_together, refusal
@@ -26,7 +26,7 @@ MAX_VALUES, MAX_LEVELS = 20_000, 50  # of a configuration
 COPIED = ("state_dict", "ema")  # sections whose tensors are copied when they are restored
 
 
-class Restore(_CheckpointConnector):
+class Restore(CheckpointConnector):
     """Lightning's, but weights of other sizes are refused before one of them is set.
 
     Args:
@@ -40,11 +40,11 @@ class Restore(_CheckpointConnector):
         self.changed: list[str] = []
         self.rates: list[list[float]] = []  # as configured, by optimizer and group
 
-    def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, *args: Any) -> None:
+    def before_restore(self, checkpoint_path: Any) -> None:
+        """Note the configured learning rates; refuse weights of other sizes."""
         self.rates = rates(self.trainer)  # a sharding strategy restores its optimizers here
         if checkpoint_path:
             refuse_other_shapes(self.trainer, Path(checkpoint_path), self.changed)
-        super()._restore_modules_and_callbacks(checkpoint_path, *args)
 
     def restore_callbacks(self) -> None:
         """Restore the callbacks' states; an evaluation need not have those of the training."""

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.callbacks.transforms import Transform
 from ravine.errors import UsageError
+from ravine.lightning_compat import checkpoint_connector
 
 from .restore import Restore, config_of, read
 from .trust import Trust
@@ -74,8 +75,9 @@ class SavedConfig(L.Callback):
         arguments = (self.config["data"] or {}).get("init_args", {})
         if arguments.get("source") == "auto":  # another machine must not take another
             arguments["source"] = taken.get("source", "auto")
-        if isinstance(trainer._checkpoint_connector, Restore):
-            trainer._checkpoint_connector.changed = self.changed
+        connector = checkpoint_connector(trainer)
+        if isinstance(connector, Restore):
+            connector.changed = self.changed
         folder = trainer.log_dir
         if trainer.is_global_zero and folder:
             lines = [f"# data {key}: {value}\n" for key, value in taken.items()]

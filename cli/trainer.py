@@ -20,7 +20,6 @@ from lightning.pytorch.loggers import (
     WandbLogger,
 )
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.profilers import PassThroughProfiler
 
 from ravine.callbacks.accumulation import optimizer_steps
 from ravine.callbacks.checkpoint import Checkpoint
@@ -30,8 +29,20 @@ from ravine.callbacks.predictions import PredictionTable
 from ravine.callbacks.progress import ProgressBar
 from ravine.callbacks.resume import ExactResume
 from ravine.errors import UsageError
+from ravine.lightning_compat import (
+    install_fast_loop,
+    replace_checkpoint_connector,
+    replace_method,
+    start_method,
+    without_profiling,
+)
 from ravine.strategies.agreement import refuse_difference
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO
+from ravine.strategies.gradient_readers import (
+    free_before_forward,
+    free_gradients,
+    frees_early,
+)
 from ravine.strategies.mesh import MeshStrategy
 from ravine.strategies.signals import GracefulStop
 from ravine.strategies.stock_callbacks import refuse_stock_callbacks
@@ -39,7 +50,6 @@ from ravine.strategies.watchdog import RankWatchdog
 from ravine.strategies.weighting import GlobalMean
 
 from .errors import FULL
-from .lean_loop import LeanEpochLoop, Unprofiled
 from .quiet import quiet
 from .restore import Restore
 
@@ -55,9 +65,9 @@ def refuse_spawned(strategy: Any) -> None:
     Raises:
         ValueError: the strategy pickles it, and it has locks and methods that cannot be pickled.
     """
-    if getattr(strategy, "_start_method", "") in ("spawn", "forkserver"):
+    if start_method(strategy) in ("spawn", "forkserver"):
         raise UsageError(
-            f"{type(strategy).__name__} starts its processes by {strategy._start_method}, which "
+            f"{type(strategy).__name__} starts its processes by {start_method(strategy)}, which "
             "would pickle the trainer; allowed: ddp, and in a notebook ddp_notebook; type "
             "--trainer.strategy ddp"
         )
@@ -158,16 +168,15 @@ class Trainer(L.Trainer):
             join()
             compare()
 
-        strategy.setup_environment = join_and_compare
+        replace_method(strategy, "setup_environment", join_and_compare)
 
     def _lighten(self) -> None:
-        """Take from a step what it does not need: lean_loop.py has the figures."""
+        """Take from a step what it does not need: lightning_compat/fast_loop.py has the figures."""
         refuse_stock_callbacks(self)
-        self._checkpoint_connector = Restore(self)
-        loop = self.fit_loop.epoch_loop
-        self.fit_loop.epoch_loop = LeanEpochLoop(self, loop.min_steps, loop.max_steps)
-        if type(self.profiler) is PassThroughProfiler:
-            self.profiler = Unprofiled()
+        replace_checkpoint_connector(self, Restore(self))
+        free_before_forward(self)
+        install_fast_loop(self, frees_early, free_gradients)
+        without_profiling(self)
         if isinstance(self.accelerator, CPUAccelerator):
             # set by Lightning for forks beside a GPU; here Adam looks for a driver each step: 50 us
             os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)

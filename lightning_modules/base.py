@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ravine.errors import RunError, UsageError
+from ravine.lightning_compat import attached_trainer
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 
 from .initial_values import InitialValues
@@ -162,7 +163,8 @@ class TaskModule(L.LightningModule):
                 "--trainer.precision=16-mixed, or OptimizerPlan(partial(AdamW, eps=1e-4))"
             )
         exact = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer else None
+        trainer = attached_trainer(self)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) if trainer else None
         fused = exact and scaled is None and all(p.device.type in FUSED for p in parameters)
         return torch.optim.AdamW(parameters, lr=self.lr, fused=fused or None)
 

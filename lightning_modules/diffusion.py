@@ -19,6 +19,7 @@ from ravine.datamodules.image_set import check_labels, describe_classes
 from ravine.datamodules.images import to_float, to_uint8
 from ravine.datamodules.order import Share, global_seed
 from ravine.errors import UsageError
+from ravine.lightning_compat import attached_trainer, should_update_logs
 
 from .base import TaskModule
 from .imaging import figures as draw
@@ -157,7 +158,8 @@ class Diffusion(TaskModule):
         any number of ranks and accumulated batches.
         """
         x0, y, *_ = batch
-        share, b = Share.of(self._trainer), len(x0)
+        trainer = attached_trainer(self)
+        share, b = Share.of(trainer), len(x0)
         first = (index % share.accumulate * share.size + share.rank) * b
         places = torch.arange(first, first + b, device=x0.device)
         name = (global_seed(None), "training", self.global_step)
@@ -168,10 +170,10 @@ class Diffusion(TaskModule):
         error = self.denoising.errors(self, x0, t, y, draws.noise)[0]
         loss = error.mean()
         self.log("train/loss", loss)
-        if self._trainer is not None and not self.one_step:
+        if trainer is not None and not self.one_step:
             level = (draws.u * LEVELS).long().clamp(max=LEVELS - 1)
             self.trained.add(level, error.detach()[:, None])
-            if self._trainer._logger_connector.should_update_logs:  # ten `log`s cost 1 ms
+            if should_update_logs(trainer):  # ten `log`s cost 1 ms
                 means, _ = self.trained.means()
                 self.log_dict(named("train/loss", self.denoising.times, means[:, 0]))
                 self.trained = Levels(1)
@@ -184,7 +186,7 @@ class Diffusion(TaskModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Errors at a fixed grid of times with fixed noise: image i at level i modulo 10."""
         x0, y, *_ = batch
-        share, b = Share.of(self._trainer), len(x0)
+        share, b = Share.of(attached_trainer(self)), len(x0)
         numbers = share.rank + share.size * torch.arange(self.seen, self.seen + b, device=x0.device)
         self.seen += b
         level = numbers % LEVELS
@@ -341,7 +343,7 @@ class Diffusion(TaskModule):
     def _sample(
         self, index: Tensor, labels: Tensor | None, way: Way, seed: int, batch_size: int
     ) -> Tensor:
-        net, trainer = cast(nn.Module, self.net), self._trainer
+        net, trainer = cast(nn.Module, self.net), attached_trainer(self)
         context, recordings = nullcontext(), Recordings()
         if trainer is not None and trainer.state.status == "running":  # as in a validation step
             context, recordings = trainer.precision_plugin.forward_context(), self.recordings

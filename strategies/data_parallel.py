@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import ddp_options
 
 UNFINISHED = "Expected to have finished reduction in the prior iteration"  # of torch's DDP
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels keep the version
@@ -115,7 +116,7 @@ class DataParallelStrategy(DDPStrategy):
         """Step; after the steps 1, 2, 4, 8, ... refuse what views of the buckets would break."""
         output = super().optimizer_step(optimizer, *args, **kwargs)
         self._steps += 1
-        if self._steps & (self._steps - 1) == 0 and self._ddp_kwargs["gradient_as_bucket_view"]:
+        if self._steps & (self._steps - 1) == 0 and ddp_options(self)["gradient_as_bucket_view"]:
             refuse_moved_gradients(optimizer)
             if self._steps == 1:
                 refuse_kept_gradients(optimizer)

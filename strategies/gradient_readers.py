@@ -20,6 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
+from ravine.lightning_compat import replace_method
+
 READING = ("on_after_backward", "on_before_optimizer_step")
 ZEROING = ("on_before_zero_grad", "optimizer_zero_grad")
 PACKAGES = ("torch", "lightning", "pytorch_lightning")
@@ -129,6 +131,35 @@ def free_gradients(optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+
+
+def free_before_forward(trainer: Any) -> None:
+    """Let the trainer free old gradients before the first forward pass of an optimizer step.
+
+    Whether it may is decided once an epoch, by `frees_early`. A MeshStrategy does it by itself.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy):
+        return
+    if hasattr(strategy, "frees"):
+        return
+    start_run, start_batch, frees = strategy.on_train_start, strategy.on_train_batch_start, False
+
+    def decide_and_start() -> None:
+        nonlocal frees
+        start_run()
+        frees = frees_early(trainer)
+
+    def free_and_start(batch: Any, batch_idx: int) -> None:
+        nonlocal frees
+        start_batch(batch, batch_idx)
+        if batch_idx == 0:
+            frees = frees_early(trainer)
+        if frees and batch_idx % trainer.accumulate_grad_batches == 0:
+            free_gradients(trainer.optimizers[0])
+
+    replace_method(strategy, "on_train_start", decide_and_start)
+    replace_method(strategy, "on_train_batch_start", free_and_start)
 
 
 @dataclass

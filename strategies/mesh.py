@@ -9,7 +9,6 @@ each matrix.
 """
 
 import atexit
-import functools
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,12 +19,18 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import (
+    ModelParallelAccess,
+    allow_any_precision,
+    replace_method,
+    restore_method,
+    should_accumulate,
+)
 
 from . import sharded, states
 from .buffer_sync import BufferSync
@@ -72,31 +77,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _any_precision(validate: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Let the trainer take `64-true` and `16-mixed` with a MeshStrategy, as with its names.
-
-    Lightning refuses them for each instance of ModelParallelStrategy.
-    """
-
-    @functools.wraps(validate)
-    def validated(connector: Any) -> None:
-        strategy = connector._strategy_flag
-        if isinstance(strategy, MeshStrategy):
-            connector._strategy_flag = "mesh"
-        try:
-            validate(connector)
-        finally:
-            connector._strategy_flag = strategy
-
-    return validated
-
-
-_AcceleratorConnector._validate_precision_choice = cast(
-    Any, _any_precision(_AcceleratorConnector._validate_precision_choice)
-)
-
-
-class MeshStrategy(ModelParallelStrategy):
+class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     """Shard parameters, gradients and optimizer state, and split matrices, from outside.
 
     Optimizer states are numbered by place here already (`numbered`).
@@ -169,20 +150,19 @@ class MeshStrategy(ModelParallelStrategy):
         """The size of each axis with -1 filled in, or an error that says what would fit."""
         return resolve(self.degrees, self.num_processes * self.num_nodes)
 
-    def _configure_launcher(self) -> None:
-        degrees = self.resolved_degrees()  # the trainer is being made: fail before a process starts
+    def before_launch(self) -> None:
+        """Check the axes while the trainer is created: fail before a process starts."""
+        degrees = self.resolved_degrees()
         check_together(degrees, self.sequence_parallel, self.schedule, self.microbatches)
-        super()._configure_launcher()
 
     def setup_environment(self) -> None:
         """Join the job and lay out the mesh."""
-        self._setup_distributed()
+        self.join_processes()
         if self.when_joined is not None:
             self.when_joined()
         self.layout = lay_out(self.resolved_degrees(), self.zero, self.root_device)
-        self._device_mesh = self.layout.named
         assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._device_mesh  # type: ignore[assignment]
+        self.set_device_mesh(self.layout.named)
         self.lightning_module.__dict__["strategy_draws_values"] = True  # read by TaskModule
         if self.layout.tp.size() > 1:  # ranks that compute one activation draw one dropout for it
             torch.manual_seed(self.broadcast(torch.initial_seed()))
@@ -224,7 +204,7 @@ class MeshStrategy(ModelParallelStrategy):
         foreign = is_parallel(module) and not is_marked(module)  # sharded by the module itself
         if self.world_size > 1:
             refuse_common_memory(module)
-        if self._layer_sync is not None and trainer.training:
+        if self.synchronizes_batchnorm and trainer.training:
             self._synchronize_batchnorm(module)
         if self.zero > 1:
             self.originals = OriginalParameters(module)
@@ -257,7 +237,7 @@ class MeshStrategy(ModelParallelStrategy):
             self.buffers = BufferSync(module, self.layout.data.get_group())
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
             self._check_norm(trainer.gradient_clip_val)
-        self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+        replace_method(self.precision_plugin, "clip_grad_by_norm", self._clip_by_norm)
 
     def _check_norm(self, bound: float) -> None:
         """ValueError where `gradient_clip_val` would measure the gradients of this rank alone."""
@@ -297,7 +277,7 @@ class MeshStrategy(ModelParallelStrategy):
             self.gradients.close()
         if self.lightning_module is not None:
             self.lightning_module.__dict__.pop("strategy_draws_values", None)
-        self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+        restore_method(self.precision_plugin, "clip_grad_by_norm")
         super().teardown()
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -310,14 +290,12 @@ class MeshStrategy(ModelParallelStrategy):
     @property
     def optimizers(self) -> list[Optimizer]:
         """The optimizers; a module may set others at any time (`trainer.optimizers = [...]`)."""
-        return self._optimizers
+        return super().optimizers
 
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
         """Set them; those that are new are adapted to shards."""
-        self._optimizers = optimizers
-        wrapped = LightningOptimizer._to_lightning_optimizer
-        self._lightning_optimizers = [wrapped(optimizer, self) for optimizer in optimizers]
+        cast(Any, ModelParallelStrategy.optimizers).fset(self, optimizers)
         same = [id(o) for o in optimizers] == [id(o) for o in self._adapted]
         if self.spread is not None and optimizers and not same:
             self._adapted = list(optimizers)
@@ -364,7 +342,7 @@ class MeshStrategy(ModelParallelStrategy):
         for optimizer in self.optimizers:
             if self.zero > 1:
                 shard_steps(optimizer)
-                for wrapper in self._lightning_optimizers:
+                for wrapper in self.wrapped_optimizers:
                     if wrapper.optimizer is optimizer:
                         share_methods(optimizer, wrapper)
             elif self.world_size > 1:
@@ -445,13 +423,8 @@ class MeshStrategy(ModelParallelStrategy):
         with in_one_line(self.lightning_module, "in its step"):
             return step(*args) if unit is None else unit(step, *args)
 
-    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the backward pass; errors of sharded tensors are raised in one line."""
-        with self.around_backward():
-            return super().backward(*args, **kwargs)
-
     def around_backward(self) -> AbstractContextManager[None]:
-        """The context of a backward pass, for a loop that calls the parts of `backward` itself."""
+        """The context of a backward pass: errors of sharded tensors are raised in one line."""
         return in_one_line(self.lightning_module, "in the backward pass")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -493,7 +466,7 @@ class MeshStrategy(ModelParallelStrategy):
     def _accumulates(self) -> bool:
         module = self.lightning_module
         assert module is not None
-        return module.automatic_optimization and module.trainer.fit_loop._should_accumulate()
+        return module.automatic_optimization and should_accumulate(module.trainer)
 
     @property
     def _spread(self) -> Spread:
@@ -523,7 +496,7 @@ class MeshStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights: this rank's parts for a folder, else all of them on rank 0."""
         assert self.lightning_module is not None
-        parts = self._save_distributed_checkpoint
+        parts = self.saves_sharded
         return states.weights(self.lightning_module, parts, self.stages)
 
     @property
@@ -535,12 +508,12 @@ class MeshStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state, parameters numbered by their place in `named_parameters()`, as the weights."""
         if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
+            optimizer = optimizer.optimizer
         assert self.lightning_module is not None
         owners = bool(self.gradients and self.gradients.owner)
         owners |= any(self._whole(p) for p in self.lightning_module.parameters())
         group = self.layout.data.get_group() if owners and self.layout else None
-        how = (self._save_distributed_checkpoint, group, self.stages)
+        how = (self.saves_sharded, group, self.stages)
         return states.optimizer_state(
             self.lightning_module, optimizer, *how, lambda p: bool(self._owner_here(p))
         )
@@ -549,7 +522,7 @@ class MeshStrategy(ModelParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write a single file, or a folder with a part from each rank."""
-        if not self._save_distributed_checkpoint:
+        if not self.saves_sharded:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         checkpoint = with_plain_hyperparameters(checkpoint)
         refuse_foreign({k: v for k, v in checkpoint.items() if k not in sharded.SPREAD})
@@ -601,3 +574,6 @@ class MeshStrategy(ModelParallelStrategy):
         if parameter in owners:
             return owners[parameter] == self.layout.data.get_local_rank()
         return owns(self.optimizers, parameter)
+
+
+allow_any_precision(MeshStrategy)

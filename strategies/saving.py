@@ -15,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ravine.lightning_compat import attached_trainer
+
 from .checkpoint_io import CheckpointError
 
 SAVING_HOOKS = ("on_train_batch_end", "on_validation_end")
@@ -112,7 +114,7 @@ class _HookThenSave:
     def __call__(self, *args: Any) -> Any:
         result = self.original(*args)
         trainer: Any = self.trainer
-        if self.module._trainer is trainer:  # else a failed fit has left this hook behind
+        if attached_trainer(self.module) is trainer:  # else a failed fit has left this hook behind
             for callback in trainer.callbacks:
                 if callback in self.pending:
                     self.pending[callback](trainer, self.module, *args)

@@ -23,6 +23,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
+from ravine.lightning_compat import (
+    after_registering_signals,
+    last_saved,
+    original_handlers,
+    restore_signal_registration,
+    restore_sigterm_broadcast,
+    should_accumulate,
+    skip_sigterm_broadcast,
+)
+
 from .saving import save, save_as_usual, save_last, worth_saving
 
 BETWEEN_MEETINGS = 0.5  # seconds; the ranks agree on the number of steps that takes
@@ -73,29 +83,25 @@ class GracefulStop(Callback):
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread alone
-        connector = trainer._signal_connector
-        register = type(connector).register_signal_handlers
 
-        def register_and_retake() -> None:
-            register(connector)
+        def retake() -> None:
             self._install(trainer)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # held by cli/main.py
 
-        connector.__dict__["register_signal_handlers"] = register_and_retake
+        after_registering_signals(trainer, retake)
         self._install(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on there is something to save."""
         self._training, self._mark = True, _version(pl_module)
-        loop = trainer.fit_loop.epoch_loop
-        loop.__dict__["_broadcast_sigterm_tensor"] = lambda: None  # a collective a micro-batch
+        skip_sigterm_broadcast(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Stop if a signal came, between two optimizer steps and never within one."""
         self._mark = _version(pl_module)
-        if trainer.fit_loop._should_accumulate():
+        if should_accumulate(trainer):
             return
         if self._group is not None:
             self._meet(trainer.global_step)
@@ -108,7 +114,7 @@ class GracefulStop(Callback):
         """Stop within a validation, unless a callback has exchanged the weights for it."""
         if not (self._signum and self._training) or self._group is not None:
             return
-        if not trainer.fit_loop._should_accumulate() and self._mark == _version(pl_module):
+        if not should_accumulate(trainer) and self._mark == _version(pl_module):
             self._stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -120,7 +126,7 @@ class GracefulStop(Callback):
     ) -> None:
         """Give the signals back; Lightning would put our handlers in again afterwards."""
         self._restore(trainer)
-        trainer._signal_connector._original_handlers.update(self._previous)
+        original_handlers(trainer).update(self._previous)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back; one that came too late for the last step is not swallowed."""
@@ -152,8 +158,8 @@ class GracefulStop(Callback):
 
     def _restore(self, trainer: L.Trainer) -> None:
         self._training = False
-        trainer._signal_connector.__dict__.pop("register_signal_handlers", None)
-        trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+        restore_signal_registration(trainer)
+        restore_sigterm_broadcast(trainer)
         if threading.current_thread() is threading.main_thread():
             for signum, handler in self._previous.items():
                 signal.signal(signum, handler)
@@ -174,8 +180,9 @@ class GracefulStop(Callback):
     def _stop(self, trainer: L.Trainer) -> None:
         step, written = trainer.global_step, None
         for callback in trainer.checkpoint_callbacks:
-            if getattr(callback, "_last_global_step_saved", None) == step:
-                written = callback._last_checkpoint_saved  # type: ignore[attr-defined]
+            saved_step, path = last_saved(callback)
+            if saved_step == step:
+                written = path
         fast = getattr(trainer, "fast_dev_run", False)
         if written is None and not fast and worth_saving(trainer):
             folders = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks]
@@ -188,7 +195,7 @@ class GracefulStop(Callback):
         way_on = f"go on with --ckpt_path {written}" if written else "nothing was saved"
         rank_zero_info(f"stopped by {name} at step {step}; {way_on}")
         self._signum = 0
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             stopped.code = 0  # the launcher in rank 0 kills everything when a child fails
         raise stopped

@@ -11,10 +11,10 @@ from tensor_bytes import tensor_bytes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.cli import lean_loop
+from ravine.cli import trainer as trainer_module
 from ravine.cli.trainer import Trainer
 from ravine.lightning_modules import TaskModule
-from ravine.strategies import MeshStrategy
+from ravine.strategies import MeshStrategy, gradient_readers
 
 QUIET = dict.fromkeys(
     ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
@@ -98,7 +98,8 @@ def test_micro_batches_of_one_step_keep_their_gradients(tmp_path):
 def test_weights_are_bitwise_those_of_lightnings_order(tmp_path, monkeypatch, loop):
     def trained(frees):
         torch.manual_seed(0)
-        monkeypatch.setattr(lean_loop, "frees_early", lambda trainer: frees)
+        for place in (trainer_module, gradient_readers):
+            monkeypatch.setattr(place, "frees_early", lambda trainer: frees)
         options = {"max_steps": 6, "val_check_interval": 3, "limit_val_batches": 1}
         options |= {"accumulate_grad_batches": 3, "default_root_dir": tmp_path}
         fit(module := Skipping(), **options, **LOOPS[loop])

@@ -60,8 +60,8 @@ def unpackaged(root: Path) -> list[str]:
     there = {
         str(p.parent.relative_to(root)) for folder in FOLDERS for p in (root / folder).rglob("*.py")
     }
-    inside = {"ravine." + folder.replace("/", ".") for folder in there - {"ravine"}}
-    expected = inside | {"ravine", "ravine.configs"}
+    inside = {f"ravine.{folder.removeprefix('ravine/').replace('/', '.')}" for folder in there}
+    expected = inside - {"ravine.ravine"} | {"ravine", "ravine.configs"}
     listed, mapped = set(table["packages"]), set(table["package-dir"])
     return sorted((expected ^ listed) | (expected ^ mapped))
 

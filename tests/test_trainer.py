@@ -12,13 +12,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-import torch.nn.functional as F
 from foreign.net_in_init import NetInInit
-from foreign.two_optimizers import TwoOptimizers
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
-from torchmetrics import MeanMetric
 
 from ravine.callbacks import Checkpoint, ExactResume, LossPlot, PredictionTable, ProgressBar
 from ravine.callbacks.checks import RunChecks
@@ -26,188 +23,10 @@ from ravine.cli import trainer as trainer_module
 from ravine.cli.trainer import Trainer, automatic_precision
 from ravine.strategies import AtomicCheckpointIO, GlobalMean, GracefulStop
 
-STEP = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
-OTHERS = ("on_train_epoch_start", "on_validation_start", "on_validation_end", "on_train_epoch_end")
-
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-class Recorder(Callback):
-    """Notes each hook with the name that `self.log` would see, and the metrics of the moment."""
-
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-
-    def note(self, hook: str, trainer: L.Trainer, module: L.LightningModule) -> None:
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        self.events.append((hook, module._current_fx_name, trainer.global_step, metrics))
-
-
-def _noting(hook: str) -> Callable[..., None]:
-    return lambda self, trainer, module, *args: self.note(hook, trainer, module)
-
-
-for _hook in (*STEP, *OTHERS):
-    setattr(Recorder, _hook, _noting(_hook))
-
-
-class Rows(Logger):
-    """Keeps what is logged."""
-
-    name, version = "rows", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[Any] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
-
-
-class Talkative(NetInInit):
-    """Logs in every way there is, and notes the hooks of its own."""
-
-    def __init__(self, schedule: bool = True) -> None:
-        super().__init__()
-        self.mean = MeanMetric()
-        self.schedule = schedule
-        self.own: list[str] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        x, y = batch
-        loss = F.mse_loss(self.net(x), y)
-        self.mean(loss)
-        self.log("step", loss)
-        self.log("both", loss * 2, on_step=True, on_epoch=True, batch_size=len(x))
-        self.log("epoch", loss * 3, on_step=False, on_epoch=True)
-        self.log("shown", loss * 4, prog_bar=True)
-        self.log("number", 5.0)
-        self.log("metric", self.mean)
-        self.log_dict({"first": loss.double(), "second": loss + 1}, on_epoch=True)
-        return {"loss": loss, "extra": x.sum()}
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.own.append("step")
-
-    def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
-        self.own.append(f"before {epoch} {batch_idx}")
-        super().optimizer_step(epoch, batch_idx, *args, **kwargs)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
-        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
-
-class EndsEarly(Talkative):
-    """Ends each epoch after two batches."""
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        return -1 if batch_idx == 2 else None
-
-
-def fit(kind: type[L.Trainer], module: L.LightningModule, **settings: Any) -> list[Any]:
-    """All that can be seen of a short run."""
-    recorder, rows = Recorder(), Rows()
-    trainer = kind(
-        accelerator="cpu",
-        callbacks=[recorder],
-        logger=rows,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=2,
-        **settings,
-    )
-    trainer.fit(module)
-    weights = [p.detach().clone() for p in module.parameters()]
-    return [recorder.events, rows.rows, getattr(module, "own", []), weights, trainer.global_step]
-
-
-def same(one: Any, other: Any) -> bool:
-    """Equality, of tensors bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        (Talkative, {}),
-        (Talkative, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}),
-        (Talkative, {"val_check_interval": 2, "precision": "bf16-mixed"}),
-        (Talkative, {"profiler": "simple"}),
-        (EndsEarly, {}),
-        (TwoOptimizers, {}),
-    ],
-)
-def test_a_run_has_the_hooks_the_metrics_and_the_weights_it_has_with_lightnings_own_loop(
-    kind: type[L.LightningModule], settings: dict[str, Any]
-) -> None:
-    runs = []
-    for each in (L.Trainer, Trainer):
-        torch.manual_seed(0)
-        runs.append(fit(each, kind(), max_epochs=3, **settings))
-    for stock, ours in zip(*runs, strict=True):
-        assert same(stock, ours)
-
-
-def test_the_short_way_is_taken_where_nothing_asks_for_the_long_one() -> None:
-    lean = {}
-    for kind, settings in ((Talkative, {}), (EndsEarly, {}), (Talkative, {"profiler": "simple"})):
-        seen: list[bool] = []
-        trainer = Trainer(max_steps=1, logger=False, accelerator="cpu", **settings)
-        trainer.callbacks.append(_Look(seen))
-        trainer.fit(kind())
-        lean[kind.__name__, *settings] = seen[0]
-    assert lean == {("Talkative",): True, ("EndsEarly",): False, ("Talkative", "profiler"): False}
-
-
-def lean_on_ranks(strategy: str) -> bool:
-    seen: list[bool] = []
-    trainer = Trainer(max_steps=1, logger=False, accelerator="cpu", devices=2, strategy=strategy)
-    trainer.callbacks.append(_Look(seen))
-    trainer.fit(NetInInit())
-    return seen[0]
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
-def test_the_short_way_is_taken_under_strategies_too(ranks: Any, strategy: str) -> None:
-    assert ranks(lean_on_ranks, 2, strategy) == [True, True]
-
-
-class _Look(Callback):
-    def __init__(self, seen: list[bool]) -> None:
-        self.seen = seen
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        self.seen.append(trainer.fit_loop.epoch_loop.lean)
-
-
-def test_nothing_of_the_short_way_stays_on_the_module() -> None:
-    module = NetInInit()
-    before = set(module.__dict__)
-    Trainer(max_steps=2, accelerator="cpu").fit(module)
-    assert not {"log", "_after_closure"} & (set(module.__dict__) - before)
 
 
 def test_each_run_gets_a_folder_of_its_own_with_its_curves_numbers_and_checkpoint() -> None:

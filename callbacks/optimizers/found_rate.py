@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import sets_learning_rate
 
 from .composite import Composite
 
@@ -19,7 +20,7 @@ from .composite import Composite
 def finders(trainer: Any) -> list[LearningRateFinder]:
     """The finders that set the rate and do not only suggest it."""
     found = [c for c in trainer.callbacks if isinstance(c, LearningRateFinder)]
-    return [finder for finder in found if finder._update_attr]
+    return [finder for finder in found if sets_learning_rate(finder)]
 
 
 def found_rate(trainer: Any) -> float | None:

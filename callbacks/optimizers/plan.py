@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import attached_trainer, stops_after_search
 
 from ..accumulation import optimizer_steps
 from ..checks import before_training
@@ -113,7 +114,7 @@ class OptimizerPlan(Callback):
         module = getattr(log, "__self__", None)
         if not isinstance(module, L.LightningModule) or is_overridden(NAME, module):
             return
-        trainer = module._trainer
+        trainer = attached_trainer(module)
         if trainer is not None and trainer.state.fn == "fit" and self is plans(trainer)[-1]:
             patch(trainer, module, NAME, lambda module: self._configure(trainer, module), self)
 
@@ -153,7 +154,7 @@ class OptimizerPlan(Callback):
         if stage == "fit":
             unpatch(pl_module, NAME, self)
             unpatch(pl_module, "lr_schedulers", self)
-            if any(finder._early_exit for finder in finders(trainer)):
+            if any(stops_after_search(finder) for finder in finders(trainer)):
                 self._found = found_rate(trainer)  # a Tuner searches in a fit of its own
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

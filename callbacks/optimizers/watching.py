@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ravine.lightning_compat import should_update_logs
+
 from ..gradient_clipping import global_norm
 from .composite import Composite
 
@@ -45,7 +47,7 @@ class UpdateSizes(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Keep the weights of a step that will be logged."""
-        if trainer._logger_connector.should_update_logs:
+        if should_update_logs(trainer):
             self._before |= {
                 label: [p.detach().clone() for p in parameters]
                 for label, parameters, _ in by_rule(trainer, optimizer)

@@ -1,0 +1,120 @@
+"""The parts of a trainer that log, restore checkpoints and handle signals."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+
+from .versions import private, private_import, replace_method, restore_method, set_private
+
+if TYPE_CHECKING:
+    from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+else:
+    _CheckpointConnector = private_import(
+        "lightning.pytorch.trainer.connectors.checkpoint_connector", "_CheckpointConnector"
+    )
+
+
+def should_update_logs(trainer: L.Trainer) -> bool:
+    """Return whether values that are logged in this step will be written.
+
+    Reason: a callback that computes a value for the log only does so in these steps. The rule
+    counts optimizer steps of several optimizers, and `trainer.log_every_n_steps` is a part of it.
+
+    Upstream: pytorch/trainer/connectors/logger_connector/logger_connector.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    return private(private(trainer, "_logger_connector"), "should_update_logs")
+
+
+def collected_metrics(trainer: L.Trainer) -> dict[str, Any]:
+    """Return the metrics that callbacks saw last, by name; changing it changes what they see.
+
+    Reason: `trainer.callback_metrics` collects the newest values first, which would end the running
+    mean of an epoch. After a resume the values of the checkpoint are put here for the schedulers.
+
+    Upstream: pytorch/trainer/connectors/logger_connector/logger_connector.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    return private(private(trainer, "_logger_connector"), "_callback_metrics")
+
+
+class CheckpointConnector(_CheckpointConnector):
+    """Lightning's reader of checkpoints, with a public name for the first step of a restore.
+
+    Reason: weights of other sizes must be refused before the first of them is loaded. No callback
+    is called between the reading of the file and the loading of the weights.
+
+    Upstream: pytorch/trainer/connectors/checkpoint_connector.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+
+    def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, *args: Any) -> None:
+        self.before_restore(checkpoint_path)
+        private(super(), "_restore_modules_and_callbacks")(checkpoint_path, *args)
+
+    def before_restore(self, checkpoint_path: Any) -> None:
+        """Do nothing; called before the module and the callbacks are restored."""
+
+
+def checkpoint_connector(trainer: L.Trainer) -> Any:
+    """Return the trainer's reader of checkpoints.
+
+    Reason: the command line tells it which values differ from the checkpoint's.
+
+    Upstream: pytorch/trainer/trainer.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    return private(trainer, "_checkpoint_connector")
+
+
+def replace_checkpoint_connector(trainer: L.Trainer, connector: CheckpointConnector) -> None:
+    """Let the trainer read checkpoints by another connector; called before a run.
+
+    Reason: the trainer creates its connector itself and takes none as an argument.
+
+    Upstream: pytorch/trainer/trainer.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    set_private(trainer, "_checkpoint_connector", connector)
+
+
+def after_registering_signals(trainer: L.Trainer, function: Callable[[], None]) -> None:
+    """Call a function after the trainer has registered its own signal handlers.
+
+    Reason: the trainer registers them after `setup` and before the first hook of the run, and
+    replaces those of a callback.
+
+    Upstream: pytorch/trainer/connectors/signal_connector.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    connector = private(trainer, "_signal_connector")
+    register = private(type(connector), "register_signal_handlers")
+
+    def register_and_call() -> None:
+        register(connector)
+        function()
+
+    replace_method(connector, "register_signal_handlers", register_and_call)
+
+
+def restore_signal_registration(trainer: L.Trainer) -> None:
+    """Undo `after_registering_signals`.
+
+    Reason: the connector outlives the fit.
+
+    Upstream: pytorch/trainer/connectors/signal_connector.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    restore_method(private(trainer, "_signal_connector"), "register_signal_handlers")
+
+
+def original_handlers(trainer: L.Trainer) -> dict[Any, Any]:
+    """Return the signal handlers, by signal, that the trainer sets again after the run.
+
+    Reason: it has stored the handlers of the callback as the original ones.
+
+    Upstream: pytorch/trainer/connectors/signal_connector.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    return private(private(trainer, "_signal_connector"), "_original_handlers")

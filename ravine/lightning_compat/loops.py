@@ -1,0 +1,337 @@
+"""Data loaders, fetchers and counters of Lightning's training loop."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities import rank_zero_info
+
+from .versions import (
+    fast_loop_refusal,
+    private,
+    private_import,
+    replace_method,
+    restore_method,
+    set_private,
+)
+
+# Attributes of a LightningModule that refer to the trainer: a copy of the module leaves them out.
+# Reason: they are entries of the module's `__dict__`, beside its own attributes.
+# Upstream: pytorch/core/module.py
+# Seen on: 2.5.6 to 2.6.6
+MODULE_REFERENCES = ("_trainer", "_fabric")
+
+
+def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
+    """Return the trainer of a module, or None for a module without one.
+
+    Reason: `module.trainer` raises an error where there is none, and returns a stand-in under
+    Fabric. Public API alone.
+
+    Upstream: pytorch/core/module.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    if module.fabric is not None:
+        return None
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
+def combined_loader(trainer: L.Trainer) -> Any:
+    """Return the CombinedLoader of the training data, or None before the data are set up.
+
+    Reason: `trainer.train_dataloader` gives the loaders as the user has nested them, and neither
+    their limits nor the flat list.
+
+    Upstream: pytorch/loops/fit_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    return private(trainer.fit_loop, "_combined_loader")
+
+
+def combined_mode(loader: Any) -> str:
+    """Return how a CombinedLoader joins its loaders: min_size, max_size, ...
+
+    Reason: the argument `mode` is kept under a private name only.
+
+    Upstream: pytorch/utilities/combined_loader.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    return private(loader, "_mode")
+
+
+def combined_iterator(loader: Any) -> Any:
+    """Return the iterator over all loaders that is under way, or None.
+
+    Reason: after a resume, the iterator of a single loader is replaced by one at its position.
+
+    Upstream: pytorch/utilities/combined_loader.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    return private(loader, "_iterator")
+
+
+def data_fetcher(trainer: L.Trainer) -> Any:
+    """Return the object that takes batches from the training loaders, or None.
+
+    Reason: it counts the batches and holds those fetched ahead; no public name leads to it.
+
+    Upstream: pytorch/loops/fetchers.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    return private(trainer.fit_loop, "_data_fetcher")
+
+
+def is_prefetching(fetcher: Any) -> bool:
+    """Return whether a fetcher is Lightning's usual one, which takes a batch ahead.
+
+    Reason: only this one can start at a later batch. The others hand the iterator to the user.
+
+    Upstream: pytorch/loops/fetchers.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    kind = private_import("lightning.pytorch.loops.fetchers", "_PrefetchDataFetcher")
+    return isinstance(fetcher, kind)
+
+
+def should_accumulate(trainer: L.Trainer) -> bool:
+    """Return whether the micro-batch under way ends without an optimizer step.
+
+    Reason: it depends on the accumulation, on the end of the epoch and on the strategy.
+    `trainer.global_step` tells it only after the step.
+
+    Upstream: pytorch/loops/fit_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    return private(trainer.fit_loop, "_should_accumulate")()
+
+
+def validation_follows(trainer: L.Trainer) -> bool:
+    """Return whether a validation follows the micro-batch that ends now.
+
+    Reason: a checkpoint waits for the validation of its step. The rule has seven arguments of the
+    trainer, and only the loop has it as a whole.
+
+    Upstream: pytorch/loops/training_epoch_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    fetcher = data_fetcher(trainer)
+    assert fetcher is not None
+    return private(trainer.fit_loop.epoch_loop, "_should_check_val_fx")(fetcher)
+
+
+@contextmanager
+def validation_loaders(trainer: L.Trainer, forget: bool = False) -> Iterator[list[Any]]:
+    """Set up the validation loaders of a fit, and give a flat list of them.
+
+    Reason: the loaders are created at the first validation. A check before the first step needs
+    them earlier, and must leave no trace.
+
+    Args:
+        trainer: the trainer.
+        forget: let the loop create loaders again that exist only because of this call.
+
+    Upstream: pytorch/loops/evaluation_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    created = private(loop, "_combined_loader") is None
+    reloaded = private(loop, "_last_val_dl_reload_epoch")
+    loop.setup_data()
+    combined = private(loop, "_combined_loader")
+    try:
+        yield [] if combined is None else combined.flattened
+    finally:
+        if forget and created:
+            set_private(loop, "_combined_loader", None)
+            set_private(loop, "_last_val_dl_reload_epoch", reloaded)
+
+
+def load_batch(trainer: Any, module: L.LightningModule, batch: Any) -> Any:
+    """Convert a batch and move it to the device, as the training loop does before a step.
+
+    Reason: the hook of the transfer is called through a private method of the module, which asks
+    the datamodule too.
+
+    Upstream: pytorch/core/module.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = private(module, "_on_before_batch_transfer")(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def set_sampler_epoch(loader: Any, epoch: int) -> None:
+    """Call `set_epoch` of a loader's samplers, where they have it.
+
+    Reason: the loop calls it once an epoch, with the epoch of an interrupted run after a resume.
+
+    Upstream: fabric/utilities/data.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    private_import("lightning.fabric.utilities.data", "_set_sampler_epoch")(loader, epoch)
+
+
+def restore_loader_states(trainer: L.Trainer) -> None:
+    """Load the states of the training loaders that the loop has kept of a checkpoint.
+
+    Reason: the loop drops them after the end of an epoch, and after `configure_optimizers` asked
+    for the number of steps: https://github.com/Lightning-AI/pytorch-lightning/issues/20550
+
+    Upstream: pytorch/loops/fit_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    loader, fit = combined_loader(trainer), trainer.fit_loop
+    states = private(fit, "_combined_loader_states_to_load")
+    if states and loader is not None:
+        private(loader, "_load_state_dicts")(states)
+        set_private(fit, "_combined_loader_states_to_load", [])
+        iter(data_fetcher(trainer))
+
+
+def after_resuming_at_epoch_end(trainer: L.Trainer) -> None:
+    """Let the loop begin a new epoch: nothing of the restored one is left to do.
+
+    Reason: with these marks set, the loop skips hooks and counters of the epoch that begins. The
+    property `restarting` of the fit loop cannot be set to False in a run with `max_steps` alone.
+
+    Upstream: pytorch/loops/fit_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    set_private(trainer.fit_loop, "_restarting", False)
+    set_private(trainer.fit_loop, "_resuming_from_checkpoint", False)
+    trainer.fit_loop.epoch_loop.restarting = False
+
+
+def after_resuming_within_epoch(trainer: L.Trainer) -> None:
+    """Let the loop go on after a restored micro-batch.
+
+    Reason: as `after_resuming_at_epoch_end`; the epoch has begun already, so that the mark of the
+    checkpoint stays.
+
+    Upstream: pytorch/loops/fit_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    set_private(trainer.fit_loop, "_restarting", False)
+    trainer.fit_loop.epoch_loop.restarting = False  # the loops below it too
+
+
+def skip_next_validation(trainer: L.Trainer, skips: bool) -> None:
+    """Set whether the next validation that is due is left out.
+
+    Reason: a checkpoint that was written after a validation must not run it again.
+
+    Upstream: pytorch/loops/training_epoch_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    set_private(trainer.fit_loop.epoch_loop, "_skip_next_val", skips)
+
+
+def set_before_fetch(trainer: L.Trainer, function: Callable[[], None]) -> None:
+    """Call a function before each training batch is taken from the loaders.
+
+    Reason: loaders that are not torch's draw random numbers while a batch is taken. No public hook
+    is called at that moment.
+
+    Upstream: pytorch/loops/training_epoch_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    loop = trainer.fit_loop.epoch_loop
+    before = private(type(loop), "_on_before_fetch")
+
+    def before_fetch() -> None:
+        function()
+        before(loop)
+
+    replace_method(loop, "_on_before_fetch", before_fetch)
+
+
+def restore_before_fetch(trainer: L.Trainer) -> None:
+    """Undo `set_before_fetch`.
+
+    Reason: the loop outlives the fit.
+
+    Upstream: pytorch/loops/training_epoch_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    restore_method(trainer.fit_loop.epoch_loop, "_on_before_fetch")
+
+
+def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
+    """Leave out the broadcast by which the loop shares a SIGTERM, where there is one.
+
+    Reason: it is a collective in each micro-batch, and GracefulStop shares all signals twice a
+    second.
+
+    Upstream: pytorch/loops/training_epoch_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if hasattr(loop, "_broadcast_sigterm_tensor"):
+        replace_method(loop, "_broadcast_sigterm_tensor", lambda: None)
+
+
+def restore_sigterm_broadcast(trainer: L.Trainer) -> None:
+    """Undo `skip_sigterm_broadcast`.
+
+    Reason: the loop outlives the fit.
+
+    Upstream: pytorch/loops/training_epoch_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    restore_method(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor")
+
+
+def install_fast_loop(
+    trainer: Any, frees_early: Callable[[Any], bool], free_gradients: Callable[[Any], None]
+) -> bool:
+    """Replace the trainer's epoch loop by the fast one, on the versions that were tried.
+
+    Reason: Lightning asks every callback, the module, the strategy and a profiler about some twenty
+    hooks in each step. fast_loop.py has the details. `RAVINE_FAST_LOOP=0` keeps Lightning's loop.
+
+    Args:
+        trainer: a trainer that has not run yet.
+        frees_early: whether old gradients may be freed before the forward pass.
+        free_gradients: sets the gradients of an optimizer's parameters to None.
+
+    Returns:
+        Whether the loop was replaced. If not, one line tells the reason.
+
+    Upstream: pytorch/loops/training_epoch_loop.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    if (refusal := fast_loop_refusal()) is not None:
+        rank_zero_info(f"training uses Lightning's own loop, not the fast one: {refusal}")
+        return False
+    from .fast_loop import FastEpochLoop
+
+    loop = trainer.fit_loop.epoch_loop
+    trainer.fit_loop.epoch_loop = FastEpochLoop(
+        trainer, loop.min_steps, loop.max_steps, frees_early, free_gradients
+    )
+    return True
+
+
+class _WithoutProfiling(PassThroughProfiler):
+    """No profiler, and no generator for each hook."""
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore
+        """Do nothing around the hook."""
+        return nullcontext()
+
+
+def without_profiling(trainer: Any) -> None:
+    """Replace a profiler that measures nothing by one that costs nothing.
+
+    Reason: Lightning's creates a generator for each hook. Public API alone.
+
+    Upstream: pytorch/profilers/base.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    if type(trainer.profiler) is PassThroughProfiler:
+        trainer.profiler = _WithoutProfiling()
