@@ -38,7 +38,7 @@ from ranks import run_ranks
 from tensor_bytes import tensor_bytes
 
 from ravine.datamodules import TextDataModule
-from ravine.lightning_compat import set_saves_sharded
+from ravine.lightning_compat import replace_method, set_saves_sharded
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import NAMES, AtomicCheckpointIO, MeshStrategy
 
@@ -149,7 +149,7 @@ def load(layout: str, ranks: int, size: str, path: str) -> dict[str, int]:
             found["peak"] = held + tensors.peak
             return checkpoint
 
-        trainer.strategy.load_checkpoint = measured
+        replace_method(trainer.strategy, "load_checkpoint", measured)
         with contextlib.suppress(Begun):
             trainer.fit(module, data, ckpt_path=path)
     return found | {"share": share_of(trainer, module)}

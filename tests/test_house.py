@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import importlib.util
 import re
 import subprocess
 import tomllib
@@ -108,6 +110,156 @@ def trespassing(root: Path) -> list[str]:
     return found
 
 
+# What a receiver is called when it is a part of Lightning, whatever else has an attribute of the
+# same name: `loader._iterator` may be torch's, `combined._iterator` is Lightning's.
+LIGHTNING_PARTS = {
+    *("trainer", "module", "pl_module", "lightning_module", "callback", "finder", "strategy"),
+    *("loop", "fit_loop", "epoch_loop", "val_loop", "fit", "fetcher", "combined", "connector"),
+    *("precision_plugin", "precision", "accelerator", "launcher", "profiler"),
+}
+OF_TORCH = {"_modules", "_parameters", "_buffers", "_version", "_load_from_state_dict", "_spec"}
+OF_LOADERS = {"_iterator"}
+COMPAT = "ravine/lightning_compat"
+
+
+@functools.cache
+class LightningNames:
+    """Names that begin with one underscore, by the class of Lightning that defines them."""
+
+    def __init__(self) -> None:
+        self.all: set[str] = set()
+        self.methods: set[str] = set()  # of loops, strategies, connectors and plugins
+        self.of: dict[str, set[str]] = {}
+        bases: dict[str, list[str]] = {}
+        (root,) = importlib.util.find_spec("lightning").submodule_search_locations  # type: ignore
+        for path in sorted(Path(root).rglob("*.py")):
+            tree = ast.parse(path.read_text())
+            self.all |= {name for node in tree.body for name in defined(node) if private(name)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef):
+                    names = {name for inner in ast.walk(node) for name in defined(inner)}
+                    self.of.setdefault(node.name, set()).update(filter(private, names))
+                    bases.setdefault(node.name, []).extend(map(last_name, node.bases))
+                    if {"loops", "strategies", "connectors", "plugins"} & set(path.parts):
+                        functions = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+                        self.methods |= {n.name for n in functions if not n.decorator_list}
+        for _ in range(10):  # deeper than any hierarchy
+            for name, above in bases.items():
+                self.of[name] |= {n for base in above for n in self.of.get(base, ())}
+        self.all |= {name for names in self.of.values() for name in names}
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and len(name) > 1
+
+
+def last_name(node: ast.AST) -> str:
+    """The last word of a dotted name, or of what is called or indexed; empty for anything else."""
+    while isinstance(node, ast.Call | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def defined(node: ast.AST) -> list[str]:
+    """Names that a statement or an assignment to an attribute defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        return [node.attr] if last_name(node.value) in ("self", "cls") else []
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [t.id for t in targets if isinstance(t, ast.Name)]
+
+
+def word(node: ast.AST) -> str:
+    """The text of a string constant; empty for anything else."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def namespace_of(node: ast.AST) -> ast.AST | None:
+    """The object of `object.__dict__` or `vars(object)`."""
+    if isinstance(node, ast.Attribute) and node.attr == "__dict__":
+        return node.value
+    called = isinstance(node, ast.Call) and last_name(node.func) == "vars" and node.args
+    return node.args[0] if called else None  # type: ignore[union-attr]
+
+
+def uses(node: ast.AST) -> list[tuple[ast.AST, str, bool]]:
+    """The attributes that an expression uses: of what, which, and whether it sets it."""
+    if isinstance(node, ast.Attribute):
+        return [(node.value, node.attr, isinstance(node.ctx, ast.Store))]
+    if isinstance(node, ast.Subscript) and (owner := namespace_of(node.value)) is not None:
+        return [(owner, word(node.slice), isinstance(node.ctx, ast.Store))]
+    if not isinstance(node, ast.Call):
+        return []
+    name = last_name(node.func)
+    if name in ("getattr", "setattr", "hasattr", "delattr") and len(node.args) > 1:
+        return [(node.args[0], word(node.args[1]), name == "setattr")]
+    if isinstance(node.func, ast.Attribute) and node.args:  # vars(x).pop("name")
+        owner = namespace_of(node.func.value)
+        return [] if owner is None else [(owner, word(node.args[0]), True)]
+    return []
+
+
+def private_lightning(root: Path) -> list[str]:
+    """Uses of private parts of Lightning, and replaced methods, outside of COMPAT.
+
+    Four kinds: a private name that is imported; a private attribute of a part of Lightning, also
+    by `getattr` and `__dict__`; a private name of its base class that a class of ours uses or
+    defines; a method of a loop, strategy, connector or plugin that is set on an object.
+    """
+    lightning, trees = LightningNames(), {}
+    for path in sources(root):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith(COMPAT):
+            trees[name] = ast.parse(path.read_text())
+    own = {name for tree in trees.values() for node in ast.walk(tree) for name in defined(node)}
+    bases = {
+        node.name: [last_name(base) for base in node.bases]
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    found = []
+
+    def inherited(kind: str, depth: int = 10) -> set[str]:
+        above = bases.get(kind, []) if depth else []
+        return lightning.of.get(kind, set()) | {
+            name for base in above for name in inherited(base, depth - 1)
+        }
+
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                for name in imported(node, []):
+                    parts = name.split(".")
+                    if parts[0] in ("lightning", "lightning_fabric", "pytorch_lightning") and any(
+                        map(private, parts)
+                    ):
+                        found.append(f"{path}:{node.lineno}: imports {name}")
+            for owner, name, sets in uses(node):
+                receiver = last_name(owner)
+                part = receiver in LIGHTNING_PARTS
+                known = name in lightning.all and receiver not in ("self", "cls", "super")
+                of_another = name in OF_TORCH or (not part and name in own | OF_LOADERS)
+                if private(name) and known and not of_another:
+                    found.append(f"{path}:{node.lineno}: {receiver}.{name}")
+                elif sets and part and name in lightning.methods:
+                    found.append(f"{path}:{node.lineno}: replaces {receiver}.{name}")
+            if isinstance(node, ast.ClassDef):
+                above = {n for base in bases[node.name] for n in inherited(base)}
+                for inner in ast.walk(node):
+                    mine = [(o, n) for o, n, _ in uses(inner)]
+                    names = [n for o, n in mine if last_name(o) in ("self", "cls", "super")]
+                    if isinstance(inner, ast.FunctionDef):
+                        names.append(inner.name)
+                    found += [
+                        f"{path}:{inner.lineno}: {name} of a class above {node.name}"  # type: ignore
+                        for name in names
+                        if private(name) and name in above
+                    ]
+    return sorted(found)
+
+
 def test_no_line_is_too_wide() -> None:
     assert too_wide(ROOT) == []
 
@@ -134,6 +286,48 @@ def test_only_the_six_folders_hold_product_code() -> None:
 
 def test_no_folder_imports_what_it_must_never_know() -> None:
     assert trespassing(ROOT) == []
+
+
+def test_private_parts_of_lightning_are_used_in_one_package_only() -> None:
+    assert private_lightning(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from lightning.fabric.utilities.data import _set_sampler_epoch",
+        "from lightning.pytorch.loops.fetchers import _DataFetcher as Fetcher",
+        "def f(trainer):\n    return trainer.fit_loop._combined_loader",
+        "def f(loop):\n    loop._restarting = False",
+        "def f(x):\n    return getattr(x, '_last_global_step_saved', None)",
+        "def f(x):\n    return x.a._logger_connector.should_update_logs",
+        "def f(trainer):\n    vars(trainer.fit_loop.epoch_loop)['advance'] = print",
+        "def f(strategy):\n    strategy.setup_environment = print",
+        "def f(loop):\n    loop.__dict__['_on_before_fetch'] = print",
+        "def f(connector):\n    connector.__dict__.pop('register_signal_handlers', None)",
+        "class A(_CheckpointConnector):\n    def _restore_modules_and_callbacks(self): ...",
+        "class A(ModelCheckpoint): ...\nclass B(A):\n    def f(self): self._last_global_step_saved",
+        "class A(L.LightningModule):\n    def f(self):\n        return self._trainer",
+        "class A(LightningCLI):\n    def f(self):\n        super()._run_subcommand('fit')",
+    ],
+)
+def test_a_use_of_private_lightning_is_caught(scratch: Path, text: str) -> None:
+    assert private_lightning(scratch) == []
+    (scratch / "cli" / "bad.py").write_text(text + "\n")
+    assert len(private_lightning(scratch)) == 1
+
+
+def test_private_names_of_our_own_and_public_lightning_are_allowed(scratch: Path) -> None:
+    text = """
+class Watch(Callback):
+    def __init__(self): self._group = self._trainer = None
+    def f(self, trainer, module, loader):
+        trainer.callbacks = []
+        trainer.strategy.optimizers = trainer.fit_loop.epoch_loop.global_step
+        return self._group, self._trainer, module._modules, loader._iterator, self._state
+"""
+    (scratch / "cli" / "fine.py").write_text(text)
+    assert private_lightning(scratch) == []
 
 
 def test_no_preset_validates_within_an_optimizer_step() -> None:
