@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.language import Transformer, loss
@@ -98,6 +99,41 @@ def test_the_largest_thing_kept_is_the_gradient_of_the_head() -> None:
     ):
         chunked_nats(x, weight, torch.randint(20_000, (1, 1000)), 20_000, 64)
     assert max(kept) == weight.numel()
+
+
+class Names(TorchDispatchMode):
+    """Operations whose result has a number of elements."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.found = numel, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() == self.numel:
+            self.found.append(function.overloadpacket.__name__)
+        return result
+
+
+def test_the_backward_pass_makes_no_second_copy_of_the_gradient_of_the_head() -> None:
+    x, weight, targets = features(torch.float32)
+    mean = chunked_nats(x, weight, targets, V, 4) / 7
+    with Names(weight.numel()) as names:
+        mean.backward()
+    assert set(names.found) <= {"mul_", "detach"}
+
+
+def test_a_retained_graph_gives_the_same_gradients_again() -> None:
+    x, weight, targets = features()
+    mean = chunked_nats(x, weight, targets, V, 4) / 7
+    once = torch.autograd.grad(mean, (x, weight), retain_graph=True)
+    before = [gradient.clone() for gradient in once]
+    again = torch.autograd.grad(mean, (x, weight), retain_graph=True)
+    last = torch.autograd.grad(mean, (x, weight))
+    for a, b, c, d in zip(before, once, again, last, strict=True):
+        assert a.equal(b)
+        assert a.equal(c)
+        assert a.equal(d)
 
 
 @pytest.mark.parametrize("wrong", [-1, -2, -99, V, V + 2, PADDED])

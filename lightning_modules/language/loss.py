@@ -103,12 +103,20 @@ class _Chunked(torch.autograd.Function):
             logits = (logits * counted[:, None]).to(x.dtype)
             if d_x is not None:
                 d_x[start : start + rows] = logits @ weight[:vocabulary].to(x.dtype)
-            if d_weight is not None:
+            if d_weight is None:
+                continue
+            if logits.dtype == exact and not torch.is_autocast_enabled(x.device.type):
+                d_weight[:vocabulary].addmm_(logits.mT, some)  # no second matrix of this size
+            else:
                 d_weight[:vocabulary] += logits.mT @ some
         ctx.save_for_backward(d_x, None if d_weight is None else d_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        d_x, d_weight = (g if g is None else g * gradients[0] for g in ctx.saved_tensors)
+        # Without retain_graph nobody reads the saved gradients again: no second copy of them is
+        # made. torch's compiler asks the same question for its donated buffers.
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        scale = torch.mul if again else Tensor.mul_
+        d_x, d_weight = (g if g is None else scale(g, gradients[0]) for g in ctx.saved_tensors)
         return d_x, d_weight, None, None, None, None
