@@ -1,14 +1,13 @@
 """Checkpoint: the newest state of a run and its best one, in whole files without a NaN."""
 
 import warnings
-from difflib import get_close_matches
 from typing import Any, Literal
 from weakref import proxy
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, suggest_names
 from ravine.lightning_compat import ModelCheckpointAccess, should_accumulate, validation_follows
 from ravine.strategies.saving import save, save_as_usual, save_last, worth_saving
 
@@ -100,7 +99,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
             return
         if self.monitor not in trainer.callback_metrics and self.monitor != MONITOR:
             names = sorted(trainer.callback_metrics)
-            nearest = get_close_matches(str(self.monitor), names, n=3, cutoff=0)
+            nearest = suggest_names(str(self.monitor), names, least=0)
             raise UsageError(
                 f"Checkpoint: no metric {self.monitor!r} was logged by the end of the validation; "
                 f"there are {', '.join(nearest) or 'none'}; set monitor to one of them"

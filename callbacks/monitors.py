@@ -9,7 +9,6 @@ the user's that logs.
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+from ravine.errors import suggest_names
 
 LOGS = {"log", "log_dict", "callback_metrics"}  # what code that logs mentions
 PACKAGES = ("ravine.", "lightning.", "torch.", "builtins.")
@@ -122,7 +123,7 @@ def unmet_requirements(open_ones: list[Monitored], names: set[str]) -> list[Moni
 def error_text(one: Monitored, names: set[str], trainer: Any, module: L.LightningModule) -> str:
     """The error text."""
     wanted = " and ".join(repr(name) for name in one.names)
-    near = get_close_matches(one.names[0], sorted(names), n=3, cutoff=0.5) or sorted(names)[:6]
+    near = suggest_names(one.names[0], names, least=0.5) or sorted(names)[:6]
     where = "" if trainer.enable_validation else ", and this fit has no validation"
     return (
         f"{one.who} monitors {wanted}, and no metric of that name is logged by "

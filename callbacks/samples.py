@@ -1,12 +1,11 @@
 """Samples: what a generative model makes, looked at after each validation."""
 
 import inspect
-from difflib import get_close_matches
 from typing import Any
 
 import lightning as L
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, suggest_names
 
 from .checks import before_training
 from .showing import run_folder, show
@@ -82,7 +81,7 @@ def refuse_unknown_arguments(module: Any, arguments: dict[str, Any]) -> None:
     except TypeError as error:
         names = [name for name in signature.parameters if name != "show"]
         wrong = [name for name in arguments if name not in signature.parameters]
-        near = get_close_matches(wrong[0], names, n=1) if wrong else []
+        near = suggest_names(wrong[0], names, 1) if wrong else []
         raise UsageError(
             f"Samples: generate() of {type(module).__name__}: {error}; allowed: "
             f"{', '.join(names)}; "

@@ -4,7 +4,6 @@ query             every layer called so, at any depth      net.blocks.0.attentio
 blocks.*.mlp.*    a star stands for any text, dots too     net.blocks.1.mlp.down
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, suggest_names
 
 from .optimizers.rules import kinds
 
@@ -50,14 +49,8 @@ def matching(patterns: Patterns, names: Sequence[str], whose: str) -> list[str]:
 
 def nearest(pattern: str, names: Sequence[str], count: int = 4) -> list[str]:
     """Names like the pattern: compared with all of a name and with its ends."""
-
-    def likeness(name: str) -> float:
-        parts = name.split(".")
-        ends = (".".join(parts[i:]) for i in range(len(parts)))
-        return max(difflib.SequenceMatcher(None, pattern, end).ratio() for end in ends)
-
-    best = sorted(names, key=likeness, reverse=True)[:count]
-    return best or ["nothing: there is no such layer"]
+    near = suggest_names(pattern, names, count, least=0, dotted=True)
+    return near or ["nothing: there is no such layer"]
 
 
 def hidden_layers(module: nn.Module) -> list[str]:

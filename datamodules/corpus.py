@@ -4,7 +4,6 @@ A text above `memory_limit` characters is not held in memory: its tokens are a m
 """
 
 import codecs
-import difflib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ravine.errors import MissingFileError, UsageError
+from ravine.errors import MissingFileError, UsageError, suggest_names
 
 from .file_kinds import HEAD, SUFFIXES, refuse_binary
 from .tokenized import (
@@ -50,7 +49,7 @@ def files_of(path: Path, flag: str = "--data.path") -> list[Path]:
         return [path]
     if not path.is_dir():
         beside = [p.name for p in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
-        nearest = difflib.get_close_matches(path.name, beside, 3) or sorted(beside)[:3]
+        nearest = suggest_names(path.name, beside) or sorted(beside)[:3]
         there = f"nearest there: {', '.join(nearest)}" if nearest else "its folder is missing, too"
         raise MissingFileError(f"no file or folder {path}; {there}; type {flag}=FILE")
     files = []

@@ -18,7 +18,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ravine.errors import MissingFileError, RunError, UsageError
+from ravine.errors import MissingFileError, RunError, UsageError, sort_by_similarity
 
 from .idx import find_idx, read_own_idx
 from .image_files import SOURCES, read_digits, read_named
@@ -303,10 +303,7 @@ class ImageDataModule(L.LightningDataModule):
 
 def nearest(word: str) -> list[str]:
     """The named sources, the most similar first."""
-    import difflib
-
-    close = difflib.get_close_matches(word.rpartition(os.sep)[2], NAMED, len(NAMED), 0.5)
-    return close + [name for name in NAMED if name not in close]
+    return sort_by_similarity(word.rpartition(os.sep)[2], NAMED)
 
 
 def held_out(images: ImageSet, fraction: float, key: str) -> tuple[ImageSet, ImageSet]:

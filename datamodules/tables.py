@@ -8,14 +8,13 @@ Axes: none.
 """
 
 import csv
-import difflib
 import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, suggest_names
 
 LABEL_NAMES = ("label", "labels", "v1", "category", "class", "target", "type", "spam", "is_spam")
 TEXT_NAMES = ("text", "v2", "message", "messages", "sms", "content", "body", "email", "msg")
@@ -147,7 +146,7 @@ def _place(
         places = [place for place, column in enumerate(columns) if column == wanted]
         if not places and wanted.isdecimal() and len(wanted) < 6 and int(wanted) < len(columns):
             return int(wanted)
-        near = difflib.get_close_matches(wanted, columns, 1) or [c for c in columns if c][:1]
+        near = suggest_names(wanted, columns, 1) or [c for c in columns if c][:1]
         if not places:
             raise UsageError(
                 f"{name} has no column {wanted!r}; allowed: {there}; type {flag}={near[0]}"

@@ -55,9 +55,41 @@ class RunError(RuntimeError):
     exit_status = 1
 
 
-def suggest_names(name: str, allowed: Iterable[str]) -> list[str]:
-    """At most three of the allowed names, most similar to ``name`` first; upper case is ignored."""
-    ratios = {n: difflib.SequenceMatcher(None, n.lower(), name.lower()).ratio() for n in allowed}
-    least = max([0.6, *(ratio - 0.15 for ratio in ratios.values())])  # 1: the same letters
-    near = [n for n in sorted(ratios) if ratios[n] >= least]
-    return sorted(near, key=lambda n: -ratios[n])[:3]
+def suggest_names(
+    name: str, allowed: Iterable[str], count: int = 3, *, least: float = 0.6, dotted: bool = False
+) -> list[str]:
+    """At most ``count`` of the allowed names, most similar to ``name`` first; case is ignored.
+
+    Names whose similarity is more than 0.15 below that of the best are left out.
+
+    Args:
+        name: the name that does not exist.
+        allowed: the names that do.
+        count: the largest number of names in the result.
+        least: similarity from 0 to 1 (equal) below which a name is left out; 0 always finds one.
+        dotted: whether ``name`` may also stand for the end of a dotted name, as "query" does for
+            "blocks.0.query".
+    """
+    ratios = _similarities(name, allowed, dotted)
+    least = max([least, *(ratio - 0.15 for ratio in ratios.values())])
+    return [n for n in _by_similarity(ratios) if ratios[n] >= least][:count]
+
+
+def sort_by_similarity(name: str, allowed: Iterable[str]) -> list[str]:
+    """All of the allowed names, most similar to ``name`` first; case is ignored."""
+    return _by_similarity(_similarities(name, allowed))
+
+
+def _similarities(name: str, allowed: Iterable[str], dotted: bool = False) -> dict[str, float]:
+    """The share of letters that each allowed name has in common with ``name``, from 0 to 1."""
+
+    def ratio(other: str) -> float:
+        parts = other.lower().split(".")
+        ends = (".".join(parts[i:]) for i in range(len(parts) if dotted else 1))
+        return max(difflib.SequenceMatcher(None, end, name.lower()).ratio() for end in ends)
+
+    return {other: ratio(other) for other in allowed}
+
+
+def _by_similarity(ratios: dict[str, float]) -> list[str]:
+    return sorted(sorted(ratios), key=lambda name: -ratios[name])

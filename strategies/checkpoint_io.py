@@ -23,7 +23,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -32,6 +31,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
+
+from ravine.errors import suggest_names
 
 from . import archive, checkpoint_form, mapped_file, sharded
 from .checkpoint_error import CheckpointError as CheckpointError
@@ -461,7 +462,7 @@ def _unreadable(path: Path, reason: str) -> CheckpointError:
 def _missing(path: Path) -> CheckpointError:
     folder = path.parent
     names = sorted(p.name for p in folder.glob(f"*{SUFFIX}"))
-    nearest = get_close_matches(path.name, names, n=3, cutoff=0) or names[:3]
+    nearest = suggest_names(path.name, names, least=0)
     if not nearest:
         there = f"{folder} holds none" if folder.is_dir() else f"there is no folder {folder}"
         return CheckpointError(f"no checkpoint {path}: {there}; --ckpt_path auto finds the newest")

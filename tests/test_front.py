@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 import ravine
-from ravine.errors import MissingFileError, RunError, UsageError, UsageTypeError, suggest_names
+from ravine.errors import (
+    MissingFileError,
+    RunError,
+    UsageError,
+    UsageTypeError,
+    sort_by_similarity,
+    suggest_names,
+)
 
 
 def test_the_package_is_imported_with_the_standard_library_alone() -> None:
@@ -75,3 +82,22 @@ def test_errors_are_caught_as_the_builtin_exceptions_that_they_refine() -> None:
 def test_the_most_similar_name_comes_first_and_upper_case_is_ignored() -> None:
     assert suggest_names("adamw", ["SGD", "AdamW", "Adam", "RAdam"])[0] == "AdamW"
     assert suggest_names("zzz", ["SGD", "AdamW"]) == []
+
+
+def test_names_are_suggested_down_to_a_similarity_and_a_count() -> None:
+    names = ["step_size", "step_count", "momentum"]
+    assert suggest_names("step_siz", names) == ["step_size"]
+    assert suggest_names("q", names) == []
+    assert suggest_names("mmm", names, 1, least=0) == ["momentum"]
+    assert len(suggest_names("step", ["step_a", "step_b", "step_c"], 2)) == 2
+    assert suggest_names("x", [], least=0) == []
+
+
+def test_the_end_of_a_dotted_name_is_suggested_where_it_may_stand_for_the_whole() -> None:
+    layers = ["net.blocks.0.attention.query", "net.blocks.0.mlp.up"]
+    assert suggest_names("qurey", layers) == []
+    assert suggest_names("qurey", layers, dotted=True) == layers[:1]
+
+
+def test_sorting_by_similarity_keeps_every_name() -> None:
+    assert sort_by_similarity("minst", ["cifar10", "MNIST"]) == ["MNIST", "cifar10"]

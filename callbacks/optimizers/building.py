@@ -4,7 +4,6 @@ Rules with the same optimizer and arguments become groups of one: ten of them co
 than one does. What a rule changes for itself (lr_scale, decay) is kept in its groups.
 """
 
-import difflib
 import inspect
 import math
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from rich.table import Column, Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, suggest_names
 
 from . import faults
 from .composite import Composite, Group, Part
@@ -162,7 +161,7 @@ def make(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimiz
         allowed = list(usual)[1:]
         for word in given:
             if word not in allowed:
-                nearest = difflib.get_close_matches(word, allowed, n=3, cutoff=0.3) or allowed
+                nearest = suggest_names(word, allowed, least=0.3) or allowed
                 raise UsageError(
                     f"{made.__name__ if made else 'the optimizer'} has no argument {word!r}; "
                     f"nearest: {', '.join(nearest)}"

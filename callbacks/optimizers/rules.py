@@ -4,7 +4,6 @@ The kind of a parameter is what its module is, not how many axes it has: an embe
 of rows, and orthogonalising it like a matrix would be a mistake that no error reveals.
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Muon, Optimizer
 
-from ravine.errors import UsageError
+from ravine.errors import UsageError, suggest_names
 
 Kind = Literal["hidden_matrix", "embedding", "head", "norm", "bias", "convolution", "scalar"]
 Choice = Kind | Literal["rest"]
@@ -150,7 +149,7 @@ def choose(
 
 def _idle(number: int, rule: Rule, kind_of: dict[str, str]) -> str:
     if rule.name != "*":
-        near = difflib.get_close_matches(rule.name, kind_of, n=3, cutoff=0.1)
+        near = suggest_names(rule.name, kind_of, least=0.1, dotted=True)
         there = f"nearest names: {', '.join(near) or ', '.join(kind_of)}"
     else:
         there = f"kinds here: {', '.join(dict.fromkeys(kind_of.values()))}"

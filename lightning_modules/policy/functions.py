@@ -3,10 +3,11 @@
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from difflib import SequenceMatcher
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from ravine.errors import sort_by_similarity
 
 from .rewards import Reward, RewardError, Samples, in_line, shortened
 
@@ -93,7 +94,7 @@ def named(path: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if callable(function):
         return function
-    known = _nearest(name, [k for k, v in vars(module).items() if inspect.isfunction(v)])
+    known = sort_by_similarity(name, [k for k, v in vars(module).items() if inspect.isfunction(v)])
     there = f"functions in {file} are {', '.join(known[:9]) or 'none'}"
     if function is not None:
         there = f"that is {shortened(repr(function))}, and {there}"
@@ -106,7 +107,7 @@ def _module(path: str, file: str, name: str) -> ModuleType:
     except Exception as error:  # whatever a file of the user's does when it is imported
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{file}.".startswith(f"{missing}."):
-            files = _nearest(file, [each.stem for each in Path().glob("[!._]*.py")])
+            files = sort_by_similarity(file, [each.stem for each in Path().glob("[!._]*.py")])
             there = f"{', '.join(files[:9])}" if files else "none"
             what = f"no file is called {missing}.py; files of Python in this folder are {there}"
             raise _none(path, what, files[0] if files else file, [name]) from error
@@ -120,8 +121,3 @@ def _none(path: str, what: str, file: str, names: Sequence[str]) -> RewardError:
     right = f"{file}.{names[0] if names else 'reward'}"
     fix = f"type --model.rewards.function={right}"
     return RewardError(f"no reward function {path}: {what}; {fix}")
-
-
-def _nearest(word: str, names: Sequence[str]) -> list[str]:
-    likeness = {n: SequenceMatcher(None, n.lower(), word.lower()).ratio() for n in names}
-    return sorted(names, key=lambda name: -likeness[name])
