@@ -7,7 +7,7 @@ from weakref import proxy
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ravine.errors import UsageError, suggest_names
+from ravine.errors import UsageError, sort_by_similarity
 from ravine.lightning_compat import ModelCheckpointAccess, should_accumulate, validation_follows
 from ravine.strategies.saving import save, save_as_usual, save_last, worth_saving
 
@@ -99,7 +99,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
             return
         if self.monitor not in trainer.callback_metrics and self.monitor != MONITOR:
             names = sorted(trainer.callback_metrics)
-            nearest = suggest_names(str(self.monitor), names, least=0)
+            nearest = sort_by_similarity(str(self.monitor), names)[:3]
             raise UsageError(
                 f"Checkpoint: no metric {self.monitor!r} was logged by the end of the validation; "
                 f"there are {', '.join(nearest) or 'none'}; set monitor to one of them"

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from ravine.errors import suggest_names
+from ravine.errors import sort_by_similarity
 
 LOGS = {"log", "log_dict", "callback_metrics"}  # what code that logs mentions
 PACKAGES = ("ravine.", "lightning.", "torch.", "builtins.")
@@ -123,7 +123,7 @@ def unmet_requirements(open_ones: list[Monitored], names: set[str]) -> list[Moni
 def error_text(one: Monitored, names: set[str], trainer: Any, module: L.LightningModule) -> str:
     """The error text."""
     wanted = " and ".join(repr(name) for name in one.names)
-    near = suggest_names(one.names[0], names, least=0.5) or sorted(names)[:6]
+    near = sort_by_similarity(one.names[0], names)[:6]
     where = "" if trainer.enable_validation else ", and this fit has no validation"
     return (
         f"{one.who} monitors {wanted}, and no metric of that name is logged by "
