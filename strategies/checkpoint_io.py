@@ -32,7 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from ravine.errors import suggest_names
+from ravine.errors import sort_by_similarity
 
 from . import archive, checkpoint_form, mapped_file, sharded
 from .checkpoint_error import CheckpointError as CheckpointError
@@ -462,7 +462,7 @@ def _unreadable(path: Path, reason: str) -> CheckpointError:
 def _missing(path: Path) -> CheckpointError:
     folder = path.parent
     names = sorted(p.name for p in folder.glob(f"*{SUFFIX}"))
-    nearest = suggest_names(path.name, names, least=0)
+    nearest = sort_by_similarity(path.name, names)[:3]
     if not nearest:
         there = f"{folder} holds none" if folder.is_dir() else f"there is no folder {folder}"
         return CheckpointError(f"no checkpoint {path}: {there}; --ckpt_path auto finds the newest")

@@ -351,10 +351,9 @@ def test_behind_a_symlink_a_mistake_is_a_line_and_status_2(tmp_path: Path) -> No
     site = tmp_path / "real" / "ravine"
     site.mkdir(parents=True)
     checkout = Path(__file__).resolve().parent.parent
-    for name in ("lightning_modules", "datamodules", "callbacks", "strategies", "cli", "configs"):
-        (site / name).symlink_to(checkout / name)
-    for name in ("__init__.py", "errors.py"):
-        (site / name).symlink_to(checkout / "ravine" / name)
+    folders = ("lightning_modules", "datamodules", "callbacks", "strategies", "cli", "configs")
+    for part in [*(checkout / name for name in folders), *(checkout / "ravine").iterdir()]:
+        (site / part.name).symlink_to(part)
     (tmp_path / "home").symlink_to("real")
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 200)
     home = str(tmp_path / "home")
