@@ -154,7 +154,7 @@ def mnist(seed: int) -> None:
     ours = ClassifierFeatures(str(trained("classifier/mnist", 1)[0]))
     judges = {"mnist_cnn": ours, "batch_norm": BatchNormed().learned(*data.pictures("train"))}
     path, seconds = trained("diffusion/mnist_quick", seed)
-    model = Diffusion.load(path)
+    model = Diffusion.load_from_checkpoint(path, map_location="cpu")
     row = circumstances("diffusion/mnist_quick") | {"seed": seed, "n": 1000} | seconds
     for name, features in judges.items():
         judge = Judge(features, data, 1000)
@@ -178,7 +178,8 @@ def digits(seed: int) -> None:
         row = circumstances("diffusion/digits") | {"seed": seed, "n": 500} | seconds
         row |= {"over": over, "judge": round(judge.accuracy, 4), "floor": round(judge.floor, 3)}
         steps = 1 if over.endswith("one_step") else 20
-        append("diffusion_quality", row | judged(Diffusion.load(path), judge, 500, steps, 0.0))
+        model = Diffusion.load_from_checkpoint(path, map_location="cpu")
+        append("diffusion_quality", row | judged(model, judge, 500, steps, 0.0))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """A trained model by its checkpoint: for commands that need nothing else, and no trainer."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from lightning.pytorch.core import saving
 
 import ravine.callbacks  # a checkpoint names callbacks that changed its net
 import ravine.lightning_modules
 from ravine.callbacks.transforms import reapply
-from ravine.errors import UsageError
+from ravine.errors import MissingFileError, UsageError
 from ravine.lightning_modules import TaskModule
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, check
 
@@ -18,22 +23,102 @@ from .trust import Trust, packages
 NAME, ROOT = "trainer.name", "trainer.default_root_dir"  # where `last` and `auto` look
 
 
-def load(path: str | Path, trust: Iterable[str] = ()) -> TaskModule:
+def load(
+    path: str | Path | IO[bytes],
+    trust: Iterable[str] = (),
+    *,
+    task: type[TaskModule] | None = None,
+    map_location: Any = "cpu",
+    hparams_file: str | Path | None = None,
+    strict: bool | None = None,
+    weights_only: bool | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> TaskModule:
     """A trained model by its checkpoint alone, with the adapters and quantized weights it has.
 
-    from ravine.cli.trained import load
-    print(load("runs/shakespeare/lora/version_0/checkpoints/step=000300.ckpt").generate("ARIEL:"))
+    from ravine import load_model
+    print(load_model("runs/shakespeare/lora/version_0/checkpoints/last.ckpt").generate("ARIEL:"))
 
-    `TaskModule.load` does the same for nets that nothing has changed. Of a LightningModule of your
-    own: build it, then `ravine.callbacks.transforms.reapply(module, checkpoint)`.
+    `LanguageModel.load_from_checkpoint(path)` does the same for a class that is known. Of a
+    LightningModule of your own: build it, then `ravine.callbacks.transforms.reapply`.
 
     Args:
-        path: the checkpoint, a file or a folder.
+        path: the checkpoint: a file or a folder; with `task` also an address or an open file.
         trust: packages or modules of other people whose classes it may name: importing one runs
-            its code, so it is refused without. `load(path, trust=["mine"])`.
+            its code, so it is refused without. `load_model(path, trust=["mine"])`.
+        task: the class, or one that it inherits from; by default the one that the checkpoint names.
+        map_location: where tensors go, as in `torch.load`; None: where they were saved, or the CPU
+            if this machine lacks that device.
+        hparams_file: .yaml or .csv with hyperparameters in the place of the checkpoint's.
+        strict: whether names of weights must be equal; by default the model's `strict_loading`.
+        weights_only: False admits any pickled object, from an author whom you trust.
+        overrides: arguments of the class in the place of saved ones.
     """
-    task = task_of(Path(path), trust)
-    return task.restored(AtomicCheckpointIO().load_checkpoint(path), reapply)
+    check_location(map_location)
+    path = Path(path) if isinstance(path, os.PathLike) else path
+    if task is None:
+        task = task_of(Path(cast(str, path)), trust)
+    place = where_saved if map_location is None else map_location
+    checkpoint = AtomicCheckpointIO().load_checkpoint(path, place, weights_only)
+    if hparams_file is not None:
+        key = task.CHECKPOINT_HYPER_PARAMS_KEY
+        checkpoint = checkpoint | {key: hyperparameters_in(Path(hparams_file))}
+    how: dict[str, Any] = {"strict": strict, "overrides": overrides}
+    model = task.from_checkpoint_dict(checkpoint, apply_transforms=reapply, **how)
+    if isinstance(map_location, str | torch.device):  # a folder is read on the CPU
+        return model.to(map_location)
+    tensors = (t for t in checkpoint["state_dict"].values() if isinstance(t, torch.Tensor))
+    return model.to(next((t.device for t in tensors), torch.device("cpu")))
+
+
+def where_saved(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """A `map_location`: the device a tensor was saved from if this machine has it, else the CPU."""
+    if location in ("cpu", "meta"):
+        return storage
+    device = torch.device(location)
+    backend = getattr(torch, device.type, None)  # torch.cuda, torch.mps, torch.xpu
+    count = backend.device_count() if backend is not None else 0
+    return None if (device.index or 0) < count else storage.cpu()
+
+
+def check_location(map_location: Any) -> None:
+    """Refuse a device that this machine lacks: torch would call the file damaged."""
+    named = map_location.values() if isinstance(map_location, dict) else [map_location]
+    for each in named:
+        if not isinstance(each, str | torch.device):
+            continue
+        problem = f"map_location is {str(each)!r}, which keeps no values"
+        try:
+            usable = not torch.empty(0, device=each).is_meta
+        except Exception as error:  # torch raises several kinds
+            usable, said = False, " ".join(str(error).split())[:80]
+            problem = f"map_location is {str(each)!r}, and this machine has no such device ({said})"
+        if not usable:
+            allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+            raise UsageError(problem, allowed, "use map_location='cpu'")
+
+
+def hyperparameters_in(file: Path) -> dict[str, Any]:
+    """The hyperparameters in a .yaml or .csv file, as Lightning's loggers write it."""
+    readers = {
+        ".csv": saving.load_hparams_from_tags_csv,
+        ".yml": saving.load_hparams_from_yaml,
+        ".yaml": saving.load_hparams_from_yaml,
+    }
+    if file.suffix.lower() not in readers:
+        raise UsageError(f"hparams_file is {file}", [*readers], "use hparams_file='hparams.yaml'")
+    if not file.is_file():
+        raise MissingFileError(
+            f"there is no hparams_file {file}", hint="leave it out: the checkpoint has them"
+        )
+    found = readers[file.suffix.lower()](file)
+    if not isinstance(found, Mapping):
+        raise UsageError(
+            f"hparams_file {file} holds a {type(found).__name__}",
+            ["a mapping of names to values"],
+            "leave it out: the checkpoint has them",
+        )
+    return dict(found)
 
 
 def prepare(

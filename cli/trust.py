@@ -1,7 +1,7 @@
 """Which classes a checkpoint may name: importing a module runs its code.
 
     lightning validate --ckpt_path=FILE --trust=mine       classes of mine.py are imported
-    ravine.cli.trained.load("FILE", trust=["mine"])        the same in a script
+    ravine.load_model("FILE", trust=["mine"])              the same in a script
 
 What the user types, in flags, in a config or in the environment, is trusted as a program is. What
 stands only in a checkpoint may name a class of Ravine, one of torch's layers and optimizers, one of

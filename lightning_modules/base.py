@@ -4,24 +4,26 @@ Late, because callbacks and strategies act between `__init__` and the first step
 net its sizes (`adopt`), transforms rewrite it, the strategy shards it. None of that is seen here.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ravine.errors import RunError, UsageError
+from ravine.errors import RunError, UsageError, UsageTypeError, suggest_names
 from ravine.lightning_compat import attached_trainer
-from ravine.strategies.checkpoint_io import AtomicCheckpointIO
 
 from .initial_values import InitialValues
 
+PLAIN = (bool, int, float, str, tuple)  # of class attributes that are settings, such as lr
 FUSED = ("cpu", "cuda")  # devices with a fused kernel of AdamW in every supported torch
 
 
@@ -75,6 +77,32 @@ def refuse_early_copies(callbacks: list[L.Callback]) -> None:
                 f"{name} copies the network in setup, before it is built, and would average "
                 f"nothing; take {name} out of trainer.callbacks and use ravine.callbacks.EMA"
             )
+
+
+class _ClassOnly(classmethod):
+    """A classmethod that raises a TypeError if it is called on an instance, as Lightning's do."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return super().__get__(None, owner)
+        name = f"{type(instance).__name__}.{self.__func__.__name__}"
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise UsageTypeError(
+                f"The classmethod `{name}` cannot be called on an instance: it makes a new model",
+                ["a call on the class"],
+                f"use model = {name}(path)",
+            )
+
+        return refuse
+
+
+_class_only = classmethod if TYPE_CHECKING else _ClassOnly
+
+
+def _subclasses(kind: type) -> list[type]:
+    """All imported subclasses, those of subclasses included."""
+    return [c for below in kind.__subclasses__() for c in (below, *_subclasses(below))]
 
 
 def _is_ours(method: Any) -> bool:
@@ -178,83 +206,209 @@ class TaskModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another task's weights in words, before the tensors disagree in numbers."""
-        self._check_task(checkpoint)
+        if not self._may_have_written(checkpoint):
+            task = checkpoint.get("task", "another program")
+            raise self._of_another_task(
+                checkpoint, f"give the trainer a {task}", f"type --model={task}"
+            )
         if self.net is not None:  # built, so whatever changes it has changed it by now
-            self._check_changes(checkpoint)
+            self._check_changes(checkpoint, "add them to the trainer's callbacks")
 
-    def _check_changes(self, checkpoint: dict[str, Any]) -> None:
+    def _check_changes(self, checkpoint: dict[str, Any], hint: str) -> None:
         done = getattr(self.__dict__.get("_transforms"), "applied", {})
         phases = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys() - done.keys()
         if phases:
             names = [checkpoint["transforms"][phase]["class"] for phase in sorted(phases)]
             raise UsageError(
-                f"the net of the checkpoint was changed by {' and '.join(names)}; allowed: a "
-                f"trainer with the same; type --trainer.callbacks+={names[0]}, or in a script "
-                "ravine.cli.trained.load(path)"
+                f"the net of the checkpoint was changed by {' and '.join(names)}, this one was not",
+                [f"a model that {' and '.join(names)} changes in the same way"],
+                hint,
+                flag=f"type --trainer.callbacks+={names[0]}",
             )
 
     @classmethod
-    def _check_task(cls, checkpoint: dict[str, Any]) -> None:
+    def _of_another_task(cls, checkpoint: dict[str, Any], hint: str, flag: str = "") -> UsageError:
         task = checkpoint.get("task", "another program")
-        if task not in (c.__name__ for c in cls.__mro__):
-            raise UsageError(
-                f"the checkpoint was written by {task}, the model is {cls.__name__}; "
-                f"allowed: a checkpoint of {cls.__name__}; type --model={task}"
-            )
+        problem = f"the checkpoint was written by {task}, the model is {cls.__name__}"
+        return UsageError(problem, [f"a checkpoint of {cls.__name__}"], hint, flag=flag)
 
     @classmethod
-    def load(
-        cls, path: str | Path, change: Callable[[Self, dict[str, Any]], None] | None = None
-    ) -> Self:
-        """Rebuild a trained task from a checkpoint alone, on the CPU, ready to use.
+    def _may_have_written(cls, checkpoint: dict[str, Any]) -> bool:
+        """Whether the checkpoint names this class or one that it inherits from.
 
-        model = LanguageModel.load("runs/shakespeare/quick/version_0/checkpoints/step=001000.ckpt")
-        print(model.generate("ROMEO:", max_new_tokens=200))
-
-        Args:
-            path: the file.
-            change: does to the built net what was done to that of the checkpoint; see
-                `ravine.cli.trained.load`, which loads adapters and quantized weights.
+        A class that overrides `on_save_checkpoint` without `super()` leaves no name.
         """
-        return cls.restored(AtomicCheckpointIO().load_checkpoint(path), change)
+        if "task" not in checkpoint:
+            return not _is_ours(cls.on_save_checkpoint)
+        return checkpoint["task"] in [c.__name__ for c in cls.__mro__]
 
     @classmethod
-    def restored(
-        cls,
-        checkpoint: dict[str, Any],
-        change: Callable[[Self, dict[str, Any]], None] | None = None,
-    ) -> Self:
-        """The same from a checkpoint that was read already.
+    def _class_of(cls, checkpoint: dict[str, Any]) -> type[Self]:
+        """This class, or the imported subclass that has written the checkpoint.
 
         Raises:
-            ValueError: if its hyperparameters, or its weights, make no model of this class.
+            UsageError: another task has written it.
+        """
+        if cls._may_have_written(checkpoint):
+            return cls
+        writers = [c for c in _subclasses(cls) if c.__name__ == checkpoint.get("task")]
+        if len(writers) != 1:
+            hint = "use ravine.load_model(path), which finds the class"
+            raise cls._of_another_task(checkpoint, hint)
+        return writers[0]
+
+    @_class_only
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Rebuild a trained task from its checkpoint, adapters and quantized weights included.
+
+            model = LanguageModel.load_from_checkpoint("runs/mine/version_0/checkpoints/last.ckpt")
+            print(model.generate("ROMEO:", max_new_tokens=200))
+
+        Lightning's own method builds the net before it reads the sizes that came from the data.
+        The model is in evaluation mode: call `model.train()` before you train it further.
+
+        Args:
+            checkpoint_path: a file, a sharded folder, an address, or an open file.
+            map_location: where tensors go, as in `torch.load`; by default where they were saved,
+                or the CPU if this machine lacks that device. The model goes where its first tensor
+                is.
+            hparams_file: .yaml or .csv with hyperparameters in the place of the checkpoint's.
+            strict: whether names of weights must be equal; by default the model's
+                `strict_loading`.
+            weights_only: False admits any pickled object, from an author whom you trust.
+            kwargs: arguments of the class, or settings such as `lr`, in the place of saved ones.
+
+        Raises:
+            UsageError: the checkpoint is not one of this class, or an argument does not fit.
+            CheckpointError: the file is missing or damaged.
+        """
+        from ravine import load_model
+
+        return cast(
+            Self,
+            load_model(
+                checkpoint_path,
+                task=cast(Any, cls),
+                map_location=map_location,
+                hparams_file=hparams_file,
+                strict=strict,
+                weights_only=weights_only,
+                overrides=kwargs,
+            ),
+        )
+
+    @classmethod
+    def from_checkpoint_dict(
+        cls,
+        checkpoint: dict[str, Any],
+        apply_transforms: Callable[[Self, dict[str, Any]], None] | None = None,
+        strict: bool | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The same from a checkpoint that was read already, in evaluation mode.
+
+        Args:
+            checkpoint: its content.
+            apply_transforms: changes the built net as that of the checkpoint was changed;
+                `ravine.callbacks.transforms.reapply` does it for adapters and quantized weights.
+            strict: as in `load_from_checkpoint`.
+            overrides: arguments and settings in the place of saved ones.
+
+        Raises:
+            UsageError: the hyperparameters, or the weights, make no model of this class.
         """
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
             raise UsageError(
-                f"this is no checkpoint of a {cls.__name__}: it has no state_dict; choose a file "
-                "that a trainer has written"
+                f"this is no checkpoint of a {cls.__name__}: it has no state_dict",
+                hint="choose a file that a trainer has written",
             )
-        cls._check_task(checkpoint)
+        kind, overrides = cls._class_of(checkpoint), dict(overrides or {})
         try:
-            arguments = checkpoint.get("hyper_parameters", {})
-            arguments = {k: v for k, v in arguments.items() if not k.startswith("_")}
+            arguments, settings = kind._arguments(checkpoint, overrides)
+            saved = checkpoint.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
+            checkpoint = checkpoint | {kind.CHECKPOINT_HYPER_PARAMS_KEY: saved | overrides}
             with suppress(Exception), _Bounded(checkpoint["state_dict"]) as sizes:
-                cls._built(arguments, checkpoint)  # an error of it is raised again below
+                kind._built(arguments, checkpoint)  # an error of it is raised again below
             sizes.check()
-            model = cls._built(arguments, checkpoint)
-            if change is not None:
-                change(model, checkpoint)
-            model._check_changes(checkpoint)
-            model.load_state_dict(checkpoint["state_dict"])
+            model = kind._built(arguments, checkpoint)
+            for name, value in settings.items():
+                setattr(model, name, value)
+            if apply_transforms is not None:
+                apply_transforms(model, checkpoint)
+            model._check_changes(checkpoint, "use ravine.load_model(path)")
+            model._take_weights(checkpoint["state_dict"], strict)
         except (FileNotFoundError, ValueError):  # already a sentence
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             text = " ".join(str(error).split())[:160] or type(error).__name__
+            given = "".join(f", {name}={value!r:.40}" for name, value in overrides.items())
+            allowed, hint = "a file that this version has written", "choose another checkpoint"
+            if given:
+                names = ", ".join(overrides)
+                allowed, hint = "arguments that fit the weights", f"leave out {names}"
             raise UsageError(
-                f"the checkpoint makes no {cls.__name__}: {type(error).__name__}: {text}; it was "
-                "changed, or written by another version: choose another checkpoint"
+                f"the checkpoint{given} makes no {kind.__name__}: {type(error).__name__}: {text}",
+                [allowed],
+                hint,
             ) from error
         return model.eval()
+
+    @classmethod
+    def _arguments(
+        cls, checkpoint: dict[str, Any], overrides: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arguments of `__init__`, and the class's settings, by name.
+
+        As in Lightning, saved hyperparameters that `__init__` does not take are left out, and a
+        class that was made from one dict of hyperparameters gets it under its name.
+        """
+        parameters = inspect.signature(cls).parameters.values()
+        names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        kinds = [c for c in cls.__mro__ if issubclass(c, TaskModule)]
+        values = {name: value for c in kinds for name, value in vars(c).items()}
+        known = {n for n, v in values.items() if n[0] != "_" and isinstance(v, PLAIN)} - names
+        settings = {name: value for name, value in overrides.items() if name in known}
+        given = {name: value for name, value in overrides.items() if name not in known}
+        saved = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        saved = {name: value for name, value in saved.items() if not name.startswith("_")}
+        if (whole := checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)) in names:
+            inside = {name: value for name, value in given.items() if name not in names}
+            given = {name: value for name, value in given.items() if name in names}
+            saved = {whole: saved | inside}
+        if not takes_any:
+            saved = {name: value for name, value in saved.items() if name in names}
+            for name in given.keys() - names:
+                near = suggest_names(name, names | known)
+                raise UsageTypeError(
+                    f"{cls.__name__} has no argument {name!r}",
+                    near or sorted(names | known),
+                    f"use {near[0]}=..." if near else f"leave out {name}",
+                )
+        return saved | given, settings
+
+    def _take_weights(self, state: dict[str, Tensor], strict: bool | None) -> None:
+        if strict and not self.strict_loading:
+            raise UsageError(
+                f"strict is True, and {type(self).__name__}.strict_loading is False",
+                ["equal values"],
+                "leave out strict",
+            )
+        keys = self.load_state_dict(state, self.strict_loading if strict is None else strict)
+        for names, where in ((keys.missing_keys, "model"), (keys.unexpected_keys, "checkpoint")):
+            if names:
+                other = "checkpoint" if where == "model" else "model"
+                rank_zero_warn(
+                    f"Found keys that are in the {where} state dict but not in the {other}: {names}"
+                )
 
     @classmethod
     def _built(cls, arguments: dict[str, Any], checkpoint: dict[str, Any]) -> Self:

@@ -104,12 +104,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(
         self,
-        path: str | Path,
+        path: str | Path | IO[bytes],
         map_location: Any | None = "cpu",
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint that `check` finds whole; `weights_only=False` admits any object."""
-        source, plain = _local(path), weights_only is not False
+        """Read a checkpoint that `check` finds whole; `weights_only=False` admits any object.
+
+        The path may be an open file, which one process alone reads.
+        """
+        plain = weights_only is not False
+        if not isinstance(path, str | Path):
+            return _load_open(path, map_location, plain)
+        source = _local(path)
         if source is None:  # Lightning would unpickle what an http address sends
             return super().load_checkpoint(path, map_location, plain)
         readers, mapped = _together.get()
@@ -373,6 +379,14 @@ def _load(
             if file is not None:
                 file.close()
     raise CheckpointError(words("it was replaced again and again while the ranks opened it"))
+
+
+def _load_open(file: IO[bytes], map_location: Any, plain: bool) -> dict[str, Any]:
+    """Read a checkpoint from an open file."""
+    reason = _damage(file, plain) or _other_sum(file)
+    if reason is not None:
+        raise CheckpointError(f"the checkpoint in the open file cannot be used: {reason}")
+    return _read(file, map_location, plain, frozenset())
 
 
 def _read(file: IO[bytes], map_location: Any, plain: bool, mapped: frozenset[str]) -> Any:

@@ -321,7 +321,7 @@ def read(path: str | Path) -> torch.Tensor:
 def test_three_lines_of_python_draw_what_the_command_draws(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = Diffusion.load(checkpoint)
+    model = Diffusion.load_from_checkpoint(checkpoint)
     pictures = model.generate(labels="1-2,7", num_samples=3, guidance=0.5, steps=3, seed=5)
     pictures.save("mine.png")
     words = ["--labels=1-2,7", "--num_samples=3", "--guidance=0.5", "--steps=3", "--seed=5"]
@@ -399,7 +399,9 @@ def test_a_disk_that_is_full_takes_no_older_picture_away(
     assert "make room, then type the same again\n" in capsys.readouterr().err
     assert sorted(Path().rglob("*")) == before
     assert Path("samples.png").read_bytes() == b"an older one"
-    pictures = Diffusion.load(checkpoint).generate(labels="3", num_samples=2, steps=1)
+    pictures = Diffusion.load_from_checkpoint(checkpoint).generate(
+        labels="3", num_samples=2, steps=1
+    )
     with pytest.raises(OSError, match="No space left"):
         pictures.save_each("singles")
     assert not list(Path("singles").iterdir())
@@ -416,7 +418,7 @@ def test_texts_and_pictures_take_each_their_own_options() -> None:
 def test_weights_that_are_not_finite_end_in_one_line(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = Diffusion.load(checkpoint)
+    model = Diffusion.load_from_checkpoint(checkpoint)
     with torch.no_grad():
         model.net.blocks["out"].weight.fill_(torch.nan)
     assert main(["generate", "--ckpt_path", saved(model, Path("nan.ckpt"))]) == 2
@@ -432,7 +434,7 @@ def test_export_writes_what_the_checkpoint_holds(
     assert main(["export", "--ckpt_path", checkpoint, "--folder=out"]) == 0
     assert capsys.readouterr().out == "written: out/model.safetensors, config.json\n"
     there = load_file("out/model.safetensors")
-    ours = Diffusion.load(checkpoint).net.state_dict()
+    ours = Diffusion.load_from_checkpoint(checkpoint).net.state_dict()
     assert there.keys() == ours.keys()
     assert all(torch.equal(there[name], ours[name]) for name in ours)
     config = json.loads(Path("out/config.json").read_text())

@@ -48,7 +48,7 @@ def test_its_python_runs(
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = untrained()
-    monkeypatch.setattr(Diffusion, "load", lambda path: model)
+    monkeypatch.setattr(Diffusion, "load_from_checkpoint", lambda path: model)
     names: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) == 2

@@ -41,7 +41,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_three_lines_of_python_write_what_the_command_writes(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = LanguageModel.load(checkpoint)
+    model = LanguageModel.load_from_checkpoint(checkpoint)
     text = model.generate("who: ", max_new_tokens=30, temperature=0.7, top_k=9, seed=3)
     flags = ["--max_new_tokens=30", "--temperature", "0.7", "--top_k=9", "--seed=3"]
     assert main(["generate", "--ckpt_path", checkpoint, "--prompt=who: ", *flags]) == 0
@@ -56,7 +56,7 @@ def test_several_prompts_and_samples_come_one_after_the_other(
     words = ["--prompt_file=prompts.txt", "--num_samples=2", "--max_new_tokens=5", "--batch_size=3"]
     assert main(["generate", "--ckpt_path", checkpoint, "--prompt=zero", *words]) == 0
     out = capsys.readouterr().out
-    texts = LanguageModel.load(checkpoint).generate(
+    texts = LanguageModel.load_from_checkpoint(checkpoint).generate(
         ["zero", "one", "two\nlines"], max_new_tokens=5, num_samples=2
     )
     assert out == "".join(f"--- {i} of 6 ---\n{text}\n" for i, text in enumerate(texts, 1))
@@ -86,7 +86,7 @@ def test_a_file_of_prompts_may_have_a_mark_and_other_breaks_within_lines(
 
 
 def test_a_text_ends_before_its_stop(checkpoint: str) -> None:
-    model = LanguageModel.load(checkpoint)
+    model = LanguageModel.load_from_checkpoint(checkpoint)
     free = str(model.generate("a", max_new_tokens=60))[1:]
     stop = free[20:22]
     pieces: list[str] = []

@@ -328,4 +328,4 @@ def test_a_checkpoint_that_would_compute_something_else_is_refused(
     other.configure_model()
     with pytest.raises(ValueError, match=rf"has {name}={SHAPE[name]}, .*; type --model.{name}="):
         fill(other, str(tmp_path / "last.ckpt"))
-    LanguageModel.load(tmp_path / "last.ckpt")
+    LanguageModel.load_from_checkpoint(tmp_path / "last.ckpt")

@@ -130,7 +130,7 @@ def test_a_checkpoint_alone_gives_the_trained_model_back(poem, tmp_path):
     fit = trainer(max_steps=3, limit_val_batches=0)
     fit.fit(model, data)
     fit.save_checkpoint(tmp_path / "poem.ckpt")
-    loaded = LanguageModel.load(tmp_path / "poem.ckpt")
+    loaded = LanguageModel.load_from_checkpoint(tmp_path / "poem.ckpt")
     ids = model.tokenizer.encode("the fox")[None]
     assert loaded.tokenizer.state() == model.tokenizer.state()
     assert loaded.context == 16
@@ -150,7 +150,7 @@ def test_a_file_that_would_unfold_in_memory_is_refused(tmp_path):
             small.getinfo(name).external_attr = 0  # torch writes no rights of a file
     assert torch.load(tmp_path / "small.ckpt", weights_only=True)  # torch unpacks what it finds
     with pytest.raises(RuntimeError, match="its records are compressed"):
-        LanguageModel.load(tmp_path / "small.ckpt")
+        LanguageModel.load_from_checkpoint(tmp_path / "small.ckpt")
 
 
 def test_a_checkpoint_of_another_task_is_refused_by_name(poem, tmp_path):
@@ -159,7 +159,7 @@ def test_a_checkpoint_of_another_task_is_refused_by_name(poem, tmp_path):
     fit.fit(model, data_of(poem))
     fit.save_checkpoint(tmp_path / "poem.ckpt")
     with pytest.raises(ValueError, match="written by LanguageModel, the model is SpamClassifier"):
-        SpamClassifier.load(tmp_path / "poem.ckpt")
+        SpamClassifier.load_from_checkpoint(tmp_path / "poem.ckpt")
     other = tmp_path / "other.txt"
     other.write_text("abc def " * 100)
     with pytest.raises(ValueError, match=r"come from different texts; type --data\.path"):

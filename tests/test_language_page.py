@@ -30,7 +30,7 @@ def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     model = LanguageModel(256, 64, layers=1, width=16, heads=2, zero_init=False)
     model.tokenizer = ByteTokenizer()
     model.configure_model()
-    monkeypatch.setattr(LanguageModel, "load", lambda path: model)
+    monkeypatch.setattr(LanguageModel, "load_from_checkpoint", lambda path: model)
     monkeypatch.setitem(LEARNED, "kv", ())  # the page sets it; undone after the test
     names: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

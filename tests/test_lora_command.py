@@ -93,12 +93,12 @@ def test_merged_it_needs_no_callback_and_measures_the_same(here: Path, name: str
     assert main(words) == 0
     written = f"plain_{name}/model.ckpt"
     assert capsys.readouterr().out.endswith(f"written: {written}, model.safetensors\n")
-    adapted, plain = load(file_of(name)), LanguageModel.load(written)
+    adapted, plain = load(file_of(name)), LanguageModel.load_from_checkpoint(written)
     assert type(plain.net.blocks["0"].mlp.up) is nn.Linear
     tokens = torch.randint(plain.vocabulary, (2, 16))
     difference = (adapted(tokens) - plain(tokens)).abs().max()
     assert 0 <= difference < 1e-5
-    base = LanguageModel.load(file_of("base"))
+    base = LanguageModel.load_from_checkpoint(file_of("base"))
     assert (base(tokens) - plain(tokens)).abs().max() > 0.01
     state = load_file(f"plain_{name}/model.safetensors")
     assert state.keys() == plain.state_dict().keys() == base.state_dict().keys()
@@ -130,7 +130,7 @@ def test_a_checkpoint_in_parts_is_merged_as_a_file_is(here: Path, ranks: Any) ->
 def test_int8_is_exported_after_training_and_loads_as_it_was_written(here: Path, capsys) -> None:
     words = ["export", f"--ckpt_path={file_of('base')}", "--quantize=int8", "--folder=eight"]
     assert main(words) == 0
-    model, base = load("eight/model.ckpt"), LanguageModel.load(file_of("base"))
+    model, base = load("eight/model.ckpt"), LanguageModel.load_from_checkpoint(file_of("base"))
     tokens = torch.randint(base.vocabulary, (2, 16))
     assert 0 < (model(tokens) - base(tokens)).abs().max() < 0.05
     held = load_file("eight/model.safetensors")
@@ -249,6 +249,7 @@ def test_merging_what_has_no_adapters_is_refused(here: Path, capsys) -> None:
     assert not Path("nothing").exists()
 
 
-def test_a_task_that_loads_it_without_its_adapters_says_what_to_type(here: Path) -> None:
-    with pytest.raises(ValueError, match=r"changed by LoRA.*ravine\.cli\.trained\.load\(path\)"):
-        LanguageModel.load(file_of("lora"))
+def test_weights_given_without_their_adapters_are_refused_with_what_to_do(here: Path) -> None:
+    content = torch.load(file_of("lora"), weights_only=True)
+    with pytest.raises(ValueError, match=r"changed by LoRA.*; use ravine\.load_model\(path\)$"):
+        LanguageModel.from_checkpoint_dict(content)

@@ -265,7 +265,7 @@ def test_a_resume_with_other_classes_or_another_order_is_refused(kind: Any, tmp_
     module = kind()
     one.fit(module, ready(pets(tmp_path / "pets")))
     one.save_checkpoint(tmp_path / "pets.ckpt")
-    loaded = type(module).load(tmp_path / "pets.ckpt")
+    loaded = type(module).load_from_checkpoint(tmp_path / "pets.ckpt")
     assert loaded.class_names == ("cat", "dog")
     other = ready(pets(tmp_path / "farm", ("cow", "dog")))
     with pytest.raises(ValueError, match="cow"):

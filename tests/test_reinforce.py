@@ -377,7 +377,7 @@ def test_a_policy_is_loaded_without_its_base(base, tmp_path) -> None:
     checkpoint = torch.load(tmp_path / "policy.ckpt", weights_only=True)
     checkpoint["hyper_parameters"]["base"] = "gone"
     torch.save(checkpoint, tmp_path / "policy.ckpt")
-    loaded = Reinforce.load(tmp_path / "policy.ckpt")
+    loaded = Reinforce.load_from_checkpoint(tmp_path / "policy.ckpt")
     assert loaded.generate("the", max_new_tokens=8) == model.generate("the", max_new_tokens=8)
     again = policy(str(tmp_path / "policy.ckpt"))  # and it is a base itself
     fit(again, data(base), 1)
@@ -398,7 +398,8 @@ def test_a_policy_of_adapters_alone_is_loaded_with_its_base_or_asks_for_it(
     how = {"max_new_tokens": 32, "seed": 1}
     loaded = trained.load(path)
     assert loaded.generate("the", **how) == model.generate("the", **how)
-    assert loaded.generate("the", **how) != LanguageModel.load(base).generate("the", **how)
+    started = LanguageModel.load_from_checkpoint(base)
+    assert loaded.generate("the", **how) != started.generate("the", **how)
     other = torch.load(base, weights_only=True)
     other["state_dict"]["net.head.weight"] += 1
     torch.save(other, own)

@@ -179,7 +179,7 @@ def test_a_folder_becomes_one_file_that_torch_reads(written, tmp_path, capsys):
     )
     assert main(words) == 2  # nothing is written over
     assert f"{target} is there already" in capsys.readouterr().err
-    assert len(LanguageModel.load(target).generate("T", max_new_tokens=3)) == 4
+    assert len(LanguageModel.load_from_checkpoint(target).generate("T", max_new_tokens=3)) == 4
 
 
 def cut(name):

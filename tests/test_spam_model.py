@@ -164,7 +164,7 @@ def test_a_checkpoint_alone_gives_probabilities_back(tmp_path):
     model = SpamClassifier(buckets=2**12, hidden=4)
     _, trainer = fit_and_test(model, lr=1.0, steps=20)
     trainer.save_checkpoint(tmp_path / "spam.ckpt")
-    loaded = SpamClassifier.load(tmp_path / "spam.ckpt")
+    loaded = SpamClassifier.load_from_checkpoint(tmp_path / "spam.ckpt")
     batch = {"message": MESSAGES}
     assert loaded.predict_step(batch, 0) == model.predict_step(batch, 0)
     assert not math.isclose(loaded.predict_step(batch, 0)[0][2], 0.5, abs_tol=1e-3)

@@ -225,7 +225,7 @@ class ClassifierFeatures(nn.Module):
         """Load the weights."""
         super().__init__()
         try:
-            module = ImageClassifier.load(path)
+            module = ImageClassifier.load_from_checkpoint(path, map_location="cpu")
         except Exception as error:  # torch says it in many ways
             why = (str(error) or type(error).__name__).splitlines()[0].partition(";")[0]
             raise UsageError(
