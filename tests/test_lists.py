@@ -256,6 +256,18 @@ def test_an_overlay_that_is_written_is_a_config_with_a_command_above_it() -> Non
         assert text.startswith(f"# lightning fit --config gpt2/124m --config strategy/{name} ")
 
 
+def test_contributing_names_files_and_tables_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (rows,) = re.findall(r"^\| what \| source \| test \|\n(.*?)\n\n", text, re.DOTALL | re.M)
+    cells = [cell for row in rows.splitlines()[1:] for cell in row.strip("|").split("|")[1:]]
+    pairs = [re.search(r"(?:`([A-Z_]+)`.* )?(?:in|file in) `([\w/.]+)`", cell) for cell in cells]
+    named = [pair.groups() for pair in pairs if pair]
+    assert len(named) >= 12
+    for table, path in named:
+        assert (ROOT / path).exists(), path
+        assert table is None or f"\n{table}" in (ROOT / path).read_text(), (table, path)
+
+
 def code_blocks() -> Iterator[tuple[Path, str]]:
     """The Python code of README and docs/."""
     for page in PAGES:

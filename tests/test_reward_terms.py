@@ -26,6 +26,7 @@ from ravine.lightning_modules import (
     WordUniqueness,
 )
 from ravine.lightning_modules.language.generation import Generated
+from ravine.lightning_modules.policy import terms
 from ravine.lightning_modules.policy.estimators import Estimator
 from ravine.lightning_modules.policy.judge import Judge
 from ravine.lightning_modules.policy.kl import KL
@@ -91,6 +92,11 @@ TERMS: list[tuple[Reward, list[str], list[float]]] = [
     (Binary(CharacterFraction("e"), most=0), ["xyz", "xez"], [1, 0]),
     (Binary(UniqueWords(), least=0.5, most=0.9), ["a b a", "a b", "a a a"], [1, 0, 0]),
 ]
+
+
+def test_every_term_has_a_row_here_or_a_test_of_its_own() -> None:
+    names = {type(term).__name__ for term, *_ in TERMS}
+    assert names | {"SpeakerDiversity", "BatchDistance"} == set(terms.__all__)
 
 
 @pytest.mark.parametrize(("term", "texts", "exact"), TERMS, ids=lambda x: getattr(x, "name", ""))
