@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.callbacks.optimizers.faults import own_frame
-from ravine.errors import UsageError
+from ravine.errors import RunError, UsageError
 from ravine.lightning_compat import CheckpointConnector
 from ravine.strategies import MeshStrategy, sharded, states
 from ravine.strategies.checkpoint_form import odd
@@ -106,7 +106,8 @@ def restoring(section: str) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if status(error) is not None or own_frame(error) is not None:
+        worded = isinstance(error, UsageError | RunError)  # also where tracebacks are wanted
+        if worded or status(error) is not None or own_frame(error) is not None:
             raise
         said = " ".join(str(error).split())[:160]
         raise CheckpointError(

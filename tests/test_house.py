@@ -422,3 +422,39 @@ def test_a_folder_missing_from_packages_is_caught(scratch: Path) -> None:
     (scratch / "callbacks" / "optimizers").mkdir()
     (scratch / "callbacks" / "optimizers" / "new.py").write_text('"""New."""\n')
     assert unpackaged(scratch) == ["ravine.callbacks.optimizers"]
+
+
+# Raised where the caller in the same file catches it, where a caller's program is wrong, or where
+# Python's own protocols expect the class.
+PLAIN_ERRORS = {
+    "callbacks/optimizers/plan.py": {"TypeError"},
+    "callbacks/resume.py": {"TypeError"},
+    "datamodules/tokenized.py": {"TypeError"},
+    "lightning_modules/imaging/figures.py": {"RuntimeError"},
+    "lightning_modules/language/cache.py": {"RuntimeError"},
+}
+
+
+def errors_with_a_traceback(root: Path) -> list[str]:
+    """Exceptions that the command line would show with a traceback; ravine/errors.py has others."""
+    plain = {"ValueError", "TypeError", "FileNotFoundError", "RuntimeError"}
+    found = []
+    for path in sources(root):
+        name = path.relative_to(root).as_posix()
+        if name.startswith("benchmarks/"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                kind = last_name(node.exc.func)
+                if kind in plain - PLAIN_ERRORS.get(name, set()):
+                    found.append(f"{name}:{node.lineno}: {kind}; use a class of ravine.errors")
+    return found
+
+
+def test_errors_written_for_the_user_are_of_the_classes_that_the_command_line_knows() -> None:
+    assert errors_with_a_traceback(ROOT) == []
+
+
+def test_names_are_suggested_by_one_function() -> None:
+    users = [p.relative_to(ROOT).as_posix() for p in sources(ROOT) if "difflib" in p.read_text()]
+    assert users == ["ravine/errors.py"]

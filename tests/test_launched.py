@@ -1,5 +1,6 @@
 """Where ranks cannot agree on the checkpoint of `--ckpt_path=auto`, one line gives the cause."""
 
+import json
 import socket
 
 import pytest
@@ -63,3 +64,10 @@ def test_the_end_of_rank_0_ends_a_rank_that_waits(monkeypatch, port):
         launched.from_first(lambda: "a.ckpt")
     assert "see the output of rank 0" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_other_ranks_raise_the_error_of_rank_0_with_its_parts() -> None:
+    error = UsageError("no checkpoint is called 'lst'", ["last"], flag="--x=last", label="nearest")
+    again = UsageError(**json.loads(json.dumps(launched.parts(error))))
+    assert errors.words(again, []) == errors.words(error, [])
+    assert launched.parts(OSError("no such folder")) == {"problem": "no such folder"}
