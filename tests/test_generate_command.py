@@ -73,7 +73,7 @@ def test_a_file_of_prompts_may_have_a_mark_and_other_breaks_within_lines(
         Path("p.txt").write_bytes((mark + end.join([*lines, ""])).encode())
         assert generate.prompts(Path("p.txt"), None) == lines
     for content, told in {
-        b"good\ncaf\xe9\n": "p.txt, line 2: not UTF-8: byte 0xe9 at position 3\n  type: iconv",
+        b"good\ncaf\xe9\n": "p.txt, line 2: not UTF-8: byte 0xe9 at position 3; iconv",
         "text".encode("utf-16"): "p.txt, line 1: no text: byte 0x00 at position 3",
         b"\xef\xbb\xbf\n\n": "p.txt holds no prompt",
     }.items():
