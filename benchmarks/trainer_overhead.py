@@ -1,19 +1,25 @@
-"""What a training step costs under the Trainer, beside the same step in a bare loop.
+"""What a training step costs under a trainer, beside the same step in a bare loop.
 
-python benchmarks/trainer_overhead.py     appends a row a case to rows/trainer_overhead.jsonl
+python benchmarks/trainer_overhead.py             bare, stock and ours in turns: a row for each net
+python benchmarks/trainer_overhead.py --parts     ours without one of its parts: a row for each part
 
-They take turns in one process: some steps under the Trainer, the clock stops, as many steps of a
-bare loop, and of another (the A/A control), and so on; whatever else the machine does, it does to
-all. A row holds seconds on the wall a step: processor seconds would count a thread that waits for
-another. `ours` has everything on: bar, CSV, TensorBoard, checkpoints, a log line every 50 steps;
-the other cases lack one part, or are stock Lightning.
+All ways take turns in one process: some steps of one way, the clock stops, as many steps of the
+next, in an order drawn anew each round. Each way has a thread of its own, and only one runs at a
+time. `bare again` is the A/A control. A row holds seconds on the wall a step: processor seconds
+would count a thread that waits for another.
+
+`ours` has everything on: bar, CSV, TensorBoard, checkpoints, a log line every 50 steps. `stock` is
+Lightning's Trainer with its own bar, its checkpoints and the same two loggers.
 """
 
 import argparse
 import contextlib
 import io
 import logging
+import os
+import random
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -175,11 +181,86 @@ class Screen(io.StringIO):
     """A terminal that nobody looks at: the bar is drawn, and thrown away."""
 
 
+class Turn(Callback):
+    """Lets the steps of one way run in turns; each way runs in a thread of its own."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.warm = steps, True
+        self.seconds: list[float] = []
+        self.may_run, self.has_run = threading.Semaphore(0), threading.Semaphore(0)
+        self.done, self.ended = 0, False
+        self.error: BaseException | None = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.step():
+            trainer.should_stop = True
+
+    def step(self) -> bool:
+        """Count a step; at the end of a turn wait for the next. Returns whether all is done."""
+        self.done += 1
+        if self.done < (WARM if self.warm else self.steps):
+            return False
+        if not self.warm:
+            self.seconds.append((time.perf_counter() - self.begun) / self.steps)
+        if not self.ended:
+            self.has_run.release()
+            self.may_run.acquire()
+        self.done, self.warm, self.begun = 0, False, time.perf_counter()
+        return self.ended
+
+    def start(self, run: Callable[[], None]) -> threading.Thread:
+        """Run a way in a thread, which waits for its first turn."""
+
+        def wait_and_run() -> None:
+            self.may_run.acquire()
+            try:
+                run()
+            except BaseException as error:
+                self.error = error
+            finally:
+                self.has_run.release()
+
+        thread = threading.Thread(target=wait_and_run)
+        thread.start()
+        return thread
+
+    def take(self) -> None:
+        """Let the way run for one turn, or to its end."""
+        self.may_run.release()
+        self.has_run.acquire()
+        if self.error is not None:
+            raise self.error
+
+
+def in_turns(ways: dict[str, Callable[[Turn], None]], steps: int, turns: int) -> Times:
+    """Seconds a step of each way, by turn; the first turn of each is lost."""
+    turn_of = {name: Turn(steps) for name in ways}
+    threads = [turn_of[name].start(partial(way, turn_of[name])) for name, way in ways.items()]
+    order = random.Random(0)
+    try:
+        for _ in range(turns + 1):
+            for name in order.sample(list(ways), len(ways)):
+                turn_of[name].take()
+    finally:
+        for turn, thread in zip(turn_of.values(), threads, strict=True):
+            turn.ended = True
+            turn.may_run.release()
+            thread.join()
+    return {name: turn.seconds for name, turn in turn_of.items()}
+
+
+def bare(net: Any, turn: Turn) -> None:
+    for _ in net.bare():
+        if turn.step():
+            return
+
+
 OTHERS = {"exact resume": ExactResume, "graceful stop": GracefulStop, "loss plot": LossPlot}
-PARTS = ("bar", "loggers", "checkpoint", *OTHERS, "lean loop")
+FAST_LOOP = "fast loop"
+PARTS = ("bar", "loggers", "checkpoint", *OTHERS, FAST_LOOP)
 
 
-def settings(net: Any, turns: Turns, folder: str) -> dict[str, Any]:
+def settings(net: Any, turns: Callback, folder: str) -> dict[str, Any]:
     return {
         "accelerator": "cpu",
         "max_steps": 10**9,
@@ -192,8 +273,9 @@ def settings(net: Any, turns: Turns, folder: str) -> dict[str, Any]:
     }
 
 
-def ours(net: Any, turns: Turns, without: str = "") -> None:
+def ours(net: Any, turns: Callback, without: str = "") -> None:
     """A run under our Trainer, with everything on but the part that is named."""
+    os.environ["RAVINE_FAST_LOOP"] = "0" if without == FAST_LOOP else "1"
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             **settings(net, turns, folder),
@@ -201,16 +283,12 @@ def ours(net: Any, turns: Turns, without: str = "") -> None:
             enable_checkpointing=without != "checkpoint",
             enable_progress_bar=without != "bar",
         )
-        if without == "lean loop":
-            loop = trainer.fit_loop.epoch_loop
-            kind = type(loop).__base__
-            trainer.fit_loop.epoch_loop = kind(trainer, loop.min_steps, loop.max_steps)
         gone = (OTHERS.get(without, PredictionTable), PredictionTable)
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, gone)]
         net.under(trainer)
 
 
-def stock(net: Any, turns: Turns) -> None:
+def stock(net: Any, turns: Callback) -> None:
     """A run under Lightning's Trainer with its own bar, checkpoint and the same two loggers."""
     with tempfile.TemporaryDirectory() as folder:
         chosen = settings(net, turns, folder)
@@ -219,11 +297,18 @@ def stock(net: Any, turns: Turns) -> None:
         net.under(trainer)
 
 
-CASES: dict[str, Callable[[Any, Turns], None]] = {"ours": ours, "stock": stock}
+CASES: dict[str, Callable[[Any, Turns], None]] = {"ours": ours}
 CASES |= {f"ours without {part}": partial(ours, without=part) for part in PARTS}
+WAYS: dict[str, Callable[[Any, Turn], None]] = {
+    "bare": bare,
+    "bare again": bare,
+    "stock": stock,
+    "ours": ours,
+    f"ours without {FAST_LOOP}": partial(ours, without=FAST_LOOP),
+}
 
 
-def main(turns: int, net: str, case: str) -> None:
+def main(turns: int, net: str, parts: bool) -> None:
     quiet()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -234,7 +319,14 @@ def main(turns: int, net: str, case: str) -> None:
         "MLP 64-128-10, batch 64": Mlps((64, 128, 10), 64, turn=50),
     }
     for name, made in ((name, made) for name, made in nets.items() if net in name):
-        for label in [case] if case in CASES else CASES:
+        if not parts:
+            ways = {label: partial(way, made) for label, way in WAYS.items()}
+            with contextlib.redirect_stdout(Screen()), contextlib.redirect_stderr(Screen()):
+                times = in_turns(ways, made.turn, turns)
+            what = f"a training step of the {name}"
+            compare("trainer_overhead", what, times, ["lightning"])
+            continue
+        for label in CASES:
             clock = Turns([made.bare(), made.bare()], made.turn, turns)
             with contextlib.redirect_stdout(Screen()):
                 CASES[label](made, clock)
@@ -246,5 +338,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--net", default="", help="a part of its name; all if not given")
-    parser.add_argument("--case", default="", choices=["", *CASES], help="all if not given")
+    parser.add_argument("--parts", action="store_true", help="what each part of ours costs")
     main(**vars(parser.parse_args()))
