@@ -12,14 +12,13 @@ from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ravine.errors import RunError, UsageError, UsageTypeError, suggest_names
-from ravine.lightning_compat import attached_trainer
+from ravine.lightning_compat import attached_trainer, averaging_callbacks
 
 from .initial_values import InitialValues
 
@@ -71,7 +70,7 @@ class _Bounded(TorchDispatchMode):
 def refuse_early_copies(callbacks: list[L.Callback]) -> None:
     """ValueError for a callback that has copied a module whose net is not built yet."""
     for each in callbacks:
-        if isinstance(each, WeightAveraging | StochasticWeightAveraging):
+        if isinstance(each, averaging_callbacks()):
             name = type(each).__name__
             raise UsageError(
                 f"{name} copies the network in setup, before it is built, and would average "

@@ -5,16 +5,16 @@ The measured table of all of them is docs/lightning_callbacks.md.
 
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning
 
 from ravine.errors import UsageError
+from ravine.lightning_compat import averaging_callbacks
 
 COPIES = "copies the network in setup, before it is built, changed or placed"
 AVERAGE = "use ravine.callbacks.EMA; type --trainer.callbacks+=EMA"
 # why, and what to do
 REFUSED: dict[type, tuple[str, str]] = {
-    WeightAveraging: (COPIES, AVERAGE),
-    StochasticWeightAveraging: (COPIES, AVERAGE),
+    **{kind: (COPIES, AVERAGE) for kind in averaging_callbacks()},
     ModelPruning: (
         "replaces weights in setup, before the network is built, and gives them other names",
         "use torch.nn.utils.prune in the module's configure_model",

@@ -17,6 +17,7 @@ This package imports lightning, torch and `ravine.errors`, and nothing else of R
 
 from .callbacks import (
     ModelCheckpointAccess,
+    averaging_callbacks,
     batch_size_attribute,
     last_saved,
     sets_learning_rate,
@@ -85,6 +86,7 @@ __all__ = [
     "after_resuming_within_epoch",
     "allow_any_precision",
     "attached_trainer",
+    "averaging_callbacks",
     "batch_size_attribute",
     "checkpoint_connector",
     "collected_metrics",

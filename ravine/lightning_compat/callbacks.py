@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from .versions import private, set_private
@@ -64,6 +65,18 @@ class ModelCheckpointAccess(_Base):
     def save_among_best(self, current: Any, trainer: L.Trainer, metrics: dict[str, Any]) -> None:
         """Write a file that is among the best, and remove the one that it replaces."""
         private(self, "_update_best_and_save")(current, trainer, metrics)
+
+
+def averaging_callbacks() -> tuple[type, ...]:
+    """Return the callbacks of Lightning that average weights, as far as this version has them.
+
+    Reason: WeightAveraging came with Lightning 2.6. Public API alone.
+
+    Upstream: pytorch/callbacks/__init__.py
+    Seen on: 2.5.6 to 2.6.6
+    """
+    names = ("WeightAveraging", "StochasticWeightAveraging")
+    return tuple(getattr(callbacks, name) for name in names if hasattr(callbacks, name))
 
 
 def last_saved(callback: Any) -> tuple[int | None, str]:
