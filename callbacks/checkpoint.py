@@ -160,7 +160,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         save(trainer, filepath)
         self.note_saved(trainer.global_step, filepath)
         for logger in trainer.loggers if trainer.is_global_zero else ():
-            logger.after_save_checkpoint(proxy(self))
+            logger.after_save_checkpoint(proxy(self))  # pyright: ignore[reportArgumentType]
 
     def should_remove(self, trainer: L.Trainer, previous: str, current: str) -> bool:
         """Whether a file is of this run and not the newest."""
