@@ -27,6 +27,7 @@ from ravine.strategies.materialize import deferred, materialize
 from .patching import living, owner_of, patch, unpatch
 
 CHANGES = ("quantize", "adapt")  # phases after which the weights have other names
+CHANGED_NAMES = {"quantize": ".weight_codes", "adapt": "lora_"}  # in a state_dict after a phase
 PHASES = ("load", "quantize", "adapt", "freeze", "recompute", "compile")
 
 
@@ -43,6 +44,17 @@ class _Ledger:
     pending: dict[str, _Pending] = field(default_factory=dict)
     wrapped_by: L.Callback | None = None
     names: set[str] = field(default_factory=set)  # of the whole net: a pipeline has less on a rank
+    records: dict[str, Any] = field(default_factory=dict)  # of CHANGES, as a checkpoint holds them
+
+    def add_records(self, checkpoint: dict[str, Any]) -> None:
+        """Add records that no callback has written: of a loaded module, or with weights_only."""
+        names = checkpoint.get("state_dict", {})
+        for phase, record in self.records.items():
+            if any(CHANGED_NAMES[phase] in name for name in names):  # else it was merged since
+                checkpoint.setdefault("transforms", {}).setdefault(phase, record)
+                if phase == "adapt":
+                    whole = {"base": {"file": None, "sha256": None}, "frozen": True}
+                    checkpoint.setdefault("lora", whole)
 
 
 def _ledger(module: L.LightningModule) -> _Ledger:
@@ -122,6 +134,10 @@ def _apply(trainer: L.Trainer, module: L.LightningModule) -> None:
             fill_in(module)
         pending.apply(module)
         ledger.applied[phase] = pending.identity
+        owner = pending.owner
+        arguments = owner.record() if isinstance(owner, Transform) else None
+        if phase in CHANGES and arguments is not None:
+            ledger.records[phase] = {"class": type(owner).__name__, "arguments": arguments}
     ledger.names = set(module.state_dict())
     strategy = trainer.strategy
     shards_by_itself = hasattr(strategy, "parallelize")  # ravine.strategies.MeshStrategy
@@ -181,6 +197,8 @@ def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
             )
         transform.accept(module, checkpoint)
         _ledger(module).applied[phase] = transform.identity()
+        if phase in CHANGES:
+            _ledger(module).records[phase] = saved
     if partial:
         own = module.state_dict()
         for name in frozen(module):

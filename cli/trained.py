@@ -14,6 +14,7 @@ import ravine.lightning_modules
 from ravine.callbacks.transforms import reapply
 from ravine.errors import MissingFileError, UsageError
 from ravine.lightning_modules import TaskModule
+from ravine.lightning_modules.base import imported_subclasses
 from ravine.strategies.checkpoint_io import AtomicCheckpointIO, CheckpointError, check
 
 from . import newest, restore, signature
@@ -43,7 +44,8 @@ def load(
     LightningModule of your own: build it, then `ravine.callbacks.transforms.reapply`.
 
     Args:
-        path: the checkpoint: a file or a folder; with `task` also an address or an open file.
+        path: the checkpoint: a file, a folder, an address, or an open file. The class that an
+            address or an open file names must be imported already.
         trust: packages or modules of other people whose classes it may name: importing one runs
             its code, so it is refused without. `load_model(path, trust=["mine"])`.
         task: the class, or one that it inherits from; by default the one that the checkpoint names.
@@ -57,7 +59,8 @@ def load(
     check_location(map_location)
     path = Path(path) if isinstance(path, os.PathLike) else path
     if task is None:
-        task = task_of(Path(cast(str, path)), trust)
+        here = isinstance(path, Path) or (isinstance(path, str) and "://" not in path)
+        task = task_of(Path(cast(str, path)), trust) if here else TaskModule
     place = where_saved if map_location is None else map_location
     checkpoint = AtomicCheckpointIO().load_checkpoint(path, place, weights_only)
     if hparams_file is not None:
@@ -168,7 +171,8 @@ def locate(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
 def tasks() -> dict[str, type[TaskModule]]:
     """The tasks of this project, by name."""
     found = vars(ravine.lightning_modules).values()
-    return {c.__name__: c for c in found if isinstance(c, type) and issubclass(c, TaskModule)}
+    kinds = [c for c in found if isinstance(c, type) and issubclass(c, TaskModule)]
+    return {c.__name__: c for c in kinds if c is not TaskModule}
 
 
 def task_of(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
@@ -183,6 +187,9 @@ def task_of(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
         found = getattr(import_module(module), last, None)
         if isinstance(found, type) and issubclass(found, TaskModule):
             return found
+    imported = [c for c in imported_subclasses(TaskModule) if c.__name__ == last]
+    if last not in tasks() and not module and len(imported) == 1:
+        return imported[0]
     if last not in tasks():
         wrong = f"{path} holds the weights of {name or 'another program'}"
         raise unknown_name(

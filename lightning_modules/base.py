@@ -99,9 +99,9 @@ class _ClassOnly(classmethod):
 _class_only = classmethod if TYPE_CHECKING else _ClassOnly
 
 
-def _subclasses(kind: type) -> list[type]:
+def imported_subclasses(kind: type) -> list[type]:
     """All imported subclasses, those of subclasses included."""
-    return [c for below in kind.__subclasses__() for c in (below, *_subclasses(below))]
+    return [c for below in kind.__subclasses__() for c in (below, *imported_subclasses(below))]
 
 
 def _is_ours(method: Any) -> bool:
@@ -202,6 +202,8 @@ class TaskModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say whose weights these are."""
         checkpoint["task"] = type(self).__name__
+        if (ledger := self.__dict__.get("_transforms")) is not None:
+            ledger.add_records(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another task's weights in words, before the tensors disagree in numbers."""
@@ -239,7 +241,7 @@ class TaskModule(L.LightningModule):
         """
         if "task" not in checkpoint:
             return not _is_ours(cls.on_save_checkpoint)
-        return checkpoint["task"] in [c.__name__ for c in cls.__mro__]
+        return str(checkpoint["task"]) in [c.__name__ for c in cls.__mro__]
 
     @classmethod
     def _class_of(cls, checkpoint: dict[str, Any]) -> type[Self]:
@@ -250,7 +252,7 @@ class TaskModule(L.LightningModule):
         """
         if cls._may_have_written(checkpoint):
             return cls
-        writers = [c for c in _subclasses(cls) if c.__name__ == checkpoint.get("task")]
+        writers = [c for c in imported_subclasses(cls) if c.__name__ == str(checkpoint.get("task"))]
         if len(writers) != 1:
             hint = "use ravine.load_model(path), which finds the class"
             raise cls._of_another_task(checkpoint, hint)

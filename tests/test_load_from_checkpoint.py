@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ravine import load_model
 from ravine.callbacks import LoRA, Quantization
+from ravine.callbacks.lora import adapters, merge
 from ravine.callbacks.quantization.layers import QuantizedLinear
 from ravine.datamodules import ImageDataModule, PromptDataModule, SpamDataModule, TextDataModule
 from ravine.errors import MissingFileError, UsageError, UsageTypeError
@@ -121,9 +122,30 @@ def test_both_ways_give_the_bits_that_were_trained(task: str, change: str, tmp_p
         assert not model.training
         assert same_bits(model, module)
     changed = [m for m in one.modules() if isinstance(m, QuantizedLinear)]
-    adapters = [name for name, _ in one.named_parameters() if "lora_" in name]
     assert bool(changed) == (change == "nf4 + LoRA")
-    assert bool(adapters) == (change != "plain")
+    assert bool(adapters(one)) == (change != "plain")
+
+
+def test_a_loaded_model_that_is_trained_and_saved_again_is_loaded_again(tmp_path: Path) -> None:
+    make, targets = TASKS["LanguageModel"]
+    module, data = make(tmp_path)
+    path = trained(module, data, tmp_path / "one.ckpt", *CHANGES["nf4 + LoRA"](targets))
+    loaded = LanguageModel.load_from_checkpoint(path).train()
+    again = trained(loaded, data, tmp_path / "two.ckpt")  # without the callbacks
+    assert not same_bits(loaded, module)
+    assert same_bits(LanguageModel.load_from_checkpoint(again), loaded)
+    merge(loaded)
+    loaded.get_parameter("net.embed.weight").requires_grad_(True)
+    plain = trained(loaded, data, tmp_path / "three.ckpt")
+    assert not adapters(LanguageModel.load_from_checkpoint(plain))
+
+
+def test_weights_saved_alone_are_loaded_with_their_adapters(tmp_path: Path) -> None:
+    module, data = language_model(tmp_path)
+    trainer = L.Trainer(callbacks=[LoRA(["net.head"], rank=1, save="adapter")], **QUIET)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert same_bits(load_model(tmp_path / "weights.ckpt"), module)
 
 
 class Line(TaskModule):
@@ -148,6 +170,10 @@ class Line(TaskModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.inputs = checkpoint["inputs"]
+
+
+def first_layer(model: TaskModule) -> torch.Tensor:
+    return model.state_dict()["net.0.weight"]
 
 
 class Configured(Line):
@@ -191,11 +217,11 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_class_of_a_user_s_own_is_loaded_through_itself(line: Path, tmp_path: Path) -> None:
-    assert Line.load_from_checkpoint(line).net[0].weight.shape == (3, 5)
+    assert first_layer(Line.load_from_checkpoint(line)).shape == (3, 5)
     for kind in (Named, Wider):
         path = trained(kind(hidden=2), Points(), tmp_path / f"{kind.__name__}.ckpt", LoRA("net.0"))
         loaded = Named.load_from_checkpoint(path)
-        assert type(loaded) is kind
+        assert type(loaded) is type(load_model(path)) is kind
         assert "net.0.lora_a" in loaded.state_dict()
     with pytest.raises(UsageError, match="written by Named, the model is SpamClassifier; allowed"):
         SpamClassifier.load_from_checkpoint(tmp_path / "Named.ckpt")
@@ -250,10 +276,10 @@ def test_names_of_weights_must_be_equal_unless_strict_is_false(line: Path, tmp_p
         pytest.warns(UserWarning, match=r"in the checkpoint state dict .*\['more'\]"),
     ):
         loaded = Line.load_from_checkpoint(tmp_path / "other.ckpt", strict=False)
-    assert torch.equal(loaded.net[0].weight, content["state_dict"]["net.0.weight"])
+    assert torch.equal(first_layer(loaded), content["state_dict"]["net.0.weight"])
 
     class Lenient(Line):
-        strict_loading = False
+        strict_loading = False  # pyright: ignore[reportAssignmentType]
 
     with pytest.warns(UserWarning, match="state dict"):
         Lenient.load_from_checkpoint(tmp_path / "other.ckpt")
@@ -265,7 +291,7 @@ def test_tensors_go_where_map_location_says(line: Path) -> None:
     for place in (None, "cpu", torch.device("cpu"), {"cuda:0": "cpu"}, lambda tensor, _: tensor):
         loaded = Line.load_from_checkpoint(line, map_location=place)
         assert loaded.device == torch.device("cpu")
-        assert loaded.net[0].weight.device == torch.device("cpu")
+        assert first_layer(loaded).device == torch.device("cpu")
     with pytest.raises(UsageError, match=r"is 'meta', .*; allowed: cpu.*; use map_location='cpu'$"):
         Line.load_from_checkpoint(line, map_location="meta")
     for place in ("cuda", {"cpu": "cuda:0"}) if not torch.cuda.is_available() else ():
@@ -309,7 +335,7 @@ def test_a_folder_and_an_open_file_give_what_the_file_gives(
     content = poem.read_bytes()
     assert same_bits(LanguageModel.load_from_checkpoint(io.BytesIO(content)), alone)
     with poem.open("rb") as file:
-        assert same_bits(LanguageModel.load_from_checkpoint(file), alone)
+        assert same_bits(load_model(file), alone)
     with pytest.raises(CheckpointError, match=r"in the open file cannot be used: it is cut short"):
         LanguageModel.load_from_checkpoint(io.BytesIO(content[:-100]))
     with pytest.raises(CheckpointError, match=r"no checkpoint .*none\.ckpt"):
