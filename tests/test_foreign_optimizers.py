@@ -700,6 +700,21 @@ def test_an_error_of_a_package_is_one_line_and_an_error_of_own_code_keeps_its_tr
         fitted(OptimizerPlan(Failing))
 
 
+def test_a_package_cannot_pass_its_error_for_one_of_ours_by_an_attribute(monkeypatch):
+    class OwnError(RuntimeError):
+        exit_status = 0
+
+    def move(self, gradient, state, group):
+        raise OwnError("no luck")
+
+    from ravine.callbacks.optimizers import faults
+
+    monkeypatch.setattr(Failing, "move", move)
+    monkeypatch.setattr(faults, "is_own", lambda file: False)
+    with pytest.raises(OptimizerError, match="in its step: OwnError: no luck"):
+        fitted(OptimizerPlan(Failing))
+
+
 def test_an_error_of_the_module_in_a_closure_is_unchanged(monkeypatch):
     class Broken(Net):
         def training_step(self, batch, index):
