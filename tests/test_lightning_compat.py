@@ -2,6 +2,7 @@
 
 import ast
 import logging
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from ravine import lightning_compat
 from ravine.cli.trainer import Trainer
 from ravine.errors import UsageError
 from ravine.lightning_compat import SEEN_VERSIONS
+from ravine.lightning_compat.versions import HINT
 
 PACKAGE = Path(lightning_compat.__file__).parent
 
@@ -380,6 +382,14 @@ def test_a_part_that_lightning_does_not_have_is_named_in_one_line_with_what_to_i
         assert SEEN_VERSIONS[0] in text
     with pytest.raises(UsageError, match="_gone"):
         lightning_compat.replace_method(object(), "_gone", print)
+
+
+def test_the_versions_that_pyproject_names_are_among_those_tried() -> None:
+    project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text())
+    named = [project["tool"]["ravine"][end]["lightning"] for end in ("lowest", "highest")]
+    assert set(named) <= set(SEEN_VERSIONS)
+    (allowed,) = [d for d in project["project"]["dependencies"] if d.startswith("lightning")]
+    assert allowed in HINT
 
 
 def documented() -> list[tuple[str, str]]:
