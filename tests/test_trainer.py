@@ -4,7 +4,6 @@ import csv
 import errno
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 from foreign.net_in_init import NetInInit
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -217,33 +216,6 @@ def test_advertisements_are_left_out_and_the_rest_is_said(
     assert "run: runs/netininit/version_0, on CPU, 1 thread, precision 32-true" in (
         capsys.readouterr().out
     )
-
-
-class _Calls(Callback):
-    """Counts the functions called, Python's and C's, in ten steps far from any log line."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == 12:
-            sys.setprofile(self._note)
-        elif trainer.global_step == 22:
-            sys.setprofile(None)
-
-    def _note(self, frame: Any, event: str, arg: Any) -> None:
-        self.count += event in ("call", "c_call")
-
-
-def test_a_step_calls_a_quarter_of_the_functions_it_calls_with_lightnings_own_loop() -> None:
-    counts = []
-    for kind in (L.Trainer, Trainer):
-        counter = _Calls()
-        module = NetInInit(batch_size=1)  # 32 steps an epoch
-        defaults = {"default_root_dir": "runs", "enable_model_summary": False, "accelerator": "cpu"}
-        kind(callbacks=[counter], max_steps=25, **defaults).fit(module)  # type: ignore
-        counts.append(counter.count)
-    assert counts[1] < counts[0] / 4  # although ours resumes exactly, stops gracefully and plots
 
 
 class PlainSteps(NetInInit):
