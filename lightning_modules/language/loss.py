@@ -116,7 +116,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         # Without retain_graph nobody reads the saved gradients again: no second copy of them is
         # made. torch's compiler asks the same question for its donated buffers.
-        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
         scale = torch.mul if again else Tensor.mul_
         d_x, d_weight = (g if g is None else scale(g, gradients[0]) for g in ctx.saved_tensors)
         return d_x, d_weight, None, None, None, None
