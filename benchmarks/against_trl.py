@@ -27,9 +27,9 @@ from versus import Times, compare
 from ravine.callbacks import GradientClipping, OptimizerPlan
 from ravine.datamodules import PromptDataModule, TextDataModule
 from ravine.lightning_modules import CharacterFraction, LanguageModel, Reinforce
-from ravine.lightning_modules.language.sampling import Sampling
-from ravine.lightning_modules.policy.estimators import Estimator
-from ravine.lightning_modules.policy.kl import KL
+from ravine.lightning_modules.generation.sampling import Sampling
+from ravine.lightning_modules.rl.advantages import Estimator
+from ravine.lightning_modules.rl.kl import KL
 
 G, PROMPTS, PROMPT, NEW = 4, 4, 64, 64
 ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}

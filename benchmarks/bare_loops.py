@@ -47,8 +47,8 @@ from ranks import run_ranks
 from tensor_bytes import tensor_bytes
 
 from ravine.cli.trainer import Trainer
-from ravine.lightning_modules.language import Transformer
-from ravine.strategies import parallelize
+from ravine.lightning_modules.nn import Transformer
+from ravine.strategies import parallel_module as parallelize
 
 WARM = 3
 VOCABULARY, CONTEXT, ROWS = 104, 64, 4

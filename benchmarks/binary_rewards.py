@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from record import append, machine
 from torch import Tensor
 
-from ravine.lightning_modules.policy.estimators import Estimator, Kind
+from ravine.lightning_modules.rl.advantages import Estimator, Kind
 
 PHI = {
     "rloo": ("t", lambda t: t),

@@ -49,7 +49,7 @@ from tensor_bytes import tensor_bytes
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies.context import _Ring, zigzag
+from ravine.strategies.context_parallel import _Ring, zigzag
 
 MIB = 2**20
 SHAPE: dict[str, Any] = {"layers": 4, "width": 256, "heads": 8, "zero_init": False}

@@ -13,7 +13,7 @@ from record import append, circumstances
 from sklearn.svm import SVC
 
 from ravine.callbacks.lora import adapters
-from ravine.cli.trained import load
+from ravine.cli.loading import load
 from ravine.datamodules import ImageDataModule
 from ravine.lightning_modules import Diffusion
 

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from record import append, circumstances, ravine
 from torch import Tensor
 
-from ravine.callbacks.feature_statistics import Gaussian, Moments, frechet
+from ravine.callbacks.frechet.statistics import Gaussian, Moments, frechet
 from ravine.datamodules import ImageDataModule
 from ravine.datamodules.images import to_float
 from ravine.lightning_modules import Diffusion
-from ravine.lightning_modules.imaging.classifier import ClassifierFeatures
+from ravine.lightning_modules.image_classifier import ClassifierFeatures
 
 RUNS = Path(os.environ.get("RUNS", "runs/quality")).resolve()
 WAYS = [(20, 0.5), (10, 0.0), (20, 0.0), (20, 2.0)]  # steps and guidance; the last is a control

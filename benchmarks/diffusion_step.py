@@ -22,8 +22,8 @@ from ravine.callbacks import EMA, GradientClipping, OptimizerPlan
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import ImageDataModule
 from ravine.lightning_modules import Diffusion
-from ravine.lightning_modules.imaging.noise_schedules import alpha_bar
-from ravine.lightning_modules.imaging.unet import UNet
+from ravine.lightning_modules.diffusion_core.noise_schedules import alpha_bar
+from ravine.lightning_modules.nn.unet import UNet
 
 BLOCK, ROUNDS = 20, 9
 

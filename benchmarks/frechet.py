@@ -23,8 +23,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.image.fid import _compute_fid
 from versus import compare, rounds
 
-from ravine.callbacks.feature_statistics import Gaussian, Moments, frechet
-from ravine.callbacks.inception import Inception
+from ravine.callbacks.frechet.inception import Inception
+from ravine.callbacks.frechet.statistics import Gaussian, Moments, frechet
 
 D, N, ROUNDS, IMAGES = 2048, 10_000, 3, 512
 

@@ -227,7 +227,7 @@ def repack(content: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
 
 def _refused(error: Exception) -> bool:
     """Whether the command line would show the exception without a traceback."""
-    from ravine.cli import errors
+    from ravine.cli import error_report as errors
 
     return errors.status(errors.original(error)) is not None
 
@@ -292,8 +292,10 @@ def change_tree(dice: random.Random, files: Files) -> Files:
 
 
 def read_checkpoint(path: Path) -> None:
-    from ravine.cli import restore, saved_config, trained
-    from ravine.strategies.checkpoint_io import AtomicCheckpointIO, check, reading_together
+    from ravine.cli import checkpoint_connector as restore
+    from ravine.cli import loading as trained
+    from ravine.cli.config import saved_config
+    from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, check, reading_together
 
     check(path)
     with reading_together(mapped=("state_dict", "callbacks")):
@@ -326,7 +328,7 @@ def whole_archive(path: Path) -> bool:
 def sharded_seeds() -> list[Files]:
     from torch.distributed.checkpoint import FileSystemWriter, save
 
-    from ravine.strategies import sharded
+    from ravine.strategies.checkpoint import sharded
 
     checkpoint = _model()
     tensors, rest = sharded.part(checkpoint)
@@ -644,7 +646,7 @@ def tokens_seeds() -> list[Files]:
 
 def change_meta(dice: random.Random, files: Files) -> Files:
     """Change the meta file, as a stream or as values; the tokens stay."""
-    from ravine.strategies import plain_pickle
+    from ravine.strategies.checkpoint import safe_pickle as plain_pickle
 
     if "meta.json" in files:
         return change_json(dice, files)
@@ -676,7 +678,7 @@ def even_tokens(path: Path) -> bool:
 
 
 def text_seeds() -> list[Files]:
-    import ravine.cli.generate
+    import ravine.cli.commands.generate
     import ravine.datamodules  # noqa: F401
 
     texts = ["a text of some length, " * 20, "Größe — 天地玄黄，宇宙洪荒。😀 " * 20]  # noqa: RUF001
@@ -711,7 +713,7 @@ def change_text(dice: random.Random, files: Files) -> Files:
 
 
 def read_text(path: Path) -> None:
-    from ravine.cli import generate
+    from ravine.cli.commands import generate
     from ravine.datamodules import TextDataModule
 
     for kind in ("characters", "bytes"):
@@ -729,7 +731,8 @@ def is_utf8(path: Path) -> bool:
 
 
 def weights_seeds() -> list[Files]:
-    from ravine.lightning_modules.language import Transformer, gpt2
+    from ravine.lightning_modules.nn import Transformer
+    from ravine.lightning_modules.pretrained import gpt2
 
     torch.manual_seed(0)
     shape = gpt2.SHAPE | {"layers": 1, "width": 8, "heads": 2}
@@ -750,7 +753,8 @@ def change_header(dice: random.Random, files: Files) -> Files:
 
 
 def read_weights(path: Path) -> None:
-    from ravine.lightning_modules.language import Transformer, gpt2
+    from ravine.lightning_modules.nn import Transformer
+    from ravine.lightning_modules.pretrained import gpt2
 
     shape = gpt2.SHAPE | {"layers": 1, "width": 8, "heads": 2}
     gpt2.read(path, Transformer(20, 8, **shape))
@@ -796,7 +800,8 @@ def change_yaml(dice: random.Random, files: Files) -> Files:
 
 
 def read_config(path: Path) -> None:
-    from ravine.cli import given, presets, trust
+    from ravine.cli.config import presets, trust
+    from ravine.cli.config import values as given
 
     presets.check(str(path))
     presets.check_order([str(path)])
@@ -1083,7 +1088,7 @@ class Campaign:
         self.counts: Counter[str] = Counter()
         self.worst_seconds, self.worst_bytes = 0.0, 0
         self.faults: Counter[str] = Counter()
-        import ravine.cli.errors
+        import ravine.cli.error_report
         import ravine.lightning_modules  # noqa: F401 - before the fork: it takes longer than an input
 
         self.seeds = self.target.seeds()

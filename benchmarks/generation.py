@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from versus import compare, rounds, waited
 
-from ravine.lightning_modules.language import Transformer
-from ravine.lightning_modules.language.generation import generate
-from ravine.lightning_modules.replay import cuda_graph
+from ravine.lightning_modules.generation.cuda_graphs import cuda_graph
+from ravine.lightning_modules.generation.generate_text import generate
+from ravine.lightning_modules.nn import Transformer
 
 B, PROMPT, NEW, CONTEXT, ROUNDS = 16, 128, 128, 256, 3
 

@@ -18,7 +18,7 @@ from versus import compare
 from versus import rounds as measured
 
 from ravine.callbacks.lora import adapt_module
-from ravine.lightning_modules.language import Transformer
+from ravine.lightning_modules.nn import Transformer
 
 LAYERS = ["query", "key", "value", "out", "up", "down"]
 

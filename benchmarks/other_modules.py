@@ -4,8 +4,8 @@ python benchmarks/other_modules.py           appends a row a combination to rows
 python benchmarks/other_modules.py --count   counts the verdicts of the newest rows
 python benchmarks/other_modules.py --strategies   on two ranks: rows/other_modules_layouts.jsonl
 
-23 modules: 15 as tutorials write them (tests/foreign/common_idioms.py), 8 of packages, which are
-installed with `pip install --no-deps` from `PACKAGES` (and toolz, pandas, seaborn, timm).
+23 modules: 15 as tutorials write them (tests/external_modules/common_idioms.py), 8 of packages,
+which are installed with `pip install --no-deps` from `PACKAGES` (and toolz, pandas, seaborn, timm).
 
 `works` means that the run ends and the equivalence that applies holds, none of them by a tolerance
 above 1e-6: a plan trains as plain Lightning with its optimizer, clipping as Lightning's own,
@@ -40,10 +40,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from foreign.common_idioms import IDIOMS, Idiom, features, images, labelled
+from external_modules.common_idioms import IDIOMS, Idiom, features, images, labelled
 
 from ravine import callbacks as ours
-from ravine.callbacks.targets import frozen_copies, within
+from ravine.callbacks.transforms.layer_selection import frozen_copies, within
 
 PACKAGES = {
     "gluonts": "0.17.0", "mlcolvar": "1.3.1", "torch_uncertainty": "0.13.0", "lightly": "1.6.0",

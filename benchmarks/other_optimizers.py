@@ -49,7 +49,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import record
 from ravine.callbacks import ExactResume, OptimizerPlan
 from ravine.callbacks.optimizers.composite import Composite
-from ravine.cli import errors
+from ravine.cli import error_report as errors
 from ravine.strategies import AtomicCheckpointIO
 
 LIST = Path(__file__).with_suffix(".txt")

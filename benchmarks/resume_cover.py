@@ -9,7 +9,7 @@ that run; and compares every tensor and number of the three last files bit for b
 refused must be refused by a ValueError before its first step.
 
 A row a case goes to rows/resume_cover.jsonl. `--planted` makes one callback after the other forget
-its state and says whether the comparison sees it, as tests/test_resume_cover.py does.
+its state and says whether the comparison sees it, as tests/benchmarks/test_resume_cover.py does.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for `foreign` and `ranks`
 
-from foreign.net_in_configure_model import NetInConfigureModel
-from foreign.net_in_init import NetInInit
-from foreign.two_optimizers import TwoOptimizers
+from external_modules.net_in_configure_model import NetInConfigureModel
+from external_modules.net_in_init import NetInInit
+from external_modules.two_optimizers import TwoOptimizers
 
 from ravine.callbacks import (
     EMA,
@@ -325,7 +325,7 @@ SECONDS = ("second", "_time", "throughput")  # measured, so never the same twice
 def content(path: Path) -> dict[str, Any]:
     """The content of a checkpoint without paths and measured seconds, for comparison."""
     if path.is_dir():
-        from ravine.strategies.sharded import load
+        from ravine.strategies.checkpoint.sharded import load
 
         file: dict[str, Any] = load(path)
     else:
@@ -458,7 +458,7 @@ def nan_guard_forgets() -> Iterator[None]:
 def planted_faults() -> dict[str, tuple[str, Callable[[], Any]]]:
     """By callback: the value of the axis that contains it, and the planted loss of its state."""
     from ravine.callbacks import ExactResume
-    from ravine.callbacks.batch_seeds import BatchSeeds
+    from ravine.callbacks.checkpointing.batch_seeds import BatchSeeds
     from ravine.callbacks.optimizers.composite import Composite
 
     return {

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from versus import compare, rounds
 
-from ravine.lightning_modules.language import Transformer
-from ravine.lightning_modules.language.generation import generate
-from ravine.lightning_modules.language.sampling import Sampling
+from ravine.lightning_modules.generation.generate_text import generate
+from ravine.lightning_modules.generation.sampling import Sampling
+from ravine.lightning_modules.nn import Transformer
 
 ROUNDS = 3
 

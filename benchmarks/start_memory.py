@@ -32,7 +32,7 @@ from ravine.callbacks import LoRA, Pretrained, Quantization
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import parallelize
+from ravine.strategies import parallel_module as parallelize
 
 LAYOUTS = {"zero3": 4, "zero3 2": 2, "zero2": 4, "hsdp": 4, "tp": 2, "pp": 2}
 STARTS: dict[str, Any] = {  # callbacks by the folder of the weights; on zero3 with 4 ranks

@@ -42,7 +42,8 @@ from tensor_bytes import tensor_bytes
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import NAMES, MeshStrategy, parallelize
+from ravine.strategies import NAMES, MeshStrategy
+from ravine.strategies import parallel_module as parallelize
 
 MIB = 2**20
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -37,7 +37,7 @@ def peak() -> int:
 
 def measure(kind: str, million: int) -> dict[str, object]:
     """Seconds, processor seconds, memory and sizes of pieces of one text."""
-    from ravine.datamodules.tokenized import at_borders, encoded
+    from ravine.datamodules.token_cache import at_borders, encoded
     from ravine.datamodules.tokenizers import gpt2
 
     tokenizer = gpt2("allowed" if "special" in kind else "plain")

@@ -39,18 +39,18 @@ from versus import Times, compare
 
 from ravine.callbacks import (
     ExactResume,
+    GracefulStop,
     GradientClipping,
     LossPlot,
     OptimizerPlan,
     PredictionTable,
     Schedule,
-    progress,
 )
-from ravine.cli.quiet import quiet
+from ravine.callbacks.monitoring import progress
+from ravine.cli.lightning_noise import quiet
 from ravine.cli.trainer import Trainer, automatic_precision
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import GracefulStop
 
 WARM = 50  # steps of each before the first turn
 BARE = ("bare", "bare again")

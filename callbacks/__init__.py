@@ -7,37 +7,37 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from ravine.callbacks import optimizers
-from ravine.callbacks.checkpoint import Checkpoint
-from ravine.callbacks.checks import RunChecks
-from ravine.callbacks.collapse import CollapseAlarm
-from ravine.callbacks.compile import Compile
-from ravine.callbacks.curves import Curves
-from ravine.callbacks.ema import EMA
-from ravine.callbacks.figures import Figures
-from ravine.callbacks.frechet_distance import FrechetDistance
-from ravine.callbacks.gradient_clipping import GradientClipping
-from ravine.callbacks.lora import LoRA, lora_disabled
-from ravine.callbacks.loss_plot import LossPlot
-from ravine.callbacks.memory_table import MemoryTable
-from ravine.callbacks.nan_guard import NaNGuard
-from ravine.callbacks.optimizers.plan import OptimizerPlan
-from ravine.callbacks.optimizers.rules import Rule
-from ravine.callbacks.optimizers.schedules import Schedule
-from ravine.callbacks.optimizers.watching import UpdateSizes
-from ravine.callbacks.predictions import PredictionTable
-from ravine.callbacks.pretrained import Pretrained
-from ravine.callbacks.progress import ProgressBar
-from ravine.callbacks.quantization import Quantization
-from ravine.callbacks.recompute import Recompute
-from ravine.callbacks.resume import ExactResume
-from ravine.callbacks.rollout_table import RolloutTable
-from ravine.callbacks.samples import Samples
-from ravine.callbacks.summary import Summary
-from ravine.callbacks.throughput import Throughput
-from ravine.strategies.signals import GracefulStop
-from ravine.strategies.watchdog import RankWatchdog
-from ravine.strategies.weighting import GlobalMean
+from . import optimizers
+from .checkpointing.checkpoint import Checkpoint
+from .checkpointing.ema import EMA
+from .checkpointing.exact_resume import ExactResume
+from .checkpointing.graceful_stop import GracefulStop
+from .checks.run_checks import RunChecks
+from .frechet.callback import FrechetDistance
+from .generation.figures import Figures
+from .generation.predictions import PredictionTable
+from .generation.rollout_table import RolloutTable
+from .generation.samples import Samples
+from .lora import LoRA, lora_disabled
+from .monitoring.loss_plot import LossPlot
+from .monitoring.memory import MemoryTable
+from .monitoring.plots import Curves
+from .monitoring.progress import ProgressBar
+from .monitoring.summary import Summary
+from .monitoring.throughput import Throughput
+from .optimizers.lr_schedules import Schedule
+from .optimizers.plan import OptimizerPlan
+from .optimizers.rules import Rule
+from .optimizers.update_monitor import UpdateSizes
+from .quantization import Quantization
+from .stability.gradient_clipping import GradientClipping
+from .stability.metric_alert import CollapseAlarm
+from .stability.nan_guard import NaNGuard
+from .stability.rank_watchdog import RankWatchdog
+from .stability.token_weighted_loss import GlobalMean
+from .transforms.activation_checkpointing import Recompute
+from .transforms.compile import Compile
+from .transforms.pretrained import Pretrained
 
 __all__ = [
     "EMA",

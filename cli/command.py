@@ -28,12 +28,14 @@ import ravine.lightning_modules
 import ravine.strategies  # bare class names are found among what is imported
 from ravine.errors import RunError, UsageError
 from ravine.lightning_compat.command_line import CommandLine
-from ravine.strategies.agreement import flatten
+from ravine.strategies.rank_agreement import flatten
 
-from . import diagnosis, newest, presets, saved_config, trust
-from .errors import by_parser, original, program
-from .newest import given
-from .saved_config import SavedConfig
+from . import resume_path as newest
+from .config import errors as diagnosis
+from .config import presets, saved_config, trust
+from .config.saved_config import SavedConfig
+from .error_report import by_parser, original, program
+from .resume_path import given
 from .trainer import ELSEWHERE, Trainer, check_links
 
 OF_STRATEGY = "trainer.strategy."  # before the name of an argument

@@ -12,12 +12,14 @@ from types import ModuleType
 
 from ravine.errors import UsageError
 
-from . import environment, errors, pages, presets
+from . import error_report as errors
+from . import help_text as pages
+from .config import environment, presets
 
 # A command and the module whose `run(argv) -> int` does it; one that needs no model has its own.
 COMMANDS: dict[str, str] = dict.fromkeys(
     ("fit", "validate", "test", "predict"), "ravine.cli.command"
-) | {"generate": "ravine.cli.generate", "export": "ravine.cli.export"}
+) | {"generate": "ravine.cli.commands.generate", "export": "ravine.cli.commands.export"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,7 +160,8 @@ def signals_held() -> Iterator[None]:
     """Hold back SIGUSR1, by which a cluster says that it will take the machine away.
 
     It kills a process that has no handler yet: sent while torch was being imported, it ended the
-    job with nothing saved. Held, it waits for the handler of `strategies/signals.py`, which lets it
+    job with nothing saved. Held, it waits for the handler of
+    `callbacks/checkpointing/graceful_stop.py`, which lets it
     through; one that comes when all is done is dropped.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows

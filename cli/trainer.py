@@ -21,13 +21,16 @@ from lightning.pytorch.loggers import (
 )
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from ravine.callbacks.accumulation import optimizer_steps
-from ravine.callbacks.checkpoint import Checkpoint
-from ravine.callbacks.checks import RunChecks
-from ravine.callbacks.loss_plot import LossPlot
-from ravine.callbacks.predictions import PredictionTable
-from ravine.callbacks.progress import ProgressBar
-from ravine.callbacks.resume import ExactResume
+from ravine.callbacks.checkpointing.checkpoint import Checkpoint
+from ravine.callbacks.checkpointing.exact_resume import ExactResume
+from ravine.callbacks.checkpointing.graceful_stop import GracefulStop
+from ravine.callbacks.checks.run_checks import RunChecks
+from ravine.callbacks.generation.predictions import PredictionTable
+from ravine.callbacks.monitoring.loss_plot import LossPlot
+from ravine.callbacks.monitoring.progress import ProgressBar
+from ravine.callbacks.stability.rank_watchdog import RankWatchdog
+from ravine.callbacks.stability.token_weighted_loss import GlobalMean
+from ravine.callbacks.stock_callbacks.gradient_accumulation import optimizer_steps
 from ravine.errors import UsageError
 from ravine.lightning_compat import (
     install_fast_loop,
@@ -36,22 +39,19 @@ from ravine.lightning_compat import (
     start_method,
     without_profiling,
 )
-from ravine.strategies.agreement import refuse_difference
-from ravine.strategies.checkpoint_io import AtomicCheckpointIO
+from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO
 from ravine.strategies.gradient_readers import (
     free_before_forward,
     free_gradients,
     frees_early,
 )
-from ravine.strategies.mesh import MeshStrategy
-from ravine.strategies.signals import GracefulStop
+from ravine.strategies.mesh_strategy import MeshStrategy
+from ravine.strategies.rank_agreement import refuse_difference
 from ravine.strategies.stock_callbacks import refuse_stock_callbacks
-from ravine.strategies.watchdog import RankWatchdog
-from ravine.strategies.weighting import GlobalMean
 
-from .errors import FULL
-from .quiet import quiet
-from .restore import Restore
+from .checkpoint_connector import Restore
+from .error_report import FULL
+from .lightning_noise import quiet
 
 ELSEWHERE = "checkpoint_folders.txt"  # in a run's folder: others that it writes checkpoints into
 STANDS_FOR = {Checkpoint: ModelCheckpoint, ProgressBar: AnyProgressBar}

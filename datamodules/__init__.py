@@ -1,6 +1,6 @@
-from .answers import AnswerDataModule
 from .images import ImageDataModule
-from .order import EvalLoader, Order, Share, TrainLoader, generator
+from .instruction import AnswerDataModule
+from .loaders import EvalLoader, Order, Share, TrainLoader, generator
 from .prompts import PromptDataModule, Prompts
 from .spam import SpamDataModule
 from .text import TextDataModule

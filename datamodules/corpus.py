@@ -16,7 +16,7 @@ from torch import Tensor
 from ravine.errors import MissingFileError, UsageError, suggest_names
 
 from .file_kinds import HEAD, SUFFIXES, refuse_binary
-from .tokenized import (
+from .token_cache import (
     TokensUnwritable,
     TokenType,
     as_tensor,

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ravine.errors import MissingFileError, RunError, UsageError, sort_by_similarity
 
+from .downloads import announce, fetch, locate
 from .idx import find_idx, read_own_idx
-from .image_files import SOURCES, read_digits, read_named
 from .image_folders import Mode, read_folder, read_images
+from .image_formats import SOURCES, read_digits, read_named
 from .image_set import ImageSet, class_numbers, describe_classes
-from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator, global_seed
-from .sources import announce, fetch, locate
+from .loaders import EvalLoader, Order, Share, TrainLoader, check_positive, generator, global_seed
 
 NAMED = ("digits", *SOURCES)
 MIRRORED = ("cifar10",)  # a mirrored 3 is no digit, and Fashion-MNIST's shoes all point one way

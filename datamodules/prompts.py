@@ -16,9 +16,9 @@ from torch import Tensor
 from ravine.errors import UsageError
 
 from .corpus import files_of, read
+from .downloads import TextName, announce, choose, fetch, text_source
 from .json_rows import check_text, checksum, is_json, rows
-from .order import EvalLoader, Order, Share, TrainLoader, check_positive, global_seed
-from .sources import TextName, announce, choose, fetch, text_source
+from .loaders import EvalLoader, Order, Share, TrainLoader, check_positive, global_seed
 from .text import documentation
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from ravine.errors import UsageError
 
 from .corpus import files_of
+from .downloads import SOURCES, announce, choose, fetch, sha256
 from .file_kinds import refuse_binary
-from .order import EvalLoader, Order, Share, TrainLoader, check_positive, generator
-from .sources import SOURCES, announce, choose, fetch, sha256
+from .loaders import EvalLoader, Order, Share, TrainLoader, check_positive, generator
 from .tables import Table, has_known_header, read_table
 
 EMBEDDED = Path(__file__).with_name("spam_messages.tsv")

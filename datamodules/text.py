@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ravine.errors import RunError, UsageError
 
+from .base import Prepared, handed_over, has_ranks
 from .corpus import Corpus, Outline, bins, files_of, load, of_array, prepare, read
-from .order import EvalLoader, Order, Passes, Share, TrainLoader, check_positive, global_seed
-from .prepared import Prepared, handed_over, has_ranks
-from .sources import TextName, announce, choose, fetch, text_source
-from .tokenized import TokenType, is_bins
+from .downloads import TextName, announce, choose, fetch, text_source
+from .loaders import EvalLoader, Order, Passes, Share, TrainLoader, check_positive, global_seed
+from .token_cache import TokenType, is_bins
 from .tokenizers import NumberTokenizer, Specials, Tokenizer
 
 IGNORED = -100  # the target where there is nothing to predict, as in F.cross_entropy

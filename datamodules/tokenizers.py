@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ravine.errors import MissingFileError, UsageError, UsageTypeError
 
-from .sources import SourceMissing
+from .downloads import SourceMissing
 
 Specials = Literal["plain", "allowed", "refuse"]
 

@@ -1,15 +1,15 @@
 """What is learned: tasks, their nets, losses and sampling."""
 
-from .base import TaskModule
 from .diffusion import Diffusion
-from .imaging.classifier import ClassifierFeatures, ImageClassifier
-from .policy import terms
-from .policy.functions import RewardFunction
-from .policy.rewards import Reward
-from .policy.terms import *  # noqa: F403
+from .image_classifier import ClassifierFeatures, ImageClassifier
+from .language_model import LanguageModel
 from .reinforce import Reinforce
-from .shakespeare import LanguageModel
-from .spam import SpamClassifier
+from .rl.rewards import builtin as terms
+from .rl.rewards.base import Reward
+from .rl.rewards.builtin import *  # noqa: F403
+from .rl.rewards.custom import RewardFunction
+from .spam_classifier import SpamClassifier
+from .task_module import TaskModule
 
 __all__ = [
     "ClassifierFeatures",

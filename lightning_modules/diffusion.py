@@ -17,22 +17,22 @@ from torch import Tensor, nn
 
 from ravine.datamodules.image_set import check_labels, describe_classes
 from ravine.datamodules.images import to_float, to_uint8
-from ravine.datamodules.order import Share, global_seed
+from ravine.datamodules.loaders import Share, global_seed
 from ravine.errors import UsageError
 from ravine.lightning_compat import attached_trainer, should_update_logs
 
-from .base import TaskModule
-from .imaging import figures as draw
-from .imaging import samplers
-from .imaging.denoising import Conditioning, Denoising
-from .imaging.draws import key, normals, of_step
-from .imaging.levels import LEVELS, MIDDLES, Levels, named
-from .imaging.noise_schedules import Kind, Schedule
-from .imaging.parametrisations import Prediction, Weight
-from .imaging.pictures import Pictures
-from .imaging.recordings import Recordings
-from .imaging.sampling import Way, pick, sample
-from .imaging.unet import UNet, write
+from .diffusion_core import samplers
+from .diffusion_core.captured_denoiser import Recordings
+from .diffusion_core.counter_rng import key, normals, of_step
+from .diffusion_core.denoiser import Conditioning, Denoising
+from .diffusion_core.image_grid import Pictures
+from .diffusion_core.loss_by_noise_level import LEVELS, MIDDLES, Levels, named
+from .diffusion_core.noise_schedules import Kind, Schedule
+from .diffusion_core.parameterization import Prediction, Weight
+from .diffusion_core.sampling import Way, pick, sample
+from .nn.unet import UNet, write
+from .plots import diffusion as draw
+from .task_module import TaskModule
 
 
 def numbered(classes: int) -> tuple[str, ...]:

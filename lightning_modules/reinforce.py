@@ -17,24 +17,22 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ravine.datamodules.order import Share, global_seed
+from ravine.datamodules.loaders import Share, global_seed
 from ravine.datamodules.prompts import Prompts
 from ravine.datamodules.tokenizers import Tokenizer, from_state
 from ravine.errors import UsageError, UsageTypeError
 
-from .base import TaskModule
-from .language import Transformer
-from .language.branches import Branches
-from .language.generation import LOOK, Generated, generate, lay_out
-from .language.sampling import Sampling
-from .policy import base_model
-from .policy.checks import check_fits, check_known, check_together
-from .policy.clock import Clock
-from .policy.estimators import Estimator
-from .policy.judge import Judge
-from .policy.kl import KL
-from .policy.rewards import Facts, Reward, check_terms
-from .policy.rollout import (
+from .generation.cuda_graphs import cuda_graph
+from .generation.generate_text import LOOK, Generated, generate, lay_out
+from .generation.sampling import Sampling
+from .generation.shared_prefix import Branches
+from .language_model import LanguageModel
+from .nn import Transformer
+from .rl import base_model
+from .rl.advantages import Estimator
+from .rl.kl import KL
+from .rl.rewards.base import Facts, Reward, check_terms
+from .rl.rollout import (
     Rollout,
     adapters_off,
     branches_for,
@@ -43,8 +41,10 @@ from .policy.rollout import (
     log_probabilities,
     loss_of,
 )
-from .replay import cuda_graph
-from .shakespeare import LanguageModel
+from .rl.scoring import Judge
+from .rl.stopwatch import Clock
+from .rl.validation import check_fits, check_known, check_together
+from .task_module import TaskModule
 
 
 class Reinforce(TaskModule):

@@ -1,20 +1,14 @@
-from .agreement import RanksDiffer
-from .checkpoint_io import AtomicCheckpointIO, CheckpointError
+from .checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError
 from .data_parallel import DataParallelStrategy
-from .mesh import MeshStrategy
-from .names import NAMES
-from .signals import GracefulStop
-from .watchdog import RankWatchdog
-from .weighting import GlobalMean
+from .mesh_strategy import MeshStrategy
+from .presets import NAMES
+from .rank_agreement import RanksDiffer
 
 __all__ = [
     "NAMES",
     "AtomicCheckpointIO",
     "CheckpointError",
     "DataParallelStrategy",
-    "GlobalMean",
-    "GracefulStop",
     "MeshStrategy",
-    "RankWatchdog",
     "RanksDiffer",
 ]

@@ -36,8 +36,8 @@ from torch.optim import Optimizer
 
 from ravine.errors import RunError, UsageError
 
-from .balance import spread_evenly
-from .optimizer_probe import needs_closure
+from .fsdp.optimizer_probe import needs_closure
+from .work_partition import spread_evenly
 
 MB = 2**20
 BUCKET = 25 * MB  # bytes of gradients sent together, and the most that is received at once

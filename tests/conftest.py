@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in forked ranks
-sys.path.append(str(Path(__file__).parent))  # for `ranks` and `foreign`; ranks need them by name
+sys.path.append(str(Path(__file__).parent))  # `ranks`, `external_modules`: by name
 
 import numpy
 import pytest

@@ -166,7 +166,7 @@ def _serve(
             spec.loader.exec_module(sys.modules[name])
         function = getattr(sys.modules[name], qualname)
         # nets of tests are tiny: block by block, as large nets are
-        sys.modules["ravine.strategies.parallelize"].SMALLEST = 0
+        sys.modules["ravine.strategies.parallel_module"].SMALLEST = 0
         answer = pickle.dumps((True, function(*pickle.loads(args))))
     except BaseException:
         answer = pickle.dumps((False, traceback.format_exc()))

@@ -13,8 +13,8 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign.net_in_init import NetInInit
-from foreign.two_optimizers import TwoOptimizers
+from external_modules.net_in_init import NetInInit
+from external_modules.two_optimizers import TwoOptimizers
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import SingleDeviceStrategy

@@ -20,19 +20,22 @@ from torch.optim import Optimizer
 
 import ravine.callbacks
 from ravine.callbacks import OptimizerPlan, Quantization
-from ravine.callbacks.optimizers import muon, schedules
+from ravine.callbacks.optimizers import lr_schedules as schedules
+from ravine.callbacks.optimizers import muon
 from ravine.callbacks.quantization.layers import SCHEMES
-from ravine.cli import export, pages
+from ravine.cli import help_text as pages
+from ravine.cli.commands import export
 from ravine.cli.main import main
-from ravine.datamodules import sources
+from ravine.datamodules import downloads as sources
 from ravine.lightning_modules import Diffusion, LanguageModel, RewardFunction
-from ravine.lightning_modules.imaging import samplers
-from ravine.lightning_modules.language import Transformer, attention
-from ravine.lightning_modules.policy import terms
-from ravine.lightning_modules.policy.estimators import Estimator
+from ravine.lightning_modules.diffusion_core import samplers
+from ravine.lightning_modules.nn import Transformer, attention
+from ravine.lightning_modules.rl.advantages import Estimator
+from ravine.lightning_modules.rl.rewards import builtin as terms
 from ravine.strategies import NAMES as PRESETS
-from ravine.strategies import MeshStrategy, pipeline
-from ravine.strategies.layout import resolve
+from ravine.strategies import MeshStrategy
+from ravine.strategies import pipeline_parallel as pipeline
+from ravine.strategies.device_mesh import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 OVERLAYS = ROOT / "configs" / "strategy"

@@ -60,13 +60,16 @@ def test_the_wheel_in_the_root_of_a_checkout_uses_the_files_of_the_checkout(
     """`ravine/` of a checkout hides an installed package where the current folder comes first."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = "import ravine.errors, ravine.cli.environment as e; print(ravine.__file__, e.__file__)"
+    code = (
+        "import ravine.errors, ravine.cli.config.environment as e; "
+        "print(ravine.__file__, e.__file__)"
+    )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     for folder, root in ((ROOT, ROOT), (tmp_path, tmp_path / "site" / "ravine")):
         run = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, ''); {code}"]
         found = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True)
         front = root / "ravine" if root == ROOT else root
-        expected = f"{front / '__init__.py'} {root / 'cli' / 'environment.py'}\n"
+        expected = f"{front / '__init__.py'} {root / 'cli' / 'config' / 'environment.py'}\n"
         assert found.stdout == expected, found.stderr
 
 

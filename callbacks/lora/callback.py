@@ -18,11 +18,18 @@ from torch import nn
 
 from ravine.errors import RunError, UsageError
 from ravine.strategies.materialize import blocks, values_of
+from ravine.strategies.shards import reached
 
-from ..pretrained import Pretrained
-from ..shards import reached
-from ..targets import Patterns, frozen_copies, hidden_layers, listed, trains, within
-from ..transforms import Transform, frozen
+from ..transforms.base import Transform, frozen
+from ..transforms.layer_selection import (
+    Patterns,
+    frozen_copies,
+    hidden_layers,
+    listed,
+    trains,
+    within,
+)
+from ..transforms.pretrained import Pretrained
 from .inject import RANK, adapt_module, adaptable, adapters, check_numbers
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")

@@ -16,8 +16,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ravine.errors import UsageError
 
-from ..swapping import refuse_sharded, refuse_unlike, swap_back
-from ..targets import (
+from ..transforms.layer_mixins import refuse_sharded, refuse_unlike, swap_back
+from ..transforms.layer_selection import (
     Patterns,
     frozen_copies,
     half_changed,

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from ravine.errors import UsageError
 from ravine.strategies.materialize import values_of
 
-from ..swapping import Swapped, multiplied_in, swap
-from ..transforms import seeded_by_name
+from ..transforms.base import seeded_by_name
+from ..transforms.layer_mixins import Swapped, multiplied_in, swap
 
 
 class Adapter(Swapped):

@@ -22,8 +22,8 @@ from torch import (
 )
 
 from .elementwise import Elementwise
+from .lr_schedules import Schedule
 from .plan import OptimizerPlan
-from .schedules import Schedule
 
 __all__ = ["AdaGrad", "AdaGradOptimizer"]
 

@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from ravine.errors import UsageError, UsageTypeError
+from ravine.strategies.checkpoint.atomic_io import CheckpointError
+from ravine.strategies.fsdp.optimizer_probe import needs_closure
 
-from ...strategies.checkpoint_io import CheckpointError
-from ...strategies.optimizer_probe import needs_closure
-from .faults import in_words
-from .saving import Packed, pack, unpack
+from .optimizer_errors import in_words
+from .state_codec import Packed, pack, unpack
 
 Group = dict[str, Any]
 

@@ -16,8 +16,7 @@ from torch import (
 from torch.optim import Optimizer
 
 from ravine.errors import UsageError
-
-from ..shards import local
+from ravine.strategies.shards import local
 
 
 class Elementwise(Optimizer):

@@ -27,13 +27,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from ravine.errors import UsageError
+from ravine.strategies.shards import local
 
-from ..shards import local
+from .distributed_matrix_op import apply_to_whole
 from .elementwise import refuse_sparse
-from .ownership import apply_to_whole
+from .lr_schedules import Schedule
 from .plan import OptimizerPlan
 from .rules import Decay, OptimizerFactory, Rule
-from .schedules import Schedule
 
 __all__ = ["Muon", "MuonOptimizer"]
 

@@ -25,10 +25,10 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from ravine.errors import UsageError
+from ravine.strategies.shards import local, part_of, whole
 
-from ..shards import local, part_of, whole
+from .lr_schedules import Schedule
 from .plan import OptimizerPlan
-from .schedules import Schedule
 
 __all__ = ["Newton", "NewtonOptimizer"]
 

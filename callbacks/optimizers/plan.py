@@ -21,15 +21,15 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 from ravine.lightning_compat import attached_trainer, stops_after_search
+from ravine.strategies.shards import whole_net
 
-from ..accumulation import optimizer_steps
-from ..checks import before_training
-from ..patching import patch, unpatch
-from ..shards import whole_net
-from .building import Share, compose, later, table
+from ..checks.run_checks import before_training
+from ..hooks import patch, unpatch
+from ..stock_callbacks.gradient_accumulation import optimizer_steps
 from .composite import Composite, Group, Part, needs_closure
-from .found_rate import check_one_rate, finders, found_rate, use_rate
-from .modes import TwoSets, has_two_sets
+from .lr_finder import check_one_rate, finders, found_rate, use_rate
+from .lr_schedules import Schedule, ScheduleLR
+from .param_groups import Share, compose, later, table
 from .rules import (
     Decay,
     OptimizerFactory,
@@ -38,7 +38,7 @@ from .rules import (
     choose,
     optimizer_class,
 )
-from .schedules import Schedule, ScheduleLR
+from .schedule_free import TwoSets, has_two_sets
 
 NAME = "configure_optimizers"
 

@@ -18,9 +18,9 @@ from torch import (
 )
 
 from .elementwise import Elementwise
+from .lr_schedules import Schedule
 from .plan import OptimizerPlan
 from .rules import Decay
-from .schedules import Schedule
 
 __all__ = ["SignSGD", "SignSGDOptimizer"]
 

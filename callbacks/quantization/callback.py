@@ -16,9 +16,17 @@ from torch import nn
 from ravine.errors import UsageError
 from ravine.strategies.materialize import values_of
 
-from ..swapping import refuse_sharded, refuse_unlike
-from ..targets import Patterns, frozen_copies, hidden_layers, hits, listed, matching, within
-from ..transforms import Transform
+from ..transforms.base import Transform
+from ..transforms.layer_mixins import refuse_sharded, refuse_unlike
+from ..transforms.layer_selection import (
+    Patterns,
+    frozen_copies,
+    hidden_layers,
+    hits,
+    listed,
+    matching,
+    within,
+)
 from .layers import QuantizedLinear, Rounding, quantize_layer, refuse_non_finite
 
 SHOWN = 5  # layers of the table of errors

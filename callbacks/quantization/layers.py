@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ravine.errors import UsageError
+from ravine.strategies.checkpoint.saving import non_finite
 from ravine.strategies.materialize import values_of
-from ravine.strategies.saving import non_finite
 
-from ..swapping import Swapped, multiplied_in, swap, swap_back
+from ..transforms.layer_mixins import Swapped, multiplied_in, swap, swap_back
 from . import bitsandbytes_kernels, int8, nf4
 
 PARTS = ("weight_codes", "weight_scales", "weight_outer", "weight_mean")

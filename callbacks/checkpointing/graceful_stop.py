@@ -1,0 +1,208 @@
+"""Ctrl-C and SIGTERM stop a run where nothing is lost: at the end of an optimizer step.
+
+    first signal   the handler sets a flag -> all ranks agree -> checkpoint -> Interrupted
+    second signal  Interrupted at once; the checkpoints written before stay whole
+
+Lightning broadcasts a flag at every micro-batch, from rank 0 only, and ends with status 0 and no
+checkpoint. Here the ranks meet about twice a second, on a group of the CPU, and a signal to any
+one of them counts.
+"""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch.distributed.tensor import DTensor
+
+from ravine.lightning_compat import (
+    after_registering_signals,
+    last_saved,
+    original_handlers,
+    restore_signal_registration,
+    restore_sigterm_broadcast,
+    should_accumulate,
+    skip_sigterm_broadcast,
+)
+from ravine.strategies.checkpoint.saving import save, save_as_usual, save_last, worth_saving
+
+BETWEEN_MEETINGS = 0.5  # seconds; the ranks agree on the number of steps that takes
+
+
+class Interrupted(SystemExit):
+    """A signal ended the run; `code` is the exit status: 130 (Ctrl-C), 143 (SIGTERM), 138 (USR1).
+
+    As a SystemExit it leaves `trainer.fit` and ends a plain script quietly with that status; a
+    command line returns `error.code`. `checkpoint` is the file written, None if there is none.
+    """
+
+    def __init__(self, signum: int, checkpoint: str | None = None) -> None:
+        """128 + number is what a shell reports of a process that died of the signal."""
+        super().__init__(128 + signum)
+        self.signum = signum
+        self.checkpoint = checkpoint
+
+
+class GracefulStop(Callback):
+    """Stop at a signal, with a checkpoint that an exact resume continues bit for bit.
+
+    Within a validation a single process stops after the batch, and the validation is run anew on
+    resume; several ranks finish it first. Where nothing is being trained it stops at once.
+    """
+
+    def __init__(self) -> None:
+        """Nothing to choose."""
+        self._signum = 0
+        self._training = False
+        self._unsaid = ""  # what a signal means while nothing is trained
+        self._previous: dict[int, Any] = {}
+        self._group: Any = None
+        self._meeting, self._met_step, self._met_time = 0, 0, 0.0
+        self._mark: tuple[int, int] | None = None
+        self._pid = 0
+        self._speaks = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the signals over; go last, so that what other callbacks did in a step is saved."""
+        trainer.callbacks = [c for c in trainer.callbacks if c is not self] + [self]  # type: ignore
+        self._signum, self._group, self._pid = 0, None, os.getpid()
+        self._meeting, self._met_time = 0, 0.0
+        self._unsaid = " before the first step: nothing was saved" if stage == "fit" else ""
+        self._speaks = trainer.is_global_zero
+        save_last(trainer, pl_module, self)
+        if stage == "fit" and trainer.world_size > 1 and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python delivers signals to the main thread alone
+
+        def retake() -> None:
+            self._install(trainer)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # held by cli/main.py
+
+        after_registering_signals(trainer, retake)
+        self._install(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on there is something to save."""
+        self._training, self._mark = True, _version(pl_module)
+        skip_sigterm_broadcast(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """Stop if a signal came, between two optimizer steps and never within one."""
+        self._mark = _version(pl_module)
+        if should_accumulate(trainer):
+            return
+        if self._group is not None:
+            self._meet(trainer.global_step)
+        if self._signum and (self._group is None or self._meeting < 0):
+            self._stop(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """Stop within a validation, unless a callback has exchanged the weights for it."""
+        if not (self._signum and self._training) or self._group is not None:
+            return
+        if not should_accumulate(trainer) and self._mark == _version(pl_module):
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """All is done and saved."""
+        self._training, self._unsaid = False, " after the last step"
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the signals back; Lightning would put our handlers in again afterwards."""
+        self._restore(trainer)
+        original_handlers(trainer).update(self._previous)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back; one that came too late for the last step is not swallowed."""
+        self._restore(trainer)
+        save_as_usual(pl_module, self)
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+        if self._signum:
+            raise Interrupted(self._signum)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a data loader's worker: the main process decides
+        if self._signum or not self._training:
+            signal.signal(signum, signal.SIG_DFL)  # a third one needs no Python
+            if self._speaks:
+                how = " at once" if self._signum else self._unsaid
+                os.write(2, f"\nstopped by {signal.Signals(signum).name}{how}\n".encode())
+            raise Interrupted(signum)
+        self._signum = signum
+        text = "\nstopping after this step, with a checkpoint; once more: at once\n"
+        os.write(2, text.encode())  # print is not reentrant
+
+    def _install(self, trainer: L.Trainer) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            before = signal.signal(signum, self._receive)
+            self._previous.setdefault(signum, before)
+
+    def _restore(self, trainer: L.Trainer) -> None:
+        self._training = False
+        restore_signal_registration(trainer)
+        restore_sigterm_broadcast(trainer)
+        if threading.current_thread() is threading.main_thread():
+            for signum, handler in self._previous.items():
+                signal.signal(signum, handler)
+
+    def _meet(self, step: int) -> None:
+        """Learn of each other's signals, and agree on the step of the next meeting."""
+        if step < self._meeting:
+            return
+        now = time.monotonic()
+        rate = (step - self._met_step) / (now - self._met_time)  # steps a second
+        wait = min(max(1, int(rate * BETWEEN_MEETINGS)), 1000) if self._met_time else 1
+        news = torch.tensor([self._signum, -wait])
+        dist.all_reduce(news, dist.ReduceOp.MAX, group=self._group)
+        self._signum, wait = int(news[0]), -int(news[1])
+        self._met_step, self._met_time = step, now
+        self._meeting = -1 if self._signum else step + wait
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        step, written = trainer.global_step, None
+        for callback in trainer.checkpoint_callbacks:
+            saved_step, path = last_saved(callback)
+            if saved_step == step:
+                written = path
+        fast = getattr(trainer, "fast_dev_run", False)
+        if written is None and not fast and worth_saving(trainer):
+            folders = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks]
+            root = os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
+            folder = next(filter(None, folders), root)
+            written = os.path.join(trainer.strategy.broadcast(folder), f"step={step:06d}.ckpt")
+            save(trainer, written)
+        stopped = Interrupted(self._signum, written)
+        name = signal.Signals(self._signum).name
+        way_on = f"go on with --ckpt_path {written}" if written else "nothing was saved"
+        rank_zero_info(f"stopped by {name} at step {step}; {way_on}")
+        self._signum = 0
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+            stopped.code = 0  # the launcher in rank 0 kills everything when a child fails
+        raise stopped
+
+
+def _version(module: L.LightningModule) -> tuple[int, int] | None:
+    """Changes with any change of the first trainable weight, without looking at its values."""
+    weight = next((p for p in module.parameters() if p.requires_grad), None)
+    if weight is None or isinstance(weight, DTensor):
+        return None
+    return weight.data_ptr(), weight._version

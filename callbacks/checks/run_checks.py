@@ -1,0 +1,359 @@
+"""RunChecks: what a validation, a save or a metric needs is tried before the first training step.
+
+    setup                         what needs arguments only
+    check(trainer, module, batch) what needs the network or data: after the strategy has placed the
+                                  weights and a checkpoint is restored, before the sanity check
+
+`check` is a method that any callback, module or data module may have. It is called once a fit, on
+all ranks, with the first validation batch on its device, or None where there is none. It may raise,
+and must not change what training uses; whatever it does to the module, its buffers and the global
+generators is undone afterwards.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, SpikeDetection
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader
+
+from ravine.errors import UsageError
+from ravine.lightning_compat import combined_loader, load_batch, validation_loaders
+from ravine.strategies.checkpoint.atomic_io import (
+    AtomicCheckpointIO,
+    CheckpointError,
+    refuse_foreign,
+)
+from ravine.strategies.checkpoint.plain_values import plain
+from ravine.strategies.stock_callbacks import refuse_stock_callbacks
+
+from ..checkpointing.batch_seeds import _generators
+from ..hooks import unpatch
+from ..stock_callbacks.finetuning import (
+    KEY,
+    finetunings,
+    postpone_freezing,
+    restore_freezing,
+    save_trainable,
+    unfreeze,
+)
+from ..stock_callbacks.gradient_accumulation import check_factors, follow, scheduler_of
+from ..stock_callbacks.tuners import (
+    disable_searches,
+    enable_searches,
+    restore_batch_size,
+    save_batch_size,
+)
+from . import monitored_metrics as monitors
+from .preserve_state import snapshot_value, undisturbed
+
+
+class RunChecks(Callback):
+    """Call every `check(trainer, module, batch)` once, before the first training step.
+
+    Any callback of this package adds it to a stock Trainer; there is nothing to configure. A check
+    of your own:
+
+        class Scores(L.Callback):
+            def check(self, trainer, module, batch):
+                if not hasattr(module, "score"):
+                    raise UsageError("Scores needs a module with a method score()")
+    """
+
+    follows_accumulation = True
+
+    def __init__(self) -> None:
+        """Create the callback."""
+        self._due = self._metrics_due = False
+        self._trainable: list[str] = []  # of a checkpoint
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what can be known without data: other callbacks, hyperparameters, prediction."""
+        self._due = self._metrics_due = stage == "fit"
+        self._trainable = []
+        refuse_stock_callbacks(trainer)
+        if stage == "fit":
+            postpone_freezing(trainer, pl_module)
+            enable_searches(trainer)
+            for each in _callbacks(trainer):
+                if isinstance(each, SpikeDetection):  # its load_state_dict reads another name
+                    each.running = each.running_mean  # pyright: ignore[reportAttributeAccessIssue]
+            _check_hyperparameters(trainer, pl_module)
+        elif stage == "predict":
+            _check_prediction(pl_module)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Move behind a GradientAccumulationScheduler, which must see the trainer unchanged."""
+        first = [c for c in _callbacks(trainer) if c is scheduler_of(trainer)]
+        rest = [c for c in _callbacks(trainer) if c is not self and c not in first]
+        trainer.callbacks = [*first, self, *rest]  # pyright: ignore[reportAttributeAccessIssue]
+        unfreeze(pl_module, self._trainable)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save which parameters train, where that changes, and the results of searches."""
+        save_trainable(trainer, pl_module, checkpoint)
+        save_batch_size(trainer, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Read the same; parameters are unfrozen again before the optimizers are made."""
+        self._trainable = checkpoint.get(KEY, []) if finetunings(trainer) else []
+        if trainer.state.fn == "fit" and checkpoint.get("global_step"):  # not a search's own file
+            disable_searches(trainer)
+            restore_batch_size(trainer, pl_module, checkpoint)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let data of this package follow a scheduler of accumulation."""
+        follow(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Restore the trainer's accumulation and the patched methods."""
+        restore_freezing(trainer)
+        for each in finetunings(trainer):
+            unpatch(pl_module, "configure_model", each)
+        if scheduler_of(trainer) is not None:
+            trainer.accumulate_grad_batches = 1
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check before the sanity check, where there is one."""
+        self._check_once(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check, where there is no sanity check; then the validation step and its metrics."""
+        self._check_once(trainer, pl_module)
+        check_factors(trainer)
+        follow(trainer)  # an epoch that is resumed has no start
+        if self._metrics_due and (
+            monitors.monitored(trainer) or monitors.tries_validation(trainer)
+        ):
+            agree(trainer, _validation_problem(trainer, pl_module))
+        if self._metrics_due:
+            agree(trainer, _save_problem(trainer, pl_module))
+        self._metrics_due = False
+
+    def _check_once(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self._due:
+            return
+        self._due = False
+        owners = [*_callbacks(trainer), module, getattr(trainer, "datamodule", None)]
+        checks = [check for each in owners if (check := _check_of(each)) is not None]
+        if not checks:
+            return
+        problem: Exception | None = None
+        with undisturbed(trainer, module):
+            try:
+                batches = validation_batches(trainer, module) or [None]
+                for check in checks:
+                    check(trainer, module, batches[0])
+            except Exception as error:
+                problem = error
+        agree(trainer, problem)
+
+
+def _validation_problem(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
+    """What the validation step raises for one batch, or a metric that nothing logs."""
+    with undisturbed(trainer, module):
+        try:
+            problem = monitors.missing(
+                trainer,
+                module,
+                lambda: validation_batches(trainer, module),
+                lambda: training_batch(trainer, module),
+            )
+        except Exception as error:
+            return error
+    return None if problem is None else UsageError(problem)
+
+
+def _save_problem(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
+    """What the first checkpoint would hold that no file can: states of the user's own objects.
+
+    Hooks that fail here may need what only a training sets: nothing is said of them.
+    """
+    if not _saves(trainer):
+        return None
+    data = getattr(trainer, "datamodule", None)
+    owners = [each for each in (*_callbacks(trainer), module, data) if _of_user(each)]
+    names = [snapshot_value(vars(each), {}) for each in owners if isinstance(each, Callback)]
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    try:
+        with undisturbed(trainer, module):
+            for each in [*owners, *schedulers]:
+                try:
+                    state = _saved_by(trainer, module, each)
+                except Exception:
+                    continue
+                for key, value in state.items():
+                    refuse_foreign(value, f"{key} of {type(each).__name__}")
+    except CheckpointError as error:
+        return UsageError(
+            f"the first checkpoint could not be written: {error.args[0].partition(';')[0]}; "
+            "allowed: tensors, numbers, text, lists and dicts; convert it in state_dict or in "
+            "on_save_checkpoint"
+        )
+    finally:
+        for restore in names:
+            restore()
+    return None
+
+
+def _saved_by(trainer: L.Trainer, module: L.LightningModule, owner: Any) -> dict[str, Any]:
+    """What an owner adds to a checkpoint, in its state and in its hook."""
+    state = {} if owner is module else dict(owner.state_dict())  # a module's holds tensors
+    if (hook := getattr(owner, "on_save_checkpoint", None)) is None:
+        return state
+    checkpoint: dict[str, Any] = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "pytorch-lightning_version": L.__version__,
+        "state_dict": dict(module.state_dict()),
+        "hyper_parameters": dict(module.hparams),
+        **{key: {} for key in ("loops", "callbacks")},
+        **{key: [] for key in ("optimizer_states", "lr_schedulers")},
+    }
+    given = dict(checkpoint)
+    if isinstance(owner, Callback):
+        hook(trainer, module, checkpoint)
+    else:
+        hook(checkpoint)
+    return state | {k: v for k, v in checkpoint.items() if k not in given or v is not given[k]}
+
+
+def _of_user(owner: Any) -> bool:
+    """Whether a class, or its hooks, are of no known package."""
+    return owner is not None and not f"{type(owner).__module__}.".startswith(monitors.PACKAGES)
+
+
+def _saves(trainer: L.Trainer) -> bool:
+    saves = trainer.checkpoint_callbacks and not getattr(trainer, "fast_dev_run", False)
+    return bool(saves) and isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+
+
+def before_training(trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+    """Give the trainer a RunChecks unless it has one; every callback's `setup` calls this."""
+    if not any(isinstance(each, RunChecks) for each in _callbacks(trainer)):
+        checks = RunChecks()
+        # Lightning iterates over the old list in this hook, so `setup` is called here
+        trainer.callbacks = [checks, *_callbacks(trainer)]  # pyright: ignore[reportAttributeAccessIssue]
+        checks.setup(trainer, module, stage)
+
+
+def agree(trainer: L.Trainer, problem: Exception | None) -> None:
+    """Raise on every rank if one has a problem: the other ranks would wait for it."""
+    if trainer.world_size > 1 and dist.is_initialized():
+        texts: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, None if problem is None else str(problem))
+        found = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+        if problem is None and found:
+            raise UsageError(f"on rank {found[0][0]}: {found[0][1]}")
+    if problem is not None:
+        raise problem
+
+
+def validation_batches(trainer: L.Trainer, module: L.LightningModule) -> list[Any] | None:
+    """The first batch of each validation loader, on the device.
+
+    None without validation, and where the data can be read only once.
+    """
+    if not trainer.enable_validation:
+        return None
+    with validation_loaders(trainer, forget=True) as loaders:  # made again, with the same draws
+        batches = [first_batch(loader) for loader in loaders]
+    if not batches or any(batch is None for batch in batches):
+        return None
+    return [load_batch(trainer, module, batch) for batch in batches]
+
+
+def training_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:
+    """The first batch of an epoch, on the device; None where the data can be read only once."""
+    loader = combined_loader(trainer)
+    if loader is None:
+        return None
+    batch = tree_map(first_batch, loader.iterables)
+    if any(each is None for each in tree_leaves(batch)):
+        return None
+    return load_batch(trainer, module, batch)
+
+
+def first_batch(loader: Any) -> Any:
+    """The first batch of a loader whose position stays as it is, or None."""
+    if callable(peek := getattr(loader, "peek", None)):
+        return peek()
+    if isinstance(loader, Iterator):
+        return None  # it can be iterated once only
+    if not isinstance(loader, DataLoader):
+        return None if isinstance(loader, Stateful) else next(iter(copy.copy(loader)), None)
+    if isinstance(loader, Stateful) or isinstance(loader.dataset, Iterator):
+        return None
+    twin: Any = copy.copy(loader)  # with an iterator of its own: persistent workers are kept there
+    for name in ("_get_iterator", "_batch_seeds"):  # of BatchSeeds, for the loader itself
+        twin.__dict__.pop(name, None)
+    twin.__dict__["_iterator"] = None
+    restores = [snapshot_value(each, {}) for each in _generators(twin, twin.collate_fn)]
+    try:
+        return next(iter(twin), None)
+    finally:
+        if (iterator := twin.__dict__["_iterator"]) is not None:
+            iterator._shutdown_workers()
+        for restore in restores:
+            restore()
+
+
+def _callbacks(trainer: L.Trainer) -> list[Callback]:
+    return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _check_of(owner: Any) -> Any:
+    """The owner's check; a method of this name with other parameters is something else."""
+    check = getattr(owner, "check", None)
+    if not callable(check):
+        return None
+    try:
+        inspect.signature(check).bind(None, None, None)
+    except (TypeError, ValueError):
+        return None
+    return check
+
+
+def _check_hyperparameters(trainer: L.Trainer, module: L.LightningModule) -> None:
+    if not _saves(trainer):
+        return
+    for owner in (module, getattr(trainer, "datamodule", None)):
+        refuse_unserializable(type(owner).__name__, dict(getattr(owner, "hparams", {}) or {}))
+
+
+def refuse_unserializable(owner: str, hyperparameters: dict[str, Any]) -> None:
+    """ValueError for the first hyperparameter that no checkpoint can hold, by its key."""
+    for key, value in hyperparameters.items():
+        try:
+            refuse_foreign(plain(value), str(key))
+        except CheckpointError as error:
+            raise UsageError(
+                f"{owner}: hyperparameter {error.args[0].partition(';')[0]}, which a checkpoint "
+                "cannot hold; allowed: tensors, numbers, text, paths, lists and dicts; type "
+                f"self.save_hyperparameters(ignore=[{str(key)!r}]), or give it as text"
+            ) from error
+
+
+def _check_prediction(module: L.LightningModule) -> None:
+    """Without a `predict_step`, Lightning calls `forward` with the batch alone."""
+    if is_overridden("predict_step", module):
+        return
+    name = type(module).__name__
+    try:
+        inspect.signature(module.forward).bind(None)
+    except TypeError as error:
+        raise UsageError(
+            f"{name} has no predict_step, and its forward takes more than a batch ({error}); "
+            "allowed: a module with predict_step(batch, batch_idx); "
+            "give it one, or use `lightning generate` if it has a method generate()"
+        ) from error

@@ -1,0 +1,110 @@
+"""loss.png: the training and validation loss of a run, drawn at its end."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+from .plots import Recorded
+from .progress import log_interval, total_steps
+
+
+class LossPlot(Recorded):
+    """Draws `loss.png` in the run's folder; a continued run draws the whole curve.
+
+    Trainer(callbacks=[LossPlot()])
+    """
+
+    def __init__(self) -> None:
+        """Begin with empty curves."""
+        super().__init__()
+        self.curves = {"train": [], "val": []}
+        self.every = 1  # optimizer steps whose mean is a point
+        self.first = 1  # the same, before a long curve was thinned
+        self.losses: list[Tensor] = []  # since the last point
+        self._saved: dict[str, Any] = {}  # of a checkpoint
+
+    def draw(self, folder: Path, module: L.LightningModule) -> None:
+        """Both curves in one panel, unless the module says that its loss means nothing."""
+        if getattr(module, "headline", ()):
+            return
+        unit = getattr(module, "unit", "samples").removesuffix("s")
+        nats = " in nats" if unit == "token" else ""
+        draw(self.state_dict(), folder / "loss.png", f"loss{nats} (mean per {unit})", self.every)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take a point every log interval, more often in a short run."""
+        super().on_train_start(trainer, pl_module)
+        total = total_steps(trainer)
+        self.every = min(log_interval(trainer), max(1, (total or 10_000) // 200))
+        self.first, self.losses = self.every, []
+        if self._saved:  # a resumed run
+            self.every *= self._saved["thinned"]
+            self.losses = list(self._saved["losses"].to(pl_module.device))
+            self._saved = {}
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the losses of the point that is under way."""
+        losses = torch.stack(self.losses).cpu() if self.losses else torch.empty(0)
+        checkpoint["loss_plot"] = {"thinned": self.every // self.first, "losses": losses}
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore them."""
+        self._saved = checkpoint.get("loss_plot", {})
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Keep the losses on their device: nobody has to wait for them."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            self.losses.append(loss.detach() if loss.requires_grad else loss)
+        before, self.step = self.step, trainer.global_step
+        if self.step == before or self.step % self.every or not self.losses:
+            return
+        mean = torch.stack(self.losses).mean() * trainer.accumulate_grad_batches
+        self.losses.clear()
+        if self.add("train", mean):
+            self.every *= 2
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the validation loss: the first metric called after it, `val/loss` or `val_loss`."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            metrics = trainer.callback_metrics
+            name = next((n for n in metrics if n.startswith("val") and n.endswith("loss")), None)
+            if name is not None:
+                self.add("val", metrics[name])
+
+
+def draw(curves: dict[str, Any], path: Path, label: str, every: int) -> None:
+    """Write the picture; a point of the training curve is the mean of `every` steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel=label, title=path.parent.as_posix())
+    values = [value for curve in curves.values() for _, value in curve if value > 0]
+    if values and max(values) > 3 * min(values):
+        axes.set_yscale("log")
+    steps = f"mean of {every} steps" if every > 1 else "each step"
+    if curves["train"]:
+        axes.plot(*zip(*curves["train"], strict=True), lw=1, alpha=0.8, label=f"training ({steps})")
+    if curves["val"]:
+        step, best = min(curves["val"], key=lambda point: point[1])
+        marker = f"validation (best {best:.4g} at step {step})"
+        axes.plot(*zip(*curves["val"], strict=True), "o-", ms=4, label=marker)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    FigureCanvasAgg(figure).print_png(path)

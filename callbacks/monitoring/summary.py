@@ -1,0 +1,60 @@
+"""Summary: what a run has come to, in a few lines at its end."""
+
+from collections import deque
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+from ravine.strategies.shards import whole_net
+
+LAST = 100  # steps over which the training loss is averaged: one step's is mostly chance
+
+
+class Summary(L.Callback):
+    """Prints training loss, every validation metric and the number of parameters after a fit.
+
+    A module's method `formula()`, if it has one, says where the number comes from.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no losses."""
+        self.losses: deque[Tensor] = deque(maxlen=LAST)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Keep the loss, on its device."""
+        loss = outputs if isinstance(outputs, Tensor) else (outputs or {}).get("loss")
+        if loss is not None:
+            self.losses.append(loss.detach())
+
+    def lines(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
+        """What is printed, by name; the mean training loss goes to the loggers as well."""
+        lines = {}
+        if self.losses:
+            mean = trainer.strategy.reduce(torch.stack(list(self.losses)).mean(), reduce_op="mean")
+            lines[f"train/loss, last {len(self.losses)} steps"] = f"{float(mean):.4f}"
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/last_steps": float(mean)}, trainer.global_step)
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("val/"):
+                lines[name] = f"{float(value):.4f}"
+        formula = getattr(pl_module, "formula", lambda: "")()
+        with whole_net(trainer):
+            count = sum(parameter.numel() for parameter in pl_module.parameters())
+        lines["parameters"] = f"{count:,}" + f" = {formula}" * bool(formula)
+        return lines
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print them."""
+        lines = self.lines(trainer, pl_module)
+        wide = max(map(len, lines))
+        pl_module.print("\n".join(f"{name:{wide}}  {value}" for name, value in lines.items()))

@@ -1,0 +1,92 @@
+"""UpdateSizes: how far each rule's weights move, against how large they are.
+
+    rms   = |dw| / sqrt(number of weights)       what one weight moves by, per optimizer step
+    ratio = |dw| / |w|                           about 1e-3 in a healthy run (lecture 8)
+
+A ratio of 1e-5 is a learning rate that trains nothing; one of 1e-1 forgets what was learned.
+"""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ravine.lightning_compat import should_update_logs
+
+from ..stability.gradient_clipping import global_norm
+from .composite import Composite
+
+
+class UpdateSizes(Callback):
+    """Log `update/rms/<rule>`, `update/ratio/<rule>` and `lr/<rule>` at each log line.
+
+    Works with any optimizer; one that no plan made has its parameter groups for rules, and a second
+    one `1 ` before them. It copies the weights in the steps that are logged, and in no others:
+    `--trainer.callbacks+=UpdateSizes`.
+    """
+
+    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
+
+    def __init__(self) -> None:
+        """How often is for `--trainer.log_every_n_steps`."""
+        self._before: dict[str, list[Tensor]] = {}
+
+    def logged_metrics(self, trainer: L.Trainer) -> set[str]:
+        """What it logs."""
+        labels = [rule[0] for each in trainer.optimizers for rule in by_rule(trainer, each)]
+        return {
+            f"{kind}/{label}" for kind in ("update/rms", "update/ratio", "lr") for label in labels
+        }
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Keep the weights of a step that will be logged."""
+        if should_update_logs(trainer):
+            self._before |= {
+                label: [p.detach().clone() for p in parameters]
+                for label, parameters, _ in by_rule(trainer, optimizer)
+            }
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """Compare with the weights now; nothing leaves the device before it is written."""
+        if not self._before:
+            return
+        pipeline = getattr(trainer.strategy, "pipeline", None)
+        repeated = set() if pipeline is None else set(pipeline.repeated())
+        rules = [rule for each in trainer.optimizers for rule in by_rule(trainer, each)]
+        for label, parameters, lr in rules:
+            if label not in self._before:  # stepped by hand, and not now
+                continue
+            pairs = zip(parameters, self._before[label], strict=True)
+            pairs = [(p.detach(), before) for p, before in pairs if p not in repeated]
+            step = global_norm([now - before for now, before in pairs], pipeline)
+            size = global_norm([before for _, before in pairs], pipeline)
+            count = torch.tensor(float(sum(p.numel() for p, _ in pairs)), device=size.device)
+            if pipeline is not None:
+                dist.all_reduce(count, group=pipeline.group)
+            pl_module.log(f"update/rms/{label}", step / count.sqrt())
+            pl_module.log(f"update/ratio/{label}", step / size.clamp(min=torch.finfo().tiny))
+            pl_module.log(f"lr/{label}", float(lr))
+        self._before = {}
+
+
+def by_rule(trainer: L.Trainer, optimizer: Optimizer) -> list[tuple[str, list[Tensor], float]]:
+    """Label, parameters and learning rate of each rule."""
+    number = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
+    before = f"{number} " * (number > 0)
+    if isinstance(optimizer, Composite):
+        groups = [(label, own) for label, (_, own) in optimizer.by_label().items()]
+    else:
+        groups = [(f"group {i}", [group]) for i, group in enumerate(optimizer.param_groups)]
+    return [
+        (before + label, [p for group in own for p in group["params"]], own[0].get("lr", math.nan))
+        for label, own in groups
+    ]

@@ -1,0 +1,118 @@
+"""CollapseAlarm: a generative model that dies says so by numbers long before its loss does."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from ravine.errors import UsageError
+
+from ..checks.run_checks import before_training
+from ..monitoring.progress import log_interval
+
+BELOW = {"train/distinct": 0.5}
+# short answers have no word n-gram, and a Jaccard distance of 0 from the start
+FALLEN = {"train/jaccard": 0.5, "train/vocabulary": 0.25}
+
+
+class CollapseAlarm(L.Callback):
+    """Says in one line when a logged metric falls below a bound, and again when it has recovered.
+
+    Trainer(callbacks=[CollapseAlarm(fallen={"train/vocabulary": 0.25})])
+
+    The metrics are looked at every log interval. Any module will do that logs one of them; by
+    default they are those of a policy: share of different samples, how unlike they are, share of
+    real words.
+
+    Args:
+        below: metric and the least value it may have.
+        fallen: metric and the least share of its first value that it may have.
+    """
+
+    def __init__(
+        self, below: dict[str, float] | None = None, fallen: dict[str, float] | None = None
+    ) -> None:
+        """Start without an alarm."""
+        self.asked = {*(below or {}), *(fallen or {})}  # a default may not be logged
+        if below is None and fallen is None:
+            below, fallen = BELOW, FALLEN
+        self.below, self.fallen = below or {}, fallen or {}
+        self.first: dict[str, float] = {}
+        self.alarms: list[dict[str, Any]] = []  # step, metric, value, bound
+        self.ringing: list[str] = []
+        self.step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let the metrics be looked for before the first step."""
+        before_training(trainer, pl_module, stage)
+
+    def needed_metrics(self) -> tuple[str, list[set[str]]]:
+        """All that were given by name; of the defaults one."""
+        watched = {*self.below, *self.fallen}
+        groups = [{name} for name in sorted(self.asked)] or [watched]
+        return "below" if self.asked & self.below.keys() else "fallen", groups
+
+    @property
+    def state_key(self) -> str:
+        """There is one a run."""
+        return "CollapseAlarm"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first values, and what has rung."""
+        return {"first": self.first, "alarms": self.alarms, "ringing": self.ringing}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on watching."""
+        self.first, self.alarms = dict(state_dict["first"]), list(state_dict["alarms"])
+        self.ringing = list(state_dict["ringing"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember where the run begins."""
+        self.step = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Look at the metrics after the first step, and every log interval."""
+        stepped, self.step = trainer.global_step != self.step, trainer.global_step
+        begins = not self.first
+        if not stepped or not (begins or self.step % log_interval(trainer) == 0):
+            return
+        metrics = trainer.callback_metrics
+        watched = {*self.below, *self.fallen}
+        found = {name: float(metrics[name]) for name in sorted(watched & metrics.keys())}
+        missing = watched if not found else self.asked - found.keys()
+        if missing:
+            logged = ", ".join(sorted(metrics)) or "nothing"
+            raise UsageError(
+                f"CollapseAlarm watches {', '.join(sorted(missing))}, and "
+                f"{type(pl_module).__name__} logs {logged}; name metrics of its own: "
+                "--trainer.callbacks.below='{NAME: 0.5}', or leave CollapseAlarm out"
+            )
+        self.first = found | self.first
+        for name, value in found.items():
+            self._judge(pl_module, name, value)
+
+    def _judge(self, module: L.LightningModule, name: str, value: float) -> None:
+        share = self.fallen.get(name)
+        bound = self.below.get(name, 0.0 if share is None else share * self.first[name])
+        if value >= bound:
+            if name in self.ringing:
+                self.ringing.remove(name)
+                module.print(f"step {self.step}: {name} has recovered: {value:.3g}")
+            return
+        if name in self.ringing:
+            return
+        self.ringing.append(name)
+        self.alarms.append({"step": self.step, "metric": name, "value": value, "bound": bound})
+        was = f" (it began at {self.first[name]:.3g})" if share is not None else ""
+        module.print(
+            f"step {self.step}: {name} is {value:.3g}, below {bound:.3g}{was}: what is sampled has "
+            "degenerated; a lower learning rate, a divergence penalty (kl.beta) or another reward "
+            "may keep it alive"
+        )

@@ -1,0 +1,78 @@
+"""Compile: torch.compile as a line of a config, applied last, to the net where it stands.
+
+In place (`net.compile()`), so that no name in a checkpoint changes; after adapters and
+recomputation, before sharding. Sampling runs uncompiled: a prompt of each length would recompile.
+Where a strategy runs the net in parts, stages of a pipeline or blocks that are gathered one by one,
+each block is compiled within its hooks: one graph, and one for all that are equal.
+"""
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from ravine.errors import UsageError
+from ravine.strategies.activation_checkpointing import in_sequence, stacked
+
+from .base import Transform
+
+
+class Compile(Transform):
+    """Compile a module's children, or their blocks, for shapes that stay the same.
+
+    lightning fit --config gpt2/124m --trainer.callbacks+=Compile
+
+    Args:
+        mode: reduce-overhead captures CUDA graphs, for nets so small that starting a kernel takes
+            longer than the kernel; max-autotune tries kernels for minutes.
+        blocks: compile each block of a net by itself: equal blocks are compiled once.
+        backend: of torch.compile; eager and aot_eager need no compiler, and find faults.
+    """
+
+    phase = "compile"
+    without_values = True
+
+    def __init__(
+        self,
+        mode: Literal["default", "reduce-overhead", "max-autotune"] = "default",
+        blocks: bool = False,
+        backend: str = "inductor",
+    ) -> None:
+        """Choose."""
+        if backend != "inductor" and mode != "default":
+            raise UsageError(
+                f"Compile: mode={mode!r} is a mode of inductor, and backend={backend!r} has none; "
+                "type --trainer.callbacks.mode=default, or --trainer.callbacks.backend=inductor"
+            )
+        self.mode, self.blocks, self.backend = mode, blocks, backend
+        self._in_parts = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Announce the phase."""
+        self._in_parts = getattr(getattr(trainer.strategy, "layout", None), "in_parts", False)
+        super().setup(trainer, pl_module, stage)
+
+    def identity(self) -> tuple[str, bool, str]:
+        """The arguments."""
+        return self.mode, self.blocks, self.backend
+
+    def transform(self, module: L.LightningModule) -> None:
+        """Mark what is to be compiled; it happens at the first step."""
+        parts = stacked(module)
+        if not self.blocks and not (self._in_parts and parts):
+            rows = in_sequence(module) if self._in_parts else []  # their members are gathered apart
+            parts = [part for row in rows or [module] for part in row.children()]
+            parts = [part for part in parts if any(True for _ in part.parameters())]
+        if not parts:
+            what = "no net with blocks (a ModuleDict or ModuleList)" if self.blocks else "no net"
+            raise UsageError(
+                f"Compile: {type(module).__name__} has {what}; "
+                + ("type --trainer.callbacks.blocks=false" if self.blocks else "leave it out")
+            )
+        mode = None if self.backend != "inductor" else self.mode
+        how: Any = {"mode": mode, "backend": self.backend, "dynamic": False}
+        for part in parts:
+            if self._in_parts:  # hooks that gather stay outside: each would cut the graph
+                part.forward = torch.compile(part.forward, **how)
+            else:
+                part.compile(**how)

@@ -1,0 +1,200 @@
+"""A trained model by its checkpoint: for commands that need nothing else, and no trainer."""
+
+import os
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from lightning.pytorch.core import saving
+
+import ravine.callbacks  # a checkpoint names callbacks that changed its net
+import ravine.lightning_modules
+from ravine.callbacks.transforms.base import reapply
+from ravine.errors import MissingFileError, UsageError
+from ravine.lightning_modules import TaskModule
+from ravine.lightning_modules.task_module import imported_subclasses
+from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError, check
+
+from . import checkpoint_connector as restore
+from . import resume_path as newest
+from .commands import method_flags as signature
+from .config.trust import Trust, packages
+from .error_report import unknown_name
+
+NAME, ROOT = "trainer.name", "trainer.default_root_dir"  # where `last` and `auto` look
+
+
+def load(
+    path: str | Path | IO[bytes],
+    trust: Iterable[str] = (),
+    *,
+    task: type[TaskModule] | None = None,
+    map_location: Any = "cpu",
+    hparams_file: str | Path | None = None,
+    strict: bool | None = None,
+    weights_only: bool | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> TaskModule:
+    """A trained model by its checkpoint alone, with the adapters and quantized weights it has.
+
+    from ravine import load_model
+    print(load_model("runs/shakespeare/lora/version_0/checkpoints/last.ckpt").generate("ARIEL:"))
+
+    `LanguageModel.load_from_checkpoint(path)` does the same for a class that is known. Of a
+    LightningModule of your own: build it, then `ravine.callbacks.transforms.base.reapply`.
+
+    Args:
+        path: the checkpoint: a file, a folder, an address, or an open file. The class that an
+            address or an open file names must be imported already.
+        trust: packages or modules of other people whose classes it may name: importing one runs
+            its code, so it is refused without. `load_model(path, trust=["mine"])`.
+        task: the class, or one that it inherits from; by default the one that the checkpoint names.
+        map_location: where tensors go, as in `torch.load`; None: where they were saved, or the CPU
+            if this machine lacks that device.
+        hparams_file: .yaml or .csv with hyperparameters in the place of the checkpoint's.
+        strict: whether names of weights must be equal; by default the model's `strict_loading`.
+        weights_only: False admits any pickled object, from an author whom you trust.
+        overrides: arguments of the class in the place of saved ones.
+    """
+    check_location(map_location)
+    path = Path(path) if isinstance(path, os.PathLike) else path
+    if task is None:
+        here = isinstance(path, Path) or (isinstance(path, str) and "://" not in path)
+        task = task_of(Path(cast(str, path)), trust) if here else TaskModule
+    place = where_saved if map_location is None else map_location
+    checkpoint = AtomicCheckpointIO().load_checkpoint(path, place, weights_only)
+    if hparams_file is not None:
+        key = task.CHECKPOINT_HYPER_PARAMS_KEY
+        checkpoint = checkpoint | {key: hyperparameters_in(Path(hparams_file))}
+    how: dict[str, Any] = {"strict": strict, "overrides": overrides}
+    model = task.from_checkpoint_dict(checkpoint, apply_transforms=reapply, **how)
+    if isinstance(map_location, str | torch.device):  # a folder is read on the CPU
+        return model.to(map_location)
+    tensors = (t for t in checkpoint["state_dict"].values() if isinstance(t, torch.Tensor))
+    return model.to(next((t.device for t in tensors), torch.device("cpu")))
+
+
+def where_saved(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """A `map_location`: the device a tensor was saved from if this machine has it, else the CPU."""
+    if location in ("cpu", "meta"):
+        return storage
+    device = torch.device(location)
+    backend = getattr(torch, device.type, None)  # torch.cuda, torch.mps, torch.xpu
+    count = backend.device_count() if backend is not None else 0
+    return None if (device.index or 0) < count else storage.cpu()
+
+
+def check_location(map_location: Any) -> None:
+    """Refuse a device that this machine lacks: torch would call the file damaged."""
+    named = map_location.values() if isinstance(map_location, dict) else [map_location]
+    for each in named:
+        if not isinstance(each, str | torch.device):
+            continue
+        problem = f"map_location is {str(each)!r}, which keeps no values"
+        try:
+            usable = not torch.empty(0, device=each).is_meta
+        except Exception as error:  # torch raises several kinds
+            usable, said = False, " ".join(str(error).split())[:80]
+            problem = f"map_location is {str(each)!r}, and this machine has no such device ({said})"
+        if not usable:
+            allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+            raise UsageError(problem, allowed, "use map_location='cpu'")
+
+
+def hyperparameters_in(file: Path) -> dict[str, Any]:
+    """The hyperparameters in a .yaml or .csv file, as Lightning's loggers write it."""
+    readers = {
+        ".csv": saving.load_hparams_from_tags_csv,
+        ".yml": saving.load_hparams_from_yaml,
+        ".yaml": saving.load_hparams_from_yaml,
+    }
+    if file.suffix.lower() not in readers:
+        raise UsageError(f"hparams_file is {file}", [*readers], "use hparams_file='hparams.yaml'")
+    if not file.is_file():
+        raise MissingFileError(
+            f"there is no hparams_file {file}", hint="leave it out: the checkpoint has them"
+        )
+    found = readers[file.suffix.lower()](file)
+    if not isinstance(found, Mapping):
+        raise UsageError(
+            f"hparams_file {file} holds a {type(found).__name__}",
+            ["a mapping of names to values"],
+            "leave it out: the checkpoint has them",
+        )
+    return dict(found)
+
+
+def prepare(
+    argv: list[str], command: str, any_task: bool = False
+) -> tuple[TaskModule, Path, list[tuple[str, str]]]:
+    """The model of the checkpoint that was named, its path, and the other flags."""
+    argv, trusted = packages(argv)
+    path, given = locate(argv, command)
+    task = task_of(path, trusted)
+    if not any_task and not callable(getattr(task, command, None)):
+        able = [n for n, c in tasks().items() if callable(getattr(c, command, None))]
+        wrong = f"a {task.__name__} cannot {command}"
+        raise UsageError(
+            wrong,
+            able,
+            flag=f"{command} --ckpt_path=FILE, of one that can",
+            label="models that can",
+        )
+    return load(path, trusted), path, given
+
+
+def locate(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
+    """The checkpoint that was named, which is whole, and the other flags."""
+    given = signature.pairs(argv[1:])
+    chosen = dict(given).get("ckpt_path")
+    if chosen is None:
+        wrong = f"{command} needs a trained model"
+        raise UsageError(
+            wrong,
+            ["last", "auto", "a file"],
+            flag=f"{command} --ckpt_path=last",
+            label="checkpoints",
+        )
+    found = dict(given)
+    if chosen in ("auto", "last"):
+        root = found.get(ROOT, "runs")
+        path = newest.newest(command, chosen, found.get(NAME), root)
+    else:
+        path = Path(chosen)
+    if path is None:
+        raise UsageError("there is no checkpoint", flag=f"{command} --ckpt_path=FILE")
+    if reason := check(path):  # a flipped byte would write plausible nonsense
+        raise CheckpointError(f"{path} cannot be used: {reason}; take another, or type auto")
+    return path, [(name, v) for name, v in given if name not in ("ckpt_path", NAME, ROOT)]
+
+
+def tasks() -> dict[str, type[TaskModule]]:
+    """The tasks of this project, by name."""
+    found = vars(ravine.lightning_modules).values()
+    kinds = [c for c in found if isinstance(c, type) and issubclass(c, TaskModule)]
+    return {c.__name__: c for c in kinds if c is not TaskModule}
+
+
+def task_of(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
+    """The class whose weights a checkpoint holds: by its saved configuration, or by its name."""
+    checkpoint = restore.read(path)
+    config = restore.config_of(checkpoint, path).get("model") or {}
+    name = config.get("class_path") or checkpoint.get("task", "")
+    name = name if isinstance(name, str) else ""
+    module, _, last = name.rpartition(".")
+    if module and not module.startswith("ravine."):
+        Trust(trust).demand(name, f"model in {path}")
+        found = getattr(import_module(module), last, None)
+        if isinstance(found, type) and issubclass(found, TaskModule):
+            return found
+    imported = [c for c in imported_subclasses(TaskModule) if c.__name__ == last]
+    if last not in tasks() and not module and len(imported) == 1:
+        return imported[0]
+    if last not in tasks():
+        wrong = f"{path} holds the weights of {name or 'another program'}"
+        raise unknown_name(
+            wrong, last, tasks(), lambda near: f"--ckpt_path=FILE, of a {near}", "FILE"
+        )
+    return tasks()[last]

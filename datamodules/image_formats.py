@@ -1,0 +1,130 @@
+"""Named sets of images as one tensor of bytes each: MNIST, Fashion-MNIST, CIFAR-10, digits.
+
+Axes: n images, c channels, y rows, x columns.
+"""
+
+import io
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ravine.errors import UsageError
+
+from .downloads import Source
+from .idx import read_idx
+from .image_set import ImageSet, check_labels
+
+__all__ = ["ImageSet", "check_labels", "read_cifar", "read_digits", "read_named"]
+
+IMAGE_SOURCE = partial(Source, own="source=FOLDER", embedded="digits")
+
+# Mirrors of MNIST wrap it in different gzips, so it is known by what is inside; Fashion-MNIST has
+# one canonical gzip, which is known as it is. Both: images and labels to train, then to test.
+FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+CHECKSUMS = {
+    "mnist": (
+        ("ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db", 47_040_016),
+        ("65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5", 60_008),
+        ("0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7", 7_840_016),
+        ("ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2", 10_008),
+    ),
+    "fashion": (
+        ("3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84", 26_421_880),
+        ("a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845", 29_515),
+        ("346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073", 4_422_102),
+        ("67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5", 5_148),
+    ),
+}
+TORCHVISION = {"mnist": "MNIST/raw", "fashion": "FashionMNIST/raw"}  # where it keeps them
+MIRRORS = {
+    "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "fashion": "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+}
+SOURCES: dict[str, tuple[Source, ...]] = {
+    name: tuple(
+        IMAGE_SOURCE(
+            name=name,
+            path=f"{name}/{file}-ubyte.gz",
+            sha256=sha256,
+            size=size,
+            url=f"{MIRRORS[name]}{file}-ubyte.gz",
+            gzipped=name == "mnist",
+            also=tuple(
+                f"{folder}/{file}-ubyte{end}"
+                for folder in (name, TORCHVISION[name])
+                for end in (".gz", "")  # the checksum of Fashion-MNIST is that of the gzip
+                if end or name == "mnist"
+            ),
+        )
+        for file, (sha256, size) in zip(FILES, rows, strict=True)
+    )
+    for name, rows in CHECKSUMS.items()
+} | {
+    "cifar10": (
+        IMAGE_SOURCE(
+            name="cifar10",
+            path="cifar10/cifar-10-binary.tar.gz",
+            sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            size=170_052_171,
+            url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        ),
+    )
+}
+NAMES = {
+    "mnist": tuple("0123456789"),
+    "digits": tuple("0123456789"),
+    "fashion": ("T-shirt", "trouser", "pullover", "dress", "coat",
+                "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer",
+                "dog", "frog", "horse", "ship", "truck"),
+}  # fmt: skip
+
+
+def read_cifar(content: bytes, name: str) -> tuple[Tensor, Tensor]:
+    """CIFAR-10's binary form: images (n 3 32 32) and labels (n), from records of 3,073 bytes."""
+    record = 1 + 3 * 32 * 32  # a label, then the three planes
+    if not content or len(content) % record:
+        raise UsageError(
+            f"{name} has {len(content):,} bytes, no whole number of records of {record}; fetch "
+            "the file again"
+        )
+    rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, record)
+    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
+
+
+def read_digits() -> ImageSet:
+    """The 1,797 digits of 8x8 pixels that scikit-learn ships, 0..16 stretched to 0..255."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels).mul(255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8)
+    return ImageSet(images, torch.tensor(labels), NAMES["digits"])
+
+
+def read_named(name: str, paths: list[Path]) -> tuple[ImageSet, ImageSet]:
+    """The parts to train and to test of MNIST, Fashion-MNIST or CIFAR-10, from their files."""
+    if name == "cifar10":
+        parts = _cifar_parts(paths[0])
+    else:
+        arrays = [read_idx(path, rank) for path, rank in zip(paths, (3, 1, 3, 1), strict=True)]
+        parts = [(arrays[i][:, None], arrays[i + 1].long()) for i in (0, 2)]  # (n 1 y x)
+    train, test = (
+        ImageSet(*part, NAMES[name]).checked(f"{paths[0].parent} ({side})")
+        for part, side in zip(parts, ("train", "test"), strict=True)
+    )
+    return train, test
+
+
+def _cifar_parts(path: Path) -> list[tuple[Tensor, Tensor]]:
+    with tarfile.open(path, "r:gz") as archive:  # read in place: nothing is unpacked to disk
+        members = {Path(m.name).name: m for m in archive if m.isfile()}
+        wanted = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+        if missing := [name for name in wanted if name not in members]:
+            raise UsageError(f"{path} lacks {', '.join(missing)}; fetch the binary form again")
+        read = [read_cifar((archive.extractfile(members[n]) or io.BytesIO()).read(), n)
+                for n in wanted]  # fmt: skip
+    images, labels = zip(*read[:5], strict=True)
+    return [(torch.cat(images), torch.cat(labels)), read[5]]

@@ -1,0 +1,113 @@
+"""From logits to a token: one distribution, used by who draws and by who scores what was drawn.
+
+    temperature   p ∝ exp(logits / temperature); 0 takes the most probable token
+    top_k         only the k most probable
+    min_p         only those at least min_p times as probable as the most probable
+    top_p         only the smallest set of the most probable that holds this share
+
+A token is drawn by one uniform number u: the first whose cumulative probability reaches u. The
+number depends on (seed, text, place) alone, so a text does not depend on what is drawn beside it,
+on which device, or with which cache.
+
+Axes: b batch, t time, v vocabulary.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ravine.datamodules.loaders import generator
+from ravine.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw; None leaves a rule out.
+
+    Sampling(temperature=0.8, top_k=40).log_probabilities(logits)
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        rules = {
+            "temperature": (
+                0 <= self.temperature < math.inf,
+                "0 (the most probable token) or more",
+            ),
+            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0, up to 1"),
+            "min_p": (self.min_p is None or 0 <= self.min_p < 1, "0 to below 1"),
+        }
+        typical = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.05}
+        for name, (fine, allowed) in rules.items():
+            if not fine:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)}; allowed: {allowed}; "
+                    f"type --{name}={typical[name]}"
+                )
+
+    def check(self, vocabulary: int) -> None:
+        """Refuse to keep more tokens than there are."""
+        if self.top_k is not None and self.top_k > vocabulary:
+            raise UsageError(
+                f"top_k is {self.top_k}, and there are {vocabulary} different tokens; "
+                f"allowed: 1 to {vocabulary}; type --top_k={min(40, vocabulary)}"
+            )
+
+    def log_probabilities(self, logits: Tensor, keep: Tensor | None = None) -> Tensor:
+        """What is drawn from, as logarithms (... v); tokens left out have -inf.
+
+        Tokens `keep` (...) are not left out: they were drawn, and only rounding can have moved
+        them over the border since.
+
+        At temperature 0 nothing is drawn, and the net's own distribution is given. At least fp32:
+        bf16 keeps 3 digits, and probabilities would be off by a percent.
+        """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.temperature > 0:
+            logits = logits / self.temperature
+        drawn = None if keep is None else logits.gather(-1, keep[..., None])
+        if self.top_k is not None:
+            least = logits.topk(self.top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -math.inf)
+        if self.min_p:
+            least = logits.amax(-1, keepdim=True) + math.log(self.min_p)
+            logits = logits.masked_fill(logits < least, -math.inf)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, places = logits.softmax(-1).sort(descending=True)
+            before = ordered.cumsum(-1) - ordered  # held by the more probable ones
+            outside = torch.zeros_like(before, dtype=torch.bool)
+            outside = outside.scatter(-1, places, before >= self.top_p)
+            logits = logits.masked_fill(outside, -math.inf)
+        if keep is not None and drawn is not None:
+            logits = logits.scatter(-1, keep[..., None], drawn)
+        return logits.log_softmax(-1)
+
+    def choose(self, log_probabilities: Tensor, uniform: Tensor) -> Tensor:
+        """Tokens (b) by one number in (0, 1] each, uniform (b), from log-probabilities (b v)."""
+        if self.temperature == 0:
+            return log_probabilities.argmax(-1)
+        # fp32 would lose rare tokens of 50,000
+        reached = log_probabilities.double().exp().cumsum(-1)
+        return (reached < uniform[:, None] * reached[:, -1:]).sum(-1)
+
+
+def uniforms(seed: int, texts: Sequence[Hashable], count: int) -> Tensor:
+    """Numbers in (0, 1], float64 (b count): one row for each key of a text, whatever the others."""
+    rows = [
+        torch.rand(count, generator=generator(seed, "sampling", *_key(text)), dtype=torch.float64)
+        for text in texts
+    ]
+    return 1 - torch.stack(rows)  # rand gives [0, 1), and 0 would choose a token left out
+
+
+def _key(text: Hashable) -> tuple:
+    return text if isinstance(text, tuple) else (text,)

@@ -1,0 +1,178 @@
+"""The lecture's U-Net: twice down, twice up, with what was seen going down kept for going up.
+
+    x -> first ---------------------------------- last -> out          width      at full size
+           \\ narrow1 -> second ---------- fourth / widen2             2 width     at a half
+                          \\ narrow2 -> third -> middle / widen1       4 width     at a quarter
+
+Each block adds the embedding of time, and of the label if there is one, to every pixel. At width 64
+it has 4,165,953 parameters on gray images.
+
+Axes: b batch, c y x images, d embedding.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ravine.datamodules.downloads import whole
+from ravine.errors import UsageError
+
+GROUPS = 8  # of GroupNorm: one example's statistics, whatever the batch
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut, with the embedding d added between them."""
+
+    def __init__(self, before: int, after: int, embedding: int) -> None:
+        """From `before` channels to `after`."""
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, padding=1)
+        self.norm1 = nn.GroupNorm(GROUPS, after)
+        self.time = nn.Linear(embedding, after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
+        self.norm2 = nn.GroupNorm(GROUPS, after)
+        self.shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Images (b c y x) and embeddings (b d) to images (b c' y x)."""
+        h = F.silu(self.norm1(self.conv1(x)))
+        h = h + rearrange(self.time(embedding), "b c -> b c 1 1")
+        h = F.silu(self.norm2(self.conv2(h)))
+        return h + self.shortcut(x)
+
+
+class Attention(nn.Module):
+    """Every pixel looks at every other; starts as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        """Heads of 32 channels."""
+        super().__init__()
+        self.heads = max(1, channels // 32)
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(cast(Tensor, self.out.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (b c y x) to images of the same shape."""
+        q, k, v = rearrange(
+            self.qkv(self.norm(x)), "b (three h k) y x -> three b h (y x) k", three=3, h=self.heads
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(
+            rearrange(mixed, "b h (y x) k -> b (h k) y x", y=x.shape[-2], x=x.shape[-1])
+        )
+
+
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """Times (b) as sines and cosines of wavelengths from 2π to 20000π, (b d)."""
+    half = width // 2
+    rates = torch.exp(-math.log(1e4) / half * torch.arange(half, device=t.device).float())
+    angles = t.float()[:, None] * rates  # (b d/2); fp32: bf16 cannot tell 999 from 1000
+    return torch.cat((angles.sin(), angles.cos()), 1)  # (b d)
+
+
+class UNet(nn.Module):
+    """Noisy images and times to images; any height and width, padded inside.
+
+    UNet(channels=1, width=64)(torch.randn(2, 1, 28, 28), torch.tensor([1, 999]))
+
+    Args:
+        channels: of the images.
+        width: channels at full size; a multiple of 8.
+        time_width: of the embedding.
+        classes: of the labels; 0 for none. A label equal to `classes` means that none is given.
+        patch: the net sees squares of so many pixels as one, with as many more channels.
+        attention: let pixels look at each other at a quarter of the size.
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        width: int = 64,
+        time_width: int = 256,
+        classes: int = 0,
+        patch: int = 1,
+        attention: bool = False,
+    ) -> None:
+        """Build it."""
+        super().__init__()
+        if width < GROUPS or width % GROUPS or time_width < 2 or time_width % 2 or patch < 1:
+            raise UsageError(
+                f"width is {width}, time_width {time_width}, patch {patch}; allowed: a width that "
+                f"{GROUPS} divides, an even time_width, a patch of 1 or more; "
+                "type --model.width=64 --model.time_width=256 --model.patch=1"
+            )
+        self.arguments = {
+            "channels": channels, "width": width, "time_width": time_width, "classes": classes,
+            "patch": patch, "attention": attention,
+        }  # fmt: skip
+        w, d, inner = width, time_width, channels * patch**2
+        self.classes, self.patch, self.time_width = classes, patch, time_width
+        self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        self.labels = nn.Embedding(classes + 1, d) if classes else None
+        self.blocks = nn.ModuleDict(
+            {
+                "first": Block(inner, w, d),
+                "narrow1": nn.Conv2d(w, w, 3, stride=2, padding=1),
+                "second": Block(w, 2 * w, d),
+                "narrow2": nn.Conv2d(2 * w, 2 * w, 3, stride=2, padding=1),
+                "third": Block(2 * w, 4 * w, d),
+                "middle": Block(4 * w, 4 * w, d),
+                "attention": Attention(4 * w) if attention else nn.Identity(),
+                "widen1": nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1),
+                "fourth": Block(4 * w, 2 * w, d),
+                "widen2": nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1),
+                "last": Block(2 * w, w, d),
+                "out": nn.Conv2d(w, inner, 1),
+            }
+        )
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Images (b c y x), times (b) in [0, 1000] and labels (b) to images (b c y x)."""
+        embedding = self.time(sinusoids(t, self.time_width).to(x.dtype))
+        if self.labels is not None:
+            y = torch.full_like(t, self.classes, dtype=torch.int64) if y is None else y
+            embedding = embedding + self.labels(y)
+        height, width = x.shape[-2:]
+        above, left = (-height % (4 * self.patch)) // 2, (-width % (4 * self.patch)) // 2
+        below, right = -height % (4 * self.patch) - above, -width % (4 * self.patch) - left
+        x = F.pad(x, (left, right, above, below))  # (b c Y X), which 4 patches divide
+        x = F.pixel_unshuffle(x, self.patch)  # (b c*patch² Y/patch X/patch)
+        x = F.pixel_shuffle(self._through(x, embedding), self.patch)  # (b c Y X)
+        return x[..., above : above + height, left : left + width]
+
+    def _through(self, x: Tensor, embedding: Tensor) -> Tensor:
+        b = self.blocks
+        full = b["first"](x, embedding)
+        half = b["second"](b["narrow1"](full), embedding)
+        h = b["third"](b["narrow2"](half), embedding)
+        h = b["attention"](b["middle"](h, embedding))
+        h = b["fourth"](torch.cat((b["widen1"](h), half), 1), embedding)
+        h = b["last"](torch.cat((b["widen2"](h), full), 1), embedding)
+        return b["out"](h)
+
+
+def write(net: UNet, folder: str, asked: dict[str, Any]) -> str:
+    """Write the weights, the arguments and what the net is asked into a folder; returns the names.
+
+        config = json.load(open("config.json"))
+        net = UNet(**config["net"])
+        net.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+
+    The rest of config.json says what the net's answers mean: process, prediction, conditioning.
+    """
+    weights = {name: w.contiguous() for name, w in net.state_dict().items()}
+    with whole(Path(folder, "model.safetensors")) as part:
+        save_file(weights, part)
+    with whole(Path(folder, "config.json")) as part:
+        part.write_text(json.dumps({"net": net.arguments, **asked}, indent=1))
+    return f"{folder}/model.safetensors, config.json"

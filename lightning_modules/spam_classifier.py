@@ -1,0 +1,246 @@
+"""Spam or not: logistic regression on five hand-made features (lecture 0), on n-grams, or an MLP.
+
+The n-grams are words (one or two) and characters (three to five), hashed into a fixed number of
+buckets, so that no vocabulary is kept, and weighted by sublinear tf-idf:
+
+    weight = (1 + ln count) (1 + ln((1 + messages) / (1 + messages with it))),  then unit length
+
+Axes: b batch, n n-grams of all messages of a batch in a row.
+"""
+
+import re
+import zlib
+from collections import Counter
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    BinaryAUROC,
+    BinaryConfusionMatrix,
+    BinaryF1Score,
+)
+
+from ravine.errors import UsageError
+
+from .task_module import TaskModule
+
+TRIGGERS = {"urgent", "buy", "money", "won", "free"}
+LABELS = ("ham", "spam")
+
+
+def lecture_features(message: str) -> list[float]:
+    """The lecture's five: `!`, trigger words, tokens with www, share of capitals, length / 500."""
+    return [
+        message.count("!"),
+        len(TRIGGERS.intersection(re.findall(r"\w+", message.lower()))),
+        sum("www" in token for token in message.lower().split()),
+        sum(map(str.isupper, message)) / max(1, len(message)),
+        len(message) / 500,
+    ]
+
+
+def ngrams(message: str) -> tuple[list[str], list[str]]:
+    """Words with pairs of words, and pieces of 3 to 5 characters that never cross a word's end.
+
+    Digits are all one digit: what matters of a telephone number is that it is one.
+    """
+    text = re.sub(r"\d", "0", message.lower())
+    words = re.findall(r"\w\w+", text)
+    pairs = [f"{first} {second}" for first, second in pairwise(words)]
+    pieces = []
+    for token in text.split():
+        padded = f" {token} "
+        for size in (3, 4, 5):
+            pieces += [padded[i : i + size] for i in range(max(1, len(padded) - size + 1))]
+            if len(padded) <= size:  # the whole token, once
+                break
+    return words + pairs, pieces
+
+
+@lru_cache(maxsize=100_000)
+def hashed(message: str, buckets: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bucket, 1 + ln count, and kind (0 word, 1 character) of each different n-gram, all (n)."""
+    rows = [
+        (bucket, count, kind)
+        for kind, grams in enumerate(ngrams(message))
+        for bucket, count in Counter(zlib.crc32(g.encode(), kind) % buckets for g in grams).items()
+    ]
+    table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)  # (n 3), also when there are none
+    bucket, count, kind = table.unbind(1)
+    return bucket, 1 + count.float().log(), kind
+
+
+def inverse_document_frequency(messages: list[str], buckets: int) -> Tensor:
+    """The rarity of each bucket (buckets); 0 where no message has it, as if it were not there."""
+    frequency = torch.zeros(buckets)
+    for message in messages:
+        frequency[hashed(message, buckets)[0].unique()] += 1
+    return torch.where(frequency > 0, 1 + ((1 + len(messages)) / (1 + frequency)).log(), 0.0)
+
+
+class LectureFeatures(nn.Module):
+    """Messages to the lecture's features, list of b -> (b 5)."""
+
+    anchor: Tensor  # empty: it only knows the device
+
+    def __init__(self) -> None:
+        """Nothing is learned here."""
+        super().__init__()
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
+
+    def forward(self, messages: list[str]) -> Tensor:
+        """Compute them."""
+        return torch.tensor([lecture_features(m) for m in messages], device=self.anchor.device)
+
+
+class HashedLinear(nn.Module):
+    """A linear layer over the tf-idf weights of hashed n-grams, list of b messages -> (b out).
+
+    The input has as many columns as buckets, and a few hundred that are not zero: the product
+    gathers those rows of `weight` (buckets, out) and adds them.
+    """
+
+    idf: Tensor  # (buckets)
+
+    def __init__(self, idf: Tensor, out: int, std: float) -> None:
+        """Start from weights of the given standard deviation."""
+        super().__init__()
+        self.register_buffer("idf", idf)
+        self.weight = nn.Parameter(torch.empty(len(idf), out))
+        self.bias = nn.Parameter(torch.empty(out))
+        nn.init.normal_(self.weight, std=std)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, messages: list[str]) -> Tensor:
+        """Gather and add."""
+        buckets, counts, kinds = zip(*(hashed(m, len(self.idf)) for m in messages), strict=True)
+        sizes = torch.tensor([len(b) for b in buckets])  # (b)
+        half = 2 * torch.arange(len(sizes)).repeat_interleave(sizes) + torch.cat(kinds)
+        bucket, count, half, first = (
+            x.to(self.idf.device)
+            for x in (torch.cat(buckets), torch.cat(counts), half, sizes.cumsum(0) - sizes)
+        )
+        weight = count * self.idf[bucket]  # (n)
+        square = weight.new_zeros(2 * len(messages)).index_add(0, half, weight.square())
+        weight = weight / square.clamp(min=1e-12).sqrt()[half]  # words and characters: length 1
+        return (
+            F.embedding_bag(bucket, self.weight, first, mode="sum", per_sample_weights=weight)
+            + self.bias
+        )
+
+
+class SpamClassifier(TaskModule):
+    """The probability that a message is spam; batches are {"message": list of b, "label": (b)}.
+
+        Trainer(max_epochs=10).fit(SpamClassifier(), datamodule=SpamDataModule(source="sms"))
+
+    Args:
+        features: the lecture's five, or hashed n-grams.
+        hidden: units of an MLP's hidden layer; 0 is logistic regression.
+        buckets: into which n-grams are hashed; 2^18 for 10^5 different ones.
+    """
+
+    lr = 1e-2
+    columns = ("line", "message", "probability", "label")  # of what predict_step returns
+
+    def __init__(
+        self,
+        features: Literal["lecture", "ngrams"] = "ngrams",
+        hidden: int = 0,
+        buckets: int = 2**18,
+    ) -> None:
+        """Check the sizes."""
+        super().__init__()
+        if hidden < 0 or buckets < 1:
+            raise UsageError(
+                f"hidden is {hidden} and buckets {buckets}; allowed: hidden 0 or more, buckets 1 "
+                "or more; type --model.hidden=0 --model.buckets=262144"
+            )
+        self.save_hyperparameters()
+        self.features, self.hidden, self.buckets = features, hidden, buckets
+        self.idf = torch.zeros(0)  # of the training messages
+        self.val_loss, self.val_accuracy = MeanMetric(), BinaryAccuracy()
+        self.test_metrics = MetricCollection(
+            {"accuracy": BinaryAccuracy(), "f1": BinaryF1Score(), "auroc": BinaryAUROC()},
+            prefix="test/",
+        )
+        self.confusion = BinaryConfusionMatrix()
+
+    def adopt(self, datamodule: Any) -> None:
+        """Count the n-grams of the training messages; a trained net has its own counts."""
+        if self.features == "ngrams" and self.net is None:
+            self.idf = inverse_document_frequency(datamodule.train_messages, self.buckets)
+
+    def build(self) -> nn.Module:
+        """A linear map from features to one logit, or two with a ReLU between them."""
+        out = self.hidden or 1
+        if self.features == "ngrams":
+            idf = self.idf if len(self.idf) else torch.zeros(self.buckets)  # a checkpoint fills it
+            layers = [HashedLinear(idf, out, std=0.5 if self.hidden else 0.0)]
+        else:
+            layers = [LectureFeatures(), nn.Linear(5, out)]
+        if self.hidden:
+            layers += [nn.ReLU(), nn.Linear(self.hidden, 1)]
+        return nn.Sequential(*layers)
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy, and the probability of spam (b)."""
+        logits = self(batch["message"])[:, 0].float()  # (b)
+        return F.binary_cross_entropy_with_logits(logits, batch["label"].float()), logits.sigmoid()
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+        """Mean cross-entropy."""
+        loss, _ = self.loss(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], index: int) -> None:
+        """Loss and accuracy."""
+        loss, probability = self.loss(batch)
+        self.val_loss(loss, len(batch["label"]))
+        self.val_accuracy(probability, batch["label"])
+        self.log("val/loss", self.val_loss)
+        self.log("val/accuracy", self.val_accuracy)
+
+    def test_step(self, batch: dict[str, Any], index: int) -> None:
+        """Accuracy, F1 of spam, AUROC and the confusion matrix."""
+        _, probability = self.loss(batch)
+        self.test_metrics.update(probability, batch["label"])
+        self.confusion.update(probability, batch["label"])
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores, NaN where they are undefined, and the confusion matrix by its names."""
+        matrix = self.confusion.compute().float()  # of all ranks
+        ham, spam = matrix.sum(1).tolist()
+        undefined = {
+            "auroc": not ham or not spam,  # of two classes
+            "f1": not spam and not matrix[:, 1].any(),  # 0 / 0
+        }
+        for name, metric in self.test_metrics.items(keep_base=True):
+            value = torch.full_like(matrix[0, 0], float("nan"))
+            self.log(f"test/{name}", value if undefined.get(name) else metric.compute())
+        if any(undefined.values()):
+            names = " and ".join(f"test/{name}" for name, wrong in undefined.items() if wrong)
+            absent = LABELS[0] if not ham else LABELS[1]
+            rank_zero_info(
+                f"{names}: undefined, so NaN: no {absent} among the {ham + spam:.0f} test messages"
+            )
+        for truth, row in zip(LABELS, matrix, strict=True):
+            for answer, count in zip(LABELS, row, strict=True):
+                self.log(f"test/{truth}_called_{answer}", count)
+        self.confusion.reset()
+        self.test_metrics.reset()
+
+    def predict_step(self, batch: dict[str, Any], index: int) -> list[tuple[int, str, float, str]]:
+        """(line from 1, message, probability of spam, label) for each message."""
+        probabilities = self(batch["message"])[:, 0].float().sigmoid().tolist()
+        places = batch["index"].tolist() if "index" in batch else range(len(probabilities))
+        rows = zip(places, batch["message"], probabilities, strict=True)
+        return [(place + 1, message, p, LABELS[p > 0.5]) for place, message, p in rows]

@@ -1,0 +1,420 @@
+"""TaskModule: what every task shares — its net is built in one place, late, and from plain numbers.
+
+Late, because callbacks and strategies act between `__init__` and the first step: the data tell the
+net its sizes (`adopt`), transforms rewrite it, the strategy shards it. None of that is seen here.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ravine.errors import RunError, UsageError, UsageTypeError, suggest_names
+from ravine.lightning_compat import attached_trainer, averaging_callbacks
+
+from .nn.initial_values import InitialValues
+
+PLAIN = (bool, int, float, str, tuple)  # of class attributes that are settings, such as lr
+FUSED = ("cpu", "cuda")  # devices with a fused kernel of AdamW in every supported torch
+
+
+class _Bounded(TorchDispatchMode):
+    """Build on the meta device, and stop if a net becomes far larger than its weights.
+
+    The sizes come from a checkpoint, which may hold a width of 10**9 and four numbers.
+    """
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.over = False
+        sizes = [value.numel() for value in state.values() if isinstance(value, Tensor)]
+        self.tensors, self.numbers = 100 * len(sizes) + 10_000, 16 * sum(sizes) + 2**24
+        self.device = torch.device("meta")
+
+    def __enter__(self) -> Self:
+        self.device.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.device.__exit__(*error)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.tensors -= 1
+        if isinstance(result, Tensor) and not result._is_view():
+            self.numbers -= result.numel()
+        self.over |= self.tensors < 0 or self.numbers < 0
+        self.check()
+        return result
+
+    def check(self) -> None:
+        """Refuse a net that has grown too far."""
+        if self.over:
+            raise UsageError(
+                "the hyperparameters of the checkpoint make a net far larger than its weights; it "
+                "was changed: choose another checkpoint"
+            )
+
+
+def refuse_early_copies(callbacks: list[L.Callback]) -> None:
+    """ValueError for a callback that has copied a module whose net is not built yet."""
+    for each in callbacks:
+        if isinstance(each, averaging_callbacks()):
+            name = type(each).__name__
+            raise UsageError(
+                f"{name} copies the network in setup, before it is built, and would average "
+                f"nothing; take {name} out of trainer.callbacks and use ravine.callbacks.EMA"
+            )
+
+
+class _ClassOnly(classmethod):
+    """A classmethod that raises a TypeError if it is called on an instance, as Lightning's do."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return super().__get__(None, owner)
+        name = f"{type(instance).__name__}.{self.__func__.__name__}"
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise UsageTypeError(
+                f"The classmethod `{name}` cannot be called on an instance: it makes a new model",
+                ["a call on the class"],
+                f"use model = {name}(path)",
+            )
+
+        return refuse
+
+
+_class_only = classmethod if TYPE_CHECKING else _ClassOnly
+
+
+def imported_subclasses(kind: type) -> list[type]:
+    """All imported subclasses, those of subclasses included."""
+    return [c for below in kind.__subclasses__() for c in (below, *imported_subclasses(below))]
+
+
+def _is_ours(method: Any) -> bool:
+    """Whether this package defines a method: another's may compute with values."""
+    return method.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+class TaskModule(L.LightningModule):
+    """A LightningModule whose net is made by `build()`, once, when the sizes are known.
+
+    A task of your own needs `build` and `training_step`:
+
+        class Line(TaskModule):
+            def build(self): return nn.Linear(1, 1)
+            def training_step(self, batch, index): return F.mse_loss(self(batch[0]), batch[1])
+    """
+
+    unit: str = "samples"  # what `count` counts: the unit of throughput
+    headline: tuple[str, ...] = ()  # metrics to show in the place of a loss that means nothing
+    lr: float = 1e-3  # of the default optimizer only; a plan callback brings its own
+
+    def __init__(self) -> None:
+        """Start without a net."""
+        super().__init__()
+        self.net: nn.Module | None = None  # not a class attribute: it would hide the submodule
+
+    def build(self) -> nn.Module:
+        """Make the plain single-device net."""
+        raise NotImplementedError(f"{type(self).__name__} needs a build() that returns its net")
+
+    def adopt(self, datamodule: Any) -> None:
+        """Take from the data what the net needs (vocabulary, number of features) before `build`."""
+
+    def setup(self, stage: str) -> None:
+        """Let the task look at the data, whose own `setup` has run by now."""
+        if self.net is None:
+            refuse_early_copies(self.trainer.callbacks)  # type: ignore[attr-defined]
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            self.adopt(datamodule)
+
+    def configure_model(self) -> None:
+        """Build the net unless it is there; callbacks and strategies do the rest from outside."""
+        if self.net is not None:
+            return
+        device = torch.get_default_device()
+        known = _is_ours(type(self).build)
+        values = InitialValues.of(self.build) if known and device.type != "meta" else None
+        if values is None:
+            self.net = self.build()
+        elif self._may_wait():
+            self.net = values.net
+            self.__dict__["initial_values"] = (
+                values  # a strategy draws them once it has cut the net
+            )
+        else:
+            self.net = values.materialize(device)
+
+    def _may_wait(self) -> bool:
+        """Whether nothing here needs the values of the parameters before the strategy is set up.
+
+        A callback that does gives the parameters their values before it changes the net.
+        """
+        return bool(self.__dict__.get("strategy_draws_values")) and _is_ours(
+            type(self).configure_model
+        )
+
+    def forward(self, *args: Any) -> Any:
+        """Apply the net."""
+        if self.net is None:
+            raise RunError(f"{type(self).__name__} has no net yet: call configure_model() first")
+        return self.net(*args)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on everything trainable, so that a task also runs with no optimizer callback.
+
+        Its fused kernel keeps no temporary tensors: one step of torch's loop over parameters has
+        two of the size of the largest parameter. Values may differ in the last bit. Lightning's
+        gradient scaler refuses to clip with it, and half precisions round in another way there.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if any(p.dtype == torch.float16 for p in parameters):
+            raise UsageError(
+                "AdamW's eps of 1e-08 is 0 in float16, so that weights turn to NaN (0 / 0); "
+                "allowed: 16-mixed, bf16-mixed, bf16-true, 32-true; type "
+                "--trainer.precision=16-mixed, or OptimizerPlan(partial(AdamW, eps=1e-4))"
+            )
+        exact = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
+        trainer = attached_trainer(self)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) if trainer else None
+        fused = exact and scaled is None and all(p.device.type in FUSED for p in parameters)
+        return torch.optim.AdamW(parameters, lr=self.lr, fused=fused or None)
+
+    def count(self, batch: Any) -> int:
+        """Units in a batch: here the rows of its first tensor."""
+        return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose weights these are."""
+        checkpoint["task"] = type(self).__name__
+        if (ledger := self.__dict__.get("_transforms")) is not None:
+            ledger.add_records(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another task's weights in words, before the tensors disagree in numbers."""
+        if not self._may_have_written(checkpoint):
+            task = checkpoint.get("task", "another program")
+            raise self._of_another_task(
+                checkpoint, f"give the trainer a {task}", f"type --model={task}"
+            )
+        if self.net is not None:  # built, so whatever changes it has changed it by now
+            self._check_changes(checkpoint, "add them to the trainer's callbacks")
+
+    def _check_changes(self, checkpoint: dict[str, Any], hint: str) -> None:
+        done = getattr(self.__dict__.get("_transforms"), "applied", {})
+        phases = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys() - done.keys()
+        if phases:
+            names = [checkpoint["transforms"][phase]["class"] for phase in sorted(phases)]
+            raise UsageError(
+                f"the net of the checkpoint was changed by {' and '.join(names)}, this one was not",
+                [f"a model that {' and '.join(names)} changes in the same way"],
+                hint,
+                flag=f"type --trainer.callbacks+={names[0]}",
+            )
+
+    @classmethod
+    def _of_another_task(cls, checkpoint: dict[str, Any], hint: str, flag: str = "") -> UsageError:
+        task = checkpoint.get("task", "another program")
+        problem = f"the checkpoint was written by {task}, the model is {cls.__name__}"
+        return UsageError(problem, [f"a checkpoint of {cls.__name__}"], hint, flag=flag)
+
+    @classmethod
+    def _may_have_written(cls, checkpoint: dict[str, Any]) -> bool:
+        """Whether the checkpoint names this class or one that it inherits from.
+
+        A class that overrides `on_save_checkpoint` without `super()` leaves no name.
+        """
+        if "task" not in checkpoint:
+            return not _is_ours(cls.on_save_checkpoint)
+        return str(checkpoint["task"]) in [c.__name__ for c in cls.__mro__]
+
+    @classmethod
+    def _class_of(cls, checkpoint: dict[str, Any]) -> type[Self]:
+        """This class, or the imported subclass that has written the checkpoint.
+
+        Raises:
+            UsageError: another task has written it.
+        """
+        if cls._may_have_written(checkpoint):
+            return cls
+        writers = [c for c in imported_subclasses(cls) if c.__name__ == str(checkpoint.get("task"))]
+        if len(writers) != 1:
+            hint = "use ravine.load_model(path), which finds the class"
+            raise cls._of_another_task(checkpoint, hint)
+        return writers[0]
+
+    @_class_only
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Rebuild a trained task from its checkpoint, adapters and quantized weights included.
+
+            model = LanguageModel.load_from_checkpoint("runs/mine/version_0/checkpoints/last.ckpt")
+            print(model.generate("ROMEO:", max_new_tokens=200))
+
+        Lightning's own method builds the net before it reads the sizes that came from the data.
+        The model is in evaluation mode: call `model.train()` before you train it further.
+
+        Args:
+            checkpoint_path: a file, a sharded folder, an address, or an open file.
+            map_location: where tensors go, as in `torch.load`; by default where they were saved,
+                or the CPU if this machine lacks that device. The model goes where its first tensor
+                is.
+            hparams_file: .yaml or .csv with hyperparameters in the place of the checkpoint's.
+            strict: whether names of weights must be equal; by default the model's
+                `strict_loading`.
+            weights_only: False admits any pickled object, from an author whom you trust.
+            kwargs: arguments of the class, or settings such as `lr`, in the place of saved ones.
+
+        Raises:
+            UsageError: the checkpoint is not one of this class, or an argument does not fit.
+            CheckpointError: the file is missing or damaged.
+        """
+        from ravine import load_model
+
+        return cast(
+            Self,
+            load_model(
+                checkpoint_path,
+                task=cast(Any, cls),
+                map_location=map_location,
+                hparams_file=hparams_file,
+                strict=strict,
+                weights_only=weights_only,
+                overrides=kwargs,
+            ),
+        )
+
+    @classmethod
+    def from_checkpoint_dict(
+        cls,
+        checkpoint: dict[str, Any],
+        apply_transforms: Callable[[Self, dict[str, Any]], None] | None = None,
+        strict: bool | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The same from a checkpoint that was read already, in evaluation mode.
+
+        Args:
+            checkpoint: its content.
+            apply_transforms: changes the built net as that of the checkpoint was changed;
+                `ravine.callbacks.transforms.base.reapply` does it for adapters and quantized
+                weights.
+            strict: as in `load_from_checkpoint`.
+            overrides: arguments and settings in the place of saved ones.
+
+        Raises:
+            UsageError: the hyperparameters, or the weights, make no model of this class.
+        """
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+            raise UsageError(
+                f"this is no checkpoint of a {cls.__name__}: it has no state_dict",
+                hint="choose a file that a trainer has written",
+            )
+        kind, overrides = cls._class_of(checkpoint), dict(overrides or {})
+        try:
+            arguments, settings = kind._arguments(checkpoint, overrides)
+            saved = checkpoint.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
+            checkpoint = checkpoint | {kind.CHECKPOINT_HYPER_PARAMS_KEY: saved | overrides}
+            with suppress(Exception), _Bounded(checkpoint["state_dict"]) as sizes:
+                kind._built(arguments, checkpoint)  # an error of it is raised again below
+            sizes.check()
+            model = kind._built(arguments, checkpoint)
+            for name, value in settings.items():
+                setattr(model, name, value)
+            if apply_transforms is not None:
+                apply_transforms(model, checkpoint)
+            model._check_changes(checkpoint, "use ravine.load_model(path)")
+            model._take_weights(checkpoint["state_dict"], strict)
+        except (FileNotFoundError, ValueError):  # already a sentence
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            text = " ".join(str(error).split())[:160] or type(error).__name__
+            given = "".join(f", {name}={value!r:.40}" for name, value in overrides.items())
+            allowed, hint = "a file that this version has written", "choose another checkpoint"
+            if given:
+                names = ", ".join(overrides)
+                allowed, hint = "arguments that fit the weights", f"leave out {names}"
+            raise UsageError(
+                f"the checkpoint{given} makes no {kind.__name__}: {type(error).__name__}: {text}",
+                [allowed],
+                hint,
+            ) from error
+        return model.eval()
+
+    @classmethod
+    def _arguments(
+        cls, checkpoint: dict[str, Any], overrides: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arguments of `__init__`, and the class's settings, by name.
+
+        As in Lightning, saved hyperparameters that `__init__` does not take are left out, and a
+        class that was made from one dict of hyperparameters gets it under its name.
+        """
+        parameters = inspect.signature(cls).parameters.values()
+        names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        kinds = [c for c in cls.__mro__ if issubclass(c, TaskModule)]
+        values = {name: value for c in kinds for name, value in vars(c).items()}
+        known = {n for n, v in values.items() if n[0] != "_" and isinstance(v, PLAIN)} - names
+        settings = {name: value for name, value in overrides.items() if name in known}
+        given = {name: value for name, value in overrides.items() if name not in known}
+        saved = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        saved = {name: value for name, value in saved.items() if not name.startswith("_")}
+        if (whole := checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)) in names:
+            inside = {name: value for name, value in given.items() if name not in names}
+            given = {name: value for name, value in given.items() if name in names}
+            saved = {whole: saved | inside}
+        if not takes_any:
+            saved = {name: value for name, value in saved.items() if name in names}
+            for name in given.keys() - names:
+                near = suggest_names(name, names | known)
+                raise UsageTypeError(
+                    f"{cls.__name__} has no argument {name!r}",
+                    near or sorted(names | known),
+                    f"use {near[0]}=..." if near else f"leave out {name}",
+                )
+        return saved | given, settings
+
+    def _take_weights(self, state: dict[str, Tensor], strict: bool | None) -> None:
+        if strict and not self.strict_loading:
+            raise UsageError(
+                f"strict is True, and {type(self).__name__}.strict_loading is False",
+                ["equal values"],
+                "leave out strict",
+            )
+        keys = self.load_state_dict(state, self.strict_loading if strict is None else strict)
+        for names, where in ((keys.missing_keys, "model"), (keys.unexpected_keys, "checkpoint")):
+            if names:
+                other = "checkpoint" if where == "model" else "model"
+                rank_zero_warn(
+                    f"Found keys that are in the {where} state dict but not in the {other}: {names}"
+                )
+
+    @classmethod
+    def _built(cls, arguments: dict[str, Any], checkpoint: dict[str, Any]) -> Self:
+        model = cls(**arguments)
+        model.on_load_checkpoint(checkpoint)
+        model.configure_model()
+        return model

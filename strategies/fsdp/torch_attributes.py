@@ -1,0 +1,91 @@
+"""Private attributes of torch's FSDP2 that this package uses, checked once at the start.
+
+torch has no public interface to gather a unit outside of its forward (sharded_parameter.py), nor to
+ask whether a backward pass is running (parallelize.py, step_unit.py). A version of torch that
+renames one of these attributes would fail in the middle of a training step.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import grad_mode
+
+from ravine.errors import UsageError
+
+from ..parallel_module import units
+
+TORCH = "2.11 to 2.14"  # the versions that the tests are run with
+FUNCTIONS = {
+    "torch._C": (torch._C, "_current_graph_task_id"),
+    "torch.autograd.grad_mode": (grad_mode, "_unsafe_preserve_version_counter"),
+}
+STATE = (
+    *("_lazy_init", "_root_post_backward_final_callback", "_state_ctx"),
+    "_register_pre_backward_hook",
+)
+GROUP = (
+    *("fsdp_params", "mesh_info", "is_unsharded", "unshard", "wait_for_unshard", "_to_sharded"),
+    *("reduce_grads", "reshard_after_backward", "_training_state"),
+    *("post_backward", "finalize_backward"),
+)
+PARAMETER = (
+    *("sharded_param", "_unsharded_param", "all_gather_outputs", "fsdp_placement"),
+    *("_orig_size", "_contiguous_orig_stride", "_module_info", "_setattr_on_modules"),
+    *("to_unsharded", "sharded_state"),
+)
+MESH = ("shard_mesh_size", "shard_mesh_rank")
+MODULE = ("module", "param_name", "shared_modules", "shared_param_names")
+
+
+def groups_of(state: Any) -> list[Any]:
+    """The groups of parameters of an FSDP2 unit; torch before 2.12 has one."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def check_fsdp(module: nn.Module) -> None:
+    """Refuse a version of torch whose FSDP2 lacks an attribute that is used.
+
+    Args:
+        module: a LightningModule after fully_shard.
+
+    Raises:
+        ValueError: it names the first missing attribute.
+    """
+    missing = next(_missing(module), None)
+    if missing is not None:
+        raise UsageError(
+            f"torch {torch.__version__} has no {missing}, which zero2 and zero3 use; allowed: "
+            f"torch {TORCH}; type --trainer.strategy ddp"
+        )
+
+
+def _missing(module: nn.Module) -> Iterator[str]:
+    for owner, (place, name) in FUNCTIONS.items():
+        if not hasattr(place, name):
+            yield f"{owner}.{name}"
+    for unit in units(module):
+        yield from _lacks(unit, ("_get_fsdp_state",), "FSDPModule")
+        state: Any = unit._get_fsdp_state()
+        yield from _lacks(state, STATE)
+        yield from _lacks(state._state_ctx, ("all_states",))
+        if not hasattr(state, "_fsdp_param_groups"):  # torch 2.11
+            yield from _lacks(state, ("_fsdp_param_group",))
+        for group in groups_of(state):
+            yield from _lacks(group, GROUP)
+            yield from _lacks(group.mesh_info, MESH)
+            for parameter in group.fsdp_params:
+                yield from _lacks(parameter, PARAMETER)
+                yield from _lacks(parameter._module_info, MODULE)
+
+
+def _lacks(found: Any, names: tuple[str, ...], kind: str = "") -> Iterator[str]:
+    """Those of the names that an object has not; a declared attribute may be set later."""
+    declared = getattr(type(found), "__annotations__", {})
+    for name in names:
+        if not hasattr(found, name) and name not in declared:
+            yield f"{kind or type(found).__name__}.{name}"

@@ -1,0 +1,313 @@
+"""What a run shows: a bar or lines, curves, samples, a table of predictions."""
+
+import csv
+import io
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from external_modules.net_in_init import NetInInit
+from external_modules.two_optimizers import TwoOptimizers
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from ravine.callbacks import LossPlot, PredictionTable, ProgressBar, Samples
+from ravine.callbacks.generation.predictions import show
+from ravine.callbacks.monitoring import plots as curves_module
+from ravine.callbacks.monitoring import progress as progress_module
+from ravine.callbacks.monitoring.loss_plot import draw
+from ravine.callbacks.monitoring.progress import clock, total_steps, units_in
+from ravine.cli.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+class Counting(NetInInit):
+    """Counts its own units, as a task of ours does; generates and predicts."""
+
+    unit = "tokens"
+
+    def count(self, batch: Any) -> int:
+        return 1000 * len(batch[0])
+
+    def generate(self, word: str = "la") -> str:
+        return f"{word} {self.trainer.global_step}"
+
+    def predict_dataloader(self) -> DataLoader:
+        return DataLoader(list(range(5)), batch_size=2)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        return [{"number": i, "half": i / 2, "[word]": f"[bold]{i}, ü"} for i in batch.tolist()]
+
+
+def trainer(*callbacks: Any, **settings: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        **settings,
+    )
+
+
+LINE = r"step (\d+)/(\d+) loss [\d.e-]+  lr 0.01  [\d,]+ {unit}/s  \d+:\d\d left"
+
+
+@pytest.mark.parametrize(("kind", "unit"), [(Counting, "tokens"), (NetInInit, "samples")])
+def test_where_there_is_no_terminal_each_log_interval_is_a_line(
+    kind: type[NetInInit], unit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(max_epochs=3, log_every_n_steps=5).fit(kind())
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step")]
+    found = [re.fullmatch(LINE.replace("{unit}", unit), x) for x in lines if " loss" in x]
+    assert [m and m.groups() for m in found] == [("5", "12"), ("10", "12"), ("12", "12")]
+    validations = [x for x in lines if "val_loss" in x]
+    assert [x.split()[1] for x in validations] == ["4/12", "8/12", "12/12"]
+
+
+def test_a_terminal_gets_a_bar_drawn_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        progress_module, "Console", lambda: Console(file=screen, force_terminal=True, width=120)
+    )
+    monkeypatch.setattr(progress_module, "PAUSE", 0.0)
+    run = trainer(ProgressBar(refresh=4), max_epochs=2)
+    run.fit(Counting())
+    run.validate(Counting(), verbose=False)
+    text = screen.getvalue()
+    assert [f"{n}/8" in text for n in (1, 4, 8)] == [False, True, True]
+    assert "tokens/s" in text
+    assert "val_loss" in text
+    assert "validate" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 2  # the cursor comes back
+
+
+def test_a_run_that_fails_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        progress_module, "Console", lambda: Console(file=screen, force_terminal=True)
+    )
+    module = NetInInit()
+    module.training_step = lambda *args: 1 / 0  # type: ignore
+    with pytest.raises(ZeroDivisionError):
+        trainer(max_epochs=1).fit(module)
+    assert screen.getvalue().endswith("\x1b[?25h")
+
+
+def test_a_module_that_steps_by_hand_is_shown_without_a_loss(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trainer(max_steps=4, log_every_n_steps=2).fit(TwoOptimizers())
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step")]
+    assert [x.split()[1] for x in lines] == ["2/4", "4/4"]
+
+
+def test_a_module_whose_loss_means_nothing_shows_its_headline_and_no_plot_of_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Surrogate(NetInInit):
+        headline = ("train/reward", "train/missing")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("train/reward", 0.25)
+            return super().training_step(batch, batch_idx)
+
+    trainer(max_steps=2).fit(Surrogate())
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step 2/2 rew")]
+    assert line.startswith("step 2/2 reward 0.25  lr 0.01 ")
+    assert not Path("runs/surrogate/version_0/loss.png").exists()
+
+
+def _said() -> str:
+    import contextlib
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        trainer(devices=2, strategy="ddp", max_epochs=1, log_every_n_steps=1).fit(NetInInit())
+    return said.getvalue()
+
+
+def test_only_the_first_rank_speaks_and_it_counts_for_all(ranks: Callable[..., list[Any]]) -> None:
+    first, second = ranks(_said, 2)
+    assert "step 2/2" in first
+    assert second == ""
+
+
+def test_steps_are_counted_over_epochs_and_accumulation() -> None:
+    totals = []
+    for settings in ({"max_epochs": 3}, {"max_epochs": 3, "max_steps": 5}, {"max_steps": 5}):
+        for accumulate in (1, 3):
+            run = trainer(accumulate_grad_batches=accumulate, limit_val_batches=0, **settings)
+            run.fit(NetInInit())
+            totals.append((total_steps(run), run.global_step))
+    assert totals == [(12, 12), (6, 6), (5, 5), (5, 5), (5, 5), (5, 5)]
+
+
+def test_units_are_rows_of_the_first_tensor_unless_the_module_counts() -> None:
+    batch = {"x": [torch.zeros(3, 2)], "y": torch.zeros(7)}
+    assert units_in(NetInInit(), batch) == 3
+    assert units_in(Counting(), [torch.zeros(2)]) == 2000
+    assert units_in(NetInInit(), ["words"]) == 0
+
+
+def test_time_is_written_as_on_a_clock() -> None:
+    assert [clock(s) for s in (0, 59.6, 61, 3600, 36_061)] == [
+        "0:00",
+        "1:00",
+        "1:01",
+        "1:00:00",
+        "10:01:01",
+    ]
+
+
+def test_the_plot_has_means_of_the_training_and_all_validations() -> None:
+    plot = LossPlot()
+    trainer(plot, max_epochs=3, accumulate_grad_batches=2).fit(NetInInit())
+    curves = plot.state_dict()
+    assert [step for step, _ in curves["train"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in curves["val"]] == [2, 4, 6]
+    picture = Path("runs/netininit/version_0/loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_the_first_point_is_the_mean_loss_of_the_first_optimizer_step() -> None:
+    plot = LossPlot()
+    module = NetInInit(lr=0.0)
+    module.log = lambda *args, **kwargs: None  # type: ignore
+    with torch.no_grad():
+        losses = [module.training_step(batch, 0) for batch in module.train_dataloader()]
+    run = trainer(plot, max_epochs=1, accumulate_grad_batches=2, log_every_n_steps=1)
+    run.fit(module)
+    expected = [float((a + b) / 2) for a, b in (losses[:2], losses[2:])]
+    assert [value for _, value in plot.state_dict()["train"]] == pytest.approx(expected)
+
+
+def test_a_continued_run_draws_the_whole_curve() -> None:
+    once, cut, rest = LossPlot(), LossPlot(), LossPlot()
+    trainer(once, max_epochs=4).fit(NetInInit())
+    torch.manual_seed(0)
+    run = trainer(cut, max_epochs=2)
+    run.fit(NetInInit())
+    run.save_checkpoint("half.ckpt")
+    trainer(rest, max_epochs=4).fit(NetInInit(), ckpt_path="half.ckpt")
+    steps = [[step for step, _ in plot.state_dict()["train"]] for plot in (once, rest)]
+    assert steps[0] == steps[1] == list(range(1, 17))
+    assert [s for s, _ in rest.state_dict()["val"]] == [4, 8, 12, 16]
+
+
+def test_a_long_curve_is_thinned_and_stays_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves_module, "POINTS", 20)
+    plot = LossPlot()
+    trainer(plot, max_steps=90, log_every_n_steps=1, limit_val_batches=0).fit(NetInInit())
+    steps = [step for step, _ in plot.state_dict()["train"]]
+    assert len(steps) <= 20
+    assert steps[-1] > 80
+    assert {b - a for a, b in pairwise(steps)} <= {7, 8}  # 1, doubled whenever it grows too long
+
+
+def test_the_picture_names_its_axes_and_takes_a_log_scale_when_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    seen: list[Any] = []
+    real = Figure.add_subplot
+    monkeypatch.setattr(
+        Figure,
+        "add_subplot",
+        lambda self, *a, **k: seen.append(real(self, *a, **k)) or seen[-1],
+    )
+    for start, scale in ((10.0, "log"), (2.0, "linear"), (float("nan"), "linear")):
+        curves = {"train": [(1, start), (2, 1.0)], "val": [(2, 1.5)]}
+        draw(curves, tmp_path / "loss.png", "loss in nats (mean per token)", every=5)
+        axes = seen[-1]
+        assert axes.get_yscale() == scale
+        assert axes.get_xlabel() == "optimizer step"
+        assert axes.get_ylabel() == "loss in nats (mean per token)"
+        legend = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert legend == ["training (mean of 5 steps)", "validation (best 1.5 at step 2)"]
+
+
+def test_samples_are_kept_for_each_validation_and_the_last_is_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trainer(Samples({"word": "do"}), max_epochs=2, num_sanity_val_steps=1).fit(Counting())
+    text = Path("runs/counting/version_0/samples.txt").read_text()
+    assert text == "--- step 4 ---\ndo 4\n--- step 8 ---\ndo 8\n"
+    assert capsys.readouterr().out.endswith("--- a sample after step 8 ---\ndo 8\n")
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None.")
+def test_a_module_without_an_optimizer_has_no_rate_to_show(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Still(NetInInit):
+        def configure_optimizers(self) -> None:
+            return None
+
+    trainer(ProgressBar(), max_steps=2).fit(Still())
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step 2/2 loss")]
+    assert " lr " not in line
+
+
+def test_samples_of_a_module_that_generates_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"NetInInit has none; take Samples out"):
+        trainer(Samples(), max_epochs=1).fit(NetInInit())
+
+
+def test_predictions_become_a_table_and_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    run = trainer(PredictionTable(shown=3))
+    run.predict(Counting(), return_predictions=False)
+    path = Path("runs/counting/version_0/predictions.csv")
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    assert [row["number"] for row in rows] == ["0", "1", "2", "3", "4"]
+    assert rows[3]["[word]"] == "[bold]3, ü"
+    out = capsys.readouterr().out
+    assert "[bold]2, ü" in out
+    assert "[bold]3" not in out
+    assert f"5 rows in {path}" in out
+
+
+def test_a_message_neither_fills_the_screen_nor_commands_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show([{"message": "\x1b[31m\x1b]0;owned\x07[/red]\\"}, {"message": "long " * 100_000}])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "[/red]\\" in out
+    assert len(out) < 2000
+
+
+def test_what_is_no_row_is_left_to_whoever_asked_for_it() -> None:
+    class Plain(Counting):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return batch
+
+    run = trainer()
+    predictions = run.predict(Plain())
+    assert predictions is not None
+    assert len(predictions) == 3
+    assert not list(Path("runs").rglob("predictions.csv"))
+
+
+def _predict() -> None:
+    Trainer(devices=2, strategy="ddp", accelerator="cpu", logger=False).predict(
+        Counting(), return_predictions=False
+    )
+
+
+def test_rows_of_several_ranks_stand_in_the_order_of_the_data(
+    ranks: Callable[..., list[Any]],
+) -> None:
+    ranks(_predict, 2)
+    (path,) = Path("runs").rglob("predictions.csv")
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    assert [row["number"] for row in rows][:5] == ["0", "1", "2", "3", "4"]

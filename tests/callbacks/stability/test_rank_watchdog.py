@@ -1,0 +1,186 @@
+"""Ranks that differ in configuration or steps end with one line that names the difference."""
+
+import os
+import time
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from ranks import RankError
+from torch.utils.data import DataLoader, IterableDataset
+
+from ravine.callbacks import RankWatchdog
+from ravine.callbacks.stability import rank_watchdog as watchdog
+from ravine.callbacks.stability.rank_watchdog import BEGUN, DONE, ENDED, describe_ended_loader
+from ravine.cli.command import run
+from ravine.strategies import RanksDiffer
+from ravine.strategies.rank_agreement import flatten
+
+SMALL = [
+    *("fit", "--model=LanguageModel", "--model.layers=1", "--model.width=8", "--model.heads=2"),
+    *("--data=TextDataModule", "--data.source=embedded", "--data.context=8"),
+    *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.precision=32-true"),
+    *("--trainer.max_steps=2", "--trainer.logger=false", "--trainer.enable_progress_bar=false"),
+]
+
+
+class Stream(IterableDataset):
+    """A number of rows without a length that a loader could ask for."""
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(torch.ones(self.rows, 3))
+
+
+class Linear(L.LightningModule):
+    def __init__(self, loader: Any, stuck_at: int = -1):
+        super().__init__()
+        self.net, self.loader, self.stuck_at = torch.nn.Linear(3, 1), loader, stuck_at
+
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1 and batch_idx == self.stuck_at:
+            time.sleep(1000)
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_dataloader(self):
+        return self.loader
+
+
+def train(module: L.LightningModule, limit: float = 6, **options: Any) -> L.Trainer:
+    watchdog.POLL = 0.2  # in this rank's process
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[RankWatchdog(limit)],
+        **{"max_epochs": 2, **options},
+    )
+    trainer.fit(module)
+    return trainer
+
+
+def rows_of_this_rank(rows: list[int]) -> int:
+    return rows[int(os.environ["RANK"])]
+
+
+def train_on_streams(rows: list[int]) -> int:
+    loader = DataLoader(Stream(rows_of_this_rank(rows)), batch_size=1)
+    return train(Linear(loader)).global_step
+
+
+def train_on_lengths(rows: list[int], max_steps: int) -> int | str:
+    loader = DataLoader(torch.ones(rows_of_this_rank(rows), 3))
+    try:
+        return train(Linear(loader), max_steps=max_steps).global_step
+    except RanksDiffer as error:
+        return str(error)
+
+
+def train_until_stuck() -> None:
+    train(Linear(DataLoader(torch.ones(9, 3)), stuck_at=2), limit=2)
+
+
+def refusals_of_commands(words: list[str], folder: str) -> list[str]:
+    """The refusals of commands of which the second rank has one argument more."""
+    said = []
+    for word in words:
+        own = [word] if os.environ["RANK"] == "1" else []
+        try:
+            run([*SMALL, f"--trainer.default_root_dir={folder}", *own])
+        except RanksDiffer as error:
+            said.append(str(error))
+    return said
+
+
+class Chosen(Linear):
+    def __init__(self, width: int):
+        super().__init__(DataLoader(torch.ones(2, 3)))
+        self.save_hyperparameters()
+
+
+def setups_of_a_script(seeds: list[int], widths: list[int]) -> str:
+    L.seed_everything(rows_of_this_rank(seeds))
+    try:
+        train(Chosen(rows_of_this_rank(widths)))
+    except RanksDiffer as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ({0: (0, 26, BEGUN), 1: (0, 25, ENDED)}, "rank 1 ended epoch 0 after 25 batches"),
+        ({0: (3, 25, ENDED), 1: (3, 60, ENDED)}, "rank 0 ended epoch 3 after 25 batches"),
+        ({0: (0, 25, BEGUN), 1: (0, 25, ENDED)}, ""),
+        ({0: (0, 25, DONE), 1: (0, 25, ENDED)}, ""),
+        ({0: (0, 25, ENDED), 1: (0, 25, ENDED)}, ""),
+        ({0: (1, 1, BEGUN), 1: (0, 25, ENDED)}, ""),
+        ({0: (0, 24, BEGUN), 1: (0, 25, ENDED)}, ""),
+    ],
+)
+def test_a_loader_that_ended_before_another_is_named_and_nothing_else(places, said):
+    assert said in describe_ended_loader(places)
+    assert bool(describe_ended_loader(places)) == bool(said)
+
+
+def test_a_rank_between_two_steps_counts_only_where_all_ranks_wait():
+    places = {0: (0, 25, DONE), 1: (0, 25, ENDED)}
+    assert "rank 1 ended epoch 0 after 25" in describe_ended_loader(places, between_steps=True)
+    assert describe_ended_loader({**places, 0: (0, 25, BEGUN)}, between_steps=True) == ""
+
+
+def test_a_configuration_is_flattened_to_its_leaves():
+    config = {"a": {"b": [1, {"c": None}]}, "d": {}, "e": []}
+    assert flatten(config) == {"a.b.0": 1, "a.b.1.c": None, "d": {}, "e": []}
+
+
+def test_a_rank_whose_stream_ends_early_is_named_and_the_job_ends(ranks):
+    with pytest.raises(RankError, match="rank 1 ended epoch 0 after 3 batches, and that of rank 0"):
+        ranks(train_on_streams, 2, [7, 3], timeout=60)
+
+
+def test_streams_of_one_length_train_to_the_end(ranks):
+    assert ranks(train_on_streams, 2, [4, 4]) == [8, 8]
+
+
+def test_loaders_of_unequal_length_are_refused_on_all_ranks_unless_the_run_ends_before(ranks):
+    for said in ranks(train_on_lengths, 2, [5, 3], -1):
+        assert "has 3 batches on rank 1 and 5 on rank 0" in said
+        assert "limit_train_batches=3" in said
+    assert ranks(train_on_lengths, 2, [5, 3], 3) == [3, 3]
+
+
+def test_a_rank_that_stays_outside_the_collective_is_named_with_its_place(ranks):
+    with pytest.raises(RankError, match=r"rank 1 is in training_step \(test_watchdog.py:\d+\)"):
+        ranks(train_until_stuck, 2, timeout=60)
+
+
+def test_ranks_started_with_other_words_are_refused_before_the_first_step(ranks, tmp_path):
+    words = ["--seed_everything=7", "--data.batch_size=8", "--trainer.strategy=zero3"]
+    for said in ranks(refusals_of_commands, 2, words, str(tmp_path)):
+        assert [text.partition(" is ")[0].rpartition(": ")[2] for text in said] == [
+            "seed_everything",
+            "data.init_args.batch_size",
+            "trainer.strategy",
+        ]
+        assert "is 0 on rank 0 and 7 on rank 1" in said[0]
+
+
+def test_a_script_whose_ranks_chose_otherwise_is_refused(ranks):
+    assert "seed is" in ranks(setups_of_a_script, 2, [1, 2], [3, 3])[0]
+    assert (
+        "module.width is 3 on rank 0 and 4 on rank 1"
+        in ranks(setups_of_a_script, 2, [1, 1], [3, 4])[1]
+    )

@@ -1,0 +1,175 @@
+"""`lightning generate`: what a model writes in Python it writes on the command line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ravine.cli.commands import generate
+from ravine.cli.commands import method_flags as signature
+from ravine.cli.main import main
+from ravine.datamodules import CharTokenizer
+from ravine.lightning_modules import LanguageModel
+
+LETTERS = "\n abcdefghijklmnopqrstuvwxyz:"
+
+
+def model_of(tokenizer: CharTokenizer | None, context: int = 16) -> LanguageModel:
+    torch.manual_seed(0)
+    model = LanguageModel(len(LETTERS), context, layers=1, width=16, heads=2, zero_init=False)
+    model.configure_model()
+    model.tokenizer = tokenizer
+    return model.eval()
+
+
+def saved(model: LanguageModel, path: Path) -> str:
+    checkpoint: dict[str, Any] = {
+        "state_dict": model.state_dict(),
+        "hyper_parameters": dict(model.hparams),
+    }
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
+    return str(path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    return saved(model_of(CharTokenizer(LETTERS)), tmp_path / "model.ckpt")
+
+
+def test_three_lines_of_python_write_what_the_command_writes(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = LanguageModel.load_from_checkpoint(checkpoint)
+    text = model.generate("who: ", max_new_tokens=30, temperature=0.7, top_k=9, seed=3)
+    flags = ["--max_new_tokens=30", "--temperature", "0.7", "--top_k=9", "--seed=3"]
+    assert main(["generate", "--ckpt_path", checkpoint, "--prompt=who: ", *flags]) == 0
+    assert capsys.readouterr().out == f"{text}\n"
+    assert len(text) == 35
+
+
+def test_several_prompts_and_samples_come_one_after_the_other(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("prompts.txt").write_text("one\n\ntwo\\nlines\n")
+    words = ["--prompt_file=prompts.txt", "--num_samples=2", "--max_new_tokens=5", "--batch_size=3"]
+    assert main(["generate", "--ckpt_path", checkpoint, "--prompt=zero", *words]) == 0
+    out = capsys.readouterr().out
+    texts = LanguageModel.load_from_checkpoint(checkpoint).generate(
+        ["zero", "one", "two\nlines"], max_new_tokens=5, num_samples=2
+    )
+    assert out == "".join(f"--- {i} of 6 ---\n{text}\n" for i, text in enumerate(texts, 1))
+    assert [text[:3] for text in texts] == ["zer", "zer", "one", "one", "two", "two"]
+    assert len(set(texts)) == 6
+
+
+def test_a_file_of_prompts_may_have_a_mark_and_other_breaks_within_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["one\f\v\x1ctwo", "a\u2028b\u0085c\u2029d", "é"]
+    for mark, end in (("", "\n"), ("\ufeff", "\r\n")):
+        Path("p.txt").write_bytes((mark + end.join([*lines, ""])).encode())
+        assert generate.prompts(Path("p.txt"), None) == lines
+    for content, told in {
+        b"good\ncaf\xe9\n": "p.txt, line 2: not UTF-8: byte 0xe9 at position 3; iconv",
+        "text".encode("utf-16"): "p.txt, line 1: no text: byte 0x00 at position 3",
+        b"\xef\xbb\xbf\n\n": "p.txt holds no prompt",
+    }.items():
+        Path("p.txt").write_bytes(content)
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
+            generate.prompts(Path("p.txt"), None)
+        assert told in str(error.value)
+    with pytest.raises(ValueError, match="is a folder"):
+        generate.prompts(tmp_path, None)
+
+
+def test_a_text_ends_before_its_stop(checkpoint: str) -> None:
+    model = LanguageModel.load_from_checkpoint(checkpoint)
+    free = str(model.generate("a", max_new_tokens=60))[1:]
+    stop = free[20:22]
+    pieces: list[str] = []
+    text = str(model.generate("a", max_new_tokens=60, stop=["zzzz", stop], show=pieces.append))
+    assert text == "a" + free[: free.index(stop)]
+    assert "".join(pieces) == text[1:]
+    assert model.generate(["a"], max_new_tokens=60, stop=stop) == [text]
+
+
+REFUSED = {
+    "": "generate needs a trained model",
+    "--ckpt_path=X --prompt=": "a prompt is empty; allowed: any text; type --prompt='ROMEO:'",
+    "--ckpt_path=X --prompt=A": "character 'A' (U+0041) at position 0 of the text is not among",
+    "--ckpt_path=X --temperature=-1": "temperature is -1.0; allowed: 0 (the most probable token)",
+    "--ckpt_path=X --temperature=warm": "--temperature is 'warm', not a number",
+    "--ckpt_path=X --top_k=40": "top_k is 40, and there are 29 different tokens; allowed: 1 to 29",
+    "--ckpt_path=X --top_k=4.5": "--top_k is '4.5', not a whole number",
+    "--ckpt_path=X --temprature=1": "generate has no flag --temprature\n  nearest: temperature",
+    "--ckpt_path=X --window=jump": "allowed: slide, refuse\n  type: --window=slide",
+    "--ckpt_path=X --device=gpu": "no device 'gpu' is here",
+    "--ckpt_path=X --device=cuda:99": "no device 'cuda:99' is here",
+    "--ckpt_path=X --window=refuse": "a prompt of 1 tokens and 200 new ones do not fit into the 16",
+    "--ckpt_path=X --stop=": "a stop is empty",
+    "--ckpt_path=X --num_samples=0": "num_samples and batch_size must be 1 or more",
+    "--ckpt_path=X --prompt_file=no.txt": "no file no.txt",
+    "--ckpt_path=X --prompt": "--prompt has no value",
+    "--ckpt_path=X hello": "'hello' belongs to no flag",
+    "--ckpt_path=none.ckpt": "no checkpoint is called 'none.ckpt'",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_mistake_is_told_in_words(
+    words: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", *words.replace("X", checkpoint).split()]) == 2
+    error = capsys.readouterr().err
+    assert REFUSED[words] in error
+    assert "Traceback" not in error
+
+
+def test_a_checkpoint_without_tokenizer_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(model_of(None), tmp_path / "bare.ckpt")
+    assert main(["generate", "--ckpt_path", path]) == 2
+    assert "LanguageModel has no tokenizer to write with" in capsys.readouterr().err
+
+
+def test_damaged_weights_end_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_of(CharTokenizer(LETTERS))
+    with torch.no_grad():
+        model.net.head.weight.fill_(torch.nan)
+    assert main(["generate", "--ckpt_path", saved(model, tmp_path / "nan.ckpt")]) == 1
+    assert "the net gives NaN after text 0" in capsys.readouterr().err
+
+
+def test_a_flipped_byte_is_noticed_before_a_word_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(saved(model_of(CharTokenizer(LETTERS)), tmp_path / "good.ckpt"))
+    data = bytearray(path.read_bytes())
+    at = data.find(b"data/0") + 400  # within the first weights
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert main(["generate", "--ckpt_path", str(path)]) == 2
+    assert "it is damaged" in capsys.readouterr().err
+
+
+def test_flags_are_the_arguments_of_the_method() -> None:
+    known = signature.flags(LanguageModel.generate)
+    assert set(known) == {
+        "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
+        "num_samples", "stop", "seed", "window", "batch_size",
+    }  # fmt: skip
+    assert known["top_k"].kind is int
+    assert known["top_p"].kind is float
+    assert known["prompt"].repeats
+    assert known["window"].choices == ("slide", "refuse")
+
+
+def test_backslashes_stand_for_what_a_shell_makes_hard() -> None:
+    assert signature.unescape(r"a\nb\tc\\n") == "a\nb\tc\\n"

@@ -1,0 +1,567 @@
+"""The front door: answers without torch, arranged words, exit statuses; no command really runs."""
+
+import errno
+import importlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+import ravine.errors
+from ravine.cli import error_report as errors
+from ravine.cli import help_text as pages
+from ravine.cli import main as door
+from ravine.cli.config import environment, presets
+from ravine.errors import UsageError
+
+Run = Callable[[list[str]], int]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for the module of every command; `ran` holds the words it was run with."""
+    module = SimpleNamespace(ran=[], run=lambda argv: module.ran.append(argv) or 0)
+    monkeypatch.setattr(door, "import_module", lambda name: module)
+    monkeypatch.setattr(sys, "argv", ["/some/bin/lightning"])
+    monkeypatch.setattr(sys, "path", ["/some/bin"])
+    return module
+
+
+WITHOUT_TORCH = {
+    "--help": 0,
+    "--version": 0,
+    "fit --help": 0,
+    "test -h": 0,
+    "": 0,
+    "fti --config x": 2,
+    "fti --help": 2,
+    "--config x": 2,
+    "fit --config nowhere/nothing": 2,
+    "fit --config broken.yaml": 2,
+    "test --ckpt_path nothing.ckpt": 2,
+}
+ASK = """
+import sys
+from ravine.cli.main import main
+print([main(line.split()) for line in sys.argv[1].split(";")], file=sys.stderr)
+print(sorted({"torch", "lightning", "jsonargparse", "numpy"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_what_needs_no_torch_is_answered_without_it(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("trainer: [")
+    words = [sys.executable, "-c", ASK, ";".join(WITHOUT_TORCH)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stderr.splitlines()[-2:] == [str(list(WITHOUT_TORCH.values())), "[]"]
+
+
+@pytest.mark.parametrize("name", [None, *door.COMMANDS])
+def test_a_page_can_be_read_at_a_glance(name: str | None) -> None:
+    lines = pages.page(name, "lightning").splitlines()
+    assert len(lines) <= 10
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("name", ["lightning", "ravine"])
+def test_the_program_goes_by_the_name_it_was_called(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"/some/bin/{name}"])
+    assert door.main(["fit", "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: {name} fit ")
+    assert door.main(["fti", "--config", "a b"]) == 2
+    assert capsys.readouterr().err == (
+        f"{name}: error: no command is called 'fti'\n"
+        "  nearest: fit\n"
+        f"  type: {name} fit --config 'a b'\n"
+    )
+
+
+def test_the_version_warns_of_another_lightning_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "lightning"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for text, warned in (("from ravine.cli.main import main", False), ("import other", True)):
+        script.write_text(f"#!/bin/sh\n{text}\n")
+        script.chmod(0o755)
+        assert door.main(["--version"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("ravine ")
+        assert (f"warning: {script} is not this program" in out) == warned
+
+
+# Words that mean the same, wherever the config and the command stand among them.
+SAME = [
+    "fit --config={0} --trainer.callbacks+=EMA --trainer.callbacks.decay=0.9",
+    "fit --trainer.callbacks+=EMA --trainer.callbacks.decay=0.9 --config {0}",
+    "fit --trainer.callbacks+=EMA -c {0} --trainer.callbacks.decay=0.9",
+    "--config={0} fit --trainer.callbacks+=EMA --trainer.callbacks.decay=0.9",
+    "--trainer.callbacks+=EMA --trainer.callbacks.decay=0.9 fit -c={0}",
+]
+
+
+@pytest.mark.parametrize("line", SAME)
+def test_a_flag_means_the_same_before_and_after_a_config(
+    line: str, tmp_path: Path, command: SimpleNamespace
+) -> None:
+    (tmp_path / "base.yaml").write_text("model: M")
+    base = str(tmp_path / "base.yaml")
+    words = sys.argv
+    assert door.main(line.format(base).split()) == 0
+    assert command.ran == [SAME[0].format(base).split()]
+    assert sys.argv is words  # the launcher of ranks reads it
+    assert sys.argv[1:] == command.ran[0]
+    assert sys.path[0] == os.getcwd()
+    assert door.arrange(command.ran[0]) == command.ran[0]
+
+
+def test_a_callback_is_added_to_those_of_a_config_that_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("model: LanguageModel\ntrainer: {callbacks: [{class_path: NaNGuard}]}\n")
+    monkeypatch.setattr(sys, "argv", ["ravine"])
+    words = "fit --trainer.callbacks+=EMA --trainer.callbacks.decay=0.5 --print_config --config"
+    assert door.main([*words.split(), str(base)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("NaNGuard") < shown.index("EMA") < shown.index("decay: 0.5")
+
+
+def test_several_configs_keep_their_order(tmp_path: Path, command: SimpleNamespace) -> None:
+    files = [str(tmp_path / f"{name}.yaml") for name in ("z", "a", "m")]
+    for file in files:
+        Path(file).write_text("model: M")
+    door.main(["fit", *(f"--config={file}" for file in files)])
+    assert command.ran == [["fit", *(f"--config={file}" for file in files)]]
+
+
+def test_a_config_is_a_file_as_typed_then_with_yaml_then_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "INSTALLED", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    places = [tmp_path / "configs/task/quick.yaml", Path("task/quick.yaml"), Path("task/quick")]
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("model: M")
+        assert presets.find("task/quick") == str(place)
+    assert presets.find(str(tmp_path / "task/quick.yaml")) == str(tmp_path / "task/quick.yaml")
+    titles = {presets.title(str(place)) for place in places}
+    assert titles == {"task/quick"}
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("tsk/quik", "  nearest: task/quick"),
+        ("task/quik.yaml", "  nearest: task/quick"),
+        ("mein", "  nearest: mine"),
+        ("task", "  allowed: mine, task/quick"),
+    ],
+)
+def test_a_config_that_is_missing_is_answered_with_the_nearest(
+    name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "INSTALLED", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    for file in ("configs/task/quick.yaml", "mine.yaml"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("model: M")
+    with pytest.raises(UsageError) as mistake:
+        presets.find(name)
+    assert errors.words(mistake.value, []).splitlines()[1] == line
+
+
+def test_every_installed_config_is_found_by_its_name() -> None:
+    assert [presets.title(presets.find(name)) for name in presets.installed()] == (
+        presets.installed()
+    )
+
+
+def test_debug_shows_the_traceback_and_is_no_word_of_the_command(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert door.main(["fit", "--debug", "--config", "nothing"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert door.main(["fit", "--debug"]) == 0
+    assert command.ran == [["fit"]]
+
+
+def test_only_the_first_rank_of_a_machine_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert door.main(["fit", "--config", "nothing"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def raising(folder: Path, line: str, module: str = "part") -> Run:
+    """A `run` whose one line stands in a file of ``folder`` and in a module of that name."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "part.py"
+    file.write_text(f"def run(argv):\n    {line}\n")
+    scope: dict[str, Any] = vars(ravine.errors) | {"__name__": module, "OwnError": OwnError}
+    scope |= {"Misconfiguration": MisconfigurationException}
+    exec(compile(file.read_text(), str(file), "exec"), scope)
+    return scope["run"]
+
+
+class OwnError(UsageError):
+    """An error class of a user's module."""
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ('raise UsageError("the text")', 2),
+        ('raise UsageTypeError("the text")', 2),
+        ('raise MissingFileError("the text")', 2),
+        ('raise RunError("the text")', 1),
+        ('raise OwnError("the text")', 2),  # of a user, who has written it for the user
+        (f'raise OSError({errno.ENOSPC}, "the text")', 1),
+        ("raise SystemExit(143)", 143),
+    ],
+)
+def test_an_error_for_the_user_is_one_line_and_a_status(
+    line: str,
+    status: int,
+    tmp_path: Path,
+    command: SimpleNamespace,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command.run = raising(tmp_path, line)
+    assert door.main(["fit"]) == status
+    said = capsys.readouterr().err
+    assert said.count("\n") == ("the text" in line)
+    if said:
+        assert said.startswith("lightning: error: ")
+        assert "the text" in said
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "kind"),
+    [
+        ("ravine.callbacks.part", 'int("x")', ValueError),
+        ("ravine.callbacks.part", "{}[0]", KeyError),
+        ("ravine.callbacks.part", 'raise ValueError("not written for a user")', ValueError),
+        ("task", 'raise ValueError("in the module of the user")', ValueError),
+        ("task", 'raise RuntimeError("size mismatch")', RuntimeError),
+        ("task", 'raise type("UsageError", (ValueError,), {"exit_status": 2})("x")', ValueError),
+        ("task", 'raise type("MisconfigurationException", (Exception,), {})("x")', Exception),
+        ("task", 'raise type("OutOfMemoryError", (Exception,), {})("x")', Exception),
+        ("task", 'raise Misconfiguration("Lightning did not raise it")', Exception),
+        ("lightning_addons.part", 'raise ValueError("not Lightning")', ValueError),
+        ("lightning.pytorch.part", "None + 1", TypeError),  # a bug met inside Lightning
+        ("lightning.pytorch.part", 'int("x")', ValueError),
+        (
+            "lightning.pytorch.loops.part",
+            'raise RuntimeError("no argument is wrong")',
+            RuntimeError,
+        ),
+    ],
+)
+def test_every_other_error_keeps_its_traceback(
+    module: str, line: str, kind: type[Exception], tmp_path: Path, command: SimpleNamespace
+) -> None:
+    command.run = raising(tmp_path, line, module)
+    with pytest.raises(kind):
+        door.main(["fit"])
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("lightning.pytorch.trainer.part", 'raise Misconfiguration("the text")'),
+        ("lightning.fabric.part", 'raise ValueError("the text")'),
+        ("lightning.fabric.part", 'raise KeyError("the text")'),
+        ("lightning.pytorch.part", 'raise ModuleNotFoundError("the text")'),
+        ("lightning.pytorch.callbacks.part", 'raise RuntimeError("the text")'),
+    ],
+)
+def test_an_error_that_lightning_raises_about_an_argument_is_one_line(
+    module: str,
+    line: str,
+    tmp_path: Path,
+    command: SimpleNamespace,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command.run = raising(tmp_path, line, module)
+    assert door.main(["fit"]) == 2
+    assert capsys.readouterr().err == "lightning: error: the text\n"
+
+
+def test_each_part_of_an_error_has_a_line_of_its_own(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(argv: list[str]) -> int:
+        raise UsageError("no heads", [4, 8], "set num_heads=4", flag="--model.num_heads=4")
+
+    command.run = run
+    assert door.main(["fit"]) == 2
+    assert capsys.readouterr().err == (
+        "lightning: error: no heads\n  allowed: 4, 8\n  type: --model.num_heads=4\n"
+    )
+    assert errors.words(UsageError("no heads", hint="use 4"), []) == "no heads\n  use 4"
+
+
+def test_an_error_in_a_process_of_a_loader_is_one_line_without_the_workers_traceback() -> None:
+    from torch._utils import ExceptionWrapper
+
+    for kind in (UsageError, ravine.errors.MissingFileError, ravine.errors.RunError):
+        try:
+            raise kind("picture 3 is damaged: remove it")
+        except kind:
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 1")
+        with pytest.raises(kind, match="Original Traceback") as raised:
+            wrapped.reraise()
+        assert errors.status(raised.value) == kind.exit_status
+        assert errors.words(raised.value, []) == "picture 3 is damaged: remove it"
+
+
+SYMLINKED = """
+import sys
+from ravine.cli.main import main
+import ravine.cli.error_report
+assert ravine.cli.error_report.__file__.startswith(sys.argv[1]), ravine.cli.error_report.__file__
+model = ["fit", "--model=LanguageModel", "--data=TextDataModule", "--trainer.max_steps=1"]
+model += ["--trainer.accelerator=cpu", "--trainer.logger=false", "--data.path=text.txt"]
+for words in (
+    ["fit", "--config=language/quikc"],
+    [*model, "--trainer.callbacks=OptimizerPlan", "--trainer.callbacks.optimizer=AdamM"],
+    [*model, "--model.width=128", "--model.heads=5"],
+    [*model, "--trainer.callbacks=OptimizerPlan"],
+    [*model[:-1], "--data.path=nothing.txt"],
+    [*model, "--trainer.precision=17"],
+    [*model, "--trainer.devices=0"],
+):
+    print(main(words), file=sys.stderr)
+"""
+
+
+def test_behind_a_symlink_a_mistake_is_a_line_and_status_2(tmp_path: Path) -> None:
+    """A virtual environment in a home folder that is a link, for example."""
+    site = tmp_path / "real" / "ravine"
+    site.mkdir(parents=True)
+    checkout = Path(__file__).resolve().parents[2]
+    folders = ("lightning_modules", "datamodules", "callbacks", "strategies", "cli", "configs")
+    for part in [*(checkout / name for name in folders), *(checkout / "ravine").iterdir()]:
+        (site / part.name).symlink_to(part)
+    (tmp_path / "home").symlink_to("real")
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 200)
+    home = str(tmp_path / "home")
+    env = os.environ | {"PYTHONPATH": home, "PYTHONWARNINGS": "ignore"}
+    words = [sys.executable, "-c", SYMLINKED, home]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.isdecimal()] == ["2"] * 7, done.stderr
+    assert sum(": error: " in line for line in lines) == 7, done.stderr
+
+
+def test_an_error_of_shards_in_a_hook_is_one_line(
+    tmp_path: Path,
+    command: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where nothing was sharded, or the traceback is wanted, the error stays as it is."""
+    line = 'raise RuntimeError("got mixed torch.Tensor and DTensor")'
+    command.run = raising(tmp_path / "theirs", line)
+    monkeypatch.delitem(sys.modules, "ravine.strategies.sharding_errors", raising=False)
+    with pytest.raises(RuntimeError, match="got mixed"):
+        door.main(["fit"])
+    sharding = importlib.import_module("ravine.strategies.sharding_errors")
+    assert door.main(["fit"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("lightning: error: the module or a callback: in a hook (")
+    assert said.endswith("type --trainer.strategy ddp\n")
+    assert sharding.of_shards(RuntimeError("")) is False
+    command.run = raising(tmp_path / "theirs", 'raise RuntimeError("size mismatch")')
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        door.main(["fit"])
+    command.run = raising(tmp_path / "theirs", line)
+    monkeypatch.setenv("RAVINE_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="got mixed"):
+        door.main(["fit"])
+
+
+def test_what_lightning_refuses_is_one_line(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch import Trainer
+
+    command.run = lambda argv: Trainer(devices=0, accelerator="cpu")
+    assert door.main(["fit"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_callback_that_is_there_twice_is_one_line(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Timer
+
+    command.run = lambda argv: Trainer(accelerator="cpu", callbacks=[Timer(), Timer()])
+    assert door.main(["fit"]) == 2
+    assert capsys.readouterr().err.startswith("lightning: error: Found more than one stateful")
+
+
+def test_a_full_disk_is_one_line_though_a_thread_met_it(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run(argv: list[str]) -> None:
+        thread = threading.Thread(target=write)  # TensorBoard's, which keeps the exception ...
+        thread.start()
+        thread.join()
+        write()  # ... and raises it again when asked to write
+
+    command.run = run
+    assert door.main(["fit"]) == 1
+    assert capsys.readouterr().err == (
+        "lightning: error: [Errno 28] No space left on device; no checkpoint was written; "
+        "make room, then type the same again\n"
+    )
+
+
+def test_a_folder_that_is_gone_is_left_in_one_line(
+    tmp_path: Path,
+    command: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert door.main(["fit"]) == 2
+    assert capsys.readouterr().err == (
+        "lightning: error: the folder you are in has been removed\n  type: cd FOLDER\n"
+    )
+
+
+def test_a_ctrl_c_that_lightning_makes_an_exit_of_stays_one(command: SimpleNamespace) -> None:
+    def run(argv: list[str]) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    command.run = run
+    assert door.main(["fit"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("fit", " before the first step: nothing was saved"), ("generate", "")],
+)
+def test_a_ctrl_c_before_anything_handles_it_is_one_line(
+    name: str, said: str, command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    command.run = run
+    assert door.main([name]) == 130
+    assert capsys.readouterr().err == f"\nstopped by Ctrl-C{said}\n"
+
+
+def test_torch_and_torchvision_of_two_builds_are_named(
+    monkeypatch: pytest.MonkeyPatch, command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(door, "import_module", fail)
+    assert door.main(["fit"]) == 2
+    assert capsys.readouterr().err == (
+        "lightning: error: torch and torchvision are not of one build, "
+        "so torchvision cannot be imported\n"
+        "  type: pip install --force-reinstall torch torchvision\n"
+    )
+
+
+SIGNALLED = """
+import os, signal
+from types import SimpleNamespace
+from ravine.cli import main as door
+
+def run(argv):
+    os.kill(os.getpid(), signal.SIGUSR1)  # it comes while torch is being imported
+    if argv[0] == "fit":  # the handler comes later, and lets it through
+        signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    return 0
+
+door.import_module = lambda name: SimpleNamespace(run=run)
+print(door.main(["fit"]), door.main(["predict"]))  # in predict nobody takes it: dropped
+assert not signal.pthread_sigmask(signal.SIG_BLOCK, set())
+"""
+
+
+def test_a_signal_before_there_is_a_handler_waits_for_it() -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "handled\n0 0\n", "")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PL_GLOBAL_SEED",
+        "PL_FIT__TRAINER__MAX_STEPS",
+        "PL_TEST__CKPT_PATH",
+        "RAVINE_TRACEBACK",
+        "PATH",
+    ],
+)
+def test_a_variable_that_somebody_reads_passes(name: str) -> None:
+    environment.check({name: "1"}, "fit", door.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("PL_TRAINER__MAX_STEPS", "export PL_FIT__TRAINER__MAX_STEPS=7"),
+        ("PL_TRAINER_MAX_STEPS", "export PL_FIT__TRAINER__MAX_STEPS=7"),
+        ("PL_FIT_TRAINER_MAX_STEPS", "export PL_FIT__TRAINER__MAX_STEPS=7"),
+        ("RAVINE_DATA__BATCH_SIZE", "export PL_FIT__DATA__BATCH_SIZE=7"),
+        ("PL_GLOBALSEED", "export PL_GLOBAL_SEED=7"),
+        ("RAVINE_DEBUGG", "export RAVINE_DEBUG=7"),
+        ("PL_WHATEVER", "unset PL_WHATEVER"),
+    ],
+)
+def test_a_variable_that_nobody_reads_is_refused(name: str, fix: str) -> None:
+    with pytest.raises(UsageError) as mistake:
+        environment.check({name: "7"}, "fit", door.COMMANDS)
+    first, *_, last = errors.words(mistake.value, []).splitlines()
+    assert first == f"no environment variable is called {name}"
+    assert last == f"  type: {fix}"
+
+
+def test_the_variables_lightning_reads_are_the_ones_let_through() -> None:
+    import re
+
+    import lightning
+
+    root = Path(lightning.__file__).parent
+    found = {
+        name
+        for file in root.rglob("*.py")
+        if "testing" not in file.parts and "demos" not in file.parts
+        for name in re.findall(r'(?<!\[)"(PL_[A-Z_]+)"', file.read_text(encoding="utf-8"))
+    }
+    assert found <= {name for name in environment.READ if name.startswith("PL_")}

@@ -1,0 +1,74 @@
+"""Where ranks cannot agree on the checkpoint of `--ckpt_path=auto`, one line gives the cause."""
+
+import json
+import socket
+
+import pytest
+from torch.distributed import TCPStore
+
+from ravine.cli import error_report as errors
+from ravine.cli import rank_zero as launched
+from ravine.errors import UsageError
+
+
+@pytest.fixture
+def port(monkeypatch):
+    """A free port, for a store that this process has not opened yet."""
+    monkeypatch.setattr(launched, "_stores", [])
+    monkeypatch.setattr(launched, "CONNECT", 0.2)
+    monkeypatch.setattr(launched, "FAREWELL", 0.0)
+    monkeypatch.setattr(launched, "OTHER_PORT", 0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def in_job(monkeypatch, rank, port):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+
+def three_parts(text, port):
+    given, allowed, fix = text.split("\n")
+    assert given.startswith(f"the ranks cannot meet at 127.0.0.1:{port} to agree on a checkpoint: ")
+    assert allowed == "  allowed: a port of this address that every rank reaches"
+    assert fix == "  type: --ckpt_path=FILE"
+
+
+def test_a_rank_that_finds_no_store_says_where_it_looked(monkeypatch, port):
+    in_job(monkeypatch, 1, port)
+    with pytest.raises(UsageError) as error:
+        launched.from_first(lambda: "a.ckpt")
+    three_parts(errors.words(error.value, []), port)
+
+
+def test_rank_0_whose_port_is_taken_says_so_if_it_has_a_path_to_send(monkeypatch, port):
+    in_job(monkeypatch, 0, port)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(UsageError) as error:
+            launched.from_first(lambda: "a.ckpt")
+        assert launched.from_first(None) is None  # maybe no rank waits
+    three_parts(errors.words(error.value, []), port)
+
+
+def test_the_end_of_rank_0_ends_a_rank_that_waits(monkeypatch, port):
+    in_job(monkeypatch, 1, port)
+    store = TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
+    launched._store(launched.job())
+    del store
+    with pytest.raises(RuntimeError, match="rank 0 has ended before it found") as error:
+        launched.from_first(lambda: "a.ckpt")
+    assert "see the output of rank 0" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_other_ranks_raise_the_error_of_rank_0_with_its_parts() -> None:
+    error = UsageError("no checkpoint is called 'lst'", ["last"], flag="--x=last", label="nearest")
+    again = UsageError(**json.loads(json.dumps(launched.parts(error))))
+    assert errors.words(again, []) == errors.words(error, [])
+    assert launched.parts(OSError("no such folder")) == {"problem": "no such folder"}

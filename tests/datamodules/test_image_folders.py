@@ -1,0 +1,397 @@
+"""A user's own images: every file is read or named, and no pixel or class is guessed."""
+
+import gzip
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from ravine.callbacks import OptimizerPlan, PredictionTable
+from ravine.datamodules import ImageDataModule
+from ravine.datamodules.image_folders import Reader, by_number, read_folder
+from ravine.datamodules.image_set import class_numbers
+from ravine.lightning_modules import Diffusion, ImageClassifier
+
+RANDOM = numpy.random.RandomState(0)
+TINY: dict[str, Any] = {"width": 8, "time_width": 16}
+
+
+def photo(size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.fromarray(RANDOM.randint(0, 256, (*size, 3), dtype=numpy.uint8))
+
+
+def deep_png(channels: int, pixels: numpy.ndarray) -> bytes:
+    """A PNG of 16 bits, gray or RGB, of pixels (y x c)."""
+    kind = {1: 0, 3: 2}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, kind, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def ready(source: Path, **arguments: Any) -> ImageDataModule:
+    data = ImageDataModule(str(source), batch_size=2, **arguments)
+    data.setup("fit")
+    return data
+
+
+def test_every_format_at_every_depth_is_read(tmp_path: Path) -> None:
+    ends = ["png", "PNG", "jpg", "JPEG", "jfif", "jpe", "gif", "webp", "bmp", "tif", "TIFF"]
+    for place, end in enumerate(ends):
+        below = tmp_path / ("cat/" + "more/" * (place % 3) if place < 6 else "dog")
+        below.mkdir(parents=True, exist_ok=True)
+        form = {"jfif": "JPEG", "jpe": "JPEG", "tif": "TIFF"}.get(end)
+        photo().save(below / f"{place}.{end}", form)
+    found = read_folder(tmp_path)
+    assert found.notes == []
+    assert len(found.sides["all"].labels) == len(ends)
+    assert found.sides["all"].labels.bincount().tolist() == [6, 5]
+
+
+def test_what_is_not_read_is_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name / "more").mkdir(parents=True)
+        for i in range(3):
+            photo().save(tmp_path / name / f"{i}.png")
+    (tmp_path / "cat/more/note.txt").touch()
+    (tmp_path / "cat/photo.heic").touch()
+    (tmp_path / "dog/photo.heic").touch()
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "dog/gone.png").symlink_to("/nowhere.png")
+    (tmp_path / "dog/self.png").symlink_to("self.png")
+    (tmp_path / "dog/round").symlink_to(tmp_path / "dog")
+    os.mkfifo(tmp_path / "dog/pipe.png")
+    data = ready(tmp_path)
+    assert sum(len(data.pictures(part)[1]) for part in ("train", "val", "test")) == 6
+    said = capsys.readouterr().out
+    for words in ("2 broken link (dog/", "2 .heic (", "1 .txt (cat/more/note.txt)",
+                  "1 no regular file (dog/pipe.png)"):  # fmt: skip
+        assert words in said
+    (tmp_path / "eel").mkdir()
+    (tmp_path / "eel/photo.heic").touch()
+    with pytest.raises(ValueError, match=r"no image of class eel; .*; not read: .*3 \.heic"):
+        ready(tmp_path)
+
+
+def test_a_photo_is_turned_as_its_exif_orientation_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upright = Image.new("RGB", (16, 8), "white")
+    upright.paste("black", (0, 0, 16, 4))
+    for place in range(4):
+        upright.save(tmp_path / f"upright{place}.png")
+    ways = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90,
+            8: Image.Transpose.ROTATE_270}  # fmt: skip
+    for orientation, way in ways.items():
+        exif = upright.getexif()
+        exif[0x0112] = orientation
+        for end in ("png", "webp", "tiff"):
+            upright.transpose(way).save(
+                tmp_path / f"{orientation}.{end}", exif=exif, **({"lossless": True} if end == "webp"
+                                                                 else {})
+            )  # fmt: skip
+    images = read_folder(tmp_path).sides["all"].images
+    assert len(images) == 13
+    assert (images == images[0]).all()
+    ready(tmp_path)
+    assert "turned as their EXIF orientation says:" in capsys.readouterr().out
+
+
+MIXED = {
+    "gray": lambda p: photo().convert("L").save(p),
+    "gray with alpha": lambda p: photo().convert("LA").save(p),
+    "alpha": lambda p: photo().convert("RGBA").save(p),
+    "a transparent color": lambda p: photo().save(p, transparency=(0, 0, 0)),
+    "palette with a transparent color": lambda p: photo().convert("P").save(p, transparency=3),
+    "1 bit": lambda p: photo().convert("1").save(p),
+    "16-bit gray": lambda p: p.write_bytes(deep_png(1, RANDOM.randint(0, 65536, (8, 8, 1)))),
+    "16-bit RGB": lambda p: p.write_bytes(deep_png(3, RANDOM.randint(0, 65536, (8, 8, 3)))),
+    "CMYK": lambda p: photo().convert("CMYK").save(p, "TIFF"),
+    "another size": lambda p: photo((9, 30)).save(p),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_one_odd_image_is_refused_and_the_refusal_says_what_helps(
+    kind: str, tmp_path: Path
+) -> None:
+    for i in range(3):
+        photo().save(tmp_path / f"{i}.png")
+    MIXED[kind](tmp_path / "1.png")
+    fix = r"resize=\[8,8\]" if kind == "another size" else "mode=rgb"
+    with pytest.raises(ValueError, match=rf"/1\.png is .*type --data\.{fix}"):
+        read_folder(tmp_path)
+    for mode, channels in (("rgb", 3), ("gray", 1)):
+        found = read_folder(tmp_path, mode, (8, 8)).sides["all"]
+        assert found.images.shape == (3, channels, 8, 8)
+
+
+def test_a_palette_and_one_bit_are_read_without_a_loss(tmp_path: Path) -> None:
+    colors = photo().quantize(16)
+    colors.save(tmp_path / "0.png")
+    colors.convert("RGB").save(tmp_path / "1.png")
+    images = read_folder(tmp_path).sides["all"].images
+    assert torch.equal(images[0], images[1])
+    (tmp_path / "bits").mkdir()
+    photo().convert("1").save(tmp_path / "bits/0.png")
+    found = read_folder(tmp_path / "bits").sides["all"].images
+    assert found.shape == (1, 1, 8, 8)
+    assert set(found.unique().tolist()) == {0, 255}
+
+
+def test_conversion_keeps_the_upper_8_bits_and_shows_transparent_pixels_white(
+    tmp_path: Path,
+) -> None:
+    deep = numpy.array([[[0], [255], [256], [65535]]])
+    (tmp_path / "0.png").write_bytes(deep_png(1, deep))
+    assert Reader("gray").read([tmp_path / "0.png"]).flatten().tolist() == [0, 0, 1, 255]
+    (tmp_path / "1.png").write_bytes(deep_png(3, deep.repeat(3, 2)))
+    assert Reader("rgb").read([tmp_path / "1.png"])[0, 2, 0].tolist() == [0, 0, 1, 255]
+    clear = numpy.array([[[9, 9, 9, 0], [9, 9, 9, 255], [0, 0, 0, 128]]], dtype=numpy.uint8)
+    Image.fromarray(clear).save(tmp_path / "2.png")
+    assert Reader("rgb").read([tmp_path / "2.png"])[0, 0, 0].tolist() == [255, 9, 127]
+    Image.fromarray(clear[..., :3]).save(tmp_path / "3.png", transparency=(9, 9, 9))
+    assert Reader("gray").read([tmp_path / "3.png"])[0, 0, 0].tolist() == [255, 255, 0]
+
+
+def test_of_several_frames_the_first_is_read_and_the_file_is_named(tmp_path: Path) -> None:
+    frames = [photo() for _ in range(3)]
+    for end in ("png", "tiff", "webp"):
+        frames[0].save(
+            tmp_path / f"0.{end}", save_all=True, append_images=frames[1:],
+            **({"lossless": True} if end == "webp" else {}),
+        )  # fmt: skip
+    found = read_folder(tmp_path)
+    first = torch.from_numpy(numpy.array(frames[0])).permute(2, 0, 1)
+    assert (found.sides["all"].images == first).all()
+    assert found.notes == ["only the first frame is read of 3 images (0.png)"]
+
+
+def test_a_file_that_would_start_a_program_or_exhaust_memory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(ValueError, match=r"0\.png is no image that can be read: it is none of PNG"):
+        read_folder(tmp_path)
+    Image.new("1", (6000, 6000)).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match=r"0\.png is 6000x6000; allowed are 25,000,000 pixels"):
+        read_folder(tmp_path)
+
+
+def test_names_that_end_in_numbers_stand_in_the_order_of_the_numbers(tmp_path: Path) -> None:
+    names = [str(i) for i in range(12)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        photo().save(tmp_path / name / "0.png")
+    assert read_folder(tmp_path).sides["all"].names == tuple(names)
+    words = ["img10", "img2", "10", "9", "b", "a1b2", "a1b10", "a", "01", "1"]
+    assert sorted(words, key=by_number) == [
+        "01", "1", "9", "10", "a", "a1b2", "a1b10", "b", "img2", "img10"
+    ]  # fmt: skip
+
+
+def test_folders_train_and_test_are_the_users_own_split(tmp_path: Path) -> None:
+    for side, count in (("train", 5), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / side / name).mkdir(parents=True)
+            for i in range(count):
+                photo().save(tmp_path / side / name / f"{i}.png")
+    data = ready(tmp_path, val_fraction=0.2)
+    assert data.class_names == ("cat", "dog")
+    sizes = {part: len(data.pictures(part)[1]) for part in ("train", "val", "test")}
+    assert sizes == {"train": 8, "val": 2, "test": 4}
+    (tmp_path / "test/eel").mkdir()
+    with pytest.raises(ValueError, match=r"the classes of test and train differ: eel; .*/train"):
+        ready(tmp_path)
+    (tmp_path / "bus").mkdir()  # so train is a class like others
+    photo().save(tmp_path / "bus/0.png")
+    assert read_folder(tmp_path).sides["all"].names == ("bus", "test", "train")
+
+
+def test_classes_are_meant_by_name_or_by_number() -> None:
+    names = ("cat", "dog", "T-shirt", "ankle boot")
+    for words, expected in {
+        "cat,dog": [0, 1], "3,T-shirt": [3, 2], "0-2": [0, 1, 2], "T-shirt": [2],
+        "ankle boot, 0": [3, 0], "1": [1],
+    }.items():  # fmt: skip
+        assert class_numbers(words, names, "--labels") == expected
+    assert class_numbers([1, "cat"], names, "--labels") == [1, 0]
+    years = ("1990", "2000", "2010")  # a name of digits means the class of that name
+    assert class_numbers("2000,1990-2010,1", years, "--labels") == [1, 0, 1, 2, 1]
+    said = r"'cow' is no class; allowed: 0 cat, 1 dog, 2 T-shirt, 3 ankle boot; type --labels=0-3"
+    with pytest.raises(ValueError, match=said):
+        class_numbers("cow", names, "--labels")
+    with pytest.raises(ValueError, match="labels are 4; allowed: 0 cat"):
+        class_numbers("4", names, "--labels")
+    with pytest.raises(ValueError, match=r"'999.*' is no class"):
+        class_numbers("9" * 5000, names, "--labels")
+
+
+def pets(root: Path, names: tuple[str, ...] = ("cat", "dog"), count: int = 8) -> Path:
+    """Gray squares: a class is as bright as its place in `names`."""
+    for place, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), 20 + 200 * place + i).save(root / name / f"{i}.png")
+    return root
+
+
+def trainer(**arguments: Any) -> L.Trainer:
+    plan = OptimizerPlan(lambda p: torch.optim.AdamW(p, lr=0.01))
+    return L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+        enable_progress_bar=False, limit_val_batches=0,
+        **{"callbacks": [plan], "max_steps": 2} | arguments,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [lambda: Diffusion(labels=True, **TINY), ImageClassifier])
+def test_a_resume_with_other_classes_or_another_order_is_refused(kind: Any, tmp_path: Path) -> None:
+    one = trainer()
+    module = kind()
+    one.fit(module, ready(pets(tmp_path / "pets")))
+    one.save_checkpoint(tmp_path / "pets.ckpt")
+    loaded = type(module).load_from_checkpoint(tmp_path / "pets.ckpt")
+    assert loaded.class_names == ("cat", "dog")
+    other = ready(pets(tmp_path / "farm", ("cow", "dog")))
+    with pytest.raises(ValueError, match="cow"):
+        trainer(max_steps=3).fit(kind(), other, ckpt_path=tmp_path / "pets.ckpt")
+    turned = ready(tmp_path / "pets")
+    turned.class_names = ("dog", "cat")
+    with pytest.raises(ValueError, match=r"(?=.*0 dog, 1 cat)(?=.*0 cat, 1 dog)"):
+        trainer(max_steps=3).fit(kind(), turned, ckpt_path=tmp_path / "pets.ckpt")
+    if isinstance(loaded, Diffusion):
+        by_name = loaded.generate(labels="dog,cat", num_samples=1, steps=1)
+        by_number = loaded.generate(labels=[1, 0], num_samples=1, steps=1)
+        assert torch.equal(by_name.images, by_number.images)
+        assert by_name.rows == ("dog", "cat")
+
+
+def test_one_class_is_refused_where_classes_are_learned(tmp_path: Path) -> None:
+    for i in range(9):
+        photo().save(tmp_path / f"{i}.png")
+    data = ready(tmp_path)
+    with pytest.raises(ValueError, match=r"are of one class, .*, and a classifier needs two or mo"):
+        trainer().fit(ImageClassifier(), data)
+    with pytest.raises(ValueError, match=r"of one class, so a label .*type --model.labels=false"):
+        trainer().fit(Diffusion(labels=True, **TINY), data)
+    trainer().fit(Diffusion(**TINY), data)
+
+
+def test_new_images_are_classified_and_listed_by_file_name(tmp_path: Path) -> None:
+    source = pets(tmp_path / "pets")
+    (tmp_path / "new/deep").mkdir(parents=True)
+    Image.new("RGB", (20, 10), (225, 225, 225)).save(tmp_path / "new/2.jpg")
+    Image.new("RGBA", (9, 9), (22, 22, 22, 255)).save(tmp_path / "new/deep/10.png")
+    module, one = ImageClassifier("linear"), trainer(max_steps=60)
+    one.fit(module, ready(source))
+    table = PredictionTable()
+    table.on_predict_end = lambda *args: None  # keep the rows
+    new = {"mode": "gray", "resize": 8, "predict_path": str(tmp_path / "new")}
+    data = ImageDataModule(str(source), **new)
+    trainer(callbacks=[table]).predict(module, data)
+    assert [(row["file"], row["class"], row["label"]) for row in table.rows] == [
+        ("2.jpg", "dog", ""), ("deep/10.png", "cat", ""),
+    ]  # fmt: skip
+    plain = ImageDataModule(str(source))  # the held-out images, with the names of their files
+    table.rows = []
+    trainer(callbacks=[table]).predict(module, plain)
+    assert {row["file"].partition("/")[0] for row in table.rows} == {"cat", "dog"}
+    assert all(row["file"].startswith(row["label"]) for row in table.rows)
+    said = r"images of 10x20x3 .*are 8x8x1; type --data.mode=gray --data.resize=\[8,8\]"
+    (tmp_path / "new/deep/10.png").unlink()
+    other = ImageDataModule(str(source), predict_path=str(tmp_path / "new"))
+    with pytest.raises(ValueError, match=said):
+        trainer().predict(module, other)
+
+
+def idx(array: numpy.ndarray) -> bytes:
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return head + array.astype(numpy.uint8).tobytes()
+
+
+def own_idx(
+    root: Path, prefix: str = "", test: str = "t10k", first: int = 0, end: str = ".gz"
+) -> Path:
+    """A set of 40 and 20 images of 5x4 pixels, of 10 classes that are counted from `first`."""
+    root.mkdir(parents=True, exist_ok=True)
+    for side, count in (("train", 40), (test, 20)):
+        arrays = {
+            "images-idx3": RANDOM.randint(0, 256, (count, 5, 4)),
+            "labels-idx1": first + numpy.arange(count) % 10,
+        }
+        for name, array in arrays.items():
+            content = gzip.compress(idx(array)) if end else idx(array)
+            (root / f"{prefix}{side}-{name}-ubyte{end}").write_bytes(content)
+    return root
+
+
+def test_a_set_of_ones_own_in_the_form_of_mnist_is_read(tmp_path: Path) -> None:
+    for root, source in {
+        own_idx(tmp_path / "kmnist"): "kmnist",
+        own_idx(tmp_path / "MNIST/raw", end=""): "MNIST",  # torchvision's folders
+        own_idx(tmp_path / "emnist", "emnist-letters-", "test", first=1): "emnist",
+    }.items():
+        data = ready(tmp_path / source, val_fraction=0)
+        assert (data.size, data.channels) == ((5, 4), 1), root
+        assert [len(data.pictures(part)[1]) for part in ("train", "test")] == [40, 20]
+        first = 1 if source == "emnist" else 0
+        assert data.class_names == tuple(str(first + i) for i in range(10))
+        assert data.pictures()[1].tolist() == [i % 10 for i in range(40)]
+    own_idx(tmp_path / "emnist", "emnist-digits-", "test")
+    with pytest.raises(ValueError, match=r"several sets .*: emnist-digits, emnist-letters;"):
+        ready(tmp_path / "emnist")
+    assert ready(tmp_path / "emnist/emnist-digits").class_names[0] == "0"
+    (tmp_path / "kmnist/train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(ValueError, match=r"train-images.* has no labels, and others have"):
+        ready(tmp_path / "kmnist")
+    (tmp_path / "kmnist/t10k-labels-idx1-ubyte.gz").unlink()
+    assert ready(tmp_path / "kmnist").class_names == ("kmnist",)  # of one class
+
+
+def test_a_changed_set_is_refused_by_its_name_and_read_as_the_refusal_says(tmp_path: Path) -> None:
+    own_idx(tmp_path / "fashion")
+    with pytest.raises(ValueError, match=r"is not the data set 'fashion'") as error:
+        ImageDataModule("fashion", root=str(tmp_path)).setup("fit")
+    (folder,) = [w for w in str(error.value).split() if w.startswith("--data.source=")]
+    data = ready(Path(folder.rstrip(";").partition("=")[2]))
+    assert len(data.pictures("test")[1]) == 20
+
+
+@pytest.mark.skipif(not os.environ.get("DATA_ROOT"), reason="MNIST is not on this machine")
+def test_the_true_mnist_is_found_unzipped_and_in_torchvisions_folders(tmp_path: Path) -> None:
+    from ravine.datamodules.downloads import locate
+    from ravine.datamodules.image_formats import SOURCES
+
+    (tmp_path / "a/MNIST/raw").mkdir(parents=True)
+    (tmp_path / "b/mnist").mkdir(parents=True)
+    source = SOURCES["mnist"][3]
+    (real,) = Path(os.environ["DATA_ROOT"], "mnist").glob("t10k-labels*")
+    (tmp_path / "a/MNIST/raw" / real.name).symlink_to(real)
+    assert locate(source, str(tmp_path / "a")).parent.name == "raw"
+    (tmp_path / "b/mnist" / real.stem).write_bytes(gzip.decompress(real.read_bytes()))
+    assert locate(source, str(tmp_path / "b")).suffix == ""
+    (tmp_path / "b/mnist" / real.stem).write_bytes(b"\0\0\x08\x01\0\0\0\x01\0")
+    with pytest.raises(ValueError, match="is not the data set 'mnist'"):
+        locate(source, str(tmp_path / "b"))
+
+
+def test_a_part_without_images_says_how_to_get_them() -> None:
+    data = ImageDataModule(val_fraction=0)
+    data.setup("validate")
+    with pytest.raises(ValueError, match=r"no images for val: .*--data.val_fraction=0\.05"):
+        data.val_dataloader()

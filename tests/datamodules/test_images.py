@@ -1,0 +1,327 @@
+"""Pictures become batches in one exact way; what is no clean set of pictures is refused by name."""
+
+import gzip
+import io
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from ravine.datamodules import ImageDataModule
+from ravine.datamodules import image_formats as image_files
+from ravine.datamodules.downloads import SourceMissing, checksum, locate
+from ravine.datamodules.idx import read_idx
+from ravine.datamodules.image_folders import read_folder
+from ravine.datamodules.image_formats import ImageSet, read_cifar, read_named
+from ravine.datamodules.images import held_out, to_float, to_uint8
+
+
+def idx(array: numpy.ndarray) -> bytes:
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return head + array.astype(numpy.uint8).tobytes()
+
+
+def ready(source: str | Path = "digits", **arguments) -> ImageDataModule:
+    data = ImageDataModule(str(source), **arguments)
+    data.setup("fit")
+    return data
+
+
+def folder(root: Path, sizes: dict[str, int], mode: str = "RGB", suffix: str = ".png") -> Path:
+    """So many images of 6x4 pixels in each class, all different."""
+    for k, (name, count) in enumerate(sizes.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (6, 4), (10 * k, i, 7)).convert(mode).save(
+                root / name / f"{i}{suffix}"
+            )
+    return root
+
+
+def test_every_byte_comes_back_from_a_float() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(every)), every)
+    assert to_float(every)[[0, -1]].tolist() == [-1, 1]
+
+
+def test_a_value_between_two_bytes_is_rounded_and_one_beyond_is_cut() -> None:
+    between = torch.tensor([-1.5, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1, 7.0])
+    assert to_uint8(between).tolist() == [0, 1, 0, 255]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"25\.00% of the pixels are not finite .*NaNGuard"):
+        to_uint8(torch.tensor([0.0, bad, 1.0, 1.0]))
+
+
+def test_a_batch_is_floats_and_labels_of_the_pictures() -> None:
+    data = ready(batch_size=8, val_fraction=0.1)
+    assert (data.num_classes, data.channels, data.size) == (10, 1, (8, 8))
+    images, labels = next(iter(data.train_dataloader()))
+    assert (images.shape, images.dtype) == ((8, 1, 8, 8), torch.float32)
+    assert (labels.shape, labels.dtype) == ((8,), torch.int64)
+    stored, classes = data.pictures("train")
+    for image, label in zip(to_uint8(images), labels, strict=True):
+        (same,) = (stored == image).all(dim=(1, 2, 3)).nonzero(as_tuple=True)
+        assert label in classes[same]
+
+
+def test_the_parts_are_disjoint_whole_and_the_same_for_every_seed() -> None:
+    one, other = ready(seed=1), ready(seed=2)
+    rows = {}
+    for part in ("train", "val", "test"):
+        images, labels = one.pictures(part)
+        assert torch.equal(images, other.pictures(part)[0])
+        assert labels.unique().tolist() == list(range(10))
+        rows[part] = len(labels)
+    assert sum(rows.values()) == 1797
+    assert rows["test"] / 1797 == pytest.approx(0.2, abs=0.003)
+    seen = torch.cat([one.pictures(part)[0].flatten(1) for part in rows])  # (n 64)
+    assert len(seen.unique(dim=0)) == len(image_files.read_digits().images.flatten(1).unique(dim=0))
+
+
+def test_the_order_is_that_of_the_seed() -> None:
+    first, again, other = (
+        next(iter(ready(batch_size=64, seed=seed).train_dataloader()))[1] for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_mnist_is_read_from_its_four_files_in_any_gzip(tmp_path: Path) -> None:
+    images, labels = numpy.arange(20 * 6).reshape(20, 2, 3) % 256, numpy.arange(20) % 10
+    paths = []
+    for name, array in {"a": images, "b": labels, "c": images[::-1], "d": labels}.items():
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(gzip.compress(idx(array), compresslevel=len(paths)))
+    train, test = read_named("mnist", paths)
+    assert train.images.shape == (20, 1, 2, 3)
+    assert train.images[3, 0].tolist() == images[3].tolist()
+    assert test.images[0, 0].tolist() == images[19].tolist()
+    assert train.labels.tolist() == labels.tolist()
+
+
+def test_a_gzipped_set_is_known_by_what_is_inside(tmp_path: Path) -> None:
+    source, path = image_files.SOURCES["mnist"][1], tmp_path / "labels.gz"
+    path.write_bytes(gzip.compress(b"other labels", 1))
+    one = checksum(path, source)
+    path.write_bytes(gzip.compress(b"other labels", 9, mtime=1))
+    assert checksum(path, source) == one != source.sha256
+    path.write_bytes(b"no gzip at all")
+    assert checksum(path, source) == "no gzip"
+    path.write_bytes(gzip.compress(b"other labels")[:-9])
+    (tmp_path / "mnist").mkdir()
+    path.rename(tmp_path / source.path)
+    with pytest.raises(ValueError, match=r"not the data set 'mnist': it is no whole gzip; if you"):
+        locate(source, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is not an idx file of bytes: it begins with ;"),
+        (b"\0\0\x0d\x01" + b"\0" * 8, "holds float32; allowed is an idx file of bytes"),
+        (idx(numpy.zeros((2, 3)))[:-1], "it has 17 bytes, and 2 x 3 after a head of 12 are 18"),
+        (idx(numpy.zeros((2, 3))) + b"x", "it has 19 bytes, and 2 x 3 after a head of 12 are 18"),
+        (b"\0\0\x08\0", "is not an idx file of bytes: it begins with 00 00 08 00"),
+        (b"\0\0\x08\x03", "it has 4 bytes, and 0 x 0 x 0 after a head of 16 are 16"),
+        (idx(numpy.zeros((0, 4, 4))), "holds 0 x 4 x 4 bytes, which is no image and no label"),
+        (gzip.compress(idx(numpy.zeros((2, 3)))[:-1]), "it has fewer than the 2 x 3 that it says"),
+        (gzip.compress(idx(numpy.zeros((2, 3)))) + b"\n<x>", "cannot be read: Not a gzipped file"),
+        (gzip.compress(idx(numpy.zeros((2, 3))))[:-9], "cannot be read: Compressed file ended"),
+        (gzip.compress(b"\0\0\x08\x01\x7f\xff\xff\xff"), "says that it unfolds to 2147483647 by"),
+    ],
+)
+def test_what_is_no_idx_file_is_refused(content: bytes, why: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=r"/x ") as error:
+        read_idx(tmp_path / "x")
+    assert why in str(error.value)
+
+
+def test_cifar_is_read_from_its_records_and_its_archive(tmp_path: Path) -> None:
+    pixels = numpy.arange(10 * 3072).reshape(10, 3072) % 251
+    records = numpy.concatenate([numpy.arange(10)[:, None], pixels], 1).astype(numpy.uint8)
+    images, labels = read_cifar(records.tobytes(), "x")
+    assert images.shape == (10, 3, 32, 32)
+    assert images[2, 1, 0, 5] == pixels[2, 1024 + 5]  # the green plane stands after the red
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
+        for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = records.nbytes
+            archive.addfile(member, io.BytesIO(records.tobytes()))
+    train, test = read_named("cifar10", [tmp_path / "c.tar.gz"])
+    assert (len(train.images), len(test.images)) == (50, 10)
+    assert torch.equal(train.images[40:], test.images)
+    assert torch.equal(test.labels, labels)
+    with pytest.raises(ValueError, match=r"3,072 bytes, no whole number of records of 3073"):
+        read_cifar(bytes(3072), "x")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_folder_of_pictures_has_a_class_a_subfolder(mode: str, tmp_path: Path) -> None:
+    found = read_folder(folder(tmp_path / "pets", {"cat": 2, "dog": 3}, mode)).sides["all"]
+    assert found.names == ("cat", "dog")
+    assert found.labels.tolist() == [0, 0, 1, 1, 1]
+    assert found.files == ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png", "dog/2.png")
+    assert found.images.shape == (5, len(mode), 4, 6)  # c y x
+    expected = numpy.asarray(Image.open(tmp_path / "pets/dog/2.png")).reshape(4, 6, len(mode))
+    assert numpy.array_equal(found.images[4].permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_folder_without_subfolders_is_one_class(tmp_path: Path) -> None:
+    data = ready(folder(tmp_path, {"flat": 9}, suffix=".JPEG") / "flat", batch_size=4)
+    assert (data.num_classes, data.class_names, data.channels) == (1, ("flat",), 3)
+
+
+def spoil_size(root: Path) -> None:
+    Image.new("RGB", (6, 5)).save(root / "dog/1.png")
+
+
+def spoil_mode(root: Path) -> None:
+    Image.new("L", (6, 4)).save(root / "dog/1.png")
+
+
+def spoil_first(root: Path) -> None:
+    Image.new("RGBA", (6, 4)).save(root / "cat/0.png")
+
+
+def spoil_content(root: Path) -> None:
+    path = root / "dog/1.png"
+    path.write_bytes(path.read_bytes()[:45])
+
+
+def spoil_extent(root: Path) -> None:
+    """A few bytes that say they are 60,000 pixels wide and high."""
+    path = root / "dog/1.png"
+    head = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + path.read_bytes()[24:29]
+    check = zlib.crc32(head).to_bytes(4, "big")
+    path.write_bytes(path.read_bytes()[:12] + head + check + path.read_bytes()[33:])
+
+
+def spoil_class(root: Path) -> None:
+    (root / "eel").mkdir()
+
+
+def spoil_levels(root: Path) -> None:
+    (root / "dog/1.png").rename(root / "1.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (spoil_size, r"dog/1\.png is 6x5 RGB, .*cat/0\.png is 6x4 RGB; .* --data.resize=\[4,6\]"),
+        (spoil_mode, r"dog/1\.png is 6x4 L, .*cat/0\.png is 6x4 RGB; .* --data.mode=rgb"),
+        (spoil_first, r"cat/0\.png is of mode RGBA, transparent; .* type --data.mode=rgb"),
+        (spoil_content, r"dog/1\.png is no image that can be read: .*; remove it"),
+        (spoil_extent, r"dog/1\.png is no image that can be read: Image size \(3600000000 pixels"),
+        (spoil_class, r"no image of class eel; give each class at least one, or remove"),
+        (spoil_levels, r"holds both images \(1\.png\) and folders \(cat\)"),
+    ],
+)
+def test_a_folder_that_is_no_clean_set_is_refused(spoil, text: str, tmp_path: Path) -> None:
+    root = folder(tmp_path / "pets", {"cat": 3, "dog": 3})
+    spoil(root)
+    with pytest.raises(ValueError, match=text):
+        ready(root)
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"no image in .*; type --data.source=FOLDER"):
+        ready(tmp_path)
+
+
+def test_a_class_too_small_to_be_split_is_refused(tmp_path: Path) -> None:
+    said = "class dog has 1 image, and none would be left to train when 1 are kept for"
+    with pytest.raises(ValueError, match=f"{said} test; give it at least 3$"):
+        ready(folder(tmp_path / "one", {"cat": 9, "dog": 1}))
+    two = folder(tmp_path / "two", {"cat": 9, "dog": 2})
+    with pytest.raises(ValueError, match=f"{said} val; .* 3, or type --data.val_fraction=0$"):
+        ready(two)
+    assert ready(two, val_fraction=0, batch_size=2).pictures("train")[1].bincount()[1] == 1
+
+
+def test_a_label_beyond_the_classes_is_refused() -> None:
+    images, names = torch.zeros(3, 1, 2, 2, dtype=torch.uint8), ("a", "b")
+    with pytest.raises(ValueError, match="the label of image 1 is 7; allowed are 0 to 1"):
+        ImageSet(images, torch.tensor([0, 7, 1]), names).checked("x")
+    with pytest.raises(ValueError, match="the label of image 2 is -1; allowed are 0 to 1"):
+        ImageSet(images, torch.tensor([0, 1, -1]), names).checked("x")
+    with pytest.raises(ValueError, match="3 images and 2 labels"):
+        ImageSet(images, torch.tensor([0, 1]), names).checked("x")
+
+
+def test_a_source_that_is_nowhere_is_answered_with_the_nearest() -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"'minst' is neither .* allowed are mnist, .*=mnist"
+    ):
+        ready("minst")
+
+
+def test_a_set_that_is_not_at_hand_says_where_to_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = r"FOLDER/fashion/train-images-idx3-ubyte\.gz and type --data.root=FOLDER"
+    with pytest.raises(SourceMissing, match=f"{place}; .*--data.source=FOLDER .*=digits"):
+        ready("fashion")
+
+
+def test_flips_are_a_function_of_seed_epoch_and_image_and_never_of_digits(tmp_path: Path) -> None:
+    for i in range(12):
+        Image.linear_gradient("L").rotate(90).resize((8, 2)).point(lambda p, i=i: p // 2 + i).save(
+            tmp_path / f"{i}.png"
+        )
+    loader = ready(tmp_path, flip=True, batch_size=4, val_fraction=0).train_dataloader()
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        epochs.append(torch.cat([images for images, _ in loader]))
+    turned = []  # by what the image is: a mirrored one has the same mean
+    for images in epochs:
+        slope = (images[..., -1] - images[..., 0]).mean((1, 2))
+        means = (images.mean((1, 2, 3)) * 1e4).round()
+        turned.append(dict(zip(means.tolist(), (slope > 0).tolist(), strict=True)))
+    assert len(turned[0]) == len(epochs[0])
+    assert all(set(each.values()) == {True, False} for each in turned)
+    assert torch.equal(epochs[0], epochs[2])
+    assert any(turned[0][image] != turned[1][image] for image in turned[0].keys() & turned[1])
+    with pytest.raises(ValueError, match="a mirrored image of mnist is none of its kind"):
+        ImageDataModule("mnist", flip=True)
+    assert ImageDataModule("cifar10").flip
+    assert not ImageDataModule("fashion").flip
+
+
+def test_parts_of_each_class_are_as_large_as_asked() -> None:
+    labels = torch.tensor([0] * 30 + [1] * 10)
+    images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
+    keep, kept = held_out(ImageSet(images, labels, ("a", "b")), 0.2, "test")
+    assert kept.labels.tolist() == [0] * 6 + [1] * 2
+    assert sorted(torch.cat((keep.images, kept.images)).flatten().tolist()) == list(range(40))
+
+
+def test_the_checksums_known_are_of_different_files() -> None:
+    known = [source for some in image_files.SOURCES.values() for source in some]
+    assert len({source.sha256 for source in known}) == len(known) == 9
+    assert all(len(bytes.fromhex(source.sha256)) == 32 for source in known)
+
+
+def test_some_classes_keep_their_numbers_and_their_parts() -> None:
+    whole, some = ImageDataModule("digits"), ImageDataModule("digits", classes=[5, 7])
+    for data in (whole, some):
+        data.setup("fit")
+    for part in ("train", "val", "test"):
+        images, labels = whole.pictures(part)
+        keep = (labels == 5) | (labels == 7)
+        assert torch.equal(some.pictures(part)[0], images[keep])
+        assert set(some.pictures(part)[1].tolist()) == {5, 7}
+    assert some.num_classes == 10
+    with pytest.raises(ValueError, match=r"data.classes are 10; allowed: 0 to 9; type --data\.cl"):
+        ImageDataModule("digits", classes=[10]).setup("fit")

@@ -1,0 +1,343 @@
+# ruff: noqa: RUF001 - texts of several languages
+"""Special tokens, borders at which a text is cut without changing tokens, tokenizers from files."""
+
+import json
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+import torch
+from token_pieces import JOINED, pieces
+
+from ravine.datamodules import AnswerDataModule, BPETokenizer, FileTokenizer, TextDataModule
+from ravine.datamodules.token_cache import at_borders, encoded
+from ravine.datamodules.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    NumberTokenizer,
+    from_state,
+)
+from ravine.lightning_modules import LanguageModel
+
+END = "<|endoftext|>"
+
+
+def merges() -> list[tuple[bytes, bytes]]:
+    return [(piece[:-1], piece[-1:]) for piece in pieces()[256:]]
+
+
+def of_merges(**how: Any) -> FileTokenizer:
+    return FileTokenizer.of_merges(dict(enumerate(pieces())), merges(), [END], **how)
+
+
+KINDS = {
+    "characters": lambda text: CharTokenizer(text),
+    "bytes": lambda text: ByteTokenizer(),
+    "gpt2": lambda text: BPETokenizer(pieces()),
+    "file": lambda text: of_merges(specials="plain"),
+    "gpt2, allowed": lambda text: BPETokenizer(pieces(), "allowed"),
+    "file, allowed": lambda text: of_merges(),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+ALPHABET = [
+    *"ab1'. ,\n\t-_<|>²½", "\x1c", "\x85", "\xa0", "\u3000", "’", "“", "。", "，", "天", "ё",
+    "́", "😀", "'s", "the ", "  ", END, "<|end", "oftext|>", "\r\n", "٣", "ª", "〇", "〆",
+]  # fmt: skip
+
+
+@every_kind
+def test_a_cut_at_any_border_changes_no_token(kind: str) -> None:
+    rng = random.Random(0)
+    cuts = 0
+    for _ in range(150):
+        text = "".join(rng.choices(ALPHABET, k=40))
+        tokenizer = KINDS[kind](text)
+        whole = tokenizer.numbers(text).tolist()
+        for size in (2, 9, 30):
+            step = rng.randint(1, 20)
+            parts = list(
+                at_borders((text[n : n + step] for n in range(0, len(text), step)), tokenizer, size)
+            )
+            assert "".join(parts) == text
+            assert [n for part in parts for n in tokenizer.numbers(part).tolist()] == whole
+            cuts += len(parts) - 1
+    assert cuts > 1000
+
+
+@pytest.mark.parametrize("line", ["Съешь ещё этих мягких булок.\n", "天地玄黄，宇宙洪荒。", "ab "])
+@pytest.mark.parametrize("kind", ["characters", "bytes", "gpt2", "file"])
+def test_texts_of_every_language_are_cut_into_short_pieces(kind: str, line: str) -> None:
+    tokenizer = KINDS[kind](line)
+    sizes = [len(p) for p in at_borders([line * 40] * 5, tokenizer, 100)]
+    assert sum(sizes) == 200 * len(line)
+    assert max(sizes) <= 100
+    assert min(sizes[:-1]) >= 50
+
+
+def test_a_text_without_a_border_is_searched_and_copied_once() -> None:
+    class Watched(CharTokenizer):
+        looked = 0
+
+        def border(self, text: str, start: int) -> int | None:
+            self.looked += len(text)
+            return None
+
+    tokenizer = Watched("a")
+    assert ["".join(at_borders(["a" * 100] * 50, tokenizer, 10))] == ["a" * 5000]
+    assert tokenizer.looked < 2 * 5000  # not 100 + 200 + 300 + ...
+
+
+def test_special_tokens_are_read_as_chosen() -> None:
+    text = f"One.{END}Two{END}{END} the"
+    for made in (
+        lambda how: BPETokenizer(pieces(), how),
+        lambda how: of_merges(specials=how),
+    ):
+        plain, allowed = made("plain"), made("allowed")
+        assert plain.end == allowed.end == len(pieces())
+        assert plain.end not in plain.encode(text)
+        assert plain.decode(plain.encode(text)) == text == allowed.decode(allowed.encode(text))
+        parts = text.split(END)
+        expected = [n for p in parts for n in [*plain.encode(p).tolist(), plain.end]][:-1]
+        assert allowed.encode(text).tolist() == expected
+        assert int(allowed.token_bytes[allowed.encode(text)].sum()) == len("".join(parts).encode())
+        refused = made("refuse")
+        assert refused.encode("<|endof").equal(plain.encode("<|endof"))
+        with pytest.raises(ValueError, match=r"the special token '<\|endoftext\|>' stands in the"):
+            refused.encode(text)
+        again = from_state(json.loads(json.dumps(allowed.state())))  # plain types
+        assert again.encode(text).equal(allowed.encode(text))
+        assert again.alike(plain)
+        assert plain.state() != allowed.state()
+
+
+def test_of_overlapping_special_tokens_the_longest_is_read() -> None:
+    double = END + END
+    tokenizer = FileTokenizer.of_merges(dict(enumerate(pieces())), merges(), [END, double])
+    one, two = tokenizer.special[END], tokenizer.special[double]
+    found = [n for n in tokenizer.encode(f"a{double}b{END}c{double}{END}").tolist() if n >= one]
+    assert found == [two, one, two, one]
+    for size in (3, 14, 40):
+        parts = at_borders([f"a {double} b"] * 9, tokenizer, size)
+        tokens = np.concatenate([tokenizer.numbers(part) for part in parts])
+        assert tokens.tolist() == tokenizer.numbers(f"a {double} b" * 9).tolist()
+
+
+def by_hand(text: str) -> list[int]:
+    """Of each word the first pair of the list is joined, until none is left."""
+    ranks = {pair: n for n, pair in enumerate(merges())}
+    found = []
+    for word in regex.findall(BPETokenizer.words, text):
+        parts = [bytes([n]) for n in word.encode()]
+        while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
+            best, joined = min(pairs, key=ranks.__getitem__), []
+            while parts:
+                size = 2 if tuple(parts[:2]) == best else 1
+                joined.append(b"".join(parts[:size]))
+                parts = parts[size:]
+            parts = joined
+        found += [pieces().index(part) for part in parts]
+    return found
+
+
+def test_merges_are_applied_in_their_order_within_words() -> None:
+    tokenizer, rng = of_merges(specials="plain"), random.Random(1)
+    for _ in range(20):
+        text = "".join(rng.choices([*ALPHABET, *JOINED], k=60))
+        assert tokenizer.encode(text).tolist() == by_hand(text)
+    assert tokenizer.token_bytes.equal(BPETokenizer(pieces()).token_bytes)
+
+
+def test_numbers_of_tokens_may_stand_in_any_order() -> None:
+    shuffled = list(range(len(pieces()) + 1))
+    random.Random(0).shuffle(shuffled)
+    end, *numbers = shuffled
+    vocabulary = dict(zip(numbers, pieces(), strict=True)) | {end: END.encode()}
+    tokenizer = FileTokenizer.of_merges(vocabulary, merges(), [END])
+    ranked = BPETokenizer(pieces(), "allowed")
+    text = f"the hello 12's{END}天地，日"
+    assert tokenizer.encode(text).tolist() == [
+        [*numbers, end][n] for n in ranked.encode(text).tolist()
+    ]
+    assert tokenizer.end == end
+
+
+def test_files_of_the_library_and_older_ones_are_read(tmp_path: Path) -> None:
+    tokenizer = of_merges()
+    (tmp_path / "new").mkdir()
+    content = json.loads(tokenizer.content)
+    content["truncation"] = {  # would cut a text off without a word
+        "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    (tmp_path / "new/tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "old").mkdir()
+    table = content["model"]["vocab"]
+    (tmp_path / "old/vocab.json").write_text(json.dumps(table), encoding="utf-8")
+    lines = [" ".join(pair) for pair in content["model"]["merges"]]
+    (tmp_path / "old/merges.txt").write_text("#version: 0.2\n" + "\n".join(lines))
+    text = f"the hello{END} 天地"
+    for name in ([], 7, {"content": ["a"]}):  # of the end of a text: what is no text is left out
+        (tmp_path / "new/tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
+        assert FileTokenizer.of_file(tmp_path / "new").end == tokenizer.end
+    for path in ("new", "new/tokenizer.json", "old"):
+        again = FileTokenizer.of_file(tmp_path / path, "allowed")
+        assert again.encode(text).equal(tokenizer.encode(text)), path
+        assert again.end == tokenizer.end
+    for bad, told in {"{}": "not a file of the tokenizers", "[" * 10**5: "not a file of"}.items():
+        (tmp_path / "bad.json").write_text(bad)
+        with pytest.raises(ValueError, match=told):
+            FileTokenizer.of_file(tmp_path / "bad.json")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*allowed: characters, bytes"):
+        FileTokenizer.of_file(tmp_path / "nowhere")
+
+
+def test_a_vocabulary_that_lacks_bytes_does_not_drop_them() -> None:
+    vocabulary = {n: bytes([n]) for n in range(128)}
+    tokenizer = FileTokenizer.of_merges(vocabulary, [], specials="plain")
+    with pytest.raises(ValueError, match="2 of 3 bytes of a text are in no token"):
+        tokenizer.encode("aé")
+    with pytest.raises(ValueError, match="2 of 15 bytes of a text are in no token"):
+        FileTokenizer.of_merges(vocabulary, [], [END]).encode(f"é{END}")
+    with pytest.raises(ValueError, match="specials is 'allowed', and the tokenizer 'file' has no"):
+        FileTokenizer(tokenizer.content, None, "allowed")
+
+
+def test_a_run_of_a_million_spaces_is_one_word_and_a_space() -> None:
+    tokenizer = BPETokenizer(pieces())
+    for run, after in ((" " * 1_000_001, "the"), (" \n" * 60_000, "\n"), ("\u3000" * 100_000, "")):
+        whole = tokenizer.numbers(f"he{run}{after}")
+        assert tokenizer.decode(whole.tolist()) == f"he{run}{after}"
+    short = tokenizer.numbers("he" + " " * 1001 + "the").tolist()  # the pattern's own way
+    long = tokenizer.numbers("he" + " " * 1_000_001 + "the").tolist()
+    assert long[:2] == short[:2]
+    assert long[-2:] == short[-2:]
+    assert len(long) - len(short) == (1_000_001 - 1001) // 4
+
+
+def test_the_data_module_and_the_checkpoint_carry_the_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/tokenizer.json").write_text(of_merges().content)
+    (tmp_path / "text.txt").write_text(f"the hello, one story.{END}" * 40)
+    made = {}
+    for how in ("plain", "allowed"):
+        for limit in (1, 10**9):  # a mapped file, and memory
+            data = TextDataModule(
+                tmp_path / "text.txt", context=8, tokenizer=str(tmp_path / "t"), specials=how,
+                memory_limit=limit,
+            )  # fmt: skip
+            data.setup("fit")
+            made[how, limit] = data.corpus.tokens
+        assert made[how, 1].tolist() == made[how, 10**9].tolist()
+        model = LanguageModel(layers=1, width=8, heads=1)
+        model.adopt(data)
+        checkpoint: dict[str, Any] = {}
+        model.on_save_checkpoint(checkpoint)
+        loaded = LanguageModel(layers=1, width=8, heads=1)
+        loaded.on_load_checkpoint(checkpoint)
+        assert loaded.tokenizer is not None
+        assert loaded.tokenizer.specials == how
+    end = of_merges().end
+    assert int((made["allowed", 1] == end).sum()) == 40
+    assert int((made["plain", 1] == end).sum()) == 0
+    with pytest.raises(ValueError, match="the special token"):
+        TextDataModule(
+            tmp_path / "text.txt", tokenizer=str(tmp_path / "t"), specials="refuse"
+        ).setup("fit")
+    with pytest.raises(ValueError, match="'characters' has no special tokens"):
+        TextDataModule(tmp_path / "text.txt", specials="allowed").setup("fit")
+    rows = json.dumps({"prompt": f"a{END}", "answer": "b"})
+    (tmp_path / "rows.jsonl").write_text(f"{rows}\n" * 3)
+    answers = AnswerDataModule(
+        tmp_path / "rows.jsonl", tokenizer=str(tmp_path / "t"), specials="allowed"
+    )
+    answers.setup("fit")
+    assert answers.rows[0][0].tolist() == [97, end, 98, end]
+
+
+def test_a_choice_of_special_tokens_is_no_other_vocabulary() -> None:
+    model = LanguageModel(context=8, layers=1, width=8, heads=1)
+    model._take(BPETokenizer(pieces(), "allowed"), "the data's")
+    model._take(BPETokenizer(pieces()), "the checkpoint's")
+    assert model.tokenizer is not None
+    assert model.tokenizer.specials == "allowed"
+    with pytest.raises(ValueError, match="they come from different texts"):
+        model._take(BPETokenizer(pieces()[:-1]), "the checkpoint's")
+
+
+def test_odd_characters_and_numbers_are_encoded_or_named() -> None:
+    for tokenizer in (ByteTokenizer(), BPETokenizer(pieces()), of_merges()):
+        assert tokenizer.decode(tokenizer.encode("a\ud800b"))[0::2] == "ab"
+    assert CharTokenizer("ab\ud800").decode([0, 2, 1, -1]) == "a\ufffdb\ufffd"
+    numbers = NumberTokenizer(50)
+    assert numbers.encode(" 7 49\n0").tolist() == [7, 49, 0]
+    assert numbers.decode([7, 49]) == " 7 49"
+    assert numbers.encode("\n").tolist() == [0]  # the default prompt
+    assert from_state(numbers.state()).state() == numbers.state()
+    for word in ("50", "-1", "a", "1.5", "²", "9" * 99):
+        with pytest.raises(ValueError, match="allowed: "):
+            numbers.encode(word)
+
+
+STATES: list[tuple[dict[str, Any], str]] = [
+    ({"kind": "gpt2"}, "tokenizer 'gpt2' is damaged: KeyError"),
+    ({"kind": "gpt2", "pieces": "YQ== YQ=="}, "2 pieces of which 1 are different"),
+    ({"kind": "gpt2", "pieces": "!"}, "damaged: .*Only base64 data is allowed"),
+    ({"kind": "gpt2", "pieces": "YQ\u00e9=="}, "damaged: .*Only base64 data is allowed"),
+    ({"kind": "gpt2", "pieces": 3}, "tokenizer 'gpt2' is damaged: AttributeError"),
+    ({"kind": "gpt2", "pieces": " ".join(["YQ=="] * 300)}, "300 pieces of which 1 are different"),
+    ({"kind": "characters"}, "tokenizer 'characters' is damaged: KeyError"),
+    ({"kind": "characters", "characters": 7}, "tokenizer 'characters' is damaged: TypeError"),
+    ({"kind": "numbers", "vocabulary": 2**40}, "vocabulary is 1099511627776; allowed: 1 to"),
+    ({"kind": "numbers", "vocabulary": "many"}, "tokenizer 'numbers' is damaged: TypeError"),
+    ({"kind": "file", "content": "{}", "end": ""}, "not a file of the tokenizers library"),
+    ({"kind": "file", "content": 5, "end": ""}, "not a file of the tokenizers library"),
+    (
+        {"kind": "file", "content": of_merges().content, "end": ["a"]},
+        "end is of type list; allowed: the token as a text",
+    ),
+    ({"kind": "file", "content": "[" * 10**5, "end": ""}, "not a file of the tokenizers library"),
+    ({"kind": ["gpt2"]}, r"unknown kind of tokenizer \['gpt2'\]; known are"),
+]
+
+
+@pytest.mark.parametrize(("state", "words"), STATES, ids=range(len(STATES)))
+def test_a_damaged_state_is_refused_in_words(state: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        from_state(state)
+
+
+def test_text_of_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> None:
+    text = "".join(map(chr, [*range(0x100, 0xD800), *range(0xE000, 0x14000)]))
+    assert len(set(text)) > 1 << 16
+    (tmp_path / "wide.txt").write_text(text, encoding="utf-8")
+    data = TextDataModule(tmp_path / "wide.txt", context=8, batch_size=2)
+    data.setup("fit")
+    assert data.corpus.tokens.dtype == torch.int32
+    assert data.tokenizer.decode(data.corpus.tokens) == text
+    inputs, targets = next(iter(data.train_dataloader()))
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_gpt2_s_own_special_token_is_tiktoken_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        theirs = tiktoken.get_encoding("gpt2")
+    except Exception:  # no network and no cache
+        pytest.skip("GPT-2's pieces are not on this machine")
+    ranks = [theirs.decode_single_token_bytes(n) for n in range(theirs.eot_token)]
+    ours = BPETokenizer(ranks, "allowed")
+    text = f"One story.{END}Another.{END}"
+    assert ours.encode(text).tolist() == theirs.encode(text, allowed_special="all")
+    prose = "Съешь ещё этих булок! " * 9 + "天地玄黄，宇宙洪荒。" * 40 + "It's 'a'  test.\n\n" * 9
+    tokens = np.concatenate(list(encoded(ours, [prose])))
+    assert tokens.tolist() == theirs.encode(prose)
+    parts = list(at_borders([prose], ours, 60))
+    assert len(parts) > 5
+    assert [n for p in parts for n in ours.numbers(p).tolist()] == theirs.encode(prose)

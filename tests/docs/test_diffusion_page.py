@@ -1,0 +1,61 @@
+"""docs/diffusion.md is true: its presets exist, its Python runs, its commands are understood."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ravine.cli.commands import method_flags as signature
+from ravine.cli.config import presets
+from ravine.lightning_modules import Diffusion
+
+PAGE = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text()
+
+
+def untrained() -> Diffusion:
+    model = Diffusion(labels=True, width=8, time_width=16)
+    model.channels, model.size, model.classes = 1, (8, 8), 10
+    model.configure_model()
+    return model
+
+
+def test_every_preset_it_names_is_there_and_no_other() -> None:
+    named = set(re.findall(r"diffusion/(\w+)`", PAGE))
+    there = {name for name in presets.installed() if name.startswith("diffusion/")}
+    assert {f"diffusion/{name}" for name in named} == there
+
+
+def test_its_commands_are_understood() -> None:
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).splitlines()
+    for line in lines:
+        _, command, *words = shlex.split(line)
+        flags = dict(signature.pairs(words))
+        flags.pop("ckpt_path")
+        known = signature.flags(getattr(Diffusion, command)).keys() | {"folder"}
+        assert flags.keys() <= known, line
+    named = re.findall(r"--model\.(\w+)=(\w+)", PAGE)
+    for name, value in named:
+        kind = {"labels": bool, "label_dropout": float, "steps": int}.get(name, str)
+        extra = {"label_dropout": {"labels": True}}.get(name, {})
+        Diffusion(**{name: kind(float(value)) if kind is float else kind(value)}, **extra)
+
+
+def test_its_python_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = untrained()
+    monkeypatch.setattr(Diffusion, "load_from_checkpoint", lambda path: model)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert Path("digits.png").exists()
+    mean, std = (float(n) for n in re.findall(r"tensor\((\d+\.\d+)\)", capsys.readouterr().out))
+    assert abs(mean - 3) < 0.03
+    assert abs(std - 0.5) < 0.01

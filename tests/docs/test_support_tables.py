@@ -1,0 +1,584 @@
+"""README's tables of what works are what is measured here: trained alike on every strategy.
+
+`WRITE_README=1 pytest tests/docs/test_support_tables.py -k readme` writes them.
+
+A cell is ticked if two steps leave the weights that one process has, on every rank, and callbacks
+have logged the same numbers, written the same files and printed the same words; and each of them is
+seen to do something. It has the number of a reason if the combination is refused by an
+error of ours, in one line, before the first step; anything else, a hang too, fails this file.
+
+Callbacks that leave training alone run together, and so do three that change it, each in its way:
+if one of them is refused, all are tried one by one.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import cache, partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch._dynamo
+from external_modules.net_in_configure_model import NetInConfigureModel
+from external_modules.net_in_init import NetInInit
+from external_modules.two_optimizers import TwoOptimizers
+from matplotlib.figure import Figure
+from ranks import fewest_ranks, furthest, run_ranks, whole
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.data import DataLoader, TensorDataset
+
+import ravine.callbacks
+import ravine.strategies
+from ravine.callbacks import (
+    CollapseAlarm,
+    Compile,
+    FrechetDistance,
+    GradientClipping,
+    LoRA,
+    Muon,
+    Newton,
+    OptimizerPlan,
+    Pretrained,
+    Samples,
+)
+from ravine.callbacks.optimizers import muon
+from ravine.callbacks.optimizers import update_monitor as watching
+from ravine.callbacks.stability import gradient_clipping
+from ravine.callbacks.stability.gradient_clipping import global_norm
+from ravine.datamodules import ImageDataModule, PromptDataModule, SpamDataModule, TextDataModule
+from ravine.datamodules.text import documentation
+from ravine.lightning_modules import (
+    BatchDistance,
+    CharacterFraction,
+    Diffusion,
+    ImageClassifier,
+    LanguageModel,
+    Reinforce,
+    SpamClassifier,
+)
+from ravine.strategies import NAMES
+
+pytestmark = [
+    # it is logged on each rank after the ranks have summed it
+    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
+    # dynamo looks there when it traces what a sharded block has gathered
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    # it is there for training alone
+    pytest.mark.filterwarnings("ignore:LoRA. no adapter of critic is used in validation"),
+]
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+ALONE = ("one process", "auto", 1)
+WORLDS = {"ddp": 2, **{name: fewest_ranks(how) for name, (_, how) in NAMES.items()}}
+KINDS = {
+    name: kind
+    for name, kind in (vars(ravine.callbacks) | vars(ravine.strategies)).items()
+    if isinstance(kind, type) and issubclass(kind, L.Callback)
+}
+CALLBACKS = sorted(KINDS)
+PLANS = {name for name, kind in KINDS.items() if issubclass(kind, OptimizerPlan)}
+EVERY_OTHER, OPTIMIZERS = "every other callback", "every optimizer of `ravine.callbacks`"
+ARGUMENTS = {
+    "CollapseAlarm": lambda: CollapseAlarm({"train/loss": 99.0}),
+    "Compile": lambda: Compile(backend="eager"),
+    "FrechetDistance": lambda: FrechetDistance(Pixels(), n=8, batch_size=4),
+    "GradientClipping": lambda: GradientClipping(0.1),
+    "LoRA": lambda: LoRA(rank=2),
+    # in bf16 a last bit of a gradient becomes a last bit of bf16: its own tests have that
+    "Muon": lambda: Muon(iteration_dtype="float32", rest=partial(torch.optim.SGD, lr=0.1)),
+    # a difference of two gradients has half of their digits: it decides some of the step, not all
+    "Newton": lambda: Newton(damping=5.0),
+    "OptimizerPlan": lambda: OptimizerPlan(partial(torch.optim.SGD, lr=0.1, momentum=0.9)),
+    "Pretrained": lambda: Pretrained("weights.pt"),
+    "Samples": lambda: Samples({"prompt": "T", "max_new_tokens": 4}),
+}
+WATCHERS = (
+    *("Checkpoint", "CollapseAlarm", "Curves", "ExactResume", "Figures", "FrechetDistance"),
+    *("GlobalMean", "GracefulStop", "LossPlot", "MemoryTable", "NaNGuard", "PredictionTable"),
+    *("ProgressBar", "RolloutTable", "Samples", "Summary", "Throughput", "UpdateSizes"),
+)
+AWAITING = {  # what these wait for does not happen in two steps
+    "ExactResume": "a cut",
+    "GlobalMean": "ranks or micro-batches of unequal weight",
+    "GracefulStop": "a signal",
+    "NaNGuard": "a number that is none",
+    "Newton": "a net of its own: there is nothing to compare with",
+    "PredictionTable": "predictions",
+    "RankWatchdog": "a rank that waits for ever",
+    "RunChecks": "a mistake",
+}
+STIRRERS = ("EMA", "GradientClipping", "Pretrained")
+REASONS = (
+    "has no tensor-parallel plan",
+    "blocks of codes do not split",
+    "computes the loss several times a step, which is not possible with a pipeline",
+    "steps its own optimizers (manual optimization)",
+)
+
+
+class Pixels(torch.nn.Module):
+    """A measure of images: their pixels."""
+
+    def forward(self, images):
+        return images.flatten(1).double()
+
+
+class Pictures:
+    """What callbacks ask of any module, and a count of its steps."""
+
+    flops = None  # the machine's peak is measured elsewhere
+    begun = 0
+
+    def training_step(self, *args):
+        self.begun += 1
+        return super().training_step(*args)
+
+    def samples(self):
+        return [{"text": "one", "reward": 1.0}]
+
+    def sample_images(self, index, labels=None):
+        return (index[:, None] * torch.tensor([7, 13, 29, 31]) % 32).byte().reshape(-1, 1, 2, 2)
+
+    def pictures(self, part):
+        return self.sample_images(torch.arange(16)), torch.arange(16) % 2
+
+    def load_pretrained(self, path):
+        assert path == "weights.pt"
+        with torch.no_grad():
+            next(iter(self.parameters())).mul_(0.5)
+
+    def figures(self, datamodule):
+        return {"plot": Figure(figsize=(1, 1))}
+
+
+class Model(Pictures, LanguageModel):
+    """The transformer; what it draws is its answer alone."""
+
+    @torch.no_grad()
+    def figures(self, datamodule):
+        self.net(datamodule.corpus.tokens[None, :8].long())
+        return super().figures(datamodule)
+
+
+class Few(Model):
+    """One of its norms is trained: four numbers, few enough for Newton."""
+
+    def build(self):
+        net = super().build()
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(name == "blocks.0.mlp_norm.weight")
+        return net
+
+
+class Foreign(Pictures):
+    """Metrics are named like ours; the inputs point into all directions, or Muon moves by noise."""
+
+    def log(self, name, *args, **how):
+        super().log(re.sub("^(train|val)_", r"\1/", name), *args, **how)
+
+    def generate(self, prompt, max_new_tokens):
+        return prompt
+
+    def loader(self):
+        x, y = super().loader().dataset.tensors
+        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(x, y), batch_size=self.batch_size)
+
+
+class InInit(Foreign, NetInInit):
+    """19 numbers."""
+
+    def __init__(self, batch_size):
+        super().__init__(width=3, batch_size=batch_size)
+
+
+class InConfigureModel(Foreign, NetInConfigureModel):
+    """30 numbers; of two channels a norm would leave a sign, and gradients near zero."""
+
+    def __init__(self, batch_size):
+        super().__init__(width=3, depth=1, batch_size=batch_size)
+
+
+class ByHand(Foreign, TwoOptimizers):
+    """AdamW would make a step of full size out of the last bits of a gradient near zero."""
+
+    def __init__(self, batch_size):
+        super().__init__(width=4, batch_size=batch_size)
+        for player in (self.predictor, self.critic):  # to one number: it takes no rank of two
+            player.lm_head = player.pop(2)
+
+    def configure_optimizers(self):
+        players = self.predictor, self.critic
+        return [torch.optim.SGD(player.parameters(), lr=0.5) for player in players]
+
+
+class Text(TextDataModule):
+    """A text, and pictures beside it."""
+
+    pictures, sample_images = Pictures.pictures, Pictures.sample_images
+
+
+class Beside(L.LightningDataModule):
+    """The module's own data, and pictures beside them."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.pictures = module, module.pictures
+
+    def train_dataloader(self):
+        return self.module.loader()
+
+    val_dataloader = train_dataloader
+
+
+def language(names, folder, devices, **shape):
+    kind, width = (Few, 4) if "Newton" in names else (Model, 8)
+    shape = {"layers": 2, "width": width, "heads": 2, "zero_init": False} | shape
+    return kind(**shape), Text(folder / "text.txt", context=8, batch_size=8)
+
+
+def foreign(kind, names, folder, devices):
+    module = kind(batch_size=32 // devices)
+    return module, Beside(module)
+
+
+def task(number, names, folder, devices):
+    text = TextDataModule(folder / "text.txt", context=8, batch_size=8)
+    if number == 0:
+        data = SpamDataModule(source="embedded", batch_size=8)
+        return SpamClassifier(buckets=256), data
+    if number == 1:
+        return ImageClassifier(features=8, shift=1), ImageDataModule(batch_size=8)
+    if number == 2:  # at width 8 a group is one channel, whose norm cancels the bias
+        return Diffusion(labels=True, width=16, time_width=16), ImageDataModule(batch_size=8)
+    if number == 3:
+        return LanguageModel(layers=1, width=16, heads=2, zero_init=False), text
+    prompts = PromptDataModule(folder / "text.txt", length=4, batch_size=8, val_prompts=8)
+    rewards = [CharacterFraction("abcdefghijklm", -1.0), BatchDistance(n=1)]
+    return Reinforce(str(folder / "base.ckpt"), rewards, new=5, group_size=2), prompts
+
+
+TASKS = ("SpamClassifier", "ImageClassifier", "Diffusion", "LanguageModel", "Reinforce")
+FOREIGN = ("NetInInit", "NetInConfigureModel", "TwoOptimizers")
+MODULES = {
+    "transformer": language,
+    "mixture": partial(language, experts=2),
+    **{name: partial(task, number) for number, name in enumerate(TASKS)},
+    "NetInInit": partial(foreign, InInit),
+    "NetInConfigureModel": partial(foreign, InConfigureModel),
+    "TwoOptimizers": partial(foreign, ByHand),
+}
+
+
+def groups(module):
+    """Which callbacks are tried together."""
+    if module in TASKS:
+        return [()]
+    together = [(*WATCHERS, "OptimizerPlan"), STIRRERS]
+    if module == "TwoOptimizers":  # it refuses the plan and a stirrer
+        together = [WATCHERS]
+    return together + [(n,) for n in CALLBACKS if not any(n in group for group in together)]
+
+
+@contextmanager
+def observed(names: tuple[str, ...], folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """What is written into the folder, printed, computed again and compiled, under names of it."""
+    seen: dict[str, torch.Tensor] = {}
+    first, again, said = os.environ.get("RANK", "0") == "0", [], io.StringIO()
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def look(*_):
+        if torch._C._current_graph_task_id() >= 0:  # a forward pass within a backward pass
+            again.append(True)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # whoever compiles would compile the hook as well
+    hook = register_module_forward_pre_hook(look) if "Compile" not in names else None
+    try:
+        with redirect_stdout(said):
+            yield seen
+    finally:
+        if hook is not None:
+            hook.remove()
+    assert first or not said.getvalue(), "only the first rank has the word"
+    found = {f"/written/{p.relative_to(folder)}" for p in folder.rglob("*.*") if p.stat().st_size}
+    words = set(re.findall("[A-Za-z/]{2,}", said.getvalue())) - {"process", "rank", "shards"}
+    found |= {f"/said/{word}" for word in words}  # a memory table names what it counts
+    found |= {"/computed/again"} if again else set()
+    found |= {"/compiled"} if torch._dynamo.utils.counters["stats"]["unique_graphs"] else set()
+    seen |= dict.fromkeys(found if first else (), torch.ones(()))
+
+
+def attempt(module, names, strategy, devices, folder):
+    """The weights after two steps with these callbacks and what else came of it, or the refusal."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    L.seed_everything(0, verbose=False)
+    callbacks = [ARGUMENTS.get(n, KINDS[n])() for n in names]
+    model, data = MODULES[module](names, folder, devices)
+    if not any(isinstance(c, OptimizerPlan) for c in callbacks) and model.automatic_optimization:
+        callbacks.append(OptimizerPlan(partial(torch.optim.SGD, lr=0.1)))
+    if strategy == "ddp" and not model.automatic_optimization:
+        strategy = "ddp_find_unused_parameters_true"
+    run = folder / f"{module} {strategy} {len(names)} {''.join(names[:1])}"
+    trainer = L.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        callbacks=callbacks,
+        default_root_dir=run,
+        enable_checkpointing="Checkpoint" in names,
+        enable_progress_bar="ProgressBar" in names,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        val_check_interval=1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        limit_val_batches=int("Compile" not in names),  # tracing takes as long as all the rest
+        strategy=strategy,
+        devices=devices,
+    )
+    try:
+        with observed(names, run) as seen:
+            trainer.fit(model, data)
+    except ValueError as refusal:
+        if getattr(model, "begun", 0) > 0:
+            raise AssertionError(f"{names} are refused after a step") from refusal
+        return str(refusal)
+    logged = {n: v for n, v in trainer.callback_metrics.items() if told_alike(n)}
+    return whole(model) | logged | seen  # names of all but weights have a slash
+
+
+def told_alike(name):
+    """Whether all ranks mean the same by a metric, and mean no time."""
+    timed = name.endswith(("_seconds", "_per_second"))
+    return name.startswith(("val/", "update/", "train/grad", "train/clip")) and not timed
+
+
+def rows(modules, *how, trying=attempt):
+    """What `attempt` says of each module and group of callbacks; a refused one is taken apart."""
+    found = {}
+    for module in modules:
+        for names in groups(module):
+            found[module, names] = trying(module, names, *how)
+            if isinstance(found[module, names], str) and len(names) > 1:
+                found |= {(module, (name,)): trying(module, (name,), *how) for name in names}
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A text, and a language model that nobody has trained, for a policy to start from."""
+    folder = tmp_path_factory.mktemp("support")
+    (folder / "text.txt").write_text("".join(documentation())[:3000])
+    L.seed_everything(0, verbose=False)
+    model, text = task(3, (), folder, 1)
+    trainer = L.Trainer(max_steps=0, accelerator="cpu", logger=False, enable_checkpointing=False,
+                        enable_model_summary=False)  # fmt: skip
+    trainer.fit(model, text)
+    trainer.save_checkpoint(folder / "base.ckpt", weights_only=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    """`single(module, names)`: what one process comes to."""
+    return cache(lambda module, names: attempt(module, names, *ALONE[1:], folder))
+
+
+@pytest.fixture(scope="module")
+def measure(folder, single, tmp_path_factory):
+    """`measure(modules, strategy, world)`: None or the refusal, by module and callback.
+
+    It is measured once, whichever worker of pytest-xdist asks.
+    """
+    known = tmp_path_factory.getbasetemp()
+    known = known.parent if "PYTEST_XDIST_WORKER" in os.environ else known
+
+    def measured(modules, strategy, world):
+        file = known / f"{strategy}_{'_'.join(modules)}.json"
+        if not file.exists():
+            cells = look(modules, strategy, world)
+            part = Path(folder, file.name)
+            part.write_text(json.dumps([[*at, cell] for at, cell in cells.items()]))
+            part.replace(file)
+        return {(module, name): cell for module, name, cell in json.loads(file.read_text())}
+
+    def look(modules, strategy, world):
+        if world == 1:
+            found = [rows(modules, trying=single)]
+        else:
+            found = run_ranks(rows, world, modules, strategy, world, folder, timeout=600)
+        cells = {}
+        for (module, names), first in found[0].items():
+            each = [theirs[module, names] for theirs in found]
+            if isinstance(first, str):
+                assert {in_words(refusal) for refusal in each} == {in_words(first)}
+                assert "\n" not in first
+            else:
+                compare(each, single(module, names), (strategy, module, names))
+            if not isinstance(first, str) or len(names) < 2:
+                cells |= {(module, name): first for name in names or (module,)}
+        return {at: cell if isinstance(cell, str) else None for at, cell in cells.items()}
+
+    return measured
+
+
+def compare(each, single, what):
+    """Every rank has the weights of one process, or some of them in a pipeline; and its numbers."""
+    assert {n for weights in each for n in weights} == single.keys(), what
+    for found in each:
+        for name, value in found.items():
+            torch.testing.assert_close(
+                value.double(), single[name].double(), rtol=2e-6, atol=2e-6, equal_nan=True,
+                msg=lambda text, n=name: f"{what}: {n}: {text}",
+            )  # fmt: skip
+
+
+def in_words(refusal):
+    """The number of the reason for a refusal, or a tick."""
+    if refusal is None:
+        return "✓"
+    numbers = [str(i) for i, reason in enumerate(REASONS, 1) if reason in refusal]
+    assert len(numbers) == 1, refusal
+    return numbers[0]
+
+
+def table(title, columns, rest=""):
+    """Markdown: a row for each set of names whose cells are alike in all columns.
+
+    With `rest` the row of ticks alone has this name, so that a new callback changes no row. In
+    the other rows all optimizers together are not listed one by one either.
+    """
+    names = list(next(iter(columns.values())))
+    alike = {}
+    for name in names:
+        cells = tuple(in_words(found[name]) for found in columns.values())
+        alike.setdefault(cells, []).append(name)
+    head = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    written = []
+    for cells, same in alike.items():
+        if rest and set(cells) == {"✓"}:
+            row = [rest]
+        elif PLANS and set(same) >= PLANS:
+            row = [*sorted(f"`{n}`" for n in {*same} - PLANS | {"OptimizerPlan"}), OPTIMIZERS]
+        else:
+            row = [f"`{n}`" for n in same]
+        written.append((sum(c != "✓" for c in cells), row, cells))
+    some = [(row, cells) for _, row, cells in sorted(written, key=lambda w: w[:2])]
+    return "\n".join([*head, *(f"| {', '.join(n)} | {' | '.join(c)} |" for n, c in some)])
+
+
+def of_callbacks(measure, strategy):
+    experts = "ep" in NAMES.get(strategy, ("", {}))[1]
+    module = "mixture" if experts else "transformer"
+    found = measure((module,), strategy, WORLDS[strategy])
+    return {name: found[module, name] for name in CALLBACKS}
+
+
+def of_tasks(measure, strategy, world):
+    found = measure(TASKS, strategy, world)
+    return {name: found[name, name] for name in TASKS}
+
+
+def of_foreign(measure, strategy, world):
+    return measure(FOREIGN, strategy, world)
+
+
+@pytest.mark.parametrize("strategy", WORLDS)
+def test_every_callback_trains_alike_or_is_refused(measure, strategy):
+    refused = {name for name, cell in of_callbacks(measure, strategy).items() if cell}
+    if strategy in ("ddp", "zero1", "zero2", "zero3", "hsdp"):
+        assert not refused
+    if strategy in ("tp", "2d"):
+        assert not refused & {"Muon", "GradientClipping", "EMA", "LoRA"}
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("auto", 1), ("ddp", 2), ("zero3", 2)])
+def test_every_callback_trains_modules_of_others_alike(measure, strategy, world):
+    found = of_foreign(measure, strategy, world)
+    assert {m for (m, _), cell in found.items() if cell} <= {"TwoOptimizers"}
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("ddp", 2), ("zero3", 2), ("tp", 2)])
+def test_every_task_trains_alike(measure, strategy, world):
+    refused = {name for name, cell in of_tasks(measure, strategy, world).items() if cell}
+    assert not refused or strategy == "tp"
+
+
+@pytest.mark.parametrize("name", [name for name in CALLBACKS if name not in AWAITING])
+def test_each_is_seen_to_do_something(single, name):
+    alone = single("transformer", (name,)), single("transformer", ())
+    rest = tuple(other for other in STIRRERS if other != name)
+    together = (single("transformer", STIRRERS), single("transformer", rest))
+    for found, without in (alone, together)[: 1 + (name in STIRRERS)]:
+        assert found.keys() != without.keys() or furthest(found, without) > 1e-4
+
+
+def norms_of_shards():
+    gradient_clipping.all_reduce = lambda *args, **how: None
+
+
+def updates_of_a_stage():
+    watching.global_norm = lambda tensors, pipeline=None: global_norm(tensors)
+
+
+def matrices_in_parts():
+    muon.apply_to_whole = lambda function, parts, **how: function(parts)
+
+
+def faulty(fault, *how):
+    fault()
+    return attempt("transformer", *how)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "names", "fault"),
+    [
+        ("zero3", STIRRERS, norms_of_shards),
+        ("pp", ("UpdateSizes",), updates_of_a_stage),
+        ("tp", ("Muon",), matrices_in_parts),
+    ],
+)
+def test_a_callback_that_is_wrong_under_one_strategy_is_caught(
+    folder, single, strategy, names, fault
+):
+    found = run_ranks(faulty, 2, fault, names, strategy, 2, folder)
+    with pytest.raises(AssertionError, match="not close"):
+        compare(found, single("transformer", names), strategy)
+
+
+def test_readme_says_what_was_measured(measure):
+    by_strategy = {name: of_callbacks(measure, name) for name in WORLDS}
+    cells = [cell for column in by_strategy.values() for cell in column.values()]
+    assert sum(cell is not None for cell in cells) <= len(cells) / 5
+    layouts = (ALONE, ("ddp", "ddp", 2), ("zero3", "zero3", 2))
+    by_task = {title: of_tasks(measure, *how) for title, *how in (*layouts, ("tp", "tp", 2))}
+    by_module = {title: of_foreign(measure, *how) for title, *how in layouts}
+    for found in by_module.values():
+        assert {at: in_words(cell) for at, cell in found.items()} == {
+            at: in_words(cell) for at, cell in by_module["ddp"].items()
+        }
+    by_module = {f"`{m}`": {n: by_module["ddp"][m, n] for n in CALLBACKS} for m in FOREIGN}
+    measured = "\n\n".join(
+        [
+            table("task", by_task),
+            table("callback, on the transformer", by_strategy, EVERY_OTHER),
+            table("callback, on modules of others", by_module, EVERY_OTHER),
+            "\n".join(f"{i}. `{reason}`" for i, reason in enumerate(REASONS, 1)),
+        ]
+    )
+    text = README.read_text()
+    written = re.search(r"<!-- support -->\n(.*?)<!-- /support -->", text, re.DOTALL)
+    assert written is not None
+    if os.environ.get("WRITE_README"):
+        README.write_text(text.replace(written[1], f"{measured}\n"))
+        return
+    assert written[1].strip() == measured

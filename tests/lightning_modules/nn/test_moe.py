@@ -1,0 +1,75 @@
+"""A mixture of experts is what its formula says, and sends each sequence by itself."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ravine.lightning_modules import LanguageModel
+from ravine.lightning_modules.model_stats import parameters
+from ravine.lightning_modules.nn import Transformer
+from ravine.lightning_modules.nn.moe import MixtureOfExperts, balance, places
+
+
+def by_hand(mixture, x):
+    """Token by token, without a limit."""
+    chances = (x @ mixture.router.weight.T).softmax(-1)
+    answer = torch.zeros_like(x)
+    for b, t in torch.cartesian_prod(*map(torch.arange, x.shape[:2])).tolist():
+        best = chances[b, t].topk(2)
+        for p, e in zip(best.values / best.values.sum(), best.indices, strict=True):
+            hidden = F.relu(x[b, t] @ mixture.experts.up[e]).square()
+            answer[b, t] += p * (hidden @ mixture.experts.down[e])
+    return answer
+
+
+def test_with_room_for_all_it_is_the_weighted_sum_of_two_experts():
+    mixture, x = MixtureOfExperts(6, 4, capacity=2.0).double(), torch.randn(3, 5, 6).double()
+    assert torch.allclose(mixture(x), by_hand(mixture, x), atol=1e-7)
+
+
+def test_a_sequence_does_not_depend_on_the_others_of_its_batch():
+    mixture, x = MixtureOfExperts(6, 8, capacity=1.0), torch.randn(4, 16, 6)
+    alone = torch.cat([mixture(each[None]) for each in x])
+    assert torch.allclose(mixture(x), alone, atol=1e-6)
+
+
+def test_an_expert_takes_no_more_than_its_places_in_their_order():
+    mixture = MixtureOfExperts(6, 4, capacity=1.0)
+    with torch.no_grad():
+        mixture.router.weight.zero_()  # all chances equal: every token chooses the same two
+    x = torch.randn(1, 8, 6)
+    answer = mixture(x)
+    assert (answer[0, :4].abs().sum(-1) > 0).all()  # 1.0 * 2 * 8 / 4 places each
+    assert (answer[0, 4:] == 0).all()
+    assert mixture.experts.up.grad is None
+
+
+def test_places_count_who_came_before():
+    chosen = F.one_hot(torch.tensor([[[0, 1], [1, 0], [1, 2]]]), 3)
+    assert places(chosen).tolist() == [[[0, 0], [1, 1], [2, 0]]]
+
+
+def test_the_balance_is_one_where_all_experts_are_equal_and_more_elsewhere():
+    even = F.one_hot(torch.tensor([[[0, 1], [2, 3]]]), 4)
+    assert balance(torch.full((1, 2, 4), 0.25), even) == 1.0
+    crowded = F.one_hot(torch.tensor([[[0, 1], [0, 1]]]), 4)
+    skewed = torch.tensor([0.5, 0.5, 0.0, 0.0]).expand(1, 2, 4)
+    assert balance(skewed, crowded) == 2.0
+
+
+def test_an_expert_without_a_token_has_a_zero_gradient():
+    mixture, x = MixtureOfExperts(6, 8), torch.randn(1, 2, 6)
+    mixture(x).sum().backward()
+    busy = (mixture.experts.up.grad.abs().sum((1, 2)) > 0).sum()
+    assert busy <= 4
+
+
+def test_the_formula_counts_the_experts_too():
+    net = Transformer(10, 8, layers=2, width=16, heads=2, experts=8)
+    shape = {"layers": 2, "width": 16, "experts": 8}
+    assert sum(p.numel() for p in net.parameters()) == sum(parameters(10, 8, **shape).values())
+
+
+def test_too_few_experts_are_refused():
+    with pytest.raises(ValueError, match="experts is 1; allowed: 2 or more"):
+        LanguageModel(5, 8, experts=1)

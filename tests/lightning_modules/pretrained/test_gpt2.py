@@ -1,0 +1,332 @@
+"""GPT-2's weights: in from Hugging Face's layout, out again, and used by its own library."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ravine.callbacks import Pretrained
+from ravine.callbacks.transforms.pretrained import fill
+from ravine.cli.main import main
+from ravine.datamodules import ByteTokenizer, TextDataModule
+from ravine.lightning_modules import LanguageModel
+from ravine.lightning_modules.nn import Transformer
+from ravine.lightning_modules.pretrained import gpt2
+
+T, D, LAYERS, HEADS = 16, 24, 2, 3
+SHAPE: dict[str, Any] = gpt2.SHAPE | {"layers": LAYERS, "width": D, "heads": HEADS}
+
+
+def theirs(vocabulary: int, folder: Path, **config: Any) -> Any:
+    """Their model, with random weights everywhere, and its files."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_positions": T, "n_embd": D, "n_layer": LAYERS, "n_head": HEADS}
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **sizes | config
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # their library's own
+@pytest.mark.parametrize("vocabulary", [101, 5000])  # the second is padded
+def test_logits_are_those_of_transformers_and_files_survive_the_round_trip(
+    vocabulary: int, tmp_path: Path
+) -> None:
+    model = theirs(vocabulary, tmp_path / "hf")
+    net = Transformer(vocabulary, T, **SHAPE).eval()
+    gpt2.read(tmp_path / "hf", net)
+    tokens = torch.randint(vocabulary, (3, T))
+    with torch.no_grad():
+        assert (net(tokens) - model(tokens).logits).abs().max() < 1e-5
+
+    gpt2.write(net, SHAPE, tmp_path / "ours", end=0)  # out: the same tensors under the same names
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "ours"))
+    assert a.keys() == b.keys()
+    assert all(a[name].equal(b[name]) for name in a)
+
+    again = Transformer(vocabulary, T, **SHAPE)  # and in again
+    gpt2.read(tmp_path / "ours" / "model.safetensors", again)
+    assert all(p.equal(q) for p, q in zip(again.parameters(), net.parameters(), strict=True))
+
+    loaded = type(model).from_pretrained(tmp_path / "ours").eval()  # and by their library
+    with torch.no_grad():
+        assert loaded(tokens).logits.equal(model(tokens).logits)
+
+
+OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # of the config.json, of the model
+    ({"n_head": 4}, {"heads": 4}),
+    ({"layer_norm_epsilon": 0.01}, {"norm_eps": 0.01}),
+    ({"activation_function": "relu"}, {"mlp": "relu"}),
+    ({"activation_function": "gelu"}, {"mlp": "gelu"}),
+    ({"n_inner": 40}, {"d_ff": 40}),
+    ({"tie_word_embeddings": False}, {"tied": False}),
+    ({"n_layer": 3, "n_embd": 32, "n_head": 4}, {"layers": 3, "width": 32, "heads": 4}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # their library's own
+@pytest.mark.parametrize(("config", "shape"), OTHERS, ids=[" ".join(c) for c, _ in OTHERS])
+def test_config_json_is_obeyed_or_refused_with_the_arguments_to_type(
+    config: dict[str, Any], shape: dict[str, Any], tmp_path: Path
+) -> None:
+    model = theirs(101, tmp_path / "hf", **config)
+    with pytest.raises(ValueError, match="do not fit the model: they are a GPT-2 with ") as error:
+        gpt2.read(tmp_path / "hf", Transformer(101, T, **SHAPE))
+    typed = str(error.value).rpartition("; type ")[2].split()
+    words = {key: str(value).lower() for key, value in shape.items()}
+    assert dict(word.removeprefix("--model.").split("=") for word in typed).items() >= words.items()
+
+    ours = SHAPE | shape
+    net = Transformer(101, T, **ours).eval()
+    gpt2.read(tmp_path / "hf", net)
+    tokens = torch.randint(101, (3, T))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        assert (net(tokens) - expected).abs().max() < 2e-5
+    gpt2.write(net, ours, tmp_path / "ours", end=0)
+    again = type(model).from_pretrained(tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert (again(tokens).logits - expected).abs().max() < 2e-5
+    copy = Transformer(101, T, **ours).eval()
+    gpt2.read(tmp_path / "ours", copy)
+    assert all(p.equal(q) for p, q in zip(copy.parameters(), net.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_untied_head_starts_as_the_embedding_of_a_tied_one(tmp_path: Path) -> None:
+    model = theirs(101, tmp_path / "hf")
+    net = Transformer(101, T, **SHAPE | {"tied": False}).eval()
+    gpt2.read(tmp_path / "hf", net)
+    tokens = torch.randint(101, (2, T))
+    with torch.no_grad():
+        assert (net(tokens) - model(tokens).logits).abs().max() < 1e-5
+
+
+def config_of(folder: Path, vocabulary: int = 256, **more: Any) -> None:
+    said = {"n_head": HEADS, "n_embd": D, "n_layer": LAYERS, "n_positions": T}
+    text = json.dumps(said | {"model_type": "gpt2", "vocab_size": vocabulary} | more)
+    (folder / "config.json").write_text(text)
+
+
+UNFIT: list[tuple[dict[str, Any], str]] = [
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True, which Tran"),
+    ({"scale_attn_weights": False}, "scale_attn_weights=False, which Transformer cannot compute"),
+    ({"add_cross_attention": True}, "add_cross_attention=True, which Transformer cannot compute"),
+    ({"model_type": "gpt_neo"}, "model_type=gpt_neo, which Transformer cannot compute; allowed"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}, which"),
+    ({"pruned_heads": {"0": [1]}}, "pruned_heads={'0': [1]}, which"),
+    ({"activation_function": "silu"}, "activation_function='silu', which Transformer does not"),
+    ({"activation_function": ["relu"]}, "activation_function=['relu'], which Transformer does not"),
+    ({"n_head": 5}, "n_head=5 for a width of 24; allowed: a divisor of 24"),
+    ({"n_head": "three"}, "n_head='three' for a width"),
+    ({"layer_norm_epsilon": -1}, "layer_norm_epsilon=-1; allowed: a number from 0 on"),
+    ({"n_embd": 48}, "n_embd=48, and the tensors have 24; the two files do not belong together"),
+    ({"vocab_size": 300}, "vocab_size=300, and the tensors have 256"),
+    ({"n_inner": 50}, "n_inner=50, and the tensors have 96"),
+]
+
+
+@pytest.mark.parametrize(("more", "told"), UNFIT)
+def test_options_that_the_net_does_not_have_are_refused_by_name(
+    more: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    folder = small(tmp_path / "hf")
+    config_of(folder, **more)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
+        gpt2.read(folder, Transformer(256, T, **SHAPE))
+    assert told in str(error.value)
+
+
+def test_options_that_change_nothing_are_accepted_and_damaged_files_refused(tmp_path: Path) -> None:
+    folder = small(tmp_path / "hf")
+    net = Transformer(256, T, **SHAPE)
+    config_of(folder, reorder_and_upcast_attn=True, attn_pdrop=0.3, summary_type="mean")
+    gpt2.read(folder, net)
+    for text in ("{", "[" * 100_000, "[1]", " " * (1 << 21)):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json (is no JSON|holds no object)"):
+            gpt2.read(folder, net)
+
+
+WRONG: dict[str, Any] = {
+    "qk_norm": True,
+    "residual": False,
+    "mlp": "gelu",
+    "norm_eps": 1e-3,
+    "heads": 2,
+    "positions": "rope",
+    "norm": "rmsnorm",
+    "bias": "none",
+    "layers": 1,
+    "width": 12,
+    "d_ff": 24,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_net_that_computes_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    folder = small(tmp_path / "hf")
+    config_of(folder)
+    net = Transformer(256, T, **SHAPE | {name: WRONG[name]})
+    with pytest.raises(ValueError, match=rf"the model has .*{name}=.*; type .*--model\.{name}="):
+        gpt2.read(folder, net)
+
+
+def test_another_vocabulary_and_a_longer_context_name_the_data(tmp_path: Path) -> None:
+    folder = small(tmp_path / "hf")
+    config_of(folder)
+    with pytest.raises(ValueError, match=r"vocabulary=256, and .*; type --data.tokenizer=FILE"):
+        gpt2.read(folder, Transformer(300, T, **SHAPE))
+    with pytest.raises(ValueError, match=r"context=16, and .* context=17; type --data.context=16"):
+        gpt2.read(folder, Transformer(256, T + 1, **SHAPE))
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    folder = small(tmp_path / "hf")
+    weights = load_file(folder / "model.safetensors")
+    for change, told in {
+        "int8": lambda w: w.to(torch.int8),
+        "NaN": lambda w: w * torch.nan,
+    }.items():
+        save_file(
+            weights | {"wpe.weight": told(weights["wpe.weight"])}, folder / "model.safetensors"
+        )
+        with pytest.raises(ValueError, match=rf"place.weight (is of torch|holds) ?\.?{change}"):
+            gpt2.read(folder, Transformer(256, T, **SHAPE))
+
+
+def test_without_config_json_a_line_names_what_could_not_be_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpt2.read(small(tmp_path / "hf"), Transformer(256, T, **SHAPE))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "trained with heads=3, mlp=gelu_tanh, norm_eps=1e-05 is not known" in said
+
+
+def small(folder: Path, vocabulary: int = 256) -> Path:
+    """A file as it was published: no prefix, causal masks inside."""
+    torch.manual_seed(1)
+    net = Transformer(vocabulary, T, **SHAPE, zero_init=False)
+    weights = gpt2.untranslated(dict(net.state_dict()), vocabulary)
+    weights = {name.removeprefix(gpt2.PREFIX): tensor for name, tensor in weights.items()}
+    weights |= {f"h.{n}.attn.bias": torch.ones(1, 1, T, T).tril() for n in range(LAYERS)}
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_a_net_may_see_less_than_its_weights_have_learned(tmp_path: Path) -> None:
+    folder = small(tmp_path / "hf")
+    whole, half = (Transformer(256, t, **SHAPE).eval() for t in (T, T // 2))
+    for net in (whole, half):
+        gpt2.read(folder, net)
+    tokens = torch.randint(256, (2, T // 2))
+    torch.testing.assert_close(half(tokens), whole(tokens))
+
+
+def fit(path: Path, text: Path, tmp_path: Path, **how: Any) -> LanguageModel:
+    model = LanguageModel(**SHAPE)
+    data = TextDataModule(text, context=T, batch_size=2, tokenizer="bytes")
+    quiet = dict.fromkeys(
+        ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+    )
+    trainer = L.Trainer(
+        accelerator="cpu", callbacks=[Pretrained(str(path))], default_root_dir=tmp_path,
+        limit_val_batches=0, max_steps=how.pop("max_steps", 1), **quiet,
+    )  # fmt: skip
+    trainer.fit(model, data, **how)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    return model
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 20)
+    return tmp_path / "text.txt"
+
+
+@pytest.mark.filterwarnings("ignore:`weights_only` was not set")
+def test_fine_tuning_starts_from_the_file_and_goes_on_from_the_checkpoint(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = small(tmp_path / "hf")
+    monkeypatch.setattr(LanguageModel, "lr", 0.0)  # so that a step changes nothing
+    model = fit(folder, text, tmp_path)
+    expected = Transformer(256, T, **SHAPE)
+    gpt2.read(folder, expected)
+    assert model.net is not None
+    pairs = zip(model.net.parameters(), expected.parameters(), strict=True)
+    assert all(ours.equal(loaded) for ours, loaded in pairs)
+    (folder / "model.safetensors").unlink()  # a run that goes on does not need it
+    fit(folder, text, tmp_path, ckpt_path=tmp_path / "last.ckpt", max_steps=2)
+
+
+def test_export_is_a_command(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = fit(small(tmp_path / "hf"), text, tmp_path)
+    words = ["export", "--ckpt_path=last.ckpt", "--format", "gpt2"]
+    assert main([*words, "--folder=out"]) == 0
+    assert capsys.readouterr().out.endswith("written: out/model.safetensors, config.json\n")
+    net = Transformer(256, T, **SHAPE)
+    gpt2.read("out", net)
+    assert model.net is not None
+    assert all(p.equal(q) for p, q in zip(net.parameters(), model.net.parameters(), strict=True))
+    assert main(words) == 2
+    assert "export needs a folder\n  type: --folder=NAME" in capsys.readouterr().err
+
+
+def test_what_is_no_gpt2_is_not_written_as_one(tmp_path: Path) -> None:
+    model = LanguageModel(256, T, layers=1, width=8, heads=1)
+    model.tokenizer = ByteTokenizer()
+    model.configure_model()
+    with pytest.raises(ValueError, match=r"no GPT-2: positions=rope, not learned, norm=rmsnorm"):
+        model.export(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    folder = small(tmp_path / "hf")
+    other = Transformer(256, T, **SHAPE | {"layers": 3, "width": 48})
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
+        gpt2.read(folder, other)
+    assert "they are a GPT-2 with layers=2, width=24, d_ff=96, and the model has layers=3" in str(
+        error.value
+    )
+    assert str(error.value).endswith("; type --model.layers=2 --model.width=24 --model.d_ff=96")
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*type --trainer.callbacks.path="):
+        gpt2.read(tmp_path / "nowhere", other)
+    (tmp_path / "model.safetensors").write_bytes(b"not at all")
+    with pytest.raises(ValueError, match="does not hold GPT-2 weights"):
+        gpt2.read(tmp_path, other)
+
+
+def test_a_module_that_reads_no_weights_is_refused() -> None:
+    class Foreign(L.LightningModule):
+        pass
+
+    with pytest.raises(ValueError, match="Foreign has no method load_pretrained"):
+        Pretrained("x").setup(L.Trainer(logger=False), Foreign(), "fit")
+
+
+@pytest.mark.parametrize(("name", "value"), [("heads", 2), ("mlp", "relu"), ("qk_norm", True)])
+def test_a_checkpoint_that_would_compute_something_else_is_refused(
+    name: str, value: Any, tmp_path: Path, text: Path
+) -> None:
+    fit(small(tmp_path / "hf"), text, tmp_path)
+    other = LanguageModel(256, T, **SHAPE | {name: value})
+    other.configure_model()
+    with pytest.raises(ValueError, match=rf"has {name}={SHAPE[name]}, .*; type --model.{name}="):
+        fill(other, str(tmp_path / "last.ckpt"))
+    LanguageModel.load_from_checkpoint(tmp_path / "last.ckpt")

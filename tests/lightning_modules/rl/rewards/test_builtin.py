@@ -1,0 +1,371 @@
+"""The terms of the reward by hand, and what is watched beside them."""
+
+import copy
+import itertools
+import math
+import random
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ravine.datamodules.tokenizers import CharTokenizer
+from ravine.lightning_modules import (
+    BatchDistance,
+    Binary,
+    CharacterDiversity,
+    CharacterFraction,
+    LineLength,
+    ReferenceLogProbability,
+    RewardFunction,
+    SpeakerDiversity,
+    UniqueWords,
+    VocabularyFraction,
+    WordUniqueness,
+)
+from ravine.lightning_modules.generation.generate_text import Generated
+from ravine.lightning_modules.rl.advantages import Estimator
+from ravine.lightning_modules.rl.kl import KL
+from ravine.lightning_modules.rl.metrics import measure, of_rewards, of_texts, of_tokens
+from ravine.lightning_modules.rl.rewards import builtin as terms
+from ravine.lightning_modules.rl.rewards.base import (
+    Facts,
+    Reward,
+    RewardError,
+    Samples,
+    check_scored,
+    check_terms,
+    combine,
+)
+from ravine.lightning_modules.rl.rewards.base import evaluate as answers_of
+from ravine.lightning_modules.rl.scoring import Judge
+from ravine.lightning_modules.rl.text_similarity import distances, mean_pairwise, to_nearest
+
+PLAY = (
+    "ROMEO:\nO speak again, bright angel.\n\nJULIET:\nGood night, good night.\n\nFirst Lord:\nHo!\n"
+)
+
+
+class Count(Reward):
+    def score(self, samples: Samples) -> list[float]:
+        return [float(len(text)) for text in samples.texts]
+
+
+def samples(*texts: str, everyone: tuple[str, ...] | None = None, first: int = 0) -> Samples:
+    n = max(map(len, texts)) or 1
+    mask = torch.tensor([[i < len(text) for i in range(n)] for text in texts])
+    said = -torch.arange(1.0, n + 1).repeat(len(texts), 1)
+    return Samples(
+        ["p"] * len(texts), list(texts), mask.long(), mask, said, said,
+        corpus=Facts(PLAY), everyone=list(everyone or texts), first=first,
+    )  # fmt: skip
+
+
+def score(term: Reward, *texts: str) -> list[float]:
+    return answers_of([term], samples(*texts))[0].tolist()
+
+
+def test_what_stands_after_the_end_is_not_read() -> None:
+    """Padding is token 0, which is a character: of a text that met the end, or the stop."""
+    tokenizer = CharTokenizer("!.abc")
+    tokenizer.end = 4
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    tokens = torch.tensor([[2, 3, 4, 0], [2, 1, 0, 0], [2, 3, 2, 0]])
+    terms = [RewardFunction(lambda texts: map(len, texts), name="length")]
+    how = Estimator("none"), KL(), 4, 1, tokenizer, ".", None, lambda x: x, 0
+    judged = Judge(terms, *how)(list("pqr"), {}, Generated(tokens, -mask.float(), mask), None, None)
+    assert [row["text"] for row in judged.rows] == ["ab", "a", "aba!"]
+    assert judged.weights.tolist() == [2, 1, 4]
+    assert judged.share == 9
+
+
+TERMS: list[tuple[Reward, list[str], list[float]]] = [
+    (CharacterFraction("eE"), ["eEx.", "", "abc"], [0.5, 0, 0]),
+    (VocabularyFraction(), ["speak again now", "angel angel.", " "], [1 / 3, 0.5, 0]),
+    (UniqueWords(), ["a b a", "", "a"], [2 / 3, 0, 1]),
+    (CharacterDiversity(2), ["ababa", "a", "abc"], [0.5, 0, 1]),
+    (WordUniqueness(3), ["a b c a b c", "a b", "a b c"], [0.75, 0, 1]),
+    (LineLength(10), ["12345\n\n1234567", "", "x" * 30], [0.6, 0, 1]),
+    (ReferenceLogProbability(), ["ab", "abcd"], [-1.5, -2.5]),
+    (Binary(CharacterFraction("e"), most=0), ["xyz", "xez"], [1, 0]),
+    (Binary(UniqueWords(), least=0.5, most=0.9), ["a b a", "a b", "a a a"], [1, 0, 0]),
+]
+
+
+def test_every_term_has_a_row_here_or_a_test_of_its_own() -> None:
+    names = {type(term).__name__ for term, *_ in TERMS}
+    assert names | {"SpeakerDiversity", "BatchDistance"} == set(terms.__all__)
+
+
+@pytest.mark.parametrize(("term", "texts", "exact"), TERMS, ids=lambda x: getattr(x, "name", ""))
+def test_a_term_is_its_formula(term: Reward, texts: list[str], exact: list[float]) -> None:
+    assert score(term, *texts) == pytest.approx(exact)
+
+
+def test_a_speaker_counts_who_is_known_and_says_enough() -> None:
+    text = "ly.\n\nROMEO:\nI have said enough words here.\n\nNobody:\nI am in no play, but talk.\n"
+    text += "\nJULIET:\nNo.\n"
+    longer = text.replace("No.", "No, and no, and no, and no.")
+    assert score(SpeakerDiversity(2), text, longer) == [0.5, 1]
+    assert Facts(PLAY).speakers == {"ROMEO", "JULIET", "First Lord"}
+
+
+def jaccard(one: str, other: str, n: int) -> float:
+    sets = [
+        {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+        for words in (one.split(), other.split())
+    ]
+    either = sets[0] | sets[1]
+    return 1 - len(sets[0] & sets[1]) / len(either) if either else 0.0
+
+
+def test_distances_of_a_batch_are_those_of_all_pairs() -> None:
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices("abc", k=draw.randrange(12))) for _ in range(30)] + ["", "a b"]
+    for n in (1, 2, 4):
+        apart = distances(texts, n)
+        for i, j in itertools.combinations(range(len(texts)), 2):
+            assert apart[i, j] == apart[j, i] == pytest.approx(jaccard(texts[i], texts[j], n))
+        assert not np.diag(apart).any()
+        nearest = [min(apart[i, j] for j in range(32) if j != i) for i in range(32)]
+        assert to_nearest(apart).tolist() == nearest
+        pairs = [apart[i, j] for i, j in itertools.combinations(range(32), 2)]
+        assert mean_pairwise(apart) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_the_batch_of_all_ranks_is_compared_and_ours_are_answered() -> None:
+    everyone = ("a b c d", "e f g h", "a b c d", "i j k l")
+    ours = samples("a b c d", "i j k l", everyone=everyone, first=2)
+    assert BatchDistance(4).score(ours) == [0.0, 1.0]
+    with pytest.raises(RewardError, match=r"there is one; type --data\.batch_size=64"):
+        BatchDistance().score(samples("alone"))
+
+
+def test_terms_add_up_by_weight_and_none_leaves_a_sample_out() -> None:
+    terms = [
+        CharacterFraction("e", -2.0),
+        RewardFunction(lambda texts: [None, 3.0], weight=0.5, name="mine"),
+        RewardFunction(lambda texts: [None, None], weight=0.0, name="watched"),
+    ]
+    total = combine(terms, answers_of(terms, samples("eeee", "ex")))
+    assert total.isnan().tolist() == [True, False]
+    assert total[1] == -2 * 0.5 + 0.5 * 3
+
+
+def test_a_binary_term_names_the_nan_of_what_it_judges_and_leaves_none_out() -> None:
+    broken = RewardFunction(lambda texts: [1.0, float("nan")], name="mine")
+    with pytest.raises(RewardError, match="the reward mine is nan for sample 1"):
+        score(Binary(broken, least=0.5), "a", "b")
+    partly = RewardFunction(lambda texts: [1.0, None], name="mine")
+    assert np.isnan(score(Binary(partly, least=0.5), "a", "b")).tolist() == [False, True]
+
+
+def test_the_measures_of_texts_are_their_counts() -> None:
+    found = of_texts(["O speak", "O speak", "again yonder"], Facts(PLAY))
+    assert found["distinct"] == pytest.approx(2 / 3)
+    assert found["vocabulary"] == pytest.approx(4 / 6)
+    assert found["distinct_words"] == 4
+    found = of_texts(["a b c d", "a b c d", "e f g h"], None)
+    assert found["jaccard"] == pytest.approx(2 / 3)
+    assert found["nearest_jaccard"] == pytest.approx(1 / 3)
+    assert "vocabulary" not in found
+
+
+def test_the_measures_of_tokens_are_means_over_what_was_written() -> None:
+    log_p, log_ref = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
+    mask = torch.tensor([[True, True, False]])
+    found = of_tokens(measure(Generated(mask.long(), log_p, mask), log_ref, KL(), 3), True)
+    k3 = math.exp(-0.5) - 1 + 0.5 + math.exp(1.0) - 1 - 1
+    exact = {"entropy": 1.5, "tokens": 2, "kl": (0.5 - 1.0) / 2, "kl_k3": k3 / 2}
+    assert found == pytest.approx(exact)
+    assert "kl" not in of_tokens(measure(Generated(mask.long(), log_p, mask), None, KL(), 3), False)
+
+
+def test_mean_and_spread_of_a_term_are_over_what_it_scored() -> None:
+    term, scores = RewardFunction(lambda texts: [], name="mine"), torch.tensor([0.0, math.nan, 4.0])
+    found = of_rewards([term], scores[None], scores)
+    exact = {"mine": 2, "mine_spread": 2, "reward": 2, "reward_spread": 2}
+    assert found == exact
+    nothing = torch.full((1, 3), math.nan)
+    with pytest.raises(RewardError, match="mine is None for all 3 samples"):
+        check_scored([term], nothing)
+    term.weight = 0.0
+    check_scored([term], nothing)  # of what is watched only
+    assert of_rewards([term], nothing, scores) == {"reward": 2, "reward_spread": 2}
+
+
+BLIND = {
+    "no bound": (lambda: Binary(UniqueWords()), "Binary has no bound"),
+    "bounds the wrong way": (lambda: Binary(UniqueWords(), 0.9, 0.1), "least=0.9 and most=0.1"),
+    "no character": (lambda: CharacterFraction(""), "counts no character; type .*characters=eE"),
+    "runs of no word": (lambda: WordUniqueness(0), "n of the reward word_uniqueness is 0; allowed"),
+    "runs of -1": (lambda: BatchDistance(-1), r"is -1; allowed: 1 .*--model\.rewards\.n=3"),
+    "runs of no character": (lambda: CharacterDiversity(0), "n of the reward character_diversity"),
+    "lines of no length": (lambda: LineLength(0), r"scale .* is 0; .*--model\.rewards\.scale=3"),
+    "no speaker": (lambda: SpeakerDiversity(0), "enough of the reward speaker_diversity is 0"),
+}
+
+
+@pytest.mark.parametrize("term", BLIND)
+def test_a_term_that_would_see_nothing_is_refused(term: str) -> None:
+    make, message = BLIND[term]
+    with pytest.raises(RewardError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("term", [VocabularyFraction(), SpeakerDiversity()])
+def test_a_corpus_in_which_a_term_finds_nothing_is_refused(term: Reward) -> None:
+    seen = samples("O speak")
+    seen.corpus = Facts("\n \n")
+    message = rf"reward {term.name} is 0 for every text, .* no (words|speakers).*--data\.corpus="
+    with pytest.raises(RewardError, match=message):
+        answers_of([term], seen)
+
+
+def test_what_a_reward_does_to_its_arguments_others_do_not_see() -> None:
+    def takes(texts, prompts, tokens, mask, log_probabilities, facts) -> list[float]:
+        scores = [float(len(text)) for text in texts]
+        for each in (texts, prompts, facts[0]):
+            each.clear()
+        for each in (tokens, mask, log_probabilities):
+            each.zero_()
+        return scores
+
+    seen = samples("one", "three")
+    seen.columns = {"facts": [{"answer": 1}, {"answer": 2}]}
+    before = copy.deepcopy(seen)
+    first, second = (RewardFunction(takes, name=name) for name in ("first", "second"))
+    assert answers_of([first, second], seen).tolist() == [[3, 5], [3, 5]]
+    for name in ("texts", "prompts", "columns"):
+        assert getattr(seen, name) == getattr(before, name)
+    for name in ("tokens", "mask", "log_probabilities"):
+        assert getattr(seen, name).equal(getattr(before, name))
+
+
+def test_a_column_named_as_what_was_written_is_refused() -> None:
+    seen = samples("a")
+    seen.columns = {"texts": ["of the file"]}
+    with pytest.raises(RewardError, match=r"a column 'texts'.*give the column another name"):
+        answers_of([RewardFunction(lambda texts: [1.0])], seen)
+
+
+NO_FUNCTION = {
+    "own.lenght": r"functions in own are length, other; type --model\.rewards.*=own\.length",
+    "own.LIMIT": r"that is 3, and functions in own are .*; type .*=own\.",
+    "onw.length": r"no file is called onw\.py; .* in this folder are own.*=own\.length",
+    "own": r"a file and a function in it are named, with a dot between; type .*=own\.reward",
+    ".own": r"a file and a function in it are named, .*; type --model\.rewards\.function=own\.rew",
+    "torn.reward": r"importing torn ends in ValueError: two lines; correct it, and type python -c",
+}
+OWN = """
+LIMIT = 3
+def length(texts): return [len(text) for text in texts]
+def other(texts): return []
+"""
+
+
+@pytest.mark.parametrize("path", NO_FUNCTION)
+def test_a_reward_that_is_not_there_is_said_in_one_line(path: str, tmp_path, monkeypatch) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "torn.py").write_text("raise ValueError('two\\nlines')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("own", None)
+    with pytest.raises(RewardError, match=rf"no reward function {path}: {NO_FUNCTION[path]}") as e:
+        RewardFunction(path)
+    assert "\n" not in str(e.value)
+    assert RewardFunction("own.length").score(samples("a", "bcd")) == [1, 3]
+
+
+def test_what_is_no_number_is_blamed_on_its_sample() -> None:
+    def mine(texts: list[str]) -> list[str]:
+        return [text if text == "two" else "1" for text in texts]
+
+    message = r"failed on sample 1 \('two'\): ValueError: could not convert[^()]*; correct it"
+    with pytest.raises(RewardError, match=message):
+        score(RewardFunction(mine), "one", "two")
+
+
+NO_LIST = {
+    "dict": lambda texts: {i: 5.0 for i in range(len(texts))},
+    "str": lambda texts: "01"[: len(texts)],
+    "bytes": lambda texts: b"01",
+    "set": lambda texts: {1.0, 0.0},
+    "dict_keys": lambda texts: {1.0: 2, 0.0: 3}.keys(),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LIST)
+def test_rewards_in_a_container_without_numbers_in_order_are_refused_in_one_line(kind) -> None:
+    message = rf"the reward mine gave a {kind}; allowed: a list or a tensor.*; return \["
+    with pytest.raises(RewardError, match=message) as error:
+        score(RewardFunction(NO_LIST[kind], name="mine"), "one", "two")
+    assert "\n" not in str(error.value)
+
+
+def test_a_reward_that_float32_cannot_hold_is_refused_with_its_term_and_sample() -> None:
+    for value in (1e39, -1e39, 10**40):
+        term = RewardFunction(lambda texts, v=value: [0.5, v], name="huge")
+        with pytest.raises(
+            RewardError, match=r"the reward huge is -?1e\+\d+ for sample 1 \('two'\)"
+        ):
+            score(term, "one", "two")
+    terms = [Count(weight=1e30, name="much"), Count(name="little")]
+    with pytest.raises(RewardError, match=r"sample 1 is 1e\+39, most of it of much with weight"):
+        combine(terms, torch.tensor([[1, 1e9], [1, 1]], dtype=torch.float64))
+
+
+def test_a_weight_that_is_no_number_is_refused() -> None:
+    for weight in (math.nan, math.inf):
+        with pytest.raises(RewardError, match=r"weight of the reward count is .*; allowed: a fin"):
+            check_terms([Count(weight=weight)], corpus=True, reference=True)
+
+
+def test_terms_that_cancel_add_up_to_zero() -> None:
+    terms = [Count(weight=w, name=f"t{w}") for w in (0.1, 0.2, -0.3)]
+    answers = torch.tensor([[1, 0], [1, 0], [1, 0]], dtype=torch.float64)
+    assert combine(terms, answers).tolist() == [0, 0]
+    assert combine(terms, 0.5 * answers + torch.tensor([[1e-9], [0], [0]])).abs().min() > 1e-11
+
+
+def test_a_function_written_for_trl_gets_the_texts_as_completions() -> None:
+    seen: dict[str, Any] = {}
+
+    def trl(completions, **kwargs):
+        seen.update(kwargs)
+        return [float(len(text)) for text in completions]
+
+    batch = samples("one", "seven")
+    batch.columns = {"answer": ["1", "2"]}
+    assert answers_of([RewardFunction(trl)], batch).tolist() == [[3, 5]]
+    assert seen["prompts"] == batch.prompts
+    assert seen["answer"] == ["1", "2"]
+    rows = [t[m].tolist() for t, m in zip(batch.tokens, batch.mask, strict=True)]
+    assert seen["completion_ids"] == rows
+    named = RewardFunction(
+        lambda prompts, completions, completion_ids: [len(x) for x in completions]
+    )
+    assert score(named, "one", "seven") == [3, 5]
+    batch.columns = {"completions": ["written", "by someone"]}
+    with pytest.raises(RewardError, match=r"a column 'completions'.*another name"):
+        answers_of([RewardFunction(trl)], batch)
+    whole = RewardFunction(lambda **columns: [len(text) for text in columns["completions"]])
+    assert answers_of([whole], batch).tolist() == [[7, 10]]
+
+
+def test_an_argument_that_is_not_there_is_named_beside_others_that_take_all() -> None:
+    with pytest.raises(RewardError, match=r"asks for 'completion'; there are texts, prompts"):
+        score(RewardFunction(lambda completion, **rest: [1.0], name="f"), "a")
+    assert score(RewardFunction(lambda texts, /, *others, **rest: [2.0], name="g"), "a") == [2]
+
+
+def test_the_line_of_a_reward_that_fails_is_named() -> None:
+    def mine(texts: list[str]) -> list[float]:
+        raise KeyError
+
+    line = mine.__code__.co_firstlineno + 1
+    said = rf"failed on sample 0 \('a'\): KeyError \(test_reward_terms\.py:{line}\); corr"
+    with pytest.raises(RewardError, match=said):
+        score(RewardFunction(mine), "a")

@@ -1,0 +1,908 @@
+"""Reinforce: rollouts follow the seed alone, steps are policy gradients, runs go on exactly."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from ranks import furthest, whole
+
+from ravine.callbacks import ExactResume, GradientClipping, LoRA
+from ravine.cli import loading as trained
+from ravine.datamodules import PromptDataModule, TextDataModule
+from ravine.datamodules.text import documentation
+from ravine.lightning_modules import (
+    BatchDistance,
+    Binary,
+    CharacterFraction,
+    LanguageModel,
+    LineLength,
+    ReferenceLogProbability,
+    Reinforce,
+    RewardFunction,
+    SpamClassifier,
+    SpeakerDiversity,
+    VocabularyFraction,
+    WordUniqueness,
+)
+from ravine.lightning_modules.generation.sampling import Sampling
+from ravine.lightning_modules.nn import Transformer
+from ravine.lightning_modules.rl import base_model
+from ravine.lightning_modules.rl.advantages import Estimator
+from ravine.lightning_modules.rl.kl import KL
+from ravine.lightning_modules.rl.rewards.base import check_terms
+from ravine.lightning_modules.rl.rollout import (
+    adapters_off,
+    by_reference,
+    log_probabilities,
+    loss_of,
+)
+from ravine.strategies.materialize import blocks
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
+]
+TEXT = "".join(documentation())[:20_000]
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "log_every_n_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A language model of a few thousand parameters, hardly trained, and its text."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "text.txt").write_text(TEXT)
+    torch.manual_seed(0)
+    model = LanguageModel(layers=1, width=16, heads=2, zero_init=False, dropout=0.5)
+    model.lr = 0.02
+    trainer = L.Trainer(max_steps=30, limit_val_batches=0, **QUIET)
+    trainer.fit(model, TextDataModule(folder / "text.txt", context=48, batch_size=8))
+    trainer.save_checkpoint(folder / "base.ckpt", weights_only=False)
+    return str(folder / "base.ckpt")
+
+
+def six() -> list:
+    """The lecture's sixth reward."""
+    return [
+        CharacterFraction("eE", -3.0, "e"),
+        ReferenceLogProbability(0.2),
+        WordUniqueness(),
+        LineLength(weight=0.3),
+        SpeakerDiversity(weight=0.5),
+        BatchDistance(n=1, weight=1.5),  # in so few words the lecture's four are never met again
+    ]
+
+
+def policy(base: str, *rewards, **how: Any) -> Reinforce:
+    how = {"new": 16, "sampling": Sampling(0.8)} | how
+    return Reinforce(base, list(rewards) or six(), **how)
+
+
+def data(base: str, **how: Any) -> PromptDataModule:
+    how = {"length": 8, "batch_size": 8, "val_prompts": 8} | how
+    return PromptDataModule(base.replace("base.ckpt", "text.txt"), **how)
+
+
+NONE = Estimator("none")
+
+
+class Watch(L.Callback):
+    """Keeps rollouts, gradients and metrics."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[Any] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, index) -> None:
+        self.rollouts.append(batch)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        found = {}
+        for name, p in pl_module.named_parameters():
+            if p.grad is None:  # frozen under adapters
+                continue
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            found[name] = grad.clone()
+        self.gradients.append(found)
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        metrics = trainer.callback_metrics
+        self.metrics.append({k: float(v) for k, v in metrics.items() if "second" not in k})
+
+
+def fit(model: Reinforce, prompts: PromptDataModule, steps: int = 2, **how: Any) -> Watch:
+    L.seed_everything(0, verbose=False)
+    watch = Watch()
+    ckpt, callbacks = how.pop("ckpt_path", None), how.pop("callbacks", [])
+    trainer = L.Trainer(max_steps=steps, callbacks=[watch, *callbacks],
+                        limit_val_batches=0, **QUIET, **how)  # fmt: skip
+    trainer.fit(model, prompts, ckpt_path=ckpt, weights_only=True)
+    return watch
+
+
+def on_ranks(base: str, strategy: str, devices: int, how: dict[str, Any]) -> tuple:
+    model = policy(base, kl=KL(0.1), **how)
+    watch = fit(model, data(base), strategy=strategy, devices=devices)
+    metrics = {k: v for k, v in watch.metrics[-1].items() if k not in ("train/surrogate",)}
+    tokens = [rollout.tokens for rollout in watch.rollouts]
+    return watch.gradients[0], whole(model), tokens, metrics, model.samples()
+
+
+def without_a_copy(base: str, strategy: str, devices: int) -> dict[str, torch.Tensor]:
+    model = policy(base, CharacterFraction("eE"), reference="lora")
+    fit(model, data(base), steps=1, strategy=strategy, devices=devices, callbacks=[LoRA(rank=2)])
+    return whole(model)
+
+
+def test_two_ranks_tune_adapters_of_a_base_that_neither_has_whole(ranks, base) -> None:
+    one = without_a_copy(base, "auto", 1)
+    for weights in ranks(without_a_copy, 2, base, "zero3", 2):
+        assert furthest(weights, one) < 2e-6
+
+
+@pytest.mark.parametrize("reference", ["none", "lora", "copy"])
+def test_a_base_is_read_by_rows_unless_a_copy_of_it_is_kept(base, reference) -> None:
+    model = policy(base, CharacterFraction("eE"), reference=reference)
+    model._trainer = SimpleNamespace(callbacks=[], datamodule=None)  # type: ignore[assignment]
+    model.__dict__["strategy_draws_values"] = True  # as MeshStrategy does
+    model.setup("fit")
+    model.configure_model()
+    weights = torch.load(base, weights_only=True)["state_dict"]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert parameter.is_meta == (reference != "copy")
+        assert torch.cat(list(blocks(parameter))).equal(weights[name])
+
+
+# with the reward that looks at the batch: RLOO over it; groups, divided by all tokens
+SETTINGS = {
+    "the batch": {"estimator": Estimator("rloo")},
+    "groups": {"estimator": Estimator("grpo", "group", normalize="tokens"), "group_size": 2},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_two_ranks_draw_the_batch_and_take_the_step_of_one(ranks, base, strategy, setting) -> None:
+    one = on_ranks(base, "auto", 1, SETTINGS[setting])
+    both = ranks(on_ranks, 2, base, strategy, 2, SETTINGS[setting])
+    for step, tokens in enumerate(one[2]):
+        assert torch.cat([found[2][step] for found in both]).equal(tokens)
+    assert not both[0][2][0].equal(both[1][2][0])
+    for row, exact in zip([row for found in both for row in found[4]], one[4], strict=True):
+        assert row == pytest.approx(exact, abs=1e-6)
+    assert max(g.abs().max() for g in one[0].values()) > 1e-3
+    for gradient, weights, _, metrics, _ in both:
+        assert furthest(gradient, one[0]) < 1e-6
+        assert furthest(weights, one[1]) < 2e-6
+        for name in metrics.keys() - {"train/drift"}:  # a rank's own
+            assert metrics[name] == pytest.approx(one[3][name], abs=1e-6), name
+
+
+def test_four_ranks_draw_the_batch_of_one(ranks, base) -> None:
+    one = on_ranks(base, "auto", 1, {})
+    found = ranks(on_ranks, 4, base, "ddp", 4, {})
+    assert torch.cat([each[2][0] for each in found]).equal(one[2][0])
+
+
+def test_a_run_that_was_cut_goes_on_bit_for_bit(base, tmp_path) -> None:
+    how: dict[str, Any] = {"kl": KL(0.1), "group_size": 2}
+    straight = policy(base, **how)
+    through = fit(straight, data(base), 6)
+    first = policy(base, **how)
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(max_steps=3, limit_val_batches=0, callbacks=[ExactResume()], **QUIET)
+    trainer.fit(first, data(base))
+    trainer.save_checkpoint(tmp_path / "cut.ckpt", weights_only=False)
+    second = policy(base, **how)
+    rest = fit(second, data(base), 6, ckpt_path=tmp_path / "cut.ckpt", callbacks=[ExactResume()])
+    assert furthest(whole(second), whole(straight)) == 0
+    assert rest.metrics == through.metrics[3:]
+
+
+def test_the_step_is_the_mean_of_weight_times_gradient(base) -> None:
+    """Both by hand, from the texts alone."""
+    model = policy(base, CharacterFraction("e", -1.0), estimator=Estimator("mean"))
+    model.lr = 0.0
+    watch = fit(model, data(base), 1)
+    samples, net = model.samples(), model.net
+    rewards = torch.tensor([-row["text"].count("e") / len(row["text"]) for row in samples])
+    torch.testing.assert_close(watch.rollouts[0].weights, rewards - rewards.mean())
+    assert model.tokenizer is not None
+    assert net is not None
+    model.zero_grad()
+    for row, advantage in zip(samples, rewards - rewards.mean(), strict=True):
+        prompt, text = (model.tokenizer.encode(row[part]) for part in ("prompt", "text"))
+        logits = net.eval()(torch.cat((prompt, text))[None])[0, len(prompt) - 1 : -1]
+        log_p = (logits / 0.8).log_softmax(-1).gather(1, text[:, None]).sum()
+        (-advantage * log_p / len(samples)).backward()
+    by_hand = {name: p.grad for name, p in model.named_parameters()}
+    assert furthest(watch.gradients[0], by_hand) < 1e-6
+    assert max(float(g.abs().max()) for g in watch.gradients[0].values()) > 1e-3
+
+
+def test_what_was_drawn_is_scored_the_same_in_the_update(base) -> None:
+    """One transform: with temperature, top-k and top-p at once the log-probabilities agree."""
+    model = policy(base, sampling=Sampling(0.7, top_k=20, top_p=0.9))
+    rollout = fit(model, data(base), 1).rollouts[0]
+    fresh = policy(base, sampling=model.sampling)
+    fit(fresh, data(base), 0)
+    fresh.eval()
+    torch.testing.assert_close(
+        log_probabilities(fresh, rollout, model.sampling).detach(), rollout.sampled,
+        rtol=0, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_a_prompt_that_several_texts_share_is_read_once_and_the_step_is_the_same(base) -> None:
+    """Policy and reference read branches; the gradient is that of whole texts."""
+    read = []
+    how: dict[str, Any] = {"group_size": 4, "kl": KL(0.1, "k3", "loss")}
+    model = policy(base, **how)
+    model.lr = 0.01
+    watch = fit(model, data(base), 2)
+    rollout = watch.rollouts[1]
+    model.zero_grad()
+    model.eval()
+    for each in (rollout, rollout._replace(branches=None)):
+        hook = model.net.embed.register_forward_hook(
+            lambda _, given, __: read.append(given[0].numel())
+        )  # type: ignore
+        log_p = log_probabilities(model, each, model.sampling)
+        hook.remove()
+        loss_of(each, log_p, model.estimator, model.kl, 16).backward()
+        read.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert read[0] == 8 * 7 + 32 * 16  # eight prompts but for their last token, which branches have
+    assert read[2] == 32 * (8 + 15)
+    assert max(float((a - b).abs().max()) for a, b in zip(read[1], read[3], strict=True)) < 1e-6
+    assert max(float(gradient.abs().max()) for gradient in read[1]) > 1e-3
+    texts = rollout.text, rollout.places, rollout.tokens, rollout.mask, model.sampling
+    whole, _ = by_reference(model._frozen[0], *texts)
+    torch.testing.assert_close(rollout.reference, whole, rtol=0, atol=1e-6)
+
+
+def test_the_reference_is_read_whole_at_the_sampling_temperature_and_at_one(base) -> None:
+    """What the policy may not draw, by top-k, the reference may say; both by hand."""
+    cool = Sampling(0.7, top_k=5)
+    model = policy(base, ReferenceLogProbability(), kl=KL(0.1), sampling=cool, group_size=2)
+    model.lr = 0.05
+    rollout = fit(model, data(base), 3).rollouts[2]
+    net = model._frozen[0]
+    logits = net(rollout.text)[torch.arange(len(rollout.text))[:, None], rollout.places].detach()
+    warm, plain = (
+        (logits / t).log_softmax(-1).gather(-1, rollout.tokens[..., None])[..., 0]
+        for t in (0.7, 1.0)
+    )
+    torch.testing.assert_close(rollout.reference, warm, rtol=0, atol=1e-5)
+    said = torch.tensor([row["reference_log_probability"] for row in model.samples()])
+    torch.testing.assert_close(said, plain.mean(1), rtol=0, atol=1e-5)
+
+
+def test_a_prompt_that_comes_again_in_another_epoch_gets_another_text(base, tmp_path) -> None:
+    lines = [json.dumps({"prompt": f"a {i}"}) for i in range(5)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    model, written = policy(base, reward_of(0.0, 1.0), reference="none"), dict[str, set[str]]()
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            for row in model.samples():
+                written.setdefault(row["prompt"], set()).add(row["text"])
+
+    model.lr = 0.0
+    fit(model, PromptDataModule(tmp_path / "prompts.jsonl", batch_size=4), 3, callbacks=[Keep()])
+    assert {prompt: len(texts) for prompt, texts in written.items()} == dict.fromkeys(written, 3)
+    assert len(written) == 4
+
+
+def test_dropout_is_off_while_it_writes_and_while_it_learns(base) -> None:
+    """The base has a dropout of one half: with it, the two passes would differ."""
+    watch = fit(policy(base), data(base), 2)
+    assert all(row["train/drift"] < 1e-5 for row in watch.metrics)
+
+
+def test_texts_are_drawn_in_the_precision_of_the_step(base, monkeypatch) -> None:
+    """The hook that writes is outside of the trainer's precision context, and enters it."""
+    seen = []
+
+    def note(module: Any, *args: Any) -> None:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+
+    model = policy(base)
+    monkeypatch.setattr(Transformer, "__call__", lambda net, *a: (note(net), net.forward(*a))[1])
+    watch = fit(model, data(base), 1, precision="bf16-mixed")
+    assert set(seen) == {(True, False), (True, True)}
+    assert watch.metrics[0]["train/drift"] < 0.05
+
+
+def test_rewards_rise(base) -> None:
+    model = policy(base, CharacterFraction("e ", 1.0, "share"), new=16)
+    model.lr = 0.01
+    watch = fit(model, data(base, batch_size=16), 12)
+    shares = [row["train/share"] for row in watch.metrics]
+    assert shares[-1] > 0.8
+    assert shares[-1] > shares[0] + 0.35
+
+
+def test_clipping_and_accumulation_see_a_usual_step(base) -> None:
+    none = policy(base, CharacterFraction("e", -1.0), estimator=Estimator("none"))
+    whole_batch = fit(none, data(base), 1)
+    parts = fit(
+        policy(base, CharacterFraction("e", -1.0), estimator=Estimator("none")),
+        data(base),
+        1,
+        accumulate_grad_batches=4,
+        callbacks=[GradientClipping(1.0)],
+    )
+    assert torch.cat([r.tokens for r in parts.rollouts]).equal(whole_batch.rollouts[0].tokens)
+    assert furthest(parts.gradients[0], whole_batch.gradients[0]) < 1e-6
+
+
+def test_the_reference_is_in_no_optimizer_and_in_the_checkpoint_only_by_its_checksum(
+    base, tmp_path
+) -> None:
+    model = policy(base, kl=KL(0.1))
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(max_steps=2, limit_val_batches=0, **QUIET)
+    trainer.fit(model, data(base))
+    frozen = model._frozen[0]
+    started = torch.load(base, weights_only=True)["state_dict"]
+    for name, parameter in frozen.named_parameters():
+        assert parameter.equal(started[f"net.{name}"])
+        assert not any(parameter is p for p in model.parameters())
+    trainer.save_checkpoint(tmp_path / "policy.ckpt", weights_only=False)
+    saved = torch.load(tmp_path / "policy.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == set(started)
+    assert len(saved["policy"]["base"]) == 64
+
+
+def test_a_policy_is_loaded_without_its_base(base, tmp_path) -> None:
+    model = policy(base)
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    trainer.fit(model, data(base))
+    trainer.save_checkpoint(tmp_path / "policy.ckpt", weights_only=False)
+    checkpoint = torch.load(tmp_path / "policy.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["base"] = "gone"
+    torch.save(checkpoint, tmp_path / "policy.ckpt")
+    loaded = Reinforce.load_from_checkpoint(tmp_path / "policy.ckpt")
+    assert loaded.generate("the", max_new_tokens=8) == model.generate("the", max_new_tokens=8)
+    again = policy(str(tmp_path / "policy.ckpt"))  # and it is a base itself
+    fit(again, data(base), 1)
+
+
+def test_a_policy_of_adapters_alone_is_loaded_with_its_base_or_asks_for_it(
+    base, tmp_path, monkeypatch
+) -> None:
+    own = shutil.copy(base, tmp_path / "own.ckpt")
+    model = policy(str(own), kl=KL(0.1), reference="lora")
+    model.lr = 0.05
+    L.seed_everything(0, verbose=False)
+    lora = LoRA(rank=2, save="adapter")
+    trainer = L.Trainer(max_steps=2, limit_val_batches=0, callbacks=[lora], **QUIET)
+    trainer.fit(model, data(base))
+    trainer.save_checkpoint(path := tmp_path / "policy.ckpt", weights_only=False)
+    assert path.stat().st_size < own.stat().st_size
+    how = {"max_new_tokens": 32, "seed": 1}
+    loaded = trained.load(path)
+    assert loaded.generate("the", **how) == model.generate("the", **how)
+    started = LanguageModel.load_from_checkpoint(base)
+    assert loaded.generate("the", **how) != started.generate("the", **how)
+    other = torch.load(base, weights_only=True)
+    other["state_dict"]["net.head.weight"] += 1
+    torch.save(other, own)
+    with pytest.raises(ValueError, match="is not the one this policy started from"):
+        trained.load(path)
+    own.unlink()
+    with pytest.raises(FileNotFoundError, match=r"to the base model at .*own\.ckpt, and .* copy"):
+        trained.load(path)
+
+
+def test_another_base_under_the_same_name_is_refused(base, tmp_path) -> None:
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    trainer.fit(policy(base), data(base))
+    trainer.save_checkpoint(tmp_path / "policy.ckpt", weights_only=False)
+    other = torch.load(base, weights_only=True)
+    other["state_dict"]["net.head.weight"] += 1
+    torch.save(other, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"not the one this policy started from.*--model\.base"):
+        fit(policy(str(tmp_path / "other.ckpt")), data(base), ckpt_path=tmp_path / "policy.ckpt")
+
+
+def test_validation_writes_the_same_texts_each_time(base) -> None:
+    model = policy(base)
+    trainer = L.Trainer(**QUIET)
+    L.seed_everything(0, verbose=False)
+    found = [trainer.validate(model, data(base), verbose=False)[0] for _ in range(2)]
+    same = [{k: v for k, v in each.items() if "second" not in k} for each in found]
+    assert same[0] == same[1]
+    assert {"val/reward", "val/e", "val/vocabulary", "val/nearest_jaccard", "val/kl"} <= set(
+        same[0]
+    )
+
+
+def test_a_stop_ends_a_text_and_belongs_to_what_is_learned(base) -> None:
+    common = CharacterFraction("etaoin", -1.0, "common")  # texts that end early may lack one letter
+    model = policy(base, common, stop=" ", new=32)
+    rollout = fit(model, data(base), 1).rollouts[0]
+    assert model.tokenizer is not None
+    space = int(model.tokenizer.encode(" "))
+    lengths = rollout.mask.sum(1)
+    assert (lengths < 32).any()
+    for tokens, length in zip(rollout.tokens, lengths, strict=True):
+        assert length == 32 or tokens[length - 1] == space
+    assert not any(" " in row["text"] for row in model.samples())
+
+
+def test_no_term_takes_the_name_of_what_is_logged_or_shown_beside_it(base) -> None:
+    model = policy(base)
+    watch, terms = fit(model, data(base), 2), {term.name for term in model.rewards}
+    logged = {name.removeprefix("train/") for name in watch.metrics[-1]}
+    for name in (logged | model.samples()[0].keys() | {"seconds_update"}) - terms:
+        with pytest.raises(ValueError, match=f"two metrics are called '{name}'"):
+            check_terms([CharacterFraction("e", name=name)], corpus=True, reference=True)
+    assert {"e_spread", "kl", "drift", "prompt"} <= logged | model.samples()[0].keys()
+
+
+# Rewards of the user's, and bad input
+
+
+def reward_of(*answers: Any):
+    def mine(texts: list[str], prompts: list[str]) -> list[Any]:
+        return list(answers) * (len(texts) // len(answers))
+
+    return RewardFunction(mine)
+
+
+def test_a_reward_of_the_users_gets_what_it_asks_for(base, tmp_path) -> None:
+    lines = [json.dumps({"prompt": f"a {i}", "wanted": f"x{i % 3}"}) for i in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    seen: dict[str, Any] = {}
+
+    def wants_all(texts, prompts, tokens, mask, log_probabilities, wanted):
+        seen.update(locals())
+        return [None if w == "x0" else t.count("e") for t, w in zip(texts, wanted, strict=True)]
+
+    model = policy(base, RewardFunction(wants_all), group_size=2)
+    prompts = PromptDataModule(tmp_path / "prompts.jsonl", batch_size=4)
+    rollout = fit(model, prompts, 1).rollouts[0]
+    assert len(seen["texts"]) == 8
+    assert seen["prompts"][::2] == seen["prompts"][1::2]
+    for prompt, wanted in zip(seen["prompts"], seen["wanted"], strict=True):
+        assert json.dumps({"prompt": prompt, "wanted": wanted}) in lines
+    assert seen["log_probabilities"].shape == seen["tokens"].shape == seen["mask"].shape == (8, 16)
+    unscored = torch.tensor([w == "x0" for w in seen["wanted"]])
+    assert not rollout.weights[unscored].any()
+
+
+def once(texts: list[str]) -> list[float]:
+    if "e" in "".join(texts):
+        raise KeyError("no e, please")
+    return [1.0] * len(texts)
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "it raises": (
+        lambda b: policy(b, RewardFunction(once)),
+        r"once failed on sample \d+ \('.*'\): KeyError: 'no e, please' \(test_.*\.py:\d+\); cor",
+    ),
+    "NaN": (
+        lambda b: policy(b, reward_of(0.5, math.nan)),
+        r"the reward mine is nan for sample 1 \('.*'\); return a number, or None",
+    ),
+    "infinite": (
+        lambda b: policy(b, reward_of(math.inf)),
+        r"the reward mine is inf for sample 0 \('.*'\); return a number, or None",
+    ),
+    "too few": (
+        lambda b: policy(b, RewardFunction(lambda texts: [1.0, 2.0], name="two")),
+        r"the reward two gave 2 numbers for 8 samples, 0 to 7; return one for each",
+    ),
+    "all None": (
+        lambda b: policy(b, reward_of(None)),
+        r"the reward mine is None for all 8 samples.*; score some of them",
+    ),
+    "no such column": (
+        lambda b: policy(b, RewardFunction(lambda texts, answer: [], name="f")),
+        r"the reward f asks for 'answer'; there are texts, prompts, .*; rename",
+    ),
+    "no rewards": (lambda b: Reinforce(b), r"has no rewards.*--config reinforce/avoid_e_v1"),
+    "one name for two": (
+        lambda b: policy(b, CharacterFraction("e"), CharacterFraction("a")),
+        r"two metrics are called 'character_fraction'",
+    ),
+    "a reference that is not there": (
+        lambda b: policy(b, ReferenceLogProbability(), reference="none"),
+        r"reference_log_probability asks the reference.*--model\.reference=copy",
+    ),
+    "KL without a reference": (
+        lambda b: policy(b, kl=KL(0.1), reference="none"),
+        r"kl\.beta is 0\.1, and there is no reference.*--model\.reference=copy",
+    ),
+    "no adapters": (
+        lambda b: policy(b, reference="lora"),
+        r"it has none; add the callback: --trainer\.callbacks\+=LoRA",
+    ),
+    "a prompt too long": (
+        lambda b: policy(b, new=42),
+        r"sample 0 has 8 tokens, and with 42 new ones .* 48 .*new=41 or .*--data\.length=7\)",
+    ),
+    "a group of one": (
+        lambda b: policy(b, estimator=Estimator("rloo", "group")),
+        r"rloo compares the samples of a group, and here that is one.*--model\.group_size=4",
+    ),
+    "a batch of one": (
+        lambda b: policy(b, sampling=Sampling(0.8)),
+        r"mean compares the samples of a batch, and here that is one.*--data\.batch_size=64$",
+    ),
+    "a group of none": (
+        lambda b: policy(b, group_size=0),
+        r"group_size is 0; allowed: 1 or more; type --model\.group_size=1",
+    ),
+    "temperature 0": (
+        lambda b: policy(b, sampling=Sampling(0.0)),
+        r"nothing is drawn.*--model\.sampling\.temperature=0\.8",
+    ),
+    "a stop of nothing": (
+        lambda b: policy(b, stop=""),
+        r"stop is ''.*; allowed: one character or more.*; type --model\.stop=",
+    ),
+    "a term with a metric's name": (
+        lambda b: policy(b, CharacterFraction("e", name="kl")),
+        r"two metrics are called 'kl': give each term a `name`",
+    ),
+    "no base": (
+        lambda b: policy(b + "x"),
+        r"no base model at .*: no such file.*--model\.base=FILE",
+    ),
+    "rejection of the lukewarm": (
+        lambda b: policy(b, CharacterFraction("e"), estimator=Estimator("rejection")),
+        r"rejection keeps samples of reward 1.*make the reward binary",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named(mistake: str, base: str) -> None:
+    make, message = MISTAKES[mistake]
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        fit(make(base), data(base, batch_size=1 if mistake == "a batch of one" else 8), 1)
+    assert "\n" not in str(error.value)
+
+
+def test_equal_rewards_are_said_and_change_nothing(base) -> None:
+    model = policy(base, Binary(CharacterFraction("e"), most=1.0), reference="none")
+    model.lr = 0.0
+    with pytest.warns(UserWarning, match=r"all 8 samples weigh 0.*alike \(1\)"):
+        watch = fit(model, data(base), 1)
+    assert not any(g.any() for g in watch.gradients[0].values())
+    assert watch.metrics[0]["train/zero_advantages"] == 1
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_equal_rewards_leave_the_divergence_and_no_rounding_blown_up(kind, base) -> None:
+    """The policy is its reference still: what is left of the divergence is rounding."""
+    model = policy(base, reward_of(1.0), kl=KL(0.1), estimator=Estimator(kind))
+    with pytest.warns(UserWarning, match="teaches nothing but to stay near the reference"):
+        watch = fit(model, data(base), 1)
+    assert watch.rollouts[0].weights.abs().max() < 1e-6
+    assert watch.metrics[0]["train/zero_advantages"] == 1
+
+
+def test_a_base_that_is_no_plain_language_model_is_refused(base, tmp_path) -> None:
+    checkpoint = torch.load(base, weights_only=True)
+    checkpoint["language"]["tokenizer"] = None
+    torch.save(checkpoint, tmp_path / "bare.ckpt")
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        fit(policy(str(tmp_path / "bare.ckpt")), data(base))
+    (tmp_path / "torn.ckpt").write_bytes(b"PK no more")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint: it is not a checkpoint"):
+        fit(policy(str(tmp_path / "torn.ckpt")), data(base))
+    checkpoint = torch.load(base, weights_only=True)
+    checkpoint["state_dict"]["net.blocks.0.attention.query.lora_a"] = torch.zeros(1)
+    torch.save(checkpoint, tmp_path / "lora.ckpt")
+    with pytest.raises(
+        ValueError,
+        match=r"has adapters \(net\.blocks\.0\.attention\.query\.lora_a and 0 more.*--merge",
+    ):
+        fit(policy(str(tmp_path / "lora.ckpt")), data(base))
+    del checkpoint["language"]
+    checkpoint["task"] = SpamClassifier.__name__
+    torch.save(checkpoint, tmp_path / "spam.ckpt")
+    with pytest.raises(ValueError, match="no checkpoint of a language model, but of SpamClass"):
+        fit(policy(str(tmp_path / "spam.ckpt")), data(base))
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "no net": (lambda c: c.pop("state_dict"), "is no checkpoint of a language model"),
+    "an empty box": (lambda c: c["language"].clear(), "is no checkpoint of a language model"),
+    "a setting of its own": (
+        lambda c: c["hyper_parameters"].update(experts_of_mine=2),
+        "by LanguageModel, whose net is not that of LanguageModel: experts_of_mine and 0 more",
+    ),
+    "another width": (
+        lambda c: c["hyper_parameters"].update(width=32),
+        r"blocks\.0\.attention\.key\.weight and \d+ more differ; .*--model\.base=FILE",
+    ),
+    "a weight too many": (
+        lambda c: c["state_dict"].update({"net.mine": torch.zeros(1)}),
+        "not that of LanguageModel: mine and 0 more",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_base_of_another_net_is_refused_before_anything_is_built(
+    damage: str, base: str, tmp_path
+) -> None:
+    change, message = DAMAGE[damage]
+    checkpoint = torch.load(base, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=message) as error:
+        base_model.read(str(tmp_path / "other.ckpt"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_base_that_was_cut_off_is_said_so(base, tmp_path) -> None:
+    whole_file = Path(base).read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(whole_file[: len(whole_file) // 2])
+    with pytest.raises(ValueError, match=r"it is cut short or damaged at its end .*; type"):
+        base_model.read(str(tmp_path / "half.ckpt"))
+    with pytest.raises(ValueError, match=r"base is empty; type --model\.base=FILE"):
+        base_model.read("")
+
+
+def test_of_a_folder_the_newest_checkpoint_is_the_base(tmp_path) -> None:
+    for name, age in (("b", 3), ("c", 1), ("a", 2)):
+        (tmp_path / f"{name}.ckpt").touch()
+        os.utime(tmp_path / f"{name}.ckpt", (10**9 - age, 10**9 - age))
+    assert base_model.find(str(tmp_path)) == tmp_path / "c.ckpt"
+
+
+def test_a_micro_batch_of_one_sample_is_refused_as_a_batch_of_one(base) -> None:
+    with pytest.raises(ValueError, match="mean compares the samples of a batch, and here that is"):
+        fit(policy(base), data(base), 1, accumulate_grad_batches=8)
+
+
+def test_a_base_in_parts_is_refused_with_the_command_that_joins_them(base, tmp_path) -> None:
+    (tmp_path / "run" / "step=2.ckpt").mkdir(parents=True)
+    (tmp_path / "run" / "step=2.ckpt" / "__0_0.distcp").touch()
+    with pytest.raises(ValueError, match=r"is a checkpoint in parts.*--consolidate=base\.ckpt"):
+        fit(policy(str(tmp_path / "run")), data(base))
+
+
+def fails_on_the_second_rank(base: str) -> None:
+    def mine(texts: list[str]) -> list[float]:
+        return [1 / (1 - torch.distributed.get_rank())] * len(texts)
+
+    fit(policy(base, RewardFunction(mine)), data(base), 1, strategy="ddp", devices=2)
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all(ranks, base) -> None:
+    with pytest.raises(AssertionError) as error:
+        ranks(fails_on_the_second_rank, 2, base)
+    assert "RewardError: the reward mine failed on sample 4 (" in str(error.value)
+    assert "RewardError: a reward failed on another rank" in str(error.value)
+    assert "hung" not in str(error.value)
+
+
+def stopped(base: str, stop: str | None, devices: int = 1) -> list[str]:
+    how = {"strategy": "zero3", "devices": devices} if devices > 1 else {}
+    model = policy(base, reward_of(1.0), reference="none", new=40, stop=stop, estimator=NONE)
+    fit(model, data(base, batch_size=2), 1, **how)
+    return [row["text"] for row in model.samples()]
+
+
+def test_a_rank_whose_texts_have_ended_writes_on_as_long_as_others_do(ranks, base) -> None:
+    """Where a net is sharded, they gather its weights together."""
+    first, second = stopped(base, None)
+    stop = next(c for c in first[:30] if c not in second)
+    both = ranks(stopped, 2, base, stop, 2)
+    assert both == [[first.partition(stop)[0]], [second]]
+
+
+@pytest.mark.parametrize("axis", ["cp", "pp"])
+def test_a_strategy_that_would_cut_the_texts_is_refused(ranks, base, axis: str) -> None:
+    with pytest.raises(AssertionError) as error:
+        ranks(on_ranks, 2, base, axis, 2, {})
+    said = f"{axis}=2: Reinforce cannot be cut along {axis}; allowed: zero1,"
+    assert said in str(error.value)
+    assert "type --trainer.strategy zero3" in str(error.value)
+
+
+def test_adapters_switched_off_are_the_reference(base) -> None:
+    """The policy's own frozen weights say what a copy of the base would say."""
+    found = []
+    for reference in ("copy", "lora"):
+        model = policy(base, kl=KL(0.1), reference=reference)
+        model.lr = 0.01
+        found.append(fit(model, data(base), 3, callbacks=[LoRA(rank=2)]).metrics)
+    assert abs(found[0][0]["train/kl"]) < 1e-6
+    assert found[0][2]["train/kl_k3"] > 1e-5
+    for copied, switched in zip(*found, strict=True):
+        assert switched == pytest.approx(copied, abs=1e-6)
+
+
+def test_a_reference_that_would_learn_is_refused(base) -> None:
+    lora = LoRA(rank=2, train_also=["net.head"])
+    with pytest.raises(ValueError, match=r"head\.weight learns beside them.*reference=copy"):
+        fit(policy(base, kl=KL(0.1), reference="lora"), data(base), 1, callbacks=[lora])
+    fit(policy(base, kl=KL(0.1)), data(base), 1, callbacks=[LoRA(rank=2, train_also=["net.head"])])
+
+
+def test_adapters_are_switched_on_again_whatever_happens() -> None:
+    net = torch.nn.Linear(1, 1)
+    net.requires_grad_(False).lora_enabled = True  # type: ignore[assignment]
+    with pytest.raises(KeyError, match="False"), adapters_off(net):
+        raise KeyError(net.lora_enabled)
+    assert net.lora_enabled
+
+
+def test_rewards_of_prompts_in_a_file_compare_with_the_corpus_beside_it(base, tmp_path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n' * 3)
+    (tmp_path / "plays.txt").write_text("speak again")
+    prompts = PromptDataModule(tmp_path / "p.jsonl", corpus=tmp_path / "plays.txt")
+    prompts.setup("fit")
+    assert (prompts.text, prompts.prompts) == ("speak again", ["one"] * 3)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": }\n', "line 2: not JSON"),
+        ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2: no "prompt"'),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', 'line 2: no "prompt"'),
+        ('{"prompt": "a"}\n{"prompt": "b", "x": 1}\n', r"line 2: its columns .*\(x\)"),
+        ('{"prompt": "a"}\n', "has 1 prompts; give 2 or more"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(lines: str, message: str, tmp_path) -> None:
+    (tmp_path / "p.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match=message):
+        PromptDataModule(tmp_path / "p.jsonl").setup("fit")
+
+
+def test_other_data_are_refused(base) -> None:
+    text = TextDataModule(base.replace("base.ckpt", "text.txt"), context=8, batch_size=8)
+    with pytest.raises(ValueError, match="TextDataModule has none; type --data=PromptDataModule"):
+        fit(policy(base), text)  # type: ignore[arg-type]
+    (prompts := data(base)).setup("fit")
+    prompts.text = None
+    with pytest.raises(ValueError, match=r"the data have none; type --data\.corpus=FILE"):
+        fit(policy(base, VocabularyFraction()), prompts)
+
+
+def test_validation_prompts_are_none_that_are_trained_on(base) -> None:
+    prompts = data(base)
+    prompts.setup("fit")
+    trained = {text for batch in prompts.train_dataloader() for text in batch.texts}
+    held_out = {text for batch in prompts.val_dataloader() for text in batch.texts}
+    assert len(held_out) == 8
+    text, border = prompts.text or "", int(len(prompts.text or "") * 0.9)
+    assert all(t in text[:border] for t in trained)
+    assert all(t in text[border:] for t in held_out)
+    loader, length = prompts.val_dataloader(), prompts.length
+    prompts._snippets = "." * border + "".join(map(chr, range(9000, 9000 + len(text) - border)))
+    found = [text for batch in loader for text in batch.texts]
+    assert found[0][0] == chr(9000)  # the border itself, and not a character before it
+    assert not any("." in each for each in found)
+    assert ord(found[-1][-1]) - 9000 >= len(text) - border - 1 - length
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_ranks_validate_on_batches_of_one_size(rows: bool, base: str, tmp_path) -> None:
+    """Seven prompts on two ranks are six: they are compared within one batch."""
+    lines = [json.dumps({"prompt": f"a {i}"}) for i in range(70)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    path = tmp_path / "prompts.jsonl" if rows else base.replace("base.ckpt", "text.txt")
+    batches = []
+    for rank in range(2):
+        prompts = PromptDataModule(path, length=8, val_prompts=7)
+        prompts.trainer = ranked(rank, 2)
+        prompts.setup("fit")
+        batches.append([batch.texts for batch in prompts.val_dataloader()])
+    assert [[len(texts) for texts in each] for each in batches] == [[3], [3]]
+    assert not {*batches[0][0]} & {*batches[1][0]}
+
+
+def test_fewer_held_out_prompts_than_ranks_are_refused(base: str, tmp_path) -> None:
+    prompts = data(base, val_prompts=3)
+    prompts.trainer = ranked(0, 4)
+    prompts.setup("fit")
+    with pytest.raises(ValueError, match=r"is 3, for 4 ranks; allowed: 4 .*--data\.val_prompts=4"):
+        prompts.val_dataloader()
+    (tmp_path / "few.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    few = PromptDataModule(tmp_path / "few.jsonl")
+    few.trainer = ranked(0, 2)
+    few.setup("fit")
+    with pytest.raises(ValueError, match=r"only 1 are held out.*--data\.val_fraction=0\.5"):
+        few.val_dataloader()
+
+
+def ranked(rank: int, size: int) -> Any:
+    """What a data module asks of a trainer."""
+    strategy = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": size})
+    return SimpleNamespace(strategy=strategy, accumulate_grad_batches=1)
+
+
+def test_a_policy_of_a_base_in_the_default_shape_is_a_base_itself(tmp_path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    model = LanguageModel()
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    trainer.fit(model, TextDataModule(tmp_path / "text.txt", context=16, batch_size=1))
+    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    first = base_model.read(str(tmp_path / "base.ckpt"))
+    tuned = policy(str(tmp_path / "base.ckpt"), reward_of(0.0, 1.0), new=2, reference="none")
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    trainer.fit(tuned, data(str(tmp_path / "base.ckpt"), batch_size=2))
+    trainer.save_checkpoint(tmp_path / "policy.ckpt")
+    second = base_model.read(str(tmp_path / "policy.ckpt"))
+    assert first.shape == second.shape == {}
+    again = policy(str(tmp_path / "policy.ckpt"), reward_of(0.0, 1.0), new=2, reference="none")
+    fit(again, data(str(tmp_path / "base.ckpt"), batch_size=2), 1)
+
+
+def test_a_prompt_with_a_character_the_base_does_not_know_is_refused(tmp_path) -> None:
+    (tmp_path / "text.txt").write_text("abc def\n" * 200)
+    model = LanguageModel(layers=1, width=16, heads=2)
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    letters = TextDataModule(
+        tmp_path / "text.txt", context=16, batch_size=1, tokenizer="characters"
+    )
+    trainer.fit(model, letters)
+    trainer.save_checkpoint(tmp_path / "base.ckpt")
+    base = str(tmp_path / "base.ckpt")
+    late = "abc def\n" * 400 + "cab \u00f8 z\n"  # held out: without a check, long after the start
+    (tmp_path / "other.txt").write_text(late)
+    (tmp_path / "other.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "\u00f8z"}\n')
+    for name in ("other.txt", "other.jsonl"):
+        prompts = PromptDataModule(tmp_path / name, length=4, batch_size=2)
+        message = rf"{name} has prompts with 'z' \(U\+007A\), '\u00f8' .*; type --data\.path=FILE"
+        with pytest.raises(ValueError, match=message):
+            fit(policy(base, CharacterFraction("e"), new=4), prompts, 1)
+
+
+def test_tokens_of_a_micro_batch_are_no_divisor_of_a_step(base) -> None:
+    model = policy(base, estimator=Estimator("none", normalize="tokens"))
+    with pytest.raises(ValueError, match=r"2 micro-batches.*--model\.estimator\.normalize=const"):
+        fit(model, data(base), 1, accumulate_grad_batches=2)
+
+
+DIVERGENCES = {"k1 in the reward": KL(0.5), "k2 in the loss": KL(0.5, "k2", "loss")}
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo", "rejection"])
+@pytest.mark.parametrize("where", DIVERGENCES)
+def test_the_divergence_lowers_the_weights_and_in_the_loss_it_leaves_them_alone(
+    where: str, kind: Any, base: str
+) -> None:
+    """In the reward it is taken from it; an estimator that bends rewards leaves it as it is."""
+    kl, estimator = DIVERGENCES[where], Estimator(kind)
+    model = policy(base, reward_of(1.0, 0.0, None, 0.0), kl=kl, estimator=estimator)
+    model.lr = 0.05
+    rollout = fit(model, data(base), 3).rollouts[2]  # away from the base
+    rewards = torch.tensor([row["reward"] for row in model.samples()], dtype=torch.float64)
+    assert rollout.reference is not None
+    away = (rollout.sampled - rollout.reference).double().where(rollout.mask, 0.0).sum(1) / 16
+    assert away.std() > 1e-2
+    exact, scored = estimator.weights(rewards), ~rewards.isnan()
+    assert exact.any()
+    if kl.where == "reward":
+        others = (away[scored].sum() - away[scored]) / (int(scored.sum()) - 1)
+        exact[scored] -= 0.5 * (away[scored] - others)
+    assert not rollout.weights[~scored].any()
+    torch.testing.assert_close(rollout.weights.double(), exact, atol=1e-6, rtol=0)

@@ -1,0 +1,96 @@
+"""A version of torch whose FSDP2 lacks an attribute is refused in setup, by its name."""
+
+import os
+import tomllib
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from external_modules.net_in_init import NetInInit
+from torch.distributed.fsdp import FSDPModule
+
+from ravine.strategies.fsdp import torch_attributes as fsdp_attributes
+from ravine.strategies.fsdp.torch_attributes import check_fsdp, groups_of
+
+
+@contextmanager
+def without(owner, name):
+    """An object whose instance, class and declarations do not have an attribute."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place in (owner, *type(owner).__mro__):
+            if name in vars(place):
+                patch.delattr(place, name)
+        patch.delitem(getattr(type(owner), "__annotations__", {}), name, raising=False)
+        yield
+
+
+def fit(zero):
+    trainer = L.Trainer(
+        max_steps=1, accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", 1)),
+        strategy=f"zero{zero}", logger=False, enable_checkpointing=False, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module := NetInInit())
+    return module
+
+
+def refusals():
+    """What is said where each attribute is missing, by its name; and of a run."""
+    check_fsdp(module := fit(3))
+    unit = next(  # the unit of a parent may have no parameters of its own
+        part
+        for part in module.modules()
+        if isinstance(part, FSDPModule) and groups_of(part._get_fsdp_state())
+    )
+    state = unit._get_fsdp_state()
+    group = groups_of(state)[0]
+    parameter = group.fsdp_params[0]
+    owners = [
+        (unit, ("_get_fsdp_state",)),
+        (state, fsdp_attributes.STATE),
+        (state._state_ctx, ("all_states",)),
+        (group, fsdp_attributes.GROUP),
+        (group.mesh_info, fsdp_attributes.MESH),
+        (parameter, fsdp_attributes.PARAMETER),
+        (parameter._module_info, fsdp_attributes.MODULE),
+    ]
+    said = {}
+    for owner, names in owners:
+        for name in names:
+            with without(owner, name), pytest.raises(ValueError, match=name) as error:
+                check_fsdp(module)
+            said[f"{type(owner).__name__}.{name}"] = str(error.value)
+    check_fsdp(module)
+    NetInInit.training_step = lambda *_: pytest.fail("the run was not refused in setup")
+    with without(group, "_to_sharded"), pytest.raises(ValueError, match="_to_sharded") as error:
+        fit(2)
+    return said, str(error.value)
+
+
+def test_each_missing_attribute_is_named_with_the_version_of_torch(ranks):
+    for said, of_run in ranks(refusals, 2):
+        assert len(said) > 20
+        said |= {"FSDPParamGroup._to_sharded": of_run}
+        for name, text in said.items():
+            expected = "FSDPModule._get_fsdp_state" if "_get_fsdp_state" in name else name
+            assert text == (
+                f"torch {torch.__version__} has no {expected}, which zero2 and zero3 use; allowed:"
+                f" torch {fsdp_attributes.TORCH}; type --trainer.strategy ddp"
+            )
+
+
+@pytest.mark.parametrize("owner", fsdp_attributes.FUNCTIONS)
+def test_a_missing_function_of_torch_is_named(monkeypatch, owner):
+    place, name = fsdp_attributes.FUNCTIONS[owner]
+    monkeypatch.delattr(place, name)
+    with pytest.raises(ValueError, match=rf"has no {owner}\.{name}, which zero2"):
+        check_fsdp(NetInInit())
+
+
+def test_the_versions_that_the_error_allows_are_those_of_the_tests():
+    path = Path(__file__).parents[2] / "pyproject.toml"
+    versions = tomllib.loads(path.read_text())["tool"]["ravine"]
+    ends = [versions[end]["torch"].rpartition(".")[0] for end in ("lowest", "highest")]
+    assert " to ".join(ends) == fsdp_attributes.TORCH

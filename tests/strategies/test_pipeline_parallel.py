@@ -1,0 +1,172 @@
+"""A pipeline is one net: what is chosen by looking at the net is chosen alike on every stage."""
+
+import os
+from contextlib import nullcontext
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from ranks import furthest, whole
+from schedulefree import AdamWScheduleFree
+from torch.optim import SGD, AdamW
+
+from ravine.callbacks import EMA, GradientClipping, Muon, OptimizerPlan, Summary, UpdateSizes
+from ravine.callbacks.optimizers.rules import Rule, kinds
+from ravine.datamodules import TextDataModule
+from ravine.datamodules.text import documentation
+from ravine.lightning_modules import LanguageModel
+from ravine.strategies import MeshStrategy
+from ravine.strategies import pipeline_parallel as pipeline
+
+SHAPE = {"layers": 4, "width": 16, "heads": 2, "bias": "all", "norm": "layernorm"}
+LAYOUTS = {
+    "single": lambda: "auto",
+    "pp": lambda: "pp",
+    "interleaved": lambda: MeshStrategy(dp_shard=1, pp=2, schedule="interleaved"),
+    "zero3 x pp": lambda: MeshStrategy(pp=2, microbatches=2),
+}
+PLANS = {
+    "Muon and AdamW": lambda: Muon(
+        0.02, partial(AdamW, lr=0.003, weight_decay=0.1), iteration_dtype="float32"
+    ),
+    "rules by kind": lambda: OptimizerPlan(
+        partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+        rules=[Rule("embedding", lr_scale=2.0), Rule("head", lr_scale=0.5), Rule("norm"), Rule()],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("".join(documentation())[:3000])
+    return path
+
+
+def train(layout, text, plan, tied=False, fault=None):
+    if fault is not None:
+        fault()
+    L.seed_everything(0, verbose=False)
+    module = LanguageModel(zero_init=False, tied=tied, **SHAPE)
+    summary = Summary()
+    trainer = L.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
+        strategy=LAYOUTS[layout](),
+        logger=False,
+        callbacks=[PLANS[plan](), GradientClipping(0.5), UpdateSizes(), summary],
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, TextDataModule(text, context=16, batch_size=8))
+    groups = [
+        {k: v for k, v in group.items() if isinstance(v, int | float | bool | str)}
+        for group in trainer.optimizers[0].param_groups
+    ]
+    written = module.generate("T", max_new_tokens=24, temperature=0)
+    written += summary.lines(trainer, module)["parameters"]
+    said = {n: float(v) for n, v in trainer.callback_metrics.items() if n != "train/loss"}
+    return whole(module), groups, written, said
+
+
+def off(found, single):
+    return max(furthest(ours, {n: single[n] for n in ours}) for ours, *_ in found)
+
+
+@pytest.mark.parametrize(
+    ("plan", "tied", "layout", "world"),
+    [
+        ("Muon and AdamW", False, "pp", 4),
+        ("Muon and AdamW", True, "interleaved", 2),
+        ("rules by kind", False, "zero3 x pp", 4),
+    ],
+)
+def test_a_plan_is_made_for_the_net_and_not_for_a_stage(ranks, text, plan, tied, layout, world):
+    single, groups, written, said = train("single", text, plan, tied)
+    found = ranks(train, world, layout, text, plan, tied)
+    assert off(found, single) < 2e-6
+    assert all(theirs == groups for _, theirs, *_ in found)
+    assert all(theirs == written for *_, theirs, _ in found)
+    assert all(theirs == pytest.approx(said, rel=1e-5) for *_, theirs in found)
+
+
+def stages_seen_as_nets():
+    pipeline.Pipeline.whole = lambda self: nullcontext()
+
+
+def test_a_plan_for_each_stage_would_be_caught(ranks, text):
+    single, *_ = train("single", text, "Muon and AdamW")
+    found = ranks(train, 2, "pp", text, "Muon and AdamW", False, stages_seen_as_nets)
+    assert off(found, single) > 1e-3
+
+
+def stand_ins(tied):
+    torch.manual_seed(0)
+    module = LanguageModel(7, 8, tied=tied, **SHAPE)
+    module.configure_model()
+    before = kinds(module), [(n, p.shape) for n, p in module.named_parameters()]
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="pp", logger=False)
+    trainer.strategy.connect(module)
+    trainer.strategy.setup_environment()
+    trainer.strategy.parallelize(module)
+    ours = [n for n, _ in module.named_parameters()]
+    with trainer.strategy.pipeline.whole():
+        after = kinds(module), [(n, p.shape) for n, p in module.named_parameters()]
+        bytes_of_stand_ins = sum(
+            p.untyped_storage().nbytes() for p in module.parameters() if hasattr(p, "elsewhere")
+        )
+    again = [n for n, _ in module.named_parameters()]
+    return before == after, ours == again, len(ours) < len(before[1]), bytes_of_stand_ins
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_whole_net_can_be_looked_at_for_four_bytes_a_tensor(ranks, tied):
+    for alike, restored, fewer, size in ranks(stand_ins, 2, tied):
+        assert alike
+        assert restored
+        assert fewer
+        assert size < 4 * 60
+
+
+def saved(layout, text, path, plan):
+    """The file of a run with two sets of weights, written while the second one is shown."""
+    L.seed_everything(0, verbose=False)
+    module = LanguageModel(zero_init=False, **SHAPE)
+    trainer = L.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
+        strategy=LAYOUTS[layout](),
+        logger=False,
+        callbacks=TWO_SETS[plan](),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, TextDataModule(text, context=16, batch_size=8))
+    trainer.save_checkpoint(path)
+
+
+TWO_SETS = {
+    "ema": lambda: [OptimizerPlan(partial(SGD, lr=0.1)), EMA(0.9)],
+    "training_weights": lambda: [OptimizerPlan(partial(AdamWScheduleFree, lr=0.01))],
+}
+
+
+@pytest.mark.parametrize(("layout", "world"), [("pp", 2), ("zero3 x pp", 4)])
+@pytest.mark.parametrize("plan", TWO_SETS)
+def test_a_file_has_both_sets_of_weights_of_all_stages(ranks, text, tmp_path, layout, world, plan):
+    saved("single", text, tmp_path / "single.ckpt", plan)
+    ranks(saved, world, layout, text, tmp_path / "stages.ckpt", plan)
+    single, stages = (torch.load(tmp_path / f"{each}.ckpt") for each in ("single", "stages"))
+    assert furthest(stages["state_dict"], single["state_dict"]) < 2e-6
+    beside = [each["ema"]["raw"] if plan == "ema" else each[plan] for each in (stages, single)]
+    assert beside[0].keys() == beside[1].keys()
+    assert furthest(*beside) < 2e-6
+    assert furthest(beside[1], single["state_dict"]) > 1e-3

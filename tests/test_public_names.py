@@ -1,0 +1,103 @@
+"""`import ravine` gives the public names, each imported at its first use."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ravine
+from ravine.errors import (
+    MissingFileError,
+    RunError,
+    UsageError,
+    UsageTypeError,
+    sort_by_similarity,
+    suggest_names,
+)
+
+
+def test_the_package_is_imported_with_the_standard_library_alone() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import ravine, ravine.errors; "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(new - set(sys.stdlib_module_names)))"
+    )
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "['ravine']\n"
+
+
+def test_every_public_name_is_found_and_a_wrong_one_is_an_attribute_error() -> None:
+    from ravine.cli.loading import load
+    from ravine.cli.trainer import Trainer
+
+    assert ravine.Trainer is Trainer
+    assert ravine.load_model is load
+    assert ravine.UsageError is UsageError
+    assert ravine.__version__.count(".") == 2
+    assert set(ravine.__all__) <= set(dir(ravine))
+    with pytest.raises(AttributeError, match=r"no attribute 'Trainor'.*Trainer"):
+        _ = ravine.Trainor
+
+
+def test_each_file_of_optimizers_adds_its_names_to_the_callbacks(tmp_path: Path) -> None:
+    """A new file is enough; its class is a bare name on the command line, too."""
+    (tmp_path / "newest.py").write_text(
+        "from ravine.callbacks import OptimizerPlan\n__all__ = ['Newest']\n"
+        "class Newest(OptimizerPlan):\n    pass\n"
+    )
+    code = (
+        f"import ravine.callbacks.optimizers as o; o.__path__.append({str(tmp_path)!r})\n"
+        "import importlib, ravine.callbacks as c; importlib.reload(c)\n"
+        "from ravine.callbacks import *\n"
+        "print(Newest, 'Newest' in c.__all__, Lion, LionOptimizer)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "newest.Newest'> True" in run.stdout
+    with pytest.raises(ImportError, match="cannot import name 'Lyon'"):
+        from ravine.callbacks import Lyon  # noqa: F401
+
+
+def test_an_error_holds_its_parts_and_shows_those_that_are_there() -> None:
+    error = UsageError("num_heads=5 does not divide d_model=128", [4, 8], "use 4 or 8")
+    assert str(error) == "num_heads=5 does not divide d_model=128; allowed: 4, 8; use 4 or 8"
+    assert error.allowed == ["4", "8"]
+    assert str(UsageError("no", label="nearest", allowed=["a"])) == "no; nearest: a"
+    assert str(UsageError("no", hint="set x=1", flag="--x=1")) == "no; set x=1"
+
+
+def test_errors_are_caught_as_the_builtin_exceptions_that_they_refine() -> None:
+    for cls, base in (
+        (UsageError, ValueError),
+        (UsageTypeError, TypeError),
+        (MissingFileError, FileNotFoundError),
+    ):
+        with pytest.raises(base):
+            raise cls("no")
+        assert cls("no").exit_status == 2
+    assert issubclass(RunError, RuntimeError)
+    assert RunError("no").exit_status == 1
+
+
+def test_the_most_similar_name_comes_first_and_upper_case_is_ignored() -> None:
+    assert suggest_names("adamw", ["SGD", "AdamW", "Adam", "RAdam"])[0] == "AdamW"
+    assert suggest_names("zzz", ["SGD", "AdamW"]) == []
+
+
+def test_names_are_suggested_down_to_a_similarity_and_a_count() -> None:
+    names = ["step_size", "step_count", "momentum"]
+    assert suggest_names("step_siz", names) == ["step_size"]
+    assert suggest_names("q", names) == []
+    assert suggest_names("mmm", names, 1, least=0) == ["momentum"]
+    assert len(suggest_names("step", ["step_a", "step_b", "step_c"], 2)) == 2
+    assert suggest_names("x", [], least=0) == []
+
+
+def test_the_end_of_a_dotted_name_is_suggested_where_it_may_stand_for_the_whole() -> None:
+    layers = ["net.blocks.0.attention.query", "net.blocks.0.mlp.up"]
+    assert suggest_names("qurey", layers) == []
+    assert suggest_names("qurey", layers, dotted=True) == layers[:1]
+
+
+def test_sorting_by_similarity_keeps_every_name() -> None:
+    assert sort_by_similarity("minst", ["cifar10", "MNIST"]) == ["MNIST", "cifar10"]
