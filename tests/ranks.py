@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -162,6 +163,10 @@ def _serve(
             spec = importlib.util.spec_from_file_location(name, path)
             assert spec is not None
             assert spec.loader is not None
+            for i in range(1, name.count(".") + 1):  # packages, as pytest makes them
+                package = types.ModuleType(name.rsplit(".", i)[0])
+                package.__path__ = []
+                sys.modules.setdefault(package.__name__, package)
             sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
         function = getattr(sys.modules[name], qualname)

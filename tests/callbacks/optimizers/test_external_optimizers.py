@@ -639,7 +639,7 @@ class WantsKeys(Base):
     ("factory", "words"),
     [
         (WantsModel, r"WantsModel refuses this: AttributeError: .*it wants the model"),
-        (WantsKeys, r"WantsKeys refuses this: KeyError: 'use_it' \(at test_foreign_optimizers.py"),
+        (WantsKeys, r"WantsKeys refuses this: KeyError: 'use_it' \(at test_external_optimizers.py"),
         (partial(SGD, momentum="high"), r"SGD refuses momentum=high: TypeError"),
         (partial(SGD, lr=None), r"SGD refuses lr=None: TypeError"),
         (partial(SGD, momenta=0.9), r"SGD has no argument 'momenta'; nearest: momentum"),

@@ -163,7 +163,7 @@ def test_loaders_of_unequal_length_are_refused_on_all_ranks_unless_the_run_ends_
 
 
 def test_a_rank_that_stays_outside_the_collective_is_named_with_its_place(ranks):
-    with pytest.raises(RankError, match=r"rank 1 is in training_step \(test_watchdog.py:\d+\)"):
+    with pytest.raises(RankError, match=r"1 is in training_step \(test_rank_watchdog.py:\d+\)"):
         ranks(train_until_stuck, 2, timeout=60)
 
 

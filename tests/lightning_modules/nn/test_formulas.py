@@ -1,7 +1,7 @@
 """The parts of a transformer against loops written from the papers' formulas, in float64.
 
-Attention and RoPE are in test_transformer.py and test_ladder.py; here are positions, norms, MLPs,
-and a whole net, one number at a time.
+Attention and RoPE are in test_transformer.py and test_attention_variants.py; here are positions,
+norms, MLPs, and a whole net, one number at a time.
 """
 
 import math

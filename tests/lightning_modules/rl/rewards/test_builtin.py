@@ -366,6 +366,6 @@ def test_the_line_of_a_reward_that_fails_is_named() -> None:
         raise KeyError
 
     line = mine.__code__.co_firstlineno + 1
-    said = rf"failed on sample 0 \('a'\): KeyError \(test_reward_terms\.py:{line}\); corr"
+    said = rf"failed on sample 0 \('a'\): KeyError \(test_builtin\.py:{line}\); corr"
     with pytest.raises(RewardError, match=said):
         score(RewardFunction(mine), "a")
