@@ -1,9 +1,9 @@
-"""The tables of results and of speeds, written from raw rows: no number stands there by hand.
+"""Write the tables of results and speeds in README and docs/ from the raw rows.
 
 python benchmarks/report.py [README.md docs/measurements.md docs/compatibility.md]
 
-Of each recipe the rows of its present config count, the newest of each seed; what was run with an
-older config is history. Of each comparison the newest row counts.
+A result uses the newest row of each seed whose config hash equals that of the present config. A
+comparison of speeds uses its newest row.
 """
 
 import json
@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 
 
 class Shown(NamedTuple):
-    """A row of the table: file of raw rows, label in it, metrics, and what else a row must have.
+    """An entry of the table: file of raw rows, config, metrics, and a key and value of its rows.
 
-    A metric `20 steps/fd` may lie within `20 steps`; `a over b` is their quotient.
+    A metric `20 steps/fd` is the entry `fd` of `20 steps`; `a over b` is their quotient.
     """
 
     file: str
@@ -38,57 +38,59 @@ GUIDED = [
 SHOWN = {
     "tiny Shakespeare, AdamW": Shown("shakespeare_quick", "shakespeare/quick_adamw", ["val/loss"]),
     "tiny Shakespeare, Muon": Shown("shakespeare_quick", "shakespeare/quick", ["val/loss"]),
-    "MNIST, a classifier": Shown("mnist_classifier", "classifier/mnist", ["test/accuracy"]),
-    "MNIST out of noise": Shown(
+    "MNIST classifier": Shown("mnist_classifier", "classifier/mnist", ["test/accuracy"]),
+    "MNIST diffusion, class-conditional": Shown(
         "diffusion_quality", "diffusion/mnist_quick", GUIDED, ("judge", "mnist_cnn")
     ),
-    "the same, another judge": Shown(
+    "MNIST diffusion, same model, second classifier": Shown(
         "diffusion_quality", "diffusion/mnist_quick", GUIDED, ("judge", "batch_norm")
     ),
-    "digits out of noise": Shown(
+    "8x8 digits diffusion, class-conditional": Shown(
         "diffusion_quality", "diffusion/digits", ["accuracy", "fd over floor"], ("over", "")
     ),
-    "digits, no time told": Shown(
+    "8x8 digits diffusion, no time input": Shown(
         "diffusion_quality", "diffusion/digits", ["fd over floor"], ("over", "diffusion/none")
     ),
-    "digits, one step": Shown(
+    "8x8 digits diffusion, one step": Shown(
         "diffusion_quality", "diffusion/digits", ["fd over floor"], ("over", "diffusion/one_step")
     ),
-    "no letter e: base model": Shown("reinforce_quick", "reinforce/quick", ["base/loss"]),
-    "no letter e: v1, e alone": Shown(
+    "text without e (REINFORCE): base model": Shown(
+        "reinforce_quick", "reinforce/quick", ["base/loss"]
+    ),
+    "text without e: reward v1, the letter only": Shown(
         "reinforce_quick", "reinforce/quick", ["v1/e", "v1/vocabulary_of_base"]
     ),
-    "no letter e: v6 with KL": Shown(
+    "text without e: reward v6 with KL": Shown(
         "reinforce_quick",
         "reinforce/quick",
         ["v6/e", "v6/vocabulary_of_base", "v6/nearest_jaccard", "v6/distinct_words_of_base"],
     ),
-    "an unseen play, all weights": Shown("lora_play", "shakespeare/full_play", ["val/loss"]),
-    "an unseen play, LoRA rank 8": Shown("lora_play", "shakespeare/lora", ["val/loss"]),
-    "an unseen play, QLoRA": Shown("lora_play", "shakespeare/qlora", ["val/loss"]),
+    "fine-tuning on an unseen play, all weights": Shown(
+        "lora_play", "shakespeare/full_play", ["val/loss"]
+    ),
+    "fine-tuning on an unseen play, LoRA rank 8": Shown(
+        "lora_play", "shakespeare/lora", ["val/loss"]
+    ),
+    "fine-tuning on an unseen play, QLoRA": Shown("lora_play", "shakespeare/qlora", ["val/loss"]),
     "SMS Spam": Shown("spam", "spam", ["test/accuracy", "test/f1", "test/auroc"]),
-    "SMS Spam, scikit-learn's rival": Shown(
+    "SMS Spam, scikit-learn baseline": Shown(
         "spam", "scikit-learn", ["test/accuracy", "test/f1", "test/auroc"]
     ),
 }
 
-FASTER = {  # file of raw rows: what a claim of it says (or its rival's name), and the ratio asked
-    "diffusion_step": {"": "1.05"},
-    "plan_overhead": {"": "1.05"},
-    "batch_gather": {},
-    "muon_step": {"": "1.03"},
-    "lora_step": {"": "1.00"},
-    "nf4": {"torchao": "0.1", "bitsandbytes": "3"},
-    "generation": {"": "0.1"},
-    "rollout": {"": "0.125"},
-    "against_trl": {"beta 0.05": "0.556", "beta 0": "0.5"},
-    "frechet": {"torchmetrics": "0.333"},
-    "bare_loops": {"tiny": "1.15", "": "1.03"},
+SPEEDS = (  # files of raw rows, in the order of the table
+    *("diffusion_step", "plan_overhead", "batch_gather", "muon_step", "lora_step", "nf4"),
+    *("generation", "rollout", "against_trl", "frechet", "bare_loops"),
+)
+TITLES = {  # plain names of measurements whose rows have other ones
+    "a million NF4 weights made float again": "dequantization of a million NF4 weights",
+    "Frechet's distance out of 2048 means and covariances": "Fréchet distance from the means and "
+    "covariances of 2048 features",
 }
 
 
 def rows_of(shown: Shown) -> list[dict[str, Any]]:
-    """The newest row of each seed, of the present config."""
+    """The newest row of each seed that was run with the present config."""
     config, path = shown.config, HERE / "rows" / f"{shown.file}.jsonl"
     if not path.exists():
         return []
@@ -105,7 +107,7 @@ def rows_of(shown: Shown) -> list[dict[str, Any]]:
 
 
 def figure(row: dict[str, Any], metric: str) -> float:
-    """A metric of a row, as `Shown` has it."""
+    """A metric of a row, named as in `Shown`."""
     above, _, below = metric.partition(" over ")
     if below:
         return figure(row, above) / row[below]
@@ -122,7 +124,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def table() -> str:
-    """The rows that exist, in the order of SHOWN."""
+    """The table of results, in the order of SHOWN; entries without rows are left out."""
     lines = ["| task | command | result | seconds | seeds | machine |", "|---|---|---|---|---|---|"]
     for name, shown in SHOWN.items():
         rows = rows_of(shown)
@@ -143,7 +145,7 @@ def table() -> str:
 
 
 def duration(seconds: float) -> str:
-    """Three digits and a unit."""
+    """Seconds as text: three digits and a unit."""
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
         if seconds * factor >= 1 or unit == "µs":
             return f"{seconds * factor:.3g} {unit}"
@@ -151,49 +153,46 @@ def duration(seconds: float) -> str:
 
 
 def speeds() -> str:
-    """A line for each rival of each comparison, in the order of FASTER."""
+    """A line for each comparison, in the order of SPEEDS."""
     lines = [
-        "| what | rival | time of ours | of the rival | ratio | 95 % of the median | asked | A/A "
+        "| measurement | compared with | Ravine | other | ratio | 95 % interval | A/A "
         "| machine | commit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for file, asked in FASTER.items():
+    for file in SPEEDS:
         path = HERE / "rows" / f"{file}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        prefix = "a step on 2 ranks beside a loop by hand: " if file == "bare_loops" else ""
+        prefix = "a training step on 2 ranks: " if file == "bare_loops" else ""
         for row in {row["what"]: row for row in rows if "ratios" in row}.values():
             median = {name: statistics.median(spent) for name, spent in row["seconds"].items()}
-            for rival, ratio in row["ratios"].items():
-                bound = next(
-                    (b for part, b in asked.items() if part in f"{row['what']} {rival}"), ""
-                )
-                pair = row["seconds"]["ours"], row["seconds"][rival]
+            title = prefix + TITLES.get(row["what"], row["what"])
+            for other, ratio in row["ratios"].items():
+                pair = row["seconds"]["ours"], row["seconds"][other]
                 paired = len(pair[0]) == len(pair[1])  # measured in turns
                 between = "{:.3f} to {:.3f}".format(*interval(*pair)) if paired else ""
-                named = f"{rival} {row[rival]}" if rival in row else rival
+                named = f"{other} {row[other]}" if other in row else other
                 lines.append(
-                    f"| [{prefix}{row['what']}](../benchmarks/{file}.py) | {named} "
-                    f"| {duration(median['ours'])} | {duration(median[rival])} | **{ratio:.3f}** "
-                    f"| {between} | {bound} "
-                    f"| {row['A/A']:.3f} | {row['machine']} | {row['commit']} |"
+                    f"| [{title}](../benchmarks/{file}.py) | {named} "
+                    f"| {duration(median['ours'])} | {duration(median[other])} | **{ratio:.3f}** "
+                    f"| {between} | {row['A/A']:.3f} | {row['machine']} | {row['commit']} |"
                 )
     return "\n".join(lines)
 
 
 def loops() -> str:
-    """A line for each net: a step in a bare loop, under Lightning's Trainer and under ours.
+    """A line for each network: a step in a bare loop, under Lightning's Trainer and under Ravine's.
 
-    All were measured in one run, in turns. `1.05` was asked of a step of some 60 ms.
+    Only rows whose ways were all measured in turns in one run are shown.
     """
     lines = [
-        "| what | bare | stock | ours | ours without the fast loop | stock / bare | ours / bare "
-        "| 95 % of the median | A/A | machine | commit |",
+        "| measurement | bare | stock | Ravine | Ravine without the fast loop | stock / bare "
+        "| Ravine / bare | 95 % interval | A/A | machine | commit |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in newest("trainer_overhead", "what"):
         seconds = row.get("seconds", {})
         if not {"bare", "stock", "ours", "ours without fast loop"} <= seconds.keys():
-            continue  # of ways that were not measured in turns with each other
+            continue  # these ways were not measured in turns with each other
         median = {name: statistics.median(spent) for name, spent in seconds.items()}
         names = ("bare", "stock", "ours", "ours without fast loop")
         times = " | ".join(duration(median[name]) for name in names)
@@ -209,7 +208,7 @@ def loops() -> str:
 
 
 def newest(file: str, *keys: str) -> list[dict[str, Any]]:
-    """The newest row of each value of the keys, in their order."""
+    """The newest row for each combination of values of the keys, sorted by them."""
     path = HERE / "rows" / f"{file}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     found = {tuple(str(row.get(key)) for key in keys): row for row in rows}
@@ -217,10 +216,11 @@ def newest(file: str, *keys: str) -> list[dict[str, Any]]:
 
 
 def fuzzing() -> str:
-    """A line a reader of outside files."""
+    """A line for each reader of untrusted files."""
     faults = ("ran", "touched", "hung", "grew", "crashed", "raised")
     lines = [
-        "| reader | inputs | past first check | refused | faults | longest | memory | commit |",
+        "| reader | inputs | past the first check | rejected | faults | longest | memory "
+        "| commit |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in newest("fuzz", "reader"):
@@ -233,17 +233,20 @@ def fuzzing() -> str:
 
 
 def counted(title: str, rows: list[dict[str, Any]], key: str) -> list[str]:
-    """A line for each verdict, the most frequent one first."""
+    """A line for each outcome, the most frequent one first."""
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     counts = Counter(row[key] for row in rows).most_common()
     return [f"| {title} ({len(rows)}) | {word} | {n} | {commits} |" for word, n in counts]
 
 
 def verdicts() -> str:
-    """How often each verdict was found in each trial."""
+    """The number of times that each trial had each outcome."""
     optimizers = newest("other_optimizers", "class")
-    lines = ["| what was tried | outcome | how many | commit |", "|---|---|---|---|"]
-    for title, trains in (("optimizers that train in plain Lightning", True), ("others", False)):
+    lines = ["| trial | outcome | count | commit |", "|---|---|---|---|"]
+    for title, trains in (
+        ("optimizers that train in plain Lightning", True),
+        ("optimizers that fail in plain Lightning", False),
+    ):
         some = [row for row in optimizers if bool(row.get("trains")) == trains]
         lines += counted(title, some, "verdict")
     lines += counted("optimizers, ddp 2", newest("other_optimizers_ranks", "class"), "verdict")
@@ -254,12 +257,12 @@ def verdicts() -> str:
     layouts = newest("other_modules_layouts", "module", "callback", "layout")
     lines += counted("modules on ddp, zero2 and zero3", layouts, "verdict")
     axes = ("callbacks", "task", "loader", "precision", "accumulate", "strategy", "seed")
-    lines += counted("runs cut and resumed twice", newest("resume_cover", *axes), "outcome")
+    lines += counted("runs interrupted and resumed twice", newest("resume_cover", *axes), "outcome")
     return "\n".join(lines)
 
 
 def peaks() -> str:
-    """A line for each size and layout: what a step must hold, and its peak."""
+    """A line for each size and layout: the memory that a step must hold, and its peak."""
     lines = [
         "| parameters | layout | P | G | S | A | must hold | peak | ratio | commit |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -277,7 +280,7 @@ def peaks() -> str:
 def starts() -> str:
     """A line for the start of each layout, and for each kind of checkpoint."""
     lines = [
-        "| 124 M parameters | layout | ranks | share | peak | 1.3 shares + 32 | commit |",
+        "| 124 M parameters | layout | ranks | share | peak | limit (1.3 x share + 32) | commit |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in newest("start_memory", "layout", "ranks", "size", "start"):
@@ -306,20 +309,18 @@ TABLES = {
 
 
 def write(page: Path) -> None:
-    """Renew the tables that the page has room for, between <!-- name --> and <!-- /name -->."""
+    """Write the tables whose markers, <!-- name --> and <!-- /name -->, the page has."""
     text = page.read_text(encoding="utf-8")
-    rooms = {name: (f"<!-- {name} -->", f"<!-- /{name} -->") for name in TABLES}
+    markers = {name: (f"<!-- {name} -->", f"<!-- /{name} -->") for name in TABLES}
     found = [
-        name for name, (begin, end) in rooms.items() if text.count(begin) == text.count(end) == 1
+        name for name, (begin, end) in markers.items() if text.count(begin) == text.count(end) == 1
     ]
     if not found:
-        sys.exit(
-            f"{page} has no room for a table: a line <!-- results --> and one <!-- /results -->"
-        )
+        sys.exit(f"{page} has no markers of a table; add <!-- results --> and <!-- /results -->")
     for name in found:
-        before, rest = text.split(rooms[name][0])
-        after = rest.split(rooms[name][1])[1]
-        text = f"{before}{rooms[name][0]}\n{TABLES[name]()}\n{rooms[name][1]}{after}"
+        before, rest = text.split(markers[name][0])
+        after = rest.split(markers[name][1])[1]
+        text = f"{before}{markers[name][0]}\n{TABLES[name]()}\n{markers[name][1]}{after}"
     page.write_text(text, encoding="utf-8")
 
 

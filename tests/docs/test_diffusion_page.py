@@ -30,8 +30,12 @@ def test_every_preset_it_names_is_there_and_no_other() -> None:
 
 def test_its_commands_are_understood() -> None:
     lines = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).splitlines()
-    for line in lines:
+    for line in filter(None, lines):
         _, command, *words = shlex.split(line)
+        if command == "fit":  # a preset and no flags
+            assert words[0] == "--config"
+            assert words[1] in presets.installed()
+            continue
         flags = dict(signature.pairs(words))
         flags.pop("ckpt_path")
         known = signature.flags(getattr(Diffusion, command)).keys() | {"folder"}
