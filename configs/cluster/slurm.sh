@@ -1,14 +1,18 @@
 #!/bin/bash
 # sbatch configs/cluster/slurm.sh --config gpt2/124m --config strategy/hsdp \
 #   --trainer.accumulate_grad_batches=5 --trainer.val_check_interval=10000
-# From a folder that all nodes see: runs/ is there. Options before the file's name win over its own:
+# Machine: two nodes with eight GPUs each. Time: at most that of --time; the job requeues itself.
+# Expect: a run folder below runs/ of the current folder, which must be on a file system that all
+# nodes share.
+# Options of sbatch override those of this file:
 # sbatch --nodes=4 --ntasks-per-node=4 --gpus-per-node=4 --time=12:00:00 configs/...
-# One task a GPU: srun starts the ranks, and Lightning reads their places from SLURM's variables.
-# Two minutes before the time is over every rank gets SIGUSR1: the run stops at a step's end with a
-# checkpoint and status 138, and the job goes back into the queue, where it goes on by itself.
-# SIGTERM stops it likewise, with 143, and whoever sent it decides: after scancel the job is over, after
-# scontrol requeue or a preemption it goes on. A rank that dies ends the others half a minute later:
-# NCCL would wait for it far longer.
+# srun starts one task per GPU. Lightning reads the ranks from SLURM's environment variables.
+# Two minutes before the time limit, each rank gets SIGUSR1. The run stops after the current
+# optimizer step, writes a checkpoint and exits with status 138. The script then requeues the job,
+# which resumes from the checkpoint.
+# SIGTERM also stops the run with a checkpoint, with status 143. After scancel the job is over.
+# After scontrol requeue or a preemption, SLURM starts the job again and it resumes.
+# If a rank exits, srun ends the other ranks 30 s later (--wait=30). NCCL alone waits much longer.
 #SBATCH --job-name=ravine
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -18,7 +22,7 @@
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# srun does not take the cores of a task from sbatch, since 22.05
+# since SLURM 22.05, srun does not inherit --cpus-per-task from sbatch
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=30 python -m ravine.cli.main fit "$@" \
     --trainer.num_nodes="$SLURM_NNODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" --ckpt_path=auto
 status=$?
