@@ -78,6 +78,19 @@ SHOWN = {
     ),
 }
 
+LABELS = {  # metric: its name in the table, where the last part of its key is not clear
+    "val/loss": "val/loss",
+    "base/loss": "val/loss",
+    "test/f1": "F1",
+    "test/auroc": "AUROC",
+    "fd over floor": "FD ratio",
+    "fd over floor_first": "FD ratio to the first 1,000",
+    "e": "fraction of e",
+    "vocabulary_of_base": "real words relative to base model",
+    "nearest_jaccard": "Jaccard distance to nearest sample",
+    "distinct_words_of_base": "distinct words relative to base model",
+}
+
 SPEEDS = (  # files of raw rows, in the order of the table
     *("diffusion_step", "plan_overhead", "batch_gather", "muon_step", "lora_step", "nf4"),
     *("generation", "rollout", "against_trl", "frechet", "bare_loops"),
@@ -115,6 +128,12 @@ def figure(row: dict[str, Any], metric: str) -> float:
     return row[metric] if metric in row else row[first][rest]
 
 
+def label(metric: str) -> str:
+    """The name of a metric in the table."""
+    name = metric if metric in LABELS else metric.rpartition("/")[2]
+    return LABELS.get(name, name)
+
+
 def spread(values: list[float], digits: int) -> str:
     """Mean ± standard error."""
     mean = f"{statistics.fmean(values):.{digits}f}"
@@ -131,9 +150,8 @@ def table() -> str:
         if not rows:
             continue
         results = ", ".join(
-            f"{m if m == 'val/loss' else m.rpartition('/')[2]} "
-            f"{spread([figure(row, m) for row in rows], 3)}"
-            for m in shown.metrics
+            f"{label(metric)} = {spread([figure(row, metric) for row in rows], 3)}"
+            for metric in shown.metrics
         )
         script = f"`benchmarks/{shown.file}.py`"
         command = f"`fit --config {shown.config}`" if "words" in rows[0] else script

@@ -1,6 +1,6 @@
 """Lists in docs, README and --help equal the registries; names and links in them exist.
 
-`python tests/test_lists.py` writes the lists of docs/, and overlays of strategies that have none.
+`python tests/test_lists.py` writes the lists of docs/, and the overlays of strategies without one.
 """
 
 import ast
@@ -73,7 +73,7 @@ def described(table: dict[Any, Any]) -> list[Row]:
 
 
 def presets() -> list[Row]:
-    """Strategies by name, and what is written out for each."""
+    """Strategies by name: description, and the equivalent MeshStrategy call."""
     rows = []
     for name, (text, arguments) in PRESETS.items():
         written = ", ".join(f"{key}={value}" for key, value in arguments.items())
@@ -222,7 +222,7 @@ def test_choices_in_tables_of_docs_are_those_of_the_arguments() -> None:
 
 
 def support_columns(text: str) -> list[list[str]]:
-    """The heads of README's tables of what works."""
+    """The header rows of README's support tables."""
     (block,) = re.findall(r"<!-- support -->\n(.*?)<!-- /support -->", text, re.DOTALL)
     lines = block.splitlines()
     heads = [line for line, rule in pairwise(lines) if rule.startswith("|---")]
@@ -232,11 +232,11 @@ def support_columns(text: str) -> list[list[str]]:
 def test_each_strategy_has_an_overlay_and_a_column_of_the_table_of_what_works() -> None:
     assert sorted(path.stem for path in OVERLAYS.glob("*.yaml")) == sorted(PRESETS)
     columns = support_columns((ROOT / "README.md").read_text())
-    assert columns[1] == ["callback, on the transformer", "ddp", *PRESETS]
+    assert columns[1] == ["callback (on the transformer)", "ddp", *PRESETS]
 
 
 def overlay(name: str) -> str:
-    """A config for a new strategy: the fewest devices that show it, and the losses of one."""
+    """The overlay of a strategy, with a command for the fewest devices that it needs."""
     text, arguments = PRESETS[name]
     devices = fewest_ranks(arguments)
     mesh = resolve(MeshStrategy(**arguments).degrees, devices)
@@ -246,8 +246,8 @@ def overlay(name: str) -> str:
         f"# lightning fit --config gpt2/124m --config strategy/{name} "
         f"--trainer.devices={devices} \\\n#   --trainer.accumulate_grad_batches={steps} "
         f"--trainer.val_check_interval={2000 * steps}\n"
-        f"# Machine: {devices} devices or more. Time: measure.\n"
-        f"# Expect: the losses of one process; {text}.\n"
+        f"# Machine: {devices} devices or more. Time: not measured.\n"
+        f"# Expect: the losses of one process.\n# Strategy: {text}.\n"
         f"trainer:\n  strategy: {name}\n"
     )
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from doc_pages import DOCS, README, commands, files
 
+import ravine
 from ravine.cli.main import main
 
 
@@ -51,6 +52,16 @@ def test_the_script_of_the_readme_trains_under_the_stock_trainer(
     script = files(README.read_text())["script.py"].replace("max_steps=200", "max_steps=2")
     exec(compile(script, "script.py", "exec"), {"__name__": "__main__"})
     assert "The" in capsys.readouterr().out
+
+
+def test_the_script_of_the_readme_with_the_trainer_of_ravine_loads_what_it_trains(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = files(README.read_text())["train.py"].replace("max_steps=200", "max_steps=2")
+    exec(compile(script, "train.py", "exec"), {"__name__": "__main__"})
+    shown = capsys.readouterr().out
+    assert f"ravine {ravine.__version__}" in shown
+    assert "\nThe" in shown
 
 
 def read_by_two_ranks(folder: str) -> tuple[int, ...]:

@@ -83,7 +83,7 @@ KINDS = {
 }
 CALLBACKS = sorted(KINDS)
 PLANS = {name for name, kind in KINDS.items() if issubclass(kind, OptimizerPlan)}
-EVERY_OTHER, OPTIMIZERS = "every other callback", "every optimizer of `ravine.callbacks`"
+EVERY_OTHER, OPTIMIZERS = "all other callbacks", "all optimizers of `ravine.callbacks`"
 ARGUMENTS = {
     "CollapseAlarm": lambda: CollapseAlarm({"train/loss": 99.0}),
     "Compile": lambda: Compile(backend="eager"),
@@ -570,8 +570,8 @@ def test_readme_says_what_was_measured(measure):
     measured = "\n\n".join(
         [
             table("task", by_task),
-            table("callback, on the transformer", by_strategy, EVERY_OTHER),
-            table("callback, on modules of others", by_module, EVERY_OTHER),
+            table("callback (on the transformer)", by_strategy, EVERY_OTHER),
+            table("callback (on external modules)", by_module, EVERY_OTHER),
             "\n".join(f"{i}. `{reason}`" for i, reason in enumerate(REASONS, 1)),
         ]
     )
