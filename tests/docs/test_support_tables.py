@@ -1,14 +1,14 @@
-"""README's tables of what works are what is measured here: trained alike on every strategy.
+"""README's support tables equal what is measured here: equal training on every strategy.
 
 `WRITE_README=1 pytest tests/docs/test_support_tables.py -k readme` writes them.
 
-A cell is ticked if two steps leave the weights that one process has, on every rank, and callbacks
-have logged the same numbers, written the same files and printed the same words; and each of them is
-seen to do something. It has the number of a reason if the combination is refused by an
-error of ours, in one line, before the first step; anything else, a hang too, fails this file.
+A cell is ticked if, after two steps, the weights on every rank equal those of one process.
+Callbacks must log the same numbers, write the same files and print the same words, and each must
+have a visible effect. A cell has the number of a reason if a one-line error of Ravine refuses the
+combination before the first step. Any other outcome, a hang included, fails a test of this file.
 
-Callbacks that leave training alone run together, and so do three that change it, each in its way:
-if one of them is refused, all are tried one by one.
+Callbacks that do not change training run together, and so do three that change it independently.
+If one of a group is refused, each is tried alone.
 """
 
 import io
@@ -65,11 +65,11 @@ from ravine.lightning_modules import (
 from ravine.strategies import NAMES
 
 pytestmark = [
-    # it is logged on each rank after the ranks have summed it
+    # logged on each rank after an all-reduce
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
-    # dynamo looks there when it traces what a sharded block has gathered
+    # dynamo reads it when it traces the gathered parameters of a sharded block
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    # it is there for training alone
+    # the critic is used in training only
     pytest.mark.filterwarnings("ignore:LoRA. no adapter of critic is used in validation"),
 ]
 
@@ -90,9 +90,9 @@ ARGUMENTS = {
     "FrechetDistance": lambda: FrechetDistance(Pixels(), n=8, batch_size=4),
     "GradientClipping": lambda: GradientClipping(0.1),
     "LoRA": lambda: LoRA(rank=2),
-    # in bf16 a last bit of a gradient becomes a last bit of bf16: its own tests have that
+    # bf16 amplifies rounding of gradients; the tests of Muon cover bf16
     "Muon": lambda: Muon(iteration_dtype="float32", rest=partial(torch.optim.SGD, lr=0.1)),
-    # a difference of two gradients has half of their digits: it decides some of the step, not all
+    # a difference of gradients loses half of the digits; damping bounds its effect on the step
     "Newton": lambda: Newton(damping=5.0),
     "OptimizerPlan": lambda: OptimizerPlan(partial(torch.optim.SGD, lr=0.1, momentum=0.9)),
     "Pretrained": lambda: Pretrained("weights.pt"),
@@ -103,14 +103,14 @@ WATCHERS = (
     *("GlobalMean", "GracefulStop", "LossPlot", "MemoryTable", "NaNGuard", "PredictionTable"),
     *("ProgressBar", "RolloutTable", "Samples", "Summary", "Throughput", "UpdateSizes"),
 )
-AWAITING = {  # what these wait for does not happen in two steps
+AWAITING = {  # callbacks without an effect in two steps: the event that they need
     "ExactResume": "a cut",
     "GlobalMean": "ranks or micro-batches of unequal weight",
     "GracefulStop": "a signal",
-    "NaNGuard": "a number that is none",
-    "Newton": "a net of its own: there is nothing to compare with",
+    "NaNGuard": "a value that is not finite",
+    "Newton": "a network of its own, so there is no run without it to compare with",
     "PredictionTable": "predictions",
-    "RankWatchdog": "a rank that waits for ever",
+    "RankWatchdog": "a rank that hangs",
     "RunChecks": "a mistake",
 }
 STIRRERS = ("EMA", "GradientClipping", "Pretrained")
@@ -123,16 +123,16 @@ REASONS = (
 
 
 class Pixels(torch.nn.Module):
-    """A measure of images: their pixels."""
+    """Image features: the pixels."""
 
     def forward(self, images):
         return images.flatten(1).double()
 
 
 class Pictures:
-    """What callbacks ask of any module, and a count of its steps."""
+    """The optional hooks that callbacks call on a module, and a count of its steps."""
 
-    flops = None  # the machine's peak is measured elsewhere
+    flops = None  # Throughput then does not measure the machine's peak
     begun = 0
 
     def training_step(self, *args):
@@ -158,7 +158,7 @@ class Pictures:
 
 
 class Model(Pictures, LanguageModel):
-    """The transformer; what it draws is its answer alone."""
+    """The transformer; its figures depend on the logits alone."""
 
     @torch.no_grad()
     def figures(self, datamodule):
@@ -167,7 +167,7 @@ class Model(Pictures, LanguageModel):
 
 
 class Few(Model):
-    """One of its norms is trained: four numbers, few enough for Newton."""
+    """Only one norm is trained: four numbers, few enough for Newton."""
 
     def build(self):
         net = super().build()
@@ -177,7 +177,7 @@ class Few(Model):
 
 
 class Foreign(Pictures):
-    """Metrics are named like ours; the inputs point into all directions, or Muon moves by noise."""
+    """Metrics have Ravine's names; inputs have full rank, else rounding decides Muon's step."""
 
     def log(self, name, *args, **how):
         super().log(re.sub("^(train|val)_", r"\1/", name), *args, **how)
@@ -300,7 +300,7 @@ def observed(names: tuple[str, ...], folder: Path) -> Iterator[dict[str, torch.T
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    # whoever compiles would compile the hook as well
+    # torch.compile would compile the hook too
     hook = register_module_forward_pre_hook(look) if "Compile" not in names else None
     try:
         with redirect_stdout(said):
@@ -308,10 +308,10 @@ def observed(names: tuple[str, ...], folder: Path) -> Iterator[dict[str, torch.T
     finally:
         if hook is not None:
             hook.remove()
-    assert first or not said.getvalue(), "only the first rank has the word"
+    assert first or not said.getvalue(), "only the first rank prints"
     found = {f"/written/{p.relative_to(folder)}" for p in folder.rglob("*.*") if p.stat().st_size}
     words = set(re.findall("[A-Za-z/]{2,}", said.getvalue())) - {"process", "rank", "shards"}
-    found |= {f"/said/{word}" for word in words}  # a memory table names what it counts
+    found |= {f"/said/{word}" for word in words}  # a memory table names the strategy's parts
     found |= {"/computed/again"} if again else set()
     found |= {"/compiled"} if torch._dynamo.utils.counters["stats"]["unique_graphs"] else set()
     seen |= dict.fromkeys(found if first else (), torch.ones(()))
@@ -341,7 +341,7 @@ def attempt(module, names, strategy, devices, folder):
         val_check_interval=1,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        limit_val_batches=int("Compile" not in names),  # tracing takes as long as all the rest
+        limit_val_batches=int("Compile" not in names),  # tracing doubles the time
         strategy=strategy,
         devices=devices,
     )
@@ -357,13 +357,13 @@ def attempt(module, names, strategy, devices, folder):
 
 
 def told_alike(name):
-    """Whether all ranks mean the same by a metric, and mean no time."""
+    """Whether a metric is equal on all ranks and is not a time."""
     timed = name.endswith(("_seconds", "_per_second"))
     return name.startswith(("val/", "update/", "train/grad", "train/clip")) and not timed
 
 
 def rows(modules, *how, trying=attempt):
-    """What `attempt` says of each module and group of callbacks; a refused one is taken apart."""
+    """The result of `attempt` for each module and group of callbacks; a refused group is split."""
     found = {}
     for module in modules:
         for names in groups(module):
@@ -375,7 +375,7 @@ def rows(modules, *how, trying=attempt):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A text, and a language model that nobody has trained, for a policy to start from."""
+    """A text, and an untrained language model as the base of a policy."""
     folder = tmp_path_factory.mktemp("support")
     (folder / "text.txt").write_text("".join(documentation())[:3000])
     L.seed_everything(0, verbose=False)
@@ -389,7 +389,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(folder):
-    """`single(module, names)`: what one process comes to."""
+    """`single(module, names)`: the result on one process."""
     return cache(lambda module, names: attempt(module, names, *ALONE[1:], folder))
 
 
@@ -397,7 +397,7 @@ def single(folder):
 def measure(folder, single, tmp_path_factory):
     """`measure(modules, strategy, world)`: None or the refusal, by module and callback.
 
-    It is measured once, whichever worker of pytest-xdist asks.
+    It is measured once for all workers of pytest-xdist.
     """
     known = tmp_path_factory.getbasetemp()
     known = known.parent if "PYTEST_XDIST_WORKER" in os.environ else known
@@ -432,7 +432,7 @@ def measure(folder, single, tmp_path_factory):
 
 
 def compare(each, single, what):
-    """Every rank has the weights of one process, or some of them in a pipeline; and its numbers."""
+    """Weights and metrics of each rank equal those of one process; in a pipeline, those it has."""
     assert {n for weights in each for n in weights} == single.keys(), what
     for found in each:
         for name, value in found.items():
