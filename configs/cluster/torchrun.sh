@@ -27,6 +27,6 @@ while kill -0 "$agent" 2> /dev/null; do
 done
 wait "$agent"
 status=$?
-told=$(cat "$RAVINE_STATUS")
+run_status=$(cat "$RAVINE_STATUS")
 rm "$RAVINE_STATUS"
-exit "${told:-$status}"
+exit "${run_status:-$status}"
