@@ -83,7 +83,7 @@ KINDS = {
 }
 CALLBACKS = sorted(KINDS)
 PLANS = {name for name, kind in KINDS.items() if issubclass(kind, OptimizerPlan)}
-EVERY_OTHER, OPTIMIZERS = "all other callbacks", "all optimizers of `ravine.callbacks`"
+EVERY_OTHER, OPTIMIZERS = "all callbacks not listed below", "all optimizers of `ravine.callbacks`"
 ARGUMENTS = {
     "CollapseAlarm": lambda: CollapseAlarm({"train/loss": 99.0}),
     "Compile": lambda: Compile(backend="eager"),
