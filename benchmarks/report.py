@@ -183,7 +183,7 @@ def speeds() -> str:
         prefix = "a training step on 2 ranks: " if file == "bare_loops" else ""
         for row in {row["what"]: row for row in rows if "ratios" in row}.values():
             median = {name: statistics.median(spent) for name, spent in row["seconds"].items()}
-            title = prefix + TITLES.get(row["what"], row["what"])
+            title = prefix + (TITLES.get(row["what"]) or row["what"])
             for other, ratio in row["ratios"].items():
                 pair = row["seconds"]["ours"], row["seconds"][other]
                 paired = len(pair[0]) == len(pair[1])  # measured in turns
