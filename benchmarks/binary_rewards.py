@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from record import append, machine
 from torch import Tensor
 
-from ravine.lightning_modules.rl.advantages import Estimator, Kind
+from ravine.lightning_modules.rl.advantages import AdvantageMethod, Estimator
 
 PHI = {
     "rloo": ("t", lambda t: t),
@@ -27,12 +27,12 @@ PHI = {
 T = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
 
 
-def slopes(kind: Kind, size: int) -> Tensor:
+def slopes(kind: AdvantageMethod, size: int) -> Tensor:
     """Expected step over dt/dθ at each t: Σ_k Binomial(k) · mean_i w_i ∂log p(y_i)/∂t."""
     total = torch.zeros_like(T)
     for k in range(size + 1):  # k right answers; their order does not matter
         rewards = torch.tensor([1.0] * k + [0.0] * (size - k), dtype=torch.float64)
-        w = Estimator(kind).weights(rewards)
+        w = Estimator(kind).advantages(rewards)
         ways = math.lgamma(size + 1) - math.lgamma(k + 1) - math.lgamma(size - k + 1)
         likely = (ways + k * T.log() + (size - k) * (1 - T).log()).exp()
         right, wrong = w[:k].sum(), w[k:].sum()

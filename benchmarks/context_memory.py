@@ -49,7 +49,7 @@ from tensor_bytes import tensor_bytes
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies.context_parallel import _Ring, zigzag
+from ravine.strategies.context_parallel import _RingAttention, zigzag_positions
 
 MIB = 2**20
 SHAPE: dict[str, Any] = {"layers": 4, "width": 256, "heads": 8, "zero_init": False}
@@ -70,11 +70,11 @@ def attention(length: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, 8, length, 32, generator=generator, dtype=dtype) for _ in "qkvd"]
-    here = zigzag(length, rank, ranks)
+    here = zigzag_positions(length, rank, ranks)
     mine = [each[:, :, here] for each in tensors]
 
     def ring(*parts: Tensor) -> Tensor:
-        return _Ring.apply(*parts, dist.group.WORLD)
+        return _RingAttention.apply(*parts, dist.group.WORLD)
 
     def both(function: Callable[..., Tensor], given: list[Tensor]) -> list[Tensor]:
         leaves = [each.detach().requires_grad_() for each in given[:3]]

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from record import append, circumstances, ravine
 from torch import Tensor
 
-from ravine.callbacks.frechet.statistics import Gaussian, Moments, frechet
+from ravine.callbacks.frechet.statistics import Gaussian, Moments, frechet_distance
 from ravine.datamodules import ImageDataModule
 from ravine.datamodules.images import to_float
 from ravine.lightning_modules import Diffusion
@@ -96,7 +96,7 @@ class Judge:
     def __init__(self, features: Any, data: ImageDataModule, n: int) -> None:
         self.features = features.eval()
         self.train, _ = data.pictures("train")
-        self.reference = Gaussian.of(self.moments(self.train))
+        self.reference = Gaussian.from_moments(self.moments(self.train))
         self.test, labels = data.pictures("test")
         self.accuracy = self.right(self.test, labels).float().mean().item()
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -118,7 +118,7 @@ class Judge:
         return self.features.logits(self.of(images)).argmax(1) == labels
 
     def distance(self, images: Tensor) -> float:
-        return float(frechet(self.moments(images), self.reference))
+        return float(frechet_distance(self.moments(images), self.reference))
 
     def nearest(self, images: Tensor) -> Tensor:
         """Distance of each image to the nearest training image."""

@@ -22,7 +22,7 @@ from ravine.callbacks import EMA, GradientClipping, OptimizerPlan
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import ImageDataModule
 from ravine.lightning_modules import Diffusion
-from ravine.lightning_modules.diffusion_core.noise_schedules import alpha_bar
+from ravine.lightning_modules.diffusion_core.noise_schedules import compute_alpha_bar
 from ravine.lightning_modules.nn.unet import UNet
 
 BLOCK, ROUNDS = 20, 9
@@ -50,10 +50,10 @@ class Bare:
     def __init__(self, data: ImageDataModule) -> None:
         images, self.labels = data.pictures("train")
         self.images = images
-        self.net = UNet(1, 16, classes=10).to(memory_format=torch.channels_last)  # pyright: ignore
+        self.net = UNet(1, 16, num_classes=10).to(memory_format=torch.channels_last)  # pyright: ignore
         self.optimizer = torch.optim.AdamW(self.net.parameters(), 2e-3)
         self.average = [p.detach().clone() for p in self.net.parameters()]
-        kept = alpha_bar("linear").float()
+        kept = compute_alpha_bar("linear").float()
         self.alpha, self.sigma = kept.sqrt(), (1 - kept).sqrt()
         self.order = torch.randperm(len(images))
 

@@ -24,7 +24,7 @@ from torchmetrics.image.fid import _compute_fid
 from versus import compare, rounds
 
 from ravine.callbacks.frechet.inception import Inception
-from ravine.callbacks.frechet.statistics import Gaussian, Moments, frechet
+from ravine.callbacks.frechet.statistics import Gaussian, Moments, frechet_distance
 
 D, N, ROUNDS, IMAGES = 2048, 10_000, 3, 512
 
@@ -40,13 +40,13 @@ def matrix() -> None:
     torch.set_num_threads(1)
     mix = torch.randn(D, D, dtype=torch.float64) / D**0.5
     drawn, real = (gathered(torch.randn(N, D, dtype=torch.float64) @ mix + m) for m in (0, 0.1))
-    kept = Gaussian.of(real)
+    kept = Gaussian.from_moments(real)
     theirs = drawn.mean(), drawn.covariance(), real.mean(), real.covariance()
     ways = {
-        "ours": lambda: frechet(drawn, kept),
-        "ours, cold": lambda: frechet(drawn, Gaussian.of(real)),
+        "ours": lambda: frechet_distance(drawn, kept),
+        "ours, cold": lambda: frechet_distance(drawn, Gaussian.from_moments(real)),
         "torchmetrics": lambda: _compute_fid(*theirs),
-        "ours again": lambda: frechet(drawn, kept),
+        "ours again": lambda: frechet_distance(drawn, kept),
     }
     difference = abs(float(ways["torchmetrics"]()) / float(ways["ours"]()) - 1)
     times = rounds(ways, ROUNDS)
@@ -86,7 +86,7 @@ def inception() -> None:
         begun = time.perf_counter()
         net = Inception(path, 64)
         one, other = (torch.cat([net(p) for p in images.split(64)]) for images in (drawn, real))
-        ours = float(frechet(gathered(one), Gaussian.of(gathered(other))))
+        ours = float(frechet_distance(gathered(one), Gaussian.from_moments(gathered(other))))
         took = time.perf_counter() - begun
         begun = time.perf_counter()
         found = torch_fidelity.calculate_metrics(

@@ -229,7 +229,7 @@ def _refused(error: Exception) -> bool:
     """Whether the command line would show the exception without a traceback."""
     from ravine.cli import error_report as errors
 
-    return errors.status(errors.original(error)) is not None
+    return errors.exit_status(errors.unwrap_error(error)) is not None
 
 
 def _model() -> dict[str, Any]:
@@ -295,16 +295,20 @@ def read_checkpoint(path: Path) -> None:
     from ravine.cli import checkpoint_connector as restore
     from ravine.cli import loading as trained
     from ravine.cli.config import saved_config
-    from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, check, reading_together
+    from ravine.strategies.checkpoint.atomic_io import (
+        AtomicCheckpointIO,
+        collective_loading,
+        find_damage,
+    )
 
-    check(path)
-    with reading_together(mapped=("state_dict", "callbacks")):
+    find_damage(path)
+    with collective_loading(mapped_sections=("state_dict", "callbacks")):
         touch(AtomicCheckpointIO().load_checkpoint(path))
     AtomicCheckpointIO().load_checkpoint(path)
-    config = saved_config.saved(path)
+    config = saved_config.load_saved_config(path)
     if config:
-        saved_config.as_words(config)
-    restore.read(path)
+        saved_config.to_argv(config)
+    restore.load_metadata(path)
     trained.load(path)
 
 
@@ -331,10 +335,10 @@ def sharded_seeds() -> list[Files]:
     from ravine.strategies.checkpoint import sharded
 
     checkpoint = _model()
-    tensors, rest = sharded.part(checkpoint)
+    tensors, rest = sharded.split_tensors(checkpoint)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        named = {sharded.key_of(place): t for place, t in tensors.items()}
+        named = {sharded.encode_path(place): t for place, t in tensors.items()}
         save(named, storage_writer=FileSystemWriter(folder, thread_count=1), no_dist=True)
         torch.save(rest, Path(folder, "meta.pt"))
         files = {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir())}
@@ -590,10 +594,10 @@ def tokenizer_seeds() -> list[Files]:
     pieces = [bytes([n]) for n in range(256)] + [b"th", b"the", b" the"]
     merges = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the")]
     file = FileTokenizer.of_merges(dict(enumerate(pieces)), merges, ["<|endoftext|>"])
-    content = json.loads(file.content)
+    content = json.loads(file.json_text)
     config = json.dumps({"eos_token": "<|endoftext|>"}).encode()
     found: list[Files] = [
-        {"tokenizer.json": file.content.encode(), "tokenizer_config.json": config},
+        {"tokenizer.json": file.json_text.encode(), "tokenizer_config.json": config},
         {"vocab.json": json.dumps(content["model"]["vocab"]).encode(),
          "merges.txt": "\n".join(" ".join(m) for m in content["model"]["merges"]).encode()},
     ]  # fmt: skip
@@ -602,7 +606,7 @@ def tokenizer_seeds() -> list[Files]:
 
 
 def read_tokenizer(path: Path) -> None:
-    from ravine.datamodules.tokenizers import FileTokenizer, from_state
+    from ravine.datamodules.tokenizers import FileTokenizer, tokenizer_from_state_dict
 
     state = path / "state.json"
     if state.is_file():
@@ -612,9 +616,9 @@ def read_tokenizer(path: Path) -> None:
             return  # of a checkpoint, which another reader takes apart
         if not isinstance(said, dict):
             return
-        tokenizer = from_state(said)
+        tokenizer = tokenizer_from_state_dict(said)
     else:
-        tokenizer = FileTokenizer.of_file(path)
+        tokenizer = FileTokenizer.from_file(path)
     for text in ("abc", "7 8", "", "the 天地 the<|endoftext|>"):
         try:
             numbers = tokenizer.encode(text)
@@ -652,7 +656,9 @@ def change_meta(dice: random.Random, files: Files) -> Files:
         return change_json(dice, files)
     if dice.random() < 0.5:
         return files | {"meta.pkl": change_pickle(dice, files["meta.pkl"])}
-    value = plain_pickle.load(files["meta.pkl"], lambda name: False)  # it may have been changed
+    value = plain_pickle.load_plain(
+        files["meta.pkl"], lambda name: False
+    )  # it may have been changed
     value = change_value(dice, value, 0.2)
     return files | {"meta.pkl": pickle.dumps(value, dice.choice((0, 2, 4)))}
 
@@ -720,7 +726,7 @@ def read_text(path: Path) -> None:
         data = TextDataModule(path, context=8, batch_size=2, tokenizer=kind, memory_limit=2**20)
         data.setup("fit")
         next(iter(data.train_dataloader()))
-    generate.prompts(path, None)
+    generate.load_prompts(path, None)
 
 
 def is_utf8(path: Path) -> bool:
@@ -735,9 +741,9 @@ def weights_seeds() -> list[Files]:
     from ravine.lightning_modules.pretrained import gpt2
 
     torch.manual_seed(0)
-    shape = gpt2.SHAPE | {"layers": 1, "width": 8, "heads": 2}
+    shape = gpt2.GPT2_KWARGS | {"layers": 1, "width": 8, "heads": 2}
     with tempfile.TemporaryDirectory() as folder:
-        gpt2.write(Transformer(20, 8, **shape), shape, folder, end=0)
+        gpt2.save_hf(Transformer(20, 8, **shape), shape, folder, eos_id=0)
         return [{p.name: p.read_bytes() for p in sorted(Path(folder).iterdir(), reverse=True)}]
 
 
@@ -756,8 +762,8 @@ def read_weights(path: Path) -> None:
     from ravine.lightning_modules.nn import Transformer
     from ravine.lightning_modules.pretrained import gpt2
 
-    shape = gpt2.SHAPE | {"layers": 1, "width": 8, "heads": 2}
-    gpt2.read(path, Transformer(20, 8, **shape))
+    shape = gpt2.GPT2_KWARGS | {"layers": 1, "width": 8, "heads": 2}
+    gpt2.load_hf(path, Transformer(20, 8, **shape))
 
 
 def whole_weights(path: Path) -> bool:
@@ -803,12 +809,12 @@ def read_config(path: Path) -> None:
     from ravine.cli.config import presets, trust
     from ravine.cli.config import values as given
 
-    presets.check(str(path))
-    presets.check_order([str(path)])
-    found = given.in_file(str(path))
-    trust.named_in(found)
+    presets.check_config_file(str(path))
+    presets.check_config_order([str(path)])
+    found = given.from_yaml(str(path))
+    trust.find_dotted_names(found)
     for each in found:
-        _ = each.items(), each.value, each.shown
+        _ = each.children(), each.value, each.display_text
 
 
 def is_text(path: Path) -> bool:

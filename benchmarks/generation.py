@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from versus import compare, rounds, waited
 
-from ravine.lightning_modules.generation.cuda_graphs import cuda_graph
+from ravine.lightning_modules.generation.cuda_graphs import capture_cuda_graph
 from ravine.lightning_modules.generation.generate_text import generate
 from ravine.lightning_modules.nn import Transformer
 
@@ -29,7 +29,7 @@ def main() -> None:
     prompts = list(torch.randint(65, (B, PROMPT)))
     ways: dict[str, dict[str, Any]] = {"ours": {}, "uncached": {"cached": False}, "ours again": {}}
     if device == "cuda":
-        ways["ours, recorded"] = {"capture": cuda_graph}
+        ways["ours, recorded"] = {"capture": capture_cuda_graph}
     calls = {k: partial(generate, net, prompts, NEW, CONTEXT, **how) for k, how in ways.items()}
     clock = waited if device == "cuda" else time.process_time
     slow = {"uncached": calls.pop("uncached")}

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from external_modules.common_idioms import IDIOMS, Idiom, features, images, labelled
 
 from ravine import callbacks as ours
-from ravine.callbacks.transforms.layer_selection import frozen_copies, within
+from ravine.callbacks.transforms.layer_selection import find_frozen_copies, is_submodule_of
 
 PACKAGES = {
     "gluonts": "0.17.0", "mlcolvar": "1.3.1", "torch_uncertainty": "0.13.0", "lightly": "1.6.0",
@@ -344,8 +344,8 @@ def frozen(make: Any, *callbacks: L.Callback, adapters: bool = True) -> str:
     keep, module = fit(make, *callbacks)[1:]
     moved = {n for n, p in keep.path[-1][1].items() if not p.equal(keep.start[n])}
     free = {n for n, p in module.named_parameters() if p.requires_grad}
-    copies = frozen_copies(make())
-    odd = [n for n in moved - free if not any(within(n, c) for c in copies)]
+    copies = find_frozen_copies(make())
+    odd = [n for n in moved - free if not any(is_submodule_of(n, c) for c in copies)]
     if odd:
         return f"{odd[0]} is frozen and has moved"
     if adapters and not any("lora_b" in n for n in moved):

@@ -198,7 +198,9 @@ def factories(kind: type) -> Iterator[tuple[str, Factory]]:
 
 def one_line(error: BaseException) -> bool:
     """Whether the command line would print the text alone."""
-    return isinstance(error, Exception) and errors.status(errors.original(error)) is not None
+    return (
+        isinstance(error, Exception) and errors.exit_status(errors.unwrap_error(error)) is not None
+    )
 
 
 def said(error: BaseException | None) -> str:

@@ -44,8 +44,8 @@ def planned(width: int) -> tuple[Any, Any]:
     """The same from a plan of ten rules."""
     rules = [Rule(name=f"group{group}.*", optimizer=AdamW) for group in range(GROUPS)]
     plan = OptimizerPlan(rules=rules, decay="all", schedule=Schedule("linear"))
-    plan._length = 1e6
-    made = plan._configure(L.Trainer(logger=False, enable_checkpointing=False), Net(width))
+    plan._total_steps = 1e6
+    made = plan._build_optimizer(L.Trainer(logger=False, enable_checkpointing=False), Net(width))
     return made["optimizer"], made["lr_scheduler"]["scheduler"]
 
 

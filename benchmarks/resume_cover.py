@@ -295,7 +295,7 @@ def fit(case: Case, folder: Path, name: str, ckpt: Path | None = None) -> Path:
     loss = "train_loss" if case["task"].startswith("Net") else loss
     for each in callbacks:
         if isinstance(each, CollapseAlarm):
-            each.fallen, each.asked = {loss: 1.0}, {loss}
+            each.min_fraction_of_first, each.requested = {loss: 1.0}, {loss}
         if isinstance(each, Curves):
             each.metrics = [loss]
     strategy = {"one process": "auto"}.get(case["strategy"], case["strategy"])

@@ -142,7 +142,7 @@ class Peak(L.Callback):
 def unit_bytes(module: Any, half: bool) -> list[int]:
     """Bytes of what each unit gathers, the largest first."""
     found = []
-    for unit in parallelize.units(module):
+    for unit in parallelize.fsdp_units(module):
         group = unit._get_fsdp_state()._fsdp_param_group
         if group is not None:
             numbers = sum(p._orig_size.numel() for p in group.fsdp_params)

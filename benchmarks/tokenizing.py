@@ -37,14 +37,17 @@ def peak() -> int:
 
 def measure(kind: str, million: int) -> dict[str, object]:
     """Seconds, processor seconds, memory and sizes of pieces of one text."""
-    from ravine.datamodules.token_cache import at_borders, encoded
+    from ravine.datamodules.token_cache import encode_parallel, split_at_word_boundaries
     from ravine.datamodules.tokenizers import gpt2
 
     tokenizer = gpt2("allowed" if "special" in kind else "plain")
     tokenizer.encode("warm up")
-    pieces = [len(piece) for piece in at_borders(parts(LINES[kind], min(million, 16)), tokenizer)]
+    pieces = [
+        len(piece)
+        for piece in split_at_word_boundaries(parts(LINES[kind], min(million, 16)), tokenizer)
+    ]
     before, begun, worked = peak(), time.perf_counter(), time.process_time()
-    count = sum(len(numbers) for numbers in encoded(tokenizer, parts(LINES[kind], million)))
+    count = sum(len(numbers) for numbers in encode_parallel(tokenizer, parts(LINES[kind], million)))
     return {
         "what": kind,
         "million_characters": million,

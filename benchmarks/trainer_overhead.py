@@ -47,8 +47,8 @@ from ravine.callbacks import (
     Schedule,
 )
 from ravine.callbacks.monitoring import progress
-from ravine.cli.lightning_noise import quiet
-from ravine.cli.trainer import Trainer, automatic_precision
+from ravine.cli.lightning_noise import silence_lightning
+from ravine.cli.trainer import Trainer, default_precision
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
 
@@ -119,7 +119,7 @@ class Transformers:
 
     def __init__(self, turn: int) -> None:
         self.turn = turn
-        self.precision: Any = automatic_precision("cpu")
+        self.precision: Any = default_precision("cpu")
         self.schedule = Schedule("linear", warmup=50)
 
     def parts(self) -> tuple[LanguageModel, TextDataModule]:
@@ -309,7 +309,7 @@ WAYS: dict[str, Callable[[Any, Turn], None]] = {
 
 
 def main(turns: int, net: str, parts: bool) -> None:
-    quiet()
+    silence_lightning()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     progress.Console = lambda: Console(file=Screen(), force_terminal=True)  # type: ignore

@@ -5,12 +5,13 @@ import lightning as L
 from ravine.errors import UsageError
 
 
-def refuse_without_validation(trainer: L.Trainer, who: str, stage: str) -> None:
+def require_validation(trainer: L.Trainer, callback_name: str, stage: str) -> None:
     """ValueError if this is a fit without validation: no data, no step, or a limit of 0."""
     if stage == "fit" and not trainer.enable_validation:
         raise UsageError(
-            f"{who} works at each validation, and this fit has none; allowed: a datamodule with "
+            f"{callback_name} works at each validation, and this fit has none; allowed: a "
+            "datamodule with "
             "val_dataloader, a module with validation_step and limit_val_batches above 0; type "
             "--trainer.limit_val_batches=1.0, for images --data.val_fraction=0.05, or take "
-            f"{who} out of trainer.callbacks"
+            f"{callback_name} out of trainer.callbacks"
         )

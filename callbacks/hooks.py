@@ -14,30 +14,30 @@ import lightning as L
 from ravine.errors import UsageError
 
 
-class _Patch(NamedTuple):
+class _HookOverride(NamedTuple):
     owner: L.Callback
-    before: Callable[..., Any] | None  # what stood on the instance itself, if anything did
+    previous: Callable[..., Any] | None  # what stood on the instance itself, if anything did
 
 
-def _patches(module: L.LightningModule) -> dict[str, _Patch]:
+def _get_overrides(module: L.LightningModule) -> dict[str, _HookOverride]:
     return module.__dict__.setdefault("_patches", {})
 
 
-def living(trainer: L.Trainer, owner: L.Callback) -> bool:
+def is_attached(trainer: L.Trainer, owner: L.Callback) -> bool:
     """Whether the trainer knows the callback.
 
     Lightning skips `teardown` when a fit raises, so a module may still carry an earlier owner.
     """
-    return any(owner is one for one in trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+    return any(owner is callback for callback in trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def owner_of(trainer: L.Trainer, module: L.LightningModule, name: str) -> L.Callback | None:
+def hook_owner(trainer: L.Trainer, module: L.LightningModule, name: str) -> L.Callback | None:
     """The callback that holds the method now; one the trainer does not know holds nothing."""
-    patch = _patches(module).get(name)
-    return patch.owner if patch is not None and living(trainer, patch.owner) else None
+    override = _get_overrides(module).get(name)
+    return override.owner if override is not None and is_attached(trainer, override.owner) else None
 
 
-def patch(
+def override_hook(
     trainer: L.Trainer,
     module: L.LightningModule,
     name: str,
@@ -46,31 +46,32 @@ def patch(
 ) -> Callable[..., Any]:
     """Put `function(module, ...)` in the place of the method and return the method it replaces.
 
-    Called from `Callback.setup`; `unpatch` belongs in `teardown`.
+    Called from `Callback.setup`; `restore_hook` belongs in `teardown`.
     """
-    holder = owner_of(trainer, module, name)
-    if holder is not None and holder is not owner:
+    current_owner = hook_owner(trainer, module, name)
+    if current_owner is not None and current_owner is not owner:
         raise UsageError(
-            f"{type(holder).__name__} and {type(owner).__name__} both decide {name}: keep one of"
+            f"{type(current_owner).__name__} and {type(owner).__name__} both decide {name}: keep "
+            "one of"
             " the two in trainer.callbacks"
         )
-    if name in _patches(module):
-        _restore(module, name)
+    if name in _get_overrides(module):
+        _reset_hook(module, name)
     original = getattr(module, name)
-    _patches(module)[name] = _Patch(owner, module.__dict__.get(name))
+    _get_overrides(module)[name] = _HookOverride(owner, module.__dict__.get(name))
     module.__dict__[name] = MethodType(function, module)
     return original
 
 
-def unpatch(module: L.LightningModule, name: str, owner: L.Callback) -> None:
-    """Undo `patch` if `owner` still holds the method."""
-    if name in _patches(module) and _patches(module)[name].owner is owner:
-        _restore(module, name)
+def restore_hook(module: L.LightningModule, name: str, owner: L.Callback) -> None:
+    """Undo `override_hook` if `owner` still holds the method."""
+    if name in _get_overrides(module) and _get_overrides(module)[name].owner is owner:
+        _reset_hook(module, name)
 
 
-def _restore(module: L.LightningModule, name: str) -> None:
-    before = _patches(module).pop(name).before
-    if before is None:
+def _reset_hook(module: L.LightningModule, name: str) -> None:
+    previous = _get_overrides(module).pop(name).previous
+    if previous is None:
         del module.__dict__[name]
     else:
-        module.__dict__[name] = before
+        module.__dict__[name] = previous

@@ -11,24 +11,28 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from ravine.callbacks.optimizers.optimizer_errors import own_frame
+from ravine.callbacks.optimizers.optimizer_errors import find_user_frame
 from ravine.errors import RunError, UsageError
 from ravine.lightning_compat import CheckpointConnector
 from ravine.strategies import MeshStrategy
 from ravine.strategies.checkpoint import sharded
 from ravine.strategies.checkpoint import state_dict as states
-from ravine.strategies.checkpoint.atomic_io import CheckpointError, reading_together, refusal
-from ravine.strategies.checkpoint.safe_pickle import UnsafePickle, check_size
-from ravine.strategies.checkpoint.validation import odd
+from ravine.strategies.checkpoint.atomic_io import (
+    CheckpointError,
+    collective_loading,
+    damage_message,
+)
+from ravine.strategies.checkpoint.safe_pickle import UnsafePickle, check_tree_size
+from ravine.strategies.checkpoint.validation import find_malformed_section
 
-from .error_report import status
+from .error_report import exit_status
 from .rank_zero import is_launched
 
-MAX_VALUES, MAX_LEVELS = 20_000, 50  # of a configuration
-COPIED = ("state_dict", "ema")  # sections whose tensors are copied when they are restored
+MAX_SAVED_CONFIG_VALUES, MAX_SAVED_CONFIG_LEVELS = 20_000, 50  # of a configuration
+COPIED_SECTIONS = ("state_dict", "ema")  # sections whose tensors are copied when they are restored
 
 
-class Restore(CheckpointConnector):
+class RavineCheckpointConnector(CheckpointConnector):
     """Lightning's, but weights of other sizes are refused before one of them is set.
 
     Args:
@@ -40,57 +44,62 @@ class Restore(CheckpointConnector):
         """Take the place of Lightning's, before anything has run."""
         super().__init__(trainer)
         self.changed: list[str] = []
-        self.rates: list[list[float]] = []  # as configured, by optimizer and group
+        self.configured_rates: list[list[float]] = []  # as configured, by optimizer and group
 
     def before_restore(self, checkpoint_path: Any) -> None:
         """Note the configured learning rates; refuse weights of other sizes."""
-        self.rates = rates(self.trainer)  # a sharding strategy restores its optimizers here
+        self.configured_rates = learning_rates(
+            self.trainer
+        )  # a sharding strategy restores its optimizers here
         if checkpoint_path:
-            refuse_other_shapes(self.trainer, Path(checkpoint_path), self.changed)
+            check_weight_shapes(self.trainer, Path(checkpoint_path), self.changed)
 
     def restore_callbacks(self) -> None:
         """Restore the callbacks' states; an evaluation need not have those of the training."""
         with warnings.catch_warnings():
             if self.trainer.state.fn != "fit":
                 warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
-            with restoring("callbacks"):
+            with explain_restore_errors("callbacks"):
                 super().restore_callbacks()
 
     def restore_training_state(self) -> None:
         """Restore optimizers and loops; a learning rate given anew beats the checkpoint's."""
-        configured = self.rates or rates(self.trainer)
+        configured = self.configured_rates or learning_rates(self.trainer)
         super().restore_training_state()
         if any(key.rpartition(".")[2] == "lr" for key in self.changed):
-            use_rates(self.trainer, configured)
+            set_learning_rates(self.trainer, configured)
 
     def resume_start(self, *args: Any, **kwargs: Any) -> None:
         """Read the checkpoint, and bring one of an older Lightning to the form of today's."""
-        with restoring("pytorch-lightning_version"), reading_together(COPIED):
+        with (
+            explain_restore_errors("pytorch-lightning_version"),
+            collective_loading(COPIED_SECTIONS),
+        ):
             super().resume_start(*args, **kwargs)
 
     def restore_model(self) -> None:
         """Restore the weights."""
-        with restoring("state_dict"):
+        with explain_restore_errors("state_dict"):
             super().restore_model()
 
     def restore_datamodule(self) -> None:
         """Restore the data's own state."""
-        with restoring("of the data"):
+        with explain_restore_errors("of the data"):
             super().restore_datamodule()
 
     def restore_optimizers(self) -> None:
         """Restore the optimizers' states."""
-        with restoring("optimizer_states"):
+        with explain_restore_errors("optimizer_states"):
             super().restore_optimizers()
 
     def restore_lr_schedulers(self) -> None:
         """Restore the schedules' states."""
-        with restoring("lr_schedulers"):
+        with explain_restore_errors("lr_schedulers"):
             super().restore_lr_schedulers()
 
     def restore_loops(self) -> None:
         """Restore the counters of epochs and batches."""
-        with restoring("loops"):
+        with explain_restore_errors("loops"):
             super().restore_loops()
 
     def dump_checkpoint(self, weights_only: bool = False) -> dict[str, Any]:
@@ -100,7 +109,7 @@ class Restore(CheckpointConnector):
 
 
 @contextmanager
-def restoring(section: str) -> Iterator[None]:
+def explain_restore_errors(section: str) -> Iterator[None]:
     """Name the section of a checkpoint whose content cannot be restored, in one line.
 
     An error in a file of the user's own keeps its traceback.
@@ -109,28 +118,28 @@ def restoring(section: str) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         worded = isinstance(error, UsageError | RunError)  # also where tracebacks are wanted
-        if worded or status(error) is not None or own_frame(error) is not None:
+        if worded or exit_status(error) is not None or find_user_frame(error) is not None:
             raise
-        said = " ".join(str(error).split())[:160]
+        error_text = " ".join(str(error).split())[:160]
         raise CheckpointError(
             f"the section {section!r} of the checkpoint cannot be restored"
-            f" ({type(error).__name__}: {said}); build the run as it was, or choose another"
+            f" ({type(error).__name__}: {error_text}); build the run as it was, or choose another"
             " checkpoint: --ckpt_path FILE"
         ) from error
 
 
-def read(path: Path) -> dict[str, Any]:
+def load_metadata(path: Path) -> dict[str, Any]:
     """A checkpoint without its numbers: what is in it, and tensors that only have a shape.
 
     One process alone compares all checksums. A rank that a launcher has started compares none here:
     the ranks divide the checksums when they load the checkpoint.
     """
-    if wrong := refusal(path, sums=not is_launched()):
-        raise CheckpointError(wrong)
+    if problem := damage_message(path, verify_checksums=not is_launched()):
+        raise CheckpointError(problem)
     file = path / "meta.pt" if path.is_dir() else path
     checkpoint = torch.load(file, map_location="meta", mmap=True, weights_only=True)
-    if wrong := odd(checkpoint):
-        text = f"the checkpoint {path} cannot be used: {wrong}; choose another: --ckpt_path FILE"
+    if problem := find_malformed_section(checkpoint):
+        text = f"the checkpoint {path} cannot be used: {problem}; choose another: --ckpt_path FILE"
         raise CheckpointError(text)
     if isinstance(checkpoint, dict) and (path.is_dir() or "state_dict" in checkpoint):
         return checkpoint
@@ -141,27 +150,29 @@ def read(path: Path) -> dict[str, Any]:
     )
 
 
-def config_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+def saved_config_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """The configuration that a command has put into a checkpoint; empty if none has.
 
     Refuses one that no command has written, or that is too large to be one.
     """
-    own = checkpoint.get("ravine", {})
-    config = own.get("config", {}) if isinstance(own, dict) else own
+    ravine_section = checkpoint.get("ravine", {})
+    config = (
+        ravine_section.get("config", {}) if isinstance(ravine_section, dict) else ravine_section
+    )
     if config == {}:
         return {}
     try:
-        check_size(config, MAX_VALUES, MAX_LEVELS)
-        whole = isinstance(config, dict) and _is_config(config)
+        check_tree_size(config, MAX_SAVED_CONFIG_VALUES, MAX_SAVED_CONFIG_LEVELS)
+        is_valid = isinstance(config, dict) and _is_config(config)
         json.dumps(config)
     except (TypeError, ValueError, UnsafePickle) as error:
-        whole, why = False, f": {error}"
+        is_valid, reason = False, f": {error}"
     else:
-        why = ""
-    if whole:
+        reason = ""
+    if is_valid:
         return config
     raise UsageError(
-        f"{path}: its configuration, ravine.config, is not one that a command has written{why}",
+        f"{path}: its configuration, ravine.config, is not one that a command has written{reason}",
         ["model, data, seed_everything, trainer.name, trainer.callbacks"],
         flag="a checkpoint of `fit`, or in a script ckpt_path=FILE with the model built there",
     )
@@ -184,36 +195,43 @@ def _is_config(config: dict[str, Any]) -> bool:
     )
 
 
-def refuse_other_shapes(trainer: L.Trainer, path: Path, changed: list[str]) -> None:
+def check_weight_shapes(trainer: L.Trainer, path: Path, changed_keys: list[str]) -> None:
     """Compare the names and sizes of a checkpoint's weights with those of the model as built."""
     module, strategy = trainer.lightning_module, trainer.strategy
-    spread = isinstance(strategy, MeshStrategy)
-    if path.is_dir() and (spread or sharded.structure(path)):
+    is_mesh = isinstance(strategy, MeshStrategy)
+    if path.is_dir() and (is_mesh or sharded.find_structural_damage(path)):
         return  # its loader says so
-    ours = strategy.sizes() if spread else states.sizes(module.state_dict())
+    module_shapes = (
+        strategy.weight_shapes() if is_mesh else states.tensor_shapes(module.state_dict())
+    )
     if path.is_dir():
-        theirs = states.sizes_in(path)
+        checkpoint_shapes = states.stored_tensor_shapes(path)
     else:
-        weights = read(path)["state_dict"]
-        states.refuse_other_kinds(module, module.state_dict(), weights)
-        theirs = states.sizes(weights)
-    if wrong := states.apart(ours, theirs, module.strict_loading):
-        flags = [f"--{key}" for key in changed if key.startswith("model.")]
+        weights = load_metadata(path)["state_dict"]
+        states.check_dtype_kinds(module, module.state_dict(), weights)
+        checkpoint_shapes = states.tensor_shapes(weights)
+    if mismatches := states.shape_mismatches(
+        module_shapes, checkpoint_shapes, module.strict_loading
+    ):
+        flags = [f"--{key}" for key in changed_keys if key.startswith("model.")]
         raise UsageError(
-            f"the weights in {path} do not fit this {type(module).__name__}: {wrong}",
+            f"the weights in {path} do not fit this {type(module).__name__}: {mismatches}",
             flag=f"the command without {' and '.join(flags)}"
             if flags
             else "a checkpoint of this model",
         )
 
 
-def rates(trainer: L.Trainer) -> list[list[float]]:
+def learning_rates(trainer: L.Trainer) -> list[list[float]]:
     """The peak learning rates, by optimizer and parameter group."""
     groups = [optimizer.param_groups for optimizer in trainer.optimizers]
-    return [[float(g.get("initial_lr", g.get("lr", 0))) for g in each] for each in groups]
+    return [
+        [float(g.get("initial_lr", g.get("lr", 0))) for g in param_groups]
+        for param_groups in groups
+    ]
 
 
-def use_rates(trainer: L.Trainer, configured: list[list[float]]) -> None:
+def set_learning_rates(trainer: L.Trainer, configured: list[list[float]]) -> None:
     """Put the configured peaks in the place of the restored ones; a schedule goes on from there."""
     for optimizer, peaks in zip(trainer.optimizers, configured, strict=True):
         for number, (group, peak) in enumerate(zip(optimizer.param_groups, peaks, strict=True)):
@@ -223,7 +241,9 @@ def use_rates(trainer: L.Trainer, configured: list[list[float]]) -> None:
             group["lr"] *= peak / restored if restored else 1
             if "initial_lr" in group:
                 group["initial_lr"] = peak
-            for each in trainer.lr_scheduler_configs:
-                if each.scheduler.optimizer is optimizer and hasattr(each.scheduler, "base_lrs"):
-                    each.scheduler.base_lrs[number] = peak  # type: ignore
+            for scheduler_config in trainer.lr_scheduler_configs:
+                if scheduler_config.scheduler.optimizer is optimizer and hasattr(
+                    scheduler_config.scheduler, "base_lrs"
+                ):
+                    scheduler_config.scheduler.base_lrs[number] = peak  # type: ignore
             rank_zero_only(print)(f"learning rate {restored:g} of the checkpoint becomes {peak:g}")

@@ -1,6 +1,6 @@
 """The written help: a page a command, short enough to be read, made without importing torch."""
 
-TOP = """\
+TOP_HELP = """\
 usage: {0} COMMAND [--config NAME ...] [--key=value ...]
 
   fit        train a model            {0} fit --config shakespeare/quick
@@ -13,7 +13,7 @@ usage: {0} COMMAND [--config NAME ...] [--key=value ...]
 {0} COMMAND --help says more; {0} --version says which versions run here.
 """
 
-FIT = """\
+FIT_HELP = """\
 usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
 
   --config shakespeare/quick  a preset or a YAML file of yours; the later one wins
@@ -26,7 +26,7 @@ usage: {0} fit --config NAME [--config OVERLAY ...] [--key=value ...]
   --print_config, --help=all  what would run; every argument, of one class: --model.help=NAME
 """
 
-EVALUATE = """\
+EVALUATE_HELP = """\
 usage: {0} {1} --ckpt_path=FILE [--config NAME ...] [--key=value ...]
 
   {2}
@@ -39,7 +39,7 @@ usage: {0} {1} --ckpt_path=FILE [--config NAME ...] [--key=value ...]
   --help=all                  every argument; those of a class: --data.help=NAME
 """
 
-GENERATE = """\
+GENERATE_HELP = """\
 usage: {0} generate --ckpt_path=FILE [--prompt=TEXT | --labels=0-9] [--key=value ...]
 
   --ckpt_path=FILE            a trained model; or auto; or last (of --trainer.name=NAME)
@@ -51,7 +51,7 @@ usage: {0} generate --ckpt_path=FILE [--prompt=TEXT | --labels=0-9] [--key=value
   both:  --num_samples=8 --seed=0 --batch_size=64 --device=cpu --trust=PACKAGE
 """
 
-EXPORT = """\
+EXPORT_HELP = """\
 usage: {0} export --ckpt_path=FILE --folder=NAME [--format=NAME | --merge | --quantize=NAME]
 
   --ckpt_path=FILE            a trained model; or auto; or last (of --trainer.name=NAME)
@@ -64,42 +64,44 @@ usage: {0} export --ckpt_path=FILE --folder=NAME [--format=NAME | --merge | --qu
   --consolidate=FILE.ckpt     instead: a checkpoint in parts as one file, which goes anywhere
 """
 
-ABOUT = {
+COMMAND_DESCRIPTIONS = {
     "validate": "Measure a model on the validation data.",
     "test": "Measure a model on the test data, which training never sees.",
     "predict": "Apply a model to new data, and write what it says.",
 }
-OTHER = {"predict": "what to read: of the spam classifier --data.predict_path=FILE"}
+DATA_DESCRIPTIONS = {"predict": "what to read: of the spam classifier --data.predict_path=FILE"}
 
-PAGES = {"fit": FIT, "generate": GENERATE, "export": EXPORT}
+COMMAND_HELP = {"fit": FIT_HELP, "generate": GENERATE_HELP, "export": EXPORT_HELP}
 
 
-def page(command: str | None, program: str) -> str:
+def help_text(command: str | None, program: str) -> str:
     """The page of ``command``, or of the program, as ``program`` was called."""
     if command is None:
-        return TOP.format(program)
-    if command in PAGES:
-        return PAGES[command].format(program)
-    data = OTHER.get(command, "other data than in training")
-    return EVALUATE.format(program, command, ABOUT[command], data)
+        return TOP_HELP.format(program)
+    if command in COMMAND_HELP:
+        return COMMAND_HELP[command].format(program)
+    data = DATA_DESCRIPTIONS.get(command, "other data than in training")
+    return EVALUATE_HELP.format(program, command, COMMAND_DESCRIPTIONS[command], data)
 
 
-def version() -> str:
+def version_text() -> str:
     """The versions a report of a fault needs, and a warning if `lightning` is not this program."""
     import platform
     from importlib.metadata import version as of
 
-    found = ", ".join(f"{name} {of(name)}" for name in ("torch", "lightning"))
-    line = f"ravine {of('ravine')} ({found}, Python {platform.python_version()})\n"
-    return line + foreign_lightning()
+    library_versions = ", ".join(f"{name} {of(name)}" for name in ("torch", "lightning"))
+    line = f"ravine {of('ravine')} ({library_versions}, Python {platform.python_version()})\n"
+    return line + shadowed_command_warning()
 
 
-def foreign_lightning() -> str:
+def shadowed_command_warning() -> str:
     """One line if another package has taken the name `lightning` on the PATH, else nothing."""
     import shutil
     from pathlib import Path
 
-    place = shutil.which("lightning")
-    if place is None or b"ravine" in Path(place).read_bytes():
+    program_path = shutil.which("lightning")
+    if program_path is None or b"ravine" in Path(program_path).read_bytes():
         return ""
-    return f"warning: {place} is not this program (lightning-sdk installs one): type ravine\n"
+    return (
+        f"warning: {program_path} is not this program (lightning-sdk installs one): type ravine\n"
+    )

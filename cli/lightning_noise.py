@@ -3,14 +3,14 @@
 import logging
 import warnings
 
-LINES = (  # beginnings, on Lightning's own logger
+SILENCED_LOG_PREFIXES = (  # beginnings, on Lightning's own logger
     "💡 Tip:",  # packages of its makers
     "GPU available:",  # the trainer says in one line what it runs on
     "TPU available:",
     "Using bfloat16 Automatic Mixed Precision",  # and in which precision
     "Restoring states from the checkpoint",  # that it has restored them is said as well
 )
-WARNINGS = (  # beginnings, as regular expressions
+SILENCED_WARNINGS = (  # beginnings, as regular expressions
     # data sets in memory are faster without worker processes
     r"The '\w+' does not have many workers",
     # a short run; the last step is logged whatever the interval
@@ -29,12 +29,12 @@ WARNINGS = (  # beginnings, as regular expressions
 )
 
 
-def _wanted(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(LINES)
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(SILENCED_LOG_PREFIXES)
 
 
-def quiet() -> None:
+def silence_lightning() -> None:
     """Leave these out from now on, in this process; whatever else is said still is."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_wanted)
-    for text in WARNINGS:
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_wanted)
+    for text in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", text)

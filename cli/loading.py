@@ -15,15 +15,18 @@ from ravine.callbacks.transforms.base import reapply
 from ravine.errors import MissingFileError, UsageError
 from ravine.lightning_modules import TaskModule
 from ravine.lightning_modules.task_module import imported_subclasses
-from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError, check
+from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError, find_damage
 
 from . import checkpoint_connector as restore
 from . import resume_path as newest
 from .commands import method_flags as signature
-from .config.trust import Trust, packages
-from .error_report import unknown_name
+from .config.trust import TrustPolicy, split_trust_flags
+from .error_report import unknown_name_error
 
-NAME, ROOT = "trainer.name", "trainer.default_root_dir"  # where `last` and `auto` look
+NAME_KEY, ROOT_KEY = (
+    "trainer.name",
+    "trainer.default_root_dir",
+)  # where `last` and `auto_attention` look
 
 
 def load(
@@ -62,7 +65,7 @@ def load(
     path = Path(path) if isinstance(path, os.PathLike) else path
     if task is None:
         here = isinstance(path, Path) or (isinstance(path, str) and "://" not in path)
-        task = task_of(Path(cast(str, path)), trust) if here else TaskModule
+        task = find_task_class(Path(cast(str, path)), trust) if here else TaskModule
     place = where_saved if map_location is None else map_location
     checkpoint = AtomicCheckpointIO().load_checkpoint(path, place, weights_only)
     if hparams_file is not None:
@@ -126,75 +129,77 @@ def hyperparameters_in(file: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def prepare(
+def load_from_argv(
     argv: list[str], command: str, any_task: bool = False
 ) -> tuple[TaskModule, Path, list[tuple[str, str]]]:
     """The model of the checkpoint that was named, its path, and the other flags."""
-    argv, trusted = packages(argv)
-    path, given = locate(argv, command)
-    task = task_of(path, trusted)
+    argv, trusted = split_trust_flags(argv)
+    path, typed_flags = checkpoint_from_argv(argv, command)
+    task = find_task_class(path, trusted)
     if not any_task and not callable(getattr(task, command, None)):
-        able = [n for n, c in tasks().items() if callable(getattr(c, command, None))]
-        wrong = f"a {task.__name__} cannot {command}"
+        capable_tasks = [n for n, c in list_tasks().items() if callable(getattr(c, command, None))]
+        problem = f"a {task.__name__} cannot {command}"
         raise UsageError(
-            wrong,
-            able,
+            problem,
+            capable_tasks,
             flag=f"{command} --ckpt_path=FILE, of one that can",
             label="models that can",
         )
-    return load(path, trusted), path, given
+    return load(path, trusted), path, typed_flags
 
 
-def locate(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
+def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
     """The checkpoint that was named, which is whole, and the other flags."""
-    given = signature.pairs(argv[1:])
-    chosen = dict(given).get("ckpt_path")
-    if chosen is None:
-        wrong = f"{command} needs a trained model"
+    typed_flags = signature.parse_flags(argv[1:])
+    request = dict(typed_flags).get("ckpt_path")
+    if request is None:
+        problem = f"{command} needs a trained model"
         raise UsageError(
-            wrong,
+            problem,
             ["last", "auto", "a file"],
             flag=f"{command} --ckpt_path=last",
             label="checkpoints",
         )
-    found = dict(given)
-    if chosen in ("auto", "last"):
-        root = found.get(ROOT, "runs")
-        path = newest.newest(command, chosen, found.get(NAME), root)
+    flag_values = dict(typed_flags)
+    if request in ("auto", "last"):
+        root = flag_values.get(ROOT_KEY, "runs")
+        path = newest.find_latest(command, request, flag_values.get(NAME_KEY), root)
     else:
-        path = Path(chosen)
+        path = Path(request)
     if path is None:
         raise UsageError("there is no checkpoint", flag=f"{command} --ckpt_path=FILE")
-    if reason := check(path):  # a flipped byte would write plausible nonsense
+    if reason := find_damage(path):  # a flipped byte would write plausible nonsense
         raise CheckpointError(f"{path} cannot be used: {reason}; take another, or type auto")
-    return path, [(name, v) for name, v in given if name not in ("ckpt_path", NAME, ROOT)]
+    return path, [
+        (name, v) for name, v in typed_flags if name not in ("ckpt_path", NAME_KEY, ROOT_KEY)
+    ]
 
 
-def tasks() -> dict[str, type[TaskModule]]:
+def list_tasks() -> dict[str, type[TaskModule]]:
     """The tasks of this project, by name."""
-    found = vars(ravine.lightning_modules).values()
-    kinds = [c for c in found if isinstance(c, type) and issubclass(c, TaskModule)]
+    module_values = vars(ravine.lightning_modules).values()
+    kinds = [c for c in module_values if isinstance(c, type) and issubclass(c, TaskModule)]
     return {c.__name__: c for c in kinds if c is not TaskModule}
 
 
-def task_of(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
+def find_task_class(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
     """The class whose weights a checkpoint holds: by its saved configuration, or by its name."""
-    checkpoint = restore.read(path)
-    config = restore.config_of(checkpoint, path).get("model") or {}
+    checkpoint = restore.load_metadata(path)
+    config = restore.saved_config_of(checkpoint, path).get("model") or {}
     name = config.get("class_path") or checkpoint.get("task", "")
     name = name if isinstance(name, str) else ""
     module, _, last = name.rpartition(".")
     if module and not module.startswith("ravine."):
-        Trust(trust).demand(name, f"model in {path}")
-        found = getattr(import_module(module), last, None)
-        if isinstance(found, type) and issubclass(found, TaskModule):
-            return found
+        TrustPolicy(trust).require_admitted(name, f"model in {path}")
+        task_class = getattr(import_module(module), last, None)
+        if isinstance(task_class, type) and issubclass(task_class, TaskModule):
+            return task_class
     imported = [c for c in imported_subclasses(TaskModule) if c.__name__ == last]
-    if last not in tasks() and not module and len(imported) == 1:
+    if last not in list_tasks() and not module and len(imported) == 1:
         return imported[0]
-    if last not in tasks():
-        wrong = f"{path} holds the weights of {name or 'another program'}"
-        raise unknown_name(
-            wrong, last, tasks(), lambda near: f"--ckpt_path=FILE, of a {near}", "FILE"
+    if last not in list_tasks():
+        problem = f"{path} holds the weights of {name or 'another program'}"
+        raise unknown_name_error(
+            problem, last, list_tasks(), lambda near: f"--ckpt_path=FILE, of a {near}", "FILE"
         )
-    return tasks()[last]
+    return list_tasks()[last]

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 from ravine.errors import RunError, UsageError
 
-COUNTS = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
-POLL = 0.1  # seconds between two reads of the store: Ctrl-C can interrupt between them
+WORLD_SIZE_VARIABLES = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
+POLL_INTERVAL_S = 0.1  # seconds between two reads of the store: Ctrl-C can interrupt between them
 CONNECT = 1800.0  # seconds until rank 0 has imported torch and opened the store
 FAREWELL = 60.0  # seconds that rank 0 keeps its store open for the other ranks
 OTHER_PORT = 10_000  # difference between the store's port and the job's
 _stores: list[Any] = []  # kept open until the process ends
-_questions = 0  # calls of `from_first` in this process so far
+_num_calls = 0  # calls of `call_on_rank_zero` in this process so far
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
@@ -30,125 +30,129 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
     if environment.get("LOCAL_RANK", "0") != "0":
         return True
     return any(
-        place in environment and environment.get(count, "1") != "1"
-        for place, count in COUNTS.items()
+        rank_variable in environment and environment.get(size_variable, "1") != "1"
+        for rank_variable, size_variable in WORLD_SIZE_VARIABLES.items()
     )
 
 
-class Job(NamedTuple):
+class LauncherJob(NamedTuple):
     """The address of a job, its number of ranks, and the rank of this process."""
 
     rank: int
-    size: int
+    world_size: int
     address: str
     port: int
-    shared: bool  # whether the launcher has a store there
+    has_store: bool  # whether the launcher has a store there
 
 
-def job(environment: Mapping[str, str] = os.environ) -> Job | None:
+def detect_job(environment: Mapping[str, str] = os.environ) -> LauncherJob | None:
     """The job that a launcher has started this process for; None if there is none."""
     if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
-        return Job(rank, size, address, int(port), shared) if address and port else None
+        return LauncherJob(rank, size, address, int(port), shared) if address and port else None
     if environment.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in environment:
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         if SLURMEnvironment.detect():
             cluster = SLURMEnvironment()
             rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
-            return Job(rank, size, cluster.main_address, cluster.main_port, False)
+            return LauncherJob(rank, size, cluster.main_address, cluster.main_port, False)
     return None
 
 
-def from_first(ask: Callable[[], str | None] | None) -> str | None:
-    """Return on all ranks of a job what `ask` returns on rank 0; without a job, call it here.
+def call_on_rank_zero(find_path: Callable[[], str | None] | None) -> str | None:
+    """Return on all ranks of a job what `find_path` returns on rank 0; without a job, call it here.
 
-    The other ranks wait without a time limit. If `ask` raises on rank 0, they raise the same.
+    The other ranks wait without a time limit. If `find_path` raises on rank 0, they raise the same.
 
     Args:
-        ask: finds the path; None if the command of this rank asks for none. Rank 0 then tells
+        find_path: finds the path; None if the command of this rank asks for none. Rank 0 then tells
             ranks that wait for a path.
 
     Raises:
         UsageError: as on rank 0, or if the command of rank 0 asks for no path.
     """
-    global _questions
-    here = job()
-    if here is None:
-        return ask() if ask else None
-    _questions += 1
+    global _num_calls
+    launcher_job = detect_job()
+    if launcher_job is None:
+        return find_path() if find_path else None
+    _num_calls += 1
     # torchrun keeps its store over restarts; without it nodes may have counted other restarts
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if here.shared else ""
-    key = f"ravine/checkpoint/{attempt}/{_questions}"
-    if here.rank == 0:
-        return _answer(ask, here, key)
-    if ask is None:
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launcher_job.has_store else ""
+    key = f"ravine/checkpoint/{attempt}/{_num_calls}"
+    if launcher_job.rank == 0:
+        return _call_and_publish(find_path, launcher_job, key)
+    if find_path is None:
         return None
-    said = json.loads(_wait(_store(here), key))
-    if "mistake" in said:
-        raise UsageError(**said["mistake"])
-    if said.get("interrupted"):
+    message = json.loads(_wait_for_value(_open_store(launcher_job), key))
+    if "mistake" in message:
+        raise UsageError(**message["mistake"])
+    if message.get("interrupted"):
         raise KeyboardInterrupt
-    if not said.get("asked"):
+    if not message.get("asked"):
         raise UsageError(
-            f"rank {here.rank} has --ckpt_path=auto or last, and rank 0 has not",
+            f"rank {launcher_job.rank} has --ckpt_path=auto or last, and rank 0 has not",
             flag="the same words on every rank",
         )
-    return said["answer"]
+    return message["answer"]
 
 
-def _answer(ask: Callable[[], str | None] | None, here: Job, key: str) -> str | None:
-    if ask is None:
+def _call_and_publish(
+    find_path: Callable[[], str | None] | None, launcher_job: LauncherJob, key: str
+) -> str | None:
+    if find_path is None:
         with suppress(RuntimeError, UsageError):  # maybe no rank waits: a taken port is no error
-            _store(here).set(key, json.dumps({"asked": False}))
+            _open_store(launcher_job).set(key, json.dumps({"asked": False}))
         return None
-    store = _store(here)
-    said: dict[str, Any] = {"mistake": {"problem": "rank 0 could not find the checkpoint"}}
+    store = _open_store(launcher_job)
+    message: dict[str, Any] = {"mistake": {"problem": "rank 0 could not find the checkpoint"}}
     try:
-        said = {"asked": True, "answer": ask()}
-        return said["answer"]
+        message = {"asked": True, "answer": find_path()}
+        return message["answer"]
     except KeyboardInterrupt:
-        said = {"interrupted": True}
+        message = {"interrupted": True}
         raise
     except Exception as error:
-        said = {"mistake": parts(error)}
+        message = {"mistake": usage_error_parts(error)}
         raise
     finally:
-        store.set(key, json.dumps(said))
+        store.set(key, json.dumps(message))
         end = time.monotonic() + FAREWELL
-        while not here.shared and time.monotonic() < end:  # the store ends with this process
-            if store.add(f"{key}/read", 0) == here.size - 1:
+        while (
+            not launcher_job.has_store and time.monotonic() < end
+        ):  # the store ends with this process
+            if store.add(f"{key}/read", 0) == launcher_job.world_size - 1:
                 break
-            time.sleep(POLL)
+            time.sleep(POLL_INTERVAL_S)
 
 
-def parts(error: Exception) -> dict[str, Any]:
+def usage_error_parts(error: Exception) -> dict[str, Any]:
     """The arguments that make an equal UsageError on another rank; of other errors the text."""
     if not isinstance(error, UsageError):
         return {"problem": str(error)}
     return {name: getattr(error, name) for name in ("problem", "allowed", "hint", "flag", "label")}
 
 
-def _store(here: Job) -> Any:
+def _open_store(launcher_job: LauncherJob) -> Any:
     """The store of the job; rank 0 opens it where the launcher has none."""
     if _stores:
         return _stores[0]
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    port = here.port
-    if not here.shared:
+    port = launcher_job.port
+    if not launcher_job.has_store:
         port += OTHER_PORT if port + OTHER_PORT < 2**16 else -OTHER_PORT
-    serves = here.rank == 0 and not here.shared
+    is_server = launcher_job.rank == 0 and not launcher_job.has_store
     try:
-        if not serves:
-            _until_open(here.address, port)
+        if not is_server:
+            _wait_until_open(launcher_job.address, port)
         limit = timedelta(seconds=60)
-        store = TCPStore(here.address, port, None, serves, limit, wait_for_workers=False)
+        store = TCPStore(launcher_job.address, port, None, is_server, limit, wait_for_workers=False)
     except (OSError, RuntimeError) as error:
         raise UsageError(
-            f"the ranks cannot meet at {here.address}:{port} to agree on a checkpoint:"
+            f"the ranks cannot meet at {launcher_job.address}:{port} to agree on a checkpoint:"
             f" {' '.join(str(error).split())[:100]}",
             ["a port of this address that every rank reaches"],
             flag="--ckpt_path=FILE",
@@ -157,7 +161,7 @@ def _store(here: Job) -> Any:
     return store
 
 
-def _until_open(address: str, port: int) -> None:
+def _wait_until_open(address: str, port: int) -> None:
     """Wait until rank 0 has opened its store; torch would print each attempt and block Ctrl-C."""
     end = time.monotonic() + CONNECT
     while True:
@@ -167,14 +171,14 @@ def _until_open(address: str, port: int) -> None:
         except OSError:
             if time.monotonic() > end:
                 raise
-            time.sleep(POLL)
+            time.sleep(POLL_INTERVAL_S)
 
 
-def _wait(store: Any, key: str) -> str:
+def _wait_for_value(store: Any, key: str) -> str:
     """Wait for the value of a key and return it."""
     try:
         while not store.check([key]):
-            time.sleep(POLL)
+            time.sleep(POLL_INTERVAL_S)
         value = store.get(key).decode()
         store.add(f"{key}/read", 1)
         return value

@@ -12,115 +12,121 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.errors import UsageError
-from ravine.strategies.checkpoint.atomic_io import CheckpointError, check, dated
+from ravine.strategies.checkpoint.atomic_io import CheckpointError, find_damage, list_checkpoints
 
-from .checkpoint_connector import config_of, read
+from .checkpoint_connector import load_metadata, saved_config_of
 from .config import presets
-from .config.values import Given, in_environment, in_words
-from .rank_zero import from_first
-from .trainer import ELSEWHERE
+from .config.values import ConfigValue, from_argv, from_env
+from .rank_zero import call_on_rank_zero
+from .trainer import CHECKPOINT_FOLDERS_FILE
 
 
-def given(argv: list[str]) -> Iterator[Given]:
+def iter_values(argv: list[str]) -> Iterator[ConfigValue]:
     """What the user gave, in the order in which it counts; of `trainer`, each key."""
-    for each in [*in_environment(argv[0]), *in_words(argv[1:])]:
-        yield from each.items() if each.key == "trainer" else [each]
+    for value in [*from_env(argv[0]), *from_argv(argv[1:])]:
+        yield from value.children() if value.key == "trainer" else [value]
 
 
-def settle(argv: list[str]) -> tuple[list[str], Path | None]:
+def resolve_argv(argv: list[str]) -> tuple[list[str], Path | None]:
     """The words with the run's name and its checkpoint written out, and that checkpoint."""
-    values: dict[str, Any] = {each.key: each.value for each in given(argv)}
+    values: dict[str, Any] = {value.key: value.value for value in iter_values(argv)}
     configs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     if "trainer.name" not in values and configs:
-        values["trainer.name"] = presets.title(configs[0])
+        values["trainer.name"] = presets.run_name(configs[0])
         argv = [*argv, f"--trainer.name={values['trainer.name']}"]
-    asked = values.get("ckpt_path")
-    if asked not in ("auto", "last"):
-        from_first(None)
-        return argv, Path(asked) if asked else None
+    request = values.get("ckpt_path")
+    if request not in ("auto", "last"):
+        call_on_rank_zero(None)
+        return argv, Path(request) if request else None
     root = str(values.get("trainer.default_root_dir", "runs"))
 
-    def find() -> str | None:
-        found = newest(argv[0], asked, values.get("trainer.name"), root)
-        return None if found is None else str(found)
+    def find_path() -> str | None:
+        latest = find_latest(argv[0], request, values.get("trainer.name"), root)
+        return None if latest is None else str(latest)
 
-    said = from_first(find)
-    path = None if said is None else Path(said)
+    path_text = call_on_rank_zero(find_path)
+    path = None if path_text is None else Path(path_text)
     return [*argv, f"--ckpt_path={path or 'null'}"], path
 
 
-def newest(command: str, asked: str, name: str | None, root: str) -> Path | None:
+def find_latest(command: str, request: str, name: str | None, root: str) -> Path | None:
     """The newest checkpoint of a name, or of all names if none is given.
 
     auto: the newest that is whole; where `fit` finds none at all it starts anew. last: the newest,
     which must be there and whole.
     """
-    place = Path(root, name or "")
-    say = rank_zero_only(print)
-    for path, run in candidates(place, name):
-        reason, own = _judged(path)
-        if run is not None and reason is None and own not in (None, run):
+    folder = Path(root, name or "")
+    print_once = rank_zero_only(print)
+    for path, run in iter_checkpoints(folder, name):
+        reason, checkpoint_run_name = _inspect_checkpoint(path)
+        if run is not None and reason is None and checkpoint_run_name not in (None, run):
             continue  # two runs of other names write into one folder
         if reason is None:
-            say(f"--ckpt_path {asked}: {path}")
+            print_once(f"--ckpt_path {request}: {path}")
             return path
-        if asked == "last":
+        if request == "last":
             raise UsageError(
                 f"the last checkpoint, {path}, cannot be used: {reason}",
                 flag="--ckpt_path auto, which takes the newest that is whole",
             )
-        say(f"--ckpt_path auto: {path} is passed over: {reason}")
-    if asked == "auto" and command == "fit":
-        say(f"--ckpt_path auto: no checkpoint under {place} yet, starting anew")
+        print_once(f"--ckpt_path auto: {path} is passed over: {reason}")
+    if request == "auto" and command == "fit":
+        print_once(f"--ckpt_path auto: no checkpoint under {folder} yet, starting anew")
         return None
     raise UsageError(
-        f"--ckpt_path {asked}: there is no checkpoint under {place}",
-        sorted({str(run.parent.relative_to(root)) for run in _runs(Path(root), None)}),
+        f"--ckpt_path {request}: there is no checkpoint under {folder}",
+        sorted({str(run.parent.relative_to(root)) for run in _iter_runs(Path(root), None)}),
         flag="--trainer.name=NAME, or --ckpt_path=FILE",
         label="names with checkpoints",
     )
 
 
-def candidates(place: Path, name: str | None) -> Iterator[tuple[Path, str | None]]:
+def iter_checkpoints(folder: Path, name: str | None) -> Iterator[tuple[Path, str | None]]:
     """Checkpoints of the runs at a place, newest first, and the run's name if one must be asked.
 
     A run whose checkpoints stand in a folder of their own says so in ELSEWHERE; there the files of
     other runs may be among them.
     """
-    found: dict[Path, tuple[int, str | None]] = {}
-    for run in _runs(place, name):
-        for folder in elsewhere(run):
-            for time, path in dated(folder):
-                found.setdefault(path, (time, name))
-        for time, path in dated(run / "checkpoints"):
-            found[path] = time, None
-    for path in sorted(found, key=lambda each: (found[each][0], str(each)), reverse=True):
-        yield path, found[path][1]
+    info_by_path: dict[Path, tuple[int, str | None]] = {}
+    for run in _iter_runs(folder, name):
+        for checkpoint_folder in external_checkpoint_folders(run):
+            for time, path in list_checkpoints(checkpoint_folder):
+                info_by_path.setdefault(path, (time, name))
+        for time, path in list_checkpoints(run / "checkpoints"):
+            info_by_path[path] = time, None
+    for path in sorted(
+        info_by_path, key=lambda each: (info_by_path[each][0], str(each)), reverse=True
+    ):
+        yield path, info_by_path[path][1]
 
 
-def elsewhere(run: Path) -> list[Path]:
+def external_checkpoint_folders(run: Path) -> list[Path]:
     """The folders outside of a run's own that it has written checkpoints into."""
     try:
-        lines = (run / ELSEWHERE).read_text(encoding="utf-8").splitlines()
+        lines = (run / CHECKPOINT_FOLDERS_FILE).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return []
     return [Path(line) for line in lines if line]
 
 
-def _runs(place: Path, name: str | None) -> Iterator[Path]:
+def _iter_runs(folder: Path, name: str | None) -> Iterator[Path]:
     if name:
-        yield from place.glob("version_*")
+        yield from folder.glob("version_*")
         return
-    found = {each.parent for mark in ("checkpoints", ELSEWHERE) for each in place.rglob(mark)}
-    yield from sorted(found)
+    run_folders = {
+        marker.parent
+        for marker_name in ("checkpoints", CHECKPOINT_FOLDERS_FILE)
+        for marker in folder.rglob(marker_name)
+    }
+    yield from sorted(run_folders)
 
 
-def _judged(path: Path) -> tuple[str | None, str | None]:
+def _inspect_checkpoint(path: Path) -> tuple[str | None, str | None]:
     """Why a file is no checkpoint to go on from, if it is none, and the name of its run."""
-    if reason := check(path):
+    if reason := find_damage(path):
         return reason, None
     try:
-        return None, config_of(read(path), path).get("trainer.name")
+        return None, saved_config_of(load_metadata(path), path).get("trainer.name")
     except (CheckpointError, UsageError) as error:  # of another program, in a folder of one's own
         text = error.problem if isinstance(error, UsageError) else str(error)
         return text.partition("\n")[0], None

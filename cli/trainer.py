@@ -30,7 +30,7 @@ from ravine.callbacks.monitoring.loss_plot import LossPlot
 from ravine.callbacks.monitoring.progress import ProgressBar
 from ravine.callbacks.stability.rank_watchdog import RankWatchdog
 from ravine.callbacks.stability.token_weighted_loss import GlobalMean
-from ravine.callbacks.stock_callbacks.gradient_accumulation import optimizer_steps
+from ravine.callbacks.stock_callbacks.gradient_accumulation import count_optimizer_steps
 from ravine.errors import UsageError
 from ravine.lightning_compat import (
     install_fast_loop,
@@ -41,25 +41,27 @@ from ravine.lightning_compat import (
 )
 from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO
 from ravine.strategies.gradient_readers import (
+    can_free_gradients_early,
     free_before_forward,
     free_gradients,
-    frees_early,
 )
 from ravine.strategies.mesh_strategy import MeshStrategy
-from ravine.strategies.rank_agreement import refuse_difference
-from ravine.strategies.stock_callbacks import refuse_stock_callbacks
+from ravine.strategies.rank_agreement import check_same_config
+from ravine.strategies.stock_callbacks import check_stock_callbacks
 
-from .checkpoint_connector import Restore
-from .error_report import FULL
-from .lightning_noise import quiet
+from .checkpoint_connector import RavineCheckpointConnector
+from .error_report import DISK_FULL_ERRNOS
+from .lightning_noise import silence_lightning
 
-ELSEWHERE = "checkpoint_folders.txt"  # in a run's folder: others that it writes checkpoints into
-STANDS_FOR = {Checkpoint: ModelCheckpoint, ProgressBar: AnyProgressBar}
-DEVICES = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(, ?\d+)+")
+CHECKPOINT_FOLDERS_FILE = (
+    "checkpoint_folders.txt"  # in a run's folder: others that it writes checkpoints into
+)
+EQUIVALENT_CLASSES = {Checkpoint: ModelCheckpoint, ProgressBar: AnyProgressBar}
+DEVICES_PATTERN = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(, ?\d+)+")
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
-def refuse_spawned(strategy: Any) -> None:
+def check_not_spawned(strategy: Any) -> None:
     """Refuse to send a trainer to new processes.
 
     Raises:
@@ -119,63 +121,69 @@ class Trainer(L.Trainer):
             enable_model_summary: whether the modules are listed; the table of a plan says more
             kwargs: Lightning's other arguments
         """
-        quiet()
-        check_positive(kwargs)
-        self._name, self._folder = name, None
-        self._loggers_wanted = wanted(logger, bare := bool(kwargs.get("barebones")))
-        self._tries = tries = bare or bool(kwargs.get("fast_dev_run"))
+        silence_lightning()
+        check_counts(kwargs)
+        self._run_name, self._run_dir = name, None
+        self._requested_loggers = select_loggers(
+            logger, is_barebones := bool(kwargs.get("barebones"))
+        )
+        self._is_dry_run = is_dry_run = is_barebones or bool(kwargs.get("fast_dev_run"))
         defaults = {
-            ExactResume: not tries,
-            GracefulStop: not tries,
+            ExactResume: not is_dry_run,
+            GracefulStop: not is_dry_run,
             GlobalMean: True,
-            Checkpoint: enable_checkpointing and not tries,
-            ProgressBar: enable_progress_bar and not bare,
-            LossPlot: bool(self._loggers_wanted) and not tries,
-            PredictionTable: not bare,
+            Checkpoint: enable_checkpointing and not is_dry_run,
+            ProgressBar: enable_progress_bar and not is_barebones,
+            LossPlot: bool(self._requested_loggers) and not is_dry_run,
+            PredictionTable: not is_barebones,
         }
         super().__init__(
-            precision=chosen_precision(precision, kwargs.get("accelerator", "auto")),
-            logger=[each for each in self._loggers_wanted if isinstance(each, Logger)] or False,
-            callbacks=checked_first(with_defaults(listed(callbacks), defaults)),
-            plugins=with_atomic_files(listed(plugins)),
+            precision=resolve_precision(precision, kwargs.get("accelerator", "auto")),
+            logger=[
+                requested for requested in self._requested_loggers if isinstance(requested, Logger)
+            ]
+            or False,
+            callbacks=put_run_checks_first(add_default_callbacks(as_list(callbacks), defaults)),
+            plugins=add_atomic_checkpoint_io(as_list(plugins)),
             default_root_dir=default_root_dir,
             num_sanity_val_steps=num_sanity_val_steps,
-            log_every_n_steps=0 if bare else log_every_n_steps,
-            enable_checkpointing=enable_checkpointing and not bare,
-            enable_progress_bar=enable_progress_bar and not bare,
+            log_every_n_steps=0 if is_barebones else log_every_n_steps,
+            enable_checkpointing=enable_checkpointing and not is_barebones,
+            enable_progress_bar=enable_progress_bar and not is_barebones,
             enable_model_summary=enable_model_summary,
             **kwargs,  # passed on as it is, or the parser would not see which arguments there are
         )
-        refuse_spawned(self.strategy)
-        if self.world_size > 1 and not has(self.callbacks, RankWatchdog):  # type: ignore
+        check_not_spawned(self.strategy)
+        if self.world_size > 1 and not contains_kind(self.callbacks, RankWatchdog):  # type: ignore
             self.callbacks.insert(0, RankWatchdog())  # type: ignore[attr-defined]
-        self._lighten()
+        self._install_fast_loop()
 
-    def compare_ranks(self, config: dict[str, Any]) -> None:
-        """Refuse ranks with another `config` (flat, plain values), as soon as they have joined."""
+    def check_same_config_on_ranks(self, flat_config: dict[str, Any]) -> None:
+        """Refuse ranks with another `flat_config` (flat, plain values), as soon as they have
+        joined."""
         strategy: Any = self.strategy
 
         def compare() -> None:
             if self.world_size > 1 and dist.is_initialized():
-                refuse_difference(config)
+                check_same_config(flat_config)
 
         if isinstance(strategy, MeshStrategy):  # its mesh is made of collectives
-            strategy.when_joined = compare
+            strategy.on_process_group_ready = compare
             return
-        join = strategy.setup_environment
+        setup_environment = strategy.setup_environment
 
         def join_and_compare() -> None:
-            join()
+            setup_environment()
             compare()
 
         replace_method(strategy, "setup_environment", join_and_compare)
 
-    def _lighten(self) -> None:
+    def _install_fast_loop(self) -> None:
         """Take from a step what it does not need: lightning_compat/fast_loop.py has the figures."""
-        refuse_stock_callbacks(self)
-        replace_checkpoint_connector(self, Restore(self))
+        check_stock_callbacks(self)
+        replace_checkpoint_connector(self, RavineCheckpointConnector(self))
         free_before_forward(self)
-        install_fast_loop(self, frees_early, free_gradients)
+        install_fast_loop(self, can_free_gradients_early, free_gradients)
         without_profiling(self)
         if isinstance(self.accelerator, CPUAccelerator):
             # set by Lightning for forks beside a GPU; here Adam looks for a driver each step: 50 us
@@ -184,49 +192,59 @@ class Trainer(L.Trainer):
     @property
     def estimated_stepping_batches(self) -> int | float:
         """Optimizer steps of the run, also where their number of batches changes with the epoch."""
-        return optimizer_steps(self)
+        return count_optimizer_steps(self)
 
     @property
     def log_dir(self) -> str | None:
         """Folder of this run; made when a run that has begun asks for it, on all ranks together."""
-        if self._folder is None and self.lightning_module is not None and not self._tries:
-            self._folder = self._claimed()
-            self.loggers = [self._made(each, self._folder) for each in self._loggers_wanted]
+        if self._run_dir is None and self.lightning_module is not None and not self._is_dry_run:
+            self._run_dir = self._broadcast_run_dir()
+            self.loggers = [
+                self._make_logger(requested, self._run_dir) for requested in self._requested_loggers
+            ]
             for callback in self.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                    callback.dirpath = os.path.join(self._folder, "checkpoints")
-            self._note_folders(self._folder)
-            self.print(f"run: {self._folder}, on {self._machine()}")
-        return self._folder
+                    callback.dirpath = os.path.join(self._run_dir, "checkpoints")
+            self._record_checkpoint_folders(self._run_dir)
+            self.print(f"run: {self._run_dir}, on {self._describe_machine()}")
+        return self._run_dir
 
-    def _note_folders(self, folder: str) -> None:
+    def _record_checkpoint_folders(self, folder: str) -> None:
         """Write down where the checkpoints are, if not in the run's folder: `last` looks there."""
         callbacks = [c for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        own = os.path.abspath(folder)
-        others = [os.path.abspath(str(c.dirpath)) for c in callbacks if "://" not in str(c.dirpath)]
-        lines = sorted({each for each in others if not each.startswith(own + os.sep)})
+        run_path = os.path.abspath(folder)
+        checkpoint_paths = [
+            os.path.abspath(str(c.dirpath)) for c in callbacks if "://" not in str(c.dirpath)
+        ]
+        lines = sorted(
+            {
+                checkpoint_path
+                for checkpoint_path in checkpoint_paths
+                if not checkpoint_path.startswith(run_path + os.sep)
+            }
+        )
         if lines and self.is_global_zero:
-            Path(folder, ELSEWHERE).write_text("\n".join(lines), encoding="utf-8")
+            Path(folder, CHECKPOINT_FOLDERS_FILE).write_text("\n".join(lines), encoding="utf-8")
 
-    def _claimed(self) -> str:
+    def _broadcast_run_dir(self) -> str:
         """The folder that rank 0 has made; where it cannot, no rank waits for it."""
         folder, problem = "", None
         if self.is_global_zero:
             try:
-                folder = self._claim()
+                folder = self._create_run_dir()
             except (UsageError, OSError) as error:
                 problem = error
         if folder := self.strategy.broadcast(folder):
             return folder
-        raise problem or no_folder(Path(self.default_root_dir), OSError(0, "not by rank 0"))
+        raise problem or run_dir_error(Path(self.default_root_dir), OSError(0, "not by rank 0"))
 
-    def _claim(self) -> str:
+    def _create_run_dir(self) -> str:
         """Make the next free folder; of two runs that start together each gets its own."""
-        name = self._name or type(self.lightning_module).__name__.lower()
-        check_name(name)
+        name = self._run_name or type(self.lightning_module).__name__.lower()
+        check_run_name(name)
         root = Path(self.default_root_dir, name)
-        taken = [int(p.name[8:]) for p in root.glob("version_*") if p.name[8:].isdecimal()]
-        number = max(taken, default=-1) + 1
+        used_numbers = [int(p.name[8:]) for p in root.glob("version_*") if p.name[8:].isdecimal()]
+        number = max(used_numbers, default=-1) + 1
         while True:
             folder = root / f"version_{number}"
             try:
@@ -234,10 +252,10 @@ class Trainer(L.Trainer):
                 return str(folder)
             except OSError as error:
                 if not os.path.lexists(folder):  # a file stands in the way, or a link to nowhere
-                    raise no_folder(folder, error) from error
+                    raise run_dir_error(folder, error) from error
                 number += 1
 
-    def _made(self, logger: Logger | LoggerName, folder: str) -> Logger:
+    def _make_logger(self, logger: Logger | LoggerName, folder: str) -> Logger:
         """The logger of that name, writing to the run's folder; a ready one stays as it is."""
         root, version = os.path.split(folder)
         name = os.path.relpath(folder, self.default_root_dir)
@@ -254,16 +272,18 @@ class Trainer(L.Trainer):
                 return MLFlowLogger(os.path.dirname(name), run_name=name, tracking_uri=uri)
         return logger  # type: ignore
 
-    def _machine(self) -> str:
+    def _describe_machine(self) -> str:
         device = self.strategy.root_device
-        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-        ranks = f"{self.world_size} x " if self.world_size > 1 else ""
+        device_name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+        )
+        ranks_text = f"{self.world_size} x " if self.world_size > 1 else ""
         count = torch.get_num_threads()
         threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
-        return f"{ranks}{kind}{threads}, precision {self.precision}"
+        return f"{ranks_text}{device_name}{threads}, precision {self.precision}"
 
 
-def check_name(name: str) -> None:
+def check_run_name(name: str) -> None:
     """Refuse a name whose folder is not below default_root_dir; it may stand in a checkpoint."""
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise UsageError(
@@ -273,10 +293,10 @@ def check_name(name: str) -> None:
         )
 
 
-def check_links(name: str | None, root: str | Path) -> None:
+def check_run_links(name: str | None, root: str | Path) -> None:
     """Refuse a name of a checkpoint that a link leads out of the folder of all runs."""
     if name:
-        check_name(name)
+        check_run_name(name)
     if name and not Path(root, name).resolve().is_relative_to(Path(root).resolve()):
         raise UsageError(
             f"the run's name {name!r}, of the checkpoint, leads out of {root} by a link",
@@ -294,9 +314,9 @@ class RunCSVLogger(CSVLogger):
         super().save()
 
 
-def no_folder(folder: Path, error: OSError) -> Exception:
+def run_dir_error(folder: Path, error: OSError) -> Exception:
     """What to say of a run's folder that the system will not make; a full disk says it itself."""
-    if error.errno in FULL:
+    if error.errno in DISK_FULL_ERRNOS:
         return error
     return UsageError(
         f"the run's folder {folder} cannot be made: {error.strerror}",
@@ -304,74 +324,85 @@ def no_folder(folder: Path, error: OSError) -> Exception:
     )
 
 
-def wanted(logger: Any, bare: bool) -> list[Any]:
+def select_loggers(logger: Any, is_barebones: bool) -> list[Any]:
     """The loggers that were asked for, ready ones or names; none that is not installed."""
-    usual: list[Any] = [] if bare else ["csv", "tensorboard"]
-    loggers = usual if logger is True else listed(logger)
-    for each in loggers:
-        check_installed(each)
+    default_loggers: list[Any] = [] if is_barebones else ["csv", "tensorboard"]
+    loggers = default_loggers if logger is True else as_list(logger)
+    for requested in loggers:
+        check_logger_installed(requested)
     return loggers
 
 
-def check_positive(options: dict[str, Any]) -> None:
+def check_counts(options: dict[str, Any]) -> None:
     """Refuse counts below one, which Lightning takes and then divides by."""
-    for key, least in (
+    for key, min_value in (
         ("accumulate_grad_batches", 1),
         ("num_nodes", 1),
         ("val_check_interval", 1e-9),
     ):
-        if isinstance(value := options.get(key), int | float) and value < least:
+        if isinstance(value := options.get(key), int | float) and value < min_value:
             raise UsageError(f"{key} is {value}", ["1 or more"], flag=f"--trainer.{key}=1")
     devices = options.get("devices", "auto")
-    if isinstance(devices, int | str) and not DEVICES.fullmatch(str(devices)):
+    if isinstance(devices, int | str) and not DEVICES_PATTERN.fullmatch(str(devices)):
         allowed = ["auto", "-1 (all)", "1 or more", "a list: 0,3"]
         raise UsageError(f"devices is {devices!r}", allowed, flag="--trainer.devices=1")
 
 
-def with_atomic_files(plugins: list[Any]) -> list[Any]:
+def add_atomic_checkpoint_io(plugins: list[Any]) -> list[Any]:
     """The plugins, and ours for checkpoint files unless one is among them."""
-    return plugins if has(plugins, CheckpointIO) else [*plugins, AtomicCheckpointIO()]
+    return plugins if contains_kind(plugins, CheckpointIO) else [*plugins, AtomicCheckpointIO()]
 
 
-def with_defaults(given: list[Callback], defaults: dict[type, bool]) -> list[Callback]:
+def add_default_callbacks(callbacks: list[Callback], defaults: dict[type, bool]) -> list[Callback]:
     """The callbacks given, and those defaults that are on and not among them."""
-    return given + [kind() for kind, on in defaults.items() if on and not has(given, kind)]
+    return callbacks + [
+        callback_class()
+        for callback_class, is_enabled in defaults.items()
+        if is_enabled and not contains_kind(callbacks, callback_class)
+    ]
 
 
-def checked_first(callbacks: list[Callback]) -> list[Callback]:
+def put_run_checks_first(callbacks: list[Callback]) -> list[Callback]:
     """The callbacks, RunChecks before all others: it refuses what they would fail at."""
-    first = [each for each in callbacks if isinstance(each, RunChecks)] or [RunChecks()]
-    return first[:1] + [each for each in callbacks if not isinstance(each, RunChecks)]
+    run_checks = [callback for callback in callbacks if isinstance(callback, RunChecks)] or [
+        RunChecks()
+    ]
+    return run_checks[:1] + [
+        callback for callback in callbacks if not isinstance(callback, RunChecks)
+    ]
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """One or several, or none, as a list of its own."""
     return list(value) if isinstance(value, list | tuple) else [value] if value else []
 
 
-def has(members: list[Any], kind: type) -> bool:
+def contains_kind(members: list[Any], wanted_class: type) -> bool:
     """Whether one of the kind is there; any progress bar or checkpoint stands for ours."""
-    return any(isinstance(each, (STANDS_FOR.get(kind, kind))) for each in members)
+    return any(
+        isinstance(member, (EQUIVALENT_CLASSES.get(wanted_class, wanted_class)))
+        for member in members
+    )
 
 
-def chosen_precision(precision: str | int | None, accelerator: Any) -> Any:
-    """What Lightning takes: `auto` decided."""
-    return automatic_precision(accelerator) if precision == "auto" else precision
+def resolve_precision(precision: str | int | None, accelerator: Any) -> Any:
+    """What Lightning takes: `auto_attention` decided."""
+    return default_precision(accelerator) if precision == "auto" else precision
 
 
-def automatic_precision(accelerator: Any) -> str:
+def default_precision(accelerator: Any) -> str:
     """bf16-mixed where the device has instructions for it; where it has not, it is slower."""
     on_cpu = accelerator == "cpu" or isinstance(accelerator, CPUAccelerator)
     if torch.cuda.is_available() and not on_cpu:
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif torch.backends.mps.is_available() and not on_cpu:
-        fast = False
+        is_fast = False
     else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if fast else "32-true"
+        is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if is_fast else "32-true"
 
 
-def check_installed(logger: Logger | LoggerName) -> None:
+def check_logger_installed(logger: Logger | LoggerName) -> None:
     """Refuse a logger whose package is missing, before anything has begun."""
     if logger in ("wandb", "mlflow") and find_spec(str(logger)) is None:
         raise UsageError(

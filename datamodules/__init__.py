@@ -1,6 +1,6 @@
 from .images import ImageDataModule
 from .instruction import AnswerDataModule
-from .loaders import EvalLoader, Order, Share, TrainLoader, generator
+from .loaders import DataParallelInfo, EvalLoader, Order, TrainLoader, generator
 from .prompts import PromptDataModule, Prompts
 from .spam import SpamDataModule
 from .text import TextDataModule
@@ -17,6 +17,7 @@ __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
     "CharTokenizer",
+    "DataParallelInfo",
     "EvalLoader",
     "FileTokenizer",
     "ImageDataModule",
@@ -24,7 +25,6 @@ __all__ = [
     "Order",
     "PromptDataModule",
     "Prompts",
-    "Share",
     "SpamDataModule",
     "TextDataModule",
     "TrainLoader",

@@ -1,6 +1,6 @@
 """A corpus: any text file or folder as one tensor of token numbers, read in pieces of bounded size.
 
-A text above `memory_limit` characters is not held in memory: its tokens are a mapped file.
+A text above `max_chars_in_memory` characters is not held in memory: its tokens are a mapped file.
 """
 
 import codecs
@@ -15,21 +15,21 @@ from torch import Tensor
 
 from ravine.errors import MissingFileError, UsageError, suggest_names
 
-from .file_kinds import HEAD, SUFFIXES, refuse_binary
+from .file_kinds import BINARY_SUFFIXES, NUM_HEADER_BYTES, check_not_binary
 from .token_cache import (
-    TokensUnwritable,
+    TokenCacheError,
     TokenType,
     as_tensor,
-    check_tokens,
-    extent,
-    read_bins,
-    read_tokens,
-    tokenized,
-    write_tokens,
+    check_token_range,
+    compute_token_range,
+    read_nanogpt_bins,
+    read_token_file,
+    tokenize_corpus,
+    write_token_file,
 )
-from .tokenizers import Specials, Tokenizer, make_tokenizer
+from .tokenizers import SpecialTokenMode, Tokenizer, make_tokenizer
 
-PIECE = 1 << 24  # bytes read at once
+CHUNK_BYTES = 1 << 24  # bytes read at once
 
 
 class Corpus(NamedTuple):
@@ -38,150 +38,156 @@ class Corpus(NamedTuple):
     tokens: Tensor
     tokenizer: Tokenizer
     sha256: str
-    mapped: bool  # the tokens are a file
-    rest: Tensor | None = None  # those for validation, where a file of its own holds them
+    is_memmap: bool  # the tokens are a file
+    val_tokens: Tensor | None = None  # those for validation, where a file of its own holds them
     note: str = ""  # printed for the user
 
 
-def files_of(path: Path, flag: str = "--data.path") -> list[Path]:
+def list_files(path: Path, flag: str = "--data.path") -> list[Path]:
     """The file itself, or all files of a folder but the hidden ones, in the order of names."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        beside = [p.name for p in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
-        nearest = suggest_names(path.name, beside) or sorted(beside)[:3]
-        there = f"nearest there: {', '.join(nearest)}" if nearest else "its folder is missing, too"
-        raise MissingFileError(f"no file or folder {path}; {there}; type {flag}=FILE")
+        siblings = [p.name for p in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
+        closest = suggest_names(path.name, siblings) or sorted(siblings)[:3]
+        neighbours_hint = (
+            f"nearest there: {', '.join(closest)}" if closest else "its folder is missing, too"
+        )
+        raise MissingFileError(f"no file or folder {path}; {neighbours_hint}; type {flag}=FILE")
     files = []
-    for folder, below, names in os.walk(path):
-        below[:] = [name for name in below if not name.startswith(".")]
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for file in (Path(folder, name) for name in names if not name.startswith(".")):
             if not file.is_file():
                 continue
-            if file.suffix.lower() in SUFFIXES:  # at once: a wrong folder may hold millions
+            if file.suffix.lower() in BINARY_SUFFIXES:  # at once: a wrong folder may hold millions
                 with file.open("rb") as opened:
-                    refuse_binary(file, opened.read(HEAD), flag)
+                    check_not_binary(file, opened.read(NUM_HEADER_BYTES), flag)
             files.append(file)
     if not files:
         raise MissingFileError(f"the folder {path} holds no files; type {flag}=FOLDER")
     return sorted(files)
 
 
-def read(files: Iterable[Path], flag: str = "--data.path") -> Iterator[str]:
+def read_text(files: Iterable[Path], flag: str = "--data.path") -> Iterator[str]:
     """The text of the files in pieces, a line break between two files."""
     for number, file in enumerate(files):
         if number:
             yield "\n"
-        yield from _read(file, flag)
+        yield from _read_file(file, flag)
 
 
-def _read(path: Path, flag: str) -> Iterator[str]:
+def _read_file(path: Path, flag: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # Windows marks the start
-    place = 0  # of the first byte not yet decoded
+    offset = 0  # of the first byte not yet decoded
     with path.open("rb") as file:
         while True:
-            piece = file.read(PIECE)
-            if not place:
-                refuse_binary(path, piece, flag)
-            if b"\0" in piece:
+            chunk = file.read(CHUNK_BYTES)
+            if not offset:
+                check_not_binary(path, chunk, flag)
+            if b"\0" in chunk:
                 raise UsageError(
-                    f"{path} is no text: byte 0x00 at position {file.tell() - len(piece)} or "
+                    f"{path} is no text: byte 0x00 at position {file.tell() - len(chunk)} or "
                     "after; if it is UTF-16, type "
                     f"iconv -f utf-16 -t utf-8 '{path}' > text.txt and {flag}=text.txt"
                 )
             try:
-                yield decoder.decode(piece, final=not piece)
+                yield decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 raise UsageError(
                     f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position "
-                    f"{place + error.start}; if it is Latin-1, type "
+                    f"{offset + error.start}; if it is Latin-1, type "
                     f"iconv -f latin1 -t utf-8 '{path}' > text.txt and {flag}=text.txt"
                 ) from None
-            place = file.tell() - len(decoder.getstate()[0])
-            if not piece:
+            offset = file.tell() - len(decoder.getstate()[0])
+            if not chunk:
                 return
 
 
-class Outline(NamedTuple):
-    """The result of one pass over a text, and the file of its tokens if `prepare` wrote one."""
+class TextSummary(NamedTuple):
+    """The result of one pass over a text, and the file of its tokens if `prepare_token_file` wrote
+    one."""
 
     sha256: str
     characters: str  # the different ones, sorted
-    count: int
-    file: str = ""
+    num_chars: int
+    token_file: str = ""
 
 
-def outline(pieces: Callable[[], Iterator[str]], name: str) -> Outline:
+def summarize_text(iter_text: Callable[[], Iterator[str]], name: str) -> TextSummary:
     """Read a text once for its checksum, its different characters and their number."""
-    digest, characters, count = hashlib.sha256(), set[str](), 0
-    for piece in pieces():
-        digest.update(piece.encode())
-        characters.update(piece)
-        count += len(piece)
-    if not count:
+    digest, characters, num_chars = hashlib.sha256(), set[str](), 0
+    for chunk in iter_text():
+        digest.update(chunk.encode())
+        characters.update(chunk)
+        num_chars += len(chunk)
+    if not num_chars:
         raise UsageError(f"{name} is empty: give a text of at least one window, --data.path=FILE")
-    return Outline(digest.hexdigest(), "".join(sorted(characters)), count)
+    return TextSummary(digest.hexdigest(), "".join(sorted(characters)), num_chars)
 
 
-def prepare(
-    pieces: Callable[[], Iterator[str]],
+def prepare_token_file(
+    iter_text: Callable[[], Iterator[str]],
     name: str,
-    memory_limit: int,
-    kind: str = "characters",
-    specials: Specials = "plain",
-) -> Outline:
-    """Write the tokens of a text to a file, for all processes of a machine; see `load`.
+    max_chars_in_memory: int,
+    tokenizer_name: str = "characters",
+    special_tokens: SpecialTokenMode = "plain",
+) -> TextSummary:
+    """Write the tokens of a text to a file, for all processes of a machine; see `build_corpus`.
 
     A text that is short enough for memory needs no file: if none can be written, each process
     makes its tokens.
     """
-    found = outline(pieces, name)
-    tokenizer = make_tokenizer(kind, found.characters, specials)
-    mapped = found.count > memory_limit
+    summary = summarize_text(iter_text, name)
+    tokenizer = make_tokenizer(tokenizer_name, summary.characters, special_tokens)
+    is_memmap = summary.num_chars > max_chars_in_memory
     try:
-        return found._replace(file=str(write_tokens(tokenizer, pieces, found.sha256, mapped)))
-    except TokensUnwritable:
-        if mapped:
+        return summary._replace(
+            file=str(write_token_file(tokenizer, iter_text, summary.sha256, is_memmap))
+        )
+    except TokenCacheError:
+        if is_memmap:
             raise
-        return found
+        return summary
 
 
-def load(
-    pieces: Callable[[], Iterator[str]],
+def build_corpus(
+    iter_text: Callable[[], Iterator[str]],
     name: str,
-    memory_limit: int,
-    kind: str = "characters",
-    specials: Specials = "plain",
-    prepared: Outline | None = None,
+    max_chars_in_memory: int,
+    tokenizer_name: str = "characters",
+    special_tokens: SpecialTokenMode = "plain",
+    prepared_summary: TextSummary | None = None,
 ) -> Corpus:
     """Read the text twice: for its characters and checksum, then for its tokens.
 
-    With the result of `prepare` the text is not read, and the tokens are mapped from its file.
+    With the result of `prepare_token_file` the text is not read, and the tokens are mapped from
+    its file.
     """
-    found = outline(pieces, name) if prepared is None else prepared
-    tokenizer = make_tokenizer(kind, found.characters, specials)
-    mapped = found.count > memory_limit
-    if found.file and Path(found.file).is_file():
-        tokens = read_tokens(Path(found.file), tokenizer, mapped)
+    summary = summarize_text(iter_text, name) if prepared_summary is None else prepared_summary
+    tokenizer = make_tokenizer(tokenizer_name, summary.characters, special_tokens)
+    is_memmap = summary.num_chars > max_chars_in_memory
+    if summary.token_file and Path(summary.token_file).is_file():
+        tokens = read_token_file(Path(summary.token_file), tokenizer, is_memmap)
     else:
-        tokens = tokenized(tokenizer, pieces, found.sha256, mapped)
-    return Corpus(tokens, tokenizer, found.sha256, mapped)
+        tokens = tokenize_corpus(tokenizer, iter_text, summary.sha256, is_memmap)
+    return Corpus(tokens, tokenizer, summary.sha256, is_memmap)
 
 
-def bins(
+def load_nanogpt_bins(
     folder: Path,
-    kind: str = "characters",
-    vocabulary: int | None = None,
+    tokenizer_name: str = "characters",
+    vocab_size: int | None = None,
     dtype: TokenType | None = None,
 ) -> Corpus | None:
     """The tokens of a folder with train.bin and val.bin, if it is one."""
-    found = read_bins(folder, kind, vocabulary, dtype)
-    if found is None:
+    loaded = read_nanogpt_bins(folder, tokenizer_name, vocab_size, dtype)
+    if loaded is None:
         return None
-    return Corpus(found.train, found.tokenizer, found.sha256, True, found.val, found.note)
+    return Corpus(loaded.train, loaded.tokenizer, loaded.sha256, True, loaded.val, loaded.note)
 
 
-def of_array(tokens: np.ndarray | Tensor, tokenizer: Tokenizer) -> Corpus:
+def corpus_from_array(tokens: np.ndarray | Tensor, tokenizer: Tokenizer) -> Corpus:
     """An array of tokens (n) as a corpus; every token must be in the vocabulary."""
     array = tokens.numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     if array.ndim != 1 or array.dtype.kind not in "iu" or not array.size:
@@ -189,7 +195,7 @@ def of_array(tokens: np.ndarray | Tensor, tokenizer: Tokenizer) -> Corpus:
             f"tokens are {array.dtype} of shape {array.shape}; allowed: whole numbers of shape "
             "(n,), one or more; give one long array"
         )
-    check_tokens("tokens", array, extent(array), tokenizer)
+    check_token_range("tokens", array, compute_token_range(array), tokenizer)
     digest = hashlib.sha256(array.size.to_bytes(8, "little"))
     digest.update(array[: 1 << 17].tobytes() + array[-(1 << 17) :].tobytes())
     return Corpus(as_tensor(array), tokenizer, digest.hexdigest(), isinstance(array, np.memmap))

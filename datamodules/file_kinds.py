@@ -25,31 +25,46 @@ SIGNATURES = {
     b"OggS": "a sound",
     b"ID3": "a sound",
 }
-HEAD = 512  # bytes that decide
-SUFFIXES = {
+NUM_HEADER_BYTES = 512  # bytes that decide
+BINARY_SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".webp", ".pdf", ".zip", ".docx", ".xlsx",
     ".npz", ".npy", ".pt", ".pth", ".ckpt", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".doc", ".xls",
     ".so", ".o", ".sqlite", ".db", ".parquet", ".ogg", ".mp3", ".wav",
 }  # fmt: skip
 
 
-def kind_of(head: bytes) -> str:
+def identify_binary(header: bytes) -> str:
     """What a file with these first bytes is, with what makes a text of it; "" if it may be text."""
-    kind = next((kind for start, kind in SIGNATURES.items() if head.startswith(start)), "")
-    controls = any(byte < 9 for byte in head[:HEAD])  # a text may begin with the letters RIFF
-    return kind if controls or not head[:4].isascii() or head.startswith(b"%PDF-") else ""
+    description = next(
+        (
+            description
+            for signature, description in SIGNATURES.items()
+            if header.startswith(signature)
+        ),
+        "",
+    )
+    has_control_bytes = any(
+        byte < 9 for byte in header[:NUM_HEADER_BYTES]
+    )  # a text may begin with the letters RIFF
+    return (
+        description
+        if has_control_bytes or not header[:4].isascii() or header.startswith(b"%PDF-")
+        else ""
+    )
 
 
-def refuse_binary(path: Path, head: bytes, flag: str) -> None:
+def check_not_binary(path: Path, header: bytes, flag: str) -> None:
     """Refuse a file that is no text.
 
     Args:
         path: the file.
-        head: its first bytes.
+        header: its first bytes.
         flag: that gave it, e.g. --data.path.
 
     Raises:
         ValueError: the file is of a kind that is known.
     """
-    if kind := kind_of(head):
-        raise UsageError(f"{path} is no text: it is {kind}; give files of text: type {flag}=FILE")
+    if description := identify_binary(header):
+        raise UsageError(
+            f"{path} is no text: it is {description}; give files of text: type {flag}=FILE"
+        )

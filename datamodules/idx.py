@@ -20,83 +20,94 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-from .image_set import LIMIT, ImageSet
+from .image_set import MAX_BYTES, ImageSet
 
-NAME = re.compile(
+FILE_PATTERN = re.compile(
     r"((?P<set>.+?)[-_.])?(?P<side>train|test|t10k|val|valid|validation)[-_.]"
     r"(?P<content>images|labels)[-_.]idx[0-9]([-_.][a-z0-9]+)?(\.gz)?",
     re.IGNORECASE,
 )
-SIDES = {"train": "train", "val": "val", "valid": "val", "validation": "val"}  # the rest is test
-TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
-SPARE = 2**29  # bytes; a gzip may hold this and four times its own size
-Files = dict[tuple[str, str], Path]  # by (side, content)
+SPLIT_ALIASES = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+}  # the rest is test
+ELEMENT_TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
+GZIP_ALLOWANCE = 2**29  # bytes; a gzip may hold this and four times its own size
+IdxFiles = dict[tuple[str, str], Path]  # by (side, content)
 
 
-def read_idx(path: Path, *ranks: int) -> Tensor:
+def read_idx(path: Path, *allowed_dims: int) -> Tensor:
     """The array of an idx file of bytes, gzipped or not: uint8, with the dimensions of its header.
 
     Args:
         path: the file.
-        ranks: numbers of dimensions that are allowed; by default all.
+        allowed_dims: numbers of dimensions that are allowed; by default all.
 
     Raises:
         ValueError: the file is no idx file of bytes, or is longer or shorter than it says.
     """
     try:
         with path.open("rb") as raw:
-            zipped = raw.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if zipped else path.open("rb") as file:
-            array = _array(file, path, zipped)
+            is_gzipped = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if is_gzipped else path.open("rb") as file:
+            array = _parse_idx(file, path, is_gzipped)
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {error}; fetch the file again") from None
-    if ranks and array.dim() not in ranks:
-        allowed = " or ".join(map(str, ranks))
+    if allowed_dims and array.dim() not in allowed_dims:
+        allowed = " or ".join(map(str, allowed_dims))
         raise UsageError(f"{path} has {array.dim()} dimensions, not {allowed}; fetch it again")
     return array
 
 
-def _array(file: gzip.GzipFile | object, path: Path, zipped: bool) -> Tensor:
-    read, readinto = file.read, file.readinto  # type: ignore[attr-defined]
-    head = read(4)
-    sizes = [int.from_bytes(read(4), "big") for _ in range(head[3] if len(head) == 4 else 0)]
-    if head[:2] != b"\0\0" or not sizes or head[2] not in TYPES:
+def _parse_idx(file: gzip.GzipFile | object, path: Path, is_gzipped: bool) -> Tensor:
+    read_bytes, readinto = file.read, file.readinto  # type: ignore[attr-defined]
+    header = read_bytes(4)
+    sizes = [
+        int.from_bytes(read_bytes(4), "big") for _ in range(header[3] if len(header) == 4 else 0)
+    ]
+    if header[:2] != b"\0\0" or not sizes or header[2] not in ELEMENT_TYPES:
         raise UsageError(
-            f"{path} is not an idx file of bytes: it begins with {head.hex(' ')}; expected 00 00 "
+            f"{path} is not an idx file of bytes: it begins with {header.hex(' ')}; expected 00 00 "
             "08 and the number of dimensions; fetch the file again"
         )
-    if head[2] != 8:
+    if header[2] != 8:
         raise UsageError(
-            f"{path} holds {TYPES[head[2]]}; allowed is an idx file of bytes, 0 to 255 (it begins "
+            f"{path} holds {ELEMENT_TYPES[header[2]]}; allowed is an idx file of bytes, 0 to 255 "
+            "(it begins "
             "with 00 00 08): convert it"
         )
     start, length = 4 + 4 * len(sizes), math.prod(sizes)
-    form, size = " x ".join(map(str, sizes)), path.stat().st_size
-    if zipped and length > 4 * size + SPARE:
+    dimensions, size = " x ".join(map(str, sizes)), path.stat().st_size
+    if is_gzipped and length > 4 * size + GZIP_ALLOWANCE:
         raise UsageError(
-            f"{path} says that it unfolds to {form} bytes, out of {size:,}; if that is meant, type "
+            f"{path} says that it unfolds to {dimensions} bytes, out of {size:,}; if that is "
+            "meant, type "
             f"gunzip {path}"
         )
-    if length > LIMIT or (not zipped and start + length != size):
+    if length > MAX_BYTES or (not is_gzipped and start + length != size):
         raise UsageError(
-            f"{path} is not an idx file of bytes: it has {size:,} bytes, and {form} after a head "
+            f"{path} is not an idx file of bytes: it has {size:,} bytes, and {dimensions} after a "
+            "head "
             f"of {start} are {start + length:,}; fetch the file again"
         )
-    content, done = bytearray(length), 0
+    content, num_read = bytearray(length), 0
     view = memoryview(content)
-    while done < length and (count := readinto(view[done:])):
-        done += count
-    if done < length or read(1):
+    while num_read < length and (count := readinto(view[num_read:])):
+        num_read += count
+    if num_read < length or read_bytes(1):
         raise UsageError(
-            f"{path} is not an idx file of bytes: it has {'fewer' if done < length else 'more'} "
-            f"than the {form} that it says; fetch the file again"
+            f"{path} is not an idx file of bytes: it has "
+            f"{'fewer' if num_read < length else 'more'} "
+            f"than the {dimensions} that it says; fetch the file again"
         )
     if not length:
-        raise UsageError(f"{path} holds {form} bytes, which is no image and no label")
+        raise UsageError(f"{path} holds {dimensions} bytes, which is no image and no label")
     return torch.frombuffer(content, dtype=torch.uint8).reshape(sizes)
 
 
-def find_idx(source: Path) -> Files | None:
+def find_idx_files(source: Path) -> IdxFiles | None:
     """The idx files that a path means: a folder, one with a folder raw, or FOLDER/PREFIX of files.
 
     None if there are none.
@@ -104,11 +115,11 @@ def find_idx(source: Path) -> Files | None:
     Raises:
         ValueError: a folder holds several sets.
     """
-    if source.is_file() and (found := NAME.fullmatch(source.name)):  # one of the files
-        source = source.parent / (found["set"] or "")
+    if source.is_file() and (match := FILE_PATTERN.fullmatch(source.name)):  # one of the files
+        source = source.parent / (match["set"] or "")
     folders = [source, source / "raw"] if source.is_dir() else [source.parent]
     for folder in folders:
-        sets = _sets(folder)
+        sets = _group_by_set(folder)
         if not source.is_dir():
             sets = {name: files for name, files in sets.items() if name == source.name}
         if len(sets) > 1:
@@ -123,68 +134,70 @@ def find_idx(source: Path) -> Files | None:
     return None
 
 
-def _sets(folder: Path) -> dict[str, Files]:
-    sets: dict[str, Files] = {}
+def _group_by_set(folder: Path) -> dict[str, IdxFiles]:
+    sets: dict[str, IdxFiles] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        found = NAME.fullmatch(path.name)
-        if found and path.is_file():
-            side = SIDES.get(found["side"].lower(), "test")
+        match = FILE_PATTERN.fullmatch(path.name)
+        if match and path.is_file():
+            split = SPLIT_ALIASES.get(match["side"].lower(), "test")
             # sorted: of x and x.gz, which torchvision keeps side by side, x is taken
-            sets.setdefault(found["set"] or "", {}).setdefault(
-                (side, found["content"].lower()), path
+            sets.setdefault(match["set"] or "", {}).setdefault(
+                (split, match["content"].lower()), path
             )
     return sets
 
 
-def read_own_idx(files: Files) -> tuple[dict[str, ImageSet], list[str]]:
+def read_idx_files(files: IdxFiles) -> tuple[dict[str, ImageSet], list[str]]:
     """A user's own set, by side (train, val, test), and notes; classes are the labels there are.
 
     Without any labels the images are of one class.
     """
-    sides = [side for side in ("train", "val", "test") if (side, "images") in files]
-    if alone := [str(path) for (side, _), path in files.items() if side not in sides]:
-        raise UsageError(f"{alone[0]} has no images beside it; put both files into one folder")
-    if "train" not in sides:
+    splits = [split for split in ("train", "val", "test") if (split, "images") in files]
+    if unpaired := [str(path) for (split, _), path in files.items() if split not in splits]:
+        raise UsageError(f"{unpaired[0]} has no images beside it; put both files into one folder")
+    if "train" not in splits:
         path = next(iter(files.values()))
         raise UsageError(f"{path.parent} has no images to train: expected train-images-idx3-ubyte")
-    images = {side: _images(files[side, "images"]) for side in sides}
-    labelled = [side for side in sides if (side, "labels") in files]
-    if labelled and labelled != sides:
-        side = next(side for side in sides if side not in labelled)
-        raise UsageError(f"{files[side, 'images']} has no labels, and others have; add the labels")
+    images = {split: _read_idx_images(files[split, "images"]) for split in splits}
+    labelled_splits = [split for split in splits if (split, "labels") in files]
+    if labelled_splits and labelled_splits != splits:
+        split = next(split for split in splits if split not in labelled_splits)
+        raise UsageError(f"{files[split, 'images']} has no labels, and others have; add the labels")
     shapes = {tuple(array.shape[1:]) for array in images.values()}
     if len(shapes) > 1:
         raise UsageError(
-            f"the images of {' and '.join(sides)} are of different sizes: {sorted(shapes)}"
+            f"the images of {' and '.join(splits)} are of different sizes: {sorted(shapes)}"
         )
-    if not labelled:
+    if not labelled_splits:
         name = files["train", "images"].parent.name
         return {
-            side: ImageSet(array, torch.zeros(len(array), dtype=torch.int64), (name,))
-            for side, array in images.items()
+            split: ImageSet(array, torch.zeros(len(array), dtype=torch.int64), (name,))
+            for split, array in images.items()
         }, []
-    labels = {side: read_idx(files[side, "labels"], 1) for side in sides}
-    for side in sides:
-        one = ImageSet(images[side], labels[side], ())
-        one.check_counts(str(files[side, "images"]))
-    counts = torch.stack([torch.bincount(each, minlength=256) for each in labels.values()])
-    there = counts.sum(0).nonzero()[:, 0].to(torch.uint8)
-    names = tuple(str(label) for label in there.tolist())
+    labels = {split: read_idx(files[split, "labels"], 1) for split in splits}
+    for split in splits:
+        image_set = ImageSet(images[split], labels[split], ())
+        image_set.check_counts(str(files[split, "images"]))
+    counts = torch.stack(
+        [torch.bincount(split_labels, minlength=256) for split_labels in labels.values()]
+    )
+    used_labels = counts.sum(0).nonzero()[:, 0].to(torch.uint8)
+    names = tuple(str(label) for label in used_labels.tolist())
     sets, notes = {}, []
-    for side in sides:
-        numbers = torch.searchsorted(there, labels[side])
-        one = ImageSet(images[side], numbers, names)
-        if side == "train":
-            one.checked(str(files[side, "images"]))
+    for split in splits:
+        class_indices = torch.searchsorted(used_labels, labels[split])
+        image_set = ImageSet(images[split], class_indices, names)
+        if split == "train":
+            image_set.validated(str(files[split, "images"]))
         else:
-            one.check_fit(str(files[side, "images"]))
-            if absent := one.empty_classes():
-                notes.append(f"no image of class {', '.join(absent)} in {side}")
-        sets[side] = one
+            image_set.check_label_range(str(files[split, "images"]))
+            if empty_classes := image_set.empty_classes():
+                notes.append(f"no image of class {', '.join(empty_classes)} in {split}")
+        sets[split] = image_set
     return sets, notes
 
 
-def _images(path: Path) -> Tensor:
+def _read_idx_images(path: Path) -> Tensor:
     """Images, uint8 (n c y x); in four dimensions the channels stand last or second."""
     array = read_idx(path, 3, 4)
     if array.dim() == 3:

@@ -25,23 +25,25 @@ from torch import Tensor
 
 from ravine.errors import MissingFileError, UsageError
 
-from .image_set import LIMIT, ImageSet
+from .image_set import MAX_BYTES, ImageSet
 
-SUFFIXES = {
+IMAGE_SUFFIXES = {
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".webp", ".bmp", ".tif", ".tiff"
 }  # fmt: skip
 # Pillow recognizes a file by its content. Of its other formats some start programs (EPS: gs).
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
-PIXELS = 25_000_000  # of one image: decoded and converted it takes up to 13 bytes a pixel
-OTHERS = 100_000  # files that are not images, after which a folder is taken for a wrong one
-SIDES = {
+PILLOW_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
+MAX_PIXELS = 25_000_000  # of one image: decoded and converted it takes up to 13 bytes a pixel
+MAX_SKIPPED_FILES = (
+    100_000  # files that are not images, after which a folder is taken for a wrong one
+)
+SPLIT_ALIASES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-CHANNELS = {"L": 1, "RGB": 3}
+MODE_CHANNELS = {"L": 1, "RGB": 3}
 
-Mode = Literal["auto", "gray", "rgb"]
-Size = tuple[int, int]  # rows, columns
+ColorMode = Literal["auto", "gray", "rgb"]
+ImageSize = tuple[int, int]  # rows, columns
 
 
 class SkippedFiles:
@@ -53,24 +55,27 @@ class SkippedFiles:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
-    def add(self, kind: str, path: str) -> None:
+    def add(self, file_type: str, path: str) -> None:
         """Count a file."""
-        self.counts[kind] += 1
-        self.examples.setdefault(kind, printable(os.path.relpath(path, self.root)))
-        if self.counts.total() > OTHERS:
+        self.counts[file_type] += 1
+        self.examples.setdefault(file_type, printable(os.path.relpath(path, self.root)))
+        if self.counts.total() > MAX_SKIPPED_FILES:
             raise UsageError(
-                f"{self.root} holds more than {OTHERS:,} files that are no images, e.g. "
-                f"{self.examples[kind]}; give the folder of the images alone: type "
+                f"{self.root} holds more than {MAX_SKIPPED_FILES:,} files that are no images, e.g. "
+                f"{self.examples[file_type]}; give the folder of the images alone: type "
                 "--data.source=FOLDER"
             )
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """Everything left out in one line, or nothing."""
-        kinds = (f"{n:,} {kind} ({self.examples[kind]})" for kind, n in self.counts.most_common())
-        return ", ".join(kinds)
+        descriptions = (
+            f"{n:,} {file_type} ({self.examples[file_type]})"
+            for file_type, n in self.counts.most_common()
+        )
+        return ", ".join(descriptions)
 
 
-class Form(NamedTuple):
+class ImageFormat(NamedTuple):
     """What an image is stored as: mode and size of Pillow, and what else the file states."""
 
     mode: str
@@ -82,19 +87,22 @@ class Form(NamedTuple):
         return f"{self.size[0]}x{self.size[1]} {self.mode}{self.note}"
 
 
-class Folder(NamedTuple):
+class FolderContents(NamedTuple):
     """The images of a folder, by side (all, or train, val, test), and notes for the user."""
 
-    sides: dict[str, ImageSet]
+    splits: dict[str, ImageSet]
     notes: list[str]
 
 
-def read_folder(folder: Path, mode: Mode = "auto", resize: Size | None = None) -> Folder:
+def read_image_folder(
+    folder: Path, mode: ColorMode = "auto", resize: ImageSize | None = None
+) -> FolderContents:
     """Read a user's own images.
 
     Args:
         folder: see the head of this file.
-        mode: `auto` takes 8-bit gray or RGB as stored and refuses a mixture; `gray` and `rgb`
+        mode: `auto_attention` takes 8-bit gray or RGB as stored and refuses a mixture; `gray` and
+        `rgb`
             convert: transparent pixels are blended with white, of 16 bits the upper 8 are kept.
         resize: rows and columns to which every image is scaled and cropped at its center.
 
@@ -102,104 +110,118 @@ def read_folder(folder: Path, mode: Mode = "auto", resize: Size | None = None) -
         ValueError: an image cannot be read or does not fit the others, or a class has none.
         FileNotFoundError: no image is there.
     """
-    left = SkippedFiles(folder)
-    below = subfolders(folder)
-    _refuse_both(folder, below, flat := images_below(folder, left, deep=False))
-    if sides := _sides(below):
-        found = {side: _classes(path, folder.name, left) for side, path in sides.items()}
+    skipped = SkippedFiles(folder)
+    subfolder_paths = list_subfolders(folder)
+    _check_not_mixed(
+        folder, subfolder_paths, top_level_images := find_images(folder, skipped, recursive=False)
+    )
+    if split_folders := _find_split_folders(subfolder_paths):
+        files_by_split = {
+            split: _images_by_class(path, folder.name, skipped)
+            for split, path in split_folders.items()
+        }
     else:
-        found = {"all": _deep(below, left) or {folder.name: flat}}
-    if not any(paths for classes in found.values() for paths in classes.values()):
+        files_by_split = {
+            "all": _images_by_subfolder(subfolder_paths, skipped) or {folder.name: top_level_images}
+        }
+    if not any(paths for classes in files_by_split.values() for paths in classes.values()):
         raise MissingFileError(
-            f"no image in {folder}: allowed are files {', '.join(sorted(SUFFIXES))}, in it or in "
-            f"one folder a class{_skipped_note(left)}; type --data.source=FOLDER"
+            f"no image in {folder}: allowed are files {', '.join(sorted(IMAGE_SUFFIXES))}, in it "
+            "or in "
+            f"one folder a class{_describe_skipped(skipped)}; type --data.source=FOLDER"
         )
-    names = tuple(next(iter(found.values())))
-    for side, classes in found.items():
-        if tuple(classes) != names and len(found) > 1:
-            apart = sorted(set(classes) ^ set(names))
+    names = tuple(next(iter(files_by_split.values())))
+    for split, classes in files_by_split.items():
+        if tuple(classes) != names and len(files_by_split) > 1:
+            differing_classes = sorted(set(classes) ^ set(names))
             raise UsageError(
-                f"{folder}: the classes of {side} and {next(iter(found))} differ: "
-                f"{', '.join(apart[:5])}; allowed are the same in each: type "
-                f"--data.source={sides['train']}, or give each the same folders"
+                f"{folder}: the classes of {split} and {next(iter(files_by_split))} differ: "
+                f"{', '.join(differing_classes[:5])}; allowed are the same in each: type "
+                f"--data.source={split_folders['train']}, or give each the same folders"
             )
-    reader = Reader(mode, resize)
+    reader = ImageReader(mode, resize)
     sets = {}
-    for side, classes in found.items():
-        paths = [path for some in classes.values() for path in some]
-        labels = torch.tensor([k for k, some in enumerate(classes.values()) for _ in some])
-        if empty := [name for name, some in classes.items() if not some]:
+    for split, classes in files_by_split.items():
+        paths = [path for class_files in classes.values() for path in class_files]
+        labels = torch.tensor(
+            [k for k, class_files in enumerate(classes.values()) for _ in class_files]
+        )
+        if empty := [name for name, class_files in classes.items() if not class_files]:
             raise UsageError(
                 f"{folder}: no image of class {', '.join(empty)}; give each class at least one, "
-                f"or remove the class{_skipped_note(left)}"
+                f"or remove the class{_describe_skipped(skipped)}"
             )
         files = tuple(os.path.relpath(path, folder) for path in paths)
-        sets[side] = ImageSet(reader.read(paths), labels, names, files)
-    notes = reader.notes()
-    if left.counts:
-        notes.insert(0, f"not read: {left.words()}")
-    return Folder(sets, notes)
+        sets[split] = ImageSet(reader.read_files(paths), labels, names, files)
+    notes = reader.describe_changes()
+    if skipped.counts:
+        notes.insert(0, f"not read: {skipped.describe()}")
+    return FolderContents(sets, notes)
 
 
-def read_images(path: Path, mode: Mode, resize: Size | None) -> tuple[ImageSet, list[str]]:
+def read_images(
+    path: Path, mode: ColorMode, resize: ImageSize | None
+) -> tuple[ImageSet, list[str]]:
     """An image file, or all images below a folder, in one class without a meaning; and notes."""
-    left = SkippedFiles(path)
+    skipped = SkippedFiles(path)
     if path.is_file():
         files, root = [path], path.parent
     elif path.is_dir():
-        files, root = images_below(path, left), path
+        files, root = find_images(path, skipped), path
     else:
         raise MissingFileError(f"no file or folder {path}; type --data.predict_path=FOLDER")
     if not files:
         raise MissingFileError(
-            f"no image in {path}: allowed are files {', '.join(sorted(SUFFIXES))}"
-            f"{_skipped_note(left)}; type --data.predict_path=FOLDER"
+            f"no image in {path}: allowed are files {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"{_describe_skipped(skipped)}; type --data.predict_path=FOLDER"
         )
-    files.sort(key=lambda file: by_number(str(file)))
-    reader = Reader(mode, resize)
+    files.sort(key=lambda file: natural_sort_key(str(file)))
+    reader = ImageReader(mode, resize)
     names = tuple(os.path.relpath(file, root) for file in files)
-    images = ImageSet(reader.read(files), torch.full((len(files),), -1), (), names)
-    return images, ([f"not read: {left.words()}"] if left.counts else []) + reader.notes()
+    images = ImageSet(reader.read_files(files), torch.full((len(files),), -1), (), names)
+    return images, (
+        [f"not read: {skipped.describe()}"] if skipped.counts else []
+    ) + reader.describe_changes()
 
 
-def by_number(name: str) -> tuple[Any, ...]:
+def natural_sort_key(name: str) -> tuple[Any, ...]:
     """A key that sorts digits as numbers: 2 before 10, img2 before img10."""
-    parts = re.split(r"(\d+)", name)  # text and digits in turn
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
+    segments = re.split(r"(\d+)", name)  # text and digits in turn
+    return tuple(int(segment) if i % 2 else segment for i, segment in enumerate(segments)), name
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder but the hidden ones, in the order of `by_number`."""
-    found = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_dir()]
-    return sorted(found, key=lambda p: by_number(p.name))
+def list_subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder but the hidden ones, in the order of `natural_sort_key`."""
+    folders = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_dir()]
+    return sorted(folders, key=lambda p: natural_sort_key(p.name))
 
 
-def images_below(folder: Path, left: SkippedFiles, deep: bool = True) -> list[Path]:
-    """The image files in a folder, and with `deep` below it; links to folders are followed."""
-    found, waiting, seen = [], [str(folder)], set()
-    while waiting:
-        here = waiting.pop()
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+def find_images(folder: Path, skipped: SkippedFiles, recursive: bool = True) -> list[Path]:
+    """The image files in a folder, and with `recursive` below it; links to folders are followed."""
+    images, pending, visited = [], [str(folder)], set()
+    while pending:
+        current = pending.pop()
+        status = os.stat(current)
+        if (status.st_dev, status.st_ino) in visited:  # a link that leads back
             continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(here) as entries:
+        visited.add((status.st_dev, status.st_ino))
+        with os.scandir(current) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                match _kind(entry):
+                match _entry_type(entry):
                     case "folder":
-                        waiting += [entry.path] if deep else []
-                    case "file" if (end := Path(entry.name).suffix.lower()) in SUFFIXES:
-                        found.append(Path(entry.path))
+                        pending += [entry.path] if recursive else []
+                    case "file" if (end := Path(entry.name).suffix.lower()) in IMAGE_SUFFIXES:
+                        images.append(Path(entry.path))
                     case "file":
-                        left.add(printable(end) or "without a suffix", entry.path)
+                        skipped.add(printable(end) or "without a suffix", entry.path)
                     case kind:
-                        left.add(kind, entry.path)
-    return sorted(found)
+                        skipped.add(kind, entry.path)
+    return sorted(images)
 
 
-def _kind(entry: os.DirEntry[str]) -> str:
+def _entry_type(entry: os.DirEntry[str]) -> str:
     try:
         if entry.is_dir():
             return "folder"
@@ -210,40 +232,57 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "broken link" if entry.is_symlink() else "no regular file"
 
 
-def _sides(below: list[Path]) -> dict[str, Path]:
+def _find_split_folders(subfolder_paths: list[Path]) -> dict[str, Path]:
     """The folders train, val and test, if a folder holds these and no others."""
-    sides = {SIDES.get(path.name.lower(), path.name): path for path in below}
-    whole = len(sides) == len(below) > 1 and set(sides) <= {"train", "val", "test"}
-    return {k: sides[k] for k in ("train", "val", "test") if k in sides} if whole else {}
+    split_folders = {
+        SPLIT_ALIASES.get(path.name.lower(), path.name): path for path in subfolder_paths
+    }
+    is_complete = len(split_folders) == len(subfolder_paths) > 1 and set(split_folders) <= {
+        "train",
+        "val",
+        "test",
+    }
+    return (
+        {k: split_folders[k] for k in ("train", "val", "test") if k in split_folders}
+        if is_complete
+        else {}
+    )
 
 
-def _classes(folder: Path, name: str, left: SkippedFiles) -> dict[str, list[Path]]:
+def _images_by_class(folder: Path, name: str, skipped: SkippedFiles) -> dict[str, list[Path]]:
     """The image files by class; those of a folder without folders are of one class, `name`."""
-    below = subfolders(folder)
-    _refuse_both(folder, below, flat := images_below(folder, left, deep=False))
-    return _deep(below, left) or {name: flat}
+    subfolder_paths = list_subfolders(folder)
+    _check_not_mixed(
+        folder, subfolder_paths, top_level_images := find_images(folder, skipped, recursive=False)
+    )
+    return _images_by_subfolder(subfolder_paths, skipped) or {name: top_level_images}
 
 
-def _deep(below: list[Path], left: SkippedFiles) -> dict[str, list[Path]]:
-    for path in below:
+def _images_by_subfolder(
+    subfolder_paths: list[Path], skipped: SkippedFiles
+) -> dict[str, list[Path]]:
+    for path in subfolder_paths:
         if path.name != printable(path.name):
             raise UsageError(
                 f"the name of the folder {printable(str(path))} is not UTF-8; a class needs a name "
                 "of text: rename the folder"
             )
-    return {path.name: images_below(path, left) for path in below}
+    return {path.name: find_images(path, skipped) for path in subfolder_paths}
 
 
-def _refuse_both(folder: Path, below: list[Path], flat: list[Path]) -> None:
-    if below and flat:
+def _check_not_mixed(
+    folder: Path, subfolder_paths: list[Path], top_level_images: list[Path]
+) -> None:
+    if subfolder_paths and top_level_images:
         raise UsageError(
-            f"{folder} holds both images ({flat[0].name}) and folders ({below[0].name}); allowed "
+            f"{folder} holds both images ({top_level_images[0].name}) and folders "
+            f"({subfolder_paths[0].name}); allowed "
             "is one of the two: move the images into a folder of their class"
         )
 
 
-def _skipped_note(left: SkippedFiles) -> str:
-    return f"; not read: {left.words()}" if left.counts else ""
+def _describe_skipped(skipped: SkippedFiles) -> str:
+    return f"; not read: {skipped.describe()}" if skipped.counts else ""
 
 
 def printable(name: str) -> str:
@@ -251,97 +290,107 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-class Reader:
+class ImageReader:
     """Reads image files, all of one size and mode, and counts what it changed on the way."""
 
-    def __init__(self, mode: Mode = "auto", resize: Size | None = None) -> None:
+    def __init__(self, mode: ColorMode = "auto", resize: ImageSize | None = None) -> None:
         """The first image determines the size and mode of all."""
-        self.mode: Mode = mode
+        self.mode: ColorMode = mode
         self.resize = resize
-        self.first: tuple[Path, Form] | None = None
-        self.frames: list[str] = []  # files with several
-        self.turned = 0
+        self.first_image: tuple[Path, ImageFormat] | None = None
+        self.multi_frame_files: list[str] = []  # files with several
+        self.num_rotated = 0
 
-    def read(self, paths: list[Path]) -> Tensor:
+    def read_files(self, paths: list[Path]) -> Tensor:
         """The images of these files as bytes, uint8 (n c y x)."""
         images = torch.empty(0, dtype=torch.uint8)
         for number, path in enumerate(paths):
-            pixels, form = self._image(path)  # (y x) or (y x c)
-            if self.first is None:
-                self.first = path, form
-            one, wanted = self.first
-            if (form.mode, form.size) != (wanted.mode, wanted.size):
+            pixels, image_format = self._read_file(path)  # (y x) or (y x c)
+            if self.first_image is None:
+                self.first_image = path, image_format
+            first_path, expected_format = self.first_image
+            if (image_format.mode, image_format.size) != (
+                expected_format.mode,
+                expected_format.size,
+            ):
                 raise UsageError(
-                    f"{path} is {form}, {one} is {wanted}; all images must be of one size and "
-                    f"mode: type {self._fix(form, wanted)}"
+                    f"{path} is {image_format}, {first_path} is {expected_format}; all images "
+                    "must be of one size and "
+                    f"mode: type {self._suggest_flags(image_format, expected_format)}"
                 )
             if not number:
-                images = allocate(len(paths), form)
-            place = images[number].permute(1, 2, 0).numpy()  # y x c, the memory of images
-            place[...] = pixels.reshape(place.shape)
+                images = allocate_images(len(paths), image_format)
+            destination = images[number].permute(1, 2, 0).numpy()  # y x c, the memory of images
+            destination[...] = pixels.reshape(destination.shape)
         return images
 
-    def notes(self) -> list[str]:
+    def describe_changes(self) -> list[str]:
         """What was changed in reading, for the user."""
         notes = []
-        if self.turned:
-            notes.append(f"turned as their EXIF orientation says: {self.turned:,} images")
-        if self.frames:
-            count = len(self.frames)
-            notes.append(f"only the first frame is read of {count:,} images ({self.frames[0]})")
+        if self.num_rotated:
+            notes.append(f"turned as their EXIF orientation says: {self.num_rotated:,} images")
+        if self.multi_frame_files:
+            count = len(self.multi_frame_files)
+            notes.append(
+                f"only the first frame is read of {count:,} images ({self.multi_frame_files[0]})"
+            )
         return notes
 
-    def _fix(self, form: Form, wanted: Form) -> str:
-        fix = []
-        if form.mode != wanted.mode:
-            fix.append("--data.mode=rgb (or gray) to convert them")
-        if form.size != wanted.size:
-            fix.append(f"--data.resize=[{wanted.size[1]},{wanted.size[0]}] (rows, columns)")
-        return " and ".join(fix)
+    def _suggest_flags(self, image_format: ImageFormat, expected_format: ImageFormat) -> str:
+        flags = []
+        if image_format.mode != expected_format.mode:
+            flags.append("--data.mode=rgb (or gray) to convert them")
+        if image_format.size != expected_format.size:
+            flags.append(
+                f"--data.resize=[{expected_format.size[1]},{expected_format.size[0]}] (rows, "
+                "columns)"
+            )
+        return " and ".join(flags)
 
-    def _image(self, path: Path) -> tuple[Any, Form]:
+    def _read_file(self, path: Path) -> tuple[Any, ImageFormat]:
         """The pixels, uint8 (y x) or (y x 3), and their form."""
         if not path.is_file():  # opening a pipe would block
             raise UsageError(f"{path} is no file; remove it")
         try:
             with path.open("rb") as file, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's, of a file that it can read
-                return self._decoded(file, path)
-        except UnsupportedImage as error:
+                return self._decode(file, path)
+        except UnsupportedImageError as error:
             raise UsageError(f"{path} {error}") from None
         except Exception as error:  # Pillow's decoders raise nearly every type on damaged files
-            why = str(error) or type(error).__name__
-            raise UsageError(f"{path} is no image that can be read: {why}; remove it") from None
+            reason = str(error) or type(error).__name__
+            raise UsageError(f"{path} is no image that can be read: {reason}; remove it") from None
 
-    def _decoded(self, file: Any, path: Path) -> tuple[Any, Form]:
+    def _decode(self, file: Any, path: Path) -> tuple[Any, ImageFormat]:
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
-            picture: Any = Image.open(file, formats=FORMATS)
+            picture: Any = Image.open(file, formats=PILLOW_FORMATS)
         except UnidentifiedImageError:
-            raise UsageError(f"it is none of {', '.join(FORMATS)}") from None
+            raise UsageError(f"it is none of {', '.join(PILLOW_FORMATS)}") from None
         if self.resize and picture.format == "JPEG":
             picture.draft(None, (max(self.resize), max(self.resize)))  # decode it smaller
-        if math.prod(picture.size) > PIXELS:
-            raise UnsupportedImage(
-                f"is {picture.size[0]}x{picture.size[1]}; allowed are {PIXELS:,} pixels an image: "
+        if math.prod(picture.size) > MAX_PIXELS:
+            raise UnsupportedImageError(
+                f"is {picture.size[0]}x{picture.size[1]}; allowed are {MAX_PIXELS:,} pixels an "
+                "image: "
                 "make it smaller"
             )
         if getattr(picture, "is_animated", False) and picture.format != "MPO":  # photo and preview
-            self.frames.append(printable(path.name))
-        deep = picture.format in ("PNG", "TIFF") and "16" in _raw_mode(picture)
+            self.multi_frame_files.append(printable(path.name))
+        is_16_bit = picture.format in ("PNG", "TIFF") and "16" in _raw_mode(picture)
         picture.load()
         with suppress(Exception):  # an EXIF block that cannot be read states no orientation
             orientation = picture.getexif().get(0x0112, 1)
             ImageOps.exif_transpose(picture, in_place=True)
-            self.turned += orientation in range(2, 9)
-        form = Form(picture.mode, picture.size, f"{', 16-bit' if deep else ''}"
+            self.num_rotated += orientation in range(2, 9)
+        image_format = ImageFormat(picture.mode, picture.size, f"{', 16-bit' if is_16_bit else ''}"
                     f"{', transparent' if picture.has_transparency_data else ''}")  # fmt: skip
-        picture = convert(picture, self.mode, form)
+        picture = convert_mode(picture, self.mode, image_format)
         if self.resize:
             rows, columns = self.resize
             picture = ImageOps.fit(picture, (columns, rows), Image.Resampling.LANCZOS)
-        return numpy.asarray(picture), Form(picture.mode, picture.size)
+        return numpy.asarray(picture), ImageFormat(picture.mode, picture.size)
 
 
 def _raw_mode(picture: Any) -> str:
@@ -350,52 +399,56 @@ def _raw_mode(picture: Any) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
-class UnsupportedImage(ValueError):
+class UnsupportedImageError(ValueError):
     """An image that can be read and is not taken; the text follows the file's name."""
 
 
-def convert(picture: Any, mode: Mode, form: Form) -> Any:
-    """A loaded image in mode L or RGB; with `auto` only where no pixel changes."""
+def convert_mode(picture: Any, mode: ColorMode, image_format: ImageFormat) -> Any:
+    """A loaded image in mode L or RGB; with `auto_attention` only where no pixel changes."""
     from PIL import Image
 
     target = {"gray": "L", "rgb": "RGB"}.get(mode)
     if target is None:
-        plain = {"1": "L", "P": "RGB", "L": "L", "RGB": "RGB"}.get(form.mode)
-        if plain is None or form.note:
-            raise UnsupportedImage(
-                f"is of mode {form.mode}{form.note}; allowed are gray (L) and RGB of 8 bits without"
+        lossless_mode = {"1": "L", "P": "RGB", "L": "L", "RGB": "RGB"}.get(image_format.mode)
+        if lossless_mode is None or image_format.note:
+            raise UnsupportedImageError(
+                f"is of mode {image_format.mode}{image_format.note}; allowed are gray (L) and RGB "
+                "of 8 bits without"
                 " transparency: type --data.mode=rgb or --data.mode=gray to convert all images"
             )
-        return picture if picture.mode == plain else picture.convert(plain)
+        return picture if picture.mode == lossless_mode else picture.convert(lossless_mode)
     if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         values = numpy.array(picture)
         if values.size and not 0 <= values.min() <= values.max() < 2**16:
-            raise UnsupportedImage("has pixels of 32 bits; allowed are 8 or 16: convert it first")
+            raise UnsupportedImageError(
+                "has pixels of 32 bits; allowed are 8 or 16: convert it first"
+            )
         key = picture.info.get("transparency")
-        clear = values == key if isinstance(key, int) else None
-        small = (values >> 8).astype(numpy.uint8)
-        if clear is not None:
-            small[clear] = 255  # transparent: white
-        picture = Image.fromarray(small)
+        is_transparent = values == key if isinstance(key, int) else None
+        values_8bit = (values >> 8).astype(numpy.uint8)
+        if is_transparent is not None:
+            values_8bit[is_transparent] = 255  # transparent: white
+        picture = Image.fromarray(values_8bit)
     elif picture.mode == "F":
-        raise UnsupportedImage(
+        raise UnsupportedImageError(
             "has pixels of 32-bit floats; allowed are 8 or 16 bits: convert it first"
         )
     elif picture.has_transparency_data:
         picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-        paper = Image.new("RGB", picture.size, "white")
-        paper.paste(picture, mask=picture.getchannel("A"))
-        picture = paper
+        background = Image.new("RGB", picture.size, "white")
+        background.paste(picture, mask=picture.getchannel("A"))
+        picture = background
     return picture if picture.mode == target else picture.convert(target)
 
 
-def allocate(count: int, form: Form) -> Tensor:
+def allocate_images(count: int, image_format: ImageFormat) -> Tensor:
     """An empty tensor, uint8 (count c y x), unless it is too large for memory."""
-    shape = (count, CHANNELS[form.mode], form.size[1], form.size[0])
-    if math.prod(shape) > LIMIT:
+    shape = (count, MODE_CHANNELS[image_format.mode], image_format.size[1], image_format.size[0])
+    if math.prod(shape) > MAX_BYTES:
         raise UsageError(
-            f"{count:,} images of {form} are {math.prod(shape) / 2**30:.0f} GiB, and a set is kept "
-            f"in memory whole, up to {LIMIT / 2**30:.0f} GiB; make them smaller: type "
+            f"{count:,} images of {image_format} are {math.prod(shape) / 2**30:.0f} GiB, and a "
+            "set is kept "
+            f"in memory whole, up to {MAX_BYTES / 2**30:.0f} GiB; make them smaller: type "
             "--data.resize=64"
         )
     return torch.empty(shape, dtype=torch.uint8)

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-from .downloads import Source
+from .downloads import RemoteFile
 from .idx import read_idx
 from .image_set import ImageSet, check_labels
 
-__all__ = ["ImageSet", "check_labels", "read_cifar", "read_digits", "read_named"]
+__all__ = ["ImageSet", "check_labels", "read_cifar", "read_digits", "read_named_dataset"]
 
-IMAGE_SOURCE = partial(Source, own="source=FOLDER", embedded="digits")
+image_dataset_file = partial(RemoteFile, custom_data_flag="source=FOLDER", fallback_source="digits")
 
 # Mirrors of MNIST wrap it in different gzips, so it is known by what is inside; Fashion-MNIST has
 # one canonical gzip, which is known as it is. Both: images and labels to train, then to test.
-FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-CHECKSUMS = {
+MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+MNIST_CHECKSUMS = {
     "mnist": (
         ("ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db", 47_040_016),
         ("65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5", 60_008),
@@ -38,33 +38,33 @@ CHECKSUMS = {
         ("67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5", 5_148),
     ),
 }
-TORCHVISION = {"mnist": "MNIST/raw", "fashion": "FashionMNIST/raw"}  # where it keeps them
-MIRRORS = {
+TORCHVISION_FOLDERS = {"mnist": "MNIST/raw", "fashion": "FashionMNIST/raw"}  # where it keeps them
+MNIST_URLS = {
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "fashion": "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
 }
-SOURCES: dict[str, tuple[Source, ...]] = {
+IMAGE_DATASETS: dict[str, tuple[RemoteFile, ...]] = {
     name: tuple(
-        IMAGE_SOURCE(
+        image_dataset_file(
             name=name,
             path=f"{name}/{file}-ubyte.gz",
             sha256=sha256,
             size=size,
-            url=f"{MIRRORS[name]}{file}-ubyte.gz",
-            gzipped=name == "mnist",
-            also=tuple(
+            url=f"{MNIST_URLS[name]}{file}-ubyte.gz",
+            is_gzipped=name == "mnist",
+            alternative_paths=tuple(
                 f"{folder}/{file}-ubyte{end}"
-                for folder in (name, TORCHVISION[name])
+                for folder in (name, TORCHVISION_FOLDERS[name])
                 for end in (".gz", "")  # the checksum of Fashion-MNIST is that of the gzip
                 if end or name == "mnist"
             ),
         )
-        for file, (sha256, size) in zip(FILES, rows, strict=True)
+        for file, (sha256, size) in zip(MNIST_FILES, rows, strict=True)
     )
-    for name, rows in CHECKSUMS.items()
+    for name, rows in MNIST_CHECKSUMS.items()
 } | {
     "cifar10": (
-        IMAGE_SOURCE(
+        image_dataset_file(
             name="cifar10",
             path="cifar10/cifar-10-binary.tar.gz",
             sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
@@ -73,7 +73,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
         ),
     )
 }
-NAMES = {
+CLASS_NAMES = {
     "mnist": tuple("0123456789"),
     "digits": tuple("0123456789"),
     "fashion": ("T-shirt", "trouser", "pullover", "dress", "coat",
@@ -101,30 +101,30 @@ def read_digits() -> ImageSet:
 
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels).mul(255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8)
-    return ImageSet(images, torch.tensor(labels), NAMES["digits"])
+    return ImageSet(images, torch.tensor(labels), CLASS_NAMES["digits"])
 
 
-def read_named(name: str, paths: list[Path]) -> tuple[ImageSet, ImageSet]:
+def read_named_dataset(name: str, paths: list[Path]) -> tuple[ImageSet, ImageSet]:
     """The parts to train and to test of MNIST, Fashion-MNIST or CIFAR-10, from their files."""
     if name == "cifar10":
-        parts = _cifar_parts(paths[0])
+        arrays_by_split = _read_cifar_splits(paths[0])
     else:
         arrays = [read_idx(path, rank) for path, rank in zip(paths, (3, 1, 3, 1), strict=True)]
-        parts = [(arrays[i][:, None], arrays[i + 1].long()) for i in (0, 2)]  # (n 1 y x)
+        arrays_by_split = [(arrays[i][:, None], arrays[i + 1].long()) for i in (0, 2)]  # (n 1 y x)
     train, test = (
-        ImageSet(*part, NAMES[name]).checked(f"{paths[0].parent} ({side})")
-        for part, side in zip(parts, ("train", "test"), strict=True)
+        ImageSet(*split_arrays, CLASS_NAMES[name]).validated(f"{paths[0].parent} ({split})")
+        for split_arrays, split in zip(arrays_by_split, ("train", "test"), strict=True)
     )
     return train, test
 
 
-def _cifar_parts(path: Path) -> list[tuple[Tensor, Tensor]]:
+def _read_cifar_splits(path: Path) -> list[tuple[Tensor, Tensor]]:
     with tarfile.open(path, "r:gz") as archive:  # read in place: nothing is unpacked to disk
         members = {Path(m.name).name: m for m in archive if m.isfile()}
-        wanted = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-        if missing := [name for name in wanted if name not in members]:
+        file_names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+        if missing := [name for name in file_names if name not in members]:
             raise UsageError(f"{path} lacks {', '.join(missing)}; fetch the binary form again")
-        read = [read_cifar((archive.extractfile(members[n]) or io.BytesIO()).read(), n)
-                for n in wanted]  # fmt: skip
-    images, labels = zip(*read[:5], strict=True)
-    return [(torch.cat(images), torch.cat(labels)), read[5]]
+        batches = [read_cifar((archive.extractfile(members[n]) or io.BytesIO()).read(), n)
+                for n in file_names]  # fmt: skip
+    images, labels = zip(*batches[:5], strict=True)
+    return [(torch.cat(images), torch.cat(labels)), batches[5]]

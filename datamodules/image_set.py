@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-LIMIT = 2**34  # bytes: a set is kept whole in memory
+MAX_BYTES = 2**34  # bytes: a set is kept whole in memory
 
 
 class ImageSet(NamedTuple):
@@ -19,18 +19,18 @@ class ImageSet(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    names: tuple[str, ...]
+    class_names: tuple[str, ...]
     files: tuple[str, ...] = ()  # empty where the images have no files of their own
 
-    def take(self, mask: Tensor) -> "ImageSet":
+    def select(self, mask: Tensor) -> "ImageSet":
         """The images for which a mask, bool (n), is true."""
         files = tuple(f for f, keep in zip(self.files, mask.tolist(), strict=True) if keep
                       ) if self.files else ()  # fmt: skip
         return self._replace(images=self.images[mask], labels=self.labels[mask], files=files)
 
-    def checked(self, name: str) -> "ImageSet":
+    def validated(self, name: str) -> "ImageSet":
         """Refuse labels without an image or without a class, and classes without an image."""
-        self.check_fit(name)
+        self.check_label_range(name)
         if empty := self.empty_classes():
             raise UsageError(
                 f"{name}: no image of class {', '.join(empty)}; give each class at least one, or "
@@ -38,10 +38,10 @@ class ImageSet(NamedTuple):
             )
         return self
 
-    def check_fit(self, name: str) -> None:
+    def check_label_range(self, name: str) -> None:
         """Refuse labels without an image or without a class."""
         self.check_counts(name)
-        check_labels(self.labels, len(self.names), name)
+        check_labels(self.labels, len(self.class_names), name)
 
     def check_counts(self, name: str) -> None:
         """Refuse labels without an image, and images without a label."""
@@ -53,62 +53,76 @@ class ImageSet(NamedTuple):
 
     def empty_classes(self) -> list[str]:
         """The names of the classes without an image."""
-        counts = torch.bincount(self.labels, minlength=len(self.names))
-        return [self.names[k] for k in (counts == 0).nonzero()[:, 0].tolist()]
+        counts = torch.bincount(self.labels, minlength=len(self.class_names))
+        return [self.class_names[k] for k in (counts == 0).nonzero()[:, 0].tolist()]
 
 
-def check_labels(labels: Tensor, classes: int, name: str) -> None:
+def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
     """Refuse labels (n) that are no class: -1, for example, means an absent label to some nets."""
-    wrong = (labels < 0) | (labels >= classes)
-    if wrong.any():
-        place = int(wrong.nonzero()[0])
+    is_invalid = (labels < 0) | (labels >= num_classes)
+    if is_invalid.any():
+        index = int(is_invalid.nonzero()[0])
         raise UsageError(
-            f"{name}: the label of image {place} is {int(labels[place])}; allowed are 0 to "
-            f"{classes - 1}, the {classes} classes: mend the labels"
+            f"{name}: the label of image {index} is {int(labels[index])}; allowed are 0 to "
+            f"{num_classes - 1}, the {num_classes} classes: mend the labels"
         )
 
 
-def class_numbers(words: Iterable[int | str] | str, names: Sequence[str], flag: str) -> list[int]:
+def parse_class_indices(
+    classes: Iterable[int | str] | str, class_names: Sequence[str], flag: str
+) -> list[int]:
     """Class numbers of "cat,dog", "0-4,7" or [3, "cat"]: by name, or by number from 0.
 
     A word that is a name means that class, even if it is a number. A range between two names of
     digits covers the classes from one to the other.
 
     Args:
-        words: what was given.
-        names: of all classes, in the order of their numbers.
+        classes: what was given.
+        class_names: of all classes, in the order of their numbers.
         flag: that takes them, for the text of an error, e.g. --labels.
 
     Raises:
         ValueError: a word is neither.
     """
-    asked = (words if words in names else words.split(",")) if isinstance(words, str) else words
-    asked = [asked] if isinstance(asked, str) else [str(word).strip() for word in asked]
-    place = {name: number for number, name in enumerate(names)}
-    fix = f"type {flag}=0-{len(names) - 1}"
-    given = words if isinstance(words, str) else ",".join(asked)
-    found: list[int] = []
-    for word in asked:
-        if word in place:
-            found.append(place[word])
+    entries = (
+        (classes if classes in class_names else classes.split(","))
+        if isinstance(classes, str)
+        else classes
+    )
+    entries = [entries] if isinstance(entries, str) else [str(entry).strip() for entry in entries]
+    index_by_name = {name: number for number, name in enumerate(class_names)}
+    hint = f"type {flag}=0-{len(class_names) - 1}"
+    classes_text = classes if isinstance(classes, str) else ",".join(entries)
+    indices: list[int] = []
+    for entry in entries:
+        if entry in index_by_name:
+            indices.append(index_by_name[entry])
             continue
-        first, _, last = word.partition("-")
-        ends = first.strip(), (last or first).strip()
-        if not all(end.isascii() and end.isdecimal() and len(end) < 20 for end in ends):
-            raise UsageError(f"{word!r} is no class; allowed: {describe_classes(names)}; {fix}")
-        named = all(end in place for end in ends)
-        begin, end = (place[end] for end in ends) if named else map(int, ends)
-        if not begin <= end < len(names):
-            raise UsageError(f"{flag[2:]} are {given}; allowed: {describe_classes(names)}; {fix}")
-        found += range(begin, end + 1)
-    if not found:
-        raise UsageError(f"{flag[2:]} are {given}, none at all; {fix}")
-    return found
+        first, _, last = entry.partition("-")
+        bounds = first.strip(), (last or first).strip()
+        if not all(end.isascii() and end.isdecimal() and len(end) < 20 for end in bounds):
+            raise UsageError(
+                f"{entry!r} is no class; allowed: {describe_classes(class_names)}; {hint}"
+            )
+        is_named = all(end in index_by_name for end in bounds)
+        begin, end = (index_by_name[end] for end in bounds) if is_named else map(int, bounds)
+        if not begin <= end < len(class_names):
+            raise UsageError(
+                f"{flag[2:]} are {classes_text}; allowed: {describe_classes(class_names)}; {hint}"
+            )
+        indices += range(begin, end + 1)
+    if not indices:
+        raise UsageError(f"{flag[2:]} are {classes_text}, none at all; {hint}")
+    return indices
 
 
-def describe_classes(names: Sequence[str], most: int = 12) -> str:
+def describe_classes(class_names: Sequence[str], max_shown: int = 12) -> str:
     """The numbers and names of classes in a line: 0 to 9, or 0 cat, 1 dog."""
-    if list(names) == [str(number) for number in range(len(names))]:
-        return f"0 to {len(names) - 1}"
-    shown = ", ".join(f"{number} {name}" for number, name in enumerate(names[:most]))
-    return shown + (f", ... {len(names) - 1} {names[-1]}" if len(names) > most else "")
+    if list(class_names) == [str(number) for number in range(len(class_names))]:
+        return f"0 to {len(class_names) - 1}"
+    description = ", ".join(
+        f"{number} {name}" for number, name in enumerate(class_names[:max_shown])
+    )
+    return description + (
+        f", ... {len(class_names) - 1} {class_names[-1]}" if len(class_names) > max_shown else ""
+    )

@@ -21,15 +21,23 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-from .base import Prepared, handed_over, has_ranks
-from .corpus import files_of
-from .downloads import announce, cache_folder, whole
-from .json_rows import check_text, checksum, rows
-from .loaders import EvalLoader, Order, Share, TrainLoader, check_positive, generator, global_seed
-from .tokenizers import Specials, Tokenizer, make_tokenizer
+from .base import PreparationResult, exchange_prepared, is_distributed
+from .corpus import list_files
+from .downloads import atomic_write, cache_folder, log_once
+from .json_rows import check_text_characters, compute_files_sha256, read_json_rows
+from .loaders import (
+    DataParallelInfo,
+    EvalLoader,
+    Order,
+    TrainLoader,
+    check_positive,
+    generator,
+    resolve_seed,
+)
+from .tokenizers import SpecialTokenMode, Tokenizer, make_tokenizer
 
-IGNORED = -100  # the target where there is nothing to learn, as in F.cross_entropy
-STEP = 64  # batches are as long as their longest example, rounded up: shapes seldom change
+IGNORE_INDEX = -100  # the target where there is nothing to learn, as in F.cross_entropy
+PAD_MULTIPLE = 64  # batches are as long as their longest example, rounded up: shapes seldom change
 
 
 class Example(NamedTuple):
@@ -39,46 +47,47 @@ class Example(NamedTuple):
     answer: str
 
 
-def examples(path: Path, prompt: str, answer: str) -> Iterator[Example]:
+def read_examples(path: Path, prompt_field: str, answer_field: str) -> Iterator[Example]:
     """The rows of a JSON file or folder; empty lines are left out."""
-    shown = f'{{"{prompt}": "...", "{answer}": "..."}}'
-    for place, row in rows(path, shown):
-        yield Example(*_texts(row, (prompt, answer), place))
+    template = f'{{"{prompt_field}": "...", "{answer_field}": "..."}}'
+    for location, row in read_json_rows(path, template):
+        yield Example(*_extract_fields(row, (prompt_field, answer_field), location))
 
 
-def _texts(row: dict[str, Any], fields: tuple[str, str], place: str) -> Iterator[str]:
+def _extract_fields(row: dict[str, Any], fields: tuple[str, str], location: str) -> Iterator[str]:
     for flag, field in zip(("prompt", "answer"), fields, strict=True):
         if not isinstance(row.get(field), str) or not row[field]:
-            what = "an empty" if row.get(field) == "" else "no text in" if field in row else "no"
-            others = [name for name in row if name not in fields]
+            problem = "an empty" if row.get(field) == "" else "no text in" if field in row else "no"
+            other_fields = [name for name in row if name not in fields]
             raise UsageError(
-                f"{place}: {what} field {field!r}; it has {', '.join(row) or 'nothing'}; "
-                f"type --data.{flag}={others[0] if others else 'NAME'} if it is called otherwise"
+                f"{location}: {problem} field {field!r}; it has {', '.join(row) or 'nothing'}; "
+                f"type --data.{flag}={other_fields[0] if other_fields else 'NAME'} if it is "
+                "called otherwise"
             )
-        yield check_text(row[field], place, field)
+        yield check_text_characters(row[field], location, field)
 
 
-class Encoded(NamedTuple):
+class TokenizedExamples(NamedTuple):
     """The tokens of all examples, in memory or in a file."""
 
     sha256: str  # of the files
-    letters: str  # the different characters, sorted
-    name: str  # of the tokenizer
-    count: int  # of examples
+    characters: str  # the different characters, sorted
+    tokenizer_key: str  # of the tokenizer
+    num_examples: int  # of examples
     lengths: np.ndarray  # tokens of each, int32 (count,)
-    given: np.ndarray  # how many of them are the prompt, int32 (count,)
+    prompt_lengths: np.ndarray  # how many of them are the prompt, int32 (count,)
     tokens: np.ndarray  # int32, one example after the other
-    file: str = ""  # of the tokens, if one process has written them for all
+    token_file: str = ""  # of the tokens, if one process has written them for all
 
     def has_file(self) -> bool:
         """Whether the file, if there is one, is on this machine."""
-        return not self.file or Path(self.file).is_file()
+        return not self.token_file or Path(self.token_file).is_file()
 
-    def read(self) -> "Encoded":
+    def load_tokens(self) -> "TokenizedExamples":
         """The same in memory."""
-        if not self.file:
+        if not self.token_file:
             return self
-        return self._replace(tokens=np.fromfile(self.file, np.int32), file="")
+        return self._replace(tokens=np.fromfile(self.token_file, np.int32), file="")
 
 
 class AnswerDataModule(L.LightningDataModule):
@@ -113,7 +122,7 @@ class AnswerDataModule(L.LightningDataModule):
         batch_size: int = 32,
         val_fraction: float = 0.1,
         seed: int | None = None,
-        specials: Specials = "plain",
+        specials: SpecialTokenMode = "plain",
     ) -> None:
         """Check the sizes; the file is looked at in `setup`."""
         super().__init__()
@@ -124,125 +133,151 @@ class AnswerDataModule(L.LightningDataModule):
                 f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
                 "type --data.val_fraction=0.1"
             )
-        self.path, self.fields, self.kind = Path(path).expanduser(), (prompt, answer), tokenizer
+        self.path, self.fields, self.tokenizer_name = (
+            Path(path).expanduser(),
+            (prompt, answer),
+            tokenizer,
+        )
         self.context, self.batch_size = context, batch_size
         self.val_fraction, self.seed = val_fraction, seed
-        self.specials: Specials = specials
+        self.specials: SpecialTokenMode = specials
         self.resolved: dict[str, Any] = {}
         self.rows: list[tuple[Tensor, int]] = []  # tokens, and how many of them are given
         self.tokenizer: Tokenizer | None = None
-        self._prepared: Prepared | None = None  # between prepare_data and setup
+        self._preparation: PreparationResult | None = None  # between prepare_data and setup
 
     def prepare_data(self) -> None:
         """Tokenize for all ranks of the machine; Lightning calls this on local rank 0 only.
 
         One process alone tokenizes in `setup`.
         """
-        if not self.rows and has_ranks(self.trainer):
-            self._prepared = Prepared.by(self._prepare)
+        if not self.rows and is_distributed(self.trainer):
+            self._preparation = PreparationResult.from_call(self._write_token_file)
 
-    def _prepare(self) -> Encoded:
+    def _write_token_file(self) -> TokenizedExamples:
         """Tokenize, and write the tokens to a file if the cache folder can be written."""
-        found = self._encode()
-        key = json.dumps([found.sha256, self.fields, found.name, self.specials, self.context])
+        tokenized = self._tokenize_examples()
+        key = json.dumps(
+            [tokenized.sha256, self.fields, tokenized.tokenizer_key, self.specials, self.context]
+        )
         name = f"answers-{hashlib.sha256(key.encode()).hexdigest()[:32]}.int32"
         path = cache_folder() / "tokens" / name
-        empty = found._replace(tokens=np.zeros(0, np.int32))
+        without_tokens = tokenized._replace(tokens=np.zeros(0, np.int32))
         try:
-            with whole(path) as part, part.open("wb") as file:
-                file.write(found.tokens.data)
+            with atomic_write(path) as temporary_path, temporary_path.open("wb") as file:
+                file.write(tokenized.tokens.data)
         except OSError:  # each process makes its own
-            return empty._replace(count=0)
-        return empty._replace(file=str(path))
+            return without_tokens._replace(count=0)
+        return without_tokens._replace(file=str(path))
 
-    def _encode(self) -> Encoded:
+    def _tokenize_examples(self) -> TokenizedExamples:
         """The tokens of all examples, one after the other."""
-        found = list(examples(self.path, *self.fields))
-        if len(found) < 2:
+        examples = list(read_examples(self.path, *self.fields))
+        if len(examples) < 2:
             raise UsageError(
-                f"{self.path} holds {len(found)} examples; allowed: 2 or more, for training and "
+                f"{self.path} holds {len(examples)} examples; allowed: 2 or more, for training and "
                 "for validation; type --data.path=FILE"
             )
-        letters = "".join(sorted({c for e in found for c in e.prompt + e.answer}))
-        tokenizer = make_tokenizer(self.kind, letters, self.specials)
-        rows = [self._row(example, tokenizer) for example in found]
-        return Encoded(
-            checksum(files_of(self.path)),
-            letters,
-            tokenizer.name,
-            len(found),
+        characters = "".join(sorted({c for e in examples for c in e.prompt + e.answer}))
+        tokenizer = make_tokenizer(self.tokenizer_name, characters, self.specials)
+        rows = [self._tokenize_example(example, tokenizer) for example in examples]
+        return TokenizedExamples(
+            compute_files_sha256(list_files(self.path)),
+            characters,
+            tokenizer.cache_key,
+            len(examples),
             np.array([len(tokens) for tokens, _ in rows], np.int32),
-            np.array([given for _, given in rows], np.int32),
+            np.array([num_prompt_tokens for _, num_prompt_tokens in rows], np.int32),
             torch.cat([tokens for tokens, _ in rows]).numpy().astype(np.int32),
         )
 
     def setup(self, stage: str) -> None:
         """Read the file, say what was found, and refuse one that cannot be split."""
-        prepared: Encoded | None = None
-        if has_ranks(self.trainer):
-            prepared = handed_over(self._prepared, self.trainer)
-            self._prepared = None
+        prepared: TokenizedExamples | None = None
+        if is_distributed(self.trainer):
+            prepared = exchange_prepared(self._preparation, self.trainer)
+            self._preparation = None
         if self.rows:
             return
-        if prepared is None or not prepared.count or not prepared.has_file():
-            prepared = self._encode()
-        found = prepared.read()
-        self.tokenizer = make_tokenizer(self.kind, found.letters, self.specials)
-        tokens = torch.from_numpy(found.tokens.astype(np.int64)).split(found.lengths.tolist())
-        rows = list(zip(tokens, found.given.tolist(), strict=True))
-        self.rows = [(tokens, given) for tokens, given in rows if given < len(tokens)]
+        if prepared is None or not prepared.num_examples or not prepared.has_file():
+            prepared = self._tokenize_examples()
+        tokenized = prepared.load_tokens()
+        self.tokenizer = make_tokenizer(self.tokenizer_name, tokenized.characters, self.specials)
+        tokens = torch.from_numpy(tokenized.tokens.astype(np.int64)).split(
+            tokenized.lengths.tolist()
+        )
+        rows = list(zip(tokens, tokenized.prompt_lengths.tolist(), strict=True))
+        self.rows = [
+            (tokens, num_prompt_tokens)
+            for tokens, num_prompt_tokens in rows
+            if num_prompt_tokens < len(tokens)
+        ]
         if len(self.rows) < 2:
             raise UsageError(
                 f"the prompts in {self.path} fill the context of {self.context} tokens, and no "
                 f"answer is left; type --data.context={2 * self.context}"
             )
-        cut = sum(len(tokens) > self.context for tokens, _ in rows)
-        self.resolved = {"source": "path", "file": str(self.path), "sha256": found.sha256}
-        long = f"; {cut} longer than the context are cut, {len(rows) - len(self.rows)} left out"
-        announce(f"data: {self.path}, {found.count:,} examples{long if cut else ''}", loud=cut > 0)
+        num_truncated = sum(len(tokens) > self.context for tokens, _ in rows)
+        self.resolved = {"source": "path", "file": str(self.path), "sha256": tokenized.sha256}
+        num_dropped = len(rows) - len(self.rows)
+        truncation_note = (
+            f"; {num_truncated} longer than the context are cut, {num_dropped} left out"
+        )
+        log_once(
+            f"data: {self.path}, {tokenized.num_examples:,} "
+            f"examples{truncation_note if num_truncated else ''}",
+            is_warning=num_truncated > 0,
+        )
 
-    def _row(self, example: Example, tokenizer: Tokenizer) -> tuple[Tensor, int]:
-        end = [] if tokenizer.end is None else [tokenizer.end]
-        given = tokenizer.encode(example.prompt)
-        answer = tokenizer.encode(example.answer)
-        tokens = torch.cat((given, answer, torch.tensor(end, dtype=torch.int64)))
-        return tokens[: self.context + 1], len(given)
+    def _tokenize_example(self, example: Example, tokenizer: Tokenizer) -> tuple[Tensor, int]:
+        eos_tokens = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        prompt_tokens = tokenizer.encode(example.prompt)
+        answer_tokens = tokenizer.encode(example.answer)
+        tokens = torch.cat(
+            (prompt_tokens, answer_tokens, torch.tensor(eos_tokens, dtype=torch.int64))
+        )
+        return tokens[: self.context + 1], len(prompt_tokens)
 
-    def _batch(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        rows = [self.rows[int(number)] for number in numbers]
+    def _make_batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        rows = [self.rows[int(number)] for number in indices]
         longest = max(len(tokens) for tokens, _ in rows) - 1
-        t = min(self.context, -(-longest // STEP) * STEP)
+        t = min(self.context, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
         inputs = torch.zeros(len(rows), t, dtype=torch.int64)
-        targets = torch.full((len(rows), t), IGNORED)
-        for row, (tokens, given) in enumerate(rows):
+        targets = torch.full((len(rows), t), IGNORE_INDEX)
+        for row, (tokens, num_prompt_tokens) in enumerate(rows):
             inputs[row, : len(tokens) - 1] = tokens[:-1]
-            targets[row, given - 1 : len(tokens) - 1] = tokens[given:]
+            targets[row, num_prompt_tokens - 1 : len(tokens) - 1] = tokens[num_prompt_tokens:]
         return inputs, targets
 
-    def _split(self) -> tuple[Tensor, Tensor]:
+    def _split_indices(self) -> tuple[Tensor, Tensor]:
         count = len(self.rows)
-        shuffled = torch.randperm(count, generator=generator(global_seed(self.seed), "split"))
+        shuffled = torch.randperm(count, generator=generator(resolve_seed(self.seed), "split"))
         size = min(max(1, round(count * self.val_fraction)), count - 1)
         return shuffled[size:], shuffled[:size]
 
     def train_dataloader(self) -> TrainLoader:
         """All examples but those for validation, in a new order each epoch."""
-        mine, _ = self._split()
+        train_indices, _ = self._split_indices()
         trainer: Any = self.trainer
         return TrainLoader(
-            Order(global_seed(self.seed), len(mine)),
-            lambda places: self._batch(mine[places]),
-            samples=len(mine),
+            Order(resolve_seed(self.seed), len(train_indices)),
+            lambda places: self._make_batch(train_indices[places]),
+            num_samples=len(train_indices),
             batch_size=self.batch_size,
-            share=Share.of(trainer),
-            repeat=bool(trainer and trainer.overfit_batches),
+            data_parallel=DataParallelInfo.of(trainer),
+            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
 
     def val_dataloader(self) -> EvalLoader:
         """The examples kept back."""
-        _, mine = self._split()
-        share = Share.of(self.trainer)
-        return EvalLoader(lambda n: self._batch(mine[n]), len(mine), self.batch_size, share)
+        _, val_indices = self._split_indices()
+        data_parallel = DataParallelInfo.of(self.trainer)
+        return EvalLoader(
+            lambda n: self._make_batch(val_indices[n]),
+            len(val_indices),
+            self.batch_size,
+            data_parallel,
+        )
 
     def test_dataloader(self) -> EvalLoader:
         """The same: there is no third part."""

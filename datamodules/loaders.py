@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ravine.errors import UsageError
-from ravine.strategies.share import Share
+from ravine.strategies.share import DataParallelInfo
 
-BLOCK = 4096  # draws made at once; a change would change the data of every run
+DRAWS_PER_BLOCK = 4096  # draws made at once; a change would change the data of every run
 
 
 def generator(seed: int, *key: int | str) -> torch.Generator:
@@ -33,100 +33,116 @@ def generator(seed: int, *key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def global_seed(seed: int | None) -> int:
+def resolve_seed(seed: int | None) -> int:
     """The seed itself, or that of `seed_everything`, or 0."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
 class Order:
-    """`order(epoch, first, last)`: the items that are samples first..last-1 of that epoch.
+    """`epoch_sampler(epoch, first, last)`: the items that are samples first..last-1 of that epoch.
 
-    Each epoch is a permutation of the items (and then another), or, with `replace`, free draws.
+    Each epoch is a permutation of the items (and then another), or, with `replacement`, free draws.
     """
 
     def __init__(
-        self, seed: int, items: int, replace: bool = False, device: torch.device | str = "cpu"
+        self,
+        seed: int,
+        num_items: int,
+        replacement: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Draw on the CPU, so that every device sees the same stream; keep a block on `device`."""
-        self.seed, self.items, self.device = seed, items, device
-        self.size = BLOCK if replace else items
-        self.replace = replace
+        self.seed, self.num_items, self.device = seed, num_items, device
+        self.block_size = DRAWS_PER_BLOCK if replacement else num_items
+        self.replacement = replacement
         self._key: tuple[int, int] | None = None
         self._block = torch.empty(0, dtype=torch.int64)
 
     def __call__(self, epoch: int, first: int, last: int) -> Tensor:
         """Item numbers, int64 of shape (last - first,)."""
-        parts = []
+        blocks = []
         while first < last:
-            block, start = divmod(first, self.size)
-            stop = min(self.size, start + last - first)
-            parts.append(self._draw(epoch, block)[start:stop])
+            block, start = divmod(first, self.block_size)
+            stop = min(self.block_size, start + last - first)
+            blocks.append(self._get_block(epoch, block)[start:stop])
             first += stop - start
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
-    def _draw(self, epoch: int, block: int) -> Tensor:
+    def _get_block(self, epoch: int, block: int) -> Tensor:
         if self._key != (epoch, block):
             g = generator(self.seed, epoch, block)
-            drawn = (
-                torch.randint(self.items, (self.size,), generator=g)
-                if self.replace
-                else torch.randperm(self.items, generator=g)
+            block_items = (
+                torch.randint(self.num_items, (self.block_size,), generator=g)
+                if self.replacement
+                else torch.randperm(self.num_items, generator=g)
             )
-            self._key, self._block = (epoch, block), drawn.to(self.device)
+            self._key, self._block = (epoch, block), block_items.to(self.device)
         return self._block
 
 
-class Passes(Order):
+class StridedWindowSampler(Order):
     """Starts of windows side by side, from another offset each epoch: nearly all is seen once."""
 
     def __init__(
-        self, seed: int, starts: int, stride: int, device: torch.device | str = "cpu"
+        self, seed: int, num_starts: int, stride: int, device: torch.device | str = "cpu"
     ) -> None:
-        """Of `starts` places where a window may start, take every stride-th."""
-        super().__init__(seed, max(1, starts // stride), device=device)
-        self.stride, self.offsets = stride, min(stride, starts)
+        """Of `num_starts` places where a window may start, take every stride-th."""
+        super().__init__(seed, max(1, num_starts // stride), device=device)
+        self.stride, self.num_offsets = stride, min(stride, num_starts)
 
-    def _draw(self, epoch: int, block: int) -> Tensor:
-        drawn = super()._draw(epoch, block)
+    def _get_block(self, epoch: int, block: int) -> Tensor:
+        window_indices = super()._get_block(epoch, block)
         g = generator(self.seed, epoch, "offset")
-        return drawn * self.stride + torch.randint(self.offsets, (), generator=g).to(drawn.device)
+        return window_indices * self.stride + torch.randint(self.num_offsets, (), generator=g).to(
+            window_indices.device
+        )
 
 
 class TrainLoader:
     """Micro-batches of one epoch, resumable at any of them.
 
-    `fetch(items)` makes a batch of item numbers. The trainer calls `set_epoch` through `sampler`,
-    as it does for torch's DistributedSampler; `repeat` hands out the first epoch for ever, to
-    overfit its first batches.
+    `make_batch(items)` makes a batch of item numbers. The trainer calls `set_epoch` through
+    `sampler`, as it does for torch's DistributedSampler; `repeat_first_epoch` hands out the first
+    epoch for ever, to overfit its first batches.
     """
 
     draws_nothing = True  # from the default generators: they need no seed for a batch
 
     def __init__(
         self,
-        order: Order,
-        fetch: Callable[[Tensor], Any],
-        samples: int,
+        epoch_sampler: Order,
+        make_batch: Callable[[Tensor], Any],
+        num_samples: int,
         batch_size: int,
-        share: Share = Share(),  # noqa: B008 - immutable
-        repeat: bool = False,
+        data_parallel: DataParallelInfo = DataParallelInfo(),  # noqa: B008 - immutable
+        repeat_first_epoch: bool = False,
     ) -> None:
-        """Cut `samples` an epoch into steps of `batch_size` over the world; a ragged end waits."""
-        check_divisible(batch_size, samples, share)
-        self.order, self.fetch, self.batch_size, self.share = order, fetch, batch_size, share
-        self.samples = samples // batch_size * batch_size
+        """Cut `num_samples` an epoch into steps of `batch_size` over the world; a ragged end
+        waits.
+        """
+        check_divisible(batch_size, num_samples, data_parallel)
+        self.epoch_sampler, self.make_batch, self.batch_size, self.data_parallel = (
+            epoch_sampler,
+            make_batch,
+            batch_size,
+            data_parallel,
+        )
+        self.num_samples = num_samples // batch_size * batch_size
         # Lightning's BatchSizeFinder doubles a batch as long as it is smaller than this length
-        self.dataset = range(samples // 2 + 1)
+        self.dataset = range(num_samples // 2 + 1)
         self.epoch, self.sample = 0, 0  # the position: samples of the epoch handed out so far
-        self._turn, self._shift = 0, 0  # the trainer's number of the epoch, and ours minus it
-        self._resume: dict[str, int] | None = None
-        self.repeat = repeat
+        self._turn, self._epoch_offset = (
+            0,
+            0,
+        )  # the trainer's number of the epoch, and ours minus it
+        self._resume_state: dict[str, int] | None = None
+        self.repeat_first_epoch = repeat_first_epoch
         # Lightning would warn of a `sampler` that it cannot stop from shuffling
-        setattr(self, "batch_sampler" if repeat else "sampler", _Epochs(self))
+        setattr(self, "batch_sampler" if repeat_first_epoch else "sampler", _EpochSetter(self))
 
     def __len__(self) -> int:
         """Micro-batches an epoch. (A length also keeps Lightning from fetching one ahead.)"""
-        return self.samples // self.batch_size * self.share.accumulate
+        return self.num_samples // self.batch_size * self.data_parallel.accumulate
 
     def __iter__(self) -> Iterator[Any]:
         """Hand out this rank's micro-batches of the epoch, from a loaded position once.
@@ -134,50 +150,52 @@ class TrainLoader:
         The position is looked up at the first batch, not before: Lightning makes the iterator
         early, and an order that was loaded between the two still counts.
         """
-        self._find_start()
-        rank, size, accumulate = self.share
-        micro = self.batch_size // accumulate  # over all ranks
-        if self.sample % micro:
+        self._restore_position()
+        rank, size, accumulate = self.data_parallel
+        micro_batch_size = self.batch_size // accumulate  # over all ranks
+        if self.sample % micro_batch_size:
             raise UsageError(
                 f"the checkpoint was written after {self.sample} samples of epoch {self.epoch}, "
-                f"inside a batch of {micro} samples of this run; "
+                f"inside a batch of {micro_batch_size} samples of this run; "
                 "resume with the batch_size and accumulate_grad_batches it was written with"
             )
-        mine = micro // size
-        while self.sample < self.samples:
-            first = self.sample + rank * mine
-            self.sample += micro  # before the yield: who holds the batch has consumed it
-            yield self.fetch(self.order(self.epoch, first, first + mine))
+        local_batch_size = micro_batch_size // size
+        while self.sample < self.num_samples:
+            first = self.sample + rank * local_batch_size
+            self.sample += micro_batch_size  # before the yield: who holds the batch has consumed it
+            yield self.make_batch(self.epoch_sampler(self.epoch, first, first + local_batch_size))
 
-    def _find_start(self) -> None:
+    def _restore_position(self) -> None:
         """Go on from the loaded position, or start the epoch after it.
 
         We count epochs ourselves: when a file was written at the end of an epoch, Lightning's own
         number (fit_loop.epoch_progress) is one too high after a resume with max_steps.
         """
-        at, self._resume, self.sample = self._resume, None, 0
-        if at is not None:
-            same = at["turn"] == self._turn
-            self.sample = at["sample"] if same else 0
-            self._shift = at["epoch"] + (not same) - self._turn
-        self.epoch = 0 if self.repeat else self._turn + self._shift
+        state, self._resume_state, self.sample = self._resume_state, None, 0
+        if state is not None:
+            is_same_epoch = state["turn"] == self._turn
+            self.sample = state["sample"] if is_same_epoch else 0
+            self._epoch_offset = state["epoch"] + (not is_same_epoch) - self._turn
+        self.epoch = 0 if self.repeat_first_epoch else self._turn + self._epoch_offset
 
     @property
-    def steps(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
-        return self.samples // self.batch_size
+        return self.num_samples // self.batch_size
 
     def set_accumulate(self, accumulate: int) -> None:
         """Cut the batch of a step into so many micro-batches, from the next epoch on."""
-        share = self.share._replace(accumulate=accumulate)
-        check_divisible(self.batch_size, self.samples, share)
-        self.share = share
+        data_parallel = self.data_parallel._replace(accumulate=accumulate)
+        check_divisible(self.batch_size, self.num_samples, data_parallel)
+        self.data_parallel = data_parallel
 
     def peek(self) -> Any:
         """This rank's first micro-batch of the epoch; the position stays as it is."""
-        rank, size, accumulate = self.share
-        mine = self.batch_size // accumulate // size
-        return self.fetch(self.order(self.epoch, rank * mine, (rank + 1) * mine))
+        rank, size, accumulate = self.data_parallel
+        local_batch_size = self.batch_size // accumulate // size
+        return self.make_batch(
+            self.epoch_sampler(self.epoch, rank * local_batch_size, (rank + 1) * local_batch_size)
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Take the trainer's number of the epoch that the next iteration hands out."""
@@ -196,10 +214,10 @@ class TrainLoader:
                 f"numbers of {', '.join(keys)}; choose another checkpoint: --ckpt_path FILE"
             )
         self.epoch, self.sample, self._turn = state["epoch"], state["sample"], state["turn"]
-        self._resume = state
+        self._resume_state = state
 
 
-class _Epochs:
+class _EpochSetter:
     """Has `set_epoch` where Lightning looks for it: in `sampler` or `batch_sampler.sampler`."""
 
     def __init__(self, loader: TrainLoader) -> None:
@@ -215,33 +233,38 @@ class EvalLoader:
 
     def __init__(
         self,
-        fetch: Callable[[Tensor], Any],
-        samples: int,
+        make_batch: Callable[[Tensor], Any],
+        num_samples: int,
         batch_size: int,
-        share: Share = Share(),  # noqa: B008 - immutable
+        data_parallel: DataParallelInfo = DataParallelInfo(),  # noqa: B008 - immutable
     ) -> None:
         """Take `batch_size` samples at a time over the world (fewer where it must be)."""
-        if samples < share.size:
+        if num_samples < data_parallel.dp_size:
             raise UsageError(
-                f"{samples} samples cannot be evaluated on {share.size} ranks: each needs at "
-                f"least one; type --trainer.devices={max(samples, 1)} or fewer"
+                f"{num_samples} samples cannot be evaluated on {data_parallel.dp_size} ranks: "
+                "each needs at "
+                f"least one; type --trainer.devices={max(num_samples, 1)} or fewer"
             )
         check_positive("batch_size", batch_size)
-        most = -(-samples // share.size)  # samples of the fullest rank, rounded up
-        a_batch = max(1, batch_size // share.size)
+        max_local_samples = -(
+            -num_samples // data_parallel.dp_size
+        )  # samples of the fullest rank, rounded up
+        local_batch_size = max(1, batch_size // data_parallel.dp_size)
         # one batch fewer where the emptiest rank would have nothing left for the last
-        batches = min(-(-most // a_batch), samples // share.size)
-        mine = torch.arange(share.rank, samples, share.size)
-        self.batches = mine.tensor_split(batches)
-        self.fetch = fetch
+        num_batches = min(
+            -(-max_local_samples // local_batch_size), num_samples // data_parallel.dp_size
+        )
+        local_indices = torch.arange(data_parallel.dp_rank, num_samples, data_parallel.dp_size)
+        self.index_batches = local_indices.tensor_split(num_batches)
+        self.make_batch = make_batch
 
     def __len__(self) -> int:
         """Batches, the same on every rank."""
-        return len(self.batches)
+        return len(self.index_batches)
 
     def __iter__(self) -> Iterator[Any]:
         """Hand out this rank's samples in order."""
-        return map(self.fetch, self.batches)
+        return map(self.make_batch, self.index_batches)
 
 
 def check_positive(name: str, value: int) -> None:
@@ -250,21 +273,26 @@ def check_positive(name: str, value: int) -> None:
         raise UsageError(f"{name} is {value!r}; allowed are 1, 2, 3, ...: type --data.{name}=32")
 
 
-def check_divisible(batch_size: int, samples: int, share: Share) -> None:
+def check_divisible(batch_size: int, num_samples: int, data_parallel: DataParallelInfo) -> None:
     """Refuse a global batch that the set cannot fill or the ranks cannot share equally."""
     check_positive("batch_size", batch_size)
-    if batch_size > samples:
+    if batch_size > num_samples:
         raise UsageError(
-            f"batch_size {batch_size} is more than the {samples} training samples: "
-            f"type --data.batch_size={samples} or less"
+            f"batch_size {batch_size} is more than the {num_samples} training samples: "
+            f"type --data.batch_size={num_samples} or less"
         )
-    parts = share.size * share.accumulate
-    if batch_size % parts:
-        lower = batch_size // parts * parts
-        nearest = lower or parts
-        both = f"{lower} and {lower + parts}" if lower else f"{parts}"
+    num_parts = data_parallel.dp_size * data_parallel.accumulate
+    if batch_size % num_parts:
+        lower_multiple = batch_size // num_parts * num_parts
+        nearest = lower_multiple or num_parts
+        suggestions = (
+            f"{lower_multiple} and {lower_multiple + num_parts}"
+            if lower_multiple
+            else f"{num_parts}"
+        )
         raise UsageError(
             f"batch_size {batch_size} is one optimizer step of the whole world and cannot be "
-            f"split into {share.size} ranks x {share.accumulate} accumulation steps = {parts} "
-            f"equal parts; nearest that can: {both}; type --data.batch_size={nearest}"
+            f"split into {data_parallel.dp_size} ranks x {data_parallel.accumulate} accumulation "
+            f"steps = {num_parts} "
+            f"equal parts; nearest that can: {suggestions}; type --data.batch_size={nearest}"
         )

@@ -15,33 +15,33 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-from .corpus import files_of, read
-from .downloads import TextName, announce, choose, fetch, text_source
-from .json_rows import check_text, checksum, is_json, rows
-from .loaders import EvalLoader, Order, Share, TrainLoader, check_positive, global_seed
-from .text import documentation
+from .corpus import list_files, read_text
+from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
+from .json_rows import check_text_characters, compute_files_sha256, holds_json_rows, read_json_rows
+from .loaders import DataParallelInfo, EvalLoader, Order, TrainLoader, check_positive, resolve_seed
+from .text import python_docs_text
 
 
 class Prompts(NamedTuple):
     """A batch."""
 
     texts: list[str]
-    places: list[tuple[int, int]]  # (epoch, sample) of each; of an evaluation (-1, sample)
+    sample_ids: list[tuple[int, int]]  # (epoch, sample) of each; of an evaluation (-1, sample)
     columns: dict[str, list[Any]]  # what else the file says of each
 
 
-class PlacedOrder:
+class IndexedSampler:
     """An Order that also says where in the data each item stands: int64 (epoch, sample, item)."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, sampler: Order) -> None:
         """Wrap it."""
-        self.order = order
+        self.sampler = sampler
 
     def __call__(self, epoch: int, first: int, last: int) -> Tensor:
         """Samples first..last-1, int64 of shape (last - first, 3)."""
-        items = self.order(epoch, first, last).cpu()
-        places = torch.arange(first, last)
-        return torch.stack((torch.full_like(places, epoch), places, items), 1)
+        items = self.sampler(epoch, first, last).cpu()
+        sample_indices = torch.arange(first, last)
+        return torch.stack((torch.full_like(sample_indices, epoch), sample_indices, items), 1)
 
 
 class PromptDataModule(L.LightningDataModule):
@@ -86,48 +86,54 @@ class PromptDataModule(L.LightningDataModule):
                 f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
                 "type --data.val_fraction=0.1"
             )
-        self.path, self.root, self.corpus = path, root, corpus
+        self.path, self.root, self.corpus_path = path, root, corpus
         self.source: TextName = source
         text_source(source)  # UsageError for an unknown name
-        self.length, self.batch_size = length, batch_size
-        self.val_fraction, self.val_prompts, self.seed = val_fraction, val_prompts, seed
+        self.prompt_length, self.batch_size = length, batch_size
+        self.val_fraction, self.num_val_prompts, self.seed = val_fraction, val_prompts, seed
         self.resolved: dict[str, Any] = {}
         self.text: str | None = None  # what rewards compare with
         self.rows: list[dict[str, Any]] = []  # of JSON files
         self._snippets = ""
-        self._tried = ""
+        self._download_error = ""
 
     def prepare_data(self) -> None:
         """Download what is missing; Lightning calls this on one process only."""
         if self.path is None:
-            self._tried = fetch(self.source, text_source(self.source), self.root)
+            self._download_error = download_if_missing(
+                self.source, text_source(self.source), self.root
+            )
 
     def setup(self, stage: str) -> None:
         """Read the file and say which one."""
         if self._snippets or self.rows:
             return
         if self.path is not None:
-            file, why = Path(self.path).expanduser(), ""
+            file, reason = Path(self.path).expanduser(), ""
         else:
-            file, why = choose(self.source, text_source(self.source), self.root, self._tried)
+            file, reason = resolve_source(
+                self.source, text_source(self.source), self.root, self._download_error
+            )
         name = str(file or "the EMBEDDED text (help topics of CPython)")
-        if file is not None and is_json(file):
-            self.rows = rows_of(file)
+        if file is not None and holds_json_rows(file):
+            self.rows = read_prompt_rows(file)
             size = f"{len(self.rows):,} prompts"
         else:
-            self.text = "".join(read(files_of(file)) if file else documentation())
-            self._snippets, size = self.text, f"snippets of {self.length} characters"
-        if self.corpus is not None:
-            self.text = "".join(read(files_of(Path(self.corpus).expanduser(), "--data.corpus")))
+            self.text = "".join(read_text(list_files(file)) if file else python_docs_text())
+            self._snippets, size = self.text, f"snippets of {self.prompt_length} characters"
+        if self.corpus_path is not None:
+            self.text = "".join(
+                read_text(list_files(Path(self.corpus_path).expanduser(), "--data.corpus"))
+            )
         self._check_size(name)
         self.resolved = {"file": str(file or ""), "sha256": self._checksum(file)}
         if self.path is None:
             self.resolved["source"] = text_source(self.source).name if file else "embedded"
-        announce(f"data: {name}, {size}{why and '; ' + why}", loud=bool(why))
+        log_once(f"data: {name}, {size}{reason and '; ' + reason}", is_warning=bool(reason))
 
     def _checksum(self, file: Path | None) -> str:
         """SHA-256 of the rows and of the text that rewards compare with: a resumed run compares."""
-        rows = checksum(files_of(file)) if self.rows and file is not None else ""
+        rows = compute_files_sha256(list_files(file)) if self.rows and file is not None else ""
         return hashlib.sha256(f"{rows}{self.text or ''}".encode()).hexdigest()
 
     @property
@@ -142,89 +148,104 @@ class PromptDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Prompts drawn with replacement from a text, without from a file."""
-        first, trainer = self._parts()[0], cast(Any, self.trainer)
+        first, trainer = self._get_bounds()[0], cast(Any, self.trainer)
         return TrainLoader(
-            PlacedOrder(Order(global_seed(self.seed), first, replace=not self.rows)),  # type: ignore
-            lambda items: self._batch(items[:, 2], [(e, s) for e, s in items[:, :2].tolist()]),
-            samples=first if self.rows else max(self.batch_size, first // self.length),
+            IndexedSampler(Order(resolve_seed(self.seed), first, replacement=not self.rows)),  # type: ignore
+            lambda items: self._make_batch(items[:, 2], [(e, s) for e, s in items[:, :2].tolist()]),
+            num_samples=first if self.rows else max(self.batch_size, first // self.prompt_length),
             batch_size=self.batch_size,
-            share=Share.of(trainer),
-            repeat=bool(trainer and trainer.overfit_batches),
+            data_parallel=DataParallelInfo.of(trainer),
+            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
 
     def val_dataloader(self) -> EvalLoader:
         """The same prompts each time, all of them in one batch, which they are compared within."""
-        _, first, last = self._parts()
-        share = Share.of(self.trainer)
-        count = min(self.val_prompts, last - first) if self.rows else self.val_prompts
-        even = count - count % share.size  # all ranks compare texts of one batch of one size
-        if not even:
-            held = f"only {count} are held out" if self.rows else f"val_prompts is {count}"
-            fix = "val_fraction=0.5" if count < self.val_prompts else f"val_prompts={share.size}"
+        _, first, last = self._get_bounds()
+        data_parallel = DataParallelInfo.of(self.trainer)
+        count = min(self.num_val_prompts, last - first) if self.rows else self.num_val_prompts
+        even_count = (
+            count - count % data_parallel.dp_size
+        )  # all ranks compare texts of one batch of one size
+        if not even_count:
+            problem = f"only {count} are held out" if self.rows else f"val_prompts is {count}"
+            fix = (
+                "val_fraction=0.5"
+                if count < self.num_val_prompts
+                else f"val_prompts={data_parallel.dp_size}"
+            )
             raise UsageError(
-                f"{held}, for {share.size} ranks; allowed: {share.size} or more, a prompt for each "
+                f"{problem}, for {data_parallel.dp_size} ranks; allowed: {data_parallel.dp_size} "
+                "or more, a prompt for each "
                 f"rank; type --data.{fix}, or --trainer.devices={count}"
             )
-        places = torch.linspace(first, last - 1, even).long()
+        positions = torch.linspace(first, last - 1, even_count).long()
 
-        def take(numbers: Tensor) -> Prompts:
-            return self._batch(places[numbers], [(-1, n) for n in numbers.tolist()])
+        def make_batch(numbers: Tensor) -> Prompts:
+            return self._make_batch(positions[numbers], [(-1, n) for n in numbers.tolist()])
 
-        return EvalLoader(take, even, even, share)
+        return EvalLoader(make_batch, even_count, even_count, data_parallel)
 
     def test_dataloader(self) -> EvalLoader:
         """As in validation."""
         return self.val_dataloader()
 
-    def _parts(self) -> tuple[int, int, int]:
+    def _get_bounds(self) -> tuple[int, int, int]:
         """Items to train on, the first held out, and all: rows, or where a snippet may begin."""
         items = len(self.rows) or len(self._snippets)
         train = int(items * (1 - self.val_fraction))
         if self.rows:
             train = min(train, items - 1)
             return train, train, items
-        return train - self.length, train, items - self.length + 1  # none crosses the border
+        return (
+            train - self.prompt_length,
+            train,
+            items - self.prompt_length + 1,
+        )  # none crosses the border
 
-    def _batch(self, items: Tensor, places: list[tuple[int, int]]) -> Prompts:
+    def _make_batch(self, items: Tensor, sample_ids: list[tuple[int, int]]) -> Prompts:
         numbers = items.tolist()
         if not self.rows:
-            texts = [self._snippets[n : n + self.length] for n in numbers]
-            return Prompts(texts, places, {})
+            texts = [self._snippets[n : n + self.prompt_length] for n in numbers]
+            return Prompts(texts, sample_ids, {})
         rows = [self.rows[n] for n in numbers]
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-        return Prompts([row["prompt"] for row in rows], places, columns)
+        return Prompts([row["prompt"] for row in rows], sample_ids, columns)
 
     def _check_size(self, name: str) -> None:
-        train, first, whole = self._parts()
-        if train < 1 or whole - first < 1:
+        train, first, num_items = self._get_bounds()
+        if train < 1 or num_items - first < 1:
             unit = "prompts" if self.rows else "characters"
             count = len(self.rows) or len(self._snippets)
             raise UsageError(
                 f"{name} has {count:,} {unit}, too few to train on some and validate on others"
-                + ("; give more" if self.rows else f" of {self.length}; type --data.length=32")
+                + (
+                    "; give more"
+                    if self.rows
+                    else f" of {self.prompt_length}; type --data.length=32"
+                )
             )
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
+def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of JSON files; each has a prompt, and all have the same columns."""
-    found: list[dict[str, Any]] = []
-    for place, row in rows(path, '{"prompt": "Q: ", "answer": "A"}'):
+    prompts: list[dict[str, Any]] = []
+    for location, row in read_json_rows(path, '{"prompt": "Q: ", "answer": "A"}'):
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise UsageError(
-                f'{place}: no "prompt"; each line is an object like '
+                f'{location}: no "prompt"; each line is an object like '
                 '{"prompt": "Q: ", "answer": "A"}, whose prompt is not empty'
             )
-        if found and row.keys() != found[0].keys():
-            wrong = ", ".join(sorted(row.keys() ^ found[0].keys()))
+        if prompts and row.keys() != prompts[0].keys():
+            differing_columns = ", ".join(sorted(row.keys() ^ prompts[0].keys()))
             raise UsageError(
-                f"{place}: its columns are not those of the first line ({wrong}); "
+                f"{location}: its columns are not those of the first line ({differing_columns}); "
                 "give every line the same"
             )
         for name, value in row.items():
             if isinstance(value, str):
-                check_text(value, place, name)
-        found.append(row)
-    if len(found) < 2:
-        raise UsageError(f"{path} has {len(found)} prompts; give 2 or more, one to validate on")
-    return found
+                check_text_characters(value, location, name)
+        prompts.append(row)
+    if len(prompts) < 2:
+        raise UsageError(f"{path} has {len(prompts)} prompts; give 2 or more, one to validate on")
+    return prompts

@@ -17,15 +17,24 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-from .corpus import files_of
-from .downloads import SOURCES, announce, choose, fetch, sha256
-from .file_kinds import refuse_binary
-from .loaders import EvalLoader, Order, Share, TrainLoader, check_positive, generator
+from .corpus import list_files
+from .downloads import TEXT_DATASETS, compute_sha256, download_if_missing, log_once, resolve_source
+from .file_kinds import check_not_binary
+from .loaders import DataParallelInfo, EvalLoader, Order, TrainLoader, check_positive, generator
 from .tables import Table, has_known_header, read_table
 
-EMBEDDED = Path(__file__).with_name("spam_messages.tsv")
+EMBEDDED_FILE = Path(__file__).with_name("spam_messages.tsv")
 LABELS = ("ham", "spam")  # their positions are the classes 0 and 1
-VALUES = {"ham": 0, "0": 0, "false": 0, "no": 0, "spam": 1, "1": 1, "true": 1, "yes": 1}  # of a CSV
+LABEL_VALUES = {
+    "ham": 0,
+    "0": 0,
+    "false": 0,
+    "no": 0,
+    "spam": 1,
+    "1": 1,
+    "true": 1,
+    "yes": 1,
+}  # of a CSV
 
 
 class Message(NamedTuple):
@@ -33,37 +42,39 @@ class Message(NamedTuple):
 
     text: str
     label: int
-    side: str = ""
+    split: str = ""
 
 
-def parse(lines: list[str], name: str, sides: bool = False) -> list[Message]:
-    """Read ``label<TAB>text`` (after ``side<TAB>`` with `sides`), skipping empty lines."""
+def parse_messages(lines: list[str], name: str, has_splits: bool = False) -> list[Message]:
+    """Read ``label<TAB>text`` (after ``side<TAB>`` with `has_splits`), skipping empty lines."""
     messages = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        side, rest = line.split("\t", 1) if sides else ("", line)
-        label, tab, text = rest.partition("\t")
+        split, labelled_text = line.split("\t", 1) if has_splits else ("", line)
+        label, tab, text = labelled_text.partition("\t")
         if not tab or label not in LABELS:
             raise UsageError(
                 f"{name}, line {number}: {line[:40]!r} is not label<TAB>text with the label ham "
                 "or spam; write each line so; or, of a CSV or TSV file, type "
                 "--data.text_column=NAME --data.label_column=NAME"
             )
-        messages.append(Message(text, LABELS.index(label), side))
-    return both(messages, name)
+        messages.append(Message(text, LABELS.index(label), split))
+    return check_both_classes(messages, name)
 
 
-def both(messages: list[Message], name: str) -> list[Message]:
+def check_both_classes(messages: list[Message], name: str) -> list[Message]:
     """The messages; refused if they are all of one class."""
     counts = Counter(m.label for m in messages)
     if len(counts) < 2:
-        has = " and ".join(f"{counts[k]} {label}" for k, label in enumerate(LABELS))
-        raise UsageError(f"{name} has {has} messages; both kinds are needed, one message a line")
+        counts_text = " and ".join(f"{counts[k]} {label}" for k, label in enumerate(LABELS))
+        raise UsageError(
+            f"{name} has {counts_text} messages; both kinds are needed, one message a line"
+        )
     return messages
 
 
-def labelled(table: Table, name: str, spam_label: str | None) -> list[Message]:
+def messages_from_table(table: Table, name: str, spam_label: str | None) -> list[Message]:
     """The messages of a table, whose labels are ham and spam, 0 and 1, or two values of one's own.
 
     Args:
@@ -72,27 +83,28 @@ def labelled(table: Table, name: str, spam_label: str | None) -> list[Message]:
         spam_label: the value that means spam; the other one means ham.
     """
     if spam_label is not None:
-        found = sorted({entry.label.strip() for entry in table.entries})
-        if len(found) != 2 or spam_label not in found:
-            shown = ", ".join(repr(value[:40]) for value in found[:5])
+        label_values = sorted({entry.label.strip() for entry in table.entries})
+        if len(label_values) != 2 or spam_label not in label_values:
+            examples = ", ".join(repr(value[:40]) for value in label_values[:5])
             raise UsageError(
-                f"{name}: the labels are {shown}{', ...' if len(found) > 5 else ''}; allowed are "
+                f"{name}: the labels are {examples}{', ...' if len(label_values) > 5 else ''}; "
+                "allowed are "
                 f"two values, {spam_label!r} one of them: type --data.spam_label=VALUE"
             )
     messages = []
     for line, text, label in table.entries:
         if spam_label is not None:
             value = int(label.strip() == spam_label)
-        elif (value := VALUES.get(label.strip().casefold(), -1)) < 0:
+        elif (value := LABEL_VALUES.get(label.strip().casefold(), -1)) < 0:
             raise UsageError(
                 f"{name}, line {line}: the label is {label[:40]!r}; allowed are ham and spam, or 0 "
                 "and 1; of two other values type --data.spam_label=VALUE, the one that means spam"
             )
         messages.append(Message(text, value))
-    return both(messages, name)
+    return check_both_classes(messages, name)
 
 
-def hold_out(
+def grouped_stratified_split(
     messages: list[Message], candidates: list[int], fraction: float, g: torch.Generator
 ) -> set[int]:
     """Draw the given fraction of each class, and at least one message of each if one remains.
@@ -102,29 +114,31 @@ def hold_out(
     groups: dict[str, list[int]] = defaultdict(list)
     for i in candidates:
         groups[messages[i].text.strip().casefold()].append(i)
-    keys, drawn = list(groups), set[int]()
+    keys, selected = list(groups), set[int]()
     sizes = {key: Counter(messages[i].label for i in group) for key, group in groups.items()}
-    room = {
+    remaining = {
         label: round(fraction * sum(messages[i].label == label for i in candidates))
         for label in range(len(LABELS))
     }
-    order = [keys[k] for k in torch.randperm(len(keys), generator=g).tolist()]
+    shuffled_keys = [keys[k] for k in torch.randperm(len(keys), generator=g).tolist()]
 
-    def draw(key: str) -> None:
-        drawn.update(groups[key])
+    def select_group(key: str) -> None:
+        selected.update(groups[key])
         for label, size in sizes[key].items():
-            room[label] -= size
+            remaining[label] -= size
 
-    for key in order:
-        if all(size <= room[label] for label, size in sizes[key].items()):
-            draw(key)
+    for key in shuffled_keys:
+        if all(size <= remaining[label] for label, size in sizes[key].items()):
+            select_group(key)
     for label in range(len(LABELS)) if fraction else ():
-        mine = [key for key in order if sizes[key][label]]
-        left = [key for key in mine if not drawn.issuperset(groups[key])]
-        alone = [key for key in left if len(sizes[key]) == 1]  # it takes nothing of other classes
-        if len(left) == len(mine) > 1 and alone:
-            draw(min(alone, key=lambda key: sizes[key][label]))
-    return drawn
+        class_keys = [key for key in shuffled_keys if sizes[key][label]]
+        unselected_keys = [key for key in class_keys if not selected.issuperset(groups[key])]
+        single_class_keys = [
+            key for key in unselected_keys if len(sizes[key]) == 1
+        ]  # it takes nothing of other classes
+        if len(unselected_keys) == len(class_keys) > 1 and single_class_keys:
+            select_group(min(single_class_keys, key=lambda key: sizes[key][label]))
+    return selected
 
 
 class SpamDataModule(L.LightningDataModule):
@@ -180,10 +194,10 @@ class SpamDataModule(L.LightningDataModule):
                 "numbers between 0 and 1: type --data.test_fraction=0.2 --data.val_fraction=0.1"
             )
         try:
-            text = codecs.lookup(encoding)._is_text_encoding
+            is_text_encoding = codecs.lookup(encoding)._is_text_encoding
         except (LookupError, ValueError):
-            text = False
-        if not text:
+            is_text_encoding = False
+        if not is_text_encoding:
             raise UsageError(
                 f"encoding is {encoding!r}; allowed are utf-8, latin-1, utf-16 and others that "
                 "Python knows: type --data.encoding=latin-1"
@@ -197,8 +211,8 @@ class SpamDataModule(L.LightningDataModule):
         self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256, duplicates
         self.messages: list[Message] = []
         self.parts: dict[str, list[int]] = {}  # train, val, test: places in `messages`
-        self.lines: list[tuple[int, str]] = []  # to predict
-        self._tried = ""
+        self.predict_lines: list[tuple[int, str]] = []  # to predict
+        self._download_error = ""
 
     @property
     def train_messages(self) -> list[str]:
@@ -208,184 +222,207 @@ class SpamDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Download what is missing; Lightning calls this on one process only."""
         if self.path is None:
-            self._tried = fetch(self.source, SOURCES["sms"], self.root)
+            self._download_error = download_if_missing(self.source, TEXT_DATASETS["sms"], self.root)
 
     def setup(self, stage: str) -> None:
         """Read and split the messages, or the lines to predict, which need no training set."""
         if stage == "predict":
-            self._read_lines()
+            self._load_predict_lines()
         elif not self.messages:
-            self._read_messages()
+            self._load_messages()
         if stage == "fit" and not self.val_fraction and self.trainer is not None:
             cast(Any, self.trainer).limit_val_batches = 0  # it would warn of an empty loader
 
-    def _read_lines(self) -> None:
+    def _load_predict_lines(self) -> None:
         if self.predict_path is None:
             raise UsageError(
                 "there is nothing to predict: type --data.predict_path=FILE, a text file with one "
                 "message a line"
             )
         path = Path(self.predict_path).expanduser()
-        text = _text(path, "--data.predict_path", self.encoding)
-        end = path.suffix.lower()
-        if end == ".csv" or (self.text_column is not None and end in (".tsv", ".tab")):
-            table = read_table(text, str(path), self.text_column, labelled=False)
-            self.lines = [(entry.line - 1, entry.text) for entry in table.entries]
+        text = _read_text_file(path, "--data.predict_path", self.encoding)
+        suffix = path.suffix.lower()
+        if suffix == ".csv" or (self.text_column is not None and suffix in (".tsv", ".tab")):
+            table = read_table(text, str(path), self.text_column, has_labels=False)
+            self.predict_lines = [(entry.line - 1, entry.text) for entry in table.entries]
         else:
-            lines = enumerate(_lines(text))
-            self.lines = [(i, line) for i, line in lines if line.strip()]
-        if not self.lines:
+            lines = enumerate(_split_lines(text))
+            self.predict_lines = [(i, line) for i, line in lines if line.strip()]
+        if not self.predict_lines:
             raise UsageError(f"{self.predict_path} is empty: write one message a line")
 
-    def _read_messages(self) -> None:
+    def _load_messages(self) -> None:
         if self.path is not None:
-            file, why = Path(self.path).expanduser(), ""
+            file, reason = Path(self.path).expanduser(), ""
         else:
-            file, why = choose(self.source, SOURCES["sms"], self.root, self._tried)
+            file, reason = resolve_source(
+                self.source, TEXT_DATASETS["sms"], self.root, self._download_error
+            )
         name = str(file or "the EMBEDDED messages (forty, written for this project)")
-        own = self.path is not None
-        text = _text(file or EMBEDDED, "--data.path", self.encoding if own else "utf-8")
-        table = self._table(text, name, Path(name).suffix.lower()) if own else None
+        is_custom_file = self.path is not None
+        text = _read_text_file(
+            file or EMBEDDED_FILE, "--data.path", self.encoding if is_custom_file else "utf-8"
+        )
+        table = self._parse_table(text, name, Path(name).suffix.lower()) if is_custom_file else None
         if table is not None:
-            messages = labelled(table, name, self.spam_label)
+            messages = messages_from_table(table, name, self.spam_label)
         else:
-            messages = parse(_lines(text), name, sides=file is None)
+            messages = parse_messages(_split_lines(text), name, has_splits=file is None)
         self.messages = messages
-        self._split(name)
+        self._assign_splits(name)
         keys = {m.text.strip().casefold() for m in messages}
-        taken = self.source if self.path is not None else "sms" if file else "embedded"
+        resolved_source = self.source if self.path is not None else "sms" if file else "embedded"
         self.resolved = {
-            "source": taken,
+            "source": resolved_source,
             "file": str(file or ""),
-            "sha256": sha256(file or EMBEDDED),
+            "sha256": compute_sha256(file or EMBEDDED_FILE),
             "duplicates": len(messages) - len(keys),
         }
         if table is not None:
             name += f", columns {' and '.join(table.columns)}"
             self.resolved["columns"] = list(table.columns)
         spam = sum(m.label for m in messages)
-        sizes = ", ".join(f"{len(part):,} {side}" for side, part in self.parts.items())
-        announce(
+        sizes = ", ".join(f"{len(indices):,} {split}" for split, indices in self.parts.items())
+        log_once(
             f"data: {name}, {len(messages) - spam:,} ham, {spam:,} spam, "
             f"{self.resolved['duplicates']:,} copies kept on one side; {sizes}"
-            f"{why and '; ' + why}",
-            loud=bool(why),
+            f"{reason and '; ' + reason}",
+            is_warning=bool(reason),
         )
-        if table is not None and table.beside:
-            announce(
-                f"data: {table.beside:,} rows have text in columns without a name, which is not "
+        if table is not None and table.num_rows_outside_columns:
+            log_once(
+                f"data: {table.num_rows_outside_columns:,} rows have text in columns without a "
+                "name, which is not "
                 "read",
-                loud=True,
+                is_warning=True,
             )
-        for side, part in self.parts.items():
-            there = {messages[i].label for i in part}
-            for k, label in enumerate(LABELS) if part else ():
-                if k not in there:
-                    kinds = len({m.text.strip().casefold() for m in messages if m.label == k})
-                    announce(
-                        f"data: no {label} in {side}, so scores of {label} are undefined there: "
-                        f"there are {kinds} different {label} messages, and copies stay together",
-                        loud=True,
+        for split, indices in self.parts.items():
+            present_classes = {messages[i].label for i in indices}
+            for k, label in enumerate(LABELS) if indices else ():
+                if k not in present_classes:
+                    num_different = len(
+                        {m.text.strip().casefold() for m in messages if m.label == k}
+                    )
+                    log_once(
+                        f"data: no {label} in {split}, so scores of {label} are undefined there: "
+                        f"there are {num_different} different {label} messages, and copies stay "
+                        "together",
+                        is_warning=True,
                     )
 
-    def _table(self, text: str, name: str, end: str) -> Table | None:
+    def _parse_table(self, text: str, name: str, suffix: str) -> Table | None:
         """The rows of a CSV or TSV file; None of a file of ``label<TAB>text``."""
-        asked = (self.text_column, self.label_column, self.spam_label)
+        requested = (self.text_column, self.label_column, self.spam_label)
         first = next((line for line in text.split("\n") if line.strip()), "")
-        if end == ".csv" or any(word is not None for word in asked) or has_known_header(first):
+        if (
+            suffix == ".csv"
+            or any(word is not None for word in requested)
+            or has_known_header(first)
+        ):
             return read_table(text, name, self.text_column, self.label_column)
         return None
 
-    def _split(self, name: str) -> None:
-        messages, everyone = self.messages, list(range(len(self.messages)))
-        test = {i for i in everyone if messages[i].side == "test"}
+    def _assign_splits(self, name: str) -> None:
+        messages, all_indices = self.messages, list(range(len(self.messages)))
+        test = {i for i in all_indices if messages[i].split == "test"}
         if not test:
             g = generator(self.seed, "test")
-            test = hold_out(messages, everyone, self.test_fraction, g)
-        rest = [i for i in everyone if i not in test]
-        val = hold_out(messages, rest, self.val_fraction, generator(self.seed, "val"))
+            test = grouped_stratified_split(messages, all_indices, self.test_fraction, g)
+        non_test = [i for i in all_indices if i not in test]
+        val = grouped_stratified_split(
+            messages, non_test, self.val_fraction, generator(self.seed, "val")
+        )
         self.parts = {
-            "train": [i for i in rest if i not in val],
+            "train": [i for i in non_test if i not in val],
             "val": sorted(val),
             "test": sorted(test),
         }
-        short = [k for k in self.parts if not self.parts[k] and (k != "val" or self.val_fraction)]
-        if short:
-            kinds = len({m.text.strip().casefold() for m in messages})
-            rather = f", or type --data.val_fraction=0 to do without {short[0]}"
+        empty_splits = [
+            k for k in self.parts if not self.parts[k] and (k != "val" or self.val_fraction)
+        ]
+        if empty_splits:
+            num_different = len({m.text.strip().casefold() for m in messages})
+            alternative = f", or type --data.val_fraction=0 to do without {empty_splits[0]}"
             raise UsageError(
-                f"{name}: {len(messages)} messages, of which {kinds} are different, leave none for "
-                f"{' and '.join(short)}: copies stay together; give more different messages"
-                f"{rather if short == ['val'] else ''}"
+                f"{name}: {len(messages)} messages, of which {num_different} are different, leave "
+                "none for "
+                f"{' and '.join(empty_splits)}: copies stay together; give more different messages"
+                f"{alternative if empty_splits == ['val'] else ''}"
             )
 
-    def _fetch(self, places: list[int]) -> Callable[[Tensor], dict[str, Any]]:
+    def _make_batch_fn(self, indices: list[int]) -> Callable[[Tensor], dict[str, Any]]:
         labels = torch.tensor([m.label for m in self.messages])
-        where = torch.tensor(places)
+        index_tensor = torch.tensor(indices)
 
-        def take(items: Tensor) -> dict[str, Any]:
-            index = where[items]
+        def make_batch(items: Tensor) -> dict[str, Any]:
+            index = index_tensor[items]
             message = [self.messages[i].text for i in index.tolist()]
             return {"message": message, "label": labels[index], "index": index}
 
-        return take
+        return make_batch
 
-    def _size(self, part: int) -> int:
-        return part if isinstance(self.batch_size, str) else min(self.batch_size, part)
+    def _clamp_batch_size(self, num_messages: int) -> int:
+        return (
+            num_messages if isinstance(self.batch_size, str) else min(self.batch_size, num_messages)
+        )
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled each epoch; what is left over from whole batches waits for another epoch."""
-        places, trainer = self.parts["train"], cast(Any, self.trainer)
+        indices, trainer = self.parts["train"], cast(Any, self.trainer)
         return TrainLoader(
-            Order(self.seed, len(places)),
-            self._fetch(places),
-            samples=len(places),
-            batch_size=self._size(len(places)),
-            share=Share.of(trainer),
-            repeat=bool(trainer and trainer.overfit_batches),
+            Order(self.seed, len(indices)),
+            self._make_batch_fn(indices),
+            num_samples=len(indices),
+            batch_size=self._clamp_batch_size(len(indices)),
+            data_parallel=DataParallelInfo.of(trainer),
+            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
 
     def val_dataloader(self) -> EvalLoader:
         """The part held out for validation."""
-        return self._eval("val")
+        return self._make_eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader:
         """The part held out to test."""
-        return self._eval("test")
+        return self._make_eval_loader("test")
 
     def predict_dataloader(self) -> EvalLoader:
         """The lines of `predict_path`, without labels."""
 
-        def take(items: Tensor) -> dict[str, Any]:
-            numbers, texts = zip(*(self.lines[i] for i in items.tolist()), strict=True)
+        def make_batch(items: Tensor) -> dict[str, Any]:
+            numbers, texts = zip(*(self.predict_lines[i] for i in items.tolist()), strict=True)
             return {"message": list(texts), "index": torch.tensor(numbers)}
 
-        size = self._size(len(self.lines))
-        return EvalLoader(take, len(self.lines), size, Share.of(self.trainer))
+        size = self._clamp_batch_size(len(self.predict_lines))
+        return EvalLoader(
+            make_batch, len(self.predict_lines), size, DataParallelInfo.of(self.trainer)
+        )
 
-    def _eval(self, part: str) -> EvalLoader:
-        places = self.parts[part]
-        if not places:
+    def _make_eval_loader(self, split: str) -> EvalLoader:
+        indices = self.parts[split]
+        if not indices:
             raise UsageError(
-                f"there are no messages for {part}: val_fraction is {self.val_fraction}; type "
+                f"there are no messages for {split}: val_fraction is {self.val_fraction}; type "
                 "lightning test for the test part, or train with --data.val_fraction=0.1"
             )
-        size = self._size(len(places))
-        return EvalLoader(self._fetch(places), len(places), size, Share.of(self.trainer))
+        size = self._clamp_batch_size(len(indices))
+        return EvalLoader(
+            self._make_batch_fn(indices), len(indices), size, DataParallelInfo.of(self.trainer)
+        )
 
 
-def _text(path: Path, flag: str, encoding: str) -> str:
+def _read_text_file(path: Path, flag: str, encoding: str) -> str:
     """The text of one file; what is not of that encoding is refused with the byte's place."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; one file is read: type {flag}=FILE")
-    (file,) = files_of(path, flag)
+    (file,) = list_files(path, flag)
     content = file.read_bytes()
-    refuse_binary(path, content, flag)
+    check_not_binary(path, content, flag)
     codec = codecs.lookup(encoding).name
-    wide = codec.startswith(("utf-16", "utf-32"))
-    if not wide and (place := content.find(b"\0")) >= 0:
+    is_multibyte = codec.startswith(("utf-16", "utf-32"))
+    if not is_multibyte and (offset := content.find(b"\0")) >= 0:
         raise UsageError(
-            f"{path} is no text: byte 0x00 at position {place}; if it is UTF-16, type "
+            f"{path} is no text: byte 0x00 at position {offset}; if it is UTF-16, type "
             "--data.encoding=utf-16"
         )
     try:
@@ -399,5 +436,5 @@ def _text(path: Path, flag: str, encoding: str) -> str:
         ) from None
 
 
-def _lines(text: str) -> list[str]:
+def _split_lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").split("\n")

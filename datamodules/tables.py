@@ -34,7 +34,7 @@ class Table(NamedTuple):
 
     entries: list[Entry]
     columns: tuple[str, ...]
-    beside: int
+    num_rows_outside_columns: int
 
 
 def read_table(
@@ -42,7 +42,7 @@ def read_table(
     name: str,
     text_column: str | None = None,
     label_column: str | None = None,
-    labelled: bool = True,
+    has_labels: bool = True,
 ) -> Table:
     """Read a table with a header, or without one if its first row has a label already.
 
@@ -51,38 +51,47 @@ def read_table(
         name: the file, for errors.
         text_column: by name, or by position from 0; by default the one with a known name.
         label_column: the same.
-        labelled: whether labels are wanted.
+        has_labels: whether labels are wanted.
 
     Raises:
         ValueError: a column is not there, a row is too short, or a quote is never closed.
     """
     lines = list(io.StringIO(content, newline=""))
-    wanted = {text_column, label_column} - {None}
-    rows = _rows(lines, name, "\t" if name.lower().endswith((".tsv", ".tab")) else min(
-        DELIMITERS, key=lambda delimiter: _delimiter_rank(lines, delimiter, wanted)
+    requested = {text_column, label_column} - {None}
+    rows = _parse_rows(lines, name, "\t" if name.lower().endswith((".tsv", ".tab")) else min(
+        DELIMITERS, key=lambda delimiter: _delimiter_rank(lines, delimiter, requested)
     ))  # fmt: skip
     if not rows:
         raise UsageError(f"{name} is empty: write a header and one message a row")
     first = [cell.strip() for cell in rows[0][1]]
-    words = {cell.casefold() for cell in first}
-    header = not words & {"ham", "spam"} or bool(words & set(TEXT_NAMES) or wanted & set(first))
-    columns = first if header else [str(place) for place in range(len(first))]
-    if not header and not wanted and len(first) == 2:  # label and text, in this order
+    first_cells = {cell.casefold() for cell in first}
+    has_header = not first_cells & {"ham", "spam"} or bool(
+        first_cells & set(TEXT_NAMES) or requested & set(first)
+    )
+    columns = first if has_header else [str(column_index) for column_index in range(len(first))]
+    if not has_header and not requested and len(first) == 2:  # label and text, in this order
         text_column, label_column = "1", "0"
-    places = [_place(columns, text_column, TEXT_NAMES, name, "text")]
-    if labelled:
-        places.append(_place(columns, label_column, LABEL_NAMES, name, "label"))
-    entries, beside = [], 0
-    for line, row in rows[header:]:
-        if len(row) <= max(places):
+    column_indices = [_find_column(columns, text_column, TEXT_NAMES, name, "text")]
+    if has_labels:
+        column_indices.append(_find_column(columns, label_column, LABEL_NAMES, name, "label"))
+    entries, num_rows_outside_columns = [], 0
+    for line, row in rows[has_header:]:
+        if len(row) <= max(column_indices):
             raise UsageError(
-                f"{name}, line {line}: the row has {len(row)} columns, and {columns[max(places)]} "
-                f"is number {max(places) + 1}; mend the row, or remove it"
+                f"{name}, line {line}: the row has {len(row)} columns, and "
+                f"{columns[max(column_indices)]} "
+                f"is number {max(column_indices) + 1}; mend the row, or remove it"
             )
-        entries.append(Entry(line, row[places[0]], row[places[1]] if labelled else ""))
+        entries.append(
+            Entry(line, row[column_indices[0]], row[column_indices[1]] if has_labels else "")
+        )
         unnamed = [row[k] for k in range(len(row)) if k >= len(columns) or not columns[k]]
-        beside += any(cell.strip() for cell in unnamed)
-    return Table(entries, tuple(columns[place] for place in places), beside)
+        num_rows_outside_columns += any(cell.strip() for cell in unnamed)
+    return Table(
+        entries,
+        tuple(columns[column_index] for column_index in column_indices),
+        num_rows_outside_columns,
+    )
 
 
 def has_known_header(line: str) -> bool:
@@ -92,29 +101,29 @@ def has_known_header(line: str) -> bool:
 
 
 @contextmanager
-def _long_fields() -> Iterator[None]:
+def _allow_long_fields() -> Iterator[None]:
     """Let a cell be as long as its file: Python's limit of 131,072 is for the whole process."""
-    before = csv.field_size_limit(sys.maxsize)
+    previous_limit = csv.field_size_limit(sys.maxsize)
     try:
         yield
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(previous_limit)
 
 
-def _rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, list[str]]]:
+def _parse_rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """The rows that are not empty, each with the number of its first line, from 1."""
-    found: list[tuple[int, list[str]]] = []
-    with _long_fields():
+    rows: list[tuple[int, list[str]]] = []
+    with _allow_long_fields():
         reader = csv.reader(lines, delimiter=delimiter)
         start = 0
         try:
             for row in reader:
                 if any(cell.strip() for cell in row):
-                    found.append((start + 1, row))
+                    rows.append((start + 1, row))
                 last, start = start, reader.line_num
         except csv.Error as error:
             raise UsageError(f"{name}, line {reader.line_num}: {error}; mend the line") from None
-        if found:  # a quote that is never closed takes all that follows into one cell
+        if rows:  # a quote that is never closed takes all that follows into one cell
             try:
                 list(csv.reader(lines[last:], delimiter=delimiter, strict=True))
             except csv.Error as error:
@@ -123,44 +132,52 @@ def _rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, list[s
                         f"{name}, line {last + 1}: a quote is opened and never closed; close it, "
                         "or write two for one that belongs to the text"
                     ) from None
-    return found
+    return rows
 
 
-def _delimiter_rank(lines: list[str], delimiter: str, wanted: set[str | None]) -> tuple[int, int]:
+def _delimiter_rank(
+    lines: list[str], delimiter: str, requested: set[str | None]
+) -> tuple[int, int]:
     """Smaller where the first row has more of the columns that are wanted, then more columns."""
     head = next((line for line in lines if line.strip()), "")
-    with _long_fields():
+    with _allow_long_fields():
         first = [cell.strip() for cell in next(csv.reader([head], delimiter=delimiter), [])]
     known = {*TEXT_NAMES, *LABEL_NAMES, "ham", "spam"}
-    named = len(wanted & set(first)) + sum(cell.casefold() in known for cell in first)
-    return -named, -len(first)
+    num_known = len(requested & set(first)) + sum(cell.casefold() in known for cell in first)
+    return -num_known, -len(first)
 
 
-def _place(
-    columns: list[str], wanted: str | None, known: tuple[str, ...], name: str, kind: str
+def _find_column(
+    columns: list[str], requested: str | None, known_names: tuple[str, ...], name: str, role: str
 ) -> int:
     """The position of a column, from 0."""
-    there = ", ".join(column for column in columns if column)
-    flag = f"--data.{kind}_column"
-    if wanted is not None:
-        places = [place for place, column in enumerate(columns) if column == wanted]
-        if not places and wanted.isdecimal() and len(wanted) < 6 and int(wanted) < len(columns):
-            return int(wanted)
-        near = suggest_names(wanted, columns, 1) or [c for c in columns if c][:1]
-        if not places:
+    available = ", ".join(column for column in columns if column)
+    flag = f"--data.{role}_column"
+    if requested is not None:
+        matches = [index for index, column in enumerate(columns) if column == requested]
+        if (
+            not matches
+            and requested.isdecimal()
+            and len(requested) < 6
+            and int(requested) < len(columns)
+        ):
+            return int(requested)
+        closest = suggest_names(requested, columns, 1) or [c for c in columns if c][:1]
+        if not matches:
             raise UsageError(
-                f"{name} has no column {wanted!r}; allowed: {there}; type {flag}={near[0]}"
+                f"{name} has no column {requested!r}; allowed: {available}; type "
+                f"{flag}={closest[0]}"
             )
     else:
-        places = [k for k, column in enumerate(columns) if column.casefold() in known]
-        if not places:
+        matches = [k for k, column in enumerate(columns) if column.casefold() in known_names]
+        if not matches:
             raise UsageError(
-                f"{name} has the columns {there}; which of them holds the {kind}s? type "
+                f"{name} has the columns {available}; which of them holds the {role}s? type "
                 f"{flag}={next((c for c in columns if c), '0')}"
             )
-    if len(places) > 1:
+    if len(matches) > 1:
         raise UsageError(
-            f"{name} has {len(places)} columns that may hold the {kind}s, number "
-            f"{', '.join(map(str, places))} from 0; type {flag}={places[0]}"
+            f"{name} has {len(matches)} columns that may hold the {role}s, number "
+            f"{', '.join(map(str, matches))} from 0; type {flag}={matches[0]}"
         )
-    return places[0]
+    return matches[0]

@@ -18,17 +18,34 @@ from torch import Tensor
 
 from ravine.errors import RunError, UsageError
 
-from .base import Prepared, handed_over, has_ranks
-from .corpus import Corpus, Outline, bins, files_of, load, of_array, prepare, read
-from .downloads import TextName, announce, choose, fetch, text_source
-from .loaders import EvalLoader, Order, Passes, Share, TrainLoader, check_positive, global_seed
-from .token_cache import TokenType, is_bins
-from .tokenizers import NumberTokenizer, Specials, Tokenizer
+from .base import PreparationResult, exchange_prepared, is_distributed
+from .corpus import (
+    Corpus,
+    TextSummary,
+    build_corpus,
+    corpus_from_array,
+    list_files,
+    load_nanogpt_bins,
+    prepare_token_file,
+    read_text,
+)
+from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
+from .loaders import (
+    DataParallelInfo,
+    EvalLoader,
+    Order,
+    StridedWindowSampler,
+    TrainLoader,
+    check_positive,
+    resolve_seed,
+)
+from .token_cache import TokenType, has_nanogpt_bins
+from .tokenizers import NumberTokenizer, SpecialTokenMode, Tokenizer
 
-IGNORED = -100  # the target where there is nothing to predict, as in F.cross_entropy
+IGNORE_INDEX = -100  # the target where there is nothing to predict, as in F.cross_entropy
 
 
-def documentation() -> Iterator[str]:
+def python_docs_text() -> Iterator[str]:
     """The embedded text: the help topics inside every CPython, 465 KB of technical prose."""
     from pydoc_data.topics import topics
 
@@ -80,7 +97,7 @@ class TextDataModule(L.LightningDataModule):
         windows: Literal["random", "passes"] = "random",
         begin: int = 0,
         end: int | None = None,
-        specials: Specials = "plain",
+        specials: SpecialTokenMode = "plain",
         vocabulary: int | None = None,
         dtype: TokenType | None = None,
     ) -> None:
@@ -97,15 +114,20 @@ class TextDataModule(L.LightningDataModule):
         self.source: TextName = source
         text_source(source)  # UsageError for an unknown name
         self.context, self.batch_size = context, batch_size
-        self.val_fraction, self.seed, self.memory_limit = val_fraction, seed, memory_limit
-        self.kind, self.windows, self.begin, self.end = tokenizer, windows, begin, end
-        self.specials: Specials = specials
+        self.val_fraction, self.seed, self.max_chars_in_memory = val_fraction, seed, memory_limit
+        self.tokenizer_name, self.window_sampling, self.start_token, self.stop_token = (
+            tokenizer,
+            windows,
+            begin,
+            end,
+        )
+        self.specials: SpecialTokenMode = specials
         self.vocabulary = vocabulary
         self.dtype: TokenType | None = dtype
         self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
         self._corpus: Corpus | None = None
-        self._prepared: Prepared | None = None  # between prepare_data and setup
-        self._tried = ""
+        self._preparation: PreparationResult | None = None  # between prepare_data and setup
+        self._download_error = ""
 
     @classmethod
     def of_tokens(
@@ -124,8 +146,8 @@ class TextDataModule(L.LightningDataModule):
             options: the other arguments.
         """
         data = cls(**options)
-        known = NumberTokenizer(tokenizer) if isinstance(tokenizer, int) else tokenizer
-        data._corpus = of_array(tokens, known)
+        known_tokenizer = NumberTokenizer(tokenizer) if isinstance(tokenizer, int) else tokenizer
+        data._corpus = corpus_from_array(tokens, known_tokenizer)
         data.resolved = {"source": "tokens", "file": "", "sha256": data._corpus.sha256}
         data._check_length("the array", "tokens", data._corpus)
         return data
@@ -148,62 +170,80 @@ class TextDataModule(L.LightningDataModule):
         Lightning calls this on local rank 0 only. One process alone tokenizes in `setup`.
         """
         if self.path is None:
-            self._tried = fetch(self.source, text_source(self.source), self.root)
-        if self._corpus is None and has_ranks(self.trainer):
-            self._prepared = Prepared.by(self._prepare)
+            self._download_error = download_if_missing(
+                self.source, text_source(self.source), self.root
+            )
+        if self._corpus is None and is_distributed(self.trainer):
+            self._preparation = PreparationResult.from_call(self._write_token_file)
 
-    def _prepare(self) -> Outline | None:
+    def _write_token_file(self) -> TextSummary | None:
         """Write the tokens of the text to a file; a folder of tokens is one already."""
-        file, name, _ = self._source()
-        if file and is_bins(file):
+        file, name, _ = self._resolve_source()
+        if file and has_nanogpt_bins(file):
             return None
-        self._refuse_token_options(name)
-        return prepare(self._text(file), name, self.memory_limit, self.kind, self.specials)
+        self._check_token_options(name)
+        return prepare_token_file(
+            self._make_text_reader(file),
+            name,
+            self.max_chars_in_memory,
+            self.tokenizer_name,
+            self.specials,
+        )
 
-    def _source(self) -> tuple[Path | None, str, str]:
+    def _resolve_source(self) -> tuple[Path | None, str, str]:
         """The file or folder, None for the embedded text; its name; why it was taken."""
         if self.path is not None:
-            file, why = Path(self.path).expanduser(), ""
+            file, reason = Path(self.path).expanduser(), ""
         else:
-            file, why = choose(self.source, text_source(self.source), self.root, self._tried)
-        return file, str(file or "the EMBEDDED text (help topics of CPython)"), why
+            file, reason = resolve_source(
+                self.source, text_source(self.source), self.root, self._download_error
+            )
+        return file, str(file or "the EMBEDDED text (help topics of CPython)"), reason
 
-    def _text(self, file: Path | None) -> Callable[[], Iterator[str]]:
-        files = files_of(file) if file else []
-        return (lambda: read(files)) if file else documentation
+    def _make_text_reader(self, file: Path | None) -> Callable[[], Iterator[str]]:
+        files = list_files(file) if file else []
+        return (lambda: read_text(files)) if file else python_docs_text
 
     def setup(self, stage: str) -> None:
         """Read the text, say which one, and refuse one that is too short."""
-        prepared = None
-        if has_ranks(self.trainer):
-            prepared = handed_over(self._prepared, self.trainer)
-            self._prepared = None
+        summary = None
+        if is_distributed(self.trainer):
+            summary = exchange_prepared(self._preparation, self.trainer)
+            self._preparation = None
         if self._corpus is not None:
             return
-        file, name, why = self._source()
-        corpus = bins(file, self.kind, self.vocabulary, self.dtype) if file else None
+        file, name, reason = self._resolve_source()
+        corpus = (
+            load_nanogpt_bins(file, self.tokenizer_name, self.vocabulary, self.dtype)
+            if file
+            else None
+        )
         if corpus is None:
-            self._refuse_token_options(name)
-            text, limit = self._text(file), self.memory_limit
-            corpus = load(text, name, limit, self.kind, self.specials, prepared)
+            self._check_token_options(name)
+            text, limit = self._make_text_reader(file), self.max_chars_in_memory
+            corpus = build_corpus(text, name, limit, self.tokenizer_name, self.specials, summary)
         elif self.specials != "plain":
             raise UsageError(
                 f"{name} holds tokens, in which specials={self.specials} changes nothing; allowed: "
                 "plain; leave --data.specials away"
             )
-        kind = corpus.tokenizer.kind
-        unit = kind if kind in ("characters", "bytes") else "tokens"
-        corpus = self._part(name, unit, corpus)
+        tokenizer_type = corpus.tokenizer.kind
+        unit = tokenizer_type if tokenizer_type in ("characters", "bytes") else "tokens"
+        corpus = self._slice_tokens(name, unit, corpus)
         self._check_length(name, unit, corpus)
         self._corpus = corpus
         known = text_source(self.source).name if file else "embedded"
-        taken = self.source if self.path is not None else known
-        self.resolved = {"source": taken, "file": str(file or ""), "sha256": corpus.sha256}
+        resolved_source = self.source if self.path is not None else known
+        self.resolved = {
+            "source": resolved_source,
+            "file": str(file or ""),
+            "sha256": corpus.sha256,
+        }
         size = f"{len(corpus.tokens):,} {unit}, {corpus.tokenizer.vocabulary:,} different"
-        note = "; ".join(word for word in (why, corpus.note) if word)
-        announce(f"data: {name}, {size}{note and '; ' + note}", loud=bool(note))
+        note = "; ".join(word for word in (reason, corpus.note) if word)
+        log_once(f"data: {name}, {size}{note and '; ' + note}", is_warning=bool(note))
 
-    def _refuse_token_options(self, name: str) -> None:
+    def _check_token_options(self, name: str) -> None:
         """Refuse what only a folder of tokens can use."""
         for option in ("vocabulary", "dtype"):
             if getattr(self, option) is not None:
@@ -213,77 +253,80 @@ class TextDataModule(L.LightningDataModule):
                     f"--data.{option} away"
                 )
 
-    def _part(self, name: str, unit: str, corpus: Corpus) -> Corpus:
-        """From `begin` to `end`."""
+    def _slice_tokens(self, name: str, unit: str, corpus: Corpus) -> Corpus:
+        """From `start_token` to `end`."""
         count = len(corpus.tokens)
-        end = count if self.end is None else self.end
-        if (self.begin, end) == (0, count):
+        stop = count if self.stop_token is None else self.stop_token
+        if (self.start_token, stop) == (0, count):
             return corpus
-        if not 0 <= self.begin < end <= count or corpus.rest is not None:
+        if not 0 <= self.start_token < stop <= count or corpus.val_tokens is not None:
             raise UsageError(
-                f"begin {self.begin} and end {self.end} are no part of the {count:,} {unit} of "
+                f"begin {self.start_token} and end {self.stop_token} are no part of the {count:,} "
+                f"{unit} of "
                 f"{name}; allowed: 0 to {count} of a text in one piece; type --data.begin=0"
             )
-        return corpus._replace(tokens=corpus.tokens[self.begin : end])
+        return corpus._replace(tokens=corpus.tokens[self.start_token : stop])
 
     def _check_length(self, name: str, unit: str, corpus: Corpus) -> None:
-        train, rest = self._split(corpus)
-        count = len(train) + len(rest)
-        if len(rest) < 2:
+        train, val = self._split_corpus(corpus)
+        count = len(train) + len(val)
+        if len(val) < 2:
             raise UsageError(
                 f"val_fraction {self.val_fraction} of the {count:,} {unit} of {name} is less "
                 "than two; type --data.val_fraction=0.1, or give a longer text"
             )
         if len(train) <= self.context:
-            fits = len(train) - 1
-            out = f"type --data.context={fits} or less, or " if fits > 0 else ""
+            max_fitting = len(train) - 1
+            advice = f"type --data.context={max_fitting} or less, or " if max_fitting > 0 else ""
             raise UsageError(
                 f"{name} has {count:,} {unit}, {len(train):,} of them for training: less than one "
-                f"window of context + 1 = {self.context + 1}; {out}give a longer text"
+                f"window of context + 1 = {self.context + 1}; {advice}give a longer text"
             )
 
-    def _split(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
-        if corpus.rest is not None:
-            return corpus.tokens, corpus.rest
+    def _split_corpus(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
+        if corpus.val_tokens is not None:
+            return corpus.tokens, corpus.val_tokens
         split = int(len(corpus.tokens) * (1 - self.val_fraction))
         return corpus.tokens[:split], corpus.tokens[split:]
 
     def train_dataloader(self) -> TrainLoader:
         """Windows of the training part; an epoch has as many tokens as that."""
-        tokens, _ = self._parts()
+        tokens, _ = self._get_splits()
         t, trainer = self.context, cast(Any, self.trainer)
         windows = tokens.unfold(0, t + 1, 1)  # a view: (n - t, t + 1)
 
-        def take(starts: Tensor) -> tuple[Tensor, Tensor]:
+        def make_batch(starts: Tensor) -> tuple[Tensor, Tensor]:
             window = windows[starts]  # (b, t + 1)
             return window[:, :-1].long(), window[:, 1:].long()
 
-        seed, samples = global_seed(self.seed), max(self.batch_size, len(tokens) // t)
-        order = Order(seed, len(windows), replace=True, device=tokens.device)
-        if self.windows == "passes":
-            order = Passes(seed, len(windows), t, tokens.device)
-            samples = order.items
+        seed, num_samples = resolve_seed(self.seed), max(self.batch_size, len(tokens) // t)
+        epoch_sampler = Order(seed, len(windows), replacement=True, device=tokens.device)
+        if self.window_sampling == "passes":
+            epoch_sampler = StridedWindowSampler(seed, len(windows), t, tokens.device)
+            num_samples = epoch_sampler.num_items
         return TrainLoader(
-            order,
-            take,
-            samples=samples,
+            epoch_sampler,
+            make_batch,
+            num_samples=num_samples,
             batch_size=self.batch_size,
-            share=Share.of(trainer),
-            repeat=bool(trainer and trainer.overfit_batches),
+            data_parallel=DataParallelInfo.of(trainer),
+            repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
 
     def val_dataloader(self) -> EvalLoader:
         """The whole validation part; the last window is filled up with targets of -100."""
-        _, tokens = self._parts()
+        _, tokens = self._get_splits()
         t, last = self.context, len(tokens) - 1
         offsets = torch.arange(t + 1, device=tokens.device)
 
-        def take(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            places = numbers.to(tokens.device)[:, None] * t + offsets  # (b, t + 1)
-            window = tokens[places.clamp(max=last)].long()
-            return window[:, :-1], window[:, 1:].masked_fill(places[:, 1:] > last, IGNORED)
+        def make_batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
+            positions = numbers.to(tokens.device)[:, None] * t + offsets  # (b, t + 1)
+            window = tokens[positions.clamp(max=last)].long()
+            return window[:, :-1], window[:, 1:].masked_fill(positions[:, 1:] > last, IGNORE_INDEX)
 
-        return EvalLoader(take, -(-last // t), self.batch_size, Share.of(self.trainer))
+        return EvalLoader(
+            make_batch, -(-last // t), self.batch_size, DataParallelInfo.of(self.trainer)
+        )
 
     def test_dataloader(self) -> EvalLoader:
         """The validation part: the text has no third."""
@@ -296,13 +339,13 @@ class TextDataModule(L.LightningDataModule):
             "type lightning generate --ckpt_path=FILE --prompt=TEXT"
         )
 
-    def _parts(self) -> tuple[Tensor, Tensor]:
+    def _get_splits(self) -> tuple[Tensor, Tensor]:
         """Training and validation tokens, on the device unless the text is a mapped file."""
         corpus = self.corpus
-        if self.trainer is not None and not corpus.mapped:
+        if self.trainer is not None and not corpus.is_memmap:
             device, tokens = self.trainer.strategy.root_device, corpus.tokens
             if device.type != "cpu" and tokens.dtype == torch.uint16:
                 tokens = tokens.to(torch.int32)  # GPUs do not gather unsigned shorts
             corpus = corpus._replace(tokens=tokens.to(device))
             self._corpus = corpus  # moved once
-        return self._split(corpus)
+        return self._split_corpus(corpus)

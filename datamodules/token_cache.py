@@ -23,28 +23,32 @@ from torch import Tensor
 from ravine.errors import RunError, UsageError
 from ravine.strategies.checkpoint import safe_pickle as plain_pickle
 
-from .downloads import cache_folder, whole
+from .downloads import atomic_write, cache_folder
 from .tokenizers import CharTokenizer, FileTokenizer, NumberTokenizer, Tokenizer, make_tokenizer
 
-PIECE = 1 << 20  # characters tokenized at once by one core
-SCANNED = 1 << 24  # tokens looked at once
-REMEMBERED = 1 << 27  # bytes of a file whose extent is kept, not to read it at each start
-META = 1 << 24  # bytes of a meta file at most
+CHUNK_CHARS = 1 << 20  # characters tokenized at once by one core
+SCAN_CHUNK = 1 << 24  # tokens looked at once
+MIN_BYTES_TO_CACHE = 1 << 27  # bytes of a file whose extent is kept, not to read it at each start
+MAX_META_BYTES = 1 << 24  # bytes of a meta file at most
 TokenType = Literal["uint8", "uint16", "int32", "uint32", "int64", "uint64"]
 
 
-def tokenized(
-    tokenizer: Tokenizer, text: Callable[[], Iterator[str]], sha256: str, mapped: bool
+def tokenize_corpus(
+    tokenizer: Tokenizer, text: Callable[[], Iterator[str]], sha256: str, is_memmap: bool
 ) -> Tensor:
     """The tokens (n) of a text: in memory, uint8 if that is enough, or mapped from a file."""
-    if mapped:
-        return read_tokens(write_tokens(tokenizer, text, sha256, mapped), tokenizer, mapped)
-    kind = _type_for(tokenizer, mapped)
-    return as_tensor(np.concatenate([part.astype(kind) for part in encoded(tokenizer, text())]))
+    if is_memmap:
+        return read_token_file(
+            write_token_file(tokenizer, text, sha256, is_memmap), tokenizer, is_memmap
+        )
+    token_dtype = _token_dtype(tokenizer, is_memmap)
+    return as_tensor(
+        np.concatenate([chunk.astype(token_dtype) for chunk in encode_parallel(tokenizer, text())])
+    )
 
 
-def write_tokens(
-    tokenizer: Tokenizer, text: Callable[[], Iterator[str]], sha256: str, mapped: bool
+def write_token_file(
+    tokenizer: Tokenizer, text: Callable[[], Iterator[str]], sha256: str, is_memmap: bool
 ) -> Path:
     """The file with the tokens of a text, written unless it is there.
 
@@ -55,26 +59,26 @@ def write_tokens(
         tokenizer: makes the tokens.
         text: gives the text in pieces.
         sha256: the checksum of the text.
-        mapped: whether the tokens stay a file, or are held in memory.
+        is_memmap: whether the tokens stay a file, or are held in memory.
 
     Raises:
         OSError: if the cache folder cannot be written.
     """
-    kind = _type_for(tokenizer, mapped)
+    token_dtype = _token_dtype(tokenizer, is_memmap)
     # a tokenizer that refuses special tokens has to read the text even if a file of it exists
-    name = tokenizer.name + ("-refuse" if tokenizer.specials == "refuse" else "")
-    path = cache_folder() / "tokens" / f"{sha256}-{name}.{kind}"
+    name = tokenizer.cache_key + ("-refuse" if tokenizer.specials == "refuse" else "")
+    path = cache_folder() / "tokens" / f"{sha256}-{name}.{token_dtype}"
     if path.is_file():
         return path
     try:
-        with whole(path) as part, part.open("wb") as file:
-            for numbers in encoded(tokenizer, text()):
-                file.write(numbers.astype(kind).data)
+        with atomic_write(path) as temporary_path, temporary_path.open("wb") as file:
+            for numbers in encode_parallel(tokenizer, text()):
+                file.write(numbers.astype(token_dtype).data)
     except OSError as error:
-        at = path.parent if error.filename is None else Path(error.filename)
-        if not (path.is_relative_to(at) or at.is_relative_to(path.parent)):
+        failed_path = path.parent if error.filename is None else Path(error.filename)
+        if not (path.is_relative_to(failed_path) or failed_path.is_relative_to(path.parent)):
             raise  # the text itself cannot be read
-        raise TokensUnwritable(
+        raise TokenCacheError(
             error.errno,
             f"{error.strerror or error}: the tokens cannot be written to {path.parent}; allowed: a "
             "folder with room for two to four bytes a token; set XDG_CACHE_HOME=FOLDER",
@@ -82,7 +86,7 @@ def write_tokens(
     return path
 
 
-class TokensUnwritable(OSError, RunError):
+class TokenCacheError(OSError, RunError):
     """The cache folder has no room for tokens or may not be written."""
 
     def __str__(self) -> str:
@@ -90,14 +94,14 @@ class TokensUnwritable(OSError, RunError):
         return str(self.args[1])
 
 
-def read_tokens(path: Path, tokenizer: Tokenizer, mapped: bool) -> Tensor:
-    """The tokens (n) of a file of `write_tokens`, whose pages all processes share."""
-    return as_tensor(mapping(path, _type_for(tokenizer, mapped)))
+def read_token_file(path: Path, tokenizer: Tokenizer, is_memmap: bool) -> Tensor:
+    """The tokens (n) of a file of `write_token_file`, whose pages all processes share."""
+    return as_tensor(memmap_tokens(path, _token_dtype(tokenizer, is_memmap)))
 
 
-def _type_for(tokenizer: Tokenizer, mapped: bool) -> np.dtype:
+def _token_dtype(tokenizer: Tokenizer, is_memmap: bool) -> np.dtype:
     """The dtype of a token: two or four bytes in a file, one byte in memory if that is enough."""
-    if not mapped and tokenizer.vocabulary <= 256:
+    if not is_memmap and tokenizer.vocabulary <= 256:
         return np.dtype(np.uint8)
     return np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
 
@@ -108,62 +112,68 @@ def as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array if signed is None else array.view(signed))
 
 
-def mapping(path: Path, kind: np.dtype) -> np.ndarray:
+def memmap_tokens(path: Path, token_dtype: np.dtype) -> np.ndarray:
     """A file of tokens as an array (n); nothing is read yet."""
     size = path.stat().st_size
-    if size % kind.itemsize or not size:
+    if size % token_dtype.itemsize or not size:
         raise UsageError(
-            f"{path} has {size} bytes and should hold {NUMBERS[kind.itemsize]} for each token: "
+            f"{path} has {size} bytes and should hold {NUMBER_WORDS[token_dtype.itemsize]} for "
+            "each token: "
             "it is cut short or of another kind; make it again, or type --data.dtype="
             f"{'uint8' if size % 2 else 'uint16'} if that is its type"
         )
-    return np.memmap(path, kind, "c")  # on write copied: the file stays
+    return np.memmap(path, token_dtype, "c")  # on write copied: the file stays
 
 
-NUMBERS = {1: "one", 2: "two", 4: "four", 8: "eight"}
+NUMBER_WORDS = {1: "one", 2: "two", 4: "four", 8: "eight"}
 
 
-def encoded(tokenizer: Tokenizer, text: Iterable[str]) -> Iterator[np.ndarray]:
+def encode_parallel(tokenizer: Tokenizer, text: Iterable[str]) -> Iterator[np.ndarray]:
     """Token numbers piece by piece, in order, some pieces ahead on every core."""
     cores = os.cpu_count() or 1
-    waiting: deque[Any] = deque()
+    pending: deque[Any] = deque()
     with ThreadPoolExecutor(cores) as pool:  # tiktoken and numpy let other threads run
-        for piece in at_borders(text, tokenizer):
-            waiting.append(pool.submit(tokenizer.numbers, piece))
-            if len(waiting) > 2 * cores:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for chunk in split_at_word_boundaries(text, tokenizer):
+            pending.append(pool.submit(tokenizer.encode_array, chunk))
+            if len(pending) > 2 * cores:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-def at_borders(text: Iterable[str], tokenizer: Tokenizer, size: int = PIECE) -> Iterator[str]:
-    """Cut a text into pieces of at most `size` at borders, where the tokenizer changes no token.
+def split_at_word_boundaries(
+    text: Iterable[str], tokenizer: Tokenizer, max_chars: int = CHUNK_CHARS
+) -> Iterator[str]:
+    """Cut a text into pieces of at most `max_chars` at borders, where the tokenizer changes no
+    token.
 
     A piece is longer only where there is no border: of one word of a million letters, say. What
     has been searched for a border is neither searched nor copied again.
     """
-    held: list[str] = []  # the beginning of a piece, without a border that is far enough
+    held_chunks: list[str] = []  # the beginning of a piece, without a border that is far enough
     length, buffer = 0, ""
-    for part in text:
-        buffer, place = buffer + part, 0
+    for chunk in text:
+        buffer, position = buffer + chunk, 0
         while True:
-            least = tokenizer.reach if held else 1  # those before were looked at
-            border = tokenizer.border(buffer, place + max(least, size // 2 - length))
-            if border is None:
+            min_offset = tokenizer.lookahead if held_chunks else 1  # those before were looked at
+            boundary = tokenizer.next_boundary(
+                buffer, position + max(min_offset, max_chars // 2 - length)
+            )
+            if boundary is None:
                 break
-            yield "".join([*held, buffer[place:border]])
-            held, length, place = [], 0, border
+            yield "".join([*held_chunks, buffer[position:boundary]])
+            held_chunks, length, position = [], 0, boundary
         # a border may yet come behind the last ones, and is judged by those before it
-        split = max(place, len(buffer) - 2 * tokenizer.reach)
-        if split > place:
-            held.append(buffer[place:split])
-            length += split - place
+        split = max(position, len(buffer) - 2 * tokenizer.lookahead)
+        if split > position:
+            held_chunks.append(buffer[position:split])
+            length += split - position
         buffer = buffer[split:]
-    if held or buffer:
-        yield "".join([*held, buffer])
+    if held_chunks or buffer:
+        yield "".join([*held_chunks, buffer])
 
 
-class Bins(NamedTuple):
+class NanoGPTBins(NamedTuple):
     """Training tokens, validation tokens, both (n), their tokenizer, and a note for the user."""
 
     train: Tensor
@@ -173,17 +183,17 @@ class Bins(NamedTuple):
     note: str = ""
 
 
-def is_bins(folder: Path) -> bool:
+def has_nanogpt_bins(folder: Path) -> bool:
     """Whether a folder holds tokens, in train.bin and val.bin."""
     return all((folder / name).is_file() for name in ("train.bin", "val.bin"))
 
 
-def read_bins(
+def read_nanogpt_bins(
     folder: Path,
-    tokenizer: str = "characters",
-    vocabulary: int | None = None,
+    tokenizer_name: str = "characters",
+    vocab_size: int | None = None,
     dtype: TokenType | None = None,
-) -> Bins | None:
+) -> NanoGPTBins | None:
     """Read a folder with train.bin and val.bin, if it is one: arrays of tokens without a header.
 
     What a token is, is said by the caller, or else by a meta.pkl or meta.json (`itos`,
@@ -191,76 +201,91 @@ def read_bins(
 
     Args:
         folder: the folder.
-        tokenizer: gpt2, bytes, or a file; `characters` means that nothing was said.
-        vocabulary: how many different tokens there are, of tokens whose text is not known.
+        tokenizer_name: gpt2, bytes, or a file; `characters` means that nothing was said.
+        vocab_size: how many different tokens there are, of tokens whose text is not known.
         dtype: of the numbers, by default that of the meta file, or uint16.
     """
     files = folder / "train.bin", folder / "val.bin"
-    if not is_bins(folder):
+    if not has_nanogpt_bins(folder):
         return None
-    meta, place = _meta(folder)
-    kind = np.dtype(dtype or _type_of(meta, place))
-    arrays = [mapping(file, kind) for file in files]
+    meta, meta_path = _read_meta(folder)
+    token_dtype = np.dtype(dtype or _meta_dtype(meta, meta_path))
+    arrays = [memmap_tokens(file, token_dtype) for file in files]
     for file, array in zip(files, arrays, strict=True):
-        _refuse_other_type(file, array)
-    said = dtype is not None or "dtype" in meta
-    extents = [_extent(file, array) for file, array in zip(files, arrays, strict=True)]
-    largest = max(extent[1] for extent in extents)
-    what = _what(folder, meta, place, tokenizer, vocabulary, largest)
-    if not said and what.vocabulary > 1 << 16:
+        _check_token_width(file, array)
+    is_dtype_known = dtype is not None or "dtype" in meta
+    token_ranges = [
+        _cached_token_range(file, array) for file, array in zip(files, arrays, strict=True)
+    ]
+    largest = max(token_range[1] for token_range in token_ranges)
+    known_tokenizer = _resolve_tokenizer(
+        folder, meta, meta_path, tokenizer_name, vocab_size, largest
+    )
+    if not is_dtype_known and known_tokenizer.vocabulary > 1 << 16:
         raise UsageError(
-            f"{files[0]} is read as uint16, which cannot hold the {what.vocabulary:,} tokens of "
+            f"{files[0]} is read as uint16, which cannot hold the {known_tokenizer.vocabulary:,} "
+            "tokens of "
             "the vocabulary; allowed: int32, uint32, or uint16 if it is that all the same; type "
             "--data.dtype=uint32"
         )
-    for file, array, found in zip(files, arrays, extents, strict=True):
-        check_tokens(str(file), array, found, what)
+    for file, array, token_range_of_file in zip(files, arrays, token_ranges, strict=True):
+        check_token_range(str(file), array, token_range_of_file, known_tokenizer)
     note = ""
-    if what.kind == "gpt2" and largest < what.vocabulary // 2:
+    if known_tokenizer.kind == "gpt2" and largest < known_tokenizer.vocabulary // 2:
         note = (
-            f"no token is above {largest:,} of GPT-2's {what.vocabulary:,}: if they are another "
+            f"no token is above {largest:,} of GPT-2's {known_tokenizer.vocabulary:,}: if they "
+            "are another "
             f"tokenizer's, type --data.vocabulary={largest + 1} or more"
         )
     train, val = map(as_tensor, arrays)
-    return Bins(train, val, what, _fingerprint(files), note)
+    return NanoGPTBins(train, val, known_tokenizer, _compute_fingerprint(files), note)
 
 
-def check_tokens(
-    name: str, array: np.ndarray, found: tuple[int, int], tokenizer: Tokenizer
+def check_token_range(
+    name: str, array: np.ndarray, token_range: tuple[int, int], tokenizer: Tokenizer
 ) -> None:
-    """Refuse tokens outside of the vocabulary; `found` is their smallest and their largest."""
-    low, high = found
+    """Refuse tokens outside of the vocabulary; `token_range` is their smallest and their
+    largest.
+    """
+    low, high = token_range
     if low >= 0 and high < tokenizer.vocabulary:
         return
-    wrong = low if low < 0 else high
-    fix = f"--data.vocabulary={high + 1} or more" if low >= 0 else "--data.dtype=uint32"
+    invalid_token = low if low < 0 else high
+    hint = f"--data.vocabulary={high + 1} or more" if low >= 0 else "--data.dtype=uint32"
     raise UsageError(
-        f"{name} holds the token {wrong:,} at place {int(np.argmax(array == wrong)):,}, and the "
+        f"{name} holds the token {invalid_token:,} at place "
+        f"{int(np.argmax(array == invalid_token)):,}, and the "
         f"vocabulary has {tokenizer.vocabulary:,}; allowed: 0 to {tokenizer.vocabulary - 1:,}; "
-        f"type {fix}"
+        f"type {hint}"
     )
 
 
-def _what(
-    folder: Path, meta: dict[str, Any], place: Path, name: str, vocabulary: int | None, largest: int
+def _resolve_tokenizer(
+    folder: Path,
+    meta: dict[str, Any],
+    meta_path: Path,
+    tokenizer_name: str,
+    vocab_size: int | None,
+    largest: int,
 ) -> Tokenizer:
     """The tokenizer of a folder of tokens: from the arguments, else from its files."""
-    if name != "characters":
-        known = make_tokenizer(name)
-        if vocabulary in (None, known.vocabulary):
-            return known
-    if vocabulary is not None:
-        return NumberTokenizer(vocabulary)
+    if tokenizer_name != "characters":
+        named_tokenizer = make_tokenizer(tokenizer_name)
+        if vocab_size in (None, named_tokenizer.vocabulary):
+            return named_tokenizer
+    if vocab_size is not None:
+        return NumberTokenizer(vocab_size)
     if "itos" in meta:
-        return _characters(meta["itos"], place)
-    beside = folder / "tokenizer.json"
-    if beside.is_file():
-        return FileTokenizer.of_file(beside)
+        return _char_tokenizer(meta["itos"], meta_path)
+    tokenizer_file = folder / "tokenizer.json"
+    if tokenizer_file.is_file():
+        return FileTokenizer.from_file(tokenizer_file)
     size = meta.get("vocab_size")
     if size is not None:
         if not isinstance(size, int) or isinstance(size, bool):
             raise UsageError(
-                f"{place} says that vocab_size is {reprlib.repr(size)[:80]}; allowed: a number; "
+                f"{meta_path} says that vocab_size is {reprlib.repr(size)[:80]}; allowed: a "
+                "number; "
                 f"type --data.vocabulary={largest + 1}"
             )
         return NumberTokenizer(size)
@@ -271,73 +296,78 @@ def _what(
     )
 
 
-def _meta(folder: Path) -> tuple[dict[str, Any], Path]:
+def _read_meta(folder: Path) -> tuple[dict[str, Any], Path]:
     """The content of meta.pkl or meta.json, and the path of the file."""
     for name in ("meta.pkl", "meta.json"):
-        place = folder / name
-        if not place.is_file():
+        meta_path = folder / name
+        if not meta_path.is_file():
             continue
         try:
-            if place.stat().st_size > META:
-                raise UsageError(f"it has more than {META:,} bytes")
-            content = place.read_bytes()
-            said = json.loads(content) if name == "meta.json" else _unpickled(place)
-            if not isinstance(said, dict):
-                raise TypeError(f"{type(said).__name__}, not a dictionary")
-            if not {"itos", "vocab_size", "dtype"} & said.keys():
+            if meta_path.stat().st_size > MAX_META_BYTES:
+                raise UsageError(f"it has more than {MAX_META_BYTES:,} bytes")
+            content = meta_path.read_bytes()
+            content_dict = (
+                json.loads(content) if name == "meta.json" else _load_meta_pickle(meta_path)
+            )
+            if not isinstance(content_dict, dict):
+                raise TypeError(f"{type(content_dict).__name__}, not a dictionary")
+            if not {"itos", "vocab_size", "dtype"} & content_dict.keys():
                 raise LookupError("it has neither 'itos' nor 'vocab_size' nor 'dtype'")
-            return said, place
+            return content_dict, meta_path
         except RecursionError:
-            told: object = "it is nested too deep"
+            reason: object = "it is nested too deep"
         except (ValueError, TypeError, LookupError, plain_pickle.UnsafePickle) as error:
-            told = error.args[0] if error.args else type(error).__name__
+            reason = error.args[0] if error.args else type(error).__name__
         raise UsageError(
-            f"{place} does not describe tokens as nanoGPT's does: {told}; remove it, and type "
+            f"{meta_path} does not describe tokens as nanoGPT's does: {reason}; remove it, and "
+            "type "
             "--data.tokenizer=gpt2 if the tokens are GPT-2's, or --data.vocabulary=NUMBER"
         )
     return {}, folder / "meta.pkl"
 
 
-def _unpickled(place: Path) -> Any:
+def _load_meta_pickle(meta_path: Path) -> Any:
     """The plain values of a pickle; of classes only NumPy's number types, as names."""
-    kinds = get_args(TokenType)
-    return plain_pickle.load(
-        place.read_bytes(), lambda name: name.module == "numpy" and name.name in kinds
+    dtype_names = get_args(TokenType)
+    return plain_pickle.load_plain(
+        meta_path.read_bytes(), lambda name: name.module == "numpy" and name.name in dtype_names
     )
 
 
-def _type_of(meta: dict[str, Any], place: Path) -> str:
-    said = meta.get("dtype", "uint16")
+def _meta_dtype(meta: dict[str, Any], meta_path: Path) -> str:
+    dtype_entry = meta.get("dtype", "uint16")
     # shared lists of a pickle may unfold to millions of words: shortened, not written out
-    plain = isinstance(said, str | plain_pickle.Name)
-    name = str(said).removeprefix("numpy.") if plain else reprlib.repr(said)
+    is_plain = isinstance(dtype_entry, str | plain_pickle.GlobalName)
+    name = str(dtype_entry).removeprefix("numpy.") if is_plain else reprlib.repr(dtype_entry)
     if name not in get_args(TokenType):
         raise UsageError(
-            f"{place} says that dtype is {name[:40]!r}; allowed: {', '.join(get_args(TokenType))}; "
+            f"{meta_path} says that dtype is {name[:40]!r}; allowed: "
+            f"{', '.join(get_args(TokenType))}; "
             "type --data.dtype=uint16"
         )
     return name
 
 
-def _characters(numbered: Any, place: Path) -> CharTokenizer:
+def _char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
     """The characters that nanoGPT's meta.pkl names."""
     try:
-        characters = [numbered[number] for number in range(len(numbered))]
+        characters = [itos[number] for number in range(len(itos))]
         tokenizer = CharTokenizer(characters)
     except (LookupError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{place} does not name characters as nanoGPT's does: {error}; remove it if the tokens "
+            f"{meta_path} does not name characters as nanoGPT's does: {error}; remove it if the "
+            "tokens "
             "are GPT-2's, or give the text itself: --data.path=FILE"
         ) from error
     if list(tokenizer.characters) != characters:
         raise UsageError(
-            f"{place} does not sort its characters, or has longer words; give the text: "
+            f"{meta_path} does not sort its characters, or has longer words; give the text: "
             f"--data.path=FILE, or type --data.vocabulary={len(characters)}"
         )
     return tokenizer
 
 
-def _refuse_other_type(file: Path, array: np.ndarray) -> None:
+def _check_token_width(file: Path, array: np.ndarray) -> None:
     """Refuse numbers that were read as half as wide as they are, and NumPy's own files."""
     with file.open("rb") as opened:
         if opened.read(6) == b"\x93NUMPY":
@@ -345,11 +375,16 @@ def _refuse_other_type(file: Path, array: np.ndarray) -> None:
                 f"{file} is a .npy file; allowed: the numbers alone; write it again with "
                 "numpy.load(FILE).tofile(FILE)"
             )
-    some = array[: 1 << 20]
-    if len(some) >= 8 and array.dtype.itemsize < 8 and some.any() and not some[1::2].any():
-        wide = array.dtype.itemsize == 4 or not some[2::4].any()
-        allowed = ("int64",) if wide else ("int32", "uint32")
-        allowed = ("uint16",) if array.dtype.itemsize == 1 and some[2::4].any() else allowed
+    head_tokens = array[: 1 << 20]
+    if (
+        len(head_tokens) >= 8
+        and array.dtype.itemsize < 8
+        and head_tokens.any()
+        and not head_tokens[1::2].any()
+    ):
+        is_64_bit = array.dtype.itemsize == 4 or not head_tokens[2::4].any()
+        allowed = ("int64",) if is_64_bit else ("int32", "uint32")
+        allowed = ("uint16",) if array.dtype.itemsize == 1 and head_tokens[2::4].any() else allowed
         raise UsageError(
             f"every second number of {file} is 0 where they are read as {array.dtype}: they are "
             "wider; "
@@ -357,33 +392,33 @@ def _refuse_other_type(file: Path, array: np.ndarray) -> None:
         )
 
 
-def _extent(file: Path, array: np.ndarray) -> tuple[int, int]:
+def _cached_token_range(file: Path, array: np.ndarray) -> tuple[int, int]:
     """The smallest and the largest token of a file; of a long file it is read once."""
     state = file.stat()
     key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {array.dtype}"
     name = f"extent-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     path = cache_folder() / "tokens" / name
-    long = state.st_size > REMEMBERED
-    if long and path.is_file():
+    is_long = state.st_size > MIN_BYTES_TO_CACHE
+    if is_long and path.is_file():
         try:
             low, high = json.loads(path.read_text())
             return int(low), int(high)
         except (ValueError, TypeError):
             pass
-    found = extent(array)
-    if long:
-        with whole(path) as part:
-            part.write_text(json.dumps(found))
-    return found
+    token_range = compute_token_range(array)
+    if is_long:
+        with atomic_write(path) as temporary_path:
+            temporary_path.write_text(json.dumps(token_range))
+    return token_range
 
 
-def extent(array: np.ndarray) -> tuple[int, int]:
+def compute_token_range(array: np.ndarray) -> tuple[int, int]:
     """The smallest and the largest number of an array (n), a mapped one too."""
-    pieces = [array[n : n + SCANNED] for n in range(0, len(array), SCANNED)]
-    return min(int(p.min()) for p in pieces), max(int(p.max()) for p in pieces)
+    chunks = [array[n : n + SCAN_CHUNK] for n in range(0, len(array), SCAN_CHUNK)]
+    return min(int(p.min()) for p in chunks), max(int(p.max()) for p in chunks)
 
 
-def _fingerprint(files: Iterable[Path]) -> str:
+def _compute_fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 of the sizes and of the first and last million bytes."""
     digest = hashlib.sha256()
     for file in files:

@@ -17,27 +17,32 @@ from torch import Tensor, nn
 
 from ravine.datamodules.image_set import check_labels, describe_classes
 from ravine.datamodules.images import to_float, to_uint8
-from ravine.datamodules.loaders import Share, global_seed
+from ravine.datamodules.loaders import DataParallelInfo, resolve_seed
 from ravine.errors import UsageError
 from ravine.lightning_compat import attached_trainer, should_update_logs
 
 from .diffusion_core import samplers
-from .diffusion_core.captured_denoiser import Recordings
-from .diffusion_core.counter_rng import key, normals, of_step
-from .diffusion_core.denoiser import Conditioning, Denoising
-from .diffusion_core.image_grid import Pictures
-from .diffusion_core.loss_by_noise_level import LEVELS, MIDDLES, Levels, named
-from .diffusion_core.noise_schedules import Kind, Schedule
-from .diffusion_core.parameterization import Prediction, Weight
-from .diffusion_core.sampling import Way, pick, sample
-from .nn.unet import UNet, write
+from .diffusion_core.captured_denoiser import GraphCache
+from .diffusion_core.counter_rng import derive_key, draw_step_noise, normals
+from .diffusion_core.denoiser import Denoiser, TimeConditioning
+from .diffusion_core.image_grid import ImageGrid
+from .diffusion_core.loss_by_noise_level import (
+    BUCKET_CENTERS,
+    NUM_BUCKETS,
+    LossByNoiseLevel,
+    name_bucket_metrics,
+)
+from .diffusion_core.noise_schedules import NoiseScheduleName, Schedule
+from .diffusion_core.parameterization import LossWeighting, PredictionType
+from .diffusion_core.sampling import SamplerConfig, parse_labels, sample_images
+from .nn.unet import UNet, save_pretrained
 from .plots import diffusion as draw
 from .task_module import TaskModule
 
 
-def numbered(classes: int) -> tuple[str, ...]:
+def default_class_names(num_classes: int) -> tuple[str, ...]:
     """Names of classes that have none: their numbers."""
-    return tuple(str(number) for number in range(classes))
+    return tuple(str(number) for number in range(num_classes))
 
 
 class Diffusion(TaskModule):
@@ -70,10 +75,10 @@ class Diffusion(TaskModule):
 
     def __init__(
         self,
-        conditioning: Conditioning = "time",
-        process: Kind = "linear",
-        prediction: Prediction = "x0",
-        weight: Weight = "uniform",
+        conditioning: TimeConditioning = "time",
+        process: NoiseScheduleName = "linear",
+        prediction: PredictionType = "x0",
+        weight: LossWeighting = "uniform",
         labels: bool = False,
         label_dropout: float = 0.1,
         width: int = 64,
@@ -81,7 +86,7 @@ class Diffusion(TaskModule):
         patch: int = 1,
         attention: bool = False,
         channels_last: bool = False,
-        sampler: samplers.Name = "ddim",
+        sampler: samplers.SamplerName = "ddim",
         steps: int = 50,
         guidance: float = 0.0,
         eta: float = 0.0,
@@ -89,27 +94,32 @@ class Diffusion(TaskModule):
         """Check the arguments before any work is done."""
         super().__init__()
         self.save_hyperparameters()
-        schedule = Schedule(process)
-        self.denoising = Denoising(schedule, prediction, weight, conditioning, channels_last)
-        self.labels, self.label_dropout = labels, label_dropout
+        schedule_object = Schedule(process)
+        self.denoiser = Denoiser(schedule_object, prediction, weight, conditioning, channels_last)
+        self.class_conditional, self.class_dropout_prob = labels, label_dropout
         if not 0 <= label_dropout < 1:
             raise UsageError(
                 f"label_dropout is {label_dropout}; allowed: 0 to below 1; "
                 "type --model.label_dropout=0.1"
             )
-        self.one_step = conditioning == "one_step"
-        self.withheld = labels and label_dropout > 0
-        self.way = Way(sampler, steps, guidance, eta).of(self.withheld, self.one_step)
-        schedule.path(self.way.steps)
-        names = "width", "time_width", "patch", "attention"
-        self.shape = {name: self.hparams[name] for name in names}
+        self.is_one_step = conditioning == "one_step"
+        self.supports_guidance = labels and label_dropout > 0
+        self.sampler_config = SamplerConfig(sampler, steps, guidance, eta).override(
+            self.supports_guidance, self.is_one_step
+        )
+        schedule_object.timesteps(self.sampler_config.num_steps)
+        net_arguments = "width", "time_width", "patch", "attention"
+        self.shape = {name: self.hparams[name] for name in net_arguments}
         with torch.device("meta"):  # nothing is allocated, every check is made
             UNet(**self.shape)
         self.channels, self.classes, self.size = 0, 0, (0, 0)  # the data's
         self.class_names: tuple[str, ...] = ()  # with labels, in the order of their numbers
-        self.recordings = Recordings()  # of sampling, for one evaluation
-        self.trained = Levels(1)  # since the last log
-        self.judged, self.seen = Levels(2), 0  # of an evaluation; images so far
+        self.graph_cache = GraphCache()  # of sampling, for one evaluation
+        self.trained = LossByNoiseLevel(1)  # since the last log
+        self.eval_loss_by_level, self.num_eval_images = (
+            LossByNoiseLevel(2),
+            0,
+        )  # of an evaluation; images so far
 
     def build(self) -> nn.Module:
         """The lecture's U-Net, for the data's images."""
@@ -118,38 +128,40 @@ class Diffusion(TaskModule):
                 "Diffusion takes the images' size from the data, and there are none; "
                 "type --data=ImageDataModule, or load a checkpoint"
             )
-        net = UNet(self.channels, classes=self.classes, **self.shape)
-        layout = torch.channels_last if self.denoising.channels_last else torch.contiguous_format
+        net = UNet(self.channels, num_classes=self.classes, **self.shape)
+        layout = torch.channels_last if self.denoiser.channels_last else torch.contiguous_format
         return net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
     def adopt(self, datamodule: Any) -> None:
         """Take the images' channels, classes, and size, which may change; refuse others."""
-        classes = datamodule.num_classes if self.labels else 0
-        if self.labels and not classes:
+        num_classes = datamodule.num_classes if self.class_conditional else 0
+        if self.class_conditional and not num_classes:
             raise UsageError("the data have no labels; type --model.labels=false")
-        if self.labels and hasattr(datamodule, "pictures"):  # one too high would mean: not given
-            check_labels(datamodule.pictures("train")[1], classes, "the data to train")
-        if self.labels and classes == 1:
+        if self.class_conditional and hasattr(
+            datamodule, "pictures"
+        ):  # one too high would mean: not given
+            check_labels(datamodule.pictures("train")[1], num_classes, "the data to train")
+        if self.class_conditional and num_classes == 1:
             raise UsageError(
                 "all images of the data are of one class, so a label tells the model nothing; "
                 "allowed are two classes or more: type --model.labels=false"
             )
-        names = tuple(getattr(datamodule, "class_names", ())) or numbered(classes)
-        found = (datamodule.channels, classes)
-        self._agree(found, names, (self.channels, self.classes), self.class_names)
-        self.size, (self.channels, self.classes) = tuple(datamodule.size), found
-        self.class_names = names if self.labels else ()
+        names = tuple(getattr(datamodule, "class_names", ())) or default_class_names(num_classes)
+        sizes = (datamodule.channels, num_classes)
+        self._check_same_data(sizes, names, (self.channels, self.classes), self.class_names)
+        self.size, (self.channels, self.classes) = tuple(datamodule.size), sizes
+        self.class_names = names if self.class_conditional else ()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """The net's answers to x (b c y x), in its own type: noise is fp32 whatever that is."""
-        own = next(w.dtype for w in self.parameters() if w.is_floating_point())
-        return super().forward(x.to(own), t, y)
+        net_dtype = next(w.dtype for w in self.parameters() if w.is_floating_point())
+        return super().forward(x.to(net_dtype), t, y)
 
     def denoise(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, guidance: float = 0.0
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, guidance_scale: float = 0.0
     ) -> Tensor:
         """The images x0 that x (b c y x) at times t (b), with labels y (b), are taken to be."""
-        return self.denoising.denoise(self, x, t, y, guidance, self.classes)
+        return self.denoiser.denoise(self, x, t, y, guidance_scale, self.classes)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Mean loss at times spread evenly over the whole step's images.
@@ -159,56 +171,68 @@ class Diffusion(TaskModule):
         """
         x0, y, *_ = batch
         trainer = attached_trainer(self)
-        share, b = Share.of(trainer), len(x0)
-        first = (index % share.accumulate * share.size + share.rank) * b
-        places = torch.arange(first, first + b, device=x0.device)
-        name = (global_seed(None), "training", self.global_step)
-        draws = of_step(name, places, b * share.size * share.accumulate, x0)
+        data_parallel, b = DataParallelInfo.of(trainer), len(x0)
+        first_index = (
+            index % data_parallel.accumulate * data_parallel.dp_size + data_parallel.dp_rank
+        ) * b
+        sample_indices = torch.arange(first_index, first_index + b, device=x0.device)
+        key_parts = (resolve_seed(None), "training", self.global_step)
+        step_noise = draw_step_noise(
+            key_parts, sample_indices, b * data_parallel.dp_size * data_parallel.accumulate, x0
+        )
         if self.classes:
-            y = y.masked_fill(draws.label < self.label_dropout, self.classes)
-        t = self.denoising.times(draws.u)
-        error = self.denoising.errors(self, x0, t, y, draws.noise)[0]
-        loss = error.mean()
+            y = y.masked_fill(step_noise.uniform_label < self.class_dropout_prob, self.classes)
+        t = self.denoiser.sample_t(step_noise.uniform_t)
+        losses = self.denoiser.training_loss(self, x0, t, y, step_noise.noise)[0]
+        loss = losses.mean()
         self.log("train/loss", loss)
-        if trainer is not None and not self.one_step:
-            level = (draws.u * LEVELS).long().clamp(max=LEVELS - 1)
-            self.trained.add(level, error.detach()[:, None])
+        if trainer is not None and not self.is_one_step:
+            level = (step_noise.uniform_t * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
+            self.trained.add(level, losses.detach()[:, None])
             if should_update_logs(trainer):  # ten `log`s cost 1 ms
                 means, _ = self.trained.means()
-                self.log_dict(named("train/loss", self.denoising.times, means[:, 0]))
-                self.trained = Levels(1)
+                self.log_dict(
+                    name_bucket_metrics("train/loss", self.denoiser.sample_t, means[:, 0])
+                )
+                self.trained = LossByNoiseLevel(1)
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""
-        self.judged, self.seen = Levels(2), 0
+        self.eval_loss_by_level, self.num_eval_images = LossByNoiseLevel(2), 0
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Errors at a fixed grid of times with fixed noise: image i at level i modulo 10."""
         x0, y, *_ = batch
-        share, b = Share.of(attached_trainer(self)), len(x0)
-        numbers = share.rank + share.size * torch.arange(self.seen, self.seen + b, device=x0.device)
-        self.seen += b
-        level = numbers % LEVELS
-        t = self.denoising.times(MIDDLES.to(x0.device)[level])
-        eps = normals(key("validation"), numbers, tuple(x0.shape[1:]))
-        error, x, answer = self.denoising.errors(self, x0, t, y, eps)
-        of_x0 = (self.denoising.meant(answer, x, t) - x0).square().mean((1, 2, 3))
-        self.judged.add(level, torch.stack((error, of_x0), 1))
+        data_parallel, b = DataParallelInfo.of(attached_trainer(self)), len(x0)
+        image_ids = data_parallel.dp_rank + data_parallel.dp_size * torch.arange(
+            self.num_eval_images, self.num_eval_images + b, device=x0.device
+        )
+        self.num_eval_images += b
+        level = image_ids % NUM_BUCKETS
+        t = self.denoiser.sample_t(BUCKET_CENTERS.to(x0.device)[level])
+        eps = normals(derive_key("validation"), image_ids, tuple(x0.shape[1:]))
+        losses, x, output = self.denoiser.training_loss(self, x0, t, y, eps)
+        x0_error = (self.denoiser.to_x0(output, x, t) - x0).square().mean((1, 2, 3))
+        self.eval_loss_by_level.add(level, torch.stack((losses, x0_error), 1))
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss, and the squared error of the image at each level."""
         stage = "test" if self.trainer.testing else "val"
-        total = self.trainer.strategy.reduce(self.judged.sums, reduce_op="sum")
-        mean, there = self.judged.means(total)  # of few images some levels may have none
-        self.log(f"{stage}/loss", mean[there, 0].mean().float())
-        self.log(f"{stage}/x0_mse", mean[there, 1].mean().float())
-        if not self.one_step:
-            self.log_dict(named(f"{stage}/x0_mse", self.denoising.times, mean[:, 1]))
+        total = self.trainer.strategy.reduce(self.eval_loss_by_level.sums, reduce_op="sum")
+        mean, has_samples = self.eval_loss_by_level.means(
+            total
+        )  # of few images some levels may have none
+        self.log(f"{stage}/loss", mean[has_samples, 0].mean().float())
+        self.log(f"{stage}/x0_mse", mean[has_samples, 1].mean().float())
+        if not self.is_one_step:
+            self.log_dict(
+                name_bucket_metrics(f"{stage}/x0_mse", self.denoiser.sample_t, mean[:, 1])
+            )
 
     def on_validation_end(self) -> None:
         """Give the recordings' memory back; callbacks have drawn their images by now."""
-        self.recordings = Recordings()
+        self.graph_cache = GraphCache()
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -224,7 +248,7 @@ class Diffusion(TaskModule):
         index = index.to(self.device)
         if self.classes:
             labels = index % self.classes if labels is None else labels.to(self.device)
-        return self._sample(index, labels, self.way, seed, 256)
+        return self._sample_batches(index, labels, self.sampler_config, seed, 256)
 
     def generate(
         self,
@@ -232,11 +256,11 @@ class Diffusion(TaskModule):
         num_samples: int | None = None,
         guidance: float | None = None,
         steps: int | None = None,
-        sampler: samplers.Name | None = None,
+        sampler: samplers.SamplerName | None = None,
         eta: float | None = None,
         seed: int = 0,
         batch_size: int = 256,
-    ) -> Pictures:
+    ) -> ImageGrid:
         """Make images; the same seed gives the same ones.
 
         model.generate(labels="0-9", guidance=0.5, steps=20).save("digits.png")
@@ -252,39 +276,59 @@ class Diffusion(TaskModule):
             seed: decides the images, each by its number.
             batch_size: images made at once.
         """
-        given = {"guidance": guidance, "steps": steps, "sampler": sampler, "eta": eta}
-        way = self.way.of(self.withheld, self.one_step, **given)
-        asked = pick(labels, self._names())
-        count = (8 if asked else 64) if num_samples is None else num_samples
-        if count < 1 or batch_size < 1:
+        overrides = {"guidance": guidance, "steps": steps, "sampler": sampler, "eta": eta}
+        sampler_config = self.sampler_config.override(
+            self.supports_guidance, self.is_one_step, **overrides
+        )
+        class_ids = parse_labels(labels, self._resolve_class_names())
+        images_per_class = (8 if class_ids else 64) if num_samples is None else num_samples
+        if images_per_class < 1 or batch_size < 1:
             raise UsageError("num_samples and batch_size must be 1 or more; type --num_samples=8")
-        index = torch.arange(count * max(1, len(asked)), device=self.device)
-        shown = torch.tensor(asked, device=self.device).repeat_interleave(count)
-        images = self._sample(index, shown if asked else None, way, seed, batch_size)
-        rows = tuple(self._names()[number] for number in asked)
-        return Pictures(images, count if asked else math.ceil(math.sqrt(count)), rows)
+        index = torch.arange(images_per_class * max(1, len(class_ids)), device=self.device)
+        class_labels = torch.tensor(class_ids, device=self.device).repeat_interleave(
+            images_per_class
+        )
+        images = self._sample_batches(
+            index, class_labels if class_ids else None, sampler_config, seed, batch_size
+        )
+        row_names = tuple(self._resolve_class_names()[number] for number in class_ids)
+        return ImageGrid(
+            images,
+            images_per_class if class_ids else math.ceil(math.sqrt(images_per_class)),
+            row_names,
+        )
 
-    def try_generate(self, **arguments: Any) -> Pictures:
+    def try_generate(self, **arguments: Any) -> ImageGrid:
         """One image in one step for these arguments of `generate`, all of which are checked."""
-        given = inspect.signature(self.generate).bind(**arguments)
-        given.apply_defaults()
-        asked: Any = given.arguments
+        bound = inspect.signature(self.generate).bind(**arguments)
+        bound.apply_defaults()
+        values: Any = bound.arguments
         names = "guidance", "steps", "sampler", "eta"
-        way = self.way.of(self.withheld, self.one_step, **{name: asked[name] for name in names})
-        labels = pick(asked["labels"], self._names())
-        count = asked["num_samples"]
-        if (count is not None and count < 1) or asked["batch_size"] < 1:
+        sampler_config = self.sampler_config.override(
+            self.supports_guidance, self.is_one_step, **{name: values[name] for name in names}
+        )
+        class_ids = parse_labels(values["labels"], self._resolve_class_names())
+        count = values["num_samples"]
+        if (count is not None and count < 1) or values["batch_size"] < 1:
             raise UsageError("num_samples and batch_size must be 1 or more; type --num_samples=8")
         index = torch.arange(1, device=self.device)
-        shown = torch.tensor(labels[:1], device=self.device) if labels else None
-        images = self._sample(index, shown, replace(way, steps=1), asked["seed"], 1)
-        self.recordings = Recordings()
-        return Pictures(images, 1)
+        class_labels = torch.tensor(class_ids[:1], device=self.device) if class_ids else None
+        images = self._sample_batches(
+            index, class_labels, replace(sampler_config, steps=1), values["seed"], 1
+        )
+        self.graph_cache = GraphCache()
+        return ImageGrid(images, 1)
 
     def figures(self, datamodule: Any) -> dict[str, Any]:
         """The way back, estimates at each level, and what lies between two noises."""
-        few = to_float(datamodule.pictures("train")[0][:2].to(self.device))
-        return draw.everything(self.denoise, self.denoising.schedule, self.way, few, self.classes)
+        example_images = to_float(datamodule.pictures("train")[0][:2].to(self.device))
+        return draw.plot_all(
+            self.denoise,
+            self.denoiser.noise_schedule,
+            self.sampler_config,
+            example_images,
+            self.classes,
+        )
 
     def export(self, folder: str, format: Literal["safetensors"] = "safetensors") -> str:
         """Write the net's weights, and what it takes to build it again, into a folder.
@@ -294,11 +338,13 @@ class Diffusion(TaskModule):
             format: safetensors.
         """
         names = "process", "prediction", "conditioning"
-        return write(cast(UNet, self.net), folder, {name: self.hparams[name] for name in names})
+        return save_pretrained(
+            cast(UNet, self.net), folder, {name: self.hparams[name] for name in names}
+        )
 
-    def _names(self) -> tuple[str, ...]:
+    def _resolve_class_names(self) -> tuple[str, ...]:
         """The classes' names; their numbers where neither data nor checkpoint name them."""
-        return self.class_names or numbered(self.classes)
+        return self.class_names or default_class_names(self.classes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The data's sizes travel with the weights."""
@@ -312,46 +358,65 @@ class Diffusion(TaskModule):
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["images"]
         self.trained.sums = saved.get("trained", self.trained.sums)
-        model = saved["channels"], saved["classes"]
-        names = tuple(saved.get("class_names", ())) or numbered(saved["classes"])
+        model_sizes = saved["channels"], saved["classes"]
+        names = tuple(saved.get("class_names", ())) or default_class_names(saved["classes"])
         if self.channels:
-            self._agree((self.channels, self.classes), self.class_names, model, names)
+            self._check_same_data(
+                (self.channels, self.classes), self.class_names, model_sizes, names
+            )
         else:
-            (self.channels, self.classes), self.size = model, tuple(saved["size"])
+            (self.channels, self.classes), self.size = model_sizes, tuple(saved["size"])
             self.class_names = names
 
-    def _agree(
+    def _check_same_data(
         self,
-        data: tuple[int, int],
-        names: tuple[str, ...],
-        model: tuple[int, int],
-        known: tuple[str, ...],
+        data_sizes: tuple[int, int],
+        data_names: tuple[str, ...],
+        model_sizes: tuple[int, int],
+        model_names: tuple[str, ...],
     ) -> None:
         """Refuse data of other channels and classes than the model has, if it has any yet."""
-        if model[0] and data != model:
+        if model_sizes[0] and data_sizes != model_sizes:
             raise UsageError(
-                f"the data have {data[0]} channels and {data[1]} classes, the model {model[0]} and "
-                f"{model[1]}; type --data.source=... with the data that the model was trained on"
+                f"the data have {data_sizes[0]} channels and {data_sizes[1]} classes, the model "
+                f"{model_sizes[0]} and "
+                f"{model_sizes[1]}; type --data.source=... with the data that the model was "
+                "trained on"
             )
-        if model[1] and names != known:
+        if model_sizes[1] and data_names != model_names:
             raise UsageError(
-                f"the data have the classes {describe_classes(names)}; the model was trained on "
-                f"{describe_classes(known)}, in this order; type --data.source=... with the same "
+                f"the data have the classes {describe_classes(data_names)}; the model was trained "
+                "on "
+                f"{describe_classes(model_names)}, in this order; type --data.source=... with the "
+                "same "
                 "folders"
             )
 
-    def _sample(
-        self, index: Tensor, labels: Tensor | None, way: Way, seed: int, batch_size: int
+    def _sample_batches(
+        self,
+        index: Tensor,
+        labels: Tensor | None,
+        sampler_config: SamplerConfig,
+        seed: int,
+        batch_size: int,
     ) -> Tensor:
         net, trainer = cast(nn.Module, self.net), attached_trainer(self)
-        context, recordings = nullcontext(), Recordings()
+        context, graph_cache = nullcontext(), GraphCache()
         if trainer is not None and trainer.state.status == "running":  # as in a validation step
-            context, recordings = trainer.precision_plugin.forward_context(), self.recordings
+            context, graph_cache = trainer.precision_plugin.forward_context(), self.graph_cache
 
         def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-            return self.denoise(x, t, y, way.guidance).clamp(-1, 1)
+            return self.denoise(x, t, y, sampler_config.guidance_scale).clamp(-1, 1)
 
         size = (self.channels, self.size[0], self.size[1])
-        asked = self.denoising.schedule, way, index, labels, size, seed, batch_size
-        with context, recordings.used_by(net) as record:
-            return to_uint8(sample(denoise, *asked, record))
+        arguments = (
+            self.denoiser.noise_schedule,
+            sampler_config,
+            index,
+            labels,
+            size,
+            seed,
+            batch_size,
+        )
+        with context, graph_cache.bind(net) as make_denoiser:
+            return to_uint8(sample_images(denoise, *arguments, make_denoiser))

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from ravine.datamodules.image_set import describe_classes
 from ravine.datamodules.images import to_float
-from ravine.datamodules.loaders import generator, global_seed
+from ravine.datamodules.loaders import generator, resolve_seed
 from ravine.errors import UsageError
 
 from .task_module import TaskModule
 
 Variant = Literal["linear", "mlp", "convolutional"]
-SHORT = {"linear": "linear", "mlp": "mlp", "convolutional": "cnn"}
-GROUPS = 8  # of channels that are normalised together
+VARIANT_SUFFIXES = {"linear": "linear", "mlp": "mlp", "convolutional": "cnn"}
+NUM_GROUPS = 8  # of channels that are normalised together
 
 
-class Flat(nn.Module):
+class FlattenImages(nn.Module):
     """(b c y x) -> (b c*y*x)."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -37,20 +37,22 @@ class Flat(nn.Module):
         return rearrange(images, "b c y x -> b (c y x)")
 
 
-class Net(nn.Module):
-    """Images (b c y x) to features (b d) by `body`, and to logits (b k) by `head`."""
+class BackboneAndHead(nn.Module):
+    """Images (b c y x) to features (b d) by `backbone`, and to logits (b k) by `head`."""
 
-    def __init__(self, body: nn.Module, features: int, classes: int) -> None:
+    def __init__(self, backbone: nn.Module, num_features: int, num_classes: int) -> None:
         """Put a linear layer on top."""
         super().__init__()
-        self.body, self.head = body, nn.Linear(features, classes)
+        self.body, self.head = backbone, nn.Linear(num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (b k)."""
         return self.head(self.body(images))
 
 
-def convolutions(channels: int, size: tuple[int, int], features: int) -> nn.Sequential:
+def make_conv_backbone(
+    channels: int, image_size: tuple[int, int], num_features: int
+) -> nn.Sequential:
     """Three convolutions of 16, 32 and 64 channels, then one dense layer of features.
 
     Groups of channels are normalised within each image, never over the batch: features then do not
@@ -58,15 +60,17 @@ def convolutions(channels: int, size: tuple[int, int], features: int) -> nn.Sequ
     """
     layers: list[nn.Module] = []
     widths = (channels, 16, 32, 64)
-    y, x = size
+    y, x = image_size
     for number in range(3):
-        inside, outside = widths[number : number + 2]
-        layers.append(nn.Conv2d(inside, outside, 3, padding=1, bias=False))  # the norm shifts
+        in_channels, out_channels = widths[number : number + 2]
+        layers.append(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        )  # the norm shifts
         if number < 2 and min(y, x) > 1:
             layers.append(nn.MaxPool2d(2))  # before the norm: a quarter of the work, 99.4 % as well
             y, x = y // 2, x // 2
-        layers += [nn.GroupNorm(GROUPS, outside), nn.ReLU()]
-    return nn.Sequential(*layers, Flat(), nn.Linear(64 * y * x, features), nn.ReLU())
+        layers += [nn.GroupNorm(NUM_GROUPS, out_channels), nn.ReLU()]
+    return nn.Sequential(*layers, FlattenImages(), nn.Linear(64 * y * x, num_features), nn.ReLU())
 
 
 class ImageClassifier(TaskModule):
@@ -96,59 +100,62 @@ class ImageClassifier(TaskModule):
                 "or more; type --model.features=64 --model.shift=2"
             )
         self.save_hyperparameters()
-        self.variant, self.features, self.shift = variant, features, shift
+        self.variant, self.num_features, self.max_shift = variant, features, shift
         self.form: dict[str, Any] = {}  # what the data say: channels, size, class_names, source
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their numbers."""
-        return tuple(self._form()["class_names"])
+        return tuple(self._require_image_info()["class_names"])
 
     def adopt(self, datamodule: Any) -> None:
         """Take channels, size and classes from the data; refuse data of another form."""
-        found = {
+        image_info = {
             "channels": datamodule.channels,
             "size": list(datamodule.size),
             "class_names": list(datamodule.class_names),
             "source": Path(datamodule.source).name,
         }
-        if len(found["class_names"]) < 2:
+        if len(image_info["class_names"]) < 2:
             raise UsageError(
-                f"all images of {found['source']} are of one class, {found['class_names'][0]}, and "
+                f"all images of {image_info['source']} are of one class, "
+                f"{image_info['class_names'][0]}, and "
                 "a classifier needs two or more; allowed is a folder with a folder for each class: "
                 "type --data.source=FOLDER"
             )
-        self._take(found, "the data")
+        self._set_image_info(image_info, "the data")
 
     def build(self) -> nn.Module:
         """The net of the variant."""
-        form = self._form()
-        channels, (y, x) = form["channels"], form["size"]
-        pixels, classes = channels * y * x, len(form["class_names"])
+        image_info = self._require_image_info()
+        channels, (y, x) = image_info["channels"], image_info["size"]
+        pixels, num_classes = channels * y * x, len(image_info["class_names"])
         if self.variant == "linear":
-            return Net(Flat(), pixels, classes)
+            return BackboneAndHead(FlattenImages(), pixels, num_classes)
         if self.variant == "mlp":
-            body = nn.Sequential(Flat(), nn.Linear(pixels, self.features), nn.ReLU())
+            backbone = nn.Sequential(
+                FlattenImages(), nn.Linear(pixels, self.num_features), nn.ReLU()
+            )
         else:
-            body = convolutions(channels, (y, x), self.features)
-        return Net(body, self.features, classes)
+            backbone = make_conv_backbone(channels, (y, x), self.num_features)
+        return BackboneAndHead(backbone, self.num_features, num_classes)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Mean cross-entropy."""
         images, labels = batch
-        if self.shift:
-            images = self._moved(images, index)
+        if self.max_shift:
+            images = self._random_shift(images, index)
         loss = F.cross_entropy(self(images).float(), labels)
         self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Loss and accuracy."""
-        self._judge(batch, "val")
+        self._eval_step(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Loss and accuracy."""
-        self._judge(batch, "test")
+        self._eval_step(batch, "test")
 
     def predict_step(self, batch: Sequence[Any], index: int) -> list[tuple[Any, ...]]:
         """(file, class, its probability, label) for each image; the label is "" where unknown."""
@@ -168,25 +175,27 @@ class ImageClassifier(TaskModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it from a checkpoint, unless the data brought other."""
         super().on_load_checkpoint(checkpoint)
-        self._take(checkpoint["images"], "the checkpoint")
+        self._set_image_info(checkpoint["images"], "the checkpoint")
 
-    def _take(self, found: dict[str, Any], whose: str) -> None:
-        ours, theirs = (one.get("class_names", []) for one in (found, self.form))
-        if theirs and sorted(ours) == sorted(theirs) and ours != theirs:
+    def _set_image_info(self, image_info: dict[str, Any], origin: str) -> None:
+        new_names, known_names = (one.get("class_names", []) for one in (image_info, self.form))
+        if known_names and sorted(new_names) == sorted(known_names) and new_names != known_names:
             raise UsageError(
-                f"{whose} has the classes in the order {describe_classes(ours)}, the classifier in"
-                f" the order {describe_classes(theirs)}; the order must be the same: type"
+                f"{origin} has the classes in the order {describe_classes(new_names)}, the "
+                "classifier in"
+                f" the order {describe_classes(known_names)}; the order must be the same: type"
                 " --data.source=... as it was trained"
             )
         for key in ("channels", "size", "class_names"):
-            if self.form and self.form[key] != found[key]:
+            if self.form and self.form[key] != image_info[key]:
                 raise UsageError(
-                    f"{whose} has {key} {found[key]} and the classifier {self.form[key]}; they "
+                    f"{origin} has {key} {image_info[key]} and the classifier {self.form[key]}; "
+                    "they "
                     "must be the same: type --data.source=... as it was trained"
                 )
-        self.form = self.form or found
+        self.form = self.form or image_info
 
-    def _form(self) -> dict[str, Any]:
+    def _require_image_info(self) -> dict[str, Any]:
         if not self.form:
             raise UsageError(
                 "ImageClassifier takes the size of images and the classes from its data, and there "
@@ -194,20 +203,24 @@ class ImageClassifier(TaskModule):
             )
         return self.form
 
-    def _moved(self, images: Tensor, index: int) -> Tensor:
+    def _random_shift(self, images: Tensor, index: int) -> Tensor:
         """The batch moved by one draw of (seed, step, batch), which is the same on all ranks."""
-        g = generator(global_seed(None), "shift", self.global_step, index)
-        r = self.shift
-        down, right = torch.randint(2 * r + 1, (2,), generator=g).tolist()
+        g = generator(resolve_seed(None), "shift", self.global_step, index)
+        r = self.max_shift
+        shift_down, shift_right = torch.randint(2 * r + 1, (2,), generator=g).tolist()
         y, x = images.shape[2:]
-        return F.pad(images, (r, r, r, r), value=-1.0)[:, :, down : down + y, right : right + x]
+        return F.pad(images, (r, r, r, r), value=-1.0)[
+            :, :, shift_down : shift_down + y, shift_right : shift_right + x
+        ]
 
-    def _judge(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+    def _eval_step(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         images, labels = batch
-        logits, size = self(images).float(), len(labels)
-        right = (logits.argmax(1) == labels).float().mean()
-        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=size, sync_dist=True)
-        self.log(f"{stage}/accuracy", right, batch_size=size, sync_dist=True)
+        logits, batch_size = self(images).float(), len(labels)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        self.log(
+            f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=batch_size, sync_dist=True
+        )
+        self.log(f"{stage}/accuracy", accuracy, batch_size=batch_size, sync_dist=True)
 
 
 class ClassifierFeatures(nn.Module):
@@ -227,21 +240,22 @@ class ClassifierFeatures(nn.Module):
         try:
             module = ImageClassifier.load_from_checkpoint(path, map_location="cpu")
         except Exception as error:  # torch says it in many ways
-            why = (str(error) or type(error).__name__).splitlines()[0].partition(";")[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0].partition(";")[0]
             raise UsageError(
-                f"{path} cannot be read as a classifier's checkpoint: {why}; train one (lightning "
+                f"{path} cannot be read as a classifier's checkpoint: {reason}; train one "
+                "(lightning "
                 "fit --config classifier/mnist), and type --trainer.callbacks.extractor.path=FILE"
             ) from error
-        self.net = cast(Net, module.net).requires_grad_(False)
-        self.name = f"{module.form['source']}_{SHORT[module.variant]}"
-        self.form = (module.form["channels"], *module.form["size"])
+        self.net = cast(BackboneAndHead, module.net).requires_grad_(False)
+        self.name = f"{module.form['source']}_{VARIANT_SUFFIXES[module.variant]}"
+        self.image_shape = (module.form["channels"], *module.form["size"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (b d) of uint8 images."""
-        if tuple(images.shape[1:]) != self.form:
+        if tuple(images.shape[1:]) != self.image_shape:
             raise UsageError(
                 f"images of {tuple(images.shape[1:])} (channels, rows, columns), and {self.name} "
-                f"knows {self.form}; give an extractor trained on such images"
+                f"knows {self.image_shape}; give an extractor trained on such images"
             )
         return self.net.body(to_float(images))
 

@@ -14,24 +14,33 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ravine.datamodules.tokenizers import Tokenizer, from_state
+from ravine.datamodules.tokenizers import Tokenizer, tokenizer_from_state_dict
 from ravine.errors import UsageError
 
 from . import model_stats as accounting
-from .generation.decoding import Window, check
+from .generation.decoding import Window, check_prompt_lengths
 from .generation.sampling import Sampling
-from .generation.stop_strings import write
+from .generation.stop_strings import generate_text
 from .nn import Transformer
-from .nn.cross_entropy import IGNORED, nats
-from .nn.moe import balance_of
-from .nn.transformer import LARGE, complete
+from .nn.cross_entropy import IGNORE_INDEX, cross_entropy
+from .nn.moe import mean_load_balancing_loss
+from .nn.transformer import LARGE_VOCAB, with_defaults
 from .plots import language as draw
 from .pretrained import gpt2
 from .task_module import TaskModule
 
 # arguments of Transformer that decide what the same tensors compute
-UNSEEN = ("heads", "qk_norm", "mlp", "norm_eps", "rope_base", "rung", "residual", "positions")
-BALANCE = 0.01  # of the loss that keeps experts equally busy (Switch, 2021)
+NON_SHAPE_ARGUMENTS = (
+    "heads",
+    "qk_norm",
+    "mlp",
+    "norm_eps",
+    "rope_base",
+    "rung",
+    "residual",
+    "positions",
+)
+LOAD_BALANCING_COEF = 0.01  # of the loss that keeps experts equally busy (Switch, 2021)
 
 
 class LanguageModel(TaskModule):
@@ -50,25 +59,25 @@ class LanguageModel(TaskModule):
     unit = "tokens"
 
     def __init__(
-        self, vocabulary: int | None = None, context: int | None = None, **shape: Any
+        self, vocabulary: int | None = None, context: int | None = None, **net_kwargs: Any
     ) -> None:
         """Check the shape before any work is done."""
         super().__init__()
         self.save_hyperparameters()
-        self.vocabulary, self.context, self.shape = vocabulary, context, shape
+        self.vocabulary, self.context, self.shape = vocabulary, context, net_kwargs
         self.tokenizer: Tokenizer | None = None
-        self.sums = torch.zeros(3)  # of an evaluation: nats, tokens, bytes
+        self.eval_sums = torch.zeros(3)  # of an evaluation: nats, tokens, bytes
         with torch.device("meta"):  # nothing is allocated, every check is made
             v, t = (1 if size is None else size for size in (vocabulary, context))
-            Transformer(v, t, **shape)
+            Transformer(v, t, **net_kwargs)
 
     def build(self) -> Transformer:
         """The transformer."""
-        return Transformer(*self._sizes(), **self.shape)
+        return Transformer(*self._require_sizes(), **self.shape)
 
     def adopt(self, datamodule: Any) -> None:
         """Take tokenizer, vocabulary and context from the data; refuse data of other sizes."""
-        self._take(datamodule.tokenizer, "the data's")
+        self._set_tokenizer(datamodule.tokenizer, "the data's")
         if self.context is None:
             self.context = datamodule.context
         elif self.context < datamodule.context:
@@ -80,39 +89,43 @@ class LanguageModel(TaskModule):
 
     def formula(self) -> str:
         """The number of parameters as the lecture writes it: 2|V|d + 11Ld² + 5Ld."""
-        return " + ".join(accounting.parameters(*self._sizes(), **self.shape))
+        return " + ".join(accounting.parameters(*self._require_sizes(), **self.shape))
 
     def flops(self) -> int:
         """FLOPs of a training step for each token."""
-        return accounting.training_flops(*self._sizes(), **self.shape)
+        return accounting.count_training_flops(*self._require_sizes(), **self.shape)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Mean loss of (inputs, targets), both (b t)."""
         # a rank that has a part of each sequence may have no answer in it: 0, and not 0/0
-        loss = self._nats(*batch) / self.terms(batch).clamp(min=1)
+        loss = self._loss_sum(*batch) / self.terms(batch).clamp(min=1)
         self.log("train/loss", loss)
-        return loss + BALANCE * balance_of(self) if self.shape.get("experts") else loss
+        return (
+            loss + LOAD_BALANCING_COEF * mean_load_balancing_loss(self)
+            if self.shape.get("experts")
+            else loss
+        )
 
     def terms(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Tokens of (inputs, targets) that are learned: over these the loss is a mean."""
-        return (batch[1] != IGNORED).sum()
+        return (batch[1] != IGNORE_INDEX).sum()
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""
         # float64: a hundred thousand small terms, and ranks that add in another order
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.eval_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Add up, so that ragged batches and unequal ranks weigh by their tokens."""
         inputs, targets = batch
-        counted = targets != IGNORED
-        total = self._nats(inputs, targets)
-        size = self._bytes(targets.device)[targets.clamp(min=0)]  # (b t)
-        self.sums += torch.stack((total, counted.sum(), (size * counted).sum()))
+        is_counted = targets != IGNORE_INDEX
+        total = self._loss_sum(inputs, targets)
+        num_bytes = self._get_token_bytes(targets.device)[targets.clamp(min=0)]  # (b t)
+        self.eval_sums += torch.stack((total, is_counted.sum(), (num_bytes * is_counted).sum()))
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss of the whole split."""
-        self._report("val")
+        self._log_eval_metrics("val")
 
     def on_test_epoch_start(self) -> None:
         """As in validation."""
@@ -124,7 +137,7 @@ class LanguageModel(TaskModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the loss of the whole split."""
-        self._report("test")
+        self._log_eval_metrics("test")
 
     def count(self, batch: tuple[Tensor, Tensor]) -> int:
         """Tokens in a batch."""
@@ -175,49 +188,69 @@ class LanguageModel(TaskModule):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_samples)]
         stops = [stop] if isinstance(stop, str) else list(stop)
-        how = {"new": max_new_tokens, "context": self.context, "sampling": sampling, "seed": seed}
+        kwargs = {
+            "new": max_new_tokens,
+            "context": self.context,
+            "sampling": sampling,
+            "seed": seed,
+        }
         texts: list[str] = []
         for first in range(0, len(prompts), batch_size):
-            part = prompts[first : first + batch_size]
-            numbers = range(first, first + len(part))
-            how |= {"window": window, "texts": numbers, "show": show if len(prompts) == 1 else None}
-            new = write(self.net, self.tokenizer, part, stops, **how)
-            texts += [before + after for before, after in zip(part, new, strict=True)]
+            batch = prompts[first : first + batch_size]
+            row_keys = range(first, first + len(batch))
+            kwargs |= {
+                "window": window,
+                "texts": row_keys,
+                "show": show if len(prompts) == 1 else None,
+            }
+            completions = generate_text(self.net, self.tokenizer, batch, stops, **kwargs)
+            texts += [
+                prompt_text + completion
+                for prompt_text, completion in zip(batch, completions, strict=True)
+            ]
         return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
 
     @property
     def default_prompt(self) -> str:
         """A line break; the first known character for a text that has none."""
-        known = getattr(self.tokenizer, "characters", "\n")
-        return "\n" if "\n" in known else known[0]
+        characters = getattr(self.tokenizer, "characters", "\n")
+        return "\n" if "\n" in characters else characters[0]
 
     def try_generate(self, **arguments: Any) -> str | list[str]:
         """One token for these arguments of `generate`, all of which are checked as for many."""
-        given = inspect.signature(self.generate).bind(**arguments)
-        given.apply_defaults()
-        new, window = given.arguments["max_new_tokens"], given.arguments["window"]
+        bound = inspect.signature(self.generate).bind(**arguments)
+        bound.apply_defaults()
+        max_new_tokens, context_overflow = (
+            bound.arguments["max_new_tokens"],
+            bound.arguments["window"],
+        )
         if self.tokenizer is not None and self.context is not None:
-            prompt = given.arguments["prompt"]
+            prompt = bound.arguments["prompt"]
             prompts = [prompt] if isinstance(prompt, str) else prompt or [self.default_prompt]
-            check([len(self.tokenizer.encode(p)) for p in prompts], new, self.context, window)
+            check_prompt_lengths(
+                [len(self.tokenizer.encode(p)) for p in prompts],
+                max_new_tokens,
+                self.context,
+                context_overflow,
+            )
         return self.generate(**arguments | {"max_new_tokens": 1, "show": None})
 
     def figures(self, datamodule: Any) -> dict[str, Any]:
         """Next-token probabilities and attention on the data's text, and bigrams if it has them."""
         net, tokenizer = cast(Transformer, self.net), cast(Tokenizer, self.tokenizer)
-        text = datamodule.corpus.tokens
-        names = [tokenizer.decode([n]) for n in range(tokenizer.vocabulary)]
-        begun = text[: min(32, net.context)].long().to(self.device)  # (t)
-        prompt = tokenizer.decode(begun[:12])
-        drawn = {"temperatures": draw.temperatures(net, begun[:12], names, prompt)}
-        drawn["attention"] = draw.attention(net, begun, names)
+        corpus_tokens = datamodule.corpus.tokens
+        token_names = [tokenizer.decode([n]) for n in range(tokenizer.vocabulary)]
+        prefix = corpus_tokens[: min(32, net.context)].long().to(self.device)  # (t)
+        prompt = tokenizer.decode(prefix[:12])
+        figures = {"temperatures": draw.plot_temperatures(net, prefix[:12], token_names, prompt)}
+        figures["attention"] = draw.plot_attention(net, prefix, token_names)
         if self.shape.get("rung") == "last" and tokenizer.vocabulary <= 256:
-            drawn["bigrams"] = draw.bigrams(net, text, names)
-        return drawn
+            figures["bigrams"] = draw.plot_bigrams(net, corpus_tokens, token_names)
+        return figures
 
     def load_pretrained(self, path: str) -> None:
         """Take over GPT-2's weights from model.safetensors in Hugging Face's layout."""
-        gpt2.read(path, cast(Transformer, self.net))
+        gpt2.load_hf(path, cast(Transformer, self.net))
 
     def export(self, folder: str, format: Literal["gpt2"] = "gpt2") -> str:
         """Write the net's weights for other programs into a folder.
@@ -227,7 +260,7 @@ class LanguageModel(TaskModule):
             format: gpt2 is what Hugging Face's transformers read.
         """
         net = cast(Transformer, self.net)
-        gpt2.write(net, self.shape, folder, self.tokenizer.end if self.tokenizer else None)
+        gpt2.save_hf(net, self.shape, folder, self.tokenizer.eos_id if self.tokenizer else None)
         return f"{folder}/model.safetensors, config.json"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -239,7 +272,7 @@ class LanguageModel(TaskModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them from a checkpoint, unless the data brought others."""
         super().on_load_checkpoint(checkpoint)
-        self._refuse_other_function(checkpoint.get("hyper_parameters", {}))
+        self._check_same_function(checkpoint.get("hyper_parameters", {}))
         saved = checkpoint.get("language")
         if not isinstance(saved, dict) or not {"tokenizer", "context"} <= saved.keys():
             raise UsageError(
@@ -247,29 +280,31 @@ class LanguageModel(TaskModule):
                 "that `fit` has written"
             )
         if saved["tokenizer"] is not None:
-            self._take(from_state(saved["tokenizer"]), "the checkpoint's")
+            self._set_tokenizer(tokenizer_from_state_dict(saved["tokenizer"]), "the checkpoint's")
         self.context = self.context or saved["context"]
 
-    def _refuse_other_function(self, saved: dict[str, Any]) -> None:
+    def _check_same_function(self, saved: dict[str, Any]) -> None:
         """Refuse weights that fit, and that this net would compute something else with."""
-        known = complete({})
-        theirs = known | {key: value for key, value in saved.items() if key in known}
-        ours = known | self.shape
-        other = [key for key in UNSEEN if ours[key] != theirs[key]]
-        if saved and other:
+        defaults = with_defaults({})
+        saved_kwargs = defaults | {key: value for key, value in saved.items() if key in defaults}
+        kwargs = defaults | self.shape
+        mismatches = [key for key in NON_SHAPE_ARGUMENTS if kwargs[key] != saved_kwargs[key]]
+        if saved and mismatches:
             raise UsageError(
                 "the checkpoint's model has "
-                f"{', '.join(f'{key}={theirs[key]}' for key in other)}, and this one "
-                f"{', '.join(f'{key}={ours[key]}' for key in other)}; its weights would compute "
-                f"something else; type {' '.join(f'--model.{key}={theirs[key]}' for key in other)}"
+                f"{', '.join(f'{key}={saved_kwargs[key]}' for key in mismatches)}, and this one "
+                f"{', '.join(f'{key}={kwargs[key]}' for key in mismatches)}; its weights would "
+                "compute "
+                "something else; type "
+                f"{' '.join(f'--model.{key}={saved_kwargs[key]}' for key in mismatches)}"
             )
 
-    def _take(self, tokenizer: Tokenizer, whose: str) -> None:
-        ours = self.tokenizer
-        if ours is not None and not ours.alike(tokenizer):
+    def _set_tokenizer(self, tokenizer: Tokenizer, whose: str) -> None:
+        current = self.tokenizer
+        if current is not None and not current.is_equivalent(tokenizer):
             raise UsageError(
                 f"{whose} tokenizer has {tokenizer.vocabulary} tokens, the model's other "
-                f"{ours.vocabulary}: they come from different texts; "
+                f"{current.vocabulary}: they come from different texts; "
                 "type --data.path=... with the text the model was trained on"
             )
         if self.vocabulary not in (None, tokenizer.vocabulary):
@@ -278,14 +313,14 @@ class LanguageModel(TaskModule):
                 f"{self.vocabulary}; leave --model.vocabulary away: it comes from the data"
             )
         # equal vocabularies may treat special tokens differently: that of the data is kept
-        self.tokenizer, self.vocabulary = ours or tokenizer, tokenizer.vocabulary
+        self.tokenizer, self.vocabulary = current or tokenizer, tokenizer.vocabulary
 
-    def _nats(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        if self._sizes()[0] <= LARGE:
-            return nats(self(inputs), targets, "sum")
+    def _loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self._require_sizes()[0] <= LARGE_VOCAB:
+            return cross_entropy(self(inputs), targets, "sum")
         return self(inputs, None, targets)  # the net, since its logits are too many to hand over
 
-    def _sizes(self) -> tuple[int, int]:
+    def _require_sizes(self) -> tuple[int, int]:
         if self.vocabulary is None or self.context is None:
             raise UsageError(
                 "LanguageModel takes its vocabulary and context from the data, and there are "
@@ -293,16 +328,16 @@ class LanguageModel(TaskModule):
             )
         return self.vocabulary, self.context
 
-    def _bytes(self, device: torch.device) -> Tensor:
+    def _get_token_bytes(self, device: torch.device) -> Tensor:
         if self.tokenizer is None:
             return torch.full((self.vocabulary or 1,), math.nan, device=device)
         return self.tokenizer.token_bytes.to(device)
 
-    def _report(self, stage: str) -> None:
-        total, tokens, size = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
+    def _log_eval_metrics(self, stage: str) -> None:
+        total, tokens, num_bytes = self.trainer.strategy.reduce(self.eval_sums, reduce_op="sum")
         loss = total / tokens
         metrics = {"loss": loss, "perplexity": loss.exp()}
-        if self.tokenizer is not None and self.tokenizer.sized:
-            metrics["bits_per_byte"] = total / math.log(2) / size
-        found = {f"{stage}/{name}": value.float() for name, value in metrics.items()}
-        self.log_dict(found, sync_dist=True)  # alike on all ranks; or Lightning would advise it
+        if self.tokenizer is not None and self.tokenizer.has_token_bytes:
+            metrics["bits_per_byte"] = total / math.log(2) / num_bytes
+        prefixed = {f"{stage}/{name}": value.float() for name, value in metrics.items()}
+        self.log_dict(prefixed, sync_dist=True)  # alike on all ranks; or Lightning would advise it

@@ -17,33 +17,38 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ravine.datamodules.loaders import Share, global_seed
+from ravine.datamodules.loaders import DataParallelInfo, resolve_seed
 from ravine.datamodules.prompts import Prompts
-from ravine.datamodules.tokenizers import Tokenizer, from_state
+from ravine.datamodules.tokenizers import Tokenizer, tokenizer_from_state_dict
 from ravine.errors import UsageError, UsageTypeError
 
-from .generation.cuda_graphs import cuda_graph
-from .generation.generate_text import LOOK, Generated, generate, lay_out
+from .generation.cuda_graphs import capture_cuda_graph
+from .generation.generate_text import (
+    SYNC_EVERY,
+    GenerationOutput,
+    generate,
+    pad_sequences_for_scoring,
+)
 from .generation.sampling import Sampling
-from .generation.shared_prefix import Branches
+from .generation.shared_prefix import SharedPrefixBatch
 from .language_model import LanguageModel
 from .nn import Transformer
 from .rl import base_model
 from .rl.advantages import Estimator
 from .rl.kl import KL
-from .rl.rewards.base import Facts, Reward, check_terms
+from .rl.rewards.base import Facts, Reward, check_rewards
 from .rl.rollout import (
     Rollout,
-    adapters_off,
-    branches_for,
-    by_reference,
-    drift,
-    log_probabilities,
-    loss_of,
+    compute_ref_logprobs,
+    compute_rollout_logprobs,
+    disable_adapters,
+    logprob_gap,
+    make_shared_prefix_batch,
+    policy_loss,
 )
-from .rl.scoring import Judge
-from .rl.stopwatch import Clock
-from .rl.validation import check_fits, check_known, check_together
+from .rl.scoring import RolloutScorer
+from .rl.stopwatch import Stopwatch
+from .rl.validation import check_prompt_characters, check_prompt_length, validate_config
 from .task_module import TaskModule
 
 
@@ -85,7 +90,7 @@ class Reinforce(TaskModule):
         """Check what can be checked without data."""
         super().__init__()
         self.save_hyperparameters("base", "new", "group_size", "reference", "stop")
-        self.base, self.new, self.group_size = base, new, group_size
+        self.base_checkpoint, self.max_new_tokens, self.group_size = base, new, group_size
         self.rewards = [rewards] if isinstance(rewards, Reward) else list(rewards)
         self.sampling, self.estimator, self.kl = sampling, estimator, kl
         self.reference, self.stop = reference, stop
@@ -93,27 +98,27 @@ class Reinforce(TaskModule):
         self.context: int | None = None
         self.shape: dict[str, Any] = {}
         self.tokenizer: Tokenizer | None = None
-        self.corpus: Facts | None = None
-        self._start: base_model.BaseModel | None = None
-        self._sha256: str | None = None  # of the base's weights
+        self.corpus_stats: Facts | None = None
+        self._base_model: base_model.BaseModel | None = None
+        self._base_fingerprint: str | None = None  # of the base's weights
         # in a tuple, where nn.Module does not look: no optimizer, no checkpoint, no sharding
-        self._frozen: tuple[nn.Module, ...] = ()
-        self._clock, self._metrics = Clock(), dict[str, float]()
-        self._written: list[dict[str, Any]] = []
-        check_together(new, group_size, sampling, kl, reference, stop)
+        self._reference_nets: tuple[nn.Module, ...] = ()
+        self._stopwatch, self._rollout_metrics = Stopwatch(), dict[str, float]()
+        self._last_samples: list[dict[str, Any]] = []
+        validate_config(new, group_size, sampling, kl, reference, stop)
 
     def setup(self, stage: str) -> None:
         """Read the base model, then look at the data."""
         # they are one another's: the data give prompts, and the hook below makes a batch of them
         warnings.filterwarnings("ignore", "You have overridden `on_after_batch_transfer`")
-        if self._start is None and self.net is None:
-            self._start = start = base_model.read(self.base)
-            self.vocabulary, self.context = start.vocabulary, start.context
-            self.shape, self.tokenizer = start.shape, start.tokenizer
-            self._sha256 = start.sha256
+        if self._base_model is None and self.net is None:
+            self._base_model = base_model_data = base_model.load_base_model(self.base_checkpoint)
+            self.vocabulary, self.context = base_model_data.vocabulary, base_model_data.context
+            self.shape, self.tokenizer = base_model_data.shape, base_model_data.tokenizer
+            self._base_fingerprint = base_model_data.fingerprint
         super().setup(stage)
-        check_terms(self.rewards, self.corpus is not None, self.reference != "none")
-        self._stops()  # a stop that the tokenizer does not know
+        check_rewards(self.rewards, self.corpus_stats is not None, self.reference != "none")
+        self._stop_sequences()  # a stop that the tokenizer does not know
 
     def adopt(self, datamodule: Any) -> None:
         """Take the corpus; refuse other data than prompts, and prompts that are too long."""
@@ -122,11 +127,17 @@ class Reinforce(TaskModule):
                 f"Reinforce learns from prompts, and {type(datamodule).__name__} has none; "
                 "type --data=PromptDataModule"
             )
-        self.corpus = None if datamodule.text is None else Facts(datamodule.text)
-        accumulate = Share.of(self.trainer).accumulate
-        micro = max(1, datamodule.batch_size // accumulate)  # of none the loader will speak
-        self.estimator.check(micro * self.group_size, self.group_size, accumulate)
-        check_known(datamodule.characters, cast(Tokenizer, self.tokenizer), datamodule.resolved)
+        self.corpus_stats = None if datamodule.text is None else Facts(datamodule.text)
+        accumulate = DataParallelInfo.of(self.trainer).accumulate
+        micro_batch_size = max(
+            1, datamodule.batch_size // accumulate
+        )  # of none the loader will speak
+        self.estimator.check_group_sizes(
+            micro_batch_size * self.group_size, self.group_size, accumulate
+        )
+        check_prompt_characters(
+            datamodule.characters, cast(Tokenizer, self.tokenizer), datamodule.resolved
+        )
         for number, prompt in enumerate(datamodule.prompts):
             self._encode(prompt, f"prompt {number} of the file")
 
@@ -138,27 +149,31 @@ class Reinforce(TaskModule):
 
     def configure_model(self) -> None:
         """Build the net, give it the base's weights, and keep a frozen copy of them."""
-        built = self.net is None
+        is_new = self.net is None
         super().configure_model()
-        if built and self._start is not None and self.net is not None:
-            self._read(self.net, self._start.weights)
-            self._start.weights.clear()
+        if is_new and self._base_model is not None and self.net is not None:
+            self._load_weights(self.net, self._base_model.weights)
+            self._base_model.weights.clear()
             if self.reference == "copy":
-                self._frozen = (copy.deepcopy(self.net).requires_grad_(False).eval(),)
+                self._reference_nets = (copy.deepcopy(self.net).requires_grad_(False).eval(),)
 
     @staticmethod
-    def _read(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    def _load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
         """Give the net its weights; a strategy that shards it reads their rows after sharding."""
-        named = net.named_parameters(remove_duplicate=False)
-        sources: dict[str, Any] = {n: getattr(p, "initial_values", None) for n, p in named}
-        later = {name: values for name, values in sources.items() if values is not None}
-        for name, values in later.items():
+        named_parameters = net.named_parameters(remove_duplicate=False)
+        initial_values: dict[str, Any] = {
+            n: getattr(p, "initial_values", None) for n, p in named_parameters
+        }
+        deferred = {name: values for name, values in initial_values.items() if values is not None}
+        for name, values in deferred.items():
             values.read_from(weights[name])
-        rest = {name: tensor for name, tensor in weights.items() if name not in later}
-        net.load_state_dict(rest, strict=not later)  # names were compared when they were read
+        remaining = {name: tensor for name, tensor in weights.items() if name not in deferred}
+        net.load_state_dict(
+            remaining, strict=not deferred
+        )  # names were compared when they were read
 
-    def _may_wait(self) -> bool:
-        return self.reference != "copy" and super()._may_wait()  # the copy is not sharded
+    def _can_defer_init(self) -> bool:
+        return self.reference != "copy" and super()._can_defer_init()  # the copy is not sharded
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Write, judge and weigh: the batch of the step is a Rollout."""
@@ -169,32 +184,32 @@ class Reinforce(TaskModule):
             )
         cast(nn.Module, self.net).eval()  # dropout would make sampler and learner two policies
         with self.trainer.precision_plugin.forward_context():  # a hook is outside of it
-            return self._roll(batch)
+            return self._make_rollout(batch)
 
     def training_step(self, rollout: Rollout, index: int) -> Tensor:
         """The loss of a rollout."""
-        self._clock.start("update")
-        log_p = log_probabilities(self, rollout, self.sampling)  # (b n)
-        loss = loss_of(rollout, log_p, self.estimator, self.kl, self.new)
+        self._stopwatch.start("update")
+        logprobs = compute_rollout_logprobs(self, rollout, self.sampling)  # (b n)
+        loss = policy_loss(rollout, logprobs, self.estimator, self.kl, self.max_new_tokens)
         self.log("train/surrogate", loss)
-        self.log("train/drift", drift(log_p, rollout))
-        seconds = self._clock.seconds  # of the update, those of the step before
-        pace = {"tokens_per_second": self._metrics["tokens"] / sum(seconds.values())}
-        for name, value in (self._metrics | seconds | pace).items():
+        self.log("train/drift", logprob_gap(logprobs, rollout))
+        seconds = self._stopwatch.durations_s  # of the update, those of the step before
+        throughput = {"tokens_per_second": self._rollout_metrics["tokens"] / sum(seconds.values())}
+        for name, value in (self._rollout_metrics | seconds | throughput).items():
             self.log(f"train/{name}", torch.tensor(value))
         return loss
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Stop the clock of the update; its seconds are logged with the next step's."""
-        self._clock.stop("update")
+        self._stopwatch.stop("update")
 
     def validation_step(self, rollout: Rollout, index: int) -> None:
         """What was measured of the batch, which is the whole set."""
-        self._log_stage("val", rollout)
+        self._log_eval_metrics("val", rollout)
 
     def test_step(self, rollout: Rollout, index: int) -> None:
         """As in validation."""
-        self._log_stage("test", rollout)
+        self._log_eval_metrics("test", rollout)
 
     def count(self, batch: Rollout) -> int:
         """Tokens written: at most, since to know exactly would mean to wait for the device."""
@@ -202,7 +217,7 @@ class Reinforce(TaskModule):
 
     def samples(self) -> list[dict[str, Any]]:
         """This rank's last samples: prompt, text, reward, terms."""
-        return self._written
+        return self._last_samples
 
     generate = LanguageModel.generate
     export = LanguageModel.export
@@ -213,85 +228,128 @@ class Reinforce(TaskModule):
         tokenizer = None if self.tokenizer is None else self.tokenizer.state()
         sizes = {"context": self.context, "shape": self.shape}
         checkpoint["language"] = {"tokenizer": tokenizer, **sizes}
-        checkpoint["policy"] = {"base": self._sha256}
+        checkpoint["policy"] = {"base": self._base_fingerprint}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them from a checkpoint; refuse one that has another base as its reference."""
         super().on_load_checkpoint(checkpoint)
         saved, base = checkpoint["language"], checkpoint["policy"]["base"]
-        if self._sha256 is not None:
+        if self._base_fingerprint is not None:
             if self.reference != "none":
-                base_model.check_same(self.base, self._sha256, base)
+                base_model.check_fingerprint(self.base_checkpoint, self._base_fingerprint, base)
             return
         # no trainer, no base: the checkpoint knows the sizes
-        self.tokenizer = from_state(saved["tokenizer"])
+        self.tokenizer = tokenizer_from_state_dict(saved["tokenizer"])
         self.vocabulary, self.context = self.tokenizer.vocabulary, saved["context"]
-        self.shape, self._sha256 = saved["shape"], base
+        self.shape, self._base_fingerprint = saved["shape"], base
         if "net.embed.weight" not in checkpoint["state_dict"]:  # adapters alone
-            self._start = base_model.behind_adapters(self.base, base)
+            self._base_model = base_model.load_base_for_adapters(self.base_checkpoint, base)
 
-    def _encode(self, prompt: str, what: str) -> Tensor:
+    def _encode(self, prompt: str, description: str) -> Tensor:
         tokens = cast(Tokenizer, self.tokenizer).encode(prompt)
-        check_fits(what, prompt, len(tokens), self.new, cast(int, self.context))
+        check_prompt_length(
+            description, prompt, len(tokens), self.max_new_tokens, cast(int, self.context)
+        )
         return tokens
 
-    def _stops(self) -> list[list[int]]:
+    def _stop_sequences(self) -> list[list[int]]:
         tokenizer = cast(Tokenizer, self.tokenizer)
         stops = [] if self.stop is None else [tokenizer.encode(self.stop).tolist()]
-        return stops if tokenizer.end is None else [*stops, [tokenizer.end]]
+        return stops if tokenizer.eos_id is None else [*stops, [tokenizer.eos_id]]
 
-    def _roll(self, batch: Prompts) -> Rollout:
+    def _make_rollout(self, batch: Prompts) -> Rollout:
         """Texts, rewards and weights for a batch of prompts."""
-        clock, group = self._clock, self.group_size
+        stopwatch, group_size = self._stopwatch, self.group_size
         prompts = [
-            self._encode(text, f"sample {sample}")
-            for text, (_, sample) in zip(batch.texts, batch.places, strict=True)
+            self._encode(input_ids, f"sample {sample}")
+            for input_ids, (_, sample) in zip(batch.texts, batch.sample_ids, strict=True)
         ]
-        rows = [prompt for prompt in prompts for _ in range(group)]
-        keys = [("rollout", *place, g) for place in batch.places for g in range(group)]
-        with clock("rollout"):
-            written = self._write(rows, keys)
-        text, places = lay_out(rows, written.tokens)
-        branches = branches_for(cast(nn.Module, self.net), prompts, written.tokens)
-        with clock("reference"):
-            warm, plain = self._ask_reference(text, places, written, branches)
-        with clock("reward"):
-            judged = self._judge()(batch.texts, batch.columns, written, warm, plain)
-        self._metrics, self._written = judged.metrics, judged.rows
-        tokens, log_p, mask = written
-        weights, share = judged.weights.to(log_p), judged.share.to(log_p)
-        return Rollout(text, places, tokens, mask, log_p, weights, share, warm, branches)
+        repeated_prompts = [prompt for prompt in prompts for _ in range(group_size)]
+        row_keys = [
+            ("rollout", *sample_id, g) for sample_id in batch.sample_ids for g in range(group_size)
+        ]
+        with stopwatch("rollout"):
+            generated = self._generate_completions(repeated_prompts, row_keys)
+        input_ids, logit_positions = pad_sequences_for_scoring(repeated_prompts, generated.tokens)
+        shared_prefix = make_shared_prefix_batch(
+            cast(nn.Module, self.net), prompts, generated.tokens
+        )
+        with stopwatch("reference"):
+            ref_logprobs, ref_logprobs_t1 = self._compute_ref_logprobs(
+                input_ids, logit_positions, generated, shared_prefix
+            )
+        with stopwatch("reward"):
+            scored = self._make_scorer()(
+                batch.texts, batch.columns, generated, ref_logprobs, ref_logprobs_t1
+            )
+        self._rollout_metrics, self._last_samples = scored.metrics, scored.rows
+        tokens, logprobs, mask = generated
+        advantages, tokens_per_rank = (
+            scored.advantages.to(logprobs),
+            scored.tokens_per_rank.to(logprobs),
+        )
+        return Rollout(
+            input_ids,
+            logit_positions,
+            tokens,
+            mask,
+            logprobs,
+            advantages,
+            tokens_per_rank,
+            ref_logprobs,
+            shared_prefix,
+        )
 
-    def _judge(self) -> Judge:
-        how = self.rewards, self.estimator, self.kl, self.new, self.group_size
-        whose = cast(Tokenizer, self.tokenizer), self.stop, self.corpus
-        return Judge(*how, *whose, self._gathered, Share.of(self.trainer).rank)
+    def _make_scorer(self) -> RolloutScorer:
+        scoring = self.rewards, self.estimator, self.kl, self.max_new_tokens, self.group_size
+        text_settings = cast(Tokenizer, self.tokenizer), self.stop, self.corpus_stats
+        return RolloutScorer(
+            *scoring, *text_settings, self._gather_rows, DataParallelInfo.of(self.trainer).dp_rank
+        )
 
-    def _write(self, prompts: list[Tensor], keys: list[tuple]) -> Generated:
+    def _generate_completions(
+        self, prompts: list[Tensor], row_keys: list[tuple]
+    ) -> GenerationOutput:
         net = cast(nn.Module, self.net)
-        whole = not any(hasattr(parameter, "device_mesh") for parameter in net.parameters())
-        how: dict[str, Any] = {
-            "stops": self._stops(), "seed": global_seed(None), "texts": keys, "window": "refuse",
+        is_unsharded = not any(hasattr(parameter, "device_mesh") for parameter in net.parameters())
+        kwargs: dict[str, Any] = {
+            "stops": self._stop_sequences(), "seed": resolve_seed(None), "texts": row_keys,
+            "window": "refuse",
             # ranks that shard a net take every step together, however soon their texts have ended
-            "look": LOOK if whole else self.new,
-            "capture": cuda_graph if whole and self.device.type == "cuda" else None,
+            "look": SYNC_EVERY if is_unsharded else self.max_new_tokens,
+            "capture": capture_cuda_graph if is_unsharded and self.device.type == "cuda" else None,
         }  # fmt: skip
         # alone as Lightning validates: keeping books for gradients is a tenth of a rollout
         with torch.inference_mode(self.trainer.world_size == 1):
-            context = cast(int, self.context)
-            written = generate(net, prompts, self.new, context, self.sampling, **how)
-        return Generated(*(x.clone() for x in written))  # what gradients may pass through again
+            context_length = cast(int, self.context)
+            generated = generate(
+                net, prompts, self.max_new_tokens, context_length, self.sampling, **kwargs
+            )
+        return GenerationOutput(
+            *(x.clone() for x in generated)
+        )  # what gradients may pass through again
 
-    def _ask_reference(
-        self, text: Tensor, places: Tensor, written: Generated, branches: Branches | None
+    def _compute_ref_logprobs(
+        self,
+        input_ids: Tensor,
+        logit_positions: Tensor,
+        generated: GenerationOutput,
+        shared_prefix: SharedPrefixBatch | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Log-probabilities (b n) at the sampling temperature, and at 1."""
-        what = text, places, written.tokens, written.mask, self.sampling, branches
+        inputs = (
+            input_ids,
+            logit_positions,
+            generated.tokens,
+            generated.mask,
+            self.sampling,
+            shared_prefix,
+        )
         if self.reference == "lora":
-            with adapters_off(cast(nn.Module, self.net)):
-                return by_reference(self, *what)
-        for net in self._frozen:
-            return by_reference(net.to(self.device), *what)
+            with disable_adapters(cast(nn.Module, self.net)):
+                return compute_ref_logprobs(self, *inputs)
+        for net in self._reference_nets:
+            return compute_ref_logprobs(net.to(self.device), *inputs)
         if self.reference == "copy":
             raise UsageError(
                 "this policy was loaded, and has no copy of its base; make it anew and go on with "
@@ -299,14 +357,14 @@ class Reinforce(TaskModule):
             )
         return None, None
 
-    def _gathered(self, x: Tensor) -> Tensor:
+    def _gather_rows(self, x: Tensor) -> Tensor:
         """Rows (b ...) of all ranks that see different data, in order: (B ...)."""
-        share = Share.of(self.trainer)
-        whole = torch.zeros(share.size, *x.shape, dtype=x.dtype, device=self.device)
-        whole[share.rank] = x
-        return self.trainer.strategy.reduce(whole, reduce_op="sum").flatten(0, 1).cpu()  # type: ignore
+        data_parallel = DataParallelInfo.of(self.trainer)
+        gathered = torch.zeros(data_parallel.dp_size, *x.shape, dtype=x.dtype, device=self.device)
+        gathered[data_parallel.dp_rank] = x
+        return self.trainer.strategy.reduce(gathered, reduce_op="sum").flatten(0, 1).cpu()  # type: ignore
 
-    def _log_stage(self, stage: str, rollout: Rollout) -> None:
-        names = [n for n in self._metrics if not n.endswith("_spread")]
-        found = {f"{stage}/{name}": self._metrics[name] for name in names}
-        self.log_dict(found, batch_size=len(rollout.tokens), sync_dist=True)
+    def _log_eval_metrics(self, stage: str, rollout: Rollout) -> None:
+        names = [n for n in self._rollout_metrics if not n.endswith("_spread")]
+        metrics = {f"{stage}/{name}": self._rollout_metrics[name] for name in names}
+        self.log_dict(metrics, batch_size=len(rollout.tokens), sync_dist=True)

@@ -31,64 +31,68 @@ from ravine.errors import UsageError
 
 from .task_module import TaskModule
 
-TRIGGERS = {"urgent", "buy", "money", "won", "free"}
+TRIGGER_WORDS = {"urgent", "buy", "money", "won", "free"}
 LABELS = ("ham", "spam")
 
 
-def lecture_features(message: str) -> list[float]:
+def handcrafted_features(message: str) -> list[float]:
     """The lecture's five: `!`, trigger words, tokens with www, share of capitals, length / 500."""
     return [
         message.count("!"),
-        len(TRIGGERS.intersection(re.findall(r"\w+", message.lower()))),
+        len(TRIGGER_WORDS.intersection(re.findall(r"\w+", message.lower()))),
         sum("www" in token for token in message.lower().split()),
         sum(map(str.isupper, message)) / max(1, len(message)),
         len(message) / 500,
     ]
 
 
-def ngrams(message: str) -> tuple[list[str], list[str]]:
+def extract_ngrams(message: str) -> tuple[list[str], list[str]]:
     """Words with pairs of words, and pieces of 3 to 5 characters that never cross a word's end.
 
     Digits are all one digit: what matters of a telephone number is that it is one.
     """
     text = re.sub(r"\d", "0", message.lower())
-    words = re.findall(r"\w\w+", text)
-    pairs = [f"{first} {second}" for first, second in pairwise(words)]
-    pieces = []
+    word_ngrams = re.findall(r"\w\w+", text)
+    pairs = [f"{first} {second}" for first, second in pairwise(word_ngrams)]
+    char_ngrams = []
     for token in text.split():
         padded = f" {token} "
         for size in (3, 4, 5):
-            pieces += [padded[i : i + size] for i in range(max(1, len(padded) - size + 1))]
+            char_ngrams += [padded[i : i + size] for i in range(max(1, len(padded) - size + 1))]
             if len(padded) <= size:  # the whole token, once
                 break
-    return words + pairs, pieces
+    return word_ngrams + pairs, char_ngrams
 
 
 @lru_cache(maxsize=100_000)
-def hashed(message: str, buckets: int) -> tuple[Tensor, Tensor, Tensor]:
+def hash_ngrams(message: str, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bucket, 1 + ln count, and kind (0 word, 1 character) of each different n-gram, all (n)."""
     rows = [
-        (bucket, count, kind)
-        for kind, grams in enumerate(ngrams(message))
-        for bucket, count in Counter(zlib.crc32(g.encode(), kind) % buckets for g in grams).items()
+        (bucket, count, ngram_type)
+        for ngram_type, grams in enumerate(extract_ngrams(message))
+        for bucket, count in Counter(
+            zlib.crc32(g.encode(), ngram_type) % num_buckets for g in grams
+        ).items()
     ]
-    table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)  # (n 3), also when there are none
-    bucket, count, kind = table.unbind(1)
-    return bucket, 1 + count.float().log(), kind
+    entries = torch.tensor(rows, dtype=torch.int64).reshape(
+        -1, 3
+    )  # (n 3), also when there are none
+    bucket, count, ngram_type = entries.unbind(1)
+    return bucket, 1 + count.float().log(), ngram_type
 
 
-def inverse_document_frequency(messages: list[str], buckets: int) -> Tensor:
+def compute_idf(messages: list[str], num_buckets: int) -> Tensor:
     """The rarity of each bucket (buckets); 0 where no message has it, as if it were not there."""
-    frequency = torch.zeros(buckets)
+    frequency = torch.zeros(num_buckets)
     for message in messages:
-        frequency[hashed(message, buckets)[0].unique()] += 1
+        frequency[hash_ngrams(message, num_buckets)[0].unique()] += 1
     return torch.where(frequency > 0, 1 + ((1 + len(messages)) / (1 + frequency)).log(), 0.0)
 
 
 class LectureFeatures(nn.Module):
     """Messages to the lecture's features, list of b -> (b 5)."""
 
-    anchor: Tensor  # empty: it only knows the device
+    device_marker: Tensor  # empty: it only knows the device
 
     def __init__(self) -> None:
         """Nothing is learned here."""
@@ -97,7 +101,9 @@ class LectureFeatures(nn.Module):
 
     def forward(self, messages: list[str]) -> Tensor:
         """Compute them."""
-        return torch.tensor([lecture_features(m) for m in messages], device=self.anchor.device)
+        return torch.tensor(
+            [handcrafted_features(m) for m in messages], device=self.device_marker.device
+        )
 
 
 class HashedLinear(nn.Module):
@@ -109,29 +115,33 @@ class HashedLinear(nn.Module):
 
     idf: Tensor  # (buckets)
 
-    def __init__(self, idf: Tensor, out: int, std: float) -> None:
+    def __init__(self, idf: Tensor, out_features: int, std: float) -> None:
         """Start from weights of the given standard deviation."""
         super().__init__()
         self.register_buffer("idf", idf)
-        self.weight = nn.Parameter(torch.empty(len(idf), out))
-        self.bias = nn.Parameter(torch.empty(out))
+        self.weight = nn.Parameter(torch.empty(len(idf), out_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
         nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
 
     def forward(self, messages: list[str]) -> Tensor:
         """Gather and add."""
-        buckets, counts, kinds = zip(*(hashed(m, len(self.idf)) for m in messages), strict=True)
+        buckets, counts, ngram_types = zip(
+            *(hash_ngrams(m, len(self.idf)) for m in messages), strict=True
+        )
         sizes = torch.tensor([len(b) for b in buckets])  # (b)
-        half = 2 * torch.arange(len(sizes)).repeat_interleave(sizes) + torch.cat(kinds)
-        bucket, count, half, first = (
+        segment = 2 * torch.arange(len(sizes)).repeat_interleave(sizes) + torch.cat(ngram_types)
+        bucket, count, segment, offsets = (
             x.to(self.idf.device)
-            for x in (torch.cat(buckets), torch.cat(counts), half, sizes.cumsum(0) - sizes)
+            for x in (torch.cat(buckets), torch.cat(counts), segment, sizes.cumsum(0) - sizes)
         )
         weight = count * self.idf[bucket]  # (n)
-        square = weight.new_zeros(2 * len(messages)).index_add(0, half, weight.square())
-        weight = weight / square.clamp(min=1e-12).sqrt()[half]  # words and characters: length 1
+        squared_norm = weight.new_zeros(2 * len(messages)).index_add(0, segment, weight.square())
+        weight = (
+            weight / squared_norm.clamp(min=1e-12).sqrt()[segment]
+        )  # words and characters: length 1
         return (
-            F.embedding_bag(bucket, self.weight, first, mode="sum", per_sample_weights=weight)
+            F.embedding_bag(bucket, self.weight, offsets, mode="sum", per_sample_weights=weight)
             + self.bias
         )
 
@@ -164,46 +174,48 @@ class SpamClassifier(TaskModule):
                 "or more; type --model.hidden=0 --model.buckets=262144"
             )
         self.save_hyperparameters()
-        self.features, self.hidden, self.buckets = features, hidden, buckets
+        self.features, self.hidden_size, self.num_buckets = features, hidden, buckets
         self.idf = torch.zeros(0)  # of the training messages
         self.val_loss, self.val_accuracy = MeanMetric(), BinaryAccuracy()
         self.test_metrics = MetricCollection(
             {"accuracy": BinaryAccuracy(), "f1": BinaryF1Score(), "auroc": BinaryAUROC()},
             prefix="test/",
         )
-        self.confusion = BinaryConfusionMatrix()
+        self.confusion_matrix = BinaryConfusionMatrix()
 
     def adopt(self, datamodule: Any) -> None:
         """Count the n-grams of the training messages; a trained net has its own counts."""
         if self.features == "ngrams" and self.net is None:
-            self.idf = inverse_document_frequency(datamodule.train_messages, self.buckets)
+            self.idf = compute_idf(datamodule.train_messages, self.num_buckets)
 
     def build(self) -> nn.Module:
         """A linear map from features to one logit, or two with a ReLU between them."""
-        out = self.hidden or 1
+        out_features = self.hidden_size or 1
         if self.features == "ngrams":
-            idf = self.idf if len(self.idf) else torch.zeros(self.buckets)  # a checkpoint fills it
-            layers = [HashedLinear(idf, out, std=0.5 if self.hidden else 0.0)]
+            idf = (
+                self.idf if len(self.idf) else torch.zeros(self.num_buckets)
+            )  # a checkpoint fills it
+            layers = [HashedLinear(idf, out_features, std=0.5 if self.hidden_size else 0.0)]
         else:
-            layers = [LectureFeatures(), nn.Linear(5, out)]
-        if self.hidden:
-            layers += [nn.ReLU(), nn.Linear(self.hidden, 1)]
+            layers = [LectureFeatures(), nn.Linear(5, out_features)]
+        if self.hidden_size:
+            layers += [nn.ReLU(), nn.Linear(self.hidden_size, 1)]
         return nn.Sequential(*layers)
 
-    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def compute_loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy, and the probability of spam (b)."""
         logits = self(batch["message"])[:, 0].float()  # (b)
         return F.binary_cross_entropy_with_logits(logits, batch["label"].float()), logits.sigmoid()
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         """Mean cross-entropy."""
-        loss, _ = self.loss(batch)
+        loss, _ = self.compute_loss(batch)
         self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
         """Loss and accuracy."""
-        loss, probability = self.loss(batch)
+        loss, probability = self.compute_loss(batch)
         self.val_loss(loss, len(batch["label"]))
         self.val_accuracy(probability, batch["label"])
         self.log("val/loss", self.val_loss)
@@ -211,13 +223,13 @@ class SpamClassifier(TaskModule):
 
     def test_step(self, batch: dict[str, Any], index: int) -> None:
         """Accuracy, F1 of spam, AUROC and the confusion matrix."""
-        _, probability = self.loss(batch)
+        _, probability = self.compute_loss(batch)
         self.test_metrics.update(probability, batch["label"])
-        self.confusion.update(probability, batch["label"])
+        self.confusion_matrix.update(probability, batch["label"])
 
     def on_test_epoch_end(self) -> None:
         """Log the scores, NaN where they are undefined, and the confusion matrix by its names."""
-        matrix = self.confusion.compute().float()  # of all ranks
+        matrix = self.confusion_matrix.compute().float()  # of all ranks
         ham, spam = matrix.sum(1).tolist()
         undefined = {
             "auroc": not ham or not spam,  # of two classes
@@ -227,20 +239,25 @@ class SpamClassifier(TaskModule):
             value = torch.full_like(matrix[0, 0], float("nan"))
             self.log(f"test/{name}", value if undefined.get(name) else metric.compute())
         if any(undefined.values()):
-            names = " and ".join(f"test/{name}" for name, wrong in undefined.items() if wrong)
-            absent = LABELS[0] if not ham else LABELS[1]
+            names = " and ".join(
+                f"test/{name}" for name, is_undefined in undefined.items() if is_undefined
+            )
+            missing_label = LABELS[0] if not ham else LABELS[1]
             rank_zero_info(
-                f"{names}: undefined, so NaN: no {absent} among the {ham + spam:.0f} test messages"
+                f"{names}: undefined, so NaN: no {missing_label} among the {ham + spam:.0f} test "
+                "messages"
             )
         for truth, row in zip(LABELS, matrix, strict=True):
-            for answer, count in zip(LABELS, row, strict=True):
-                self.log(f"test/{truth}_called_{answer}", count)
-        self.confusion.reset()
+            for prediction, count in zip(LABELS, row, strict=True):
+                self.log(f"test/{truth}_called_{prediction}", count)
+        self.confusion_matrix.reset()
         self.test_metrics.reset()
 
     def predict_step(self, batch: dict[str, Any], index: int) -> list[tuple[int, str, float, str]]:
         """(line from 1, message, probability of spam, label) for each message."""
         probabilities = self(batch["message"])[:, 0].float().sigmoid().tolist()
-        places = batch["index"].tolist() if "index" in batch else range(len(probabilities))
-        rows = zip(places, batch["message"], probabilities, strict=True)
-        return [(place + 1, message, p, LABELS[p > 0.5]) for place, message, p in rows]
+        indices = batch["index"].tolist() if "index" in batch else range(len(probabilities))
+        rows = zip(indices, batch["message"], probabilities, strict=True)
+        return [
+            (index_in_file + 1, message, p, LABELS[p > 0.5]) for index_in_file, message, p in rows
+        ]

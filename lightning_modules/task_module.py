@@ -23,10 +23,13 @@ from ravine.lightning_compat import attached_trainer, averaging_callbacks
 from .nn.initial_values import InitialValues
 
 PLAIN = (bool, int, float, str, tuple)  # of class attributes that are settings, such as lr
-FUSED = ("cpu", "cuda")  # devices with a fused kernel of AdamW in every supported torch
+FUSED_ADAMW_DEVICES = (
+    "cpu",
+    "cuda",
+)  # devices with a fused kernel of AdamW in every supported torch
 
 
-class _Bounded(TorchDispatchMode):
+class _NetSizeLimit(TorchDispatchMode):
     """Build on the meta device, and stop if a net becomes far larger than its weights.
 
     The sizes come from a checkpoint, which may hold a width of 10**9 and four numbers.
@@ -34,9 +37,9 @@ class _Bounded(TorchDispatchMode):
 
     def __init__(self, state: dict[str, Any]) -> None:
         super().__init__()
-        self.over = False
+        self.is_exceeded = False
         sizes = [value.numel() for value in state.values() if isinstance(value, Tensor)]
-        self.tensors, self.numbers = 100 * len(sizes) + 10_000, 16 * sum(sizes) + 2**24
+        self.tensor_budget, self.element_budget = 100 * len(sizes) + 10_000, 16 * sum(sizes) + 2**24
         self.device = torch.device("meta")
 
     def __enter__(self) -> Self:
@@ -51,27 +54,27 @@ class _Bounded(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.tensors -= 1
+        self.tensor_budget -= 1
         if isinstance(result, Tensor) and not result._is_view():
-            self.numbers -= result.numel()
-        self.over |= self.tensors < 0 or self.numbers < 0
-        self.check()
+            self.element_budget -= result.numel()
+        self.is_exceeded |= self.tensor_budget < 0 or self.element_budget < 0
+        self.raise_if_exceeded()
         return result
 
-    def check(self) -> None:
+    def raise_if_exceeded(self) -> None:
         """Refuse a net that has grown too far."""
-        if self.over:
+        if self.is_exceeded:
             raise UsageError(
                 "the hyperparameters of the checkpoint make a net far larger than its weights; it "
                 "was changed: choose another checkpoint"
             )
 
 
-def refuse_early_copies(callbacks: list[L.Callback]) -> None:
+def check_no_early_copies(callbacks: list[L.Callback]) -> None:
     """ValueError for a callback that has copied a module whose net is not built yet."""
-    for each in callbacks:
-        if isinstance(each, averaging_callbacks()):
-            name = type(each).__name__
+    for callback in callbacks:
+        if isinstance(callback, averaging_callbacks()):
+            name = type(callback).__name__
             raise UsageError(
                 f"{name} copies the network in setup, before it is built, and would average "
                 f"nothing; take {name} out of trainer.callbacks and use ravine.callbacks.EMA"
@@ -104,7 +107,7 @@ def imported_subclasses(kind: type) -> list[type]:
     return [c for below in kind.__subclasses__() for c in (below, *imported_subclasses(below))]
 
 
-def _is_ours(method: Any) -> bool:
+def _is_defined_in_ravine(method: Any) -> bool:
     """Whether this package defines a method: another's may compute with values."""
     return method.__module__.partition(".")[0] == __name__.partition(".")[0]
 
@@ -138,7 +141,7 @@ class TaskModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Let the task look at the data, whose own `setup` has run by now."""
         if self.net is None:
-            refuse_early_copies(self.trainer.callbacks)  # type: ignore[attr-defined]
+            check_no_early_copies(self.trainer.callbacks)  # type: ignore[attr-defined]
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.adopt(datamodule)
@@ -148,11 +151,11 @@ class TaskModule(L.LightningModule):
         if self.net is not None:
             return
         device = torch.get_default_device()
-        known = _is_ours(type(self).build)
-        values = InitialValues.of(self.build) if known and device.type != "meta" else None
+        is_known = _is_defined_in_ravine(type(self).build)
+        values = InitialValues.of(self.build) if is_known and device.type != "meta" else None
         if values is None:
             self.net = self.build()
-        elif self._may_wait():
+        elif self._can_defer_init():
             self.net = values.net
             self.__dict__["initial_values"] = (
                 values  # a strategy draws them once it has cut the net
@@ -160,12 +163,12 @@ class TaskModule(L.LightningModule):
         else:
             self.net = values.materialize(device)
 
-    def _may_wait(self) -> bool:
+    def _can_defer_init(self) -> bool:
         """Whether nothing here needs the values of the parameters before the strategy is set up.
 
         A callback that does gives the parameters their values before it changes the net.
         """
-        return bool(self.__dict__.get("strategy_draws_values")) and _is_ours(
+        return bool(self.__dict__.get("strategy_draws_values")) and _is_defined_in_ravine(
             type(self).configure_model
         )
 
@@ -192,7 +195,11 @@ class TaskModule(L.LightningModule):
         exact = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
         trainer = attached_trainer(self)
         scaled = getattr(trainer.precision_plugin, "scaler", None) if trainer else None
-        fused = exact and scaled is None and all(p.device.type in FUSED for p in parameters)
+        fused = (
+            exact
+            and scaled is None
+            and all(p.device.type in FUSED_ADAMW_DEVICES for p in parameters)
+        )
         return torch.optim.AdamW(parameters, lr=self.lr, fused=fused or None)
 
     def count(self, batch: Any) -> int:
@@ -213,11 +220,11 @@ class TaskModule(L.LightningModule):
                 checkpoint, f"give the trainer a {task}", f"type --model={task}"
             )
         if self.net is not None:  # built, so whatever changes it has changed it by now
-            self._check_changes(checkpoint, "add them to the trainer's callbacks")
+            self._check_transforms(checkpoint, "add them to the trainer's callbacks")
 
-    def _check_changes(self, checkpoint: dict[str, Any], hint: str) -> None:
-        done = getattr(self.__dict__.get("_transforms"), "applied", {})
-        phases = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys() - done.keys()
+    def _check_transforms(self, checkpoint: dict[str, Any], hint: str) -> None:
+        applied = getattr(self.__dict__.get("_transforms"), "applied", {})
+        phases = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys() - applied.keys()
         if phases:
             names = [checkpoint["transforms"][phase]["class"] for phase in sorted(phases)]
             raise UsageError(
@@ -240,7 +247,7 @@ class TaskModule(L.LightningModule):
         A class that overrides `on_save_checkpoint` without `super()` leaves no name.
         """
         if "task" not in checkpoint:
-            return not _is_ours(cls.on_save_checkpoint)
+            return not _is_defined_in_ravine(cls.on_save_checkpoint)
         return str(checkpoint["task"]) in [c.__name__ for c in cls.__mro__]
 
     @classmethod
@@ -337,15 +344,17 @@ class TaskModule(L.LightningModule):
             arguments, settings = kind._arguments(checkpoint, overrides)
             saved = checkpoint.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
             checkpoint = checkpoint | {kind.CHECKPOINT_HYPER_PARAMS_KEY: saved | overrides}
-            with suppress(Exception), _Bounded(checkpoint["state_dict"]) as sizes:
-                kind._built(arguments, checkpoint)  # an error of it is raised again below
-            sizes.check()
-            model = kind._built(arguments, checkpoint)
+            with suppress(Exception), _NetSizeLimit(checkpoint["state_dict"]) as sizes:
+                kind._build_from_checkpoint(
+                    arguments, checkpoint
+                )  # an error of it is raised again below
+            sizes.raise_if_exceeded()
+            model = kind._build_from_checkpoint(arguments, checkpoint)
             for name, value in settings.items():
                 setattr(model, name, value)
             if apply_transforms is not None:
                 apply_transforms(model, checkpoint)
-            model._check_changes(checkpoint, "use ravine.load_model(path)")
+            model._check_transforms(checkpoint, "use ravine.load_model(path)")
             model._take_weights(checkpoint["state_dict"], strict)
         except (FileNotFoundError, ValueError):  # already a sentence
             raise
@@ -413,7 +422,7 @@ class TaskModule(L.LightningModule):
                 )
 
     @classmethod
-    def _built(cls, arguments: dict[str, Any], checkpoint: dict[str, Any]) -> Self:
+    def _build_from_checkpoint(cls, arguments: dict[str, Any], checkpoint: dict[str, Any]) -> Self:
         model = cls(**arguments)
         model.on_load_checkpoint(checkpoint)
         model.configure_model()

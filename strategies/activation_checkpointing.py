@@ -24,10 +24,10 @@ from ravine.errors import UsageError
 
 from . import context_parallel as ring  # noqa: F401  (registers ravine::ring_attention)
 
-Mode = Literal["none", "selective", "full"]
-Place = tuple[Any, str]  # a module and the name of its buffer
+CheckpointingMode = Literal["none", "selective", "full"]
+BufferRef = tuple[Any, str]  # a module and the name of its buffer
 aten = torch.ops.aten
-KEPT = {  # what costs most to compute anew
+SAVED_OPS = {  # what costs most to compute anew
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -41,7 +41,7 @@ KEPT = {  # what costs most to compute anew
 }
 
 
-def recompute(module: nn.Module, mode: Mode) -> None:
+def apply_activation_checkpointing(module: nn.Module, mode: CheckpointingMode) -> None:
     """Let each block of `module` forget and recompute.
 
     Blocks are the members of a ModuleDict or ModuleList; without any, each Sequential is one.
@@ -53,7 +53,7 @@ def recompute(module: nn.Module, mode: Mode) -> None:
             f"recompute is {mode!r}; allowed: none, selective, full; type"
             " --trainer.strategy.recompute=full"
         )
-    blocks = stacked(module) or in_sequence(module)
+    blocks = find_blocks(module) or find_sequentials(module)
     if not blocks:
         raise UsageError(
             f"recompute={mode}: {type(module).__name__} has no blocks (a ModuleDict or ModuleList"
@@ -66,81 +66,95 @@ def recompute(module: nn.Module, mode: Mode) -> None:
                 f" ({block.__dict__['recomputed']}); ask for it once"
             )
         if "recomputed" not in block.__dict__:
-            block.forward = _forgetful(block, block.forward, mode)
+            block.forward = _checkpointed_forward(block, block.forward, mode)
             block.__dict__["recomputed"] = mode
 
 
-def stacked(module: nn.Module) -> list[nn.Module]:
+def find_blocks(module: nn.Module) -> list[nn.Module]:
     """Members of lists and dicts of modules, the outermost where they are nested."""
-    found = []
+    blocks = []
     for child in module.children():
         if isinstance(child, nn.ModuleDict | nn.ModuleList):
             for member in child.children():
-                inner = isinstance(member, nn.ModuleDict | nn.ModuleList)
-                found += stacked(member) if inner else [member]
+                is_container = isinstance(member, nn.ModuleDict | nn.ModuleList)
+                blocks += find_blocks(member) if is_container else [member]
         else:
-            found += stacked(child)
-    return [block for block in found if any(True for _ in block.parameters())]
+            blocks += find_blocks(child)
+    return [block for block in blocks if any(True for _ in block.parameters())]
 
 
-def in_sequence(module: nn.Module) -> list[nn.Module]:
+def find_sequentials(module: nn.Module) -> list[nn.Module]:
     """The outermost Sequentials that hold parameters."""
     if isinstance(module, nn.Sequential) and any(True for _ in module.parameters()):
         return [module]
-    return [block for child in module.children() for block in in_sequence(child)]
+    return [block for child in module.children() for block in find_sequentials(child)]
 
 
-def _forgetful(block: nn.Module, forward: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
-    selection = partial(create_selective_checkpoint_contexts, _policy)
-    usual: dict[str, Any] = {"context_fn": selection} if mode == "selective" else {}
-    moving: dict[bool, list[Place]] = {}  # buffers that a pass changes, by mode: the first shows
+def _checkpointed_forward(
+    block: nn.Module, forward: Callable[..., Any], mode: CheckpointingMode
+) -> Callable[..., Any]:
+    selective_contexts = partial(create_selective_checkpoint_contexts, _selective_policy)
+    checkpoint_kwargs: dict[str, Any] = (
+        {"context_fn": selective_contexts} if mode == "selective" else {}
+    )
+    changing_buffers: dict[
+        bool, list[BufferRef]
+    ] = {}  # buffers that a pass changes, by mode: the first shows
 
-    def forgetful(*args: Any, **kwargs: Any) -> Any:
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if torch.compiler.is_compiling():  # changes are no part of what is compiled to run again
-            return checkpoint(forward, *args, use_reentrant=False, **usual, **kwargs)
-        known = moving.get(block.training)
-        places = _places(block) if known is None else known
-        kept = [(m, name, m._buffers[name].detach().clone()) for m, name in places]
-        versions = [module._buffers[name]._version for module, name in places]
+            return checkpoint(forward, *args, use_reentrant=False, **checkpoint_kwargs, **kwargs)
+        known_buffers = changing_buffers.get(block.training)
+        buffer_refs = _buffer_refs(block) if known_buffers is None else known_buffers
+        saved_buffers = [(m, name, m._buffers[name].detach().clone()) for m, name in buffer_refs]
+        versions = [module._buffers[name]._version for module, name in buffer_refs]
 
-        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            first, again = selection() if usual else (nullcontext(), nullcontext())
-            return first, _back_then(kept, again)
+        def make_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            forward_context, recompute_context = (
+                selective_contexts() if checkpoint_kwargs else (nullcontext(), nullcontext())
+            )
+            return forward_context, _restore_buffers(saved_buffers, recompute_context)
 
-        how = {"context_fn": contexts} if places else usual
-        answer = checkpoint(forward, *args, use_reentrant=False, **how, **kwargs)
-        if known is None:
-            pairs = zip(list(kept), versions, strict=True)
-            kept[:] = [(m, n, was) for (m, n, was), v in pairs if _moved(m._buffers[n], was, v)]
-            moving[block.training] = [(m, name) for m, name, _ in kept]
-        return answer
+        call_kwargs = {"context_fn": make_contexts} if buffer_refs else checkpoint_kwargs
+        output = checkpoint(forward, *args, use_reentrant=False, **call_kwargs, **kwargs)
+        if known_buffers is None:
+            pairs = zip(list(saved_buffers), versions, strict=True)
+            saved_buffers[:] = [
+                (m, n, before)
+                for (m, n, before), v in pairs
+                if _has_changed(m._buffers[n], before, v)
+            ]
+            changing_buffers[block.training] = [(m, name) for m, name, _ in saved_buffers]
+        return output
 
-    return forgetful
+    return checkpointed
 
 
-def _places(block: nn.Module) -> list[Place]:
+def _buffer_refs(block: nn.Module) -> list[BufferRef]:
     return [(m, n) for m in block.modules() for n, b in m._buffers.items() if b is not None]
 
 
-def _moved(buffer: Tensor, before: Tensor, version: int) -> bool:
-    return buffer._version != version or not torch.equal(buffer, before)  # norms leave no trace
+def _has_changed(buffer: Tensor, old_value: Tensor, version: int) -> bool:
+    return buffer._version != version or not torch.equal(buffer, old_value)  # norms leave no trace
 
 
 @contextmanager
-def _back_then(kept: list[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+def _restore_buffers(
+    saved_buffers: list[Any], inner: AbstractContextManager[Any]
+) -> Iterator[None]:
     """Buffers as the first pass found them; afterwards, as it has left them."""
-    now = [module._buffers[name] for module, name, _ in kept]
-    for module, name, before in kept:
-        module._buffers[name] = before.clone()
+    current_buffers = [module._buffers[name] for module, name, _ in saved_buffers]
+    for module, name, saved in saved_buffers:
+        module._buffers[name] = saved.clone()
     try:
         with inner:
             yield
     finally:
-        for (module, name, _), buffer in zip(kept, now, strict=True):
+        for (module, name, _), buffer in zip(saved_buffers, current_buffers, strict=True):
             module._buffers[name] = buffer
 
 
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _selective_policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE

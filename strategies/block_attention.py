@@ -31,31 +31,35 @@ from torch.backends.cuda import (
 
 aten: Any = torch.ops.aten
 SCORES = 2**20  # numbers of a piece's scores: 4 MiB in fp32
-ALIGNED = 32  # the memory-efficient kernel needs rows of lse in multiples of it
+LSE_ALIGNMENT = 32  # the memory-efficient kernel needs rows of lse in multiples of it
 
 
-def exact(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which blocks are added up: fp32 for half precisions, else the tensors' own."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Out (b h t k), and lse (b h t) in `exact`; `causal` hides the keys after a query."""
+def attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Out (b h t k), and lse (b h t) in `accumulation_dtype`; `causal` hides the keys after a
+    query.
+    """
     kernel = _kernel(query, key, value, causal)
     if kernel == "flash":
         return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal)[:2]
     if kernel == "efficient":
-        how = (None, True, 0.0, causal)
-        out, lse = aten._scaled_dot_product_efficient_attention(query, key, value, *how)[:2]
+        options = (None, True, 0.0, causal)
+        out, lse = aten._scaled_dot_product_efficient_attention(query, key, value, *options)[:2]
         return out, lse[..., : query.shape[2]]
-    if query.dtype != exact(query.dtype):
+    if query.dtype != accumulation_dtype(query.dtype):
         query, key, value = query.float(), key.float(), value.float()
     if kernel == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
-    return _in_pieces(query, key, value, causal)
+    return _attention_in_chunks(query, key, value, causal)
 
 
-def attention_backward(
+def attention_with_lse_backward(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value over this block of keys; out and lse are over all keys."""
@@ -64,23 +68,23 @@ def attention_backward(
     if kernel == "flash":
         seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of a dropout of 0
         lengths = (None, None, query.shape[2], key.shape[2])
-        how = (*lengths, 0.0, causal, seed, seed.new_zeros(()))
+        options = (*lengths, 0.0, causal, seed, seed.new_zeros(()))
         tensors = (d_out, query, key, value, out, lse.contiguous())
-        return aten._scaled_dot_product_flash_attention_backward(*tensors, *how)
+        return aten._scaled_dot_product_flash_attention_backward(*tensors, *options)
     if kernel == "efficient":
         seed = torch.zeros((), dtype=torch.long, device=query.device)
-        lse = F.pad(lse, (0, -lse.shape[2] % ALIGNED), value=torch.inf).contiguous()
-        how = (seed, seed, 0.0, [True, True, True, False], causal)
+        lse = F.pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=torch.inf).contiguous()
+        options = (seed, seed, 0.0, [True, True, True, False], causal)
         tensors = (d_out, query, key, value, None, out, lse)
-        return aten._scaled_dot_product_efficient_attention_backward(*tensors, *how)[:3]
-    if query.dtype != exact(query.dtype):
+        return aten._scaled_dot_product_efficient_attention_backward(*tensors, *options)[:3]
+    if query.dtype != accumulation_dtype(query.dtype):
         query, key, value = query.float(), key.float(), value.float()
         d_out, out = d_out.float(), out.float()
     tensors = (d_out, query, key, value, out, lse)
     if kernel == "cpu":
         op = aten._scaled_dot_product_flash_attention_for_cpu_backward
         return op(*tensors, 0.0, causal)
-    return _backward_in_pieces(*tensors, causal)
+    return _attention_backward_in_chunks(*tensors, causal)
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> str:
@@ -89,42 +93,46 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> str:
         return "cpu"
     if query.device.type == "cuda" and query.dtype != torch.float64:
         tensors = SDPAParams(query, key, value, None, 0.0, causal, False)
-        whole = query.shape[-1] % 8 == 0  # torch pads other widths before it calls the kernel
-        if query.dtype != torch.float32 and whole and can_use_flash_attention(tensors):
+        is_aligned = query.shape[-1] % 8 == 0  # torch pads other widths before it calls the kernel
+        if query.dtype != torch.float32 and is_aligned and can_use_flash_attention(tensors):
             return "flash"
         if can_use_efficient_attention(tensors):
             return "efficient"
     return "pieces"
 
 
-def _scores(query: Tensor, key: Tensor, start: int | None) -> Tensor:
+def _attention_scores(query: Tensor, key: Tensor, start: int | None) -> Tensor:
     """q kᵀ / √k; with `start`, the time of the first query, later keys are hidden."""
-    found = (query @ key.mT).mul_(query.shape[-1] ** -0.5)
+    scores = (query @ key.mT).mul_(query.shape[-1] ** -0.5)
     if start is not None:
-        later = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device)
-        found.masked_fill_(later.triu_(start + 1), -torch.inf)
-    return found
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        scores.masked_fill_(future.triu_(start + 1), -torch.inf)
+    return scores
 
 
-def _slices(query: Tensor, key: Tensor) -> list[slice]:
+def _query_slices(query: Tensor, key: Tensor) -> list[slice]:
     """Pieces of queries whose scores are at most SCORES numbers."""
     rows = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
     return [slice(start, start + rows) for start in range(0, query.shape[2], rows)]
 
 
-def _in_pieces(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _attention_in_chunks(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3])
     with torch.autocast(query.device.type, enabled=False):
-        for some in _slices(query, key):
-            seen = slice(some.stop if causal else None)
-            found = _scores(query[:, :, some], key[:, :, seen], some.start if causal else None)
-            spread = found.logsumexp(-1)
-            lse[:, :, some] = spread
-            out[:, :, some] = found.sub_(spread[..., None]).exp_() @ value[:, :, seen]
+        for rows in _query_slices(query, key):
+            visible = slice(rows.stop if causal else None)
+            scores = _attention_scores(
+                query[:, :, rows], key[:, :, visible], rows.start if causal else None
+            )
+            chunk_lse = scores.logsumexp(-1)
+            lse[:, :, rows] = chunk_lse
+            out[:, :, rows] = scores.sub_(chunk_lse[..., None]).exp_() @ value[:, :, visible]
     return out, lse
 
 
-def _backward_in_pieces(
+def _attention_backward_in_chunks(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_query, d_key, d_value = (
@@ -133,15 +141,15 @@ def _backward_in_pieces(
         torch.zeros_like(value),
     )
     with torch.autocast(query.device.type, enabled=False):
-        for some in _slices(query, key):
-            seen = slice(some.stop if causal else None)
-            q, d = query[:, :, some], d_out[:, :, some]
-            found = _scores(q, key[:, :, seen], some.start if causal else None)
-            weights = found.sub_(lse[:, :, some, None]).exp_()
-            d_value[:, :, seen] += weights.mT @ d
-            inner = (d * out[:, :, some]).sum(-1, keepdim=True)
-            d_scores = (d @ value[:, :, seen].mT).sub_(inner).mul_(weights)
+        for rows in _query_slices(query, key):
+            visible = slice(rows.stop if causal else None)
+            q, d = query[:, :, rows], d_out[:, :, rows]
+            scores = _attention_scores(q, key[:, :, visible], rows.start if causal else None)
+            weights = scores.sub_(lse[:, :, rows, None]).exp_()
+            d_value[:, :, visible] += weights.mT @ d
+            inner = (d * out[:, :, rows]).sum(-1, keepdim=True)
+            d_scores = (d @ value[:, :, visible].mT).sub_(inner).mul_(weights)
             d_scores.mul_(q.shape[-1] ** -0.5)
-            d_query[:, :, some] = d_scores @ key[:, :, seen]
-            d_key[:, :, seen] += d_scores.mT @ q
+            d_query[:, :, rows] = d_scores @ key[:, :, visible]
+            d_key[:, :, visible] += d_scores.mT @ q
     return d_query, d_key, d_value

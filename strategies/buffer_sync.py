@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .data_parallel import STATISTICS, changed_buffers, fingerprint, is_power_of_two
+from .data_parallel import (
+    NORM_STATISTICS,
+    buffer_fingerprint,
+    find_changed_buffers,
+    is_power_of_two,
+)
 
 
 class BufferSync:
@@ -27,54 +32,56 @@ class BufferSync:
     def __init__(self, module: nn.Module, group: ProcessGroup) -> None:
         """Take a fingerprint of each buffer; at this time all ranks have equal buffers."""
         self.module, self.group = module, group
-        self.sent: set[str] = set()  # names of buffers that change
-        self.watched: dict[str, tuple[Any, ...]] = {}  # of those that have not changed so far
-        self._batches = 0
-        for name, buffer in _buffers(module).items():
-            if name.rpartition(".")[2] in STATISTICS:
-                self.sent.add(name)
+        self.broadcast_names: set[str] = set()  # names of buffers that change
+        self.unchanged_fingerprints: dict[
+            str, tuple[Any, ...]
+        ] = {}  # of those that have not changed so far
+        self._num_batches = 0
+        for name, buffer in _syncable_buffers(module).items():
+            if name.rpartition(".")[2] in NORM_STATISTICS:
+                self.broadcast_names.add(name)
             else:
-                self.watched[name] = fingerprint(buffer)
+                self.unchanged_fingerprints[name] = buffer_fingerprint(buffer)
 
     def before_step(self) -> None:
         """Broadcast the buffers that change; every rank of the group calls it."""
-        if self.sent and self._batches > 0:
+        if self.broadcast_names and self._num_batches > 0:
             self.broadcast()
 
     def after_step(self) -> None:
         """Compare buffers after the steps 1, 2, 4, 8, ...; every rank of the group calls it."""
-        self._batches += 1
-        if self.watched and is_power_of_two(self._batches):
+        self._num_batches += 1
+        if self.unchanged_fingerprints and is_power_of_two(self._num_batches):
             self._find_changed()
 
     def _find_changed(self) -> None:
-        now = _buffers(self.module)
-        device = next(iter(now.values())).device if now else torch.device("cpu")
-        for name in changed_buffers(self.watched, now, device, self.group):
-            self.sent.add(name)
-            del self.watched[name]
+        buffers = _syncable_buffers(self.module)
+        device = next(iter(buffers.values())).device if buffers else torch.device("cpu")
+        for name in find_changed_buffers(self.unchanged_fingerprints, buffers, device, self.group):
+            self.broadcast_names.add(name)
+            del self.unchanged_fingerprints[name]
 
     @torch.no_grad()
     def broadcast(self) -> None:
         """Give all ranks the first rank's values: one message for each device."""
-        now = _buffers(self.module)
-        tensors = [now[name] for name in sorted(self.sent) if name in now]
+        buffers = _syncable_buffers(self.module)
+        tensors = [buffers[name] for name in sorted(self.broadcast_names) if name in buffers]
         for device in {tensor.device for tensor in tensors}:
-            here = [tensor for tensor in tensors if tensor.device == device]
-            flat = torch.cat([_bytes_of(tensor) for tensor in here])
+            device_tensors = [tensor for tensor in tensors if tensor.device == device]
+            flat = torch.cat([_as_bytes(tensor) for tensor in device_tensors])
             dist.broadcast(flat, dist.get_global_rank(self.group, 0), group=self.group)
             if dist.get_rank(self.group) != 0:
-                sizes = [tensor.numel() * tensor.element_size() for tensor in here]
-                for tensor, piece in zip(here, flat.split(sizes), strict=True):
-                    values = piece.clone().view(tensor.dtype)  # aligned in memory of its own
+                sizes = [tensor.numel() * tensor.element_size() for tensor in device_tensors]
+                for tensor, chunk in zip(device_tensors, flat.split(sizes), strict=True):
+                    values = chunk.clone().view(tensor.dtype)  # aligned in memory of its own
                     tensor.copy_(values.view(tensor.shape))
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
+def _syncable_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Plain buffers with values, each once."""
     return {
         name: buffer

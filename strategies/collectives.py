@@ -9,8 +9,10 @@ from torch.distributed import ProcessGroup
 
 # torch 2.14 deprecates `all_gather_into_tensor`; older versions lack `all_gather_single`.
 # Both have the same arguments. Remove this when every supported torch has `all_gather_single`.
-_NAMES = ("all_gather_single", "all_gather_into_tensor")
-_all_gather: Callable[..., Any] = next(getattr(dist, n) for n in _NAMES if hasattr(dist, n))
+_ALL_GATHER_NAMES = ("all_gather_single", "all_gather_into_tensor")
+_all_gather: Callable[..., Any] = next(
+    getattr(dist, n) for n in _ALL_GATHER_NAMES if hasattr(dist, n)
+)
 
 
 def all_gather_single(output: Tensor, input: Tensor, group: ProcessGroup | None = None) -> None:

@@ -37,105 +37,117 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ravine.errors import UsageError
 
-from .block_attention import attention, attention_backward, exact
+from .block_attention import accumulation_dtype, attention_with_lse, attention_with_lse_backward
 
-FORWARD, BACKWARD = 2, {2: 8, 3: 8}  # parts of the heads, by ranks; backward there are more buffers
-SHORTEST = {"cpu": 2**16, "cuda": 2**22}  # bytes of a message for which heads are taken apart
+FORWARD_HEAD_GROUPS, BACKWARD_HEAD_GROUPS = (
+    2,
+    {2: 8, 3: 8},
+)  # parts of the heads, by ranks; backward there are more buffers
+MIN_MESSAGE_BYTES = {
+    "cpu": 2**16,
+    "cuda": 2**22,
+}  # bytes of a message for which heads are taken apart
 
 
-def zigzag(length: int, rank: int, ranks: int) -> Tensor:
+def zigzag_positions(length: int, rank: int, num_ranks: int) -> Tensor:
     """Positions (t) that a rank has of a sequence: an early piece and a late one."""
-    pieces = torch.arange(length).chunk(2 * ranks)
-    return torch.cat((pieces[rank], pieces[2 * ranks - 1 - rank]))
+    chunks = torch.arange(length).chunk(2 * num_ranks)
+    return torch.cat((chunks[rank], chunks[2 * num_ranks - 1 - rank]))
 
 
-class Context:
+class ContextParallel:
     """The slots of a module, filled for the length of a step."""
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh) -> None:
         """Find them; refuse a module that has none."""
-        self.group, self.rank, self.ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-        self.attentions: list[Any] = [m for m in module.modules() if hasattr(m, "attend")]
-        self.timed: list[Any] = [m for m in module.modules() if hasattr(m, "times")]
-        self.module, self.name = module, type(module).__name__
-        name = self.name
-        self.seen_sober = False
-        if not self.attentions or not self.timed:
+        self.group, self.rank, self.num_ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+        self.attention_modules: list[Any] = [m for m in module.modules() if hasattr(m, "attend")]
+        self.position_modules: list[Any] = [m for m in module.modules() if hasattr(m, "times")]
+        self.module, self.module_name = module, type(module).__name__
+        name = self.module_name
+        self._rng_checked = False
+        if not self.attention_modules or not self.position_modules:
             raise UsageError(
-                f"cp={self.ranks}: {name} has no attention with the slots `attend` and `times`,"
+                f"cp={self.num_ranks}: {name} has no attention with the slots `attend` and `times`,"
                 " which a cut sequence needs; type --trainer.strategy zero3"
             )
-        if any(getattr(m, "dropout", 0) for m in self.attentions):
+        if any(getattr(m, "dropout", 0) for m in self.attention_modules):
             raise UsageError(
-                f"cp={self.ranks}: {name} drops attention weights, which no rank has whole; type"
+                f"cp={self.num_ranks}: {name} drops attention weights, which no rank has whole; "
+                "type"
                 " --model.dropout=0, or --trainer.strategy zero3"
             )
-        for part, m in module.named_modules():
+        for submodule_name, m in module.named_modules():
             if isinstance(m, _DropoutNd) and m.p > 0:
                 raise UsageError(
-                    f"cp={self.ranks}: {name} has dropout ({part}), and ranks would drop the same"
+                    f"cp={self.num_ranks}: {name} has dropout ({submodule_name}), and ranks would "
+                    "drop the same"
                     " of different tokens; type --model.dropout=0, or --trainer.strategy zero3"
                 )
-        self.usual = [m.attend for m in self.attentions]
+        self.original_attention = [m.attend for m in self.attention_modules]
 
     def part(self, batch: Any) -> Any:
         """This rank's share of every tensor (b t ...) of a batch."""
 
-        def share(tensor: Tensor) -> Tensor:
+        def shard_tensor(tensor: Tensor) -> Tensor:
             if tensor.ndim < 2:
                 return tensor
-            self._check(tensor.shape[1])
-            here = zigzag(tensor.shape[1], self.rank, self.ranks).to(tensor.device)
-            return tensor.index_select(1, here)
+            self._check_divisible(tensor.shape[1])
+            positions = zigzag_positions(tensor.shape[1], self.rank, self.num_ranks).to(
+                tensor.device
+            )
+            return tensor.index_select(1, positions)
 
-        return tree_map_only(Tensor, share, batch)
+        return tree_map_only(Tensor, shard_tensor, batch)
 
-    def cut(self, batch: Any) -> Any:
+    def shard_and_bind(self, batch: Any) -> Any:
         """This rank's share, and the slots filled for it."""
-        mine = self.part(batch)
+        batch_shard = self.part(batch)
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         lengths = {tensor.shape[1] for tensor in tensors if tensor.ndim > 1}
         if len(lengths) != 1:
             raise UsageError(
-                f"cp={self.ranks} cuts the tensors (b t ...) of a batch along t, and this batch has"
+                f"cp={self.num_ranks} cuts the tensors (b t ...) of a batch along t, and this "
+                "batch has"
                 f" {' and '.join(map(str, sorted(lengths))) or 'no'} lengths; type"
                 " --trainer.strategy zero3"
             )
-        times = zigzag(lengths.pop(), self.rank, self.ranks).to(self._device)
-        for module in self.timed:
+        times = zigzag_positions(lengths.pop(), self.rank, self.num_ranks).to(self._module_device)
+        for module in self.position_modules:
             module.times = times
-        for module in self.attentions:
+        for module in self.attention_modules:
             module.attend = self.attend
-        return mine
+        return batch_shard
 
     @contextmanager
-    def sober(self) -> Iterator[None]:
+    def forbid_rng(self) -> Iterator[None]:
         """Refuse a step that draws random numbers, like a dropout that is no module; look once."""
-        before = [] if self.seen_sober else self._generators()
+        rng_states = [] if self._rng_checked else self._rng_states()
         yield
-        if before and not all(map(torch.equal, before, self._generators())):
+        if rng_states and not all(map(torch.equal, rng_states, self._rng_states())):
             raise UsageError(
-                f"cp={self.ranks}: {self.name}.training_step draws random numbers (a dropout?), and"
+                f"cp={self.num_ranks}: {self.module_name}.training_step draws random numbers (a "
+                "dropout?), and"
                 " ranks would draw the same for different tokens; leave them out, or type"
                 " --trainer.strategy zero3"
             )
-        self.seen_sober = True
+        self._rng_checked = True
 
     @property
-    def _device(self) -> torch.device:
+    def _module_device(self) -> torch.device:
         return next(self.module.parameters()).device
 
-    def _generators(self) -> list[Tensor]:
-        device = self._device
+    def _rng_states(self) -> list[Tensor]:
+        device = self._module_device
         states = [torch.get_rng_state()]
         return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
-    def release(self) -> None:
+    def restore_attention(self) -> None:
         """Empty the slots: whoever calls the net now has whole sequences."""
-        for module in self.timed:
+        for module in self.position_modules:
             module.times = None
-        for module, usual in zip(self.attentions, self.usual, strict=True):
-            module.attend = usual
+        for module, original in zip(self.attention_modules, self.original_attention, strict=True):
+            module.attend = original
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
         """Causal attention over the whole sequence, of this rank's tokens; all (b h t k)."""
@@ -143,14 +155,15 @@ class Context:
         if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)  # as for scaled_dot_product_attention
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        return _Ring.apply(query, key, value, self.group)
+        return _RingAttention.apply(query, key, value, self.group)
 
-    def _check(self, length: int) -> None:
-        parts = 2 * self.ranks
-        if length % parts:
-            nearest = max(parts, round(length / parts) * parts)
+    def _check_divisible(self, length: int) -> None:
+        num_chunks = 2 * self.num_ranks
+        if length % num_chunks:
+            nearest = max(num_chunks, round(length / num_chunks) * num_chunks)
             raise UsageError(
-                f"cp={self.ranks} does not cut {length} tokens into {parts} equal pieces; type"
+                f"cp={self.num_ranks} does not cut {length} tokens into {num_chunks} equal "
+                "pieces; type"
                 f" --data.context={nearest}"
             )
 
@@ -160,26 +173,26 @@ def queries(rank: int, source: int, length: int) -> slice:
     return slice(length // 2 if source > rank else 0, length)
 
 
-def seen(rank: int, source: int, length: int) -> int:
+def num_visible_keys(rank: int, source: int, length: int) -> int:
     """How many keys of `source`, from the first on, are seen by any query of `rank`."""
     return length // 2 if source < rank else length
 
 
-def pieces(key: Tensor, parts: int) -> list[tuple[slice, slice]]:
+def ring_slices(key: Tensor, num_groups: int) -> list[tuple[slice, slice]]:
     """Slices of sequences and heads of a key (b h t k) that the ring exchanges one after another.
 
-    The buffers of the ring hold one piece, of `parts` equal ones where there are as many heads, and
-    of fewer where messages would be too short for the device.
+    The buffers of the ring hold one piece, of `num_groups` equal ones where there are as many
+    heads, and of fewer where messages would be too short for the device.
     """
     batch, heads = key.shape[:2]
     size = 2 * key.numel() * key.element_size()  # of keys and values
-    parts = min(parts, max(1, size // SHORTEST.get(key.device.type, 2**22)))
-    across = max(1, heads // parts)
-    rows = batch if parts <= heads else max(1, batch * heads // parts)
+    num_groups = min(num_groups, max(1, size // MIN_MESSAGE_BYTES.get(key.device.type, 2**22)))
+    heads_per_slice = max(1, heads // num_groups)
+    rows = batch if num_groups <= heads else max(1, batch * heads // num_groups)
     return [
-        (slice(row, row + rows), slice(head, head + across))
+        (slice(row, row + rows), slice(head, head + heads_per_slice))
         for row in range(0, batch, rows)
-        for head in range(0, heads, across)
+        for head in range(0, heads, heads_per_slice)
     ]
 
 
@@ -190,26 +203,33 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
     Query, key and value (b h t k) are this rank's, `group` is the name of the ring's group. As one
     operator its output is kept by selective recomputation, and torch.compile does not trace it.
     """
-    ring, length = _Neighbours(group), query.shape[2]
-    out, lse = _results(query)
-    for piece in pieces(key, FORWARD):
-        own = _packed(key[piece], value[piece], key.dtype)
-        block, q, spread, result = own, query[piece], lse[piece], out[piece]
-        total = _total(result, lse.dtype)
-        for step in range(ring.ranks):
-            passing = ring.keys(own, step + 1)
-            mine = queries(ring.rank, ring.back(step), length)
-            found, now = attention(q[:, :, mine], *_unpacked(block), causal=step == 0)
+    ring, length = _RingNeighbours(group), query.shape[2]
+    out, lse = _empty_results(query)
+    for ring_slice in ring_slices(key, FORWARD_HEAD_GROUPS):
+        local_kv = _pack_kv(key[ring_slice], value[ring_slice], key.dtype)
+        remote_kv, q, slice_lse, result = (
+            local_kv,
+            query[ring_slice],
+            lse[ring_slice],
+            out[ring_slice],
+        )
+        total = _accumulator(result, lse.dtype)
+        for step in range(ring.num_ranks):
+            transfer = ring.exchange_kv(local_kv, step + 1)
+            query_slice = queries(ring.rank, ring.rank_at(step), length)
+            block_out, block_lse = attention_with_lse(
+                q[:, :, query_slice], *_unpack_kv(remote_kv), causal=step == 0
+            )
             if step == 0:
-                total.copy_(found)
-                spread.copy_(now)
+                total.copy_(block_out)
+                slice_lse.copy_(block_lse)
             else:
-                _merge(total[:, :, mine], spread[:, :, mine], found, now)
-            del found, now  # before the next block is computed
-            block = passing.received() if passing else own
+                _merge(total[:, :, query_slice], slice_lse[:, :, query_slice], block_out, block_lse)
+            del block_out, block_lse  # before the next block is computed
+            remote_kv = transfer.received() if transfer else local_kv
         if total is not result:
             result.copy_(total)
-        del own, block, passing, total
+        del local_kv, remote_kv, transfer, total
     return out, lse
 
 
@@ -222,42 +242,48 @@ def ring_attention_backward(
     Keys and values are exchanged again. The gradients of a block's keys and values return to their
     rank while the next block is computed.
     """
-    ring, length = _Neighbours(group), query.shape[2]
+    ring, length = _RingNeighbours(group), query.shape[2]
     results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    add: Callable[[], None] | None = None  # adds the gradients that another rank is sending
-    for piece in pieces(key, BACKWARD.get(ring.ranks, 4)):
-        own = _packed(key[piece], value[piece], key.dtype)
-        block, inputs = own, [each[piece] for each in (d_out, query, out, lse)]
-        d_piece = [each[piece] for each in results]
-        totals = [_total(each, lse.dtype) for each in d_piece]
-        for step in range(ring.ranks):
-            passing = ring.keys(own, step + 1)
-            mine = queries(ring.rank, ring.back(step), length)
-            d, q, o, spread = (each[:, :, mine] for each in inputs)
-            found = attention_backward(d, q, *_unpacked(block), o, spread, causal=step == 0)
+    add_pending: Callable[[], None] | None = None  # adds the gradients that another rank is sending
+    for ring_slice in ring_slices(key, BACKWARD_HEAD_GROUPS.get(ring.num_ranks, 4)):
+        local_kv = _pack_kv(key[ring_slice], value[ring_slice], key.dtype)
+        remote_kv, inputs = local_kv, [item[ring_slice] for item in (d_out, query, out, lse)]
+        slice_grads = [item[ring_slice] for item in results]
+        totals = [_accumulator(item, lse.dtype) for item in slice_grads]
+        for step in range(ring.num_ranks):
+            transfer = ring.exchange_kv(local_kv, step + 1)
+            query_slice = queries(ring.rank, ring.rank_at(step), length)
+            d, q, o, lse_rows = (item[:, :, query_slice] for item in inputs)
+            block_grads = attention_with_lse_backward(
+                d, q, *_unpack_kv(remote_kv), o, lse_rows, causal=step == 0
+            )
             if step == 0:
-                for total, each in zip(totals, found, strict=True):
-                    total.copy_(each)
+                for total, item in zip(totals, block_grads, strict=True):
+                    total.copy_(item)
             else:
-                totals[0][:, :, mine] += found[0]
-            if add is not None:
-                add()
-            add = None
+                totals[0][:, :, query_slice] += block_grads[0]
+            if add_pending is not None:
+                add_pending()
+            add_pending = None
             if step > 0:
-                returning = ring.gradients(_packed(*found[1:], lse.dtype), step, length)
-                add = partial(_add, returning, totals, d_piece if step + 1 == ring.ranks else [])
-                del returning
-            del found  # before the next block is computed
-            block = passing.received() if passing else own
-        del own, block, passing, totals
-    if add is not None:
-        add()
+                grad_transfer = ring.exchange_grads(
+                    _pack_kv(*block_grads[1:], lse.dtype), step, length
+                )
+                add_pending = partial(
+                    _add, grad_transfer, totals, slice_grads if step + 1 == ring.num_ranks else []
+                )
+                del grad_transfer
+            del block_grads  # before the next block is computed
+            remote_kv = transfer.received() if transfer else local_kv
+        del local_kv, remote_kv, transfer, totals
+    if add_pending is not None:
+        add_pending()
     return results
 
 
 @ring_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    return _results(query)
+    return _empty_results(query)
 
 
 @ring_attention_backward.register_fake
@@ -267,51 +293,51 @@ def _(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _results(query: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
     """Room for out (b h t k), whose heads lie together at each time as in (b t d), and for lse."""
     b, h, t, k = query.shape
     out = query.new_empty(b, t, h, k).transpose(1, 2)
-    return out, query.new_empty(b, h, t, dtype=exact(query.dtype))
+    return out, query.new_empty(b, h, t, dtype=accumulation_dtype(query.dtype))
 
 
-def _total(result: Tensor, dtype: torch.dtype) -> Tensor:
+def _accumulator(result: Tensor, dtype: torch.dtype) -> Tensor:
     """Where blocks are added up: the result itself, or in a wider dtype beside it."""
     return result if result.dtype == dtype else torch.empty_like(result, dtype=dtype)
 
 
-def _merge(total: Tensor, lse: Tensor, found: Tensor, now: Tensor) -> None:
+def _merge(total: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
     """Join a block's result to that over the keys before it, in place."""
-    found = found if found.dtype == total.dtype else found.to(total.dtype)
-    total.lerp_(found, (now - lse).sigmoid_()[..., None])
-    torch.logaddexp(lse, now, out=lse)
+    block_out = block_out if block_out.dtype == total.dtype else block_out.to(total.dtype)
+    total.lerp_(block_out, (block_lse - lse).sigmoid_()[..., None])
+    torch.logaddexp(lse, block_lse, out=lse)
 
 
-def _add(returning: "_Passing", totals: list[Tensor], results: list[Tensor]) -> None:
+def _add(transfer: "_RingSendRecv", totals: list[Tensor], results: list[Tensor]) -> None:
     """Add a message to the gradients of keys and values; for the last one, copy the results."""
-    found = returning.received()
-    for total, each in zip(totals[1:], _unpacked(found), strict=True):
-        total[:, :, : len(found)] += each
+    received = transfer.received()
+    for total, grad in zip(totals[1:], _unpack_kv(received), strict=True):
+        total[:, :, : len(received)] += grad
     for total, result in zip(totals, results, strict=False):
         if total is not result:
             result.copy_(total)
 
 
-def _packed(key: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+def _pack_kv(key: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     """One message (t 2 b h k) of keys and values; the first half of its time is contiguous."""
     b, h, t, k = key.shape
     message = key.new_empty(t, 2, b, h, k, dtype=dtype)
-    for room, part in zip(_unpacked(message), (key, value), strict=True):
-        room.copy_(part)
+    for view, tensor in zip(_unpack_kv(message), (key, value), strict=True):
+        view.copy_(tensor)
     return message
 
 
-def _unpacked(message: Tensor) -> tuple[Tensor, Tensor]:
+def _unpack_kv(message: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (b h t k) of a message, as views."""
     key, value = message.permute(1, 2, 3, 0, 4).unbind()
     return key, value
 
 
-class _Ring(torch.autograd.Function):
+class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> Tensor:
         out, lse = torch.ops.ravine.ring_attention(query, key, value, group.group_name)
@@ -321,51 +347,55 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        given = (gradients[0], *ctx.saved_tensors, ctx.group)
-        return *torch.ops.ravine.ring_attention_backward(*given), None
+        inputs = (gradients[0], *ctx.saved_tensors, ctx.group)
+        return *torch.ops.ravine.ring_attention_backward(*inputs), None
 
 
-class _Neighbours:
+class _RingNeighbours:
     """The ranks of a ring, and the messages between them at each step."""
 
     def __init__(self, group: str) -> None:
         self.group: Any = distributed_c10d._resolve_process_group(group)  # pyright: ignore
-        self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.rank, self.num_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
 
-    def back(self, step: int) -> int:
+    def rank_at(self, step: int) -> int:
         """The rank so many places before this one: its keys are used at this step."""
-        return (self.rank - step) % self.ranks
+        return (self.rank - step) % self.num_ranks
 
-    def keys(self, own: Tensor, step: int) -> "_Passing | None":
+    def exchange_kv(self, local_kv: Tensor, step: int) -> "_RingSendRecv | None":
         """Exchange the keys and values that are used at this step, if there is such a step."""
-        if step == self.ranks:
+        if step == self.num_ranks:
             return None
-        reader, source = self.back(-step), self.back(step)
-        sent = own[: seen(reader, self.rank, len(own))]
-        return _Passing(sent, seen(self.rank, source, len(own)), reader, source, self.group)
+        target, source = self.rank_at(-step), self.rank_at(step)
+        sent = local_kv[: num_visible_keys(target, self.rank, len(local_kv))]
+        return _RingSendRecv(
+            sent, num_visible_keys(self.rank, source, len(local_kv)), target, source, self.group
+        )
 
-    def gradients(self, found: Tensor, step: int, length: int) -> "_Passing":
+    def exchange_grads(self, grads: Tensor, step: int, length: int) -> "_RingSendRecv":
         """Send the gradients of this step's keys and values to their rank; receive own ones."""
-        source, reader = self.back(step), self.back(-step)
-        return _Passing(found, seen(reader, self.rank, length), source, reader, self.group)
+        source, target = self.rank_at(step), self.rank_at(-step)
+        return _RingSendRecv(
+            grads, num_visible_keys(target, self.rank, length), source, target, self.group
+        )
 
 
-class _Passing:
+class _RingSendRecv:
     """A message (t ...) being sent to a rank of the ring, and one being received from another."""
 
     def __init__(
         self, sent: Tensor, length: int, to: int, source: int, group: ProcessGroup
     ) -> None:
         self.sent = sent
-        self.arriving = sent.new_empty(length, *sent.shape[1:])
+        self.receive_buffer = sent.new_empty(length, *sent.shape[1:])
         messages = [
             dist.P2POp(dist.isend, sent, group=group, group_peer=to),
-            dist.P2POp(dist.irecv, self.arriving, group=group, group_peer=source),
+            dist.P2POp(dist.irecv, self.receive_buffer, group=group, group_peer=source),
         ]
-        self.work = dist.batch_isend_irecv(messages)
+        self.pending_ops = dist.batch_isend_irecv(messages)
 
     def received(self) -> Tensor:
         """What has come, once it has."""
-        for each in self.work:
-            each.wait()
-        return self.arriving
+        for op in self.pending_ops:
+            op.wait()
+        return self.receive_buffer

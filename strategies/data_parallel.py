@@ -23,8 +23,10 @@ from torch.optim import Optimizer
 from ravine.errors import UsageError
 from ravine.lightning_compat import ddp_options
 
-UNFINISHED = "Expected to have finished reduction in the prior iteration"  # of torch's DDP
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels keep the version
+UNFINISHED_REDUCTION_TEXT = (
+    "Expected to have finished reduction in the prior iteration"  # of torch's DDP
+)
+NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels keep the version
 
 
 class DataParallelStrategy(DDPStrategy):
@@ -44,46 +46,54 @@ class DataParallelStrategy(DDPStrategy):
     def __init__(self, gradient_as_bucket_view: bool = True, **kwargs: Any) -> None:
         """Take the arguments of DDPStrategy."""
         super().__init__(**{"gradient_as_bucket_view": gradient_as_bucket_view}, **kwargs)
-        self._batches = 0  # seen by this run
-        self._watched: dict[str, tuple[Any, ...]] = {}  # buffers that have not changed so far
-        self._steps = 0  # of optimizers, in this run
+        self._num_batches = 0  # seen by this run
+        self._unchanged_fingerprints: dict[
+            str, tuple[Any, ...]
+        ] = {}  # buffers that have not changed so far
+        self._num_optimizer_steps = 0  # of optimizers, in this run
 
     def configure_ddp(self) -> None:
         """Wrap the module, and leave out of each step's broadcast what has not changed yet."""
         super().configure_ddp()
-        self._batches, self._steps, self._watched = 0, 0, {}
-        if not self._ddp.will_sync_module_buffers():
+        self._num_batches, self._num_optimizer_steps, self._unchanged_fingerprints = 0, 0, {}
+        if not self._ddp_module.will_sync_module_buffers():
             return
-        for name, buffer in self._ddp.module.named_buffers():
-            if name.rpartition(".")[2] not in STATISTICS:
-                self._watched[name] = fingerprint(buffer)
-        self._leave_out(set(self._watched))
+        for name, buffer in self._ddp_module.module.named_buffers():
+            if name.rpartition(".")[2] not in NORM_STATISTICS:
+                self._unchanged_fingerprints[name] = buffer_fingerprint(buffer)
+        self._ignore_buffers(set(self._unchanged_fingerprints))
 
     @property
-    def _ddp(self) -> DistributedDataParallel:
+    def _ddp_module(self) -> DistributedDataParallel:
         assert isinstance(self.model, DistributedDataParallel)
         return self.model
 
-    def _leave_out(self, names: set[str]) -> None:
+    def _ignore_buffers(self, names: set[str]) -> None:
         """Set which buffers DDP ignores; it reads these names before each broadcast."""
-        ddp: Any = self._ddp
-        ddp.parameters_to_ignore = set(ddp.parameters_to_ignore) - set(self._watched) | names
+        ddp: Any = self._ddp_module
+        ddp.parameters_to_ignore = (
+            set(ddp.parameters_to_ignore) - set(self._unchanged_fingerprints) | names
+        )
         ddp._assign_modules_buffers()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Compare buffers before the batches 1, 2, 4, 8, ... and at the start of an epoch."""
         super().on_train_batch_start(batch, batch_idx)
-        number, self._batches = self._batches, self._batches + 1
-        if self._watched and number > 0 and (is_power_of_two(number) or batch_idx == 0):
-            self._find_changed()
+        number, self._num_batches = self._num_batches, self._num_batches + 1
+        if (
+            self._unchanged_fingerprints
+            and number > 0
+            and (is_power_of_two(number) or batch_idx == 0)
+        ):
+            self._update_changed_buffers()
 
-    def _find_changed(self) -> None:
-        buffers = dict(self._ddp.module.named_buffers())
-        changed = changed_buffers(self._watched, buffers, self.root_device)
+    def _update_changed_buffers(self) -> None:
+        buffers = dict(self._ddp_module.module.named_buffers())
+        changed = find_changed_buffers(self._unchanged_fingerprints, buffers, self.root_device)
         if changed:
-            self._leave_out(set(self._watched) - set(changed))
+            self._ignore_buffers(set(self._unchanged_fingerprints) - set(changed))
             for name in changed:
-                del self._watched[name]
+                del self._unchanged_fingerprints[name]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's step.
@@ -94,45 +104,51 @@ class DataParallelStrategy(DDPStrategy):
         try:
             return super().training_step(*args, **kwargs)
         except RuntimeError as error:
-            if UNFINISHED not in str(error):
+            if UNFINISHED_REDUCTION_TEXT not in str(error):
                 raise
             raise UsageError(
                 f"{type(self.lightning_module).__name__}: the loss does not depend on"
-                f" {self._not_reached(str(error))}, whose gradients ddp waits for; allowed: a loss"
+                f" {self._unreached_param_names(str(error))}, whose gradients ddp waits for; "
+                "allowed: a loss"
                 " that depends on all trainable parameters; type"
                 " --trainer.strategy ddp_find_unused_parameters_true"
             ) from error
 
-    def _not_reached(self, text: str) -> str:
+    def _unreached_param_names(self, text: str) -> str:
         """Names of the parameters whose places are in an error message of DDP."""
-        found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
-        named = [name for name, p in self._ddp.module.named_parameters() if p.requires_grad]
-        places = [int(place) for place in found[1].split()] if found else []
-        names = [named[place] for place in places if place < len(named)]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return f"{', '.join(names[:3])}{more}" if names else "some trainable parameters"
+        match = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
+        trainable_names = [
+            name for name, p in self._ddp_module.module.named_parameters() if p.requires_grad
+        ]
+        indices = [int(index) for index in match[1].split()] if match else []
+        names = [trainable_names[index] for index in indices if index < len(trainable_names)]
+        rest_text = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"{', '.join(names[:3])}{rest_text}" if names else "some trainable parameters"
 
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Step; after the steps 1, 2, 4, 8, ... refuse what views of the buckets would break."""
         output = super().optimizer_step(optimizer, *args, **kwargs)
-        self._steps += 1
-        if self._steps & (self._steps - 1) == 0 and ddp_options(self)["gradient_as_bucket_view"]:
-            refuse_moved_gradients(optimizer)
-            if self._steps == 1:
-                refuse_kept_gradients(optimizer)
+        self._num_optimizer_steps += 1
+        if (
+            self._num_optimizer_steps & (self._num_optimizer_steps - 1) == 0
+            and ddp_options(self)["gradient_as_bucket_view"]
+        ):
+            check_gradients_in_buckets(optimizer)
+            if self._num_optimizer_steps == 1:
+                check_no_gradient_in_state(optimizer)
         return output
 
 
-def fingerprint(buffer: Tensor) -> tuple[Any, ...]:
+def buffer_fingerprint(buffer: Tensor) -> tuple[Any, ...]:
     """Values that differ after a change of a buffer: address, version and, if it has one, sum."""
     version = None if buffer.is_inference() else buffer._version
     if buffer.is_meta or buffer.numel() == 0 or buffer.layout != torch.strided:
         return tuple(buffer.shape), id(buffer), version
     numbers = torch.view_as_real(buffer) if buffer.is_complex() else buffer
-    exact = torch.float64 if numbers.is_floating_point() else torch.int64
+    sum_dtype = torch.float64 if numbers.is_floating_point() else torch.int64
     total = None
     with suppress(RuntimeError, NotImplementedError):  # no sum of numbers of eight bits
-        total = numbers.detach().sum(dtype=exact).item()
+        total = numbers.detach().sum(dtype=sum_dtype).item()
     return buffer.data_ptr(), version, str(total)  # as text, because NaN != NaN
 
 
@@ -141,27 +157,30 @@ def is_power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 
 
-def changed_buffers(
-    before: Mapping[str, tuple[Any, ...]],
-    now: Mapping[str, Tensor],
+def find_changed_buffers(
+    old_fingerprints: Mapping[str, tuple[Any, ...]],
+    buffers: Mapping[str, Tensor],
     device: torch.device,
     group: ProcessGroup | None = None,
 ) -> list[str]:
     """Names of buffers that have changed on any rank; every rank of the group calls it.
 
     Args:
-        before: fingerprints by name, of the same names on all ranks.
-        now: all buffers by name.
+        old_fingerprints: fingerprints by name, of the same names on all ranks.
+        buffers: all buffers by name.
         device: on which the group sends.
         group: the ranks; None: all.
     """
-    changed = [name in now and fingerprint(now[name]) != old for name, old in before.items()]
+    changed = [
+        name in buffers and buffer_fingerprint(buffers[name]) != old
+        for name, old in old_fingerprints.items()
+    ]
     flags = torch.tensor(changed, dtype=torch.uint8, device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
-    return [name for name, flag in zip(before, flags.tolist(), strict=True) if flag]
+    return [name for name, flag in zip(old_fingerprints, flags.tolist(), strict=True) if flag]
 
 
-def refuse_moved_gradients(optimizer: Any) -> None:
+def check_gradients_in_buckets(optimizer: Any) -> None:
     """ValueError if `p.grad.data = new` has given a view of a bucket other memory.
 
     DDP would reduce the bucket, and the gradient would never have the result.
@@ -179,7 +198,7 @@ def refuse_moved_gradients(optimizer: Any) -> None:
             )
 
 
-def refuse_kept_gradients(optimizer: Any) -> None:
+def check_no_gradient_in_state(optimizer: Any) -> None:
     """ValueError if an optimizer keeps a gradient, not a copy of it, as part of its state.
 
     A gradient that is a view of a bucket is overwritten by the next backward pass.
@@ -189,12 +208,12 @@ def refuse_kept_gradients(optimizer: Any) -> None:
     for parameter in parameters if isinstance(states, Mapping) else ():
         if parameter.grad is None or parameter.grad.layout != torch.strided:
             continue
-        memory = parameter.grad.untyped_storage().data_ptr()
+        gradient_address = parameter.grad.untyped_storage().data_ptr()
         state = states.get(parameter)
         for name, value in state.items() if isinstance(state, Mapping) else ():
             if not isinstance(value, Tensor) or value.layout != torch.strided:
                 continue
-            if value.numel() and value.untyped_storage().data_ptr() == memory:
+            if value.numel() and value.untyped_storage().data_ptr() == gradient_address:
                 raise UsageError(
                     f"{type(optimizer).__name__} keeps a gradient as its state {name!r}, and ddp"
                     " overwrites gradients in place (gradient_as_bucket_view); allowed: states with"
@@ -204,7 +223,7 @@ def refuse_kept_gradients(optimizer: Any) -> None:
                 )
 
 
-def register() -> None:
+def register_ddp_names() -> None:
     """Register DataParallelStrategy under each name of Lightning's DDPStrategy."""
     for name, entry in list(StrategyRegistry.items()):
         if entry["strategy"] is DDPStrategy:
@@ -217,4 +236,4 @@ def register() -> None:
             )
 
 
-register()
+register_ddp_names()

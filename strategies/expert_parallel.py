@@ -23,23 +23,23 @@ from torch.nn.functional import pad
 from ravine.errors import UsageError
 
 
-def mixtures(module: nn.Module) -> list[nn.Module]:
+def find_experts(module: nn.Module) -> list[nn.Module]:
     """The modules called `experts`."""
     return [m for name, m in module.named_modules() if name.rpartition(".")[2] == "experts"]
 
 
-def spread_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
+def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     """Leave each rank of `mesh` its share of the experts; the modules that were changed."""
-    found = mixtures(module)
-    if not found:
-        takes = "experts" in (getattr(module, "hparams", None) or {})
-        fix = "type --model.experts=8, or" if takes else "give it one, or type"
+    expert_modules = find_experts(module)
+    if not expert_modules:
+        has_experts_arg = "experts" in (getattr(module, "hparams", None) or {})
+        fix = "type --model.experts=8, or" if has_experts_arg else "give it one, or type"
         raise UsageError(
             f"ep={mesh.size()}: {type(module).__name__} has no mixture of experts (a module called"
             f" `experts`, with the experts as the first axis of its parameters); {fix}"
             " --trainer.strategy zero3"
         )
-    for experts in found:
+    for experts in expert_modules:
         count = next(experts.parameters()).shape[0]
         if count % mesh.size():
             fitting = [n for n in range(1, count + 1) if count % n == 0]
@@ -49,41 +49,45 @@ def spread_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
                 f" {', '.join(map(str, fitting))}; type --trainer.strategy.ep={nearest}"
             )
         for name, parameter in list(experts.named_parameters()):
-            part = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
-            experts.register_parameter(name, nn.Parameter(part, parameter.requires_grad))
-        experts.forward = _travelling(experts, experts.forward, mesh.get_group())
-    return found
+            shard = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+            experts.register_parameter(name, nn.Parameter(shard, parameter.requires_grad))
+        experts.forward = _all_to_all_forward(experts, experts.forward, mesh.get_group())
+    return expert_modules
 
 
-def _travelling(
+def _all_to_all_forward(
     experts: nn.Module, forward: Callable[[Tensor], Tensor], group: ProcessGroup
 ) -> Callable[[Tensor], Tensor]:
-    ranks = dist.get_world_size(group)
+    num_ranks = dist.get_world_size(group)
 
-    def travelling(x: Tensor) -> Tensor:
+    def dispatch_forward(x: Tensor) -> Tensor:
         e, n, d = x.shape
-        given = n
+        num_slots = n
         if not torch.is_grad_enabled():  # in an evaluation ranks may have unequal batches
-            most = torch.tensor(n, device=x.device)
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-            n = int(most)
-            x = pad(x, (0, 0, 0, n - given))
-        sent = _Exchange.apply(x, group).view(ranks, e // ranks, n, d)  # of each rank, for mine
-        mail = sent.transpose(0, 1).reshape(e // ranks, ranks * n, d)
-        whole = dict(experts._parameters)
-        parts: Any = {k: p.to_local() if isinstance(p, DTensor) else p for k, p in whole.items()}
-        experts._parameters.update(parts)  # the module knows nothing of meshes
+            max_slots = torch.tensor(n, device=x.device)
+            dist.all_reduce(max_slots, dist.ReduceOp.MAX, group=group)
+            n = int(max_slots)
+            x = pad(x, (0, 0, 0, n - num_slots))
+        received = _AllToAll.apply(x, group).view(
+            num_ranks, e // num_ranks, n, d
+        )  # of each rank, for mine
+        local_inputs = received.transpose(0, 1).reshape(e // num_ranks, num_ranks * n, d)
+        sharded_params = dict(experts._parameters)
+        local_params: Any = {
+            k: p.to_local() if isinstance(p, DTensor) else p for k, p in sharded_params.items()
+        }
+        experts._parameters.update(local_params)  # the module knows nothing of meshes
         try:
-            answers = forward(mail)
+            outputs = forward(local_inputs)
         finally:
-            experts._parameters.update(whole)
-        answers = answers.view(e // ranks, ranks, n, d).transpose(0, 1).reshape(e, n, d)
-        return _Exchange.apply(answers, group)[:, :given]
+            experts._parameters.update(sharded_params)
+        outputs = outputs.view(e // num_ranks, num_ranks, n, d).transpose(0, 1).reshape(e, n, d)
+        return _AllToAll.apply(outputs, group)[:, :num_slots]
 
-    return travelling
+    return dispatch_forward
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     """All-to-all of equal parts along the first axis; its gradient goes the same way back."""
 
     @staticmethod
@@ -96,19 +100,23 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        return _Exchange.apply(gradients[0], ctx.group), None
+        return _AllToAll.apply(gradients[0], ctx.group), None
 
 
 @torch.no_grad()
-def settle_experts(found: list[nn.Module], replicas: DeviceMesh, data: int) -> None:
-    """Average the gradients of experts over `data` ranks.
+def reduce_expert_gradients(
+    expert_modules: list[nn.Module], replicas: DeviceMesh, num_data_ranks: int
+) -> None:
+    """Average the gradients of experts over `num_data_ranks` ranks.
 
     What came from the ranks of one exchange is summed up already, by the way back of their tokens;
     `replicas` are the ranks that keep the same experts.
     """
-    for parameter in (p for experts in found for p in experts.parameters() if p.grad is not None):
+    for parameter in (
+        p for experts in expert_modules for p in experts.parameters() if p.grad is not None
+    ):
         gradient: Any = parameter.grad
-        part = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        local_grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         if replicas.size() > 1:
-            dist.all_reduce(part, group=replicas.get_group())
-        part /= data
+            dist.all_reduce(local_grad, group=replicas.get_group())
+        local_grad /= num_data_ranks

@@ -32,12 +32,12 @@ def clip_grad_norm(
     """
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    groups: dict[Any, list[Tensor]] = {}
+    grads_by_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         sharded = isinstance(gradient, DTensor)
         key = (gradient.device_mesh, gradient.placements) if sharded else None
-        groups.setdefault(key, []).append(gradient)
-    norms = [get_total_norm(group) for group in groups.values()]
+        grads_by_mesh.setdefault(key, []).append(gradient)
+    norms = [get_total_norm(group) for group in grads_by_mesh.values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     if not norms and (group is None or not parameters):
         return torch.zeros(())

@@ -4,9 +4,10 @@
 
 A parameter whose values are made later has an attribute `initial_values`, an object whose method
 `rows(start, stop)` makes some rows on the CPU: it draws them, reads them from a file, or computes
-them from another parameter's rows. Sharding replaces parameters, so `deferred` finds the
-attributes by name before it. A part is made in blocks of rows: at most `BLOCK` bytes are in memory
-besides the parts, and no rank has a whole tensor. Parameters that two modules share get one part.
+them from another parameter's rows. Sharding replaces parameters, so `collect_deferred_values`
+finds the attributes by name before it. A part is made in blocks of rows: at most `MAX_BLOCK_BYTES`
+bytes are in memory besides the parts, and no rank has a whole tensor. Parameters that two modules
+share get one part.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,47 +18,48 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-BLOCK = 2**24  # bytes that are made at once
+MAX_BLOCK_BYTES = 2**24  # bytes that are made at once
 
 
-def values_of(parameter: Tensor | None) -> Any:
+def deferred_values(parameter: Tensor | None) -> Any:
     """The object that makes a parameter's values later; None if it has values, or never will."""
-    later = parameter is not None and parameter.is_meta
-    return getattr(parameter, "initial_values", None) if later else None
+    is_deferred = parameter is not None and parameter.is_meta
+    return getattr(parameter, "initial_values", None) if is_deferred else None
 
 
-def deferred(module: nn.Module) -> dict[str, Any]:
+def collect_deferred_values(module: nn.Module) -> dict[str, Any]:
     """The objects that make values later, by the names of their parameters; shared ones by all."""
     named = module.named_parameters(remove_duplicate=False)
-    return {name: found for name, p in named if (found := values_of(p)) is not None}
+    return {name: values for name, p in named if (values := deferred_values(p)) is not None}
 
 
 def blocks(parameter: Tensor) -> Iterator[Tensor]:
     """A parameter's values in the order of its rows; those it has already are one block."""
-    values = values_of(parameter)
+    values = deferred_values(parameter)
     if values is None:
         yield parameter.detach()
         return
     size = parameter.shape[0] if parameter.ndim else 1
-    for first in range(0, size, rows := _rows_of_a_block(parameter)):
+    for first in range(0, size, rows := _rows_per_block(parameter)):
         yield values.rows(first, min(first + rows, size))
 
 
 @torch.no_grad()
-def materialize(
+def materialize_params(
     module: nn.Module, values: Mapping[str, Any], device: torch.device | str
 ) -> dict[int, nn.Parameter]:
     """Replace every parameter on the meta device by this rank's part of its values.
 
     Args:
         module: the LightningModule, sharded or not.
-        values: what `deferred` found before it was sharded; the same values on every rank.
+        values: what `collect_deferred_values` found before it was sharded; the same values on
+        every rank.
         device: where the parts are kept.
 
     Returns:
         the new parameters by the id of the one that each replaces.
     """
-    new: dict[int, nn.Parameter] = {}
+    new_params: dict[int, nn.Parameter] = {}
     for name, parameter in module.named_parameters():
         if not parameter.is_meta or name not in values:
             continue
@@ -65,42 +67,44 @@ def materialize(
             shape, start = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
-            part = torch.empty(shape, dtype=parameter.dtype, device=device)
+            shard = torch.empty(shape, dtype=parameter.dtype, device=device)
         else:
             shape, start = parameter.shape, (0,) * parameter.ndim
-            part = torch.empty_like(parameter, device=device, requires_grad=False)  # its strides
-        for rows, block in _blocks(values[name], parameter, shape, start):
-            part[rows] = block.to(device)
-        whole: Tensor = part
+            shard = torch.empty_like(parameter, device=device, requires_grad=False)  # its strides
+        for rows, block in _iter_shard_blocks(values[name], parameter, shape, start):
+            shard[rows] = block.to(device)
+        full: Tensor = shard
         if isinstance(parameter, DTensor):
-            whole = DTensor.from_local(
-                part,
+            full = DTensor.from_local(
+                shard,
                 parameter.device_mesh,
                 parameter.placements,
                 run_check=False,
                 shape=parameter.shape,
                 stride=parameter.stride(),
             )
-        new[id(parameter)] = nn.Parameter(whole, parameter.requires_grad)
-    for part_of in module.modules():
-        for name, parameter in part_of._parameters.items():
-            if parameter is not None and id(parameter) in new:
-                part_of._parameters[name] = new[id(parameter)]
-    return new
+        new_params[id(parameter)] = nn.Parameter(full, parameter.requires_grad)
+    for submodule in module.modules():
+        for name, parameter in submodule._parameters.items():
+            if parameter is not None and id(parameter) in new_params:
+                submodule._parameters[name] = new_params[id(parameter)]
+    return new_params
 
 
-def _rows_of_a_block(parameter: Tensor) -> int:
+def _rows_per_block(parameter: Tensor) -> int:
     row = parameter.shape[1:].numel() * parameter.itemsize
-    return max(1, BLOCK // max(1, row))
+    return max(1, MAX_BLOCK_BYTES // max(1, row))
 
 
-def _blocks(values: Any, parameter: Tensor, shape: Any, start: Any) -> Iterator[tuple[Any, Tensor]]:
+def _iter_shard_blocks(
+    values: Any, parameter: Tensor, shape: Any, start: Any
+) -> Iterator[tuple[Any, Tensor]]:
     """Rows of a part, as a slice of it, and their values."""
     if not shape:
         yield ..., values.rows(0, 1).view(())
         return
     columns = tuple(slice(a, a + n) for a, n in zip(start[1:], shape[1:], strict=True))
-    rows = _rows_of_a_block(parameter)
+    rows = _rows_per_block(parameter)
     for first in range(0, shape[0], rows):
         last = min(first + rows, shape[0])
         block = values.rows(start[0] + first, start[0] + last)

@@ -32,44 +32,56 @@ from ravine.lightning_compat import (
     should_accumulate,
 )
 
-from .activation_checkpointing import Mode
+from .activation_checkpointing import CheckpointingMode
 from .buffer_sync import BufferSync
 from .checkpoint import sharded
 from .checkpoint import state_dict as states
 from .checkpoint.atomic_io import (
     AtomicCheckpointIO,
-    check_folder,
-    reading_together,
-    refuse_foreign,
-    resolved,
-    unwritable,
+    check_serializable,
+    collective_loading,
+    require_valid_folder,
+    resolve_parent,
+    write_error,
 )
 from .checkpoint.plain_values import with_plain_hyperparameters
-from .context_parallel import Context
-from .device_mesh import Layout, check_choices, check_module, check_together, lay_out, resolve
-from .fsdp.mixed_precision import half_of
-from .fsdp.original_parameters import OriginalParameters, refuse_common_memory
-from .fsdp.sharded_optimizer import owns, refuse_coupled_members, shard_steps, share_methods
-from .fsdp.sharded_parameter import GatherOnUse, is_marked
-from .fsdp.torch_attributes import check_fsdp
-from .gradient_norm import clip_grad_norm
-from .gradient_readers import find_readers, free_gradients, frees_early
-from .materialize import deferred, materialize
-from .parallel_module import (
-    Spread,
-    UnitOptions,
-    copy_from_rank_zero,
-    is_parallel,
-    parallelize,
+from .context_parallel import ContextParallel
+from .device_mesh import (
+    MeshLayout,
+    build_mesh,
+    resolve_degrees,
+    validate_combination,
+    validate_module,
+    validate_strategy_args,
 )
-from .pipeline_parallel import SCHEDULES, Pipeline, Schedule
-from .sharding_errors import in_one_line
-from .stock_callbacks import refuse_stock_callbacks
-from .zero1 import OwnedGradients
+from .fsdp.mixed_precision import half_precision_dtype
+from .fsdp.original_parameters import OriginalParameters, check_no_shared_memory
+from .fsdp.sharded_optimizer import (
+    check_members_not_coupled,
+    copy_methods_to_wrapper,
+    owns_parameter,
+    shard_optimizer_steps,
+)
+from .fsdp.sharded_parameter import GatherOnUse, has_sharded_parameters
+from .fsdp.torch_attributes import check_fsdp_attributes
+from .gradient_norm import clip_grad_norm
+from .gradient_readers import can_free_gradients_early, find_gradient_readers, free_gradients
+from .materialize import collect_deferred_values, materialize_params
+from .parallel_module import (
+    ParallelModule,
+    UnitOptions,
+    broadcast_from_rank_zero,
+    has_sharded_params,
+    parallelize_module,
+)
+from .pipeline_parallel import SCHEDULE_CLASSES, Pipeline, PipelineSchedule
+from .sharding_errors import raise_as_sharding_error
+from .stock_callbacks import check_stock_callbacks
+from .zero1 import Zero1Reducer
 
 
 @atexit.register
-def leave() -> None:
+def destroy_process_group_at_exit() -> None:
     """End the job before the interpreter ends: gloo's threads may abort the process otherwise.
 
     For every strategy; Lightning does it for NCCL alone.
@@ -117,9 +129,9 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         zero: Literal[1, 2, 3] = 3,
         pp: int = 1,
         ep: int = 1,
-        schedule: Schedule = "1f1b",
+        schedule: PipelineSchedule = "1f1b",
         microbatches: int = 4,
-        recompute: Mode = "none",
+        recompute: CheckpointingMode = "none",
         smallest_unit: int | None = None,
         gather_once: bool = False,
         save_distributed_checkpoint: bool = False,
@@ -128,68 +140,76 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         axes = {"dp_shard": dp_shard, "dp_replicate": dp_replicate, "cp": cp, "tp": tp, "pp": pp}
         self.degrees = axes | {"ep": ep}
-        choices = (zero, schedule, list(SCHEDULES), microbatches)
-        check_choices(*choices, smallest_unit, gather_once)
-        self.schedule: Schedule = schedule
-        self.microbatches = microbatches
+        validated_args = (zero, schedule, list(SCHEDULE_CLASSES), microbatches)
+        validate_strategy_args(*validated_args, smallest_unit, gather_once)
+        self.pipeline_schedule: PipelineSchedule = schedule
+        self.num_microbatches = microbatches
         self.pipeline: Pipeline | None = None
-        self.zero, self.sequence_parallel = zero, sequence_parallel
-        self.recompute: Mode = recompute
-        self.smallest_unit, self.gather_once = smallest_unit, gather_once
-        self.layout: Layout | None = None
-        self.spread: Spread | None = None
-        self.context: Context | None = None
-        self.originals: OriginalParameters | None = None  # with ZeRO-2 and 3
-        self.gather: GatherOnUse | None = None  # with ZeRO-2 and 3
+        self.zero_stage, self.sequence_parallel = zero, sequence_parallel
+        self.activation_checkpointing: CheckpointingMode = recompute
+        self.min_unit_bytes, self.gather_once = smallest_unit, gather_once
+        self.layout: MeshLayout | None = None
+        self.parallel_module: ParallelModule | None = None
+        self.context: ContextParallel | None = None
+        self.original_parameters: OriginalParameters | None = None  # with ZeRO-2 and 3
+        self.gather_on_use: GatherOnUse | None = None  # with ZeRO-2 and 3
         self.buffers: BufferSync | None = None
-        self.gradients: OwnedGradients | None = None  # with ZeRO-1
-        self._adapted: list[Optimizer] = []
-        self.when_joined: Callable[[], None] | None = None  # called before the mesh is made
-        self.frees = False  # whether gradients are freed before the forward pass
+        self.zero1_reducer: Zero1Reducer | None = None  # with ZeRO-1
+        self._adapted_optimizers: list[Optimizer] = []
+        self.on_process_group_ready: Callable[[], None] | None = (
+            None  # called before the mesh is made
+        )
+        self.should_free_gradients = False  # whether gradients are freed before the forward pass
 
     def resolved_degrees(self) -> dict[str, int]:
         """The size of each axis with -1 filled in, or an error that says what would fit."""
-        return resolve(self.degrees, self.num_processes * self.num_nodes)
+        return resolve_degrees(self.degrees, self.num_processes * self.num_nodes)
 
     def before_launch(self) -> None:
         """Check the axes while the trainer is created: fail before a process starts."""
         degrees = self.resolved_degrees()
-        check_together(degrees, self.sequence_parallel, self.schedule, self.microbatches)
+        validate_combination(
+            degrees, self.sequence_parallel, self.pipeline_schedule, self.num_microbatches
+        )
 
     def setup_environment(self) -> None:
         """Join the job and lay out the mesh."""
         self.join_processes()
-        if self.when_joined is not None:
-            self.when_joined()
-        self.layout = lay_out(self.resolved_degrees(), self.zero, self.root_device)
+        if self.on_process_group_ready is not None:
+            self.on_process_group_ready()
+        self.layout = build_mesh(self.resolved_degrees(), self.zero_stage, self.root_device)
         assert self.lightning_module is not None
-        self.set_device_mesh(self.layout.named)
+        self.set_device_mesh(self.layout.lightning_mesh)
         self.lightning_module.__dict__["strategy_draws_values"] = True  # read by TaskModule
-        if self.layout.tp.size() > 1:  # ranks that compute one activation draw one dropout for it
+        if (
+            self.layout.tp_mesh.size() > 1
+        ):  # ranks that compute one activation draw one dropout for it
             torch.manual_seed(self.broadcast(torch.initial_seed()))
 
-    def parallelize(self, module: nn.Module) -> Spread:
+    def parallelize(self, module: nn.Module) -> ParallelModule:
         """Spread the module over the mesh unless it has done so itself."""
         assert self.layout is not None
-        copy_from_rank_zero(module, self.root_device)
+        broadcast_from_rank_zero(module, self.root_device)
         if self.layout.degrees["pp"] > 1 and self.pipeline is None:
-            mesh = self.layout.named["pp"]
-            self.pipeline = Pipeline(module, mesh, self.schedule, self.microbatches)
-        if is_parallel(module):
-            return Spread(module, self.layout)
+            mesh = self.layout.lightning_mesh["pp"]
+            self.pipeline = Pipeline(module, mesh, self.pipeline_schedule, self.num_microbatches)
+        if has_sharded_params(module):
+            return ParallelModule(module, self.layout)
         options = self._unit_options(module)
-        return parallelize(module, self.layout, options, self.sequence_parallel, self.recompute)
+        return parallelize_module(
+            module, self.layout, options, self.sequence_parallel, self.activation_checkpointing
+        )
 
     def _unit_options(self, module: nn.Module) -> UnitOptions:
         assert self.layout is not None
-        shards = self.layout.shard.size(-1)  # the last axis is that of the shards
+        shards = self.layout.fsdp_mesh.size(-1)  # the last axis is that of the shards
         automatic = getattr(module, "automatic_optimization", False)
         return UnitOptions(
-            sharded=self.zero > 1,
-            keep=self.zero == 2 or self.gather_once,
-            smallest=self.smallest_unit,
-            half=half_of(self.precision_plugin) if shards > 1 else None,
-            around_steps=automatic and self.layout.degrees["pp"] == 1,
+            is_sharded=self.zero_stage > 1,
+            keep_until_backward=self.zero_stage == 2 or self.gather_once,
+            min_unit_bytes=self.min_unit_bytes,
+            half_dtype=half_precision_dtype(self.precision_plugin) if shards > 1 else None,
+            gather_around_steps=automatic and self.layout.degrees["pp"] == 1,
             gather_once=self.gather_once,
         )
 
@@ -198,57 +218,73 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         assert self.layout is not None
-        refuse_stock_callbacks(trainer)
-        check_module(module, self.layout.degrees, self.sequence_parallel)
+        check_stock_callbacks(trainer)
+        validate_module(module, self.layout.degrees, self.sequence_parallel)
         if self.layout.degrees["cp"] > 1:
-            self.context = Context(module, self.layout.named["cp"])
-        foreign = is_parallel(module) and not is_marked(module)  # sharded by the module itself
+            self.context = ContextParallel(module, self.layout.lightning_mesh["cp"])
+        is_parallelized_by_module = has_sharded_params(module) and not has_sharded_parameters(
+            module
+        )  # sharded by the module itself
         if self.world_size > 1:
-            refuse_common_memory(module)
+            check_no_shared_memory(module)
         if self.synchronizes_batchnorm and trainer.training:
             self._synchronize_batchnorm(module)
-        if self.zero > 1:
-            self.originals = OriginalParameters(module)
-        values = deferred(module)  # by name: sharding replaces the parameters
-        self.spread = self.parallelize(module)
-        if self.zero > 1 and not foreign:
-            check_fsdp(module)
-        drawn = module.__dict__.pop("initial_values", None)
-        if drawn is not None:
-            drawn.seed = self.broadcast(drawn.seed)
-        self.spread.replaced(materialize(module, values, self.root_device))
-        if self.originals is not None:
-            self.originals.update_references()
-        own = is_overridden("configure_model", module)
-        if not own:  # Lightning insists that the module has one, to shard itself there
+        if self.zero_stage > 1:
+            self.original_parameters = OriginalParameters(module)
+        deferred_params = collect_deferred_values(
+            module
+        )  # by name: sharding replaces the parameters
+        self.parallel_module = self.parallelize(module)
+        if self.zero_stage > 1 and not is_parallelized_by_module:
+            check_fsdp_attributes(module)
+        value_source = module.__dict__.pop("initial_values", None)
+        if value_source is not None:
+            value_source.seed = self.broadcast(value_source.seed)
+        self.parallel_module.update_replaced_ids(
+            materialize_params(module, deferred_params, self.root_device)
+        )
+        if self.original_parameters is not None:
+            self.original_parameters.update_references()
+        has_configure_model = is_overridden("configure_model", module)
+        if (
+            not has_configure_model
+        ):  # Lightning insists that the module has one, to shard itself there
             module.configure_model = lambda: None
         super().setup(trainer)
-        if not own:
+        if not has_configure_model:
             del module.configure_model
-        if self.zero > 1 and self.layout.tp.size() * self.layout.degrees["pp"] == 1 and not foreign:
-            self.gather = GatherOnUse(module)
-            self.gather.mark()
-            if self.originals is not None:
-                self.gather.keep(self.originals.hooks, self.originals.attributes)
-        if self.originals is not None and self.gather is not None:
-            for optimizer in self.originals.kept_optimizers():
-                self.originals.update_optimizer(optimizer)
-                shard_steps(optimizer)
-        if self.layout.data.size() > 1:
-            self.buffers = BufferSync(module, self.layout.data.get_group())
+        if (
+            self.zero_stage > 1
+            and self.layout.tp_mesh.size() * self.layout.degrees["pp"] == 1
+            and not is_parallelized_by_module
+        ):
+            self.gather_on_use = GatherOnUse(module)
+            self.gather_on_use.install()
+            if self.original_parameters is not None:
+                self.gather_on_use.attach_original_attributes(
+                    self.original_parameters.hooks_by_name,
+                    self.original_parameters.attributes_by_name,
+                )
+        if self.original_parameters is not None and self.gather_on_use is not None:
+            for optimizer in self.original_parameters.find_module_optimizers():
+                self.original_parameters.update_optimizer(optimizer)
+                shard_optimizer_steps(optimizer)
+        if self.layout.data_mesh.size() > 1:
+            self.buffers = BufferSync(module, self.layout.data_mesh.get_group())
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
-            self._check_norm(trainer.gradient_clip_val)
+            self._check_norm_clipping(trainer.gradient_clip_val)
         replace_method(self.precision_plugin, "clip_grad_by_norm", self._clip_by_norm)
 
-    def _check_norm(self, bound: float) -> None:
+    def _check_norm_clipping(self, bound: float) -> None:
         """ValueError where `gradient_clip_val` would measure the gradients of this rank alone."""
         assert self.layout is not None
         degrees = self.layout.degrees
-        apart = [f"{k}={degrees[k]}" for k in ("pp", "ep") if degrees[k] > 1]
-        if apart:
+        unsummed_degrees = [f"{k}={degrees[k]}" for k in ("pp", "ep") if degrees[k] > 1]
+        if unsummed_degrees:
             raise UsageError(
                 f"gradient_clip_val={bound:g} cannot add up the norm over ranks with different "
-                f"parameters ({', '.join(apart)}); allowed: strategies without pp and ep; use "
+                f"parameters ({', '.join(unsummed_degrees)}); allowed: strategies without pp and "
+                "ep; use "
                 f"the callback GradientClipping(max_norm={bound:g})"
             )
 
@@ -264,18 +300,18 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
                 "sync_batchnorm=True: torch synchronizes BatchNorm on GPUs only, and this run is on"
                 " a CPU; allowed: false; type --trainer.sync_batchnorm=false"
             )
-        nn.SyncBatchNorm.convert_sync_batchnorm(module, self.layout.data.get_group())
+        nn.SyncBatchNorm.convert_sync_batchnorm(module, self.layout.data_mesh.get_group())
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clip all gradients together: sharded ones, whole ones, and those of other ranks."""
-        self._check_norm(clip_val)
+        self._check_norm_clipping(clip_val)
         parameters = self.precision_plugin.main_params(optimizer)
         clip_grad_norm(parameters, clip_val, self.gradient_group)
 
     def teardown(self) -> None:
         """Undo what `setup` has changed."""
-        if self.gradients is not None:
-            self.gradients.close()
+        if self.zero1_reducer is not None:
+            self.zero1_reducer.restore()
         if self.lightning_module is not None:
             self.lightning_module.__dict__.pop("strategy_draws_values", None)
         restore_method(self.precision_plugin, "clip_grad_by_norm")
@@ -283,9 +319,9 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         """Make the optimizers, which the setter of `optimizers` adapts."""
-        if self.originals is not None:  # moved to a device, parameters have lost them
-            self.originals.copy_attributes()
-        self._adapted = []  # a second fit may have the optimizers of the first
+        if self.original_parameters is not None:  # moved to a device, parameters have lost them
+            self.original_parameters.copy_attributes()
+        self._adapted_optimizers = []  # a second fit may have the optimizers of the first
         super().setup_optimizers(trainer)
 
     @property
@@ -297,63 +333,63 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     def optimizers(self, optimizers: list[Optimizer]) -> None:
         """Set them; those that are new are adapted to shards."""
         cast(Any, ModelParallelStrategy.optimizers).fset(self, optimizers)
-        same = [id(o) for o in optimizers] == [id(o) for o in self._adapted]
-        if self.spread is not None and optimizers and not same:
-            self._adapted = list(optimizers)
+        is_unchanged = [id(o) for o in optimizers] == [id(o) for o in self._adapted_optimizers]
+        if self.parallel_module is not None and optimizers and not is_unchanged:
+            self._adapted_optimizers = list(optimizers)
             self._adapt_optimizers()
 
     def _adapt_optimizers(self) -> None:
         """Let optimizers step shards; with ZeRO-1 each rank steps its share of the parameters."""
         assert self.layout is not None
-        if self.originals is not None and self.layout.degrees["pp"] == 1:
+        if self.original_parameters is not None and self.layout.degrees["pp"] == 1:
             for optimizer in self.optimizers:
-                self.originals.update_optimizer(optimizer)
+                self.original_parameters.update_optimizer(optimizer)
         self._prepare_optimizers()
-        known: dict[Tensor, int] = {}
-        if self.gradients is not None:
-            known = self.gradients.owner
-            self.gradients.close()
-            self.gradients = None
-        if self.zero == 1 and self.layout.data.size() > 1:
-            module, spread = self.lightning_module, self._spread
+        known_owners: dict[Tensor, int] = {}
+        if self.zero1_reducer is not None:
+            known_owners = self.zero1_reducer.owner_of
+            self.zero1_reducer.restore()
+            self.zero1_reducer = None
+        if self.zero_stage == 1 and self.layout.data_mesh.size() > 1:
+            module, parallel_module = self.lightning_module, self._required_parallel_module
             assert module is not None
-            self.gradients = OwnedGradients(
+            self.zero1_reducer = Zero1Reducer(
                 module,
                 self.optimizers,
-                self.layout.data.get_group(),
-                lambda: find_readers(module.trainer),
-                {p for experts in spread.experts for p in experts.parameters()},
-                known,
+                self.layout.data_mesh.get_group(),
+                lambda: find_gradient_readers(module.trainer),
+                {p for experts in parallel_module.expert_modules for p in experts.parameters()},
+                known_owners,
             )
-            spread.owned = self.gradients
+            parallel_module.zero1_reducer = self.zero1_reducer
 
     @property
     def gradient_group(self) -> Any:
         """With ZeRO-1, the ranks that have the gradients of different parameters; else None."""
-        own = self.gradients
-        return None if own is None or own.keeps_all else own.group
+        reducer = self.zero1_reducer
+        return None if reducer is None or reducer.keeps_all_gradients else reducer.group
 
     @property
     def arrived(self) -> Collection[Tensor]:
         """With ZeRO-1, the parameters that the last backward pass has reached on this rank."""
-        return () if self.gradients is None else self.gradients.arrived
+        return () if self.zero1_reducer is None else self.zero1_reducer.arrival_counts
 
     def _prepare_optimizers(self) -> None:
         """Replace methods of optimizers that are not written for shards; refuse coupled ones."""
         for optimizer in self.optimizers:
-            if self.zero > 1:
-                shard_steps(optimizer)
+            if self.zero_stage > 1:
+                shard_optimizer_steps(optimizer)
                 for wrapper in self.wrapped_optimizers:
                     if wrapper.optimizer is optimizer:
-                        share_methods(optimizer, wrapper)
+                        copy_methods_to_wrapper(optimizer, wrapper)
             elif self.world_size > 1:
-                refuse_coupled_members(optimizer)
+                check_members_not_coupled(optimizer)
 
     def on_train_start(self) -> None:
         """Decide whether gradients are freed before the next forward pass."""
         super().on_train_start()
         assert self.lightning_module is not None
-        self.frees = frees_early(self.lightning_module.trainer)
+        self.should_free_gradients = can_free_gradients_early(self.lightning_module.trainer)
 
     def on_train_end(self) -> None:
         """Leave equal buffers on all ranks."""
@@ -368,7 +404,10 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         """Free the gradients of the last optimizer step, before the forward pass of the next."""
         super().on_train_batch_start(batch, batch_idx)
         assert self.lightning_module is not None
-        if self.frees and batch_idx % self.lightning_module.trainer.accumulate_grad_batches == 0:
+        if (
+            self.should_free_gradients
+            and batch_idx % self.lightning_module.trainer.accumulate_grad_batches == 0
+        ):
             free_gradients(self.optimizers[0])
 
     def part(self, batch: Any) -> Any:
@@ -384,11 +423,13 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         return result
 
     def _training_step(self, batch: Any, *args: Any) -> Any:
-        batch = self.context.cut(batch) if self.context else batch
-        with self.context.sober() if self.context else nullcontext():
+        batch = self.context.shard_and_bind(batch) if self.context else batch
+        with self.context.forbid_rng() if self.context else nullcontext():
             if self.pipeline is None:
-                return self._gathered(super().training_step, batch, *args)
-            self._spread.accumulate(more=self._accumulates())
+                return self._run_gathered(super().training_step, batch, *args)
+            self._required_parallel_module.set_requires_all_reduce(
+                is_accumulating=self._is_accumulating()
+            )
             return self.pipeline.step(batch, args, self.precision_plugin.train_step_context)
 
     def on_validation_start(self) -> None:
@@ -407,84 +448,90 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
 
     def _evaluate(self, step: Callable[..., Any], batch: Any, args: tuple[Any, ...]) -> Any:
         if self.context is None:
-            return self._gathered(step, batch, *args)
+            return self._run_gathered(step, batch, *args)
         try:
-            return self._gathered(step, self.context.cut(batch), *args)
+            return self._run_gathered(step, self.context.shard_and_bind(batch), *args)
         finally:
-            self.context.release()
+            self.context.restore_attention()
 
     def predict_step(self, *args: Any) -> Any:
         """As in training."""
-        return self._gathered(super().predict_step, *args)
+        return self._run_gathered(super().predict_step, *args)
 
-    def _gathered(self, step: Callable[..., Any], *args: Any) -> Any:
+    def _run_gathered(self, step: Callable[..., Any], *args: Any) -> Any:
         """Run a step of the module with its small children and weights it uses itself gathered."""
-        unit = self._spread.step_unit
-        step = step if self.gather is None else self.gather.around(step)
-        with in_one_line(self.lightning_module, "in its step"):
+        unit = self._required_parallel_module.step_unit
+        step = step if self.gather_on_use is None else self.gather_on_use.wrap_step(step)
+        with raise_as_sharding_error(self.lightning_module, "in its step"):
             return step(*args) if unit is None else unit(step, *args)
 
-    def around_backward(self) -> AbstractContextManager[None]:
+    def backward_context(self) -> AbstractContextManager[None]:
         """The context of a backward pass: errors of sharded tensors are raised in one line."""
-        return in_one_line(self.lightning_module, "in the backward pass")
+        return raise_as_sharding_error(self.lightning_module, "in the backward pass")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Step, and free gathered parameters, which have the values from before it."""
         module = self.lightning_module
-        if self.gather is not None and module is not None and not module.automatic_optimization:
-            self.gather.write_back()
+        if (
+            self.gather_on_use is not None
+            and module is not None
+            and not module.automatic_optimization
+        ):
+            self.gather_on_use.write_back()
         result = super().optimizer_step(*args, **kwargs)
-        if (self.gather is not None or self.gather_once) and module is not None:
-            for unit in self._spread.units():
+        if (self.gather_on_use is not None or self.gather_once) and module is not None:
+            for unit in self._required_parallel_module.cached_units():
                 unit.reshard()
         return result
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Say whether this backward pass is the last of an optimizer step."""
         super().pre_backward(closure_loss)
-        more = self._accumulates()
-        self._spread.accumulate(more=more)
-        if self.gather is not None:
-            self.gather.begin_backward(closure_loss)
-        if self.gradients is not None and not more:
-            own = is_overridden("backward", self.lightning_module)  # may go backward several times
-            self.gradients.begin(None if own else closure_loss)
+        is_accumulating = self._is_accumulating()
+        self._required_parallel_module.set_requires_all_reduce(is_accumulating=is_accumulating)
+        if self.gather_on_use is not None:
+            self.gather_on_use.begin_backward(closure_loss)
+        if self.zero1_reducer is not None and not is_accumulating:
+            overrides_backward = is_overridden(
+                "backward", self.lightning_module
+            )  # may go backward several times
+            self.zero1_reducer.begin_backward(None if overrides_backward else closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Reduce what no shard does, once an optimizer step."""
         super().post_backward(closure_loss)
-        if self.gather is not None:
-            self.gather.end_backward()
+        if self.gather_on_use is not None:
+            self.gather_on_use.end_backward()
         if self.context is not None:
-            self.context.release()
-        if not self._accumulates():
-            if self.gradients is not None:
-                self.gradients.finish()
-            self._spread.settle()
+            self.context.restore_attention()
+        if not self._is_accumulating():
+            if self.zero1_reducer is not None:
+                self.zero1_reducer.finish_reduction()
+            self._required_parallel_module.reduce_gradients()
             if self.pipeline is not None:
-                self.pipeline.settle()
+                self.pipeline.reduce_tied_gradients()
 
-    def _accumulates(self) -> bool:
+    def _is_accumulating(self) -> bool:
         module = self.lightning_module
         assert module is not None
         return module.automatic_optimization and should_accumulate(module.trainer)
 
     @property
-    def _spread(self) -> Spread:
-        assert self.spread is not None
-        return self.spread
+    def _required_parallel_module(self) -> ParallelModule:
+        assert self.parallel_module is not None
+        return self.parallel_module
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Which share of the samples this rank takes."""
         assert self.layout is not None
-        batch = self.layout.batch
+        batch = self.layout.batch_mesh
         return {"num_replicas": batch.size(), "rank": batch.get_local_rank()}
 
     def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Tensor:
         """Reduce over the ranks that see different data, so that a sum counts a sample once."""
         if group is None and self.layout is not None:
-            group = self.layout.data.get_group()
+            group = self.layout.data_mesh.get_group()
         return super().reduce(tensor, group, reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -497,26 +544,26 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights: this rank's parts for a folder, else all of them on rank 0."""
         assert self.lightning_module is not None
-        parts = self.saves_sharded
-        return states.weights(self.lightning_module, parts, self.stages)
+        is_distributed = self.saves_sharded
+        return states.gather_model_state(self.lightning_module, is_distributed, self.stages)
 
     @property
-    def stages(self) -> states.Stages | None:
+    def stages(self) -> states.StageNames | None:
         """With a pipeline, the names of all parameters and the ranks that have them."""
         pipeline = self.pipeline
-        return None if pipeline is None else states.Stages(pipeline.names, pipeline.group)
+        return None if pipeline is None else states.StageNames(pipeline.param_names, pipeline.group)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state, parameters numbered by their place in `named_parameters()`, as the weights."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         assert self.lightning_module is not None
-        owners = bool(self.gradients and self.gradients.owner)
-        owners |= any(self._whole(p) for p in self.lightning_module.parameters())
-        group = self.layout.data.get_group() if owners and self.layout else None
-        how = (self.saves_sharded, group, self.stages)
-        return states.optimizer_state(
-            self.lightning_module, optimizer, *how, lambda p: bool(self._owner_here(p))
+        has_owners = bool(self.zero1_reducer and self.zero1_reducer.owner_of)
+        has_owners |= any(self._has_full_state(p) for p in self.lightning_module.parameters())
+        group = self.layout.data_mesh.get_group() if has_owners and self.layout else None
+        gather_args = (self.saves_sharded, group, self.stages)
+        return states.gather_optimizer_state(
+            self.lightning_module, optimizer, *gather_args, lambda p: bool(self._is_owner(p))
         )
 
     def save_checkpoint(
@@ -526,14 +573,14 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         if not self.saves_sharded:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         checkpoint = with_plain_hyperparameters(checkpoint)
-        refuse_foreign({k: v for k, v in checkpoint.items() if k not in sharded.SPREAD})
+        check_serializable({k: v for k, v in checkpoint.items() if k not in sharded.SHARDED_KEYS})
         path = Path(self.broadcast(filepath))
         if isinstance(self.checkpoint_io, AtomicCheckpointIO):
-            self.checkpoint_io.written.add(resolved(path))
+            self.checkpoint_io.written_paths.add(resolve_parent(path))
         try:
-            sharded.write(checkpoint, path)
+            sharded.save_sharded(checkpoint, path)
         except OSError as error:
-            raise unwritable(path, error) from error
+            raise write_error(path, error) from error
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -542,39 +589,43 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         module, optimizers = self.lightning_module, self.optimizers
         assert module is not None
-        with reading_together(mapped=sharded.SPREAD):
+        with collective_loading(mapped_sections=sharded.SHARDED_KEYS):
             if path.is_dir():
-                check_folder(path)
-                states.refuse_others(module, self.sizes(), states.sizes_in(path))
-                return states.load_parts(
-                    module, optimizers, path, self._owned, self.stages, self._whole
+                require_valid_folder(path)
+                states.check_shapes(module, self.weight_shapes(), states.stored_tensor_shapes(path))
+                return states.load_sharded_state(
+                    module, optimizers, path, self._has_state, self.stages, self._has_full_state
                 )
             checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        states.refuse_others(module, self.sizes(), states.sizes(checkpoint["state_dict"]))
-        states.load(module, optimizers, checkpoint, self._owned, self.stages, self._whole)
+        states.check_shapes(
+            module, self.weight_shapes(), states.tensor_shapes(checkpoint["state_dict"])
+        )
+        states.load_full_state(
+            module, optimizers, checkpoint, self._has_state, self.stages, self._has_full_state
+        )
         return checkpoint
 
-    def sizes(self) -> states.Sizes:
+    def weight_shapes(self) -> states.TensorShapes:
         """The size of each weight of the whole net, wherever its stages are."""
         assert self.lightning_module is not None
-        with self.pipeline.whole() if self.pipeline else nullcontext():
-            return states.sizes(self.lightning_module.state_dict())
+        with self.pipeline.full_net() if self.pipeline else nullcontext():
+            return states.tensor_shapes(self.lightning_module.state_dict())
 
-    def _owned(self, parameter: Tensor) -> bool:
+    def _has_state(self, parameter: Tensor) -> bool:
         """Whether this rank has state of a parameter: its shard's, or all of it."""
-        return self._owner_here(parameter) is not False
+        return self._is_owner(parameter) is not False
 
-    def _whole(self, parameter: Tensor) -> bool:
+    def _has_full_state(self, parameter: Tensor) -> bool:
         """Whether a sharded parameter's state is whole, on one rank."""
-        return owns(self.optimizers, parameter) is not None
+        return owns_parameter(self.optimizers, parameter) is not None
 
-    def _owner_here(self, parameter: Tensor) -> bool | None:
+    def _is_owner(self, parameter: Tensor) -> bool | None:
         """Whether this rank owns a parameter; None where each rank has state of its shard."""
         assert self.layout is not None
-        owners = self.gradients.owner if self.gradients else {}
-        if parameter in owners:
-            return owners[parameter] == self.layout.data.get_local_rank()
-        return owns(self.optimizers, parameter)
+        owner_ranks = self.zero1_reducer.owner_of if self.zero1_reducer else {}
+        if parameter in owner_ranks:
+            return owner_ranks[parameter] == self.layout.data_mesh.get_local_rank()
+        return owns_parameter(self.optimizers, parameter)
 
 
 allow_any_precision(MeshStrategy)

@@ -10,11 +10,11 @@
 A LightningModule's own forward is not what training calls, so it cannot be the unit that gathers
 parameters: its children are. Parameters outside of them, those that several of them share, scalars,
 and under mixed precision the weights of norms (mixed_precision.py) stay whole on each rank; their
-gradients are averaged in one message (`settle`).
+gradients are averaged in one message (`reduce_gradients`).
 
-A member of a list that is smaller than `smallest` bytes is no unit of its own, because each message
-has a fixed cost. It stays with its parent, and small children of the LightningModule are gathered
-together around each step (step_unit.py).
+A member of a list that is smaller than `min_unit_bytes` bytes is no unit of its own, because each
+message has a fixed cost. It stays with its parent, and small children of the LightningModule are
+gathered together around each step (step_unit.py).
 """
 
 import inspect
@@ -36,121 +36,142 @@ from torch.utils._pytree import tree_map_only
 
 from ravine.errors import UsageError
 
-from .activation_checkpointing import Mode, recompute
-from .device_mesh import Layout
-from .expert_parallel import settle_experts, spread_experts
-from .fsdp.mixed_precision import UnitAutocast, full_precision, look_up_in_fp32, unit_policy
+from .activation_checkpointing import CheckpointingMode, apply_activation_checkpointing
+from .device_mesh import MeshLayout
+from .expert_parallel import reduce_expert_gradients, shard_experts
+from .fsdp.mixed_precision import (
+    UnitAutocast,
+    build_mp_policy,
+    full_precision_params,
+    keep_embeddings_in_fp32,
+)
 from .fsdp.step_unit import StepUnit
-from .tensor_parallel import split_matrices
-from .zero1 import OwnedGradients
+from .tensor_parallel import apply_tensor_parallel
+from .zero1 import Zero1Reducer
 
-CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # they have no forward, so they cannot be units
+MODULE_CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # they have no forward, so they cannot be units
 SMALLEST = 2**20  # bytes of a unit, by default
 # before torch 2.12 a shard requires a gradient for a moment: bits of quantized weights stay whole
-SHARDS_INTEGERS = "requires_grad=" in inspect.getsource(FSDPParam._init_sharded_param)
+CAN_SHARD_INTEGERS = "requires_grad=" in inspect.getsource(FSDPParam._init_sharded_param)
 TOGETHER = 2**25  # bytes of small members that one unit gathers; with more, each is a unit
 
 
 @dataclass
-class Spread:
+class ParallelModule:
     """A module on its mesh, and what is left to do with gradients before each optimizer step."""
 
     module: nn.Module
-    layout: Layout
-    partial: list[nn.Module] = field(default_factory=list)  # each rank of tp has a part of a sum
-    experts: list[nn.Module] = field(default_factory=list)  # those that are spread over ep
+    layout: MeshLayout
+    partial_sum_modules: list[nn.Module] = field(
+        default_factory=list
+    )  # each rank of tp has a part of a sum
+    expert_modules: list[nn.Module] = field(default_factory=list)  # those that are spread over ep
     step_unit: StepUnit | None = None  # small children, gathered around each step
-    replicated: set[int] = field(default_factory=set)  # ids of parameters that no unit shards
+    replicated_ids: set[int] = field(default_factory=set)  # ids of parameters that no unit shards
     gather_once: bool = False  # keep what is gathered until the last micro-batch of a step
-    owned: OwnedGradients | None = None  # with ZeRO-1, which averages over the data
-    _units: list[FSDPModule] | None = None
+    zero1_reducer: Zero1Reducer | None = None  # with ZeRO-1, which averages over the data
+    _cached_units: list[FSDPModule] | None = None
 
-    def whole(self) -> list[str]:
+    def replicated_param_names(self) -> list[str]:
         """Names of the trainable parameters that are not sharded."""
-        return [name for name, p in self._plain()]
+        return [name for name, p in self._replicated_params()]
 
-    def _plain(self) -> list[tuple[str, nn.Parameter]]:
-        return [(n, p) for n, p in self.module.named_parameters() if self._is_plain(p)]
+    def _replicated_params(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.module.named_parameters() if self._is_replicated(p)]
 
-    def _plain_parameters(self) -> list[nn.Parameter]:
-        """As `_plain`, without the names, which cost more than the search."""
-        found = {}
+    def _replicated_params_unnamed(self) -> list[nn.Parameter]:
+        """As `_replicated_params`, without the names, which cost more than the search."""
+        params_by_id = {}
         for module in self.module.modules():
             for p in module._parameters.values():
-                if p is not None and self._is_plain(p):
-                    found[id(p)] = p
-        return list(found.values())
+                if p is not None and self._is_replicated(p):
+                    params_by_id[id(p)] = p
+        return list(params_by_id.values())
 
-    def _is_plain(self, p: nn.Parameter) -> bool:
-        whole = not isinstance(p, DTensor) or id(p) in self.replicated
-        return whole and p.requires_grad
+    def _is_replicated(self, p: nn.Parameter) -> bool:
+        is_unsharded = not isinstance(p, DTensor) or id(p) in self.replicated_ids
+        return is_unsharded and p.requires_grad
 
-    def units(self) -> list[FSDPModule]:
+    def cached_units(self) -> list[FSDPModule]:
         """All units, searched once: no unit is made after the module was sharded."""
-        if self._units is None:
-            self._units = units(self.module)
-        return self._units
+        if self._cached_units is None:
+            self._cached_units = fsdp_units(self.module)
+        return self._cached_units
 
-    def replaced(self, new: dict[int, nn.Parameter]) -> None:
+    def update_replaced_ids(self, new: dict[int, nn.Parameter]) -> None:
         """Update the ids of parameters that were replaced; `new` is by the old id."""
-        self.replicated = {id(new[i]) if i in new else i for i in self.replicated}
+        self.replicated_ids = {id(new[i]) if i in new else i for i in self.replicated_ids}
 
-    def accumulate(self, more: bool) -> None:
+    def set_requires_all_reduce(self, is_accumulating: bool) -> None:
         """Announce the next backward pass: replicas all-reduce after the last micro-batch only.
 
         Shards are reduced in each: otherwise every rank would keep whole gradients in between.
         """
-        for unit in self.units():
-            unit.set_requires_all_reduce(not more, recurse=False)
+        for unit in self.cached_units():
+            unit.set_requires_all_reduce(not is_accumulating, recurse=False)
             if self.gather_once:
-                unit.set_reshard_after_backward(not more, recurse=False)
+                unit.set_reshard_after_backward(not is_accumulating, recurse=False)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def reduce_gradients(self) -> None:
         """Average what stayed whole over the data, sum what is partial over tp; once a step."""
-        data = self.layout.data
-        if data.size() > 1 and self.owned is None:
-            _sum_together(self._plain_parameters(), data.get_group(), 1 / data.size())
-        if self.partial:
-            parts = [p for module in self.partial for p in module.parameters()]
-            if self.owned is not None:  # ranks of tp own the same parameters
-                parts = [p for p in parts if p.grad is not None]
-            _sum_together([p for p in parts if p.requires_grad], self.layout.tp.get_group())
-        if self.layout.replicas is not None:
-            settle_experts(self.experts, self.layout.replicas, data.size())
+        data_mesh = self.layout.data_mesh
+        if data_mesh.size() > 1 and self.zero1_reducer is None:
+            _all_reduce_flat(
+                self._replicated_params_unnamed(), data_mesh.get_group(), 1 / data_mesh.size()
+            )
+        if self.partial_sum_modules:
+            partial_params = [p for module in self.partial_sum_modules for p in module.parameters()]
+            if self.zero1_reducer is not None:  # ranks of tp own the same parameters
+                partial_params = [p for p in partial_params if p.grad is not None]
+            _all_reduce_flat(
+                [p for p in partial_params if p.requires_grad], self.layout.tp_mesh.get_group()
+            )
+        if self.layout.expert_replica_mesh is not None:
+            reduce_expert_gradients(
+                self.expert_modules, self.layout.expert_replica_mesh, data_mesh.size()
+            )
 
 
-def _sum_together(parameters: list[Any], group: ProcessGroup, factor: float = 1.0) -> None:
+def _all_reduce_flat(parameters: list[Any], group: ProcessGroup, factor: float = 1.0) -> None:
     """Sum gradients over a group, one message for each dtype.
 
     A parameter without a gradient on some rank counts as zero there, and gets the sum; one without
     a gradient on every rank keeps None.
     """
     for dtype in {p.dtype: None for p in parameters}:
-        alike = [p for p in parameters if p.dtype == dtype]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
-        parts = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-        has = torch.tensor([float(p.grad is not None) for p in alike], device=parts[0].device)
-        flat = torch.cat([*(part.reshape(-1) for part in parts), has.to(dtype)])
+        same_dtype = [p for p in parameters if p.dtype == dtype]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in same_dtype]
+        local_grads = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        has_grad = torch.tensor(
+            [float(p.grad is not None) for p in same_dtype], device=local_grads[0].device
+        )
+        flat = torch.cat(
+            [*(local_grad.reshape(-1) for local_grad in local_grads), has_grad.to(dtype)]
+        )
         dist.all_reduce(flat, group=group)
         flat *= factor
-        *sums, found = flat.split([*(part.numel() for part in parts), len(alike)])
-        for part, new in zip(parts, sums, strict=True):
-            part.copy_(new.view(part.shape))
-        absent = [i for i, p in enumerate(alike) if p.grad is None]
+        *sums, grad_counts = flat.split(
+            [*(local_grad.numel() for local_grad in local_grads), len(same_dtype)]
+        )
+        for local_grad, new in zip(local_grads, sums, strict=True):
+            local_grad.copy_(new.view(local_grad.shape))
+        absent = [i for i, p in enumerate(same_dtype) if p.grad is None]
         if absent:  # only here the host waits for the result
-            for i, others in zip(absent, found[absent].real.tolist(), strict=True):
-                alike[i].grad = grads[i] if others > 0 else None
+            for i, total in zip(absent, grad_counts[absent].real.tolist(), strict=True):
+                same_dtype[i].grad = grads[i] if total > 0 else None
 
 
-def units(module: nn.Module) -> list[FSDPModule]:
+def fsdp_units(module: nn.Module) -> list[FSDPModule]:
     """All units of a LightningModule, that of its small children included."""
-    found: list[FSDPModule] = [each for each in module.modules() if isinstance(each, FSDPModule)]
+    all_units: list[FSDPModule] = [
+        submodule for submodule in module.modules() if isinstance(submodule, FSDPModule)
+    ]
     step_unit = module.__dict__.get("_step_unit")
-    return found if step_unit is None else [*found, step_unit]
+    return all_units if step_unit is None else [*all_units, step_unit]
 
 
-def is_parallel(module: nn.Module) -> bool:
+def has_sharded_params(module: nn.Module) -> bool:
     """Whether somebody has spread parameters of the module already."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
@@ -160,44 +181,53 @@ class UnitOptions:
     """How units are gathered, and which modules become units.
 
     Args:
-        sharded: if false, there are no units, and each rank has whole parameters (ZeRO-1).
-        keep: the gathered parameters stay from a forward to its backward (ZeRO-2).
-        smallest: bytes below which a member of a list is no unit of its own; None: SMALLEST.
-        half: dtype of the gathered parameters; None: that of the shards.
-        around_steps: whether small children may be gathered together around a step, whose backward
+        is_sharded: if false, there are no units, and each rank has whole parameters (ZeRO-1).
+        keep_until_backward: the gathered parameters stay from a forward to its backward (ZeRO-2).
+        min_unit_bytes: bytes below which a member of a list is no unit of its own; None: SMALLEST.
+        half_dtype: dtype of the gathered parameters; None: that of the shards.
+        gather_around_steps: whether small children may be gathered together around a step, whose
+        backward
             must then follow it.
         gather_once: what is gathered stays until the last micro-batch of a step.
     """
 
-    sharded: bool = True
-    keep: bool = False
-    smallest: int | None = None
-    half: torch.dtype | None = None
-    around_steps: bool = False
+    is_sharded: bool = True
+    keep_until_backward: bool = False
+    min_unit_bytes: int | None = None
+    half_dtype: torch.dtype | None = None
+    gather_around_steps: bool = False
     gather_once: bool = False
 
 
-def parallelize(
+def parallelize_module(
     module: nn.Module,
-    layout: Layout,
+    mesh_layout: MeshLayout,
     options: UnitOptions,
     sequence_parallel: bool = False,
-    mode: Mode = "none",
-) -> Spread:
+    checkpointing_mode: CheckpointingMode = "none",
+) -> ParallelModule:
     """Apply the order above to the children of `module`, in place."""
-    names, spread = _names_of_tied(module), Spread(module, layout)
-    tp = layout.tp
-    if tp.size() > 1:
-        spread.partial = split_matrices(module, tp, sequence_parallel)
-    recompute(module, mode)
-    if layout.experts is not None:
-        spread.experts = spread_experts(module, layout.experts)
-    if options.sharded and (layout.data.size() > 1 or tp.size() * layout.degrees["pp"] == 1):
-        apart = {id(p) for experts in spread.experts for p in experts.parameters()}
-        spread.replicated = shard(module, layout.shard, options, apart)
-        spread.step_unit = module.__dict__.get("_step_unit")
-        spread.gather_once = options.gather_once
-    untied = sorted(names - _names_of_tied(module))
+    tied_names, parallel_module = _tied_param_names(module), ParallelModule(module, mesh_layout)
+    tp_mesh = mesh_layout.tp_mesh
+    if tp_mesh.size() > 1:
+        parallel_module.partial_sum_modules = apply_tensor_parallel(
+            module, tp_mesh, sequence_parallel
+        )
+    apply_activation_checkpointing(module, checkpointing_mode)
+    if mesh_layout.expert_mesh is not None:
+        parallel_module.expert_modules = shard_experts(module, mesh_layout.expert_mesh)
+    if options.is_sharded and (
+        mesh_layout.data_mesh.size() > 1 or tp_mesh.size() * mesh_layout.degrees["pp"] == 1
+    ):
+        ignored_ids = {
+            id(p) for experts in parallel_module.expert_modules for p in experts.parameters()
+        }
+        parallel_module.replicated_ids = shard_module(
+            module, mesh_layout.fsdp_mesh, options, ignored_ids
+        )
+        parallel_module.step_unit = module.__dict__.get("_step_unit")
+        parallel_module.gather_once = options.gather_once
+    untied = sorted(tied_names - _tied_param_names(module))
     if untied:
         raise UsageError(
             f"{type(module).__name__}: {' and '.join(untied[0])} share one parameter and cannot be"
@@ -205,79 +235,88 @@ def parallelize(
             ["a tp_plan that splits none of them"],
             "leave them out of tp_plan",
         )
-    if options.sharded and not is_parallel(module) and layout.degrees["pp"] == 1:
+    if options.is_sharded and not has_sharded_params(module) and mesh_layout.degrees["pp"] == 1:
         raise UsageError(
             f"{type(module).__name__} has nothing to shard: no child module holds a parameter",
             ["modules that are built in __init__ or configure_model"],
             "use a strategy that shards nothing, such as ddp",
             flag="--trainer.strategy ddp",
         )
-    return spread
+    return parallel_module
 
 
-def shard(
+def shard_module(
     module: nn.Module,
     mesh: DeviceMesh,
     options: UnitOptions = UnitOptions(),  # noqa: B008 (it is not changed)
-    apart: Set[int] = frozenset(),
+    ignored_ids: Set[int] = frozenset(),
 ) -> set[int]:
     """Apply fully_shard to the blocks of `module`, then to the rest of each of its children.
 
-    Parameters with ids in `apart` are left as they are.
+    Parameters with ids in `ignored_ids` are left as they are.
 
     Returns:
-        ids of the parameters that stay whole and have their gradients averaged by `settle`.
+        ids of the parameters that stay whole and have their gradients averaged by
+        `reduce_gradients`.
     """
-    smallest = SMALLEST if options.smallest is None else options.smallest
-    blocks = _blocks(module, smallest)
-    roots = [root for root in _roots(module) if root not in blocks]
-    together: list[nn.Module] = []
-    if options.around_steps:
-        small = [r for r in roots if not _contains(r, blocks) and _size(r) < smallest]
-        if len(small) > 1 and sum(map(_size, small)) <= TOGETHER:
-            together = small
-    holders = Counter(id(p) for root in roots for p in root.parameters())  # ids hold no references
-    alone = {id(p) for p in module.parameters() if p.ndim == 0 or holders[id(p)] > 1}
-    alone |= {id(p) for p in module.parameters() if _has_own_class(p) or not p.numel()}
+    min_unit_bytes = SMALLEST if options.min_unit_bytes is None else options.min_unit_bytes
+    fsdp_blocks = _fsdp_blocks(module, min_unit_bytes)
+    fsdp_roots = [root for root in _fsdp_roots(module) if root not in fsdp_blocks]
+    joint_modules: list[nn.Module] = []
+    if options.gather_around_steps:
+        small = [
+            r
+            for r in fsdp_roots
+            if not _contains_any(r, fsdp_blocks) and _param_bytes(r) < min_unit_bytes
+        ]
+        if len(small) > 1 and sum(map(_param_bytes, small)) <= TOGETHER:
+            joint_modules = small
+    num_holders = Counter(
+        id(p) for root in fsdp_roots for p in root.parameters()
+    )  # ids hold no references
+    replicated_ids = {id(p) for p in module.parameters() if p.ndim == 0 or num_holders[id(p)] > 1}
+    replicated_ids |= {id(p) for p in module.parameters() if _is_param_subclass(p) or not p.numel()}
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()  # FSDP2 takes no other, as channels_last
-    if not SHARDS_INTEGERS:
-        alone |= {
+    if not CAN_SHARD_INTEGERS:
+        replicated_ids |= {
             id(p) for p in module.parameters() if not (p.is_floating_point() or p.is_complex())
         }
-    if options.half is not None:
-        alone |= {id(p) for p in full_precision(module)}
-        look_up_in_fp32(module)
-    whole = {p for p in module.parameters() if id(p) in alone | apart}
-    policy = unit_policy(options.half)
-    if together:
-        roots = [root for root in roots if root not in together]
-        step_unit = StepUnit(together)
+    if options.half_dtype is not None:
+        replicated_ids |= {id(p) for p in full_precision_params(module)}
+        keep_embeddings_in_fp32(module)
+    ignored_params = {p for p in module.parameters() if id(p) in replicated_ids | ignored_ids}
+    policy = build_mp_policy(options.half_dtype)
+    if joint_modules:
+        fsdp_roots = [root for root in fsdp_roots if root not in joint_modules]
+        step_unit = StepUnit(joint_modules)
         module.__dict__["_step_unit"] = step_unit  # not a child: not in state_dict()
-        roots.append(step_unit)
-    for unit in blocks + roots:
-        unit.register_forward_hook(_own_outputs)  # before fully_shard's own hook
-        if options.half is not None:
-            UnitAutocast(unit, torch.device(mesh.device_type), options.half)
+        fsdp_roots.append(step_unit)
+    for unit in fsdp_blocks + fsdp_roots:
+        unit.register_forward_hook(_clone_view_outputs)  # before fully_shard's own hook
+        if options.half_dtype is not None:
+            UnitAutocast(unit, torch.device(mesh.device_type), options.half_dtype)
         # the backward pass of a step unit follows its forward: gather a small one once for both
-        keep = options.keep or (isinstance(unit, StepUnit) and _size(unit) < smallest)
-        how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not keep}
-        fully_shard(unit, mp_policy=policy, ignored_params=whole, **how)
-        cast(Any, type(unit)).__deepcopy__ = _refuse_copy
-        if keep:
-            unit.register_forward_hook(_let_go)
-        if keep and not options.gather_once:
-            unit.register_forward_pre_hook(cast(Any, _gather_anew), prepend=True)
-    return alone - apart
+        keep_gathered = options.keep_until_backward or (
+            isinstance(unit, StepUnit) and _param_bytes(unit) < min_unit_bytes
+        )
+        fsdp_kwargs: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not keep_gathered}
+        fully_shard(unit, mp_policy=policy, ignored_params=ignored_params, **fsdp_kwargs)
+        cast(Any, type(unit)).__deepcopy__ = _raise_on_deepcopy
+        if keep_gathered:
+            unit.register_forward_hook(_reshard_after_eval)
+        if keep_gathered and not options.gather_once:
+            unit.register_forward_pre_hook(cast(Any, _reshard_stale), prepend=True)
+    return replicated_ids - ignored_ids
 
 
-def _size(module: nn.Module) -> int:
+def _param_bytes(module: nn.Module) -> int:
     """Bytes of the parameters of a module."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def _refuse_copy(unit: nn.Module, memo: Any) -> None:
+def _raise_on_deepcopy(unit: nn.Module, memo: Any) -> None:
     """`copy.deepcopy` of a unit: torch's FSDP2 has none, and its error does not say what to do."""
     name = type(unit).__name__.removeprefix("FSDP")
     raise UsageError(
@@ -287,16 +326,16 @@ def _refuse_copy(unit: nn.Module, memo: Any) -> None:
     )
 
 
-def _has_own_class(parameter: nn.Parameter) -> bool:
+def _is_param_subclass(parameter: nn.Parameter) -> bool:
     """Whether somebody's subclass of Parameter has to be kept, which a shard would not be."""
     return type(parameter) not in (nn.Parameter, DTensor) and not isinstance(parameter, DTensor)
 
 
-def _contains(module: nn.Module, others: list[nn.Module]) -> bool:
-    return any(part is other for part in module.modules() for other in others)
+def _contains_any(module: nn.Module, candidates: list[nn.Module]) -> bool:
+    return any(submodule is other for submodule in module.modules() for other in candidates)
 
 
-def _let_go(module: nn.Module, inputs: Any, outputs: Any) -> None:
+def _reshard_after_eval(module: nn.Module, inputs: Any, outputs: Any) -> None:
     """Free what was gathered where no backward will, and frozen layers, as zero3 does.
 
     `parameters()` would else yield gathered copies, and a callback that swaps weights (EMA) would
@@ -308,7 +347,7 @@ def _let_go(module: nn.Module, inputs: Any, outputs: Any) -> None:
 
 
 @torch.compiler.disable
-def _gather_anew(module: nn.Module, inputs: Any) -> None:
+def _reshard_stale(module: nn.Module, inputs: Any) -> None:
     """Free what an earlier forward without a backward has left gathered.
 
     The shards may have been stepped or toggled (`requires_grad`) since. A block that is computed
@@ -318,37 +357,42 @@ def _gather_anew(module: nn.Module, inputs: Any) -> None:
         module.reshard()
 
 
-def _own_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+def _clone_view_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
     """Copy outputs that are views, like the last token's of a language model.
 
     An in-place operation on a view (`x += y`) would drop the hook that gathers for the backward.
     """
 
-    def own(tensor: Tensor) -> Tensor:
+    def clone_view(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.requires_grad and tensor._base is not None else tensor
 
-    return tree_map_only(Tensor, own, outputs)
+    return tree_map_only(Tensor, clone_view, outputs)
 
 
-def _blocks(module: nn.Module, smallest: int = 0) -> list[nn.Module]:
+def _fsdp_blocks(module: nn.Module, min_unit_bytes: int = 0) -> list[nn.Module]:
     """Members of lists, dicts and sequences, innermost first: each is gathered by itself.
 
     A member that shares a parameter with the outside is left to its parent, which holds both; so is
-    one of less than `smallest` bytes, as long as its parent has at most `TOGETHER` of such members.
+    one of less than `min_unit_bytes` bytes, as long as its parent has at most `TOGETHER` of such
+    members.
     """
-    owners = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    use_counts = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     blocks: list[nn.Module] = []
     for parent in reversed(list(module.modules())):
         small, bytes_of_small = [], 0
-        for child in parent.children() if isinstance(parent, (*CONTAINERS, nn.Sequential)) else ():
-            inside = Counter(id(p) for _, p in child.named_parameters(remove_duplicate=False))
-            alone = all(count == owners[i] for i, count in inside.items())
-            if not inside or not alone or isinstance(child, CONTAINERS):
+        for child in (
+            parent.children() if isinstance(parent, (*MODULE_CONTAINERS, nn.Sequential)) else ()
+        ):
+            child_counts = Counter(id(p) for _, p in child.named_parameters(remove_duplicate=False))
+            is_unshared = all(count == use_counts[i] for i, count in child_counts.items())
+            if not child_counts or not is_unshared or isinstance(child, MODULE_CONTAINERS):
                 continue
-            taken = {id(p) for b in blocks if b in set(child.modules()) for p in b.parameters()}
-            rest = {id(p): p for p in child.parameters() if id(p) not in taken}
-            size = sum(p.numel() * p.element_size() for p in rest.values())
-            if size >= smallest:
+            unit_param_ids = {
+                id(p) for b in blocks if b in set(child.modules()) for p in b.parameters()
+            }
+            remaining = {id(p): p for p in child.parameters() if id(p) not in unit_param_ids}
+            size = sum(p.numel() * p.element_size() for p in remaining.values())
+            if size >= min_unit_bytes:
                 blocks.append(child)
             else:
                 small.append(child)
@@ -358,26 +402,26 @@ def _blocks(module: nn.Module, smallest: int = 0) -> list[nn.Module]:
     return blocks
 
 
-def _roots(module: nn.Module) -> list[nn.Module]:
+def _fsdp_roots(module: nn.Module) -> list[nn.Module]:
     """The children of `module` that hold parameters, those of a container in its place."""
     roots = []
     for child in module.children():
-        if isinstance(child, CONTAINERS):
-            roots += _roots(child)
+        if isinstance(child, MODULE_CONTAINERS):
+            roots += _fsdp_roots(child)
         elif any(True for _ in child.parameters()):
             roots.append(child)
     return roots
 
 
-def _names_of_tied(module: nn.Module) -> set[tuple[str, ...]]:
+def _tied_param_names(module: nn.Module) -> set[tuple[str, ...]]:
     """Groups of names that mean one parameter."""
-    names: dict[int, list[str]] = {}
+    names_by_id: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {tuple(group) for group in names.values() if len(group) > 1}
+        names_by_id.setdefault(id(parameter), []).append(name)
+    return {tuple(group) for group in names_by_id.values() if len(group) > 1}
 
 
-def copy_from_rank_zero(module: nn.Module, device: torch.device) -> None:
+def broadcast_from_rank_zero(module: nn.Module, device: torch.device) -> None:
     """Give every rank rank 0's values of all that is not sharded, as DDP does.
 
     Raises:

@@ -18,99 +18,116 @@ from torch.distributed.tensor import DTensor
 
 from ravine.errors import UsageError
 
-PROTOCOL = ("blocks", "enter", "through", "leave", "ends")
+PIPELINE_ATTRS = ("blocks", "enter", "through", "leave", "ends")
 
 
-def net_of(module: nn.Module, ranks: int) -> Any:
+def find_pipeline_net(module: nn.Module, num_ranks: int) -> Any:
     """The net inside a module that has what a pipeline needs."""
     for net in module.modules():
-        if all(hasattr(net, name) for name in PROTOCOL):
+        if all(hasattr(net, name) for name in PIPELINE_ATTRS):
             return net
     raise UsageError(
-        f"pp={ranks}: {type(module).__name__} has no net that can be cut into stages: one with"
-        f" {', '.join(PROTOCOL)}; type --trainer.strategy zero3, which needs none of it"
+        f"pp={num_ranks}: {type(module).__name__} has no net that can be cut into stages: one with"
+        f" {', '.join(PIPELINE_ATTRS)}; type --trainer.strategy zero3, which needs none of it"
     )
 
 
-def shares(names: list[str], stages: int, what: str, ranks: int) -> list[list[str]]:
+def partition_blocks(
+    block_names: list[str], num_stages: int, owner_name: str, num_ranks: int
+) -> list[list[str]]:
     """The blocks of each stage, in order, their numbers differing by one at most."""
-    if len(names) < stages:
-        fix = f"pp={len(names)}" if len(names) < ranks else "schedule=1f1b"
+    if len(block_names) < num_stages:
+        fix = f"pp={len(block_names)}" if len(block_names) < num_ranks else "schedule=1f1b"
         raise UsageError(
-            f"{what} has {len(names)} blocks, fewer than the {stages} stages ({stages // ranks} on"
-            f" each of {ranks} ranks); allowed: up to {len(names)} stages; type"
+            f"{owner_name} has {len(block_names)} blocks, fewer than the {num_stages} stages "
+            f"({num_stages // num_ranks} on"
+            f" each of {num_ranks} ranks); allowed: up to {len(block_names)} stages; type"
             f" --trainer.strategy.{fix}"
         )
-    sizes = [len(names) // stages + (i < len(names) % stages) for i in range(stages)]
-    starts = [sum(sizes[:i]) for i in range(stages)]
-    return [names[a : a + n] for a, n in zip(starts, sizes, strict=True)]
+    sizes = [
+        len(block_names) // num_stages + (i < len(block_names) % num_stages)
+        for i in range(num_stages)
+    ]
+    starts = [sum(sizes[:i]) for i in range(num_stages)]
+    return [block_names[a : a + n] for a, n in zip(starts, sizes, strict=True)]
 
 
-def let_go(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]]:
+def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]]:
     """Drop what other ranks have; name, shape and dtype of what the first and last share."""
     net, module = pipeline.net, pipeline.module
     enter, leave = net.ends()
 
-    def owned(names: list[str]) -> set[nn.Parameter]:
-        found = [getattr(net, name) for name in names]
-        return {p for each in found if each is not None for p in each.parameters()}
+    def params_of(module_names: list[str]) -> set[nn.Parameter]:
+        submodules = [getattr(net, name) for name in module_names]
+        return {
+            p for submodule in submodules if submodule is not None for p in submodule.parameters()
+        }
 
-    known: dict[nn.Parameter, nn.Parameter] = {}
-    both = owned(enter) & owned(leave)
-    tied = [(n, p.shape, p.dtype) for n, p in module.named_parameters() if p in both]
-    kept = {name for stage in pipeline.mine for name in pipeline.blocks[stage]}
-    here = {part for name in kept for part in net.blocks[name].modules()}  # like shared tables
+    placeholders_by_param: dict[nn.Parameter, nn.Parameter] = {}
+    shared_params = params_of(enter) & params_of(leave)
+    tied_specs = [(n, p.shape, p.dtype) for n, p in module.named_parameters() if p in shared_params]
+    local_block_names = {name for stage in pipeline.mine for name in pipeline.blocks[stage]}
+    local_modules = {
+        end_module for name in local_block_names for end_module in net.blocks[name].modules()
+    }  # like shared tables
     for name in list(net.blocks):
-        if name not in kept:
-            pipeline.absent[name] = stand_in(net.blocks[name], known, here)
+        if name not in local_block_names:
+            pipeline.absent[name] = meta_placeholder(
+                net.blocks[name], placeholders_by_param, local_modules
+            )
             del net.blocks[name]
-    gone = ([] if pipeline.first else enter) + ([] if pipeline.last else leave)
-    for name in gone:
-        part = getattr(net, name)
-        shares = part is not None and any(p in both for p in part.parameters())
-        if part is not None and not (shares and (pipeline.first or pipeline.last)):
-            pipeline.ends[name] = stand_in(part, known)
+    absent_end_names = ([] if pipeline.first else enter) + ([] if pipeline.last else leave)
+    for name in absent_end_names:
+        end_module = getattr(net, name)
+        is_tied = end_module is not None and any(
+            p in shared_params for p in end_module.parameters()
+        )
+        if end_module is not None and not (is_tied and (pipeline.first or pipeline.last)):
+            pipeline.ends[name] = meta_placeholder(end_module, placeholders_by_param)
             setattr(net, name, None)
-    return tied
+    return tied_specs
 
 
-def ghost(net: nn.Module) -> nn.Module:
+def meta_copy(net: nn.Module) -> nn.Module:
     """A copy of the net without numbers, which takes no memory: it tells shapes only."""
-    known = {id(t): t.detach().to("meta") for t in (*net.parameters(), *net.buffers())}
-    made = copy.deepcopy(net, known)
-    for module in made.modules():
+    meta_tensors = {id(t): t.detach().to("meta") for t in (*net.parameters(), *net.buffers())}
+    copied = copy.deepcopy(net, meta_tensors)
+    for module in copied.modules():
         module.__dict__.pop("forward", None)  # of the net itself: recomputation changes no shape
-    return made
+    return copied
 
 
-def stand_in(
+def meta_placeholder(
     module: nn.Module,
-    known: dict[nn.Parameter, nn.Parameter],
-    here: Collection[nn.Module] = (),
+    placeholders_by_param: dict[nn.Parameter, nn.Parameter],
+    unchanged_modules: Collection[nn.Module] = (),
 ) -> nn.Module:
-    """The same module, each parameter one number in the shape of all; `known` keeps ties.
+    """The same module, each parameter one number in the shape of all; `placeholders_by_param`
+    keeps ties.
 
-    Modules that blocks of this rank also use (`here`) are not changed.
+    Modules that blocks of this rank also use (`unchanged_modules`) are not changed.
     """
-    for part in (each for each in module.modules() if each not in here):
-        for name, p in part._parameters.items():
-            if p is not None and p not in known:
-                like = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
-                known[p] = nn.Parameter(like, p.requires_grad)
-                known[p].elsewhere = True  # type: ignore[attr-defined]
-            part._parameters[name] = None if p is None else known[p]
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = None if buffer is None else buffer.to("meta")
+    for submodule in (
+        candidate for candidate in module.modules() if candidate not in unchanged_modules
+    ):
+        for name, p in submodule._parameters.items():
+            if p is not None and p not in placeholders_by_param:
+                empty = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
+                placeholders_by_param[p] = nn.Parameter(empty, p.requires_grad)
+                placeholders_by_param[p].elsewhere = True  # type: ignore[attr-defined]
+            submodule._parameters[name] = None if p is None else placeholders_by_param[p]
+        for name, buffer in submodule._buffers.items():
+            submodule._buffers[name] = None if buffer is None else buffer.to("meta")
     return module
 
 
 @contextmanager
-def whole(pipeline: Any) -> Iterator[None]:
+def full_net(pipeline: Any) -> Iterator[None]:
     """Show the whole net for a moment, stand-ins (`elsewhere`) where another rank has the part."""
     net, blocks = pipeline.net, dict(pipeline.net.blocks)
     net.blocks._modules = {n: blocks.get(n) or pipeline.absent[n] for n in pipeline.order}
-    for name, part in pipeline.ends.items():
-        setattr(net, name, part)
+    for name, end_module in pipeline.ends.items():
+        setattr(net, name, end_module)
     try:
         yield
     finally:
@@ -119,7 +136,7 @@ def whole(pipeline: Any) -> Iterator[None]:
             setattr(net, name, None)
 
 
-class Stage(nn.Module):
+class PipelineStageModule(nn.Module):
     """One stage as torch wants it; the net stays where it was, with its names and its hooks."""
 
     def __init__(self, pipeline: Any, stage: int) -> None:
@@ -134,7 +151,7 @@ class Stage(nn.Module):
             return pipeline.net(x)
 
 
-class Asked(Exception):
+class CapturedInput(Exception):
     """The net has been called: with these inputs."""
 
     def __init__(self, inputs: Tensor) -> None:
@@ -143,21 +160,21 @@ class Asked(Exception):
         self.inputs = inputs
 
 
-class HandOut(torch.autograd.Function):
+class PrecomputedGradLoss(torch.autograd.Function):
     """A loss whose gradients are there already: its backward scales them and adds them up."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, parameters: list[Tensor], made: list[Any]) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, parameters: list[Tensor], grads: list[Any]) -> Tensor:
         """Remember what was made for whom."""
-        ctx.parameters, ctx.made = parameters, made
+        ctx.parameters, ctx.made = parameters, grads
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore
         """Hand it out."""
-        for p, made in zip(ctx.parameters, ctx.made, strict=True):
-            if made is None:
+        for p, grad in zip(ctx.parameters, ctx.made, strict=True):
+            if grad is None:
                 continue
-            (made.to_local() if isinstance(made, DTensor) else made).mul_(gradients[0])
-            p.grad = made if p.grad is None else p.grad + made
+            (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(gradients[0])
+            p.grad = grad if p.grad is None else p.grad + grad
         return None, None, None

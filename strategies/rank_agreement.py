@@ -12,9 +12,9 @@ from torch.distributed import ProcessGroup
 
 from ravine.errors import UsageError
 
-ABSENT = "absent"
-SHOWN = 60  # characters of a value in a message
-LIMITS = (
+ABSENT_VALUE = "absent"
+MAX_SHOWN_CHARS = 60  # characters of a value in a message
+COMPARED_TRAINER_ARGS = (
     "max_epochs",
     "max_steps",
     "accumulate_grad_batches",
@@ -25,29 +25,37 @@ LIMITS = (
     "overfit_batches",
     "num_sanity_val_steps",
 )
-OWN = ("rank", "local_rank", "global_rank", "node_rank", "device", "gpu", "gpu_id")  # hparams
+RANK_SPECIFIC_HPARAMS = (
+    "rank",
+    "local_rank",
+    "global_rank",
+    "node_rank",
+    "device",
+    "gpu",
+    "gpu_id",
+)  # hparams
 
 
 class RanksDiffer(UsageError):
     """Ranks of one job were started with different configurations, or with unequal loaders."""
 
 
-def flatten(config: Any, key: str = "") -> dict[str, Any]:
+def flatten_config(config: Any, key: str = "") -> dict[str, Any]:
     """The leaves of nested mappings and lists, by dotted key."""
     if isinstance(config, Mapping) and config:
-        pairs: Any = config.items()
+        items: Any = config.items()
     elif isinstance(config, list | tuple) and config:
-        pairs = enumerate(config)
+        items = enumerate(config)
     else:
         return {key: config}
     return {
         k: v
-        for name, inner in pairs
-        for k, v in flatten(inner, f"{key}.{name}".lstrip(".")).items()
+        for name, child in items
+        for k, v in flatten_config(child, f"{key}.{name}".lstrip(".")).items()
     }
 
 
-def refuse_difference(config: dict[str, Any], group: ProcessGroup | None = None) -> None:
+def check_same_config(config: dict[str, Any], group: ProcessGroup | None = None) -> None:
     """Raise RanksDiffer on every rank if the flat configurations of the ranks are not equal.
 
     Every rank of `group` calls it. One hash a rank is gathered; the values are gathered only where
@@ -57,31 +65,34 @@ def refuse_difference(config: dict[str, Any], group: ProcessGroup | None = None)
     digest = hashlib.sha256(json.dumps(text).encode()).hexdigest()
     if len(set(_all_gather(digest, group))) == 1:
         return
-    every: list[dict[str, str]] = _all_gather(text, group)
-    key = next(k for k in sorted(set().union(*every)) if len({c.get(k) for c in every}) > 1)
-    values = [_short(each.get(key, ABSENT)) for each in every]
-    other = next(rank for rank, value in enumerate(values) if value != values[0])
+    configs: list[dict[str, str]] = _all_gather(text, group)
+    key = next(k for k in sorted(set().union(*configs)) if len({c.get(k) for c in configs}) > 1)
+    values = [_truncate(config_text.get(key, ABSENT_VALUE)) for config_text in configs]
+    differing_rank = next(rank for rank, value in enumerate(values) if value != values[0])
     raise RanksDiffer(
         f"ranks of one job have different configurations: {key} is {values[0]} on rank 0 and"
-        f" {values[other]} on rank {other}; start every rank with the same arguments, config files"
+        f" {values[differing_rank]} on rank {differing_rank}; start every rank with the same "
+        "arguments, config files"
         " and environment variables"
     )
 
 
-def script_configuration(trainer: L.Trainer) -> dict[str, Any]:
+def collect_script_config(trainer: L.Trainer) -> dict[str, Any]:
     """The choices of a script that trainer, module and data show."""
     module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
-    found: dict[str, Any] = {
+    choices: dict[str, Any] = {
         "seed": os.environ.get("PL_GLOBAL_SEED"),
-        "module": _path(module),
-        "data": _path(data) if data is not None else None,
-        "trainer": {name: getattr(trainer, name, None) for name in LIMITS},
+        "module": _class_path(module),
+        "data": _class_path(data) if data is not None else None,
+        "trainer": {name: getattr(trainer, name, None) for name in COMPARED_TRAINER_ARGS},
     }
     for name, owner in (("module", module), ("data", data)):
         for key, value in dict(getattr(owner, "hparams", None) or {}).items():
-            if key not in OWN and isinstance(value, bool | int | float | str | None):
-                found[f"{name}.{key}"] = value
-    return flatten(found)
+            if key not in RANK_SPECIFIC_HPARAMS and isinstance(
+                value, bool | int | float | str | None
+            ):
+                choices[f"{name}.{key}"] = value
+    return flatten_config(choices)
 
 
 def _all_gather(value: Any, group: ProcessGroup | None) -> list[Any]:
@@ -90,9 +101,9 @@ def _all_gather(value: Any, group: ProcessGroup | None) -> list[Any]:
     return values
 
 
-def _short(value: str) -> str:
-    return value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
+def _truncate(value: str) -> str:
+    return value if len(value) <= MAX_SHOWN_CHARS else f"{value[:MAX_SHOWN_CHARS]}..."
 
 
-def _path(value: Any) -> str:
+def _class_path(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -15,13 +15,21 @@ from typing import Any
 
 from ravine.errors import RunError, UsageError
 
-INTERNALS = ("torch.distributed.tensor.", "torch.distributed.fsdp.")  # modules, each with a dot
-PACKAGES = ("torch", "lightning", "ravine", "contextlib")
-TEXTS = (
+TORCH_INTERNAL_MODULES = (
+    "torch.distributed.tensor.",
+    "torch.distributed.fsdp.",
+)  # modules, each with a dot
+LIBRARY_PACKAGES = ("torch", "lightning", "ravine", "contextlib")
+SHARDING_ERROR_TEXTS = (
     "DTensor", "setStorage", "storage of size 0", "sharding strategy", "FSDP",
     "data is not allocated yet",
 )  # fmt: skip
-LOST = ("gloo/transport", "NCCL", "Connection closed", "Timed out")  # another rank has ended
+CONNECTION_ERROR_TEXTS = (
+    "gloo/transport",
+    "NCCL",
+    "Connection closed",
+    "Timed out",
+)  # another rank has ended
 
 
 class ShardingError(UsageError, RuntimeError):
@@ -29,46 +37,49 @@ class ShardingError(UsageError, RuntimeError):
 
 
 @contextmanager
-def in_one_line(module: Any, place: str) -> Iterator[None]:
+def raise_as_sharding_error(module: Any, location: str) -> Iterator[None]:
     """Raise errors of sharded tensors as a ShardingError; RAVINE_TRACEBACK=1 shows them as is."""
     try:
         yield
     except Exception as error:
-        if os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0") or not of_shards(error):
+        if os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0") or not is_sharding_error(error):
             raise
-        raise ShardingError(text(type(module).__name__, error, place)) from error
+        raise ShardingError(
+            sharding_error_message(type(module).__name__, error, location)
+        ) from error
 
 
-def of_shards(error: Exception) -> bool:
+def is_sharding_error(error: Exception) -> bool:
     """Whether torch raised an error because of sharded tensors."""
-    modules = [_module(frame) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if not modules or any(w in str(error) for w in LOST):
+    modules = [_module_name(frame) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not modules or any(w in str(error) for w in CONNECTION_ERROR_TEXTS):
         return False
     if isinstance(error, UsageError | RunError):
         return False  # an error of this package: one line already
-    inside = any(f"{name}.".startswith(INTERNALS) for name in modules)
-    said = any(each in str(error) for each in TEXTS)
-    return said or (inside and isinstance(error, RuntimeError | NotImplementedError))
+    is_internal = any(f"{name}.".startswith(TORCH_INTERNAL_MODULES) for name in modules)
+    has_known_text = any(known_text in str(error) for known_text in SHARDING_ERROR_TEXTS)
+    return has_known_text or (is_internal and isinstance(error, RuntimeError | NotImplementedError))
 
 
-def text(name: str, error: Exception, place: str) -> str:
+def sharding_error_message(name: str, error: Exception, location: str) -> str:
     """The error message, in one line."""
-    said = " ".join(str(error).split())[:160]
+    error_text = " ".join(str(error).split())[:160]
     return (
-        f"{name}: {place}{_own_line(error)} an operation cannot work with sharded "
-        f"parameters ({type(error).__name__}: {said}); allowed: strategies where each rank has "
+        f"{name}: {location}{_user_code_line(error)} an operation cannot work with sharded "
+        f"parameters ({type(error).__name__}: {error_text}); allowed: strategies where each rank "
+        "has "
         "whole parameters: ddp, zero1; type --trainer.strategy ddp"
     )
 
 
-def _own_line(error: Exception) -> str:
+def _user_code_line(error: Exception) -> str:
     """File and line of the innermost frame outside of torch, Lightning and this package."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         path = Path(frame.f_code.co_filename)
-        if path.is_absolute() and _module(frame).partition(".")[0] not in PACKAGES:
+        if path.is_absolute() and _module_name(frame).partition(".")[0] not in LIBRARY_PACKAGES:
             return f" ({path.name}:{line})"
     return ""
 
 
-def _module(frame: FrameType) -> str:
+def _module_name(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))

@@ -7,33 +7,35 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from ravine.errors import UsageError
 
 
-class Share(NamedTuple):
-    """Part `rank` of `size`, in `accumulate` micro-batches; alone: all of it.
+class DataParallelInfo(NamedTuple):
+    """Part `dp_rank` of `dp_size`, in `accumulate` micro-batches; alone: all of it.
 
     share = Share.of(trainer)
     mine = batch[share.rank :: share.size]
     """
 
-    rank: int = 0
-    size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
     accumulate: int = 1
 
     @classmethod
-    def of(cls, trainer: Any) -> "Share":
+    def of(cls, trainer: Any) -> "DataParallelInfo":
         """Ask the trainer; ranks that split one model (tensor parallel) count as one."""
         if trainer is None:
             return cls()
-        refuse_changing_accumulation(trainer)
+        check_constant_accumulation(trainer)
         kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         rank, size = kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
         return cls(rank, size, trainer.accumulate_grad_batches)
 
 
-def refuse_changing_accumulation(trainer: Any) -> None:
+def check_constant_accumulation(trainer: Any) -> None:
     """ValueError if a batch of one optimizer step would grow with the epoch, and nothing helps."""
     callbacks = getattr(trainer, "callbacks", None) or ()
-    changes = any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
-    if changes and not any(getattr(each, "follows_accumulation", False) for each in callbacks):
+    changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+    if changes and not any(
+        getattr(callback, "follows_accumulation", False) for callback in callbacks
+    ):
         raise UsageError(
             "GradientAccumulationScheduler would make an optimizer step larger than "
             "batch_size, which counts all samples of one; allowed: ravine's Trainer, or "

@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import ModelPruning
 from ravine.errors import UsageError
 from ravine.lightning_compat import averaging_callbacks
 
-COPIES = "copies the network in setup, before it is built, changed or placed"
-AVERAGE = "use ravine.callbacks.EMA; type --trainer.callbacks+=EMA"
+COPIES_REASON = "copies the network in setup, before it is built, changed or placed"
+USE_EMA_HINT = "use ravine.callbacks.EMA; type --trainer.callbacks+=EMA"
 # why, and what to do
-REFUSED: dict[type, tuple[str, str]] = {
-    **{kind: (COPIES, AVERAGE) for kind in averaging_callbacks()},
+UNSUPPORTED_CALLBACKS: dict[type, tuple[str, str]] = {
+    **{kind: (COPIES_REASON, USE_EMA_HINT) for kind in averaging_callbacks()},
     ModelPruning: (
         "replaces weights in setup, before the network is built, and gives them other names",
         "use torch.nn.utils.prune in the module's configure_model",
@@ -22,11 +22,11 @@ REFUSED: dict[type, tuple[str, str]] = {
 }
 
 
-def refuse_stock_callbacks(trainer: Any) -> None:
+def check_stock_callbacks(trainer: Any) -> None:
     """ValueError for a callback of Lightning that would have no effect or a wrong one here."""
     for callback in trainer.callbacks:
-        for kind, (reason, instead) in REFUSED.items():
-            if isinstance(callback, kind):
+        for callback_class, (reason, instead) in UNSUPPORTED_CALLBACKS.items():
+            if isinstance(callback, callback_class):
                 name = type(callback).__name__
                 raise UsageError(
                     f"{name} {reason}; allowed: another way; take {name} out of "

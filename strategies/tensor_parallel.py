@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from ravine.errors import UsageError
 
 SPLIT_AXIS = {"colwise": 0, "rowwise": 1}  # of a weight (out in)
-STYLES = {
+PLAN_STYLES = {
     "colwise": "split the outputs",
     "rowwise": "split the inputs, sum the outputs over ranks",
     "shared": "its split parts read one input (b t d): their gradients are added up once",
@@ -37,7 +37,9 @@ STYLES = {
 ALONG_TIME = Shard(1)
 
 
-def split_matrices(module: nn.Module, mesh: DeviceMesh, sequence: bool = False) -> list[nn.Module]:
+def apply_tensor_parallel(
+    module: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = False
+) -> list[nn.Module]:
     """Apply the plan of every net inside `module` over the one-dimensional `mesh`.
 
     Returns:
@@ -55,7 +57,7 @@ def split_matrices(module: nn.Module, mesh: DeviceMesh, sequence: bool = False) 
             flag="--trainer.strategy zero3",
         )
     plans = [(net, net.tp_plan()) for net in nets]  # pyright: ignore[reportCallIssue]
-    resolved = [_resolve(net, plan) for net, plan in plans]
+    resolved = [_resolve_plan(net, plan) for net, plan in plans]
     if not any(style in SPLIT_AXIS for styles in resolved for style in styles.values()):
         raise UsageError(
             f"tp={mesh.size()}: {type(nets[0]).__name__}.tp_plan splits no matrix of this net",
@@ -63,9 +65,9 @@ def split_matrices(module: nn.Module, mesh: DeviceMesh, sequence: bool = False) 
             "use a strategy that needs no plan, such as zero3",
             flag="--trainer.strategy zero3",
         )
-    partial = []
+    partial_sum_modules = []
     for (net, plan), styles in zip(plans, resolved, strict=True):
-        if sequence and not {"scatter", "gather"} <= set(plan.values()):
+        if sequence_parallel and not {"scatter", "gather"} <= set(plan.values()):
             raise UsageError(
                 f"sequence_parallel: {type(net).__name__}.tp_plan does not mark where the sequence"
                 " is split and gathered",
@@ -74,88 +76,100 @@ def split_matrices(module: nn.Module, mesh: DeviceMesh, sequence: bool = False) 
                 flag="--trainer.strategy tp",
             )
         for name, style in styles.items():
-            _split(net, name, style, mesh, sequence)
-            if sequence and style == "sequence":
-                partial.append(net.get_submodule(name))
-    return partial
+            _parallelize_submodule(net, name, style, mesh, sequence_parallel)
+            if sequence_parallel and style == "sequence":
+                partial_sum_modules.append(net.get_submodule(name))
+    return partial_sum_modules
 
 
-def _split(net: nn.Module, name: str, style: str, mesh: DeviceMesh, sequence: bool) -> None:
+def _parallelize_submodule(
+    net: nn.Module, name: str, style: str, mesh: DeviceMesh, sequence_parallel: bool
+) -> None:
     module = net.get_submodule(name)
     if style in SPLIT_AXIS:
-        _check_split(net, name, style, mesh.size())
-        whole_sum = RowwiseParallel(output_layouts=Partial(), use_local_output=False)
-        parallelize_module(module, mesh, ColwiseParallel() if style == "colwise" else whole_sum)
+        _check_divisible(net, name, style, mesh.size())
+        rowwise_style = RowwiseParallel(output_layouts=Partial(), use_local_output=False)
+        parallelize_module(module, mesh, ColwiseParallel() if style == "colwise" else rowwise_style)
 
-    def on(x: Tensor) -> bool:
-        cut = sequence and torch.is_grad_enabled() and module.training
-        if cut and style == "scatter" and x.shape[1] % mesh.size():
+    def is_sequence_sharded(x: Tensor) -> bool:
+        is_sharded = sequence_parallel and torch.is_grad_enabled() and module.training
+        if is_sharded and style == "scatter" and x.shape[1] % mesh.size():
             raise UsageError(
                 f"sequence_parallel: tp={mesh.size()} does not divide {x.shape[1]} tokens; type"
                 f" --data.context={x.shape[1] // mesh.size() * mesh.size() or mesh.size()}"
             )
-        return cut
+        return is_sharded
 
-    def spread(x: Tensor, *placements: Placement) -> DTensor:
+    def redistribute(x: Tensor, *placements: Placement) -> DTensor:
         tensor = DTensor.from_local(x, mesh, [placements[0]], run_check=False)
         return tensor.redistribute(placements=[placements[-1]])
 
-    def before(function: Callable[[Tensor], Tensor]) -> None:
+    def add_input_hook(function: Callable[[Tensor], Tensor]) -> None:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return function(inputs[0]), *inputs[1:]
 
         module.register_forward_pre_hook(hook)
 
     if style == "shared":
-        before(lambda x: spread(x, *([ALONG_TIME] if on(x) else []), Replicate()))
+        add_input_hook(
+            lambda x: redistribute(
+                x, *([ALONG_TIME] if is_sequence_sharded(x) else []), Replicate()
+            )
+        )
     elif style == "gather":
-        before(lambda x: spread(x, ALONG_TIME, Replicate()).to_local() if on(x) else x)
+        add_input_hook(
+            lambda x: (
+                redistribute(x, ALONG_TIME, Replicate()).to_local() if is_sequence_sharded(x) else x
+            )
+        )
     elif style == "scatter":
         module.register_forward_hook(
-            lambda _, inputs, x: spread(x, Replicate(), ALONG_TIME).to_local() if on(x) else x
+            lambda _, inputs, x: (
+                redistribute(x, Replicate(), ALONG_TIME).to_local() if is_sequence_sharded(x) else x
+            )
         )
     elif style == "rowwise":
         module.register_forward_hook(
             lambda _, inputs, x: x.redistribute(
-                placements=[ALONG_TIME if on(x) else Replicate()]
+                placements=[ALONG_TIME if is_sequence_sharded(x) else Replicate()]
             ).to_local()
         )
 
 
-def _resolve(net: nn.Module, plan: dict[str, str]) -> dict[str, str]:
+def _resolve_plan(net: nn.Module, plan: dict[str, str]) -> dict[str, str]:
     """Globs to module names; a star stands for one part of a dotted name."""
     names = [name for name, _ in net.named_modules() if name]  # in order: ranks communicate
     styles: dict[str, str] = {}
     for glob, style in plan.items():
-        if style not in STYLES:
+        if style not in PLAN_STYLES:
             raise UsageError(
                 f"{type(net).__name__}.tp_plan: unknown style {style!r} of {glob!r}; allowed:"
-                f" {', '.join(STYLES)}"
+                f" {', '.join(PLAN_STYLES)}"
             )
-        hits = [name for name in names if _matches(name, glob)]
-        if not hits and not _left_out(net, names, glob):
+        matching_names = [name for name in names if _matches_glob(name, glob)]
+        if not matching_names and not _is_absent(net, names, glob):
             raise UsageError(
                 f"{type(net).__name__}.tp_plan: {glob!r} matches no module; its modules are"
                 f" {', '.join(sorted(names)[:12])}, ..."
             )
-        styles.update(dict.fromkeys(hits, style))
+        styles.update(dict.fromkeys(matching_names, style))
     return styles
 
 
-def _matches(name: str, glob: str) -> bool:
-    parts, globs = name.split("."), glob.split(".")
-    return len(parts) == len(globs) and all(map(fnmatchcase, parts, globs))
+def _matches_glob(name: str, glob: str) -> bool:
+    name_parts, globs = name.split("."), glob.split(".")
+    return len(name_parts) == len(globs) and all(map(fnmatchcase, name_parts, globs))
 
 
-def _left_out(net: nn.Module, names: list[str], glob: str) -> bool:
+def _is_absent(net: nn.Module, names: list[str], glob: str) -> bool:
     """Whether the glob names a part this net does without: an attribute that is None."""
     parent, _, leaf = glob.rpartition(".")
-    owners = [net.get_submodule(name) for name in names if _matches(name, parent)]
+    owners = [net.get_submodule(name) for name in names if _matches_glob(name, parent)]
     owners = owners if parent else [net]
     return any(getattr(owner, leaf, "missing") is None for owner in owners)
 
 
-def _check_split(net: nn.Module, name: str, style: str, ranks: int) -> None:
+def _check_divisible(net: nn.Module, name: str, style: str, num_ranks: int) -> None:
     """Refuse what does not divide; where a parent says `head_width`, whole heads must."""
     module = net.get_submodule(name)
     weight = getattr(module, "weight", None)
@@ -166,22 +180,24 @@ def _check_split(net: nn.Module, name: str, style: str, ranks: int) -> None:
         )
     if "weight" not in module._parameters:  # codes stand for it, in blocks
         raise UsageError(
-            f"tp={ranks}: the weight of {name} is quantized, and blocks of codes do not split;"
+            f"tp={num_ranks}: the weight of {name} is quantized, and blocks of codes do not split;"
             " type --trainer.strategy=zero3, which shards them"
         )
-    head_width = getattr(net.get_submodule(name.rpartition(".")[0]), "head_width", None)
-    parts = weight.shape[SPLIT_AXIS[style]] // (head_width or 1)
-    if parts % ranks:
-        allowed = [n for n in range(1, parts + 1) if parts % n == 0]
-        nearest = min(allowed, key=lambda n: abs(n - ranks))
+    head_width = getattr(net.get_submodule(name.rpartition(".")[0]), "head_dim", None)
+    num_pieces = weight.shape[SPLIT_AXIS[style]] // (head_width or 1)
+    if num_pieces % num_ranks:
+        allowed = [n for n in range(1, num_pieces + 1) if num_pieces % n == 0]
+        nearest = min(allowed, key=lambda n: abs(n - num_ranks))
         raise UsageError(
-            f"tp={ranks} does not divide the {parts} {'heads' if head_width else 'channels'} of"
+            f"tp={num_ranks} does not divide the {num_pieces} "
+            f"{'heads' if head_width else 'channels'} of"
             f" {name}; allowed: {', '.join(map(str, allowed[:8]))}; type"
             f" --trainer.strategy.tp={nearest}"
         )
-    for leaf, extra in module.named_parameters(recurse=False):
-        if style == "colwise" and extra.ndim and extra.shape[0] % ranks:
+    for leaf, parameter in module.named_parameters(recurse=False):
+        if style == "colwise" and parameter.ndim and parameter.shape[0] % num_ranks:
             raise UsageError(
-                f"tp={ranks} does not divide the {extra.shape[0]} rows of {name}.{leaf}; give it a"
-                f" multiple of {ranks}, an adapter by --trainer.callbacks.rank={ranks}"
+                f"tp={num_ranks} does not divide the {parameter.shape[0]} rows of {name}.{leaf}; "
+                "give it a"
+                f" multiple of {num_ranks}, an adapter by --trainer.callbacks.rank={num_ranks}"
             )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def spread_evenly(sizes: Sequence[int], load: list[int]) -> list[int]:
+def assign_balanced(sizes: Sequence[int], load: list[int]) -> list[int]:
     """The rank of each item, in the order given; the same on all ranks if the sizes are.
 
     Args:

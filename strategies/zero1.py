@@ -37,28 +37,36 @@ from torch.optim import Optimizer
 from ravine.errors import RunError, UsageError
 
 from .fsdp.optimizer_probe import needs_closure
-from .work_partition import spread_evenly
+from .work_partition import assign_balanced
 
-MB = 2**20
-BUCKET = 25 * MB  # bytes of gradients sent together, and the most that is received at once
-JOINED = MB  # smaller parameters are sent together, larger ones from their own memory
-PIECE = 8 * MB  # the largest message of one parameter
-PAIRED = {"gloo"}  # backends for which isend and irecv are faster than their reduce_scatter
-TAG = 71  # of these messages; other messages between the same ranks (a ring) have other tags
+MIB = 2**20
+MAX_BUCKET_BYTES = (
+    25 * MIB
+)  # bytes of gradients sent together, and the most that is received at once
+MAX_JOINED_BYTES = MIB  # smaller parameters are sent together, larger ones from their own memory
+MAX_MESSAGE_BYTES = 8 * MIB  # the largest message of one parameter
+POINT_TO_POINT_BACKENDS = {
+    "gloo"
+}  # backends for which isend and irecv are faster than their reduce_scatter
+MESSAGE_TAG = (
+    71  # of these messages; other messages between the same ranks (a ring) have other tags
+)
 
 
-class Message(NamedTuple):
+class ParamMessage(NamedTuple):
     """Some small parameters one after another, or the numbers [start, stop) of a large one."""
 
     parameters: list[Tensor]
     numel: int
     dtype: torch.dtype
-    sizes: list[int]  # numbers of each parameter
+    numels: list[int]  # numbers of each parameter
     start: int | None = None
-    flagged: Sequence[Tensor] = ()  # at the end, a number for each: 1 where it has a gradient
+    flagged_params: Sequence[
+        Tensor
+    ] = ()  # at the end, a number for each: 1 where it has a gradient
 
 
-def owners(parameters: Iterable[Tensor], load: list[int]) -> dict[Tensor, int]:
+def assign_owners(parameters: Iterable[Tensor], load: list[int]) -> dict[Tensor, int]:
     """The rank that owns each parameter: the largest first, each to the rank with the least so far.
 
     Args:
@@ -66,36 +74,39 @@ def owners(parameters: Iterable[Tensor], load: list[int]) -> dict[Tensor, int]:
         load: how many numbers each rank owns already; those of the parameters are added
     """
     parameters = list(parameters)
-    ranks = spread_evenly([p.numel() for p in parameters], load)
+    ranks = assign_balanced([p.numel() for p in parameters], load)
     return dict(zip(parameters, ranks, strict=True))
 
 
-def refuse_shards(module: nn.Module, group: ProcessGroup, apart: Set[Tensor]) -> None:
+def check_not_sharded_over(
+    module: nn.Module, group: ProcessGroup, ignored_params: Set[Tensor]
+) -> None:
     """ValueError if ranks of the group have different parts of a parameter."""
     ranks = set(dist.get_process_group_ranks(group))
     for name, parameter in module.named_parameters():
-        if not isinstance(parameter, DTensor) or parameter in apart:
+        if not isinstance(parameter, DTensor) or parameter in ignored_params:
             continue
         mesh: Any = parameter.device_mesh
         for axis, placement in enumerate(parameter.placements):
-            here = set(dist.get_process_group_ranks(mesh.get_group(axis)))
-            if not placement.is_replicate() and len(here & ranks) > 1:
+            axis_ranks = set(dist.get_process_group_ranks(mesh.get_group(axis)))
+            if not placement.is_replicate() and len(axis_ranks & ranks) > 1:
                 raise UsageError(
                     f"zero1: {name} is sharded over the ranks that it is to be owned by;"
                     " allowed: whole parameters, or shards over tp; type --trainer.strategy zero3"
                 )
 
 
-class OwnedGradients:
+class Zero1Reducer:
     """Reduces gradients to the ranks that own their parameters, and shares the optimizer steps.
 
     Args:
         module: its trainable parameters are reduced
         optimizers: each steps, on a rank, the parameters that the rank owns
         group: the ranks with different data and the same parameters
-        find_readers: called at the first backward pass; names other code that reads gradients
-        apart: parameters whose gradients other code reduces
-        known: owners from before the optimizers were replaced, which have the state
+        find_gradient_readers: called at the first backward pass; names other code that reads
+        gradients
+        ignored_params: parameters whose gradients other code reduces
+        known_owners: owners from before the optimizers were replaced, which have the state
 
     Raises:
         ValueError: an optimizer calls its closure several times a step, or a parameter is sharded
@@ -107,250 +118,289 @@ class OwnedGradients:
         module: nn.Module,
         optimizers: Sequence[Optimizer],
         group: ProcessGroup,
-        find_readers: Callable[[], list[str]] = list,
-        apart: Set[Tensor] = frozenset(),
-        known: Mapping[Tensor, int] = MappingProxyType({}),
+        find_gradient_readers: Callable[[], list[str]] = list,
+        ignored_params: Set[Tensor] = frozenset(),
+        known_owners: Mapping[Tensor, int] = MappingProxyType({}),
     ) -> None:
         """Find an owner for each parameter."""
-        self.module, self.group, self.apart = module, group, apart
-        refuse_shards(module, group, apart)
-        self.find_readers = find_readers
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.in_pairs = dist.get_backend(group) in PAIRED
+        self.module, self.group, self.ignored_params = module, group, ignored_params
+        check_not_sharded_over(module, group, ignored_params)
+        self.find_gradient_readers = find_gradient_readers
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.is_point_to_point = dist.get_backend(group) in POINT_TO_POINT_BACKENDS
         # Newton needs all gradients on every rank, and has no state to share
-        self.optimizers = [each for each in optimizers if not getattr(each, "gathers", False)]
-        here = set(module.parameters())
-        self.owner: dict[Tensor, int] = {p: rank for p, rank in known.items() if p in here}
-        self.keeps_all = True  # every rank keeps all gradients; decided at the first backward pass
-        self.arrived: dict[Tensor, int] = {}  # in this backward pass: how often, by parameter
-        self._load = [0] * self.ranks
-        for parameter, rank in self.owner.items():
-            self._load[rank] += parameter.numel()
-        self._decided = self._open = False
-        self._expected: dict[Tensor, int] = {}  # the most that arrived in a backward pass
-        self._known: Any = None  # for which parameters the buckets were made
-        self._all: list[Tensor] = []
+        self.optimizers = [item for item in optimizers if not getattr(item, "gathers", False)]
+        module_params = set(module.parameters())
+        self.owner_of: dict[Tensor, int] = {
+            p: rank for p, rank in known_owners.items() if p in module_params
+        }
+        self.keeps_all_gradients = (
+            True  # every rank keeps all gradients; decided at the first backward pass
+        )
+        self.arrival_counts: dict[
+            Tensor, int
+        ] = {}  # in this backward pass: how often, by parameter
+        self._owned_numel = [0] * self.num_ranks
+        for parameter, rank in self.owner_of.items():
+            self._owned_numel[rank] += parameter.numel()
+        self._has_searched_readers = self._is_reducing = False
+        self._expected_arrivals: dict[Tensor, int] = {}  # the most that arrived in a backward pass
+        self._bucket_key: Any = None  # for which parameters the buckets were made
+        self._all_params: list[Tensor] = []
         self._buckets: list[list[Tensor]] = []
-        self._plans: list[dict[int | None, list[Message]]] = []  # of each bucket, by holder
-        self._handed: dict[tuple[int, ...], list[dict[int, list[Message]]]] = {}
-        self._manual = False
+        self._gradient_plans: list[
+            dict[int | None, list[ParamMessage]]
+        ] = []  # of each bucket, by holder
+        self._param_plans: dict[tuple[int, ...], list[dict[int, list[ParamMessage]]]] = {}
+        self._is_manual = False
         self._bucket_of: dict[Tensor, int] = {}
-        self._missing: list[int] = []  # gradients that each bucket waits for
-        self._launched = 0
-        self._sent: deque[tuple[Any, Tensor]] = deque()
-        self._awaited: deque[tuple[int, Message]] = deque()  # to be received, in order
-        self._posted: deque[tuple[Any, Tensor, Message]] = deque()
-        self._joint: deque[tuple[Any, Tensor, Message]] = deque()  # sums by the backend
-        self._memory: Tensor | None = None  # for what is received
-        self._used = 0
+        self._num_missing: list[int] = []  # gradients that each bucket waits for
+        self._num_launched = 0
+        self._sends: deque[tuple[Any, Tensor]] = deque()
+        self._queued_receives: deque[tuple[int, ParamMessage]] = deque()  # to be received, in order
+        self._posted_receives: deque[tuple[Any, Tensor, ParamMessage]] = deque()
+        self._backend_reductions: deque[tuple[Any, Tensor, ParamMessage]] = (
+            deque()
+        )  # sums by the backend
+        self._receive_memory: Tensor | None = None  # for what is received
+        self._num_used_bytes = 0
         self._hooks: dict[Tensor, Any] = {}
-        self._replaced: list[tuple[Optimizer, str, Any]] = []  # methods of the optimizers
+        self._replaced_methods: list[tuple[Optimizer, str, Any]] = []  # methods of the optimizers
         for optimizer in self.optimizers:
-            self._share_steps(optimizer)
-        self._assign()
+            self._shard_optimizer_step(optimizer)
+        self._assign_new_owners()
         if not getattr(module, "automatic_optimization", True):
-            self._refresh()  # the first backward pass may be a `loss.backward()`
+            self._rebuild_buckets()  # the first backward pass may be a `loss.backward()`
 
-    def begin(self, loss: Tensor | None = None) -> None:
+    def begin_backward(self, loss: Tensor | None = None) -> None:
         """Announce the last backward pass of an optimizer step, which begins at `loss`."""
-        if not self._decided:
-            self._decided = True
-            self.keeps_all = bool(self.find_readers())
-        self._refresh()
-        self._open, self._launched = True, 0
-        self._manual = not getattr(self.module, "automatic_optimization", True)
-        self.arrived.clear()
-        self._missing = [len(bucket) for bucket in self._buckets]
+        if not self._has_searched_readers:
+            self._has_searched_readers = True
+            self.keeps_all_gradients = bool(self.find_gradient_readers())
+        self._rebuild_buckets()
+        self._is_reducing, self._num_launched = True, 0
+        self._is_manual = not getattr(self.module, "automatic_optimization", True)
+        self.arrival_counts.clear()
+        self._num_missing = [len(bucket) for bucket in self._buckets]
         if loss is not None and loss.requires_grad:
             loss.register_hook(self._finish_after)
 
     def _finish_after(self, _: Tensor) -> None:
         """Called as the outermost backward pass begins: reduce the rest at its end."""
-        torch.autograd.Variable._execution_engine.queue_callback(self.finish)  # type: ignore
+        torch.autograd.Variable._execution_engine.queue_callback(self.finish_reduction)  # type: ignore
 
     @torch.no_grad()
-    def finish(self) -> None:
+    def finish_reduction(self) -> None:
         """Send what has not been sent, and wait for what this rank receives."""
-        if not self._open:
+        if not self._is_reducing:
             return
-        while self._launched < len(self._buckets):
-            self._launch()
-        self._complete()
-        self._open, self._memory = False, None
-        for parameter, count in self.arrived.items():
-            self._expected[parameter] = max(count, self._expected.get(parameter, 0))
-        own = [p for p in self._bucket_of if self._holder(p) == self.rank and p.grad is not None]
-        if self.in_pairs and own:
-            _foreach_mul_([_part(p.grad) for p in own], 1 / self.ranks)
+        while self._num_launched < len(self._buckets):
+            self._launch_bucket()
+        self._wait_for_all()
+        self._is_reducing, self._receive_memory = False, None
+        for parameter, count in self.arrival_counts.items():
+            self._expected_arrivals[parameter] = max(
+                count, self._expected_arrivals.get(parameter, 0)
+            )
+        owned_params = [
+            p
+            for p in self._bucket_of
+            if self._gradient_holder(p) == self.rank and p.grad is not None
+        ]
+        if self.is_point_to_point and owned_params:
+            _foreach_mul_([_local_view(p.grad) for p in owned_params], 1 / self.num_ranks)
 
-    def close(self) -> None:
+    def restore(self) -> None:
         """Leave the module's parameters and the optimizers as they were."""
-        while self._replaced:
-            optimizer, name, method = self._replaced.pop()
+        while self._replaced_methods:
+            optimizer, name, method = self._replaced_methods.pop()
             setattr(optimizer, name, method)
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
 
-    def _holder(self, parameter: Tensor) -> int | None:
+    def _gradient_holder(self, parameter: Tensor) -> int | None:
         """The rank that keeps the gradient; None: all of them."""
-        return None if self.keeps_all else self.owner.get(parameter)
+        return None if self.keeps_all_gradients else self.owner_of.get(parameter)
 
     # Which parameters there are
 
-    def _assign(self) -> None:
+    def _assign_new_owners(self) -> None:
         """Give an owner to parameters that have none: all of them, or those added to a group."""
-        groups = [group for each in self.optimizers for group in each.param_groups]
-        new = [p for group in groups for p in group["params"] if p not in self.owner]
-        new = [p for p in dict.fromkeys(new) if p not in self.apart]
-        self.owner |= owners(new, self._load)
+        groups = [
+            group for source_optimizer in self.optimizers for group in source_optimizer.param_groups
+        ]
+        new_params = [p for group in groups for p in group["params"] if p not in self.owner_of]
+        new_params = [p for p in dict.fromkeys(new_params) if p not in self.ignored_params]
+        self.owner_of |= assign_owners(new_params, self._owned_numel)
         for optimizer in self.optimizers:
-            for parameter in new:
-                if self.owner[parameter] != self.rank and parameter in optimizer.state:
+            for parameter in new_params:
+                if self.owner_of[parameter] != self.rank and parameter in optimizer.state:
                     del optimizer.state[parameter]
 
-    def _refresh(self) -> None:
+    def _rebuild_buckets(self) -> None:
         """Make the buckets anew if parameters were added, frozen or unfrozen."""
-        groups = [group for each in self.optimizers for group in each.param_groups]
-        known = [len(group["params"]) for group in groups], [p.requires_grad for p in self._all]
-        if (*known, self.keeps_all) == self._known:
+        groups = [group for item in self.optimizers for group in item.param_groups]
+        bucket_key = (
+            [len(group["params"]) for group in groups],
+            [p.requires_grad for p in self._all_params],
+        )
+        if (*bucket_key, self.keeps_all_gradients) == self._bucket_key:
             return
-        self._assign()
-        self._all = list(dict.fromkeys([*self.module.parameters(), *self.owner]))
-        self._known = known[0], [p.requires_grad for p in self._all], self.keeps_all
-        moving = [p for p in reversed(self._all) if p.requires_grad and p not in self.apart]
-        self._buckets = list(buckets(moving))
+        self._assign_new_owners()
+        self._all_params = list(dict.fromkeys([*self.module.parameters(), *self.owner_of]))
+        self._bucket_key = (
+            bucket_key[0],
+            [p.requires_grad for p in self._all_params],
+            self.keeps_all_gradients,
+        )
+        trainable = [
+            p
+            for p in reversed(self._all_params)
+            if p.requires_grad and p not in self.ignored_params
+        ]
+        self._buckets = list(iter_buckets(trainable))
         self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
-        self._plans = []
+        self._gradient_plans = []
         for bucket in self._buckets:
-            held: dict[int | None, list[Tensor]] = {}
+            params_by_holder: dict[int | None, list[Tensor]] = {}
             for parameter in bucket:
-                held.setdefault(self._holder(parameter), []).append(parameter)
-            self._plans.append(
+                params_by_holder.setdefault(self._gradient_holder(parameter), []).append(parameter)
+            self._gradient_plans.append(
                 {
-                    holder: list(messages(each, True, holder is None or not self.in_pairs))
-                    for holder, each in held.items()
+                    holder: list(
+                        iter_messages(item, True, holder is None or not self.is_point_to_point)
+                    )
+                    for holder, item in params_by_holder.items()
                 }
             )
-        for parameter in moving:
+        for parameter in trainable:
             if parameter not in self._hooks:
-                hook = parameter.register_post_accumulate_grad_hook(self._arrive)
+                hook = parameter.register_post_accumulate_grad_hook(self._on_gradient_ready)
                 self._hooks[parameter] = hook
 
     # Backward
 
-    def _arrive(self, parameter: Tensor) -> None:
+    def _on_gradient_ready(self, parameter: Tensor) -> None:
         """A gradient is ready; send those of its bucket if it is the last one."""
-        if not self._open:
-            self._manual = not getattr(self.module, "automatic_optimization", True)
-            if not self._manual:  # a micro-batch before the last one
+        if not self._is_reducing:
+            self._is_manual = not getattr(self.module, "automatic_optimization", True)
+            if not self._is_manual:  # a micro-batch before the last one
                 return
-            self.begin()  # `loss.backward()` in place of `self.manual_backward(loss)`
+            self.begin_backward()  # `loss.backward()` in place of `self.manual_backward(loss)`
             self._finish_after(parameter)
-        count = self.arrived[parameter] = self.arrived.get(parameter, 0) + 1
+        count = self.arrival_counts[parameter] = self.arrival_counts.get(parameter, 0) + 1
         bucket = self._bucket_of.get(parameter)
-        if self._manual or bucket is None or parameter not in self._expected:
+        if self._is_manual or bucket is None or parameter not in self._expected_arrivals:
             return
-        if count > self._expected[parameter] and bucket < self._launched:
+        if count > self._expected_arrivals[parameter] and bucket < self._num_launched:
             raise RunError(
-                f"zero1: the gradient of {self._name(parameter)} arrives more often than in earlier"
+                f"zero1: the gradient of {self._param_name(parameter)} arrives more often than in "
+                "earlier"
                 " steps (re-entrant checkpointing?), after it was sent; allowed: the same number"
                 " in each step; use checkpoint(..., use_reentrant=False)"
             )
-        self._missing[bucket] -= count == self._expected[parameter]
-        while self._launched < len(self._buckets) and not self._missing[self._launched]:
-            self._launch()
+        self._num_missing[bucket] -= count == self._expected_arrivals[parameter]
+        while self._num_launched < len(self._buckets) and not self._num_missing[self._num_launched]:
+            self._launch_bucket()
 
-    def _name(self, parameter: Tensor) -> str:
+    def _param_name(self, parameter: Tensor) -> str:
         named = self.module.named_parameters()
         return next((name for name, p in named if p is parameter), "a parameter")
 
     @torch.no_grad()
-    def _launch(self) -> None:
+    def _launch_bucket(self) -> None:
         """Send the gradients of the next bucket, when those of the one before have arrived."""
-        self._complete()
-        bucket = self._buckets[self._launched]
-        self._launched += 1
-        plan = self._plans[self._launched - 1]
+        self._wait_for_all()
+        bucket = self._buckets[self._num_launched]
+        self._num_launched += 1
+        plan = self._gradient_plans[self._num_launched - 1]
         for parameter in bucket:
             gradient = parameter.grad
             if gradient is None or (gradient.layout == torch.strided and gradient.is_contiguous()):
                 continue
             if gradient.layout != torch.strided:
                 raise UsageError(
-                    f"zero1: the gradient of {self._name(parameter)} is sparse; allowed: dense"
+                    f"zero1: the gradient of {self._param_name(parameter)} is sparse; allowed: "
+                    "dense"
                     " gradients; set sparse=False"
                 )
-            _set_gradient(parameter, _part(gradient).contiguous())
+            _set_gradient(parameter, _local_view(gradient).contiguous())
         for message in plan.get(None, []):
-            data = _joined_gradients(message)
+            data = _join_gradients(message)
             work = dist.all_reduce(data, group=self.group, async_op=True)
-            self._joint.append((work, data, message))
-        send = self._send_to if self.in_pairs else self._reduce_to
-        for to in _others(self.rank, self.ranks) if self.in_pairs else range(self.ranks):
-            for message in plan.get(to, []):
-                send(to, message)
+            self._backend_reductions.append((work, data, message))
+        send = self._send_to if self.is_point_to_point else self._reduce_to
+        for target in (
+            _partner_order(self.rank, self.num_ranks)
+            if self.is_point_to_point
+            else range(self.num_ranks)
+        ):
+            for message in plan.get(target, []):
+                send(target, message)
         for parameter in bucket:
-            if self._holder(parameter) not in (None, self.rank):
+            if self._gradient_holder(parameter) not in (None, self.rank):
                 parameter.grad = None
-        own = plan.get(self.rank, []) if self.in_pairs else []
-        for source in _others(self.rank, self.ranks):
-            self._awaited += ((source, message) for message in own)
-        if self._awaited:
-            sizes = [_aligned(message) for _, message in self._awaited]
-            size = min(sum(sizes), max(BUCKET, *sizes))
-            if self._memory is None or len(self._memory) < size:
-                device = _part(bucket[0]).device
-                self._memory = torch.empty(size, dtype=torch.uint8, device=device)
-            self._post()
+        owned_messages = plan.get(self.rank, []) if self.is_point_to_point else []
+        for source in _partner_order(self.rank, self.num_ranks):
+            self._queued_receives += ((source, message) for message in owned_messages)
+        if self._queued_receives:
+            sizes = [_aligned_bytes(message) for _, message in self._queued_receives]
+            size = min(sum(sizes), max(MAX_BUCKET_BYTES, *sizes))
+            if self._receive_memory is None or len(self._receive_memory) < size:
+                device = _local_view(bucket[0]).device
+                self._receive_memory = torch.empty(size, dtype=torch.uint8, device=device)
+            self._post_receives()
 
-    def _reduce_to(self, holder: int, message: Message) -> None:
-        data = _joined_gradients(message)
+    def _reduce_to(self, holder: int, message: ParamMessage) -> None:
+        data = _join_gradients(message)
         work = dist.reduce(data, group=self.group, group_dst=holder, async_op=True)
         if holder == self.rank:
-            self._joint.append((work, data, message))
+            self._backend_reductions.append((work, data, message))
         else:
-            self._sent.append((work, data))
+            self._sends.append((work, data))
 
-    def _send_to(self, holder: int, message: Message) -> None:
-        data = _gradients(message)
-        work = dist.isend(data, group=self.group, group_dst=holder, tag=TAG)
-        self._sent.append((work, data))
+    def _send_to(self, holder: int, message: ParamMessage) -> None:
+        data = _pack_gradients(message)
+        work = dist.isend(data, group=self.group, group_dst=holder, tag=MESSAGE_TAG)
+        self._sends.append((work, data))
 
-    def _post(self) -> None:
+    def _post_receives(self) -> None:
         """Begin to receive as many messages as fit into the memory for them."""
-        assert self._memory is not None
-        if not self._posted:
-            self._used = 0
-        while self._awaited:
-            source, message = self._awaited[0]
+        assert self._receive_memory is not None
+        if not self._posted_receives:
+            self._num_used_bytes = 0
+        while self._queued_receives:
+            source, message = self._queued_receives[0]
             size = message.numel * message.dtype.itemsize
-            if self._used + size > len(self._memory):
+            if self._num_used_bytes + size > len(self._receive_memory):
                 return
-            buffer = self._memory[self._used : self._used + size].view(message.dtype)
-            self._used += _aligned(message)
-            work = dist.irecv(buffer, group=self.group, group_src=source, tag=TAG)
-            self._posted.append((work, buffer, message))
-            self._awaited.popleft()
+            buffer = self._receive_memory[self._num_used_bytes : self._num_used_bytes + size].view(
+                message.dtype
+            )
+            self._num_used_bytes += _aligned_bytes(message)
+            work = dist.irecv(buffer, group=self.group, group_src=source, tag=MESSAGE_TAG)
+            self._posted_receives.append((work, buffer, message))
+            self._queued_receives.popleft()
 
-    def _complete(self) -> None:
+    def _wait_for_all(self) -> None:
         """Wait for all messages that were launched."""
-        while self._posted or self._awaited:
-            if not self._posted:
-                self._post()
-            work, buffer, message = self._posted.popleft()
+        while self._posted_receives or self._queued_receives:
+            if not self._posted_receives:
+                self._post_receives()
+            work, buffer, message = self._posted_receives.popleft()
             work.wait()
-            _add(buffer, message)
-        while self._joint:
-            work, data, message = self._joint.popleft()
+            _add_gradients(buffer, message)
+        while self._backend_reductions:
+            work, data, message = self._backend_reductions.popleft()
             work.wait()
-            _take(data.mul_(1 / self.ranks), message)
-        while self._sent:
-            self._sent.popleft()[0].wait()
+            _set_reduced_gradients(data.mul_(1 / self.num_ranks), message)
+        while self._sends:
+            self._sends.popleft()[0].wait()
 
     # Step
 
-    def _share_steps(self, optimizer: Optimizer) -> None:
+    def _shard_optimizer_step(self, optimizer: Optimizer) -> None:
         """Replace `step`: each rank steps its own parameters and sends them to the other ranks."""
         if needs_closure(optimizer):
             raise UsageError(
@@ -358,272 +408,295 @@ class OwnedGradients:
                 " a step, which ranks cannot share; allowed: optimizers whose step needs no"
                 " closure, such as AdamW; type --trainer.strategy ddp"
             )
-        whole_step = optimizer.step
+        original_step = optimizer.step
 
-        def step(own: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        def step(stepped: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
             loss = None
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            self._refresh()
-            parameters = [p for group in own.param_groups for p in group["params"]]
-            hidden = [p for p in parameters if self.owner.get(p, self.rank) != self.rank]
-            gradients = [p.grad for p in hidden]
-            for p in hidden:  # all optimizers skip a parameter without a gradient
+            self._rebuild_buckets()
+            parameters = [p for group in stepped.param_groups for p in group["params"]]
+            unowned_params = [p for p in parameters if self.owner_of.get(p, self.rank) != self.rank]
+            gradients = [p.grad for p in unowned_params]
+            for p in unowned_params:  # all optimizers skip a parameter without a gradient
                 p.grad = None
-            whole_step()
-            for p, gradient in zip(hidden, gradients, strict=True):
+            original_step()
+            for p, gradient in zip(unowned_params, gradients, strict=True):
                 p.grad = gradient
-            self.hand_out([p for p in parameters if p.requires_grad and p in self.owner])
+            self.all_gather_params(
+                [p for p in parameters if p.requires_grad and p in self.owner_of]
+            )
             return loss
 
-        if hasattr(whole_step, "_wrapped_by_lr_sched"):  # else a schedule would warn of this method
+        if hasattr(
+            original_step, "_wrapped_by_lr_sched"
+        ):  # else a schedule would warn of this method
             step.__dict__["_wrapped_by_lr_sched"] = True
-        self._replaced.append((optimizer, "step", whole_step))
+        self._replaced_methods.append((optimizer, "step", original_step))
         optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
         for mode in ("train", "eval"):
             if callable(getattr(optimizer, mode, None)):
-                self._share_mode(optimizer, mode)
+                self._shard_mode_switch(optimizer, mode)
 
-    def _share_mode(self, optimizer: Any, mode: str) -> None:
+    def _shard_mode_switch(self, optimizer: Any, mode: str) -> None:
         """Replace a mode of a schedule-free optimizer: owners change weights and send them."""
-        change = getattr(optimizer, mode)
+        original_method = getattr(optimizer, mode)
 
-        def changed(*args: Any, **kwargs: Any) -> Any:
-            result = change(*args, **kwargs)
+        def switch_and_send(*args: Any, **kwargs: Any) -> Any:
+            result = original_method(*args, **kwargs)
             if getattr(optimizer, "two_sets", True):  # of several optimizers, those with two modes
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                self.hand_out([p for p in parameters if p.requires_grad and p in self.owner])
+                self.all_gather_params(
+                    [p for p in parameters if p.requires_grad and p in self.owner_of]
+                )
             return result
 
-        self._replaced.append((optimizer, mode, change))
-        setattr(optimizer, mode, changed)
+        self._replaced_methods.append((optimizer, mode, original_method))
+        setattr(optimizer, mode, switch_and_send)
 
     @torch.no_grad()
-    def hand_out(self, parameters: list[Tensor]) -> None:
+    def all_gather_params(self, parameters: list[Tensor]) -> None:
         """Send the owners' values to every rank, bucket by bucket."""
-        waiting: deque[list[tuple[Any, Tensor, Message | None]]] = deque()
-        send = self._exchange if self.in_pairs else self._broadcast
-        for plan in self._plan_of(parameters):
-            waiting.append(send(plan))
-            if len(waiting) > 1:
-                _receive(waiting.popleft())
-        while waiting:
-            _receive(waiting.popleft())
+        in_flight: deque[list[tuple[Any, Tensor, ParamMessage | None]]] = deque()
+        send = self._exchange_params if self.is_point_to_point else self._broadcast_params
+        for plan in self._build_param_plan(parameters):
+            in_flight.append(send(plan))
+            if len(in_flight) > 1:
+                _unpack_params(in_flight.popleft())
+        while in_flight:
+            _unpack_params(in_flight.popleft())
 
-    def _plan_of(self, parameters: list[Tensor]) -> list[dict[int, list[Message]]]:
+    def _build_param_plan(self, parameters: list[Tensor]) -> list[dict[int, list[ParamMessage]]]:
         """For each bucket of parameters, the messages of each owner."""
         key = tuple(map(id, parameters))
-        if key not in self._handed:
-            if len(self._handed) > len(self.optimizers):  # parameters were frozen or added
-                self._handed.clear()
-            self._handed[key] = []
-            for bucket in buckets(parameters):
-                held: dict[int, list[Tensor]] = {}
+        if key not in self._param_plans:
+            if len(self._param_plans) > len(self.optimizers):  # parameters were frozen or added
+                self._param_plans.clear()
+            self._param_plans[key] = []
+            for bucket in iter_buckets(parameters):
+                params_by_owner: dict[int, list[Tensor]] = {}
                 for parameter in bucket:
-                    held.setdefault(self.owner[parameter], []).append(parameter)
-                whole = not self.in_pairs
-                plan = {rank: list(messages(each, whole=whole)) for rank, each in held.items()}
-                self._handed[key].append(plan)
-        return self._handed[key]
+                    params_by_owner.setdefault(self.owner_of[parameter], []).append(parameter)
+                is_joined = not self.is_point_to_point
+                plan = {
+                    rank: list(iter_messages(owned, join_all=is_joined))
+                    for rank, owned in params_by_owner.items()
+                }
+                self._param_plans[key].append(plan)
+        return self._param_plans[key]
 
-    def _exchange(self, plan: dict[int, list[Message]]) -> list[tuple[Any, Tensor, Message | None]]:
-        found: list[tuple[Any, Tensor, Message | None]] = []
+    def _exchange_params(
+        self, plan: dict[int, list[ParamMessage]]
+    ) -> list[tuple[Any, Tensor, ParamMessage | None]]:
+        works: list[tuple[Any, Tensor, ParamMessage | None]] = []
         for message in plan.get(self.rank, []):
-            data = _values(message)
-            for to in _others(self.rank, self.ranks):
-                how = {"group": self.group, "group_dst": to, "tag": TAG}
-                found.append((dist.isend(data, **how), data, None))
-        for source in _others(self.rank, self.ranks):
+            data = _pack_params(message)
+            for target in _partner_order(self.rank, self.num_ranks):
+                kwargs = {"group": self.group, "group_dst": target, "tag": MESSAGE_TAG}
+                works.append((dist.isend(data, **kwargs), data, None))
+        for source in _partner_order(self.rank, self.num_ranks):
             for message in plan.get(source, []):
-                data = _place(message)
-                how = {"group": self.group, "group_src": source, "tag": TAG}
-                found.append((dist.irecv(data, **how), data, message))
-        return found
+                data = _receive_buffer(message)
+                kwargs = {"group": self.group, "group_src": source, "tag": MESSAGE_TAG}
+                works.append((dist.irecv(data, **kwargs), data, message))
+        return works
 
-    def _broadcast(
-        self, plan: dict[int, list[Message]]
-    ) -> list[tuple[Any, Tensor, Message | None]]:
-        found: list[tuple[Any, Tensor, Message | None]] = []
-        for source, each in sorted(plan.items()):
-            for message in each:
-                own = source == self.rank
-                data = _values(message) if own else _place(message)
-                how = {"group": self.group, "group_src": source, "async_op": True}
-                found.append((dist.broadcast(data, **how), data, None if own else message))
-        return found
+    def _broadcast_params(
+        self, plan: dict[int, list[ParamMessage]]
+    ) -> list[tuple[Any, Tensor, ParamMessage | None]]:
+        works: list[tuple[Any, Tensor, ParamMessage | None]] = []
+        for source, source_messages in sorted(plan.items()):
+            for message in source_messages:
+                is_source = source == self.rank
+                data = _pack_params(message) if is_source else _receive_buffer(message)
+                kwargs = {"group": self.group, "group_src": source, "async_op": True}
+                works.append((dist.broadcast(data, **kwargs), data, None if is_source else message))
+        return works
 
 
-def buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def iter_buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Cut a list of parameters into buckets of about BUCKET bytes; a small net has two, or one."""
-    total = sum(_bytes(p) for p in parameters)
-    most = min(BUCKET, max(JOINED, -(-total // 2)))
+    total = sum(_num_bytes(p) for p in parameters)
+    max_bytes = min(MAX_BUCKET_BYTES, max(MAX_JOINED_BYTES, -(-total // 2)))
     bucket, size = [], 0
     for parameter in parameters:
         bucket.append(parameter)
-        size += _bytes(parameter)
-        if size >= most:
+        size += _num_bytes(parameter)
+        if size >= max_bytes:
             yield bucket
             bucket, size = [], 0
     if bucket:
         yield bucket
 
 
-def messages(
-    parameters: Sequence[Tensor], flagged: bool = False, whole: bool = False
-) -> Iterator[Message]:
+def iter_messages(
+    parameters: Sequence[Tensor], with_flags: bool = False, join_all: bool = False
+) -> Iterator[ParamMessage]:
     """The messages for some parameters, alike on the sender and the receiver.
 
     Args:
         parameters: those of one bucket and one owner
-        flagged: whether the message says for each parameter if it has a gradient
-        whole: whether large parameters are joined to the small ones
+        with_flags: whether the message says for each parameter if it has a gradient
+        join_all: whether large parameters are joined to the small ones
     """
-    for dtype in {_part(p).dtype: None for p in parameters}:
-        alike = [p for p in parameters if _part(p).dtype == dtype]
-        large = [p for p in alike if _bytes(p) >= JOINED and _part(p).is_contiguous()]
-        large = [] if whole else large
-        apart = set(map(id, large))
-        small = [p for p in alike if id(p) not in apart]
-        flags = alike if flagged else []
-        if numel := sum(_part(p).numel() for p in small) + len(flags):
-            sizes = [_part(p).numel() for p in small]
-            yield Message(small, numel, dtype, sizes, None, flags)
-        step = PIECE // dtype.itemsize
+    for dtype in {_local_view(p).dtype: None for p in parameters}:
+        same_dtype = [p for p in parameters if _local_view(p).dtype == dtype]
+        large = [
+            p
+            for p in same_dtype
+            if _num_bytes(p) >= MAX_JOINED_BYTES and _local_view(p).is_contiguous()
+        ]
+        large = [] if join_all else large
+        large_ids = set(map(id, large))
+        small = [p for p in same_dtype if id(p) not in large_ids]
+        flags = same_dtype if with_flags else []
+        if numel := sum(_local_view(p).numel() for p in small) + len(flags):
+            sizes = [_local_view(p).numel() for p in small]
+            yield ParamMessage(small, numel, dtype, sizes, None, flags)
+        step = MAX_MESSAGE_BYTES // dtype.itemsize
         for parameter in large:
-            numel = _part(parameter).numel()
+            numel = _local_view(parameter).numel()
             for start in range(0, numel, step):
-                yield Message([parameter], min(step, numel - start), dtype, [numel], start)
+                yield ParamMessage([parameter], min(step, numel - start), dtype, [numel], start)
 
 
-def _others(rank: int, ranks: int) -> list[int]:
+def _partner_order(rank: int, num_ranks: int) -> list[int]:
     """The other ranks, in an order in which ranks exchange in pairs at each index."""
-    even = ranks & (ranks - 1) == 0
-    partners = [rank ^ i if even else (i - rank) % ranks for i in range(ranks)]
-    return [each for each in partners if each != rank]
+    is_power_of_two = num_ranks & (num_ranks - 1) == 0
+    partners = [rank ^ i if is_power_of_two else (i - rank) % num_ranks for i in range(num_ranks)]
+    return [partner for partner in partners if partner != rank]
 
 
-def _aligned(message: Message) -> int:
+def _aligned_bytes(message: ParamMessage) -> int:
     """Bytes of a message, up to the next place where a tensor of any dtype may begin."""
     return -(-message.numel * message.dtype.itemsize // 16) * 16
 
 
-def _part(tensor: Any) -> Tensor:
+def _local_view(tensor: Any) -> Tensor:
     """This rank's numbers of a tensor, of the same memory; complex ones as pairs of real ones."""
-    part: Tensor = tensor
+    local: Tensor = tensor
     if isinstance(tensor, DTensor):
-        part = tensor._local_tensor  # detached, and faster than `to_local`
-    return torch.view_as_real(part.detach()) if part.dtype.is_complex else part
+        local = tensor._local_tensor  # detached, and faster than `to_local`
+    return torch.view_as_real(local.detach()) if local.dtype.is_complex else local
 
 
-def _bytes(tensor: Tensor) -> int:
-    part = _part(tensor)
-    return part.numel() * part.element_size()
+def _num_bytes(tensor: Tensor) -> int:
+    local = _local_view(tensor)
+    return local.numel() * local.element_size()
 
 
-def _values(message: Message) -> Tensor:
+def _pack_params(message: ParamMessage) -> Tensor:
     """The numbers of parameters; a view of a large one."""
     if message.start is not None:
-        flat = _part(message.parameters[0]).view(-1)
-        return flat[message.start : message.start + message.numel]
-    return torch.cat([_part(p).reshape(-1) for p in message.parameters])
+        values = _local_view(message.parameters[0]).view(-1)
+        return values[message.start : message.start + message.numel]
+    return torch.cat([_local_view(p).reshape(-1) for p in message.parameters])
 
 
-def _place(message: Message) -> Tensor:
+def _receive_buffer(message: ParamMessage) -> Tensor:
     """Memory to receive parameters in: a large one's own."""
     if message.start is not None:
-        return _values(message)
+        return _pack_params(message)
     return torch.empty(
-        message.numel, dtype=message.dtype, device=_part(message.parameters[0]).device
+        message.numel, dtype=message.dtype, device=_local_view(message.parameters[0]).device
     )
 
 
-def _receive(works: list[tuple[Any, Tensor, Message | None]]) -> None:
+def _unpack_params(works: list[tuple[Any, Tensor, ParamMessage | None]]) -> None:
     for work, data, message in works:
         work.wait()
         if message is None:
             continue
         if message.start is None:
-            for p, values in zip(message.parameters, data.split(message.sizes), strict=True):
-                part = _part(p)
-                part.copy_(values.view(part.shape))
+            for p, values in zip(message.parameters, data.split(message.numels), strict=True):
+                local = _local_view(p)
+                local.copy_(values.view(local.shape))
         else:  # torch does not count a message as a change
             torch.autograd.graph.increment_version(message.parameters[0])
 
 
-def _gradients(message: Message) -> Tensor:
+def _pack_gradients(message: ParamMessage) -> Tensor:
     """What is sent of gradients; a view of a large one."""
     if message.start is None:
-        return _joined_gradients(message)
+        return _join_gradients(message)
     gradient = message.parameters[0].grad
     if gradient is None:
-        part = _part(message.parameters[0])
-        return torch.zeros(message.numel, dtype=message.dtype, device=part.device)
-    return _part(gradient).view(-1)[message.start : message.start + message.numel]
+        local = _local_view(message.parameters[0])
+        return torch.zeros(message.numel, dtype=message.dtype, device=local.device)
+    return _local_view(gradient).view(-1)[message.start : message.start + message.numel]
 
 
-def _joined_gradients(message: Message) -> Tensor:
-    parts = []
+def _join_gradients(message: ParamMessage) -> Tensor:
+    flat_grads = []
     for p in message.parameters:
         if (gradient := p.grad) is None:
-            part = _part(p)
-            parts.append(part.new_zeros(part.numel()))
+            local = _local_view(p)
+            flat_grads.append(local.new_zeros(local.numel()))
         else:
-            parts.append(_part(gradient).view(-1))
-    like = _part((*message.parameters, *message.flagged)[0])
-    flags = like.new_ones(len(message.flagged), dtype=message.dtype)
-    for number, p in enumerate(message.flagged):
+            flat_grads.append(_local_view(gradient).view(-1))
+    reference = _local_view((*message.parameters, *message.flagged_params)[0])
+    flags = reference.new_ones(len(message.flagged_params), dtype=message.dtype)
+    for number, p in enumerate(message.flagged_params):
         if p.grad is None:
             flags[number] = 0
-    return torch.cat([*parts, flags])
+    return torch.cat([*flat_grads, flags])
 
 
-def _flags(data: Tensor, message: Message) -> list[bool]:
+def _unpack_flags(data: Tensor, message: ParamMessage) -> list[bool]:
     """Whether each flagged parameter has a gradient on this rank or on the sender."""
-    if all(p.grad is not None for p in message.flagged):
-        return [True] * len(message.flagged)
-    there = data[len(data) - len(message.flagged) :].tolist()
+    if all(p.grad is not None for p in message.flagged_params):
+        return [True] * len(message.flagged_params)
+    sender_flags = data[len(data) - len(message.flagged_params) :].tolist()
     return [
-        p.grad is not None or number > 0 for p, number in zip(message.flagged, there, strict=True)
+        p.grad is not None or number > 0
+        for p, number in zip(message.flagged_params, sender_flags, strict=True)
     ]
 
 
-def _add(data: Tensor, message: Message) -> None:
+def _add_gradients(data: Tensor, message: ParamMessage) -> None:
     """Add the gradients of another rank."""
     if message.start is not None:
         gradient = message.parameters[0].grad
         if gradient is not None:
-            flat = _part(gradient).view(-1)
+            flat = _local_view(gradient).view(-1)
             flat[message.start : message.start + message.numel].add_(data)
         return
-    for parameter, has in zip(message.flagged, _flags(data, message), strict=True):
-        if has and parameter.grad is None:
+    for parameter, has_grad in zip(
+        message.flagged_params, _unpack_flags(data, message), strict=True
+    ):
+        if has_grad and parameter.grad is None:
             _set_gradient(
-                parameter, torch.zeros_like(_part(parameter), memory_format=torch.contiguous_format)
+                parameter,
+                torch.zeros_like(_local_view(parameter), memory_format=torch.contiguous_format),
             )
-    parts = data.split([*message.sizes, len(message.flagged)])
-    pairs = zip(message.parameters, parts, strict=False)
-    moving = [(_part(p.grad).view(-1), values) for p, values in pairs if p.grad is not None]
-    if moving:
-        _foreach_add_([own for own, _ in moving], [values for _, values in moving])
+    chunks = data.split([*message.numels, len(message.flagged_params)])
+    pairs = zip(message.parameters, chunks, strict=False)
+    grad_pairs = [
+        (_local_view(p.grad).view(-1), values) for p, values in pairs if p.grad is not None
+    ]
+    if grad_pairs:
+        _foreach_add_(
+            [local_grad for local_grad, _ in grad_pairs], [values for _, values in grad_pairs]
+        )
 
 
-def _take(data: Tensor, message: Message) -> None:
+def _set_reduced_gradients(data: Tensor, message: ParamMessage) -> None:
     """Set the gradients of parameters that have one on any rank to views of the sum."""
-    parts = data.split([*message.sizes, len(message.flagged)])
-    flags = _flags(data, message)
-    has = {id(p) for p, flag in zip(message.flagged, flags, strict=True) if flag}
-    for parameter, values in zip(message.parameters, parts, strict=False):
-        if id(parameter) in has:
-            _set_gradient(parameter, values.view(_part(parameter).shape))
+    chunks = data.split([*message.numels, len(message.flagged_params)])
+    flags = _unpack_flags(data, message)
+    ids_with_grad = {id(p) for p, flag in zip(message.flagged_params, flags, strict=True) if flag}
+    for parameter, values in zip(message.parameters, chunks, strict=False):
+        if id(parameter) in ids_with_grad:
+            _set_gradient(parameter, values.view(_local_view(parameter).shape))
 
 
 def _set_gradient(parameter: Any, values: Tensor) -> None:
-    """Set a gradient from this rank's numbers of it, of the shape of `_part`."""
+    """Set a gradient from this rank's numbers of it, of the shape of `_local_view`."""
     if parameter.is_complex():
         values = torch.view_as_complex(values)
     if isinstance(parameter, DTensor):
-        mesh, places = parameter.device_mesh, parameter.placements
+        mesh, placements = parameter.device_mesh, parameter.placements
         size = {"shape": parameter.shape, "stride": parameter.stride()}
-        values = DTensor.from_local(values, mesh, places, run_check=False, **size)
+        values = DTensor.from_local(values, mesh, placements, run_check=False, **size)
     parameter.grad = values

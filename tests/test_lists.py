@@ -22,7 +22,7 @@ import ravine.callbacks
 from ravine.callbacks import OptimizerPlan, Quantization
 from ravine.callbacks.optimizers import lr_schedules as schedules
 from ravine.callbacks.optimizers import muon
-from ravine.callbacks.quantization.layers import SCHEMES
+from ravine.callbacks.quantization.layers import DEQUANTIZERS
 from ravine.cli import help_text as pages
 from ravine.cli.commands import export
 from ravine.cli.main import main
@@ -35,7 +35,7 @@ from ravine.lightning_modules.rl.rewards import builtin as terms
 from ravine.strategies import NAMES as PRESETS
 from ravine.strategies import MeshStrategy
 from ravine.strategies import pipeline_parallel as pipeline
-from ravine.strategies.device_mesh import resolve
+from ravine.strategies.device_mesh import resolve_degrees
 
 ROOT = Path(__file__).resolve().parent.parent
 OVERLAYS = ROOT / "configs" / "strategy"
@@ -113,7 +113,7 @@ LISTS: dict[str, tuple[str, Row, Callable[[], list[Row]]]] = {
     "schedules": (
         "adding_an_optimizer.md",
         ("schedule", "the rate after the warm-up"),
-        lambda: described(schedules.SHAPES),
+        lambda: described(schedules.SCHEDULE_SHAPES),
     ),
     "samplers": (
         "diffusion.md",
@@ -167,20 +167,23 @@ def formats() -> set[str]:
 # What --help shows, and the registry that the code reads.
 CHOICES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "sampler": (lambda: argument(Diffusion, "sampler"), lambda: samplers.SAMPLERS),
-    "schedule": (lambda: get_args(schedules.Kind), lambda: schedules.SHAPES),
-    "attention variant": (lambda: get_args(attention.Rung), lambda: attention.LEARNED),
+    "schedule": (lambda: get_args(schedules.ScheduleKind), lambda: schedules.SCHEDULE_SHAPES),
+    "attention variant": (lambda: get_args(attention.AttentionVariant), lambda: attention.LEARNED),
     "attention kernel": (
         lambda: argument(Transformer, "attention"),
-        lambda: attention.ATTENTIONS,
+        lambda: attention.ATTENTION_FNS,
     ),
     "text": (lambda: get_args(sources.TextName), lambda: ["auto", "embedded", *sources.TEXTS]),
     "scale of Muon": (lambda: get_args(muon.Scale), lambda: muon.SCALES),
     "iteration of Muon": (lambda: get_args(muon.Coefficients), lambda: muon.ITERATIONS),
-    "quantization": (lambda: argument(Quantization, "scheme"), lambda: SCHEMES),
-    "exported quantization": (lambda: export.SCHEMES, lambda: SCHEMES),
-    "pipeline schedule": (lambda: get_args(pipeline.Schedule), lambda: pipeline.SCHEDULES),
+    "quantization": (lambda: argument(Quantization, "scheme"), lambda: DEQUANTIZERS),
+    "exported quantization": (lambda: export.QUANTIZATION_SCHEMES, lambda: DEQUANTIZERS),
+    "pipeline schedule": (
+        lambda: get_args(pipeline.PipelineSchedule),
+        lambda: pipeline.SCHEDULE_CLASSES,
+    ),
     "export format": (
-        lambda: re.findall(r"--format=([a-z]\w+)", pages.PAGES["export"]),
+        lambda: re.findall(r"--format=([a-z]\w+)", pages.COMMAND_HELP["export"]),
         formats,
     ),
 }
@@ -239,7 +242,7 @@ def overlay(name: str) -> str:
     """The overlay of a strategy, with a command for the fewest devices that it needs."""
     text, arguments = PRESETS[name]
     devices = fewest_ranks(arguments)
-    mesh = resolve(MeshStrategy(**arguments).degrees, devices)
+    mesh = resolve_degrees(MeshStrategy(**arguments).degrees, devices)
     usual = yaml.safe_load((ROOT / "configs" / "gpt2" / "124m.yaml").read_text())["trainer"]
     steps = usual["accumulate_grad_batches"] // (mesh["dp_replicate"] * mesh["dp_shard"])
     return (

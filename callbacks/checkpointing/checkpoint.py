@@ -9,12 +9,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ravine.errors import UsageError, sort_by_similarity
 from ravine.lightning_compat import ModelCheckpointAccess, should_accumulate, validation_follows
-from ravine.strategies.checkpoint.saving import save, save_as_usual, save_last, worth_saving
+from ravine.strategies.checkpoint.saving import (
+    defer_saving_hooks,
+    restore_saving_hooks,
+    save_on_all_ranks,
+    weights_are_finite,
+)
 
-from ..checks.run_checks import before_training
+from ..checks.run_checks import add_run_checks
 from ..stability.nan_guard import NonFiniteError
 
-MONITOR = "val/loss"
+DEFAULT_MONITOR = "val/loss"
 
 
 class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
@@ -39,7 +44,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
     def __init__(
         self,
         dirpath: str | None = None,
-        monitor: str = MONITOR,
+        monitor: str = DEFAULT_MONITOR,
         mode: Literal["min", "max"] = "min",
         every_n_train_steps: int | None = None,
         save_top_k: int = 1,
@@ -55,13 +60,13 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,  # a step saved again replaces its file
         )
-        self._owed = False  # a validation ended within an optimizer step
-        self._written: set[str] = set()  # paths; a checkpoint may name any other file
+        self._save_deferred = False  # a validation ended within an optimizer step
+        self._written_paths: set[str] = set()  # paths; a checkpoint may name any other file
 
     @property
     def monitor_is_optional(self) -> bool:
         """Whether a run may log no metric of that name."""
-        return self.monitor == MONITOR
+        return self.monitor == DEFAULT_MONITOR
 
     @property
     def state_key(self) -> str:
@@ -70,34 +75,34 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder; that it holds files already is no news to one who resumes there."""
-        before_training(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
             super().setup(trainer, pl_module, stage)
-        save_last(trainer, pl_module, self)
+        defer_saving_hooks(trainer, pl_module, self)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module's hooks back."""
         super().teardown(trainer, pl_module, stage)
-        save_as_usual(pl_module, self)
+        restore_saving_hooks(pl_module, self)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Save a step that is due, unless its validation follows at once and saves it then."""
-        if should_accumulate(trainer) or self._saved(trainer):
+        if should_accumulate(trainer) or self._is_saved(trainer):
             return
         n = self.every_n_steps
-        if not self._owed and (n < 1 or trainer.global_step % n):
+        if not self._save_deferred and (n < 1 or trainer.global_step % n):
             return
         if not validation_follows(trainer):
-            self._keep(trainer, measured=self._owed)
+            self._save_and_prune(trainer, has_metric=self._save_deferred)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what was just measured; within an optimizer step, as soon as that is done."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if self.monitor not in trainer.callback_metrics and self.monitor != MONITOR:
+        if self.monitor not in trainer.callback_metrics and self.monitor != DEFAULT_MONITOR:
             names = sorted(trainer.callback_metrics)
             nearest = sort_by_similarity(str(self.monitor), names)[:3]
             raise UsageError(
@@ -105,18 +110,18 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
                 f"there are {', '.join(nearest) or 'none'}; set monitor to one of them"
             )
         if should_accumulate(trainer):
-            self._owed = True
+            self._save_deferred = True
         else:
-            self._keep(trainer, measured=True)
+            self._save_and_prune(trainer, has_metric=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save an epoch that is not validated."""
-        if not (trainer.enable_validation or self.every_n_steps or self._saved(trainer)):
-            self._keep(trainer, measured=True)
+        if not (trainer.enable_validation or self.every_n_steps or self._is_saved(trainer)):
+            self._save_and_prune(trainer, has_metric=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step; a run that ends with a NaN in its weights has failed."""
-        if not self._saved(trainer) and not self._keep(trainer, measured=False):
+        if not self._is_saved(trainer) and not self._save_and_prune(trainer, has_metric=False):
             raise NonFiniteError(
                 f"the weights went to infinity by step {trainer.global_step}, the end of the run; "
                 f"newest whole checkpoint: {self.last_model_path or 'none'}; lower the learning "
@@ -127,21 +132,21 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         """Go on with the best so far, wherever it is; only files of this run are removed."""
         super().load_state_dict(state_dict | {"dirpath": self.dirpath})
 
-    def _saved(self, trainer: L.Trainer) -> bool:
+    def _is_saved(self, trainer: L.Trainer) -> bool:
         return self.last_saved_step == trainer.global_step
 
-    def _keep(self, trainer: L.Trainer, measured: bool) -> bool:
+    def _save_and_prune(self, trainer: L.Trainer, has_metric: bool) -> bool:
         """Write the file, then remove the one before it unless it is among the best.
 
         Returns False if a weight is not finite, and writes nothing.
         """
-        self._owed = False
+        self._save_deferred = False
         if getattr(trainer, "fast_dev_run", False):
             return True
-        if not worth_saving(trainer):
+        if not weights_are_finite(trainer):
             return False
         candidates = self.candidates(trainer)
-        current = candidates.get(str(self.monitor)) if measured else None
+        current = candidates.get(str(self.monitor)) if has_metric else None
         path = self.format_checkpoint_name(candidates)
         previous, self.last_model_path = self.last_model_path, path
         if self.save_top_k and self.check_monitor_top_k(trainer, current) and current is not None:
@@ -156,13 +161,13 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
 
     def write_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """Write a whole file, and tell the loggers."""
-        self._written.add(filepath)
-        save(trainer, filepath)
+        self._written_paths.add(filepath)
+        save_on_all_ranks(trainer, filepath)
         self.note_saved(trainer.global_step, filepath)
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(proxy(self))  # pyright: ignore[reportArgumentType]
 
     def should_remove(self, trainer: L.Trainer, previous: str, current: str) -> bool:
         """Whether a file is of this run and not the newest."""
-        removable = previous in self._written and previous != self.last_model_path
+        removable = previous in self._written_paths and previous != self.last_model_path
         return removable and super().should_remove(trainer, previous, current)

@@ -20,28 +20,28 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 from ravine.strategies.checkpoint.checkpoint_error import CheckpointError
-from ravine.strategies.checkpoint.validation import kind_mismatches
+from ravine.strategies.checkpoint.validation import dtype_kind_mismatches
 from ravine.strategies.shards import (
-    followed,
-    local,
-    part_of,
-    put_into,
-    saved_as,
+    named_tracked,
+    named_trainable,
+    shard_like,
     stages_to_join,
-    trainable,
+    to_checkpoint,
+    to_local,
+    update_state_dict,
 )
 
-from ..checks.run_checks import before_training
+from ..checks.run_checks import add_run_checks
 from ..optimizers.composite import Composite
-from ..optimizers.schedule_free import has_two_sets
+from ..optimizers.schedule_free import has_train_eval_modes
 
 
 @torch.no_grad()
 def use_raw_weights(module: nn.Module, raw: dict[str, Tensor]) -> None:
     """Put the raw weights of a checkpoint in the place of the average, for a run without one."""
-    for name, weight in trainable(module):
+    for name, weight in named_trainable(module):
         if name in raw:
-            local(weight).copy_(part_of(raw[name], weight))
+            to_local(weight).copy_(shard_like(raw[name], weight))
 
 
 class EMA(Callback):
@@ -65,45 +65,45 @@ class EMA(Callback):
         self.decay = decay
         self.warmup = warmup
         self.steps = 0
-        self.other: dict[str, Tensor] = {}  # the set of weights that the model does not hold
-        self.swapped = False  # the model holds the average
-        self._weights: dict[str, Tensor] = {}  # of this run: a walk over a net takes longer
-        self._frozen: list[Tensor] = []  # parameters that may be unfrozen later
-        self._saved: dict[str, Tensor] = {}
+        self.averaged: dict[str, Tensor] = {}  # the set of weights that the model does not hold
+        self.using_average = False  # the model holds the average
+        self._tracked_weights: dict[str, Tensor] = {}  # of this run: a walk over a net takes longer
+        self._frozen_params: list[Tensor] = []  # parameters that may be unfrozen later
+        self._saved_raw: dict[str, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a second owner of the weights that are evaluated."""
-        before_training(trainer, pl_module, stage)
-        both = [c for c in trainer.callbacks if isinstance(c, EMA)]  # pyright: ignore[reportAttributeAccessIssue]
-        if len(both) > 1:
-            decays = " and ".join(f"EMA(decay={ema.decay})" for ema in both)
+        add_run_checks(trainer, pl_module, stage)
+        averages = [c for c in trainer.callbacks if isinstance(c, EMA)]  # pyright: ignore[reportAttributeAccessIssue]
+        if len(averages) > 1:
+            decays = " and ".join(f"EMA(decay={ema.decay})" for ema in averages)
             raise UsageError(f"one average a run: there are {decays}; leave one of them out")
-        for other in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            two: Any = getattr(other, "optimizers_with_two_sets", None)
-            if stage == "fit" and two is not None:
-                refuse_two_sets(two())
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            list_schedule_free: Any = getattr(callback, "optimizers_with_two_sets", None)
+            if stage == "fit" and list_schedule_free is not None:
+                check_single_average(list_schedule_free())
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse an optimizer that has an average of its own, with or without a plan."""
-        for each in trainer.optimizers:
-            members = each.members if isinstance(each, Composite) else [each]
-            refuse_two_sets([type(m).__name__ for m in members if has_two_sets(m)])
+        for optimizer in trainer.optimizers:
+            members = optimizer.members if isinstance(optimizer, Composite) else [optimizer]
+            check_single_average([type(m).__name__ for m in members if has_train_eval_modes(m)])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on from a checkpoint, or start at the weights as they are: loaded and sharded."""
-        self._restore(pl_module)
-        self._show(pl_module, average=False)
-        if not self.other or self.steps != trainer.global_step:
+        self._load_average(pl_module)
+        self._swap(pl_module, average=False)
+        if not self.averaged or self.steps != trainer.global_step:
             self.steps = trainer.global_step
-            self.other = {name: p.detach().clone() for name, p in trainable(pl_module)}
-        self._take_over(pl_module)
+            self.averaged = {name: p.detach().clone() for name, p in named_trainable(pl_module)}
+        self._track_weights(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Begin to average what was unfrozen since, at its value before its first step."""
-        if any(parameter.requires_grad for parameter in self._frozen):
-            self._take_over(pl_module)
+        if any(parameter.requires_grad for parameter in self._frozen_params):
+            self._track_weights(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -115,16 +115,16 @@ class EMA(Callback):
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warmup else self.decay
         with torch.no_grad():
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-                [local(average) for average in self.other.values()],
-                [local(self._weights[name]) for name in self.other],
+                [to_local(average) for average in self.averaged.values()],
+                [to_local(self._tracked_weights[name]) for name in self.averaged],
                 1 - decay,
             )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the average into the model; the raw weights wait in its place."""
-        self._restore(pl_module)
-        if self.other:
-            self._show(pl_module, average=True)
+        self._load_average(pl_module)
+        if self.averaged:
+            self._swap(pl_module, average=True)
         elif not trainer.sanity_checking:
             rank_zero_warn("EMA has averaged nothing yet: the raw weights are evaluated")
 
@@ -134,26 +134,26 @@ class EMA(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Train on with the raw weights; until now a sample or a file could still be made."""
-        self._show(pl_module, average=False)
+        self._swap(pl_module, average=False)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the average; a run that was resumed at its end has trained no batch."""
-        self._restore(pl_module)
-        self._show(pl_module, average=bool(self.other))
+        self._load_average(pl_module)
+        self._swap(pl_module, average=bool(self.averaged))
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """The average as the model's weights, the raw ones beside it; called on every rank."""
-        self._restore(pl_module)
-        if self.other:
-            self._take_over(pl_module)
-            live = dict(followed(pl_module, self.other))
-            raw, average = (self.other, live) if self.swapped else (live, self.other)
+        self._load_average(pl_module)
+        if self.averaged:
+            self._track_weights(pl_module)
+            live = dict(named_tracked(pl_module, self.averaged))
+            raw, average = (self.averaged, live) if self.using_average else (live, self.averaged)
             state = checkpoint["state_dict"]
             stages = stages_to_join(trainer)
-            put_into(state, average, pl_module, live=True, stages=stages)
-            raw = saved_as(state, raw, live=True, stages=stages)
+            update_state_dict(state, average, pl_module, live=True, stages=stages)
+            raw = to_checkpoint(state, raw, live=True, stages=stages)
             checkpoint["ema"] = {"steps": self.steps, "raw": raw}
 
     def on_load_checkpoint(
@@ -161,66 +161,66 @@ class EMA(Callback):
     ) -> None:
         """Remember the raw weights until the average is in place, as the model's weights."""
         if (saved := checkpoint.get("ema")) is not None:
-            if wrong := _odd(saved):
+            if problem := _find_average_problem(saved):
                 raise CheckpointError(
-                    f"the average in the checkpoint cannot be used: {wrong}; choose another "
+                    f"the average in the checkpoint cannot be used: {problem}; choose another "
                     "checkpoint: --ckpt_path FILE, or use its weights alone: Pretrained(path)"
                 )
-            self.steps, self._saved, self.swapped = saved["steps"], saved["raw"], True
+            self.steps, self._saved_raw, self.using_average = saved["steps"], saved["raw"], True
 
-    def _restore(self, module: nn.Module) -> None:
-        if not self._saved:
+    def _load_average(self, module: nn.Module) -> None:
+        if not self._saved_raw:
             return
-        self.other = {}
-        for name, weight in followed(module, self._saved):
-            if name not in self._saved:
+        self.averaged = {}
+        for name, weight in named_tracked(module, self._saved_raw):
+            if name not in self._saved_raw:
                 raise UsageError(
                     f"EMA: the checkpoint does not know {name}; it was written with other "
                     "trainable parameters; resume it with the callbacks that it was trained with"
                 )
-            raw = self._saved[name]
-            if raw.shape != weight.shape or kind_mismatches({name: weight}, {name: raw}):
+            raw = self._saved_raw[name]
+            if raw.shape != weight.shape or dtype_kind_mismatches({name: weight}, {name: raw}):
                 raise CheckpointError(
                     f"EMA: the raw weight {name} of the checkpoint is {raw.dtype} of shape "
                     f"{list(raw.shape)}, and here {weight.dtype} of {list(weight.shape)}; choose "
                     "another checkpoint: --ckpt_path FILE"
                 )
-            self.other[name] = weight.detach().clone()
-            local(self.other[name]).copy_(part_of(self._saved[name], weight))
-        self._saved = {}
+            self.averaged[name] = weight.detach().clone()
+            to_local(self.averaged[name]).copy_(shard_like(self._saved_raw[name], weight))
+        self._saved_raw = {}
 
-    def _take_over(self, module: nn.Module) -> None:
+    def _track_weights(self, module: nn.Module) -> None:
         """Average every weight that moves now; one that is new starts at its current value."""
-        self._weights = dict(followed(module, self.other))
-        for name, weight in self._weights.items():
-            if name not in self.other:
-                self.other[name] = weight.detach().clone()
-        self._frozen = [p for p in module.parameters() if not p.requires_grad]
+        self._tracked_weights = dict(named_tracked(module, self.averaged))
+        for name, weight in self._tracked_weights.items():
+            if name not in self.averaged:
+                self.averaged[name] = weight.detach().clone()
+        self._frozen_params = [p for p in module.parameters() if not p.requires_grad]
 
     @torch.no_grad()
-    def _show(self, module: nn.Module, average: bool) -> None:
-        if self.swapped == average:
+    def _swap(self, module: nn.Module, average: bool) -> None:
+        if self.using_average == average:
             return
-        self._take_over(module)
-        for name, weight in self._weights.items():
-            mine, theirs = local(self.other[name]), local(weight)
-            held = theirs.clone()
-            theirs.copy_(mine)
-            mine.copy_(held)
-        self.swapped = average
+        self._track_weights(module)
+        for name, weight in self._tracked_weights.items():
+            stored, current = to_local(self.averaged[name]), to_local(weight)
+            previous = current.clone()
+            current.copy_(stored)
+            stored.copy_(previous)
+        self.using_average = average
 
 
-def _odd(saved: Any) -> str:
+def _find_average_problem(saved: Any) -> str:
     """What is wrong with an average as a checkpoint keeps it; empty if nothing is."""
     if not isinstance(saved, dict) or not isinstance(saved.get("raw"), dict) or not saved["raw"]:
         return "it has no raw weights"
     if type(saved.get("steps")) is not int:
         return f"its number of steps is {saved.get('steps')!r}"
-    odd = [name for name, value in saved["raw"].items() if not isinstance(value, Tensor)]
-    return f"{odd[0]} is no tensor" if odd else ""
+    non_tensors = [name for name, value in saved["raw"].items() if not isinstance(value, Tensor)]
+    return f"{non_tensors[0]} is no tensor" if non_tensors else ""
 
 
-def refuse_two_sets(names: list[str]) -> None:
+def check_single_average(names: list[str]) -> None:
     """ValueError if an optimizer keeps separate weights for evaluation."""
     if names:
         raise UsageError(

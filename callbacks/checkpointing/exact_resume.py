@@ -5,9 +5,9 @@ Lightning restores weights, optimizers and counters. Six things are left:
     dropout      the generators are a function of (seed, micro-batch, rank), set at each micro-batch
     optimizers   what a step draws is a function of (seed, step), equal on all ranks
     data         each batch is fetched under a seed of (seed, epoch, batch, rank): batch_seeds.py
-    counters     every file is brought to one of the forms of `rewind`, whenever it was written
-    validation   one that was due or under way at the cut runs; one that was complete does not
-    order        a DataLoader's sampler draws anew what it drew, and no data are read for it;
+    counters     every file is brought to one of the forms of `normalize_progress`, whenever it was
+    written validation   one that was due or under way at the cut runs; one that was complete does
+    not order        a DataLoader's sampler draws anew what it drew, and no data are read for it;
                  an iterable data set is read again up to its place; a loader with `state_dict`
                  goes on by itself
 """
@@ -50,34 +50,42 @@ from ravine.lightning_compat import (
     validation_loaders,
 )
 from ravine.strategies.checkpoint.checkpoint_error import CheckpointError
-from ravine.strategies.checkpoint.saving import non_finite, save_as_usual, save_last
-from ravine.strategies.checkpoint.validation import (
-    changed_kinds,
-    damaged_states,
-    kind_mismatches,
-    kinds,
-    nan_entry,
-    odd_record,
-    shapes,
+from ravine.strategies.checkpoint.saving import (
+    defer_saving_hooks,
+    first_non_finite,
+    restore_saving_hooks,
 )
-from ravine.strategies.share import Share
+from ravine.strategies.checkpoint.validation import (
+    dtype_kind_mismatches,
+    find_changed_kinds,
+    find_damaged_states,
+    find_malformed_resume_record,
+    find_nan_entry,
+    optimizer_state_kinds,
+    optimizer_state_shapes,
+)
+from ravine.strategies.share import DataParallelInfo
 
-from ..checks.run_checks import before_training
-from .batch_seeds import BatchSeeds, keep_generators, seed_of, set_generators
+from ..checks.run_checks import add_run_checks
+from .batch_seeds import BatchSeeds, hash_seed, seed_default_generators, snapshot_generators
 from .ema import use_raw_weights
 from .run_comparison import (
+    collect_run_properties,
     compare_callbacks,
     compare_data,
     compare_optimizers,
     compare_ranks_and_accumulation,
-    has,
-    run_properties,
-    say,
+    has_callback,
+    print_rank_zero,
 )
 
-VALIDATION, FETCH, STEP = -1, -2, -3  # what a seed is for; -4 and below are not used
-ACCEPTED = ("EMA", "data", "optimizer")
-Place = Literal["start", "epoch end", "step end", "before validation", "after validation"]
+VALIDATION_STREAM, FETCH_STREAM, STEP_STREAM = (
+    -1,
+    -2,
+    -3,
+)  # what a seed is for; -4 and below are not used
+ACCEPTABLE_DIFFERENCES = ("EMA", "data", "optimizer")
+ResumePoint = Literal["start", "epoch end", "step end", "before validation", "after validation"]
 
 
 class ExactResume(Callback):
@@ -103,21 +111,22 @@ class ExactResume(Callback):
     def __init__(self, accept: list[str] | str | None = None) -> None:
         """The seed is that of `seed_everything`."""
         self.accept = [accept] if isinstance(accept, str) else list(accept or ())
-        if unknown := [word for word in self.accept if word not in ACCEPTED]:
+        if unknown := [key for key in self.accept if key not in ACCEPTABLE_DIFFERENCES]:
             raise UsageError(
-                f"ExactResume: accept={unknown[0]!r}; allowed: {', '.join(ACCEPTED)}; "
-                f"type --trainer.callbacks.accept=[{ACCEPTED[0]}]"
+                f"ExactResume: accept={unknown[0]!r}; allowed: "
+                f"{', '.join(ACCEPTABLE_DIFFERENCES)}; "
+                f"type --trainer.callbacks.accept=[{ACCEPTABLE_DIFFERENCES[0]}]"
             )
-        self._there: dict[str, Any] = {}  # what the checkpoint stores of its run
-        self._raw: dict[
+        self._saved_run: dict[str, Any] = {}  # what the checkpoint stores of its run
+        self._raw_weights: dict[
             str, Tensor
         ] = {}  # raw weights of a checkpoint with EMA, resumed without EMA
         self._seed, self._rank = 0, 0
-        self._place: Place = "start"
-        self._metrics: dict[str, Tensor] = {}
+        self._resume_point: ResumePoint = "start"
+        self._saved_metrics: dict[str, Tensor] = {}
         self._max_steps: int | None = None
         self._plateau_due = False  # the file was written before its epoch's plateau schedules
-        self._seeded: list[BatchSeeds] = []
+        self._seeders: list[BatchSeeds] = []
 
     @property
     def state_key(self) -> str:
@@ -126,29 +135,29 @@ class ExactResume(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the seed, and which share of the data this is: ranks that split one model agree."""
-        before_training(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)
         if stage == "fit" and isinstance(trainer.precision_plugin, DoublePrecision):
             # Lightning loads the file's weights first and converts the net afterwards
             trainer.precision_plugin.convert_module(pl_module)
-        self._place, self._max_steps, self._metrics = "start", None, {}
-        self._plateau_due, self._there, self._raw = False, {}, {}
+        self._resume_point, self._max_steps, self._saved_metrics = "start", None, {}
+        self._plateau_due, self._saved_run, self._raw_weights = False, {}, {}
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
-        self._rank = Share.of(trainer).rank
+        self._rank = DataParallelInfo.of(trainer).dp_rank
         for callback in trainer.checkpoint_callbacks if stage == "fit" else ():
-            save_last(trainer, pl_module, callback)
+            defer_saving_hooks(trainer, pl_module, callback)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the loop and the loaders to the position of the checkpoint."""
         fit = trainer.fit_loop
         self._compare_loaders(trainer)
-        use_raw_weights(pl_module, self._raw)
-        collected_metrics(trainer).update(self._metrics)  # schedulers read them
+        use_raw_weights(pl_module, self._raw_weights)
+        collected_metrics(trainer).update(self._saved_metrics)  # schedulers read them
         restore_loader_states(trainer)
-        within = self._place in ("step end", "before validation", "after validation")
-        if within:
-            finish = self._finish_iteration(trainer, self._place)
+        mid_epoch = self._resume_point in ("step end", "before validation", "after validation")
+        if mid_epoch:
+            finish = self._finish_iteration(trainer, self._resume_point)
             replace_method(fit.epoch_loop, "advance", finish)
-        elif self._place == "epoch end":
+        elif self._resume_point == "epoch end":
             after_resuming_at_epoch_end(trainer)
             if self._plateau_due:
                 epochs = fit.epoch_progress.current
@@ -157,18 +166,18 @@ class ExactResume(Callback):
                 epochs.completed += 1
         self._seed_other_loaders(trainer)
         self._seed_validation(trainer)
-        self._wind(trainer, within)
-        self._place = "start"
+        self._fast_forward_loaders(trainer, mid_epoch)
+        self._resume_point = "start"
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Shuffle by (seed, epoch)."""
-        self._shuffle(trainer)
+        self._seed_epoch(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set the default generators, 7 us: what ran before this micro-batch leaves no trace."""
-        reseed(self._seed, trainer.fit_loop.total_batch_idx, self._rank, pl_module.device)
+        seed_all(self._seed, trainer.fit_loop.total_batch_idx, self._rank, pl_module.device)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
@@ -178,17 +187,17 @@ class ExactResume(Callback):
         Where a module steps by itself, what its forward draws next goes on as before.
         """
         if not pl_module.automatic_optimization:
-            after_step(optimizer, keep_generators(pl_module.device))
-        number = seed_of(STEP, self._seed, trainer.global_step)
-        set_generators(number, pl_module.device)
+            run_after_step(optimizer, snapshot_generators(pl_module.device))
+        seed = hash_seed(STEP_STREAM, self._seed, trainer.global_step)
+        seed_default_generators(seed, pl_module.device)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the loops and loaders."""
         restore_before_fetch(trainer)
         restore_method(trainer.fit_loop.epoch_loop.val_loop, "run")
-        for seeds in self._seeded:
-            seeds.remove()
-        self._seeded = []
+        for seeder in self._seeders:
+            seeder.remove()
+        self._seeders = []
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -199,7 +208,7 @@ class ExactResume(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the hooks."""
         for callback in trainer.checkpoint_callbacks:
-            save_as_usual(pl_module, callback)
+            restore_saving_hooks(pl_module, callback)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -214,13 +223,15 @@ class ExactResume(Callback):
         states = checkpoint.get("optimizer_states", [])
         numbered = getattr(trainer.strategy, "numbered", False)  # MeshStrategy does it itself
         for optimizer, state in () if numbered else zip(trainer.optimizers, states, strict=True):
-            number_by_place(list(pl_module.parameters()), optimizer, state)
+            renumber_params(list(pl_module.parameters()), optimizer, state)
         metrics = collected_metrics(trainer)
-        parts = saves_sharded(trainer.strategy)
-        checkpoint["exact_resume"] = run_properties(trainer) | {
+        is_sharded = saves_sharded(trainer.strategy)
+        checkpoint["exact_resume"] = collect_run_properties(trainer) | {
             "seed": self._seed,
-            "optimizer_shapes": None if parts else shapes(states),  # parts have an index of theirs
-            "optimizer_kinds": None if parts else kinds(states),
+            "optimizer_shapes": None
+            if is_sharded
+            else optimizer_state_shapes(states),  # parts have an index of theirs
+            "optimizer_kinds": None if is_sharded else optimizer_state_kinds(states),
             "metrics": {name: value.detach().cpu() for name, value in metrics.items()},
         }
 
@@ -230,50 +241,58 @@ class ExactResume(Callback):
         """Bring the counters of the file, however it was written, to a known form."""
         if trainer.state.fn != "fit":
             return
-        self._refuse_damaged(trainer, pl_module, checkpoint)
+        self._check_not_damaged(trainer, pl_module, checkpoint)
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
         self._plateau_due = epochs["processed"] != epochs["completed"]
-        self._place = rewind(checkpoint["loops"]["fit_loop"])
-        kept = checkpoint.get("exact_resume", {})
-        self._seed, self._metrics = kept.get("seed", self._seed), kept.get("metrics", {})
-        self._there = kept
+        self._resume_point = normalize_progress(checkpoint["loops"]["fit_loop"])
+        saved_run = checkpoint.get("exact_resume", {})
+        self._seed, self._saved_metrics = (
+            saved_run.get("seed", self._seed),
+            saved_run.get("metrics", {}),
+        )
+        self._saved_run = saved_run
         compare_callbacks(trainer, checkpoint, self.accept)
         self._compare_optimizers(trainer, checkpoint)
-        if "ema" in checkpoint and "EMA" in self.accept and not has(trainer, "EMA"):
-            self._raw = checkpoint["ema"]["raw"]
+        if "ema" in checkpoint and "EMA" in self.accept and not has_callback(trainer, "EMA"):
+            self._raw_weights = checkpoint["ema"]["raw"]
         loop = trainer.fit_loop.epoch_loop
-        if self._place == "before validation" and loop.max_steps == checkpoint["global_step"]:
+        if (
+            self._resume_point == "before validation"
+            and loop.max_steps == checkpoint["global_step"]
+        ):
             self._max_steps = loop.max_steps  # or Lightning would return before that validation
             loop.max_steps += 1
 
-    def _refuse_damaged(
+    def _check_not_damaged(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Refuse a checkpoint from which training cannot resume, before any step."""
         states, names = checkpoint.get("optimizer_states"), list(dict(module.named_parameters()))
-        kept = checkpoint.get("exact_resume", {})
-        if wrong := odd_record(kept):
+        saved_run = checkpoint.get("exact_resume", {})
+        if problem := find_malformed_resume_record(saved_run):
             raise CheckpointError(
-                f"no training can go on from this checkpoint: {wrong}; choose another one:"
+                f"no training can go on from this checkpoint: {problem}; choose another one:"
                 " --ckpt_path FILE, or use its weights alone: Pretrained(path)"
             )
-        wrong = kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {}))
-        if states is not None and not wrong:  # parts are checked by their reader
+        problem = dtype_kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {}))
+        if states is not None and not problem:  # parts are checked by their reader
             steps = checkpoint.get("global_step", 0)
-            wrong = damaged_states(states, kept.get("optimizer_shapes"), steps, names)
-            wrong = wrong or changed_kinds(states, kept.get("optimizer_kinds"), names)
-        bad = non_finite(module.named_parameters()) or nan_entry(states or [], names)
-        bad = bad or _not_finite_raw(checkpoint.get("ema"))
-        if not trainer.strategy.reduce_boolean_decision(bad is None) and not wrong:
-            wrong = f"{bad or 'a tensor of another rank'} is not finite"
-        if wrong:
+            problem = find_damaged_states(states, saved_run.get("optimizer_shapes"), steps, names)
+            problem = problem or find_changed_kinds(states, saved_run.get("optimizer_kinds"), names)
+        non_finite_name = first_non_finite(module.named_parameters()) or find_nan_entry(
+            states or [], names
+        )
+        non_finite_name = non_finite_name or _find_non_finite_raw(checkpoint.get("ema"))
+        if not trainer.strategy.reduce_boolean_decision(non_finite_name is None) and not problem:
+            problem = f"{non_finite_name or 'a tensor of another rank'} is not finite"
+        if problem:
             raise CheckpointError(
-                f"no training can go on from this checkpoint: {wrong}; choose an earlier one:"
+                f"no training can go on from this checkpoint: {problem}; choose an earlier one:"
                 " --ckpt_path FILE, or begin anew without --ckpt_path"
             )
         try:
             counts = deepcopy(checkpoint["loops"]["fit_loop"])
-            rewind(counts)
+            normalize_progress(counts)
             if not isinstance(counts.get("state_dict", {}).get("combined_loader", []), list):
                 raise TypeError("the places of the loaders are no list")
         except (LookupError, TypeError, AttributeError) as error:
@@ -285,32 +304,36 @@ class ExactResume(Callback):
 
     def _compare_optimizers(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
         """Compare when they exist, before their states are loaded."""
-        there, strategy = self._there.get("optimizers"), trainer.strategy
-        if there is None or checkpoint.get("optimizer_plan"):  # whose plan compares its members
+        saved_names, strategy = self._saved_run.get("optimizers"), trainer.strategy
+        if saved_names is None or checkpoint.get(
+            "optimizer_plan"
+        ):  # whose plan compares its members
             return
-        load = type(strategy).load_optimizer_state_dict
+        original_load = type(strategy).load_optimizer_state_dict
 
         def compare_and_load(checkpoint: Any) -> None:
             restore_method(strategy, "load_optimizer_state_dict")
-            here = [type(optimizer).__name__ for optimizer in strategy.optimizers]
-            if compare_optimizers(here, there, self.accept):
-                load(strategy, checkpoint)
+            current_names = [type(optimizer).__name__ for optimizer in strategy.optimizers]
+            if compare_optimizers(current_names, saved_names, self.accept):
+                original_load(strategy, checkpoint)
 
         replace_method(strategy, "load_optimizer_state_dict", compare_and_load)
 
     def _compare_loaders(self, trainer: L.Trainer) -> None:
-        if not self._there:
+        if not self._saved_run:
             return
-        compare_data(trainer, self._there.get("data", {}), self.accept)
+        compare_data(trainer, self._saved_run.get("data", {}), self.accept)
         loader = combined_loader(trainer)
-        parts = loader.flattened if loader is not None else []
-        if world := self._there.get("world"):
+        train_loaders = loader.flattened if loader is not None else []
+        if world := self._saved_run.get("world"):
             compare_ranks_and_accumulation(
-                trainer, world, all(isinstance(part, Stateful) for part in parts)
+                trainer,
+                world,
+                all(isinstance(train_loader, Stateful) for train_loader in train_loaders),
             )
-        self._there = {}
+        self._saved_run = {}
 
-    def _finish_iteration(self, trainer: L.Trainer, place: Place) -> Any:
+    def _finish_iteration(self, trainer: L.Trainer, resume_point: ResumePoint) -> Any:
         """The loop's first `advance`: what follows the micro-batch that was the file's last."""
         loop = trainer.fit_loop.epoch_loop
 
@@ -319,74 +342,83 @@ class ExactResume(Callback):
             after_resuming_within_epoch(trainer)
             if self._max_steps is not None:
                 loop.max_steps = self._max_steps
-            if place == "step end":
+            if resume_point == "step end":
                 loop.advance(fetcher)
-            skip_next_validation(trainer, place == "after validation")
+            skip_next_validation(trainer, resume_point == "after validation")
 
         return advance
 
-    def _wind(self, trainer: L.Trainer, within: bool) -> None:
+    def _fast_forward_loaders(self, trainer: L.Trainer, mid_epoch: bool) -> None:
         """Seed the loaders by (seed, epoch) and skip to the position of the checkpoint."""
         fit, fetcher = trainer.fit_loop, data_fetcher(trainer)
         loader = combined_loader(trainer)  # whose truth is its length, which it need not have
         if fetcher is None or loader is None:
             return
-        parts = loader.flattened
+        train_loaders = loader.flattened
         progress = fit.epoch_loop.batch_progress
-        done = progress.current.ready if within and not progress.is_last_batch else 0
+        num_done = progress.current.ready if mid_epoch and not progress.is_last_batch else 0
         # an iterator can be iterated once: reading from it here would lose its first batch
-        kept = [isinstance(part, Stateful | Iterator) for part in parts]
-        for part in parts:
-            if isinstance(part, Iterator) and not isinstance(part, Stateful):
-                say(
-                    f"the training data are an iterator ({type(part).__name__}): a resumed run "
+        keeps_position = [
+            isinstance(train_loader, Stateful | Iterator) for train_loader in train_loaders
+        ]
+        for train_loader in train_loaders:
+            if isinstance(train_loader, Iterator) and not isinstance(train_loader, Stateful):
+                print_rank_zero(
+                    f"the training data are an iterator ({type(train_loader).__name__}): a "
+                    "resumed run "
                     "takes whatever it yields next, and is not exact; hand over an iterable"
                 )
-        if not any(kept):
-            skips = is_prefetching(fetcher) and fetcher.length is not None
-            skips = skips and all(can_skip(part, done) for part in parts)
-            self._shuffle(trainer, done if skips else 0)
+        if not any(keeps_position):
+            can_skip_all = is_prefetching(fetcher) and fetcher.length is not None
+            can_skip_all = can_skip_all and all(
+                can_skip(train_loader, num_done) for train_loader in train_loaders
+            )
+            self._seed_epoch(trainer, num_done if can_skip_all else 0)
             self._seed_fetch(trainer, 0)
             iter(fetcher)
-            if done and not skips:
-                self._read_again(trainer, done)
-        elif not all(kept) and combined_iterator(loader) is not None:
-            self._shuffle(trainer, done)
-            for number, part in enumerate(parts):
-                if not kept[number]:
-                    each = iter(part)
-                    for _ in range(0 if can_skip(part, done) else done):
-                        next(each, None)
-                    combined_iterator(loader).iterators[number] = each
+            if num_done and not can_skip_all:
+                self._replay_batches(trainer, num_done)
+        elif not all(keeps_position) and combined_iterator(loader) is not None:
+            self._seed_epoch(trainer, num_done)
+            for number, train_loader in enumerate(train_loaders):
+                if not keeps_position[number]:
+                    iterator = iter(train_loader)
+                    for _ in range(0 if can_skip(train_loader, num_done) else num_done):
+                        next(iterator, None)
+                    combined_iterator(loader).iterators[number] = iterator
         else:
             return
-        if within:  # it can be resumed from here on; Lightning assumes that it cannot
+        if mid_epoch:  # it can be resumed from here on; Lightning assumes that it cannot
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
 
-    def _read_again(self, trainer: L.Trainer, done: int) -> None:
+    def _replay_batches(self, trainer: L.Trainer, num_done: int) -> None:
         fetcher = data_fetcher(trainer)
         assert fetcher is not None
-        say(f"the data cannot be skipped: {done} batches are read again to reach their place")
-        for batch in range(done):
+        print_rank_zero(
+            f"the data cannot be skipped: {num_done} batches are read again to reach their place"
+        )
+        for batch in range(num_done):
             self._seed_fetch(trainer, batch + 1 if fetcher.length is None else batch)
             next(fetcher, None)
-        fetcher.fetched -= done  # Lightning adds them
+        fetcher.fetched -= num_done  # Lightning adds them
 
-    def _shuffle(self, trainer: L.Trainer, skip: int = 0) -> None:
+    def _seed_epoch(self, trainer: L.Trainer, num_skip: int = 0) -> None:
         epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-        reseed(self._seed, epoch, -1, trainer.lightning_module.device)
+        seed_all(self._seed, epoch, -1, trainer.lightning_module.device)
         loader = combined_loader(trainer)
-        for number, part in enumerate(loader.flattened if loader is not None else []):
-            set_sampler_epoch(part, epoch)
-            self._begin(part, 2 * number, epoch, skip if can_skip(part, skip) else 0)
+        for number, train_loader in enumerate(loader.flattened if loader is not None else []):
+            set_sampler_epoch(train_loader, epoch)
+            self._seed_loader(
+                train_loader, 2 * number, epoch, num_skip if can_skip(train_loader, num_skip) else 0
+            )
 
-    def _begin(self, part: Any, kind: int, epoch: int, skip: int = 0) -> None:
+    def _seed_loader(self, loader: Any, stream_id: int, epoch: int, num_skip: int = 0) -> None:
         """Announce an iteration to a loader of torch; others have no seeds of their own."""
-        if isinstance(part, DataLoader) and not isinstance(part, Stateful):
-            seeds = BatchSeeds.of(part)
-            seeds.begin(kind, self._seed, self._rank, epoch, skip)
-            if seeds not in self._seeded:
-                self._seeded.append(seeds)
+        if isinstance(loader, DataLoader) and not isinstance(loader, Stateful):
+            seeder = BatchSeeds.for_loader(loader)
+            seeder.set_epoch(stream_id, self._seed, self._rank, epoch, num_skip)
+            if seeder not in self._seeders:
+                self._seeders.append(seeder)
 
     def _seed_validation(self, trainer: L.Trainer) -> None:
         """Let a validation be a function of its place, whatever ran before it."""
@@ -394,12 +426,12 @@ class ExactResume(Callback):
         run = type(loop).run
 
         def run_seeded() -> Any:
-            with validation_loaders(trainer) as parts:
-                place = trainer.fit_loop.total_batch_idx
-                number = seed_of(VALIDATION, self._seed, self._rank, place)
-                set_generators(number, trainer.lightning_module.device)
-                for each, part in enumerate(parts):
-                    self._begin(part, 2 * each + 1, place)
+            with validation_loaders(trainer) as val_loaders:
+                position = trainer.fit_loop.total_batch_idx
+                seed = hash_seed(VALIDATION_STREAM, self._seed, self._rank, position)
+                seed_default_generators(seed, trainer.lightning_module.device)
+                for index, val_loader in enumerate(val_loaders):
+                    self._seed_loader(val_loader, 2 * index + 1, position)
             return run(loop)
 
         replace_method(loop, "run", run_seeded)
@@ -407,10 +439,15 @@ class ExactResume(Callback):
     def _seed_other_loaders(self, trainer: L.Trainer) -> None:
         """Seed before each batch of loaders that are not torch's, but those that draw nothing."""
         loader = combined_loader(trainer)
-        parts = loader.flattened if loader is not None else []
-        torchs = [isinstance(part, DataLoader) and not isinstance(part, Stateful) for part in parts]
-        silent = [getattr(part, "draws_nothing", False) for part in parts]
-        if all(a or b for a, b in zip(torchs, silent, strict=True)):
+        train_loaders = loader.flattened if loader is not None else []
+        is_torch = [
+            isinstance(train_loader, DataLoader) and not isinstance(train_loader, Stateful)
+            for train_loader in train_loaders
+        ]
+        draws_nothing = [
+            getattr(train_loader, "draws_nothing", False) for train_loader in train_loaders
+        ]
+        if all(a or b for a, b in zip(is_torch, draws_nothing, strict=True)):
             return
 
         def before_fetch() -> None:
@@ -420,15 +457,15 @@ class ExactResume(Callback):
 
     def _seed_fetch(self, trainer: L.Trainer, batch: int) -> None:
         epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-        number = seed_of(FETCH, self._seed, self._rank, epoch, batch)
-        set_generators(number, trainer.lightning_module.device)
+        seed = hash_seed(FETCH_STREAM, self._seed, self._rank, epoch, batch)
+        seed_default_generators(seed, trainer.lightning_module.device)
 
 
-def _not_finite_raw(saved: Any) -> str | None:
+def _find_non_finite_raw(saved: Any) -> str | None:
     raw = saved.get("raw") if isinstance(saved, dict) else None
     if not isinstance(raw, dict):
         return None
-    name = non_finite((n, value) for n, value in raw.items() if isinstance(value, Tensor))
+    name = first_non_finite((n, value) for n, value in raw.items() if isinstance(value, Tensor))
     return f"the raw weight {name} beside the average" if name else None
 
 
@@ -441,7 +478,7 @@ def can_skip(loader: Any, batches: int) -> bool:
     return map_style and length is not None and batches < length
 
 
-def after_step(optimizer: Optimizer, action: Callable[[], None]) -> None:
+def run_after_step(optimizer: Optimizer, action: Callable[[], None]) -> None:
     """Do it once, after the optimizer's next step; nothing for one without torch's hooks."""
     register = getattr(optimizer, "register_step_post_hook", None)
     if register is None or not hasattr(optimizer, "_optimizer_step_post_hooks"):
@@ -454,36 +491,40 @@ def after_step(optimizer: Optimizer, action: Callable[[], None]) -> None:
     handle = register(once)
 
 
-def reseed(seed: int, index: int, rank: int, device: torch.device) -> int:
+def seed_all(seed: int, index: int, rank: int, device: torch.device) -> int:
     """Set the default generators of torch, Python and NumPy by a hash of (seed, index, rank).
 
     Of one rank no two indices collide.
     """
-    number = seed_of(seed, rank, index)
-    set_generators(number, device)
-    return number
+    hashed_seed = hash_seed(seed, rank, index)
+    seed_default_generators(hashed_seed, device)
+    return hashed_seed
 
 
-def number_by_place(parameters: list[Tensor], optimizer: Optimizer, state: dict[str, Any]) -> None:
+def renumber_params(parameters: list[Tensor], optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Rename parameter ids in a saved optimizer state to places in the list of all parameters.
 
     Any grouping of any optimizer then has the ids that a sharded strategy expects. Ids that are
     names (a sharded folder) or absent (another rank's business) stay.
     """
-    place = {parameter: i for i, parameter in enumerate(parameters)}
+    position = {parameter: i for i, parameter in enumerate(parameters)}
     ids: dict[int, int] = {}
-    for ours, saved in zip(optimizer.param_groups, state.get("param_groups", []), strict=False):
-        for parameter, old in zip(ours["params"], saved["params"], strict=True):
+    for live_group, saved in zip(
+        optimizer.param_groups, state.get("param_groups", []), strict=False
+    ):
+        for parameter, old in zip(live_group["params"], saved["params"], strict=True):
             if not isinstance(old, int):
                 return
-            ids[old] = place.setdefault(parameter, len(place))  # one outside the module: after all
+            ids[old] = position.setdefault(
+                parameter, len(position)
+            )  # one outside the module: after all
     for saved in state.get("param_groups", []):
         saved["params"] = [ids[old] for old in saved["params"]]
     if ids:
         state["state"] = {ids.get(old, old): values for old, values in state["state"].items()}
 
 
-def rewind(loops: dict[str, Any]) -> Place:
+def normalize_progress(loops: dict[str, Any]) -> ResumePoint:
     """Bring the fit loop's saved counters to a form that goes on exactly; say where it stands.
 
     Lightning counts ready, started, processed, completed of epochs and of micro-batches:
@@ -500,26 +541,28 @@ def rewind(loops: dict[str, Any]) -> Place:
     if batch["processed"] == 0 or batch["processed"] != batch["ready"]:
         return "start"  # nothing trained yet, or written within a step: Lightning does what it can
     if epoch["ready"] != epoch["started"]:  # written in on_train_epoch_start, which runs again
-        _set(epochs, "ready", "started")
+        _copy_counts(epochs, "ready", "started")
     if epoch["processed"] == epoch["ready"]:
         if batches["is_last_batch"]:
-            _set(epochs, "completed", "processed")
+            _copy_counts(epochs, "completed", "processed")
             return "epoch end"
         for counts in epochs.values():
             counts["processed"] = counts["completed"] = counts["ready"] - 1
-        place = "step end"
+        resume_point = "step end"
     else:
         validation = loops["epoch_loop.val_loop.batch_progress"]
-        complete = validation["is_last_batch"] and (
+        is_complete = validation["is_last_batch"] and (
             validation["current"]["completed"] == validation["current"]["ready"]
         )
-        within = batch["completed"] == batch["processed"]  # else the validation is an earlier one
-        place = "after validation" if within and complete else "before validation"
+        is_current = (
+            batch["completed"] == batch["processed"]
+        )  # else the validation is an earlier one
+        resume_point = "after validation" if is_current and is_complete else "before validation"
     for key in ("started", "processed", "completed"):
-        _set(batches, key, "ready")
-    return place
+        _copy_counts(batches, key, "ready")
+    return resume_point
 
 
-def _set(progress: dict[str, Any], key: str, other: str) -> None:
+def _copy_counts(progress: dict[str, Any], key: str, other: str) -> None:
     for counts in (progress["current"], progress["total"]):
         counts[key] = counts[other]

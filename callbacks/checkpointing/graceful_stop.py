@@ -32,9 +32,14 @@ from ravine.lightning_compat import (
     should_accumulate,
     skip_sigterm_broadcast,
 )
-from ravine.strategies.checkpoint.saving import save, save_as_usual, save_last, worth_saving
+from ravine.strategies.checkpoint.saving import (
+    defer_saving_hooks,
+    restore_saving_hooks,
+    save_on_all_ranks,
+    weights_are_finite,
+)
 
-BETWEEN_MEETINGS = 0.5  # seconds; the ranks agree on the number of steps that takes
+SYNC_INTERVAL_S = 0.5  # seconds; the ranks agree on the number of steps that takes
 
 
 class Interrupted(SystemExit):
@@ -62,50 +67,52 @@ class GracefulStop(Callback):
         """Nothing to choose."""
         self._signum = 0
         self._training = False
-        self._unsaid = ""  # what a signal means while nothing is trained
-        self._previous: dict[int, Any] = {}
+        self._no_checkpoint_note = ""  # what a signal means while nothing is trained
+        self._previous_handlers: dict[int, Any] = {}
         self._group: Any = None
-        self._meeting, self._met_step, self._met_time = 0, 0, 0.0
-        self._mark: tuple[int, int] | None = None
+        self._next_sync_step, self._last_sync_step, self._last_sync_time = 0, 0, 0.0
+        self._weight_version: tuple[int, int] | None = None
         self._pid = 0
-        self._speaks = False
+        self._is_main = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the signals over; go last, so that what other callbacks did in a step is saved."""
         trainer.callbacks = [c for c in trainer.callbacks if c is not self] + [self]  # type: ignore
         self._signum, self._group, self._pid = 0, None, os.getpid()
-        self._meeting, self._met_time = 0, 0.0
-        self._unsaid = " before the first step: nothing was saved" if stage == "fit" else ""
-        self._speaks = trainer.is_global_zero
-        save_last(trainer, pl_module, self)
+        self._next_sync_step, self._last_sync_time = 0, 0.0
+        self._no_checkpoint_note = (
+            " before the first step: nothing was saved" if stage == "fit" else ""
+        )
+        self._is_main = trainer.is_global_zero
+        defer_saving_hooks(trainer, pl_module, self)
         if stage == "fit" and trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread alone
 
         def retake() -> None:
-            self._install(trainer)
+            self._install_handlers(trainer)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # held by cli/main.py
 
         after_registering_signals(trainer, retake)
-        self._install(trainer)
+        self._install_handlers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on there is something to save."""
-        self._training, self._mark = True, _version(pl_module)
+        self._training, self._weight_version = True, _first_weight_version(pl_module)
         skip_sigterm_broadcast(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Stop if a signal came, between two optimizer steps and never within one."""
-        self._mark = _version(pl_module)
+        self._weight_version = _first_weight_version(pl_module)
         if should_accumulate(trainer):
             return
         if self._group is not None:
-            self._meet(trainer.global_step)
-        if self._signum and (self._group is None or self._meeting < 0):
-            self._stop(trainer)
+            self._sync_signals(trainer.global_step)
+        if self._signum and (self._group is None or self._next_sync_step < 0):
+            self._save_and_stop(trainer)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -113,86 +120,90 @@ class GracefulStop(Callback):
         """Stop within a validation, unless a callback has exchanged the weights for it."""
         if not (self._signum and self._training) or self._group is not None:
             return
-        if not should_accumulate(trainer) and self._mark == _version(pl_module):
-            self._stop(trainer)
+        if not should_accumulate(trainer) and self._weight_version == _first_weight_version(
+            pl_module
+        ):
+            self._save_and_stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """All is done and saved."""
-        self._training, self._unsaid = False, " after the last step"
+        self._training, self._no_checkpoint_note = False, " after the last step"
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Give the signals back; Lightning would put our handlers in again afterwards."""
-        self._restore(trainer)
-        original_handlers(trainer).update(self._previous)
+        self._restore_handlers(trainer)
+        original_handlers(trainer).update(self._previous_handlers)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back; one that came too late for the last step is not swallowed."""
-        self._restore(trainer)
-        save_as_usual(pl_module, self)
+        self._restore_handlers(trainer)
+        restore_saving_hooks(pl_module, self)
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
         if self._signum:
             raise Interrupted(self._signum)
 
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return  # a data loader's worker: the main process decides
         if self._signum or not self._training:
             signal.signal(signum, signal.SIG_DFL)  # a third one needs no Python
-            if self._speaks:
-                how = " at once" if self._signum else self._unsaid
-                os.write(2, f"\nstopped by {signal.Signals(signum).name}{how}\n".encode())
+            if self._is_main:
+                note = " at once" if self._signum else self._no_checkpoint_note
+                os.write(2, f"\nstopped by {signal.Signals(signum).name}{note}\n".encode())
             raise Interrupted(signum)
         self._signum = signum
         text = "\nstopping after this step, with a checkpoint; once more: at once\n"
         os.write(2, text.encode())  # print is not reentrant
 
-    def _install(self, trainer: L.Trainer) -> None:
+    def _install_handlers(self, trainer: L.Trainer) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            before = signal.signal(signum, self._receive)
-            self._previous.setdefault(signum, before)
+            previous = signal.signal(signum, self._handle_signal)
+            self._previous_handlers.setdefault(signum, previous)
 
-    def _restore(self, trainer: L.Trainer) -> None:
+    def _restore_handlers(self, trainer: L.Trainer) -> None:
         self._training = False
         restore_signal_registration(trainer)
         restore_sigterm_broadcast(trainer)
         if threading.current_thread() is threading.main_thread():
-            for signum, handler in self._previous.items():
+            for signum, handler in self._previous_handlers.items():
                 signal.signal(signum, handler)
 
-    def _meet(self, step: int) -> None:
+    def _sync_signals(self, step: int) -> None:
         """Learn of each other's signals, and agree on the step of the next meeting."""
-        if step < self._meeting:
+        if step < self._next_sync_step:
             return
-        now = time.monotonic()
-        rate = (step - self._met_step) / (now - self._met_time)  # steps a second
-        wait = min(max(1, int(rate * BETWEEN_MEETINGS)), 1000) if self._met_time else 1
-        news = torch.tensor([self._signum, -wait])
-        dist.all_reduce(news, dist.ReduceOp.MAX, group=self._group)
-        self._signum, wait = int(news[0]), -int(news[1])
-        self._met_step, self._met_time = step, now
-        self._meeting = -1 if self._signum else step + wait
+        current_time = time.monotonic()
+        rate = (step - self._last_sync_step) / (
+            current_time - self._last_sync_time
+        )  # steps a second
+        wait = min(max(1, int(rate * SYNC_INTERVAL_S)), 1000) if self._last_sync_time else 1
+        message = torch.tensor([self._signum, -wait])
+        dist.all_reduce(message, dist.ReduceOp.MAX, group=self._group)
+        self._signum, wait = int(message[0]), -int(message[1])
+        self._last_sync_step, self._last_sync_time = step, current_time
+        self._next_sync_step = -1 if self._signum else step + wait
 
-    def _stop(self, trainer: L.Trainer) -> None:
-        step, written = trainer.global_step, None
+    def _save_and_stop(self, trainer: L.Trainer) -> None:
+        step, saved_path = trainer.global_step, None
         for callback in trainer.checkpoint_callbacks:
             saved_step, path = last_saved(callback)
             if saved_step == step:
-                written = path
-        fast = getattr(trainer, "fast_dev_run", False)
-        if written is None and not fast and worth_saving(trainer):
+                saved_path = path
+        is_dry_run = getattr(trainer, "fast_dev_run", False)
+        if saved_path is None and not is_dry_run and weights_are_finite(trainer):
             folders = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks]
             root = os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
             folder = next(filter(None, folders), root)
-            written = os.path.join(trainer.strategy.broadcast(folder), f"step={step:06d}.ckpt")
-            save(trainer, written)
-        stopped = Interrupted(self._signum, written)
+            saved_path = os.path.join(trainer.strategy.broadcast(folder), f"step={step:06d}.ckpt")
+            save_on_all_ranks(trainer, saved_path)
+        stopped = Interrupted(self._signum, saved_path)
         name = signal.Signals(self._signum).name
-        way_on = f"go on with --ckpt_path {written}" if written else "nothing was saved"
-        rank_zero_info(f"stopped by {name} at step {step}; {way_on}")
+        hint = f"go on with --ckpt_path {saved_path}" if saved_path else "nothing was saved"
+        rank_zero_info(f"stopped by {name} at step {step}; {hint}")
         self._signum = 0
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
@@ -200,7 +211,7 @@ class GracefulStop(Callback):
         raise stopped
 
 
-def _version(module: L.LightningModule) -> tuple[int, int] | None:
+def _first_weight_version(module: L.LightningModule) -> tuple[int, int] | None:
     """Changes with any change of the first trainable weight, without looking at its values."""
     weight = next((p for p in module.parameters() if p.requires_grad), None)
     if weight is None or isinstance(weight, DTensor):

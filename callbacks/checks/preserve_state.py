@@ -23,23 +23,23 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ravine.lightning_compat import MODULE_REFERENCES
-from ravine.strategies.parallel_module import units
+from ravine.strategies.parallel_module import fsdp_units
 
-Restore = Callable[[], Any]
-DEPTH = 6  # containers within containers that are looked into
-WHOLE = (nn.Parameter, nn.Module, L.Trainer, L.Callback, L.LightningDataModule, Dataset)
-OTHERS = ("torch.", "lightning.", "numpy.", "jsonargparse.", "builtins.")
+RestoreFn = Callable[[], Any]
+MAX_DEPTH = 6  # containers within containers that are looked into
+OPAQUE_TYPES = (nn.Parameter, nn.Module, L.Trainer, L.Callback, L.LightningDataModule, Dataset)
+THIRD_PARTY_PREFIXES = ("torch.", "lightning.", "numpy.", "jsonargparse.", "builtins.")
 
 
 @contextmanager
-def undisturbed(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+def preserve_state(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     """Run the body in evaluation mode without gradients, then restore what it changed.
 
     Inside, `trainer.sanity_checking` is true, loggers write nothing, and every layer evaluates.
     """
     _ = trainer.log_dir  # the first access creates the folder and the loggers
     stage, loggers = trainer.state.stage, list(trainer.loggers)
-    restore = snapshot(module)
+    restore = snapshot_module(module)
     try:
         with isolate_rng(), torch.no_grad():
             trainer.sanity_checking = True
@@ -51,117 +51,124 @@ def undisturbed(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]
         restore()
 
 
-def snapshot(module: nn.Module) -> Restore:
+def snapshot_module(module: nn.Module) -> RestoreFn:
     """Copy the buffers and attributes of all layers; returns a function that restores them."""
     seen: dict[int, Any] = {}
-    undo = [_of_layer(part, seen) for part in module.modules()]
+    layer_restores = [_snapshot_layer(layer, seen) for layer in module.modules()]
 
     @torch.no_grad()
     def restore() -> None:
-        for each in undo:
-            each()
-        for unit in units(module):  # a forward may have left gathered weights
+        for restore_layer in layer_restores:
+            restore_layer()
+        for unit in fsdp_units(module):  # a forward may have left gathered weights
             unit.reshard()
 
     return restore
 
 
-def _of_layer(layer: nn.Module, seen: dict[int, Any]) -> Restore:
-    names = layer.__dict__
+def _snapshot_layer(layer: nn.Module, seen: dict[int, Any]) -> RestoreFn:
+    attributes = layer.__dict__
     skipped = ("_parameters", "_modules", *MODULE_REFERENCES)
-    inner = [snapshot_value(v, seen, 0) for k, v in names.items() if k not in skipped]
-    kept, modules, parameters = dict(names), dict(layer._modules), dict(layer._parameters)
+    value_restores = [snapshot_value(v, seen, 0) for k, v in attributes.items() if k not in skipped]
+    saved, modules, parameters = dict(attributes), dict(layer._modules), dict(layer._parameters)
 
     def restore() -> None:
-        for key in names.keys() - kept.keys():
-            del names[key]
-        names.update(kept)
-        _refill(layer._modules, modules)
-        _refill(layer._parameters, parameters)
-        for each in inner:
-            each()
+        for key in attributes.keys() - saved.keys():
+            del attributes[key]
+        attributes.update(saved)
+        _restore_dict(layer._modules, modules)
+        _restore_dict(layer._parameters, parameters)
+        for restore_value in value_restores:
+            restore_value()
 
     return restore
 
 
-def _refill(held: Any, kept: Any) -> None:
-    if list(held) != list(kept) or any(held[key] is not kept[key] for key in kept):
-        held.clear()
-        held.update(kept)
+def _restore_dict(current: Any, saved: Any) -> None:
+    if list(current) != list(saved) or any(current[key] is not saved[key] for key in saved):
+        current.clear()
+        current.update(saved)
 
 
-def snapshot_value(value: Any, seen: dict[int, Any], depth: int = 0) -> Restore:
+def snapshot_value(value: Any, seen: dict[int, Any], depth: int = 0) -> RestoreFn:
     """Copy a value; returns a function that restores it."""
-    if id(value) in seen or depth > DEPTH or value is None:
-        return _nothing
+    if id(value) in seen or depth > MAX_DEPTH or value is None:
+        return _restore_nothing
     seen[id(value)] = value
-    if isinstance(value, WHOLE):
-        return _nothing
+    if isinstance(value, OPAQUE_TYPES):
+        return _restore_nothing
     if isinstance(value, Tensor):
-        return _of_tensor(value)
+        return _snapshot_tensor(value)
     if isinstance(value, torch.Generator):
         state = value.get_state()
         return lambda: value.set_state(state)
     if isinstance(value, numpy.random.Generator):
-        numbers = copy.deepcopy(value.bit_generator.state)
-        return lambda: setattr(value.bit_generator, "state", numbers)
+        bit_generator_state = copy.deepcopy(value.bit_generator.state)
+        return lambda: setattr(value.bit_generator, "state", bit_generator_state)
     if isinstance(value, numpy.random.RandomState):
-        words = value.get_state()
-        return lambda: value.set_state(words)
+        legacy_state = value.get_state()
+        return lambda: value.set_state(legacy_state)
     if isinstance(value, random.Random):
-        drawn = value.getstate()
-        return lambda: value.setstate(drawn)
+        random_state = value.getstate()
+        return lambda: value.setstate(random_state)
     if isinstance(value, numpy.ndarray):
         array = value.copy()
         return lambda: value.__setitem__(..., array) if value.flags.writeable else None
     if isinstance(value, dict):
-        return _of_members(value, dict(value), value.values(), _refill, seen, depth)
+        return _snapshot_members(value, dict(value), value.values(), _restore_dict, seen, depth)
     if isinstance(value, list | deque | set):
-        return _of_members(value, list(value), value, _replace, seen, depth)
+        return _snapshot_members(value, list(value), value, _restore_collection, seen, depth)
     if isinstance(value, tuple):
-        return _of_members(value, value, value, _leave, seen, depth)
+        return _snapshot_members(value, value, value, _restore_tuple, seen, depth)
     if _is_plain_object(value):
-        names = value.__dict__
-        return _of_members(names, dict(names), names.values(), _refill, seen, depth)
-    return _nothing
+        attributes = value.__dict__
+        return _snapshot_members(
+            attributes, dict(attributes), attributes.values(), _restore_dict, seen, depth
+        )
+    return _restore_nothing
 
 
-def _of_tensor(tensor: Tensor) -> Restore:
+def _snapshot_tensor(tensor: Tensor) -> RestoreFn:
     if tensor.is_inference() or tensor.device.type == "meta":
-        return _nothing
+        return _restore_nothing
     clone = tensor.detach().clone()
     return lambda: tensor.detach().copy_(clone)
 
 
-def _of_members(
-    value: Any, kept: Any, members: Any, put: Callable[[Any, Any], None], seen: Any, depth: int
-) -> Restore:
-    inner = [snapshot_value(each, seen, depth + 1) for each in list(members)]
+def _snapshot_members(
+    value: Any,
+    saved: Any,
+    members: Any,
+    restore_container: Callable[[Any, Any], None],
+    seen: Any,
+    depth: int,
+) -> RestoreFn:
+    member_restores = [snapshot_value(member, seen, depth + 1) for member in list(members)]
 
     def restore() -> None:
-        put(value, kept)
-        for each in inner:
-            each()
+        restore_container(value, saved)
+        for restore_member in member_restores:
+            restore_member()
 
     return restore
 
 
-def _replace(held: Any, kept: list[Any]) -> None:
-    held.clear()
-    held.update(kept) if isinstance(held, set) else held.extend(kept)
+def _restore_collection(current: Any, saved: list[Any]) -> None:
+    current.clear()
+    current.update(saved) if isinstance(current, set) else current.extend(saved)
 
 
-def _leave(held: Any, kept: Any) -> None:
+def _restore_tuple(current: Any, saved: Any) -> None:
     """Do nothing: a tuple itself cannot change."""
 
 
-def _nothing() -> None:
+def _restore_nothing() -> None:
     """Do nothing: the value cannot change, or is not looked into."""
 
 
 def _is_plain_object(value: Any) -> bool:
     """Whether it is an instance of a class of the user's or of this package, with attributes."""
-    kind = type(value)
+    cls = type(value)
     if isinstance(value, type) or not hasattr(value, "__dict__"):
         return False
-    return not f"{kind.__module__}.".startswith(OTHERS)
+    return not f"{cls.__module__}.".startswith(THIRD_PARTY_PREFIXES)

@@ -28,22 +28,26 @@ from ravine.lightning_compat import combined_loader, load_batch, validation_load
 from ravine.strategies.checkpoint.atomic_io import (
     AtomicCheckpointIO,
     CheckpointError,
-    refuse_foreign,
+    check_serializable,
 )
-from ravine.strategies.checkpoint.plain_values import plain
-from ravine.strategies.stock_callbacks import refuse_stock_callbacks
+from ravine.strategies.checkpoint.plain_values import to_plain
+from ravine.strategies.stock_callbacks import check_stock_callbacks
 
-from ..checkpointing.batch_seeds import _generators
-from ..hooks import unpatch
+from ..checkpointing.batch_seeds import find_generators
+from ..hooks import restore_hook
 from ..stock_callbacks.finetuning import (
     KEY,
-    finetunings,
+    find_finetuning_callbacks,
     postpone_freezing,
     restore_freezing,
     save_trainable,
-    unfreeze,
+    unfreeze_params,
 )
-from ..stock_callbacks.gradient_accumulation import check_factors, follow, scheduler_of
+from ..stock_callbacks.gradient_accumulation import (
+    apply_accumulation_factor,
+    check_accumulation_factors,
+    find_accumulation_scheduler,
+)
 from ..stock_callbacks.tuners import (
     disable_searches,
     enable_searches,
@@ -51,7 +55,7 @@ from ..stock_callbacks.tuners import (
     save_batch_size,
 )
 from . import monitored_metrics as monitors
-from .preserve_state import snapshot_value, undisturbed
+from .preserve_state import preserve_state, snapshot_value
 
 
 class RunChecks(Callback):
@@ -70,30 +74,32 @@ class RunChecks(Callback):
 
     def __init__(self) -> None:
         """Create the callback."""
-        self._due = self._metrics_due = False
-        self._trainable: list[str] = []  # of a checkpoint
+        self._checks_pending = self._metrics_pending = False
+        self._trainable_names: list[str] = []  # of a checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what can be known without data: other callbacks, hyperparameters, prediction."""
-        self._due = self._metrics_due = stage == "fit"
-        self._trainable = []
-        refuse_stock_callbacks(trainer)
+        self._checks_pending = self._metrics_pending = stage == "fit"
+        self._trainable_names = []
+        check_stock_callbacks(trainer)
         if stage == "fit":
             postpone_freezing(trainer, pl_module)
             enable_searches(trainer)
-            for each in _callbacks(trainer):
-                if isinstance(each, SpikeDetection):  # its load_state_dict reads another name
-                    each.running = each.running_mean  # pyright: ignore[reportAttributeAccessIssue]
+            for callback in _get_callbacks(trainer):
+                if isinstance(callback, SpikeDetection):  # its load_state_dict reads another name
+                    callback.running = callback.running_mean  # pyright: ignore[reportAttributeAccessIssue]
             _check_hyperparameters(trainer, pl_module)
         elif stage == "predict":
-            _check_prediction(pl_module)
+            _check_predict_step(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move behind a GradientAccumulationScheduler, which must see the trainer unchanged."""
-        first = [c for c in _callbacks(trainer) if c is scheduler_of(trainer)]
-        rest = [c for c in _callbacks(trainer) if c is not self and c not in first]
-        trainer.callbacks = [*first, self, *rest]  # pyright: ignore[reportAttributeAccessIssue]
-        unfreeze(pl_module, self._trainable)
+        schedulers = [
+            c for c in _get_callbacks(trainer) if c is find_accumulation_scheduler(trainer)
+        ]
+        remaining = [c for c in _get_callbacks(trainer) if c is not self and c not in schedulers]
+        trainer.callbacks = [*schedulers, self, *remaining]  # pyright: ignore[reportAttributeAccessIssue]
+        unfreeze_params(pl_module, self._trainable_names)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -106,21 +112,23 @@ class RunChecks(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Read the same; parameters are unfrozen again before the optimizers are made."""
-        self._trainable = checkpoint.get(KEY, []) if finetunings(trainer) else []
+        self._trainable_names = (
+            checkpoint.get(KEY, []) if find_finetuning_callbacks(trainer) else []
+        )
         if trainer.state.fn == "fit" and checkpoint.get("global_step"):  # not a search's own file
             disable_searches(trainer)
             restore_batch_size(trainer, pl_module, checkpoint)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let data of this package follow a scheduler of accumulation."""
-        follow(trainer)
+        apply_accumulation_factor(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the trainer's accumulation and the patched methods."""
         restore_freezing(trainer)
-        for each in finetunings(trainer):
-            unpatch(pl_module, "configure_model", each)
-        if scheduler_of(trainer) is not None:
+        for callback in find_finetuning_callbacks(trainer):
+            restore_hook(pl_module, "configure_model", callback)
+        if find_accumulation_scheduler(trainer) is not None:
             trainer.accumulate_grad_batches = 1
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -130,70 +138,70 @@ class RunChecks(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check, where there is no sanity check; then the validation step and its metrics."""
         self._check_once(trainer, pl_module)
-        check_factors(trainer)
-        follow(trainer)  # an epoch that is resumed has no start
-        if self._metrics_due and (
-            monitors.monitored(trainer) or monitors.tries_validation(trainer)
+        check_accumulation_factors(trainer)
+        apply_accumulation_factor(trainer)  # an epoch that is resumed has no start
+        if self._metrics_pending and (
+            monitors.find_monitored_metrics(trainer) or monitors.needs_validation_trial(trainer)
         ):
-            agree(trainer, _validation_problem(trainer, pl_module))
-        if self._metrics_due:
-            agree(trainer, _save_problem(trainer, pl_module))
-        self._metrics_due = False
+            raise_on_all_ranks(trainer, _find_validation_error(trainer, pl_module))
+        if self._metrics_pending:
+            raise_on_all_ranks(trainer, _find_save_error(trainer, pl_module))
+        self._metrics_pending = False
 
     def _check_once(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not self._due:
+        if not self._checks_pending:
             return
-        self._due = False
-        owners = [*_callbacks(trainer), module, getattr(trainer, "datamodule", None)]
-        checks = [check for each in owners if (check := _check_of(each)) is not None]
+        self._checks_pending = False
+        owners = [*_get_callbacks(trainer), module, getattr(trainer, "datamodule", None)]
+        checks = [check for owner in owners if (check := _find_check(owner)) is not None]
         if not checks:
             return
         problem: Exception | None = None
-        with undisturbed(trainer, module):
+        with preserve_state(trainer, module):
             try:
-                batches = validation_batches(trainer, module) or [None]
+                batches = get_first_validation_batches(trainer, module) or [None]
                 for check in checks:
                     check(trainer, module, batches[0])
             except Exception as error:
                 problem = error
-        agree(trainer, problem)
+        raise_on_all_ranks(trainer, problem)
 
 
-def _validation_problem(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
+def _find_validation_error(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
     """What the validation step raises for one batch, or a metric that nothing logs."""
-    with undisturbed(trainer, module):
+    with preserve_state(trainer, module):
         try:
-            problem = monitors.missing(
+            problem = monitors.find_missing_metric(
                 trainer,
                 module,
-                lambda: validation_batches(trainer, module),
-                lambda: training_batch(trainer, module),
+                lambda: get_first_validation_batches(trainer, module),
+                lambda: get_first_training_batch(trainer, module),
             )
         except Exception as error:
             return error
     return None if problem is None else UsageError(problem)
 
 
-def _save_problem(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
+def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
     """What the first checkpoint would hold that no file can: states of the user's own objects.
 
     Hooks that fail here may need what only a training sets: nothing is said of them.
     """
-    if not _saves(trainer):
+    if not _saves_checkpoints(trainer):
         return None
     data = getattr(trainer, "datamodule", None)
-    owners = [each for each in (*_callbacks(trainer), module, data) if _of_user(each)]
-    names = [snapshot_value(vars(each), {}) for each in owners if isinstance(each, Callback)]
+    owners = [owner for owner in (*_get_callbacks(trainer), module, data) if _is_user_object(owner)]
+    restores = [snapshot_value(vars(owner), {}) for owner in owners if isinstance(owner, Callback)]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     try:
-        with undisturbed(trainer, module):
-            for each in [*owners, *schedulers]:
+        with preserve_state(trainer, module):
+            for owner in [*owners, *schedulers]:
                 try:
-                    state = _saved_by(trainer, module, each)
+                    state = _collect_saved_state(trainer, module, owner)
                 except Exception:
                     continue
                 for key, value in state.items():
-                    refuse_foreign(value, f"{key} of {type(each).__name__}")
+                    check_serializable(value, f"{key} of {type(owner).__name__}")
     except CheckpointError as error:
         return UsageError(
             f"the first checkpoint could not be written: {error.args[0].partition(';')[0]}; "
@@ -201,12 +209,14 @@ def _save_problem(trainer: L.Trainer, module: L.LightningModule) -> Exception | 
             "on_save_checkpoint"
         )
     finally:
-        for restore in names:
+        for restore in restores:
             restore()
     return None
 
 
-def _saved_by(trainer: L.Trainer, module: L.LightningModule, owner: Any) -> dict[str, Any]:
+def _collect_saved_state(
+    trainer: L.Trainer, module: L.LightningModule, owner: Any
+) -> dict[str, Any]:
     """What an owner adds to a checkpoint, in its state and in its hook."""
     state = {} if owner is module else dict(owner.state_dict())  # a module's holds tensors
     if (hook := getattr(owner, "on_save_checkpoint", None)) is None:
@@ -220,46 +230,52 @@ def _saved_by(trainer: L.Trainer, module: L.LightningModule, owner: Any) -> dict
         **{key: {} for key in ("loops", "callbacks")},
         **{key: [] for key in ("optimizer_states", "lr_schedulers")},
     }
-    given = dict(checkpoint)
+    base_entries = dict(checkpoint)
     if isinstance(owner, Callback):
         hook(trainer, module, checkpoint)
     else:
         hook(checkpoint)
-    return state | {k: v for k, v in checkpoint.items() if k not in given or v is not given[k]}
+    return state | {
+        k: v for k, v in checkpoint.items() if k not in base_entries or v is not base_entries[k]
+    }
 
 
-def _of_user(owner: Any) -> bool:
+def _is_user_object(owner: Any) -> bool:
     """Whether a class, or its hooks, are of no known package."""
-    return owner is not None and not f"{type(owner).__module__}.".startswith(monitors.PACKAGES)
+    return owner is not None and not f"{type(owner).__module__}.".startswith(
+        monitors.KNOWN_PACKAGES
+    )
 
 
-def _saves(trainer: L.Trainer) -> bool:
-    saves = trainer.checkpoint_callbacks and not getattr(trainer, "fast_dev_run", False)
-    return bool(saves) and isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+def _saves_checkpoints(trainer: L.Trainer) -> bool:
+    has_checkpointing = trainer.checkpoint_callbacks and not getattr(trainer, "fast_dev_run", False)
+    return bool(has_checkpointing) and isinstance(
+        trainer.strategy.checkpoint_io, AtomicCheckpointIO
+    )
 
 
-def before_training(trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+def add_run_checks(trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
     """Give the trainer a RunChecks unless it has one; every callback's `setup` calls this."""
-    if not any(isinstance(each, RunChecks) for each in _callbacks(trainer)):
+    if not any(isinstance(callback, RunChecks) for callback in _get_callbacks(trainer)):
         checks = RunChecks()
         # Lightning iterates over the old list in this hook, so `setup` is called here
-        trainer.callbacks = [checks, *_callbacks(trainer)]  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.callbacks = [checks, *_get_callbacks(trainer)]  # pyright: ignore[reportAttributeAccessIssue]
         checks.setup(trainer, module, stage)
 
 
-def agree(trainer: L.Trainer, problem: Exception | None) -> None:
+def raise_on_all_ranks(trainer: L.Trainer, error: Exception | None) -> None:
     """Raise on every rank if one has a problem: the other ranks would wait for it."""
     if trainer.world_size > 1 and dist.is_initialized():
         texts: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, None if problem is None else str(problem))
-        found = [(rank, text) for rank, text in enumerate(texts) if text is not None]
-        if problem is None and found:
-            raise UsageError(f"on rank {found[0][0]}: {found[0][1]}")
-    if problem is not None:
-        raise problem
+        dist.all_gather_object(texts, None if error is None else str(error))
+        failures = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+        if error is None and failures:
+            raise UsageError(f"on rank {failures[0][0]}: {failures[0][1]}")
+    if error is not None:
+        raise error
 
 
-def validation_batches(trainer: L.Trainer, module: L.LightningModule) -> list[Any] | None:
+def get_first_validation_batches(trainer: L.Trainer, module: L.LightningModule) -> list[Any] | None:
     """The first batch of each validation loader, on the device.
 
     None without validation, and where the data can be read only once.
@@ -267,24 +283,24 @@ def validation_batches(trainer: L.Trainer, module: L.LightningModule) -> list[An
     if not trainer.enable_validation:
         return None
     with validation_loaders(trainer, forget=True) as loaders:  # made again, with the same draws
-        batches = [first_batch(loader) for loader in loaders]
+        batches = [get_first_batch(loader) for loader in loaders]
     if not batches or any(batch is None for batch in batches):
         return None
     return [load_batch(trainer, module, batch) for batch in batches]
 
 
-def training_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:
+def get_first_training_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:
     """The first batch of an epoch, on the device; None where the data can be read only once."""
     loader = combined_loader(trainer)
     if loader is None:
         return None
-    batch = tree_map(first_batch, loader.iterables)
-    if any(each is None for each in tree_leaves(batch)):
+    batch = tree_map(get_first_batch, loader.iterables)
+    if any(leaf is None for leaf in tree_leaves(batch)):
         return None
     return load_batch(trainer, module, batch)
 
 
-def first_batch(loader: Any) -> Any:
+def get_first_batch(loader: Any) -> Any:
     """The first batch of a loader whose position stays as it is, or None."""
     if callable(peek := getattr(loader, "peek", None)):
         return peek()
@@ -294,25 +310,30 @@ def first_batch(loader: Any) -> Any:
         return None if isinstance(loader, Stateful) else next(iter(copy.copy(loader)), None)
     if isinstance(loader, Stateful) or isinstance(loader.dataset, Iterator):
         return None
-    twin: Any = copy.copy(loader)  # with an iterator of its own: persistent workers are kept there
+    loader_copy: Any = copy.copy(
+        loader
+    )  # with an iterator of its own: persistent workers are kept there
     for name in ("_get_iterator", "_batch_seeds"):  # of BatchSeeds, for the loader itself
-        twin.__dict__.pop(name, None)
-    twin.__dict__["_iterator"] = None
-    restores = [snapshot_value(each, {}) for each in _generators(twin, twin.collate_fn)]
+        loader_copy.__dict__.pop(name, None)
+    loader_copy.__dict__["_iterator"] = None
+    restores = [
+        snapshot_value(generator, {})
+        for generator in find_generators(loader_copy, loader_copy.collate_fn)
+    ]
     try:
-        return next(iter(twin), None)
+        return next(iter(loader_copy), None)
     finally:
-        if (iterator := twin.__dict__["_iterator"]) is not None:
+        if (iterator := loader_copy.__dict__["_iterator"]) is not None:
             iterator._shutdown_workers()
         for restore in restores:
             restore()
 
 
-def _callbacks(trainer: L.Trainer) -> list[Callback]:
+def _get_callbacks(trainer: L.Trainer) -> list[Callback]:
     return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _check_of(owner: Any) -> Any:
+def _find_check(owner: Any) -> Any:
     """The owner's check; a method of this name with other parameters is something else."""
     check = getattr(owner, "check", None)
     if not callable(check):
@@ -325,17 +346,19 @@ def _check_of(owner: Any) -> Any:
 
 
 def _check_hyperparameters(trainer: L.Trainer, module: L.LightningModule) -> None:
-    if not _saves(trainer):
+    if not _saves_checkpoints(trainer):
         return
     for owner in (module, getattr(trainer, "datamodule", None)):
-        refuse_unserializable(type(owner).__name__, dict(getattr(owner, "hparams", {}) or {}))
+        check_serializable_hyperparameters(
+            type(owner).__name__, dict(getattr(owner, "hparams", {}) or {})
+        )
 
 
-def refuse_unserializable(owner: str, hyperparameters: dict[str, Any]) -> None:
+def check_serializable_hyperparameters(owner: str, hyperparameters: dict[str, Any]) -> None:
     """ValueError for the first hyperparameter that no checkpoint can hold, by its key."""
     for key, value in hyperparameters.items():
         try:
-            refuse_foreign(plain(value), str(key))
+            check_serializable(to_plain(value), str(key))
         except CheckpointError as error:
             raise UsageError(
                 f"{owner}: hyperparameter {error.args[0].partition(';')[0]}, which a checkpoint "
@@ -344,7 +367,7 @@ def refuse_unserializable(owner: str, hyperparameters: dict[str, Any]) -> None:
             ) from error
 
 
-def _check_prediction(module: L.LightningModule) -> None:
+def _check_predict_step(module: L.LightningModule) -> None:
     """Without a `predict_step`, Lightning calls `forward` with the batch alone."""
     if is_overridden("predict_step", module):
         return

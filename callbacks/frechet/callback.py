@@ -27,19 +27,26 @@ from torch import Tensor, nn
 
 from ravine.errors import UsageError
 
-from ..base import refuse_without_validation
-from ..checks.run_checks import before_training
-from .distributed_features import SharedFeatures, checked, fingerprint, picked, some, spread
-from .inception import SHA256, Inception, Layer, weights
-from .statistics import Gaussian, Moments, frechet, kernel_distance
+from ..base import require_validation
+from ..checks.run_checks import add_run_checks
+from .distributed_features import (
+    FeatureExtractorPool,
+    fingerprint_tensors,
+    proportional_labels,
+    random_subset,
+    select_images,
+    validate_images,
+)
+from .inception import WEIGHTS_SHA256, FeatureLayer, Inception, locate_inception_weights
+from .statistics import Gaussian, Moments, frechet_distance, kernel_distance
 
-KEPT = 10_000  # real images at most whose features are kept for the kernel distance
-DRAWS = 10  # of test images at most, each as large as the samples, for the floor
-PROBES = 8  # real images by which an extractor is known again
-FORM = "bytes, statistics 4"  # of what is cached: another code must not find it
+MAX_KEPT = 10_000  # real images at most whose features are kept for the kernel distance
+BASELINE_DRAWS = 10  # of test images at most, each as large as the samples, for the floor
+NUM_PROBES = 8  # real images by which an extractor is known again
+CACHE_VERSION = "bytes, statistics 4"  # of what is cached: another code must not find it
 
 
-class Reference(NamedTuple):
+class RealStatistics(NamedTuple):
     """What is known of the real images in an extractor's features, and kept in a file."""
 
     mean: Tensor  # (d) of the training images
@@ -75,7 +82,7 @@ class FrechetDistance(L.Callback):
         self,
         extractor: nn.Module | None = None,
         n: int = 1000,
-        layer: Layer = 2048,
+        layer: FeatureLayer = 2048,
         weights: str | None = None,
         reference: int | None = None,
         batch_size: int = 128,
@@ -90,17 +97,17 @@ class FrechetDistance(L.Callback):
                     f"--trainer.callbacks.{name}={max(least, 1000 if name == 'n' else least)}"
                 )
         self.extractor, self.weights = extractor, weights
-        self.layer: Layer = layer
-        self.n, self.reference, self.batch_size = n, reference, batch_size
-        self.cache = Path(cache).expanduser() if cache else None
-        self.found: dict[str, float] = {}  # the last measurement, unrounded
-        self._file, self._sha256 = Path(), ""
-        self._known: Reference | None = None  # of this run
+        self.layer: FeatureLayer = layer
+        self.num_samples, self.num_real_images, self.batch_size = n, reference, batch_size
+        self.cache_dir = Path(cache).expanduser() if cache else None
+        self.last_metrics: dict[str, float] = {}  # the last measurement, unrounded
+        self._weights_file, self._weights_sha256 = Path(), ""
+        self._real_statistics: RealStatistics | None = None  # of this run
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot be measured before anything is trained."""
-        before_training(trainer, pl_module, stage)
-        self._known = None
+        add_run_checks(trainer, pl_module, stage)
+        self._real_statistics = None
         if not callable(getattr(pl_module, "sample_images", None)):
             raise UsageError(
                 "FrechetDistance needs a module with a method sample_images(index, labels), and "
@@ -113,34 +120,38 @@ class FrechetDistance(L.Callback):
                 'FrechetDistance needs a datamodule with a method pictures("train"), and '
                 f"{type(data).__name__ if data else 'none'} is given; type --data=ImageDataModule"
             )
-        refuse_without_validation(trainer, "FrechetDistance", stage)
-        for part in ("train", "test"):
-            if (count := len(data.pictures(part)[0])) < 2:
+        require_validation(trainer, "FrechetDistance", stage)
+        for split in ("train", "test"):
+            if (count := len(data.pictures(split)[0])) < 2:
                 raise UsageError(
-                    f"FrechetDistance: the {part} part has {count} image{'s' * (count != 1)}, and "
+                    f"FrechetDistance: the {split} part has {count} image{'s' * (count != 1)}, and "
                     "a covariance needs 2; allowed: parts of 2 images or more; add images, type "
                     "--data.test_fraction=0.5, or take FrechetDistance out of trainer.callbacks"
                 )
         if self.extractor is None:
-            self._file, self._sha256 = weights(self.weights, trainer)
-            if self._sha256 != SHA256:
+            self._weights_file, self._weights_sha256 = locate_inception_weights(
+                self.weights, trainer
+            )
+            if self._weights_sha256 != WEIGHTS_SHA256:
                 rank_zero_warn(
-                    f"{self._file} is not the published InceptionV3 (SHA-256 {self._sha256[:8]}, "
-                    f"not {SHA256[:8]}): distances in it can be compared with nobody's"
+                    f"{self._weights_file} is not the published InceptionV3 (SHA-256 "
+                    f"{self._weights_sha256[:8]}, "
+                    f"not {WEIGHTS_SHA256[:8]}): distances in it can be compared with nobody's"
                 )
         else:
-            self._sha256 = fingerprint(*self.extractor.state_dict().values())
+            self._weights_sha256 = fingerprint_tensors(*self.extractor.state_dict().values())
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Measure the real images, as a run needs them once, and sample two."""
         module: Any = pl_module
-        with self._at_work(pl_module.device) as extractor:
-            work = SharedFeatures(trainer, extractor, self.batch_size, pl_module.device)
-            real = self._real(trainer, work)
-            labels = spread(trainer.datamodule.pictures("train")[1], self.n)[:2]  # pyright: ignore
+        with self._extractor_on_device(pl_module.device) as extractor:
+            pool = FeatureExtractorPool(trainer, extractor, self.batch_size, pl_module.device)
+            real = self._load_real(trainer, pool)
+            data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            labels = proportional_labels(data.pictures("train")[1], self.num_samples)[:2]
             with trainer.precision_plugin.val_step_context():
                 images = module.sample_images(torch.arange(2, device=module.device), labels)
-            features = extractor(checked(images, 2, type(module).__name__).to(work.device))
+            features = extractor(validate_images(images, 2, type(module).__name__).to(pool.device))
             if features.shape[1:] != real.mean.shape:
                 raise UsageError(
                     f"FrechetDistance: samples have features {tuple(features.shape[1:])} and the "
@@ -149,15 +160,20 @@ class FrechetDistance(L.Callback):
 
     def logged_metrics(self, trainer: L.Trainer) -> set[str]:
         """What it logs; no ratio where real images are no distance apart."""
-        other = "kid" if self.name == "fid" else self.name.replace("fd_", "kd_", 1)
-        ends = ("", "_floor", "_n", "_seconds", "_images_per_second")
-        names = {f"{self.name}{end}" for end in ends} | {other, f"{other}_floor"}
-        if self._known is None or self._known.floors[:, 0].mean() > 0:
-            names.add(f"{self.name}_ratio")
+        kernel_name = (
+            "kid" if self.metric_name == "fid" else self.metric_name.replace("fd_", "kd_", 1)
+        )
+        suffixes = ("", "_floor", "_n", "_seconds", "_images_per_second")
+        names = {f"{self.metric_name}{suffix}" for suffix in suffixes} | {
+            kernel_name,
+            f"{kernel_name}_floor",
+        }
+        if self._real_statistics is None or self._real_statistics.floors[:, 0].mean() > 0:
+            names.add(f"{self.metric_name}_ratio")
         return {f"val/{name}" for name in names}
 
     @property
-    def name(self) -> str:
+    def metric_name(self) -> str:
         """What the distance is called: fid for Inception's 2048, else after the extractor."""
         if self.extractor is not None:
             return f"fd_{getattr(self.extractor, 'name', type(self.extractor).__name__.lower())}"
@@ -175,40 +191,44 @@ class FrechetDistance(L.Callback):
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module: Any = pl_module
-        with self._at_work(pl_module.device) as extractor:
-            work = SharedFeatures(trainer, extractor, self.batch_size, pl_module.device)
-            real = self._real(trainer, work)
-            labels = spread(trainer.datamodule.pictures("train")[1], self.n)  # pyright: ignore
+        with self._extractor_on_device(pl_module.device) as extractor:
+            pool = FeatureExtractorPool(trainer, extractor, self.batch_size, pl_module.device)
+            real = self._load_real(trainer, pool)
+            labels = proportional_labels(trainer.datamodule.pictures("train")[1], self.num_samples)  # pyright: ignore
 
-            def draw(index: Tensor) -> Tensor:
+            def sample(index: Tensor) -> Tensor:
                 with trainer.precision_plugin.val_step_context():
                     images = module.sample_images(index.to(module.device), labels[index])
-                return checked(images, len(index), type(module).__name__)
+                return validate_images(images, len(index), type(module).__name__)
 
-            begun = time.perf_counter()
-            moments, features = work.moments(draw, self.n, real.mean, self.n)
-            seconds = time.perf_counter() - begun
+            start_time = time.perf_counter()
+            moments, features = pool.compute_moments(
+                sample, self.num_samples, real.mean, self.num_samples
+            )
+            seconds = time.perf_counter() - start_time
         gaussian = Gaussian(real.mean, real.trace, real.root)
-        distance, kernel = self._apart(moments, features, gaussian, real.features)
-        floor, kernel_floor = real.floors.mean(0)
-        other = "kid" if self.name == "fid" else self.name.replace("fd_", "kd_", 1)
-        found = {
-            self.name: distance,
-            f"{self.name}_floor": floor,
-            **({f"{self.name}_ratio": distance / floor} if floor > 0 else {}),
-            other: kernel,
-            f"{other}_floor": kernel_floor,
-            f"{self.name}_n": self.n,
-            f"{self.name}_seconds": seconds,
-            f"{self.name}_images_per_second": self.n / seconds,
+        distance, kernel = self._distances(moments, features, gaussian, real.features)
+        baseline, kernel_baseline = real.floors.mean(0)
+        kernel_name = (
+            "kid" if self.metric_name == "fid" else self.metric_name.replace("fd_", "kd_", 1)
+        )
+        metrics = {
+            self.metric_name: distance,
+            f"{self.metric_name}_floor": baseline,
+            **({f"{self.metric_name}_ratio": distance / baseline} if baseline > 0 else {}),
+            kernel_name: kernel,
+            f"{kernel_name}_floor": kernel_baseline,
+            f"{self.metric_name}_n": self.num_samples,
+            f"{self.metric_name}_seconds": seconds,
+            f"{self.metric_name}_images_per_second": self.num_samples / seconds,
         }
-        self.found = {f"{stage}/{key}": float(value) for key, value in found.items()}
-        pl_module.log_dict(self.found, sync_dist=True)
+        self.last_metrics = {f"{stage}/{key}": float(value) for key, value in metrics.items()}
+        pl_module.log_dict(self.last_metrics, sync_dist=True)
 
     @contextmanager
-    def _at_work(self, device: torch.device) -> Iterator[nn.Module]:
+    def _extractor_on_device(self, device: torch.device) -> Iterator[nn.Module]:
         """The extractor on the device, and gone from it afterwards, with all that it needed."""
-        extractor = self.extractor or Inception(self._file, self.layer)
+        extractor = self.extractor or Inception(self._weights_file, self.layer)
         try:
             yield extractor.to(device).eval()
         finally:
@@ -216,116 +236,138 @@ class FrechetDistance(L.Callback):
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _real(self, trainer: L.Trainer, work: SharedFeatures) -> Reference:
+    def _load_real(self, trainer: L.Trainer, pool: FeatureExtractorPool) -> RealStatistics:
         """What is known of the real images: from this run, from the cache, or measured now."""
-        if self._known is not None:
-            return self._known
+        if self._real_statistics is not None:
+            return self._real_statistics
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         (train, _), test = data.pictures("train"), data.pictures("test")
-        sizes = f"{self.n} {self.reference}"
-        parts = (FORM, self.name, self._sha256, sizes, fingerprint(train), fingerprint(*test))
-        key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        path = (self.cache or cache_folder()) / f"{key}.safetensors"
-        known = read(path)
-        if known and not alike(known.probe, probe(work, train)):
-            known = None  # an extractor of the same name and weights, and yet another one
-        everywhere = trainer.strategy.reduce_boolean_decision(known is not None)
-        if known is None or not everywhere:
-            known = self._measured(work, train, *test)
+        sizes = f"{self.num_samples} {self.num_real_images}"
+        key_parts = (
+            CACHE_VERSION,
+            self.metric_name,
+            self._weights_sha256,
+            sizes,
+            fingerprint_tensors(train),
+            fingerprint_tensors(*test),
+        )
+        key = hashlib.sha256("\n".join(key_parts).encode()).hexdigest()
+        path = (self.cache_dir or get_feature_cache_dir()) / f"{key}.safetensors"
+        statistics = load_statistics(path)
+        if statistics and not is_close(statistics.probe, feature_probe(pool, train)):
+            statistics = None  # an extractor of the same name and weights, and yet another one
+        is_cached_everywhere = trainer.strategy.reduce_boolean_decision(statistics is not None)
+        if statistics is None or not is_cached_everywhere:
+            statistics = self._measured(pool, train, *test)
             if trainer.is_global_zero:
-                write(path, known)
-        self._known = Reference(*(value.to(work.exact) for value in known))
-        self._announce(self._known, min(len(train), self.reference or len(train)), len(test[0]))
-        return self._known
+                save_statistics(path, statistics)
+        self._real_statistics = RealStatistics(
+            *(value.to(pool.float64_device) for value in statistics)
+        )
+        self._log_baseline(
+            self._real_statistics, min(len(train), self.num_real_images or len(train)), len(test[0])
+        )
+        return self._real_statistics
 
     def _measured(
-        self, work: SharedFeatures, train: Tensor, test: Tensor, labels: Tensor
-    ) -> Reference:
-        chosen = some(len(train), self.reference)
-        moments, kept = work.moments(picked(train, chosen), len(chosen), None, KEPT)
-        gaussian = Gaussian.of(moments)
-        classify = getattr(work.extractor, "logits", None)
-        floors, right = [], []
-        draws = max(1, min(DRAWS, len(test) // self.n))
-        for draw in some(len(test), draws * self.n).split(self.n):
-            moments, features = work.moments(picked(test, draw), len(draw), gaussian.mean, self.n)
-            floors.append(torch.stack(self._apart(moments, features, gaussian, kept)))
+        self, pool: FeatureExtractorPool, train: Tensor, test: Tensor, labels: Tensor
+    ) -> RealStatistics:
+        indices = random_subset(len(train), self.num_real_images)
+        moments, kept = pool.compute_moments(
+            select_images(train, indices), len(indices), None, MAX_KEPT
+        )
+        gaussian = Gaussian.from_moments(moments)
+        classify = getattr(pool.extractor, "logits", None)
+        baselines, correct = [], []
+        num_draws = max(1, min(BASELINE_DRAWS, len(test) // self.num_samples))
+        for draw in random_subset(len(test), num_draws * self.num_samples).split(self.num_samples):
+            moments, features = pool.compute_moments(
+                select_images(test, draw), len(draw), gaussian.mean, self.num_samples
+            )
+            baselines.append(torch.stack(self._distances(moments, features, gaussian, kept)))
             if classify:
-                answers = classify(features.to(work.device)).argmax(1)
-                right.append(answers.cpu() == labels[draw].cpu())
-        accuracy = torch.cat(right).double().mean() if right else torch.tensor(torch.nan)
-        return Reference(*gaussian, kept, torch.stack(floors), accuracy, probe(work, train))
+                predicted = classify(features.to(pool.device)).argmax(1)
+                correct.append(predicted.cpu() == labels[draw].cpu())
+        accuracy = torch.cat(correct).double().mean() if correct else torch.tensor(torch.nan)
+        return RealStatistics(
+            *gaussian, kept, torch.stack(baselines), accuracy, feature_probe(pool, train)
+        )
 
-    def _apart(
+    def _distances(
         self, moments: Moments, features: Tensor, gaussian: Gaussian, kept: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Both distances of a set from the training images, by its sums and its features."""
-        return frechet(moments, gaussian), kernel_distance(features, kept[: self.n])
+        return frechet_distance(moments, gaussian), kernel_distance(
+            features, kept[: self.num_samples]
+        )
 
-    def _announce(self, real: Reference, train: int, test: int) -> None:
+    def _log_baseline(self, real: RealStatistics, train: int, test: int) -> None:
         d = len(real.mean)
-        if min(self.n, train) <= d:
+        if min(self.num_samples, train) <= d:
             rank_zero_warn(
-                f"FrechetDistance: {min(self.n, train)} images and {d} features: the covariance "
+                f"FrechetDistance: {min(self.num_samples, train)} images and {d} features: the "
+                "covariance "
                 f"cannot have full rank, and the distance says less; type "
                 f"--trainer.callbacks.n={4 * d}"
             )
-        if test < self.n:
+        if test < self.num_samples:
             rank_zero_warn(
                 f"FrechetDistance: the floor is of {test} real test images and the distance of "
-                f"{self.n} samples: they are not alike; type --trainer.callbacks.n={test}"
+                f"{self.num_samples} samples: they are not alike; type --trainer.callbacks.n={test}"
             )
-        floors = real.floors[:, 0]
-        if not floors.mean() > 0:
+        baselines = real.floors[:, 0]
+        if not baselines.mean() > 0:
             rank_zero_warn(
                 "FrechetDistance: the real images are no distance apart (are they all equal?): "
-                f"{self.name}_ratio is not logged"
+                f"{self.metric_name}_ratio is not logged"
             )
-        draws = f" ({len(floors)} draws, {floors.min():.4g} to {floors.max():.4g})"
-        knows = "" if real.accuracy.isnan() else f", right on {real.accuracy:.2%} of them"
+        draws = f" ({len(baselines)} draws, {baselines.min():.4g} to {baselines.max():.4g})"
+        accuracy_note = "" if real.accuracy.isnan() else f", right on {real.accuracy:.2%} of them"
         rank_zero_info(
-            f"{self.name}: {d} features, weights {self._sha256[:8]}; {min(self.n, test):,} real "
-            f"test images are {floors.mean():.4g}{draws if len(floors) > 1 else ''} away from "
-            f"{train:,} to train{knows}"
+            f"{self.metric_name}: {d} features, weights {self._weights_sha256[:8]}; "
+            f"{min(self.num_samples, test):,} real "
+            f"test images are {baselines.mean():.4g}{draws if len(baselines) > 1 else ''} away "
+            "from "
+            f"{train:,} to train{accuracy_note}"
         )
 
 
-def probe(work: SharedFeatures, train: Tensor) -> Tensor:
+def feature_probe(pool: FeatureExtractorPool, train: Tensor) -> Tensor:
     """Features (p d) of a few of the images (n c y x), on the CPU."""
-    return work.extractor(train[some(len(train), PROBES)].to(work.device)).cpu()
+    return pool.extractor(train[random_subset(len(train), NUM_PROBES)].to(pool.device)).cpu()
 
 
-def alike(one: Tensor, other: Tensor) -> bool:
+def is_close(left: Tensor, right: Tensor) -> bool:
     """Whether features are the same up to what another device or batch may change."""
-    same = one.shape == other.shape and one.dtype == other.dtype
-    return same and bool((one - other).abs().max() <= 1e-4 * one.abs().max())
+    same = left.shape == right.shape and left.dtype == right.dtype
+    return same and bool((left - right).abs().max() <= 1e-4 * left.abs().max())
 
 
-def cache_folder() -> Path:
+def get_feature_cache_dir() -> Path:
     """$XDG_CACHE_HOME/ravine/features, by default ~/.cache/ravine/features."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "ravine" / "features"
 
 
-def read(path: Path) -> Reference | None:
+def load_statistics(path: Path) -> RealStatistics | None:
     """What was kept; None if nothing was, or not whole."""
     try:
-        found = load_file(path)
-        return Reference(**found)
+        tensors = load_file(path)
+        return RealStatistics(**tensors)
     except (OSError, SafetensorError, TypeError):
         return None
 
 
-def write(path: Path, known: Reference) -> None:
+def save_statistics(path: Path, statistics: RealStatistics) -> None:
     """Keep it under its name when it is whole; a cache that cannot be written is no error."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    tensors = {name: value.cpu().contiguous() for name, value in known._asdict().items()}
+    temp_path = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    tensors = {name: value.cpu().contiguous() for name, value in statistics._asdict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(save(tensors))  # save_file has an error of its own for a full disk
-        os.replace(part, path)
+        temp_path.write_bytes(save(tensors))  # save_file has an error of its own for a full disk
+        os.replace(temp_path, path)
     except OSError as error:
         rank_zero_warn(f"FrechetDistance: the real images' statistics are not kept: {error}")
     finally:
         with suppress(OSError):  # there is none, or no folder for one
-            part.unlink()
+            temp_path.unlink()

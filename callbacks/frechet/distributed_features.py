@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ravine.errors import UsageError
-from ravine.strategies.share import Share
+from ravine.strategies.share import DataParallelInfo
 
 from .statistics import Moments
 
 
-class SharedFeatures:
+class FeatureExtractorPool:
     """An extractor at work on all ranks of a trainer.
 
     work = SharedFeatures(trainer, extractor, batch_size=128, device=module.device)
@@ -36,13 +36,13 @@ class SharedFeatures:
         self, trainer: L.Trainer, extractor: nn.Module, batch_size: int, device: torch.device
     ) -> None:
         """Ask the trainer for this rank's part; ranks that split one model count as one."""
-        self.rank, self.size, _ = Share.of(trainer)
+        self.dp_rank, self.dp_size, _ = DataParallelInfo.of(trainer)
         self.trainer, self.extractor = trainer, extractor
         self.batch_size, self.device = batch_size, device
         # float64, which some accelerators do not have
-        self.exact = device if device.type == "cuda" else torch.device("cpu")
+        self.float64_device = device if device.type == "cuda" else torch.device("cpu")
 
-    def moments(
+    def compute_moments(
         self,
         images: Callable[[Tensor], Tensor],
         count: int,
@@ -53,27 +53,31 @@ class SharedFeatures:
 
         `images(index)` gives the uint8 images (n c y x) of the numbers (n).
         """
-        blocks = (block.to(self.exact) for block in self._blocks(images, count))
+        blocks = (block.to(self.float64_device) for block in self._iter_blocks(images, count))
         first = next(blocks)
         sums, kept = Moments(first.double().mean(0) if pivot is None else pivot), []
         for block in chain((first,), blocks):
             if (missing := keep - sums.count) > 0:
                 kept.append(block if missing >= len(block) else block[:missing].clone())
             sums.add(block)
-        if not sums.second.isfinite().all():
+        if not sums.outer_sum.isfinite().all():
             raise UsageError(
                 f"{type(self.extractor).__name__} gave features that are not finite; a distance "
                 "cannot be measured in them: give another extractor, or weights that are whole"
             )
         return sums, torch.cat(kept) if kept else first[:0].clone()
 
-    def _blocks(self, images: Callable[[Tensor], Tensor], count: int) -> Iterator[Tensor]:
+    def _iter_blocks(self, images: Callable[[Tensor], Tensor], count: int) -> Iterator[Tensor]:
         """The features of all blocks, in the order of their numbers."""
         blocks = -(-count // self.batch_size)
-        ranks = self._gathered(torch.tensor([self.rank], device=self.device)).flatten().tolist()
-        for turn in range(0, blocks, self.size):
-            mine = min(turn + self.rank, blocks - 1)  # the surplus of the last turn is thrown away
-            first = mine * self.batch_size
+        ranks = (
+            self._all_gather(torch.tensor([self.dp_rank], device=self.device)).flatten().tolist()
+        )
+        for turn in range(0, blocks, self.dp_size):
+            block_index = min(
+                turn + self.dp_rank, blocks - 1
+            )  # the surplus of the last turn is thrown away
+            first = block_index * self.batch_size
             index = torch.arange(first, min(count, first + self.batch_size))
             features = self.extractor(images(index).to(self.device))  # (b d)
             if features.dim() != 2 or len(features) != len(index):
@@ -83,21 +87,21 @@ class SharedFeatures:
                 )
             short = self.batch_size - len(index)
             padded = nn.functional.pad(features, (0, 0, 0, short)).contiguous()
-            given = self._gathered(padded)  # (world b d)
-            for block in range(turn, min(turn + self.size, blocks)):
+            gathered = self._all_gather(padded)  # (world b d)
+            for block in range(turn, min(turn + self.dp_size, blocks)):
                 size = min(count - block * self.batch_size, self.batch_size)
-                yield given[ranks.index(block - turn)][:size]
+                yield gathered[ranks.index(block - turn)][:size]
 
-    def _gathered(self, value: Tensor) -> Tensor:
+    def _all_gather(self, value: Tensor) -> Tensor:
         """What all ranks have, one after another; a single process has only its own."""
         if self.trainer.world_size == 1:
             return value[None]
-        everybodys = [torch.empty_like(value) for _ in range(self.trainer.world_size)]
-        dist.all_gather(everybodys, value)
-        return torch.stack(everybodys)
+        outputs = [torch.empty_like(value) for _ in range(self.trainer.world_size)]
+        dist.all_gather(outputs, value)
+        return torch.stack(outputs)
 
 
-def some(count: int, n: int | None = None) -> Tensor:
+def random_subset(count: int, n: int | None = None) -> Tensor:
     """Numbers below `count`, at most n of them, in an order that is mixed alike in every run.
 
     Mixed, since the first images of a set may be of one class, or of few people's hands.
@@ -105,36 +109,39 @@ def some(count: int, n: int | None = None) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:n]
 
 
-def picked(images: Tensor, chosen: Tensor) -> Callable[[Tensor], Tensor]:
+def select_images(images: Tensor, chosen: Tensor) -> Callable[[Tensor], Tensor]:
     """The chosen images (n c y x) by their places among the chosen."""
     return lambda index: images[chosen[index]]
 
 
-def spread(labels: Tensor, n: int) -> Tensor:
+def proportional_labels(labels: Tensor, n: int) -> Tensor:
     """n labels in the proportions of the given ones, the same at each call, on the CPU."""
-    places = (torch.arange(n) * 2 + 1) * len(labels) // (2 * n)
-    return labels.cpu().sort().values[places]
+    indices = (torch.arange(n) * 2 + 1) * len(labels) // (2 * n)
+    return labels.cpu().sort().values[indices]
 
 
-def checked(images: Any, n: int, who: str) -> Tensor:
+def validate_images(images: Any, n: int, module_name: str) -> Tensor:
     """The images, if they are what was asked for."""
     shape = tuple(getattr(images, "shape", ()))
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4:
-        kind = f"{images.dtype} of shape {shape}" if shape else type(images).__name__
+        description = f"{images.dtype} of shape {shape}" if shape else type(images).__name__
         raise UsageError(
-            f"sample_images of {who} gave {kind}; it must give uint8 images (n c y x): round them "
+            f"sample_images of {module_name} gave {description}; it must give uint8 images (n c y "
+            "x): round them "
             "with ravine.datamodules.images.to_uint8"
         )
     if len(images) != n:
-        raise UsageError(f"sample_images of {who} gave {len(images)} images of {n} asked for")
+        raise UsageError(
+            f"sample_images of {module_name} gave {len(images)} images of {n} asked for"
+        )
     return images
 
 
-def fingerprint(*tensors: Tensor) -> str:
+def fingerprint_tensors(*tensors: Tensor) -> str:
     """SHA-256 of shapes, types and values."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        whole = tensor.detach().cpu().contiguous()
-        digest.update(f"{whole.dtype}{tuple(whole.shape)}".encode())
-        digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+        cpu_tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{cpu_tensor.dtype}{tuple(cpu_tensor.shape)}".encode())
+        digest.update(cpu_tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -19,61 +19,70 @@ from torch import Tensor, nn
 
 from ravine.errors import MissingFileError, UsageError
 
-FILE = "weights-inception-2015-12-05-6726825d.pth"
-SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
-Layer = Literal[64, 192, 768, 2048]
+WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
+FeatureLayer = Literal[64, 192, 768, 2048]
 
 
-def weights(given: str | None = None, trainer: L.Trainer | None = None) -> tuple[Path, str]:
-    """The file of weights and its SHA-256; one of another checksum counts only if it is `given`.
+def locate_inception_weights(
+    weights_path: str | None = None, trainer: L.Trainer | None = None
+) -> tuple[Path, str]:
+    """The file of weights and its SHA-256; one of another checksum counts only if it is
+    `weights_path`.
 
     What is nowhere is downloaded by one rank of each machine, for which the others wait.
     """
-    if given is not None:
-        path = Path(given).expanduser()
+    if weights_path is not None:
+        path = Path(weights_path).expanduser()
         if not path.is_file():
             raise MissingFileError(
                 f"no file {path}; give InceptionV3's weights in torch-fidelity's layout, "
-                f"{FILE}: {URL}"
+                f"{WEIGHTS_FILE}: {URL}"
             )
-        return path, digest(path)
-    hub = Path(torch.hub.get_dir()) / "checkpoints" / FILE
+        return path, sha256_of_file(path)
+    hub = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
     data = os.environ.get("DATA_ROOT")
-    places = [*([Path(data).expanduser() / "inception" / FILE] if data else []), hub]
-    why, found = "", _whole(places)
-    if found is None:
-        first = trainer is None or trainer.local_rank == 0
-        why = _download(hub) if first else "was tried by the first rank of this machine"
+    candidates = [*([Path(data).expanduser() / "inception" / WEIGHTS_FILE] if data else []), hub]
+    download_error, verified_path = "", _find_verified(candidates)
+    if verified_path is None:
+        is_first_rank = trainer is None or trainer.local_rank == 0
+        download_error = (
+            _download(hub) if is_first_rank else "was tried by the first rank of this machine"
+        )
     if trainer is not None:
         trainer.strategy.barrier("weights of InceptionV3")
-    found = found or _whole(places)
-    if found is None:
-        looked = "; ".join(str(path) for path in places)
+    verified_path = verified_path or _find_verified(candidates)
+    if verified_path is None:
+        tried = "; ".join(str(path) for path in candidates)
         raise MissingFileError(
-            f"InceptionV3's weights were not found; looked at: {looked}; {URL} ({why}); ways "
-            f"out: run once with a network; or put {FILE} at {hub}; or type "
+            f"InceptionV3's weights were not found; looked at: {tried}; {URL} ({download_error}); "
+            "ways "
+            f"out: run once with a network; or put {WEIGHTS_FILE} at {hub}; or type "
             "--trainer.callbacks.weights=FILE; or measure in features of your own: "
             "--trainer.callbacks.extractor=ClassifierFeatures"
         )
-    return found, SHA256
+    return verified_path, WEIGHTS_SHA256
 
 
-def _whole(places: list[Path]) -> Path | None:
-    return next((path for path in places if path.is_file() and digest(path) == SHA256), None)
+def _find_verified(candidates: list[Path]) -> Path | None:
+    return next(
+        (path for path in candidates if path.is_file() and sha256_of_file(path) == WEIGHTS_SHA256),
+        None,
+    )
 
 
 def _download(path: Path) -> str:
     """Fetch the file; in words why it failed, or ""."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256, progress=False)
+        torch.hub.download_url_to_file(URL, str(path), hash_prefix=WEIGHTS_SHA256, progress=False)
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a wrong checksum
         return str(error)
     return ""
 
 
-def digest(path: Path) -> str:
+def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -85,7 +94,7 @@ class Inception(nn.Module):
     Images are resized to 299 as TensorFlow 1 did, or no published figure could be compared with.
     """
 
-    def __init__(self, path: Path, layer: Layer = 2048) -> None:
+    def __init__(self, path: Path, layer: FeatureLayer = 2048) -> None:
         """Read the weights."""
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-BLOCK = 256  # rows of a triangular matrix multiplied at once
-ROWS = 1024  # of the kernel matrix at once: 8 MB a thousand columns
+ROW_BLOCK = 256  # rows of a triangular matrix multiplied at once
+KERNEL_ROWS = 1024  # of the kernel matrix at once: 8 MB a thousand columns
 
 
 @dataclass
@@ -37,25 +37,25 @@ class Moments:
 
     pivot: Tensor
     count: int = 0
-    first: Tensor = field(init=False)  # sum of x - pivot (d)
-    second: Tensor = field(init=False)  # sum of their outer products (d d)
+    shifted_sum: Tensor = field(init=False)  # sum of x - pivot (d)
+    outer_sum: Tensor = field(init=False)  # sum of their outer products (d d)
 
     def __post_init__(self) -> None:
         """Start at nothing."""
         self.pivot = self.pivot.double()
         d = len(self.pivot)
-        self.first, self.second = self.pivot.new_zeros(d), self.pivot.new_zeros(d, d)
+        self.shifted_sum, self.outer_sum = self.pivot.new_zeros(d), self.pivot.new_zeros(d, d)
 
     def add(self, features: Tensor) -> None:
         """Add a block (n d) of any float type."""
         x = features.to(self.pivot) - self.pivot
         self.count += len(x)
-        self.first += x.sum(0)
-        self.second += x.T @ x
+        self.shifted_sum += x.sum(0)
+        self.outer_sum += x.T @ x
 
     def mean(self) -> Tensor:
         """Mean (d)."""
-        return self.pivot + self.first / self.count
+        return self.pivot + self.shifted_sum / self.count
 
     def covariance(self) -> Tensor:
         """Covariance (d d) with divisor n - 1.
@@ -63,9 +63,9 @@ class Moments:
         Raises:
             ValueError: for fewer than two rows.
         """
-        _at_least_two(self.count)
-        outer = torch.outer(self.first, self.first / self.count)
-        return (self.second - outer) / (self.count - 1)
+        _check_count(self.count)
+        outer = torch.outer(self.shifted_sum, self.shifted_sum / self.count)
+        return (self.outer_sum - outer) / (self.count - 1)
 
 
 class Gaussian(NamedTuple):
@@ -76,7 +76,7 @@ class Gaussian(NamedTuple):
     root: Tensor
 
     @classmethod
-    def of(cls, moments: Moments) -> "Gaussian":
+    def from_moments(cls, moments: Moments) -> "Gaussian":
         """The upper triangular root, by Cholesky, or by eigenvalues where C has not full rank."""
         covariance = moments.covariance()
         lower, failed = torch.linalg.cholesky_ex(covariance)
@@ -87,47 +87,47 @@ class Gaussian(NamedTuple):
         return cls(moments.mean(), covariance.trace(), root.contiguous())
 
 
-def frechet(moments: Moments, other: Gaussian) -> Tensor:
+def frechet_distance(moments: Moments, reference: Gaussian) -> Tensor:
     """Fréchet's distance, squared as is usual, of a set of features from one whose root is kept."""
     covariance = moments.covariance()
-    values = torch.linalg.eigvalsh(_within(other.root, covariance))
+    values = torch.linalg.eigvalsh(_conjugate_lower(reference.root, covariance))
     # of a feature that never changes, rounding leaves 1e-16 in place of 0, whose root is 1e-8
     noise = len(values) * torch.finfo(values.dtype).eps * values.amax()
-    shared = torch.where(values > noise, values, 0.0).sqrt().sum()
-    apart = (moments.mean() - other.mean).square().sum()
-    return apart + covariance.trace() + other.trace - 2 * shared
+    trace_root = torch.where(values > noise, values, 0.0).sqrt().sum()
+    mean_distance = (moments.mean() - reference.mean).square().sum()
+    return mean_distance + covariance.trace() + reference.trace - 2 * trace_root
 
 
-def _at_least_two(count: int) -> None:
+def _check_count(count: int) -> None:
     if count < 2:
         raise UsageError(
             f"a distance of {count} images is not defined; allowed: 2 or more; give more"
         )
 
 
-def _within(root: Tensor, covariance: Tensor) -> Tensor:
+def _conjugate_lower(root: Tensor, covariance: Tensor) -> Tensor:
     """U C Uᵀ below and on the diagonal, all that `eigvalsh` reads: half the work of two products.
 
     U (d d) is zero below the diagonal, so each block of rows needs only what is right of it.
     """
-    starts = range(0, len(root), BLOCK)
-    left = torch.cat([root[s : s + BLOCK, s:] @ covariance[s:] for s in starts])  # (d d)
+    starts = range(0, len(root), ROW_BLOCK)
+    left = torch.cat([root[s : s + ROW_BLOCK, s:] @ covariance[s:] for s in starts])  # (d d)
     product = torch.zeros_like(covariance)
     for s in starts:
-        product[s:, s : s + BLOCK] = left[s:, s:] @ root[s : s + BLOCK, s:].T
+        product[s:, s : s + ROW_BLOCK] = left[s:, s:] @ root[s : s + ROW_BLOCK, s:].T
     return product
 
 
-def kernel_distance(features: Tensor, others: Tensor) -> Tensor:
+def kernel_distance(features: Tensor, reference_features: Tensor) -> Tensor:
     """The squared maximum mean discrepancy of all features (n d) and all others (m d), unbiased."""
-    x, y = features.double(), others.double()
+    x, y = features.double(), reference_features.double()
     n, m = len(x), len(y)
-    _at_least_two(n)
-    _at_least_two(m)
-    within = _kernel_sum(x, x) - _kernel(x.square().sum(1), x).sum()
-    without = _kernel_sum(y, y) - _kernel(y.square().sum(1), y).sum()
-    across = _kernel_sum(x, y) / (n * m)
-    return within / (n * (n - 1)) + without / (m * (m - 1)) - 2 * across
+    _check_count(n)
+    _check_count(m)
+    mean_xx = _kernel_sum(x, x) - _kernel(x.square().sum(1), x).sum()
+    mean_yy = _kernel_sum(y, y) - _kernel(y.square().sum(1), y).sum()
+    mean_xy = _kernel_sum(x, y) / (n * m)
+    return mean_xx / (n * (n - 1)) + mean_yy / (m * (m - 1)) - 2 * mean_xy
 
 
 def _kernel(products: Tensor, like: Tensor) -> Tensor:
@@ -136,4 +136,4 @@ def _kernel(products: Tensor, like: Tensor) -> Tensor:
 
 def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
     """Sum of all kernel values, a few rows at a time: the matrix itself may be too large."""
-    return torch.stack([_kernel(rows @ y.T, y).sum() for rows in x.split(ROWS)]).sum()
+    return torch.stack([_kernel(rows @ y.T, y).sum() for rows in x.split(KERNEL_ROWS)]).sum()

@@ -9,8 +9,8 @@ from PIL import Image
 
 from ravine.errors import UsageError
 
-from ..checks.run_checks import before_training
-from ..monitoring.media_logging import run_folder, show
+from ..checks.run_checks import add_run_checks
+from ..monitoring.media_logging import get_run_dir, log_image
 
 
 class Figures(L.Callback):
@@ -23,7 +23,7 @@ class Figures(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a module that draws nothing."""
-        before_training(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "figures", None)):
             raise UsageError(
                 f"Figures needs a module with a method figures(), and {type(pl_module).__name__} "
@@ -40,13 +40,13 @@ class Figures(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw on all ranks, since a sharded net needs all of them; the first one writes."""
         module: Any = pl_module
-        drawn = module.figures(getattr(trainer, "datamodule", None))
-        folder = run_folder(trainer) or Path()
+        figures = module.figures(getattr(trainer, "datamodule", None))
+        folder = get_run_dir(trainer) or Path()
         config = folder.parent.name or "run"
         if not trainer.is_global_zero:
             return
-        for name, figure in drawn.items():
+        for name, figure in figures.items():
             file = folder / f"{config}_{name}.png"
             figure.savefig(file)
             with Image.open(file) as image:
-                show(trainer, name, image)
+                log_image(trainer, name, image)

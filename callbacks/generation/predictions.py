@@ -13,11 +13,11 @@ from rich.table import Table
 
 from ravine.errors import UsageError
 
-from ..checks.run_checks import before_training
-from ..monitoring.media_logging import run_folder
+from ..checks.run_checks import add_run_checks
+from ..monitoring.media_logging import get_run_dir
 
-LONGEST = 300  # characters of a cell shown; the file has them all
-Row = dict[str, Any]
+MAX_CELL_CHARS = 300  # characters of a cell shown; the file has them all
+PredictionRow = dict[str, Any]
 
 
 class PredictionTable(L.Callback):
@@ -35,12 +35,12 @@ class PredictionTable(L.Callback):
 
     def __init__(self, shown: int = 20) -> None:
         """Begin without rows."""
-        self.shown = shown
-        self.rows: list[Row] = []
+        self.max_rows = shown
+        self.rows: list[PredictionRow] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a prediction that the module cannot make."""
-        before_training(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any
@@ -61,21 +61,21 @@ class PredictionTable(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the rows of all ranks into the order of the data, write and show them."""
-        folder, rows = run_folder(trainer), self.rows
+        folder, rows = get_run_dir(trainer), self.rows
         if dist.is_initialized():
-            shares: list[list[Row]] = [[] for _ in range(trainer.world_size)]
-            dist.all_gather_object(shares, rows)
-            rows = [row for turn in zip_longest(*shares) for row in turn if row is not None]
+            rows_per_rank: list[list[PredictionRow]] = [[] for _ in range(trainer.world_size)]
+            dist.all_gather_object(rows_per_rank, rows)
+            rows = [row for turn in zip_longest(*rows_per_rank) for row in turn if row is not None]
         self.rows = []
         if trainer.is_global_zero and rows:
-            show(rows[: self.shown])
+            print_table(rows[: self.max_rows])
             if folder:
                 path = folder / "predictions.csv"
-                write(rows, path)
+                write_csv(rows, path)
                 print(f"{len(rows)} rows in {path}")
 
 
-def write(rows: list[Row], path: Path) -> None:
+def write_csv(rows: list[PredictionRow], path: Path) -> None:
     """Write rows as CSV, a column for each key."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, fieldnames=list(dict.fromkeys(k for row in rows for k in row)))
@@ -83,16 +83,16 @@ def write(rows: list[Row], path: Path) -> None:
         table.writerows(rows)
 
 
-def show(rows: list[Row]) -> None:
+def print_table(rows: list[PredictionRow]) -> None:
     """Print rows as a table."""
     table = Table(*rows[0])
     for row in rows:
-        words = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values())
-        table.add_row(*(escape(plain(word)) for word in words))
+        cells = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values())
+        table.add_row(*(escape(sanitize(cell)) for cell in cells))
     Console().print(table)
 
 
-def plain(word: str) -> str:
+def sanitize(text: str) -> str:
     """A cell that neither fills the screen nor commands the terminal."""
-    short = word if len(word) <= LONGEST else word[: LONGEST - 1] + "…"
+    short = text if len(text) <= MAX_CELL_CHARS else text[: MAX_CELL_CHARS - 1] + "…"
     return "".join(c if c.isprintable() else "�" for c in short)

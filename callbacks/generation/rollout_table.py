@@ -13,11 +13,11 @@ from rich.table import Table
 
 from ravine.errors import UsageError
 
-from ..checks.run_checks import before_training
-from ..monitoring.media_logging import run_folder
-from .predictions import plain
+from ..checks.run_checks import add_run_checks
+from ..monitoring.media_logging import get_run_dir
+from .predictions import sanitize
 
-Row = dict[str, Any]
+RolloutRow = dict[str, Any]
 
 
 class RolloutTable(L.Callback):
@@ -39,14 +39,14 @@ class RolloutTable(L.Callback):
         for name, value in (("every", every), ("count", count)):
             if value < 1:
                 raise UsageError(f"RolloutTable: {name} is {value}; allowed: 1 or more; type 10")
-        self.every, self.count = every, count
-        self.step, self.shown = 0, -1
+        self.every_n_steps, self.num_samples = every, count
+        self.step, self.last_shown_step = 0, -1
         self.folder: Path | None = None
-        self.rows: list[Row] = []  # of the last step; a validation after it writes others
+        self.rows: list[RolloutRow] = []  # of the last step; a validation after it writes others
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a module that has no samples."""
-        before_training(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "samples", None)):
             raise UsageError(
                 f"RolloutTable needs a module with a method samples(), and "
@@ -55,7 +55,7 @@ class RolloutTable(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder, which is asked for on all ranks."""
-        self.step, self.folder = trainer.global_step, run_folder(trainer)
+        self.step, self.folder = trainer.global_step, get_run_dir(trainer)
 
     def on_train_batch_end(
         self,
@@ -67,50 +67,50 @@ class RolloutTable(L.Callback):
     ) -> None:
         """Show those of the step, when it is due."""
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        self.rows = pl_module.samples()[: self.count]  # pyright: ignore[reportCallIssue]
-        if stepped and (self.step == 1 or self.step % self.every == 0):
-            self._show(trainer, pl_module)
+        self.rows = pl_module.samples()[: self.num_samples]  # pyright: ignore[reportCallIssue]
+        if stepped and (self.step == 1 or self.step % self.every_n_steps == 0):
+            self._print_rollouts(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the last ones."""
-        if self.rows and self.step != self.shown:
-            self._show(trainer, pl_module)
+        if self.rows and self.step != self.last_shown_step:
+            self._print_rollouts(trainer, pl_module)
 
-    def _show(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _print_rollouts(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         rows = self.rows
         if not trainer.is_global_zero or not rows:
             return
-        self.shown = self.step
-        words = table(rows, f"written in step {self.step}")
-        module.print(words)
+        self.last_shown_step = self.step
+        text_table = format_rollout_table(rows, f"written in step {self.step}")
+        module.print(text_table)
         if self.folder:
             with (self.folder / "rollouts.txt").open("a", encoding="utf-8") as file:
-                file.write(f"--- step {self.step} ---\n{listing(rows)}")
+                file.write(f"--- step {self.step} ---\n{format_rollout_text(rows)}")
         for logger in trainer.loggers:
             writer = getattr(logger, "experiment", None)
             if hasattr(writer, "add_text"):  # TensorBoard's
-                text = listing(rows).replace("\n", "  \n")
+                text = format_rollout_text(rows).replace("\n", "  \n")
                 writer.add_text("rollouts", text, self.step)  # type: ignore[union-attr]
 
 
-def table(rows: list[Row], title: str) -> str:
+def format_rollout_table(rows: list[RolloutRow], title: str) -> str:
     """Rows as a table for a screen; the end of the prompt is shown with the text."""
-    shown = Table("what it earned", "prompt … text", title=title, show_lines=True)
+    rich_table = Table("what it earned", "prompt … text", title=title, show_lines=True)
     for row in rows:
-        earned = [f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, int | float)]
+        scores = [f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, int | float)]
         lines = [f"{str(row['prompt'])[-20:]}|{row['text']}" if "prompt" in row else row["text"]]
-        text = "\n".join(plain(line) for line in lines[0].split("\n"))
-        shown.add_row("\n".join(earned), escape(text))
+        text = "\n".join(sanitize(line) for line in lines[0].split("\n"))
+        rich_table.add_row("\n".join(scores), escape(text))
     width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
     console = Console(file=StringIO(), width=width)
-    console.print(shown)
+    console.print(rich_table)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
-def listing(rows: list[Row]) -> str:
+def format_rollout_text(rows: list[RolloutRow]) -> str:
     """Rows as plain text for a file."""
-    parts = []
+    entries = []
     for row in rows:
-        earned = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, int | float))
-        parts.append(f"[{earned}]\n{row.get('prompt', '')}|{row['text']}\n")
-    return "\n".join(parts)
+        scores = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, int | float))
+        entries.append(f"[{scores}]\n{row.get('prompt', '')}|{row['text']}\n")
+    return "\n".join(entries)

@@ -7,9 +7,9 @@ import lightning as L
 
 from ravine.errors import UsageError, suggest_names
 
-from ..base import refuse_without_validation
-from ..checks.run_checks import before_training
-from ..monitoring.media_logging import run_folder, show
+from ..base import require_validation
+from ..checks.run_checks import add_run_checks
+from ..monitoring.media_logging import get_run_dir, log_image
 
 
 class Samples(L.Callback):
@@ -25,25 +25,25 @@ class Samples(L.Callback):
     def __init__(self, arguments: dict[str, Any] | None = None) -> None:
         """Keep the arguments."""
         self.arguments = arguments or {}
-        self.last: str | None = None
+        self.last_text: str | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a module without `generate`, unknown arguments, and a fit without validation."""
-        before_training(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "generate", None)):
             raise UsageError(
                 f"Samples needs a module with a method generate(), and {type(pl_module).__name__} "
                 "has none; take Samples out of trainer.callbacks"
             )
-        refuse_without_validation(trainer, "Samples", stage)
-        refuse_unknown_arguments(pl_module, self.arguments)
+        require_validation(trainer, "Samples", stage)
+        check_generate_arguments(pl_module, self.arguments)
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Try the arguments: by the module's `try_generate`, which is short, or by `generate`."""
         module: Any = pl_module
-        made = getattr(module, "try_generate", module.generate)(**self.arguments)
-        if callable(getattr(made, "grid", None)):
-            made.grid()
+        output = getattr(module, "try_generate", module.generate)(**self.arguments)
+        if callable(getattr(output, "grid", None)):
+            output.grid()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep a sample; all ranks generate, as a sharded net needs all of them.
@@ -53,35 +53,35 @@ class Samples(L.Callback):
         """
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        made: Any = pl_module.generate(**self.arguments)  # pyright: ignore
-        step, folder = trainer.global_step, run_folder(trainer)
-        if callable(getattr(made, "grid", None)):
+        output: Any = pl_module.generate(**self.arguments)  # pyright: ignore
+        step, folder = trainer.global_step, get_run_dir(trainer)
+        if callable(getattr(output, "grid", None)):
             if trainer.is_global_zero and folder:
-                made.save(folder / "samples" / f"{step:06}.png")
-            show(trainer, "samples", made.grid())
+                output.save(folder / "samples" / f"{step:06}.png")
+            log_image(trainer, "samples", output.grid())
             return
-        self.last = str(made)
+        self.last_text = str(output)
         if trainer.is_global_zero and folder:
             with (folder / "samples.txt").open(
                 "a", encoding="utf-8", errors="backslashreplace"
             ) as file:
-                file.write(f"--- step {step} ---\n{self.last}\n")
+                file.write(f"--- step {step} ---\n{self.last_text}\n")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the last text."""
-        if self.last is not None:
-            pl_module.print(f"--- a sample after step {trainer.global_step} ---\n{self.last}")
+        if self.last_text is not None:
+            pl_module.print(f"--- a sample after step {trainer.global_step} ---\n{self.last_text}")
 
 
-def refuse_unknown_arguments(module: Any, arguments: dict[str, Any]) -> None:
+def check_generate_arguments(module: Any, arguments: dict[str, Any]) -> None:
     """ValueError for an argument that the module's `generate` does not take, or lacks."""
     signature = inspect.signature(module.generate)
     try:
         signature.bind(**arguments)
     except TypeError as error:
         names = [name for name in signature.parameters if name != "show"]
-        wrong = [name for name in arguments if name not in signature.parameters]
-        near = suggest_names(wrong[0], names, 1) if wrong else []
+        unknown = [name for name in arguments if name not in signature.parameters]
+        near = suggest_names(unknown[0], names, 1) if unknown else []
         raise UsageError(
             f"Samples: generate() of {type(module).__name__}: {error}; allowed: "
             f"{', '.join(names)}; "

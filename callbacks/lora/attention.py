@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import Adapter, product
+from .layers import Adapter, block_diag_matmul
 
 
 class AttentionAdapter(Adapter, nn.MultiheadAttention):
     """A rank-r change of each of query, key and value, and of the output matrix."""
 
-    lora_names = keeps = ("lora_in_a", "lora_in_b", "lora_out_a", "lora_out_b")
+    lora_param_names = keeps = ("lora_in_a", "lora_in_b", "lora_out_a", "lora_out_b")
     lora_in_a: nn.Parameter
     lora_in_b: nn.Parameter
     lora_out_a: nn.Parameter
     lora_out_b: nn.Parameter
 
-    def lora_shapes(self, rank: int, parts: int) -> list[tuple[int, ...]]:
+    def lora_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, ...]]:
         """A (3r, d) and B (3d, r) of the stacked q, k, v; A (r, d) and B (d, r) of the output."""
         d = self.embed_dim
         return [(3 * rank, d), (3 * d, rank), (rank, d), (d, rank)]
@@ -34,16 +34,18 @@ class AttentionAdapter(Adapter, nn.MultiheadAttention):
         """As torch computes it, from changed weights."""
         if not self.lora_enabled:
             return nn.MultiheadAttention.forward(self, *args, **kwargs)
-        self.lora_called = True
-        self.lora_recorded |= torch.is_grad_enabled()
-        with self._changed():
+        self.lora_was_called = True
+        self.lora_called_with_grad |= torch.is_grad_enabled()
+        with self._merged_weights():
             return nn.MultiheadAttention.forward(self, *args, **kwargs)
 
-    def lora_changes(self) -> dict[str, Tensor]:
+    def lora_delta_weights(self) -> dict[str, Tensor]:
         """(3d, d) and (d, d)."""
         return {
-            "in_proj_weight": self.lora_scale * product(self.lora_in_a, self.lora_in_b, 3),
-            "out_proj.weight": self.lora_scale * product(self.lora_out_a, self.lora_out_b, 1),
+            "in_proj_weight": self.lora_scale
+            * block_diag_matmul(self.lora_in_a, self.lora_in_b, 3),
+            "out_proj.weight": self.lora_scale
+            * block_diag_matmul(self.lora_out_a, self.lora_out_b, 1),
         }
 
     def extra_repr(self) -> str:
@@ -51,27 +53,27 @@ class AttentionAdapter(Adapter, nn.MultiheadAttention):
         return f"rank={self.lora_rank}, scale={self.lora_scale:g}"
 
     @contextmanager
-    def _changed(self) -> Iterator[None]:
-        own, out = self._parameters, self.out_proj._parameters
-        inner, outer = own["in_proj_weight"], out["weight"]
-        assert inner is not None
-        assert outer is not None
+    def _merged_weights(self) -> Iterator[None]:
+        in_params, out_params = self._parameters, self.out_proj._parameters
+        in_weight, out_weight = in_params["in_proj_weight"], out_params["weight"]
+        assert in_weight is not None
+        assert out_weight is not None
         a, b = self.lora_in_a, self.lora_in_b
-        change = b.unflatten(0, (3, -1)) @ a.unflatten(0, (3, -1))  # (3 d r) @ (3 r d)
-        first = inner + (self.lora_scale * change.flatten(0, 1)).to(inner.dtype)
-        change = self.lora_out_b @ self.lora_out_a
-        second = outer + (self.lora_scale * change).to(outer.dtype)
-        own["in_proj_weight"], out["weight"] = first, second  # type: ignore
+        delta = b.unflatten(0, (3, -1)) @ a.unflatten(0, (3, -1))  # (3 d r) @ (3 r d)
+        merged_in_weight = in_weight + (self.lora_scale * delta.flatten(0, 1)).to(in_weight.dtype)
+        delta = self.lora_out_b @ self.lora_out_a
+        merged_out_weight = out_weight + (self.lora_scale * delta).to(out_weight.dtype)
+        in_params["in_proj_weight"], out_params["weight"] = merged_in_weight, merged_out_weight  # type: ignore
         try:
             yield
         finally:
-            own["in_proj_weight"], out["weight"] = inner, outer
+            in_params["in_proj_weight"], out_params["weight"] = in_weight, out_weight
 
 
-def leave_fast_path(module: nn.Module) -> None:
+def disable_fastpath(module: nn.Module) -> None:
     """Let the encoder layers call their adapted parts; a stack of them also packs no padding."""
     layers = [m for m in module.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    if not any(isinstance(part, Adapter) for layer in layers for part in layer.modules()):
+    if not any(isinstance(submodule, Adapter) for layer in layers for submodule in layer.modules()):
         return
     for layer in layers:  # torch's own flag: an activation of another name has no fast path
         layer.__dict__.setdefault("_fast_path", layer.activation_relu_or_gelu)
@@ -82,10 +84,10 @@ def leave_fast_path(module: nn.Module) -> None:
             stack.use_nested_tensor = False
 
 
-def take_fast_path(module: nn.Module) -> None:
+def enable_fastpath(module: nn.Module) -> None:
     """Give it back when the adapters are gone."""
-    for part in module.modules():
-        if "_fast_path" in part.__dict__:
-            stack = isinstance(part, nn.TransformerEncoder)
-            name = "use_nested_tensor" if stack else "activation_relu_or_gelu"
-            setattr(part, name, part.__dict__.pop("_fast_path"))
+    for submodule in module.modules():
+        if "_fast_path" in submodule.__dict__:
+            is_encoder = isinstance(submodule, nn.TransformerEncoder)
+            name = "use_nested_tensor" if is_encoder else "activation_relu_or_gelu"
+            setattr(submodule, name, submodule.__dict__.pop("_fast_path"))

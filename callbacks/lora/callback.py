@@ -17,23 +17,29 @@ from rich.console import Console
 from torch import nn
 
 from ravine.errors import RunError, UsageError
-from ravine.strategies.materialize import blocks, values_of
-from ravine.strategies.shards import reached
+from ravine.strategies.materialize import blocks, deferred_values
+from ravine.strategies.shards import has_gradient
 
-from ..transforms.base import Transform, frozen
+from ..transforms.base import Transform, frozen_names
 from ..transforms.layer_selection import (
     Patterns,
-    frozen_copies,
-    hidden_layers,
-    listed,
-    trains,
-    within,
+    as_list,
+    find_frozen_copies,
+    find_hidden_layers,
+    is_submodule_of,
+    is_trainable,
 )
 from ..transforms.pretrained import Pretrained
-from .inject import RANK, adapt_module, adaptable, adapters, check_numbers
+from .inject import (
+    DEFAULT_RANK,
+    adapt_module,
+    adapters,
+    check_alpha_and_dropout,
+    find_adaptable_layers,
+)
 
-DTYPES = ("float64", "float32", "bfloat16", "float16")
-TRIED = 10  # micro-batches within which every adapter must have been called
+DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16")
+CHECK_AFTER_BATCHES = 10  # micro-batches within which every adapter must have been called
 
 
 class LoRA(Transform):
@@ -86,29 +92,29 @@ class LoRA(Transform):
         save: Literal["auto", "adapter", "all"] = "auto",
     ) -> None:
         """Check what needs no net."""
-        check_numbers(alpha, dropout)
-        if dtype is not None and dtype not in DTYPES:
-            raise UsageError(f"LoRA: no dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+        check_alpha_and_dropout(alpha, dropout)
+        if dtype is not None and dtype not in DTYPE_NAMES:
+            raise UsageError(f"LoRA: no dtype {dtype!r}; allowed: {', '.join(DTYPE_NAMES)}")
         self.arguments: dict[str, Any] = {
-            "targets": None if targets is None else listed(targets),
+            "targets": None if targets is None else as_list(targets),
             "rank": rank,
             "alpha": alpha,
-            "exclude": listed(exclude),
+            "exclude": as_list(exclude),
             "ranks": dict(ranks or {}),
             "split": dict(split or {}),
             "dropout": dropout,
             "rank_stabilized": rank_stabilized,
-            "train_also": listed(train_also),
+            "train_also": as_list(train_also),
             "dtype": dtype,
         }
         self.save = save
         self.base: dict[str, Any] = {"file": None, "sha256": None}
-        self._tried = 0  # batches with a backward
-        self._learned = False  # whether this batch had one
-        self._from_start = False  # whether this epoch was seen from its first batch
-        self._reached: set[str] = set()  # adapters that had a gradient
-        self._say: list[str] = []  # lines for the start of a fit
-        self._frozen: set[str] = set()  # of all stages of a pipeline
+        self._num_batches = 0  # batches with a backward
+        self._had_backward = False  # whether this batch had one
+        self._epoch_from_start = False  # whether this epoch was seen from its first batch
+        self._with_gradient: set[str] = set()  # adapters that had a gradient
+        self._messages: list[str] = []  # lines for the start of a fit
+        self._frozen_names: set[str] = set()  # of all stages of a pipeline
 
     def identity(self) -> dict[str, Any]:
         """What decides the adapters; not how they are saved."""
@@ -120,8 +126,8 @@ class LoRA(Transform):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Announce the phase; find the file of the base."""
-        found = [c for c in trainer.callbacks if isinstance(c, Pretrained)]  # pyright: ignore[reportAttributeAccessIssue]
-        self.base["file"] = found[0].path if found else None
+        pretrained = [c for c in trainer.callbacks if isinstance(c, Pretrained)]  # pyright: ignore[reportAttributeAccessIssue]
+        self.base["file"] = pretrained[0].path if pretrained else None
         pl_module.strict_loading = False  # frozen weights may be left out; `accept` checks the rest
         super().setup(trainer, pl_module, stage)
 
@@ -131,25 +137,25 @@ class LoRA(Transform):
 
     def transform(self, module: nn.Module) -> None:
         """Freeze and adapt."""
-        self.base["sha256"] = fingerprint(module)
+        self.base["sha256"] = fingerprint_weights(module)
         targets, dtype = self.arguments["targets"], self.arguments["dtype"]
         if targets is None:
-            targets = default_targets(module)
+            targets = default_lora_targets(module)
         if not targets:
             raise UsageError(
                 f"LoRA: {type(module).__name__} has no hidden matrix; name the layers to adapt: "
                 "type --trainer.callbacks.targets=NAME"
             )
-        given = dict(self.arguments)
-        given["targets"], given["seed"] = targets, int(os.environ.get("PL_GLOBAL_SEED", 0))
-        given["dtype"] = getattr(torch, dtype) if dtype else None
-        names = adapt_module(module, **given)
-        self._frozen = frozen(module)
-        self._say = _said(module, names) if self.arguments["rank"] is None else []
+        kwargs = dict(self.arguments)
+        kwargs["targets"], kwargs["seed"] = targets, int(os.environ.get("PL_GLOBAL_SEED", 0))
+        kwargs["dtype"] = getattr(torch, dtype) if dtype else None
+        names = adapt_module(module, **kwargs)
+        self._frozen_names = frozen_names(module)
+        self._messages = _rank_messages(module, names) if self.arguments["rank"] is None else []
         trained = [n for n, p in module.named_parameters() if p.requires_grad and "lora_" not in n]
         if trained and not self.arguments["train_also"]:
             more = f" and {len(trained) - 4} more" if len(trained) > 4 else ""
-            self._say.append(
+            self._messages.append(
                 f"LoRA: {', '.join(trained[:4])}{more} trained already beside frozen layers: "
                 "they train as they are"
             )
@@ -169,7 +175,7 @@ class LoRA(Transform):
         checkpoint["lora"] = {"base": dict(self.base), "frozen": not self._saves_adapters}
         if self._saves_adapters:
             state = checkpoint["state_dict"]
-            for name in self._frozen | frozen(pl_module):
+            for name in self._frozen_names | frozen_names(pl_module):
                 state.pop(name, None)
 
     def accept(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -179,10 +185,10 @@ class LoRA(Transform):
                 "the checkpoint holds no adapters, it was not trained with LoRA; to start from its"
                 " weights: Pretrained(path), --trainer.callbacks+=Pretrained"
             )
-        state, left_out = checkpoint.get("state_dict", {}), set()
+        state, optional_names = checkpoint.get("state_dict", {}), set()
         if not saved["frozen"]:
-            left_out = frozen(module)
-        missing = module.state_dict().keys() - state.keys() - left_out
+            optional_names = frozen_names(module)
+        missing = module.state_dict().keys() - state.keys() - optional_names
         if state and missing:
             raise UsageError(
                 f"the checkpoint lacks {', '.join(sorted(missing)[:3])}, which train here; resume "
@@ -190,32 +196,33 @@ class LoRA(Transform):
             )
         if not saved["frozen"] and saved["base"]["sha256"] != self.base["sha256"]:
             raise UsageError(
-                f"the adapters belong to other weights: {_named(saved['base'])}, and here are "
-                f"{_named(self.base)}; give Pretrained the former"
+                f"the adapters belong to other weights: {_describe_base(saved['base'])}, and here "
+                "are "
+                f"{_describe_base(self.base)}; give Pretrained the former"
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print which ranks were lowered, and which parameters train without an adapter."""
         super().on_fit_start(trainer, pl_module)
         if trainer.is_global_zero:
-            for line in self._say:
+            for line in self._messages:
                 Console().print(line, soft_wrap=True, highlight=False)
-        self._say = []
+        self._messages = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse optimizers that hold no adapter: they were made before there was one."""
         if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             return  # a rank may hold a part of the parameters
-        groups = (group for each in trainer.optimizers for group in each.param_groups)
-        held = {id(p) for group in groups for p in group["params"]}
-        found = adapters(pl_module)
+        groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        optimized_ids = {id(p) for group in groups for p in group["params"]}
+        layers = adapters(pl_module)
         idle = [
             name
-            for name, layer in found.items()
+            for name, layer in layers.items()
             if not layer.lora_is_copy
-            and not any(id(getattr(layer, key)) in held for key in layer.lora_names)
+            and not any(id(getattr(layer, key)) in optimized_ids for key in layer.lora_param_names)
         ]
-        if held and len(idle) == sum(not layer.lora_is_copy for layer in found.values()):
+        if optimized_ids and len(idle) == sum(not layer.lora_is_copy for layer in layers.values()):
             name = type(pl_module).__name__
             raise UsageError(
                 f"LoRA: no optimizer of {name} holds an adapter: it was made in "
@@ -228,73 +235,79 @@ class LoRA(Transform):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to watch which adapters are called."""
-        self._from_start |= batch_idx == 0
-        self._learned = False
-        if self._tried == 0:
-            self._watch(pl_module)
+        self._epoch_from_start |= batch_idx == 0
+        self._had_backward = False
+        if self._num_batches == 0:
+            self._reset_called(pl_module)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note which adapters get a gradient; fail at once if they run under no_grad."""
-        self._learned = True
-        if self._tried > TRIED:
+        self._had_backward = True
+        if self._num_batches > CHECK_AFTER_BATCHES:
             return
-        found = adapters(pl_module)
-        for name, layer in found.items():
-            if any(reached(trainer, getattr(layer, key)) for key in layer.lora_names):
-                self._reached.add(name)
-        called = [layer for layer in found.values() if layer.lora_called]
-        recorded = any(layer.lora_recorded for layer in called)
-        if called and not recorded and not self._reached and pl_module.automatic_optimization:
-            self._refuse_unreached(pl_module, "in the first training batch")
+        layers = adapters(pl_module)
+        for name, layer in layers.items():
+            if any(has_gradient(trainer, getattr(layer, key)) for key in layer.lora_param_names):
+                self._with_gradient.add(name)
+        called = [layer for layer in layers.values() if layer.lora_was_called]
+        recorded = any(layer.lora_called_with_grad for layer in called)
+        if called and not recorded and not self._with_gradient and pl_module.automatic_optimization:
+            self._check_gradients(pl_module, "in the first training batch")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Fail early if an adapter is never called, or no gradient reaches it."""
-        if not self._learned or self._tried > TRIED:  # a batch that was skipped shows nothing
+        if (
+            not self._had_backward or self._num_batches > CHECK_AFTER_BATCHES
+        ):  # a batch that was skipped shows nothing
             return
-        self._tried += 1
-        if self._tried == TRIED:
-            self._judge(pl_module, f"in {TRIED} training batches")
+        self._num_batches += 1
+        if self._num_batches == CHECK_AFTER_BATCHES:
+            self._check_adapters(pl_module, f"in {CHECK_AFTER_BATCHES} training batches")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The same after an epoch of fewer batches, unless a resume began within it."""
-        if 0 < self._tried <= TRIED and self._from_start:
-            self._judge(pl_module, "in a training epoch")
-        self._from_start = False
+        if 0 < self._num_batches <= CHECK_AFTER_BATCHES and self._epoch_from_start:
+            self._check_adapters(pl_module, "in a training epoch")
+        self._epoch_from_start = False
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Watch the validation by itself: torch has faster ways that skip layers there."""
-        self._called = {name for name, each in adapters(pl_module).items() if each.lora_called}
-        self._watch(pl_module)
+        self._called_in_training = {
+            name for name, layer in adapters(pl_module).items() if layer.lora_was_called
+        }
+        self._reset_called(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fail if an adapter had no say in it; a whole net may be for training alone (a critic)."""
-        found = adapters(pl_module)
-        called = {name.partition(".")[0] for name, each in found.items() if each.lora_called}
-        idle = {name.partition(".")[0] for name in found} - called
+        layers = adapters(pl_module)
+        called = {
+            name.partition(".")[0] for name, adapter in layers.items() if adapter.lora_was_called
+        }
+        idle = {name.partition(".")[0] for name in layers} - called
         if called and idle:
             rank_zero_warn(f"LoRA: no adapter of {', '.join(sorted(idle))} is used in validation")
-        for name, layer in found.items():
-            layer.lora_called |= bool(called) and name.partition(".")[0] in idle
-        self._refuse_silent(pl_module, "in the validation")
-        for name, layer in found.items():
-            layer.lora_called = name in self._called
+        for name, layer in layers.items():
+            layer.lora_was_called |= bool(called) and name.partition(".")[0] in idle
+        self._check_all_called(pl_module, "in the validation")
+        for name, layer in layers.items():
+            layer.lora_was_called = name in self._called_in_training
 
-    def _watch(self, module: nn.Module) -> None:
+    def _reset_called(self, module: nn.Module) -> None:
         for layer in adapters(module).values():
-            layer.lora_called = layer.lora_recorded = False
+            layer.lora_was_called = layer.lora_called_with_grad = False
 
-    def _judge(self, module: nn.Module, when: str) -> None:
-        self._tried = TRIED + 1
-        self._refuse_silent(module, when)
-        self._refuse_unreached(module, when)
+    def _check_adapters(self, module: nn.Module, when: str) -> None:
+        self._num_batches = CHECK_AFTER_BATCHES + 1
+        self._check_all_called(module, when)
+        self._check_gradients(module, when)
 
-    def _refuse_unreached(self, module: nn.Module, when: str) -> None:
+    def _check_gradients(self, module: nn.Module, when: str) -> None:
         idle = [
             name
             for name, layer in adapters(module).items()
-            if name not in self._reached and not layer.lora_is_copy
+            if name not in self._with_gradient and not layer.lora_is_copy
         ]
         if idle:
             more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
@@ -305,51 +318,60 @@ class LoRA(Transform):
                 f"type --trainer.callbacks.exclude=[{names}], or leave LoRA out"
             )
 
-    def _refuse_silent(self, module: nn.Module, when: str) -> None:
-        silent = [name for name, layer in adapters(module).items() if not layer.lora_called]
-        if silent:
-            more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+    def _check_all_called(self, module: nn.Module, when: str) -> None:
+        uncalled = [name for name, layer in adapters(module).items() if not layer.lora_was_called]
+        if uncalled:
+            more = f" and {len(uncalled) - 3} more" if len(uncalled) > 3 else ""
             raise RunError(
-                f"LoRA: the adapter of {', '.join(silent[:3])}{more} was never called {when}: the "
+                f"LoRA: the adapter of {', '.join(uncalled[:3])}{more} was never called {when}: "
+                "the "
                 "code reads the layer's weight instead of calling the layer, or skips it; adapt "
-                f"another layer; type --trainer.callbacks.exclude={silent[0]}"
+                f"another layer; type --trainer.callbacks.exclude={uncalled[0]}"
             )
 
 
-def default_targets(module: nn.Module) -> list[str]:
+def default_lora_targets(module: nn.Module) -> list[str]:
     """The hidden layers that can have an adapter: of a module with frozen ones, these alone.
 
     Of a net and its frozen copy, such as a momentum teacher, the same layers.
     """
-    layers, copies = adaptable(module), frozen_copies(module)
-    hidden = [name for name in hidden_layers(module) if name in layers]
+    layers, copies = find_adaptable_layers(module), find_frozen_copies(module)
+    hidden = [name for name in find_hidden_layers(module) if name in layers]
     base = [
         name
         for name in hidden
-        if not trains(layers[name]) and not any(within(name, copy) for copy in copies)
+        if not is_trainable(layers[name])
+        and not any(is_submodule_of(name, copy) for copy in copies)
     ]
-    found = set(base or hidden)
+    names = set(base or hidden)
     for copy, original in copies.items():
-        for one, other in ((copy, original), (original, copy)):
-            found |= {other + name[len(one) :] for name in found if within(name, one)}
-    return [name for name in layers if name in found]
+        for source, target in ((copy, original), (original, copy)):
+            names |= {
+                target + name[len(source) :] for name in names if is_submodule_of(name, source)
+            }
+    return [name for name in layers if name in names]
 
 
-def _said(module: nn.Module, names: list[str]) -> list[str]:
+def _rank_messages(module: nn.Module, names: list[str]) -> list[str]:
     """One line on the layers whose rank is below the default."""
-    found = adapters(module)
-    thin = [f"{found[n].lora_rank} for {n}" for n in names if found[n].lora_rank < RANK]
-    if not thin:
+    layers = adapters(module)
+    reduced = [
+        f"{layers[n].lora_rank} for {n}" for n in names if layers[n].lora_rank < DEFAULT_RANK
+    ]
+    if not reduced:
         return []
-    more = f" and {len(thin) - 6} more" if len(thin) > 6 else ""
-    return [f"LoRA: rank {RANK}, but {', '.join(thin[:6])}{more}: the thinner side of the layer"]
+    more = f" and {len(reduced) - 6} more" if len(reduced) > 6 else ""
+    return [
+        f"LoRA: rank {DEFAULT_RANK}, but {', '.join(reduced[:6])}{more}: the thinner side of the "
+        "layer"
+    ]
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint_weights(module: nn.Module) -> str:
     """SHA-256 of the parameters' names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
-        if parameter.is_meta and values_of(parameter) is None:
+        if parameter.is_meta and deferred_values(parameter) is None:
             raise UsageError(f"LoRA: {name} has no numbers yet: it is on the device meta")
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         for block in blocks(parameter):
@@ -358,5 +380,5 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _named(base: dict[str, Any]) -> str:
+def _describe_base(base: dict[str, Any]) -> str:
     return f"{base['file'] or 'weights from no file'} (sha256 {str(base['sha256'])[:12]})"

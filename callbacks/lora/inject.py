@@ -16,25 +16,25 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ravine.errors import UsageError
 
-from ..transforms.layer_mixins import refuse_sharded, refuse_unlike, swap_back
+from ..transforms.layer_mixins import check_not_sharded, check_plain_layer, remove_mixin
 from ..transforms.layer_selection import (
     Patterns,
-    frozen_copies,
-    half_changed,
-    hits,
-    listed,
-    matching,
-    nearest,
-    trains,
-    within,
+    as_list,
+    closest_names,
+    find_frozen_copies,
+    find_partly_changed_copy,
+    is_submodule_of,
+    is_trainable,
+    matches_pattern,
+    select_names,
 )
-from .attention import AttentionAdapter, leave_fast_path, take_fast_path
-from .layers import Adapter, ConvAdapter, EmbeddingAdapter, LinearAdapter, adapt
+from .attention import AttentionAdapter, disable_fastpath, enable_fastpath
+from .layers import Adapter, ConvAdapter, EmbeddingAdapter, LinearAdapter, add_adapter
 
-SHOWN = 4  # layers in a message
-RANK = 8  # where none is given: less in a layer that is thinner
+MAX_LISTED = 4  # layers in a message
+DEFAULT_RANK = 8  # where none is given: less in a layer that is thinner
 
-KINDS: dict[type[nn.Module], type[Adapter]] = {
+ADAPTER_TYPES: dict[type[nn.Module], type[Adapter]] = {
     nn.MultiheadAttention: AttentionAdapter,
     nn.Linear: LinearAdapter,
     nn.Conv2d: ConvAdapter,
@@ -42,13 +42,13 @@ KINDS: dict[type[nn.Module], type[Adapter]] = {
 }
 
 
-def adaptable(module: nn.Module) -> dict[str, nn.Module]:
+def find_adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
     """The layers that can have an adapter, by name; those inside torch's attention are its own."""
     inner = {m.out_proj for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
     return {
         name: layer
         for name, layer in module.named_modules()
-        if name and isinstance(layer, tuple(KINDS)) and layer not in inner
+        if name and isinstance(layer, tuple(ADAPTER_TYPES)) and layer not in inner
     }
 
 
@@ -71,50 +71,75 @@ def adapt_module(
     A module of which some adapted layers are frozen already is a frozen base with new parts: what
     trains in it and takes no adapter trains as before.
     """
-    refuse_sharded(module, "LoRA")
-    check_numbers(alpha, dropout)
-    layers, ranks, split = adaptable(module), ranks or {}, split or {}
-    names = _chosen(module, targets, exclude, layers)
-    copies = frozen_copies(module)
-    _refuse_half(names, copies)
-    also = set(_owned(train_also, dict(module.named_parameters()))) if train_also else set()
-    also |= set(fresh_parts(module, names, copies))
-    for patterns, whose in ((list(ranks), "LoRA.ranks"), (list(split), "LoRA.split")):
-        matching(patterns, names, whose)
-    plan, thin = {}, {}
+    check_not_sharded(module, "LoRA")
+    check_alpha_and_dropout(alpha, dropout)
+    layers, ranks, split = find_adaptable_layers(module), ranks or {}, split or {}
+    names = _select_layers(module, targets, exclude, layers)
+    copies = find_frozen_copies(module)
+    _check_copy_pairs(names, copies)
+    trained_names = (
+        set(_select_params(train_also, dict(module.named_parameters()))) if train_also else set()
+    )
+    trained_names |= set(find_trained_params(module, names, copies))
+    for patterns, argument in ((list(ranks), "LoRA.ranks"), (list(split), "LoRA.split")):
+        select_names(patterns, names, argument)
+    plan, bad_ranks = {}, {}
     for name in names:  # all is checked before anything changes
-        own = next((r for pattern, r in ranks.items() if hits(pattern, name)), rank)
-        parts = next((p for pattern, p in split.items() if hits(pattern, name)), 1)
-        sizes = _refuse(name, layers[name], RANK if own is None else own, parts, dropout)
-        if own is not None and not 1 <= own <= min(sizes):
-            thin[name] = own, sizes
-        plan[name] = min(RANK, *sizes) if own is None else own, parts
-    _refuse_thin(thin)
+        layer_rank = next(
+            (r for pattern, r in ranks.items() if matches_pattern(pattern, name)), rank
+        )
+        layer_blocks = next(
+            (p for pattern, p in split.items() if matches_pattern(pattern, name)), 1
+        )
+        sizes = _check_layer(
+            name,
+            layers[name],
+            DEFAULT_RANK if layer_rank is None else layer_rank,
+            layer_blocks,
+            dropout,
+        )
+        if layer_rank is not None and not 1 <= layer_rank <= min(sizes):
+            bad_ranks[name] = layer_rank, sizes
+        plan[name] = min(DEFAULT_RANK, *sizes) if layer_rank is None else layer_rank, layer_blocks
+    _check_ranks(bad_ranks)
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in also)
-    for name, (own, parts) in plan.items():
-        scale = alpha / (math.sqrt(own) if rank_stabilized else own)
-        mixin = next(KINDS[kind] for kind in KINDS if isinstance(layers[name], kind))
-        adapt(layers[name], mixin, name, own, scale, parts, dropout, dtype, seed)
-        cast(Adapter, layers[name]).lora_is_copy = any(within(name, copy) for copy in copies)
-    leave_fast_path(module)
+        parameter.requires_grad_(name in trained_names)
+    for name, (layer_rank, layer_blocks) in plan.items():
+        scale = alpha / (math.sqrt(layer_rank) if rank_stabilized else layer_rank)
+        mixin = next(
+            ADAPTER_TYPES[layer_type]
+            for layer_type in ADAPTER_TYPES
+            if isinstance(layers[name], layer_type)
+        )
+        add_adapter(
+            layers[name], mixin, name, layer_rank, scale, layer_blocks, dropout, dtype, seed
+        )
+        cast(Adapter, layers[name]).lora_is_copy = any(
+            is_submodule_of(name, copy) for copy in copies
+        )
+    disable_fastpath(module)
     return names
 
 
-def fresh_parts(module: nn.Module, names: Sequence[str], copies: Mapping[str, str]) -> list[str]:
+def find_trained_params(
+    module: nn.Module, names: Sequence[str], copies: Mapping[str, str]
+) -> list[str]:
     """Trainable parameters outside the adapted layers `names`, if those belong to a frozen base."""
-    based = any(
-        not trains(module.get_submodule(name)) and not any(within(name, copy) for copy in copies)
+    has_frozen_base = any(
+        not is_trainable(module.get_submodule(name))
+        and not any(is_submodule_of(name, copy) for copy in copies)
         for name in names
     )
     return [
         name
         for name, parameter in module.named_parameters()
-        if based and parameter.requires_grad and not any(within(name, layer) for layer in names)
+        if has_frozen_base
+        and parameter.requires_grad
+        and not any(is_submodule_of(name, layer) for layer in names)
     ]
 
 
-def check_numbers(alpha: float, dropout: float) -> None:
+def check_alpha_and_dropout(alpha: float, dropout: float) -> None:
     """Refuse a scale or a dropout at which adapters would have no say."""
     if not 0 < alpha < math.inf:
         raise UsageError(f"LoRA: alpha={alpha} is no scale; allowed: above 0; set e.g. 16")
@@ -122,48 +147,57 @@ def check_numbers(alpha: float, dropout: float) -> None:
         raise UsageError(f"LoRA: dropout={dropout} is outside [0, 1); set e.g. 0.05")
 
 
-def _chosen(
+def _select_layers(
     module: nn.Module, targets: Patterns, exclude: Patterns, layers: dict[str, nn.Module]
 ) -> list[str]:
-    for pattern in listed(targets):
+    for pattern in as_list(targets):
         for name, layer in module.named_modules():
-            if not name or not hits(pattern, name) or any(hits(pattern, each) for each in layers):
+            if (
+                not name
+                or not matches_pattern(pattern, name)
+                or any(matches_pattern(pattern, layer_name) for layer_name in layers)
+            ):
                 continue
-            kind, kinds = type(layer).__name__, ", ".join(k.__name__ for k in KINDS)
-            near = nearest(name, list(layers))
+            type_name, allowed = type(layer).__name__, ", ".join(k.__name__ for k in ADAPTER_TYPES)
+            near = closest_names(name, list(layers))
             if isinstance(layer, NonDynamicallyQuantizableLinear):
                 near = [name.rpartition(".")[0]]  # the attention that reads its weight
-            there = f"; nearest: {', '.join(near)}; type --trainer.callbacks.targets={near[0]}"
+            hint = f"; nearest: {', '.join(near)}; type --trainer.callbacks.targets={near[0]}"
             raise UsageError(
-                f"LoRA.targets: {pattern!r} hits {name}, a {kind}, which takes no adapter by "
-                f"itself; allowed: {kinds}{there if layers else ', of which there is none here'}"
+                f"LoRA.targets: {pattern!r} hits {name}, a {type_name}, which takes no adapter by "
+                f"itself; allowed: {allowed}{hint if layers else ', of which there is none here'}"
             )
-    names = matching(targets, list(layers), "LoRA.targets")
-    out = set(matching(exclude, names, "LoRA.exclude"))
-    if out.issuperset(names):
-        less = "exclude leaves no layer of targets; type a narrower exclude"
-        raise UsageError(f"LoRA: {less if names else 'targets is empty; name the layers to adapt'}")
-    return [name for name in names if name not in out]
+    names = select_names(targets, list(layers), "LoRA.targets")
+    excluded = set(select_names(exclude, names, "LoRA.exclude"))
+    if excluded.issuperset(names):
+        reason = "exclude leaves no layer of targets; type a narrower exclude"
+        raise UsageError(
+            f"LoRA: {reason if names else 'targets is empty; name the layers to adapt'}"
+        )
+    return [name for name in names if name not in excluded]
 
 
-def _owned(patterns: Patterns, parameters: Mapping[str, Tensor]) -> list[str]:
+def _select_params(patterns: Patterns, parameters: Mapping[str, Tensor]) -> list[str]:
     """Parameters by their own name or that of their layer."""
     owners = {name: name.rpartition(".")[0] for name in parameters}
-    matching(patterns, [*parameters, *owners.values()], "LoRA.train_also")
-    found = []
+    select_names(patterns, [*parameters, *owners.values()], "LoRA.train_also")
+    names = []
     for name, owner in owners.items():
-        if any(hits(pattern, name) or hits(pattern, owner) for pattern in listed(patterns)):
+        if any(
+            matches_pattern(pattern, name) or matches_pattern(pattern, owner)
+            for pattern in as_list(patterns)
+        ):
             if not parameters[name].is_floating_point():
                 raise UsageError(
                     f"LoRA.train_also: {owner} is quantized, and bits do not train; give "
                     f"Quantization exclude: [{owner}]"
                 )
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
-def _refuse_half(names: Sequence[str], copies: Mapping[str, str]) -> None:
-    if (pair := half_changed(names, copies)) is not None:
+def _check_copy_pairs(names: Sequence[str], copies: Mapping[str, str]) -> None:
+    if (pair := find_partly_changed_copy(names, copies)) is not None:
         copy, original = pair
         raise UsageError(
             f"LoRA: {copy} is a frozen copy of {original}, and other layers of it would be adapted;"
@@ -172,41 +206,44 @@ def _refuse_half(names: Sequence[str], copies: Mapping[str, str]) -> None:
         )
 
 
-def _refuse_thin(thin: Mapping[str, tuple[int, tuple[int, int]]]) -> None:
+def _check_ranks(bad_ranks: Mapping[str, tuple[int, tuple[int, int]]]) -> None:
     """Refuse ranks that were typed and do not fit, naming the layers and no others."""
-    if not thin:
+    if not bad_ranks:
         return
-    said = [
+    problems = [
         f"rank {rank} for {name}, a map from {sizes[0]} to {sizes[1]}; allowed: 1 to {min(sizes)}"
-        for name, (rank, sizes) in thin.items()
+        for name, (rank, sizes) in bad_ranks.items()
     ]
-    fits = {name: min(max(rank, 1), *sizes) for name, (rank, sizes) in thin.items()}
-    typed = ", ".join(f"{name}: {rank}" for name, rank in list(fits.items())[:SHOWN])
-    more = f"; and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
+    fits = {name: min(max(rank, 1), *sizes) for name, (rank, sizes) in bad_ranks.items()}
+    example = ", ".join(f"{name}: {rank}" for name, rank in list(fits.items())[:MAX_LISTED])
+    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
     raise UsageError(
-        f"LoRA: {'; '.join(said[:SHOWN])}{more}; type --trainer.callbacks.ranks='{{{typed}}}', or "
+        f"LoRA: {'; '.join(problems[:MAX_LISTED])}{more}; type "
+        f"--trainer.callbacks.ranks='{{{example}}}', or "
         "leave rank out: 8, and less where a layer is thinner"
     )
 
 
-def _refuse(name: str, layer: nn.Module, rank: int, parts: int, dropout: float) -> tuple[int, int]:
+def _check_layer(
+    name: str, layer: nn.Module, rank: int, num_blocks: int, dropout: float
+) -> tuple[int, int]:
     """Raise if the layer can have no adapter; else the sizes of the map that it is."""
-    kind = type(layer).__name__
+    type_name = type(layer).__name__
     if isinstance(layer, Adapter):
         raise UsageError(f"LoRA: {name} has an adapter already; make a new module")
-    refuse_unlike(name, layer, next(k for k in KINDS if isinstance(layer, k)), "LoRA")
-    if parts < 1 or type(rank) is not int:
-        wrong, key = ("split", parts) if parts < 1 else ("rank", rank)
-        raise UsageError(f"LoRA: {wrong}={key!r} for {name}; allowed: whole numbers from 1")
+    check_plain_layer(name, layer, next(k for k in ADAPTER_TYPES if isinstance(layer, k)), "LoRA")
+    if num_blocks < 1 or type(rank) is not int:
+        argument, value = ("split", num_blocks) if num_blocks < 1 else ("rank", rank)
+        raise UsageError(f"LoRA: {argument}={value!r} for {name}; allowed: whole numbers from 1")
     if isinstance(layer, nn.MultiheadAttention):
         if not layer._qkv_same_embed_dim:
             raise UsageError(
                 f"LoRA: {name} has keys or values of another width than its queries; allowed: "
                 "attention of one width; type --trainer.callbacks.exclude=" + name
             )
-        if dropout or parts != 1:
+        if dropout or num_blocks != 1:
             raise UsageError(
-                f"LoRA: {name} is a {kind}, whose adapter is added to its weights: no dropout "
+                f"LoRA: {name} is a {type_name}, whose adapter is added to its weights: no dropout "
                 "before it, and its q, k, v are split anyway; type --trainer.callbacks.dropout=0"
             )
         sizes = (layer.embed_dim, layer.embed_dim)
@@ -222,14 +259,15 @@ def _refuse(name: str, layer: nn.Module, rank: int, parts: int, dropout: float) 
         sizes = (layer.num_embeddings, layer.embedding_dim)
     else:
         linear = cast(nn.Linear, layer)
-        sizes = (linear.in_features, linear.out_features // parts)
-        if linear.out_features % parts:
+        sizes = (linear.in_features, linear.out_features // num_blocks)
+        if linear.out_features % num_blocks:
             raise UsageError(
-                f"LoRA.split: {parts} parts do not divide the {linear.out_features} outputs of "
+                f"LoRA.split: {num_blocks} parts do not divide the {linear.out_features} outputs "
+                "of "
                 f"{name}; type a divisor"
             )
-    if parts != 1 and not isinstance(layer, nn.Linear):
-        raise UsageError(f"LoRA.split: {name} is a {kind}; only a Linear holds several maps")
+    if num_blocks != 1 and not isinstance(layer, nn.Linear):
+        raise UsageError(f"LoRA.split: {name} is a {type_name}; only a Linear holds several maps")
     return sizes
 
 
@@ -262,32 +300,32 @@ def merge(module: nn.Module) -> list[str]:
     Class and keys are as before. A weight that another layer shares is untied: the other did not
     change. A quantized weight becomes a plain one.
     """
-    refuse_sharded(module, "merge")
+    check_not_sharded(module, "merge")
     owners: dict[int, int] = {}
-    for part in module.modules():
-        for parameter in part.parameters(recurse=False):
+    for submodule in module.modules():
+        for parameter in submodule.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    found = adapters(module)
-    for layer in found.values():
-        changes = layer.lora_changes()
-        for name in layer.lora_names:
+    layers = adapters(module)
+    for layer in layers.values():
+        changes = layer.lora_delta_weights()
+        for name in layer.lora_param_names:
             delattr(layer, name)
         for name in [name for name in layer.__dict__ if name.startswith("lora_")]:
             delattr(layer, name)
-        swap_back(layer)
-        plain = getattr(layer, "dequantize", None)
-        if plain is not None:  # callbacks/quantization
-            plain()
-        for name, change in changes.items():
+        remove_mixin(layer)
+        dequantize = getattr(layer, "dequantize", None)
+        if dequantize is not None:  # callbacks/quantization
+            dequantize()
+        for name, delta in changes.items():
             path, _, leaf = name.rpartition(".")
-            _add(layer.get_submodule(path), leaf, change, owners)
-    take_fast_path(module)
-    return list(found)
+            _add_delta(layer.get_submodule(path), leaf, delta, owners)
+    enable_fastpath(module)
+    return list(layers)
 
 
-def _add(owner: Any, name: str, change: Tensor, owners: dict[int, int]) -> None:
+def _add_delta(owner: Any, name: str, delta: Tensor, owners: dict[int, int]) -> None:
     weight: nn.Parameter = getattr(owner, name)
-    value = (weight.double() + change).to(weight.dtype)
+    value = (weight.double() + delta).to(weight.dtype)
     if owners.get(id(weight), 1) > 1:
         owners[id(weight)] -= 1
         setattr(owner, name, nn.Parameter(value, requires_grad=weight.requires_grad))

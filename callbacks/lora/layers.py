@@ -12,7 +12,7 @@
 
 A convolution is the same over patches, d_in = channels / groups * kernel size, with r for each
 group; an embedding over one-hot rows. Several maps stacked in one matrix (q, k, v) have an A each:
-B is block-diagonal, `parts` of them. A and B are stored in float32, and so is their optimizer
+B is block-diagonal, `num_blocks` of them. A and B are stored in float32, and so is their optimizer
 state, whatever the layer is in: a bfloat16 swallows a change of a 256th.
 
 Axes: o outputs, r rank, p parts.
@@ -26,39 +26,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ravine.errors import UsageError
-from ravine.strategies.materialize import values_of
+from ravine.strategies.materialize import deferred_values
 
 from ..transforms.base import seeded_by_name
-from ..transforms.layer_mixins import Swapped, multiplied_in, swap
+from ..transforms.layer_mixins import LayerMixin, add_mixin, matmul_dtype
 
 
-class Adapter(Swapped):
+class Adapter(LayerMixin):
     """What adapted layers share; whoever holds one may set `lora_enabled = False`."""
 
-    prefix = "LoRA"
+    class_prefix = "LoRA"
     keeps = ("lora_a", "lora_b")
-    lora_names: tuple[str, ...] = ("lora_a", "lora_b")
+    lora_param_names: tuple[str, ...] = ("lora_a", "lora_b")
     lora_enabled: bool
-    lora_called: bool  # since somebody set it to False
-    lora_recorded: bool  # whether autograd was on in one of these calls
+    lora_was_called: bool  # since somebody set it to False
+    lora_called_with_grad: bool  # whether autograd was on in one of these calls
     lora_is_copy: bool  # of another adapted layer that trains: a teacher's gets no gradient
     lora_rank: int
-    lora_parts: int
+    lora_num_blocks: int
     lora_scale: float
     lora_dropout: float
     lora_dtype: torch.dtype | None
     lora_a: nn.Parameter
     lora_b: nn.Parameter
 
-    def lora_shapes(self, rank: int, parts: int) -> list[tuple[int, ...]]:
-        """Shapes of the tensors in `lora_names`."""
+    def lora_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, ...]]:
+        """Shapes of the tensors in `lora_param_names`."""
         raise NotImplementedError
 
-    def lora_changes(self) -> dict[str, Tensor]:
+    def lora_delta_weights(self) -> dict[str, Tensor]:
         """s B A by the name of the weight it belongs to, in that weight's shape and float64."""
         raise NotImplementedError
 
-    def lora_add(self, y: Tensor, x: Tensor) -> Tensor:
+    def lora_add_delta(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output y with that of the adapter for the input x added."""
         raise NotImplementedError
 
@@ -67,15 +67,15 @@ class Adapter(Swapped):
         x, y = input, super().forward(input, *args)
         if not self.lora_enabled:
             return y
-        self.lora_called = True
-        self.lora_recorded |= torch.is_grad_enabled()
+        self.lora_was_called = True
+        self.lora_called_with_grad |= torch.is_grad_enabled()
         if self.lora_dropout and x.is_floating_point():
             x = F.dropout(x, self.lora_dropout, self.training)
-        return self.lora_add(y, x)
+        return self.lora_add_delta(y, x)
 
     def lora_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A and B in the dtype they are multiplied in."""
-        dtype = self.lora_dtype or multiplied_in(x)
+        dtype = self.lora_dtype or matmul_dtype(x)
         return self.lora_a.to(dtype), self.lora_b.to(dtype)
 
     def extra_repr(self) -> str:
@@ -83,12 +83,13 @@ class Adapter(Swapped):
         return f"{super().extra_repr()}, rank={self.lora_rank}, scale={self.lora_scale:g}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name in self.lora_names:
-            ours, saved = getattr(self, name), state_dict.get(prefix + name)
-            if saved is not None and saved.shape != ours.shape:
+        for name in self.lora_param_names:
+            current, saved = getattr(self, name), state_dict.get(prefix + name)
+            if saved is not None and saved.shape != current.shape:
                 raise UsageError(
                     f"the adapter of {prefix[:-1]} is {tuple(saved.shape)} in the checkpoint and "
-                    f"{tuple(ours.shape)} here (rank {self.lora_rank}); allowed: the rank, split "
+                    f"{tuple(current.shape)} here (rank {self.lora_rank}); allowed: the rank, "
+                    "split "
                     "and targets it was trained with; type --trainer.callbacks.rank=RANK"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -97,35 +98,38 @@ class Adapter(Swapped):
 class LinearAdapter(Adapter, nn.Linear):
     """y = W x + b + s B A x, x (... d_in)."""
 
-    def lora_shapes(self, rank: int, parts: int) -> list[tuple[int, ...]]:
+    def lora_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, ...]]:
         """A (p·r, d_in), B (o, r)."""
-        return [(parts * rank, self.in_features), (self.out_features, rank)]
+        return [(num_blocks * rank, self.in_features), (self.out_features, rank)]
 
-    def lora_add(self, y: Tensor, x: Tensor) -> Tensor:
+    def lora_add_delta(self, y: Tensor, x: Tensor) -> Tensor:
         """One part as a single addmm: no tensor of y's size is made twice."""
         a, b = self.lora_factors(x)
         h = F.linear(x.to(a.dtype), a)  # (... pr)
-        if self.lora_parts == 1 and y.dtype == a.dtype:
+        if self.lora_num_blocks == 1 and y.dtype == a.dtype:
             flat = torch.addmm(
                 y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), b.mT, alpha=self.lora_scale
             )  # (n o)
             return flat.view(y.shape)
-        change = stacked(h, b, self.lora_parts)
-        return y + (self.lora_scale * change).to(y.dtype)
+        delta = apply_block_diag(h, b, self.lora_num_blocks)
+        return y + (self.lora_scale * delta).to(y.dtype)
 
-    def lora_changes(self) -> dict[str, Tensor]:
+    def lora_delta_weights(self) -> dict[str, Tensor]:
         """(o, d_in)."""
-        return {"weight": self.lora_scale * product(self.lora_a, self.lora_b, self.lora_parts)}
+        return {
+            "weight": self.lora_scale
+            * block_diag_matmul(self.lora_a, self.lora_b, self.lora_num_blocks)
+        }
 
 
 class EmbeddingAdapter(Adapter, nn.Embedding):
     """Row W[i] + s (B A)[:, i]; the padding row stays as it is."""
 
-    def lora_shapes(self, rank: int, parts: int) -> list[tuple[int, ...]]:
+    def lora_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, ...]]:
         """A (r, v), B (d, r)."""
         return [(rank, self.num_embeddings), (self.embedding_dim, rank)]
 
-    def lora_add(self, y: Tensor, x: Tensor) -> Tensor:
+    def lora_add_delta(self, y: Tensor, x: Tensor) -> Tensor:
         """Look up the rows of A, multiply by B."""
         a, b = self.lora_factors(y)
         h = F.embedding(
@@ -133,20 +137,20 @@ class EmbeddingAdapter(Adapter, nn.Embedding):
         )  # (... r)
         return y + (self.lora_scale * F.linear(h, b)).to(y.dtype)
 
-    def lora_changes(self) -> dict[str, Tensor]:
+    def lora_delta_weights(self) -> dict[str, Tensor]:
         """(v, d)."""
-        return {"weight": self.lora_scale * product(self.lora_a, self.lora_b, 1).mT}
+        return {"weight": self.lora_scale * block_diag_matmul(self.lora_a, self.lora_b, 1).mT}
 
 
 class ConvAdapter(Adapter, nn.Conv2d):
     """A is a convolution to r channels a group, B one of 1x1; all of the base's geometry is A's."""
 
-    def lora_shapes(self, rank: int, parts: int) -> list[tuple[int, ...]]:
+    def lora_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, ...]]:
         """A (g·r, c_in / g, y, x), B (c_out, r, 1, 1)."""
         inner = (self.groups * rank, self.in_channels // self.groups, *self.kernel_size)
         return [inner, (self.out_channels, rank, 1, 1)]
 
-    def lora_add(self, y: Tensor, x: Tensor) -> Tensor:
+    def lora_add_delta(self, y: Tensor, x: Tensor) -> Tensor:
         """Pad as the base does: a mode that F.conv2d does not know comes before it."""
         a, b = self.lora_factors(x)
         x, padding = x.to(a.dtype), self.padding
@@ -156,52 +160,55 @@ class ConvAdapter(Adapter, nn.Conv2d):
         h = F.conv2d(x, a, None, self.stride, padding, self.dilation, self.groups)
         return y + F.conv2d(h, self.lora_scale * b, groups=self.groups).to(y.dtype)
 
-    def lora_changes(self) -> dict[str, Tensor]:
+    def lora_delta_weights(self) -> dict[str, Tensor]:
         """(c_out, c_in / g, y, x)."""
         a, b = self.lora_a.flatten(1), self.lora_b.flatten(1)  # (gr, c y x), (o, r)
-        change = product(a, b, self.groups)
-        return {"weight": self.lora_scale * change.view(self.weight.shape)}
+        delta = block_diag_matmul(a, b, self.groups)
+        return {"weight": self.lora_scale * delta.view(self.weight.shape)}
 
 
-def product(a: Tensor, b: Tensor, parts: int) -> Tensor:
+def block_diag_matmul(a: Tensor, b: Tensor, num_blocks: int) -> Tensor:
     """Block-diagonal B times A in float64: A (p·r, d), B (o, r) -> (o, d)."""
-    a, b = (factor.detach().double().unflatten(0, (parts, -1)) for factor in (a, b))
+    a, b = (factor.detach().double().unflatten(0, (num_blocks, -1)) for factor in (a, b))
     return (b @ a).flatten(0, 1)  # (p, o/p, r) @ (p, r, d) -> (o, d)
 
 
-def stacked(h: Tensor, b: Tensor, parts: int) -> Tensor:
+def apply_block_diag(h: Tensor, b: Tensor, num_blocks: int) -> Tensor:
     """Block-diagonal B applied to h: (... p·r), (o, r) -> (... o)."""
-    h, b = h.unflatten(-1, (parts, -1)), b.unflatten(0, (parts, -1))  # (... p r), (p, o/p, r)
+    h, b = (
+        h.unflatten(-1, (num_blocks, -1)),
+        b.unflatten(0, (num_blocks, -1)),
+    )  # (... p r), (p, o/p, r)
     return torch.einsum("...pr,por->...po", h, b).flatten(-2)
 
 
-def adapt(
+def add_adapter(
     layer: nn.Module,
     mixin: type[Adapter],
     name: str,
     rank: int,
     scale: float,
-    parts: int = 1,
+    num_blocks: int = 1,
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> None:
     """Swap a layer's class and give it A and B, drawn by its name; the layer itself is frozen."""
     reference = next(p for p in layer.parameters() if p.is_floating_point() or p.numel())
-    stored = torch.float64 if reference.dtype == torch.float64 else torch.float32
-    device = "cpu" if values_of(reference) is not None else reference.device
-    swap(layer, mixin)
+    param_dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+    device = "cpu" if deferred_values(reference) is not None else reference.device
+    add_mixin(layer, mixin)
     adapter = cast(Adapter, layer)
-    shapes = dict(zip(adapter.lora_names, adapter.lora_shapes(rank, parts), strict=True))
+    shapes = dict(zip(adapter.lora_param_names, adapter.lora_shapes(rank, num_blocks), strict=True))
     for key, shape in shapes.items():
-        value = torch.zeros(shape, dtype=stored)
+        value = torch.zeros(shape, dtype=param_dtype)
         if key.endswith("a"):
             limit = 1 / math.sqrt(value[0].numel())  # torch's own for a layer of this many inputs
             value.uniform_(-limit, limit, generator=seeded_by_name(seed, f"{name}.{key}"))
             if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
                 value[:, layer.padding_idx] = 0
         adapter.register_parameter(key, nn.Parameter(value.to(device)))
-    adapter.lora_rank, adapter.lora_parts, adapter.lora_scale = rank, parts, scale
+    adapter.lora_rank, adapter.lora_num_blocks, adapter.lora_scale = rank, num_blocks, scale
     adapter.lora_dropout, adapter.lora_dtype = dropout, dtype
-    adapter.lora_enabled = adapter.lora_called = adapter.lora_recorded = True
+    adapter.lora_enabled = adapter.lora_was_called = adapter.lora_called_with_grad = True
     adapter.lora_is_copy = False

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from .plots import Recorded
-from .progress import log_interval, total_steps
+from .plots import RecordedCurves
+from .progress import count_total_steps, get_log_interval
 
 
-class LossPlot(Recorded):
+class LossPlot(RecordedCurves):
     """Draws `loss.png` in the run's folder; a continued run draws the whole curve.
 
     Trainer(callbacks=[LossPlot()])
@@ -22,42 +22,47 @@ class LossPlot(Recorded):
         """Begin with empty curves."""
         super().__init__()
         self.curves = {"train": [], "val": []}
-        self.every = 1  # optimizer steps whose mean is a point
-        self.first = 1  # the same, before a long curve was thinned
+        self.interval = 1  # optimizer steps whose mean is a point
+        self.initial_interval = 1  # the same, before a long curve was thinned
         self.losses: list[Tensor] = []  # since the last point
-        self._saved: dict[str, Any] = {}  # of a checkpoint
+        self._saved_state: dict[str, Any] = {}  # of a checkpoint
 
-    def draw(self, folder: Path, module: L.LightningModule) -> None:
+    def save_plot(self, folder: Path, module: L.LightningModule) -> None:
         """Both curves in one panel, unless the module says that its loss means nothing."""
         if getattr(module, "headline", ()):
             return
         unit = getattr(module, "unit", "samples").removesuffix("s")
         nats = " in nats" if unit == "token" else ""
-        draw(self.state_dict(), folder / "loss.png", f"loss{nats} (mean per {unit})", self.every)
+        save_loss_plot(
+            self.state_dict(), folder / "loss.png", f"loss{nats} (mean per {unit})", self.interval
+        )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take a point every log interval, more often in a short run."""
         super().on_train_start(trainer, pl_module)
-        total = total_steps(trainer)
-        self.every = min(log_interval(trainer), max(1, (total or 10_000) // 200))
-        self.first, self.losses = self.every, []
-        if self._saved:  # a resumed run
-            self.every *= self._saved["thinned"]
-            self.losses = list(self._saved["losses"].to(pl_module.device))
-            self._saved = {}
+        total = count_total_steps(trainer)
+        self.interval = min(get_log_interval(trainer), max(1, (total or 10_000) // 200))
+        self.initial_interval, self.losses = self.interval, []
+        if self._saved_state:  # a resumed run
+            self.interval *= self._saved_state["thinned"]
+            self.losses = list(self._saved_state["losses"].to(pl_module.device))
+            self._saved_state = {}
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the losses of the point that is under way."""
         losses = torch.stack(self.losses).cpu() if self.losses else torch.empty(0)
-        checkpoint["loss_plot"] = {"thinned": self.every // self.first, "losses": losses}
+        checkpoint["loss_plot"] = {
+            "thinned": self.interval // self.initial_interval,
+            "losses": losses,
+        }
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Restore them."""
-        self._saved = checkpoint.get("loss_plot", {})
+        self._saved_state = checkpoint.get("loss_plot", {})
 
     def on_train_batch_end(
         self,
@@ -72,12 +77,12 @@ class LossPlot(Recorded):
         if isinstance(loss, Tensor):
             self.losses.append(loss.detach() if loss.requires_grad else loss)
         before, self.step = self.step, trainer.global_step
-        if self.step == before or self.step % self.every or not self.losses:
+        if self.step == before or self.step % self.interval or not self.losses:
             return
         mean = torch.stack(self.losses).mean() * trainer.accumulate_grad_batches
         self.losses.clear()
-        if self.add("train", mean):
-            self.every *= 2
+        if self.add_point("train", mean):
+            self.interval *= 2
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the validation loss: the first metric called after it, `val/loss` or `val_loss`."""
@@ -85,11 +90,11 @@ class LossPlot(Recorded):
             metrics = trainer.callback_metrics
             name = next((n for n in metrics if n.startswith("val") and n.endswith("loss")), None)
             if name is not None:
-                self.add("val", metrics[name])
+                self.add_point("val", metrics[name])
 
 
-def draw(curves: dict[str, Any], path: Path, label: str, every: int) -> None:
-    """Write the picture; a point of the training curve is the mean of `every` steps."""
+def save_loss_plot(curves: dict[str, Any], path: Path, label: str, interval: int) -> None:
+    """Write the picture; a point of the training curve is the mean of `interval` steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state
     from matplotlib.figure import Figure
 
@@ -98,7 +103,7 @@ def draw(curves: dict[str, Any], path: Path, label: str, every: int) -> None:
     values = [value for curve in curves.values() for _, value in curve if value > 0]
     if values and max(values) > 3 * min(values):
         axes.set_yscale("log")
-    steps = f"mean of {every} steps" if every > 1 else "each step"
+    steps = f"mean of {interval} steps" if interval > 1 else "each step"
     if curves["train"]:
         axes.plot(*zip(*curves["train"], strict=True), lw=1, alpha=0.8, label=f"training ({steps})")
     if curves["val"]:

@@ -8,7 +8,7 @@ import numpy
 from PIL import Image
 
 
-def run_folder(trainer: L.Trainer) -> Path | None:
+def get_run_dir(trainer: L.Trainer) -> Path | None:
     """The run's folder, made if it is not there yet; every rank asks."""
     if not (folder := trainer.log_dir):
         return None
@@ -17,7 +17,7 @@ def run_folder(trainer: L.Trainer) -> Path | None:
     return Path(folder)
 
 
-def show(trainer: L.Trainer, name: str, image: Image.Image) -> None:
+def log_image(trainer: L.Trainer, name: str, image: Image.Image) -> None:
     """Give an image to the loggers, on the first rank; the others do nothing.
 
     Weights & Biases' logger has `log_image`; TensorBoard's writer has `add_image`. A logger that
@@ -28,5 +28,5 @@ def show(trainer: L.Trainer, name: str, image: Image.Image) -> None:
     for logger in loggers:
         if callable(getattr(logger, "log_image", None)):
             logger.log_image(name, [image], step=trainer.global_step)
-        elif callable(take := getattr(logger.experiment, "add_image", None)):
-            take(name, numpy.asarray(image), trainer.global_step, dataformats="HWC")
+        elif callable(add_image := getattr(logger.experiment, "add_image", None)):
+            add_image(name, numpy.asarray(image), trainer.global_step, dataformats="HWC")

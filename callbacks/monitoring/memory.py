@@ -21,30 +21,32 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from ravine.strategies.shards import local
+from ravine.strategies.shards import to_local
 
 
-class Held(NamedTuple):
+class MemoryUsage(NamedTuple):
     """How many numbers, and in how many bytes."""
 
-    numbers: int
-    bytes: int
+    num_elements: int
+    num_bytes: int
 
 
-def held(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Held]:
+def measure_memory(
+    module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[str, MemoryUsage]:
     """Numbers and bytes of a module and its optimizers on this rank, by what they are for."""
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
     states = [leaf for o in optimizers for s in o.state.values() for leaf in tree_leaves(dict(s))]
     return {
-        "frozen weights": _sum(p for p in parameters if not p.requires_grad),
-        "trained weights": _sum(trained),
-        "gradients": _sum(trained),  # of their dtype
-        "optimizer state": _sum(leaf for leaf in states if isinstance(leaf, Tensor)),
+        "frozen weights": _sum_usage(p for p in parameters if not p.requires_grad),
+        "trained weights": _sum_usage(trained),
+        "gradients": _sum_usage(trained),  # of their dtype
+        "optimizer state": _sum_usage(leaf for leaf in states if isinstance(leaf, Tensor)),
     }
 
 
-def full(module: nn.Module) -> dict[str, Held]:
+def full_finetuning_cost(module: nn.Module) -> dict[str, MemoryUsage]:
     """The same for all of its weights in float32 under AdamW, quantized ones as they were."""
     count = sum(p.numel() for n, p in module.named_parameters() if "lora_" not in n)
     for layer in module.modules():
@@ -53,19 +55,21 @@ def full(module: nn.Module) -> dict[str, Held]:
             count += layer.in_features * layer.out_features
             count -= sum(p.numel() for p in bits if p is not None)
     return {
-        "frozen weights": Held(0, 0),
-        "trained weights": Held(count, 4 * count),
-        "gradients": Held(count, 4 * count),
-        "optimizer state": Held(2 * count, 8 * count),
+        "frozen weights": MemoryUsage(0, 0),
+        "trained weights": MemoryUsage(count, 4 * count),
+        "gradients": MemoryUsage(count, 4 * count),
+        "optimizer state": MemoryUsage(2 * count, 8 * count),
     }
 
 
-def _sum(tensors: Iterable[Tensor]) -> Held:
-    parts = [local(tensor) for tensor in tensors]
-    return Held(sum(p.numel() for p in parts), sum(p.numel() * p.itemsize for p in parts))
+def _sum_usage(tensors: Iterable[Tensor]) -> MemoryUsage:
+    local_tensors = [to_local(tensor) for tensor in tensors]
+    return MemoryUsage(
+        sum(p.numel() for p in local_tensors), sum(p.numel() * p.itemsize for p in local_tensors)
+    )
 
 
-def peak(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """Bytes: the most that was allocated on a GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -81,32 +85,41 @@ class MemoryTable(Callback):
 
     def __init__(self) -> None:
         """Nothing counted yet."""
-        self.rows: dict[str, Held] = {}
+        self.usage: dict[str, MemoryUsage] = {}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Count when the optimizer has made its state."""
-        if self.rows or trainer.global_step == 0:
+        if self.usage or trainer.global_step == 0:
             return
-        self.rows = held(pl_module, trainer.optimizers)
+        self.usage = measure_memory(pl_module, trainer.optimizers)
         if trainer.is_global_zero:
-            Console().print(self.table(pl_module))
+            Console().print(self.make_table(pl_module))
 
-    def table(self, module: nn.Module) -> Table:
+    def make_table(self, module: nn.Module) -> Table:
         """The rows, beside full fine-tuning."""
         sharded = any(isinstance(p, DTensor) for p in module.parameters())
-        whose = "this rank's shards" if sharded else "this process"
-        made = Table("", f"numbers, {whose}", "bytes", "full fine-tuning, float32, AdamW: bytes")
-        whole = full(module)
-        for name, row in self.rows.items():
-            made.add_row(name, f"{row.numbers:,}", f"{row.bytes:,}", f"{whole[name].bytes:,}")
-        total, before = (sum(row.bytes for row in rows.values()) for rows in (self.rows, whole))
-        made.add_row("together", "", f"{total:,}", f"{before:,}")
-        return made
+        source = "this rank's shards" if sharded else "this process"
+        table = Table("", f"numbers, {source}", "bytes", "full fine-tuning, float32, AdamW: bytes")
+        full_cost = full_finetuning_cost(module)
+        for name, row in self.usage.items():
+            table.add_row(
+                name,
+                f"{row.num_elements:,}",
+                f"{row.num_bytes:,}",
+                f"{full_cost[name].num_bytes:,}",
+            )
+        total, full_total = (
+            sum(row.num_bytes for row in rows.values()) for rows in (self.usage, full_cost)
+        )
+        table.add_row("together", "", f"{total:,}", f"{full_total:,}")
+        return table
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what was measured."""
         device = pl_module.device
-        what = "allocated on the GPU" if device.type == "cuda" else "resident, with the libraries"
-        pl_module.print(f"peak memory: {peak(device):,} bytes {what}")
+        description = (
+            "allocated on the GPU" if device.type == "cuda" else "resident, with the libraries"
+        )
+        pl_module.print(f"peak memory: {peak_memory_bytes(device):,} bytes {description}")

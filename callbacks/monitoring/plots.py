@@ -11,36 +11,36 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-from ..checks.run_checks import before_training
-from .media_logging import run_folder
-from .progress import log_interval
+from ..checks.run_checks import add_run_checks
+from .media_logging import get_run_dir
+from .progress import get_log_interval
 
 Curve = list[tuple[int, float | Tensor]]
 POINTS = 2000  # of a curve; beyond that every second one is dropped
-ACROSS = 3  # panels side by side
+NUM_COLUMNS = 3  # panels side by side
 
 
-class Recorded(L.Callback, ABC):
+class RecordedCurves(L.Callback, ABC):
     """Curves of a run that go into its checkpoints, and into a picture at its end."""
 
     def __init__(self) -> None:
         """Begin with empty curves."""
         self.curves: dict[str, Curve] = {}
         self.step = 0
-        self.folder: Path | None = None
+        self.run_dir: Path | None = None
 
     @abstractmethod
-    def draw(self, folder: Path, module: L.LightningModule) -> None:
+    def save_plot(self, folder: Path, module: L.LightningModule) -> None:
         """Write the picture into the run's folder."""
 
-    def add(self, name: str, value: Tensor) -> bool:
+    def add_point(self, name: str, value: Tensor) -> bool:
         """Put a value of this step on a curve; true if the curve was too long and lost half."""
         curve = self.curves.setdefault(name, [])
         curve.append((self.step, value.detach().clone()))
-        thinned = len(curve) > POINTS
-        if thinned:
+        is_thinned = len(curve) > POINTS
+        if is_thinned:
             del curve[1::2]
-        return thinned
+        return is_thinned
 
     @property
     def state_key(self) -> str:
@@ -57,12 +57,12 @@ class Recorded(L.Callback, ABC):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder, which is asked for on all ranks."""
-        self.step, self.folder = trainer.global_step, run_folder(trainer)
+        self.step, self.run_dir = trainer.global_step, get_run_dir(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw."""
-        if trainer.is_global_zero and self.folder and any(self.curves.values()):
-            self.draw(self.folder, pl_module)
+        if trainer.is_global_zero and self.run_dir and any(self.curves.values()):
+            self.save_plot(self.run_dir, pl_module)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -72,7 +72,7 @@ class Recorded(L.Callback, ABC):
             self.on_train_end(trainer, pl_module)
 
 
-class Curves(Recorded):
+class Curves(RecordedCurves):
     """Draws `curves.png` in the run's folder; a continued run draws the whole curves.
 
     Trainer(callbacks=[Curves(["train/reward", "train/kl", "val/reward"])])
@@ -85,24 +85,24 @@ class Curves(Recorded):
     def __init__(self, metrics: Sequence[str] | None = None) -> None:
         """Begin with empty curves."""
         super().__init__()
-        self.metrics, self.begins, self.checked = metrics, True, False
+        self.metrics, self.is_new_run, self.is_checked = metrics, True, False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let the metrics be looked for before the first step."""
-        before_training(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)
 
     def needed_metrics(self) -> tuple[str, list[set[str]]]:
         """One of those that were given, at least."""
         return "metrics", [set(self.metrics)] if self.metrics else []
 
-    def draw(self, folder: Path, module: L.LightningModule) -> None:
+    def save_plot(self, folder: Path, module: L.LightningModule) -> None:
         """A panel for each metric."""
-        draw(self.state_dict(), folder / "curves.png")
+        save_metric_plot(self.state_dict(), folder / "curves.png")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder, and look at the first step whatever the interval."""
         super().on_train_start(trainer, pl_module)
-        self.begins, self.checked = not self.curves, False
+        self.is_new_run, self.is_checked = not self.curves, False
 
     def on_train_batch_end(
         self,
@@ -114,28 +114,28 @@ class Curves(Recorded):
     ) -> None:
         """Keep the values on their device: nobody has to wait for them."""
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        first = stepped and not self.checked
-        if not first and not (stepped and self.step % log_interval(trainer) == 0):
+        first = stepped and not self.is_checked
+        if not first and not (stepped and self.step % get_log_interval(trainer) == 0):
             return
         metrics = trainer.callback_metrics
         if first and self.metrics is not None:
-            self._check(metrics, pl_module)
-        self.checked, begins, self.begins = True, self.begins, False
-        if not begins and self.step % log_interval(trainer):
+            self._check_metrics_logged(metrics, pl_module)
+        self.is_checked, is_new_run, self.is_new_run = True, self.is_new_run, False
+        if not is_new_run and self.step % get_log_interval(trainer):
             return  # a resumed run has had its first step
         wanted = [n for n in metrics if n[:6] == "train/"] if self.metrics is None else self.metrics
         for name in wanted:
             if name in metrics and name[:4] != "val/":
-                self.add(name, metrics[name])
+                self.add_point(name, metrics[name])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what a validation has found, if it is wanted."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = trainer.callback_metrics
             for name in [n for n in self.metrics or () if n[:4] == "val/" and n in metrics]:
-                self.add(name, metrics[name])
+                self.add_point(name, metrics[name])
 
-    def _check(self, metrics: dict[str, Any], module: L.LightningModule) -> None:
+    def _check_metrics_logged(self, metrics: dict[str, Any], module: L.LightningModule) -> None:
         wanted = [n for n in self.metrics or () if n[:4] != "val/"]
         missing = [n for n in wanted if n not in metrics]
         if missing and missing == wanted:
@@ -147,18 +147,18 @@ class Curves(Recorded):
             module.print(f"Curves: {type(module).__name__} logs no {', '.join(missing)}")
 
 
-def draw(curves: dict[str, Any], path: Path) -> None:
+def save_metric_plot(curves: dict[str, Any], path: Path) -> None:
     """Write the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    down = -(-len(curves) // ACROSS)
-    figure = Figure(figsize=(4 * ACROSS, 2.4 * down), layout="constrained")
+    num_rows = -(-len(curves) // NUM_COLUMNS)
+    figure = Figure(figsize=(4 * NUM_COLUMNS, 2.4 * num_rows), layout="constrained")
     figure.suptitle(path.parent.as_posix(), fontsize=10)
     figure.supxlabel("optimizer step", fontsize=9)
-    for place, (name, curve) in enumerate(curves.items(), 1):
-        axes = figure.add_subplot(down, ACROSS, place, title=name)
+    for index, (name, curve) in enumerate(curves.items(), 1):
+        axes = figure.add_subplot(num_rows, NUM_COLUMNS, index, title=name)
         axes.plot(*zip(*curve, strict=True), "o-" if name[:4] == "val/" else "-", ms=3, lw=1.2)
         axes.grid(alpha=0.3)
         axes.title.set_fontsize(9)

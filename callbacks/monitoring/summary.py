@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from ravine.strategies.shards import whole_net
+from ravine.strategies.shards import full_module
 
-LAST = 100  # steps over which the training loss is averaged: one step's is mostly chance
+LOSS_WINDOW = 100  # steps over which the training loss is averaged: one step's is mostly chance
 
 
 class Summary(L.Callback):
@@ -21,7 +21,7 @@ class Summary(L.Callback):
 
     def __init__(self) -> None:
         """Begin with no losses."""
-        self.losses: deque[Tensor] = deque(maxlen=LAST)
+        self.losses: deque[Tensor] = deque(maxlen=LOSS_WINDOW)
 
     def on_train_batch_end(
         self,
@@ -36,7 +36,7 @@ class Summary(L.Callback):
         if loss is not None:
             self.losses.append(loss.detach())
 
-    def lines(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
+    def summary_lines(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
         """What is printed, by name; the mean training loss goes to the loggers as well."""
         lines = {}
         if self.losses:
@@ -48,13 +48,13 @@ class Summary(L.Callback):
             if name.startswith("val/"):
                 lines[name] = f"{float(value):.4f}"
         formula = getattr(pl_module, "formula", lambda: "")()
-        with whole_net(trainer):
+        with full_module(trainer):
             count = sum(parameter.numel() for parameter in pl_module.parameters())
         lines["parameters"] = f"{count:,}" + f" = {formula}" * bool(formula)
         return lines
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print them."""
-        lines = self.lines(trainer, pl_module)
+        lines = self.summary_lines(trainer, pl_module)
         wide = max(map(len, lines))
         pl_module.print("\n".join(f"{name:{wide}}  {value}" for name, value in lines.items()))

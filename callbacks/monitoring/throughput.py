@@ -16,12 +16,12 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from ravine.strategies.share import Share
+from ravine.strategies.share import DataParallelInfo
 
-from .progress import log_interval, units_in
+from .progress import count_units, get_log_interval
 
 # Dense bf16 or fp16 FLOP/s by a part of the device's name; the longer name stands first.
-PEAKS = {
+PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -38,7 +38,7 @@ PEAKS = {
 }
 
 
-def precision_of(name: str) -> torch.dtype:
+def precision_to_dtype(name: str) -> torch.dtype:
     """The type that matrices are multiplied in under a precision of Lightning's."""
     return torch.bfloat16 if "bf16" in name else torch.float16 if "16" in name else torch.float32
 
@@ -47,8 +47,8 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s that the device can do at best, and where the figure comes from."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
-        for part, flops in PEAKS.items():
-            if re.search(rf"\b{part}\b", name):
+        for model, flops in PEAK_FLOPS.items():
+            if re.search(rf"\b{model}\b", name):
                 return flops, f"{name}, by its maker"
     size = 8192 if device.type == "cuda" else 1024
     return measured(device, dtype, size), f"a product of {size} x {size}, measured, {dtype}"
@@ -59,21 +59,21 @@ def measured(device: torch.device, dtype: torch.dtype, size: int) -> float:
     a = torch.randn(size, size, device=device).to(dtype)
     fastest = float("inf")
     for _ in range(5):
-        wait(device)
-        begun = time.perf_counter()
+        synchronize(device)
+        start = time.perf_counter()
         torch.mm(a, a)
-        wait(device)
-        fastest = min(fastest, time.perf_counter() - begun)
+        synchronize(device)
+        fastest = min(fastest, time.perf_counter() - start)
     return 2 * size**3 / fastest
 
 
-def wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """Most bytes in use at once so far: of the device, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -94,33 +94,33 @@ class Throughput(L.Callback):
 
     def __init__(self) -> None:
         """Start with nothing measured."""
-        self.peak: tuple[float, str] | None = None
+        self.peak_flops: tuple[float, str] | None = None
         self.windows: list[dict[str, float]] = []  # what was logged
         self.step = 0  # optimizer steps so far
-        self._open(0.0)
+        self._start_window(0.0)
 
-    def _open(self, now: float) -> None:
-        self.begun, self.paused = now, 0.0  # seconds; those of validations are taken off
-        self.units, self.waited = 0, 0.0
-        self.ended: float | None = None  # when the last step did
+    def _start_window(self, now: float) -> None:
+        self.window_start, self.paused_s = now, 0.0  # seconds; those of validations are taken off
+        self.num_units, self.data_wait_s = 0, 0.0
+        self.step_end: float | None = None  # when the last step did
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look up or measure the peak, and start the clock."""
         device = trainer.strategy.root_device
         if callable(getattr(pl_module, "flops", None)):
-            self.peak = peak(device, precision_of(str(trainer.precision)))
-            flops, source = self.peak
+            self.peak_flops = peak(device, precision_to_dtype(str(trainer.precision)))
+            flops, source = self.peak_flops
             pl_module.print(f"peak for MFU: {flops / 1e12:.3g} TFLOP/s ({source})")
-        wait(device)
+        synchronize(device)
         self.step = trainer.global_step
-        self._open(time.perf_counter())
+        self._start_window(time.perf_counter())
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """The data have come."""
-        if self.ended is not None:
-            self.waited += time.perf_counter() - self.ended
+        if self.step_end is not None:
+            self.data_wait_s += time.perf_counter() - self.step_end
 
     def on_train_batch_end(
         self,
@@ -131,51 +131,51 @@ class Throughput(L.Callback):
         batch_idx: int,
     ) -> None:
         """Count; at the end of a window, log."""
-        self.units += units_in(pl_module, batch)
+        self.num_units += count_units(pl_module, batch)
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        if stepped and self.step % log_interval(trainer) == 0:
-            self._close(trainer, pl_module)
-        self.ended = time.perf_counter()
+        if stepped and self.step % get_log_interval(trainer) == 0:
+            self._log_window(trainer, pl_module)
+        self.step_end = time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
-        wait(trainer.strategy.root_device)
-        self._stopped = time.perf_counter()
+        synchronize(trainer.strategy.root_device)
+        self._validation_start = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let it go on; what comes until the next step is no waiting for data."""
-        self.paused += time.perf_counter() - self._stopped
-        self.ended = None
+        self.paused_s += time.perf_counter() - self._validation_start
+        self.step_end = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say in one line what it came to; the first window, with all warming up, is left out."""
-        if self.units and not self.windows:
-            self._close(trainer, pl_module)
+        if self.num_units and not self.windows:
+            self._log_window(trainer, pl_module)
         rows = self.windows[1:] or self.windows
         if not rows:
             return
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         unit = getattr(pl_module, "unit", "samples")
-        parts = [f"{mean[f'{unit}_per_second']:,.0f} {unit}/s"]
-        if self.peak is not None:
-            parts.append(f"MFU {mean['mfu']:.1%} of {self.peak[0] / 1e12:.3g} TFLOP/s")
-        parts.append(f"peak memory {rows[-1]['peak_memory_gb']:.2f} GB")
-        parts.append(f"waiting for data {mean['data_share']:.1%}")
-        pl_module.print(", ".join(parts))
+        fields = [f"{mean[f'{unit}_per_second']:,.0f} {unit}/s"]
+        if self.peak_flops is not None:
+            fields.append(f"MFU {mean['mfu']:.1%} of {self.peak_flops[0] / 1e12:.3g} TFLOP/s")
+        fields.append(f"peak memory {rows[-1]['peak_memory_gb']:.2f} GB")
+        fields.append(f"waiting for data {mean['data_share']:.1%}")
+        pl_module.print(", ".join(fields))
 
-    def _close(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _log_window(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         device = trainer.strategy.root_device
-        wait(device)
+        synchronize(device)
         now = time.perf_counter()
-        seconds = now - self.begun - self.paused
-        rate = self.units * Share.of(trainer).size / seconds
+        seconds = now - self.window_start - self.paused_s
+        rate = self.num_units * DataParallelInfo.of(trainer).dp_size / seconds
         row = {f"{getattr(pl_module, 'unit', 'samples')}_per_second": rate}
-        if self.peak is not None:
+        if self.peak_flops is not None:
             flops: Any = getattr(pl_module, "flops")  # noqa: B009 - not in LightningModule
-            row["mfu"] = flops() * rate / (self.peak[0] * trainer.world_size)
-        row["peak_memory_gb"] = peak_memory(device) / 1e9
-        row["data_share"] = self.waited / seconds
+            row["mfu"] = flops() * rate / (self.peak_flops[0] * trainer.world_size)
+        row["peak_memory_gb"] = peak_memory_bytes(device) / 1e9
+        row["data_share"] = self.data_wait_s / seconds
         self.windows.append(row)
         for logger in trainer.loggers:
             logger.log_metrics({f"throughput/{k}": v for k, v in row.items()}, trainer.global_step)
-        self._open(now)
+        self._start_window(now)

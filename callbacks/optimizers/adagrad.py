@@ -93,5 +93,5 @@ class AdaGrad(OptimizerPlan):
         eps_in_root: bool = False,
     ) -> None:
         """Write the plan."""
-        given = {"lr": lr, "eps": eps, "eps_in_root": eps_in_root}
-        super().__init__(partial(AdaGradOptimizer, **given), schedule=schedule)
+        options = {"lr": lr, "eps": eps, "eps_in_root": eps_in_root}
+        super().__init__(partial(AdaGradOptimizer, **options), schedule=schedule)

@@ -25,21 +25,23 @@ from ravine.errors import UsageError, UsageTypeError
 from ravine.strategies.checkpoint.atomic_io import CheckpointError
 from ravine.strategies.fsdp.optimizer_probe import needs_closure
 
-from .optimizer_errors import in_words
-from .state_codec import Packed, pack, unpack
+from .optimizer_errors import wrap_optimizer_errors
+from .state_codec import PackedState, pack_state, unpack_state
 
-Group = dict[str, Any]
+ParamGroup = dict[str, Any]
 
 
-class Part(NamedTuple):
+class RuleGroups(NamedTuple):
     """What one rule takes of a group that is added later."""
 
     label: str  # of the rule
-    member: Optimizer  # a new one, with groups already, if the rule had none
-    groups: list[Group]  # what to add to a member that was there
+    optimizer: Optimizer  # a new one, with groups already, if the rule had none
+    groups: list[ParamGroup]  # what to add to a member that was there
 
 
-Route = Callable[[list[Tensor], Group], list[Part]]  # parameters and the settings given with them
+GroupRouter = Callable[
+    [list[Tensor], ParamGroup], list[RuleGroups]
+]  # parameters and the settings given with them
 
 
 def takes_closure(optimizer: Optimizer) -> bool:
@@ -48,9 +50,9 @@ def takes_closure(optimizer: Optimizer) -> bool:
 
 
 @functools.cache  # it takes 0.1 ms, and is needed in every training step
-def _class_takes_closure(kind: type[Optimizer]) -> bool:
-    step = inspect.unwrap(kind.step)
-    if "closure" not in inspect.signature(kind.step).parameters:
+def _class_takes_closure(cls: type[Optimizer]) -> bool:
+    step = inspect.unwrap(cls.step)
+    if "closure" not in inspect.signature(cls.step).parameters:
         return False
     code = getattr(step, "__code__", None)
     if code is None or "closure" not in (*code.co_varnames, *code.co_cellvars):
@@ -64,12 +66,12 @@ class _NoGradient(BaseException):
     """Raised if no parameter has a gradient, to end a member's step before it changes anything."""
 
 
-class States(MutableMapping[Any, Any]):
+class CompositeState(MutableMapping[Any, Any]):
     """The states of all members, read and written where each member keeps its own."""
 
-    def __init__(self, members: list[Optimizer]) -> None:
+    def __init__(self, optimizers: list[Optimizer]) -> None:
         """Keep the list itself: members may be added to it."""
-        self._members = members
+        self._optimizers = optimizers
 
     def __getitem__(self, key: Any) -> Any:
         """The state of a parameter; created empty if absent, as in torch's optimizers."""
@@ -85,26 +87,26 @@ class States(MutableMapping[Any, Any]):
 
     def __contains__(self, key: object) -> bool:
         """Whether any member has a state of it; none is created."""
-        return any(key in member.state for member in self._members)
+        return any(key in member.state for member in self._optimizers)
 
     def __iter__(self) -> Iterator[Any]:
         """All keys, member by member."""
-        for member in self._members:
+        for member in self._optimizers:
             yield from list(member.state)
 
     def __len__(self) -> int:
         """The number of states."""
-        return sum(len(member.state) for member in self._members)
+        return sum(len(member.state) for member in self._optimizers)
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The state of a parameter if there is one; none is created."""
-        return next((m.state[key] for m in self._members if key in m.state), default)
+        return next((m.state[key] for m in self._optimizers if key in m.state), default)
 
     def _state_of_owner(self, key: Any) -> Any:
-        for member in self._members:
+        for member in self._optimizers:
             if key in member.state:
                 return member.state
-        for member in self._members:
+        for member in self._optimizers:
             if any(p is key for group in member.param_groups for p in group["params"]):
                 return member.state
         raise KeyError(key)
@@ -116,71 +118,79 @@ class Composite(Optimizer):
     Example: `Composite([Muon(matrices, lr=0.03), torch.optim.AdamW(rest, lr=5e-3)])`
     """
 
-    def __init__(self, members: Sequence[Optimizer], labels: Sequence[str] = ()) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], labels: Sequence[str] = ()) -> None:
         """Join optimizers that have no parameter in common; labels, one a group, are for logs."""
         # Optimizer.__init__ would make groups and states of its own: here they are the members'
-        super().__setstate__({"defaults": _common_defaults(members)})
+        super().__setstate__({"defaults": _common_defaults(optimizers)})
         self._warned_capturable_if_run_uncaptured = True
-        self.members = list(members)
+        self.members = list(optimizers)
         # Lightning's wrapper calls these methods with itself as `self`: lists change in place
-        self._owners = [m for m, each in enumerate(self.members) for _ in each.param_groups]
-        self._listed: list[Group] = []  # the list that `param_groups` returned last
-        self._known: list[Group] = []  # its content then; a caller may have changed it since
-        self.labels = list(labels) or [f"group {i}" for i in range(len(self._owners))]
-        self.route: Route | None = None
-        self._joint: list[list[Group]] = []  # groups of one `add_param_group`; the last one leads
-        self._rates: dict[int, Any] = {}  # of those groups, by id, after the last step
-        self._unseen: list[Tensor] = []  # without a gradient so far
+        self._group_owners = [
+            m for m, optimizer in enumerate(self.members) for _ in optimizer.param_groups
+        ]
+        self._returned_groups: list[ParamGroup] = []  # the list that `param_groups` returned last
+        self._last_groups: list[
+            ParamGroup
+        ] = []  # its content then; a caller may have changed it since
+        self.labels = list(labels) or [f"group {i}" for i in range(len(self._group_owners))]
+        self.route: GroupRouter | None = None
+        self._joint_groups: list[
+            list[ParamGroup]
+        ] = []  # groups of one `add_param_group`; the last one leads
+        self._last_lrs: dict[int, Any] = {}  # of those groups, by id, after the last step
+        self._stateless: list[Tensor] = []  # without a gradient so far
         self.two_sets: list[Optimizer] = []  # members that train one set and show another
-        self._checked = False  # whether a checkpoint can hold the states
-        self._watch(self.param_groups)
+        self._state_checked = False  # whether a checkpoint can hold the states
+        self._track_stateless(self.param_groups)
 
     @property
-    def param_groups(self) -> list[Group]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def param_groups(self) -> list[ParamGroup]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The groups of all members: those of the start by member, then those added later.
 
         The list may be changed and assigned, as torch's: a group goes to the member that has its
         parameters, and one of new parameters to the member that `add_param_group` would choose.
         """
-        if not _same(self._listed, self._known):  # a caller changed the list
-            self._assign(list(self._listed))
+        if not _is_same_list(self._returned_groups, self._last_groups):  # a caller changed the list
+            self._assign_groups(list(self._returned_groups))
         self._register_groups()
         queues = [iter(member.param_groups) for member in self.members]
-        self._listed[:] = [next(queues[owner]) for owner in self._owners]
-        self._known[:] = self._listed
-        return self._listed
+        self._returned_groups[:] = [next(queues[owner]) for owner in self._group_owners]
+        self._last_groups[:] = self._returned_groups
+        return self._returned_groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[Group]) -> None:
+    def param_groups(self, groups: list[ParamGroup]) -> None:
         """Give each group to a member."""
-        self._assign(list(groups))
+        self._assign_groups(list(groups))
 
     @property
     def state(self) -> MutableMapping[Any, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The states of all members, by parameter."""
-        return States(self.members)
+        return CompositeState(self.members)
 
     @state.setter
     def state(self, value: MutableMapping[Any, Any]) -> None:
         """Give each state to the member that has its parameter."""
         for member in self.members:
             member.state.clear()
-        for key, each in value.items():
-            self.state[key] = each
+        for key, param_state in value.items():
+            self.state[key] = param_state
 
     @property
     def gathers(self) -> bool:
         """Whether every rank takes the whole step, of parameters that are gathered for it."""
         return any(getattr(member, "gathers", False) for member in self.members)
 
-    def by_label(self) -> dict[str, tuple[Optimizer, list[Group]]]:
+    def groups_by_label(self) -> dict[str, tuple[Optimizer, list[ParamGroup]]]:
         """The member and the groups behind each label."""
-        parts: dict[str, tuple[Optimizer, list[Group]]] = {}
-        for label, owner, group in zip(self.labels, self._owners, self.param_groups, strict=True):
-            parts.setdefault(label, (self.members[owner], []))[1].append(group)
-        return parts
+        result: dict[str, tuple[Optimizer, list[ParamGroup]]] = {}
+        for label, owner, group in zip(
+            self.labels, self._group_owners, self.param_groups, strict=True
+        ):
+            result.setdefault(label, (self.members[owner], []))[1].append(group)
+        return result
 
-    def add_param_group(self, param_group: Group) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Train more parameters: layers that are unfrozen during a run.
 
         The plan's rules send each parameter to the member that would have had it from the start.
@@ -194,90 +204,94 @@ class Composite(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise UsageTypeError(f"param_group is a {type(param_group).__name__}; give a dict")
-        given = param_group["params"]
-        if isinstance(given, set):
+        raw_params = param_group["params"]
+        if isinstance(raw_params, set):
             raise UsageTypeError("param_group['params'] is a set, which has no order; give a list")
-        given = [given] if isinstance(given, Tensor) else list(given)
-        parameters = [p[1] if isinstance(p, tuple) else p for p in given]
-        if wrong := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
-            raise UsageTypeError(f"param_group['params'] holds a {wrong[0]}; give tensors only")
-        held = {id(p) for group in self.param_groups for p in group["params"]}
-        if any(id(p) in held for p in parameters):
+        raw_params = [raw_params] if isinstance(raw_params, Tensor) else list(raw_params)
+        parameters = [p[1] if isinstance(p, tuple) else p for p in raw_params]
+        if non_tensors := [type(p).__name__ for p in parameters if not isinstance(p, Tensor)]:
+            raise UsageTypeError(
+                f"param_group['params'] holds a {non_tensors[0]}; give tensors only"
+            )
+        grouped_ids = {id(p) for group in self.param_groups for p in group["params"]}
+        if any(id(p) in grouped_ids for p in parameters):
             raise UsageError(
                 "some parameters appear in more than one parameter group; leave out those that "
                 "are trained already"
             )
         settings = {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
-        first = len(self._owners)
-        for part in self._parts(parameters, settings):
-            if not any(part.member is member for member in self.members):
-                self.members.append(part.member)
-            for group in part.groups:
-                part.member.add_param_group(group)
-            self._register_groups(part.label)
+        first = len(self._group_owners)
+        for routed in self._route_params(parameters, settings):
+            if not any(routed.optimizer is member for member in self.members):
+                self.members.append(routed.optimizer)
+            for group in routed.groups:
+                routed.optimizer.add_param_group(group)
+            self._register_groups(routed.label)
         added = self.param_groups[first:]
-        self._watch(added)
+        self._track_stateless(added)
         if len(added) > 1:
-            self._joint.append(added)
-            self._rates |= {id(group): group.get("lr") for group in added}
+            self._joint_groups.append(added)
+            self._last_lrs |= {id(group): group.get("lr") for group in added}
         param_group.clear()
         param_group |= added[-1] if added else {"params": []}
 
-    def _parts(self, parameters: list[Tensor], settings: Group) -> list[Part]:
+    def _route_params(self, parameters: list[Tensor], settings: ParamGroup) -> list[RuleGroups]:
         if self.route is not None:
             return self.route(parameters, settings)
-        return [Part(self.labels[-1], self.members[-1], [{**settings, "params": parameters}])]
+        return [RuleGroups(self.labels[-1], self.members[-1], [{**settings, "params": parameters}])]
 
     def _register_groups(self, label: str | None = None) -> None:
         """Register groups that were added to members directly, or removed from them."""
         for number, member in enumerate(self.members):
-            more = len(member.param_groups) - self._owners.count(number)
+            more = len(member.param_groups) - self._group_owners.count(number)
             if more > 0:
-                own = dict(zip(self._owners, self.labels, strict=True)).get(number)
-                self._owners += [number] * more
-                self.labels += [label or own or f"group {len(self.labels)}"] * more
+                existing_label = dict(zip(self._group_owners, self.labels, strict=True)).get(number)
+                self._group_owners += [number] * more
+                self.labels += [label or existing_label or f"group {len(self.labels)}"] * more
             for _ in range(-more):
-                last = len(self._owners) - 1 - self._owners[::-1].index(number)
-                del self._owners[last], self.labels[last]
+                last = len(self._group_owners) - 1 - self._group_owners[::-1].index(number)
+                del self._group_owners[last], self.labels[last]
 
-    def _assign(self, groups: list[Group]) -> None:
+    def _assign_groups(self, groups: list[ParamGroup]) -> None:
         """Give each group to the member that has its parameters."""
-        self._listed[:] = self._known
+        self._returned_groups[:] = self._last_groups
         owner_of = {
             id(p): (number, label)
             for number, label, group in zip(
-                self._owners, self.labels, self._known or self.param_groups, strict=True
+                self._group_owners, self.labels, self._last_groups or self.param_groups, strict=True
             )
             for p in group["params"]
         }
         kept = [g for g in groups if any(id(p) in owner_of for p in g["params"])]
-        places = [next(owner_of[id(p)] for p in g["params"] if id(p) in owner_of) for g in kept]
+        destinations = [
+            next(owner_of[id(p)] for p in g["params"] if id(p) in owner_of) for g in kept
+        ]
         for number, member in enumerate(self.members):
             member.param_groups[:] = [
-                g for g, (owner, _) in zip(kept, places, strict=True) if owner == number
+                g for g, (owner, _) in zip(kept, destinations, strict=True) if owner == number
             ]
-        self._owners[:] = [owner for owner, _ in places]
-        self.labels[:] = [label for _, label in places]
-        self._joint.clear()
-        self._listed.clear()
-        self._known.clear()
+        self._group_owners[:] = [owner for owner, _ in destinations]
+        self.labels[:] = [label for _, label in destinations]
+        self._joint_groups.clear()
+        self._returned_groups.clear()
+        self._last_groups.clear()
         for group in groups:
             if group["params"] and not any(group is other for other in kept):
                 self.add_param_group({**group})
-        self._unseen.clear()
-        self._watch(self.param_groups)
+        self._stateless.clear()
+        self._track_stateless(self.param_groups)
 
-    def _watch(self, groups: list[Group]) -> None:
-        self._unseen += [p for group in groups for p in group["params"]]
+    def _track_stateless(self, groups: list[ParamGroup]) -> None:
+        self._stateless += [p for group in groups for p in group["params"]]
 
-    def let_go(self) -> None:
+    def drop_remote_params(self) -> None:
         """Forget parameters that other ranks have (`elsewhere`); the groups are alike on all."""
         for group in self.param_groups:
-            there = [p for p in group["params"] if getattr(p, "elsewhere", False)]
+            remote = [p for p in group["params"] if getattr(p, "elsewhere", False)]
             group["params"] = [p for p in group["params"] if not getattr(p, "elsewhere", False)]
-            for p in there:
+            for p in remote:
                 self.state.pop(p, None)
-        self._unseen[:] = [p for p in self._unseen if not getattr(p, "elsewhere", False)]
+        self._stateless[:] = [p for p in self._stateless if not getattr(p, "elsewhere", False)]
 
     def __getstate__(self) -> dict[str, Any]:
         """All of it, for copies."""
@@ -296,7 +310,7 @@ class Composite(Optimizer):
         """States and settings of all members as plain values, parameters numbered by group.
 
         Each member's own `state_dict` and hooks say what is saved. What is no state of a parameter
-        and no setting of a group stands under `members`, an entry for each member.
+        and no setting of a group stands under `optimizers`, an entry for each member.
 
         Raises:
             CheckpointError: a member keeps what no checkpoint can hold.
@@ -306,13 +320,13 @@ class Composite(Optimizer):
         groups = self.param_groups
         packed = []
         for member in self.members:
-            with in_words(member, "when its state was saved"):
-                packed.append(pack(member))
-        queues = [iter(each.groups) for each in packed]
+            with wrap_optimizer_errors(member, "when its state was saved"):
+                packed.append(pack_state(member))
+        queues = [iter(packed_state.groups) for packed_state in packed]
         numbers: list[list[int]] = [[] for _ in self.members]  # of a member's parameters here
-        flat: list[Group] = []
+        flat: list[ParamGroup] = []
         count = 0
-        for owner in self._owners:
+        for owner in self._group_owners:
             group = next(queues[owner])
             size = len(group["params"])
             group["params"] = list(range(count, count + size))
@@ -320,21 +334,23 @@ class Composite(Optimizer):
             count += size
             flat.append(group)
         state: dict[int, Any] = {}
-        for number, each in zip(numbers, packed, strict=True):
+        for number, packed_state in zip(numbers, packed, strict=True):
             # a member counts its parameters in the order of its own groups
-            state |= {number[i]: values for i, values in each.state.items()}
-        unseen = {id(p) for p in self._unseen}
-        plain = {m for m, each in enumerate(packed) if "whole" not in each.rest}
-        for owner, saved, group in zip(self._owners, flat, groups, strict=True):
-            if owner in plain:
+            state |= {number[i]: values for i, values in packed_state.state.items()}
+        stateless = {id(p) for p in self._stateless}
+        standard_owners = {
+            m for m, packed_state in enumerate(packed) if "whole" not in packed_state.rest
+        }
+        for owner, saved, group in zip(self._group_owners, flat, groups, strict=True):
+            if owner in standard_owners:
                 shards = vars(self.members[owner]).get("_shards")  # the state may be elsewhere
                 for i, p in zip(saved["params"], group["params"], strict=True):
-                    here = shards is None or shards.keeps(p)
-                    if i not in state and id(p) not in unseen and here:
-                        state[i] = _no_state()
+                    is_local = shards is None or shards.keeps(p)
+                    if i not in state and id(p) not in stateless and is_local:
+                        state[i] = _empty_state()
         result: dict[str, Any] = {"state": state, "param_groups": flat}
-        if any(each.rest for each in packed):
-            result["members"] = [each.rest for each in packed]
+        if any(packed_state.rest for packed_state in packed):
+            result["members"] = [packed_state.rest for packed_state in packed]
         for hook in self._optimizer_state_dict_post_hooks.values():
             changed = hook(self, result)
             result = result if changed is None else changed
@@ -352,23 +368,23 @@ class Composite(Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self._check_groups(state_dict["param_groups"])
-        rests = state_dict.get("members") or [{} for _ in self.members]
-        groups: list[list[Group]] = [[] for _ in self.members]
+        extras = state_dict.get("members") or [{} for _ in self.members]
+        groups: list[list[ParamGroup]] = [[] for _ in self.members]
         state: list[dict[int, Any]] = [{} for _ in self.members]
         counts = [0 for _ in self.members]
-        for owner, saved in zip(self._owners, state_dict["param_groups"], strict=True):
+        for owner, saved in zip(self._group_owners, state_dict["param_groups"], strict=True):
             first = counts[owner]
             counts[owner] += len(saved["params"])
             for number, key in enumerate(saved["params"], first):
                 values = state_dict["state"].get(key)
-                if values and not _is_no_state(values):
+                if values and not _is_empty_state(values):
                     state[owner][number] = values
             groups[owner].append({**saved, "params": list(range(first, counts[owner]))})
-        parts = zip(self.members, groups, state, rests, strict=True)
-        for member, own_groups, own_state, rest in parts:
+        per_optimizer = zip(self.members, groups, state, extras, strict=True)
+        for member, own_groups, own_state, extra in per_optimizer:
             try:
-                with in_words(member, "when its state was loaded"):
-                    unpack(member, Packed(own_groups, own_state, rest))
+                with wrap_optimizer_errors(member, "when its state was loaded"):
+                    unpack_state(member, PackedState(own_groups, own_state, extra))
             except LookupError as error:
                 name = type(member).__name__
                 raise CheckpointError(
@@ -376,20 +392,21 @@ class Composite(Optimizer):
                     "was written by another version or by another optimizer; go on with that one, "
                     "or start a new run from the weights alone"
                 ) from error
-        self._known.clear()
-        self._listed.clear()
-        self._rates |= {id(g): g.get("lr") for groups in self._joint for g in groups}
+        self._last_groups.clear()
+        self._returned_groups.clear()
+        self._last_lrs |= {id(g): g.get("lr") for groups in self._joint_groups for g in groups}
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _check_groups(self, saved: list[Group]) -> None:
-        ours = [len(group["params"]) for group in self.param_groups]
-        theirs = [len(group["params"]) for group in saved]
-        if ours != theirs:
-            more = len(theirs) > len(ours)
+    def _check_groups(self, saved: list[ParamGroup]) -> None:
+        current_sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in saved]
+        if current_sizes != saved_sizes:
+            more = len(saved_sizes) > len(current_sizes)
             why = "; parameters that were added during the run are missing here" if more else ""
             raise UsageError(
-                f"the saved optimizer has groups of {theirs} parameters and this one of {ours}"
+                f"the saved optimizer has groups of {saved_sizes} parameters and this one of "
+                f"{current_sizes}"
                 f"{why}; build it as the run did, or start a new run from the weights alone"
             )
 
@@ -401,61 +418,61 @@ class Composite(Optimizer):
         argument for it is given one that returns the loss, which was computed once.
         """
         groups = self.param_groups
-        self._sync_rates()
+        self._sync_lrs()
         if closure is not None and len(self.members) == 1 and takes_closure(self.members[0]):
-            loss = self._step_alone(closure, groups)
+            loss = self._step_single(closure, groups)
         else:
             loss = None
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            if _any_gradient(groups):
+            if _has_gradient(groups):
                 again = None if closure is None else _LossOnlyClosure(loss, groups)
                 for member in self.members:
-                    with in_words(member):
+                    with wrap_optimizer_errors(member):
                         if again is not None and takes_closure(member):
-                            member.step(closure=again.of(member))
+                            member.step(closure=again.for_optimizer(member))
                         else:
                             member.step()
-        if self._unseen:
-            self._unseen[:] = [p for p in self._unseen if p.grad is None]
-        if not self._checked:
-            self._check_state()
+        if self._stateless:
+            self._stateless[:] = [p for p in self._stateless if p.grad is None]
+        if not self._state_checked:
+            self._check_serializable_state()
         return loss
 
-    def _step_alone(self, closure: Callable[[], Any], groups: list[Group]) -> Any:
+    def _step_single(self, closure: Callable[[], Any], groups: list[ParamGroup]) -> Any:
         (member,) = self.members
         needed, raised, loss = needs_closure(member), [], [None]
 
-        def called() -> Any:
+        def counting_closure() -> Any:
             try:
                 with torch.enable_grad():
                     loss[0] = closure()
             except BaseException as error:
                 raised.append(error)
                 raise
-            if not needed and not _any_gradient(groups):
+            if not needed and not _has_gradient(groups):
                 raise _NoGradient
             return loss[0]
 
         try:
-            return member.step(closure=called)
+            return member.step(closure=counting_closure)
         except _NoGradient:
             return loss[0]
         except Exception as error:
-            if any(error is each for each in raised):
+            if any(error is raised_error for raised_error in raised):
                 raise  # of the module or a callback, not of the optimizer
-            with in_words(member):
+            with wrap_optimizer_errors(member):
                 raise
 
-    def _check_state(self) -> None:
+    def _check_serializable_state(self) -> None:
         """Refuse after the first step a state that no checkpoint can hold."""
-        if not any(_any_gradient([group]) for group in self.param_groups):
+        if not any(_has_gradient([group]) for group in self.param_groups):
             return
-        self._checked = True
+        self._state_checked = True
         saved = self.state_dict()
-        for member, rest in zip(self.members, saved.get("members", []), strict=False):
-            if any(isinstance(leaf, DTensor) for leaf in tree_leaves(rest)):
+        for member, extra in zip(self.members, saved.get("members", []), strict=False):
+            if any(isinstance(leaf, DTensor) for leaf in tree_leaves(extra)):
                 raise CheckpointError(
                     f"{type(member).__name__} keeps tensors outside of its state, and this run's "
                     "parameters are sharded: such a run could not be continued; type "
@@ -463,50 +480,54 @@ class Composite(Optimizer):
                     exit_status=1,
                 )
 
-    def _sync_rates(self) -> None:
+    def _sync_lrs(self) -> None:
         """Groups of one `add_param_group` follow a learning rate that the last one was given."""
-        for groups in self._joint:
+        for groups in self._joint_groups:
             lead = groups[-1]
-            old, new = self._rates[id(lead)], lead.get("lr")
+            old, new = self._last_lrs[id(lead)], lead.get("lr")
             for group in groups[:-1]:
-                own = group.get("lr")
-                if type(new) is float and new != old and own == self._rates[id(group)]:
-                    group["lr"] = new if own == old or not old else own * (new / old)
-            self._rates |= {id(group): group.get("lr") for group in groups}
+                group_lr = group.get("lr")
+                if type(new) is float and new != old and group_lr == self._last_lrs[id(group)]:
+                    group["lr"] = new if group_lr == old or not old else group_lr * (new / old)
+            self._last_lrs |= {id(group): group.get("lr") for group in groups}
 
     def train(self) -> None:
         """Tell members that keep two sets of weights (schedule-free) that training goes on."""
-        self._mode("train")
+        self._set_mode("train")
 
     def eval(self) -> None:
         """Tell members that keep two sets of weights (schedule-free) to show the averaged ones."""
-        self._mode("eval")
+        self._set_mode("eval")
 
-    def _mode(self, name: str) -> None:
+    def _set_mode(self, name: str) -> None:
         for member in self.two_sets:
             getattr(member, name)()
 
 
-def _same(one: list[Group], other: list[Group]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+def _is_same_list(left: list[ParamGroup], right: list[ParamGroup]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
 def _common_defaults(members: Sequence[Optimizer]) -> dict[str, Any]:
     """What all members have by default, as the first has it; schedulers such as OneCycleLR ask."""
-    each = [getattr(member, "defaults", {}) for member in members]
-    return {key: each[0][key] for key in each[0] if all(key in other for other in each[1:])}
+    all_defaults = [getattr(member, "defaults", {}) for member in members]
+    return {
+        key: all_defaults[0][key]
+        for key in all_defaults[0]
+        if all(key in other for other in all_defaults[1:])
+    }
 
 
-def _any_gradient(groups: Iterable[Group]) -> bool:
+def _has_gradient(groups: Iterable[ParamGroup]) -> bool:
     return any(p.grad is not None for group in groups for p in group["params"])
 
 
-def _no_state() -> dict[str, Any]:
+def _empty_state() -> dict[str, Any]:
     """A placeholder: torch.distributed.checkpoint refuses parameters without state (plain SGD)."""
     return {"step": torch.zeros(())}
 
 
-def _is_no_state(values: dict[str, Any]) -> bool:
+def _is_empty_state(values: dict[str, Any]) -> bool:
     step = values.get("step") if len(values) == 1 else None
     return isinstance(step, Tensor) and step.ndim == 0 and step.item() == 0
 
@@ -518,14 +539,14 @@ class _LossOnlyClosure:
     other weights, or twice, would compute a wrong step; it is refused.
     """
 
-    def __init__(self, loss: Any, groups: list[Group]) -> None:
+    def __init__(self, loss: Any, groups: list[ParamGroup]) -> None:
         self.loss = loss
-        self.seen = [(p, p.grad) for group in groups for p in group["params"]]
+        self.gradients = [(p, p.grad) for group in groups for p in group["params"]]
 
-    def of(self, member: Optimizer) -> Callable[[], Any]:
+    def for_optimizer(self, member: Optimizer) -> Callable[[], Any]:
         """The closure for one member."""
-        own = {id(p) for group in member.param_groups for p in group["params"]}
-        seen = [(p, p._version, gradient) for p, gradient in self.seen if id(p) in own]
+        param_ids = {id(p) for group in member.param_groups for p in group["params"]}
+        seen = [(p, p._version, gradient) for p, gradient in self.gradients if id(p) in param_ids]
         calls = [0]
 
         def closure() -> Any:

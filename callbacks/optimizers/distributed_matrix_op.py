@@ -18,74 +18,81 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ravine.strategies.collectives import all_gather_single
-from ravine.strategies.shards import part_of
+from ravine.strategies.shards import shard_like
 
 # Of a stack of whole matrices, to a stack of the same shape and dtype.
-Function = Callable[[Tensor], Tensor]
+MatrixFunction = Callable[[Tensor], Tensor]
 
 
-def apply_to_whole(
-    function: Function, parts: Tensor, like: Tensor, replicas: ProcessGroup | None = None
+def apply_to_full_matrices(
+    function: MatrixFunction,
+    shards: Tensor,
+    like: Tensor,
+    replica_group: ProcessGroup | None = None,
 ) -> Tensor:
     """This rank's parts of function(matrices), given its parts of the matrices.
 
     Args:
         function: what needs whole matrices.
-        parts: (n, ...): what this rank holds of n matrices of one shape and one layout.
+        shards: (n, ...): what this rank holds of n matrices of one shape and one layout.
         like: a parameter of that layout.
-        replicas: the ranks that hold the same plain tensors, and share the work.
+        replica_group: the ranks that hold the same plain tensors, and share the work.
     """
     if not isinstance(like, DTensor):
-        if replicas is None or dist.get_world_size(replicas) == 1:
-            return function(parts)
-        return _shared(function, parts, replicas)
+        if replica_group is None or dist.get_world_size(replica_group) == 1:
+            return function(shards)
+        return _apply_replicated(function, shards, replica_group)
     mesh, placements = like.device_mesh, like.placements
     sharded = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
     if not sharded:
-        return function(parts)
+        return function(shards)
     if len(sharded) == 1 and placements[sharded[0]].is_shard(0):
-        return _exchanged(function, parts, like.shape[0], mesh.get_group(sharded[0]))
+        return _apply_row_sharded(function, shards, like.shape[0], mesh.get_group(sharded[0]))
     size = {"shape": like.shape, "stride": like.stride()}
-    spread = [DTensor.from_local(p, mesh, placements, run_check=False, **size) for p in parts]
-    whole = function(torch.stack([matrix.full_tensor() for matrix in spread]))
-    return torch.stack([part_of(matrix, like) for matrix in whole])
+    dtensors = [DTensor.from_local(p, mesh, placements, run_check=False, **size) for p in shards]
+    outputs = function(torch.stack([matrix.full_tensor() for matrix in dtensors]))
+    return torch.stack([shard_like(matrix, like) for matrix in outputs])
 
 
-def _slots(count: int, ranks: int, rank: int) -> tuple[int, int]:
+def _assign_slots(count: int, ranks: int, rank: int) -> tuple[int, int]:
     """Places for matrices on each rank, and how many of this rank's are taken."""
     slots = -(-count // ranks)
     return slots, min(max(count - rank * slots, 0), slots)
 
 
-def _shared(function: Function, matrices: Tensor, group: ProcessGroup) -> Tensor:
+def _apply_replicated(function: MatrixFunction, matrices: Tensor, group: ProcessGroup) -> Tensor:
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    slots, taken = _slots(len(matrices), ranks, rank)
+    slots, num_used = _assign_slots(len(matrices), ranks, rank)
     send = matrices.new_zeros(slots, *matrices.shape[1:])  # idle places are sent, and not read
-    if taken:
-        send[:taken] = function(matrices[rank * slots : rank * slots + taken])
+    if num_used:
+        send[:num_used] = function(matrices[rank * slots : rank * slots + num_used])
     received = send.new_empty(ranks * slots, *matrices.shape[1:])
     all_gather_single(received, send, group=group)
     return received[: len(matrices)]
 
 
-def _exchanged(function: Function, shards: Tensor, rows: int, group: ProcessGroup) -> Tensor:
+def _apply_row_sharded(
+    function: MatrixFunction, shards: Tensor, rows: int, group: ProcessGroup
+) -> Tensor:
     """Shards (n, rows of this rank, ...) of n matrices of `rows` rows."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    count, mine, inner = shards.shape[0], shards.shape[1], shards.shape[2:]
-    slots, taken = _slots(count, ranks, rank)
+    count, num_local_rows, inner = shards.shape[0], shards.shape[1], shards.shape[2:]
+    slots, num_used = _assign_slots(count, ranks, rank)
     chunk = -(-rows // ranks)  # rows of a full shard; the last ones may have fewer, or none
 
-    def swap(buffer: Tensor) -> Tensor:
+    def all_to_all(buffer: Tensor) -> Tensor:
         received = torch.empty_like(buffer)
         dist.all_to_all_single(received, buffer, group=group)
         return received
 
     send = shards.new_zeros(ranks * slots, chunk, *inner)
-    send[:count, :mine] = shards
-    parts = swap(send).view(ranks, slots, chunk, *inner).transpose(0, 1)  # slot, from rank, ...
-    whole = parts.reshape(slots, ranks * chunk, *inner)[:taken, :rows]
-    back = send.new_zeros(slots, ranks * chunk, *inner)
-    if taken:
-        back[:taken, :rows] = function(whole)
-    parts = back.view(slots, ranks, chunk, *inner).transpose(0, 1).contiguous()
-    return swap(parts.view(ranks * slots, chunk, *inner))[:count, :mine]
+    send[:count, :num_local_rows] = shards
+    blocks = (
+        all_to_all(send).view(ranks, slots, chunk, *inner).transpose(0, 1)
+    )  # slot, from rank, ...
+    matrices = blocks.reshape(slots, ranks * chunk, *inner)[:num_used, :rows]
+    results = send.new_zeros(slots, ranks * chunk, *inner)
+    if num_used:
+        results[:num_used, :rows] = function(matrices)
+    blocks = results.view(slots, ranks, chunk, *inner).transpose(0, 1).contiguous()
+    return all_to_all(blocks.view(ranks * slots, chunk, *inner))[:count, :num_local_rows]

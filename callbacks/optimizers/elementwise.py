@@ -16,7 +16,7 @@ from torch import (
 from torch.optim import Optimizer
 
 from ravine.errors import UsageError
-from ravine.strategies.shards import local
+from ravine.strategies.shards import to_local
 
 
 class Elementwise(Optimizer):
@@ -68,23 +68,26 @@ class Elementwise(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            moving = [p for p in group["params"] if p.grad is not None]
-            if not moving:
+            params_with_grad = [p for p in group["params"] if p.grad is not None]
+            if not params_with_grad:
                 continue
-            for p in moving:
-                refuse_sparse(self, p)
+            for p in params_with_grad:
+                check_not_sparse(self, p)
                 for name in self.remembered:
                     if name not in self.state[p]:
                         self.state[p][name] = torch.zeros_like(p)
-                for name, first in self.scalars.items():
+                for name, initial_value in self.scalars.items():
                     if name not in self.state[p]:
-                        self.state[p][name] = torch.tensor(first, dtype=torch.float64)
-            weights = [_real(p) for p in moving]
+                        self.state[p][name] = torch.tensor(initial_value, dtype=torch.float64)
+            weights = [_as_real(p) for p in params_with_grad]
             if decay := group.get("weight_decay"):
                 _foreach_mul_(weights, 1 - group["lr"] * decay)
-            states = [[_real(self.state[p][name]) for p in moving] for name in self.remembered]
-            states += [[self.state[p][name] for p in moving] for name in self.scalars]
-            self.move(group, weights, [_real(p.grad) for p in moving], *states)
+            states = [
+                [_as_real(self.state[p][name]) for p in params_with_grad]
+                for name in self.remembered
+            ]
+            states += [[self.state[p][name] for p in params_with_grad] for name in self.scalars]
+            self.move(group, weights, [_as_real(p.grad) for p in params_with_grad], *states)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -94,15 +97,15 @@ class Elementwise(Optimizer):
         """
         super().load_state_dict(state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, own, strict=True):
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
             saved = state_dict["state"].get(i, {})
             for name in self.scalars.keys() & saved.keys():
                 value = torch.as_tensor(saved[name], dtype=torch.float64, device="cpu")
                 self.state[p][name] = value.clone()
 
 
-def refuse_sparse(optimizer: Optimizer, parameter: Tensor) -> None:
+def check_not_sparse(optimizer: Optimizer, parameter: Tensor) -> None:
     """ValueError for a sparse gradient: that of `nn.Embedding(sparse=True)`."""
     if parameter.grad is not None and parameter.grad.is_sparse:
         raise UsageError(
@@ -112,7 +115,7 @@ def refuse_sparse(optimizer: Optimizer, parameter: Tensor) -> None:
         )
 
 
-def _real(tensor: Tensor) -> Tensor:
+def _as_real(tensor: Tensor) -> Tensor:
     """This rank's numbers, sharing memory; of complex ones both parts, each a number by itself."""
-    part = local(tensor)
-    return torch.view_as_real(part) if part.is_complex() else part
+    local_tensor = to_local(tensor)
+    return torch.view_as_real(local_tensor) if local_tensor.is_complex() else local_tensor

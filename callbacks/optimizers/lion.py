@@ -22,7 +22,7 @@ from torch import (
 from .elementwise import Elementwise
 from .lr_schedules import Schedule
 from .plan import OptimizerPlan
-from .rules import Decay
+from .rules import DecayFilter
 
 __all__ = ["Lion", "LionOptimizer"]
 
@@ -60,11 +60,11 @@ class LionOptimizer(Elementwise):
     ) -> None:
         """The formula above."""
         (momenta,) = states
-        ahead, memory = group["betas"]
-        directions = _foreach_lerp(gradients, momenta, ahead)
+        beta1, beta2 = group["betas"]
+        directions = _foreach_lerp(gradients, momenta, beta1)
         _foreach_sign_(directions)
         _foreach_add_(weights, directions, alpha=-group["lr"])
-        _foreach_lerp_(momenta, gradients, 1 - memory)
+        _foreach_lerp_(momenta, gradients, 1 - beta2)
 
 
 class Lion(OptimizerPlan):
@@ -83,9 +83,9 @@ class Lion(OptimizerPlan):
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        decay: Decay = "matrices",
+        decay: DecayFilter = "matrices",
         schedule: Schedule | None = None,
     ) -> None:
         """Write the plan."""
-        made = partial(LionOptimizer, lr=lr, betas=betas, weight_decay=weight_decay)
-        super().__init__(made, decay, schedule)
+        factory = partial(LionOptimizer, lr=lr, betas=betas, weight_decay=weight_decay)
+        super().__init__(factory, decay, schedule)

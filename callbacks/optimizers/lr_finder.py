@@ -17,50 +17,52 @@ from ravine.lightning_compat import sets_learning_rate
 from .composite import Composite
 
 
-def finders(trainer: Any) -> list[LearningRateFinder]:
+def find_lr_finders(trainer: Any) -> list[LearningRateFinder]:
     """The finders that set the rate and do not only suggest it."""
-    found = [c for c in trainer.callbacks if isinstance(c, LearningRateFinder)]
-    return [finder for finder in found if sets_learning_rate(finder)]
+    callbacks = [c for c in trainer.callbacks if isinstance(c, LearningRateFinder)]
+    return [finder for finder in callbacks if sets_learning_rate(finder)]
 
 
-def found_rate(trainer: Any) -> float | None:
+def get_suggested_lr(trainer: Any) -> float | None:
     """The rate that a finder of this trainer suggests, if a search has run."""
-    for finder in finders(trainer):
+    for finder in find_lr_finders(trainer):
         if finder.optimal_lr is not None:
             return finder.optimal_lr.suggestion()
     return None
 
 
-def check_one_rate(trainer: Any, composite: Composite, scales: dict[str, float]) -> None:
+def check_single_lr(trainer: Any, composite: Composite, lr_scales: dict[str, float]) -> None:
     """ValueError if a finder is there and the rules have more than one base rate."""
-    if not finders(trainer):
+    if not find_lr_finders(trainer):
         return
-    rates = {
-        float(group["lr"]) / scales.get(label, 1.0)
-        for label, (_, groups) in composite.by_label().items()
+    lrs = {
+        float(group["lr"]) / lr_scales.get(label, 1.0)
+        for label, (_, groups) in composite.groups_by_label().items()
         for group in groups
     }
-    if len({round(rate, 12) for rate in rates}) > 1:
-        listed = ", ".join(f"{rate:g}" for rate in sorted(rates))
+    if len({round(rate, 12) for rate in lrs}) > 1:
+        text = ", ".join(f"{rate:g}" for rate in sorted(lrs))
         raise UsageError(
             "LearningRateFinder searches one learning rate, and the plan's optimizers have "
-            f"{listed}; allowed: one rate, with lr_scale in the rules; leave LearningRateFinder "
+            f"{text}; allowed: one rate, with lr_scale in the rules; leave LearningRateFinder "
             "out of trainer.callbacks, or give the optimizers one lr"
         )
 
 
-def use_rate(rate: float, composite: Composite, scheduler: Any, scales: dict[str, float]) -> None:
+def set_base_lr(
+    lr: float, composite: Composite, scheduler: Any, lr_scales: dict[str, float]
+) -> None:
     """Make the rate the base of every group, and let the schedule multiply it from now on."""
     factor = scheduler.factor_now() if scheduler is not None else 1.0
-    of_group = {
-        id(group): rate * scales.get(label, 1.0)
-        for label, (_, groups) in composite.by_label().items()
+    base_lrs = {
+        id(group): lr * lr_scales.get(label, 1.0)
+        for label, (_, groups) in composite.groups_by_label().items()
         for group in groups
     }
     for number, group in enumerate(composite.param_groups):
-        base = of_group[id(group)]
-        group["lr"] = base * factor
+        base_lr = base_lrs[id(group)]
+        group["lr"] = base_lr * factor
         if scheduler is not None:
-            group["initial_lr"] = scheduler.base_lrs[number] = base
-            scheduler._last_lr[number] = base * factor
-    rank_zero_only(print)(f"learning rate {rate:.4g}, found by a search, is the plan's base rate")
+            group["initial_lr"] = scheduler.base_lrs[number] = base_lr
+            scheduler._last_lr[number] = base_lr * factor
+    rank_zero_only(print)(f"learning rate {lr:.4g}, found by a search, is the plan's base rate")

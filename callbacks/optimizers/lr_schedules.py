@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ravine.errors import UsageError
 
-Kind = Literal[
+ScheduleKind = Literal[
     "constant", "linear", "cosine", "wsd", "step", "inverse_sqrt", "geometric", "restarts"
 ]
 
@@ -37,7 +37,7 @@ class Schedule:
         warmup_from_zero: rise as k / warmup: the first step has the rate 0, the peak comes once.
     """
 
-    kind: Kind = "constant"
+    kind: ScheduleKind = "constant"
     warmup: int = 0
     final: float = 0.0
     cooldown: float = 0.2
@@ -46,30 +46,32 @@ class Schedule:
     warmup_from_zero: bool = False
 
     @property
-    def needs_length(self) -> bool:
+    def needs_total_steps(self) -> bool:
         """Whether the shape depends on how long the run is."""
         return self.kind in ("linear", "cosine", "wsd")
 
-    def factor(self, step: int, length: float) -> float:
-        """The share of the peak learning rate at optimizer step `step` of `length`."""
+    def factor(self, step: int, total_steps: float) -> float:
+        """The share of the peak learning rate at optimizer step `step` of `total_steps`."""
         if step < self.warmup:
             return (step + (not self.warmup_from_zero)) / self.warmup
-        span = max(length - self.warmup, 1)
-        return max(self.final, SHAPES[self.kind](min(step - self.warmup, span), span, self))
+        span = max(total_steps - self.warmup, 1)
+        return max(
+            self.final, SCHEDULE_SHAPES[self.kind](min(step - self.warmup, span), span, self)
+        )
 
-    def check(self, length: float) -> None:
-        """Refuse a schedule that does not fit a run of `length` optimizer steps."""
-        if self.needs_length and math.isinf(length):
+    def validate(self, total_steps: float) -> None:
+        """Refuse a schedule that does not fit a run of `total_steps` optimizer steps."""
+        if self.needs_total_steps and math.isinf(total_steps):
             raise UsageError(
                 f"schedule {self.kind!r} needs the length of the run, and this one has no end; "
                 "type --trainer.max_steps=1000, or in the config schedule: {kind: constant}"
             )
-        if not 0 <= self.warmup < length:
-            fitting = 0 if math.isinf(length) else int(length // 10)
+        if not 0 <= self.warmup < total_steps:
+            fitting = 0 if math.isinf(total_steps) else int(total_steps // 10)
             longer = f"--trainer.max_steps={2 * self.warmup}, or " if self.warmup > 0 else ""
             raise UsageError(
-                f"schedule: warmup={self.warmup}, but the run has {length:g} optimizer steps; "
-                f"allowed: 0 to {length - 1:g}; type {longer}in the config "
+                f"schedule: warmup={self.warmup}, but the run has {total_steps:g} optimizer steps; "
+                f"allowed: 0 to {total_steps - 1:g}; type {longer}in the config "
                 f"schedule: {{warmup: {fitting}}}"
             )
         if self.warmup_from_zero and not self.warmup:
@@ -77,24 +79,24 @@ class Schedule:
                 "schedule: warmup_from_zero is true, and warmup is 0; allowed: 1 step or more; in "
                 "the config schedule: {warmup: 100, warmup_from_zero: true}"
             )
-        for name, share in (("final", self.final), ("rate", self.rate)):
-            if not 0 <= share <= 1:
+        for name, fraction in (("final", self.final), ("rate", self.rate)):
+            if not 0 <= fraction <= 1:
                 raise UsageError(
-                    f"schedule: {name}={share}; allowed: 0 to 1, a share of the peak learning "
+                    f"schedule: {name}={fraction}; allowed: 0 to 1, a share of the peak learning "
                     f"rate; in the config schedule: {{{name}: 0.1}}"
                 )
-        falling = self.warmup + self.cooldown * length
-        if self.kind == "wsd" and not (0 < self.cooldown <= 1 and falling <= length):
+        falling = self.warmup + self.cooldown * total_steps
+        if self.kind == "wsd" and not (0 < self.cooldown <= 1 and falling <= total_steps):
             raise UsageError(
                 f"schedule 'wsd': warmup={self.warmup} and cooldown={self.cooldown} do not fit "
-                f"into {length:g} optimizer steps; in the config schedule: {{cooldown: "
-                f"{1 - self.warmup / length:.2f}}} or less"
+                f"into {total_steps:g} optimizer steps; in the config schedule: {{cooldown: "
+                f"{1 - self.warmup / total_steps:.2f}}} or less"
             )
-        if self.kind in ("step", "restarts") and not 0 < self.every <= length - self.warmup:
+        if self.kind in ("step", "restarts") and not 0 < self.every <= total_steps - self.warmup:
             raise UsageError(
                 f"schedule {self.kind!r}: every={self.every} never happens in the "
-                f"{length - self.warmup:g} optimizer steps after the warm-up; in the config "
-                f"schedule: {{every: {max(1, (length - self.warmup) // 4):g}}}"
+                f"{total_steps - self.warmup:g} optimizer steps after the warm-up; in the config "
+                f"schedule: {{every: {max(1, (total_steps - self.warmup) // 4):g}}}"
             )
 
 
@@ -110,18 +112,25 @@ class ScheduleLR(LambdaLR):
         self.first = len(optimizer.param_groups)  # groups of the start; those after were added
         super().__init__(optimizer, factor)
 
-    def factor_now(self) -> float:
+    def current_factor(self) -> float:
         """The factor of the learning rates in the next optimizer step."""
         return self.lr_lambdas[0](self.last_epoch)
 
     def get_lr(self) -> list[Any]:
         """Base rate times factor, for each group."""
-        groups, old = self.optimizer.param_groups, self.lr_lambdas[0](max(self.last_epoch - 1, 0))
+        groups, old_factor = (
+            self.optimizer.param_groups,
+            self.lr_lambdas[0](max(self.last_epoch - 1, 0)),
+        )
         for number, group in enumerate(groups[self.first :], self.first):
-            new = number >= len(self.base_lrs)
-            changed = new or group["lr"] != self._last_lr[number]
-            base = group["lr"] / old if changed and old else group.get("initial_lr", group["lr"])
-            if new:
+            is_new = number >= len(self.base_lrs)
+            changed = is_new or group["lr"] != self._last_lr[number]
+            base = (
+                group["lr"] / old_factor
+                if changed and old_factor
+                else group.get("initial_lr", group["lr"])
+            )
+            if is_new:
                 base = group.get("initial_lr", base)
                 self.base_lrs.append(base)
             elif changed:
@@ -166,23 +175,23 @@ def _inverse_sqrt(t: float, span: float, s: Schedule) -> float:
     return math.sqrt(start / (start + t))
 
 
-def _geometric(t: float, span: float, s: Schedule) -> float:
+def _exponential(t: float, span: float, s: Schedule) -> float:
     """Is multiplied by `rate` in each step."""
     return s.rate**t
 
 
-def _restarts(t: float, span: float, s: Schedule) -> float:
+def _cosine_restarts(t: float, span: float, s: Schedule) -> float:
     """A cosine of `every` steps, again and again (SGDR)."""
     return _cosine(t % s.every, s.every, s)
 
 
-SHAPES: dict[str, Callable[[float, float, Schedule], float]] = {
+SCHEDULE_SHAPES: dict[str, Callable[[float, float, Schedule], float]] = {
     "constant": _constant,
     "linear": _linear,
     "cosine": _cosine,
     "wsd": _wsd,
     "step": _step,
     "inverse_sqrt": _inverse_sqrt,
-    "geometric": _geometric,
-    "restarts": _restarts,
+    "geometric": _exponential,
+    "restarts": _cosine_restarts,
 }

@@ -27,13 +27,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from ravine.errors import UsageError
-from ravine.strategies.shards import local
+from ravine.strategies.shards import to_local
 
-from .distributed_matrix_op import apply_to_whole
-from .elementwise import refuse_sparse
+from .distributed_matrix_op import apply_to_full_matrices
+from .elementwise import check_not_sparse
 from .lr_schedules import Schedule
 from .plan import OptimizerPlan
-from .rules import Decay, OptimizerFactory, Rule
+from .rules import DecayFilter, OptimizerFactory, Rule
 
 __all__ = ["Muon", "MuonOptimizer"]
 
@@ -85,7 +85,7 @@ def orthogonalize(
     return x.mT if tall else x
 
 
-def batched(matrix: Tensor) -> bool:
+def should_batch(matrix: Tensor) -> bool:
     """Whether one call for many matrices (r, c) is faster than one call for each.
 
     On an accelerator launches dominate. On a CPU (one thread, process time) the batch takes 0.2 of
@@ -96,18 +96,18 @@ def batched(matrix: Tensor) -> bool:
     return min(matrix.shape) <= (128 if matrix.dtype == torch.bfloat16 else 64)
 
 
-def orthogonalize_all(
-    matrices: Tensor, coefficients: Coefficients = "polar_express", split: int = 1
+def orthogonalize_batch(
+    matrices: Tensor, coefficients: Coefficients = "polar_express", num_blocks: int = 1
 ) -> Tensor:
-    """The same of (n, rows, ...): kernels flattened, `split` blocks of rows each by itself."""
-    rows = matrices.shape[1] // split
-    blocks = matrices.reshape(len(matrices) * split, rows, -1)  # (n split, r, c)
-    if batched(blocks[0]):
+    """The same of (n, rows, ...): kernels flattened, `num_blocks` blocks of rows each by itself."""
+    rows = matrices.shape[1] // num_blocks
+    blocks = matrices.reshape(len(matrices) * num_blocks, rows, -1)  # (n split, r, c)
+    if should_batch(blocks[0]):
         return orthogonalize(blocks, coefficients).reshape(matrices.shape)
-    made = torch.empty_like(blocks)
-    for block, result in zip(blocks, made, strict=True):
+    outputs = torch.empty_like(blocks)
+    for block, result in zip(blocks, outputs, strict=True):
         result.copy_(orthogonalize(block, coefficients))
-    return made.reshape(matrices.shape)
+    return outputs.reshape(matrices.shape)
 
 
 class MuonOptimizer(Optimizer):
@@ -145,12 +145,12 @@ class MuonOptimizer(Optimizer):
         split: int = 1,
     ) -> None:
         """Check that every parameter is a matrix."""
-        for word, given, allowed in (
+        for argument, value, allowed in (
             ("scale", scale, SCALES),
             ("coefficients", coefficients, ITERATIONS),
         ):
-            if given not in allowed:
-                raise UsageError(f"Muon: {word}={given!r}; allowed: {', '.join(allowed)}")
+            if value not in allowed:
+                raise UsageError(f"Muon: {argument}={value!r}; allowed: {', '.join(allowed)}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -183,43 +183,45 @@ class MuonOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike: dict[Any, list[Tensor]] = {}
+            params_by_layout: dict[Any, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    refuse_sparse(self, p)
+                    check_not_sparse(self, p)
                     layout = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
-                    alike.setdefault((p.shape, p.dtype, p.device, layout), []).append(p)
-            for matrices in alike.values():
-                self._move(group, matrices)
+                    params_by_layout.setdefault((p.shape, p.dtype, p.device, layout), []).append(p)
+            for matrices in params_by_layout.values():
+                self._update(group, matrices)
         return loss
 
-    def _move(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
         for p in matrices:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        momenta = [local(self.state[p]["momentum_buffer"]) for p in matrices]
-        gradients = [local(p.grad) for p in matrices if p.grad is not None]
+        momenta = [to_local(self.state[p]["momentum_buffer"]) for p in matrices]
+        gradients = [to_local(p.grad) for p in matrices if p.grad is not None]
         _foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        ahead = momenta
+        update = momenta
         if group["nesterov"]:
-            ahead = _foreach_lerp(gradients, momenta, group["momentum"])
-        dtype = iteration_dtype(group["iteration_dtype"], ahead[0].device)
-        stack = ahead[0].new_empty((len(ahead), *ahead[0].shape), dtype=dtype)
-        _foreach_copy_(list(stack), list(ahead))
+            update = _foreach_lerp(gradients, momenta, group["momentum"])
+        dtype = resolve_iteration_dtype(group["iteration_dtype"], update[0].device)
+        stack = update[0].new_empty((len(update), *update[0].shape), dtype=dtype)
+        _foreach_copy_(list(stack), list(update))
         function = partial(
-            orthogonalize_all, coefficients=group["coefficients"], split=group["split"]
+            orthogonalize_batch, coefficients=group["coefficients"], num_blocks=group["split"]
         )
-        directions = apply_to_whole(function, stack, like=matrices[0], replicas=self.replicas)
+        directions = apply_to_full_matrices(
+            function, stack, like=matrices[0], replica_group=self.replicas
+        )
         rows = matrices[0].shape[0] // group["split"]
         scale = SCALES[group["scale"]](rows, math.prod(matrices[0].shape[1:]))
-        weights = [local(p) for p in matrices]
+        weights = [to_local(p) for p in matrices]
         if weights[0].device.type != "cpu":  # one kernel for all needs one dtype; a CPU has none
             directions = directions.to(weights[0].dtype)
         _foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         _foreach_add_(weights, list(directions), alpha=-group["lr"] * scale)
 
 
-def iteration_dtype(name: IterationDtype, device: torch.device) -> torch.dtype:
+def resolve_iteration_dtype(name: IterationDtype, device: torch.device) -> torch.dtype:
     """The dtype that is meant; bfloat16 loses nothing here, but old CPUs emulate it slowly."""
     if name != "auto":
         return getattr(torch, name)
@@ -258,7 +260,7 @@ class Muon(OptimizerPlan):
         coefficients: Coefficients = "polar_express",
         iteration_dtype: IterationDtype = "auto",
         weight_decay: float = 0.0,
-        decay: Decay = "matrices",
+        decay: DecayFilter = "matrices",
         schedule: Schedule | None = None,
         print_groups: bool = False,
     ) -> None:

@@ -25,14 +25,14 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from ravine.errors import UsageError
-from ravine.strategies.shards import local, part_of, whole
+from ravine.strategies.shards import full_tensor, shard_like, to_local
 
 from .lr_schedules import Schedule
 from .plan import OptimizerPlan
 
 __all__ = ["Newton", "NewtonOptimizer"]
 
-LIMIT = 256  # parameters: 512 gradients a step
+MAX_PARAMS = 256  # parameters: 512 gradients a step
 
 
 class NewtonOptimizer(Optimizer):
@@ -51,51 +51,51 @@ class NewtonOptimizer(Optimizer):
     def __init__(self, params: Iterable[Any], lr: float = 1.0, damping: float = 0.0) -> None:
         """Count the parameters."""
         super().__init__(params, {"lr": lr, "damping": damping})
-        size = sum(p.numel() for p in self._all())
-        if size > LIMIT or len(self.param_groups) > 1:
+        size = sum(p.numel() for p in self._all_parameters())
+        if size > MAX_PARAMS or len(self.param_groups) > 1:
             raise UsageError(
-                f"Newton takes one group of at most {LIMIT} numbers, since a step costs two "
+                f"Newton takes one group of at most {MAX_PARAMS} numbers, since a step costs two "
                 f"gradients for each; this is {size} in {len(self.param_groups)}; take LBFGS"
             )
 
-    def _all(self) -> list[Tensor]:
+    def _all_parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step; the closure is called 3 to 5 times, with differences up to 2 n + 6 times."""
-        parameters, group = self._all(), self.param_groups[0]
-        start = _joined(parameters)
-        losses: list[Any] = []
+        parameters, group = self._all_parameters(), self.param_groups[0]
+        start = _flatten(parameters)
+        losses_seen: list[Any] = []
 
         def gradient(at: Tensor) -> Tensor:
-            _put(at, parameters)
+            _unflatten_into(at, parameters)
             self.zero_grad()
             with torch.enable_grad():
-                losses.append(closure())
-            return _joined([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+                losses_seen.append(closure())
+            return _flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
 
         # the cube root of the precision balances rounding against the third derivative
-        width = torch.finfo(start.dtype).eps ** (1 / 3) * start.abs().clamp(min=1)
+        step_sizes = torch.finfo(start.dtype).eps ** (1 / 3) * start.abs().clamp(min=1)
         with _SecondDerivatives(parameters) as second:
             gradient(start)
         hessian = second.hessian
-        if hessian is None or not _agrees(hessian, gradient, start, width):
+        if hessian is None or not _matches_differences(hessian, gradient, start, step_sizes):
             columns = [
                 (gradient(start + offset) - gradient(start - offset)) / (2 * h)
-                for offset, h in zip(torch.diag(width), width, strict=True)
+                for offset, h in zip(torch.diag(step_sizes), step_sizes, strict=True)
             ]
             hessian = torch.stack(columns)
         hessian = (hessian + hessian.T) / 2 + group["damping"] * torch.eye(len(start)).to(start)
         slope = gradient(start)
-        solution, trouble = torch.linalg.solve_ex(hessian, slope)
-        if trouble:
+        solution, solve_info = torch.linalg.solve_ex(hessian, slope)
+        if solve_info:
             raise UsageError(
                 f"Newton: the curvature is zero in some direction, and damping is "
                 f"{group['damping']}; set e.g. damping=1e-3"
             )
-        _put(start - group["lr"] * solution, parameters)
-        return losses[-1]
+        _unflatten_into(start - group["lr"] * solution, parameters)
+        return losses_seen[-1]
 
 
 class _SecondDerivatives(TorchFunctionMode):
@@ -105,42 +105,42 @@ class _SecondDerivatives(TorchFunctionMode):
         super().__init__()
         self.parameters = parameters
         self.hessian: Tensor | None = None  # (n n), the sum over all calls of backward
-        self.possible = not any(isinstance(p, DTensor) for p in parameters)
+        self.is_possible = not any(isinstance(p, DTensor) for p in parameters)
         if dist.is_initialized() and dist.get_world_size() > 1:  # ranks average gradients alone
-            self.possible = False
+            self.is_possible = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.backward and self.possible:
+        if func is Tensor.backward and self.is_possible:
             try:
-                found = self._differentiate(args[0])
+                hessian = self._differentiate(args[0])
             except RuntimeError:  # a kernel without a second derivative
-                self.possible, self.hessian = False, None
+                self.is_possible, self.hessian = False, None
             else:
-                self.hessian = found if self.hessian is None else self.hessian + found
+                self.hessian = hessian if self.hessian is None else self.hessian + hessian
         return func(*args, **kwargs)
 
     @torch.enable_grad()
     def _differentiate(self, loss: Tensor) -> Tensor:
-        found = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-        slope = _filled(found, self.parameters)  # (n)
+        gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+        slope = _flatten_gradients(gradients, self.parameters)  # (n)
         if not slope.requires_grad:
             return slope.new_zeros(len(slope), len(slope))
         rows = [
-            torch.autograd.grad(each, self.parameters, retain_graph=True, allow_unused=True)
-            for each in slope
+            torch.autograd.grad(component, self.parameters, retain_graph=True, allow_unused=True)
+            for component in slope
         ]
-        return torch.stack([_filled(row, self.parameters) for row in rows]).detach()
+        return torch.stack([_flatten_gradients(row, self.parameters) for row in rows]).detach()
 
 
-def _filled(found: Sequence[Tensor | None], parameters: list[Tensor]) -> Tensor:
+def _flatten_gradients(gradients: Sequence[Tensor | None], parameters: list[Tensor]) -> Tensor:
     """Gradients in one row (n), 0 where there is none."""
-    pairs = zip(found, parameters, strict=True)
+    pairs = zip(gradients, parameters, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs])
 
 
-def _agrees(
-    hessian: Tensor, gradient: Callable[[Tensor], Tensor], start: Tensor, width: Tensor
+def _matches_differences(
+    hessian: Tensor, gradient: Callable[[Tensor], Tensor], start: Tensor, step_sizes: Tensor
 ) -> bool:
     """Whether H (n n) is what differences of the gradient tend to, in one direction.
 
@@ -148,28 +148,28 @@ def _agrees(
     """
     precision = torch.finfo(start.dtype).eps ** (2 / 3)
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(len(start), generator=generator).sign().to(start) * width
-    off: list[Tensor] = []
-    for share in (1.0, 0.5):
-        step = share * direction
+    direction = torch.randn(len(start), generator=generator).sign().to(start) * step_sizes
+    errors: list[Tensor] = []
+    for fraction in (1.0, 0.5):
+        step = fraction * direction
         ends = gradient(start + step), gradient(start - step)
-        difference = (ends[0] - ends[1]) / (2 * share)
+        difference = (ends[0] - ends[1]) / (2 * fraction)
         rounding = 10 * precision * (ends[0].abs() + ends[1].abs()).max()
-        off.append((hessian @ direction - difference).norm())
-        if off[-1] <= 0.01 * difference.norm() + rounding * width.max():
+        errors.append((hessian @ direction - difference).norm())
+        if errors[-1] <= 0.01 * difference.norm() + rounding * step_sizes.max():
             return True
-    return bool(off[1] < 0.5 * off[0])
+    return bool(errors[1] < 0.5 * errors[0])
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
+def _flatten(tensors: list[Tensor]) -> Tensor:
     """All numbers (n) of tensors that may be spread; every rank calls it."""
-    return torch.cat([whole(tensor).reshape(-1) for tensor in tensors])
+    return torch.cat([full_tensor(tensor).reshape(-1) for tensor in tensors])
 
 
-def _put(numbers: Tensor, parameters: list[Tensor]) -> None:
+def _unflatten_into(numbers: Tensor, parameters: list[Tensor]) -> None:
     """Give each rank its part of numbers (n)."""
-    for p, part in zip(parameters, numbers.split([p.numel() for p in parameters]), strict=True):
-        local(p).copy_(part_of(part.view(p.shape), p))
+    for p, values in zip(parameters, numbers.split([p.numel() for p in parameters]), strict=True):
+        to_local(p).copy_(shard_like(values.view(p.shape), p))
 
 
 class Newton(OptimizerPlan):

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ravine.errors import RunError, UsageError
 
-STANDARD = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
+STDLIB_DIRS = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
 
 
 class OptimizerError(RunError):
@@ -27,35 +27,41 @@ class OptimizerError(RunError):
 
 
 @contextmanager
-def in_words(member: Optimizer, place: str = "in its step") -> Iterator[None]:
+def wrap_optimizer_errors(optimizer: Optimizer, action: str = "in its step") -> Iterator[None]:
     """Turn an exception of a package into one line, unless it passes through the user's files."""
     try:
         yield
     except Exception as error:
-        spoken = isinstance(error, UsageError | RunError)
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if spoken or memory or wants_traceback() or own_frame(error) is not None or _ours(error):
+        has_exit_status = isinstance(error, UsageError | RunError)
+        is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if (
+            has_exit_status
+            or is_out_of_memory
+            or wants_traceback()
+            or find_user_frame(error) is not None
+            or _is_raised_by_ravine(error)
+        ):
             raise
-        raise OptimizerError(text(member, error, place)) from error
+        raise OptimizerError(format_optimizer_error(optimizer, error, action)) from error
 
 
-def text(member: Optimizer, error: Exception, place: str) -> str:
+def format_optimizer_error(optimizer: Optimizer, error: Exception, action: str) -> str:
     """The line: the optimizer, its exception, and a hint."""
-    parameters = (p for group in member.param_groups for p in group["params"])
-    spread = any(isinstance(p, DTensor) for p in parameters)
-    way_out = (
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    is_sharded = any(isinstance(p, DTensor) for p in parameters)
+    hint = (
         "it cannot step sharded parameters; type --trainer.strategy ddp, or take AdamW"
-        if spread
+        if is_sharded
         else "take another optimizer, or give it other parameters by a rule; RAVINE_TRACEBACK=1 "
         "shows where"
     )
-    return f"{type(member).__name__} failed {place}: {words(error)}; {way_out}"
+    return f"{type(optimizer).__name__} failed {action}: {format_exception(error)}; {hint}"
 
 
-def words(error: BaseException) -> str:
+def format_exception(error: BaseException) -> str:
     """Type and text of an exception, in one line."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:300]}" if message else type(error).__name__
 
 
 def wants_traceback() -> bool:
@@ -63,7 +69,7 @@ def wants_traceback() -> bool:
     return os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0")
 
 
-def own_frame(error: BaseException) -> str | None:
+def find_user_frame(error: BaseException) -> str | None:
     """The innermost frame of the user's own code in a traceback, as file:line; None if none."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         if not _in_ravine(frame) and is_own(frame.f_code.co_filename):
@@ -77,7 +83,7 @@ def is_own(filename: str) -> bool:
     if not path.is_absolute() or not path.exists():  # "<string>", or generated code
         return False
     path = path.resolve()
-    if any(path.is_relative_to(folder) for folder in STANDARD):
+    if any(path.is_relative_to(folder) for folder in STDLIB_DIRS):
         return False
     above = [Path(entry).resolve() for entry in sys.path if entry]
     above = [entry for entry in above if path.is_relative_to(entry)]
@@ -85,7 +91,7 @@ def is_own(filename: str) -> bool:
     return not installed and not {"site-packages", "dist-packages"} & set(path.parts)
 
 
-def _ours(error: BaseException) -> bool:
+def _is_raised_by_ravine(error: BaseException) -> bool:
     """Whether Ravine itself raised it: a sentence already, or a bug that needs its traceback."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and _in_ravine(frames[-1])

@@ -17,124 +17,132 @@ from torch.optim import Optimizer
 from ravine.errors import UsageError, suggest_names
 
 from . import optimizer_errors as faults
-from .composite import Composite, Group, Part
-from .rules import Decay, Named, OptimizerFactory, Rule, optimizer_class
+from .composite import Composite, ParamGroup, RuleGroups
+from .rules import DecayFilter, NamedParam, OptimizerFactory, Rule, get_optimizer_class
 
 
-class Share(NamedTuple):
+class RuleParams(NamedTuple):
     """What one rule took, under a label that no other rule has."""
 
     rule: Rule
     label: str
-    named: list[Named]
+    named_params: list[NamedParam]
 
 
-def compose(shares: Sequence[Share], decay: Decay) -> Composite:
+def build_optimizer(rule_params: Sequence[RuleParams], decay: DecayFilter) -> Composite:
     """Build each optimizer once and join them; `decay` is for rules that say nothing of it."""
-    together: list[list[Share]] = []
-    for share in shares:
-        mates = (m for m in together if same(m[0].rule.optimizer, share.rule.optimizer))
-        if (found := next(mates, None)) is None:
-            together.append([share])
+    rules_by_optimizer: list[list[RuleParams]] = []
+    for one_rule in rule_params:
+        same_optimizer = (
+            m
+            for m in rules_by_optimizer
+            if same_factory(m[0].rule.optimizer, one_rule.rule.optimizer)
+        )
+        if (existing := next(same_optimizer, None)) is None:
+            rules_by_optimizer.append([one_rule])
         else:
-            found.append(share)
+            existing.append(one_rule)
     members: list[Optimizer] = []
     labels: list[str] = []
-    for mates in together:
-        factory = mates[0].rule.optimizer
-        groups = split_before(mates, decay)
-        member = make(factory, groups[0]["params"] if len(groups) == 1 else groups)
-        owner = {id(p): share for share in mates for _, p in share.named}
+    for same_optimizer in rules_by_optimizer:
+        factory = same_optimizer[0].rule.optimizer
+        groups = make_decay_groups(same_optimizer, decay)
+        member = call_factory(factory, groups[0]["params"] if len(groups) == 1 else groups)
+        owner = {id(p): one_rule for one_rule in same_optimizer for _, p in one_rule.named_params}
         for group in list(member.param_groups):
             rule = owner[id(group["params"][0])].rule
             if group.get("lr") is not None:
-                check_rate(group["lr"], member)
-                group["lr"] = scaled(group["lr"], rule.lr_scale)
-            split_decay(member, group, rule.decay or decay)
+                check_lr(group["lr"], member)
+                group["lr"] = scale_lr(group["lr"], rule.lr_scale)
+            apply_decay_filter(member, group, rule.decay or decay)
         members.append(member)
         labels += [owner[id(group["params"][0])].label for group in member.param_groups]
     return Composite(members, labels)
 
 
-def later(
-    share: Share, member: Optimizer | None, decay: Decay, given: Group, factor: float | None
-) -> Part:
+def make_added_groups(
+    rule_params: RuleParams,
+    member: Optimizer | None,
+    decay: DecayFilter,
+    overrides: ParamGroup,
+    factor: float | None,
+) -> RuleGroups:
     """The groups and settings for parameters that a rule's optimizer trains from now on.
 
     Args:
-        share: the rule and the parameters.
+        rule_params: the rule and the parameters.
         member: the rule's optimizer; None if it has none yet.
         decay: for a rule that says nothing of it.
-        given: the settings that came with the parameters; they take precedence.
+        overrides: the settings that came with the parameters; they take precedence.
         factor: what the schedule multiplies learning rates by now; None without one.
     """
-    rule, parameters = share.rule, [p for _, p in share.named]
-    new = member is None
-    member = make(rule.optimizer, parameters) if member is None else member
+    rule, parameters = rule_params.rule, [p for _, p in rule_params.named_params]
+    is_new = member is None
+    member = call_factory(rule.optimizer, parameters) if member is None else member
     defaults = getattr(member, "defaults", {})
     lr = defaults.get("lr")
-    settings: Group = {}
+    settings: ParamGroup = {}
     if isinstance(lr, int | float | Tensor):
-        check_rate(lr, member)
-        base = scaled(lr, rule.lr_scale)
+        check_lr(lr, member)
+        base = scale_lr(lr, rule.lr_scale)
         settings = {"lr": base} if factor is None else {"lr": base * factor, "initial_lr": base}
-    if "lr" in given:
+    if "lr" in overrides:
         settings = {}
-    settings |= given
-    groups: list[Group] = [{**settings, "params": parameters}]
-    usual = defaults.get("weight_decay")
-    if usual and isinstance(usual, int | float) and "weight_decay" not in given:
-        kept = [p for p in parameters if decays(p, rule.decay or decay)]
-        spared = [p for p in parameters if not decays(p, rule.decay or decay)]
-        groups = [{**settings, "params": spared, "weight_decay": 0.0}] if spared else []
-        groups += [{**settings, "params": kept}] if kept else []
-    if new:
+    settings |= overrides
+    groups: list[ParamGroup] = [{**settings, "params": parameters}]
+    default_decay = defaults.get("weight_decay")
+    if default_decay and isinstance(default_decay, int | float) and "weight_decay" not in overrides:
+        decayed = [p for p in parameters if should_decay(p, rule.decay or decay)]
+        undecayed = [p for p in parameters if not should_decay(p, rule.decay or decay)]
+        groups = [{**settings, "params": undecayed, "weight_decay": 0.0}] if undecayed else []
+        groups += [{**settings, "params": decayed}] if decayed else []
+    if is_new:
         (only,) = member.param_groups
         only |= groups[0]
         for group in groups[1:]:
             member.add_param_group(group)
-    return Part(share.label, member, [] if new else groups)
+    return RuleGroups(rule_params.label, member, [] if is_new else groups)
 
 
-def decays(parameter: Tensor, decay: Decay) -> bool:
+def should_decay(parameter: Tensor, decay: DecayFilter) -> bool:
     """Whether weight decay applies to a parameter."""
     return decay == "all" or (decay == "matrices" and parameter.ndim >= 2)
 
 
-def split_before(mates: Sequence[Share], decay: Decay) -> list[Group]:
+def make_decay_groups(same_optimizer: Sequence[RuleParams], decay: DecayFilter) -> list[ParamGroup]:
     """The groups of rules with one optimizer, parameters that do not decay apart.
 
     Done where the class has a `weight_decay` argument, because some classes count their groups in
-    the constructor and ignore groups added later. For the others `split_decay` adds groups.
+    the constructor and ignore groups added later. For the others `apply_decay_filter` adds groups.
     """
-    factory = mates[0].rule.optimizer
-    argument = _arguments(optimizer_class(factory)).get("weight_decay")
-    usual = argument.default if argument is not None else None
-    value = getattr(factory, "keywords", {}).get("weight_decay", usual)
-    known = argument is not None and isinstance(value, int | float) and bool(value)
-    first: list[Group] = []
-    spared: list[Group] = []
-    for share in mates:
-        policy = share.rule.decay or decay
-        parameters = [p for _, p in share.named]
-        kept = [p for p in parameters if decays(p, policy)]
-        if not known or not kept or len(kept) == len(parameters):
+    factory = same_optimizer[0].rule.optimizer
+    argument = _constructor_parameters(get_optimizer_class(factory)).get("weight_decay")
+    default_value = argument.default if argument is not None else None
+    value = getattr(factory, "keywords", {}).get("weight_decay", default_value)
+    is_known = argument is not None and isinstance(value, int | float) and bool(value)
+    first: list[ParamGroup] = []
+    undecayed: list[ParamGroup] = []
+    for one_rule in same_optimizer:
+        policy = one_rule.rule.decay or decay
+        parameters = [p for _, p in one_rule.named_params]
+        decayed = [p for p in parameters if should_decay(p, policy)]
+        if not is_known or not decayed or len(decayed) == len(parameters):
             first.append({"params": parameters})
         else:
-            first.append({"params": kept})
-            rest = [p for p in parameters if not decays(p, policy)]
-            spared.append({"params": rest, "weight_decay": 0.0})
-    return first + spared
+            first.append({"params": decayed})
+            remaining = [p for p in parameters if not should_decay(p, policy)]
+            undecayed.append({"params": remaining, "weight_decay": 0.0})
+    return first + undecayed
 
 
-def scaled(lr: Any, scale: float) -> Any:
+def scale_lr(lr: Any, scale: float) -> Any:
     """A learning rate of its own for a group: a tensor may be shared with others."""
     if isinstance(lr, Tensor):
         return lr.clone() * scale if scale != 1 else lr.clone()
     return lr * scale if scale != 1 else lr
 
 
-def check_rate(lr: Any, optimizer: Optimizer) -> None:
+def check_lr(lr: Any, optimizer: Optimizer) -> None:
     """Refuse what an optimizer without checks of its own would compute with."""
     if isinstance(lr, list | tuple):  # several rates, whose meaning the class defines
         return
@@ -145,26 +153,27 @@ def check_rate(lr: Any, optimizer: Optimizer) -> None:
         )
 
 
-def same(one: OptimizerFactory | None, other: OptimizerFactory | None) -> bool:
+def same_factory(left: OptimizerFactory | None, right: OptimizerFactory | None) -> bool:
     """Whether two factories make the same optimizer; partials are compared by what they hold."""
-    if isinstance(one, partial) and isinstance(other, partial):
-        return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
-    return one is other
+    if isinstance(left, partial) and isinstance(right, partial):
+        return (left.func, left.args, left.keywords) == (right.func, right.args, right.keywords)
+    return left is right
 
 
-def make(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimizer:
+def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimizer:
     """Call the factory; an argument that its class does not know ends in the nearest it does."""
-    made = optimizer_class(factory)
-    given = getattr(factory, "keywords", {})
-    usual = _arguments(made)
-    if usual and not any(a.kind is a.VAR_KEYWORD for a in usual.values()):
-        allowed = list(usual)[1:]
-        for word in given:
-            if word not in allowed:
-                nearest = suggest_names(word, allowed, least=0.3) or allowed
+    optimizer_type = get_optimizer_class(factory)
+    keywords = getattr(factory, "keywords", {})
+    signature = _constructor_parameters(optimizer_type)
+    if signature and not any(a.kind is a.VAR_KEYWORD for a in signature.values()):
+        allowed = list(signature)[1:]
+        for keyword in keywords:
+            if keyword not in allowed:
+                closest = suggest_names(keyword, allowed, least=0.3) or allowed
                 raise UsageError(
-                    f"{made.__name__ if made else 'the optimizer'} has no argument {word!r}; "
-                    f"nearest: {', '.join(nearest)}"
+                    f"{optimizer_type.__name__ if optimizer_type else 'the optimizer'} has no "
+                    f"argument {keyword!r}; "
+                    f"nearest: {', '.join(closest)}"
                 )
     assert factory is not None  # the plan checks it
     try:
@@ -172,10 +181,15 @@ def make(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimiz
     except Exception as error:  # torch: ValueError "Invalid learning rate: -1.0"
         if faults.wants_traceback():
             raise
-        shown = [f"{k}={v}" for k, v in given.items() if k not in usual or usual[k].default != v]
-        name = made.__name__ if made is not None else "the optimizer"
+        changed_args = [
+            f"{k}={v}"
+            for k, v in keywords.items()
+            if k not in signature or signature[k].default != v
+        ]
+        name = optimizer_type.__name__ if optimizer_type is not None else "the optimizer"
         raise UsageError(
-            f"{name} refuses {', '.join(shown) or 'this'}: {_why(error, parameters)}"
+            f"{name} refuses {', '.join(changed_args) or 'this'}: "
+            f"{_explain_error(error, parameters)}"
         ) from error
     if not isinstance(getattr(built, "param_groups", None), list):
         raise UsageError(
@@ -185,73 +199,78 @@ def make(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimiz
     return built
 
 
-def _arguments(made: type | None) -> dict[str, inspect.Parameter]:
+def _constructor_parameters(cls: type | None) -> dict[str, inspect.Parameter]:
     """The arguments of a class by name, where they can be seen."""
     try:
-        return dict(inspect.signature(made).parameters) if made is not None else {}
+        return dict(inspect.signature(cls).parameters) if cls is not None else {}
     except (TypeError, ValueError):
         return {}
 
 
-def _why(error: Exception, parameters: Sequence[Any]) -> str:
+def _explain_error(error: Exception, parameters: Sequence[Any]) -> str:
     """The text of a constructor's error, with a hint for the usual causes."""
-    at = faults.own_frame(error)
+    at = faults.find_user_frame(error)
     plain = type(error) is ValueError or isinstance(error, UsageError)
     where = f" (at {at})" if at and not plain else ""
-    said = str(error) if plain else faults.words(error)
+    message = str(error) if plain else faults.format_exception(error)
     wants_model = isinstance(error, AttributeError) and "named_parameters" in str(error)
     wants_model = wants_model or "'parameters'" in str(error) or "'modules'" in str(error)
     if wants_model:
         return (
-            f"{said}{where}; it wants the model, and a plan gives it parameters: make it in the "
+            f"{message}{where}; it wants the model, and a plan gives it parameters: make it in the "
             "module's configure_optimizers, without a plan"
         )
     if plain:
-        return said
+        return message
     return (
-        f"{said}{where}; it is called with {len(parameters)} parameters or groups of them: set its"
+        f"{message}{where}; it is called with {len(parameters)} parameters or groups of them: set "
+        "its"
         " arguments, or give a function of the parameters that makes it"
     )
 
 
-def split_decay(optimizer: Optimizer, group: dict[str, Any], decay: Decay) -> None:
+def apply_decay_filter(optimizer: Optimizer, group: dict[str, Any], decay: DecayFilter) -> None:
     """Leave weight decay to the tensors that it is meant for; the others become a second group."""
-    given = group.get("weight_decay")
-    if decay == "all" or not isinstance(given, int | float) or not given:
+    weight_decay = group.get("weight_decay")
+    if decay == "all" or not isinstance(weight_decay, int | float) or not weight_decay:
         return
-    spared = [p for p in group["params"] if not decays(p, decay)]
-    if len(spared) == len(group["params"]):
+    undecayed = [p for p in group["params"] if not should_decay(p, decay)]
+    if len(undecayed) == len(group["params"]):
         group["weight_decay"] = 0.0
-    elif spared:
-        group["params"] = [p for p in group["params"] if decays(p, decay)]
+    elif undecayed:
+        group["params"] = [p for p in group["params"] if should_decay(p, decay)]
         settings = {k: v for k, v in group.items() if k != "params"}
-        optimizer.add_param_group({**settings, "params": spared, "weight_decay": 0.0})
+        optimizer.add_param_group({**settings, "params": undecayed, "weight_decay": 0.0})
 
 
-def table(shares: Sequence[Share], composite: Composite, names: bool = False) -> Table:
+def make_plan_table(
+    rule_params: Sequence[RuleParams], composite: Composite, list_names: bool = False
+) -> Table:
     """What runs, before it runs: a wrong grouping trains without complaint."""
-    made = Table(
+    rich_table = Table(
         Column("rule", overflow="fold"), "tensors", "parameters", "lr", "decay", "optimizer"
     )
-    parts = composite.by_label()
-    for share in shares:
-        member, groups = parts[share.label]
-        for place, group in enumerate(groups):
-            own = {id(p) for p in group["params"]}
-            made.add_row(
-                share.label.replace("+", " + ") if place == 0 else "",
-                str(len(own)),
+    groups_by_label = composite.groups_by_label()
+    for one_rule in rule_params:
+        member, groups = groups_by_label[one_rule.label]
+        for index, group in enumerate(groups):
+            param_ids = {id(p) for p in group["params"]}
+            rich_table.add_row(
+                one_rule.label.replace("+", " + ") if index == 0 else "",
+                str(len(param_ids)),
                 f"{sum(p.numel() for p in group['params']):,}",
-                _shown(group.get("lr")),
-                _shown(group.get("weight_decay")),
+                _format_setting(group.get("lr")),
+                _format_setting(group.get("weight_decay")),
                 type(member).__name__,
             )
-            for name in (name for name, p in share.named if names and id(p) in own):
-                made.add_row(f"  {name}")
-    return made
+            for name in (
+                name for name, p in one_rule.named_params if list_names and id(p) in param_ids
+            ):
+                rich_table.add_row(f"  {name}")
+    return rich_table
 
 
-def _shown(setting: Any) -> str:
+def _format_setting(setting: Any) -> str:
     """A setting as shown in the table: a number in short form, None as an empty text."""
     if isinstance(setting, Tensor) and setting.numel() == 1:
         setting = setting.item()

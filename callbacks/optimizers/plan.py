@@ -21,26 +21,26 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 from ravine.lightning_compat import attached_trainer, stops_after_search
-from ravine.strategies.shards import whole_net
+from ravine.strategies.shards import full_module
 
-from ..checks.run_checks import before_training
-from ..hooks import patch, unpatch
-from ..stock_callbacks.gradient_accumulation import optimizer_steps
-from .composite import Composite, Group, Part, needs_closure
-from .lr_finder import check_one_rate, finders, found_rate, use_rate
+from ..checks.run_checks import add_run_checks
+from ..hooks import override_hook, restore_hook
+from ..stock_callbacks.gradient_accumulation import count_optimizer_steps
+from .composite import Composite, ParamGroup, RuleGroups, needs_closure
+from .lr_finder import check_single_lr, find_lr_finders, get_suggested_lr, set_base_lr
 from .lr_schedules import Schedule, ScheduleLR
-from .param_groups import Share, compose, later, table
+from .param_groups import RuleParams, build_optimizer, make_added_groups, make_plan_table
 from .rules import (
-    Decay,
+    DecayFilter,
     OptimizerFactory,
     Rule,
-    assign,
-    choose,
-    optimizer_class,
+    assign_added_params,
+    assign_params,
+    get_optimizer_class,
 )
-from .schedule_free import TwoSets, has_two_sets
+from .schedule_free import ScheduleFreeWeights, has_train_eval_modes
 
-NAME = "configure_optimizers"
+HOOK_NAME = "configure_optimizers"
 
 
 class OptimizerPlan(Callback):
@@ -64,7 +64,7 @@ class OptimizerPlan(Callback):
     def __init__(
         self,
         optimizer: OptimizerFactory | None = None,
-        decay: Decay = "matrices",
+        decay: DecayFilter = "matrices",
         schedule: Schedule | None = None,
         rules: Sequence[Rule] = (),
         print_groups: bool = False,
@@ -82,22 +82,24 @@ class OptimizerPlan(Callback):
                 "--trainer.callbacks.optimizer=AdamW, or give rules"
             )
         self.rules = [replace(r, optimizer=r.optimizer or optimizer) for r in rules or (Rule(),)]
-        self.decay: Decay = decay
+        self.decay: DecayFilter = decay
         self.schedule = schedule
         self.print_groups = print_groups
-        self._length = float("inf")  # optimizer steps of the run, once known
-        self._saved_length: float | None = None  # of the run that wrote the checkpoint
-        self._members: list[str] = []
-        self._saved_members: list[str] = []
-        self._sets = TwoSets()
+        self._total_steps = float("inf")  # optimizer steps of the run, once known
+        self._saved_total_steps: float | None = None  # of the run that wrote the checkpoint
+        self._optimizer_names: list[str] = []
+        self._saved_optimizer_names: list[str] = []
+        self._schedule_free = ScheduleFreeWeights()
         self._log: Any = None
-        self._found: float | None = None  # learning rate, by a search in a fit before this one
-        self._base: tuple[Composite, ScheduleLR | None, dict[str, float]] | None = None
+        self._suggested_lr: float | None = (
+            None  # learning rate, by a search in a fit before this one
+        )
+        self._lr_context: tuple[Composite, ScheduleLR | None, dict[str, float]] | None = None
 
     def __str__(self) -> str:
         """The plan in a line, for messages."""
-        made = (optimizer_class(rule.optimizer) for rule in self.rules)
-        return f"{type(self).__name__}({', '.join(c.__name__ for c in made if c)})"
+        classes = (get_optimizer_class(rule.optimizer) for rule in self.rules)
+        return f"{type(self).__name__}({', '.join(c.__name__ for c in classes if c)})"
 
     @property
     def log(self) -> Any:
@@ -112,231 +114,273 @@ class OptimizerPlan(Callback):
         """
         self._log = log
         module = getattr(log, "__self__", None)
-        if not isinstance(module, L.LightningModule) or is_overridden(NAME, module):
+        if not isinstance(module, L.LightningModule) or is_overridden(HOOK_NAME, module):
             return
         trainer = attached_trainer(module)
-        if trainer is not None and trainer.state.fn == "fit" and self is plans(trainer)[-1]:
-            patch(trainer, module, NAME, lambda module: self._configure(trainer, module), self)
+        if (
+            trainer is not None
+            and trainer.state.fn == "fit"
+            and self is attached_plans(trainer)[-1]
+        ):
+            override_hook(
+                trainer,
+                module,
+                HOOK_NAME,
+                lambda module: self._build_optimizer(trainer, module),
+                self,
+            )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take over `configure_optimizers` for one fit, unless a later plan does.
 
         A flag on the command line comes after the callbacks of a config, and means what it says.
         """
-        before_training(trainer, pl_module, stage)
-        if stage != "fit" or self is not plans(trainer)[-1]:
+        add_run_checks(trainer, pl_module, stage)
+        if stage != "fit" or self is not attached_plans(trainer)[-1]:
             return
         if not pl_module.automatic_optimization:
             raise UsageError(
                 f"{type(pl_module).__name__} steps its own optimizers (manual optimization), so "
                 f"{type(self).__name__} has nothing to replace; leave it out of the callbacks"
             )
-        self._length = float("inf")
+        self._total_steps = float("inf")
         if trainer.max_steps >= 0 or trainer.max_epochs == -1:  # else the loaders will tell
             steps = trainer.max_steps
-            self._know_length(trainer, steps if steps >= 0 else float("inf"))
+            self._set_total_steps(trainer, steps if steps >= 0 else float("inf"))
 
         def configure_optimizers(module: L.LightningModule) -> dict[str, Any]:
-            return self._configure(trainer, module)
+            return self._build_optimizer(trainer, module)
 
-        patch(trainer, pl_module, NAME, configure_optimizers, self)
+        override_hook(trainer, pl_module, HOOK_NAME, configure_optimizers, self)
         if self.schedule is None:
             name, owner = type(pl_module).__name__, type(self).__name__
-            patch(trainer, pl_module, "lr_schedulers", lambda _: Rates(trainer, name, owner), self)
+            override_hook(
+                trainer,
+                pl_module,
+                "lr_schedulers",
+                lambda _: ReadOnlyLRs(trainer, name, owner),
+                self,
+            )
 
     def optimizers_with_two_sets(self) -> list[str]:
         """Names of optimizers whose class shows that they keep separate weights for evaluation."""
-        kinds = (optimizer_class(rule.optimizer) for rule in self.rules)
-        return [kind.__name__ for kind in kinds if kind and has_two_sets(kind)]
+        classes = (get_optimizer_class(rule.optimizer) for rule in self.rules)
+        return [cls.__name__ for cls in classes if cls and has_train_eval_modes(cls)]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give `configure_optimizers` back."""
         if stage == "fit":
-            unpatch(pl_module, NAME, self)
-            unpatch(pl_module, "lr_schedulers", self)
-            if any(stops_after_search(finder) for finder in finders(trainer)):
-                self._found = found_rate(trainer)  # a Tuner searches in a fit of its own
+            restore_hook(pl_module, HOOK_NAME, self)
+            restore_hook(pl_module, "lr_schedulers", self)
+            if any(stops_after_search(finder) for finder in find_lr_finders(trainer)):
+                self._suggested_lr = get_suggested_lr(
+                    trainer
+                )  # a Tuner searches in a fit of its own
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn the run's length from the loaders, which exist only now."""
-        if trainer.max_epochs != -1 and self is plans(trainer)[-1]:
-            self._know_length(trainer, optimizer_steps(trainer))
-        if trainer.global_step == 0 and (rate := found_rate(trainer)) and self._base is not None:
-            use_rate(rate, *self._base)
-        self._say_what_is_rescaled(trainer)
-        self._sets.train(pl_module)
+        if trainer.max_epochs != -1 and self is attached_plans(trainer)[-1]:
+            self._set_total_steps(trainer, count_optimizer_steps(trainer))
+        if (
+            trainer.global_step == 0
+            and (rate := get_suggested_lr(trainer))
+            and self._lr_context is not None
+        ):
+            set_base_lr(rate, *self._lr_context)
+        self._log_schedule_rescaling(trainer)
+        self._schedule_free.use_train_weights(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the weights that a schedule-free optimizer means."""
-        self._sets.evaluate(pl_module)
+        self._schedule_free.use_eval_weights(pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Train on with the others; until now a sample or a file could still be made."""
-        self._sets.resume(pl_module)
+        self._schedule_free.resume_training(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the weights that are meant."""
-        self._sets.evaluate(pl_module)
+        self._schedule_free.use_eval_weights(pl_module)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Say which optimizers there are, to refuse a resume that would misread their state."""
-        if self is plans(trainer)[-1]:
-            checkpoint["optimizer_plan"] = list(self._members)
-            checkpoint["schedule_length"] = self._length
-            self._sets.save(trainer, pl_module, checkpoint)
+        if self is attached_plans(trainer)[-1]:
+            checkpoint["optimizer_plan"] = list(self._optimizer_names)
+            checkpoint["schedule_length"] = self._total_steps
+            self._schedule_free.add_to_checkpoint(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Compare at once where optimizers exist already (sharded), else when they are built."""
-        if trainer.state.fn == "fit" and self is plans(trainer)[-1]:
-            self._saved_members = [str(each) for each in checkpoint.get("optimizer_plan", [])]
-            begun = checkpoint.get("global_step")  # else it is the file of a search
-            self._saved_length = checkpoint.get("schedule_length") if begun else None
-            self._sets.load(checkpoint)
-            self._compare()
+        if trainer.state.fn == "fit" and self is attached_plans(trainer)[-1]:
+            self._saved_optimizer_names = [
+                str(name) for name in checkpoint.get("optimizer_plan", [])
+            ]
+            saved_step = checkpoint.get("global_step")  # else it is the file of a search
+            self._saved_total_steps = checkpoint.get("schedule_length") if saved_step else None
+            self._schedule_free.load(checkpoint)
+            self._check_same_optimizers()
 
-    def _know_length(self, trainer: L.Trainer, length: float) -> None:
-        trial = getattr(trainer, "fast_dev_run", 0)  # a step or two
-        if self.schedule is not None and not trial:
-            self.schedule.check(length)
-        self._length = length
+    def _set_total_steps(self, trainer: L.Trainer, total_steps: float) -> None:
+        is_trial = getattr(trainer, "fast_dev_run", 0)  # a step or two
+        if self.schedule is not None and not is_trial:
+            self.schedule.validate(total_steps)
+        self._total_steps = total_steps
 
-    def _configure(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        with whole_net(trainer):  # a stage of a pipeline is none
-            shares = self._shares(module)
-        composite = compose(shares, self.decay)
-        self._refuse(trainer, composite)
-        self._sets.use(composite)
+    def _build_optimizer(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        with full_module(trainer):  # a stage of a pipeline is none
+            rule_params = self._assign_rule_params(module)
+        composite = build_optimizer(rule_params, self.decay)
+        self._validate(trainer, composite)
+        self._schedule_free.attach_optimizer(composite)
         if isinstance(trainer.strategy, DDPStrategy):
             for member in composite.members:
                 if hasattr(member, "replicas"):  # all ranks have all weights and can share work
                     member.replicas = dist.group.WORLD  # pyright: ignore[reportAttributeAccessIssue]
-        parts = composite.by_label()
-        self._members = [
-            f"{type(parts[share.label][0]).__name__} of {len(share.named)} tensors"
-            for share in shares
+        groups_by_label = composite.groups_by_label()
+        self._optimizer_names = [
+            f"{type(groups_by_label[one_rule.label][0]).__name__} of {len(one_rule.named_params)} "
+            "tensors"
+            for one_rule in rule_params
         ]
-        self._compare()
+        self._check_same_optimizers()
         if trainer.is_global_zero:
-            Console().print(table(shares, composite, self.print_groups))
-            self._say_what_it_replaces(trainer, module)
-        composite.let_go()
-        start = {id(p) for p in module.parameters() if p.requires_grad}
-        rates: list[ScheduleLR] = []
+            Console().print(make_plan_table(rule_params, composite, self.print_groups))
+            self._log_replaced_optimizers(trainer, module)
+        composite.drop_remote_params()
+        initially_trainable = {id(p) for p in module.parameters() if p.requires_grad}
+        schedulers: list[ScheduleLR] = []
 
-        def route(parameters: list[Tensor], given: Group) -> list[Part]:
+        def route(parameters: list[Tensor], settings: ParamGroup) -> list[RuleGroups]:
             if isinstance(trainer.strategy, DDPStrategy):
-                _refuse_unreduced(module, parameters, start)
-            factor = rates[0].factor_now() if rates else None
-            return self._route(module, shares, composite, parameters, given, factor)
+                _check_gradients_reduced(module, parameters, initially_trainable)
+            factor = schedulers[0].current_factor() if schedulers else None
+            return self._route_params(module, rule_params, composite, parameters, settings, factor)
 
         composite.route = route
-        scales = {share.label: share.rule.lr_scale for share in shares}
-        check_one_rate(trainer, composite, scales)
-        if self._found is not None and not finders(trainer):
-            use_rate(self._found, composite, None, scales)
-        self._base = (composite, None, scales)
+        lr_scales = {one_rule.label: one_rule.rule.lr_scale for one_rule in rule_params}
+        check_single_lr(trainer, composite, lr_scales)
+        if self._suggested_lr is not None and not find_lr_finders(trainer):
+            set_base_lr(self._suggested_lr, composite, None, lr_scales)
+        self._lr_context = (composite, None, lr_scales)
         if self.schedule is None:
             return {"optimizer": composite}
         schedule = self.schedule
-        rates += [ScheduleLR(composite, lambda step: schedule.factor(step, self._length))]
-        self._base = (composite, rates[0], scales)
+        schedulers += [ScheduleLR(composite, lambda step: schedule.factor(step, self._total_steps))]
+        self._lr_context = (composite, schedulers[0], lr_scales)
         return {
             "optimizer": composite,
-            "lr_scheduler": {"scheduler": rates[0], "interval": "step"},
+            "lr_scheduler": {"scheduler": schedulers[0], "interval": "step"},
         }
 
-    def _route(
+    def _route_params(
         self,
         module: L.LightningModule,
-        shares: list[Share],
+        rule_params: list[RuleParams],
         composite: Composite,
         parameters: list[Tensor],
-        given: Group,
+        settings: ParamGroup,
         factor: float | None,
-    ) -> list[Part]:
+    ) -> list[RuleGroups]:
         """The optimizers that take parameters trained from now on, by the same rules."""
-        parts = []
-        members = composite.by_label()
-        for rule, named in choose(module, self.rules, parameters):
-            share = next((s for s in shares if s.rule is rule), None)
-            if share is None:  # it had nothing to train until now
-                taken = [s.label for s in shares]
+        added = []
+        members = composite.groups_by_label()
+        for rule, named in assign_added_params(module, self.rules, parameters):
+            one_rule = next((s for s in rule_params if s.rule is rule), None)
+            if one_rule is None:  # it had nothing to train until now
+                used_labels = [s.label for s in rule_params]
                 number = self.rules.index(rule) + 1
-                label = rule.label if rule.label not in taken else f"{rule.label} {number}"
-                share = Share(rule, label, [])
-                shares.append(share)
-            member = members[share.label][0] if share.label in members else None
-            parts.append(later(share._replace(named=named), member, self.decay, given, factor))
-        return parts
+                label = rule.label if rule.label not in used_labels else f"{rule.label} {number}"
+                one_rule = RuleParams(rule, label, [])
+                rule_params.append(one_rule)
+            member = members[one_rule.label][0] if one_rule.label in members else None
+            added.append(
+                make_added_groups(
+                    one_rule._replace(named=named), member, self.decay, settings, factor
+                )
+            )
+        return added
 
-    def _shares(self, module: L.LightningModule) -> list[Share]:
-        taken = zip(self.rules, assign(module, self.rules), strict=True)
-        taken = [(rule, named) for rule, named in taken if named]
-        if not taken:
+    def _assign_rule_params(self, module: L.LightningModule) -> list[RuleParams]:
+        assigned = zip(self.rules, assign_params(module, self.rules), strict=True)
+        assigned = [(rule, named) for rule, named in assigned if named]
+        if not assigned:
             raise UsageError(f"{type(module).__name__} has no trainable parameter: nothing to do")
-        labels = [rule.label for rule, _ in taken]
+        labels = [rule.label for rule, _ in assigned]
         return [
-            Share(rule, label if labels.count(label) == 1 else f"{label} {number}", named)
-            for number, (label, (rule, named)) in enumerate(zip(labels, taken, strict=True), 1)
+            RuleParams(rule, label if labels.count(label) == 1 else f"{label} {number}", named)
+            for number, (label, (rule, named)) in enumerate(zip(labels, assigned, strict=True), 1)
         ]
 
-    def _say_what_it_replaces(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _log_replaced_optimizers(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         name, console = str(self), Console()
-        for other in plans(trainer)[:-1]:
+        for other in attached_plans(trainer)[:-1]:
             console.print(f"{other} is not used: {name} stands after it", soft_wrap=True)
-        own = type(module).configure_optimizers
-        if not own.__module__.startswith(("ravine.", "lightning.")):
+        module_hook = type(module).configure_optimizers
+        if not module_hook.__module__.startswith(("ravine.", "lightning.")):
             console.print(
-                f"{own.__qualname__} is not called: {name} takes its place", soft_wrap=True
+                f"{module_hook.__qualname__} is not called: {name} takes its place", soft_wrap=True
             )
 
-    def _say_what_is_rescaled(self, trainer: L.Trainer) -> None:
+    def _log_schedule_rescaling(self, trainer: L.Trainer) -> None:
         """A resume with another length goes on at another place of the schedule's shape."""
-        before, self._saved_length = self._saved_length, None
-        if self.schedule is None or not self.schedule.needs_length or before is None:
+        saved_total_steps, self._saved_total_steps = self._saved_total_steps, None
+        if (
+            self.schedule is None
+            or not self.schedule.needs_total_steps
+            or saved_total_steps is None
+        ):
             return
-        if before != self._length and trainer.is_global_zero:
+        if saved_total_steps != self._total_steps and trainer.is_global_zero:
             step = trainer.global_step
-            was, now = (self.schedule.factor(step, n) for n in (before, self._length))
+            old_factor, new_factor = (
+                self.schedule.factor(step, n) for n in (saved_total_steps, self._total_steps)
+            )
             text = (
-                f"schedule {self.schedule.kind!r}: from {before:g} optimizer steps in the "
-                f"checkpoint to {self._length:g} here; at step {step} the learning rate goes "
-                f"from {was:.3g} to {now:.3g} of its peak"
+                f"schedule {self.schedule.kind!r}: from {saved_total_steps:g} optimizer steps in "
+                "the "
+                f"checkpoint to {self._total_steps:g} here; at step {step} the learning rate goes "
+                f"from {old_factor:.3g} to {new_factor:.3g} of its peak"
             )
             Console().print(text, soft_wrap=True, highlight=False)
 
-    def _compare(self) -> None:
-        if self._saved_members and self._members and self._saved_members != self._members:
+    def _check_same_optimizers(self) -> None:
+        if (
+            self._saved_optimizer_names
+            and self._optimizer_names
+            and self._saved_optimizer_names != self._optimizer_names
+        ):
             raise UsageError(
-                f"the checkpoint was trained with {' + '.join(self._saved_members)}, this run "
-                f"uses {' + '.join(self._members)}, whose state is another; resume with the "
+                f"the checkpoint was trained with {' + '.join(self._saved_optimizer_names)}, this "
+                "run "
+                f"uses {' + '.join(self._optimizer_names)}, whose state is another; resume with "
+                "the "
                 "former, or start a new run from the weights alone"
             )
-        if self._members:
-            self._saved_members = []
+        if self._optimizer_names:
+            self._saved_optimizer_names = []
 
-    def _refuse(self, trainer: L.Trainer, composite: Composite) -> None:
+    def _validate(self, trainer: L.Trainer, composite: Composite) -> None:
         """What an optimizer cannot do, in words, before the first step."""
         acts_on_lr = self.schedule is not None or any(rule.lr_scale != 1 for rule in self.rules)
         for member in composite.members:
             name = type(member).__name__
-            rates = [group.get("lr") for group in member.param_groups]
-            if acts_on_lr and not all(isinstance(lr, int | float | Tensor) for lr in rates):
+            lrs = [group.get("lr") for group in member.param_groups]
+            if acts_on_lr and not all(isinstance(lr, int | float | Tensor) for lr in lrs):
                 raise UsageError(
                     f"{name} keeps no number 'lr' in its param_groups, which lr_scale and schedule "
                     "act on; leave both out, or give it one"
                 )
-            _refuse_small_eps(member)
+            _check_eps(member)
             if needs_closure(member):
-                self._refuse_closure(trainer, name, composite)
+                self._check_closure_allowed(trainer, name, composite)
 
-    def _refuse_closure(self, trainer: L.Trainer, name: str, composite: Composite) -> None:
+    def _check_closure_allowed(self, trainer: L.Trainer, name: str, composite: Composite) -> None:
         obstacles = {
             "other optimizers beside it": len(composite.members) > 1,
             "gradient accumulation": trainer.accumulate_grad_batches > 1,
@@ -344,17 +388,21 @@ class OptimizerPlan(Callback):
             "several ranks": trainer.world_size > 1 and not composite.gathers,
             "a pipeline": getattr(trainer.strategy, "pipeline", None) is not None,
         }
-        if found := [obstacle for obstacle, there in obstacles.items() if there]:
+        if conflicts := [obstacle for obstacle, is_present in obstacles.items() if is_present]:
             raise UsageError(
                 f"{name} computes the loss several times a step, which is not possible with "
-                f"{', '.join(found)}; leave that out, or take an optimizer such as AdamW"
+                f"{', '.join(conflicts)}; leave that out, or take an optimizer such as AdamW"
             )
 
 
-def _refuse_unreduced(module: L.LightningModule, parameters: list[Tensor], start: set[int]) -> None:
+def _check_gradients_reduced(
+    module: L.LightningModule, parameters: list[Tensor], initially_trainable: set[int]
+) -> None:
     """DDP averages the gradients of what was trainable when it was set up, and no others."""
     names = {id(p): name for name, p in module.named_parameters()}
-    if late := [names.get(id(p), "one of no module") for p in parameters if id(p) not in start]:
+    if late := [
+        names.get(id(p), "one of no module") for p in parameters if id(p) not in initially_trainable
+    ]:
         raise UsageError(
             f"parameters that are trained from now on ({', '.join(late[:3])}): with ddp their "
             "gradients would differ from rank to rank, since they were frozen at the start; train "
@@ -362,7 +410,7 @@ def _refuse_unreduced(module: L.LightningModule, parameters: list[Tensor], start
         )
 
 
-class Rates:
+class ReadOnlyLRs:
     """The result of `self.lr_schedulers()` where a plan has no schedule: read-only rates.
 
     rates = Rates(trainer, "MyModule", "OptimizerPlan")
@@ -381,17 +429,19 @@ class Rates:
 
     def __getattr__(self, name: str) -> Any:
         """Raise AttributeError, which names the plan."""
-        raise AttributeError(name if name.startswith("__") else self._absent(f".{name}"))
+        raise AttributeError(
+            name if name.startswith("__") else self._unavailable_message(f".{name}")
+        )
 
     def __getitem__(self, index: Any) -> Any:
         """Raise TypeError, which names the plan."""
-        raise TypeError(self._absent(f"[{index}]"))
+        raise TypeError(self._unavailable_message(f"[{index}]"))
 
     def __iter__(self) -> Any:
         """Raise TypeError, which names the plan."""
-        raise TypeError(self._absent(" in a loop"))
+        raise TypeError(self._unavailable_message(" in a loop"))
 
-    def _absent(self, use: str) -> str:
+    def _unavailable_message(self, use: str) -> str:
         return (
             f"{self._module} uses self.lr_schedulers(){use}, and {self._owner} has replaced its "
             "optimizers and schedulers; allowed: get_last_lr(); leave the use out, or give the "
@@ -399,7 +449,7 @@ class Rates:
         )
 
 
-def _refuse_small_eps(optimizer: Optimizer) -> None:
+def _check_eps(optimizer: Optimizer) -> None:
     """Refuse an eps of torch's and our optimizers that float16 rounds to 0: NaN of 0 / 0."""
     if not type(optimizer).__module__.startswith(("torch.optim", "ravine.")):
         return  # others may compute in float32
@@ -414,6 +464,6 @@ def _refuse_small_eps(optimizer: Optimizer) -> None:
             )
 
 
-def plans(trainer: L.Trainer) -> list[OptimizerPlan]:
+def attached_plans(trainer: L.Trainer) -> list[OptimizerPlan]:
     """The trainer's plans; the last one counts."""
     return [c for c in trainer.callbacks if isinstance(c, OptimizerPlan)]  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,13 +16,13 @@ from torch.optim import Muon, Optimizer
 
 from ravine.errors import UsageError, suggest_names
 
-Kind = Literal["hidden_matrix", "embedding", "head", "norm", "bias", "convolution", "scalar"]
-Choice = Kind | Literal["rest"]
-Decay = Literal["none", "matrices", "all"]
+ParamKind = Literal["hidden_matrix", "embedding", "head", "norm", "bias", "convolution", "scalar"]
+RuleKind = ParamKind | Literal["rest"]
+DecayFilter = Literal["none", "matrices", "all"]
 OptimizerFactory = Callable[[Iterable], Optimizer]
-Named = tuple[str, nn.Parameter]
+NamedParam = tuple[str, nn.Parameter]
 
-HEADS = ("head", "lm_head")  # what a Linear that makes the predictions is called
+HEAD_NAMES = ("head", "lm_head")  # what a Linear that makes the predictions is called
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Rule:
         anywhere: let an optimizer for matrices have embeddings and heads too.
     """
 
-    kind: Choice | list[Choice] = "rest"
+    kind: RuleKind | list[RuleKind] = "rest"
     name: str = "*"
     optimizer: OptimizerFactory | None = None
     lr_scale: float = 1.0
-    decay: Decay | None = None
+    decay: DecayFilter | None = None
     anywhere: bool = False
 
     @property
@@ -62,7 +62,7 @@ class Rule:
         return bool({kind, "rest"} & set(self.kinds)) and fnmatchcase(name, self.name)
 
 
-def kinds(module: nn.Module) -> dict[str, str]:
+def classify_params(module: nn.Module) -> dict[str, str]:
     """The kind of every parameter by name; `other` where no module type decides it.
 
     A weight that an embedding and a head share is an embedding. The head is a Linear named head or
@@ -72,19 +72,21 @@ def kinds(module: nn.Module) -> dict[str, str]:
     for path, owner in module.named_modules():
         for leaf, parameter in owner.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((path.rpartition(".")[2], leaf, owner))
-    found: dict[str, str] = {}
+    param_kinds: dict[str, str] = {}
     tied = False
     for name, parameter in module.named_parameters():
-        of = [_kind(*owner, parameter.ndim) for owner in owners[id(parameter)]]
-        found[name] = "embedding" if "embedding" in of else next(filter(None, of), "other")
-        tied |= found[name] == "embedding" and len(of) > 1
-    linear = [n for n, k in found.items() if k == "hidden_matrix"]
-    if linear and not tied and "head" not in found.values():
-        found[linear[-1]] = "head"
-    return found
+        candidates = [_classify_param(*owner, parameter.ndim) for owner in owners[id(parameter)]]
+        param_kinds[name] = (
+            "embedding" if "embedding" in candidates else next(filter(None, candidates), "other")
+        )
+        tied |= param_kinds[name] == "embedding" and len(candidates) > 1
+    linear = [n for n, k in param_kinds.items() if k == "hidden_matrix"]
+    if linear and not tied and "head" not in param_kinds.values():
+        param_kinds[linear[-1]] = "head"
+    return param_kinds
 
 
-def _kind(attribute: str, leaf: str, owner: nn.Module, axes: int) -> Kind | None:
+def _classify_param(attribute: str, leaf: str, owner: nn.Module, ndim: int) -> ParamKind | None:
     type_name = type(owner).__name__.lower()
     if isinstance(owner, nn.EmbeddingBag | nn.Embedding):
         return "embedding"
@@ -92,91 +94,103 @@ def _kind(attribute: str, leaf: str, owner: nn.Module, axes: int) -> Kind | None
         return "norm"
     if "bias" in leaf:
         return "bias"
-    if axes < 2:
+    if ndim < 2:
         return "scalar"
     if isinstance(owner, _ConvNd):
         return "convolution"
     if isinstance(owner, nn.MultiheadAttention | nn.RNNBase) or "linear" in type_name:
-        return "head" if attribute in HEADS else "hidden_matrix"
+        return "head" if attribute in HEAD_NAMES else "hidden_matrix"
     return None
 
 
-def assign(module: nn.Module, rules: Sequence[Rule]) -> list[list[Named]]:
+def assign_params(module: nn.Module, rules: Sequence[Rule]) -> list[list[NamedParam]]:
     """The trainable parameters of each rule, in order; or what is wrong with the rules."""
-    kind_of = kinds(module)
-    shares: list[list[Named]] = [[] for _ in rules]
-    missed: list[str] = []
+    kind_of = classify_params(module)
+    params_by_rule: list[list[NamedParam]] = [[] for _ in rules]
+    unassigned: list[str] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        place = next((i for i, r in enumerate(rules) if r.matches(kind_of[name], name)), None)
-        if place is None:
-            missed.append(f"{name} ({kind_of[name]})")
+        rule_index = next((i for i, r in enumerate(rules) if r.matches(kind_of[name], name)), None)
+        if rule_index is None:
+            unassigned.append(f"{name} ({kind_of[name]})")
         else:
-            shares[place].append((name, parameter))
-    for number, (rule, share) in enumerate(zip(rules, shares, strict=True), 1):
-        if not share and rule.label != "rest":  # a last rule for what is left may be idle
-            raise UsageError(_idle(number, rule, kind_of))
-        _refuse_tables(number, rule, share, kind_of)
-    if missed:
+            params_by_rule[rule_index].append((name, parameter))
+    for number, (rule, named_params) in enumerate(zip(rules, params_by_rule, strict=True), 1):
+        if not named_params and rule.label != "rest":  # a last rule for what is left may be idle
+            raise UsageError(_unmatched_rule_error(number, rule, kind_of))
+        _check_matrices_only(number, rule, named_params, kind_of)
+    if unassigned:
         raise UsageError(
-            f"no rule takes {', '.join(missed)}; add a last rule {{kind: rest, optimizer: ...}}"
+            f"no rule takes {', '.join(unassigned)}; add a last rule {{kind: rest, optimizer: ...}}"
         )
-    return shares
+    return params_by_rule
 
 
-def choose(
+def assign_added_params(
     module: nn.Module, rules: Sequence[Rule], parameters: Iterable[Any]
-) -> list[tuple[Rule, list[Named]]]:
+) -> list[tuple[Rule, list[NamedParam]]]:
     """The rules that take these parameters, which are trained from now on, in the rules' order."""
-    kind_of = kinds(module)
+    kind_of = classify_params(module)
     names = {id(p): name for name, p in module.named_parameters()}
-    shares: list[list[Named]] = [[] for _ in rules]
+    params_by_rule: list[list[NamedParam]] = [[] for _ in rules]
     for parameter in parameters:
         name = names.get(id(parameter), "")
         kind = kind_of.get(name, "other")
-        place = next((i for i, r in enumerate(rules) if r.matches(kind, name)), None)
-        if place is None:
+        rule_index = next((i for i, r in enumerate(rules) if r.matches(kind, name)), None)
+        if rule_index is None:
             raise UsageError(
                 f"no rule takes {name or 'a parameter of no module'} ({kind}), which "
                 "add_param_group brings; add a last rule {kind: rest, optimizer: ...}"
             )
-        shares[place].append((name, parameter))
-    for number, (rule, share) in enumerate(zip(rules, shares, strict=True), 1):
-        _refuse_tables(number, rule, share, kind_of | {"": "other"})
-    return [(rule, share) for rule, share in zip(rules, shares, strict=True) if share]
+        params_by_rule[rule_index].append((name, parameter))
+    for number, (rule, named_params) in enumerate(zip(rules, params_by_rule, strict=True), 1):
+        _check_matrices_only(number, rule, named_params, kind_of | {"": "other"})
+    return [
+        (rule, named_params)
+        for rule, named_params in zip(rules, params_by_rule, strict=True)
+        if named_params
+    ]
 
 
-def _idle(number: int, rule: Rule, kind_of: dict[str, str]) -> str:
+def _unmatched_rule_error(number: int, rule: Rule, kind_of: dict[str, str]) -> str:
     if rule.name != "*":
         near = suggest_names(rule.name, kind_of, least=0.1, dotted=True)
-        there = f"nearest names: {', '.join(near) or ', '.join(kind_of)}"
+        hint = f"nearest names: {', '.join(near) or ', '.join(kind_of)}"
     else:
-        there = f"kinds here: {', '.join(dict.fromkeys(kind_of.values()))}"
+        hint = f"kinds here: {', '.join(dict.fromkeys(kind_of.values()))}"
     return (
         f"rule {number} ({rule.label}) takes no trainable parameter that an earlier rule left; "
-        f"{there}; change the rule or leave it out"
+        f"{hint}; change the rule or leave it out"
     )
 
 
-def _refuse_tables(number: int, rule: Rule, share: list[Named], kind_of: dict[str, str]) -> None:
+def _check_matrices_only(
+    number: int, rule: Rule, named_params: list[NamedParam], kind_of: dict[str, str]
+) -> None:
     """Matrices only, for an optimizer that says so by `matrices_only`; torch's Muon does not."""
-    made = optimizer_class(rule.optimizer)
-    if made is None or not (getattr(made, "matrices_only", False) or made is Muon):
+    optimizer_type = get_optimizer_class(rule.optimizer)
+    if optimizer_type is None or not (
+        getattr(optimizer_type, "matrices_only", False) or optimizer_type is Muon
+    ):
         return
     allowed = {"hidden_matrix", "convolution"} | ({"embedding", "head"} if rule.anywhere else set())
-    wrong = [f"{n} ({kind_of[n]})" for n, p in share if kind_of[n] not in allowed]
-    if wrong:
+    misplaced = [f"{n} ({kind_of[n]})" for n, p in named_params if kind_of[n] not in allowed]
+    if misplaced:
         raise UsageError(
-            f"rule {number} ({rule.label}) sends {', '.join(wrong)} to {made.__name__}, which is "
+            f"rule {number} ({rule.label}) sends {', '.join(misplaced)} to "
+            f"{optimizer_type.__name__}, which is "
             "for hidden matrices and convolutions; set kind: hidden_matrix and give the others "
             "to a rule {kind: rest, optimizer: AdamW}, or anywhere: true for embeddings and heads"
         )
 
 
-def optimizer_class(factory: OptimizerFactory | None) -> type[Optimizer] | None:
+def get_optimizer_class(factory: OptimizerFactory | None) -> type[Optimizer] | None:
     """The class that a factory makes, as far as it can be seen: a class or a partial of one."""
-    seen: list[Any] = [factory]
+    candidates: list[Any] = [factory]
     if isinstance(factory, partial):
-        seen += [factory.func, *factory.args]  # jsonargparse hides the class among the arguments
-    return next((c for c in seen if isinstance(c, type) and issubclass(c, Optimizer)), None)
+        candidates += [
+            factory.func,
+            *factory.args,
+        ]  # jsonargparse hides the class among the arguments
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Optimizer)), None)

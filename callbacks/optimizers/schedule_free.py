@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ravine.strategies.shards import (
-    followed,
-    local,
-    part_of,
-    put_into,
-    saved_as,
+    named_tracked,
+    named_trainable,
+    shard_like,
     stages_to_join,
-    trainable,
+    to_checkpoint,
+    to_local,
+    update_state_dict,
 )
 
 from .composite import Composite
@@ -26,12 +26,12 @@ from .composite import Composite
 KEY = "training_weights"
 
 
-def has_two_sets(optimizer: Any) -> bool:
+def has_train_eval_modes(optimizer: Any) -> bool:
     """Whether an optimizer, or a class of one, has `train()` and `eval()`."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
-def _begins(optimizer: Any) -> bool:
+def _supports_train_mode(optimizer: Any) -> bool:
     """Whether `train()` works: a learning-rate search, too, steps before the hooks of a run.
 
     A wrapper may have the methods for the sake of what it wraps, and the wrapped have none.
@@ -43,58 +43,72 @@ def _begins(optimizer: Any) -> bool:
     return True
 
 
-class TwoSets:
+class ScheduleFreeWeights:
     """What a plan does around training, evaluation and saving; nothing for other optimizers."""
 
     def __init__(self) -> None:
         """Nothing to do until an optimizer is there."""
         self._optimizer: Composite | None = None  # only if it has the two modes
-        self._aside: dict[str, Tensor] = {}  # the training set, while the other one is shown
-        self._saved: dict[str, Tensor] = {}
+        self._train_weights: dict[
+            str, Tensor
+        ] = {}  # the training set, while the other one is shown
+        self._saved_train_weights: dict[str, Tensor] = {}
 
-    def use(self, optimizer: Composite) -> None:
+    def attach_optimizer(self, optimizer: Composite) -> None:
         """Look whether any member has the two modes."""
-        two = [member for member in optimizer.members if has_two_sets(member) and _begins(member)]
-        optimizer.two_sets[:] = two
-        self._optimizer, self._aside = optimizer if two else None, {}
+        schedule_free = [
+            member
+            for member in optimizer.members
+            if has_train_eval_modes(member) and _supports_train_mode(member)
+        ]
+        optimizer.two_sets[:] = schedule_free
+        self._optimizer, self._train_weights = optimizer if schedule_free else None, {}
 
-    def resume(self, module: nn.Module) -> None:
+    def resume_training(self, module: nn.Module) -> None:
         """Go on with the training set, if the other one is still shown."""
-        if self._aside:
-            self.train(module)
+        if self._train_weights:
+            self.use_train_weights(module)
 
     @torch.no_grad()
-    def train(self, module: nn.Module) -> None:
+    def use_train_weights(self, module: nn.Module) -> None:
         """Put the training set in place, as it was when it was set aside or saved."""
         if self._optimizer is not None:
             self._optimizer.train()
-            for name, weight in followed(module, {*self._aside, *self._saved}):
-                if name in self._aside:
-                    local(weight).copy_(local(self._aside[name]))
-                elif name in self._saved:
-                    local(weight).copy_(part_of(self._saved[name], weight))
-            self._aside, self._saved = {}, {}
+            for name, weight in named_tracked(
+                module, {*self._train_weights, *self._saved_train_weights}
+            ):
+                if name in self._train_weights:
+                    to_local(weight).copy_(to_local(self._train_weights[name]))
+                elif name in self._saved_train_weights:
+                    to_local(weight).copy_(shard_like(self._saved_train_weights[name], weight))
+            self._train_weights, self._saved_train_weights = {}, {}
 
     @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> None:
+    def use_eval_weights(self, module: nn.Module) -> None:
         """Show the other set."""
-        if self._optimizer is not None and not self._aside:
-            self._aside = {name: weight.detach().clone() for name, weight in trainable(module)}
+        if self._optimizer is not None and not self._train_weights:
+            self._train_weights = {
+                name: weight.detach().clone() for name, weight in named_trainable(module)
+            }
             self._optimizer.eval()
 
-    def save(self, trainer: Any, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    def add_to_checkpoint(
+        self, trainer: Any, module: nn.Module, checkpoint: dict[str, Any]
+    ) -> None:
         """Both sets into the file; every rank calls it."""
         if self._optimizer is None:
             return
-        shown = bool(self._aside)
-        self.evaluate(module)
+        uses_eval_weights = bool(self._train_weights)
+        self.use_eval_weights(module)
         stages = getattr(trainer.strategy, "stages", None)
-        checkpoint[KEY] = saved_as({}, self._aside, stages=stages)  # whole, in a folder too
-        weights, state = dict(trainable(module)), checkpoint["state_dict"]
-        put_into(state, weights, module, stages=stages_to_join(trainer))
-        if not shown:
-            self.train(module)
+        checkpoint[KEY] = to_checkpoint(
+            {}, self._train_weights, stages=stages
+        )  # whole, in a folder too
+        weights, state = dict(named_trainable(module)), checkpoint["state_dict"]
+        update_state_dict(state, weights, module, stages=stages_to_join(trainer))
+        if not uses_eval_weights:
+            self.use_train_weights(module)
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Remember the training set until the weights are in place."""
-        self._saved = checkpoint.get(KEY, {})
+        self._saved_train_weights = checkpoint.get(KEY, {})

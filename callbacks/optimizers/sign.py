@@ -20,7 +20,7 @@ from torch import (
 from .elementwise import Elementwise
 from .lr_schedules import Schedule
 from .plan import OptimizerPlan
-from .rules import Decay
+from .rules import DecayFilter
 
 __all__ = ["SignSGD", "SignSGDOptimizer"]
 
@@ -79,9 +79,9 @@ class SignSGD(OptimizerPlan):
         lr: float = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        decay: Decay = "matrices",
+        decay: DecayFilter = "matrices",
         schedule: Schedule | None = None,
     ) -> None:
         """Write the plan."""
-        made = partial(SignSGDOptimizer, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        super().__init__(made, decay, schedule)
+        factory = partial(SignSGDOptimizer, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        super().__init__(factory, decay, schedule)

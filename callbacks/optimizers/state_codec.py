@@ -21,74 +21,74 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ravine.strategies.checkpoint.atomic_io import PLAIN, PLAIN_TORCH, CheckpointError
+from ravine.strategies.checkpoint.atomic_io import SAFE_TORCH_TYPES, SAFE_TYPES, CheckpointError
 
-Group = dict[str, Any]
-TAG = "__kind__"  # the key of a dict that stands for an object
-CONSTANTS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, partial)
+ParamGroup = dict[str, Any]
+TYPE_TAG = "__kind__"  # the key of a dict that stands for an object
+LIVE_TYPES = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, partial)
 
 
-class Packed(NamedTuple):
+class PackedState(NamedTuple):
     """What a member saves; parameters are numbered from 0 in the order of its groups."""
 
-    groups: list[Group]
+    groups: list[ParamGroup]
     state: dict[int, dict[str, Any]]
-    rest: dict[str, Any]  # {} for an optimizer that saves as torch's do
+    extra: dict[str, Any]  # {} for an optimizer that saves as torch's do
 
 
-def pack(member: Optimizer) -> Packed:
+def pack_state(optimizer: Optimizer) -> PackedState:
     """The member's own state_dict as plain values.
 
     Raises:
         CheckpointError: it keeps an object that no checkpoint can hold.
     """
-    whole = member.state_dict()
-    code = _StateCodec(member)
-    live = member.param_groups
-    if not _standard(whole, live):
+    state_dict = optimizer.state_dict()
+    codec = _StateCodec(optimizer)
+    live = optimizer.param_groups
+    if not _is_standard_state_dict(state_dict, live):
         numbers = iter(range(sum(len(group["params"]) for group in live)))
         groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in live]
-        groups = [code.group(group, loose=True) for group in groups]
-        return Packed(groups, {}, {"whole": code.encode(whole, "state_dict()")})
-    ids = [i for group in whole["param_groups"] for i in group["params"]]
-    place = {old: new for new, old in enumerate(ids)}
-    state, others = {}, {}
-    for key, value in whole["state"].items():
-        if key in place:
-            state[place[key]] = code.encode(value, f"the state of parameter {place[key]}")
+        groups = [codec.encode_group(group, allow_unsaved=True) for group in groups]
+        return PackedState(groups, {}, {"whole": codec.encode(state_dict, "state_dict()")})
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    index_of = {old: new for new, old in enumerate(ids)}
+    state, extra_state = {}, {}
+    for key, value in state_dict["state"].items():
+        if key in index_of:
+            state[index_of[key]] = codec.encode(value, f"the state of parameter {index_of[key]}")
         else:
-            others[key] = code.encode(value, f"state[{key!r}]")
+            extra_state[key] = codec.encode(value, f"state[{key!r}]")
     groups = [
-        code.group({**group, "params": [place[i] for i in group["params"]]})
-        for group in whole["param_groups"]
+        codec.encode_group({**group, "params": [index_of[i] for i in group["params"]]})
+        for group in state_dict["param_groups"]
     ]
-    rest = {
-        key: code.encode(value, key)
-        for key, value in whole.items()
+    extra = {
+        key: codec.encode(value, key)
+        for key, value in state_dict.items()
         if key not in ("state", "param_groups")
     }
-    return Packed(groups, state, {**rest, **({"state": others} if others else {})})
+    return PackedState(groups, state, {**extra, **({"state": extra_state} if extra_state else {})})
 
 
-def unpack(member: Optimizer, packed: Packed) -> None:
-    """Give a member what `pack` made, by its own load_state_dict."""
-    code = _StateCodec(member)
-    if "whole" in packed.rest:
-        member.load_state_dict(code.decode(packed.rest["whole"]))
+def unpack_state(optimizer: Optimizer, packed: PackedState) -> None:
+    """Give a member what `pack_state` made, by its own load_state_dict."""
+    codec = _StateCodec(optimizer)
+    if "whole" in packed.extra:
+        optimizer.load_state_dict(codec.decode(packed.extra["whole"]))
         return
     groups = []
-    for saved, live in zip(packed.groups, member.param_groups, strict=True):
-        group = {key: code.decode(value, live.get(key)) for key, value in saved.items()}
+    for saved, live in zip(packed.groups, optimizer.param_groups, strict=True):
+        group = {key: codec.decode(value, live.get(key)) for key, value in saved.items()}
         groups.append(group)
-    state: dict[Any, Any] = {key: code.decode(value) for key, value in packed.state.items()}
-    rest = {key: code.decode(value) for key, value in packed.rest.items()}
-    state |= rest.pop("state", {})
-    member.load_state_dict({**rest, "state": dict(state), "param_groups": groups})
-    if type(member).load_state_dict is Optimizer.load_state_dict:
-        for number, parameter in enumerate(code.parameters):
+    state: dict[Any, Any] = {key: codec.decode(value) for key, value in packed.state.items()}
+    extra = {key: codec.decode(value) for key, value in packed.extra.items()}
+    state |= extra.pop("state", {})
+    optimizer.load_state_dict({**extra, "state": dict(state), "param_groups": groups})
+    if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+        for number, parameter in enumerate(codec.parameters):
             for key, value in state.get(number, {}).items():
-                if _changed_by_loader(value) and key in member.state[parameter]:
-                    member.state[parameter][key] = value
+                if _changed_by_loader(value) and key in optimizer.state[parameter]:
+                    optimizer.state[parameter][key] = value
 
 
 def _changed_by_loader(value: Any) -> bool:
@@ -97,116 +97,118 @@ def _changed_by_loader(value: Any) -> bool:
     It rebuilds every iterable item by item: a text becomes the repr of a generator, and a queue
     loses its `maxlen`. A value that holds tensors must pass through it, to be moved and cast.
     """
-    leaves = list(_leaves(value))
+    leaves = list(_iter_leaves(value))
     if any(isinstance(leaf, Tensor) for leaf in leaves):
         return False
     return any(isinstance(leaf, str | bytes | numpy.ndarray | deque) for leaf in leaves)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _iter_leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, deque):
         yield value
     if isinstance(value, list | tuple | set | frozenset | deque):
-        for each in value:
-            yield from _leaves(each)
+        for item in value:
+            yield from _iter_leaves(item)
     else:
         yield value
 
 
-def _standard(whole: Any, live: list[Group]) -> bool:
+def _is_standard_state_dict(state_dict: Any, live: list[ParamGroup]) -> bool:
     """Whether a state_dict has the form of torch's, with one entry for each live parameter."""
-    if not isinstance(whole, dict):
+    if not isinstance(state_dict, dict):
         return False
-    groups, state = whole.get("param_groups"), whole.get("state")
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(groups, list) or not isinstance(state, dict) or len(groups) != len(live):
         return False
-    for group, ours in zip(groups, live, strict=True):
+    for group, live_group in zip(groups, live, strict=True):
         ids = group.get("params") if isinstance(group, dict) else None
-        if not isinstance(ids, list) or len(ids) != len(ours["params"]):
+        if not isinstance(ids, list) or len(ids) != len(live_group["params"]):
             return False
         if not all(isinstance(i, int | str) for i in ids):
             return False
     ids = [i for group in groups for i in group["params"]]
-    own = set(ids)
-    return len(own) == len(ids) and all(
-        isinstance(value, dict) for key, value in state.items() if key in own
+    param_ids = set(ids)
+    return len(param_ids) == len(ids) and all(
+        isinstance(value, dict) for key, value in state.items() if key in param_ids
     )
 
 
 class _StateCodec:
     """Objects as plain values and back, for one member."""
 
-    def __init__(self, member: Optimizer) -> None:
-        self.name = type(member).__name__
-        self.packages = {_package(kind.__module__) for kind in type(member).__mro__}
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.name = type(optimizer).__name__
+        self.packages = {_top_package(cls.__module__) for cls in type(optimizer).__mro__}
         self.packages -= {"torch", "builtins", "typing", "abc"}
-        self.parameters = [p for group in member.param_groups for p in group["params"]]
-        self.place = {id(p): i for i, p in enumerate(self.parameters)}
-        self.within: list[int] = []  # ids of the objects that contain the present one
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.param_index = {id(p): i for i, p in enumerate(self.parameters)}
+        self.ancestor_ids: list[int] = []  # ids of the objects that contain the present one
 
-    def group(self, group: Group, loose: bool = False) -> Group:
+    def encode_group(self, group: ParamGroup, allow_unsaved: bool = False) -> ParamGroup:
         """The settings of a group; a class or a function is taken from the live optimizer on load.
 
-        With `loose` the member saves them by itself, and any other object may be left out.
+        With `allow_unsaved` the member saves them by itself, and any other object may be left out.
         """
         coded = {}
         for key, value in group.items():
             try:
-                constant = isinstance(value, CONSTANTS) or type(value) is object
-                coded[key] = {TAG: "live"} if constant else self.encode(value, key)
+                constant = isinstance(value, LIVE_TYPES) or type(value) is object
+                coded[key] = {TYPE_TAG: "live"} if constant else self.encode(value, key)
             except CheckpointError:
                 # any callable is a setting; modules hold weights and are not
-                if not loose and (not callable(value) or isinstance(value, nn.Module)):
+                if not allow_unsaved and (not callable(value) or isinstance(value, nn.Module)):
                     raise
-                coded[key] = {TAG: "live"}
+                coded[key] = {TYPE_TAG: "live"}
         return coded
 
     def encode(self, value: Any, name: str) -> Any:
         """A value as a checkpoint can hold it."""
-        kind = type(value)
+        cls = type(value)
         if isinstance(value, Tensor):
-            place = self.place.get(id(value))
-            return value if place is None else {TAG: "parameter", "place": place}
-        if kind in PLAIN or kind in PLAIN_TORCH:
+            index = self.param_index.get(id(value))
+            return value if index is None else {TYPE_TAG: "parameter", "place": index}
+        if cls in SAFE_TYPES or cls in SAFE_TORCH_TYPES:
             return value
-        if id(value) in self.within:
-            raise self._refused(value, name, "which contains itself")
-        self.within.append(id(value))
+        if id(value) in self.ancestor_ids:
+            raise self._unsupported_error(value, name, "which contains itself")
+        self.ancestor_ids.append(id(value))
         try:
             return self._encode(value, name)
         finally:
-            self.within.pop()
+            self.ancestor_ids.pop()
 
     def _encode(self, value: Any, name: str) -> Any:
-        kind = type(value)
-        if kind in (dict, OrderedDict, Counter):
-            items = [(k, self.encode(v, f"{name}[{_short(k)}]")) for k, v in value.items()]
-            if all(_plain_key(k) for k, _ in items):
-                return kind(dict(items))
+        cls = type(value)
+        if cls in (dict, OrderedDict, Counter):
+            items = [(k, self.encode(v, f"{name}[{_format_key(k)}]")) for k, v in value.items()]
+            if all(_is_plain_key(k) for k, _ in items):
+                return cls(dict(items))
             keys = [self.encode(k, f"a key of {name}") for k, _ in items]
-            return {TAG: "items", "keys": keys, "values": [v for _, v in items]}
-        if kind in (list, tuple, set):
-            return kind(self.encode(each, f"{name}[{i}]") for i, each in enumerate(value))
-        if kind in torch.serialization.get_safe_globals():
+            return {TYPE_TAG: "items", "keys": keys, "values": [v for _, v in items]}
+        if cls in (list, tuple, set):
+            return cls(self.encode(item, f"{name}[{i}]") for i, item in enumerate(value))
+        if cls in torch.serialization.get_safe_globals():
             return value
-        for name_of, encode in self._special(value, name):
-            return {TAG: name_of, **encode()}
-        raise self._refused(value, name, "which a checkpoint cannot hold")
+        for name_of, encode in self._encode_special(value, name):
+            return {TYPE_TAG: name_of, **encode()}
+        raise self._unsupported_error(value, name, "which a checkpoint cannot hold")
 
-    def _special(self, value: Any, name: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    def _encode_special(
+        self, value: Any, name: str
+    ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         """The kinds of object that have a plain form."""
 
         def items() -> list[Any]:
-            return [self.encode(each, f"{name}[{i}]") for i, each in enumerate(value)]
+            return [self.encode(item, f"{name}[{i}]") for i, item in enumerate(value)]
 
-        kind = type(value)
-        if kind is deque:
+        cls = type(value)
+        if cls is deque:
             yield "deque", lambda: {"items": items(), "maxlen": value.maxlen}
-        if kind is frozenset:
+        if cls is frozenset:
             yield "frozenset", lambda: {"items": items()}
-        if kind is defaultdict:
+        if cls is defaultdict:
             plain = self.encode(dict(value), name)
             factory = value.default_factory
             simple = {list: "list", dict: "dict", int: "int", float: "float", None: "none"}
@@ -218,17 +220,20 @@ class _StateCodec:
         if isinstance(value, torch.Generator):
             state = {"state": value.get_state(), "device": str(value.device)}
             yield "generator", lambda: state
-        if isinstance(value, enum.Enum) and self._ours(kind):
-            yield "enum", lambda: {"type": _path(kind), "name": value.name}
-        if isinstance(value, type) and self._ours(value):
-            yield "type", lambda: {"type": _path(value)}
-        if self._rebuildable(kind):
-            yield "object", lambda: {"type": _path(kind), "state": self.encode(vars(value), name)}
+        if isinstance(value, enum.Enum) and self._is_from_package(cls):
+            yield "enum", lambda: {"type": _class_path(cls), "name": value.name}
+        if isinstance(value, type) and self._is_from_package(value):
+            yield "type", lambda: {"type": _class_path(value)}
+        if self._is_rebuildable(cls):
+            yield (
+                "object",
+                lambda: {"type": _class_path(cls), "state": self.encode(vars(value), name)},
+            )
 
-    def _refused(self, value: Any, name: str, why: str) -> CheckpointError:
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    def _unsupported_error(self, value: Any, name: str, why: str) -> CheckpointError:
+        type_name = f"{type(value).__module__}.{type(value).__qualname__}"
         return CheckpointError(
-            f"{self.name} keeps a {kind} in {name}, {why}: such a run could not be continued; "
+            f"{self.name} keeps a {type_name} in {name}, {why}: such a run could not be continued; "
             f"give {self.name} a state_dict() of tensors and plain values, or take another "
             "optimizer",
             exit_status=1,
@@ -236,85 +241,91 @@ class _StateCodec:
 
     def decode(self, value: Any, live: Any = None) -> Any:
         """What `encode` was given; `live` is the setting of the present optimizer."""
-        kind = type(value)
-        if kind in (list, tuple, set):
-            return kind(self.decode(each) for each in value)
-        if kind in (dict, OrderedDict) and TAG not in value:
-            return kind((key, self.decode(each)) for key, each in value.items())
-        if kind is not dict:
+        cls = type(value)
+        if cls in (list, tuple, set):
+            return cls(self.decode(item) for item in value)
+        if cls in (dict, OrderedDict) and TYPE_TAG not in value:
+            return cls((key, self.decode(item)) for key, item in value.items())
+        if cls is not dict:
             return value
-        which = value[TAG]
-        if which == "live":
+        tag = value[TYPE_TAG]
+        if tag == "live":
             return live
-        if which == "parameter":
+        if tag == "parameter":
             return self.parameters[value["place"]]
-        if which == "items":
-            keys = [self.decode(each) for each in value["keys"]]
-            return dict(zip(keys, [self.decode(each) for each in value["values"]], strict=True))
-        if which in ("deque", "frozenset"):
-            items = [self.decode(each) for each in value["items"]]
-            return deque(items, value["maxlen"]) if which == "deque" else frozenset(items)
-        if which == "defaultdict":
+        if tag == "items":
+            keys = [self.decode(item) for item in value["keys"]]
+            return dict(zip(keys, [self.decode(item) for item in value["values"]], strict=True))
+        if tag in ("deque", "frozenset"):
+            items = [self.decode(item) for item in value["items"]]
+            return deque(items, value["maxlen"]) if tag == "deque" else frozenset(items)
+        if tag == "defaultdict":
             factory = {"list": list, "dict": dict, "int": int, "float": float}.get(value["of"])
             return defaultdict(factory, self.decode(value["items"]))
-        if which == "numpy":
+        if tag == "numpy":
             array = value["value"].numpy()
             return array[()] if value["scalar"] else array
-        if which == "generator":
+        if tag == "generator":
             generator = torch.Generator(value["device"])
             generator.set_state(value["state"].cpu())
             return generator
-        found = self._find(value["type"], which)
-        if which == "enum":
-            return found[value["name"]]
-        if which == "type":
-            return found
-        made = object.__new__(found)
-        made.__dict__.update(self.decode(value["state"]))
-        return made
+        loaded_class = self._find_class(value["type"], tag)
+        if tag == "enum":
+            return loaded_class[value["name"]]
+        if tag == "type":
+            return loaded_class
+        instance = object.__new__(loaded_class)
+        instance.__dict__.update(self.decode(value["state"]))
+        return instance
 
-    def _find(self, path: str, which: str) -> Any:
+    def _find_class(self, path: str, tag: str) -> Any:
         """A class that this run has loaded, of the optimizer's own package; never an import."""
         module, _, name = path.partition(":")
-        found: Any = sys.modules.get(module)
-        for part in name.split("."):
-            found = vars(found).get(part) if found is not None else None
-        good = isinstance(found, type) and self._ours(found)
-        good = good and (which != "enum" or issubclass(found, enum.Enum))
-        if not good or (which == "object" and not self._rebuildable(found)):
+        target: Any = sys.modules.get(module)
+        for attribute in name.split("."):
+            target = vars(target).get(attribute) if target is not None else None
+        is_valid = isinstance(target, type) and self._is_from_package(target)
+        is_valid = is_valid and (tag != "enum" or issubclass(target, enum.Enum))
+        if not is_valid or (tag == "object" and not self._is_rebuildable(target)):
             raise CheckpointError(
                 f"the checkpoint's state of {self.name} names {path}, which is no class of its "
                 "package; resume with the optimizer and the package version that wrote it"
             )
-        return found
+        return target
 
-    def _ours(self, kind: type) -> bool:
-        return _package(kind.__module__) in self.packages
+    def _is_from_package(self, cls: type) -> bool:
+        return _top_package(cls.__module__) in self.packages
 
-    def _rebuildable(self, kind: type) -> bool:
+    def _is_rebuildable(self, cls: type) -> bool:
         """Whether an object is no more than its attributes."""
         plain = all(
-            getattr(kind, name, None) is getattr(object, name, None)
+            getattr(cls, name, None) is getattr(object, name, None)
             for name in ("__reduce__", "__reduce_ex__", "__new__")
         )
-        acts = ("__slots__", "__setstate__", "__del__")  # the last would run with any attributes
-        simple = not any(hasattr(kind, name) for name in acts)
-        builtin = any(b.__module__ in ("builtins",) and b is not object for b in kind.__mro__)
-        return self._ours(kind) and plain and simple and not builtin
+        active_hooks = (
+            "__slots__",
+            "__setstate__",
+            "__del__",
+        )  # the last would run with any attributes
+        simple = not any(hasattr(cls, name) for name in active_hooks)
+        builtin = any(b.__module__ in ("builtins",) and b is not object for b in cls.__mro__)
+        return self._is_from_package(cls) and plain and simple and not builtin
 
 
-def _plain_key(key: Any) -> bool:
-    return type(key) in PLAIN or (type(key) is tuple and all(type(k) in PLAIN for k in key))
+def _is_plain_key(key: Any) -> bool:
+    return type(key) in SAFE_TYPES or (
+        type(key) is tuple and all(type(k) in SAFE_TYPES for k in key)
+    )
 
 
-def _short(key: Any) -> str:
+def _format_key(key: Any) -> str:
     """A key in a message; a tensor would fill it with numbers."""
     return type(key).__name__ if isinstance(key, Tensor) else repr(key)
 
 
-def _package(module: str) -> str:
+def _top_package(module: str) -> str:
     return module.partition(".")[0]
 
 
-def _path(kind: type) -> str:
-    return f"{kind.__module__}:{kind.__qualname__}"
+def _class_path(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"

@@ -34,13 +34,19 @@ class UpdateSizes(Callback):
 
     def __init__(self) -> None:
         """How often is for `--trainer.log_every_n_steps`."""
-        self._before: dict[str, list[Tensor]] = {}
+        self._previous_weights: dict[str, list[Tensor]] = {}
 
     def logged_metrics(self, trainer: L.Trainer) -> set[str]:
         """What it logs."""
-        labels = [rule[0] for each in trainer.optimizers for rule in by_rule(trainer, each)]
+        labels = [
+            rule[0]
+            for optimizer in trainer.optimizers
+            for rule in group_params_by_rule(trainer, optimizer)
+        ]
         return {
-            f"{kind}/{label}" for kind in ("update/rms", "update/ratio", "lr") for label in labels
+            f"{metric}/{label}"
+            for metric in ("update/rms", "update/ratio", "lr")
+            for label in labels
         }
 
     def on_before_optimizer_step(
@@ -48,45 +54,57 @@ class UpdateSizes(Callback):
     ) -> None:
         """Keep the weights of a step that will be logged."""
         if should_update_logs(trainer):
-            self._before |= {
+            self._previous_weights |= {
                 label: [p.detach().clone() for p in parameters]
-                for label, parameters, _ in by_rule(trainer, optimizer)
+                for label, parameters, _ in group_params_by_rule(trainer, optimizer)
             }
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Compare with the weights now; nothing leaves the device before it is written."""
-        if not self._before:
+        if not self._previous_weights:
             return
         pipeline = getattr(trainer.strategy, "pipeline", None)
         repeated = set() if pipeline is None else set(pipeline.repeated())
-        rules = [rule for each in trainer.optimizers for rule in by_rule(trainer, each)]
+        rules = [
+            rule
+            for optimizer in trainer.optimizers
+            for rule in group_params_by_rule(trainer, optimizer)
+        ]
         for label, parameters, lr in rules:
-            if label not in self._before:  # stepped by hand, and not now
+            if label not in self._previous_weights:  # stepped by hand, and not now
                 continue
-            pairs = zip(parameters, self._before[label], strict=True)
-            pairs = [(p.detach(), before) for p, before in pairs if p not in repeated]
-            step = global_norm([now - before for now, before in pairs], pipeline)
-            size = global_norm([before for _, before in pairs], pipeline)
+            pairs = zip(parameters, self._previous_weights[label], strict=True)
+            pairs = [(p.detach(), old) for p, old in pairs if p not in repeated]
+            step = global_norm([new - old for new, old in pairs], pipeline)
+            size = global_norm([old for _, old in pairs], pipeline)
             count = torch.tensor(float(sum(p.numel() for p, _ in pairs)), device=size.device)
             if pipeline is not None:
                 dist.all_reduce(count, group=pipeline.group)
             pl_module.log(f"update/rms/{label}", step / count.sqrt())
             pl_module.log(f"update/ratio/{label}", step / size.clamp(min=torch.finfo().tiny))
             pl_module.log(f"lr/{label}", float(lr))
-        self._before = {}
+        self._previous_weights = {}
 
 
-def by_rule(trainer: L.Trainer, optimizer: Optimizer) -> list[tuple[str, list[Tensor], float]]:
+def group_params_by_rule(
+    trainer: L.Trainer, optimizer: Optimizer
+) -> list[tuple[str, list[Tensor], float]]:
     """Label, parameters and learning rate of each rule."""
     number = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
-    before = f"{number} " * (number > 0)
+    prefix = f"{number} " * (number > 0)
     if isinstance(optimizer, Composite):
-        groups = [(label, own) for label, (_, own) in optimizer.by_label().items()]
+        groups = [
+            (label, rule_groups) for label, (_, rule_groups) in optimizer.groups_by_label().items()
+        ]
     else:
         groups = [(f"group {i}", [group]) for i, group in enumerate(optimizer.param_groups)]
     return [
-        (before + label, [p for group in own for p in group["params"]], own[0].get("lr", math.nan))
-        for label, own in groups
+        (
+            prefix + label,
+            [p for group in rule_groups for p in group["params"]],
+            rule_groups[0].get("lr", math.nan),
+        )
+        for label, rule_groups in groups
     ]

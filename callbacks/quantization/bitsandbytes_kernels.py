@@ -17,10 +17,10 @@ def dequantize(
 
     code = torch.tensor(nf4.levels(), dtype=torch.float64).float().to(codes.device)
     state = QuantState(
-        absmax=nf4.scales(scale, *more),
+        absmax=nf4.block_scales(scale, *more),
         shape=shape,
         code=code,
-        blocksize=nf4.BLOCK,
+        blocksize=nf4.BLOCK_SIZE,
         quant_type="nf4",
         dtype=dtype,
     )

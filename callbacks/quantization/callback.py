@@ -14,22 +14,22 @@ from rich.table import Table
 from torch import nn
 
 from ravine.errors import UsageError
-from ravine.strategies.materialize import values_of
+from ravine.strategies.materialize import deferred_values
 
 from ..transforms.base import Transform
-from ..transforms.layer_mixins import refuse_sharded, refuse_unlike
+from ..transforms.layer_mixins import check_not_sharded, check_plain_layer
 from ..transforms.layer_selection import (
     Patterns,
-    frozen_copies,
-    hidden_layers,
-    hits,
-    listed,
-    matching,
-    within,
+    as_list,
+    find_frozen_copies,
+    find_hidden_layers,
+    is_submodule_of,
+    matches_pattern,
+    select_names,
 )
-from .layers import QuantizedLinear, Rounding, quantize_layer, refuse_non_finite
+from .layers import DeferredQuantization, QuantizedLinear, check_finite_weight, quantize_layer
 
-SHOWN = 5  # layers of the table of errors
+MAX_LISTED = 5  # layers of the table of errors
 
 
 class Quantization(Transform):
@@ -73,11 +73,11 @@ class Quantization(Transform):
             raise UsageError("Quantization: bitsandbytes is for nf4 here; type backend: torch")
         self.arguments: dict[str, Any] = {
             "scheme": scheme,
-            "targets": None if targets is None else listed(targets),
-            "exclude": listed(exclude),
+            "targets": None if targets is None else as_list(targets),
+            "exclude": as_list(exclude),
             "double": double,
         }
-        self.backend, self.frozen_copies = backend, frozen_copies
+        self.backend, self.allow_frozen_copies = backend, frozen_copies
         self.errors: dict[str, float] = {}  # RMS of the rounding over the weights', by layer
 
     def identity(self) -> dict[str, Any]:
@@ -107,8 +107,8 @@ class Quantization(Transform):
     def transform(self, module: nn.Module) -> None:
         """Quantize and say how much was lost."""
         arguments = {key: self.arguments[key] for key in ("scheme", "targets", "exclude", "double")}
-        how = {"backend": self.backend, "copies": self.frozen_copies}
-        self.errors = quantize_module(module, **arguments, **how)
+        options = {"backend": self.backend, "copies": self.allow_frozen_copies}
+        self.errors = quantize_module(module, **arguments, **options)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the layers that lost most; refuse a net in which nothing is left to train."""
@@ -119,15 +119,15 @@ class Quantization(Transform):
                 "adapters: type --trainer.callbacks+=LoRA"
             )
         if trainer.is_global_zero and self.errors:
-            Console().print(error_table(self.errors, self.arguments["scheme"]))
+            Console().print(make_error_table(self.errors, self.arguments["scheme"]))
 
     def accept(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another net; float weights are rounded as they come."""
         state = checkpoint.get("state_dict", {})
-        here = {name.replace(".weight_codes", ".weight") for name in module.state_dict()}
+        expected_names = {name.replace(".weight_codes", ".weight") for name in module.state_dict()}
         missing = [
             name
-            for name in here
+            for name in expected_names
             if "lora_" not in name
             and ".weight_" not in name
             and name not in state
@@ -140,7 +140,7 @@ class Quantization(Transform):
             )
 
 
-def quantizable(module: nn.Module) -> dict[str, nn.Linear]:
+def find_quantizable_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """The Linear layers that are called; torch's attention reads the weight of its own."""
     inner = {m.out_proj for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
     return {
@@ -164,10 +164,10 @@ def quantize_module(
     Without `copies` a net of which the module holds a frozen copy, or the copy, is refused. A
     weight whose values are made later is rounded then, and its error is in the result then.
     """
-    refuse_sharded(module, "Quantization")
-    layers = quantizable(module)
+    check_not_sharded(module, "Quantization")
+    layers = find_quantizable_layers(module)
     if targets is None:
-        hidden = hidden_layers(module)
+        hidden = find_hidden_layers(module)
         names = [name for name in layers if name in hidden]
         if not names:
             raise UsageError(
@@ -175,66 +175,70 @@ def quantize_module(
                 "type --trainer.callbacks.targets=NAME"
             )
     else:
-        _refuse_other_kinds(module, targets, layers)
-        names = matching(targets, list(layers), "Quantization.targets")
-    out = matching(exclude, names, "Quantization.exclude")
-    names = [name for name in names if name not in out]
+        _check_target_types(module, targets, layers)
+        names = select_names(targets, list(layers), "Quantization.targets")
+    excluded = select_names(exclude, names, "Quantization.exclude")
+    names = [name for name in names if name not in excluded]
     if not names:
         raise UsageError("Quantization: no layer is left to round; type a narrower exclude")
     for name in names:
-        _refuse(module, name, layers[name])
+        _check_layer(module, name, layers[name])
     if not copies:
-        _refuse_copies(module, names)
+        _check_no_frozen_copies(module, names)
     errors: dict[str, float] = {}
     latest: list[Any] = []
     for name in names:
-        layer, later = layers[name], None
-        if values_of(layer.weight) is not None:
+        layer, deferred = layers[name], None
+        if deferred_values(layer.weight) is not None:
             report = partial(errors.__setitem__, name)
-            later = Rounding(name, layer.weight, scheme, double, latest, report)
-        error = quantize_layer(layer, scheme, double, backend, later)
+            deferred = DeferredQuantization(name, layer.weight, scheme, double, latest, report)
+        error = quantize_layer(layer, scheme, double, backend, deferred)
         if error is not None:
             errors[name] = error
     return errors
 
 
-def _refuse_other_kinds(module: nn.Module, targets: Patterns, layers: dict[str, nn.Linear]) -> None:
-    for pattern in listed(targets):
-        if any(hits(pattern, name) for name in layers):
+def _check_target_types(module: nn.Module, targets: Patterns, layers: dict[str, nn.Linear]) -> None:
+    for pattern in as_list(targets):
+        if any(matches_pattern(pattern, name) for name in layers):
             continue
         for name, layer in module.named_modules():
-            if name and hits(pattern, name):
+            if name and matches_pattern(pattern, name):
                 raise UsageError(
                     f"Quantization.targets: {pattern!r} hits {name}, a {type(layer).__name__}; "
                     f"allowed: Linear layers that are called, here {', '.join(list(layers)[:4])}"
                 )
 
 
-def _refuse_copies(module: nn.Module, names: list[str]) -> None:
-    for copy, original in frozen_copies(module).items():
-        hit = [one for one in (original, copy) if any(within(name, one) for name in names)]
+def _check_no_frozen_copies(module: nn.Module, names: list[str]) -> None:
+    for copy, original in find_frozen_copies(module).items():
+        hit = [
+            module_name
+            for module_name in (original, copy)
+            if any(is_submodule_of(name, module_name) for name in names)
+        ]
         if hit:
             raise UsageError(
                 f"Quantization: {copy} is a frozen copy of {original}; code that pairs their "
                 "parameters (a momentum teacher) would meet bits in the place of weights; type "
-                f"--trainer.callbacks.exclude=[{','.join(f'{one}*' for one in hit)}], or for a "
+                f"--trainer.callbacks.exclude=[{','.join(f'{name}*' for name in hit)}], or for a "
                 "fixed reference --trainer.callbacks.frozen_copies=true"
             )
 
 
-def _refuse(module: nn.Module, name: str, layer: nn.Linear) -> None:
+def _check_layer(module: nn.Module, name: str, layer: nn.Linear) -> None:
     if isinstance(layer, QuantizedLinear):
         raise UsageError(f"Quantization: {name} is quantized already; make a new module")
     if hasattr(layer, "lora_enabled"):
         raise UsageError(f"Quantization: {name} has an adapter already; round first, then adapt")
-    refuse_unlike(name, layer, nn.Linear, "Quantization")
-    if values_of(layer.weight) is None:  # else it is tried when it is rounded
-        refuse_non_finite(name, layer.weight)
+    check_plain_layer(name, layer, nn.Linear, "Quantization")
+    if deferred_values(layer.weight) is None:  # else it is tried when it is rounded
+        check_finite_weight(name, layer.weight)
     sharing = [
         f"{other}.{key}".lstrip(".")
-        for other, part in module.named_modules()
-        for key, parameter in part._parameters.items()
-        if parameter is layer.weight and part is not layer
+        for other, submodule in module.named_modules()
+        for key, parameter in submodule._parameters.items()
+        if parameter is layer.weight and submodule is not layer
     ]
     if sharing:
         raise UsageError(
@@ -243,13 +247,13 @@ def _refuse(module: nn.Module, name: str, layer: nn.Linear) -> None:
         )
 
 
-def error_table(errors: dict[str, float], scheme: str) -> Table:
+def make_error_table(errors: dict[str, float], scheme: str) -> Table:
     """The layers that lost most."""
-    made = Table("layer", f"{scheme}: RMS error / RMS weight")
-    for name in sorted(errors, key=lambda name: -errors[name])[:SHOWN]:
-        made.add_row(name, f"{errors[name]:.4f}")
-    if len(errors) > SHOWN:
-        made.add_row(
+    table = Table("layer", f"{scheme}: RMS error / RMS weight")
+    for name in sorted(errors, key=lambda name: -errors[name])[:MAX_LISTED]:
+        table.add_row(name, f"{errors[name]:.4f}")
+    if len(errors) > MAX_LISTED:
+        table.add_row(
             f"... of {len(errors)} layers, mean", f"{sum(errors.values()) / len(errors):.4f}"
         )
-    return made
+    return table

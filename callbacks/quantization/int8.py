@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PIECE = 2**18  # weights that are rounded at once
+CHUNK_SIZE = 2**18  # weights that are rounded at once
 
 
 def quantize(weight: Tensor) -> dict[str, Tensor]:
@@ -13,26 +13,28 @@ def quantize(weight: Tensor) -> dict[str, Tensor]:
     weight = weight.detach()
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for rows in _rows(weight.shape):
-        piece = weight[rows].float()
-        scale[rows] = step = piece.abs().amax(1) / 127
-        codes[rows] = (piece / step.clamp_min(1e-30)[:, None]).round().to(torch.int8)
+    for rows in _row_slices(weight.shape):
+        chunk = weight[rows].float()
+        scale[rows] = step = chunk.abs().amax(1) / 127
+        codes[rows] = (chunk / step.clamp_min(1e-30)[:, None]).round().to(torch.int8)
     return {"codes": codes, "scales": scale}
 
 
 def dequantize(shape: torch.Size, dtype: torch.dtype, codes: Tensor, scale: Tensor) -> Tensor:
     """The weight (o, d)."""
-    made = torch.float32 if dtype == torch.float64 else dtype
-    return (codes.to(made) * scale.to(made)[:, None]).to(dtype)
+    compute_dtype = torch.float32 if dtype == torch.float64 else dtype
+    return (codes.to(compute_dtype) * scale.to(compute_dtype)[:, None]).to(dtype)
 
 
-def pieces(shape: torch.Size, dtype: torch.dtype, codes: Tensor, scale: Tensor) -> Iterator[Tensor]:
+def iter_dequantized(
+    shape: torch.Size, dtype: torch.dtype, codes: Tensor, scale: Tensor
+) -> Iterator[Tensor]:
     """The numbers of `dequantize` in their order, as flat tensors of at most PIECE numbers."""
-    for rows in _rows(shape):
-        part = codes[rows]
-        yield dequantize(part.shape, dtype, part, scale[rows]).flatten()
+    for rows in _row_slices(shape):
+        chunk_codes = codes[rows]
+        yield dequantize(chunk_codes.shape, dtype, chunk_codes, scale[rows]).flatten()
 
 
-def _rows(shape: torch.Size) -> Iterator[slice]:
-    step = max(1, PIECE // max(1, shape[1]))
+def _row_slices(shape: torch.Size) -> Iterator[slice]:
+    step = max(1, CHUNK_SIZE // max(1, shape[1]))
     return (slice(first, first + step) for first in range(0, shape[0], step))

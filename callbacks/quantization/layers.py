@@ -18,65 +18,69 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ravine.errors import UsageError
-from ravine.strategies.checkpoint.saving import non_finite
-from ravine.strategies.materialize import values_of
+from ravine.strategies.checkpoint.saving import first_non_finite
+from ravine.strategies.materialize import deferred_values
 
-from ..transforms.layer_mixins import Swapped, multiplied_in, swap, swap_back
+from ..transforms.layer_mixins import LayerMixin, add_mixin, matmul_dtype, remove_mixin
 from . import bitsandbytes_kernels, int8, nf4
 
-PARTS = ("weight_codes", "weight_scales", "weight_outer", "weight_mean")
-SCHEMES = {"nf4": nf4.dequantize, "int8": int8.dequantize}
-PIECES = {"nf4": nf4.pieces, "int8": int8.pieces}
+QUANT_PARAM_NAMES = ("weight_codes", "weight_scales", "weight_outer", "weight_mean")
+DEQUANTIZERS = {"nf4": nf4.dequantize, "int8": int8.dequantize}
+CHUNKED_DEQUANTIZERS = {"nf4": nf4.iter_dequantized, "int8": int8.iter_dequantized}
 
 
-class _Multiply(torch.autograd.Function):
+class _QuantizedMatmul(torch.autograd.Function):
     """x W^T + b with W made anew for each use; nothing of W's size is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, decode: Any, *parts: Tensor) -> Tensor:
-        ctx.save_for_backward(*parts)
-        ctx.decode = decode
-        return F.linear(x, decode(x.dtype, *parts), bias)
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, dequantize: Any, *quantized: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*quantized)
+        ctx.decode = dequantize
+        return F.linear(x, dequantize(x.dtype, *quantized), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (dy,) = gradients  # (... o)
-        parts = ctx.saved_tensors  # once: under recomputation they can be had once
+        quantized = ctx.saved_tensors  # once: under recomputation they can be had once
         dx = db = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.decode(dy.dtype, *parts)
+            dx = dy @ ctx.decode(dy.dtype, *quantized)
         if ctx.needs_input_grad[1]:
             db = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, db, None, *(None for _ in parts)
+        return dx, db, None, *(None for _ in quantized)
 
 
-class QuantizedLinear(Swapped, nn.Linear):
+class QuantizedLinear(LayerMixin, nn.Linear):
     """A Linear with `weight_codes` and `weight_scales` in the place of `weight`."""
 
     keeps = ("weight_scales", "weight_outer", "weight_mean")  # float32 under bf16-true too
     scheme: str
-    double: bool
+    double_quant: bool
     backend: str
-    dense: torch.dtype  # of the weight before
+    original_dtype: torch.dtype  # of the weight before
     trained: bool  # whether the weight did, before it was rounded
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight that is multiplied by; made anew at each look."""
-        return self._decode()(self.dense, *self._parts())
+        return self._get_dequantizer()(self.original_dtype, *self._quantized_tensors())
 
     def forward(self, input: Tensor) -> Tensor:
         """As a Linear does, in the dtype autocast or the input asks for."""
-        dtype = multiplied_in(input)
+        dtype = matmul_dtype(input)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _Multiply.apply(input.to(dtype), bias, self._decode(), *self._parts())
+        return _QuantizedMatmul.apply(
+            input.to(dtype), bias, self._get_dequantizer(), *self._quantized_tensors()
+        )
 
     def dequantize(self) -> None:
         """Be a plain Linear again, with the rounded weight."""
         weight = nn.Parameter(self.weight, requires_grad=False)
-        for name in PARTS:
+        for name in QUANT_PARAM_NAMES:
             self._parameters.pop(name, None)
-        swap_back(self)
+        remove_mixin(self)
         bias = self._parameters.pop("bias")
         self._parameters |= {"weight": weight, "bias": bias}  # in the usual order
 
@@ -84,27 +88,28 @@ class QuantizedLinear(Swapped, nn.Linear):
         """The layer's own, and the bits."""
         return f"{super().extra_repr()}, {self.scheme}"
 
-    def _parts(self) -> list[Tensor]:
-        found = (self._parameters.get(name) for name in PARTS)
-        return [part for part in found if part is not None]
+    def _quantized_tensors(self) -> list[Tensor]:
+        tensors = (self._parameters.get(name) for name in QUANT_PARAM_NAMES)
+        return [tensor for tensor in tensors if tensor is not None]
 
-    def _decode(self) -> Any:
+    def _get_dequantizer(self) -> Any:
         shape = torch.Size((self.out_features, self.in_features))
         if self.backend == "bitsandbytes":
             return partial(bitsandbytes_kernels.dequantize, shape)
-        return partial(SCHEMES[self.scheme], shape)
+        return partial(DEQUANTIZERS[self.scheme], shape)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        dense = state_dict.pop(f"{prefix}weight", None)
-        if dense is not None:  # a file of the net before: rounded as it comes
-            parts = encode(dense, self.scheme, self.double)
-            state_dict |= {f"{prefix}weight_{name}": part for name, part in parts.items()}
-        for name in PARTS[:2]:
-            saved, ours = state_dict.get(prefix + name), getattr(self, name)
-            if saved is not None and (saved.shape, saved.dtype) != (ours.shape, ours.dtype):
+        float_weight = state_dict.pop(f"{prefix}weight", None)
+        if float_weight is not None:  # a file of the net before: rounded as it comes
+            tensors = quantize_weight(float_weight, self.scheme, self.double_quant)
+            state_dict |= {f"{prefix}weight_{name}": tensor for name, tensor in tensors.items()}
+        for name in QUANT_PARAM_NAMES[:2]:
+            saved, current = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and (saved.shape, saved.dtype) != (current.shape, current.dtype):
                 raise UsageError(
                     f"{prefix}{name} is {saved.dtype} {tuple(saved.shape)} in the checkpoint and "
-                    f"{ours.dtype} {tuple(ours.shape)} here ({self.scheme}, double={self.double}); "
+                    f"{current.dtype} {tuple(current.shape)} here ({self.scheme}, "
+                    f"double={self.double_quant}); "
                     "allowed: the scheme and double that it was saved with; type "
                     "--trainer.callbacks.scheme=nf4, or int8, or --trainer.callbacks.double=false"
                 )
@@ -114,28 +119,28 @@ class QuantizedLinear(Swapped, nn.Linear):
 class NF4(QuantizedLinear):
     """Four bits a weight."""
 
-    prefix, scheme = "NF4", "nf4"
+    class_prefix, scheme = "NF4", "nf4"
 
 
 class Int8(QuantizedLinear):
     """Eight."""
 
-    prefix, scheme = "Int8", "int8"
+    class_prefix, scheme = "Int8", "int8"
 
 
-def encode(weight: Tensor, scheme: str, double: bool) -> dict[str, Tensor]:
+def quantize_weight(weight: Tensor, scheme: str, double_quant: bool) -> dict[str, Tensor]:
     """The tensors that stand for a weight (o, d)."""
-    return nf4.quantize(weight, double) if scheme == "nf4" else int8.quantize(weight)
+    return nf4.quantize(weight, double_quant) if scheme == "nf4" else int8.quantize(weight)
 
 
-class Rounding:
+class DeferredQuantization:
     """Rounds the weight of one layer when its codes are asked for: sharding comes before it.
 
     Args:
         name: of the layer, for an error.
         weight: on the meta device, with values that are made later.
         scheme: nf4 or int8.
-        double: whether NF4's scales are quantized.
+        double_quant: whether NF4's scales are quantized.
         latest: the layer that was rounded last, with its parts; shared by all layers of a network,
             so that the parts of one layer are in memory.
         report: is called with the error's RMS over the weight's, once.
@@ -146,76 +151,81 @@ class Rounding:
         name: str,
         weight: Tensor,
         scheme: str,
-        double: bool,
+        double_quant: bool,
         latest: list[Any],
         report: Callable[[float], None],
     ) -> None:
         """Nothing is rounded yet."""
-        self.name, self.values, self.shape = name, values_of(weight), weight.shape
-        self.dtype, self.scheme, self.double = weight.dtype, scheme, double
-        self.latest, self.report, self.reported = latest, report, False
+        self.name, self.values, self.shape = name, deferred_values(weight), weight.shape
+        self.dtype, self.scheme, self.double_quant = weight.dtype, scheme, double_quant
+        self.latest, self.report, self.is_reported = latest, report, False
 
     @torch.no_grad()
-    def parts(self) -> dict[str, Tensor]:
+    def quantized_tensors(self) -> dict[str, Tensor]:
         """The tensors that stand for the weight, whole, on the CPU."""
         if not self.latest or self.latest[0] is not self:
             self.latest.clear()
             weight = self.values.rows(0, self.shape[0])
-            refuse_non_finite(self.name, weight)
-            parts = encode(weight, self.scheme, self.double)
-            if not self.reported:
-                self.report(rounding_error(weight, parts, self.scheme))
-            self.reported = True
-            self.latest += [self, parts]
+            check_finite_weight(self.name, weight)
+            tensors = quantize_weight(weight, self.scheme, self.double_quant)
+            if not self.is_reported:
+                self.report(compute_quantization_error(weight, tensors, self.scheme))
+            self.is_reported = True
+            self.latest += [self, tensors]
         return self.latest[1]
 
 
-class RoundedValues:
+class DeferredTensor:
     """The values of one of the parts, to be read after sharding (strategies/materialize.py)."""
 
-    def __init__(self, rounding: Rounding, part: str) -> None:
+    def __init__(self, quantization: DeferredQuantization, tensor_name: str) -> None:
         """Of which layer, and which part of it."""
-        self.rounding, self.part = rounding, part
+        self.quantization, self.tensor_name = quantization, tensor_name
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` (exclusive)."""
-        return self.rounding.parts()[self.part][start:stop]
+        return self.quantization.quantized_tensors()[self.tensor_name][start:stop]
 
 
-def refuse_non_finite(name: str, weight: Tensor) -> None:
+def check_finite_weight(name: str, weight: Tensor) -> None:
     """ValueError for a weight that cannot be rounded."""
-    if non_finite([(name, weight)]):
+    if first_non_finite([(name, weight)]):
         raise UsageError(f"Quantization: the weight of {name} has inf or nan; start from another")
 
 
 @torch.no_grad()
 def quantize_layer(
-    layer: nn.Linear, scheme: str, double: bool, backend: str, later: Rounding | None
+    layer: nn.Linear,
+    scheme: str,
+    double_quant: bool,
+    backend: str,
+    deferred: DeferredQuantization | None,
 ) -> float | None:
     """Change a Linear in place; returns the error's RMS over the weight's.
 
-    With `later` the weight is on the meta device, and so are the parts; the error is not known yet.
+    With `deferred` the weight is on the meta device, and so are the parts; the error is not known
+    yet.
     """
     weight = layer.weight
-    parts = encode(weight, scheme, double)
+    tensors = quantize_weight(weight, scheme, double_quant)
     del layer.weight
-    swap(layer, {"nf4": NF4, "int8": Int8}[scheme])
-    for name, part in parts.items():
-        parameter = nn.Parameter(part, requires_grad=False)
-        if later is not None:
-            parameter.initial_values = RoundedValues(later, name)  # type: ignore[attr-defined]
+    add_mixin(layer, {"nf4": NF4, "int8": Int8}[scheme])
+    for name, tensor in tensors.items():
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        if deferred is not None:
+            parameter.initial_values = DeferredTensor(deferred, name)  # type: ignore[attr-defined]
         layer.register_parameter(f"weight_{name}", parameter)
     assert isinstance(layer, QuantizedLinear)
-    layer.double, layer.backend, layer.dense = double, backend, weight.dtype
+    layer.double_quant, layer.backend, layer.original_dtype = double_quant, backend, weight.dtype
     layer.trained = weight.requires_grad
-    return None if later is not None else rounding_error(weight, parts, scheme)
+    return None if deferred is not None else compute_quantization_error(weight, tensors, scheme)
 
 
-def rounding_error(weight: Tensor, parts: dict[str, Tensor], scheme: str) -> float:
+def compute_quantization_error(weight: Tensor, tensors: dict[str, Tensor], scheme: str) -> float:
     """RMS of the rounding over that of the weight."""
     flat, start = weight.detach().flatten(), 0
     error = size = torch.zeros((), dtype=torch.float64, device=weight.device)
-    for rounded in PIECES[scheme](weight.shape, weight.dtype, *parts.values()):
+    for rounded in CHUNKED_DEQUANTIZERS[scheme](weight.shape, weight.dtype, *tensors.values()):
         piece = flat[start : start + len(rounded)].float()
         error = error + (rounded.float() - piece).square().sum(dtype=torch.float64)
         size = size + piece.square().sum(dtype=torch.float64)

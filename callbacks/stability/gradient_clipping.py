@@ -29,44 +29,46 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 from ravine.lightning_compat import should_update_logs
-from ravine.strategies.shards import local
+from ravine.strategies.shards import to_local
 
-from ..checks.run_checks import before_training
-from ..hooks import patch, unpatch
-from .nan_guard import NonFiniteError, StepsLeftOut
+from ..checks.run_checks import add_run_checks
+from ..hooks import override_hook, restore_hook
+from .nan_guard import NonFiniteError, SkippedSteps
 
 
 def global_norm(
     gradients: Sequence[Tensor],
     pipeline: Any = None,
-    elsewhere: Sequence[Tensor] = (),
+    excluded: Sequence[Tensor] = (),
     owned: tuple[ProcessGroup, Tensor] | None = None,
 ) -> Tensor:
     """The norm of all gradients together, () on their device, the same on every rank.
 
     In float64 if a gradient is, else in float32; 0 if there are none. In a pipeline each stage has
-    its own gradients; another stage counts those in `elsewhere`. With ZeRO-1 each rank has the
+    its own gradients; another stage counts those in `excluded`. With ZeRO-1 each rank has the
     gradients that it owns: `owned` is the group of ranks, and a parameter of the widest dtype.
     """
     if not gradients and pipeline is None and owned is None:
         return torch.zeros(())
-    one = gradients[0] if gradients else next(pipeline.module.parameters()) if pipeline else None
-    one = one if owned is None else owned[1]
-    assert one is not None
-    exact = any(g.dtype in (torch.float64, torch.complex128) for g in [*gradients, one])
-    kind = torch.float64 if exact else torch.float32
-    gradients = [g for g in gradients if not any(g is other for other in elsewhere)]
+    reference = (
+        gradients[0] if gradients else next(pipeline.module.parameters()) if pipeline else None
+    )
+    reference = reference if owned is None else owned[1]
+    assert reference is not None
+    exact = any(g.dtype in (torch.float64, torch.complex128) for g in [*gradients, reference])
+    dtype = torch.float64 if exact else torch.float32
+    gradients = [g for g in gradients if not any(g is other for other in excluded)]
     squares: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         key = None
         if isinstance(gradient, DTensor):
             axes = tuple(i for i, p in enumerate(gradient.placements) if not p.is_replicate())
             key = (gradient.device_mesh, axes)
-        squares.setdefault(key, []).append(_real(gradient))
-    total = torch.zeros((), dtype=kind, device=local(one).device)
+        squares.setdefault(key, []).append(_as_real(gradient))
+    total = torch.zeros((), dtype=dtype, device=to_local(reference).device)
     for key, shards in squares.items():
         # float32, also for bfloat16 gradients: a sum of squares needs the digits
-        norms = torch.stack(_foreach_norm(shards, 2, dtype=kind))
+        norms = torch.stack(_foreach_norm(shards, 2, dtype=dtype))
         square = norms.square().sum()
         if key is not None:
             mesh, axes = key
@@ -80,35 +82,41 @@ def global_norm(
     return total.sqrt()
 
 
-def _real(gradient: Tensor) -> Tensor:
+def _as_real(gradient: Tensor) -> Tensor:
     """This rank's numbers of a gradient; a complex one shows its two parts, of the same memory.
 
     Of a sparse gradient they are the rows that it has, each once: it must be coalesced.
     """
-    part = local(gradient)
-    part = part._values() if part.is_sparse else part
-    return torch.view_as_real(part) if part.is_complex() else part
+    local_gradient = to_local(gradient)
+    local_gradient = local_gradient._values() if local_gradient.is_sparse else local_gradient
+    return torch.view_as_real(local_gradient) if local_gradient.is_complex() else local_gradient
 
 
-def clip_by_norm(gradients: Sequence[Tensor], max_norm: float, *others: Any) -> Tensor:
+def clip_by_norm(gradients: Sequence[Tensor], max_norm: float, *norm_args: Any) -> Tensor:
     """Scale gradients in place so that their global norm is at most max_norm; the norm before.
 
-    `others` are the further arguments of `global_norm`.
+    `norm_args` are the further arguments of `global_norm`.
     """
-    norm = global_norm(gradients, *others)
+    norm = global_norm(gradients, *norm_args)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if gradients:
-        parts = [local(gradient) for gradient in gradients]
-        _foreach_mul_([part._values() if part.is_sparse else part for part in parts], scale)
+        local_gradients = [to_local(gradient) for gradient in gradients]
+        _foreach_mul_(
+            [
+                local_gradient._values() if local_gradient.is_sparse else local_gradient
+                for local_gradient in local_gradients
+            ],
+            scale,
+        )
     return norm
 
 
-def clip_by_value(gradients: Sequence[Tensor], max_value: float, *others: Any) -> Tensor:
-    """Clamp every number in place; the global norm before, with `others` as its arguments."""
-    norm = global_norm(gradients, *others)
-    if parts := [_real(gradient) for gradient in gradients]:
-        _foreach_clamp_max_(parts, max_value)
-        _foreach_clamp_min_(parts, -max_value)
+def clip_by_value(gradients: Sequence[Tensor], max_value: float, *norm_args: Any) -> Tensor:
+    """Clamp every number in place; the global norm before, with `norm_args` as its arguments."""
+    norm = global_norm(gradients, *norm_args)
+    if local_gradients := [_as_real(gradient) for gradient in gradients]:
+        _foreach_clamp_max_(local_gradients, max_value)
+        _foreach_clamp_min_(local_gradients, -max_value)
     return norm
 
 
@@ -152,10 +160,10 @@ class GradientClipping(Callback):
                 f"GradientClipping: patience={patience} is negative; set 0 to look at nothing"
             )
         self.patience = patience
-        self.left_out = StepsLeftOut()
-        self._loaded: dict[str, int] = {}  # of a checkpoint
+        self.left_out = SkippedSteps()
+        self._saved_counts: dict[str, int] = {}  # of a checkpoint
         self._norm: Tensor | None = None  # of this step, until it is logged
-        self._clipped, self._steps = torch.zeros(()), 0  # since the last log line
+        self._num_clipped, self._num_steps = torch.zeros(()), 0  # since the last log line
 
     def __str__(self) -> str:
         """The callback in a line, for messages."""
@@ -167,7 +175,7 @@ class GradientClipping(Callback):
 
         Of several the last one counts: a flag on the command line comes after a config's.
         """
-        before_training(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)
         if stage != "fit":
             return
         clippings = [c for c in trainer.callbacks if isinstance(c, GradientClipping)]  # pyright: ignore[reportAttributeAccessIssue]
@@ -196,7 +204,9 @@ class GradientClipping(Callback):
             self._clip(trainer, optimizer)
 
         configure_gradient_clipping.takes_partial_gradients = True  # type: ignore[attr-defined]
-        patch(trainer, pl_module, "configure_gradient_clipping", configure_gradient_clipping, self)
+        override_hook(
+            trainer, pl_module, "configure_gradient_clipping", configure_gradient_clipping, self
+        )
 
     def logged_metrics(self, trainer: L.Trainer) -> set[str]:
         """What it logs."""
@@ -206,7 +216,7 @@ class GradientClipping(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the counts for the next log line and for the patience."""
-        counts = {"clipped": float(self._clipped), "steps": self._steps}
+        counts = {"clipped": float(self._num_clipped), "steps": self._num_steps}
         checkpoint["gradient_clipping"] = counts | {"left_out": dict(vars(self.left_out))}
 
     def on_load_checkpoint(
@@ -214,23 +224,23 @@ class GradientClipping(Callback):
     ) -> None:
         """Restore the counts."""
         if counts := checkpoint.get("gradient_clipping"):
-            self._clipped, self._steps = torch.tensor(counts["clipped"]), counts["steps"]
-            self._loaded = counts["left_out"]
+            self._num_clipped, self._num_steps = torch.tensor(counts["clipped"]), counts["steps"]
+            self._saved_counts = counts["left_out"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the steps of this fit, from where a checkpoint left them."""
-        self.left_out = StepsLeftOut()
-        vars(self.left_out).update(self._loaded)
-        self._loaded = {}
+        self.left_out = SkippedSteps()
+        vars(self.left_out).update(self._saved_counts)
+        self._saved_counts = {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run whose last steps were all left out has failed."""
-        self.left_out.end(trainer.global_step)
+        self.left_out.check_last_steps(trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the method back."""
         if stage == "fit":
-            unpatch(pl_module, "configure_gradient_clipping", self)
+            restore_hook(pl_module, "configure_gradient_clipping", self)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -238,10 +248,10 @@ class GradientClipping(Callback):
         """Log, but only what will be written: `self.log` costs 0.3 ms."""
         if self._norm is not None and should_update_logs(trainer):
             pl_module.log("train/grad_norm", self._norm)
-            pl_module.log("train/clipped", self._clipped / self._steps)
+            pl_module.log("train/clipped", self._num_clipped / self._num_steps)
             if self.left_out.total:
                 pl_module.log("train/skipped", float(self.left_out.total))
-            self._clipped, self._steps = torch.zeros_like(self._clipped), 0
+            self._num_clipped, self._num_steps = torch.zeros_like(self._num_clipped), 0
         self._norm = None
 
     def _clip(self, trainer: L.Trainer, optimizer: Optimizer) -> None:
@@ -254,27 +264,33 @@ class GradientClipping(Callback):
         group = getattr(trainer.strategy, "gradient_group", None)
         if not gradients and pipeline is None and group is None:
             return
-        twice: list[Tensor] = []
+        duplicated: list[Tensor] = []
         if pipeline is not None:
-            twice = [p.grad for p in pipeline.repeated() if p.grad is not None]
-        wide = [p for p in parameters if p.dtype in (torch.float64, torch.complex128)]
-        others = (pipeline, twice, None if group is None else (group, (wide or parameters)[0]))
+            duplicated = [p.grad for p in pipeline.repeated() if p.grad is not None]
+        wide_params = [p for p in parameters if p.dtype in (torch.float64, torch.complex128)]
+        norm_args = (
+            pipeline,
+            duplicated,
+            None if group is None else (group, (wide_params or parameters)[0]),
+        )
         if self.max_norm is not None:
-            self._norm = norm = clip_by_norm(gradients, self.max_norm, *others)
+            self._norm = norm = clip_by_norm(gradients, self.max_norm, *norm_args)
             clipped = norm > self.max_norm
         else:
-            self._norm = norm = clip_by_value(gradients, self.max_value or 0.0, *others)
-            clipped = global_norm(gradients, *others) < norm
-        self._clipped, self._steps = clipped + self._clipped, self._steps + 1
-        usual = 10 if norm.device.type == "cpu" else 0
-        patience = usual if self.patience is None else self.patience
+            self._norm = norm = clip_by_value(gradients, self.max_value or 0.0, *norm_args)
+            clipped = global_norm(gradients, *norm_args) < norm
+        self._num_clipped, self._num_steps = clipped + self._num_clipped, self._num_steps + 1
+        default_patience = 10 if norm.device.type == "cpu" else 0
+        patience = default_patience if self.patience is None else self.patience
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # skips such steps by itself
         if patience and scaler is None:
-            self._leave_out(bool(norm.isfinite()), parameters, patience, trainer.global_step)
+            self._skip_step(bool(norm.isfinite()), parameters, patience, trainer.global_step)
 
-    def _leave_out(self, finite: bool, parameters: list[Tensor], patience: int, step: int) -> None:
-        self.left_out.count(finite)
-        if finite:
+    def _skip_step(
+        self, is_finite: bool, parameters: list[Tensor], patience: int, step: int
+    ) -> None:
+        self.left_out.count(is_finite)
+        if is_finite:
             return
         if self.left_out.in_a_row >= patience:
             raise NonFiniteError(

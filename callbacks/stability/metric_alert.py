@@ -7,12 +7,12 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ravine.errors import UsageError
 
-from ..checks.run_checks import before_training
-from ..monitoring.progress import log_interval
+from ..checks.run_checks import add_run_checks
+from ..monitoring.progress import get_log_interval
 
-BELOW = {"train/distinct": 0.5}
+DEFAULT_MIN_VALUES = {"train/distinct": 0.5}
 # short answers have no word n-gram, and a Jaccard distance of 0 from the start
-FALLEN = {"train/jaccard": 0.5, "train/vocabulary": 0.25}
+DEFAULT_MIN_FRACTIONS = {"train/jaccard": 0.5, "train/vocabulary": 0.25}
 
 
 class CollapseAlarm(L.Callback):
@@ -33,10 +33,10 @@ class CollapseAlarm(L.Callback):
         self, below: dict[str, float] | None = None, fallen: dict[str, float] | None = None
     ) -> None:
         """Start without an alarm."""
-        self.asked = {*(below or {}), *(fallen or {})}  # a default may not be logged
+        self.requested = {*(below or {}), *(fallen or {})}  # a default may not be logged
         if below is None and fallen is None:
-            below, fallen = BELOW, FALLEN
-        self.below, self.fallen = below or {}, fallen or {}
+            below, fallen = DEFAULT_MIN_VALUES, DEFAULT_MIN_FRACTIONS
+        self.min_value, self.min_fraction_of_first = below or {}, fallen or {}
         self.first: dict[str, float] = {}
         self.alarms: list[dict[str, Any]] = []  # step, metric, value, bound
         self.ringing: list[str] = []
@@ -44,13 +44,13 @@ class CollapseAlarm(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let the metrics be looked for before the first step."""
-        before_training(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)
 
     def needed_metrics(self) -> tuple[str, list[set[str]]]:
         """All that were given by name; of the defaults one."""
-        watched = {*self.below, *self.fallen}
-        groups = [{name} for name in sorted(self.asked)] or [watched]
-        return "below" if self.asked & self.below.keys() else "fallen", groups
+        watched = {*self.min_value, *self.min_fraction_of_first}
+        groups = [{name} for name in sorted(self.requested)] or [watched]
+        return "below" if self.requested & self.min_value.keys() else "fallen", groups
 
     @property
     def state_key(self) -> str:
@@ -80,13 +80,13 @@ class CollapseAlarm(L.Callback):
     ) -> None:
         """Look at the metrics after the first step, and every log interval."""
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        begins = not self.first
-        if not stepped or not (begins or self.step % log_interval(trainer) == 0):
+        is_first = not self.first
+        if not stepped or not (is_first or self.step % get_log_interval(trainer) == 0):
             return
         metrics = trainer.callback_metrics
-        watched = {*self.below, *self.fallen}
-        found = {name: float(metrics[name]) for name in sorted(watched & metrics.keys())}
-        missing = watched if not found else self.asked - found.keys()
+        watched = {*self.min_value, *self.min_fraction_of_first}
+        values = {name: float(metrics[name]) for name in sorted(watched & metrics.keys())}
+        missing = watched if not values else self.requested - values.keys()
         if missing:
             logged = ", ".join(sorted(metrics)) or "nothing"
             raise UsageError(
@@ -94,13 +94,15 @@ class CollapseAlarm(L.Callback):
                 f"{type(pl_module).__name__} logs {logged}; name metrics of its own: "
                 "--trainer.callbacks.below='{NAME: 0.5}', or leave CollapseAlarm out"
             )
-        self.first = found | self.first
-        for name, value in found.items():
-            self._judge(pl_module, name, value)
+        self.first = values | self.first
+        for name, value in values.items():
+            self._check_metric(pl_module, name, value)
 
-    def _judge(self, module: L.LightningModule, name: str, value: float) -> None:
-        share = self.fallen.get(name)
-        bound = self.below.get(name, 0.0 if share is None else share * self.first[name])
+    def _check_metric(self, module: L.LightningModule, name: str, value: float) -> None:
+        min_fraction = self.min_fraction_of_first.get(name)
+        bound = self.min_value.get(
+            name, 0.0 if min_fraction is None else min_fraction * self.first[name]
+        )
         if value >= bound:
             if name in self.ringing:
                 self.ringing.remove(name)
@@ -110,9 +112,12 @@ class CollapseAlarm(L.Callback):
             return
         self.ringing.append(name)
         self.alarms.append({"step": self.step, "metric": name, "value": value, "bound": bound})
-        was = f" (it began at {self.first[name]:.3g})" if share is not None else ""
+        first_value_note = (
+            f" (it began at {self.first[name]:.3g})" if min_fraction is not None else ""
+        )
         module.print(
-            f"step {self.step}: {name} is {value:.3g}, below {bound:.3g}{was}: what is sampled has "
+            f"step {self.step}: {name} is {value:.3g}, below {bound:.3g}{first_value_note}: what "
+            "is sampled has "
             "degenerated; a lower learning rate, a divergence penalty (kl.beta) or another reward "
             "may keep it alive"
         )

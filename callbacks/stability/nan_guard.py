@@ -16,41 +16,41 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ravine.errors import RunError, UsageError
-from ravine.strategies.checkpoint.saving import non_finite
+from ravine.strategies.checkpoint.saving import first_non_finite
 
-from ..checks.run_checks import before_training
+from ..checks.run_checks import add_run_checks
 
 
 class NonFiniteError(RunError):
     """Training went to NaN or infinity; the text says where."""
 
 
-class StepsLeftOut:
+class SkippedSteps:
     """Optimizer steps that were not taken, of one fit: in all, and the last ones in a row."""
 
     def __init__(self) -> None:
         """Nothing has been looked at."""
         self.looked = self.total = self.in_a_row = 0
 
-    def count(self, fine: bool) -> None:
+    def count(self, is_finite: bool) -> None:
         """One step more, taken or left out."""
         self.looked += 1
-        self.total += not fine
-        self.in_a_row = 0 if fine else self.in_a_row + 1
+        self.total += not is_finite
+        self.in_a_row = 0 if is_finite else self.in_a_row + 1
 
-    def end(self, step: int) -> None:
+    def check_last_steps(self, step: int) -> None:
         """Refuse to call a run done that learned nothing at its end: one bad step may be chance."""
         if self.in_a_row and self.in_a_row >= min(2, self.looked):
-            none = "no optimizer step was taken: " if self.in_a_row == self.looked else ""
+            prefix = "no optimizer step was taken: " if self.in_a_row == self.looked else ""
             raise NonFiniteError(
-                f"{none}the gradient was not finite in the last {self.in_a_row} of "
+                f"{prefix}the gradient was not finite in the last {self.in_a_row} of "
                 f"{self.looked} optimizer steps, up to step {step}, the end of the run; lower the "
                 "learning rate, or see where it begins: --trainer.callbacks+=NaNGuard"
             )
 
 
 class NaNGuard(Callback):
-    """Skip up to `skip` steps whose loss or gradients are not finite, then stop the run.
+    """Skip up to `max_skips` steps whose loss or gradients are not finite, then stop the run.
 
     Costs one read by the host at each optimizer step, which waits for the device; with several
     ranks also one all-reduce of a number, since each sees its own loss. An overflow that a gradient
@@ -68,14 +68,16 @@ class NaNGuard(Callback):
         """Set the number of steps that may be lost."""
         if skip < 0:
             raise UsageError(f"NaNGuard: skip={skip} is negative; set 0 to stop at the first")
-        self.skip = skip
+        self.max_skips = skip
         self.skipped = 0
-        self._left_out = StepsLeftOut()
-        self._finite: Tensor | None = None  # of the losses since the last step, on their device
+        self._skipped_steps = SkippedSteps()
+        self._losses_finite: Tensor | None = (
+            None  # of the losses since the last step, on their device
+        )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let the run be checked before the first step."""
-        before_training(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)
 
     @property
     def state_key(self) -> str:
@@ -92,60 +94,64 @@ class NaNGuard(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the steps of this fit."""
-        self._left_out = StepsLeftOut()
+        self._skipped_steps = SkippedSteps()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run whose last steps were all skipped has failed."""
-        self._left_out.end(trainer.global_step)
+        self._skipped_steps.check_last_steps(trainer.global_step)
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
         """Look at the loss of each micro-batch, without reading it."""
         finite = loss.detach().isfinite().all()
-        self._finite = finite if self._finite is None else self._finite & finite
+        self._losses_finite = (
+            finite if self._losses_finite is None else self._losses_finite & finite
+        )
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Decide on all ranks alike; here gradients are summed, unscaled and not yet clipped."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        loss, self._finite = self._finite, None
+        loss, self._losses_finite = self._losses_finite, None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        fine = _all_finite(loss, gradients, scaler)
+        finite = _all_finite(loss, gradients, scaler)
         ranks = trainer.world_size if dist.is_initialized() else 1
         if ranks > 1:
-            fine = fine.to(pl_module.device, torch.int32)
-            dist.all_reduce(fine, dist.ReduceOp.MIN)
-        self._left_out.count(is_fine := bool(fine))  # the one read
-        if is_fine:
+            finite = finite.to(pl_module.device, torch.int32)
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        self._skipped_steps.count(is_finite := bool(finite))  # the one read
+        if is_finite:
             return
         named = ((f"the gradient of {n}", p.grad) for n, p in pl_module.named_parameters())
-        culprit = non_finite((name, grad) for name, grad in named if grad is not None)
+        non_finite_name = first_non_finite((name, grad) for name, grad in named if grad is not None)
         if loss is not None and not bool(loss):
-            culprit = "the loss"
+            non_finite_name = "the loss"
         if ranks > 1:  # the first rank that knows says it
             answers: list[str | None] = [None] * ranks
-            dist.all_gather_object(answers, culprit)
-            culprit = next(filter(None, answers), None)
-        where = f"{culprit or 'a gradient'} is not finite at step {trainer.global_step}"
+            dist.all_gather_object(answers, non_finite_name)
+            non_finite_name = next(filter(None, answers), None)
+        where = f"{non_finite_name or 'a gradient'} is not finite at step {trainer.global_step}"
         for parameter in parameters:
             parameter.grad = None
         self.skipped += 1
-        if self.skipped > self.skip:
+        if self.skipped > self.max_skips:
             raise NonFiniteError(
-                f"{where}, after {self.skip} skipped steps; the weights are those of the step "
+                f"{where}, after {self.max_skips} skipped steps; the weights are those of the step "
                 "before it; lower the learning rate, or clip: --trainer.callbacks+=GradientClipping"
             )
-        rank_zero_warn(f"{where}: step skipped ({self.skipped} of {self.skip})")
+        rank_zero_warn(f"{where}: step skipped ({self.skipped} of {self.max_skips})")
 
 
 def _all_finite(loss: Tensor | None, gradients: list[Tensor], scaler: Any) -> Tensor:
     """Whether losses and gradients of this rank are finite, unread."""
-    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    parts = [part for part in parts if part.numel()]  # a shard may be empty, which has no largest
-    fine = torch.nn.utils.get_total_norm(parts, float("inf")).isfinite()  # keeps a NaN too
+    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    shards = [
+        shard for shard in shards if shard.numel()
+    ]  # a shard may be empty, which has no largest
+    finite = torch.nn.utils.get_total_norm(shards, float("inf")).isfinite()  # keeps a NaN too
     if scaler is not None and scaler.is_enabled():
-        fine = fine | (scaler._scale.to(fine.device) > 1)
-    return fine if loss is None else fine & loss.to(fine.device)
+        finite = finite | (scaler._scale.to(finite.device) > 1)
+    return finite if loss is None else finite & loss.to(finite.device)

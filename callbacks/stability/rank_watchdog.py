@@ -5,8 +5,9 @@
     during training   a thread in each rank reports where the rank is, once a second
 
 Rank 0 reads the reports. It ends the job in two cases: the loader of one rank has ended an epoch in
-which another rank has begun a later batch; or ranks wait in a collective for `limit` seconds while
-another rank is not in one. A training step has no collective and no device synchronisation more.
+which another rank has begun a later batch; or ranks wait in a collective for `limit_s` seconds
+while another rank is not in one. A training step has no collective and no device synchronisation
+more.
 """
 
 import json
@@ -24,18 +25,22 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ravine.errors import UsageError
-from ravine.strategies.rank_agreement import RanksDiffer, refuse_difference, script_configuration
+from ravine.strategies.rank_agreement import RanksDiffer, check_same_config, collect_script_config
 
-POLL = 1.0  # seconds between two reports of a rank
-BLOCKED = 0.002  # seconds of processor time in a poll; a thread that waits uses less
-BUSY = 3  # a rank that computes may take this many times the limit
-ALL_WAIT = 5.0  # seconds that all ranks wait before unequal loaders are taken for the reason
-GRACE = 3.0  # seconds in which all ranks can read the verdict
-LIBRARIES = (os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(L.__file__)))
+POLL_INTERVAL_S = 1.0  # seconds between two reports of a rank
+MAX_BLOCKED_CPU_S = 0.002  # seconds of processor time in a poll; a thread that waits uses less
+BUSY_FACTOR = 3  # a rank that computes may take this many times the limit
+ALL_WAIT_S = 5.0  # seconds that all ranks wait before unequal loaders are taken for the reason
+GRACE_S = 3.0  # seconds in which all ranks can read the verdict
+LIBRARY_FOLDERS = (os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(L.__file__)))
 
 
-Place = tuple[int, int, int]  # epoch, batches begun, and one of the three states of the last:
-BEGUN, DONE, ENDED = range(3)  # in its step; between two steps; the loader has no more
+StepPosition = tuple[
+    int, int, int
+]  # epoch, batches begun, and one of the three states of the last:
+STEP_BEGUN, STEP_DONE, LOADER_ENDED = range(
+    3
+)  # in its step; between two steps; the loader has no more
 
 
 class RankWatchdog(Callback):
@@ -55,13 +60,13 @@ class RankWatchdog(Callback):
         """Set the limit."""
         if limit <= 0:
             raise UsageError(f"RankWatchdog: limit={limit} is not positive; set seconds, as 300")
-        self.limit = limit
+        self.limit_s = limit
         self._group: Any = None
         self._store: Any = None
         self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
-        self._place: Place = (0, 0, BEGUN)
-        self._rank = self._ranks = 0
+        self._stop_event = threading.Event()
+        self._position: StepPosition = (0, 0, STEP_BEGUN)
+        self._rank = self._num_ranks = 0
         self._trainer: Any = None
 
     @property
@@ -73,15 +78,15 @@ class RankWatchdog(Callback):
         """Compare the configurations of the ranks."""
         if trainer.world_size == 1 or not dist.is_initialized():
             return
-        self._trainer, self._rank, self._ranks = trainer, dist.get_rank(), dist.get_world_size()
+        self._trainer, self._rank, self._num_ranks = trainer, dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
-        refuse_difference(script_configuration(trainer), self._group)
+        check_same_config(collect_script_config(trainer), self._group)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the thread that reports and watches."""
         if self._group is None:
             return
-        self._place = (trainer.current_epoch, 0, BEGUN)
+        self._position = (trainer.current_epoch, 0, STEP_BEGUN)
         address = trainer.strategy.cluster_environment.main_address  # type: ignore[attr-defined]
         port = [0]
         if self._rank == 0:
@@ -90,68 +95,70 @@ class RankWatchdog(Callback):
         dist.broadcast_object_list(port, group=self._group)
         if self._rank:
             self._store = TCPStore(address, port[0])
-        self._stop.clear()
-        watched = threading.get_ident()
-        self._thread = threading.Thread(target=self._watch, args=(watched,), daemon=True)
+        self._stop_event.clear()
+        thread_id = threading.get_ident()
+        self._thread = threading.Thread(target=self._run_watch_loop, args=(thread_id,), daemon=True)
         self._thread.start()
-        self._compare_lengths(trainer)
+        self._compare_loader_lengths(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare the lengths of the loaders, which may be new."""
         if self._group is not None:
-            self._compare_lengths(trainer)
+            self._compare_loader_lengths(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Record the position for the reports."""
-        self._place = (trainer.current_epoch, batch_idx + 1, BEGUN)
+        self._position = (trainer.current_epoch, batch_idx + 1, STEP_BEGUN)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Record the end of the step, or of the loader."""
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        self._place = (*self._place[:2], ENDED if last else DONE)
+        self._position = (*self._position[:2], LOADER_ENDED if last else STEP_DONE)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait for the other ranks while the thread still watches, then stop it."""
         if self._thread is not None:
             dist.barrier(group=self._group)
-        self._end_watch()
+        self._stop_thread()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Stop the thread: the exception is the reason why this rank ends."""
-        self._end_watch()
+        self._stop_thread()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Destroy the process group."""
-        self._end_watch()
+        self._stop_thread()
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def _end_watch(self) -> None:
-        self._stop.set()
+    def _stop_thread(self) -> None:
+        self._stop_event.set()
         if self._thread is not None:
-            self._thread.join(GRACE)
+            self._thread.join(GRACE_S)
         self._thread = self._store = None
 
-    def _compare_lengths(self, trainer: L.Trainer) -> None:
+    def _compare_loader_lengths(self, trainer: L.Trainer) -> None:
         """Refuse loaders of unequal length, unless the run ends within the shortest."""
-        every: list[Any] = [None] * self._ranks
-        dist.all_gather_object(every, trainer.num_training_batches, group=self._group)
-        sized = [n for n in every if n != float("inf")]
-        if len(sized) < len(every) or min(sized) == max(sized):
+        lengths: list[Any] = [None] * self._num_ranks
+        dist.all_gather_object(lengths, trainer.num_training_batches, group=self._group)
+        sized = [n for n in lengths if n != float("inf")]
+        if len(sized) < len(lengths) or min(sized) == max(sized):
             return
-        shortest = every.index(min(sized))
-        longest = every.index(max(sized))
+        shortest = lengths.index(min(sized))
+        longest = lengths.index(max(sized))
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if trainer.max_steps != -1:
-            left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-            if done + left <= min(sized):
+            num_batches_left = (
+                trainer.max_steps - trainer.global_step
+            ) * trainer.accumulate_grad_batches
+            if done + num_batches_left <= min(sized):
                 return
         raise RanksDiffer(
             f"the training loader has {min(sized)} batches on rank {shortest} and {max(sized)} on"
@@ -159,85 +166,91 @@ class RankWatchdog(Callback):
             f" length, or set limit_train_batches={min(sized)}"
         )
 
-    def _watch(self, watched: int) -> None:
+    def _run_watch_loop(self, thread_id: int) -> None:
         """Run in the thread: report, and end the process once rank 0 has decided so."""
-        wait = _WaitTimer(watched)
-        lost = 0.0
-        beats: dict[int, tuple[int, float]] = {}
+        wait_timer = _WaitTimer(thread_id)
+        lost_s = 0.0
+        heartbeats: dict[int, tuple[int, float]] = {}
         number = 0
-        while not self._stop.wait(POLL):
+        while not self._stop_event.wait(POLL_INTERVAL_S):
             store = self._store
             number += 1
-            waiting, busy, where = wait.measure(self._place)
-            report = [number, *self._place, waiting, busy, where]
+            waiting_s, is_busy, call_text = wait_timer.measure(self._position)
+            report = [number, *self._position, waiting_s, is_busy, call_text]
             try:
                 store.set(str(self._rank), json.dumps(report))
                 if self._rank == 0:
-                    if verdict := self._reason_to_end(_read(store, range(self._ranks)), beats):
+                    if verdict := self._find_stop_reason(
+                        _load_reports(store, range(self._num_ranks)), heartbeats
+                    ):
                         self._end_job(store, verdict)
                 elif store.check(["verdict"]):
                     _silence_stderr()
                     store.set(f"read {self._rank}", "")
                     os._exit(1)
-                lost = 0.0
+                lost_s = 0.0
             except RuntimeError:  # rank 0 has ended; the collective may raise an error, or hang
-                lost += POLL
-                if waiting and lost > 10 * GRACE and not self._stop.is_set():
+                lost_s += POLL_INTERVAL_S
+                if waiting_s and lost_s > 10 * GRACE_S and not self._stop_event.is_set():
                     os._exit(1)
 
-    def _reason_to_end(
-        self, reports: dict[int, list[Any]], beats: dict[int, tuple[int, float]]
+    def _find_stop_reason(
+        self, reports: dict[int, list[Any]], heartbeats: dict[int, tuple[int, float]]
     ) -> str:
         """The reason why the job cannot continue; empty if it can."""
         now = time.monotonic()
         for rank, report in reports.items():
-            if beats.get(rank, (-1, 0))[0] != report[0]:
-                beats[rank] = (report[0], now)
-        places = {rank: (report[1], report[2], report[3]) for rank, report in reports.items()}
-        if text := describe_ended_loader(places):
+            if heartbeats.get(rank, (-1, 0))[0] != report[0]:
+                heartbeats[rank] = (report[0], now)
+        positions = {rank: (report[1], report[2], report[3]) for rank, report in reports.items()}
+        if text := describe_ended_loader(positions):
             return text
-        waits = {rank: report[4] for rank, report in reports.items()}
-        outside = [
-            r for r, seconds in waits.items() if seconds == 0 or now - beats[r][1] > 5 * POLL
+        waiting_s = {rank: report[4] for rank, report in reports.items()}
+        ranks_outside = [
+            r
+            for r, seconds in waiting_s.items()
+            if seconds == 0 or now - heartbeats[r][1] > 5 * POLL_INTERVAL_S
         ]
-        inside = [r for r in waits if r not in outside]
-        if not inside:
+        ranks_waiting = [r for r in waiting_s if r not in ranks_outside]
+        if not ranks_waiting:
             return ""
-        seconds = min(waits[r] for r in inside)
+        seconds = min(waiting_s[r] for r in ranks_waiting)
         if (
-            not outside
-            and seconds > ALL_WAIT
-            and (text := describe_ended_loader(places, between_steps=True))
+            not ranks_outside
+            and seconds > ALL_WAIT_S
+            and (text := describe_ended_loader(positions, between_steps=True))
         ):
             return text
-        busy = any(reports[r][5] for r in outside)
-        if seconds < self.limit * (BUSY if busy else 1):
+        busy = any(reports[r][5] for r in ranks_outside)
+        if seconds < self.limit_s * (BUSY_FACTOR if busy else 1):
             return ""
-        if not outside:
-            calls = "; ".join(f"rank {r} in {reports[r][6]}" for r in sorted(inside)[:4])
+        if not ranks_outside:
+            calls = "; ".join(f"rank {r} in {reports[r][6]}" for r in sorted(ranks_waiting)[:4])
             return (
                 f"all ranks wait in collectives for {seconds:.0f} s, which do not match: {calls};"
                 " let every rank call the same collectives in the same order"
             )
-        outer = "; ".join(f"rank {r} is in {reports[r][6]}" for r in sorted(outside)[:4])
-        first = sorted(inside)[0]
+        outside_text = "; ".join(
+            f"rank {r} is in {reports[r][6]}" for r in sorted(ranks_outside)[:4]
+        )
+        first = sorted(ranks_waiting)[0]
         return (
-            f"{outer} and does not reach the collective in which rank {first} has waited for"
+            f"{outside_text} and does not reach the collective in which rank {first} has waited for"
             f" {seconds:.0f} s, at batch {reports[first][2]} of epoch {reports[first][1]}; if it"
-            f" needs longer, set RankWatchdog(limit=...), {self.limit:g} s now"
+            f" needs longer, set RankWatchdog(limit=...), {self.limit_s:g} s now"
         )
 
     def _end_job(self, store: Any, text: str) -> None:
         """End all ranks: their main threads wait in collectives and cannot be interrupted."""
-        if self._stop.is_set():
+        if self._stop_event.is_set():
             return
         sys.stdout.flush()
         os.write(2, f"ravine: error: {text}\n".encode())
         _silence_stderr()  # the first rank that ends makes the collectives of the others fail
         store.set("verdict", text)
-        others = [f"read {rank}" for rank in range(1, self._ranks)]
-        end = time.monotonic() + GRACE
-        while not store.check(others) and time.monotonic() < end:
+        read_marks = [f"read {rank}" for rank in range(1, self._num_ranks)]
+        end = time.monotonic() + GRACE_S
+        while not store.check(read_marks) and time.monotonic() < end:
             time.sleep(0.01)
         if (launcher := self._trainer.strategy.launcher) is not None:
             launcher.kill(signal.SIGKILL)  # a rank that has not ended by itself
@@ -249,22 +262,23 @@ def _silence_stderr() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def describe_ended_loader(places: dict[int, Place], between_steps: bool = False) -> str:
+def describe_ended_loader(positions: dict[int, StepPosition], between_steps: bool = False) -> str:
     """A sentence where the loader of one rank has ended before another's; empty if none has.
 
     Args:
-        places: of each rank.
+        positions: of each rank.
         between_steps: count a rank that has batches left but has not begun the next. It may wait
             for the end of a run that `max_steps` ends here, so this alone proves nothing.
     """
-    for rank, (epoch, batches, state) in sorted(places.items()):
-        for other, (its_epoch, its_batches, its_state) in sorted(places.items()):
-            more = its_batches > batches
-            more |= between_steps and its_batches == batches and its_state == DONE
-            if state == ENDED and its_epoch == epoch and more:
+    for rank, (epoch, batches, state) in sorted(positions.items()):
+        for other_rank, (other_epoch, other_batches, other_state) in sorted(positions.items()):
+            is_ahead = other_batches > batches
+            is_ahead |= between_steps and other_batches == batches and other_state == STEP_DONE
+            if state == LOADER_ENDED and other_epoch == epoch and is_ahead:
                 return (
                     f"the training loader of rank {rank} ended epoch {epoch} after {batches}"
-                    f" batches, and that of rank {other} goes on: every rank must take the same"
+                    f" batches, and that of rank {other_rank} goes on: every rank must take the "
+                    "same"
                     f" number; give each rank a part of equal length, or set"
                     f" limit_train_batches={batches}"
                 )
@@ -274,24 +288,28 @@ def describe_ended_loader(places: dict[int, Place], between_steps: bool = False)
 class _WaitTimer:
     """Measures how long one thread of this process has waited in one collective."""
 
-    def __init__(self, watched: int) -> None:
-        self.watched = watched
+    def __init__(self, thread_id: int) -> None:
+        self.thread_id = thread_id
         has_clock = hasattr(time, "pthread_getcpuclockid")  # macOS has none
-        self.clock = time.pthread_getcpuclockid(watched) if has_clock else None
-        self.used, self.time, self.since = self._used(), time.monotonic(), 0.0
-        self.place: Any = None
+        self.clock = time.pthread_getcpuclockid(thread_id) if has_clock else None
+        self.cpu_s, self.last_time, self.waiting_since = self._cpu_time(), time.monotonic(), 0.0
+        self.position: Any = None
 
-    def measure(self, place: Any) -> tuple[float, bool, str]:
+    def measure(self, position: Any) -> tuple[float, bool, str]:
         """Seconds in one collective (0: in none), whether it computes, and its innermost call."""
-        used, now = self._used(), time.monotonic()
-        blocked = used - self.used < BLOCKED
-        frame = sys._current_frames().get(self.watched)
-        if not (blocked and in_collective(frame) and place == self.place):
-            self.since = now
-        self.used, self.place = used, place
-        return now - self.since, not blocked or in_debugger(frame), describe_frames(frame)
+        cpu_s, now = self._cpu_time(), time.monotonic()
+        is_blocked = cpu_s - self.cpu_s < MAX_BLOCKED_CPU_S
+        frame = sys._current_frames().get(self.thread_id)
+        if not (is_blocked and in_collective(frame) and position == self.position):
+            self.waiting_since = now
+        self.cpu_s, self.position = cpu_s, position
+        return (
+            now - self.waiting_since,
+            not is_blocked or in_debugger(frame),
+            describe_frames(frame),
+        )
 
-    def _used(self) -> float:
+    def _cpu_time(self) -> float:
         return 0.0 if self.clock is None else time.clock_gettime(self.clock)
 
 
@@ -318,15 +336,16 @@ def describe_frames(frame: FrameType | None) -> str:
     if frame is None:
         return "no Python code"
     outer: FrameType | None = frame
-    while outer is not None and outer.f_code.co_filename.startswith((*LIBRARIES, "<")):
+    while outer is not None and outer.f_code.co_filename.startswith((*LIBRARY_FOLDERS, "<")):
         outer = outer.f_back
-    shown = [frame] if outer is None or outer is frame else [frame, outer]
+    frames = [frame] if outer is None or outer is frame else [frame, outer]
     return ", called from ".join(
-        f"{each.f_code.co_name} ({os.path.basename(each.f_code.co_filename)}:{each.f_lineno})"
-        for each in shown
+        f"{shown_frame.f_code.co_name} "
+        f"({os.path.basename(shown_frame.f_code.co_filename)}:{shown_frame.f_lineno})"
+        for shown_frame in frames
     )
 
 
-def _read(store: Any, ranks: Any) -> dict[int, list[Any]]:
+def _load_reports(store: Any, ranks: Any) -> dict[int, list[Any]]:
     """The reports by rank; ranks without a report are left out."""
     return {r: json.loads(store.get(str(r))) for r in ranks if store.check([str(r)])}

@@ -38,16 +38,18 @@ class GlobalMean(Callback):
 
     def __init__(self) -> None:
         """Nothing to choose."""
-        self._count: Callable[[Any], Any] | None = None  # None: there is nothing to weigh
-        self._parts = 0  # micro-batches of a step over all ranks, when `_count` was chosen
-        self._weight = torch.zeros(())  # of this micro-batch
-        self._sum: Tensor | None = None  # of this step, on this rank
-        self._unit = 0.0  # a power of two, so that it rounds nothing: keeps gradients in range
+        self._count_terms: Callable[[Any], Any] | None = None  # None: there is nothing to weigh
+        self._num_parts = (
+            0  # micro-batches of a step over all ranks, when `_count_terms` was chosen
+        )
+        self._microbatch_weight = torch.zeros(())  # of this micro-batch
+        self._weight_sum: Tensor | None = None  # of this step, on this rank
+        self._scale = 0.0  # a power of two, so that it rounds nothing: keeps gradients in range
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Go first: whoever looks at the gradients of a step sees those of the mean."""
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore
-        self._sum, self._unit, self._count, self._parts = None, 0.0, None, 0
+        self._weight_sum, self._scale, self._count_terms, self._num_parts = None, 0.0, None, 0
         if hasattr(pl_module, "terms") and not pl_module.automatic_optimization:
             raise UsageError(
                 f"{type(pl_module).__name__} has `terms` and steps its own optimizers (manual"
@@ -62,30 +64,32 @@ class GlobalMean(Callback):
         A schedule may change the number of parts. It is read here: a run that resumes within an
         epoch gets no `on_train_epoch_start` for that epoch.
         """
-        parts = trainer.world_size * trainer.accumulate_grad_batches
-        if parts != self._parts:
-            self._parts = parts
-            self._count = getattr(pl_module, "terms", None) if parts > 1 else None
-        if self._count is None:
+        num_parts = trainer.world_size * trainer.accumulate_grad_batches
+        if num_parts != self._num_parts:
+            self._num_parts = num_parts
+            self._count_terms = getattr(pl_module, "terms", None) if num_parts > 1 else None
+        if self._count_terms is None:
             return
-        mine = getattr(trainer.strategy, "part", lambda batch: batch)(batch)
-        found = self._count(mine)
-        terms = torch.as_tensor(found, dtype=torch.float32, device=pl_module.device)
-        if not self._unit:  # once a run
+        local_batch = getattr(trainer.strategy, "part", lambda batch: batch)(batch)
+        num_terms = self._count_terms(local_batch)
+        terms = torch.as_tensor(num_terms, dtype=torch.float32, device=pl_module.device)
+        if not self._scale:  # once a run
             mean = float(mean_over_ranks(terms.clone(), trainer))
-            self._unit = 2.0 ** math.floor(math.log2(max(mean, 1.0)))
-        self._weight = terms / self._unit
+            self._scale = 2.0 ** math.floor(math.log2(max(mean, 1.0)))
+        self._microbatch_weight = terms / self._scale
         if (pipeline := getattr(trainer.strategy, "pipeline", None)) is not None:
-            pipeline.weight = self._weight  # it goes backward before there is a loss to see
+            pipeline.weight = (
+                self._microbatch_weight
+            )  # it goes backward before there is a loss to see
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
         """Weigh what goes backward; the loss itself stays as it is."""
-        if self._count is None:
+        if self._count_terms is None:
             return
-        weight = self._weight
-        self._sum = weight.clone() if self._sum is None else self._sum + weight
+        weight = self._microbatch_weight
+        self._weight_sum = weight.clone() if self._weight_sum is None else self._weight_sum + weight
         if getattr(trainer.strategy, "pipeline", None) is None:
             loss.register_hook(lambda gradient: gradient * weight)
 
@@ -93,12 +97,14 @@ class GlobalMean(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Divide by the sum; ranks and micro-batches have been averaged over already."""
-        if self._sum is None:
+        if self._weight_sum is None:
             return
-        mean = mean_over_ranks(self._sum, trainer)
+        mean = mean_over_ranks(self._weight_sum, trainer)
         factor = trainer.accumulate_grad_batches / mean.clamp(min=1e-20)  # nothing counted: 0
-        self._sum = None
-        scale([p.grad for group in optimizer.param_groups for p in group["params"]], factor)
+        self._weight_sum = None
+        scale_gradients(
+            [p.grad for group in optimizer.param_groups for p in group["params"]], factor
+        )
 
 
 def mean_over_ranks(number: Tensor, trainer: L.Trainer) -> Tensor:
@@ -115,8 +121,10 @@ def mean_over_ranks(number: Tensor, trainer: L.Trainer) -> Tensor:
 
 
 @torch.no_grad()
-def scale(gradients: list[Tensor | None], factor: Tensor) -> None:
+def scale_gradients(gradients: list[Tensor | None], factor: Tensor) -> None:
     """Multiply each in place, this rank's part of those that are spread."""
-    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
-    if parts:
-        _foreach_mul_(parts, factor)
+    local_grads = [
+        g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None
+    ]
+    if local_grads:
+        _foreach_mul_(local_grads, factor)

@@ -13,19 +13,19 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ravine.lightning_compat import replace_method, restore_method
 
-from ..transforms.base import register, unregister
+from ..transforms.base import register_transform, unregister_transform
 
 KEY = "trainable_parameters"
 
 
-def finetunings(trainer: Any) -> list[BaseFinetuning]:
+def find_finetuning_callbacks(trainer: Any) -> list[BaseFinetuning]:
     """The trainer's callbacks that unfreeze layers."""
-    return [each for each in trainer.callbacks if isinstance(each, BaseFinetuning)]
+    return [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]
 
 
 def postpone_freezing(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Postpone their freezing until after `configure_model`, for a module that has one."""
-    callbacks = finetunings(trainer)
+    callbacks = find_finetuning_callbacks(trainer)
     if not callbacks or not is_overridden("configure_model", module):
         return
 
@@ -35,24 +35,24 @@ def postpone_freezing(trainer: L.Trainer, module: L.LightningModule) -> None:
 
     for callback in callbacks:
         replace_method(callback, "freeze_before_training", lambda built: None)
-    unregister(module, "freeze")  # of a fit before this one
-    register(trainer, module, "freeze", freeze, callbacks[0], without_values=True)
+    unregister_transform(module, "freeze")  # of a fit before this one
+    register_transform(trainer, module, "freeze", freeze, callbacks[0], without_values=True)
 
 
 def restore_freezing(trainer: L.Trainer) -> None:
     """Restore the method."""
-    for callback in finetunings(trainer):
+    for callback in find_finetuning_callbacks(trainer):
         restore_method(callback, "freeze_before_training")
 
 
 def save_trainable(trainer: L.Trainer, module: L.LightningModule, checkpoint: Any) -> None:
     """Save which parameters train, where it may change in a run."""
-    if finetunings(trainer):
+    if find_finetuning_callbacks(trainer):
         named = module.named_parameters()
         checkpoint[KEY] = [name for name, parameter in named if parameter.requires_grad]
 
 
-def unfreeze(module: L.LightningModule, names: list[str]) -> None:
+def unfreeze_params(module: L.LightningModule, names: list[str]) -> None:
     """Make these parameters trainable."""
     named = dict(module.named_parameters())
     for name in names:

@@ -16,38 +16,40 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from ravine.lightning_compat import combined_loader, combined_mode, data_fetcher
 
 
-def scheduler_of(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
+def find_accumulation_scheduler(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
     """The trainer's scheduler of accumulation, if it has one."""
     callbacks: Any = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     return next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
 
 
-def check_factors(trainer: L.Trainer) -> None:
+def check_accumulation_factors(trainer: L.Trainer) -> None:
     """ValueError if a loader cannot split its batch by a factor that a later epoch has."""
-    scheduler = scheduler_of(trainer)
+    scheduler = find_accumulation_scheduler(trainer)
     if scheduler is None:
         return
-    for loader in own_loaders(trainer):
+    for loader in find_splittable_loaders(trainer):
         for factor in scheduler.scheduling.values():
             loader.set_accumulate(factor)
 
 
-def follow(trainer: L.Trainer) -> None:
+def apply_accumulation_factor(trainer: L.Trainer) -> None:
     """Set the factor of the current epoch, and the number of micro-batches that it makes."""
-    scheduler = scheduler_of(trainer)
+    scheduler = find_accumulation_scheduler(trainer)
     if scheduler is None:
         return
     fit = trainer.fit_loop
     factor = scheduler.get_accumulate_grad_batches(trainer.current_epoch)
     trainer.accumulate_grad_batches = factor
-    loaders, combined = own_loaders(trainer), combined_loader(trainer)
+    loaders, combined = find_splittable_loaders(trainer), combined_loader(trainer)
     if not loaders or combined is None:
         return
     for loader in loaders:
         loader.set_accumulate(factor)
     before = fit.max_batches
-    combined.limits = [limited(trainer, len(each)) for each in combined.flattened]
-    fit.max_batches = batches_of_epoch(trainer, factor)
+    combined.limits = [
+        apply_batch_limit(trainer, len(train_loader)) for train_loader in combined.flattened
+    ]
+    fit.max_batches = count_epoch_batches(trainer, factor)
     interval = trainer.val_check_interval
     if isinstance(interval, float) and trainer.val_check_batch is not None:
         trainer.val_check_batch = max(1, int(fit.max_batches * interval))
@@ -56,34 +58,36 @@ def follow(trainer: L.Trainer) -> None:
         iter(fetcher)  # which counts them once an epoch, and has begun this one
 
 
-def own_loaders(trainer: L.Trainer) -> list[Any]:
+def find_splittable_loaders(trainer: L.Trainer) -> list[Any]:
     """The training loaders that cut one batch into the micro-batches of a step."""
     combined = combined_loader(trainer)
     loaders = combined.flattened if combined is not None else []
-    return [each for each in loaders if callable(getattr(each, "set_accumulate", None))]
+    return [loader for loader in loaders if callable(getattr(loader, "set_accumulate", None))]
 
 
-def batches_of_epoch(trainer: L.Trainer, factor: int) -> float:
+def count_epoch_batches(trainer: L.Trainer, factor: int) -> float:
     """Micro-batches of an epoch with this factor."""
     combined = combined_loader(trainer)
-    if combined is None or not own_loaders(trainer):
+    if combined is None or not find_splittable_loaders(trainer):
         return trainer.num_training_batches
     counts = [
-        limited(trainer, each.steps * factor if hasattr(each, "set_accumulate") else len(each))
-        for each in combined.flattened
+        apply_batch_limit(
+            trainer, loader.steps * factor if hasattr(loader, "set_accumulate") else len(loader)
+        )
+        for loader in combined.flattened
     ]
     return min(counts) if combined_mode(combined) == "min_size" else max(counts)
 
 
-def limited(trainer: L.Trainer, batches: int) -> int:
+def apply_batch_limit(trainer: L.Trainer, batches: int) -> int:
     """At most `limit_train_batches` of them, a number or a share."""
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
-def optimizer_steps(trainer: L.Trainer) -> float:
+def count_optimizer_steps(trainer: L.Trainer) -> float:
     """Optimizer steps of the whole run; Lightning's own estimate if no factor changes."""
-    scheduler = scheduler_of(trainer)
+    scheduler = find_accumulation_scheduler(trainer)
     if scheduler is None or trainer.max_epochs in (None, -1):
         return L.Trainer.estimated_stepping_batches.fget(trainer)  # type: ignore[attr-defined]
     if trainer.train_dataloader is None:
@@ -91,7 +95,7 @@ def optimizer_steps(trainer: L.Trainer) -> float:
     steps = 0.0
     for epoch in range(max(trainer.max_epochs or 1, 1)):
         factor = scheduler.get_accumulate_grad_batches(epoch)
-        batches = batches_of_epoch(trainer, factor)
+        batches = count_epoch_batches(trainer, factor)
         if batches == float("inf"):
             return trainer.max_steps
         steps += -(-int(batches) // factor)

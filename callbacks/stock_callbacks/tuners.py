@@ -15,22 +15,22 @@ from lightning.pytorch.utilities.parsing import lightning_setattr
 from ravine.lightning_compat import batch_size_attribute, replace_method, restore_method
 
 KEY = "found_batch_size"
-SEARCH = {LearningRateFinder: "lr_find", BatchSizeFinder: "scale_batch_size"}
+SEARCH_METHODS = {LearningRateFinder: "lr_find", BatchSizeFinder: "scale_batch_size"}
 
 
 def enable_searches(trainer: Any) -> None:
     """Restore the search methods of all callbacks."""
     for callback in trainer.callbacks:
-        for kind, method in SEARCH.items():
-            if isinstance(callback, kind):
+        for callback_type, method in SEARCH_METHODS.items():
+            if isinstance(callback, callback_type):
                 restore_method(callback, method)
 
 
 def disable_searches(trainer: Any) -> None:
     """Disable the searches of all callbacks in a resumed run."""
     for callback in trainer.callbacks:
-        for kind, method in SEARCH.items():
-            if isinstance(callback, kind):
+        for callback_type, method in SEARCH_METHODS.items():
+            if isinstance(callback, callback_type):
                 replace_method(callback, method, lambda *args: None)
                 rank_zero_only(print)(
                     f"{type(callback).__name__} does not search: the resumed run keeps the values "

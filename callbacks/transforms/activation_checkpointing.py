@@ -4,7 +4,7 @@ from typing import Literal
 
 import lightning as L
 
-from ravine.strategies.activation_checkpointing import recompute
+from ravine.strategies.activation_checkpointing import apply_activation_checkpointing
 
 from .base import Transform
 
@@ -31,4 +31,4 @@ class Recompute(Transform):
 
     def transform(self, module: L.LightningModule) -> None:
         """Wrap the forward of each block."""
-        recompute(module, self.mode)
+        apply_activation_checkpointing(module, self.mode)

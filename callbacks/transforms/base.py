@@ -22,28 +22,30 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
 from ravine.errors import MissingFileError, RunError, UsageError
-from ravine.strategies.materialize import deferred, materialize
+from ravine.strategies.materialize import collect_deferred_values, materialize_params
 
-from ..hooks import living, owner_of, patch, unpatch
+from ..hooks import hook_owner, is_attached, override_hook, restore_hook
 
-CHANGES = ("quantize", "adapt")  # phases after which the weights have other names
+RENAMING_PHASES = ("quantize", "adapt")  # phases after which the weights have other names
 CHANGED_NAMES = {"quantize": ".weight_codes", "adapt": "lora_"}  # in a state_dict after a phase
 PHASES = ("load", "quantize", "adapt", "freeze", "recompute", "compile")
 
 
-class _Pending(NamedTuple):
-    apply: Callable[[L.LightningModule], None]
+class _PendingTransform(NamedTuple):
+    function: Callable[[L.LightningModule], None]
     owner: L.Callback
     identity: Any
     without_values: bool
 
 
 @dataclass
-class _Ledger:
+class _TransformState:
     applied: dict[str, Any] = field(default_factory=dict)
-    pending: dict[str, _Pending] = field(default_factory=dict)
+    pending: dict[str, _PendingTransform] = field(default_factory=dict)
     wrapped_by: L.Callback | None = None
-    names: set[str] = field(default_factory=set)  # of the whole net: a pipeline has less on a rank
+    state_names: set[str] = field(
+        default_factory=set
+    )  # of the whole net: a pipeline has less on a rank
     records: dict[str, Any] = field(default_factory=dict)  # of CHANGES, as a checkpoint holds them
 
     def add_records(self, checkpoint: dict[str, Any]) -> None:
@@ -57,73 +59,73 @@ class _Ledger:
                     checkpoint.setdefault("lora", whole)
 
 
-def _ledger(module: L.LightningModule) -> _Ledger:
-    return module.__dict__.setdefault("_transforms", _Ledger())
+def _get_state(module: L.LightningModule) -> _TransformState:
+    return module.__dict__.setdefault("_transforms", _TransformState())
 
 
-def register(
+def register_transform(
     trainer: L.Trainer,
     module: L.LightningModule,
     phase: str,
     function: Callable[[L.LightningModule], None],
     owner: L.Callback,
-    identity: Any = None,
+    config_key: Any = None,
     without_values: bool = False,
 ) -> None:
     """Announce from `Callback.setup` that `function(module)` changes the net in `phase`.
 
-    `identity` holds the plain arguments by which two equal transforms are known to be equal.
+    `config_key` holds the plain arguments by which two equal transforms are known to be equal.
     `without_values` says that the function needs no values of parameters on the meta device.
     """
-    name, ledger = type(owner).__name__, _ledger(module)
+    name, state = type(owner).__name__, _get_state(module)
     if phase not in PHASES:
         raise UsageError(f"{name}: no phase {phase!r}; phases are {', '.join(PHASES)}")
-    if phase in ledger.applied:
-        if ledger.applied[phase] == identity:
+    if phase in state.applied:
+        if state.applied[phase] == config_key:
             return
         raise UsageError(
             f"{name}: {phase} was applied to this {type(module).__name__} with"
-            f" {ledger.applied[phase]}, now it is asked for with {identity}: make a new module"
+            f" {state.applied[phase]}, now it is asked for with {config_key}: make a new module"
         )
-    late = [done for done in ledger.applied if PHASES.index(done) > PHASES.index(phase)]
-    if late:
+    later_phases = [done for done in state.applied if PHASES.index(done) > PHASES.index(phase)]
+    if later_phases:
         raise UsageError(
-            f"{name}: {phase} comes before {late[0]}, which was already applied to this"
+            f"{name}: {phase} comes before {later_phases[0]}, which was already applied to this"
             f" {type(module).__name__}: make a new module, or use both in one trainer"
         )
-    other = ledger.pending.get(phase)
-    if other is not None and other.owner is not owner and living(trainer, other.owner):
+    other = state.pending.get(phase)
+    if other is not None and other.owner is not owner and is_attached(trainer, other.owner):
         raise UsageError(f"{type(other.owner).__name__} and {name} both {phase}: keep one of them")
-    ledger.pending[phase] = _Pending(function, owner, identity, without_values)
-    _wrap(trainer, module, owner)
+    state.pending[phase] = _PendingTransform(function, owner, config_key, without_values)
+    _wrap_configure_model(trainer, module, owner)
 
 
-def unregister(module: L.LightningModule, phase: str) -> None:
+def unregister_transform(module: L.LightningModule, phase: str) -> None:
     """Remove a phase from the record of applied phases, so that it can be applied again."""
-    _ledger(module).applied.pop(phase, None)
-    _ledger(module).pending.pop(phase, None)
+    _get_state(module).applied.pop(phase, None)
+    _get_state(module).pending.pop(phase, None)
 
 
-def _wrap(trainer: L.Trainer, module: L.LightningModule, owner: L.Callback) -> None:
+def _wrap_configure_model(trainer: L.Trainer, module: L.LightningModule, owner: L.Callback) -> None:
     """Let the module's `configure_model` end with the pending transforms, once a trainer."""
-    ledger, holder = _ledger(module), owner_of(trainer, module, "configure_model")
-    if holder is not None and holder is ledger.wrapped_by:
+    state, current_owner = _get_state(module), hook_owner(trainer, module, "configure_model")
+    if current_owner is not None and current_owner is state.wrapped_by:
         return
 
     def configure_model(self: L.LightningModule) -> None:
         original()
-        _apply(trainer, self)
+        _apply_pending(trainer, self)
 
-    original = patch(trainer, module, "configure_model", configure_model, owner)
-    ledger.wrapped_by = owner
+    original = override_hook(trainer, module, "configure_model", configure_model, owner)
+    state.wrapped_by = owner
 
 
-def _apply(trainer: L.Trainer, module: L.LightningModule) -> None:
-    ledger, name = _ledger(module), type(module).__name__
+def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
+    state, name = _get_state(module), type(module).__name__
     sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
     for phase in PHASES:
-        pending = ledger.pending.pop(phase, None)
-        if pending is None or not living(trainer, pending.owner):
+        pending = state.pending.pop(phase, None)
+        if pending is None or not is_attached(trainer, pending.owner):
             continue
         if sharded:
             raise UsageError(
@@ -131,16 +133,16 @@ def _apply(trainer: L.Trainer, module: L.LightningModule) -> None:
                 f" too early for {phase}: leave it to --trainer.strategy zero3"
             )
         if not pending.without_values:
-            fill_in(module)
-        pending.apply(module)
-        ledger.applied[phase] = pending.identity
+            materialize_module(module)
+        pending.function(module)
+        state.applied[phase] = pending.identity
         owner = pending.owner
         arguments = owner.record() if isinstance(owner, Transform) else None
-        if phase in CHANGES and arguments is not None:
-            ledger.records[phase] = {"class": type(owner).__name__, "arguments": arguments}
-    ledger.names = set(module.state_dict())
+        if phase in RENAMING_PHASES and arguments is not None:
+            state.records[phase] = {"class": type(owner).__name__, "arguments": arguments}
+    state.state_names = set(module.state_dict())
     strategy = trainer.strategy
-    shards_by_itself = hasattr(strategy, "parallelize")  # ravine.strategies.MeshStrategy
+    shards_by_itself = hasattr(strategy, "parallelize_module")  # ravine.strategies.MeshStrategy
     if isinstance(strategy, ModelParallelStrategy) and not shards_by_itself and not sharded:
         raise UsageError(
             f"{type(strategy).__name__} shards nothing by itself and neither does {name}: each rank"
@@ -148,14 +150,14 @@ def _apply(trainer: L.Trainer, module: L.LightningModule) -> None:
         )
 
 
-def fill_in(module: torch.nn.Module) -> None:
+def materialize_module(module: torch.nn.Module) -> None:
     """Give all parameters whose values are made later these values, whole on this rank."""
-    materialize(module, deferred(module), torch.get_default_device())
+    materialize_params(module, collect_deferred_values(module), torch.get_default_device())
 
 
-def check(module: L.LightningModule, phase: str, owner: L.Callback) -> None:
+def check_applied(module: L.LightningModule, phase: str, owner: L.Callback) -> None:
     """Raise if a registered phase was not applied by the time the run begins."""
-    if phase not in _ledger(module).applied:
+    if phase not in _get_state(module).applied:
         raise RunError(
             f"{type(owner).__name__}: {phase} was registered and not applied; something replaced"
             f" {type(module).__name__}.configure_model after setup"
@@ -170,8 +172,8 @@ def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
 
     What is no part of the checkpoint, such as the weights that adapters belong to, is added to it.
     """
-    known = {kind.__name__: kind for kind in _kinds(Transform)}
-    partial = not checkpoint.get("lora", {"frozen": True})["frozen"]  # adapters alone
+    known = {cls.__name__: cls for cls in _all_subclasses(Transform)}
+    has_adapters_only = not checkpoint.get("lora", {"frozen": True})["frozen"]  # adapters alone
     for phase, saved in sorted(
         checkpoint.get("transforms", {}).items(),
         key=lambda item: PHASES.index(item[0]) if item[0] in PHASES else -1,
@@ -181,7 +183,7 @@ def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
                 f"the checkpoint's net was changed in a phase {phase!r}; known: "
                 f"{', '.join(PHASES)}; read it with the version that wrote it"
             )
-        if phase == "load" and not partial:
+        if phase == "load" and not has_adapters_only:
             continue
         if saved["class"] not in known:
             raise UsageError(
@@ -196,61 +198,68 @@ def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
                 f"{Path.cwd()} there is no such file; go where they were trained, or copy it here"
             )
         transform.accept(module, checkpoint)
-        _ledger(module).applied[phase] = transform.identity()
-        if phase in CHANGES:
-            _ledger(module).records[phase] = saved
-    if partial:
-        own = module.state_dict()
-        for name in frozen(module):
-            checkpoint["state_dict"].setdefault(name, own[name])
+        _get_state(module).applied[phase] = transform.identity()
+        if phase in RENAMING_PHASES:
+            _get_state(module).records[phase] = saved
+    if has_adapters_only:
+        current_state = module.state_dict()
+        for name in frozen_names(module):
+            checkpoint["state_dict"].setdefault(name, current_state[name])
 
 
-def refuse_other_phases(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Raise where a checkpoint's net is not this one: strict loading is off, torch says nothing."""
-    ledger, saved = _ledger(module), checkpoint.get("transforms", {})
-    for phase in CHANGES:
+    state, saved = _get_state(module), checkpoint.get("transforms", {})
+    for phase in RENAMING_PHASES:
         if phase not in saved:
             continue
-        name, theirs = saved[phase]["class"], saved[phase]["arguments"]
-        if phase not in ledger.applied:
+        name, saved_arguments = saved[phase]["class"], saved[phase]["arguments"]
+        if phase not in state.applied:
             raise UsageError(
                 f"the checkpoint was trained with {name}, which is not here; give it as it was,"
-                f" with {theirs}; type --trainer.callbacks+={name}"
+                f" with {saved_arguments}; type --trainer.callbacks+={name}"
             )
-        ours = ledger.applied[phase]
-        ours = ours if isinstance(ours, dict) else {}
-        wrong = [key for key in ours if theirs.get(key) != ours[key]]
-        if wrong:
-            there = ", ".join(f"{key}={theirs.get(key)}" for key in wrong)
-            here = ", ".join(f"{key}={ours[key]}" for key in wrong)
-            raise UsageError(f"{name} was trained with {there}, here is {here}; give the former")
-    if "adapt" in saved and "quantize" in ledger.applied and "quantize" not in saved:
+        current = state.applied[phase]
+        current = current if isinstance(current, dict) else {}
+        changed = [key for key in current if saved_arguments.get(key) != current[key]]
+        if changed:
+            saved_text = ", ".join(f"{key}={saved_arguments.get(key)}" for key in changed)
+            current_text = ", ".join(f"{key}={current[key]}" for key in changed)
+            raise UsageError(
+                f"{name} was trained with {saved_text}, here is {current_text}; give the former"
+            )
+    if "adapt" in saved and "quantize" in state.applied and "quantize" not in saved:
         raise UsageError(
             "the checkpoint's adapters belong to weights that were not quantized; take"
             " Quantization out of trainer.callbacks"
         )
-    if not ledger.names or not set(CHANGES) & ledger.applied.keys():
+    if not state.state_names or not set(RENAMING_PHASES) & state.applied.keys():
         return
-    known = {_float(name) for name in ledger.names | module.state_dict().keys()}
-    odd = sorted({_float(name) for name in checkpoint.get("state_dict", {})} - known)
-    if odd:
+    known = {_float_weight_name(name) for name in state.state_names | module.state_dict().keys()}
+    unknown = sorted(
+        {_float_weight_name(name) for name in checkpoint.get("state_dict", {})} - known
+    )
+    if unknown:
         raise UsageError(
-            f"the checkpoint has {', '.join(odd[:3])}, and this {type(module).__name__} has not;"
+            f"the checkpoint has {', '.join(unknown[:3])}, and this {type(module).__name__} has "
+            "not;"
             " give it the sizes that it was trained with"
         )
 
 
-def _float(name: str) -> str:
+def _float_weight_name(name: str) -> str:
     head, dot, leaf = name.rpartition(".")
     return f"{head}{dot}weight" if leaf.startswith("weight_") else name
 
 
-def _kinds(kind: type["Transform"]) -> list[type["Transform"]]:
-    below = kind.__subclasses__()
-    return below + [each for one in below for each in _kinds(one)]
+def _all_subclasses(base: type["Transform"]) -> list[type["Transform"]]:
+    direct_subclasses = base.__subclasses__()
+    return direct_subclasses + [
+        subclass for direct in direct_subclasses for subclass in _all_subclasses(direct)
+    ]
 
 
-def frozen(module: torch.nn.Module) -> set[str]:
+def frozen_names(module: torch.nn.Module) -> set[str]:
     """Names in the state_dict of what neither trains nor changes; buffers may change."""
     named = module.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if not parameter.requires_grad}
@@ -299,33 +308,33 @@ class Transform(L.Callback):
     ) -> None:
         """Say what was done to the net: whoever reads the checkpoint has to do it again."""
         if (arguments := self.record()) is not None:
-            done = {"class": type(self).__name__, "arguments": arguments}
-            checkpoint.setdefault("transforms", {})[self.phase] = done
+            saved = {"class": type(self).__name__, "arguments": arguments}
+            checkpoint.setdefault("transforms", {})[self.phase] = saved
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Compare."""
-        refuse_other_phases(pl_module, checkpoint)
+        check_saved_transforms(pl_module, checkpoint)
         self.accept(pl_module, checkpoint)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Announce the phase."""
-        from ..checks.run_checks import before_training  # which itself registers a phase
+        from ..checks.run_checks import add_run_checks  # which itself registers a phase
 
-        before_training(trainer, pl_module, stage)
+        add_run_checks(trainer, pl_module, stage)
         # of the class whose `transform` runs: one that overrides it may read values
-        kind = next(each for each in type(self).__mro__ if "transform" in vars(each))
-        without_values = bool(vars(kind).get("without_values"))
-        how = (self.transform, self, self.identity(), without_values)
-        register(trainer, pl_module, self.phase, *how)
+        defining_class = next(cls for cls in type(self).__mro__ if "transform" in vars(cls))
+        without_values = bool(vars(defining_class).get("without_values"))
+        register_args = (self.transform, self, self.identity(), without_values)
+        register_transform(trainer, pl_module, self.phase, *register_args)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give `configure_model` back."""
-        unpatch(pl_module, "configure_model", self)
+        restore_hook(pl_module, "configure_model", self)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that the phase was applied; likewise before the other stages."""
-        check(pl_module, self.phase, self)
+        check_applied(pl_module, self.phase, self)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start

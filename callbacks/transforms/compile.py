@@ -12,7 +12,7 @@ import lightning as L
 import torch
 
 from ravine.errors import UsageError
-from ravine.strategies.activation_checkpointing import in_sequence, stacked
+from ravine.strategies.activation_checkpointing import find_blocks, find_sequentials
 
 from .base import Transform
 
@@ -45,11 +45,11 @@ class Compile(Transform):
                 "type --trainer.callbacks.mode=default, or --trainer.callbacks.backend=inductor"
             )
         self.mode, self.blocks, self.backend = mode, blocks, backend
-        self._in_parts = False
+        self._runs_in_pieces = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Announce the phase."""
-        self._in_parts = getattr(getattr(trainer.strategy, "layout", None), "in_parts", False)
+        self._runs_in_pieces = getattr(getattr(trainer.strategy, "layout", None), "in_parts", False)
         super().setup(trainer, pl_module, stage)
 
     def identity(self) -> tuple[str, bool, str]:
@@ -58,21 +58,27 @@ class Compile(Transform):
 
     def transform(self, module: L.LightningModule) -> None:
         """Mark what is to be compiled; it happens at the first step."""
-        parts = stacked(module)
-        if not self.blocks and not (self._in_parts and parts):
-            rows = in_sequence(module) if self._in_parts else []  # their members are gathered apart
-            parts = [part for row in rows or [module] for part in row.children()]
-            parts = [part for part in parts if any(True for _ in part.parameters())]
-        if not parts:
-            what = "no net with blocks (a ModuleDict or ModuleList)" if self.blocks else "no net"
+        submodules = find_blocks(module)
+        if not self.blocks and not (self._runs_in_pieces and submodules):
+            sequentials = (
+                find_sequentials(module) if self._runs_in_pieces else []
+            )  # their members are gathered apart
+            submodules = [
+                submodule for row in sequentials or [module] for submodule in row.children()
+            ]
+            submodules = [
+                submodule for submodule in submodules if any(True for _ in submodule.parameters())
+            ]
+        if not submodules:
+            reason = "no net with blocks (a ModuleDict or ModuleList)" if self.blocks else "no net"
             raise UsageError(
-                f"Compile: {type(module).__name__} has {what}; "
+                f"Compile: {type(module).__name__} has {reason}; "
                 + ("type --trainer.callbacks.blocks=false" if self.blocks else "leave it out")
             )
         mode = None if self.backend != "inductor" else self.mode
-        how: Any = {"mode": mode, "backend": self.backend, "dynamic": False}
-        for part in parts:
-            if self._in_parts:  # hooks that gather stay outside: each would cut the graph
-                part.forward = torch.compile(part.forward, **how)
+        compile_kwargs: Any = {"mode": mode, "backend": self.backend, "dynamic": False}
+        for submodule in submodules:
+            if self._runs_in_pieces:  # hooks that gather stay outside: each would cut the graph
+                submodule.forward = torch.compile(submodule.forward, **compile_kwargs)
             else:
-                part.compile(**how)
+                submodule.compile(**compile_kwargs)

@@ -14,116 +14,129 @@ from torch.nn.parameter import UninitializedParameter
 
 from ravine.errors import UsageError, suggest_names
 
-from ..optimizers.rules import kinds
+from ..optimizers.rules import classify_params
 
 Patterns = str | Sequence[str]
 
 
-def hits(pattern: str, name: str) -> bool:
+def matches_pattern(pattern: str, name: str) -> bool:
     """Whether a pattern means a name: all of it, or its end after a dot."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def listed(patterns: Patterns) -> list[str]:
+def as_list(patterns: Patterns) -> list[str]:
     """One pattern or several, as a list."""
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
-def matching(patterns: Patterns, names: Sequence[str], whose: str) -> list[str]:
+def select_names(patterns: Patterns, names: Sequence[str], argument: str) -> list[str]:
     """The names that at least one pattern hits, in their order; a pattern without any is an error.
 
     Args:
         patterns: globs.
         names: what there is.
-        whose: the argument they come from, such as `LoRA.targets`.
+        argument: the argument they come from, such as `LoRA.targets`.
     """
-    for pattern in listed(patterns):
-        if not any(hits(pattern, name) for name in names):
-            near = ", ".join(nearest(pattern, names))
+    for pattern in as_list(patterns):
+        if not any(matches_pattern(pattern, name) for name in names):
+            near = ", ".join(closest_names(pattern, names))
             raise UsageError(
-                f"{whose}: {pattern!r} matches nothing; nearest: {near}; "
-                f"type --trainer.callbacks.{whose.rpartition('.')[2]}=NAME"
+                f"{argument}: {pattern!r} matches nothing; nearest: {near}; "
+                f"type --trainer.callbacks.{argument.rpartition('.')[2]}=NAME"
             )
-    return [name for name in names if any(hits(pattern, name) for pattern in listed(patterns))]
+    return [
+        name
+        for name in names
+        if any(matches_pattern(pattern, name) for pattern in as_list(patterns))
+    ]
 
 
-def nearest(pattern: str, names: Sequence[str], count: int = 4) -> list[str]:
+def closest_names(pattern: str, names: Sequence[str], count: int = 4) -> list[str]:
     """Names like the pattern: compared with all of a name and with its ends."""
     near = suggest_names(pattern, names, count, least=0, dotted=True)
     return near or ["nothing: there is no such layer"]
 
 
-def hidden_layers(module: nn.Module) -> list[str]:
+def find_hidden_layers(module: nn.Module) -> list[str]:
     """The layers with hidden matrices or convolutions: no embedding, and not the head."""
     wanted = ("hidden_matrix", "convolution")
-    owners = [name.rpartition(".")[0] for name, kind in kinds(module).items() if kind in wanted]
+    owners = [
+        name.rpartition(".")[0]
+        for name, param_kind in classify_params(module).items()
+        if param_kind in wanted
+    ]
     frozen = [name for name, layer in module.named_modules() if hasattr(layer, "dequantize")]
     return list(dict.fromkeys(owners + frozen))
 
 
-def trains(module: nn.Module) -> bool:
+def is_trainable(module: nn.Module) -> bool:
     """Whether a parameter trains, or did before its layer was quantized."""
     return any(
-        getattr(part, "trained", False)
-        or any(p.requires_grad for p in part._parameters.values() if p is not None)
-        for part in module.modules()
+        getattr(submodule, "trained", False)
+        or any(p.requires_grad for p in submodule._parameters.values() if p is not None)
+        for submodule in module.modules()
     )
 
 
-def within(name: str, owner: str) -> bool:
+def is_submodule_of(name: str, owner: str) -> bool:
     """Whether the layer `name` is the module `owner` or a part of it."""
     return name == owner or name.startswith(f"{owner}.")
 
 
-def frozen_copies(module: nn.Module) -> dict[str, str]:
+def find_frozen_copies(module: nn.Module) -> dict[str, str]:
     """Submodules that do not train, by name, and the trainable ones that they are copies of.
 
     A momentum teacher or a reference: the same names and shapes of parameters, and the same values
     or at least two layers. Code may pair the two by `zip(a.parameters(), b.parameters())`.
     """
     frozen: dict[str, tuple[Any, nn.Module]] = {}
-    learning: dict[Any, list[tuple[str, nn.Module]]] = {}
-    for name, part in module.named_modules():
-        form = tuple((n, _shape(p)) for n, p in part.named_parameters())
-        if not name or not form:
+    trainable: dict[Any, list[tuple[str, nn.Module]]] = {}
+    for name, submodule in module.named_modules():
+        signature = tuple((n, _param_shape(p)) for n, p in submodule.named_parameters())
+        if not name or not signature:
             continue
-        if trains(part):
-            learning.setdefault(form, []).append((name, part))
+        if is_trainable(submodule):
+            trainable.setdefault(signature, []).append((name, submodule))
         else:
-            frozen[name] = form, part
-    found: dict[str, str] = {}
-    for name, (form, part) in frozen.items():
-        if any(within(name, each) for each in found):
+            frozen[name] = signature, submodule
+    copies: dict[str, str] = {}
+    for name, (signature, submodule) in frozen.items():
+        if any(is_submodule_of(name, copy_name) for copy_name in copies):
             continue
         layers = sum(
-            1 for m in part.modules() if any(p is not None for p in m._parameters.values())
+            1 for m in submodule.modules() if any(p is not None for p in m._parameters.values())
         )
-        for other, original in learning.get(form, []):
-            if layers > 1 or _equal(part, original):
-                found[name] = other
+        for other, original in trainable.get(signature, []):
+            if layers > 1 or _has_equal_params(submodule, original):
+                copies[name] = other
                 break
-    return found
+    return copies
 
 
-def half_changed(names: Sequence[str], copies: Mapping[str, str]) -> tuple[str, str] | None:
+def find_partly_changed_copy(
+    names: Sequence[str], copies: Mapping[str, str]
+) -> tuple[str, str] | None:
     """A copy and its original of which `names` hit different layers, if there is such a pair."""
     for copy, original in copies.items():
-        pair = [{n[len(one) :] for n in names if within(n, one)} for one in (copy, original)]
+        pair = [
+            {n[len(prefix) :] for n in names if is_submodule_of(n, prefix)}
+            for prefix in (copy, original)
+        ]
         if pair[0] != pair[1]:
             return copy, original
     return None
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...] | None:
+def _param_shape(parameter: nn.Parameter) -> tuple[int, ...] | None:
     return None if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
 
 
-def _equal(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return all(not a.is_meta and not b.is_meta and _same(a, b) for a, b in pairs)
+def _has_equal_params(first: nn.Module, second: nn.Module) -> bool:
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return all(not a.is_meta and not b.is_meta and _equal_tensors(a, b) for a, b in pairs)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _equal_tensors(a: Tensor, b: Tensor) -> bool:
     if isinstance(a, UninitializedParameter) or isinstance(b, UninitializedParameter):
         return False
     return a.dtype == b.dtype and torch.equal(a, b)

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from ravine.errors import MissingFileError, UsageError
 from ravine.strategies.checkpoint import sharded
 from ravine.strategies.checkpoint import state_dict as states
-from ravine.strategies.checkpoint.atomic_io import SUFFIX, AtomicCheckpointIO, reading_together
-from ravine.strategies.checkpoint.saving import non_finite
-from ravine.strategies.checkpoint.validation import kind_mismatches
-from ravine.strategies.materialize import blocks, values_of
+from ravine.strategies.checkpoint.atomic_io import (
+    CHECKPOINT_SUFFIX,
+    AtomicCheckpointIO,
+    collective_loading,
+)
+from ravine.strategies.checkpoint.saving import first_non_finite
+from ravine.strategies.checkpoint.validation import dtype_kind_mismatches
+from ravine.strategies.materialize import blocks, deferred_values
 
-from .base import Transform, fill_in
+from .base import Transform, materialize_module
 
 
 class Pretrained(Transform):
@@ -51,7 +55,7 @@ class Pretrained(Transform):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Announce the phase; refuse a module that cannot read weights."""
-        if not self._whole and not callable(getattr(pl_module, "load_pretrained", None)):
+        if not self._is_checkpoint and not callable(getattr(pl_module, "load_pretrained", None)):
             raise UsageError(
                 f"{type(pl_module).__name__} has no method load_pretrained(path); give it one, or "
                 "a checkpoint (.ckpt), or take Pretrained out of trainer.callbacks"
@@ -62,27 +66,29 @@ class Pretrained(Transform):
         """Fill the net."""
         self.missing = None
         try:
-            if self._whole and not Path(self.path).is_file():
+            if self._is_checkpoint and not Path(self.path).is_file():
                 raise MissingFileError(
                     f"no checkpoint {self.path}; type --trainer.callbacks.path=FILE"
                 )
-            if not _reads_without_values(module, self._whole):
-                fill_in(module)
-            if self._whole:
-                fill(module, self.path)
+            if not _can_defer_loading(module, self._is_checkpoint):
+                materialize_module(module)
+            if self._is_checkpoint:
+                load_weights(module, self.path)
             else:
                 module.load_pretrained(self.path)  # pyright: ignore[reportCallIssue]
-            self._refuse_non_finite(module)
+            self._check_finite(module)
         except FileNotFoundError as error:
             self.missing = error  # a resumed run does not need it, and resuming is known only later
 
-    def _refuse_non_finite(self, module: L.LightningModule) -> None:
+    def _check_finite(self, module: L.LightningModule) -> None:
         real = ((name, p) for name, p in module.named_parameters() if not p.is_meta)
-        name = non_finite(real)
-        for later, parameter in module.named_parameters():  # one block in memory at a time
-            if name is None and values_of(parameter) is not None:
-                found = (non_finite([(later, block)]) for block in blocks(parameter))
-                name = next(filter(None, found), None)
+        name = first_non_finite(real)
+        for parameter_name, parameter in module.named_parameters():  # one block in memory at a time
+            if name is None and deferred_values(parameter) is not None:
+                non_finite_names = (
+                    first_non_finite([(parameter_name, block)]) for block in blocks(parameter)
+                )
+                name = next(filter(None, non_finite_names), None)
         if name:
             raise UsageError(
                 f"{self.path} cannot be trained on: {name} is not finite; allowed: weights without"
@@ -90,8 +96,8 @@ class Pretrained(Transform):
             )
 
     @property
-    def _whole(self) -> bool:
-        return self.path.endswith(SUFFIX)
+    def _is_checkpoint(self) -> bool:
+        return self.path.endswith(CHECKPOINT_SUFFIX)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse to begin without the weights."""
@@ -102,29 +108,33 @@ class Pretrained(Transform):
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
 
-def _reads_without_values(module: L.LightningModule, checkpoint: bool) -> bool:
+def _can_defer_loading(module: L.LightningModule, is_checkpoint: bool) -> bool:
     """Whether parameters on the meta device can have the file's weights read later.
 
     Code of other packages that takes part in the reading would find no numbers.
     """
-    if not checkpoint:
-        return _is_ours(module.load_pretrained)
-    parts = [part._load_from_state_dict for part in module.modules()]
-    known = all(_is_ours(each) or each.__module__.startswith("torch.") for each in parts)
-    hooks = any(part._load_state_dict_pre_hooks for part in module.modules())
-    return known and not hooks and type(module).load_state_dict is nn.Module.load_state_dict
+    if not is_checkpoint:
+        return _is_builtin(module.load_pretrained)
+    load_methods = [submodule._load_from_state_dict for submodule in module.modules()]
+    is_known = all(
+        _is_builtin(method) or method.__module__.startswith("torch.") for method in load_methods
+    )
+    hooks = any(submodule._load_state_dict_pre_hooks for submodule in module.modules())
+    return is_known and not hooks and type(module).load_state_dict is nn.Module.load_state_dict
 
 
-def _is_ours(method: Any) -> bool:
+def _is_builtin(method: Any) -> bool:
     return method.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-def fill(module: L.LightningModule, path: str) -> None:
+def load_weights(module: L.LightningModule, path: str) -> None:
     """Give a built module the weights of a checkpoint of its kind, and nothing else of it.
 
     A parameter on the meta device gets its values from the mapped file when it is sharded.
     """
-    with reading_together(mapped=sharded.SPREAD, divided=False):  # weights are copied below
+    with collective_loading(
+        mapped_sections=sharded.SHARDED_KEYS, should_share_checksums=False
+    ):  # weights are copied below
         checkpoint: dict[str, Any] = AtomicCheckpointIO().load_checkpoint(path)
     changed = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys()
     if changed:
@@ -133,43 +143,54 @@ def fill(module: L.LightningModule, path: str) -> None:
             f"{path} was changed by {' and '.join(names)}; allowed: plain weights; type "
             f"lightning export --merge --ckpt_path={path} --folder=FOLDER"
         )
-    if wrong := kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {})):
+    if mismatches := dtype_kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {})):
         raise UsageError(
-            f"{path} holds no weights of this {type(module).__name__}: {wrong}; allowed: a"
+            f"{path} holds no weights of this {type(module).__name__}: {mismatches}; allowed: a"
             " checkpoint of this model; type --trainer.callbacks.path=FILE"
         )
     module.on_load_checkpoint(checkpoint)
-    refuse_other_sizes(module, checkpoint, path)
+    check_weight_shapes(module, checkpoint, path)
     state = dict(checkpoint["state_dict"])
     if not all(isinstance(v, Tensor) and v.layout == torch.strided for v in state.values()):
-        fill_in(module)  # load_state_dict copies what it can
+        materialize_module(module)  # load_state_dict copies what it can
     named = module.named_parameters(remove_duplicate=False)
-    later = {name: values_of(p) for name, p in named if name in state and values_of(p) is not None}
-    for name, values in later.items():  # of shared ones the last counts, as in load_state_dict
+    deferred = {
+        name: deferred_values(p)
+        for name, p in named
+        if name in state and deferred_values(p) is not None
+    }
+    for name, values in deferred.items():  # of shared ones the last counts, as in load_state_dict
         values.read_from(state.pop(name))
-    wrong = module.load_state_dict(state, strict=False)
-    odd = [f"{name} is only here" for name in wrong.missing_keys if name not in later]
-    odd += [f"{name} is only there" for name in wrong.unexpected_keys]
-    if odd:
-        more = f"; and {len(odd) - 4} more" if len(odd) > 4 else ""
+    mismatches = module.load_state_dict(state, strict=False)
+    problems = [f"{name} is only here" for name in mismatches.missing_keys if name not in deferred]
+    problems += [f"{name} is only there" for name in mismatches.unexpected_keys]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UsageError(
             f"the weights in {path} do not fit this {type(module).__name__}: "
-            f"{'; '.join(odd[:4])}{more}; allowed: a checkpoint of this model; "
+            f"{'; '.join(problems[:4])}{more}; allowed: a checkpoint of this model; "
             "type --trainer.callbacks.path=FILE"
         )
 
 
-def refuse_other_sizes(module: L.LightningModule, checkpoint: dict[str, Any], path: str) -> None:
+def check_weight_shapes(module: L.LightningModule, checkpoint: dict[str, Any], path: str) -> None:
     """ValueError if a weight has another size in the checkpoint, with the arguments that differ."""
-    ours, theirs = states.sizes(module.state_dict()), states.sizes(checkpoint["state_dict"])
-    wrong = states.apart(ours, theirs, strict=False)
-    if not wrong:
+    current_shapes, saved_shapes = (
+        states.tensor_shapes(module.state_dict()),
+        states.tensor_shapes(checkpoint["state_dict"]),
+    )
+    mismatches = states.shape_mismatches(current_shapes, saved_shapes, strict=False)
+    if not mismatches:
         return
-    saved, here = checkpoint.get("hyper_parameters", {}), dict(module.hparams)
-    other = {key: saved[key] for key in saved.keys() & here.keys() if saved[key] != here[key]}
-    flags = " ".join(f"--model.{key}={other[key]}" for key in sorted(other) if key[0] != "_")
+    saved_hparams, current_hparams = checkpoint.get("hyper_parameters", {}), dict(module.hparams)
+    changed = {
+        key: saved_hparams[key]
+        for key in saved_hparams.keys() & current_hparams.keys()
+        if saved_hparams[key] != current_hparams[key]
+    }
+    flags = " ".join(f"--model.{key}={changed[key]}" for key in sorted(changed) if key[0] != "_")
     raise UsageError(
-        f"the weights in {path} have other sizes than this {type(module).__name__}: {wrong}; "
+        f"the weights in {path} have other sizes than this {type(module).__name__}: {mismatches}; "
         f"allowed: a model of the checkpoint's sizes; type {flags or 'its own arguments'}, or "
         "another checkpoint: --trainer.callbacks.path=FILE"
     )

@@ -15,83 +15,85 @@ import torch
 
 from ravine.errors import UsageError
 from ravine.lightning_modules import TaskModule
-from ravine.lightning_modules.diffusion_core.image_grid import format_of
+from ravine.lightning_modules.diffusion_core.image_grid import get_pillow_format
 
-from ..error_report import unknown_name
-from ..loading import prepare
+from ..error_report import unknown_name_error
+from ..loading import load_from_argv
 from . import method_flags as signature
 from . import output_path as places
 
-DEVICE = {"device": str}  # flags that no task has to know
-TEXTS = DEVICE | {"prompt_file": str}
-PICTURES = DEVICE | {"file": str, "folder": str}
+DEVICE_FLAGS = {"device": str}  # flags that no task has to know
+TEXT_FLAGS = DEVICE_FLAGS | {"prompt_file": str}
+IMAGE_FLAGS = DEVICE_FLAGS | {"file": str, "folder": str}
 
 
 def run(argv: list[str]) -> int:
     """Load the checkpoint, call `generate` with what was typed, show what comes."""
-    module, _, given = prepare(argv, "generate")
-    known = signature.flags(module.generate)  # type: ignore[arg-type]
-    writes = "prompt" in known
-    ours = TEXTS if writes else PICTURES
-    known |= {name: signature.Flag(kind, None) for name, kind in ours.items()}
-    arguments = signature.read(given, known, "generate")
-    module.to(chosen(arguments.pop("device", None)))
-    if not writes:
+    module, _, typed_flags = load_from_argv(argv, "generate")
+    flags = signature.method_flags(module.generate)  # type: ignore[arg-type]
+    is_text = "prompt" in flags
+    extra_flags = TEXT_FLAGS if is_text else IMAGE_FLAGS
+    flags |= {
+        name: signature.MethodFlag(flag_type, None) for name, flag_type in extra_flags.items()
+    }
+    arguments = signature.convert_flags(typed_flags, flags, "generate")
+    module.to(select_device(arguments.pop("device", None)))
+    if not is_text:
         file, folder = arguments.pop("file", None), arguments.pop("folder", None)
-        draw(module, arguments, file, folder)
+        save_images(module, arguments, file, folder)
         return 0
     file = arguments.pop("prompt_file", None)
     if file is not None:
-        arguments["prompt"] = prompts(Path(file), arguments.get("prompt"))
-    show(module, arguments)
+        arguments["prompt"] = load_prompts(Path(file), arguments.get("prompt"))
+    print_texts(module, arguments)
     return 0
 
 
-def chosen(name: str | None) -> torch.device:
+def select_device(name: str | None) -> torch.device:
     """The device of that name, by default the fastest that is here."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-    there += ["cuda"] if torch.cuda.is_available() else []
-    there += ["mps"] if torch.backends.mps.is_available() else []
-    if name not in there:
-        raise unknown_name(
-            f"no device {name!r} is here", name, there, lambda n: f"--device={n}", "cpu"
+    available = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    available += ["cuda"] if torch.cuda.is_available() else []
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    if name not in available:
+        raise unknown_name_error(
+            f"no device {name!r} is here", name, available, lambda n: f"--device={n}", "cpu"
         )
     return torch.device(name)
 
 
-def draw(
+def save_images(
     module: TaskModule, arguments: dict[str, Any], file: str | None, folder: str | None
 ) -> None:
     """Write pictures as one grid, and each into a file of its own if there is a folder for them."""
-    file = free("samples", ".png") if file is None else file
-    format_of(file)
-    places.check(file, "file", file=True)
+    file = unused_path("samples", ".png") if file is None else file
+    get_pillow_format(file)
+    places.check_writable(file, "file", is_file=True)
     if folder is not None:
         if Path(folder).is_dir() and any(Path(folder).iterdir()):
-            wrong = f"the folder {folder} is not empty"
-            raise UsageError(wrong, ["a new one"], flag=f"--folder={folder}_2")
-        places.check(folder, "folder", file=False)
+            problem = f"the folder {folder} is not empty"
+            raise UsageError(problem, ["a new one"], flag=f"--folder={folder}_2")
+        places.check_writable(folder, "folder", is_file=False)
     method: Any = module.generate
-    pictures = method(**arguments)
-    pictures.save(file)
-    words = [file]
+    images = method(**arguments)
+    images.save(file)
+    saved_names = [file]
     if folder is not None:
-        pictures.save_each(folder)
-        words.append(f"{len(pictures.images)} files in {folder}")
-    print(f"written: {', '.join(words)}")
-    if not all(name.isdecimal() for name in pictures.rows):
-        print(f"rows: {', '.join(pictures.rows)}")
+        images.save_each(folder)
+        saved_names.append(f"{len(images.images)} files in {folder}")
+    print(f"written: {', '.join(saved_names)}")
+    if not all(name.isdecimal() for name in images.rows):
+        print(f"rows: {', '.join(images.rows)}")
 
 
-def free(name: str, end: str) -> str:
+def unused_path(name: str, suffix: str) -> str:
     """A name that no file has yet: samples.png, samples_1.png, ..."""
-    more = (f"{name}_{number}{end}" for number in count(1))
-    return next(file for file in chain([name + end], more) if not Path(file).exists())
+    candidates = (f"{name}_{number}{suffix}" for number in count(1))
+    return next(file for file in chain([name + suffix], candidates) if not Path(file).exists())
 
 
-def prompts(file: Path, typed: Any) -> list[str]:
+def load_prompts(file: Path, typed_prompts: Any) -> list[str]:
     """The lines of a file, one prompt each, after those typed; empty lines are left out."""
     try:
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
@@ -101,42 +103,42 @@ def prompts(file: Path, typed: Any) -> list[str]:
         raise UsageError(
             f"{file} is a folder", flag="--prompt_file=FILE, one prompt a line"
         ) from None
-    texts = [_decoded(line.removesuffix(b"\r"), file, n) for n, line in enumerate(lines, 1)]
-    found = [signature.unescape(line) for line in texts if line]
-    if not found:
+    texts = [_decode_line(line.removesuffix(b"\r"), file, n) for n, line in enumerate(lines, 1)]
+    file_prompts = [signature.unescape_text(line) for line in texts if line]
+    if not file_prompts:
         raise UsageError(f"{file} holds no prompt", flag="--prompt_file=FILE, one prompt a line")
-    before = [typed] if isinstance(typed, str) else list(typed or [])
-    return before + found
+    first_prompts = [typed_prompts] if isinstance(typed_prompts, str) else list(typed_prompts or [])
+    return first_prompts + file_prompts
 
 
-def _decoded(line: bytes, file: Path, number: int) -> str:
+def _decode_line(line: bytes, file: Path, number: int) -> str:
     """The text of a line. Only a line feed ends a line, not the other line breaks of Unicode."""
     if b"\0" in line:
-        wrong = f"{file}, line {number}: no text: byte 0x00 at position {line.index(0)}"
-        raise UsageError(wrong, flag=f"iconv -f utf-16 -t utf-8 '{file}' > prompts.txt")
+        problem = f"{file}, line {number}: no text: byte 0x00 at position {line.index(0)}"
+        raise UsageError(problem, flag=f"iconv -f utf-16 -t utf-8 '{file}' > prompts.txt")
     try:
         return line.decode()
     except UnicodeDecodeError as error:
         encoding = "utf-16" if line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
-        wrong = f"{file}, line {number}: not UTF-8: byte 0x{line[error.start]:02x} at position "
+        problem = f"{file}, line {number}: not UTF-8: byte 0x{line[error.start]:02x} at position "
         fix = f"iconv -f {encoding} -t utf-8 '{file}' > prompts.txt"
-        raise UsageError(f"{wrong}{error.start}", flag=fix) from None
+        raise UsageError(f"{problem}{error.start}", flag=fix) from None
 
 
-def show(module: TaskModule, arguments: dict[str, Any]) -> None:
+def print_texts(module: TaskModule, arguments: dict[str, Any]) -> None:
     """Print a single text as it is written, several one after the other."""
     method: Any = module.generate
-    prompt = arguments.get("prompt", signature.flags(method)["prompt"].default)
+    prompt = arguments.get("prompt", signature.method_flags(method)["prompt"].default)
     prompt = getattr(module, "default_prompt", None) if prompt is None else prompt
     if isinstance(prompt, str) and arguments.get("num_samples", 1) == 1:
-        before = [prompt]  # shown when it has been accepted
+        pending_prompt = [prompt]  # shown when it has been accepted
 
-        def piece(text: str) -> None:
-            sys.stdout.write((before.pop() if before else "") + text)
+        def print_piece(text: str) -> None:
+            sys.stdout.write((pending_prompt.pop() if pending_prompt else "") + text)
             sys.stdout.flush()
 
-        method(**arguments, show=piece)
-        piece("\n")
+        method(**arguments, show=print_piece)
+        print_piece("\n")
         return
     texts = method(**arguments)
     for number, text in enumerate(texts, 1):

@@ -8,28 +8,28 @@ from torch import Tensor
 from ravine.callbacks import Quantization
 from ravine.callbacks.lora import adapters, merge
 from ravine.callbacks.quantization import quantize_module
-from ravine.datamodules.downloads import whole
+from ravine.datamodules.downloads import atomic_write
 from ravine.errors import UsageError
 from ravine.lightning_modules import TaskModule
 from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO
 
-from ..config.saved_config import without_transforms
+from ..config.saved_config import remove_transforms
 
-RUN = (  # what belongs to the run and to what changed the net, not to the model
+RUN_KEYS = (  # what belongs to the run and to what changed the net, not to the model
     *("optimizer_states", "lr_schedulers", "callbacks", "loops", "exact_resume", "ema"),
     *("optimizer_plan", "schedule_length", "transforms", "lora", "state_dict"),
 )
 
 
-def flatten(module: TaskModule) -> list[str]:
+def merge_adapters(module: TaskModule) -> list[str]:
     """Merge the adapters and make every quantized layer a plain one; returns what was merged."""
-    tied = _tied(module)
+    tied_names = _tied_names(module)
     names = merge(module)
     for layer in module.modules():
         if hasattr(layer, "dequantize"):
             layer.dequantize()  # pyright: ignore[reportCallIssue]
     state = module.state_dict()
-    for one, other in tied:
+    for one, other in tied_names:
         if not torch.equal(state[one], state[other]):
             raise UsageError(
                 f"{one} and {other} are one weight in this model and differ once merged, so no "
@@ -39,9 +39,15 @@ def flatten(module: TaskModule) -> list[str]:
     return names
 
 
-def write(module: TaskModule, path: Path, folder: Path, merging: bool, scheme: str | None) -> str:
+def save_merged(
+    module: TaskModule,
+    path: Path,
+    folder: Path,
+    requires_adapters: bool,
+    quantization_scheme: str | None,
+) -> str:
     """Write model.ckpt and model.safetensors into a folder, in float or in the scheme's bits."""
-    if merging and not adapters(module):
+    if requires_adapters and not adapters(module):
         raise UsageError(
             f"{path} holds no adapters: there is nothing to merge",
             flag="export --format=..., or --quantize=int8",
@@ -49,16 +55,16 @@ def write(module: TaskModule, path: Path, folder: Path, merging: bool, scheme: s
     target = folder / "model.ckpt"
     if target.exists() and target.samefile(path):
         raise UsageError(f"{target} is what is to be exported", flag="--folder=ANOTHER")
-    flatten(module)
+    merge_adapters(module)
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
-    checkpoint = {key: value for key, value in checkpoint.items() if key not in RUN}
+    checkpoint = {key: value for key, value in checkpoint.items() if key not in RUN_KEYS}
     config = checkpoint.get("ravine", {}).get("config")
     if config:
-        checkpoint["ravine"]["config"] = without_transforms(config)
-    if scheme is not None:
-        rounding = Quantization(scheme)  # pyright: ignore[reportArgumentType]
-        quantize_module(module, scheme)
-        arguments = rounding.record()
+        checkpoint["ravine"]["config"] = remove_transforms(config)
+    if quantization_scheme is not None:
+        quantization = Quantization(quantization_scheme)  # pyright: ignore[reportArgumentType]
+        quantize_module(module, quantization_scheme)
+        arguments = quantization.record()
         checkpoint["transforms"] = {"quantize": {"class": "Quantization", "arguments": arguments}}
         if config:
             spec = {"class_path": "ravine.callbacks.Quantization", "init_args": arguments}
@@ -68,13 +74,13 @@ def write(module: TaskModule, path: Path, folder: Path, merging: bool, scheme: s
     }
     from safetensors.torch import save_file
 
-    with whole(folder / "model.safetensors") as part:
-        save_file(tensors, part, metadata={"format": "pt"})
+    with atomic_write(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     AtomicCheckpointIO().save_checkpoint(checkpoint | {"state_dict": tensors}, target)
     return f"{folder}/model.ckpt, model.safetensors"
 
 
-def _tied(module: TaskModule) -> list[tuple[str, str]]:
+def _tied_names(module: TaskModule) -> list[tuple[str, str]]:
     first: dict[int, str] = {}
     pairs = []
     for name, parameter in module.named_parameters(remove_duplicate=False):

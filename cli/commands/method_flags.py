@@ -11,79 +11,99 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from ravine.errors import UsageError
 
-from ..error_report import unknown_name
+from ..error_report import unknown_name_error
 
-NUMBERS = {int: "a whole number", float: "a number"}
+NUMBER_DESCRIPTIONS = {int: "a whole number", float: "a number"}
 
 
-class Flag(NamedTuple):
+class MethodFlag(NamedTuple):
     """An argument that can be typed."""
 
-    kind: type
+    value_type: type
     default: Any
     choices: tuple[str, ...] = ()
-    repeats: bool = False
+    is_repeatable: bool = False
 
 
-def flags(method: Callable[..., Any]) -> dict[str, Flag]:
+def method_flags(method: Callable[..., Any]) -> dict[str, MethodFlag]:
     """The arguments of a method that can be typed: numbers, texts, choices."""
-    hints, found = get_type_hints(method), {}
+    hints, flags_by_name = get_type_hints(method), {}
     for name, parameter in inspect.signature(method).parameters.items():
         hint = hints.get(name)
-        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        kind = next((kind for kind in (int, float, str) if kind in kinds), None)
-        repeats = any(get_origin(kind) is Sequence for kind in kinds)
-        choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+        member_types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        member_type = next(
+            (member_type for member_type in (int, float, str) if member_type in member_types), None
+        )
+        is_repeatable = any(get_origin(member_type) is Sequence for member_type in member_types)
+        choices = next(
+            (
+                get_args(member_type)
+                for member_type in member_types
+                if get_origin(member_type) is Literal
+            ),
+            (),
+        )
         if choices:
-            found[name] = Flag(str, parameter.default, choices)
-        elif kind is not None:
-            found[name] = Flag(kind, parameter.default, repeats=repeats)
-    return found
+            flags_by_name[name] = MethodFlag(str, parameter.default, choices)
+        elif member_type is not None:
+            flags_by_name[name] = MethodFlag(
+                member_type, parameter.default, is_repeatable=is_repeatable
+            )
+    return flags_by_name
 
 
-def pairs(words: Iterable[str]) -> list[tuple[str, str]]:
+def parse_flags(argv: Iterable[str]) -> list[tuple[str, str]]:
     """Flags and their values: `--key=value` and `--key value` alike."""
-    found, each = [], iter(words)
-    for word in each:
+    flag_values, remaining = [], iter(argv)
+    for word in remaining:
         if not word.startswith("--"):
             raise UsageError(f"{word!r} belongs to no flag", flag=f"--prompt={word!r}")
         name, equals, value = word[2:].partition("=")
         if not equals:
-            value = next(each, None)
+            value = next(remaining, None)
             if value is None:
                 raise UsageError(f"--{name} has no value", flag=f"--{name}=VALUE")
-        found.append((name, value))
-    return found
+        flag_values.append((name, value))
+    return flag_values
 
 
-def read(given: list[tuple[str, str]], known: dict[str, Flag], command: str) -> dict[str, Any]:
+def convert_flags(
+    typed_flags: list[tuple[str, str]], flags_by_name: dict[str, MethodFlag], command: str
+) -> dict[str, Any]:
     """The values of the flags given, of their kinds; the last one wins, repeated texts add up."""
     values: dict[str, Any] = {}
-    for name, text in given:
-        if name not in known:
-            wrong = f"{command} has no flag --{name}"
-            raise unknown_name(wrong, name, known, lambda near: f"--{near}=...", "NAME")
-        flag = known[name]
-        value = convert(name, text, flag)
-        values[name] = [*values.get(name, []), value] if flag.repeats else value
-    return {name: v[0] if known[name].repeats and len(v) == 1 else v for name, v in values.items()}
+    for name, text in typed_flags:
+        if name not in flags_by_name:
+            problem = f"{command} has no flag --{name}"
+            raise unknown_name_error(
+                problem, name, flags_by_name, lambda near: f"--{near}=...", "NAME"
+            )
+        flag = flags_by_name[name]
+        value = convert_value(name, text, flag)
+        values[name] = [*values.get(name, []), value] if flag.is_repeatable else value
+    return {
+        name: v[0] if flags_by_name[name].is_repeatable and len(v) == 1 else v
+        for name, v in values.items()
+    }
 
 
-def convert(name: str, text: str, flag: Flag) -> Any:
+def convert_value(name: str, text: str, flag: MethodFlag) -> Any:
     """One value; in texts that may be repeated \\n is a line break, since shells make it hard."""
     if flag.choices and text not in flag.choices:
-        wrong, first = f"--{name} is {text!r}", flag.choices[0]
-        raise unknown_name(wrong, text, flag.choices, lambda n: f"--{name}={n}", first)
-    if flag.kind is str:
-        return unescape(text) if flag.repeats else text
+        problem, first = f"--{name} is {text!r}", flag.choices[0]
+        raise unknown_name_error(problem, text, flag.choices, lambda n: f"--{name}={n}", first)
+    if flag.value_type is str:
+        return unescape_text(text) if flag.is_repeatable else text
     try:
-        return flag.kind(text)
+        return flag.value_type(text)
     except ValueError:
         fix = f"--{name}={flag.default if isinstance(flag.default, int | float) else 10}"
-        raise UsageError(f"--{name} is {text!r}, not {NUMBERS[flag.kind]}", flag=fix) from None
+        raise UsageError(
+            f"--{name} is {text!r}, not {NUMBER_DESCRIPTIONS[flag.value_type]}", flag=fix
+        ) from None
 
 
-def unescape(text: str) -> str:
+def unescape_text(text: str) -> str:
     r"""Line breaks for \n, tabs for \t, a backslash for two."""
-    parts = text.split(r"\\")
-    return "\\".join(part.replace(r"\n", "\n").replace(r"\t", "\t") for part in parts)
+    segments = text.split(r"\\")
+    return "\\".join(segment.replace(r"\n", "\n").replace(r"\t", "\t") for segment in segments)

@@ -6,17 +6,17 @@ from pathlib import Path
 from ravine.errors import UsageError
 
 
-def check(name: str, flag: str, file: bool) -> None:
+def check_writable(name: str, flag: str, is_file: bool) -> None:
     """Refuse a file, or a folder, that cannot be made or written; nothing is made yet."""
     path = Path(name).absolute()
-    there = path.parent if file else path
-    while not there.exists():
-        there = there.parent
-    why = "" if os.access(there, os.W_OK) else "may not be written"
-    if not there.is_dir():
-        why = "is no folder"
-    elif file and path.is_dir():
-        there, why = path, "is a folder"
-    if why:
-        wrong = f"{name} cannot be written: {there} {why}"
-        raise UsageError(wrong, ["a place of your own"], flag=f"--{flag}=ANOTHER/{path.name}")
+    existing = path.parent if is_file else path
+    while not existing.exists():
+        existing = existing.parent
+    reason = "" if os.access(existing, os.W_OK) else "may not be written"
+    if not existing.is_dir():
+        reason = "is no folder"
+    elif is_file and path.is_dir():
+        existing, reason = path, "is a folder"
+    if reason:
+        problem = f"{name} cannot be written: {existing} {reason}"
+        raise UsageError(problem, ["a place of your own"], flag=f"--{flag}=ANOTHER/{path.name}")

@@ -5,14 +5,14 @@ from collections.abc import Collection, Mapping
 from ravine.errors import UsageError, suggest_names
 
 # Read by Lightning itself (its sources hold no others), and by the front door.
-READ = (
+KNOWN_VARIABLES = (
     *("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PL_DEEPSPEED_CONFIG_PATH"),
     *("RAVINE_DEBUG", "RAVINE_FAST_LOOP", "RAVINE_STATUS", "RAVINE_TRACEBACK"),
 )
-SECTIONS = ("TRAINER", "MODEL", "DATA")
+CONFIG_SECTIONS = ("TRAINER", "MODEL", "DATA")
 
 
-def check(environ: Mapping[str, str], command: str, commands: Collection[str]) -> None:
+def check_env_vars(environ: Mapping[str, str], command: str, commands: Collection[str]) -> None:
     """Refuse a variable that looks like a setting and is none.
 
     The parser reads PL_<COMMAND>__<KEY>. Lightning's own documentation names PL_TRAINER__<KEY>,
@@ -20,27 +20,27 @@ def check(environ: Mapping[str, str], command: str, commands: Collection[str]) -
     What follows PL_<COMMAND>__ is checked by the parser, which knows the keys.
     """
     for name in sorted(environ):
-        if not name.startswith(("PL_", "RAVINE_")) or name in READ:
+        if not name.startswith(("PL_", "RAVINE_")) or name in KNOWN_VARIABLES:
             continue
-        if any(name.startswith(f"PL_{known.upper()}__") for known in commands):
+        if any(name.startswith(f"PL_{subcommand.upper()}__") for subcommand in commands):
             continue
-        near = meant(name, command, commands)
+        suggestions = suggest_variables(name, command, commands)
         value = environ[name]
         raise UsageError(
             f"no environment variable is called {name}",
-            near,
-            flag=f"export {near[0]}={value}" if near else f"unset {name}",
+            suggestions,
+            flag=f"export {suggestions[0]}={value}" if suggestions else f"unset {name}",
             label="nearest",
         )
 
 
-def meant(name: str, command: str, commands: Collection[str]) -> list[str]:
+def suggest_variables(name: str, command: str, commands: Collection[str]) -> list[str]:
     """The spelling that is read: PL_FIT__TRAINER__MAX_STEPS for PL_TRAINER_MAX_STEPS."""
-    rest = name.split("_", 1)[1].lstrip("_")
-    for known in commands:
-        rest = rest.removeprefix(known.upper()).lstrip("_")
-    for section in SECTIONS:
-        if rest.startswith(section + "_"):
-            key = rest.removeprefix(section).lstrip("_")
+    remainder = name.split("_", 1)[1].lstrip("_")
+    for subcommand in commands:
+        remainder = remainder.removeprefix(subcommand.upper()).lstrip("_")
+    for section in CONFIG_SECTIONS:
+        if remainder.startswith(section + "_"):
+            key = remainder.removeprefix(section).lstrip("_")
             return [f"PL_{command.upper()}__{section}__{key}"]
-    return suggest_names(name, READ)
+    return suggest_names(name, KNOWN_VARIABLES)

@@ -24,36 +24,42 @@ from lightning.pytorch.strategies import StrategyRegistry
 from ravine.errors import UsageError
 from ravine.lightning_compat import precision_names
 
-from ..error_report import program, unknown_name
+from ..error_report import program_name, unknown_name_error
 from . import presets, typehints
-from .values import Given, in_environment, in_words
+from .values import ConfigValue, from_argv, from_env
 
-SPEC = ("class_path", "init_args", "dict_kwargs")
-TAKERS = {"model": "NAME", "data": "NAME", "trainer.strategy": "MeshStrategy"}  # of arguments
-Classes = list[tuple[type, int]]
+CLASS_SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
+DEFAULT_CLASSES = {
+    "model": "NAME",
+    "data": "NAME",
+    "trainer.strategy": "MeshStrategy",
+}  # of arguments
+ClassChoices = list[tuple[type, int]]
 
 
-def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+def parse_argv(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """Parse the words of a command line, or say in plain words which of them is wrong."""
-    diagnosis = Diagnosis(parser, argv[0])
-    for given in in_environment(argv[0]):  # the parser would pass over those it does not know
-        diagnosis.variable(given)
+    finder = ConfigErrorFinder(parser, argv[0])
+    for config_value in from_env(argv[0]):  # the parser would pass over those it does not know
+        finder.check_variable(config_value)
     try:
         config = parser.parse_args(argv)
     except argparse.ArgumentError as error:
-        diagnosis.words(argv)
-        named = [(key, kind) for key, (kind, _) in diagnosis.chosen.items()]
-        raise stated(str(error), argv[0], named) from error
+        finder.check_argv(argv)
+        chosen_classes = [
+            (key, chosen_class) for key, (chosen_class, _) in finder.chosen_classes.items()
+        ]
+        raise missing_argument(str(error), argv[0], chosen_classes) from error
     trainer = config[argv[0]].get("trainer")
     if trainer is not None and isinstance(trainer.get("callbacks"), Namespace):
         trainer["callbacks"] = [trainer["callbacks"]]  # else what its constructor raises is lost
-    for key, names in registered().items():
+    for key, names in registered_names().items():
         if isinstance(name := config[argv[0]].get(key), str) and name.lower() not in names:
-            diagnosis.words(argv)
+            finder.check_argv(argv)
     return config
 
 
-def registered() -> dict[str, list[str]]:
+def registered_names() -> dict[str, list[str]]:
     """Names that Lightning looks up when it builds the trainer: to the parser they are any text."""
     return {
         "trainer.strategy": ["auto", *StrategyRegistry.available_strategies()],
@@ -62,7 +68,7 @@ def registered() -> dict[str, list[str]]:
     }
 
 
-class Diagnosis:
+class ConfigErrorFinder:
     """Reads what the user gave, in order, and raises the first mistake it meets."""
 
     def __init__(self, parser: ArgumentParser, command: str) -> None:
@@ -70,176 +76,257 @@ class Diagnosis:
         self.parser = parser._subcommands_action._name_parser_map[command]  # type: ignore
         self.parser.allow_abbrev = False  # or max_step would silently be max_steps
         self.command = command
-        self.chosen: dict[str, tuple[type, int]] = {}  # by key: the class whose arguments follow
+        self.chosen_classes: dict[
+            str, tuple[type, int]
+        ] = {}  # by key: the class whose arguments follow
 
-    def words(self, argv: list[str]) -> None:
+    def check_argv(self, argv: list[str]) -> None:
         """Read the variables, then the configs and the flags."""
-        for given in [*in_environment(self.command), *in_words(argv[1:])]:
-            self.key(self.parser, "", given.key, given)
+        for config_value in [*from_env(self.command), *from_argv(argv[1:])]:
+            self.check_key(self.parser, "", config_value.key, config_value)
 
-    def variable(self, given: Given) -> None:
+    def check_variable(self, config_value: ConfigValue) -> None:
         """Refuse a variable the parser does not look for."""
         hints = {a.dest: getattr(a, "_typehint", None) for a in self.parser._actions}
-        if given.key in hints:
+        if config_value.key in hints:
             return
-        if any(given.key.startswith(f"{key}.") for key, hint in hints.items() if hint):
-            fix = f"--{given.key}={given.text}"
-            raise UsageError(f"{given.place}: no variable reaches inside a class", flag=fix)
-        self.key(self.parser, "", given.key, given)
+        if any(config_value.key.startswith(f"{key}.") for key, hint in hints.items() if hint):
+            fix = f"--{config_value.key}={config_value.text}"
+            raise UsageError(
+                f"{config_value.location}: no variable reaches inside a class", flag=fix
+            )
+        self.check_key(self.parser, "", config_value.key, config_value)
 
-    def key(self, parser: ArgumentParser, owner: str, key: str, given: Given) -> None:
+    def check_key(
+        self, parser: ArgumentParser, owner: str, key: str, config_value: ConfigValue
+    ) -> None:
         """Hold a value against the type of ``key``, an argument of ``parser``.
 
         Args:
             parser: parser of the command, or of a class
             owner: the key under which that class was chosen; empty for the command
             key: the key below it
-            given: the value
+            config_value: the value
         """
         actions = [a for a in parser._actions if not f".{a.dest}".endswith(".help")]
         hints = {action.dest: getattr(action, "_typehint", None) for action in actions}
-        parts = [p.removesuffix("+") for p in key.split(".") if p not in ("init_args", "help")]
-        starts = [".".join(parts[:n]) for n in range(len(parts) + 1)]
-        sections = {start for start in starts if any(d.startswith(f"{start}.") for d in hints)}
-        reach = next(s for s in reversed(starts) if s in hints or s in sections or not s)
-        rest = parts[len(reach.split(".")) if reach else 0 :]
-        if rest and (reach in sections or not reach):
+        segments = [p.removesuffix("+") for p in key.split(".") if p not in ("init_args", "help")]
+        prefixes = [".".join(segments[:n]) for n in range(len(segments) + 1)]
+        sections = {start for start in prefixes if any(d.startswith(f"{start}.") for d in hints)}
+        matched_prefix = next(s for s in reversed(prefixes) if s in hints or s in sections or not s)
+        remaining = segments[len(matched_prefix.split(".")) if matched_prefix else 0 :]
+        if remaining and (matched_prefix in sections or not matched_prefix):
             level = {
-                d.removeprefix(f"{reach}.").split(".")[0] for d in hints if d.startswith(reach)
+                d.removeprefix(f"{matched_prefix}.").split(".")[0]
+                for d in hints
+                if d.startswith(matched_prefix)
             }
-            raise self.no_argument(owner, reach, rest[0], level, given)
-        if reach in sections:
-            for each in given.items():
-                self.key(parser, owner, f"{key}.{each.name}", each)
+            raise self.unknown_argument(owner, matched_prefix, remaining[0], level, config_value)
+        if matched_prefix in sections:
+            for child in config_value.children():
+                self.check_key(parser, owner, f"{key}.{child.name}", child)
         else:
-            self.value(hints[reach], f"{owner}.{reach}".lstrip("."), rest, given)
+            self.check_value(
+                hints[matched_prefix],
+                f"{owner}.{matched_prefix}".lstrip("."),
+                remaining,
+                config_value,
+            )
 
-    def no_argument(
-        self, owner: str, section: str, wrong: str, names: set[str], given: Given
+    def unknown_argument(
+        self, owner: str, section: str, name: str, allowed: set[str], config_value: ConfigValue
     ) -> UsageError:
         """The mistake of a key that does not exist, of the command or of a class."""
-        names -= {"config", "print_config"}
-        kind = self.chosen[owner][0].__name__ if owner in self.chosen else section or self.command
-        what = f"{given.place}: {kind} has no argument {wrong!r}"
-        return unknown_name(what, wrong, names, lambda right: given.renamed(wrong, right), "KEY")
+        allowed -= {"config", "print_config"}
+        owner_name = (
+            self.chosen_classes[owner][0].__name__
+            if owner in self.chosen_classes
+            else section or self.command
+        )
+        problem = f"{config_value.location}: {owner_name} has no argument {name!r}"
+        return unknown_name_error(
+            problem, name, allowed, lambda right: config_value.with_key(name, right), "KEY"
+        )
 
-    def value(self, hint: Any, key: str, rest: list[str], given: Given) -> None:
+    def check_value(
+        self, hint: Any, key: str, remaining: list[str], config_value: ConfigValue
+    ) -> None:
         """Hold a value against the type ``hint`` of the argument ``key``, or of one inside it."""
-        kinds = typehints.classes(hint)
-        record = bool(kinds) and dataclasses.is_dataclass(kinds[0][0])  # it needs no class_path
-        if record:
-            self.chosen[key] = kinds[0]
-        if rest and rest != ["class_path"]:
-            if key in self.chosen:
-                self.key(typehints.arguments(*self.chosen[key]), key, ".".join(rest), given)
-            elif name := TAKERS.get(key):
-                fix = f"--{key}={name} {given.renamed('', '')}"
-                raise UsageError(f"{given.place}: no class is named that could take it", flag=fix)
-        elif isinstance(given.node, yaml.SequenceNode) and kinds and typehints.takes_list(hint):
-            for each in given.items():
-                self.chosen.pop(key, None)
-                self.value(typehints.elements(hint), key, [], each)
-        elif kinds and isinstance(given.node, yaml.MappingNode):
-            self.spec(kinds, key, given)
-        elif names := registered().get(key):
-            known = typehints.subclasses(kind for kind, _ in kinds)
-            if kinds and ("." in given.text or given.text in known):
-                self.choose(kinds, key, given)
-            elif given.text.lower() not in names:
-                what = f"no {given.name} is called {given.text!r}"
-                raise no_name(given, what, [*names, *known])
-        elif kinds and self._names_class(hint, given) and not record:
-            self.choose(kinds, key, given)
-        elif hint is not None and not typehints.accepts(hint, given.value):
-            what = f"{given.place}: {given.name} cannot be {given.shown}"
-            values, example = typehints.described(hint), typehints.sample(hint)
-            raise unknown_name(what, given.text, values, given.valued, example)
+        class_choices = typehints.configurable_classes(hint)
+        is_dataclass_hint = bool(class_choices) and dataclasses.is_dataclass(
+            class_choices[0][0]
+        )  # it needs no class_path
+        if is_dataclass_hint:
+            self.chosen_classes[key] = class_choices[0]
+        if remaining and remaining != ["class_path"]:
+            if key in self.chosen_classes:
+                self.check_key(
+                    typehints.class_parser(*self.chosen_classes[key]),
+                    key,
+                    ".".join(remaining),
+                    config_value,
+                )
+            elif name := DEFAULT_CLASSES.get(key):
+                fix = f"--{key}={name} {config_value.with_key('', '')}"
+                raise UsageError(
+                    f"{config_value.location}: no class is named that could take it", flag=fix
+                )
+        elif (
+            isinstance(config_value.node, yaml.SequenceNode)
+            and class_choices
+            and typehints.accepts_list(hint)
+        ):
+            for child in config_value.children():
+                self.chosen_classes.pop(key, None)
+                self.check_value(typehints.element_type(hint), key, [], child)
+        elif class_choices and isinstance(config_value.node, yaml.MappingNode):
+            self.check_class_spec(class_choices, key, config_value)
+        elif names := registered_names().get(key):
+            subclasses_by_name = typehints.subclasses_by_name(
+                candidate for candidate, _ in class_choices
+            )
+            if class_choices and (
+                "." in config_value.text or config_value.text in subclasses_by_name
+            ):
+                self.choose_class(class_choices, key, config_value)
+            elif config_value.text.lower() not in names:
+                problem = f"no {config_value.name} is called {config_value.text!r}"
+                raise unknown_class_name(config_value, problem, [*names, *subclasses_by_name])
+        elif class_choices and self._names_class(hint, config_value) and not is_dataclass_hint:
+            self.choose_class(class_choices, key, config_value)
+        elif hint is not None and not typehints.is_valid(hint, config_value.value):
+            name, text = config_value.name, config_value.display_text
+            problem = f"{config_value.location}: {name} cannot be {text}"
+            values, example = typehints.describe(hint), typehints.example_value(hint)
+            raise unknown_name_error(
+                problem, config_value.text, values, config_value.with_value, example
+            )
 
-    def _names_class(self, hint: Any, given: Given) -> bool:
-        return given.node.tag.endswith(":str") and str not in typehints.members(hint)
+    def _names_class(self, hint: Any, config_value: ConfigValue) -> bool:
+        return config_value.node.tag.endswith(":str") and str not in typehints.union_members(hint)
 
-    def spec(self, kinds: Classes, key: str, given: Given) -> None:
+    def check_class_spec(
+        self, class_choices: ClassChoices, key: str, config_value: ConfigValue
+    ) -> None:
         """Read a mapping that names a class, or gives more arguments to the one chosen before."""
-        inside = {each.name: each for each in given.items()}
-        if "class_path" in inside:
-            self.choose(kinds, key, inside["class_path"])
-        if key not in self.chosen:
-            raise UsageError(f"{given.place}: it names no class", flag="class_path: NAME")
-        stray = [each for name, each in inside.items() if name not in SPEC]
-        if stray and "class_path" in inside:
-            fix = f"init_args: {{{stray[0].name}: {stray[0].text}}}"
-            raise UsageError(f"{stray[0].place}: arguments stand under init_args", SPEC, flag=fix)
-        if "init_args" in inside and not isinstance(inside["init_args"].node, yaml.MappingNode):
-            what = f"{inside['init_args'].place}: it must map arguments to values"
-            raise UsageError(what, flag="init_args: {KEY: VALUE}")
-        for each in inside["init_args"].items() if "init_args" in inside else stray:
-            self.key(typehints.arguments(*self.chosen[key]), key, each.name, each)
+        children = {child.name: child for child in config_value.children()}
+        if "class_path" in children:
+            self.choose_class(class_choices, key, children["class_path"])
+        if key not in self.chosen_classes:
+            raise UsageError(f"{config_value.location}: it names no class", flag="class_path: NAME")
+        stray_args = [child for name, child in children.items() if name not in CLASS_SPEC_KEYS]
+        if stray_args and "class_path" in children:
+            fix = f"init_args: {{{stray_args[0].name}: {stray_args[0].text}}}"
+            raise UsageError(
+                f"{stray_args[0].location}: arguments stand under init_args",
+                CLASS_SPEC_KEYS,
+                flag=fix,
+            )
+        if "init_args" in children and not isinstance(children["init_args"].node, yaml.MappingNode):
+            problem = f"{children['init_args'].location}: it must map arguments to values"
+            raise UsageError(problem, flag="init_args: {KEY: VALUE}")
+        for child in children["init_args"].children() if "init_args" in children else stray_args:
+            self.check_key(
+                typehints.class_parser(*self.chosen_classes[key]), key, child.name, child
+            )
 
-    def choose(self, kinds: Classes, key: str, given: Given) -> None:
+    def choose_class(
+        self, class_choices: ClassChoices, key: str, config_value: ConfigValue
+    ) -> None:
         """Note the class that a name stands for; the arguments that follow are its."""
-        name, bases = given.text, tuple(kind for kind, _ in kinds)
-        base = " or ".join(dict.fromkeys(kind.__name__ for kind in bases))
-        known = typehints.subclasses(bases)
-        kind = imported(given, base, bases) if "." in name else known.get(name)
-        if kind is None:
-            raise no_name(given, f"no {base} is called {name!r}", known)
-        for earlier in [k for k in self.chosen if k == key or k.startswith(f"{key}.")]:
-            del self.chosen[earlier]
-        if isinstance(kind, type):
-            self.chosen[key] = (kind, next(n for base, n in kinds if issubclass(kind, base)))
+        name, bases = config_value.text, tuple(chosen_class for chosen_class, _ in class_choices)
+        base_names = " or ".join(dict.fromkeys(chosen_class.__name__ for chosen_class in bases))
+        subclasses_by_name = typehints.subclasses_by_name(bases)
+        chosen_class = (
+            import_class(config_value, base_names, bases)
+            if "." in name
+            else subclasses_by_name.get(name)
+        )
+        if chosen_class is None:
+            raise unknown_class_name(
+                config_value, f"no {base_names} is called {name!r}", subclasses_by_name
+            )
+        for stale_key in [k for k in self.chosen_classes if k == key or k.startswith(f"{key}.")]:
+            del self.chosen_classes[stale_key]
+        if isinstance(chosen_class, type):
+            self.chosen_classes[key] = (
+                chosen_class,
+                next(n for base_names, n in class_choices if issubclass(chosen_class, base_names)),
+            )
 
 
-def no_name(given: Given, what: str, names: Iterable[str], before: str = "") -> UsageError:
+def unknown_class_name(
+    config_value: ConfigValue, problem: str, allowed: Iterable[str], prefix: str = ""
+) -> UsageError:
     """The mistake of a name that nothing has."""
-    name = given.text.removeprefix(before)
-    return unknown_name(
-        f"{given.place}: {what}", name, names, lambda n: given.valued(before + n), "NAME"
+    name = config_value.text.removeprefix(prefix)
+    return unknown_name_error(
+        f"{config_value.location}: {problem}",
+        name,
+        allowed,
+        lambda n: config_value.with_value(prefix + n),
+        "NAME",
     )
 
 
-def imported(given: Given, base: str, bases: tuple[type, ...]) -> Any:
+def import_class(config_value: ConfigValue, base_names: str, bases: tuple[type, ...]) -> Any:
     """What a dotted path names, which has to be of one of the ``bases``."""
-    path, _, name = given.text.rpartition(".")
+    path, _, name = config_value.text.rpartition(".")
     try:
         module = importlib.import_module(path)
     except Exception as error:  # whatever a file of the user's does when it is imported
         missing = isinstance(error, ModuleNotFoundError) and error.name
         if missing and f"{path}.".startswith(f"{missing}."):
-            if os.path.isfile(given.text):  # a configuration that the parser could not read
-                presets.check(given.text)
+            if os.path.isfile(config_value.text):  # a configuration that the parser could not read
+                presets.check_config_file(config_value.text)
             files = [file.stem for file in Path().glob("[!.]*.py")]
-            what = f"{given.place}: no module is called {missing!r}, in this folder or installed"
-            fix = lambda file: given.valued(f"{file}.{name}")  # noqa: E731
-            raise unknown_name(what, missing, files, fix, "FILE") from error
-        why = f"importing {path} ends in {type(error).__name__}: {error}"
-        raise UsageError(f"{given.place}: {why}", flag=f'python -c "import {path}"') from error
-    known = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, bases)}
-    kind = getattr(module, name, None)
-    if kind is None:
-        raise no_name(given, f"{path} has no {base} called {name!r}", known, f"{path}.")
-    if isinstance(kind, type) and not issubclass(kind, bases):
-        raise no_name(given, f"{given.text} is not a {base}", known, f"{path}.")
-    return kind
+            problem = (
+                f"{config_value.location}: no module is called {missing!r}, in this folder or "
+                "installed"
+            )
+            fix = lambda file: config_value.with_value(f"{file}.{name}")  # noqa: E731
+            raise unknown_name_error(problem, missing, files, fix, "FILE") from error
+        reason = f"importing {path} ends in {type(error).__name__}: {error}"
+        raise UsageError(
+            f"{config_value.location}: {reason}", flag=f'python -c "import {path}"'
+        ) from error
+    classes_by_name = {
+        k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, bases)
+    }
+    imported_class = getattr(module, name, None)
+    if imported_class is None:
+        raise unknown_class_name(
+            config_value, f"{path} has no {base_names} called {name!r}", classes_by_name, f"{path}."
+        )
+    if isinstance(imported_class, type) and not issubclass(imported_class, bases):
+        raise unknown_class_name(
+            config_value, f"{config_value.text} is not a {base_names}", classes_by_name, f"{path}."
+        )
+    return imported_class
 
 
-def stated(message: str, command: str, chosen: Iterable[tuple[str, type]]) -> UsageError:
+def missing_argument(
+    message: str, command: str, chosen_classes: Iterable[tuple[str, type]]
+) -> UsageError:
     """What the parser says of a mistake that stands nowhere: something is missing.
 
     Args:
         message: the parser's
         command: fit, or another
-        chosen: the classes that were named, with the keys they stand under
+        chosen_classes: the classes that were named, with the keys they stand under
     """
-    if found := re.search(r"arguments are required: ([\w.]+)", message):
-        key = found[1].removeprefix(f"{command}.")
-        for above, kind in chosen:
-            if key in inspect.signature(kind).parameters:
-                return UsageError(f"{kind.__name__} needs {key!r}", flag=f"--{above}.{key}=VALUE")
+    if match := re.search(r"arguments are required: ([\w.]+)", message):
+        key = match[1].removeprefix(f"{command}.")
+        for parent_key, chosen_class in chosen_classes:
+            if key in inspect.signature(chosen_class).parameters:
+                return UsageError(
+                    f"{chosen_class.__name__} needs {key!r}", flag=f"--{parent_key}.{key}=VALUE"
+                )
         config = "--config shakespeare/quick" if command == "fit" else "--ckpt_path=FILE"
-        return UsageError(f"no {key} was given", flag=f"{program()} {command} {config}")
-    if found := re.search(r"argument (--[\w.]+)\S*: expected one argument", message):
-        return UsageError(f"on the command line, {found[1]}: no value", flag=f"{found[1]}=VALUE")
-    if found := re.search(r"unrecognized arguments: (\S+)", message):
-        what = f"on the command line, {found[1]}: it belongs to no flag"
-        return UsageError(what, flag=f"--KEY={found[1]}")
-    return UsageError(message.strip(), flag=f"{program()} {command} --help=all")
+        return UsageError(f"no {key} was given", flag=f"{program_name()} {command} {config}")
+    if match := re.search(r"argument (--[\w.]+)\S*: expected one argument", message):
+        return UsageError(f"on the command line, {match[1]}: no value", flag=f"{match[1]}=VALUE")
+    if match := re.search(r"unrecognized arguments: (\S+)", message):
+        problem = f"on the command line, {match[1]}: it belongs to no flag"
+        return UsageError(problem, flag=f"--KEY={match[1]}")
+    return UsageError(message.strip(), flag=f"{program_name()} {command} --help=all")

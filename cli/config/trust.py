@@ -27,201 +27,235 @@ import yaml
 from ravine.errors import UsageError
 
 from . import presets, typehints
-from .values import Given
+from .values import ConfigValue
 
-HOMES = ("ravine", "torch.nn", "torch.optim", "lightning.pytorch.callbacks")
-DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
-FLAG = "--trust"
-SPEC = ("class_path", "init_args", "dict_kwargs")  # the keys of a class's specification
-FILES = ("ckpt_path", "config", "trainer.name", "trainer.default_root_dir")  # that name no class
+TRUSTED_PACKAGES = ("ravine", "torch.nn", "torch.optim", "lightning.pytorch.callbacks")
+DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+TRUST_FLAG = "--trust"
+CLASS_SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")  # the keys of a class's specification
+FILE_KEYS = (
+    "ckpt_path",
+    "config",
+    "trainer.name",
+    "trainer.default_root_dir",
+)  # that name no class
 
 
-def packages(words: Iterable[str]) -> tuple[list[str], list[str]]:
+def split_trust_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
     """The words without `--trust`, and the packages that it names: `--trust=a,b --trust c`."""
-    rest, found = [], []
-    each = iter(words)
-    for word in each:
+    other_words, package_names = [], []
+    remaining = iter(argv)
+    for word in remaining:
         flag, equals, value = word.partition("=")
-        if flag != FLAG:
-            rest.append(word)
+        if flag != TRUST_FLAG:
+            other_words.append(word)
             continue
-        value = value if equals else next(each, "")
+        value = value if equals else next(remaining, "")
         names = [name.strip() for name in value.split(",")]
-        if not all(all(part.isidentifier() for part in name.split(".")) for name in names):
-            wrong = f"{FLAG} is {value!r}, which is no name of a package"
-            raise UsageError(wrong, flag=f"{FLAG}=PACKAGE, or {FLAG}=ONE,ANOTHER")
-        found += names
-    return rest, found
+        if not all(all(segment.isidentifier() for segment in name.split(".")) for name in names):
+            problem = f"{TRUST_FLAG} is {value!r}, which is no name of a package"
+            raise UsageError(problem, flag=f"{TRUST_FLAG}=PACKAGE, or {TRUST_FLAG}=ONE,ANOTHER")
+        package_names += names
+    return other_words, package_names
 
 
-def named_in(given: Iterable[Given]) -> set[str]:
+def find_dotted_names(config_values: Iterable[ConfigValue]) -> set[str]:
     """The dotted names among what the user gave.
 
     Names of files are none: `--ckpt_path=model.ckpt` must not let that file import model.py.
     """
-    found, todo = set(), [each.node for each in given if each.key not in FILES]
-    while todo:
-        node = todo.pop()
+    dotted_names, pending = (
+        set(),
+        [config_value.node for config_value in config_values if config_value.key not in FILE_KEYS],
+    )
+    while pending:
+        node = pending.pop()
         if isinstance(node, yaml.ScalarNode):
             name = str(node.value)
-            found.update([name] if DOTTED.fullmatch(name) and not os.path.lexists(name) else [])
+            dotted_names.update(
+                [name] if DOTTED_PATH.fullmatch(name) and not os.path.lexists(name) else []
+            )
         elif isinstance(node, yaml.SequenceNode):
-            todo += node.value
+            pending += node.value
         elif isinstance(node, yaml.MappingNode):
-            todo += [value for _, value in node.value]
-    return found
+            pending += [value for _, value in node.value]
+    return dotted_names
 
 
-class Trust:
+class TrustPolicy:
     """The classes that a checkpoint may name.
 
     Args:
-        trusted: packages, modules or classes that the user trusts, by dotted path.
-        named: dotted paths that the user named in another place.
+        trusted_paths: packages, modules or classes that the user trusts, by dotted path.
+        named_paths: dotted paths that the user named in another place.
     """
 
-    def __init__(self, trusted: Iterable[str] = (), named: Iterable[str] = ()) -> None:
+    def __init__(self, trusted_paths: Iterable[str] = (), named_paths: Iterable[str] = ()) -> None:
         """Keep both."""
-        self.trusted, self.named = tuple(trusted), frozenset(named)
+        self.trusted_paths, self.named_paths = tuple(trusted_paths), frozenset(named_paths)
 
-    def admits(self, path: str) -> bool:
+    def is_admitted(self, path: str) -> bool:
         """Whether the class may be imported."""
-        if path in self.named or any(f"{path}.".startswith(f"{t}.") for t in self.trusted):
+        if path in self.named_paths or any(
+            f"{path}.".startswith(f"{t}.") for t in self.trusted_paths
+        ):
             return True
         if "." not in path:  # the parser finds it among the classes that are imported already
             return path.isidentifier()
-        if not DOTTED.fullmatch(path) or not path.startswith(tuple(f"{h}." for h in HOMES)):
+        if not DOTTED_PATH.fullmatch(path) or not path.startswith(
+            tuple(f"{h}." for h in TRUSTED_PACKAGES)
+        ):
             return False
         module, _, name = path.rpartition(".")
         try:
-            found = getattr(import_module(module), name)
+            imported = getattr(import_module(module), name)
         except (ImportError, AttributeError):
             return False  # `ravine.cli.main.sys.exit`, where a parser would follow the dots
-        home = f"{getattr(found, '__module__', '')}."
-        return isinstance(found, type) and home.startswith(tuple(f"{h}." for h in HOMES))
+        defining_module = f"{getattr(imported, '__module__', '')}."
+        return isinstance(imported, type) and defining_module.startswith(
+            tuple(f"{h}." for h in TRUSTED_PACKAGES)
+        )
 
-    def check(self, config: dict[str, Any], source: str, with_callbacks: bool = True) -> None:
+    def check_config(
+        self, config: dict[str, Any], source: str, with_callbacks: bool = True
+    ) -> None:
         """Refuse a saved configuration that names another class.
 
         Args:
-            config: model, data and callbacks, as `SavedConfig` writes them.
+            config: model, data and callbacks, as `ConfigSaver` writes them.
             source: the checkpoint's path.
             with_callbacks: whether the callbacks are needed; those that are not admitted are not
                 imported either way.
         """
         callbacks = (config.get("trainer.callbacks") or []) if with_callbacks else []
         for key, value in (("model", config.get("model")), ("data", config.get("data"))):
-            for path in names(value, self, top=True):
-                self.demand(path, f"{key} in {source}")
-        for each in callbacks if isinstance(callbacks, list) else [callbacks]:
-            path = each.get("class_path") if isinstance(each, dict) else each
+            for path in iter_imported_names(value, self, is_class_path=True):
+                self.require_admitted(path, f"{key} in {source}")
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+            path = callback.get("class_path") if isinstance(callback, dict) else callback
             if path is not None:
-                self.demand(path, f"trainer.callbacks in {source}")
+                self.require_admitted(path, f"trainer.callbacks in {source}")
 
     def check_callback(self, spec: dict[str, Any], source: str) -> None:
         """Refuse a callback whose arguments name another class, before it is made."""
-        for path in names(spec, self, top=True):
-            self.demand(path, f"trainer.callbacks in {source}")
+        for path in iter_imported_names(spec, self, is_class_path=True):
+            self.require_admitted(path, f"trainer.callbacks in {source}")
 
-    def demand(self, path: Any, place: str) -> None:
+    def require_admitted(self, path: Any, location: str) -> None:
         """Refuse one class."""
-        if isinstance(path, str) and self.admits(path):
+        if isinstance(path, str) and self.is_admitted(path):
             return
-        if not DOTTED.fullmatch(str(path)):
+        if not DOTTED_PATH.fullmatch(str(path)):
             raise UsageError(
-                f"{place} has {str(path)[:80]!r} where a class may be named: it is not read, since"
+                f"{location} has {str(path)[:80]!r} where a class may be named: it is not read, "
+                "since"
                 " that could import anything",
                 ["a class of Ravine, torch.nn, torch.optim or lightning.pytorch.callbacks"],
                 flag="another checkpoint, or in a script ckpt_path=FILE with the model built there",
             )
-        shown = str(path)[:80]
-        package = shown.partition(".")[0]
+        path_text = str(path)[:80]
+        package = path_text.partition(".")[0]
         raise UsageError(
-            f"{place} names {shown!r}, which is no class of Ravine, and no word of this command "
+            f"{location} names {path_text!r}, which is no class of Ravine, and no word of this "
+            "command "
             "names it: it is not imported, since that would run its code",
-            [f"{FLAG}={package}", f"in Python trust=[{package!r}]"],
-            flag=f"the same with {FLAG}={package}, if you trust the author of the checkpoint",
+            [f"{TRUST_FLAG}={package}", f"in Python trust=[{package!r}]"],
+            flag=f"the same with {TRUST_FLAG}={package}, if you trust the author of the checkpoint",
         )
 
 
-def names(value: Any, trust: Trust, top: bool = False) -> Iterator[Any]:
+def iter_imported_names(
+    value: Any, trust: TrustPolicy, is_class_path: bool = False
+) -> Iterator[Any]:
     """What a saved value makes the parser import: class paths, and names of functions.
 
     Args:
         value: a specification of a class, or any value.
         trust: a class that it admits is imported, to see which arguments take a name.
-        top: whether a text is a class path itself.
+        is_class_path: whether a text is a class path itself.
     """
     if isinstance(value, str):
-        if top:
+        if is_class_path:
             yield value
     elif isinstance(value, list):
-        for each in value:
-            yield from names(each, trust, top)
+        for item in value:
+            yield from iter_imported_names(item, trust, is_class_path)
     elif isinstance(value, dict) and "class_path" in value:
         path = value["class_path"]
         yield path
-        yield from (f"{key}." for key in value if key not in SPEC)  # such as init_args.optimizer
-        hints = _hints(path) if isinstance(path, str) and trust.admits(path) else {}
-        for part in SPEC[1:]:
-            arguments = value.get(part) or {}
-            for key, each in arguments.items() if isinstance(arguments, dict) else ():
-                yield from _in_texts(each, UNKNOWN if hints is None else hints.get(key), trust)
-                yield from names(each, trust)
+        yield from (
+            f"{key}." for key in value if key not in CLASS_SPEC_KEYS
+        )  # such as init_args.optimizer
+        hints = _argument_hints(path) if isinstance(path, str) and trust.is_admitted(path) else {}
+        for section in CLASS_SPEC_KEYS[1:]:
+            arguments = value.get(section) or {}
+            for key, item in arguments.items() if isinstance(arguments, dict) else ():
+                yield from _names_in_texts(
+                    item, UNKNOWN_HINT if hints is None else hints.get(key), trust
+                )
+                yield from iter_imported_names(item, trust)
     elif isinstance(value, dict):
-        for each in value.values():
-            yield from names(each, trust, top)
+        for item in value.values():
+            yield from iter_imported_names(item, trust, is_class_path)
 
 
-def _in_texts(value: Any, hint: Any, trust: Trust, level: int = 0) -> Iterator[str]:
+def _names_in_texts(value: Any, hint: Any, trust: TrustPolicy, level: int = 0) -> Iterator[str]:
     """What the texts in a value of this type make the parser import.
 
     The parser reads a text as YAML, and for a class the file that it names: either may hold a
     `class_path`. In a text for a class or a function a dot may part a module from a name.
     """
-    hint = UNKNOWN if hint is None else hint
-    if level > presets.MAX_LEVELS or (not (by_name := _takes_name(hint)) and not _takes_any(hint)):
+    hint = UNKNOWN_HINT if hint is None else hint
+    if level > presets.MAX_CONFIG_LEVELS or (
+        not (by_name := _accepts_name(hint)) and not _accepts_class_spec(hint)
+    ):
         return
     if isinstance(value, str):
-        text = _of_file(value) if by_name else value
-        read = _read(text) if text is not None else value
+        text = _load_named_file(value) if by_name else value
+        parsed = _parse_container(text) if text is not None else value
         if text is None:
             yield value
-        elif isinstance(read, dict | list):
-            yield from names(read, trust)
-            yield from _in_texts(read, hint, trust, level + 1)
-        elif by_name and "." in read and _could_be_path(read):
-            yield read
+        elif isinstance(parsed, dict | list):
+            yield from iter_imported_names(parsed, trust)
+            yield from _names_in_texts(parsed, hint, trust, level + 1)
+        elif by_name and "." in parsed and _may_be_import_path(parsed):
+            yield parsed
     elif isinstance(value, list):
-        inside = typehints.elements(hint) if typehints.takes_list(hint) else hint
-        for each in value:
-            yield from _in_texts(each, inside, trust, level + 1)
+        inner_hint = typehints.element_type(hint) if typehints.accepts_list(hint) else hint
+        for item in value:
+            yield from _names_in_texts(item, inner_hint, trust, level + 1)
     elif isinstance(value, dict) and "class_path" not in value:
-        records = [kind for kind, _ in typehints.classes(hint) if is_dataclass(kind)]
-        fields = _all_hints(records[0]) if records else {}
-        of_values = [get_args(m)[-1] for m in typehints.members(hint) if len(get_args(m)) == 2]
-        for key, each in value.items():
-            inside = (fields or {}).get(key) or (of_values[0] if of_values else hint)
-            yield from _in_texts(each, inside, trust, level + 1)
+        records = [
+            candidate
+            for candidate, _ in typehints.configurable_classes(hint)
+            if is_dataclass(candidate)
+        ]
+        fields = _inherited_hints(records[0]) if records else {}
+        of_values = [
+            get_args(m)[-1] for m in typehints.union_members(hint) if len(get_args(m)) == 2
+        ]
+        for key, item in value.items():
+            inner_hint = (fields or {}).get(key) or (of_values[0] if of_values else hint)
+            yield from _names_in_texts(item, inner_hint, trust, level + 1)
 
 
-def _read(text: str) -> Any:
+def _parse_container(text: str) -> Any:
     """A text as YAML if it holds a list or a mapping, else a text."""
     try:
-        presets.check_size(text, "")
-        read = yaml.safe_load(text)
+        presets.check_yaml_size(text, "")
+        parsed = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # also one that is too large
         return text
-    return read if isinstance(read, dict | list | str) else text
+    return parsed if isinstance(parsed, dict | list | str) else text
 
 
-def _of_file(text: str) -> str | None:
+def _load_named_file(text: str) -> str | None:
     """The content of a file that the text names, else the text; None for one that is too large."""
     try:
         path = os.path.expanduser(text)
         if not os.path.lexists(path):
             return text
-        if not os.path.isfile(path) or os.path.getsize(path) > presets.MAX_BYTES:
+        if not os.path.isfile(path) or os.path.getsize(path) > presets.MAX_CONFIG_BYTES:
             return None if not os.path.isdir(path) else text
         with open(path, encoding="utf-8") as file:
             return file.read()
@@ -229,76 +263,83 @@ def _of_file(text: str) -> str | None:
         return text
 
 
-def _could_be_path(text: str) -> bool:
+def _may_be_import_path(text: str) -> bool:
     """Whether importing a text with a dot in it could find a module: `mine.Net`, `mine..Net`."""
     first = text.partition(".")[0].strip()
     return bool(first) and not re.search(r"[\s/]", first)
 
 
-def _hints(path: str) -> dict[str, Any] | None:
+def _argument_hints(path: str) -> dict[str, Any] | None:
     """Types of the arguments of a class and of those it inherits; None if they are not known."""
     module, _, name = path.rpartition(".")
     try:
-        return _all_hints(getattr(import_module(module), name)) if module else None
+        return _inherited_hints(getattr(import_module(module), name)) if module else None
     except Exception:  # a module that has gone
         return None
 
 
-def _all_hints(kind: Any) -> dict[str, Any] | None:
-    found: dict[str, Any] = {}
+def _inherited_hints(owner_class: Any) -> dict[str, Any] | None:
+    hints: dict[str, Any] = {}
     try:
-        for each in reversed(kind.__mro__ if isinstance(kind, type) else ()):
-            if "__init__" in vars(each) and inspect.isfunction(each.__init__):
-                named = inspect.signature(each.__init__).parameters
-                found |= dict.fromkeys(named, Any) | _resolved(each.__init__)
+        for base in reversed(owner_class.__mro__ if isinstance(owner_class, type) else ()):
+            if "__init__" in vars(base) and inspect.isfunction(base.__init__):
+                parameters = inspect.signature(base.__init__).parameters
+                hints |= dict.fromkeys(parameters, Any) | _resolve_hints(base.__init__)
     except Exception:  # a hint that cannot be read
         return None
-    return {key: Any if hint is None else hint for key, hint in found.items()}
+    return {key: Any if hint is None else hint for key, hint in hints.items()}
 
 
-def _resolved(function: Any) -> dict[str, Any]:
+def _resolve_hints(function: Any) -> dict[str, Any]:
     """The hints of a function; UNKNOWN for one that cannot be read, such as of TYPE_CHECKING."""
     try:
         return get_type_hints(function)
     except Exception:
-        found = {}
+        hints = {}
         for key, hint in function.__annotations__.items():
             try:
-                alone = SimpleNamespace(__annotations__={key: hint})
-                found[key] = get_type_hints(alone, function.__globals__)[key]
+                single_hint = SimpleNamespace(__annotations__={key: hint})
+                hints[key] = get_type_hints(single_hint, function.__globals__)[key]
             except Exception:
-                found[key] = UNKNOWN
-        return found
+                hints[key] = UNKNOWN_HINT
+        return hints
 
 
-PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.device, torch.dtype)
+PLAIN_TYPES = (str, bytes, bool, int, float, complex, type(None), torch.device, torch.dtype)
 PLAIN_BASES = (enum.Enum, PurePath, datetime.date, datetime.time, datetime.timedelta)
-BARE = (list, tuple, set, frozenset, dict, *map(get_origin, (Iterable[int], Mapping[int, int])))
-UNKNOWN = object  # an argument whose type is not known: any class
+BARE_CONTAINERS = (
+    list,
+    tuple,
+    set,
+    frozenset,
+    dict,
+    *map(get_origin, (Iterable[int], Mapping[int, int])),
+)
+UNKNOWN_HINT = object  # an argument whose type is not known: any class
 
 
-def _takes_name(hint: Any) -> bool:
+def _accepts_name(hint: Any) -> bool:
     """Whether a text for this type may be the dotted path of a class or a function."""
     return any(
         get_origin(member) in (AnyCallable, type)
-        or any(_takes_name(part) for part in get_args(member) if part is not ...)
+        or any(_accepts_name(argument) for argument in get_args(member) if argument is not ...)
         if get_args(member)
-        else not _is_plain(member) and member not in BARE and member is not Any
-        for member in typehints.members(hint)
+        else not _is_plain_type(member) and member not in BARE_CONTAINERS and member is not Any
+        for member in typehints.union_members(hint)
         if get_origin(member) is not Literal
     )
 
 
-def _takes_any(hint: Any) -> bool:
+def _accepts_class_spec(hint: Any) -> bool:
     """Whether a value for this type may hold a class, given as a mapping with a `class_path`."""
     return any(
-        any(_takes_any(part) for part in get_args(member) if part is not ...)
+        any(_accepts_class_spec(argument) for argument in get_args(member) if argument is not ...)
         if get_args(member)
-        else not _is_plain(member)
-        for member in typehints.members(hint)
+        else not _is_plain_type(member)
+        for member in typehints.union_members(hint)
         if get_origin(member) is not Literal
     )
 
 
-def _is_plain(kind: Any) -> bool:
-    return kind in PLAIN or (isinstance(kind, type) and issubclass(kind, PLAIN_BASES))
+def _is_plain_type(hint: Any) -> bool:
+    return hint in PLAIN_TYPES or (isinstance(hint, type) and issubclass(hint, PLAIN_BASES))

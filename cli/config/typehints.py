@@ -14,87 +14,97 @@ from typing import Any, Literal, Union, get_args, get_origin, is_typeddict
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-PLAIN = {int: "a whole number", float: "a number", str: "text", type(None): "null"}
-SAMPLE = {int: "10", float: "0.1", bool: "true", str: "TEXT"}
+TYPE_DESCRIPTIONS = {int: "a whole number", float: "a number", str: "text", type(None): "null"}
+EXAMPLE_VALUES = {int: "10", float: "0.1", bool: "true", str: "TEXT"}
 
 
-def members(hint: Any) -> list[Any]:
+def union_members(hint: Any) -> list[Any]:
     """The hint itself, or what a union offers."""
     if get_origin(hint) in (Union, types.UnionType):
-        return [member for part in get_args(hint) for member in members(part)]
+        return [member for union_part in get_args(hint) for member in union_members(union_part)]
     return [hint]
 
 
-def takes_list(hint: Any) -> bool:
+def accepts_list(hint: Any) -> bool:
     """Whether ``hint``, or a member of it, is a list of other things."""
     lists = (list, tuple, collections.abc.Iterable, collections.abc.Sequence)
-    return any(get_origin(member) in lists for member in members(hint))
+    return any(get_origin(member) in lists for member in union_members(hint))
 
 
-def elements(hint: Any) -> Any:
+def element_type(hint: Any) -> Any:
     """The type of what stands in such a list."""
-    lists = [member for member in members(hint) if takes_list(member)]
-    return Union[tuple(part for one in lists for part in get_args(one) if part is not ...)]  # noqa: UP007
+    lists = [member for member in union_members(hint) if accepts_list(member)]
+    elements = [a for list_hint in lists for a in get_args(list_hint) if a is not ...]
+    return Union[tuple(elements)]  # noqa: UP007
 
 
-def classes(hint: Any, supplied: int = 0) -> list[tuple[type, int]]:
+def configurable_classes(hint: Any, num_supplied: int = 0) -> list[tuple[type, int]]:
     """Classes a configuration may name for ``hint``, and how many arguments each gets elsewhere.
 
     An optimizer given as ``Callable[[Iterable], Optimizer]`` receives its parameters later: 1.
     """
-    found = []
-    for member in members(hint):
-        origin, parts = get_origin(member), get_args(member)
-        if origin is collections.abc.Callable and parts:
-            given = parts[0] if isinstance(parts[0], list) else []
-            found += classes(parts[-1], len(given))
-        elif takes_list(member):
-            found += [each for part in parts for each in classes(part, supplied)]
-        elif isinstance(member, type) and origin is None and _configurable(member):
-            found.append((member, supplied))
-    return found
+    choices = []
+    for member in union_members(hint):
+        origin, hint_args = get_origin(member), get_args(member)
+        if origin is collections.abc.Callable and hint_args:
+            callable_args = hint_args[0] if isinstance(hint_args[0], list) else []
+            choices += configurable_classes(hint_args[-1], len(callable_args))
+        elif accepts_list(member):
+            choices += [
+                choice
+                for hint_arg in hint_args
+                for choice in configurable_classes(hint_arg, num_supplied)
+            ]
+        elif isinstance(member, type) and origin is None and _is_configurable(member):
+            choices.append((member, num_supplied))
+    return choices
 
 
-def _configurable(kind: type) -> bool:
-    plain = issubclass(kind, enum.Enum | PurePath | Tensor) or is_typeddict(kind)
-    return not plain and kind.__module__ not in ("builtins", "typing", "datetime")
+def _is_configurable(candidate: type) -> bool:
+    is_plain = issubclass(candidate, enum.Enum | PurePath | Tensor) or is_typeddict(candidate)
+    return not is_plain and candidate.__module__ not in ("builtins", "typing", "datetime")
 
 
-def described(hint: Any) -> list[str]:
+def describe(hint: Any) -> list[str]:
     """The values that ``hint`` takes, each in words."""
-    words: list[str] = []
-    for member in members(hint):
-        origin, parts = get_origin(member), get_args(member)
+    descriptions: list[str] = []
+    for member in union_members(hint):
+        origin, hint_args = get_origin(member), get_args(member)
         if origin is Literal:
-            words += [str(part) for part in parts]
+            descriptions += [str(hint_arg) for hint_arg in hint_args]
         elif member is bool:
-            words += ["true", "false"]
-        elif takes_list(member):
-            each = [" or ".join(described(part)) for part in parts if part is not ...]
-            more = ["..."] if origin is not tuple or ... in parts else []
-            words.append(f"[{', '.join(each + more)}]")
+            descriptions += ["true", "false"]
+        elif accepts_list(member):
+            element_texts = [
+                " or ".join(describe(hint_arg)) for hint_arg in hint_args if hint_arg is not ...
+            ]
+            ellipsis_text = ["..."] if origin is not tuple or ... in hint_args else []
+            descriptions.append(f"[{', '.join(element_texts + ellipsis_text)}]")
         elif dataclasses.is_dataclass(member):
             fields = ", ".join(field.name for field in dataclasses.fields(member))
-            words.append(f"{{{fields}}}")
+            descriptions.append(f"{{{fields}}}")
         else:
-            words.append(PLAIN.get(member) or getattr(member, "__name__", str(member)))
-    return list(dict.fromkeys(words))
+            descriptions.append(
+                TYPE_DESCRIPTIONS.get(member) or getattr(member, "__name__", str(member))
+            )
+    return list(dict.fromkeys(descriptions))
 
 
-def sample(hint: Any) -> str:
+def example_value(hint: Any) -> str:
     """A value that ``hint`` takes, to show its form."""
-    first = members(hint)[0]
+    first = union_members(hint)[0]
     if get_origin(first) is Literal:
         return str(get_args(first)[0])
-    if takes_list(first):
-        return f"[{', '.join(sample(part) for part in get_args(first) if part is not ...)}]"
+    if accepts_list(first):
+        examples = [example_value(argument) for argument in get_args(first) if argument is not ...]
+        return f"[{', '.join(examples)}]"
     if dataclasses.is_dataclass(first):
         field = dataclasses.fields(first)[0]
         return f"{{{field.name}: {field.default}}}"
-    return SAMPLE.get(first, "NAME" if classes(first) else "VALUE")
+    return EXAMPLE_VALUES.get(first, "NAME" if configurable_classes(first) else "VALUE")
 
 
-def accepts(hint: Any, value: Any) -> bool:
+def is_valid(hint: Any, value: Any) -> bool:
     """Whether the parser would take ``value`` for ``hint``; a text is read as a flag's."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
@@ -109,21 +119,27 @@ def accepts(hint: Any, value: Any) -> bool:
 
 
 @functools.cache
-def arguments(kind: type, supplied: int) -> ArgumentParser:
-    """A parser of the arguments of a class, but the first ``supplied``."""
+def class_parser(target_class: type, num_supplied: int) -> ArgumentParser:
+    """A parser of the arguments of a class, but the first ``num_supplied``."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, fail_untyped=False, skip={supplied} if supplied else set())
+    parser.add_class_arguments(
+        target_class, fail_untyped=False, skip={num_supplied} if num_supplied else set()
+    )
     return parser
 
 
-def subclasses(bases: Iterable[type]) -> dict[str, type]:
+def subclasses_by_name(bases: Iterable[type]) -> dict[str, type]:
     """Every class that a bare name may stand for, of those imported."""
-    found: dict[str, type] = {}
-    todo = [kind for base in bases for kind in base.__subclasses__()]
-    while todo:
-        kind = todo.pop()
-        todo += kind.__subclasses__()
-        if not kind.__name__.startswith("_") and not inspect.isabstract(kind):
-            ours = kind.__module__.startswith("ravine.")  # of two with one name, ours is meant
-            found[kind.__name__] = kind if ours else found.get(kind.__name__, kind)
-    return found
+    classes_by_name: dict[str, type] = {}
+    pending = [subclass for base in bases for subclass in base.__subclasses__()]
+    while pending:
+        subclass = pending.pop()
+        pending += subclass.__subclasses__()
+        if not subclass.__name__.startswith("_") and not inspect.isabstract(subclass):
+            is_ravine = subclass.__module__.startswith(
+                "ravine."
+            )  # of two with one name, ours is meant
+            classes_by_name[subclass.__name__] = (
+                subclass if is_ravine else classes_by_name.get(subclass.__name__, subclass)
+            )
+    return classes_by_name

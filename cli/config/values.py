@@ -9,7 +9,7 @@ import yaml
 
 
 @dataclass(frozen=True)
-class Given:
+class ConfigValue:
     """A value in its place.
 
     Args:
@@ -25,7 +25,7 @@ class Given:
     line: int = 0
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where it stands, in words."""
         if self.line:
             return f"in {self.source}, line {self.line}, {self.key}"
@@ -44,7 +44,7 @@ class Given:
         return self.node.value if isinstance(self.node, yaml.ScalarNode) else "..."
 
     @property
-    def shown(self) -> str:
+    def display_text(self) -> str:
         """The value in one line, whatever it is."""
         if isinstance(self.node, yaml.ScalarNode):
             return repr(self.text)
@@ -57,73 +57,75 @@ class Given:
             return None if self.node.tag.endswith(":null") else self.node.value
         return yaml.safe_load(yaml.serialize(self.node))
 
-    def items(self) -> list["Given"]:
+    def children(self) -> list["ConfigValue"]:
         """The values inside this one, if it is a list or a mapping."""
-        below = f"{self.key}." if self.key else ""
+        prefix = f"{self.key}." if self.key else ""
         if isinstance(self.node, yaml.SequenceNode):
-            inside = [(str(i), node, node) for i, node in enumerate(self.node.value)]
+            entries = [(str(i), node, node) for i, node in enumerate(self.node.value)]
         elif isinstance(self.node, yaml.MappingNode):
-            inside = [(key.value, key, node) for key, node in self.node.value]
+            entries = [(key.value, key, node) for key, node in self.node.value]
         else:
-            inside = []
+            entries = []
         return [
-            Given(below + name, node, self.source, self.line and mark.start_mark.line + 1)
-            for name, mark, node in inside
+            ConfigValue(prefix + name, node, self.source, self.line and mark.start_mark.line + 1)
+            for name, mark, node in entries
         ]
 
-    def renamed(self, wrong: str, right: str) -> str:
+    def with_key(self, old: str, new: str) -> str:
         """What to type for it with one part of its key put right."""
-        if self.line or not self._whole:
-            return f"{right}: {self.text}"
+        if self.line or not self._is_top_level:
+            return f"{new}: {self.text}"
         if not self.source.startswith("-"):
-            return f"export {self.source.replace(wrong.upper(), right.upper())}={self.text}"
-        parts = self.source[2:].split(".")
-        return f"--{'.'.join(right if part == wrong else part for part in parts)}={self.text}"
+            return f"export {self.source.replace(old.upper(), new.upper())}={self.text}"
+        segments = self.source[2:].split(".")
+        return (
+            f"--{'.'.join(new if segment == old else segment for segment in segments)}={self.text}"
+        )
 
-    def valued(self, value: str) -> str:
+    def with_value(self, value: str) -> str:
         """What to type for it with another value."""
-        if self.line or not self._whole:
+        if self.line or not self._is_top_level:
             return f"- {value}" if self.name.isdigit() else f"{self.name}: {value}"
         export = "" if self.source.startswith("-") else "export "
         return f"{export}{self.source}={value}"
 
     @property
-    def _whole(self) -> bool:
+    def _is_top_level(self) -> bool:
         """Whether this is all the value of a flag or a variable, not a part of it."""
-        typed = self.source.lstrip("-").rstrip("+")
-        return self.key == typed or _variable_key(self.source) == self.key
+        typed_key = self.source.lstrip("-").rstrip("+")
+        return self.key == typed_key or _env_var_key(self.source) == self.key
 
 
-def in_file(path: str) -> list[Given]:
+def from_yaml(path: str) -> list[ConfigValue]:
     """The keys of a YAML file."""
     node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
-    return [] if node is None else Given("", node, path, 1).items()
+    return [] if node is None else ConfigValue("", node, path, 1).children()
 
 
-def in_words(words: list[str]) -> Iterator[Given]:
+def from_argv(argv: list[str]) -> Iterator[ConfigValue]:
     """The keys of a command line in their order: `--key=value`, `--key value`, and configs'."""
-    each = iter(words)
-    for word in each:
+    remaining = iter(argv)
+    for word in remaining:
         flag, equals, value = word.partition("=")
         if flag == "--config":
-            yield from in_file(value)
+            yield from from_yaml(value)
         elif flag.startswith("--") and flag not in ("--print_config", "--help"):
-            value = value if equals else next(each, None)
-            yield Given(flag[2:].rstrip("+"), _value(value), flag)
+            value = value if equals else next(remaining, None)
+            yield ConfigValue(flag[2:].rstrip("+"), _parse_node(value), flag)
 
 
-def in_environment(command: str) -> Iterator[Given]:
+def from_env(command: str) -> Iterator[ConfigValue]:
     """The variables meant for ``command``: PL_FIT__TRAINER__MAX_STEPS."""
     for name in sorted(os.environ):
         if name.startswith(f"PL_{command.upper()}__"):
-            yield Given(_variable_key(name), _value(os.environ[name]), name)
+            yield ConfigValue(_env_var_key(name), _parse_node(os.environ[name]), name)
 
 
-def _variable_key(name: str) -> str:
+def _env_var_key(name: str) -> str:
     return name.partition("__")[2].lower().replace("__", ".")
 
 
-def _value(text: str | None) -> yaml.Node:
+def _parse_node(text: str | None) -> yaml.Node:
     null = yaml.ScalarNode("tag:yaml.org,2002:null", "")
     if text == "":  # a text to the parser too
         return yaml.ScalarNode("tag:yaml.org,2002:str", "")

@@ -16,61 +16,68 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GOLDEN, MASK = 0x9E3779B97F4A7C15, 2**64 - 1  # SplitMix64's (Steele et al. 2014)
-MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+GOLDEN_GAMMA, MASK = 0x9E3779B97F4A7C15, 2**64 - 1  # SplitMix64's (Steele et al. 2014)
+MIX_CONSTANTS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 
 
-def key(*names: int | str) -> int:
+def derive_key(*names: int | str) -> int:
     """64 bits that depend on all of the names: key(seed, "training", step)."""
     return int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=8).digest(), "little")
 
 
-def uniforms(key: int, samples: Tensor) -> Tensor:
+def uniforms(key: int, sample_ids: Tensor) -> Tensor:
     """Numbers in (0, 1), fp32 (b), one for each number of a sample, int64 (b)."""
-    return _unit(_stream(key, samples) >> 8)
+    return _to_unit_interval(_random_bits(key, sample_ids) >> 8)
 
 
-def normals(key: int, samples: Tensor, shape: tuple[int, ...]) -> Tensor:
+def normals(key: int, sample_ids: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers, fp32 (b, *shape), an image for each number of a sample (b)."""
     size = math.prod(shape)
-    places = torch.arange(-(-size // 2), device=samples.device) * _signed(GOLDEN)
-    bits = _mix(_stream(key, samples)[:, None] + places)  # (b, size/2)
-    length = (-2 * _unit(bits >> 40).log()).sqrt()
-    angle = 2 * math.pi * _unit(bits)
-    both = torch.cat((length * angle.cos(), length * angle.sin()), 1)  # (b, size)
-    return both[:, :size].reshape(-1, *shape)
+    counters = torch.arange(-(-size // 2), device=sample_ids.device) * _to_signed64(GOLDEN_GAMMA)
+    bits = _mix(_random_bits(key, sample_ids)[:, None] + counters)  # (b, size/2)
+    radius = (-2 * _to_unit_interval(bits >> 40).log()).sqrt()
+    angle = 2 * math.pi * _to_unit_interval(bits)
+    pairs = torch.cat((radius * angle.cos(), radius * angle.sin()), 1)  # (b, size)
+    return pairs[:, :size].reshape(-1, *shape)
 
 
-def _stream(key: int, samples: Tensor) -> Tensor:
-    return _mix(_mix(samples * _signed(GOLDEN) + _signed(key)) + _signed(GOLDEN))
+def _random_bits(key: int, sample_ids: Tensor) -> Tensor:
+    return _mix(
+        _mix(sample_ids * _to_signed64(GOLDEN_GAMMA) + _to_signed64(key))
+        + _to_signed64(GOLDEN_GAMMA)
+    )
 
 
 def _mix(z: Tensor) -> Tensor:
     """64 bits in, 64 well-mixed bits out; int64 arithmetic that wraps around."""
-    for shift, factor in MIXING:
-        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+    for shift, factor in MIX_CONSTANTS:
+        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * _to_signed64(factor)
     return z
 
 
-def _unit(bits: Tensor) -> Tensor:
+def _to_unit_interval(bits: Tensor) -> Tensor:
     """The lowest 23 bits as a number in (0, 1), exact in fp32."""
     return ((bits & 0x7FFFFF).float() + 0.5) / 2**23
 
 
-def _signed(value: int) -> int:
+def _to_signed64(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-class Draws(NamedTuple):
+class StepNoise(NamedTuple):
     """What a training step draws for its images (b)."""
 
-    u: Tensor  # (b) in (0, 1): spread evenly over the whole step
-    label: Tensor  # (b) in (0, 1)
+    uniform_t: Tensor  # (b) in (0, 1): spread evenly over the whole step
+    uniform_label: Tensor  # (b) in (0, 1)
     noise: Tensor  # (b c y x)
 
 
-def of_step(names: tuple[int | str, ...], places: Tensor, total: int, x0: Tensor) -> Draws:
+def draw_step_noise(
+    names: tuple[int | str, ...], sample_indices: Tensor, total: int, x0: Tensor
+) -> StepNoise:
     """Draws for the images x0 (b c y x) at places (b) among the `total` of a step."""
-    u = (places + uniforms(key(*names, "times"), places)) / total
-    label = uniforms(key(*names, "labels"), places)
-    return Draws(u, label, normals(key(*names, "noise"), places, tuple(x0.shape[1:])))
+    u = (sample_indices + uniforms(derive_key(*names, "times"), sample_indices)) / total
+    uniform_label = uniforms(derive_key(*names, "labels"), sample_indices)
+    return StepNoise(
+        u, uniform_label, normals(derive_key(*names, "noise"), sample_indices, tuple(x0.shape[1:]))
+    )

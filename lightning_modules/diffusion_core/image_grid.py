@@ -10,41 +10,41 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ravine.datamodules.downloads import whole
+from ravine.datamodules.downloads import atomic_write
 from ravine.errors import UsageError
 
-GAP, PAPER = 2, 255  # pixels between images, and their color
+PADDING, BACKGROUND = 2, 255  # pixels between images, and their color
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
-class Pictures:
+class ImageGrid:
     """Images, uint8 (n c y x), in rows of `columns`.
 
     model.generate(labels="0-9").save("digits.png")
 
-    `rows` are the names of the rows, where each row is of one class.
+    `row_names` are the names of the rows, where each row is of one class.
     """
 
-    def __init__(self, images: Tensor, columns: int, rows: tuple[str, ...] = ()) -> None:
+    def __init__(self, images: Tensor, columns: int, row_names: tuple[str, ...] = ()) -> None:
         """Keep them on the CPU."""
-        self.images, self.columns, self.rows = images.cpu(), columns, rows
+        self.images, self.columns, self.row_names = images.cpu(), columns, row_names
 
     def grid(self) -> Image.Image:
         """All in one, enlarged where they are small."""
         _, c, y, x = self.images.shape
-        missing = -len(self.images) % self.columns
-        images = torch.cat((self.images, self.images.new_full((missing, c, y, x), PAPER)))
+        num_missing = -len(self.images) % self.columns
+        images = torch.cat((self.images, self.images.new_full((num_missing, c, y, x), BACKGROUND)))
         scale = max(1, 56 // max(y, x))
         images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)  # (n c Y X)
-        images = torch.nn.functional.pad(images, (0, GAP, 0, GAP), value=PAPER)
+        images = torch.nn.functional.pad(images, (0, PADDING, 0, PADDING), value=BACKGROUND)
         sheet = rearrange(images, "(r k) c y x -> c (r y) (k x)", k=self.columns)
-        return picture(torch.nn.functional.pad(sheet, (GAP, 0, GAP, 0), value=PAPER))
+        return to_pil(torch.nn.functional.pad(sheet, (PADDING, 0, PADDING, 0), value=BACKGROUND))
 
     def save(self, path: str | Path) -> None:
         """Write the grid, whole or not at all; the name's end decides the format."""
-        form = format_of(path)
-        with whole(Path(path)) as part:
-            self.grid().save(part, form)
+        pillow_format = get_pillow_format(path)
+        with atomic_write(Path(path)) as temporary_path:
+            self.grid().save(temporary_path, pillow_format)
 
     def save_each(self, folder: str | Path) -> None:
         """Write each image into a file of its own: 00000.png, 00001.png, ..."""
@@ -52,24 +52,24 @@ class Pictures:
         for number, image in enumerate(self.images):
             file = Path(folder, f"{number:05}.png")
             try:
-                picture(image).save(file)
+                to_pil(image).save(file)
             except OSError:
                 file.unlink(missing_ok=True)  # it is not whole
                 raise
 
 
-def format_of(path: str | Path) -> str:
+def get_pillow_format(path: str | Path) -> str:
     """What Pillow calls the format that a name's end says."""
-    end = Path(path).suffix.lower()
-    if end not in FORMATS:
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
         allowed = ", ".join(FORMATS)
         raise UsageError(
             f"{path} is no name of a picture; allowed: {allowed}; type --file=samples.png"
         )
-    return FORMATS[end]
+    return FORMATS[suffix]
 
 
-def picture(image: Tensor) -> Image.Image:
+def to_pil(image: Tensor) -> Image.Image:
     """One image, uint8 (c y x), gray or RGB."""
     if image.shape[0] == 1:
         return Image.fromarray(image[0].numpy())

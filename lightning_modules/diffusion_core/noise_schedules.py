@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-T = 1000
-Kind = Literal["linear", "cosine", "flow", "edm"]
+NUM_TRAIN_TIMESTEPS = 1000
+NoiseScheduleName = Literal["linear", "cosine", "flow", "edm"]
 
 
-class Path(NamedTuple):
+class Timesteps(NamedTuple):
     """The way of a sampler: times (s+1) falling to 0 and their levels, float64 on the CPU."""
 
     t: Tensor
@@ -35,24 +35,26 @@ class Path(NamedTuple):
     sigma: Tensor
 
 
-def alpha_bar(kind: Literal["linear", "cosine"]) -> Tensor:
+def compute_alpha_bar(name: Literal["linear", "cosine"]) -> Tensor:
     """The share of the image in the variance, α², after 0..1000 steps (1001), float64."""
-    if kind == "linear":
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    if name == "linear":
+        beta = torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
     else:
-        place = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008
-        left = (place * math.pi / 2).cos().square()
-        beta = (1 - left[1:] / left[:-1]).clamp(max=0.999)
+        angle_fraction = (
+            torch.arange(NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS + 0.008
+        ) / 1.008
+        unnormalized = (angle_fraction * math.pi / 2).cos().square()
+        beta = (1 - unnormalized[1:] / unnormalized[:-1]).clamp(max=0.999)
     return torch.cat((torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)))
 
 
 @cache
-def _table(
-    kind: Literal["linear", "cosine"], dtype: torch.dtype, device: torch.device
+def _alpha_sigma_table(
+    name: Literal["linear", "cosine"], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # it may be made in validation, and is used in training
-        kept = alpha_bar(kind)
-        return kept.sqrt().to(device, dtype), (1 - kept).sqrt().to(device, dtype)
+        alpha_bars = compute_alpha_bar(name)
+        return alpha_bars.sqrt().to(device, dtype), (1 - alpha_bars).sqrt().to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -62,49 +64,55 @@ class Schedule:
     alpha, sigma = Schedule("linear").levels(torch.tensor([0, 500, 1000]))
     """
 
-    kind: Kind = "linear"
+    name: NoiseScheduleName = "linear"
 
     @property
-    def whole(self) -> bool:
+    def is_discrete(self) -> bool:
         """Whether times are whole numbers."""
-        return self.kind in ("linear", "cosine")
+        return self.name in ("linear", "cosine")
 
     @property
-    def spread(self) -> float:
+    def sigma_data(self) -> float:
         """The standard deviation of the data that the net's in- and outputs are scaled for."""
-        return 0.5 if self.kind == "edm" else 1.0
+        return 0.5 if self.name == "edm" else 1.0
 
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ at times t (b), of t's dtype if it is a float; linear and cosine round t."""
         if not t.is_floating_point():
             t = t.to(torch.get_default_dtype())
-        if self.kind == "flow":
-            return 1 - t / T, t / T
-        if self.kind == "edm":
-            return torch.ones_like(t), 80 * (t / T) ** 7
-        alpha, sigma = _table(self.kind, t.dtype, t.device)
+        if self.name == "flow":
+            return 1 - t / NUM_TRAIN_TIMESTEPS, t / NUM_TRAIN_TIMESTEPS
+        if self.name == "edm":
+            return torch.ones_like(t), 80 * (t / NUM_TRAIN_TIMESTEPS) ** 7
+        alpha, sigma = _alpha_sigma_table(self.name, t.dtype, t.device)
         step = t.round().long()
         return alpha[step], sigma[step]
 
-    def draw(self, u: Tensor) -> Tensor:
+    def sample_t(self, u: Tensor) -> Tensor:
         """Times to train at (b), above 0, by numbers u (b) uniform in [0, 1]."""
-        if self.whole:
-            return (u * T).floor().clamp(max=T - 1) + 1
-        if self.kind == "flow":
-            return u * T
-        inside = u.clamp(1e-6, 1 - 1e-6)  # erfinv has no end at 0 and 1, to which floats round
-        log_sigma = -1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * inside - 1)
-        return T * ((log_sigma - math.log(80)) / 7).exp().clamp(max=1)
+        if self.is_discrete:
+            return (u * NUM_TRAIN_TIMESTEPS).floor().clamp(max=NUM_TRAIN_TIMESTEPS - 1) + 1
+        if self.name == "flow":
+            return u * NUM_TRAIN_TIMESTEPS
+        clamped = u.clamp(1e-6, 1 - 1e-6)  # erfinv has no end at 0 and 1, to which floats round
+        log_sigma = -1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * clamped - 1)
+        return NUM_TRAIN_TIMESTEPS * ((log_sigma - math.log(80)) / 7).exp().clamp(max=1)
 
-    def path(self, steps: int) -> Path:
+    def timesteps(self, num_steps: int) -> Timesteps:
         """From pure noise to the image in so many steps; edm's are those of Karras et al."""
-        most = T if self.whole else 10 * T
-        if not 1 <= steps <= most:
+        max_steps = NUM_TRAIN_TIMESTEPS if self.is_discrete else 10 * NUM_TRAIN_TIMESTEPS
+        if not 1 <= num_steps <= max_steps:
             raise UsageError(
-                f"steps is {steps}; allowed: 1 to {most}; type --steps={min(max(steps, 1), most)}"
+                f"steps is {num_steps}; allowed: 1 to {max_steps}; type "
+                f"--steps={min(max(num_steps, 1), max_steps)}"
             )
-        t = torch.linspace(T, 0, steps + 1, dtype=torch.float64)
-        if self.kind == "edm":  # evenly in σ^(1/7) down to 0.002, and then to 0
-            t[:-1] = torch.linspace(T, T * (0.002 / 80) ** (1 / 7), steps, dtype=torch.float64)
-        t = t.round() if self.whole else t
-        return Path(t, *self.levels(t))
+        t = torch.linspace(NUM_TRAIN_TIMESTEPS, 0, num_steps + 1, dtype=torch.float64)
+        if self.name == "edm":  # evenly in σ^(1/7) down to 0.002, and then to 0
+            t[:-1] = torch.linspace(
+                NUM_TRAIN_TIMESTEPS,
+                NUM_TRAIN_TIMESTEPS * (0.002 / 80) ** (1 / 7),
+                num_steps,
+                dtype=torch.float64,
+            )
+        t = t.round() if self.is_discrete else t
+        return Timesteps(t, *self.alpha_sigma(t))

@@ -19,94 +19,103 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from .noise_schedules import Path
+from .noise_schedules import Timesteps
 
-Denoise = Callable[[Tensor, float], Tensor]
-Noise = Callable[[int], Tensor]
-Sampler = Callable[[Denoise, Tensor, Path, Noise], Tensor]
-Name = Literal["ddim", "ancestral", "euler", "heun", "dpm"]
+DenoiseFn = Callable[[Tensor, float], Tensor]
+NoiseFn = Callable[[int], Tensor]
+SamplerFn = Callable[[DenoiseFn, Tensor, Timesteps, NoiseFn], Tensor]
+SamplerName = Literal["ddim", "ancestral", "euler", "heun", "dpm"]
 
 
-class Step(NamedTuple):
-    """From time t with levels α, σ (`a`, `s`) to time `to` with levels `a2`, `s2`."""
+class SamplerStep(NamedTuple):
+    """From time t with levels α, σ (`alpha`, `sigma`) to time `t_next` with levels `alpha_next`,
+    `sigma_next`."""
 
-    number: int
+    step_index: int
     t: float
-    a: float
-    s: float
-    to: float
-    a2: float
-    s2: float
+    alpha: float
+    sigma: float
+    t_next: float
+    alpha_next: float
+    sigma_next: float
 
 
-def steps(path: Path) -> Iterator[Step]:
+def iter_steps(timesteps: Timesteps) -> Iterator[SamplerStep]:
     """The steps of a path."""
-    rows = list(zip(*(values.tolist() for values in path), strict=True))
-    for number, (here, there) in enumerate(pairwise(rows)):
-        yield Step(number, *here, *there)
+    rows = list(zip(*(values.tolist() for values in timesteps), strict=True))
+    for index, (current, following) in enumerate(pairwise(rows)):
+        yield SamplerStep(index, *current, *following)
 
 
-def _kept(step: Step) -> float:
+def _retained_variance(step: SamplerStep) -> float:
     """The share of ε's variance at the end of a step that is old, by DDPM's posterior."""
-    return (step.a * step.s2 / (step.a2 * step.s)) ** 2
+    return (step.alpha * step.sigma_next / (step.alpha_next * step.sigma)) ** 2
 
 
-def ddim(denoise: Denoise, x: Tensor, path: Path, noise: Noise, eta: float = 0.0) -> Tensor:
+def ddim(
+    denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn, eta: float = 0.0
+) -> Tensor:
     """Back the noise out, and put it on again at the next level (Song et al. 2021, eq. 12).
 
         x' = α' x0 + √(σ'² - η²β) ε + η √β z,    β = σ'² (1 - (α σ' / α' σ)²)
 
     eta 0 is the lecture's sampler: the same noise all the way; eta 1 is ancestral sampling.
     """
-    for step in steps(path):
+    for step in iter_steps(timesteps):
         x0 = denoise(x, step.t)
-        eps = (x - step.a * x0) / step.s
-        fresh = eta**2 * (1 - _kept(step))
-        x = step.a2 * x0 + step.s2 * math.sqrt(1 - fresh) * eps
-        if fresh and step.s2:
-            x = x + step.s2 * math.sqrt(fresh) * noise(step.number)
+        eps = (x - step.alpha * x0) / step.sigma
+        noise_fraction = eta**2 * (1 - _retained_variance(step))
+        x = step.alpha_next * x0 + step.sigma_next * math.sqrt(1 - noise_fraction) * eps
+        if noise_fraction and step.sigma_next:
+            x = x + step.sigma_next * math.sqrt(noise_fraction) * noise(step.step_index)
     return x
 
 
-def ancestral(denoise: Denoise, x: Tensor, path: Path, noise: Noise) -> Tensor:
+def ancestral(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
     """Draw from q(x' | x, x0), as DDPM does (Ho et al. 2020, eq. 7).
 
     x' = (α/α') (σ'/σ)² x + α' (1 - (α σ' / α' σ)²) x0 + √β z,    β as in `ddim`
     """
-    for step in steps(path):
-        x0, kept = denoise(x, step.t), _kept(step)
-        x = (step.a / step.a2) * (step.s2 / step.s) ** 2 * x + step.a2 * (1 - kept) * x0
-        if step.s2:
-            x = x + step.s2 * math.sqrt(1 - kept) * noise(step.number)
+    for step in iter_steps(timesteps):
+        x0, retained = denoise(x, step.t), _retained_variance(step)
+        x = (step.alpha / step.alpha_next) * (
+            step.sigma_next / step.sigma
+        ) ** 2 * x + step.alpha_next * (1 - retained) * x0
+        if step.sigma_next:
+            x = x + step.sigma_next * math.sqrt(1 - retained) * noise(step.step_index)
     return x
 
 
-def euler(denoise: Denoise, x: Tensor, path: Path, noise: Noise) -> Tensor:
+def euler(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
     """x' = x + x0 Δα + ε Δσ: order 1; the same points as DDIM's."""
-    for step in steps(path):
-        x = _euler(x, denoise(x, step.t), step)
+    for step in iter_steps(timesteps):
+        x = _euler_step(x, denoise(x, step.t), step)
     return x
 
 
-def heun(denoise: Denoise, x: Tensor, path: Path, noise: Noise) -> Tensor:
+def heun(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
     """Euler's step, and then the mean of both ends' x0 and ε: order 2, two calls of the net a step.
 
     With α = 1 this is EDM's sampler (Karras et al. 2022, algorithm 1, no churn).
     """
-    for step in steps(path):
+    for step in iter_steps(timesteps):
         x0 = denoise(x, step.t)
-        ahead = _euler(x, x0, step)
-        if step.s2:
-            eps = (x - step.a * x0) / step.s
-            second = denoise(ahead, step.to)
-            eps = (eps + (ahead - step.a2 * second) / step.s2) / 2
-            x = x + (step.a2 - step.a) / 2 * (x0 + second) + (step.s2 - step.s) * eps
+        x_pred = _euler_step(x, x0, step)
+        if step.sigma_next:
+            eps = (x - step.alpha * x0) / step.sigma
+            x0_next = denoise(x_pred, step.t_next)
+            eps = (eps + (x_pred - step.alpha_next * x0_next) / step.sigma_next) / 2
+            x = (
+                x
+                + (step.alpha_next - step.alpha) / 2 * (x0 + x0_next)
+                + (step.sigma_next - step.sigma) * eps
+            )
         else:
-            x = ahead
+            x = x_pred
     return x
 
 
-def dpm(denoise: Denoise, x: Tensor, path: Path, noise: Noise) -> Tensor:
+def dpm(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
     """DPM-Solver++(2M): order 2 with one call of the net a step (Lu et al. 2022, algorithm 2).
 
     x' = (σ'/σ) x + (α' - α σ'/σ) D,    D = x0 + h'/(2h) (x0 - the last x0)
@@ -114,24 +123,33 @@ def dpm(denoise: Denoise, x: Tensor, path: Path, noise: Noise) -> Tensor:
     h and h' are the steps in log(α/σ), the last one's and this one's. Where one of them has no
     end (the first step of flow matching, the last step of all), D is x0.
     """
-    before: Tensor | None = None
-    last = math.inf
-    for step in steps(path):
+    x0_prev: Tensor | None = None
+    h_prev = math.inf
+    for step in iter_steps(timesteps):
         x0 = denoise(x, step.t)
-        ends = step.a > 0 and step.s2 > 0
-        h = math.log(step.a2 * step.s / (step.a * step.s2)) if ends else math.inf
-        ahead = x0 if before is None or not ends else x0 + h / (2 * last) * (x0 - before)
-        x = step.s2 / step.s * x + (step.a2 - step.a * step.s2 / step.s) * ahead
-        before, last = x0, h
+        is_finite = step.alpha > 0 and step.sigma_next > 0
+        h = (
+            math.log(step.alpha_next * step.sigma / (step.alpha * step.sigma_next))
+            if is_finite
+            else math.inf
+        )
+        x0_extrapolated = (
+            x0 if x0_prev is None or not is_finite else x0 + h / (2 * h_prev) * (x0 - x0_prev)
+        )
+        x = (
+            step.sigma_next / step.sigma * x
+            + (step.alpha_next - step.alpha * step.sigma_next / step.sigma) * x0_extrapolated
+        )
+        x0_prev, h_prev = x0, h
     return x
 
 
-def _euler(x: Tensor, x0: Tensor, step: Step) -> Tensor:
-    eps = (x - step.a * x0) / step.s
-    return x + (step.a2 - step.a) * x0 + (step.s2 - step.s) * eps
+def _euler_step(x: Tensor, x0: Tensor, step: SamplerStep) -> Tensor:
+    eps = (x - step.alpha * x0) / step.sigma
+    return x + (step.alpha_next - step.alpha) * x0 + (step.sigma_next - step.sigma) * eps
 
 
-SAMPLERS: dict[Name, Sampler] = {
+SAMPLERS: dict[SamplerName, SamplerFn] = {
     "ddim": ddim,
     "ancestral": ancestral,
     "euler": euler,

@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ravine.datamodules.image_set import class_numbers
+from ravine.datamodules.image_set import parse_class_indices
 from ravine.errors import UsageError
 
-from .captured_denoiser import Denoise, Estimator, Record, plainly
-from .counter_rng import key, normals
+from .captured_denoiser import CapturedDenoiser, ConditionalDenoiseFn, DenoiserFactory, no_capture
+from .counter_rng import derive_key, normals
 from .noise_schedules import Schedule
-from .samplers import SAMPLERS, Name, Sampler, ddim
+from .samplers import SAMPLERS, SamplerFn, SamplerName, ddim
 
 
 @dataclass(frozen=True)
-class Way:
+class SamplerConfig:
     """How images are made: by which sampler, in how many steps, how strongly guided."""
 
-    sampler: Name = "ddim"
-    steps: int = 50
-    guidance: float = 0.0
+    sampler: SamplerName = "ddim"
+    num_steps: int = 50
+    guidance_scale: float = 0.0
     eta: float = 0.0
 
     def __post_init__(self) -> None:
@@ -38,12 +38,12 @@ class Way:
         names = ", ".join(SAMPLERS)
         rules = {
             "sampler": (self.sampler in SAMPLERS, names, "ddim"),
-            "steps": (self.steps >= 1, "1 or more", 50),
-            "guidance": (0 <= self.guidance < math.inf, "0 (none) or more", 0.5),
+            "steps": (self.num_steps >= 1, "1 or more", 50),
+            "guidance": (0 <= self.guidance_scale < math.inf, "0 (none) or more", 0.5),
             "eta": (0 <= self.eta <= 1, "0 (no fresh noise) to 1", 0),
         }
-        for name, (fine, allowed, typical) in rules.items():
-            if not fine:
+        for name, (is_valid, allowed, typical) in rules.items():
+            if not is_valid:
                 raise UsageError(
                     f"{name} is {getattr(self, name)}; allowed: {allowed}; type --{name}={typical}"
                 )
@@ -53,81 +53,98 @@ class Way:
                 "allowed with it: 0; type --sampler=ddim"
             )
 
-    def of(self, withheld: bool, one_step: bool, **given: Any) -> "Way":
+    def override(
+        self, supports_guidance: bool, is_one_step: bool, **overrides: Any
+    ) -> "SamplerConfig":
         """As given (None is not), and as a model can go it: guided, if labels were withheld.
 
         One that knows pure noise only goes in one step.
         """
-        way = replace(self, **{name: value for name, value in given.items() if value is not None})
-        if one_step and given.get("steps") not in (None, 1):
+        config = replace(
+            self, **{name: value for name, value in overrides.items() if value is not None}
+        )
+        if is_one_step and overrides.get("steps") not in (None, 1):
             raise UsageError(
-                f"steps is {way.steps}, and this model knows pure noise only, conditioning "
+                f"steps is {config.num_steps}, and this model knows pure noise only, conditioning "
                 "one_step; allowed: 1; type --steps=1"
             )
-        if way.guidance and not withheld:
+        if config.guidance_scale and not supports_guidance:
             raise UsageError(
-                f"guidance is {way.guidance}, and the model was trained without labels that are "
+                f"guidance is {config.guidance_scale}, and the model was trained without labels "
+                "that are "
                 "sometimes withheld; allowed: 0; type --guidance=0, or train with "
                 "--model.labels=true --model.label_dropout=0.1"
             )
-        return replace(way, steps=1) if one_step else way
+        return replace(config, steps=1) if is_one_step else config
 
-    def function(self) -> Sampler:
+    def build_sampler(self) -> SamplerFn:
         """The sampler."""
         return partial(ddim, eta=self.eta) if self.sampler == "ddim" else SAMPLERS[self.sampler]
 
 
-def pick(labels: Iterable[int | str] | str | None, names: Sequence[str]) -> list[int]:
+def parse_labels(labels: Iterable[int | str] | str | None, class_names: Sequence[str]) -> list[int]:
     """The class numbers of "3", "0-4,7", "cat,dog" or [3, "5"]; None stands for all."""
     if labels is None:
-        return list(range(len(names)))
-    if not names:
+        return list(range(len(class_names)))
+    if not class_names:
         raise UsageError(
             f"labels are {labels}, and this model was trained without any; leave --labels away"
         )
-    return class_numbers(labels, names, "--labels")
+    return parse_class_indices(labels, class_names, "--labels")
 
 
 @torch.no_grad()
-def sample(
-    denoise: Denoise,
-    schedule: Schedule,
-    way: Way,
-    numbers: Tensor,
+def sample_images(
+    denoise: ConditionalDenoiseFn,
+    noise_schedule: Schedule,
+    config: SamplerConfig,
+    image_ids: Tensor,
     labels: Tensor | None,
-    shape: tuple[int, int, int],
+    image_shape: tuple[int, int, int],
     seed: int,
     batch_size: int = 256,
-    record: Record = plainly,
+    make_denoiser: DenoiserFactory = no_capture,
 ) -> Tensor:
     """The images of these numbers (n), of these labels (n), as the sampler left them, (n c y x).
 
     Args:
         denoise: (x (b c y x), t (b), y (b) or None) to x0 (b c y x).
-        schedule: of the noise.
-        way: to go.
-        numbers: of the images, one at least; they alone decide the noise.
+        noise_schedule: of the noise.
+        config: to go.
+        image_ids: of the images, one at least; they alone decide the noise.
         labels: what they shall show, if the net knows labels.
-        shape: c y x.
+        image_shape: c y x.
         seed: of all.
         batch_size: images made at once, at most.
-        record: what makes an estimator that repeats `denoise`: plainly, or as `Recordings` do.
+        make_denoiser: what makes an estimator that repeats `denoise`: plainly, or as `GraphCache`
+        do.
     """
-    total, path, sampler = len(numbers), schedule.path(way.steps), way.function()
-    parts = -(-total // batch_size)
-    each = -(-total // parts)  # all of one size, so that one recording serves them
-    places = torch.arange(parts * each, device=numbers.device).clamp(max=total - 1)
-    made: list[Tensor] = []
-    estimator: Estimator | None = None
-    for place in places.split(each):
-        number, label = numbers[place], None if labels is None else labels[place]
-        x = normals(key(seed, "start"), number, shape) * path.sigma[0].item()
-        if estimator is None:
-            estimator = record(denoise, x, label, way)
-        estimator.label(label)
+    total, timesteps, sampler = (
+        len(image_ids),
+        noise_schedule.timesteps(config.num_steps),
+        config.build_sampler(),
+    )
+    num_batches = -(-total // batch_size)
+    images_per_batch = -(
+        -total // num_batches
+    )  # all of one size, so that one recording serves them
+    padded_indices = torch.arange(num_batches * images_per_batch, device=image_ids.device).clamp(
+        max=total - 1
+    )
+    batches: list[Tensor] = []
+    denoiser: CapturedDenoiser | None = None
+    for batch_indices in padded_indices.split(images_per_batch):
+        batch_ids, batch_labels = (
+            image_ids[batch_indices],
+            None if labels is None else labels[batch_indices],
+        )
+        x = normals(derive_key(seed, "start"), batch_ids, image_shape) * timesteps.sigma[0].item()
+        if denoiser is None:
+            denoiser = make_denoiser(denoise, x, batch_labels, config)
+        denoiser.set_labels(batch_labels)
 
-        def fresh(step: int, number: Tensor = number) -> Tensor:
-            return normals(key(seed, "step", step), number, shape)
+        def step_noise(step: int, number: Tensor = batch_ids) -> Tensor:
+            return normals(derive_key(seed, "step", step), number, image_shape)
 
-        made.append(sampler(estimator, x, path, fresh))
-    return torch.cat(made)[:total]
+        batches.append(sampler(denoiser, x, timesteps, step_noise))
+    return torch.cat(batches)[:total]

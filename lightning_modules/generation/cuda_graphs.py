@@ -9,32 +9,32 @@ from collections.abc import Callable
 
 import torch
 
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
+CaptureFn = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-def cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
-    """Record `work`, which must not read from the device, without doing it; what repeats it."""
+def capture_cuda_graph(fn: Callable[[], None]) -> Callable[[], None]:
+    """Record `fn`, which must not read from the device, without doing it; what repeats it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work()
+        fn()
     return graph.replay
 
 
-class Replay:
+class GraphedCallable:
     """Does the same work again and again, from its second time in a bucket by a recording."""
 
-    def __init__(self, work: Callable[[], None], capture: Capture | None) -> None:
+    def __init__(self, fn: Callable[[], None], capture: CaptureFn | None) -> None:
         """Record with `capture`, or never."""
-        self.work, self.capture = work, capture
-        self.recorded: dict[int, Callable[[], None] | None] = {}
+        self.fn, self.capture = fn, capture
+        self.graphs: dict[int, Callable[[], None] | None] = {}
 
     def __call__(self, bucket: int) -> None:
         """Do it once, for shapes that are equal in equal buckets."""
-        if self.capture is None or bucket not in self.recorded:
-            self.recorded[bucket] = None
-            self.work()  # for real: libraries prepare themselves, which cannot be recorded
+        if self.capture is None or bucket not in self.graphs:
+            self.graphs[bucket] = None
+            self.fn()  # for real: libraries prepare themselves, which cannot be recorded
             return
-        replay = self.recorded[bucket]
+        replay = self.graphs[bucket]
         if replay is None:
-            replay = self.recorded[bucket] = self.capture(self.work)
+            replay = self.graphs[bucket] = self.capture(self.fn)
         replay()

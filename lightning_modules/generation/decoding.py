@@ -1,8 +1,8 @@
 """Reading: what a net says next after texts of different lengths, with a cache or without.
 
-A net sees at most `context` tokens. When they are full, it forgets the older half at once: so a
-cache is rebuilt every context/2 tokens, and not for each. Rows do so at their own times, which the
-host can count: it never asks the device.
+A net sees at most `context_length` tokens. When they are full, it forgets the older half at once:
+so a cache is rebuilt every context/2 tokens, and not for each. Rows do so at their own times,
+which the host can count: it never asks the device.
 
 Axes: b batch, t time, v vocabulary.
 """
@@ -16,149 +16,199 @@ from torch import Tensor, nn
 from ravine.errors import UsageError
 
 from ..nn.moe import MixtureOfExperts
-from .kv_cache import Cache
+from .kv_cache import KVCache
 
 Window = Literal["slide", "refuse"]
 
 
-class Page:
+class TokenBuffer:
     """The texts so far, right-padded in one tensor (b t), and what of them the net sees."""
 
     def __init__(
         self,
         prompts: Sequence[Tensor],
-        new: int,
-        context: int,
-        window: Window,
+        max_new_tokens: int,
+        context_length: int,
+        context_overflow: Window,
         device: torch.device,
     ) -> None:
         """Write the prompts down."""
-        self.lengths = [len(prompt) for prompt in prompts]  # the host's count of `length`
-        check(self.lengths, new, context, window)
-        self.context, self.new = context, new
-        self.starts = [max(0, n - context) for n in self.lengths]  # first token the net sees
-        first: dict[tuple[int, ...], int] = {}
+        self.lengths = [len(prompt) for prompt in prompts]  # the host's count of `device_lengths`
+        check_prompt_lengths(self.lengths, max_new_tokens, context_length, context_overflow)
+        self.context, self.max_new_tokens = context_length, max_new_tokens
+        self.window_starts = [
+            max(0, n - context_length) for n in self.lengths
+        ]  # first token the net sees
+        first_rows: dict[tuple[int, ...], int] = {}
         rows = enumerate(tuple(prompt.tolist()) for prompt in prompts)
-        self.twins = [first.setdefault(prompt, row) for row, prompt in rows]  # with equal prompts
-        text = torch.zeros(len(prompts), max(self.lengths) + new, dtype=torch.int64)
+        self.first_row_with_same_prompt = [
+            first_rows.setdefault(prompt, row) for row, prompt in rows
+        ]  # with equal prompts
+        tokens = torch.zeros(len(prompts), max(self.lengths) + max_new_tokens, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
-            text[row, : len(prompt)] = prompt
-        self.text = text.to(device)
-        self.rows = torch.arange(len(prompts), device=device)
-        self.length = torch.tensor(self.lengths, device=device)
+            tokens[row, : len(prompt)] = prompt
+        self.tokens = tokens.to(device)
+        self.row_indices = torch.arange(len(prompts), device=device)
+        self.device_lengths = torch.tensor(self.lengths, device=device)
 
-    def group(self) -> int:
+    def shared_prefix_group_size(self) -> int:
         """How many rows each prompt stands in, side by side and for good; else 1."""
-        rows, size = len(self.twins), len(self.twins) // len(set(self.twins))
-        grouped = self.twins == [row // size * size for row in range(rows)]
-        return size if grouped and max(self.lengths) + self.new - 1 <= self.context else 1
+        rows, group_size = (
+            len(self.first_row_with_same_prompt),
+            len(self.first_row_with_same_prompt) // len(set(self.first_row_with_same_prompt)),
+        )
+        is_grouped = self.first_row_with_same_prompt == [
+            row // group_size * group_size for row in range(rows)
+        ]
+        return (
+            group_size
+            if is_grouped and max(self.lengths) + self.max_new_tokens - 1 <= self.context
+            else 1
+        )
 
-    def append(self, token: Tensor) -> None:
+    def append_token(self, token: Tensor) -> None:
         """Write one token (b) at the end of each row."""
-        self.text[self.rows, self.length] = token
-        self.length += 1
+        self.tokens[self.row_indices, self.device_lengths] = token
+        self.device_lengths += 1
 
-    def count(self) -> list[int]:
-        """Keep the host's books after `append`; the rows that forget their older half."""
+    def advance_lengths(self) -> list[int]:
+        """Keep the host's books after `append_token`; the rows that forget their older half."""
         self.lengths = [n + 1 for n in self.lengths]
-        full = [
+        overflowed = [
             row
-            for row, (start, n) in enumerate(zip(self.starts, self.lengths, strict=True))
+            for row, (start, n) in enumerate(zip(self.window_starts, self.lengths, strict=True))
             if n - start > self.context
         ]
-        for row in full:
-            self.starts[row] = self.lengths[row] - max(1, self.context // 2)
-        return full
+        for row in overflowed:
+            self.window_starts[row] = self.lengths[row] - max(1, self.context // 2)
+        return overflowed
 
-    def seen(self, rows: Sequence[int], but_last: int = 0) -> tuple[Tensor, Tensor]:
+    def visible_window(self, rows: Sequence[int], num_omitted: int = 0) -> tuple[Tensor, Tensor]:
         """What the net sees of some rows, right-padded (b t), and how many tokens that is (b)."""
-        starts = torch.tensor([self.starts[row] for row in rows])
-        sizes = torch.tensor([self.lengths[row] for row in rows]) - but_last - starts
-        columns = starts[:, None] + torch.arange(int(sizes.max()))  # (b t)
-        columns = columns.clamp(max=self.text.shape[1] - 1).to(self.text.device)
-        picked = self.text[torch.tensor(list(rows), device=self.text.device)]
-        return picked.gather(1, columns), sizes.to(self.text.device)
+        starts = torch.tensor([self.window_starts[row] for row in rows])
+        lengths = torch.tensor([self.lengths[row] for row in rows]) - num_omitted - starts
+        columns = starts[:, None] + torch.arange(int(lengths.max()))  # (b t)
+        columns = columns.clamp(max=self.tokens.shape[1] - 1).to(self.tokens.device)
+        selected = self.tokens[torch.tensor(list(rows), device=self.tokens.device)]
+        return selected.gather(1, columns), lengths.to(self.tokens.device)
 
 
-class Reader:
+class Decoder:
     """Logits (b v) after every row, the whole text read again each time: slow, and the measure."""
 
-    def __init__(self, net: Callable[..., Tensor], page: Page) -> None:
+    def __init__(self, net: Callable[..., Tensor], token_buffer: TokenBuffer) -> None:
         """Read with any net from tokens (b t) to logits (b t v)."""
-        self.net, self.page = net, page
+        self.net, self.token_buffer = net, token_buffer
 
-    def prompt(self) -> Tensor:
+    def prefill(self) -> Tensor:
         """After the prompts."""
-        return self.newest()
+        return self.decode_step()
 
-    def turn(self, full: list[int]) -> int:
+    def prepare_step(self, overflowed_rows: list[int]) -> int:
         """What the host has to do before a token: a number that is the same for equal work."""
         return 0
 
-    def newest(self) -> Tensor:
+    def decode_step(self) -> Tensor:
         """After the last token."""
-        window, sizes = self.page.seen(range(len(self.page.lengths)))
-        return self.net(window)[self.page.rows, sizes - 1]
+        visible, visible_lengths = self.token_buffer.visible_window(
+            range(len(self.token_buffer.lengths))
+        )
+        return self.net(visible)[self.token_buffer.row_indices, visible_lengths - 1]
 
 
-class CachedReader(Reader):
+class CachedDecoder(Decoder):
     """The same logits, each token read once."""
 
-    def __init__(self, net: nn.Module, page: Page, bucket: int = 1) -> None:
+    def __init__(self, net: nn.Module, token_buffer: TokenBuffer, bucket_size: int = 1) -> None:
         """Read with a net that takes a cache."""
-        super().__init__(net, page)
+        super().__init__(net, token_buffer)
         blocks: Iterable[str] = net.blocks  # type: ignore[assignment]
-        layers = 1 + max(map(int, blocks))  # a stage of a pipeline has the last ones
-        experts = any(isinstance(m, MixtureOfExperts) for m in net.modules())  # look at whole rows
-        self.size = 1 if experts else page.group()
-        self.base = page.lengths if self.size > 1 else [0] * len(page.lengths)
-        rows, slots = len(page.lengths) // self.size, page.new if self.size > 1 else page.context
-        self.cache = Cache(layers, rows, slots, page.text.device, bucket, self.size)
+        num_layers = 1 + max(map(int, blocks))  # a stage of a pipeline has the last ones
+        has_experts = any(
+            isinstance(m, MixtureOfExperts) for m in net.modules()
+        )  # look at whole rows
+        self.group_size = 1 if has_experts else token_buffer.shared_prefix_group_size()
+        self.prefix_lengths = (
+            token_buffer.lengths if self.group_size > 1 else [0] * len(token_buffer.lengths)
+        )
+        num_rows, num_slots = (
+            len(token_buffer.lengths) // self.group_size,
+            token_buffer.max_new_tokens if self.group_size > 1 else token_buffer.context,
+        )
+        self.cache = KVCache(
+            num_layers,
+            num_rows,
+            num_slots,
+            token_buffer.tokens.device,
+            bucket_size,
+            self.group_size,
+        )
 
-    def prompt(self) -> Tensor:
+    def prefill(self) -> Tensor:
         """Fill the cache; a prompt that stands in several rows is read once."""
-        rows, places = torch.tensor(self.page.twins).unique(return_inverse=True)
-        window, sizes = self.page.seen(rows.tolist())
-        if self.size > 1:
-            self.cache.share(sizes, window.shape[1])
+        rows, inverse_indices = torch.tensor(self.token_buffer.first_row_with_same_prompt).unique(
+            return_inverse=True
+        )
+        visible, visible_lengths = self.token_buffer.visible_window(rows.tolist())
+        if self.group_size > 1:
+            self.cache.begin_shared_prefill(visible_lengths, visible.shape[1])
         else:
-            self.cache.read(sizes, rows.to(sizes.device))
-        logits = self.net(window, self.cache)[:, 0]
-        if self.size == 1 and len(rows) < len(places):
-            self.cache.spread(rows[places].to(sizes.device))
-        return logits[places.to(sizes.device)]
+            self.cache.begin_prefill(visible_lengths, rows.to(visible_lengths.device))
+        logits = self.net(visible, self.cache)[:, 0]
+        if self.group_size == 1 and len(rows) < len(inverse_indices):
+            self.cache.copy_rows(rows[inverse_indices].to(visible_lengths.device))
+        return logits[inverse_indices.to(visible_lengths.device)]
 
-    def turn(self, full: list[int]) -> int:
+    def prepare_step(self, overflowed_rows: list[int]) -> int:
         """Rows that have forgotten their older half read the younger again, but its last token."""
-        page = self.page
-        if full:
-            window, sizes = page.seen(full, but_last=1)
-            self.cache.read(sizes, torch.tensor(full, device=page.text.device))
-            if window.shape[1]:
-                self.net(window, self.cache)
-        seen = [n - start for n, start in zip(page.lengths, page.starts, strict=True)]
-        slots = [n - base for n, base in zip(seen, self.base, strict=True)]
-        return self.cache.widen(max(slots), even=min(seen) == max(seen))
+        token_buffer = self.token_buffer
+        if overflowed_rows:
+            visible, visible_lengths = token_buffer.visible_window(overflowed_rows, num_omitted=1)
+            self.cache.begin_prefill(
+                visible_lengths, torch.tensor(overflowed_rows, device=token_buffer.tokens.device)
+            )
+            if visible.shape[1]:
+                self.net(visible, self.cache)
+        visible_lengths_per_row = [
+            n - start
+            for n, start in zip(token_buffer.lengths, token_buffer.window_starts, strict=True)
+        ]
+        slots = [
+            n - base for n, base in zip(visible_lengths_per_row, self.prefix_lengths, strict=True)
+        ]
+        return self.cache.reserve(
+            max(slots), is_uniform=min(visible_lengths_per_row) == max(visible_lengths_per_row)
+        )
 
-    def newest(self) -> Tensor:
+    def decode_step(self) -> Tensor:
         """Read the last token of each row; nothing here is new to a device that did it before."""
-        self.cache.tick()
-        page = self.page
-        tokens = page.text.gather(1, page.length[:, None] - 1)  # (b 1)
-        return self.net(tokens.view(-1, self.size), self.cache).flatten(0, 1)  # (b v)
+        self.cache.advance()
+        token_buffer = self.token_buffer
+        tokens = token_buffer.tokens.gather(1, token_buffer.device_lengths[:, None] - 1)  # (b 1)
+        return self.net(tokens.view(-1, self.group_size), self.cache).flatten(0, 1)  # (b v)
 
 
-def check(lengths: list[int], new: int, context: int, window: Window) -> None:
+def check_prompt_lengths(
+    lengths: list[int], max_new_tokens: int, context_length: int, context_overflow: Window
+) -> None:
     """Refuse what cannot be written."""
-    if new < 1:
-        raise UsageError(f"max_new_tokens is {new}; allowed: 1 or more; type --max_new_tokens=200")
+    if max_new_tokens < 1:
+        raise UsageError(
+            f"max_new_tokens is {max_new_tokens}; allowed: 1 or more; type --max_new_tokens=200"
+        )
     if not lengths or min(lengths) < 1:
         raise UsageError("a prompt is empty; allowed: any text; type --prompt='ROMEO:'")
     longest = max(lengths)
-    if window == "refuse" and longest + new - 1 > context:
-        fits = context - longest + 1
-        out = f"type --max_new_tokens={fits} or less" if fits > 0 else "give a shorter prompt"
+    if context_overflow == "refuse" and longest + max_new_tokens - 1 > context_length:
+        max_fitting = context_length - longest + 1
+        advice = (
+            f"type --max_new_tokens={max_fitting} or less"
+            if max_fitting > 0
+            else "give a shorter prompt"
+        )
         raise UsageError(
-            f"a prompt of {longest} tokens and {new} new ones do not fit into the {context} tokens "
-            f"the model sees; {out}, or --window=slide to forget the older half when they are full"
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the "
+            f"{context_length} tokens "
+            f"the model sees; {advice}, or --window=slide to forget the older half when they are "
+            "full"
         )

@@ -47,26 +47,26 @@ class Sampling:
             "min_p": (self.min_p is None or 0 <= self.min_p < 1, "0 to below 1"),
         }
         typical = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.05}
-        for name, (fine, allowed) in rules.items():
-            if not fine:
+        for name, (is_valid, allowed) in rules.items():
+            if not is_valid:
                 raise UsageError(
                     f"{name} is {getattr(self, name)}; allowed: {allowed}; "
                     f"type --{name}={typical[name]}"
                 )
 
-    def check(self, vocabulary: int) -> None:
+    def check_vocab_size(self, vocab_size: int) -> None:
         """Refuse to keep more tokens than there are."""
-        if self.top_k is not None and self.top_k > vocabulary:
+        if self.top_k is not None and self.top_k > vocab_size:
             raise UsageError(
-                f"top_k is {self.top_k}, and there are {vocabulary} different tokens; "
-                f"allowed: 1 to {vocabulary}; type --top_k={min(40, vocabulary)}"
+                f"top_k is {self.top_k}, and there are {vocab_size} different tokens; "
+                f"allowed: 1 to {vocab_size}; type --top_k={min(40, vocab_size)}"
             )
 
-    def log_probabilities(self, logits: Tensor, keep: Tensor | None = None) -> Tensor:
+    def log_probabilities(self, logits: Tensor, never_mask: Tensor | None = None) -> Tensor:
         """What is drawn from, as logarithms (... v); tokens left out have -inf.
 
-        Tokens `keep` (...) are not left out: they were drawn, and only rounding can have moved
-        them over the border since.
+        Tokens `never_mask` (...) are not left out: they were drawn, and only rounding can have
+        moved them over the border since.
 
         At temperature 0 nothing is drawn, and the net's own distribution is given. At least fp32:
         bf16 keeps 3 digits, and probabilities would be off by a percent.
@@ -74,40 +74,44 @@ class Sampling:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature > 0:
             logits = logits / self.temperature
-        drawn = None if keep is None else logits.gather(-1, keep[..., None])
+        kept_logits = None if never_mask is None else logits.gather(-1, never_mask[..., None])
         if self.top_k is not None:
-            least = logits.topk(self.top_k).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -math.inf)
+            threshold = logits.topk(self.top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < threshold, -math.inf)
         if self.min_p:
-            least = logits.amax(-1, keepdim=True) + math.log(self.min_p)
-            logits = logits.masked_fill(logits < least, -math.inf)
+            threshold = logits.amax(-1, keepdim=True) + math.log(self.min_p)
+            logits = logits.masked_fill(logits < threshold, -math.inf)
         if self.top_p is not None and self.top_p < 1:
-            ordered, places = logits.softmax(-1).sort(descending=True)
-            before = ordered.cumsum(-1) - ordered  # held by the more probable ones
-            outside = torch.zeros_like(before, dtype=torch.bool)
-            outside = outside.scatter(-1, places, before >= self.top_p)
-            logits = logits.masked_fill(outside, -math.inf)
-        if keep is not None and drawn is not None:
-            logits = logits.scatter(-1, keep[..., None], drawn)
+            ordered, indices = logits.softmax(-1).sort(descending=True)
+            cumulative_before = ordered.cumsum(-1) - ordered  # held by the more probable ones
+            is_outside = torch.zeros_like(cumulative_before, dtype=torch.bool)
+            is_outside = is_outside.scatter(-1, indices, cumulative_before >= self.top_p)
+            logits = logits.masked_fill(is_outside, -math.inf)
+        if never_mask is not None and kept_logits is not None:
+            logits = logits.scatter(-1, never_mask[..., None], kept_logits)
         return logits.log_softmax(-1)
 
-    def choose(self, log_probabilities: Tensor, uniform: Tensor) -> Tensor:
+    def sample(self, logprobs: Tensor, uniform: Tensor) -> Tensor:
         """Tokens (b) by one number in (0, 1] each, uniform (b), from log-probabilities (b v)."""
         if self.temperature == 0:
-            return log_probabilities.argmax(-1)
+            return logprobs.argmax(-1)
         # fp32 would lose rare tokens of 50,000
-        reached = log_probabilities.double().exp().cumsum(-1)
-        return (reached < uniform[:, None] * reached[:, -1:]).sum(-1)
+        cumulative = logprobs.double().exp().cumsum(-1)
+        return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1)
 
 
-def uniforms(seed: int, texts: Sequence[Hashable], count: int) -> Tensor:
+def row_uniforms(seed: int, row_keys: Sequence[Hashable], num_draws: int) -> Tensor:
     """Numbers in (0, 1], float64 (b count): one row for each key of a text, whatever the others."""
     rows = [
-        torch.rand(count, generator=generator(seed, "sampling", *_key(text)), dtype=torch.float64)
-        for text in texts
+        torch.rand(
+            num_draws,
+            generator=generator(seed, "sampling", *_as_tuple(row_key)),
+            dtype=torch.float64,
+        )
+        for row_key in row_keys
     ]
     return 1 - torch.stack(rows)  # rand gives [0, 1), and 0 would choose a token left out
 
 
-def _key(text: Hashable) -> tuple:
-    return text if isinstance(text, tuple) else (text,)
+def _as_tuple(row_key: Hashable) -> tuple:
+    return row_key if isinstance(row_key, tuple) else (row_key,)

@@ -20,87 +20,113 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 
-class Branches:
+class SharedPrefixBatch:
     """Prompts and what was written after each, in the place of tokens and of a cache.
 
     branches = Branches([tokenizer.encode("ROMEO:")], written, layers=4)
-    logits = net(branches.tokens, branches)          # (b n v): those that drew `written` (b n)
+    logits = net(branches.tokens, branches)          # (b n v): those that drew `completions` (b n)
 
     A branch begins with the last token of its prompt, and lacks the last one written.
 
     Args:
         prompts: g of them, each the beginning of as many texts; their lengths may differ.
-        written: tokens (b n) after the prompts, those of one prompt side by side.
-        layers: blocks of the net.
+        completions: tokens (b n) after the prompts, those of one prompt side by side.
+        num_layers: blocks of the net.
     """
 
-    def __init__(self, prompts: Sequence[Tensor], written: Tensor, layers: int) -> None:
+    def __init__(self, prompts: Sequence[Tensor], completions: Tensor, num_layers: int) -> None:
         """Lay out the row, its positions, and what a branch sees."""
-        (b, n), g, device = written.shape, len(prompts), written.device
-        starts = torch.tensor([len(prompt) - 1 for prompt in prompts])  # (g)
-        trunks = nn.utils.rnn.pad_sequence([prompt[:-1].cpu() for prompt in prompts], True)  # (g p)
-        last = repeat(torch.stack([prompt[-1] for prompt in prompts]), "g -> (g s) 1", s=b // g)
-        own = torch.cat((last.to(device), written[:, :-1]), 1)  # (b n)
-        self.tokens = torch.cat((trunks.to(device).flatten(), own.flatten()))[None]  # (1 t)
-        self.prompts, self.parts = g, [trunks.numel(), own.numel()]  # of t
-        self.length, self.size = n, b // g
-        here, there = torch.arange(trunks.shape[1]), torch.arange(n)
-        after = repeat(starts[:, None] + there, "g n -> (g s n)", s=b // g)
-        self.time = torch.cat((here.repeat(g), after)).to(device)  # (t)
-        before = repeat(here < starts[:, None], "g p -> (g s) 1 n p", s=b // g, n=n)  # no padding
-        within = (there <= there[:, None]).expand(b, 1, n, n)
-        seen = torch.cat((before, within), -1)
-        alike = bool((starts == starts[0]).all())
-        self.seen = (seen[0, 0] if alike else seen).to(device)  # (n T) or (b 1 n T)
-        self.layers = [Fork(self, layer == layers - 1) for layer in range(layers)]
+        (b, n), g, device = completions.shape, len(prompts), completions.device
+        prefix_lengths = torch.tensor([len(prompt) - 1 for prompt in prompts])  # (g)
+        prefixes = nn.utils.rnn.pad_sequence(
+            [prompt[:-1].cpu() for prompt in prompts], True
+        )  # (g p)
+        last_prompt_tokens = repeat(
+            torch.stack([prompt[-1] for prompt in prompts]), "g -> (g s) 1", s=b // g
+        )
+        completion_inputs = torch.cat(
+            (last_prompt_tokens.to(device), completions[:, :-1]), 1
+        )  # (b n)
+        self.tokens = torch.cat((prefixes.to(device).flatten(), completion_inputs.flatten()))[
+            None
+        ]  # (1 t)
+        self.num_prompts, self.segment_lengths = (
+            g,
+            [prefixes.numel(), completion_inputs.numel()],
+        )  # of t
+        self.completion_length, self.group_size = n, b // g
+        prefix_positions, completion_offsets = torch.arange(prefixes.shape[1]), torch.arange(n)
+        completion_positions = repeat(
+            prefix_lengths[:, None] + completion_offsets, "g n -> (g s n)", s=b // g
+        )
+        self.positions = torch.cat((prefix_positions.repeat(g), completion_positions)).to(
+            device
+        )  # (t)
+        sees_prefix = repeat(
+            prefix_positions < prefix_lengths[:, None], "g p -> (g s) 1 n p", s=b // g, n=n
+        )  # no padding
+        sees_completion = (completion_offsets <= completion_offsets[:, None]).expand(b, 1, n, n)
+        attn_mask = torch.cat((sees_prefix, sees_completion), -1)
+        is_uniform = bool((prefix_lengths == prefix_lengths[0]).all())
+        self.attn_mask = (attn_mask[0, 0] if is_uniform else attn_mask).to(
+            device
+        )  # (n T) or (b 1 n T)
+        self.layers = [
+            SharedPrefixLayer(self, layer == num_layers - 1) for layer in range(num_layers)
+        ]
 
-    def times(self, here: Tensor) -> Tensor:
+    def position_ids(self, prompt_positions: Tensor) -> Tensor:
         """Positions of the tokens: (t)."""
-        return self.time
+        return self.positions
 
-    def outer(self, x: Tensor) -> Tensor:
+    def select_completions(self, x: Tensor) -> Tensor:
         """Of features (1 t d) those of the branches, (1 (b n) d): the second time all of them."""
-        return x[:, -self.parts[1] :]
+        return x[:, -self.segment_lengths[1] :]
 
-    def newest(self, x: Tensor) -> Tensor:
+    def select_outputs(self, x: Tensor) -> Tensor:
         """Features (b n d) of whatever has logits."""
-        return rearrange(self.outer(x), "1 (b n) d -> b n d", n=self.length)
+        return rearrange(self.select_completions(x), "1 (b n) d -> b n d", n=self.completion_length)
 
 
-class Fork:
+class SharedPrefixLayer:
     """What one layer does with branches."""
 
-    def __init__(self, branches: Branches, last: bool) -> None:
+    def __init__(self, batch: SharedPrefixBatch, is_last: bool) -> None:
         """Know the row, and whether a layer comes after this one."""
-        self.branches, self.last = branches, last
+        self.batch, self.is_last = batch, is_last
 
-    def time_of(self, length: int) -> Tensor:
+    def positions_of(self, length: int) -> Tensor:
         """Index into a table of positions (t k): (t)."""
-        return self.branches.time
+        return self.batch.positions
 
     def attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        within: Callable[..., Tensor],
+        attention_fn: Callable[..., Tensor],
         dropout: float,
     ) -> Tensor:
         """Trunks within themselves, each branch over its trunk and itself; all (1 h t k)."""
-        row = self.branches
-        trunks, own = [], []
-        for part in (query, key, value):
-            trunk, branch = part.split(row.parts, 2)
-            trunks.append(rearrange(trunk, "1 h (g p) k -> g h p k", g=row.prompts))
-            own.append(rearrange(branch, "1 h (b n) k -> b h n k", n=row.length))
+        batch = self.batch
+        prefixes, completions = [], []
+        for projected in (query, key, value):
+            prefix, completion = projected.split(batch.segment_lengths, 2)
+            prefixes.append(rearrange(prefix, "1 h (g p) k -> g h p k", g=batch.num_prompts))
+            completions.append(
+                rearrange(completion, "1 h (b n) k -> b h n k", n=batch.completion_length)
+            )
         keys, values = (
-            torch.cat((repeat(trunk, "g h p k -> (g s) h p k", s=row.size), branch), 2)
-            for trunk, branch in zip(trunks[1:], own[1:], strict=True)
+            torch.cat((repeat(prefix, "g h p k -> (g s) h p k", s=batch.group_size), completion), 2)
+            for prefix, completion in zip(prefixes[1:], completions[1:], strict=True)
         )  # (b h T k)
-        answers = within(*trunks, dropout), within(own[0], keys, values, dropout, row.seen)
-        flat = [rearrange(answer, "b h n k -> (b n) h k") for answer in answers]
+        outputs = (
+            attention_fn(*prefixes, dropout),
+            attention_fn(completions[0], keys, values, dropout, batch.attn_mask),
+        )
+        flat = [rearrange(output, "b h n k -> (b n) h k") for output in outputs]
         return rearrange(torch.cat(flat), "t h k -> 1 h t k")
 
-    def needed(self, x: Tensor) -> Tensor:
+    def select_positions(self, x: Tensor) -> Tensor:
         """Features (1 t d), in the last layer those of the branches alone."""
-        return self.branches.outer(x) if self.last else x
+        return self.batch.select_completions(x) if self.is_last else x

@@ -12,59 +12,67 @@ from torch import nn
 
 from ravine.errors import UsageError
 
-from .generate_text import LOOK, stream
+from .generate_text import SYNC_EVERY, generate_stream
 
 
-def write(
+def generate_text(
     net: nn.Module,
     tokenizer: Any,
     prompts: Sequence[str],
     stops: Sequence[str] = (),
-    show: Callable[[str], None] | None = None,
-    **how: Any,
+    on_text: Callable[[str], None] | None = None,
+    **kwargs: Any,
 ) -> list[str]:
-    """What follows each prompt, up to a stop; `how` as in `generate`.
+    """What follows each prompt, up to a stop; `kwargs` as in `generate`.
 
     write(net, tokenizer, ["ROMEO:"], stops=["\n\n"], new=200, context=64, show=print)
 
-    With `show`, the first text is handed out piece by piece, as soon as it is certain.
+    With `on_text`, the first text is handed out piece by piece, as soon as it is certain.
     """
     if "" in stops:
         raise UsageError(
             "a stop is empty; allowed: any text; type --stop='\\n\\n', or leave it away"
         )
-    ends = [tokenizer.encode(stop).tolist() for stop in stops]
+    stop_sequences = [tokenizer.encode(stop).tolist() for stop in stops]
     if tokenizer.end is not None:  # a text of its own kind ends there
-        ends.append([tokenizer.end])
-    starts = [tokenizer.encode(prompt) for prompt in prompts]
+        stop_sequences.append([tokenizer.end])
+    prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
     tokens = torch.empty(len(prompts), 0, dtype=torch.int64)
-    texts, shown = [""] * len(prompts), 0
-    for part in stream(net, starts, stops=ends, look=1 if show else LOOK, **how):
-        new = part.tokens.masked_fill(~part.mask, -1).cpu()
-        tokens = torch.cat((tokens, new), 1)
-        whole = [
+    texts, num_emitted = [""] * len(prompts), 0
+    for chunk in generate_stream(
+        net, prompt_tokens, stops=stop_sequences, sync_every=1 if on_text else SYNC_EVERY, **kwargs
+    ):
+        new_tokens = chunk.tokens.masked_fill(~chunk.mask, -1).cpu()
+        tokens = torch.cat((tokens, new_tokens), 1)
+        full_texts = [
             tokenizer.decode([n for n in row if n not in (-1, tokenizer.end)])
             for row in tokens.tolist()
         ]
-        texts = [cut(text, stops) for text in whole]
-        if show:
-            sure = certain(texts[0], stops) if texts[0] == whole[0] else texts[0]
-            show(sure[shown:])
-            shown = max(shown, len(sure))
-        if all(len(text) < len(full) for text, full in zip(texts, whole, strict=True)):
+        texts = [truncate_at_stop(text, stops) for text in full_texts]
+        if on_text:
+            stable = stable_prefix(texts[0], stops) if texts[0] == full_texts[0] else texts[0]
+            on_text(stable[num_emitted:])
+            num_emitted = max(num_emitted, len(stable))
+        if all(len(text) < len(full) for text, full in zip(texts, full_texts, strict=True)):
             break
-    if show:
-        show(texts[0][shown:])
+    if on_text:
+        on_text(texts[0][num_emitted:])
     return texts
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
+def truncate_at_stop(text: str, stops: Sequence[str]) -> str:
     """The text before the first of the stops."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
+    return text[: min((index for stop in stops if (index := text.find(stop)) >= 0), default=None)]
 
 
-def certain(text: str, stops: Sequence[str]) -> str:
+def stable_prefix(text: str, stops: Sequence[str]) -> str:
     """The text without an end that the next token may change: half a character, half a stop."""
     text = text.rstrip("\ufffd")  # stands for bytes that are no character yet
-    halves = [stop[:size] for stop in stops for size in range(1, len(stop))]
-    return text[: len(text) - max((len(half) for half in halves if text.endswith(half)), default=0)]
+    partial_stops = [stop[:size] for stop in stops for size in range(1, len(stop))]
+    return text[
+        : len(text)
+        - max(
+            (len(partial_stop) for partial_stop in partial_stops if text.endswith(partial_stop)),
+            default=0,
+        )
+    ]

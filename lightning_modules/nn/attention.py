@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from ravine.errors import UsageError, suggest_names
 
-from ..generation.kv_cache import Past
-from ..generation.shared_prefix import Fork
+from ..generation.kv_cache import LayerKVCache
+from ..generation.shared_prefix import SharedPrefixLayer
 from .norm import unit_rms
 
-Attend = Callable[..., Tensor]  # of query, key, value, dropout; ours also of who sees whom
-Rung = Literal["last", "average", "raw", "shared", "qk", "qkv"]
+AttentionFn = Callable[..., Tensor]  # of query, key, value, dropout; ours also of who sees whom
+AttentionVariant = Literal["last", "average", "raw", "shared", "qk", "qkv"]
 
 ROPE_BASE = 10_000.0  # of RoFormer and Llama 2; Llama 3 has 500,000
 
@@ -45,52 +45,52 @@ LEARNED: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_rung(rung: str) -> None:
+def check_variant(variant: str) -> None:
     """Raise UsageError for a rung that is not in `LEARNED`, or whose row names no projections."""
-    if rung not in LEARNED:
+    if variant not in LEARNED:
         raise UsageError(
-            f"rung={rung!r} is no attention variant",
+            f"rung={variant!r} is no attention variant",
             LEARNED,
-            f"use rung={(suggest_names(rung, LEARNED) or ['qkv'])[0]!r}",
+            f"use rung={(suggest_names(variant, LEARNED) or ['qkv'])[0]!r}",
         )
-    unknown = [name for name in LEARNED[rung] if name not in PROJECTIONS]
+    unknown = [name for name in LEARNED[variant] if name not in PROJECTIONS]
     if unknown:
         raise UsageError(
-            f"LEARNED[{rung!r}] has the projection {unknown[0]!r}",
+            f"LEARNED[{variant!r}] has the projection {unknown[0]!r}",
             PROJECTIONS,
             f"remove {unknown[0]!r} from it",
         )
 
 
-def causal_weights(query: Tensor, key: Tensor, seen: Tensor | None = None) -> Tensor:
+def causal_attention_weights(query: Tensor, key: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √k) over the past, (b h t t), of queries and keys (b h t k).
 
-    Where `seen` is given it says, true or false, who sees whom, and may not be square.
+    Where `attn_mask` is given it says, true or false, who sees whom, and may not be square.
     """
     t, k = query.shape[-2:]
-    shape = (t, t) if seen is None else seen.shape
+    shape = (t, t) if attn_mask is None else attn_mask.shape
     mask = torch.full(shape, -math.inf, dtype=query.dtype, device=query.device)
-    mask = mask.triu(1) if seen is None else mask.masked_fill(seen, 0.0)
+    mask = mask.triu(1) if attn_mask is None else mask.masked_fill(attn_mask, 0.0)
     return (query / math.sqrt(k) @ key.mT + mask).softmax(-1)
 
 
-def explicit(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, seen: Tensor | None = None
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, attn_mask: Tensor | None = None
 ) -> Tensor:
     """Causal attention as the formula says it; all (b h t k)."""
-    return F.dropout(causal_weights(query, key, seen), dropout) @ value
+    return F.dropout(causal_attention_weights(query, key, attn_mask), dropout) @ value
 
 
-def sdpa(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, seen: Tensor | None = None
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, attn_mask: Tensor | None = None
 ) -> Tensor:
     """The same by torch's fused kernel, which never stores the (t t) weights; all (b h t k)."""
-    causal = seen is None
-    return F.scaled_dot_product_attention(query, key, value, seen, dropout, is_causal=causal)
+    causal = attn_mask is None
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout, is_causal=causal)
 
 
-def auto(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, seen: Tensor | None = None
+def auto_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, attn_mask: Tensor | None = None
 ) -> Tensor:
     """The faster of the two; all (b h t k).
 
@@ -98,24 +98,32 @@ def auto(
     training step at t=64. So bf16 on a CPU takes the formula, everything else the kernel.
     """
     slow_kernel = value.device.type == "cpu" and value.dtype == torch.bfloat16
-    return (explicit if slow_kernel else sdpa)(query, key, value, dropout, seen)
+    return (reference_attention if slow_kernel else sdpa_attention)(
+        query, key, value, dropout, attn_mask
+    )
 
 
-ATTENTIONS: dict[str, Attend] = {"auto": auto, "sdpa": sdpa, "explicit": explicit}
+ATTENTION_FNS: dict[str, AttentionFn] = {
+    "auto": auto_attention,
+    "sdpa": sdpa_attention,
+    "explicit": reference_attention,
+}
 
 
-def rotation(context: int, head_width: int, base: float = ROPE_BASE) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    context_length: int, head_dim: int, base: float = ROPE_BASE
+) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of rotary positions (RoFormer, 2021), both (t k) in float64.
 
     The channel pair (i, i + k/2) turns by t · base^(-2i/k).
     """
-    frequency = base ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
-    angles = torch.outer(torch.arange(context, dtype=torch.float64), frequency)  # (t, k/2)
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(context_length, dtype=torch.float64), frequency)  # (t, k/2)
     sine = angles.sin()
     return torch.cat((angles, angles), -1).cos(), torch.cat((-sine, sine), -1)
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn the channel pairs of x (b h t k); tables (t k) or, a time for each row, (b 1 1 k).
 
     Then a query times a key depends on how far apart they are, and on nothing else about time.
@@ -123,26 +131,26 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x * cosine + x.roll(x.shape[-1] // 2, -1) * sine
 
 
-class Rotary(nn.Module):
+class RotaryEmbedding(nn.Module):
     """The tables of rotary positions, kept once for all layers of a net.
 
     Args:
-        context: longest sequence, in tokens.
-        head_width: channels k of a head, an even number.
+        context_length: longest sequence, in tokens.
+        head_dim: channels k of a head, an even number.
         base: the channel pair i turns by t · base^(-2i/k).
     """
 
     cosine: Tensor  # (t k)
     sine: Tensor
 
-    def __init__(self, context: int, head_width: int, base: float = ROPE_BASE) -> None:
+    def __init__(self, context_length: int, head_dim: int, base: float = ROPE_BASE) -> None:
         """Tabulate them; a checkpoint does not hold them."""
         super().__init__()
-        cosine, sine = rotation(context, head_width, base)
+        cosine, sine = rope_tables(context_length, head_dim, base)
         self.register_buffer("cosine", cosine.float(), persistent=False)
         self.register_buffer("sine", sine.float(), persistent=False)
-        self._times: Tensor | None = None
-        self._rows: tuple[Tensor, Tensor] | None = None
+        self._position_ids: Tensor | None = None
+        self._selected_rows: tuple[Tensor, Tensor] | None = None
 
     @property
     def times(self) -> Tensor | None:
@@ -150,18 +158,20 @@ class Rotary(nn.Module):
 
         Context parallelism sets it, and all layers share the rows that are computed then.
         """
-        return self._times
+        return self._position_ids
 
     @times.setter
-    def times(self, times: Tensor | None) -> None:
+    def times(self, position_ids: Tensor | None) -> None:
         """Take the rows of these positions (t), or with None those of whole sequences again."""
-        self._times = times
-        self._rows = None if times is None else (self.cosine[times], self.sine[times])
+        self._position_ids = position_ids
+        self._selected_rows = (
+            None if position_ids is None else (self.cosine[position_ids], self.sine[position_ids])
+        )
 
-    def rows(self, length: int) -> tuple[Tensor, Tensor]:
+    def get_rows(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of the tokens of a sequence, both (t k)."""
-        if self._rows is not None:
-            return self._rows
+        if self._selected_rows is not None:
+            return self._selected_rows
         return self.cosine[:length], self.sine[:length]
 
 
@@ -181,78 +191,82 @@ class CausalAttention(nn.Module):
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        context: int,
+        d_model: int,
+        num_heads: int,
+        context_length: int,
         rope: bool = True,
         qk_norm: bool = True,
         dropout: float = 0.0,
-        attention: str = "auto",
-        rung: Rung = "qkv",
-        output: bool = True,
+        attn_implementation: str = "auto",
+        variant: AttentionVariant = "qkv",
+        out_proj: bool = True,
         bias: bool = False,
         rope_base: float = ROPE_BASE,
         norm_eps: float | None = None,
-        rotary: Rotary | None = None,
+        rotary: RotaryEmbedding | None = None,
     ) -> None:
         """Make the projections of the rung, kept apart so that each splits by heads."""
         super().__init__()
-        check_rung(rung)
-        self.head_width, self.qk_norm, self.dropout = width // heads, qk_norm, dropout
-        self.attend, self.rung, self.rope = ATTENTIONS[attention], rung, rope
+        check_variant(variant)
+        self.head_dim, self.qk_norm, self.dropout = d_model // num_heads, qk_norm, dropout
+        self.attend, self.variant, self.rope = ATTENTION_FNS[attn_implementation], variant, rope
         self.norm_eps = norm_eps  # of qk_norm
         for name in PROJECTIONS:
-            learned = nn.Linear(width, width, bias) if name in LEARNED[rung] else None
-            self.register_module(name, learned)
-        self.out = nn.Linear(width, width, bias) if output else nn.Identity()
+            projection = nn.Linear(d_model, d_model, bias) if name in LEARNED[variant] else None
+            self.register_module(name, projection)
+        self.out = nn.Linear(d_model, d_model, bias) if out_proj else nn.Identity()
         self.rotary = None
         if rope:
-            self.rotary = rotary or Rotary(context, self.head_width, rope_base)
+            self.rotary = rotary or RotaryEmbedding(context_length, self.head_dim, rope_base)
 
     @property
-    def learns_all(self) -> bool:
+    def is_fully_learned(self) -> bool:
         """Whether query, key, value and output are learned, so that all four split by heads."""
         learned = all(getattr(self, name) is not None for name in PROJECTIONS)
         return learned and isinstance(self.out, nn.Linear)
 
-    def forward(self, x: Tensor, past: Past | Fork | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, layer_cache: LayerKVCache | SharedPrefixLayer | None = None
+    ) -> Tensor:
         """Attend within x (b t d); with a past, over what it remembers of earlier calls too."""
-        query, key, value = self.parts(x, past)
+        query, key, value = self.project_qkv(x, layer_cache)
         dropout = self.dropout if self.training else 0.0
-        if self.rung == "last":
-            answer = value
-        elif past is None:
-            answer = self.attend(query, key, value, dropout)
+        if self.variant == "last":
+            output = value
+        elif layer_cache is None:
+            output = self.attend(query, key, value, dropout)
         else:
-            answer = past.attend(query, key, value, self.attend, dropout)
-        return self.out(answer.transpose(1, 2).flatten(2))  # (b t d)
+            output = layer_cache.attend(query, key, value, self.attend, dropout)
+        return self.out(output.transpose(1, 2).flatten(2))  # (b t d)
 
-    def parts(self, x: Tensor, past: Past | Fork | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(
+        self, x: Tensor, layer_cache: LayerKVCache | SharedPrefixLayer | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x (b t d), all (b h t k)."""
         query = x if self.query is None else self.query(x)
-        key = query if self.rung == "shared" else x if self.key is None else self.key(x)
+        key = query if self.variant == "shared" else x if self.key is None else self.key(x)
         value = x if self.value is None else self.value(x)
-        if self.rung == "average":  # equal scores are equal weights
+        if self.variant == "average":  # equal scores are equal weights
             query = key = torch.zeros_like(x)
         query, key, value = (
-            part.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (b h t k)
-            for part in (query, key, value)
+            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b h t k)
+            for projected in (query, key, value)
         )
         if self.qk_norm:  # without gain: a gain per channel, shared by heads, would not split
             query, key = unit_rms(query, self.norm_eps), unit_rms(key, self.norm_eps)
         if self.rotary is not None:
-            cosine, sine = self.rotary.rows(x.shape[1])
-            if past is not None:
-                time = past.time_of(x.shape[1])
-                cosine, sine = self.rotary.cosine[time], self.rotary.sine[time]
+            cosine, sine = self.rotary.get_rows(x.shape[1])
+            if layer_cache is not None:
+                positions = layer_cache.positions_of(x.shape[1])
+                cosine, sine = self.rotary.cosine[positions], self.rotary.sine[positions]
             tables = cosine.to(query), sine.to(query)
-            query, key = rotate(query, *tables), rotate(key, *tables)
+            query, key = apply_rope(query, *tables), apply_rope(key, *tables)
         return query, key, value
 
-    def weights(self, x: Tensor) -> Tensor:
+    def compute_weights(self, x: Tensor) -> Tensor:
         """What each token of x (b t d) takes from which: (b h t t), for eyes and tests."""
-        query, key, _ = self.parts(x)
-        if self.rung == "last":
+        query, key, _ = self.project_qkv(x)
+        if self.variant == "last":
             b, h, t, _ = query.shape
             return torch.eye(t, dtype=x.dtype, device=x.device).expand(b, h, t, t)
-        return causal_weights(query, key)
+        return causal_attention_weights(query, key)

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CHUNK = 2**20  # numbers that are drawn with one generator
-LARGE = 2**18  # numbers of a tensor that is not allocated even for a moment
+CHUNK_SIZE = 2**20  # numbers that are drawn with one generator
+MIN_LARGE_TENSOR = 2**18  # numbers of a tensor that is not allocated even for a moment
 aten = torch.ops.aten
 
 
@@ -40,21 +40,21 @@ class Distribution(NamedTuple):
     A `constant` has its value twice.
     """
 
-    kind: str
-    first: float = 0.0
-    second: float = 0.0
+    family: str
+    first_param: float = 0.0
+    second_param: float = 0.0
 
-    def fill(self, rows: Tensor, generator: torch.Generator) -> None:
+    def sample_into(self, rows: Tensor, generator: torch.Generator) -> None:
         """Draw numbers in place."""
-        if self.kind == "normal":
-            rows.normal_(self.first, self.second, generator=generator)
-        elif self.kind == "uniform":
-            rows.uniform_(self.first, self.second, generator=generator)
+        if self.family == "normal":
+            rows.normal_(self.first_param, self.second_param, generator=generator)
+        elif self.family == "uniform":
+            rows.uniform_(self.first_param, self.second_param, generator=generator)
         else:
-            rows.fill_(self.first)
+            rows.fill_(self.first_param)
 
 
-class _Recorder(TorchDispatchMode):
+class _InitRecorder(TorchDispatchMode):
     """Remembers the last in-place operation on each tensor of the meta device.
 
     Args:
@@ -66,8 +66,8 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.large_on_meta = large_on_meta
         # by storage, and by tensor: `module.to` changes the storage; None: no simple distribution
-        self.found: dict[tuple[str, int], Distribution | None] = {}
-        self.kept: list[Any] = []  # so that no other tensor or storage gets the same number
+        self.distributions: dict[tuple[str, int], Distribution | None] = {}
+        self.keep_alive: list[Any] = []  # so that no other tensor or storage gets the same number
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -75,34 +75,41 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.large_on_meta and function is aten.empty.memory_format:
             device = torch.device(kwargs.get("device") or "cpu")
-            if device.type == "cpu" and math.prod(args[0]) >= LARGE:
+            if device.type == "cpu" and math.prod(args[0]) >= MIN_LARGE_TENSOR:
                 kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": None}
         result = function(*args, **kwargs)
         target = args[0] if args else None
         if isinstance(target, Tensor) and target.is_meta and function._schema.is_mutable:
-            whole = target.numel() * target.itemsize == target.untyped_storage().nbytes()
-            drawn = _distribution(function, args[1:], kwargs) if whole else None
-            self.found |= dict.fromkeys(_keys(target), drawn)
-            self.kept += [target, target.untyped_storage()]
+            covers_storage = target.numel() * target.itemsize == target.untyped_storage().nbytes()
+            distribution = _parse_init_op(function, args[1:], kwargs) if covers_storage else None
+            self.distributions |= dict.fromkeys(_tensor_keys(target), distribution)
+            self.keep_alive += [target, target.untyped_storage()]
         return result
 
-    def of(self, parameter: Tensor) -> Distribution | None:
+    def distribution_of(self, parameter: Tensor) -> Distribution | None:
         """What was recorded for a parameter."""
-        return next((self.found[key] for key in _keys(parameter) if key in self.found), None)
+        return next(
+            (
+                self.distributions[key]
+                for key in _tensor_keys(parameter)
+                if key in self.distributions
+            ),
+            None,
+        )
 
 
-def _keys(tensor: Tensor) -> tuple[tuple[str, int], ...]:
+def _tensor_keys(tensor: Tensor) -> tuple[tuple[str, int], ...]:
     return ("storage", tensor.untyped_storage()._cdata), ("tensor", id(tensor))
 
 
-def _distribution(function: Any, args: Any, kwargs: Any) -> Distribution | None:
+def _parse_init_op(function: Any, args: Any, kwargs: Any) -> Distribution | None:
     values = [float(value) for value in args if isinstance(value, int | float)]
     options = dict(kwargs or {})
     if options.pop("generator", None) is not None or options:
         return None
     if function is aten.normal_.default:
-        mean, deviation = [*values, *(0.0, 1.0)[len(values) :]]
-        return Distribution("normal", mean, deviation)
+        mean, std = [*values, *(0.0, 1.0)[len(values) :]]
+        return Distribution("normal", mean, std)
     if function is aten.uniform_.default:
         low, high = [*values, *(0.0, 1.0)[len(values) :]]
         return Distribution("uniform", low, high)
@@ -116,10 +123,10 @@ def _distribution(function: Any, args: Any, kwargs: Any) -> Distribution | None:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Move each parameter to the meta device when a module registers it."""
-    usual = nn.Module.register_parameter
+    original_register = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        usual(self, name, param)
+        original_register(self, name, param)
         if param is not None and not param.is_meta:
             moved = nn.Parameter(param.detach().to("meta"), param.requires_grad)
             self._parameters[name] = moved
@@ -128,23 +135,29 @@ def _parameters_on_meta() -> Iterator[None]:
     try:
         yield
     finally:
-        nn.Module.register_parameter = usual  # type: ignore[method-assign]
+        nn.Module.register_parameter = original_register  # type: ignore[method-assign]
 
 
-def _recorded(
+def _build_recorded(
     build: Callable[[], nn.Module], prefix: str, large_on_meta: bool
 ) -> tuple[nn.Module | None, dict[str, Distribution]]:
     """The network, and the distribution of each parameter; None if the record has a gap."""
-    recorder = _Recorder(large_on_meta)
+    recorder = _InitRecorder(large_on_meta)
     try:
         with _parameters_on_meta(), recorder:
             net = build()
     except (NotImplementedError, RuntimeError):  # an operation on values that do not exist
         return None, {}
-    found = {prefix + name: recorder.of(p) for name, p in net.named_parameters()}
-    known = {name: each for name, each in found.items() if each is not None}
-    computed = not any(buffer.is_meta for buffer in net.buffers())
-    return (net, known) if computed and len(known) == len(found) else (None, {})
+    distributions = {
+        prefix + name: recorder.distribution_of(p) for name, p in net.named_parameters()
+    }
+    known = {
+        name: distribution
+        for name, distribution in distributions.items()
+        if distribution is not None
+    }
+    has_real_buffers = not any(buffer.is_meta for buffer in net.buffers())
+    return (net, known) if has_real_buffers and len(known) == len(distributions) else (None, {})
 
 
 class ParameterValues:
@@ -162,7 +175,7 @@ class ParameterValues:
         self.shape, self.dtype = parameter.shape, parameter.dtype
         self.stored: Tensor | None = None
 
-    def read_from(self, stored: Tensor) -> None:
+    def set_source(self, stored: Tensor) -> None:
         """Take the values from a tensor (a mapped file) in the place of the distribution.
 
         Args:
@@ -170,19 +183,19 @@ class ParameterValues:
         """
         self.stored = stored.detach()
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def get_rows(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` (exclusive), (stop - start, ...), on the CPU; not to be changed.
 
         A row is an index of the first axis; a scalar has one.
         """
         if self.stored is None:
-            return self.values.draw(self.name, self.shape, start, stop, self.dtype)
+            return self.values.sample_rows(self.name, self.shape, start, stop, self.dtype)
         stored = self.stored if self.shape else self.stored.reshape(1)
         if stop <= len(stored):
             return stored[start:stop].to(self.dtype)
-        found = torch.zeros(stop - start, *self.shape[1:], dtype=self.dtype, device="cpu")
-        found[: max(0, len(stored) - start)] = stored[start:]
-        return found
+        rows = torch.zeros(stop - start, *self.shape[1:], dtype=self.dtype, device="cpu")
+        rows[: max(0, len(stored) - start)] = stored[start:]
+        return rows
 
 
 class InitialValues:
@@ -201,8 +214,8 @@ class InitialValues:
         """Keep them, and give each parameter its values as an attribute."""
         self.net, self.distributions, self.seed, self.prefix = net, distributions, seed, prefix
         for name, parameter in net.named_parameters():
-            own = ParameterValues(self, prefix + name, parameter)
-            parameter.initial_values = own  # type: ignore[attr-defined]
+            parameter_values = ParameterValues(self, prefix + name, parameter)
+            parameter.initial_values = parameter_values  # type: ignore[attr-defined]
 
     @classmethod
     def of(cls, build: Callable[[], nn.Module], prefix: str = "net.") -> "InitialValues | None":
@@ -213,14 +226,16 @@ class InitialValues:
         """
         state = torch.get_rng_state()
         for large_on_meta in (True, False):
-            net, found = _recorded(build, prefix, large_on_meta)
+            net, distributions = _build_recorded(build, prefix, large_on_meta)
             torch.set_rng_state(state)
             if net is not None:
                 seed = int(torch.randint(2**62, (), device="cpu"))
-                return cls(net, found, seed, prefix)
+                return cls(net, distributions, seed, prefix)
         return None
 
-    def draw(self, name: str, shape: torch.Size, start: int, stop: int, dtype: Any) -> Tensor:
+    def sample_rows(
+        self, name: str, shape: torch.Size, start: int, stop: int, dtype: Any
+    ) -> Tensor:
         """Rows `start` to `stop` (exclusive) of the parameter `name`, (stop - start, ...), on CPU.
 
         Args:
@@ -230,31 +245,34 @@ class InitialValues:
             stop: end of the rows.
             dtype: of the numbers.
         """
-        rest = shape[1:] if shape else torch.Size()
-        found = torch.empty(stop - start, *rest, dtype=dtype, device="cpu")
-        rows = max(1, CHUNK // max(1, rest.numel()))
-        for chunk in range(start // rows, -(-stop // rows)):
-            first, last = chunk * rows, min((chunk + 1) * rows, shape[0] if shape else 1)
-            numbers = torch.empty(last - first, *rest, dtype=dtype, device="cpu")
-            self.distributions[name].fill(numbers, generator(self.seed, name, chunk))
+        row_shape = shape[1:] if shape else torch.Size()
+        values = torch.empty(stop - start, *row_shape, dtype=dtype, device="cpu")
+        rows_per_chunk = max(1, CHUNK_SIZE // max(1, row_shape.numel()))
+        for chunk in range(start // rows_per_chunk, -(-stop // rows_per_chunk)):
+            first, last = (
+                chunk * rows_per_chunk,
+                min((chunk + 1) * rows_per_chunk, shape[0] if shape else 1),
+            )
+            numbers = torch.empty(last - first, *row_shape, dtype=dtype, device="cpu")
+            self.distributions[name].sample_into(numbers, chunk_generator(self.seed, name, chunk))
             begin, end = max(start, first), min(stop, last)
-            found[begin - start : end - start] = numbers[begin - first : end - first]
-        return found
+            values[begin - start : end - start] = numbers[begin - first : end - first]
+        return values
 
     def materialize(self, device: torch.device | str = "cpu") -> nn.Module:
         """Give every parameter of the network its values, on one process."""
-        new: dict[int, nn.Parameter] = {}
+        new_parameters: dict[int, nn.Parameter] = {}
         for name, parameter in self.net.named_parameters():
             rows = parameter.shape[0] if parameter.ndim else 1
-            full = self.draw(self.prefix + name, parameter.shape, 0, rows, parameter.dtype)
+            full = self.sample_rows(self.prefix + name, parameter.shape, 0, rows, parameter.dtype)
             value = torch.empty_like(parameter, device=device, requires_grad=False)  # its strides
             value.copy_(full.view(parameter.shape))
-            new[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
-        replace_parameters(self.net, new)
+            new_parameters[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+        replace_parameters(self.net, new_parameters)
         return self.net
 
 
-def generator(seed: int, name: str, chunk: int) -> torch.Generator:
+def chunk_generator(seed: int, name: str, chunk: int) -> torch.Generator:
     """The generator of one chunk of a parameter."""
     digest = hashlib.sha256(f"{seed}/{name}/{chunk}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

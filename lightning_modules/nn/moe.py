@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ravine.errors import UsageError
 
-CHOICES = 2
+TOP_K = 2
 
 
 class Experts(nn.Module):
@@ -30,12 +30,12 @@ class Experts(nn.Module):
     The first axis of both parameters is E; a strategy may keep some of the experts on each rank.
     """
 
-    def __init__(self, width: int, experts: int, d_ff: int | None = None) -> None:
+    def __init__(self, d_model: int, num_experts: int, d_ff: int | None = None) -> None:
         """As E linear layers start; d_ff hidden channels each, by default 4d."""
         super().__init__()
-        d_ff = d_ff or 4 * width
-        self.up = nn.Parameter(torch.empty(experts, width, d_ff))
-        self.down = nn.Parameter(torch.empty(experts, d_ff, width))
+        d_ff = d_ff or 4 * d_model
+        self.up = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
+        self.down = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         for matrices in (self.up, self.down):
             bound = 1 / math.sqrt(matrices.shape[1])
             nn.init.uniform_(matrices, -bound, bound)
@@ -51,58 +51,64 @@ class MixtureOfExperts(nn.Module):
     full_precision = ("router",)  # under mixed precision too: near ties decide the choices
 
     def __init__(
-        self, width: int, experts: int = 8, capacity: float = 2.0, d_ff: int | None = None
+        self,
+        d_model: int,
+        num_experts: int = 8,
+        capacity_factor: float = 2.0,
+        d_ff: int | None = None,
     ) -> None:
         """Make the router and the experts; capacity 1 leaves no room for an uneven choice."""
         super().__init__()
-        if experts < CHOICES:
+        if num_experts < TOP_K:
             raise UsageError(
-                f"experts is {experts}; allowed: {CHOICES} or more; type --model.experts=8"
+                f"experts is {num_experts}; allowed: {TOP_K} or more; type --model.experts=8"
             )
-        self.capacity, self.count = capacity, experts
-        self.router = nn.Linear(width, experts, bias=False)
-        self.experts = Experts(width, experts, d_ff)
-        self.balance = torch.zeros(())  # of the latest call, part of the loss
+        self.capacity_factor, self.num_experts = capacity_factor, num_experts
+        self.router = nn.Linear(d_model, num_experts, bias=False)
+        self.experts = Experts(d_model, num_experts, d_ff)
+        self.load_balancing_loss = torch.zeros(())  # of the latest call, part of the loss
 
     def forward(self, x: Tensor) -> Tensor:
         """Send each token of x (b t d) to two experts, and add what they say, weighted."""
         b, t, _ = x.shape
         with torch.autocast(x.device.type, enabled=False):  # near ties decide where a token goes
-            scores = self.router(x.to(self.router.weight.dtype))
-        chances = scores.float().softmax(-1)  # (b t E)
-        weights, choices = chances.topk(CHOICES, -1)  # (b t k)
+            router_logits = self.router(x.to(self.router.weight.dtype))
+        router_probs = router_logits.float().softmax(-1)  # (b t E)
+        weights, expert_indices = router_probs.topk(TOP_K, -1)  # (b t k)
         weights = weights / weights.sum(-1, keepdim=True)
-        chosen = F.one_hot(choices, self.count)  # (b t k E)
-        self.balance = balance(chances, chosen)
-        room = min(t, math.ceil(self.capacity * CHOICES * t / self.count))
-        place = places(chosen)  # (b t k)
-        taken = place < room
-        slot = choices * room + place.clamp(max=room - 1)  # (b t k) of E * c
+        expert_onehot = F.one_hot(expert_indices, self.num_experts)  # (b t k E)
+        self.load_balancing_loss = compute_load_balancing_loss(router_probs, expert_onehot)
+        capacity = min(t, math.ceil(self.capacity_factor * TOP_K * t / self.num_experts))
+        position = compute_expert_slots(expert_onehot)  # (b t k)
+        kept = position < capacity
+        slot = expert_indices * capacity + position.clamp(max=capacity - 1)  # (b t k) of E * c
         slot = rearrange(slot, "b t k -> b (t k)")[..., None].expand(-1, -1, x.shape[-1])
-        sent = x[:, :, None] * taken[..., None]  # (b t k d)
-        sent = rearrange(sent, "b t k d -> b (t k) d")
-        mail = x.new_zeros(b, self.count * room, x.shape[-1]).scatter_add(1, slot, sent)
-        mail = rearrange(mail, "b (e c) d -> e (b c) d", e=self.count)
-        answers = rearrange(self.experts(mail), "e (b c) d -> b (e c) d", b=b)
-        back = rearrange(answers.gather(1, slot), "b (t k) d -> b t k d", k=CHOICES)
-        return (back * (weights * taken)[..., None].to(x.dtype)).sum(2)
+        tokens = x[:, :, None] * kept[..., None]  # (b t k d)
+        tokens = rearrange(tokens, "b t k d -> b (t k) d")
+        dispatched = x.new_zeros(b, self.num_experts * capacity, x.shape[-1]).scatter_add(
+            1, slot, tokens
+        )
+        dispatched = rearrange(dispatched, "b (e c) d -> e (b c) d", e=self.num_experts)
+        expert_outputs = rearrange(self.experts(dispatched), "e (b c) d -> b (e c) d", b=b)
+        combined = rearrange(expert_outputs.gather(1, slot), "b (t k) d -> b t k d", k=TOP_K)
+        return (combined * (weights * kept)[..., None].to(x.dtype)).sum(2)
 
 
-def places(chosen: Tensor) -> Tensor:
+def compute_expert_slots(expert_onehot: Tensor) -> Tensor:
     """How many came before, of a sequence's choices (b t k E), to the same expert: (b t k)."""
-    order = rearrange(chosen, "b t k e -> b (t k) e")
+    order = rearrange(expert_onehot, "b t k e -> b (t k) e")
     before = order.cumsum(1) - order
-    return rearrange((before * order).sum(-1), "b (t k) -> b t k", k=chosen.shape[2])
+    return rearrange((before * order).sum(-1), "b (t k) -> b t k", k=expert_onehot.shape[2])
 
 
-def balance(chances: Tensor, chosen: Tensor) -> Tensor:
+def compute_load_balancing_loss(router_probs: Tensor, expert_onehot: Tensor) -> Tensor:
     """E Σ f P of each sequence, the mean over sequences, of (b t E) and (b t k E)."""
-    experts = chances.shape[-1]
-    share = chosen.float().sum(2).mean(1) / chosen.shape[2]  # (b E)
-    return experts * (share * chances.mean(1)).sum(-1).mean()
+    num_experts = router_probs.shape[-1]
+    fraction = expert_onehot.float().sum(2).mean(1) / expert_onehot.shape[2]  # (b E)
+    return num_experts * (fraction * router_probs.mean(1)).sum(-1).mean()
 
 
-def balance_of(net: nn.Module) -> Tensor | Literal[0]:
+def mean_load_balancing_loss(net: nn.Module) -> Tensor | Literal[0]:
     """The mean over a net's mixtures, after a forward pass; 0 if it has none."""
-    found = [m.balance for m in net.modules() if isinstance(m, MixtureOfExperts)]
-    return torch.stack(found).mean() if found else 0
+    losses = [m.load_balancing_loss for m in net.modules() if isinstance(m, MixtureOfExperts)]
+    return torch.stack(losses).mean() if losses else 0

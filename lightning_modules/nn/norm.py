@@ -28,19 +28,19 @@ class RMSNorm(nn.RMSNorm):
     """torch's norm, with a gain for each channel: (... d) -> (... d).
 
     Args:
-        width: channels d.
+        d_model: channels d.
         eps: added to the mean square, in training and in evaluation; by default the machine epsilon
             of fp32, 1.19e-7 (Llama uses 1e-5). The attribute `eps` may be changed later.
     """
 
-    def __init__(self, width: int, eps: float | None = None) -> None:
+    def __init__(self, d_model: int, eps: float | None = None) -> None:
         """Start with gains of one."""
-        super().__init__(width, eps)
+        super().__init__(d_model, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (... d)."""
-        own = x.device.type == "cpu" and torch.is_grad_enabled()
-        return unit_rms(x, self.eps) * self.weight if own else super().forward(x)
+        use_custom_backward = x.device.type == "cpu" and torch.is_grad_enabled()
+        return unit_rms(x, self.eps) * self.weight if use_custom_backward else super().forward(x)
 
 
 class _UnitRMS(torch.autograd.Function):
@@ -48,10 +48,10 @@ class _UnitRMS(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
-        exact = torch.promote_types(x.dtype, torch.float32)  # bf16 would lose small squares
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-        eps = torch.finfo(exact).eps if eps is None else eps
-        r = torch.rsqrt(length.square() / x.shape[-1] + eps).to(x.dtype)
+        accum_dtype = torch.promote_types(x.dtype, torch.float32)  # bf16 would lose small squares
+        l2_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accum_dtype)
+        eps = torch.finfo(accum_dtype).eps if eps is None else eps
+        r = torch.rsqrt(l2_norm.square() / x.shape[-1] + eps).to(x.dtype)
         y = x * r
         ctx.save_for_backward(y, r)
         ctx.set_materialize_grads(False)

@@ -20,19 +20,22 @@ from torch import Tensor, nn
 
 from ravine.errors import UsageError
 
-from ..generation.kv_cache import Cache, Past
-from ..generation.shared_prefix import Branches, Fork
-from .attention import PROJECTIONS, ROPE_BASE, CausalAttention, Rotary, Rung
-from .cross_entropy import check_ids, chunked_nats, nats
+from ..generation.kv_cache import KVCache, LayerKVCache
+from ..generation.shared_prefix import SharedPrefixBatch, SharedPrefixLayer
+from .attention import PROJECTIONS, ROPE_BASE, AttentionVariant, CausalAttention, RotaryEmbedding
+from .cross_entropy import check_ids, chunked_cross_entropy, cross_entropy
 from .moe import MixtureOfExperts
 from .norm import RMSNorm
 
-Positions = Literal["rope", "learned", "sinusoidal", "none"]
+PositionalEncoding = Literal["rope", "learned", "sinusoidal", "none"]
 Norm = Literal["rmsnorm", "layernorm", "none"]
 Activation = Literal["relu2", "gelu", "gelu_tanh", "swiglu", "relu"]
 Biases = Literal["none", "mlp", "all"]
 
-EPS = {"rmsnorm": None, "layernorm": 1e-5}  # by default; None: the machine epsilon of fp32
+DEFAULT_NORM_EPS = {
+    "rmsnorm": None,
+    "layernorm": 1e-5,
+}  # by default; None: the machine epsilon of fp32
 ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),
     "gelu": F.gelu,
@@ -42,42 +45,44 @@ ACTIVATIONS = {
 }
 
 
-def make_norm(norm: Norm, width: int, eps: float | None = None) -> nn.Module:
-    """A norm over `width` channels, with `eps` under its root (the default is in `EPS`)."""
+def make_norm(norm: Norm, d_model: int, eps: float | None = None) -> nn.Module:
+    """A norm over `d_model` channels, with `eps` under its root (the default is in `EPS`)."""
     if norm == "none":
         return nn.Identity()
-    eps = EPS[norm] if eps is None else eps
-    return RMSNorm(width, eps) if norm == "rmsnorm" else nn.LayerNorm(width, eps)
+    eps = DEFAULT_NORM_EPS[norm] if eps is None else eps
+    return RMSNorm(d_model, eps) if norm == "rmsnorm" else nn.LayerNorm(d_model, eps)
 
 
-def mlp_width(width: int, activation: str, d_ff: int | None = None) -> int:
+def resolve_d_ff(d_model: int, activation: str, d_ff: int | None = None) -> int:
     """Hidden channels of an MLP: `d_ff`, by default 4d, and with SwiGLU 8d/3 rounded up to eights.
 
     mlp_width(384, "swiglu")  # 1024
     """
-    return d_ff or (8 * math.ceil(width / 3) if activation == "swiglu" else 4 * width)
+    return d_ff or (8 * math.ceil(d_model / 3) if activation == "swiglu" else 4 * d_model)
 
 
-def waves(context: int, width: int) -> Tensor:
+def sinusoid_table(context_length: int, d_model: int) -> Tensor:
     """sin(t / 10000^(2i/d)) in channel 2i, cos in 2i + 1 (Vaswani, 2017): (t d) in float64."""
-    frequency = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
-    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :width]  # (t d)
+    frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
+    angles = torch.outer(torch.arange(context_length, dtype=torch.float64), frequency)
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :d_model]  # (t d)
 
 
-class SinusoidalPositions(nn.Module):
+class SinusoidalEncoding(nn.Module):
     """Fixed waves, one row for each time."""
 
     table: Tensor  # (t d)
 
-    def __init__(self, context: int, width: int) -> None:
+    def __init__(self, context_length: int, d_model: int) -> None:
         """Tabulate them."""
         super().__init__()
-        self.register_buffer("table", waves(context, width).float(), persistent=False)
+        self.register_buffer(
+            "table", sinusoid_table(context_length, d_model).float(), persistent=False
+        )
 
-    def forward(self, time: Tensor) -> Tensor:
+    def forward(self, position_ids: Tensor) -> Tensor:
         """Rows of the table for integer times (t): (t d)."""
-        return self.table[time]
+        return self.table[position_ids]
 
 
 class MLP(nn.Module):
@@ -86,7 +91,7 @@ class MLP(nn.Module):
     SwiGLU has three matrices, so its default width is 8d/3 instead of 4d, rounded up to eights.
 
     Args:
-        width: channels d.
+        d_model: channels d.
         activation: the nonlinearity.
         bias: whether the matrices have biases.
         d_ff: hidden channels.
@@ -94,18 +99,18 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        width: int,
+        d_model: int,
         activation: Activation = "relu2",
         bias: bool = False,
         d_ff: int | None = None,
     ) -> None:
         """Make `up` and `down`, and SwiGLU's `gate`."""
         super().__init__()
-        hidden = mlp_width(width, activation, d_ff)
+        hidden_size = resolve_d_ff(d_model, activation, d_ff)
         self.activation = activation
-        self.up = nn.Linear(width, hidden, bias)
-        self.gate = nn.Linear(width, hidden, bias) if activation == "swiglu" else None
-        self.down = nn.Linear(hidden, width, bias)
+        self.up = nn.Linear(d_model, hidden_size, bias)
+        self.gate = nn.Linear(d_model, hidden_size, bias) if activation == "swiglu" else None
+        self.down = nn.Linear(hidden_size, d_model, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position of x (b t d) by itself."""
@@ -113,7 +118,7 @@ class MLP(nn.Module):
         return self.down(act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and perhaps an MLP, each behind a norm, each added to the stream (b t d)."""
 
     def __init__(
@@ -130,12 +135,17 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = (None, None) if mlp is None else (norm(), mlp)
         self.dropout, self.residual = nn.Dropout(dropout), residual
 
-    def forward(self, x: Tensor, past: Past | Fork | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, layer_cache: LayerKVCache | SharedPrefixLayer | None = None
+    ) -> Tensor:
         """Add both answers to x (b t d); without residual the attention's replaces x."""
-        answer = self.dropout(self.attention(self.attention_norm(x), past))
-        if past is not None:
-            x, answer = past.needed(x), past.needed(answer)
-        x = x + answer if self.residual else answer
+        attention_output = self.dropout(self.attention(self.attention_norm(x), layer_cache))
+        if layer_cache is not None:
+            x, attention_output = (
+                layer_cache.select_positions(x),
+                layer_cache.select_positions(attention_output),
+            )
+        x = x + attention_output if self.residual else attention_output
         if self.mlp is None or self.mlp_norm is None:
             return x
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -179,7 +189,7 @@ class Transformer(nn.Module):
         layers: int = 4,
         width: int = 128,
         heads: int = 4,
-        positions: Positions = "rope",
+        positions: PositionalEncoding = "rope",
         norm: Norm = "rmsnorm",
         qk_norm: bool = True,
         mlp: Activation | Literal["none"] = "relu2",
@@ -187,7 +197,7 @@ class Transformer(nn.Module):
         tied: bool = False,
         attention: Literal["auto", "sdpa", "explicit"] = "auto",
         zero_init: bool = True,
-        rung: Rung = "qkv",
+        rung: AttentionVariant = "qkv",
         residual: bool = True,
         output: bool = True,
         bias: Biases = "none",
@@ -199,60 +209,67 @@ class Transformer(nn.Module):
         """Check the sizes, then build."""
         super().__init__()
         sizes = {"vocabulary": vocabulary, "context": context, "layers": layers}
-        check(positions, dropout, **sizes, width=width, heads=heads)
-        normed = norm != "none" or qk_norm
-        check_settings(
-            positions, mlp if not experts else "experts", normed, d_ff, rope_base, norm_eps
+        check_sizes(positions, dropout, **sizes, width=width, heads=heads)
+        has_norm = norm != "none" or qk_norm
+        check_options(
+            positions, mlp if not experts else "experts", has_norm, d_ff, rope_base, norm_eps
         )
         self.context, self.vocabulary = context, vocabulary
-        self.embed = nn.Embedding(padded(vocabulary), width)
+        self.embed = nn.Embedding(padded_vocab_size(vocabulary), width)
         self.place = nn.Embedding(context, width) if positions == "learned" else None
         if positions == "sinusoidal":
-            self.place = SinusoidalPositions(context, width)
+            self.place = SinusoidalEncoding(context, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleDict()  # a dict: names survive when a pipeline takes blocks away
-        make = partial(make_norm, norm, width, norm_eps)
-        rotary = Rotary(context, width // heads, rope_base) if positions == "rope" else None
+        new_norm = partial(make_norm, norm, width, norm_eps)
+        rotary = (
+            RotaryEmbedding(context, width // heads, rope_base) if positions == "rope" else None
+        )
         for layer in range(layers):
-            attend = CausalAttention(
+            block_attention = CausalAttention(
                 width,
                 heads,
                 context,
                 rope=positions == "rope",
                 qk_norm=qk_norm,
                 dropout=dropout,
-                attention=attention,
-                rung=rung,
-                output=output,
+                attn_implementation=attention,
+                variant=rung,
+                out_proj=output,
                 bias=bias == "all",
                 rope_base=rope_base,
                 norm_eps=norm_eps,
                 rotary=rotary,
             )
-            after = None if mlp == "none" else MLP(width, mlp, bias != "none", d_ff)
-            after = MixtureOfExperts(width, experts, d_ff=d_ff) if experts else after
-            self.blocks[str(layer)] = Block(attend, after, make, dropout, residual)
-        self.norm = make()
-        self.head = nn.Linear(width, padded(vocabulary), bias=False)
+            block_mlp = None if mlp == "none" else MLP(width, mlp, bias != "none", d_ff)
+            block_mlp = MixtureOfExperts(width, experts, d_ff=d_ff) if experts else block_mlp
+            self.blocks[str(layer)] = TransformerBlock(
+                block_attention, block_mlp, new_norm, dropout, residual
+            )
+        self.norm = new_norm()
+        self.head = nn.Linear(width, padded_vocab_size(vocabulary), bias=False)
         if tied:
             self.head.weight = self.embed.weight
         self._initialize(tied, zero_init)
 
-    def _initialize(self, tied: bool, zero_init: bool) -> None:
+    def _initialize(self, tie_embeddings: bool, zero_init_residual: bool) -> None:
         """Over torch's own values, which the lecture keeps."""
-        if tied or zero_init:
+        if tie_embeddings or zero_init_residual:
             # Adam moves every weight by lr: from N(0, 1), torch's own, embeddings stay random for
             # a whole quick run (0.04 nats lost); as a head they would start at certainty
-            for table in (self.embed, self.place):
-                if isinstance(table, nn.Embedding):
-                    nn.init.normal_(table.weight, std=0.02 if tied else 0.1)
+            for embedding in (self.embed, self.place):
+                if isinstance(embedding, nn.Embedding):
+                    nn.init.normal_(embedding.weight, std=0.02 if tie_embeddings else 0.1)
         for name, parameter in self.named_parameters():  # a tied head is listed as the embedding
-            silent = ("out.weight", "down.weight", "head.weight", "experts.down")
-            if zero_init and (name.endswith(silent) or name.endswith(".bias")):
+            zeroed_suffixes = ("out.weight", "down.weight", "head.weight", "experts.down")
+            if zero_init_residual and (name.endswith(zeroed_suffixes) or name.endswith(".bias")):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, tokens: Tensor, cache: Cache | Branches | None = None, targets: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | SharedPrefixBatch | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Logits (b t v) of the token after each of tokens (b t).
 
@@ -262,19 +279,19 @@ class Transformer(nn.Module):
         """
         return self.leave(self.through(self.enter(tokens, cache), None, cache), cache, targets)
 
-    def enter(self, tokens: Tensor, cache: Cache | Branches | None = None) -> Tensor:
+    def enter(self, tokens: Tensor, cache: KVCache | SharedPrefixBatch | None = None) -> Tensor:
         """The stream (b t d) before the first block; ValueError for ids or lengths out of range."""
         if cache is None:
-            self._check(tokens)
+            self._check_tokens(tokens)
         x = self.embed(tokens)
         if self.place is not None:
-            here = self.times
-            if here is None:
-                here = torch.arange(tokens.shape[1], device=tokens.device)
-            x = x + self.place(here if cache is None else cache.times(here))
+            position_ids = self.times
+            if position_ids is None:
+                position_ids = torch.arange(tokens.shape[1], device=tokens.device)
+            x = x + self.place(position_ids if cache is None else cache.position_ids(position_ids))
         return self.dropout(x)
 
-    def _check(self, tokens: Tensor) -> None:
+    def _check_tokens(self, tokens: Tensor) -> None:
         length = tokens.shape[1] if self.times is None else 0  # with times, a part of a sequence
         if length > self.context:
             raise UsageError(
@@ -282,31 +299,39 @@ class Transformer(nn.Module):
                 f"{self.context} or less; cut the input, or build the model with context={length}"
             )
         if tokens.is_cuda and self.embed.num_embeddings > self.vocabulary:
-            inside = (tokens < self.vocabulary).all()  # a row of padding is no token
-            torch._assert_async(inside, "a token is outside the vocabulary")  # pyright: ignore
+            is_in_vocab = (tokens < self.vocabulary).all()  # a row of padding is no token
+            torch._assert_async(is_in_vocab, "a token is outside the vocabulary")  # pyright: ignore
         check_ids("token", tokens, self.vocabulary)
 
     def through(
-        self, x: Tensor, names: Sequence[str] | None = None, cache: Cache | Branches | None = None
+        self,
+        x: Tensor,
+        block_names: Sequence[str] | None = None,
+        cache: KVCache | SharedPrefixBatch | None = None,
     ) -> Tensor:
         """The stream (b t d) after the blocks of these names, by default all."""
-        for name in self.blocks if names is None else names:
+        for name in self.blocks if block_names is None else block_names:
             block = self.blocks[name]
             x = block(x) if cache is None else block(x, cache.layers[int(name)])
         return x
 
     def leave(
-        self, x: Tensor, cache: Cache | Branches | None = None, targets: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: KVCache | SharedPrefixBatch | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """What forward answers, from the stream (b t d) after the last block."""
         x = self.norm(x)
         if cache is not None:
-            x = cache.newest(x)
+            x = cache.select_outputs(x)
         if targets is None:
             return self.head(x)[..., : self.vocabulary]
         if type(self.head) is nn.Linear:
-            return chunked_nats(x, self.head.weight, targets, self.vocabulary)
-        return nats(self.head(x)[..., : self.vocabulary], targets, "sum")  # a head with adapters
+            return chunked_cross_entropy(x, self.head.weight, targets, self.vocabulary)
+        return cross_entropy(
+            self.head(x)[..., : self.vocabulary], targets, "sum"
+        )  # a head with adapters
 
     def ends(self) -> tuple[list[str], list[str]]:
         """The modules that `enter` and `leave` need."""
@@ -319,11 +344,11 @@ class Transformer(nn.Module):
         learns query, key, value and output. In any other variant all heads of a part that is not
         learned exist on each rank, so the whole attention stays on each rank.
         """
-        first = cast(Block, next(iter(self.blocks.values())))
+        first = cast(TransformerBlock, next(iter(self.blocks.values())))
         styles = {"attention_norm": "sequence", "mlp_norm": "sequence"}
-        if first.attention.learns_all:
-            parts = (f"attention.{name}" for name in PROJECTIONS)
-            styles |= {"attention": "shared", **dict.fromkeys(parts, "colwise")}
+        if first.attention.is_fully_learned:
+            qkv_projections = (f"attention.{name}" for name in PROJECTIONS)
+            styles |= {"attention": "shared", **dict.fromkeys(qkv_projections, "colwise")}
             styles["attention.out"] = "rowwise"
         if isinstance(first.mlp, MLP):
             styles |= {"mlp": "shared", "mlp.up": "colwise", "mlp.gate": "colwise"}
@@ -334,46 +359,52 @@ class Transformer(nn.Module):
         return {"dropout": "scatter", **plan, "norm": "gather"}
 
 
-def complete(shape: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(net_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a `Transformer`, those not given as its signature has them.
 
     complete({"width": 64})["layers"]  # 4
     """
-    usual = inspect.signature(Transformer).parameters
-    return {k: p.default for k, p in usual.items() if p.default is not p.empty} | shape
+    signature_params = inspect.signature(Transformer).parameters
+    return {
+        k: p.default for k, p in signature_params.items() if p.default is not p.empty
+    } | net_kwargs
 
 
-LARGE = 4096  # tokens: a larger vocabulary is padded, and its logits are not all made at once
+LARGE_VOCAB = 4096  # tokens: a larger vocabulary is padded, and its logits are not all made at once
 
 
-def padded(vocabulary: int) -> int:
+def padded_vocab_size(vocab_size: int) -> int:
     """Rows of embedding and head: of a large vocabulary a multiple of 64, for tensor cores."""
-    return vocabulary if vocabulary <= LARGE else -(-vocabulary // 64) * 64
+    return vocab_size if vocab_size <= LARGE_VOCAB else -(-vocab_size // 64) * 64
 
 
-def check(positions: str, dropout: float, **sizes: int) -> None:
+def check_sizes(positional_encoding: str, dropout: float, **sizes: int) -> None:
     """Refuse sizes that make no net, in the words of a command line."""
     for name, size in sizes.items():
         if size < 1:
             raise UsageError(f"{name} is {size}; allowed: 1 or more; type --model.{name}=1")
-    width, heads = sizes["width"], sizes["heads"]
+    d_model, num_heads = sizes["width"], sizes["heads"]
     if not 0 <= dropout < 1:
         raise UsageError(f"dropout is {dropout}; allowed: 0 to below 1; type --model.dropout=0.1")
-    step = 2 if positions == "rope" else 1  # rotary positions turn pairs of channels
-    if width % (heads * step):
-        divisors = (h for h in range(1, min(width, 2**16) + 1) if width % (h * step) == 0)
-        fitting = sorted(divisors, key=lambda h: abs(h - heads))
-        what = "equal and even parts (rope turns pairs)" if step == 2 else "equal parts"
+    step = 2 if positional_encoding == "rope" else 1  # rotary positions turn pairs of channels
+    if d_model % (num_heads * step):
+        divisors = (h for h in range(1, min(d_model, 2**16) + 1) if d_model % (h * step) == 0)
+        valid_num_heads = sorted(divisors, key=lambda h: abs(h - num_heads))
+        requirement = "equal and even parts (rope turns pairs)" if step == 2 else "equal parts"
         raise UsageError(
-            f"heads {heads} does not split width {width} into {what}; allowed: "
-            f"{', '.join(map(str, fitting[:5])) or 'none'}; "
-            + (f"type --model.heads={fitting[0]}" if fitting else "type --model.width=128")
+            f"heads {num_heads} does not split width {d_model} into {requirement}; allowed: "
+            f"{', '.join(map(str, valid_num_heads[:5])) or 'none'}; "
+            + (
+                f"type --model.heads={valid_num_heads[0]}"
+                if valid_num_heads
+                else "type --model.width=128"
+            )
         )
 
 
-def check_settings(
-    positions: str,
-    mlp: str,
+def check_options(
+    positional_encoding: str,
+    activation: str,
     has_norm: bool,
     d_ff: int | None,
     rope_base: float,
@@ -382,7 +413,7 @@ def check_settings(
     """Refuse settings out of range, and those of a part that the net does not have."""
     if d_ff is not None and d_ff < 1:
         raise UsageError(f"d_ff is {d_ff}; allowed: 1 or more; type --model.d_ff=512")
-    if d_ff is not None and mlp == "none":
+    if d_ff is not None and activation == "none":
         raise UsageError(
             f"d_ff is {d_ff}, and mlp is none: there is no MLP of that width; allowed: null; "
             "type --model.mlp=relu2, or leave d_ff out"
@@ -391,9 +422,10 @@ def check_settings(
         raise UsageError(
             f"rope_base is {rope_base}; allowed: above 1; type --model.rope_base=10000"
         )
-    if rope_base != ROPE_BASE and positions != "rope":
+    if rope_base != ROPE_BASE and positional_encoding != "rope":
         raise UsageError(
-            f"rope_base is {rope_base:g}, and positions is {positions}, which turns nothing; "
+            f"rope_base is {rope_base:g}, and positions is {positional_encoding}, which turns "
+            "nothing; "
             "type --model.positions=rope, or leave rope_base out"
         )
     if norm_eps is not None and not 0 <= norm_eps < math.inf:

@@ -21,24 +21,28 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ravine.datamodules.downloads import whole
+from ravine.datamodules.downloads import atomic_write
 from ravine.errors import UsageError
 
-GROUPS = 8  # of GroupNorm: one example's statistics, whatever the batch
+NUM_GROUPS = 8  # of GroupNorm: one example's statistics, whatever the batch
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two convolutions beside a shortcut, with the embedding d added between them."""
 
-    def __init__(self, before: int, after: int, embedding: int) -> None:
-        """From `before` channels to `after`."""
+    def __init__(self, in_channels: int, out_channels: int, embed_dim: int) -> None:
+        """From `in_channels` channels to `out_channels`."""
         super().__init__()
-        self.conv1 = nn.Conv2d(before, after, 3, padding=1)
-        self.norm1 = nn.GroupNorm(GROUPS, after)
-        self.time = nn.Linear(embedding, after)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
-        self.norm2 = nn.GroupNorm(GROUPS, after)
-        self.shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = nn.GroupNorm(NUM_GROUPS, out_channels)
+        self.time = nn.Linear(embed_dim, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(NUM_GROUPS, out_channels)
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1)
+            if in_channels != out_channels
+            else nn.Identity()
+        )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Images (b c y x) and embeddings (b d) to images (b c' y x)."""
@@ -48,14 +52,14 @@ class Block(nn.Module):
         return h + self.shortcut(x)
 
 
-class Attention(nn.Module):
+class SpatialSelfAttention(nn.Module):
     """Every pixel looks at every other; starts as the identity."""
 
     def __init__(self, channels: int) -> None:
         """Heads of 32 channels."""
         super().__init__()
-        self.heads = max(1, channels // 32)
-        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.num_heads = max(1, channels // 32)
+        self.norm = nn.GroupNorm(NUM_GROUPS, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
@@ -64,7 +68,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (b c y x) to images of the same shape."""
         q, k, v = rearrange(
-            self.qkv(self.norm(x)), "b (three h k) y x -> three b h (y x) k", three=3, h=self.heads
+            self.qkv(self.norm(x)),
+            "b (three h k) y x -> three b h (y x) k",
+            three=3,
+            h=self.num_heads,
         )
         mixed = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(
@@ -72,11 +79,11 @@ class Attention(nn.Module):
         )
 
 
-def sinusoids(t: Tensor, width: int) -> Tensor:
+def timestep_embedding(t: Tensor, embed_dim: int) -> Tensor:
     """Times (b) as sines and cosines of wavelengths from 2π to 20000π, (b d)."""
-    half = width // 2
-    rates = torch.exp(-math.log(1e4) / half * torch.arange(half, device=t.device).float())
-    angles = t.float()[:, None] * rates  # (b d/2); fp32: bf16 cannot tell 999 from 1000
+    half = embed_dim // 2
+    frequencies = torch.exp(-math.log(1e4) / half * torch.arange(half, device=t.device).float())
+    angles = t.float()[:, None] * frequencies  # (b d/2); fp32: bf16 cannot tell 999 from 1000
     return torch.cat((angles.sin(), angles.cos()), 1)  # (b d)
 
 
@@ -86,71 +93,88 @@ class UNet(nn.Module):
     UNet(channels=1, width=64)(torch.randn(2, 1, 28, 28), torch.tensor([1, 999]))
 
     Args:
-        channels: of the images.
-        width: channels at full size; a multiple of 8.
-        time_width: of the embedding.
-        classes: of the labels; 0 for none. A label equal to `classes` means that none is given.
-        patch: the net sees squares of so many pixels as one, with as many more channels.
-        attention: let pixels look at each other at a quarter of the size.
+        in_channels: of the images.
+        base_channels: channels at full size; a multiple of 8.
+        time_embed_dim: of the embedding.
+        num_classes: of the labels; 0 for none. A label equal to `num_classes` means that none is
+        given.
+        patch_size: the net sees squares of so many pixels as one, with as many more channels.
+        has_attention: let pixels look at each other at a quarter of the size.
     """
 
     def __init__(
         self,
-        channels: int = 1,
-        width: int = 64,
-        time_width: int = 256,
-        classes: int = 0,
-        patch: int = 1,
-        attention: bool = False,
+        in_channels: int = 1,
+        base_channels: int = 64,
+        time_embed_dim: int = 256,
+        num_classes: int = 0,
+        patch_size: int = 1,
+        has_attention: bool = False,
     ) -> None:
         """Build it."""
         super().__init__()
-        if width < GROUPS or width % GROUPS or time_width < 2 or time_width % 2 or patch < 1:
+        if (
+            base_channels < NUM_GROUPS
+            or base_channels % NUM_GROUPS
+            or time_embed_dim < 2
+            or time_embed_dim % 2
+            or patch_size < 1
+        ):
             raise UsageError(
-                f"width is {width}, time_width {time_width}, patch {patch}; allowed: a width that "
-                f"{GROUPS} divides, an even time_width, a patch of 1 or more; "
+                f"width is {base_channels}, time_width {time_embed_dim}, patch {patch_size}; "
+                "allowed: a width that "
+                f"{NUM_GROUPS} divides, an even time_width, a patch of 1 or more; "
                 "type --model.width=64 --model.time_width=256 --model.patch=1"
             )
-        self.arguments = {
-            "channels": channels, "width": width, "time_width": time_width, "classes": classes,
-            "patch": patch, "attention": attention,
+        self.init_kwargs = {
+            "channels": in_channels, "width": base_channels, "time_width": time_embed_dim,
+            "classes": num_classes,
+            "patch": patch_size, "attention": has_attention,
         }  # fmt: skip
-        w, d, inner = width, time_width, channels * patch**2
-        self.classes, self.patch, self.time_width = classes, patch, time_width
+        w, d, inner_channels = base_channels, time_embed_dim, in_channels * patch_size**2
+        self.classes, self.patch_size, self.time_embed_dim = num_classes, patch_size, time_embed_dim
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
-        self.labels = nn.Embedding(classes + 1, d) if classes else None
+        self.labels = nn.Embedding(num_classes + 1, d) if num_classes else None
         self.blocks = nn.ModuleDict(
             {
-                "first": Block(inner, w, d),
+                "first": ResidualBlock(inner_channels, w, d),
                 "narrow1": nn.Conv2d(w, w, 3, stride=2, padding=1),
-                "second": Block(w, 2 * w, d),
+                "second": ResidualBlock(w, 2 * w, d),
                 "narrow2": nn.Conv2d(2 * w, 2 * w, 3, stride=2, padding=1),
-                "third": Block(2 * w, 4 * w, d),
-                "middle": Block(4 * w, 4 * w, d),
-                "attention": Attention(4 * w) if attention else nn.Identity(),
+                "third": ResidualBlock(2 * w, 4 * w, d),
+                "middle": ResidualBlock(4 * w, 4 * w, d),
+                "attention": SpatialSelfAttention(4 * w) if has_attention else nn.Identity(),
                 "widen1": nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1),
-                "fourth": Block(4 * w, 2 * w, d),
+                "fourth": ResidualBlock(4 * w, 2 * w, d),
                 "widen2": nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1),
-                "last": Block(2 * w, w, d),
-                "out": nn.Conv2d(w, inner, 1),
+                "last": ResidualBlock(2 * w, w, d),
+                "out": nn.Conv2d(w, inner_channels, 1),
             }
         )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Images (b c y x), times (b) in [0, 1000] and labels (b) to images (b c y x)."""
-        embedding = self.time(sinusoids(t, self.time_width).to(x.dtype))
+        embedding = self.time(timestep_embedding(t, self.time_embed_dim).to(x.dtype))
         if self.labels is not None:
             y = torch.full_like(t, self.classes, dtype=torch.int64) if y is None else y
             embedding = embedding + self.labels(y)
         height, width = x.shape[-2:]
-        above, left = (-height % (4 * self.patch)) // 2, (-width % (4 * self.patch)) // 2
-        below, right = -height % (4 * self.patch) - above, -width % (4 * self.patch) - left
-        x = F.pad(x, (left, right, above, below))  # (b c Y X), which 4 patches divide
-        x = F.pixel_unshuffle(x, self.patch)  # (b c*patch² Y/patch X/patch)
-        x = F.pixel_shuffle(self._through(x, embedding), self.patch)  # (b c Y X)
-        return x[..., above : above + height, left : left + width]
+        pad_top, pad_left = (
+            (-height % (4 * self.patch_size)) // 2,
+            (-width % (4 * self.patch_size)) // 2,
+        )
+        pad_bottom, pad_right = (
+            -height % (4 * self.patch_size) - pad_top,
+            -width % (4 * self.patch_size) - pad_left,
+        )
+        x = F.pad(
+            x, (pad_left, pad_right, pad_top, pad_bottom)
+        )  # (b c Y X), which 4 patches divide
+        x = F.pixel_unshuffle(x, self.patch_size)  # (b c*patch² Y/patch X/patch)
+        x = F.pixel_shuffle(self._run_blocks(x, embedding), self.patch_size)  # (b c Y X)
+        return x[..., pad_top : pad_top + height, pad_left : pad_left + width]
 
-    def _through(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def _run_blocks(self, x: Tensor, embedding: Tensor) -> Tensor:
         b = self.blocks
         full = b["first"](x, embedding)
         half = b["second"](b["narrow1"](full), embedding)
@@ -161,7 +185,7 @@ class UNet(nn.Module):
         return b["out"](h)
 
 
-def write(net: UNet, folder: str, asked: dict[str, Any]) -> str:
+def save_pretrained(net: UNet, folder: str, extra_config: dict[str, Any]) -> str:
     """Write the weights, the arguments and what the net is asked into a folder; returns the names.
 
         config = json.load(open("config.json"))
@@ -171,8 +195,8 @@ def write(net: UNet, folder: str, asked: dict[str, Any]) -> str:
     The rest of config.json says what the net's answers mean: process, prediction, conditioning.
     """
     weights = {name: w.contiguous() for name, w in net.state_dict().items()}
-    with whole(Path(folder, "model.safetensors")) as part:
-        save_file(weights, part)
-    with whole(Path(folder, "config.json")) as part:
-        part.write_text(json.dumps({"net": net.arguments, **asked}, indent=1))
+    with atomic_write(Path(folder, "model.safetensors")) as temporary_path:
+        save_file(weights, temporary_path)
+    with atomic_write(Path(folder, "config.json")) as temporary_path:
+        temporary_path.write_text(json.dumps({"net": net.init_kwargs, **extra_config}, indent=1))
     return f"{folder}/model.safetensors, config.json"

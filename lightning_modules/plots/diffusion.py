@@ -16,19 +16,21 @@ from torch import Tensor
 
 from ravine.datamodules.images import to_uint8
 
-from ..diffusion_core.counter_rng import key, normals
-from ..diffusion_core.noise_schedules import Path, Schedule
+from ..diffusion_core.counter_rng import derive_key, normals
+from ..diffusion_core.noise_schedules import Schedule, Timesteps
 from ..diffusion_core.samplers import ddim
-from ..diffusion_core.sampling import Way
+from ..diffusion_core.sampling import SamplerConfig
 
 if TYPE_CHECKING:  # matplotlib takes half a second, and few runs draw
     from matplotlib.figure import Figure
 
-Denoise = Callable[[Tensor, float], Tensor]
-SHOWN = 11  # places along a way
+DenoiseFn = Callable[[Tensor, float], Tensor]
+NUM_POINTS = 11  # places along a way
 
 
-def _sheet(rows: Sequence[Tensor], titles: Sequence[str], names: Sequence[str]) -> "Figure":
+def _plot_image_sheet(
+    rows: Sequence[Tensor], titles: Sequence[str], row_names: Sequence[str]
+) -> "Figure":
     """Rows of images, each (s c y x), under titles s, beside names."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
@@ -39,83 +41,105 @@ def _sheet(rows: Sequence[Tensor], titles: Sequence[str], names: Sequence[str]) 
     figure = Figure(figsize=(len(titles), len(rows) + 0.4), layout="constrained", dpi=120)
     axis: Any = figure.subplots()  # one for all: one each takes minutes to lay out
     axis.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    places = [(i + 0.5) * (width + 2) - 0.5 for i in range(len(titles))]
-    axis.set_xticks(places, titles, fontsize=8)
-    axis.set_yticks([(i + 0.5) * (height + 2) - 0.5 for i in range(len(names))], names, fontsize=8)
+    tick_positions = [(i + 0.5) * (width + 2) - 0.5 for i in range(len(titles))]
+    axis.set_xticks(tick_positions, titles, fontsize=8)
+    axis.set_yticks(
+        [(i + 0.5) * (height + 2) - 0.5 for i in range(len(row_names))], row_names, fontsize=8
+    )
     axis.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
     return figure
 
 
-def unused(step: int) -> Tensor:
+def no_noise(step: int) -> Tensor:
     """Noise of a sampler that needs none."""
     raise RuntimeError(f"no noise was expected at step {step}")
 
 
 @torch.no_grad()
-def reverse(denoise: Denoise, path: Path, x: Tensor) -> "Figure":
+def plot_reverse_process(denoise: DenoiseFn, timesteps: Timesteps, x: Tensor) -> "Figure":
     """The way from noise x (b c y x) to images, above what is taken for the image at each place."""
-    seen: list[tuple[float, Tensor, Tensor]] = []
+    recorded: list[tuple[float, Tensor, Tensor]] = []
 
-    def watched(x: Tensor, t: float) -> Tensor:
+    def record_denoise(x: Tensor, t: float) -> Tensor:
         x0 = denoise(x, t)
-        seen.append((t, x, x0))
+        recorded.append((t, x, x0))
         return x0
 
-    last = ddim(watched, x, path, unused)
-    seen.append((0.0, last, last))
-    shown = [seen[round(i)] for i in torch.linspace(0, len(seen) - 1, SHOWN).tolist()]
+    last = ddim(record_denoise, x, timesteps, no_noise)
+    recorded.append((0.0, last, last))
+    selected = [
+        recorded[round(i)] for i in torch.linspace(0, len(recorded) - 1, NUM_POINTS).tolist()
+    ]
     rows, names = [], []
     for b in range(len(x)):
-        rows += [torch.stack([way[b] for _, way, _ in shown])]  # (s c y x)
-        rows += [torch.stack([guess[b] for _, _, guess in shown])]
+        rows += [torch.stack([noisy[b] for _, noisy, _ in selected])]  # (s c y x)
+        rows += [torch.stack([estimate[b] for _, _, estimate in selected])]
         names += ["x(t)", "estimate"]
-    return _sheet(rows, [f"t = {t:.0f}" for t, _, _ in shown], names)
+    return _plot_image_sheet(rows, [f"t = {t:.0f}" for t, _, _ in selected], names)
 
 
 @torch.no_grad()
-def estimates(denoise: Denoise, schedule: Schedule, x0: Tensor, eps: Tensor) -> "Figure":
+def plot_x0_estimates(
+    denoise: DenoiseFn, noise_schedule: Schedule, x0: Tensor, eps: Tensor
+) -> "Figure":
     """Images x0 (b c y x) under more and more of the noise eps, and what is made of them."""
-    t = torch.linspace(0, 1000, SHOWN)[1:]
-    alpha, sigma = schedule.levels(t)
+    t = torch.linspace(0, 1000, NUM_POINTS)[1:]
+    alpha, sigma = noise_schedule.alpha_sigma(t)
     noisy = [a * x0 + s * eps for a, s in zip(alpha.tolist(), sigma.tolist(), strict=True)]
-    guesses = [denoise(x, time) for x, time in zip(noisy, t.tolist(), strict=True)]
+    estimates = [denoise(x, time) for x, time in zip(noisy, t.tolist(), strict=True)]
     rows, names = [], []
     for b in range(len(x0)):
-        rows += [torch.stack([x0[b], *(x[b] for x in row)]) for row in (noisy, guesses)]
+        rows += [torch.stack([x0[b], *(x[b] for x in row)]) for row in (noisy, estimates)]
         names += ["x(t)", "estimate"]
-    return _sheet(rows, ["image", *(f"t = {time:.0f}" for time in t)], names)
+    return _plot_image_sheet(rows, ["image", *(f"t = {time:.0f}" for time in t)], names)
 
 
 @torch.no_grad()
-def interpolation(denoise: Denoise, path: Path, one: Tensor, other: Tensor) -> "Figure":
+def plot_interpolation(
+    denoise: DenoiseFn, timesteps: Timesteps, first_noise: Tensor, second_noise: Tensor
+) -> "Figure":
     """Images of noises between two, one and other (b c y x), along the great circle."""
-    angles = torch.linspace(0, math.pi / 2, SHOWN)
+    angles = torch.linspace(0, math.pi / 2, NUM_POINTS)
     rows = []
     for angle in angles.tolist():
-        x = math.cos(angle) * one + math.sin(angle) * other
-        rows.append(ddim(denoise, x * path.sigma[0].item(), path, unused))
+        x = math.cos(angle) * first_noise + math.sin(angle) * second_noise
+        rows.append(ddim(denoise, x * timesteps.sigma[0].item(), timesteps, no_noise))
     sheet = rearrange(torch.stack(rows), "s b c y x -> b s c y x")
-    return _sheet(list(sheet), [f"{angle / angles[-1]:.1f}" for angle in angles], [""] * len(one))
+    return _plot_image_sheet(
+        list(sheet), [f"{angle / angles[-1]:.1f}" for angle in angles], [""] * len(first_noise)
+    )
 
 
-def everything(
-    denoise: Callable[..., Tensor], schedule: Schedule, way: Way, x0: Tensor, classes: int
+def plot_all(
+    denoise: Callable[..., Tensor],
+    noise_schedule: Schedule,
+    sampler_config: SamplerConfig,
+    x0: Tensor,
+    num_classes: int,
 ) -> dict[str, "Figure"]:
     """All three, with images x0 (b c y x); `denoise` takes x, t (b), y (b) and guidance."""
-    three = torch.arange(3, device=x0.device)
-    y = three % classes if classes else None
+    image_ids = torch.arange(3, device=x0.device)
+    y = image_ids % num_classes if num_classes else None
 
-    def labelled(x: Tensor, t: float) -> Tensor:
-        return denoise(x, x.new_full((len(x),), t), y, way.guidance).clamp(-1, 1)
+    def denoise_conditional(x: Tensor, t: float) -> Tensor:
+        return denoise(x, x.new_full((len(x),), t), y, sampler_config.guidance_scale).clamp(-1, 1)
 
-    def unlabelled(x: Tensor, t: float) -> Tensor:
+    def denoise_unconditional(x: Tensor, t: float) -> Tensor:
         return denoise(x, x.new_full((len(x),), t)).clamp(-1, 1)
 
-    path = schedule.path(way.steps)
-    one, other = (normals(key(name), three, tuple(x0.shape[1:])) for name in ("one", "other"))
+    timesteps = noise_schedule.timesteps(sampler_config.num_steps)
+    first_noise, second_noise = (
+        normals(derive_key(name), image_ids, tuple(x0.shape[1:])) for name in ("one", "other")
+    )
     return {
-        "reverse": reverse(labelled, path, one * path.sigma[0].item()),
-        "estimates": estimates(unlabelled, schedule, x0, one[: len(x0)]),
-        "interpolation": interpolation(labelled, path, one, other),
+        "reverse": plot_reverse_process(
+            denoise_conditional, timesteps, first_noise * timesteps.sigma[0].item()
+        ),
+        "estimates": plot_x0_estimates(
+            denoise_unconditional, noise_schedule, x0, first_noise[: len(x0)]
+        ),
+        "interpolation": plot_interpolation(
+            denoise_conditional, timesteps, first_noise, second_noise
+        ),
     }

@@ -11,109 +11,128 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..generation.generate_text import evaluating
+from ..generation.generate_text import eval_mode
 from ..nn.transformer import Transformer
 
 if TYPE_CHECKING:  # matplotlib takes half a second, and few runs draw
     from matplotlib.figure import Figure
 
 TEMPERATURES = (0.2, 0.5, 0.8, 1.0, 1.5)  # the lecture's
-SHOWN = 20  # tokens of a distribution
-INK, ACCENT = "#1f4e79", "#c55a11"
+NUM_TOKENS_SHOWN = 20  # tokens of a distribution
+PRIMARY_COLOR, ACCENT_COLOR = "#1f4e79", "#c55a11"
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> Any:
+def _make_figure(rows: int, columns: int, width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def label(token: str) -> str:
+def printable_token(token: str) -> str:
     """A token as one can read it: spaces and line breaks become visible."""
     return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
 
 
 @torch.no_grad()
-def temperatures(net: Transformer, tokens: Tensor, names: Sequence[str], prompt: str) -> "Figure":
+def plot_temperatures(
+    net: Transformer, tokens: Tensor, token_names: Sequence[str], prompt: str
+) -> "Figure":
     """Probabilities of the next token after tokens (t), at the lecture's five temperatures."""
-    with evaluating(net):
+    with eval_mode(net):
         logits = net(tokens[None])[0, -1].float()  # (v)
-    best = logits.topk(min(SHOWN, len(logits))).indices
-    figure, axes = _figure(len(TEMPERATURES), 1, 8, 9)
+    best = logits.topk(min(NUM_TOKENS_SHOWN, len(logits))).indices
+    figure, axes = _make_figure(len(TEMPERATURES), 1, 8, 9)
     for axis, temperature in zip(axes[:, 0], TEMPERATURES, strict=True):
         probabilities = (logits / temperature).softmax(-1)[best]
-        axis.bar(range(len(best)), probabilities.cpu().numpy(), color=INK, width=0.7)
+        axis.bar(range(len(best)), probabilities.cpu().numpy(), color=PRIMARY_COLOR, width=0.7)
         axis.set_ylim(0, 1)
         axis.set_ylabel(f"T = {temperature}")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xticks(range(len(best)), [label(names[int(i)]) for i in best], family="monospace")
+        axis.set_xticks(
+            range(len(best)),
+            [printable_token(token_names[int(i)]) for i in best],
+            family="monospace",
+        )
     figure.suptitle(f"the next token after {prompt!r}")
     return figure
 
 
 @torch.no_grad()
-def bigrams(net: Transformer, text: Tensor, names: Sequence[str]) -> "Figure":
+def plot_bigrams(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -> "Figure":
     """What follows each token: as the net says, and as counted in a text (n)."""
-    v = net.vocabulary
-    counts = torch.zeros(v, v, dtype=torch.float64)
-    text = text.long().cpu()
-    counts.index_put_((text[:-1], text[1:]), torch.ones(1, dtype=torch.float64), True)
-    often = counts.sum(1)
-    counted = counts / often.clamp(min=1)[:, None]
-    with evaluating(net):
+    vocab_size = net.vocabulary
+    counts = torch.zeros(vocab_size, vocab_size, dtype=torch.float64)
+    tokens = tokens.long().cpu()
+    counts.index_put_((tokens[:-1], tokens[1:]), torch.ones(1, dtype=torch.float64), True)
+    token_counts = counts.sum(1)
+    counted_probs = counts / token_counts.clamp(min=1)[:, None]
+    with eval_mode(net):
         device = next(net.parameters()).device
-        alone = torch.arange(v, device=device)[:, None]  # (b 1)
-        learned = net(alone)[:, 0].softmax(-1).double().cpu()  # (v v)
-    figure, axes = _figure(1, 3, 15, 5)
-    for axis, table, title in zip(
-        axes[0], (counted, learned), ("counted", "learned"), strict=False
+        single_tokens = torch.arange(vocab_size, device=device)[:, None]  # (b 1)
+        learned_probs = net(single_tokens)[:, 0].softmax(-1).double().cpu()  # (v v)
+    figure, axes = _make_figure(1, 3, 15, 5)
+    for axis, probs, title in zip(
+        axes[0], (counted_probs, learned_probs), ("counted", "learned"), strict=False
     ):
-        axis.imshow(table.clamp(min=1e-4).log10().numpy(), cmap="viridis", vmin=-4, vmax=0)
+        axis.imshow(probs.clamp(min=1e-4).log10().numpy(), cmap="viridis", vmin=-4, vmax=0)
         axis.set_title(f"log10 p(next | last), {title}")
-        axis.set_xticks(range(v), map(label, names), fontsize=4)
-        axis.set_yticks(range(v), map(label, names), fontsize=4)
-    seen = often > 100
+        axis.set_xticks(range(vocab_size), map(printable_token, token_names), fontsize=4)
+        axis.set_yticks(range(vocab_size), map(printable_token, token_names), fontsize=4)
+    is_frequent = token_counts > 100
     axis = axes[0, 2]
-    axis.plot([0, 1], [0, 1], color=ACCENT, linewidth=1)
-    axis.scatter(counted[seen].numpy(), learned[seen].numpy(), s=4, color=INK)
+    axis.plot([0, 1], [0, 1], color=ACCENT_COLOR, linewidth=1)
+    axis.scatter(
+        counted_probs[is_frequent].numpy(),
+        learned_probs[is_frequent].numpy(),
+        s=4,
+        color=PRIMARY_COLOR,
+    )
     axis.set(xlabel="share counted in the text", ylabel="probability learned")
-    right = (counted.argmax(1) == learned.argmax(1))[seen].double().mean()
-    off = ((counted - learned).abs().sum(1) * often).sum() / often.sum() / 2
-    axis.set_title(f"most frequent successor right: {right:.0%}\nmass misplaced: {off:.1%}")
+    top1_agreement = (
+        (counted_probs.argmax(1) == learned_probs.argmax(1))[is_frequent].double().mean()
+    )
+    misplaced_mass = (
+        ((counted_probs - learned_probs).abs().sum(1) * token_counts).sum() / token_counts.sum() / 2
+    )
+    axis.set_title(
+        f"most frequent successor right: {top1_agreement:.0%}\nmass misplaced: {misplaced_mass:.1%}"
+    )
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 @torch.no_grad()
-def attention(net: Transformer, tokens: Tensor, names: Sequence[str]) -> "Figure":
+def plot_attention(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -> "Figure":
     """What each of tokens (t) takes from which, for every layer and at most four heads."""
-    seen: list[Tensor] = []
+    layer_weights: list[Tensor] = []
     blocks: dict[str, Any] = dict(net.blocks.items())  # a stage of a pipeline has some
     hooks = [
         block.attention.register_forward_pre_hook(
-            lambda module, inputs: seen.append(module.weights(inputs[0])[0].float().cpu())
+            lambda module, inputs: layer_weights.append(module.weights(inputs[0])[0].float().cpu())
         )
         for block in blocks.values()
     ]
     try:
-        with evaluating(net):
+        with eval_mode(net):
             net(tokens[None])
     finally:
         for hook in hooks:
             hook.remove()
-    heads = min(4, len(seen[0]))
-    figure, axes = _figure(len(seen), heads, 4.5 * heads + 1, 4.5 * len(seen))
-    words = [label(names[int(token)]) for token in tokens]
-    for row, (layer, weights) in enumerate(zip(blocks, seen, strict=True)):
-        for head in range(heads):
+    num_heads = min(4, len(layer_weights[0]))
+    figure, axes = _make_figure(
+        len(layer_weights), num_heads, 4.5 * num_heads + 1, 4.5 * len(layer_weights)
+    )
+    token_labels = [printable_token(token_names[int(token)]) for token in tokens]
+    for row, (layer, weights) in enumerate(zip(blocks, layer_weights, strict=True)):
+        for head in range(num_heads):
             axis = axes[row, head]
             axis.imshow(
                 weights[head].numpy(), cmap="magma", vmin=0, vmax=float(weights[head].max())
             )
             axis.set_title(f"layer {layer}, head {head}", fontsize=9)
-            axis.set_xticks(range(len(words)), words, fontsize=7, family="monospace")
-            axis.set_yticks(range(len(words)), words, fontsize=7, family="monospace")
+            axis.set_xticks(range(len(token_labels)), token_labels, fontsize=7, family="monospace")
+            axis.set_yticks(range(len(token_labels)), token_labels, fontsize=7, family="monospace")
     figure.supxlabel("is listened to")
     figure.supylabel("listens")
     return figure

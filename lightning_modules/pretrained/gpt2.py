@@ -19,12 +19,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ravine.datamodules.downloads import announce
+from ravine.datamodules.downloads import log_once
 from ravine.errors import MissingFileError, UsageError
 
-from ..nn.transformer import MLP, Block, Transformer, complete
+from ..nn.transformer import MLP, Transformer, TransformerBlock, with_defaults
 
-SHAPE = {  # what makes a Transformer a GPT-2
+GPT2_KWARGS = {  # what makes a Transformer a GPT-2
     "positions": "learned",
     "norm": "layernorm",
     "qk_norm": False,
@@ -35,15 +35,15 @@ SHAPE = {  # what makes a Transformer a GPT-2
     "output": True,
     "bias": "all",
 }
-TABLES = {"wte": "embed", "wpe": "place", "ln_f": "norm"}
-PARTS = {
+TOP_LEVEL_NAMES = {"wte": "embed", "wpe": "place", "ln_f": "norm"}
+BLOCK_NAMES = {
     "ln_1": "attention_norm",
     "attn.c_proj": "attention.out",
     "ln_2": "mlp_norm",
     "mlp.c_fc": "mlp.up",
     "mlp.c_proj": "mlp.down",
 }
-ACTIVATIONS = {  # of Hugging Face, and here
+HF_ACTIVATIONS = {  # of Hugging Face, and here
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -52,7 +52,7 @@ ACTIVATIONS = {  # of Hugging Face, and here
     "relu": "relu",
     "relu2": "relu2",
 }
-FIXED = {  # options of the format, and the only value that a Transformer can compute
+REQUIRED_OPTIONS = {  # options of the format, and the only value that a Transformer can compute
     "model_type": "gpt2",
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -60,66 +60,72 @@ FIXED = {  # options of the format, and the only value that a Transformer can co
     "pruned_heads": {},
     "quantization_config": None,
 }  # reorder_and_upcast_attn changes the rounding only
-OTHER_NAMES = {
+OPTION_ALIASES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
     "n_positions": "max_position_embeddings",
 }
-LONGEST = 1 << 20  # bytes of a config.json
-PIECE = 1 << 20  # numbers that are looked at together
-PREFIX = "transformer."  # of a model with a head; the published file has none
+MAX_CONFIG_BYTES = 1 << 20  # bytes of a config.json
+ELEMENTS_PER_CHUNK = 1 << 20  # numbers that are looked at together
+HF_PREFIX = "transformer."  # of a model with a head; the published file has none
 
 
-def translated(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_hf(hf_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names and layout for tensors under theirs."""
-    ours = {}
-    for name, tensor in theirs.items():
-        part, _, kind = name.removeprefix(PREFIX).rpartition(".")
-        if part.endswith(".attn"):  # causal masks
+    tensors = {}
+    for name, tensor in hf_tensors.items():
+        module_name, _, param_name = name.removeprefix(HF_PREFIX).rpartition(".")
+        if module_name.endswith(".attn"):  # causal masks
             continue
-        if part == "lm_head":  # the embedding again, or a head of its own
-            ours["head.weight"] = tensor
+        if module_name == "lm_head":  # the embedding again, or a head of its own
+            tensors["head.weight"] = tensor
             continue
-        if part in TABLES:
-            ours[f"{TABLES[part]}.{kind}"] = tensor
+        if module_name in TOP_LEVEL_NAMES:
+            tensors[f"{TOP_LEVEL_NAMES[module_name]}.{param_name}"] = tensor
             continue
-        _, layer, inner = part.split(".", 2)
+        _, layer, inner = module_name.split(".", 2)
         tensor = tensor.mT if tensor.ndim == 2 else tensor  # (out in)
         if inner == "attn.c_attn":
-            for each, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                ours[f"blocks.{layer}.attention.{each}.{kind}"] = piece
+            for projection, chunk in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                tensors[f"blocks.{layer}.attention.{projection}.{param_name}"] = chunk
         else:
-            ours[f"blocks.{layer}.{PARTS[inner]}.{kind}"] = tensor
-    return ours
+            tensors[f"blocks.{layer}.{BLOCK_NAMES[inner]}.{param_name}"] = tensor
+    return tensors
 
 
-def untranslated(ours: dict[str, Tensor], vocabulary: int, tied: bool = True) -> dict[str, Tensor]:
+def to_hf(
+    tensors: dict[str, Tensor], vocab_size: int, tie_embeddings: bool = True
+) -> dict[str, Tensor]:
     """Their names and layout for the tensors of a Transformer, without its padding."""
-    tables = {our: their for their, our in TABLES.items()}
-    parts = {our: their for their, our in PARTS.items()}
-    theirs = {}
-    for name, tensor in ours.items():
-        part, _, kind = name.rpartition(".")
-        if part == "head" and not tied:
-            theirs["lm_head.weight"] = tensor[:vocabulary].contiguous()
-        if part == "head" or part.endswith((".key", ".value")):  # the embedding; with its query
+    top_level_names = {own_name: hf_name for hf_name, own_name in TOP_LEVEL_NAMES.items()}
+    block_names = {own_name: hf_name for hf_name, own_name in BLOCK_NAMES.items()}
+    hf_tensors = {}
+    for name, tensor in tensors.items():
+        module_name, _, param_name = name.rpartition(".")
+        if module_name == "head" and not tie_embeddings:
+            hf_tensors["lm_head.weight"] = tensor[:vocab_size].contiguous()
+        if module_name == "head" or module_name.endswith(
+            (".key", ".value")
+        ):  # the embedding; with its query
             continue
-        if part in tables:
-            rows = vocabulary if part == "embed" else len(tensor)
-            theirs[f"{PREFIX}{tables[part]}.{kind}"] = tensor[:rows].contiguous()
+        if module_name in top_level_names:
+            rows = vocab_size if module_name == "embed" else len(tensor)
+            hf_tensors[f"{HF_PREFIX}{top_level_names[module_name]}.{param_name}"] = tensor[
+                :rows
+            ].contiguous()
             continue
-        _, layer, inner = part.split(".", 2)
+        _, layer, inner = module_name.split(".", 2)
         if inner == "attention.query":
-            group = [name.replace("query", each) for each in ("query", "key", "value")]
-            tensor = torch.cat([ours[each] for each in group])
+            group = [name.replace("query", projection) for projection in ("query", "key", "value")]
+            tensor = torch.cat([tensors[projection] for projection in group])
         tensor = tensor.mT if tensor.ndim == 2 else tensor  # (in out)
-        inner = "attn.c_attn" if inner == "attention.query" else parts[inner]
-        theirs[f"{PREFIX}h.{layer}.{inner}.{kind}"] = tensor.contiguous()
-    return theirs
+        inner = "attn.c_attn" if inner == "attention.query" else block_names[inner]
+        hf_tensors[f"{HF_PREFIX}h.{layer}.{inner}.{param_name}"] = tensor.contiguous()
+    return hf_tensors
 
 
-def read(path: str | Path, net: Transformer) -> None:
+def load_hf(path: str | Path, net: Transformer) -> None:
     """Give a net the weights of a file model.safetensors, or of a folder that holds one.
 
     The config.json beside the file must describe this net: what differs is refused with the
@@ -136,66 +142,71 @@ def read(path: str | Path, net: Transformer) -> None:
             "or its folder; type --trainer.callbacks.path=FOLDER"
         )
     try:
-        theirs = load_file(file)
-        sizes = sizes_of(theirs)
-        weights = translated(theirs)
+        hf_tensors = load_file(file)
+        sizes = infer_sizes(hf_tensors)
+        weights = from_hf(hf_tensors)
     except (SafetensorError, ValueError, LookupError) as error:
         raise UsageError(f"{file} does not hold GPT-2 weights: {error!r}") from error
-    config = config_of(file.parent / "config.json")
+    config = read_config(file.parent / "config.json")
     if config is None:
-        kept = {name: shape_of(net)[name] for name in ("heads", "mlp", "norm_eps")}
-        said = ", ".join(f"{name}={value}" for name, value in kept.items())
-        announce(
-            f"no config.json beside {file}: that its weights were trained with {said} is not "
+        unchecked = {name: get_net_kwargs(net)[name] for name in ("heads", "mlp", "norm_eps")}
+        description = ", ".join(f"{name}={value}" for name, value in unchecked.items())
+        log_once(
+            f"no config.json beside {file}: that its weights were trained with {description} is "
+            "not "
             "known; put it there to have it checked",
-            loud=True,
+            is_warning=True,
         )
         config = {}
-        expected = sizes | SHAPE | {name: shape_of(net)[name] for name in (*kept, "tied")}
+        expected = (
+            sizes | GPT2_KWARGS | {name: get_net_kwargs(net)[name] for name in (*unchecked, "tied")}
+        )
     else:
-        expected = expected_of(config, sizes, str(file.parent / "config.json"))
-    refuse_other(expected, net, str(file))
+        expected = expected_net_kwargs(config, sizes, str(file.parent / "config.json"))
+    check_net_kwargs(expected, net, str(file))
     if net.head.weight is not net.embed.weight:
-        tied = config.get("tie_word_embeddings", True) or "lm_head.weight" not in theirs
-        weights["head.weight"] = weights["embed.weight" if tied else "head.weight"]
+        has_tied_head = (
+            config.get("tie_word_embeddings", True) or "lm_head.weight" not in hf_tensors
+        )
+        weights["head.weight"] = weights["embed.weight" if has_tied_head else "head.weight"]
     else:
         weights.pop("head.weight", None)
-    fill(net, weights, str(file))
+    copy_weights(net, weights, str(file))
 
 
-def sizes_of(theirs: dict[str, Tensor]) -> dict[str, int]:
+def infer_sizes(hf_tensors: dict[str, Tensor]) -> dict[str, int]:
     """What the tensors of a file show, as arguments of `Transformer`."""
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in theirs.items()}
+    tensors = {name.removeprefix(HF_PREFIX): tensor for name, tensor in hf_tensors.items()}
     layers = {int(name.split(".")[1]) for name in tensors if name.startswith("h.")}
-    vocabulary, width = tensors["wte.weight"].shape
+    vocab_size, d_model = tensors["wte.weight"].shape
     return {
-        "vocabulary": vocabulary,
+        "vocabulary": vocab_size,
         "context": len(tensors["wpe.weight"]),
         "layers": 1 + max(layers),
-        "width": width,
+        "width": d_model,
         "d_ff": tensors["h.0.mlp.c_fc.weight"].shape[1],
     }
 
 
-def config_of(file: Path) -> dict[str, Any] | None:
+def read_config(file: Path) -> dict[str, Any] | None:
     """The content of config.json; None if there is none."""
     if not file.is_file():
         return None
     try:
-        if file.stat().st_size > LONGEST:
-            raise UsageError(f"it has more than {LONGEST:,} bytes")
-        said = json.loads(file.read_text(encoding="utf-8-sig"))
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise UsageError(f"it has more than {MAX_CONFIG_BYTES:,} bytes")
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UsageError(
             f"{file} is no JSON: {str(error)[:200]}; allowed: the config.json of a GPT-2; fetch it "
             "again"
         ) from None
-    if not isinstance(said, dict):
+    if not isinstance(config, dict):
         raise UsageError(f"{file} holds no object; allowed: the config.json of a GPT-2")
-    return said
+    return config
 
 
-def expected_of(config: dict[str, Any], sizes: dict[str, int], name: str) -> dict[str, Any]:
+def expected_net_kwargs(config: dict[str, Any], sizes: dict[str, int], name: str) -> dict[str, Any]:
     """The arguments of the Transformer that a config.json describes.
 
     Args:
@@ -203,8 +214,8 @@ def expected_of(config: dict[str, Any], sizes: dict[str, int], name: str) -> dic
         sizes: what the tensors show, which must agree.
         name: of the file.
     """
-    given = {key: config.get(key, config.get(other)) for key, other in OTHER_NAMES.items()}
-    for option, allowed in FIXED.items():
+    aliased = {key: config.get(key, config.get(other)) for key, other in OPTION_ALIASES.items()}
+    for option, allowed in REQUIRED_OPTIONS.items():
         value = config.get(option, allowed)
         if value != allowed and not (value is None and option != "model_type"):
             raise UsageError(
@@ -212,198 +223,212 @@ def expected_of(config: dict[str, Any], sizes: dict[str, int], name: str) -> dic
                 f"allowed: {allowed}; use a GPT-2 without this option"
             )
     activation = config.get("activation_function", "gelu_new")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
         raise UsageError(
-            f"{name} says activation_function={_short(activation)}, which Transformer does "
-            f"not have; allowed: {', '.join(ACTIVATIONS)}; use a GPT-2 with one of these"
+            f"{name} says activation_function={_shorten(activation)}, which Transformer does "
+            f"not have; allowed: {', '.join(HF_ACTIVATIONS)}; use a GPT-2 with one of these"
         )
-    heads = 12 if given["n_head"] is None else given["n_head"]
+    num_heads = 12 if aliased["n_head"] is None else aliased["n_head"]
     eps = config.get("layer_norm_epsilon", 1e-5)
-    width = sizes["width"]
-    if type(heads) is not int or heads < 1 or width % heads:
+    d_model = sizes["width"]
+    if type(num_heads) is not int or num_heads < 1 or d_model % num_heads:
         raise UsageError(
-            f"{name} says n_head={_short(heads)} for a width of {width}; allowed: a divisor "
-            f"of {width}; fetch the file again"
+            f"{name} says n_head={_shorten(num_heads)} for a width of {d_model}; allowed: a "
+            "divisor "
+            f"of {d_model}; fetch the file again"
         )
     if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
         raise UsageError(
-            f"{name} says layer_norm_epsilon={_short(eps)}; allowed: a number from 0 on; "
+            f"{name} says layer_norm_epsilon={_shorten(eps)}; allowed: a number from 0 on; "
             "fetch the file again"
         )
-    shown = {
-        "n_embd": width,
+    tensor_sizes = {
+        "n_embd": d_model,
         "n_layer": sizes["layers"],
         "n_positions": sizes["context"],
         "vocab_size": sizes["vocabulary"],
         "n_inner": sizes["d_ff"],
     }
-    said = given | {key: config.get(key) for key in ("vocab_size", "n_inner")}
-    for key, value in shown.items():
-        if said[key] not in (None, value):
+    config_sizes = aliased | {key: config.get(key) for key in ("vocab_size", "n_inner")}
+    for key, value in tensor_sizes.items():
+        if config_sizes[key] not in (None, value):
             raise UsageError(
-                f"{name} says {key}={_short(said[key])}, and the tensors have {value}; the "
+                f"{name} says {key}={_shorten(config_sizes[key])}, and the tensors have {value}; "
+                "the "
                 "two files do not belong together: fetch both again"
             )
-    if said["n_inner"] is None and sizes["d_ff"] != 4 * width:
+    if config_sizes["n_inner"] is None and sizes["d_ff"] != 4 * d_model:
         raise UsageError(
-            f"{name} leaves n_inner out, which means {4 * width}, and the tensors have "
+            f"{name} leaves n_inner out, which means {4 * d_model}, and the tensors have "
             f"{sizes['d_ff']}; the two files do not belong together: fetch both again"
         )
-    tied = bool(config.get("tie_word_embeddings", True))
-    found = {"heads": heads, "mlp": ACTIVATIONS[activation], "norm_eps": float(eps)}
+    has_tied_head = bool(config.get("tie_word_embeddings", True))
+    derived = {"heads": num_heads, "mlp": HF_ACTIVATIONS[activation], "norm_eps": float(eps)}
     # an untied net can hold a tied head, as a copy
-    return SHAPE | sizes | found | {"tied": True if tied else None}
+    return GPT2_KWARGS | sizes | derived | {"tied": True if has_tied_head else None}
 
 
-def shape_of(net: Transformer) -> dict[str, Any]:
+def get_net_kwargs(net: Transformer) -> dict[str, Any]:
     """The arguments that a built net has, as far as a GPT-2 decides them."""
-    block = cast(Block, next(iter(net.blocks.values())))
-    attention, mlp, width = block.attention, block.mlp, net.embed.embedding_dim
+    block = cast(TransformerBlock, next(iter(net.blocks.values())))
+    attention, mlp, d_model = block.attention, block.mlp, net.embed.embedding_dim
     norm = "layernorm" if isinstance(net.norm, nn.LayerNorm) else type(net.norm).__name__.lower()
-    positions = "learned" if isinstance(net.place, nn.Embedding) else "sinusoidal"
+    positional_encoding = "learned" if isinstance(net.place, nn.Embedding) else "sinusoidal"
     if net.place is None:
-        positions = "rope" if attention.rope else "none"
-    plain = isinstance(mlp, MLP)
+        positional_encoding = "rope" if attention.rope else "none"
+    is_plain_mlp = isinstance(mlp, MLP)
     bias = isinstance(attention.query, nn.Linear) and attention.query.bias is not None
-    found = {
+    net_kwargs = {
         "vocabulary": net.vocabulary,
         "context": net.context,
         "layers": len(net.blocks),
-        "width": width,
-        "heads": width // attention.head_width,
-        "d_ff": mlp.up.out_features if plain else None,
-        "mlp": mlp.activation if plain else "none" if mlp is None else "experts",
+        "width": d_model,
+        "heads": d_model // attention.head_dim,
+        "d_ff": mlp.up.out_features if is_plain_mlp else None,
+        "mlp": mlp.activation if is_plain_mlp else "none" if mlp is None else "experts",
         "norm_eps": getattr(net.norm, "eps", None),
         "tied": net.head.weight is net.embed.weight,
-        "positions": positions,
+        "positions": positional_encoding,
         "norm": {"identity": "none"}.get(norm, norm),
         "qk_norm": attention.qk_norm,
-        "rung": attention.rung,
+        "rung": attention.variant,
         "residual": block.residual,
         "output": isinstance(attention.out, nn.Linear),
-        "bias": "all" if bias else "mlp" if plain and mlp.up.bias is not None else "none",
+        "bias": "all" if bias else "mlp" if is_plain_mlp and mlp.up.bias is not None else "none",
     }
-    return found
+    return net_kwargs
 
 
-def refuse_other(expected: dict[str, Any], net: Transformer, name: str) -> None:
+def check_net_kwargs(expected: dict[str, Any], net: Transformer, name: str) -> None:
     """Refuse a net whose arguments are not the expected ones, with those to type."""
-    ours = shape_of(net)
-    other = {key: value for key, value in expected.items() if ours[key] != value}
-    if other.get("context", 0) >= net.context:  # a net may see less than its weights have learned
-        del other["context"]
+    actual = get_net_kwargs(net)
+    mismatches = {key: value for key, value in expected.items() if actual[key] != value}
+    if (
+        mismatches.get("context", 0) >= net.context
+    ):  # a net may see less than its weights have learned
+        del mismatches["context"]
     if expected.get("tied") is True:
-        other.pop("tied", None)
-    elif "tied" in other:  # None: a head of its own, which a tied net has no place for
-        other["tied"] = False
-        if not ours["tied"]:
-            del other["tied"]
-    if not other:
+        mismatches.pop("tied", None)
+    elif "tied" in mismatches:  # None: a head of its own, which a tied net has no place for
+        mismatches["tied"] = False
+        if not actual["tied"]:
+            del mismatches["tied"]
+    if not mismatches:
         return
-    flags = [f"--model.{key}={_typed(value)}" for key, value in other.items()]
-    if "vocabulary" in other:
-        size = other["vocabulary"]
-        kind = "gpt2" if size == 50_257 else "FILE"
-        flags[list(other).index("vocabulary")] = f"--data.tokenizer={kind}"
-    if "context" in other:
-        flags[list(other).index("context")] = f"--data.context={other['context']}"
-    theirs = ", ".join(f"{key}={value}" for key, value in other.items())
-    mine = ", ".join(f"{key}={ours[key]}" for key in other)
+    flags = [f"--model.{key}={_format_flag_value(value)}" for key, value in mismatches.items()]
+    if "vocabulary" in mismatches:
+        vocab_size = mismatches["vocabulary"]
+        tokenizer_flag = "gpt2" if vocab_size == 50_257 else "FILE"
+        flags[list(mismatches).index("vocabulary")] = f"--data.tokenizer={tokenizer_flag}"
+    if "context" in mismatches:
+        flags[list(mismatches).index("context")] = f"--data.context={mismatches['context']}"
+    expected_text = ", ".join(f"{key}={value}" for key, value in mismatches.items())
+    actual_text = ", ".join(f"{key}={actual[key]}" for key in mismatches)
     raise UsageError(
-        f"the weights in {name} do not fit the model: they are a GPT-2 with {theirs}, and the "
-        f"model has {mine}; type {' '.join(flags)}"
+        f"the weights in {name} do not fit the model: they are a GPT-2 with {expected_text}, and "
+        "the "
+        f"model has {actual_text}; type {' '.join(flags)}"
     )
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return reprlib.repr(value)[:80]
 
 
-def _typed(value: Any) -> str:
+def _format_flag_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @torch.no_grad()
-def fill(net: Transformer, weights: dict[str, Tensor], name: str) -> None:
+def copy_weights(net: Transformer, weights: dict[str, Tensor], name: str) -> None:
     """Copy tensors into a net; it may see less than they do, and have a padded vocabulary.
 
     Parameters on the meta device (initial_values.py) read the tensors' rows later.
     """
-    ours = dict(net.named_parameters())
-    odd = [f"{n} is only in the file" for n in weights.keys() - ours.keys()]
-    odd += [f"{n} is only in the model" for n in ours.keys() - weights.keys()]
-    padded = {"embed.weight": net.vocabulary, "head.weight": net.vocabulary}
-    for key in ours.keys() & weights.keys():
-        rows = (padded | {"place.weight": net.context}).get(key)
-        theirs, shape = weights[key], list(ours[key].shape)
+    parameters = dict(net.named_parameters())
+    mismatches = [f"{n} is only in the file" for n in weights.keys() - parameters.keys()]
+    mismatches += [f"{n} is only in the model" for n in parameters.keys() - weights.keys()]
+    unpadded_rows = {"embed.weight": net.vocabulary, "head.weight": net.vocabulary}
+    for key in parameters.keys() & weights.keys():
+        rows = (unpadded_rows | {"place.weight": net.context}).get(key)
+        tensor, shape = weights[key], list(parameters[key].shape)
         if rows is not None:
             shape[0] = rows
-            theirs = theirs[:rows] if key == "place.weight" else theirs
-        if list(theirs.shape) != shape:
-            odd.append(f"{key} is {shape} in the model and {list(theirs.shape)} in the file")
-        elif not theirs.dtype.is_floating_point:
-            odd.append(f"{key} is of {theirs.dtype} in the file")
-        elif not all(piece.isfinite().all() for piece in _pieces(theirs)):
-            odd.append(f"{key} holds NaN or infinity in the file")
-    if odd:
-        more = f"; and {len(odd) - 4} more" if len(odd) > 4 else ""
+            tensor = tensor[:rows] if key == "place.weight" else tensor
+        if list(tensor.shape) != shape:
+            mismatches.append(f"{key} is {shape} in the model and {list(tensor.shape)} in the file")
+        elif not tensor.dtype.is_floating_point:
+            mismatches.append(f"{key} is of {tensor.dtype} in the file")
+        elif not all(piece.isfinite().all() for piece in _split_chunks(tensor)):
+            mismatches.append(f"{key} holds NaN or infinity in the file")
+    if mismatches:
+        remainder = f"; and {len(mismatches) - 4} more" if len(mismatches) > 4 else ""
         raise UsageError(
-            f"the weights in {name} do not fit the model: {'; '.join(sorted(odd)[:4])}{more}; "
+            f"the weights in {name} do not fit the model: "
+            f"{'; '.join(sorted(mismatches)[:4])}{remainder}; "
             "allowed: the shape of its config.json; type --config gpt2/finetune"
         )
-    for key, parameter in ours.items():
-        theirs = weights[key][: len(parameter)]
+    for key, parameter in parameters.items():
+        tensor = weights[key][: len(parameter)]
         values = getattr(parameter, "initial_values", None)  # its values are made later
         if values is not None:
-            values.read_from(theirs)
+            values.read_from(tensor)
         else:
-            parameter.zero_()[: len(theirs)].copy_(theirs)  # the padding stays zero
+            parameter.zero_()[: len(tensor)].copy_(tensor)  # the padding stays zero
 
 
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+def _split_chunks(tensor: Tensor) -> tuple[Tensor, ...]:
     """Pieces of at most a million numbers."""
-    return tensor.split(max(1, PIECE // max(1, tensor[:1].numel())))
+    return tensor.split(max(1, ELEMENTS_PER_CHUNK // max(1, tensor[:1].numel())))
 
 
-def write(net: Transformer, shape: dict[str, Any], folder: str | Path, end: int | None) -> None:
+def save_hf(
+    net: Transformer, net_kwargs: dict[str, Any], folder: str | Path, eos_id: int | None
+) -> None:
     """Write model.safetensors and config.json, from which `transformers` makes a GPT-2.
 
     GPT2LMHeadModel.from_pretrained(folder)
     """
     from safetensors.torch import save_file
 
-    given = complete(shape)
-    free = ("mlp", "tied")  # the format has a word for them
-    fixed = {key: value for key, value in SHAPE.items() if key not in free}
-    wrong = [
-        f"{key}={given[key]}, not {value}" for key, value in fixed.items() if given[key] != value
+    full_kwargs = with_defaults(net_kwargs)
+    free_options = ("mlp", "tied")  # the format has a word for them
+    fixed = {key: value for key, value in GPT2_KWARGS.items() if key not in free_options}
+    mismatches = [
+        f"{key}={full_kwargs[key]}, not {value}"
+        for key, value in fixed.items()
+        if full_kwargs[key] != value
     ]
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    if given["mlp"] not in names or given["experts"]:
-        wrong.append(f"mlp={'experts' if given['experts'] else given['mlp']}, not {SHAPE['mlp']}")
-    if wrong:
+    names = {own_name: hf_tensors for hf_tensors, own_name in reversed(HF_ACTIVATIONS.items())}
+    if full_kwargs["mlp"] not in names or full_kwargs["experts"]:
+        mismatches.append(
+            f"mlp={'experts' if full_kwargs['experts'] else full_kwargs['mlp']}, not "
+            f"{GPT2_KWARGS['mlp']}"
+        )
+    if mismatches:
         raise UsageError(
-            f"this model is no GPT-2: {', '.join(wrong)}; allowed: models of --config gpt2/124m; "
+            f"this model is no GPT-2: {', '.join(mismatches)}; allowed: models of --config "
+            "gpt2/124m; "
             "train one of those to export it"
         )
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    out_dir = Path(folder)
+    out_dir.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
-    theirs = untranslated(weights, net.vocabulary, given["tied"])
-    save_file(theirs, place / "model.safetensors", metadata={"format": "pt"})
+    hf_tensors = to_hf(weights, net.vocabulary, full_kwargs["tied"])
+    save_file(hf_tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "activation_function": names[given["mlp"]],
-        "layer_norm_epsilon": shape_of(net)["norm_eps"],
-        "tie_word_embeddings": given["tied"],
+        "activation_function": names[full_kwargs["mlp"]],
+        "layer_norm_epsilon": get_net_kwargs(net)["norm_eps"],
+        "tie_word_embeddings": full_kwargs["tied"],
         "vocab_size": net.vocabulary,
         "n_positions": net.context,
         "n_embd": net.embed.embedding_dim,
         "n_layer": len(net.blocks),
-        "n_head": given["heads"],
-        "n_inner": given["d_ff"],
-        "bos_token_id": end,
-        "eos_token_id": end,
+        "n_head": full_kwargs["heads"],
+        "n_inner": full_kwargs["d_ff"],
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
     }
-    (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -29,10 +29,14 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-Kind = Literal["none", "mean", "rloo", "grpo", "rejection"]
+AdvantageMethod = Literal["none", "mean", "rloo", "grpo", "rejection"]
 
-TIED = 1e-6  # of the largest |r|: a smaller spread is the rounding of fp32 sums, and counts as none
-TINY = 1e-12  # a smaller spread is the rounding of fp64 sums whose terms cancel: 0.1 + 0.2 - 0.3
+RELATIVE_TIE_TOLERANCE = (
+    1e-6  # of the largest |r|: a smaller spread is the rounding of fp32 sums, and counts as none
+)
+ABSOLUTE_TIE_TOLERANCE = (
+    1e-12  # a smaller spread is the rounding of fp64 sums whose terms cancel: 0.1 + 0.2 - 0.3
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Estimator:
         clip_high: another distance for the upper bound: 1 - clip to 1 + clip_high (DAPO: 0.28).
     """
 
-    kind: Kind = "mean"
+    kind: AdvantageMethod = "mean"
     scope: Literal["batch", "group"] = "batch"
     deviation: Literal["population", "sample"] = "population"
     normalize: Literal["sequence", "constant", "tokens"] = "sequence"
@@ -78,11 +82,11 @@ class Estimator:
                 "type --model.estimator.clip=0.2"
             )
 
-    def check(self, samples: int, group_size: int, accumulate: int = 1) -> None:
+    def check_group_sizes(self, num_samples: int, group_size: int, accumulate: int = 1) -> None:
         """Refuse a baseline over one sample, which is the sample, and tokens of a part of a step.
 
         Args:
-            samples: of a micro-batch over all ranks.
+            num_samples: of a micro-batch over all ranks.
             group_size: samples of a prompt.
             accumulate: micro-batches of a step.
         """
@@ -92,33 +96,34 @@ class Estimator:
                 "would divide by its own tokens; allowed: sequence, constant; "
                 "type --model.estimator.normalize=constant, or --trainer.accumulate_grad_batches=1"
             )
-        size = samples if self.scope == "batch" else group_size
+        size = num_samples if self.scope == "batch" else group_size
         if self.kind != "none" and size < 2:
-            others = "--data.batch_size=64", "--model.estimator.scope=batch"
-            fix = "--model.group_size=4, or " + others[self.scope == "group"]
+            suggestions = "--data.batch_size=64", "--model.estimator.scope=batch"
+            hint = "--model.group_size=4, or " + suggestions[self.scope == "group"]
             raise UsageError(
                 f"{self.kind} compares the samples of a {self.scope}, and here that is one; "
-                f"allowed: 2 or more; type {fix}"
+                f"allowed: 2 or more; type {hint}"
             )
 
-    def weights(self, rewards: Tensor, group_size: int = 1) -> Tensor:
+    def advantages(self, rewards: Tensor, group_size: int = 1) -> Tensor:
         """Weights (b) of rewards (b), groups side by side; NaN counts nowhere and weighs 0.
 
-        Rewards that differ by less than rounding can explain (`TIED`, `TINY`) count as equal.
+        Rewards that differ by less than rounding can explain (`RELATIVE_TIE_TOLERANCE`,
+        `ABSOLUTE_TIE_TOLERANCE`) count as equal.
         """
         size = len(rewards) if self.scope == "batch" else group_size
         rewards = rewards if rewards.is_floating_point() else rewards.double()
         r = rearrange(rewards, "(g s) -> g s", s=size)
-        scored = ~r.isnan()
-        count = scored.sum(1, keepdim=True)  # (g 1)
-        r = r.where(scored, 0.0)
+        is_scored = ~r.isnan()
+        count = is_scored.sum(1, keepdim=True)  # (g 1)
+        r = r.where(is_scored, 0.0)
         if self.kind == "rejection":
-            r = self._binary(r)
+            r = self._require_binary(r)
             return rearrange(r * count / r.sum(1, keepdim=True).clamp(min=1), "g s -> (g s)")
-        w = r if self.kind == "none" else self._compared(r, scored, count)
-        return rearrange(w.where(scored, 0.0), "g s -> (g s)")
+        w = r if self.kind == "none" else self._centered(r, is_scored, count)
+        return rearrange(w.where(is_scored, 0.0), "g s -> (g s)")
 
-    def linear(self) -> "Estimator":
+    def for_kl(self) -> "Estimator":
         """By which a divergence in the reward is weighed: itself, unless it bends rewards.
 
         grpo would divide a divergence by the deviation of the rewards: where they are equal, by its
@@ -126,36 +131,39 @@ class Estimator:
         """
         return self if self.kind in ("none", "mean", "rloo") else replace(self, kind="rloo")
 
-    def _compared(self, r: Tensor, scored: Tensor, count: Tensor) -> Tensor:
+    def _centered(self, r: Tensor, is_scored: Tensor, count: Tensor) -> Tensor:
         mean = r.sum(1, keepdim=True) / count.clamp(min=1)
-        least = r.where(scored, math.inf).amin(1, keepdim=True)
-        most = r.where(scored, -math.inf).amax(1, keepdim=True)
+        min_reward = r.where(is_scored, math.inf).amin(1, keepdim=True)
+        max_reward = r.where(is_scored, -math.inf).amax(1, keepdim=True)
         # equal rewards teach nothing; their rounded mean would differ, and a deviation of 1e-17
         # would blow that up to weights of one
-        rounding = (TIED * r.abs().amax(1, keepdim=True)).clamp(min=TINY)
-        w = (r - mean).where(scored & (most - least > rounding), 0.0)
+        rounding = (RELATIVE_TIE_TOLERANCE * r.abs().amax(1, keepdim=True)).clamp(
+            min=ABSOLUTE_TIE_TOLERANCE
+        )
+        w = (r - mean).where(is_scored & (max_reward - min_reward > rounding), 0.0)
         if self.kind == "rloo":
             return w * count / (count - 1).clamp(min=1)  # r - mean of the others
         if self.kind == "grpo":
-            freedom = count - 1 if self.deviation == "sample" else count
-            deviation = (w.square().sum(1, keepdim=True) / freedom.clamp(min=1)).sqrt()
-            return w / deviation.where(deviation > 0, 1.0)
+            degrees_of_freedom = count - 1 if self.deviation == "sample" else count
+            std = (w.square().sum(1, keepdim=True) / degrees_of_freedom.clamp(min=1)).sqrt()
+            return w / std.where(std > 0, 1.0)
         return w
 
-    def _binary(self, r: Tensor) -> Tensor:
+    def _require_binary(self, r: Tensor) -> Tensor:
         binary = r.round()  # 0.7 + 0.2 + 0.1 is 0.9999999999999999
-        fits = ((r - binary).abs() <= TIED) & ((binary == 0) | (binary == 1))
-        if not fits.all():
-            wrong = r[~fits][0].item()
+        is_binary = ((r - binary).abs() <= RELATIVE_TIE_TOLERANCE) & ((binary == 0) | (binary == 1))
+        if not is_binary.all():
+            invalid_reward = r[~is_binary][0].item()
             raise UsageError(
                 f"rejection keeps samples of reward 1 and drops those of 0, and a reward is "
-                f"{wrong:.4g}; make the reward binary (Binary with weight 1, and nothing else), "
+                f"{invalid_reward:.4g}; make the reward binary (Binary with weight 1, and nothing "
+                "else), "
                 "or type --model.estimator.kind=rloo"
             )
         return binary
 
-    def terms(
-        self, log_probabilities: Tensor, weights: Tensor, sampled: Tensor | None = None
+    def token_objectives(
+        self, logprobs: Tensor, advantages: Tensor, sampler_logprobs: Tensor | None = None
     ) -> Tensor:
         """The objective of each token (b n), to be summed where the mask is set, and ascended.
 
@@ -163,40 +171,40 @@ class Estimator:
         of the policy's probability to the sampler's.
 
         Args:
-            log_probabilities: of the tokens drawn (b n), with gradient.
-            weights: of the samples (b).
-            sampled: the sampler's log-probabilities (b n); needed with clip.
+            logprobs: of the tokens drawn (b n), with gradient.
+            advantages: of the samples (b).
+            sampler_logprobs: the sampler's log-probabilities (b n); needed with clip.
         """
-        w = weights[:, None]  # (b 1)
+        w = advantages[:, None]  # (b 1)
         if self.clip is None:
-            return w * log_probabilities
-        if sampled is None:
+            return w * logprobs
+        if sampler_logprobs is None:
             raise UsageError("a clipped ratio needs the sampler's log-probabilities: give sampled")
         high = self.clip if self.clip_high is None else self.clip_high
-        ratio = (log_probabilities - sampled).exp()
+        ratio = (logprobs - sampler_logprobs).exp()
         return torch.minimum(ratio * w, ratio.clamp(1 - self.clip, 1 + high) * w)
 
     def loss(
         self,
-        log_probabilities: Tensor,
+        logprobs: Tensor,
         mask: Tensor,
-        weights: Tensor,
-        length: int,
-        tokens: Tensor | float,
-        sampled: Tensor | None = None,
+        advantages: Tensor,
+        max_new_tokens: int,
+        num_tokens: Tensor | float,
+        sampler_logprobs: Tensor | None = None,
     ) -> Tensor:
         """What to descend; its value means nothing, its gradient is minus the one above.
 
         Args:
-            log_probabilities: of the tokens drawn (b n), with gradient.
+            logprobs: of the tokens drawn (b n), with gradient.
             mask: tokens that were drawn (b n), the stop among them.
-            weights: of the samples (b).
-            length: most tokens a sample may have.
-            tokens: tokens of this share of the batch; of several equal shares, their mean.
-            sampled: the sampler's log-probabilities (b n), for `clip`.
+            advantages: of the samples (b).
+            max_new_tokens: most tokens a sample may have.
+            num_tokens: tokens of this share of the batch; of several equal shares, their mean.
+            sampler_logprobs: the sampler's log-probabilities (b n), for `clip`.
         """
-        terms = self.terms(log_probabilities, weights, sampled)
-        total = terms.where(mask, 0.0).sum()
+        objectives = self.token_objectives(logprobs, advantages, sampler_logprobs)
+        total = objectives.where(mask, 0.0).sum()
         if self.normalize == "tokens":
-            return -total / tokens
-        return -total / len(weights) / (length if self.normalize == "constant" else 1)
+            return -total / num_tokens
+        return -total / len(advantages) / (max_new_tokens if self.normalize == "constant" else 1)

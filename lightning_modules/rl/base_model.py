@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ravine.datamodules.tokenizers import Tokenizer, from_state
+from ravine.datamodules.tokenizers import Tokenizer, tokenizer_from_state_dict
 from ravine.errors import MissingFileError, UsageError
 from ravine.strategies.checkpoint.atomic_io import (
     AtomicCheckpointIO,
     CheckpointError,
-    reading_together,
+    collective_loading,
 )
 
 from ..nn import Transformer
@@ -27,48 +27,51 @@ class BaseModel(NamedTuple):
     shape: dict[str, Any]
     tokenizer: Tokenizer
     weights: dict[str, Tensor]
-    sha256: str
+    fingerprint: str
 
 
-def find(base: str) -> Path:
+def find_checkpoint(base_checkpoint: str) -> Path:
     """The file itself, or of a run's folder the newest checkpoint."""
-    if not base:
+    if not base_checkpoint:
         raise UsageError("base is empty; type --model.base=FILE, or the folder of a run")
-    path = Path(base).expanduser()
+    path = Path(base_checkpoint).expanduser()
     if path.is_file():
         return path
     files = [p for p in path.rglob("*.ckpt") if p.is_file()] if path.is_dir() else []
-    parts = [] if files or not path.is_dir() else sorted(path.rglob("*.distcp"))
-    if parts:
+    shard_files = [] if files or not path.is_dir() else sorted(path.rglob("*.distcp"))
+    if shard_files:
         raise UsageError(
-            f"{parts[0].parent} is a checkpoint in parts, and a base model is one file; type "
-            f"lightning export --ckpt_path={parts[0].parent} --consolidate=base.ckpt, "
+            f"{shard_files[0].parent} is a checkpoint in parts, and a base model is one file; type "
+            f"lightning export --ckpt_path={shard_files[0].parent} --consolidate=base.ckpt, "
             "then --model.base=base.ckpt"
         )
     if not files:
         name = path.as_posix().removeprefix("runs/")
         raise MissingFileError(
-            f"no base model at {base}: no such file, and no folder with checkpoints; train one "
+            f"no base model at {base_checkpoint}: no such file, and no folder with checkpoints; "
+            "train one "
             f"(lightning fit --config {name}, if that is a preset), or type --model.base=FILE"
         )
     return max(files, key=lambda p: p.stat().st_mtime_ns)
 
 
-def read(base: str) -> BaseModel:
+def load_base_model(base_checkpoint: str) -> BaseModel:
     """Read a language model's checkpoint, or that of a policy; refuse one without a tokenizer."""
-    path = find(base)
+    path = find_checkpoint(base_checkpoint)
     try:
-        with reading_together(mapped=("state_dict",), divided=False):  # weights are copied later
+        with collective_loading(
+            mapped_sections=("state_dict",), should_share_checksums=False
+        ):  # weights are copied later
             checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     except CheckpointError as error:
-        said = str(error).partition(" cannot be used: ")[2].partition(";")[0] or str(error)
+        reason = str(error).partition(" cannot be used: ")[2].partition(";")[0] or str(error)
         raise UsageError(
-            f"{path} cannot be read as a checkpoint: {said}; type --model.base=FILE"
+            f"{path} cannot be read as a checkpoint: {reason}; type --model.base=FILE"
         ) from error
-    given = checkpoint if isinstance(checkpoint, dict) else {}
-    language, saved = given.get("language"), given.get("state_dict")
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    language, saved = content.get("language"), content.get("state_dict")
     if not language or not saved:
-        task = given.get("task")
+        task = content.get("task")
         raise UsageError(
             f"{path} is no checkpoint of a language model, but of {task or 'another program'}; "
             "train one: lightning fit --config reinforce/base; then type --model.base=FILE"
@@ -78,73 +81,83 @@ def read(base: str) -> BaseModel:
             f"{path} has no tokenizer: the model was trained on bare numbers, and no reward can "
             "read what it writes; train it on a TextDataModule, or type --model.base=FILE"
         )
-    adapters = [name for name in saved if name.endswith((".lora_a", ".lora_b"))]
-    if adapters:
+    adapter_names = [name for name in saved if name.endswith((".lora_a", ".lora_b"))]
+    if adapter_names:
         raise UsageError(
-            f"{path} has adapters ({adapters[0]} and {len(adapters) - 1} more), and a base model "
+            f"{path} has adapters ({adapter_names[0]} and {len(adapter_names) - 1} more), and a "
+            "base model "
             f"is plain weights; type lightning export --ckpt_path={path} --merge --folder=plain, "
             "then --model.base=plain/model.ckpt"
         )
-    shape = language.get("shape", given.get("hyper_parameters", {}))  # a policy's {} is the default
-    shape = {k: v for k, v in shape.items() if k[0] != "_" and k not in ("vocabulary", "context")}
-    tokenizer = from_state(language["tokenizer"])
+    net_kwargs = language.get(
+        "shape", content.get("hyper_parameters", {})
+    )  # a policy's {} is the default
+    net_kwargs = {
+        k: v for k, v in net_kwargs.items() if k[0] != "_" and k not in ("vocabulary", "context")
+    }
+    tokenizer = tokenizer_from_state_dict(language["tokenizer"])
     weights = {
         name.removeprefix("net."): tensor
         for name, tensor in saved.items()
         if name.startswith("net.")
     }
-    sizes = tokenizer.vocabulary, language["context"], shape
-    _check_net(path, given.get("task"), weights, *sizes)
-    return BaseModel(*sizes, tokenizer, weights, fingerprint(weights))
+    sizes = tokenizer.vocabulary, language["context"], net_kwargs
+    _check_net(path, content.get("task"), weights, *sizes)
+    return BaseModel(*sizes, tokenizer, weights, compute_fingerprint(weights))
 
 
 def _check_net(
     path: Path,
     task: str | None,
     weights: dict[str, Tensor],
-    vocabulary: int,
-    context: int,
-    shape: dict[str, Any],
+    vocab_size: int,
+    context_length: int,
+    net_kwargs: dict[str, Any],
 ) -> None:
     """Refuse weights of another net than ours of these sizes."""
-    wrong = sorted(shape.keys() - inspect.signature(Transformer).parameters.keys())
-    if not wrong:
+    mismatches = sorted(net_kwargs.keys() - inspect.signature(Transformer).parameters.keys())
+    if not mismatches:
         with torch.device("meta"):  # sizes without memory
-            ours = Transformer(vocabulary, context, **shape).state_dict()
-        here, there = ({k: v.shape for k, v in each.items()} for each in (ours, weights))
-        wrong = sorted(name for name, _ in here.items() ^ there.items())
-    if wrong:
+            expected_state = Transformer(vocab_size, context_length, **net_kwargs).state_dict()
+        expected_shapes, actual_shapes = (
+            {k: v.shape for k, v in state.items()} for state in (expected_state, weights)
+        )
+        mismatches = sorted(name for name, _ in expected_shapes.items() ^ actual_shapes.items())
+    if mismatches:
         raise UsageError(
-            f"{path} was written by {task}, whose net is not that of LanguageModel: {wrong[0]} and "
-            f"{len(set(wrong)) - 1} more differ; allowed: a LanguageModel's checkpoint; "
+            f"{path} was written by {task}, whose net is not that of LanguageModel: "
+            f"{mismatches[0]} and "
+            f"{len(set(mismatches)) - 1} more differ; allowed: a LanguageModel's checkpoint; "
             "train one: lightning fit --config reinforce/base; then type --model.base=FILE"
         )
 
 
-def behind_adapters(base: str, sha256: str) -> BaseModel:
+def load_base_for_adapters(base_checkpoint: str, fingerprint: str) -> BaseModel:
     """The base that a checkpoint of adapters alone belongs to."""
     try:
-        found = read(base)
+        loaded = load_base_model(base_checkpoint)
     except FileNotFoundError:
         raise MissingFileError(
-            f"the adapters belong to the base model at {base}, and {Path.cwd()} has none there; "
+            f"the adapters belong to the base model at {base_checkpoint}, and {Path.cwd()} has "
+            "none there; "
             "go where they were trained, or copy it here"
         ) from None
-    check_same(base, found.sha256, sha256)
-    return found
+    check_fingerprint(base_checkpoint, loaded.fingerprint, fingerprint)
+    return loaded
 
 
-def check_same(base: str, here: str, there: str) -> None:
+def check_fingerprint(base_checkpoint: str, actual: str, expected: str) -> None:
     """Refuse a base with another checksum than that of a checkpoint."""
-    if here != there:
+    if actual != expected:
         raise UsageError(
-            f"the base model at {base} is not the one this policy started from: its weights have "
-            f"the checksum {here[:12]}, those were {there[:12]}; give the first one: "
+            f"the base model at {base_checkpoint} is not the one this policy started from: its "
+            "weights have "
+            f"the checksum {actual[:12]}, those were {expected[:12]}; give the first one: "
             "--model.base=FILE, or put it back"
         )
 
 
-def fingerprint(weights: dict[str, Tensor]) -> str:
+def compute_fingerprint(weights: dict[str, Tensor]) -> str:
     """A checksum of names and values, in hex."""
     digest = hashlib.sha256()
     for name in sorted(weights):

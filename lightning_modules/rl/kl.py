@@ -56,14 +56,19 @@ class KL:
                 f"reward: k1; type --model.kl.estimator=k1, or --model.kl.where=loss"
             )
 
-    def penalty(self, log_p: Tensor, log_ref: Tensor, mask: Tensor, length: int) -> Tensor:
+    def kl_penalty(
+        self, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, max_new_tokens: int
+    ) -> Tensor:
         """Of each sample (b), to be taken from its reward or put into the loss, without beta."""
-        return estimate(self.estimator, log_p, log_ref).where(mask, 0.0).sum(1) / length
+        return (
+            estimate_kl(self.estimator, logprobs, ref_logprobs).where(mask, 0.0).sum(1)
+            / max_new_tokens
+        )
 
 
-def estimate(estimator: str, log_p: Tensor, log_ref: Tensor) -> Tensor:
+def estimate_kl(estimator: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """k1, k2 or k3 of each token (b n), from log-probabilities (b n)."""
-    delta = log_p - log_ref
+    delta = logprobs - ref_logprobs
     if estimator == "k1":
         return delta
     return delta.square() / 2 if estimator == "k2" else torch.expm1(-delta) + delta

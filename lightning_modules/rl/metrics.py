@@ -17,50 +17,59 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..generation.generate_text import Generated
-from .kl import KL, estimate
+from ..generation.generate_text import GenerationOutput
+from .kl import KL, estimate_kl
 from .rewards.base import Facts, Reward
-from .text_similarity import distances, mean_pairwise, to_nearest
+from .text_similarity import mean_pairwise_distance, nearest_distance, pairwise_jaccard_distance
 
 
-def of_texts(texts: Sequence[str], corpus: Facts | None) -> dict[str, float]:
+def text_metrics(texts: Sequence[str], corpus_stats: Facts | None) -> dict[str, float]:
     """The measures of the texts themselves."""
-    apart = distances(texts)
+    distance = pairwise_jaccard_distance(texts)
     words = [word for text in texts for word in text.split()]
-    found = {
+    metrics = {
         "distinct": len(set(texts)) / len(texts),
-        "jaccard": mean_pairwise(apart),
-        "nearest_jaccard": float(to_nearest(apart).mean()),
+        "jaccard": mean_pairwise_distance(distance),
+        "nearest_jaccard": float(nearest_distance(distance).mean()),
         "distinct_words": float(len(set(words))),
     }
-    if corpus is not None:
-        known = sum(word in corpus.words for word in words)
-        found["vocabulary"] = known / max(len(words), 1)
-    return found
+    if corpus_stats is not None:
+        num_known = sum(word in corpus_stats.words for word in words)
+        metrics["vocabulary"] = num_known / max(len(words), 1)
+    return metrics
 
 
-def of_rewards(terms: Sequence[Reward], answers: Tensor, rewards: Tensor) -> dict[str, float]:
+def reward_metrics(
+    reward_fns: Sequence[Reward], values: Tensor, rewards: Tensor
+) -> dict[str, float]:
     """Mean and spread of each term (terms, b), and of the sum (b); NaN counts nowhere."""
-    found = {}
-    for name, row in [("reward", rewards), *zip((t.name for t in terms), answers, strict=True)]:
+    metrics = {}
+    for name, row in [("reward", rewards), *zip((t.name for t in reward_fns), values, strict=True)]:
         scored = row[~row.isnan()]
         if len(scored):
-            found[name] = scored.mean().item()
-            found[f"{name}_spread"] = scored.std(correction=0).item()
-    return found
+            metrics[name] = scored.mean().item()
+            metrics[f"{name}_spread"] = scored.std(correction=0).item()
+    return metrics
 
 
-def measure(written: Generated, warm: Tensor | None, kl: KL, length: int) -> Tensor:
+def token_statistics(
+    generated: GenerationOutput, ref_logprobs: Tensor | None, kl: KL, max_new_tokens: int
+) -> Tensor:
     """Sums over each sample's tokens, float64 (b 5): k1, k3, -log p, tokens; last KL's penalty."""
-    log_p, mask = written.log_probabilities.double(), written.mask
-    ref = log_p if warm is None else warm.double()
-    rows = [estimate("k1", log_p, ref), estimate("k3", log_p, ref), -log_p, torch.ones_like(log_p)]
+    logprobs, mask = generated.log_probabilities.double(), generated.mask
+    reference = logprobs if ref_logprobs is None else ref_logprobs.double()
+    rows = [
+        estimate_kl("k1", logprobs, reference),
+        estimate_kl("k3", logprobs, reference),
+        -logprobs,
+        torch.ones_like(logprobs),
+    ]
     sums = [row.where(mask, 0.0).sum(1) for row in rows]
-    return torch.stack([*sums, kl.penalty(log_p, ref, mask, length)], 1)
+    return torch.stack([*sums, kl.kl_penalty(logprobs, reference, mask, max_new_tokens)], 1)
 
 
-def of_tokens(measured: Tensor, reference: bool) -> dict[str, float]:
-    """Means a token of what `measure` has summed (b 5)."""
-    k1, k3, entropy, tokens, _ = measured.sum(0).tolist()
-    found = {"entropy": entropy / tokens, "tokens": tokens}
-    return found | ({"kl": k1 / tokens, "kl_k3": k3 / tokens} if reference else {})
+def token_metrics(statistics: Tensor, has_reference: bool) -> dict[str, float]:
+    """Means a token of what `token_statistics` has summed (b 5)."""
+    k1, k3, entropy, tokens, _ = statistics.sum(0).tolist()
+    metrics = {"entropy": entropy / tokens, "tokens": tokens}
+    return metrics | ({"kl": k1 / tokens, "kl_k3": k3 / tokens} if has_reference else {})

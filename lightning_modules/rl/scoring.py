@@ -2,7 +2,7 @@
 
     tokens of all ranks -> texts -> terms of ours -> answers of all ranks -> rewards -> weights
 
-Ranks exchange tokens and numbers through one function, `gathered`; that is all the judge knows of
+Ranks exchange tokens and numbers through one function, `all_gather`; that is all the judge knows of
 them, and on one process it gives back what it gets.
 
 Axes: b samples of this rank, B of all ranks, n new tokens.
@@ -19,122 +19,143 @@ from torch import Tensor
 
 from ravine.datamodules.tokenizers import Tokenizer
 
-from ..generation.generate_text import Generated
-from ..generation.stop_strings import cut
-from .advantages import TIED, Estimator
+from ..generation.generate_text import GenerationOutput
+from ..generation.stop_strings import truncate_at_stop
+from .advantages import RELATIVE_TIE_TOLERANCE, Estimator
 from .kl import KL
-from .metrics import measure, of_rewards, of_texts, of_tokens
-from .rewards.base import Facts, Reward, RewardError, Samples, check_scored, combine, evaluate
+from .metrics import reward_metrics, text_metrics, token_metrics, token_statistics
+from .rewards.base import Facts, Reward, RewardError, Samples, check_scored, score_all, weighted_sum
 
 
-class Judgement(NamedTuple):
+class ScoredRollout(NamedTuple):
     """What the judge says."""
 
-    weights: Tensor  # (b)
-    share: Tensor  # () tokens of a rank, the mean over ranks
+    advantages: Tensor  # (b)
+    tokens_per_rank: Tensor  # () tokens of a rank, the mean over ranks
     metrics: dict[str, float]  # of all ranks
     rows: list[dict[str, Any]]  # prompt, text, reward and terms of this rank's samples
 
 
 @dataclass
-class Judge:
+class RolloutScorer:
     """Scores texts by the terms and weighs them by the estimator."""
 
-    terms: Sequence[Reward]
+    reward_fns: Sequence[Reward]
     estimator: Estimator
     kl: KL
-    length: int  # most tokens a text may have
+    max_new_tokens: int  # most tokens a text may have
     group_size: int
     tokenizer: Tokenizer
     stop: str | None
-    corpus: Facts | None
-    gathered: Callable[[Tensor], Tensor]  # rows (b ...) -> rows of all ranks (B ...), on the CPU
-    rank: int
+    corpus_stats: Facts | None
+    all_gather: Callable[[Tensor], Tensor]  # rows (b ...) -> rows of all ranks (B ...), on the CPU
+    dp_rank: int
 
     def __call__(
         self,
         prompts: Sequence[str],
         columns: dict[str, list[Any]],
-        written: Generated,
-        warm: Tensor | None,
-        plain: Tensor | None,
-    ) -> Judgement:
+        generated: GenerationOutput,
+        ref_logprobs: Tensor | None,
+        ref_logprobs_t1: Tensor | None,
+    ) -> ScoredRollout:
         """Judge what was written after prompts (one a group).
 
         Args:
             prompts: b / group_size of them.
             columns: what the data say of each prompt.
-            written: (b n).
-            warm: the reference's log-probabilities (b n) at the sampling temperature.
-            plain: at temperature 1.
+            generated: (b n).
+            ref_logprobs: the reference's log-probabilities (b n) at the sampling temperature.
+            ref_logprobs_t1: at temperature 1.
         """
-        own = written.tokens.masked_fill(~written.mask, -1)  # (b n)
-        everyone = self.decode(self.gathered(own))  # texts (B)
-        b, first, group = len(own), self.rank * len(own), self.group_size
-        samples = Samples(
-            prompts=[text for text in prompts for _ in range(group)],
-            texts=everyone[first : first + b],
-            tokens=written.tokens.cpu(),
-            mask=written.mask.cpu(),
-            log_probabilities=written.log_probabilities.cpu(),
-            reference=None if plain is None else plain.cpu(),
-            columns={k: [v for v in each for _ in range(group)] for k, each in columns.items()},
-            corpus=self.corpus,
-            everyone=everyone,
-            first=first,
+        local_tokens = generated.tokens.masked_fill(~generated.mask, -1)  # (b n)
+        all_texts = self.decode(self.all_gather(local_tokens))  # texts (B)
+        b, rank_offset, group_size = (
+            len(local_tokens),
+            self.dp_rank * len(local_tokens),
+            self.group_size,
         )
-        measured = measure(written, warm, self.kl, self.length)  # (b 5)
-        answers = self._answers(samples).to(measured)  # (b terms)
-        both = self.gathered(torch.cat((answers, measured), 1))  # (B terms+5)
-        answers, measured = both[:, : len(self.terms)].T, both[:, len(self.terms) :]
-        check_scored(self.terms, answers)
-        rewards = combine(self.terms, answers)  # (B)
-        earned = self.estimator.weights(rewards, group)  # (B)
-        weights = earned - self._divergence(measured[:, 4], rewards)
-        metrics = of_rewards(self.terms, answers, rewards) | of_texts(everyone, self.corpus)
-        metrics |= of_tokens(measured, reference=warm is not None)
-        idle = earned.abs() <= TIED * earned.abs().max()  # but for rounding
-        metrics["zero_advantages"] = idle.double().mean().item()
-        if not earned.any():
-            kept = " but to stay near the reference" if self.kl.beta else ""
+        inputs = Samples(
+            prompts=[text for text in prompts for _ in range(group_size)],
+            texts=all_texts[rank_offset : rank_offset + b],
+            tokens=generated.tokens.cpu(),
+            mask=generated.mask.cpu(),
+            log_probabilities=generated.log_probabilities.cpu(),
+            ref_logprobs=None if ref_logprobs_t1 is None else ref_logprobs_t1.cpu(),
+            columns={
+                k: [v for v in column for _ in range(group_size)] for k, column in columns.items()
+            },
+            corpus_stats=self.corpus_stats,
+            all_texts=all_texts,
+            rank_offset=rank_offset,
+        )
+        statistics = token_statistics(
+            generated, ref_logprobs, self.kl, self.max_new_tokens
+        )  # (b 5)
+        values = self._score_on_all_ranks(inputs).to(statistics)  # (b terms)
+        gathered = self.all_gather(torch.cat((values, statistics), 1))  # (B terms+5)
+        values, statistics = (
+            gathered[:, : len(self.reward_fns)].T,
+            gathered[:, len(self.reward_fns) :],
+        )
+        check_scored(self.reward_fns, values)
+        rewards = weighted_sum(self.reward_fns, values)  # (B)
+        reward_advantages = self.estimator.advantages(rewards, group_size)  # (B)
+        advantages = reward_advantages - self._kl_advantages(statistics[:, 4], rewards)
+        metrics = reward_metrics(self.reward_fns, values, rewards) | text_metrics(
+            all_texts, self.corpus_stats
+        )
+        metrics |= token_metrics(statistics, has_reference=ref_logprobs is not None)
+        is_zero = (
+            reward_advantages.abs() <= RELATIVE_TIE_TOLERANCE * reward_advantages.abs().max()
+        )  # but for rounding
+        metrics["zero_advantages"] = is_zero.double().mean().item()
+        if not reward_advantages.any():
+            kl_note = " but to stay near the reference" if self.kl.beta else ""
             rank_zero_warn(
-                f"all {len(weights)} samples weigh 0, since their rewards are alike "
-                f"({rewards.nanmean():.4g}): this step teaches nothing{kept}"
+                f"all {len(advantages)} samples weigh 0, since their rewards are alike "
+                f"({rewards.nanmean():.4g}): this step teaches nothing{kl_note}"
             )
-        share = measured[:, 3].sum() * b / len(weights)
-        rows = self._rows(samples, rewards, answers)
-        return Judgement(weights[first : first + b], share, metrics, rows)
+        tokens_per_rank = statistics[:, 3].sum() * b / len(advantages)
+        rows = self._sample_rows(inputs, rewards, values)
+        return ScoredRollout(
+            advantages[rank_offset : rank_offset + b], tokens_per_rank, metrics, rows
+        )
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Texts of tokens (B n), up to the stop; -1 is none."""
-        left_out, stops = (-1, self.tokenizer.end), [] if self.stop is None else [self.stop]
-        rows = ([n for n in row if n not in left_out] for row in tokens.tolist())
-        return [cut(self.tokenizer.decode(row), stops) for row in rows]
+        skipped_ids, stops = (-1, self.tokenizer.eos_id), [] if self.stop is None else [self.stop]
+        rows = ([n for n in row if n not in skipped_ids] for row in tokens.tolist())
+        return [truncate_at_stop(self.tokenizer.decode(row), stops) for row in rows]
 
-    def _divergence(self, penalty: Tensor, rewards: Tensor) -> Tensor:
+    def _kl_advantages(self, penalty: Tensor, rewards: Tensor) -> Tensor:
         """What the divergence (B) takes from the weights, if it stands in the reward."""
         if not self.kl.beta or self.kl.where == "loss":
             return torch.zeros_like(rewards)
-        scored = penalty.where(~rewards.isnan(), math.nan)
-        return self.kl.beta * self.estimator.linear().weights(scored, self.group_size)
+        scored_penalty = penalty.where(~rewards.isnan(), math.nan)
+        return self.kl.beta * self.estimator.for_kl().advantages(scored_penalty, self.group_size)
 
-    def _answers(self, samples: Samples) -> Tensor:
+    def _score_on_all_ranks(self, inputs: Samples) -> Tensor:
         """The terms' answers (b terms); if they fail on one rank, all ranks end."""
         error: RewardError | None = None
-        answers = torch.zeros(len(self.terms), len(samples.texts), dtype=torch.float64)
+        values = torch.zeros(len(self.reward_fns), len(inputs.texts), dtype=torch.float64)
         try:
-            answers = evaluate(self.terms, samples)
+            values = score_all(self.reward_fns, inputs)
         except RewardError as problem:
             error = problem
-        if self.gathered(torch.tensor([float(error is not None)])).any():
+        if self.all_gather(torch.tensor([float(error is not None)])).any():
             raise error or RewardError("a reward failed on another rank, which says why")
-        return answers.T
+        return values.T
 
-    def _rows(self, samples: Samples, rewards: Tensor, answers: Tensor) -> list[dict[str, Any]]:
-        names = [term.name for term in self.terms]
+    def _sample_rows(
+        self, inputs: Samples, rewards: Tensor, values: Tensor
+    ) -> list[dict[str, Any]]:
+        names = [term.name for term in self.reward_fns]
         rows = []
-        for i, (prompt, text) in enumerate(zip(samples.prompts, samples.texts, strict=True)):
-            place = samples.first + i
-            said = dict(zip(names, answers[:, place].tolist(), strict=True))
-            rows.append({"prompt": prompt, "text": text, "reward": rewards[place].item()} | said)
+        for i, (prompt, text) in enumerate(zip(inputs.prompts, inputs.texts, strict=True)):
+            index = inputs.rank_offset + i
+            reward_values = dict(zip(names, values[:, index].tolist(), strict=True))
+            rows.append(
+                {"prompt": prompt, "text": text, "reward": rewards[index].item()} | reward_values
+            )
         return rows

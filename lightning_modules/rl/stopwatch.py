@@ -9,25 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Clock:
+class Stopwatch:
     """Seconds of named parts: `with clock("reward"): ...`, or `start` here and `stop` there."""
 
     def __init__(self) -> None:
         """Start with none."""
-        self.seconds: dict[str, float] = {}
-        self._begun: dict[str, float] = {}
+        self.durations_s: dict[str, float] = {}
+        self._start_times: dict[str, float] = {}
 
-    def start(self, part: str) -> None:
+    def start(self, name: str) -> None:
         """Begin a part."""
-        self._begun[part] = time.perf_counter()
+        self._start_times[name] = time.perf_counter()
 
-    def stop(self, part: str) -> None:
+    def stop(self, name: str) -> None:
         """End it."""
-        self.seconds[f"seconds_{part}"] = time.perf_counter() - self._begun[part]
+        self.durations_s[f"seconds_{name}"] = time.perf_counter() - self._start_times[name]
 
     @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
+    def __call__(self, name: str) -> Iterator[None]:
         """Time a part."""
-        self.start(part)
+        self.start(name)
         yield
-        self.stop(part)
+        self.stop(name)

@@ -12,8 +12,8 @@ from ..generation.sampling import Sampling
 from .kl import KL
 
 
-def check_together(
-    new: int,
+def validate_config(
+    max_new_tokens: int,
     group_size: int,
     sampling: Sampling,
     kl: KL,
@@ -21,7 +21,7 @@ def check_together(
     stop: str | None = None,
 ) -> None:
     """Refuse choices that make no policy gradient, alone or together."""
-    for name, value in (("new", new), ("group_size", group_size)):
+    for name, value in (("new", max_new_tokens), ("group_size", group_size)):
         if value < 1:
             raise UsageError(f"{name} is {value}; allowed: 1 or more; type --model.{name}=1")
     if stop == "":
@@ -41,19 +41,28 @@ def check_together(
         )
 
 
-def check_fits(what: str, prompt: str, size: int, new: int, context: int) -> None:
-    """Refuse a prompt of `size` tokens that leaves no place for the new ones."""
-    if size + new - 1 > context:
-        fits = context - size + 1
-        fewer = f"type --model.new={fits} or less, or " if fits > 0 else ""
-        shorter = f" (snippets: --data.length={context - new + 1})" if new <= context else ""
+def check_prompt_length(
+    description: str, prompt: str, num_tokens: int, max_new_tokens: int, context_length: int
+) -> None:
+    """Refuse a prompt of `num_tokens` tokens that leaves no place for the new ones."""
+    if num_tokens + max_new_tokens - 1 > context_length:
+        max_fitting = context_length - num_tokens + 1
+        fewer_hint = f"type --model.new={max_fitting} or less, or " if max_fitting > 0 else ""
+        shorter_hint = (
+            f" (snippets: --data.length={context_length - max_new_tokens + 1})"
+            if max_new_tokens <= context_length
+            else ""
+        )
         raise UsageError(
-            f"{what} has {size} tokens, and with {new} new ones it does not fit into the {context} "
-            f"that the model sees: {prompt[:40]!r}; {fewer}give shorter prompts{shorter}"
+            f"{description} has {num_tokens} tokens, and with {max_new_tokens} new ones it does "
+            f"not fit into the {context_length} "
+            f"that the model sees: {prompt[:40]!r}; {fewer_hint}give shorter prompts{shorter_hint}"
         )
 
 
-def check_known(characters: str, tokenizer: Tokenizer, resolved: dict[str, Any]) -> None:
+def check_prompt_characters(
+    characters: str, tokenizer: Tokenizer, provenance: dict[str, Any]
+) -> None:
     """Refuse prompts with a character that the base never saw: before training, on every rank."""
     try:
         tokenizer.encode(characters)
@@ -61,18 +70,19 @@ def check_known(characters: str, tokenizer: Tokenizer, resolved: dict[str, Any])
         pass
     else:
         return
-    where = resolved.get("file") or "the text of the prompts"
-    unknown = [c for c in characters if not _encodes(tokenizer, c)]
-    shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5])
-    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    origin = provenance.get("file") or "the text of the prompts"
+    unknown = [c for c in characters if not _can_encode(tokenizer, c)]
+    examples = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5])
+    remainder = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     raise UsageError(
-        f"{where} has prompts with {shown}{more}, which the base model does not know; allowed are "
+        f"{origin} has prompts with {examples}{remainder}, which the base model does not know; "
+        "allowed are "
         "the characters of the text it was trained on; type --data.path=FILE without them, or "
         "--model.base=FILE of a model trained on such a text"
     )
 
 
-def _encodes(tokenizer: Tokenizer, character: str) -> bool:
+def _can_encode(tokenizer: Tokenizer, character: str) -> bool:
     try:
         tokenizer.encode(character)
     except ValueError:

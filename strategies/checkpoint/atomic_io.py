@@ -3,8 +3,8 @@
     write -> .tmp-<uuid> beside the target -> fsync -> rename onto the target -> fsync the folder
     read  <- every record's checksum, which torch does not compare <- tensors and plain types only
 
-Ranks that resume together (`reading_together`) map the file: a machine holds its pages once, and a
-rank copies what it uses. Each record's checksum is compared by one of the ranks.
+Ranks that resume together (`collective_loading`) map the file: a machine holds its pages once, and
+a rank copies what it uses. Each record's checksum is compared by one of the ranks.
 
 The temporary file stands beside the target because a rename is atomic on one file system only; a
 rename from $TMPDIR on another is a copy, and a copy that is killed leaves half a checkpoint.
@@ -38,38 +38,49 @@ from . import mapped_file, sharded
 from . import validation as checkpoint_form
 from . import zip_archive as archive
 from .checkpoint_error import CheckpointError as CheckpointError
-from .mapped_file import PLAIN, PLAIN_TORCH
+from .mapped_file import SAFE_TORCH_TYPES, SAFE_TYPES
 from .plain_values import with_plain_hyperparameters
-from .reading_ranks import Readers
+from .reading_ranks import ReadingRanks
 from .safe_pickle import UnsafePickle
 
-SUFFIX = ".ckpt"
-LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{32}")  # of a writer that was killed
-CONTAINERS = (list, tuple, set)
-TRIES = 3  # to open the same file on all ranks, if a writer replaces it meanwhile
-_whole: set[tuple[int, ...]] = set()  # files whose sums were compared: one of 10 GB takes 5 s
-_together: ContextVar[tuple[Readers, frozenset[str]]] = ContextVar(
-    "together", default=(Readers(), frozenset())
+CHECKPOINT_SUFFIX = ".ckpt"
+TEMP_FILE_PATTERN = re.compile(r"\.tmp-[0-9a-f]{32}")  # of a writer that was killed
+SAFE_CONTAINERS = (list, tuple, set)
+MAX_OPEN_ATTEMPTS = 3  # to open the same file on all ranks, if a writer replaces it meanwhile
+_verified_files: set[tuple[int, ...]] = (
+    set()
+)  # files whose sums were compared: one of 10 GB takes 5 s
+_collective_context: ContextVar[tuple[ReadingRanks, frozenset[str]]] = ContextVar(
+    "together", default=(ReadingRanks(), frozenset())
 )
 
 
 @contextmanager
-def reading_together(mapped: Collection[str] = (), divided: bool = True) -> Iterator[None]:
+def collective_loading(
+    mapped_sections: Collection[str] = (), should_share_checksums: bool = True
+) -> Iterator[None]:
     """Let the ranks of the job share the work of `load_checkpoint`; every rank calls it.
 
     Each rank compares the checksums of its share. All ranks read one file, and refuse a damaged one
-    with the same error. With one process only `mapped` has an effect.
+    with the same error. With one process only `mapped_sections` has an effect.
 
     Args:
-        mapped: sections of a single file whose tensors are views of the file's pages. The caller
+        mapped_sections: sections of a single file whose tensors are views of the file's pages. The
+        caller
             copies what it keeps; mapped_file.py says what happens to a view if the file changes.
-        divided: whether the ranks share the checksums; if not, a rank may call it alone.
+        should_share_checksums: whether the ranks share the checksums; if not, a rank may call it
+        alone.
     """
-    token = _together.set((Readers.of_job() if divided else Readers(), frozenset(mapped)))
+    token = _collective_context.set(
+        (
+            ReadingRanks.from_job() if should_share_checksums else ReadingRanks(),
+            frozenset(mapped_sections),
+        )
+    )
     try:
         yield
     finally:
-        _together.reset(token)
+        _collective_context.reset(token)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -84,25 +95,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def __init__(self) -> None:
         """Start without any written file."""
         super().__init__()
-        self.written: set[Path] = set()
+        self.written_paths: set[Path] = set()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Stream the checkpoint to disk; on any failure the target is as it was before."""
-        target = _local(path)
+        target = _local_path(path)
         if target is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         checkpoint = with_plain_hyperparameters(checkpoint)
-        refuse_foreign(checkpoint)
-        self.written.add(resolved(target))
+        check_serializable(checkpoint)
+        self.written_paths.add(resolve_parent(target))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(target.parent)
-            _write(checkpoint, target)
+            _remove_stale_temp_files(target.parent)
+            _save_atomically(checkpoint, target)
         except OSError as error:
-            raise unwritable(target, error) from error
+            raise write_error(target, error) from error
 
     def load_checkpoint(
         self,
@@ -110,171 +121,193 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Any | None = "cpu",
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint that `check` finds whole; `weights_only=False` admits any object.
+        """Read a checkpoint that `find_damage` finds whole; `weights_only=False` admits any object.
 
         The path may be an open file, which one process alone reads.
         """
-        plain = weights_only is not False
+        is_safe = weights_only is not False
         if not isinstance(path, str | Path):
-            return _load_open(path, map_location, plain)
-        source = _local(path)
+            return _load_open(path, map_location, is_safe)
+        source = _local_path(path)
         if source is None:  # Lightning would unpickle what an http address sends
-            return super().load_checkpoint(path, map_location, plain)
-        readers, mapped = _together.get()
+            return super().load_checkpoint(path, map_location, is_safe)
+        readers, mapped_sections = _collective_context.get()
         if source.is_dir():
-            check_folder(source)
+            require_valid_folder(source)
             try:
-                return sharded.read_whole(source)
+                return sharded.load_full(source)
             except CheckpointError as error:
-                raise _unreadable(source, str(error)) from error
-        return _load(source, map_location, plain, readers, mapped)
+                raise _damage_error(source, str(error)) from error
+        return _load_file(source, map_location, is_safe, readers, mapped_sections)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file or a folder that this object has written; any other is left as it is.
 
         A folder loses its name first, and then what is in it.
         """
-        target = _local(path)
+        target = _local_path(path)
         if target is None:
             super().remove_checkpoint(path)
-        elif resolved(target) in self.written and not target.is_symlink():
-            self.written.discard(resolved(target))
+        elif resolve_parent(target) in self.written_paths and not target.is_symlink():
+            self.written_paths.discard(resolve_parent(target))
             if target.is_dir():
-                going = target.with_name(f".tmp-{uuid.uuid4().hex}")
-                target.rename(going)
-                shutil.rmtree(going, ignore_errors=True)  # another writer may clear it away too
+                removed_path = target.with_name(f".tmp-{uuid.uuid4().hex}")
+                target.rename(removed_path)
+                shutil.rmtree(
+                    removed_path, ignore_errors=True
+                )  # another writer may clear it away too
             else:
                 target.unlink(missing_ok=True)
 
 
-def resolved(path: Path) -> Path:
+def resolve_parent(path: Path) -> Path:
     """The path without links and without `..` in the folders above it."""
     return path.parent.resolve() / path.name
 
 
-def check(path: str | Path, sums: bool = True) -> str | None:
+def find_damage(path: str | Path, verify_checksums: bool = True) -> str | None:
     """None if the file or folder is a whole checkpoint, else what is wrong with it, in words.
 
     Args:
         path: the file or folder.
-        sums: whether the checksums are compared, once a process; without, only tables and pickles
+        verify_checksums: whether the checksums are compared, once a process; without, only tables
+        and pickles
             are read.
     """
     path, key = Path(path), ()
     try:
         if path.is_dir():
-            if (reason := sharded.structure(path)) is None:
-                key = sharded.identity(path)
-                if sums and key not in _whole:
-                    reason = sharded.other_sum(path)
+            if (reason := sharded.find_structural_damage(path)) is None:
+                key = sharded.folder_identity(path)
+                if verify_checksums and key not in _verified_files:
+                    reason = sharded.find_checksum_mismatch(path)
         else:
-            with _opened(path) as file:
-                key = _identity(file)
-                if (reason := _damage(file)) is None and sums and key not in _whole:
-                    reason = _other_sum(file)
+            with _open_regular_file(path) as file:
+                key = _file_identity(file)
+                if (
+                    (reason := _find_file_damage(file)) is None
+                    and verify_checksums
+                    and key not in _verified_files
+                ):
+                    reason = _find_checksum_mismatch(file)
     except OSError as error:
-        return _words(error)
-    if reason is None and sums:
-        _whole.add(key)
+        return _describe_os_error(error)
+    if reason is None and verify_checksums:
+        _verified_files.add(key)
     return reason
 
 
-def refusal(path: Path, sums: bool = True) -> str | None:
-    """None if the file or folder is a whole checkpoint, else what to say of it; see `check`."""
-    reason = check(path, sums)
-    return None if reason is None else str(_unreadable(path, reason))
+def damage_message(path: Path, verify_checksums: bool = True) -> str | None:
+    """None if the file or folder is a whole checkpoint, else what to say of it; see
+    `find_damage`.
+    """
+    reason = find_damage(path, verify_checksums)
+    return None if reason is None else str(_damage_error(path, reason))
 
 
-def check_folder(path: Path) -> None:
-    """Raise CheckpointError if a folder is no whole checkpoint; see `reading_together`."""
-    readers, _ = _together.get()
+def require_valid_folder(path: Path) -> None:
+    """Raise CheckpointError if a folder is no whole checkpoint; see `collective_loading`."""
+    readers, _ = _collective_context.get()
     key: tuple[int, ...] = ()
     sizes: dict[str, int] = {}
 
-    def words(reason: str) -> str:
-        return str(_unreadable(path, reason))
+    def format_error(reason: str) -> str:
+        return str(_damage_error(path, reason))
 
-    if (reason := sharded.structure(path)) is None:
+    if (reason := sharded.find_structural_damage(path)) is None:
         try:
-            key, sizes = sharded.identity(path), sharded.lengths(path)
+            key, sizes = sharded.folder_identity(path), sharded.tensor_file_sizes(path)
         except (OSError, CheckpointError) as error:  # it is being removed
             reason = str(error)
-    readers.agree(reason, words)
-    readers.agree(sharded.other_sum(path, readers.share(sizes, key[1:], key in _whole)), words)
-    _whole.add(key)
+    readers.raise_first_problem(reason, format_error)
+    readers.raise_first_problem(
+        sharded.find_checksum_mismatch(
+            path, readers.assign_parts(sizes, key[1:], key in _verified_files)
+        ),
+        format_error,
+    )
+    _verified_files.add(key)
 
 
-def newest_valid(folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+def latest_valid_checkpoint(folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest whole checkpoint of a folder, and the damaged ones that are newer, with reasons.
 
     Newest by the time of writing: a run resumed at an early step is newer than its first half.
     """
-    passed_over = []
-    for _, path in sorted(dated(folder), reverse=True):
-        reason = check(path)
+    rejected = []
+    for _, path in sorted(list_checkpoints(folder), reverse=True):
+        reason = find_damage(path)
         if reason is None:
-            return path, passed_over
-        passed_over.append((path, reason))
-    return None, passed_over
+            return path, rejected
+        rejected.append((path, reason))
+    return None, rejected
 
 
-def dated(folder: str | Path) -> list[tuple[int, Path]]:
+def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     """The checkpoints in a folder and in those below it, with the time of writing (ns).
 
     Below it, because a metric's name has a slash: `{val/loss:.2f}` in a file name makes a folder.
     A link to nowhere, and a file that another run removes meanwhile, are left out.
     """
-    found = []
+    checkpoints = []
     for top, folders, files in os.walk(folder):
-        whole = [name for name in folders if name.endswith(SUFFIX)]
-        folders[:] = [name for name in folders if name not in whole and not name.startswith(".tmp")]
-        for name in [*whole, *(name for name in files if name.endswith(SUFFIX))]:
+        checkpoint_folders = [name for name in folders if name.endswith(CHECKPOINT_SUFFIX)]
+        folders[:] = [
+            name
+            for name in folders
+            if name not in checkpoint_folders and not name.startswith(".tmp")
+        ]
+        for name in [
+            *checkpoint_folders,
+            *(name for name in files if name.endswith(CHECKPOINT_SUFFIX)),
+        ]:
             path = Path(top, name)
             with suppress(OSError):
                 status = path.stat()
-                if stat.S_ISREG(status.st_mode) or sharded.begun(path):
-                    found.append((status.st_mtime_ns, path))
-    return found
+                if stat.S_ISREG(status.st_mode) or sharded.looks_like_checkpoint(path):
+                    checkpoints.append((status.st_mtime_ns, path))
+    return checkpoints
 
 
-def refuse_foreign(value: Any, name: str = "") -> None:
+def check_serializable(value: Any, name: str = "") -> None:
     """Raise for anything in a checkpoint that `torch.load(weights_only=True)` will not read back.
 
     Now, by the name of its key, and not when the file is needed.
     """
-    kind = type(value)
-    if isinstance(value, Tensor) or kind in PLAIN or kind in PLAIN_TORCH:
+    value_type = type(value)
+    if isinstance(value, Tensor) or value_type in SAFE_TYPES or value_type in SAFE_TORCH_TYPES:
         return
-    if kind in (dict, OrderedDict, Counter):
+    if value_type in (dict, OrderedDict, Counter):
         for key, item in value.items():
-            refuse_foreign(key, f"a key of {name or 'the checkpoint'}")
-            refuse_foreign(item, f"{name}[{key!r}]" if name else str(key))
-    elif kind in CONTAINERS:
+            check_serializable(key, f"a key of {name or 'the checkpoint'}")
+            check_serializable(item, f"{name}[{key!r}]" if name else str(key))
+    elif value_type in SAFE_CONTAINERS:
         for i, item in enumerate(value):
-            refuse_foreign(item, f"{name}[{i}]")
-    elif kind not in torch.serialization.get_safe_globals():
+            check_serializable(item, f"{name}[{i}]")
+    elif value_type not in torch.serialization.get_safe_globals():
         raise CheckpointError(
-            f"{name} is a {kind.__module__}.{kind.__qualname__}; a checkpoint holds tensors and "
+            f"{name} is a {value_type.__module__}.{value_type.__qualname__}; a checkpoint holds "
+            "tensors and "
             "plain values (numbers, text, lists, dicts): convert it, or leave it out with "
             "save_hyperparameters(ignore=[...])",
             exit_status=1,
         )
 
 
-def _local(path: str | Path) -> Path | None:
+def _local_path(path: str | Path) -> Path | None:
     """The path on this machine; None for a remote one."""
-    system, bare = url_to_fs(str(path))
-    return Path(bare) if isinstance(system, LocalFileSystem) else None
+    system, local_path = url_to_fs(str(path))
+    return Path(local_path) if isinstance(system, LocalFileSystem) else None
 
 
-def _write(checkpoint: dict[str, Any], target: Path) -> None:
-    temporary, file = _draft(target.parent)
+def _save_atomically(checkpoint: dict[str, Any], target: Path) -> None:
+    temporary, file = _open_temp_file(target.parent)
     try:
         with file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # torch closes its archive and hides what the disk said
-                raise _cause(error) or error from error
+                raise _find_os_error(error) or error from error
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, target)
@@ -287,7 +320,7 @@ def _write(checkpoint: dict[str, Any], target: Path) -> None:
         os.close(folder)
 
 
-def _draft(folder: Path) -> tuple[Path, IO[bytes]]:
+def _open_temp_file(folder: Path) -> tuple[Path, IO[bytes]]:
     """A new file, locked as long as it is open: see _remove_leftovers.
 
     Between its making and its lock another writer may take it for a leftover; then the next is
@@ -310,22 +343,22 @@ def _draft(folder: Path) -> tuple[Path, IO[bytes]]:
     return path, file  # the write will raise the error
 
 
-def _cause(error: BaseException | None) -> OSError | None:
+def _find_os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _remove_stale_temp_files(folder: Path) -> None:
     """Remove files of killed writers; a live writer holds the lock of its file."""
     for leftover in folder.glob(".tmp-*"):
-        if LEFTOVER.fullmatch(leftover.name) and not leftover.is_symlink():
+        if TEMP_FILE_PATTERN.fullmatch(leftover.name) and not leftover.is_symlink():
             with suppress(OSError), leftover.open("rb+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 leftover.unlink()
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _open_regular_file(path: Path) -> IO[bytes]:
     """Open a file to read; a FIFO or a device, which might never end, is an error."""
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
     if stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):
@@ -336,78 +369,92 @@ def _opened(path: Path) -> IO[bytes]:
     raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
-def _identity(file: IO[bytes]) -> tuple[int, ...]:
+def _file_identity(file: IO[bytes]) -> tuple[int, ...]:
     status = os.fstat(file.fileno())
     times = status.st_mtime_ns, status.st_ctime_ns
     return status.st_dev, status.st_ino, status.st_size, *times
 
 
-def _load(
-    path: Path, map_location: Any, plain: bool, readers: Readers, mapped: frozenset[str]
+def _load_file(
+    path: Path,
+    map_location: Any,
+    is_safe: bool,
+    readers: ReadingRanks,
+    mapped_sections: frozenset[str],
 ) -> dict[str, Any]:
     """Read a file that all ranks find undamaged, through one handle: it may be replaced."""
 
-    def words(reason: str) -> str:
-        return reason if reason.startswith("no checkpoint ") else str(_unreadable(path, reason))
+    def format_error(reason: str) -> str:
+        return reason if reason.startswith("no checkpoint ") else str(_damage_error(path, reason))
 
-    for _ in range(TRIES):
+    for _ in range(MAX_OPEN_ATTEMPTS):
         reason, file = None, None
         try:
-            file = _opened(path)
-            reason = _damage(file, plain)
+            file = _open_regular_file(path)
+            reason = _find_file_damage(file, is_safe)
         except OSError as error:
-            reason = str(_missing(path)) if not os.path.lexists(path) else _words(error)
+            reason = (
+                str(_missing_file_error(path))
+                if not os.path.lexists(path)
+                else _describe_os_error(error)
+            )
         try:
-            readers.agree(reason, words)
+            readers.raise_first_problem(reason, format_error)
             assert file is not None
-            key, (sizes, table) = _identity(file), archive.tensors(file)
-            if len(set(readers.gather(table))) > 1:  # replaced before the last rank opened it
+            key, (sizes, table) = _file_identity(file), archive.tensor_record_sizes(file)
+            if (
+                len(set(readers.gather_values(table))) > 1
+            ):  # replaced before the last rank opened it
                 continue
-            mine = readers.share(sizes, key[1:], key in _whole)
+            assigned_records = readers.assign_parts(sizes, key[1:], key in _verified_files)
             checkpoint = None
             try:
-                if (reason := _other_sum(file, mine)) is None:
-                    checkpoint = _read(file, map_location, plain, mapped)
+                if (reason := _find_checksum_mismatch(file, assigned_records)) is None:
+                    checkpoint = _load_content(file, map_location, is_safe, mapped_sections)
             except OSError as error:
-                reason = _words(error)
+                reason = _describe_os_error(error)
             except (LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-                if not plain:
+                if not is_safe:
                     raise
-                reason = _damaged(error)
-            readers.agree(reason, words)
-            _whole.add(key)
+                reason = _describe_damage(error)
+            readers.raise_first_problem(reason, format_error)
+            _verified_files.add(key)
             return cast(dict[str, Any], checkpoint)  # another program may have written any type
         finally:
             if file is not None:
                 file.close()
-    raise CheckpointError(words("it was replaced again and again while the ranks opened it"))
+    raise CheckpointError(format_error("it was replaced again and again while the ranks opened it"))
 
 
 def _load_open(file: IO[bytes], map_location: Any, plain: bool) -> dict[str, Any]:
     """Read a checkpoint from an open file."""
-    reason = _damage(file, plain) or _other_sum(file)
+    reason = _find_file_damage(file, plain) or _find_checksum_mismatch(file)
     if reason is not None:
         raise CheckpointError(f"the checkpoint in the open file cannot be used: {reason}")
-    return _read(file, map_location, plain, frozenset())
+    return _load_content(file, map_location, plain, frozenset())
 
 
-def _read(file: IO[bytes], map_location: Any, plain: bool, mapped: frozenset[str]) -> Any:
-    """The content of a file that was checked; `mapped` sections as views of its pages."""
-    if plain and mapped and map_location in (None, "cpu"):
-        with suppress(mapped_file.Unmappable):
-            return mapped_file.load(file, mapped)
+def _load_content(
+    file: IO[bytes], map_location: Any, is_safe: bool, mapped_sections: frozenset[str]
+) -> Any:
+    """The content of a file that was checked; `mapped_sections` sections as views of its pages."""
+    if is_safe and mapped_sections and map_location in (None, "cpu"):
+        with suppress(mapped_file.UnmappableFileError):
+            return mapped_file.load_mapped(file, mapped_sections)
     file.seek(0)
-    return torch.load(file, map_location, weights_only=plain)
+    return torch.load(file, map_location, weights_only=is_safe)
 
 
-def _other_sum(file: IO[bytes], names: Collection[str] | None = None) -> str | None:
+def _find_checksum_mismatch(file: IO[bytes], names: Collection[str] | None = None) -> str | None:
     """The first record that does not match its checksum, of these names or of all."""
     with zipfile.ZipFile(file) as table:
-        broken = archive.broken(table, table.namelist() if names is None else names)
-    return broken and f"it is damaged: {broken} does not match its checksum"
+        corrupt_record = archive.find_corrupt_record(
+            table, table.namelist() if names is None else names
+        )
+    return corrupt_record and f"it is damaged: {corrupt_record} does not match its checksum"
 
 
-def _damage(file: IO[bytes], plain: bool = True) -> str | None:
+def _find_file_damage(file: IO[bytes], is_safe: bool = True) -> str | None:
     """What is wrong with an open checkpoint; the checksums of tensor data are not compared.
 
     torch.save writes an uncompressed zip archive.
@@ -429,13 +476,13 @@ def _damage(file: IO[bytes], plain: bool = True) -> str | None:
         if any(entry.external_attr for entry in table.infolist()):
             # no checksum covers the table; torch gives uninitialised memory for a "folder"
             return "it is damaged: its table of contents was changed"
-        archive.check_contents(table, size)
-        if broken := archive.broken(table, archive.others(table)):
-            return f"it is damaged: {broken} does not match its checksum"
-        if plain:
-            archive.check_pickle(table, size)
-        return checkpoint_form.odd(_without_numbers(file, plain))
-    except (UnsafePickle, archive.DamagedArchive) as error:
+        archive.validate_zip_entries(table, size)
+        if corrupt_record := archive.find_corrupt_record(table, archive.non_tensor_records(table)):
+            return f"it is damaged: {corrupt_record} does not match its checksum"
+        if is_safe:
+            archive.validate_pickled_tensors(table, size)
+        return checkpoint_form.find_malformed_section(_load_on_meta(file, is_safe))
+    except (UnsafePickle, archive.DamagedArchiveError) as error:
         return f"it is damaged ({error})"
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
@@ -444,23 +491,23 @@ def _damage(file: IO[bytes], plain: bool = True) -> str | None:
             "(if you trust its writer: trainer.fit(..., weights_only=False))"
         )
     except Exception as error:  # a flipped byte can ask zipfile and torch for anything
-        return _damaged(error)
+        return _describe_damage(error)
 
 
-def _without_numbers(file: IO[bytes], plain: bool) -> Any:
+def _load_on_meta(file: IO[bytes], is_safe: bool) -> Any:
     """The content of a checkpoint with meta tensors; with numbers if there are sparse tensors."""
     for device in ("meta", "cpu"):
         file.seek(0)
         with suppress(NotImplementedError):  # torch compares the indices of a sparse tensor
-            return torch.load(file, device, weights_only=plain)
+            return torch.load(file, device, weights_only=is_safe)
     raise NotImplementedError("it holds a tensor that this version of torch cannot read")
 
 
-def _damaged(error: BaseException) -> str:
+def _describe_damage(error: BaseException) -> str:
     return f"it is damaged ({' '.join(str(error).split())[:80] or type(error).__name__})"
 
 
-def _words(error: OSError) -> str:
+def _describe_os_error(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         link = error.filename is not None and os.path.islink(error.filename)
         return "it is a link to a file that is not there" if link else "there is no such file"
@@ -469,37 +516,41 @@ def _words(error: OSError) -> str:
     return f"it cannot be read ({error.strerror or error})"
 
 
-def _unreadable(path: Path, reason: str) -> CheckpointError:
-    other, _ = newest_valid(path.parent)
-    way_out = f"the newest whole one there: --ckpt_path {other}" if other else "none there is whole"
-    return CheckpointError(f"the checkpoint {path} cannot be used: {reason}; {way_out}")
+def _damage_error(path: Path, reason: str) -> CheckpointError:
+    latest, _ = latest_valid_checkpoint(path.parent)
+    hint = f"the newest whole one there: --ckpt_path {latest}" if latest else "none there is whole"
+    return CheckpointError(f"the checkpoint {path} cannot be used: {reason}; {hint}")
 
 
-def _missing(path: Path) -> CheckpointError:
+def _missing_file_error(path: Path) -> CheckpointError:
     folder = path.parent
-    names = sorted(p.name for p in folder.glob(f"*{SUFFIX}"))
+    names = sorted(p.name for p in folder.glob(f"*{CHECKPOINT_SUFFIX}"))
     nearest = sort_by_similarity(path.name, names)[:3]
     if not nearest:
-        there = f"{folder} holds none" if folder.is_dir() else f"there is no folder {folder}"
-        return CheckpointError(f"no checkpoint {path}: {there}; --ckpt_path auto finds the newest")
+        folder_text = f"{folder} holds none" if folder.is_dir() else f"there is no folder {folder}"
+        return CheckpointError(
+            f"no checkpoint {path}: {folder_text}; --ckpt_path auto finds the newest"
+        )
     return CheckpointError(
         f"no checkpoint {path}; {folder} holds {', '.join(nearest)}; "
         f"--ckpt_path {folder / nearest[0]}"
     )
 
 
-def unwritable(path: Path, error: OSError) -> CheckpointError:
+def write_error(path: Path, error: OSError) -> CheckpointError:
     """The error for a checkpoint that the system will not write, with what to do."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    before = max(dated(path.parent), default=None)
-    again = f"go on with --ckpt_path {before[1]}" if before else "begin anew: there is none before"
-    way_out = (
-        f"make room in {path.parent}, then {again}"
-        if full
+    is_disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    latest = max(list_checkpoints(path.parent), default=None)
+    resume_hint = (
+        f"go on with --ckpt_path {latest[1]}" if latest else "begin anew: there is none before"
+    )
+    hint = (
+        f"make room in {path.parent}, then {resume_hint}"
+        if is_disk_full
         else f"make {path.parent} writable or choose a folder: --trainer.default_root_dir=<folder>"
     )
     return CheckpointError(
         f"the checkpoint {path} cannot be written ({error.strerror or error}); "
-        f"the files written before are untouched; {way_out}",
+        f"the files written before are untouched; {hint}",
         exit_status=1,
     )

@@ -13,10 +13,13 @@ from typing import Any
 import numpy
 from torch import Tensor
 
-KEYS = ("hyper_parameters", "datamodule_hyper_parameters")  # Lightning's, in a checkpoint
+HYPERPARAMETER_KEYS = (
+    "hyper_parameters",
+    "datamodule_hyper_parameters",
+)  # Lightning's, in a checkpoint
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """The value in plain types where no information is lost; any other object unchanged."""
     if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str):
         return value
@@ -24,18 +27,22 @@ def plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, numpy.generic):
         return value.item()
-    for kind in (bool, int, float, str, bytes):
-        if isinstance(value, kind):
-            return kind.__new__(kind, value)  # type: ignore[call-overload]  # an enum's own number
+    for plain_type in (bool, int, float, str, bytes):
+        if isinstance(value, plain_type):
+            return plain_type.__new__(plain_type, value)  # type: ignore[call-overload]  # an enum's own number
     if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            items = [plain(item) for item in value]
-            return items if kind is list else tuple(items) if kind is tuple else set(items)
+        return {to_plain(key): to_plain(item) for key, item in value.items()}
+    for plain_type in (list, tuple, set, frozenset):
+        if isinstance(value, plain_type):
+            items = [to_plain(item) for item in value]
+            return (
+                items if plain_type is list else tuple(items) if plain_type is tuple else set(items)
+            )
     return value
 
 
 def with_plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A copy of the checkpoint with its hyperparameters in plain types."""
-    return checkpoint | {key: plain(checkpoint[key]) for key in KEYS if key in checkpoint}
+    return checkpoint | {
+        key: to_plain(checkpoint[key]) for key in HYPERPARAMETER_KEYS if key in checkpoint
+    }

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..work_partition import spread_evenly
+from ..work_partition import assign_balanced
 from .checkpoint_error import CheckpointError
 
 
-class Readers:
+class ReadingRanks:
     """The ranks that read one checkpoint at the same time; by default only this process.
 
     readers = Readers.of_job()
@@ -17,41 +17,48 @@ class Readers:
     readers.agree(problem, lambda why: f"the checkpoint cannot be used: {why}")
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
         """Set the place among the ranks."""
-        self.rank, self.size = rank, size
+        self.rank, self.num_ranks = rank, num_ranks
 
     @classmethod
-    def of_job(cls) -> "Readers":
+    def from_job(cls) -> "ReadingRanks":
         """All ranks of the job, if this process is one of several."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_values(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order."""
-        if self.size == 1:
+        if self.num_ranks == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        values: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(values, value)
         return values
 
-    def agree(self, problem: str | None, words: Callable[[str], str]) -> None:
+    def raise_first_problem(self, problem: str | None, format_error: Callable[[str], str]) -> None:
         """Return if no rank has a problem; else raise the first one on all ranks.
 
         Args:
             problem: what this rank has found, or None.
-            words: makes the text of the error; called on rank 0 alone, as it may read other files.
+            format_error: makes the text of the error; called on rank 0 alone, as it may read other
+            files.
 
         Raises:
             CheckpointError: with one text on all ranks.
         """
-        first = next((each for each in self.gather(problem) if each is not None), None)
+        first = next(
+            (reported for reported in self.gather_values(problem) if reported is not None), None
+        )
         if first is None:
             return
-        raise CheckpointError(self.gather(words(first) if self.rank == 0 else None)[0])
+        raise CheckpointError(
+            self.gather_values(format_error(first) if self.rank == 0 else None)[0]
+        )
 
-    def share(self, sizes: Mapping[str, int], copy: tuple[int, ...], known: bool) -> list[str]:
+    def assign_parts(
+        self, sizes: Mapping[str, int], file_identity: tuple[int, ...], is_verified: bool
+    ) -> list[str]:
         """The parts of a checkpoint whose sums this rank compares.
 
         Every part is compared by one of the ranks that read the same copy of the checkpoint; nodes
@@ -59,13 +66,19 @@ class Readers:
 
         Args:
             sizes: bytes of each part, the same on all ranks.
-            copy: identifies a copy: inode, size and time of change.
-            known: whether this process has compared the sums of this copy before.
+            file_identity: identifies a copy: inode, size and time of change.
+            is_verified: whether this process has compared the sums of this copy before.
         """
-        found = self.gather((copy, known))
-        same = [rank for rank, (each, _) in enumerate(found) if each == copy]
-        if any(found[rank][1] for rank in same):
+        reports = self.gather_values((file_identity, is_verified))
+        same_file_ranks = [
+            rank
+            for rank, (other_identity, _) in enumerate(reports)
+            if other_identity == file_identity
+        ]
+        if any(reports[rank][1] for rank in same_file_ranks):
             return []
         names = sorted(sizes)
-        ranks = spread_evenly([sizes[name] for name in names], [0] * len(same))
-        return [n for n, rank in zip(names, ranks, strict=True) if same[rank] == self.rank]
+        ranks = assign_balanced([sizes[name] for name in names], [0] * len(same_file_ranks))
+        return [
+            n for n, rank in zip(names, ranks, strict=True) if same_file_ranks[rank] == self.rank
+        ]

@@ -1,6 +1,6 @@
 """One save on all ranks: it succeeds on every one or ends every one, and never writes a NaN.
 
-A save comes after all hooks of its moment, the module's own included: see `save_last`.
+A save comes after all hooks of its moment, the module's own included: see `defer_saving_hooks`.
 """
 
 import math
@@ -20,10 +20,10 @@ from ravine.lightning_compat import attached_trainer
 from .atomic_io import CheckpointError
 
 SAVING_HOOKS = ("on_train_batch_end", "on_validation_end")
-SQUARABLE = 2.0**64  # the square of this is infinite in fp32, and so is a norm of such weights
+MAX_WEIGHT = 2.0**64  # the square of this is infinite in fp32, and so is a norm of such weights
 
 
-def save(trainer: L.Trainer, path: str | Path) -> None:
+def save_on_all_ranks(trainer: L.Trainer, path: str | Path) -> None:
     """Write one checkpoint, called on all ranks.
 
     After a stock `trainer.save_checkpoint` whose writer fails, the other ranks wait for it at a
@@ -40,7 +40,7 @@ def save(trainer: L.Trainer, path: str | Path) -> None:
         raise error or CheckpointError(text, exit_status=1)
 
 
-def save_last(trainer: L.Trainer, module: L.LightningModule, callback: L.Callback) -> None:
+def defer_saving_hooks(trainer: L.Trainer, module: L.LightningModule, callback: L.Callback) -> None:
     """Run the hooks in which the callback may save after the module's own hooks of these names.
 
     Lightning calls the hooks of all callbacks and then the module's. A module that changes weights
@@ -48,64 +48,66 @@ def save_last(trainer: L.Trainer, module: L.LightningModule, callback: L.Callbac
     `setup`; has no effect on another trainer, and a second call changes nothing.
     """
     for name in SAVING_HOOKS:
-        _defer(trainer, module, callback, name)
+        _defer_hook(trainer, module, callback, name)
 
 
-def save_as_usual(module: L.LightningModule, callback: L.Callback) -> None:
-    """Undo `save_last`; called from `teardown`."""
+def restore_saving_hooks(module: L.LightningModule, callback: L.Callback) -> None:
+    """Undo `defer_saving_hooks`; called from `teardown`."""
     for name in SAVING_HOOKS:
         if hasattr(callback.__dict__.get(name), "deferred"):
             del callback.__dict__[name]
-        if isinstance(hook := module.__dict__.get(name), _HookThenSave):
-            hook.pending.pop(callback, None)
-            if not hook.pending:
+        if isinstance(hook := module.__dict__.get(name), _DeferredSavingHook):
+            hook.pending_hooks.pop(callback, None)
+            if not hook.pending_hooks:
                 hook.restore(name)
 
 
-def _defer(trainer: L.Trainer, module: L.LightningModule, callback: L.Callback, name: str) -> None:
-    pending = _pending(trainer, module, name)
+def _defer_hook(
+    trainer: L.Trainer, module: L.LightningModule, callback: L.Callback, name: str
+) -> None:
+    pending = _pending_hooks(trainer, module, name)
     if callback in pending or getattr(type(callback), name) is getattr(L.Callback, name):
         return
     hook = getattr(callback, name)
     hook = getattr(hook, "deferred", hook)  # a fit that failed had no teardown
 
-    def wait(other: L.Trainer, *args: Any) -> None:
+    def skip_in_this_trainer(other: L.Trainer, *args: Any) -> None:
         if other is not trainer:
             hook(other, *args)
 
-    wait.deferred = hook  # type: ignore[attr-defined]
-    callback.__dict__[name] = wait
+    skip_in_this_trainer.deferred = hook  # type: ignore[attr-defined]
+    callback.__dict__[name] = skip_in_this_trainer
     pending[callback] = hook
 
 
-def _pending(
+def _pending_hooks(
     trainer: L.Trainer, module: L.LightningModule, name: str
 ) -> dict[L.Callback, Callable[..., Any]]:
     """What runs after the module's hook of this name, in this trainer."""
-    present = module.__dict__.get(name)
-    if isinstance(present, _HookThenSave) and present.trainer is trainer:
-        return present.pending
-    if isinstance(present, _HookThenSave):  # a fit that failed had no teardown
-        present.restore(name)
-    module.__dict__[name] = hook = _HookThenSave(trainer, module, name)
-    return hook.pending
+    current = module.__dict__.get(name)
+    if isinstance(current, _DeferredSavingHook) and current.trainer is trainer:
+        return current.pending_hooks
+    if isinstance(current, _DeferredSavingHook):  # a fit that failed had no teardown
+        current.restore(name)
+    module.__dict__[name] = hook = _DeferredSavingHook(trainer, module, name)
+    return hook.pending_hooks
 
 
-class _HookThenSave:
+class _DeferredSavingHook:
     """A module's hook, and after it the saving hooks of callbacks, in the callbacks' order."""
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
         self.trainer, self.module = trainer, module
-        self.before = module.__dict__.get(name)  # what stood on the instance itself
+        self.previous = module.__dict__.get(name)  # what stood on the instance itself
         self.original: Callable[..., Any] = getattr(module, name)
-        self.pending: dict[L.Callback, Callable[..., Any]] = {}
+        self.pending_hooks: dict[L.Callback, Callable[..., Any]] = {}
 
     def restore(self, name: str) -> None:
         """Put back what the module had."""
-        if self.before is None:
+        if self.previous is None:
             del self.module.__dict__[name]
         else:
-            self.module.__dict__[name] = self.before
+            self.module.__dict__[name] = self.previous
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the module saves nothing."""
@@ -116,8 +118,8 @@ class _HookThenSave:
         trainer: Any = self.trainer
         if attached_trainer(self.module) is trainer:  # else a failed fit has left this hook behind
             for callback in trainer.callbacks:
-                if callback in self.pending:
-                    self.pending[callback](trainer, self.module, *args)
+                if callback in self.pending_hooks:
+                    self.pending_hooks[callback](trainer, self.module, *args)
         return result
 
     @property
@@ -126,9 +128,9 @@ class _HookThenSave:
         return type(self).__call__.__code__
 
 
-def worth_saving(trainer: L.Trainer) -> bool:
+def weights_are_finite(trainer: L.Trainer) -> bool:
     """Whether the weights are finite on all ranks; where not, a warning names the first."""
-    name = non_finite(trainer.lightning_module.named_parameters(), below=SQUARABLE)
+    name = first_non_finite(trainer.lightning_module.named_parameters(), limit=MAX_WEIGHT)
     if trainer.strategy.reduce_boolean_decision(name is None):
         return True
     rank_zero_warn(
@@ -139,19 +141,30 @@ def worth_saving(trainer: L.Trainer) -> bool:
     return False
 
 
-def non_finite(tensors: Iterable[tuple[str, Tensor]], below: float = math.inf) -> str | None:
+def first_non_finite(tensors: Iterable[tuple[str, Tensor]], limit: float = math.inf) -> str | None:
     """Name of the first tensor with a NaN or a number not below; one host read where there is none.
 
     Of a sharded tensor, this rank's part is looked at.
     """
-    parts = [
+    local_tensors = [
         (name, t.to_local() if isinstance(t, DTensor) else t)
         for name, t in tensors
         if t.is_floating_point() and t.element_size() > 1  # torch has no isfinite for 8 bits
     ]
-    parts = [(name, part) for name, part in parts if part.numel()]
-    norms = [torch.linalg.vector_norm(part.detach(), math.inf) for _, part in parts]  # keep a NaN
-    flags = [norm < below for norm in norms]
-    if not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()):
+    local_tensors = [
+        (name, local_tensor) for name, local_tensor in local_tensors if local_tensor.numel()
+    ]
+    norms = [
+        torch.linalg.vector_norm(local_tensor.detach(), math.inf)
+        for _, local_tensor in local_tensors
+    ]  # keep a NaN
+    finite_flags = [norm < limit for norm in norms]
+    if not finite_flags or bool(
+        torch.stack([is_finite.to(finite_flags[0].device) for is_finite in finite_flags]).all()
+    ):
         return None
-    return next(name for (name, _), flag in zip(parts, flags, strict=True) if not flag)
+    return next(
+        name
+        for (name, _), is_finite in zip(local_tensors, finite_flags, strict=True)
+        if not is_finite
+    )

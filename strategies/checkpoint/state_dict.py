@@ -17,76 +17,92 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from ..dtensor import collect, keeper, local_part, to_first
+from ..dtensor import first_mesh_rank, gather_to_first_rank, gather_trees_to_first_rank, local_shard
 from . import sharded
 from .atomic_io import CheckpointError
-from .validation import kind_mismatches
+from .validation import dtype_kind_mismatches
 
-SHOWN = 5  # tensors named in a message
-Owned = Callable[[Tensor], bool]
-Sizes = dict[str, tuple[int, ...]]
+MAX_SHOWN = 5  # tensors named in a message
+TensorPredicate = Callable[[Tensor], bool]
+TensorShapes = dict[str, tuple[int, ...]]
 
 
-class Stages(NamedTuple):
+class StageNames(NamedTuple):
     """A net that is cut into stages: the names of all parameters, and the ranks that have them."""
 
-    names: list[str]
+    param_names: list[str]
     group: ProcessGroup
 
 
-def numbers(module: nn.Module, stages: Stages | None) -> dict[Tensor, int]:
+def param_indices(module: nn.Module, stages: StageNames | None) -> dict[Tensor, int]:
     """Each parameter's place in `named_parameters()` of the whole net."""
-    named = dict(module.named_parameters())
-    names = list(named) if stages is None else stages.names
-    return {named[name]: i for i, name in enumerate(names) if name in named}
+    params_by_name = dict(module.named_parameters())
+    names = list(params_by_name) if stages is None else stages.param_names
+    return {params_by_name[name]: i for i, name in enumerate(names) if name in params_by_name}
 
 
-def weights(module: nn.Module, parts: bool, stages: Stages | None) -> dict[str, Any]:
+def gather_model_state(
+    module: nn.Module, is_distributed: bool, stages: StageNames | None
+) -> dict[str, Any]:
     """The module's state_dict: this rank's parts, or all on rank 0 and nothing elsewhere.
 
     A tensor with several names is collected once, and is in the result under each of them.
     """
-    state = get_model_state_dict(module, options=StateDictOptions(cpu_offload=parts))
-    first_names = _first_names(module, state)
-    if parts:
+    state = get_model_state_dict(module, options=StateDictOptions(cpu_offload=is_distributed))
+    first_names = _shared_tensor_names(module, state)
+    if is_distributed:
         return {name: state[first_names.get(name, name)] for name in state}
-    keepers, found = _keepers(stages), {}
+    collecting_ranks, tensors_by_name = _collecting_ranks(stages), {}
     for name, value in state.items():
         if name not in first_names:
-            found[name] = _kept(value, keepers)
-    stand = {name: first_names.get(name, name) for name in state}
-    if stages is not None and dist.get_rank() in keepers:
-        own, found, stand = (found, stand), {}, {}
-        for tensors, names in to_first(own, stages.group, _device(module)):
-            found |= {name: value for name, value in tensors.items() if name not in found}
-            stand |= {name: first for name, first in names.items() if name not in stand}
-    return {name: found[first] for name, first in stand.items()} if dist.get_rank() == 0 else {}
+            tensors_by_name[name] = _collect_value(value, collecting_ranks)
+    first_name_of = {name: first_names.get(name, name) for name in state}
+    if stages is not None and dist.get_rank() in collecting_ranks:
+        message, tensors_by_name, first_name_of = (tensors_by_name, first_name_of), {}, {}
+        for tensors, names in gather_trees_to_first_rank(
+            message, stages.group, _comm_device(module)
+        ):
+            tensors_by_name |= {
+                name: value for name, value in tensors.items() if name not in tensors_by_name
+            }
+            first_name_of |= {
+                name: first for name, first in names.items() if name not in first_name_of
+            }
+    return (
+        {name: tensors_by_name[first] for name, first in first_name_of.items()}
+        if dist.get_rank() == 0
+        else {}
+    )
 
 
-def join_stages(tensors: dict[str, Tensor], stages: Stages, device: torch.device) -> dict[str, Any]:
+def gather_stages(
+    tensors: dict[str, Tensor], stages: StageNames, device: torch.device
+) -> dict[str, Any]:
     """The tensors that the first ranks of all stages hold, on rank 0; every rank calls it."""
-    found: dict[str, Any] = {}
-    if dist.get_rank() in _keepers(stages):
-        for each in to_first(tensors, stages.group, device):
-            found |= {name: value for name, value in each.items() if name not in found}
-    return found
+    tensors_by_name: dict[str, Any] = {}
+    if dist.get_rank() in _collecting_ranks(stages):
+        for stage_tensors in gather_trees_to_first_rank(tensors, stages.group, device):
+            tensors_by_name |= {
+                name: value for name, value in stage_tensors.items() if name not in tensors_by_name
+            }
+    return tensors_by_name
 
 
-def _first_names(module: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
+def _shared_tensor_names(module: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
     """For each further name of a tensor, its first name."""
-    first: dict[int, str] = {}
-    further = {}
-    named = [
+    first_name_by_id: dict[int, str] = {}
+    aliases = {}
+    named_tensors = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
-    for name, tensor in named:
-        if name in state and (known := first.setdefault(id(tensor), name)) != name:
-            further[name] = known
-    return further
+    for name, tensor in named_tensors:
+        if name in state and (first_name := first_name_by_id.setdefault(id(tensor), name)) != name:
+            aliases[name] = first_name
+    return aliases
 
 
-def _keepers(stages: Stages | None) -> list[int]:
+def _collecting_ranks(stages: StageNames | None) -> list[int]:
     """The ranks on which whole tensors are collected: the first rank of each stage."""
     if stages is None:
         return [0]
@@ -94,206 +110,248 @@ def _keepers(stages: Stages | None) -> list[int]:
     return [stage * world // count for stage in range(count)]
 
 
-def _kept(value: Any, keepers: list[int]) -> Any:
+def _collect_value(value: Any, collecting_ranks: list[int]) -> Any:
     """A whole value on the CPU of the keeper; None on the other ranks."""
     if isinstance(value, DTensor):
-        return collect(value) if keeper(value.device_mesh) in keepers else None
-    if dist.get_rank() not in keepers:
+        return (
+            gather_to_first_rank(value)
+            if first_mesh_rank(value.device_mesh) in collecting_ranks
+            else None
+        )
+    if dist.get_rank() not in collecting_ranks:
         return None
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
-def _device(module: nn.Module) -> torch.device:
+def _comm_device(module: nn.Module) -> torch.device:
     """The device on which the ranks of the job send and receive."""
     return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
-def _from_all(value: Any, group: ProcessGroup) -> list[Any]:
+def _all_gather(value: Any, group: ProcessGroup) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def optimizer_state(
+def gather_optimizer_state(
     module: nn.Module,
     optimizer: Optimizer,
-    parts: bool,
-    owners: ProcessGroup | None,
-    stages: Stages | None,
-    owned: Owned = lambda parameter: True,
+    is_distributed: bool,
+    owner_group: ProcessGroup | None,
+    stages: StageNames | None,
+    is_owned: TensorPredicate = lambda parameter: True,
 ) -> dict[str, Any]:
     """The optimizer's state_dict: this rank's parts, or all on rank 0.
 
-    Where parameters have owners (ZeRO-1, optimizers that need whole tensors), `owners` are the
-    ranks that keep the state of different parameters; `owned` is false for those of other ranks.
+    Where parameters have owners (ZeRO-1, optimizers that need whole tensors), `owner_group` are the
+    ranks that keep the state of different parameters; `is_owned` is false for those of other ranks.
     """
-    place = numbers(module, stages)
-    saved = optimizer.state_dict()
+    indices = param_indices(module, stages)
+    state_dict = optimizer.state_dict()
     ids = {}
-    for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        ids |= {i: place[p] for i, p in zip(group["params"], ours["params"], strict=True)}
+    for group, own_group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        ids |= {i: indices[p] for i, p in zip(group["params"], own_group["params"], strict=True)}
         group["params"] = [ids[i] for i in group["params"]]
-    state = {ids[i]: values for i, values in saved["state"].items()}
+    state = {ids[i]: values for i, values in state_dict["state"].items()}
     rank = dist.get_rank()
     if stages is not None:
-        groups = _from_all([group["params"] for group in saved["param_groups"]], stages.group)
-        for i, group in enumerate(saved["param_groups"]):
-            group["params"] = sorted({number for each in groups for number in each[i]})
-    if not parts:
-        keepers = holders = _keepers(stages)
-        ranks = [] if owners is None else dist.get_process_group_ranks(owners)
+        groups = _all_gather(
+            [group["params"] for group in state_dict["param_groups"]], stages.group
+        )
+        for i, group in enumerate(state_dict["param_groups"]):
+            group["params"] = sorted({number for item in groups for number in item[i]})
+    if not is_distributed:
+        collecting_ranks = sending_ranks = _collecting_ranks(stages)
+        ranks = [] if owner_group is None else dist.get_process_group_ranks(owner_group)
         if ranks:  # each of them has the state of other parameters
-            holders = [first + each - ranks[0] for first in keepers for each in ranks]
+            sending_ranks = [
+                first + item - ranks[0] for first in collecting_ranks for item in ranks
+            ]
 
-        def here(tensor: Tensor) -> Tensor:
-            return _kept(tensor, holders)  # every rank of its mesh takes part
+        def collect_tensor(tensor: Tensor) -> Tensor:
+            return _collect_value(tensor, sending_ranks)  # every rank of its mesh takes part
 
-        state = tree_map_only(Tensor, here, state)
-        if "members" in saved:  # further state of optimizers, the same on every rank
-            saved["members"] = tree_map_only(Tensor, here, saved["members"])
-        device = _device(module)
-        if ranks and rank not in keepers:  # what is sharded is on the keepers already
-            state = {place[p]: state[place[p]] for p in place if place[p] in state and owned(p)}
-        if owners is not None and ranks[0] in keepers:
-            state = _merged(to_first(state, owners, device))
-        if stages is not None and rank in keepers:
-            state = _merged(to_first(state, stages.group, device))
-    saved["state"] = {i: state[i] for i in sorted(state)}
-    return saved if parts or rank == 0 else {}
+        state = tree_map_only(Tensor, collect_tensor, state)
+        if "members" in state_dict:  # further state of optimizers, the same on every rank
+            state_dict["members"] = tree_map_only(Tensor, collect_tensor, state_dict["members"])
+        device = _comm_device(module)
+        if ranks and rank not in collecting_ranks:  # what is sharded is on the keepers already
+            state = {
+                indices[p]: state[indices[p]]
+                for p in indices
+                if indices[p] in state and is_owned(p)
+            }
+        if owner_group is not None and ranks[0] in collecting_ranks:
+            state = _merge_states(gather_trees_to_first_rank(state, owner_group, device))
+        if stages is not None and rank in collecting_ranks:
+            state = _merge_states(gather_trees_to_first_rank(state, stages.group, device))
+    state_dict["state"] = {i: state[i] for i in sorted(state)}
+    return state_dict if is_distributed or rank == 0 else {}
 
 
-def _merged(states: list[dict[int, Any]]) -> dict[int, Any]:
-    return {i: values for some in states for i, values in some.items()}
+def _merge_states(states: list[dict[int, Any]]) -> dict[int, Any]:
+    return {i: values for rank_state in states for i, values in rank_state.items()}
 
 
-def load(
+def load_full_state(
     module: nn.Module,
     optimizers: list[Optimizer],
     checkpoint: dict[str, Any],
-    owned: Owned,
-    stages: Stages | None,
-    whole: Owned = lambda parameter: False,
+    is_owned: TensorPredicate,
+    stages: StageNames | None,
+    is_unsharded: TensorPredicate = lambda parameter: False,
 ) -> None:
     """Set weights and optimizers from a checkpoint of whole tensors.
 
-    The state of a parameter that is `whole` is on the rank that owns the parameter.
+    The state of a parameter that is `is_unsharded` is on the rank that owns the parameter.
     """
-    state, ours = checkpoint["state_dict"], module.state_dict()
+    state, module_state = checkpoint["state_dict"], module.state_dict()
     if stages is not None:
-        state = {name: value for name, value in state.items() if name in ours}
-    refuse_other_kinds(module, ours, state)
-    spread = {name: _set(ours.get(name), value) for name, value in state.items()}
-    module.load_state_dict(spread, strict=module.strict_loading)  # type: ignore[arg-type]
+        state = {name: value for name, value in state.items() if name in module_state}
+    check_dtype_kinds(module, module_state, state)
+    distributed = {
+        name: _copy_shard(module_state.get(name), value) for name, value in state.items()
+    }
+    module.load_state_dict(distributed, strict=module.strict_loading)  # type: ignore[arg-type]
     states = checkpoint.get("optimizer_states", []) if optimizers else []
-    _refuse_too_few(optimizers, states)
-    place = numbers(module, stages) if stages else None
+    _check_optimizer_count(optimizers, states)
+    indices = param_indices(module, stages) if stages else None
     for optimizer, state in zip(optimizers, states, strict=True):
-        _load_optimizer(optimizer, state, owned, place, whole, mapped=True)
+        _load_optimizer(optimizer, state, is_owned, indices, is_unsharded, is_mapped=True)
 
 
 @torch.no_grad()
-def _set(ours: Any, value: Any) -> Any:
+def _copy_shard(module_value: Any, value: Any) -> Any:
     """The value to load: a whole tensor, or the sharded one after its part was copied.
 
     Of a whole tensor in a mapped file only the part is read, and no other copy is made.
     """
-    if isinstance(ours, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor):
-        ours.to_local().copy_(local_part(value, ours))
-        return ours
+    if (
+        isinstance(module_value, DTensor)
+        and isinstance(value, Tensor)
+        and not isinstance(value, DTensor)
+    ):
+        module_value.to_local().copy_(local_shard(value, module_value))
+        return module_value
     return value
 
 
-def load_parts(
+def load_sharded_state(
     module: nn.Module,
     optimizers: list[Optimizer],
     path: Path,
-    owned: Owned,
-    stages: Stages | None,
-    whole: Owned = lambda parameter: False,
+    is_owned: TensorPredicate,
+    stages: StageNames | None,
+    is_unsharded: TensorPredicate = lambda parameter: False,
 ) -> dict[str, Any]:
     """Set weights and optimizers from a folder, of which each rank reads its parts."""
-    checkpoint = sharded.read_meta(path)
-    place = numbers(module, stages)
-    parameters = {number: p for p, number in place.items() if owned(p)}
-    named = dict(module.named_parameters())
-    found = dict(sharded.entries(path))
-    kinds = {str(at[1]): e.properties.dtype for at, e in found.items() if at[0] == "state_dict"}
-    refuse_other_kinds(module, module.state_dict(), kinds)
-    tensors: dict[sharded.Place, Tensor] = {
+    checkpoint = sharded.load_unsharded(path)
+    indices = param_indices(module, stages)
+    parameters = {number: p for p, number in indices.items() if is_owned(p)}
+    params_by_name = dict(module.named_parameters())
+    entries = dict(sharded.iter_tensor_entries(path))
+    dtypes = {
+        str(tensor_path[1]): e.properties.dtype
+        for tensor_path, e in entries.items()
+        if tensor_path[0] == "state_dict"
+    }
+    check_dtype_kinds(module, module.state_dict(), dtypes)
+    tensors: dict[sharded.TensorPath, Tensor] = {
         ("state_dict", name): value
         for name, value in module.state_dict().items()
-        if isinstance(value, Tensor) and ("state_dict", name) in found
+        if isinstance(value, Tensor) and ("state_dict", name) in entries
     }
-    for at, entry in found.items():
-        if at[0] == "optimizer_states":
-            if optimizers and at[2] != "state":
-                tensors[at] = sharded.like(entry, None)
-            elif optimizers and at[3] in parameters:
-                parameter = parameters[int(at[3])]
-                tensors[at] = sharded.like(entry, None if whole(parameter) else parameter)
-        elif at[0] != "state_dict" and (stages is None or at[-1] in named):
-            tensors[at] = sharded.like(entry, named.get(str(at[-1])))
-    sharded.read(path, tensors)
-    for at, tensor in tensors.items():
-        sharded.put(checkpoint, at, tensor)
+    for tensor_path, entry in entries.items():
+        if tensor_path[0] == "optimizer_states":
+            if optimizers and tensor_path[2] != "state":
+                tensors[tensor_path] = sharded.empty_like_entry(entry, None)
+            elif optimizers and tensor_path[3] in parameters:
+                parameter = parameters[int(tensor_path[3])]
+                tensors[tensor_path] = sharded.empty_like_entry(
+                    entry, None if is_unsharded(parameter) else parameter
+                )
+        elif tensor_path[0] != "state_dict" and (
+            stages is None or tensor_path[-1] in params_by_name
+        ):
+            tensors[tensor_path] = sharded.empty_like_entry(
+                entry, params_by_name.get(str(tensor_path[-1]))
+            )
+    sharded.load_sharded(path, tensors)
+    for tensor_path, tensor in tensors.items():
+        sharded.set_nested(checkpoint, tensor_path, tensor)
     states = checkpoint.pop("optimizer_states", []) if optimizers else []
-    _refuse_too_few(optimizers, states)
+    _check_optimizer_count(optimizers, states)
     for optimizer, state in zip(optimizers, states, strict=True):
-        _load_optimizer(optimizer, state, owned, place if stages else None, whole)
+        _load_optimizer(optimizer, state, is_owned, indices if stages else None, is_unsharded)
     return checkpoint
 
 
-def sizes(state: dict[str, Any]) -> Sizes:
+def tensor_shapes(state: dict[str, Any]) -> TensorShapes:
     """The size of each tensor of a state_dict."""
     return {name: tuple(t.shape) for name, t in state.items() if isinstance(t, Tensor)}
 
 
-def sizes_in(path: Path) -> Sizes:
+def stored_tensor_shapes(path: Path) -> TensorShapes:
     """The size of each weight in a folder."""
-    return {str(at[1]): tuple(e.size) for at, e in sharded.entries(path) if at[0] == "state_dict"}
+    return {
+        str(tensor_path[1]): tuple(e.size)
+        for tensor_path, e in sharded.iter_tensor_entries(path)
+        if tensor_path[0] == "state_dict"
+    }
 
 
-def apart(ours: Sizes, theirs: Sizes, strict: bool) -> str:
+def shape_mismatches(
+    module_shapes: TensorShapes, checkpoint_shapes: TensorShapes, strict: bool
+) -> str:
     """In what the weights of a checkpoint differ from a net's; empty if they fit.
 
     Args:
-        ours: those of the whole net, the same on every rank, so that all refuse or none
-        theirs: the checkpoint's
+        module_shapes: those of the whole net, the same on every rank, so that all refuse or none
+        checkpoint_shapes: the checkpoint's
         strict: whether one may not have what the other has not
     """
-    wrong = [
-        f"{name} is {ours[name]} here and {theirs[name]} there"
-        for name in ours.keys() & theirs.keys()
-        if ours[name] != theirs[name]
+    mismatches = [
+        f"{name} is {module_shapes[name]} here and {checkpoint_shapes[name]} there"
+        for name in module_shapes.keys() & checkpoint_shapes.keys()
+        if module_shapes[name] != checkpoint_shapes[name]
     ]
     if strict:
-        wrong += [f"{name} is only here" for name in ours.keys() - theirs.keys()]
-        wrong += [f"{name} is only there" for name in theirs.keys() - ours.keys()]
-    more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-    return "; ".join(sorted(wrong)[:SHOWN] + more)
+        mismatches += [
+            f"{name} is only here" for name in module_shapes.keys() - checkpoint_shapes.keys()
+        ]
+        mismatches += [
+            f"{name} is only there" for name in checkpoint_shapes.keys() - module_shapes.keys()
+        ]
+    rest_text = [f"and {len(mismatches) - MAX_SHOWN} more"] if len(mismatches) > MAX_SHOWN else []
+    return "; ".join(sorted(mismatches)[:MAX_SHOWN] + rest_text)
 
 
-def refuse_others(module: nn.Module, ours: Sizes, theirs: Sizes) -> None:
+def check_shapes(
+    module: nn.Module, module_shapes: TensorShapes, checkpoint_shapes: TensorShapes
+) -> None:
     """Refuse weights of another architecture before one of them is set."""
-    if wrong := apart(ours, theirs, module.strict_loading):  # type: ignore[arg-type]
+    if mismatches := shape_mismatches(module_shapes, checkpoint_shapes, module.strict_loading):  # type: ignore[arg-type]
         raise CheckpointError(
-            f"the checkpoint's weights do not fit this {type(module).__name__}: {wrong}; build the"
+            f"the checkpoint's weights do not fit this {type(module).__name__}: {mismatches}; "
+            "build the"
             " model as the run did, or choose another checkpoint"
         )
 
 
-def refuse_other_kinds(
-    module: nn.Module, ours: Mapping[str, Any], theirs: Mapping[str, Any]
+def check_dtype_kinds(
+    module: nn.Module, module_values: Mapping[str, Any], checkpoint_values: Mapping[str, Any]
 ) -> None:
     """Refuse whole or complex numbers for real ones, which would be cast without a word."""
-    if wrong := kind_mismatches(ours, theirs):
+    if mismatches := dtype_kind_mismatches(module_values, checkpoint_values):
         raise CheckpointError(
-            f"the checkpoint's weights are no weights of this {type(module).__name__}: {wrong};"
+            f"the checkpoint's weights are no weights of this {type(module).__name__}: "
+            f"{mismatches};"
             " choose another checkpoint"
         )
 
 
-def _refuse_too_few(optimizers: list[Optimizer], saved: list[Any]) -> None:
+def _check_optimizer_count(optimizers: list[Optimizer], saved: list[Any]) -> None:
     if len(optimizers) != len(saved):
         raise CheckpointError(
             f"the checkpoint has the states of {len(saved)} optimizers, and there are"
@@ -304,39 +362,43 @@ def _refuse_too_few(optimizers: list[Optimizer], saved: list[Any]) -> None:
 def _load_optimizer(
     optimizer: Optimizer,
     saved: dict[str, Any],
-    owned: Owned,
-    place: dict[Tensor, int] | None,
-    whole: Owned,
-    mapped: bool = False,
+    is_owned: TensorPredicate,
+    indices: dict[Tensor, int] | None,
+    is_unsharded: TensorPredicate,
+    is_mapped: bool = False,
 ) -> None:
     """Load state tensors; those shaped like their parameter are spread like it.
 
-    Groups keep their order from layout to layout; a stage has some of each, found by its `place`.
-    Tensors of a `mapped` file are copied: they must not outlive the loading.
+    Groups keep their order from layout to layout; a stage has some of each, found by its `indices`.
+    Tensors of a `is_mapped` file are copied: they must not outlive the loading.
     """
     groups = [group["params"] for group in optimizer.param_groups]
-    theirs = [group["params"] for group in saved["param_groups"]]
-    if len(groups) != len(theirs):
+    saved_groups = [group["params"] for group in saved["param_groups"]]
+    if len(groups) != len(saved_groups):
         raise CheckpointError(
-            f"the checkpoint's optimizer has {len(theirs)} groups of parameters and this one"
+            f"the checkpoint's optimizer has {len(saved_groups)} groups of parameters and this one"
             f" {len(groups)}: build it as the run did, or begin anew without --ckpt_path"
         )
-    parameters = [p for ours in groups for p in ours]
-    ids = [i for there in theirs for i in there]
-    if place is not None:
-        ids = [place[p] for p in parameters]
+    parameters = [p for group_params in groups for p in group_params]
+    ids = [i for saved_group in saved_groups for i in saved_group]
+    if indices is not None:
+        ids = [indices[p] for p in parameters]
 
-    def spread(parameter: Tensor, value: Any) -> Any:
+    def distribute(parameter: Tensor, value: Any) -> Any:
         if isinstance(value, DTensor):
             return value
         if not isinstance(value, Tensor):
-            return _copied(value) if mapped else value
-        if value.shape != parameter.shape or not isinstance(parameter, DTensor) or whole(parameter):
-            return value.clone() if mapped else value
-        part = local_part(value, parameter)
-        part = part.clone() if part.device == parameter.device else part.to(parameter.device)
+            return _clone_tensors(value) if is_mapped else value
+        if (
+            value.shape != parameter.shape
+            or not isinstance(parameter, DTensor)
+            or is_unsharded(parameter)
+        ):
+            return value.clone() if is_mapped else value
+        shard = local_shard(value, parameter)
+        shard = shard.clone() if shard.device == parameter.device else shard.to(parameter.device)
         return DTensor.from_local(
-            part.contiguous(),
+            shard.contiguous(),
             parameter.device_mesh,
             parameter.placements,
             run_check=False,
@@ -344,22 +406,24 @@ def _load_optimizer(
             stride=parameter.stride(),
         )
 
-    numbered = dict(zip(parameters, ids, strict=True))
+    index_by_param = dict(zip(parameters, ids, strict=True))
     state = {
-        i: {key: spread(p, value) for key, value in saved["state"].get(i, {}).items()}
-        for p, i in numbered.items()
-        if owned(p)
+        i: {key: distribute(p, value) for key, value in saved["state"].get(i, {}).items()}
+        for p, i in index_by_param.items()
+        if is_owned(p)
     }
     state = {i: values for i, values in state.items() if values}
     settings = [
-        {**there, "params": [numbered[p] for p in ours]}
-        for ours, there in zip(groups, saved["param_groups"], strict=True)
+        {**saved_group, "params": [index_by_param[p] for p in group_params]}
+        for group_params, saved_group in zip(groups, saved["param_groups"], strict=True)
     ]
-    further = {key: value for key, value in saved.items() if key not in ("state", "param_groups")}
-    if mapped:
-        further = _copied(further)
-    optimizer.load_state_dict({**further, "param_groups": settings, "state": state})
+    extra_state = {
+        key: value for key, value in saved.items() if key not in ("state", "param_groups")
+    }
+    if is_mapped:
+        extra_state = _clone_tensors(extra_state)
+    optimizer.load_state_dict({**extra_state, "param_groups": settings, "state": state})
 
 
-def _copied(tree: Any) -> Any:
+def _clone_tensors(tree: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, tree)

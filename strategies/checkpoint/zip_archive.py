@@ -14,10 +14,10 @@ from collections.abc import Collection
 from typing import IO, Any
 
 from . import safe_pickle as plain_pickle
-from .safe_pickle import Name, Record, UnsafePickle
+from .safe_pickle import CallRecord, GlobalName, UnsafePickle
 
-MAX_EXPANDED = 2**28  # bytes of tensors beyond 4 x the file: tensors may share one storage
-ITEM_SIZES = {
+MAX_EXTRA_BYTES = 2**28  # bytes of tensors beyond 4 x the file: tensors may share one storage
+STORAGE_ITEM_SIZES = {
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
     **dict.fromkeys(("FloatStorage", "IntStorage", "QInt32Storage"), 4),
     **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
@@ -25,19 +25,24 @@ ITEM_SIZES = {
     **dict.fromkeys(("QInt8Storage", "QUInt8Storage", "QUInt4x2Storage", "QUInt2x4Storage"), 1),
     "ComplexDoubleStorage": 16,
 }
-TENSORS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")
+TENSOR_BUILDERS = (
+    "_rebuild_tensor",
+    "_rebuild_tensor_v2",
+    "_rebuild_tensor_v3",
+    "_rebuild_qtensor",
+)
 
 
-class DamagedArchive(ValueError):
+class DamagedArchiveError(ValueError):
     """An archive that torch would not have written."""
 
 
-class Window(io.RawIOBase):
+class FileWindow(io.RawIOBase):
     """A part of an open file as a read-only file."""
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         """Take `length` bytes from `start` on."""
-        self.file, self.start, self.length, self.place = file, start, length, 0
+        self.file, self.start, self.length, self.position = file, start, length, 0
 
     def readable(self) -> bool:
         """Always true."""
@@ -49,23 +54,23 @@ class Window(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move within the part."""
-        self.place = max(0, (0, self.place, self.length)[whence] + offset)
-        return self.place
+        self.position = max(0, (0, self.position, self.length)[whence] + offset)
+        return self.position
 
     def tell(self) -> int:
         """Position within the part."""
-        return self.place
+        return self.position
 
     def readinto(self, buffer: Any) -> int:
         """Read at most up to the end of the part."""
-        count = max(0, min(len(buffer), self.length - self.place))
-        self.file.seek(self.start + self.place)
+        count = max(0, min(len(buffer), self.length - self.position))
+        self.file.seek(self.start + self.position)
         count = self.file.readinto(memoryview(buffer).cast("B")[:count])  # type: ignore
-        self.place += count
+        self.position += count
         return count
 
 
-def check_contents(archive: zipfile.ZipFile, size: int) -> None:
+def validate_zip_entries(archive: zipfile.ZipFile, size: int) -> None:
     """Refuse records that are compressed or overlap, and names that torch may confuse.
 
     Args:
@@ -75,36 +80,38 @@ def check_contents(archive: zipfile.ZipFile, size: int) -> None:
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
     if any(e.compress_type != zipfile.ZIP_STORED or e.flag_bits & 1 for e in entries):
-        raise DamagedArchive("its records are compressed or encrypted, and torch.save's are not")
+        raise DamagedArchiveError(
+            "its records are compressed or encrypted, and torch.save's are not"
+        )
     if any(e.compress_size != e.file_size for e in entries):
-        raise DamagedArchive("its table of contents was changed")
+        raise DamagedArchiveError("its table of contents was changed")
     if sum(entry.file_size for entry in entries) > size:
-        raise DamagedArchive("its records overlap")
+        raise DamagedArchiveError("its records overlap")
     if len({name.lower() for name in names}) != len(names):  # torch ignores upper and lower case
-        raise DamagedArchive("two of its records have one name")
+        raise DamagedArchiveError("two of its records have one name")
     if len({name.partition("/")[0] for name in names}) != 1:
-        raise DamagedArchive("its records are of more than one archive")
+        raise DamagedArchiveError("its records are of more than one archive")
 
 
-def tensors(file: IO[bytes]) -> tuple[dict[str, int], int]:
+def tensor_record_sizes(file: IO[bytes]) -> tuple[dict[str, int], int]:
     """The bytes of each record of tensor data, and a checksum of the table of contents.
 
     The table has the checksum of each record, so files with equal tables are equal.
     """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        others_ = set(others(archive))
+        non_tensor_names = set(non_tensor_records(archive))
     table = repr([(e.filename, e.header_offset, e.file_size, e.CRC) for e in entries])
-    sizes = {e.filename: e.file_size for e in entries if e.filename not in others_}
+    sizes = {e.filename: e.file_size for e in entries if e.filename not in non_tensor_names}
     return sizes, zlib.crc32(table.encode())
 
 
-def others(archive: zipfile.ZipFile) -> list[str]:
+def non_tensor_records(archive: zipfile.ZipFile) -> list[str]:
     """The records that hold no tensor data: the pickle, and a few short ones."""
     return [name for name in archive.namelist() if name.split("/")[1:2] != ["data"]]
 
 
-def broken(archive: zipfile.ZipFile, names: Collection[str]) -> str | None:
+def find_corrupt_record(archive: zipfile.ZipFile, names: Collection[str]) -> str | None:
     """The first record of these names that does not match its checksum; each is read once."""
     for name in names:
         try:
@@ -118,20 +125,20 @@ def broken(archive: zipfile.ZipFile, names: Collection[str]) -> str | None:
     return None
 
 
-def first_record(archive: zipfile.ZipFile, file: "Window") -> "Window":
+def open_tensor_record(archive: zipfile.ZipFile, file: "FileWindow") -> "FileWindow":
     """The data of the only tensor of an archive, as a file."""
     (entry,) = [e for e in archive.infolist() if e.filename.split("/")[1:2] == ["data"]]
     file.seek(entry.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise DamagedArchive("a record has no header")
+        raise DamagedArchiveError("a record has no header")
     start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
     if start + entry.file_size > file.length:
-        raise DamagedArchive("a record reaches beyond its part")
-    return Window(file.file, file.start + start, entry.file_size)
+        raise DamagedArchiveError("a record reaches beyond its part")
+    return FileWindow(file.file, file.start + start, entry.file_size)
 
 
-def check_pickle(archive: zipfile.ZipFile, size: int) -> None:
+def validate_pickled_tensors(archive: zipfile.ZipFile, size: int) -> None:
     """Compare the tensors of the pickle with the records of the archive.
 
     Raises:
@@ -139,57 +146,60 @@ def check_pickle(archive: zipfile.ZipFile, size: int) -> None:
         DamagedArchive: if a tensor reaches beyond its record.
     """
     lengths = {entry.filename: entry.file_size for entry in archive.infolist()}
-    (name,) = [each for each in lengths if each.partition("/")[2] == "data.pkl"]
+    (name,) = [item for item in lengths if item.partition("/")[2] == "data.pkl"]
     folder = name.removesuffix("data.pkl") + "data/"
     content = archive.read(name)
-    checked: list[Record] = []
+    records: list[CallRecord] = []
 
-    def storage(pid: Any) -> Any:
+    def resolve_storage(pid: Any) -> Any:
         match pid:
-            case ("storage", Name() as kind, str() as key, str(), int() as count):
-                width = ITEM_SIZES.get(kind.name)
+            case ("storage", GlobalName() as kind, str() as key, str(), int() as count):
+                width = STORAGE_ITEM_SIZES.get(kind.name)
             case _:
                 raise UnsafePickle("it refers to what is no storage")
-        there = lengths.get(folder + key)
-        if width is None or there is None or not 0 <= count * width <= there:
-            raise DamagedArchive(f"storage {key[:20]!r} is larger than its record, or not there")
-        return Record(kind, (count,))
+        record_bytes = lengths.get(folder + key)
+        if width is None or record_bytes is None or not 0 <= count * width <= record_bytes:
+            raise DamagedArchiveError(
+                f"storage {key[:20]!r} is larger than its record, or not there"
+            )
+        return CallRecord(kind, (count,))
 
-    tree = plain_pickle.load(content, lambda _: True, storage)
+    tree = plain_pickle.load_plain(content, lambda _: True, resolve_storage)
     total = 0
-    todo, seen = [tree], set()
+    todo, visited = [tree], set()
     while todo:
-        each = todo.pop()
-        if id(each) in seen:
+        item = todo.pop()
+        if id(item) in visited:
             continue
-        seen.add(id(each))
-        if isinstance(each, Record):
-            checked.append(each)
-            if each.name.name in TENSORS:
-                total += _bytes(each.arguments)
-            todo += [each.arguments, each.state, each.items]
-        elif isinstance(each, dict):
-            todo += each.values()
-        elif isinstance(each, list | tuple | set):
-            todo += each
-    if total > 4 * size + MAX_EXPANDED:
-        raise DamagedArchive("its tensors are larger than the file")
+        visited.add(id(item))
+        if isinstance(item, CallRecord):
+            records.append(item)
+            if item.name.name in TENSOR_BUILDERS:
+                total += _tensor_bytes(item.arguments)
+            todo += [item.arguments, item.state, item.items]
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, list | tuple | set):
+            todo += item
+    if total > 4 * size + MAX_EXTRA_BYTES:
+        raise DamagedArchiveError("its tensors are larger than the file")
 
 
-def _bytes(arguments: tuple[Any, ...]) -> int:
+def _tensor_bytes(arguments: tuple[Any, ...]) -> int:
     """Bytes of a tensor's elements, which may be more than those of its storage."""
     match arguments:
-        case (Record(arguments=(count,)) as storage, int() as offset, tuple() | Record() as size,
+        case (CallRecord(arguments=(count,)) as storage, int() as offset,
+              tuple() | CallRecord() as size,
               tuple() as stride, *_):  # fmt: skip
-            size = size.arguments[0] if isinstance(size, Record) else size
+            size = size.arguments[0] if isinstance(size, CallRecord) else size
         case _:
-            raise DamagedArchive("a tensor has no storage")
+            raise DamagedArchiveError("a tensor has no storage")
     numbers = [*size, *stride, offset]
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise DamagedArchive("a tensor's shape is no shape")
-    width = ITEM_SIZES[storage.name.name]
+        raise DamagedArchiveError("a tensor's shape is no shape")
+    width = STORAGE_ITEM_SIZES[storage.name.name]
     if storage.name.name != "UntypedStorage" and math.prod(size):
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if last >= count:
-            raise DamagedArchive("a tensor reaches beyond its storage")
+            raise DamagedArchiveError("a tensor reaches beyond its storage")
     return math.prod(size) * width

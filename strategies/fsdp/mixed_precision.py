@@ -7,9 +7,9 @@ weight from the forward to the backward pass. With torch's MixedPrecisionPolicy 
 itself has half precision and is freed with the unit, and a gather sends half the bytes.
 
 Some parameters stay in fp32, because autocast does not cast them in one process either: the weights
-of norms, of routers (a module names such children in `full_precision`) and of recurrent layers,
-vectors and scalars that no matrix product uses, complex and double-precision parameters. They are
-left out of the units: every rank has them whole. Embeddings are looked up in fp32.
+of norms, of routers (a module names such children in `full_precision_params`) and of recurrent
+layers, vectors and scalars that no matrix product uses, complex and double-precision parameters.
+They are left out of the units: every rank has them whole. Embeddings are looked up in fp32.
 """
 
 from collections.abc import Iterator
@@ -23,35 +23,35 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of Lightning's precisions
-PRODUCTS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Embedding, _ConvNd)
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
-RECURRENT = (nn.RNNBase, nn.RNNCellBase)  # their kernels need all weights in one dtype
+HALF_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of Lightning's precisions
+MATMUL_LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Embedding, _ConvNd)
+NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+RECURRENT_LAYERS = (nn.RNNBase, nn.RNNCellBase)  # their kernels need all weights in one dtype
 
 
-def half_of(precision: Any) -> torch.dtype | None:
+def half_precision_dtype(precision: Any) -> torch.dtype | None:
     """The dtype of a Lightning precision plugin's matrix products; None if they are not lowered."""
-    return HALF.get(str(getattr(precision, "precision", "")))
+    return HALF_DTYPES.get(str(getattr(precision, "precision", "")))
 
 
-def unit_policy(half: torch.dtype | None) -> MixedPrecisionPolicy:
+def build_mp_policy(half_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
     """torch's policy of a unit. Inputs stay as they are: autocast casts those of each product."""
-    if half is None:
+    if half_dtype is None:
         return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+    return MixedPrecisionPolicy(half_dtype, torch.float32, cast_forward_inputs=False)
 
 
-def full_precision(module: nn.Module) -> Iterator[nn.Parameter]:
+def full_precision_params(module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of `module` that stay in fp32 under mixed precision."""
-    kept = set()
+    kept_modules = set()
     for owner in module.modules():
         for name in getattr(owner, "full_precision", ()):
-            kept |= set(owner.get_submodule(name).modules())
+            kept_modules |= set(owner.get_submodule(name).modules())
     for owner in module.modules():
-        whole = owner in kept or isinstance(owner, (*NORMS, *RECURRENT))
+        is_kept = owner in kept_modules or isinstance(owner, (*NORM_LAYERS, *RECURRENT_LAYERS))
         for parameter in owner.parameters(recurse=False):
-            vector = parameter.ndim < 2 and not isinstance(owner, PRODUCTS)
-            if whole or vector or parameter.dtype != torch.float32:
+            is_vector = parameter.ndim < 2 and not isinstance(owner, MATMUL_LAYERS)
+            if is_kept or is_vector or parameter.dtype != torch.float32:
                 yield parameter
 
 
@@ -62,39 +62,41 @@ class UnitAutocast:
     averaged weights, user code) would otherwise mix dtypes.
     """
 
-    def __init__(self, unit: nn.Module, device: torch.device, half: torch.dtype) -> None:
+    def __init__(self, unit: nn.Module, device: torch.device, half_dtype: torch.dtype) -> None:
         """Register them; those of the unit's own gathering must come later."""
-        self.device, self.half = device.type, half
-        self.entered: list[torch.autocast | None] = []  # one for each call that is running
-        unit.register_forward_pre_hook(cast(Any, torch.compiler.disable(self.enter)))
-        leave = cast(Any, torch.compiler.disable(self.leave))
-        unit.register_forward_hook(leave, always_call=True)
+        self.device_type, self.half_dtype = device.type, half_dtype
+        self.active_contexts: list[torch.autocast | None] = []  # one for each call that is running
+        unit.register_forward_pre_hook(cast(Any, torch.compiler.disable(self.enter_autocast)))
+        exit_hook = cast(Any, torch.compiler.disable(self.exit_autocast))
+        unit.register_forward_hook(exit_hook, always_call=True)
 
-    def enter(self, module: nn.Module, inputs: Any) -> None:
+    def enter_autocast(self, module: nn.Module, inputs: Any) -> None:
         """Start autocast, unless it is on."""
         context = None
-        if not torch.is_autocast_enabled(self.device):
-            context = torch.autocast(self.device, self.half, cache_enabled=False)
+        if not torch.is_autocast_enabled(self.device_type):
+            context = torch.autocast(self.device_type, self.half_dtype, cache_enabled=False)
             context.__enter__()
-        self.entered.append(context)
+        self.active_contexts.append(context)
 
-    def leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def exit_autocast(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         """End it."""
-        if self.entered and (context := self.entered.pop()) is not None:
+        if self.active_contexts and (context := self.active_contexts.pop()) is not None:
             context.__exit__(None, None, None)
 
 
-def look_up_in_fp32(module: nn.Module) -> None:
+def keep_embeddings_in_fp32(module: nn.Module) -> None:
     """Let embeddings give fp32 rows, as under autocast in one process.
 
     The gradient of a row is a sum over its tokens: in half precision the small terms are lost.
     """
     for layer in module.modules():
-        plain = type(layer).forward is nn.Embedding.forward and "forward" not in layer.__dict__
-        if plain and cast(nn.Embedding, layer).max_norm is None:
-            layer.forward = MethodType(_look_up, layer)
+        is_plain_embedding = (
+            type(layer).forward is nn.Embedding.forward and "forward" not in layer.__dict__
+        )
+        if is_plain_embedding and cast(nn.Embedding, layer).max_norm is None:
+            layer.forward = MethodType(_embedding_forward_fp32, layer)
 
 
-def _look_up(self: nn.Embedding, input: Tensor) -> Tensor:
+def _embedding_forward_fp32(self: nn.Embedding, input: Tensor) -> Tensor:
     options = (self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
     return F.embedding(input, self.weight.float(), *options)

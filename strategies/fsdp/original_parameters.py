@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 
-DEPTH = 3  # of lists and dicts within each other
+MAX_CONTAINER_DEPTH = 3  # of lists and dicts within each other
 
 
 class OriginalParameters:
@@ -30,20 +30,20 @@ class OriginalParameters:
     def __init__(self, module: nn.Module) -> None:
         """Remember the name of each parameter by its id."""
         self.module = module
-        self._name: dict[int, str] = {}
-        self._original: dict[int, weakref.ref[Tensor]] = {}
-        self.hooks: dict[str, Any] = {}  # of Tensor.register_hook
-        self.attributes: dict[str, dict[str, Any]] = {}  # set by the module's code
-        self._alias: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._names_by_id: dict[int, str] = {}
+        self._refs_by_id: dict[int, weakref.ref[Tensor]] = {}
+        self.hooks_by_name: dict[str, Any] = {}  # of Tensor.register_hook
+        self.attributes_by_name: dict[str, dict[str, Any]] = {}  # set by the module's code
+        self._aliases_by_id: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         for name, parameter in module.named_parameters():
             if isinstance(parameter, DTensor):  # of a fit before this one: nothing replaces it
                 continue
-            self._name[id(parameter)] = name
-            self._original[id(parameter)] = weakref.ref(parameter)
+            self._names_by_id[id(parameter)] = name
+            self._refs_by_id[id(parameter)] = weakref.ref(parameter)
             if parameter._backward_hooks:
-                self.hooks[name] = parameter._backward_hooks
+                self.hooks_by_name[name] = parameter._backward_hooks
             if vars(parameter):
-                self.attributes[name] = dict(vars(parameter))
+                self.attributes_by_name[name] = dict(vars(parameter))
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
                 raise UsageError(
                     f"{type(module).__name__}: {name} has a hook of "
@@ -51,75 +51,80 @@ class OriginalParameters:
                     "accumulated in gathered copies; allowed: Tensor.register_hook, "
                     "on_after_backward; type --trainer.strategy ddp"
                 )
-        self._now: dict[str, Tensor] = {}
-        for place, tensor, name in views_of_parameters(module):
+        self._sharded_params: dict[str, Tensor] = {}
+        for alias_path, tensor, name in find_param_views(module):
             parameter = dict(module.named_parameters())[name]
             if tensor.shape != parameter.shape or tensor.stride() != parameter.stride():
                 raise UsageError(
-                    f"{type(module).__name__}: {place} is a view of the parameter {name}, which "
+                    f"{type(module).__name__}: {alias_path} is a view of the parameter {name}, "
+                    "which "
                     "sharding replaces; allowed: a view that is taken when it is used; type "
                     f"{name} there, or --trainer.strategy ddp"
                 )
-            self._alias[id(tensor)] = weakref.ref(tensor), name
+            self._aliases_by_id[id(tensor)] = weakref.ref(tensor), name
 
-    def replacement(self, tensor: Any) -> Tensor | None:
+    def find_replacement(self, tensor: Any) -> Tensor | None:
         """The sharded parameter for one from before sharding; None for any other object."""
-        alias, name = self._alias.get(id(tensor), (None, ""))
+        alias, name = self._aliases_by_id.get(id(tensor), (None, ""))
         if alias is not None and alias() is tensor:
-            from .sharded_parameter import marked  # it imports what imports this file
+            from .sharded_parameter import as_sharded_parameter  # it imports what imports this file
 
-            return marked(self._now[name].detach())
-        known = self._original.get(id(tensor))
-        if known is None or known() is not tensor:
+            return as_sharded_parameter(self._sharded_params[name].detach())
+        original_ref = self._refs_by_id.get(id(tensor))
+        if original_ref is None or original_ref() is not tensor:
             return None
-        now = self._now.get(self._name[id(tensor)])
-        return None if now is tensor else now
+        sharded = self._sharded_params.get(self._names_by_id[id(tensor)])
+        return None if sharded is tensor else sharded
 
     def update_references(self) -> None:
         """Put sharded parameters into attributes, lists and dicts of the modules."""
-        self._now = dict(self.module.named_parameters())
-        for parameter in self._now.values():  # torch moves no tensor that has a weak reference
-            if self._name.pop(id(parameter), None) is not None:
-                del self._original[id(parameter)]
+        self._sharded_params = dict(self.module.named_parameters())
+        for (
+            parameter
+        ) in self._sharded_params.values():  # torch moves no tensor that has a weak reference
+            if self._names_by_id.pop(id(parameter), None) is not None:
+                del self._refs_by_id[id(parameter)]
         for module in self.module.modules():
             for name, value in list(vars(module).items()):
                 if name in ("_parameters", "_modules", "_buffers") or isinstance(value, nn.Module):
                     continue
                 if isinstance(value, Tensor):
-                    if (now := self.replacement(value)) is not None:
-                        vars(module)[name] = now
+                    if (sharded := self.find_replacement(value)) is not None:
+                        vars(module)[name] = sharded
                 elif isinstance(value, list | tuple | dict):
-                    vars(module)[name] = self._updated(value, DEPTH)
+                    vars(module)[name] = self._replace_in_container(value, MAX_CONTAINER_DEPTH)
 
     def copy_attributes(self) -> None:
         """Set on sharded parameters what the module's code has set on those from before."""
-        now = dict(self.module.named_parameters()) if self.attributes else {}
-        for name, attributes in self.attributes.items():
-            if name in now:  # a stage of a pipeline has some of them
-                vars(now[name]).update(attributes)
+        sharded_params = dict(self.module.named_parameters()) if self.attributes_by_name else {}
+        for name, attributes in self.attributes_by_name.items():
+            if name in sharded_params:  # a stage of a pipeline has some of them
+                vars(sharded_params[name]).update(attributes)
 
-    def kept_optimizers(self) -> Iterator[Optimizer]:
+    def find_module_optimizers(self) -> Iterator[Optimizer]:
         """Optimizers of the module's parameters that it keeps; Lightning need not know them."""
-        for part in self.module.modules():
-            for value in vars(part).values():
-                for optimizer in _optimizers(value, DEPTH):
-                    kept = [p for group in optimizer.param_groups for p in group["params"]]
-                    if any(self.replacement(p) is not None for p in kept):
+        for submodule in self.module.modules():
+            for value in vars(submodule).values():
+                for optimizer in _iter_optimizers(value, MAX_CONTAINER_DEPTH):
+                    optimizer_params = [
+                        p for group in optimizer.param_groups for p in group["params"]
+                    ]
+                    if any(self.find_replacement(p) is not None for p in optimizer_params):
                         yield optimizer
 
-    def _updated(self, value: Any, depth: int) -> Any:
+    def _replace_in_container(self, value: Any, depth: int) -> Any:
         if depth == 0:
             return value
         pairs = list(value.items() if isinstance(value, dict) else enumerate(value))
         changed = {}
-        for key, each in pairs:
-            if isinstance(each, Tensor):
-                now = self.replacement(each)
-                if now is not None:
-                    changed[key] = now
-            elif type(each) in (list, tuple, dict):
-                new = self._updated(each, depth - 1)
-                if new is not each:
+        for key, item in pairs:
+            if isinstance(item, Tensor):
+                sharded = self.find_replacement(item)
+                if sharded is not None:
+                    changed[key] = sharded
+            elif type(item) in (list, tuple, dict):
+                new = self._replace_in_container(item, depth - 1)
+                if new is not item:
                     changed[key] = new
         if not changed:
             return value
@@ -127,9 +132,9 @@ class OriginalParameters:
             for key, new in changed.items():
                 value[key] = new
             return value
-        rebuilt = [changed.get(key, each) for key, each in pairs]
-        made = getattr(value, "_make", type(value))  # of a NamedTuple
-        return made(rebuilt)
+        rebuilt = [changed.get(key, item) for key, item in pairs]
+        build = getattr(value, "_make", type(value))  # of a NamedTuple
+        return build(rebuilt)
 
     def update_optimizer(self, optimizer: Optimizer) -> None:
         """Give an optimizer the sharded parameters in the place of those it was built with.
@@ -137,103 +142,107 @@ class OriginalParameters:
         Raises:
             ValueError: it has a tensor that is no parameter of the module.
         """
-        self._now = dict(self.module.named_parameters())
-        own = {id(p) for p in self._now.values()}
-        for each in nested_optimizers(optimizer):
-            for group in each.param_groups:
-                if all(id(p) in own for p in group["params"]):
+        self._sharded_params = dict(self.module.named_parameters())
+        param_ids = {id(p) for p in self._sharded_params.values()}
+        for nested in iter_nested_optimizers(optimizer):
+            for group in nested.param_groups:
+                if all(id(p) in param_ids for p in group["params"]):
                     continue
-                group["params"] = [self._of_module(optimizer, p, own) for p in group["params"]]
-            self._move_state(each)
+                group["params"] = [
+                    self._require_module_param(optimizer, p, param_ids) for p in group["params"]
+                ]
+            self._move_state(nested)
 
-    def _of_module(self, optimizer: Optimizer, tensor: Tensor, own: set[int]) -> Tensor:
-        now = tensor if id(tensor) in own else self.replacement(tensor)
-        if now is None:
+    def _require_module_param(
+        self, optimizer: Optimizer, tensor: Tensor, param_ids: set[int]
+    ) -> Tensor:
+        sharded = tensor if id(tensor) in param_ids else self.find_replacement(tensor)
+        if sharded is None:
             raise UsageError(
                 f"{type(optimizer).__name__} has a tensor of shape {tuple(tensor.shape)} that is no"
                 f" parameter of {type(self.module).__name__}, so that ranks would not share it; "
                 "allowed: parameters of the module, in the optimizers of configure_optimizers; "
                 "register it as an nn.Parameter of the module"
             )
-        return now
+        return sharded
 
     def _move_state(self, optimizer: Optimizer) -> None:
         """State that the constructor made (torch's Adagrad): shard it like its parameter."""
         state = optimizer.state
         for old in [key for key in state if isinstance(key, Tensor)]:
-            now = self.replacement(old)
-            if now is None:
+            sharded = self.find_replacement(old)
+            if sharded is None:
                 continue
             values = state.pop(old)
             for key, value in values.items():
-                if isinstance(value, Tensor) and value.shape == now.shape:
-                    values[key] = shard_like(value, now)
-            state[now] = values
+                if isinstance(value, Tensor) and value.shape == sharded.shape:
+                    values[key] = distribute_like(value, sharded)
+            state[sharded] = values
 
 
-def views_of_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+def find_param_views(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     """Buffers and attributes that have memory in common with a parameter, and its name."""
-    owners = [(name, p) for name, p in module.named_parameters() if _extent(p)]
-    places = {p.untyped_storage().data_ptr() for _, p in owners}
-    for prefix, part in module.named_modules():
-        own = {id(p) for p in part._parameters.values()}
-        values = {**vars(part), **part._buffers}
+    named_params = [(name, p) for name, p in module.named_parameters() if _memory_extent(p)]
+    storage_addresses = {p.untyped_storage().data_ptr() for _, p in named_params}
+    for prefix, submodule in module.named_modules():
+        own_param_ids = {id(p) for p in submodule._parameters.values()}
+        values = {**vars(submodule), **submodule._buffers}
         for key, value in values.items():
             if key in ("_parameters", "_modules", "_buffers") or isinstance(value, nn.Module):
                 continue
-            for tensor in _tensors(value, DEPTH):
-                extent = None if id(tensor) in own else _extent(tensor)
-                if extent is None or tensor.untyped_storage().data_ptr() not in places:
+            for tensor in _iter_tensors(value, MAX_CONTAINER_DEPTH):
+                extent = None if id(tensor) in own_param_ids else _memory_extent(tensor)
+                if extent is None or tensor.untyped_storage().data_ptr() not in storage_addresses:
                     continue
-                for name, p in owners:
-                    if tensor is not p and overlap(extent, _extent(p)):
+                for name, p in named_params:
+                    if tensor is not p and extents_overlap(extent, _memory_extent(p)):
                         yield f"{prefix}.{key}".lstrip("."), tensor, name
 
 
-def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
+def _iter_tensors(value: Any, depth: int) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if type(value) is not nn.Parameter:
             yield value
     elif depth and type(value) in (list, tuple, dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each, depth - 1)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _iter_tensors(item, depth - 1)
 
 
-def _optimizers(value: Any, depth: int) -> Iterator[Optimizer]:
+def _iter_optimizers(value: Any, depth: int) -> Iterator[Optimizer]:
     if isinstance(value, Optimizer):
         yield value
     elif depth and type(value) in (list, tuple, dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _optimizers(each, depth - 1)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _iter_optimizers(item, depth - 1)
 
 
-def refuse_common_memory(module: nn.Module) -> None:
+def check_no_shared_memory(module: nn.Module) -> None:
     """Refuse parameters that are views of one tensor: ranks would step them apart.
 
     Raises:
         ValueError: names two of them.
     """
-    found: dict[int, list[tuple[str, tuple[int, int, int]]]] = {}
+    extents_by_address: dict[int, list[tuple[str, tuple[int, int, int]]]] = {}
     for name, parameter in module.named_parameters():
-        extent = _extent(parameter)
+        extent = _memory_extent(parameter)
         if extent is None:
             continue
-        others = found.setdefault(extent[0], [])
-        for other, known in others:
-            if overlap(extent, known):
+        same_storage = extents_by_address.setdefault(extent[0], [])
+        for other, known_extent in same_storage:
+            if extents_overlap(extent, known_extent):
                 raise UsageError(
                     f"{type(module).__name__}: {other} and {name} are two parameters in the same "
                     "memory, and ranks would step them apart; allowed: one parameter with two "
                     f"names ({name.rpartition('.')[0] or 'self'}.{name.rpartition('.')[2]} = the "
                     "other parameter); or type --trainer.strategy ddp"
                 )
-        others.append((name, extent))
+        same_storage.append((name, extent))
 
 
-Extent = tuple[int, int, int]  # address of the memory, first and last byte
+MemoryExtent = tuple[int, int, int]  # address of the memory, first and last byte
 
 
-def _extent(tensor: Tensor) -> Extent | None:
+def _memory_extent(tensor: Tensor) -> MemoryExtent | None:
     """Which memory a plain tensor uses; None for others, and for tensors without memory."""
     if isinstance(tensor, DTensor) or tensor.is_meta or tensor.layout != torch.strided:
         return None
@@ -244,14 +253,14 @@ def _extent(tensor: Tensor) -> Extent | None:
     return tensor.untyped_storage().data_ptr(), int(start * size), int((start + last) * size)
 
 
-def overlap(one: Extent | None, other: Extent | None) -> bool:
+def extents_overlap(one: MemoryExtent | None, other: MemoryExtent | None) -> bool:
     """Whether two tensors have bytes in common; columns of one matrix count as such."""
     if one is None or other is None or one[0] != other[0]:
         return False
     return one[1] <= other[2] and other[1] <= one[2]
 
 
-def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
+def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, the same on all ranks, sharded as a parameter is."""
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
@@ -260,16 +269,16 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
         return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
-def nested_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
+def iter_nested_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
     """An optimizer, and those that it keeps in attributes: members, or a wrapped one."""
     seen: dict[int, Optimizer] = {}
     waiting: list[Any] = [optimizer]
     while waiting:
-        each = waiting.pop()
-        if id(each) in seen:
+        current = waiting.pop()
+        if id(current) in seen:
             continue
-        seen[id(each)] = each
-        for value in vars(each).values():
+        seen[id(current)] = current
+        for value in vars(current).values():
             inner = value if isinstance(value, list | tuple) else [value]
             waiting += [o for o in inner if isinstance(o, Optimizer)]
     return iter(seen.values())

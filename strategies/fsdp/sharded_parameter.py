@@ -40,19 +40,21 @@ from torch.utils.hooks import RemovableHandle
 
 from ravine.errors import UsageError
 
-from ..dtensor import local_part
-from ..parallel_module import units
-from .torch_attributes import groups_of
+from ..dtensor import local_shard
+from ..parallel_module import fsdp_units
+from .torch_attributes import fsdp_param_groups
 
-CHECK_EVERY = 50  # backward passes between two searches for `p.data.mul_(2)` in half precision
+CHECK_WRITES_EVERY = (
+    50  # backward passes between two searches for `p.data.mul_(2)` in half precision
+)
 
-_unmodified = torch._C.DisableTorchFunctionSubclass
+_without_torch_function = torch._C.DisableTorchFunctionSubclass
 _DATA: Any = torch.Tensor.data  # properties
 _GRAD: Any = torch.Tensor.grad
 _GET_DATA, _SET_DATA = _DATA.__get__, _DATA.__set__
 _GET_GRAD, _SET_GRAD = _GRAD.__get__, _GRAD.__set__
 # what FSDP2 and optimizers use of each parameter in each step, tried before all else
-_READ_ONLY = {
+_FAST_PATH = {
     torch.Tensor.requires_grad.__get__,  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.requires_grad.__set__,  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.device.__get__,  # pyright: ignore[reportAttributeAccessIssue]
@@ -61,22 +63,22 @@ _READ_ONLY = {
     _SET_GRAD,
 }
 # attributes that are computed from the values, and methods that are not
-_COMPUTED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
-_VIEWS = {  # functions whose result may share the memory of their argument
+_COMPUTED_ATTRS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+_VIEW_FUNCTIONS = {  # functions whose result may share the memory of their argument
     *("__getitem__", "narrow", "select", "chunk", "split", "tensor_split", "hsplit", "vsplit"),
     *("dsplit", "unbind", "view", "view_as", "reshape", "reshape_as", "flatten", "ravel"),
     *("unflatten", "squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims", "permute"),
     *("movedim", "moveaxis", "expand", "expand_as", "diagonal", "unfold", "as_strided"),
     *("view_as_real", "view_as_complex", "contiguous", "__get__"),
 }
-_ELEMENTWISE = {  # in-place operations that torch applies to shards as they are
+_ELEMENTWISE_FUNCTIONS = {  # in-place operations that torch applies to shards as they are
     *("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "copy", "zero"),
     *("fill", "clamp", "clip", "clamp_min", "clamp_max", "lerp", "addcmul", "addcdiv", "sign"),
     *("abs", "neg", "exp", "sqrt", "rsqrt", "pow", "square", "reciprocal", "tanh", "sigmoid"),
     *("relu", "round", "floor", "ceil", "trunc", "nan_to_num", "masked_fill", "detach", "log"),
 }
-_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
-_RANDOM = {  # functions that draw numbers
+_INPLACE_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+_RANDOM_FUNCTIONS = {  # functions that draw numbers
     *("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_"),
     *("geometric_", "rand_like", "randn_like", "randint_like", "bernoulli", "normal", "poisson"),
     *("binomial", "multinomial", "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d"),
@@ -84,7 +86,7 @@ _RANDOM = {  # functions that draw numbers
     *("feature_alpha_dropout", "feature_alpha_dropout_", "native_dropout", "rrelu", "rrelu_"),
     *("gumbel_softmax", "svd_lowrank", "pca_lowrank"),
 }
-_METADATA = {
+_METADATA_METHODS = {
     getattr(Tensor, name)
     for name in (
         "size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset",
@@ -106,41 +108,43 @@ class ShardedParameter(DTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Apply a torch function or property to arguments, some of which are of this class."""
-        with _unmodified():
-            if func in _READ_ONLY:
+        with _without_torch_function():
+            if func in _FAST_PATH:
                 if type(args[-1]) is Tensor and func == _SET_GRAD and isinstance(args[0], DTensor):
-                    args = (args[0], _shard(args[1], args[0]))
+                    args = (args[0], _distribute_like(args[1], args[0]))
                 return func(*args)
             kwargs = kwargs or {}
             name = getattr(func, "__name__", "")
             if func is _SET_DATA or (name == "__set__" and func == _SET_DATA):
-                return _assign(args[0], args[1])
-            if name in ("__get__", "__set__", "__delete__") and func not in _COMPUTED:
+                return _assign_data(args[0], args[1])
+            if name in ("__get__", "__set__", "__delete__") and func not in _COMPUTED_ATTRS:
                 value = func(*args, **kwargs)
-                return marked(value) if func in (_GET_DATA, _GET_GRAD) else value
-            if func in _METADATA:
+                return as_sharded_parameter(value) if func in (_GET_DATA, _GET_GRAD) else value
+            if func in _METADATA_METHODS:
                 return func(*args, **kwargs)
-            if func in _REGISTER and hasattr(args[0], "_gather"):
-                return _REGISTER[func](*args, **kwargs)
-            return _compute(func, name, args, kwargs)
+            if func in _HOOK_REGISTRATION and hasattr(args[0], "_gather"):
+                return _HOOK_REGISTRATION[func](*args, **kwargs)
+            return _apply_operation(func, name, args, kwargs)
 
 
-def marked(value: Any) -> Any:
+def as_sharded_parameter(value: Any) -> Any:
     """The same tensor as a ShardedParameter: gradients follow the rules too."""
     if type(value) is DTensor:
         value.__class__ = ShardedParameter
     return value
 
 
-def _shard(whole: Tensor, like: DTensor) -> Tensor:
+def _distribute_like(full: Tensor, like: DTensor) -> Tensor:
     """A plain tensor, the same on all ranks, sharded as `like` is."""
-    if whole.shape != like.shape or whole.layout != torch.strided:
-        return whole  # torch refuses it
+    if full.shape != like.shape or full.layout != torch.strided:
+        return full  # torch refuses it
     mesh, placements = like.device_mesh, like.placements
-    return marked(distribute_tensor(whole.detach(), mesh, placements, src_data_rank=None))
+    return as_sharded_parameter(
+        distribute_tensor(full.detach(), mesh, placements, src_data_rank=None)
+    )
 
 
-def _assign(parameter: Tensor, value: Tensor) -> None:
+def _assign_data(parameter: Tensor, value: Tensor) -> None:
     """`parameter.data = value`: FSDP2 would keep its own storage, so the values are copied."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
@@ -158,116 +162,126 @@ def _assign(parameter: Tensor, value: Tensor) -> None:
     )
 
 
-def _compute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operation by the rules of this file."""
     if name == "__iter__":
-        return iter(_compute(Tensor.unbind, "unbind", args, kwargs))
-    args, kwargs = tree_map_only(CopyView, CopyView.now, (args, kwargs))
-    written = _in_place(name, args, kwargs)
-    target = _target(args, kwargs)
-    if written and not isinstance(target, DTensor):
+        return iter(_apply_operation(Tensor.unbind, "unbind", args, kwargs))
+    args, kwargs = tree_map_only(GatheredView, GatheredView.to_plain, (args, kwargs))
+    is_in_place = _is_in_place(name, args, kwargs)
+    target = _find_target(args, kwargs)
+    if is_in_place and not isinstance(target, DTensor):
         args, kwargs = tree_map_only(DTensor, lambda t: t.full_tensor(), (args, kwargs))
         return func(*args, **kwargs)
-    mixed = not written and _mixed((args, kwargs))
-    recorded = not written and torch.is_grad_enabled()
-    if recorded and (mixed or _in_step((args, kwargs))) and _trains((args, kwargs)):
-        args, kwargs = tree_map_only(DTensor, _gather, (args, kwargs))
+    has_plain_tensors = not is_in_place and _has_plain_tensors((args, kwargs))
+    is_recorded = not is_in_place and torch.is_grad_enabled()
+    if (
+        is_recorded
+        and (has_plain_tensors or _is_in_step((args, kwargs)))
+        and _has_trained_param((args, kwargs))
+    ):
+        args, kwargs = tree_map_only(DTensor, _gather_tensor, (args, kwargs))
         return func(*args, **kwargs)
     if getattr(func, "__module__", "") == "torch.nn.init":
-        return _on_copies(func, args, kwargs, random=True)
-    if name in _RANDOM and not written:
-        return _on_copies(func, args, kwargs, random=True)
-    refused = written and torch.is_grad_enabled() and target.requires_grad  # as by a plain tensor
-    by_torch = not written or name in _OPERATORS or name.strip("_") in _ELEMENTWISE
-    if mixed or not (by_torch or name.startswith("_foreach") or refused):
-        return _on_copies(func, args, kwargs, random=name in _RANDOM)
+        return _apply_on_copies(func, args, kwargs, is_random=True)
+    if name in _RANDOM_FUNCTIONS and not is_in_place:
+        return _apply_on_copies(func, args, kwargs, is_random=True)
+    is_refused = (
+        is_in_place and torch.is_grad_enabled() and target.requires_grad
+    )  # as by a plain tensor
+    has_torch_rule = (
+        not is_in_place or name in _INPLACE_OPERATORS or name.strip("_") in _ELEMENTWISE_FUNCTIONS
+    )
+    if has_plain_tensors or not (has_torch_rule or name.startswith("_foreach") or is_refused):
+        return _apply_on_copies(func, args, kwargs, is_random=name in _RANDOM_FUNCTIONS)
     try:
-        if written and not name.startswith("_foreach"):
-            own = _replicated((args, kwargs), target.device_mesh)
-            return func(*own[0], **own[1])
+        if is_in_place and not name.startswith("_foreach"):
+            replicated_args = _replicate_tensors((args, kwargs), target.device_mesh)
+            return func(*replicated_args[0], **replicated_args[1])
         result = func(*args, **kwargs)
     except (NotImplementedError, RuntimeError):  # torch has no rule for shards
-        if refused:
+        if is_refused:
             raise
-        return _on_copies(func, args, kwargs)
-    if name in _VIEWS and not _share_memory(result, args[0]):
-        return _on_copies(func, args, kwargs)
-    return result if written else tree_map_only(DTensor, _usable, result)
+        return _apply_on_copies(func, args, kwargs)
+    if name in _VIEW_FUNCTIONS and not _results_share_memory(result, args[0]):
+        return _apply_on_copies(func, args, kwargs)
+    return result if is_in_place else tree_map_only(DTensor, _to_usable_result, result)
 
 
-def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _find_target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an in-place operation writes into; of a list the first tensor."""
     if kwargs.get("out") is not None:
-        found = kwargs["out"]
+        target = kwargs["out"]
     else:
-        found = args[0] if args else next(iter(kwargs.values()), None)
-    return next(iter(found), None) if isinstance(found, list | tuple) else found
+        target = args[0] if args else next(iter(kwargs.values()), None)
+    return next(iter(target), None) if isinstance(target, list | tuple) else target
 
 
-def _usable(result: DTensor) -> Tensor:
+def _to_usable_result(result: DTensor) -> Tensor:
     """A result that follows the rules too; a plain tensor for sums that are not complete."""
-    partial = any(placement.is_partial() for placement in result.placements)
-    return result.full_tensor() if result.ndim == 0 or partial else marked(result)
+    is_partial = any(placement.is_partial() for placement in result.placements)
+    return result.full_tensor() if result.ndim == 0 or is_partial else as_sharded_parameter(result)
 
 
-def _share_memory(result: Any, source: Any) -> bool:
+def _results_share_memory(result: Any, source: Any) -> bool:
     """Whether the shards of a result are views of those of its argument."""
-    found = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)]
-    if not isinstance(source, DTensor) or not all(isinstance(each, DTensor) for each in found):
+    result_tensors = [tensor for tensor in tree_flatten(result)[0] if isinstance(tensor, Tensor)]
+    if not isinstance(source, DTensor) or not all(
+        isinstance(tensor, DTensor) for tensor in result_tensors
+    ):
         return not isinstance(source, DTensor)
-    locals_: list[Any] = [cast(Any, each)._local_tensor for each in found]
-    return all(_memory(each) == _memory(source._local_tensor) for each in locals_)
+    local_tensors: list[Any] = [cast(Any, tensor)._local_tensor for tensor in result_tensors]
+    return all(_storage_id(tensor) == _storage_id(source._local_tensor) for tensor in local_tensors)
 
 
-def _memory(tensor: Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _Copy:
+class _GatheredCopy:
     """A gathered copy of a sharded tensor, which is made current before each use."""
 
     def __init__(self, sharded: DTensor) -> None:
         self.sharded = sharded
         with torch.inference_mode(False), torch.no_grad():
-            whole = cast(DTensor, sharded.detach()).full_tensor()
-            self.whole = whole.clone() if whole.is_inference() else whole
-        self.version = self.whole._version
+            gathered = cast(DTensor, sharded.detach()).full_tensor()
+            self.full = gathered.clone() if gathered.is_inference() else gathered
+        self.version = self.full._version
 
     @torch.no_grad()
     def update(self) -> None:
         """Gather again: the shards may have changed. All ranks call it."""
-        self.whole.copy_(cast(DTensor, self.sharded.detach()).full_tensor())
-        self.version = self.whole._version
+        self.full.copy_(cast(DTensor, self.sharded.detach()).full_tensor())
+        self.version = self.full._version
 
     @property
-    def written(self) -> bool:
+    def is_written(self) -> bool:
         """Whether the copy has been written to since."""
-        return self.whole._version != self.version
+        return self.full._version != self.version
 
     @torch.no_grad()
-    def write(self) -> None:
+    def write_back(self) -> None:
         """Copy this rank's rows to its shard if the copy has been written to."""
-        if self.written:
-            self.sharded._local_tensor.copy_(local_part(self.whole, self.sharded))
-            self.version = self.whole._version
+        if self.is_written:
+            self.sharded._local_tensor.copy_(local_shard(self.full, self.sharded))
+            self.version = self.full._version
 
 
-class CopyView(Tensor):
+class GatheredView(Tensor):
     """A view of a gathered copy of a sharded tensor: what is written to it goes to the shards."""
 
     @classmethod
-    def of(cls, tensor: Tensor, copies: Iterable[_Copy]) -> Tensor:
+    def from_copies(cls, tensor: Tensor, copies: Iterable[_GatheredCopy]) -> Tensor:
         """Make it from a tensor that shares the memory of one of the copies; else the tensor."""
         if isinstance(tensor, DTensor):
             return tensor
         for copy in copies:
-            if _memory(tensor) == _memory(copy.whole):
+            if _storage_id(tensor) == _storage_id(copy.full):
                 view = tensor.detach().as_subclass(cls)
                 vars(view)["_copy"] = copy
                 return view
         return tensor
 
-    def now(self) -> Tensor:
+    def to_plain(self) -> Tensor:
         """The same memory as a plain tensor, with the present values of the shards."""
         vars(self)["_copy"].update()
         return self.as_subclass(Tensor)
@@ -277,61 +291,67 @@ class CopyView(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Apply a function to plain tensors in the place of views, and copy what it writes."""
-        with _unmodified():
+        with _without_torch_function():
             kwargs = {} if kwargs is None else kwargs
             leaves = tree_flatten((args, kwargs))[0]
-            views = [vars(leaf)["_copy"] for leaf in leaves if isinstance(leaf, CopyView)]
+            views = [vars(leaf)["_copy"] for leaf in leaves if isinstance(leaf, GatheredView)]
             copies = list(dict.fromkeys(views))
-            plain: Any = tree_map_only(CopyView, CopyView.now, (args, kwargs))
+            plain: Any = tree_map_only(GatheredView, GatheredView.to_plain, (args, kwargs))
             args, kwargs = plain[0], dict(plain[1])
             if any(isinstance(leaf, ShardedParameter) for leaf in leaves):
-                result = _compute(func, getattr(func, "__name__", ""), args, kwargs)
+                result = _apply_operation(func, getattr(func, "__name__", ""), args, kwargs)
             else:
                 result = func(*args, **kwargs)
             for copy in copies:
                 copy.write()
-            return tree_map_only(Tensor, lambda tensor: CopyView.of(tensor, copies), result)
+            return tree_map_only(
+                Tensor, lambda tensor: GatheredView.from_copies(tensor, copies), result
+            )
 
 
-def _on_copies(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], random: bool = False
+def _apply_on_copies(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_random: bool = False
 ) -> Any:
     """Apply a function to gathered copies of shards, and copy what it writes into the shards."""
-    copies: dict[int, _Copy] = {}
+    copies: dict[int, _GatheredCopy] = {}
 
-    def copied(tensor: DTensor) -> Tensor:
+    def gathered_copy(tensor: DTensor) -> Tensor:
         if torch.is_grad_enabled() and tensor.grad_fn is not None:
             return tensor.full_tensor()  # part of a graph
         if id(tensor) not in copies:
-            copies[id(tensor)] = _Copy(tensor)
-        return copies[id(tensor)].whole
+            copies[id(tensor)] = _GatheredCopy(tensor)
+        return copies[id(tensor)].full
 
     leaves = tree_flatten((args, kwargs))[0]
-    args, kwargs = tree_map_only(DTensor, copied, (args, kwargs))
+    args, kwargs = tree_map_only(DTensor, gathered_copy, (args, kwargs))
     result = func(*args, **kwargs)
-    written = [copy for copy in copies.values() if copy.written]
-    if random:
-        drawn = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
-        _broadcast([*(copy.whole for copy in written), *([] if written else drawn)])
+    written_copies = [copy for copy in copies.values() if copy.is_written]
+    if is_random:
+        random_results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        _broadcast_from_rank_zero(
+            [*(copy.full for copy in written_copies), *([] if written_copies else random_results)]
+        )
     for copy in copies.values():
-        copy.write()
+        copy.write_back()
     for leaf in leaves:  # an in-place operation returns its argument
-        if id(leaf) in copies and result is copies[id(leaf)].whole:
+        if id(leaf) in copies and result is copies[id(leaf)].full:
             return leaf
-    return tree_map_only(Tensor, lambda each: CopyView.of(each, copies.values()), result)
+    return tree_map_only(
+        Tensor, lambda each: GatheredView.from_copies(each, copies.values()), result
+    )
 
 
 @torch.no_grad()
-def _broadcast(tensors: list[Tensor]) -> None:
+def _broadcast_from_rank_zero(tensors: list[Tensor]) -> None:
     """Give all ranks the numbers of rank 0, whose generators may be elsewhere by now."""
     for tensor in tensors:
-        numbers = tensor.detach().contiguous()
-        if numbers.numel():
-            dist.broadcast(numbers.view(-1).view(torch.uint8), 0)
-            tensor.copy_(numbers)
+        values = tensor.detach().contiguous()
+        if values.numel():
+            dist.broadcast(values.view(-1).view(torch.uint8), 0)
+            tensor.copy_(values)
 
 
-def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _is_in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operation writes into its first argument, or into `out`."""
     if "out" in kwargs or name in ("__setitem__", "_foreach_mul_", "_foreach_add_"):
         return True
@@ -340,16 +360,16 @@ def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def _mixed(tree: Any) -> bool:
+def _has_plain_tensors(tree: Any) -> bool:
     """Whether there are plain tensors with axes among the arguments."""
     return tree_any_only(Tensor, lambda t: not isinstance(t, DTensor) and t.ndim > 0, tree)
 
 
-def _in_step(tree: Any) -> bool:
-    return any(gather.in_step for gather in _gatherers(tree))
+def _is_in_step(tree: Any) -> bool:
+    return any(gather.is_in_step for gather in _iter_gatherers(tree))
 
 
-def _trains(tree: Any) -> bool:
+def _has_trained_param(tree: Any) -> bool:
     """Whether a parameter that is trained is among the arguments."""
     return any(
         isinstance(leaf, ShardedParameter) and leaf.requires_grad and hasattr(leaf, "_gather")
@@ -357,13 +377,13 @@ def _trains(tree: Any) -> bool:
     )
 
 
-def _gatherers(tree: Any) -> Iterator[GatherOnUse]:
+def _iter_gatherers(tree: Any) -> Iterator[GatherOnUse]:
     for leaf in tree_flatten(tree)[0]:
         if isinstance(leaf, ShardedParameter) and hasattr(leaf, "_gather"):
             yield leaf._gather[0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _gather(tensor: DTensor) -> Tensor:
+def _gather_tensor(tensor: DTensor) -> Tensor:
     """The whole tensor; of a trained parameter the one whose gradients the unit reduces."""
     if isinstance(tensor, ShardedParameter) and tensor.requires_grad and hasattr(tensor, "_gather"):
         gather, group, parameter = tensor._gather  # pyright: ignore[reportAttributeAccessIssue]
@@ -372,26 +392,26 @@ def _gather(tensor: DTensor) -> Tensor:
     return tensor.full_tensor()
 
 
-def _replicated(tree: Any, mesh: DeviceMesh) -> Any:
+def _replicate_tensors(tree: Any, mesh: DeviceMesh) -> Any:
     """Plain tensors with axes as DTensors, the same on all ranks: an operand for shards."""
 
-    def replicated(tensor: Tensor) -> Tensor:
+    def replicate(tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor) or tensor.ndim == 0:
             return tensor
         return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
-    return tree_map_only(Tensor, replicated, tree)
+    return tree_map_only(Tensor, replicate, tree)
 
 
-def _register_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> RemovableHandle:
+def _register_gradient_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> RemovableHandle:
     """`Tensor.register_hook`: the hook gets gradients of the gathered parameter, as under ddp."""
-    hooks = keep(sharded._gather[2], OrderedDict()).hooks
+    hooks = attach_hooks(sharded._gather[2], OrderedDict()).hooks
     handle = RemovableHandle(hooks)
     hooks[handle.id] = hook
     return handle
 
 
-def _refuse_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> None:
+def _refuse_post_accumulate_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> None:
     raise UsageError(
         "register_post_accumulate_grad_hook on a sharded parameter: gradients are accumulated in "
         "gathered copies; allowed: Tensor.register_hook, on_after_backward; type "
@@ -399,44 +419,44 @@ def _refuse_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> None:
     )
 
 
-_REGISTER: dict[Any, Callable[..., Any]] = {
-    Tensor.register_hook: _register_hook,
-    Tensor.register_post_accumulate_grad_hook: _refuse_hook,
+_HOOK_REGISTRATION: dict[Any, Callable[..., Any]] = {
+    Tensor.register_hook: _register_gradient_hook,
+    Tensor.register_post_accumulate_grad_hook: _refuse_post_accumulate_hook,
 }
 
 
-class _Kept:
+class _OriginalAttributes:
     """What a parameter had before it was sharded, for the gathered parameter."""
 
     def __init__(self, hooks: OrderedDict[int, Any]) -> None:
         self.hooks = hooks
         self.attributes: dict[str, Any] = {}
-        self.registered = False
+        self.is_registered = False
 
-    def __call__(self, own: Callable[[], None], parameter: Any) -> None:
-        own()
+    def __call__(self, to_unsharded: Callable[[], None], parameter: Any) -> None:
+        to_unsharded()
         gathered = parameter._unsharded_param
         vars(gathered).update(self.attributes)
-        if not self.registered and gathered.requires_grad:
-            self.registered = True
-            gathered.register_hook(self._changed)
+        if not self.is_registered and gathered.requires_grad:
+            self.is_registered = True
+            gathered.register_hook(self._apply_hooks)
 
-    def _changed(self, gradient: Tensor) -> Tensor:
+    def _apply_hooks(self, gradient: Tensor) -> Tensor:
         for hook in list(self.hooks.values()):
-            new = hook(gradient)
-            gradient = gradient if new is None else new.to(gradient.dtype)
+            hook_result = hook(gradient)
+            gradient = gradient if hook_result is None else hook_result.to(gradient.dtype)
         return gradient
 
 
-def keep(parameter: Any, hooks: OrderedDict[int, Any]) -> _Kept:
+def attach_hooks(parameter: Any, hooks: OrderedDict[int, Any]) -> _OriginalAttributes:
     """Let hooks be called with the gradients of a parameter of FSDP2 whenever it is gathered."""
-    kept = vars(parameter).get("_kept")
-    if kept is None:
-        kept = parameter._kept = _Kept(hooks)
-        parameter.to_unsharded = partial(kept, parameter.to_unsharded, parameter)
+    original_attributes = vars(parameter).get("_kept")
+    if original_attributes is None:
+        original_attributes = parameter._kept = _OriginalAttributes(hooks)
+        parameter.to_unsharded = partial(original_attributes, parameter.to_unsharded, parameter)
         if parameter.sharded_state.name == "UNSHARDED":
-            kept(lambda: None, parameter)
-    return kept
+            original_attributes(lambda: None, parameter)
+    return original_attributes
 
 
 class GatherOnUse:
@@ -449,92 +469,98 @@ class GatherOnUse:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Remember the module; `mark` looks for its units."""
+        """Remember the module; `install` looks for its units."""
         self.module = module
-        self.in_step = False
-        self.in_backward = False
-        self.held: dict[Any, None] = {}  # groups that this object has gathered
-        self.groups: list[Any] = []
-        self._backward_passes = 0
-        self.outputs: dict[Any, set[Any]] = {}  # nodes of a unit's outputs, by its groups
-        self.escaping: dict[Any, None] = {}  # groups that results beside the outputs depend on
+        self.is_in_step = False
+        self.is_in_backward = False
+        self.held_groups: dict[Any, None] = {}  # groups that this object has gathered
+        self.param_groups: list[Any] = []
+        self._num_backward_passes = 0
+        self.output_nodes: dict[Any, set[Any]] = {}  # nodes of a unit's outputs, by its groups
+        self.escaping_groups: dict[
+            Any, None
+        ] = {}  # groups that results beside the outputs depend on
 
-    def mark(self) -> None:
+    def install(self) -> None:
         """Let the sharded parameters of all units follow the rules of this file."""
-        found: list[Any] = [unit._get_fsdp_state() for unit in units(self.module)]
-        inner = [
-            part._get_fsdp_state()
-            for unit in units(self.module)
-            for part in cast(nn.Module, unit).modules()
-            if part is not unit and isinstance(part, FSDPModule)
+        states: list[Any] = [unit._get_fsdp_state() for unit in fsdp_units(self.module)]
+        inner_states = [
+            submodule._get_fsdp_state()
+            for unit in fsdp_units(self.module)
+            for submodule in cast(nn.Module, unit).modules()
+            if submodule is not unit and isinstance(submodule, FSDPModule)
         ]
-        for state in found:
-            if not any(state is each for each in inner):
+        for state in states:
+            if not any(state is inner_state for inner_state in inner_states):
                 state._lazy_init()  # or the first unit that runs would be a root
-        self.groups = [group for state in found for group in groups_of(state)]
-        for group in self.groups:
+        self.param_groups = [group for state in states for group in fsdp_param_groups(state)]
+        for group in self.param_groups:
             for parameter in group.fsdp_params:
                 if "_setattr_on_modules" not in vars(parameter):
                     parameter._setattr_on_modules = partial(_set_on_modules, parameter)
                 sharded = parameter.sharded_param
-                if isinstance(marked(sharded), ShardedParameter):
+                if isinstance(as_sharded_parameter(sharded), ShardedParameter):
                     sharded._gather = (self, group, parameter)
-        for state in found:
-            watched = hasattr(state, "_gather")
+        for state in states:
+            is_installed = hasattr(state, "_gather")
             state._gather = self
-            if not watched:
+            if not is_installed:
                 state._register_pre_backward_hook = partial(
-                    _note_outputs, state, state._register_pre_backward_hook
+                    _record_output_nodes, state, state._register_pre_backward_hook
                 )
-            if not watched:
-                state._root_post_backward_final_callback = _watched(state)
+            if not is_installed:
+                state._root_post_backward_final_callback = _keep_gathered_in_step(state)
 
-    def keep(self, hooks: dict[str, Any], attributes: dict[str, dict[str, Any]]) -> None:
+    def attach_original_attributes(
+        self, hooks: dict[str, Any], attributes: dict[str, dict[str, Any]]
+    ) -> None:
         """Take over hooks and attributes of the parameters from before sharding, by name."""
         for name, parameter in self.module.named_parameters():
-            own = attributes.get(name, {})
-            if not hasattr(parameter, "_gather") or (name not in hooks and not own):
+            param_attributes = attributes.get(name, {})
+            if not hasattr(parameter, "_gather") or (name not in hooks and not param_attributes):
                 continue
-            gathered: Any = parameter._gather  # pyright: ignore[reportAttributeAccessIssue]
-            keep(gathered[2], hooks.get(name, OrderedDict())).attributes.update(own)
+            gather_info: Any = parameter._gather  # pyright: ignore[reportAttributeAccessIssue]
+            attach_hooks(gather_info[2], hooks.get(name, OrderedDict())).attributes.update(
+                param_attributes
+            )
 
-    def hold(self, group: Any) -> None:
+    def hold_group(self, group: Any) -> None:
         """Gather a group until the end of the backward pass, and keep its gradients whole."""
         if not group.is_unsharded:
             group.unshard()
             group.wait_for_unshard()
         group.reduce_grads = group.reshard_after_backward = False
-        self.held[group] = None
+        self.held_groups[group] = None
 
-    def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a step of the module in these rules; release what an earlier step holds.
 
         Raises:
             ValueError: some gradients would not be reduced, or some writes would be lost.
         """
 
-        def gathered(*args: Any) -> Any:
-            if not self.in_backward:
-                self.release()
-                self.outputs.clear()
-            before, self.in_step = self.in_step, True
+        def run_step(*args: Any) -> Any:
+            if not self.is_in_backward:
+                self.release_groups()
+                self.output_nodes.clear()
+            was_in_step, self.is_in_step = self.is_in_step, True
             try:
                 result = step(*args)
                 self._check_reduced()
                 self.write_back()
                 return result
             finally:
-                self.in_step = before
+                self.is_in_step = was_in_step
                 if not torch.is_grad_enabled():
-                    self.release()
+                    self.release_groups()
 
-        return gathered
+        return run_step
 
-    def release(self) -> None:
+    def release_groups(self) -> None:
         """Reshard what is held."""
-        for group in self.held:
-            _let_go(group)
-        self.held.clear()
+        for group in self.held_groups:
+            _release_group(group)
+        self.held_groups.clear()
 
     def _check_reduced(self) -> None:
         """Refuse a backward pass that was started without the strategy.
@@ -542,7 +568,7 @@ class GatherOnUse:
         Raises:
             ValueError: it left gradients that would not be reduced.
         """
-        parameters = [p for group in self.held for p in group.fsdp_params]
+        parameters = [p for group in self.held_groups for p in group.fsdp_params]
         copies = [getattr(p, "_unsharded_param", None) for p in parameters]
         if any(copy is not None and copy.grad is not None for copy in copies):
             raise UsageError(
@@ -552,19 +578,19 @@ class GatherOnUse:
             )
 
     @property
-    def looks(self) -> bool:
+    def should_search_graph(self) -> bool:
         """Whether the graph of the next backward pass is searched for results beside outputs."""
-        passes = self._backward_passes
+        passes = self._num_backward_passes
         return passes < 4 or passes & (passes - 1) == 0
 
     def begin_backward(self, loss: Tensor | None = None) -> None:
         """Before a backward pass: gather again what is held, and keep its gradients whole."""
-        if self.looks and loss is not None:
+        if self.should_search_graph and loss is not None:
             self._find_escaping(loss)
-        self.in_backward = True
-        self._backward_passes += 1
-        for group in [*self.held, *self.escaping]:
-            self.hold(group)  # it may have been resharded by a forward since
+        self.is_in_backward = True
+        self._num_backward_passes += 1
+        for group in [*self.held_groups, *self.escaping_groups]:
+            self.hold_group(group)  # it may have been resharded by a forward since
 
     def _find_escaping(self, loss: Tensor) -> None:
         """Find units that the loss depends on beside their outputs.
@@ -573,8 +599,10 @@ class GatherOnUse:
         an attribute or a list, such as a penalty, would read memory that is freed. Ranks run
         the same operations on parameters, so they find the same units.
         """
-        found = escaping(loss, self.groups, self.outputs)
-        self.escaping |= dict.fromkeys(group for group in self.groups if group in found)
+        groups = find_escaping_groups(loss, self.param_groups, self.output_nodes)
+        self.escaping_groups |= dict.fromkeys(
+            group for group in self.param_groups if group in groups
+        )
 
     def write_back(self) -> None:
         """Copy what a step has written into gathered parameters to the shards.
@@ -582,11 +610,15 @@ class GatherOnUse:
         Raises:
             ValueError: it cannot be copied, since the gathered parameters have half precision.
         """
-        for group in self.groups:
+        for group in self.param_groups:
             if group.is_unsharded:
-                _write_back(group, self._refuse, self._backward_passes % CHECK_EVERY in (0, 1))
+                _write_back_group(
+                    group,
+                    self._refuse_lost_write,
+                    self._num_backward_passes % CHECK_WRITES_EVERY in (0, 1),
+                )
 
-    def _refuse(self, parameter: Any) -> None:
+    def _refuse_lost_write(self, parameter: Any) -> None:
         owner, attribute = parameter._module_info.module, parameter._module_info.param_name
         names = (name for name, module in self.module.named_modules() if module is owner)
         name = f"{next(names, '')}.{attribute}".lstrip(".")
@@ -598,22 +630,22 @@ class GatherOnUse:
 
     def end_backward(self) -> None:
         """After a backward pass: reduce the gradients of what is held, and reshard."""
-        self.in_backward = False
-        for group in self.held:
+        self.is_in_backward = False
+        for group in self.held_groups:
             group.reduce_grads = group.reshard_after_backward = True
             group._training_state = type(group._training_state).IDLE
             group.post_backward()
             group.finalize_backward()
             group._training_state = type(group._training_state).IDLE
-            _let_go(group)
-        self.held.clear()
+            _release_group(group)
+        self.held_groups.clear()
 
 
-class _Rows:
+class _GroupRows:
     """The rows of a group's gathered parameters that this rank's shards hold."""
 
     def __init__(self, group: Any) -> None:
-        ranks, rank = group.mesh_info.shard_mesh_size, group.mesh_info.shard_mesh_rank
+        num_ranks, rank = group.mesh_info.shard_mesh_size, group.mesh_info.shard_mesh_rank
         self.parameters = [
             p
             for p in group.fsdp_params
@@ -624,55 +656,57 @@ class _Rows:
         self.copies, self.shards = [], []
         for p in self.parameters:
             shard = p.sharded_param.to_local().detach()
-            first = -(-p._unsharded_param.shape[0] // ranks) * rank
-            self.copies.append(_gathered(p).narrow(0, first, shard.shape[0]))
+            first = -(-p._unsharded_param.shape[0] // num_ranks) * rank
+            self.copies.append(_gathered_memory(p).narrow(0, first, shard.shape[0]))
             self.shards.append(shard)
-        self.alike = all(c.dtype == s.dtype for c, s in zip(self.copies, self.shards, strict=True))
+        self.has_same_dtypes = all(
+            c.dtype == s.dtype for c, s in zip(self.copies, self.shards, strict=True)
+        )
         self.versions: list[int] = []
-        self.have_changed()
+        self.versions_changed()
 
-    def have_changed(self) -> bool:
+    def versions_changed(self) -> bool:
         """Whether an operation has written into a gathered parameter since the last call.
 
         Autograd counts such operations, but not those on `p.data`, which has a count of its own.
         """
-        before = self.versions
+        old_versions = self.versions
         self.versions = [p._unsharded_param._version for p in self.parameters]
-        return before != self.versions
+        return old_versions != self.versions
 
-    def are_old(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether the shards have been moved since."""
         pairs = zip(self.shards[:1], self.parameters, strict=False)
         return any(s.data_ptr() != p.sharded_param.to_local().data_ptr() for s, p in pairs)
 
 
-def _gathered(parameter: Any) -> Tensor:
+def _gathered_memory(parameter: Any) -> Tensor:
     """FSDP2's memory of a gathered parameter, without its padding."""
     flat, strides = parameter.all_gather_outputs[0], parameter._contiguous_orig_stride
     return flat.as_strided(parameter._orig_size, strides, 0)
 
 
 @torch.no_grad()
-def _write_back(group: Any, refuse: Callable[[Any], None], look: bool) -> None:
+def _write_back_group(group: Any, refuse: Callable[[Any], None], compare_values: bool) -> None:
     """Copy the gathered parameters of one group to the shards, where they have been written."""
     rows: Any = vars(group).get("_written_rows")
     if rows is None or rows.are_old():
-        rows = group._written_rows = _Rows(group)
+        rows = group._written_rows = _GroupRows(group)
     for p in rows.parameters:
         copy = p._unsharded_param
         if copy.data_ptr() != p.all_gather_outputs[0].data_ptr():  # p.data = new
             if not rows.alike or copy.shape != p._orig_size:
                 refuse(p)
-            own = _gathered(p)
+            gathered = _gathered_memory(p)
             # `p.data = new` is no change for autograd in one process, so it is none here
             with grad_mode._unsafe_preserve_version_counter(p.all_gather_outputs[0]):
-                own.copy_(copy)
-            copy.data = own
+                gathered.copy_(copy)
+            copy.data = gathered
     if not rows.parameters:  # all of them are frozen
         return
     if rows.alike:
         _foreach_copy_(rows.shards, rows.copies)
-    elif rows.have_changed() or look:
+    elif rows.have_changed() or compare_values:
         for p, copy, shard in zip(rows.parameters, rows.copies, rows.shards, strict=True):
             if not torch.equal(copy, shard.to(copy.dtype)):
                 refuse(p)
@@ -684,16 +718,18 @@ def _set_on_modules(parameter: Any, new: nn.Parameter) -> None:
     `torch.func.functional_call` puts other tensors in the place of parameters while it runs.
     """
     info = parameter._module_info
-    own = (parameter.sharded_param, vars(parameter).get("_unsharded_param"))
-    set_on(info.module, info.param_name, new, own)
+    both_forms = (parameter.sharded_param, vars(parameter).get("_unsharded_param"))
+    set_module_parameter(info.module, info.param_name, new, both_forms)
     for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):
-        set_on(module, name, new, own)
+        set_module_parameter(module, name, new, both_forms)
 
 
-def set_on(module: nn.Module, name: str, new: nn.Parameter, own: tuple[Any, ...]) -> None:
+def set_module_parameter(
+    module: nn.Module, name: str, new: nn.Parameter, both_forms: tuple[Any, ...]
+) -> None:
     """Set a parameter in the place of one of its two forms."""
-    now = module._parameters.get(name)
-    if now is not own[0] and now is not own[1]:
+    current = module._parameters.get(name)
+    if current is not both_forms[0] and current is not both_forms[1]:
         return
     if type(module).__setattr__ is nn.Module.__setattr__:
         module._parameters[name] = new
@@ -701,24 +737,24 @@ def set_on(module: nn.Module, name: str, new: nn.Parameter, own: tuple[Any, ...]
         setattr(module, name, new)
 
 
-def is_marked(module: nn.Module) -> bool:
+def has_sharded_parameters(module: nn.Module) -> bool:
     """Whether a module has parameters that follow the rules of this file."""
     return any(isinstance(p, ShardedParameter) for p in module.parameters())
 
 
-def _note_outputs(state: Any, own: Callable[[Any], Any], output: Any) -> Any:
+def _record_output_nodes(state: Any, register_hook: Callable[[Any], Any], output: Any) -> Any:
     """Keep the nodes of a unit's outputs, where gradients enter the unit."""
-    output = own(output)
+    output = register_hook(output)
     gather = state._gather
     if gather.looks and torch.is_grad_enabled():
         leaves = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
         nodes = {leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None}
-        for group in groups_of(state):
+        for group in fsdp_param_groups(state):
             gather.outputs.setdefault(group, set()).update(nodes)
     return output
 
 
-def escaping(loss: Tensor, groups: list[Any], outputs: dict[Any, set[Any]]) -> set[Any]:
+def find_escaping_groups(loss: Tensor, groups: list[Any], outputs: dict[Any, set[Any]]) -> set[Any]:
     """The groups with a parameter from which a path leads to the loss, but through no output.
 
     Args:
@@ -726,7 +762,7 @@ def escaping(loss: Tensor, groups: list[Any], outputs: dict[Any, set[Any]]) -> s
         groups: all groups of parameters of FSDP2.
         outputs: of each group the nodes of its unit's outputs.
     """
-    owner = {
+    group_by_param_id = {
         id(p._unsharded_param): group
         for group in groups
         for p in group.fsdp_params
@@ -735,33 +771,37 @@ def escaping(loss: Tensor, groups: list[Any], outputs: dict[Any, set[Any]]) -> s
     root = loss.grad_fn
     leaves: dict[Any, list[Any]] = {}  # nodes of parameters, by their group
     readers: dict[Any, list[Any]] = {root: []}
-    waiting = [root]
-    while waiting:
-        node = waiting.pop()
-        if (group := owner.get(id(getattr(node, "variable", None)))) is not None:
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if (group := group_by_param_id.get(id(getattr(node, "variable", None)))) is not None:
             leaves.setdefault(group, []).append(node)
         for source, _ in node.next_functions if node is not None else ():
             if source is None:
                 continue
             if source not in readers:
                 readers[source] = []
-                waiting.append(source)
+                stack.append(source)
             readers[source].append(node)
-    found: set[Any] = set()
-    for group, waiting in leaves.items():  # one walk a group: from each leaf it would be quadratic
-        inside, seen = outputs.get(group, set()), set(waiting)
-        while waiting:
-            node = waiting.pop()
+    escaping_groups: set[Any] = set()
+    for group, stack in leaves.items():  # one walk a group: from each leaf it would be quadratic
+        output_nodes, visited = outputs.get(group, set()), set(stack)
+        while stack:
+            node = stack.pop()
             if node is root:
-                found.add(group)
+                escaping_groups.add(group)
                 break
-            new = [each for each in readers[node] if each not in seen and each not in inside]
-            seen.update(new)
-            waiting += new
-    return found
+            unvisited = [
+                reader
+                for reader in readers[node]
+                if reader not in visited and reader not in output_nodes
+            ]
+            visited.update(unvisited)
+            stack += unvisited
+    return escaping_groups
 
 
-def _let_go(group: Any) -> None:
+def _release_group(group: Any) -> None:
     """Let a group gather and reduce as FSDP2 does."""
     group.reduce_grads = group.reshard_after_backward = True
     if group.is_unsharded:
@@ -773,15 +813,19 @@ def _have_gradients(groups: list[Any]) -> bool:
     return any(p.sharded_param.grad is not None for group in groups for p in group.fsdp_params)
 
 
-def _watched(state: Any) -> Callable[[], None]:
+def _keep_gathered_in_step(state: Any) -> Callable[[], None]:
     """Keep units gathered after a backward pass within a step (a gradient penalty)."""
-    own = state._root_post_backward_final_callback
+    original_callback = state._root_post_backward_final_callback
 
     def final_callback() -> None:
-        own()
+        original_callback()
         gather = state._gather
         if gather.in_step and not gather.in_backward:
-            groups = [g for each in state._state_ctx.all_states for g in groups_of(each)]
+            groups = [
+                g
+                for other_state in state._state_ctx.all_states
+                for g in fsdp_param_groups(other_state)
+            ]
             if gather.module.automatic_optimization or not _have_gradients(groups):
                 for group in groups:
                     gather.hold(group)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ravine.errors import RunError
 
-_not_compiled: Any = torch.compiler.disable  # its own annotation fits no method
+_disable_compile: Any = torch.compiler.disable  # its own annotation fits no method
 
 
 class StepUnit(nn.Module):
@@ -24,29 +24,29 @@ class StepUnit(nn.Module):
         """Register hooks for calls of single members."""
         super().__init__()
         self.members = nn.ModuleList(members)
-        self.running = False
+        self.is_running = False
         for member in members:
-            member.register_forward_pre_hook(self._before)
-            member.register_forward_hook(self._after)
+            member.register_forward_pre_hook(self._gather_before_call)
+            member.register_forward_hook(self._free_after_call)
 
     def forward(self, step: Callable[..., Any], *args: Any) -> Any:
         """Run a step with all members gathered."""
-        self.running = True
+        self.is_running = True
         try:
             return step(*args)
         finally:
-            self.running = False
+            self.is_running = False
 
-    def _before(self, member: nn.Module, inputs: Any) -> None:
-        if not self.running:
-            self._gather(member)
+    def _gather_before_call(self, member: nn.Module, inputs: Any) -> None:
+        if not self.is_running:
+            self._gather_members(member)
 
-    def _after(self, member: nn.Module, inputs: Any, outputs: Any) -> None:
-        if not self.running:
-            self._free()
+    def _free_after_call(self, member: nn.Module, inputs: Any, outputs: Any) -> None:
+        if not self.is_running:
+            self._free_members()
 
-    @_not_compiled
-    def _gather(self, member: nn.Module) -> None:
+    @_disable_compile
+    def _gather_members(self, member: nn.Module) -> None:
         """Gather for a call outside of a step: samples, predictions, user code."""
         if torch._C._current_graph_task_id() >= 0:  # it is computed again within a backward
             return
@@ -58,8 +58,8 @@ class StepUnit(nn.Module):
             )
         cast(FSDPModule, self).unshard()
 
-    @_not_compiled
-    def _free(self) -> None:
-        """Free what `_gather` has gathered."""
+    @_disable_compile
+    def _free_members(self) -> None:
+        """Free what `_gather_members` has gathered."""
         if torch._C._current_graph_task_id() < 0:
             cast(FSDPModule, self).reshard()

@@ -14,32 +14,32 @@ from torch.autograd import grad_mode
 
 from ravine.errors import UsageError
 
-from ..parallel_module import units
+from ..parallel_module import fsdp_units
 
-TORCH = "2.11 to 2.14"  # the versions that the tests are run with
-FUNCTIONS = {
+TESTED_TORCH_VERSIONS = "2.11 to 2.14"  # the versions that the tests are run with
+REQUIRED_FUNCTIONS = {
     "torch._C": (torch._C, "_current_graph_task_id"),
     "torch.autograd.grad_mode": (grad_mode, "_unsafe_preserve_version_counter"),
 }
-STATE = (
+FSDP_STATE_ATTRS = (
     *("_lazy_init", "_root_post_backward_final_callback", "_state_ctx"),
     "_register_pre_backward_hook",
 )
-GROUP = (
+PARAM_GROUP_ATTRS = (
     *("fsdp_params", "mesh_info", "is_unsharded", "unshard", "wait_for_unshard", "_to_sharded"),
     *("reduce_grads", "reshard_after_backward", "_training_state"),
     *("post_backward", "finalize_backward"),
 )
-PARAMETER = (
+PARAM_ATTRS = (
     *("sharded_param", "_unsharded_param", "all_gather_outputs", "fsdp_placement"),
     *("_orig_size", "_contiguous_orig_stride", "_module_info", "_setattr_on_modules"),
     *("to_unsharded", "sharded_state"),
 )
-MESH = ("shard_mesh_size", "shard_mesh_rank")
-MODULE = ("module", "param_name", "shared_modules", "shared_param_names")
+MESH_INFO_ATTRS = ("shard_mesh_size", "shard_mesh_rank")
+MODULE_INFO_ATTRS = ("module", "param_name", "shared_modules", "shared_param_names")
 
 
-def groups_of(state: Any) -> list[Any]:
+def fsdp_param_groups(state: Any) -> list[Any]:
     """The groups of parameters of an FSDP2 unit; torch before 2.12 has one."""
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
@@ -47,7 +47,7 @@ def groups_of(state: Any) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def check_fsdp(module: nn.Module) -> None:
+def check_fsdp_attributes(module: nn.Module) -> None:
     """Refuse a version of torch whose FSDP2 lacks an attribute that is used.
 
     Args:
@@ -56,36 +56,36 @@ def check_fsdp(module: nn.Module) -> None:
     Raises:
         ValueError: it names the first missing attribute.
     """
-    missing = next(_missing(module), None)
+    missing = next(_find_missing_attrs(module), None)
     if missing is not None:
         raise UsageError(
             f"torch {torch.__version__} has no {missing}, which zero2 and zero3 use; allowed: "
-            f"torch {TORCH}; type --trainer.strategy ddp"
+            f"torch {TESTED_TORCH_VERSIONS}; type --trainer.strategy ddp"
         )
 
 
-def _missing(module: nn.Module) -> Iterator[str]:
-    for owner, (place, name) in FUNCTIONS.items():
-        if not hasattr(place, name):
+def _find_missing_attrs(module: nn.Module) -> Iterator[str]:
+    for owner, (holder, name) in REQUIRED_FUNCTIONS.items():
+        if not hasattr(holder, name):
             yield f"{owner}.{name}"
-    for unit in units(module):
-        yield from _lacks(unit, ("_get_fsdp_state",), "FSDPModule")
+    for unit in fsdp_units(module):
+        yield from _missing_attrs_of(unit, ("_get_fsdp_state",), "FSDPModule")
         state: Any = unit._get_fsdp_state()
-        yield from _lacks(state, STATE)
-        yield from _lacks(state._state_ctx, ("all_states",))
+        yield from _missing_attrs_of(state, FSDP_STATE_ATTRS)
+        yield from _missing_attrs_of(state._state_ctx, ("all_states",))
         if not hasattr(state, "_fsdp_param_groups"):  # torch 2.11
-            yield from _lacks(state, ("_fsdp_param_group",))
-        for group in groups_of(state):
-            yield from _lacks(group, GROUP)
-            yield from _lacks(group.mesh_info, MESH)
+            yield from _missing_attrs_of(state, ("_fsdp_param_group",))
+        for group in fsdp_param_groups(state):
+            yield from _missing_attrs_of(group, PARAM_GROUP_ATTRS)
+            yield from _missing_attrs_of(group.mesh_info, MESH_INFO_ATTRS)
             for parameter in group.fsdp_params:
-                yield from _lacks(parameter, PARAMETER)
-                yield from _lacks(parameter._module_info, MODULE)
+                yield from _missing_attrs_of(parameter, PARAM_ATTRS)
+                yield from _missing_attrs_of(parameter._module_info, MODULE_INFO_ATTRS)
 
 
-def _lacks(found: Any, names: tuple[str, ...], kind: str = "") -> Iterator[str]:
+def _missing_attrs_of(instance: Any, names: tuple[str, ...], label: str = "") -> Iterator[str]:
     """Those of the names that an object has not; a declared attribute may be set later."""
-    declared = getattr(type(found), "__annotations__", {})
+    declared = getattr(type(instance), "__annotations__", {})
     for name in names:
-        if not hasattr(found, name) and name not in declared:
-            yield f"{kind or type(found).__name__}.{name}"
+        if not hasattr(instance, name) and name not in declared:
+            yield f"{label or type(instance).__name__}.{name}"

@@ -22,7 +22,7 @@ from ravine.callbacks import (
     OptimizerPlan,
     Quantization,
 )
-from ravine.callbacks.transforms.layer_selection import frozen_copies, within
+from ravine.callbacks.transforms.layer_selection import find_frozen_copies, is_submodule_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*training_step.* returned .None"),
@@ -119,8 +119,10 @@ def test_by_default_adapters_move_and_frozen_weights_stay(kind, how):
     moved = {n for n, p in module.named_parameters() if not torch.equal(p, start[n])}
     assert any("lora_b" in name for name in moved)
     free = {n for n, p in module.named_parameters() if p.requires_grad}
-    copies = frozen_copies(kind())
-    assert all(name in free or any(within(name, copy) for copy in copies) for name in moved)
+    copies = find_frozen_copies(kind())
+    assert all(
+        name in free or any(is_submodule_of(name, copy) for copy in copies) for name in moved
+    )
     if kind.__name__ == "Transfer":
         assert "classifier.weight" in moved
     if kind is Teacher:

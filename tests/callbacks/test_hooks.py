@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from ravine.callbacks.hooks import owner_of, patch, unpatch
+from ravine.callbacks.hooks import hook_owner, override_hook, restore_hook
 
 
 class Taker(L.Callback):
@@ -22,7 +22,9 @@ class Taker(L.Callback):
             self.original = original()
             return torch.optim.Adam(module.parameters(), lr=1e-3)
 
-        original = patch(trainer, pl_module, "configure_optimizers", configure_optimizers, self)
+        original = override_hook(
+            trainer, pl_module, "configure_optimizers", configure_optimizers, self
+        )
 
     def on_train_start(self, trainer, pl_module):
         self.seen += trainer.optimizers
@@ -30,7 +32,7 @@ class Taker(L.Callback):
             raise RuntimeError("crash")
 
     def teardown(self, trainer, pl_module, stage):
-        unpatch(pl_module, "configure_optimizers", self)
+        restore_hook(pl_module, "configure_optimizers", self)
 
 
 class OtherTaker(Taker):
@@ -87,7 +89,7 @@ def test_an_owner_may_patch_again():
     run = trainer(taker)
     taker.setup(run, module, "fit")
     taker.setup(run, module, "fit")
-    assert owner_of(run, module, "configure_optimizers") is taker
+    assert hook_owner(run, module, "configure_optimizers") is taker
     taker.teardown(run, module, "fit")
     assert "configure_optimizers" not in vars(module)
 
@@ -96,8 +98,8 @@ def test_unpatching_by_another_changes_nothing():
     module, taker = BoringModel(), Taker()
     run = trainer(taker)
     taker.setup(run, module, "fit")
-    unpatch(module, "configure_optimizers", OtherTaker())
-    assert owner_of(run, module, "configure_optimizers") is taker
+    restore_hook(module, "configure_optimizers", OtherTaker())
+    assert hook_owner(run, module, "configure_optimizers") is taker
 
 
 def test_a_copy_of_a_patched_module_is_patched_on_the_copy():

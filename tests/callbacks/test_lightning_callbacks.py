@@ -29,7 +29,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from ravine.callbacks import EMA, Checkpoint, ExactResume, OptimizerPlan, Rule, Schedule
 from ravine.cli.trainer import Trainer
-from ravine.datamodules.loaders import EvalLoader, Order, Share, TrainLoader
+from ravine.datamodules.loaders import DataParallelInfo, EvalLoader, Order, TrainLoader
 from ravine.lightning_modules.task_module import TaskModule
 
 PAGE = Path(__file__).parents[2] / "docs" / "lightning_callbacks.md"
@@ -85,11 +85,11 @@ class Data(L.LightningDataModule):
         self.batch_size = batch_size
 
     def train_dataloader(self) -> TrainLoader:
-        share = Share.of(self.trainer)
+        share = DataParallelInfo.of(self.trainer)
         return TrainLoader(Order(0, 16), lambda items: ROWS[items], 16, self.batch_size, share)
 
     def val_dataloader(self) -> EvalLoader:
-        return EvalLoader(lambda items: ROWS[items], 16, 16, Share.of(self.trainer))
+        return EvalLoader(lambda items: ROWS[items], 16, 16, DataParallelInfo.of(self.trainer))
 
     predict_dataloader = val_dataloader
 
@@ -259,7 +259,7 @@ def test_the_unfrozen_backbone_moves_under_a_plan_and_is_averaged(kind, tmp_path
     trainer, module = fit(kind, "BackboneFinetuning")
     ema = next(c for c in trainer.callbacks if isinstance(c, EMA))
     assert not torch.equal(module.backbone.weight, before.backbone.weight)
-    raw = ema.other["backbone.weight"]
+    raw = ema.averaged["backbone.weight"]
     assert not torch.equal(module.backbone.weight, raw)  # the average is left
     _, frozen = fit(kind, "BackboneFinetuning", epochs=1)
     assert torch.equal(frozen.backbone.weight, before.backbone.weight)
@@ -331,7 +331,7 @@ def test_a_step_keeps_its_size_and_a_cosine_its_end(kind, schedule) -> None:
     trainer = kind(**QUIET, max_epochs=3, callbacks=[rates, scheduler, planned])
     trainer.fit(Late(), datamodule=Data())
     assert rates.rows == [4] * 12
-    assert planned._length == trainer.global_step == 12
+    assert planned._total_steps == trainer.global_step == 12
     assert rates.rates == pytest.approx([0.05 * planned.schedule.factor(k, 12) for k in range(12)])
     assert trainer.accumulate_grad_batches == 1
     if kind is Trainer:
@@ -343,7 +343,7 @@ def test_other_loaders_keep_their_batches_and_the_steps_are_counted() -> None:
     scheduler = GradientAccumulationScheduler({0: 1, 1: 4})
     trainer = Trainer(**QUIET, max_epochs=3, callbacks=[rates, scheduler, planned])
     trainer.fit(Late(), DataLoader(ROWS, 4), DataLoader(ROWS, 16))
-    assert planned._length == trainer.global_step == 6
+    assert planned._total_steps == trainer.global_step == 6
     assert rates.rows == [4] * 4 + [16] * 2
 
 

@@ -22,7 +22,7 @@ from ravine.callbacks import (
     Pretrained,
     Samples,
 )
-from ravine.callbacks.checks.run_checks import RunChecks, first_batch
+from ravine.callbacks.checks.run_checks import RunChecks, get_first_batch
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.loaders import Order, TrainLoader
@@ -225,15 +225,15 @@ def test_a_method_called_check_with_other_parameters_is_left_alone() -> None:
 def test_looking_at_a_loader_moves_neither_it_nor_its_generators() -> None:
     rows = TensorDataset(torch.arange(8.0))
     plain = DataLoader(rows, 2, shuffle=True, generator=torch.Generator().manual_seed(1))
-    first_batch(plain)
+    get_first_batch(plain)
     twin = DataLoader(rows, 2, shuffle=True, generator=torch.Generator().manual_seed(1))
     assert [b[0].tolist() for b in plain] == [b[0].tolist() for b in twin]
     ours = TrainLoader(Order(0, 8), lambda items: items, 8, 2)
     ours.load_state_dict({"epoch": 0, "sample": 4, "turn": 0})
-    assert first_batch(ours).shape == (2,)
+    assert get_first_batch(ours).shape == (2,)
     assert len(list(ours)) == 2
     once = iter([1, 2])
-    assert first_batch(once) is None
+    assert get_first_batch(once) is None
     assert next(once) == 1
 
 
@@ -286,9 +286,9 @@ def test_samples_are_tried_before_the_first_step(arguments, message, kind) -> No
 def test_the_default_prompt_is_one_that_the_text_has() -> None:
     samples = Samples({"max_new_tokens": 3})
     language([samples])
-    assert samples.last is not None
-    assert len(samples.last) == 4
-    assert samples.last[0] == " "  # the first known character, as there is no line break
+    assert samples.last_text is not None
+    assert len(samples.last_text) == 4
+    assert samples.last_text[0] == " "  # the first known character, as there is no line break
 
 
 class Kind(enum.Enum):

@@ -64,7 +64,7 @@ def test_what_needs_no_torch_is_answered_without_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [None, *door.COMMANDS])
 def test_a_page_can_be_read_at_a_glance(name: str | None) -> None:
-    lines = pages.page(name, "lightning").splitlines()
+    lines = pages.help_text(name, "lightning").splitlines()
     assert len(lines) <= 10
     assert max(map(len, lines)) <= 100
 
@@ -122,7 +122,7 @@ def test_a_flag_means_the_same_before_and_after_a_config(
     assert sys.argv is words  # the launcher of ranks reads it
     assert sys.argv[1:] == command.ran[0]
     assert sys.path[0] == os.getcwd()
-    assert door.arrange(command.ran[0]) == command.ran[0]
+    assert door.normalize_argv(command.ran[0]) == command.ran[0]
 
 
 def test_a_callback_is_added_to_those_of_a_config_that_comes_later(
@@ -154,9 +154,11 @@ def test_a_config_is_a_file_as_typed_then_with_yaml_then_a_preset(
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text("model: M")
-        assert presets.find("task/quick") == str(place)
-    assert presets.find(str(tmp_path / "task/quick.yaml")) == str(tmp_path / "task/quick.yaml")
-    titles = {presets.title(str(place)) for place in places}
+        assert presets.find_config("task/quick") == str(place)
+    assert presets.find_config(str(tmp_path / "task/quick.yaml")) == str(
+        tmp_path / "task/quick.yaml"
+    )
+    titles = {presets.run_name(str(place)) for place in places}
     assert titles == {"task/quick"}
 
 
@@ -178,13 +180,13 @@ def test_a_config_that_is_missing_is_answered_with_the_nearest(
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("model: M")
     with pytest.raises(UsageError) as mistake:
-        presets.find(name)
-    assert errors.words(mistake.value, []).splitlines()[1] == line
+        presets.find_config(name)
+    assert errors.message_of(mistake.value, []).splitlines()[1] == line
 
 
 def test_every_installed_config_is_found_by_its_name() -> None:
-    assert [presets.title(presets.find(name)) for name in presets.installed()] == (
-        presets.installed()
+    assert [presets.run_name(presets.find_config(name)) for name in presets.list_presets()] == (
+        presets.list_presets()
     )
 
 
@@ -311,7 +313,7 @@ def test_each_part_of_an_error_has_a_line_of_its_own(
     assert capsys.readouterr().err == (
         "lightning: error: no heads\n  allowed: 4, 8\n  type: --model.num_heads=4\n"
     )
-    assert errors.words(UsageError("no heads", hint="use 4"), []) == "no heads\n  use 4"
+    assert errors.message_of(UsageError("no heads", hint="use 4"), []) == "no heads\n  use 4"
 
 
 def test_an_error_in_a_process_of_a_loader_is_one_line_without_the_workers_traceback() -> None:
@@ -324,8 +326,8 @@ def test_an_error_in_a_process_of_a_loader_is_one_line_without_the_workers_trace
             wrapped = ExceptionWrapper(where="in DataLoader worker process 1")
         with pytest.raises(kind, match="Original Traceback") as raised:
             wrapped.reraise()
-        assert errors.status(raised.value) == kind.exit_status
-        assert errors.words(raised.value, []) == "picture 3 is damaged: remove it"
+        assert errors.exit_status(raised.value) == kind.exit_status
+        assert errors.message_of(raised.value, []) == "picture 3 is damaged: remove it"
 
 
 SYMLINKED = """
@@ -529,7 +531,7 @@ def test_a_signal_before_there_is_a_handler_waits_for_it() -> None:
     ],
 )
 def test_a_variable_that_somebody_reads_passes(name: str) -> None:
-    environment.check({name: "1"}, "fit", door.COMMANDS)
+    environment.check_env_vars({name: "1"}, "fit", door.COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -546,8 +548,8 @@ def test_a_variable_that_somebody_reads_passes(name: str) -> None:
 )
 def test_a_variable_that_nobody_reads_is_refused(name: str, fix: str) -> None:
     with pytest.raises(UsageError) as mistake:
-        environment.check({name: "7"}, "fit", door.COMMANDS)
-    first, *_, last = errors.words(mistake.value, []).splitlines()
+        environment.check_env_vars({name: "7"}, "fit", door.COMMANDS)
+    first, *_, last = errors.message_of(mistake.value, []).splitlines()
     assert first == f"no environment variable is called {name}"
     assert last == f"  type: {fix}"
 
@@ -564,4 +566,4 @@ def test_the_variables_lightning_reads_are_the_ones_let_through() -> None:
         if "testing" not in file.parts and "demos" not in file.parts
         for name in re.findall(r'(?<!\[)"(PL_[A-Z_]+)"', file.read_text(encoding="utf-8"))
     }
-    assert found <= {name for name in environment.READ if name.startswith("PL_")}
+    assert found <= {name for name in environment.KNOWN_VARIABLES if name.startswith("PL_")}

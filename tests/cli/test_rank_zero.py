@@ -41,8 +41,8 @@ def three_parts(text, port):
 def test_a_rank_that_finds_no_store_says_where_it_looked(monkeypatch, port):
     in_job(monkeypatch, 1, port)
     with pytest.raises(UsageError) as error:
-        launched.from_first(lambda: "a.ckpt")
-    three_parts(errors.words(error.value, []), port)
+        launched.call_on_rank_zero(lambda: "a.ckpt")
+    three_parts(errors.message_of(error.value, []), port)
 
 
 def test_rank_0_whose_port_is_taken_says_so_if_it_has_a_path_to_send(monkeypatch, port):
@@ -51,24 +51,24 @@ def test_rank_0_whose_port_is_taken_says_so_if_it_has_a_path_to_send(monkeypatch
         taken.bind(("127.0.0.1", port))
         taken.listen()
         with pytest.raises(UsageError) as error:
-            launched.from_first(lambda: "a.ckpt")
-        assert launched.from_first(None) is None  # maybe no rank waits
-    three_parts(errors.words(error.value, []), port)
+            launched.call_on_rank_zero(lambda: "a.ckpt")
+        assert launched.call_on_rank_zero(None) is None  # maybe no rank waits
+    three_parts(errors.message_of(error.value, []), port)
 
 
 def test_the_end_of_rank_0_ends_a_rank_that_waits(monkeypatch, port):
     in_job(monkeypatch, 1, port)
     store = TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
-    launched._store(launched.job())
+    launched._open_store(launched.detect_job())
     del store
     with pytest.raises(RuntimeError, match="rank 0 has ended before it found") as error:
-        launched.from_first(lambda: "a.ckpt")
+        launched.call_on_rank_zero(lambda: "a.ckpt")
     assert "see the output of rank 0" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_the_other_ranks_raise_the_error_of_rank_0_with_its_parts() -> None:
     error = UsageError("no checkpoint is called 'lst'", ["last"], flag="--x=last", label="nearest")
-    again = UsageError(**json.loads(json.dumps(launched.parts(error))))
-    assert errors.words(again, []) == errors.words(error, [])
-    assert launched.parts(OSError("no such folder")) == {"problem": "no such folder"}
+    again = UsageError(**json.loads(json.dumps(launched.usage_error_parts(error))))
+    assert errors.message_of(again, []) == errors.message_of(error, [])
+    assert launched.usage_error_parts(OSError("no such folder")) == {"problem": "no such folder"}

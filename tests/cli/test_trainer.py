@@ -27,7 +27,7 @@ from ravine.callbacks import (
 )
 from ravine.callbacks.checks.run_checks import RunChecks
 from ravine.cli import trainer as trainer_module
-from ravine.cli.trainer import Trainer, automatic_precision
+from ravine.cli.trainer import Trainer, default_precision
 from ravine.strategies import AtomicCheckpointIO
 
 
@@ -130,7 +130,7 @@ def test_devices_that_are_some_are_taken(devices: int | str) -> None:
 
 @pytest.mark.parametrize("devices", ["-1", -1, "0,", "0,3", "0, 3", 16])
 def test_devices_of_other_machines_are_left_to_lightning(devices: int | str) -> None:
-    trainer_module.check_positive({"devices": devices})
+    trainer_module.check_counts({"devices": devices})
 
 
 def test_fit_and_test_on_one_trainer_share_a_folder_and_log_dir_is_none_before() -> None:
@@ -207,7 +207,7 @@ def test_automatic_precision_is_bf16_where_the_processor_has_it(
     for avx512, amx in ((True, False), (False, True), (False, False)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512: has)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has)
-        chosen.add((avx512 or amx, automatic_precision("cpu")))
+        chosen.add((avx512 or amx, default_precision("cpu")))
     assert chosen == {(True, "bf16-mixed"), (False, "32-true")}
     assert Trainer(precision="auto", accelerator="cpu").precision == "32-true"
     assert Trainer(accelerator="cpu").precision == "32-true"

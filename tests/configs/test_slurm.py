@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ravine.datamodules.text import documentation
-from ravine.strategies.checkpoint.atomic_io import newest_valid
+from ravine.datamodules.text import python_docs_text
+from ravine.strategies.checkpoint.atomic_io import latest_valid_checkpoint
 
 pytestmark = pytest.mark.slurm
 
@@ -121,7 +121,7 @@ class Job:
     def __init__(self, folder, steps, *options):
         self.folder, self.steps = folder, steps
         folder.mkdir()
-        (folder / "text.txt").write_text("".join(documentation())[:3000])
+        (folder / "text.txt").write_text("".join(python_docs_text())[:3000])
         path = f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}"
         words = [*WORDS, f"--trainer.max_steps={steps}"]
         self.number = ask(
@@ -150,7 +150,9 @@ class Job:
         return self.show("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
     def weights(self):
-        newest, _ = newest_valid(sorted(self.folder.glob("runs/*/version_*/checkpoints"))[-1])
+        newest, _ = latest_valid_checkpoint(
+            sorted(self.folder.glob("runs/*/version_*/checkpoints"))[-1]
+        )
         checkpoint = torch.load(newest, weights_only=True)
         return checkpoint["global_step"], checkpoint["state_dict"]
 

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from ranks import furthest
 
 from ravine.cli.main import main
-from ravine.datamodules.text import documentation
+from ravine.datamodules.text import python_docs_text
 from ravine.strategies import AtomicCheckpointIO
-from ravine.strategies.checkpoint.atomic_io import newest_valid
+from ravine.strategies.checkpoint.atomic_io import latest_valid_checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[2] / "configs" / "cluster" / "torchrun.sh"
 STEPS = 1000
@@ -88,7 +88,7 @@ def said(folder):
 
 
 def test_a_signal_to_one_node_stops_both_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    (tmp_path / "text.txt").write_text("".join(documentation())[:3000])
+    (tmp_path / "text.txt").write_text("".join(python_docs_text())[:3000])
     for name in ("alone", "nodes"):
         (tmp_path / name).mkdir()
     there = tmp_path / "nodes"
@@ -98,7 +98,7 @@ def test_a_signal_to_one_node_stops_both_and_the_same_command_goes_on(tmp_path, 
         nodes[1].terminate()
         statuses = [node.wait(60) for node in nodes]
     assert statuses == [143, 143], said(there)
-    newest, passed_over = newest_valid(runs / "version_0" / "checkpoints")
+    newest, passed_over = latest_valid_checkpoint(runs / "version_0" / "checkpoints")
     assert not passed_over
     stopped_at = AtomicCheckpointIO().load_checkpoint(newest)["global_step"]
     assert 0 < stopped_at < STEPS

@@ -11,24 +11,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from ravine.datamodules.loaders import EvalLoader, Order, Share, TrainLoader, generator
+from ravine.datamodules.loaders import DataParallelInfo, EvalLoader, Order, TrainLoader, generator
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (3, 4)]  # ranks, accumulation
 
 
-def loader(share: Share = Share(), replace: bool = True, **options: Any) -> TrainLoader:  # noqa: B008
-    order = Order(7, 100, replace=replace)
+ONE_PROCESS = DataParallelInfo()
+
+
+def loader(
+    share: DataParallelInfo = ONE_PROCESS, replace: bool = True, **options: Any
+) -> TrainLoader:
+    order = Order(7, 100, replacement=replace)
     return TrainLoader(order, lambda i: i.tolist(), 62, 12, share, **options)
 
 
 def world(size: int, accumulate: int) -> list[TrainLoader]:
-    return [loader(Share(rank, size, accumulate)) for rank in range(size)]
+    return [loader(DataParallelInfo(rank, size, accumulate)) for rank in range(size)]
 
 
 def stream(loaders: list[TrainLoader], first: int = 0, steps: int | None = None) -> list[int]:
     """The samples of the whole world, from turn `first` to the third, in the order of the steps."""
     seen = []
-    micro = None if steps is None else steps * loaders[0].share.accumulate
+    micro = None if steps is None else steps * loaders[0].data_parallel.accumulate
     for turn in range(first, 3):
         for one in loaders:
             one.set_epoch(turn)
@@ -56,7 +61,7 @@ def test_the_global_batches_are_the_same_on_any_layout(layout: tuple[int, int]) 
 
 
 def test_a_step_of_any_batch_size_takes_the_next_samples() -> None:
-    order = Order(7, 100, replace=True)
+    order = Order(7, 100, replacement=True)
     by_three = TrainLoader(order, lambda i: i.tolist(), 60, 3)
     assert list(itertools.chain(*by_three)) == list(itertools.chain(*loader()))
 
@@ -70,7 +75,7 @@ def test_an_epoch_without_replacement_holds_every_item_once() -> None:
 
 
 def test_slices_of_an_order_meet_across_blocks() -> None:
-    order = Order(3, 10, replace=True)
+    order = Order(3, 10, replacement=True)
     whole = order(0, 4000, 9000)
     assert torch.equal(torch.cat([order(0, i, i + 500) for i in range(4000, 9000, 500)]), whole)
     assert not torch.equal(order(0, 0, 900), order(0, 4096, 4996))  # no block is another's
@@ -106,7 +111,7 @@ def test_a_position_loaded_after_the_iterator_was_made_counts() -> None:
 
 
 def test_a_position_inside_a_batch_of_this_run_is_refused() -> None:
-    one = loader(Share(0, 1, 1))
+    one = loader(DataParallelInfo(0, 1, 1))
     one.load_state_dict({"epoch": 0, "sample": 18, "turn": 0})
     with pytest.raises(ValueError, match=r"after 18 samples .* accumulate_grad_batches it was"):
         next(iter(one))
@@ -124,7 +129,10 @@ def test_evaluation_covers_every_sample_once_with_equal_batches(size: int, batch
     for samples in (size, size + 1, 2 * size - 1, 17, 64, 65):
         if samples < size:
             continue
-        ranks = [EvalLoader(Tensor.tolist, samples, batch, Share(r, size)) for r in range(size)]
+        ranks = [
+            EvalLoader(Tensor.tolist, samples, batch, DataParallelInfo(r, size))
+            for r in range(size)
+        ]
         assert len({len(rank) for rank in ranks}) == 1
         batches = [list(rank) for rank in ranks]
         assert all(len(b) == len(r) and all(b) for b, r in zip(batches, ranks, strict=True))
@@ -138,16 +146,20 @@ def test_evaluation_covers_every_sample_once_with_equal_batches(size: int, batch
 @pytest.mark.parametrize(
     ("batch", "share", "text"),
     [
-        (10, Share(0, 4, 1), "4 ranks x 1 accumulation steps = 4 equal parts; nearest that can: "
+        (10, DataParallelInfo(0, 4, 1), "4 ranks x 1 accumulation steps = 4 equal parts; "
+                             "nearest that can: "
                              "8 and 12; type --data.batch_size=8"),
-        (2, Share(0, 2, 2), "nearest that can: 4; type --data.batch_size=4"),
-        (101, Share(), "batch_size 101 is more than the 100 training samples: "
+        (2, DataParallelInfo(0, 2, 2), "nearest that can: 4; type --data.batch_size=4"),
+        (101, DataParallelInfo(), "batch_size 101 is more than the 100 training samples: "
                        "type --data.batch_size=100 or less"),
-        (0, Share(), "batch_size is 0; allowed are 1, 2, 3, ...: type --data.batch_size=32"),
-        (-3, Share(), "batch_size is -3; allowed"),
+        (0, DataParallelInfo(), "batch_size is 0; allowed are 1, 2, 3, ...: "
+                       "type --data.batch_size=32"),
+        (-3, DataParallelInfo(), "batch_size is -3; allowed"),
     ],
 )  # fmt: skip
-def test_a_batch_that_cannot_be_shared_is_refused(batch: int, share: Share, text: str) -> None:
+def test_a_batch_that_cannot_be_shared_is_refused(
+    batch: int, share: DataParallelInfo, text: str
+) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
         TrainLoader(Order(0, 100), lambda i: i, 100, batch, share)
     assert text in str(error.value)
@@ -155,15 +167,17 @@ def test_a_batch_that_cannot_be_shared_is_refused(batch: int, share: Share, text
 
 def test_fewer_samples_than_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"2 samples .* 3 ranks.*type --trainer\.devices=2"):
-        EvalLoader(lambda i: i, 2, 4, Share(0, 3))
+        EvalLoader(lambda i: i, 2, 4, DataParallelInfo(0, 3))
 
 
 def test_the_share_is_the_data_parallel_one() -> None:
     mesh = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 1})
     trainer = SimpleNamespace(strategy=mesh, accumulate_grad_batches=3, world_size=8, global_rank=5)
-    assert Share.of(trainer) == Share(1, 2, 3)
-    assert Share.of(None) == Share(0, 1, 1)
-    assert Share.of(L.Trainer(accelerator="cpu", logger=False)) == Share(0, 1, 1)
+    assert DataParallelInfo.of(trainer) == DataParallelInfo(1, 2, 3)
+    assert DataParallelInfo.of(None) == DataParallelInfo(0, 1, 1)
+    assert DataParallelInfo.of(L.Trainer(accelerator="cpu", logger=False)) == DataParallelInfo(
+        0, 1, 1
+    )
 
 
 class Watcher(L.LightningModule):
@@ -187,10 +201,10 @@ class Watcher(L.LightningModule):
 class Data(L.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         order = Order(0, 22)
-        return TrainLoader(order, Tensor.tolist, 22, 4, Share.of(self.trainer))
+        return TrainLoader(order, Tensor.tolist, 22, 4, DataParallelInfo.of(self.trainer))
 
     def val_dataloader(self) -> EvalLoader:
-        return EvalLoader(Tensor.tolist, 3, 2, Share.of(self.trainer))
+        return EvalLoader(Tensor.tolist, 3, 2, DataParallelInfo.of(self.trainer))
 
 
 class Saver(L.Callback):
@@ -254,6 +268,6 @@ def test_new_loaders_every_epoch_go_on_with_the_order() -> None:
 
 @pytest.mark.parametrize("state", [3, {}, {"epoch": 0, "sample": "x", "turn": 0}])
 def test_a_place_of_another_form_is_refused_in_words(state):
-    loader = TrainLoader(Order(0, 8), lambda items: items, samples=8, batch_size=4)
+    loader = TrainLoader(Order(0, 8), lambda items: items, num_samples=8, batch_size=4)
     with pytest.raises(ValueError, match="the place in the data that was saved is"):
         loader.load_state_dict(state)

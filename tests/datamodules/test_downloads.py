@@ -20,11 +20,17 @@ from pathlib import Path
 import pytest
 
 from ravine.datamodules import downloads as sources
-from ravine.datamodules.downloads import Source, SourceMissing, choose, fetch, locate
+from ravine.datamodules.downloads import (
+    DatasetNotFound,
+    RemoteFile,
+    download_if_missing,
+    find_local,
+    resolve_source,
+)
 
 CONTENT = b"To be, or not to be\n" * 500
 DATA_ROOT = os.environ.get("DATA_ROOT")  # before the fixture below takes it away
-Serve = Callable[..., Source]
+Serve = Callable[..., RemoteFile]
 
 
 def zipped(**files: bytes) -> bytes:
@@ -35,9 +41,9 @@ def zipped(**files: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def source(url: str, member: str = "") -> Source:
+def source(url: str, member: str = "") -> RemoteFile:
     checksum = hashlib.sha256(CONTENT).hexdigest()
-    return Source("play", "plays/play.txt", checksum, len(CONTENT), url, member)
+    return RemoteFile("play", "plays/play.txt", checksum, len(CONTENT), url, member)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +61,7 @@ def server() -> Iterator[Serve]:
 
     def start(
         body: bytes, length: int | None = None, status: int = 200, member: str = ""
-    ) -> Source:
+    ) -> RemoteFile:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.send_response(status)
@@ -80,7 +86,7 @@ def server() -> Iterator[Serve]:
 @pytest.fixture
 def serve(server: Serve, monkeypatch: pytest.MonkeyPatch) -> Serve:
     """The same for a client that also speaks http, which is enough inside one machine."""
-    monkeypatch.setattr(sources, "_opener", urllib.request.build_opener)
+    monkeypatch.setattr(sources, "_make_https_opener", urllib.request.build_opener)
     return server
 
 
@@ -90,20 +96,22 @@ def left_behind(tmp_path: Path) -> list[str]:
 
 def test_a_download_is_checked_and_kept(serve: Serve, tmp_path: Path) -> None:
     good = serve(CONTENT)
-    assert fetch("play", good) == ""
-    path = locate(good)
+    assert download_if_missing("play", good) == ""
+    path = find_local(good)
     assert path == tmp_path / "cache/ravine/plays/play.txt"
     assert path.read_bytes() == CONTENT
     assert left_behind(tmp_path) == ["play.txt"]
-    assert fetch("play", source("https://nowhere.invalid")) == ""  # no second download
+    assert (
+        download_if_missing("play", source("https://nowhere.invalid")) == ""
+    )  # no second download
 
 
 def test_a_gzip_is_checked_by_what_is_inside_and_kept_as_it_came(serve: Serve) -> None:
     for level in (1, 9):  # mirrors wrap it differently
         body = gzip.compress(CONTENT, level)
         good = replace(serve(body), gzipped=True, path=f"plays/{level}.gz")
-        assert fetch("play", good) == ""
-        assert locate(good).read_bytes() == body
+        assert download_if_missing("play", good) == ""
+        assert find_local(good).read_bytes() == body
 
 
 @pytest.mark.parametrize(
@@ -117,15 +125,15 @@ def test_a_gzip_is_checked_by_what_is_inside_and_kept_as_it_came(serve: Serve) -
     ids=["plain", "cut", "another", "bomb"],
 )
 def test_a_bad_gzip_leaves_nothing(serve: Serve, tmp_path: Path, body: bytes, reason: str) -> None:
-    assert reason in fetch("play", replace(serve(body), gzipped=True))
+    assert reason in download_if_missing("play", replace(serve(body), gzipped=True))
     assert left_behind(tmp_path) == []
 
 
 def test_a_zip_gives_the_file_of_the_exact_name(serve: Serve) -> None:
     body = zipped(**{"../play": b"no", "readme": b"no", "play": CONTENT})
     good = serve(body, member="play")
-    assert fetch("play", good) == ""
-    assert locate(good).read_bytes() == CONTENT
+    assert download_if_missing("play", good) == ""
+    assert find_local(good).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -148,18 +156,20 @@ def test_a_bad_download_leaves_nothing(
     serve: Serve, tmp_path: Path, answer: dict, reason: str
 ) -> None:
     bad = serve(**answer)
-    tried = fetch("play", bad)
+    tried = download_if_missing("play", bad)
     assert reason in tried
     assert left_behind(tmp_path) == []
-    with pytest.raises(SourceMissing) as error:
-        locate(bad, tried=tried)
+    with pytest.raises(DatasetNotFound) as error:
+        find_local(bad, download_error=tried)
     assert f"{bad.url} ({tried})" in str(error.value)
 
 
 def test_a_damaged_zip_leaves_nothing(serve: Serve, tmp_path: Path) -> None:
     body = bytearray(zipped(play=os.urandom(5000)))
     body[2000] ^= 1
-    assert "not a zip with the file play" in fetch("play", serve(bytes(body), member="play"))
+    assert "not a zip with the file play" in download_if_missing(
+        "play", serve(bytes(body), member="play")
+    )
     assert left_behind(tmp_path) == []
 
 
@@ -175,21 +185,21 @@ def test_a_write_that_breaks_off_leaves_nothing(
     good = serve(CONTENT)
     monkeypatch.setattr(Path, "write_bytes", break_off)
     if isinstance(stop, OSError):
-        assert "No space left on device" in fetch("play", good)
+        assert "No space left on device" in download_if_missing("play", good)
     else:
         with pytest.raises(KeyboardInterrupt):
-            fetch("play", good)
+            download_if_missing("play", good)
     assert left_behind(tmp_path) == []
 
 
 def test_a_server_that_falls_silent_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_opener", urllib.request.build_opener)
-    monkeypatch.setattr(sources, "TIMEOUT", 0.05)
+    monkeypatch.setattr(sources, "_make_https_opener", urllib.request.build_opener)
+    monkeypatch.setattr(sources, "TIMEOUT_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/play"
-        assert "timed out" in fetch("play", source(address))
+        assert "timed out" in download_if_missing("play", source(address))
     assert left_behind(tmp_path) == []
 
 
@@ -200,17 +210,17 @@ def test_a_damaged_file_in_the_cache_is_replaced_by_a_good_one_only(
     path.parent.mkdir(parents=True)
     path.write_bytes(b"damaged")
     bad = serve(b"worse")
-    assert fetch("play", bad)
+    assert download_if_missing("play", bad)
     assert path.read_bytes() == b"damaged"  # nothing is overwritten by something bad
-    with pytest.raises(SourceMissing, match="cache: damaged"):
-        locate(bad)
+    with pytest.raises(DatasetNotFound, match="cache: damaged"):
+        find_local(bad)
     good = serve(CONTENT)
-    assert fetch("play", good) == ""
-    assert locate(good).read_bytes() == CONTENT
+    assert download_if_missing("play", good) == ""
+    assert find_local(good).read_bytes() == CONTENT
 
 
 def test_only_https_is_spoken(server: Serve, tmp_path: Path) -> None:
-    assert fetch("play", server(CONTENT)) == "URLError: unknown url type: http"
+    assert download_if_missing("play", server(CONTENT)) == "URLError: unknown url type: http"
     assert left_behind(tmp_path) == []
 
 
@@ -227,7 +237,7 @@ def test_a_redirect_to_http_is_not_followed(server: Serve) -> None:
             answer.msg = "Found"  # type: ignore[attr-defined]
             return answer
 
-    opener = sources._opener()
+    opener = sources._make_https_opener()
     opener.add_handler(Redirect())
     with pytest.raises(urllib.error.URLError, match="unknown url type: http"):
         opener.open("https://safe.invalid/play")
@@ -237,16 +247,16 @@ def test_data_root_comes_before_the_cache_and_the_argument_before_both(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = serve(CONTENT)
-    fetch("play", good)
+    download_if_missing("play", good)
     for folder in ("variable", "argument"):
         (tmp_path / folder / "plays").mkdir(parents=True)
         (tmp_path / folder / "plays/play.txt").write_bytes(CONTENT)
-    assert locate(good).is_relative_to(tmp_path / "cache")
+    assert find_local(good).is_relative_to(tmp_path / "cache")
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "variable"))
-    assert locate(good).is_relative_to(tmp_path / "variable")
-    assert locate(good, root=str(tmp_path / "argument")).is_relative_to(tmp_path / "argument")
+    assert find_local(good).is_relative_to(tmp_path / "variable")
+    assert find_local(good, root=str(tmp_path / "argument")).is_relative_to(tmp_path / "argument")
     (tmp_path / "variable/plays/play.txt").unlink()
-    assert locate(good).is_relative_to(tmp_path / "cache")
+    assert find_local(good).is_relative_to(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("wanted", ["play", "auto"])
@@ -257,9 +267,9 @@ def test_another_file_under_data_root_is_never_taken_for_the_set(
     there.parent.mkdir()
     there.write_bytes(CONTENT + b"edited")
     gone = source("https://nowhere.invalid/play")
-    assert fetch(wanted, gone, str(tmp_path)) == ""
+    assert download_if_missing(wanted, gone, str(tmp_path)) == ""
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
-        choose(wanted, gone, str(tmp_path))
+        resolve_source(wanted, gone, str(tmp_path))
     for part in (f"{there} is not the data set 'play'", gone.sha256, f"--data.path={there}"):
         assert part in str(error.value)
     assert there.read_bytes() == CONTENT + b"edited"
@@ -267,8 +277,8 @@ def test_another_file_under_data_root_is_never_taken_for_the_set(
 
 def test_one_message_names_the_places_and_the_ways_out(tmp_path: Path) -> None:
     gone = source("https://nowhere.invalid/play")
-    with pytest.raises(SourceMissing) as error:
-        choose("play", gone, tried="URLError: no network")
+    with pytest.raises(DatasetNotFound) as error:
+        resolve_source("play", gone, download_error="URLError: no network")
     assert str(error.value) == (
         "the data set 'play' was not found; looked at: --data.root and DATA_ROOT (not set); "
         f"{tmp_path}/cache/ravine/plays/play.txt (cache: no such file); "
@@ -282,28 +292,28 @@ def test_auto_falls_back_and_says_why_and_embedded_asks_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gone = source("https://nowhere.invalid/play")
-    path, why = choose("auto", gone, tried="URLError: no network")
+    path, why = resolve_source("auto", gone, download_error="URLError: no network")
     assert path is None
     assert "URLError: no network" in why
-    monkeypatch.setattr(sources, "_opener", None)  # would fail if it were called
-    assert fetch("embedded", gone) == ""
-    assert choose("embedded", gone) == (None, "")
+    monkeypatch.setattr(sources, "_make_https_opener", None)  # would fail if it were called
+    assert download_if_missing("embedded", gone) == ""
+    assert resolve_source("embedded", gone) == (None, "")
 
 
 def test_an_unknown_source_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'plya' is not one of play, auto, embedded; type "):
-        choose("plya", source(""))
+        resolve_source("plya", source(""))
 
 
 def test_addresses_are_https_and_checksums_whole() -> None:
-    for entry in sources.TABLE:
+    for entry in sources.REMOTE_FILES:
         assert entry.url.startswith("https://")
         assert len(bytes.fromhex(entry.sha256)) == 32
 
 
 @pytest.mark.skipif(not DATA_ROOT, reason="the real sets are not on this machine")
 def test_the_real_sets_have_the_size_and_checksum_of_the_table() -> None:
-    there = [entry for entry in sources.TABLE if Path(DATA_ROOT, entry.path).is_file()]
+    there = [entry for entry in sources.REMOTE_FILES if Path(DATA_ROOT, entry.path).is_file()]
     assert {"shakespeare", "sms"} <= {entry.name for entry in there}
     for entry in there:
-        assert locate(entry, DATA_ROOT).stat().st_size == entry.size
+        assert find_local(entry, DATA_ROOT).stat().st_size == entry.size

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ravine.callbacks import OptimizerPlan, PredictionTable
 from ravine.datamodules import ImageDataModule
-from ravine.datamodules.image_folders import Reader, by_number, read_folder
-from ravine.datamodules.image_set import class_numbers
+from ravine.datamodules.image_folders import ImageReader, natural_sort_key, read_image_folder
+from ravine.datamodules.image_set import parse_class_indices
 from ravine.lightning_modules import Diffusion, ImageClassifier
 
 RANDOM = numpy.random.RandomState(0)
@@ -56,10 +56,10 @@ def test_every_format_at_every_depth_is_read(tmp_path: Path) -> None:
         below.mkdir(parents=True, exist_ok=True)
         form = {"jfif": "JPEG", "jpe": "JPEG", "tif": "TIFF"}.get(end)
         photo().save(below / f"{place}.{end}", form)
-    found = read_folder(tmp_path)
+    found = read_image_folder(tmp_path)
     assert found.notes == []
-    assert len(found.sides["all"].labels) == len(ends)
-    assert found.sides["all"].labels.bincount().tolist() == [6, 5]
+    assert len(found.splits["all"].labels) == len(ends)
+    assert found.splits["all"].labels.bincount().tolist() == [6, 5]
 
 
 def test_what_is_not_read_is_counted_and_named(
@@ -106,7 +106,7 @@ def test_a_photo_is_turned_as_its_exif_orientation_says(
                 tmp_path / f"{orientation}.{end}", exif=exif, **({"lossless": True} if end == "webp"
                                                                  else {})
             )  # fmt: skip
-    images = read_folder(tmp_path).sides["all"].images
+    images = read_image_folder(tmp_path).splits["all"].images
     assert len(images) == 13
     assert (images == images[0]).all()
     ready(tmp_path)
@@ -136,9 +136,9 @@ def test_one_odd_image_is_refused_and_the_refusal_says_what_helps(
     MIXED[kind](tmp_path / "1.png")
     fix = r"resize=\[8,8\]" if kind == "another size" else "mode=rgb"
     with pytest.raises(ValueError, match=rf"/1\.png is .*type --data\.{fix}"):
-        read_folder(tmp_path)
+        read_image_folder(tmp_path)
     for mode, channels in (("rgb", 3), ("gray", 1)):
-        found = read_folder(tmp_path, mode, (8, 8)).sides["all"]
+        found = read_image_folder(tmp_path, mode, (8, 8)).splits["all"]
         assert found.images.shape == (3, channels, 8, 8)
 
 
@@ -146,11 +146,11 @@ def test_a_palette_and_one_bit_are_read_without_a_loss(tmp_path: Path) -> None:
     colors = photo().quantize(16)
     colors.save(tmp_path / "0.png")
     colors.convert("RGB").save(tmp_path / "1.png")
-    images = read_folder(tmp_path).sides["all"].images
+    images = read_image_folder(tmp_path).splits["all"].images
     assert torch.equal(images[0], images[1])
     (tmp_path / "bits").mkdir()
     photo().convert("1").save(tmp_path / "bits/0.png")
-    found = read_folder(tmp_path / "bits").sides["all"].images
+    found = read_image_folder(tmp_path / "bits").splits["all"].images
     assert found.shape == (1, 1, 8, 8)
     assert set(found.unique().tolist()) == {0, 255}
 
@@ -160,14 +160,14 @@ def test_conversion_keeps_the_upper_8_bits_and_shows_transparent_pixels_white(
 ) -> None:
     deep = numpy.array([[[0], [255], [256], [65535]]])
     (tmp_path / "0.png").write_bytes(deep_png(1, deep))
-    assert Reader("gray").read([tmp_path / "0.png"]).flatten().tolist() == [0, 0, 1, 255]
+    assert ImageReader("gray").read_files([tmp_path / "0.png"]).flatten().tolist() == [0, 0, 1, 255]
     (tmp_path / "1.png").write_bytes(deep_png(3, deep.repeat(3, 2)))
-    assert Reader("rgb").read([tmp_path / "1.png"])[0, 2, 0].tolist() == [0, 0, 1, 255]
+    assert ImageReader("rgb").read_files([tmp_path / "1.png"])[0, 2, 0].tolist() == [0, 0, 1, 255]
     clear = numpy.array([[[9, 9, 9, 0], [9, 9, 9, 255], [0, 0, 0, 128]]], dtype=numpy.uint8)
     Image.fromarray(clear).save(tmp_path / "2.png")
-    assert Reader("rgb").read([tmp_path / "2.png"])[0, 0, 0].tolist() == [255, 9, 127]
+    assert ImageReader("rgb").read_files([tmp_path / "2.png"])[0, 0, 0].tolist() == [255, 9, 127]
     Image.fromarray(clear[..., :3]).save(tmp_path / "3.png", transparency=(9, 9, 9))
-    assert Reader("gray").read([tmp_path / "3.png"])[0, 0, 0].tolist() == [255, 255, 0]
+    assert ImageReader("gray").read_files([tmp_path / "3.png"])[0, 0, 0].tolist() == [255, 255, 0]
 
 
 def test_of_several_frames_the_first_is_read_and_the_file_is_named(tmp_path: Path) -> None:
@@ -177,19 +177,19 @@ def test_of_several_frames_the_first_is_read_and_the_file_is_named(tmp_path: Pat
             tmp_path / f"0.{end}", save_all=True, append_images=frames[1:],
             **({"lossless": True} if end == "webp" else {}),
         )  # fmt: skip
-    found = read_folder(tmp_path)
+    found = read_image_folder(tmp_path)
     first = torch.from_numpy(numpy.array(frames[0])).permute(2, 0, 1)
-    assert (found.sides["all"].images == first).all()
+    assert (found.splits["all"].images == first).all()
     assert found.notes == ["only the first frame is read of 3 images (0.png)"]
 
 
 def test_a_file_that_would_start_a_program_or_exhaust_memory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(ValueError, match=r"0\.png is no image that can be read: it is none of PNG"):
-        read_folder(tmp_path)
+        read_image_folder(tmp_path)
     Image.new("1", (6000, 6000)).save(tmp_path / "0.png")
     with pytest.raises(ValueError, match=r"0\.png is 6000x6000; allowed are 25,000,000 pixels"):
-        read_folder(tmp_path)
+        read_image_folder(tmp_path)
 
 
 def test_names_that_end_in_numbers_stand_in_the_order_of_the_numbers(tmp_path: Path) -> None:
@@ -197,9 +197,9 @@ def test_names_that_end_in_numbers_stand_in_the_order_of_the_numbers(tmp_path: P
     for name in names:
         (tmp_path / name).mkdir()
         photo().save(tmp_path / name / "0.png")
-    assert read_folder(tmp_path).sides["all"].names == tuple(names)
+    assert read_image_folder(tmp_path).splits["all"].class_names == tuple(names)
     words = ["img10", "img2", "10", "9", "b", "a1b2", "a1b10", "a", "01", "1"]
-    assert sorted(words, key=by_number) == [
+    assert sorted(words, key=natural_sort_key) == [
         "01", "1", "9", "10", "a", "a1b2", "a1b10", "b", "img2", "img10"
     ]  # fmt: skip
 
@@ -219,7 +219,7 @@ def test_folders_train_and_test_are_the_users_own_split(tmp_path: Path) -> None:
         ready(tmp_path)
     (tmp_path / "bus").mkdir()  # so train is a class like others
     photo().save(tmp_path / "bus/0.png")
-    assert read_folder(tmp_path).sides["all"].names == ("bus", "test", "train")
+    assert read_image_folder(tmp_path).splits["all"].class_names == ("bus", "test", "train")
 
 
 def test_classes_are_meant_by_name_or_by_number() -> None:
@@ -228,17 +228,17 @@ def test_classes_are_meant_by_name_or_by_number() -> None:
         "cat,dog": [0, 1], "3,T-shirt": [3, 2], "0-2": [0, 1, 2], "T-shirt": [2],
         "ankle boot, 0": [3, 0], "1": [1],
     }.items():  # fmt: skip
-        assert class_numbers(words, names, "--labels") == expected
-    assert class_numbers([1, "cat"], names, "--labels") == [1, 0]
+        assert parse_class_indices(words, names, "--labels") == expected
+    assert parse_class_indices([1, "cat"], names, "--labels") == [1, 0]
     years = ("1990", "2000", "2010")  # a name of digits means the class of that name
-    assert class_numbers("2000,1990-2010,1", years, "--labels") == [1, 0, 1, 2, 1]
+    assert parse_class_indices("2000,1990-2010,1", years, "--labels") == [1, 0, 1, 2, 1]
     said = r"'cow' is no class; allowed: 0 cat, 1 dog, 2 T-shirt, 3 ankle boot; type --labels=0-3"
     with pytest.raises(ValueError, match=said):
-        class_numbers("cow", names, "--labels")
+        parse_class_indices("cow", names, "--labels")
     with pytest.raises(ValueError, match="labels are 4; allowed: 0 cat"):
-        class_numbers("4", names, "--labels")
+        parse_class_indices("4", names, "--labels")
     with pytest.raises(ValueError, match=r"'999.*' is no class"):
-        class_numbers("9" * 5000, names, "--labels")
+        parse_class_indices("9" * 5000, names, "--labels")
 
 
 def pets(root: Path, names: tuple[str, ...] = ("cat", "dog"), count: int = 8) -> Path:
@@ -278,7 +278,7 @@ def test_a_resume_with_other_classes_or_another_order_is_refused(kind: Any, tmp_
         by_name = loaded.generate(labels="dog,cat", num_samples=1, steps=1)
         by_number = loaded.generate(labels=[1, 0], num_samples=1, steps=1)
         assert torch.equal(by_name.images, by_number.images)
-        assert by_name.rows == ("dog", "cat")
+        assert by_name.row_names == ("dog", "cat")
 
 
 def test_one_class_is_refused_where_classes_are_learned(tmp_path: Path) -> None:
@@ -374,20 +374,20 @@ def test_a_changed_set_is_refused_by_its_name_and_read_as_the_refusal_says(tmp_p
 
 @pytest.mark.skipif(not os.environ.get("DATA_ROOT"), reason="MNIST is not on this machine")
 def test_the_true_mnist_is_found_unzipped_and_in_torchvisions_folders(tmp_path: Path) -> None:
-    from ravine.datamodules.downloads import locate
-    from ravine.datamodules.image_formats import SOURCES
+    from ravine.datamodules.downloads import find_local
+    from ravine.datamodules.image_formats import IMAGE_DATASETS
 
     (tmp_path / "a/MNIST/raw").mkdir(parents=True)
     (tmp_path / "b/mnist").mkdir(parents=True)
-    source = SOURCES["mnist"][3]
+    source = IMAGE_DATASETS["mnist"][3]
     (real,) = Path(os.environ["DATA_ROOT"], "mnist").glob("t10k-labels*")
     (tmp_path / "a/MNIST/raw" / real.name).symlink_to(real)
-    assert locate(source, str(tmp_path / "a")).parent.name == "raw"
+    assert find_local(source, str(tmp_path / "a")).parent.name == "raw"
     (tmp_path / "b/mnist" / real.stem).write_bytes(gzip.decompress(real.read_bytes()))
-    assert locate(source, str(tmp_path / "b")).suffix == ""
+    assert find_local(source, str(tmp_path / "b")).suffix == ""
     (tmp_path / "b/mnist" / real.stem).write_bytes(b"\0\0\x08\x01\0\0\0\x01\0")
     with pytest.raises(ValueError, match="is not the data set 'mnist'"):
-        locate(source, str(tmp_path / "b"))
+        find_local(source, str(tmp_path / "b"))
 
 
 def test_a_part_without_images_says_how_to_get_them() -> None:

@@ -13,11 +13,11 @@ from PIL import Image
 
 from ravine.datamodules import ImageDataModule
 from ravine.datamodules import image_formats as image_files
-from ravine.datamodules.downloads import SourceMissing, checksum, locate
+from ravine.datamodules.downloads import DatasetNotFound, compute_checksum, find_local
 from ravine.datamodules.idx import read_idx
-from ravine.datamodules.image_folders import read_folder
-from ravine.datamodules.image_formats import ImageSet, read_cifar, read_named
-from ravine.datamodules.images import held_out, to_float, to_uint8
+from ravine.datamodules.image_folders import read_image_folder
+from ravine.datamodules.image_formats import ImageSet, read_cifar, read_named_dataset
+from ravine.datamodules.images import stratified_split, to_float, to_uint8
 
 
 def idx(array: numpy.ndarray) -> bytes:
@@ -99,7 +99,7 @@ def test_mnist_is_read_from_its_four_files_in_any_gzip(tmp_path: Path) -> None:
     for name, array in {"a": images, "b": labels, "c": images[::-1], "d": labels}.items():
         paths.append(tmp_path / name)
         paths[-1].write_bytes(gzip.compress(idx(array), compresslevel=len(paths)))
-    train, test = read_named("mnist", paths)
+    train, test = read_named_dataset("mnist", paths)
     assert train.images.shape == (20, 1, 2, 3)
     assert train.images[3, 0].tolist() == images[3].tolist()
     assert test.images[0, 0].tolist() == images[19].tolist()
@@ -107,18 +107,18 @@ def test_mnist_is_read_from_its_four_files_in_any_gzip(tmp_path: Path) -> None:
 
 
 def test_a_gzipped_set_is_known_by_what_is_inside(tmp_path: Path) -> None:
-    source, path = image_files.SOURCES["mnist"][1], tmp_path / "labels.gz"
+    source, path = image_files.IMAGE_DATASETS["mnist"][1], tmp_path / "labels.gz"
     path.write_bytes(gzip.compress(b"other labels", 1))
-    one = checksum(path, source)
+    one = compute_checksum(path, source)
     path.write_bytes(gzip.compress(b"other labels", 9, mtime=1))
-    assert checksum(path, source) == one != source.sha256
+    assert compute_checksum(path, source) == one != source.sha256
     path.write_bytes(b"no gzip at all")
-    assert checksum(path, source) == "no gzip"
+    assert compute_checksum(path, source) == "no gzip"
     path.write_bytes(gzip.compress(b"other labels")[:-9])
     (tmp_path / "mnist").mkdir()
     path.rename(tmp_path / source.path)
     with pytest.raises(ValueError, match=r"not the data set 'mnist': it is no whole gzip; if you"):
-        locate(source, str(tmp_path))
+        find_local(source, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_cifar_is_read_from_its_records_and_its_archive(tmp_path: Path) -> None:
             member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             member.size = records.nbytes
             archive.addfile(member, io.BytesIO(records.tobytes()))
-    train, test = read_named("cifar10", [tmp_path / "c.tar.gz"])
+    train, test = read_named_dataset("cifar10", [tmp_path / "c.tar.gz"])
     assert (len(train.images), len(test.images)) == (50, 10)
     assert torch.equal(train.images[40:], test.images)
     assert torch.equal(test.labels, labels)
@@ -165,8 +165,8 @@ def test_cifar_is_read_from_its_records_and_its_archive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_folder_of_pictures_has_a_class_a_subfolder(mode: str, tmp_path: Path) -> None:
-    found = read_folder(folder(tmp_path / "pets", {"cat": 2, "dog": 3}, mode)).sides["all"]
-    assert found.names == ("cat", "dog")
+    found = read_image_folder(folder(tmp_path / "pets", {"cat": 2, "dog": 3}, mode)).splits["all"]
+    assert found.class_names == ("cat", "dog")
     assert found.labels.tolist() == [0, 0, 1, 1, 1]
     assert found.files == ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png", "dog/2.png")
     assert found.images.shape == (5, len(mode), 4, 6)  # c y x
@@ -250,11 +250,11 @@ def test_a_class_too_small_to_be_split_is_refused(tmp_path: Path) -> None:
 def test_a_label_beyond_the_classes_is_refused() -> None:
     images, names = torch.zeros(3, 1, 2, 2, dtype=torch.uint8), ("a", "b")
     with pytest.raises(ValueError, match="the label of image 1 is 7; allowed are 0 to 1"):
-        ImageSet(images, torch.tensor([0, 7, 1]), names).checked("x")
+        ImageSet(images, torch.tensor([0, 7, 1]), names).validated("x")
     with pytest.raises(ValueError, match="the label of image 2 is -1; allowed are 0 to 1"):
-        ImageSet(images, torch.tensor([0, 1, -1]), names).checked("x")
+        ImageSet(images, torch.tensor([0, 1, -1]), names).validated("x")
     with pytest.raises(ValueError, match="3 images and 2 labels"):
-        ImageSet(images, torch.tensor([0, 1]), names).checked("x")
+        ImageSet(images, torch.tensor([0, 1]), names).validated("x")
 
 
 def test_a_source_that_is_nowhere_is_answered_with_the_nearest() -> None:
@@ -270,7 +270,7 @@ def test_a_set_that_is_not_at_hand_says_where_to_put_it(
     monkeypatch.delenv("DATA_ROOT", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     place = r"FOLDER/fashion/train-images-idx3-ubyte\.gz and type --data.root=FOLDER"
-    with pytest.raises(SourceMissing, match=f"{place}; .*--data.source=FOLDER .*=digits"):
+    with pytest.raises(DatasetNotFound, match=f"{place}; .*--data.source=FOLDER .*=digits"):
         ready("fashion")
 
 
@@ -302,13 +302,13 @@ def test_flips_are_a_function_of_seed_epoch_and_image_and_never_of_digits(tmp_pa
 def test_parts_of_each_class_are_as_large_as_asked() -> None:
     labels = torch.tensor([0] * 30 + [1] * 10)
     images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
-    keep, kept = held_out(ImageSet(images, labels, ("a", "b")), 0.2, "test")
+    keep, kept = stratified_split(ImageSet(images, labels, ("a", "b")), 0.2, "test")
     assert kept.labels.tolist() == [0] * 6 + [1] * 2
     assert sorted(torch.cat((keep.images, kept.images)).flatten().tolist()) == list(range(40))
 
 
 def test_the_checksums_known_are_of_different_files() -> None:
-    known = [source for some in image_files.SOURCES.values() for source in some]
+    known = [source for some in image_files.IMAGE_DATASETS.values() for source in some]
     assert len({source.sha256 for source in known}) == len(known) == 9
     assert all(len(bytes.fromhex(source.sha256)) == 32 for source in known)
 

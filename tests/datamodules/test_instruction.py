@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ravine.datamodules import AnswerDataModule
-from ravine.datamodules.instruction import IGNORED
+from ravine.datamodules.instruction import IGNORE_INDEX
 from ravine.lightning_modules import LanguageModel
 
 SUMS = [(f"{a}+{b}=", str(a + b)) for a in range(4) for b in range(4)]
@@ -36,7 +36,7 @@ def texts(data: AnswerDataModule, inputs: torch.Tensor, targets: torch.Tensor) -
     assert data.tokenizer is not None
     rows = []
     for given, learned in zip(inputs, targets, strict=True):
-        at = (learned != IGNORED).nonzero()[:, 0]
+        at = (learned != IGNORE_INDEX).nonzero()[:, 0]
         size = int(at[0]) + 1
         assert at.tolist() == list(range(size - 1, size - 1 + len(at)))  # one piece
         assert (given[size : size + len(at) - 1] == learned[at[:-1]]).all()  # it sees its answer
@@ -87,7 +87,7 @@ def test_prompts_do_not_move_the_loss(sums: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(model, "log", lambda name, value: None)
     loss = model.training_step((inputs, targets), 0)
     logits = model(inputs)
-    counted = targets != IGNORED
+    counted = targets != IGNORE_INDEX
     expected = -logits.log_softmax(-1)[counted].gather(1, targets[counted][:, None]).mean()
     torch.testing.assert_close(loss, expected)
 
@@ -102,7 +102,7 @@ def test_a_tuned_model_answers_and_stops(sums: Path) -> None:
     )
     trainer = L.Trainer(accelerator="cpu", max_steps=200, limit_val_batches=0, **quiet)
     trainer.fit(model, data_of(sums, batch_size=14, val_fraction=0.13))
-    known = [SUMS[i] for i in data_of(sums, val_fraction=0.13)._split()[0].tolist()]
+    known = [SUMS[i] for i in data_of(sums, val_fraction=0.13)._split_indices()[0].tolist()]
     answers = model.generate([p for p, _ in known], max_new_tokens=6, temperature=0)
     assert answers == [p + a for p, a in known]
 

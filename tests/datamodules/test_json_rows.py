@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ravine.datamodules import AnswerDataModule, PromptDataModule
-from ravine.datamodules.json_rows import is_json, rows
+from ravine.datamodules.json_rows import holds_json_rows, read_json_rows
 
 ROWS = [{"prompt": f"what is {n} + {n}? ", "answer": str(2 * n)} for n in range(30)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -38,7 +38,7 @@ def test_every_suffix_and_a_folder_give_the_same_rows(tmp_path: Path) -> None:
         answers = AnswerDataModule(path, tokenizer="bytes", context=64)
         answers.setup("fit")
         assert len(answers.rows) == len(ROWS), path
-        assert [row.fields for row in rows(path, "{}")] == ROWS, path
+        assert [row.fields for row in read_json_rows(path, "{}")] == ROWS, path
 
 
 def test_a_folder_of_json_and_other_files_is_refused(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_folder_of_json_and_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("about the questions")
     with pytest.raises(ValueError, match=r"holds JSON \(q.jsonl\) and other files \(readme.txt\)"):
         PromptDataModule(tmp_path).setup("fit")
-    assert not is_json(tmp_path / "readme.txt")
+    assert not holds_json_rows(tmp_path / "readme.txt")
 
 
 GOOD = '{"prompt": "p", "answer": "a"}'
@@ -110,7 +110,7 @@ def test_a_bad_object_of_a_list_is_named_by_its_number_and_a_bad_byte_by_its_lin
 def test_pairs_of_escapes_and_all_other_characters_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "\\ud83d\\ude00 \u2028\u0085\\u000c", "answer": "\\ufffd"}\n' * 2)
-    (_, first), _ = rows(path, "{}")
+    (_, first), _ = read_json_rows(path, "{}")
     assert first == {"prompt": "😀 \u2028\u0085\f", "answer": "\ufffd"}
 
 

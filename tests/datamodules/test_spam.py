@@ -11,8 +11,8 @@ import lightning as L
 import pytest
 import torch
 
-from ravine.datamodules import Share, SpamDataModule
-from ravine.datamodules.spam import EMBEDDED, Message, hold_out, parse
+from ravine.datamodules import DataParallelInfo, SpamDataModule
+from ravine.datamodules.spam import EMBEDDED_FILE, Message, grouped_stratified_split, parse_messages
 
 DATA_ROOT = os.environ.get("DATA_ROOT")
 
@@ -71,7 +71,9 @@ def test_seeds_split_differently_and_a_seed_always_the_same(
 def test_a_group_of_copies_too_large_for_its_room_stays_to_train() -> None:
     messages = [Message("again", 1)] * 9 + [Message("once", 1), Message("hi", 0), Message("ho", 0)]
     for seed in range(5):
-        drawn = hold_out(messages, list(range(12)), 0.2, torch.Generator().manual_seed(seed))
+        drawn = grouped_stratified_split(
+            messages, list(range(12)), 0.2, torch.Generator().manual_seed(seed)
+        )
         assert not drawn & set(range(9))
 
 
@@ -80,7 +82,7 @@ def test_a_text_with_both_labels_is_one_group(tmp_path: Path) -> None:
     messages += [Message(f"{i}", i % 2) for i in range(30)]
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
-        drawn = hold_out(messages, list(range(36)), 0.4, g)
+        drawn = grouped_stratified_split(messages, list(range(36)), 0.4, g)
         assert len(drawn & set(range(6))) in (0, 6)
 
 
@@ -109,7 +111,9 @@ def test_the_test_set_is_covered_once_on_any_number_of_ranks(
     for size in (1, 2, 3):
         seen = []
         for rank in range(size):
-            monkeypatch.setattr(Share, "of", lambda trainer, r=rank, n=size: Share(r, n))
+            monkeypatch.setattr(
+                DataParallelInfo, "of", lambda trainer, r=rank, n=size: DataParallelInfo(r, n)
+            )
             seen += [int(i) for batch in data.test_dataloader() for i in batch["index"]]
         assert sorted(seen) == data.parts["test"]
 
@@ -135,7 +139,7 @@ def test_without_files_and_network_auto_takes_the_embedded_messages(
     def no_network() -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("ravine.datamodules.downloads._opener", no_network)
+    monkeypatch.setattr("ravine.datamodules.downloads._make_https_opener", no_network)
     data = SpamDataModule()
     data.prepare_data()
     data.setup("fit")
@@ -352,7 +356,7 @@ def test_a_cell_may_be_as_long_as_the_file() -> None:
 def test_a_table_can_be_predicted_with_the_lines_of_its_rows() -> None:
     Path("new.csv").write_text('id,text\n1,"two\nlines"\n\n2,last\n')
     data = spam_data(stage="predict", predict_path="new.csv")
-    assert data.lines == [(1, "two\nlines"), (4, "last")]
+    assert data.predict_lines == [(1, "two\nlines"), (4, "last")]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -380,11 +384,11 @@ def test_a_part_without_messages_says_how_to_get_them() -> None:
 
 def test_line_separators_inside_a_message_do_not_end_it() -> None:
     odd = "ham\tone\x85two\u2028three\x0bfour"
-    assert parse([odd, "spam\tx"], "odd")[0].text == "one\x85two\u2028three\x0bfour"
+    assert parse_messages([odd, "spam\tx"], "odd")[0].text == "one\x85two\u2028three\x0bfour"
     Path("odd.txt").write_text(odd, encoding="utf-8")
     data = spam_data(stage="predict", predict_path="odd.txt")
-    assert len(data.lines) == 1
+    assert len(data.predict_lines) == 1
 
 
 def test_the_embedded_file_is_shipped_beside_the_code() -> None:
-    assert EMBEDDED.is_file()
+    assert EMBEDDED_FILE.is_file()

@@ -15,12 +15,12 @@ import torch
 from token_pieces import JOINED, pieces
 
 from ravine.datamodules import AnswerDataModule, BPETokenizer, FileTokenizer, TextDataModule
-from ravine.datamodules.token_cache import at_borders, encoded
+from ravine.datamodules.token_cache import encode_parallel, split_at_word_boundaries
 from ravine.datamodules.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     NumberTokenizer,
-    from_state,
+    tokenizer_from_state_dict,
 )
 from ravine.lightning_modules import LanguageModel
 
@@ -61,7 +61,9 @@ def test_a_cut_at_any_border_changes_no_token(kind: str) -> None:
         for size in (2, 9, 30):
             step = rng.randint(1, 20)
             parts = list(
-                at_borders((text[n : n + step] for n in range(0, len(text), step)), tokenizer, size)
+                split_at_word_boundaries(
+                    (text[n : n + step] for n in range(0, len(text), step)), tokenizer, size
+                )
             )
             assert "".join(parts) == text
             assert [n for part in parts for n in tokenizer.numbers(part).tolist()] == whole
@@ -73,7 +75,7 @@ def test_a_cut_at_any_border_changes_no_token(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["characters", "bytes", "gpt2", "file"])
 def test_texts_of_every_language_are_cut_into_short_pieces(kind: str, line: str) -> None:
     tokenizer = KINDS[kind](line)
-    sizes = [len(p) for p in at_borders([line * 40] * 5, tokenizer, 100)]
+    sizes = [len(p) for p in split_at_word_boundaries([line * 40] * 5, tokenizer, 100)]
     assert sum(sizes) == 200 * len(line)
     assert max(sizes) <= 100
     assert min(sizes[:-1]) >= 50
@@ -88,7 +90,7 @@ def test_a_text_without_a_border_is_searched_and_copied_once() -> None:
             return None
 
     tokenizer = Watched("a")
-    assert ["".join(at_borders(["a" * 100] * 50, tokenizer, 10))] == ["a" * 5000]
+    assert ["".join(split_at_word_boundaries(["a" * 100] * 50, tokenizer, 10))] == ["a" * 5000]
     assert tokenizer.looked < 2 * 5000  # not 100 + 200 + 300 + ...
 
 
@@ -99,40 +101,40 @@ def test_special_tokens_are_read_as_chosen() -> None:
         lambda how: of_merges(specials=how),
     ):
         plain, allowed = made("plain"), made("allowed")
-        assert plain.end == allowed.end == len(pieces())
-        assert plain.end not in plain.encode(text)
+        assert plain.eos_id == allowed.eos_id == len(pieces())
+        assert plain.eos_id not in plain.encode(text)
         assert plain.decode(plain.encode(text)) == text == allowed.decode(allowed.encode(text))
         parts = text.split(END)
-        expected = [n for p in parts for n in [*plain.encode(p).tolist(), plain.end]][:-1]
+        expected = [n for p in parts for n in [*plain.encode(p).tolist(), plain.eos_id]][:-1]
         assert allowed.encode(text).tolist() == expected
         assert int(allowed.token_bytes[allowed.encode(text)].sum()) == len("".join(parts).encode())
         refused = made("refuse")
         assert refused.encode("<|endof").equal(plain.encode("<|endof"))
         with pytest.raises(ValueError, match=r"the special token '<\|endoftext\|>' stands in the"):
             refused.encode(text)
-        again = from_state(json.loads(json.dumps(allowed.state())))  # plain types
+        again = tokenizer_from_state_dict(json.loads(json.dumps(allowed.state())))  # plain types
         assert again.encode(text).equal(allowed.encode(text))
-        assert again.alike(plain)
+        assert again.is_equivalent(plain)
         assert plain.state() != allowed.state()
 
 
 def test_of_overlapping_special_tokens_the_longest_is_read() -> None:
     double = END + END
     tokenizer = FileTokenizer.of_merges(dict(enumerate(pieces())), merges(), [END, double])
-    one, two = tokenizer.special[END], tokenizer.special[double]
+    one, two = tokenizer.special_ids[END], tokenizer.special_ids[double]
     found = [n for n in tokenizer.encode(f"a{double}b{END}c{double}{END}").tolist() if n >= one]
     assert found == [two, one, two, one]
     for size in (3, 14, 40):
-        parts = at_borders([f"a {double} b"] * 9, tokenizer, size)
-        tokens = np.concatenate([tokenizer.numbers(part) for part in parts])
-        assert tokens.tolist() == tokenizer.numbers(f"a {double} b" * 9).tolist()
+        parts = split_at_word_boundaries([f"a {double} b"] * 9, tokenizer, size)
+        tokens = np.concatenate([tokenizer.encode_array(part) for part in parts])
+        assert tokens.tolist() == tokenizer.encode_array(f"a {double} b" * 9).tolist()
 
 
 def by_hand(text: str) -> list[int]:
     """Of each word the first pair of the list is joined, until none is left."""
     ranks = {pair: n for n, pair in enumerate(merges())}
     found = []
-    for word in regex.findall(BPETokenizer.words, text):
+    for word in regex.findall(BPETokenizer.split_pattern, text):
         parts = [bytes([n]) for n in word.encode()]
         while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
             best, joined = min(pairs, key=ranks.__getitem__), []
@@ -164,13 +166,13 @@ def test_numbers_of_tokens_may_stand_in_any_order() -> None:
     assert tokenizer.encode(text).tolist() == [
         [*numbers, end][n] for n in ranked.encode(text).tolist()
     ]
-    assert tokenizer.end == end
+    assert tokenizer.eos_id == end
 
 
 def test_files_of_the_library_and_older_ones_are_read(tmp_path: Path) -> None:
     tokenizer = of_merges()
     (tmp_path / "new").mkdir()
-    content = json.loads(tokenizer.content)
+    content = json.loads(tokenizer.json_text)
     content["truncation"] = {  # would cut a text off without a word
         "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0,
     }  # fmt: skip
@@ -183,37 +185,37 @@ def test_files_of_the_library_and_older_ones_are_read(tmp_path: Path) -> None:
     text = f"the hello{END} 天地"
     for name in ([], 7, {"content": ["a"]}):  # of the end of a text: what is no text is left out
         (tmp_path / "new/tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
-        assert FileTokenizer.of_file(tmp_path / "new").end == tokenizer.end
+        assert FileTokenizer.from_file(tmp_path / "new").eos_id == tokenizer.eos_id
     for path in ("new", "new/tokenizer.json", "old"):
-        again = FileTokenizer.of_file(tmp_path / path, "allowed")
+        again = FileTokenizer.from_file(tmp_path / path, "allowed")
         assert again.encode(text).equal(tokenizer.encode(text)), path
-        assert again.end == tokenizer.end
+        assert again.eos_id == tokenizer.eos_id
     for bad, told in {"{}": "not a file of the tokenizers", "[" * 10**5: "not a file of"}.items():
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(ValueError, match=told):
-            FileTokenizer.of_file(tmp_path / "bad.json")
+            FileTokenizer.from_file(tmp_path / "bad.json")
     with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*allowed: characters, bytes"):
-        FileTokenizer.of_file(tmp_path / "nowhere")
+        FileTokenizer.from_file(tmp_path / "nowhere")
 
 
 def test_a_vocabulary_that_lacks_bytes_does_not_drop_them() -> None:
     vocabulary = {n: bytes([n]) for n in range(128)}
-    tokenizer = FileTokenizer.of_merges(vocabulary, [], specials="plain")
+    tokenizer = FileTokenizer.of_merges(vocabulary, [], special_tokens="plain")
     with pytest.raises(ValueError, match="2 of 3 bytes of a text are in no token"):
         tokenizer.encode("aé")
     with pytest.raises(ValueError, match="2 of 15 bytes of a text are in no token"):
         FileTokenizer.of_merges(vocabulary, [], [END]).encode(f"é{END}")
     with pytest.raises(ValueError, match="specials is 'allowed', and the tokenizer 'file' has no"):
-        FileTokenizer(tokenizer.content, None, "allowed")
+        FileTokenizer(tokenizer.json_text, None, "allowed")
 
 
 def test_a_run_of_a_million_spaces_is_one_word_and_a_space() -> None:
     tokenizer = BPETokenizer(pieces())
     for run, after in ((" " * 1_000_001, "the"), (" \n" * 60_000, "\n"), ("\u3000" * 100_000, "")):
-        whole = tokenizer.numbers(f"he{run}{after}")
+        whole = tokenizer.encode_array(f"he{run}{after}")
         assert tokenizer.decode(whole.tolist()) == f"he{run}{after}"
-    short = tokenizer.numbers("he" + " " * 1001 + "the").tolist()  # the pattern's own way
-    long = tokenizer.numbers("he" + " " * 1_000_001 + "the").tolist()
+    short = tokenizer.encode_array("he" + " " * 1001 + "the").tolist()  # the pattern's own way
+    long = tokenizer.encode_array("he" + " " * 1_000_001 + "the").tolist()
     assert long[:2] == short[:2]
     assert long[-2:] == short[-2:]
     assert len(long) - len(short) == (1_000_001 - 1001) // 4
@@ -224,7 +226,7 @@ def test_the_data_module_and_the_checkpoint_carry_the_choice(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "t").mkdir()
-    (tmp_path / "t/tokenizer.json").write_text(of_merges().content)
+    (tmp_path / "t/tokenizer.json").write_text(of_merges().json_text)
     (tmp_path / "text.txt").write_text(f"the hello, one story.{END}" * 40)
     made = {}
     for how in ("plain", "allowed"):
@@ -244,7 +246,7 @@ def test_the_data_module_and_the_checkpoint_carry_the_choice(
         loaded.on_load_checkpoint(checkpoint)
         assert loaded.tokenizer is not None
         assert loaded.tokenizer.specials == how
-    end = of_merges().end
+    end = of_merges().eos_id
     assert int((made["allowed", 1] == end).sum()) == 40
     assert int((made["plain", 1] == end).sum()) == 0
     with pytest.raises(ValueError, match="the special token"):
@@ -264,12 +266,12 @@ def test_the_data_module_and_the_checkpoint_carry_the_choice(
 
 def test_a_choice_of_special_tokens_is_no_other_vocabulary() -> None:
     model = LanguageModel(context=8, layers=1, width=8, heads=1)
-    model._take(BPETokenizer(pieces(), "allowed"), "the data's")
-    model._take(BPETokenizer(pieces()), "the checkpoint's")
+    model._set_tokenizer(BPETokenizer(pieces(), "allowed"), "the data's")
+    model._set_tokenizer(BPETokenizer(pieces()), "the checkpoint's")
     assert model.tokenizer is not None
     assert model.tokenizer.specials == "allowed"
     with pytest.raises(ValueError, match="they come from different texts"):
-        model._take(BPETokenizer(pieces()[:-1]), "the checkpoint's")
+        model._set_tokenizer(BPETokenizer(pieces()[:-1]), "the checkpoint's")
 
 
 def test_odd_characters_and_numbers_are_encoded_or_named() -> None:
@@ -280,7 +282,7 @@ def test_odd_characters_and_numbers_are_encoded_or_named() -> None:
     assert numbers.encode(" 7 49\n0").tolist() == [7, 49, 0]
     assert numbers.decode([7, 49]) == " 7 49"
     assert numbers.encode("\n").tolist() == [0]  # the default prompt
-    assert from_state(numbers.state()).state() == numbers.state()
+    assert tokenizer_from_state_dict(numbers.state()).state() == numbers.state()
     for word in ("50", "-1", "a", "1.5", "²", "9" * 99):
         with pytest.raises(ValueError, match="allowed: "):
             numbers.encode(word)
@@ -300,7 +302,7 @@ STATES: list[tuple[dict[str, Any], str]] = [
     ({"kind": "file", "content": "{}", "end": ""}, "not a file of the tokenizers library"),
     ({"kind": "file", "content": 5, "end": ""}, "not a file of the tokenizers library"),
     (
-        {"kind": "file", "content": of_merges().content, "end": ["a"]},
+        {"kind": "file", "content": of_merges().json_text, "end": ["a"]},
         "end is of type list; allowed: the token as a text",
     ),
     ({"kind": "file", "content": "[" * 10**5, "end": ""}, "not a file of the tokenizers library"),
@@ -311,7 +313,7 @@ STATES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("state", "words"), STATES, ids=range(len(STATES)))
 def test_a_damaged_state_is_refused_in_words(state: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        from_state(state)
+        tokenizer_from_state_dict(state)
 
 
 def test_text_of_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> None:
@@ -336,8 +338,8 @@ def test_gpt2_s_own_special_token_is_tiktoken_s(monkeypatch: pytest.MonkeyPatch)
     text = f"One story.{END}Another.{END}"
     assert ours.encode(text).tolist() == theirs.encode(text, allowed_special="all")
     prose = "Съешь ещё этих булок! " * 9 + "天地玄黄，宇宙洪荒。" * 40 + "It's 'a'  test.\n\n" * 9
-    tokens = np.concatenate(list(encoded(ours, [prose])))
+    tokens = np.concatenate(list(encode_parallel(ours, [prose])))
     assert tokens.tolist() == theirs.encode(prose)
-    parts = list(at_borders([prose], ours, 60))
+    parts = list(split_at_word_boundaries([prose], ours, 60))
     assert len(parts) > 5
-    assert [n for p in parts for n in ours.numbers(p).tolist()] == theirs.encode(prose)
+    assert [n for p in parts for n in ours.encode_array(p).tolist()] == theirs.encode(prose)

@@ -108,7 +108,7 @@ def test_a_mapped_file_gives_the_batches_of_memory(poem: Path, tmp_path: Path) -
     held, mapped = text_data(poem), text_data(poem, memory_limit=100)
     assert held.corpus.tokens.dtype == torch.uint8
     assert mapped.corpus.tokens.dtype == torch.uint16
-    assert (held.corpus.mapped, mapped.corpus.mapped) == (False, True)
+    assert (held.corpus.is_memmap, mapped.corpus.is_memmap) == (False, True)
     for name in ("train_dataloader", "val_dataloader"):
         for a, b in zip(getattr(held, name)(), getattr(mapped, name)(), strict=True):
             assert torch.equal(torch.cat(a), torch.cat(b))
@@ -123,13 +123,13 @@ def test_a_mapped_file_is_built_once_and_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenized, "encoded", interrupt)
+        patch.setattr(tokenized, "encode_parallel", interrupt)
         with pytest.raises(KeyboardInterrupt):
             text_data(poem, memory_limit=100)
     folder = tmp_path / "cache/ravine/tokens"
     assert list(folder.iterdir()) == []
     text_data(poem, memory_limit=100)
-    monkeypatch.setattr(tokenized, "encoded", interrupt)
+    monkeypatch.setattr(tokenized, "encode_parallel", interrupt)
     text_data(poem, memory_limit=100)  # found, not built
     poem.write_text(POEM + "!")
     with pytest.raises(KeyboardInterrupt):  # another content, another file
@@ -151,7 +151,7 @@ def test_pieces_do_not_cut_characters(tmp_path: Path, monkeypatch: pytest.Monkey
     path.write_text(text, encoding="utf-8")
     whole = text_data(path).corpus.tokens
     for size in (1, 2, 3, 5, 64):
-        monkeypatch.setattr(corpus, "PIECE", size)
+        monkeypatch.setattr(corpus, "CHUNK_BYTES", size)
         assert torch.equal(text_data(path).corpus.tokens, whole)
 
 
@@ -170,7 +170,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
 def test_without_files_and_network_the_embedded_text_is_taken_aloud(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ravine.datamodules.downloads._opener", no_network)
+    monkeypatch.setattr("ravine.datamodules.downloads._make_https_opener", no_network)
     data = TextDataModule(context=16, batch_size=4)
     data.prepare_data()
     data.setup("fit")
@@ -295,7 +295,7 @@ def test_nanogpt_s_files_are_read_as_they_are(poem: Path, tmp_path: Path) -> Non
     itos = dict(enumerate(letters))
     meta = {"vocab_size": len(letters), "itos": itos, "stoi": {c: n for n, c in itos.items()}}
     theirs, ours = text_data(nanogpt(tmp_path / "bins", meta)), text_data(poem)
-    assert theirs.corpus.mapped
+    assert theirs.corpus.is_memmap
     assert theirs.tokenizer.state() == ours.tokenizer.state()
     for name in ("train_dataloader", "val_dataloader"):
         for a, b in zip(getattr(theirs, name)(), getattr(ours, name)(), strict=True):
@@ -363,9 +363,9 @@ def test_a_folder_of_anything_ends_at_the_first_file_that_is_no_text(tmp_path: P
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.png").write_text("text under a wrong name")
     (tmp_path / "c.md").write_text("RIFF and ID3 are words")
-    files = corpus.files_of(tmp_path)
+    files = corpus.list_files(tmp_path)
     assert [p.name for p in files] == ["a.txt", "b.png", "c.md"]
-    assert "".join(corpus.read(files)).startswith("text\ntext under")
+    assert "".join(corpus.read_text(files)).startswith("text\ntext under")
     for name, head, kind in (
         ("c.png", b"\x89PNG\r\n\x1a\n", "it is a PNG image; give files of text: type --data.path"),
         ("c.docx", b"PK\x03\x04", "it is a zip archive"),
@@ -373,5 +373,5 @@ def test_a_folder_of_anything_ends_at_the_first_file_that_is_no_text(tmp_path: P
     ):
         (tmp_path / name).write_bytes(head)
         with pytest.raises(ValueError, match=f"/{name} is no text: {kind}"):
-            list(corpus.read(corpus.files_of(tmp_path)))
+            list(corpus.read_text(corpus.list_files(tmp_path)))
         (tmp_path / name).unlink()

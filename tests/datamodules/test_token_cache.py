@@ -27,7 +27,7 @@ def ready(cache, act=None):
     os.environ["XDG_CACHE_HOME"] = str(cache)
     calls = []
     for kind in (ByteTokenizer, CharTokenizer):
-        plain = kind.numbers
+        plain = kind.encode_array
 
         def numbers(self, text, plain=plain):
             calls.append(len(text))
@@ -35,7 +35,7 @@ def ready(cache, act=None):
                 act(calls)
             return plain(self, text)
 
-        kind.numbers = numbers
+        kind.encode_array = numbers
     return calls
 
 
@@ -44,7 +44,7 @@ def this_process_stays_as_it_is(monkeypatch, tmp_path):
     """`ready` is called in this process too, for one process without ranks."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for kind in (ByteTokenizer, CharTokenizer):
-        monkeypatch.setattr(kind, "numbers", kind.numbers)
+        monkeypatch.setattr(kind, "encode_array", kind.encode_array)
 
 
 def fit(data, strategy, ranks):
@@ -82,7 +82,7 @@ def tokens_of(path, cache, options, slow, ranks, strategy="ddp"):
     data = text_data(path, **options)
     fit(data, strategy, ranks)
     corpus = data.corpus
-    said = corpus.tokens.dtype, corpus.mapped, data.resolved, corpus.tokenizer.state()
+    said = corpus.tokens.dtype, corpus.is_memmap, data.resolved, corpus.tokenizer.state()
     return sum(calls), corpus.tokens.long(), *said
 
 

@@ -64,8 +64,8 @@ def test_type_and_vocabulary_are_those_of_flags_or_meta_file(
     data = data_of(place, **how)
     assert data.tokenizer.vocabulary == largest + 1
     assert data.corpus.tokens.tolist() == tokens(largest, 4_001).tolist()
-    assert data.corpus.rest is not None
-    assert data.corpus.rest.tolist() == tokens(largest, 401).tolist()
+    assert data.corpus.val_tokens is not None
+    assert data.corpus.val_tokens.tolist() == tokens(largest, 401).tolist()
     inputs, targets = next(iter(data.train_dataloader()))
     assert inputs.dtype == torch.int64
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
@@ -159,7 +159,7 @@ def test_options_without_effect_are_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_beside_the_tokens_or_named_gives_their_text(tmp_path: Path) -> None:
     tokenizer = FileTokenizer.of_merges({n: bytes([n]) for n in range(256)}, [], ["<|endoftext|>"])
     place = folder(tmp_path / "bins", 256)
-    (tmp_path / "tokenizer.json").write_text(tokenizer.content)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.json_text)
     named = data_of(place, tokenizer=str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.json").rename(place / "tokenizer.json")
     beside = data_of(place)
@@ -190,11 +190,11 @@ def test_a_long_file_is_looked_through_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = folder(tmp_path / "bins")
-    monkeypatch.setattr(tokenized, "REMEMBERED", 100)
-    monkeypatch.setattr(tokenized, "SCANNED", 7)
+    monkeypatch.setattr(tokenized, "MIN_BYTES_TO_CACHE", 100)
+    monkeypatch.setattr(tokenized, "SCAN_CHUNK", 7)
     data_of(place, vocabulary=10_000)
     with monkeypatch.context() as patch:
-        patch.setattr(tokenized, "extent", None)  # not called again
+        patch.setattr(tokenized, "compute_token_range", None)  # not called again
         data_of(place, vocabulary=10_000)
     tokens(20_000, 4_001).astype(np.uint16).tofile(place / "train.bin")
     with pytest.raises(ValueError, match="holds the token 20,000"):  # another content

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from ravine.datamodules.token_cache import at_borders, encoded
+from ravine.datamodules.token_cache import encode_parallel, split_at_word_boundaries
 from ravine.datamodules.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    from_state,
     gpt2,
+    tokenizer_from_state_dict,
 )
 
 PIECES = [bytes([n]) for n in range(256)] + [b" t", b"he", b" the", b"ll", b"o\n", "ü".encode()]
@@ -59,7 +59,7 @@ def test_a_tokenizer_survives_a_checkpoint(
 ) -> None:
     tokenizer = made(text)
     torch.save(tokenizer.state(), tmp_path / "state")
-    again = from_state(torch.load(tmp_path / "state", weights_only=True))
+    again = tokenizer_from_state_dict(torch.load(tmp_path / "state", weights_only=True))
     assert again.encode(text).equal(tokenizer.encode(text))
     assert again.state() == tokenizer.state()
 
@@ -88,16 +88,16 @@ def test_a_tokenizer_of_nothing_and_an_unknown_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one character"):
         CharTokenizer("")
     with pytest.raises(ValueError, match="unknown kind of tokenizer 'runes'; known are characters"):
-        from_state({"kind": "runes"})
+        tokenizer_from_state_dict({"kind": "runes"})
 
 
 def test_pieces_are_merged_in_the_order_of_their_ranks() -> None:
     tokenizer = BPETokenizer(PIECES)
     pieces = [PIECES[n] for n in tokenizer.encode("the the hello").tolist()]
     assert pieces == [b"t", b"he", b" the", b" ", b"he", b"ll", b"o"]
-    assert tokenizer.end == len(PIECES) == tokenizer.vocabulary - 1
-    assert tokenizer.token_bytes[tokenizer.end] == 0
-    assert tokenizer.end not in tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.eos_id == len(PIECES) == tokenizer.vocabulary - 1
+    assert tokenizer.token_bytes[tokenizer.eos_id] == 0
+    assert tokenizer.eos_id not in tokenizer.encode("a<|endoftext|>b")
 
 
 def test_bytes_that_make_no_character_are_shown_as_such() -> None:
@@ -116,20 +116,21 @@ def test_a_text_tokenized_in_pieces_is_the_text_tokenized_at_once(
 ) -> None:
     tokenizer = made(PROSE)
     texts = (PROSE[n : n + 13] for n in range(0, len(PROSE), 13))
-    parts = list(at_borders(texts, tokenizer, size))
+    parts = list(split_at_word_boundaries(texts, tokenizer, size))
     assert "".join(parts) == PROSE
     assert len(parts) > 1 or size > len(PROSE)
-    assert np.concatenate(list(map(tokenizer.numbers, parts))).tolist() == (
-        tokenizer.numbers(PROSE).tolist()
+    assert np.concatenate(list(map(tokenizer.encode_array, parts))).tolist() == (
+        tokenizer.encode_array(PROSE).tolist()
     )
 
 
 def test_tokens_come_back_in_order_from_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "ravine.datamodules.token_cache.at_borders", lambda text, tokenizer: iter(text)
+        "ravine.datamodules.token_cache.split_at_word_boundaries",
+        lambda text, tokenizer: iter(text),
     )
     words = [f"word {n} " for n in range(500)]
-    tokens = np.concatenate(list(encoded(ByteTokenizer(), words)))
+    tokens = np.concatenate(list(encode_parallel(ByteTokenizer(), words)))
     assert ByteTokenizer().decode(tokens.tolist()) == "".join(words)
 
 
@@ -143,7 +144,7 @@ def test_gpt2_s_own_pieces_are_found_below_data_root(monkeypatch: pytest.MonkeyP
     assert tokenizer.vocabulary == 50_257
     assert tokenizer.encode("Hello world!").tolist() == [15496, 995, 0]
     shakespeare = (FILES / "shakespeare" / "input.txt").read_text()
-    assert len(np.concatenate(list(encoded(tokenizer, [shakespeare])))) == 338_025
+    assert len(np.concatenate(list(encode_parallel(tokenizer, [shakespeare])))) == 338_025
 
 
 def test_missing_pieces_are_told_with_the_ways_out(

@@ -7,7 +7,7 @@ import pytest
 from doc_pages import DOCS, commands
 
 from ravine.cli.main import main
-from ravine.datamodules.image_folders import PIXELS, SUFFIXES
+from ravine.datamodules.image_folders import IMAGE_SUFFIXES, MAX_PIXELS
 from ravine.datamodules.tables import LABEL_NAMES, TEXT_NAMES
 
 PAGE = (DOCS / "data.md").read_text(encoding="utf-8")
@@ -29,9 +29,9 @@ def test_a_training_command_is_accepted_as_written(
 
 
 def test_the_page_names_the_suffixes_and_columns_that_are_known() -> None:
-    for suffix in SUFFIXES - {".png", ".apng", ".gif", ".webp", ".bmp", ".tif", ".tiff"}:
+    for suffix in IMAGE_SUFFIXES - {".png", ".apng", ".gif", ".webp", ".bmp", ".tif", ".tiff"}:
         assert suffix in PAGE
-    assert f"{PIXELS:,} pixels" in PAGE
+    assert f"{MAX_PIXELS:,} pixels" in PAGE
     rows = dict(
         re.findall(r"^\| `--data\.(\w+_column)` \| [^`|]*((?:`\w+`[, ]*(?:or )?)+)", PAGE, re.M)
     )

@@ -24,7 +24,7 @@ def untrained() -> Diffusion:
 
 def test_every_preset_it_names_is_there_and_no_other() -> None:
     named = set(re.findall(r"diffusion/(\w+)`", PAGE))
-    there = {name for name in presets.installed() if name.startswith("diffusion/")}
+    there = {name for name in presets.list_presets() if name.startswith("diffusion/")}
     assert {f"diffusion/{name}" for name in named} == there
 
 
@@ -34,11 +34,11 @@ def test_its_commands_are_understood() -> None:
         _, command, *words = shlex.split(line)
         if command == "fit":  # a preset and no flags
             assert words[0] == "--config"
-            assert words[1] in presets.installed()
+            assert words[1] in presets.list_presets()
             continue
-        flags = dict(signature.pairs(words))
+        flags = dict(signature.parse_flags(words))
         flags.pop("ckpt_path")
-        known = signature.flags(getattr(Diffusion, command)).keys() | {"folder"}
+        known = signature.method_flags(getattr(Diffusion, command)).keys() | {"folder"}
         assert flags.keys() <= known, line
     named = re.findall(r"--model\.(\w+)=(\w+)", PAGE)
     for name, value in named:

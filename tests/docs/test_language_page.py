@@ -18,11 +18,11 @@ PAGE = (Path(__file__).parents[2] / "docs" / "language.md").read_text()
 def test_every_preset_it_names_is_there() -> None:
     named = re.findall(r"^\| `(seed_\w+)` ", PAGE, re.MULTILINE)
     assert sorted(f"shakespeare/{name}" for name in named) == [
-        name for name in presets.installed() if name.startswith("shakespeare/seed_")
+        name for name in presets.list_presets() if name.startswith("shakespeare/seed_")
     ]
     for name in re.findall(r"--config (\S+)", PAGE):
         if "`" not in name:
-            assert name in presets.installed()
+            assert name in presets.list_presets()
 
 
 def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -22,4 +22,4 @@ def test_each_figure_is_printed_by_the_code_above_it(capsys: pytest.CaptureFixtu
 
 def test_its_presets_are_there() -> None:
     for name in re.findall(r"--config (\S+)", PAGE):
-        assert name in presets.installed()
+        assert name in presets.list_presets()

@@ -13,7 +13,7 @@ from ravine.cli.config import presets
 from ravine.cli.main import main
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.lightning_modules.nn.transformer import complete
+from ravine.lightning_modules.nn.transformer import with_defaults
 
 # in eight characters of an untrained net a letter may well be missing
 pytestmark = pytest.mark.filterwarnings("ignore:all (8|16) samples weigh 0")
@@ -24,7 +24,7 @@ TINY = ["--model.new=8", "--data.length=8", "--data.val_prompts=8", "--data.batc
 
 
 def test_every_preset_it_names_is_there_and_no_other() -> None:
-    shipped = {name for name in presets.installed() if name.startswith("reinforce/")}
+    shipped = {name for name in presets.list_presets() if name.startswith("reinforce/")}
     assert "`reinforce/avoid_e_v1` to `avoid_e_v6`" in PAGE
     between = {f"reinforce/avoid_e_v{i}" for i in range(2, 7)}
     assert set(re.findall(r"reinforce/\w+", PAGE)) | between == shipped
@@ -72,11 +72,11 @@ def test_each_of_the_six_rewards_trains_with_the_overlay(version: int, base: str
 
 def test_the_base_presets_differ_from_the_defaults_only() -> None:
     for name in ("base", "quick_base"):
-        config = yaml.safe_load(Path(presets.find(f"reinforce/{name}")).read_text())
+        config = yaml.safe_load(Path(presets.find_config(f"reinforce/{name}")).read_text())
         model = config["model"]
         shape = model.get("init_args", {}) if isinstance(model, dict) else {}
         LanguageModel(65, config["data"]["init_args"]["context"], **shape)
-        assert not {k for k, v in shape.items() if complete({})[k] == v}
+        assert not {k for k, v in shape.items() if with_defaults({})[k] == v}
 
 
 def test_the_study_measures_the_slopes_of_what_the_page_says(monkeypatch) -> None:

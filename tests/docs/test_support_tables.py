@@ -52,7 +52,7 @@ from ravine.callbacks.optimizers import update_monitor as watching
 from ravine.callbacks.stability import gradient_clipping
 from ravine.callbacks.stability.gradient_clipping import global_norm
 from ravine.datamodules import ImageDataModule, PromptDataModule, SpamDataModule, TextDataModule
-from ravine.datamodules.text import documentation
+from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import (
     BatchDistance,
     CharacterFraction,
@@ -377,7 +377,7 @@ def rows(modules, *how, trying=attempt):
 def folder(tmp_path_factory):
     """A text, and an untrained language model as the base of a policy."""
     folder = tmp_path_factory.mktemp("support")
-    (folder / "text.txt").write_text("".join(documentation())[:3000])
+    (folder / "text.txt").write_text("".join(python_docs_text())[:3000])
     L.seed_everything(0, verbose=False)
     model, text = task(3, (), folder, 1)
     trainer = L.Trainer(max_steps=0, accelerator="cpu", logger=False, enable_checkpointing=False,
@@ -531,7 +531,7 @@ def updates_of_a_stage():
 
 
 def matrices_in_parts():
-    muon.apply_to_whole = lambda function, parts, **how: function(parts)
+    muon.apply_to_full_matrices = lambda function, parts, **how: function(parts)
 
 
 def faulty(fault, *how):

@@ -18,11 +18,11 @@ from ravine.cli.trainer import Trainer
 from ravine.datamodules import ImageDataModule
 from ravine.datamodules.images import to_uint8
 from ravine.lightning_modules import Diffusion, LanguageModel
-from ravine.lightning_modules.diffusion_core.counter_rng import key, normals, uniforms
-from ravine.lightning_modules.diffusion_core.denoiser import Denoising
-from ravine.lightning_modules.diffusion_core.noise_schedules import Schedule, alpha_bar
+from ravine.lightning_modules.diffusion_core.counter_rng import derive_key, normals, uniforms
+from ravine.lightning_modules.diffusion_core.denoiser import Denoiser
+from ravine.lightning_modules.diffusion_core.noise_schedules import Schedule, compute_alpha_bar
 from ravine.lightning_modules.diffusion_core.samplers import ddim
-from ravine.lightning_modules.nn.unet import sinusoids
+from ravine.lightning_modules.nn.unet import timestep_embedding
 from ravine.lightning_modules.plots import diffusion as draw
 
 # as in tests/docs/test_support_tables.py: it is logged on each rank after the ranks have summed it
@@ -73,10 +73,10 @@ def test_a_step_is_the_lectures_loop() -> None:
     model.log = lambda *a, **k: None  # type: ignore[method-assign]
     loss = model.training_step((x0, y), 0)
     places = torch.arange(32)
-    draw = uniforms(key(0, "training", 0, "times"), places)
+    draw = uniforms(derive_key(0, "training", 0, "times"), places)
     t = (1000 * (places + draw) / 32).floor() + 1  # evenly over 1..1000
-    noise = normals(key(0, "training", 0, "noise"), places, (1, 8, 8))
-    kept = alpha_bar("linear")[t.long()].float()[:, None, None, None]
+    noise = normals(derive_key(0, "training", 0, "noise"), places, (1, 8, 8))
+    kept = compute_alpha_bar("linear")[t.long()].float()[:, None, None, None]
     x = kept.sqrt() * x0 + (1 - kept).sqrt() * noise
     torch.testing.assert_close(loss, F.mse_loss(model.net(x, t), x0))
 
@@ -85,11 +85,11 @@ def test_a_step_is_the_lectures_loop() -> None:
 def test_an_even_loss_is_the_error_of_what_is_asked_for(prediction: Any) -> None:
     model = built(prediction=prediction)
     x0, eps, t = torch.randn(5, 1, 8, 8), torch.randn(5, 1, 8, 8), torch.full((5,), 400.0)
-    error, x, answer = model.denoising.errors(model, x0, t, None, eps)
-    a, s = (level[0] for level in model.denoising.schedule.levels(t))
+    error, x, answer = model.denoiser.training_loss(model, x0, t, None, eps)
+    a, s = (level[0] for level in model.denoiser.noise_schedule.alpha_sigma(t))
     right = {"eps": eps, "v": a * eps - s * x0, "velocity": eps - x0}[prediction]
     torch.testing.assert_close(error, (answer - right).square().mean((1, 2, 3)))
-    torch.testing.assert_close(model.denoise(x, t), model.denoising.meant(answer, x, t))
+    torch.testing.assert_close(model.denoise(x, t), model.denoiser.to_x0(answer, x, t))
 
 
 def test_accumulated_batches_train_as_one() -> None:
@@ -207,7 +207,7 @@ def test_the_loss_is_logged_at_each_level_while_training(monkeypatch: pytest.Mon
         times.append(t)
         return t + 0 * sum(p.sum() for p in net.parameters()), x0, x0
 
-    monkeypatch.setattr(Denoising, "errors", errors)
+    monkeypatch.setattr(Denoiser, "training_loss", errors)
     kept = Kept()
     fit(Steps(**TINY), 8, logger=kept, log_every_n_steps=4)
     assert not torch.equal(times[0], times[1])  # each step draws its own
@@ -267,8 +267,8 @@ def test_images_are_made_of_the_guided_estimate_cut_to_the_range_of_pixels() -> 
     model = built()
     with torch.no_grad():
         model.net.blocks["out"].weight.mul_(20)  # beyond what a pixel can be
-    path = model.denoising.schedule.path(4)
-    start = normals(key(0, "start"), torch.arange(2), (1, 8, 8)) * path.sigma[0].item()
+    path = model.denoiser.noise_schedule.timesteps(4)
+    start = normals(derive_key(0, "start"), torch.arange(2), (1, 8, 8)) * path.sigma[0].item()
 
     @torch.no_grad()
     def by_hand(w: float, most: float) -> torch.Tensor:
@@ -277,7 +277,7 @@ def test_images_are_made_of_the_guided_estimate_cut_to_the_range_of_pixels() -> 
             told, free = (model.denoise(x, times, torch.tensor([y, y])) for y in (3, 10))
             return (told + w * (told - free)).clamp(-most, most)
 
-        return to_uint8(ddim(denoise, start, path, draw.unused)).int()
+        return to_uint8(ddim(denoise, start, path, draw.no_noise)).int()
 
     made = model.generate(labels="3", num_samples=2, guidance=1.5).images.int()
     assert (made - by_hand(1.5, 1)).abs().max() <= 1
@@ -370,7 +370,7 @@ def test_a_mistake_is_told_in_words_and_writes_nothing(
 def test_a_place_that_may_not_be_written_is_refused_before_anything_is_drawn(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Diffusion, "_sample", None)
+    monkeypatch.setattr(Diffusion, "_sample_batches", None)
     monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path))
     Path("locked").mkdir()
     for what, words in (("generate", "--file=locked/new/a.png"),
@@ -410,7 +410,9 @@ def test_a_disk_that_is_full_takes_no_older_picture_away(
 def test_texts_and_pictures_take_each_their_own_options() -> None:
     from ravine.cli.commands import method_flags as signature
 
-    words, pictures = (set(signature.flags(task.generate)) for task in (LanguageModel, Diffusion))
+    words, pictures = (
+        set(signature.method_flags(task.generate)) for task in (LanguageModel, Diffusion)
+    )
     assert {"labels", "guidance", "steps", "sampler", "eta"} <= pictures - words
     assert words & pictures == {"num_samples", "seed", "batch_size"}
 
@@ -535,8 +537,8 @@ def test_weights_of_bf16_see_the_same_times_and_the_noise_in_their_type() -> Non
     assert model.generate(num_samples=1).images.float().std() > 0
     t = torch.tensor([999.0])
     with trainer.precision_plugin.forward_context():
-        inside = sinusoids(t, 16)
-    assert torch.equal(inside, sinusoids(t, 16))
+        inside = timestep_embedding(t, 16)
+    assert torch.equal(inside, timestep_embedding(t, 16))
 
 
 def tiles(figure: Any, columns: int) -> torch.Tensor:
@@ -550,24 +552,24 @@ def tiles(figure: Any, columns: int) -> torch.Tensor:
 def test_the_figures_show_noise_images_and_what_lies_between() -> None:
     """Of a model that takes a share of what it sees for the image, the larger the more noise."""
     schedule = Schedule("flow")
-    path = schedule.path(5)
+    path = schedule.timesteps(5)
 
     def share(x: torch.Tensor, t: float) -> torch.Tensor:
         return x * (0.2 + t / 2000)
 
     def made(x: torch.Tensor) -> torch.Tensor:
-        return ddim(share, x, path, draw.unused)
+        return ddim(share, x, path, draw.no_noise)
 
     one, other, image = (0.3 * torch.randn(2, 1, 4, 4) for _ in range(3))
-    shown = tiles(draw.interpolation(share, path, one, other), 11)
+    shown = tiles(draw.plot_interpolation(share, path, one, other), 11)
     between = [made(one.lerp(other, w) / (w**2 + (1 - w) ** 2) ** 0.5) for w in (0.0, 0.5, 1.0)]
     for place, images in zip((0, 5, 10), between, strict=True):
         assert torch.equal(shown[:, place], to_uint8(images[:, 0]))
-    shown = tiles(draw.reverse(share, path, one), 11)
+    shown = tiles(draw.plot_reverse_process(share, path, one), 11)
     for row, images in ((0, one), (1, share(one, 1000))):
         assert torch.equal(shown[row::2, 0], to_uint8(images[:, 0]))
     assert torch.equal(shown[0::2, 10], to_uint8(made(one)[:, 0]))
-    shown = tiles(draw.estimates(share, schedule, image, one), 11)
+    shown = tiles(draw.plot_x0_estimates(share, schedule, image, one), 11)
     for place, w in ((0, 0.0), (3, 0.3), (10, 1.0)):
         noisy = image.lerp(one, w)
         assert torch.equal(shown[0::2, place], to_uint8(noisy[:, 0]))

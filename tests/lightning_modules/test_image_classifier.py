@@ -116,7 +116,7 @@ def test_a_checkpoint_is_a_measure_with_a_name_and_an_accuracy(tmp_path: Path) -
         ValueError, match=r"images of \(1, 28, 28\) .* digits_cnn knows \(1, 8, 8\)"
     ):
         extractor(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
-    assert FrechetDistance(extractor).name == "fd_digits_cnn"
+    assert FrechetDistance(extractor).metric_name == "fd_digits_cnn"
 
 
 def test_an_extractor_that_is_no_classifier_is_refused_in_one_line(tmp_path: Path) -> None:

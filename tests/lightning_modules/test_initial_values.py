@@ -10,7 +10,7 @@ from torch import nn
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel, TaskModule
 from ravine.lightning_modules.nn import Transformer
-from ravine.lightning_modules.nn.initial_values import CHUNK, InitialValues
+from ravine.lightning_modules.nn.initial_values import CHUNK_SIZE, InitialValues
 from ravine.lightning_modules.nn.unet import UNet
 
 NETS = {
@@ -23,7 +23,7 @@ NETS = {
     "mixture": lambda: Transformer(
         100, 64, layers=1, width=64, heads=4, experts=4, zero_init=False
     ),
-    "U-Net": lambda: UNet(3, 16, classes=4, attention=True).to(
+    "U-Net": lambda: UNet(3, 16, num_classes=4, has_attention=True).to(
         memory_format=torch.channels_last
     ),
     "batch norm": lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Linear(9, 64)),
@@ -72,10 +72,10 @@ def test_rows_are_the_same_whoever_draws_them():
 
     torch.manual_seed(0)
     values = InitialValues.of(build)
-    full = values.draw("net.weight", shape, 0, 5000, torch.float32)
-    assert full.numel() > 4 * CHUNK
+    full = values.sample_rows("net.weight", shape, 0, 5000, torch.float32)
+    assert full.numel() > 4 * CHUNK_SIZE
     for start, stop in ((0, 1), (1000, 1030), (1023, 2049), (4999, 5000)):
-        part = values.draw("net.weight", shape, start, stop, torch.float32)
+        part = values.sample_rows("net.weight", shape, start, stop, torch.float32)
         assert torch.equal(part, full[start:stop])
     chunks = full.split(1024)
     assert not torch.equal(chunks[0], chunks[1])

@@ -322,7 +322,7 @@ def test_a_tensor_of_a_device_that_is_not_here_goes_to_the_cpu(monkeypatch: Any)
 
 def write_in_parts(source: str, target: str) -> None:
     dist.init_process_group("gloo")
-    sharded.write(torch.load(source, weights_only=True), Path(target))
+    sharded.save_sharded(torch.load(source, weights_only=True), Path(target))
 
 
 def test_a_folder_and_an_open_file_give_what_the_file_gives(

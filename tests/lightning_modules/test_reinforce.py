@@ -16,7 +16,7 @@ from ranks import furthest, whole
 from ravine.callbacks import ExactResume, GradientClipping, LoRA
 from ravine.cli import loading as trained
 from ravine.datamodules import PromptDataModule, TextDataModule
-from ravine.datamodules.text import documentation
+from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import (
     BatchDistance,
     Binary,
@@ -36,19 +36,19 @@ from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.rl import base_model
 from ravine.lightning_modules.rl.advantages import Estimator
 from ravine.lightning_modules.rl.kl import KL
-from ravine.lightning_modules.rl.rewards.base import check_terms
+from ravine.lightning_modules.rl.rewards.base import check_rewards
 from ravine.lightning_modules.rl.rollout import (
-    adapters_off,
-    by_reference,
-    log_probabilities,
-    loss_of,
+    compute_ref_logprobs,
+    compute_rollout_logprobs,
+    disable_adapters,
+    policy_loss,
 )
 from ravine.strategies.materialize import blocks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
 ]
-TEXT = "".join(documentation())[:20_000]
+TEXT = "".join(python_docs_text())[:20_000]
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -241,7 +241,7 @@ def test_what_was_drawn_is_scored_the_same_in_the_update(base) -> None:
     fit(fresh, data(base), 0)
     fresh.eval()
     torch.testing.assert_close(
-        log_probabilities(fresh, rollout, model.sampling).detach(), rollout.sampled,
+        compute_rollout_logprobs(fresh, rollout, model.sampling).detach(), rollout.sampled,
         rtol=0, atol=1e-5,
     )  # fmt: skip
 
@@ -260,9 +260,9 @@ def test_a_prompt_that_several_texts_share_is_read_once_and_the_step_is_the_same
         hook = model.net.embed.register_forward_hook(
             lambda _, given, __: read.append(given[0].numel())
         )  # type: ignore
-        log_p = log_probabilities(model, each, model.sampling)
+        log_p = compute_rollout_logprobs(model, each, model.sampling)
         hook.remove()
-        loss_of(each, log_p, model.estimator, model.kl, 16).backward()
+        policy_loss(each, log_p, model.estimator, model.kl, 16).backward()
         read.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         model.zero_grad()
     assert read[0] == 8 * 7 + 32 * 16  # eight prompts but for their last token, which branches have
@@ -270,7 +270,7 @@ def test_a_prompt_that_several_texts_share_is_read_once_and_the_step_is_the_same
     assert max(float((a - b).abs().max()) for a, b in zip(read[1], read[3], strict=True)) < 1e-6
     assert max(float(gradient.abs().max()) for gradient in read[1]) > 1e-3
     texts = rollout.text, rollout.places, rollout.tokens, rollout.mask, model.sampling
-    whole, _ = by_reference(model._frozen[0], *texts)
+    whole, _ = compute_ref_logprobs(model._reference_nets[0], *texts)
     torch.testing.assert_close(rollout.reference, whole, rtol=0, atol=1e-6)
 
 
@@ -280,7 +280,7 @@ def test_the_reference_is_read_whole_at_the_sampling_temperature_and_at_one(base
     model = policy(base, ReferenceLogProbability(), kl=KL(0.1), sampling=cool, group_size=2)
     model.lr = 0.05
     rollout = fit(model, data(base), 3).rollouts[2]
-    net = model._frozen[0]
+    net = model._reference_nets[0]
     logits = net(rollout.text)[torch.arange(len(rollout.text))[:, None], rollout.places].detach()
     warm, plain = (
         (logits / t).log_softmax(-1).gather(-1, rollout.tokens[..., None])[..., 0]
@@ -357,7 +357,7 @@ def test_the_reference_is_in_no_optimizer_and_in_the_checkpoint_only_by_its_chec
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(max_steps=2, limit_val_batches=0, **QUIET)
     trainer.fit(model, data(base))
-    frozen = model._frozen[0]
+    frozen = model._reference_nets[0]
     started = torch.load(base, weights_only=True)["state_dict"]
     for name, parameter in frozen.named_parameters():
         assert parameter.equal(started[f"net.{name}"])
@@ -453,7 +453,7 @@ def test_no_term_takes_the_name_of_what_is_logged_or_shown_beside_it(base) -> No
     logged = {name.removeprefix("train/") for name in watch.metrics[-1]}
     for name in (logged | model.samples()[0].keys() | {"seconds_update"}) - terms:
         with pytest.raises(ValueError, match=f"two metrics are called '{name}'"):
-            check_terms([CharacterFraction("e", name=name)], corpus=True, reference=True)
+            check_rewards([CharacterFraction("e", name=name)], has_corpus=True, has_reference=True)
     assert {"e_spread", "kl", "drift", "prompt"} <= logged | model.samples()[0].keys()
 
 
@@ -653,7 +653,7 @@ def test_a_base_of_another_net_is_refused_before_anything_is_built(
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=message) as error:
-        base_model.read(str(tmp_path / "other.ckpt"))
+        base_model.load_base_model(str(tmp_path / "other.ckpt"))
     assert "\n" not in str(error.value)
 
 
@@ -661,16 +661,16 @@ def test_a_base_that_was_cut_off_is_said_so(base, tmp_path) -> None:
     whole_file = Path(base).read_bytes()
     (tmp_path / "half.ckpt").write_bytes(whole_file[: len(whole_file) // 2])
     with pytest.raises(ValueError, match=r"it is cut short or damaged at its end .*; type"):
-        base_model.read(str(tmp_path / "half.ckpt"))
+        base_model.load_base_model(str(tmp_path / "half.ckpt"))
     with pytest.raises(ValueError, match=r"base is empty; type --model\.base=FILE"):
-        base_model.read("")
+        base_model.load_base_model("")
 
 
 def test_of_a_folder_the_newest_checkpoint_is_the_base(tmp_path) -> None:
     for name, age in (("b", 3), ("c", 1), ("a", 2)):
         (tmp_path / f"{name}.ckpt").touch()
         os.utime(tmp_path / f"{name}.ckpt", (10**9 - age, 10**9 - age))
-    assert base_model.find(str(tmp_path)) == tmp_path / "c.ckpt"
+    assert base_model.find_checkpoint(str(tmp_path)) == tmp_path / "c.ckpt"
 
 
 def test_a_micro_batch_of_one_sample_is_refused_as_a_batch_of_one(base) -> None:
@@ -747,7 +747,7 @@ def test_a_reference_that_would_learn_is_refused(base) -> None:
 def test_adapters_are_switched_on_again_whatever_happens() -> None:
     net = torch.nn.Linear(1, 1)
     net.requires_grad_(False).lora_enabled = True  # type: ignore[assignment]
-    with pytest.raises(KeyError, match="False"), adapters_off(net):
+    with pytest.raises(KeyError, match="False"), disable_adapters(net):
         raise KeyError(net.lora_enabled)
     assert net.lora_enabled
 
@@ -795,7 +795,7 @@ def test_validation_prompts_are_none_that_are_trained_on(base) -> None:
     text, border = prompts.text or "", int(len(prompts.text or "") * 0.9)
     assert all(t in text[:border] for t in trained)
     assert all(t in text[border:] for t in held_out)
-    loader, length = prompts.val_dataloader(), prompts.length
+    loader, length = prompts.val_dataloader(), prompts.prompt_length
     prompts._snippets = "." * border + "".join(map(chr, range(9000, 9000 + len(text) - border)))
     found = [text for batch in loader for text in batch.texts]
     assert found[0][0] == chr(9000)  # the border itself, and not a character before it
@@ -845,12 +845,12 @@ def test_a_policy_of_a_base_in_the_default_shape_is_a_base_itself(tmp_path) -> N
     trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
     trainer.fit(model, TextDataModule(tmp_path / "text.txt", context=16, batch_size=1))
     trainer.save_checkpoint(tmp_path / "base.ckpt")
-    first = base_model.read(str(tmp_path / "base.ckpt"))
+    first = base_model.load_base_model(str(tmp_path / "base.ckpt"))
     tuned = policy(str(tmp_path / "base.ckpt"), reward_of(0.0, 1.0), new=2, reference="none")
     trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
     trainer.fit(tuned, data(str(tmp_path / "base.ckpt"), batch_size=2))
     trainer.save_checkpoint(tmp_path / "policy.ckpt")
-    second = base_model.read(str(tmp_path / "policy.ckpt"))
+    second = base_model.load_base_model(str(tmp_path / "policy.ckpt"))
     assert first.shape == second.shape == {}
     again = policy(str(tmp_path / "policy.ckpt"), reward_of(0.0, 1.0), new=2, reference="none")
     fit(again, data(str(tmp_path / "base.ckpt"), batch_size=2), 1)
@@ -899,7 +899,7 @@ def test_the_divergence_lowers_the_weights_and_in_the_loss_it_leaves_them_alone(
     assert rollout.reference is not None
     away = (rollout.sampled - rollout.reference).double().where(rollout.mask, 0.0).sum(1) / 16
     assert away.std() > 1e-2
-    exact, scored = estimator.weights(rewards), ~rewards.isnan()
+    exact, scored = estimator.advantages(rewards), ~rewards.isnan()
     assert exact.any()
     if kl.where == "reward":
         others = (away[scored].sum() - away[scored]) / (int(scored.sum()) - 1)

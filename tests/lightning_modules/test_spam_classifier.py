@@ -16,10 +16,10 @@ from ravine.datamodules import SpamDataModule
 from ravine.lightning_modules import SpamClassifier
 from ravine.lightning_modules.spam_classifier import (
     HashedLinear,
-    hashed,
-    inverse_document_frequency,
-    lecture_features,
-    ngrams,
+    compute_idf,
+    extract_ngrams,
+    handcrafted_features,
+    hash_ngrams,
 )
 
 MESSAGES = [
@@ -64,7 +64,7 @@ def fit_and_test(
     ],
 )
 def test_the_lectures_features_are_what_one_counts_by_hand(message, expected):
-    assert lecture_features(message) == pytest.approx(expected)
+    assert handcrafted_features(message) == pytest.approx(expected)
 
 
 def test_ngrams_are_scikit_learns_with_one_digit():
@@ -76,17 +76,19 @@ def test_ngrams_are_scikit_learns_with_one_digit():
         ngram_range=(3, 5), analyzer="char_wb", preprocessor=fold
     ).build_analyzer()
     for message in MESSAGES:
-        ours = ngrams(message)
+        ours = extract_ngrams(message)
         assert sorted(ours[0]) == sorted(words(message))
         assert sorted(ours[1]) == sorted(pieces(message))
 
 
 def test_a_hashed_linear_layer_is_scikit_learns_tfidf_times_its_weights():
     fitted, new = MESSAGES[:4], [*MESSAGES, "unseen words and the urn", ""]
-    layer = HashedLinear(inverse_document_frequency(fitted, BUCKETS), 2, std=1.0).double()
+    layer = HashedLinear(compute_idf(fitted, BUCKETS), 2, std=1.0).double()
     expected = np.zeros((len(new), 2))
     for kind in (0, 1):  # words, pieces
-        vectorizer = TfidfVectorizer(analyzer=lambda m, k=kind: ngrams(m)[k], sublinear_tf=True)
+        vectorizer = TfidfVectorizer(
+            analyzer=lambda m, k=kind: extract_ngrams(m)[k], sublinear_tf=True
+        )
         rows = vectorizer.fit(fitted).transform(new).toarray()
         grams = vectorizer.get_feature_names_out()
         buckets = [zlib.crc32(gram.encode(), kind) % BUCKETS for gram in grams]
@@ -95,14 +97,14 @@ def test_a_hashed_linear_layer_is_scikit_learns_tfidf_times_its_weights():
 
 
 def test_what_no_training_message_has_weighs_nothing():
-    idf = inverse_document_frequency(["abc"], BUCKETS)
-    assert (idf[hashed("xyz", BUCKETS)[0]] == 0).all()
-    assert idf[hashed("abc", BUCKETS)[0]] == pytest.approx(1.0)
-    assert idf.count_nonzero() == len(hashed("abc", BUCKETS)[0])
+    idf = compute_idf(["abc"], BUCKETS)
+    assert (idf[hash_ngrams("xyz", BUCKETS)[0]] == 0).all()
+    assert idf[hash_ngrams("abc", BUCKETS)[0]] == pytest.approx(1.0)
+    assert idf.count_nonzero() == len(hash_ngrams("abc", BUCKETS)[0])
 
 
 def test_messages_do_not_influence_each_other():
-    layer = HashedLinear(inverse_document_frequency(MESSAGES, 2**12), 1, std=1.0)
+    layer = HashedLinear(compute_idf(MESSAGES, 2**12), 1, std=1.0)
     torch.testing.assert_close(layer(MESSAGES), torch.cat([layer([m]) for m in MESSAGES]))
 
 

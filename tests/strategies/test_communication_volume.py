@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ravine.datamodules import TextDataModule
-from ravine.datamodules.text import documentation
+from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.model_stats import collectives
 from ravine.strategies import MeshStrategy
@@ -130,7 +130,7 @@ def bare(name):
 @pytest.mark.parametrize(("world", "layers"), [(2, 2), (2, 4), (4, 2), (4, 4)])
 def test_a_step_sends_what_the_formula_says(ranks, tmp_path, world, layers):
     text = tmp_path / "text.txt"
-    text.write_text("".join(documentation())[:3000])
+    text.write_text("".join(python_docs_text())[:3000])
     expected = {name: collectives(layers, **how[1](world)) for name, how in LAYOUTS.items()}
     layouts = [
         name

@@ -22,15 +22,21 @@ from torch.nn import functional as F
 
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
-from ravine.datamodules.text import documentation
+from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.model_stats import collectives
 from ravine.lightning_modules.nn.transformer import Transformer
 from ravine.strategies import block_attention
 from ravine.strategies import context_parallel as context
-from ravine.strategies.activation_checkpointing import recompute
-from ravine.strategies.block_attention import attention, attention_backward
-from ravine.strategies.context_parallel import _Ring, pieces, queries, seen, zigzag
+from ravine.strategies.activation_checkpointing import apply_activation_checkpointing
+from ravine.strategies.block_attention import attention_with_lse, attention_with_lse_backward
+from ravine.strategies.context_parallel import (
+    _RingAttention,
+    num_visible_keys,
+    queries,
+    ring_slices,
+    zigzag_positions,
+)
 
 B, H, T, K = 1, 8, 2048, 32  # of the measurements of memory
 BOUNDS = {2: 0.65, 4: 0.40}  # of one process's peak
@@ -76,12 +82,12 @@ def test_blocks_of_keys_joined_by_their_log_sum_exp_are_attention_over_all(name,
     query, key, value, d_out = draw(dtype, 48, heads=2, k=8)
     with kernel(name, scores=2 * 7 * 24):  # pieces of 7 queries, the last of fewer
         early, late = slice(24), slice(24, None)
-        out, lse = attention(query[:, :, late], key[:, :, late], value[:, :, late], True)
-        now = attention(query[:, :, late], key[:, :, early], value[:, :, early], False)
+        out, lse = attention_with_lse(query[:, :, late], key[:, :, late], value[:, :, late], True)
+        now = attention_with_lse(query[:, :, late], key[:, :, early], value[:, :, early], False)
         out, lse = out.clone(), lse.clone()
         context._merge(out, lse, *now)
         both = [
-            attention_backward(d_out[:, :, late], query[:, :, late], key[:, :, some],
+            attention_with_lse_backward(d_out[:, :, late], query[:, :, late], key[:, :, some],
                                value[:, :, some], out.to(dtype), lse, some == late)
             for some in (early, late)
         ]  # fmt: skip
@@ -102,8 +108,8 @@ def test_blocks_of_keys_joined_by_their_log_sum_exp_are_attention_over_all(name,
 def test_the_pieces_of_queries_bound_the_scores():
     query, key, value, d_out = draw(torch.float64, 1024, heads=2, k=8)
     with kernel("pieces", scores=2**16), tensor_bytes() as some:  # 32 queries at a time
-        out, lse = attention(query, key, value, True)
-        attention_backward(d_out, query, key, value, out, lse, True)
+        out, lse = attention_with_lse(query, key, value, True)
+        attention_with_lse_backward(d_out, query, key, value, out, lse, True)
     held = 4 * out.nbytes + lse.nbytes
     assert some.peak < held + 4 * 8 * 2**16 < 8 * 1024**2  # one (t t)
 
@@ -115,8 +121,8 @@ def test_the_kernels_of_a_gpu_take_what_they_are_given(name, dtype):
     with kernel(name), FakeTensorMode():  # shapes and arguments without a GPU
         query = torch.empty(2, 4, 40, 16, dtype=dtype, device="cuda")
         key = torch.empty(2, 4, 80, 16, dtype=dtype, device="cuda")
-        out, lse = attention(query, key, key, False)
-        found = attention_backward(out, query, key, key, out, lse, False)
+        out, lse = attention_with_lse(query, key, key, False)
+        found = attention_with_lse_backward(out, query, key, key, out, lse, False)
     assert (out.shape, lse.shape, lse.dtype) == (query.shape, (2, 4, 40), torch.float32)
     assert [each.shape for each in found] == [query.shape, key.shape, key.shape]
 
@@ -125,12 +131,12 @@ def test_pieces_cover_every_head_of_every_sequence_once():
     for batch, heads, parts in ((1, 8, 2), (1, 8, 4), (3, 2, 8), (2, 12, 8), (4, 1, 4), (1, 3, 8)):
         key = torch.zeros(batch, heads, 512, 64)
         count = torch.zeros(batch, heads)
-        for piece in pieces(key, parts):
+        for piece in ring_slices(key, parts):
             count[piece] += 1
         assert (count == 1).all()
-    assert len(pieces(torch.zeros(1, 8, 512, 64), 8)) == 8
-    assert len(pieces(torch.zeros(4, 2, 512, 64), 8)) == 8
-    assert len(pieces(torch.zeros(1, 8, 16, 4), 8)) == 1  # messages would be too short
+    assert len(ring_slices(torch.zeros(1, 8, 512, 64), 8)) == 8
+    assert len(ring_slices(torch.zeros(4, 2, 512, 64), 8)) == 8
+    assert len(ring_slices(torch.zeros(1, 8, 16, 4), 8)) == 1  # messages would be too short
 
 
 def test_every_rank_has_the_same_work_and_all_the_pairs_of_a_causal_mask():
@@ -138,16 +144,18 @@ def test_every_rank_has_the_same_work_and_all_the_pairs_of_a_causal_mask():
     mask = torch.zeros(n * length, n * length)
     work = [0] * n
     for rank in range(n):
-        times = zigzag(n * length, rank, n)
+        times = zigzag_positions(n * length, rank, n)
         for source in range(n):
             mine = times[queries(rank, source, length)]
-            theirs = zigzag(n * length, source, n)[: seen(rank, source, length)]
+            theirs = zigzag_positions(n * length, source, n)[
+                : num_visible_keys(rank, source, length)
+            ]
             mask[mine[:, None], theirs] += 1
             work[rank] += len(mine) * len(theirs)
     assert len(set(work)) == 1
     assert torch.equal(mask.tril(), torch.ones_like(mask).tril())
     above = mask.triu(1).nonzero()  # on the rank's own keys, which are masked
-    assert all(any({*pair} <= {*zigzag(32, r, n).tolist()} for r in range(n))
+    assert all(any({*pair} <= {*zigzag_positions(32, r, n).tolist()} for r in range(n))
                for pair in above.tolist())  # fmt: skip
 
 
@@ -168,9 +176,9 @@ def forgotten_log_sum_exp():
 
 def other_scale():
     def scaled(query, *rest, causal):
-        return attention(query * query.shape[-1] ** 0.5, *rest, causal=causal)
+        return attention_with_lse(query * query.shape[-1] ** 0.5, *rest, causal=causal)
 
-    return mock.patch.object(context, "attention", scaled)
+    return mock.patch.object(context, "attention_with_lse", scaled)
 
 
 def wrong_half():
@@ -184,14 +192,14 @@ def lost_gradients():
     def dropped(returning, totals, results):
         returning.received()
 
-    return mock.patch.object(context, "_add", dropped)
+    return mock.patch.object(context, "_add_gradients", dropped)
 
 
 @contextmanager
 def journal():
     """What a ring does, in order: ("post" or "wait", a message, its bytes) and ("block",)."""
     events = []
-    begin, receive = context._Passing.__init__, context._Passing.received
+    begin, receive = context._RingSendRecv.__init__, context._RingSendRecv.received
 
     def post(self, sent, *rest):
         events.append(("post", id(self), sent.nbytes))
@@ -209,10 +217,12 @@ def journal():
         return block
 
     with (
-        mock.patch.object(context._Passing, "__init__", post),
-        mock.patch.object(context._Passing, "received", wait),
-        mock.patch.object(context, "attention", noted(attention)),
-        mock.patch.object(context, "attention_backward", noted(attention_backward)),
+        mock.patch.object(context._RingSendRecv, "__init__", post),
+        mock.patch.object(context._RingSendRecv, "received", wait),
+        mock.patch.object(context, "attention_with_lse", noted(attention_with_lse)),
+        mock.patch.object(
+            context, "attention_with_lse_backward", noted(attention_with_lse_backward)
+        ),
     ):
         yield events
 
@@ -241,11 +251,11 @@ def measure(lengths):
     far, peaks = {}, {}
 
     def ring(*tensors):
-        return _Ring.apply(*tensors, dist.group.WORLD)
+        return _RingAttention.apply(*tensors, dist.group.WORLD)
 
     def compare(dtype, length, heads=H):
         tensors = draw(dtype, length, heads)
-        here = zigzag(length, rank, ranks)
+        here = zigzag_positions(length, rank, ranks)
         mine = [each[:, :, here] for each in tensors]
         expected = run(causal, tensors[:3], tensors[3])
         found = run(ring, mine[:3], mine[3])
@@ -255,7 +265,7 @@ def measure(lengths):
         far[str(dtype)] = compare(dtype, length)
     far["three heads"] = compare(torch.float64, 64, heads=3)
     tensors = draw(torch.float32, T)
-    parts = [each[:, :, zigzag(T, rank, ranks)].clone() for each in tensors]
+    parts = [each[:, :, zigzag_positions(T, rank, ranks)].clone() for each in tensors]
     for name, function, given in (("one", causal, tensors), ("ring", ring, parts)):
         leaves = [each.requires_grad_() for each in given[:3]]
         with tensor_bytes() as found:
@@ -265,9 +275,9 @@ def measure(lengths):
 
     def noted(query, key, value, causal):
         shapes.append((query.shape[1], query.shape[2], key.shape[2], causal))
-        return attention(query, key, value, causal)
+        return attention_with_lse(query, key, value, causal)
 
-    with mock.patch.object(context, "attention", noted):
+    with mock.patch.object(context, "attention_with_lse", noted):
         ring(*parts[:3])
     with journal() as events:
         out = ring(*parts[:3])
@@ -299,7 +309,7 @@ def test_a_ring_is_the_attention_of_one_process_at_a_share_of_its_memory(ranks, 
         steps = [sum(e[0] == "block" for e in part) // world for part in (forward, backward)]
         sends = [sum(e[0] == "post" for e in part) for part in (forward, backward)]
         assert sends == [steps[0] * (world - 1), 2 * steps[1] * (world - 1)]
-        counted = collectives(1, cp=world, pieces=steps[1])["send"]
+        counted = collectives(1, cp=world, num_head_chunks=steps[1])["send"]
         assert sum(sends) * world == counted
     activation = B * H * T * K * 4
     sent = [
@@ -325,7 +335,7 @@ def test_a_part_of_a_sequence_turns_as_it_does_in_the_whole():
     net = Transformer(5, 64, layers=1, width=16, heads=2)
     attention, x = net.blocks["0"].attention, torch.randn(1, 64, 16)
     query, key, _ = attention.parts(x)
-    attention.rotary.times = times = zigzag(64, 1, 2)
+    attention.rotary.times = times = zigzag_positions(64, 1, 2)
     some, others, _ = attention.parts(x[:, times])
     assert torch.equal(some, query[:, :, times])
     assert torch.equal(others, key[:, :, times])
@@ -342,24 +352,24 @@ def ways(mode):
     torch.manual_seed(0)
     net = Transformer(5, 64, layers=1, width=16, heads=2, zero_init=False).double()
     block = net.blocks["0"]
-    block.attention.rotary.times = here = zigzag(64, rank, ranks)
+    block.attention.rotary.times = here = zigzag_positions(64, rank, ranks)
     ring = SimpleNamespace(group=dist.group.WORLD)
-    block.attention.attend = partial(context.Context.attend, ring)
+    block.attention.attend = partial(context.ContextParallel.attend, ring)
     x = torch.randn(1, 64, 16, dtype=torch.float64)[:, here]
     calls, found = [], []
-    inner = context.attention
+    inner = context.attention_with_lse
 
     def counted(*args, **how):
         calls.append(1)
         return inner(*args, **how)
 
-    with mock.patch.object(context, "attention", counted):
+    with mock.patch.object(context, "attention_with_lse", counted):
         for changed in (False, True):
             calls.clear()
             if changed and mode == "compiled":
                 block.compile(backend="aot_eager", fullgraph=True)
             elif changed:
-                recompute(net, mode)
+                apply_activation_checkpointing(net, mode)
             x = x.detach().requires_grad_()
             found.append(torch.autograd.grad(block(x).square().sum(), (x, *block.parameters())))
     return distance(found[1], found[0]), len(calls)
@@ -377,7 +387,7 @@ def autocast_and_twice():
     ring = SimpleNamespace(group=dist.group.WORLD)
     leaf = torch.randn(1, 2, 16, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        out = context.Context.attend(ring, leaf, leaf, leaf.bfloat16())
+        out = context.ContextParallel.attend(ring, leaf, leaf, leaf.bfloat16())
     (first,) = torch.autograd.grad(out.float().square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="ring_attention_backward"):
         first.sum().backward()
@@ -430,7 +440,7 @@ def steps(text, world, precision="32-true"):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "topics.txt"
-    path.write_text("".join(documentation())[:60_000])
+    path.write_text("".join(python_docs_text())[:60_000])
     return path
 
 

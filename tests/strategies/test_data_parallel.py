@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.datamodules import TextDataModule
-from ravine.datamodules.text import documentation
+from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import DataParallelStrategy
 from ravine.strategies.data_parallel import (
-    fingerprint,
-    refuse_kept_gradients,
-    refuse_moved_gradients,
+    buffer_fingerprint,
+    check_gradients_in_buckets,
+    check_no_gradient_in_state,
 )
 
 
@@ -162,7 +162,7 @@ def found(tmp_path_factory):
     from ranks import run_ranks
 
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(documentation())[:3000])
+    path.write_text("".join(python_docs_text())[:3000])
     return run_ranks(several, 2, path)
 
 
@@ -223,25 +223,25 @@ def test_an_optimizer_that_keeps_a_gradient_is_refused():
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
     parameter.grad = torch.ones(3)
     optimizer.step()  # it copies
-    refuse_kept_gradients(optimizer)
+    check_no_gradient_in_state(optimizer)
     optimizer.state[parameter]["before"] = parameter.grad
     with pytest.raises(ValueError, match="SGD keeps a gradient as its state 'before', and ddp"):
-        refuse_kept_gradients(optimizer)
+        check_no_gradient_in_state(optimizer)
 
 
 def test_a_gradient_that_has_left_its_bucket_is_refused():
     parameter, bucket = nn.Parameter(torch.ones(3)), torch.zeros(6)
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     parameter.grad = bucket[:3]
-    refuse_moved_gradients(optimizer)
+    check_gradients_in_buckets(optimizer)
     parameter.grad.mul_(0.5)
     parameter.grad.data.mul_(0.5)
-    refuse_moved_gradients(optimizer)
+    check_gradients_in_buckets(optimizer)
     parameter.grad.data = parameter.grad.data * 0.5
     with pytest.raises(ValueError, match=r"`p.grad.data = new` for a parameter of shape \(3,\)"):
-        refuse_moved_gradients(optimizer)
+        check_gradients_in_buckets(optimizer)
     parameter.grad = torch.ones(3)
-    refuse_moved_gradients(optimizer)
+    check_gradients_in_buckets(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -258,19 +258,19 @@ def test_a_gradient_that_has_left_its_bucket_is_refused():
     ],
 )
 def test_any_buffer_has_a_fingerprint_that_a_change_in_place_changes(buffer):
-    before = fingerprint(buffer)
-    assert fingerprint(buffer) == before
+    before = buffer_fingerprint(buffer)
+    assert buffer_fingerprint(buffer) == before
     buffer.copy_(buffer.clone())
-    assert fingerprint(buffer) != before or buffer.numel() == 0
+    assert buffer_fingerprint(buffer) != before or buffer.numel() == 0
 
 
 def test_a_change_that_leaves_no_trace_is_seen_by_the_sum():
     buffer = torch.ones(3)
-    before = fingerprint(buffer)
+    before = buffer_fingerprint(buffer)
     with torch.autograd._unsafe_preserve_version_counter(buffer):
         buffer += 1
-    assert fingerprint(buffer)[1] == before[1]
-    assert fingerprint(buffer) != before
+    assert buffer_fingerprint(buffer)[1] == before[1]
+    assert buffer_fingerprint(buffer) != before
 
 
 def test_a_strategy_of_the_user_keeps_its_own_arguments():

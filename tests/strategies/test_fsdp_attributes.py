@@ -12,7 +12,7 @@ from external_modules.net_in_init import NetInInit
 from torch.distributed.fsdp import FSDPModule
 
 from ravine.strategies.fsdp import torch_attributes as fsdp_attributes
-from ravine.strategies.fsdp.torch_attributes import check_fsdp, groups_of
+from ravine.strategies.fsdp.torch_attributes import check_fsdp_attributes, fsdp_param_groups
 
 
 @contextmanager
@@ -38,31 +38,31 @@ def fit(zero):
 
 def refusals():
     """What is said where each attribute is missing, by its name; and of a run."""
-    check_fsdp(module := fit(3))
+    check_fsdp_attributes(module := fit(3))
     unit = next(  # the unit of a parent may have no parameters of its own
         part
         for part in module.modules()
-        if isinstance(part, FSDPModule) and groups_of(part._get_fsdp_state())
+        if isinstance(part, FSDPModule) and fsdp_param_groups(part._get_fsdp_state())
     )
     state = unit._get_fsdp_state()
-    group = groups_of(state)[0]
+    group = fsdp_param_groups(state)[0]
     parameter = group.fsdp_params[0]
     owners = [
         (unit, ("_get_fsdp_state",)),
-        (state, fsdp_attributes.STATE),
+        (state, fsdp_attributes.FSDP_STATE_ATTRS),
         (state._state_ctx, ("all_states",)),
-        (group, fsdp_attributes.GROUP),
-        (group.mesh_info, fsdp_attributes.MESH),
-        (parameter, fsdp_attributes.PARAMETER),
-        (parameter._module_info, fsdp_attributes.MODULE),
+        (group, fsdp_attributes.PARAM_GROUP_ATTRS),
+        (group.mesh_info, fsdp_attributes.MESH_INFO_ATTRS),
+        (parameter, fsdp_attributes.PARAM_ATTRS),
+        (parameter._module_info, fsdp_attributes.MODULE_INFO_ATTRS),
     ]
     said = {}
     for owner, names in owners:
         for name in names:
             with without(owner, name), pytest.raises(ValueError, match=name) as error:
-                check_fsdp(module)
+                check_fsdp_attributes(module)
             said[f"{type(owner).__name__}.{name}"] = str(error.value)
-    check_fsdp(module)
+    check_fsdp_attributes(module)
     NetInInit.training_step = lambda *_: pytest.fail("the run was not refused in setup")
     with without(group, "_to_sharded"), pytest.raises(ValueError, match="_to_sharded") as error:
         fit(2)
@@ -77,20 +77,20 @@ def test_each_missing_attribute_is_named_with_the_version_of_torch(ranks):
             expected = "FSDPModule._get_fsdp_state" if "_get_fsdp_state" in name else name
             assert text == (
                 f"torch {torch.__version__} has no {expected}, which zero2 and zero3 use; allowed:"
-                f" torch {fsdp_attributes.TORCH}; type --trainer.strategy ddp"
+                f" torch {fsdp_attributes.TESTED_TORCH_VERSIONS}; type --trainer.strategy ddp"
             )
 
 
-@pytest.mark.parametrize("owner", fsdp_attributes.FUNCTIONS)
+@pytest.mark.parametrize("owner", fsdp_attributes.REQUIRED_FUNCTIONS)
 def test_a_missing_function_of_torch_is_named(monkeypatch, owner):
-    place, name = fsdp_attributes.FUNCTIONS[owner]
+    place, name = fsdp_attributes.REQUIRED_FUNCTIONS[owner]
     monkeypatch.delattr(place, name)
     with pytest.raises(ValueError, match=rf"has no {owner}\.{name}, which zero2"):
-        check_fsdp(NetInInit())
+        check_fsdp_attributes(NetInInit())
 
 
 def test_the_versions_that_the_error_allows_are_those_of_the_tests():
     path = Path(__file__).parents[2] / "pyproject.toml"
     versions = tomllib.loads(path.read_text())["tool"]["ravine"]
     ends = [versions[end]["torch"].rpartition(".")[0] for end in ("lowest", "highest")]
-    assert " to ".join(ends) == fsdp_attributes.TORCH
+    assert " to ".join(ends) == fsdp_attributes.TESTED_TORCH_VERSIONS

@@ -99,7 +99,7 @@ def test_weights_are_bitwise_those_of_lightnings_order(tmp_path, monkeypatch, lo
     def trained(frees):
         torch.manual_seed(0)
         for place in (trainer_module, gradient_readers):
-            monkeypatch.setattr(place, "frees_early", lambda trainer: frees)
+            monkeypatch.setattr(place, "can_free_gradients_early", lambda trainer: frees)
         options = {"max_steps": 6, "val_check_interval": 3, "limit_val_batches": 1}
         options |= {"accumulate_grad_batches": 3, "default_root_dir": tmp_path}
         fit(module := Skipping(), **options, **LOOPS[loop])

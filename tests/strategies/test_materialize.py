@@ -14,9 +14,9 @@ from ravine.callbacks import LoRA, Pretrained, Quantization
 from ravine.callbacks.transforms.base import Transform
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.lightning_modules.nn.transformer import complete
+from ravine.lightning_modules.nn.transformer import with_defaults
 from ravine.lightning_modules.pretrained import gpt2
-from ravine.strategies.materialize import blocks, values_of
+from ravine.strategies.materialize import blocks, deferred_values
 
 GPT2 = {
     "positions": "learned", "norm": "layernorm", "qk_norm": False, "mlp": "gelu_tanh",
@@ -112,7 +112,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer.fit(model, datamodule=data(folder))
     trainer.save_checkpoint(folder / "base.ckpt")
     assert model.net is not None
-    gpt2.write(model.net, complete(SHAPE), folder / "gpt2", None)  # type: ignore[arg-type]
+    gpt2.save_hf(model.net, with_defaults(SHAPE), folder / "gpt2", None)  # type: ignore[arg-type]
     torch.save(model.net.state_dict(), folder / "weights")
     return folder
 
@@ -250,7 +250,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = quiet("auto", 1, [], steps=0)
     trainer.fit(model, datamodule=data(folder))
     trainer.save_checkpoint(folder / "base.ckpt", weights_only=True)
-    gpt2.write(model.net, complete(WIDE), folder / "gpt2", None)  # type: ignore[arg-type]
+    gpt2.save_hf(model.net, with_defaults(WIDE), folder / "gpt2", None)  # type: ignore[arg-type]
     return folder
 
 
@@ -266,7 +266,7 @@ def test_values_are_read_by_rows_and_zero_beyond_them():
     module.__dict__["strategy_draws_values"] = True  # as MeshStrategy does
     module.configure_model()
     parameter: Any = module.get_parameter("net.embed.weight")
-    values, drawn = values_of(parameter), torch.cat(list(blocks(parameter)))
+    values, drawn = deferred_values(parameter), torch.cat(list(blocks(parameter)))
     assert torch.equal(values.rows(3, 20), drawn[3:20])
     stored = torch.randn(40, 64, dtype=torch.float64)
     values.read_from(stored)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 import ravine.strategies.mesh_strategy as mesh_strategy
 from ravine.callbacks import Compile, Recompute
 from ravine.datamodules import TextDataModule
-from ravine.datamodules.text import documentation
+from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import (
     NAMES,
@@ -39,7 +39,7 @@ from ravine.strategies import (
 from ravine.strategies import (
     tensor_parallel as tensor,
 )
-from ravine.strategies.activation_checkpointing import recompute
+from ravine.strategies.activation_checkpointing import apply_activation_checkpointing
 
 # a validation loss that was reduced already is logged by each rank
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
@@ -152,7 +152,7 @@ def off(found, single):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "topics.txt"
-    path.write_text("".join(documentation())[:3000])
+    path.write_text("".join(python_docs_text())[:3000])
     return path
 
 
@@ -234,7 +234,7 @@ def test_a_net_that_learns_in_evaluation_mode_is_recomputed_too():
     module = Sequence(compiled=False).eval()  # a policy, whose sampler has no dropout
     passes = []
     module.net[3].register_forward_hook(lambda *_: passes.append(1))
-    recompute(module, "full")
+    apply_activation_checkpointing(module, "full")
     with torch.no_grad():
         module.net(torch.ones(2, 4))
     assert len(passes) == 1
@@ -277,7 +277,7 @@ def mail_that_stays_at_home():
 
 
 def experts_that_are_not_averaged():
-    parallelize.settle_experts = lambda *args: None
+    parallelize.reduce_expert_gradients = lambda *args: None
 
 
 @pytest.mark.parametrize("fault", [mail_that_stays_at_home, experts_that_are_not_averaged])
@@ -287,7 +287,7 @@ def test_a_fault_among_experts_is_caught(ranks, text, fault):
 
 
 def summed_instead_of_averaged():
-    shard = parallelize.shard
+    shard = parallelize.shard_module
 
     def fault(module, *args, **how):
         replicated = shard(module, *args, **how)
@@ -297,21 +297,25 @@ def summed_instead_of_averaged():
                 unit.set_gradient_divide_factor(1.0)
         return replicated
 
-    parallelize.shard = fault
+    parallelize.shard_module = fault
 
 
 def replicas_that_never_meet():
-    accumulate = parallelize.Spread.accumulate
-    parallelize.Spread.accumulate = lambda self, more: accumulate(self, more=True)
+    accumulate = parallelize.ParallelModule.set_requires_all_reduce
+    parallelize.ParallelModule.set_requires_all_reduce = lambda self, more: accumulate(
+        self, is_accumulating=True
+    )
 
 
 def replicas_that_meet_too_late():
-    accumulate = parallelize.Spread.accumulate
-    parallelize.Spread.accumulate = lambda self, more: accumulate(self, more=not more)
+    accumulate = parallelize.ParallelModule.set_requires_all_reduce
+    parallelize.ParallelModule.set_requires_all_reduce = lambda self, more: accumulate(
+        self, is_accumulating=not more
+    )
 
 
 def parameters_not_handed_out():
-    zero1.OwnedGradients.hand_out = lambda self, parameters: None
+    zero1.Zero1Reducer.all_gather_params = lambda self, parameters: None
 
 
 def owned_gradients_summed_instead_of_averaged():
@@ -319,7 +323,7 @@ def owned_gradients_summed_instead_of_averaged():
 
 
 def gradients_of_a_bucket_that_are_not_sent():
-    launch = zero1.OwnedGradients._launch
+    launch = zero1.Zero1Reducer._launch_bucket
 
     def fault(self):
         if self._launched == 0:
@@ -327,19 +331,19 @@ def gradients_of_a_bucket_that_are_not_sent():
         else:
             launch(self)
 
-    zero1.OwnedGradients._launch = fault
+    zero1.Zero1Reducer._launch_bucket = fault
 
 
 def gradients_that_are_not_added():
-    zero1._add = lambda data, message: None
+    zero1._add_gradients = lambda data, message: None
 
 
 def partial_gradients_not_summed():
-    parallelize.Spread.settle = lambda self: None
+    parallelize.ParallelModule.reduce_gradients = lambda self: None
 
 
 def the_columns_of_another_rank():
-    split, draw, cut = tensor.parallelize_module, mesh_strategy.materialize, []
+    split, draw, cut = tensor.parallelize_module, mesh_strategy.materialize_params, []
 
     def noted(module, mesh, style):
         split(module, mesh, style)
@@ -353,16 +357,16 @@ def the_columns_of_another_rank():
             module.weight.to_local().copy_(parts[mesh.get_local_rank() - 1])
         return found
 
-    tensor.parallelize_module, mesh_strategy.materialize = noted, torch.no_grad()(fault)
+    tensor.parallelize_module, mesh_strategy.materialize_params = noted, torch.no_grad()(fault)
 
 
 def keys_that_do_not_go_round():
-    received = context._Passing.received
-    context._Passing.received = lambda self: received(self).zero_()
+    received = context._RingSendRecv.received
+    context._RingSendRecv.received = lambda self: received(self).zero_()
 
 
 def tokens_in_the_plain_order():
-    context.zigzag = lambda length, rank, ranks: torch.arange(length).chunk(ranks)[rank]
+    context.zigzag_positions = lambda length, rank, ranks: torch.arange(length).chunk(ranks)[rank]
 
 
 def gradients_not_divided_by_their_number():
@@ -378,7 +382,7 @@ def gradients_not_divided_by_their_number():
 def each_rank_its_own_values():
     import ravine.strategies.mesh_strategy
 
-    ravine.strategies.mesh_strategy.copy_from_rank_zero = lambda module, device: None
+    ravine.strategies.mesh_strategy.broadcast_from_rank_zero = lambda module, device: None
     configure = Model.configure_model
 
     def configure_model(self):

@@ -267,7 +267,7 @@ def test_inputs_of_the_net_arrive_unrounded_and_a_call_outside_autocast_works(ra
 
 def routed():
     torch.manual_seed(0)
-    mixture = MixtureOfExperts(24, experts=4)
+    mixture = MixtureOfExperts(24, num_experts=4)
     task = Task(lambda: nn.Sequential(nn.Embedding(16, 24), nn.Sequential(mixture)))
     fit(task, "zero3", 2, precision="bf16-mixed", steps=1)
     return isinstance(mixture.router.weight, DTensor), isinstance(mixture.experts.up, DTensor)

@@ -12,9 +12,9 @@ from schedulefree import AdamWScheduleFree
 from torch.optim import SGD, AdamW
 
 from ravine.callbacks import EMA, GradientClipping, Muon, OptimizerPlan, Summary, UpdateSizes
-from ravine.callbacks.optimizers.rules import Rule, kinds
+from ravine.callbacks.optimizers.rules import Rule, classify_params
 from ravine.datamodules import TextDataModule
-from ravine.datamodules.text import documentation
+from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import MeshStrategy
 from ravine.strategies import pipeline_parallel as pipeline
@@ -40,7 +40,7 @@ PLANS = {
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "topics.txt"
-    path.write_text("".join(documentation())[:3000])
+    path.write_text("".join(python_docs_text())[:3000])
     return path
 
 
@@ -69,7 +69,7 @@ def train(layout, text, plan, tied=False, fault=None):
         for group in trainer.optimizers[0].param_groups
     ]
     written = module.generate("T", max_new_tokens=24, temperature=0)
-    written += summary.lines(trainer, module)["parameters"]
+    written += summary.summary_lines(trainer, module)["parameters"]
     said = {n: float(v) for n, v in trainer.callback_metrics.items() if n != "train/loss"}
     return whole(module), groups, written, said
 
@@ -96,7 +96,7 @@ def test_a_plan_is_made_for_the_net_and_not_for_a_stage(ranks, text, plan, tied,
 
 
 def stages_seen_as_nets():
-    pipeline.Pipeline.whole = lambda self: nullcontext()
+    pipeline.Pipeline.full_net = lambda self: nullcontext()
 
 
 def test_a_plan_for_each_stage_would_be_caught(ranks, text):
@@ -109,14 +109,14 @@ def stand_ins(tied):
     torch.manual_seed(0)
     module = LanguageModel(7, 8, tied=tied, **SHAPE)
     module.configure_model()
-    before = kinds(module), [(n, p.shape) for n, p in module.named_parameters()]
+    before = classify_params(module), [(n, p.shape) for n, p in module.named_parameters()]
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="pp", logger=False)
     trainer.strategy.connect(module)
     trainer.strategy.setup_environment()
     trainer.strategy.parallelize(module)
     ours = [n for n, _ in module.named_parameters()]
     with trainer.strategy.pipeline.whole():
-        after = kinds(module), [(n, p.shape) for n, p in module.named_parameters()]
+        after = classify_params(module), [(n, p.shape) for n, p in module.named_parameters()]
         bytes_of_stand_ins = sum(
             p.untyped_storage().nbytes() for p in module.parameters() if hasattr(p, "elsewhere")
         )

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import ExactResume, OptimizerPlan
 from ravine.strategies import AtomicCheckpointIO, CheckpointError, MeshStrategy
-from ravine.strategies.fsdp.optimizer_probe import measure
-from ravine.strategies.fsdp.sharded_optimizer import shard_steps
+from ravine.strategies.fsdp.optimizer_probe import probe_optimizer
+from ravine.strategies.fsdp.sharded_optimizer import shard_optimizer_steps
 
 
 class Base(Optimizer):
@@ -150,7 +150,7 @@ def parameters(shapes=((8, 6), (8,))):
 @pytest.mark.parametrize(("kind", "name"), [(k, n) for k, names in TORCH.items() for n in names])
 def test_the_kind_of_each_optimizer_of_torch_is_measured(kind, name):
     made = getattr(torch.optim, name)(parameters([(8, 6)] if name == "Muon" else [(8, 6), (8,)]))
-    assert measure(made).kind == kind
+    assert probe_optimizer(made).update_kind == kind
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_the_kind_of_an_optimizer_of_others_is_measured(optimizer, kind):
     made = optimizer([{"params": parameters(), "lr": 0.0}])  # a schedule may begin at zero
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1]
     before = [p.detach().clone() for group in made.param_groups for p in group["params"]]
-    assert measure(made).kind == kind
+    assert probe_optimizer(made).update_kind == kind
     assert all(
         torch.equal(a, b) for a, b in zip(before, made.param_groups[0]["params"], strict=True)
     )
@@ -179,7 +179,7 @@ def test_the_kind_of_an_optimizer_of_others_is_measured(optimizer, kind):
 def test_fused_kernels_are_elementwise_although_they_round_the_last_numbers_otherwise(name, dtype):
     given = [nn.Parameter(p.detach().to(dtype)) for p in parameters([(8, 6), (8,), (200, 130)])]
     made = getattr(torch.optim, name)(given, lr=0.1, fused=True)
-    assert measure(made).kind == "elementwise"
+    assert probe_optimizer(made).update_kind == "elementwise"
 
 
 @pytest.mark.parametrize("block", [64, 128, 256, 2048])
@@ -193,7 +193,7 @@ def test_blocks_of_numbers_are_no_elements(block):
             return scaled.flatten()[: gradient.numel()].view_as(gradient)
 
     for shapes in ([(20, 6)], [(300,)], [(200, 130)], [(5000,)]):
-        assert measure(Blocks(parameters(shapes))).kind == "per tensor"
+        assert probe_optimizer(Blocks(parameters(shapes))).update_kind == "per tensor"
 
 
 def test_large_tensors_are_tried_large():
@@ -203,8 +203,10 @@ def test_large_tensors_are_tried_large():
         def move(self, p, gradient, state, group):
             return gradient / gradient.norm() if min(p.shape) >= 128 else gradient
 
-    assert measure(Thresholds(parameters([(20, 6)]))).kind == "elementwise"
-    assert measure(Thresholds(parameters([(20, 6), (200, 130)]))).kind == "per tensor"
+    assert probe_optimizer(Thresholds(parameters([(20, 6)]))).update_kind == "elementwise"
+    assert (
+        probe_optimizer(Thresholds(parameters([(20, 6), (200, 130)]))).update_kind == "per tensor"
+    )
 
 
 class Net(L.LightningModule):
@@ -339,7 +341,7 @@ def split_otherwise():
         mesh = init_device_mesh("cpu", shape)
         p = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, places))
         try:
-            shard_steps(TrustRatio([p]))
+            shard_optimizer_steps(TrustRatio([p]))
         except ValueError as error:
             found.append(str(error))
     return found

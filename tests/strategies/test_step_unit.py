@@ -88,7 +88,7 @@ def train(strategy, norm=False, save=None, resume=None):
     trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
     unit = module.__dict__.get("_step_unit")
     found = whole(module) | {name: buffer.clone() for name, buffer in module.named_buffers()}
-    for name, raw in ema.other.items():
+    for name, raw in ema.averaged.items():
         raw = raw.full_tensor() if isinstance(raw, DTensor) else raw
         found[f"raw {name}"] = raw.detach().clone()
     found["val_loss"] = trainer.callback_metrics["val_loss"]
@@ -228,5 +228,5 @@ def test_members_that_are_too_many_bytes_together_are_units_of_their_own(monkeyp
     size = 2 * 4 * (16 + 4)
     for bound, expected in ((size, []), (size - 1, [net[0], net[2]])):
         monkeypatch.setattr(parallelize, "TOGETHER", bound)
-        found = parallelize._blocks(net, SMALLEST)
+        found = parallelize._fsdp_blocks(net, SMALLEST)
         assert sorted(map(id, found)) == sorted(map(id, expected))

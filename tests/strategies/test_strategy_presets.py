@@ -15,7 +15,7 @@ from ranks import fewest_ranks
 from ravine.cli.main import main
 from ravine.strategies import NAMES as PRESETS
 from ravine.strategies import MeshStrategy
-from ravine.strategies.device_mesh import resolve
+from ravine.strategies.device_mesh import resolve_degrees
 
 OVERLAYS = Path(__file__).resolve().parents[2] / "configs" / "strategy"
 NAMES = sorted(path.stem for path in OVERLAYS.glob("*.yaml"))
@@ -93,7 +93,7 @@ def test_the_command_above_a_file_names_it_and_can_be_typed(name):
     base = yaml.safe_load((OVERLAYS.parent / "gpt2" / "124m.yaml").read_text())
     arguments = arguments_of(overlay)
     world = int(flags["devices"]) * int(flags.get("num_nodes", 1))
-    mesh = resolve(MeshStrategy(**arguments).degrees, world)
+    mesh = resolve_degrees(MeshStrategy(**arguments).degrees, world)
     usual = base["trainer"]
     steps = int(flags.get("accumulate_grad_batches", usual["accumulate_grad_batches"]))
     share, left = divmod(

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import GradientClipping, NaNGuard
 from ravine.strategies import zero1
-from ravine.strategies.gradient_readers import find_readers
+from ravine.strategies.gradient_readers import find_gradient_readers
 
 WIDTH = 640  # a matrix of 1.6 MB, which is sent from its own memory
 
@@ -158,7 +158,7 @@ def test_a_step_sends_two_times_the_weights_and_frees_gradients_of_other_owners(
     sent = sum(sent for sent, *_ in everywhere) / world
     assert ideal <= sent < 1.001 * ideal + 100
     assert all(set(counts) == {"isend"} for _, _, counts, *_ in everywhere)
-    assert max(largest for _, largest, *_ in everywhere) <= zero1.PIECE
+    assert max(largest for _, largest, *_ in everywhere) <= zero1.MAX_MESSAGE_BYTES
 
 
 def test_a_reader_of_gradients_costs_one_time_more(ranks):
@@ -275,7 +275,7 @@ def test_code_that_reads_numbers_of_gradients_is_found(kind):
                         enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
     trainer.strategy.connect(module := Net(width=4))
     module.trainer = trainer
-    found = find_readers(trainer)
+    found = find_gradient_readers(trainer)
     assert (kind.__name__ in "".join(found)) is READERS[kind]
 
 
@@ -411,7 +411,7 @@ UNPAIRED = ("large and small", "odd parameters, accumulation", "weights to show"
 
 def all_cases(strategy, paired=True):
     found = {}
-    zero1.PAIRED = {"gloo"} if paired else set()  # as with nccl
+    zero1.POINT_TO_POINT_BACKENDS = {"gloo"} if paired else set()  # as with nccl
     for name in CASES if paired else UNPAIRED:
         kind, how, options, *callbacks = CASES[name]
         found[name] = trained(kind, strategy, how, options, *callbacks)
@@ -537,7 +537,7 @@ class Peak(L.Callback):
 def peak(strategy):
     """Bytes beyond the parameters, in times of these; ddp has made its buckets before."""
     module, peak = built(Net), Peak()
-    zero1.BUCKET = zero1.MB  # of 6.6, as 25 MB are of a net of 165
+    zero1.MAX_BUCKET_BYTES = zero1.MIB  # of 6.6, as 25 MB are of a net of 165
     fit(module, strategy, peak, max_steps=3)
     return peak.bytes / sum(p.numel() * 4 for p in module.parameters())
 

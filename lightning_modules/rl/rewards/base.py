@@ -23,10 +23,12 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-LARGEST = float(torch.finfo(torch.float32).max)  # in which weights of samples are multiplied
-CANCELLED = 1e-12  # of the summands' absolute values: a smaller sum is the rounding of terms
-SHOWN = 40  # characters of a text in a message
-RESERVED = frozenset({  # what is logged beside the terms, or stands beside them in a sample
+MAX_FLOAT32 = float(torch.finfo(torch.float32).max)  # in which weights of samples are multiplied
+CANCELLATION_TOLERANCE = (
+    1e-12  # of the summands' absolute values: a smaller sum is the rounding of terms
+)
+MAX_CHARS_SHOWN = 40  # characters of a text in a message
+RESERVED_NAMES = frozenset({  # what is logged beside the terms, or stands beside them in a sample
     "reward", "surrogate", "entropy", "kl", "kl_k3", "distinct", "jaccard", "nearest_jaccard",
     "vocabulary", "distinct_words", "tokens", "tokens_per_second", "zero_advantages", "drift",
     "prompt", "text",
@@ -64,25 +66,25 @@ class Samples:
     tokens: Tensor
     mask: Tensor
     log_probabilities: Tensor  # of the sampler
-    reference: Tensor | None = None  # log-probabilities under the reference, at temperature 1
+    ref_logprobs: Tensor | None = None  # log-probabilities under the reference, at temperature 1
     columns: dict[str, list[Any]] = field(default_factory=dict)  # of the data
-    corpus: Facts | None = None
-    everyone: list[str] = field(default_factory=list)  # texts of all ranks, in the batch's order
-    first: int = 0  # place of our first text among them
+    corpus_stats: Facts | None = None
+    all_texts: list[str] = field(default_factory=list)  # texts of all ranks, in the batch's order
+    rank_offset: int = 0  # place of our first text among them
 
-    def copied(self, first: int = 0, last: int | None = None) -> "Samples":
+    def copy_slice(self, first: int = 0, last: int | None = None) -> "Samples":
         """Samples first .. last-1, for a term to do with what it likes: others read the same."""
         rows = slice(first, last)
-        own = {
+        fields = {
             name: None if (x := getattr(self, name)) is None else copy.deepcopy(x[rows])
             for name in ("prompts", "texts", "tokens", "mask", "log_probabilities", "reference")
         }
         return Samples(
-            **own,  # type: ignore[arg-type]
+            **fields,  # type: ignore[arg-type]
             columns={k: copy.deepcopy(values[rows]) for k, values in self.columns.items()},
-            corpus=self.corpus,
-            everyone=list(self.everyone),
-            first=self.first + first,
+            corpus_stats=self.corpus_stats,
+            all_texts=list(self.all_texts),
+            rank_offset=self.rank_offset + first,
         )
 
 
@@ -103,146 +105,159 @@ class Reward(ABC):
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         """Choose the weight."""
         self.weight = weight
-        own = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
-        self.name = name or own
+        default_name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        self.name = name or default_name
 
     @abstractmethod
-    def score(self, samples: Samples) -> Sequence[float | None] | Tensor:
+    def score(self, inputs: Samples) -> Sequence[float | None] | Tensor:
         """A number for each of the samples, or None for one that has none."""
 
 
-def check_terms(terms: Sequence[Reward], corpus: bool, reference: bool) -> None:
+def check_rewards(reward_fns: Sequence[Reward], has_corpus: bool, has_reference: bool) -> None:
     """Refuse, before the first step, terms that lack what they need or have one name for two."""
-    if not terms:
+    if not reward_fns:
         raise RewardError(
             "Reinforce has no rewards; allowed: CharacterFraction, Binary, RewardFunction and "
             "others; type --model.rewards+=CharacterFraction --model.rewards.characters=eE, or "
             "use a config: --config reinforce/avoid_e_v1"
         )
-    names = [term.name for term in terms]
-    for term in terms:
-        if not math.isfinite(term.weight):
+    names = [reward_fn.name for reward_fn in reward_fns]
+    for reward_fn in reward_fns:
+        if not math.isfinite(reward_fn.weight):
             raise RewardError(
-                f"the weight of the reward {term.name} is {term.weight}; allowed: a finite number; "
+                f"the weight of the reward {reward_fn.name} is {reward_fn.weight}; allowed: a "
+                "finite number; "
                 "type --model.rewards.weight=1"
             )
-        taken = term.name in RESERVED or re.match(r"seconds_|.*_spread$", term.name)
-        if taken or names.count(term.name) > 1:
-            raise RewardError(f"two metrics are called {term.name!r}: give each term a `name`")
-        if term.needs_corpus and not corpus:
+        is_taken = reward_fn.name in RESERVED_NAMES or re.match(
+            r"seconds_|.*_spread$", reward_fn.name
+        )
+        if is_taken or names.count(reward_fn.name) > 1:
+            raise RewardError(f"two metrics are called {reward_fn.name!r}: give each term a `name`")
+        if reward_fn.needs_corpus and not has_corpus:
             raise RewardError(
-                f"the reward {term.name} compares with a text, and the data have none; "
+                f"the reward {reward_fn.name} compares with a text, and the data have none; "
                 "type --data.corpus=FILE"
             )
-        if term.needs_reference and not reference:
+        if reward_fn.needs_reference and not has_reference:
             raise RewardError(
-                f"the reward {term.name} asks the reference, and there is none; "
+                f"the reward {reward_fn.name} asks the reference, and there is none; "
                 "type --model.reference=copy"
             )
 
 
-def evaluate(terms: Sequence[Reward], samples: Samples) -> Tensor:
+def score_all(reward_fns: Sequence[Reward], inputs: Samples) -> Tensor:
     """The terms' answers, float64 (terms, b), NaN where a term gave None."""
-    return torch.stack([_checked(term, samples) for term in terms])
+    return torch.stack([_score_checked(reward_fn, inputs) for reward_fn in reward_fns])
 
 
-def combine(terms: Sequence[Reward], answers: Tensor) -> Tensor:
+def weighted_sum(reward_fns: Sequence[Reward], values: Tensor) -> Tensor:
     """Weighted sum (b) of the answers (terms, b); NaN where a term that counts gave none.
 
     A sum whose terms cancel but for rounding (0.1 + 0.2 - 0.3) is 0.
     """
-    counted = [i for i, term in enumerate(terms) if term.weight]
-    weights = answers.new_tensor([terms[i].weight for i in counted])
-    parts = weights[:, None] * answers[counted]  # (terms, b)
-    total = parts.sum(0)
-    if (total.abs() > LARGEST).any():
-        i = int((total.abs() > LARGEST).nonzero()[0])
-        term = terms[counted[int(parts[:, i].abs().argmax())]]
+    counted_indices = [i for i, reward_fn in enumerate(reward_fns) if reward_fn.weight]
+    weights = values.new_tensor([reward_fns[i].weight for i in counted_indices])
+    weighted_values = weights[:, None] * values[counted_indices]  # (terms, b)
+    total = weighted_values.sum(0)
+    if (total.abs() > MAX_FLOAT32).any():
+        i = int((total.abs() > MAX_FLOAT32).nonzero()[0])
+        reward_fn = reward_fns[counted_indices[int(weighted_values[:, i].abs().argmax())]]
         raise RewardError(
-            f"the reward of sample {i} is {total[i]:.4g}, most of it of {term.name} with weight "
-            f"{term.weight:g}; allowed: up to {LARGEST:.2g}, the largest number of float32; give "
+            f"the reward of sample {i} is {total[i]:.4g}, most of it of {reward_fn.name} with "
+            "weight "
+            f"{reward_fn.weight:g}; allowed: up to {MAX_FLOAT32:.2g}, the largest number of "
+            "float32; give "
             "the term a smaller weight"
         )
-    return total.where(total.abs() > CANCELLED * parts.abs().sum(0), 0.0 * total)
+    return total.where(
+        total.abs() > CANCELLATION_TOLERANCE * weighted_values.abs().sum(0), 0.0 * total
+    )
 
 
-def check_scored(terms: Sequence[Reward], answers: Tensor) -> None:
+def check_scored(reward_fns: Sequence[Reward], values: Tensor) -> None:
     """Refuse a batch (terms, b) of which a term that counts has scored nothing."""
-    for term, row in zip(terms, answers, strict=True):
-        if term.weight and row.isnan().all():
+    for reward_fn, row in zip(reward_fns, values, strict=True):
+        if reward_fn.weight and row.isnan().all():
             raise RewardError(
-                f"the reward {term.name} is None for all {len(row)} samples of the batch, so there "
+                f"the reward {reward_fn.name} is None for all {len(row)} samples of the batch, so "
+                "there "
                 "is nothing to learn from; score some of them, or give the term weight 0"
             )
 
 
-def _checked(term: Reward, samples: Samples) -> Tensor:
+def _score_checked(reward_fn: Reward, inputs: Samples) -> Tensor:
     """One term's answers (b), or an error that names it and the sample."""
     try:
-        values, numbers = _answered(term, samples)
+        values, numbers = _call_reward(reward_fn, inputs)
     except RewardError:
         raise
     except Exception as error:
         raise RewardError(
-            f"the reward {term.name} failed on {_culprit(term, samples)}: {in_line(error)}"
-            f"{_line_of(error)}; correct it, or return None for such a sample"
+            f"the reward {reward_fn.name} failed on {_describe_first_failure(reward_fn, inputs)}: "
+            f"{format_error(error)}"
+            f"{_format_location(error)}; correct it, or return None for such a sample"
         ) from error
-    if len(numbers) != len(samples.texts):
+    if len(numbers) != len(inputs.texts):
         raise RewardError(
-            f"the reward {term.name} gave {len(numbers)} numbers for {len(samples.texts)} samples, "
-            f"0 to {len(samples.texts) - 1}; return one for each, None where there is none"
+            f"the reward {reward_fn.name} gave {len(numbers)} numbers for {len(inputs.texts)} "
+            "samples, "
+            f"0 to {len(inputs.texts) - 1}; return one for each, None where there is none"
         )
     for i, (value, number) in enumerate(zip(values, numbers, strict=True)):
         if value is not None and not math.isfinite(number):
             raise RewardError(
-                f"the reward {term.name} is {number} for {_named(samples, i)}; return a number, or "
+                f"the reward {reward_fn.name} is {number} for {_describe_sample(inputs, i)}; "
+                "return a number, or "
                 "None for a sample that cannot be scored"
             )
-        if abs(number) > LARGEST:
+        if abs(number) > MAX_FLOAT32:
             raise RewardError(
-                f"the reward {term.name} is {number:.4g} for {_named(samples, i)}; allowed: up to "
-                f"{LARGEST:.2g}, the largest number of float32; scale it, or return None"
+                f"the reward {reward_fn.name} is {number:.4g} for {_describe_sample(inputs, i)}; "
+                "allowed: up to "
+                f"{MAX_FLOAT32:.2g}, the largest number of float32; scale it, or return None"
             )
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _answered(term: Reward, samples: Samples) -> tuple[list[Any], list[float]]:
+def _call_reward(reward_fn: Reward, inputs: Samples) -> tuple[list[Any], list[float]]:
     """What a term answers, and the same as numbers, NaN for None."""
-    answers = term.score(samples.copied())
-    if isinstance(answers, str | bytes | bytearray | Mapping | Set):
+    returned = reward_fn.score(inputs.copy_slice())
+    if isinstance(returned, str | bytes | bytearray | Mapping | Set):
         raise RewardError(
-            f"the reward {term.name} gave a {type(answers).__name__}; allowed: a list or a tensor "
+            f"the reward {reward_fn.name} gave a {type(returned).__name__}; allowed: a list or a "
+            "tensor "
             "with one number for each sample, in their order; return [... for text in texts]"
         )
-    values = answers.tolist() if isinstance(answers, Tensor) else list(answers)
+    values = returned.tolist() if isinstance(returned, Tensor) else list(returned)
     return values, [math.nan if value is None else float(value) for value in values]
 
 
-def _culprit(term: Reward, samples: Samples) -> str:
+def _describe_first_failure(reward_fn: Reward, inputs: Samples) -> str:
     """The first sample on which the term fails by itself, in words."""
-    for i in range(len(samples.texts)):
+    for i in range(len(inputs.texts)):
         try:
-            _answered(term, samples.copied(i, i + 1))
+            _call_reward(reward_fn, inputs.copy_slice(i, i + 1))
         except Exception:
-            return _named(samples, i)
-    return f"the batch of {len(samples.texts)} samples, and on none of them alone"
+            return _describe_sample(inputs, i)
+    return f"the batch of {len(inputs.texts)} samples, and on none of them alone"
 
 
-def _named(samples: Samples, i: int) -> str:
-    return f"sample {samples.first + i} ({shortened(samples.texts[i])!r})"
+def _describe_sample(inputs: Samples, i: int) -> str:
+    return f"sample {inputs.rank_offset + i} ({shorten(inputs.texts[i])!r})"
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     """The beginning of a text, for a message."""
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    return text if len(text) <= MAX_CHARS_SHOWN else text[: MAX_CHARS_SHOWN - 1] + "…"
 
 
-def in_line(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """An error's kind and what it says, in one line."""
     return ": ".join([type(error).__name__, *filter(None, [" ".join(str(error).split())])])
 
 
-def _line_of(error: Exception) -> str:
+def _format_location(error: Exception) -> str:
     """Where it was raised, if that was not in this file: there an answer is only read."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return "" if frame.filename == __file__ else f" ({Path(frame.filename).name}:{frame.lineno})"

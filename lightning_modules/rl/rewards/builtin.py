@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..text_similarity import distances, ngrams, to_nearest
-from .base import Reward, RewardError, Samples, evaluate
+from ..text_similarity import nearest_distance, pairwise_jaccard_distance, sequence_ngrams
+from .base import Reward, RewardError, Samples, score_all
 
 # Each name is also one of ravine.lightning_modules.
 __all__ = [
@@ -47,11 +47,10 @@ class CharacterFraction(Reward):
             )
         self.characters = characters
 
-    def score(self, samples: Samples) -> list[float]:
+    def score(self, inputs: Samples) -> list[float]:
         """Count."""
         return [
-            sum(text.count(c) for c in self.characters) / max(len(text), 1)
-            for text in samples.texts
+            sum(text.count(c) for c in self.characters) / max(len(text), 1) for text in inputs.texts
         ]
 
 
@@ -60,21 +59,21 @@ class VocabularyFraction(Reward):
 
     needs_corpus = True
 
-    def score(self, samples: Samples) -> list[float]:
+    def score(self, inputs: Samples) -> list[float]:
         """Look each word up."""
-        assert samples.corpus is not None
-        known = samples.corpus.words
-        if not known:
-            raise _unknown(self, "words")
-        return [vocabulary_share(text, known) for text in samples.texts]
+        assert inputs.corpus_stats is not None
+        vocabulary = inputs.corpus_stats.words
+        if not vocabulary:
+            raise _missing_in_corpus_error(self, "words")
+        return [vocab_fraction(text, vocabulary) for text in inputs.texts]
 
 
 class UniqueWords(Reward):
     """Share of a text's words that are different."""
 
-    def score(self, samples: Samples) -> list[float]:
+    def score(self, inputs: Samples) -> list[float]:
         """Count."""
-        return [_distinct(text.split()) for text in samples.texts]
+        return [_unique_fraction(text.split()) for text in inputs.texts]
 
 
 class ReferenceLogProbability(Reward):
@@ -82,11 +81,11 @@ class ReferenceLogProbability(Reward):
 
     needs_reference = True
 
-    def score(self, samples: Samples) -> Tensor:
+    def score(self, inputs: Samples) -> Tensor:
         """Average what the reference said."""
-        assert samples.reference is not None
-        said = samples.reference.double().where(samples.mask, 0.0)
-        return said.sum(1) / samples.mask.sum(1)
+        assert inputs.ref_logprobs is not None
+        ref_logprobs = inputs.ref_logprobs.double().where(inputs.mask, 0.0)
+        return ref_logprobs.sum(1) / inputs.mask.sum(1)
 
 
 class CharacterDiversity(Reward):
@@ -95,12 +94,12 @@ class CharacterDiversity(Reward):
     def __init__(self, n: int = 2, weight: float = 1.0, name: str | None = None) -> None:
         """Choose n."""
         super().__init__(weight, name)
-        _at_least_1(self, n=n)
+        _check_at_least_1(self, n=n)
         self.n = n
 
-    def score(self, samples: Samples) -> list[float]:
+    def score(self, inputs: Samples) -> list[float]:
         """Count."""
-        return [_distinct(ngrams(text, self.n)) for text in samples.texts]
+        return [_unique_fraction(sequence_ngrams(text, self.n)) for text in inputs.texts]
 
 
 class WordUniqueness(Reward):
@@ -109,32 +108,32 @@ class WordUniqueness(Reward):
     def __init__(self, n: int = 3, weight: float = 1.0, name: str | None = None) -> None:
         """Choose n."""
         super().__init__(weight, name)
-        _at_least_1(self, n=n)
+        _check_at_least_1(self, n=n)
         self.n = n
 
-    def score(self, samples: Samples) -> list[float]:
+    def score(self, inputs: Samples) -> list[float]:
         """Count."""
-        return [_distinct(ngrams(text.split(), self.n)) for text in samples.texts]
+        return [_unique_fraction(sequence_ngrams(text.split(), self.n)) for text in inputs.texts]
 
 
 class LineLength(Reward):
-    """Mean length of a text's lines that are not empty, divided by `scale`, at most 1."""
+    """Mean length of a text's lines that are not empty, divided by `target_length`, at most 1."""
 
     def __init__(self, scale: float = 40, weight: float = 1.0, name: str | None = None) -> None:
         """Choose the length that is long enough."""
         super().__init__(weight, name)
-        _at_least_1(self, scale=scale)
-        self.scale = scale
+        _check_at_least_1(self, scale=scale)
+        self.target_length = scale
 
-    def score(self, samples: Samples) -> list[float]:
+    def score(self, inputs: Samples) -> list[float]:
         """Measure."""
-        lines = [[line for line in text.split("\n") if line.strip()] for text in samples.texts]
-        means = [sum(map(len, each)) / max(len(each), 1) for each in lines]
-        return [min(mean / self.scale, 1.0) for mean in means]
+        lines = [[line for line in text.split("\n") if line.strip()] for text in inputs.texts]
+        means = [sum(map(len, text_lines)) / max(len(text_lines), 1) for text_lines in lines]
+        return [min(mean / self.target_length, 1.0) for mean in means]
 
 
 class SpeakerDiversity(Reward):
-    """Different speakers of the corpus who say something, divided by `enough`, at most 1.
+    """Different speakers of the corpus who say something, divided by `target_count`, at most 1.
 
     Args:
         enough: speakers that earn the whole reward.
@@ -150,21 +149,27 @@ class SpeakerDiversity(Reward):
     ) -> None:
         """Choose how many and how much."""
         super().__init__(weight, name)
-        _at_least_1(self, enough=enough)
-        self.enough, self.least = enough, least
+        _check_at_least_1(self, enough=enough)
+        self.target_count, self.min_chars = enough, least
 
-    def score(self, samples: Samples) -> list[float]:
+    def score(self, inputs: Samples) -> list[float]:
         """Cut each text at its speakers."""
-        assert samples.corpus is not None
-        known = samples.corpus.speakers
-        if not known:
-            raise _unknown(self, "speakers: lines that end in a colon, after an empty one")
+        assert inputs.corpus_stats is not None
+        speakers = inputs.corpus_stats.speakers
+        if not speakers:
+            raise _missing_in_corpus_error(
+                self, "speakers: lines that end in a colon, after an empty one"
+            )
         counts = []
-        for text in samples.texts:
-            _, *parts = re.split(r"(?:\A|\n)([^\n:]+):\n", text)
-            speeches = zip(parts[::2], parts[1::2], strict=True)
-            valid = {who for who, said in speeches if who in known and len(said) >= self.least}
-            counts.append(min(len(valid) / self.enough, 1.0))
+        for text in inputs.texts:
+            _, *segments = re.split(r"(?:\A|\n)([^\n:]+):\n", text)
+            speeches = zip(segments[::2], segments[1::2], strict=True)
+            valid = {
+                speaker
+                for speaker, speech in speeches
+                if speaker in speakers and len(speech) >= self.min_chars
+            }
+            counts.append(min(len(valid) / self.target_count, 1.0))
         return counts
 
 
@@ -177,22 +182,22 @@ class BatchDistance(Reward):
     def __init__(self, n: int = 4, weight: float = 1.0, name: str | None = None) -> None:
         """Choose n."""
         super().__init__(weight, name)
-        _at_least_1(self, n=n)
+        _check_at_least_1(self, n=n)
         self.n = n
 
-    def score(self, samples: Samples) -> list[float]:
+    def score(self, inputs: Samples) -> list[float]:
         """Compare all, answer for ours."""
-        if len(samples.everyone) < 2:
+        if len(inputs.all_texts) < 2:
             raise RewardError(
                 f"the reward {self.name} compares the texts of a batch, and there is one; "
                 "type --data.batch_size=64"
             )
-        nearest = to_nearest(distances(samples.everyone, self.n))
-        return nearest[samples.first : samples.first + len(samples.texts)].tolist()
+        nearest = nearest_distance(pairwise_jaccard_distance(inputs.all_texts, self.n))
+        return nearest[inputs.rank_offset : inputs.rank_offset + len(inputs.texts)].tolist()
 
 
 class Binary(Reward):
-    """1 where another term lies between `least` and `most`, else 0.
+    """1 where another term lies between `least` and `max_value`, else 0.
 
     Binary(CharacterFraction("eE"), most=0)               # not a single e
 
@@ -215,41 +220,41 @@ class Binary(Reward):
         """Refuse a judgement without a bound."""
         super().__init__(weight, name)
         if least is None and most is None:
-            raise RewardError("Binary has no bound; give `least`, or `most`, or both")
+            raise RewardError("Binary has no bound; give `least`, or `max_value`, or both")
         if least is not None and most is not None and least > most:
             raise RewardError(f"Binary: nothing lies between least={least} and most={most}")
-        self.term, self.least, self.most = term, least, most
+        self.reward, self.min_value, self.max_value = term, least, most
         self.needs_corpus, self.needs_reference = term.needs_corpus, term.needs_reference
 
-    def score(self, samples: Samples) -> list[float | None]:
+    def score(self, inputs: Samples) -> list[float | None]:
         """Judge."""
-        low = -float("inf") if self.least is None else self.least
-        high = float("inf") if self.most is None else self.most
-        found = evaluate([self.term], samples)[0]  # names a NaN, and gives one only for None
-        return [None if math.isnan(x) else float(low <= x <= high) for x in found.tolist()]
+        low = -float("inf") if self.min_value is None else self.min_value
+        high = float("inf") if self.max_value is None else self.max_value
+        values = score_all([self.reward], inputs)[0]  # names a NaN, and gives one only for None
+        return [None if math.isnan(x) else float(low <= x <= high) for x in values.tolist()]
 
 
-def vocabulary_share(text: str, known: frozenset[str]) -> float:
+def vocab_fraction(text: str, vocabulary: frozenset[str]) -> float:
     """Share of a text's words that are known; 0 of a text without words."""
     words = text.split()
-    return sum(word in known for word in words) / max(len(words), 1)
+    return sum(word in vocabulary for word in words) / max(len(words), 1)
 
 
-def _at_least_1(term: Reward, **sizes: float) -> None:
+def _check_at_least_1(reward: Reward, **sizes: float) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise RewardError(
-                f"{name} of the reward {term.name} is {size}; allowed: 1 or more; "
+                f"{name} of the reward {reward.name} is {size}; allowed: 1 or more; "
                 f"type --model.rewards.{name}=3"
             )
 
 
-def _unknown(term: Reward, what: str) -> RewardError:
+def _missing_in_corpus_error(reward: Reward, missing: str) -> RewardError:
     return RewardError(
-        f"the reward {term.name} is 0 for every text, since the corpus has no {what}; "
+        f"the reward {reward.name} is 0 for every text, since the corpus has no {missing}; "
         "type --data.corpus=FILE of another one, or leave the term out"
     )
 
 
-def _distinct(items: Sequence) -> float:
+def _unique_fraction(items: Sequence) -> float:
     return len(set(items)) / max(len(items), 1)

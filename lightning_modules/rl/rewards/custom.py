@@ -9,7 +9,7 @@ from typing import Any
 
 from ravine.errors import sort_by_similarity
 
-from .base import Reward, RewardError, Samples, in_line, shortened
+from .base import Reward, RewardError, Samples, format_error, shorten
 
 
 class RewardFunction(Reward):
@@ -35,89 +35,103 @@ class RewardFunction(Reward):
     ) -> None:
         """Look at what the function wants."""
         if isinstance(function, str):
-            function = named(function)
-        own = getattr(function, "__name__", type(function).__name__)
-        if own == "reward":  # the sum's name; the file has one, too
-            own = function.__module__.rpartition(".")[2]
-        super().__init__(weight, name or own)
+            function = import_reward_function(function)
+        default_name = getattr(function, "__name__", type(function).__name__)
+        if default_name == "reward":  # the sum's name; the file has one, too
+            default_name = function.__module__.rpartition(".")[2]
+        super().__init__(weight, name or default_name)
         self.function = function
-        self.wants = inspect.signature(function).parameters
+        self.parameters = inspect.signature(function).parameters
 
-    def score(self, samples: Samples) -> Any:
+    def score(self, inputs: Samples) -> Any:
         """Call it."""
-        known = {
-            "texts": samples.texts,
-            "prompts": samples.prompts,
-            "tokens": samples.tokens,
-            "mask": samples.mask,
-            "log_probabilities": samples.log_probabilities,
+        available = {
+            "texts": inputs.texts,
+            "prompts": inputs.prompts,
+            "tokens": inputs.tokens,
+            "mask": inputs.mask,
+            "log_probabilities": inputs.log_probabilities,
         }
-        kinds = {name: p.kind for name, p in self.wants.items()}
-        takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
-        rows = zip(samples.tokens.tolist(), samples.mask.tolist(), strict=True)
-        ids = [[n for n, kept in zip(*row, strict=True) if kept] for row in rows]
-        for name, value in (("completions", samples.texts), ("completion_ids", ids)):  # TRL's
-            if name in kinds or (takes_all and name not in samples.columns):
-                known[name] = value
-        for name in samples.columns.keys() & known.keys():
+        param_kinds = {name: p.kind for name, p in self.parameters.items()}
+        accepts_all = inspect.Parameter.VAR_KEYWORD in param_kinds.values()
+        rows = zip(inputs.tokens.tolist(), inputs.mask.tolist(), strict=True)
+        ids = [[n for n, is_kept in zip(*row, strict=True) if is_kept] for row in rows]
+        for name, value in (("completions", inputs.texts), ("completion_ids", ids)):  # TRL's
+            if name in param_kinds or (accepts_all and name not in inputs.columns):
+                available[name] = value
+        for name in inputs.columns.keys() & available.keys():
             raise RewardError(
                 f"the data have a column {name!r}, by which the reward {self.name} would get what "
                 "was written; give the column another name"
             )
-        known |= samples.columns
-        rest = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        for name, parameter in self.wants.items():
-            needed = parameter.default is inspect.Parameter.empty and parameter.kind not in rest
-            if name not in known and needed:
+        available |= inputs.columns
+        variadic_kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        for name, parameter in self.parameters.items():
+            is_required = (
+                parameter.default is inspect.Parameter.empty
+                and parameter.kind not in variadic_kinds
+            )
+            if name not in available and is_required:
                 raise RewardError(
-                    f"the reward {self.name} asks for {name!r}; there are {', '.join(known)}; "
+                    f"the reward {self.name} asks for {name!r}; there are {', '.join(available)}; "
                     "rename the argument, or give the data a column of that name"
                 )
-        first = [n for n, k in kinds.items() if k is inspect.Parameter.POSITIONAL_ONLY]
-        if takes_all:
-            others = [name for name in known if name not in first]
+        positional_names = [
+            n for n, k in param_kinds.items() if k is inspect.Parameter.POSITIONAL_ONLY
+        ]
+        if accepts_all:
+            keyword_names = [name for name in available if name not in positional_names]
         else:
-            others = [
-                n for n, k in kinds.items() if n in known and n not in first and k not in rest
+            keyword_names = [
+                n
+                for n, k in param_kinds.items()
+                if n in available and n not in positional_names and k not in variadic_kinds
             ]
-        placed = [known[name] for name in first if name in known]
-        return self.function(*placed, **{name: known[name] for name in others})
+        positional = [available[name] for name in positional_names if name in available]
+        return self.function(*positional, **{name: available[name] for name in keyword_names})
 
 
-def named(path: str) -> Callable[..., Any]:
+def import_reward_function(path: str) -> Callable[..., Any]:
     """The function at my_file.reward; if there is none, an error that says which there are."""
     file, _, name = path.rpartition(".")
     if not file:
-        form = "a file and a function in it are named, with a dot between"
-        raise _none(path, form, path.strip("."), [])
-    module = _module(path, file, name)
+        message = "a file and a function in it are named, with a dot between"
+        raise _not_found_error(path, message, path.strip("."), [])
+    module = _import_module(path, file, name)
     function = getattr(module, name, None)
     if callable(function):
         return function
-    known = sort_by_similarity(name, [k for k, v in vars(module).items() if inspect.isfunction(v)])
-    there = f"functions in {file} are {', '.join(known[:9]) or 'none'}"
+    similar_names = sort_by_similarity(
+        name, [k for k, v in vars(module).items() if inspect.isfunction(v)]
+    )
+    alternatives = f"functions in {file} are {', '.join(similar_names[:9]) or 'none'}"
     if function is not None:
-        there = f"that is {shortened(repr(function))}, and {there}"
-    raise _none(path, there, file, known)
+        alternatives = f"that is {shorten(repr(function))}, and {alternatives}"
+    raise _not_found_error(path, alternatives, file, similar_names)
 
 
-def _module(path: str, file: str, name: str) -> ModuleType:
+def _import_module(path: str, file: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(file)
     except Exception as error:  # whatever a file of the user's does when it is imported
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{file}.".startswith(f"{missing}."):
-            files = sort_by_similarity(file, [each.stem for each in Path().glob("[!._]*.py")])
-            there = f"{', '.join(files[:9])}" if files else "none"
-            what = f"no file is called {missing}.py; files of Python in this folder are {there}"
-            raise _none(path, what, files[0] if files else file, [name]) from error
+        missing_module = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing_module and f"{file}.".startswith(f"{missing_module}."):
+            files = sort_by_similarity(
+                file, [file_path.stem for file_path in Path().glob("[!._]*.py")]
+            )
+            alternatives = f"{', '.join(files[:9])}" if files else "none"
+            problem = (
+                f"no file is called {missing_module}.py; "
+                f"files of Python in this folder are {alternatives}"
+            )
+            raise _not_found_error(path, problem, files[0] if files else file, [name]) from error
         raise RewardError(
-            f"no reward function {path}: importing {file} ends in {in_line(error)}; "
+            f"no reward function {path}: importing {file} ends in {format_error(error)}; "
             f'correct it, and type python -c "import {file}" to see'
         ) from error
 
 
-def _none(path: str, what: str, file: str, names: Sequence[str]) -> RewardError:
-    right = f"{file}.{names[0] if names else 'reward'}"
-    fix = f"type --model.rewards.function={right}"
-    return RewardError(f"no reward function {path}: {what}; {fix}")
+def _not_found_error(path: str, problem: str, file: str, names: Sequence[str]) -> RewardError:
+    suggestion = f"{file}.{names[0] if names else 'reward'}"
+    hint = f"type --model.rewards.function={suggestion}"
+    return RewardError(f"no reward function {path}: {problem}; {hint}")

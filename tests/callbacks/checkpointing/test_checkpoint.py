@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from ravine.callbacks import Checkpoint, ExactResume
 from ravine.callbacks.stability.nan_guard import NonFiniteError
-from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError, check
+from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError, find_damage
 
 
 class Net(L.LightningModule):
@@ -80,7 +80,7 @@ def test_the_newest_and_the_best_remain(tmp_path: Path) -> None:
     assert keep.best_model_score == 2
     state = torch.load(keep.best_model_path, weights_only=True)["callbacks"]["Checkpoint[val/loss]"]
     assert state["best_model_path"] == keep.best_model_path  # the file knows that it is the best
-    assert all(check(path) is None for path in tmp_path.iterdir())
+    assert all(find_damage(path) is None for path in tmp_path.iterdir())
 
 
 def test_the_greatest_two_or_all_can_be_kept(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_weights_that_are_not_finite_never_replace_a_good_file(tmp_path: Path) -
     assert told.value.exit_status == 1
     assert names(tmp_path) == ["step=000004.ckpt"]
     assert keep.best_model_path == keep.last_model_path == str(tmp_path / "step=000004.ckpt")
-    assert check(keep.best_model_path) is None
+    assert find_damage(keep.best_model_path) is None
 
 
 def test_a_save_that_fails_ends_the_run_and_leaves_the_file_before(
@@ -142,7 +142,7 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_file_before(
         fit(Net([5, 4, 3, 2, 1]), keep)
     assert told.value.exit_status == 1
     assert names(tmp_path) == ["step=000004.ckpt"]
-    assert check(tmp_path / "step=000004.ckpt") is None
+    assert find_damage(tmp_path / "step=000004.ckpt") is None
 
 
 def failing_after(good: int) -> Any:

@@ -38,13 +38,13 @@ from torch.utils.data import (
 from ravine.callbacks import EMA, Checkpoint, GradientClipping, NaNGuard
 from ravine.callbacks.checkpointing.exact_resume import (
     ExactResume,
-    number_by_place,
-    reseed,
-    rewind,
+    normalize_progress,
+    renumber_params,
+    seed_all,
 )
 from ravine.callbacks.checkpointing.run_comparison import compare_ranks_and_accumulation
-from ravine.callbacks.stability.gradient_clipping import local
-from ravine.datamodules.loaders import EvalLoader, Order, Share, TrainLoader
+from ravine.callbacks.stability.gradient_clipping import to_local
+from ravine.datamodules.loaders import DataParallelInfo, EvalLoader, Order, TrainLoader
 
 CUTS = 40
 STEPS, EPOCH, EVERY, BATCH = 46, 24, 6, 4  # optimizer steps; an epoch ends with a validation
@@ -127,7 +127,7 @@ def loaders(kind: str, epoch: int) -> tuple[Any, Any]:
     if kind == "plain":
         return DataLoader(train, BATCH // 2, shuffle=True), DataLoader(test, 2)
     order = Order(SEED, len(train))
-    share = Share(accumulate=2)
+    share = DataParallelInfo(accumulate=2)
     fetch = train.__getitem__
     return TrainLoader(order, fetch, len(train), BATCH, share), EvalLoader(test.__getitem__, 7, 2)
 
@@ -175,7 +175,7 @@ def end(net: Net, trainer: L.Trainer) -> dict[str, Any]:
 def differences(whole: Any, cut: Any, at: str = "") -> list[str]:
     """Where two ends differ by a single bit; of the streams, the part after the cut counts."""
     if isinstance(whole, Tensor):
-        return [] if torch.equal(local(whole), local(cut)) else [at]
+        return [] if torch.equal(to_local(whole), to_local(cut)) else [at]
     if isinstance(whole, dict):
         if whole.keys() != cut.keys():
             return [f"{at}: {list(whole)} and {list(cut)}"]
@@ -408,7 +408,7 @@ def test_ids_that_are_names_or_absent_stay() -> None:
     optimizer = torch.optim.SGD([weight])
     for state in ({}, {"state": {"w": {}}, "param_groups": [{"params": ["w"]}]}):
         before = repr(state)
-        number_by_place([weight], optimizer, state)
+        renumber_params([weight], optimizer, state)
         assert repr(state) == before
 
 
@@ -472,20 +472,20 @@ def test_a_step_by_hand_leaves_what_the_module_draws_as_it_was(steps_first: bool
     trainer.fit(module)
     expected = []
     for index in range(2):
-        reseed(0, index, 0, torch.device("cpu"))
+        seed_all(0, index, 0, torch.device("cpu"))
         expected.append((torch.rand(()).item(), random.random(), numpy.random.rand()))
     assert module.drawn == expected
 
 
 def test_no_two_micro_batches_or_ranks_draw_alike() -> None:
     cpu = torch.device("cpu")
-    numbers = {reseed(7, i, rank, cpu) for i in range(2000) for rank in range(4)}
+    numbers = {seed_all(7, i, rank, cpu) for i in range(2000) for rank in range(4)}
     assert len(numbers) == 8000
-    reseed(7, 5, 1, cpu)
+    seed_all(7, 5, 1, cpu)
     drawn = (torch.rand(()).item(), random.random())
-    reseed(7, 6, 1, cpu)
+    seed_all(7, 6, 1, cpu)
     assert (torch.rand(()).item(), random.random()) != drawn
-    reseed(7, 5, 1, cpu)
+    seed_all(7, 5, 1, cpu)
     assert (torch.rand(()).item(), random.random()) == drawn
 
 
@@ -494,7 +494,7 @@ def test_a_file_written_within_a_step_is_left_to_lightning(tmp_path: Path) -> No
     fit(None, save, max_steps=3)
     loops = torch.load(save.files[-1][1], weights_only=True)["loops"]["fit_loop"]
     before = repr(loops)
-    assert rewind(loops) == "start"
+    assert normalize_progress(loops) == "start"
     assert repr(loops) == before
 
 
@@ -676,7 +676,7 @@ class OverAndOver(L.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         kept = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
-        return TrainLoader(Order(1, 40), data(40).__getitem__, 40, 2, repeat=kept)
+        return TrainLoader(Order(1, 40), data(40).__getitem__, 40, 2, repeat_first_epoch=kept)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(data(4))
@@ -908,7 +908,9 @@ def test_a_line_is_printed_where_the_number_of_ranks_differs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     trainer: Any = SimpleNamespace(world_size=1, accumulate_grad_batches=2)
-    compare_ranks_and_accumulation(trainer, {"ranks": 1, "accumulate": 2}, own_order=True)
+    compare_ranks_and_accumulation(trainer, {"ranks": 1, "accumulate": 2}, has_resumable_order=True)
     assert capsys.readouterr().out == ""
-    compare_ranks_and_accumulation(trainer, {"ranks": 2, "accumulate": 2}, own_order=False)
+    compare_ranks_and_accumulation(
+        trainer, {"ranks": 2, "accumulate": 2}, has_resumable_order=False
+    )
     assert "written by 2 ranks x 2 micro-batches" in capsys.readouterr().out

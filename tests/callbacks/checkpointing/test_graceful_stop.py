@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import EMA, Checkpoint, ExactResume
 from ravine.callbacks.checkpointing.graceful_stop import GracefulStop, Interrupted
-from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, check
+from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, find_damage
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 
@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     step = (at + 1) // 2
     assert stop.code == STATUS[signum]
     assert stop.checkpoint == str(tmp_path / "checkpoints" / f"step={step:06d}.ckpt")
-    assert check(stop.checkpoint) is None
+    assert find_damage(stop.checkpoint) is None
     whole = fit(trainer(tmp_path))
     resumed = fit(trainer(tmp_path), stop.checkpoint)
     assert all(map(torch.equal, weights(whole), weights(resumed)))
@@ -216,7 +216,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
     code, path, step, _ = first
     assert code == 143
     assert path == str(tmp_path / "checkpoints" / f"step={step:06d}.ckpt")
-    assert check(path) is None
+    assert find_damage(path) is None
     assert torch.load(path, weights_only=True)["global_step"] == step
 
 

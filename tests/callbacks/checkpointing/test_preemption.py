@@ -17,8 +17,8 @@ from ravine.callbacks import Checkpoint, ExactResume, GracefulStop
 from ravine.callbacks.checkpointing.graceful_stop import Interrupted
 from ravine.strategies import AtomicCheckpointIO, MeshStrategy
 from ravine.strategies.checkpoint import sharded
-from ravine.strategies.checkpoint.atomic_io import newest_valid
-from ravine.strategies.mesh_strategy import leave
+from ravine.strategies.checkpoint.atomic_io import latest_valid_checkpoint
+from ravine.strategies.mesh_strategy import destroy_process_group_at_exit
 
 KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
 LIMIT = 30  # seconds that a rank has to end once another has
@@ -52,11 +52,11 @@ class Hit(L.Callback):
     def __init__(self, place, n, signals):
         self.left, self.signals = n, signals
         if place == "save":
-            finish = sharded._finish
-            sharded._finish = lambda *args: (self.send(), finish(*args))
-            part = sharded.part
+            finish = sharded._save_manifest
+            sharded._save_manifest = lambda *args: (self.send(), finish(*args))
+            part = sharded.split_tensors
             if os.environ["RANK"] != "0":  # where rank 0 finishes, the others have written
-                sharded.part = lambda *args: (self.send(), part(*args))[1]
+                sharded.split_tensors = lambda *args: (self.send(), part(*args))[1]
             self.on_save_checkpoint = lambda *_: self.send() if os.environ["ONE"] else None
         else:
             hook = {"step": "on_train_batch_start", "validation": "on_validation_batch_start"}
@@ -101,7 +101,7 @@ def run(folder, name):
     except Exception:
         traceback.print_exc()  # as Python does, and ends with 1
         status, written = 1, None
-    leave()
+    destroy_process_group_at_exit()
     return status, written, trainer.global_step
 
 
@@ -129,7 +129,7 @@ def test_what_ends_a_rank_ends_all_and_leaves_a_whole_checkpoint(name, tmp_path)
     for status, allowed in zip(statuses, CASES[name][-1], strict=True):
         assert status in (allowed if allowed is EITHER else [allowed]), statuses
     assert set(statuses) != {FAILED}
-    newest, passed_over = newest_valid(tmp_path)
+    newest, passed_over = latest_valid_checkpoint(tmp_path)
     assert newest is not None
     assert not passed_over
     content = AtomicCheckpointIO().load_checkpoint(newest)

@@ -21,10 +21,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ravine.callbacks import FrechetDistance, Samples
-from ravine.callbacks.frechet import callback as frechet_distance
+from ravine.callbacks.frechet import callback as frechet_callback
 from ravine.callbacks.frechet import inception
-from ravine.callbacks.frechet.distributed_features import SharedFeatures, spread
-from ravine.callbacks.frechet.statistics import Gaussian, Moments, frechet, kernel_distance
+from ravine.callbacks.frechet.distributed_features import FeatureExtractorPool, proportional_labels
+from ravine.callbacks.frechet.statistics import Gaussian, Moments, frechet_distance, kernel_distance
 
 D = 16
 
@@ -116,7 +116,7 @@ def gathered(features: torch.Tensor, block: int = 50) -> Moments:
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float(frechet(gathered(one), Gaussian.of(gathered(other))))
+    return float(frechet_distance(gathered(one), Gaussian.from_moments(gathered(other))))
 
 
 def test_the_distance_of_two_gaussians_is_the_closed_form() -> None:
@@ -398,7 +398,7 @@ def test_fid_is_of_2048_features_finite_and_leaves_no_inception_behind(
             moved.append(str(device))
             return super().to(device)
 
-    monkeypatch.setattr(frechet_distance, "Inception", Watched)
+    monkeypatch.setattr(frechet_callback, "Inception", Watched)
     callback = FrechetDistance(weights=str(weights), n=4, batch_size=4)
     with pytest.warns(UserWarning, match="4 images and 2048 features: the covariance cannot have"):
         found = measured(callback, data=Pictures(train=4, test=4))
@@ -529,10 +529,10 @@ def test_samples_are_drawn_with_the_labels_of_the_data() -> None:
 def test_no_more_features_are_held_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     held, cat = [], torch.cat
     monkeypatch.setattr(torch, "cat", lambda parts, *a: held.extend(parts) or cat(parts, *a))
-    work = SharedFeatures(L.Trainer(accelerator="cpu"), Random(), 32, torch.device("cpu"))
+    work = FeatureExtractorPool(L.Trainer(accelerator="cpu"), Random(), 32, torch.device("cpu"))
     real = Pictures(train=128).pictures("train")[0]
     for keep in (0, 40, 200):
-        _, features = work.moments(lambda i: real[i], 128, None, keep)
+        _, features = work.compute_moments(lambda i: real[i], 128, None, keep)
         assert torch.equal(features, Random()(real)[:keep])
         held.append(features)
         assert all(part.untyped_storage().nbytes() == part.nbytes for part in held)
@@ -565,9 +565,9 @@ def test_a_fit_without_validation_is_refused(callback: L.Callback) -> None:
 
 def test_the_real_images_are_read_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, distances = [], []
-    original, measure = frechet_distance.fingerprint, FrechetDistance._measure
+    original, measure = frechet_callback.fingerprint_tensors, FrechetDistance._measure
     monkeypatch.setattr(
-        frechet_distance, "fingerprint", lambda *a: seen.append(len(a)) or original(*a)
+        frechet_callback, "fingerprint_tensors", lambda *a: seen.append(len(a)) or original(*a)
     )
     monkeypatch.setattr(FrechetDistance, "_measure", lambda *a: distances.append(measure(*a)))
     fit(FrechetDistance(Random(), n=64), max_epochs=3)
@@ -576,8 +576,8 @@ def test_the_real_images_are_read_once_a_run(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_labels_are_asked_for_in_the_proportions_of_the_data() -> None:
     labels = torch.tensor([2] * 60 + [0] * 20 + [1] * 20)
-    assert spread(labels, 10).bincount().tolist() == [2, 2, 6]
-    assert spread(torch.arange(100) % 2, 50).bincount().tolist() == [25, 25]
+    assert proportional_labels(labels, 10).bincount().tolist() == [2, 2, 6]
+    assert proportional_labels(torch.arange(100) % 2, 50).bincount().tolist() == [25, 25]
 
 
 def test_the_extractors_accuracy_and_the_floor_are_said(capsys, caplog) -> None:
@@ -646,7 +646,9 @@ def test_missing_weights_are_answered_with_the_file_and_its_place(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    place = rf"put {inception.FILE} at {tmp_path}/hub/hub/checkpoints/{inception.FILE}"
+    place = (
+        rf"put {inception.WEIGHTS_FILE} at {tmp_path}/hub/hub/checkpoints/{inception.WEIGHTS_FILE}"
+    )
     with pytest.raises(FileNotFoundError, match=f"no network.*{place}"):
         measured(FrechetDistance())
     with pytest.raises(FileNotFoundError, match=r"no file gone\.pth; give InceptionV3's weights"):
@@ -674,7 +676,7 @@ def test_a_download_with_another_checksum_is_not_taken(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(inception, "URL", (tmp_path / "wrong.pth").as_uri())
     with pytest.raises(FileNotFoundError, match="invalid hash value"):
-        inception.weights()
+        inception.locate_inception_weights()
     assert not list((tmp_path / "hub").rglob("*.pth"))
 
 
@@ -688,11 +690,11 @@ def fetched_on_ranks(folder: str) -> tuple[int, str]:
         calls.append(url)
         Path(target).write_bytes(b"weights")
 
-    inception.SHA256 = hashlib.sha256(b"weights").hexdigest()
+    inception.WEIGHTS_SHA256 = hashlib.sha256(b"weights").hexdigest()
     torch.hub.download_url_to_file = download
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     trainer.strategy.setup_environment()
-    path, _ = inception.weights(None, trainer)
+    path, _ = inception.locate_inception_weights(None, trainer)
     return len(calls), path.read_text()
 
 

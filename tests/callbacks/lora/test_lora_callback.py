@@ -587,7 +587,7 @@ def counted(strategy="auto", devices=1):
         devices=devices,
         steps=1,
     )
-    return {name: tuple(row) for name, row in table.rows.items()}
+    return {name: tuple(row) for name, row in table.usage.items()}
 
 
 def test_the_table_of_bytes_counts_what_is_there_and_a_shard_is_half(ranks, capsys):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ravine.callbacks.lora import adapt_module, adapters, lora_disabled, merge
-from ravine.callbacks.lora.callback import default_targets
-from ravine.callbacks.transforms.layer_selection import frozen_copies
+from ravine.callbacks.lora.callback import default_lora_targets
+from ravine.callbacks.transforms.layer_selection import find_frozen_copies
 
 DOUBLE = torch.float64
 
@@ -435,7 +435,7 @@ class Transfer(nn.Module):
 @pytest.mark.parametrize("targets", [None, "base.*", ["base.0"]])
 def test_beside_a_frozen_base_what_trains_trains_on(targets):
     net = Transfer()
-    adapt_module(net, targets or default_targets(net))
+    adapt_module(net, targets or default_lora_targets(net))
     hit = {"base.0", "base.2"} if targets != ["base.0"] else {"base.0"}
     assert set(adapters(net)) == hit
     new = {name for name, _ in net.named_parameters() if not name.startswith("base")}
@@ -460,9 +460,9 @@ class Taught(nn.Module):
 
 def test_a_net_and_its_frozen_copy_have_the_same_adapters_or_none():
     net = Taught()
-    assert frozen_copies(net) == {"teacher": "net"}
-    assert default_targets(net) == ["net.0", "net.2", "teacher.0", "teacher.2"]
-    adapt_module(net, default_targets(net))
+    assert find_frozen_copies(net) == {"teacher": "net"}
+    assert default_lora_targets(net) == ["net.0", "net.2", "teacher.0", "teacher.2"]
+    adapt_module(net, default_lora_targets(net))
     shapes = [[p.shape for p in part.parameters()] for part in (net.net, net.teacher)]
     assert shapes[0] == shapes[1]
     assert [layer.lora_is_copy for layer in adapters(net).values()] == [False, False, True, True]
@@ -474,9 +474,9 @@ def test_a_net_and_its_frozen_copy_have_the_same_adapters_or_none():
 def test_equal_shapes_alone_make_no_copy_of_one_layer():
     net = nn.ModuleDict({"base": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
     net["base"].requires_grad_(False)
-    assert frozen_copies(net) == {}
+    assert find_frozen_copies(net) == {}
     net["base"].load_state_dict(net["head"].state_dict())
-    assert frozen_copies(net) == {"base": "head"}
+    assert find_frozen_copies(net) == {"base": "head"}
 
 
 def test_a_layer_is_adapted_once():

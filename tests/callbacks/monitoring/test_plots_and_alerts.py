@@ -13,7 +13,7 @@ from external_modules.two_optimizers import TwoOptimizers
 from ravine.callbacks import CollapseAlarm, Curves, RolloutTable
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import PromptDataModule, TextDataModule
-from ravine.datamodules.text import documentation
+from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import CharacterFraction, LanguageModel, Reinforce
 from ravine.lightning_modules.nn import Transformer
 
@@ -172,7 +172,7 @@ FORWARD = Transformer.forward
 def test_the_alarm_is_silent_on_a_base_and_rings_if_all_texts_are_one(
     forced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "text.txt").write_text("".join(documentation())[:20_000])
+    (tmp_path / "text.txt").write_text("".join(python_docs_text())[:20_000])
     base = LanguageModel(layers=1, width=16, heads=2, zero_init=False)
     base.lr = 0.03
     data = TextDataModule(tmp_path / "text.txt", context=96, batch_size=8, tokenizer="bytes")

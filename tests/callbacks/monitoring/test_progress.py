@@ -16,11 +16,11 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from ravine.callbacks import LossPlot, PredictionTable, ProgressBar, Samples
-from ravine.callbacks.generation.predictions import show
+from ravine.callbacks.generation.predictions import print_table
 from ravine.callbacks.monitoring import plots as curves_module
 from ravine.callbacks.monitoring import progress as progress_module
-from ravine.callbacks.monitoring.loss_plot import draw
-from ravine.callbacks.monitoring.progress import clock, total_steps, units_in
+from ravine.callbacks.monitoring.loss_plot import save_loss_plot
+from ravine.callbacks.monitoring.progress import count_total_steps, count_units, format_duration
 from ravine.cli.trainer import Trainer
 
 
@@ -146,19 +146,19 @@ def test_steps_are_counted_over_epochs_and_accumulation() -> None:
         for accumulate in (1, 3):
             run = trainer(accumulate_grad_batches=accumulate, limit_val_batches=0, **settings)
             run.fit(NetInInit())
-            totals.append((total_steps(run), run.global_step))
+            totals.append((count_total_steps(run), run.global_step))
     assert totals == [(12, 12), (6, 6), (5, 5), (5, 5), (5, 5), (5, 5)]
 
 
 def test_units_are_rows_of_the_first_tensor_unless_the_module_counts() -> None:
     batch = {"x": [torch.zeros(3, 2)], "y": torch.zeros(7)}
-    assert units_in(NetInInit(), batch) == 3
-    assert units_in(Counting(), [torch.zeros(2)]) == 2000
-    assert units_in(NetInInit(), ["words"]) == 0
+    assert count_units(NetInInit(), batch) == 3
+    assert count_units(Counting(), [torch.zeros(2)]) == 2000
+    assert count_units(NetInInit(), ["words"]) == 0
 
 
 def test_time_is_written_as_on_a_clock() -> None:
-    assert [clock(s) for s in (0, 59.6, 61, 3600, 36_061)] == [
+    assert [format_duration(s) for s in (0, 59.6, 61, 3600, 36_061)] == [
         "0:00",
         "1:00",
         "1:01",
@@ -226,7 +226,7 @@ def test_the_picture_names_its_axes_and_takes_a_log_scale_when_it_is_needed(
     )
     for start, scale in ((10.0, "log"), (2.0, "linear"), (float("nan"), "linear")):
         curves = {"train": [(1, start), (2, 1.0)], "val": [(2, 1.5)]}
-        draw(curves, tmp_path / "loss.png", "loss in nats (mean per token)", every=5)
+        save_loss_plot(curves, tmp_path / "loss.png", "loss in nats (mean per token)", interval=5)
         axes = seen[-1]
         assert axes.get_yscale() == scale
         assert axes.get_xlabel() == "optimizer step"
@@ -278,7 +278,7 @@ def test_predictions_become_a_table_and_a_file(capsys: pytest.CaptureFixture[str
 def test_a_message_neither_fills_the_screen_nor_commands_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    show([{"message": "\x1b[31m\x1b]0;owned\x07[/red]\\"}, {"message": "long " * 100_000}])
+    print_table([{"message": "\x1b[31m\x1b]0;owned\x07[/red]\\"}, {"message": "long " * 100_000}])
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "\x07" not in out

@@ -169,7 +169,7 @@ def test_an_unknown_device_is_measured_and_that_is_said() -> None:
     [("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16), ("32-true", torch.float32)],
 )
 def test_the_peak_is_that_of_the_precision(name: str, dtype: torch.dtype) -> None:
-    assert throughput.precision_of(name) == dtype
+    assert throughput.precision_to_dtype(name) == dtype
 
 
 def test_training_flops_are_six_for_each_weight_and_the_scores() -> None:
@@ -178,18 +178,21 @@ def test_training_flops_are_six_for_each_weight_and_the_scores() -> None:
     shape = gpt2 | {"mlp": "gelu_tanh", "tied": True, "layers": 12, "width": 768}
     terms = accounting.parameters(50257, 1024, **shape)
     assert sum(terms.values()) == 124_439_808 + 47 * 768  # the head is padded to 50,304 rows
-    flops = accounting.training_flops(50257, 1024, **shape)
+    flops = accounting.count_training_flops(50257, 1024, **shape)
     weights = 50304 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768
     assert flops == 6 * weights + 12 * 12 * 768 * 1024
     assert 523_000 * flops / 793e12 == pytest.approx(0.56, abs=0.01)  # nanoGPT on an H200
-    assert accounting.cache_bytes(64, 512, 8, 512, item=2) == 2 * 8 * 64 * 512 * 512 * 2
+    assert (
+        accounting.kv_cache_bytes(64, 512, 8, 512, bytes_per_element=2)
+        == 2 * 8 * 64 * 512 * 512 * 2
+    )
 
 
 def test_the_lecture_s_net_is_counted_by_hand() -> None:
     shape: dict[str, Any] = {"positions": "none", "norm": "none", "output": False, "width": 256}
-    full = accounting.training_flops(65, 128, layers=4, mlp="relu", bias="mlp", **shape)
+    full = accounting.count_training_flops(65, 128, layers=4, mlp="relu", bias="mlp", **shape)
     assert full == 6 * (65 * 256 + 4 * (11 * 256**2 + 5 * 256)) + 12 * 4 * 256 * 128
-    bigrams = accounting.training_flops(65, 128, layers=1, mlp="none", rung="last", **shape)
+    bigrams = accounting.count_training_flops(65, 128, layers=1, mlp="none", rung="last", **shape)
     assert bigrams == 6 * 65 * 256
 
 

@@ -150,9 +150,9 @@ def test_a_learning_rate_set_in_the_last_group_holds_for_what_was_added_with_it(
     member = optimizer.members[0]
 
     def route(parameters, given):
-        from ravine.callbacks.optimizers.composite import Part
+        from ravine.callbacks.optimizers.composite import RuleGroups
 
-        return [Part("group 0", member, [{**given, "params": [p]} for p in parameters])]
+        return [RuleGroups("group 0", member, [{**given, "params": [p]} for p in parameters])]
 
     optimizer.route = route
     optimizer.add_param_group({"params": [more, late], "lr": 0.01})

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from ravine.callbacks import ExactResume, GradientClipping, OptimizerPlan, Rule, Schedule
 from ravine.callbacks.optimizers.composite import Composite, takes_closure
 from ravine.callbacks.optimizers.optimizer_errors import OptimizerError
-from ravine.callbacks.optimizers.param_groups import Share, compose
+from ravine.callbacks.optimizers.param_groups import RuleParams, build_optimizer
 from ravine.cli import error_report as errors
 from ravine.strategies import AtomicCheckpointIO
-from ravine.strategies.checkpoint.atomic_io import CheckpointError, refuse_foreign
+from ravine.strategies.checkpoint.atomic_io import CheckpointError, check_serializable
 
 
 class Base(Optimizer):
@@ -461,11 +461,11 @@ def descend(net, rows, optimizer, steps):
 
 def planned(factory, net):
     named = list(net.named_parameters())
-    return compose([Share(Rule(optimizer=factory), "rest", named)], "all")
+    return build_optimizer([RuleParams(Rule(optimizer=factory), "rest", named)], "all")
 
 
 def through_a_file(state):
-    refuse_foreign(state)
+    check_serializable(state)
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -609,7 +609,7 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused_in_the_first_step(what):
         fitted(OptimizerPlan(remembering("Keeps", make, lock)), ends)
     assert steps == []
     assert words in str(caught.value)
-    assert errors.status(caught.value) == 1
+    assert errors.exit_status(caught.value) == 1
 
 
 def test_a_checkpoint_makes_no_object_of_a_class_outside_the_optimizers_package():

@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from ravine.callbacks.optimizers.lr_schedules import SHAPES, Kind, Schedule
+from ravine.callbacks.optimizers.lr_schedules import SCHEDULE_SHAPES, Schedule, ScheduleKind
 
 # shape, arguments, {step: factor} in a run of 100 optimizer steps
 CLOSED_FORMS = [
@@ -27,30 +27,30 @@ CLOSED_FORMS = [
 @pytest.mark.parametrize(("kind", "arguments", "factors"), CLOSED_FORMS)
 def test_every_shape_equals_its_closed_form(kind, arguments, factors):
     schedule = Schedule(kind, **arguments)
-    schedule.check(100)
+    schedule.validate(100)
     assert {step: schedule.factor(step, 100) for step in factors} == pytest.approx(factors)
 
 
 def test_every_shape_has_a_closed_form_here_and_a_name_in_the_type():
-    assert set(SHAPES) == {row[0] for row in CLOSED_FORMS} == set(get_args(Kind))
+    assert set(SCHEDULE_SHAPES) == {row[0] for row in CLOSED_FORMS} == set(get_args(ScheduleKind))
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("kind", get_args(ScheduleKind))
 def test_every_shape_starts_at_one_whatever_the_length(kind):
     assert Schedule(kind).factor(0, 100) == Schedule(kind).factor(0, math.inf) == 1
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("kind", get_args(ScheduleKind))
 def test_the_warmup_never_starts_at_zero_and_meets_the_shape_at_its_peak(kind):
     schedule = Schedule(kind, warmup=5)
     assert schedule.factor(0, 100) == 0.2
     assert schedule.factor(4, 100) == schedule.factor(5, 100) == 1
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("kind", get_args(ScheduleKind))
 def test_a_warmup_from_zero_starts_there_and_has_its_peak_once(kind):
     schedule = Schedule(kind, warmup=5, warmup_from_zero=True)
-    schedule.check(120)
+    schedule.validate(120)
     rise = [schedule.factor(k, 120) for k in range(6)]
     assert rise == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     usual = Schedule(kind, warmup=5)
@@ -88,4 +88,4 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(schedule, length, messa
 @pytest.mark.parametrize(("name", "share"), [("final", -3.0), ("final", 2.0), ("rate", 1e30)])
 def test_a_share_of_the_rate_is_between_none_and_all_of_it(name, share):
     with pytest.raises(ValueError, match=rf"schedule: {name}=.*; allowed: 0 to 1"):
-        Schedule("cosine", **{name: share}).check(100)
+        Schedule("cosine", **{name: share}).validate(100)

@@ -31,7 +31,7 @@ from ravine.callbacks import (
 )
 from ravine.callbacks.optimizers.composite import Composite
 from ravine.callbacks.optimizers.elementwise import Elementwise
-from ravine.datamodules.loaders import Order, Share, TrainLoader
+from ravine.datamodules.loaders import DataParallelInfo, Order, TrainLoader
 from ravine.strategies import MeshStrategy
 
 
@@ -449,7 +449,9 @@ class Tiny(L.LightningModule):
 
 class Rows(L.LightningDataModule):
     def train_dataloader(self):
-        return TrainLoader(Order(0, 64), lambda items: ROWS[items], 64, 8, Share.of(self.trainer))
+        return TrainLoader(
+            Order(0, 64), lambda items: ROWS[items], 64, 8, DataParallelInfo.of(self.trainer)
+        )
 
 
 class Save(L.Callback):

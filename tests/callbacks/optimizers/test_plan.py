@@ -21,7 +21,7 @@ from ravine.callbacks import (
     UpdateSizes,
 )
 from ravine.callbacks.optimizers.composite import Composite
-from ravine.callbacks.optimizers.rules import assign, kinds
+from ravine.callbacks.optimizers.rules import assign_params, classify_params
 from ravine.lightning_modules.task_module import TaskModule
 from ravine.strategies import AtomicCheckpointIO
 
@@ -434,7 +434,7 @@ class Everything(L.LightningModule):
 
 
 def test_a_kind_is_what_the_module_is_not_how_many_axes_it_has():
-    assert kinds(Everything()) == {
+    assert classify_params(Everything()) == {
         "gain": "scalar",
         "table": "other",
         "embed.weight": "embedding",
@@ -448,7 +448,7 @@ def test_a_kind_is_what_the_module_is_not_how_many_axes_it_has():
 
 
 def test_without_a_module_called_head_the_last_linear_is_it():
-    found = kinds(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)))
+    found = classify_params(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)))
     assert found["0.weight"] == "hidden_matrix"
     assert found["1.weight"] == "head"
 
@@ -456,13 +456,13 @@ def test_without_a_module_called_head_the_last_linear_is_it():
 def test_a_weight_shared_with_an_embedding_is_an_embedding_and_the_head():
     net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
     net[2].weight = net[0].weight
-    found = kinds(net)
+    found = classify_params(net)
     assert (found["0.weight"], found["1.weight"]) == ("embedding", "hidden_matrix")
 
 
 def test_the_first_rule_that_matches_takes_the_parameter():
     rules = [Rule("norm", "*.bias"), Rule("norm"), Rule("rest", "[gt]*"), Rule()]
-    shares = assign(Everything(), rules)
+    shares = assign_params(Everything(), rules)
     assert [[name for name, _ in share] for share in shares] == [
         ["norm.bias"],
         ["norm.weight"],

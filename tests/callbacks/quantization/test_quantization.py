@@ -15,7 +15,7 @@ from ravine.callbacks import Quantization
 from ravine.callbacks.lora import adapt_module, merge
 from ravine.callbacks.quantization import bitsandbytes_kernels, int8, nf4, quantize_module
 from ravine.callbacks.quantization.layers import QuantizedLinear
-from ravine.strategies.activation_checkpointing import recompute
+from ravine.strategies.activation_checkpointing import apply_activation_checkpointing
 
 FLOAT = torch.float32
 
@@ -48,13 +48,13 @@ def test_the_error_on_normal_weights_is_the_theorys(double):
 def test_bits_a_parameter_are_4_127_and_without_double_quantization_4_5():
     weight = torch.randn(1024, 1024)
     assert bits(nf4.quantize(weight), weight) == pytest.approx(4.127, abs=0.0005)
-    assert bits(nf4.quantize(weight, double=False), weight) == 4.5
+    assert bits(nf4.quantize(weight, double_quant=False), weight) == 4.5
     assert bits(int8.quantize(weight), weight) == 8 + 32 / 1024
 
 
 def test_no_weight_is_off_by_more_than_half_the_widest_gap():
     weight = torch.randn(64, 256)
-    parts = nf4.quantize(weight, double=False)
+    parts = nf4.quantize(weight, double_quant=False)
     back = nf4.dequantize(weight.shape, FLOAT, *parts.values())
     level = torch.tensor(nf4.levels())
     off = (back - weight).abs().view(-1, 64) / parts["scales"][:, None]
@@ -63,15 +63,15 @@ def test_no_weight_is_off_by_more_than_half_the_widest_gap():
 
 def test_a_doubly_quantized_scale_is_off_by_half_a_step_at_most():
     weight = torch.randn(256, 256)
-    double, single = nf4.quantize(weight), nf4.quantize(weight, double=False)["scales"]
-    found = nf4.scales(double["scales"], double["outer"], double["mean"])
-    step = (double["outer"] / 127).repeat_interleave(nf4.GROUP)[: len(single)]
+    double, single = nf4.quantize(weight), nf4.quantize(weight, double_quant=False)["scales"]
+    found = nf4.block_scales(double["scales"], double["outer"], double["mean"])
+    step = (double["outer"] / 127).repeat_interleave(nf4.SCALE_GROUP_SIZE)[: len(single)]
     assert ((found - single).abs() <= 0.501 * step).all()
 
 
 def test_what_lies_on_the_levels_is_kept_exactly():
     weight = torch.tensor(nf4.levels()).repeat(8).view(2, 64)
-    parts = nf4.quantize(weight, double=False)
+    parts = nf4.quantize(weight, double_quant=False)
     assert torch.equal(nf4.dequantize(weight.shape, FLOAT, *parts.values()), weight)
 
 
@@ -115,7 +115,7 @@ bitsandbytes = pytest.mark.skipif(
 def test_codes_and_scales_are_those_that_bitsandbytes_has_written():
     """Its 0.50.2, quantize_4bit(weight, blocksize=64, quant_type="nf4")."""
     large_small = torch.tensor([1.0, 0.03]).repeat_interleave(64)
-    parts = nf4.quantize((torch.arange(128) * 0.37).sin() * large_small, double=False)
+    parts = nf4.quantize((torch.arange(128) * 0.37).sin() * large_small, double_quant=False)
     assert bytes(parts["codes"].flatten().tolist()).hex() == (
         "7befffed9521000137befffed9521000137befffed9521000137befffed95210"
         "00147befffec9521000147cefffec9521000148cefffec9521000148cefffec9"
@@ -130,7 +130,7 @@ def test_without_double_quantization_the_weights_are_bitsandbytes_own():
 
     weight = torch.randn(512, 512) * 0.02
     codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
-    ours = nf4.quantize(weight, double=False)
+    ours = nf4.quantize(weight, double_quant=False)
     back = nf4.dequantize(weight.shape, FLOAT, *ours.values())
     assert (back - dequantize_4bit(codes, state)).abs().max() <= 1e-6
     assert (ours["codes"].flatten() != codes.flatten()).float().mean() < 1e-4
@@ -205,7 +205,7 @@ def test_what_is_quantized_may_be_recomputed(mode):
         module = net()
         quantize_module(module)
         adapt_module(module, ["0", "2"], rank=4)
-        recompute(module, how)
+        apply_activation_checkpointing(module, how)
         module(torch.ones(5, 64)).square().sum().backward()
         gradients.append([p.grad for p in module.parameters() if p.requires_grad])
     assert all(map(torch.equal, *gradients))

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from ravine.callbacks import GradientClipping, OptimizerPlan
 from ravine.callbacks.stability.gradient_clipping import clip_by_norm, clip_by_value, global_norm
 from ravine.callbacks.stability.nan_guard import NonFiniteError
-from ravine.datamodules.loaders import Order, Share, TrainLoader
+from ravine.datamodules.loaders import DataParallelInfo, Order, TrainLoader
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import MeshStrategy
-from ravine.strategies.shards import local
+from ravine.strategies.shards import to_local
 
 QUIET = {
     "accelerator": "cpu",
@@ -339,7 +339,7 @@ STRATEGIES = {
 
 class Tokens(L.LightningDataModule):
     def train_dataloader(self):
-        return TrainLoader(Order(0, 32), self.fetch, 32, 8, Share.of(self.trainer))
+        return TrainLoader(Order(0, 32), self.fetch, 32, 8, DataParallelInfo.of(self.trainer))
 
     def fetch(self, items):
         return TOKENS[items, :-1], TOKENS[items, 1:]
@@ -358,7 +358,7 @@ class OwnShard(GradientClipping):
 
     def _clip(self, trainer, optimizer):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        self._norm = clip_by_norm([local(g) for g in gradients], self.max_norm)
+        self._norm = clip_by_norm([to_local(g) for g in gradients], self.max_norm)
 
 
 def clipped_training(layout, clipping=GradientClipping):

@@ -12,10 +12,15 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ravine.callbacks import RankWatchdog
 from ravine.callbacks.stability import rank_watchdog as watchdog
-from ravine.callbacks.stability.rank_watchdog import BEGUN, DONE, ENDED, describe_ended_loader
+from ravine.callbacks.stability.rank_watchdog import (
+    LOADER_ENDED,
+    STEP_BEGUN,
+    STEP_DONE,
+    describe_ended_loader,
+)
 from ravine.cli.command import run
 from ravine.strategies import RanksDiffer
-from ravine.strategies.rank_agreement import flatten
+from ravine.strategies.rank_agreement import flatten_config
 
 SMALL = [
     *("fit", "--model=LanguageModel", "--model.layers=1", "--model.width=8", "--model.heads=2"),
@@ -53,7 +58,7 @@ class Linear(L.LightningModule):
 
 
 def train(module: L.LightningModule, limit: float = 6, **options: Any) -> L.Trainer:
-    watchdog.POLL = 0.2  # in this rank's process
+    watchdog.POLL_INTERVAL_S = 0.2  # in this rank's process
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
@@ -121,13 +126,19 @@ def setups_of_a_script(seeds: list[int], widths: list[int]) -> str:
 @pytest.mark.parametrize(
     ("places", "said"),
     [
-        ({0: (0, 26, BEGUN), 1: (0, 25, ENDED)}, "rank 1 ended epoch 0 after 25 batches"),
-        ({0: (3, 25, ENDED), 1: (3, 60, ENDED)}, "rank 0 ended epoch 3 after 25 batches"),
-        ({0: (0, 25, BEGUN), 1: (0, 25, ENDED)}, ""),
-        ({0: (0, 25, DONE), 1: (0, 25, ENDED)}, ""),
-        ({0: (0, 25, ENDED), 1: (0, 25, ENDED)}, ""),
-        ({0: (1, 1, BEGUN), 1: (0, 25, ENDED)}, ""),
-        ({0: (0, 24, BEGUN), 1: (0, 25, ENDED)}, ""),
+        (
+            {0: (0, 26, STEP_BEGUN), 1: (0, 25, LOADER_ENDED)},
+            "rank 1 ended epoch 0 after 25 batches",
+        ),
+        (
+            {0: (3, 25, LOADER_ENDED), 1: (3, 60, LOADER_ENDED)},
+            "rank 0 ended epoch 3 after 25 batches",
+        ),
+        ({0: (0, 25, STEP_BEGUN), 1: (0, 25, LOADER_ENDED)}, ""),
+        ({0: (0, 25, STEP_DONE), 1: (0, 25, LOADER_ENDED)}, ""),
+        ({0: (0, 25, LOADER_ENDED), 1: (0, 25, LOADER_ENDED)}, ""),
+        ({0: (1, 1, STEP_BEGUN), 1: (0, 25, LOADER_ENDED)}, ""),
+        ({0: (0, 24, STEP_BEGUN), 1: (0, 25, LOADER_ENDED)}, ""),
     ],
 )
 def test_a_loader_that_ended_before_another_is_named_and_nothing_else(places, said):
@@ -136,14 +147,14 @@ def test_a_loader_that_ended_before_another_is_named_and_nothing_else(places, sa
 
 
 def test_a_rank_between_two_steps_counts_only_where_all_ranks_wait():
-    places = {0: (0, 25, DONE), 1: (0, 25, ENDED)}
+    places = {0: (0, 25, STEP_DONE), 1: (0, 25, LOADER_ENDED)}
     assert "rank 1 ended epoch 0 after 25" in describe_ended_loader(places, between_steps=True)
-    assert describe_ended_loader({**places, 0: (0, 25, BEGUN)}, between_steps=True) == ""
+    assert describe_ended_loader({**places, 0: (0, 25, STEP_BEGUN)}, between_steps=True) == ""
 
 
 def test_a_configuration_is_flattened_to_its_leaves():
     config = {"a": {"b": [1, {"c": None}]}, "d": {}, "e": []}
-    assert flatten(config) == {"a.b.0": 1, "a.b.1.c": None, "d": {}, "e": []}
+    assert flatten_config(config) == {"a.b.0": 1, "a.b.1.c": None, "d": {}, "e": []}
 
 
 def test_a_rank_whose_stream_ends_early_is_named_and_the_job_ends(ranks):

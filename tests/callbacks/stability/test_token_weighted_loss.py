@@ -135,7 +135,9 @@ def the_tokens_of_whole_sequences(callbacks):
 
 
 def micro_batches_of_equal_weight(callbacks):
-    pipeline.Pipeline._shares = lambda self, micros: torch.full((len(micros),), 1 / len(micros))
+    pipeline.Pipeline._compute_microbatch_weights = lambda self, micros: torch.full(
+        (len(micros),), 1 / len(micros)
+    )
 
 
 def divided_after_the_clipping(callbacks):

@@ -10,7 +10,7 @@ from ranks import furthest, whole
 from torch import nn
 
 import ravine.strategies  # noqa: F401  the name zero3
-from ravine.callbacks.transforms.base import Transform, register, seeded_by_name
+from ravine.callbacks.transforms.base import Transform, register_transform, seeded_by_name
 
 
 class Late(BoringModel):
@@ -159,7 +159,7 @@ def test_stock_weight_averaging_is_refused_with_the_name_of_ours(first):
 
 def test_a_transform_pending_from_a_crashed_setup_is_dropped():
     module, gone = Late(), Log("adapt")
-    register(trainer(gone), module, "adapt", gone.transform, gone)
+    register_transform(trainer(gone), module, "adapt", gone.transform, gone)
     trainer(Log("load")).fit(module)
     assert module.log_of_phases == ["load"]
 

@@ -15,7 +15,7 @@ import ravine.lightning_modules
 from ravine.callbacks import LoRA, Pretrained
 from ravine.callbacks.lora import adapt_module, adapters
 from ravine.callbacks.quantization.layers import QuantizedLinear
-from ravine.cli.commands.merge import flatten
+from ravine.cli.commands.merge import merge_adapters
 from ravine.cli.loading import load
 from ravine.cli.main import main
 from ravine.errors import UsageError
@@ -113,7 +113,7 @@ def test_merged_it_needs_no_callback_and_measures_the_same(here: Path, name: str
 
 def write_in_parts(source: str, target: str) -> None:
     dist.init_process_group("gloo")
-    sharded.write(torch.load(source, weights_only=True), Path(target))
+    sharded.save_sharded(torch.load(source, weights_only=True), Path(target))
 
 
 def test_a_checkpoint_in_parts_is_merged_as_a_file_is(here: Path, ranks: Any) -> None:
@@ -218,7 +218,7 @@ def test_weights_that_were_one_and_differ_once_merged_are_not_exported() -> None
     for layer in adapters(model).values():
         nn.init.normal_(layer.lora_b)
     with pytest.raises(UsageError, match="are one weight in this model and differ once merged"):
-        flatten(model)
+        merge_adapters(model)
 
 
 PRESETS = ["shakespeare/lora", "shakespeare/qlora", "diffusion/lora", "gpt2/lora"]

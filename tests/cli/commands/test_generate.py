@@ -72,7 +72,7 @@ def test_a_file_of_prompts_may_have_a_mark_and_other_breaks_within_lines(
     lines = ["one\f\v\x1ctwo", "a\u2028b\u0085c\u2029d", "é"]
     for mark, end in (("", "\n"), ("\ufeff", "\r\n")):
         Path("p.txt").write_bytes((mark + end.join([*lines, ""])).encode())
-        assert generate.prompts(Path("p.txt"), None) == lines
+        assert generate.load_prompts(Path("p.txt"), None) == lines
     for content, told in {
         b"good\ncaf\xe9\n": "p.txt, line 2: not UTF-8: byte 0xe9 at position 3; iconv",
         "text".encode("utf-16"): "p.txt, line 1: no text: byte 0x00 at position 3",
@@ -80,10 +80,10 @@ def test_a_file_of_prompts_may_have_a_mark_and_other_breaks_within_lines(
     }.items():
         Path("p.txt").write_bytes(content)
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
-            generate.prompts(Path("p.txt"), None)
+            generate.load_prompts(Path("p.txt"), None)
         assert told in str(error.value)
     with pytest.raises(ValueError, match="is a folder"):
-        generate.prompts(tmp_path, None)
+        generate.load_prompts(tmp_path, None)
 
 
 def test_a_text_ends_before_its_stop(checkpoint: str) -> None:
@@ -160,16 +160,16 @@ def test_a_flipped_byte_is_noticed_before_a_word_is_written(
 
 
 def test_flags_are_the_arguments_of_the_method() -> None:
-    known = signature.flags(LanguageModel.generate)
+    known = signature.method_flags(LanguageModel.generate)
     assert set(known) == {
         "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
         "num_samples", "stop", "seed", "window", "batch_size",
     }  # fmt: skip
-    assert known["top_k"].kind is int
-    assert known["top_p"].kind is float
-    assert known["prompt"].repeats
+    assert known["top_k"].value_type is int
+    assert known["top_p"].value_type is float
+    assert known["prompt"].is_repeatable
     assert known["window"].choices == ("slide", "refuse")
 
 
 def test_backslashes_stand_for_what_a_shell_makes_hard() -> None:
-    assert signature.unescape(r"a\nb\tc\\n") == "a\nb\tc\\n"
+    assert signature.unescape_text(r"a\nb\tc\\n") == "a\nb\tc\\n"

@@ -48,11 +48,11 @@ def test_a_file_that_a_value_names_is_bounded_too(
 
 def test_aliases_within_the_bounds_are_counted_in_full() -> None:
     few = "\n".join(LINES[:3])
-    presets.check_size(few, "few")
+    presets.check_yaml_size(few, "few")
     with pytest.raises(UsageError, match="aliases counted in full"):
-        presets.check_size("\n".join(LINES[:5]), "many")
+        presets.check_yaml_size("\n".join(LINES[:5]), "many")
 
 
 def test_every_installed_config_is_within_the_bounds() -> None:
-    for name in presets.installed():
-        presets.check(presets.find(name))
+    for name in presets.list_presets():
+        presets.check_config_file(presets.find_config(name))

@@ -14,11 +14,11 @@ from external_modules.net_in_init import NetInInit
 from torch import nn
 
 from ravine.callbacks.transforms.base import Transform
-from ravine.cli.config.saved_config import _writing_below
-from ravine.cli.config.trust import Trust, names
+from ravine.cli.config.saved_config import _without_output_paths
+from ravine.cli.config.trust import TrustPolicy, iter_imported_names
 from ravine.cli.loading import load as trained_by_name
 from ravine.cli.main import main
-from ravine.cli.resume_path import newest, settle
+from ravine.cli.resume_path import find_latest, resolve_argv
 from ravine.cli.trainer import Trainer
 
 BASE = """
@@ -262,7 +262,9 @@ def test_the_source_that_was_taken_is_written_down_and_taken_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DATA_ROOT", "nowhere")
-    monkeypatch.setattr("ravine.datamodules.spam.fetch", lambda *args: "no network", raising=False)
+    monkeypatch.setattr(
+        "ravine.datamodules.spam.download_if_missing", lambda *args: "no network", raising=False
+    )
     tiny = ["--data.source=auto", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
     assert main(["fit", "--config=spam/quick", *tiny]) == 0
     text = Path("runs/spam/quick/version_0/config.yaml").read_text()
@@ -323,20 +325,20 @@ def test_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
 
 def test_the_words_that_other_ranks_repeat_hold_the_path_itself(trained: Path) -> None:
     for given in (["--ckpt_path=auto"], ["--ckpt_path", "last"]):
-        argv, path = settle(["fit", "--config=base.yaml", *given])
+        argv, path = resolve_argv(["fit", "--config=base.yaml", *given])
         assert path == trained
         assert argv[-2:] == ["--trainer.name=base", f"--ckpt_path={trained}"]
     Path("asks.yaml").write_text("ckpt_path: auto\ntrainer: {name: nothing}")
-    argv, path = settle(["fit", "--config=base.yaml", "--config=asks.yaml"])
+    argv, path = resolve_argv(["fit", "--config=base.yaml", "--config=asks.yaml"])
     assert (argv[-1], path) == ("--ckpt_path=null", None)
     os.environ["PL_FIT__CKPT_PATH"] = "x.ckpt"
-    assert settle(["fit"])[1] == Path("x.ckpt")
+    assert resolve_argv(["fit"])[1] == Path("x.ckpt")
 
 
 def test_without_a_name_the_newest_of_all_runs_is_meant(trained: Path) -> None:
     assert main(["fit", "--config=base", "--trainer.name=a/b"]) == 0
-    assert newest("test", "last", None, "runs") == saved(0, "a/b")
-    assert newest("test", "last", "base", "runs") == trained
+    assert find_latest("test", "last", None, "runs") == saved(0, "a/b")
+    assert find_latest("test", "last", "base", "runs") == trained
 
 
 def test_a_checkpoint_from_a_script_needs_its_model_named(
@@ -442,7 +444,7 @@ def test_a_text_in_a_checkpoint_imports_no_more_than_a_class_path_does(
         Path(name).write_text("class_path: acts.Thing\n")
     for spec in IN_TEXTS:
         with pytest.raises(ValueError, match=r"it is not (imported|read), since"):
-            Trust().check_callback(spec, "FILE")
+            TrustPolicy().check_callback(spec, "FILE")
     checkpoint = torch.load(trained, weights_only=True)
     checkpoint["ravine"]["config"]["trainer.callbacks"] = [IN_TEXTS[0]]
     torch.save(checkpoint, "evil.ckpt")
@@ -479,7 +481,10 @@ def test_a_hint_that_cannot_be_read_leaves_the_others_as_they_are(
     )
     given = {"path": "big-1.csv", "size": "1.5", "net": "os.system"}
     spec = {"class_path": "hinted.Hinted", "init_args": given}
-    assert list(names(spec, Trust(["hinted"]))) == ["hinted.Hinted", "os.system"]
+    assert list(iter_imported_names(spec, TrustPolicy(["hinted"]))) == [
+        "hinted.Hinted",
+        "os.system",
+    ]
 
 
 def test_texts_that_name_no_class_stay_texts() -> None:
@@ -488,7 +493,7 @@ def test_texts_that_name_no_class_stay_texts() -> None:
         plan(rules=[rule, {"name": "*.gate.*"}]),
         callback("ravine.callbacks.Samples", arguments={"prompt": "Well. No.", "stop": "a.b"}),
     ]
-    found = {path for spec in specs for path in names(spec, Trust())}
+    found = {path for spec in specs for path in iter_imported_names(spec, TrustPolicy())}
     assert found == {*(spec["class_path"] for spec in specs), "torch.optim.AdamW"}
 
 
@@ -548,7 +553,7 @@ def test_links_to_nowhere_and_to_themselves_are_passed_over(trained: Path) -> No
     for name, target in (("dangling.ckpt", "gone.ckpt"), ("loop.ckpt", "loop.ckpt")):
         (trained.parent / name).symlink_to(target)
     for asked in ("auto", "last"):
-        assert newest("fit", asked, "base", "runs") == trained
+        assert find_latest("fit", asked, "base", "runs") == trained
     assert main(["validate", "--config=base", f"--ckpt_path={trained.parent}/loop.ckpt"]) == 2
 
 
@@ -558,8 +563,8 @@ def test_a_metric_with_a_slash_in_a_file_s_name_makes_a_folder_that_is_found() -
     assert main(["fit", "--config=base", stock, named, "--trainer.max_epochs=1"]) == 0
     (path,) = Path("runs").rglob("*.ckpt")
     assert path.parent.name.endswith("-train")
-    assert newest("test", "last", None, "runs") == path
-    assert newest("fit", "auto", "base", "runs") == path
+    assert find_latest("test", "last", None, "runs") == path
+    assert find_latest("fit", "auto", "base", "runs") == path
 
 
 def test_checkpoints_in_a_folder_of_one_s_own_are_found_by_the_run_s_name(
@@ -573,9 +578,9 @@ def test_checkpoints_in_a_folder_of_one_s_own_are_found_by_the_run_s_name(
     assert "nothing was trained" not in said
     assert said.count("done: runs/") == 2
     one, two = sorted(Path("mine").resolve().iterdir())
-    assert newest("test", "last", "one", "runs") == one
-    assert newest("test", "last", "two", "runs") == two
-    assert newest("test", "last", None, "runs") == two
+    assert find_latest("test", "last", "one", "runs") == one
+    assert find_latest("test", "last", "two", "runs") == two
+    assert find_latest("test", "last", None, "runs") == two
     words = ["fit", "--config=base", *own, "--trainer.name=two", "--ckpt_path=auto"]
     assert main([*words, "--trainer.max_steps=4"]) == 0
     assert "nothing was trained" in capsys.readouterr().out
@@ -615,9 +620,9 @@ def test_a_template_in_a_checkpoint_names_files_of_the_folder_only() -> None:
     kept = ["{epoch}-{val/loss:.2f}", "step={step:06d}", "best", "{val.loss:8.3e}"]
     for name in [*kept, "../x", "/x", "{/x}", "{../x}", "{step:c}x", "{epoch].__doc__[9}", "{{x"]:
         spec = callback("lightning.pytorch.callbacks.ModelCheckpoint", filename=name)
-        assert ("filename" in _writing_below(spec)["init_args"]) == (name in kept)
+        assert ("filename" in _without_output_paths(spec)["init_args"]) == (name in kept)
     spec = {"class_path": "ravine.callbacks.FrechetDistance", "init_args": {"cache": "x", "n": 9}}
-    assert _writing_below(spec)["init_args"] == {"n": 9}
+    assert _without_output_paths(spec)["init_args"] == {"n": 9}
 
 
 def test_a_name_in_a_checkpoint_does_not_lead_out_of_all_runs_by_a_link(

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ravine.lightning_modules.diffusion_core.counter_rng import key, normals
-from ravine.lightning_modules.diffusion_core.denoiser import Denoising
-from ravine.lightning_modules.diffusion_core.noise_schedules import Schedule, alpha_bar
+from ravine.lightning_modules.diffusion_core.counter_rng import derive_key, normals
+from ravine.lightning_modules.diffusion_core.denoiser import Denoiser
+from ravine.lightning_modules.diffusion_core.noise_schedules import Schedule, compute_alpha_bar
 from ravine.lightning_modules.diffusion_core.samplers import SAMPLERS
-from ravine.lightning_modules.diffusion_core.sampling import Way, sample
+from ravine.lightning_modules.diffusion_core.sampling import SamplerConfig, sample_images
 
 KINDS: Any = ("linear", "cosine", "flow", "edm")
 PREDICTIONS = ("x0", "eps", "v", "velocity")
@@ -26,7 +26,7 @@ def right_answers(
     d = 0.5 if process == "edm" else 1.0
 
     def net(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        a, s = (level[:, None, None, None] for level in Schedule(process).levels(t))
+        a, s = (level[:, None, None, None] for level in Schedule(process).alpha_sigma(t))
         r = ((d * a) ** 2 + s**2).sqrt()
         torch.testing.assert_close(x, (a * x0 + s * eps) / r)
         v = (d * a * eps - s * x0 / d) / r
@@ -37,41 +37,41 @@ def right_answers(
 
 @pytest.mark.parametrize(("process", "prediction"), ASKED)
 def test_the_right_answer_has_no_error_and_is_the_image(process: Any, prediction: Any) -> None:
-    denoising = Denoising(Schedule(process), prediction, "edm")
+    denoising = Denoiser(Schedule(process), prediction, "edm")
     x0, eps = torch.randn(2, 9, 1, 4, 4, dtype=torch.float64)
     net = right_answers(process, prediction, x0, eps)
-    error, x, _ = denoising.errors(net, x0, TIMES, None, eps)
+    error, x, _ = denoising.training_loss(net, x0, TIMES, None, eps)
     assert error.dtype == torch.float64
     assert error.max() < 1e-10
     assert (denoising.denoise(net, x, TIMES) - x0).abs().max() < 1e-10
-    assert denoising.errors(lambda *a: net(*a) + 1, x0, TIMES, None, eps)[0].min() > 1e-6
+    assert denoising.training_loss(lambda *a: net(*a) + 1, x0, TIMES, None, eps)[0].min() > 1e-6
 
 
 def test_the_first_attempt_is_trained_at_pure_noise_alone() -> None:
     u = torch.linspace(0.001, 0.999, 7)
-    assert Denoising(Schedule("linear"), conditioning="one_step").times(u).unique().tolist() == [
-        1000
-    ]
-    assert len(Denoising(Schedule("linear")).times(u).unique()) == 7
+    assert Denoiser(Schedule("linear"), time_conditioning="one_step").sample_t(
+        u
+    ).unique().tolist() == [1000]
+    assert len(Denoiser(Schedule("linear")).sample_t(u).unique()) == 7
 
 
 @pytest.mark.parametrize("u", [0.0, 1e-9, 1.0])
 def test_a_draw_at_the_ends_of_its_range_has_a_finite_loss(u: float) -> None:
     for process in KINDS[:2] + KINDS[3:]:
-        denoising = Denoising(Schedule(process), "v", "edm")
-        t = denoising.times(torch.full((4,), u))
+        denoising = Denoiser(Schedule(process), "v", "edm")
+        t = denoising.sample_t(torch.full((4,), u))
         assert t.min() > 0
         x0, eps = torch.randn(2, 4, 1, 4, 4)
-        assert denoising.errors(lambda x, t, y: x, x0, t, None, eps)[0].isfinite().all()
+        assert denoising.training_loss(lambda x, t, y: x, x0, t, None, eps)[0].isfinite().all()
 
 
 def test_whole_times_of_whole_numbers_have_the_levels_of_the_table() -> None:
     for process in KINDS:
         t = torch.tensor([0, 500, 1000])  # as the docstring has it
-        ours, floats = Schedule(process).levels(t), Schedule(process).levels(t.float())
+        ours, floats = Schedule(process).alpha_sigma(t), Schedule(process).alpha_sigma(t.float())
         assert all(torch.equal(one, other) for one, other in zip(ours, floats, strict=True))
-    alpha, _ = Schedule("linear").levels(t)
-    torch.testing.assert_close(alpha, alpha_bar("linear")[t].sqrt().float())
+    alpha, _ = Schedule("linear").alpha_sigma(t)
+    torch.testing.assert_close(alpha, compute_alpha_bar("linear")[t].sqrt().float())
 
 
 @pytest.mark.parametrize("process", KINDS)
@@ -81,13 +81,13 @@ def test_images_are_the_samplers_of_their_own_noise(name: Any, process: Any) -> 
         return (x * 0.3 + t[:, None, None, None] / 5000).tanh()
 
     schedule, numbers, shape = Schedule(process), torch.tensor([4, 0, 9]), (1, 4, 4)
-    path = schedule.path(6)
+    path = schedule.timesteps(6)
     made = SAMPLERS[name](
         lambda x, t: denoise(x, x.new_full((3,), t), None),
-        normals(key(5, "start"), numbers, shape) * path.sigma[0].item(),
+        normals(derive_key(5, "start"), numbers, shape) * path.sigma[0].item(),
         path,
-        lambda step: normals(key(5, "step", step), numbers, shape),
+        lambda step: normals(derive_key(5, "step", step), numbers, shape),
     )
     torch.testing.assert_close(
-        sample(denoise, schedule, Way(name, 6), numbers, None, shape, 5), made
+        sample_images(denoise, schedule, SamplerConfig(name, 6), numbers, None, shape, 5), made
     )

@@ -12,13 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from ravine.lightning_modules.diffusion_core.captured_denoiser import Recordings
-from ravine.lightning_modules.diffusion_core.counter_rng import key, normals, uniforms
-from ravine.lightning_modules.diffusion_core.denoiser import Denoising
-from ravine.lightning_modules.diffusion_core.noise_schedules import Path, Schedule, alpha_bar
-from ravine.lightning_modules.diffusion_core.parameterization import from_x0, gain, to_x0, weight
+from ravine.lightning_modules.diffusion_core.captured_denoiser import GraphCache
+from ravine.lightning_modules.diffusion_core.counter_rng import derive_key, normals, uniforms
+from ravine.lightning_modules.diffusion_core.denoiser import Denoiser
+from ravine.lightning_modules.diffusion_core.noise_schedules import (
+    Schedule,
+    Timesteps,
+    compute_alpha_bar,
+)
+from ravine.lightning_modules.diffusion_core.parameterization import (
+    compute_loss_weight,
+    compute_target,
+    predict_x0,
+    x0_error_gain,
+)
 from ravine.lightning_modules.diffusion_core.samplers import SAMPLERS, ddim
-from ravine.lightning_modules.diffusion_core.sampling import Way, sample
+from ravine.lightning_modules.diffusion_core.sampling import SamplerConfig, sample_images
 
 # A new sampler is one row: its order (0 where it draws noise), and how near it comes to the mean
 # and covariance of the data in 250 steps.
@@ -39,7 +48,7 @@ COVARIANCE = AXES * EIGEN @ AXES.T
 
 
 def levels(schedule: Schedule, t: float) -> tuple[float, float]:
-    alpha, sigma = schedule.levels(torch.tensor([t], **DOUBLE))
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([t], **DOUBLE))
     return alpha.item(), sigma.item()
 
 
@@ -69,12 +78,14 @@ def test_errors_fall_with_the_order_of_the_method(kind: str, name: str) -> None:
     schedule = Schedule(kind)
     first, last = (1000.0, 250.0) if kind == "edm" else (900.0, 50.0)
     counts = (25, 34, 50, 85, 170)  # divide 850: whole times for linear and cosine
-    counts = counts if schedule.whole else (40, 80, 160, 320, 640)
+    counts = counts if schedule.is_discrete else (40, 80, 160, 320, 640)
     x = torch.randn(64, D, **DOUBLE) * levels(schedule, first)[1]
     errors = []
     for count in counts:
         t = torch.linspace(first, last, count + 1, **DOUBLE)
-        made = SAMPLERS[name](denoiser(schedule), x, Path(t, *schedule.levels(t)), no_noise)
+        made = SAMPLERS[name](
+            denoiser(schedule), x, Timesteps(t, *schedule.alpha_sigma(t)), no_noise
+        )
         errors.append((made - solution(schedule, x, first, last)).square().mean().sqrt())
     steps, errors = torch.tensor(counts, **DOUBLE).log(), torch.stack(errors).log()
     slope = ((steps - steps.mean()) * errors).sum() / (steps - steps.mean()).square().sum()
@@ -91,7 +102,7 @@ def moments(name: str, kind: str, count: int, eta: float = 0.0) -> tuple[Tensor,
     A row of the batch is the answer to one unit of noise, the start's or a step's, or to none.
     """
     schedule = Schedule(kind)
-    path, units = schedule.path(count), torch.eye(D, **DOUBLE)
+    path, units = schedule.timesteps(count), torch.eye(D, **DOUBLE)
     blocks = torch.zeros(count + 1, D, count + 1, D, **DOUBLE)
     blocks[range(count + 1), :, range(count + 1), :] = units
     rows = torch.cat((blocks.reshape(-1, count + 1, D), torch.zeros(1, count + 1, D, **DOUBLE)))
@@ -130,7 +141,7 @@ def test_ddim_with_eta_1_is_ancestral_sampling(kind: str, count: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_eta_is_the_share_of_ancestral_noise_in_standard_deviations(kind: str) -> None:
     schedule = Schedule(kind)
-    path = Path(t := torch.tensor([600.0, 300.0], **DOUBLE), *schedule.levels(t))
+    path = Timesteps(t := torch.tensor([600.0, 300.0], **DOUBLE), *schedule.alpha_sigma(t))
     (a, s), (a2, s2) = levels(schedule, 600.0), levels(schedule, 300.0)
     beta = s2**2 * (1 - (a * s2 / (a2 * s)) ** 2)
     nothing, one = torch.zeros(1, **DOUBLE), torch.ones(1, **DOUBLE)
@@ -144,7 +155,7 @@ def test_eta_is_the_share_of_ancestral_noise_in_standard_deviations(kind: str) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_eulers_method_goes_through_the_points_of_ddim(kind: str) -> None:
     schedule = Schedule(kind)
-    path = schedule.path(20)
+    path = schedule.timesteps(20)
     x = torch.randn(5, D, **DOUBLE) * path.sigma[0]
     one, other = (SAMPLERS[n](denoiser(schedule), x, path, no_noise) for n in ("euler", "ddim"))
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
@@ -152,7 +163,7 @@ def test_eulers_method_goes_through_the_points_of_ddim(kind: str) -> None:
 
 def test_the_lectures_sampler_is_ddim_with_eta_0() -> None:
     """Back out the noise, and add it again at the next level: 200, 50, 20, 10 of 1000 steps."""
-    kept = alpha_bar("linear")
+    kept = compute_alpha_bar("linear")
     denoise = denoiser(Schedule("linear"))
     for count in (200, 50, 20, 10):
         x = start = torch.randn(3, D, **DOUBLE)
@@ -161,25 +172,25 @@ def test_the_lectures_sampler_is_ddim_with_eta_0() -> None:
             noise = (x - kept[t].sqrt() * x0) / (1 - kept[t]).sqrt()
             to = t - 1000 // count
             x = kept[to].sqrt() * x0 + (1 - kept[to]).sqrt() * noise
-        path = Schedule("linear").path(count)
+        path = Schedule("linear").timesteps(count)
         made = SAMPLERS["ddim"](denoise, start * path.sigma[0], path, no_noise)
         torch.testing.assert_close(made, x, rtol=1e-4, atol=1e-4)  # σ at 1000 is 0.99998
 
 
 def test_alpha_bar_is_the_lectures() -> None:
     """T = 1000, β from 1e-4 to 0.02: multiplied out one by one, and as published."""
-    left, ours = 1.0, alpha_bar("linear")
+    left, ours = 1.0, compute_alpha_bar("linear")
     for t in range(1, 1001):
         left *= 1 - (1e-4 + (0.02 - 1e-4) * (t - 1) / 999)
         assert abs(ours[t].item() - left) < 1e-12
     assert ours[0] == 1
     for t, published in ((1, 0.9999), (500, 0.0786), (1000, 4.0358e-5)):
         assert ours[t].item() == pytest.approx(published, rel=2e-3)
-    alpha, _ = Schedule("linear").levels(torch.arange(1001, dtype=torch.float32))
+    alpha, _ = Schedule("linear").alpha_sigma(torch.arange(1001, dtype=torch.float32))
     assert (alpha.double().square() - ours).abs().max() < 1e-6
-    beta = 1 - alpha_bar("cosine")[1:] / alpha_bar("cosine")[:-1]
+    beta = 1 - compute_alpha_bar("cosine")[1:] / compute_alpha_bar("cosine")[:-1]
     assert beta.max() <= 0.999 + 1e-12
-    assert alpha_bar("cosine")[500].item() == pytest.approx(0.4938, abs=1e-3)
+    assert compute_alpha_bar("cosine")[500].item() == pytest.approx(0.4938, abs=1e-3)
 
 
 PREDICTIONS = ("x0", "eps", "v", "velocity")
@@ -189,36 +200,44 @@ PREDICTIONS = ("x0", "eps", "v", "velocity")
 @pytest.mark.parametrize("process", KINDS)
 def test_every_parametrisation_says_the_same_image(kind: str, process: str) -> None:
     t = torch.linspace(50, 950, 19, **DOUBLE)
-    alpha, sigma = (level[:, None] for level in Schedule(process).levels(t))
+    alpha, sigma = (level[:, None] for level in Schedule(process).alpha_sigma(t))
     x0, eps = torch.randn(2, 19, 30, **DOUBLE)
     x = alpha * x0 + sigma * eps
-    answer = from_x0(kind, x0, eps, alpha, sigma)
-    back = to_x0(kind, answer, x, alpha, sigma)
+    answer = compute_target(kind, x0, eps, alpha, sigma)
+    back = predict_x0(kind, answer, x, alpha, sigma)
     scale = (sigma / alpha.clamp(min=1e-3)).clamp(min=1)  # of a rounding error, through α and σ
     assert ((back - x0).abs() / scale).max() < 1e-12
     off = torch.randn_like(answer)
-    moved = to_x0(kind, answer + off, x, alpha, sigma) - back
-    assert ((moved.abs() - gain(kind, alpha, sigma) * off.abs()).abs() / scale).max() < 1e-12
+    moved = predict_x0(kind, answer + off, x, alpha, sigma) - back
+    assert (
+        (moved.abs() - x0_error_gain(kind, alpha, sigma) * off.abs()).abs() / scale
+    ).max() < 1e-12
     if process in ("linear", "cosine"):  # v by its definition
         torch.testing.assert_close(
-            from_x0("v", x0, eps, alpha, sigma), alpha * eps - sigma * x0, rtol=1e-12, atol=1e-12
+            compute_target("v", x0, eps, alpha, sigma),
+            alpha * eps - sigma * x0,
+            rtol=1e-12,
+            atol=1e-12,
         )
-    one, other = (from_x0("eps", x0, eps, alpha, sigma), from_x0("x0", x0, eps, alpha, sigma))
-    assert (from_x0("velocity", x0, eps, alpha, sigma) - (one - other)).abs().max() < 1e-12
+    one, other = (
+        compute_target("eps", x0, eps, alpha, sigma),
+        compute_target("x0", x0, eps, alpha, sigma),
+    )
+    assert (compute_target("velocity", x0, eps, alpha, sigma) - (one - other)).abs().max() < 1e-12
 
 
 def test_weights_are_those_of_their_papers() -> None:
-    alpha, sigma = Schedule("cosine").levels(torch.arange(100, 1000, 100, **DOUBLE))
+    alpha, sigma = Schedule("cosine").alpha_sigma(torch.arange(100, 1000, 100, **DOUBLE))
     ratio = (alpha / sigma) ** 2
     capped = ratio.clamp(max=5)
     for kind, right in (("x0", capped), ("eps", capped / ratio), ("v", capped / (ratio + 1))):
-        torch.testing.assert_close(weight("min_snr", kind, alpha, sigma), right)
-    d, (one, sigma) = 0.5, Schedule("edm").levels(torch.arange(300, 900, 100, **DOUBLE))
+        torch.testing.assert_close(compute_loss_weight("min_snr", kind, alpha, sigma), right)
+    d, (one, sigma) = 0.5, Schedule("edm").alpha_sigma(torch.arange(300, 900, 100, **DOUBLE))
     # λ(σ) c_out² = 1: EDM's net has an even loss when it predicts v of data scaled by their spread
-    torch.testing.assert_close(weight("edm", "v", d * one, sigma), one)
+    torch.testing.assert_close(compute_loss_weight("edm", "v", d * one, sigma), one)
     x, answer = torch.randn(2, 6, **DOUBLE)
     edm = d**2 / (sigma**2 + d**2) * x + sigma * d / (sigma**2 + d**2).sqrt() * -answer
-    torch.testing.assert_close(d * to_x0("v", answer, x, d * one, sigma), edm)
+    torch.testing.assert_close(d * predict_x0("v", answer, x, d * one, sigma), edm)
 
 
 def test_edms_path_is_that_of_its_paper() -> None:
@@ -226,39 +245,41 @@ def test_edms_path_is_that_of_its_paper() -> None:
     ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
     sigma = [(ends[0] + i / (n - 1) * (ends[1] - ends[0])) ** 7 for i in range(n)]
     torch.testing.assert_close(
-        Schedule("edm").path(n).sigma, torch.tensor([*sigma, 0.0], **DOUBLE), rtol=1e-9, atol=0
+        Schedule("edm").timesteps(n).sigma, torch.tensor([*sigma, 0.0], **DOUBLE), rtol=1e-9, atol=0
     )
-    t = Schedule("edm").draw(torch.linspace(0.0005, 0.9995, 1000))
-    log_sigma = Schedule("edm").levels(t)[1].log()
+    t = Schedule("edm").sample_t(torch.linspace(0.0005, 0.9995, 1000))
+    log_sigma = Schedule("edm").alpha_sigma(t)[1].log()
     assert abs(log_sigma.mean() + 1.2) < 0.02
     assert abs(log_sigma.std() - 1.2) < 0.02
 
 
 def test_training_times_of_a_sequence_are_1_to_1000() -> None:
-    drawn = Schedule("linear").draw((torch.arange(10_000) + 0.5) / 10_000)
+    drawn = Schedule("linear").sample_t((torch.arange(10_000) + 0.5) / 10_000)
     assert drawn.unique().tolist() == list(range(1, 1001))
-    assert Schedule("linear").draw(torch.tensor([1.0])).item() == 1000
+    assert Schedule("linear").sample_t(torch.tensor([1.0])).item() == 1000
 
 
 def test_draws_depend_on_key_and_number_alone() -> None:
     numbers = torch.tensor([5, 0, 99])
-    whole = normals(key(0, "noise"), torch.arange(100), (3, 5, 7))
-    assert torch.equal(normals(key(0, "noise"), numbers, (3, 5, 7)), whole[numbers])
-    names = [key(0, "a"), key(1, "a"), key(0, "b"), key(0, "a", 1)]
+    whole = normals(derive_key(0, "noise"), torch.arange(100), (3, 5, 7))
+    assert torch.equal(normals(derive_key(0, "noise"), numbers, (3, 5, 7)), whole[numbers])
+    names = [derive_key(0, "a"), derive_key(1, "a"), derive_key(0, "b"), derive_key(0, "a", 1)]
     firsts = [normals(name, numbers, (50,)) for name in names]
     for one, other in itertools.combinations(firsts, 2):
         assert (one - other).abs().min() > 0
 
 
 def test_draws_are_independent_and_of_their_distributions() -> None:
-    x = normals(key(3), torch.arange(3000), (31, 33)).double().flatten(1)  # an odd number of pixels
+    x = (
+        normals(derive_key(3), torch.arange(3000), (31, 33)).double().flatten(1)
+    )  # an odd number of pixels
     n = x.numel()
     for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
         spread = {1: 1, 2: 2, 3: 15, 4: 96, 6: 10170}[power] ** 0.5  # of x^power
         assert abs(x.pow(power).mean() - moment) < 5 * spread / n**0.5
     for one, other in ((x[1:], x[:-1]), (x[:, 1:], x[:, :-1]), (x[:, 512:], x[:, :-512])):
         assert abs((one * other).mean()) < 5 / one.numel() ** 0.5
-    u = uniforms(key(3), torch.arange(100_000))
+    u = uniforms(derive_key(3), torch.arange(100_000))
     assert 0 < u.min() < u.max() < 1
     counts = torch.histc(u, 100, 0, 1)
     assert ((counts - 1000).square() / 1000).sum() < 100 + 5 * math.sqrt(200)
@@ -277,27 +298,29 @@ def test_images_do_not_depend_on_the_batch_or_on_a_recording(name: str) -> None:
         recorded.append(work)
         return work
 
-    schedule, way = Schedule("linear"), Way(name, 5)
+    schedule, way = Schedule("linear"), SamplerConfig(name, 5)
     numbers = torch.tensor([7, 1, 30, 2, 5])
     labels = numbers % 3
     how = (schedule, way, numbers, labels, (1, 4, 4), 0)
-    one = sample(denoise, *how)
-    recordings = Recordings(capture)
+    one = sample_images(denoise, *how)
+    recordings = GraphCache(capture)
     for size in (1, 2, 3, 5):
-        with recordings.used_by(net) as record:
+        with recordings.bind(net) as record:
             for seed in (0, 1):
-                made = sample(denoise, *how[:-1], seed, size, record)
-            again = sample(denoise, *how, size, record)
+                made = sample_images(denoise, *how[:-1], seed, size, record)
+            again = sample_images(denoise, *how, size, record)
         torch.testing.assert_close(again, one)
         assert (made - again).abs().max() > 0.1
     assert len(recorded) == 4  # a recording a size, for all calls
     net.weight = torch.nn.Parameter(net.weight.clone())  # the same elsewhere
-    with recordings.used_by(net) as record:
-        torch.testing.assert_close(sample(denoise, *how, 5, record), sample(denoise, *how))
+    with recordings.bind(net) as record:
+        torch.testing.assert_close(
+            sample_images(denoise, *how, 5, record), sample_images(denoise, *how)
+        )
     assert len(recorded) == 5
-    alone = sample(denoise, schedule, way, numbers[2:3], labels[2:3], (1, 4, 4), 0)
+    alone = sample_images(denoise, schedule, way, numbers[2:3], labels[2:3], (1, 4, 4), 0)
     torch.testing.assert_close(alone, one[2:3])
-    other = sample(denoise, schedule, way, numbers, labels, (1, 4, 4), 1)
+    other = sample_images(denoise, schedule, way, numbers, labels, (1, 4, 4), 1)
     assert (other - one).abs().max() > 0.1
 
 
@@ -307,21 +330,27 @@ def test_guidance_moves_along_the_difference_that_the_label_makes() -> None:
         return x + y[:, None, None, None]
 
     x, t, y = torch.zeros(2, 1, 2, 2), torch.tensor([500.0, 500.0]), torch.tensor([3, 1])
-    denoising = Denoising(Schedule("linear"))
+    denoising = Denoiser(Schedule("linear"))
     for w in (0.0, 0.5, 2.0):
-        made = denoising.denoise(net, x, t, y, w, unlabelled=10)
+        made = denoising.denoise(net, x, t, y, w, null_class=10)
         assert made[:, 0, 0, 0].tolist() == [3 + w * (3 - 10), 1 + w * (1 - 10)]
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda: Way(steps=0), r"steps is 0; allowed: 1 or more; type --steps=50"),
-        (lambda: Way(guidance=-1), r"guidance is -1; allowed: 0 \(none\) or more"),
-        (lambda: Way(eta=2), r"eta is 2; allowed: 0 \(no fresh noise\) to 1; type --eta=0"),
-        (lambda: Way("heun", eta=1), r"the sampler heun, which takes none; .* --sampler=ddim"),
-        (lambda: Schedule("linear").path(1001), r"steps is 1001; allowed: 1 to 1000; type"),
-        (lambda: Denoising(Schedule("flow"), "eps"), r"allowed: x0, v, velocity; type --model"),
+        (lambda: SamplerConfig(num_steps=0), r"steps is 0; allowed: 1 or more; type --steps=50"),
+        (lambda: SamplerConfig(guidance_scale=-1), r"guidance is -1; allowed: 0 \(none\) or more"),
+        (
+            lambda: SamplerConfig(eta=2),
+            r"eta is 2; allowed: 0 \(no fresh noise\) to 1; type --eta=0",
+        ),
+        (
+            lambda: SamplerConfig("heun", eta=1),
+            r"the sampler heun, which takes none; .* --sampler=ddim",
+        ),
+        (lambda: Schedule("linear").timesteps(1001), r"steps is 1001; allowed: 1 to 1000; type"),
+        (lambda: Denoiser(Schedule("flow"), "eps"), r"allowed: x0, v, velocity; type --model"),
     ],
 )
 def test_what_means_nothing_is_refused(wrong: Callable[[], object], said: str) -> None:

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ravine.lightning_modules.generation.generate_text import chosen, generate, score, stream
-from ravine.lightning_modules.generation.sampling import Sampling, uniforms
+from ravine.lightning_modules.generation.generate_text import (
+    gather_logprobs,
+    generate,
+    generate_stream,
+    score,
+)
+from ravine.lightning_modules.generation.sampling import Sampling, row_uniforms
 from ravine.lightning_modules.nn import Transformer
 
 V, T = 23, 32
@@ -64,7 +69,7 @@ def test_a_cache_changes_nothing(sampling: Sampling, shape: dict[str, Any]) -> N
             "stops": [[3], [22, 22, 22]],
         }
         with_cache = generate(net, part, 24, T, sampling, **how)
-        without = generate(net, part, 24, T, sampling, cached=False, **how)
+        without = generate(net, part, 24, T, sampling, use_cache=False, **how)
         assert with_cache.tokens.equal(without.tokens)
         assert with_cache.mask.equal(without.mask)
         torch.testing.assert_close(with_cache[1], without[1], rtol=0, atol=1e-5)
@@ -86,7 +91,7 @@ def test_log_probabilities_are_those_of_one_teacher_forced_pass(sampling: Sampli
 def test_a_text_does_not_depend_on_the_texts_beside_it() -> None:
     net, begun = lively(), prompts(5)
     together = generate(net, begun, 20, T, seed=7)
-    alone = generate(net, begun[3:4], 20, T, seed=7, texts=[3])
+    alone = generate(net, begun[3:4], 20, T, seed=7, row_keys=[3])
     assert together.tokens[3:4].equal(alone.tokens)
     assert not together.tokens.equal(generate(net, begun, 20, T, seed=8).tokens)
 
@@ -100,7 +105,7 @@ def test_equal_prompts_are_read_once_and_go_their_own_ways() -> None:
     hook.remove()
     assert read[0] == (3, 5)  # three different prompts, the longest of five tokens
     assert read[1] == (6, 1)
-    assert written.tokens.equal(generate(net, rows, 40, T, stops=[[3]], cached=False).tokens)
+    assert written.tokens.equal(generate(net, rows, 40, T, stops=[[3]], use_cache=False).tokens)
     assert not written.tokens[0].equal(written.tokens[2])
 
 
@@ -184,7 +189,7 @@ def test_a_full_context_forgets_its_older_half() -> None:
 
 def test_streamed_pieces_make_the_whole() -> None:
     net, begun = lively(), prompts(3)
-    pieces = list(stream(net, begun, 10, T, look=3))
+    pieces = list(generate_stream(net, begun, 10, T, sync_every=3))
     assert [piece.tokens.shape[1] for piece in pieces] == [3, 3, 3, 1]
     whole = generate(net, begun, 10, T)
     assert torch.cat([piece.tokens for piece in pieces], 1).equal(whole.tokens)
@@ -228,25 +233,25 @@ def test_a_drawn_token_that_rounding_moves_over_the_border_is_still_scored() -> 
         was = rule.log_probabilities(drawn)[token]
         assert was.isfinite()
         assert rule.log_probabilities(scored)[token] == -math.inf
-        kept = rule.log_probabilities(scored, keep=token)
+        kept = rule.log_probabilities(scored, never_mask=token)
         likely = (scored.detach()[:3] / rule.temperature).log_softmax(-1)  # with the one drawn
         torch.testing.assert_close(kept[:3].detach(), likely)
         one = torch.ones(1, 1, dtype=torch.long)
-        in_training = chosen(scored[None, None], one, one.bool(), rule)
+        in_training = gather_logprobs(scored[None, None], one, one.bool(), rule)
         assert in_training.item() == kept[token].item()
         (slope,) = torch.autograd.grad(kept[token], scored)
         assert slope.isfinite().all()
-        inside = rule.log_probabilities(drawn, keep=token)
+        inside = rule.log_probabilities(drawn, never_mask=token)
         assert inside.equal(rule.log_probabilities(drawn))  # one that never left changes nothing
     floor = Sampling(min_p=math.exp(-0.5))
-    assert floor.log_probabilities(torch.tensor([1.0, 0.4]), keep=token).isfinite().all()
+    assert floor.log_probabilities(torch.tensor([1.0, 0.4]), never_mask=token).isfinite().all()
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
     count = 40_000
-    drawn = Sampling().choose(
-        probabilities.log().expand(count, 5), uniforms(0, range(4), count // 4).flatten()
+    drawn = Sampling().sample(
+        probabilities.log().expand(count, 5), row_uniforms(0, range(4), count // 4).flatten()
     )
     frequency = torch.bincount(drawn, minlength=5) / count
     assert (frequency[probabilities == 0] == 0).all()
@@ -257,17 +262,17 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
 def test_the_ends_of_the_unit_interval_draw_possible_tokens() -> None:
     scores = torch.tensor([[0.0, 0.6, 0.4, 0.0]]).log().expand(2, 4)
     u = torch.tensor([2.0**-53, 1.0], dtype=torch.float64)
-    assert Sampling().choose(scores, u).tolist() == [1, 2]
+    assert Sampling().sample(scores, u).tolist() == [1, 2]
 
 
 def test_a_seed_gives_every_text_its_own_numbers() -> None:
-    u = uniforms(0, range(100), 50)
+    u = row_uniforms(0, range(100), 50)
     assert u.unique().numel() == u.numel()
     assert ((u > 0) & (u <= 1)).all()
-    assert u[7].equal(uniforms(0, [7], 50)[0])
-    assert u[7, :20].equal(uniforms(0, [7], 20)[0])
-    assert not u[7].equal(uniforms(1, [7], 50)[0])
-    keys = Counter(tuple(row) for row in uniforms(0, [(1, 2), (2, 1), 12], 2).tolist())
+    assert u[7].equal(row_uniforms(0, [7], 50)[0])
+    assert u[7, :20].equal(row_uniforms(0, [7], 20)[0])
+    assert not u[7].equal(row_uniforms(1, [7], 50)[0])
+    keys = Counter(tuple(row) for row in row_uniforms(0, [(1, 2), (2, 1), 12], 2).tolist())
     assert len(keys) == 3
 
 
@@ -307,7 +312,7 @@ def test_nan_logits_end_the_writing_with_the_text_s_number() -> None:
 def test_a_context_of_one_token_works() -> None:
     net = lively(rung="last")
     a = generate(net, prompts(4), 10, 1)
-    assert a.tokens.equal(generate(net, prompts(4), 10, 1, cached=False).tokens)
+    assert a.tokens.equal(generate(net, prompts(4), 10, 1, use_cache=False).tokens)
 
 
 def test_a_recorded_step_writes_the_same_text_with_one_recording_a_bucket() -> None:

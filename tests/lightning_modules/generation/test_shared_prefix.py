@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ravine.lightning_modules.generation.generate_text import generate, lay_out
-from ravine.lightning_modules.generation.kv_cache import Cache
+from ravine.lightning_modules.generation.generate_text import generate, pad_sequences_for_scoring
+from ravine.lightning_modules.generation.kv_cache import KVCache
 from ravine.lightning_modules.generation.sampling import Sampling
-from ravine.lightning_modules.generation.shared_prefix import Branches
+from ravine.lightning_modules.generation.shared_prefix import SharedPrefixBatch
 from ravine.lightning_modules.nn import Transformer
-from ravine.lightning_modules.rl.rollout import branches_for, read
+from ravine.lightning_modules.rl.rollout import compute_logits_at, make_shared_prefix_batch
 
 V, T, LAYERS = 23, 32, 3
 SHAPES: list[dict[str, Any]] = [
@@ -41,8 +41,8 @@ def texts(lengths: list[int], size: int, new: int = 6) -> tuple[list[Tensor], Te
 def both(net: nn.Module, prompts: list[Tensor], written: Tensor) -> list[list[Tensor]]:
     """Logits and gradients of whole texts, and of branches."""
     rows = [prompt for prompt in prompts for _ in range(len(written) // len(prompts))]
-    whole = read(net, *lay_out(rows, written))
-    branches = Branches(prompts, written, LAYERS)
+    whole = compute_logits_at(net, *pad_sequences_for_scoring(rows, written))
+    branches = SharedPrefixBatch(prompts, written, LAYERS)
     found = []
     for logits in (whole, net(branches.tokens, branches)):
         loss = (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits).sin()).sum()
@@ -74,7 +74,7 @@ def test_a_prompt_is_read_once_and_the_last_block_only_where_something_is_asked(
             lambda _, given, __: seen.append(given[0].shape[:2].numel())
         )  # type: ignore[union-attr]
     net.head.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[:2].numel()))
-    branches = Branches(prompts, written, LAYERS)
+    branches = SharedPrefixBatch(prompts, written, LAYERS)
     net(branches.tokens, branches)
     trunks, own = 2 * 8, 8 * 6
     assert seen == [trunks + own, trunks + own, own, own]
@@ -85,7 +85,7 @@ def test_a_branch_hears_its_trunk_and_itself_alone() -> None:
     net = lively()
 
     def answers() -> Tensor:
-        branches = Branches(prompts, written, LAYERS)
+        branches = SharedPrefixBatch(prompts, written, LAYERS)
         return net(branches.tokens, branches)
 
     before = answers()
@@ -100,15 +100,17 @@ def test_a_branch_hears_its_trunk_and_itself_alone() -> None:
 
 def test_nets_that_look_at_whole_texts_get_them() -> None:
     prompts, written = texts([4, 4], 2)
-    assert branches_for(lively(), prompts, written) is not None
-    assert branches_for(lively(), prompts, written[:2]) is None  # nobody shares a prompt
-    assert branches_for(lively(experts=2), prompts, written) is None
-    assert branches_for(nn.Sequential(lively()), prompts, written) is None
+    assert make_shared_prefix_batch(lively(), prompts, written) is not None
+    assert (
+        make_shared_prefix_batch(lively(), prompts, written[:2]) is None
+    )  # nobody shares a prompt
+    assert make_shared_prefix_batch(lively(experts=2), prompts, written) is None
+    assert make_shared_prefix_batch(nn.Sequential(lively()), prompts, written) is None
     cut, stage = lively(), lively()
     cut.blocks["1"].attention.attend = lambda query, key, value, dropout: value  # type: ignore
     stage.forward = lambda *args, **how: args[0]  # type: ignore[method-assign]
-    assert branches_for(cut, prompts, written) is None
-    assert branches_for(stage, prompts, written) is None
+    assert make_shared_prefix_batch(cut, prompts, written) is None
+    assert make_shared_prefix_batch(stage, prompts, written) is None
 
 
 @pytest.mark.parametrize("case", ["equal", "ragged", "one prompt"])
@@ -128,7 +130,7 @@ def test_texts_of_a_prompt_are_written_as_one_row(shape: dict[str, Any], case: s
     assert read[:2] == [(len(lengths), max(lengths)), groups]
     if "experts" in shape:
         return  # what an expert leaves out depends on how much of a text it sees at once
-    without = generate(net, rows, 20, T, Sampling(1.0), stops=[[3]], seed=4, cached=False)
+    without = generate(net, rows, 20, T, Sampling(1.0), stops=[[3]], seed=4, use_cache=False)
     assert with_cache.tokens.equal(without.tokens)
     torch.testing.assert_close(with_cache[1], without[1], rtol=0, atol=1e-5)
 
@@ -147,6 +149,8 @@ def test_texts_that_will_forget_their_prompt_are_rows_of_their_own() -> None:
 def test_what_is_recorded_does_not_count_on_texts_of_one_length() -> None:
     """A recording writes at a place that the device knows, in all steps of a bucket."""
     for bucket, even in ((64, False), (1, True)):
-        cache = Cache(layers=1, rows=2, slots=128, device=torch.device("cpu"), bucket=bucket)
-        assert cache.widen(64, even=True) == 64
-        assert cache.clock.even is even
+        cache = KVCache(
+            num_layers=1, num_rows=2, num_slots=128, device=torch.device("cpu"), bucket_size=bucket
+        )
+        assert cache.reserve(64, is_uniform=True) == 64
+        assert cache.positions.is_uniform is even

@@ -41,7 +41,7 @@ def test_no_logit_depends_on_a_later_token(rung: str, shape: dict[str, Any]) -> 
     net = Transformer(7, 6, layers=2, width=8, zero_init=False, rung=rung, **{"heads": 2} | shape)
     for attention in ("explicit", "sdpa"):
         for block in net.blocks.values():
-            block.attention.attend = CausalAttention(8, 2, 6, attention=attention).attend
+            block.attention.attend = CausalAttention(8, 2, 6, attn_implementation=attention).attend
 
         def logits(embedded: Tensor) -> Tensor:
             net.embed.forward = lambda tokens: embedded  # type: ignore[method-assign]
@@ -55,10 +55,10 @@ def test_no_logit_depends_on_a_later_token(rung: str, shape: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("rung", LEARNED)
 def test_what_a_token_takes_from_the_past_adds_up_to_one(rung: str) -> None:
-    attention, x = CausalAttention(8, 2, 6, rung=rung), torch.randn(3, 6, 8)
-    weights = attention.weights(x)
+    attention, x = CausalAttention(8, 2, 6, variant=rung), torch.randn(3, 6, 8)
+    weights = attention.compute_weights(x)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 6))
-    values = attention.parts(x)[2]
+    values = attention.project_qkv(x)[2]
     mixed = (weights @ values).transpose(1, 2).flatten(2)  # (b t d)
     torch.testing.assert_close(attention.out(mixed), attention(x))
 
@@ -93,7 +93,9 @@ def by_loops(x: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int) -
 @pytest.mark.parametrize("kernel", ["explicit", "sdpa"])
 @pytest.mark.parametrize("rung", LEARNED)
 def test_every_rung_is_its_formula(rung: str, kernel: str) -> None:
-    attention = CausalAttention(8, 2, 5, False, False, attention=kernel, rung=rung).double()
+    attention = CausalAttention(
+        8, 2, 5, False, False, attn_implementation=kernel, variant=rung
+    ).double()
     x = torch.randn(5, 8, dtype=torch.float64)
     w = {name: getattr(attention, name).weight.detach() for name in LEARNED[rung]}
     query = x @ w["query"].T if "query" in w else x

@@ -8,7 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.nn import cross_entropy as loss
-from ravine.lightning_modules.nn.cross_entropy import IGNORED, chunked_nats, nats
+from ravine.lightning_modules.nn.cross_entropy import (
+    IGNORE_INDEX,
+    chunked_cross_entropy,
+    cross_entropy,
+)
 
 V, PADDED, D = 11, 16, 8
 
@@ -17,19 +21,19 @@ def features(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor
     x = torch.randn(3, 5, D, dtype=dtype, requires_grad=True)
     weight = torch.randn(PADDED, D, dtype=dtype, requires_grad=True)
     targets = torch.randint(V, (3, 5))
-    targets[1, 2:] = IGNORED
+    targets[1, 2:] = IGNORE_INDEX
     return x, weight, targets
 
 
 def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return nats((x @ weight.mT)[..., :V].double(), targets, "sum")
+    return cross_entropy((x @ weight.mT)[..., :V].double(), targets, "sum")
 
 
 @pytest.mark.parametrize("rows", [1, 4, 15, 100])
 def test_chunks_of_any_size_give_the_loss_and_its_gradients(rows: int) -> None:
     x, weight, targets = features()
     expected = whole(x, weight, targets)
-    found = chunked_nats(x, weight, targets, V, rows)
+    found = chunked_cross_entropy(x, weight, targets, V, rows)
     torch.testing.assert_close(found, expected.double(), rtol=0, atol=1e-5)  # nats() is fp32
     for a, b in zip(
         torch.autograd.grad(found / 7, (x, weight)),
@@ -37,16 +41,18 @@ def test_chunks_of_any_size_give_the_loss_and_its_gradients(rows: int) -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert torch.autograd.gradcheck(lambda *xw: chunked_nats(*xw, targets, V, rows), (x, weight))
+    assert torch.autograd.gradcheck(
+        lambda *xw: chunked_cross_entropy(*xw, targets, V, rows), (x, weight)
+    )
 
 
 def test_padding_of_the_head_is_never_predicted() -> None:
     x, weight, targets = features()
     with torch.no_grad():
-        before = chunked_nats(x, weight, targets, V)
+        before = chunked_cross_entropy(x, weight, targets, V)
         weight[V:] = 1e6
-        assert chunked_nats(x, weight, targets, V).equal(before)
-    gradient = torch.autograd.grad(chunked_nats(x, weight, targets, V), weight)[0]
+        assert chunked_cross_entropy(x, weight, targets, V).equal(before)
+    gradient = torch.autograd.grad(chunked_cross_entropy(x, weight, targets, V), weight)[0]
     assert (gradient[V:] == 0).all()
 
 
@@ -54,7 +60,7 @@ def test_padding_of_the_head_is_never_predicted() -> None:
 def test_what_is_frozen_gets_no_gradient(frozen: int) -> None:
     parts = list(features())
     parts[frozen].requires_grad_(False)
-    chunked_nats(*parts, V, 4).backward()
+    chunked_cross_entropy(*parts, V, 4).backward()
     assert parts[frozen].grad is None
     assert parts[1 - frozen].grad is not None
 
@@ -63,7 +69,7 @@ def test_bf16_keeps_the_loss_in_fp32() -> None:
     x, weight, targets = features(torch.float32)
     exact = whole(x, weight, targets)
     with torch.autocast("cpu", torch.bfloat16):
-        found = chunked_nats(x, weight, targets, V, 4)
+        found = chunked_cross_entropy(x, weight, targets, V, 4)
     assert found.dtype == torch.float32
     assert abs(found - exact) / exact < 0.01
     found.backward()
@@ -76,7 +82,7 @@ def test_a_large_vocabulary_trains_like_a_small_one(monkeypatch: pytest.MonkeyPa
     assert net.head.weight.shape == (5056, 16)
     tokens, targets = torch.randint(5000, (2, 2, 8))
     assert net(tokens).shape == (2, 8, 5000)
-    expected = nats(net(tokens), targets)
+    expected = cross_entropy(net(tokens), targets)
     model = LanguageModel(5000, 8, layers=1, width=16, heads=2)
     model.net = net
     monkeypatch.setattr(model, "log", lambda *_: None)
@@ -98,7 +104,7 @@ def test_the_largest_thing_kept_is_the_gradient_of_the_head() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
     ):
-        chunked_nats(x, weight, torch.randint(20_000, (1, 1000)), 20_000, 64)
+        chunked_cross_entropy(x, weight, torch.randint(20_000, (1, 1000)), 20_000, 64)
     assert max(kept) == weight.numel()
 
 
@@ -118,7 +124,7 @@ class Names(TorchDispatchMode):
 
 def test_the_backward_pass_makes_no_second_copy_of_the_gradient_of_the_head() -> None:
     x, weight, targets = features(torch.float32)
-    mean = chunked_nats(x, weight, targets, V, 4) / 7
+    mean = chunked_cross_entropy(x, weight, targets, V, 4) / 7
     with Names(weight.numel()) as names:
         mean.backward()
     assert set(names.found) <= {"mul_", "detach"}
@@ -126,7 +132,7 @@ def test_the_backward_pass_makes_no_second_copy_of_the_gradient_of_the_head() ->
 
 def test_a_retained_graph_gives_the_same_gradients_again() -> None:
     x, weight, targets = features()
-    mean = chunked_nats(x, weight, targets, V, 4) / 7
+    mean = chunked_cross_entropy(x, weight, targets, V, 4) / 7
     once = torch.autograd.grad(mean, (x, weight), retain_graph=True)
     before = [gradient.clone() for gradient in once]
     again = torch.autograd.grad(mean, (x, weight), retain_graph=True)
@@ -145,7 +151,7 @@ def test_a_target_outside_the_vocabulary_is_refused_on_every_path(wrong: int, fr
     message = rf"target {wrong} at \[2, 3\] of \[3, 5\]; allowed: 0 to {V - 1}, and -100"
     with torch.set_grad_enabled(not frozen):
         with pytest.raises(ValueError, match=message):
-            chunked_nats(x, weight, targets, V)
+            chunked_cross_entropy(x, weight, targets, V)
         with pytest.raises(ValueError, match=message):
             whole(x, weight, targets)
 
@@ -168,4 +174,4 @@ def test_the_kernel_of_the_chunks_refuses_a_negative_target_by_itself(monkeypatc
     x, weight, targets = features()
     targets[0, 0] = -1
     with pytest.raises(RuntimeError, match="out of bounds"):
-        chunked_nats(x, weight, targets, V)
+        chunked_cross_entropy(x, weight, targets, V)

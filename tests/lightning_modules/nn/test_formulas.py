@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ravine.lightning_modules.nn import Transformer
-from ravine.lightning_modules.nn.attention import explicit, rotation
-from ravine.lightning_modules.nn.transformer import MLP, make_norm, waves
+from ravine.lightning_modules.nn.attention import reference_attention, rope_tables
+from ravine.lightning_modules.nn.transformer import MLP, make_norm, sinusoid_table
 
 V, T, D, H = 7, 5, 8, 2
 EPS = {"rmsnorm": torch.finfo(torch.float64).eps, "layernorm": 1e-5}
@@ -144,10 +144,10 @@ def test_a_whole_net_is_its_formula(shape: dict[str, Any]) -> None:
             if "norm" in name or name.endswith("bias"):
                 parameter.copy_(torch.randn_like(parameter))
         if shape["positions"] == "sinusoidal":  # tables are kept in fp32
-            net.place.table = waves(T, D)
+            net.place.table = sinusoid_table(T, D)
         for block in net.blocks.values():
             if shape["positions"] == "rope":
-                block.attention.rotary.cosine, block.attention.rotary.sine = rotation(T, D // H)
+                block.attention.rotary.cosine, block.attention.rotary.sine = rope_tables(T, D // H)
         tokens = torch.randint(V, (1, T))
         expected = torch.tensor(net_of(net, tokens[0].tolist(), shape), dtype=torch.float64)
         assert (net(tokens)[0] - expected).abs().max() < 1e-10
@@ -171,7 +171,7 @@ def test_each_mlp_is_its_formula(kind: Any) -> None:
 
 
 def test_waves_are_sines_and_cosines_of_falling_frequency() -> None:
-    table = waves(50, 6)
+    table = sinusoid_table(50, 6)
     for t in range(50):
         for i in range(3):
             angle = t / 10_000 ** (2 * i / 6)
@@ -181,6 +181,6 @@ def test_waves_are_sines_and_cosines_of_falling_frequency() -> None:
 
 def test_explicit_attention_drops_weights_and_keeps_their_sum_on_average():
     query, key = torch.randn(2, 1, 1, 400, 8)
-    answer = explicit(query, key, torch.ones(1, 1, 400, 1), dropout=0.5)
+    answer = reference_attention(query, key, torch.ones(1, 1, 400, 1), dropout=0.5)
     assert answer.std() > 0.05
     assert abs(answer.mean() - 1) < 0.1

@@ -7,7 +7,11 @@ from torch.nn import functional as F
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.model_stats import parameters
 from ravine.lightning_modules.nn import Transformer
-from ravine.lightning_modules.nn.moe import MixtureOfExperts, balance, places
+from ravine.lightning_modules.nn.moe import (
+    MixtureOfExperts,
+    compute_expert_slots,
+    compute_load_balancing_loss,
+)
 
 
 def by_hand(mixture, x):
@@ -23,18 +27,18 @@ def by_hand(mixture, x):
 
 
 def test_with_room_for_all_it_is_the_weighted_sum_of_two_experts():
-    mixture, x = MixtureOfExperts(6, 4, capacity=2.0).double(), torch.randn(3, 5, 6).double()
+    mixture, x = MixtureOfExperts(6, 4, capacity_factor=2.0).double(), torch.randn(3, 5, 6).double()
     assert torch.allclose(mixture(x), by_hand(mixture, x), atol=1e-7)
 
 
 def test_a_sequence_does_not_depend_on_the_others_of_its_batch():
-    mixture, x = MixtureOfExperts(6, 8, capacity=1.0), torch.randn(4, 16, 6)
+    mixture, x = MixtureOfExperts(6, 8, capacity_factor=1.0), torch.randn(4, 16, 6)
     alone = torch.cat([mixture(each[None]) for each in x])
     assert torch.allclose(mixture(x), alone, atol=1e-6)
 
 
 def test_an_expert_takes_no_more_than_its_places_in_their_order():
-    mixture = MixtureOfExperts(6, 4, capacity=1.0)
+    mixture = MixtureOfExperts(6, 4, capacity_factor=1.0)
     with torch.no_grad():
         mixture.router.weight.zero_()  # all chances equal: every token chooses the same two
     x = torch.randn(1, 8, 6)
@@ -46,15 +50,15 @@ def test_an_expert_takes_no_more_than_its_places_in_their_order():
 
 def test_places_count_who_came_before():
     chosen = F.one_hot(torch.tensor([[[0, 1], [1, 0], [1, 2]]]), 3)
-    assert places(chosen).tolist() == [[[0, 0], [1, 1], [2, 0]]]
+    assert compute_expert_slots(chosen).tolist() == [[[0, 0], [1, 1], [2, 0]]]
 
 
 def test_the_balance_is_one_where_all_experts_are_equal_and_more_elsewhere():
     even = F.one_hot(torch.tensor([[[0, 1], [2, 3]]]), 4)
-    assert balance(torch.full((1, 2, 4), 0.25), even) == 1.0
+    assert compute_load_balancing_loss(torch.full((1, 2, 4), 0.25), even) == 1.0
     crowded = F.one_hot(torch.tensor([[[0, 1], [0, 1]]]), 4)
     skewed = torch.tensor([0.5, 0.5, 0.0, 0.0]).expand(1, 2, 4)
-    assert balance(skewed, crowded) == 2.0
+    assert compute_load_balancing_loss(skewed, crowded) == 2.0
 
 
 def test_an_expert_without_a_token_has_a_zero_gradient():

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 
 from ravine.lightning_modules.model_stats import parameters
 from ravine.lightning_modules.nn.attention import (
-    ATTENTIONS,
+    ATTENTION_FNS,
     CausalAttention,
-    rotate,
-    rotation,
+    apply_rope,
+    rope_tables,
 )
 from ravine.lightning_modules.nn.transformer import (
     MLP,
-    SinusoidalPositions,
+    SinusoidalEncoding,
     Transformer,
-    mlp_width,
+    resolve_d_ff,
 )
 
 V, T = 11, 8
@@ -53,7 +53,7 @@ def tokens(rows: int = 3) -> torch.Tensor:
     return torch.randint(V, (rows, T), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("attend", ATTENTIONS.values(), ids=ATTENTIONS)
+@pytest.mark.parametrize("attend", ATTENTION_FNS.values(), ids=ATTENTION_FNS)
 def test_attention_is_the_formula_written_in_loops(attend):
     g = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, T, 4, dtype=torch.float64, generator=g)
@@ -70,13 +70,13 @@ def test_attention_is_the_formula_written_in_loops(attend):
 
 def test_auto_attention_in_bf16_on_a_cpu_is_the_formula_to_the_bit():
     q = torch.randn(1, 2, T, 4, dtype=torch.bfloat16)
-    assert ATTENTIONS["auto"](q, q, q, 0.0).equal(ATTENTIONS["explicit"](q, q, q, 0.0))
+    assert ATTENTION_FNS["auto"](q, q, q, 0.0).equal(ATTENTION_FNS["explicit"](q, q, q, 0.0))
 
 
 def test_rope_multiplies_channel_pairs_by_a_unit_complex_number():
     k = 6
     x = torch.randn(1, 1, T, k, dtype=torch.float64)
-    turned = rotate(x, *rotation(T, k))
+    turned = apply_rope(x, *rope_tables(T, k))
     for t in range(T):
         for i in range(k // 2):
             angle = t * 10_000 ** (-2 * i / k)
@@ -88,8 +88,8 @@ def test_rope_multiplies_channel_pairs_by_a_unit_complex_number():
 
 def test_rope_scores_depend_on_the_distance_alone():
     query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 1, T, 8)
-    tables = rotation(T, 8)
-    scores = (rotate(query, *tables) @ rotate(key, *tables).mT)[0, 0]  # (t t)
+    tables = rope_tables(T, 8)
+    scores = (apply_rope(query, *tables) @ apply_rope(key, *tables).mT)[0, 0]  # (t t)
     for distance in range(T):
         diagonal = scores.diagonal(-distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
@@ -97,7 +97,7 @@ def test_rope_scores_depend_on_the_distance_alone():
 
 
 def test_sinusoidal_positions_are_the_papers_loop():
-    table = SinusoidalPositions(T, 6)(torch.arange(T))
+    table = SinusoidalEncoding(T, 6)(torch.arange(T))
     for t in range(T):
         for i in range(3):
             angle = t / 10_000 ** (2 * i / 6)
@@ -165,14 +165,14 @@ def test_d_ff_is_the_hidden_width_of_every_mlp_and_is_counted(mlp, bias, experts
     counted = sum(p.numel() for p in net.parameters())
     assert sum(parameters(V, T, layers=2, heads=2, **shape).values()) == counted
     usual = {"layers": 2, "width": 16, "heads": 2, "mlp": mlp}
-    default = mlp_width(16, mlp)
+    default = resolve_d_ff(16, mlp)
     assert parameters(V, T, **usual, d_ff=default) == parameters(V, T, **usual)
 
 
 def test_rope_base_slows_the_rotation_of_the_later_pairs():
     ours, usual = small(rope_base=500.0), small()
     for block in usual.blocks.values():
-        cosine, sine = rotation(T, 8, 500.0)
+        cosine, sine = rope_tables(T, 8, 500.0)
         block.attention.rotary.cosine, block.attention.rotary.sine = cosine, sine
     assert torch.allclose(ours(tokens()), usual(tokens()), atol=1e-6)
     assert not torch.allclose(ours(tokens()), small()(tokens()), atol=1e-3)

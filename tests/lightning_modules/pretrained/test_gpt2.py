@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ravine.callbacks import Pretrained
-from ravine.callbacks.transforms.pretrained import fill
+from ravine.callbacks.transforms.pretrained import load_weights
 from ravine.cli.main import main
 from ravine.datamodules import ByteTokenizer, TextDataModule
 from ravine.lightning_modules import LanguageModel
@@ -18,7 +18,7 @@ from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.pretrained import gpt2
 
 T, D, LAYERS, HEADS = 16, 24, 2, 3
-SHAPE: dict[str, Any] = gpt2.SHAPE | {"layers": LAYERS, "width": D, "heads": HEADS}
+SHAPE: dict[str, Any] = gpt2.GPT2_KWARGS | {"layers": LAYERS, "width": D, "heads": HEADS}
 
 
 def theirs(vocabulary: int, folder: Path, **config: Any) -> Any:
@@ -44,18 +44,20 @@ def test_logits_are_those_of_transformers_and_files_survive_the_round_trip(
 ) -> None:
     model = theirs(vocabulary, tmp_path / "hf")
     net = Transformer(vocabulary, T, **SHAPE).eval()
-    gpt2.read(tmp_path / "hf", net)
+    gpt2.load_hf(tmp_path / "hf", net)
     tokens = torch.randint(vocabulary, (3, T))
     with torch.no_grad():
         assert (net(tokens) - model(tokens).logits).abs().max() < 1e-5
 
-    gpt2.write(net, SHAPE, tmp_path / "ours", end=0)  # out: the same tensors under the same names
+    gpt2.save_hf(
+        net, SHAPE, tmp_path / "ours", eos_id=0
+    )  # out: the same tensors under the same names
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "ours"))
     assert a.keys() == b.keys()
     assert all(a[name].equal(b[name]) for name in a)
 
     again = Transformer(vocabulary, T, **SHAPE)  # and in again
-    gpt2.read(tmp_path / "ours" / "model.safetensors", again)
+    gpt2.load_hf(tmp_path / "ours" / "model.safetensors", again)
     assert all(p.equal(q) for p, q in zip(again.parameters(), net.parameters(), strict=True))
 
     loaded = type(model).from_pretrained(tmp_path / "ours").eval()  # and by their library
@@ -81,24 +83,24 @@ def test_config_json_is_obeyed_or_refused_with_the_arguments_to_type(
 ) -> None:
     model = theirs(101, tmp_path / "hf", **config)
     with pytest.raises(ValueError, match="do not fit the model: they are a GPT-2 with ") as error:
-        gpt2.read(tmp_path / "hf", Transformer(101, T, **SHAPE))
+        gpt2.load_hf(tmp_path / "hf", Transformer(101, T, **SHAPE))
     typed = str(error.value).rpartition("; type ")[2].split()
     words = {key: str(value).lower() for key, value in shape.items()}
     assert dict(word.removeprefix("--model.").split("=") for word in typed).items() >= words.items()
 
     ours = SHAPE | shape
     net = Transformer(101, T, **ours).eval()
-    gpt2.read(tmp_path / "hf", net)
+    gpt2.load_hf(tmp_path / "hf", net)
     tokens = torch.randint(101, (3, T))
     with torch.no_grad():
         expected = model(tokens).logits
         assert (net(tokens) - expected).abs().max() < 2e-5
-    gpt2.write(net, ours, tmp_path / "ours", end=0)
+    gpt2.save_hf(net, ours, tmp_path / "ours", eos_id=0)
     again = type(model).from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():
         assert (again(tokens).logits - expected).abs().max() < 2e-5
     copy = Transformer(101, T, **ours).eval()
-    gpt2.read(tmp_path / "ours", copy)
+    gpt2.load_hf(tmp_path / "ours", copy)
     assert all(p.equal(q) for p, q in zip(copy.parameters(), net.parameters(), strict=True))
 
 
@@ -106,7 +108,7 @@ def test_config_json_is_obeyed_or_refused_with_the_arguments_to_type(
 def test_an_untied_head_starts_as_the_embedding_of_a_tied_one(tmp_path: Path) -> None:
     model = theirs(101, tmp_path / "hf")
     net = Transformer(101, T, **SHAPE | {"tied": False}).eval()
-    gpt2.read(tmp_path / "hf", net)
+    gpt2.load_hf(tmp_path / "hf", net)
     tokens = torch.randint(101, (2, T))
     with torch.no_grad():
         assert (net(tokens) - model(tokens).logits).abs().max() < 1e-5
@@ -143,7 +145,7 @@ def test_options_that_the_net_does_not_have_are_refused_by_name(
     folder = small(tmp_path / "hf")
     config_of(folder, **more)
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
-        gpt2.read(folder, Transformer(256, T, **SHAPE))
+        gpt2.load_hf(folder, Transformer(256, T, **SHAPE))
     assert told in str(error.value)
 
 
@@ -151,11 +153,11 @@ def test_options_that_change_nothing_are_accepted_and_damaged_files_refused(tmp_
     folder = small(tmp_path / "hf")
     net = Transformer(256, T, **SHAPE)
     config_of(folder, reorder_and_upcast_attn=True, attn_pdrop=0.3, summary_type="mean")
-    gpt2.read(folder, net)
+    gpt2.load_hf(folder, net)
     for text in ("{", "[" * 100_000, "[1]", " " * (1 << 21)):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config\.json (is no JSON|holds no object)"):
-            gpt2.read(folder, net)
+            gpt2.load_hf(folder, net)
 
 
 WRONG: dict[str, Any] = {
@@ -179,16 +181,16 @@ def test_a_net_that_computes_something_else_is_refused(name: str, tmp_path: Path
     config_of(folder)
     net = Transformer(256, T, **SHAPE | {name: WRONG[name]})
     with pytest.raises(ValueError, match=rf"the model has .*{name}=.*; type .*--model\.{name}="):
-        gpt2.read(folder, net)
+        gpt2.load_hf(folder, net)
 
 
 def test_another_vocabulary_and_a_longer_context_name_the_data(tmp_path: Path) -> None:
     folder = small(tmp_path / "hf")
     config_of(folder)
     with pytest.raises(ValueError, match=r"vocabulary=256, and .*; type --data.tokenizer=FILE"):
-        gpt2.read(folder, Transformer(300, T, **SHAPE))
+        gpt2.load_hf(folder, Transformer(300, T, **SHAPE))
     with pytest.raises(ValueError, match=r"context=16, and .* context=17; type --data.context=16"):
-        gpt2.read(folder, Transformer(256, T + 1, **SHAPE))
+        gpt2.load_hf(folder, Transformer(256, T + 1, **SHAPE))
 
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
@@ -202,13 +204,13 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
             weights | {"wpe.weight": told(weights["wpe.weight"])}, folder / "model.safetensors"
         )
         with pytest.raises(ValueError, match=rf"place.weight (is of torch|holds) ?\.?{change}"):
-            gpt2.read(folder, Transformer(256, T, **SHAPE))
+            gpt2.load_hf(folder, Transformer(256, T, **SHAPE))
 
 
 def test_without_config_json_a_line_names_what_could_not_be_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpt2.read(small(tmp_path / "hf"), Transformer(256, T, **SHAPE))
+    gpt2.load_hf(small(tmp_path / "hf"), Transformer(256, T, **SHAPE))
     said = " ".join(capsys.readouterr().out.split())
     assert "trained with heads=3, mlp=gelu_tanh, norm_eps=1e-05 is not known" in said
 
@@ -217,8 +219,8 @@ def small(folder: Path, vocabulary: int = 256) -> Path:
     """A file as it was published: no prefix, causal masks inside."""
     torch.manual_seed(1)
     net = Transformer(vocabulary, T, **SHAPE, zero_init=False)
-    weights = gpt2.untranslated(dict(net.state_dict()), vocabulary)
-    weights = {name.removeprefix(gpt2.PREFIX): tensor for name, tensor in weights.items()}
+    weights = gpt2.to_hf(dict(net.state_dict()), vocabulary)
+    weights = {name.removeprefix(gpt2.HF_PREFIX): tensor for name, tensor in weights.items()}
     weights |= {f"h.{n}.attn.bias": torch.ones(1, 1, T, T).tril() for n in range(LAYERS)}
     folder.mkdir()
     save_file(weights, folder / "model.safetensors")
@@ -229,7 +231,7 @@ def test_a_net_may_see_less_than_its_weights_have_learned(tmp_path: Path) -> Non
     folder = small(tmp_path / "hf")
     whole, half = (Transformer(256, t, **SHAPE).eval() for t in (T, T // 2))
     for net in (whole, half):
-        gpt2.read(folder, net)
+        gpt2.load_hf(folder, net)
     tokens = torch.randint(256, (2, T // 2))
     torch.testing.assert_close(half(tokens), whole(tokens))
 
@@ -263,7 +265,7 @@ def test_fine_tuning_starts_from_the_file_and_goes_on_from_the_checkpoint(
     monkeypatch.setattr(LanguageModel, "lr", 0.0)  # so that a step changes nothing
     model = fit(folder, text, tmp_path)
     expected = Transformer(256, T, **SHAPE)
-    gpt2.read(folder, expected)
+    gpt2.load_hf(folder, expected)
     assert model.net is not None
     pairs = zip(model.net.parameters(), expected.parameters(), strict=True)
     assert all(ours.equal(loaded) for ours, loaded in pairs)
@@ -280,7 +282,7 @@ def test_export_is_a_command(
     assert main([*words, "--folder=out"]) == 0
     assert capsys.readouterr().out.endswith("written: out/model.safetensors, config.json\n")
     net = Transformer(256, T, **SHAPE)
-    gpt2.read("out", net)
+    gpt2.load_hf("out", net)
     assert model.net is not None
     assert all(p.equal(q) for p, q in zip(net.parameters(), model.net.parameters(), strict=True))
     assert main(words) == 2
@@ -300,16 +302,16 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     folder = small(tmp_path / "hf")
     other = Transformer(256, T, **SHAPE | {"layers": 3, "width": 48})
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
-        gpt2.read(folder, other)
+        gpt2.load_hf(folder, other)
     assert "they are a GPT-2 with layers=2, width=24, d_ff=96, and the model has layers=3" in str(
         error.value
     )
     assert str(error.value).endswith("; type --model.layers=2 --model.width=24 --model.d_ff=96")
     with pytest.raises(FileNotFoundError, match=r"no weights at .*type --trainer.callbacks.path="):
-        gpt2.read(tmp_path / "nowhere", other)
+        gpt2.load_hf(tmp_path / "nowhere", other)
     (tmp_path / "model.safetensors").write_bytes(b"not at all")
     with pytest.raises(ValueError, match="does not hold GPT-2 weights"):
-        gpt2.read(tmp_path, other)
+        gpt2.load_hf(tmp_path, other)
 
 
 def test_a_module_that_reads_no_weights_is_refused() -> None:
@@ -328,5 +330,5 @@ def test_a_checkpoint_that_would_compute_something_else_is_refused(
     other = LanguageModel(256, T, **SHAPE | {name: value})
     other.configure_model()
     with pytest.raises(ValueError, match=rf"has {name}={SHAPE[name]}, .*; type --model.{name}="):
-        fill(other, str(tmp_path / "last.ckpt"))
+        load_weights(other, str(tmp_path / "last.ckpt"))
     LanguageModel.load_from_checkpoint(tmp_path / "last.ckpt")

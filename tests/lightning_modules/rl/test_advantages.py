@@ -14,18 +14,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from ravine.lightning_modules.generation.generate_text import chosen, generate, lay_out
+from ravine.lightning_modules.generation.generate_text import (
+    gather_logprobs,
+    generate,
+    pad_sequences_for_scoring,
+)
 from ravine.lightning_modules.generation.sampling import Sampling
 from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.rl import kl as divergences
 from ravine.lightning_modules.rl import rollout as rollouts
 from ravine.lightning_modules.rl.advantages import Estimator
-from ravine.lightning_modules.rl.kl import KL, estimate
+from ravine.lightning_modules.rl.kl import KL, estimate_kl
 from ravine.lightning_modules.rl.rollout import (
     Rollout,
-    by_reference,
-    log_probabilities,
-    loss_of,
+    compute_ref_logprobs,
+    compute_rollout_logprobs,
+    policy_loss,
 )
 
 V, L, END = 3, 3, 2
@@ -83,18 +87,18 @@ PARAMETERS = list(NET.parameters())
 
 def rollout(prompt: int = V, weights: Tensor | None = None) -> Rollout:
     """All texts after a prompt, as if they had been drawn."""
-    text, places = lay_out([torch.tensor([prompt])] * N, TOKENS)
+    text, places = pad_sequences_for_scoring([torch.tensor([prompt])] * N, TOKENS)
     weights = torch.ones(N, dtype=torch.float64) if weights is None else weights
     fake = Rollout(text, places, TOKENS, MASK, TOKENS.double(), weights, MASK.sum().double())
-    reference, _ = by_reference(REFERENCE, text, places, TOKENS, MASK, COOL)
+    reference, _ = compute_ref_logprobs(REFERENCE, text, places, TOKENS, MASK, COOL)
     with torch.no_grad():
-        sampled = log_probabilities(NET, fake, COOL)
+        sampled = compute_rollout_logprobs(NET, fake, COOL)
     return fake._replace(reference=reference, sampled=sampled)
 
 
 def log_p(prompt: int = V, sampling: Sampling = COOL) -> Tensor:
     """Of each text (N), with gradient."""
-    return log_probabilities(NET, rollout(prompt), sampling).sum(1)
+    return compute_rollout_logprobs(NET, rollout(prompt), sampling).sum(1)
 
 
 def can_be_written(text: tuple[int, ...], among: int) -> bool:
@@ -131,8 +135,8 @@ def ascent(
 ) -> Tensor:
     """Minus the gradient of the loss, which is linear in the weights (N): their expectation's."""
     fake = change(rollout(prompt, weights * N))  # the loss divides by N
-    scores = log_probabilities(NET, fake, sampling)
-    return -gradient(loss_of(fake, scores, estimator, kl, L))
+    scores = compute_rollout_logprobs(NET, fake, sampling)
+    return -gradient(policy_loss(fake, scores, estimator, kl, L))
 
 
 def expected(estimator: Estimator, rewards: Tensor, size: int, p: Tensor = P) -> Tensor:
@@ -140,7 +144,7 @@ def expected(estimator: Estimator, rewards: Tensor, size: int, p: Tensor = P) ->
     batches = torch.cartesian_prod(*[torch.arange(N)] * size).reshape(-1, size)
     likely = p[batches].prod(1, keepdim=True)
     weighed = Estimator(estimator.kind, "group", estimator.deviation)
-    w = weighed.weights(rewards[batches].flatten(), size).reshape(-1, size) * likely / size
+    w = weighed.advantages(rewards[batches].flatten(), size).reshape(-1, size) * likely / size
     return torch.zeros(N, dtype=torch.float64).index_add_(0, batches.flatten(), w.flatten())
 
 
@@ -178,7 +182,7 @@ def test_a_baseline_across_two_different_prompts_is_as_exact(kind: str, scale: f
     pairs = torch.cartesian_prod(torch.arange(N), torch.arange(N))  # (N² 2)
     rewards = torch.stack((REWARDS[pairs[:, 0]], REWARDS.flip(0)[pairs[:, 1]]), 1)
     likely = P[pairs[:, 0]] * other[pairs[:, 1]]
-    w = torch.stack([Estimator(kind, "batch").weights(pair) for pair in rewards])  # type: ignore
+    w = torch.stack([Estimator(kind, "batch").advantages(pair) for pair in rewards])  # type: ignore
     w = w * likely[:, None] / 2
     found, exact = torch.zeros_like(OBJECTIVE), torch.zeros_like(OBJECTIVE)
     for place, prompt in enumerate((V, V + 1)):
@@ -191,8 +195,8 @@ def test_a_baseline_across_two_different_prompts_is_as_exact(kind: str, scale: f
 
 def test_several_groups_are_each_compared_within_themselves() -> None:
     rewards = torch.tensor([1.0, 3.0, 10.0, 14.0])
-    assert Estimator("rloo", "group").weights(rewards, 2).tolist() == [-2, 2, -4, 4]
-    assert Estimator("rloo", "batch").weights(rewards, 2).tolist() == pytest.approx(
+    assert Estimator("rloo", "group").advantages(rewards, 2).tolist() == [-2, 2, -4, 4]
+    assert Estimator("rloo", "batch").advantages(rewards, 2).tolist() == pytest.approx(
         [-8, -16 / 3, 4, 28 / 3]
     )
 
@@ -218,7 +222,7 @@ def test_a_ratio_is_clipped_where_that_makes_the_objective_smaller(sign: int) ->
     now = torch.tensor([[0.5], [-0.5], [0.1]], requires_grad=True)  # log-ratios, sampled at 0
     mask, weights = torch.ones(3, 1, dtype=torch.bool), sign * torch.ones(3)
     estimator = Estimator("none", clip=0.2)
-    estimator.loss(now, mask, weights, 1, 3, sampled=torch.zeros(3, 1)).backward()
+    estimator.loss(now, mask, weights, 1, 3, sampler_logprobs=torch.zeros(3, 1)).backward()
     moved = (now.grad != 0).flatten().tolist()  # type: ignore[union-attr]
     assert moved == ([False, True, True] if sign > 0 else [True, False, True])
 
@@ -229,7 +233,7 @@ def test_the_clipped_terms_are_their_formula_and_the_loss_their_sum(clip, high, 
     log_p = torch.linspace(-3, 3, 8, dtype=torch.float64).view(2, 4).requires_grad_()
     sampled, w = torch.zeros(2, 4), torch.tensor([sign, 2 * sign], dtype=torch.float64)
     estimator = Estimator("none", clip=clip, clip_high=high)
-    terms = estimator.terms(log_p, w, sampled)
+    terms = estimator.token_objectives(log_p, w, sampled)
     top = 1 + (clip if high is None else high)
     for b, n in itertools.product(range(2), range(4)):
         ratio, each = math.exp(log_p[b, n].item()), w[b].item()
@@ -238,7 +242,7 @@ def test_the_clipped_terms_are_their_formula_and_the_loss_their_sum(clip, high, 
     mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
     loss = estimator.loss(log_p, mask, w, 4, 4, sampled)
     torch.testing.assert_close(loss, -terms[mask].sum() / 2)
-    plain = Estimator("none").terms(log_p, w)
+    plain = Estimator("none").token_objectives(log_p, w)
     torch.testing.assert_close(plain, w[:, None] * log_p)
 
 
@@ -300,8 +304,8 @@ def test_equal_rewards_weigh_nothing_and_never_are_nan() -> None:
     for value in (0.1, 0.0, -3.7e5, 1e-300):
         equal = torch.full((7,), value, dtype=torch.float64)
         for kind in ("mean", "rloo", "grpo"):
-            assert not Estimator(kind).weights(equal).any()
-    assert not Estimator("rejection").weights(torch.zeros(4)).any()
+            assert not Estimator(kind).advantages(equal).any()
+    assert not Estimator("rejection").advantages(torch.zeros(4)).any()
 
 
 ROUNDED = {  # rewards that arithmetic alone makes different
@@ -321,9 +325,9 @@ ROUNDED = {  # rewards that arithmetic alone makes different
 def test_rewards_that_differ_by_rounding_weigh_nothing(rewards, scope, deviation) -> None:
     for kind in ("mean", "rloo", "grpo"):
         estimator = Estimator(kind, scope=scope, deviation=deviation)
-        assert not estimator.weights(rewards, 4).any()
+        assert not estimator.advantages(rewards, 4).any()
     beside = torch.cat((rewards, torch.tensor([1.0, 0.0, 1.0, 0.0]).to(rewards)))
-    w = Estimator("grpo", scope="group").weights(beside, 4)
+    w = Estimator("grpo", scope="group").advantages(beside, 4)
     assert not w[:4].any()
     assert w[4:].tolist() == [1, -1, 1, -1]
 
@@ -331,33 +335,33 @@ def test_rewards_that_differ_by_rounding_weigh_nothing(rewards, scope, deviation
 def test_a_small_difference_that_is_no_rounding_keeps_its_full_weight() -> None:
     for scale in (1.0, 1e-6, 1e6):
         r = scale * torch.tensor([1.0, 1.0001, 1.0, 1.0001], dtype=torch.float64)
-        w = Estimator("grpo", scope="group").weights(r, 4)
+        w = Estimator("grpo", scope="group").advantages(r, 4)
         torch.testing.assert_close(w, torch.tensor([-1, 1, -1, 1.0], dtype=torch.float64))
 
 
 def test_whole_numbers_as_rewards_weigh_as_the_same_floats() -> None:
     r = torch.tensor([1, 0, 0, 3])
     for kind in ("none", "mean", "rloo", "grpo"):
-        assert Estimator(kind).weights(r).equal(Estimator(kind).weights(r.double()))
+        assert Estimator(kind).advantages(r).equal(Estimator(kind).advantages(r.double()))
 
 
 def test_rejection_takes_a_one_that_arithmetic_has_rounded() -> None:
     r = torch.tensor([0.7 + 0.2 + 0.1, 0.0, 0.1 + 0.2 - 0.3, 1 + 2e-16], dtype=torch.float64)
-    assert Estimator("rejection").weights(r).tolist() == [2, 0, 0, 2]
+    assert Estimator("rejection").advantages(r).tolist() == [2, 0, 0, 2]
 
 
 @pytest.mark.parametrize("kind", ["none", "mean", "rloo", "grpo", "rejection"])
 def test_a_sample_without_a_reward_counts_nowhere(kind: str) -> None:
     with_gaps = torch.tensor([1.0, math.nan, 0.0, 0.0, math.nan, 1.0, 1.0])
     estimator = Estimator(kind)  # type: ignore[arg-type]
-    w, scored = estimator.weights(with_gaps), ~with_gaps.isnan()
+    w, scored = estimator.advantages(with_gaps), ~with_gaps.isnan()
     assert not w[~scored].any()
-    torch.testing.assert_close(w[scored], estimator.weights(with_gaps[scored]))
+    torch.testing.assert_close(w[scored], estimator.advantages(with_gaps[scored]))
 
 
 def test_rejection_refuses_rewards_that_are_not_binary() -> None:
     with pytest.raises(ValueError, match=r"a reward is 0\.5.*Binary.*--model\.estimator\.kind"):
-        Estimator("rejection").weights(torch.tensor([1.0, 0.5]))
+        Estimator("rejection").advantages(torch.tensor([1.0, 0.5]))
 
 
 # KL: Δ = log p - log ref at the sampling temperature
@@ -366,8 +370,8 @@ def test_rejection_refuses_rewards_that_are_not_binary() -> None:
 def divergence() -> Tensor:
     """KL(p ‖ ref) of whole texts, with gradient."""
     ours, fake = log_p(), rollout()
-    assert fake.reference is not None
-    return (ours.exp() * (ours - fake.reference.sum(1))).sum()
+    assert fake.ref_logprobs is not None
+    return (ours.exp() * (ours - fake.ref_logprobs.sum(1))).sum()
 
 
 def next_token_divergence(forward: bool) -> Tensor:
@@ -386,8 +390,8 @@ def next_token_divergence(forward: bool) -> Tensor:
 
 def test_k1_in_the_reward_is_the_gradient_of_the_reverse_divergence() -> None:
     fake, kl = rollout(), KL(0.3)
-    assert fake.reference is not None
-    penalty = kl.beta * kl.penalty(fake.sampled, fake.reference, MASK, L)
+    assert fake.ref_logprobs is not None
+    penalty = kl.beta * kl.kl_penalty(fake.sampler_logprobs, fake.ref_logprobs, MASK, L)
     found = ascent(Estimator("none"), P * -penalty)
     assert off(found, -gradient(divergence()) * kl.beta / L) < EXACT
 
@@ -396,9 +400,9 @@ def test_k1_in_the_reward_is_the_gradient_of_the_reverse_divergence() -> None:
 def test_k1_beside_an_estimator_adds_its_gradient_to_the_estimators(kind: str) -> None:
     """Whatever the estimator makes of rewards; the batch mean shortens this by (B-1)/B, too."""
     fake, kl, estimator = rollout(), KL(0.3), Estimator(kind)  # type: ignore[arg-type]
-    assert fake.reference is not None
-    penalty = kl.beta * kl.penalty(fake.sampled, fake.reference, MASK, L)
-    weights = expected(estimator, RIGHT, 2) - expected(estimator.linear(), penalty, 2)
+    assert fake.ref_logprobs is not None
+    penalty = kl.beta * kl.kl_penalty(fake.sampler_logprobs, fake.ref_logprobs, MASK, L)
+    weights = expected(estimator, RIGHT, 2) - expected(estimator.for_kl(), penalty, 2)
     exact = estimated(kind, 2, RIGHT)
     exact -= gradient(divergence()) * kl.beta / L * (0.5 if kind == "mean" else 1)
     assert off(ascent(estimator, weights), exact) < EXACT
@@ -407,24 +411,24 @@ def test_k1_beside_an_estimator_adds_its_gradient_to_the_estimators(kind: str) -
 @pytest.mark.parametrize(("name", "forward"), [("k2", False), ("k3", True)])
 def test_k2_and_k3_in_the_loss_lower_the_next_tokens_divergence(name: str, forward: bool) -> None:
     fake, kl = rollout(), KL(0.3, name, "loss")  # type: ignore[arg-type]
-    scores = log_probabilities(NET, fake, COOL)
-    assert fake.reference is not None
-    found = gradient((P * kl.penalty(scores, fake.reference, MASK, L)).sum())
+    scores = compute_rollout_logprobs(NET, fake, COOL)
+    assert fake.ref_logprobs is not None
+    found = gradient((P * kl.kl_penalty(scores, fake.ref_logprobs, MASK, L)).sum())
     exact = gradient(next_token_divergence(forward)) / L
     assert off(found, exact) < EXACT
-    assert not fake.reference.requires_grad  # though the reference could learn
+    assert not fake.ref_logprobs.requires_grad  # though the reference could learn
     assert off(found, gradient(divergence()) / L) > 0.05  # not the divergence of whole texts
-    whole = loss_of(fake._replace(weights=0 * P), scores, Estimator("none"), kl, L)
+    whole = policy_loss(fake._replace(weights=0 * P), scores, Estimator("none"), kl, L)
     assert whole.item() == pytest.approx(
-        0.3 * kl.penalty(scores, fake.reference, MASK, L).mean().item()
+        0.3 * kl.kl_penalty(scores, fake.ref_logprobs, MASK, L).mean().item()
     )
 
 
 def test_k1_in_the_loss_has_no_gradient_at_all_and_is_refused() -> None:
     fake = rollout()
-    assert fake.reference is not None
-    scores = log_probabilities(NET, fake, COOL)
-    delta = estimate("k1", scores, fake.reference).where(MASK, 0.0).sum(1)
+    assert fake.ref_logprobs is not None
+    scores = compute_rollout_logprobs(NET, fake, COOL)
+    delta = estimate_kl("k1", scores, fake.ref_logprobs).where(MASK, 0.0).sum(1)
     assert gradient((P * delta).sum()).norm() < 1e-12 * gradient(divergence()).norm()
     with pytest.raises(ValueError, match=r"exactly zero.*k2, k3.*--model\.kl\.where=reward"):
         KL(0.1, "k1", "loss")
@@ -434,12 +438,12 @@ def test_k1_in_the_loss_has_no_gradient_at_all_and_is_refused() -> None:
 
 def test_k1_and_k3_both_measure_the_divergence() -> None:
     fake = rollout()
-    assert fake.reference is not None
+    assert fake.ref_logprobs is not None
     # k3 of a token is unbiased for that token's divergence, so its sum is for the text's
     for name in ("k1", "k3"):
-        sums = estimate(name, fake.sampled, fake.reference).where(MASK, 0.0).sum(1)
+        sums = estimate_kl(name, fake.sampler_logprobs, fake.ref_logprobs).where(MASK, 0.0).sum(1)
         assert (P @ sums).item() == pytest.approx(divergence().item(), rel=1e-10)
-    assert (estimate("k3", fake.sampled, fake.reference)[MASK] >= 0).all()
+    assert (estimate_kl("k3", fake.sampler_logprobs, fake.ref_logprobs)[MASK] >= 0).all()
 
 
 # What is drawn
@@ -463,14 +467,14 @@ def test_the_sampler_draws_each_text_as_often_as_its_probability_says() -> None:
 def test_only_what_stands_before_the_end_counts() -> None:
     """Tokens after the end may be anything: bitwise the same loss."""
     garbage = TOKENS.masked_fill(~MASK, 1)
-    text, places = lay_out([torch.tensor([V])] * N, garbage)
+    text, places = pad_sequences_for_scoring([torch.tensor([V])] * N, garbage)
     changed = rollout(V, REWARDS)._replace(text=text, places=places, tokens=garbage)
     losses = [
-        loss_of(fake, log_probabilities(NET, fake, COOL), Estimator("none"), KL(), L)
+        policy_loss(fake, compute_rollout_logprobs(NET, fake, COOL), Estimator("none"), KL(), L)
         for fake in (rollout(V, REWARDS), changed)
     ]
     assert losses[0].item() == losses[1].item()
-    scores = rollout().sampled
+    scores = rollout().sampler_logprobs
     how = REWARDS, L, MASK.sum()
     for estimator in (Estimator(), Estimator(normalize="tokens")):
         bare = estimator.loss(scores.masked_fill(~MASK, 7.0), MASK, *how)
@@ -481,7 +485,7 @@ def test_drift_is_the_root_mean_square_over_what_was_drawn() -> None:
     fake = rollout()
     away = torch.where(torch.arange(L) == 1, 0.3, 0.0).where(MASK, 9.0)  # of the second token
     share = (LENGTHS > 1).sum() / LENGTHS.sum()
-    found = rollouts.drift(fake.sampled + away, fake)
+    found = rollouts.logprob_gap(fake.sampler_logprobs + away, fake)
     assert found.item() == pytest.approx(0.3 * share.sqrt().item())
 
 
@@ -496,7 +500,9 @@ def test_top_k_is_scored_as_it_is_drawn() -> None:
 
     def keep(fake: Rollout) -> Rollout:
         rows = {k: v for k, v in fake._asdict().items() if k not in ("share", "branches")}
-        return Rollout(**{k: v[possible] for k, v in rows.items()}, share=fake.share)
+        return Rollout(
+            **{k: v[possible] for k, v in rows.items()}, tokens_per_rank=fake.tokens_per_rank
+        )
 
     weights = torch.zeros(N, dtype=torch.float64)
     weights[possible] = p.detach() * REWARDS[possible] * possible.sum() / N
@@ -511,15 +517,15 @@ def unmasked(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -
 
 
 def at_temperature_one(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
-    return chosen(logits, tokens, mask, replace(sampling, temperature=1.0))
+    return gather_logprobs(logits, tokens, mask, replace(sampling, temperature=1.0))
 
 
 def of_the_full_softmax(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
-    return chosen(logits, tokens, mask, replace(sampling, top_k=None))
+    return gather_logprobs(logits, tokens, mask, replace(sampling, top_k=None))
 
 
 def without_the_end(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
-    return chosen(logits, tokens, mask & (tokens != END), sampling)
+    return gather_logprobs(logits, tokens, mask & (tokens != END), sampling)
 
 
 Loss = Callable[..., Tensor]
@@ -556,10 +562,10 @@ def of_its_own_length(self, log_p, log_ref, mask, length) -> Tensor:
 
 
 def swapped(name: str, log_p: Tensor, log_ref: Tensor) -> Tensor:
-    return estimate({"k1": "k1", "k2": "k3", "k3": "k2"}[name], log_p, log_ref)
+    return estimate_kl({"k1": "k1", "k2": "k3", "k3": "k2"}[name], log_p, log_ref)
 
 
-COMPARED, PENALTY = Estimator._compared, KL.penalty
+COMPARED, PENALTY = Estimator._centered, KL.kl_penalty
 CHOSEN = (rollouts, "chosen")
 TRAPS: dict[str, tuple[list[tuple[object, str, object]], Callable[[], None]]] = {
     "1 scored at another temperature than drawn": (

@@ -27,11 +27,11 @@ from ravine.strategies.checkpoint import mapped_file
 from ravine.strategies.checkpoint.atomic_io import (
     AtomicCheckpointIO,
     CheckpointError,
-    check,
-    newest_valid,
-    reading_together,
+    collective_loading,
+    find_damage,
+    latest_valid_checkpoint,
 )
-from ravine.strategies.checkpoint.saving import SQUARABLE, non_finite, save
+from ravine.strategies.checkpoint.saving import MAX_WEIGHT, first_non_finite, save_on_all_ranks
 
 IO = AtomicCheckpointIO()
 CONTENT = {
@@ -70,7 +70,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_what_is_saved_is_loaded(path: Path) -> None:
     assert same(IO.load_checkpoint(path))
-    assert check(path) is None
+    assert find_damage(path) is None
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -103,7 +103,7 @@ def test_killed_fifty_times_while_saving_a_whole_newest_file_remains(
         os.waitpid(child, 0)
         with os.fdopen(reader, "rb") as pipe:
             done += 1 + len(pipe.read())
-        newest, damaged = newest_valid(tmp_path)
+        newest, damaged = latest_valid_checkpoint(tmp_path)
         assert newest == target
         assert damaged == []
         number = IO.load_checkpoint(target)["number"]
@@ -267,7 +267,7 @@ def test_a_folder_flag_which_makes_torch_read_nothing_is_told(path: Path) -> Non
     entry = raw.index(b"archive/data/0", raw.index(b"PK\x01\x02")) - 46  # its line in the table
     raw[entry + 38] ^= 0x10
     path.write_bytes(raw)
-    assert check(path) == "it is damaged: its table of contents was changed"
+    assert find_damage(path) == "it is damaged: its table of contents was changed"
 
 
 def test_the_newest_whole_file_is_found_and_the_damaged_ones_are_named(path: Path) -> None:
@@ -276,11 +276,11 @@ def test_the_newest_whole_file_is_found_and_the_damaged_ones_are_named(path: Pat
         other.write_bytes(path.read_bytes()[: -100 * i - 1])
         os.utime(other, ns=(0, time.time_ns() + (i + 1) * 10**9))
     path.with_name("step=000009.ckpt").mkdir()
-    found, damaged = newest_valid(path.parent)
+    found, damaged = latest_valid_checkpoint(path.parent)
     assert found == path
     assert [p for p, _ in damaged] == others[::-1]
     assert all("cut short" in reason for _, reason in damaged)
-    assert newest_valid(path.parent / "nowhere") == (None, [])
+    assert latest_valid_checkpoint(path.parent / "nowhere") == (None, [])
     with pytest.raises(CheckpointError) as told:
         IO.load_checkpoint(others[1])
     assert str(told.value) == (
@@ -306,8 +306,8 @@ def test_what_is_not_a_checkpoint_is_told(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot be used: it is"):
         IO.load_checkpoint(path)
-    assert check(path.parent) == "it is a folder, not a checkpoint file"
-    assert check(path.with_name("x")) == "there is no such file"
+    assert find_damage(path.parent) == "it is a folder, not a checkpoint file"
+    assert find_damage(path.with_name("x")) == "there is no such file"
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_a_file_with_foreign_types_is_read_only_on_trust(path: Path) -> None:
 @pytest.mark.parametrize("content", [None, 3, [torch.ones(2)], torch.ones(2)])
 def test_a_file_that_is_no_dict_is_read_as_it_is(path: Path, content: Any) -> None:
     torch.save(content, path)
-    with reading_together(mapped=("state_dict",)):
+    with collective_loading(mapped_sections=("state_dict",)):
         mapped = IO.load_checkpoint(path)
     for loaded in (mapped, IO.load_checkpoint(path)):
         assert str(loaded) == str(content)
@@ -358,7 +358,7 @@ def test_a_mapped_file_that_is_cut_in_place_ends_the_process(path: Path) -> None
         faulthandler.disable()
         content = {"state_dict": {"weight": torch.ones(2**16)}}
         IO.save_checkpoint(content, path)
-        with reading_together(mapped=("state_dict",)):
+        with collective_loading(mapped_sections=("state_dict",)):
             loaded = IO.load_checkpoint(path)
         os.truncate(path, 0)
         loaded["state_dict"]["weight"].sum()
@@ -391,9 +391,9 @@ def test_what_cannot_be_mapped_is_read(
     with torch.serialization.safe_globals([Point]):
         if name == "another order of bytes":
             monkeypatch.setattr(mapped_file, "sys", SimpleNamespace(byteorder="middle"))
-        with path.open("rb") as file, pytest.raises(mapped_file.Unmappable, match=reason):
-            mapped_file.load(file, ["state_dict"])
-        with reading_together(mapped=("state_dict",)):
+        with path.open("rb") as file, pytest.raises(mapped_file.UnmappableFileError, match=reason):
+            mapped_file.load_mapped(file, ["state_dict"])
+        with collective_loading(mapped_sections=("state_dict",)):
             assert str(IO.load_checkpoint(path)) == str(content)
 
 
@@ -411,20 +411,23 @@ def test_what_an_address_sends_is_not_unpickled(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_first_tensor_that_is_not_finite_is_named() -> None:
     tensors = {"a": torch.ones(3), "b": torch.arange(3), "c": torch.tensor([1, float("inf")])}
-    assert non_finite(tensors.items()) == "c"
+    assert first_non_finite(tensors.items()) == "c"
     tensors["a"][1] = float("nan")
-    assert non_finite(tensors.items()) == "a"
-    assert non_finite(list(tensors.items())[1:2]) is None
-    assert non_finite([]) is None
-    assert non_finite([("none", torch.empty(0)), ("bf16", torch.tensor(1e20).bfloat16())]) is None
+    assert first_non_finite(tensors.items()) == "a"
+    assert first_non_finite(list(tensors.items())[1:2]) is None
+    assert first_non_finite([]) is None
+    assert (
+        first_non_finite([("none", torch.empty(0)), ("bf16", torch.tensor(1e20).bfloat16())])
+        is None
+    )
 
 
 def test_a_weight_whose_square_is_infinite_is_named_where_that_matters() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         tensors = {"fine": torch.tensor([-1e19]).to(dtype), "lost": torch.tensor([-1e20]).to(dtype)}
-        assert non_finite(tensors.items(), below=SQUARABLE) == "lost"
-    assert torch.tensor(SQUARABLE).square().isinf()
-    assert torch.tensor(SQUARABLE * 0.999).square().isfinite()
+        assert first_non_finite(tensors.items(), limit=MAX_WEIGHT) == "lost"
+    assert torch.tensor(MAX_WEIGHT).square().isinf()
+    assert torch.tensor(MAX_WEIGHT * 0.999).square().isfinite()
 
 
 class Net(L.LightningModule):
@@ -452,9 +455,9 @@ def fail_to_save(folder: str) -> str:
         enable_model_summary=False,
     )
     trainer.fit(Net(), DataLoader(torch.ones(4, 2), 1))
-    save(trainer, f"{folder}/good.ckpt")
+    save_on_all_ranks(trainer, f"{folder}/good.ckpt")
     try:
-        save(trainer, "/dev/null/bad.ckpt")
+        save_on_all_ranks(trainer, "/dev/null/bad.ckpt")
     except CheckpointError as error:
         return f"{error.exit_status} {error}"
     return "no error"
@@ -466,4 +469,4 @@ def test_where_the_writing_rank_fails_every_rank_ends_with_its_error(
     first, second = ranks(fail_to_save, 2, str(tmp_path))
     assert first == second
     assert first.startswith("1 the checkpoint /dev/null/bad.ckpt cannot be written (File exists)")
-    assert check(tmp_path / "good.ckpt") is None
+    assert find_damage(tmp_path / "good.ckpt") is None

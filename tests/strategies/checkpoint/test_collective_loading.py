@@ -29,7 +29,7 @@ from ravine.strategies.checkpoint import (
 from ravine.strategies.checkpoint import (
     zip_archive as archive,
 )
-from ravine.strategies.checkpoint.atomic_io import check, reading_together
+from ravine.strategies.checkpoint.atomic_io import collective_loading, find_damage
 
 WIDTH, LAYERS = 256, 6
 MIB = 2**20
@@ -120,17 +120,17 @@ class Stop(L.Callback):
 def load_counted(path, strategy, degrees):
     """Load a checkpoint; the records that this rank compared, and the bytes of its tensors."""
     compared = []
-    broken, other_sum = archive.broken, sharded.other_sum
+    broken, other_sum = archive.find_corrupt_record, sharded.find_checksum_mismatch
 
     def counted(table, names):
         compared.extend(name for name in names if "/data/" in name)
         return broken(table, names)
 
     def counted_parts(folder, names=None):
-        compared.extend(sharded.lengths(folder) if names is None else names)
+        compared.extend(sharded.tensor_file_sizes(folder) if names is None else names)
         return other_sum(folder, names)
 
-    archive.broken, sharded.other_sum = counted, counted_parts
+    archive.find_corrupt_record, sharded.find_checksum_mismatch = counted, counted_parts
     if strategy == "mesh":
         run = trainer(mesh(**degrees), devices=2, callbacks=[Stop()], max_steps=4)
     else:
@@ -179,7 +179,7 @@ def divided(compared, sizes):
 def test_each_record_is_compared_by_one_rank_which_keeps_only_its_part(ranks, files, name):
     found = ranks(load_counted, 2, files / name, "mesh", {})
     if name == "parts.ckpt":
-        every = sharded.lengths(files / name)
+        every = sharded.tensor_file_sizes(files / name)
         assert all(each.endswith(".distcp") for each in every)
         compared = [[each for each in rank[0] if each in every] for rank in found]
     else:
@@ -243,7 +243,7 @@ def test_a_flipped_byte_in_any_record_is_refused_by_all_ranks_alike(ranks, files
 def refuse_each(source, folder):
     """What this rank says of copies of a checkpoint, in each of which one record is changed."""
     if source.is_dir():
-        places = dict.fromkeys(sharded.lengths(source), 0)
+        places = dict.fromkeys(sharded.tensor_file_sizes(source), 0)
     else:
         with zipfile.ZipFile(source) as table:
             found = [each for each in table.infolist() if "/data/" in each.filename]
@@ -275,14 +275,14 @@ def refuse_each(source, folder):
 def load_replaced(path, other, times):
     """Load a file that is another one whenever rank 1 opens it, so many times."""
     dist.init_process_group("gloo")
-    opened, left = checkpoint_io._opened, [other] * times
+    opened, left = checkpoint_io._open_regular_file, [other] * times
 
     def replaced(asked):
         return opened(left.pop() if left and dist.get_rank() == 1 else asked)
 
-    checkpoint_io._opened = replaced
+    checkpoint_io._open_regular_file = replaced
     try:
-        with reading_together():
+        with collective_loading():
             return AtomicCheckpointIO().load_checkpoint(path)["epoch"]
     except CheckpointError as error:
         return str(error)
@@ -293,8 +293,8 @@ def test_a_file_that_is_replaced_while_ranks_open_it_is_opened_again(ranks, tmp_
         content = {"state_dict": {"w": torch.ones(epoch)}, "epoch": epoch}
         AtomicCheckpointIO().save_checkpoint(content, tmp_path / name)
     files = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
-    assert ranks(load_replaced, 2, *files, checkpoint_io.TRIES - 1) == [1, 1]
-    said = ranks(load_replaced, 2, *files, checkpoint_io.TRIES)
+    assert ranks(load_replaced, 2, *files, checkpoint_io.MAX_OPEN_ATTEMPTS - 1) == [1, 1]
+    said = ranks(load_replaced, 2, *files, checkpoint_io.MAX_OPEN_ATTEMPTS)
     assert said[0] == said[1]
     assert "it was replaced again and again while the ranks opened it" in said[0]
 
@@ -311,7 +311,10 @@ def test_sections_that_are_mapped_cost_nothing_and_survive_a_replaced_file(files
     path = tmp_path / "a.ckpt"
     shutil.copy(files / "single.ckpt", path)
     whole = AtomicCheckpointIO().load_checkpoint(path)
-    with tensor_bytes() as found, reading_together(mapped=("state_dict", "optimizer_states")):
+    with (
+        tensor_bytes() as found,
+        collective_loading(mapped_sections=("state_dict", "optimizer_states")),
+    ):
         mapped = AtomicCheckpointIO().load_checkpoint(path)
     assert found.peak < MIB // 8
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, path)
@@ -327,7 +330,7 @@ def test_a_loaded_checkpoint_may_be_written_over_its_file(files, tmp_path):
     shutil.copy(files / "single.ckpt", path)
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     torch.save(checkpoint | {"epoch": 7}, path)
-    assert check(path) is None
+    assert find_damage(path) is None
     assert AtomicCheckpointIO().load_checkpoint(path)["epoch"] == 7
 
 
@@ -341,15 +344,15 @@ def settle_counted(folder, words, own_store, wrong):
     if wrong is not None and rank == wrong:
         words = [*words, "--ckpt_path=null"]
     os.chdir(folder)
-    compared, broken = [], archive.broken
+    compared, broken = [], archive.find_corrupt_record
 
     def counted(table, names):
         compared.extend(name for name in names if "/data/" in name)
         return broken(table, names)
 
-    archive.broken = counted
+    archive.find_corrupt_record = counted
     try:
-        path = newest.settle(words)[1]
+        path = newest.resolve_argv(words)[1]
     except ValueError as error:
         return str(error), len(compared)
     return str(path), len(compared)

@@ -21,10 +21,10 @@ from ravine.strategies.checkpoint import sharded
 from ravine.strategies.checkpoint.atomic_io import (
     AtomicCheckpointIO,
     CheckpointError,
-    check,
-    newest_valid,
+    find_damage,
+    latest_valid_checkpoint,
 )
-from ravine.strategies.checkpoint.safe_pickle import Name, UnsafePickle
+from ravine.strategies.checkpoint.safe_pickle import GlobalName, UnsafePickle
 
 WEIGHT = torch.arange(12.0).reshape(3, 4)
 
@@ -54,25 +54,25 @@ PAYLOADS = [
 
 def seal(folder: Path) -> None:
     """Write the manifest of a folder, as an attacker would after changing a file."""
-    parts = [p for p in folder.iterdir() if p.name != sharded.MANIFEST]
+    parts = [p for p in folder.iterdir() if p.name != sharded.MANIFEST_FILE]
     files = {p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())] for p in parts}
-    (folder / sharded.MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    (folder / sharded.MANIFEST_FILE).write_text(json.dumps({"format": 1, "files": files}))
 
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
     """A checkpoint in parts, as one rank writes it."""
     folder = tmp_path / "parts.ckpt"
-    tensors = {sharded.key_of(("state_dict", "weight")): WEIGHT}
+    tensors = {sharded.encode_path(("state_dict", "weight")): WEIGHT}
     with pytest.warns(UserWarning, match=r"torch.distributed is disabled"):
         save(tensors, storage_writer=FileSystemWriter(folder, thread_count=1), no_dist=True)
-    torch.save({"state_dict": {}, "epoch": 3}, folder / sharded.META)
+    torch.save({"state_dict": {}, "epoch": 3}, folder / sharded.META_FILE)
     seal(folder)
     return folder
 
 
 def test_parts_that_are_whole_are_read(parts: Path) -> None:
-    assert check(parts) is None
+    assert find_damage(parts) is None
     loaded = AtomicCheckpointIO().load_checkpoint(parts)
     assert torch.equal(loaded["state_dict"]["weight"], WEIGHT)
 
@@ -82,20 +82,24 @@ def test_an_index_that_names_a_program_is_refused_and_nothing_runs(
     parts: Path, module: str, name: str
 ) -> None:
     mark = parts.parent / "mark"
-    (parts / sharded.INDEX).write_bytes(call(module, name, f"touch {mark}"))
+    (parts / sharded.INDEX_FILE).write_bytes(call(module, name, f"touch {mark}"))
     seal(parts)
-    for read in (sharded.entries, sharded.read_whole, AtomicCheckpointIO().load_checkpoint):
+    for read in (
+        sharded.iter_tensor_entries,
+        sharded.load_full,
+        AtomicCheckpointIO().load_checkpoint,
+    ):
         with pytest.raises(CheckpointError, match=f"asks for {module}.{name}"):
             list(read(parts))
     assert not mark.exists()
 
 
 def test_a_refusal_never_recommends_a_file_that_is_refused_too(parts: Path) -> None:
-    (parts / sharded.INDEX).write_bytes(call(*PAYLOADS[0], "true"))
+    (parts / sharded.INDEX_FILE).write_bytes(call(*PAYLOADS[0], "true"))
     seal(parts)
     bad = parts.with_name("bad.ckpt")
     bad.write_bytes(b"no checkpoint")
-    assert newest_valid(parts.parent)[0] is None
+    assert latest_valid_checkpoint(parts.parent)[0] is None
     with pytest.raises(CheckpointError, match="none there is whole"):
         AtomicCheckpointIO().load_checkpoint(bad)
 
@@ -103,7 +107,7 @@ def test_a_refusal_never_recommends_a_file_that_is_refused_too(parts: Path) -> N
 ALLOWED = {("torch", "Size"), ("collections", "OrderedDict")}
 
 
-def allowed(name: Name) -> bool:
+def allowed(name: GlobalName) -> bool:
     return (name.module, name.name) in ALLOWED
 
 
@@ -134,7 +138,7 @@ def test_no_stream_calls_or_imports_anything(pieces: list[bytes], protocol: byte
         patch.setattr(os, "system", audit)
         patch.setattr("builtins.__import__", lambda name, *args: audit(name))
         with contextlib.suppress(UnsafePickle):
-            plain_pickle.load(protocol + b"".join(pieces) + b".", allowed)
+            plain_pickle.load_plain(protocol + b"".join(pieces) + b".", allowed)
     assert called == []
 
 
@@ -167,7 +171,7 @@ def test_a_stream_that_asks_for_too_much_is_refused(
 ) -> None:
     monkeypatch.setattr(plain_pickle, "MAX_OPERATIONS", 4_000 if "operations" in why else 10**5)
     with pytest.raises(UnsafePickle, match=why):
-        plain_pickle.load(stream, lambda name: True)
+        plain_pickle.load_plain(stream, lambda name: True)
 
 
 def repacked(path: Path, change: Any, compression: int = zipfile.ZIP_STORED) -> Path:
@@ -204,8 +208,8 @@ def test_a_pickle_that_does_not_fit_its_archive_is_refused(
 ) -> None:
     path = tmp_path / "a.ckpt"
     AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": WEIGHT.clone()}}, path)
-    assert check(repacked(path, lambda name, content: content)) is None
-    assert why in str(check(repacked(path, change)))
+    assert find_damage(repacked(path, lambda name, content: content)) is None
+    assert why in str(find_damage(repacked(path, change)))
 
 
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(
@@ -215,18 +219,18 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(
     torch.save({"state_dict": {"weight": torch.zeros(10**6)}}, path)
     repacked(path, lambda name, content: content, zipfile.ZIP_DEFLATED)
     monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: pytest.fail("unpacked"))
-    assert "compressed" in str(check(path))
+    assert "compressed" in str(find_damage(path))
 
 
 def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(path := tmp_path / "pipe.ckpt")
-    assert "no regular file" in str(check(path))
+    assert "no regular file" in str(find_damage(path))
     with pytest.raises(CheckpointError, match="no regular file"):
         AtomicCheckpointIO().load_checkpoint(path)
 
 
 def changed(folder: Path, old: bytes, new: bytes, count: int) -> None:
-    index = folder / sharded.INDEX
+    index = folder / sharded.INDEX_FILE
     content = index.read_bytes()
     assert old in content
     index.write_bytes(content.replace(old, new, count))
@@ -262,7 +266,7 @@ def test_a_part_that_is_no_archive_is_refused_though_its_checksum_is_right(parts
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", ""])
 def test_a_manifest_names_files_of_its_folder_only(parts: Path, name: str) -> None:
-    manifest = json.loads((parts / sharded.MANIFEST).read_text())
+    manifest = json.loads((parts / sharded.MANIFEST_FILE).read_text())
     manifest["files"][name] = [0, 0]
-    (parts / sharded.MANIFEST).write_text(json.dumps(manifest))
-    assert "outside the folder" in str(check(parts))
+    (parts / sharded.MANIFEST_FILE).write_text(json.dumps(manifest))
+    assert "outside the folder" in str(find_damage(parts))

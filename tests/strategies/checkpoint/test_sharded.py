@@ -21,11 +21,11 @@ from torch.optim import AdamW
 from ravine.callbacks import EMA, ExactResume, Muon, Schedule
 from ravine.cli.main import main
 from ravine.datamodules import TextDataModule
-from ravine.datamodules.text import documentation
+from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import AtomicCheckpointIO, CheckpointError, MeshStrategy
 from ravine.strategies.checkpoint import sharded
-from ravine.strategies.checkpoint.atomic_io import newest_valid
+from ravine.strategies.checkpoint.atomic_io import latest_valid_checkpoint
 
 # a validation loss that was reduced already is logged by each rank
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
@@ -81,7 +81,7 @@ def train(name, text, save=None, resume=None, **shape):
     module = LanguageModel(**TINY | shape)
     trainer.fit(module, TextDataModule(text, context=16, batch_size=8), ckpt_path=resume)
     average = {name: p.detach().clone() for name, p in whole(module).items()}
-    ema._show(module, average=False)  # now the raw weights
+    ema._swap(module, average=False)  # now the raw weights
     return average, whole(module)
 
 
@@ -102,7 +102,7 @@ def off(result, straight):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "topics.txt"
-    path.write_text("".join(documentation())[:3000])
+    path.write_text("".join(python_docs_text())[:3000])
     return path
 
 
@@ -211,7 +211,7 @@ def test_a_folder_that_is_not_whole_is_refused_and_passed_over(written, tmp_path
     shutil.copytree(written[0] / "zero3 2.ckpt", tmp_path / "step=2.ckpt")
     os.utime(tmp_path / "step=1.ckpt", (0, 0))
     do(tmp_path / "step=2.ckpt")
-    newest, passed_over = newest_valid(tmp_path)
+    newest, passed_over = latest_valid_checkpoint(tmp_path)
     assert newest == tmp_path / "step=1.ckpt"
     assert words in passed_over[0][1]
     with pytest.raises(CheckpointError, match=words):
@@ -279,7 +279,7 @@ def test_an_index_that_would_run_a_program_is_not_read(written, tmp_path):
     shutil.copytree(written[0] / "zero3 2.ckpt", path := tmp_path / "evil.ckpt")
     (path / ".metadata").write_bytes(pickle.dumps(os.getcwd))
     with pytest.raises(CheckpointError, match=r"asks for posix.getcwd"):
-        list(sharded.entries(path))
+        list(sharded.iter_tensor_entries(path))
 
 
 def write_more_than_fits(path):

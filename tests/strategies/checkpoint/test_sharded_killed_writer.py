@@ -18,7 +18,7 @@ def save_without_end(folder, rank):
     weight = torch.zeros(40_000)
     for number in range(1, 10_000):
         content = {"state_dict": {f"{rank}": weight + number}, "number": number}
-        sharded.write(content, folder / "runs" / f"step={number % 3}.ckpt")
+        sharded.save_sharded(content, folder / "runs" / f"step={number % 3}.ckpt")
 
 
 def in_fork(folder, rank):

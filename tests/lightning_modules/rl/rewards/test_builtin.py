@@ -25,23 +25,32 @@ from ravine.lightning_modules import (
     VocabularyFraction,
     WordUniqueness,
 )
-from ravine.lightning_modules.generation.generate_text import Generated
+from ravine.lightning_modules.generation.generate_text import GenerationOutput
 from ravine.lightning_modules.rl.advantages import Estimator
 from ravine.lightning_modules.rl.kl import KL
-from ravine.lightning_modules.rl.metrics import measure, of_rewards, of_texts, of_tokens
+from ravine.lightning_modules.rl.metrics import (
+    reward_metrics,
+    text_metrics,
+    token_metrics,
+    token_statistics,
+)
 from ravine.lightning_modules.rl.rewards import builtin as terms
 from ravine.lightning_modules.rl.rewards.base import (
     Facts,
     Reward,
     RewardError,
     Samples,
+    check_rewards,
     check_scored,
-    check_terms,
-    combine,
+    weighted_sum,
 )
-from ravine.lightning_modules.rl.rewards.base import evaluate as answers_of
-from ravine.lightning_modules.rl.scoring import Judge
-from ravine.lightning_modules.rl.text_similarity import distances, mean_pairwise, to_nearest
+from ravine.lightning_modules.rl.rewards.base import score_all as answers_of
+from ravine.lightning_modules.rl.scoring import RolloutScorer
+from ravine.lightning_modules.rl.text_similarity import (
+    mean_pairwise_distance,
+    nearest_distance,
+    pairwise_jaccard_distance,
+)
 
 PLAY = (
     "ROMEO:\nO speak again, bright angel.\n\nJULIET:\nGood night, good night.\n\nFirst Lord:\nHo!\n"
@@ -59,7 +68,7 @@ def samples(*texts: str, everyone: tuple[str, ...] | None = None, first: int = 0
     said = -torch.arange(1.0, n + 1).repeat(len(texts), 1)
     return Samples(
         ["p"] * len(texts), list(texts), mask.long(), mask, said, said,
-        corpus=Facts(PLAY), everyone=list(everyone or texts), first=first,
+        corpus_stats=Facts(PLAY), all_texts=list(everyone or texts), rank_offset=first,
     )  # fmt: skip
 
 
@@ -70,15 +79,17 @@ def score(term: Reward, *texts: str) -> list[float]:
 def test_what_stands_after_the_end_is_not_read() -> None:
     """Padding is token 0, which is a character: of a text that met the end, or the stop."""
     tokenizer = CharTokenizer("!.abc")
-    tokenizer.end = 4
+    tokenizer.eos_id = 4
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     tokens = torch.tensor([[2, 3, 4, 0], [2, 1, 0, 0], [2, 3, 2, 0]])
     terms = [RewardFunction(lambda texts: map(len, texts), name="length")]
     how = Estimator("none"), KL(), 4, 1, tokenizer, ".", None, lambda x: x, 0
-    judged = Judge(terms, *how)(list("pqr"), {}, Generated(tokens, -mask.float(), mask), None, None)
+    judged = RolloutScorer(terms, *how)(
+        list("pqr"), {}, GenerationOutput(tokens, -mask.float(), mask), None, None
+    )
     assert [row["text"] for row in judged.rows] == ["ab", "a", "aba!"]
-    assert judged.weights.tolist() == [2, 1, 4]
-    assert judged.share == 9
+    assert judged.advantages.tolist() == [2, 1, 4]
+    assert judged.tokens_per_rank == 9
 
 
 TERMS: list[tuple[Reward, list[str], list[float]]] = [
@@ -125,14 +136,14 @@ def test_distances_of_a_batch_are_those_of_all_pairs() -> None:
     draw = random.Random(0)
     texts = [" ".join(draw.choices("abc", k=draw.randrange(12))) for _ in range(30)] + ["", "a b"]
     for n in (1, 2, 4):
-        apart = distances(texts, n)
+        apart = pairwise_jaccard_distance(texts, n)
         for i, j in itertools.combinations(range(len(texts)), 2):
             assert apart[i, j] == apart[j, i] == pytest.approx(jaccard(texts[i], texts[j], n))
         assert not np.diag(apart).any()
         nearest = [min(apart[i, j] for j in range(32) if j != i) for i in range(32)]
-        assert to_nearest(apart).tolist() == nearest
+        assert nearest_distance(apart).tolist() == nearest
         pairs = [apart[i, j] for i, j in itertools.combinations(range(32), 2)]
-        assert mean_pairwise(apart) == pytest.approx(sum(pairs) / len(pairs))
+        assert mean_pairwise_distance(apart) == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_the_batch_of_all_ranks_is_compared_and_ours_are_answered() -> None:
@@ -149,7 +160,7 @@ def test_terms_add_up_by_weight_and_none_leaves_a_sample_out() -> None:
         RewardFunction(lambda texts: [None, 3.0], weight=0.5, name="mine"),
         RewardFunction(lambda texts: [None, None], weight=0.0, name="watched"),
     ]
-    total = combine(terms, answers_of(terms, samples("eeee", "ex")))
+    total = weighted_sum(terms, answers_of(terms, samples("eeee", "ex")))
     assert total.isnan().tolist() == [True, False]
     assert total[1] == -2 * 0.5 + 0.5 * 3
 
@@ -163,11 +174,11 @@ def test_a_binary_term_names_the_nan_of_what_it_judges_and_leaves_none_out() -> 
 
 
 def test_the_measures_of_texts_are_their_counts() -> None:
-    found = of_texts(["O speak", "O speak", "again yonder"], Facts(PLAY))
+    found = text_metrics(["O speak", "O speak", "again yonder"], Facts(PLAY))
     assert found["distinct"] == pytest.approx(2 / 3)
     assert found["vocabulary"] == pytest.approx(4 / 6)
     assert found["distinct_words"] == 4
-    found = of_texts(["a b c d", "a b c d", "e f g h"], None)
+    found = text_metrics(["a b c d", "a b c d", "e f g h"], None)
     assert found["jaccard"] == pytest.approx(2 / 3)
     assert found["nearest_jaccard"] == pytest.approx(1 / 3)
     assert "vocabulary" not in found
@@ -176,16 +187,20 @@ def test_the_measures_of_texts_are_their_counts() -> None:
 def test_the_measures_of_tokens_are_means_over_what_was_written() -> None:
     log_p, log_ref = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
     mask = torch.tensor([[True, True, False]])
-    found = of_tokens(measure(Generated(mask.long(), log_p, mask), log_ref, KL(), 3), True)
+    found = token_metrics(
+        token_statistics(GenerationOutput(mask.long(), log_p, mask), log_ref, KL(), 3), True
+    )
     k3 = math.exp(-0.5) - 1 + 0.5 + math.exp(1.0) - 1 - 1
     exact = {"entropy": 1.5, "tokens": 2, "kl": (0.5 - 1.0) / 2, "kl_k3": k3 / 2}
     assert found == pytest.approx(exact)
-    assert "kl" not in of_tokens(measure(Generated(mask.long(), log_p, mask), None, KL(), 3), False)
+    assert "kl" not in token_metrics(
+        token_statistics(GenerationOutput(mask.long(), log_p, mask), None, KL(), 3), False
+    )
 
 
 def test_mean_and_spread_of_a_term_are_over_what_it_scored() -> None:
     term, scores = RewardFunction(lambda texts: [], name="mine"), torch.tensor([0.0, math.nan, 4.0])
-    found = of_rewards([term], scores[None], scores)
+    found = reward_metrics([term], scores[None], scores)
     exact = {"mine": 2, "mine_spread": 2, "reward": 2, "reward_spread": 2}
     assert found == exact
     nothing = torch.full((1, 3), math.nan)
@@ -193,7 +208,7 @@ def test_mean_and_spread_of_a_term_are_over_what_it_scored() -> None:
         check_scored([term], nothing)
     term.weight = 0.0
     check_scored([term], nothing)  # of what is watched only
-    assert of_rewards([term], nothing, scores) == {"reward": 2, "reward_spread": 2}
+    assert reward_metrics([term], nothing, scores) == {"reward": 2, "reward_spread": 2}
 
 
 BLIND = {
@@ -218,7 +233,7 @@ def test_a_term_that_would_see_nothing_is_refused(term: str) -> None:
 @pytest.mark.parametrize("term", [VocabularyFraction(), SpeakerDiversity()])
 def test_a_corpus_in_which_a_term_finds_nothing_is_refused(term: Reward) -> None:
     seen = samples("O speak")
-    seen.corpus = Facts("\n \n")
+    seen.corpus_stats = Facts("\n \n")
     message = rf"reward {term.name} is 0 for every text, .* no (words|speakers).*--data\.corpus="
     with pytest.raises(RewardError, match=message):
         answers_of([term], seen)
@@ -314,20 +329,20 @@ def test_a_reward_that_float32_cannot_hold_is_refused_with_its_term_and_sample()
             score(term, "one", "two")
     terms = [Count(weight=1e30, name="much"), Count(name="little")]
     with pytest.raises(RewardError, match=r"sample 1 is 1e\+39, most of it of much with weight"):
-        combine(terms, torch.tensor([[1, 1e9], [1, 1]], dtype=torch.float64))
+        weighted_sum(terms, torch.tensor([[1, 1e9], [1, 1]], dtype=torch.float64))
 
 
 def test_a_weight_that_is_no_number_is_refused() -> None:
     for weight in (math.nan, math.inf):
         with pytest.raises(RewardError, match=r"weight of the reward count is .*; allowed: a fin"):
-            check_terms([Count(weight=weight)], corpus=True, reference=True)
+            check_rewards([Count(weight=weight)], has_corpus=True, has_reference=True)
 
 
 def test_terms_that_cancel_add_up_to_zero() -> None:
     terms = [Count(weight=w, name=f"t{w}") for w in (0.1, 0.2, -0.3)]
     answers = torch.tensor([[1, 0], [1, 0], [1, 0]], dtype=torch.float64)
-    assert combine(terms, answers).tolist() == [0, 0]
-    assert combine(terms, 0.5 * answers + torch.tensor([[1e-9], [0], [0]])).abs().min() > 1e-11
+    assert weighted_sum(terms, answers).tolist() == [0, 0]
+    assert weighted_sum(terms, 0.5 * answers + torch.tensor([[1e-9], [0], [0]])).abs().min() > 1e-11
 
 
 def test_a_function_written_for_trl_gets_the_texts_as_completions() -> None:
