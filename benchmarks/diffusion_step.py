@@ -50,7 +50,7 @@ class Bare:
     def __init__(self, data: ImageDataModule) -> None:
         images, self.labels = data.pictures("train")
         self.images = images
-        self.net = UNet(1, 16, num_classes=10).to(memory_format=torch.channels_last)  # pyright: ignore
+        self.net = UNet(1, 16, classes=10).to(memory_format=torch.channels_last)  # pyright: ignore
         self.optimizer = torch.optim.AdamW(self.net.parameters(), 2e-3)
         self.average = [p.detach().clone() for p in self.net.parameters()]
         kept = compute_alpha_bar("linear").float()

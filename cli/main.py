@@ -82,10 +82,10 @@ def as_sharding_error(error: Exception) -> Exception | None:
     )  # with it, something was sharded
     if sharding_errors is None or os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0"):
         return None
-    if not sharding_errors.of_shards(error):
+    if not sharding_errors.is_sharding_error(error):
         return None
     return sharding_errors.ShardingError(
-        sharding_errors.text("the module or a callback", error, "in a hook")
+        sharding_errors.sharding_error_message("the module or a callback", error, "in a hook")
     )
 
 

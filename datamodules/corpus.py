@@ -143,7 +143,7 @@ def prepare_token_file(
     is_memmap = summary.num_chars > max_chars_in_memory
     try:
         return summary._replace(
-            file=str(write_token_file(tokenizer, iter_text, summary.sha256, is_memmap))
+            token_file=str(write_token_file(tokenizer, iter_text, summary.sha256, is_memmap))
         )
     except TokenCacheError:
         if is_memmap:

@@ -87,7 +87,7 @@ class TokenizedExamples(NamedTuple):
         """The same in memory."""
         if not self.token_file:
             return self
-        return self._replace(tokens=np.fromfile(self.token_file, np.int32), file="")
+        return self._replace(tokens=np.fromfile(self.token_file, np.int32), token_file="")
 
 
 class AnswerDataModule(L.LightningDataModule):
@@ -167,8 +167,8 @@ class AnswerDataModule(L.LightningDataModule):
             with atomic_write(path) as temporary_path, temporary_path.open("wb") as file:
                 file.write(tokenized.tokens.data)
         except OSError:  # each process makes its own
-            return without_tokens._replace(count=0)
-        return without_tokens._replace(file=str(path))
+            return without_tokens._replace(num_examples=0)
+        return without_tokens._replace(token_file=str(path))
 
     def _tokenize_examples(self) -> TokenizedExamples:
         """The tokens of all examples, one after the other."""

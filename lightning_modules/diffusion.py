@@ -107,7 +107,7 @@ class Diffusion(TaskModule):
         self.sampler_config = SamplerConfig(sampler, steps, guidance, eta).override(
             self.supports_guidance, self.is_one_step
         )
-        schedule_object.timesteps(self.sampler_config.num_steps)
+        schedule_object.timesteps(self.sampler_config.steps)
         net_arguments = "width", "time_width", "patch", "attention"
         self.shape = {name: self.hparams[name] for name in net_arguments}
         with torch.device("meta"):  # nothing is allocated, every check is made
@@ -128,7 +128,7 @@ class Diffusion(TaskModule):
                 "Diffusion takes the images' size from the data, and there are none; "
                 "type --data=ImageDataModule, or load a checkpoint"
             )
-        net = UNet(self.channels, num_classes=self.classes, **self.shape)
+        net = UNet(self.channels, classes=self.classes, **self.shape)
         layout = torch.channels_last if self.denoiser.channels_last else torch.contiguous_format
         return net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
@@ -406,7 +406,7 @@ class Diffusion(TaskModule):
             context, graph_cache = trainer.precision_plugin.forward_context(), self.graph_cache
 
         def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-            return self.denoise(x, t, y, sampler_config.guidance_scale).clamp(-1, 1)
+            return self.denoise(x, t, y, sampler_config.guidance).clamp(-1, 1)
 
         size = (self.channels, self.size[0], self.size[1])
         arguments = (

@@ -189,8 +189,8 @@ class LanguageModel(TaskModule):
         prompts = [text for text in prompts for _ in range(num_samples)]
         stops = [stop] if isinstance(stop, str) else list(stop)
         kwargs = {
-            "new": max_new_tokens,
-            "context": self.context,
+            "max_new_tokens": max_new_tokens,
+            "context_length": self.context,
             "sampling": sampling,
             "seed": seed,
         }
@@ -199,9 +199,9 @@ class LanguageModel(TaskModule):
             batch = prompts[first : first + batch_size]
             row_keys = range(first, first + len(batch))
             kwargs |= {
-                "window": window,
-                "texts": row_keys,
-                "show": show if len(prompts) == 1 else None,
+                "context_overflow": window,
+                "row_keys": row_keys,
+                "on_text": show if len(prompts) == 1 else None,
             }
             completions = generate_text(self.net, self.tokenizer, batch, stops, **kwargs)
             texts += [

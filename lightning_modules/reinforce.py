@@ -166,7 +166,7 @@ class Reinforce(TaskModule):
         }
         deferred = {name: values for name, values in initial_values.items() if values is not None}
         for name, values in deferred.items():
-            values.read_from(weights[name])
+            values.set_source(weights[name])
         remaining = {name: tensor for name, tensor in weights.items() if name not in deferred}
         net.load_state_dict(
             remaining, strict=not deferred
@@ -313,10 +313,10 @@ class Reinforce(TaskModule):
         net = cast(nn.Module, self.net)
         is_unsharded = not any(hasattr(parameter, "device_mesh") for parameter in net.parameters())
         kwargs: dict[str, Any] = {
-            "stops": self._stop_sequences(), "seed": resolve_seed(None), "texts": row_keys,
-            "window": "refuse",
+            "stops": self._stop_sequences(), "seed": resolve_seed(None), "row_keys": row_keys,
+            "context_overflow": "refuse",
             # ranks that shard a net take every step together, however soon their texts have ended
-            "look": SYNC_EVERY if is_unsharded else self.max_new_tokens,
+            "sync_every": SYNC_EVERY if is_unsharded else self.max_new_tokens,
             "capture": capture_cuda_graph if is_unsharded and self.device.type == "cuda" else None,
         }  # fmt: skip
         # alone as Lightning validates: keeping books for gradients is a tenth of a rollout

@@ -97,7 +97,7 @@ class LectureFeatures(nn.Module):
     def __init__(self) -> None:
         """Nothing is learned here."""
         super().__init__()
-        self.register_buffer("anchor", torch.empty(0), persistent=False)
+        self.register_buffer("device_marker", torch.empty(0), persistent=False)
 
     def forward(self, messages: list[str]) -> Tensor:
         """Compute them."""

@@ -92,7 +92,7 @@ def find_gradient_readers(trainer: Any) -> list[str]:
     if trainer.gradient_clip_val and plugin.clip_grad_by_norm is not Precision.clip_grad_by_norm:
         reader_names.append(plugin.__name__)
     pipeline = getattr(trainer.strategy, "pipeline", None)
-    if pipeline is not None and pipeline.tied:
+    if pipeline is not None and pipeline.tied_params:
         reader_names.append("the pipeline, whose first and last stage share a parameter")
     for hook in ("configure_gradient_clipping", *ZEROING_HOOKS):
         module_hook = getattr(module, hook)

@@ -41,7 +41,7 @@ def blocks(parameter: Tensor) -> Iterator[Tensor]:
         return
     size = parameter.shape[0] if parameter.ndim else 1
     for first in range(0, size, rows := _rows_per_block(parameter)):
-        yield values.rows(first, min(first + rows, size))
+        yield values.get_rows(first, min(first + rows, size))
 
 
 @torch.no_grad()
@@ -101,11 +101,11 @@ def _iter_shard_blocks(
 ) -> Iterator[tuple[Any, Tensor]]:
     """Rows of a part, as a slice of it, and their values."""
     if not shape:
-        yield ..., values.rows(0, 1).view(())
+        yield ..., values.get_rows(0, 1).view(())
         return
     columns = tuple(slice(a, a + n) for a, n in zip(start[1:], shape[1:], strict=True))
     rows = _rows_per_block(parameter)
     for first in range(0, shape[0], rows):
         last = min(first + rows, shape[0])
-        block = values.rows(start[0] + first, start[0] + last)
+        block = values.get_rows(start[0] + first, start[0] + last)
         yield slice(first, last), block[(slice(None), *columns)]

@@ -66,24 +66,26 @@ def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]
     placeholders_by_param: dict[nn.Parameter, nn.Parameter] = {}
     shared_params = params_of(enter) & params_of(leave)
     tied_specs = [(n, p.shape, p.dtype) for n, p in module.named_parameters() if p in shared_params]
-    local_block_names = {name for stage in pipeline.mine for name in pipeline.blocks[stage]}
+    local_block_names = {
+        name for stage in pipeline.local_stages for name in pipeline.blocks_by_stage[stage]
+    }
     local_modules = {
         end_module for name in local_block_names for end_module in net.blocks[name].modules()
     }  # like shared tables
     for name in list(net.blocks):
         if name not in local_block_names:
-            pipeline.absent[name] = meta_placeholder(
+            pipeline.block_placeholders[name] = meta_placeholder(
                 net.blocks[name], placeholders_by_param, local_modules
             )
             del net.blocks[name]
-    absent_end_names = ([] if pipeline.first else enter) + ([] if pipeline.last else leave)
+    absent_end_names = ([] if pipeline.is_first else enter) + ([] if pipeline.is_last else leave)
     for name in absent_end_names:
         end_module = getattr(net, name)
         is_tied = end_module is not None and any(
             p in shared_params for p in end_module.parameters()
         )
-        if end_module is not None and not (is_tied and (pipeline.first or pipeline.last)):
-            pipeline.ends[name] = meta_placeholder(end_module, placeholders_by_param)
+        if end_module is not None and not (is_tied and (pipeline.is_first or pipeline.is_last)):
+            pipeline.end_placeholders[name] = meta_placeholder(end_module, placeholders_by_param)
             setattr(net, name, None)
     return tied_specs
 
@@ -125,14 +127,16 @@ def meta_placeholder(
 def full_net(pipeline: Any) -> Iterator[None]:
     """Show the whole net for a moment, stand-ins (`elsewhere`) where another rank has the part."""
     net, blocks = pipeline.net, dict(pipeline.net.blocks)
-    net.blocks._modules = {n: blocks.get(n) or pipeline.absent[n] for n in pipeline.order}
-    for name, end_module in pipeline.ends.items():
+    net.blocks._modules = {
+        n: blocks.get(n) or pipeline.block_placeholders[n] for n in pipeline.block_names
+    }
+    for name, end_module in pipeline.end_placeholders.items():
         setattr(net, name, end_module)
     try:
         yield
     finally:
         net.blocks._modules = blocks
-        for name in pipeline.ends:
+        for name in pipeline.end_placeholders:
             setattr(net, name, None)
 
 
@@ -147,7 +151,7 @@ class PipelineStageModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Go through the stage, as the net does."""
         pipeline = self.__dict__["pipeline"]
-        with pipeline.context(), pipeline._answering(pipeline._of(self.stage)):
+        with pipeline.step_context(), pipeline._override_forward(pipeline._stage_fn(self.stage)):
             return pipeline.net(x)
 
 

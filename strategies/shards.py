@@ -37,7 +37,7 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 def full_module(trainer: Any) -> AbstractContextManager[None]:
     """In a pipeline, all of the net in the module for a moment, to count or to choose by."""
     pipeline = getattr(trainer.strategy, "pipeline", None)
-    return nullcontext() if pipeline is None else pipeline.whole()
+    return nullcontext() if pipeline is None else pipeline.full_net()
 
 
 def has_gradient(trainer: Any, parameter: Tensor) -> bool:

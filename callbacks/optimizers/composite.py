@@ -339,18 +339,18 @@ class Composite(Optimizer):
             state |= {number[i]: values for i, values in packed_state.state.items()}
         stateless = {id(p) for p in self._stateless}
         standard_owners = {
-            m for m, packed_state in enumerate(packed) if "whole" not in packed_state.rest
+            m for m, packed_state in enumerate(packed) if "whole" not in packed_state.extra
         }
         for owner, saved, group in zip(self._group_owners, flat, groups, strict=True):
             if owner in standard_owners:
                 shards = vars(self.members[owner]).get("_shards")  # the state may be elsewhere
                 for i, p in zip(saved["params"], group["params"], strict=True):
-                    is_local = shards is None or shards.keeps(p)
+                    is_local = shards is None or shards.keeps_state_of(p)
                     if i not in state and id(p) not in stateless and is_local:
                         state[i] = _empty_state()
         result: dict[str, Any] = {"state": state, "param_groups": flat}
-        if any(packed_state.rest for packed_state in packed):
-            result["members"] = [packed_state.rest for packed_state in packed]
+        if any(packed_state.extra for packed_state in packed):
+            result["members"] = [packed_state.extra for packed_state in packed]
         for hook in self._optimizer_state_dict_post_hooks.values():
             changed = hook(self, result)
             result = result if changed is None else changed

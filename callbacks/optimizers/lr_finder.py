@@ -53,7 +53,7 @@ def set_base_lr(
     lr: float, composite: Composite, scheduler: Any, lr_scales: dict[str, float]
 ) -> None:
     """Make the rate the base of every group, and let the schedule multiply it from now on."""
-    factor = scheduler.factor_now() if scheduler is not None else 1.0
+    factor = scheduler.current_factor() if scheduler is not None else 1.0
     base_lrs = {
         id(group): lr * lr_scales.get(label, 1.0)
         for label, (_, groups) in composite.groups_by_label().items()

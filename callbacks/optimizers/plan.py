@@ -301,7 +301,7 @@ class OptimizerPlan(Callback):
             member = members[one_rule.label][0] if one_rule.label in members else None
             added.append(
                 make_added_groups(
-                    one_rule._replace(named=named), member, self.decay, settings, factor
+                    one_rule._replace(named_params=named), member, self.decay, settings, factor
                 )
             )
         return added

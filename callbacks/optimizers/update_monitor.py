@@ -66,7 +66,7 @@ class UpdateSizes(Callback):
         if not self._previous_weights:
             return
         pipeline = getattr(trainer.strategy, "pipeline", None)
-        repeated = set() if pipeline is None else set(pipeline.repeated())
+        repeated = set() if pipeline is None else set(pipeline.duplicated_params())
         rules = [
             rule
             for optimizer in trainer.optimizers

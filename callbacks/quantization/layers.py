@@ -165,7 +165,7 @@ class DeferredQuantization:
         """The tensors that stand for the weight, whole, on the CPU."""
         if not self.latest or self.latest[0] is not self:
             self.latest.clear()
-            weight = self.values.rows(0, self.shape[0])
+            weight = self.values.get_rows(0, self.shape[0])
             check_finite_weight(self.name, weight)
             tensors = quantize_weight(weight, self.scheme, self.double_quant)
             if not self.is_reported:
@@ -182,7 +182,7 @@ class DeferredTensor:
         """Of which layer, and which part of it."""
         self.quantization, self.tensor_name = quantization, tensor_name
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def get_rows(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` (exclusive)."""
         return self.quantization.quantized_tensors()[self.tensor_name][start:stop]
 

@@ -266,7 +266,7 @@ class GradientClipping(Callback):
             return
         duplicated: list[Tensor] = []
         if pipeline is not None:
-            duplicated = [p.grad for p in pipeline.repeated() if p.grad is not None]
+            duplicated = [p.grad for p in pipeline.duplicated_params() if p.grad is not None]
         wide_params = [p for p in parameters if p.dtype in (torch.float64, torch.complex128)]
         norm_args = (
             pipeline,

@@ -115,7 +115,7 @@ def mean_over_ranks(number: Tensor, trainer: L.Trainer) -> Tensor:
     if trainer.world_size == 1:
         return number
     layout = getattr(trainer.strategy, "layout", None)
-    group = dist.group.WORLD if layout is None else layout.data.get_group()
+    group = dist.group.WORLD if layout is None else layout.data_mesh.get_group()
     dist.all_reduce(number, group=group)
     return number / dist.get_world_size(group)
 

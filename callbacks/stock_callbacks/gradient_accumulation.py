@@ -72,7 +72,8 @@ def count_epoch_batches(trainer: L.Trainer, factor: int) -> float:
         return trainer.num_training_batches
     counts = [
         apply_batch_limit(
-            trainer, loader.steps * factor if hasattr(loader, "set_accumulate") else len(loader)
+            trainer,
+            loader.steps_per_epoch * factor if hasattr(loader, "set_accumulate") else len(loader),
         )
         for loader in combined.flattened
     ]

@@ -142,7 +142,7 @@ def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
             state.records[phase] = {"class": type(owner).__name__, "arguments": arguments}
     state.state_names = set(module.state_dict())
     strategy = trainer.strategy
-    shards_by_itself = hasattr(strategy, "parallelize_module")  # ravine.strategies.MeshStrategy
+    shards_by_itself = hasattr(strategy, "parallelize")  # ravine.strategies.MeshStrategy
     if isinstance(strategy, ModelParallelStrategy) and not shards_by_itself and not sharded:
         raise UsageError(
             f"{type(strategy).__name__} shards nothing by itself and neither does {name}: each rank"

@@ -160,7 +160,7 @@ def load_weights(module: L.LightningModule, path: str) -> None:
         if name in state and deferred_values(p) is not None
     }
     for name, values in deferred.items():  # of shared ones the last counts, as in load_state_dict
-        values.read_from(state.pop(name))
+        values.set_source(state.pop(name))
     mismatches = module.load_state_dict(state, strict=False)
     problems = [f"{name} is only here" for name in mismatches.missing_keys if name not in deferred]
     problems += [f"{name} is only there" for name in mismatches.unexpected_keys]

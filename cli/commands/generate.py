@@ -83,8 +83,8 @@ def save_images(
         images.save_each(folder)
         saved_names.append(f"{len(images.images)} files in {folder}")
     print(f"written: {', '.join(saved_names)}")
-    if not all(name.isdecimal() for name in images.rows):
-        print(f"rows: {', '.join(images.rows)}")
+    if not all(name.isdecimal() for name in images.row_names):
+        print(f"rows: {', '.join(images.row_names)}")
 
 
 def unused_path(name: str, suffix: str) -> str:

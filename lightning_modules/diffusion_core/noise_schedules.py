@@ -61,7 +61,7 @@ def _alpha_sigma_table(
 class Schedule:
     """One of the four, as functions of time.
 
-    alpha, sigma = Schedule("linear").levels(torch.tensor([0, 500, 1000]))
+    alpha, sigma = Schedule("linear").alpha_sigma(torch.tensor([0, 500, 1000]))
     """
 
     name: NoiseScheduleName = "linear"

@@ -29,8 +29,8 @@ class SamplerConfig:
     """How images are made: by which sampler, in how many steps, how strongly guided."""
 
     sampler: SamplerName = "ddim"
-    num_steps: int = 50
-    guidance_scale: float = 0.0
+    steps: int = 50
+    guidance: float = 0.0
     eta: float = 0.0
 
     def __post_init__(self) -> None:
@@ -38,8 +38,8 @@ class SamplerConfig:
         names = ", ".join(SAMPLERS)
         rules = {
             "sampler": (self.sampler in SAMPLERS, names, "ddim"),
-            "steps": (self.num_steps >= 1, "1 or more", 50),
-            "guidance": (0 <= self.guidance_scale < math.inf, "0 (none) or more", 0.5),
+            "steps": (self.steps >= 1, "1 or more", 50),
+            "guidance": (0 <= self.guidance < math.inf, "0 (none) or more", 0.5),
             "eta": (0 <= self.eta <= 1, "0 (no fresh noise) to 1", 0),
         }
         for name, (is_valid, allowed, typical) in rules.items():
@@ -65,12 +65,12 @@ class SamplerConfig:
         )
         if is_one_step and overrides.get("steps") not in (None, 1):
             raise UsageError(
-                f"steps is {config.num_steps}, and this model knows pure noise only, conditioning "
+                f"steps is {config.steps}, and this model knows pure noise only, conditioning "
                 "one_step; allowed: 1; type --steps=1"
             )
-        if config.guidance_scale and not supports_guidance:
+        if config.guidance and not supports_guidance:
             raise UsageError(
-                f"guidance is {config.guidance_scale}, and the model was trained without labels "
+                f"guidance is {config.guidance}, and the model was trained without labels "
                 "that are "
                 "sometimes withheld; allowed: 0; type --guidance=0, or train with "
                 "--model.labels=true --model.label_dropout=0.1"
@@ -121,7 +121,7 @@ def sample_images(
     """
     total, timesteps, sampler = (
         len(image_ids),
-        noise_schedule.timesteps(config.num_steps),
+        noise_schedule.timesteps(config.steps),
         config.build_sampler(),
     )
     num_batches = -(-total // batch_size)

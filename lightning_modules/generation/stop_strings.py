@@ -25,7 +25,8 @@ def generate_text(
 ) -> list[str]:
     """What follows each prompt, up to a stop; `kwargs` as in `generate`.
 
-    write(net, tokenizer, ["ROMEO:"], stops=["\n\n"], new=200, context=64, show=print)
+    sizes = {"max_new_tokens": 200, "context_length": 64}
+    generate_text(net, tokenizer, ["ROMEO:"], stops=["\n\n"], on_text=print, **sizes)
 
     With `on_text`, the first text is handed out piece by piece, as soon as it is certain.
     """
@@ -34,8 +35,8 @@ def generate_text(
             "a stop is empty; allowed: any text; type --stop='\\n\\n', or leave it away"
         )
     stop_sequences = [tokenizer.encode(stop).tolist() for stop in stops]
-    if tokenizer.end is not None:  # a text of its own kind ends there
-        stop_sequences.append([tokenizer.end])
+    if tokenizer.eos_id is not None:  # a text of its own kind ends there
+        stop_sequences.append([tokenizer.eos_id])
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
     tokens = torch.empty(len(prompts), 0, dtype=torch.int64)
     texts, num_emitted = [""] * len(prompts), 0
@@ -45,7 +46,7 @@ def generate_text(
         new_tokens = chunk.tokens.masked_fill(~chunk.mask, -1).cpu()
         tokens = torch.cat((tokens, new_tokens), 1)
         full_texts = [
-            tokenizer.decode([n for n in row if n not in (-1, tokenizer.end)])
+            tokenizer.decode([n for n in row if n not in (-1, tokenizer.eos_id)])
             for row in tokens.tolist()
         ]
         texts = [truncate_at_stop(text, stops) for text in full_texts]

@@ -3,7 +3,7 @@
     values = InitialValues.of(build)     the network on the meta device, and how each value is drawn
     values.draw("blocks.0.mlp.up.weight", 0, 100)      rows 0 to 99 of one parameter
     values.materialize()                               all of them, on one process
-    parameter.initial_values.rows(0, 100)              the same rows as a parameter's attribute
+    parameter.initial_values.get_rows(0, 100)          the same rows as a parameter's attribute
 
 A network's constructor names a distribution for each parameter (`nn.init.normal_`, ...). On the
 meta device it runs without memory, and the last operation on each parameter is recorded. The values

@@ -93,48 +93,48 @@ class UNet(nn.Module):
     UNet(channels=1, width=64)(torch.randn(2, 1, 28, 28), torch.tensor([1, 999]))
 
     Args:
-        in_channels: of the images.
-        base_channels: channels at full size; a multiple of 8.
-        time_embed_dim: of the embedding.
-        num_classes: of the labels; 0 for none. A label equal to `num_classes` means that none is
+        channels: of the images.
+        width: channels at full size; a multiple of 8.
+        time_width: of the embedding.
+        classes: of the labels; 0 for none. A label equal to `classes` means that none is
         given.
-        patch_size: the net sees squares of so many pixels as one, with as many more channels.
-        has_attention: let pixels look at each other at a quarter of the size.
+        patch: the net sees squares of so many pixels as one, with as many more channels.
+        attention: let pixels look at each other at a quarter of the size.
     """
 
     def __init__(
         self,
-        in_channels: int = 1,
-        base_channels: int = 64,
-        time_embed_dim: int = 256,
-        num_classes: int = 0,
-        patch_size: int = 1,
-        has_attention: bool = False,
+        channels: int = 1,
+        width: int = 64,
+        time_width: int = 256,
+        classes: int = 0,
+        patch: int = 1,
+        attention: bool = False,
     ) -> None:
         """Build it."""
         super().__init__()
         if (
-            base_channels < NUM_GROUPS
-            or base_channels % NUM_GROUPS
-            or time_embed_dim < 2
-            or time_embed_dim % 2
-            or patch_size < 1
+            width < NUM_GROUPS
+            or width % NUM_GROUPS
+            or time_width < 2
+            or time_width % 2
+            or patch < 1
         ):
             raise UsageError(
-                f"width is {base_channels}, time_width {time_embed_dim}, patch {patch_size}; "
+                f"width is {width}, time_width {time_width}, patch {patch}; "
                 "allowed: a width that "
                 f"{NUM_GROUPS} divides, an even time_width, a patch of 1 or more; "
                 "type --model.width=64 --model.time_width=256 --model.patch=1"
             )
         self.init_kwargs = {
-            "channels": in_channels, "width": base_channels, "time_width": time_embed_dim,
-            "classes": num_classes,
-            "patch": patch_size, "attention": has_attention,
+            "channels": channels, "width": width, "time_width": time_width,
+            "classes": classes,
+            "patch": patch, "attention": attention,
         }  # fmt: skip
-        w, d, inner_channels = base_channels, time_embed_dim, in_channels * patch_size**2
-        self.classes, self.patch_size, self.time_embed_dim = num_classes, patch_size, time_embed_dim
+        w, d, inner_channels = width, time_width, channels * patch**2
+        self.classes, self.patch_size, self.time_embed_dim = classes, patch, time_width
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
-        self.labels = nn.Embedding(num_classes + 1, d) if num_classes else None
+        self.labels = nn.Embedding(classes + 1, d) if classes else None
         self.blocks = nn.ModuleDict(
             {
                 "first": ResidualBlock(inner_channels, w, d),
@@ -143,7 +143,7 @@ class UNet(nn.Module):
                 "narrow2": nn.Conv2d(2 * w, 2 * w, 3, stride=2, padding=1),
                 "third": ResidualBlock(2 * w, 4 * w, d),
                 "middle": ResidualBlock(4 * w, 4 * w, d),
-                "attention": SpatialSelfAttention(4 * w) if has_attention else nn.Identity(),
+                "attention": SpatialSelfAttention(4 * w) if attention else nn.Identity(),
                 "widen1": nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1),
                 "fourth": ResidualBlock(4 * w, 2 * w, d),
                 "widen2": nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1),

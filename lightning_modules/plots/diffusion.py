@@ -123,12 +123,12 @@ def plot_all(
     y = image_ids % num_classes if num_classes else None
 
     def denoise_conditional(x: Tensor, t: float) -> Tensor:
-        return denoise(x, x.new_full((len(x),), t), y, sampler_config.guidance_scale).clamp(-1, 1)
+        return denoise(x, x.new_full((len(x),), t), y, sampler_config.guidance).clamp(-1, 1)
 
     def denoise_unconditional(x: Tensor, t: float) -> Tensor:
         return denoise(x, x.new_full((len(x),), t)).clamp(-1, 1)
 
-    timesteps = noise_schedule.timesteps(sampler_config.num_steps)
+    timesteps = noise_schedule.timesteps(sampler_config.steps)
     first_noise, second_noise = (
         normals(derive_key(name), image_ids, tuple(x0.shape[1:])) for name in ("one", "other")
     )

@@ -109,7 +109,9 @@ def plot_attention(net: Transformer, tokens: Tensor, token_names: Sequence[str])
     blocks: dict[str, Any] = dict(net.blocks.items())  # a stage of a pipeline has some
     hooks = [
         block.attention.register_forward_pre_hook(
-            lambda module, inputs: layer_weights.append(module.weights(inputs[0])[0].float().cpu())
+            lambda module, inputs: layer_weights.append(
+                module.compute_weights(inputs[0])[0].float().cpu()
+            )
         )
         for block in blocks.values()
     ]

@@ -372,7 +372,7 @@ def copy_weights(net: Transformer, weights: dict[str, Tensor], name: str) -> Non
         tensor = weights[key][: len(parameter)]
         values = getattr(parameter, "initial_values", None)  # its values are made later
         if values is not None:
-            values.read_from(tensor)
+            values.set_source(tensor)
         else:
             parameter.zero_()[: len(tensor)].copy_(tensor)  # the padding stays zero
 

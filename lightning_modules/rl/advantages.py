@@ -44,7 +44,7 @@ class Estimator:
     """How rewards become a loss.
 
     estimator = Estimator("rloo", scope="group")
-    w = estimator.weights(rewards, group_size=4)                       # (b)
+    w = estimator.advantages(rewards, group_size=4)                    # (b)
     loss = estimator.loss(log_probabilities, mask, w, length=256, tokens=mask.sum())
 
     Args:

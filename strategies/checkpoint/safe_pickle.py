@@ -251,8 +251,8 @@ def _build_call(function: Any, arguments: Any) -> Any:
 
 def _count_operations(handler: Callable[[Any], None]) -> Callable[[Any], None]:
     def counting_handler(self: Any) -> None:
-        self.left -= 1
-        if self.left < 0:
+        self.num_operations_left -= 1
+        if self.num_operations_left < 0:
             raise UnsafePickle(f"it has more than {MAX_OPERATIONS:,} operations")
         handler(self)
 

@@ -303,7 +303,7 @@ class GatheredView(Tensor):
             else:
                 result = func(*args, **kwargs)
             for copy in copies:
-                copy.write()
+                copy.write_back()
             return tree_map_only(
                 Tensor, lambda tensor: GatheredView.from_copies(tensor, copies), result
             )
@@ -387,7 +387,7 @@ def _gather_tensor(tensor: DTensor) -> Tensor:
     """The whole tensor; of a trained parameter the one whose gradients the unit reduces."""
     if isinstance(tensor, ShardedParameter) and tensor.requires_grad and hasattr(tensor, "_gather"):
         gather, group, parameter = tensor._gather  # pyright: ignore[reportAttributeAccessIssue]
-        gather.hold(group)
+        gather.hold_group(group)
         return parameter._unsharded_param
     return tensor.full_tensor()
 
@@ -690,12 +690,12 @@ def _gathered_memory(parameter: Any) -> Tensor:
 def _write_back_group(group: Any, refuse: Callable[[Any], None], compare_values: bool) -> None:
     """Copy the gathered parameters of one group to the shards, where they have been written."""
     rows: Any = vars(group).get("_written_rows")
-    if rows is None or rows.are_old():
+    if rows is None or rows.is_stale():
         rows = group._written_rows = _GroupRows(group)
     for p in rows.parameters:
         copy = p._unsharded_param
         if copy.data_ptr() != p.all_gather_outputs[0].data_ptr():  # p.data = new
-            if not rows.alike or copy.shape != p._orig_size:
+            if not rows.has_same_dtypes or copy.shape != p._orig_size:
                 refuse(p)
             gathered = _gathered_memory(p)
             # `p.data = new` is no change for autograd in one process, so it is none here
@@ -704,9 +704,9 @@ def _write_back_group(group: Any, refuse: Callable[[Any], None], compare_values:
             copy.data = gathered
     if not rows.parameters:  # all of them are frozen
         return
-    if rows.alike:
+    if rows.has_same_dtypes:
         _foreach_copy_(rows.shards, rows.copies)
-    elif rows.have_changed() or compare_values:
+    elif rows.versions_changed() or compare_values:
         for p, copy, shard in zip(rows.parameters, rows.copies, rows.shards, strict=True):
             if not torch.equal(copy, shard.to(copy.dtype)):
                 refuse(p)
@@ -746,11 +746,11 @@ def _record_output_nodes(state: Any, register_hook: Callable[[Any], Any], output
     """Keep the nodes of a unit's outputs, where gradients enter the unit."""
     output = register_hook(output)
     gather = state._gather
-    if gather.looks and torch.is_grad_enabled():
+    if gather.should_search_graph and torch.is_grad_enabled():
         leaves = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
         nodes = {leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None}
         for group in fsdp_param_groups(state):
-            gather.outputs.setdefault(group, set()).update(nodes)
+            gather.output_nodes.setdefault(group, set()).update(nodes)
     return output
 
 
@@ -820,7 +820,7 @@ def _keep_gathered_in_step(state: Any) -> Callable[[], None]:
     def final_callback() -> None:
         original_callback()
         gather = state._gather
-        if gather.in_step and not gather.in_backward:
+        if gather.is_in_step and not gather.is_in_backward:
             groups = [
                 g
                 for other_state in state._state_ctx.all_states
@@ -828,6 +828,6 @@ def _keep_gathered_in_step(state: Any) -> Callable[[], None]:
             ]
             if gather.module.automatic_optimization or not _have_gradients(groups):
                 for group in groups:
-                    gather.hold(group)
+                    gather.hold_group(group)
 
     return final_callback

@@ -389,7 +389,7 @@ def test_an_error_of_shards_in_a_hook_is_one_line(
     assert said.count("\n") == 1
     assert said.startswith("lightning: error: the module or a callback: in a hook (")
     assert said.endswith("type --trainer.strategy ddp\n")
-    assert sharding.of_shards(RuntimeError("")) is False
+    assert sharding.is_sharding_error(RuntimeError("")) is False
     command.run = raising(tmp_path / "theirs", 'raise RuntimeError("size mismatch")')
     with pytest.raises(RuntimeError, match="size mismatch"):
         door.main(["fit"])

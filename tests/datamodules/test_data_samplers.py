@@ -118,7 +118,7 @@ def test_a_position_inside_a_batch_of_this_run_is_refused() -> None:
 
 
 def test_repeating_hands_out_the_first_epoch_for_ever() -> None:
-    one = loader(repeat=True)
+    one = loader(repeat_first_epoch=True)
     assert not hasattr(one, "sampler")
     assert list(one) == list(one) == list(loader())
 

@@ -109,7 +109,7 @@ def test_a_download_is_checked_and_kept(serve: Serve, tmp_path: Path) -> None:
 def test_a_gzip_is_checked_by_what_is_inside_and_kept_as_it_came(serve: Serve) -> None:
     for level in (1, 9):  # mirrors wrap it differently
         body = gzip.compress(CONTENT, level)
-        good = replace(serve(body), gzipped=True, path=f"plays/{level}.gz")
+        good = replace(serve(body), is_gzipped=True, path=f"plays/{level}.gz")
         assert download_if_missing("play", good) == ""
         assert find_local(good).read_bytes() == body
 
@@ -125,7 +125,7 @@ def test_a_gzip_is_checked_by_what_is_inside_and_kept_as_it_came(serve: Serve) -
     ids=["plain", "cut", "another", "bomb"],
 )
 def test_a_bad_gzip_leaves_nothing(serve: Serve, tmp_path: Path, body: bytes, reason: str) -> None:
-    assert reason in download_if_missing("play", replace(serve(body), gzipped=True))
+    assert reason in download_if_missing("play", replace(serve(body), is_gzipped=True))
     assert left_behind(tmp_path) == []
 
 

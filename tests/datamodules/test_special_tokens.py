@@ -39,7 +39,7 @@ KINDS = {
     "characters": lambda text: CharTokenizer(text),
     "bytes": lambda text: ByteTokenizer(),
     "gpt2": lambda text: BPETokenizer(pieces()),
-    "file": lambda text: of_merges(specials="plain"),
+    "file": lambda text: of_merges(special_tokens="plain"),
     "gpt2, allowed": lambda text: BPETokenizer(pieces(), "allowed"),
     "file, allowed": lambda text: of_merges(),
 }
@@ -57,7 +57,7 @@ def test_a_cut_at_any_border_changes_no_token(kind: str) -> None:
     for _ in range(150):
         text = "".join(rng.choices(ALPHABET, k=40))
         tokenizer = KINDS[kind](text)
-        whole = tokenizer.numbers(text).tolist()
+        whole = tokenizer.encode_array(text).tolist()
         for size in (2, 9, 30):
             step = rng.randint(1, 20)
             parts = list(
@@ -66,7 +66,7 @@ def test_a_cut_at_any_border_changes_no_token(kind: str) -> None:
                 )
             )
             assert "".join(parts) == text
-            assert [n for part in parts for n in tokenizer.numbers(part).tolist()] == whole
+            assert [n for part in parts for n in tokenizer.encode_array(part).tolist()] == whole
             cuts += len(parts) - 1
     assert cuts > 1000
 
@@ -98,7 +98,7 @@ def test_special_tokens_are_read_as_chosen() -> None:
     text = f"One.{END}Two{END}{END} the"
     for made in (
         lambda how: BPETokenizer(pieces(), how),
-        lambda how: of_merges(specials=how),
+        lambda how: of_merges(special_tokens=how),
     ):
         plain, allowed = made("plain"), made("allowed")
         assert plain.eos_id == allowed.eos_id == len(pieces())
@@ -148,7 +148,7 @@ def by_hand(text: str) -> list[int]:
 
 
 def test_merges_are_applied_in_their_order_within_words() -> None:
-    tokenizer, rng = of_merges(specials="plain"), random.Random(1)
+    tokenizer, rng = of_merges(special_tokens="plain"), random.Random(1)
     for _ in range(20):
         text = "".join(rng.choices([*ALPHABET, *JOINED], k=60))
         assert tokenizer.encode(text).tolist() == by_hand(text)

@@ -165,7 +165,7 @@ def test_a_tokenizer_beside_the_tokens_or_named_gives_their_text(tmp_path: Path)
     beside = data_of(place)
     for data in (named, beside):
         assert data.tokenizer.vocabulary == 257
-        assert data.tokenizer.alike(tokenizer)
+        assert data.tokenizer.is_equivalent(tokenizer)
     assert data_of(place, vocabulary=300).tokenizer.kind == "numbers"  # what is typed comes first
 
 

@@ -23,7 +23,7 @@ NETS = {
     "mixture": lambda: Transformer(
         100, 64, layers=1, width=64, heads=4, experts=4, zero_init=False
     ),
-    "U-Net": lambda: UNet(3, 16, num_classes=4, has_attention=True).to(
+    "U-Net": lambda: UNet(3, 16, classes=4, attention=True).to(
         memory_format=torch.channels_last
     ),
     "batch norm": lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Linear(9, 64)),

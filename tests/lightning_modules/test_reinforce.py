@@ -241,7 +241,7 @@ def test_what_was_drawn_is_scored_the_same_in_the_update(base) -> None:
     fit(fresh, data(base), 0)
     fresh.eval()
     torch.testing.assert_close(
-        compute_rollout_logprobs(fresh, rollout, model.sampling).detach(), rollout.sampled,
+        compute_rollout_logprobs(fresh, rollout, model.sampling).detach(), rollout.sampler_logprobs,
         rtol=0, atol=1e-5,
     )  # fmt: skip
 
@@ -256,7 +256,7 @@ def test_a_prompt_that_several_texts_share_is_read_once_and_the_step_is_the_same
     rollout = watch.rollouts[1]
     model.zero_grad()
     model.eval()
-    for each in (rollout, rollout._replace(branches=None)):
+    for each in (rollout, rollout._replace(shared_prefix=None)):
         hook = model.net.embed.register_forward_hook(
             lambda _, given, __: read.append(given[0].numel())
         )  # type: ignore
@@ -269,9 +269,9 @@ def test_a_prompt_that_several_texts_share_is_read_once_and_the_step_is_the_same
     assert read[2] == 32 * (8 + 15)
     assert max(float((a - b).abs().max()) for a, b in zip(read[1], read[3], strict=True)) < 1e-6
     assert max(float(gradient.abs().max()) for gradient in read[1]) > 1e-3
-    texts = rollout.text, rollout.places, rollout.tokens, rollout.mask, model.sampling
+    texts = rollout.input_ids, rollout.logit_positions, rollout.tokens, rollout.mask, model.sampling
     whole, _ = compute_ref_logprobs(model._reference_nets[0], *texts)
-    torch.testing.assert_close(rollout.reference, whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rollout.ref_logprobs, whole, rtol=0, atol=1e-6)
 
 
 def test_the_reference_is_read_whole_at_the_sampling_temperature_and_at_one(base) -> None:
@@ -281,12 +281,14 @@ def test_the_reference_is_read_whole_at_the_sampling_temperature_and_at_one(base
     model.lr = 0.05
     rollout = fit(model, data(base), 3).rollouts[2]
     net = model._reference_nets[0]
-    logits = net(rollout.text)[torch.arange(len(rollout.text))[:, None], rollout.places].detach()
+    logits = net(rollout.input_ids)[
+        torch.arange(len(rollout.input_ids))[:, None], rollout.logit_positions
+    ].detach()
     warm, plain = (
         (logits / t).log_softmax(-1).gather(-1, rollout.tokens[..., None])[..., 0]
         for t in (0.7, 1.0)
     )
-    torch.testing.assert_close(rollout.reference, warm, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rollout.ref_logprobs, warm, rtol=0, atol=1e-5)
     said = torch.tensor([row["reference_log_probability"] for row in model.samples()])
     torch.testing.assert_close(said, plain.mean(1), rtol=0, atol=1e-5)
 
@@ -485,7 +487,7 @@ def test_a_reward_of_the_users_gets_what_it_asks_for(base, tmp_path) -> None:
         assert json.dumps({"prompt": prompt, "wanted": wanted}) in lines
     assert seen["log_probabilities"].shape == seen["tokens"].shape == seen["mask"].shape == (8, 16)
     unscored = torch.tensor([w == "x0" for w in seen["wanted"]])
-    assert not rollout.weights[unscored].any()
+    assert not rollout.advantages[unscored].any()
 
 
 def once(texts: list[str]) -> list[float]:
@@ -896,13 +898,15 @@ def test_the_divergence_lowers_the_weights_and_in_the_loss_it_leaves_them_alone(
     model.lr = 0.05
     rollout = fit(model, data(base), 3).rollouts[2]  # away from the base
     rewards = torch.tensor([row["reward"] for row in model.samples()], dtype=torch.float64)
-    assert rollout.reference is not None
-    away = (rollout.sampled - rollout.reference).double().where(rollout.mask, 0.0).sum(1) / 16
+    assert rollout.ref_logprobs is not None
+    away = (rollout.sampler_logprobs - rollout.ref_logprobs).double().where(rollout.mask, 0.0).sum(
+        1
+    ) / 16
     assert away.std() > 1e-2
     exact, scored = estimator.advantages(rewards), ~rewards.isnan()
     assert exact.any()
     if kl.where == "reward":
         others = (away[scored].sum() - away[scored]) / (int(scored.sum()) - 1)
         exact[scored] -= 0.5 * (away[scored] - others)
-    assert not rollout.weights[~scored].any()
-    torch.testing.assert_close(rollout.weights.double(), exact, atol=1e-6, rtol=0)
+    assert not rollout.advantages[~scored].any()
+    torch.testing.assert_close(rollout.advantages.double(), exact, atol=1e-6, rtol=0)

@@ -63,8 +63,8 @@ def on_each_layout():
     for zero in (1, 2, 3):
         weights, seen, sync = train(Statistics, MeshStrategy(zero=zero))
         found[zero] = weights, seen
-        assert "queue" in sync.sent
-        assert "table" in sync.watched
+        assert "queue" in sync.broadcast_names
+        assert "table" in sync.unchanged_fingerprints
     return found
 
 

@@ -23,27 +23,27 @@ KINDS = {  # by what torch calls them, on whichever road a message goes
     "broadcast": ("broadcast_", "broadcast"),
 }
 LAYOUTS = {  # the strategy, and the same for the formula
-    "zero1": (lambda n: {"zero": 1}, lambda n: {"zero": 1, "shards": n}),
-    "zero2": (lambda n: {"zero": 2}, lambda n: {"zero": 2, "shards": n}),
-    "zero3": (lambda n: {}, lambda n: {"shards": n}),
-    "hsdp": (lambda n: {"dp_replicate": 2}, lambda n: {"copies": 2, "shards": n // 2}),
+    "zero1": (lambda n: {"zero": 1}, lambda n: {"zero_stage": 1, "num_shards": n}),
+    "zero2": (lambda n: {"zero": 2}, lambda n: {"zero_stage": 2, "num_shards": n}),
+    "zero3": (lambda n: {}, lambda n: {"num_shards": n}),
+    "hsdp": (lambda n: {"dp_replicate": 2}, lambda n: {"num_replicas": 2, "num_shards": n // 2}),
     "tp": (lambda n: {"dp_shard": 1, "tp": n}, lambda n: {"tp": n}),
     "sp": (
         lambda n: {"dp_shard": 1, "tp": n, "sequence_parallel": True},
-        lambda n: {"tp": n, "sequence": True},
+        lambda n: {"tp": n, "is_sequence_parallel": True},
     ),
-    "2d": (lambda n: {"tp": 2}, lambda n: {"tp": 2, "shards": n // 2}),
-    "ep": (lambda n: {"ep": -1}, lambda n: {"shards": n, "ep": n}),
+    "2d": (lambda n: {"tp": 2}, lambda n: {"tp": 2, "num_shards": n // 2}),
+    "ep": (lambda n: {"ep": -1}, lambda n: {"num_shards": n, "ep": n}),
     "cp": (lambda n: {"dp_shard": 1, "cp": n}, lambda n: {"cp": n}),
-    "zero3 x cp": (lambda n: {"cp": 2}, lambda n: {"cp": 2, "shards": n // 2}),
+    "zero3 x cp": (lambda n: {"cp": 2}, lambda n: {"cp": 2, "num_shards": n // 2}),
     "pp": (
         lambda n: {"dp_shard": 1, "pp": n, "schedule": "gpipe", "microbatches": 2},
-        lambda n: {"stages": n, "microbatches": 2},
+        lambda n: {"num_stages": n, "num_microbatches": 2},
     ),
-    "1f1b": (lambda n: {"dp_shard": 1, "pp": n}, lambda n: {"stages": n}),
+    "1f1b": (lambda n: {"dp_shard": 1, "pp": n}, lambda n: {"num_stages": n}),
     "interleaved": (
         lambda n: {"dp_shard": 1, "pp": n, "schedule": "interleaved"},
-        lambda n: {"stages": 2 * n},
+        lambda n: {"num_stages": 2 * n},
     ),
 }
 FOUR = ("hsdp", "2d", "zero3 x cp")  # they have two axes
@@ -135,7 +135,7 @@ def test_a_step_sends_what_the_formula_says(ranks, tmp_path, world, layers):
     layouts = [
         name
         for name, (_, how) in LAYOUTS.items()
-        if how(world).get("stages", 1) <= layers and (world == 4 or name not in FOUR)
+        if how(world).get("num_stages", 1) <= layers and (world == 4 or name not in FOUR)
     ]
     everywhere = ranks(count, world, text, layouts, world, layers, timeout=300)
     for name in layouts:

@@ -192,7 +192,7 @@ def lost_gradients():
     def dropped(returning, totals, results):
         returning.received()
 
-    return mock.patch.object(context, "_add_gradients", dropped)
+    return mock.patch.object(context, "_add", dropped)
 
 
 @contextmanager
@@ -334,15 +334,15 @@ def test_layers_share_the_tables_of_rotary_positions_also_after_a_move():
 def test_a_part_of_a_sequence_turns_as_it_does_in_the_whole():
     net = Transformer(5, 64, layers=1, width=16, heads=2)
     attention, x = net.blocks["0"].attention, torch.randn(1, 64, 16)
-    query, key, _ = attention.parts(x)
+    query, key, _ = attention.project_qkv(x)
     attention.rotary.times = times = zigzag_positions(64, 1, 2)
-    some, others, _ = attention.parts(x[:, times])
+    some, others, _ = attention.project_qkv(x[:, times])
     assert torch.equal(some, query[:, :, times])
     assert torch.equal(others, key[:, :, times])
-    rows = attention.rotary.rows(32)
-    assert rows is attention.rotary.rows(32)  # every layer gets these
+    rows = attention.rotary.get_rows(32)
+    assert rows is attention.rotary.get_rows(32)  # every layer gets these
     attention.rotary.times = None
-    assert torch.equal(attention.parts(x)[0], query)
+    assert torch.equal(attention.project_qkv(x)[0], query)
 
 
 def ways(mode):

@@ -267,12 +267,12 @@ def test_values_are_read_by_rows_and_zero_beyond_them():
     module.configure_model()
     parameter: Any = module.get_parameter("net.embed.weight")
     values, drawn = deferred_values(parameter), torch.cat(list(blocks(parameter)))
-    assert torch.equal(values.rows(3, 20), drawn[3:20])
+    assert torch.equal(values.get_rows(3, 20), drawn[3:20])
     stored = torch.randn(40, 64, dtype=torch.float64)
-    values.read_from(stored)
-    assert torch.equal(values.rows(3, 20), stored[3:20].float())
+    values.set_source(stored)
+    assert torch.equal(values.get_rows(3, 20), stored[3:20].float())
     for start, stop in ((30, len(parameter)), (45, 47)):
         expected = torch.zeros(stop - start, 64)
         part = stored[start:stop].float()
         expected[: len(part)] = part
-        assert torch.equal(values.rows(start, stop), expected)
+        assert torch.equal(values.get_rows(start, stop), expected)

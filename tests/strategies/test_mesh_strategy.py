@@ -302,15 +302,15 @@ def summed_instead_of_averaged():
 
 def replicas_that_never_meet():
     accumulate = parallelize.ParallelModule.set_requires_all_reduce
-    parallelize.ParallelModule.set_requires_all_reduce = lambda self, more: accumulate(
+    parallelize.ParallelModule.set_requires_all_reduce = lambda self, is_accumulating: accumulate(
         self, is_accumulating=True
     )
 
 
 def replicas_that_meet_too_late():
     accumulate = parallelize.ParallelModule.set_requires_all_reduce
-    parallelize.ParallelModule.set_requires_all_reduce = lambda self, more: accumulate(
-        self, is_accumulating=not more
+    parallelize.ParallelModule.set_requires_all_reduce = lambda self, is_accumulating: accumulate(
+        self, is_accumulating=not is_accumulating
     )
 
 
@@ -326,8 +326,8 @@ def gradients_of_a_bucket_that_are_not_sent():
     launch = zero1.Zero1Reducer._launch_bucket
 
     def fault(self):
-        if self._launched == 0:
-            self._launched = 1
+        if self._num_launched == 0:
+            self._num_launched = 1
         else:
             launch(self)
 
@@ -374,7 +374,7 @@ def gradients_not_divided_by_their_number():
 
     def fault(self, *args):
         loss = step(self, *args)
-        return loss * self.microbatches
+        return loss * self.num_microbatches
 
     pipeline.Pipeline.step = fault
 

@@ -115,7 +115,7 @@ def stand_ins(tied):
     trainer.strategy.setup_environment()
     trainer.strategy.parallelize(module)
     ours = [n for n, _ in module.named_parameters()]
-    with trainer.strategy.pipeline.whole():
+    with trainer.strategy.pipeline.full_net():
         after = classify_params(module), [(n, p.shape) for n, p in module.named_parameters()]
         bytes_of_stand_ins = sum(
             p.untyped_storage().nbytes() for p in module.parameters() if hasattr(p, "elsewhere")

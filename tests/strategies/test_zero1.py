@@ -120,9 +120,9 @@ class Kept(L.Callback):
         self.without, self.of_others = [], []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        named, own = dict(module.named_parameters()), trainer.strategy.gradients
+        named, own = dict(module.named_parameters()), trainer.strategy.zero1_reducer
         self.without.append({name for name, p in named.items() if p.grad is None})
-        self.of_others.append({name for name, p in named.items() if own.owner[p] != own.rank})
+        self.of_others.append({name for name, p in named.items() if own.owner_of[p] != own.rank})
 
 
 def counted(reads=False):

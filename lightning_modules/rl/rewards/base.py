@@ -77,7 +77,7 @@ class Samples:
         rows = slice(first, last)
         fields = {
             name: None if (x := getattr(self, name)) is None else copy.deepcopy(x[rows])
-            for name in ("prompts", "texts", "tokens", "mask", "log_probabilities", "reference")
+            for name in ("prompts", "texts", "tokens", "mask", "log_probabilities", "ref_logprobs")
         }
         return Samples(
             **fields,  # type: ignore[arg-type]

@@ -94,7 +94,7 @@ def measured(callback, module=None, data=None, world: int = 1):
         enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     trainer.validate(module or Painter(), data or Pictures(), verbose=False)
-    return callback.found | {"logged": dict(trainer.callback_metrics)}
+    return callback.last_metrics | {"logged": dict(trainer.callback_metrics)}
 
 
 @pytest.fixture(autouse=True)

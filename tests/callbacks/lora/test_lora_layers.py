@@ -279,7 +279,7 @@ def test_gradients_of_an_attention_equal_those_through_its_dense_weights():
     x, layer = torch.randn(2, 5, 8, dtype=DOUBLE), net["attend"]
     layer(x, x, x)[0].square().sum().backward()
     twin = attention()
-    changes = layer.lora_changes()
+    changes = layer.lora_delta_weights()
     twin["attend"].load_state_dict(
         {k: v for k, v in layer.state_dict().items() if "lora_" not in k}
     )
@@ -570,6 +570,6 @@ def test_merged_weights_are_as_frozen_as_they_were(tied):
 def test_a_bfloat16_weight_is_merged_by_one_rounding():
     net = nn.Sequential(nn.Linear(64, 64)).bfloat16()
     adapt_module(net, "0", rank=2)
-    exact = net[0].weight.double() + randomized(net)[0].lora_changes()["weight"]
+    exact = net[0].weight.double() + randomized(net)[0].lora_delta_weights()["weight"]
     merge(net)
     assert torch.equal(net[0].weight, exact.bfloat16())

@@ -224,7 +224,9 @@ def test_a_compiled_net_trains_as_before_under_the_same_names(blocks: bool) -> N
     for (name, a), b in zip(compiled.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
     marked = [m for m in compiled.modules() if m._compiled_call_impl is not None]
-    assert [type(m).__name__ for m in marked] == (["Block"] * 2 if blocks else ["Transformer"])
+    assert [type(m).__name__ for m in marked] == (
+        ["TransformerBlock"] * 2 if blocks else ["Transformer"]
+    )
     assert trainer.global_step == 2
 
 

@@ -106,7 +106,10 @@ def test_what_the_new_group_does_not_say_is_as_the_plan_has_it():
     )
     trainer, _ = fitted(plan, Unfreeze())
     optimizer = trainer.optimizers[0]
-    rows = {label: [g["lr"] for g in groups] for label, (_, groups) in optimizer.by_label().items()}
+    rows = {
+        label: [g["lr"] for g in groups]
+        for label, (_, groups) in optimizer.groups_by_label().items()
+    }
     assert rows == {"bias": [0.5, 0.5], "rest": [pytest.approx(0.02)] * 2}
     assert [type(member) for member in optimizer.members] == [SGD, AdamW]
     assert optimizer.param_groups[-1]["weight_decay"] == 0.3

@@ -82,7 +82,7 @@ def test_a_cosine_from_zero_is_the_courses():
 )
 def test_a_schedule_that_does_not_fit_the_run_is_refused(schedule, length, message):
     with pytest.raises(ValueError, match=message):
-        schedule.check(length)
+        schedule.validate(length)
 
 
 @pytest.mark.parametrize(("name", "share"), [("final", -3.0), ("final", 2.0), ("rate", 1e30)])

@@ -65,7 +65,7 @@ def test_a_cache_changes_nothing(sampling: Sampling, shape: dict[str, Any]) -> N
     for first in range(0, len(begun), 16):
         part = begun[first : first + 16]
         how: dict[str, Any] = {
-            "texts": range(first, first + len(part)),
+            "row_keys": range(first, first + len(part)),
             "stops": [[3], [22, 22, 22]],
         }
         with_cache = generate(net, part, 24, T, sampling, **how)
@@ -279,14 +279,17 @@ def test_a_seed_gives_every_text_its_own_numbers() -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"new": 0}, "max_new_tokens is 0"),
-        ({"window": "refuse", "new": 20}, "a prompt of 20 tokens and 20 new ones do not fit"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (
+            {"context_overflow": "refuse", "max_new_tokens": 20},
+            "a prompt of 20 tokens and 20 new ones do not fit",
+        ),
         ({"prompts": [torch.tensor([], dtype=torch.long)]}, "a prompt is empty"),
         ({"sampling": Sampling(top_k=24)}, "top_k is 24, and there are 23 different tokens"),
     ],
 )
 def test_what_cannot_be_written_is_refused(given: dict[str, Any], told: str) -> None:
-    how = {"prompts": prompts(20)[-1:], "new": 5, "context": T} | given
+    how = {"prompts": prompts(20)[-1:], "max_new_tokens": 5, "context_length": T} | given
     with pytest.raises(ValueError, match=told):
         generate(lively(), **how)
 

@@ -191,7 +191,7 @@ def test_norm_eps_stands_under_every_root_in_training_and_in_evaluation(norm):
         with torch.set_grad_enabled(grad):
             for part in (net.norm, block.attention_norm, block.mlp_norm):
                 assert torch.allclose(part(x), expected)
-            turned, _, _ = block.attention.parts(x)
+            turned, _, _ = block.attention.project_qkv(x)
             assert torch.allclose(turned.norm(dim=-1), unit.norm(dim=-1))
 
 

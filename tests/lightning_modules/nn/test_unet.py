@@ -51,7 +51,7 @@ def written_out(net: UNet, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) ->
 
 def test_it_computes_what_the_lectures_does() -> None:
     torch.manual_seed(0)
-    net = UNet(2, 16, 16, num_classes=3).double()
+    net = UNet(2, 16, 16, classes=3).double()
     for p in net.parameters():  # norms start as the identity
         torch.nn.init.normal_(p, std=0.2)
     x, t, y = torch.randn(3, 2, 8, 12).double(), torch.tensor([1, 500, 1000.0]), torch.arange(3)
@@ -78,20 +78,20 @@ def test_attention_is_the_mean_of_values_by_likeness() -> None:
 @pytest.mark.parametrize(("width", "parameters"), [(64, 4165953), (32, 1199521), (16, 428241)])
 def test_it_has_as_many_parameters_as_the_lectures(width: int, parameters: int) -> None:
     with torch.device("meta"):
-        assert count(UNet(base_channels=width)) == parameters
+        assert count(UNet(width=width)) == parameters
         assert parameters == 927 * width**2 + 3709 * width + 2 * 256 * 257 + 1
 
 
 def test_a_label_costs_a_row_of_the_embedding() -> None:
     with torch.device("meta"):
-        assert count(UNet(num_classes=10)) - count(UNet()) == 11 * 256
-        assert count(UNet(1, 24, 128, num_classes=10, patch_size=2)) == 615_188
+        assert count(UNet(classes=10)) - count(UNet()) == 11 * 256
+        assert count(UNet(1, 24, 128, classes=10, patch=2)) == 615_188
 
 
 @pytest.mark.parametrize(("patch", "attention"), [(1, False), (2, True)])
 @pytest.mark.parametrize("size", [(28, 28), (14, 14), (5, 9), (1, 1)])
 def test_any_size_goes_in_and_comes_out(size: tuple[int, int], patch: int, attention: bool) -> None:
-    net = UNet(3, 8, 8, patch_size=patch, has_attention=attention)
+    net = UNet(3, 8, 8, patch=patch, attention=attention)
     assert net(torch.randn(2, 3, *size), torch.tensor([1.0, 999.0])).shape == (2, 3, *size)
 
 
@@ -104,7 +104,7 @@ def test_what_is_padded_inside_is_as_if_it_had_been_padded_outside() -> None:
 
 def test_attention_starts_as_the_identity_and_then_mixes() -> None:
     torch.manual_seed(0)
-    with_it = UNet(1, 8, 8, has_attention=True)
+    with_it = UNet(1, 8, 8, attention=True)
     without = UNet(1, 8, 8)
     without.load_state_dict(with_it.state_dict(), strict=False)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0])
@@ -114,7 +114,7 @@ def test_attention_starts_as_the_identity_and_then_mixes() -> None:
 
 
 def test_times_and_labels_tell() -> None:
-    net = UNet(1, 8, 8, num_classes=3)
+    net = UNet(1, 8, 8, classes=3)
     x, t = torch.randn(1, 1, 8, 8).expand(5, -1, -1, -1), torch.tensor([1, 2, 1, 1, 1.0])
     made = net(x, t, torch.tensor([0, 0, 1, 3, 3]))
     for other in (1, 2, 3):
@@ -128,7 +128,7 @@ def test_times_and_labels_tell() -> None:
 
 
 def test_written_weights_build_the_same_net(tmp_path: Path) -> None:
-    net = UNet(3, 8, 16, num_classes=2, patch_size=2).to(memory_format=torch.channels_last)  # pyright: ignore
+    net = UNet(3, 8, 16, classes=2, patch=2).to(memory_format=torch.channels_last)  # pyright: ignore
     written = save_pretrained(net, str(tmp_path / "out"), {"prediction": "v"})
     assert written == f"{tmp_path}/out/model.safetensors, config.json"
     config = json.loads((tmp_path / "out" / "config.json").read_text())

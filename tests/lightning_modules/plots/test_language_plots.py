@@ -57,7 +57,7 @@ def test_a_heat_map_is_drawn_for_each_layer_and_head() -> None:
     assert maps.shape == (4, 5, 5)
     torch.testing.assert_close(maps.sum(-1), torch.ones(4, 5))
     x = net.blocks["0"].attention_norm(net.embed(tokens)[None])
-    torch.testing.assert_close(maps[:2], net.blocks["0"].attention.weights(x)[0].detach())
+    torch.testing.assert_close(maps[:2], net.blocks["0"].attention.compute_weights(x)[0].detach())
 
 
 def test_files_are_named_after_their_config(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def rollout(prompt: int = V, weights: Tensor | None = None) -> Rollout:
     reference, _ = compute_ref_logprobs(REFERENCE, text, places, TOKENS, MASK, COOL)
     with torch.no_grad():
         sampled = compute_rollout_logprobs(NET, fake, COOL)
-    return fake._replace(reference=reference, sampled=sampled)
+    return fake._replace(ref_logprobs=reference, sampler_logprobs=sampled)
 
 
 def log_p(prompt: int = V, sampling: Sampling = COOL) -> Tensor:
@@ -418,7 +418,7 @@ def test_k2_and_k3_in_the_loss_lower_the_next_tokens_divergence(name: str, forwa
     assert off(found, exact) < EXACT
     assert not fake.ref_logprobs.requires_grad  # though the reference could learn
     assert off(found, gradient(divergence()) / L) > 0.05  # not the divergence of whole texts
-    whole = policy_loss(fake._replace(weights=0 * P), scores, Estimator("none"), kl, L)
+    whole = policy_loss(fake._replace(advantages=0 * P), scores, Estimator("none"), kl, L)
     assert whole.item() == pytest.approx(
         0.3 * kl.kl_penalty(scores, fake.ref_logprobs, MASK, L).mean().item()
     )
@@ -468,7 +468,7 @@ def test_only_what_stands_before_the_end_counts() -> None:
     """Tokens after the end may be anything: bitwise the same loss."""
     garbage = TOKENS.masked_fill(~MASK, 1)
     text, places = pad_sequences_for_scoring([torch.tensor([V])] * N, garbage)
-    changed = rollout(V, REWARDS)._replace(text=text, places=places, tokens=garbage)
+    changed = rollout(V, REWARDS)._replace(input_ids=text, logit_positions=places, tokens=garbage)
     losses = [
         policy_loss(fake, compute_rollout_logprobs(NET, fake, COOL), Estimator("none"), KL(), L)
         for fake in (rollout(V, REWARDS), changed)
@@ -499,7 +499,9 @@ def test_top_k_is_scored_as_it_is_drawn() -> None:
     exact = gradient((p * REWARDS[possible]).sum())
 
     def keep(fake: Rollout) -> Rollout:
-        rows = {k: v for k, v in fake._asdict().items() if k not in ("share", "branches")}
+        rows = {
+            k: v for k, v in fake._asdict().items() if k not in ("tokens_per_rank", "shared_prefix")
+        }
         return Rollout(
             **{k: v[possible] for k, v in rows.items()}, tokens_per_rank=fake.tokens_per_rank
         )
@@ -566,7 +568,7 @@ def swapped(name: str, log_p: Tensor, log_ref: Tensor) -> Tensor:
 
 
 COMPARED, PENALTY = Estimator._centered, KL.kl_penalty
-CHOSEN = (rollouts, "chosen")
+CHOSEN = (rollouts, "gather_logprobs")
 TRAPS: dict[str, tuple[list[tuple[object, str, object]], Callable[[], None]]] = {
     "1 scored at another temperature than drawn": (
         [(*CHOSEN, at_temperature_one)],
@@ -593,15 +595,15 @@ TRAPS: dict[str, tuple[list[tuple[object, str, object]], Callable[[], None]]] = 
         lambda: test_rloo_is_unbiased(2),
     ),
     "7 the mean in the place of the others' mean": (
-        [(Estimator, "_compared", the_mean_for_the_others)],
+        [(Estimator, "_centered", the_mean_for_the_others)],
         lambda: test_rloo_is_unbiased(2),
     ),
     "8 the deviation of a sample": (
-        [(Estimator, "_compared", always_of_a_sample)],
+        [(Estimator, "_centered", always_of_a_sample)],
         lambda: test_grpo_ascends_the_arcsine_with_the_closed_factor(2),
     ),
     "8 a deviation of zero": (
-        [(Estimator, "_compared", a_deviation_of_zero)],
+        [(Estimator, "_centered", a_deviation_of_zero)],
         lambda: test_equal_rewards_weigh_nothing_and_never_are_nan(),
     ),
     "9 k1 in the loss": (
@@ -609,15 +611,15 @@ TRAPS: dict[str, tuple[list[tuple[object, str, object]], Callable[[], None]]] = 
         lambda: test_k1_in_the_loss_has_no_gradient_at_all_and_is_refused(),
     ),
     "10 k3 in the place of k2": (
-        [(divergences, "estimate", swapped)],
+        [(divergences, "estimate_kl", swapped)],
         lambda: test_k2_and_k3_in_the_loss_lower_the_next_tokens_divergence("k2", False),
     ),
     "11 k2 in the place of k3": (
-        [(divergences, "estimate", swapped)],
+        [(divergences, "estimate_kl", swapped)],
         lambda: test_k2_and_k3_in_the_loss_lower_the_next_tokens_divergence("k3", True),
     ),
     "12 k1 divided by the text's own length": (
-        [(KL, "penalty", of_its_own_length)],
+        [(KL, "kl_penalty", of_its_own_length)],
         lambda: test_k1_in_the_reward_is_the_gradient_of_the_reverse_divergence(),
     ),
 }
