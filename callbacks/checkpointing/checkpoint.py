@@ -1,4 +1,4 @@
-"""Checkpoint: the newest state of a run and its best one, in whole files without a NaN."""
+"""Checkpoint: keep the newest and the best checkpoint; atomic writes, no NaN in the weights."""
 
 import warnings
 from typing import Any, Literal
@@ -23,23 +23,23 @@ DEFAULT_MONITOR = "val/loss"
 
 
 class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
-    """Save `step=000600.ckpt` after each validation, and at the end; keep the newest and the best.
+    """Save `step=000600.ckpt` after each validation and at the end; keep the newest and the best.
 
-    Without a validation it saves at the end of each epoch. A file always stands between two
-    optimizer steps, after the validation where there is one, so that it holds its outcome. It is
-    written after all hooks of the step, the module's own `on_train_batch_end` included.
-    `best_model_path` is the newest while nothing was measured. Example:
-    `Checkpoint(monitor="val/accuracy", mode="max", every_n_train_steps=500)`.
+    Without validation it saves at the end of each epoch. A file is always written between two
+    optimizer steps. If a validation follows the step, the file is written after it and includes
+    its metrics. It is written after all hooks of the step, including the module's
+    `on_train_batch_end`. `best_model_path` is the newest file until the metric has been logged.
+    Example: `Checkpoint(monitor="val/accuracy", mode="max", every_n_train_steps=500)`.
 
     Args:
-        dirpath: folder of the files; `checkpoints` in the run's folder if not given.
-        monitor: metric that tells the best; `val/loss` may be missing, another one may not.
-        mode: whether the least or the greatest is the best.
-        every_n_train_steps: save at every n-th optimizer step too.
-        save_top_k: how many of the best to keep, beside the newest; -1 keeps every file.
+        dirpath: folder of the files; by default `checkpoints` in the run's folder.
+        monitor: metric that selects the best file; `val/loss` may be missing, any other may not.
+        mode: whether the smallest or the largest value is the best.
+        every_n_train_steps: also save at every n-th optimizer step.
+        save_top_k: number of best files to keep, besides the newest; -1 keeps every file.
     """
 
-    CHECKPOINT_NAME_LAST = "step="  # what `ckpt_path="last"` looks for, taking the newest
+    CHECKPOINT_NAME_LAST = "step="  # prefix that `ckpt_path="last"` looks for
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         every_n_train_steps: int | None = None,
         save_top_k: int = 1,
     ) -> None:
-        """The rest of ModelCheckpoint's arguments follow from these."""
+        """Set all arguments of ModelCheckpoint from these."""
         super().__init__(
             dirpath=dirpath,
             filename="step={step:06d}",
@@ -60,21 +60,21 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,  # a step saved again replaces its file
         )
-        self._save_deferred = False  # a validation ended within an optimizer step
-        self._written_paths: set[str] = set()  # paths; a checkpoint may name any other file
+        self._save_deferred = False  # a validation ended within an optimizer step: save at its end
+        self._written_paths: set[str] = set()  # by this run: no other file is removed
 
     @property
     def monitor_is_optional(self) -> bool:
-        """Whether a run may log no metric of that name."""
+        """Whether the monitored metric may be missing from the logs."""
         return self.monitor == DEFAULT_MONITOR
 
     @property
     def state_key(self) -> str:
-        """Two may live side by side if they look at different metrics."""
+        """Return a key with the metric: instances with different metrics may coexist."""
         return f"Checkpoint[{self.monitor}]"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder; that it holds files already is no news to one who resumes there."""
+        """Find the folder; suppress Lightning's non-empty-directory warning, as on a resume."""
         add_run_checks(trainer, pl_module, stage)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
@@ -82,14 +82,14 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         defer_saving_hooks(trainer, pl_module, self)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the module's hooks back."""
+        """Restore the module's hooks."""
         super().teardown(trainer, pl_module, stage)
         restore_saving_hooks(pl_module, self)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Save a step that is due, unless its validation follows at once and saves it then."""
+        """Save at a step that is due, unless a validation follows, after which it is saved."""
         if should_accumulate(trainer) or self._is_saved(trainer):
             return
         n = self.every_n_steps
@@ -99,7 +99,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
             self._save_and_prune(trainer, has_metric=self._save_deferred)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what was just measured; within an optimizer step, as soon as that is done."""
+        """Save with the new metrics; within an optimizer step, postpone the save to its end."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self.monitor not in trainer.callback_metrics and self.monitor != DEFAULT_MONITOR:
@@ -115,12 +115,12 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
             self._save_and_prune(trainer, has_metric=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save an epoch that is not validated."""
+        """Save at the end of an epoch if there is no validation and no interval of steps."""
         if not (trainer.enable_validation or self.every_n_steps or self._is_saved(trainer)):
             self._save_and_prune(trainer, has_metric=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step; a run that ends with a NaN in its weights has failed."""
+        """Save the last step; raise NonFiniteError if a weight is not finite."""
         if not self._is_saved(trainer) and not self._save_and_prune(trainer, has_metric=False):
             raise NonFiniteError(
                 f"the weights went to infinity by step {trainer.global_step}, the end of the run; "
@@ -129,16 +129,16 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best so far, wherever it is; only files of this run are removed."""
+        """Restore the best files so far, in any folder; only files of this run are removed."""
         super().load_state_dict(state_dict | {"dirpath": self.dirpath})
 
     def _is_saved(self, trainer: L.Trainer) -> bool:
         return self.last_saved_step == trainer.global_step
 
     def _save_and_prune(self, trainer: L.Trainer, has_metric: bool) -> bool:
-        """Write the file, then remove the one before it unless it is among the best.
+        """Write the file, then remove the previous one unless it is among the best.
 
-        Returns False if a weight is not finite, and writes nothing.
+        Returns False, and writes nothing, if a weight is not finite.
         """
         self._save_deferred = False
         if getattr(trainer, "fast_dev_run", False):
@@ -160,7 +160,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         return True
 
     def write_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """Write a whole file, and tell the loggers."""
+        """Write a complete file, and notify the loggers."""
         self._written_paths.add(filepath)
         save_on_all_ranks(trainer, filepath)
         self.note_saved(trainer.global_step, filepath)
@@ -168,6 +168,6 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
             logger.after_save_checkpoint(proxy(self))  # pyright: ignore[reportArgumentType]
 
     def should_remove(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        """Whether a file is of this run and not the newest."""
+        """Whether a file was written by this run and is not the newest."""
         removable = previous in self._written_paths and previous != self.last_model_path
         return removable and super().should_remove(trainer, previous, current)

@@ -1,12 +1,12 @@
-"""EMA: an exponential moving average of the weights, which is what is validated and tested.
+"""EMA: keep an exponential moving average of the weights, used for validation and testing.
 
     after optimizer step n:   average <- average + (1 - d) (weights - average)
                               d = min(decay, (1 + n) / (10 + n))
 
-The rising d forgets the first, random weights; without it a short run would average its own start.
-Sharded weights have sharded averages: nothing is gathered but for saving. A checkpoint holds the
-average as the model's weights, so that whoever reads it gets what was validated, and the raw
-weights beside it.
+The rising d reduces the share of the first, random weights, which would otherwise dominate the
+average of a short run. Sharded weights have sharded averages, which are gathered only for saving.
+A checkpoint stores the average as the model's weights, because the average is validated. The raw
+weights are stored in a separate entry.
 """
 
 from typing import Any
@@ -38,41 +38,43 @@ from ..optimizers.schedule_free import has_train_eval_modes
 
 @torch.no_grad()
 def use_raw_weights(module: nn.Module, raw: dict[str, Tensor]) -> None:
-    """Put the raw weights of a checkpoint in the place of the average, for a run without one."""
+    """Replace the average by the raw weights of a checkpoint, for a run without EMA."""
     for name, weight in named_trainable(module):
         if name in raw:
             to_local(weight).copy_(shard_like(raw[name], weight))
 
 
 class EMA(Callback):
-    """Keep an average of the trainable weights, and use it for everything but training.
+    """Keep an average (EMA) of the trainable weights, and use it for everything but training.
 
-    Validation, samples, checkpoints and the model that `fit` leaves have the average. Example:
+    Validation, samples, checkpoints and the model after `fit` have the average. Example:
     `EMA(decay=0.999)`.
 
     Args:
-        decay: how much of the average remains at each optimizer step, once warmed up.
-        warmup: let the decay rise with the steps.
+        decay: fraction of the average that remains at each optimizer step, after the warmup.
+        warmup: let the decay rise with the number of steps.
     """
 
-    acts_on_training = True  # a resume without it is another run
-    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
+    acts_on_training = True  # a resume without this callback changes the training
+    takes_partial_gradients = True  # with ZeRO-1 a rank has only the gradients that it owns
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
-        """Set the horizon: about 1 / (1 - decay) optimizer steps."""
+        """Set the decay; the average spans about 1 / (1 - decay) optimizer steps."""
         if not 0 <= decay < 1:
             raise UsageError(f"EMA: decay={decay} is outside [0, 1); set e.g. 0.999")
         self.decay = decay
         self.warmup = warmup
         self.steps = 0
-        self.averaged: dict[str, Tensor] = {}  # the set of weights that the model does not hold
-        self.using_average = False  # the model holds the average
-        self._tracked_weights: dict[str, Tensor] = {}  # of this run: a walk over a net takes longer
+        self.averaged: dict[
+            str, Tensor
+        ] = {}  # the raw or averaged weights that are not in the model
+        self.using_average = False  # whether the model holds the average
+        self._tracked_weights: dict[str, Tensor] = {}  # cached: iterating over a net takes longer
         self._frozen_params: list[Tensor] = []  # parameters that may be unfrozen later
         self._saved_raw: dict[str, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a second owner of the weights that are evaluated."""
+        """Refuse a second average for the evaluation: another EMA, or that of an optimizer."""
         add_run_checks(trainer, pl_module, stage)
         averages = [c for c in trainer.callbacks if isinstance(c, EMA)]  # pyright: ignore[reportAttributeAccessIssue]
         if len(averages) > 1:
@@ -84,13 +86,13 @@ class EMA(Callback):
                 check_single_average(list_schedule_free())
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse an optimizer that has an average of its own, with or without a plan."""
+        """Refuse an optimizer with its own average, with or without an OptimizerPlan."""
         for optimizer in trainer.optimizers:
             members = optimizer.members if isinstance(optimizer, Composite) else [optimizer]
             check_single_average([type(m).__name__ for m in members if has_train_eval_modes(m)])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on from a checkpoint, or start at the weights as they are: loaded and sharded."""
+        """Continue the average of a checkpoint, or start at the loaded and sharded weights."""
         self._load_average(pl_module)
         self._swap(pl_module, average=False)
         if not self.averaged or self.steps != trainer.global_step:
@@ -101,14 +103,14 @@ class EMA(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Begin to average what was unfrozen since, at its value before its first step."""
+        """Start to average unfrozen weights, at their values before their first step."""
         if any(parameter.requires_grad for parameter in self._frozen_params):
             self._track_weights(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Move the average after an optimizer step; a micro-batch alone does nothing."""
+        """Update the average after an optimizer step, and not after other micro-batches."""
         if trainer.global_step == self.steps:
             return
         self.steps = trainer.global_step
@@ -121,7 +123,7 @@ class EMA(Callback):
             )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the average into the model; the raw weights wait in its place."""
+        """Put the average into the model, and keep the raw weights in `averaged`."""
         self._load_average(pl_module)
         if self.averaged:
             self._swap(pl_module, average=True)
@@ -133,18 +135,18 @@ class EMA(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Train on with the raw weights; until now a sample or a file could still be made."""
+        """Restore the raw weights; deferred so that post-validation callbacks see the average."""
         self._swap(pl_module, average=False)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the average; a run that was resumed at its end has trained no batch."""
+        """Leave the average in the model, also if a run resumed at its end trained no batch."""
         self._load_average(pl_module)
         self._swap(pl_module, average=bool(self.averaged))
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The average as the model's weights, the raw ones beside it; called on every rank."""
+        """Save the average as the model's weights, and the raw weights; called on every rank."""
         self._load_average(pl_module)
         if self.averaged:
             self._track_weights(pl_module)
@@ -159,7 +161,7 @@ class EMA(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember the raw weights until the average is in place, as the model's weights."""
+        """Keep the raw weights until the average has been loaded as the model's weights."""
         if (saved := checkpoint.get("ema")) is not None:
             if problem := _find_average_problem(saved):
                 raise CheckpointError(
@@ -190,7 +192,7 @@ class EMA(Callback):
         self._saved_raw = {}
 
     def _track_weights(self, module: nn.Module) -> None:
-        """Average every weight that moves now; one that is new starts at its current value."""
+        """Average every trainable weight; the average of a new one starts at its current value."""
         self._tracked_weights = dict(named_tracked(module, self.averaged))
         for name, weight in self._tracked_weights.items():
             if name not in self.averaged:
@@ -211,7 +213,7 @@ class EMA(Callback):
 
 
 def _find_average_problem(saved: Any) -> str:
-    """What is wrong with an average as a checkpoint keeps it; empty if nothing is."""
+    """Return the problem of an average in a checkpoint; empty if there is none."""
     if not isinstance(saved, dict) or not isinstance(saved.get("raw"), dict) or not saved["raw"]:
         return "it has no raw weights"
     if type(saved.get("steps")) is not int:
@@ -221,7 +223,7 @@ def _find_average_problem(saved: Any) -> str:
 
 
 def check_single_average(names: list[str]) -> None:
-    """ValueError if an optimizer keeps separate weights for evaluation."""
+    """Raise UsageError if an optimizer keeps separate weights for evaluation."""
     if names:
         raise UsageError(
             f"EMA and {names[0]} would both decide which weights are evaluated: {names[0]} keeps "

@@ -1,15 +1,15 @@
-"""ExactResume: a run that goes on from a checkpoint is the run that was never cut, bit for bit.
+"""ExactResume: resume from a checkpoint bit for bit, as if the run had not been interrupted.
 
-Lightning restores weights, optimizers and counters. Six things are left:
+Lightning restores weights, optimizers and counters. This callback restores six more things:
 
-    dropout      the generators are a function of (seed, micro-batch, rank), set at each micro-batch
-    optimizers   what a step draws is a function of (seed, step), equal on all ranks
+    dropout      the generators are seeded by (seed, micro-batch, rank) at each micro-batch
+    optimizers   the generators are seeded by (seed, step) at each step, equally on all ranks
     data         each batch is fetched under a seed of (seed, epoch, batch, rank): batch_seeds.py
-    counters     every file is brought to one of the forms of `normalize_progress`, whenever it was
-    written validation   one that was due or under way at the cut runs; one that was complete does
-    not order        a DataLoader's sampler draws anew what it drew, and no data are read for it;
-                 an iterable data set is read again up to its place; a loader with `state_dict`
-                 goes on by itself
+    counters     those of every file are brought to one of the forms of `normalize_progress`
+    validation   one that was due or incomplete is run; one that was complete is not
+    order        a DataLoader's sampler draws its indices again, and no data are read for it;
+                 an iterable data set is read again up to its position;
+                 a loader with `state_dict` restores its own position
 """
 
 import os
@@ -79,37 +79,36 @@ from .run_comparison import (
     print_rank_zero,
 )
 
-VALIDATION_STREAM, FETCH_STREAM, STEP_STREAM = (
-    -1,
-    -2,
-    -3,
-)  # what a seed is for; -4 and below are not used
+# First key of `hash_seed`, by the use of the seed; -4 and below are not used.
+VALIDATION_STREAM, FETCH_STREAM, STEP_STREAM = -1, -2, -3
 ACCEPTABLE_DIFFERENCES = ("EMA", "data", "optimizer")
 ResumePoint = Literal["start", "epoch end", "step end", "before validation", "after validation"]
 
 
 class ExactResume(Callback):
-    """Make `fit(..., ckpt_path=...)` exact, on the same layout of processes.
+    """Make `fit(..., ckpt_path=...)` resume bit for bit, on the same layout of processes.
 
-    Works with any module, a stock Trainer and any checkpoint callback, and with DataLoaders as
-    they are: random data sets, samplers and batch samplers, workers, persistent or not. Iterable
-    data sets and plain iterables are read again up to their place; a line says so. Not covered:
-    a data set or sampler that changes itself as it is read (other than by its random generators);
-    an iterator, which a line at the start names; a file written between the micro-batches of one
-    optimizer step, which lacks their gradients. Example: `Trainer(callbacks=[ExactResume()])`.
+    Works with any module, a stock Trainer and any checkpoint callback. DataLoaders need no change:
+    random data sets, samplers, batch samplers and workers (persistent or not) are supported.
+    Iterable data sets and plain iterables are read again up to their position, and a line is
+    printed. Example: `Trainer(callbacks=[ExactResume()])`. Not supported are:
 
-    A run that goes on with other data, without EMA or with other optimizers is refused: see
-    comparing.py.
+    - a data set or sampler that changes its state while it is read, other than its generators;
+    - an iterator, for which a line is printed at the start;
+    - a file written between the micro-batches of one optimizer step, without their gradients.
+
+    A resume with other data, without EMA or with other optimizers is refused: see
+    run_comparison.py.
 
     Args:
         accept: differences from the checkpoint's run to permit: "EMA" (resume from the raw
-            weights), "data", "optimizer" (with a new state).
+            weights), "data", "optimizer" (start with a new state).
     """
 
-    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
+    takes_partial_gradients = True  # with ZeRO-1 a rank has only the gradients that it owns
 
     def __init__(self, accept: list[str] | str | None = None) -> None:
-        """The seed is that of `seed_everything`."""
+        """Set the permitted differences; the seed is that of `seed_everything`."""
         self.accept = [accept] if isinstance(accept, str) else list(accept or ())
         if unknown := [key for key in self.accept if key not in ACCEPTABLE_DIFFERENCES]:
             raise UsageError(
@@ -117,27 +116,26 @@ class ExactResume(Callback):
                 f"{', '.join(ACCEPTABLE_DIFFERENCES)}; "
                 f"type --trainer.callbacks.accept=[{ACCEPTABLE_DIFFERENCES[0]}]"
             )
-        self._saved_run: dict[str, Any] = {}  # what the checkpoint stores of its run
-        self._raw_weights: dict[
-            str, Tensor
-        ] = {}  # raw weights of a checkpoint with EMA, resumed without EMA
+        self._saved_run: dict[str, Any] = {}  # the run's properties in the checkpoint
+        # of a checkpoint with EMA that is resumed without EMA
+        self._raw_weights: dict[str, Tensor] = {}
         self._seed, self._rank = 0, 0
         self._resume_point: ResumePoint = "start"
         self._saved_metrics: dict[str, Tensor] = {}
         self._max_steps: int | None = None
-        self._plateau_due = False  # the file was written before its epoch's plateau schedules
+        self._plateau_due = False  # the file lacks the plateau scheduler step of its epoch
         self._seeders: list[BatchSeeds] = []
 
     @property
     def state_key(self) -> str:
-        """There is one a run."""
+        """Return a constant key: a run has one ExactResume."""
         return "ExactResume"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the seed, and which share of the data this is: ranks that split one model agree."""
+        """Find the seed and the data-parallel rank, which is equal on ranks that split a model."""
         add_run_checks(trainer, pl_module, stage)
         if stage == "fit" and isinstance(trainer.precision_plugin, DoublePrecision):
-            # Lightning loads the file's weights first and converts the net afterwards
+            # Lightning would load the weights of the file before it converts the net
             trainer.precision_plugin.convert_module(pl_module)
         self._resume_point, self._max_steps, self._saved_metrics = "start", None, {}
         self._plateau_due, self._saved_run, self._raw_weights = False, {}, {}
@@ -151,7 +149,7 @@ class ExactResume(Callback):
         fit = trainer.fit_loop
         self._compare_loaders(trainer)
         use_raw_weights(pl_module, self._raw_weights)
-        collected_metrics(trainer).update(self._saved_metrics)  # schedulers read them
+        collected_metrics(trainer).update(self._saved_metrics)  # plateau schedulers read them
         restore_loader_states(trainer)
         mid_epoch = self._resume_point in ("step end", "before validation", "after validation")
         if mid_epoch:
@@ -161,7 +159,7 @@ class ExactResume(Callback):
             after_resuming_at_epoch_end(trainer)
             if self._plateau_due:
                 epochs = fit.epoch_progress.current
-                epochs.completed -= 1  # as it is when Lightning steps them
+                epochs.completed -= 1  # as when Lightning steps the plateau schedulers
                 fit.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
                 epochs.completed += 1
         self._seed_other_loaders(trainer)
@@ -170,21 +168,22 @@ class ExactResume(Callback):
         self._resume_point = "start"
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Shuffle by (seed, epoch)."""
+        """Seed the loaders, and so the shuffling, by (seed, epoch)."""
         self._seed_epoch(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Set the default generators, 7 us: what ran before this micro-batch leaves no trace."""
+        """Seed the default generators (7 us), so that earlier random draws have no effect."""
         seed_all(self._seed, trainer.fit_loop.total_batch_idx, self._rank, pl_module.device)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Set the default generators alike on all ranks: optimizers that draw keep equal weights.
+        """Seed the default generators equally on all ranks, for optimizers that draw numbers.
 
-        Where a module steps by itself, what its forward draws next goes on as before.
+        With manual optimization their states are restored after the step, so that the next
+        forward pass draws from them.
         """
         if not pl_module.automatic_optimization:
             run_after_step(optimizer, snapshot_generators(pl_module.device))
@@ -213,7 +212,7 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Number the optimizers' parameters as `named_parameters()` does; keep seed and metrics."""
+        """Number the optimizers' parameters as `named_parameters()`; save seed and metrics."""
         if should_accumulate(trainer):
             rank_zero_warn(
                 f"the checkpoint at step {trainer.global_step} is written between two micro-batches"
@@ -221,16 +220,15 @@ class ExactResume(Callback):
                 " make val_check_interval a multiple of accumulate_grad_batches"
             )
         states = checkpoint.get("optimizer_states", [])
-        numbered = getattr(trainer.strategy, "numbered", False)  # MeshStrategy does it itself
+        numbered = getattr(trainer.strategy, "numbered", False)  # MeshStrategy numbers them itself
         for optimizer, state in () if numbered else zip(trainer.optimizers, states, strict=True):
             renumber_params(list(pl_module.parameters()), optimizer, state)
         metrics = collected_metrics(trainer)
         is_sharded = saves_sharded(trainer.strategy)
         checkpoint["exact_resume"] = collect_run_properties(trainer) | {
             "seed": self._seed,
-            "optimizer_shapes": None
-            if is_sharded
-            else optimizer_state_shapes(states),  # parts have an index of theirs
+            # a sharded checkpoint has its own index of shapes
+            "optimizer_shapes": None if is_sharded else optimizer_state_shapes(states),
             "optimizer_kinds": None if is_sharded else optimizer_state_kinds(states),
             "metrics": {name: value.detach().cpu() for name, value in metrics.items()},
         }
@@ -238,7 +236,7 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Bring the counters of the file, however it was written, to a known form."""
+        """Normalize the loop counters of the file, and compare its run with this one."""
         if trainer.state.fn != "fit":
             return
         self._check_not_damaged(trainer, pl_module, checkpoint)
@@ -260,7 +258,7 @@ class ExactResume(Callback):
             self._resume_point == "before validation"
             and loop.max_steps == checkpoint["global_step"]
         ):
-            self._max_steps = loop.max_steps  # or Lightning would return before that validation
+            self._max_steps = loop.max_steps  # otherwise Lightning returns before that validation
             loop.max_steps += 1
 
     def _check_not_damaged(
@@ -275,7 +273,7 @@ class ExactResume(Callback):
                 " --ckpt_path FILE, or use its weights alone: Pretrained(path)"
             )
         problem = dtype_kind_mismatches(module.state_dict(), checkpoint.get("state_dict", {}))
-        if states is not None and not problem:  # parts are checked by their reader
+        if states is not None and not problem:  # sharded files are checked on reading
             steps = checkpoint.get("global_step", 0)
             problem = find_damaged_states(states, saved_run.get("optimizer_shapes"), steps, names)
             problem = problem or find_changed_kinds(states, saved_run.get("optimizer_kinds"), names)
@@ -303,11 +301,10 @@ class ExactResume(Callback):
             ) from error
 
     def _compare_optimizers(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Compare when they exist, before their states are loaded."""
+        """Compare the optimizers after they are created and before their states are loaded."""
         saved_names, strategy = self._saved_run.get("optimizers"), trainer.strategy
-        if saved_names is None or checkpoint.get(
-            "optimizer_plan"
-        ):  # whose plan compares its members
+        # an OptimizerPlan compares its own optimizers
+        if saved_names is None or checkpoint.get("optimizer_plan"):
             return
         original_load = type(strategy).load_optimizer_state_dict
 
@@ -334,7 +331,7 @@ class ExactResume(Callback):
         self._saved_run = {}
 
     def _finish_iteration(self, trainer: L.Trainer, resume_point: ResumePoint) -> Any:
-        """The loop's first `advance`: what follows the micro-batch that was the file's last."""
+        """Return the loop's first `advance`, which continues after the file's last micro-batch."""
         loop = trainer.fit_loop.epoch_loop
 
         def advance(fetcher: Any) -> None:
@@ -351,13 +348,13 @@ class ExactResume(Callback):
     def _fast_forward_loaders(self, trainer: L.Trainer, mid_epoch: bool) -> None:
         """Seed the loaders by (seed, epoch) and skip to the position of the checkpoint."""
         fit, fetcher = trainer.fit_loop, data_fetcher(trainer)
-        loader = combined_loader(trainer)  # whose truth is its length, which it need not have
+        loader = combined_loader(trainer)  # bool(loader) would need a length, which may not exist
         if fetcher is None or loader is None:
             return
         train_loaders = loader.flattened
         progress = fit.epoch_loop.batch_progress
         num_done = progress.current.ready if mid_epoch and not progress.is_last_batch else 0
-        # an iterator can be iterated once: reading from it here would lose its first batch
+        # an iterator can be read only once: reading from it here would lose its first batch
         keeps_position = [
             isinstance(train_loader, Stateful | Iterator) for train_loader in train_loaders
         ]
@@ -388,7 +385,7 @@ class ExactResume(Callback):
                     combined_iterator(loader).iterators[number] = iterator
         else:
             return
-        if mid_epoch:  # it can be resumed from here on; Lightning assumes that it cannot
+        if mid_epoch:  # the loader is at its position; Lightning assumes that it cannot be
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
 
     def _replay_batches(self, trainer: L.Trainer, num_done: int) -> None:
@@ -400,7 +397,7 @@ class ExactResume(Callback):
         for batch in range(num_done):
             self._seed_fetch(trainer, batch + 1 if fetcher.length is None else batch)
             next(fetcher, None)
-        fetcher.fetched -= num_done  # Lightning adds them
+        fetcher.fetched -= num_done  # Lightning adds the batches before the checkpoint
 
     def _seed_epoch(self, trainer: L.Trainer, num_skip: int = 0) -> None:
         epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
@@ -413,7 +410,7 @@ class ExactResume(Callback):
             )
 
     def _seed_loader(self, loader: Any, stream_id: int, epoch: int, num_skip: int = 0) -> None:
-        """Announce an iteration to a loader of torch; others have no seeds of their own."""
+        """Set the seed of the next iteration of a torch DataLoader; ignore other loaders."""
         if isinstance(loader, DataLoader) and not isinstance(loader, Stateful):
             seeder = BatchSeeds.for_loader(loader)
             seeder.set_epoch(stream_id, self._seed, self._rank, epoch, num_skip)
@@ -421,7 +418,7 @@ class ExactResume(Callback):
                 self._seeders.append(seeder)
 
     def _seed_validation(self, trainer: L.Trainer) -> None:
-        """Let a validation be a function of its place, whatever ran before it."""
+        """Seed each validation by its position in the run, independent of earlier draws."""
         loop = trainer.fit_loop.epoch_loop.val_loop
         run = type(loop).run
 
@@ -437,7 +434,7 @@ class ExactResume(Callback):
         replace_method(loop, "run", run_seeded)
 
     def _seed_other_loaders(self, trainer: L.Trainer) -> None:
-        """Seed before each batch of loaders that are not torch's, but those that draw nothing."""
+        """Seed before each batch if a loader is not torch's and draws random numbers."""
         loader = combined_loader(trainer)
         train_loaders = loader.flattened if loader is not None else []
         is_torch = [
@@ -470,7 +467,7 @@ def _find_non_finite_raw(saved: Any) -> str | None:
 
 
 def can_skip(loader: Any, batches: int) -> bool:
-    """Whether the loader can begin after that many batches of its epoch without reading them."""
+    """Whether the loader can start after `batches` batches of its epoch without reading them."""
     if not isinstance(loader, DataLoader) or isinstance(loader, Stateful):
         return False
     length = sized_len(loader)
@@ -479,7 +476,7 @@ def can_skip(loader: Any, batches: int) -> bool:
 
 
 def run_after_step(optimizer: Optimizer, action: Callable[[], None]) -> None:
-    """Do it once, after the optimizer's next step; nothing for one without torch's hooks."""
+    """Call `action` once after the optimizer's next step; ignore one without torch's hooks."""
     register = getattr(optimizer, "register_step_post_hook", None)
     if register is None or not hasattr(optimizer, "_optimizer_step_post_hooks"):
         return
@@ -492,9 +489,9 @@ def run_after_step(optimizer: Optimizer, action: Callable[[], None]) -> None:
 
 
 def seed_all(seed: int, index: int, rank: int, device: torch.device) -> int:
-    """Set the default generators of torch, Python and NumPy by a hash of (seed, index, rank).
+    """Seed the default generators of torch, Python and NumPy by a hash of (seed, index, rank).
 
-    Of one rank no two indices collide.
+    The hashes of different indices of one rank do not collide.
     """
     hashed_seed = hash_seed(seed, rank, index)
     seed_default_generators(hashed_seed, device)
@@ -502,10 +499,10 @@ def seed_all(seed: int, index: int, rank: int, device: torch.device) -> int:
 
 
 def renumber_params(parameters: list[Tensor], optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Rename parameter ids in a saved optimizer state to places in the list of all parameters.
+    """Renumber parameter ids of a saved optimizer state by their index in all parameters.
 
-    Any grouping of any optimizer then has the ids that a sharded strategy expects. Ids that are
-    names (a sharded folder) or absent (another rank's business) stay.
+    Any param groups of any optimizer then have the ids that a sharded strategy expects. Ids that
+    are names (in a sharded checkpoint) or that this rank does not have are kept.
     """
     position = {parameter: i for i, parameter in enumerate(parameters)}
     ids: dict[int, int] = {}
@@ -515,9 +512,8 @@ def renumber_params(parameters: list[Tensor], optimizer: Optimizer, state: dict[
         for parameter, old in zip(live_group["params"], saved["params"], strict=True):
             if not isinstance(old, int):
                 return
-            ids[old] = position.setdefault(
-                parameter, len(position)
-            )  # one outside the module: after all
+            # a parameter outside the module is numbered after all others
+            ids[old] = position.setdefault(parameter, len(position))
     for saved in state.get("param_groups", []):
         saved["params"] = [ids[old] for old in saved["params"]]
     if ids:
@@ -525,21 +521,21 @@ def renumber_params(parameters: list[Tensor], optimizer: Optimizer, state: dict[
 
 
 def normalize_progress(loops: dict[str, Any]) -> ResumePoint:
-    """Bring the fit loop's saved counters to a form that goes on exactly; say where it stands.
+    """Normalize the saved counters of the fit loop; return the position of the checkpoint.
 
-    Lightning counts ready, started, processed, completed of epochs and of micro-batches:
+    Lightning counts ready, started, processed and completed (r s p c) epochs and micro-batches:
 
         written in                          epochs r s p c   batches r s p c
         on_train_batch_end                  1 1 0 0          4 4 4 3   before validation
         a validation, or a stop in it       1 1 0 0          4 4 4 4   before validation
         on_validation_end                   1 1 0 0          4 4 4 4   after validation
         on_train_epoch_end, and later       1 1 1 0/1        6 6 6 6   epoch end
-        the same, stopped by max_steps      1 1 1 0/1        4 4 4 4   step end: not complete at all
+        the same, stopped by max_steps      1 1 1 0/1        4 4 4 4   step end: epoch not complete
     """
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
     epoch, batch = epochs["current"], batches["current"]
     if batch["processed"] == 0 or batch["processed"] != batch["ready"]:
-        return "start"  # nothing trained yet, or written within a step: Lightning does what it can
+        return "start"  # nothing trained yet, or written within a step: Lightning's own resume
     if epoch["ready"] != epoch["started"]:  # written in on_train_epoch_start, which runs again
         _copy_counts(epochs, "ready", "started")
     if epoch["processed"] == epoch["ready"]:
@@ -554,9 +550,8 @@ def normalize_progress(loops: dict[str, Any]) -> ResumePoint:
         is_complete = validation["is_last_batch"] and (
             validation["current"]["completed"] == validation["current"]["ready"]
         )
-        is_current = (
-            batch["completed"] == batch["processed"]
-        )  # else the validation is an earlier one
+        # otherwise the counters are of an earlier validation
+        is_current = batch["completed"] == batch["processed"]
         resume_point = "after validation" if is_current and is_complete else "before validation"
     for key in ("started", "processed", "completed"):
         _copy_counts(batches, key, "ready")

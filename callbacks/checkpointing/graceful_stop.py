@@ -1,11 +1,11 @@
-"""Ctrl-C and SIGTERM stop a run where nothing is lost: at the end of an optimizer step.
+"""GracefulStop: save a checkpoint at SIGINT, SIGTERM or SIGUSR1 and stop after an optimizer step.
 
     first signal   the handler sets a flag -> all ranks agree -> checkpoint -> Interrupted
-    second signal  Interrupted at once; the checkpoints written before stay whole
+    second signal  Interrupted at once; checkpoints that are already written stay complete
 
 Lightning broadcasts a flag at every micro-batch, from rank 0 only, and ends with status 0 and no
-checkpoint. Here the ranks meet about twice a second, on a group of the CPU, and a signal to any
-one of them counts.
+checkpoint. Here all ranks combine their flags about twice a second, in a process group on the CPU.
+A signal to any rank stops all ranks.
 """
 
 import os
@@ -39,35 +39,35 @@ from ravine.strategies.checkpoint.saving import (
     weights_are_finite,
 )
 
-SYNC_INTERVAL_S = 0.5  # seconds; the ranks agree on the number of steps that takes
+SYNC_INTERVAL_S = 0.5  # seconds; the ranks agree on the number of steps in that time
 
 
 class Interrupted(SystemExit):
-    """A signal ended the run; `code` is the exit status: 130 (Ctrl-C), 143 (SIGTERM), 138 (USR1).
+    """Raised when a signal ends a run; `code` is 130 (SIGINT), 143 (SIGTERM) or 138 (SIGUSR1).
 
-    As a SystemExit it leaves `trainer.fit` and ends a plain script quietly with that status; a
-    command line returns `error.code`. `checkpoint` is the file written, None if there is none.
+    It is a SystemExit: a plain script ends with `code` as its exit status and without a traceback.
+    The command line returns `code`. `checkpoint` is the path of the file written, or None.
     """
 
     def __init__(self, signum: int, checkpoint: str | None = None) -> None:
-        """128 + number is what a shell reports of a process that died of the signal."""
+        """Set the exit status to 128 + signum, as shells report a process ended by a signal."""
         super().__init__(128 + signum)
         self.signum = signum
         self.checkpoint = checkpoint
 
 
 class GracefulStop(Callback):
-    """Stop at a signal, with a checkpoint that an exact resume continues bit for bit.
+    """Stop at a signal with a checkpoint from which ExactResume continues bit for bit.
 
-    Within a validation a single process stops after the batch, and the validation is run anew on
-    resume; several ranks finish it first. Where nothing is being trained it stops at once.
+    During a validation a single process stops after the current batch, and a resume runs the
+    validation again; several ranks complete it first. Outside of training the run stops at once.
     """
 
     def __init__(self) -> None:
-        """Nothing to choose."""
+        """Create the callback."""
         self._signum = 0
         self._training = False
-        self._no_checkpoint_note = ""  # what a signal means while nothing is trained
+        self._no_checkpoint_note = ""  # of the message at a signal outside of training
         self._previous_handlers: dict[int, Any] = {}
         self._group: Any = None
         self._next_sync_step, self._last_sync_step, self._last_sync_time = 0, 0, 0.0
@@ -76,7 +76,7 @@ class GracefulStop(Callback):
         self._is_main = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the signals over; go last, so that what other callbacks did in a step is saved."""
+        """Install the signal handlers; run after the other callbacks, to save their changes."""
         trainer.callbacks = [c for c in trainer.callbacks if c is not self] + [self]  # type: ignore
         self._signum, self._group, self._pid = 0, None, os.getpid()
         self._next_sync_step, self._last_sync_time = 0, 0.0
@@ -88,24 +88,24 @@ class GracefulStop(Callback):
         if stage == "fit" and trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
-            return  # Python delivers signals to the main thread alone
+            return  # Python runs signal handlers only in the main thread
 
         def retake() -> None:
             self._install_handlers(trainer)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # held by cli/main.py
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # cli/main.py blocks it
 
         after_registering_signals(trainer, retake)
         self._install_handlers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on there is something to save."""
+        """Mark the start of training: from now on a signal saves a checkpoint."""
         self._training, self._weight_version = True, _first_weight_version(pl_module)
         skip_sigterm_broadcast(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Stop if a signal came, between two optimizer steps and never within one."""
+        """Stop at the end of an optimizer step if a signal was received."""
         self._weight_version = _first_weight_version(pl_module)
         if should_accumulate(trainer):
             return
@@ -117,7 +117,7 @@ class GracefulStop(Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Stop within a validation, unless a callback has exchanged the weights for it."""
+        """Stop during a validation, unless a callback has replaced the weights for it."""
         if not (self._signum and self._training) or self._group is not None:
             return
         if not should_accumulate(trainer) and self._weight_version == _first_weight_version(
@@ -126,18 +126,18 @@ class GracefulStop(Callback):
             self._save_and_stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """All is done and saved."""
+        """Mark the end of training: a signal now saves nothing."""
         self._training, self._no_checkpoint_note = False, " after the last step"
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Give the signals back; Lightning would put our handlers in again afterwards."""
+        """Restore the previous handlers, also among those that Lightning sets afterwards."""
         self._restore_handlers(trainer)
         original_handlers(trainer).update(self._previous_handlers)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back; one that came too late for the last step is not swallowed."""
+        """Restore the previous handlers; raise Interrupted for a signal after the last step."""
         self._restore_handlers(trainer)
         restore_saving_hooks(pl_module, self)
         if self._group is not None:
@@ -148,9 +148,9 @@ class GracefulStop(Callback):
 
     def _handle_signal(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a data loader's worker: the main process decides
+            return  # in a worker of a data loader: the main process decides
         if self._signum or not self._training:
-            signal.signal(signum, signal.SIG_DFL)  # a third one needs no Python
+            signal.signal(signum, signal.SIG_DFL)  # a third signal ends the process without Python
             if self._is_main:
                 note = " at once" if self._signum else self._no_checkpoint_note
                 os.write(2, f"\nstopped by {signal.Signals(signum).name}{note}\n".encode())
@@ -173,13 +173,13 @@ class GracefulStop(Callback):
                 signal.signal(signum, handler)
 
     def _sync_signals(self, step: int) -> None:
-        """Learn of each other's signals, and agree on the step of the next meeting."""
+        """Combine the signals of all ranks, and agree on the step of the next all-reduce."""
         if step < self._next_sync_step:
             return
         current_time = time.monotonic()
         rate = (step - self._last_sync_step) / (
             current_time - self._last_sync_time
-        )  # steps a second
+        )  # steps per second
         wait = min(max(1, int(rate * SYNC_INTERVAL_S)), 1000) if self._last_sync_time else 1
         message = torch.tensor([self._signum, -wait])
         dist.all_reduce(message, dist.ReduceOp.MAX, group=self._group)
@@ -207,12 +207,12 @@ class GracefulStop(Callback):
         self._signum = 0
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
-            stopped.code = 0  # the launcher in rank 0 kills everything when a child fails
+            stopped.code = 0  # the launcher of rank 0 kills all processes if one fails
         raise stopped
 
 
 def _first_weight_version(module: L.LightningModule) -> tuple[int, int] | None:
-    """Changes with any change of the first trainable weight, without looking at its values."""
+    """Return data pointer and version of the first trainable weight; any change alters them."""
     weight = next((p for p in module.parameters() if p.requires_grad), None)
     if weight is None or isinstance(weight, DTensor):
         return None

@@ -1,13 +1,13 @@
-"""Differences between a resumed run and the run of its checkpoint: refused, or printed.
+"""Compare a resumed run with the run of its checkpoint; refuse or print the differences.
 
-A checkpoint keeps under `exact_resume`:
+A checkpoint stores under `exact_resume`:
 
-    callbacks    class names of those that act on training
+    callbacks    class names of the callbacks that act on training
     optimizers   class names, in their order
-    data         fingerprint: what the datamodule says in `resolved`, and numbers of samples
-    world        ranks, and micro-batches of an optimizer step
+    data         fingerprint: `resolved` of the datamodule, and numbers of samples
+    world        number of ranks, and of micro-batches in an optimizer step
 
-A difference that would train wrongly is refused; `ExactResume(accept=["EMA"])` permits one.
+A difference that makes the training wrong is refused; `ExactResume(accept=["EMA"])` permits one.
 """
 
 from collections.abc import Collection
@@ -36,7 +36,7 @@ MONITORING_CALLBACKS = (
     ProgressBar,
     Timer,
 )
-LOCATION_KEYS = ("file", "source", "path", "root")  # the location of the data, not their content
+LOCATION_KEYS = ("file", "source", "path", "root")  # locations of the data, not their content
 RunProperties = dict[str, Any]
 
 
@@ -47,7 +47,7 @@ def print_rank_zero(text: str) -> None:
 
 
 def raise_mismatch(problem: str, accept_key: str, remedy: str = "") -> None:
-    """Raise ValueError, with the word of `accept` that permits the difference."""
+    """Raise UsageError, and name the value of `accept` that permits the difference."""
     prefix = f"{remedy}; or " if remedy else ""
     raise UsageError(
         f"{problem}; {prefix}if it is meant, type --trainer.callbacks+=ExactResume "
@@ -57,7 +57,7 @@ def raise_mismatch(problem: str, accept_key: str, remedy: str = "") -> None:
 
 
 def collect_run_properties(trainer: L.Trainer) -> RunProperties:
-    """Properties of the run that a checkpoint stores for the comparison."""
+    """Return the properties of the run that a checkpoint stores for the comparison."""
     return {
         "callbacks": list_training_callbacks(trainer),
         "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
@@ -67,7 +67,10 @@ def collect_run_properties(trainer: L.Trainer) -> RunProperties:
 
 
 def list_training_callbacks(trainer: Any) -> list[str]:
-    """Names of the callbacks that act on training; callbacks of other packages count as such."""
+    """Return the names of callbacks that act on training, by default all of other packages.
+
+    MONITORING_CALLBACKS are left out.
+    """
     names = []
     for callback in trainer.callbacks:
         is_builtin = type(callback).__module__.startswith("ravine.")
@@ -78,7 +81,7 @@ def list_training_callbacks(trainer: Any) -> list[str]:
 
 
 def fingerprint_data(trainer: Any) -> dict[str, Any]:
-    """The datamodule's `resolved` values and the number of samples of each loader."""
+    """Return the datamodule's `resolved` values and the number of samples of each loader."""
     resolved = getattr(trainer.datamodule, "resolved", None) or {}
     entries = {
         f"data {key}": to_plain(v) for key, v in resolved.items() if key not in LOCATION_KEYS
@@ -93,7 +96,7 @@ def fingerprint_data(trainer: Any) -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """Lists and mappings of plain values as a checkpoint may hold them."""
+    """Convert a value to the lists, dicts and plain values that a checkpoint may hold."""
     if isinstance(value, dict):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -104,7 +107,7 @@ def to_plain(value: Any) -> Any:
 def compare_callbacks(
     trainer: L.Trainer, checkpoint: RunProperties, accept: Collection[str] = ()
 ) -> None:
-    """Refuse a run without an average, or without the optimizers, of the checkpoint's run."""
+    """Refuse a run that lacks the checkpoint's EMA or OptimizerPlan; print other differences."""
     current = list_training_callbacks(trainer)
     if "ema" in checkpoint and "EMA" not in accept and not has_callback(trainer, "EMA"):
         raise_mismatch(
@@ -132,14 +135,14 @@ def compare_callbacks(
 
 
 def has_callback(trainer: Any, name: str) -> bool:
-    """Whether a callback of that class, or of one derived from it, is there."""
+    """Whether the trainer has a callback of that class or of a subclass."""
     return any(
         name in (c.__name__ for c in type(callback).__mro__) for callback in trainer.callbacks
     )
 
 
 def compare_data(trainer: L.Trainer, saved: RunProperties, accept: Collection[str]) -> None:
-    """Refuse data that have changed; called after the loaders are made."""
+    """Refuse changed training data, unless accepted; called after the loaders are created."""
     current = fingerprint_data(trainer)
     changed = [key for key in saved if key in current and saved[key] != current[key]]
     for key in changed:
@@ -152,7 +155,7 @@ def compare_data(trainer: L.Trainer, saved: RunProperties, accept: Collection[st
 def compare_ranks_and_accumulation(
     trainer: L.Trainer, saved: RunProperties, has_resumable_order: bool
 ) -> None:
-    """Print that the number of ranks or micro-batches differs: the resume is not bitwise."""
+    """Print a line if the number of ranks or micro-batches differs: the resume is not bitwise."""
     ranks, accumulate = saved["ranks"], saved["accumulate"]
     if (ranks, accumulate) == (trainer.world_size, trainer.accumulate_grad_batches):
         return
@@ -169,7 +172,7 @@ def compare_ranks_and_accumulation(
 
 
 def compare_optimizers(current: list[str], saved: list[str], accept: Collection[str]) -> bool:
-    """Whether the saved states are these optimizers'; refuse those of others, unless accepted."""
+    """Whether the saved states can be loaded; refuse those of other optimizers unless accepted."""
     if current == saved:
         return True
     text = (
@@ -182,6 +185,6 @@ def compare_optimizers(current: list[str], saved: list[str], accept: Collection[
 
 
 def shorten(value: Any) -> str:
-    """A value in a line."""
+    """Return a value as text of at most 40 characters."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

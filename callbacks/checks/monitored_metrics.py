@@ -1,9 +1,8 @@
 """Check before the first step that the metrics which callbacks and schedulers monitor are logged.
 
 The names are found by a trial: one validation batch and one training batch go through the module's
-steps, and the names that `log` is called with are recorded instead of being logged. Nothing is
-refused where a name may have another source: a step that cannot be tried, or a hook or callback of
-the user's that logs.
+steps. The names passed to `log` are recorded, and nothing is logged. No metric is refused if it may
+have another source: a step that cannot be tried, or a user-defined hook or callback that logs.
 """
 
 import inspect
@@ -19,7 +18,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from ravine.errors import sort_by_similarity
 
-LOGGING_NAMES = {"log", "log_dict", "callback_metrics"}  # what code that logs mentions
+LOGGING_NAMES = {"log", "log_dict", "callback_metrics"}  # names in the code of a function that logs
 KNOWN_PACKAGES = ("ravine.", "lightning.", "torch.", "builtins.")
 UNTRIED_HOOKS = (
     "on_train_start",
@@ -40,15 +39,15 @@ UNTRIED_HOOKS = (
 
 
 class MonitoredMetric(NamedTuple):
-    """One requirement: of these names at least one must be logged."""
+    """A requirement of a callback or scheduler: at least one of these names must be logged."""
 
     owner_name: str
     names: tuple[str, ...]
-    argument: str  # by which another one is chosen
+    argument: str  # argument of the owner that selects another metric
 
 
 def find_monitored_metrics(trainer: Any) -> list[MonitoredMetric]:
-    """What the trainer's callbacks and schedulers require."""
+    """Return the metrics that the trainer's callbacks and schedulers require."""
     requirements = []
     for callback in trainer.callbacks:
         owner_name = type(callback).__name__
@@ -85,16 +84,16 @@ def find_missing_metric(
     validation_batches: Callable[[], list[Any] | None],
     training_batch: Callable[[], Any],
 ) -> str | None:
-    """The error text for a metric that nothing logs; None if each is or may be logged.
+    """Return the error text for a metric that nothing logs; None if each is or may be logged.
 
     Args:
-        trainer: whose callbacks are looked at
-        module: whose steps are tried
-        validation_batches: one of each loader, on the device; None if they cannot be read
-        training_batch: one, on the device; None if it cannot be read
+        trainer: the trainer of the callbacks and schedulers
+        module: the module whose steps are tried
+        validation_batches: returns a batch of each loader, on the device; None if unreadable
+        training_batch: returns a batch, on the device; None if it cannot be read
 
     Raises:
-        Exception: what the validation step raises, where no sanity check has run it before.
+        Exception: the error of the validation step, if no sanity check has run the step before.
     """
     unmet = find_monitored_metrics(trainer)
     names = collect_callback_metric_names(trainer)
@@ -119,7 +118,7 @@ def find_missing_metric(
 
 
 def needs_validation_trial(trainer: Any) -> bool:
-    """Whether a validation is due that no sanity check tries."""
+    """Whether the fit has a validation and no sanity check that tries it."""
     return bool(trainer.enable_validation and not trainer.num_sanity_val_steps)
 
 
@@ -128,7 +127,7 @@ def _get_method(owner: Any, name: str) -> Any:
 
 
 def select_unmet(requirements: list[MonitoredMetric], names: set[str]) -> list[MonitoredMetric]:
-    """The requirements of which no name is logged."""
+    """Return the requirements of which no name is logged."""
     return [
         requirement for requirement in requirements if not names.intersection(requirement.names)
     ]
@@ -137,7 +136,7 @@ def select_unmet(requirements: list[MonitoredMetric], names: set[str]) -> list[M
 def format_missing_metric(
     requirement: MonitoredMetric, names: set[str], trainer: Any, module: L.LightningModule
 ) -> str:
-    """The error text."""
+    """Return the error text for a required metric that is not logged."""
     wanted = " and ".join(repr(name) for name in requirement.names)
     near = sort_by_similarity(requirement.names[0], names)[:6]
     where = "" if trainer.enable_validation else ", and this fit has no validation"
@@ -149,10 +148,10 @@ def format_missing_metric(
 
 
 def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) -> set[str] | None:
-    """Names that a validation of one batch logs; None if it cannot be tried.
+    """Return the names that a validation of one batch logs; None if it cannot be tried.
 
     Raises:
-        Exception: what the step raises, where no sanity check has run it before.
+        Exception: the error of the step, if no sanity check has run the step before.
     """
     step = module.validation_step
     if "dataloader_iter" in inspect.signature(step).parameters:
@@ -188,7 +187,7 @@ def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) 
 
 
 def try_training(trainer: Any, module: L.LightningModule, batch: Any) -> set[str] | None:
-    """Names that a training step logs; None if it cannot be tried without training."""
+    """Return the names that a training step logs; None if a trial is not possible."""
     step, strategy = module.training_step, trainer.strategy
     is_split = getattr(strategy, "pipeline", None) or getattr(strategy, "context", None)
     if batch is None or is_split or not module.automatic_optimization:
@@ -210,9 +209,9 @@ def try_training(trainer: Any, module: L.LightningModule, batch: Any) -> set[str
 
 @contextmanager
 def record_logged_names(module: L.LightningModule, loaders: int) -> Iterator[set[str]]:
-    """Collect the names that arrive at Lightning's `log` of the module in the body.
+    """Record the names that are passed to Lightning's `log` of the module within the context.
 
-    A module's own `log`, which may give other names, is called as in a step.
+    A module's own `log`, which may change the names, is called as in a training step.
     """
     names: set[str] = set()
     original = L.LightningModule.log
@@ -237,12 +236,12 @@ def record_logged_names(module: L.LightningModule, loaders: int) -> Iterator[set
 
 
 def logs_step_and_epoch(options: dict[str, Any]) -> bool:
-    """Whether a value is logged at the step and at the epoch, under two more names."""
+    """Whether a value is logged per step and per epoch, which adds two names."""
     return bool(options.get("on_step") and options.get("on_epoch"))
 
 
 def collect_callback_metric_names(trainer: Any) -> set[str]:
-    """Names that callbacks of this package and of Lightning log, as far as they are known."""
+    """Return the names that callbacks of Ravine and of Lightning log, as far as known."""
     names: set[str] = set()
     for callback in trainer.callbacks:
         if (logged := _get_method(callback, "logged_metrics")) is not None:
@@ -258,7 +257,7 @@ def collect_callback_metric_names(trainer: Any) -> set[str]:
 
 
 def overrides_validation_hook(callback: Any) -> bool:
-    """Whether a callback of the user's acts before a validation step, which may rely on it."""
+    """Whether a user-defined callback has a hook before the validation step, which may need it."""
     hooks = ("on_sanity_check_start", "on_validation_start", "on_validation_epoch_start")
     hooks = (*hooks, "on_validation_batch_start")
     return not f"{type(callback).__module__}.".startswith(KNOWN_PACKAGES) and any(
@@ -267,7 +266,7 @@ def overrides_validation_hook(callback: Any) -> bool:
 
 
 def may_log(callback_class: type) -> bool:
-    """Whether a callback's class that is of no known package mentions a method that logs."""
+    """Whether a user-defined callback class refers to a method that logs."""
     user_classes = [
         base
         for base in callback_class.__mro__
@@ -281,7 +280,7 @@ def may_log(callback_class: type) -> bool:
 
 
 def iter_function_codes(members: Any) -> Iterator[CodeType]:
-    """The code of all functions of a class, inner ones included."""
+    """Yield the code objects of all functions of a class, including nested functions."""
     for value in members.values():
         function = getattr(value, "__func__", getattr(value, "fget", value))
         if isinstance(function, FunctionType):
@@ -289,7 +288,7 @@ def iter_function_codes(members: Any) -> Iterator[CodeType]:
 
 
 def iter_nested_codes(code: CodeType) -> Iterator[CodeType]:
-    """The code, and that of the functions defined in it."""
+    """Yield a code object and those of the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -297,7 +296,7 @@ def iter_nested_codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def find_untried_logging_hooks(module: L.LightningModule) -> Iterable[str]:
-    """Hooks of the module that log, themselves or by a method they call, and were not tried."""
+    """Yield the untried hooks of the module that log, directly or by a method they call."""
     for name in UNTRIED_HOOKS:
         if is_overridden(name, module) and _calls_log(type(module), name, set()):
             yield name

@@ -1,10 +1,10 @@
-"""Run code on a module, then restore its buffers, attributes, generators and counters.
+"""Run code on a module, then restore its buffers, attributes, random generators and counters.
 
-    with undisturbed(trainer, module):
+    with preserve_state(trainer, module):
         module.validation_step(batch, 0)
 
-Parameters are not copied, because they do not change without gradients and an optimizer. Objects of
-torch, Lightning and other packages that an attribute holds are not copied either.
+Parameters are not copied, because they do not change without gradients and an optimizer. Attributes
+that are objects of torch, Lightning and other packages are not copied either.
 """
 
 import copy
@@ -26,16 +26,16 @@ from ravine.lightning_compat import MODULE_REFERENCES
 from ravine.strategies.parallel_module import fsdp_units
 
 RestoreFn = Callable[[], Any]
-MAX_DEPTH = 6  # containers within containers that are looked into
+MAX_DEPTH = 6  # levels of nested containers whose members are copied
 OPAQUE_TYPES = (nn.Parameter, nn.Module, L.Trainer, L.Callback, L.LightningDataModule, Dataset)
 THIRD_PARTY_PREFIXES = ("torch.", "lightning.", "numpy.", "jsonargparse.", "builtins.")
 
 
 @contextmanager
 def preserve_state(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """Run the body in evaluation mode without gradients, then restore what it changed.
+    """Run the body in evaluation mode without gradients, then restore the changed state.
 
-    Inside, `trainer.sanity_checking` is true, loggers write nothing, and every layer evaluates.
+    In the body `trainer.sanity_checking` is true, loggers write nothing and `module.eval()` holds.
     """
     _ = trainer.log_dir  # the first access creates the folder and the loggers
     stage, loggers = trainer.state.stage, list(trainer.loggers)
@@ -52,7 +52,7 @@ def preserve_state(trainer: L.Trainer, module: L.LightningModule) -> Iterator[No
 
 
 def snapshot_module(module: nn.Module) -> RestoreFn:
-    """Copy the buffers and attributes of all layers; returns a function that restores them."""
+    """Copy the buffers and attributes of all layers; return a function that restores them."""
     seen: dict[int, Any] = {}
     layer_restores = [_snapshot_layer(layer, seen) for layer in module.modules()]
 
@@ -60,7 +60,7 @@ def snapshot_module(module: nn.Module) -> RestoreFn:
     def restore() -> None:
         for restore_layer in layer_restores:
             restore_layer()
-        for unit in fsdp_units(module):  # a forward may have left gathered weights
+        for unit in fsdp_units(module):  # a forward pass may leave weights gathered
             unit.reshard()
 
     return restore
@@ -91,7 +91,7 @@ def _restore_dict(current: Any, saved: Any) -> None:
 
 
 def snapshot_value(value: Any, seen: dict[int, Any], depth: int = 0) -> RestoreFn:
-    """Copy a value; returns a function that restores it."""
+    """Copy a value; return a function that restores it."""
     if id(value) in seen or depth > MAX_DEPTH or value is None:
         return _restore_nothing
     seen[id(value)] = value
@@ -159,15 +159,15 @@ def _restore_collection(current: Any, saved: list[Any]) -> None:
 
 
 def _restore_tuple(current: Any, saved: Any) -> None:
-    """Do nothing: a tuple itself cannot change."""
+    """Do nothing: a tuple is immutable."""
 
 
 def _restore_nothing() -> None:
-    """Do nothing: the value cannot change, or is not looked into."""
+    """Do nothing: the value is immutable or is not copied."""
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether it is an instance of a class of the user's or of this package, with attributes."""
+    """Whether a value is an instance, with attributes, of a class of the user or of Ravine."""
     cls = type(value)
     if isinstance(value, type) or not hasattr(value, "__dict__"):
         return False

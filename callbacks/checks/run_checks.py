@@ -1,13 +1,14 @@
-"""RunChecks: what a validation, a save or a metric needs is tried before the first training step.
+"""RunChecks: try validation, checkpointing and logged metrics before the first training step.
 
-    setup                         what needs arguments only
-    check(trainer, module, batch) what needs the network or data: after the strategy has placed the
-                                  weights and a checkpoint is restored, before the sanity check
+    setup                         checks that need arguments only
+    check(trainer, module, batch) checks that need the network or data: after the strategy has
+                                  placed the weights and a checkpoint is restored, before the
+                                  sanity check
 
-`check` is a method that any callback, module or data module may have. It is called once a fit, on
-all ranks, with the first validation batch on its device, or None where there is none. It may raise,
-and must not change what training uses; whatever it does to the module, its buffers and the global
-generators is undone afterwards.
+Any callback, module or datamodule may have a method `check`. It is called once a fit, on all ranks,
+with the first validation batch on its device, or None if there is no batch. It may raise an error,
+and must not change the state of training. Its changes of the module, the module's buffers and the
+default random generators are undone afterwards.
 """
 
 import copy
@@ -61,8 +62,7 @@ from .preserve_state import preserve_state, snapshot_value
 class RunChecks(Callback):
     """Call every `check(trainer, module, batch)` once, before the first training step.
 
-    Any callback of this package adds it to a stock Trainer; there is nothing to configure. A check
-    of your own:
+    Callbacks of Ravine add it to a stock Trainer; it has no arguments. Example of a check:
 
         class Scores(L.Callback):
             def check(self, trainer, module, batch):
@@ -75,10 +75,10 @@ class RunChecks(Callback):
     def __init__(self) -> None:
         """Create the callback."""
         self._checks_pending = self._metrics_pending = False
-        self._trainable_names: list[str] = []  # of a checkpoint
+        self._trainable_names: list[str] = []  # read from a checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what can be known without data: other callbacks, hyperparameters, prediction."""
+        """Check other callbacks, hyperparameters and `predict_step`, which needs no data."""
         self._checks_pending = self._metrics_pending = stage == "fit"
         self._trainable_names = []
         check_stock_callbacks(trainer)
@@ -86,14 +86,14 @@ class RunChecks(Callback):
             postpone_freezing(trainer, pl_module)
             enable_searches(trainer)
             for callback in _get_callbacks(trainer):
-                if isinstance(callback, SpikeDetection):  # its load_state_dict reads another name
+                if isinstance(callback, SpikeDetection):  # its load_state_dict uses this name
                     callback.running = callback.running_mean  # pyright: ignore[reportAttributeAccessIssue]
             _check_hyperparameters(trainer, pl_module)
         elif stage == "predict":
             _check_predict_step(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move behind a GradientAccumulationScheduler, which must see the trainer unchanged."""
+        """Move after a GradientAccumulationScheduler, which must get the trainer unchanged."""
         schedulers = [
             c for c in _get_callbacks(trainer) if c is find_accumulation_scheduler(trainer)
         ]
@@ -104,23 +104,23 @@ class RunChecks(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save which parameters train, where that changes, and the results of searches."""
+        """Save the trainable parameters, if they change in a run, and a found batch size."""
         save_trainable(trainer, pl_module, checkpoint)
         save_batch_size(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Read the same; parameters are unfrozen again before the optimizers are made."""
+        """Restore them; parameters are unfrozen again before the optimizers are created."""
         self._trainable_names = (
             checkpoint.get(KEY, []) if find_finetuning_callbacks(trainer) else []
         )
-        if trainer.state.fn == "fit" and checkpoint.get("global_step"):  # not a search's own file
+        if trainer.state.fn == "fit" and checkpoint.get("global_step"):  # else a file of a search
             disable_searches(trainer)
             restore_batch_size(trainer, pl_module, checkpoint)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let data of this package follow a scheduler of accumulation."""
+        """Apply a GradientAccumulationScheduler's factor to Ravine's data loaders."""
         apply_accumulation_factor(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -132,14 +132,14 @@ class RunChecks(Callback):
             trainer.accumulate_grad_batches = 1
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check before the sanity check, where there is one."""
+        """Run the checks before the sanity check, if there is one."""
         self._check_once(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check, where there is no sanity check; then the validation step and its metrics."""
+        """Run the checks if there was no sanity check; then try validation, metrics and saving."""
         self._check_once(trainer, pl_module)
         check_accumulation_factors(trainer)
-        apply_accumulation_factor(trainer)  # an epoch that is resumed has no start
+        apply_accumulation_factor(trainer)  # a resumed epoch has no on_train_epoch_start
         if self._metrics_pending and (
             monitors.find_monitored_metrics(trainer) or monitors.needs_validation_trial(trainer)
         ):
@@ -168,7 +168,7 @@ class RunChecks(Callback):
 
 
 def _find_validation_error(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
-    """What the validation step raises for one batch, or a metric that nothing logs."""
+    """Return the error of the validation step on one batch, or of a metric that nothing logs."""
     with preserve_state(trainer, module):
         try:
             problem = monitors.find_missing_metric(
@@ -183,9 +183,9 @@ def _find_validation_error(trainer: L.Trainer, module: L.LightningModule) -> Exc
 
 
 def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception | None:
-    """What the first checkpoint would hold that no file can: states of the user's own objects.
+    """Return an error for state of user-defined objects that no checkpoint file can hold.
 
-    Hooks that fail here may need what only a training sets: nothing is said of them.
+    An error of a hook is ignored here: the hook may need values that only training sets.
     """
     if not _saves_checkpoints(trainer):
         return None
@@ -217,8 +217,8 @@ def _find_save_error(trainer: L.Trainer, module: L.LightningModule) -> Exception
 def _collect_saved_state(
     trainer: L.Trainer, module: L.LightningModule, owner: Any
 ) -> dict[str, Any]:
-    """What an owner adds to a checkpoint, in its state and in its hook."""
-    state = {} if owner is module else dict(owner.state_dict())  # a module's holds tensors
+    """Return the entries that an owner adds to a checkpoint, by `state_dict` and by its hook."""
+    state = {} if owner is module else dict(owner.state_dict())  # a module's has tensors
     if (hook := getattr(owner, "on_save_checkpoint", None)) is None:
         return state
     checkpoint: dict[str, Any] = {
@@ -241,7 +241,7 @@ def _collect_saved_state(
 
 
 def _is_user_object(owner: Any) -> bool:
-    """Whether a class, or its hooks, are of no known package."""
+    """Whether the class of an object is of no known package."""
     return owner is not None and not f"{type(owner).__module__}.".startswith(
         monitors.KNOWN_PACKAGES
     )
@@ -255,7 +255,7 @@ def _saves_checkpoints(trainer: L.Trainer) -> bool:
 
 
 def add_run_checks(trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-    """Give the trainer a RunChecks unless it has one; every callback's `setup` calls this."""
+    """Add a RunChecks to the trainer unless it has one; called in the `setup` of callbacks."""
     if not any(isinstance(callback, RunChecks) for callback in _get_callbacks(trainer)):
         checks = RunChecks()
         # Lightning iterates over the old list in this hook, so `setup` is called here
@@ -264,7 +264,7 @@ def add_run_checks(trainer: L.Trainer, module: L.LightningModule, stage: str) ->
 
 
 def raise_on_all_ranks(trainer: L.Trainer, error: Exception | None) -> None:
-    """Raise on every rank if one has a problem: the other ranks would wait for it."""
+    """Raise on every rank if one rank has an error: the other ranks would wait for it."""
     if trainer.world_size > 1 and dist.is_initialized():
         texts: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(texts, None if error is None else str(error))
@@ -276,13 +276,13 @@ def raise_on_all_ranks(trainer: L.Trainer, error: Exception | None) -> None:
 
 
 def get_first_validation_batches(trainer: L.Trainer, module: L.LightningModule) -> list[Any] | None:
-    """The first batch of each validation loader, on the device.
+    """Return the first batch of each validation loader, on the device.
 
-    None without validation, and where the data can be read only once.
+    Returns None without validation, and if the data can be read only once.
     """
     if not trainer.enable_validation:
         return None
-    with validation_loaders(trainer, forget=True) as loaders:  # made again, with the same draws
+    with validation_loaders(trainer, forget=True) as loaders:  # recreated later, with equal draws
         batches = [get_first_batch(loader) for loader in loaders]
     if not batches or any(batch is None for batch in batches):
         return None
@@ -290,7 +290,7 @@ def get_first_validation_batches(trainer: L.Trainer, module: L.LightningModule) 
 
 
 def get_first_training_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:
-    """The first batch of an epoch, on the device; None where the data can be read only once."""
+    """Return the first training batch, on the device; None if the data can be read only once."""
     loader = combined_loader(trainer)
     if loader is None:
         return None
@@ -301,19 +301,18 @@ def get_first_training_batch(trainer: L.Trainer, module: L.LightningModule) -> A
 
 
 def get_first_batch(loader: Any) -> Any:
-    """The first batch of a loader whose position stays as it is, or None."""
+    """Return the first batch of a loader without changing the loader's position, or None."""
     if callable(peek := getattr(loader, "peek", None)):
         return peek()
     if isinstance(loader, Iterator):
-        return None  # it can be iterated once only
+        return None  # it can be read only once
     if not isinstance(loader, DataLoader):
         return None if isinstance(loader, Stateful) else next(iter(copy.copy(loader)), None)
     if isinstance(loader, Stateful) or isinstance(loader.dataset, Iterator):
         return None
-    loader_copy: Any = copy.copy(
-        loader
-    )  # with an iterator of its own: persistent workers are kept there
-    for name in ("_get_iterator", "_batch_seeds"):  # of BatchSeeds, for the loader itself
+    # a copy with its own iterator, because the iterator owns persistent workers
+    loader_copy: Any = copy.copy(loader)
+    for name in ("_get_iterator", "_batch_seeds"):  # set by BatchSeeds for the original loader
         loader_copy.__dict__.pop(name, None)
     loader_copy.__dict__["_iterator"] = None
     restores = [
@@ -334,7 +333,7 @@ def _get_callbacks(trainer: L.Trainer) -> list[Callback]:
 
 
 def _find_check(owner: Any) -> Any:
-    """The owner's check; a method of this name with other parameters is something else."""
+    """Return the owner's `check`; None for a method of this name with other parameters."""
     check = getattr(owner, "check", None)
     if not callable(check):
         return None
@@ -355,7 +354,7 @@ def _check_hyperparameters(trainer: L.Trainer, module: L.LightningModule) -> Non
 
 
 def check_serializable_hyperparameters(owner: str, hyperparameters: dict[str, Any]) -> None:
-    """ValueError for the first hyperparameter that no checkpoint can hold, by its key."""
+    """Raise UsageError for the first hyperparameter that no checkpoint can hold, with its key."""
     for key, value in hyperparameters.items():
         try:
             check_serializable(to_plain(value), str(key))
@@ -368,7 +367,10 @@ def check_serializable_hyperparameters(owner: str, hyperparameters: dict[str, An
 
 
 def _check_predict_step(module: L.LightningModule) -> None:
-    """Without a `predict_step`, Lightning calls `forward` with the batch alone."""
+    """Raise UsageError if there is no `predict_step` and `forward` needs more than the batch.
+
+    Without `predict_step`, Lightning calls `forward` with the batch alone.
+    """
     if is_overridden("predict_step", module):
         return
     name = type(module).__name__

@@ -1,12 +1,13 @@
-"""How far samples are from the data: Fréchet's distance and the kernel distance at each validation.
+"""FrechetDistance: log the Fréchet distance (FID) and kernel distance (KID) at each validation.
 
-    every rank       draws its blocks of samples, and takes their features
-    all together     blocks are handed round, and every rank adds them in the order of their numbers
+    each rank        draws its blocks of samples and computes their features
+    all ranks        gather all blocks; each rank adds them in the order of their indices
 
-so the same bits come out on any number of ranks. `fid` is said of the 2048 features of InceptionV3
-alone; in any other features the distance is called fd_<extractor>. Beside it stands its floor, the
-distance of as many real test images: no number of this kind means anything without it. One draw of
-them may be twice as far as another, so the floor is the mean over disjoint draws.
+The result is equal bit for bit on any number of ranks. The distance is called `fid` only in the
+2048 features of InceptionV3; in other features it is called fd_<extractor>. The floor is the
+distance of an equal number of real test images. Distances are only meaningful relative to it. The
+distances of two draws of test images may differ by a factor of two, so the floor is the mean over
+disjoint draws.
 """
 
 import hashlib
@@ -40,42 +41,42 @@ from .distributed_features import (
 from .inception import WEIGHTS_SHA256, FeatureLayer, Inception, locate_inception_weights
 from .statistics import Gaussian, Moments, frechet_distance, kernel_distance
 
-MAX_KEPT = 10_000  # real images at most whose features are kept for the kernel distance
-BASELINE_DRAWS = 10  # of test images at most, each as large as the samples, for the floor
-NUM_PROBES = 8  # real images by which an extractor is known again
-CACHE_VERSION = "bytes, statistics 4"  # of what is cached: another code must not find it
+MAX_KEPT = 10_000  # maximum of real images whose features are kept for the kernel distance
+BASELINE_DRAWS = 10  # maximum of draws of test images for the floor, each as many as the samples
+NUM_PROBES = 8  # real images whose features identify an extractor
+CACHE_VERSION = "bytes, statistics 4"  # part of the cache key: change it with the statistics
 
 
 class RealStatistics(NamedTuple):
-    """What is known of the real images in an extractor's features, and kept in a file."""
+    """Statistics of the real images in an extractor's features, cached in a file."""
 
     mean: Tensor  # (d) of the training images
     trace: Tensor
     root: Tensor  # (d d)
     features: Tensor  # (n d) of some training images
-    floors: Tensor  # distances of draws k of n test images: Fréchet's and the kernel's (k 2)
-    accuracy: Tensor  # of the extractor on all of them, nan where it does not classify
-    probe: Tensor  # features of a few training images, by which the extractor is known again
+    floors: Tensor  # Fréchet and kernel distances (k 2) of k draws of n test images
+    accuracy: Tensor  # of the extractor on these test images, nan if it does not classify
+    probe: Tensor  # features of a few training images, which identify the extractor
 
 
 class FrechetDistance(L.Callback):
     """Logs val/fid or val/fd_<extractor>, val/kid or val/kd_<extractor>, floor, ratio and speed.
 
-        Trainer(callbacks=[FrechetDistance(ClassifierFeatures("FILE.ckpt"), n=1000)])
+    Example: `Trainer(callbacks=[FrechetDistance(ClassifierFeatures("FILE.ckpt"), n=1000)])`.
 
-    The module draws samples by `sample_images(index, labels)`: uint8 images (n c y x) of these
-    sample numbers (n) and, where it can choose, these labels (n). The datamodule gives the real
-    ones by `pictures(part)`: uint8 images (n c y x) and labels (n) of "train" and "test".
+    The module's `sample_images(index, labels)` returns uint8 images (n c y x) for sample indices
+    (n) and, if the model is class-conditional, labels (n). The datamodule's `pictures(split)`
+    returns the real uint8 images (n c y x) and labels (n) of "train" and "test".
 
     Args:
         extractor: any module that maps uint8 images to features (b d); by default InceptionV3.
-        n: samples, and real test images of each draw for the floor. Below 5,000 trust the kernel
-            distance more: Fréchet's is too large by about c / n, its floor alike.
-        layer: of InceptionV3.
-        weights: InceptionV3's file, in torch-fidelity's layout; by default the published one.
-        reference: training images compared with; by default all.
-        batch_size: images sampled at once; the distance depends on it in the last bits.
-        cache: folder for what is known of the real images; by default ravine's cache.
+        n: number of samples, and of real test images in each draw for the floor. Below 5,000 prefer
+            the kernel distance: the Fréchet distance and its floor are too large by about c / n.
+        layer: feature layer of InceptionV3.
+        weights: file of InceptionV3's weights in torch-fidelity's layout; by default the published.
+        reference: number of training images to compare with; by default all.
+        batch_size: images sampled at once; it changes the last bits of the distance.
+        cache: folder for the statistics of the real images; by default Ravine's cache.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class FrechetDistance(L.Callback):
         batch_size: int = 128,
         cache: str | None = None,
     ) -> None:
-        """Check the sizes."""
+        """Check the sizes and store the arguments."""
         for name, value, least in (("n", n, 2), ("reference", reference or 2, 2),
                                    ("batch_size", batch_size, 1)):  # fmt: skip
             if value < least:
@@ -105,7 +106,7 @@ class FrechetDistance(L.Callback):
         self._real_statistics: RealStatistics | None = None  # of this run
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured before anything is trained."""
+        """Raise before training if the distance cannot be measured."""
         add_run_checks(trainer, pl_module, stage)
         self._real_statistics = None
         if not callable(getattr(pl_module, "sample_images", None)):
@@ -142,7 +143,7 @@ class FrechetDistance(L.Callback):
             self._weights_sha256 = fingerprint_tensors(*self.extractor.state_dict().values())
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Measure the real images, as a run needs them once, and sample two."""
+        """Compute the statistics of the real images, needed once a run, and sample two images."""
         module: Any = pl_module
         with self._extractor_on_device(pl_module.device) as extractor:
             pool = FeatureExtractorPool(trainer, extractor, self.batch_size, pl_module.device)
@@ -159,7 +160,7 @@ class FrechetDistance(L.Callback):
                 )
 
     def logged_metrics(self, trainer: L.Trainer) -> set[str]:
-        """What it logs; no ratio where real images are no distance apart."""
+        """Return the names of the logged metrics; without the ratio if the floor is 0."""
         kernel_name = (
             "kid" if self.metric_name == "fid" else self.metric_name.replace("fd_", "kd_", 1)
         )
@@ -174,18 +175,18 @@ class FrechetDistance(L.Callback):
 
     @property
     def metric_name(self) -> str:
-        """What the distance is called: fid for Inception's 2048, else after the extractor."""
+        """Return the name of the distance: fid for InceptionV3's 2048, else fd_<extractor>."""
         if self.extractor is not None:
             return f"fd_{getattr(self.extractor, 'name', type(self.extractor).__name__.lower())}"
         return "fid" if self.layer == 2048 else f"fd_inception_{self.layer}"
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure, so early that a checkpoint can be chosen by it."""
+        """Measure the distances before checkpoint callbacks, which may monitor them, run."""
         if not trainer.sanity_checking:
             self._measure(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure."""
+        """Measure the distances of the test."""
         self._measure(trainer, pl_module, "test")
 
     @torch.no_grad()
@@ -227,17 +228,17 @@ class FrechetDistance(L.Callback):
 
     @contextmanager
     def _extractor_on_device(self, device: torch.device) -> Iterator[nn.Module]:
-        """The extractor on the device, and gone from it afterwards, with all that it needed."""
+        """Move the extractor to the device within the context, and free the memory afterwards."""
         extractor = self.extractor or Inception(self._weights_file, self.layer)
         try:
             yield extractor.to(device).eval()
         finally:
-            extractor.to("cpu")  # whoever still holds it
+            extractor.to("cpu")  # other references to it may exist
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _load_real(self, trainer: L.Trainer, pool: FeatureExtractorPool) -> RealStatistics:
-        """What is known of the real images: from this run, from the cache, or measured now."""
+        """Return the statistics of the real images: of this run, from the cache, or computed."""
         if self._real_statistics is not None:
             return self._real_statistics
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -255,7 +256,7 @@ class FrechetDistance(L.Callback):
         path = (self.cache_dir or get_feature_cache_dir()) / f"{key}.safetensors"
         statistics = load_statistics(path)
         if statistics and not is_close(statistics.probe, feature_probe(pool, train)):
-            statistics = None  # an extractor of the same name and weights, and yet another one
+            statistics = None  # a different extractor of the same name and weights
         is_cached_everywhere = trainer.strategy.reduce_boolean_decision(statistics is not None)
         if statistics is None or not is_cached_everywhere:
             statistics = self._measured(pool, train, *test)
@@ -296,7 +297,7 @@ class FrechetDistance(L.Callback):
     def _distances(
         self, moments: Moments, features: Tensor, gaussian: Gaussian, kept: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Both distances of a set from the training images, by its sums and its features."""
+        """Return the Fréchet and kernel distance of a set of images from the training images."""
         return frechet_distance(moments, gaussian), kernel_distance(
             features, kept[: self.num_samples]
         )
@@ -333,24 +334,24 @@ class FrechetDistance(L.Callback):
 
 
 def feature_probe(pool: FeatureExtractorPool, train: Tensor) -> Tensor:
-    """Features (p d) of a few of the images (n c y x), on the CPU."""
+    """Return the features (p d) of a few of the images (n c y x), on the CPU."""
     return pool.extractor(train[random_subset(len(train), NUM_PROBES)].to(pool.device)).cpu()
 
 
 def is_close(left: Tensor, right: Tensor) -> bool:
-    """Whether features are the same up to what another device or batch may change."""
+    """Whether features are equal up to the rounding of another device or batch size."""
     same = left.shape == right.shape and left.dtype == right.dtype
     return same and bool((left - right).abs().max() <= 1e-4 * left.abs().max())
 
 
 def get_feature_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/ravine/features, by default ~/.cache/ravine/features."""
+    """Return $XDG_CACHE_HOME/ravine/features, by default ~/.cache/ravine/features."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "ravine" / "features"
 
 
 def load_statistics(path: Path) -> RealStatistics | None:
-    """What was kept; None if nothing was, or not whole."""
+    """Load cached statistics; return None if the file is missing or incomplete."""
     try:
         tensors = load_file(path)
         return RealStatistics(**tensors)
@@ -359,15 +360,17 @@ def load_statistics(path: Path) -> RealStatistics | None:
 
 
 def save_statistics(path: Path, statistics: RealStatistics) -> None:
-    """Keep it under its name when it is whole; a cache that cannot be written is no error."""
+    """Cache statistics by an atomic write; a failed write is a warning, not an error."""
     temp_path = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     tensors = {name: value.cpu().contiguous() for name, value in statistics._asdict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temp_path.write_bytes(save(tensors))  # save_file has an error of its own for a full disk
+        temp_path.write_bytes(
+            save(tensors)
+        )  # save_file raises an error of its own type on a full disk
         os.replace(temp_path, path)
     except OSError as error:
         rank_zero_warn(f"FrechetDistance: the real images' statistics are not kept: {error}")
     finally:
-        with suppress(OSError):  # there is none, or no folder for one
+        with suppress(OSError):  # the file or its folder may not exist
             temp_path.unlink()

@@ -1,12 +1,12 @@
-"""Features of many images, made by all ranks together and added up alike on each of them.
+"""Distributed feature extraction: ranks share the images and each rank computes equal sums.
 
-    block     0    1    2    3    4    5      batch_size images each, whatever the ranks
-    rank      0    1    0    1    0    1      size 2
-    turn      0    0    1    1    2    2      after each turn the blocks are handed round
+    block     0    1    2    3    4    5      batch_size images each, on any number of ranks
+    rank      0    1    0    1    0    1      with 2 ranks
+    turn      0    0    1    1    2    2      after each turn an all-gather of the blocks
 
-Every rank makes as many blocks as every other (a sharded net needs all of them in each forward
-pass), and every rank adds all blocks in the order of their numbers: the same sums, bit for bit, on
-any number of ranks.
+Every rank computes the same number of blocks, because a sharded net needs all ranks in each forward
+pass. Every rank adds all blocks in the order of their indices. The sums are therefore equal bit for
+bit on any number of ranks.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ from .statistics import Moments
 
 
 class FeatureExtractorPool:
-    """An extractor at work on all ranks of a trainer.
+    """Runs a feature extractor on all ranks of a trainer.
 
-    work = SharedFeatures(trainer, extractor, batch_size=128, device=module.device)
-    moments, features = work.moments(lambda index: images[index], count=1000)
+    pool = FeatureExtractorPool(trainer, extractor, batch_size=128, device=module.device)
+    moments, features = pool.compute_moments(lambda index: images[index], count=1000)
     """
 
     def __init__(
         self, trainer: L.Trainer, extractor: nn.Module, batch_size: int, device: torch.device
     ) -> None:
-        """Ask the trainer for this rank's part; ranks that split one model count as one."""
+        """Find the data-parallel rank and size; ranks that split one model count as one."""
         self.dp_rank, self.dp_size, _ = DataParallelInfo.of(trainer)
         self.trainer, self.extractor = trainer, extractor
         self.batch_size, self.device = batch_size, device
-        # float64, which some accelerators do not have
+        # some accelerators have no float64
         self.float64_device = device if device.type == "cuda" else torch.device("cpu")
 
     def compute_moments(
@@ -49,9 +49,9 @@ class FeatureExtractorPool:
         pivot: Tensor | None = None,
         keep: int = 0,
     ) -> tuple[Moments, Tensor]:
-        """Sums over images 0..count-1, and the features of the first `keep` of them (n d).
+        """Return sums over the features of images 0..count-1, and the first `keep` features (n d).
 
-        `images(index)` gives the uint8 images (n c y x) of the numbers (n).
+        `images(index)` returns the uint8 images (n c y x) of the indices (n).
         """
         blocks = (block.to(self.float64_device) for block in self._iter_blocks(images, count))
         first = next(blocks)
@@ -68,15 +68,14 @@ class FeatureExtractorPool:
         return sums, torch.cat(kept) if kept else first[:0].clone()
 
     def _iter_blocks(self, images: Callable[[Tensor], Tensor], count: int) -> Iterator[Tensor]:
-        """The features of all blocks, in the order of their numbers."""
+        """Yield the features of all blocks, in the order of their indices."""
         blocks = -(-count // self.batch_size)
         ranks = (
             self._all_gather(torch.tensor([self.dp_rank], device=self.device)).flatten().tolist()
         )
         for turn in range(0, blocks, self.dp_size):
-            block_index = min(
-                turn + self.dp_rank, blocks - 1
-            )  # the surplus of the last turn is thrown away
+            # surplus blocks of the last turn are discarded
+            block_index = min(turn + self.dp_rank, blocks - 1)
             first = block_index * self.batch_size
             index = torch.arange(first, min(count, first + self.batch_size))
             features = self.extractor(images(index).to(self.device))  # (b d)
@@ -93,7 +92,7 @@ class FeatureExtractorPool:
                 yield gathered[ranks.index(block - turn)][:size]
 
     def _all_gather(self, value: Tensor) -> Tensor:
-        """What all ranks have, one after another; a single process has only its own."""
+        """Stack a tensor of all ranks along a new first axis, in the order of the ranks."""
         if self.trainer.world_size == 1:
             return value[None]
         outputs = [torch.empty_like(value) for _ in range(self.trainer.world_size)]
@@ -102,26 +101,26 @@ class FeatureExtractorPool:
 
 
 def random_subset(count: int, n: int | None = None) -> Tensor:
-    """Numbers below `count`, at most n of them, in an order that is mixed alike in every run.
+    """Return at most n indices below `count` in a random order that is equal in every run.
 
-    Mixed, since the first images of a set may be of one class, or of few people's hands.
+    The order is random because the first images of a set may be of one class or of few writers.
     """
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:n]
 
 
 def select_images(images: Tensor, chosen: Tensor) -> Callable[[Tensor], Tensor]:
-    """The chosen images (n c y x) by their places among the chosen."""
+    """Return a function from indices into `chosen` to the chosen images (n c y x)."""
     return lambda index: images[chosen[index]]
 
 
 def proportional_labels(labels: Tensor, n: int) -> Tensor:
-    """n labels in the proportions of the given ones, the same at each call, on the CPU."""
+    """Return n labels in the proportions of `labels`, the same at each call, on the CPU."""
     indices = (torch.arange(n) * 2 + 1) * len(labels) // (2 * n)
     return labels.cpu().sort().values[indices]
 
 
 def validate_images(images: Any, n: int, module_name: str) -> Tensor:
-    """The images, if they are what was asked for."""
+    """Return the images; raise UsageError if they are not n uint8 images (n c y x)."""
     shape = tuple(getattr(images, "shape", ()))
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4:
         description = f"{images.dtype} of shape {shape}" if shape else type(images).__name__
@@ -138,7 +137,7 @@ def validate_images(images: Any, n: int, module_name: str) -> Tensor:
 
 
 def fingerprint_tensors(*tensors: Tensor) -> str:
-    """SHA-256 of shapes, types and values."""
+    """Return the SHA-256 of shapes, dtypes and values of tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
         cpu_tensor = tensor.detach().cpu().contiguous()

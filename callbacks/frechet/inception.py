@@ -1,7 +1,8 @@
-"""torch-fidelity's InceptionV3, its weights found, checked and read without running any pickle.
+"""InceptionV3 features of torch-fidelity: find or download the weights, verify and load them.
 
-Looked for: the file given; `inception/` below DATA_ROOT; torch's hub folder, where torch-fidelity
-and torchmetrics keep theirs as well; then the address it was published at.
+The weights are searched in this order: the given file; `inception/` in DATA_ROOT; torch's hub
+folder, which torch-fidelity and torchmetrics also use; the URL where they were published. They are
+loaded without executing pickle code.
 """
 
 import hashlib
@@ -28,10 +29,10 @@ FeatureLayer = Literal[64, 192, 768, 2048]
 def locate_inception_weights(
     weights_path: str | None = None, trainer: L.Trainer | None = None
 ) -> tuple[Path, str]:
-    """The file of weights and its SHA-256; one of another checksum counts only if it is
-    `weights_path`.
+    """Return the path of the weights and its SHA-256; download the file if it is missing.
 
-    What is nowhere is downloaded by one rank of each machine, for which the others wait.
+    A file with another checksum is accepted only as `weights_path`. One rank of each machine
+    downloads the file, and the other ranks wait.
     """
     if weights_path is not None:
         path = Path(weights_path).expanduser()
@@ -73,7 +74,7 @@ def _find_verified(candidates: list[Path]) -> Path | None:
 
 
 def _download(path: Path) -> str:
-    """Fetch the file; in words why it failed, or ""."""
+    """Download the file; return the error text, or "" on success."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL, str(path), hash_prefix=WEIGHTS_SHA256, progress=False)
@@ -83,26 +84,26 @@ def _download(path: Path) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Inception(nn.Module):
-    """Bytes (b c y x), gray or colour, to the features (b d) of one layer, d its name.
+    """Maps uint8 images (b c y x), gray or colour, to features (b d) of the layer with d features.
 
-    Images are resized to 299 as TensorFlow 1 did, or no published figure could be compared with.
+    Images are resized to 299 x 299 as in TensorFlow 1, to be comparable with published figures.
     """
 
     def __init__(self, path: Path, layer: FeatureLayer = 2048) -> None:
-        """Read the weights."""
+        """Load the weights."""
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.name = "inception" if layer == 2048 else f"inception_{layer}"
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            # torch-fidelity unpickles whatever it is given: it is given only tensors, in memory
+            # torch-fidelity unpickles its file: it gets a buffer that contains only tensors
             memory = io.BytesIO()
             torch.save(state, memory)
             memory.seek(0)
@@ -116,7 +117,7 @@ class Inception(nn.Module):
             ) from None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of uint8 images."""
+        """Return the features (b d) of uint8 images (b c y x)."""
         if images.shape[1] == 1:
             images = repeat(images, "b 1 y x -> b c y x", c=3)
         return self.net(images)[0]

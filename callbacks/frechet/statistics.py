@@ -1,14 +1,15 @@
-"""How far apart two sets of features are: Fréchet's distance and the kernel distance, in float64.
+"""Fréchet distance (FID) and kernel distance (KID) between two sets of features, in float64.
 
     Fréchet   |m1 - m2|² + tr C1 + tr C2 - 2 tr (C1 C2)^½,   means m, covariances C (divisor n - 1)
               tr (C1 C2)^½ = sum of sqrt of the eigenvalues of U C1 Uᵀ,   Uᵀ U = C2
     kernel    mean k(x, x') + mean k(y, y') - 2 mean k(x, y),  x != x', y != y',
               k(x, y) = (x·y / d + 1)³
 
-U C1 Uᵀ is symmetric, so its eigenvalues are real and cheaper than those of C1 C2; rank-deficient
-covariances give tiny ones of either sign, which count as 0, as in the rank of a matrix. U is of
-the real data, which do not change: it is kept. The Fréchet distance is biased upwards by about
-c / n, so only distances at equal n can be compared; the kernel distance is not.
+U C1 Uᵀ is symmetric, so its eigenvalues are real and cheaper to compute than those of C1 C2.
+Rank-deficient covariances give tiny eigenvalues of either sign, which count as 0, as in the
+numerical rank of a matrix. U belongs to the real data, which do not change, so it is stored. The
+Fréchet distance is biased upwards by about c / n, so only distances at equal n can be compared.
+The kernel distance is unbiased.
 Sources: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID).
 
 Axes: n images, d features.
@@ -22,17 +23,17 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-ROW_BLOCK = 256  # rows of a triangular matrix multiplied at once
-KERNEL_ROWS = 1024  # of the kernel matrix at once: 8 MB a thousand columns
+ROW_BLOCK = 256  # rows of a triangular matrix in one product
+KERNEL_ROWS = 1024  # rows of the kernel matrix computed at once: 8 MB per thousand columns
 
 
 @dataclass
 class Moments:
-    """Sums of features around a fixed pivot (d), added up block by block, in the order given.
+    """Sums of features around a fixed pivot (d), accumulated block by block.
 
-    One pass is enough, and safe: without the pivot, features of mean 100 and deviation 1 would
-    lose four digits of their covariance. The order of blocks decides the last bits, hence whoever
-    wants equal bits adds equal blocks in equal order.
+    The pivot makes one pass numerically safe: without it, features of mean 100 and deviation 1
+    would lose four digits of their covariance. The last bits depend on the order of the blocks:
+    equal blocks in equal order give equal bits.
     """
 
     pivot: Tensor
@@ -41,7 +42,7 @@ class Moments:
     outer_sum: Tensor = field(init=False)  # sum of their outer products (d d)
 
     def __post_init__(self) -> None:
-        """Start at nothing."""
+        """Start with sums of zero."""
         self.pivot = self.pivot.double()
         d = len(self.pivot)
         self.shifted_sum, self.outer_sum = self.pivot.new_zeros(d), self.pivot.new_zeros(d, d)
@@ -54,14 +55,14 @@ class Moments:
         self.outer_sum += x.T @ x
 
     def mean(self) -> Tensor:
-        """Mean (d)."""
+        """Return the mean (d)."""
         return self.pivot + self.shifted_sum / self.count
 
     def covariance(self) -> Tensor:
-        """Covariance (d d) with divisor n - 1.
+        """Return the covariance (d d) with divisor n - 1.
 
         Raises:
-            ValueError: for fewer than two rows.
+            UsageError: there are fewer than two rows.
         """
         _check_count(self.count)
         outer = torch.outer(self.shifted_sum, self.shifted_sum / self.count)
@@ -69,7 +70,7 @@ class Moments:
 
 
 class Gaussian(NamedTuple):
-    """What is kept of a set that does not change: mean (d), trace of C, and its root U (d d)."""
+    """Statistics of a fixed set of features: mean (d), trace of C, and root U (d d) of C."""
 
     mean: Tensor
     trace: Tensor
@@ -77,7 +78,7 @@ class Gaussian(NamedTuple):
 
     @classmethod
     def from_moments(cls, moments: Moments) -> "Gaussian":
-        """The upper triangular root, by Cholesky, or by eigenvalues where C has not full rank."""
+        """Compute the upper triangular root by Cholesky, or by eigenvalues if C lacks full rank."""
         covariance = moments.covariance()
         lower, failed = torch.linalg.cholesky_ex(covariance)
         root = lower.T
@@ -88,10 +89,10 @@ class Gaussian(NamedTuple):
 
 
 def frechet_distance(moments: Moments, reference: Gaussian) -> Tensor:
-    """Fréchet's distance, squared as is usual, of a set of features from one whose root is kept."""
+    """Return the Fréchet distance, squared as is usual, of a set of features from a reference."""
     covariance = moments.covariance()
     values = torch.linalg.eigvalsh(_conjugate_lower(reference.root, covariance))
-    # of a feature that never changes, rounding leaves 1e-16 in place of 0, whose root is 1e-8
+    # for a constant feature, rounding gives 1e-16 instead of 0, and the root would be 1e-8
     noise = len(values) * torch.finfo(values.dtype).eps * values.amax()
     trace_root = torch.where(values > noise, values, 0.0).sqrt().sum()
     mean_distance = (moments.mean() - reference.mean).square().sum()
@@ -106,9 +107,10 @@ def _check_count(count: int) -> None:
 
 
 def _conjugate_lower(root: Tensor, covariance: Tensor) -> Tensor:
-    """U C Uᵀ below and on the diagonal, all that `eigvalsh` reads: half the work of two products.
+    """Compute the lower triangle of U C Uᵀ, which `eigvalsh` reads: half the work of two products.
 
-    U (d d) is zero below the diagonal, so each block of rows needs only what is right of it.
+    U (d d) is zero below the diagonal, so each block of rows needs only the columns from its
+    diagonal block to the right.
     """
     starts = range(0, len(root), ROW_BLOCK)
     left = torch.cat([root[s : s + ROW_BLOCK, s:] @ covariance[s:] for s in starts])  # (d d)
@@ -119,7 +121,7 @@ def _conjugate_lower(root: Tensor, covariance: Tensor) -> Tensor:
 
 
 def kernel_distance(features: Tensor, reference_features: Tensor) -> Tensor:
-    """The squared maximum mean discrepancy of all features (n d) and all others (m d), unbiased."""
+    """Return the unbiased squared maximum mean discrepancy of two sets of features (n d), (m d)."""
     x, y = features.double(), reference_features.double()
     n, m = len(x), len(y)
     _check_count(n)
@@ -135,5 +137,5 @@ def _kernel(products: Tensor, like: Tensor) -> Tensor:
 
 
 def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of all kernel values, a few rows at a time: the matrix itself may be too large."""
+    """Sum all kernel values, a few rows at a time, because the matrix may be too large."""
     return torch.stack([_kernel(rows @ y.T, y).sum() for rows in x.split(KERNEL_ROWS)]).sum()

@@ -1,4 +1,4 @@
-"""Figures: what a trained module can show of itself, as PNG files and in the logger."""
+"""Figures: save the figures of a trained module as PNG files and pass them to the loggers."""
 
 from io import BytesIO
 from pathlib import Path
@@ -14,15 +14,14 @@ from ..monitoring.media_logging import get_run_dir, log_image
 
 
 class Figures(L.Callback):
-    """Draws the task's `figures(datamodule)` at the end of a fit: seed_last_bigrams.png.
+    """Saves the module's `figures(datamodule)` as PNG files at the end of a fit.
 
-    Trainer(callbacks=[Figures()])
-
-    They lie in the run's folder; the first part of a name is the config's.
+    Example: `Trainer(callbacks=[Figures()])`. The files are in the run's folder and are named
+    after the config and the figure, such as seed_last_bigrams.png.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module that draws nothing."""
+        """Refuse a module without a method `figures`."""
         add_run_checks(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "figures", None)):
             raise UsageError(
@@ -31,14 +30,14 @@ class Figures(L.Callback):
             )
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Draw once with the weights as they are; the pictures are thrown away."""
+        """Draw the figures once with the current weights, and discard them."""
         module: Any = pl_module
         for figure in module.figures(getattr(trainer, "datamodule", None)).values():
             if trainer.is_global_zero:
                 figure.savefig(BytesIO(), format="png")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw on all ranks, since a sharded net needs all of them; the first one writes."""
+        """Draw on all ranks, because a sharded net needs all of them; rank 0 writes the files."""
         module: Any = pl_module
         figures = module.figures(getattr(trainer, "datamodule", None))
         folder = get_run_dir(trainer) or Path()

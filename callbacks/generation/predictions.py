@@ -1,4 +1,4 @@
-"""PredictionTable: what `lightning predict` says of each example, as a CSV file and a table."""
+"""PredictionTable: write the predictions of `lightning predict` to a CSV file, and print some."""
 
 import csv
 from itertools import zip_longest
@@ -16,36 +16,36 @@ from ravine.errors import UsageError
 from ..checks.run_checks import add_run_checks
 from ..monitoring.media_logging import get_run_dir
 
-MAX_CELL_CHARS = 300  # characters of a cell shown; the file has them all
+MAX_CELL_CHARS = 300  # characters of a cell that are printed; the file has all
 PredictionRow = dict[str, Any]
 
 
 class PredictionTable(L.Callback):
-    """Writes predictions.csv in the run's folder if `predict_step` returns rows, and shows some.
+    """Writes predictions.csv in the run's folder if `predict_step` returns rows, and prints some.
 
-    class Judge(L.LightningModule):
-        columns = ("message", "label")
-        def predict_step(self, batch, index): return [(text, "spam") for text in batch]
+        class SpamClassifier(L.LightningModule):
+            columns = ("message", "label")
+            def predict_step(self, batch, index): return [(text, "spam") for text in batch]
 
-    A row is a tuple, named by the module's `columns`, or a dict, which names itself.
+    A row is a dict, or a tuple whose column names are the module's `columns`.
 
     Args:
-        shown: rows printed; the file has them all.
+        shown: number of rows to print; the file has all rows.
     """
 
     def __init__(self, shown: int = 20) -> None:
-        """Begin without rows."""
+        """Start without rows."""
         self.max_rows = shown
         self.rows: list[PredictionRow] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a prediction that the module cannot make."""
+        """Add RunChecks, which raises if the module cannot predict."""
         add_run_checks(trainer, pl_module, stage)
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any
     ) -> None:
-        """Collect rows; anything else that `predict_step` may return is left alone."""
+        """Collect rows; ignore other return values of `predict_step`."""
         names = getattr(pl_module, "columns", None)
         for row in outputs if isinstance(outputs, list) else ():
             if isinstance(row, dict):
@@ -60,7 +60,7 @@ class PredictionTable(L.Callback):
                 self.rows.append(dict(zip(names, row, strict=True)))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bring the rows of all ranks into the order of the data, write and show them."""
+        """Gather the rows of all ranks in the order of the data; write and print them."""
         folder, rows = get_run_dir(trainer), self.rows
         if dist.is_initialized():
             rows_per_rank: list[list[PredictionRow]] = [[] for _ in range(trainer.world_size)]
@@ -93,6 +93,6 @@ def print_table(rows: list[PredictionRow]) -> None:
 
 
 def sanitize(text: str) -> str:
-    """A cell that neither fills the screen nor commands the terminal."""
+    """Shorten a cell, and replace characters that could control the terminal."""
     short = text if len(text) <= MAX_CELL_CHARS else text[: MAX_CELL_CHARS - 1] + "…"
     return "".join(c if c.isprintable() else "�" for c in short)

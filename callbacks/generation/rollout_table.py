@@ -1,4 +1,4 @@
-"""RolloutTable: what a policy wrote and what it earned, read while it is trained."""
+"""RolloutTable: print generated texts of a policy and their rewards during training."""
 
 import shutil
 from io import StringIO
@@ -21,31 +21,30 @@ RolloutRow = dict[str, Any]
 
 
 class RolloutTable(L.Callback):
-    """Shows samples at the first step, every so many steps, and at the end.
+    """Prints generated texts and rewards at the first step, at an interval, and at the end.
 
-    Trainer(callbacks=[RolloutTable(every=10, count=3)])
-
-    They are printed as a table, added to rollouts.txt in the run's folder, and handed to a logger
-    that takes text. A module offers them by a method `samples()`: a list of dicts, each with a
-    `text`, perhaps a `prompt`, and numbers.
+    Example: `Trainer(callbacks=[RolloutTable(every=10, count=3)])`. They are printed as a table,
+    appended to rollouts.txt in the run's folder, and passed to a logger that takes text. The
+    module's `samples()` returns a list of dicts, each with a `text`, an optional `prompt`, and
+    numbers.
 
     Args:
         every: optimizer steps between two tables.
-        count: samples in a table.
+        count: number of samples in a table.
     """
 
     def __init__(self, every: int = 25, count: int = 2) -> None:
-        """Choose when and how many."""
+        """Set the interval and the number of samples."""
         for name, value in (("every", every), ("count", count)):
             if value < 1:
                 raise UsageError(f"RolloutTable: {name} is {value}; allowed: 1 or more; type 10")
         self.every_n_steps, self.num_samples = every, count
         self.step, self.last_shown_step = 0, -1
         self.folder: Path | None = None
-        self.rows: list[RolloutRow] = []  # of the last step; a validation after it writes others
+        self.rows: list[RolloutRow] = []  # of the last training step, not of a validation
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module that has no samples."""
+        """Refuse a module without a method `samples`."""
         add_run_checks(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "samples", None)):
             raise UsageError(
@@ -54,7 +53,7 @@ class RolloutTable(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the folder, which is asked for on all ranks."""
+        """Find the run's folder, for which all ranks must call `get_run_dir`."""
         self.step, self.folder = trainer.global_step, get_run_dir(trainer)
 
     def on_train_batch_end(
@@ -65,14 +64,14 @@ class RolloutTable(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Show those of the step, when it is due."""
+        """Print the samples of the step if a table is due."""
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
         self.rows = pl_module.samples()[: self.num_samples]  # pyright: ignore[reportCallIssue]
         if stepped and (self.step == 1 or self.step % self.every_n_steps == 0):
             self._print_rollouts(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the last ones."""
+        """Print the last samples, unless they were printed already."""
         if self.rows and self.step != self.last_shown_step:
             self._print_rollouts(trainer, pl_module)
 
@@ -88,13 +87,13 @@ class RolloutTable(L.Callback):
                 file.write(f"--- step {self.step} ---\n{format_rollout_text(rows)}")
         for logger in trainer.loggers:
             writer = getattr(logger, "experiment", None)
-            if hasattr(writer, "add_text"):  # TensorBoard's
+            if hasattr(writer, "add_text"):  # of TensorBoard
                 text = format_rollout_text(rows).replace("\n", "  \n")
                 writer.add_text("rollouts", text, self.step)  # type: ignore[union-attr]
 
 
 def format_rollout_table(rows: list[RolloutRow], title: str) -> str:
-    """Rows as a table for a screen; the end of the prompt is shown with the text."""
+    """Format rows as a table for a terminal; the end of the prompt precedes the text."""
     rich_table = Table("what it earned", "prompt … text", title=title, show_lines=True)
     for row in rows:
         scores = [f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, int | float)]
@@ -108,7 +107,7 @@ def format_rollout_table(rows: list[RolloutRow], title: str) -> str:
 
 
 def format_rollout_text(rows: list[RolloutRow]) -> str:
-    """Rows as plain text for a file."""
+    """Format rows as plain text for a file."""
     entries = []
     for row in rows:
         scores = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, int | float))

@@ -1,4 +1,4 @@
-"""Samples: what a generative model makes, looked at after each validation."""
+"""Samples: generate text or images after each validation, and save or log them."""
 
 import inspect
 from typing import Any
@@ -13,17 +13,17 @@ from ..monitoring.media_logging import get_run_dir, log_image
 
 
 class Samples(L.Callback):
-    """Calls the task's `generate` at each validation; the last text is printed at the end.
+    """Calls the module's `generate` at each validation; the last text is printed at the end.
 
-    Trainer(callbacks=[Samples({"prompt": "ROMEO:", "max_new_tokens": 300})])
-    Trainer(callbacks=[Samples({"labels": "0-9", "steps": 20})])
+        Trainer(callbacks=[Samples({"prompt": "ROMEO:", "max_new_tokens": 300})])
+        Trainer(callbacks=[Samples({"labels": "0-9", "steps": 20})])
 
     Args:
-        arguments: of `generate`; its own defaults if not given.
+        arguments: keyword arguments of `generate`; its own defaults if not given.
     """
 
     def __init__(self, arguments: dict[str, Any] | None = None) -> None:
-        """Keep the arguments."""
+        """Store the arguments."""
         self.arguments = arguments or {}
         self.last_text: str | None = None
 
@@ -39,17 +39,17 @@ class Samples(L.Callback):
         check_generate_arguments(pl_module, self.arguments)
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Try the arguments: by the module's `try_generate`, which is short, or by `generate`."""
+        """Try the arguments with the module's short `try_generate`, or else with `generate`."""
         module: Any = pl_module
         output = getattr(module, "try_generate", module.generate)(**self.arguments)
         if callable(getattr(output, "grid", None)):
             output.grid()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep a sample; all ranks generate, as a sharded net needs all of them.
+        """Save a sample; all ranks generate it, because a sharded net needs all of them.
 
-        Texts are added to samples.txt; pictures, which have a method `grid`, become
-        samples/000100.png, and go to every logger that takes images.
+        Text is appended to samples.txt. Images, which have a method `grid`, are saved as
+        samples/000100.png and passed to every logger that takes images.
         """
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
@@ -74,7 +74,7 @@ class Samples(L.Callback):
 
 
 def check_generate_arguments(module: Any, arguments: dict[str, Any]) -> None:
-    """ValueError for an argument that the module's `generate` does not take, or lacks."""
+    """Raise UsageError for an argument that `generate` does not take, or for a missing one."""
     signature = inspect.signature(module.generate)
     try:
         signature.bind(**arguments)

@@ -1,4 +1,4 @@
-"""loss.png: the training and validation loss of a run, drawn at its end."""
+"""LossPlot: draw the training and validation loss curves of a run in loss.png at its end."""
 
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,22 @@ from .progress import count_total_steps, get_log_interval
 
 
 class LossPlot(RecordedCurves):
-    """Draws `loss.png` in the run's folder; a continued run draws the whole curve.
+    """Draws the loss curves in `loss.png` in the run's folder; a resumed run draws whole curves.
 
-    Trainer(callbacks=[LossPlot()])
+    Example: `Trainer(callbacks=[LossPlot()])`.
     """
 
     def __init__(self) -> None:
-        """Begin with empty curves."""
+        """Start with empty curves."""
         super().__init__()
         self.curves = {"train": [], "val": []}
-        self.interval = 1  # optimizer steps whose mean is a point
-        self.initial_interval = 1  # the same, before a long curve was thinned
+        self.interval = 1  # number of optimizer steps that are averaged in a point
+        self.initial_interval = 1  # the interval before a long curve was thinned
         self.losses: list[Tensor] = []  # since the last point
         self._saved_state: dict[str, Any] = {}  # of a checkpoint
 
     def save_plot(self, folder: Path, module: L.LightningModule) -> None:
-        """Both curves in one panel, unless the module says that its loss means nothing."""
+        """Draw both curves in one panel; draw nothing for a module with `headline` metrics."""
         if getattr(module, "headline", ()):
             return
         unit = getattr(module, "unit", "samples").removesuffix("s")
@@ -38,7 +38,7 @@ class LossPlot(RecordedCurves):
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take a point every log interval, more often in a short run."""
+        """Set the interval of points: the log interval, or less in a short run."""
         super().on_train_start(trainer, pl_module)
         total = count_total_steps(trainer)
         self.interval = min(get_log_interval(trainer), max(1, (total or 10_000) // 200))
@@ -51,7 +51,7 @@ class LossPlot(RecordedCurves):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the losses of the point that is under way."""
+        """Save the losses since the last point."""
         losses = torch.stack(self.losses).cpu() if self.losses else torch.empty(0)
         checkpoint["loss_plot"] = {
             "thinned": self.interval // self.initial_interval,
@@ -61,7 +61,7 @@ class LossPlot(RecordedCurves):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore them."""
+        """Read the losses since the last point, which `on_train_start` restores."""
         self._saved_state = checkpoint.get("loss_plot", {})
 
     def on_train_batch_end(
@@ -72,7 +72,7 @@ class LossPlot(RecordedCurves):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keep the losses on their device: nobody has to wait for them."""
+        """Keep the losses on their device, which needs no synchronization."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self.losses.append(loss.detach() if loss.requires_grad else loss)
@@ -85,7 +85,7 @@ class LossPlot(RecordedCurves):
             self.interval *= 2
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the validation loss: the first metric called after it, `val/loss` or `val_loss`."""
+        """Keep the validation loss: the first metric with a name such as `val/loss`, `val_loss`."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = trainer.callback_metrics
             name = next((n for n in metrics if n.startswith("val") and n.endswith("loss")), None)
@@ -94,8 +94,8 @@ class LossPlot(RecordedCurves):
 
 
 def save_loss_plot(curves: dict[str, Any], path: Path, label: str, interval: int) -> None:
-    """Write the picture; a point of the training curve is the mean of `interval` steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state
+    """Draw the PNG file; a point of the training curve is the mean of `interval` steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no window or global state
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""Where a run is shown: its folder, and pictures into every logger that takes them."""
+"""Return the run's folder, and log images to every logger that takes them."""
 
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,19 @@ from PIL import Image
 
 
 def get_run_dir(trainer: L.Trainer) -> Path | None:
-    """The run's folder, made if it is not there yet; every rank asks."""
+    """Return the run's folder, and create it if it is missing; all ranks must call this."""
     if not (folder := trainer.log_dir):
         return None
-    if trainer.is_global_zero:  # a stock trainer without a logger makes none
+    if trainer.is_global_zero:  # a stock Trainer without a logger creates none
         Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
 
 def log_image(trainer: L.Trainer, name: str, image: Image.Image) -> None:
-    """Give an image to the loggers, on the first rank; the others do nothing.
+    """Log an image to the loggers on rank 0; do nothing on other ranks.
 
-    Weights & Biases' logger has `log_image`; TensorBoard's writer has `add_image`. A logger that
-    has neither, csv among them, keeps numbers only.
+    The Weights & Biases logger has `log_image`; TensorBoard's writer has `add_image`. Loggers with
+    neither, such as CSVLogger, are skipped.
     """
     image = image.convert("RGB")
     loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []

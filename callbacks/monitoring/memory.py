@@ -1,10 +1,10 @@
-"""MemoryTable: what a training holds, tensor by tensor, beside what full fine-tuning would.
+"""MemoryTable: memory of weights, gradients and optimizer state, beside full fine-tuning.
 
     full fine-tuning of N numbers in float32 with AdamW:   4N + 4N + 8N bytes
     adapters of n numbers over N in NF4:                   0.52N + 4n + 4n + 8n
 
-Weights, gradients and optimizer state are counted on this rank, so a sharded run shows its share.
-Activations are not: the measured peak at the end has them.
+Weights, gradients and optimizer state are counted on this rank, so a sharded run shows its shards.
+Activations are not counted; the measured peak at the end includes them.
 """
 
 import resource
@@ -25,7 +25,7 @@ from ravine.strategies.shards import to_local
 
 
 class MemoryUsage(NamedTuple):
-    """How many numbers, and in how many bytes."""
+    """Number of elements, and their bytes."""
 
     num_elements: int
     num_bytes: int
@@ -34,20 +34,20 @@ class MemoryUsage(NamedTuple):
 def measure_memory(
     module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
 ) -> dict[str, MemoryUsage]:
-    """Numbers and bytes of a module and its optimizers on this rank, by what they are for."""
+    """Return elements and bytes of a module and its optimizers on this rank, by their use."""
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
     states = [leaf for o in optimizers for s in o.state.values() for leaf in tree_leaves(dict(s))]
     return {
         "frozen weights": _sum_usage(p for p in parameters if not p.requires_grad),
         "trained weights": _sum_usage(trained),
-        "gradients": _sum_usage(trained),  # of their dtype
+        "gradients": _sum_usage(trained),  # of the same dtype
         "optimizer state": _sum_usage(leaf for leaf in states if isinstance(leaf, Tensor)),
     }
 
 
 def full_finetuning_cost(module: nn.Module) -> dict[str, MemoryUsage]:
-    """The same for all of its weights in float32 under AdamW, quantized ones as they were."""
+    """Return the memory of training all weights in float32 with AdamW, without quantization."""
     count = sum(p.numel() for n, p in module.named_parameters() if "lora_" not in n)
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and "weight" not in layer._parameters:
@@ -70,7 +70,7 @@ def _sum_usage(tensors: Iterable[Tensor]) -> MemoryUsage:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, or resident in this process."""
+    """Return the peak bytes that were allocated on a GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -78,19 +78,19 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class MemoryTable(Callback):
-    """Prints the table after the first optimizer step, and the measured peak at the end.
+    """Prints the memory table after the first optimizer step, and the measured peak at the end.
 
-    lightning fit --config shakespeare/qlora --trainer.callbacks+=MemoryTable
+    Example: `lightning fit --config shakespeare/qlora --trainer.callbacks+=MemoryTable`.
     """
 
     def __init__(self) -> None:
-        """Nothing counted yet."""
+        """Start without a measurement."""
         self.usage: dict[str, MemoryUsage] = {}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Count when the optimizer has made its state."""
+        """Measure once, after the optimizer has created its state."""
         if self.usage or trainer.global_step == 0:
             return
         self.usage = measure_memory(pl_module, trainer.optimizers)
@@ -98,7 +98,7 @@ class MemoryTable(Callback):
             Console().print(self.make_table(pl_module))
 
     def make_table(self, module: nn.Module) -> Table:
-        """The rows, beside full fine-tuning."""
+        """Return a table of the measured memory, beside that of full fine-tuning."""
         sharded = any(isinstance(p, DTensor) for p in module.parameters())
         source = "this rank's shards" if sharded else "this process"
         table = Table("", f"numbers, {source}", "bytes", "full fine-tuning, float32, AdamW: bytes")
@@ -117,7 +117,7 @@ class MemoryTable(Callback):
         return table
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what was measured."""
+        """Print the measured peak memory."""
         device = pl_module.device
         description = (
             "allocated on the GPU" if device.type == "cuda" else "resident, with the libraries"

@@ -1,4 +1,4 @@
-"""Curves: what was logged in a run, one panel a metric, drawn at its end."""
+"""Curves: plot the logged metrics of a run at its end, one panel per metric."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,25 +16,25 @@ from .media_logging import get_run_dir
 from .progress import get_log_interval
 
 Curve = list[tuple[int, float | Tensor]]
-POINTS = 2000  # of a curve; beyond that every second one is dropped
-NUM_COLUMNS = 3  # panels side by side
+POINTS = 2000  # maximum of points in a curve; beyond that every second one is dropped
+NUM_COLUMNS = 3  # panels in a row
 
 
 class RecordedCurves(L.Callback, ABC):
-    """Curves of a run that go into its checkpoints, and into a picture at its end."""
+    """Curves of a run that are saved in checkpoints and plotted at the end of the run."""
 
     def __init__(self) -> None:
-        """Begin with empty curves."""
+        """Start with empty curves."""
         self.curves: dict[str, Curve] = {}
         self.step = 0
         self.run_dir: Path | None = None
 
     @abstractmethod
     def save_plot(self, folder: Path, module: L.LightningModule) -> None:
-        """Write the picture into the run's folder."""
+        """Draw the curves to a file in the run's folder."""
 
     def add_point(self, name: str, value: Tensor) -> bool:
-        """Put a value of this step on a curve; true if the curve was too long and lost half."""
+        """Add a value at the current step; return whether a too long curve was thinned."""
         curve = self.curves.setdefault(name, [])
         curve.append((self.step, value.detach().clone()))
         is_thinned = len(curve) > POINTS
@@ -44,63 +44,63 @@ class RecordedCurves(L.Callback, ABC):
 
     @property
     def state_key(self) -> str:
-        """The curves are kept in checkpoints under the class's name."""
+        """Return the class name, under which checkpoints store the curves."""
         return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves as plain numbers."""
+        """Return the curves as plain numbers."""
         return {name: [(s, float(v)) for s, v in curve] for name, curve in self.curves.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the curves of a checkpoint."""
+        """Restore the curves of a checkpoint."""
         self.curves = {name: [tuple(p) for p in curve] for name, curve in state_dict.items()}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the folder, which is asked for on all ranks."""
+        """Find the run's folder, for which all ranks must call `get_run_dir`."""
         self.step, self.run_dir = trainer.global_step, get_run_dir(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw."""
+        """Draw the curves on rank 0."""
         if trainer.is_global_zero and self.run_dir and any(self.curves.values()):
             self.save_plot(self.run_dir, pl_module)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Draw what there is when the run is stopped; one that fails has other worries."""
+        """Draw the curves if a signal stops the run; they are not drawn after an error."""
         if isinstance(exception, SystemExit | KeyboardInterrupt):
             self.on_train_end(trainer, pl_module)
 
 
 class Curves(RecordedCurves):
-    """Draws `curves.png` in the run's folder; a continued run draws the whole curves.
+    """Plots logged metrics in `curves.png` in the run's folder; a resumed run plots whole curves.
 
-    Trainer(callbacks=[Curves(["train/reward", "train/kl", "val/reward"])])
+    Example: `Trainer(callbacks=[Curves(["train/reward", "train/kl", "val/reward"])])`.
 
     Args:
-        metrics: as the module logs them; one that begins with val/ is taken at validations, any
-            other one every log interval. All that begin with train/ if not given.
+        metrics: names as the module logs them. Names that begin with val/ are read at validations,
+            all others every log interval. By default all that begin with train/.
     """
 
     def __init__(self, metrics: Sequence[str] | None = None) -> None:
-        """Begin with empty curves."""
+        """Start with empty curves."""
         super().__init__()
         self.metrics, self.is_new_run, self.is_checked = metrics, True, False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let the metrics be looked for before the first step."""
+        """Add RunChecks, which looks for the metrics before the first step."""
         add_run_checks(trainer, pl_module, stage)
 
     def needed_metrics(self) -> tuple[str, list[set[str]]]:
-        """One of those that were given, at least."""
+        """Return the given metrics, at least one of which must be logged."""
         return "metrics", [set(self.metrics)] if self.metrics else []
 
     def save_plot(self, folder: Path, module: L.LightningModule) -> None:
-        """A panel for each metric."""
+        """Draw one panel per metric."""
         save_metric_plot(self.state_dict(), folder / "curves.png")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the folder, and look at the first step whatever the interval."""
+        """Find the run's folder; metrics are also read at the first step."""
         super().on_train_start(trainer, pl_module)
         self.is_new_run, self.is_checked = not self.curves, False
 
@@ -112,7 +112,7 @@ class Curves(RecordedCurves):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keep the values on their device: nobody has to wait for them."""
+        """Keep the values on their device, which needs no synchronization."""
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
         first = stepped and not self.is_checked
         if not first and not (stepped and self.step % get_log_interval(trainer) == 0):
@@ -122,14 +122,14 @@ class Curves(RecordedCurves):
             self._check_metrics_logged(metrics, pl_module)
         self.is_checked, is_new_run, self.is_new_run = True, self.is_new_run, False
         if not is_new_run and self.step % get_log_interval(trainer):
-            return  # a resumed run has had its first step
+            return  # the first step after a resume only checks the names
         wanted = [n for n in metrics if n[:6] == "train/"] if self.metrics is None else self.metrics
         for name in wanted:
             if name in metrics and name[:4] != "val/":
                 self.add_point(name, metrics[name])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep what a validation has found, if it is wanted."""
+        """Keep the requested metrics of a validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = trainer.callback_metrics
             for name in [n for n in self.metrics or () if n[:4] == "val/" and n in metrics]:
@@ -148,8 +148,8 @@ class Curves(RecordedCurves):
 
 
 def save_metric_plot(curves: dict[str, Any], path: Path) -> None:
-    """Write the picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state
+    """Draw the PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no window or global state
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -163,5 +163,5 @@ def save_metric_plot(curves: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.title.set_fontsize(9)
         axes.tick_params(labelsize=7)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no half a step
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps are integers
     FigureCanvasAgg(figure).print_png(path)

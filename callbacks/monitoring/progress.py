@@ -1,7 +1,8 @@
-"""Progress of a run: loss, learning rate, tokens or samples a second, time left.
+"""ProgressBar: show loss, learning rate, tokens or samples per second, and the remaining time.
 
-A rich bar on a terminal; elsewhere (a file, a cluster's log) one plain line every log interval.
-A value is read from the device only when it is shown: a read each step would make the host wait.
+On a terminal it is a rich progress bar. Elsewhere (a file, a cluster's log) it is one plain line
+every log interval. A value is read from the device only when it is shown, because each read makes
+the host wait.
 """
 
 import time
@@ -23,16 +24,16 @@ from ..stock_callbacks.gradient_accumulation import (
     find_accumulation_scheduler,
 )
 
-PAUSE = 0.3  # seconds between two drawings of the bar; one takes two milliseconds
+PAUSE = 0.3  # seconds between two drawings of the bar; a drawing takes two milliseconds
 
 
 def get_log_interval(trainer: Any) -> int:
-    """Optimizer steps between two log lines."""
+    """Return the number of optimizer steps between two log lines."""
     return trainer.log_every_n_steps or 50
 
 
 def count_units(module: L.LightningModule, batch: Any) -> int:
-    """Units in a batch: what the module counts, else the rows of its first tensor."""
+    """Return the units in a batch: the module's `count`, or else the rows of the first tensor."""
     count: Any = getattr(module, "count", None)
     if count is not None:
         return count(batch)
@@ -40,14 +41,14 @@ def count_units(module: L.LightningModule, batch: Any) -> int:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as 1:02:03, or 2:03 below an hour."""
+    """Format seconds as 1:02:03, or as 2:03 below an hour."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def count_total_steps(trainer: L.Trainer) -> int | None:
-    """Optimizer steps of the whole run, or None if only time or a signal will end it."""
+    """Return the optimizer steps of the whole run; None if only time or a signal ends it."""
     ends = [trainer.max_steps] if trainer.max_steps > 0 else []
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if epochs is not None and epochs > 0 and batches != float("inf"):
@@ -59,13 +60,13 @@ def count_total_steps(trainer: L.Trainer) -> int | None:
 
 
 class ProgressBar(Base):
-    """Shows where a run stands; `refresh_rate` optimizer steps pass between two readings.
+    """Shows the progress of a run; values are read every `refresh` optimizer steps.
 
-    Trainer(callbacks=[ProgressBar(refresh=50)])
+    Example: `Trainer(callbacks=[ProgressBar(refresh=50)])`.
     """
 
     def __init__(self, refresh: int = 10) -> None:
-        """Say nothing yet."""
+        """Set the interval of readings."""
         super().__init__()
         if refresh < 1:
             raise UsageError(f"refresh is {refresh}; allowed are 1, 2, 3, ...: type refresh: 10")
@@ -78,27 +79,27 @@ class ProgressBar(Base):
         self.last_reading = (0, 0.0)  # step and time of the last reading
 
     def disable(self) -> None:
-        """Say nothing: Lightning asks this of the ranks other than the first."""
+        """Disable output (called on non-zero ranks)."""
         self.enabled = False
 
     def enable(self) -> None:
-        """Speak again."""
+        """Enable output."""
         self.enabled = True
 
     @property
     def is_enabled(self) -> bool:
-        """Whether this rank speaks; `LightningModule.print` asks."""
+        """Whether this rank prints; `LightningModule.print` reads it."""
         return self.enabled
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print a line, above the bar if there is one; `LightningModule.print` ends here."""
+        """Print a line, above the bar if there is one; `LightningModule.print` calls this."""
         if self.enabled and self.bar is not None:
             self.bar.console.print(*args, markup=False, highlight=False, soft_wrap=True, **kwargs)
         elif self.enabled:
             print(*args, **kwargs, flush=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Start the timer and the bar."""
         self.step = trainer.global_step
         self.start_reading = self.last_reading = (self.step, time.perf_counter())
         self._start_bar("training", count_total_steps(trainer))
@@ -111,7 +112,7 @@ class ProgressBar(Base):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Every so many optimizer steps: read the loss and show it."""
+        """Read the loss and show it, at the interval of the bar or of the log lines."""
         if not self.enabled or trainer.global_step == self.step:
             return
         self.step = trainer.global_step
@@ -128,7 +129,7 @@ class ProgressBar(Base):
             self.bar.update(self.task_id, completed=self.step, words=text, refresh=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print what a validation within the training has found."""
+        """Print the metrics of a validation within a fit; stop the bar of any other."""
         if trainer.state.fn != "fit":
             self._stop_bar()
         elif self.enabled and not trainer.sanity_checking:
@@ -138,20 +139,20 @@ class ProgressBar(Base):
             self.last_reading = (
                 self.step,
                 time.perf_counter(),
-            )  # the pace is that of training alone
+            )  # the throughput excludes validation
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the last state of the bar on the screen."""
+        """Stop the bar, and leave its last state on the screen."""
         self._stop_bar()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Give the terminal back."""
+        """Stop the bar and restore the terminal."""
         self._stop_bar()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show an evaluation by its batches; one within the training has no bar of its own."""
+        """Start a bar that counts the batches of an evaluation; a validation in a fit has none."""
         if trainer.state.fn != "fit":
             stage = trainer.state.fn.value  # type: ignore
             batches = sum(getattr(trainer, f"num_{stage.replace('validate', 'val')}_batches"))
@@ -159,7 +160,7 @@ class ProgressBar(Base):
             self._start_bar(stage, int(batches) if batches < float("inf") else None)
 
     def on_test_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Draw now and then."""
+        """Advance the bar, and redraw it at most every PAUSE seconds."""
         if self.bar is not None and trainer.state.fn != "fit":
             now = time.perf_counter()
             should_redraw = now - self.last_reading[1] > PAUSE
@@ -167,7 +168,7 @@ class ProgressBar(Base):
             self.bar.update(self.task_id, advance=1, refresh=should_redraw)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the bar on the screen."""
+        """Stop the bar, and leave it on the screen."""
         self._stop_bar()
 
     on_validation_start = on_predict_start = on_test_start
@@ -180,7 +181,7 @@ class ProgressBar(Base):
         if self.enabled and console.is_terminal:
             columns = ["{task.description}", BarColumn(20), "{task.completed}/{task.total}"]
             line = [TextColumn(c) if isinstance(c, str) else c for c in columns]
-            # drawn from the loop: a thread that draws would take the interpreter from it
+            # drawn in the training loop: a drawing thread would block the loop by the GIL
             self.bar = Progress(
                 *line, TextColumn("{task.fields[words]}"), console=console, auto_refresh=False
             )
@@ -199,13 +200,13 @@ class ProgressBar(Base):
     def _format_metrics(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> str:
-        """Loss or headline, learning rate, throughput since the last reading, time left."""
+        """Format loss or `headline` metrics, learning rate, recent throughput, remaining time."""
         fields, now = [], time.perf_counter()
         accumulate = trainer.accumulate_grad_batches
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         metrics, headline = trainer.callback_metrics, getattr(module, "headline", ())
         fields += [f"{n.split('/')[-1]} {float(metrics[n]):.4g}" for n in headline if n in metrics]
-        if isinstance(loss, Tensor) and not fields:  # divided by the number of accumulated batches
+        if isinstance(loss, Tensor) and not fields:  # loss: divided by the accumulated batches
             fields.append(f"loss {loss.item() * accumulate:.4g}")
         groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
         if groups and "lr" in groups[0]:  # a module may train without an optimizer

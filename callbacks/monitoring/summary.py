@@ -1,4 +1,4 @@
-"""Summary: what a run has come to, in a few lines at its end."""
+"""Summary: print training loss, validation metrics and number of parameters at the end of a run."""
 
 from collections import deque
 from typing import Any
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from ravine.strategies.shards import full_module
 
-LOSS_WINDOW = 100  # steps over which the training loss is averaged: one step's is mostly chance
+LOSS_WINDOW = 100  # steps over which the training loss is averaged: the loss of one step is noisy
 
 
 class Summary(L.Callback):
     """Prints training loss, every validation metric and the number of parameters after a fit.
 
-    A module's method `formula()`, if it has one, says where the number comes from.
+    The module's `formula()`, if it exists, is printed as the formula of the number of parameters.
     """
 
     def __init__(self) -> None:
-        """Begin with no losses."""
+        """Start without losses."""
         self.losses: deque[Tensor] = deque(maxlen=LOSS_WINDOW)
 
     def on_train_batch_end(
@@ -37,7 +37,7 @@ class Summary(L.Callback):
             self.losses.append(loss.detach())
 
     def summary_lines(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
-        """What is printed, by name; the mean training loss goes to the loggers as well."""
+        """Return the lines to print, by name; also log the mean training loss."""
         lines = {}
         if self.losses:
             mean = trainer.strategy.reduce(torch.stack(list(self.losses)).mean(), reduce_op="mean")
@@ -54,7 +54,7 @@ class Summary(L.Callback):
         return lines
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print them."""
+        """Print the lines."""
         lines = self.summary_lines(trainer, pl_module)
         wide = max(map(len, lines))
         pl_module.print("\n".join(f"{name:{wide}}  {value}" for name, value in lines.items()))

@@ -1,10 +1,10 @@
-"""Throughput: how fast a run is, and how near to what the machine could do.
+"""Throughput: log units per second, model FLOPs utilization (MFU) and peak memory.
 
-    MFU = FLOPs a unit (the module's own formula) * units a second / (peak * devices)
+    MFU = FLOPs per unit (the module's own formula) * units per second / (peak * devices)
 
-The peak is the maker's, for dense products of the precision in use, or, for a device that is not in
-the table, that of a large product measured on the spot; which of the two is said. The device is
-waited for at the ends of a window only, never in a step.
+The peak is the manufacturer's figure for dense products of the precision in use. For a device that
+is not in the table, the speed of a large product is measured instead. A printed line names the
+source. The device is synchronized only at the ends of a window, never in a step.
 """
 
 import re
@@ -20,7 +20,7 @@ from ravine.strategies.share import DataParallelInfo
 
 from .progress import count_units, get_log_interval
 
-# Dense bf16 or fp16 FLOP/s by a part of the device's name; the longer name stands first.
+# Dense bf16 or fp16 FLOP/s by a part of the device's name; longer names come first.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -39,12 +39,12 @@ PEAK_FLOPS = {
 
 
 def precision_to_dtype(name: str) -> torch.dtype:
-    """The type that matrices are multiplied in under a precision of Lightning's."""
+    """Return the dtype of matrix products under one of Lightning's precisions."""
     return torch.bfloat16 if "bf16" in name else torch.float16 if "16" in name else torch.float32
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that the device can do at best, and where the figure comes from."""
+    """Return the peak FLOP/s of a device, and the source of the figure."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for model, flops in PEAK_FLOPS.items():
@@ -55,7 +55,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def measured(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of the fastest of five products of square matrices."""
+    """Return the FLOP/s of the fastest of five products of square matrices."""
     a = torch.randn(size, size, device=device).to(dtype)
     fastest = float("inf")
     for _ in range(5):
@@ -68,44 +68,43 @@ def measured(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has completed all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes in use at once so far: of the device, or of the process on a CPU."""
+    """Return the peak bytes in use so far: of the device, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
+    import resource  # does not exist on Windows
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 
 
 class Throughput(L.Callback):
-    """Logs units a second, MFU, peak memory and the share of time spent waiting for data.
+    """Logs units per second, MFU, peak memory and the fraction of time waiting for data.
 
-    Trainer(callbacks=[Throughput()])
-
-    A module says what it counts by `unit` and `count(batch)`, and the FLOPs of a training step for
-    each of them by `flops()`; without `flops` there is no MFU. Validation is left out.
+    Example: `Trainer(callbacks=[Throughput()])`. The module defines the name of a unit in `unit`,
+    the units of a batch by `count(batch)`, and the FLOPs of a training step per unit by `flops()`.
+    Without `flops` no MFU is logged. Validation time is excluded.
     """
 
     def __init__(self) -> None:
-        """Start with nothing measured."""
+        """Start without measurements."""
         self.peak_flops: tuple[float, str] | None = None
-        self.windows: list[dict[str, float]] = []  # what was logged
+        self.windows: list[dict[str, float]] = []  # the logged rows
         self.step = 0  # optimizer steps so far
         self._start_window(0.0)
 
     def _start_window(self, now: float) -> None:
-        self.window_start, self.paused_s = now, 0.0  # seconds; those of validations are taken off
+        self.window_start, self.paused_s = now, 0.0  # paused_s: seconds of validations
         self.num_units, self.data_wait_s = 0, 0.0
-        self.step_end: float | None = None  # when the last step did
+        self.step_end: float | None = None  # time of the end of the last step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look up or measure the peak, and start the clock."""
+        """Look up or measure the peak, and start the timer."""
         device = trainer.strategy.root_device
         if callable(getattr(pl_module, "flops", None)):
             self.peak_flops = peak(device, precision_to_dtype(str(trainer.precision)))
@@ -118,7 +117,7 @@ class Throughput(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The data have come."""
+        """Add the time since the end of the last step to the wait for data."""
         if self.step_end is not None:
             self.data_wait_s += time.perf_counter() - self.step_end
 
@@ -130,7 +129,7 @@ class Throughput(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count; at the end of a window, log."""
+        """Count the units of the batch, and log at the end of a window."""
         self.num_units += count_units(pl_module, batch)
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
         if stepped and self.step % get_log_interval(trainer) == 0:
@@ -138,17 +137,17 @@ class Throughput(L.Callback):
         self.step_end = time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock."""
+        """Pause the timer."""
         synchronize(trainer.strategy.root_device)
         self._validation_start = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let it go on; what comes until the next step is no waiting for data."""
+        """Resume the timer; the time until the next step is not a wait for data."""
         self.paused_s += time.perf_counter() - self._validation_start
         self.step_end = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say in one line what it came to; the first window, with all warming up, is left out."""
+        """Print the means over all windows but the first, which includes the warmup."""
         if self.num_units and not self.windows:
             self._log_window(trainer, pl_module)
         rows = self.windows[1:] or self.windows

@@ -1,11 +1,11 @@
-"""Clip gradients by their global norm, whatever they are spread over (lecture 8, modifiers).
+"""Clip gradients by global norm (clip_grad_norm_) or value, sharded or not (lecture 8, modifiers).
 
     norm = sqrt(sum over all gradients of g^2);   g <- g * min(1, max_norm / norm)
-    or, each number by itself,                    g <- min(max(g, -max_value), max_value)
+    or, for each element,                         g <- min(max(g, -max_value), max_value)
 
-A gradient sharded over a mesh is a DTensor: each rank sums its own shard and one reduction over
-exactly the sharded axes of the mesh completes the sum. Gradients that live on different meshes
-(tensor-parallel matrices beside a norm that is not) are summed mesh by mesh, then together.
+A gradient that is sharded over a mesh is a DTensor: each rank sums its own shard, and an all-reduce
+over the sharded axes of the mesh completes the sum. Gradients on different meshes (for example
+tensor-parallel matrices beside replicated norm weights) are summed per mesh, then added.
 """
 
 from collections.abc import Sequence
@@ -42,11 +42,12 @@ def global_norm(
     excluded: Sequence[Tensor] = (),
     owned: tuple[ProcessGroup, Tensor] | None = None,
 ) -> Tensor:
-    """The norm of all gradients together, () on their device, the same on every rank.
+    """Return the global norm of all gradients, shape (), on their device, equal on every rank.
 
-    In float64 if a gradient is, else in float32; 0 if there are none. In a pipeline each stage has
-    its own gradients; another stage counts those in `excluded`. With ZeRO-1 each rank has the
-    gradients that it owns: `owned` is the group of ranks, and a parameter of the widest dtype.
+    It is float64 if a gradient is, else float32; 0 if there are no gradients. In a pipeline each
+    stage has its own gradients; another stage counts those in `excluded`. With ZeRO-1 each rank has
+    only the gradients that it owns: `owned` is the process group and a parameter of the widest
+    dtype.
     """
     if not gradients and pipeline is None and owned is None:
         return torch.zeros(())
@@ -67,7 +68,7 @@ def global_norm(
         squares.setdefault(key, []).append(_as_real(gradient))
     total = torch.zeros((), dtype=dtype, device=to_local(reference).device)
     for key, shards in squares.items():
-        # float32, also for bfloat16 gradients: a sum of squares needs the digits
+        # float32 also for bfloat16 gradients, because a sum of squares needs the precision
         norms = torch.stack(_foreach_norm(shards, 2, dtype=dtype))
         square = norms.square().sum()
         if key is not None:
@@ -83,9 +84,9 @@ def global_norm(
 
 
 def _as_real(gradient: Tensor) -> Tensor:
-    """This rank's numbers of a gradient; a complex one shows its two parts, of the same memory.
+    """Return this rank's elements of a gradient; a complex one as a real view of its memory.
 
-    Of a sparse gradient they are the rows that it has, each once: it must be coalesced.
+    A sparse gradient must be coalesced: its elements are its stored rows, each of them once.
     """
     local_gradient = to_local(gradient)
     local_gradient = local_gradient._values() if local_gradient.is_sparse else local_gradient
@@ -93,7 +94,7 @@ def _as_real(gradient: Tensor) -> Tensor:
 
 
 def clip_by_norm(gradients: Sequence[Tensor], max_norm: float, *norm_args: Any) -> Tensor:
-    """Scale gradients in place so that their global norm is at most max_norm; the norm before.
+    """Scale gradients in place to a global norm of at most max_norm; return the norm before.
 
     `norm_args` are the further arguments of `global_norm`.
     """
@@ -112,7 +113,7 @@ def clip_by_norm(gradients: Sequence[Tensor], max_norm: float, *norm_args: Any) 
 
 
 def clip_by_value(gradients: Sequence[Tensor], max_value: float, *norm_args: Any) -> Tensor:
-    """Clamp every number in place; the global norm before, with `norm_args` as its arguments."""
+    """Clamp every element in place; return the global norm before, computed with `norm_args`."""
     norm = global_norm(gradients, *norm_args)
     if local_gradients := [_as_real(gradient) for gradient in gradients]:
         _foreach_clamp_max_(local_gradients, max_value)
@@ -121,21 +122,21 @@ def clip_by_value(gradients: Sequence[Tensor], max_value: float, *norm_args: Any
 
 
 class GradientClipping(Callback):
-    """Clip once an optimizer step: after accumulation, unscaling and reduction over ranks.
+    """Clip gradients once an optimizer step: after accumulation, unscaling and reduction over ranks.
 
-    Logs `train/grad_norm` (before clipping) and `train/clipped`, the share of steps since the last
-    log line in which something was clipped. Example: `GradientClipping(max_norm=1.0)`.
+    Logs `train/grad_norm` (before clipping) and `train/clipped`, the fraction of steps since the
+    last log line with clipping. Example: `GradientClipping(max_norm=1.0)`.
 
     Args:
-        max_norm: the largest global norm that is let through; 1.0 if nothing is given.
-        max_value: instead, the largest absolute value of each number.
-        patience: a step whose norm is not finite is left out, and the run stops when so many
-            follow each other; 0 looks at nothing. By default 10 on a CPU, and 0 on an accelerator,
-            where looking at a number makes the host wait in every step.
+        max_norm: largest global norm; 1.0 if neither bound is given.
+        max_value: largest absolute value of each element, instead of max_norm.
+        patience: a step whose norm is not finite is skipped; the run stops after this number of
+            them in a row. 0 disables the check. By default 10 on a CPU, and 0 on an accelerator,
+            where a read of the norm makes the host wait in every step.
     """
 
-    acts_on_training = True  # a resume without it is another run
-    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
+    acts_on_training = True  # a resume without this callback changes the training
+    takes_partial_gradients = True  # with ZeRO-1 a rank has only the gradients that it owns
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class GradientClipping(Callback):
         max_value: float | None = None,
         patience: int | None = None,
     ) -> None:
-        """Set the bound."""
+        """Check and set the bound and the patience."""
         if max_norm is not None and max_value is not None:
             raise UsageError(
                 f"GradientClipping: max_norm={max_norm} and max_value={max_value}; set one of them"
@@ -166,14 +167,14 @@ class GradientClipping(Callback):
         self._num_clipped, self._num_steps = torch.zeros(()), 0  # since the last log line
 
     def __str__(self) -> str:
-        """The callback in a line, for messages."""
+        """Return the callback with its bound, for messages."""
         name = "max_value" if self.max_norm is None else "max_norm"
         return f"GradientClipping({name}={getattr(self, name)})"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take over `configure_gradient_clipping`, which Lightning calls at the right moment.
+        """Replace `configure_gradient_clipping`, which Lightning calls before the optimizer step.
 
-        Of several the last one counts: a flag on the command line comes after a config's.
+        Only the last GradientClipping is used: one of a command-line flag follows one of a config.
         """
         add_run_checks(trainer, pl_module, stage)
         if stage != "fit":
@@ -209,7 +210,7 @@ class GradientClipping(Callback):
         )
 
     def logged_metrics(self, trainer: L.Trainer) -> set[str]:
-        """What it logs."""
+        """Return the names of the logged metrics."""
         return {"train/grad_norm", "train/clipped", "train/skipped"}
 
     def on_save_checkpoint(
@@ -228,24 +229,24 @@ class GradientClipping(Callback):
             self._saved_counts = counts["left_out"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the steps of this fit, from where a checkpoint left them."""
+        """Start the counts of this fit, or continue those of a checkpoint."""
         self.left_out = SkippedSteps()
         vars(self.left_out).update(self._saved_counts)
         self._saved_counts = {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run whose last steps were all left out has failed."""
+        """Raise NonFiniteError if the last steps of the run were all skipped."""
         self.left_out.check_last_steps(trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the method back."""
+        """Restore `configure_gradient_clipping`."""
         if stage == "fit":
             restore_hook(pl_module, "configure_gradient_clipping", self)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Log, but only what will be written: `self.log` costs 0.3 ms."""
+        """Log only in steps whose values are written, because `self.log` takes 0.3 ms."""
         if self._norm is not None and should_update_logs(trainer):
             pl_module.log("train/grad_norm", self._norm)
             pl_module.log("train/clipped", self._num_clipped / self._num_steps)
@@ -256,7 +257,7 @@ class GradientClipping(Callback):
 
     def _clip(self, trainer: L.Trainer, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for p in parameters:  # an index that came twice has two rows, of which only the sum counts
+        for p in parameters:  # sum the rows of an index that occurs twice in a sparse gradient
             if p.grad is not None and p.grad.is_sparse and not p.grad.is_coalesced():
                 p.grad = p.grad.coalesce()
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -297,7 +298,7 @@ class GradientClipping(Callback):
                 f"the gradient was not finite in {patience} optimizer steps in a row, up to step "
                 f"{step}; set a lower lr, or add the callback NaNGuard to see where it begins"
             )
-        if self.left_out.in_a_row == 1:  # one line for all that follow
+        if self.left_out.in_a_row == 1:  # one warning for a series of skipped steps
             rank_zero_warn(f"optimizer step {step} is left out: its gradient is not finite")
         for p in parameters:
-            p.grad = None  # then no optimizer moves anything
+            p.grad = None  # optimizers skip parameters without a gradient

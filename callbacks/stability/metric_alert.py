@@ -1,4 +1,4 @@
-"""CollapseAlarm: a generative model that dies says so by numbers long before its loss does."""
+"""CollapseAlarm: warn of mode collapse when metrics of sample quality drop, before the loss does."""
 
 from typing import Any
 
@@ -11,29 +11,30 @@ from ..checks.run_checks import add_run_checks
 from ..monitoring.progress import get_log_interval
 
 DEFAULT_MIN_VALUES = {"train/distinct": 0.5}
-# short answers have no word n-gram, and a Jaccard distance of 0 from the start
+# relative to the first value: short texts have no word n-grams and a Jaccard distance of 0
 DEFAULT_MIN_FRACTIONS = {"train/jaccard": 0.5, "train/vocabulary": 0.25}
 
 
 class CollapseAlarm(L.Callback):
-    """Says in one line when a logged metric falls below a bound, and again when it has recovered.
+    """Prints a line when a logged metric falls below a bound, and another when it has recovered.
 
-    Trainer(callbacks=[CollapseAlarm(fallen={"train/vocabulary": 0.25})])
-
-    The metrics are looked at every log interval. Any module will do that logs one of them; by
-    default they are those of a policy: share of different samples, how unlike they are, share of
-    real words.
+    Example: `Trainer(callbacks=[CollapseAlarm(fallen={"train/vocabulary": 0.25})])`. The metrics
+    are read every log interval. By default they are those of a policy, of which the module must log
+    one: fraction of distinct samples, mean distance between samples, fraction of real words.
 
     Args:
-        below: metric and the least value it may have.
-        fallen: metric and the least share of its first value that it may have.
+        below: smallest value of each metric.
+        fallen: smallest fraction of the first value of each metric.
     """
 
     def __init__(
         self, below: dict[str, float] | None = None, fallen: dict[str, float] | None = None
     ) -> None:
-        """Start without an alarm."""
-        self.requested = {*(below or {}), *(fallen or {})}  # a default may not be logged
+        """Set the bounds, and start without an active alarm."""
+        self.requested = {
+            *(below or {}),
+            *(fallen or {}),
+        }  # these must be logged, defaults need not
         if below is None and fallen is None:
             below, fallen = DEFAULT_MIN_VALUES, DEFAULT_MIN_FRACTIONS
         self.min_value, self.min_fraction_of_first = below or {}, fallen or {}
@@ -43,31 +44,31 @@ class CollapseAlarm(L.Callback):
         self.step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let the metrics be looked for before the first step."""
+        """Add RunChecks, which looks for the metrics before the first step."""
         add_run_checks(trainer, pl_module, stage)
 
     def needed_metrics(self) -> tuple[str, list[set[str]]]:
-        """All that were given by name; of the defaults one."""
+        """Return the required metrics: all of the given ones, or any one of the defaults."""
         watched = {*self.min_value, *self.min_fraction_of_first}
         groups = [{name} for name in sorted(self.requested)] or [watched]
         return "below" if self.requested & self.min_value.keys() else "fallen", groups
 
     @property
     def state_key(self) -> str:
-        """There is one a run."""
+        """Return a constant key: a run has one CollapseAlarm."""
         return "CollapseAlarm"
 
     def state_dict(self) -> dict[str, Any]:
-        """The first values, and what has rung."""
+        """Return the first values, the past alarms and the active ones."""
         return {"first": self.first, "alarms": self.alarms, "ringing": self.ringing}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on watching."""
+        """Restore the first values and the alarms."""
         self.first, self.alarms = dict(state_dict["first"]), list(state_dict["alarms"])
         self.ringing = list(state_dict["ringing"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember where the run begins."""
+        """Store the optimizer step at which the run starts."""
         self.step = trainer.global_step
 
     def on_train_batch_end(
@@ -78,7 +79,7 @@ class CollapseAlarm(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Look at the metrics after the first step, and every log interval."""
+        """Check the metrics after the first step, and every log interval."""
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
         is_first = not self.first
         if not stepped or not (is_first or self.step % get_log_interval(trainer) == 0):

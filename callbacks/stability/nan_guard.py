@@ -1,7 +1,7 @@
-"""NaNGuard: a loss or gradient that is not a number is named, its step skipped, then the run stops.
+"""NaNGuard: skip optimizer steps with a NaN or infinite loss or gradient, then stop the run.
 
-A skipped step has no gradients: every optimizer passes over a parameter whose gradient is None, so
-weights, momenta and step counts stay as they were, under accumulation and a gradient scaler too.
+The gradients of a skipped step are set to None. Optimizers skip parameters without a gradient, so
+weights, momenta and step counts do not change, also with accumulation and with a gradient scaler.
 """
 
 from typing import Any
@@ -22,24 +22,24 @@ from ..checks.run_checks import add_run_checks
 
 
 class NonFiniteError(RunError):
-    """Training went to NaN or infinity; the text says where."""
+    """Raised for a NaN or infinity in training; the message names the step or tensor."""
 
 
 class SkippedSteps:
-    """Optimizer steps that were not taken, of one fit: in all, and the last ones in a row."""
+    """Counts of skipped optimizer steps in one fit: the total, and the last ones in a row."""
 
     def __init__(self) -> None:
-        """Nothing has been looked at."""
+        """Start all counts at 0."""
         self.looked = self.total = self.in_a_row = 0
 
     def count(self, is_finite: bool) -> None:
-        """One step more, taken or left out."""
+        """Count one step, taken or skipped."""
         self.looked += 1
         self.total += not is_finite
         self.in_a_row = 0 if is_finite else self.in_a_row + 1
 
     def check_last_steps(self, step: int) -> None:
-        """Refuse to call a run done that learned nothing at its end: one bad step may be chance."""
+        """Raise if a run ends with two or more skipped steps, or had no other steps."""
         if self.in_a_row and self.in_a_row >= min(2, self.looked):
             prefix = "no optimizer step was taken: " if self.in_a_row == self.looked else ""
             raise NonFiniteError(
@@ -50,60 +50,59 @@ class SkippedSteps:
 
 
 class NaNGuard(Callback):
-    """Skip up to `max_skips` steps whose loss or gradients are not finite, then stop the run.
+    """Skip up to `skip` steps whose loss or gradients are not finite, then stop the run.
 
-    Costs one read by the host at each optimizer step, which waits for the device; with several
-    ranks also one all-reduce of a number, since each sees its own loss. An overflow that a gradient
-    scaler answers by halving its scale (16-mixed) counts only once the scale has come down to 1.
+    Each optimizer step needs one read by the host, which waits for the device. With several ranks
+    it also needs one all-reduce of a number, because each rank has its own loss. A gradient scaler
+    (16-mixed) halves its scale at an overflow, which counts only once the scale has reached 1.
     Example: `NaNGuard(skip=3)`.
 
     Args:
-        skip: steps to skip in the whole run before it is stopped.
+        skip: number of steps to skip in the whole run before it is stopped.
     """
 
-    acts_on_training = True  # a resume without it is another run
-    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
+    acts_on_training = True  # a resume without this callback changes the training
+    takes_partial_gradients = True  # with ZeRO-1 a rank has only the gradients that it owns
 
     def __init__(self, skip: int = 3) -> None:
-        """Set the number of steps that may be lost."""
+        """Set the number of steps that may be skipped."""
         if skip < 0:
             raise UsageError(f"NaNGuard: skip={skip} is negative; set 0 to stop at the first")
         self.max_skips = skip
         self.skipped = 0
         self._skipped_steps = SkippedSteps()
-        self._losses_finite: Tensor | None = (
-            None  # of the losses since the last step, on their device
-        )
+        # whether all losses since the last step are finite, on their device
+        self._losses_finite: Tensor | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let the run be checked before the first step."""
+        """Add RunChecks to the trainer."""
         add_run_checks(trainer, pl_module, stage)
 
     @property
     def state_key(self) -> str:
-        """There is one a run."""
+        """Return a constant key: a run has one NaNGuard."""
         return "NaNGuard"
 
     def state_dict(self) -> dict[str, int]:
-        """How many steps were skipped."""
+        """Return the number of skipped steps."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on counting."""
+        """Restore the number of skipped steps."""
         self.skipped = state_dict["skipped"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the steps of this fit."""
+        """Start the step counts of this fit."""
         self._skipped_steps = SkippedSteps()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run whose last steps were all skipped has failed."""
+        """Raise NonFiniteError if the last steps of the run were all skipped."""
         self._skipped_steps.check_last_steps(trainer.global_step)
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
-        """Look at the loss of each micro-batch, without reading it."""
+        """Check the loss of each micro-batch on its device, without a read by the host."""
         finite = loss.detach().isfinite().all()
         self._losses_finite = (
             finite if self._losses_finite is None else self._losses_finite & finite
@@ -112,7 +111,7 @@ class NaNGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Decide on all ranks alike; here gradients are summed, unscaled and not yet clipped."""
+        """Decide equally on all ranks; here gradients are summed, unscaled and not yet clipped."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         loss, self._losses_finite = self._losses_finite, None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -122,14 +121,14 @@ class NaNGuard(Callback):
         if ranks > 1:
             finite = finite.to(pl_module.device, torch.int32)
             dist.all_reduce(finite, dist.ReduceOp.MIN)
-        self._skipped_steps.count(is_finite := bool(finite))  # the one read
+        self._skipped_steps.count(is_finite := bool(finite))  # the only read by the host
         if is_finite:
             return
         named = ((f"the gradient of {n}", p.grad) for n, p in pl_module.named_parameters())
         non_finite_name = first_non_finite((name, grad) for name, grad in named if grad is not None)
         if loss is not None and not bool(loss):
             non_finite_name = "the loss"
-        if ranks > 1:  # the first rank that knows says it
+        if ranks > 1:  # take the name from the first rank that has one
             answers: list[str | None] = [None] * ranks
             dist.all_gather_object(answers, non_finite_name)
             non_finite_name = next(filter(None, answers), None)
@@ -146,12 +145,10 @@ class NaNGuard(Callback):
 
 
 def _all_finite(loss: Tensor | None, gradients: list[Tensor], scaler: Any) -> Tensor:
-    """Whether losses and gradients of this rank are finite, unread."""
+    """Return whether losses and gradients of this rank are finite, as a tensor on the device."""
     shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    shards = [
-        shard for shard in shards if shard.numel()
-    ]  # a shard may be empty, which has no largest
-    finite = torch.nn.utils.get_total_norm(shards, float("inf")).isfinite()  # keeps a NaN too
+    shards = [shard for shard in shards if shard.numel()]  # an empty shard has no maximum
+    finite = torch.nn.utils.get_total_norm(shards, float("inf")).isfinite()  # NaN is propagated
     if scaler is not None and scaler.is_enabled():
         finite = finite | (scaler._scale.to(finite.device) > 1)
     return finite if loss is None else finite & loss.to(finite.device)

@@ -1,13 +1,13 @@
-"""RankWatchdog: end a job with one line where its ranks no longer take the same steps.
+"""RankWatchdog: end a distributed job with an error line if its ranks take different steps.
 
     at setup          one hash of the configuration is compared
     each epoch        the lengths of the loaders are compared, where loaders have a length
-    during training   a thread in each rank reports where the rank is, once a second
+    during training   a thread in each rank reports the rank's position, once a second
 
 Rank 0 reads the reports. It ends the job in two cases: the loader of one rank has ended an epoch in
 which another rank has begun a later batch; or ranks wait in a collective for `limit_s` seconds
-while another rank is not in one. A training step has no collective and no device synchronisation
-more.
+while another rank is not in one. A training step needs no additional collective or device
+synchronization.
 """
 
 import json
@@ -28,25 +28,22 @@ from ravine.errors import UsageError
 from ravine.strategies.rank_agreement import RanksDiffer, check_same_config, collect_script_config
 
 POLL_INTERVAL_S = 1.0  # seconds between two reports of a rank
-MAX_BLOCKED_CPU_S = 0.002  # seconds of processor time in a poll; a thread that waits uses less
+MAX_BLOCKED_CPU_S = 0.002  # seconds of CPU time per poll; a waiting thread uses less
 BUSY_FACTOR = 3  # a rank that computes may take this many times the limit
-ALL_WAIT_S = 5.0  # seconds that all ranks wait before unequal loaders are taken for the reason
+ALL_WAIT_S = 5.0  # seconds that all ranks wait before unequal loaders are reported as the reason
 GRACE_S = 3.0  # seconds in which all ranks can read the verdict
 LIBRARY_FOLDERS = (os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(L.__file__)))
 
 
-StepPosition = tuple[
-    int, int, int
-]  # epoch, batches begun, and one of the three states of the last:
-STEP_BEGUN, STEP_DONE, LOADER_ENDED = range(
-    3
-)  # in its step; between two steps; the loader has no more
+StepPosition = tuple[int, int, int]  # epoch, number of batches begun, state of the last batch
+# The states: in its step; between two steps; the loader has no more batches.
+STEP_BEGUN, STEP_DONE, LOADER_ENDED = range(3)
 
 
 class RankWatchdog(Callback):
-    """End the job with status 1, and one line that names the rank, where ranks would hang.
+    """End the job with status 1 and one line that names the rank, if ranks would hang.
 
-    Our Trainer adds it where there are several ranks. Example: `RankWatchdog(limit=1800)`.
+    Ravine's Trainer adds it if there are several ranks. Example: `RankWatchdog(limit=1800)`.
 
     Args:
         limit: seconds that ranks may wait in a collective for a rank that is outside it and idle;
@@ -71,7 +68,7 @@ class RankWatchdog(Callback):
 
     @property
     def state_key(self) -> str:
-        """One key: a run has one watchdog."""
+        """Return a constant key: a run has one RankWatchdog."""
         return "RankWatchdog"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -83,7 +80,7 @@ class RankWatchdog(Callback):
         check_same_config(collect_script_config(trainer), self._group)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the thread that reports and watches."""
+        """Start the thread that reports positions and, on rank 0, checks them."""
         if self._group is None:
             return
         self._position = (trainer.current_epoch, 0, STEP_BEGUN)
@@ -120,7 +117,7 @@ class RankWatchdog(Callback):
         self._position = (*self._position[:2], LOADER_ENDED if last else STEP_DONE)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for the other ranks while the thread still watches, then stop it."""
+        """Wait for the other ranks while the thread still runs, then stop it."""
         if self._thread is not None:
             dist.barrier(group=self._group)
         self._stop_thread()
@@ -197,7 +194,7 @@ class RankWatchdog(Callback):
     def _find_stop_reason(
         self, reports: dict[int, list[Any]], heartbeats: dict[int, tuple[int, float]]
     ) -> str:
-        """The reason why the job cannot continue; empty if it can."""
+        """Return the reason why the job cannot continue; empty if it can."""
         now = time.monotonic()
         for rank, report in reports.items():
             if heartbeats.get(rank, (-1, 0))[0] != report[0]:
@@ -263,12 +260,12 @@ def _silence_stderr() -> None:
 
 
 def describe_ended_loader(positions: dict[int, StepPosition], between_steps: bool = False) -> str:
-    """A sentence where the loader of one rank has ended before another's; empty if none has.
+    """Describe a loader that ended before the loader of another rank; empty if there is none.
 
     Args:
-        positions: of each rank.
-        between_steps: count a rank that has batches left but has not begun the next. It may wait
-            for the end of a run that `max_steps` ends here, so this alone proves nothing.
+        positions: position of each rank.
+        between_steps: also count a rank that has batches left but has not begun the next. This
+            alone is no proof, because `max_steps` may end the run of that rank here.
     """
     for rank, (epoch, batches, state) in sorted(positions.items()):
         for other_rank, (other_epoch, other_batches, other_state) in sorted(positions.items()):
@@ -296,7 +293,7 @@ class _WaitTimer:
         self.position: Any = None
 
     def measure(self, position: Any) -> tuple[float, bool, str]:
-        """Seconds in one collective (0: in none), whether it computes, and its innermost call."""
+        """Return seconds in one collective (0: none), whether it computes, its innermost call."""
         cpu_s, now = self._cpu_time(), time.monotonic()
         is_blocked = cpu_s - self.cpu_s < MAX_BLOCKED_CPU_S
         frame = sys._current_frames().get(self.thread_id)
@@ -332,7 +329,7 @@ def in_debugger(frame: FrameType | None) -> bool:
 
 
 def describe_frames(frame: FrameType | None) -> str:
-    """The innermost call with file and line, and the innermost outside of libraries."""
+    """Return the innermost call with file and line, and the innermost outside of libraries."""
     if frame is None:
         return "no Python code"
     outer: FrameType | None = frame
@@ -347,5 +344,5 @@ def describe_frames(frame: FrameType | None) -> str:
 
 
 def _load_reports(store: Any, ranks: Any) -> dict[int, list[Any]]:
-    """The reports by rank; ranks without a report are left out."""
+    """Return the reports by rank, without ranks that have not reported."""
     return {r: json.loads(store.get(str(r))) for r in ranks if store.check([str(r)])}

@@ -1,11 +1,11 @@
-"""GlobalMean: every token counts the same, on whichever rank and in whichever micro-batch it is.
+"""GlobalMean: token-weighted loss, in which tokens of all ranks and micro-batches weigh the same.
 
-    wanted    Σ over all n·loss / Σ over all n          n terms in a micro-batch of a rank
-    a mean    of means instead gives a token of a short answer the weight of several
+    loss of a step = Σ n·loss / Σ n    over micro-batches of all ranks with n terms each
 
-Each backward pass is weighed by its n as it begins; at the end of the optimizer step, when the sum
-is known, the gradients are divided by it once. So nothing is awaited between micro-batches: what is
-sent is one number a step.
+A mean of means would give a token of a short answer the weight of several tokens. The gradient of
+each loss is weighted by its n at the start of the backward pass. At the end of the optimizer step
+the sum of n is known, and the gradients are divided by it once. Ranks do not synchronize between
+micro-batches; they exchange one number per step.
 """
 
 import math
@@ -24,30 +24,30 @@ from ravine.errors import UsageError
 
 
 class GlobalMean(Callback):
-    """Make the loss a mean over all terms of a step, for a module that says how many a batch has.
+    """Make the loss a mean over all terms of an optimizer step, if the module counts the terms.
 
-    def terms(self, batch): return (batch[1] != -100).sum()   # the loss is a mean over these
+        def terms(self, batch):
+            return (batch[1] != -100).sum()  # the loss is a mean over these
 
-    Works on every strategy that averages gradients over ranks, with a stock Trainer too; modules
-    without `terms` are left alone, and one process without accumulation has nothing to weigh. The
-    loss that is logged is each micro-batch's own. What `training_step` adds to the mean (the
-    balance of experts) is weighed like it.
+    Works on every strategy that averages gradients over ranks, also with a stock Trainer. Modules
+    without `terms` are not changed; one process without accumulation needs no weights. The logged
+    loss is that of each micro-batch. Terms that `training_step` adds to the mean, such as a load
+    balancing loss, get the same weight.
     """
 
-    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
+    takes_partial_gradients = True  # with ZeRO-1 a rank has only the gradients that it owns
 
     def __init__(self) -> None:
-        """Nothing to choose."""
-        self._count_terms: Callable[[Any], Any] | None = None  # None: there is nothing to weigh
-        self._num_parts = (
-            0  # micro-batches of a step over all ranks, when `_count_terms` was chosen
-        )
+        """Create the callback."""
+        self._count_terms: Callable[[Any], Any] | None = None  # None: no weights are needed
+        # micro-batches of a step over all ranks, for which `_count_terms` was set
+        self._num_parts = 0
         self._microbatch_weight = torch.zeros(())  # of this micro-batch
         self._weight_sum: Tensor | None = None  # of this step, on this rank
-        self._scale = 0.0  # a power of two, so that it rounds nothing: keeps gradients in range
+        self._scale = 0.0  # keeps gradients in range; a power of two, so that it rounds nothing
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Go first: whoever looks at the gradients of a step sees those of the mean."""
+        """Run before the other callbacks, so that they get the gradients of the mean."""
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore
         self._weight_sum, self._scale, self._count_terms, self._num_parts = None, 0.0, None, 0
         if hasattr(pl_module, "terms") and not pl_module.automatic_optimization:
@@ -59,10 +59,10 @@ class GlobalMean(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count what this rank computes of the batch.
+        """Count the loss terms that this rank computes of the batch.
 
-        A schedule may change the number of parts. It is read here: a run that resumes within an
-        epoch gets no `on_train_epoch_start` for that epoch.
+        A GradientAccumulationScheduler may change the number of micro-batches. It is read here,
+        because `on_train_epoch_start` is not called in a resumed epoch.
         """
         num_parts = trainer.world_size * trainer.accumulate_grad_batches
         if num_parts != self._num_parts:
@@ -78,14 +78,13 @@ class GlobalMean(Callback):
             self._scale = 2.0 ** math.floor(math.log2(max(mean, 1.0)))
         self._microbatch_weight = terms / self._scale
         if (pipeline := getattr(trainer.strategy, "pipeline", None)) is not None:
-            pipeline.weight = (
-                self._microbatch_weight
-            )  # it goes backward before there is a loss to see
+            # a pipeline runs its backward passes before this callback gets a loss
+            pipeline.weight = self._microbatch_weight
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
-        """Weigh what goes backward; the loss itself stays as it is."""
+        """Weight the gradient of the loss; the loss itself is not changed."""
         if self._count_terms is None:
             return
         weight = self._microbatch_weight
@@ -96,11 +95,11 @@ class GlobalMean(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Divide by the sum; ranks and micro-batches have been averaged over already."""
+        """Divide by the sum of weights; gradients are means over ranks and micro-batches here."""
         if self._weight_sum is None:
             return
         mean = mean_over_ranks(self._weight_sum, trainer)
-        factor = trainer.accumulate_grad_batches / mean.clamp(min=1e-20)  # nothing counted: 0
+        factor = trainer.accumulate_grad_batches / mean.clamp(min=1e-20)  # without terms: 0
         self._weight_sum = None
         scale_gradients(
             [p.grad for group in optimizer.param_groups for p in group["params"]], factor
@@ -108,9 +107,9 @@ class GlobalMean(Callback):
 
 
 def mean_over_ranks(number: Tensor, trainer: L.Trainer) -> Tensor:
-    """The mean over the ranks that see different data, as of gradients.
+    """Return the mean over data-parallel ranks, as for gradients.
 
-    Lightning's own `reduce` begins with a barrier, at which the host would wait for the device.
+    Lightning's own `reduce` starts with a barrier, at which the host would wait for the device.
     """
     if trainer.world_size == 1:
         return number
@@ -122,7 +121,7 @@ def mean_over_ranks(number: Tensor, trainer: L.Trainer) -> Tensor:
 
 @torch.no_grad()
 def scale_gradients(gradients: list[Tensor | None], factor: Tensor) -> None:
-    """Multiply each in place, this rank's part of those that are spread."""
+    """Multiply gradients in place; of a sharded gradient, this rank's shard."""
     local_grads = [
         g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None
     ]

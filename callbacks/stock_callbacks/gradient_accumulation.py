@@ -1,11 +1,11 @@
-"""GradientAccumulationScheduler with data whose `batch_size` is that of one optimizer step.
+"""Support GradientAccumulationScheduler with data whose `batch_size` is that of a whole step.
 
     factor 1    step = 1 micro-batch of batch_size samples       an epoch has n micro-batches
     factor 4    step = 4 micro-batches of batch_size / 4         an epoch has 4 n micro-batches
 
-Lightning counts the micro-batches of an epoch once, when the loader is made. Here they are counted
-at the start of every epoch, for loaders that have `set_accumulate`; other loaders keep their
-batches, and an optimizer step takes more of them, as in Lightning.
+Lightning counts the micro-batches of an epoch once, when the loader is created. Here they are
+counted at the start of every epoch, for loaders with a method `set_accumulate`. Other loaders keep
+their batches, and an optimizer step takes more of them, as in Lightning.
 """
 
 from typing import Any
@@ -17,13 +17,13 @@ from ravine.lightning_compat import combined_loader, combined_mode, data_fetcher
 
 
 def find_accumulation_scheduler(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
-    """The trainer's scheduler of accumulation, if it has one."""
+    """Return the trainer's GradientAccumulationScheduler, if it has one."""
     callbacks: Any = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     return next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
 
 
 def check_accumulation_factors(trainer: L.Trainer) -> None:
-    """ValueError if a loader cannot split its batch by a factor that a later epoch has."""
+    """Raise ValueError if a loader cannot split its batch by a factor of any epoch."""
     scheduler = find_accumulation_scheduler(trainer)
     if scheduler is None:
         return
@@ -33,7 +33,7 @@ def check_accumulation_factors(trainer: L.Trainer) -> None:
 
 
 def apply_accumulation_factor(trainer: L.Trainer) -> None:
-    """Set the factor of the current epoch, and the number of micro-batches that it makes."""
+    """Set the accumulation factor of the current epoch, and its number of micro-batches."""
     scheduler = find_accumulation_scheduler(trainer)
     if scheduler is None:
         return
@@ -55,18 +55,18 @@ def apply_accumulation_factor(trainer: L.Trainer) -> None:
         trainer.val_check_batch = max(1, int(fit.max_batches * interval))
     fetcher = data_fetcher(trainer)
     if fit.max_batches != before and fetcher is not None:
-        iter(fetcher)  # which counts them once an epoch, and has begun this one
+        iter(fetcher)  # restart it: it counts batches at the start of an epoch
 
 
 def find_splittable_loaders(trainer: L.Trainer) -> list[Any]:
-    """The training loaders that cut one batch into the micro-batches of a step."""
+    """Return the training loaders that split one batch into the micro-batches of a step."""
     combined = combined_loader(trainer)
     loaders = combined.flattened if combined is not None else []
     return [loader for loader in loaders if callable(getattr(loader, "set_accumulate", None))]
 
 
 def count_epoch_batches(trainer: L.Trainer, factor: int) -> float:
-    """Micro-batches of an epoch with this factor."""
+    """Return the number of micro-batches of an epoch with this factor."""
     combined = combined_loader(trainer)
     if combined is None or not find_splittable_loaders(trainer):
         return trainer.num_training_batches
@@ -81,13 +81,13 @@ def count_epoch_batches(trainer: L.Trainer, factor: int) -> float:
 
 
 def apply_batch_limit(trainer: L.Trainer, batches: int) -> int:
-    """At most `limit_train_batches` of them, a number or a share."""
+    """Apply `limit_train_batches`, a number or a fraction, to a number of batches."""
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def count_optimizer_steps(trainer: L.Trainer) -> float:
-    """Optimizer steps of the whole run; Lightning's own estimate if no factor changes."""
+    """Return the optimizer steps of the whole run; Lightning's estimate if no factor changes."""
     scheduler = find_accumulation_scheduler(trainer)
     if scheduler is None or trainer.max_epochs in (None, -1):
         return L.Trainer.estimated_stepping_batches.fget(trainer)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Lightning's BatchSizeFinder and LearningRateFinder in a run that resumes: nothing is searched.
+"""Disable the searches of BatchSizeFinder and LearningRateFinder in a resumed run.
 
 A search within a resume would load its own file instead of the checkpoint, and the run would start
-from the beginning. A checkpoint has the learning rates that were found. The batch size that was
-found is saved in the checkpoint and set again before the data are loaded.
+from the beginning. A checkpoint contains the learning rates that were found. The batch size that
+was found is saved in the checkpoint and set again before the data are loaded.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def disable_searches(trainer: Any) -> None:
 
 
 def save_batch_size(trainer: Any, checkpoint: dict[str, Any]) -> None:
-    """Save the batch size that a search found, by the name of the attribute."""
+    """Save the batch size that a search found, under the name of its attribute."""
     for callback in trainer.callbacks:
         if isinstance(callback, BatchSizeFinder) and callback.optimal_batch_size is not None:
             checkpoint[KEY] = {batch_size_attribute(callback): callback.optimal_batch_size}
