@@ -1,6 +1,6 @@
-"""Ravine, a training framework on PyTorch Lightning: the names for plain Python scripts.
+"""Ravine, a training framework on PyTorch Lightning: the public names for Python scripts.
 
-from ravine import Trainer, load_model
+    from ravine import Trainer, load_model
 
 `import ravine` imports only the standard library; each name below is imported at its first use.
 """
@@ -24,8 +24,8 @@ _DEFINED_IN = {
     "UsageError": ("ravine.errors", "UsageError"),
 }
 
-# In a checkout the folders of the package stand beside this one, not inside it. A program that is
-# started in the checkout's root finds this folder first and must find the others too.
+# In a checkout the folders of the package are beside this one, not inside it. A program that is
+# started in the root of the checkout imports this folder first, and needs the others too.
 _HERE = Path(__file__).resolve().parent
 if not (_HERE / "callbacks").is_dir():
     __path__.append(str(_HERE.parent))

@@ -1,4 +1,4 @@
-"""Errors that a user can correct: what is wrong, what is allowed, what to do.
+"""Errors that a user can correct: the problem, the allowed values and a hint.
 
 The command line prints such an error without a traceback. Any other exception keeps its traceback.
 """
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 
 class UsageError(ValueError):
-    """A mistake of the user's.
+    """An input or setting of the user that is not valid.
 
     raise UsageError(
-        "Transformer: num_heads=5 does not divide d_model=128", allowed=[4, 8], hint="use 4 or 8"
+        "Transformer: num_heads=5 does not divide d_model=128", [4, 8], hint="use 4 or 8"
     )
     """
 
@@ -26,13 +26,13 @@ class UsageError(ValueError):
         flag: str = "",
         label: str = "allowed",
     ) -> None:
-        """Store the parts; the text holds those that are not empty, in one line.
+        """Store the parts; the message joins those that are not empty, in one line.
 
         Args:
-            problem: what was given, and why it cannot be used.
+            problem: the given value, and why it cannot be used.
             allowed: the values that can be used, nearest first.
             hint: one thing to do, in a Python script.
-            flag: the same as words of the command line, which shows it in the place of `hint`.
+            flag: the same as arguments of the command line, which shows it instead of `hint`.
             label: the word before the allowed values.
         """
         self.problem, self.hint, self.flag, self.label = problem, hint, flag, label
@@ -50,7 +50,7 @@ class MissingFileError(UsageError, FileNotFoundError):
 
 
 class RunError(RuntimeError):
-    """What was asked is allowed, but failed during the run: exit status 1, no traceback."""
+    """An error during a run with valid input: exit status 1, no traceback."""
 
     exit_status = 1
 
@@ -58,16 +58,16 @@ class RunError(RuntimeError):
 def suggest_names(
     name: str, allowed: Iterable[str], count: int = 3, *, least: float = 0.6, dotted: bool = False
 ) -> list[str]:
-    """At most ``count`` of the allowed names, most similar to ``name`` first; case is ignored.
+    """Return at most ``count`` allowed names, most similar to ``name`` first; case is ignored.
 
     Names whose similarity is more than 0.15 below that of the best are left out.
 
     Args:
         name: the name that does not exist.
-        allowed: the names that do.
+        allowed: the names that exist.
         count: the largest number of names in the result.
         least: similarity from 0 to 1 (equal) below which a name is left out; 0 always finds one.
-        dotted: whether ``name`` may also stand for the end of a dotted name, as "query" does for
+        dotted: whether ``name`` may also be the end of a dotted name, as "query" is of
             "blocks.0.query".
     """
     ratios = _similarities(name, allowed, dotted)
@@ -76,12 +76,12 @@ def suggest_names(
 
 
 def sort_by_similarity(name: str, allowed: Iterable[str]) -> list[str]:
-    """All of the allowed names, most similar to ``name`` first; case is ignored."""
+    """Return all allowed names, most similar to ``name`` first; case is ignored."""
     return _by_similarity(_similarities(name, allowed))
 
 
 def _similarities(name: str, allowed: Iterable[str], dotted: bool = False) -> dict[str, float]:
-    """The share of letters that each allowed name has in common with ``name``, from 0 to 1."""
+    """Return the similarity of each allowed name to ``name``, from 0 to 1."""
 
     def ratio(other: str) -> float:
         parts = other.lower().split(".")

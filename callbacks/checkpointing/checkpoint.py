@@ -74,7 +74,7 @@ class Checkpoint(ModelCheckpointAccess, ModelCheckpoint):
         return f"Checkpoint[{self.monitor}]"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder; suppress Lightning's non-empty-directory warning, as on a resume."""
+        """Find the folder; suppress Lightning's warning of a non-empty one, usual on a resume."""
         add_run_checks(trainer, pl_module, stage)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")

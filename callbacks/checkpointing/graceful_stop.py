@@ -150,7 +150,7 @@ class GracefulStop(Callback):
         if os.getpid() != self._pid:
             return  # in a worker of a data loader: the main process decides
         if self._signum or not self._training:
-            signal.signal(signum, signal.SIG_DFL)  # a third signal ends the process without Python
+            signal.signal(signum, signal.SIG_DFL)  # a third signal needs no Python handler
             if self._is_main:
                 note = " at once" if self._signum else self._no_checkpoint_note
                 os.write(2, f"\nstopped by {signal.Signals(signum).name}{note}\n".encode())

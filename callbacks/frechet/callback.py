@@ -44,7 +44,7 @@ from .statistics import Gaussian, Moments, frechet_distance, kernel_distance
 MAX_KEPT = 10_000  # maximum of real images whose features are kept for the kernel distance
 BASELINE_DRAWS = 10  # maximum of draws of test images for the floor, each as many as the samples
 NUM_PROBES = 8  # real images whose features identify an extractor
-CACHE_VERSION = "bytes, statistics 4"  # part of the cache key: change it with the statistics
+CACHE_VERSION = "bytes, statistics 4"  # part of the cache key: change it with the code
 
 
 class RealStatistics(NamedTuple):
@@ -65,7 +65,7 @@ class FrechetDistance(L.Callback):
     Example: `Trainer(callbacks=[FrechetDistance(ClassifierFeatures("FILE.ckpt"), n=1000)])`.
 
     The module's `sample_images(index, labels)` returns uint8 images (n c y x) for sample indices
-    (n) and, if the model is class-conditional, labels (n). The datamodule's `pictures(split)`
+    (n) and labels (n), which only class-conditional models use. The datamodule's `pictures(split)`
     returns the real uint8 images (n c y x) and labels (n) of "train" and "test".
 
     Args:
@@ -181,7 +181,7 @@ class FrechetDistance(L.Callback):
         return "fid" if self.layer == 2048 else f"fd_inception_{self.layer}"
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the distances before checkpoint callbacks, which may monitor them, run."""
+        """Measure the distances before the checkpoint callbacks, which may monitor them."""
         if not trainer.sanity_checking:
             self._measure(trainer, pl_module, "val")
 

@@ -1,4 +1,4 @@
-"""Distributed feature extraction: ranks share the images and each rank computes equal sums.
+"""Distributed feature extraction: ranks compute blocks of features, and each adds up all blocks.
 
     block     0    1    2    3    4    5      batch_size images each, on any number of ranks
     rank      0    1    0    1    0    1      with 2 ranks

@@ -1,4 +1,4 @@
-"""MemoryTable: memory of weights, gradients and optimizer state, beside full fine-tuning.
+"""MemoryTable: memory of weights, gradients and optimizer state, compared to full fine-tuning.
 
     full fine-tuning of N numbers in float32 with AdamW:   4N + 4N + 8N bytes
     adapters of n numbers over N in NF4:                   0.52N + 4n + 4n + 8n
@@ -47,7 +47,7 @@ def measure_memory(
 
 
 def full_finetuning_cost(module: nn.Module) -> dict[str, MemoryUsage]:
-    """Return the memory of training all weights in float32 with AdamW, without quantization."""
+    """Return the memory of training all weights, without adapters, in float32 with AdamW."""
     count = sum(p.numel() for n, p in module.named_parameters() if "lora_" not in n)
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and "weight" not in layer._parameters:
@@ -98,7 +98,7 @@ class MemoryTable(Callback):
             Console().print(self.make_table(pl_module))
 
     def make_table(self, module: nn.Module) -> Table:
-        """Return a table of the measured memory, beside that of full fine-tuning."""
+        """Return a table of the measured memory, compared to that of full fine-tuning."""
         sharded = any(isinstance(p, DTensor) for p in module.parameters())
         source = "this rank's shards" if sharded else "this process"
         table = Table("", f"numbers, {source}", "bytes", "full fine-tuning, float32, AdamW: bytes")

@@ -181,7 +181,7 @@ class ProgressBar(Base):
         if self.enabled and console.is_terminal:
             columns = ["{task.description}", BarColumn(20), "{task.completed}/{task.total}"]
             line = [TextColumn(c) if isinstance(c, str) else c for c in columns]
-            # drawn in the training loop: a drawing thread would block the loop by the GIL
+            # drawn in the training loop: a drawing thread would take the GIL from the loop
             self.bar = Progress(
                 *line, TextColumn("{task.fields[words]}"), console=console, auto_refresh=False
             )

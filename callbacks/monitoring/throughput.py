@@ -86,9 +86,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 class Throughput(L.Callback):
     """Logs units per second, MFU, peak memory and the fraction of time waiting for data.
 
-    Example: `Trainer(callbacks=[Throughput()])`. The module defines the name of a unit in `unit`,
-    the units of a batch by `count(batch)`, and the FLOPs of a training step per unit by `flops()`.
-    Without `flops` no MFU is logged. Validation time is excluded.
+    Example: `Trainer(callbacks=[Throughput()])`. The module names its unit in `unit` and counts the
+    units of a batch by `count(batch)`. Its method `flops()` returns the FLOPs of a training step
+    per unit; without `flops` no MFU is logged. Validation time is excluded.
     """
 
     def __init__(self) -> None:

@@ -122,7 +122,7 @@ def clip_by_value(gradients: Sequence[Tensor], max_value: float, *norm_args: Any
 
 
 class GradientClipping(Callback):
-    """Clip gradients once an optimizer step: after accumulation, unscaling and reduction over ranks.
+    """Clip gradients once per optimizer step, after accumulation, unscaling and reduction.
 
     Logs `train/grad_norm` (before clipping) and `train/clipped`, the fraction of steps since the
     last log line with clipping. Example: `GradientClipping(max_norm=1.0)`.

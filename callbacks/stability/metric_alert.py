@@ -1,4 +1,4 @@
-"""CollapseAlarm: warn of mode collapse when metrics of sample quality drop, before the loss does."""
+"""CollapseAlarm: warn of mode collapse when a metric of sample quality falls below a bound."""
 
 from typing import Any
 

@@ -1,16 +1,16 @@
 """The private parts of Lightning that Ravine uses. No other package of Ravine touches them.
 
-Each function and class says why it is needed (`Reason`), where the code stands in Lightning
-(`Upstream`) and on which versions it was seen to work (`Seen on`). `Upstream: PATH` is the file
+Each docstring gives the reason for the access (`Reason`), the file of Lightning (`Upstream`) and
+the tested versions (`Seen on`). `Upstream: PATH` is the file
 https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.1/src/lightning/PATH of Lightning.
 
-    versions.py      versions that were seen to work, and the error on one that lacks something
+    versions.py      tested versions, and the error for a version that lacks a private name
     loops.py         data loaders, fetchers and counters of the training loop
     connectors.py    the parts of a trainer that log, restore and handle signals
     callbacks.py     Lightning's own callbacks
     strategies.py    strategies and optimizers
     command_line.py  LightningCLI; imported by the command line only
-    fast_loop.py     the training loop that calls only the hooks that do something
+    fast_loop.py     the training loop that calls only the implemented hooks
 
 This package imports lightning, torch and `ravine.errors`, and nothing else of Ravine.
 """

@@ -32,7 +32,7 @@ class ModelCheckpointAccess(_Base):
         return self.should_remove(trainer, previous, current)
 
     def write_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """Write a file; called for each that is among the best. A subclass replaces it."""
+        """Write a file; called for each file among the best. A subclass overrides it."""
         private(super(), "_save_checkpoint")(trainer, filepath)
 
     def should_remove(self, trainer: L.Trainer, previous: str, current: str) -> bool:
@@ -68,9 +68,9 @@ class ModelCheckpointAccess(_Base):
 
 
 def averaging_callbacks() -> tuple[type, ...]:
-    """Return the callbacks of Lightning that average weights, as far as this version has them.
+    """Return the callbacks of the installed Lightning that average weights.
 
-    Reason: WeightAveraging came with Lightning 2.6. Public API alone.
+    Reason: WeightAveraging was added in Lightning 2.6. Public API alone.
 
     Upstream: pytorch/callbacks/__init__.py
     Seen on: 2.5.6 to 2.6.6
@@ -82,8 +82,8 @@ def averaging_callbacks() -> tuple[type, ...]:
 def last_saved(callback: Any) -> tuple[int | None, str]:
     """Return the step and the path of the last file of a checkpoint callback.
 
-    Reason: `best_model_path` and `last_model_path` do not tell the step. A callback that is not
-    Lightning's has neither, and gives None.
+    Reason: `best_model_path` and `last_model_path` do not contain the step. For a callback of
+    another package, which has neither attribute, the step is None.
 
     Upstream: pytorch/callbacks/model_checkpoint.py
     Seen on: 2.5.6 to 2.6.6
@@ -104,9 +104,9 @@ def sets_learning_rate(finder: Any) -> bool:
 
 
 def stops_after_search(finder: Any) -> bool:
-    """Return whether a LearningRateFinder ends the fit after its search, as a Tuner wants.
+    """Return whether a LearningRateFinder ends the fit after its search, as for a Tuner.
 
-    Reason: the search of a Tuner is a fit of its own, whose end must not drop the found rate.
+    Reason: the search of a Tuner is a separate fit, whose end must not discard the found rate.
 
     Upstream: pytorch/callbacks/lr_finder.py
     Seen on: 2.5.6 to 2.6.6

@@ -8,7 +8,7 @@ from .versions import private
 
 
 class CommandLine(LightningCLI):
-    """LightningCLI with public names for what a subclass replaces.
+    """LightningCLI with public names for the methods that a subclass overrides.
 
     Reason: a subclass runs the chosen subcommand within its own error handling, and reads the
     checkpoint's configuration before the parser does.
@@ -25,7 +25,7 @@ class CommandLine(LightningCLI):
         private(super(), "_run_subcommand")(subcommand)
 
     def _parse_ckpt_path(self) -> None:
-        """Read nothing: Lightning would take hyperparameters of the checkpoint as arguments."""
+        """Do nothing: Lightning would use the checkpoint's hyperparameters as arguments."""
 
     def config_value(self, key: str) -> Any:
         """Return a value of the configuration of the subcommand."""

@@ -18,8 +18,8 @@ else:
 def should_update_logs(trainer: L.Trainer) -> bool:
     """Return whether values that are logged in this step will be written.
 
-    Reason: a callback that computes a value for the log only does so in these steps. The rule
-    counts optimizer steps of several optimizers, and `trainer.log_every_n_steps` is a part of it.
+    Reason: a callback computes a value for the log in these steps only. The rule counts the steps
+    of several optimizers, and `trainer.log_every_n_steps` is only a part of it.
 
     Upstream: pytorch/trainer/connectors/logger_connector/logger_connector.py
     Seen on: 2.5.6 to 2.6.6
@@ -28,10 +28,10 @@ def should_update_logs(trainer: L.Trainer) -> bool:
 
 
 def collected_metrics(trainer: L.Trainer) -> dict[str, Any]:
-    """Return the metrics that callbacks saw last, by name; changing it changes what they see.
+    """Return the last collected metrics by name, as callbacks read them; it may be changed.
 
-    Reason: `trainer.callback_metrics` collects the newest values first, which would end the running
-    mean of an epoch. After a resume the values of the checkpoint are put here for the schedulers.
+    Reason: `trainer.callback_metrics` first collects the newest values, which would end the running
+    mean of an epoch. After a resume the checkpoint's values are put here for the schedulers.
 
     Upstream: pytorch/trainer/connectors/logger_connector/logger_connector.py
     Seen on: 2.5.6 to 2.6.6
@@ -40,10 +40,10 @@ def collected_metrics(trainer: L.Trainer) -> dict[str, Any]:
 
 
 class CheckpointConnector(_CheckpointConnector):
-    """Lightning's reader of checkpoints, with a public name for the first step of a restore.
+    """Lightning's checkpoint connector, with a public name for the first step of a restore.
 
-    Reason: weights of other sizes must be refused before the first of them is loaded. No callback
-    is called between the reading of the file and the loading of the weights.
+    Reason: weights of other shapes must be refused before any weight is loaded. No callback is
+    called between reading the file and loading the weights.
 
     Upstream: pytorch/trainer/connectors/checkpoint_connector.py
     Seen on: 2.5.6 to 2.6.6
@@ -58,9 +58,9 @@ class CheckpointConnector(_CheckpointConnector):
 
 
 def checkpoint_connector(trainer: L.Trainer) -> Any:
-    """Return the trainer's reader of checkpoints.
+    """Return the trainer's checkpoint connector.
 
-    Reason: the command line tells it which values differ from the checkpoint's.
+    Reason: the command line passes it the values that differ from the checkpoint's.
 
     Upstream: pytorch/trainer/trainer.py
     Seen on: 2.5.6 to 2.6.6
@@ -69,9 +69,9 @@ def checkpoint_connector(trainer: L.Trainer) -> Any:
 
 
 def replace_checkpoint_connector(trainer: L.Trainer, connector: CheckpointConnector) -> None:
-    """Let the trainer read checkpoints by another connector; called before a run.
+    """Replace the connector by which the trainer reads checkpoints; called before a run.
 
-    Reason: the trainer creates its connector itself and takes none as an argument.
+    Reason: the trainer creates its connector itself and does not accept one as an argument.
 
     Upstream: pytorch/trainer/trainer.py
     Seen on: 2.5.6 to 2.6.6
@@ -101,7 +101,7 @@ def after_registering_signals(trainer: L.Trainer, function: Callable[[], None]) 
 def restore_signal_registration(trainer: L.Trainer) -> None:
     """Undo `after_registering_signals`.
 
-    Reason: the connector outlives the fit.
+    Reason: the connector exists longer than the fit.
 
     Upstream: pytorch/trainer/connectors/signal_connector.py
     Seen on: 2.5.6 to 2.6.6

@@ -1,10 +1,10 @@
-"""The fast inner loop: a training step calls only the hooks that do something.
+"""FastEpochLoop: a training loop that calls only the implemented hooks in each step.
 
-Lightning asks every callback, the module, the strategy and a profiler about some twenty hooks in
-each step, and reads all logged values. For a tiny network that takes twice the time of the step:
-360 us, and 370 us more for one `self.log`. Here the hooks that somebody implements are listed once
-an epoch and called in Lightning's order. A run that needs more than that (manual optimization, a
-profiler, a gradient scaler, ...) takes Lightning's own methods, which the classes below inherit.
+In each step Lightning calls some twenty hooks of every callback, the module, the strategy and a
+profiler, and reads all logged values. For a tiny network that takes twice the time of the step:
+360 us, and 370 us more for one `self.log`. Here the implemented hooks are listed once an epoch and
+called in Lightning's order. A run with manual optimization, a profiler, a gradient scaler and the
+like uses Lightning's own methods, which the classes below inherit.
 
 Upstream: pytorch/loops/training_epoch_loop.py
 Seen on: 2.5.6 to 2.6.6
@@ -49,14 +49,14 @@ TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_ba
 class FastOptimization(_AutomaticOptimization):
     """Forward, backward and step with the hooks that a FastEpochLoop has listed, in their order.
 
-    Reason: Lightning's calls each hook of each callback through the profiler.
+    Reason: Lightning's class calls each hook of each callback through the profiler.
 
     Upstream: pytorch/loops/optimization/automatic.py
     Seen on: 2.5.6 to 2.6.6
     """
 
     def __init__(self, trainer: L.Trainer, loop: "FastEpochLoop") -> None:
-        """Take the loop, which knows in each epoch whether the fast way is open."""
+        """Store the loop's functions; the loop sets `is_fast` at the start of each epoch."""
         super().__init__(trainer)
         self.call, self.free_gradients = loop.call, loop.free_gradients
         self.is_fast = self.frees = False  # set by the loop for each epoch
@@ -104,7 +104,7 @@ class FastOptimization(_AutomaticOptimization):
         if not self.is_fast:
             return super()._optimizer_zero_grad(batch_idx, optimizer)
         trainer = self.trainer
-        if self.frees:  # neither the module nor the optimizer has a method of its own for it
+        if self.frees:  # neither module nor optimizer overrides zero_grad
             self.free_gradients(optimizer)
         else:
             module, epoch = trainer.lightning_module, trainer.current_epoch
@@ -125,7 +125,7 @@ class FastOptimization(_AutomaticOptimization):
 class FastEpochLoop(_TrainingEpochLoop):
     """Lightning's epoch loop, whose steps call only the hooks that are implemented.
 
-    Reason: see the head of this file. `is_fast` tells whether the epoch under way is a fast one.
+    Reason: see the docstring of this file. `is_fast` is true in an epoch that uses the fast loop.
 
     Upstream: pytorch/loops/training_epoch_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -144,12 +144,12 @@ class FastEpochLoop(_TrainingEpochLoop):
         self.frees_early, self.free_gradients = frees_early, free_gradients
         self.is_fast = False
         self.hooks: dict[str, list[Callable[..., Any]]] = {}
-        self.logged: dict[str, tuple[Any, dict]] = {}  # by name: its metric and its options
+        self.logged: dict[str, tuple[Any, dict]] = {}  # metric and options by name
         self.automatic_optimization: FastOptimization = FastOptimization(trainer, self)
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps so far; read a dozen times in each."""
+        """Optimizer steps so far; read a dozen times in each step."""
         if self.is_fast:
             return self.automatic_optimization.optim_progress.optimizer.step.total.completed
         return super().global_step
@@ -181,7 +181,7 @@ class FastEpochLoop(_TrainingEpochLoop):
                 module.__dict__.pop("log")
 
     def _can_be_fast(self, fetcher: _DataFetcher) -> bool:
-        """Whether this run uses nothing that only Lightning's own methods do."""
+        """Whether this run needs only features that the fast loop supports."""
         trainer: Any = self.trainer
         precision, strategy = type(trainer.precision_plugin), type(trainer.strategy)
         module = trainer.lightning_module
@@ -189,7 +189,7 @@ class FastEpochLoop(_TrainingEpochLoop):
             module.automatic_optimization
             and isinstance(trainer.profiler, PassThroughProfiler)
             and not isinstance(fetcher, _DataLoaderIterDataFetcher)
-            and not is_overridden("on_train_batch_start", module)  # it may end the epoch
+            and not is_overridden("on_train_batch_start", module)  # which may end the epoch
             and getattr(trainer.precision_plugin, "scaler", None) is None
             and precision.pre_backward in (Precision.pre_backward, MixedPrecision.pre_backward)
             and precision.post_backward is Precision.post_backward
@@ -199,7 +199,7 @@ class FastEpochLoop(_TrainingEpochLoop):
         )
 
     def _batch_moves(self) -> bool:
-        """Whether a batch is changed between the loader and the step."""
+        """Whether a batch is moved or changed between the loader and the step."""
         trainer: Any = self.trainer
         return (
             trainer.strategy.root_device.type != "cpu"
@@ -277,7 +277,7 @@ class FastEpochLoop(_TrainingEpochLoop):
         due = super()._should_check_val_fx(data_fetcher)
         trainer = self.trainer
         if due and self.is_fast and trainer._logger_connector._first_loop_iter is not None:
-            # collected now, the last training values stay readable throughout the validation
+            # collect now, so that the last training values can be read during the validation
             _ = trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics
         return due
 
@@ -286,9 +286,9 @@ class FastEpochLoop(_TrainingEpochLoop):
 
 
 def implemented_hooks(name: str, trainer: Any) -> list[Callable[..., Any]]:
-    """Return the hooks ``name`` that do something: those of callbacks in order, then the module's.
+    """Return the implemented hooks ``name``: those of callbacks in order, then the module's.
 
-    Reason: Lightning calls those that do nothing as well. Public API alone.
+    Reason: Lightning also calls hooks that are not overridden. Public API alone.
 
     Upstream: pytorch/trainer/call.py
     Seen on: 2.5.6 to 2.6.6
@@ -305,13 +305,13 @@ def implemented_hooks(name: str, trainer: Any) -> list[Callable[..., Any]]:
 
 
 def log_fast(self: L.LightningModule, name: str, value: Any, *args: Any, **options: Any) -> None:
-    """Log a value as `LightningModule.log` does, in 4 us where it takes 370.
+    """Log a value as `LightningModule.log`, in 4 us instead of 370 us.
 
-    The first call of a name in an epoch runs Lightning's method, and keeps the object that holds
-    the value. Later calls of `training_step` with the same options set the value there. Any other
-    hook, kind of value or option runs Lightning's method.
+    The first call with a name in an epoch runs Lightning's method and keeps the metric object.
+    Later calls in `training_step` with the same options set the value of that object. Any other
+    hook, type of value or option runs Lightning's method.
 
-    Reason: Lightning's method checks the name, the options and the hook anew at each call.
+    Reason: Lightning's method checks the name, the options and the hook at each call.
 
     Upstream: pytorch/trainer/connectors/logger_connector/result.py
     Seen on: 2.5.6 to 2.6.6
@@ -330,8 +330,10 @@ def log_fast(self: L.LightningModule, name: str, value: Any, *args: Any, **optio
         value = value.detach()
         if metric.meta.on_epoch or metric.meta.sync.should or value.dtype is not torch.float32:
             metric.forward(value, options.get("batch_size", 1))
-        else:  # what `forward` does when nothing is summed up: keep the value of this step
-            metric._forward_cache = metric.value = value.clone()  # it may be changed in place
+        else:  # as `forward` without a sum over steps: keep the value of this step
+            metric._forward_cache = metric.value = (
+                value.clone()
+            )  # the original may be changed in place
             metric._computed = None
         metric.has_reset = False
         return

@@ -17,8 +17,8 @@ from .versions import (
     set_private,
 )
 
-# Attributes of a LightningModule that refer to the trainer: a copy of the module leaves them out.
-# Reason: they are entries of the module's `__dict__`, beside its own attributes.
+# Attributes of a LightningModule that refer to the trainer; a copy of the module omits them.
+# Reason: they are entries of the module's `__dict__`, among its own attributes.
 # Upstream: pytorch/core/module.py
 # Seen on: 2.5.6 to 2.6.6
 MODULE_REFERENCES = ("_trainer", "_fabric")
@@ -27,7 +27,7 @@ MODULE_REFERENCES = ("_trainer", "_fabric")
 def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
     """Return the trainer of a module, or None for a module without one.
 
-    Reason: `module.trainer` raises an error where there is none, and returns a stand-in under
+    Reason: `module.trainer` raises an error if there is no trainer, and returns a placeholder under
     Fabric. Public API alone.
 
     Upstream: pytorch/core/module.py
@@ -44,8 +44,8 @@ def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
 def combined_loader(trainer: L.Trainer) -> Any:
     """Return the CombinedLoader of the training data, or None before the data are set up.
 
-    Reason: `trainer.train_dataloader` gives the loaders as the user has nested them, and neither
-    their limits nor the flat list.
+    Reason: `trainer.train_dataloader` returns the loaders as the user has nested them, without
+    their limits and the flat list.
 
     Upstream: pytorch/loops/fit_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -65,7 +65,7 @@ def combined_mode(loader: Any) -> str:
 
 
 def combined_iterator(loader: Any) -> Any:
-    """Return the iterator over all loaders that is under way, or None.
+    """Return the current iterator over all loaders, or None.
 
     Reason: after a resume, the iterator of a single loader is replaced by one at its position.
 
@@ -76,9 +76,9 @@ def combined_iterator(loader: Any) -> Any:
 
 
 def data_fetcher(trainer: L.Trainer) -> Any:
-    """Return the object that takes batches from the training loaders, or None.
+    """Return the data fetcher, which takes batches from the training loaders, or None.
 
-    Reason: it counts the batches and holds those fetched ahead; no public name leads to it.
+    Reason: it counts the batches and holds prefetched ones; it has no public name.
 
     Upstream: pytorch/loops/fetchers.py
     Seen on: 2.5.6 to 2.6.6
@@ -87,9 +87,9 @@ def data_fetcher(trainer: L.Trainer) -> Any:
 
 
 def is_prefetching(fetcher: Any) -> bool:
-    """Return whether a fetcher is Lightning's usual one, which takes a batch ahead.
+    """Return whether a fetcher is Lightning's default one, which prefetches a batch.
 
-    Reason: only this one can start at a later batch. The others hand the iterator to the user.
+    Reason: only this fetcher can start at a later batch. Others pass the iterator to the user.
 
     Upstream: pytorch/loops/fetchers.py
     Seen on: 2.5.6 to 2.6.6
@@ -99,10 +99,10 @@ def is_prefetching(fetcher: Any) -> bool:
 
 
 def should_accumulate(trainer: L.Trainer) -> bool:
-    """Return whether the micro-batch under way ends without an optimizer step.
+    """Return whether the current micro-batch ends without an optimizer step.
 
     Reason: it depends on the accumulation, on the end of the epoch and on the strategy.
-    `trainer.global_step` tells it only after the step.
+    `trainer.global_step` changes only after the step.
 
     Upstream: pytorch/loops/fit_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -113,8 +113,8 @@ def should_accumulate(trainer: L.Trainer) -> bool:
 def validation_follows(trainer: L.Trainer) -> bool:
     """Return whether a validation follows the micro-batch that ends now.
 
-    Reason: a checkpoint waits for the validation of its step. The rule has seven arguments of the
-    trainer, and only the loop has it as a whole.
+    Reason: a checkpoint is written after the validation of its step. The rule depends on seven
+    arguments of the trainer, and only the loop implements all of it.
 
     Upstream: pytorch/loops/training_epoch_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -126,14 +126,14 @@ def validation_follows(trainer: L.Trainer) -> bool:
 
 @contextmanager
 def validation_loaders(trainer: L.Trainer, forget: bool = False) -> Iterator[list[Any]]:
-    """Set up the validation loaders of a fit, and give a flat list of them.
+    """Set up the validation loaders of a fit, and yield a flat list of them.
 
     Reason: the loaders are created at the first validation. A check before the first step needs
-    them earlier, and must leave no trace.
+    them earlier, and must not change the run.
 
     Args:
         trainer: the trainer.
-        forget: let the loop create loaders again that exist only because of this call.
+        forget: discard loaders that this call created, so that the loop creates them again.
 
     Upstream: pytorch/loops/evaluation_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -154,8 +154,8 @@ def validation_loaders(trainer: L.Trainer, forget: bool = False) -> Iterator[lis
 def load_batch(trainer: Any, module: L.LightningModule, batch: Any) -> Any:
     """Convert a batch and move it to the device, as the training loop does before a step.
 
-    Reason: the hook of the transfer is called through a private method of the module, which asks
-    the datamodule too.
+    Reason: the transfer hooks are called by a private method of the module, which includes those of
+    the datamodule.
 
     Upstream: pytorch/core/module.py
     Seen on: 2.5.6 to 2.6.6
@@ -166,7 +166,7 @@ def load_batch(trainer: Any, module: L.LightningModule, batch: Any) -> Any:
 
 
 def set_sampler_epoch(loader: Any, epoch: int) -> None:
-    """Call `set_epoch` of a loader's samplers, where they have it.
+    """Call `set_epoch` of a loader's samplers, if they have it.
 
     Reason: the loop calls it once an epoch, with the epoch of an interrupted run after a resume.
 
@@ -177,10 +177,10 @@ def set_sampler_epoch(loader: Any, epoch: int) -> None:
 
 
 def restore_loader_states(trainer: L.Trainer) -> None:
-    """Load the states of the training loaders that the loop has kept of a checkpoint.
+    """Load the states of the training loaders that the loop has read from a checkpoint.
 
-    Reason: the loop drops them after the end of an epoch, and after `configure_optimizers` asked
-    for the number of steps: https://github.com/Lightning-AI/pytorch-lightning/issues/20550
+    Reason: the loop discards them after the end of an epoch, and if `configure_optimizers` reads
+    the number of steps: https://github.com/Lightning-AI/pytorch-lightning/issues/20550
 
     Upstream: pytorch/loops/fit_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -194,10 +194,10 @@ def restore_loader_states(trainer: L.Trainer) -> None:
 
 
 def after_resuming_at_epoch_end(trainer: L.Trainer) -> None:
-    """Let the loop begin a new epoch: nothing of the restored one is left to do.
+    """Make the loop start a new epoch, because the restored one is complete.
 
-    Reason: with these marks set, the loop skips hooks and counters of the epoch that begins. The
-    property `restarting` of the fit loop cannot be set to False in a run with `max_steps` alone.
+    Reason: with these flags set, the loop skips hooks and counters of the new epoch. The property
+    `restarting` of the fit loop cannot be set to False in a run with `max_steps` alone.
 
     Upstream: pytorch/loops/fit_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -208,22 +208,22 @@ def after_resuming_at_epoch_end(trainer: L.Trainer) -> None:
 
 
 def after_resuming_within_epoch(trainer: L.Trainer) -> None:
-    """Let the loop go on after a restored micro-batch.
+    """Make the loop continue after a restored micro-batch.
 
-    Reason: as `after_resuming_at_epoch_end`; the epoch has begun already, so that the mark of the
-    checkpoint stays.
+    Reason: as for `after_resuming_at_epoch_end`. The epoch has begun already, so the flag
+    `_resuming_from_checkpoint` is kept.
 
     Upstream: pytorch/loops/fit_loop.py
     Seen on: 2.5.6 to 2.6.6
     """
     set_private(trainer.fit_loop, "_restarting", False)
-    trainer.fit_loop.epoch_loop.restarting = False  # the loops below it too
+    trainer.fit_loop.epoch_loop.restarting = False  # also of the inner loops
 
 
 def skip_next_validation(trainer: L.Trainer, skips: bool) -> None:
-    """Set whether the next validation that is due is left out.
+    """Set whether the next validation that is due is skipped.
 
-    Reason: a checkpoint that was written after a validation must not run it again.
+    Reason: a resume from a checkpoint written after a validation must not run it again.
 
     Upstream: pytorch/loops/training_epoch_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -234,8 +234,8 @@ def skip_next_validation(trainer: L.Trainer, skips: bool) -> None:
 def set_before_fetch(trainer: L.Trainer, function: Callable[[], None]) -> None:
     """Call a function before each training batch is taken from the loaders.
 
-    Reason: loaders that are not torch's draw random numbers while a batch is taken. No public hook
-    is called at that moment.
+    Reason: other loaders than torch's draw random numbers while a batch is taken. No public hook is
+    called at that moment.
 
     Upstream: pytorch/loops/training_epoch_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -253,7 +253,7 @@ def set_before_fetch(trainer: L.Trainer, function: Callable[[], None]) -> None:
 def restore_before_fetch(trainer: L.Trainer) -> None:
     """Undo `set_before_fetch`.
 
-    Reason: the loop outlives the fit.
+    Reason: the loop exists longer than the fit.
 
     Upstream: pytorch/loops/training_epoch_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -262,10 +262,10 @@ def restore_before_fetch(trainer: L.Trainer) -> None:
 
 
 def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
-    """Leave out the broadcast by which the loop shares a SIGTERM, where there is one.
+    """Skip the broadcast of a SIGTERM in the loop, in versions that have it.
 
-    Reason: it is a collective in each micro-batch, and GracefulStop shares all signals twice a
-    second.
+    Reason: it is a collective in each micro-batch, and GracefulStop combines the signals of all
+    ranks twice a second.
 
     Upstream: pytorch/loops/training_epoch_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -278,7 +278,7 @@ def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
 def restore_sigterm_broadcast(trainer: L.Trainer) -> None:
     """Undo `skip_sigterm_broadcast`.
 
-    Reason: the loop outlives the fit.
+    Reason: the loop exists longer than the fit.
 
     Upstream: pytorch/loops/training_epoch_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -289,10 +289,10 @@ def restore_sigterm_broadcast(trainer: L.Trainer) -> None:
 def install_fast_loop(
     trainer: Any, frees_early: Callable[[Any], bool], free_gradients: Callable[[Any], None]
 ) -> bool:
-    """Replace the trainer's epoch loop by the fast one, on the versions that were tried.
+    """Replace the trainer's epoch loop by the fast one, on the tested versions.
 
-    Reason: Lightning asks every callback, the module, the strategy and a profiler about some twenty
-    hooks in each step. fast_loop.py has the details. `RAVINE_FAST_LOOP=0` keeps Lightning's loop.
+    Reason: in each step Lightning calls some twenty hooks of every callback, the module, the
+    strategy and a profiler; see fast_loop.py. `RAVINE_FAST_LOOP=0` keeps Lightning's loop.
 
     Args:
         trainer: a trainer that has not run yet.
@@ -300,7 +300,7 @@ def install_fast_loop(
         free_gradients: sets the gradients of an optimizer's parameters to None.
 
     Returns:
-        Whether the loop was replaced. If not, one line tells the reason.
+        Whether the loop was replaced. If not, the reason is logged in one line.
 
     Upstream: pytorch/loops/training_epoch_loop.py
     Seen on: 2.5.6 to 2.6.6
@@ -318,7 +318,7 @@ def install_fast_loop(
 
 
 class _WithoutProfiling(PassThroughProfiler):
-    """No profiler, and no generator for each hook."""
+    """A profiler that does nothing, without a generator for each hook."""
 
     def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore
         """Do nothing around the hook."""
@@ -326,9 +326,9 @@ class _WithoutProfiling(PassThroughProfiler):
 
 
 def without_profiling(trainer: Any) -> None:
-    """Replace a profiler that measures nothing by one that costs nothing.
+    """Replace a profiler that measures nothing by one without overhead.
 
-    Reason: Lightning's creates a generator for each hook. Public API alone.
+    Reason: Lightning's profiler creates a generator for each hook. Public API alone.
 
     Upstream: pytorch/profilers/base.py
     Seen on: 2.5.6 to 2.6.6

@@ -21,8 +21,8 @@ class ModelParallelAccess(_Base):
 
     class MeshStrategy(ModelParallelAccess, ModelParallelStrategy): ...
 
-    Reason: Lightning's strategy has a mesh of two axes, data and tensor parallel, creates it in
-    `setup_environment` and leaves all sharding to the module.
+    Reason: Lightning's strategy has a mesh of two axes, data parallel and tensor parallel. It
+    creates the mesh in `setup_environment` and leaves all sharding to the module.
 
     Upstream: pytorch/strategies/model_parallel.py
     Seen on: 2.5.6 to 2.6.6
@@ -51,12 +51,12 @@ class ModelParallelAccess(_Base):
 
     @property
     def saves_sharded(self) -> bool:
-        """Whether each rank writes its part of a checkpoint into a common folder."""
+        """Whether each rank writes its shards of a checkpoint into a common folder."""
         return private(self, "_save_distributed_checkpoint")
 
     @property
     def wrapped_optimizers(self) -> list[LightningOptimizer]:
-        """The optimizers as the module sees them."""
+        """The wrapped optimizers, which `module.optimizers()` returns."""
         return private(self, "_lightning_optimizers")
 
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,12 +65,12 @@ class ModelParallelAccess(_Base):
             return super().backward(*args, **kwargs)
 
     def around_backward(self) -> AbstractContextManager[None]:
-        """Return the context of a backward pass; the fast loop enters it by itself."""
+        """Return the context of a backward pass; the fast loop enters it directly."""
         return nullcontext()
 
 
 def saves_sharded(strategy: Any) -> bool:
-    """Return whether a strategy writes a checkpoint as a folder with a part from each rank.
+    """Return whether a strategy writes a checkpoint as a folder with a file from each rank.
 
     Reason: the argument `save_distributed_checkpoint` is kept under a private name only.
 
@@ -81,9 +81,9 @@ def saves_sharded(strategy: Any) -> bool:
 
 
 def set_saves_sharded(strategy: Any, sharded: bool) -> None:
-    """Let a strategy write its next checkpoints as folders or as single files.
+    """Set whether a strategy writes its next checkpoints as folders or as single files.
 
-    Reason: `saves_sharded`; a measurement compares both in one run.
+    Reason: as for `saves_sharded`; a benchmark compares both in one run.
 
     Upstream: pytorch/strategies/model_parallel.py
     Seen on: 2.5.6 to 2.6.6
@@ -105,7 +105,7 @@ def ddp_options(strategy: Any) -> dict[str, Any]:
 def start_method(strategy: Any) -> str:
     """Return how a strategy starts processes: popen, fork, spawn, ...; empty if it starts none.
 
-    Reason: a trainer that is sent to new processes by pickle is refused before they start.
+    Reason: a trainer that would be pickled for new processes is refused before they start.
 
     Upstream: pytorch/strategies/ddp.py
     Seen on: 2.5.6 to 2.6.6
@@ -114,9 +114,9 @@ def start_method(strategy: Any) -> str:
 
 
 def precision_names() -> list[str]:
-    """Return the values that `Trainer(precision=...)` takes, without their short forms.
+    """Return the values that `Trainer(precision=...)` accepts, without their short forms.
 
-    Reason: Lightning writes them as a type hint with a private name.
+    Reason: Lightning defines them as a type hint with a private name.
 
     Upstream: fabric/plugins/precision/precision.py
     Seen on: 2.5.6 to 2.6.6
@@ -126,10 +126,10 @@ def precision_names() -> list[str]:
 
 
 def allow_any_precision(kind: type) -> None:
-    """Let the trainer take `64-true` and `16-mixed` with a strategy of class ``kind``.
+    """Allow the precisions `64-true` and `16-mixed` with a strategy of class ``kind``.
 
-    Reason: Lightning refuses them for each instance of ModelParallelStrategy, and not for its name.
-    Called once, where the class is defined.
+    Reason: Lightning refuses them for an instance of ModelParallelStrategy, but not for a strategy
+    that is given by name. Called once, where the class is defined.
 
     Upstream: pytorch/trainer/connectors/accelerator_connector.py
     Seen on: 2.5.6 to 2.6.6

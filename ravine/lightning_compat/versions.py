@@ -1,4 +1,4 @@
-"""Versions of Lightning that were seen to work, and access that fails in one line on another."""
+"""Tested versions of Lightning, and access to private names with a one-line error if missing."""
 
 import importlib
 import os
@@ -63,22 +63,22 @@ def replace_method(owner: Any, name: str, function: Callable[..., Any]) -> None:
     """Replace a method of one Lightning object; `function` does not get the object.
 
     Raises:
-        UsageError: the object has no such method, so that nobody would call the function.
+        UsageError: the object has no such method, so that the function would never be called.
     """
     private(owner, name)
     vars(owner)[name] = function
 
 
 def restore_method(owner: Any, name: str) -> None:
-    """Undo `replace_method`; without effect where nothing was replaced."""
+    """Undo `replace_method`; do nothing if the method was not replaced."""
     vars(owner).pop(name, None)
 
 
 def fast_loop_refusal() -> str | None:
     """Return why the fast loop is not used, or None if it is.
 
-    Reason: the fast loop repeats the body of Lightning's training loop. On a version that nobody
-    has tried, its order of hooks could differ.
+    Reason: the fast loop repeats the body of Lightning's training loop. On an untested version the
+    order of hooks could differ.
     """
     if os.environ.get(SWITCH, "1") == "0":
         return f"{SWITCH}=0"
