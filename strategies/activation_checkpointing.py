@@ -1,10 +1,11 @@
-"""Activation recomputation: keep what goes into a block, compute the rest of it once more.
+"""Activation checkpointing: recompute the activations of a block in the backward pass.
 
-    full        a block keeps its input alone: memory of one block, a third more FLOPs
-    selective   matrix products and attention are kept, all that is cheap between them is not
+    full        saves only the input of a block: memory of one block, a third more FLOPs
+    selective   saves the outputs of matrix products and attention, recomputes cheap operations
 
-The numbers do not change, not even in the last bit: dropout is drawn again from where it began, and
-buffers that a pass changes (BatchNorm, spectral_norm) are those of the first pass, and change once.
+Results are equal bit for bit. The recomputation restores the random state, so dropout masks are the
+same. Buffers that a forward changes (BatchNorm, spectral_norm) have their old values in the
+recomputation, and are updated once.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from . import context_parallel as ring  # noqa: F401  (registers ravine::ring_at
 CheckpointingMode = Literal["none", "selective", "full"]
 BufferRef = tuple[Any, str]  # a module and the name of its buffer
 aten = torch.ops.aten
-SAVED_OPS = {  # what costs most to compute anew
+SAVED_OPS = {  # the operations that are most expensive to recompute
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -42,9 +43,13 @@ SAVED_OPS = {  # what costs most to compute anew
 
 
 def apply_activation_checkpointing(module: nn.Module, mode: CheckpointingMode) -> None:
-    """Let each block of `module` forget and recompute.
+    """Apply activation checkpointing to each block of `module`.
 
-    Blocks are the members of a ModuleDict or ModuleList; without any, each Sequential is one.
+    Blocks are the members of a ModuleDict or ModuleList. If there are none, each Sequential is a
+    block.
+
+    Raises:
+        UsageError: the mode is unknown, there are no blocks, or they use another mode already.
     """
     if mode == "none":
         return
@@ -71,7 +76,7 @@ def apply_activation_checkpointing(module: nn.Module, mode: CheckpointingMode) -
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
-    """Members of lists and dicts of modules, the outermost where they are nested."""
+    """Return the members of lists and dicts of modules; if nested, the outermost."""
     blocks = []
     for child in module.children():
         if isinstance(child, nn.ModuleDict | nn.ModuleList):
@@ -84,7 +89,7 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def find_sequentials(module: nn.Module) -> list[nn.Module]:
-    """The outermost Sequentials that hold parameters."""
+    """Return the outermost Sequentials that hold parameters."""
     if isinstance(module, nn.Sequential) and any(True for _ in module.parameters()):
         return [module]
     return [block for child in module.children() for block in find_sequentials(child)]
@@ -97,14 +102,13 @@ def _checkpointed_forward(
     checkpoint_kwargs: dict[str, Any] = (
         {"context_fn": selective_contexts} if mode == "selective" else {}
     )
-    changing_buffers: dict[
-        bool, list[BufferRef]
-    ] = {}  # buffers that a pass changes, by mode: the first shows
+    # buffers that a forward changes, by `block.training`; found in the first forward
+    changing_buffers: dict[bool, list[BufferRef]] = {}
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if torch.compiler.is_compiling():  # changes are no part of what is compiled to run again
+        if torch.compiler.is_compiling():  # the compiled recomputation excludes buffer updates
             return checkpoint(forward, *args, use_reentrant=False, **checkpoint_kwargs, **kwargs)
         known_buffers = changing_buffers.get(block.training)
         buffer_refs = _buffer_refs(block) if known_buffers is None else known_buffers
@@ -137,14 +141,15 @@ def _buffer_refs(block: nn.Module) -> list[BufferRef]:
 
 
 def _has_changed(buffer: Tensor, old_value: Tensor, version: int) -> bool:
-    return buffer._version != version or not torch.equal(buffer, old_value)  # norms leave no trace
+    # BatchNorm kernels update buffers without incrementing the version counter
+    return buffer._version != version or not torch.equal(buffer, old_value)
 
 
 @contextmanager
 def _restore_buffers(
     saved_buffers: list[Any], inner: AbstractContextManager[Any]
 ) -> Iterator[None]:
-    """Buffers as the first pass found them; afterwards, as it has left them."""
+    """Set buffers to their values before the first forward, and restore them on exit."""
     current_buffers = [module._buffers[name] for module, name, _ in saved_buffers]
     for module, name, saved in saved_buffers:
         module._buffers[name] = saved.clone()

@@ -1,18 +1,21 @@
-"""Attention of some queries over some keys, with the log-sum-exp that joins it to other keys.
+"""Blockwise attention: attention over a block of keys, with the log-sum-exp to combine blocks.
 
     s = q kᵀ / √k      lse = log Σ exp(s)      out = exp(s - lse) v
 
-Two blocks of keys give the attention over both: lse = logaddexp(lse₁, lse₂), and out is the mean of
-out₁ and out₂ weighted by exp(lse₁ - lse) and exp(lse₂ - lse). Backward, a block gets out and lse
-over *all* keys, so its weights exp(s - lse) are those of all keys, and gradients of blocks add up.
+The results over two blocks of keys give the attention over both:
+
+    lse = logaddexp(lse₁, lse₂)      out = exp(lse₁ - lse) out₁ + exp(lse₂ - lse) out₂
+
+The backward of a block takes out and lse over *all* keys. So exp(s - lse) are the attention weights
+over all keys, and the gradients of blocks are summed.
 
 No kernel here stores the (t t) scores:
 
     device   dtype        kernel
-    CPU      fp32, fp64   flash; it takes half precisions in fp32
+    CPU      fp32, fp64   flash; half precision is converted to fp32
     CUDA     bf16, fp16   flash
     CUDA     fp32         memory-efficient
-    any      any          pieces of queries with bounded scores, where no kernel takes the tensors
+    any      any          chunks of queries with bounded scores, if no kernel supports the tensors
 
 Axes: b batch, t time, h heads, k head width. Query, key, value, out and gradients are (b h t k),
 lse is (b h t). The lengths of queries and keys may differ, unless `causal`.
@@ -30,20 +33,21 @@ from torch.backends.cuda import (
 )
 
 aten: Any = torch.ops.aten
-SCORES = 2**20  # numbers of a piece's scores: 4 MiB in fp32
-LSE_ALIGNMENT = 32  # the memory-efficient kernel needs rows of lse in multiples of it
+SCORES = 2**20  # most scores of a chunk: 4 MiB in fp32
+LSE_ALIGNMENT = 32  # the memory-efficient kernel needs the length of lse as a multiple of this
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which blocks are added up: fp32 for half precisions, else the tensors' own."""
+    """Return the dtype in which blocks are summed: fp32 for half precision, else `dtype`."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Out (b h t k), and lse (b h t) in `accumulation_dtype`; `causal` hides the keys after a
-    query.
+    """Compute out (b h t k), and lse (b h t) in `accumulation_dtype`.
+
+    `causal` masks the keys after a query.
     """
     kernel = _kernel(query, key, value, causal)
     if kernel == "flash":
@@ -62,11 +66,14 @@ def attention_with_lse(
 def attention_with_lse_backward(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value over this block of keys; out and lse are over all keys."""
+    """Compute the gradients of query, key and value for a block of keys.
+
+    `out` and `lse` are the results over all keys.
+    """
     kernel = _kernel(query, key, value, causal)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()  # a sum gives strides of 0
     if kernel == "flash":
-        seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of a dropout of 0
+        seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # unused: dropout is 0
         lengths = (None, None, query.shape[2], key.shape[2])
         options = (*lengths, 0.0, causal, seed, seed.new_zeros(()))
         tensors = (d_out, query, key, value, out, lse.contiguous())
@@ -88,7 +95,7 @@ def attention_with_lse_backward(
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> str:
-    """The kernel that takes these tensors: cpu, flash, efficient or pieces."""
+    """Return the name of the kernel for these tensors: cpu, flash, efficient or pieces."""
     if query.device.type == "cpu":
         return "cpu"
     if query.device.type == "cuda" and query.dtype != torch.float64:
@@ -102,7 +109,7 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> str:
 
 
 def _attention_scores(query: Tensor, key: Tensor, start: int | None) -> Tensor:
-    """q kᵀ / √k; with `start`, the time of the first query, later keys are hidden."""
+    """Compute q kᵀ / √k; with `start`, the time of the first query, mask later keys."""
     scores = (query @ key.mT).mul_(query.shape[-1] ** -0.5)
     if start is not None:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
@@ -111,7 +118,7 @@ def _attention_scores(query: Tensor, key: Tensor, start: int | None) -> Tensor:
 
 
 def _query_slices(query: Tensor, key: Tensor) -> list[slice]:
-    """Pieces of queries whose scores are at most SCORES numbers."""
+    """Return slices of queries that have at most SCORES scores each."""
     rows = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
     return [slice(start, start + rows) for start in range(0, query.shape[2], rows)]
 

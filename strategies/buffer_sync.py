@@ -2,8 +2,8 @@
 
 BatchNorm computes its running statistics from the batch of its rank. Without a broadcast they would
 differ, validation would average over different models, and a checkpoint would hold one of them.
-Only buffers that training changes are sent: statistics of normalization from the start, others once
-they have changed. All ranks compare after the batches 1, 2, 4, 8, ...
+Only buffers that training changes are sent: BatchNorm statistics from the start, other buffers once
+they have changed. All ranks check for changes after the batches 1, 2, 4, 8, ...
 """
 
 from typing import Any
@@ -30,12 +30,11 @@ class BufferSync:
     """
 
     def __init__(self, module: nn.Module, group: ProcessGroup) -> None:
-        """Take a fingerprint of each buffer; at this time all ranks have equal buffers."""
+        """Record a fingerprint of each buffer; the buffers must be equal on all ranks."""
         self.module, self.group = module, group
         self.broadcast_names: set[str] = set()  # names of buffers that change
-        self.unchanged_fingerprints: dict[
-            str, tuple[Any, ...]
-        ] = {}  # of those that have not changed so far
+        # fingerprints of buffers that have not changed so far
+        self.unchanged_fingerprints: dict[str, tuple[Any, ...]] = {}
         self._num_batches = 0
         for name, buffer in _syncable_buffers(module).items():
             if name.rpartition(".")[2] in NORM_STATISTICS:
@@ -44,12 +43,12 @@ class BufferSync:
                 self.unchanged_fingerprints[name] = buffer_fingerprint(buffer)
 
     def before_step(self) -> None:
-        """Broadcast the buffers that change; every rank of the group calls it."""
+        """Broadcast the changing buffers; every rank of the group calls it."""
         if self.broadcast_names and self._num_batches > 0:
             self.broadcast()
 
     def after_step(self) -> None:
-        """Compare buffers after the steps 1, 2, 4, 8, ...; every rank of the group calls it."""
+        """Check for changed buffers after the steps 1, 2, 4, 8, ...; all ranks call it."""
         self._num_batches += 1
         if self.unchanged_fingerprints and is_power_of_two(self._num_batches):
             self._find_changed()
@@ -63,7 +62,7 @@ class BufferSync:
 
     @torch.no_grad()
     def broadcast(self) -> None:
-        """Give all ranks the first rank's values: one message for each device."""
+        """Broadcast the first rank's values, in one message per device."""
         buffers = _syncable_buffers(self.module)
         tensors = [buffers[name] for name in sorted(self.broadcast_names) if name in buffers]
         for device in {tensor.device for tensor in tensors}:
@@ -73,7 +72,7 @@ class BufferSync:
             if dist.get_rank(self.group) != 0:
                 sizes = [tensor.numel() * tensor.element_size() for tensor in device_tensors]
                 for tensor, chunk in zip(device_tensors, flat.split(sizes), strict=True):
-                    values = chunk.clone().view(tensor.dtype)  # aligned in memory of its own
+                    values = chunk.clone().view(tensor.dtype)  # the clone has aligned memory
                     tensor.copy_(values.view(tensor.shape))
 
 
@@ -82,7 +81,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 def _syncable_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Plain buffers with values, each once."""
+    """Return the plain, non-empty buffers by name, each once."""
     return {
         name: buffer
         for name, buffer in module.named_buffers()

@@ -1,4 +1,4 @@
-"""Collectives whose names differ among the supported versions of torch."""
+"""Collectives of torch.distributed whose names differ between the supported torch versions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 # torch 2.14 deprecates `all_gather_into_tensor`; older versions lack `all_gather_single`.
-# Both have the same arguments. Remove this when every supported torch has `all_gather_single`.
+# Both have the same arguments. Remove this when all supported versions have `all_gather_single`.
 _ALL_GATHER_NAMES = ("all_gather_single", "all_gather_into_tensor")
 _all_gather: Callable[..., Any] = next(
     getattr(dist, n) for n in _ALL_GATHER_NAMES if hasattr(dist, n)
@@ -21,6 +21,6 @@ def all_gather_single(output: Tensor, input: Tensor, group: ProcessGroup | None 
     Args:
         output: (ranks * n, ...), the inputs one after another.
         input: (n, ...), of the same shape and dtype on every rank.
-        group: the ranks that take part; None: all.
+        group: the participating ranks; None: all.
     """
     _all_gather(output, input, group=group)

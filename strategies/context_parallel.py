@@ -1,22 +1,25 @@
-"""Context parallelism: a sequence too long for one device is cut along time, over a ring of ranks.
+"""Context parallelism: ring attention over ranks that each hold a part of every sequence.
 
-Each rank keeps its queries; keys and values go to the ranks that need them, at each step one rank
-further (Liu, 2023). In causal attention late tokens look at more than early ones, so a rank takes
-one early piece of 2n and one late piece (zig-zag):
+Each rank keeps its queries. Keys and values are sent to the ranks that need them, at each step one
+rank further (ring attention, Liu et al., 2023). In causal attention late tokens attend to more keys
+than early ones. So the sequence is split into 2n chunks, and a rank holds one early and one late
+chunk (zig-zag):
 
-    n = 2:  rank 0 has pieces 0 and 3, rank 1 has 1 and 2
+    n = 2:  rank 0 has chunks 0 and 3, rank 1 has chunks 1 and 2
 
-    keys of          early piece              late piece
+    keys of          early chunk                late chunk
     this rank        causal within both
-    an earlier one   all queries see it       no query sees it: not sent
-    a later one      late queries see it      late queries see it
+    an earlier rank  visible to all queries     visible to no query: not sent
+    a later rank     visible to late queries    visible to late queries
 
-So every rank has the same work at each of the n steps, half of what there is without the mask.
-Blocks of keys are joined by their log-sum-exp (block_attention.py); no rank stores scores. Messages
-of keys, values and their gradients overlap with the computation of a block.
+So every rank has the same work at each of the n steps: half of the work without the causal mask.
+The results over blocks of keys are combined by their log-sum-exp (block_attention.py); no rank
+stores scores. Sending keys, values and their gradients overlaps with the computation of a block.
 
-A net takes part by two slots of its modules: `attend(query, key, value, dropout)`, and `times`,
-the positions (t) of the tokens it is given.
+A net supports context parallelism by two attributes of its modules:
+
+    attend(query, key, value, dropout)    the attention function
+    times                                 the positions (t) of the input tokens, or None
 
 Axes: b batch, t time (of this rank), h heads, k head width.
 """
@@ -39,27 +42,23 @@ from ravine.errors import UsageError
 
 from .block_attention import accumulation_dtype, attention_with_lse, attention_with_lse_backward
 
-FORWARD_HEAD_GROUPS, BACKWARD_HEAD_GROUPS = (
-    2,
-    {2: 8, 3: 8},
-)  # parts of the heads, by ranks; backward there are more buffers
-MIN_MESSAGE_BYTES = {
-    "cpu": 2**16,
-    "cuda": 2**22,
-}  # bytes of a message for which heads are taken apart
+# groups of heads that are exchanged one after another; backward by the number of ranks, and more of
+# them, because the backward pass needs more buffers
+FORWARD_HEAD_GROUPS, BACKWARD_HEAD_GROUPS = 2, {2: 8, 3: 8}
+MIN_MESSAGE_BYTES = {"cpu": 2**16, "cuda": 2**22}  # heads are not split into smaller messages
 
 
 def zigzag_positions(length: int, rank: int, num_ranks: int) -> Tensor:
-    """Positions (t) that a rank has of a sequence: an early piece and a late one."""
+    """Return the positions (t) of a sequence that a rank holds: an early and a late chunk."""
     chunks = torch.arange(length).chunk(2 * num_ranks)
     return torch.cat((chunks[rank], chunks[2 * num_ranks - 1 - rank]))
 
 
 class ContextParallel:
-    """The slots of a module, filled for the length of a step."""
+    """Sets the context-parallel attributes of a module (`attend`, `times`) during a step."""
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        """Find them; refuse a module that has none."""
+        """Find the attention modules; raise UsageError if there are none or dropout is used."""
         self.group, self.rank, self.num_ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self.attention_modules: list[Any] = [m for m in module.modules() if hasattr(m, "attend")]
         self.position_modules: list[Any] = [m for m in module.modules() if hasattr(m, "times")]
@@ -87,7 +86,7 @@ class ContextParallel:
         self.original_attention = [m.attend for m in self.attention_modules]
 
     def part(self, batch: Any) -> Any:
-        """This rank's share of every tensor (b t ...) of a batch."""
+        """Return this rank's part along t of every tensor (b t ...) of a batch."""
 
         def shard_tensor(tensor: Tensor) -> Tensor:
             if tensor.ndim < 2:
@@ -101,7 +100,11 @@ class ContextParallel:
         return tree_map_only(Tensor, shard_tensor, batch)
 
     def shard_and_bind(self, batch: Any) -> Any:
-        """This rank's share, and the slots filled for it."""
+        """Shard a batch along t, and set `times` and `attend` of the modules for its length.
+
+        Raises:
+            UsageError: the tensors (b t ...) of the batch do not have exactly one length t.
+        """
         batch_shard = self.part(batch)
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         lengths = {tensor.shape[1] for tensor in tensors if tensor.ndim > 1}
@@ -121,7 +124,7 @@ class ContextParallel:
 
     @contextmanager
     def forbid_rng(self) -> Iterator[None]:
-        """Refuse a step that draws random numbers, like a dropout that is no module; look once."""
+        """Raise UsageError if a step draws random numbers, e.g. `F.dropout`; checked once."""
         rng_states = [] if self._rng_checked else self._rng_states()
         yield
         if rng_states and not all(map(torch.equal, rng_states, self._rng_states())):
@@ -143,14 +146,14 @@ class ContextParallel:
         return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
     def restore_attention(self) -> None:
-        """Empty the slots: whoever calls the net now has whole sequences."""
+        """Restore `attend` and `times`, for calls with full sequences."""
         for module in self.position_modules:
             module.times = None
         for module, original in zip(self.attention_modules, self.original_attention, strict=True):
             module.attend = original
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
-        """Causal attention over the whole sequence, of this rank's tokens; all (b h t k)."""
+        """Compute causal attention of this rank's queries over the full sequence; all (b h t k)."""
         device = query.device.type
         if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)  # as for scaled_dot_product_attention
@@ -169,20 +172,20 @@ class ContextParallel:
 
 
 def queries(rank: int, source: int, length: int) -> slice:
-    """Which queries of `rank`, as a slice of its time, see keys of `source`."""
+    """Return the slice of `rank`'s queries that attend to keys of `source`."""
     return slice(length // 2 if source > rank else 0, length)
 
 
 def num_visible_keys(rank: int, source: int, length: int) -> int:
-    """How many keys of `source`, from the first on, are seen by any query of `rank`."""
+    """Return how many keys of `source`, from the first on, any query of `rank` attends to."""
     return length // 2 if source < rank else length
 
 
 def ring_slices(key: Tensor, num_groups: int) -> list[tuple[slice, slice]]:
-    """Slices of sequences and heads of a key (b h t k) that the ring exchanges one after another.
+    """Return slices of batch and heads of a key (b h t k), which the ring exchanges in turn.
 
-    The buffers of the ring hold one piece, of `num_groups` equal ones where there are as many
-    heads, and of fewer where messages would be too short for the device.
+    The buffers of the ring hold one slice. There are `num_groups` equal slices if there are as many
+    heads, and fewer if messages would be shorter than MIN_MESSAGE_BYTES.
     """
     batch, heads = key.shape[:2]
     size = 2 * key.numel() * key.element_size()  # of keys and values
@@ -198,10 +201,11 @@ def ring_slices(key: Tensor, num_groups: int) -> list[tuple[slice, slice]]:
 
 @custom_op("ravine::ring_attention", mutates_args=())
 def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Out (b h t k) and log-sum-exp (b h t) of causal attention over the whole sequence.
+    """Compute out (b h t k) and log-sum-exp (b h t) of causal attention over the full sequence.
 
-    Query, key and value (b h t k) are this rank's, `group` is the name of the ring's group. As one
-    operator its output is kept by selective recomputation, and torch.compile does not trace it.
+    Query, key and value (b h t k) are this rank's; `group` is the name of the process group. It is
+    a custom operator so that selective activation checkpointing saves its output, and torch.compile
+    does not trace it.
     """
     ring, length = _RingNeighbours(group), query.shape[2]
     out, lse = _empty_results(query)
@@ -237,10 +241,10 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
 def ring_attention_backward(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value (b h t k) of this rank.
+    """Compute the gradients of this rank's query, key and value (b h t k).
 
-    Keys and values are exchanged again. The gradients of a block's keys and values return to their
-    rank while the next block is computed.
+    Keys and values are exchanged again. The gradients of a block's keys and values are sent back
+    while the next block is computed.
     """
     ring, length = _RingNeighbours(group), query.shape[2]
     results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -294,26 +298,26 @@ def _(
 
 
 def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for out (b h t k), whose heads lie together at each time as in (b t d), and for lse."""
+    """Allocate out (b h t k), with the memory layout (b t h k), and lse (b h t)."""
     b, h, t, k = query.shape
     out = query.new_empty(b, t, h, k).transpose(1, 2)
     return out, query.new_empty(b, h, t, dtype=accumulation_dtype(query.dtype))
 
 
 def _accumulator(result: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where blocks are added up: the result itself, or in a wider dtype beside it."""
+    """Return the tensor in which blocks are summed: `result`, or a new one in a wider dtype."""
     return result if result.dtype == dtype else torch.empty_like(result, dtype=dtype)
 
 
 def _merge(total: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Join a block's result to that over the keys before it, in place."""
+    """Combine a block's result with the result over earlier blocks, in place."""
     block_out = block_out if block_out.dtype == total.dtype else block_out.to(total.dtype)
     total.lerp_(block_out, (block_lse - lse).sigmoid_()[..., None])
     torch.logaddexp(lse, block_lse, out=lse)
 
 
 def _add(transfer: "_RingSendRecv", totals: list[Tensor], results: list[Tensor]) -> None:
-    """Add a message to the gradients of keys and values; for the last one, copy the results."""
+    """Add received gradients of keys and values; after the last message, copy to `results`."""
     received = transfer.received()
     for total, grad in zip(totals[1:], _unpack_kv(received), strict=True):
         total[:, :, : len(received)] += grad
@@ -323,7 +327,7 @@ def _add(transfer: "_RingSendRecv", totals: list[Tensor], results: list[Tensor])
 
 
 def _pack_kv(key: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """One message (t 2 b h k) of keys and values; the first half of its time is contiguous."""
+    """Pack keys and values into one message (t 2 b h k); its first half of t is contiguous."""
     b, h, t, k = key.shape
     message = key.new_empty(t, 2, b, h, k, dtype=dtype)
     for view, tensor in zip(_unpack_kv(message), (key, value), strict=True):
@@ -332,7 +336,7 @@ def _pack_kv(key: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unpack_kv(message: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (b h t k) of a message, as views."""
+    """Return keys and values (b h t k) of a message, as views."""
     key, value = message.permute(1, 2, 3, 0, 4).unbind()
     return key, value
 
@@ -352,18 +356,18 @@ class _RingAttention(torch.autograd.Function):
 
 
 class _RingNeighbours:
-    """The ranks of a ring, and the messages between them at each step."""
+    """The ranks of a ring, and the messages that they exchange at each step."""
 
     def __init__(self, group: str) -> None:
         self.group: Any = distributed_c10d._resolve_process_group(group)  # pyright: ignore
         self.rank, self.num_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def rank_at(self, step: int) -> int:
-        """The rank so many places before this one: its keys are used at this step."""
+        """Return the rank whose keys this rank uses at `step`: rank - step, modulo num_ranks."""
         return (self.rank - step) % self.num_ranks
 
     def exchange_kv(self, local_kv: Tensor, step: int) -> "_RingSendRecv | None":
-        """Exchange the keys and values that are used at this step, if there is such a step."""
+        """Exchange the keys and values for `step`; return None after the last step."""
         if step == self.num_ranks:
             return None
         target, source = self.rank_at(-step), self.rank_at(step)
@@ -373,7 +377,10 @@ class _RingNeighbours:
         )
 
     def exchange_grads(self, grads: Tensor, step: int, length: int) -> "_RingSendRecv":
-        """Send the gradients of this step's keys and values to their rank; receive own ones."""
+        """Send the gradients of this step's keys and values to their rank, and receive own ones.
+
+        `length` is the number of tokens of a rank.
+        """
         source, target = self.rank_at(step), self.rank_at(-step)
         return _RingSendRecv(
             grads, num_visible_keys(target, self.rank, length), source, target, self.group
@@ -381,7 +388,7 @@ class _RingNeighbours:
 
 
 class _RingSendRecv:
-    """A message (t ...) being sent to a rank of the ring, and one being received from another."""
+    """A pending send to one rank of the ring and a pending receive from another; each (t ...)."""
 
     def __init__(
         self, sent: Tensor, length: int, to: int, source: int, group: ProcessGroup
@@ -395,7 +402,7 @@ class _RingSendRecv:
         self.pending_ops = dist.batch_isend_irecv(messages)
 
     def received(self) -> Tensor:
-        """What has come, once it has."""
+        """Wait for both, and return the received message."""
         for op in self.pending_ops:
             op.wait()
         return self.receive_buffer

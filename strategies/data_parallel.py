@@ -1,10 +1,10 @@
-"""DDP that keeps gradients once, and sends each step only the buffers that training changes.
+"""Data parallel (DDP) with gradients as bucket views, which broadcasts only changing buffers.
 
     gradients   views of the buckets in which they are averaged      W bytes less on each rank
-    buffers     statistics of BatchNorm and others that change       tables of positions: never sent
+    buffers     BatchNorm statistics and other changing buffers      never sent: constant tables
 
-Registered under Lightning's own names (`ddp`, `ddp_find_unused_parameters_true`, ...) in place of
-its DDPStrategy. A DDPStrategy that a script makes itself is not changed.
+It is registered under Lightning's names (`ddp`, `ddp_find_unused_parameters_true`, ...) in place of
+DDPStrategy. A DDPStrategy that a script creates itself is not changed.
 """
 
 import re
@@ -23,37 +23,36 @@ from torch.optim import Optimizer
 from ravine.errors import UsageError
 from ravine.lightning_compat import ddp_options
 
-UNFINISHED_REDUCTION_TEXT = (
-    "Expected to have finished reduction in the prior iteration"  # of torch's DDP
-)
-NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels keep the version
+# from an error message of torch's DDP
+UNFINISHED_REDUCTION_TEXT = "Expected to have finished reduction in the prior iteration"
+# BatchNorm kernels update these without incrementing the version counter
+NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class DataParallelStrategy(DDPStrategy):
-    """Lightning's DDPStrategy with `gradient_as_bucket_view`, and without constant buffers.
+    """DDPStrategy with `gradient_as_bucket_view`, which broadcasts only changing buffers.
 
-    All buffers are equal at the start: rank 0's. After the batches 1, 2, 4, 8, ... and at the start
-    of each epoch the ranks compare which buffers have changed since; those are broadcast before
-    each forward pass from then on, as DDP does with all of them. Statistics of normalization are
-    broadcast from the start.
+    At the start all buffers equal those of rank 0. After the batches 1, 2, 4, 8, ... and at the
+    start of each epoch the ranks check which buffers have changed. From then on these are broadcast
+    before each forward pass, as DDP does with all buffers. BatchNorm statistics are broadcast from
+    the start.
 
     Args:
-        gradient_as_bucket_view: as in torch's DistributedDataParallel; false where something keeps
-            a reference to a gradient from one step to the next.
-        kwargs: those of DDPStrategy; with `broadcast_buffers=False` no buffer is ever sent.
+        gradient_as_bucket_view: as in torch's DistributedDataParallel; set it to false if other
+            code keeps a reference to a gradient from one step to the next.
+        kwargs: arguments of DDPStrategy; with `broadcast_buffers=False` no buffer is sent.
     """
 
     def __init__(self, gradient_as_bucket_view: bool = True, **kwargs: Any) -> None:
-        """Take the arguments of DDPStrategy."""
+        """Pass the arguments to DDPStrategy."""
         super().__init__(**{"gradient_as_bucket_view": gradient_as_bucket_view}, **kwargs)
-        self._num_batches = 0  # seen by this run
-        self._unchanged_fingerprints: dict[
-            str, tuple[Any, ...]
-        ] = {}  # buffers that have not changed so far
-        self._num_optimizer_steps = 0  # of optimizers, in this run
+        self._num_batches = 0  # in this run
+        # fingerprints of buffers that have not changed so far
+        self._unchanged_fingerprints: dict[str, tuple[Any, ...]] = {}
+        self._num_optimizer_steps = 0  # in this run
 
     def configure_ddp(self) -> None:
-        """Wrap the module, and leave out of each step's broadcast what has not changed yet."""
+        """Wrap the module in DDP, and exclude unchanged buffers from the broadcast."""
         super().configure_ddp()
         self._num_batches, self._num_optimizer_steps, self._unchanged_fingerprints = 0, 0, {}
         if not self._ddp_module.will_sync_module_buffers():
@@ -69,7 +68,7 @@ class DataParallelStrategy(DDPStrategy):
         return self.model
 
     def _ignore_buffers(self, names: set[str]) -> None:
-        """Set which buffers DDP ignores; it reads these names before each broadcast."""
+        """Set the names of buffers that DDP ignores; DDP reads them before each broadcast."""
         ddp: Any = self._ddp_module
         ddp.parameters_to_ignore = (
             set(ddp.parameters_to_ignore) - set(self._unchanged_fingerprints) | names
@@ -77,7 +76,7 @@ class DataParallelStrategy(DDPStrategy):
         ddp._assign_modules_buffers()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Compare buffers before the batches 1, 2, 4, 8, ... and at the start of an epoch."""
+        """Check for changed buffers before the batches 1, 2, 4, 8, ... and at each epoch start."""
         super().on_train_batch_start(batch, batch_idx)
         number, self._num_batches = self._num_batches, self._num_batches + 1
         if (
@@ -99,7 +98,7 @@ class DataParallelStrategy(DDPStrategy):
         """Run the module's step.
 
         Raises:
-            ValueError: the backward pass before it did not reach all trainable parameters.
+            UsageError: the previous backward pass did not reach all trainable parameters.
         """
         try:
             return super().training_step(*args, **kwargs)
@@ -115,7 +114,7 @@ class DataParallelStrategy(DDPStrategy):
             ) from error
 
     def _unreached_param_names(self, text: str) -> str:
-        """Names of the parameters whose places are in an error message of DDP."""
+        """Return the names of the parameters whose indices are in an error message of DDP."""
         match = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
         trainable_names = [
             name for name, p in self._ddp_module.module.named_parameters() if p.requires_grad
@@ -126,7 +125,7 @@ class DataParallelStrategy(DDPStrategy):
         return f"{', '.join(names[:3])}{rest_text}" if names else "some trainable parameters"
 
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Step; after the steps 1, 2, 4, 8, ... refuse what views of the buckets would break."""
+        """Step; after the steps 1, 2, 4, 8, ... check that bucket views are not misused."""
         output = super().optimizer_step(optimizer, *args, **kwargs)
         self._num_optimizer_steps += 1
         if (
@@ -140,20 +139,22 @@ class DataParallelStrategy(DDPStrategy):
 
 
 def buffer_fingerprint(buffer: Tensor) -> tuple[Any, ...]:
-    """Values that differ after a change of a buffer: address, version and, if it has one, sum."""
+    """Return values that change with a buffer: address, version counter and sum, if any."""
     version = None if buffer.is_inference() else buffer._version
     if buffer.is_meta or buffer.numel() == 0 or buffer.layout != torch.strided:
         return tuple(buffer.shape), id(buffer), version
     numbers = torch.view_as_real(buffer) if buffer.is_complex() else buffer
     sum_dtype = torch.float64 if numbers.is_floating_point() else torch.int64
     total = None
-    with suppress(RuntimeError, NotImplementedError):  # no sum of numbers of eight bits
+    with suppress(
+        RuntimeError, NotImplementedError
+    ):  # a dtype without a sum, as 8-bit floats in some versions
         total = numbers.detach().sum(dtype=sum_dtype).item()
     return buffer.data_ptr(), version, str(total)  # as text, because NaN != NaN
 
 
 def is_power_of_two(number: int) -> bool:
-    """After which batches buffers are compared: often at first, when most begin to change."""
+    """Whether a number is a power of two (or 0): buffers are compared often at first."""
     return number & (number - 1) == 0
 
 
@@ -163,12 +164,12 @@ def find_changed_buffers(
     device: torch.device,
     group: ProcessGroup | None = None,
 ) -> list[str]:
-    """Names of buffers that have changed on any rank; every rank of the group calls it.
+    """Return the names of buffers that have changed on any rank; every rank of the group calls it.
 
     Args:
-        old_fingerprints: fingerprints by name, of the same names on all ranks.
+        old_fingerprints: fingerprints by name; the names are the same on all ranks.
         buffers: all buffers by name.
-        device: on which the group sends.
+        device: the device on which the group communicates.
         group: the ranks; None: all.
     """
     changed = [
@@ -181,9 +182,9 @@ def find_changed_buffers(
 
 
 def check_gradients_in_buckets(optimizer: Any) -> None:
-    """ValueError if `p.grad.data = new` has given a view of a bucket other memory.
+    """Raise UsageError if `p.grad.data = new` has replaced the memory of a bucket view.
 
-    DDP would reduce the bucket, and the gradient would never have the result.
+    DDP would reduce the bucket, and the gradient would not get the result.
     """
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         gradient = parameter.grad
@@ -199,9 +200,9 @@ def check_gradients_in_buckets(optimizer: Any) -> None:
 
 
 def check_no_gradient_in_state(optimizer: Any) -> None:
-    """ValueError if an optimizer keeps a gradient, not a copy of it, as part of its state.
+    """Raise UsageError if an optimizer state is a gradient itself instead of a copy.
 
-    A gradient that is a view of a bucket is overwritten by the next backward pass.
+    The next backward pass overwrites a gradient that is a view of a bucket.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states: Any = getattr(optimizer, "state", None)

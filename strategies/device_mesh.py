@@ -1,13 +1,13 @@
-"""The mesh: every process has a place on a few named axes, and each axis has one meaning.
+"""Build the device mesh: the named axes of all processes and their sizes.
 
-    pp            different layers                                       pipeline.py
-    dp_replicate  different data, a whole copy of what the axes below share
-    dp_shard      different data, a part of each parameter               parallelize.py
-    cp            different tokens of the same sequences                 context.py
-    tp            the same tokens, a part of each matrix                 tensor.py
+    pp            different layers                                       pipeline_parallel.py
+    dp_replicate  different data, a full copy of the parameters          parallel_module.py
+    dp_shard      different data, a shard of each parameter              parallel_module.py
+    cp            different tokens of the same sequences                 context_parallel.py
+    tp            the same tokens, a shard of each matrix                tensor_parallel.py
 
-Their product is the number of processes. `ep` is no axis of its own: the ranks of `dp_shard`, in
-groups of `ep`, hold different experts (expert.py).
+The product of the sizes is the number of processes. `ep` is not an additional axis: the ranks of
+`dp_shard`, in groups of `ep`, hold different experts (expert_parallel.py).
 """
 
 from dataclasses import dataclass
@@ -18,23 +18,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ravine.errors import UsageError
 
-MESH_AXES = (
-    "pp",
-    "dp_replicate",
-    "dp_shard",
-    "cp",
-    "tp",
-)  # far ranks first: tp wants the fastest links
-DP_AXIS, TP_AXIS = (
-    "data_parallel",
-    "tensor_parallel",
-)  # Lightning's names, known to modules of others
+# from distant to adjacent ranks: tp needs the fastest links
+MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+DP_AXIS, TP_AXIS = "data_parallel", "tensor_parallel"  # Lightning's names; user modules use them
 
 
 def resolve_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
-    """The size of each axis with -1 filled in, or an error that says what would fit.
+    """Return the size of each axis, with -1 resolved.
 
-    resolve({"dp_shard": -1, "tp": 2}, world=8)  # dp_shard 4
+    resolve_degrees({"dp_shard": -1, "tp": 2}, world_size=8)  # dp_shard 4
+
+    Raises:
+        UsageError: the sizes do not fit the number of processes; the error gives sizes that do.
     """
     axes = {axis: degrees.get(axis, 1) for axis in MESH_AXES}
     ep = degrees.get("ep", 1)
@@ -76,7 +71,7 @@ def validate_strategy_args(
     min_unit_bytes: int | None = None,
     gather_once: bool = False,
 ) -> None:
-    """Refuse what no run could mean, when the strategy is made."""
+    """Raise UsageError for invalid arguments of MeshStrategy, when it is created."""
     flag = "type --trainer.strategy"
     if zero_stage not in (1, 2, 3):
         raise UsageError(f"zero is {zero_stage}; allowed: 1, 2, 3; {flag}.zero=3")
@@ -104,7 +99,7 @@ def validate_strategy_args(
 
 
 def validate_module(module: Any, degrees: dict[str, int], sequence_parallel: bool) -> None:
-    """Refuse axes along which a module says, by `whole_along`, or shows that it cannot be cut."""
+    """Raise UsageError for axes that a module does not support, e.g. by its `whole_along`."""
     if sequence_parallel and not module.automatic_optimization:
         raise UsageError(
             f"{type(module).__name__} steps its own optimizers (manual optimization), which"
@@ -121,7 +116,10 @@ def validate_module(module: Any, degrees: dict[str, int], sequence_parallel: boo
 def validate_combination(
     degrees: dict[str, int], sequence_parallel: bool, pipeline_schedule: str, num_microbatches: int
 ) -> None:
-    """Refuse what does not go together, before a process starts; the rest are torch's rules."""
+    """Raise UsageError for invalid combinations of arguments, before a process starts.
+
+    The rules for micro-batches are those of torch's pipeline schedules.
+    """
     num_stage_ranks = degrees["pp"]
     if sequence_parallel and degrees["tp"] == 1:
         raise UsageError(
@@ -145,31 +143,29 @@ def validate_combination(
 
 @dataclass
 class MeshLayout:
-    """The meshes that the parts of a strategy need, all views of one."""
+    """The device meshes of a MeshStrategy, all of them submeshes of one world mesh."""
 
     degrees: dict[str, int]
-    lightning_mesh: DeviceMesh  # (pp, data_parallel, cp, tensor_parallel), those that there are
-    data_mesh: (
-        DeviceMesh  # ranks with different tokens: what gradients and losses are averaged over
-    )
+    lightning_mesh: DeviceMesh  # (pp, data_parallel, cp, tensor_parallel); pp, cp if size > 1
+    data_mesh: DeviceMesh  # ranks with different tokens: gradients and losses are averaged over it
     fsdp_mesh: DeviceMesh  # for fully_shard: one axis, or (replicas, shards)
     tp_mesh: DeviceMesh
     expert_mesh: DeviceMesh | None = None  # ranks that keep different experts
-    expert_replica_mesh: DeviceMesh | None = None  # ranks that keep the same ones
+    expert_replica_mesh: DeviceMesh | None = None  # ranks that keep the same experts
 
     @property
     def batch_mesh(self) -> DeviceMesh:
-        """Ranks with different samples."""
+        """Return the mesh of the ranks with different samples."""
         return self.lightning_mesh[DP_AXIS]
 
     @property
     def in_parts(self) -> bool:
-        """Whether a net runs in parts: stages, or blocks that are gathered one by one."""
+        """Whether a net runs as pipeline stages, or as FSDP units that are gathered in turn."""
         return self.degrees["pp"] > 1 or self.data_mesh.size() > 1
 
 
 def build_mesh(degrees: dict[str, int], zero_stage: int, device: torch.device) -> MeshLayout:
-    """Make the mesh, and a second view of it where replicas, shards and `cp` do not coincide."""
+    """Build the meshes; data and FSDP meshes differ from Lightning's with HSDP, cp or ZeRO-1."""
     pp, num_replicas, num_shards, cp, tp = (degrees[axis] for axis in MESH_AXES)
     world_mesh = init_device_mesh(
         device.type, (pp * num_replicas * num_shards * cp * tp,), mesh_dim_names=("all",)
@@ -194,7 +190,7 @@ def build_mesh(degrees: dict[str, int], zero_stage: int, device: torch.device) -
             lightning_mesh[TP_AXIS],
             *expert_meshes,
         )
-    # with ZeRO-1 every rank has whole parameters (zero1.py): the axis of shards has one rank
+    # with ZeRO-1 every rank has full parameters (zero1.py): the shard axis has one rank
     num_replicas, num_shards = (
         (num_replicas * num_shards * cp, 1) if zero_stage == 1 else (num_replicas, num_shards * cp)
     )

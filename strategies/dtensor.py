@@ -1,11 +1,11 @@
-"""Shards of a tensor as index ranges: copy one out of a whole tensor, or collect all on one rank.
+"""Shards of a DTensor as index ranges: slice a full tensor, or gather a tensor on one rank.
 
-The placements of a DTensor give the indices that any rank holds. So a rank can read its shard from
-a file without the rest, and a whole tensor can be assembled on one rank alone:
+The placements of a DTensor give the indices that each rank holds. So a rank can read only its shard
+from a file, and a full tensor can be assembled on one rank:
 
-    local_part(whole, like)         this rank's shard of `full`; a view where it is one block
-    collect(tensor)                 the whole tensor on the mesh's first rank, None on the others
-    to_first(tree, group)           the trees of all ranks of a group, on its first rank
+    local_shard(full, like)                            this rank's shard of `full`
+    gather_to_first_rank(tensor)                       the full tensor on the mesh's first rank
+    gather_trees_to_first_rank(tree, group, device)    the trees of all ranks on the first rank
 """
 
 import itertools
@@ -20,26 +20,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-MAX_MESSAGE_BYTES = 2**24  # bytes sent or read at once: the memory beside the tensors themselves
+MAX_MESSAGE_BYTES = 2**24  # sent or read at once: the extra memory besides the tensors
 
 
 class IndexRange(NamedTuple):
-    """Consecutive indices of a dimension: in the whole tensor, and in the shard."""
+    """A range of consecutive indices of a dimension, in the full tensor and in the shard."""
 
     global_start: int
     local_start: int
     length: int
 
 
-ShardIndices = list[list[IndexRange]]  # for each dimension
+ShardIndices = list[list[IndexRange]]  # the ranges of each dimension
 
 
 def shard_indices(tensor: Tensor, coordinate: tuple[int, ...] | None = None) -> ShardIndices:
-    """The indices that a rank holds of a tensor, for each dimension; all of a plain tensor.
+    """Return the indices of a tensor that a rank holds, for each dimension.
 
     Args:
-        tensor: a DTensor, or a plain tensor.
-        coordinate: of the rank in the tensor's mesh; by default this rank's.
+        tensor: a DTensor, or a plain tensor, of which a rank holds all indices.
+        coordinate: coordinate of the rank in the tensor's mesh; None: this rank.
     """
     if not isinstance(tensor, DTensor):
         return [[IndexRange(0, 0, size)] for size in tensor.shape]
@@ -63,7 +63,7 @@ def shard_indices(tensor: Tensor, coordinate: tuple[int, ...] | None = None) -> 
 
 
 def _split_factor_kwargs(placement: Any) -> dict[str, Any]:
-    """The extra argument of a placement that splits a dimension a second time."""
+    """Return the extra argument of a strided placement, which splits a dimension twice."""
     factor = getattr(placement, "split_factor", None)
     return {} if factor is None else {"split_factor": factor}
 
@@ -78,7 +78,7 @@ def _consecutive_ranges(index: Tensor) -> list[IndexRange]:
 
 
 def shard_blocks(indices: ShardIndices) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """The blocks that a shard consists of, as slices of the whole tensor and of the shard."""
+    """Yield the blocks of a shard, as slices of the full tensor and slices of the shard."""
     for ranges in itertools.product(*indices):
         yield (
             tuple(
@@ -93,10 +93,11 @@ def shard_blocks(indices: ShardIndices) -> Iterator[tuple[tuple[slice, ...], tup
 
 
 def local_shard(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of a whole tensor, placed as `like` is; nothing is sent.
+    """Return this rank's shard of a full tensor, with the placements of `like`; sends nothing.
 
-    A view of `full` where the shard is one block, as under ZeRO, and a copy of the shard where it
-    is several (ZeRO across tensor parallelism). Of a plain `like` all of `full`.
+    The result is a view of `full` if the shard is one block, as with ZeRO. It is a copy if the
+    shard has several blocks (ZeRO with tensor parallelism). If `like` is a plain tensor, the result
+    is `full`.
     """
     if isinstance(full, DTensor):
         return full.to_local()
@@ -117,17 +118,16 @@ def local_shard(full: Tensor, like: Tensor) -> Tensor:
 
 
 def first_mesh_rank(mesh: DeviceMesh) -> int:
-    """The rank on which `gather_to_first_rank` puts the tensors of a mesh: the one at its
-    origin.
-    """
+    """Return the rank at the origin of a mesh, on which `gather_to_first_rank` puts tensors."""
     return int(mesh.mesh.flatten()[0])
 
 
 @torch.no_grad()
 def gather_to_first_rank(tensor: Tensor) -> Tensor | None:
-    """The whole tensor on the CPU of the mesh's first rank; None elsewhere. All of them call it.
+    """Gather a full tensor on the CPU of the mesh's first rank; return None on other ranks.
 
-    Shards are sent to that rank only, in messages of at most MESSAGE bytes.
+    All ranks of the mesh call it. Shards are sent to the first rank only, in messages of at most
+    MAX_MESSAGE_BYTES.
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach().cpu()
@@ -141,7 +141,7 @@ def gather_to_first_rank(tensor: Tensor) -> Tensor | None:
         if any(
             index and not is_sharded for index, is_sharded in zip(coordinate, sharded, strict=True)
         ):
-            continue  # a copy of what another rank sends
+            continue  # a replica of a shard that another rank sends
         sender = int(mesh.mesh[coordinate])
         if rank == sender and sender != first_rank:
             for chunk in _chunks(local):
@@ -160,7 +160,7 @@ def gather_to_first_rank(tensor: Tensor) -> Tensor | None:
 
 
 def _row_chunks(shape: torch.Size | list[int], itemsize: int) -> Iterator[tuple[int, int]]:
-    """First and last row of the pieces of a tensor of this shape, each MESSAGE bytes at most."""
+    """Yield start and end row of chunks of a tensor, each of at most MAX_MESSAGE_BYTES."""
     size = itemsize
     for n in shape:
         size *= n
@@ -182,7 +182,7 @@ def _chunks(local: Tensor) -> Iterator[Tensor]:
 def _receive_chunks(
     shape: list[int], like: Tensor, sender: int | None
 ) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Pieces of a rank's shard, by its first rows; without a sender `like` is the shard."""
+    """Yield row ranges and chunks of a rank's shard; without a sender `like` is the shard."""
     for rows in _row_chunks(shape, like.element_size()):
         if sender is None:
             yield rows, like[rows[0] : rows[1]] if like.ndim else like
@@ -195,7 +195,7 @@ def _receive_chunks(
 
 
 def _ranges_within(ranges: list[IndexRange], rows: tuple[int, int]) -> list[IndexRange]:
-    """The part of the runs that lies in some rows of the shard, counted from the first of them."""
+    """Return the parts of index ranges within `rows` of the shard, relative to the first row."""
     inside = []
     for index_range in ranges:
         start, end = (
@@ -214,27 +214,27 @@ def _ranges_within(ranges: list[IndexRange], rows: tuple[int, int]) -> list[Inde
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """The same memory as bytes: gloo sends few types."""
+    """View a tensor as bytes, because gloo supports few dtypes."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 class _TensorSpec:
-    """The place of a tensor in a tree that is sent."""
+    """Placeholder of a tensor in a tree that is sent: its shape and dtype."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape, self.dtype = tensor.shape, tensor.dtype
 
 
 def gather_trees_to_first_rank(tree: Any, group: ProcessGroup, device: torch.device) -> list[Any]:
-    """The trees of all ranks of a group, in their order, on its first rank; [] on the others.
+    """Return the trees of all ranks of a group, in rank order, on its first rank; [] elsewhere.
 
     Trees are nested dicts and lists of plain tensors and plain values. Every rank of the group
-    calls it. Tensors are sent in messages of MESSAGE bytes at most.
+    calls it. Tensors are sent in messages of at most MAX_MESSAGE_BYTES.
 
     Args:
-        tree: what this rank holds.
+        tree: the tree of this rank.
         group: the ranks that send; the first of them receives.
-        device: on which the group sends and receives.
+        device: the device on which the group sends and receives.
     """
     ranks = dist.get_process_group_ranks(group)
     first_rank, rank = ranks[0], dist.get_rank()

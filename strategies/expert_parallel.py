@@ -1,12 +1,14 @@
-"""Expert parallelism: each rank keeps some of the experts; tokens travel to them and back.
+"""Expert parallelism: each rank keeps some experts; all-to-all dispatches and combines tokens.
 
-    rank 0  e0 e1 e2 e3  -all-to-all->  e0 e1 of both ranks  -work, all-to-all->  e0 e1 e2 e3
-    rank 1  e0 e1 e2 e3                 e2 e3 of both ranks                       e0 e1 e2 e3
+    rank 0  e0 e1 e2 e3  -all-to-all->  e0 e1 of both ranks  -forward, all-to-all-> e0 e1 e2 e3
+    rank 1  e0 e1 e2 e3                 e2 e3 of both ranks                         e0 e1 e2 e3
 
-The axis is borrowed from `dp_shard`: those ranks have different tokens and, without it, the same
-experts. A module called `experts`, whose parameters have the experts as their first axis and whose
-forward maps (E n d) to (E n d), takes part. An expert has as many places on every rank, so all
-messages are of one size, whether a place is taken or not.
+The axis `ep` is a part of `dp_shard`: these ranks have different tokens and, without `ep`, the same
+experts. It applies to each module called `experts`. The first axis of its parameters are the
+experts, and its forward maps (E n d) to (E n d). Every rank has the same capacity n for each
+expert, so all messages have one size, whether a slot is used or not.
+
+Axes: E experts, n slots of an expert, d width.
 """
 
 from collections.abc import Callable
@@ -24,12 +26,16 @@ from ravine.errors import UsageError
 
 
 def find_experts(module: nn.Module) -> list[nn.Module]:
-    """The modules called `experts`."""
+    """Return the modules called `experts`."""
     return [m for name, m in module.named_modules() if name.rpartition(".")[2] == "experts"]
 
 
 def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
-    """Leave each rank of `mesh` its share of the experts; the modules that were changed."""
+    """Shard all experts over the ranks of `mesh`, and return the changed modules.
+
+    Raises:
+        UsageError: there are no experts, or the ranks do not divide their number.
+    """
     expert_modules = find_experts(module)
     if not expert_modules:
         has_experts_arg = "experts" in (getattr(module, "hparams", None) or {})
@@ -63,20 +69,19 @@ def _all_to_all_forward(
     def dispatch_forward(x: Tensor) -> Tensor:
         e, n, d = x.shape
         num_slots = n
-        if not torch.is_grad_enabled():  # in an evaluation ranks may have unequal batches
+        if not torch.is_grad_enabled():  # in evaluation ranks may have batches of unequal size
             max_slots = torch.tensor(n, device=x.device)
             dist.all_reduce(max_slots, dist.ReduceOp.MAX, group=group)
             n = int(max_slots)
             x = pad(x, (0, 0, 0, n - num_slots))
-        received = _AllToAll.apply(x, group).view(
-            num_ranks, e // num_ranks, n, d
-        )  # of each rank, for mine
+        # (r e n d): the slots of each rank r for the local experts e
+        received = _AllToAll.apply(x, group).view(num_ranks, e // num_ranks, n, d)
         local_inputs = received.transpose(0, 1).reshape(e // num_ranks, num_ranks * n, d)
         sharded_params = dict(experts._parameters)
         local_params: Any = {
             k: p.to_local() if isinstance(p, DTensor) else p for k, p in sharded_params.items()
         }
-        experts._parameters.update(local_params)  # the module knows nothing of meshes
+        experts._parameters.update(local_params)  # the module's forward does not handle DTensors
         try:
             outputs = forward(local_inputs)
         finally:
@@ -88,12 +93,12 @@ def _all_to_all_forward(
 
 
 class _AllToAll(torch.autograd.Function):
-    """All-to-all of equal parts along the first axis; its gradient goes the same way back."""
+    """All-to-all of equal parts along the first axis; the backward is another all-to-all."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        x = x.contiguous()  # gloo writes wrong numbers into anything else
+        x = x.contiguous()  # gloo gives wrong values for other layouts
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x, group=group)
         return received
@@ -109,7 +114,7 @@ def reduce_expert_gradients(
 ) -> None:
     """Average the gradients of experts over `num_data_ranks` ranks.
 
-    What came from the ranks of one exchange is summed up already, by the way back of their tokens;
+    The backward of the all-to-all has already summed the gradients over the ranks of `ep`.
     `replicas` are the ranks that keep the same experts.
     """
     for parameter in (

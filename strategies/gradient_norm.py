@@ -1,4 +1,4 @@
-"""The norm of gradients that are partly sharded, and clipping by it.
+"""Gradient clipping (clip_grad_norm) by the total norm of sharded and unsharded gradients.
 
 norm = sqrt(sum over all gradients of g²);   g <- g min(1, max_norm / norm)
 """
@@ -18,17 +18,18 @@ from torch.nn.utils import get_total_norm
 def clip_grad_norm(
     parameters: Iterable[Tensor], max_norm: float, group: ProcessGroup | None = None
 ) -> Tensor:
-    """Scale gradients in place so that the norm of all of them is at most `max_norm`.
+    """Scale gradients in place so that their total norm is at most `max_norm`.
 
-    As `torch.nn.utils.clip_grad_norm_`, which refuses DTensors of different meshes, or with others.
+    It equals `torch.nn.utils.clip_grad_norm_`, which does not support DTensors of different meshes,
+    or DTensors together with plain tensors.
 
     Args:
-        parameters: those of an optimizer
-        max_norm: the largest norm that is not scaled
+        parameters: the parameters of an optimizer
+        max_norm: the maximum norm
         group: with ZeRO-1 the ranks that have the gradients of different parameters
 
     Returns:
-        the norm before, () on the device of the gradients, the same on every rank.
+        the total norm before clipping, () on the device of the gradients, the same on every rank.
     """
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -43,7 +44,7 @@ def clip_grad_norm(
         return torch.zeros(())
     device = norms[0].device if norms else parameters[0].device
     total = torch.linalg.vector_norm(torch.stack([*norms, torch.zeros((), device=device)]))
-    if group is not None:  # in float64, so that all ranks send one dtype
+    if group is not None:  # in float64, so that all ranks use the same dtype
         square = total.double().square()
         dist.all_reduce(square, group=group)
         total = square.sqrt().to(total.dtype)

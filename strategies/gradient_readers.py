@@ -1,8 +1,8 @@
-"""Find code that reads gradients, which decides how early gradients may be freed.
+"""Find code that reads gradients, which decides how early gradients can be freed.
 
-A gradient is needed by the optimizer step. Hooks of modules and callbacks may read it too: before
-the step (`on_before_optimizer_step`), after it, or where gradients are zeroed. Hooks are found by
-name; the bytecode of other methods is searched for `.grad` and functions of gradients.
+The optimizer step needs gradients. Hooks of modules and callbacks may read them too: before the
+step (`on_before_optimizer_step`), after it, or when gradients are zeroed. Hooks are found by name.
+The bytecode of other methods is searched for `.grad` and functions that use gradients.
 """
 
 import dis
@@ -25,7 +25,7 @@ from ravine.lightning_compat import replace_method
 GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 ZEROING_HOOKS = ("on_before_zero_grad", "optimizer_zero_grad")
 LIBRARY_PACKAGES = ("torch", "lightning", "pytorch_lightning")
-GRADIENT_FUNCTIONS = {  # that are given parameters, and read their gradients
+GRADIENT_FUNCTIONS = {  # functions that take parameters and read their gradients
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
@@ -33,12 +33,12 @@ GRADIENT_FUNCTIONS = {  # that are given parameters, and read their gradients
     "get_total_norm",
     "grad_norm",
 }
-VALUE_INDEPENDENT_ATTRS = {  # attributes of a gradient that are equal whatever its numbers are
+VALUE_INDEPENDENT_ATTRS = {  # attributes of a gradient that do not depend on its values
     *("numel", "element_size", "nbytes", "itemsize", "shape", "size", "stride", "ndim", "dim"),
     *("dtype", "device", "layout", "is_sparse", "untyped_storage", "data_ptr", "to_local"),
     *("_local_tensor", "is_contiguous", "__class__"),
 }
-VALUE_DEPENDENT_NAMES = {  # names by which code reads the numbers of a tensor, or changes them
+VALUE_DEPENDENT_NAMES = {  # functions and methods that read or change the values of a tensor
     *("norm", "vector_norm", "square", "pow", "abs", "std", "var", "sum", "mean", "max", "min"),
     *("isfinite", "isnan", "isinf", "histogram", "histc", "add_histogram", "quantile", "flatten"),
     *("mul_", "add_", "div_", "copy_", "clamp_", "zero_", "cat", "stack", "dot", "full_tensor"),
@@ -58,10 +58,11 @@ PARAM_HOLDER_NAMES = {
 def can_free_gradients_early(trainer: Any) -> bool:
     """Whether old gradients can be freed before the forward pass of the next optimizer step.
 
-    Lightning zeroes gradients between `training_step` and the backward pass. Freed earlier, they
-    do not add to the memory of the forward pass. False under manual optimization, for DDP, whose
-    gradients are views of its buckets, and where old gradients may be read after that moment: by a
-    hook of zeroing, by `training_step`, or by an optimizer with its own `zero_grad`.
+    Lightning zeroes gradients between `training_step` and the backward pass. If they are freed
+    earlier, they do not add to the memory of the forward pass. The result is false with manual
+    optimization, and with DDP, whose gradients are views of its buckets. It is also false if other
+    code may read old gradients later: a zeroing hook, `training_step`, or an optimizer with its own
+    `zero_grad`.
     """
     module, strategy = trainer.lightning_module, trainer.strategy
     return (
@@ -78,10 +79,10 @@ def can_free_gradients_early(trainer: Any) -> bool:
 
 
 def find_gradient_readers(trainer: Any) -> list[str]:
-    """Names of what reads gradients besides the optimizers, and needs those of all parameters.
+    """Return names of code besides the optimizers that reads the gradients of all parameters.
 
-    A callback whose class has `takes_partial_gradients = True` works where a rank has the gradients
-    of some parameters only, and None for the others; so does a hook with that attribute.
+    Callbacks and hooks with the attribute `takes_partial_gradients = True` are left out. They work
+    if a rank has the gradients of some parameters only, and None for other parameters.
     """
     module, reader_names = trainer.lightning_module, []
     if not module.automatic_optimization:
@@ -126,10 +127,7 @@ def find_gradient_readers(trainer: Any) -> list[str]:
 
 
 def overrides_zero_grad(optimizer: Any) -> bool:
-    """Whether `zero_grad` does more than set the gradient of each parameter to None.
-
-    Of several optimizers joined as one (`members`), whether any of them does.
-    """
+    """Whether an optimizer, or any member of a composite one, has its own `zero_grad`."""
     members = getattr(optimizer, "members", None)
     if isinstance(members, list):
         return any(overrides_zero_grad(member) for member in members)
@@ -139,17 +137,17 @@ def overrides_zero_grad(optimizer: Any) -> bool:
 
 def free_gradients(optimizer: Optimizer) -> None:
     """Set the gradient of each parameter to None."""
-    with torch._C.DisableTorchFunctionSubclass():  # sharded parameters take 2 µs each otherwise
+    with torch._C.DisableTorchFunctionSubclass():  # saves 2 µs per sharded parameter
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
 
 def free_before_forward(trainer: Any) -> None:
-    """Let the trainer free old gradients before the first forward pass of an optimizer step.
+    """Make a trainer free old gradients before the first forward pass of an optimizer step.
 
-    Whether it may is decided once an epoch, by `can_free_gradients_early`. A MeshStrategy does it
-    by itself.
+    `can_free_gradients_early` is evaluated at the start of each epoch. MeshStrategy frees gradients
+    itself, so it is not changed.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy):
@@ -177,22 +175,20 @@ def free_before_forward(trainer: Any) -> None:
 
 @dataclass
 class _GradientUses:
-    """How code uses gradients, as far as it can be followed."""
+    """How code uses gradients, as far as its bytecode can be followed."""
 
-    has_gradient: bool = False  # `.grad`, or a function of gradients
-    reads_values: bool = False  # numbers of gradients, if it mentions them
-    passes_params: bool = (
-        False  # the module, an optimizer or parameters to code that is not followed
-    )
+    has_gradient: bool = False  # it mentions `.grad` or a function that uses gradients
+    reads_values: bool = False  # it reads values of gradients
+    passes_params: bool = False  # it passes module, optimizer or parameters to unfollowed code
 
 
 def references_gradients(owner: Any, method: Any) -> bool:
-    """Whether a method of an object, or what it calls, mentions gradients."""
+    """Whether a method of an object, or a function that it calls, mentions gradients."""
     return _find_uses(method, owner).has_gradient
 
 
 def reads_gradients(owner: Any) -> bool:
-    """Whether any method of an object's class reads numbers of gradients; sizes do not count."""
+    """Whether any method of an object reads values of gradients; shapes do not count."""
     functions = [
         *(item for item in vars(owner).values() if isinstance(item, FunctionType)),
         *(
@@ -207,7 +203,7 @@ def reads_gradients(owner: Any) -> bool:
 
 
 def _may_read_gradients(hook: Any, owner: Any) -> bool:
-    """Whether a hook that is called when gradients are complete can read their numbers."""
+    """Whether a hook that runs when gradients are complete can read their values."""
     uses = _find_uses(hook, owner)
     return uses.reads_values if uses.has_gradient else uses.passes_params
 
@@ -230,7 +226,7 @@ def _find_uses(function: Any, owner: Any) -> _GradientUses:
     if isinstance(function, FunctionType):
         _scan_function(function, type(owner), uses, set())
     else:
-        uses.passes_params = True  # a partial, a compiled function
+        uses.passes_params = True  # a partial or compiled function cannot be followed
     return uses
 
 
@@ -277,7 +273,7 @@ def _scan_function(
 
 
 def _next_reads_values(instruction: dis.Instruction, following: dis.Instruction | None) -> bool:
-    """Whether the instruction after `.grad` works with its numbers."""
+    """Whether the instruction after `.grad` uses the values of the gradient."""
     if instruction.opname in ("STORE_ATTR", "LOAD_CONST"):
         return True
     if following is None:

@@ -1,13 +1,13 @@
-"""Give the parameters of a network on the meta device their values, each rank its own part.
+"""Deferred initialization: materialize the sharded parameters of a network on the meta device.
 
-    network on the meta device -> changed by callbacks -> sharded -> materialize
+    network on the meta device -> changed by callbacks -> sharded -> materialize_params
 
-A parameter whose values are made later has an attribute `initial_values`, an object whose method
-`rows(start, stop)` makes some rows on the CPU: it draws them, reads them from a file, or computes
-them from another parameter's rows. Sharding replaces parameters, so `collect_deferred_values`
-finds the attributes by name before it. A part is made in blocks of rows: at most `MAX_BLOCK_BYTES`
-bytes are in memory besides the parts, and no rank has a whole tensor. Parameters that two modules
-share get one part.
+A parameter with deferred values has an attribute `initial_values`. The method `rows(start, stop)`
+of this object returns rows on the CPU. It draws them, reads them from a file, or computes them from
+another parameter. Sharding replaces parameters, so `collect_deferred_values` collects the objects
+by name before. A shard is filled in blocks of rows: besides the shards at most `MAX_BLOCK_BYTES`
+bytes are in memory, and no rank has a full tensor. A parameter that two modules share gets one
+shard.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-MAX_BLOCK_BYTES = 2**24  # bytes that are made at once
+MAX_BLOCK_BYTES = 2**24  # size of a block of rows
 
 
 def deferred_values(parameter: Tensor | None) -> Any:
-    """The object that makes a parameter's values later; None if it has values, or never will."""
+    """Return the object with a parameter's deferred values; None if values are not deferred."""
     is_deferred = parameter is not None and parameter.is_meta
     return getattr(parameter, "initial_values", None) if is_deferred else None
 
 
 def collect_deferred_values(module: nn.Module) -> dict[str, Any]:
-    """The objects that make values later, by the names of their parameters; shared ones by all."""
+    """Return the objects with deferred values, by all names of their parameters."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: values for name, p in named if (values := deferred_values(p)) is not None}
 
 
 def blocks(parameter: Tensor) -> Iterator[Tensor]:
-    """A parameter's values in the order of its rows; those it has already are one block."""
+    """Yield a parameter's values in blocks of rows; values that are not deferred in one block."""
     values = deferred_values(parameter)
     if values is None:
         yield parameter.detach()
@@ -48,16 +48,15 @@ def blocks(parameter: Tensor) -> Iterator[Tensor]:
 def materialize_params(
     module: nn.Module, values: Mapping[str, Any], device: torch.device | str
 ) -> dict[int, nn.Parameter]:
-    """Replace every parameter on the meta device by this rank's part of its values.
+    """Replace every deferred parameter on the meta device by this rank's shard of its values.
 
     Args:
         module: the LightningModule, sharded or not.
-        values: what `collect_deferred_values` found before it was sharded; the same values on
-        every rank.
-        device: where the parts are kept.
+        values: the result of `collect_deferred_values` before sharding; the same on every rank.
+        device: the device of the shards.
 
     Returns:
-        the new parameters by the id of the one that each replaces.
+        the new parameters, by the ids of the replaced parameters.
     """
     new_params: dict[int, nn.Parameter] = {}
     for name, parameter in module.named_parameters():
@@ -99,7 +98,7 @@ def _rows_per_block(parameter: Tensor) -> int:
 def _iter_shard_blocks(
     values: Any, parameter: Tensor, shape: Any, start: Any
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Rows of a part, as a slice of it, and their values."""
+    """Yield slices of a shard's rows and their values."""
     if not shape:
         yield ..., values.get_rows(0, 1).view(())
         return

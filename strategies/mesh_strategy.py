@@ -1,11 +1,11 @@
-"""MeshStrategy: one strategy for every way to spread a net, and any LightningModule will do.
+"""MeshStrategy: ZeRO-1, 2 and 3, HSDP, tensor, context, pipeline and expert parallelism.
 
-The processes form a mesh with named axes (layout.py). Ranks along `dp_shard` see different data and
-keep a part of every parameter each (ZeRO-3); ranks along `tp` see the same data and keep a part of
-each matrix.
+It applies to any LightningModule. The processes form a mesh with named axes (device_mesh.py). Ranks
+along `dp_shard` see different data, and each keeps a shard of every parameter (ZeRO-3). Ranks along
+`tp` see the same data, and each keeps a shard of every matrix.
 
     Trainer(strategy=MeshStrategy(), devices=4)        # --trainer.strategy zero3
-    Trainer(strategy=MeshStrategy(tp=2), devices=4)    # two by two
+    Trainer(strategy=MeshStrategy(tp=2), devices=4)    # dp_shard 2 x tp 2
 """
 
 import atexit
@@ -82,39 +82,39 @@ from .zero1 import Zero1Reducer
 
 @atexit.register
 def destroy_process_group_at_exit() -> None:
-    """End the job before the interpreter ends: gloo's threads may abort the process otherwise.
+    """Destroy the process group at exit; otherwise gloo threads may abort the interpreter.
 
-    For every strategy; Lightning does it for NCCL alone.
+    This applies to every strategy. Lightning destroys the process group for NCCL only.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
-    """Shard parameters, gradients and optimizer state, and split matrices, from outside.
+    """Shard parameters, gradients and optimizer state, and split matrices, of any module.
 
-    Optimizer states are numbered by place here already (`numbered`).
+    The optimizer states in a checkpoint are already indexed by parameter order (`numbered`).
 
     Args:
-        dp_shard: ranks that share the batch and each parameter; -1: all that the others leave.
-        dp_replicate: copies of such a group; between them only gradients travel (HSDP).
-        cp: ranks that share each sequence, for attention modules with the slots of context.py.
-        tp: ranks that share each matrix of the net's `tp_plan`; -1: all that the others leave.
-        sequence_parallel: cut the activations between the split matrices along time, over `tp`.
-        zero: what the ranks of `dp_shard` share: 1 the optimizer's state, 2 gradients as well, 3
-            parameters as well. Less is sent at 2 than at 3, more kept.
-        pp: ranks that have different blocks, for nets with the methods of pipeline.py.
-        ep: ranks of `dp_shard` that keep different experts of a mixture; -1: all of them.
-        schedule: in which order the micro-batches of a pipeline go forward and backward.
-        microbatches: into how many a pipeline cuts each batch of a rank.
-        recompute: keep fewer activations, and compute them again when going backward.
-        smallest_unit: bytes of the smallest block that is gathered by itself (default: 1 MiB);
+        dp_shard: number of data-parallel ranks that shard each parameter; -1: all remaining ranks.
+        dp_replicate: number of replicas of such a group; replicas exchange only gradients (HSDP).
+        cp: number of ranks that share each sequence; needs the attributes that
+            context_parallel.py names.
+        tp: number of ranks that split each matrix of the net's `tp_plan`; -1: all remaining ranks.
+        sequence_parallel: shard the activations between the split matrices along time, over `tp`.
+        zero: ZeRO stage. The ranks of `dp_shard` shard the optimizer state (1), the gradients as
+            well (2), the parameters as well (3). Stage 2 sends less than 3 and needs more memory.
+        pp: number of pipeline ranks; needs a net with the methods that pipeline_parallel.py names.
+        ep: number of ranks of `dp_shard` that keep different experts; -1: all of them.
+        schedule: order of the forward and backward passes of a pipeline's micro-batches.
+        microbatches: number of micro-batches into which a pipeline splits each batch of a rank.
+        recompute: activation checkpointing: recompute activations in the backward pass.
+        smallest_unit: bytes of the smallest block that is an FSDP unit of its own (default: 1 MiB);
             smaller blocks are gathered with their parent.
-        gather_once: under zero 2 and 3 with accumulated micro-batches, gather the parameters once
-            an optimizer step and keep all of them until its last micro-batch: fewer bytes sent,
-            more memory.
-        save_distributed_checkpoint: a folder with one file a rank instead of a single file, which
-            one process can read.
+        gather_once: with zero 2 and 3 and gradient accumulation, gather the parameters once per
+            optimizer step, for all micro-batches. This sends less and needs more memory.
+        save_distributed_checkpoint: save a folder with one file per rank instead of a single file.
+            One process can read either.
     """
 
     numbered = True
@@ -136,7 +136,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         gather_once: bool = False,
         save_distributed_checkpoint: bool = False,
     ) -> None:
-        """Remember the degrees; the number of processes is known to the trainer only."""
+        """Store the degrees; -1 is resolved once the trainer has set the number of processes."""
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         axes = {"dp_shard": dp_shard, "dp_replicate": dp_replicate, "cp": cp, "tp": tp, "pp": pp}
         self.degrees = axes | {"ep": ep}
@@ -157,23 +157,23 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         self.zero1_reducer: Zero1Reducer | None = None  # with ZeRO-1
         self._adapted_optimizers: list[Optimizer] = []
         self.on_process_group_ready: Callable[[], None] | None = (
-            None  # called before the mesh is made
+            None  # called before the mesh is built
         )
         self.should_free_gradients = False  # whether gradients are freed before the forward pass
 
     def resolved_degrees(self) -> dict[str, int]:
-        """The size of each axis with -1 filled in, or an error that says what would fit."""
+        """Return the size of each axis, with -1 resolved; raise UsageError if they do not fit."""
         return resolve_degrees(self.degrees, self.num_processes * self.num_nodes)
 
     def before_launch(self) -> None:
-        """Check the axes while the trainer is created: fail before a process starts."""
+        """Check the axes when the trainer is created, before any process starts."""
         degrees = self.resolved_degrees()
         validate_combination(
             degrees, self.sequence_parallel, self.pipeline_schedule, self.num_microbatches
         )
 
     def setup_environment(self) -> None:
-        """Join the job and lay out the mesh."""
+        """Join the process group and build the device mesh."""
         self.join_processes()
         if self.on_process_group_ready is not None:
             self.on_process_group_ready()
@@ -181,13 +181,12 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         assert self.lightning_module is not None
         self.set_device_mesh(self.layout.lightning_mesh)
         self.lightning_module.__dict__["strategy_draws_values"] = True  # read by TaskModule
-        if (
-            self.layout.tp_mesh.size() > 1
-        ):  # ranks that compute one activation draw one dropout for it
+        # tp ranks compute the same activations, so they need the same dropout masks
+        if self.layout.tp_mesh.size() > 1:
             torch.manual_seed(self.broadcast(torch.initial_seed()))
 
     def parallelize(self, module: nn.Module) -> ParallelModule:
-        """Spread the module over the mesh unless it has done so itself."""
+        """Parallelize the module over the mesh, unless its own code has sharded it already."""
         assert self.layout is not None
         broadcast_from_rank_zero(module, self.root_device)
         if self.layout.degrees["pp"] > 1 and self.pipeline is None:
@@ -202,7 +201,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
 
     def _unit_options(self, module: nn.Module) -> UnitOptions:
         assert self.layout is not None
-        shards = self.layout.fsdp_mesh.size(-1)  # the last axis is that of the shards
+        shards = self.layout.fsdp_mesh.size(-1)  # the last axis is the shard axis
         automatic = getattr(module, "automatic_optimization", False)
         return UnitOptions(
             is_sharded=self.zero_stage > 1,
@@ -214,7 +213,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         )
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Parallelise after `configure_model`, before weights are restored and optimizers made."""
+        """Parallelize after `configure_model`, before loading weights and building optimizers."""
         module = self.lightning_module
         assert module is not None
         assert self.layout is not None
@@ -222,18 +221,18 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         validate_module(module, self.layout.degrees, self.sequence_parallel)
         if self.layout.degrees["cp"] > 1:
             self.context = ContextParallel(module, self.layout.lightning_mesh["cp"])
+        # the module's own code has sharded it
         is_parallelized_by_module = has_sharded_params(module) and not has_sharded_parameters(
             module
-        )  # sharded by the module itself
+        )
         if self.world_size > 1:
             check_no_shared_memory(module)
         if self.synchronizes_batchnorm and trainer.training:
             self._synchronize_batchnorm(module)
         if self.zero_stage > 1:
             self.original_parameters = OriginalParameters(module)
-        deferred_params = collect_deferred_values(
-            module
-        )  # by name: sharding replaces the parameters
+        # by name, because sharding replaces the parameters
+        deferred_params = collect_deferred_values(module)
         self.parallel_module = self.parallelize(module)
         if self.zero_stage > 1 and not is_parallelized_by_module:
             check_fsdp_attributes(module)
@@ -246,9 +245,8 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         if self.original_parameters is not None:
             self.original_parameters.update_references()
         has_configure_model = is_overridden("configure_model", module)
-        if (
-            not has_configure_model
-        ):  # Lightning insists that the module has one, to shard itself there
+        # Lightning's ModelParallelStrategy requires the module to override configure_model
+        if not has_configure_model:
             module.configure_model = lambda: None
         super().setup(trainer)
         if not has_configure_model:
@@ -276,7 +274,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         replace_method(self.precision_plugin, "clip_grad_by_norm", self._clip_by_norm)
 
     def _check_norm_clipping(self, bound: float) -> None:
-        """ValueError where `gradient_clip_val` would measure the gradients of this rank alone."""
+        """Raise UsageError if `gradient_clip_val` would use the norm of this rank's gradients."""
         assert self.layout is not None
         degrees = self.layout.degrees
         unsummed_degrees = [f"{k}={degrees[k]}" for k in ("pp", "ep") if degrees[k] > 1]
@@ -289,10 +287,10 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             )
 
     def _synchronize_batchnorm(self, module: nn.Module) -> None:
-        """Let BatchNorm use the statistics of all data ranks (`sync_batchnorm=True`).
+        """Convert BatchNorm to use the statistics of all data ranks (`sync_batchnorm=True`).
 
         Raises:
-            ValueError: on a CPU, for which torch has no such layer.
+            UsageError: on a CPU, for which torch has no SyncBatchNorm.
         """
         assert self.layout is not None
         if self.root_device.type == "cpu":
@@ -303,13 +301,13 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         nn.SyncBatchNorm.convert_sync_batchnorm(module, self.layout.data_mesh.get_group())
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        """Clip all gradients together: sharded ones, whole ones, and those of other ranks."""
+        """Clip by the total norm: sharded and replicated gradients, and those of other ranks."""
         self._check_norm_clipping(clip_val)
         parameters = self.precision_plugin.main_params(optimizer)
         clip_grad_norm(parameters, clip_val, self.gradient_group)
 
     def teardown(self) -> None:
-        """Undo what `setup` has changed."""
+        """Undo the changes that `setup` made to the module, precision plugin and optimizers."""
         if self.zero1_reducer is not None:
             self.zero1_reducer.restore()
         if self.lightning_module is not None:
@@ -318,20 +316,20 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         super().teardown()
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
-        """Make the optimizers, which the setter of `optimizers` adapts."""
-        if self.original_parameters is not None:  # moved to a device, parameters have lost them
+        """Build the optimizers; the setter of `optimizers` adapts them to sharded parameters."""
+        if self.original_parameters is not None:  # moving parameters to a device dropped them
             self.original_parameters.copy_attributes()
-        self._adapted_optimizers = []  # a second fit may have the optimizers of the first
+        self._adapted_optimizers = []  # a second fit may reuse the optimizers of the first
         super().setup_optimizers(trainer)
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The optimizers; a module may set others at any time (`trainer.optimizers = [...]`)."""
+        """Return the optimizers; a module may replace them (`trainer.optimizers = [...]`)."""
         return super().optimizers
 
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
-        """Set them; those that are new are adapted to shards."""
+        """Set the optimizers, and adapt new ones to sharded parameters."""
         cast(Any, ModelParallelStrategy.optimizers).fset(self, optimizers)
         is_unchanged = [id(o) for o in optimizers] == [id(o) for o in self._adapted_optimizers]
         if self.parallel_module is not None and optimizers and not is_unchanged:
@@ -339,7 +337,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             self._adapt_optimizers()
 
     def _adapt_optimizers(self) -> None:
-        """Let optimizers step shards; with ZeRO-1 each rank steps its share of the parameters."""
+        """Make optimizers step shards; with ZeRO-1 each rank steps the parameters it owns."""
         assert self.layout is not None
         if self.original_parameters is not None and self.layout.degrees["pp"] == 1:
             for optimizer in self.optimizers:
@@ -365,17 +363,17 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
 
     @property
     def gradient_group(self) -> Any:
-        """With ZeRO-1, the ranks that have the gradients of different parameters; else None."""
+        """Return the ranks that hold gradients of different parameters (ZeRO-1), or None."""
         reducer = self.zero1_reducer
         return None if reducer is None or reducer.keeps_all_gradients else reducer.group
 
     @property
     def arrived(self) -> Collection[Tensor]:
-        """With ZeRO-1, the parameters that the last backward pass has reached on this rank."""
+        """Return the parameters that got a gradient in the last backward pass, with ZeRO-1."""
         return () if self.zero1_reducer is None else self.zero1_reducer.arrival_counts
 
     def _prepare_optimizers(self) -> None:
-        """Replace methods of optimizers that are not written for shards; refuse coupled ones."""
+        """Replace the methods of optimizers without DTensor support; reject coupled ones."""
         for optimizer in self.optimizers:
             if self.zero_stage > 1:
                 shard_optimizer_steps(optimizer)
@@ -392,7 +390,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         self.should_free_gradients = can_free_gradients_early(self.lightning_module.trainer)
 
     def on_train_end(self) -> None:
-        """Leave equal buffers on all ranks."""
+        """Broadcast the changed buffers, so that they are equal on all ranks."""
         self._sync_buffers()
         super().on_train_end()
 
@@ -401,7 +399,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             self.buffers.before_step()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Free the gradients of the last optimizer step, before the forward pass of the next."""
+        """Free the gradients of the last optimizer step before the next forward pass."""
         super().on_train_batch_start(batch, batch_idx)
         assert self.lightning_module is not None
         if (
@@ -411,11 +409,11 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             free_gradients(self.optimizers[0])
 
     def part(self, batch: Any) -> Any:
-        """What this rank computes of a batch: with `cp`, a part of each sequence."""
+        """Return this rank's part of a batch: with `cp`, a part of each sequence."""
         return self.context.part(batch) if self.context else batch
 
     def training_step(self, batch: Any, *args: Any) -> Any:
-        """The module's step, on this rank's part of each sequence."""
+        """Run the module's `training_step` on this rank's part of each sequence."""
         self._sync_buffers()
         result = self._training_step(batch, *args)
         if self.buffers is not None:
@@ -433,17 +431,17 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             return self.pipeline.step(batch, args, self.precision_plugin.train_step_context)
 
     def on_validation_start(self) -> None:
-        """Give all ranks the statistics of rank 0: those of the last training step differ."""
+        """Broadcast rank 0's buffers: BatchNorm statistics differ after the last step."""
         super().on_validation_start()
         if self.buffers is not None:
             self.buffers.before_step()
 
     def validation_step(self, batch: Any, *args: Any) -> Any:
-        """As in training."""
+        """Run the module's `validation_step` on this rank's part of each sequence."""
         return self._evaluate(super().validation_step, batch, args)
 
     def test_step(self, batch: Any, *args: Any) -> Any:
-        """As in training."""
+        """Run the module's `test_step` on this rank's part of each sequence."""
         return self._evaluate(super().test_step, batch, args)
 
     def _evaluate(self, step: Callable[..., Any], batch: Any, args: tuple[Any, ...]) -> Any:
@@ -455,22 +453,22 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             self.context.restore_attention()
 
     def predict_step(self, *args: Any) -> Any:
-        """As in training."""
+        """Run the module's `predict_step`, with its small children gathered."""
         return self._run_gathered(super().predict_step, *args)
 
     def _run_gathered(self, step: Callable[..., Any], *args: Any) -> Any:
-        """Run a step of the module with its small children and weights it uses itself gathered."""
+        """Run a step with the small children, and weights used outside of a forward, gathered."""
         unit = self._required_parallel_module.step_unit
         step = step if self.gather_on_use is None else self.gather_on_use.wrap_step(step)
         with raise_as_sharding_error(self.lightning_module, "in its step"):
             return step(*args) if unit is None else unit(step, *args)
 
     def backward_context(self) -> AbstractContextManager[None]:
-        """The context of a backward pass: errors of sharded tensors are raised in one line."""
+        """Return a context that turns errors of sharded tensors into a one-line error."""
         return raise_as_sharding_error(self.lightning_module, "in the backward pass")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Step, and free gathered parameters, which have the values from before it."""
+        """Step, then reshard units: gathered parameters have the values from before the step."""
         module = self.lightning_module
         if (
             self.gather_on_use is not None
@@ -485,20 +483,19 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         return result
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Say whether this backward pass is the last of an optimizer step."""
+        """Set whether this backward pass is the last of an optimizer step, for the reductions."""
         super().pre_backward(closure_loss)
         is_accumulating = self._is_accumulating()
         self._required_parallel_module.set_requires_all_reduce(is_accumulating=is_accumulating)
         if self.gather_on_use is not None:
             self.gather_on_use.begin_backward(closure_loss)
         if self.zero1_reducer is not None and not is_accumulating:
-            overrides_backward = is_overridden(
-                "backward", self.lightning_module
-            )  # may go backward several times
+            # an overridden backward may run several backward passes
+            overrides_backward = is_overridden("backward", self.lightning_module)
             self.zero1_reducer.begin_backward(None if overrides_backward else closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Reduce what no shard does, once an optimizer step."""
+        """Reduce the gradients that FSDP2 does not reduce, once per optimizer step."""
         super().post_backward(closure_loss)
         if self.gather_on_use is not None:
             self.gather_on_use.end_backward()
@@ -523,38 +520,44 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Which share of the samples this rank takes."""
+        """Return the data-parallel size and rank, as arguments of a DistributedSampler."""
         assert self.layout is not None
         batch = self.layout.batch_mesh
         return {"num_replicas": batch.size(), "rank": batch.get_local_rank()}
 
     def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Tensor:
-        """Reduce over the ranks that see different data, so that a sum counts a sample once."""
+        """Reduce over the data-parallel ranks, so that a sum counts each sample once."""
         if group is None and self.layout is not None:
             group = self.layout.data_mesh.get_group()
         return super().reduce(tensor, group, reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Whether all processes, or any, decide so: these count one by one, whatever they see."""
+        """Return whether all processes (or any, if `all` is false) have a true decision.
+
+        The vote is over all processes, not over the data-parallel ranks only.
+        """
         votes = super().reduce(
             torch.tensor(int(decision), device=self.root_device), reduce_op="sum"
         )
         return int(votes) == self.world_size if all else int(votes) > 0
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights: this rank's parts for a folder, else all of them on rank 0."""
+        """Return the weights: this rank's shards for a folder, else all weights on rank 0."""
         assert self.lightning_module is not None
         is_distributed = self.saves_sharded
         return states.gather_model_state(self.lightning_module, is_distributed, self.stages)
 
     @property
     def stages(self) -> states.StageNames | None:
-        """With a pipeline, the names of all parameters and the ranks that have them."""
+        """Return the names of all parameters and the pipeline ranks; None without a pipeline."""
         pipeline = self.pipeline
         return None if pipeline is None else states.StageNames(pipeline.param_names, pipeline.group)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state, parameters numbered by their place in `named_parameters()`, as the weights."""
+        """Return the optimizer state, indexed by the order of `named_parameters()`.
+
+        It is sharded or gathered on rank 0, as the weights are.
+        """
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         assert self.lightning_module is not None
@@ -569,7 +572,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a single file, or a folder with a part from each rank."""
+        """Write a single file, or a folder to which each rank writes its shards."""
         if not self.saves_sharded:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         checkpoint = with_plain_hyperparameters(checkpoint)
@@ -585,7 +588,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read what any strategy has written; weights and optimizers are set here."""
+        """Load a checkpoint of any strategy and layout into the module and the optimizers."""
         path = Path(self.broadcast(checkpoint_path))
         module, optimizers = self.lightning_module, self.optimizers
         assert module is not None
@@ -606,21 +609,21 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         return checkpoint
 
     def weight_shapes(self) -> states.TensorShapes:
-        """The size of each weight of the whole net, wherever its stages are."""
+        """Return the shape of each weight of the full net, including other pipeline stages."""
         assert self.lightning_module is not None
         with self.pipeline.full_net() if self.pipeline else nullcontext():
             return states.tensor_shapes(self.lightning_module.state_dict())
 
     def _has_state(self, parameter: Tensor) -> bool:
-        """Whether this rank has state of a parameter: its shard's, or all of it."""
+        """Whether this rank has optimizer state of a parameter, sharded or full."""
         return self._is_owner(parameter) is not False
 
     def _has_full_state(self, parameter: Tensor) -> bool:
-        """Whether a sharded parameter's state is whole, on one rank."""
+        """Whether one rank keeps the full optimizer state of a sharded parameter."""
         return owns_parameter(self.optimizers, parameter) is not None
 
     def _is_owner(self, parameter: Tensor) -> bool | None:
-        """Whether this rank owns a parameter; None where each rank has state of its shard."""
+        """Whether this rank owns a parameter; None if each rank has the state of its shard."""
         assert self.layout is not None
         owner_ranks = self.zero1_reducer.owner_of if self.zero1_reducer else {}
         if parameter in owner_ranks:

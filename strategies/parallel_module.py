@@ -1,20 +1,21 @@
-"""Spread any module over a mesh, in one written order.
+"""Parallelize a module over a device mesh: the order of the steps, and sharding by FSDP2.
 
-    1  rank 0's values everywhere        ranks may have initialised differently
-    2  stages            (axis pp)       strategies/pipeline_parallel.py
-    3  tensor plan       (axis tp)       strategies/tensor_parallel.py
-    4  recompute                         strategies/activation_checkpointing.py
-    5  experts           (axis ep)       strategies/expert_parallel.py
-    6  fully_shard       (data axes)     block by block, then the rest of each child
+    1  broadcast from rank 0             ranks may have initialized differently
+    2  pipeline stages       (axis pp)   strategies/pipeline_parallel.py
+    3  tensor parallelism    (axis tp)   strategies/tensor_parallel.py
+    4  activation checkpointing          strategies/activation_checkpointing.py
+    5  expert parallelism    (axis ep)   strategies/expert_parallel.py
+    6  fully_shard           (data axes) each block, then the rest of each child
 
-A LightningModule's own forward is not what training calls, so it cannot be the unit that gathers
-parameters: its children are. Parameters outside of them, those that several of them share, scalars,
-and under mixed precision the weights of norms (mixed_precision.py) stay whole on each rank; their
-gradients are averaged in one message (`reduce_gradients`).
+An FSDP unit gathers its parameters around its forward. Training does not call the forward of the
+LightningModule itself, so its children are the units. Some parameters stay replicated: those
+outside of all children, those that several children share, scalars, and under mixed precision the
+weights of norms (fsdp/mixed_precision.py). Their gradients are averaged in one message
+(`reduce_gradients`).
 
-A member of a list that is smaller than `min_unit_bytes` bytes is no unit of its own, because each
-message has a fixed cost. It stays with its parent, and small children of the LightningModule are
-gathered together around each step (step_unit.py).
+A member of a list with less than `min_unit_bytes` bytes is not a unit of its own, because each
+message has a fixed cost. It belongs to the unit of its parent. Small children of the
+LightningModule are gathered together around each step (fsdp/step_unit.py).
 """
 
 import inspect
@@ -50,37 +51,36 @@ from .tensor_parallel import apply_tensor_parallel
 from .zero1 import Zero1Reducer
 
 MODULE_CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # they have no forward, so they cannot be units
-SMALLEST = 2**20  # bytes of a unit, by default
-# before torch 2.12 a shard requires a gradient for a moment: bits of quantized weights stay whole
+SMALLEST = 2**20  # default minimum size of a unit, in bytes
+# before torch 2.12 a shard briefly requires a gradient, so integer parameters stay replicated
 CAN_SHARD_INTEGERS = "requires_grad=" in inspect.getsource(FSDPParam._init_sharded_param)
-TOGETHER = 2**25  # bytes of small members that one unit gathers; with more, each is a unit
+TOGETHER = 2**25  # most bytes of small members in one unit; above it each member is a unit
 
 
 @dataclass
 class ParallelModule:
-    """A module on its mesh, and what is left to do with gradients before each optimizer step."""
+    """A parallelized module, with the gradient reductions that FSDP2 does not do."""
 
     module: nn.Module
     layout: MeshLayout
-    partial_sum_modules: list[nn.Module] = field(
-        default_factory=list
-    )  # each rank of tp has a part of a sum
-    expert_modules: list[nn.Module] = field(default_factory=list)  # those that are spread over ep
+    # modules whose gradients are partial sums on each tp rank
+    partial_sum_modules: list[nn.Module] = field(default_factory=list)
+    expert_modules: list[nn.Module] = field(default_factory=list)  # experts sharded over ep
     step_unit: StepUnit | None = None  # small children, gathered around each step
     replicated_ids: set[int] = field(default_factory=set)  # ids of parameters that no unit shards
-    gather_once: bool = False  # keep what is gathered until the last micro-batch of a step
-    zero1_reducer: Zero1Reducer | None = None  # with ZeRO-1, which averages over the data
+    gather_once: bool = False  # keep gathered parameters until the last micro-batch of a step
+    zero1_reducer: Zero1Reducer | None = None  # with ZeRO-1; it averages over the data ranks
     _cached_units: list[FSDPModule] | None = None
 
     def replicated_param_names(self) -> list[str]:
-        """Names of the trainable parameters that are not sharded."""
+        """Return the names of the trainable parameters that are not sharded."""
         return [name for name, p in self._replicated_params()]
 
     def _replicated_params(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.module.named_parameters() if self._is_replicated(p)]
 
     def _replicated_params_unnamed(self) -> list[nn.Parameter]:
-        """As `_replicated_params`, without the names, which cost more than the search."""
+        """Return the parameters of `_replicated_params` without names, which are slow to build."""
         params_by_id = {}
         for module in self.module.modules():
             for p in module._parameters.values():
@@ -93,19 +93,20 @@ class ParallelModule:
         return is_unsharded and p.requires_grad
 
     def cached_units(self) -> list[FSDPModule]:
-        """All units, searched once: no unit is made after the module was sharded."""
+        """Return all FSDP units, searched once: none is added after the module was sharded."""
         if self._cached_units is None:
             self._cached_units = fsdp_units(self.module)
         return self._cached_units
 
     def update_replaced_ids(self, new: dict[int, nn.Parameter]) -> None:
-        """Update the ids of parameters that were replaced; `new` is by the old id."""
+        """Update the ids of replaced parameters; `new` maps an old id to the new parameter."""
         self.replicated_ids = {id(new[i]) if i in new else i for i in self.replicated_ids}
 
     def set_requires_all_reduce(self, is_accumulating: bool) -> None:
-        """Announce the next backward pass: replicas all-reduce after the last micro-batch only.
+        """Set whether the next backward pass all-reduces gradients between replicas (HSDP).
 
-        Shards are reduced in each: otherwise every rank would keep whole gradients in between.
+        Replicas all-reduce after the last micro-batch only. Each micro-batch reduce-scatters to
+        the shards: otherwise every rank would keep full gradients between micro-batches.
         """
         for unit in self.cached_units():
             unit.set_requires_all_reduce(not is_accumulating, recurse=False)
@@ -114,7 +115,11 @@ class ParallelModule:
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Average what stayed whole over the data, sum what is partial over tp; once a step."""
+        """Average the gradients that FSDP2 does not reduce; called once per optimizer step.
+
+        Gradients of replicated parameters are averaged over the data ranks, partial sums are summed
+        over tp, and gradients of experts are averaged over their replicas.
+        """
         data_mesh = self.layout.data_mesh
         if data_mesh.size() > 1 and self.zero1_reducer is None:
             _all_reduce_flat(
@@ -122,7 +127,7 @@ class ParallelModule:
             )
         if self.partial_sum_modules:
             partial_params = [p for module in self.partial_sum_modules for p in module.parameters()]
-            if self.zero1_reducer is not None:  # ranks of tp own the same parameters
+            if self.zero1_reducer is not None:  # tp ranks own the same parameters
                 partial_params = [p for p in partial_params if p.grad is not None]
             _all_reduce_flat(
                 [p for p in partial_params if p.requires_grad], self.layout.tp_mesh.get_group()
@@ -134,10 +139,10 @@ class ParallelModule:
 
 
 def _all_reduce_flat(parameters: list[Any], group: ProcessGroup, factor: float = 1.0) -> None:
-    """Sum gradients over a group, one message for each dtype.
+    """All-reduce gradients over a group in one flat message per dtype, and scale by `factor`.
 
-    A parameter without a gradient on some rank counts as zero there, and gets the sum; one without
-    a gradient on every rank keeps None.
+    A parameter without a gradient on some rank counts as zero there, and gets the sum. A parameter
+    without a gradient on any rank keeps None.
     """
     for dtype in {p.dtype: None for p in parameters}:
         same_dtype = [p for p in parameters if p.dtype == dtype]
@@ -157,13 +162,13 @@ def _all_reduce_flat(parameters: list[Any], group: ProcessGroup, factor: float =
         for local_grad, new in zip(local_grads, sums, strict=True):
             local_grad.copy_(new.view(local_grad.shape))
         absent = [i for i, p in enumerate(same_dtype) if p.grad is None]
-        if absent:  # only here the host waits for the result
+        if absent:  # the host waits for the result in this case only
             for i, total in zip(absent, grad_counts[absent].real.tolist(), strict=True):
                 same_dtype[i].grad = grads[i] if total > 0 else None
 
 
 def fsdp_units(module: nn.Module) -> list[FSDPModule]:
-    """All units of a LightningModule, that of its small children included."""
+    """Return all FSDP units of a LightningModule, including the step unit of small children."""
     all_units: list[FSDPModule] = [
         submodule for submodule in module.modules() if isinstance(submodule, FSDPModule)
     ]
@@ -172,23 +177,22 @@ def fsdp_units(module: nn.Module) -> list[FSDPModule]:
 
 
 def has_sharded_params(module: nn.Module) -> bool:
-    """Whether somebody has spread parameters of the module already."""
+    """Whether any parameter of the module is a DTensor."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 @dataclass
 class UnitOptions:
-    """How units are gathered, and which modules become units.
+    """Options of FSDP units: which modules become units, and when parameters are gathered.
 
     Args:
-        is_sharded: if false, there are no units, and each rank has whole parameters (ZeRO-1).
-        keep_until_backward: the gathered parameters stay from a forward to its backward (ZeRO-2).
-        min_unit_bytes: bytes below which a member of a list is no unit of its own; None: SMALLEST.
-        half_dtype: dtype of the gathered parameters; None: that of the shards.
-        gather_around_steps: whether small children may be gathered together around a step, whose
-        backward
-            must then follow it.
-        gather_once: what is gathered stays until the last micro-batch of a step.
+        is_sharded: if false, there are no units, and each rank has full parameters (ZeRO-1).
+        keep_until_backward: keep gathered parameters from a forward to its backward (ZeRO-2).
+        min_unit_bytes: a smaller member of a list is not a unit of its own; None: SMALLEST bytes.
+        half_dtype: dtype of the gathered parameters; None: the dtype of the shards.
+        gather_around_steps: whether small children may be gathered together around a step. The
+            backward pass must then follow the step.
+        gather_once: keep gathered parameters until the last micro-batch of a step.
     """
 
     is_sharded: bool = True
@@ -206,7 +210,13 @@ def parallelize_module(
     sequence_parallel: bool = False,
     checkpointing_mode: CheckpointingMode = "none",
 ) -> ParallelModule:
-    """Apply the order above to the children of `module`, in place."""
+    """Parallelize the children of `module` in place, in the order given at the top of this file.
+
+    The caller has done steps 1 and 2.
+
+    Raises:
+        UsageError: the plan would untie a shared parameter, or no child holds a parameter.
+    """
     tied_names, parallel_module = _tied_param_names(module), ParallelModule(module, mesh_layout)
     tp_mesh = mesh_layout.tp_mesh
     if tp_mesh.size() > 1:
@@ -253,11 +263,10 @@ def shard_module(
 ) -> set[int]:
     """Apply fully_shard to the blocks of `module`, then to the rest of each of its children.
 
-    Parameters with ids in `ignored_ids` are left as they are.
+    Parameters with ids in `ignored_ids` are not changed.
 
     Returns:
-        ids of the parameters that stay whole and have their gradients averaged by
-        `reduce_gradients`.
+        ids of the parameters that stay replicated; `reduce_gradients` averages their gradients.
     """
     min_unit_bytes = SMALLEST if options.min_unit_bytes is None else options.min_unit_bytes
     fsdp_blocks = _fsdp_blocks(module, min_unit_bytes)
@@ -271,14 +280,13 @@ def shard_module(
         ]
         if len(small) > 1 and sum(map(_param_bytes, small)) <= TOGETHER:
             joint_modules = small
-    num_holders = Counter(
-        id(p) for root in fsdp_roots for p in root.parameters()
-    )  # ids hold no references
+    # ids, because they hold no references
+    num_holders = Counter(id(p) for root in fsdp_roots for p in root.parameters())
     replicated_ids = {id(p) for p in module.parameters() if p.ndim == 0 or num_holders[id(p)] > 1}
     replicated_ids |= {id(p) for p in module.parameters() if _is_param_subclass(p) or not p.numel()}
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
-            parameter.data = parameter.data.contiguous()  # FSDP2 takes no other, as channels_last
+            parameter.data = parameter.data.contiguous()  # FSDP2 rejects e.g. channels_last
     if not CAN_SHARD_INTEGERS:
         replicated_ids |= {
             id(p) for p in module.parameters() if not (p.is_floating_point() or p.is_complex())
@@ -297,7 +305,7 @@ def shard_module(
         unit.register_forward_hook(_clone_view_outputs)  # before fully_shard's own hook
         if options.half_dtype is not None:
             UnitAutocast(unit, torch.device(mesh.device_type), options.half_dtype)
-        # the backward pass of a step unit follows its forward: gather a small one once for both
+        # the backward pass of a step unit follows its forward, so a small unit is gathered once
         keep_gathered = options.keep_until_backward or (
             isinstance(unit, StepUnit) and _param_bytes(unit) < min_unit_bytes
         )
@@ -312,12 +320,12 @@ def shard_module(
 
 
 def _param_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters of a module."""
+    """Return the size of a module's parameters in bytes."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _raise_on_deepcopy(unit: nn.Module, memo: Any) -> None:
-    """`copy.deepcopy` of a unit: torch's FSDP2 has none, and its error does not say what to do."""
+    """Replace `__deepcopy__` of a unit: FSDP2 does not support it, and its error has no hint."""
     name = type(unit).__name__.removeprefix("FSDP")
     raise UsageError(
         f"copy.deepcopy({name}): ranks share its parameters; allowed: a copy that __init__, setup "
@@ -327,7 +335,7 @@ def _raise_on_deepcopy(unit: nn.Module, memo: Any) -> None:
 
 
 def _is_param_subclass(parameter: nn.Parameter) -> bool:
-    """Whether somebody's subclass of Parameter has to be kept, which a shard would not be."""
+    """Whether a parameter has its own class, which its shard would lose."""
     return type(parameter) not in (nn.Parameter, DTensor) and not isinstance(parameter, DTensor)
 
 
@@ -336,10 +344,10 @@ def _contains_any(module: nn.Module, candidates: list[nn.Module]) -> bool:
 
 
 def _reshard_after_eval(module: nn.Module, inputs: Any, outputs: Any) -> None:
-    """Free what was gathered where no backward will, and frozen layers, as zero3 does.
+    """Reshard a unit after a forward without gradients, or of a frozen layer, as zero3 does.
 
-    `parameters()` would else yield gathered copies, and a callback that swaps weights (EMA) would
-    write into those.
+    Otherwise `parameters()` would yield gathered copies, and a callback that swaps weights (EMA)
+    would write into those copies.
     """
     frozen = not any(p.requires_grad for p in module.parameters())
     if (not torch.is_grad_enabled() or frozen) and isinstance(module, FSDPModule):
@@ -348,19 +356,20 @@ def _reshard_after_eval(module: nn.Module, inputs: Any, outputs: Any) -> None:
 
 @torch.compiler.disable
 def _reshard_stale(module: nn.Module, inputs: Any) -> None:
-    """Free what an earlier forward without a backward has left gathered.
+    """Reshard a unit that an earlier forward without a backward has left gathered.
 
-    The shards may have been stepped or toggled (`requires_grad`) since. A block that is computed
-    again within a backward needs what is gathered.
+    The shards may have been stepped, or `requires_grad` toggled, since then. A block that is
+    recomputed within a backward pass needs the gathered parameters, so it is not resharded.
     """
     if torch._C._current_graph_task_id() < 0 and isinstance(module, FSDPModule):
         module.reshard()
 
 
 def _clone_view_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Copy outputs that are views, like the last token's of a language model.
+    """Clone outputs that are views, such as the last token's output of a language model.
 
-    An in-place operation on a view (`x += y`) would drop the hook that gathers for the backward.
+    An in-place operation on a view (`x += y`) would drop FSDP2's hook that gathers the parameters
+    for the backward pass.
     """
 
     def clone_view(tensor: Tensor) -> Tensor:
@@ -370,11 +379,11 @@ def _clone_view_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
 
 
 def _fsdp_blocks(module: nn.Module, min_unit_bytes: int = 0) -> list[nn.Module]:
-    """Members of lists, dicts and sequences, innermost first: each is gathered by itself.
+    """Return the members of lists, dicts and Sequentials that become FSDP units, innermost first.
 
-    A member that shares a parameter with the outside is left to its parent, which holds both; so is
-    one of less than `min_unit_bytes` bytes, as long as its parent has at most `TOGETHER` of such
-    members.
+    A member that shares a parameter with a module outside belongs to the unit of its parent. So
+    does a member of less than `min_unit_bytes` bytes, unless such members of its parent have more
+    than `TOGETHER` bytes.
     """
     use_counts = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     blocks: list[nn.Module] = []
@@ -403,7 +412,7 @@ def _fsdp_blocks(module: nn.Module, min_unit_bytes: int = 0) -> list[nn.Module]:
 
 
 def _fsdp_roots(module: nn.Module) -> list[nn.Module]:
-    """The children of `module` that hold parameters, those of a container in its place."""
+    """Return the children of `module` with parameters; a container counts as its members."""
     roots = []
     for child in module.children():
         if isinstance(child, MODULE_CONTAINERS):
@@ -414,7 +423,7 @@ def _fsdp_roots(module: nn.Module) -> list[nn.Module]:
 
 
 def _tied_param_names(module: nn.Module) -> set[tuple[str, ...]]:
-    """Groups of names that mean one parameter."""
+    """Return the groups of names that refer to one (tied) parameter."""
     names_by_id: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names_by_id.setdefault(id(parameter), []).append(name)
@@ -422,10 +431,10 @@ def _tied_param_names(module: nn.Module) -> set[tuple[str, ...]]:
 
 
 def broadcast_from_rank_zero(module: nn.Module, device: torch.device) -> None:
-    """Give every rank rank 0's values of all that is not sharded, as DDP does.
+    """Broadcast rank 0's values of all unsharded parameters and buffers, as DDP does.
 
     Raises:
-        ValueError: a lazy layer has not been called yet.
+        UsageError: a lazy layer has not been called yet.
     """
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
@@ -438,6 +447,6 @@ def broadcast_from_rank_zero(module: nn.Module, device: torch.device) -> None:
         if isinstance(tensor, DTensor) or tensor.is_meta or tensor.numel() == 0:
             continue
         flat = tensor.detach().to(device).reshape(-1).contiguous()
-        dist.broadcast(flat.view(torch.uint8), 0)  # as bytes: gloo knows few types
-        if flat.data_ptr() != tensor.data_ptr():  # else the broadcast has written into the tensor
+        dist.broadcast(flat.view(torch.uint8), 0)  # as bytes: gloo supports few dtypes
+        if flat.data_ptr() != tensor.data_ptr():  # else the broadcast wrote into the tensor
             tensor.detach().copy_(flat.view(tensor.shape))

@@ -1,17 +1,21 @@
-"""Pipeline parallelism: each rank has some of the blocks, and micro-batches follow each other.
+"""Pipeline parallelism: each rank holds a stage of the net, and micro-batches pass through them.
 
     rank 0   enter, blocks 0 1    F0 F1 F2 F3 -- B0 -- B1 -- B2 -- B3       F forward, B backward
     rank 1   blocks 2 3, leave    -- F0 B0 F1 B1 F2 B2 F3 B3                (1f1b, two stages)
 
-With P stages and m micro-batches a share (P-1)/m of the time is idle; `interleaved` gives each rank
-two shorter stages, and half of that. The schedules are torch's. A net takes part by four things:
-`blocks_by_stage` (a ModuleDict), `enter(inputs)` before them, `through(x, names)`, `leave(x)`
-after them, and `end_placeholders()`, the names of the modules that the first and the last stage
-need.
+With P stages and m micro-batches the idle time (bubble) is (P-1)/m of the computing time. The
+schedule `interleaved` gives each rank two shorter stages, which halves the bubble. The schedules
+are those of torch.distributed.pipelining. A net supports pipeline parallelism by:
 
-A `training_step` stays as it is: it is run for each micro-batch where the last stage is, with what
-the stages have made in the place of the net's own answer; what it logs is told to all ranks. Else
-(validation, samples) a call of the net runs the stages in turn.
+    blocks            a ModuleDict
+    enter(inputs)     the layers before the blocks
+    through(x, names) the blocks of these names
+    leave(x)          the layers after the blocks
+    ends()            the names of the modules that `enter` and `leave` need
+
+The `training_step` of the module needs no change. The last rank runs it for each micro-batch, with
+the output of the stages in place of the net's forward. The values that it logs are broadcast to all
+ranks. Outside of training (validation, sampling) a call of the net runs the stages sequentially.
 """
 
 import inspect
@@ -42,7 +46,7 @@ from .pipeline_stages import (
 )
 
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved"]
-SCHEDULE_CLASSES: dict[str, tuple[Any, int]] = {  # and stages a rank
+SCHEDULE_CLASSES: dict[str, tuple[Any, int]] = {  # torch's class, and the stages per rank
     "gpipe": (schedules.ScheduleGPipe, 1),
     "1f1b": (schedules.Schedule1F1B, 1),
     "interleaved": (schedules.ScheduleInterleaved1F1B, 2),
@@ -50,7 +54,7 @@ SCHEDULE_CLASSES: dict[str, tuple[Any, int]] = {  # and stages a rank
 
 
 class Pipeline:
-    """The stages of this rank, and how the others are reached."""
+    """The pipeline stages of this rank, and their communication with other ranks."""
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class Pipeline:
         pipeline_schedule: PipelineSchedule,
         num_microbatches: int,
     ) -> None:
-        """Keep the blocks of this rank; the others are let go."""
+        """Keep the stages of this rank, and replace the other modules by placeholders."""
         self.module, self.net = module, find_pipeline_net(module, mesh.size())
         self.group, self.rank, self.num_ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         if find_experts(module):
@@ -73,42 +77,41 @@ class Pipeline:
             num_microbatches,
             stages_per_rank * self.num_ranks,
         )
-        self.param_names = [name for name, _ in module.named_parameters()]  # of the whole net
+        self.param_names = [name for name, _ in module.named_parameters()]  # of the full net
         self.block_names = list(self.net.blocks)
         self.blocks_by_stage = partition_blocks(
             self.block_names, self.num_stages, type(module).__name__, self.num_ranks
         )
         self.local_stages = range(self.rank, self.num_stages, self.num_ranks)
         self.is_first, self.is_last = self.rank == 0, self.rank == self.num_ranks - 1
-        self.block_placeholders: dict[
-            str, nn.Module
-        ] = {}  # stand-ins for blocks, and for what is at the ends
+        # placeholders for blocks of other ranks, and for modules of `enter` and `leave`
+        self.block_placeholders: dict[str, nn.Module] = {}
         self.end_placeholders: dict[str, nn.Module] = {}
         self.tied_params = drop_other_stages(self)
-        self.meta_net = meta_copy(self.net)  # to ask for shapes, before anything is spread
+        self.meta_net = meta_copy(self.net)  # to infer shapes; copied before sharding
         self.net.forward = lambda *args, **how: self.forward_fn(*args, **how)
         self.forward_fn: Callable[..., Any] = self.forward_sequential
-        # of the batch: gradients meet other ranks' in the schedule
+        # weight of this batch's loss: the schedule reduces its gradients with other ranks
         self.weight: Tensor | float = 1.0
         self.losses: list[Tensor] = []
-        self.schedules_by_shape: dict[Any, Any] = {}  # schedules by the shape of their input
-        self.stage_dtypes: dict[int, torch.dtype] = {}  # of what each stage makes
+        self.schedules_by_shape: dict[Any, Any] = {}  # by shape and dtype of the input
+        self.stage_dtypes: dict[int, torch.dtype] = {}  # of the output of each stage
         self.logged_by_microbatch: dict[int, dict[str, Any]] = {}
-        self.log_spec: list[Any] | None = None  # names and options of what training_step logs
+        self.log_spec: list[Any] | None = None  # names and options of the logged values
 
     def full_net(self) -> AbstractContextManager[None]:
-        """The whole net for a moment, to look at: optimizers are chosen by what it is."""
+        """Return a context in which the module shows the full net, e.g. to build param groups."""
         return full_net(self)
 
     def run_stage(self, stage: int, x: Any, *args: Any, net: Any = None) -> Tensor:
-        """What one stage of this rank makes of what it is given."""
+        """Return the output of one stage of this rank for its input x."""
         net = net or self.net
         if stage == 0:
             x = net.enter(x, *args)
         return net.through(x, self.blocks_by_stage[stage], *args)
 
     def forward_sequential(self, inputs: Any, cache: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The net's answer, on all ranks: each stage by itself, one after the other."""
+        """Return the net's output on all ranks, by running the stages sequentially."""
         x = inputs
         for stage in range(self.num_stages):
             x = self.run_stage(stage, x, cache) if stage in self.local_stages else None
@@ -137,9 +140,10 @@ class Pipeline:
             self.forward_fn = previous
 
     def step(self, batch: Any, args: tuple[Any, ...], context: Callable[[], Any]) -> Tensor:
-        """Forward and backward of all micro-batches; the loss, whose backward hands out gradients.
+        """Run forward and backward of all micro-batches, and return the loss.
 
-        `step_context` is what a step runs in (autocast).
+        The backward of the returned loss accumulates the computed gradients into the parameters.
+        `context` makes the context in which a step runs (autocast).
         """
         microbatches = self._split_batch(batch)
         inputs = [self._capture_net_input(micro, args) for micro in microbatches]
@@ -183,14 +187,13 @@ class Pipeline:
         return microbatches
 
     def _capture_net_input(self, microbatch: Any, args: tuple[Any, ...]) -> Tensor:
-        """What training_step gives the net: it is run up to there."""
+        """Return the input of the net in training_step, which is run up to that call."""
 
         def raise_with_input(net: nn.Module, inputs: tuple[Any, ...]) -> None:
             raise CapturedInput(inputs[0])
 
-        hook = self.net.register_forward_pre_hook(
-            raise_with_input, prepend=True
-        )  # before anything is gathered
+        # prepended, so that FSDP2 gathers no parameters
+        hook = self.net.register_forward_pre_hook(raise_with_input, prepend=True)
         try:
             with self._record_logs(-1):
                 self.module.training_step(microbatch, *args)
@@ -201,7 +204,7 @@ class Pipeline:
         raise UsageError(f"pp: {type(self.module).__name__}.training_step does not call its net")
 
     def _microbatch_loss(self, x: Tensor, number: Tensor) -> Tensor:
-        """The loss of a micro-batch, as training_step computes it from what the stages made."""
+        """Compute the loss of micro-batch `number` by training_step, from the stage output x."""
         i = int(number)
         leave = self.net.leave
         with (
@@ -215,7 +218,10 @@ class Pipeline:
         return loss * self.weight
 
     def _compute_microbatch_weights(self, microbatches: list[Any]) -> Tensor:
-        """How much of the batch's mean each micro-batch is, where they may have unequal terms."""
+        """Return the weight (m) of each micro-batch in the mean over the batch.
+
+        It is proportional to the number of loss terms, if the module has a method `terms`.
+        """
         terms = getattr(self.module, "terms", None)
         counts = [
             torch.as_tensor(terms(microbatch) if callable(terms) else 1.0)
@@ -242,7 +248,7 @@ class Pipeline:
         self.logged_by_microbatch[number] = records
 
     def _broadcast_results(self, total: Tensor | None) -> Tensor:
-        """Tell all ranks the loss and what was logged, the mean over the batch."""
+        """Broadcast the loss and the logged values, averaged over the micro-batches."""
         source_rank = dist.get_global_rank(self.group, self.num_ranks - 1)
         logged = (
             [self.logged_by_microbatch[i] for i in range(self.num_microbatches)]
@@ -284,7 +290,7 @@ class Pipeline:
             device = next(self.net.parameters()).device
             stages = []
             activation: Tensor = inputs
-            for stage in range(self.num_stages):  # once in turn, to see the shapes
+            for stage in range(self.num_stages):  # run once sequentially to infer the shapes
                 stage_input = activation
                 stage_output = (
                     self._probe_output(stage, activation) if stage in self.local_stages else None
@@ -309,9 +315,10 @@ class Pipeline:
 
     @torch.no_grad()
     def _probe_output(self, stage: int, x: Tensor) -> Tensor:
-        """What a stage makes, the first time; afterwards, a tensor of its shape and type.
+        """Return the output of a stage: real the first time, later an empty tensor like it.
 
-        Data ranks see new shapes at different times, and only together could they gather.
+        A forward pass gathers parameters, which needs all data ranks. They get new shapes at
+        different times, so later shapes are inferred on the meta device.
         """
         if stage not in self.stage_dtypes:
             with self.step_context(), self._override_forward(self._stage_fn(stage)):
@@ -325,12 +332,12 @@ class Pipeline:
         return lambda x: self.run_stage(stage, x)
 
     def duplicated_params(self) -> list[Tensor]:
-        """Parameters of this rank that another one counts: a norm has each once."""
+        """Return tied parameters that the first rank also holds, to count them once in a norm."""
         names = {name for name, *_ in self.tied_params} if not self.is_first else set()
         return [p for name, p in self.module.named_parameters() if name in names]
 
     def reduce_tied_gradients(self) -> None:
-        """Add up the gradients of what the first and the last stage both have."""
+        """Sum the gradients of parameters that the first and the last stage share."""
         for name, shape, dtype in self.tied_params:
             parameter = dict(self.module.named_parameters()).get(name)
             device = next(self.module.parameters()).device

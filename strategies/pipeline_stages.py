@@ -1,10 +1,11 @@
-"""Cutting a net into stages: which blocks stand where, and what is let go.
+"""Pipeline stages: partition the blocks of a net, and drop the modules of other ranks.
 
     blocks 0 1 | 2 3 | 4 5     enter (embedding) at the first stage, leave (norm, head) at the last
 
-Names do not change, so a checkpoint of the stages is one of the net. A tied head keeps its weight
-at both ends. What is let go leaves a stand-in without numbers, for whoever must see the whole net:
-the last linear map of a stage is not the net's.
+Parameter names do not change, so the stages' checkpoints together are a checkpoint of the net. A
+tied head keeps its weight on the first and the last rank. A dropped module leaves a placeholder
+without memory. Code that needs the full net uses the context `full_net`, which shows the
+placeholders. For example, a rule for the last linear layer must not match the last one of a stage.
 """
 
 import copy
@@ -22,7 +23,7 @@ PIPELINE_ATTRS = ("blocks", "enter", "through", "leave", "ends")
 
 
 def find_pipeline_net(module: nn.Module, num_ranks: int) -> Any:
-    """The net inside a module that has what a pipeline needs."""
+    """Return the submodule that has the attributes of PIPELINE_ATTRS."""
     for net in module.modules():
         if all(hasattr(net, name) for name in PIPELINE_ATTRS):
             return net
@@ -35,7 +36,7 @@ def find_pipeline_net(module: nn.Module, num_ranks: int) -> Any:
 def partition_blocks(
     block_names: list[str], num_stages: int, owner_name: str, num_ranks: int
 ) -> list[list[str]]:
-    """The blocks of each stage, in order, their numbers differing by one at most."""
+    """Return the block names of each stage, in order; stage sizes differ by at most one."""
     if len(block_names) < num_stages:
         fix = f"pp={len(block_names)}" if len(block_names) < num_ranks else "schedule=1f1b"
         raise UsageError(
@@ -53,7 +54,11 @@ def partition_blocks(
 
 
 def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]]:
-    """Drop what other ranks have; name, shape and dtype of what the first and last share."""
+    """Replace the modules of other ranks by placeholders.
+
+    Returns:
+        name, shape and dtype of each parameter that the first and the last stage share.
+    """
     net, module = pipeline.net, pipeline.module
     enter, leave = net.ends()
 
@@ -71,7 +76,7 @@ def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]
     }
     local_modules = {
         end_module for name in local_block_names for end_module in net.blocks[name].modules()
-    }  # like shared tables
+    }  # may be shared with dropped blocks, e.g. rotary tables
     for name in list(net.blocks):
         if name not in local_block_names:
             pipeline.block_placeholders[name] = meta_placeholder(
@@ -91,11 +96,11 @@ def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]
 
 
 def meta_copy(net: nn.Module) -> nn.Module:
-    """A copy of the net without numbers, which takes no memory: it tells shapes only."""
+    """Return a copy of the net on the meta device, which infers shapes without memory."""
     meta_tensors = {id(t): t.detach().to("meta") for t in (*net.parameters(), *net.buffers())}
     copied = copy.deepcopy(net, meta_tensors)
     for module in copied.modules():
-        module.__dict__.pop("forward", None)  # of the net itself: recomputation changes no shape
+        module.__dict__.pop("forward", None)  # e.g. of activation checkpointing: shapes are equal
     return copied
 
 
@@ -104,10 +109,10 @@ def meta_placeholder(
     placeholders_by_param: dict[nn.Parameter, nn.Parameter],
     unchanged_modules: Collection[nn.Module] = (),
 ) -> nn.Module:
-    """The same module, each parameter one number in the shape of all; `placeholders_by_param`
-    keeps ties.
+    """Replace the parameters of a module by expanded scalars of the same shape, in place.
 
-    Modules that blocks of this rank also use (`unchanged_modules`) are not changed.
+    `placeholders_by_param` maps a tied parameter to one placeholder. Modules that blocks of this
+    rank also use (`unchanged_modules`) are not changed.
     """
     for submodule in (
         candidate for candidate in module.modules() if candidate not in unchanged_modules
@@ -125,7 +130,10 @@ def meta_placeholder(
 
 @contextmanager
 def full_net(pipeline: Any) -> Iterator[None]:
-    """Show the whole net for a moment, stand-ins (`elsewhere`) where another rank has the part."""
+    """Show the full net in the context, with placeholders for modules of other ranks.
+
+    The placeholder parameters have the attribute `elsewhere`.
+    """
     net, blocks = pipeline.net, dict(pipeline.net.blocks)
     net.blocks._modules = {
         n: blocks.get(n) or pipeline.block_placeholders[n] for n in pipeline.block_names
@@ -141,41 +149,41 @@ def full_net(pipeline: Any) -> Iterator[None]:
 
 
 class PipelineStageModule(nn.Module):
-    """One stage as torch wants it; the net stays where it was, with its names and its hooks."""
+    """One stage as a module for torch's PipelineStage; the net keeps its names and hooks."""
 
     def __init__(self, pipeline: Any, stage: int) -> None:
-        """Remember which; a pipeline is no part of it."""
+        """Store the stage; the pipeline is not registered as a submodule."""
         super().__init__()
         self.__dict__["pipeline"], self.stage = pipeline, stage
 
     def forward(self, x: Tensor) -> Tensor:
-        """Go through the stage, as the net does."""
+        """Run the stage by a call of the net, so that the net's hooks run."""
         pipeline = self.__dict__["pipeline"]
         with pipeline.step_context(), pipeline._override_forward(pipeline._stage_fn(self.stage)):
             return pipeline.net(x)
 
 
 class CapturedInput(Exception):
-    """The net has been called: with these inputs."""
+    """Ends training_step at the call of the net, and holds the net's input."""
 
     def __init__(self, inputs: Tensor) -> None:
-        """Carry them to whoever wanted to know."""
+        """Store the input of the net."""
         super().__init__()
         self.inputs = inputs
 
 
 class PrecomputedGradLoss(torch.autograd.Function):
-    """A loss whose gradients are there already: its backward scales them and adds them up."""
+    """A loss with precomputed gradients: its backward scales and accumulates them."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, parameters: list[Tensor], grads: list[Any]) -> Tensor:
-        """Remember what was made for whom."""
+        """Store the parameters and their precomputed gradients; return the loss."""
         ctx.parameters, ctx.made = parameters, grads
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore
-        """Hand it out."""
+        """Scale and accumulate the precomputed gradients."""
         for p, grad in zip(ctx.parameters, ctx.made, strict=True):
             if grad is None:
                 continue

@@ -1,9 +1,10 @@
-"""Names for `--trainer.strategy`: presets of MeshStrategy beside Lightning's own `ddp`.
+"""Strategy presets: names for `--trainer.strategy` that configure MeshStrategy.
 
-A new one is a row of the table below and a row of WORLDS in
-tests/strategies/test_mesh_strategy.py. Then
-`python tests/test_lists.py` writes its overlay and its row of docs/parallelism.md, and
-`WRITE_README=1 pytest tests/docs/test_support_tables.py -k readme` its column of README's table.
+To add a preset, add a row to the table below and a row to WORLDS in
+tests/strategies/test_mesh_strategy.py. Then run `python tests/test_lists.py`, which writes its
+overlay and its row of docs/parallelism.md. Finally run
+`WRITE_README=1 pytest tests/docs/test_support_tables.py -k readme`, which writes its column of
+README's table.
 """
 
 from lightning.pytorch.strategies import StrategyRegistry

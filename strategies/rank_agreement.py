@@ -1,4 +1,4 @@
-"""Compare the configurations of all ranks of a job by one hash, before anything is set up."""
+"""Check that all ranks have the same configuration, by comparing one hash per rank."""
 
 import hashlib
 import json
@@ -37,11 +37,11 @@ RANK_SPECIFIC_HPARAMS = (
 
 
 class RanksDiffer(UsageError):
-    """Ranks of one job were started with different configurations, or with unequal loaders."""
+    """The ranks of a job have different configurations, or loaders of unequal length."""
 
 
 def flatten_config(config: Any, key: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings and lists, by dotted key."""
+    """Return the leaves of nested mappings and lists, by dotted key."""
     if isinstance(config, Mapping) and config:
         items: Any = config.items()
     elif isinstance(config, list | tuple) and config:
@@ -58,8 +58,8 @@ def flatten_config(config: Any, key: str = "") -> dict[str, Any]:
 def check_same_config(config: dict[str, Any], group: ProcessGroup | None = None) -> None:
     """Raise RanksDiffer on every rank if the flat configurations of the ranks are not equal.
 
-    Every rank of `group` calls it. One hash a rank is gathered; the values are gathered only where
-    the hashes differ, to name the first key.
+    Every rank of `group` calls it. It gathers one hash per rank. Only if the hashes differ, it
+    gathers the values, to name the first key that differs.
     """
     text = {key: json.dumps(config[key], default=repr, sort_keys=True) for key in sorted(config)}
     digest = hashlib.sha256(json.dumps(text).encode()).hexdigest()
@@ -78,7 +78,7 @@ def check_same_config(config: dict[str, Any], group: ProcessGroup | None = None)
 
 
 def collect_script_config(trainer: L.Trainer) -> dict[str, Any]:
-    """The choices of a script that trainer, module and data show."""
+    """Return the configuration of a script, as far as trainer, module and data hold it."""
     module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
     choices: dict[str, Any] = {
         "seed": os.environ.get("PL_GLOBAL_SEED"),

@@ -1,8 +1,8 @@
-"""Errors of sharded tensors in a user's module, as one line that says what to type.
+"""Turn errors of sharded tensors in a user's module into a one-line error with a hint.
 
-torch's DTensor and FSDP2 raise where an operation has no rule for shards, or finds the memory of a
-gathered parameter freed. Their traceback shows internals of torch; the line names the module, the
-place in its code and the strategies that give every rank whole parameters.
+torch's DTensor and FSDP2 raise if an operation has no rule for shards, or if the memory of a
+gathered parameter is freed. Their traceback shows internals of torch. The one-line error names the
+module, the line of its code, and the strategies with full parameters on every rank.
 """
 
 import os
@@ -15,30 +15,24 @@ from typing import Any
 
 from ravine.errors import RunError, UsageError
 
-TORCH_INTERNAL_MODULES = (
-    "torch.distributed.tensor.",
-    "torch.distributed.fsdp.",
-)  # modules, each with a dot
+# prefixes of module names
+TORCH_INTERNAL_MODULES = ("torch.distributed.tensor.", "torch.distributed.fsdp.")
 LIBRARY_PACKAGES = ("torch", "lightning", "ravine", "contextlib")
 SHARDING_ERROR_TEXTS = (
     "DTensor", "setStorage", "storage of size 0", "sharding strategy", "FSDP",
     "data is not allocated yet",
 )  # fmt: skip
-CONNECTION_ERROR_TEXTS = (
-    "gloo/transport",
-    "NCCL",
-    "Connection closed",
-    "Timed out",
-)  # another rank has ended
+# errors after another rank has ended
+CONNECTION_ERROR_TEXTS = ("gloo/transport", "NCCL", "Connection closed", "Timed out")
 
 
 class ShardingError(UsageError, RuntimeError):
-    """An operation of a module does not work with sharded parameters."""
+    """An operation of a module does not support sharded parameters."""
 
 
 @contextmanager
 def raise_as_sharding_error(module: Any, location: str) -> Iterator[None]:
-    """Raise errors of sharded tensors as a ShardingError; RAVINE_TRACEBACK=1 shows them as is."""
+    """Convert errors of sharded tensors to ShardingError, unless RAVINE_TRACEBACK=1 is set."""
     try:
         yield
     except Exception as error:
@@ -55,14 +49,14 @@ def is_sharding_error(error: Exception) -> bool:
     if not modules or any(w in str(error) for w in CONNECTION_ERROR_TEXTS):
         return False
     if isinstance(error, UsageError | RunError):
-        return False  # an error of this package: one line already
+        return False  # an error of this package
     is_internal = any(f"{name}.".startswith(TORCH_INTERNAL_MODULES) for name in modules)
     has_known_text = any(known_text in str(error) for known_text in SHARDING_ERROR_TEXTS)
     return has_known_text or (is_internal and isinstance(error, RuntimeError | NotImplementedError))
 
 
 def sharding_error_message(name: str, error: Exception, location: str) -> str:
-    """The error message, in one line."""
+    """Return the one-line error message."""
     error_text = " ".join(str(error).split())[:160]
     return (
         f"{name}: {location}{_user_code_line(error)} an operation cannot work with sharded "
@@ -73,7 +67,7 @@ def sharding_error_message(name: str, error: Exception, location: str) -> str:
 
 
 def _user_code_line(error: Exception) -> str:
-    """File and line of the innermost frame outside of torch, Lightning and this package."""
+    """Return file and line of the innermost frame outside of torch, Lightning and ravine."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         path = Path(frame.f_code.co_filename)
         if path.is_absolute() and _module_name(frame).partition(".")[0] not in LIBRARY_PACKAGES:

@@ -1,7 +1,7 @@
-"""A tensor and this rank's part of it: the four steps between the two.
+"""Convert between full tensors and shards: helpers for callbacks that work with DTensors.
 
-A parameter spread over a mesh is a DTensor. Arithmetic by number needs only the parts, which share
-its memory; files and other layouts need the whole.
+A sharded parameter is a DTensor. Elementwise arithmetic needs only the local shards, which share
+its memory. Files and other layouts need full tensors.
 """
 
 from collections.abc import Container, Iterator
@@ -20,39 +20,39 @@ from .parallel_module import fsdp_units
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing memory; a plain tensor is its own part."""
+    """Return this rank's shard, which shares memory; a plain tensor is returned as is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All parts together; every rank calls it."""
+    """All-gather the full tensor; every rank calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole value, sharded as `like` is; nothing is sent."""
-    return local_shard(value, like).to(like.device)  # read in parts: sharded already
+    """Return this rank's shard of a full value, with the placements of `like`; sends nothing."""
+    return local_shard(value, like).to(like.device)  # a value of a sharded file is a DTensor
 
 
 def full_module(trainer: Any) -> AbstractContextManager[None]:
-    """In a pipeline, all of the net in the module for a moment, to count or to choose by."""
+    """Return a context in which a pipeline's module shows the full net, e.g. to count it."""
     pipeline = getattr(trainer.strategy, "pipeline", None)
     return nullcontext() if pipeline is None else pipeline.full_net()
 
 
 def has_gradient(trainer: Any, parameter: Tensor) -> bool:
-    """Whether the last backward pass has reached a parameter, on this rank.
+    """Whether the last backward pass on this rank computed a gradient of a parameter.
 
-    With ZeRO-1 the gradient may have been sent to the rank that owns the parameter.
+    With ZeRO-1 `p.grad` may be None, because the gradient was sent to the parameter's owner.
     """
     with_gradient = getattr(trainer.strategy, "arrived", ())
     return parameter.grad is not None or parameter in with_gradient
 
 
 def named_trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and parameters that move, as shards where they are sharded.
+    """Yield names and trainable floating-point parameters, as shards if they are sharded.
 
-    A forward may have left whole copies in the place of shards: they would hide a change of those.
+    Units are resharded first: a forward may have left gathered copies in place of the shards.
     """
     for unit in fsdp_units(module):
         unit.reshard()
@@ -62,7 +62,7 @@ def named_trainable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def named_tracked(module: nn.Module, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """Trainable parameters, and those of the given names even if they are frozen now."""
+    """Yield trainable parameters, and those of the given names even if they are frozen."""
     trainable_names = {name for name, _ in named_trainable(module)}
     for name, parameter in module.named_parameters():
         if name in trainable_names or (name in names and parameter.is_floating_point()):
@@ -70,7 +70,7 @@ def named_tracked(module: nn.Module, names: Container[str]) -> Iterator[tuple[st
 
 
 def stages_to_join(trainer: Any) -> StageNames | None:
-    """The stages of a pipeline whose weights one file holds; None without one, or for a folder."""
+    """Return the pipeline stages to gather into one file; None for a folder or no pipeline."""
     in_folder = saves_sharded(trainer.strategy)
     return None if in_folder else getattr(trainer.strategy, "stages", None)
 
@@ -81,16 +81,16 @@ def to_checkpoint(
     live: bool = False,
     stages: StageNames | None = None,
 ) -> dict[str, Tensor]:
-    """Copy weights for a checkpoint, whole or sharded as its state_dict is; every rank calls it.
+    """Copy weights for a checkpoint, full or sharded like its state_dict; every rank calls it.
 
-    The whole value of a sharded weight is on the first rank of its mesh only.
+    The full value of a sharded weight is on the first rank of its mesh only.
 
     Args:
         state: the checkpoint's state_dict.
-        weights: by name.
-        live: whether shards may be the weights themselves, if these do not change until they are
-            written.
-        stages: of a pipeline, each of which has other weights; the result is on rank 0 only.
+        weights: the weights by name.
+        live: whether shards are returned without a copy; the caller must not change the weights
+            before they are written.
+        stages: the stages of a pipeline; the result is then on rank 0 only.
     """
     if any(isinstance(value, DTensor) for value in state.values()):
         return {name: w.detach() if live else w.detach().clone() for name, w in weights.items()}
@@ -114,10 +114,9 @@ def update_state_dict(
     live: bool = False,
     stages: StageNames | None = None,
 ) -> None:
-    """Put values into a checkpoint's state_dict, whole or sharded as it is; every rank calls it.
+    """Replace weights in a checkpoint's state_dict, full or sharded; every rank calls it.
 
-    A weight that layers share stands there under each of its names, and gets one value. See
-    `to_checkpoint` for the arguments.
+    A shared weight is set under each of its names. See `to_checkpoint` for the arguments.
     """
     owned: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -125,5 +124,5 @@ def update_state_dict(
     aliases = {name: names for names in owned.values() for name in names}
     for name, value in to_checkpoint(state, weights, live, stages).items():
         for alias in aliases.get(name, [name]):
-            if alias in state:  # one rank alone holds whole weights
+            if alias in state:  # only one rank has the full weights
                 state[alias] = value

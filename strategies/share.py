@@ -1,4 +1,4 @@
-"""Which part of the data a process computes: the one question that all who read data ask."""
+"""Data-parallel rank and size, and gradient accumulation, as every data loader uses them."""
 
 from typing import Any, NamedTuple
 
@@ -8,10 +8,10 @@ from ravine.errors import UsageError
 
 
 class DataParallelInfo(NamedTuple):
-    """Part `dp_rank` of `dp_size`, in `accumulate` micro-batches; alone: all of it.
+    """Data-parallel rank and size, and micro-batches per optimizer step; default: one process.
 
-    share = Share.of(trainer)
-    mine = batch[share.rank :: share.size]
+    info = DataParallelInfo.of(trainer)
+    local_batch = batch[info.dp_rank :: info.dp_size]
     """
 
     dp_rank: int = 0
@@ -20,7 +20,7 @@ class DataParallelInfo(NamedTuple):
 
     @classmethod
     def of(cls, trainer: Any) -> "DataParallelInfo":
-        """Ask the trainer; ranks that split one model (tensor parallel) count as one."""
+        """Read the values from a trainer; ranks that split one model (tp, pp) count as one."""
         if trainer is None:
             return cls()
         check_constant_accumulation(trainer)
@@ -30,7 +30,10 @@ class DataParallelInfo(NamedTuple):
 
 
 def check_constant_accumulation(trainer: Any) -> None:
-    """ValueError if a batch of one optimizer step would grow with the epoch, and nothing helps."""
+    """Raise UsageError if GradientAccumulationScheduler would change the batch of a step.
+
+    A callback with `follows_accumulation = True` adapts the batch, so it is then allowed.
+    """
     callbacks = getattr(trainer, "callbacks", None) or ()
     changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
     if changes and not any(

@@ -1,6 +1,6 @@
-"""Lightning's callbacks that do not work with this package are refused by name.
+"""Reject Lightning callbacks that do not work with this package.
 
-The measured table of all of them is docs/lightning_callbacks.md.
+docs/lightning_callbacks.md has the table of all Lightning callbacks, as measured.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from ravine.lightning_compat import averaging_callbacks
 
 COPIES_REASON = "copies the network in setup, before it is built, changed or placed"
 USE_EMA_HINT = "use ravine.callbacks.EMA; type --trainer.callbacks+=EMA"
-# why, and what to do
+# by class: the reason, and the alternative
 UNSUPPORTED_CALLBACKS: dict[type, tuple[str, str]] = {
     **{kind: (COPIES_REASON, USE_EMA_HINT) for kind in averaging_callbacks()},
     ModelPruning: (
@@ -23,7 +23,7 @@ UNSUPPORTED_CALLBACKS: dict[type, tuple[str, str]] = {
 
 
 def check_stock_callbacks(trainer: Any) -> None:
-    """ValueError for a callback of Lightning that would have no effect or a wrong one here."""
+    """Raise UsageError for a Lightning callback that would have no effect or a wrong one."""
     for callback in trainer.callbacks:
         for callback_class, (reason, instead) in UNSUPPORTED_CALLBACKS.items():
             if isinstance(callback, callback_class):

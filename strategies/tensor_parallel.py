@@ -1,16 +1,16 @@
-"""Tensor parallelism: a net says how its matrices split, this file does it to any net.
+"""Tensor parallelism and sequence parallelism: split matrices by the plan of a net.
 
-    y = down(act(up(x)))     up split by rows of its weight ("colwise", each rank makes a part of
-                             the hidden channels), down by columns ("rowwise"), one all-reduce
+    y = down(act(up(x)))     up is split by rows of its weight ("colwise": each rank computes some
+                             hidden channels), down by columns ("rowwise"), with one all-reduce
 
-The net has a method `tp_plan() -> {glob of module names: style}`. Everything outside the plan stays
-whole on every rank and sees the same numbers there. With `sequence_parallel` the stream between
-the split parts is cut along time, so that norms and activations are not repeated on every rank:
+The net has a method `tp_plan() -> {glob of module names: style}`. Modules outside the plan are
+replicated, and compute the same values on every rank. With `sequence_parallel` the residual stream
+between the split parts is sharded along time, so ranks do not repeat norms and activations:
 
     scatter | norm  gather [up .. down] reduce-scatter  + | ... | gather, norm, head
 
-The bytes are the same: an all-reduce is a reduce-scatter and an all-gather. It is done in training
-alone; a generation or an evaluation of any length goes the plain way.
+The traffic is the same: an all-reduce is a reduce-scatter and an all-gather. Sequence parallelism
+is used in training only, so generation and evaluation work with any length.
 """
 
 from collections.abc import Callable
@@ -43,10 +43,10 @@ def apply_tensor_parallel(
     """Apply the plan of every net inside `module` over the one-dimensional `mesh`.
 
     Returns:
-        the modules whose gradients are parts of a sum over the mesh.
+        the modules whose gradients are partial sums, to be reduced over the mesh.
 
     Raises:
-        UsageError: there is no plan, it splits no matrix, or its sizes do not divide.
+        UsageError: there is no plan, it splits no matrix, or sizes are not divisible.
     """
     nets = [net for net in module.modules() if callable(getattr(net, "tp_plan", None))]
     if not nets:
@@ -137,8 +137,9 @@ def _parallelize_submodule(
 
 
 def _resolve_plan(net: nn.Module, plan: dict[str, str]) -> dict[str, str]:
-    """Globs to module names; a star stands for one part of a dotted name."""
-    names = [name for name, _ in net.named_modules() if name]  # in order: ranks communicate
+    """Resolve the globs of a plan to module names; `*` matches within one part of a name."""
+    # module order: all ranks must communicate in the same order
+    names = [name for name, _ in net.named_modules() if name]
     styles: dict[str, str] = {}
     for glob, style in plan.items():
         if style not in PLAN_STYLES:
@@ -162,7 +163,7 @@ def _matches_glob(name: str, glob: str) -> bool:
 
 
 def _is_absent(net: nn.Module, names: list[str], glob: str) -> bool:
-    """Whether the glob names a part this net does without: an attribute that is None."""
+    """Whether the glob names an optional submodule that is None in this net."""
     parent, _, leaf = glob.rpartition(".")
     owners = [net.get_submodule(name) for name in names if _matches_glob(name, parent)]
     owners = owners if parent else [net]
@@ -170,7 +171,10 @@ def _is_absent(net: nn.Module, names: list[str], glob: str) -> bool:
 
 
 def _check_divisible(net: nn.Module, name: str, style: str, num_ranks: int) -> None:
-    """Refuse what does not divide; where a parent says `head_width`, whole heads must."""
+    """Raise UsageError if a weight is not divisible by the ranks.
+
+    If the parent module has `head_dim`, the number of heads must be divisible.
+    """
     module = net.get_submodule(name)
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 2:
@@ -178,7 +182,7 @@ def _check_divisible(net: nn.Module, name: str, style: str, num_ranks: int) -> N
             f"{type(net).__name__}.tp_plan: {name!r} is a {type(module).__name__};"
             " only matrices split"
         )
-    if "weight" not in module._parameters:  # codes stand for it, in blocks
+    if "weight" not in module._parameters:  # the weight is quantized: stored as blocks of codes
         raise UsageError(
             f"tp={num_ranks}: the weight of {name} is quantized, and blocks of codes do not split;"
             " type --trainer.strategy=zero3, which shards them"

@@ -1,16 +1,16 @@
-"""Divide work among ranks: the largest item first, each to the rank with the least so far."""
+"""Load balancing: assign items to ranks, the largest first, each to the least loaded rank."""
 
 from collections.abc import Sequence
 
 
 def assign_balanced(sizes: Sequence[int], load: list[int]) -> list[int]:
-    """The rank of each item, in the order given; the same on all ranks if the sizes are.
+    """Return the rank of each item, in the order of `sizes`; deterministic.
 
     Args:
-        sizes: of the items, in any unit.
-        load: what each rank has already; the sizes of its items are added.
+        sizes: sizes of the items, in any unit.
+        load: the current load of each rank; the sizes of the assigned items are added in place.
 
-    spread_evenly([3, 5, 1], [0, 0])  # [1, 0, 1]
+    assign_balanced([3, 5, 1], [0, 0])  # [1, 0, 1]
     """
     ranks = [0] * len(sizes)
     for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):  # stable

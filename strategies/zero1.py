@@ -1,20 +1,20 @@
-"""ZeRO-1: every rank has all weights, and the gradients and optimizer state of some of them.
+"""ZeRO-1: all ranks have all weights; each has the optimizer state of the parameters it owns.
 
-    backward   gradients of a bucket -> the rank that owns each parameter, as soon as they are ready
-    step       each rank steps the parameters that it owns
-    after it   parameters of a bucket -> all other ranks
+    backward    gradients of a bucket -> the rank that owns each parameter, as soon as all are ready
+    step        each rank steps the parameters that it owns
+    after step  parameters of a bucket -> all other ranks
 
-A step sends 2 W (n - 1) / n on each of n ranks. Parameters are not divided, so an optimizer that
-works on whole matrices (Muon) processes each on one rank, and not on all of them. Parameters
-stay plain tensors, so a module computes as it does with ddp.
+With W bytes of parameters, a step sends 2 W (n - 1) / n on each of n ranks. A parameter has one
+owner, so an optimizer that needs full matrices (Muon) processes each matrix on one rank only.
+Parameters stay plain tensors, so a module computes as it does with ddp.
 
 gloo is fastest with pairs of isend and irecv. The small parameters of a bucket are sent joined,
-the large ones from their own memory, in pieces. Other backends reduce to the owner and broadcast
-from it. Sums are taken in a fixed order of ranks.
+large ones in chunks from their own memory. With other backends the gradients are reduced to the
+owner, and the owner broadcasts the parameters. Sums are taken in a fixed order of ranks.
 
 After the reduction a rank has the averaged gradients of the parameters that it owns, and None for
-the rest. Where something besides the optimizer reads gradients (gradient_readers.py), every rank
-keeps all of them: a step then sends W more.
+other parameters. If other code than the optimizer reads gradients (gradient_readers.py), every rank
+keeps all gradients: a step then sends W more.
 """
 
 from collections import deque
@@ -40,38 +40,34 @@ from .fsdp.optimizer_probe import needs_closure
 from .work_partition import assign_balanced
 
 MIB = 2**20
-MAX_BUCKET_BYTES = (
-    25 * MIB
-)  # bytes of gradients sent together, and the most that is received at once
+MAX_BUCKET_BYTES = 25 * MIB  # gradients that are sent together, and size of the receive buffer
 MAX_JOINED_BYTES = MIB  # smaller parameters are sent together, larger ones from their own memory
 MAX_MESSAGE_BYTES = 8 * MIB  # the largest message of one parameter
-POINT_TO_POINT_BACKENDS = {
-    "gloo"
-}  # backends for which isend and irecv are faster than their reduce_scatter
-MESSAGE_TAG = (
-    71  # of these messages; other messages between the same ranks (a ring) have other tags
-)
+POINT_TO_POINT_BACKENDS = {"gloo"}  # backends whose isend and irecv are faster than reduce_scatter
+MESSAGE_TAG = 71  # differs from the tags of other messages between the same ranks (ring attention)
 
 
 class ParamMessage(NamedTuple):
-    """Some small parameters one after another, or the numbers [start, stop) of a large one."""
+    """The content of a message: several small parameters, or a slice of a large one.
+
+    The slice is [start, start + numel) of the flattened parameter.
+    """
 
     parameters: list[Tensor]
     numel: int
     dtype: torch.dtype
-    numels: list[int]  # numbers of each parameter
+    numels: list[int]  # of each parameter
     start: int | None = None
-    flagged_params: Sequence[
-        Tensor
-    ] = ()  # at the end, a number for each: 1 where it has a gradient
+    # the message ends with a flag for each of these: 1 if the parameter has a gradient
+    flagged_params: Sequence[Tensor] = ()
 
 
 def assign_owners(parameters: Iterable[Tensor], load: list[int]) -> dict[Tensor, int]:
-    """The rank that owns each parameter: the largest first, each to the rank with the least so far.
+    """Assign each parameter to an owner rank: the largest first, each to the least loaded rank.
 
     Args:
         parameters: in the same order on every rank
-        load: how many numbers each rank owns already; those of the parameters are added
+        load: number of elements that each rank owns already; updated in place
     """
     parameters = list(parameters)
     ranks = assign_balanced([p.numel() for p in parameters], load)
@@ -81,7 +77,7 @@ def assign_owners(parameters: Iterable[Tensor], load: list[int]) -> dict[Tensor,
 def check_not_sharded_over(
     module: nn.Module, group: ProcessGroup, ignored_params: Set[Tensor]
 ) -> None:
-    """ValueError if ranks of the group have different parts of a parameter."""
+    """Raise UsageError if a parameter is sharded over ranks of the group."""
     ranks = set(dist.get_process_group_ranks(group))
     for name, parameter in module.named_parameters():
         if not isinstance(parameter, DTensor) or parameter in ignored_params:
@@ -97,19 +93,19 @@ def check_not_sharded_over(
 
 
 class Zero1Reducer:
-    """Reduces gradients to the ranks that own their parameters, and shares the optimizer steps.
+    """Reduces gradients to the ranks that own the parameters, and shards the optimizer steps.
 
     Args:
-        module: its trainable parameters are reduced
-        optimizers: each steps, on a rank, the parameters that the rank owns
-        group: the ranks with different data and the same parameters
+        module: the module whose trainable parameters are reduced
+        optimizers: the optimizers; on each rank they step the parameters that the rank owns
+        group: the data-parallel ranks, with different data and the same parameters
         find_gradient_readers: called at the first backward pass; names other code that reads
-        gradients
+            gradients
         ignored_params: parameters whose gradients other code reduces
-        known_owners: owners from before the optimizers were replaced, which have the state
+        known_owners: owners under the replaced optimizers; the owners have the optimizer state
 
     Raises:
-        ValueError: an optimizer calls its closure several times a step, or a parameter is sharded
+        UsageError: an optimizer calls its closure several times a step, or a parameter is sharded
             over these ranks.
     """
 
@@ -122,47 +118,40 @@ class Zero1Reducer:
         ignored_params: Set[Tensor] = frozenset(),
         known_owners: Mapping[Tensor, int] = MappingProxyType({}),
     ) -> None:
-        """Find an owner for each parameter."""
+        """Assign an owner to each parameter, and replace the optimizers' methods."""
         self.module, self.group, self.ignored_params = module, group, ignored_params
         check_not_sharded_over(module, group, ignored_params)
         self.find_gradient_readers = find_gradient_readers
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.is_point_to_point = dist.get_backend(group) in POINT_TO_POINT_BACKENDS
-        # Newton needs all gradients on every rank, and has no state to share
+        # Newton needs all gradients on every rank, and has no state to shard
         self.optimizers = [item for item in optimizers if not getattr(item, "gathers", False)]
         module_params = set(module.parameters())
         self.owner_of: dict[Tensor, int] = {
             p: rank for p, rank in known_owners.items() if p in module_params
         }
-        self.keeps_all_gradients = (
-            True  # every rank keeps all gradients; decided at the first backward pass
-        )
-        self.arrival_counts: dict[
-            Tensor, int
-        ] = {}  # in this backward pass: how often, by parameter
+        self.keeps_all_gradients = True  # on every rank; decided at the first backward pass
+        self.arrival_counts: dict[Tensor, int] = {}  # gradients of a parameter in this backward
         self._owned_numel = [0] * self.num_ranks
         for parameter, rank in self.owner_of.items():
             self._owned_numel[rank] += parameter.numel()
         self._has_searched_readers = self._is_reducing = False
-        self._expected_arrivals: dict[Tensor, int] = {}  # the most that arrived in a backward pass
-        self._bucket_key: Any = None  # for which parameters the buckets were made
+        self._expected_arrivals: dict[Tensor, int] = {}  # maximum over earlier backward passes
+        self._bucket_key: Any = None  # parameters for which the buckets were built
         self._all_params: list[Tensor] = []
         self._buckets: list[list[Tensor]] = []
-        self._gradient_plans: list[
-            dict[int | None, list[ParamMessage]]
-        ] = []  # of each bucket, by holder
+        # messages of each bucket by the rank that keeps the gradient
+        self._gradient_plans: list[dict[int | None, list[ParamMessage]]] = []
         self._param_plans: dict[tuple[int, ...], list[dict[int, list[ParamMessage]]]] = {}
         self._is_manual = False
         self._bucket_of: dict[Tensor, int] = {}
         self._num_missing: list[int] = []  # gradients that each bucket waits for
         self._num_launched = 0
         self._sends: deque[tuple[Any, Tensor]] = deque()
-        self._queued_receives: deque[tuple[int, ParamMessage]] = deque()  # to be received, in order
+        self._queued_receives: deque[tuple[int, ParamMessage]] = deque()  # not yet posted
         self._posted_receives: deque[tuple[Any, Tensor, ParamMessage]] = deque()
-        self._backend_reductions: deque[tuple[Any, Tensor, ParamMessage]] = (
-            deque()
-        )  # sums by the backend
-        self._receive_memory: Tensor | None = None  # for what is received
+        self._backend_reductions: deque[tuple[Any, Tensor, ParamMessage]] = deque()
+        self._receive_memory: Tensor | None = None  # receive buffer
         self._num_used_bytes = 0
         self._hooks: dict[Tensor, Any] = {}
         self._replaced_methods: list[tuple[Optimizer, str, Any]] = []  # methods of the optimizers
@@ -170,10 +159,10 @@ class Zero1Reducer:
             self._shard_optimizer_step(optimizer)
         self._assign_new_owners()
         if not getattr(module, "automatic_optimization", True):
-            self._rebuild_buckets()  # the first backward pass may be a `loss.backward()`
+            self._rebuild_buckets()  # hooks are needed before the first `loss.backward()`
 
     def begin_backward(self, loss: Tensor | None = None) -> None:
-        """Announce the last backward pass of an optimizer step, which begins at `loss`."""
+        """Prepare the reduction for the last backward pass of an optimizer step, from `loss`."""
         if not self._has_searched_readers:
             self._has_searched_readers = True
             self.keeps_all_gradients = bool(self.find_gradient_readers())
@@ -186,12 +175,12 @@ class Zero1Reducer:
             loss.register_hook(self._finish_after)
 
     def _finish_after(self, _: Tensor) -> None:
-        """Called as the outermost backward pass begins: reduce the rest at its end."""
+        """Queue `finish_reduction` for the end of the running backward pass."""
         torch.autograd.Variable._execution_engine.queue_callback(self.finish_reduction)  # type: ignore
 
     @torch.no_grad()
     def finish_reduction(self) -> None:
-        """Send what has not been sent, and wait for what this rank receives."""
+        """Send the remaining buckets, wait for all messages, and average the owned gradients."""
         if not self._is_reducing:
             return
         while self._num_launched < len(self._buckets):
@@ -211,7 +200,7 @@ class Zero1Reducer:
             _foreach_mul_([_local_view(p.grad) for p in owned_params], 1 / self.num_ranks)
 
     def restore(self) -> None:
-        """Leave the module's parameters and the optimizers as they were."""
+        """Remove the hooks of the parameters, and restore the methods of the optimizers."""
         while self._replaced_methods:
             optimizer, name, method = self._replaced_methods.pop()
             setattr(optimizer, name, method)
@@ -220,13 +209,13 @@ class Zero1Reducer:
         self._hooks.clear()
 
     def _gradient_holder(self, parameter: Tensor) -> int | None:
-        """The rank that keeps the gradient; None: all of them."""
+        """Return the rank that keeps the gradient of a parameter; None: all ranks."""
         return None if self.keeps_all_gradients else self.owner_of.get(parameter)
 
-    # Which parameters there are
+    # Owners and buckets
 
     def _assign_new_owners(self) -> None:
-        """Give an owner to parameters that have none: all of them, or those added to a group."""
+        """Assign owners to parameters without one: all at first, later the added parameters."""
         groups = [
             group for source_optimizer in self.optimizers for group in source_optimizer.param_groups
         ]
@@ -239,7 +228,7 @@ class Zero1Reducer:
                     del optimizer.state[parameter]
 
     def _rebuild_buckets(self) -> None:
-        """Make the buckets anew if parameters were added, frozen or unfrozen."""
+        """Rebuild the buckets if parameters were added, frozen or unfrozen."""
         groups = [group for item in self.optimizers for group in item.param_groups]
         bucket_key = (
             [len(group["params"]) for group in groups],
@@ -282,7 +271,7 @@ class Zero1Reducer:
     # Backward
 
     def _on_gradient_ready(self, parameter: Tensor) -> None:
-        """A gradient is ready; send those of its bucket if it is the last one."""
+        """Count a gradient that is ready, and launch buckets whose gradients are complete."""
         if not self._is_reducing:
             self._is_manual = not getattr(self.module, "automatic_optimization", True)
             if not self._is_manual:  # a micro-batch before the last one
@@ -310,7 +299,7 @@ class Zero1Reducer:
 
     @torch.no_grad()
     def _launch_bucket(self) -> None:
-        """Send the gradients of the next bucket, when those of the one before have arrived."""
+        """Wait for the previous bucket, then send the gradients of the next one."""
         self._wait_for_all()
         bucket = self._buckets[self._num_launched]
         self._num_launched += 1
@@ -366,7 +355,7 @@ class Zero1Reducer:
         self._sends.append((work, data))
 
     def _post_receives(self) -> None:
-        """Begin to receive as many messages as fit into the memory for them."""
+        """Post receives for as many messages as fit into the receive buffer."""
         assert self._receive_memory is not None
         if not self._posted_receives:
             self._num_used_bytes = 0
@@ -384,7 +373,7 @@ class Zero1Reducer:
             self._queued_receives.popleft()
 
     def _wait_for_all(self) -> None:
-        """Wait for all messages that were launched."""
+        """Wait for all launched messages, and accumulate the received gradients."""
         while self._posted_receives or self._queued_receives:
             if not self._posted_receives:
                 self._post_receives()
@@ -401,7 +390,7 @@ class Zero1Reducer:
     # Step
 
     def _shard_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Replace `step`: each rank steps its own parameters and sends them to the other ranks."""
+        """Replace `step`: each rank steps the parameters it owns and sends them to other ranks."""
         if needs_closure(optimizer):
             raise UsageError(
                 f"{type(optimizer).__name__} computes the gradient of all parameters several times"
@@ -419,7 +408,7 @@ class Zero1Reducer:
             parameters = [p for group in stepped.param_groups for p in group["params"]]
             unowned_params = [p for p in parameters if self.owner_of.get(p, self.rank) != self.rank]
             gradients = [p.grad for p in unowned_params]
-            for p in unowned_params:  # all optimizers skip a parameter without a gradient
+            for p in unowned_params:  # optimizers skip parameters without a gradient
                 p.grad = None
             original_step()
             for p, gradient in zip(unowned_params, gradients, strict=True):
@@ -429,9 +418,8 @@ class Zero1Reducer:
             )
             return loss
 
-        if hasattr(
-            original_step, "_wrapped_by_lr_sched"
-        ):  # else a schedule would warn of this method
+        # without this attribute torch's LR schedulers warn about a replaced step
+        if hasattr(original_step, "_wrapped_by_lr_sched"):
             step.__dict__["_wrapped_by_lr_sched"] = True
         self._replaced_methods.append((optimizer, "step", original_step))
         optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
@@ -440,12 +428,12 @@ class Zero1Reducer:
                 self._shard_mode_switch(optimizer, mode)
 
     def _shard_mode_switch(self, optimizer: Any, mode: str) -> None:
-        """Replace a mode of a schedule-free optimizer: owners change weights and send them."""
+        """Replace `train` or `eval` of a schedule-free optimizer: owners send the new weights."""
         original_method = getattr(optimizer, mode)
 
         def switch_and_send(*args: Any, **kwargs: Any) -> Any:
             result = original_method(*args, **kwargs)
-            if getattr(optimizer, "two_sets", True):  # of several optimizers, those with two modes
+            if getattr(optimizer, "two_sets", True):  # false if no member has two sets of weights
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
                 self.all_gather_params(
                     [p for p in parameters if p.requires_grad and p in self.owner_of]
@@ -457,7 +445,7 @@ class Zero1Reducer:
 
     @torch.no_grad()
     def all_gather_params(self, parameters: list[Tensor]) -> None:
-        """Send the owners' values to every rank, bucket by bucket."""
+        """All-gather parameters: owners send their values to every rank, bucket by bucket."""
         in_flight: deque[list[tuple[Any, Tensor, ParamMessage | None]]] = deque()
         send = self._exchange_params if self.is_point_to_point else self._broadcast_params
         for plan in self._build_param_plan(parameters):
@@ -468,7 +456,7 @@ class Zero1Reducer:
             _unpack_params(in_flight.popleft())
 
     def _build_param_plan(self, parameters: list[Tensor]) -> list[dict[int, list[ParamMessage]]]:
-        """For each bucket of parameters, the messages of each owner."""
+        """Return the messages of each owner, for each bucket of parameters."""
         key = tuple(map(id, parameters))
         if key not in self._param_plans:
             if len(self._param_plans) > len(self.optimizers):  # parameters were frozen or added
@@ -516,7 +504,7 @@ class Zero1Reducer:
 
 
 def iter_buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut a list of parameters into buckets of about BUCKET bytes; a small net has two, or one."""
+    """Split parameters into buckets of about MAX_BUCKET_BYTES; a small net has one or two."""
     total = sum(_num_bytes(p) for p in parameters)
     max_bytes = min(MAX_BUCKET_BYTES, max(MAX_JOINED_BYTES, -(-total // 2)))
     bucket, size = [], 0
@@ -533,12 +521,12 @@ def iter_buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def iter_messages(
     parameters: Sequence[Tensor], with_flags: bool = False, join_all: bool = False
 ) -> Iterator[ParamMessage]:
-    """The messages for some parameters, alike on the sender and the receiver.
+    """Yield the messages for some parameters; sender and receiver get the same messages.
 
     Args:
-        parameters: those of one bucket and one owner
-        with_flags: whether the message says for each parameter if it has a gradient
-        join_all: whether large parameters are joined to the small ones
+        parameters: the parameters of one bucket and one owner
+        with_flags: whether the message has a flag for each parameter: does it have a gradient
+        join_all: whether large parameters are joined with the small ones
     """
     for dtype in {_local_view(p).dtype: None for p in parameters}:
         same_dtype = [p for p in parameters if _local_view(p).dtype == dtype]
@@ -562,19 +550,19 @@ def iter_messages(
 
 
 def _partner_order(rank: int, num_ranks: int) -> list[int]:
-    """The other ranks, in an order in which ranks exchange in pairs at each index."""
+    """Return the other ranks, ordered so that ranks exchange in pairs at each index."""
     is_power_of_two = num_ranks & (num_ranks - 1) == 0
     partners = [rank ^ i if is_power_of_two else (i - rank) % num_ranks for i in range(num_ranks)]
     return [partner for partner in partners if partner != rank]
 
 
 def _aligned_bytes(message: ParamMessage) -> int:
-    """Bytes of a message, up to the next place where a tensor of any dtype may begin."""
+    """Return the bytes of a message, rounded up to 16: the alignment of any dtype."""
     return -(-message.numel * message.dtype.itemsize // 16) * 16
 
 
 def _local_view(tensor: Any) -> Tensor:
-    """This rank's numbers of a tensor, of the same memory; complex ones as pairs of real ones."""
+    """Return this rank's shard as a detached view; complex numbers as pairs of real numbers."""
     local: Tensor = tensor
     if isinstance(tensor, DTensor):
         local = tensor._local_tensor  # detached, and faster than `to_local`
@@ -587,7 +575,7 @@ def _num_bytes(tensor: Tensor) -> int:
 
 
 def _pack_params(message: ParamMessage) -> Tensor:
-    """The numbers of parameters; a view of a large one."""
+    """Return the values of a message's parameters; for a large parameter a view."""
     if message.start is not None:
         values = _local_view(message.parameters[0]).view(-1)
         return values[message.start : message.start + message.numel]
@@ -595,7 +583,7 @@ def _pack_params(message: ParamMessage) -> Tensor:
 
 
 def _receive_buffer(message: ParamMessage) -> Tensor:
-    """Memory to receive parameters in: a large one's own."""
+    """Return a buffer to receive parameters; for a large parameter its own memory."""
     if message.start is not None:
         return _pack_params(message)
     return torch.empty(
@@ -612,12 +600,12 @@ def _unpack_params(works: list[tuple[Any, Tensor, ParamMessage | None]]) -> None
             for p, values in zip(message.parameters, data.split(message.numels), strict=True):
                 local = _local_view(p)
                 local.copy_(values.view(local.shape))
-        else:  # torch does not count a message as a change
+        else:  # a receive does not increment the version counter
             torch.autograd.graph.increment_version(message.parameters[0])
 
 
 def _pack_gradients(message: ParamMessage) -> Tensor:
-    """What is sent of gradients; a view of a large one."""
+    """Return the gradients of a message; for a large parameter a view."""
     if message.start is None:
         return _join_gradients(message)
     gradient = message.parameters[0].grad
@@ -644,7 +632,7 @@ def _join_gradients(message: ParamMessage) -> Tensor:
 
 
 def _unpack_flags(data: Tensor, message: ParamMessage) -> list[bool]:
-    """Whether each flagged parameter has a gradient on this rank or on the sender."""
+    """Return whether each flagged parameter has a gradient on this rank or on the sender."""
     if all(p.grad is not None for p in message.flagged_params):
         return [True] * len(message.flagged_params)
     sender_flags = data[len(data) - len(message.flagged_params) :].tolist()
@@ -655,7 +643,7 @@ def _unpack_flags(data: Tensor, message: ParamMessage) -> list[bool]:
 
 
 def _add_gradients(data: Tensor, message: ParamMessage) -> None:
-    """Add the gradients of another rank."""
+    """Add the received gradients of another rank."""
     if message.start is not None:
         gradient = message.parameters[0].grad
         if gradient is not None:
@@ -682,7 +670,7 @@ def _add_gradients(data: Tensor, message: ParamMessage) -> None:
 
 
 def _set_reduced_gradients(data: Tensor, message: ParamMessage) -> None:
-    """Set the gradients of parameters that have one on any rank to views of the sum."""
+    """Set gradients to views of the sum, for parameters with a gradient on any rank."""
     chunks = data.split([*message.numels, len(message.flagged_params)])
     flags = _unpack_flags(data, message)
     ids_with_grad = {id(p) for p, flag in zip(message.flagged_params, flags, strict=True) if flag}
@@ -692,7 +680,7 @@ def _set_reduced_gradients(data: Tensor, message: ParamMessage) -> None:
 
 
 def _set_gradient(parameter: Any, values: Tensor) -> None:
-    """Set a gradient from this rank's numbers of it, of the shape of `_local_view`."""
+    """Set a parameter's gradient from its local values, of the shape of `_local_view`."""
     if parameter.is_complex():
         values = torch.view_as_complex(values)
     if isinstance(parameter, DTensor):

@@ -1,13 +1,14 @@
-"""Checkpoints that are whole or absent: whatever kills the writer, the file before it survives.
+"""Atomic checkpoint writes, and validated reads: a killed writer leaves the old file intact.
 
     write -> .tmp-<uuid> beside the target -> fsync -> rename onto the target -> fsync the folder
-    read  <- every record's checksum, which torch does not compare <- tensors and plain types only
+    read  <- verify each record's checksum, which torch does not <- tensors and plain types only
 
-Ranks that resume together (`collective_loading`) map the file: a machine holds its pages once, and
-a rank copies what it uses. Each record's checksum is compared by one of the ranks.
+Ranks that resume together (`collective_loading`) map the file into memory. A machine holds its
+pages once, and a rank copies the parts that it needs. One of the ranks verifies the checksum of
+each record.
 
-The temporary file stands beside the target because a rename is atomic on one file system only; a
-rename from $TMPDIR on another is a copy, and a copy that is killed leaves half a checkpoint.
+The temporary file is in the folder of the target, because a rename is atomic only within one file
+system. A rename from $TMPDIR on another file system is a copy, which can be interrupted.
 """
 
 import errno
@@ -44,12 +45,10 @@ from .reading_ranks import ReadingRanks
 from .safe_pickle import UnsafePickle
 
 CHECKPOINT_SUFFIX = ".ckpt"
-TEMP_FILE_PATTERN = re.compile(r"\.tmp-[0-9a-f]{32}")  # of a writer that was killed
+TEMP_FILE_PATTERN = re.compile(r"\.tmp-[0-9a-f]{32}")  # files of killed writers
 SAFE_CONTAINERS = (list, tuple, set)
 MAX_OPEN_ATTEMPTS = 3  # to open the same file on all ranks, if a writer replaces it meanwhile
-_verified_files: set[tuple[int, ...]] = (
-    set()
-)  # files whose sums were compared: one of 10 GB takes 5 s
+_verified_files: set[tuple[int, ...]] = set()  # verified checksums: 10 GB take 5 s
 _collective_context: ContextVar[tuple[ReadingRanks, frozenset[str]]] = ContextVar(
     "together", default=(ReadingRanks(), frozenset())
 )
@@ -59,17 +58,16 @@ _collective_context: ContextVar[tuple[ReadingRanks, frozenset[str]]] = ContextVa
 def collective_loading(
     mapped_sections: Collection[str] = (), should_share_checksums: bool = True
 ) -> Iterator[None]:
-    """Let the ranks of the job share the work of `load_checkpoint`; every rank calls it.
+    """Make `load_checkpoint` a collective in this context; every rank calls it.
 
-    Each rank compares the checksums of its share. All ranks read one file, and refuse a damaged one
-    with the same error. With one process only `mapped_sections` has an effect.
+    The ranks divide the verification of checksums. All ranks read the same file, and raise the same
+    error if it is damaged. With one process only `mapped_sections` has an effect.
 
     Args:
-        mapped_sections: sections of a single file whose tensors are views of the file's pages. The
-        caller
-            copies what it keeps; mapped_file.py says what happens to a view if the file changes.
-        should_share_checksums: whether the ranks share the checksums; if not, a rank may call it
-        alone.
+        mapped_sections: sections of a single file whose tensors are views of the mapped file. The
+            caller copies the values that it keeps; see mapped_file.py about changes of the file.
+        should_share_checksums: whether the ranks divide the checksums; if false, one rank may call
+            it alone.
     """
     token = _collective_context.set(
         (
@@ -84,23 +82,28 @@ def collective_loading(
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Reads and writes checkpoint files; `Trainer(plugins=[AtomicCheckpointIO()])`.
+    """Writes checkpoints atomically, and validates them; `Trainer(plugins=[AtomicCheckpointIO()])`.
 
-    Remote paths (s3://, gs://) go to Lightning's own writer: object stores replace atomically.
+    Lightning's TorchCheckpointIO handles remote paths (s3://, gs://): object stores replace
+    atomically.
 
-    It removes only what it has written itself: a checkpoint names files of the run before, and
-    may name any other.
+    It removes only files that it has written itself, because a loaded checkpoint can name any file
+    as one to remove.
     """
 
     def __init__(self) -> None:
-        """Start without any written file."""
+        """Start with an empty set of written files."""
         super().__init__()
         self.written_paths: set[Path] = set()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Stream the checkpoint to disk; on any failure the target is as it was before."""
+        """Write a checkpoint atomically; if it fails, the target is not changed.
+
+        Raises:
+            CheckpointError: the file cannot be written, or a value is not serializable.
+        """
         target = _local_path(path)
         if target is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -121,15 +124,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Any | None = "cpu",
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint that `find_damage` finds whole; `weights_only=False` admits any object.
+        """Validate and read a checkpoint; `weights_only=False` allows any pickled object.
 
-        The path may be an open file, which one process alone reads.
+        The path may also be an open file, which only one process reads.
+
+        Raises:
+            CheckpointError: the checkpoint is missing or damaged.
         """
         is_safe = weights_only is not False
         if not isinstance(path, str | Path):
             return _load_open(path, map_location, is_safe)
         source = _local_path(path)
-        if source is None:  # Lightning would unpickle what an http address sends
+        if source is None:  # is_safe: by default Lightning would unpickle data of an http address
             return super().load_checkpoint(path, map_location, is_safe)
         readers, mapped_sections = _collective_context.get()
         if source.is_dir():
@@ -141,9 +147,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return _load_file(source, map_location, is_safe, readers, mapped_sections)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a file or a folder that this object has written; any other is left as it is.
+        """Remove a file or folder that this object has written; ignore any other path.
 
-        A folder loses its name first, and then what is in it.
+        A folder is renamed first, and then deleted.
         """
         target = _local_path(path)
         if target is None:
@@ -153,26 +159,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if target.is_dir():
                 removed_path = target.with_name(f".tmp-{uuid.uuid4().hex}")
                 target.rename(removed_path)
-                shutil.rmtree(
-                    removed_path, ignore_errors=True
-                )  # another writer may clear it away too
+                # errors are ignored, because another writer may remove it as well
+                shutil.rmtree(removed_path, ignore_errors=True)
             else:
                 target.unlink(missing_ok=True)
 
 
 def resolve_parent(path: Path) -> Path:
-    """The path without links and without `..` in the folders above it."""
+    """Resolve links and `..` in the parent folders of a path, but not the path itself."""
     return path.parent.resolve() / path.name
 
 
 def find_damage(path: str | Path, verify_checksums: bool = True) -> str | None:
-    """None if the file or folder is a whole checkpoint, else what is wrong with it, in words.
+    """Return None if a file or folder is a valid checkpoint, else a description of the damage.
 
     Args:
         path: the file or folder.
-        verify_checksums: whether the checksums are compared, once a process; without, only tables
-        and pickles
-            are read.
+        verify_checksums: whether all checksums are compared, once per process; if false, only the
+            tables of contents and pickles are checked.
     """
     path, key = Path(path), ()
     try:
@@ -198,15 +202,13 @@ def find_damage(path: str | Path, verify_checksums: bool = True) -> str | None:
 
 
 def damage_message(path: Path, verify_checksums: bool = True) -> str | None:
-    """None if the file or folder is a whole checkpoint, else what to say of it; see
-    `find_damage`.
-    """
+    """Return None if a checkpoint is valid, else the error message; see `find_damage`."""
     reason = find_damage(path, verify_checksums)
     return None if reason is None else str(_damage_error(path, reason))
 
 
 def require_valid_folder(path: Path) -> None:
-    """Raise CheckpointError if a folder is no whole checkpoint; see `collective_loading`."""
+    """Raise CheckpointError if a folder is not a valid checkpoint; see `collective_loading`."""
     readers, _ = _collective_context.get()
     key: tuple[int, ...] = ()
     sizes: dict[str, int] = {}
@@ -230,9 +232,9 @@ def require_valid_folder(path: Path) -> None:
 
 
 def latest_valid_checkpoint(folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest whole checkpoint of a folder, and the damaged ones that are newer, with reasons.
+    """Return the newest valid checkpoint of a folder, and newer damaged ones with reasons.
 
-    Newest by the time of writing: a run resumed at an early step is newer than its first half.
+    The order is by time of writing: after a resume at an early step, later files have lower steps.
     """
     rejected = []
     for _, path in sorted(list_checkpoints(folder), reverse=True):
@@ -244,10 +246,10 @@ def latest_valid_checkpoint(folder: str | Path) -> tuple[Path | None, list[tuple
 
 
 def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a folder and in those below it, with the time of writing (ns).
+    """Return the checkpoints in a folder and its subfolders, with the time of writing (ns).
 
-    Below it, because a metric's name has a slash: `{val/loss:.2f}` in a file name makes a folder.
-    A link to nowhere, and a file that another run removes meanwhile, are left out.
+    Subfolders are searched because a metric's name in a file name, `{val/loss:.2f}`, makes a
+    folder. Broken links, and files that another run removes meanwhile, are left out.
     """
     checkpoints = []
     for top, folders, files in os.walk(folder):
@@ -270,9 +272,9 @@ def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
 
 
 def check_serializable(value: Any, name: str = "") -> None:
-    """Raise for anything in a checkpoint that `torch.load(weights_only=True)` will not read back.
+    """Raise CheckpointError for a value that `torch.load(weights_only=True)` cannot read back.
 
-    Now, by the name of its key, and not when the file is needed.
+    The check before writing names the key of the value.
     """
     value_type = type(value)
     if isinstance(value, Tensor) or value_type in SAFE_TYPES or value_type in SAFE_TORCH_TYPES:
@@ -295,7 +297,7 @@ def check_serializable(value: Any, name: str = "") -> None:
 
 
 def _local_path(path: str | Path) -> Path | None:
-    """The path on this machine; None for a remote one."""
+    """Return the path on this machine; None for a remote path."""
     system, local_path = url_to_fs(str(path))
     return Path(local_path) if isinstance(system, LocalFileSystem) else None
 
@@ -306,7 +308,7 @@ def _save_atomically(checkpoint: dict[str, Any], target: Path) -> None:
         with file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch closes its archive and hides what the disk said
+            except RuntimeError as error:  # torch closes its archive and hides the OSError
                 raise _find_os_error(error) or error from error
             file.flush()
             os.fsync(file.fileno())
@@ -315,16 +317,15 @@ def _save_atomically(checkpoint: dict[str, Any], target: Path) -> None:
         temporary.unlink(missing_ok=True)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name itself
+        os.fsync(folder)  # writes the new directory entry
     finally:
         os.close(folder)
 
 
 def _open_temp_file(folder: Path) -> tuple[Path, IO[bytes]]:
-    """A new file, locked as long as it is open: see _remove_leftovers.
+    """Create a temporary file, locked while it is open: see `_remove_stale_temp_files`.
 
-    Between its making and its lock another writer may take it for a leftover; then the next is
-    made.
+    Another writer may remove it between creation and locking. Then another file is created.
     """
     for attempt in range(20):
         path = folder / f".tmp-{uuid.uuid4().hex}"
@@ -333,14 +334,14 @@ def _open_temp_file(folder: Path) -> tuple[Path, IO[bytes]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return path, file
-        except (BlockingIOError, FileNotFoundError):  # it is being removed, or was
+        except (BlockingIOError, FileNotFoundError):  # another writer is removing it
             pass
-        except OSError:  # a file system without locks: then leftovers stay
+        except OSError:  # a file system without locks: stale files are not removed
             return path, file
         if attempt < 19:
             file.close()
             path.unlink(missing_ok=True)
-    return path, file  # the write will raise the error
+    return path, file  # the rename in `_save_atomically` will raise the error
 
 
 def _find_os_error(error: BaseException | None) -> OSError | None:
@@ -350,7 +351,7 @@ def _find_os_error(error: BaseException | None) -> OSError | None:
 
 
 def _remove_stale_temp_files(folder: Path) -> None:
-    """Remove files of killed writers; a live writer holds the lock of its file."""
+    """Remove the files of killed writers; a running writer holds a lock on its file."""
     for leftover in folder.glob(".tmp-*"):
         if TEMP_FILE_PATTERN.fullmatch(leftover.name) and not leftover.is_symlink():
             with suppress(OSError), leftover.open("rb+") as file:
@@ -359,7 +360,7 @@ def _remove_stale_temp_files(folder: Path) -> None:
 
 
 def _open_regular_file(path: Path) -> IO[bytes]:
-    """Open a file to read; a FIFO or a device, which might never end, is an error."""
+    """Open a regular file to read; raise OSError for a folder, FIFO or device."""
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
     if stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):
         return file
@@ -382,7 +383,7 @@ def _load_file(
     readers: ReadingRanks,
     mapped_sections: frozenset[str],
 ) -> dict[str, Any]:
-    """Read a file that all ranks find undamaged, through one handle: it may be replaced."""
+    """Validate a file on all ranks, and load it from the same handle: it may be replaced."""
 
     def format_error(reason: str) -> str:
         return reason if reason.startswith("no checkpoint ") else str(_damage_error(path, reason))
@@ -402,9 +403,8 @@ def _load_file(
             readers.raise_first_problem(reason, format_error)
             assert file is not None
             key, (sizes, table) = _file_identity(file), archive.tensor_record_sizes(file)
-            if (
-                len(set(readers.gather_values(table))) > 1
-            ):  # replaced before the last rank opened it
+            # the file was replaced before the last rank opened it
+            if len(set(readers.gather_values(table))) > 1:
                 continue
             assigned_records = readers.assign_parts(sizes, key[1:], key in _verified_files)
             checkpoint = None
@@ -427,7 +427,7 @@ def _load_file(
 
 
 def _load_open(file: IO[bytes], map_location: Any, plain: bool) -> dict[str, Any]:
-    """Read a checkpoint from an open file."""
+    """Validate and load a checkpoint from an open file."""
     reason = _find_file_damage(file, plain) or _find_checksum_mismatch(file)
     if reason is not None:
         raise CheckpointError(f"the checkpoint in the open file cannot be used: {reason}")
@@ -437,7 +437,7 @@ def _load_open(file: IO[bytes], map_location: Any, plain: bool) -> dict[str, Any
 def _load_content(
     file: IO[bytes], map_location: Any, is_safe: bool, mapped_sections: frozenset[str]
 ) -> Any:
-    """The content of a file that was checked; `mapped_sections` sections as views of its pages."""
+    """Load the content of a validated file; tensors of `mapped_sections` are views of its pages."""
     if is_safe and mapped_sections and map_location in (None, "cpu"):
         with suppress(mapped_file.UnmappableFileError):
             return mapped_file.load_mapped(file, mapped_sections)
@@ -446,7 +446,7 @@ def _load_content(
 
 
 def _find_checksum_mismatch(file: IO[bytes], names: Collection[str] | None = None) -> str | None:
-    """The first record that does not match its checksum, of these names or of all."""
+    """Return a message for the first record with a wrong checksum, of `names` or of all."""
     with zipfile.ZipFile(file) as table:
         corrupt_record = archive.find_corrupt_record(
             table, table.namelist() if names is None else names
@@ -455,9 +455,9 @@ def _find_checksum_mismatch(file: IO[bytes], names: Collection[str] | None = Non
 
 
 def _find_file_damage(file: IO[bytes], is_safe: bool = True) -> str | None:
-    """What is wrong with an open checkpoint; the checksums of tensor data are not compared.
+    """Return the damage of an open checkpoint, without comparing checksums of tensor data.
 
-    torch.save writes an uncompressed zip archive.
+    The file must be an uncompressed zip archive, as torch.save writes it.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -474,7 +474,7 @@ def _find_file_damage(file: IO[bytes], is_safe: bool = True) -> str | None:
         if not any(name.partition("/")[2] == "data.pkl" for name in table.namelist()):
             return "it is not a checkpoint: a zip archive without data.pkl"
         if any(entry.external_attr for entry in table.infolist()):
-            # no checksum covers the table; torch gives uninitialised memory for a "folder"
+            # no checksum covers the table; torch returns uninitialized memory for a "folder"
             return "it is damaged: its table of contents was changed"
         archive.validate_zip_entries(table, size)
         if corrupt_record := archive.find_corrupt_record(table, archive.non_tensor_records(table)):
@@ -490,12 +490,12 @@ def _find_file_damage(file: IO[bytes], is_safe: bool = True) -> str | None:
             f"it holds {name[1] if name else 'objects'}, more than tensors and plain values "
             "(if you trust its writer: trainer.fit(..., weights_only=False))"
         )
-    except Exception as error:  # a flipped byte can ask zipfile and torch for anything
+    except Exception as error:  # a flipped byte can make zipfile and torch raise any type
         return _describe_damage(error)
 
 
 def _load_on_meta(file: IO[bytes], is_safe: bool) -> Any:
-    """The content of a checkpoint with meta tensors; with numbers if there are sparse tensors."""
+    """Load a checkpoint with meta tensors, or with values if it has sparse tensors."""
     for device in ("meta", "cpu"):
         file.seek(0)
         with suppress(NotImplementedError):  # torch compares the indices of a sparse tensor
@@ -538,7 +538,7 @@ def _missing_file_error(path: Path) -> CheckpointError:
 
 
 def write_error(path: Path, error: OSError) -> CheckpointError:
-    """The error for a checkpoint that the system will not write, with what to do."""
+    """Return the error for a checkpoint that cannot be written, with a hint."""
     is_disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     latest = max(list_checkpoints(path.parent), default=None)
     resume_hint = (

@@ -1,10 +1,10 @@
-"""The tensors of a `torch.save` file as views of the file's pages: nothing is read before use.
+"""Memory-map (mmap) the tensors of a `torch.save` file: data is read on first access.
 
     tree with meta tensors (torch.load) + offset of each record -> tensors in a private mapping
 
-Processes of one machine share the pages. A tensor that is written to gets pages of its own, and the
-file does not change. The mapping keeps the file's content alive if the file is replaced or removed;
-if it is truncated in place, the next access to a lost page ends the process (SIGBUS).
+Processes of one machine share the pages. Writing to a tensor copies its pages and does not change
+the file. The mapping stays valid if the file is replaced or removed. If the file is truncated in
+place, the next access to a lost page kills the process (SIGBUS).
 """
 
 import copy
@@ -25,18 +25,18 @@ SAFE_TORCH_TYPES = (torch.Size, torch.device, torch.dtype, torch.layout)
 
 
 class UnmappableFileError(ValueError):
-    """The file holds something that cannot be a view of its pages; it has to be read instead."""
+    """The file holds an object that cannot be a view of its pages, so it must be read."""
 
 
 def load_mapped(file: IO[bytes], sections: Collection[str]) -> Any:
-    """Read a file whose archive and pickle were checked; tensors of `sections` are mapped.
+    """Load a validated file; the tensors of `sections` are views of the mapped file.
 
     Args:
         file: the open file; it may be closed afterwards.
-        sections: top-level keys whose tensors are views; those of all other keys are copied.
+        sections: top-level keys whose tensors are views; tensors of other keys are copied.
 
     Raises:
-        Unmappable: for tensors or objects that are not plain, or where no memory can be mapped.
+        UnmappableFileError: a tensor or object is not plain, or memory cannot be mapped.
     """
     with zipfile.ZipFile(file) as table:
         byteorder_records = [
@@ -66,15 +66,15 @@ def load_mapped(file: IO[bytes], sections: Collection[str]) -> Any:
 
 
 class _TensorMapper:
-    """Puts views of the pages in the place of meta tensors."""
+    """Replaces meta tensors by views of the mapped pages."""
 
     def __init__(self, pages: mmap.mmap) -> None:
         self.pages = pages
         self.storages: dict[tuple[int, int], torch.UntypedStorage] = {}
-        self.mapped_containers: dict[int, Any] = {}  # containers may occur twice
+        self.mapped_containers: dict[int, Any] = {}  # by id: a container may occur twice
 
     def map_tree(self, value: Any) -> Any:
-        """The same value; dicts and lists are changed in place."""
+        """Replace the meta tensors of a value; dicts and lists are changed in place."""
         value_type = type(value)
         if isinstance(value, Tensor):
             return self.map_tensor(value)
@@ -94,13 +94,13 @@ class _TensorMapper:
         elif value_type is tuple:
             original, value = value, tuple(self.map_tree(item) for item in value)
             self.mapped_containers[id(original)] = value
-            self.mapped_containers[-id(original)] = original  # its id must not be used again
+            self.mapped_containers[-id(original)] = original  # keeps its id from being reused
         elif value_type is not set or any(isinstance(item, Tensor) for item in value):
             raise UnmappableFileError(f"it holds a {value_type.__name__}")
         return value
 
     def map_tensor(self, like: Tensor) -> Tensor:
-        """The view in the place of a meta tensor."""
+        """Return the view of the mapped pages for a meta tensor."""
         is_strided = type(like) in (Tensor, nn.Parameter) and like.layout == torch.strided
         if not is_strided or like.is_quantized or like.is_conj() or like.is_neg():
             raise UnmappableFileError(f"it holds a {type(like).__name__} that is no plain tensor")
@@ -119,7 +119,7 @@ class _TensorMapper:
         return view.requires_grad_(like.requires_grad)
 
     def map_storage(self, start: int, length: int) -> torch.UntypedStorage:
-        """The pages of a record; tensors that shared a storage share it again."""
+        """Return the storage of a record; tensors with a shared storage share it again."""
         if start + length > len(self.pages):
             raise UsageError("a record reaches beyond the end of the file")
         if (start, length) not in self.storages:

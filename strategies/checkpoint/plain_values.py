@@ -1,8 +1,8 @@
-"""Hyperparameters as plain values, the only kind that a safely read checkpoint holds.
+"""Convert hyperparameters to plain types, which `torch.load(weights_only=True)` can read.
 
 Path("data")             -> "data"
 numpy.float64(0.1)       -> 0.1
-IntEnum, StrEnum         -> their number, their text
+IntEnum, StrEnum         -> int, str
 a subclass of dict, list -> dict, list
 """
 
@@ -13,14 +13,12 @@ from typing import Any
 import numpy
 from torch import Tensor
 
-HYPERPARAMETER_KEYS = (
-    "hyper_parameters",
-    "datamodule_hyper_parameters",
-)  # Lightning's, in a checkpoint
+# keys of a Lightning checkpoint
+HYPERPARAMETER_KEYS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
 def to_plain(value: Any) -> Any:
-    """The value in plain types where no information is lost; any other object unchanged."""
+    """Convert a value to plain types if no information is lost; return other objects unchanged."""
     if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, PurePath):
@@ -29,7 +27,7 @@ def to_plain(value: Any) -> Any:
         return value.item()
     for plain_type in (bool, int, float, str, bytes):
         if isinstance(value, plain_type):
-            return plain_type.__new__(plain_type, value)  # type: ignore[call-overload]  # an enum's own number
+            return plain_type.__new__(plain_type, value)  # type: ignore[call-overload]  # also for an enum
     if isinstance(value, Mapping):
         return {to_plain(key): to_plain(item) for key, item in value.items()}
     for plain_type in (list, tuple, set, frozenset):
@@ -42,7 +40,7 @@ def to_plain(value: Any) -> Any:
 
 
 def with_plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the checkpoint with its hyperparameters in plain types."""
+    """Return a shallow copy of a checkpoint with its hyperparameters in plain types."""
     return checkpoint | {
         key: to_plain(checkpoint[key]) for key in HYPERPARAMETER_KEYS if key in checkpoint
     }

@@ -1,4 +1,4 @@
-"""Ranks that read one checkpoint divide its checksums and refuse it with the same error."""
+"""Ranks that load one checkpoint divide its checksums, and raise the same error."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,26 +10,26 @@ from .checkpoint_error import CheckpointError
 
 
 class ReadingRanks:
-    """The ranks that read one checkpoint at the same time; by default only this process.
+    """The ranks that load one checkpoint at the same time; by default only this process.
 
-    readers = Readers.of_job()
-    mine = readers.share({"data/0": 4000, "data/1": 40}, copy=(inode, size, time), known=False)
-    readers.agree(problem, lambda why: f"the checkpoint cannot be used: {why}")
+    readers = ReadingRanks.from_job()
+    names = readers.assign_parts({"data/0": 4000, "data/1": 40}, (inode, size, time), False)
+    readers.raise_first_problem(problem, lambda reason: f"the checkpoint cannot be used: {reason}")
     """
 
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
-        """Set the place among the ranks."""
+        """Store the index of this rank and the number of ranks."""
         self.rank, self.num_ranks = rank, num_ranks
 
     @classmethod
     def from_job(cls) -> "ReadingRanks":
-        """All ranks of the job, if this process is one of several."""
+        """Return all ranks of the job, or this process only if there is no process group."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
     def gather_values(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order."""
+        """All-gather a value; return the values of all ranks in rank order."""
         if self.num_ranks == 1:
             return [value]
         values: list[Any] = [None] * self.num_ranks
@@ -37,15 +37,15 @@ class ReadingRanks:
         return values
 
     def raise_first_problem(self, problem: str | None, format_error: Callable[[str], str]) -> None:
-        """Return if no rank has a problem; else raise the first one on all ranks.
+        """Raise the first problem of any rank on all ranks; return if there is none.
 
         Args:
-            problem: what this rank has found, or None.
-            format_error: makes the text of the error; called on rank 0 alone, as it may read other
-            files.
+            problem: the problem that this rank found, or None.
+            format_error: makes the message of the error; called on rank 0 only, because it may read
+                other files.
 
         Raises:
-            CheckpointError: with one text on all ranks.
+            CheckpointError: with the same message on all ranks.
         """
         first = next(
             (reported for reported in self.gather_values(problem) if reported is not None), None
@@ -59,15 +59,15 @@ class ReadingRanks:
     def assign_parts(
         self, sizes: Mapping[str, int], file_identity: tuple[int, ...], is_verified: bool
     ) -> list[str]:
-        """The parts of a checkpoint whose sums this rank compares.
+        """Return the parts of a checkpoint whose checksums this rank verifies.
 
-        Every part is compared by one of the ranks that read the same copy of the checkpoint; nodes
-        without a common file system have copies of their own.
+        Each part is verified by one of the ranks that read the same copy of the checkpoint. Nodes
+        without a shared file system have separate copies.
 
         Args:
             sizes: bytes of each part, the same on all ranks.
-            file_identity: identifies a copy: inode, size and time of change.
-            is_verified: whether this process has compared the sums of this copy before.
+            file_identity: identity of a copy: inode, size and time of change.
+            is_verified: whether this process has already verified this copy.
         """
         reports = self.gather_values((file_identity, is_verified))
         same_file_ranks = [

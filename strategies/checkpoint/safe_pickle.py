@@ -1,11 +1,11 @@
-"""Read a pickle stream as plain values and records: nothing is imported, called or built.
+"""Safe unpickling: read a pickle stream as plain values and records, without calling anything.
 
 A pickle names classes and functions and calls them. Here each name becomes a `GlobalName`, and each
-call a `CallRecord` of the name and its arguments; names outside a fixed set are refused. The caller
-checks the records and makes the objects itself.
+call a `CallRecord` of the name and its arguments. Names outside a given set are rejected. The
+caller checks the records and builds the objects itself.
 
-The stream is bounded as well: in operations, in levels of nesting, and in the size of the tree when
-shared references are counted in full (a list that holds one list nine times, and so on).
+The stream is limited in operations, levels of nesting, and size of the tree. The size counts a
+shared object as often as it is referenced, because nested shared lists grow exponentially.
 """
 
 import io
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 MAX_OPERATIONS = 4_000_000  # of one stream; a tensor of a checkpoint takes about 30
 MAX_LEVELS = 200  # of nested values
-MAX_UNFOLDED = 16_000_000  # values of the tree, each counted as often as it is referred to
+MAX_UNFOLDED = 16_000_000  # values of the tree, each counted as often as it is referenced
 SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -34,18 +34,18 @@ class GlobalName:
     name: str
 
     def __str__(self) -> str:
-        """As a dotted path."""
+        """Return the name as a dotted path."""
         return f"{self.module}.{self.name}"
 
 
 @dataclass(eq=False)
 class CallRecord:
-    """A call in a stream: the function, its arguments, and the state that is set."""
+    """A call in a stream: the function, its arguments, and the state set on the result."""
 
     name: GlobalName
     arguments: tuple[Any, ...]
     state: Any = None
-    items: list[Any] = field(default_factory=list)  # added to it afterwards
+    items: list[Any] = field(default_factory=list)  # items that the stream adds to the result
 
 
 def load_plain(
@@ -53,15 +53,15 @@ def load_plain(
     is_allowed: Callable[[GlobalName], bool],
     resolve_persistent_id: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Read a stream.
+    """Read a pickle stream as plain values, GlobalNames and CallRecords.
 
     Args:
         content: the stream.
         is_allowed: whether a name may occur.
-        resolve_persistent_id: called with each persistent id; without it there may be none.
+        resolve_persistent_id: called with each persistent id; None: they are not allowed.
 
     Raises:
-        UnsafePickle: if the stream is damaged, names another class, or is too large.
+        UnsafePickle: the stream is damaged, names another class, or is too large.
     """
     try:
         unpickler = _PlainUnpickler(content, is_allowed, resolve_persistent_id)
@@ -80,10 +80,10 @@ def load_plain(
 def check_tree_size(
     value: Any, max_values: int = MAX_UNFOLDED, max_levels: int = MAX_LEVELS
 ) -> None:
-    """Refuse a value that contains itself, is nested deeper than `max_levels`, or unfolds to too
-    much.
+    """Raise UnsafePickle if a value contains itself, is nested too deep or is too large.
 
-    Takes time in proportion to the objects that there are, not to what they unfold to.
+    The size counts shared objects at each reference. The time is linear in the number of distinct
+    objects.
     """
     sizes: dict[int, tuple[int, int]] = {}  # by id: values in the tree, levels
     ancestors: set[int] = set()
@@ -134,13 +134,13 @@ def _check_key(value: Any) -> Any:
     is_scalar_tuple = isinstance(value, tuple) and all(isinstance(item, SCALARS) for item in value)
     if is_scalar_tuple or isinstance(value, (*SCALARS, GlobalName)):
         return value
-    if isinstance(value, CallRecord):  # hashed by its identity
+    if isinstance(value, CallRecord):  # hashed by identity
         return value
     raise UnsafePickle(f"a key is a {type(value).__name__}")
 
 
-class _PlainUnpickler(pickle._Unpickler):  # the one in C allocates the sizes that a stream states
-    stack: list[Any]  # these are set by the base class when it begins to load
+class _PlainUnpickler(pickle._Unpickler):  # the C version allocates sizes given in the stream
+    stack: list[Any]  # the base class sets these attributes when it starts to load
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 

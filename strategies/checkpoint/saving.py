@@ -1,6 +1,6 @@
-"""One save on all ranks: it succeeds on every one or ends every one, and never writes a NaN.
+"""Save a checkpoint on all ranks: all succeed or all raise, and non-finite weights are not saved.
 
-A save comes after all hooks of its moment, the module's own included: see `defer_saving_hooks`.
+A save runs after all hooks of the same name, including the module's: see `defer_saving_hooks`.
 """
 
 import math
@@ -20,32 +20,32 @@ from ravine.lightning_compat import attached_trainer
 from .atomic_io import CheckpointError
 
 SAVING_HOOKS = ("on_train_batch_end", "on_validation_end")
-MAX_WEIGHT = 2.0**64  # the square of this is infinite in fp32, and so is a norm of such weights
+MAX_WEIGHT = 2.0**64  # its square, and so a norm of such weights, is infinite in fp32
 
 
 def save_on_all_ranks(trainer: L.Trainer, path: str | Path) -> None:
-    """Write one checkpoint, called on all ranks.
+    """Save a checkpoint; called on all ranks.
 
-    After a stock `trainer.save_checkpoint` whose writer fails, the other ranks wait for it at a
-    barrier until their time is over. Here all of them end with its error.
+    If the writer fails in `trainer.save_checkpoint`, the other ranks wait at a barrier until a
+    timeout. Here all ranks raise the writer's error.
     """
     error: Exception | None = None
     try:
         trainer.save_checkpoint(path, weights_only=False)
     except Exception as problem:
         error = problem
-        trainer.strategy.barrier("failed save")  # meets the others at the one that ends a save
+        trainer.strategy.barrier("failed save")  # matches the barrier that ends a save elsewhere
     if not trainer.strategy.reduce_boolean_decision(error is None):
         text = trainer.strategy.broadcast(str(error or "another rank could not save"))
         raise error or CheckpointError(text, exit_status=1)
 
 
 def defer_saving_hooks(trainer: L.Trainer, module: L.LightningModule, callback: L.Callback) -> None:
-    """Run the hooks in which the callback may save after the module's own hooks of these names.
+    """Run the saving hooks of a callback after the module's hooks of the same names.
 
-    Lightning calls the hooks of all callbacks and then the module's. A module that changes weights
-    in `on_train_batch_end` (a teacher, a clamp) would be saved without that change. Called from
-    `setup`; has no effect on another trainer, and a second call changes nothing.
+    Lightning calls the hooks of all callbacks before the module's hook. A module that changes
+    weights in `on_train_batch_end` (a teacher, a clamp) would be saved without that change. Called
+    from `setup`; it has no effect on another trainer, and a second call changes nothing.
     """
     for name in SAVING_HOOKS:
         _defer_hook(trainer, module, callback, name)
@@ -69,7 +69,7 @@ def _defer_hook(
     if callback in pending or getattr(type(callback), name) is getattr(L.Callback, name):
         return
     hook = getattr(callback, name)
-    hook = getattr(hook, "deferred", hook)  # a fit that failed had no teardown
+    hook = getattr(hook, "deferred", hook)  # a failed fit has no teardown
 
     def skip_in_this_trainer(other: L.Trainer, *args: Any) -> None:
         if other is not trainer:
@@ -83,40 +83,40 @@ def _defer_hook(
 def _pending_hooks(
     trainer: L.Trainer, module: L.LightningModule, name: str
 ) -> dict[L.Callback, Callable[..., Any]]:
-    """What runs after the module's hook of this name, in this trainer."""
+    """Return the hooks that run after the module's hook of this name, in this trainer."""
     current = module.__dict__.get(name)
     if isinstance(current, _DeferredSavingHook) and current.trainer is trainer:
         return current.pending_hooks
-    if isinstance(current, _DeferredSavingHook):  # a fit that failed had no teardown
+    if isinstance(current, _DeferredSavingHook):  # a failed fit has no teardown
         current.restore(name)
     module.__dict__[name] = hook = _DeferredSavingHook(trainer, module, name)
     return hook.pending_hooks
 
 
 class _DeferredSavingHook:
-    """A module's hook, and after it the saving hooks of callbacks, in the callbacks' order."""
+    """A module's hook, followed by the saving hooks of callbacks, in the callbacks' order."""
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
         self.trainer, self.module = trainer, module
-        self.previous = module.__dict__.get(name)  # what stood on the instance itself
+        self.previous = module.__dict__.get(name)  # an instance attribute, if any
         self.original: Callable[..., Any] = getattr(module, name)
         self.pending_hooks: dict[L.Callback, Callable[..., Any]] = {}
 
     def restore(self, name: str) -> None:
-        """Put back what the module had."""
+        """Restore the module's hook."""
         if self.previous is None:
             del self.module.__dict__[name]
         else:
             self.module.__dict__[name] = self.previous
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the module saves nothing."""
+        """Copy the module's own hook only, so that a copied module does not save."""
         return deepcopy(self.original, memo)
 
     def __call__(self, *args: Any) -> Any:
         result = self.original(*args)
         trainer: Any = self.trainer
-        if attached_trainer(self.module) is trainer:  # else a failed fit has left this hook behind
+        if attached_trainer(self.module) is trainer:  # else the hook is left over from a failed fit
             for callback in trainer.callbacks:
                 if callback in self.pending_hooks:
                     self.pending_hooks[callback](trainer, self.module, *args)
@@ -124,12 +124,12 @@ class _DeferredSavingHook:
 
     @property
     def __code__(self) -> Any:
-        """Lightning compares it to see whether a hook is overridden."""
+        """Return the code object, which Lightning compares to see whether a hook is overridden."""
         return type(self).__call__.__code__
 
 
 def weights_are_finite(trainer: L.Trainer) -> bool:
-    """Whether the weights are finite on all ranks; where not, a warning names the first."""
+    """Whether the weights are finite on all ranks; if not, warn with the first name."""
     name = first_non_finite(trainer.lightning_module.named_parameters(), limit=MAX_WEIGHT)
     if trainer.strategy.reduce_boolean_decision(name is None):
         return True
@@ -142,22 +142,22 @@ def weights_are_finite(trainer: L.Trainer) -> bool:
 
 
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]], limit: float = math.inf) -> str | None:
-    """Name of the first tensor with a NaN or a number not below; one host read where there is none.
+    """Return the name of the first tensor with a NaN or an absolute value >= `limit`, or None.
 
-    Of a sharded tensor, this rank's part is looked at.
+    Of a sharded tensor, this rank's shard is checked. If all are finite, there is one device sync.
     """
     local_tensors = [
         (name, t.to_local() if isinstance(t, DTensor) else t)
         for name, t in tensors
-        if t.is_floating_point() and t.element_size() > 1  # torch has no isfinite for 8 bits
+        if t.is_floating_point() and t.element_size() > 1  # torch has no norm for 8 bits
     ]
     local_tensors = [
         (name, local_tensor) for name, local_tensor in local_tensors if local_tensor.numel()
     ]
-    norms = [
+    norms = [  # the norm of a tensor with a NaN is NaN
         torch.linalg.vector_norm(local_tensor.detach(), math.inf)
         for _, local_tensor in local_tensors
-    ]  # keep a NaN
+    ]
     finite_flags = [norm < limit for norm in norms]
     if not finite_flags or bool(
         torch.stack([is_finite.to(finite_flags[0].device) for is_finite in finite_flags]).all()

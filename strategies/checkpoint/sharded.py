@@ -1,14 +1,14 @@
-"""A checkpoint in parts: each rank writes its own, and it exists once the last word is written.
+"""Sharded checkpoints: a folder to which each rank writes its shards, with a manifest.
 
-    step=000100.ckpt/  __0_0.distcp __1_0.distcp ...   torch.distributed.checkpoint: one file a rank
-                       .metadata                       which part of which tensor is where
-                       meta.pt                         all that is no large tensor
+    step=000100.ckpt/  __0_0.distcp __1_0.distcp ...   torch.distributed.checkpoint, a file per rank
+                       .metadata                       index: the location of each chunk of a tensor
+                       meta.pt                         everything except the large tensors
                        manifest.json                   size and checksum of each file, written last
 
-It is written under another name and renamed, where the store can rename; elsewhere the manifest
-alone tells that it is whole. A tensor is found by its path in the checkpoint, and any part of it
-can be read: so what any layout wrote is loaded on any other, or put together to one file. A tensor
-with several names (tied weights) is written once: the index gives each name the same place.
+The folder is written under another name and renamed. It is valid only if the manifest, which is
+written last, is present. A tensor is found by its path in the checkpoint, and any part of it can be
+read. So a checkpoint of any layout can be loaded with any other layout, or merged into one file. A
+tensor with several names (tied weights) is written once; the index has one location for all names.
 """
 
 import errno
@@ -54,10 +54,10 @@ from .checkpoint_error import CheckpointError
 from .safe_pickle import CallRecord, GlobalName, UnsafePickle
 
 MANIFEST_FILE, META_FILE, INDEX_FILE = "manifest.json", "meta.pt", ".metadata"
-MAX_ENTRY_BYTES = 2000  # bytes of a file in the manifest: a name of 255, escaped, and two numbers
-SHARDED_KEYS = ("state_dict", "optimizer_states", "ema")  # whose tensors are written in parts
+MAX_ENTRY_BYTES = 2000  # of a manifest entry: an escaped name of 255 bytes, and two numbers
+SHARDED_KEYS = ("state_dict", "optimizer_states", "ema")  # sections whose tensors are sharded
 TensorPath = tuple[str | int, ...]
-STAGING_PATTERN = re.compile(r"\.tmp-[0-9a-f]{32}(-old)?")  # of a writer that was killed
+STAGING_PATTERN = re.compile(r"\.tmp-[0-9a-f]{32}(-old)?")  # folders of killed writers
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM_MODULE = "torch.distributed.checkpoint.filesystem"
 DTYPES_BY_NAME = {
@@ -65,7 +65,7 @@ DTYPES_BY_NAME = {
     for value in vars(torch).values()
     if isinstance(value, torch.dtype)
 }
-ALLOWED_INDEX_NAMES = {  # all that an index may name
+ALLOWED_INDEX_NAMES = {  # the classes and functions that an index may name
     *((_METADATA_MODULE, each) for each in ("Metadata", "MetadataIndex", "StorageMeta")),
     *((_METADATA_MODULE, each) for each in ("TensorStorageMetadata", "BytesStorageMetadata")),
     *((_METADATA_MODULE, each) for each in ("ChunkStorageMetadata", "TensorProperties")),
@@ -80,9 +80,9 @@ ALLOWED_INDEX_NAMES = {  # all that an index may name
 
 
 def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write the checkpoint, which differs from rank to rank; every rank calls it.
+    """Write a checkpoint of which each rank has its shards; every rank calls it.
 
-    Where one fails, all do, and what stood at `path` is as it was.
+    If one rank fails, all ranks raise, and an earlier checkpoint at `path` is not changed.
     """
     rank = dist.get_rank()
     tensors, unsharded = split_tensors(checkpoint)
@@ -100,7 +100,7 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
                 {k: v for k, v in tensors_by_key.items() if k not in alias_keys},
                 storage_writer=writer,
             )
-        except CheckpointException as problem:  # on all ranks; it is no Exception
+        except CheckpointException as problem:  # on all ranks; not a subclass of Exception
             raise _os_error_of(problem) from problem
         states_by_rank = _all_gather(_non_tensor_states(unsharded))
         error = None
@@ -124,18 +124,18 @@ def save_sharded(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _os_error_of(problem: CheckpointException) -> BaseException:
-    """What the system has refused on some rank (a full disk), else the problem itself."""
+    """Return the OSError of some rank, e.g. of a full disk, else the exception itself."""
     for error, _ in problem.failures.values():
         if isinstance(error, OSError):
             return error
         if isinstance(error, RuntimeError) and "inline_container" in str(error):
-            # torch closes its archive and hides the OSError, which no other rank gets
+            # torch closes its archive and hides the OSError, which other ranks do not receive
             return OSError(errno.ENOSPC, "no space left, or a limit on the size of files")
     return problem
 
 
 def _alias_keys(tensors: dict[TensorPath, Tensor]) -> dict[str, str]:
-    """For each further name of a tensor, the name under which it is written."""
+    """Map each additional name of a tensor to the name under which it is written."""
     first_by_id: dict[int, str] = {}
     keys = {
         encode_path(tensor_path): first_by_id.setdefault(id(t), encode_path(tensor_path))
@@ -145,7 +145,7 @@ def _alias_keys(tensors: dict[TensorPath, Tensor]) -> dict[str, str]:
 
 
 class _AliasingWriter(FileSystemWriter):
-    """FileSystemWriter with further names for tensors that are written once."""
+    """A FileSystemWriter that adds aliases of tensors to the index."""
 
     def __init__(self, path: Path, alias_keys: dict[str, str]) -> None:
         super().__init__(path, thread_count=1)
@@ -166,10 +166,9 @@ class _AliasingWriter(FileSystemWriter):
 
 
 class _StagingFolder:
-    """A draft folder that other writers may remove once its writer has been killed.
+    """A locked temporary folder, which other writers may remove after its writer was killed.
 
-    Between its making and its lock another writer may take it for a leftover; then the next is
-    made.
+    Another writer may remove it between creation and locking. Then another folder is created.
     """
 
     def __init__(self, path: Path, rank: int) -> None:
@@ -201,7 +200,7 @@ class _StagingFolder:
             candidate = self.path.with_name(f".tmp-{uuid.uuid4().hex}")
             candidate.mkdir()
             self.folder = candidate
-            with suppress(BlockingIOError, FileNotFoundError):  # it is being removed, or was
+            with suppress(BlockingIOError, FileNotFoundError):  # another writer is removing it
                 candidate_lock = _lock_folder(candidate)
                 if candidate.is_dir() and os.path.samestat(
                     os.fstat(candidate_lock), candidate.stat()
@@ -219,7 +218,7 @@ class _StagingFolder:
 
 
 def remove_stale_folders(folder: Path) -> None:
-    """Remove folders of killed writers; a live writer holds the lock of its folder."""
+    """Remove the folders of killed writers; a running writer holds a lock on its folder."""
     for leftover in folder.glob(".tmp-*/"):
         if STAGING_PATTERN.fullmatch(leftover.name) and not leftover.is_symlink():
             with suppress(OSError):
@@ -255,7 +254,7 @@ def _all_gather(value: Any) -> list[Any]:
 
 
 def _save_manifest(staging: Path, files: dict[str, list[int]]) -> None:
-    """Write the manifest, after all it speaks of is on the disk."""
+    """Write the manifest atomically, after fsync of the files that it lists."""
     for name in (META_FILE, INDEX_FILE):
         files[name] = _file_checksum(staging / name)
         _fsync(staging / name)
@@ -287,7 +286,7 @@ def _fsync(path: Path) -> None:
 
 
 def _file_checksum(path: Path) -> list[int]:
-    """Size in bytes and CRC-32."""
+    """Return the size in bytes and the CRC-32 of a file."""
     size, crc = 0, 0
     with path.open("rb") as file:
         while block := file.read(2**22):
@@ -296,18 +295,18 @@ def _file_checksum(path: Path) -> list[int]:
 
 
 def looks_like_checkpoint(path: Path) -> bool:
-    """Whether a folder holds anything of a checkpoint."""
+    """Whether a folder holds any file of a sharded checkpoint."""
     return any((path / name).exists() for name in (MANIFEST_FILE, META_FILE, INDEX_FILE))
 
 
 def find_folder_damage(path: Path) -> str | None:
-    """None if the folder is a whole checkpoint, else what is wrong with it, in words."""
+    """Return None if the folder is a valid checkpoint, else a description of the damage."""
     reason = find_structural_damage(path)
     return find_checksum_mismatch(path) if reason is None else reason
 
 
 def find_structural_damage(path: Path) -> str | None:
-    """What is wrong with a folder; the checksums of tensor data are not compared."""
+    """Return the damage of a folder, without comparing the checksums of tensor data."""
     if not (path / MANIFEST_FILE).is_file():
         if not looks_like_checkpoint(path):
             return "it is a folder, not a checkpoint file"
@@ -334,7 +333,7 @@ def find_structural_damage(path: Path) -> str | None:
 
 
 def find_checksum_mismatch(path: Path, names: Collection[str] | None = None) -> str | None:
-    """The first part that does not match its checksum, of these names or of all with tensors."""
+    """Return the first mismatch of a checksum, of these files or of all with tensor data."""
     try:
         checked_names = tensor_file_sizes(path) if names is None else names
         for name, (size, crc) in _load_manifest(path).items():
@@ -348,7 +347,7 @@ def find_checksum_mismatch(path: Path, names: Collection[str] | None = None) -> 
 
 
 def tensor_file_sizes(path: Path) -> dict[str, int]:
-    """The bytes of each part that holds tensor data."""
+    """Return the bytes of each file that holds tensor data."""
     return {
         name: size
         for name, (size, _) in _load_manifest(path).items()
@@ -357,7 +356,7 @@ def tensor_file_sizes(path: Path) -> dict[str, int]:
 
 
 def folder_identity(path: Path) -> tuple[int, ...]:
-    """Identifies a state of a folder: its device, and inode, size and times of each part."""
+    """Return an identity of a folder's content: device, and inode, size and times of each file."""
     values = [path.stat().st_dev]
     for name in [MANIFEST_FILE, *sorted(_load_manifest(path))]:
         status = (path / name).stat()
@@ -366,11 +365,15 @@ def folder_identity(path: Path) -> tuple[int, ...]:
 
 
 def _load_manifest(path: Path) -> dict[str, tuple[int, int]]:
-    """Name, size and checksum of each part; META and INDEX are among them."""
+    """Read the size and checksum of each file, by name, from the manifest.
+
+    Raises:
+        CheckpointError: the manifest is damaged, or does not list META_FILE and INDEX_FILE.
+    """
     limit = MAX_ENTRY_BYTES * (2 + sum(1 for _ in path.iterdir()))
     with (path / MANIFEST_FILE).open("rb") as file:
         content = file.read(limit + 1)
-    if len(content) > limit:  # a megabyte of lists within lists takes seconds to read
+    if len(content) > limit:  # a megabyte of nested lists takes seconds to parse
         raise CheckpointError(f"its {MANIFEST_FILE} is longer than {limit:,} bytes")
     try:
         files = json.loads(content)["files"]
@@ -385,9 +388,9 @@ def _load_manifest(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def split_tensors(checkpoint: dict[str, Any]) -> tuple[dict[TensorPath, Tensor], dict[str, Any]]:
-    """The tensors that are written in parts, by their place, and the checkpoint without them."""
+    """Split a checkpoint into the tensors of SHARDED_KEYS, by their path, and the rest."""
     tensors: dict[TensorPath, Tensor] = {}
-    first_by_id: dict[int, Tensor] = {}  # a tensor with several names stays one
+    first_by_id: dict[int, Tensor] = {}  # a tensor with several names stays one object
 
     def remove_tensors(value: Any, tensor_path: TensorPath) -> Any:
         if isinstance(value, dict):
@@ -406,7 +409,7 @@ def split_tensors(checkpoint: dict[str, Any]) -> tuple[dict[TensorPath, Tensor],
 
 
 def _non_tensor_states(unsharded: dict[str, Any]) -> dict[TensorPath, Any]:
-    """What optimizers keep of a parameter that is no tensor: another rank may own it."""
+    """Return the non-tensor optimizer states by path, because another rank may own them."""
     return {
         ("optimizer_states", i, "state", number, key): value
         for i, state in enumerate(unsharded.get("optimizer_states", []))
@@ -416,12 +419,12 @@ def _non_tensor_states(unsharded: dict[str, Any]) -> dict[TensorPath, Any]:
 
 
 def encode_path(tensor_path: TensorPath) -> str:
-    """A place as the name of a tensor."""
+    """Encode a path as the name of a tensor in the index."""
     return json.dumps(tensor_path)
 
 
 def set_nested(tree: dict[Any, Any], tensor_path: TensorPath, value: Any) -> None:
-    """Set a value deep in dicts and lists, making the dicts on the way."""
+    """Set a value at a path of nested dicts and lists, creating missing dicts."""
     node: Any = tree
     step: Any
     for step in tensor_path[:-1]:
@@ -430,13 +433,13 @@ def set_nested(tree: dict[Any, Any], tensor_path: TensorPath, value: Any) -> Non
 
 
 def _load_index(path: Path) -> Metadata:
-    """torch's index of the parts, rebuilt from plain values after each was checked.
+    """Load torch's index of the chunks safely: it is rebuilt from validated plain values.
 
-    The index is a pickle. Nothing that it names is called, and it may name the classes of NAMES
-    only.
+    The index is a pickle. No class or function that it names is called, and it may name only those
+    of ALLOWED_INDEX_NAMES.
 
     Raises:
-        CheckpointError: if it names another class, or does not describe the parts there are.
+        CheckpointError: the index names another class, or does not match the files.
     """
     file_sizes = {name: size for name, (size, _) in _load_manifest(path).items()}
     try:
@@ -536,19 +539,19 @@ def _decode_path(key: str) -> TensorPath:
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in the parts: its size and dtype, and where each chunk of it is."""
+    """A tensor of a sharded checkpoint: shape, dtype, and the location of each chunk."""
 
     entry: TensorStorageMetadata
     chunks: list[tuple[ChunkStorageMetadata, _StorageInfo]]
 
     @property
     def location(self) -> tuple[Any, ...]:
-        """The same for two names of one tensor."""
+        """Return the file and offset of each chunk; equal for two names of one tensor."""
         return tuple((info.relative_path, info.offset) for _, info in self.chunks)
 
 
 def list_stored_tensors(path: Path) -> dict[TensorPath, StoredTensor]:
-    """Each tensor that was written in parts, by its place in the checkpoint."""
+    """Return all tensors in the index of a folder, by their path in the checkpoint."""
     metadata, tensors = _load_index(path), {}
     for key, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
@@ -558,16 +561,19 @@ def list_stored_tensors(path: Path) -> dict[TensorPath, StoredTensor]:
 
 
 def iter_tensor_entries(path: Path) -> Iterator[tuple[TensorPath, TensorStorageMetadata]]:
-    """Place, size and dtype of each tensor that was written in parts."""
+    """Yield path and entry (shape, dtype) of each tensor in the index of a folder."""
     for tensor_path, stored_tensor in list_stored_tensors(path).items():
         yield tensor_path, stored_tensor.entry
 
 
 def load_sharded(path: Path, tensors: dict[TensorPath, Tensor]) -> None:
-    """Fill tensors, or this rank's parts of them, in place; no rank waits for another.
+    """Load tensors, or this rank's shards of them, in place, without communication.
 
-    Of each chunk only the rows that are wanted are read, MESSAGE bytes at a time. A tensor that is
-    given under two names is read once.
+    Only the needed rows of each chunk are read, at most MAX_MESSAGE_BYTES at a time. A tensor with
+    two names is read once.
+
+    Raises:
+        CheckpointError: the files do not match the index.
     """
     try:
         stored_tensors, loaded = list_stored_tensors(path), set()
@@ -598,7 +604,7 @@ def _load_chunk(
     local: Tensor,
     indices: ShardIndices,
 ) -> None:
-    """Copy a chunk of a tensor into the part of it that this rank holds, given by `indices`."""
+    """Copy a chunk of a tensor into `local`, this rank's shard, given by `indices`."""
     chunk_indices = [
         _intersect_ranges(ranges, start, size)
         for ranges, start, size in zip(indices, chunk.offsets, chunk.sizes, strict=True)
@@ -643,7 +649,7 @@ def _load_chunk(
 
 
 def _intersect_ranges(ranges: list[IndexRange], start: int, size: int) -> list[IndexRange]:
-    """The parts of the runs in `size` indices from `start` on, counted from there."""
+    """Intersect index ranges with [start, start + size), relative to `start`."""
     intersection = []
     for index_range in ranges:
         first, last = (
@@ -667,7 +673,7 @@ def _load_rows(
     dtype: torch.dtype,
     wanted_ranges: list[IndexRange],
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """First row, last row and content of pieces of a dense tensor that hold the wanted rows."""
+    """Yield start row, end row and values of pieces of a dense tensor with the wanted rows."""
     row_bytes = math.prod(sizes[1:]) * dtype.itemsize
     step = max(1, MAX_MESSAGE_BYTES // max(1, row_bytes))
     for index_range in wanted_ranges if sizes else [IndexRange(0, 0, 1)]:
@@ -684,7 +690,7 @@ def _load_rows(
 
 
 def empty_like_entry(entry: TensorStorageMetadata, parameter: Tensor | None) -> Tensor:
-    """An empty tensor for an entry, spread as the parameter is if they have one shape."""
+    """Return an empty tensor for an entry, sharded like `parameter` if the shapes are equal."""
     dtype = entry.properties.dtype
     if isinstance(parameter, DTensor) and parameter.shape == entry.size:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
@@ -692,14 +698,14 @@ def empty_like_entry(entry: TensorStorageMetadata, parameter: Tensor | None) -> 
 
 
 def load_unsharded(path: Path) -> dict[str, Any]:
-    """The checkpoint without the tensors that were written in parts.
+    """Load META_FILE: the checkpoint without the sharded tensors.
 
     Raises:
-        CheckpointError: if torch cannot read the file, whose checksum may be right all the same.
+        CheckpointError: torch cannot read the file, even if its checksum matches.
     """
     try:
         return torch.load(path / META_FILE, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's text recommends to run the file
+    except pickle.UnpicklingError as error:  # torch's message recommends weights_only=False
         raise CheckpointError(
             f"its {META_FILE} holds more than tensors and plain values"
         ) from error
@@ -709,7 +715,7 @@ def load_unsharded(path: Path) -> dict[str, Any]:
 
 
 def load_full(path: Path) -> dict[str, Any]:
-    """The checkpoint as a single file would hold it."""
+    """Load the full checkpoint, with the content that a single file would have."""
     checkpoint = load_unsharded(path)
     tensors_by_location: dict[tuple[Any, ...], Tensor] = {}
     tensors = {}

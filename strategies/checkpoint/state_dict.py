@@ -1,7 +1,7 @@
-"""Weights and optimizer states between a spread net and a checkpoint, whole or in parts.
+"""Gather and load model and optimizer state_dicts of a sharded module.
 
-Parameters are numbered by their place in `named_parameters()` on every layout, so a state saved
-with any grouping, on any mesh or on none, finds its parameter again.
+In a checkpoint, optimizer states are indexed by the order of `named_parameters()`. The index does
+not depend on param groups or on the mesh, so any layout can load the state of any other.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,14 +28,14 @@ TensorShapes = dict[str, tuple[int, ...]]
 
 
 class StageNames(NamedTuple):
-    """A net that is cut into stages: the names of all parameters, and the ranks that have them."""
+    """The names of all parameters of a pipeline-parallel net, and the group of its stages."""
 
     param_names: list[str]
     group: ProcessGroup
 
 
 def param_indices(module: nn.Module, stages: StageNames | None) -> dict[Tensor, int]:
-    """Each parameter's place in `named_parameters()` of the whole net."""
+    """Return the index of each parameter in `named_parameters()` of the full net."""
     params_by_name = dict(module.named_parameters())
     names = list(params_by_name) if stages is None else stages.param_names
     return {params_by_name[name]: i for i, name in enumerate(names) if name in params_by_name}
@@ -44,9 +44,9 @@ def param_indices(module: nn.Module, stages: StageNames | None) -> dict[Tensor, 
 def gather_model_state(
     module: nn.Module, is_distributed: bool, stages: StageNames | None
 ) -> dict[str, Any]:
-    """The module's state_dict: this rank's parts, or all on rank 0 and nothing elsewhere.
+    """Return the module's state_dict: this rank's shards, or all tensors on rank 0 (else empty).
 
-    A tensor with several names is collected once, and is in the result under each of them.
+    A tensor with several names is gathered once; the result has it under each name.
     """
     state = get_model_state_dict(module, options=StateDictOptions(cpu_offload=is_distributed))
     first_names = _shared_tensor_names(module, state)
@@ -78,7 +78,7 @@ def gather_model_state(
 def gather_stages(
     tensors: dict[str, Tensor], stages: StageNames, device: torch.device
 ) -> dict[str, Any]:
-    """The tensors that the first ranks of all stages hold, on rank 0; every rank calls it."""
+    """Gather on rank 0 the tensors of the first rank of each stage; every rank calls it."""
     tensors_by_name: dict[str, Any] = {}
     if dist.get_rank() in _collecting_ranks(stages):
         for stage_tensors in gather_trees_to_first_rank(tensors, stages.group, device):
@@ -89,7 +89,7 @@ def gather_stages(
 
 
 def _shared_tensor_names(module: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
-    """For each further name of a tensor, its first name."""
+    """Map each additional name of a tensor to its first name."""
     first_name_by_id: dict[int, str] = {}
     aliases = {}
     named_tensors = [
@@ -103,7 +103,7 @@ def _shared_tensor_names(module: nn.Module, state: Mapping[str, Any]) -> dict[st
 
 
 def _collecting_ranks(stages: StageNames | None) -> list[int]:
-    """The ranks on which whole tensors are collected: the first rank of each stage."""
+    """Return the ranks on which full tensors are gathered: the first rank of each stage."""
     if stages is None:
         return [0]
     count, world = dist.get_world_size(stages.group), dist.get_world_size()
@@ -111,7 +111,7 @@ def _collecting_ranks(stages: StageNames | None) -> list[int]:
 
 
 def _collect_value(value: Any, collecting_ranks: list[int]) -> Any:
-    """A whole value on the CPU of the keeper; None on the other ranks."""
+    """Gather a full value on the CPU of the collecting ranks; None on other ranks."""
     if isinstance(value, DTensor):
         return (
             gather_to_first_rank(value)
@@ -124,7 +124,7 @@ def _collect_value(value: Any, collecting_ranks: list[int]) -> Any:
 
 
 def _comm_device(module: nn.Module) -> torch.device:
-    """The device on which the ranks of the job send and receive."""
+    """Return the device on which the ranks of the job send and receive."""
     return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
@@ -142,10 +142,11 @@ def gather_optimizer_state(
     stages: StageNames | None,
     is_owned: TensorPredicate = lambda parameter: True,
 ) -> dict[str, Any]:
-    """The optimizer's state_dict: this rank's parts, or all on rank 0.
+    """Return the optimizer's state_dict: this rank's shards, or all state on rank 0.
 
-    Where parameters have owners (ZeRO-1, optimizers that need whole tensors), `owner_group` are the
-    ranks that keep the state of different parameters; `is_owned` is false for those of other ranks.
+    If parameters have owners (ZeRO-1, optimizers that need full tensors), the ranks of
+    `owner_group` keep the state of different parameters. `is_owned` is false for parameters of
+    other ranks.
     """
     indices = param_indices(module, stages)
     state_dict = optimizer.state_dict()
@@ -164,19 +165,19 @@ def gather_optimizer_state(
     if not is_distributed:
         collecting_ranks = sending_ranks = _collecting_ranks(stages)
         ranks = [] if owner_group is None else dist.get_process_group_ranks(owner_group)
-        if ranks:  # each of them has the state of other parameters
+        if ranks:  # each rank of owner_group has the state of different parameters
             sending_ranks = [
                 first + item - ranks[0] for first in collecting_ranks for item in ranks
             ]
 
         def collect_tensor(tensor: Tensor) -> Tensor:
-            return _collect_value(tensor, sending_ranks)  # every rank of its mesh takes part
+            return _collect_value(tensor, sending_ranks)  # every rank of its mesh must call it
 
         state = tree_map_only(Tensor, collect_tensor, state)
-        if "members" in state_dict:  # further state of optimizers, the same on every rank
+        if "members" in state_dict:  # other state of member optimizers, equal on all ranks
             state_dict["members"] = tree_map_only(Tensor, collect_tensor, state_dict["members"])
         device = _comm_device(module)
-        if ranks and rank not in collecting_ranks:  # what is sharded is on the keepers already
+        if ranks and rank not in collecting_ranks:  # sharded state is on collecting ranks already
             state = {
                 indices[p]: state[indices[p]]
                 for p in indices
@@ -202,9 +203,9 @@ def load_full_state(
     stages: StageNames | None,
     is_unsharded: TensorPredicate = lambda parameter: False,
 ) -> None:
-    """Set weights and optimizers from a checkpoint of whole tensors.
+    """Load weights and optimizer states from a checkpoint with full tensors.
 
-    The state of a parameter that is `is_unsharded` is on the rank that owns the parameter.
+    If `is_unsharded(parameter)`, the owner of the parameter keeps its full state.
     """
     state, module_state = checkpoint["state_dict"], module.state_dict()
     if stages is not None:
@@ -223,9 +224,9 @@ def load_full_state(
 
 @torch.no_grad()
 def _copy_shard(module_value: Any, value: Any) -> Any:
-    """The value to load: a whole tensor, or the sharded one after its part was copied.
+    """Return the value to load: a full tensor, or the sharded one after its shard was copied.
 
-    Of a whole tensor in a mapped file only the part is read, and no other copy is made.
+    Of a full tensor in a mapped file only the shard is read, without another copy.
     """
     if (
         isinstance(module_value, DTensor)
@@ -245,7 +246,11 @@ def load_sharded_state(
     stages: StageNames | None,
     is_unsharded: TensorPredicate = lambda parameter: False,
 ) -> dict[str, Any]:
-    """Set weights and optimizers from a folder, of which each rank reads its parts."""
+    """Load weights and optimizer states from a folder; each rank reads its shards.
+
+    Returns:
+        the rest of the checkpoint.
+    """
     checkpoint = sharded.load_unsharded(path)
     indices = param_indices(module, stages)
     parameters = {number: p for p, number in indices.items() if is_owned(p)}
@@ -288,12 +293,12 @@ def load_sharded_state(
 
 
 def tensor_shapes(state: dict[str, Any]) -> TensorShapes:
-    """The size of each tensor of a state_dict."""
+    """Return the shape of each tensor of a state_dict."""
     return {name: tuple(t.shape) for name, t in state.items() if isinstance(t, Tensor)}
 
 
 def stored_tensor_shapes(path: Path) -> TensorShapes:
-    """The size of each weight in a folder."""
+    """Return the shape of each weight in a sharded checkpoint."""
     return {
         str(tensor_path[1]): tuple(e.size)
         for tensor_path, e in sharded.iter_tensor_entries(path)
@@ -304,12 +309,12 @@ def stored_tensor_shapes(path: Path) -> TensorShapes:
 def shape_mismatches(
     module_shapes: TensorShapes, checkpoint_shapes: TensorShapes, strict: bool
 ) -> str:
-    """In what the weights of a checkpoint differ from a net's; empty if they fit.
+    """Describe how the weights of a checkpoint differ from those of a module; empty if equal.
 
     Args:
-        module_shapes: those of the whole net, the same on every rank, so that all refuse or none
-        checkpoint_shapes: the checkpoint's
-        strict: whether one may not have what the other has not
+        module_shapes: shapes of the full net, equal on all ranks, so that all or none raise
+        checkpoint_shapes: shapes of the checkpoint
+        strict: whether missing and unexpected names count as differences
     """
     mismatches = [
         f"{name} is {module_shapes[name]} here and {checkpoint_shapes[name]} there"
@@ -330,7 +335,7 @@ def shape_mismatches(
 def check_shapes(
     module: nn.Module, module_shapes: TensorShapes, checkpoint_shapes: TensorShapes
 ) -> None:
-    """Refuse weights of another architecture before one of them is set."""
+    """Raise CheckpointError if shapes or names differ, before any weight is changed."""
     if mismatches := shape_mismatches(module_shapes, checkpoint_shapes, module.strict_loading):  # type: ignore[arg-type]
         raise CheckpointError(
             f"the checkpoint's weights do not fit this {type(module).__name__}: {mismatches}; "
@@ -342,7 +347,10 @@ def check_shapes(
 def check_dtype_kinds(
     module: nn.Module, module_values: Mapping[str, Any], checkpoint_values: Mapping[str, Any]
 ) -> None:
-    """Refuse whole or complex numbers for real ones, which would be cast without a word."""
+    """Raise CheckpointError for integer or complex values of real weights, or vice versa.
+
+    torch would cast them silently.
+    """
     if mismatches := dtype_kind_mismatches(module_values, checkpoint_values):
         raise CheckpointError(
             f"the checkpoint's weights are no weights of this {type(module).__name__}: "
@@ -367,10 +375,11 @@ def _load_optimizer(
     is_unsharded: TensorPredicate,
     is_mapped: bool = False,
 ) -> None:
-    """Load state tensors; those shaped like their parameter are spread like it.
+    """Load an optimizer state; tensors with the shape of their parameter are sharded like it.
 
-    Groups keep their order from layout to layout; a stage has some of each, found by its `indices`.
-    Tensors of a `is_mapped` file are copied: they must not outlive the loading.
+    Param groups have the same order with every layout. A pipeline stage has some parameters of each
+    group, found by their `indices`. Tensors of a mapped file (`is_mapped`) are copied, because
+    views of it must not outlive the loading.
     """
     groups = [group["params"] for group in optimizer.param_groups]
     saved_groups = [group["params"] for group in saved["param_groups"]]

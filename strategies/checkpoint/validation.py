@@ -1,4 +1,4 @@
-"""The form of a checkpoint: the type of each section, and states that a training can resume."""
+"""Validate the content of a checkpoint: types of the sections, and optimizer states."""
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -21,12 +21,12 @@ SECTION_TYPES: dict[str, type | tuple[type, ...]] = {
     "epoch": int,
     "global_step": int,
 }
-StateDtypeKinds = list[dict[str, dict[str, str]]]  # likewise
+StateDtypeKinds = list[dict[str, dict[str, str]]]  # by optimizer, parameter and entry
 StateShapes = list[dict[str, dict[str, list[int]]]]  # by optimizer, parameter and entry
 
 
 def find_malformed_section(checkpoint: Any) -> str | None:
-    """The first section that is of another type than a trainer writes; None if all are right."""
+    """Describe the first section with a wrong type; None if all types are right."""
     if not isinstance(checkpoint, Mapping):
         return None
     for name, expected_type in SECTION_TYPES.items():
@@ -54,7 +54,7 @@ def find_malformed_section(checkpoint: Any) -> str | None:
     return None
 
 
-EXACT_RESUME_VALIDATORS: dict[str, Callable[[Any], bool]] = {  # what ExactResume keeps, by its form
+EXACT_RESUME_VALIDATORS: dict[str, Callable[[Any], bool]] = {  # by key of ExactResume's record
     "callbacks": lambda v: _is_name_list(v),
     "optimizers": lambda v: _is_name_list(v),
     "data": lambda v: isinstance(v, Mapping),
@@ -71,7 +71,7 @@ EXACT_RESUME_VALIDATORS: dict[str, Callable[[Any], bool]] = {  # what ExactResum
 
 
 def find_malformed_resume_record(record: Any) -> str:
-    """What is wrong with a checkpoint's record of its run; empty if nothing is."""
+    """Describe a malformed record of ExactResume in a checkpoint; empty if it is valid."""
     if not isinstance(record, Mapping):
         return _type_mismatch_message("its exact_resume", record, Mapping)
     for key, is_valid in EXACT_RESUME_VALIDATORS.items():
@@ -92,7 +92,7 @@ def _is_entry_mapping(value: Any) -> bool:
 
 
 def _is_valid_best_files(state: Any) -> bool:
-    """Whether a state that names the best files, as ModelCheckpoint's does, has its form."""
+    """Whether the best files in a callback state are valid, as ModelCheckpoint writes them."""
     if not isinstance(state, Mapping) or "best_k_models" not in state:
         return True
     best, texts = state["best_k_models"], ("best_model_path", "last_model_path")
@@ -118,13 +118,13 @@ def _type_mismatch_message(name: str, value: Any, expected_type: Any) -> str:
 def dtype_kind_mismatches(
     module_dtypes: Mapping[str, Any], checkpoint_dtypes: Mapping[str, Any]
 ) -> str:
-    """Weights whose numbers are of another kind in a checkpoint; empty if there are none.
+    """Describe weights whose kind of dtype differs in a checkpoint; empty if there are none.
 
-    Real, complex and whole numbers are kinds; another width (bfloat16 for float32) is none.
+    The kinds are real, complex and integer. Another width (bfloat16 for float32) is the same kind.
 
     Args:
-        module_dtypes: by name, the dtypes of the module, or its tensors.
-        checkpoint_dtypes: the same of the checkpoint.
+        module_dtypes: dtypes or tensors of the module, by name.
+        checkpoint_dtypes: dtypes or tensors of the checkpoint, by name.
     """
     mismatches = []
     for name in sorted(module_dtypes.keys() & checkpoint_dtypes.keys()):
@@ -150,7 +150,7 @@ def _dtype_kind(dtype: torch.dtype) -> str:
 
 
 def optimizer_state_shapes(states: Iterable[Any]) -> StateShapes:
-    """The shapes of all tensors of optimizer states: what a checkpoint records of them."""
+    """Return the shapes of all tensors of optimizer states, which a checkpoint records."""
     return [
         {
             str(number): {str(k): list(v.shape) for k, v in values.items() if _is_tensor(v)}
@@ -162,9 +162,9 @@ def optimizer_state_shapes(states: Iterable[Any]) -> StateShapes:
 
 
 def optimizer_state_kinds(states: Iterable[Any]) -> StateDtypeKinds:
-    """The tensors of optimizer states whose numbers are not real, by kind: a checkpoint's record.
+    """Return the kinds of optimizer state tensors that are not real, which a checkpoint records.
 
-    Single numbers are left out: counters may be whole or real.
+    Scalars are left out, because counters may be integer or real.
     """
     records: StateDtypeKinds = []
     for state in states:
@@ -181,8 +181,9 @@ def optimizer_state_kinds(states: Iterable[Any]) -> StateDtypeKinds:
 
 
 def find_changed_kinds(states: list[Any], recorded: Any, param_names: list[str]) -> str:
-    """Entries of optimizer states that are of another kind than `optimizer_state_kinds` recorded;
-    or empty.
+    """Describe optimizer states whose kind differs from `recorded`; empty if there are none.
+
+    `recorded` is the result of `optimizer_state_kinds` when the checkpoint was written, or None.
     """
     if recorded is None:
         return ""
@@ -207,14 +208,13 @@ def _is_tensor(value: Any) -> bool:
 def find_damaged_states(
     states: list[Any], recorded: Any, steps: int, param_names: list[str]
 ) -> str:
-    """What is missing in the optimizer states of a checkpoint, or of another shape; or empty.
+    """Describe missing optimizer states, or states with another shape; empty if there are none.
 
     Args:
         states: the checkpoint's `optimizer_states`.
-        recorded: what `optimizer_state_shapes` gave when it was written; None if nothing was
-        recorded.
-        steps: the optimizer steps that had been taken.
-        param_names: the names of the module's parameters, by place.
+        recorded: the result of `optimizer_state_shapes` when the checkpoint was written, or None.
+        steps: number of optimizer steps before the checkpoint.
+        param_names: names of the module's parameters, by index.
     """
     if recorded is None:
         return "it has no optimizer state, after a step was taken" if steps and not states else ""
@@ -243,7 +243,7 @@ def find_damaged_states(
 
 
 def find_nan_entry(states: Iterable[Any], param_names: list[str]) -> str | None:
-    """The first entry of optimizer states, as large as a matrix or vector, that holds a NaN."""
+    """Return the first non-scalar entry of optimizer states that holds a NaN, or None."""
     for state in states:
         for number, values in state.get("state", {}).items():
             for key, value in values.items() if isinstance(values, Mapping) else ():

@@ -1,8 +1,8 @@
-"""The zip archive of `torch.save`, checked before torch reads it.
+"""Validate the zip archive of `torch.save` before torch reads it.
 
-torch does not check the archive: it unpacks compressed records without a limit, and reads as many
-bytes of a record as the pickle states, even beyond its end. So the table of contents and the pickle
-are compared here; no number of a tensor is read.
+torch does not validate the archive. It decompresses records without a limit, and reads as many
+bytes of a record as the pickle states, even beyond its end. This module compares the table of
+contents with the pickle, without reading tensor data.
 """
 
 import io
@@ -16,7 +16,7 @@ from typing import IO, Any
 from . import safe_pickle as plain_pickle
 from .safe_pickle import CallRecord, GlobalName, UnsafePickle
 
-MAX_EXTRA_BYTES = 2**28  # bytes of tensors beyond 4 x the file: tensors may share one storage
+MAX_EXTRA_BYTES = 2**28  # allowed beyond 4 x the file size: tensors may share a storage
 STORAGE_ITEM_SIZES = {
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
     **dict.fromkeys(("FloatStorage", "IntStorage", "QInt32Storage"), 4),
@@ -34,7 +34,7 @@ TENSOR_BUILDERS = (
 
 
 class DamagedArchiveError(ValueError):
-    """An archive that torch would not have written."""
+    """An archive that torch.save would not have written."""
 
 
 class FileWindow(io.RawIOBase):
@@ -45,24 +45,24 @@ class FileWindow(io.RawIOBase):
         self.file, self.start, self.length, self.position = file, start, length, 0
 
     def readable(self) -> bool:
-        """Always true."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Always true."""
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move within the part."""
+        """Set the position within the part, and return it."""
         self.position = max(0, (0, self.position, self.length)[whence] + offset)
         return self.position
 
     def tell(self) -> int:
-        """Position within the part."""
+        """Return the position within the part."""
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        """Read at most up to the end of the part."""
+        """Read into a buffer, at most up to the end of the part."""
         count = max(0, min(len(buffer), self.length - self.position))
         self.file.seek(self.start + self.position)
         count = self.file.readinto(memoryview(buffer).cast("B")[:count])  # type: ignore
@@ -71,11 +71,11 @@ class FileWindow(io.RawIOBase):
 
 
 def validate_zip_entries(archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse records that are compressed or overlap, and names that torch may confuse.
+    """Raise DamagedArchiveError for compressed or overlapping records, or ambiguous names.
 
     Args:
         archive: the open archive.
-        size: of the file, in bytes.
+        size: size of the file, in bytes.
     """
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
@@ -87,16 +87,16 @@ def validate_zip_entries(archive: zipfile.ZipFile, size: int) -> None:
         raise DamagedArchiveError("its table of contents was changed")
     if sum(entry.file_size for entry in entries) > size:
         raise DamagedArchiveError("its records overlap")
-    if len({name.lower() for name in names}) != len(names):  # torch ignores upper and lower case
+    if len({name.lower() for name in names}) != len(names):  # torch ignores case
         raise DamagedArchiveError("two of its records have one name")
     if len({name.partition("/")[0] for name in names}) != 1:
         raise DamagedArchiveError("its records are of more than one archive")
 
 
 def tensor_record_sizes(file: IO[bytes]) -> tuple[dict[str, int], int]:
-    """The bytes of each record of tensor data, and a checksum of the table of contents.
+    """Return the bytes of each record of tensor data, and a checksum of the table of contents.
 
-    The table has the checksum of each record, so files with equal tables are equal.
+    The table has the checksum of each record, so files with equal tables have equal content.
     """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -107,12 +107,12 @@ def tensor_record_sizes(file: IO[bytes]) -> tuple[dict[str, int], int]:
 
 
 def non_tensor_records(archive: zipfile.ZipFile) -> list[str]:
-    """The records that hold no tensor data: the pickle, and a few short ones."""
+    """Return the names of records without tensor data: the pickle, and a few short records."""
     return [name for name in archive.namelist() if name.split("/")[1:2] != ["data"]]
 
 
 def find_corrupt_record(archive: zipfile.ZipFile, names: Collection[str]) -> str | None:
-    """The first record of these names that does not match its checksum; each is read once."""
+    """Return the first of these records that does not match its checksum, or None."""
     for name in names:
         try:
             with archive.open(name) as record:
@@ -126,7 +126,7 @@ def find_corrupt_record(archive: zipfile.ZipFile, names: Collection[str]) -> str
 
 
 def open_tensor_record(archive: zipfile.ZipFile, file: "FileWindow") -> "FileWindow":
-    """The data of the only tensor of an archive, as a file."""
+    """Open the data of the only tensor of an archive as a file."""
     (entry,) = [e for e in archive.infolist() if e.filename.split("/")[1:2] == ["data"]]
     file.seek(entry.header_offset)
     header = file.read(30)
@@ -142,8 +142,8 @@ def validate_pickled_tensors(archive: zipfile.ZipFile, size: int) -> None:
     """Compare the tensors of the pickle with the records of the archive.
 
     Raises:
-        UnsafePickle: if the stream itself is damaged or unfolds to too much.
-        DamagedArchive: if a tensor reaches beyond its record.
+        UnsafePickle: the pickle is damaged or too large.
+        DamagedArchiveError: a tensor reaches beyond its record.
     """
     lengths = {entry.filename: entry.file_size for entry in archive.infolist()}
     (name,) = [item for item in lengths if item.partition("/")[2] == "data.pkl"]
@@ -186,7 +186,7 @@ def validate_pickled_tensors(archive: zipfile.ZipFile, size: int) -> None:
 
 
 def _tensor_bytes(arguments: tuple[Any, ...]) -> int:
-    """Bytes of a tensor's elements, which may be more than those of its storage."""
+    """Return the bytes of a tensor's elements, which can exceed those of its storage."""
     match arguments:
         case (CallRecord(arguments=(count,)) as storage, int() as offset,
               tuple() | CallRecord() as size,

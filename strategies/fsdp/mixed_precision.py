@@ -1,15 +1,19 @@
-"""Mixed precision of sharded units: computed in half precision, stored and reduced in fp32.
+"""Mixed precision of FSDP units: compute in half precision, store and reduce in fp32.
 
     shard (fp32) -> gathered in bf16 or fp16 -> forward, backward -> gradient reduced in fp32
 
-Under autocast alone a unit is gathered in fp32, and autograd keeps the half-precision copy of every
+With autocast only, a unit is gathered in fp32, and autograd keeps the half-precision copy of every
 weight from the forward to the backward pass. With torch's MixedPrecisionPolicy the gathered weight
 itself has half precision and is freed with the unit, and a gather sends half the bytes.
 
-Some parameters stay in fp32, because autocast does not cast them in one process either: the weights
-of norms, of routers (a module names such children in `full_precision_params`) and of recurrent
-layers, vectors and scalars that no matrix product uses, complex and double-precision parameters.
-They are left out of the units: every rank has them whole. Embeddings are looked up in fp32.
+Some parameters stay in fp32, because autocast in one process does not cast them either:
+
+    weights of norms and recurrent layers
+    weights of routers: a module names such children in its attribute `full_precision`
+    vectors and scalars that no matrix product uses
+    complex and double-precision parameters
+
+These parameters belong to no unit: every rank holds them in full. Embeddings return fp32 rows.
 """
 
 from collections.abc import Iterator
@@ -23,26 +27,26 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-HALF_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of Lightning's precisions
+HALF_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by Lightning precision
 MATMUL_LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Embedding, _ConvNd)
 NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
-RECURRENT_LAYERS = (nn.RNNBase, nn.RNNCellBase)  # their kernels need all weights in one dtype
+RECURRENT_LAYERS = (nn.RNNBase, nn.RNNCellBase)  # kernels need all weights in one dtype
 
 
 def half_precision_dtype(precision: Any) -> torch.dtype | None:
-    """The dtype of a Lightning precision plugin's matrix products; None if they are not lowered."""
+    """Return the half dtype of a Lightning precision plugin; None for other precisions."""
     return HALF_DTYPES.get(str(getattr(precision, "precision", "")))
 
 
 def build_mp_policy(half_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
-    """torch's policy of a unit. Inputs stay as they are: autocast casts those of each product."""
+    """Build the MixedPrecisionPolicy of a unit; inputs are not cast, because autocast does it."""
     if half_dtype is None:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(half_dtype, torch.float32, cast_forward_inputs=False)
 
 
 def full_precision_params(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of `module` that stay in fp32 under mixed precision."""
+    """Yield the parameters of `module` that are not cast to half precision."""
     kept_modules = set()
     for owner in module.modules():
         for name in getattr(owner, "full_precision", ()):
@@ -56,22 +60,22 @@ def full_precision_params(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 class UnitAutocast:
-    """Hooks of a unit that run its forward under autocast, also outside of a step.
+    """Hooks that run the forward of a unit under autocast, also outside of a step.
 
-    The weights have half precision, so a call outside of Lightning's steps (samples, validation of
+    The weights have half precision. A call outside of Lightning's steps (sampling, validation of
     averaged weights, user code) would otherwise mix dtypes.
     """
 
     def __init__(self, unit: nn.Module, device: torch.device, half_dtype: torch.dtype) -> None:
-        """Register them; those of the unit's own gathering must come later."""
+        """Register the hooks; must be called before fully_shard registers its own."""
         self.device_type, self.half_dtype = device.type, half_dtype
-        self.active_contexts: list[torch.autocast | None] = []  # one for each call that is running
+        self.active_contexts: list[torch.autocast | None] = []  # one per running call
         unit.register_forward_pre_hook(cast(Any, torch.compiler.disable(self.enter_autocast)))
         exit_hook = cast(Any, torch.compiler.disable(self.exit_autocast))
         unit.register_forward_hook(exit_hook, always_call=True)
 
     def enter_autocast(self, module: nn.Module, inputs: Any) -> None:
-        """Start autocast, unless it is on."""
+        """Enter autocast, unless it is enabled."""
         context = None
         if not torch.is_autocast_enabled(self.device_type):
             context = torch.autocast(self.device_type, self.half_dtype, cache_enabled=False)
@@ -79,15 +83,15 @@ class UnitAutocast:
         self.active_contexts.append(context)
 
     def exit_autocast(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        """End it."""
+        """Exit autocast if `enter_autocast` entered it."""
         if self.active_contexts and (context := self.active_contexts.pop()) is not None:
             context.__exit__(None, None, None)
 
 
 def keep_embeddings_in_fp32(module: nn.Module) -> None:
-    """Let embeddings give fp32 rows, as under autocast in one process.
+    """Make embeddings return fp32 rows, as autocast in one process does.
 
-    The gradient of a row is a sum over its tokens: in half precision the small terms are lost.
+    The gradient of a row is a sum over its tokens. In half precision small terms would be lost.
     """
     for layer in module.modules():
         is_plain_embedding = (

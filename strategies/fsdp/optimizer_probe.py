@@ -1,12 +1,12 @@
-"""Measure whether an optimizer steps each number, or each tensor, independently of the others.
+"""Probe whether an optimizer updates each element, or each tensor, independently.
 
-    elementwise    three steps on a tensor whole = three steps on its halves, to the last bit
-    per tensor     three steps on two tensors together = three steps on each apart
-    coupled        neither: one rate for all parameters (Prodigy, D-Adaptation)
+    elementwise    three steps on a full tensor = three steps on its halves, bit for bit
+    per tensor     three steps on two tensors together = three steps on each separately
+    coupled        neither, e.g. one learning rate for all parameters (Prodigy, D-Adaptation)
 
-An elementwise optimizer may step shards. One that is not would train on shards without an error,
-with other norms, trust ratios or factors than on whole tensors. So a copy of the optimizer is tried
-on small random tensors before training.
+An elementwise optimizer can step shards. Any other optimizer would train on shards without an
+error, but with other norms, trust ratios or factors than on full tensors. So a copy of the
+optimizer is tested on small random tensors before training.
 """
 
 import copy
@@ -27,16 +27,12 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 from .original_parameters import iter_nested_optimizers
 
 UpdateKind = Literal["elementwise", "per tensor", "coupled"]
-GRADIENT_SCALES = (
-    1.0,
-    1e-2,
-    1e-5,
-)  # of the gradients, step by step: a rule may act on large or small ones
-# Some optimizers treat tensors of less than 4096 numbers, or of less than 128 rows or columns,
-# otherwise: where a parameter is larger, the trial is. Halves have 32 times an odd number of
-# numbers. That is a multiple of a processor's vectors: fused kernels round the numbers after the
-# last whole vector in another way, in the last bit. It is no multiple of the usual blocks, from 64
-# numbers on, which some optimizers compute with.
+GRADIENT_SCALES = (1.0, 1e-2, 1e-5)  # one per step: a rule may depend on the size of gradients
+# Some optimizers treat tensors of less than 4096 elements, or of less than 128 rows or columns,
+# differently. So large parameters are probed with large tensors. A half has 32 times an odd number
+# of elements. This is a multiple of the vector size of a CPU, because fused kernels round the
+# elements after the last full vector differently, in the last bit. It is not a multiple of the
+# block sizes (64 and more) that some optimizers use.
 SMALL_SHAPES: dict[int, tuple[int, ...]] = {1: (320,), 2: (40, 24)}
 LARGE_SHAPES: dict[int, tuple[int, ...]] = {1: (5056,), 2: (164, 144)}
 
@@ -45,14 +41,13 @@ StateShapeFlags = dict[tuple[int, str], bool]
 
 
 class ProbeResult(NamedTuple):
-    """What was measured.
+    """The result of a probe.
 
     Args:
         update_kind: see the top of this file.
-        reason: of a coupled optimizer, what it does; a part of an error message.
-        has_param_shape: for parameters of so many axes and an entry of their state, by its path:
-        whether it
-            has the shape of the parameter.
+        reason: why an optimizer is coupled; a part of an error message.
+        has_param_shape: whether a state entry has the shape of its parameter, by the number of axes
+            of the parameter and the path of the entry.
     """
 
     update_kind: UpdateKind
@@ -61,9 +56,9 @@ class ProbeResult(NamedTuple):
 
 
 def probe_optimizer(optimizer: Optimizer) -> ProbeResult:
-    """Try a copy of an optimizer for each kind of group and number of axes of its parameters.
+    """Probe copies of an optimizer, for each kind of param group and number of axes.
 
-    Random states of torch, numpy and Python are as before; the optimizer is not changed.
+    The optimizer and the random states of torch, numpy and Python are not changed.
     """
     update_kinds = set()
     has_param_shape: StateShapeFlags = {}
@@ -78,7 +73,10 @@ def probe_optimizer(optimizer: Optimizer) -> ProbeResult:
 
 
 def _probe_cases(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
-    """A group and one of its parameters, for all that differ in settings, axes or dtype."""
+    """Yield a group index and its largest parameter, for each combination to be probed.
+
+    Combinations differ in settings of the group, number of axes or dtype.
+    """
     cases: dict[Any, tuple[int, Tensor]] = {}
     for number, group in enumerate(optimizer.param_groups):
         settings = tuple(
@@ -88,7 +86,7 @@ def _probe_cases(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
         )
         for parameter in group["params"]:
             if not (parameter.is_floating_point() or parameter.is_complex()):
-                continue  # codes of quantized weights: nothing trains them
+                continue  # codes of quantized weights are not trained
             case = (settings, parameter.ndim, parameter.dtype)
             largest = cases.setdefault(case, (number, parameter))
             if parameter.numel() > largest[1].numel():
@@ -99,7 +97,10 @@ def _probe_cases(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
 def _probe_case(
     optimizer: Optimizer, number: int, example: Tensor, has_param_shape: StateShapeFlags
 ) -> tuple[UpdateKind, str]:
-    """The kind for one group and parameters like `example`; adds to `has_param_shape`."""
+    """Return kind and reason for a group and parameters like `example`.
+
+    Entries are added to `has_param_shape`.
+    """
     if needs_closure(optimizer):
         return "coupled", "computes the gradient of all parameters several times a step"
     if example.ndim == 0:
@@ -113,7 +114,7 @@ def _probe_case(
 
         def draw_values() -> Tensor:
             numbers = torch.randn(shape, generator=generator)
-            numbers[half:] *= 30  # so that the halves differ in norm
+            numbers[half:] *= 30  # the halves differ in norm
             return numbers.to(example.dtype)
 
         values, gradients = draw_values(), [draw_values() * scale for scale in GRADIENT_SCALES]
@@ -142,7 +143,7 @@ def _probe_case(
             ]
             if _halves_equal_full(full_result, half_results):
                 return "elementwise", ""
-        except Exception:  # it does not take halves
+        except Exception:  # it does not accept tensors of this shape
             pass
         joint_results = run_trial((values, gradients), (other, other_gradients))
         separate_results = [full_result, *run_trial((other, other_gradients))]
@@ -160,14 +161,14 @@ def _run_steps(
     tensors: tuple[tuple[Tensor, list[Tensor]], ...],
     has_param_shape: StateShapeFlags,
 ) -> list[Any]:
-    """Weights, state and settings for each tensor after the steps of one copy."""
+    """Step a copy of the optimizer; return weights, state and settings for each tensor."""
     parameters = [nn.Parameter(values.clone()) for values, _ in tensors]
     trial = _copy_optimizer(optimizer, number, parameters)
     torch.default_generator.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)
     if callable(getattr(trial, "train", None)) and callable(getattr(trial, "eval", None)):
-        with suppress(AttributeError, NotImplementedError):  # a wrapper of one without
+        with suppress(AttributeError, NotImplementedError):  # a wrapped optimizer without it
             trial.train()  # schedule-free optimizers require it
     for step in range(len(GRADIENT_SCALES)):
         for parameter, (_, gradients) in zip(parameters, tensors, strict=True):
@@ -188,11 +189,15 @@ def _run_steps(
 
 
 class _StateOutsideParamsError(Exception):
-    """The state_dict has a tensor that belongs to no parameter, so shards of it would be lost."""
+    """The state_dict has a tensor that belongs to no parameter, so it cannot be sharded."""
 
 
 def _record_saved_shapes(trial: Any, parameter: Tensor, has_param_shape: StateShapeFlags) -> None:
-    """Note which saved entries have the parameter's shape; refuse those of no parameter."""
+    """Record which saved entries have the parameter's shape.
+
+    Raises:
+        _StateOutsideParamsError: an entry with several elements belongs to no parameter.
+    """
     saved = trial.state_dict()
     state = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(state, dict):
@@ -210,7 +215,7 @@ def _record_saved_shapes(trial: Any, parameter: Tensor, has_param_shape: StateSh
 
 
 def _copy_optimizer(optimizer: Optimizer, number: int, parameters: list[nn.Parameter]) -> Any:
-    """A copy with one group and other parameters; `deepcopy` alone would copy the real ones."""
+    """Copy an optimizer with one group and other parameters, without copying the real ones."""
     memo: dict[int, Any] = {}
     old = list(iter_nested_optimizers(optimizer))
     for original in old:
@@ -219,7 +224,7 @@ def _copy_optimizer(optimizer: Optimizer, number: int, parameters: list[nn.Param
     new = [object.__new__(type(original)) for original in old]
     memo |= {id(original): duplicate for original, duplicate in zip(old, new, strict=True)}
     for original, duplicate in zip(old, new, strict=True):
-        attributes = {  # without methods that were replaced on this object
+        attributes = {  # without methods that were replaced on this instance
             k: v
             for k, v in vars(original).items()
             if not (callable(v) and hasattr(type(original), k))
@@ -240,11 +245,11 @@ def _keep_only_group(optimizer: Any, number: int, parameters: list[nn.Parameter]
         group["params"] = list(parameters)
         initial_rate = group.get("initial_lr", getattr(optimizer, "defaults", {}).get("lr"))
         if isinstance(group.get("lr"), int | float) and not group["lr"]:
-            group["lr"] = initial_rate or 1e-3  # a schedule may begin at zero, where nothing moves
+            group["lr"] = initial_rate or 1e-3  # a schedule may start at 0, which makes no update
 
 
 def _init_trial_state(old: Optimizer, trial: Any, parameters: list[nn.Parameter]) -> None:
-    """State from the constructor (torch's Adagrad), in the shapes of the trial's parameters."""
+    """Create the state that a constructor creates (torch's Adagrad), for the probe's parameters."""
     keys = [key for key in old.state if isinstance(key, Tensor)]
     if not keys:
         return
@@ -264,7 +269,7 @@ def _first_value(value: Tensor) -> Any:
 
 
 def _halves_equal_full(full: Any, halves: list[Any]) -> bool:
-    """Whether the halves, one below the other, are the whole, and all else is the same."""
+    """Whether the concatenated halves equal the full result, and all other values are equal."""
     leaves, spec = tree_flatten(full)
     flat_halves = [tree_flatten(half) for half in halves]
     if any(other_spec != spec for _, other_spec in flat_halves):
@@ -289,10 +294,9 @@ def _halves_equal_full(full: Any, halves: list[Any]) -> bool:
 
 
 def _is_equal(one: Any, two: Any, compare_counts: bool = True) -> bool:
-    """Equal to the last bit, NaN included; other objects by their type.
+    """Whether two trees are equal bit for bit, NaN included; other objects compare by type.
 
-    Without `compare_counts` whole numbers may differ: some settings count an optimizer's
-    parameters.
+    Without `compare_counts` integers may differ, because some settings count the parameters.
     """
     leaves, spec = tree_flatten(one)
     other_leaves, other_spec = tree_flatten(two)
@@ -315,14 +319,14 @@ def _is_equal_leaf(one: Any, two: Any) -> bool:
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether `step` requires a function that computes the loss again (LBFGS)."""
+    """Whether `step` requires a closure that recomputes the loss (LBFGS)."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
 @contextmanager
 def _preserve_rng_states() -> Iterator[None]:
-    """Restore the random states of torch (CPU), numpy and Python at the end."""
+    """Restore the random states of torch (CPU), numpy and Python on exit."""
     torch_state, python_state, numpy_state = (
         torch.get_rng_state(),
         random.getstate(),

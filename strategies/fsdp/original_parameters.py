@@ -1,8 +1,8 @@
-"""References to the parameters from before sharding, replaced by the sharded ones.
+"""Replace references to the parameters from before sharding by the sharded parameters.
 
 fully_shard replaces each parameter of a module by another tensor. An optimizer that was built in
-`__init__`, or a list of weights that the module keeps, would still have the old tensors, which
-nothing trains. The tensors are matched by identity, never by shape or order.
+`__init__`, or a list of weights in the module, would keep the old tensors, which are not trained.
+Tensors are matched by identity, never by shape or order.
 """
 
 import weakref
@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError
 
-MAX_CONTAINER_DEPTH = 3  # of lists and dicts within each other
+MAX_CONTAINER_DEPTH = 3  # levels of nested lists and dicts
 
 
 class OriginalParameters:
-    """The parameters of a module by identity, without keeping them alive.
+    """Finds the parameters of a module by identity, by weak references.
 
     originals = OriginalParameters(module)      # before fully_shard
     originals.update_references()               # after it
@@ -28,7 +28,11 @@ class OriginalParameters:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Remember the name of each parameter by its id."""
+        """Record the name of each parameter by its id.
+
+        Raises:
+            UsageError: a parameter has a post-accumulate hook, or a tensor is a view of one.
+        """
         self.module = module
         self._names_by_id: dict[int, str] = {}
         self._refs_by_id: dict[int, weakref.ref[Tensor]] = {}
@@ -36,7 +40,7 @@ class OriginalParameters:
         self.attributes_by_name: dict[str, dict[str, Any]] = {}  # set by the module's code
         self._aliases_by_id: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         for name, parameter in module.named_parameters():
-            if isinstance(parameter, DTensor):  # of a fit before this one: nothing replaces it
+            if isinstance(parameter, DTensor):  # sharded by an earlier fit: it is not replaced
                 continue
             self._names_by_id[id(parameter)] = name
             self._refs_by_id[id(parameter)] = weakref.ref(parameter)
@@ -64,10 +68,10 @@ class OriginalParameters:
             self._aliases_by_id[id(tensor)] = weakref.ref(tensor), name
 
     def find_replacement(self, tensor: Any) -> Tensor | None:
-        """The sharded parameter for one from before sharding; None for any other object."""
+        """Return the sharded parameter for a parameter from before sharding, else None."""
         alias, name = self._aliases_by_id.get(id(tensor), (None, ""))
         if alias is not None and alias() is tensor:
-            from .sharded_parameter import as_sharded_parameter  # it imports what imports this file
+            from .sharded_parameter import as_sharded_parameter  # here: avoids a circular import
 
             return as_sharded_parameter(self._sharded_params[name].detach())
         original_ref = self._refs_by_id.get(id(tensor))
@@ -77,11 +81,10 @@ class OriginalParameters:
         return None if sharded is tensor else sharded
 
     def update_references(self) -> None:
-        """Put sharded parameters into attributes, lists and dicts of the modules."""
+        """Replace references in attributes, lists and dicts of the modules."""
         self._sharded_params = dict(self.module.named_parameters())
-        for (
-            parameter
-        ) in self._sharded_params.values():  # torch moves no tensor that has a weak reference
+        # drop weak references to kept parameters: torch does not move a tensor that has one
+        for parameter in self._sharded_params.values():
             if self._names_by_id.pop(id(parameter), None) is not None:
                 del self._refs_by_id[id(parameter)]
         for module in self.module.modules():
@@ -95,14 +98,14 @@ class OriginalParameters:
                     vars(module)[name] = self._replace_in_container(value, MAX_CONTAINER_DEPTH)
 
     def copy_attributes(self) -> None:
-        """Set on sharded parameters what the module's code has set on those from before."""
+        """Copy the Python attributes of the original parameters to the sharded ones."""
         sharded_params = dict(self.module.named_parameters()) if self.attributes_by_name else {}
         for name, attributes in self.attributes_by_name.items():
-            if name in sharded_params:  # a stage of a pipeline has some of them
+            if name in sharded_params:  # a pipeline stage has only some of the parameters
                 vars(sharded_params[name]).update(attributes)
 
     def find_module_optimizers(self) -> Iterator[Optimizer]:
-        """Optimizers of the module's parameters that it keeps; Lightning need not know them."""
+        """Yield optimizers that the module stores, even if Lightning does not know them."""
         for submodule in self.module.modules():
             for value in vars(submodule).values():
                 for optimizer in _iter_optimizers(value, MAX_CONTAINER_DEPTH):
@@ -137,10 +140,10 @@ class OriginalParameters:
         return build(rebuilt)
 
     def update_optimizer(self, optimizer: Optimizer) -> None:
-        """Give an optimizer the sharded parameters in the place of those it was built with.
+        """Replace an optimizer's original parameters by the sharded ones.
 
         Raises:
-            ValueError: it has a tensor that is no parameter of the module.
+            UsageError: the optimizer has a tensor that is no parameter of the module.
         """
         self._sharded_params = dict(self.module.named_parameters())
         param_ids = {id(p) for p in self._sharded_params.values()}
@@ -167,7 +170,7 @@ class OriginalParameters:
         return sharded
 
     def _move_state(self, optimizer: Optimizer) -> None:
-        """State that the constructor made (torch's Adagrad): shard it like its parameter."""
+        """Shard state that a constructor created (torch's Adagrad) like its parameter."""
         state = optimizer.state
         for old in [key for key in state if isinstance(key, Tensor)]:
             sharded = self.find_replacement(old)
@@ -181,7 +184,7 @@ class OriginalParameters:
 
 
 def find_param_views(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
-    """Buffers and attributes that have memory in common with a parameter, and its name."""
+    """Yield buffers and attributes that share memory with a parameter, with its name."""
     named_params = [(name, p) for name, p in module.named_parameters() if _memory_extent(p)]
     storage_addresses = {p.untyped_storage().data_ptr() for _, p in named_params}
     for prefix, submodule in module.named_modules():
@@ -217,10 +220,10 @@ def _iter_optimizers(value: Any, depth: int) -> Iterator[Optimizer]:
 
 
 def check_no_shared_memory(module: nn.Module) -> None:
-    """Refuse parameters that are views of one tensor: ranks would step them apart.
+    """Check that no two parameters share memory: ranks would step them separately.
 
     Raises:
-        ValueError: names two of them.
+        UsageError: names two such parameters.
     """
     extents_by_address: dict[int, list[tuple[str, tuple[int, int, int]]]] = {}
     for name, parameter in module.named_parameters():
@@ -243,7 +246,7 @@ MemoryExtent = tuple[int, int, int]  # address of the memory, first and last byt
 
 
 def _memory_extent(tensor: Tensor) -> MemoryExtent | None:
-    """Which memory a plain tensor uses; None for others, and for tensors without memory."""
+    """Return the memory range of a plain tensor; None for other tensors or without memory."""
     if isinstance(tensor, DTensor) or tensor.is_meta or tensor.layout != torch.strided:
         return None
     if isinstance(tensor, nn.UninitializedParameter) or not tensor.numel():
@@ -254,14 +257,14 @@ def _memory_extent(tensor: Tensor) -> MemoryExtent | None:
 
 
 def extents_overlap(one: MemoryExtent | None, other: MemoryExtent | None) -> bool:
-    """Whether two tensors have bytes in common; columns of one matrix count as such."""
+    """Whether two memory ranges overlap; columns of one matrix count as overlapping."""
     if one is None or other is None or one[0] != other[0]:
         return False
     return one[1] <= other[2] and other[1] <= one[2]
 
 
 def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same on all ranks, sharded as a parameter is."""
+    """Shard a full tensor, which is the same on all ranks, like a parameter."""
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -270,7 +273,7 @@ def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def iter_nested_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """An optimizer, and those that it keeps in attributes: members, or a wrapped one."""
+    """Return an optimizer and those in its attributes: members, or a wrapped optimizer."""
     seen: dict[int, Optimizer] = {}
     waiting: list[Any] = [optimizer]
     while waiting:

@@ -1,13 +1,13 @@
-"""Step sharded parameters with optimizers that are not written for DTensors.
+"""Step FSDP2's sharded parameters with optimizers that do not support DTensors.
 
-    elementwise    step(shards)                    each rank its own rows, as plain tensors
-    per tensor     gather -> step(whole) -> scatter      each tensor on one rank, its owner
-    coupled        refused, in one line
+    elementwise    step(shards)                    each rank steps its rows, as plain tensors
+    per tensor     gather -> step(full) -> scatter       one rank (the owner) steps each tensor
+    coupled        rejected with an error
 
-Outside of the optimizer's own methods, its groups hold the module's parameters. Within them they
-hold plain tensors: this rank's rows, which share the parameters' memory, or whole tensors.
-State tensors with the shape of those rows are sharded in a checkpoint, like the parameter. State of
-whole tensors is on their owner alone. Which of the three holds is measured (optimizer_probe.py).
+Outside of the optimizer's methods, its param groups hold the module's parameters. Within them they
+hold plain tensors: this rank's rows, which share the parameters' memory, or full tensors. In a
+checkpoint, state tensors with the shape of the rows are sharded like the parameter. The state of a
+full tensor is on its owner only. optimizer_probe.py measures which of the three kinds applies.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,28 +35,28 @@ VERDICT_ORDER = ("elementwise", "per tensor", "coupled")
 
 
 def member_optimizers(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers behind a composite one, or the optimizer itself."""
+    """Return the members of a composite optimizer, or the optimizer itself in a list."""
     return list(getattr(optimizer, "members", None) or [optimizer])
 
 
 def supports_dtensor(optimizer: Optimizer) -> bool:
-    """Whether an optimizer steps DTensors by itself: its class says so."""
+    """Whether an optimizer steps DTensors itself, as its class declares."""
     flag_names = ("supports_dtensor", "gathers")
     return any(getattr(optimizer, name, False) for name in flag_names)
 
 
 def probe_on_all_ranks(optimizer: Optimizer) -> ProbeResult:
-    """The verdict of all ranks on an optimizer; where they differ, the most restrictive one."""
+    """Probe an optimizer on all ranks, and return the most restrictive result."""
     results: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(results, tuple(probe_optimizer(optimizer)))
     return ProbeResult(*max(results, key=lambda each: VERDICT_ORDER.index(each[0])))
 
 
 def check_not_coupled(optimizer: Optimizer, result: ProbeResult) -> None:
-    """Refuse an optimizer whose steps cannot be divided among ranks.
+    """Check that the steps of an optimizer can be divided among ranks.
 
     Raises:
-        ValueError: the optimizer is coupled.
+        UsageError: the optimizer is coupled.
     """
     if result.update_kind == "coupled":
         raise UsageError(
@@ -67,10 +67,10 @@ def check_not_coupled(optimizer: Optimizer, result: ProbeResult) -> None:
 
 
 def check_members_not_coupled(optimizer: Optimizer) -> None:
-    """Refuse coupled optimizers where each rank steps some of the parameters (ZeRO-1).
+    """Check that no member is coupled, because each rank steps some parameters only (ZeRO-1).
 
     Raises:
-        ValueError: see `check_not_coupled`.
+        UsageError: see `check_not_coupled`.
     """
     for member in member_optimizers(optimizer):
         if "_measured" not in vars(member) and not supports_dtensor(member):
@@ -79,10 +79,10 @@ def check_members_not_coupled(optimizer: Optimizer) -> None:
 
 
 def shard_optimizer_steps(optimizer: Optimizer) -> None:
-    """Let an optimizer, or each member of a composite one, step sharded parameters.
+    """Make an optimizer, or each member of a composite one, step sharded parameters.
 
     Raises:
-        ValueError: for a coupled optimizer.
+        UsageError: for a coupled optimizer.
     """
     for member in member_optimizers(optimizer):
         if "_shards" in vars(member) or supports_dtensor(member):
@@ -103,14 +103,14 @@ def shard_optimizer_steps(optimizer: Optimizer) -> None:
 
 
 def copy_methods_to_wrapper(optimizer: Optimizer, wrapper: Any) -> None:
-    """Give Lightning's wrapper the replaced methods: it calls those of the class with itself."""
+    """Copy replaced methods to Lightning's wrapper, which calls the class's methods otherwise."""
     for name, value in vars(optimizer).items():
         if name != "step" and isinstance(getattr(value, "__self__", None), Optimizer):
             vars(wrapper).setdefault(name, value)
 
 
 def owns_parameter(optimizers: list[Optimizer], parameter: Tensor) -> bool | None:
-    """Whether this rank keeps the whole state of a parameter; None where each has its shard."""
+    """Whether this rank keeps the full state of a parameter; None if each rank has a shard."""
     for optimizer in optimizers:
         for member in member_optimizers(optimizer):
             stepper = vars(member).get("_shards")
@@ -133,7 +133,7 @@ def _check_row_sharded(member: Optimizer, parameters: list[DTensor]) -> None:
 
 
 class _PlainTensorStepper:
-    """Replaces the methods of an optimizer by ones that work on plain tensors."""
+    """Replaces the methods of an optimizer, so that they run on plain tensors."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -143,7 +143,7 @@ class _PlainTensorStepper:
         self._param_pairs: list[tuple[Any, nn.Parameter]] = []  # parameters and plain tensors
 
     def replace_methods(self) -> None:
-        """Replace step, state_dict, load_state_dict, and what the class has beyond torch's."""
+        """Replace step, state_dict, load_state_dict and the optimizer's own public methods."""
         optimizer = self.optimizer
         vars(optimizer)["_shards"] = self
         for nested in iter_nested_optimizers(
@@ -192,12 +192,12 @@ class _PlainTensorStepper:
             )
 
         method.__name__ = name
-        if hasattr(original, "_wrapped_by_lr_sched"):  # else a schedule would warn of this method
+        if hasattr(original, "_wrapped_by_lr_sched"):  # or LR schedulers warn about a replaced step
             method.__dict__["_wrapped_by_lr_sched"] = True
         return MethodType(method, self.optimizer)
 
     def _run_method(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Any other method, such as train() and eval() of schedule-free optimizers."""
+        """Run any other method, such as train() and eval() of schedule-free optimizers."""
         with self.with_plain_params():
             return original(*args, **kwargs)
 
@@ -210,7 +210,7 @@ class _PlainTensorStepper:
 
         def reuse_first_loss() -> Any:
             if is_first_call and is_first_call.pop():
-                return loss  # computed already, outside
+                return loss  # computed before the parameters were swapped
             with self.with_module_params(), torch.enable_grad():
                 return closure()  # pyright: ignore[reportOptionalCall]
 
@@ -230,7 +230,7 @@ class _PlainTensorStepper:
 
     @contextmanager
     def with_module_params(self) -> Iterator[None]:
-        """Within a step: the module's parameters again, for a closure that runs the module."""
+        """Restore the module's parameters within a step, for a closure that runs the module."""
         self.restore_module_params()
         self.call_depth = 0
         try:
@@ -243,7 +243,7 @@ class _PlainTensorStepper:
     def with_plain_params(
         self, step: bool = False, use_placeholders: bool = False
     ) -> Iterator[bool]:
-        """Plain tensors in the groups and the state; yields whether there are any."""
+        """Put plain tensors into groups and state; yield whether there are any."""
         self.call_depth += 1
         has_params = self.swap_in_plain(step, use_placeholders)
         try:
@@ -253,27 +253,27 @@ class _PlainTensorStepper:
             self.call_depth -= 1
 
     def keeps_state_of(self, parameter: Tensor) -> bool:
-        """Whether this rank keeps the state of a parameter, or of its shard."""
+        """Whether this rank keeps the optimizer state of a parameter, or of its shard."""
         return True
 
     def swap_in_plain(self, step: bool, use_placeholders: bool) -> bool:
-        """Put plain tensors in place of DTensors."""
+        """Replace DTensors by plain tensors in groups and state."""
         raise NotImplementedError
 
     def restore_module_params(self) -> None:
-        """Put the module's parameters back."""
+        """Restore the module's parameters in groups and state."""
         raise NotImplementedError
 
     def state_to_plain(self, state: Any, parameter: DTensor) -> Any:
-        """The state of one parameter in plain tensors; every rank calls it."""
+        """Return the state of one parameter as plain tensors; every rank calls it."""
         return tree_map_only(DTensor, lambda value: value.full_tensor(), state)
 
     def to_checkpoint(self, state_dict: StateDict) -> StateDict:
-        """What is saved, with DTensors for shards."""
+        """Convert a state_dict for a checkpoint: shards become DTensors."""
         return state_dict
 
     def from_checkpoint(self, state_dict: StateDict) -> StateDict:
-        """What was saved, with plain tensors."""
+        """Convert a loaded state_dict to plain tensors."""
         return state_dict
 
     def _iter_sharded_params(self) -> Iterator[DTensor]:
@@ -286,7 +286,7 @@ class _PlainTensorStepper:
                         yield p
 
     def _replace_params(self, should_keep: Callable[[Any], bool]) -> bool:
-        """Replace parameters in groups and states; those that `should_keep` denies are left out."""
+        """Replace parameters in groups and state; drop those that `should_keep` rejects."""
         self._original_groups = []
         has_params = False
         visited: set[int] = set()
@@ -312,7 +312,7 @@ class _PlainTensorStepper:
         restored = {id(parameters) for _, parameters in self._original_groups}
         params_by_plain_id: dict[int, Any] = {id(q): p for p, q in self._param_pairs}
         for nested in iter_nested_optimizers(self.optimizer):
-            for group in nested.param_groups:  # load_state_dict makes new ones
+            for group in nested.param_groups:  # load_state_dict creates new groups
                 new = id(group["params"]) not in restored
                 if new and any(id(q) in params_by_plain_id for q in group["params"]):
                     group["params"] = [params_by_plain_id.get(id(q), q) for q in group["params"]]
@@ -324,15 +324,13 @@ class _PlainTensorStepper:
 
     @staticmethod
     def _replace_state_keys(state: Any, new_keys: dict[int, Any]) -> None:
-        """Replace keys of a state, which are parameters, by those that `new_keys` has for their
-        ids.
-        """
+        """Replace the parameters that are keys of a state; `new_keys` maps an id to a new key."""
         renamed = {new_keys.get(id(key), key): value for key, value in state.items()}
         state.clear()
         state.update(renamed)
 
     def _params_by_index(self, state_dict: StateDict) -> dict[Any, Any]:
-        """The parameter behind each number of a state_dict; empty for another form."""
+        """Map the indices of a state_dict to parameters; empty if it has another format."""
         groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
         group_params = [parameters for _, parameters in self._original_groups]
         if not isinstance(groups, list) or not isinstance(state_dict.get("state"), dict):
@@ -345,15 +343,15 @@ class _PlainTensorStepper:
 
 
 class LocalShardStepper(_PlainTensorStepper):
-    """An elementwise optimizer, which steps this rank's rows."""
+    """Steps this rank's rows with an elementwise optimizer."""
 
     def __init__(self, optimizer: Optimizer, has_param_shape: StateShapeFlags) -> None:
-        """Keep which entries of the state have the shape of the parameter."""
+        """Store which entries of the state have the shape of the parameter."""
         super().__init__(optimizer)
         self.has_param_shape = has_param_shape
 
     def swap_in_plain(self, step: bool, use_placeholders: bool) -> bool:
-        """Rows in place of parameters, which share their memory."""
+        """Replace parameters by their local rows, which share memory."""
         self._param_pairs = []
         with torch._C.DisableTorchFunctionSubclass():  # attributes of sharded parameters are slow
             for p in self._iter_sharded_params():
@@ -374,21 +372,21 @@ class LocalShardStepper(_PlainTensorStepper):
         return True
 
     def restore_module_params(self) -> None:
-        """The module's parameters again."""
+        """Restore the module's parameters in groups and state."""
         self._restore_params()
 
     def to_checkpoint(self, state_dict: StateDict) -> StateDict:
-        """State tensors with the shape of the rows as DTensors, sharded like the parameter.
+        """Convert state tensors with the shape of the rows to DTensors, sharded like the parameter.
 
         Raises:
-            CheckpointError: a tensor that the trial of the optimizer did not have.
+            CheckpointError: the probe of the optimizer did not have this state tensor.
         """
         return self._map_state(
             state_dict, self._rows_to_dtensor, require_known=bool(self.has_param_shape)
         )
 
     def from_checkpoint(self, state_dict: StateDict) -> StateDict:
-        """This rank's rows of state tensors with the shape of the parameter."""
+        """Take this rank's rows of state tensors with the shape of the parameter."""
         return self._map_state(state_dict, self._dtensor_to_rows)
 
     def _map_state(
@@ -406,7 +404,7 @@ class LocalShardStepper(_PlainTensorStepper):
         return {**state_dict, "state": state} if params_by_index else state_dict
 
     def state_to_plain(self, state: Any, parameter: DTensor) -> Any:
-        """This rank's rows."""
+        """Take this rank's rows of the state of one parameter."""
         return self._map_param_state(state, parameter, self._dtensor_to_rows)
 
     def _map_param_state(
@@ -422,9 +420,8 @@ class LocalShardStepper(_PlainTensorStepper):
             if not isinstance(leaf, Tensor):
                 return leaf
             is_param_shaped = self.has_param_shape.get((num_axes, keystr(path)))
-            if (
-                is_param_shaped is None and require_known and leaf.ndim == num_axes
-            ):  # so on all ranks, or on none
+            # the condition is the same on all ranks
+            if is_param_shaped is None and require_known and leaf.ndim == num_axes:
                 raise CheckpointError(
                     f"{type(self.optimizer).__name__} keeps{keystr(path)} in its state, which a "
                     "trial of three steps did not, so that its shards cannot be joined; allowed: "
@@ -457,21 +454,20 @@ class LocalShardStepper(_PlainTensorStepper):
 
 
 class OwnerStepper(_PlainTensorStepper):
-    """An optimizer that needs whole tensors: each is stepped on one rank, its owner."""
+    """Steps full tensors with a per-tensor optimizer: each tensor on one rank, its owner."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        """Choose the owners."""
+        """Assign the owners."""
         super().__init__(optimizer)
-        self.owner_by_id: dict[
-            int, int
-        ] = {}  # rank of the shards' group, by the id of the parameter
-        self._has_values = False  # whether the values are here, too
+        self.owner_by_id: dict[int, int] = {}  # rank in the shard group, by id of the parameter
+        self._has_values = False  # whether owners hold full values now
         self._assign_owners()
 
     def _assign_owners(self) -> None:
-        """Give the smallest of each group to rank 0, and spread the others evenly.
+        """Assign the smallest parameter of each group to rank 0, and balance the other ones.
 
-        A checkpoint has the settings of the groups from rank 0, whose counters must be current.
+        A checkpoint has the param group settings of rank 0. Their step counters advance only if
+        rank 0 steps a parameter of each group.
         """
         load: dict[int, list[int]] = {}
         for group in self.optimizer.param_groups:
@@ -491,17 +487,20 @@ class OwnerStepper(_PlainTensorStepper):
                     self.owner_by_id[id(p)] = rank
 
     def rank_in_shard_group(self, parameter: Any) -> int:
-        """This rank in the group that has the shards of a parameter."""
+        """Return this rank's index in the group over which a parameter is sharded."""
         return dist.get_rank(_shard_group(parameter)) if _sharded_axis(parameter) is not None else 0
 
     def keeps_state_of(self, parameter: Any) -> bool:
         """Whether this rank owns a parameter."""
         if not isinstance(parameter, DTensor):
-            return True  # not sharded: every rank steps it, in the same way
+            return True  # not sharded: every rank does the same step
         return self.owner_by_id[id(parameter)] == self.rank_in_shard_group(parameter)
 
     def swap_in_plain(self, step: bool, use_placeholders: bool) -> bool:
-        """Whole tensors on their owners; elsewhere none, or empty ones for the numbering."""
+        """Put full tensors into the groups of their owners.
+
+        Other ranks get no tensor, or an empty one that keeps the indices (`use_placeholders`).
+        """
         self._assign_owners()
         self._param_pairs = []
         parameters = list(self._iter_sharded_params())
@@ -534,7 +533,7 @@ class OwnerStepper(_PlainTensorStepper):
         return self._replace_params(lambda p: use_placeholders or self.keeps_state_of(p))
 
     def restore_module_params(self) -> None:
-        """Copy the rows of each rank from the whole tensors of the owners."""
+        """Scatter the rows of the owners' full tensors to the ranks' shards."""
         self._restore_params()
         pairs = self._param_pairs
         if self._has_values:
@@ -545,7 +544,7 @@ class OwnerStepper(_PlainTensorStepper):
             full_param.data = full_param.data.new_empty(0)
 
     def from_checkpoint(self, state_dict: StateDict) -> StateDict:
-        """The whole state of the parameters that this rank owns."""
+        """Keep the full state of the parameters that this rank owns."""
         params_by_index = self._params_by_index(state_dict)
         state = {
             number: values
@@ -556,7 +555,7 @@ class OwnerStepper(_PlainTensorStepper):
 
 
 def _sharded_axis(parameter: Any) -> int | None:
-    """The axis of the mesh over which a parameter is sharded; None if it is whole."""
+    """Return the mesh axis over which a parameter is sharded; None if it is replicated."""
     for axis, placement in enumerate(parameter.placements):
         if not placement.is_replicate() and parameter.device_mesh.size(axis) > 1:
             return axis
@@ -574,7 +573,7 @@ def _has_same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _local_gradient(parameter: Any, gradient: Tensor) -> Tensor:
-    """The gradient of this rank's rows; under tp a gradient may be laid out in another way."""
+    """Return the gradient of this rank's rows; under tp it may have other placements."""
     if not isinstance(gradient, DTensor):
         return gradient
     param_spec, grad_spec = parameter._spec, gradient._spec
@@ -586,7 +585,7 @@ def _local_gradient(parameter: Any, gradient: Tensor) -> Tensor:
 def _iter_message_groups(
     pairs: list[tuple[Any, Tensor]],
 ) -> Iterator[tuple[ProcessGroup | None, list[int]]]:
-    """Indices of the tensors that can be sent in one message."""
+    """Yield the process group and the indices of tensors that one message can hold."""
     message_groups: dict[Any, tuple[ProcessGroup | None, list[int]]] = {}
     for index, (p, tensor) in enumerate(pairs):
         group = _shard_group(p) if _sharded_axis(p) is not None else None
@@ -595,7 +594,7 @@ def _iter_message_groups(
 
 
 def _num_rows(parameter: Any, num_ranks: int, rank: int) -> int:
-    """How many rows of a parameter a rank has."""
+    """Return how many rows of a parameter a rank holds."""
     chunk = -(-parameter.shape[0] // num_ranks)
     return min(max(parameter.shape[0] - rank * chunk, 0), chunk)
 
@@ -603,7 +602,7 @@ def _num_rows(parameter: Any, num_ranks: int, rank: int) -> int:
 def _exchange_sizes(
     pairs: list[tuple[Any, Tensor]], indices: list[int], owner: dict[int, int], num_ranks: int
 ) -> list[list[list[int]]]:
-    """[owner][holder]: numbers of each tensor, in order."""
+    """Return the number of elements of each tensor, in order, as [owner][holder]."""
     sizes: list[list[list[int]]] = [[[] for _ in range(num_ranks)] for _ in range(num_ranks)]
     for index in indices:
         p = pairs[index][0]
@@ -615,9 +614,9 @@ def _exchange_sizes(
 
 @torch.no_grad()
 def _gather_to_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) -> list[Any]:
-    """Whole tensors on the owners of their parameters, in the order given; None elsewhere.
+    """Gather full tensors on the owners of their parameters; None on other ranks.
 
-    One all-to-all for each dtype: a rank sends its rows of the tensors that another owns.
+    There is one all-to-all per dtype: a rank sends its rows to the owner of each tensor.
     """
     full_tensors: list[Any] = [None] * len(pairs)
     for group, indices in _iter_message_groups(pairs):
@@ -647,7 +646,7 @@ def _gather_to_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) ->
 
 @torch.no_grad()
 def _scatter_from_owners(pairs: list[tuple[Any, Tensor]], owner: dict[int, int]) -> None:
-    """Write this rank's rows of the owners' tensors into the shards of the parameters."""
+    """Scatter the rows of the owners' full tensors into the shards of the parameters."""
     for group, indices in _iter_message_groups(pairs):
         if group is None:
             for index in indices:

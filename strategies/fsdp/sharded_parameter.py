@@ -1,20 +1,20 @@
-"""FSDP2 parameters that work outside of the forward pass of their unit.
+"""FSDP2 parameters that can be used outside of the forward pass of their FSDP unit.
 
 fully_shard gathers the parameters of a unit around its `forward`. Elsewhere a parameter is a
-DTensor, and an operation on it and a plain tensor raises "got mixed torch.Tensor and DTensor". A
-`ShardedParameter` is that DTensor with these rules for operations outside of `forward`:
+DTensor, and an operation with a plain tensor raises "got mixed torch.Tensor and DTensor". A
+`ShardedParameter` is this DTensor with rules for operations outside of `forward`:
 
-    F.linear(h, self.emb.weight)      gradients are recorded: its unit is gathered, until the end of
-    self.net.encode(x)                the backward pass, which reduces the gradients of all uses
+    F.linear(h, self.emb.weight)      with autograd: its unit stays gathered until the end of the
+    self.net.encode(x)                backward pass, which reduces the gradients of all uses
     under no_grad                     computed on shards, or on a gathered copy if that fails
     p.mul_(0.9), p.copy_(plain)       in place, on this rank's shard
     p.data = new                      copied into this rank's shard
     p[:3].zero_(), p.renorm_(...)     on a gathered copy, whose rows are copied into the shards
-    p.normal_(), randn_like(p)        drawn for the whole tensor, the same numbers on all ranks
+    p.normal_(), randn_like(p)        drawn for the full tensor, the same values on all ranks
     p.register_hook(hook)             called with the gradient of the gathered parameter
-    p.norm(), p.grad.norm()           of all shards: a plain scalar
+    p.norm(), p.grad.norm()           over all shards: a plain scalar
 
-All ranks must run the same operations on parameters; code under `if rank == 0` never returns.
+All ranks must run the same operations on parameters: code under `if rank == 0` waits forever.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ..parallel_module import fsdp_units
 from .torch_attributes import fsdp_param_groups
 
 CHECK_WRITES_EVERY = (
-    50  # backward passes between two searches for `p.data.mul_(2)` in half precision
+    50  # backward passes between searches for lost `p.data` writes (half precision)
 )
 
 _without_torch_function = torch._C.DisableTorchFunctionSubclass
@@ -53,7 +53,7 @@ _DATA: Any = torch.Tensor.data  # properties
 _GRAD: Any = torch.Tensor.grad
 _GET_DATA, _SET_DATA = _DATA.__get__, _DATA.__set__
 _GET_GRAD, _SET_GRAD = _GRAD.__get__, _GRAD.__set__
-# what FSDP2 and optimizers use of each parameter in each step, tried before all else
+# functions that FSDP2 and optimizers call for each parameter in each step; checked first
 _FAST_PATH = {
     torch.Tensor.requires_grad.__get__,  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.requires_grad.__set__,  # pyright: ignore[reportAttributeAccessIssue]
@@ -62,23 +62,23 @@ _FAST_PATH = {
     torch.Tensor.dtype.__get__,  # pyright: ignore[reportAttributeAccessIssue]
     _SET_GRAD,
 }
-# attributes that are computed from the values, and methods that are not
+# attributes that are computed from the values, unlike shape or dtype
 _COMPUTED_ATTRS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
-_VIEW_FUNCTIONS = {  # functions whose result may share the memory of their argument
+_VIEW_FUNCTIONS = {  # functions whose result may be a view of their argument
     *("__getitem__", "narrow", "select", "chunk", "split", "tensor_split", "hsplit", "vsplit"),
     *("dsplit", "unbind", "view", "view_as", "reshape", "reshape_as", "flatten", "ravel"),
     *("unflatten", "squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims", "permute"),
     *("movedim", "moveaxis", "expand", "expand_as", "diagonal", "unfold", "as_strided"),
     *("view_as_real", "view_as_complex", "contiguous", "__get__"),
 }
-_ELEMENTWISE_FUNCTIONS = {  # in-place operations that torch applies to shards as they are
+_ELEMENTWISE_FUNCTIONS = {  # in-place operations that torch applies to shards directly
     *("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "copy", "zero"),
     *("fill", "clamp", "clip", "clamp_min", "clamp_max", "lerp", "addcmul", "addcdiv", "sign"),
     *("abs", "neg", "exp", "sqrt", "rsqrt", "pow", "square", "reciprocal", "tanh", "sigmoid"),
     *("relu", "round", "floor", "ceil", "trunc", "nan_to_num", "masked_fill", "detach", "log"),
 }
 _INPLACE_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
-_RANDOM_FUNCTIONS = {  # functions that draw numbers
+_RANDOM_FUNCTIONS = {  # functions that draw random numbers
     *("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_"),
     *("geometric_", "rand_like", "randn_like", "randint_like", "bernoulli", "normal", "poisson"),
     *("binomial", "multinomial", "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d"),
@@ -99,7 +99,7 @@ _METADATA_METHODS = {
 
 
 class ShardedParameter(DTensor):
-    """A DTensor whose operations follow the rules above; the class of FSDP2's parameters."""
+    """A DTensor with the rules of this file; the class of FSDP2's sharded parameters."""
 
     __slots__ = ()
 
@@ -107,7 +107,7 @@ class ShardedParameter(DTensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Apply a torch function or property to arguments, some of which are of this class."""
+        """Apply a torch function or property to arguments of which some are of this class."""
         with _without_torch_function():
             if func in _FAST_PATH:
                 if type(args[-1]) is Tensor and func == _SET_GRAD and isinstance(args[0], DTensor):
@@ -128,16 +128,16 @@ class ShardedParameter(DTensor):
 
 
 def as_sharded_parameter(value: Any) -> Any:
-    """The same tensor as a ShardedParameter: gradients follow the rules too."""
+    """Set the class of a DTensor to ShardedParameter; also used for gradients."""
     if type(value) is DTensor:
         value.__class__ = ShardedParameter
     return value
 
 
 def _distribute_like(full: Tensor, like: DTensor) -> Tensor:
-    """A plain tensor, the same on all ranks, sharded as `like` is."""
+    """Shard a plain tensor, which is the same on all ranks, with the placements of `like`."""
     if full.shape != like.shape or full.layout != torch.strided:
-        return full  # torch refuses it
+        return full  # torch raises an error for it
     mesh, placements = like.device_mesh, like.placements
     return as_sharded_parameter(
         distribute_tensor(full.detach(), mesh, placements, src_data_rank=None)
@@ -145,7 +145,7 @@ def _distribute_like(full: Tensor, like: DTensor) -> Tensor:
 
 
 def _assign_data(parameter: Tensor, value: Tensor) -> None:
-    """`parameter.data = value`: FSDP2 would keep its own storage, so the values are copied."""
+    """Do `parameter.data = value` by a copy, because FSDP2 keeps its own storage."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         mesh, placements = parameter.device_mesh, parameter.placements
@@ -163,7 +163,7 @@ def _assign_data(parameter: Tensor, value: Tensor) -> None:
 
 
 def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation by the rules of this file."""
+    """Apply an operation by the rules of this file, and return its result."""
     if name == "__iter__":
         return iter(_apply_operation(Tensor.unbind, "unbind", args, kwargs))
     args, kwargs = tree_map_only(GatheredView, GatheredView.to_plain, (args, kwargs))
@@ -185,9 +185,8 @@ def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
         return _apply_on_copies(func, args, kwargs, is_random=True)
     if name in _RANDOM_FUNCTIONS and not is_in_place:
         return _apply_on_copies(func, args, kwargs, is_random=True)
-    is_refused = (
-        is_in_place and torch.is_grad_enabled() and target.requires_grad
-    )  # as by a plain tensor
+    # torch rejects it for a plain leaf tensor, too
+    is_refused = is_in_place and torch.is_grad_enabled() and target.requires_grad
     has_torch_rule = (
         not is_in_place or name in _INPLACE_OPERATORS or name.strip("_") in _ELEMENTWISE_FUNCTIONS
     )
@@ -208,7 +207,7 @@ def _apply_operation(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _find_target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an in-place operation writes into; of a list the first tensor."""
+    """Return the tensor into which an in-place operation writes; of a list the first one."""
     if kwargs.get("out") is not None:
         target = kwargs["out"]
     else:
@@ -217,13 +216,13 @@ def _find_target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _to_usable_result(result: DTensor) -> Tensor:
-    """A result that follows the rules too; a plain tensor for sums that are not complete."""
+    """Return a result as a ShardedParameter; scalars and partial sums as plain tensors."""
     is_partial = any(placement.is_partial() for placement in result.placements)
     return result.full_tensor() if result.ndim == 0 or is_partial else as_sharded_parameter(result)
 
 
 def _results_share_memory(result: Any, source: Any) -> bool:
-    """Whether the shards of a result are views of those of its argument."""
+    """Whether the shards of a result are views of the shards of its argument."""
     result_tensors = [tensor for tensor in tree_flatten(result)[0] if isinstance(tensor, Tensor)]
     if not isinstance(source, DTensor) or not all(
         isinstance(tensor, DTensor) for tensor in result_tensors
@@ -238,7 +237,7 @@ def _storage_id(tensor: Tensor) -> int:
 
 
 class _GatheredCopy:
-    """A gathered copy of a sharded tensor, which is made current before each use."""
+    """A gathered copy of a sharded tensor, updated before each use."""
 
     def __init__(self, sharded: DTensor) -> None:
         self.sharded = sharded
@@ -249,29 +248,29 @@ class _GatheredCopy:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Gather again: the shards may have changed. All ranks call it."""
+        """Gather again, because the shards may have changed; all ranks call it."""
         self.full.copy_(cast(DTensor, self.sharded.detach()).full_tensor())
         self.version = self.full._version
 
     @property
     def is_written(self) -> bool:
-        """Whether the copy has been written to since."""
+        """Whether the copy was written to since it was last gathered."""
         return self.full._version != self.version
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Copy this rank's rows to its shard if the copy has been written to."""
+        """Copy this rank's rows to its shard if the copy was written to."""
         if self.is_written:
             self.sharded._local_tensor.copy_(local_shard(self.full, self.sharded))
             self.version = self.full._version
 
 
 class GatheredView(Tensor):
-    """A view of a gathered copy of a sharded tensor: what is written to it goes to the shards."""
+    """A view of a gathered copy of a sharded tensor; writes to it are copied to the shards."""
 
     @classmethod
     def from_copies(cls, tensor: Tensor, copies: Iterable[_GatheredCopy]) -> Tensor:
-        """Make it from a tensor that shares the memory of one of the copies; else the tensor."""
+        """Return a GatheredView if a tensor shares the memory of a copy, else the tensor."""
         if isinstance(tensor, DTensor):
             return tensor
         for copy in copies:
@@ -282,7 +281,7 @@ class GatheredView(Tensor):
         return tensor
 
     def to_plain(self) -> Tensor:
-        """The same memory as a plain tensor, with the present values of the shards."""
+        """Return the view as a plain tensor, updated from the shards."""
         vars(self)["_copy"].update()
         return self.as_subclass(Tensor)
 
@@ -290,7 +289,7 @@ class GatheredView(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Apply a function to plain tensors in the place of views, and copy what it writes."""
+        """Apply a function with plain tensors instead of views, and copy writes to the shards."""
         with _without_torch_function():
             kwargs = {} if kwargs is None else kwargs
             leaves = tree_flatten((args, kwargs))[0]
@@ -312,12 +311,12 @@ class GatheredView(Tensor):
 def _apply_on_copies(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_random: bool = False
 ) -> Any:
-    """Apply a function to gathered copies of shards, and copy what it writes into the shards."""
+    """Apply a function to gathered copies, and copy its writes to the shards."""
     copies: dict[int, _GatheredCopy] = {}
 
     def gathered_copy(tensor: DTensor) -> Tensor:
         if torch.is_grad_enabled() and tensor.grad_fn is not None:
-            return tensor.full_tensor()  # part of a graph
+            return tensor.full_tensor()  # part of an autograd graph
         if id(tensor) not in copies:
             copies[id(tensor)] = _GatheredCopy(tensor)
         return copies[id(tensor)].full
@@ -343,7 +342,7 @@ def _apply_on_copies(
 
 @torch.no_grad()
 def _broadcast_from_rank_zero(tensors: list[Tensor]) -> None:
-    """Give all ranks the numbers of rank 0, whose generators may be elsewhere by now."""
+    """Broadcast rank 0's values: the random generators of the ranks may differ."""
     for tensor in tensors:
         values = tensor.detach().contiguous()
         if values.numel():
@@ -361,7 +360,7 @@ def _is_in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 
 def _has_plain_tensors(tree: Any) -> bool:
-    """Whether there are plain tensors with axes among the arguments."""
+    """Whether the arguments contain plain tensors that are not scalars."""
     return tree_any_only(Tensor, lambda t: not isinstance(t, DTensor) and t.ndim > 0, tree)
 
 
@@ -370,7 +369,7 @@ def _is_in_step(tree: Any) -> bool:
 
 
 def _has_trained_param(tree: Any) -> bool:
-    """Whether a parameter that is trained is among the arguments."""
+    """Whether the arguments contain a trainable sharded parameter."""
     return any(
         isinstance(leaf, ShardedParameter) and leaf.requires_grad and hasattr(leaf, "_gather")
         for leaf in tree_flatten(tree)[0]
@@ -384,7 +383,7 @@ def _iter_gatherers(tree: Any) -> Iterator[GatherOnUse]:
 
 
 def _gather_tensor(tensor: DTensor) -> Tensor:
-    """The whole tensor; of a trained parameter the one whose gradients the unit reduces."""
+    """Return the full tensor; for a trainable parameter the one whose gradient FSDP2 reduces."""
     if isinstance(tensor, ShardedParameter) and tensor.requires_grad and hasattr(tensor, "_gather"):
         gather, group, parameter = tensor._gather  # pyright: ignore[reportAttributeAccessIssue]
         gather.hold_group(group)
@@ -393,7 +392,7 @@ def _gather_tensor(tensor: DTensor) -> Tensor:
 
 
 def _replicate_tensors(tree: Any, mesh: DeviceMesh) -> Any:
-    """Plain tensors with axes as DTensors, the same on all ranks: an operand for shards."""
+    """Wrap plain non-scalar tensors as replicated DTensors, to use them with shards."""
 
     def replicate(tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor) or tensor.ndim == 0:
@@ -404,7 +403,7 @@ def _replicate_tensors(tree: Any, mesh: DeviceMesh) -> Any:
 
 
 def _register_gradient_hook(sharded: Any, hook: Callable[[Tensor], Any]) -> RemovableHandle:
-    """`Tensor.register_hook`: the hook gets gradients of the gathered parameter, as under ddp."""
+    """Do `Tensor.register_hook` on the gathered parameter: the hook gets full gradients."""
     hooks = attach_hooks(sharded._gather[2], OrderedDict()).hooks
     handle = RemovableHandle(hooks)
     hooks[handle.id] = hook
@@ -426,7 +425,7 @@ _HOOK_REGISTRATION: dict[Any, Callable[..., Any]] = {
 
 
 class _OriginalAttributes:
-    """What a parameter had before it was sharded, for the gathered parameter."""
+    """Hooks and attributes of a parameter from before sharding, for the gathered parameter."""
 
     def __init__(self, hooks: OrderedDict[int, Any]) -> None:
         self.hooks = hooks
@@ -449,7 +448,7 @@ class _OriginalAttributes:
 
 
 def attach_hooks(parameter: Any, hooks: OrderedDict[int, Any]) -> _OriginalAttributes:
-    """Let hooks be called with the gradients of a parameter of FSDP2 whenever it is gathered."""
+    """Register hooks on an FSDP2 parameter for whenever it is gathered."""
     original_attributes = vars(parameter).get("_kept")
     if original_attributes is None:
         original_attributes = parameter._kept = _OriginalAttributes(hooks)
@@ -460,29 +459,28 @@ def attach_hooks(parameter: Any, hooks: OrderedDict[int, Any]) -> _OriginalAttri
 
 
 class GatherOnUse:
-    """Gathers the units of a module whose parameters are used outside of their forward.
+    """Gathers FSDP units whose parameters are used outside of their forward.
 
     gather = GatherOnUse(module)
-    gather.mark()                    # after fully_shard, when the parameters are on their device
-    loss = gather.around(module.training_step)(batch, batch_idx)
+    gather.install()                 # after fully_shard, when the parameters are on their device
+    loss = gather.wrap_step(module.training_step)(batch, batch_idx)
     gather.begin_backward(); loss.backward(); gather.end_backward()
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Remember the module; `install` looks for its units."""
+        """Store the module; `install` finds its units."""
         self.module = module
         self.is_in_step = False
         self.is_in_backward = False
-        self.held_groups: dict[Any, None] = {}  # groups that this object has gathered
+        self.held_groups: dict[Any, None] = {}  # param groups that this object has gathered
         self.param_groups: list[Any] = []
         self._num_backward_passes = 0
-        self.output_nodes: dict[Any, set[Any]] = {}  # nodes of a unit's outputs, by its groups
-        self.escaping_groups: dict[
-            Any, None
-        ] = {}  # groups that results beside the outputs depend on
+        self.output_nodes: dict[Any, set[Any]] = {}  # autograd nodes of outputs, by param group
+        # param groups on which the loss depends other than through the outputs of their unit
+        self.escaping_groups: dict[Any, None] = {}
 
     def install(self) -> None:
-        """Let the sharded parameters of all units follow the rules of this file."""
+        """Apply the rules of this file to the sharded parameters of all units."""
         states: list[Any] = [unit._get_fsdp_state() for unit in fsdp_units(self.module)]
         inner_states = [
             submodule._get_fsdp_state()
@@ -492,7 +490,7 @@ class GatherOnUse:
         ]
         for state in states:
             if not any(state is inner_state for inner_state in inner_states):
-                state._lazy_init()  # or the first unit that runs would be a root
+                state._lazy_init()  # otherwise the first unit that runs would become the root
         self.param_groups = [group for state in states for group in fsdp_param_groups(state)]
         for group in self.param_groups:
             for parameter in group.fsdp_params:
@@ -514,7 +512,7 @@ class GatherOnUse:
     def attach_original_attributes(
         self, hooks: dict[str, Any], attributes: dict[str, dict[str, Any]]
     ) -> None:
-        """Take over hooks and attributes of the parameters from before sharding, by name."""
+        """Attach hooks and attributes of the parameters from before sharding, by name."""
         for name, parameter in self.module.named_parameters():
             param_attributes = attributes.get(name, {})
             if not hasattr(parameter, "_gather") or (name not in hooks and not param_attributes):
@@ -525,7 +523,7 @@ class GatherOnUse:
             )
 
     def hold_group(self, group: Any) -> None:
-        """Gather a group until the end of the backward pass, and keep its gradients whole."""
+        """Gather a group until the end of the backward pass, and do not reduce its gradients."""
         if not group.is_unsharded:
             group.unshard()
             group.wait_for_unshard()
@@ -533,10 +531,10 @@ class GatherOnUse:
         self.held_groups[group] = None
 
     def wrap_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a step of the module in these rules; release what an earlier step holds.
+        """Wrap a step: release groups of earlier steps, and write back changed parameters.
 
         Raises:
-            ValueError: some gradients would not be reduced, or some writes would be lost.
+            UsageError: some gradients would not be reduced, or some writes would be lost.
         """
 
         def run_step(*args: Any) -> Any:
@@ -557,16 +555,16 @@ class GatherOnUse:
         return run_step
 
     def release_groups(self) -> None:
-        """Reshard what is held."""
+        """Reshard the held groups."""
         for group in self.held_groups:
             _release_group(group)
         self.held_groups.clear()
 
     def _check_reduced(self) -> None:
-        """Refuse a backward pass that was started without the strategy.
+        """Check that no backward pass was started without the strategy.
 
         Raises:
-            ValueError: it left gradients that would not be reduced.
+            UsageError: there are gradients that would not be reduced.
         """
         parameters = [p for group in self.held_groups for p in group.fsdp_params]
         copies = [getattr(p, "_unsharded_param", None) for p in parameters]
@@ -579,25 +577,28 @@ class GatherOnUse:
 
     @property
     def should_search_graph(self) -> bool:
-        """Whether the graph of the next backward pass is searched for results beside outputs."""
+        """Whether `_find_escaping` searches the graph of the next backward pass.
+
+        It does in the passes 0 to 4, 8, 16, ...
+        """
         passes = self._num_backward_passes
         return passes < 4 or passes & (passes - 1) == 0
 
     def begin_backward(self, loss: Tensor | None = None) -> None:
-        """Before a backward pass: gather again what is held, and keep its gradients whole."""
+        """Gather the held groups before a backward pass, and do not reduce their gradients yet."""
         if self.should_search_graph and loss is not None:
             self._find_escaping(loss)
         self.is_in_backward = True
         self._num_backward_passes += 1
         for group in [*self.held_groups, *self.escaping_groups]:
-            self.hold_group(group)  # it may have been resharded by a forward since
+            self.hold_group(group)  # a later forward may have resharded it
 
     def _find_escaping(self, loss: Tensor) -> None:
-        """Find units that the loss depends on beside their outputs.
+        """Find units on which the loss depends other than through their outputs.
 
-        FSDP2 gathers a unit when the gradient of an output arrives. A term that a layer has left in
-        an attribute or a list, such as a penalty, would read memory that is freed. Ranks run
-        the same operations on parameters, so they find the same units.
+        FSDP2 gathers a unit when the gradient of an output arrives. The backward of a term that a
+        layer stored in an attribute or a list, such as a penalty, would read freed memory. Ranks
+        run the same operations on parameters, so they find the same units.
         """
         groups = find_escaping_groups(loss, self.param_groups, self.output_nodes)
         self.escaping_groups |= dict.fromkeys(
@@ -605,10 +606,10 @@ class GatherOnUse:
         )
 
     def write_back(self) -> None:
-        """Copy what a step has written into gathered parameters to the shards.
+        """Copy the writes of a step into gathered parameters to the shards.
 
         Raises:
-            ValueError: it cannot be copied, since the gathered parameters have half precision.
+            UsageError: the gathered parameters have half precision, so the write would be lost.
         """
         for group in self.param_groups:
             if group.is_unsharded:
@@ -629,7 +630,7 @@ class GatherOnUse:
         )
 
     def end_backward(self) -> None:
-        """After a backward pass: reduce the gradients of what is held, and reshard."""
+        """Reduce the gradients of the held groups after a backward pass, and reshard them."""
         self.is_in_backward = False
         for group in self.held_groups:
             group.reduce_grads = group.reshard_after_backward = True
@@ -642,7 +643,7 @@ class GatherOnUse:
 
 
 class _GroupRows:
-    """The rows of a group's gathered parameters that this rank's shards hold."""
+    """Views of the rows of a group's gathered parameters that belong to this rank's shards."""
 
     def __init__(self, group: Any) -> None:
         num_ranks, rank = group.mesh_info.shard_mesh_size, group.mesh_info.shard_mesh_rank
@@ -666,29 +667,29 @@ class _GroupRows:
         self.versions_changed()
 
     def versions_changed(self) -> bool:
-        """Whether an operation has written into a gathered parameter since the last call.
+        """Whether an operation wrote into a gathered parameter since the last call.
 
-        Autograd counts such operations, but not those on `p.data`, which has a count of its own.
+        The version counter counts such operations, except those on `p.data`, which has its own.
         """
         old_versions = self.versions
         self.versions = [p._unsharded_param._version for p in self.parameters]
         return old_versions != self.versions
 
     def is_stale(self) -> bool:
-        """Whether the shards have been moved since."""
+        """Whether the shards have other memory than when the views were made."""
         pairs = zip(self.shards[:1], self.parameters, strict=False)
         return any(s.data_ptr() != p.sharded_param.to_local().data_ptr() for s, p in pairs)
 
 
 def _gathered_memory(parameter: Any) -> Tensor:
-    """FSDP2's memory of a gathered parameter, without its padding."""
+    """Return FSDP2's memory of a gathered parameter, without padding."""
     flat, strides = parameter.all_gather_outputs[0], parameter._contiguous_orig_stride
     return flat.as_strided(parameter._orig_size, strides, 0)
 
 
 @torch.no_grad()
 def _write_back_group(group: Any, refuse: Callable[[Any], None], compare_values: bool) -> None:
-    """Copy the gathered parameters of one group to the shards, where they have been written."""
+    """Copy the rows of a group's gathered parameters to the shards, if they were written."""
     rows: Any = vars(group).get("_written_rows")
     if rows is None or rows.is_stale():
         rows = group._written_rows = _GroupRows(group)
@@ -698,7 +699,7 @@ def _write_back_group(group: Any, refuse: Callable[[Any], None], compare_values:
             if not rows.has_same_dtypes or copy.shape != p._orig_size:
                 refuse(p)
             gathered = _gathered_memory(p)
-            # `p.data = new` is no change for autograd in one process, so it is none here
+            # `p.data = new` does not increment the version counter of a plain parameter either
             with grad_mode._unsafe_preserve_version_counter(p.all_gather_outputs[0]):
                 gathered.copy_(copy)
             copy.data = gathered
@@ -713,9 +714,9 @@ def _write_back_group(group: Any, refuse: Callable[[Any], None], compare_values:
 
 
 def _set_on_modules(parameter: Any, new: nn.Parameter) -> None:
-    """Set a sharded or gathered parameter on its modules, but for those of a functional call.
+    """Set a sharded or gathered parameter on its modules, except during a functional call.
 
-    `torch.func.functional_call` puts other tensors in the place of parameters while it runs.
+    `torch.func.functional_call` replaces parameters by other tensors while it runs.
     """
     info = parameter._module_info
     both_forms = (parameter.sharded_param, vars(parameter).get("_unsharded_param"))
@@ -727,23 +728,23 @@ def _set_on_modules(parameter: Any, new: nn.Parameter) -> None:
 def set_module_parameter(
     module: nn.Module, name: str, new: nn.Parameter, both_forms: tuple[Any, ...]
 ) -> None:
-    """Set a parameter in the place of one of its two forms."""
+    """Set a parameter on a module if the module holds its sharded or gathered form."""
     current = module._parameters.get(name)
     if current is not both_forms[0] and current is not both_forms[1]:
         return
     if type(module).__setattr__ is nn.Module.__setattr__:
         module._parameters[name] = new
-    else:  # a recurrent layer keeps a list of them
+    else:  # a recurrent layer keeps a list of its parameters
         setattr(module, name, new)
 
 
 def has_sharded_parameters(module: nn.Module) -> bool:
-    """Whether a module has parameters that follow the rules of this file."""
+    """Whether a module has parameters of the class ShardedParameter."""
     return any(isinstance(p, ShardedParameter) for p in module.parameters())
 
 
 def _record_output_nodes(state: Any, register_hook: Callable[[Any], Any], output: Any) -> Any:
-    """Keep the nodes of a unit's outputs, where gradients enter the unit."""
+    """Register FSDP2's pre-backward hook, and record the autograd nodes of a unit's outputs."""
     output = register_hook(output)
     gather = state._gather
     if gather.should_search_graph and torch.is_grad_enabled():
@@ -755,12 +756,12 @@ def _record_output_nodes(state: Any, register_hook: Callable[[Any], Any], output
 
 
 def find_escaping_groups(loss: Tensor, groups: list[Any], outputs: dict[Any, set[Any]]) -> set[Any]:
-    """The groups with a parameter from which a path leads to the loss, but through no output.
+    """Return the groups whose parameters reach the loss without passing an output of their unit.
 
     Args:
-        loss: where the backward pass begins.
-        groups: all groups of parameters of FSDP2.
-        outputs: of each group the nodes of its unit's outputs.
+        loss: the tensor at which the backward pass begins.
+        groups: all FSDP2 param groups.
+        outputs: the autograd nodes of the unit's outputs, by group.
     """
     group_by_param_id = {
         id(p._unsharded_param): group
@@ -769,7 +770,7 @@ def find_escaping_groups(loss: Tensor, groups: list[Any], outputs: dict[Any, set
         if hasattr(p, "_unsharded_param")
     }
     root = loss.grad_fn
-    leaves: dict[Any, list[Any]] = {}  # nodes of parameters, by their group
+    leaves: dict[Any, list[Any]] = {}  # nodes of parameters, by group
     readers: dict[Any, list[Any]] = {root: []}
     stack = [root]
     while stack:
@@ -784,7 +785,7 @@ def find_escaping_groups(loss: Tensor, groups: list[Any], outputs: dict[Any, set
                 stack.append(source)
             readers[source].append(node)
     escaping_groups: set[Any] = set()
-    for group, stack in leaves.items():  # one walk a group: from each leaf it would be quadratic
+    for group, stack in leaves.items():  # one search per group; one per leaf would be quadratic
         output_nodes, visited = outputs.get(group, set()), set(stack)
         while stack:
             node = stack.pop()
@@ -802,19 +803,19 @@ def find_escaping_groups(loss: Tensor, groups: list[Any], outputs: dict[Any, set
 
 
 def _release_group(group: Any) -> None:
-    """Let a group gather and reduce as FSDP2 does."""
+    """Reset a group to FSDP2's defaults (reduce, reshard), and reshard it."""
     group.reduce_grads = group.reshard_after_backward = True
     if group.is_unsharded:
         group._to_sharded()
 
 
 def _have_gradients(groups: list[Any]) -> bool:
-    """Whether a backward pass reached parameters: loss.backward() in manual optimization."""
+    """Whether any parameter has a gradient, e.g. after loss.backward() in manual optimization."""
     return any(p.sharded_param.grad is not None for group in groups for p in group.fsdp_params)
 
 
 def _keep_gathered_in_step(state: Any) -> Callable[[], None]:
-    """Keep units gathered after a backward pass within a step (a gradient penalty)."""
+    """Keep units gathered after a backward pass within a step (e.g. of a gradient penalty)."""
     original_callback = state._root_post_backward_final_callback
 
     def final_callback() -> None:

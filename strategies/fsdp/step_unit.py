@@ -1,8 +1,8 @@
-"""Small children of a LightningModule as one unit, gathered together around each step.
+"""Shard the small children of a LightningModule as one FSDP unit, gathered around each step.
 
-Training does not call the forward of a LightningModule, so no forward encloses its children: a
-thousand tiny layers in a list would be a thousand units, with three messages each. Here
-they are the members of a module whose forward is the step itself.
+Training does not call the forward of a LightningModule, so no forward encloses its children. A
+thousand tiny layers in a list would be a thousand units, with three messages each. Here they are
+the members of one module whose forward is the step itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from ravine.errors import RunError
 
-_disable_compile: Any = torch.compiler.disable  # its own annotation fits no method
+_disable_compile: Any = torch.compiler.disable  # its type annotation does not allow methods
 
 
 class StepUnit(nn.Module):
-    """Members that are gathered while `forward` runs a step, and for a call outside of a step."""
+    """Modules that are gathered together, during a step or a call outside of a step."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
-        """Register hooks for calls of single members."""
+        """Register hooks that gather for calls of single members."""
         super().__init__()
         self.members = nn.ModuleList(members)
         self.is_running = False
@@ -47,8 +47,12 @@ class StepUnit(nn.Module):
 
     @_disable_compile
     def _gather_members(self, member: nn.Module) -> None:
-        """Gather for a call outside of a step: samples, predictions, user code."""
-        if torch._C._current_graph_task_id() >= 0:  # it is computed again within a backward
+        """Gather for a call outside of a step: sampling, prediction, user code.
+
+        Raises:
+            RunError: gradients are enabled.
+        """
+        if torch._C._current_graph_task_id() >= 0:  # recomputed within a backward pass
             return
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.members.parameters()):
             raise RunError(
@@ -60,6 +64,6 @@ class StepUnit(nn.Module):
 
     @_disable_compile
     def _free_members(self) -> None:
-        """Free what `_gather_members` has gathered."""
+        """Reshard the members after a call outside of a step."""
         if torch._C._current_graph_task_id() < 0:
             cast(FSDPModule, self).reshard()

@@ -1,8 +1,8 @@
-"""Private attributes of torch's FSDP2 that this package uses, checked once at the start.
+"""Check that torch has the private attributes of FSDP2 that this package uses.
 
-torch has no public interface to gather a unit outside of its forward (sharded_parameter.py), nor to
-ask whether a backward pass is running (parallelize.py, step_unit.py). A version of torch that
-renames one of these attributes would fail in the middle of a training step.
+torch has no public API to gather a unit outside of its forward (sharded_parameter.py), or to tell
+whether a backward pass is running (parallel_module.py, step_unit.py). Without the check, a torch
+version that renames such an attribute would fail in the middle of a training step.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from ravine.errors import UsageError
 
 from ..parallel_module import fsdp_units
 
-TESTED_TORCH_VERSIONS = "2.11 to 2.14"  # the versions that the tests are run with
+TESTED_TORCH_VERSIONS = "2.11 to 2.14"  # the versions with which the tests run
 REQUIRED_FUNCTIONS = {
     "torch._C": (torch._C, "_current_graph_task_id"),
     "torch.autograd.grad_mode": (grad_mode, "_unsafe_preserve_version_counter"),
@@ -40,7 +40,7 @@ MODULE_INFO_ATTRS = ("module", "param_name", "shared_modules", "shared_param_nam
 
 
 def fsdp_param_groups(state: Any) -> list[Any]:
-    """The groups of parameters of an FSDP2 unit; torch before 2.12 has one."""
+    """Return the param groups of an FSDP2 unit; before torch 2.12 a unit has one."""
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
         groups = [state._fsdp_param_group]
@@ -48,13 +48,13 @@ def fsdp_param_groups(state: Any) -> list[Any]:
 
 
 def check_fsdp_attributes(module: nn.Module) -> None:
-    """Refuse a version of torch whose FSDP2 lacks an attribute that is used.
+    """Check that torch's FSDP2 has all attributes that this package uses.
 
     Args:
         module: a LightningModule after fully_shard.
 
     Raises:
-        ValueError: it names the first missing attribute.
+        UsageError: names the first missing attribute.
     """
     missing = next(_find_missing_attrs(module), None)
     if missing is not None:
@@ -84,7 +84,7 @@ def _find_missing_attrs(module: nn.Module) -> Iterator[str]:
 
 
 def _missing_attrs_of(instance: Any, names: tuple[str, ...], label: str = "") -> Iterator[str]:
-    """Those of the names that an object has not; a declared attribute may be set later."""
+    """Yield the names that an object lacks; a declared attribute may be set later."""
     declared = getattr(type(instance), "__annotations__", {})
     for name in names:
         if not hasattr(instance, name) and name not in declared:
