@@ -1,7 +1,7 @@
 """Build the device mesh: the named axes of all processes and their sizes.
 
     pp            different layers                                       pipeline_parallel.py
-    dp_replicate  different data, a full copy of the parameters          parallel_module.py
+    dp_replicate  different data, a replica of the groups below          parallel_module.py
     dp_shard      different data, a shard of each parameter              parallel_module.py
     cp            different tokens of the same sequences                 context_parallel.py
     tp            the same tokens, a shard of each matrix                tensor_parallel.py
