@@ -2,12 +2,12 @@
 
     network on the meta device -> changed by callbacks -> sharded -> materialize_params
 
-A parameter with deferred values has an attribute `initial_values`. The method `rows(start, stop)`
-of this object returns rows on the CPU. It draws them, reads them from a file, or computes them from
-another parameter. Sharding replaces parameters, so `collect_deferred_values` collects the objects
-by name before. A shard is filled in blocks of rows: besides the shards at most `MAX_BLOCK_BYTES`
-bytes are in memory, and no rank has a full tensor. A parameter that two modules share gets one
-shard.
+A parameter with deferred values has an attribute `initial_values`. Its method
+`get_rows(start, stop)` returns rows on the CPU. It draws them, reads them from a file, or computes
+them from another parameter. Sharding replaces parameters, so `collect_deferred_values` collects
+these objects by name before. A shard is filled in blocks of rows: besides the shards at most
+`MAX_BLOCK_BYTES` bytes are in memory, and no rank has a full tensor. A parameter that two modules
+share gets one shard.
 """
 
 from collections.abc import Iterator, Mapping
