@@ -1,4 +1,4 @@
-"""What is learned: tasks, their nets, losses and sampling."""
+"""Task modules (LightningModules), with their networks, losses and sampling."""
 
 from .diffusion import Diffusion
 from .image_classifier import ClassifierFeatures, ImageClassifier

@@ -1,6 +1,7 @@
-"""Diffusion: learn to take noise off an image, then make images of nothing but noise (lecture 6).
+"""Diffusion model: train a U-Net to remove noise from images, then sample from noise (lecture 6).
 
-The formulas are in `imaging/denoising.py`; here: what a step draws, what is logged, what is made.
+The formulas are in diffusion_core/denoiser.py. This file has the training step, metrics and
+sampling.
 
 Axes: b batch, n images, c y x images, s noise steps.
 """
@@ -41,33 +42,33 @@ from .task_module import TaskModule
 
 
 def default_class_names(num_classes: int) -> tuple[str, ...]:
-    """Names of classes that have none: their numbers."""
+    """Names of unnamed classes: their indices."""
     return tuple(str(number) for number in range(num_classes))
 
 
 class Diffusion(TaskModule):
-    """A U-Net that takes noise off; batches are (images (b c y x) in [-1, 1], labels (b)).
+    """Diffusion model with a U-Net; batches are (images (b c y x) in [-1, 1], labels (b)).
 
         model = Diffusion(labels=True, process="cosine")
         Trainer(max_steps=4000).fit(model, datamodule=ImageDataModule("mnist"))
         model.generate(labels="0-9", guidance=0.5).save("digits.png")
 
     Args:
-        conditioning: what the net is told: the lecture's three attempts.
-        process: how α and σ run.
-        prediction: what the net is asked for.
-        weight: of the levels in the loss.
-        labels: tell the net the label too.
-        label_dropout: share of images whose label is withheld, for guidance.
-        width: of the U-Net, and below its other arguments.
-        time_width: of the embedding of time and label.
-        patch: pixels on a side that the net sees as one; 2 makes a step three times as fast.
-        attention: at the lowest resolution.
-        channels_last: the memory layout; faster in bf16 on a GPU and in fp32 on a CPU.
-        sampler: how images are made, unless `generate` is told otherwise, as for the next three.
-        steps: calls of the net for an image (two calls each under heun).
-        guidance: w; the answer is cond + w (cond - uncond): 0 is the plain conditional answer.
-        eta: fresh noise in ddim: 0 is none (the lecture), 1 as much as ancestral.
+        conditioning: time conditioning of the net: the three attempts of the lecture.
+        process: noise schedule, α and σ over time.
+        prediction: prediction type of the net.
+        weight: weight of the noise levels in the loss.
+        labels: whether the model is class-conditional.
+        label_dropout: fraction of images trained with the null class, for classifier-free guidance.
+        width: channels of the U-Net at full size.
+        time_width: channels of the time and label embedding.
+        patch: squares of this many pixels become one pixel; 2 makes a step three times as fast.
+        attention: self-attention at the lowest resolution.
+        channels_last: memory layout; faster in bf16 on a GPU and in fp32 on a CPU.
+        sampler: default sampler of `generate`.
+        steps: default number of sampling steps (heun evaluates the net twice a step).
+        guidance: default guidance scale w: cond + w (cond - uncond); 0 is plain conditional.
+        eta: default fresh noise in ddim: 0 is none (the lecture), 1 as much as ancestral.
     """
 
     unit = "images"
@@ -91,7 +92,7 @@ class Diffusion(TaskModule):
         guidance: float = 0.0,
         eta: float = 0.0,
     ) -> None:
-        """Check the arguments before any work is done."""
+        """Store the arguments and check them by building the net on the meta device."""
         super().__init__()
         self.save_hyperparameters()
         schedule_object = Schedule(process)
@@ -110,19 +111,19 @@ class Diffusion(TaskModule):
         schedule_object.timesteps(self.sampler_config.steps)
         net_arguments = "width", "time_width", "patch", "attention"
         self.shape = {name: self.hparams[name] for name in net_arguments}
-        with torch.device("meta"):  # nothing is allocated, every check is made
+        with torch.device("meta"):  # runs the checks without memory
             UNet(**self.shape)
-        self.channels, self.classes, self.size = 0, 0, (0, 0)  # the data's
-        self.class_names: tuple[str, ...] = ()  # with labels, in the order of their numbers
-        self.graph_cache = GraphCache()  # of sampling, for one evaluation
-        self.trained = LossByNoiseLevel(1)  # since the last log
+        self.channels, self.classes, self.size = 0, 0, (0, 0)  # set from the data
+        self.class_names: tuple[str, ...] = ()  # with labels, in the order of their indices
+        self.graph_cache = GraphCache()  # CUDA graphs of sampling, for one evaluation
+        self.trained = LossByNoiseLevel(1)  # loss since the last log
         self.eval_loss_by_level, self.num_eval_images = (
             LossByNoiseLevel(2),
             0,
-        )  # of an evaluation; images so far
+        )  # of an evaluation; number of images so far
 
     def build(self) -> nn.Module:
-        """The lecture's U-Net, for the data's images."""
+        """Create the U-Net for the data's images."""
         if not self.channels:
             raise UsageError(
                 "Diffusion takes the images' size from the data, and there are none; "
@@ -133,13 +134,13 @@ class Diffusion(TaskModule):
         return net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
     def adopt(self, datamodule: Any) -> None:
-        """Take the images' channels, classes, and size, which may change; refuse others."""
+        """Set channels, classes and size from the data; a model keeps its channels and classes."""
         num_classes = datamodule.num_classes if self.class_conditional else 0
         if self.class_conditional and not num_classes:
             raise UsageError("the data have no labels; type --model.labels=false")
         if self.class_conditional and hasattr(
             datamodule, "pictures"
-        ):  # one too high would mean: not given
+        ):  # a label that is too large would be the null class
             check_labels(datamodule.pictures("train")[1], num_classes, "the data to train")
         if self.class_conditional and num_classes == 1:
             raise UsageError(
@@ -153,21 +154,21 @@ class Diffusion(TaskModule):
         self.class_names = names if self.class_conditional else ()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The net's answers to x (b c y x), in its own type: noise is fp32 whatever that is."""
+        """Compute the net's output for x (b c y x) in the net's dtype; noise is always fp32."""
         net_dtype = next(w.dtype for w in self.parameters() if w.is_floating_point())
         return super().forward(x.to(net_dtype), t, y)
 
     def denoise(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, guidance_scale: float = 0.0
     ) -> Tensor:
-        """The images x0 that x (b c y x) at times t (b), with labels y (b), are taken to be."""
+        """Estimate the images x0 from x (b c y x) at times t (b), with labels y (b)."""
         return self.denoiser.denoise(self, x, t, y, guidance_scale, self.classes)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Mean loss at times spread evenly over the whole step's images.
+        """Mean loss at times stratified over all images of the step.
 
-        Times, noise and dropped labels are those of (seed, step, place in the step): the same on
-        any number of ranks and accumulated batches.
+        Times, noise and class dropout depend on (seed, step, index in the step). So they are the
+        same for any number of ranks and accumulated batches.
         """
         x0, y, *_ = batch
         trainer = attached_trainer(self)
@@ -189,7 +190,7 @@ class Diffusion(TaskModule):
         if trainer is not None and not self.is_one_step:
             level = (step_noise.uniform_t * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
             self.trained.add(level, losses.detach()[:, None])
-            if should_update_logs(trainer):  # ten `log`s cost 1 ms
+            if should_update_logs(trainer):  # ten calls of `log` cost 1 ms
                 means, _ = self.trained.means()
                 self.log_dict(
                     name_bucket_metrics("train/loss", self.denoiser.sample_t, means[:, 0])
@@ -198,11 +199,11 @@ class Diffusion(TaskModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums anew."""
+        """Reset the sums."""
         self.eval_loss_by_level, self.num_eval_images = LossByNoiseLevel(2), 0
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """Errors at a fixed grid of times with fixed noise: image i at level i modulo 10."""
+        """Errors at fixed times with fixed noise: image i at noise level i modulo 10."""
         x0, y, *_ = batch
         data_parallel, b = DataParallelInfo.of(attached_trainer(self)), len(x0)
         image_ids = data_parallel.dp_rank + data_parallel.dp_size * torch.arange(
@@ -217,12 +218,12 @@ class Diffusion(TaskModule):
         self.eval_loss_by_level.add(level, torch.stack((losses, x0_error), 1))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the loss, and the squared error of the image at each level."""
+        """Log the loss, and the squared error of x0 at each noise level."""
         stage = "test" if self.trainer.testing else "val"
         total = self.trainer.strategy.reduce(self.eval_loss_by_level.sums, reduce_op="sum")
         mean, has_samples = self.eval_loss_by_level.means(
             total
-        )  # of few images some levels may have none
+        )  # with few images some levels may have none
         self.log(f"{stage}/loss", mean[has_samples, 0].mean().float())
         self.log(f"{stage}/x0_mse", mean[has_samples, 1].mean().float())
         if not self.is_one_step:
@@ -231,7 +232,7 @@ class Diffusion(TaskModule):
             )
 
     def on_validation_end(self) -> None:
-        """Give the recordings' memory back; callbacks have drawn their images by now."""
+        """Free the CUDA graphs; callbacks have sampled their images before."""
         self.graph_cache = GraphCache()
 
     on_test_epoch_start = on_validation_epoch_start
@@ -240,10 +241,10 @@ class Diffusion(TaskModule):
     on_test_end = on_validation_end
 
     def sample_images(self, index: Tensor, labels: Tensor | None = None, seed: int = 0) -> Tensor:
-        """The images of these numbers (n), of these labels (n), as bytes, uint8 (n c y x).
+        """Sample the images with these ids (n) and labels (n), as uint8 (n c y x).
 
-        A number always gives the same image. Without labels, a net that knows them takes them in
-        turn.
+        An id always gives the same image. Without labels, a class-conditional model uses the
+        classes in turn.
         """
         index = index.to(self.device)
         if self.classes:
@@ -261,20 +262,21 @@ class Diffusion(TaskModule):
         seed: int = 0,
         batch_size: int = 256,
     ) -> ImageGrid:
-        """Make images; the same seed gives the same ones.
+        """Sample images; equal seeds give equal images.
 
         model.generate(labels="0-9", guidance=0.5, steps=20).save("digits.png")
 
         Args:
-            labels: what they shall show, by number or by the name of a class, "3", "0-4,7",
-                "cat,dog" or [3, 5]: a row each; by default all.
-            num_samples: images of each label, by default 8; without labels in all, by default 64.
-            guidance: by default that of the model, as for the next three.
-            steps: calls of the net.
-            sampler: ddim, ancestral, euler, heun or dpm.
-            eta: fresh noise in ddim.
-            seed: decides the images, each by its number.
-            batch_size: images made at once.
+            labels: classes by index or name, "3", "0-4,7", "cat,dog" or [3, 5], a row each; by
+                default all.
+            num_samples: images of each label, by default 8; without labels the total, by default
+                64.
+            guidance: guidance scale; by default that of the model.
+            steps: number of sampling steps; by default that of the model.
+            sampler: ddim, ancestral, euler, heun or dpm; by default that of the model.
+            eta: fresh noise in ddim; by default that of the model.
+            seed: random seed; each image depends on the seed and its index.
+            batch_size: number of images sampled at once.
         """
         overrides = {"guidance": guidance, "steps": steps, "sampler": sampler, "eta": eta}
         sampler_config = self.sampler_config.override(
@@ -299,7 +301,7 @@ class Diffusion(TaskModule):
         )
 
     def try_generate(self, **arguments: Any) -> ImageGrid:
-        """One image in one step for these arguments of `generate`, all of which are checked."""
+        """Check the arguments of `generate`, and sample one image in one step."""
         bound = inspect.signature(self.generate).bind(**arguments)
         bound.apply_defaults()
         values: Any = bound.arguments
@@ -320,7 +322,7 @@ class Diffusion(TaskModule):
         return ImageGrid(images, 1)
 
     def figures(self, datamodule: Any) -> dict[str, Any]:
-        """The way back, estimates at each level, and what lies between two noises."""
+        """Create figures: the reverse process, x0 estimates at each level, and interpolations."""
         example_images = to_float(datamodule.pictures("train")[0][:2].to(self.device))
         return draw.plot_all(
             self.denoise,
@@ -331,10 +333,10 @@ class Diffusion(TaskModule):
         )
 
     def export(self, folder: str, format: Literal["safetensors"] = "safetensors") -> str:
-        """Write the net's weights, and what it takes to build it again, into a folder.
+        """Write the net's weights and its config into a folder.
 
         Args:
-            folder: where; files of the same names are replaced.
+            folder: output folder; files of the same names are replaced.
             format: safetensors.
         """
         names = "process", "prediction", "conditioning"
@@ -343,18 +345,18 @@ class Diffusion(TaskModule):
         )
 
     def _resolve_class_names(self) -> tuple[str, ...]:
-        """The classes' names; their numbers where neither data nor checkpoint name them."""
+        """Names of the classes; their indices if neither data nor checkpoint contain names."""
         return self.class_names or default_class_names(self.classes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The data's sizes travel with the weights."""
+        """Save the data's sizes with the weights."""
         super().on_save_checkpoint(checkpoint)
         sizes = {"channels": self.channels, "size": [*self.size], "classes": self.classes}
         checkpoint["images"] = sizes | {"class_names": [*self.class_names]}
-        checkpoint["images"]["trained"] = self.trained.sums.cpu()  # until the next log line
+        checkpoint["images"]["trained"] = self.trained.sums.cpu()  # the sums since the last log
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them from a checkpoint, unless the data brought others."""
+        """Load the sizes, unless they are already set from the data."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["images"]
         self.trained.sums = saved.get("trained", self.trained.sums)
@@ -375,7 +377,7 @@ class Diffusion(TaskModule):
         model_sizes: tuple[int, int],
         model_names: tuple[str, ...],
     ) -> None:
-        """Refuse data of other channels and classes than the model has, if it has any yet."""
+        """Raise UsageError if the data's channels or classes differ from the model's."""
         if model_sizes[0] and data_sizes != model_sizes:
             raise UsageError(
                 f"the data have {data_sizes[0]} channels and {data_sizes[1]} classes, the model "

@@ -1,10 +1,10 @@
-"""Which class an image shows: lecture 4's three models, from a line to convolutions.
+"""Image classifier: the three models of lecture 4 (linear, MLP, convolutional).
 
     linear          W x + b
     mlp             W2 relu(W1 x + b1) + b2
-    convolutional   3 x (convolution 3x3, halve, normalise, relu), 64 features, W f + b
+    convolutional   3 x (convolution 3x3, halve, normalize, relu), 64 features, W f + b
 
-The features before the last layer are what distances between sets of images are measured in.
+The features before the last layer are the basis of Fréchet distances between sets of images.
 Axes: b batch, c channels, y rows, x columns, k classes, d features.
 """
 
@@ -26,37 +26,37 @@ from .task_module import TaskModule
 
 Variant = Literal["linear", "mlp", "convolutional"]
 VARIANT_SUFFIXES = {"linear": "linear", "mlp": "mlp", "convolutional": "cnn"}
-NUM_GROUPS = 8  # of channels that are normalised together
+NUM_GROUPS = 8  # groups of channels of GroupNorm
 
 
 class FlattenImages(nn.Module):
-    """(b c y x) -> (b c*y*x)."""
+    """Flatten images: (b c y x) -> (b c*y*x)."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Lay the pixels in a row."""
+        """Flatten the pixels of each image."""
         return rearrange(images, "b c y x -> b (c y x)")
 
 
 class BackboneAndHead(nn.Module):
-    """Images (b c y x) to features (b d) by `backbone`, and to logits (b k) by `head`."""
+    """Images (b c y x) to features (b d) by `body`, and to logits (b k) by `head`."""
 
     def __init__(self, backbone: nn.Module, num_features: int, num_classes: int) -> None:
-        """Put a linear layer on top."""
+        """Add a linear head to the backbone."""
         super().__init__()
         self.body, self.head = backbone, nn.Linear(num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (b k)."""
+        """Compute logits (b k)."""
         return self.head(self.body(images))
 
 
 def make_conv_backbone(
     channels: int, image_size: tuple[int, int], num_features: int
 ) -> nn.Sequential:
-    """Three convolutions of 16, 32 and 64 channels, then one dense layer of features.
+    """Create three convolutions of 16, 32 and 64 channels, then a dense layer of features.
 
-    Groups of channels are normalised within each image, never over the batch: features then do not
-    depend on what else is in the batch, nor on how many ranks share it.
+    GroupNorm normalizes channels within each image, not over the batch. So features do not depend
+    on the other images of the batch, nor on the number of ranks.
     """
     layers: list[nn.Module] = []
     widths = (channels, 16, 32, 64)
@@ -65,16 +65,16 @@ def make_conv_backbone(
         in_channels, out_channels = widths[number : number + 2]
         layers.append(
             nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        )  # the norm shifts
+        )  # the norm has a bias
         if number < 2 and min(y, x) > 1:
-            layers.append(nn.MaxPool2d(2))  # before the norm: a quarter of the work, 99.4 % as well
+            layers.append(nn.MaxPool2d(2))  # before the norm: 1/4 of its work, accuracy also 99.4 %
             y, x = y // 2, x // 2
         layers += [nn.GroupNorm(NUM_GROUPS, out_channels), nn.ReLU()]
     return nn.Sequential(*layers, FlattenImages(), nn.Linear(64 * y * x, num_features), nn.ReLU())
 
 
 class ImageClassifier(TaskModule):
-    """The class of an image; batches are (images (b c y x) in [-1, 1], labels (b)).
+    """Image classifier; batches are (images (b c y x) in [-1, 1], labels (b)).
 
         Trainer(max_epochs=3).fit(ImageClassifier(), datamodule=ImageDataModule("mnist"))
 
@@ -83,11 +83,11 @@ class ImageClassifier(TaskModule):
     Args:
         variant: the model.
         features: width of the last hidden layer; a linear model has none.
-        shift: in training, each batch is moved by up to so many pixels in both directions.
+        shift: augmentation: each training batch is shifted by up to this many pixels in y and x.
     """
 
     lr = 1e-3
-    columns = ("file", "class", "probability", "label")  # of what predict_step returns
+    columns = ("file", "class", "probability", "label")  # columns of predict_step's rows
 
     def __init__(
         self, variant: Variant = "convolutional", features: int = 64, shift: int = 0
@@ -101,15 +101,15 @@ class ImageClassifier(TaskModule):
             )
         self.save_hyperparameters()
         self.variant, self.num_features, self.max_shift = variant, features, shift
-        self.form: dict[str, Any] = {}  # what the data say: channels, size, class_names, source
+        self.form: dict[str, Any] = {}  # from the data: channels, size, class_names, source
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of their numbers."""
+        """Names of the classes, in the order of their indices."""
         return tuple(self._require_image_info()["class_names"])
 
     def adopt(self, datamodule: Any) -> None:
-        """Take channels, size and classes from the data; refuse data of another form."""
+        """Set channels, size and classes from the data; raise UsageError if the model differs."""
         image_info = {
             "channels": datamodule.channels,
             "size": list(datamodule.size),
@@ -126,7 +126,7 @@ class ImageClassifier(TaskModule):
         self._set_image_info(image_info, "the data")
 
     def build(self) -> nn.Module:
-        """The net of the variant."""
+        """Create the net of the variant."""
         image_info = self._require_image_info()
         channels, (y, x) = image_info["channels"], image_info["size"]
         pixels, num_classes = channels * y * x, len(image_info["class_names"])
@@ -150,15 +150,15 @@ class ImageClassifier(TaskModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """Loss and accuracy."""
+        """Log loss and accuracy."""
         self._eval_step(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """Loss and accuracy."""
+        """Log loss and accuracy."""
         self._eval_step(batch, "test")
 
     def predict_step(self, batch: Sequence[Any], index: int) -> list[tuple[Any, ...]]:
-        """(file, class, its probability, label) for each image; the label is "" where unknown."""
+        """Return (file, class, probability, label) for each image; an unknown label is ""."""
         best = self(batch[0]).float().softmax(1).max(1)  # (b)
         names = self.class_names
         files = batch[2] if len(batch) > 2 else [""] * len(batch[0])
@@ -168,12 +168,12 @@ class ImageClassifier(TaskModule):
         return [(file, names[k], p, names[true] if true >= 0 else "") for file, k, p, true in rows]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the data said travels with the weights."""
+        """Save image size and classes with the weights."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["images"] = self.form
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it from a checkpoint, unless the data brought other."""
+        """Load image size and classes, unless they are already set from the data."""
         super().on_load_checkpoint(checkpoint)
         self._set_image_info(checkpoint["images"], "the checkpoint")
 
@@ -204,7 +204,7 @@ class ImageClassifier(TaskModule):
         return self.form
 
     def _random_shift(self, images: Tensor, index: int) -> Tensor:
-        """The batch moved by one draw of (seed, step, batch), which is the same on all ranks."""
+        """Shift the batch by a random offset of (seed, step, batch), equal on all ranks."""
         g = generator(resolve_seed(None), "shift", self.global_step, index)
         r = self.max_shift
         shift_down, shift_right = torch.randint(2 * r + 1, (2,), generator=g).tolist()
@@ -224,11 +224,11 @@ class ImageClassifier(TaskModule):
 
 
 class ClassifierFeatures(nn.Module):
-    """A trained classifier as a measure of images: bytes (b c y x) -> features (b d).
+    """Feature extractor from a trained classifier: bytes (b c y x) -> features (b d).
 
     FrechetDistance(extractor=ClassifierFeatures("step=000600.ckpt"))
 
-    `name`, e.g. mnist_cnn, is the one its distances are logged by.
+    `name`, such as mnist_cnn, is part of the logged metric's name.
 
     Args:
         path: checkpoint of an `ImageClassifier`.
@@ -239,7 +239,7 @@ class ClassifierFeatures(nn.Module):
         super().__init__()
         try:
             module = ImageClassifier.load_from_checkpoint(path, map_location="cpu")
-        except Exception as error:  # torch says it in many ways
+        except Exception as error:  # torch raises many types of errors
             reason = (str(error) or type(error).__name__).splitlines()[0].partition(";")[0]
             raise UsageError(
                 f"{path} cannot be read as a classifier's checkpoint: {reason}; train one "
@@ -251,7 +251,7 @@ class ClassifierFeatures(nn.Module):
         self.image_shape = (module.form["channels"], *module.form["size"])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (b d) of uint8 images."""
+        """Compute features (b d) of uint8 images (b c y x)."""
         if tuple(images.shape[1:]) != self.image_shape:
             raise UsageError(
                 f"images of {tuple(images.shape[1:])} (channels, rows, columns), and {self.name} "
@@ -260,5 +260,5 @@ class ClassifierFeatures(nn.Module):
         return self.net.body(to_float(images))
 
     def logits(self, features: Tensor) -> Tensor:
-        """What the classifier makes of features, (b d) -> (b k)."""
+        """Map features (b d) to logits (b k)."""
         return self.net.head(features)

@@ -1,7 +1,7 @@
-"""A language model: predict each token of a text from those before it, then write (lecture 5).
+"""Language model: next-token prediction with a transformer, and text generation (lecture 5).
 
-The loss is cross-entropy in nats per token. It depends on the tokenizer, and so does perplexity;
-bits per byte do not, and are what models with different vocabularies are compared by.
+The loss is cross-entropy in nats per token. Loss and perplexity depend on the tokenizer. Bits per
+byte do not, so they compare models with different vocabularies.
 
 Axes: b batch, t time, v vocabulary.
 """
@@ -29,7 +29,7 @@ from .plots import language as draw
 from .pretrained import gpt2
 from .task_module import TaskModule
 
-# arguments of Transformer that decide what the same tensors compute
+# arguments of Transformer that change the computation but not the shapes of the tensors
 NON_SHAPE_ARGUMENTS = (
     "heads",
     "qk_norm",
@@ -40,20 +40,20 @@ NON_SHAPE_ARGUMENTS = (
     "residual",
     "positions",
 )
-LOAD_BALANCING_COEF = 0.01  # of the loss that keeps experts equally busy (Switch, 2021)
+LOAD_BALANCING_COEF = 0.01  # coefficient of the load balancing loss (Switch, 2021)
 
 
 class LanguageModel(TaskModule):
-    """A transformer over the tokens of any text; batches are (inputs, targets), both (b t).
+    """Transformer language model; batches are (inputs, targets) of token ids, both (b t).
 
         model = LanguageModel(layers=2, width=64)
         Trainer(max_steps=500).fit(model, datamodule=TextDataModule("my.txt"))
         print(model.generate("Once"))
 
     Args:
-        vocabulary: number of different tokens; by default the data's.
-        context: tokens the net sees at once; by default the data's.
-        shape: the other arguments of `Transformer`.
+        vocabulary: number of different tokens; by default that of the data.
+        context: maximum number of tokens that the net sees; by default that of the data.
+        net_kwargs: the other arguments of `Transformer`.
     """
 
     unit = "tokens"
@@ -61,22 +61,22 @@ class LanguageModel(TaskModule):
     def __init__(
         self, vocabulary: int | None = None, context: int | None = None, **net_kwargs: Any
     ) -> None:
-        """Check the shape before any work is done."""
+        """Store the arguments and check them by building the net on the meta device."""
         super().__init__()
         self.save_hyperparameters()
         self.vocabulary, self.context, self.shape = vocabulary, context, net_kwargs
         self.tokenizer: Tokenizer | None = None
-        self.eval_sums = torch.zeros(3)  # of an evaluation: nats, tokens, bytes
-        with torch.device("meta"):  # nothing is allocated, every check is made
+        self.eval_sums = torch.zeros(3)  # of an evaluation: loss in nats, tokens, bytes
+        with torch.device("meta"):  # runs the checks without memory
             v, t = (1 if size is None else size for size in (vocabulary, context))
             Transformer(v, t, **net_kwargs)
 
     def build(self) -> Transformer:
-        """The transformer."""
+        """Create the transformer."""
         return Transformer(*self._require_sizes(), **self.shape)
 
     def adopt(self, datamodule: Any) -> None:
-        """Take tokenizer, vocabulary and context from the data; refuse data of other sizes."""
+        """Set tokenizer, vocabulary and context from the data; raise UsageError for other sizes."""
         self._set_tokenizer(datamodule.tokenizer, "the data's")
         if self.context is None:
             self.context = datamodule.context
@@ -88,7 +88,7 @@ class LanguageModel(TaskModule):
             )
 
     def formula(self) -> str:
-        """The number of parameters as the lecture writes it: 2|V|d + 11Ld² + 5Ld."""
+        """Formula of the number of parameters in the lecture's notation: 2|V|d + 11Ld² + 5Ld."""
         return " + ".join(accounting.parameters(*self._require_sizes(), **self.shape))
 
     def flops(self) -> int:
@@ -96,8 +96,8 @@ class LanguageModel(TaskModule):
         return accounting.count_training_flops(*self._require_sizes(), **self.shape)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Mean loss of (inputs, targets), both (b t)."""
-        # a rank that has a part of each sequence may have no answer in it: 0, and not 0/0
+        """Mean cross-entropy of (inputs, targets), both (b t)."""
+        # under context parallelism a rank may have no target with a loss: 0 instead of 0/0
         loss = self._loss_sum(*batch) / self.terms(batch).clamp(min=1)
         self.log("train/loss", loss)
         return (
@@ -107,16 +107,16 @@ class LanguageModel(TaskModule):
         )
 
     def terms(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Tokens of (inputs, targets) that are learned: over these the loss is a mean."""
+        """Number of tokens in the loss of (inputs, targets); the loss is the mean over them."""
         return (batch[1] != IGNORE_INDEX).sum()
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums anew."""
-        # float64: a hundred thousand small terms, and ranks that add in another order
+        """Reset the sums."""
+        # float64: many small terms, and the order of addition depends on ranks
         self.eval_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """Add up, so that ragged batches and unequal ranks weigh by their tokens."""
+        """Add up loss, tokens and bytes, so that all tokens have equal weight in the mean."""
         inputs, targets = batch
         is_counted = targets != IGNORE_INDEX
         total = self._loss_sum(inputs, targets)
@@ -124,23 +124,23 @@ class LanguageModel(TaskModule):
         self.eval_sums += torch.stack((total, is_counted.sum(), (num_bytes * is_counted).sum()))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the loss of the whole split."""
+        """Log the metrics of the whole split."""
         self._log_eval_metrics("val")
 
     def on_test_epoch_start(self) -> None:
-        """As in validation."""
+        """Reset the sums."""
         self.on_validation_epoch_start()
 
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """As in validation."""
+        """Add up loss, tokens and bytes as in validation."""
         self.validation_step(batch, index)
 
     def on_test_epoch_end(self) -> None:
-        """Log the loss of the whole split."""
+        """Log the metrics of the whole split."""
         self._log_eval_metrics("test")
 
     def count(self, batch: tuple[Tensor, Tensor]) -> int:
-        """Tokens in a batch."""
+        """Number of tokens in a batch."""
         return batch[0].numel()
 
     def generate(
@@ -158,22 +158,22 @@ class LanguageModel(TaskModule):
         batch_size: int = 64,
         show: Callable[[str], None] | None = None,
     ) -> str | list[str]:
-        """Continue a prompt, or each of a list; the same seed gives the same texts.
+        """Generate text after one prompt or each of several; equal seeds give equal texts.
 
         model.generate("ROMEO:", temperature=0.5, stop="\\n\\n")
 
         Args:
-            prompt: the beginning; by default `default_prompt`.
-            max_new_tokens: most tokens to write.
-            temperature: below 1 the probable becomes more so; 0 takes the most probable token.
-            top_k: draw only from the k most probable tokens.
-            top_p: draw only from the most probable tokens that together hold this probability.
-            min_p: leave out tokens less than this times as probable as the most probable.
-            num_samples: texts for each prompt.
-            stop: a text before which to stop, or several.
-            seed: decides the texts, each by its number.
-            window: when the model's context is full, forget the older half, or refuse beforehand.
-            batch_size: texts written at once.
+            prompt: beginning of the text; by default `default_prompt`.
+            max_new_tokens: maximum number of tokens to generate.
+            temperature: values below 1 favor probable tokens; 0 takes the most probable token.
+            top_k: sample only from the k most probable tokens.
+            top_p: sample only from the most probable tokens with this total probability.
+            min_p: exclude tokens less than this times as probable as the most probable token.
+            num_samples: number of texts for each prompt.
+            stop: stop string or strings; the text ends before the first one.
+            seed: random seed; each text depends on the seed and its index.
+            window: if the model's context is full, "slide" drops the older half, "refuse" raises.
+            batch_size: number of texts generated at once.
             show: called with each new piece of a single text.
         """
         if self.net is None or self.tokenizer is None or self.context is None:
@@ -212,12 +212,12 @@ class LanguageModel(TaskModule):
 
     @property
     def default_prompt(self) -> str:
-        """A line break; the first known character for a text that has none."""
+        """A line break, or the first known character if the tokenizer has no line break."""
         characters = getattr(self.tokenizer, "characters", "\n")
         return "\n" if "\n" in characters else characters[0]
 
     def try_generate(self, **arguments: Any) -> str | list[str]:
-        """One token for these arguments of `generate`, all of which are checked as for many."""
+        """Check the arguments of `generate` as for the full length, and generate one token."""
         bound = inspect.signature(self.generate).bind(**arguments)
         bound.apply_defaults()
         max_new_tokens, context_overflow = (
@@ -236,7 +236,7 @@ class LanguageModel(TaskModule):
         return self.generate(**arguments | {"max_new_tokens": 1, "show": None})
 
     def figures(self, datamodule: Any) -> dict[str, Any]:
-        """Next-token probabilities and attention on the data's text, and bigrams if it has them."""
+        """Create figures: next-token probabilities, attention weights, bigrams (rung="last")."""
         net, tokenizer = cast(Transformer, self.net), cast(Tokenizer, self.tokenizer)
         corpus_tokens = datamodule.corpus.tokens
         token_names = [tokenizer.decode([n]) for n in range(tokenizer.vocabulary)]
@@ -249,28 +249,28 @@ class LanguageModel(TaskModule):
         return figures
 
     def load_pretrained(self, path: str) -> None:
-        """Take over GPT-2's weights from model.safetensors in Hugging Face's layout."""
+        """Load GPT-2 weights from a model.safetensors in Hugging Face's layout."""
         gpt2.load_hf(path, cast(Transformer, self.net))
 
     def export(self, folder: str, format: Literal["gpt2"] = "gpt2") -> str:
-        """Write the net's weights for other programs into a folder.
+        """Write the net's weights into a folder, in the format of another library.
 
         Args:
-            folder: where; files of the same names are replaced.
-            format: gpt2 is what Hugging Face's transformers read.
+            folder: output folder; files of the same names are replaced.
+            format: gpt2 is the format of Hugging Face's transformers.
         """
         net = cast(Transformer, self.net)
         gpt2.save_hf(net, self.shape, folder, self.tokenizer.eos_id if self.tokenizer else None)
         return f"{folder}/model.safetensors, config.json"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The tokenizer and the sizes travel with the weights."""
+        """Save tokenizer and context with the weights."""
         super().on_save_checkpoint(checkpoint)
         tokenizer = None if self.tokenizer is None else self.tokenizer.state()
         checkpoint["language"] = {"tokenizer": tokenizer, "context": self.context}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them from a checkpoint, unless the data brought others."""
+        """Load tokenizer and context, unless they are already set from the data."""
         super().on_load_checkpoint(checkpoint)
         self._check_same_function(checkpoint.get("hyper_parameters", {}))
         saved = checkpoint.get("language")
@@ -284,7 +284,7 @@ class LanguageModel(TaskModule):
         self.context = self.context or saved["context"]
 
     def _check_same_function(self, saved: dict[str, Any]) -> None:
-        """Refuse weights that fit, and that this net would compute something else with."""
+        """Raise UsageError if the saved weights fit, but this net would compute other values."""
         defaults = with_defaults({})
         saved_kwargs = defaults | {key: value for key, value in saved.items() if key in defaults}
         kwargs = defaults | self.shape
@@ -312,13 +312,13 @@ class LanguageModel(TaskModule):
                 f"{whose} tokenizer has {tokenizer.vocabulary} tokens, the model "
                 f"{self.vocabulary}; leave --model.vocabulary away: it comes from the data"
             )
-        # equal vocabularies may treat special tokens differently: that of the data is kept
+        # equal vocabularies may treat special tokens differently: the data's tokenizer is kept
         self.tokenizer, self.vocabulary = current or tokenizer, tokenizer.vocabulary
 
     def _loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
         if self._require_sizes()[0] <= LARGE_VOCAB:
             return cross_entropy(self(inputs), targets, "sum")
-        return self(inputs, None, targets)  # the net, since its logits are too many to hand over
+        return self(inputs, None, targets)  # chunked loss: the logits are too large to return
 
     def _require_sizes(self) -> tuple[int, int]:
         if self.vocabulary is None or self.context is None:
@@ -340,4 +340,4 @@ class LanguageModel(TaskModule):
         if self.tokenizer is not None and self.tokenizer.has_token_bytes:
             metrics["bits_per_byte"] = total / math.log(2) / num_bytes
         prefixed = {f"{stage}/{name}": value.float() for name, value in metrics.items()}
-        self.log_dict(prefixed, sync_dist=True)  # alike on all ranks; or Lightning would advise it
+        self.log_dict(prefixed, sync_dist=True)  # equal on all ranks; avoids Lightning's warning

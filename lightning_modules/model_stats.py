@@ -1,8 +1,8 @@
-"""What a transformer costs: parameters and FLOPs as formulas, to compare with what is counted.
+"""Model statistics of a transformer: parameters, training FLOPs, KV cache bytes and collectives.
 
-    parameters   2|V|d + 11Ld² + 5Ld             the lecture's: no norms, no output matrix
-    training     6N + 12LdT FLOPs a token        2 forward and 4 backward for each of N weights that
-                                                 multiply; scores and answers of attention over T
+    parameters   2|V|d + 11Ld² + 5Ld             as in the lecture: no norms, no output matrix
+    training     6N + 12LdT FLOPs a token        2 forward and 4 backward for each of N weights in
+                                                 a matrix product; attention over T tokens
     MFU          FLOPs a token * tokens/s / peak
 
 The attention term counts all T x T pairs, although half of them are masked (nanoGPT, PaLM).
@@ -16,16 +16,16 @@ from .nn.transformer import padded_vocab_size, resolve_d_ff, with_defaults
 
 
 def parameters(vocab_size: int, context_length: int, **net_kwargs: Any) -> dict[str, int]:
-    """Parameters of `Transformer` with these arguments, term by term of the lecture's formula.
+    """Parameters of a `Transformer` with these arguments, by terms of the lecture's formula.
 
     sum(parameters(65, 128, layers=4, width=256, ...).values())  # 2,922,240 in the lecture
     """
     vocab_size, s = padded_vocab_size(vocab_size), SimpleNamespace(**with_defaults(net_kwargs))
-    num_square_matrices = len(LEARNED[s.rung]) + s.output  # matrices d x d of an attention
+    num_square_matrices = len(LEARNED[s.rung]) + s.output  # d x d matrices of an attention
     gains = {"rmsnorm": 1, "layernorm": 2, "none": 0}[s.norm]
-    mlp = "experts" if s.experts else s.mlp  # they and their router stand in the place of the MLP
+    mlp = "experts" if s.experts else s.mlp  # the experts and the router replace the MLP
     hidden = resolve_d_ff(s.width, mlp, s.d_ff)
-    is_4d = hidden == 4 * s.width and mlp not in ("none", "swiglu")  # a term of Ld², not of Ldh
+    is_4d = hidden == 4 * s.width and mlp not in ("none", "swiglu")  # counted in Ld² instead of Ldh
     matrices = {"none": 0, "swiglu": 3, "experts": 2 * s.experts}.get(mlp, 2)  # d x h
     biased = s.bias != "none" and mlp not in ("none", "experts")
     num_square_terms = num_square_matrices + (4 * matrices if is_4d else 0)
@@ -50,10 +50,10 @@ def parameters(vocab_size: int, context_length: int, **net_kwargs: Any) -> dict[
 
 
 def count_training_flops(vocab_size: int, context_length: int, **net_kwargs: Any) -> int:
-    """FLOPs of one training step for each token: 6N + 12LdT.
+    """FLOPs of a training step for each token: 6N + 12LdT.
 
-    N leaves out the tables that are looked up (embedding, learned positions) but not the head, and
-    of a mixture all experts but two.
+    N does not count lookup tables (embedding, learned positions), but counts the head. Of a mixture
+    of experts it counts two experts.
     """
     terms, s = (
         parameters(vocab_size, context_length, **net_kwargs),
@@ -72,7 +72,7 @@ def count_training_flops(vocab_size: int, context_length: int, **net_kwargs: Any
 def kv_cache_bytes(
     num_rows: int, num_slots: int, num_layers: int, d_model: int, bytes_per_element: int = 4
 ) -> int:
-    """Bytes of the keys and values of `num_rows` texts, each with room for `num_slots` tokens."""
+    """Bytes of a KV cache for `num_rows` texts with `num_slots` tokens each."""
     return 2 * num_layers * num_rows * num_slots * d_model * bytes_per_element
 
 
@@ -90,27 +90,35 @@ def collectives(
     num_head_chunks: int = 1,
     num_buckets: int = 1,
 ) -> dict[str, int]:
-    """Messages of one training step of a transformer, one micro-batch, all ranks alike.
+    """Count the collectives of one training step of a transformer, with one micro-batch, on a rank.
 
-    Sends from one rank to another are those of all ranks together: a pipeline's ends have fewer.
+    `send` counts the messages from one rank to another, summed over all ranks: the first and last
+    stage of a pipeline send fewer. A ring (`cp`) together with pipeline stages is not supported.
 
-    A block of 1 MiB or more is one unit of sharding, and the rest of the net another. With ZeRO-3 a
-    unit is gathered forward and backward, with ZeRO-2 once. Its gradients are scattered, and
-    summed over the copies.
-    With ZeRO-1 each rank sends, for each of `num_buckets`, a message of gradients and one of
-    parameters to each other rank (gloo; a parameter of 1 MiB or more is sent apart, in pieces of 8
-    MiB). Tensor parallelism sums twice a block in each direction, which `is_sequence_parallel`
-    does in two halves. A mixture sends tokens there and back, in each direction. In a ring a rank
-    sends keys and values to n - 1 others, forward and backward, and sends gradients back to them;
-    backward for each of the `num_head_chunks` of heads, forward for two at most
-    (strategies/context_parallel.py). Each boundary of `num_stages` is crossed by each micro-batch
-    both ways, and the last stage sends the loss. (Not for a ring and stages.)
+    Each block of 1 MiB or more is one FSDP unit, and the rest of the net is another one. ZeRO-3
+    gathers a unit in forward and backward, ZeRO-2 once. The gradients of a unit are
+    reduce-scattered and then all-reduced over the replicas.
 
-    collectives(12, shards=8)["all_gather"]  # 26
+    With ZeRO-1 each rank sends two messages for each of `num_buckets` to each other rank: one of
+    gradients, one of parameters. This holds for gloo; a parameter of 1 MiB or more is sent
+    separately, in pieces of 8 MiB.
+
+    Tensor parallelism all-reduces twice a block in each direction; `is_sequence_parallel` splits
+    each into a reduce-scatter and an all-gather. A mixture of experts exchanges tokens twice in
+    each direction.
+
+    In a ring a rank sends keys and values to n - 1 other ranks, forward and backward, and sends
+    gradients back to them. Backward sends them for each of the `num_head_chunks` of heads, forward
+    for at most two (strategies/context_parallel.py).
+
+    Each boundary of `num_stages` is crossed by each micro-batch in both directions. The last stage
+    broadcasts the loss.
+
+    collectives(12, num_shards=8)["all_gather"]  # 26
     """
     num_units, counts = num_layers + 1, {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
-    num_replicated_groups = num_shards * num_replicas * tp  # rings, or pipelines
-    num_shards *= cp  # parameters are shared out over both
+    num_replicated_groups = num_shards * num_replicas * tp  # number of rings or pipelines
+    num_shards *= cp  # parameters are sharded over both
     dp_size = num_shards * num_replicas
     if zero_stage > 1 and dp_size > 1:
         counts["all_gather"] += num_units * (2 if zero_stage == 3 else 1)
@@ -119,7 +127,7 @@ def collectives(
     if tp > 1 and is_sequence_parallel:
         counts["all_gather"] += (
             4 * num_layers + 2
-        )  # and where the sequence is put together, and back
+        )  # + 2: gather the full sequence, forward and backward
         counts["reduce_scatter"] += 4 * num_layers
         counts["all_reduce"] += 1  # gradients of the norms
     elif tp > 1:

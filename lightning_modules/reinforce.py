@@ -1,10 +1,10 @@
-"""REINFORCE: fine-tune a language model on what it writes, by a reward of any kind (lecture 7).
+"""REINFORCE: fine-tune a language model on its own samples by policy gradient (lecture 7).
 
-    prompts -> texts -> rewards -> weights    before the step, in `on_after_batch_transfer`
-    loss = - mean_i w_i log p(text_i)         the step: a pure function of tensors
+    prompts -> texts -> rewards -> advantages    before the step, in `on_after_batch_transfer`
+    loss = - mean_i w_i log p(text_i)            the step: a pure function of tensors
 
-So clipping, optimizers, accumulation and strategies see a usual training step. What is drawn for a
-prompt depends on (seed, epoch, sample) alone; nothing is kept from one step to the next.
+So clipping, optimizers, accumulation and strategies see an ordinary training step. The samples of a
+prompt depend on (seed, epoch, sample) only; a step keeps no state for the next one.
 
 Axes: b samples of this rank, B of all ranks, n new tokens, v vocabulary.
 """
@@ -53,27 +53,27 @@ from .task_module import TaskModule
 
 
 class Reinforce(TaskModule):
-    """A language model tuned by policy gradient; batches are `Prompts`.
+    """Language model trained by policy gradient; batches are `Prompts`.
 
     model = Reinforce("runs/reinforce/base", rewards=[CharacterFraction("eE", weight=-1)])
     Trainer(max_steps=75).fit(model, datamodule=PromptDataModule(length=256))
 
     Args:
-        base: checkpoint of the language model to start from, or its run's folder.
-        rewards: the terms, added up.
-        new: most tokens to write after a prompt.
-        group_size: texts for each prompt; they stay on one rank.
-        sampling: how to draw, and to score what was drawn.
-        estimator: from rewards to the loss.
-        kl: how to stay near the reference.
-        reference: copy keeps the base beside the policy; lora is the policy with its adapters
-            switched off, at no cost in memory; none saves a forward pass, and measures no KL.
-        stop: a text that ends what is written; it belongs to what is learned.
+        base: checkpoint of the base language model, or its run's folder.
+        rewards: reward terms; the reward is their weighted sum.
+        new: maximum number of tokens to generate after a prompt.
+        group_size: number of texts for each prompt; a group is on one rank.
+        sampling: sampling settings, used to generate and to score tokens.
+        estimator: computes advantages and the loss.
+        kl: KL penalty to the reference.
+        reference: copy keeps the base model beside the policy; lora is the policy with disabled
+            adapters, at no cost in memory; none saves a forward pass and logs no KL.
+        stop: stop string of a generated text; its tokens are part of the loss.
     """
 
     unit, headline = "tokens", ("train/reward", "train/kl")
     lr = 1e-4
-    whole_along = ("cp", "pp")  # what was written has no parts yet when a strategy would cut it
+    whole_along = ("cp", "pp")  # unsupported: they split a batch before its texts exist
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Reinforce(TaskModule):
         reference: Literal["copy", "lora", "none"] = "copy",
         stop: str | None = None,
     ) -> None:
-        """Check what can be checked without data."""
+        """Check the arguments that can be checked without data."""
         super().__init__()
         self.save_hyperparameters("base", "new", "group_size", "reference", "stop")
         self.base_checkpoint, self.max_new_tokens, self.group_size = base, new, group_size
@@ -100,16 +100,16 @@ class Reinforce(TaskModule):
         self.tokenizer: Tokenizer | None = None
         self.corpus_stats: Facts | None = None
         self._base_model: base_model.BaseModel | None = None
-        self._base_fingerprint: str | None = None  # of the base's weights
-        # in a tuple, where nn.Module does not look: no optimizer, no checkpoint, no sharding
+        self._base_fingerprint: str | None = None  # checksum of the base model's weights
+        # a tuple hides the net from nn.Module: no optimizer, no checkpoint, no sharding
         self._reference_nets: tuple[nn.Module, ...] = ()
         self._stopwatch, self._rollout_metrics = Stopwatch(), dict[str, float]()
         self._last_samples: list[dict[str, Any]] = []
         validate_config(new, group_size, sampling, kl, reference, stop)
 
     def setup(self, stage: str) -> None:
-        """Read the base model, then look at the data."""
-        # they are one another's: the data give prompts, and the hook below makes a batch of them
+        """Load the base model, then configure the task from the data."""
+        # both hooks are intended: the datamodule yields prompts, this module makes a Rollout
         warnings.filterwarnings("ignore", "You have overridden `on_after_batch_transfer`")
         if self._base_model is None and self.net is None:
             self._base_model = base_model_data = base_model.load_base_model(self.base_checkpoint)
@@ -118,10 +118,10 @@ class Reinforce(TaskModule):
             self._base_fingerprint = base_model_data.fingerprint
         super().setup(stage)
         check_rewards(self.rewards, self.corpus_stats is not None, self.reference != "none")
-        self._stop_sequences()  # a stop that the tokenizer does not know
+        self._stop_sequences()  # raises if the tokenizer cannot encode the stop string
 
     def adopt(self, datamodule: Any) -> None:
-        """Take the corpus; refuse other data than prompts, and prompts that are too long."""
+        """Read the corpus; raise UsageError for data without prompts or with invalid prompts."""
         if not hasattr(datamodule, "prompts"):
             raise UsageError(
                 f"Reinforce learns from prompts, and {type(datamodule).__name__} has none; "
@@ -131,7 +131,7 @@ class Reinforce(TaskModule):
         accumulate = DataParallelInfo.of(self.trainer).accumulate
         micro_batch_size = max(
             1, datamodule.batch_size // accumulate
-        )  # of none the loader will speak
+        )  # the loader raises for a batch size of 0
         self.estimator.check_group_sizes(
             micro_batch_size * self.group_size, self.group_size, accumulate
         )
@@ -142,13 +142,13 @@ class Reinforce(TaskModule):
             self._encode(prompt, f"prompt {number} of the file")
 
     def build(self) -> Transformer:
-        """The base's net."""
+        """Create the base model's net."""
         assert self.vocabulary is not None
         assert self.context is not None
         return Transformer(self.vocabulary, self.context, **self.shape)
 
     def configure_model(self) -> None:
-        """Build the net, give it the base's weights, and keep a frozen copy of them."""
+        """Build the net, load the base model's weights and keep a frozen copy as the reference."""
         is_new = self.net is None
         super().configure_model()
         if is_new and self._base_model is not None and self.net is not None:
@@ -159,7 +159,7 @@ class Reinforce(TaskModule):
 
     @staticmethod
     def _load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Give the net its weights; a strategy that shards it reads their rows after sharding."""
+        """Load weights into the net; a strategy that shards it reads their rows after sharding."""
         named_parameters = net.named_parameters(remove_duplicate=False)
         initial_values: dict[str, Any] = {
             n: getattr(p, "initial_values", None) for n, p in named_parameters
@@ -170,60 +170,60 @@ class Reinforce(TaskModule):
         remaining = {name: tensor for name, tensor in weights.items() if name not in deferred}
         net.load_state_dict(
             remaining, strict=not deferred
-        )  # names were compared when they were read
+        )  # names were checked when the base model was loaded
 
     def _can_defer_init(self) -> bool:
         return self.reference != "copy" and super()._can_defer_init()  # the copy is not sharded
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Write, judge and weigh: the batch of the step is a Rollout."""
+        """Generate completions, score them and compute advantages: the batch becomes a Rollout."""
         if not isinstance(batch, Prompts):
             raise UsageTypeError(
                 f"Reinforce learns from Prompts, and the loader gives {type(batch).__name__}; "
                 "use PromptDataModule"
             )
-        cast(nn.Module, self.net).eval()  # dropout would make sampler and learner two policies
-        with self.trainer.precision_plugin.forward_context():  # a hook is outside of it
+        cast(nn.Module, self.net).eval()  # dropout would make sampler and learner different
+        with self.trainer.precision_plugin.forward_context():  # Lightning calls hooks without it
             return self._make_rollout(batch)
 
     def training_step(self, rollout: Rollout, index: int) -> Tensor:
-        """The loss of a rollout."""
+        """Policy-gradient loss of a rollout."""
         self._stopwatch.start("update")
         logprobs = compute_rollout_logprobs(self, rollout, self.sampling)  # (b n)
         loss = policy_loss(rollout, logprobs, self.estimator, self.kl, self.max_new_tokens)
         self.log("train/surrogate", loss)
         self.log("train/drift", logprob_gap(logprobs, rollout))
-        seconds = self._stopwatch.durations_s  # of the update, those of the step before
+        seconds = self._stopwatch.durations_s  # those of the update are of the previous step
         throughput = {"tokens_per_second": self._rollout_metrics["tokens"] / sum(seconds.values())}
         for name, value in (self._rollout_metrics | seconds | throughput).items():
             self.log(f"train/{name}", torch.tensor(value))
         return loss
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Stop the clock of the update; its seconds are logged with the next step's."""
+        """Stop the update's stopwatch; the next step logs its seconds."""
         self._stopwatch.stop("update")
 
     def validation_step(self, rollout: Rollout, index: int) -> None:
-        """What was measured of the batch, which is the whole set."""
+        """Log the metrics of the batch, which is the whole validation set."""
         self._log_eval_metrics("val", rollout)
 
     def test_step(self, rollout: Rollout, index: int) -> None:
-        """As in validation."""
+        """Log the metrics of the batch, which is the whole test set."""
         self._log_eval_metrics("test", rollout)
 
     def count(self, batch: Rollout) -> int:
-        """Tokens written: at most, since to know exactly would mean to wait for the device."""
+        """Upper bound of the generated tokens; an exact count would have to wait for the device."""
         return batch.tokens.numel()
 
     def samples(self) -> list[dict[str, Any]]:
-        """This rank's last samples: prompt, text, reward, terms."""
+        """Return this rank's last samples: prompt, text, reward and terms."""
         return self._last_samples
 
     generate = LanguageModel.generate
     export = LanguageModel.export
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The tokenizer and the sizes travel with the weights; the reference by its checksum."""
+        """Save tokenizer and sizes with the weights, and the checksum of the reference."""
         super().on_save_checkpoint(checkpoint)
         tokenizer = None if self.tokenizer is None else self.tokenizer.state()
         sizes = {"context": self.context, "shape": self.shape}
@@ -231,14 +231,14 @@ class Reinforce(TaskModule):
         checkpoint["policy"] = {"base": self._base_fingerprint}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them from a checkpoint; refuse one that has another base as its reference."""
+        """Load tokenizer and sizes; raise UsageError if the reference is another base model."""
         super().on_load_checkpoint(checkpoint)
         saved, base = checkpoint["language"], checkpoint["policy"]["base"]
         if self._base_fingerprint is not None:
             if self.reference != "none":
                 base_model.check_fingerprint(self.base_checkpoint, self._base_fingerprint, base)
             return
-        # no trainer, no base: the checkpoint knows the sizes
+        # without a trainer there is no base model: the checkpoint has the sizes
         self.tokenizer = tokenizer_from_state_dict(saved["tokenizer"])
         self.vocabulary, self.context = self.tokenizer.vocabulary, saved["context"]
         self.shape, self._base_fingerprint = saved["shape"], base
@@ -258,7 +258,7 @@ class Reinforce(TaskModule):
         return stops if tokenizer.eos_id is None else [*stops, [tokenizer.eos_id]]
 
     def _make_rollout(self, batch: Prompts) -> Rollout:
-        """Texts, rewards and weights for a batch of prompts."""
+        """Generate and score texts for a batch of prompts."""
         stopwatch, group_size = self._stopwatch, self.group_size
         prompts = [
             self._encode(input_ids, f"sample {sample}")
@@ -315,11 +315,11 @@ class Reinforce(TaskModule):
         kwargs: dict[str, Any] = {
             "stops": self._stop_sequences(), "seed": resolve_seed(None), "row_keys": row_keys,
             "context_overflow": "refuse",
-            # ranks that shard a net take every step together, however soon their texts have ended
+            # ranks that shard a net need equal numbers of steps, even if their texts have ended
             "sync_every": SYNC_EVERY if is_unsharded else self.max_new_tokens,
             "capture": capture_cuda_graph if is_unsharded and self.device.type == "cuda" else None,
         }  # fmt: skip
-        # alone as Lightning validates: keeping books for gradients is a tenth of a rollout
+        # one process only, as in Lightning's validation: autograd takes a tenth of a rollout
         with torch.inference_mode(self.trainer.world_size == 1):
             context_length = cast(int, self.context)
             generated = generate(
@@ -327,7 +327,7 @@ class Reinforce(TaskModule):
             )
         return GenerationOutput(
             *(x.clone() for x in generated)
-        )  # what gradients may pass through again
+        )  # clones are ordinary tensors, which autograd accepts
 
     def _compute_ref_logprobs(
         self,
@@ -336,7 +336,7 @@ class Reinforce(TaskModule):
         generated: GenerationOutput,
         shared_prefix: SharedPrefixBatch | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Log-probabilities (b n) at the sampling temperature, and at 1."""
+        """Compute the reference's logprobs (b n) at the sampling temperature and at 1."""
         inputs = (
             input_ids,
             logit_positions,
@@ -358,7 +358,7 @@ class Reinforce(TaskModule):
         return None, None
 
     def _gather_rows(self, x: Tensor) -> Tensor:
-        """Rows (b ...) of all ranks that see different data, in order: (B ...)."""
+        """Gather rows (b ...) of all data-parallel ranks, in order: (B ...)."""
         data_parallel = DataParallelInfo.of(self.trainer)
         gathered = torch.zeros(data_parallel.dp_size, *x.shape, dtype=x.dtype, device=self.device)
         gathered[data_parallel.dp_rank] = x

@@ -1,11 +1,11 @@
-"""Spam or not: logistic regression on five hand-made features (lecture 0), on n-grams, or an MLP.
+"""Spam classifier: logistic regression or MLP, on five handcrafted features (lecture 0) or n-grams.
 
 The n-grams are words (one or two) and characters (three to five), hashed into a fixed number of
-buckets, so that no vocabulary is kept, and weighted by sublinear tf-idf:
+buckets, so no vocabulary is stored. They are weighted by sublinear tf-idf:
 
     weight = (1 + ln count) (1 + ln((1 + messages) / (1 + messages with it))),  then unit length
 
-Axes: b batch, n n-grams of all messages of a batch in a row.
+Axes: b batch, n n-grams of all messages of a batch, concatenated.
 """
 
 import re
@@ -36,7 +36,7 @@ LABELS = ("ham", "spam")
 
 
 def handcrafted_features(message: str) -> list[float]:
-    """The lecture's five: `!`, trigger words, tokens with www, share of capitals, length / 500."""
+    """Return the lecture's features: `!`, trigger words, www, share of capitals, length / 500."""
     return [
         message.count("!"),
         len(TRIGGER_WORDS.intersection(re.findall(r"\w+", message.lower()))),
@@ -47,9 +47,9 @@ def handcrafted_features(message: str) -> list[float]:
 
 
 def extract_ngrams(message: str) -> tuple[list[str], list[str]]:
-    """Words with pairs of words, and pieces of 3 to 5 characters that never cross a word's end.
+    """Return words with word pairs, and character n-grams of 3 to 5 within words.
 
-    Digits are all one digit: what matters of a telephone number is that it is one.
+    All digits are mapped to 0, so that all telephone numbers of one format are equal.
     """
     text = re.sub(r"\d", "0", message.lower())
     word_ngrams = re.findall(r"\w\w+", text)
@@ -66,7 +66,7 @@ def extract_ngrams(message: str) -> tuple[list[str], list[str]]:
 
 @lru_cache(maxsize=100_000)
 def hash_ngrams(message: str, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bucket, 1 + ln count, and kind (0 word, 1 character) of each different n-gram, all (n)."""
+    """Return bucket, 1 + ln count and type (0 word, 1 character) of distinct n-grams, all (n)."""
     rows = [
         (bucket, count, ngram_type)
         for ngram_type, grams in enumerate(extract_ngrams(message))
@@ -74,15 +74,13 @@ def hash_ngrams(message: str, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]
             zlib.crc32(g.encode(), ngram_type) % num_buckets for g in grams
         ).items()
     ]
-    entries = torch.tensor(rows, dtype=torch.int64).reshape(
-        -1, 3
-    )  # (n 3), also when there are none
+    entries = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)  # (n 3), also for n = 0
     bucket, count, ngram_type = entries.unbind(1)
     return bucket, 1 + count.float().log(), ngram_type
 
 
 def compute_idf(messages: list[str], num_buckets: int) -> Tensor:
-    """The rarity of each bucket (buckets); 0 where no message has it, as if it were not there."""
+    """Inverse document frequency of each bucket (buckets); 0 for a bucket without messages."""
     frequency = torch.zeros(num_buckets)
     for message in messages:
         frequency[hash_ngrams(message, num_buckets)[0].unique()] += 1
@@ -90,33 +88,33 @@ def compute_idf(messages: list[str], num_buckets: int) -> Tensor:
 
 
 class LectureFeatures(nn.Module):
-    """Messages to the lecture's features, list of b -> (b 5)."""
+    """Handcrafted features of the lecture: list of b messages -> (b 5)."""
 
-    device_marker: Tensor  # empty: it only knows the device
+    device_marker: Tensor  # empty; it holds only the device
 
     def __init__(self) -> None:
-        """Nothing is learned here."""
+        """Create a module without parameters."""
         super().__init__()
         self.register_buffer("device_marker", torch.empty(0), persistent=False)
 
     def forward(self, messages: list[str]) -> Tensor:
-        """Compute them."""
+        """Compute the features (b 5)."""
         return torch.tensor(
             [handcrafted_features(m) for m in messages], device=self.device_marker.device
         )
 
 
 class HashedLinear(nn.Module):
-    """A linear layer over the tf-idf weights of hashed n-grams, list of b messages -> (b out).
+    """Linear layer over tf-idf weights of hashed n-grams: list of b messages -> (b out).
 
-    The input has as many columns as buckets, and a few hundred that are not zero: the product
-    gathers those rows of `weight` (buckets, out) and adds them.
+    The input has one column for each bucket, and only a few hundred of them are nonzero. So the
+    product is a weighted sum of those rows of `weight` (buckets, out).
     """
 
     idf: Tensor  # (buckets)
 
     def __init__(self, idf: Tensor, out_features: int, std: float) -> None:
-        """Start from weights of the given standard deviation."""
+        """Initialize the weights with the given standard deviation."""
         super().__init__()
         self.register_buffer("idf", idf)
         self.weight = nn.Parameter(torch.empty(len(idf), out_features))
@@ -125,7 +123,7 @@ class HashedLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, messages: list[str]) -> Tensor:
-        """Gather and add."""
+        """Compute tf-idf weights and the weighted sum of rows (b out)."""
         buckets, counts, ngram_types = zip(
             *(hash_ngrams(m, len(self.idf)) for m in messages), strict=True
         )
@@ -139,7 +137,7 @@ class HashedLinear(nn.Module):
         squared_norm = weight.new_zeros(2 * len(messages)).index_add(0, segment, weight.square())
         weight = (
             weight / squared_norm.clamp(min=1e-12).sqrt()[segment]
-        )  # words and characters: length 1
+        )  # unit length of words and of characters
         return (
             F.embedding_bag(bucket, self.weight, offsets, mode="sum", per_sample_weights=weight)
             + self.bias
@@ -147,18 +145,18 @@ class HashedLinear(nn.Module):
 
 
 class SpamClassifier(TaskModule):
-    """The probability that a message is spam; batches are {"message": list of b, "label": (b)}.
+    """Spam classifier; batches are {"message": list of b, "label": (b)}.
 
         Trainer(max_epochs=10).fit(SpamClassifier(), datamodule=SpamDataModule(source="sms"))
 
     Args:
-        features: the lecture's five, or hashed n-grams.
+        features: the five of the lecture, or hashed n-grams.
         hidden: units of an MLP's hidden layer; 0 is logistic regression.
-        buckets: into which n-grams are hashed; 2^18 for 10^5 different ones.
+        buckets: number of hash buckets of the n-grams; 2^18 suits 10^5 different ones.
     """
 
     lr = 1e-2
-    columns = ("line", "message", "probability", "label")  # of what predict_step returns
+    columns = ("line", "message", "probability", "label")  # columns of predict_step's rows
 
     def __init__(
         self,
@@ -184,17 +182,17 @@ class SpamClassifier(TaskModule):
         self.confusion_matrix = BinaryConfusionMatrix()
 
     def adopt(self, datamodule: Any) -> None:
-        """Count the n-grams of the training messages; a trained net has its own counts."""
+        """Compute the idf of the training messages; a trained net has its own idf."""
         if self.features == "ngrams" and self.net is None:
             self.idf = compute_idf(datamodule.train_messages, self.num_buckets)
 
     def build(self) -> nn.Module:
-        """A linear map from features to one logit, or two with a ReLU between them."""
+        """Create a linear layer from features to a logit, or an MLP with one hidden layer."""
         out_features = self.hidden_size or 1
         if self.features == "ngrams":
             idf = (
                 self.idf if len(self.idf) else torch.zeros(self.num_buckets)
-            )  # a checkpoint fills it
+            )  # loaded from a checkpoint
             layers = [HashedLinear(idf, out_features, std=0.5 if self.hidden_size else 0.0)]
         else:
             layers = [LectureFeatures(), nn.Linear(5, out_features)]
@@ -203,7 +201,7 @@ class SpamClassifier(TaskModule):
         return nn.Sequential(*layers)
 
     def compute_loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy, and the probability of spam (b)."""
+        """Return the mean cross-entropy, and the probability of spam (b)."""
         logits = self(batch["message"])[:, 0].float()  # (b)
         return F.binary_cross_entropy_with_logits(logits, batch["label"].float()), logits.sigmoid()
 
@@ -214,7 +212,7 @@ class SpamClassifier(TaskModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        """Loss and accuracy."""
+        """Log loss and accuracy."""
         loss, probability = self.compute_loss(batch)
         self.val_loss(loss, len(batch["label"]))
         self.val_accuracy(probability, batch["label"])
@@ -222,17 +220,17 @@ class SpamClassifier(TaskModule):
         self.log("val/accuracy", self.val_accuracy)
 
     def test_step(self, batch: dict[str, Any], index: int) -> None:
-        """Accuracy, F1 of spam, AUROC and the confusion matrix."""
+        """Update accuracy, F1 of spam, AUROC and the confusion matrix."""
         _, probability = self.compute_loss(batch)
         self.test_metrics.update(probability, batch["label"])
         self.confusion_matrix.update(probability, batch["label"])
 
     def on_test_epoch_end(self) -> None:
-        """Log the scores, NaN where they are undefined, and the confusion matrix by its names."""
-        matrix = self.confusion_matrix.compute().float()  # of all ranks
+        """Log the metrics, NaN where undefined, and the named entries of the confusion matrix."""
+        matrix = self.confusion_matrix.compute().float()  # over all ranks
         ham, spam = matrix.sum(1).tolist()
         undefined = {
-            "auroc": not ham or not spam,  # of two classes
+            "auroc": not ham or not spam,  # needs both classes
             "f1": not spam and not matrix[:, 1].any(),  # 0 / 0
         }
         for name, metric in self.test_metrics.items(keep_base=True):
@@ -254,7 +252,7 @@ class SpamClassifier(TaskModule):
         self.test_metrics.reset()
 
     def predict_step(self, batch: dict[str, Any], index: int) -> list[tuple[int, str, float, str]]:
-        """(line from 1, message, probability of spam, label) for each message."""
+        """Return (line number from 1, message, probability of spam, label) for each message."""
         probabilities = self(batch["message"])[:, 0].float().sigmoid().tolist()
         indices = batch["index"].tolist() if "index" in batch else range(len(probabilities))
         rows = zip(indices, batch["message"], probabilities, strict=True)

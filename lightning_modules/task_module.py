@@ -1,7 +1,8 @@
-"""TaskModule: what every task shares — its net is built in one place, late, and from plain numbers.
+"""TaskModule: LightningModule base class that builds its net once, when the sizes are known.
 
-Late, because callbacks and strategies act between `__init__` and the first step: the data tell the
-net its sizes (`adopt`), transforms rewrite it, the strategy shards it. None of that is seen here.
+The net is built late because callbacks and strategies act between `__init__` and the first step.
+The data determine the net's sizes (`adopt`), transforms modify the net, and the strategy shards
+it. A task contains no code for transforms or sharding.
 """
 
 import inspect
@@ -22,17 +23,17 @@ from ravine.lightning_compat import attached_trainer, averaging_callbacks
 
 from .nn.initial_values import InitialValues
 
-PLAIN = (bool, int, float, str, tuple)  # of class attributes that are settings, such as lr
+PLAIN = (bool, int, float, str, tuple)  # types of class attributes that are settings, such as lr
 FUSED_ADAMW_DEVICES = (
     "cpu",
     "cuda",
-)  # devices with a fused kernel of AdamW in every supported torch
+)  # devices with a fused AdamW kernel in every supported torch
 
 
 class _NetSizeLimit(TorchDispatchMode):
-    """Build on the meta device, and stop if a net becomes far larger than its weights.
+    """Builds on the meta device, and raises if a net becomes far larger than its weights.
 
-    The sizes come from a checkpoint, which may hold a width of 10**9 and four numbers.
+    The sizes come from a checkpoint, which may contain a width of 10**9 and four numbers.
     """
 
     def __init__(self, state: dict[str, Any]) -> None:
@@ -62,7 +63,7 @@ class _NetSizeLimit(TorchDispatchMode):
         return result
 
     def raise_if_exceeded(self) -> None:
-        """Refuse a net that has grown too far."""
+        """Raise UsageError if the net exceeds the limit."""
         if self.is_exceeded:
             raise UsageError(
                 "the hyperparameters of the checkpoint make a net far larger than its weights; it "
@@ -71,7 +72,7 @@ class _NetSizeLimit(TorchDispatchMode):
 
 
 def check_no_early_copies(callbacks: list[L.Callback]) -> None:
-    """ValueError for a callback that has copied a module whose net is not built yet."""
+    """Raise UsageError for a callback that copied the module before its net was built."""
     for callback in callbacks:
         if isinstance(callback, averaging_callbacks()):
             name = type(callback).__name__
@@ -82,7 +83,7 @@ def check_no_early_copies(callbacks: list[L.Callback]) -> None:
 
 
 class _ClassOnly(classmethod):
-    """A classmethod that raises a TypeError if it is called on an instance, as Lightning's do."""
+    """A classmethod that raises TypeError when called on an instance, as in Lightning."""
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
@@ -103,43 +104,43 @@ _class_only = classmethod if TYPE_CHECKING else _ClassOnly
 
 
 def imported_subclasses(kind: type) -> list[type]:
-    """All imported subclasses, those of subclasses included."""
+    """Return all imported subclasses, including indirect ones."""
     return [c for below in kind.__subclasses__() for c in (below, *imported_subclasses(below))]
 
 
 def _is_defined_in_ravine(method: Any) -> bool:
-    """Whether this package defines a method: another's may compute with values."""
+    """Whether this package defines a method; other code may compute with parameter values."""
     return method.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 class TaskModule(L.LightningModule):
-    """A LightningModule whose net is made by `build()`, once, when the sizes are known.
+    """LightningModule whose net is created by `build()`, once, when the sizes are known.
 
-    A task of your own needs `build` and `training_step`:
+    A subclass needs `build` and `training_step`:
 
         class Line(TaskModule):
             def build(self): return nn.Linear(1, 1)
             def training_step(self, batch, index): return F.mse_loss(self(batch[0]), batch[1])
     """
 
-    unit: str = "samples"  # what `count` counts: the unit of throughput
-    headline: tuple[str, ...] = ()  # metrics to show in the place of a loss that means nothing
-    lr: float = 1e-3  # of the default optimizer only; a plan callback brings its own
+    unit: str = "samples"  # unit of `count` and of throughput
+    headline: tuple[str, ...] = ()  # metrics of the progress bar, in place of the loss
+    lr: float = 1e-3  # of the default optimizer only; OptimizerPlan sets its own
 
     def __init__(self) -> None:
         """Start without a net."""
         super().__init__()
-        self.net: nn.Module | None = None  # not a class attribute: it would hide the submodule
+        self.net: nn.Module | None = None  # not a class attribute, which would hide the submodule
 
     def build(self) -> nn.Module:
-        """Make the plain single-device net."""
+        """Create the net for a single device."""
         raise NotImplementedError(f"{type(self).__name__} needs a build() that returns its net")
 
     def adopt(self, datamodule: Any) -> None:
-        """Take from the data what the net needs (vocabulary, number of features) before `build`."""
+        """Read the net's sizes (vocabulary, number of features) from the data, before `build`."""
 
     def setup(self, stage: str) -> None:
-        """Let the task look at the data, whose own `setup` has run by now."""
+        """Configure the model from the datamodule, which is already set up."""
         if self.net is None:
             check_no_early_copies(self.trainer.callbacks)  # type: ignore[attr-defined]
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -147,7 +148,7 @@ class TaskModule(L.LightningModule):
             self.adopt(datamodule)
 
     def configure_model(self) -> None:
-        """Build the net unless it is there; callbacks and strategies do the rest from outside."""
+        """Build the net unless it exists; callbacks and strategies modify it from outside."""
         if self.net is not None:
             return
         device = torch.get_default_device()
@@ -157,16 +158,14 @@ class TaskModule(L.LightningModule):
             self.net = self.build()
         elif self._can_defer_init():
             self.net = values.net
-            self.__dict__["initial_values"] = (
-                values  # a strategy draws them once it has cut the net
-            )
+            self.__dict__["initial_values"] = values  # the strategy draws them after sharding
         else:
             self.net = values.materialize(device)
 
     def _can_defer_init(self) -> bool:
-        """Whether nothing here needs the values of the parameters before the strategy is set up.
+        """Whether no code of the task needs parameter values before the strategy is set up.
 
-        A callback that does gives the parameters their values before it changes the net.
+        A callback that needs the values draws them before it changes the net.
         """
         return bool(self.__dict__.get("strategy_draws_values")) and _is_defined_in_ravine(
             type(self).configure_model
@@ -179,11 +178,13 @@ class TaskModule(L.LightningModule):
         return self.net(*args)
 
     def configure_optimizers(self) -> Any:
-        """AdamW on everything trainable, so that a task also runs with no optimizer callback.
+        """Create the default optimizer: AdamW on all trainable parameters.
 
-        Its fused kernel keeps no temporary tensors: one step of torch's loop over parameters has
-        two of the size of the largest parameter. Values may differ in the last bit. Lightning's
-        gradient scaler refuses to clip with it, and half precisions round in another way there.
+        It is used if no optimizer callback is attached. The fused kernel allocates no temporary
+        tensors: a step of torch's loop over parameters has two of the size of the largest
+        parameter. Values may differ in the last bit. The fused kernel is not used for
+        half-precision parameters, which it rounds differently. With a gradient scaler it is not
+        used either, as Lightning could not clip.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         if any(p.dtype == torch.float16 for p in parameters):
@@ -203,23 +204,23 @@ class TaskModule(L.LightningModule):
         return torch.optim.AdamW(parameters, lr=self.lr, fused=fused or None)
 
     def count(self, batch: Any) -> int:
-        """Units in a batch: here the rows of its first tensor."""
+        """Number of units in a batch: here the rows of its first tensor."""
         return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whose weights these are."""
+        """Record the task class and the transforms in the checkpoint."""
         checkpoint["task"] = type(self).__name__
         if (ledger := self.__dict__.get("_transforms")) is not None:
             ledger.add_records(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another task's weights in words, before the tensors disagree in numbers."""
+        """Raise UsageError for the checkpoint of another task, before tensors are compared."""
         if not self._may_have_written(checkpoint):
             task = checkpoint.get("task", "another program")
             raise self._of_another_task(
                 checkpoint, f"give the trainer a {task}", f"type --model={task}"
             )
-        if self.net is not None:  # built, so whatever changes it has changed it by now
+        if self.net is not None:  # the net is built, so all transforms are applied
             self._check_transforms(checkpoint, "add them to the trainer's callbacks")
 
     def _check_transforms(self, checkpoint: dict[str, Any], hint: str) -> None:
@@ -242,9 +243,9 @@ class TaskModule(L.LightningModule):
 
     @classmethod
     def _may_have_written(cls, checkpoint: dict[str, Any]) -> bool:
-        """Whether the checkpoint names this class or one that it inherits from.
+        """Whether the checkpoint names this class or one of its base classes.
 
-        A class that overrides `on_save_checkpoint` without `super()` leaves no name.
+        A class that overrides `on_save_checkpoint` without `super()` records no name.
         """
         if "task" not in checkpoint:
             return not _is_defined_in_ravine(cls.on_save_checkpoint)
@@ -252,10 +253,10 @@ class TaskModule(L.LightningModule):
 
     @classmethod
     def _class_of(cls, checkpoint: dict[str, Any]) -> type[Self]:
-        """This class, or the imported subclass that has written the checkpoint.
+        """Return this class, or the imported subclass named in the checkpoint.
 
         Raises:
-            UsageError: another task has written it.
+            UsageError: the checkpoint is of another task.
         """
         if cls._may_have_written(checkpoint):
             return cls
@@ -275,24 +276,24 @@ class TaskModule(L.LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Rebuild a trained task from its checkpoint, adapters and quantized weights included.
+        """Load a trained task from its checkpoint, including adapters and quantized weights.
 
             model = LanguageModel.load_from_checkpoint("runs/mine/version_0/checkpoints/last.ckpt")
             print(model.generate("ROMEO:", max_new_tokens=200))
 
         Lightning's own method builds the net before it reads the sizes that came from the data.
-        The model is in evaluation mode: call `model.train()` before you train it further.
+        The model is in evaluation mode: call `model.train()` before further training.
 
         Args:
-            checkpoint_path: a file, a sharded folder, an address, or an open file.
-            map_location: where tensors go, as in `torch.load`; by default where they were saved,
-                or the CPU if this machine lacks that device. The model goes where its first tensor
-                is.
-            hparams_file: .yaml or .csv with hyperparameters in the place of the checkpoint's.
-            strict: whether names of weights must be equal; by default the model's
+            checkpoint_path: a file, a sharded folder, a URL, or an open file.
+            map_location: device of the tensors, as in `torch.load`; by default the saved device, or
+                the CPU if this machine lacks that device. The model is moved to its first tensor's
+                device.
+            hparams_file: .yaml or .csv with hyperparameters that replace the checkpoint's.
+            strict: whether the names of weights must be equal; by default the model's
                 `strict_loading`.
-            weights_only: False admits any pickled object, from an author whom you trust.
-            kwargs: arguments of the class, or settings such as `lr`, in the place of saved ones.
+            weights_only: False allows any pickled object; use it only for trusted files.
+            kwargs: arguments of the class, or settings such as `lr`, that replace the saved ones.
 
         Raises:
             UsageError: the checkpoint is not one of this class, or an argument does not fit.
@@ -321,18 +322,18 @@ class TaskModule(L.LightningModule):
         strict: bool | None = None,
         overrides: Mapping[str, Any] | None = None,
     ) -> Self:
-        """The same from a checkpoint that was read already, in evaluation mode.
+        """Create the model from a loaded checkpoint, in evaluation mode.
 
         Args:
-            checkpoint: its content.
-            apply_transforms: changes the built net as that of the checkpoint was changed;
-                `ravine.callbacks.transforms.base.reapply` does it for adapters and quantized
+            checkpoint: content of the checkpoint.
+            apply_transforms: applies the transforms of the checkpoint to the built net;
+                `ravine.callbacks.transforms.base.reapply` does so for adapters and quantized
                 weights.
             strict: as in `load_from_checkpoint`.
-            overrides: arguments and settings in the place of saved ones.
+            overrides: arguments and settings that replace the saved ones.
 
         Raises:
-            UsageError: the hyperparameters, or the weights, make no model of this class.
+            UsageError: the hyperparameters or the weights do not fit this class.
         """
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
             raise UsageError(
@@ -347,7 +348,7 @@ class TaskModule(L.LightningModule):
             with suppress(Exception), _NetSizeLimit(checkpoint["state_dict"]) as sizes:
                 kind._build_from_checkpoint(
                     arguments, checkpoint
-                )  # an error of it is raised again below
+                )  # its error is raised again below
             sizes.raise_if_exceeded()
             model = kind._build_from_checkpoint(arguments, checkpoint)
             for name, value in settings.items():
@@ -356,7 +357,7 @@ class TaskModule(L.LightningModule):
                 apply_transforms(model, checkpoint)
             model._check_transforms(checkpoint, "use ravine.load_model(path)")
             model._take_weights(checkpoint["state_dict"], strict)
-        except (FileNotFoundError, ValueError):  # already a sentence
+        except (FileNotFoundError, ValueError):  # already a readable message
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             text = " ".join(str(error).split())[:160] or type(error).__name__
@@ -376,10 +377,10 @@ class TaskModule(L.LightningModule):
     def _arguments(
         cls, checkpoint: dict[str, Any], overrides: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The arguments of `__init__`, and the class's settings, by name.
+        """Return the arguments of `__init__` and the class's settings, by name.
 
-        As in Lightning, saved hyperparameters that `__init__` does not take are left out, and a
-        class that was made from one dict of hyperparameters gets it under its name.
+        As in Lightning, saved hyperparameters that are not arguments of `__init__` are dropped. A
+        class created from one dict of hyperparameters gets the dict under its name.
         """
         parameters = inspect.signature(cls).parameters.values()
         names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

@@ -1,1 +1,1 @@
-"""Image nets and their parts."""
+"""Diffusion: noise schedules, parameterizations, samplers and random noise."""

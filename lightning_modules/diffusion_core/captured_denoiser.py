@@ -1,6 +1,7 @@
-"""Recordings: on CUDA a sampling step is recorded once, and replayed until the evaluation is over.
+"""CUDA graphs for diffusion sampling: capture one denoising step and replay it.
 
-A recording costs as much as some twenty steps, and images are asked for in many small calls.
+A capture costs as much as about twenty steps, and images are sampled in many small calls. So the
+graphs are kept until the evaluation ends.
 Axes: b batch, c y x images.
 """
 
@@ -16,7 +17,7 @@ ConditionalDenoiseFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class CapturedDenoiser:
-    """`denoise` through buffers that stay where they are: one recording serves every step."""
+    """Call `denoise` through static buffers, so that one CUDA graph serves every step."""
 
     def __init__(
         self,
@@ -25,7 +26,7 @@ class CapturedDenoiser:
         y: Tensor | None,
         capture: CaptureFn | None = None,
     ) -> None:
-        """For images like x (b c y x), with labels y (b) if there are any."""
+        """Allocate buffers for images like x (b c y x), and for labels y (b) if there are any."""
         self.denoise, self.x, self.x0 = denoise, x.clone(), torch.empty_like(x)
         self.t, self.y = x.new_zeros(len(x)), None if y is None else y.clone()
         self.graphed_call = GraphedCallable(self._run, capture)
@@ -34,16 +35,16 @@ class CapturedDenoiser:
         self.x0.copy_(self.denoise(self.x, self.t, self.y))
 
     def set_labels(self, y: Tensor | None) -> None:
-        """The labels (b) from now on."""
+        """Set the labels (b) of the following calls."""
         if self.y is not None and y is not None:
             self.y.copy_(y)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        """The images (b c y x) that x at time t come from."""
+        """Estimate x0 (b c y x) from x at time t."""
         self.x.copy_(x)
         self.t.fill_(t)
         self.graphed_call(0)
-        return self.x0.clone()  # a sampler may keep it, and the next step overwrites
+        return self.x0.clone()  # the next step overwrites x0, and a sampler may keep it
 
 
 DenoiserFactory = Callable[
@@ -54,25 +55,25 @@ DenoiserFactory = Callable[
 def no_capture(
     denoise: ConditionalDenoiseFn, x: Tensor, y: Tensor | None, name: Hashable
 ) -> CapturedDenoiser:
-    """Nothing is recorded."""
+    """Create a `CapturedDenoiser` that records no graph."""
     return CapturedDenoiser(denoise, x, y)
 
 
 class GraphCache:
-    """What has been recorded; one serves every call of its name on the same weights."""
+    """Cache of captured denoisers, by name, image shape and weights."""
 
     def __init__(self, capture: CaptureFn | None = None) -> None:
-        """Record by `capture`; by default CUDA graphs where there is CUDA, else not at all."""
+        """Set the capture function; by default CUDA graphs on CUDA devices, else none."""
         self.capture = capture
         self.denoisers: dict[Hashable, CapturedDenoiser] = {}
 
     @contextmanager
     def bind(self, net: nn.Module) -> Iterator[DenoiserFactory]:
-        """What makes an estimator with this net.
+        """Yield a factory of captured denoisers for this net.
 
-        A sharded net, whose weights come and go, is never recorded. A recording holds its casts of
-        the weights: autocast would keep them aside until it is left, and a later replay would read
-        what is no longer there.
+        A sharded net is never captured, because its weights are gathered and freed. The autocast
+        cache is disabled: a graph contains its casts of the weights. Autocast would free cached
+        casts on exit, and a later replay would read freed memory.
         """
         weights = list(net.parameters())
         is_unsharded = all(type(p) is nn.Parameter for p in weights)

@@ -1,10 +1,10 @@
-"""Random numbers by name: each a pure function of (key, number of the sample, place in it).
+"""Counter-based random numbers: each is a function of (key, sample id, position in the sample).
 
-    u64 = SplitMix64(key, sample, place),    two normals of each by Box and Muller
+    u64 = SplitMix64(key, sample, position),    two normals from each by Box-Muller
 
-No state is kept, so a sample's noise does not depend on its batch, on the ranks, or on what was
-drawn before; a million numbers take some twenty elementwise operations on the device they are for.
-Two devices differ by rounding only.
+There is no state. So a sample's noise does not depend on its batch, on the ranks, or on earlier
+draws. A million numbers take about twenty elementwise operations on their device. Two devices
+differ by rounding only.
 
 Axes: b batch.
 """
@@ -21,17 +21,17 @@ MIX_CONSTANTS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 
 
 def derive_key(*names: int | str) -> int:
-    """64 bits that depend on all of the names: key(seed, "training", step)."""
+    """Derive a 64-bit key from names: derive_key(seed, "training", step)."""
     return int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=8).digest(), "little")
 
 
 def uniforms(key: int, sample_ids: Tensor) -> Tensor:
-    """Numbers in (0, 1), fp32 (b), one for each number of a sample, int64 (b)."""
+    """Uniform numbers in (0, 1), fp32 (b), one for each sample id, int64 (b)."""
     return _to_unit_interval(_random_bits(key, sample_ids) >> 8)
 
 
 def normals(key: int, sample_ids: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, fp32 (b, *shape), an image for each number of a sample (b)."""
+    """Standard normal numbers, fp32 (b, *shape), one array for each sample id (b)."""
     size = math.prod(shape)
     counters = torch.arange(-(-size // 2), device=sample_ids.device) * _to_signed64(GOLDEN_GAMMA)
     bits = _mix(_random_bits(key, sample_ids)[:, None] + counters)  # (b, size/2)
@@ -49,14 +49,14 @@ def _random_bits(key: int, sample_ids: Tensor) -> Tensor:
 
 
 def _mix(z: Tensor) -> Tensor:
-    """64 bits in, 64 well-mixed bits out; int64 arithmetic that wraps around."""
+    """Mix 64 bits to 64 well-mixed bits by int64 arithmetic that wraps around."""
     for shift, factor in MIX_CONSTANTS:
         z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * _to_signed64(factor)
     return z
 
 
 def _to_unit_interval(bits: Tensor) -> Tensor:
-    """The lowest 23 bits as a number in (0, 1), exact in fp32."""
+    """Map the lowest 23 bits to a number in (0, 1), exact in fp32."""
     return ((bits & 0x7FFFFF).float() + 0.5) / 2**23
 
 
@@ -65,9 +65,9 @@ def _to_signed64(value: int) -> int:
 
 
 class StepNoise(NamedTuple):
-    """What a training step draws for its images (b)."""
+    """Random numbers of a training step for its images (b)."""
 
-    uniform_t: Tensor  # (b) in (0, 1): spread evenly over the whole step
+    uniform_t: Tensor  # (b) in (0, 1), stratified over the images of the step
     uniform_label: Tensor  # (b) in (0, 1)
     noise: Tensor  # (b c y x)
 
@@ -75,7 +75,7 @@ class StepNoise(NamedTuple):
 def draw_step_noise(
     names: tuple[int | str, ...], sample_indices: Tensor, total: int, x0: Tensor
 ) -> StepNoise:
-    """Draws for the images x0 (b c y x) at places (b) among the `total` of a step."""
+    """Draw the noise of images x0 (b c y x) with indices (b) among the `total` images of a step."""
     u = (sample_indices + uniforms(derive_key(*names, "times"), sample_indices)) / total
     uniform_label = uniforms(derive_key(*names, "labels"), sample_indices)
     return StepNoise(

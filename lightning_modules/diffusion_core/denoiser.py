@@ -1,10 +1,11 @@
-"""Denoising: a net's answers as images, and how wrong they are: the formulas between net and task.
+"""Denoiser: preconditioning of the net, training loss and classifier-free guidance.
 
-    x(t) = α x0 + σ ε,    the net is given x / √(α² + σ²), so that it sees a variance near 1,
-    loss = weight(t) mean (net(x(t), t, y) - right answer)²
+    x(t) = α x0 + σ ε,    the net's input is x / √(α² + σ²), with variance near 1,
+    loss = weight(t) mean (net(x(t), t, y) - target)²
 
-The lecture's three attempts differ in what the net is told: `is_one_step` sees pure noise only and
-answers with the mean of all images; `none` sees every level and must guess which; `time` knows it.
+The time conditioning selects one of the lecture's three attempts. `one_step`: trained at pure noise
+only, it predicts the mean image. `none`: all noise levels, no time input. `time`: conditioned
+on t.
 
 Axes: b batch, c y x images.
 """
@@ -36,9 +37,9 @@ TimeConditioning = Literal["one_step", "none", "time"]
 
 @dataclass(frozen=True)
 class Denoiser:
-    """What is asked of a net, at which levels, and with what weight.
+    """Noise schedule, prediction type, loss weighting and time conditioning of a denoising net.
 
-    Denoising(Schedule("cosine"), prediction="v").denoise(net, x, t)
+    Denoiser(Schedule("cosine"), prediction_type="v").denoise(net, x, t)
     """
 
     noise_schedule: Schedule
@@ -48,7 +49,7 @@ class Denoiser:
     channels_last: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse to divide by zero."""
+        """Raise UsageError for eps with flow, which would divide by zero."""
         if self.prediction_type == "eps" and self.noise_schedule.name == "flow":
             raise UsageError(
                 "prediction is eps and process flow, which begins at pure noise, where ε says "
@@ -56,7 +57,7 @@ class Denoiser:
             )
 
     def sample_t(self, u: Tensor) -> Tensor:
-        """Times to train at (b), by numbers u (b) uniform in (0, 1)."""
+        """Training times (b) from uniform numbers u (b) in (0, 1)."""
         return (
             torch.full_like(u, NUM_TRAIN_TIMESTEPS)
             if self.time_conditioning == "one_step"
@@ -68,10 +69,10 @@ class Denoiser:
         guidance_scale: float = 0.0,
         null_class: int = 0,
     ) -> Tensor:  # fmt: skip
-        """The images x0 that x (b c y x) at times t (b), with labels y (b), are taken to be.
+        """Estimate the images x0 from x (b c y x) at times t (b), with labels y (b).
 
-        With guidance w the answer is cond + w (cond - uncond), where uncond is the one to the label
-        `null_class` (Ho & Salimans 2022); both come from one call of the net.
+        With classifier-free guidance w the output is cond + w (cond - uncond), where uncond is the
+        output for the label `null_class` (Ho & Salimans 2022). One call of the net computes both.
         """
         if not guidance_scale:
             return self.to_x0(self._net_output(net, x, t, y), x, t)
@@ -83,7 +84,7 @@ class Denoiser:
     def training_loss(
         self, net: DenoiserNet, x0: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of each image (b), and the noisy images and the answers that it is of."""
+        """Return the loss of each image (b), the noisy images and the net's output for them."""
         alpha, sigma = self._alpha_sigma(t)
         d = self.noise_schedule.sigma_data
         x = alpha * x0 + sigma * eps
@@ -93,7 +94,7 @@ class Denoiser:
         return (scale * (output - target).square()).mean((1, 2, 3)), x, output
 
     def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The images that the net's answers to x at times t mean, (b c y x)."""
+        """Convert the net's output for x at times t to images x0, (b c y x)."""
         alpha, sigma = self._alpha_sigma(t)
         d = self.noise_schedule.sigma_data
         return d * predict_x0(self.prediction_type, output, x, d * alpha, sigma)
@@ -108,5 +109,5 @@ class Denoiser:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         t_input = t if self.time_conditioning == "time" else torch.zeros_like(t)
-        # not in the net's own type: bf16 keeps three digits, too few to sum squares in
+        # at least fp32: the three digits of bf16 are too few for a sum of squares
         return net(x, t_input, y).to(torch.promote_types(x.dtype, torch.float32))

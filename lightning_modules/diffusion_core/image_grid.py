@@ -1,6 +1,6 @@
-"""Pictures: images side by side, as a file a person can look at.
+"""Image grid: save images as one PNG or JPEG file, or as one file each.
 
-Axes: n images, c y x; bytes 0..255, gray or RGB.
+Axes: n images, c y x; bytes 0..255, grayscale or RGB.
 """
 
 from pathlib import Path
@@ -18,19 +18,19 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
 class ImageGrid:
-    """Images, uint8 (n c y x), in rows of `columns`.
+    """Images, uint8 (n c y x), in rows of `columns` images.
 
     model.generate(labels="0-9").save("digits.png")
 
-    `row_names` are the names of the rows, where each row is of one class.
+    `row_names` are the names of the rows, if each row is of one class.
     """
 
     def __init__(self, images: Tensor, columns: int, row_names: tuple[str, ...] = ()) -> None:
-        """Keep them on the CPU."""
+        """Copy the images to the CPU."""
         self.images, self.columns, self.row_names = images.cpu(), columns, row_names
 
     def grid(self) -> Image.Image:
-        """All in one, enlarged where they are small."""
+        """Arrange all images in one, enlarged if they are small."""
         _, c, y, x = self.images.shape
         num_missing = -len(self.images) % self.columns
         images = torch.cat((self.images, self.images.new_full((num_missing, c, y, x), BACKGROUND)))
@@ -41,25 +41,25 @@ class ImageGrid:
         return to_pil(torch.nn.functional.pad(sheet, (PADDING, 0, PADDING, 0), value=BACKGROUND))
 
     def save(self, path: str | Path) -> None:
-        """Write the grid, whole or not at all; the name's end decides the format."""
+        """Write the grid to a file atomically; the suffix determines the format."""
         pillow_format = get_pillow_format(path)
         with atomic_write(Path(path)) as temporary_path:
             self.grid().save(temporary_path, pillow_format)
 
     def save_each(self, folder: str | Path) -> None:
-        """Write each image into a file of its own: 00000.png, 00001.png, ..."""
+        """Write each image to its own file: 00000.png, 00001.png, ..."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(self.images):
             file = Path(folder, f"{number:05}.png")
             try:
                 to_pil(image).save(file)
             except OSError:
-                file.unlink(missing_ok=True)  # it is not whole
+                file.unlink(missing_ok=True)  # incomplete
                 raise
 
 
 def get_pillow_format(path: str | Path) -> str:
-    """What Pillow calls the format that a name's end says."""
+    """Return Pillow's format name for the suffix of a path."""
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         allowed = ", ".join(FORMATS)
@@ -70,7 +70,7 @@ def get_pillow_format(path: str | Path) -> str:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """One image, uint8 (c y x), gray or RGB."""
+    """Convert one image, uint8 (c y x), grayscale or RGB, to a Pillow image."""
     if image.shape[0] == 1:
         return Image.fromarray(image[0].numpy())
     return Image.fromarray(rearrange(image, "c y x -> y x c").contiguous().numpy())

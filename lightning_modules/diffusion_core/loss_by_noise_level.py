@@ -1,6 +1,6 @@
-"""The loss by level of noise: means over ten buckets, each a tenth of the times trained at.
+"""Loss by noise level: means over ten buckets of equal probability under the training times.
 
-Axes: b batch, s levels of noise, m measures.
+Axes: b batch, s noise levels, m metrics.
 """
 
 from collections.abc import Callable
@@ -11,31 +11,31 @@ from torch import Tensor
 NUM_BUCKETS = 10
 BUCKET_CENTERS = (
     torch.arange(NUM_BUCKETS) + 0.5
-) / NUM_BUCKETS  # as numbers u of `Denoiser.timestep_of`
+) / NUM_BUCKETS  # as numbers u of `Denoiser.sample_t`
 
 
 class LossByNoiseLevel:
-    """Sums that stay on the device: nothing waits for it until the means are logged.
+    """Accumulate metrics by noise level on the device; the host does not wait before the means.
 
-    levels = Levels(1)
-    levels.add(torch.tensor([0, 9]), torch.tensor([[0.1], [0.7]]))
-    levels.means()
+    losses = LossByNoiseLevel(1)
+    losses.add(torch.tensor([0, 9]), torch.tensor([[0.1], [0.7]]))
+    losses.means()
     """
 
     def __init__(self, num_metrics: int) -> None:
-        """Start with nothing."""
-        # float64: ranks and batches add in another order
+        """Start with zero sums."""
+        # float64: the order of addition depends on ranks and batches
         self.sums = torch.zeros(NUM_BUCKETS, 1 + num_metrics, dtype=torch.float64)
 
     def add(self, level: Tensor, values: Tensor) -> None:
-        """Add the measures (b m) of samples at levels (b), whole numbers below ten."""
+        """Add the metrics (b m) of samples at levels (b), integers below ten."""
         rows = torch.cat((torch.ones_like(values[:, :1]), values), 1).double()
         onehot = level == torch.arange(NUM_BUCKETS, device=level.device)[:, None]  # (s b)
-        # a product adds in one order; index_add_ on a GPU does not
+        # a matrix product adds in a fixed order; index_add_ on a GPU does not
         self.sums = self.sums.to(level.device) + onehot.double() @ rows
 
     def means(self, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Means (s m), nan where there was no sample, and whether there was one (s)."""
+        """Return means (s m), NaN for a level without samples, and whether it has samples (s)."""
         total = self.sums if sums is None else sums
         return total[:, 1:] / total[:, :1], total[:, 0] > 0
 
@@ -43,7 +43,7 @@ class LossByNoiseLevel:
 def name_bucket_metrics(
     name: str, timestep_of: Callable[[Tensor], Tensor], means: Tensor
 ) -> dict[str, Tensor]:
-    """Means (s) under the name and the time in the middle of each bucket: train/loss_t051."""
+    """Name the means (s) by the time at the center of each bucket: train/loss_t051."""
     return {
         f"{name}_t{round(t):03}": mean
         for t, mean in zip(timestep_of(BUCKET_CENTERS).tolist(), means, strict=True)

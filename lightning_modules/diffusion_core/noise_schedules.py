@@ -1,4 +1,4 @@
-"""Noise schedules: how an image x0 is drowned in noise ε as time t goes from 0 to 1000 (lecture 6).
+"""Noise schedules: how noise ε is added to an image x0 as time t goes from 0 to 1000 (lecture 6).
 
     x(t) = α(t) x0 + σ(t) ε
 
@@ -7,8 +7,8 @@
     flow     α = 1 - t/1000,  σ = t/1000
     edm      α = 1,  σ = 80 (t/1000)⁷, trained where ln σ ~ N(-1.2, 1.2²)
 
-The first is DDPM's, the others are iDDPM's, that of flow matching and that of Karras et al. Linear
-and cosine are sequences: their times are whole numbers, and a sampler's are rounded to them.
+Sources: DDPM (linear), iDDPM (cosine), flow matching (flow), Karras et al. (edm). Linear and cosine
+are discrete: their times are integers, and a sampler's times are rounded.
 
 Axes: b batch, s noise steps.
 """
@@ -28,7 +28,7 @@ NoiseScheduleName = Literal["linear", "cosine", "flow", "edm"]
 
 
 class Timesteps(NamedTuple):
-    """The way of a sampler: times (s+1) falling to 0 and their levels, float64 on the CPU."""
+    """Timesteps of a sampler: times (s+1) falling to 0 with their α and σ, float64 on the CPU."""
 
     t: Tensor
     alpha: Tensor
@@ -36,7 +36,7 @@ class Timesteps(NamedTuple):
 
 
 def compute_alpha_bar(name: Literal["linear", "cosine"]) -> Tensor:
-    """The share of the image in the variance, α², after 0..1000 steps (1001), float64."""
+    """Compute α² (alpha bar) after 0..1000 steps, float64 (1001)."""
     if name == "linear":
         beta = torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
     else:
@@ -52,14 +52,14 @@ def compute_alpha_bar(name: Literal["linear", "cosine"]) -> Tensor:
 def _alpha_sigma_table(
     name: Literal["linear", "cosine"], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # it may be made in validation, and is used in training
+    with torch.inference_mode(False):  # training may use a table cached in validation
         alpha_bars = compute_alpha_bar(name)
         return alpha_bars.sqrt().to(device, dtype), (1 - alpha_bars).sqrt().to(device, dtype)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One of the four, as functions of time.
+    """Noise schedule by name: α and σ, training times and sampling times.
 
     alpha, sigma = Schedule("linear").alpha_sigma(torch.tensor([0, 500, 1000]))
     """
@@ -68,16 +68,16 @@ class Schedule:
 
     @property
     def is_discrete(self) -> bool:
-        """Whether times are whole numbers."""
+        """Whether times are integers."""
         return self.name in ("linear", "cosine")
 
     @property
     def sigma_data(self) -> float:
-        """The standard deviation of the data that the net's in- and outputs are scaled for."""
+        """Standard deviation of the data for which the net's inputs and outputs are scaled."""
         return 0.5 if self.name == "edm" else 1.0
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """α and σ at times t (b), of t's dtype if it is a float; linear and cosine round t."""
+        """α and σ at times t (b), in t's dtype if it is floating; linear and cosine round t."""
         if not t.is_floating_point():
             t = t.to(torch.get_default_dtype())
         if self.name == "flow":
@@ -89,17 +89,17 @@ class Schedule:
         return alpha[step], sigma[step]
 
     def sample_t(self, u: Tensor) -> Tensor:
-        """Times to train at (b), above 0, by numbers u (b) uniform in [0, 1]."""
+        """Training times (b), above 0, from uniform numbers u (b) in [0, 1]."""
         if self.is_discrete:
             return (u * NUM_TRAIN_TIMESTEPS).floor().clamp(max=NUM_TRAIN_TIMESTEPS - 1) + 1
         if self.name == "flow":
             return u * NUM_TRAIN_TIMESTEPS
-        clamped = u.clamp(1e-6, 1 - 1e-6)  # erfinv has no end at 0 and 1, to which floats round
+        clamped = u.clamp(1e-6, 1 - 1e-6)  # erfinv is infinite at 0 and 1
         log_sigma = -1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * clamped - 1)
         return NUM_TRAIN_TIMESTEPS * ((log_sigma - math.log(80)) / 7).exp().clamp(max=1)
 
     def timesteps(self, num_steps: int) -> Timesteps:
-        """From pure noise to the image in so many steps; edm's are those of Karras et al."""
+        """Times of a sampler from pure noise to the image; for edm those of Karras et al."""
         max_steps = NUM_TRAIN_TIMESTEPS if self.is_discrete else 10 * NUM_TRAIN_TIMESTEPS
         if not 1 <= num_steps <= max_steps:
             raise UsageError(
@@ -107,7 +107,7 @@ class Schedule:
                 f"--steps={min(max(num_steps, 1), max_steps)}"
             )
         t = torch.linspace(NUM_TRAIN_TIMESTEPS, 0, num_steps + 1, dtype=torch.float64)
-        if self.name == "edm":  # evenly in σ^(1/7) down to 0.002, and then to 0
+        if self.name == "edm":  # even steps in σ^(1/7) down to 0.002, then 0
             t[:-1] = torch.linspace(
                 NUM_TRAIN_TIMESTEPS,
                 NUM_TRAIN_TIMESTEPS * (0.002 / 80) ** (1 / 7),

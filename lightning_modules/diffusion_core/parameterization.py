@@ -1,17 +1,17 @@
-"""What the net may be asked for, and how each answer becomes an estimate of the image x0.
+"""Parameterizations (prediction types) of a diffusion net, and their conversion to x0.
 
     x = α x0 + σ ε     the noisy image;  a, s = α, σ over r,  r² = α² + σ²
 
-    x0        itself
+    x0        the image
     eps       the noise ε
-    v         a ε - s x0         near ε where noise is weak, near -x0 where it is strong
+    v         a ε - s x0         near ε at low noise, near -x0 at high noise
     velocity  ε - x0             dx/dt of flow matching
 
-All are linear in x0 once x is known, so a change from one to the other is exact, and an error of
-the answer is `x0_error_gain` times as large in x0. With data of another spread d, x0/d is what is
-asked for, and v is then what EDM's net predicts (negated: c_out = -σ d / r).
+For a known x each target is linear in x0, so a conversion between them is exact. An error of the
+output is `x0_error_gain` times as large in x0. For data with another standard deviation d the
+target uses x0/d; v is then the prediction of EDM's net (negated: c_out = -σ d / r).
 
-Axes: b batch, c y x images; levels are (b 1 1 1), or numbers.
+Axes: b batch, c y x images; α and σ are (b 1 1 1), or numbers.
 """
 
 from typing import Literal
@@ -26,7 +26,7 @@ LossWeighting = Literal["uniform", "min_snr", "edm"]
 def predict_x0(
     prediction_type: PredictionType, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """The image that the net's answer means, (b c y x)."""
+    """Convert the net's output to x0, (b c y x)."""
     if prediction_type == "x0":
         return output
     if prediction_type == "eps":
@@ -40,7 +40,7 @@ def predict_x0(
 def compute_target(
     prediction_type: PredictionType, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """The right answer for an image and its noise, (b c y x)."""
+    """Training target for an image and its noise, (b c y x)."""
     if prediction_type == "x0":
         return x0
     if prediction_type == "eps":
@@ -51,7 +51,7 @@ def compute_target(
 
 
 def x0_error_gain(prediction_type: PredictionType, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """How many times an error of the answer an error of x0 is."""
+    """Ratio of an error in x0 to the error of the net's output."""
     if prediction_type == "x0":
         return torch.ones_like(sigma)
     if prediction_type == "eps":
@@ -64,11 +64,11 @@ def x0_error_gain(prediction_type: PredictionType, alpha: Tensor, sigma: Tensor)
 def compute_loss_weight(
     weighting: LossWeighting, prediction_type: PredictionType, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """By what the squared error of the answer is multiplied.
+    """Weight of the squared error of the net's output in the loss.
 
-    uniform   1: whatever is asked for, its mean squared error
+    uniform   1: mean squared error of the output
     min_snr   min(α²/σ², 5) on the squared error of x0    (Hang et al. 2023)
-    edm       (α² + σ²) / σ² on the same                  (Karras et al. 2022)
+    edm       (α² + σ²) / σ² on the squared error of x0   (Karras et al. 2022)
     """
     if weighting == "uniform":
         return torch.ones_like(sigma)

@@ -1,13 +1,14 @@
-"""Samplers: from noise to an image along dx = x0 dα + ε dσ, one paper's algorithm a function.
+"""Diffusion samplers: DDIM, ancestral (DDPM), Euler, Heun and DPM-Solver++(2M).
 
-The net says x0 at any point of the way, and ε = (x - α x0) / σ. Held still over a step, both give
-Euler's method, which is DDIM; with two points a step, Heun's; extrapolated from the last step in
-log(α/σ), DPM-Solver++(2M). Ancestral sampling is a walk with noise instead. Nothing is divided by
-α, so that flow matching may start at α = 0; the last step, to σ = 0, is Euler's everywhere.
+Each integrates dx = x0 dα + ε dσ from noise to an image. The net estimates x0 at any point, and
+ε = (x - α x0) / σ. With both constant over a step the result is Euler's method, which is DDIM.
+Two evaluations a step give Heun's method. Extrapolation from the previous step in log(α/σ) gives
+DPM-Solver++(2M). Ancestral sampling adds noise in each step. No sampler divides by α, so flow
+matching may start at α = 0. The last step, to σ = 0, is an Euler step in all samplers.
 
-Every sampler takes (denoise, x, path, noise): `denoise(x, t)` estimates x0 at time t, a number;
-`noise(k)` is fresh noise like x for step k. Coefficients are of float64, on the host: no step waits
-for a device.
+Every sampler takes (denoise, x, timesteps, noise): `denoise(x, t)` estimates x0 at time t, a
+number; `noise(k)` is fresh noise like x for step k. Coefficients are float64 on the host, so no
+step waits for the device.
 
 Axes: b batch, s noise steps; x has any shape.
 """
@@ -28,8 +29,7 @@ SamplerName = Literal["ddim", "ancestral", "euler", "heun", "dpm"]
 
 
 class SamplerStep(NamedTuple):
-    """From time t with levels α, σ (`alpha`, `sigma`) to time `t_next` with levels `alpha_next`,
-    `sigma_next`."""
+    """Step from time t with α, σ to time `t_next` with `alpha_next`, `sigma_next`."""
 
     step_index: int
     t: float
@@ -41,25 +41,25 @@ class SamplerStep(NamedTuple):
 
 
 def iter_steps(timesteps: Timesteps) -> Iterator[SamplerStep]:
-    """The steps of a path."""
+    """Yield the steps between consecutive timesteps."""
     rows = list(zip(*(values.tolist() for values in timesteps), strict=True))
     for index, (current, following) in enumerate(pairwise(rows)):
         yield SamplerStep(index, *current, *following)
 
 
 def _retained_variance(step: SamplerStep) -> float:
-    """The share of ε's variance at the end of a step that is old, by DDPM's posterior."""
+    """Fraction of the noise variance after a step that comes from the old ε (DDPM's posterior)."""
     return (step.alpha * step.sigma_next / (step.alpha_next * step.sigma)) ** 2
 
 
 def ddim(
     denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn, eta: float = 0.0
 ) -> Tensor:
-    """Back the noise out, and put it on again at the next level (Song et al. 2021, eq. 12).
+    """DDIM (Song et al. 2021, eq. 12): remove the noise and add it again at the next level.
 
         x' = α' x0 + √(σ'² - η²β) ε + η √β z,    β = σ'² (1 - (α σ' / α' σ)²)
 
-    eta 0 is the lecture's sampler: the same noise all the way; eta 1 is ancestral sampling.
+    eta 0 is the lecture's sampler with the same noise in all steps; eta 1 is ancestral sampling.
     """
     for step in iter_steps(timesteps):
         x0 = denoise(x, step.t)
@@ -72,7 +72,7 @@ def ddim(
 
 
 def ancestral(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
-    """Draw from q(x' | x, x0), as DDPM does (Ho et al. 2020, eq. 7).
+    """Ancestral sampling from q(x' | x, x0), as in DDPM (Ho et al. 2020, eq. 7).
 
     x' = (α/α') (σ'/σ)² x + α' (1 - (α σ' / α' σ)²) x0 + √β z,    β as in `ddim`
     """
@@ -87,16 +87,17 @@ def ancestral(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseF
 
 
 def euler(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
-    """x' = x + x0 Δα + ε Δσ: order 1; the same points as DDIM's."""
+    """Euler's method, x' = x + x0 Δα + ε Δσ: order 1; the same points as DDIM."""
     for step in iter_steps(timesteps):
         x = _euler_step(x, denoise(x, step.t), step)
     return x
 
 
 def heun(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
-    """Euler's step, and then the mean of both ends' x0 and ε: order 2, two calls of the net a step.
+    """Heun's method: order 2 with two net evaluations a step.
 
-    With α = 1 this is EDM's sampler (Karras et al. 2022, algorithm 1, no churn).
+    An Euler step gives the second point; the step then uses the mean of x0 and ε at both ends. With
+    α = 1 it is EDM's sampler (Karras et al. 2022, algorithm 1, no churn).
     """
     for step in iter_steps(timesteps):
         x0 = denoise(x, step.t)
@@ -116,12 +117,12 @@ def heun(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) ->
 
 
 def dpm(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
-    """DPM-Solver++(2M): order 2 with one call of the net a step (Lu et al. 2022, algorithm 2).
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): order 2 with one net evaluation a step.
 
-    x' = (σ'/σ) x + (α' - α σ'/σ) D,    D = x0 + h'/(2h) (x0 - the last x0)
+    x' = (σ'/σ) x + (α' - α σ'/σ) D,    D = x0 + h'/(2h) (x0 - the previous x0)
 
-    h and h' are the steps in log(α/σ), the last one's and this one's. Where one of them has no
-    end (the first step of flow matching, the last step of all), D is x0.
+    h and h' are the previous and the current step in log(α/σ). If one of them is infinite (the
+    first step of flow matching, the last step of any schedule), D is x0.
     """
     x0_prev: Tensor | None = None
     h_prev = math.inf

@@ -1,7 +1,7 @@
-"""Sampling: how images are asked for, and made each by its number, in batches of one size.
+"""Image sampling: generate images by their ids, in batches of equal size.
 
-Image number i starts from the noise of (seed, i) and nothing else, so the same images come out of
-any batch size and any number of ranks.
+The noise of image i depends on (seed, i) only. So the images are the same for any batch size and
+any number of ranks.
 
 Axes: n images, b batch, c y x images.
 """
@@ -26,7 +26,7 @@ from .samplers import SAMPLERS, SamplerFn, SamplerName, ddim
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How images are made: by which sampler, in how many steps, how strongly guided."""
+    """Sampler settings: sampler, number of steps, guidance scale and eta."""
 
     sampler: SamplerName = "ddim"
     steps: int = 50
@@ -34,7 +34,7 @@ class SamplerConfig:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Raise UsageError for a value out of range."""
         names = ", ".join(SAMPLERS)
         rules = {
             "sampler": (self.sampler in SAMPLERS, names, "ddim"),
@@ -56,9 +56,9 @@ class SamplerConfig:
     def override(
         self, supports_guidance: bool, is_one_step: bool, **overrides: Any
     ) -> "SamplerConfig":
-        """As given (None is not), and as a model can go it: guided, if labels were withheld.
+        """Replace settings that are not None, and check them against the model.
 
-        One that knows pure noise only goes in one step.
+        Guidance needs a model trained with class dropout. A `one_step` model samples in one step.
         """
         config = replace(
             self, **{name: value for name, value in overrides.items() if value is not None}
@@ -78,12 +78,12 @@ class SamplerConfig:
         return replace(config, steps=1) if is_one_step else config
 
     def build_sampler(self) -> SamplerFn:
-        """The sampler."""
+        """Return the sampler function."""
         return partial(ddim, eta=self.eta) if self.sampler == "ddim" else SAMPLERS[self.sampler]
 
 
 def parse_labels(labels: Iterable[int | str] | str | None, class_names: Sequence[str]) -> list[int]:
-    """The class numbers of "3", "0-4,7", "cat,dog" or [3, "5"]; None stands for all."""
+    """Parse class ids from "3", "0-4,7", "cat,dog" or [3, "5"]; None selects all classes."""
     if labels is None:
         return list(range(len(class_names)))
     if not class_names:
@@ -105,19 +105,18 @@ def sample_images(
     batch_size: int = 256,
     make_denoiser: DenoiserFactory = no_capture,
 ) -> Tensor:
-    """The images of these numbers (n), of these labels (n), as the sampler left them, (n c y x).
+    """Sample the images with these ids (n) and labels (n): (n c y x), before conversion to bytes.
 
     Args:
-        denoise: (x (b c y x), t (b), y (b) or None) to x0 (b c y x).
-        noise_schedule: of the noise.
-        config: to go.
-        image_ids: of the images, one at least; they alone decide the noise.
-        labels: what they shall show, if the net knows labels.
+        denoise: maps x (b c y x), t (b), y (b) or None to x0 (b c y x).
+        noise_schedule: noise schedule of the model.
+        config: sampler settings.
+        image_ids: ids of the images, at least one; with the seed they determine the noise.
+        labels: classes of the images, if the model is class-conditional.
         image_shape: c y x.
-        seed: of all.
-        batch_size: images made at once, at most.
-        make_denoiser: what makes an estimator that repeats `denoise`: plainly, or as `GraphCache`
-        do.
+        seed: random seed.
+        batch_size: maximum number of images in a batch.
+        make_denoiser: factory of the captured denoiser: `no_capture`, or of `GraphCache.bind`.
     """
     total, timesteps, sampler = (
         len(image_ids),
@@ -127,7 +126,7 @@ def sample_images(
     num_batches = -(-total // batch_size)
     images_per_batch = -(
         -total // num_batches
-    )  # all of one size, so that one recording serves them
+    )  # equal sizes, so that one CUDA graph serves all batches
     padded_indices = torch.arange(num_batches * images_per_batch, device=image_ids.device).clamp(
         max=total - 1
     )

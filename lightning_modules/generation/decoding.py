@@ -1,8 +1,8 @@
-"""Reading: what a net says next after texts of different lengths, with a cache or without.
+"""Prefill and decode: next-token logits of prompts of different lengths, with or without KV cache.
 
-A net sees at most `context_length` tokens. When they are full, it forgets the older half at once:
-so a cache is rebuilt every context/2 tokens, and not for each. Rows do so at their own times,
-which the host can count: it never asks the device.
+A net sees at most `context_length` tokens. When the context is full, the older half is dropped in
+one step. So a cache is rebuilt every context/2 tokens instead of at each token. Rows overflow at
+different times. The host computes these times from the lengths and never reads from the device.
 
 Axes: b batch, t time, v vocabulary.
 """
@@ -22,7 +22,7 @@ Window = Literal["slide", "refuse"]
 
 
 class TokenBuffer:
-    """The texts so far, right-padded in one tensor (b t), and what of them the net sees."""
+    """Token ids of all rows, right-padded in one tensor (b t), and each row's visible window."""
 
     def __init__(
         self,
@@ -32,18 +32,18 @@ class TokenBuffer:
         context_overflow: Window,
         device: torch.device,
     ) -> None:
-        """Write the prompts down."""
-        self.lengths = [len(prompt) for prompt in prompts]  # the host's count of `device_lengths`
+        """Copy the prompts into the buffer."""
+        self.lengths = [len(prompt) for prompt in prompts]  # the host's copy of `device_lengths`
         check_prompt_lengths(self.lengths, max_new_tokens, context_length, context_overflow)
         self.context, self.max_new_tokens = context_length, max_new_tokens
         self.window_starts = [
             max(0, n - context_length) for n in self.lengths
-        ]  # first token the net sees
+        ]  # first visible token of each row
         first_rows: dict[tuple[int, ...], int] = {}
         rows = enumerate(tuple(prompt.tolist()) for prompt in prompts)
         self.first_row_with_same_prompt = [
             first_rows.setdefault(prompt, row) for row, prompt in rows
-        ]  # with equal prompts
+        ]  # row indices
         tokens = torch.zeros(len(prompts), max(self.lengths) + max_new_tokens, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
@@ -52,7 +52,11 @@ class TokenBuffer:
         self.device_lengths = torch.tensor(self.lengths, device=device)
 
     def shared_prefix_group_size(self) -> int:
-        """How many rows each prompt stands in, side by side and for good; else 1."""
+        """Return the number of adjacent rows for each prompt, or 1 if rows cannot share a prefix.
+
+        Rows share a prefix if equal prompts are adjacent, in groups of equal size, and no row
+        overflows the context.
+        """
         rows, group_size = (
             len(self.first_row_with_same_prompt),
             len(self.first_row_with_same_prompt) // len(set(self.first_row_with_same_prompt)),
@@ -67,12 +71,15 @@ class TokenBuffer:
         )
 
     def append_token(self, token: Tensor) -> None:
-        """Write one token (b) at the end of each row."""
+        """Append one token (b) to each row."""
         self.tokens[self.row_indices, self.device_lengths] = token
         self.device_lengths += 1
 
     def advance_lengths(self) -> list[int]:
-        """Keep the host's books after `append_token`; the rows that forget their older half."""
+        """Update the host's lengths after `append_token`; return the rows whose window overflowed.
+
+        The window of an overflowed row drops its older half.
+        """
         self.lengths = [n + 1 for n in self.lengths]
         overflowed = [
             row
@@ -84,7 +91,10 @@ class TokenBuffer:
         return overflowed
 
     def visible_window(self, rows: Sequence[int], num_omitted: int = 0) -> tuple[Tensor, Tensor]:
-        """What the net sees of some rows, right-padded (b t), and how many tokens that is (b)."""
+        """Return the visible tokens of some rows, right-padded (b t), and the number of each (b).
+
+        The last `num_omitted` tokens of each row are left out.
+        """
         starts = torch.tensor([self.window_starts[row] for row in rows])
         lengths = torch.tensor([self.lengths[row] for row in rows]) - num_omitted - starts
         columns = starts[:, None] + torch.arange(int(lengths.max()))  # (b t)
@@ -94,22 +104,25 @@ class TokenBuffer:
 
 
 class Decoder:
-    """Logits (b v) after every row, the whole text read again each time: slow, and the measure."""
+    """Decode without a KV cache: recompute the full sequence at each step, logits (b v).
+
+    This is the slow reference implementation.
+    """
 
     def __init__(self, net: Callable[..., Tensor], token_buffer: TokenBuffer) -> None:
-        """Read with any net from tokens (b t) to logits (b t v)."""
+        """Store a net from tokens (b t) to logits (b t v), and the token buffer."""
         self.net, self.token_buffer = net, token_buffer
 
     def prefill(self) -> Tensor:
-        """After the prompts."""
+        """Return the logits (b v) after the prompts."""
         return self.decode_step()
 
     def prepare_step(self, overflowed_rows: list[int]) -> int:
-        """What the host has to do before a token: a number that is the same for equal work."""
+        """Do the host's work before a step; return a number that is equal for equal shapes."""
         return 0
 
     def decode_step(self) -> Tensor:
-        """After the last token."""
+        """Return the logits (b v) after the last token of each row."""
         visible, visible_lengths = self.token_buffer.visible_window(
             range(len(self.token_buffer.lengths))
         )
@@ -117,16 +130,16 @@ class Decoder:
 
 
 class CachedDecoder(Decoder):
-    """The same logits, each token read once."""
+    """Decode with a KV cache: the logits of `Decoder`, with one forward pass for each token."""
 
     def __init__(self, net: nn.Module, token_buffer: TokenBuffer, bucket_size: int = 1) -> None:
-        """Read with a net that takes a cache."""
+        """Allocate a KV cache for the net, which takes it as its second argument."""
         super().__init__(net, token_buffer)
         blocks: Iterable[str] = net.blocks  # type: ignore[assignment]
-        num_layers = 1 + max(map(int, blocks))  # a stage of a pipeline has the last ones
+        num_layers = 1 + max(map(int, blocks))  # a pipeline stage can hold the last blocks only
         has_experts = any(
             isinstance(m, MixtureOfExperts) for m in net.modules()
-        )  # look at whole rows
+        )  # the experts' capacity depends on the whole row
         self.group_size = 1 if has_experts else token_buffer.shared_prefix_group_size()
         self.prefix_lengths = (
             token_buffer.lengths if self.group_size > 1 else [0] * len(token_buffer.lengths)
@@ -145,7 +158,7 @@ class CachedDecoder(Decoder):
         )
 
     def prefill(self) -> Tensor:
-        """Fill the cache; a prompt that stands in several rows is read once."""
+        """Fill the cache and return the logits (b v); a prompt of several rows is computed once."""
         rows, inverse_indices = torch.tensor(self.token_buffer.first_row_with_same_prompt).unique(
             return_inverse=True
         )
@@ -160,7 +173,7 @@ class CachedDecoder(Decoder):
         return logits[inverse_indices.to(visible_lengths.device)]
 
     def prepare_step(self, overflowed_rows: list[int]) -> int:
-        """Rows that have forgotten their older half read the younger again, but its last token."""
+        """Prefill the overflowed rows, without the last token; return the length of the cache."""
         token_buffer = self.token_buffer
         if overflowed_rows:
             visible, visible_lengths = token_buffer.visible_window(overflowed_rows, num_omitted=1)
@@ -181,7 +194,10 @@ class CachedDecoder(Decoder):
         )
 
     def decode_step(self) -> Tensor:
-        """Read the last token of each row; nothing here is new to a device that did it before."""
+        """Run the net on the last token of each row and return the logits (b v).
+
+        The step has static shapes and can be replayed as a CUDA graph.
+        """
         self.cache.advance()
         token_buffer = self.token_buffer
         tokens = token_buffer.tokens.gather(1, token_buffer.device_lengths[:, None] - 1)  # (b 1)
@@ -191,7 +207,10 @@ class CachedDecoder(Decoder):
 def check_prompt_lengths(
     lengths: list[int], max_new_tokens: int, context_length: int, context_overflow: Window
 ) -> None:
-    """Refuse what cannot be written."""
+    """Raise UsageError for an empty prompt, too few new tokens, or a text that exceeds the context.
+
+    Exceeding the context is an error only if `context_overflow` is "refuse".
+    """
     if max_new_tokens < 1:
         raise UsageError(
             f"max_new_tokens is {max_new_tokens}; allowed: 1 or more; type --max_new_tokens=200"

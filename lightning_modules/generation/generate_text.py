@@ -1,10 +1,10 @@
-"""Generation: read the prompts once, then draw token after token, each from all before it.
+"""Autoregressive generation: prefill the prompts once, then sample one token after the other.
 
-    prompts of different lengths -> tokens, log-probabilities, mask; all (b n), on the net's device
+    prompts of different lengths -> tokens, logprobs, mask; all (b n), on the net's device
 
-Sampling a text and rolling out a policy are this one function. The host never waits for a token:
-what is drawn, where a row stands and whether it has stopped live on the device, and the host looks
-every 32 steps. What it must know without looking (lengths) it can count itself.
+Text generation and policy rollouts both use `generate`. The sampled tokens, the lengths and the
+stop flags are device tensors, so the host does not wait for each token. The host reads them every
+32 steps (`SYNC_EVERY`). It computes the lengths that it needs in between by itself.
 
 Axes: b batch, n new tokens, v vocabulary.
 """
@@ -23,19 +23,19 @@ from .decoding import CachedDecoder, Decoder, TokenBuffer, Window
 from .kv_cache import BUCKET_SIZE
 from .sampling import Sampling, row_uniforms
 
-SYNC_EVERY = 32  # steps between two looks of the host
+SYNC_EVERY = 32  # steps between two reads by the host
 
 
 class GenerationOutput(NamedTuple):
-    """What was written after each prompt; all (b n)."""
+    """Generated tokens, their logprobs and their mask; all (b n)."""
 
     tokens: Tensor  # 0 after the end
-    log_probabilities: Tensor  # in fp32, of the distribution that was drawn from; 0 after the end
-    mask: Tensor  # true up to the end, the stop itself included
+    log_probabilities: Tensor  # fp32, under the sampling distribution; 0 after the end
+    mask: Tensor  # true up to the end, including the stop tokens
 
 
 class SamplerState:
-    """Draws tokens and keeps the record; every buffer lives on the device."""
+    """Sample tokens and record them with their logprobs; every buffer is on the device."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class SamplerState:
         stops: Sequence[Sequence[int]],
         uniform: Tensor,
     ) -> None:
-        """Start with nothing written; uniform (b n) decides every draw."""
+        """Allocate the output buffers; `uniform` (b n) in (0, 1] determines every sampled token."""
         device = token_buffer.tokens.device
         self.token_buffer, self.sampling = token_buffer, sampling
         self.uniform = uniform.to(device, torch.float32 if device.type == "mps" else None)
@@ -56,7 +56,7 @@ class SamplerState:
         self.mask = torch.zeros_like(uniform, dtype=torch.bool, device=device)
 
     def sample_next(self, logits: Tensor) -> None:
-        """Choose one token a row from logits (b v)."""
+        """Sample one token for each row from logits (b v); deactivate rows at a stop sequence."""
         logprobs = self.sampling.log_probabilities(logits)
         token = self.sampling.sample(logprobs, self.uniform.index_select(1, self.step_index)[:, 0])
         logprob = logprobs.gather(1, token[:, None])[:, 0]
@@ -78,7 +78,7 @@ class SamplerState:
             self.active &= ~((tail == stop).all(-1) & (self.step_index >= len(stop)))
 
     def slice_columns(self, first: int, last: int) -> GenerationOutput:
-        """Columns first .. last-1."""
+        """Return columns first .. last-1 of the output."""
         return GenerationOutput(
             *(x[:, first:last] for x in (self.tokens, self.logprobs, self.mask))
         )
@@ -99,7 +99,7 @@ def generate_stream(
     sync_every: int = SYNC_EVERY,
     capture: CaptureFn | None = None,
 ) -> Iterator[GenerationOutput]:
-    """Hand out what `generate` writes as the host looks at it, every `sync_every` tokens."""
+    """Yield the output of `generate` in chunks of `sync_every` tokens."""
     sampling = sampling or Sampling()
     device = next(net.parameters()).device
     token_buffer = TokenBuffer(prompts, max_new_tokens, context_length, context_overflow, device)
@@ -143,24 +143,25 @@ def generate(
     sync_every: int = SYNC_EVERY,
     capture: CaptureFn | None = None,
 ) -> GenerationOutput:
-    """Write up to `max_new_tokens` tokens after each prompt (a vector of tokens; lengths may
-    differ).
+    """Generate up to `max_new_tokens` tokens after each prompt (token ids; the lengths may differ).
 
-    written = generate(net, [tokenizer.encode("ROMEO:")], new=100, context=64)
+    output = generate(net, [tokenizer.encode("ROMEO:")], max_new_tokens=100, context_length=64)
 
     Args:
-        net: logits (b t v) of tokens (b t); with a cache as its second argument unless not cached.
-        prompts: the beginnings, one a row.
-        max_new_tokens: most tokens to write.
-        context_length: most tokens the net sees.
-        sampling: how to draw; by default from the net's own distribution.
-        stops: token sequences that end a text.
-        seed: with the key of a text it decides the text.
-        row_keys: keys of the rows, such as their numbers in a data set; by default 0, 1, 2, ...
-        context_overflow: slide when the context is full, or refuse beforehand.
-        use_cache: read each token once.
-        sync_every: steps between two looks whether all have stopped.
-        capture: how to record a step, sampling included, to replay it: `replay.capture_cuda_graph`.
+        net: maps tokens (b t) to logits (b t v); with `use_cache` it takes a KV cache as its second
+            argument.
+        prompts: token ids, one vector for each row.
+        max_new_tokens: maximum number of tokens to generate.
+        context_length: maximum number of tokens that the net sees.
+        sampling: sampling settings; by default the net's own distribution.
+        stops: token sequences that end a row.
+        seed: random seed; the seed and a row's key determine its tokens.
+        row_keys: keys of the rows, such as their indices in a data set; by default 0, 1, 2, ...
+        context_overflow: "slide" drops the older half when the context is full; "refuse" raises
+            UsageError for texts that would not fit.
+        use_cache: use a KV cache.
+        sync_every: steps between two checks whether all rows have ended.
+        capture: records a step, sampling included, for replay: `cuda_graphs.capture_cuda_graph`.
     """
     options = (sampling, stops, seed, row_keys, context_overflow, use_cache, sync_every, capture)
     chunks = list(generate_stream(net, prompts, max_new_tokens, context_length, *options))
@@ -170,9 +171,11 @@ def generate(
 
 
 def pad_sequences_for_scoring(prompts: Sequence[Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole texts (b t), right-padded, and the places (b n) whose logits are for new tokens (b n).
+    """Return right-padded texts (b t) of prompts and new tokens, and the logit positions (b n).
 
-    The last new token is left out: nothing is predicted after it.
+    The logits at these positions predict the new tokens (b n). The last new token is left out of
+    the
+    text: no prediction follows it.
     """
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
     text = nn.utils.rnn.pad_sequence([prompt.cpu() for prompt in prompts], True)  # (b p)
@@ -187,10 +190,10 @@ def score(
     generated: GenerationOutput,
     sampling: Sampling | None = None,
 ) -> Tensor:
-    """Log-probabilities (b n) of what was written, in one pass over the texts, with gradients.
+    """Compute the logprobs (b n) of generated tokens in one forward pass, with gradients.
 
-    For texts that fit the context: the same numbers as `generate` gave, up to rounding; 0 after
-    the end.
+    For texts that fit into the context, the values equal those of `generate` up to rounding. They
+    are 0 after the end.
     """
     text, positions = pad_sequences_for_scoring(prompts, generated.tokens)
     logits = net(text)[torch.arange(len(text), device=text.device)[:, None], positions]  # (b n v)
@@ -198,7 +201,7 @@ def score(
 
 
 def gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities of tokens (b n) where the mask is true, 0 elsewhere, of logits (b n v)."""
+    """Select the logprobs of tokens (b n) from logits (b n v); 0 where the mask is false."""
     logprobs = sampling.log_probabilities(logits, never_mask=tokens)  # (b n v)
     logprobs = logprobs.gather(-1, tokens[..., None])[..., 0]  # (b n)
     return logprobs.where(mask, 0.0)
@@ -206,7 +209,7 @@ def gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Samp
 
 @contextmanager
 def eval_mode(net: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and a compiled net to eager: a prompt of each length would recompile."""
+    """Disable dropout and run a compiled net eagerly: each new prompt length would recompile it."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:

@@ -1,18 +1,19 @@
-"""A key-value cache: what was attended to once is not computed again.
+"""KV cache: keep the keys and values of earlier tokens for autoregressive decoding.
 
-    reading a prompt     tokens (b t)   keys and values of slots 0 .. t-1 are written
-    one token more       tokens (b 1)   one slot is written, at each row's own time
+    prefill          tokens (b t)   writes the keys and values of slots 0 .. t-1
+    decode step      tokens (b 1)   writes one slot of each row, at the row's own position
 
-Memory is taken once and written in place, and a slot is a position, so rows may differ in length:
-what lies after a row's time (padding, or a longer life before) is masked. Times are tensors and
-`length`, how far to look, is a number known without asking the device: nothing waits for it.
+Memory is allocated once and written in place. A slot is a position, so rows may differ in length:
+positions beyond a row's current length (padding or stale entries) are masked. Positions are
+tensors. `length`, the number of slots to attend to, is a number on the host, so no step waits for
+the device.
 
-Texts with one prompt may be a group of s, and go on as one row: tokens (g s), each the newest of
-its own text. What they share is kept once, as a trunk, and their queries make one product with it;
-slots are for what comes after the trunk.
+Texts with a common prompt can form a group of s texts in one row: tokens (g s) are the newest
+token of each text. The keys and values of the shared prefix are stored once, and one matrix
+product computes the scores of all s queries with them. The slots are for tokens after the prefix.
 
-Axes: b batch of rows, or g of groups; s texts of a row, t time, T slots, p trunk, h heads,
-k head width. Where nothing is shared, s is 1 and p is 0.
+Axes: b batch of rows, or g of groups; s texts of a row, t time, T slots, p prefix, h heads,
+k head width. Without a shared prefix, s is 1 and p is 0.
 """
 
 import math
@@ -21,22 +22,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-BUCKET_SIZE = 64  # `length` grows in such steps where shapes are recorded, and should seldom change
+BUCKET_SIZE = 64  # step of `length` with CUDA graphs; each new length needs a new graph
 
 
 class CachePositions:
-    """Where each text stands; shared by all layers of a cache."""
+    """Position of each text in the cache; all layers share one instance."""
 
     def __init__(self, num_rows: int, group_size: int, device: torch.device) -> None:
-        """Stand at the beginning."""
+        """Start at position 0."""
         self.all_rows = torch.arange(num_rows, device=device)  # (b)
-        self.prefill_rows = self.all_rows  # those a prompt is being read for
+        self.prefill_rows = self.all_rows  # rows of the current prefill
         self.position_ids = torch.zeros(
             num_rows, group_size, dtype=torch.int64, device=device
-        )  # (b s) of the newest
+        )  # (b s) of the newest tokens
         self.prefix_length = torch.zeros_like(self.all_rows)[
             :, None
-        ]  # (b 1) position that the first slot is for
+        ]  # (b 1) position of the first slot
         text_indices = torch.arange(group_size, device=device)
         self.row_text_indices = (
             self.all_rows[:, None].expand(-1, group_size),
@@ -44,22 +45,23 @@ class CachePositions:
         )  # each (b s)
         self.slots = self.position_ids
         self.prefix_mask: Tensor | None = (
-            None  # (b s p) 0, and -inf where a group's prompt has ended
+            None  # (b s p) 0, and -inf beyond the end of a group's prompt
         )
         self.is_prefill = True
-        self.length = 0  # slots to look at, at least the largest slot + 1
-        self.is_uniform = False  # all texts fill these slots: nothing is masked
-        self.attn_mask: Tensor | None = None  # (b 1 s p+limit) 0, and -inf after the text's time
+        self.length = 0  # attended slots, at least the largest slot + 1
+        self.is_uniform = False  # all texts fill these slots: no mask is needed
+        self.attn_mask: Tensor | None = None  # (b 1 s p+T) 0, and -inf beyond the text's position
 
 
 class LayerKVCache:
-    """What one layer remembers: keys (b h s k T), as a product takes them, and values (b h s T k).
+    """Cached keys (b h s k T) and values (b h s T k) of one layer.
 
-    Of keys (b h s T k) a processor would make a copy in bf16, for each token.
+    The axes of the keys are in the order that the matrix product needs. Keys of shape (b h s T k)
+    would be copied for each token on a CPU in bf16.
     """
 
     def __init__(self, positions: CachePositions, num_slots: int) -> None:
-        """Take no memory yet: the first keys know their heads, type and device."""
+        """Store the sizes; the first keys determine heads, dtype and device of the memory."""
         self.positions, self.num_slots = positions, num_slots
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -70,7 +72,7 @@ class LayerKVCache:
         return slice(length) if self.positions.is_prefill else self.positions.position_ids[:, None]
 
     def update(self, key: Tensor, value: Tensor) -> bool:
-        """Write keys and values (b h t k); true if there is more to attend to than these."""
+        """Write keys and values (b h t k); return whether the query must attend to the cache."""
         positions = self.positions
         if positions.is_prefill and positions.prefix_mask is not None:
             self.prefix_kv = key.mT.contiguous(), value.contiguous()
@@ -99,23 +101,23 @@ class LayerKVCache:
         attention_fn: Callable[..., Tensor],
         dropout: float,
     ) -> Tensor:
-        """A prompt within itself, a later token over all that is remembered; all (b h t k)."""
+        """Attend within the prompt during prefill, else over all cached positions; (b h t k)."""
         if self.update(key, value):
             return attend_cached(query, self)
         return attention_fn(query, key, value, dropout)
 
     def select_positions(self, x: Tensor) -> Tensor:
-        """All of the features (b t d)."""
+        """Return the features (b t d) unchanged."""
         return x
 
     def copy_rows(self, source_rows: Tensor) -> None:
-        """Give each row what row `source_rows` (b) remembers."""
+        """Copy the keys and values of row `source_rows[i]` to row i; source_rows (b)."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[source_rows], self.values[source_rows]
 
 
 def attend_cached(query: Tensor, layer_cache: LayerKVCache) -> Tensor:
-    """Attention of one query a text (b h s k) over all that is remembered: (b h s k)."""
+    """Attention of one query for each text (b h s k) over the cached keys and values: (b h s k)."""
     positions = layer_cache.positions
     if layer_cache.keys is None or layer_cache.values is None:
         raise RuntimeError("nothing is remembered yet: read a prompt first, then tick")
@@ -137,15 +139,14 @@ def attend_cached(query: Tensor, layer_cache: LayerKVCache) -> Tensor:
 
 
 class KVCache:
-    """The memory of a whole net for `num_rows` rows of `group_size` texts of at most `num_slots`
-    tokens.
+    """Key-value cache of a net: `num_rows` rows of `group_size` texts, each with `num_slots` slots.
 
-    cache = Cache(layers=4, rows=2, slots=64, device=tokens.device)
-    cache.read(lengths=torch.tensor([5, 3]))
+    cache = KVCache(num_layers=4, num_rows=2, num_slots=64, device=tokens.device)
+    cache.begin_prefill(lengths=torch.tensor([5, 3]))
     logits = net(prompts, cache)         # prompts (2 5), the second padded: (b 1 v)
-    cache.widen(6)                       # the longest row will have six tokens
-    cache.tick()                         # every row is one token further
-    logits = net(chosen[:, None], cache)
+    cache.reserve(6)                     # the longest row will have six tokens
+    cache.advance()                      # every row is one token further
+    logits = net(next_tokens[:, None], cache)
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class KVCache:
         bucket_size: int = 1,
         group_size: int = 1,
     ) -> None:
-        """Prepare one memory a layer; how far it looks grows by `bucket_size`."""
+        """Create the cache of each layer; the attended length is a multiple of `bucket_size`."""
         self.positions, self.num_slots, self.bucket_size = (
             CachePositions(num_rows, group_size, device),
             num_slots,
@@ -166,7 +167,7 @@ class KVCache:
         self.layers = [LayerKVCache(self.positions, num_slots) for _ in range(num_layers)]
 
     def begin_prefill(self, lengths: Tensor, rows: Tensor | None = None) -> None:
-        """Announce prompts of `lengths` (b) for all rows, or for some that start anew."""
+        """Prepare the prefill of prompts of `lengths` (b), for all rows or for the given rows."""
         positions = self.positions
         positions.prefill_rows, positions.is_prefill = (
             positions.all_rows if rows is None else rows,
@@ -175,7 +176,7 @@ class KVCache:
         positions.position_ids[positions.prefill_rows] = lengths[:, None] - 1
 
     def begin_shared_prefill(self, lengths: Tensor, max_length: int) -> None:
-        """Announce prompts of `lengths` (b), from which the texts of each row go on for good."""
+        """Prepare the prefill of prompts of `lengths` (b), the common prefix of a row's texts."""
         positions, group_size = self.positions, self.positions.position_ids.shape[1]
         self.begin_prefill(lengths)
         positions.prefix_length = lengths[:, None]
@@ -188,13 +189,11 @@ class KVCache:
         positions.prefix_mask = prefix_mask[:, None].expand(-1, group_size, -1)
 
     def position_ids(self, prompt_positions: Tensor) -> Tensor:
-        """Positions of the tokens of this call: (t) of a prompt's columns `prompt_positions`, else
-        (b s).
-        """
+        """Return the positions of the tokens: `prompt_positions` (t) during prefill, else (b s)."""
         return prompt_positions if self.positions.is_prefill else self.positions.position_ids
 
     def select_outputs(self, x: Tensor) -> Tensor:
-        """Of features (b t d) those of each row's newest tokens: (b 1 d), later on (b s d)."""
+        """Select the features (b t d) of the newest tokens: (b 1 d) in prefill, else (b s d)."""
         positions = self.positions
         if not positions.is_prefill:
             return x
@@ -203,10 +202,10 @@ class KVCache:
         ][:, None]
 
     def reserve(self, max_slots: int, is_uniform: bool = False) -> int:
-        """Announce one token more in each text; the longest will fill `max_slots` slots. The limit.
+        """Prepare a step that fills at most `max_slots` slots; return the attended length.
 
-        `is_uniform` promises that all will, after prompts of one length: then nothing needs a
-        mask. Apart from these numbers all is done on the device, where the same steps can be
+        `is_uniform` promises that all texts fill the same number of slots, after prompts of one
+        length. Then no mask is needed. All other work of the step is done on the device and can be
         replayed.
         """
         positions = self.positions
@@ -214,11 +213,11 @@ class KVCache:
         positions.length = min(-(-max_slots // self.bucket_size) * self.bucket_size, self.num_slots)
         positions.is_uniform = (
             is_uniform and self.bucket_size == 1
-        )  # what is recorded has to hold for a whole bucket
+        )  # a recorded graph must be valid for a whole bucket
         return positions.length
 
     def advance(self) -> None:
-        """Every text is one token further."""
+        """Move every text one position further and compute the attention mask."""
         positions = self.positions
         positions.position_ids += 1
         positions.attn_mask = None
@@ -237,7 +236,10 @@ class KVCache:
         positions.attn_mask = attn_mask[:, None]  # (b 1 s p+T)
 
     def copy_rows(self, source_rows: Tensor) -> None:
-        """Rows whose prompt was not read take over that of their twin: twins (b)."""
+        """Copy positions, keys and values of row `source_rows[i]` to row i; source_rows (b).
+
+        It is used for rows whose prompt was computed in another row.
+        """
         self.positions.position_ids = self.positions.position_ids[source_rows]
         for layer in self.layers:
             layer.copy_rows(source_rows)

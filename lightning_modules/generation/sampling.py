@@ -1,13 +1,13 @@
-"""From logits to a token: one distribution, used by who draws and by who scores what was drawn.
+"""Sampling: the distribution of the next token, used both to sample and to score tokens.
 
     temperature   p ∝ exp(logits / temperature); 0 takes the most probable token
-    top_k         only the k most probable
-    min_p         only those at least min_p times as probable as the most probable
-    top_p         only the smallest set of the most probable that holds this share
+    top_k         only the k most probable tokens
+    min_p         only tokens at least min_p times as probable as the most probable token
+    top_p         only the smallest set of most probable tokens with this total probability
 
-A token is drawn by one uniform number u: the first whose cumulative probability reaches u. The
-number depends on (seed, text, place) alone, so a text does not depend on what is drawn beside it,
-on which device, or with which cache.
+One uniform number u selects a token: the first token whose cumulative probability reaches u. The
+number depends on (seed, text, position) only. So a text does not depend on the other texts of the
+batch, on the device, or on the cache.
 
 Axes: b batch, t time, v vocabulary.
 """
@@ -25,7 +25,7 @@ from ravine.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw; None leaves a rule out.
+    """Sampling settings; None disables a rule.
 
     Sampling(temperature=0.8, top_k=40).log_probabilities(logits)
     """
@@ -36,7 +36,7 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
+        """Raise UsageError for a value out of range."""
         rules = {
             "temperature": (
                 0 <= self.temperature < math.inf,
@@ -55,7 +55,7 @@ class Sampling:
                 )
 
     def check_vocab_size(self, vocab_size: int) -> None:
-        """Refuse to keep more tokens than there are."""
+        """Raise UsageError if `top_k` exceeds the vocabulary size."""
         if self.top_k is not None and self.top_k > vocab_size:
             raise UsageError(
                 f"top_k is {self.top_k}, and there are {vocab_size} different tokens; "
@@ -63,13 +63,13 @@ class Sampling:
             )
 
     def log_probabilities(self, logits: Tensor, never_mask: Tensor | None = None) -> Tensor:
-        """What is drawn from, as logarithms (... v); tokens left out have -inf.
+        """Logprobs (... v) of the sampling distribution; excluded tokens have -inf.
 
-        Tokens `never_mask` (...) are not left out: they were drawn, and only rounding can have
-        moved them over the border since.
+        Tokens `never_mask` (...) are never excluded. They were sampled earlier, and only rounding
+        can have moved them across a threshold since then.
 
-        At temperature 0 nothing is drawn, and the net's own distribution is given. At least fp32:
-        bf16 keeps 3 digits, and probabilities would be off by a percent.
+        At temperature 0 no token is sampled, and the net's own distribution is returned. The dtype
+        is at least fp32: bf16 keeps 3 digits, and probabilities would be off by a percent.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature > 0:
@@ -83,7 +83,7 @@ class Sampling:
             logits = logits.masked_fill(logits < threshold, -math.inf)
         if self.top_p is not None and self.top_p < 1:
             ordered, indices = logits.softmax(-1).sort(descending=True)
-            cumulative_before = ordered.cumsum(-1) - ordered  # held by the more probable ones
+            cumulative_before = ordered.cumsum(-1) - ordered  # of the more probable tokens
             is_outside = torch.zeros_like(cumulative_before, dtype=torch.bool)
             is_outside = is_outside.scatter(-1, indices, cumulative_before >= self.top_p)
             logits = logits.masked_fill(is_outside, -math.inf)
@@ -92,16 +92,16 @@ class Sampling:
         return logits.log_softmax(-1)
 
     def sample(self, logprobs: Tensor, uniform: Tensor) -> Tensor:
-        """Tokens (b) by one number in (0, 1] each, uniform (b), from log-probabilities (b v)."""
+        """Sample tokens (b) from logprobs (b v) with numbers `uniform` (b) in (0, 1]."""
         if self.temperature == 0:
             return logprobs.argmax(-1)
-        # fp32 would lose rare tokens of 50,000
+        # fp32 would lose rare tokens of a vocabulary of 50,000
         cumulative = logprobs.double().exp().cumsum(-1)
         return (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1)
 
 
 def row_uniforms(seed: int, row_keys: Sequence[Hashable], num_draws: int) -> Tensor:
-    """Numbers in (0, 1], float64 (b count): one row for each key of a text, whatever the others."""
+    """Uniform numbers in (0, 1], float64 (b n); a row depends on the seed and its own key only."""
     rows = [
         torch.rand(
             num_draws,
@@ -110,7 +110,7 @@ def row_uniforms(seed: int, row_keys: Sequence[Hashable], num_draws: int) -> Ten
         )
         for row_key in row_keys
     ]
-    return 1 - torch.stack(rows)  # rand gives [0, 1), and 0 would choose a token left out
+    return 1 - torch.stack(rows)  # rand gives [0, 1), and 0 would select an excluded token
 
 
 def _as_tuple(row_key: Hashable) -> tuple:

@@ -1,15 +1,16 @@
-"""Texts that begin alike are read as one: what they share once, then each for itself.
+"""Shared-prefix batches: pack texts with a common prompt so that each prompt is computed once.
 
-    two prompts, two texts after each         one row, in the place of four
+    two prompts, two texts after each         one packed row in place of four
     p p p a a   p p p b b                     p p p | q q q | a a | b b | c c | d d
-    q q q c c   q q q d d                     trunks          branches
+    q q q c c   q q q d d                     prefixes        completions
 
-A branch attends to its trunk and to itself. Embeddings, norms and linear maps treat each token by
-itself and see a row like any other; positions and attention alone know of it. A trunk's keys and
-values collect gradients from all of its branches: up to rounding, logits and gradients are those of
-whole texts. Nobody asks what comes next within a trunk: the last block and the head leave it out.
+A completion attends to its prefix and to itself. Embeddings, norms and linear maps act on each
+token separately and need no change; only positions and attention depend on the packing. The keys
+and values of a prefix accumulate gradients from all of its completions: up to rounding, logits and
+gradients equal those of unpacked texts. Logits are not needed for prefix tokens, so the last block
+and the head skip them.
 
-Axes: g prompts, s texts of each, b = g s, p trunk, n branch, t = g p + b n, T = p + n,
+Axes: g prompts, s texts of each, b = g s, p prefix, n completion; t = g p + b n, T = p + n;
 h heads, k head width, d model, v vocabulary.
 """
 
@@ -21,21 +22,21 @@ from torch import Tensor, nn
 
 
 class SharedPrefixBatch:
-    """Prompts and what was written after each, in the place of tokens and of a cache.
+    """Prompts and completions packed into one row; it takes the place of the KV cache.
 
-    branches = Branches([tokenizer.encode("ROMEO:")], written, layers=4)
-    logits = net(branches.tokens, branches)          # (b n v): those that drew `completions` (b n)
+    batch = SharedPrefixBatch([tokenizer.encode("ROMEO:")], completions, num_layers=4)
+    logits = net(batch.tokens, batch)          # (b n v): they predict `completions` (b n)
 
-    A branch begins with the last token of its prompt, and lacks the last one written.
+    The packed completion begins with the last token of its prompt and omits its own last token.
 
     Args:
-        prompts: g of them, each the beginning of as many texts; their lengths may differ.
-        completions: tokens (b n) after the prompts, those of one prompt side by side.
+        prompts: g prompts of any lengths, each the prompt of s texts.
+        completions: tokens (b n) after the prompts; completions of one prompt are adjacent.
         num_layers: blocks of the net.
     """
 
     def __init__(self, prompts: Sequence[Tensor], completions: Tensor, num_layers: int) -> None:
-        """Lay out the row, its positions, and what a branch sees."""
+        """Compute the packed tokens, their positions and the attention mask."""
         (b, n), g, device = completions.shape, len(prompts), completions.device
         prefix_lengths = torch.tensor([len(prompt) - 1 for prompt in prompts])  # (g)
         prefixes = nn.utils.rnn.pad_sequence(
@@ -64,7 +65,7 @@ class SharedPrefixBatch:
         )  # (t)
         sees_prefix = repeat(
             prefix_positions < prefix_lengths[:, None], "g p -> (g s) 1 n p", s=b // g, n=n
-        )  # no padding
+        )  # padding is masked
         sees_completion = (completion_offsets <= completion_offsets[:, None]).expand(b, 1, n, n)
         attn_mask = torch.cat((sees_prefix, sees_completion), -1)
         is_uniform = bool((prefix_lengths == prefix_lengths[0]).all())
@@ -76,27 +77,30 @@ class SharedPrefixBatch:
         ]
 
     def position_ids(self, prompt_positions: Tensor) -> Tensor:
-        """Positions of the tokens: (t)."""
+        """Return the positions (t) of the packed tokens."""
         return self.positions
 
     def select_completions(self, x: Tensor) -> Tensor:
-        """Of features (1 t d) those of the branches, (1 (b n) d): the second time all of them."""
+        """Select the features (1 (b n) d) of the completions from (1 t d).
+
+        If x holds the completions only, x is returned.
+        """
         return x[:, -self.segment_lengths[1] :]
 
     def select_outputs(self, x: Tensor) -> Tensor:
-        """Features (b n d) of whatever has logits."""
+        """Select the features (b n d) of the tokens that have logits."""
         return rearrange(self.select_completions(x), "1 (b n) d -> b n d", n=self.completion_length)
 
 
 class SharedPrefixLayer:
-    """What one layer does with branches."""
+    """Attention of one layer over a shared-prefix batch."""
 
     def __init__(self, batch: SharedPrefixBatch, is_last: bool) -> None:
-        """Know the row, and whether a layer comes after this one."""
+        """Store the batch and whether the layer is the last one."""
         self.batch, self.is_last = batch, is_last
 
     def positions_of(self, length: int) -> Tensor:
-        """Index into a table of positions (t k): (t)."""
+        """Index (t) into a table of positions (t k)."""
         return self.batch.positions
 
     def attend(
@@ -107,7 +111,7 @@ class SharedPrefixLayer:
         attention_fn: Callable[..., Tensor],
         dropout: float,
     ) -> Tensor:
-        """Trunks within themselves, each branch over its trunk and itself; all (1 h t k)."""
+        """Attend within prefixes, and from each completion to its prefix and itself; (1 h t k)."""
         batch = self.batch
         prefixes, completions = [], []
         for projected in (query, key, value):
@@ -128,5 +132,5 @@ class SharedPrefixLayer:
         return rearrange(torch.cat(flat), "t h k -> 1 h t k")
 
     def select_positions(self, x: Tensor) -> Tensor:
-        """Features (1 t d), in the last layer those of the branches alone."""
+        """Return the features (1 t d); in the last layer those of the completions only."""
         return self.batch.select_completions(x) if self.is_last else x

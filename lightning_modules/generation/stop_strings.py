@@ -1,7 +1,8 @@
-"""Writing: text in, text out, around a net that knows only numbers.
+"""Text generation with stop strings and streaming: prompts in, text out.
 
-A stop is looked for twice: as tokens on the device, which ends the drawing, and in the text, since
-a vocabulary of word pieces can spell the same characters in more than one way.
+A stop string is matched twice. On the device it is matched as tokens, which ends the sampling. On
+the host it is matched in the text, because word-piece tokens can spell the same characters in more
+than one way.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,19 +24,19 @@ def generate_text(
     on_text: Callable[[str], None] | None = None,
     **kwargs: Any,
 ) -> list[str]:
-    """What follows each prompt, up to a stop; `kwargs` as in `generate`.
+    """Return the text after each prompt, up to a stop string; `kwargs` are those of `generate`.
 
     sizes = {"max_new_tokens": 200, "context_length": 64}
     generate_text(net, tokenizer, ["ROMEO:"], stops=["\n\n"], on_text=print, **sizes)
 
-    With `on_text`, the first text is handed out piece by piece, as soon as it is certain.
+    With `on_text`, the first text is streamed: each piece is passed on as soon as it is final.
     """
     if "" in stops:
         raise UsageError(
             "a stop is empty; allowed: any text; type --stop='\\n\\n', or leave it away"
         )
     stop_sequences = [tokenizer.encode(stop).tolist() for stop in stops]
-    if tokenizer.eos_id is not None:  # a text of its own kind ends there
+    if tokenizer.eos_id is not None:  # the end token ends a text, too
         stop_sequences.append([tokenizer.eos_id])
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
     tokens = torch.empty(len(prompts), 0, dtype=torch.int64)
@@ -62,13 +63,16 @@ def generate_text(
 
 
 def truncate_at_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stops."""
+    """Return the text before the first stop string."""
     return text[: min((index for stop in stops if (index := text.find(stop)) >= 0), default=None)]
 
 
 def stable_prefix(text: str, stops: Sequence[str]) -> str:
-    """The text without an end that the next token may change: half a character, half a stop."""
-    text = text.rstrip("\ufffd")  # stands for bytes that are no character yet
+    """Return the text without an end that the next token can change.
+
+    Such an end is an incomplete character or the beginning of a stop string.
+    """
+    text = text.rstrip("\ufffd")  # the replacement character: bytes of an incomplete character
     partial_stops = [stop[:size] for stop in stops for size in range(1, len(stop))]
     return text[
         : len(text)

@@ -1,4 +1,4 @@
-"""Language nets and their parts."""
+"""Neural networks and their layers."""
 
 from .attention import CausalAttention
 from .transformer import Transformer

@@ -1,14 +1,14 @@
-"""The ladder of causal attention: six ways for a token to gather from those before it (lecture 5).
+"""Causal self-attention in six variants, from the identity to learned q, k and v (lecture 5).
 
-    answer = weights (t t), lower-triangular, rows summing to one, times values
+    output = weights (t t) @ values,  weights lower-triangular, rows sum to one
 
-    rung      weights              query   key    value
-    last      the identity                        x       a token knows itself alone: bigrams
-    average   1 / (t + 1)          0       0      x       all that came before, indiscriminately
-    raw       softmax(q kᵀ / √k)   x       x      x       what resembles it
-    shared    the same             W x     W x    x       what resembles it in learned channels
-    qk        the same             Q x     K x    x       what it asks for
-    qkv       the same             Q x     K x    V x     and hears from it what matters
+    variant   weights              query   key    value
+    last      identity                            x       the token itself: a bigram model
+    average   1 / (t + 1)          0       0      x       mean of all tokens up to t
+    raw       softmax(q kᵀ / √k)   x       x      x       similarity of the embeddings
+    shared    softmax(q kᵀ / √k)   W x     W x    x       similarity in learned channels
+    qk        softmax(q kᵀ / √k)   Q x     K x    x       learned queries and keys
+    qkv       softmax(q kᵀ / √k)   Q x     K x    V x     learned queries, keys and values
 
 Axes: b batch, t time, d model, h heads, k head width.
 """
@@ -27,14 +27,14 @@ from ..generation.kv_cache import LayerKVCache
 from ..generation.shared_prefix import SharedPrefixLayer
 from .norm import unit_rms
 
-AttentionFn = Callable[..., Tensor]  # of query, key, value, dropout; ours also of who sees whom
+AttentionFn = Callable[..., Tensor]  # of query, key, value, dropout, and here also attn_mask
 AttentionVariant = Literal["last", "average", "raw", "shared", "qk", "qkv"]
 
-ROPE_BASE = 10_000.0  # of RoFormer and Llama 2; Llama 3 has 500,000
+ROPE_BASE = 10_000.0  # as in RoFormer and Llama 2; Llama 3 uses 500,000
 
 PROJECTIONS = ("query", "key", "value")
-# The projections that each rung learns; the rest of them are the input itself. Another row is
-# another variant: LEARNED["kv"] = ("key", "value").
+# The learned projections of each variant; a projection that is not learned is the input itself.
+# A new row adds a variant: LEARNED["kv"] = ("key", "value").
 LEARNED: dict[str, tuple[str, ...]] = {
     "last": (),
     "average": (),
@@ -46,7 +46,7 @@ LEARNED: dict[str, tuple[str, ...]] = {
 
 
 def check_variant(variant: str) -> None:
-    """Raise UsageError for a rung that is not in `LEARNED`, or whose row names no projections."""
+    """Raise UsageError for a variant not in `LEARNED`, or for an unknown projection in its row."""
     if variant not in LEARNED:
         raise UsageError(
             f"rung={variant!r} is no attention variant",
@@ -63,9 +63,9 @@ def check_variant(variant: str) -> None:
 
 
 def causal_attention_weights(query: Tensor, key: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √k) over the past, (b h t t), of queries and keys (b h t k).
+    """Causal attention weights softmax(q kᵀ / √k), (b h t t), of queries and keys (b h t k).
 
-    Where `attn_mask` is given it says, true or false, who sees whom, and may not be square.
+    `attn_mask` (true: attend) replaces the causal mask and may be non-square.
     """
     t, k = query.shape[-2:]
     shape = (t, t) if attn_mask is None else attn_mask.shape
@@ -77,14 +77,14 @@ def causal_attention_weights(query: Tensor, key: Tensor, attn_mask: Tensor | Non
 def reference_attention(
     query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, attn_mask: Tensor | None = None
 ) -> Tensor:
-    """Causal attention as the formula says it; all (b h t k)."""
+    """Causal attention computed by its formula; all (b h t k)."""
     return F.dropout(causal_attention_weights(query, key, attn_mask), dropout) @ value
 
 
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, attn_mask: Tensor | None = None
 ) -> Tensor:
-    """The same by torch's fused kernel, which never stores the (t t) weights; all (b h t k)."""
+    """Causal attention by torch's fused kernel, without storing (t t) weights; all (b h t k)."""
     causal = attn_mask is None
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout, is_causal=causal)
 
@@ -92,10 +92,10 @@ def sdpa_attention(
 def auto_attention(
     query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, attn_mask: Tensor | None = None
 ) -> Tensor:
-    """The faster of the two; all (b h t k).
+    """Causal attention by the faster implementation; all (b h t k).
 
-    torch's CPU kernel goes backward 5.8 times slower in bf16 than in fp32: half of a whole
-    training step at t=64. So bf16 on a CPU takes the formula, everything else the kernel.
+    The backward of torch's CPU kernel is 5.8 times slower in bf16 than in fp32: half of a whole
+    training step at t=64. So bf16 on a CPU uses `reference_attention`, all else `sdpa_attention`.
     """
     slow_kernel = value.device.type == "cpu" and value.dtype == torch.bfloat16
     return (reference_attention if slow_kernel else sdpa_attention)(
@@ -113,9 +113,9 @@ ATTENTION_FNS: dict[str, AttentionFn] = {
 def rope_tables(
     context_length: int, head_dim: int, base: float = ROPE_BASE
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of rotary positions (RoFormer, 2021), both (t k) in float64.
+    """Cosines and signed sines of rotary embeddings (RoPE; RoFormer, 2021), both (t k) in float64.
 
-    The channel pair (i, i + k/2) turns by t · base^(-2i/k).
+    The channel pair (i, i + k/2) is rotated by the angle t · base^(-2i/k).
     """
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(context_length, dtype=torch.float64), frequency)  # (t, k/2)
@@ -124,27 +124,27 @@ def rope_tables(
 
 
 def apply_rope(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn the channel pairs of x (b h t k); tables (t k) or, a time for each row, (b 1 1 k).
+    """Rotate the channel pairs of x (b h t k) by tables (t k), or (b 1 1 k) for one position a row.
 
-    Then a query times a key depends on how far apart they are, and on nothing else about time.
+    The product of a query and a key then depends on their relative position only.
     """
     return x * cosine + x.roll(x.shape[-1] // 2, -1) * sine
 
 
 class RotaryEmbedding(nn.Module):
-    """The tables of rotary positions, kept once for all layers of a net.
+    """Tables of rotary position embeddings (RoPE), which all layers of a net share.
 
     Args:
         context_length: longest sequence, in tokens.
         head_dim: channels k of a head, an even number.
-        base: the channel pair i turns by t · base^(-2i/k).
+        base: the channel pair i is rotated by t · base^(-2i/k).
     """
 
     cosine: Tensor  # (t k)
     sine: Tensor
 
     def __init__(self, context_length: int, head_dim: int, base: float = ROPE_BASE) -> None:
-        """Tabulate them; a checkpoint does not hold them."""
+        """Compute the tables; they are not saved in a checkpoint."""
         super().__init__()
         cosine, sine = rope_tables(context_length, head_dim, base)
         self.register_buffer("cosine", cosine.float(), persistent=False)
@@ -154,35 +154,35 @@ class RotaryEmbedding(nn.Module):
 
     @property
     def times(self) -> Tensor | None:
-        """Positions (t) of the tokens where they are a part of their sequence, else None.
+        """Positions (t) of the tokens if they are a part of their sequence, else None.
 
-        Context parallelism sets it, and all layers share the rows that are computed then.
+        Context parallelism sets it, and all layers share the selected rows of the tables.
         """
         return self._position_ids
 
     @times.setter
     def times(self, position_ids: Tensor | None) -> None:
-        """Take the rows of these positions (t), or with None those of whole sequences again."""
+        """Select the rows of these positions (t); None selects those of whole sequences."""
         self._position_ids = position_ids
         self._selected_rows = (
             None if position_ids is None else (self.cosine[position_ids], self.sine[position_ids])
         )
 
     def get_rows(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines of the tokens of a sequence, both (t k)."""
+        """Return the cosines and signed sines of a sequence of this length, both (t k)."""
         if self._selected_rows is not None:
             return self._selected_rows
         return self.cosine[:length], self.sine[:length]
 
 
 class CausalAttention(nn.Module):
-    """Multi-head causal self-attention, (b t d) -> (b t d), on any rung of the ladder.
+    """Multi-head causal self-attention in any of the variants, (b t d) -> (b t d).
 
-    `attend` is a slot: context parallelism puts another callable there. How many heads live here
-    is read from the projections, so that a tensor-parallel slice of them just works.
+    `attend` is a replaceable callable: context parallelism sets its own. The number of heads is
+    inferred from the projections, so a tensor-parallel slice of them needs no change here.
 
-    With `rope` the tables of positions are `rotary`, which layers can share; by default they are
-    made here.
+    With `rope`, `rotary` holds the tables of positions. Layers can share it; by default the layer
+    makes its own.
     """
 
     query: nn.Module | None
@@ -205,12 +205,12 @@ class CausalAttention(nn.Module):
         norm_eps: float | None = None,
         rotary: RotaryEmbedding | None = None,
     ) -> None:
-        """Make the projections of the rung, kept apart so that each splits by heads."""
+        """Create the projections of the variant, one layer each, so that each splits by heads."""
         super().__init__()
         check_variant(variant)
         self.head_dim, self.qk_norm, self.dropout = d_model // num_heads, qk_norm, dropout
         self.attend, self.variant, self.rope = ATTENTION_FNS[attn_implementation], variant, rope
-        self.norm_eps = norm_eps  # of qk_norm
+        self.norm_eps = norm_eps  # for qk_norm
         for name in PROJECTIONS:
             projection = nn.Linear(d_model, d_model, bias) if name in LEARNED[variant] else None
             self.register_module(name, projection)
@@ -221,14 +221,14 @@ class CausalAttention(nn.Module):
 
     @property
     def is_fully_learned(self) -> bool:
-        """Whether query, key, value and output are learned, so that all four split by heads."""
+        """Whether query, key, value and output are learned: then all four can be split by heads."""
         learned = all(getattr(self, name) is not None for name in PROJECTIONS)
         return learned and isinstance(self.out, nn.Linear)
 
     def forward(
         self, x: Tensor, layer_cache: LayerKVCache | SharedPrefixLayer | None = None
     ) -> Tensor:
-        """Attend within x (b t d); with a past, over what it remembers of earlier calls too."""
+        """Attend within x (b t d), and with a `layer_cache` also over its keys and values."""
         query, key, value = self.project_qkv(x, layer_cache)
         dropout = self.dropout if self.training else 0.0
         if self.variant == "last":
@@ -242,17 +242,17 @@ class CausalAttention(nn.Module):
     def project_qkv(
         self, x: Tensor, layer_cache: LayerKVCache | SharedPrefixLayer | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of x (b t d), all (b h t k)."""
+        """Project x (b t d) to queries, keys and values, all (b h t k)."""
         query = x if self.query is None else self.query(x)
         key = query if self.variant == "shared" else x if self.key is None else self.key(x)
         value = x if self.value is None else self.value(x)
-        if self.variant == "average":  # equal scores are equal weights
+        if self.variant == "average":  # equal scores give equal weights
             query = key = torch.zeros_like(x)
         query, key, value = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b h t k)
             for projected in (query, key, value)
         )
-        if self.qk_norm:  # without gain: a gain per channel, shared by heads, would not split
+        if self.qk_norm:  # without gain: channel gains shared by heads cannot split by heads
             query, key = unit_rms(query, self.norm_eps), unit_rms(key, self.norm_eps)
         if self.rotary is not None:
             cosine, sine = self.rotary.get_rows(x.shape[1])
@@ -264,7 +264,7 @@ class CausalAttention(nn.Module):
         return query, key, value
 
     def compute_weights(self, x: Tensor) -> Tensor:
-        """What each token of x (b t d) takes from which: (b h t t), for eyes and tests."""
+        """Return the attention weights (b h t t) of x (b t d), for figures and tests."""
         query, key, _ = self.project_qkv(x)
         if self.variant == "last":
             b, h, t, _ = query.shape

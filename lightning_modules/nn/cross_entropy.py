@@ -1,10 +1,11 @@
-"""Cross-entropy in nats, also where the logits of a batch would be too large to exist.
+"""Cross-entropy in nats, with a chunked version that never stores the logits of a whole batch.
 
     loss = Σ logsumexp(z) - z[target],  z = x Wᵀ          gradient of z: softmax(z) - onehot(target)
 
-With 50,304 tokens the logits of 64 x 1,024 positions take 13 GB in fp32, and their gradient as
-much. Here some rows at a time go all the way: logits, loss, and at once the gradients of x and W.
-Nothing is computed twice, and the largest thing kept is the gradient of W.
+With 50,304 tokens the logits of 64 x 1,024 positions take 13 GB in fp32, and their gradient takes
+as much. The chunked version processes a few rows at a time: it computes their logits, their loss
+and the gradients of x and W at once. Nothing is computed twice, and the largest tensor kept is the
+gradient of W.
 
 Axes: b batch, t time, n positions, d model, v vocabulary.
 """
@@ -18,16 +19,16 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-IGNORE_INDEX = -100  # target of a position that does not count (torch's convention)
-MAX_LOGITS = 2**25  # that exist at once: 128 MiB in fp32
+IGNORE_INDEX = -100  # target of a position without a loss (torch's convention)
+MAX_LOGITS = 2**25  # at once: 128 MiB in fp32
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of logits (b t v) at targets (b t); IGNORED targets do not count."""
+    """Cross-entropy of logits (b t v) at targets (b t); targets `IGNORE_INDEX` are not counted."""
     check_ids("target", targets, logits.shape[-1], IGNORE_INDEX)
     accum_dtype = torch.promote_types(
         logits.dtype, torch.float32
-    )  # bf16 rounds small improvements away
+    )  # bf16 would round small differences away
     logits = rearrange(logits, "b t v -> (b t) v").to(accum_dtype)
     return F.cross_entropy(logits, rearrange(targets, "b t -> (b t)"), reduction=reduction)
 
@@ -35,10 +36,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 def chunked_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_size: int | None = None
 ) -> Tensor:
-    """Sum of nats of features x (b t d) under a head (v d) at targets (b t).
+    """Summed cross-entropy in chunks, of features x (b t d), head weights (v d), targets (b t).
 
-    Rows of the head beyond the vocabulary are padding; `chunk_size` positions are treated at a
-    time.
+    Rows of the head beyond `vocab_size` are padding. Each chunk has `chunk_size` positions.
     """
     check_ids("target", targets, vocab_size, IGNORE_INDEX)
     x, targets = rearrange(x, "b t d -> (b t) d"), rearrange(targets, "b t -> (b t)")
@@ -48,16 +48,16 @@ def chunked_cross_entropy(
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, ignore_index: int | None = None) -> None:
-    """Raise ValueError for an id outside 0 to vocabulary - 1 that is not `ignore_index`.
+    """Raise UsageError for an id outside 0 to vocab_size - 1 that is not `ignore_index`.
 
-    Only on a CPU: reading the result would make the host wait for an accelerator, whose kernels
-    assert the bounds themselves.
+    The check runs on a CPU only: reading the result of a GPU would make the host wait. The kernels
+    of a GPU assert the bounds themselves.
 
     Args:
         name: name of the ids in the message: token, target.
         ids: integers of any shape.
         vocab_size: number of different tokens.
-        ignore_index: one id that is allowed besides.
+        ignore_index: an additional id that is allowed.
     """
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -91,7 +91,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         needs_grad: list[bool],
     ) -> Tensor:
-        # at least fp32: many chunks are added up, and bf16 would lose the small ones
+        # at least fp32: bf16 would lose small terms in a sum of many chunks
         accum_dtype = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=accum_dtype, device=x.device)
         d_x = torch.empty_like(x) if needs_grad[0] else None
@@ -99,13 +99,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), chunk_size):
             x_chunk, target = x[start : start + chunk_size], targets[start : start + chunk_size]
             is_counted = target != IGNORE_INDEX
-            target_index = target.where(is_counted, 0)[:, None]  # gather refuses any other below 0
+            target_index = target.where(is_counted, 0)[:, None]  # gather raises below 0
             logits = F.linear(x_chunk, weight)[:, :vocab_size].to(accum_dtype)  # (n v)
             logsumexp = logits.logsumexp(-1, keepdim=True)
             total += (logsumexp - logits.gather(1, target_index))[:, 0].where(is_counted, 0.0).sum()
             if not any(needs_grad):
                 continue
-            logits = (logits - logsumexp).exp_()  # softmax, from here on the gradient
+            logits = (logits - logsumexp).exp_()  # softmax, the first term of the gradient
             logits.scatter_add_(
                 1, target_index, torch.full_like(target_index, -1, dtype=accum_dtype)
             )
@@ -123,8 +123,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        # Without retain_graph nobody reads the saved gradients again: no second copy of them is
-        # made. torch's compiler asks the same question for its donated buffers.
+        # Without retain_graph the saved gradients are used only once and are scaled in place.
+        # torch's compiler calls the same function for its donated buffers.
         again = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
         scale = torch.mul if again else Tensor.mul_
         d_x, d_weight = (g if g is None else scale(g, gradients[0]) for g in ctx.saved_tensors)

@@ -1,19 +1,19 @@
-"""Initial values of a network, drawn by (seed, parameter name): the same bits on every layout.
+"""Deferred initialization: initial values drawn by (seed, parameter name), equal on every layout.
 
-    values = InitialValues.of(build)     the network on the meta device, and how each value is drawn
-    values.draw("blocks.0.mlp.up.weight", 0, 100)      rows 0 to 99 of one parameter
-    values.materialize()                               all of them, on one process
-    parameter.initial_values.get_rows(0, 100)          the same rows as a parameter's attribute
+    values = InitialValues.of(build)     the network on the meta device, with its distributions
+    values.sample_rows(name, shape, 0, 100, dtype)     rows 0 to 99 of one parameter
+    values.materialize()                               all values, on one process
+    parameter.initial_values.get_rows(0, 100)          the same rows by a parameter's attribute
 
 A network's constructor names a distribution for each parameter (`nn.init.normal_`, ...). On the
-meta device it runs without memory, and the last operation on each parameter is recorded. The values
-are drawn afterwards in chunks of rows, each chunk with a generator of its own, so that a rank that
-keeps some rows draws those alone. Parameters that two modules share stay shared. Buffers are
-computed in the constructor as usual: they are small, and are no random numbers.
+meta device the constructor runs without memory, and the last operation on each parameter is
+recorded. The values are drawn afterwards in chunks of rows, each chunk with its own generator. So
+a rank that keeps some rows draws only their chunks. Parameters that two modules share stay
+shared. Buffers are computed in the constructor as usual: they are small and not random.
 
-Networks of this package alone: some functions of `nn.init` (`orthogonal_`, `trunc_normal_`) do
-nothing on the meta device, so the constructor of another network cannot be trusted to be recorded.
-A network with a parameter that was not recorded is built with memory, by the global generator.
+This works for networks of this package only: some functions of `nn.init` (`orthogonal_`,
+`trunc_normal_`) do nothing on the meta device, so other constructors cannot be recorded reliably.
+A network with an unrecorded parameter is built with memory, by the global generator.
 
 Each parameter on the meta device has its `ParameterValues` as attribute `initial_values`, for code
 that changes the network before it is sharded. strategies/materialize.py reads the attribute.
@@ -29,15 +29,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CHUNK_SIZE = 2**20  # numbers that are drawn with one generator
-MIN_LARGE_TENSOR = 2**18  # numbers of a tensor that is not allocated even for a moment
+CHUNK_SIZE = 2**20  # numbers drawn with one generator
+MIN_LARGE_TENSOR = 2**18  # numbers of a tensor that is never allocated
 aten = torch.ops.aten
 
 
 class Distribution(NamedTuple):
-    """What a parameter's numbers are drawn from: `normal` (mean, deviation), `uniform` (from, to).
+    """Distribution of a parameter: `normal` (mean, std), `uniform` (low, high) or `constant`.
 
-    A `constant` has its value twice.
+    A `constant` has its value in both fields.
     """
 
     family: str
@@ -45,7 +45,7 @@ class Distribution(NamedTuple):
     second_param: float = 0.0
 
     def sample_into(self, rows: Tensor, generator: torch.Generator) -> None:
-        """Draw numbers in place."""
+        """Fill `rows` in place with numbers of the distribution."""
         if self.family == "normal":
             rows.normal_(self.first_param, self.second_param, generator=generator)
         elif self.family == "uniform":
@@ -55,19 +55,19 @@ class Distribution(NamedTuple):
 
 
 class _InitRecorder(TorchDispatchMode):
-    """Remembers the last in-place operation on each tensor of the meta device.
+    """Records the last in-place operation on each tensor of the meta device.
 
     Args:
-        large_on_meta: whether large tensors without values (`torch.empty`) are made on the meta
-            device at once; a constructor that computes with one fails then.
+        large_on_meta: whether large uninitialized tensors (`torch.empty`) are created on the meta
+            device. A constructor that computes with such a tensor then fails.
     """
 
     def __init__(self, large_on_meta: bool) -> None:
         super().__init__()
         self.large_on_meta = large_on_meta
-        # by storage, and by tensor: `module.to` changes the storage; None: no simple distribution
+        # by storage and by tensor, as `module.to` changes the storage; None: no simple distribution
         self.distributions: dict[tuple[str, int], Distribution | None] = {}
-        self.keep_alive: list[Any] = []  # so that no other tensor or storage gets the same number
+        self.keep_alive: list[Any] = []  # so that no other tensor or storage gets the same id
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -87,7 +87,7 @@ class _InitRecorder(TorchDispatchMode):
         return result
 
     def distribution_of(self, parameter: Tensor) -> Distribution | None:
-        """What was recorded for a parameter."""
+        """Return the recorded distribution of a parameter, or None."""
         return next(
             (
                 self.distributions[key]
@@ -141,12 +141,12 @@ def _parameters_on_meta() -> Iterator[None]:
 def _build_recorded(
     build: Callable[[], nn.Module], prefix: str, large_on_meta: bool
 ) -> tuple[nn.Module | None, dict[str, Distribution]]:
-    """The network, and the distribution of each parameter; None if the record has a gap."""
+    """Return the network and the distribution of each parameter; None if a parameter has none."""
     recorder = _InitRecorder(large_on_meta)
     try:
         with _parameters_on_meta(), recorder:
             net = build()
-    except (NotImplementedError, RuntimeError):  # an operation on values that do not exist
+    except (NotImplementedError, RuntimeError):  # an operation on meta tensors
         return None, {}
     distributions = {
         prefix + name: recorder.distribution_of(p) for name, p in net.named_parameters()
@@ -161,32 +161,32 @@ def _build_recorded(
 
 
 class ParameterValues:
-    """The values of one parameter on the meta device: drawn, or rows of a tensor that is stored.
+    """Initial values of one parameter on the meta device: drawn, or read from a stored tensor.
 
     Args:
-        values: of the network.
-        name: the parameter's, `values.prefix` included.
-        parameter: on the meta device.
+        values: initial values of the network.
+        name: name of the parameter, including `values.prefix`.
+        parameter: the parameter, on the meta device.
     """
 
     def __init__(self, values: "InitialValues", name: str, parameter: Tensor) -> None:
-        """Nothing is drawn yet."""
+        """Store the name, shape and dtype; nothing is drawn yet."""
         self.values, self.name = values, name
         self.shape, self.dtype = parameter.shape, parameter.dtype
         self.stored: Tensor | None = None
 
     def set_source(self, stored: Tensor) -> None:
-        """Take the values from a tensor (a mapped file) in the place of the distribution.
+        """Read the values from a tensor (such as a mapped file) in place of the distribution.
 
         Args:
-            stored: of the parameter's shape, or with fewer rows; the further rows are zero.
+            stored: of the parameter's shape, or with fewer rows; the missing rows are zero.
         """
         self.stored = stored.detach()
 
     def get_rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` (exclusive), (stop - start, ...), on the CPU; not to be changed.
+        """Return rows `start` to `stop` (exclusive), (stop - start, ...), on the CPU, read-only.
 
-        A row is an index of the first axis; a scalar has one.
+        A row is an index of the first axis; a scalar has one row.
         """
         if self.stored is None:
             return self.values.sample_rows(self.name, self.shape, start, stop, self.dtype)
@@ -199,19 +199,19 @@ class ParameterValues:
 
 
 class InitialValues:
-    """A network whose parameters are on the meta device, and the distribution of each.
+    """A network whose parameters are on the meta device, and the distribution of each parameter.
 
     Args:
         net: the network.
-        distributions: by parameter name.
-        seed: of all draws.
-        prefix: of the parameters' names in the LightningModule that holds the network.
+        distributions: distributions by parameter name.
+        seed: seed of all values.
+        prefix: prefix of the parameters' names in the LightningModule that holds the network.
     """
 
     def __init__(
         self, net: nn.Module, distributions: dict[str, Distribution], seed: int, prefix: str
     ) -> None:
-        """Keep them, and give each parameter its values as an attribute."""
+        """Set the attribute `initial_values` of each parameter."""
         self.net, self.distributions, self.seed, self.prefix = net, distributions, seed, prefix
         for name, parameter in net.named_parameters():
             parameter_values = ParameterValues(self, prefix + name, parameter)
@@ -221,8 +221,8 @@ class InitialValues:
     def of(cls, build: Callable[[], nn.Module], prefix: str = "net.") -> "InitialValues | None":
         """Call `build` without memory for parameters.
 
-        None if a parameter has no recorded distribution: the constructor computes with values.
-        The seed is one draw of the global generator.
+        Return None if a parameter has no recorded distribution, because the constructor computes
+        with values. The seed is one number of the global generator.
         """
         state = torch.get_rng_state()
         for large_on_meta in (True, False):
@@ -236,14 +236,14 @@ class InitialValues:
     def sample_rows(
         self, name: str, shape: torch.Size, start: int, stop: int, dtype: Any
     ) -> Tensor:
-        """Rows `start` to `stop` (exclusive) of the parameter `name`, (stop - start, ...), on CPU.
+        """Draw rows `start` to `stop` (exclusive) of parameter `name`, (stop - start, ...), on CPU.
 
         Args:
-            name: the parameter's name, `prefix` included.
-            shape: the whole parameter's.
-            start: first row; a row is an index of the first axis, scalars have one.
+            name: name of the parameter, including `prefix`.
+            shape: shape of the whole parameter.
+            start: first row; a row is an index of the first axis, and a scalar has one row.
             stop: end of the rows.
-            dtype: of the numbers.
+            dtype: dtype of the rows.
         """
         row_shape = shape[1:] if shape else torch.Size()
         values = torch.empty(stop - start, *row_shape, dtype=dtype, device="cpu")
@@ -260,7 +260,7 @@ class InitialValues:
         return values
 
     def materialize(self, device: torch.device | str = "cpu") -> nn.Module:
-        """Give every parameter of the network its values, on one process."""
+        """Draw the values of every parameter of the network, on one process."""
         new_parameters: dict[int, nn.Parameter] = {}
         for name, parameter in self.net.named_parameters():
             rows = parameter.shape[0] if parameter.ndim else 1
@@ -273,13 +273,13 @@ class InitialValues:
 
 
 def chunk_generator(seed: int, name: str, chunk: int) -> torch.Generator:
-    """The generator of one chunk of a parameter."""
+    """Return the random generator of one chunk of a parameter."""
     digest = hashlib.sha256(f"{seed}/{name}/{chunk}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def replace_parameters(net: nn.Module, new: dict[int, nn.Parameter]) -> None:
-    """Put other parameters in the place of those with the given ids, shared ones everywhere."""
+    """Replace the parameters with the given ids, also where modules share them."""
     for module in net.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in new:

@@ -1,14 +1,15 @@
-"""A mixture of experts: each token is sent to two of eight MLPs (GShard, 2020; Switch, 2021).
+"""Mixture of experts (MoE): each token is routed to two of eight MLPs (GShard, 2020; Switch, 2021).
 
     p = softmax(W x)                          the router, fp32
     y = Σ over the two largest p:  p_e / (p_1 + p_2) · expert_e(x)
-    balance = E Σ_e f_e P_e                   f: share of the choices, P: mean p; 1 if all are equal
+    load balancing loss = E Σ_e f_e P_e       f: fraction of choices, P: mean p; 1 if uniform
 
-Each sequence is a group of its own. An expert takes at most `capacity 2t/E` tokens of it, in their
-order; those beyond pass by on the residual stream. So what becomes of a token depends on its own
-sequence alone, not on how a batch is spread over ranks or micro-batches.
+Each sequence is a group of its own. An expert processes at most `capacity_factor 2t/E` tokens of a
+sequence, in their order. Tokens beyond this capacity skip the expert and keep the residual stream.
+So the result for a token depends on its own sequence only, not on the split of a batch into ranks
+or micro-batches.
 
-Axes: b batch, t time, d model, E experts, c places of an expert in a sequence, k choices.
+Axes: b batch, t time, d model, E experts, c slots of an expert in a sequence, k choices.
 """
 
 import math
@@ -25,13 +26,14 @@ TOP_K = 2
 
 
 class Experts(nn.Module):
-    """E MLPs side by side, each applied to its own tokens: (E n d) -> (E n d).
+    """E MLPs with stacked weights, each applied to its own tokens: (E n d) -> (E n d).
 
-    The first axis of both parameters is E; a strategy may keep some of the experts on each rank.
+    The first axis of both parameters is E; expert parallelism may keep some of the experts on each
+    rank.
     """
 
     def __init__(self, d_model: int, num_experts: int, d_ff: int | None = None) -> None:
-        """As E linear layers start; d_ff hidden channels each, by default 4d."""
+        """Initialize as E linear layers; d_ff hidden channels in each, by default 4d."""
         super().__init__()
         d_ff = d_ff or 4 * d_model
         self.up = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
@@ -41,14 +43,14 @@ class Experts(nn.Module):
             nn.init.uniform_(matrices, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """relu(x up)² down."""
+        """Compute relu(x up)² down."""
         return F.relu(x @ self.up).square() @ self.down
 
 
 class MixtureOfExperts(nn.Module):
-    """In the place of a block's MLP, (b t d) -> (b t d)."""
+    """Top-2 mixture of experts in place of a block's MLP, (b t d) -> (b t d)."""
 
-    full_precision = ("router",)  # under mixed precision too: near ties decide the choices
+    full_precision = ("router",)  # in mixed precision, too: rounding could change the top-2
 
     def __init__(
         self,
@@ -57,7 +59,10 @@ class MixtureOfExperts(nn.Module):
         capacity_factor: float = 2.0,
         d_ff: int | None = None,
     ) -> None:
-        """Make the router and the experts; capacity 1 leaves no room for an uneven choice."""
+        """Create the router and the experts.
+
+        With `capacity_factor` 1, any uneven routing drops tokens.
+        """
         super().__init__()
         if num_experts < TOP_K:
             raise UsageError(
@@ -66,12 +71,12 @@ class MixtureOfExperts(nn.Module):
         self.capacity_factor, self.num_experts = capacity_factor, num_experts
         self.router = nn.Linear(d_model, num_experts, bias=False)
         self.experts = Experts(d_model, num_experts, d_ff)
-        self.load_balancing_loss = torch.zeros(())  # of the latest call, part of the loss
+        self.load_balancing_loss = torch.zeros(())  # of the last call; added to the training loss
 
     def forward(self, x: Tensor) -> Tensor:
-        """Send each token of x (b t d) to two experts, and add what they say, weighted."""
+        """Route each token of x (b t d) to its top-2 experts; return the weighted output sum."""
         b, t, _ = x.shape
-        with torch.autocast(x.device.type, enabled=False):  # near ties decide where a token goes
+        with torch.autocast(x.device.type, enabled=False):  # rounding could change the top-2
             router_logits = self.router(x.to(self.router.weight.dtype))
         router_probs = router_logits.float().softmax(-1)  # (b t E)
         weights, expert_indices = router_probs.topk(TOP_K, -1)  # (b t k)
@@ -95,20 +100,20 @@ class MixtureOfExperts(nn.Module):
 
 
 def compute_expert_slots(expert_onehot: Tensor) -> Tensor:
-    """How many came before, of a sequence's choices (b t k E), to the same expert: (b t k)."""
+    """Slot (b t k) of each choice: the number of earlier choices of the same expert; (b t k E)."""
     order = rearrange(expert_onehot, "b t k e -> b (t k) e")
     before = order.cumsum(1) - order
     return rearrange((before * order).sum(-1), "b (t k) -> b t k", k=expert_onehot.shape[2])
 
 
 def compute_load_balancing_loss(router_probs: Tensor, expert_onehot: Tensor) -> Tensor:
-    """E Σ f P of each sequence, the mean over sequences, of (b t E) and (b t k E)."""
+    """Load balancing loss E Σ f P, the mean over sequences, of (b t E) and (b t k E)."""
     num_experts = router_probs.shape[-1]
     fraction = expert_onehot.float().sum(2).mean(1) / expert_onehot.shape[2]  # (b E)
     return num_experts * (fraction * router_probs.mean(1)).sum(-1).mean()
 
 
 def mean_load_balancing_loss(net: nn.Module) -> Tensor | Literal[0]:
-    """The mean over a net's mixtures, after a forward pass; 0 if it has none."""
+    """Mean load balancing loss of a net's MoE layers after a forward pass; 0 if it has none."""
     losses = [m.load_balancing_loss for m in net.modules() if isinstance(m, MixtureOfExperts)]
     return torch.stack(losses).mean() if losses else 0

@@ -1,13 +1,13 @@
-"""Unit root mean square (Zhang, Sennrich, 2019), with a backward of its own on processors.
+"""RMSNorm: unit root mean square (Zhang, Sennrich, 2019), with a custom backward on CPUs.
 
     y = x r,  r = (mean x² + ε)^(-1/2)        dx = r (dy - y mean(dy y)) - dr r² y / d
 
 ε is an argument; the default is the machine epsilon of fp32 (of fp64 for fp64 inputs).
 
-torch's kernel for CPUs has no backward: autograd goes through its steps one after the other, seven
-times slower in bf16, which was a sixth of a whole training step of the small models.
+torch's CPU kernel has no fused backward: autograd runs its steps one after the other. In bf16 this
+is seven times slower, and was a sixth of a whole training step of the small models.
 
-Axes: b batch, t time, h heads, d channels: the last one, whatever stands before it.
+Axes: b batch, t time, h heads, d channels, always the last axis.
 """
 
 from typing import Any
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 
 def unit_rms(x: Tensor, eps: float | None = None) -> Tensor:
-    """x (... d) over the root mean square of its channels, with `eps` under the root."""
+    """Divide x (... d) by the root mean square of its channels, with `eps` under the root."""
     if x.device.type != "cpu" or not torch.is_grad_enabled():
         return F.rms_norm(x, x.shape[-1:], eps=eps)
     return _UnitRMS.apply(x, eps)[0]
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's norm, with a gain for each channel: (... d) -> (... d).
+    """torch's RMSNorm with a gain for each channel: (... d) -> (... d).
 
     Args:
         d_model: channels d.
@@ -34,11 +34,11 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def __init__(self, d_model: int, eps: float | None = None) -> None:
-        """Start with gains of one."""
+        """Initialize the gains to one."""
         super().__init__(d_model, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (... d)."""
+        """Normalize x (... d)."""
         use_custom_backward = x.device.type == "cpu" and torch.is_grad_enabled()
         return unit_rms(x, self.eps) * self.weight if use_custom_backward else super().forward(x)
 

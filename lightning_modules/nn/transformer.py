@@ -1,9 +1,9 @@
-"""The decoder-only transformer: embed, add what attention and an MLP say, predict the next token.
+"""Decoder-only transformer (GPT): embedding, attention and MLP blocks, next-token logits.
 
     x = embed(tokens);   x += attention(norm(x));   x += mlp(norm(x));   logits = head(norm(x))
 
-Without MLP and without `+=` it is one of the lecture's single attentions; with the rung `last` it
-is a table of bigrams.
+Without MLP and residual connections it is one of the single attention layers of lecture 5. With
+`rung="last"` it is a bigram table.
 
 Axes: b batch, t time, d model, h heads, k head width, v vocabulary.
 """
@@ -35,7 +35,7 @@ Biases = Literal["none", "mlp", "all"]
 DEFAULT_NORM_EPS = {
     "rmsnorm": None,
     "layernorm": 1e-5,
-}  # by default; None: the machine epsilon of fp32
+}  # None: the machine epsilon of fp32
 ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),
     "gelu": F.gelu,
@@ -46,7 +46,7 @@ ACTIVATIONS = {
 
 
 def make_norm(norm: Norm, d_model: int, eps: float | None = None) -> nn.Module:
-    """A norm over `d_model` channels, with `eps` under its root (the default is in `EPS`)."""
+    """Create a norm over `d_model` channels; `eps` is by default that of `DEFAULT_NORM_EPS`."""
     if norm == "none":
         return nn.Identity()
     eps = DEFAULT_NORM_EPS[norm] if eps is None else eps
@@ -54,39 +54,42 @@ def make_norm(norm: Norm, d_model: int, eps: float | None = None) -> nn.Module:
 
 
 def resolve_d_ff(d_model: int, activation: str, d_ff: int | None = None) -> int:
-    """Hidden channels of an MLP: `d_ff`, by default 4d, and with SwiGLU 8d/3 rounded up to eights.
+    """Hidden channels of an MLP: `d_ff`, by default 4d, or for SwiGLU 8d/3 rounded up to eights.
 
-    mlp_width(384, "swiglu")  # 1024
+    resolve_d_ff(384, "swiglu")  # 1024
     """
     return d_ff or (8 * math.ceil(d_model / 3) if activation == "swiglu" else 4 * d_model)
 
 
 def sinusoid_table(context_length: int, d_model: int) -> Tensor:
-    """sin(t / 10000^(2i/d)) in channel 2i, cos in 2i + 1 (Vaswani, 2017): (t d) in float64."""
+    """Sinusoidal positions (Vaswani, 2017), (t d) in float64.
+
+    The value is sin(t / 10000^(2i/d)) in channel 2i and cos of the same in channel 2i + 1.
+    """
     frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
     angles = torch.outer(torch.arange(context_length, dtype=torch.float64), frequency)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :d_model]  # (t d)
 
 
 class SinusoidalEncoding(nn.Module):
-    """Fixed waves, one row for each time."""
+    """Fixed sinusoidal position embeddings, one row for each position."""
 
     table: Tensor  # (t d)
 
     def __init__(self, context_length: int, d_model: int) -> None:
-        """Tabulate them."""
+        """Compute the table."""
         super().__init__()
         self.register_buffer(
             "table", sinusoid_table(context_length, d_model).float(), persistent=False
         )
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """Rows of the table for integer times (t): (t d)."""
+        """Return the rows (t d) of the table for integer positions (t)."""
         return self.table[position_ids]
 
 
 class MLP(nn.Module):
-    """Two matrices around a nonlinearity, (b t d) -> (b t d), by default 8 d² weights.
+    """Two linear layers around a nonlinearity, (b t d) -> (b t d), by default 8 d² weights.
 
     SwiGLU has three matrices, so its default width is 8d/3 instead of 4d, rounded up to eights.
 
@@ -104,7 +107,7 @@ class MLP(nn.Module):
         bias: bool = False,
         d_ff: int | None = None,
     ) -> None:
-        """Make `up` and `down`, and SwiGLU's `gate`."""
+        """Create `up` and `down`, and for SwiGLU `gate`."""
         super().__init__()
         hidden_size = resolve_d_ff(d_model, activation, d_ff)
         self.activation = activation
@@ -113,13 +116,13 @@ class MLP(nn.Module):
         self.down = nn.Linear(hidden_size, d_model, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform each position of x (b t d) by itself."""
+        """Apply the MLP to each position of x (b t d)."""
         act = ACTIVATIONS[self.activation]
         return self.down(act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x))
 
 
 class TransformerBlock(nn.Module):
-    """Attention and perhaps an MLP, each behind a norm, each added to the stream (b t d)."""
+    """Pre-norm transformer block: attention and an optional MLP, with residual connections."""
 
     def __init__(
         self,
@@ -129,7 +132,7 @@ class TransformerBlock(nn.Module):
         dropout: float,
         residual: bool = True,
     ) -> None:
-        """Put the parts together."""
+        """Create the norms around the given attention and MLP."""
         super().__init__()
         self.attention_norm, self.attention = norm(), attention
         self.mlp_norm, self.mlp = (None, None) if mlp is None else (norm(), mlp)
@@ -138,7 +141,10 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, layer_cache: LayerKVCache | SharedPrefixLayer | None = None
     ) -> Tensor:
-        """Add both answers to x (b t d); without residual the attention's replaces x."""
+        """Add the attention and MLP outputs to x (b t d).
+
+        Without `residual` the attention output replaces x.
+        """
         attention_output = self.dropout(self.attention(self.attention_norm(x), layer_cache))
         if layer_cache is not None:
             x, attention_output = (
@@ -152,35 +158,35 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens (b t) to logits (b t v).
+    """Decoder-only transformer: tokens (b t) to logits (b t v).
 
     Args:
         vocabulary: number of different tokens.
         context: longest sequence, in tokens.
         layers: number of blocks.
-        width: channels d of the stream.
+        width: channels d of the residual stream.
         heads: attention heads; must divide the width.
-        positions: how a token knows its place.
-        norm: before each part, and before the head.
-        qk_norm: give queries and keys unit RMS: a high learning rate cannot blow up the scores.
-        mlp: the nonlinearity, or none for blocks of attention alone.
-        dropout: on the embedding, the attention weights and both answers of a block.
+        positions: positional encoding.
+        norm: norm before each attention and MLP, and before the head.
+        qk_norm: normalize queries and keys to unit RMS, which bounds the attention scores.
+        mlp: activation of the MLP, or none for blocks of attention alone.
+        dropout: on the embedding, the attention weights and both outputs of a block.
         tied: use the embedding as the head.
-        attention: how to compute it: torch's kernel, the formula, or the faster of the two.
-        zero_init: start with silent blocks, uniform predictions (loss ln v exactly) and small
-            embeddings; without it every weight starts as torch has it.
-        rung: which attention of the lecture's ladder.
-        residual: add the attention's answer to the stream, instead of passing it on alone.
-        output: a matrix mixes the heads' answers.
-        bias: which linear maps of the blocks have one.
-        experts: a mixture of so many MLPs in the place of each; 0 for none.
+        attention: implementation: torch's kernel, the formula, or the faster of the two.
+        zero_init: initialize residual branches and head to zero (uniform predictions, loss ln v
+            exactly) and the embeddings to small values; without it torch's initial values are kept.
+        rung: attention variant of the lecture.
+        residual: add the attention output to the residual stream instead of replacing it.
+        output: whether the attention has an output projection.
+        bias: which linear layers of the blocks have a bias.
+        experts: number of experts of the MoE layer in place of each MLP; 0 for none.
         d_ff: hidden channels of each MLP; by default 4d, and 8d/3 rounded up to eights for swiglu.
-        rope_base: rotary positions turn the channel pair i of k by t · rope_base^(-2i/k).
+        rope_base: RoPE rotates the channel pair i of k by t · rope_base^(-2i/k).
         norm_eps: added under the root of each norm, qk_norm included; by default 1e-5 for
             layernorm, and 1.19e-7, the machine epsilon of fp32, for rmsnorm and qk_norm.
     """
 
-    times: Tensor | None = None  # (t): positions of the tokens, where they are a part of a text
+    times: Tensor | None = None  # (t): positions of the tokens, if they are a part of a sequence
 
     def __init__(
         self,
@@ -206,7 +212,7 @@ class Transformer(nn.Module):
         rope_base: float = ROPE_BASE,
         norm_eps: float | None = None,
     ) -> None:
-        """Check the sizes, then build."""
+        """Check the sizes, then build the layers."""
         super().__init__()
         sizes = {"vocabulary": vocabulary, "context": context, "layers": layers}
         check_sizes(positions, dropout, **sizes, width=width, heads=heads)
@@ -220,7 +226,7 @@ class Transformer(nn.Module):
         if positions == "sinusoidal":
             self.place = SinusoidalEncoding(context, width)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleDict()  # a dict: names survive when a pipeline takes blocks away
+        self.blocks = nn.ModuleDict()  # a dict keeps the names when a pipeline stage drops blocks
         new_norm = partial(make_norm, norm, width, norm_eps)
         rotary = (
             RotaryEmbedding(context, width // heads, rope_base) if positions == "rope" else None
@@ -253,10 +259,10 @@ class Transformer(nn.Module):
         self._initialize(tied, zero_init)
 
     def _initialize(self, tie_embeddings: bool, zero_init_residual: bool) -> None:
-        """Over torch's own values, which the lecture keeps."""
+        """Change torch's default initial values; the lecture keeps the defaults."""
         if tie_embeddings or zero_init_residual:
-            # Adam moves every weight by lr: from N(0, 1), torch's own, embeddings stay random for
-            # a whole quick run (0.04 nats lost); as a head they would start at certainty
+            # Adam moves every weight by lr: embeddings of N(0, 1), torch's default, stay random for
+            # a whole quick run (0.04 nats lost); as a tied head their first logits would be large
             for embedding in (self.embed, self.place):
                 if isinstance(embedding, nn.Embedding):
                     nn.init.normal_(embedding.weight, std=0.02 if tie_embeddings else 0.1)
@@ -271,16 +277,20 @@ class Transformer(nn.Module):
         cache: KVCache | SharedPrefixBatch | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """Logits (b t v) of the token after each of tokens (b t).
+        """Compute the logits (b t v) of the token after each of tokens (b t).
 
-        With a cache, which was told what comes, only those after the newest ones: (b 1 v); with
-        branches, whose tokens they are, those of each: (b n v). With targets (b t), the sum of
-        their nats in the place of logits too large to exist.
+        With a KV cache the logits are those of the newest tokens only, (b 1 v). With a
+        SharedPrefixBatch they are those of the completions, (b n v). With targets (b t) the summed
+        cross-entropy is returned, and the logits are not stored as a whole.
         """
         return self.leave(self.through(self.enter(tokens, cache), None, cache), cache, targets)
 
     def enter(self, tokens: Tensor, cache: KVCache | SharedPrefixBatch | None = None) -> Tensor:
-        """The stream (b t d) before the first block; ValueError for ids or lengths out of range."""
+        """Embed tokens: the residual stream (b t d) before the first block.
+
+        Raises:
+            UsageError: a token id or the length is out of range.
+        """
         if cache is None:
             self._check_tokens(tokens)
         x = self.embed(tokens)
@@ -292,14 +302,14 @@ class Transformer(nn.Module):
         return self.dropout(x)
 
     def _check_tokens(self, tokens: Tensor) -> None:
-        length = tokens.shape[1] if self.times is None else 0  # with times, a part of a sequence
+        length = tokens.shape[1] if self.times is None else 0  # `times`: a part of a sequence
         if length > self.context:
             raise UsageError(
                 f"{length} tokens, and the model sees {self.context} (its context); allowed: "
                 f"{self.context} or less; cut the input, or build the model with context={length}"
             )
         if tokens.is_cuda and self.embed.num_embeddings > self.vocabulary:
-            is_in_vocab = (tokens < self.vocabulary).all()  # a row of padding is no token
+            is_in_vocab = (tokens < self.vocabulary).all()  # a padding row is no token
             torch._assert_async(is_in_vocab, "a token is outside the vocabulary")  # pyright: ignore
         check_ids("token", tokens, self.vocabulary)
 
@@ -309,7 +319,7 @@ class Transformer(nn.Module):
         block_names: Sequence[str] | None = None,
         cache: KVCache | SharedPrefixBatch | None = None,
     ) -> Tensor:
-        """The stream (b t d) after the blocks of these names, by default all."""
+        """Run the blocks with these names, by default all, on the residual stream (b t d)."""
         for name in self.blocks if block_names is None else block_names:
             block = self.blocks[name]
             x = block(x) if cache is None else block(x, cache.layers[int(name)])
@@ -321,7 +331,7 @@ class Transformer(nn.Module):
         cache: KVCache | SharedPrefixBatch | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """What forward answers, from the stream (b t d) after the last block."""
+        """Compute the output of `forward` from the residual stream (b t d) after the last block."""
         x = self.norm(x)
         if cache is not None:
             x = cache.select_outputs(x)
@@ -334,15 +344,15 @@ class Transformer(nn.Module):
         )  # a head with adapters
 
     def ends(self) -> tuple[list[str], list[str]]:
-        """The modules that `enter` and `leave` need."""
+        """Names of the modules that `enter` and `leave` need."""
         return ["embed", "place"], ["norm", "head"]
 
     def tp_plan(self) -> dict[str, str]:
-        """How matrices split over tensor-parallel ranks: by heads and hidden channels.
+        """Tensor-parallel plan: matrices are split by heads and by hidden channels.
 
-        Embedding and head stay whole: they may share their storage. An attention is split if it
-        learns query, key, value and output. In any other variant all heads of a part that is not
-        learned exist on each rank, so the whole attention stays on each rank.
+        Embedding and head are not split: they may share their storage. An attention is split if
+        query, key, value and output are learned. In the other variants a projection that is not
+        learned has all heads on each rank, so the whole attention stays on each rank.
         """
         first = cast(TransformerBlock, next(iter(self.blocks.values())))
         styles = {"attention_norm": "sequence", "mlp_norm": "sequence"}
@@ -355,14 +365,14 @@ class Transformer(nn.Module):
             styles["mlp.down"] = "rowwise"
         plan = {f"blocks.*.{name}": style for name, style in styles.items()}
         if "blocks.*.attention" not in plan or "blocks.*.mlp" not in plan:
-            return plan  # a part that is not split needs the whole sequence
+            return plan  # a module that is not split needs the whole sequence
         return {"dropout": "scatter", **plan, "norm": "gather"}
 
 
 def with_defaults(net_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a `Transformer`, those not given as its signature has them.
+    """Complete the arguments of a `Transformer` with the defaults of its signature.
 
-    complete({"width": 64})["layers"]  # 4
+    with_defaults({"width": 64})["layers"]  # 4
     """
     signature_params = inspect.signature(Transformer).parameters
     return {
@@ -370,23 +380,26 @@ def with_defaults(net_kwargs: dict[str, Any]) -> dict[str, Any]:
     } | net_kwargs
 
 
-LARGE_VOCAB = 4096  # tokens: a larger vocabulary is padded, and its logits are not all made at once
+LARGE_VOCAB = 4096  # tokens; larger vocabularies are padded and use chunked cross-entropy
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of embedding and head: of a large vocabulary a multiple of 64, for tensor cores."""
+    """Rows of embedding and head: a large vocabulary is rounded up to a multiple of 64.
+
+    Tensor cores are faster with such sizes.
+    """
     return vocab_size if vocab_size <= LARGE_VOCAB else -(-vocab_size // 64) * 64
 
 
 def check_sizes(positional_encoding: str, dropout: float, **sizes: int) -> None:
-    """Refuse sizes that make no net, in the words of a command line."""
+    """Raise UsageError for invalid sizes; the message contains the flag to type."""
     for name, size in sizes.items():
         if size < 1:
             raise UsageError(f"{name} is {size}; allowed: 1 or more; type --model.{name}=1")
     d_model, num_heads = sizes["width"], sizes["heads"]
     if not 0 <= dropout < 1:
         raise UsageError(f"dropout is {dropout}; allowed: 0 to below 1; type --model.dropout=0.1")
-    step = 2 if positional_encoding == "rope" else 1  # rotary positions turn pairs of channels
+    step = 2 if positional_encoding == "rope" else 1  # RoPE rotates pairs of channels
     if d_model % (num_heads * step):
         divisors = (h for h in range(1, min(d_model, 2**16) + 1) if d_model % (h * step) == 0)
         valid_num_heads = sorted(divisors, key=lambda h: abs(h - num_heads))
@@ -410,7 +423,7 @@ def check_options(
     rope_base: float,
     norm_eps: float | None,
 ) -> None:
-    """Refuse settings out of range, and those of a part that the net does not have."""
+    """Raise UsageError for options out of range, and for options of a layer that the net lacks."""
     if d_ff is not None and d_ff < 1:
         raise UsageError(f"d_ff is {d_ff}; allowed: 1 or more; type --model.d_ff=512")
     if d_ff is not None and activation == "none":

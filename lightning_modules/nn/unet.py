@@ -1,11 +1,11 @@
-"""The lecture's U-Net: twice down, twice up, with what was seen going down kept for going up.
+"""U-Net for diffusion models: two downsampling and two upsampling levels with skip connections.
 
-    x -> first ---------------------------------- last -> out          width      at full size
-           \\ narrow1 -> second ---------- fourth / widen2             2 width     at a half
-                          \\ narrow2 -> third -> middle / widen1       4 width     at a quarter
+    x -> first ---------------------------------- last -> out          width      full size
+           \\ narrow1 -> second ---------- fourth / widen2             2 width    half size
+                          \\ narrow2 -> third -> middle / widen1       4 width    quarter size
 
-Each block adds the embedding of time, and of the label if there is one, to every pixel. At width 64
-it has 4,165,953 parameters on gray images.
+Each block adds the time embedding, and the label embedding if there are labels, to every pixel. At
+width 64 the net has 4,165,953 parameters on grayscale images.
 
 Axes: b batch, c y x images, d embedding.
 """
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from ravine.datamodules.downloads import atomic_write
 from ravine.errors import UsageError
 
-NUM_GROUPS = 8  # of GroupNorm: one example's statistics, whatever the batch
+NUM_GROUPS = 8  # of GroupNorm, whose statistics do not depend on the batch
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut, with the embedding d added between them."""
+    """Residual block: two convolutions and a shortcut, with the embedding (d) added in between."""
 
     def __init__(self, in_channels: int, out_channels: int, embed_dim: int) -> None:
-        """From `in_channels` channels to `out_channels`."""
+        """Create the layers from `in_channels` to `out_channels` channels."""
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm1 = nn.GroupNorm(NUM_GROUPS, out_channels)
@@ -45,7 +45,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Images (b c y x) and embeddings (b d) to images (b c' y x)."""
+        """Map images (b c y x) and embeddings (b d) to images (b c' y x)."""
         h = F.silu(self.norm1(self.conv1(x)))
         h = h + rearrange(self.time(embedding), "b c -> b c 1 1")
         h = F.silu(self.norm2(self.conv2(h)))
@@ -53,10 +53,10 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialSelfAttention(nn.Module):
-    """Every pixel looks at every other; starts as the identity."""
+    """Self-attention over all pixels of an image; initialized to the identity."""
 
     def __init__(self, channels: int) -> None:
-        """Heads of 32 channels."""
+        """Create heads of 32 channels."""
         super().__init__()
         self.num_heads = max(1, channels // 32)
         self.norm = nn.GroupNorm(NUM_GROUPS, channels)
@@ -66,7 +66,7 @@ class SpatialSelfAttention(nn.Module):
         nn.init.zeros_(cast(Tensor, self.out.bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (b c y x) to images of the same shape."""
+        """Map images (b c y x) to images of the same shape."""
         q, k, v = rearrange(
             self.qkv(self.norm(x)),
             "b (three h k) y x -> three b h (y x) k",
@@ -80,7 +80,7 @@ class SpatialSelfAttention(nn.Module):
 
 
 def timestep_embedding(t: Tensor, embed_dim: int) -> Tensor:
-    """Times (b) as sines and cosines of wavelengths from 2π to 20000π, (b d)."""
+    """Sinusoidal time embedding of t (b), wavelengths from 2π to 20000π: (b d)."""
     half = embed_dim // 2
     frequencies = torch.exp(-math.log(1e4) / half * torch.arange(half, device=t.device).float())
     angles = t.float()[:, None] * frequencies  # (b d/2); fp32: bf16 cannot tell 999 from 1000
@@ -88,18 +88,17 @@ def timestep_embedding(t: Tensor, embed_dim: int) -> Tensor:
 
 
 class UNet(nn.Module):
-    """Noisy images and times to images; any height and width, padded inside.
+    """U-Net from noisy images and times to images; any height and width, padded internally.
 
     UNet(channels=1, width=64)(torch.randn(2, 1, 28, 28), torch.tensor([1, 999]))
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         width: channels at full size; a multiple of 8.
-        time_width: of the embedding.
-        classes: of the labels; 0 for none. A label equal to `classes` means that none is
-        given.
-        patch: the net sees squares of so many pixels as one, with as many more channels.
-        attention: let pixels look at each other at a quarter of the size.
+        time_width: channels of the time embedding.
+        classes: number of labels; 0 for none. The label `classes` is the null class.
+        patch: squares of this many pixels become one pixel with more channels.
+        attention: whether a self-attention layer is added at a quarter of the size.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class UNet(nn.Module):
         patch: int = 1,
         attention: bool = False,
     ) -> None:
-        """Build it."""
+        """Check the sizes, then build the layers."""
         super().__init__()
         if (
             width < NUM_GROUPS
@@ -153,7 +152,7 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Images (b c y x), times (b) in [0, 1000] and labels (b) to images (b c y x)."""
+        """Map images (b c y x), times (b) in [0, 1000] and labels (b) to images (b c y x)."""
         embedding = self.time(timestep_embedding(t, self.time_embed_dim).to(x.dtype))
         if self.labels is not None:
             y = torch.full_like(t, self.classes, dtype=torch.int64) if y is None else y
@@ -186,13 +185,13 @@ class UNet(nn.Module):
 
 
 def save_pretrained(net: UNet, folder: str, extra_config: dict[str, Any]) -> str:
-    """Write the weights, the arguments and what the net is asked into a folder; returns the names.
+    """Write the net's weights and config.json into a folder; return the names of the files.
 
         config = json.load(open("config.json"))
         net = UNet(**config["net"])
         net.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 
-    The rest of config.json says what the net's answers mean: process, prediction, conditioning.
+    The other keys of config.json define the net's output: process, prediction, conditioning.
     """
     weights = {name: w.contiguous() for name, w in net.state_dict().items()}
     with atomic_write(Path(folder, "model.safetensors")) as temporary_path:

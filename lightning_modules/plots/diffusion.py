@@ -1,4 +1,4 @@
-"""What a diffusion model does, drawn: the way back, its guesses on the way, and what lies between.
+"""Figures of a diffusion model: the reverse process, x0 estimates and interpolations.
 
 Each function takes `denoise(x, t)`, which estimates images (b c y x) from noisy ones at a time t,
 and returns a matplotlib figure.
@@ -21,25 +21,25 @@ from ..diffusion_core.noise_schedules import Schedule, Timesteps
 from ..diffusion_core.samplers import ddim
 from ..diffusion_core.sampling import SamplerConfig
 
-if TYPE_CHECKING:  # matplotlib takes half a second, and few runs draw
+if TYPE_CHECKING:  # importing matplotlib takes half a second, and few runs plot
     from matplotlib.figure import Figure
 
 DenoiseFn = Callable[[Tensor, float], Tensor]
-NUM_POINTS = 11  # places along a way
+NUM_POINTS = 11  # columns of a figure
 
 
 def _plot_image_sheet(
     rows: Sequence[Tensor], titles: Sequence[str], row_names: Sequence[str]
 ) -> "Figure":
-    """Rows of images, each (s c y x), under titles s, beside names."""
+    """Plot rows of images, each (s c y x), with column titles and row names."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     images = torch.stack(list(rows))  # (r s c y x)
     height, width = images.shape[-2:]
-    images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0)  # white between them
+    images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0)  # white between images
     sheet = rearrange(to_uint8(images).cpu(), "r s c y x -> (r y) (s x) c").squeeze(-1)
     figure = Figure(figsize=(len(titles), len(rows) + 0.4), layout="constrained", dpi=120)
-    axis: Any = figure.subplots()  # one for all: one each takes minutes to lay out
+    axis: Any = figure.subplots()  # one axis for all images: one for each takes minutes to lay out
     axis.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     tick_positions = [(i + 0.5) * (width + 2) - 0.5 for i in range(len(titles))]
     axis.set_xticks(tick_positions, titles, fontsize=8)
@@ -52,13 +52,13 @@ def _plot_image_sheet(
 
 
 def no_noise(step: int) -> Tensor:
-    """Noise of a sampler that needs none."""
+    """Raise RuntimeError: the noise function of a sampler that needs no noise."""
     raise RuntimeError(f"no noise was expected at step {step}")
 
 
 @torch.no_grad()
 def plot_reverse_process(denoise: DenoiseFn, timesteps: Timesteps, x: Tensor) -> "Figure":
-    """The way from noise x (b c y x) to images, above what is taken for the image at each place."""
+    """Plot the samples x(t) from noise x (b c y x) to images, above the x0 estimates."""
     recorded: list[tuple[float, Tensor, Tensor]] = []
 
     def record_denoise(x: Tensor, t: float) -> Tensor:
@@ -83,7 +83,7 @@ def plot_reverse_process(denoise: DenoiseFn, timesteps: Timesteps, x: Tensor) ->
 def plot_x0_estimates(
     denoise: DenoiseFn, noise_schedule: Schedule, x0: Tensor, eps: Tensor
 ) -> "Figure":
-    """Images x0 (b c y x) under more and more of the noise eps, and what is made of them."""
+    """Plot images x0 (b c y x) with increasing noise eps, and the x0 estimates."""
     t = torch.linspace(0, 1000, NUM_POINTS)[1:]
     alpha, sigma = noise_schedule.alpha_sigma(t)
     noisy = [a * x0 + s * eps for a, s in zip(alpha.tolist(), sigma.tolist(), strict=True)]
@@ -99,7 +99,7 @@ def plot_x0_estimates(
 def plot_interpolation(
     denoise: DenoiseFn, timesteps: Timesteps, first_noise: Tensor, second_noise: Tensor
 ) -> "Figure":
-    """Images of noises between two, one and other (b c y x), along the great circle."""
+    """Plot images of the noises between two noises (b c y x), along the great circle."""
     angles = torch.linspace(0, math.pi / 2, NUM_POINTS)
     rows = []
     for angle in angles.tolist():
@@ -118,7 +118,10 @@ def plot_all(
     x0: Tensor,
     num_classes: int,
 ) -> dict[str, "Figure"]:
-    """All three, with images x0 (b c y x); `denoise` takes x, t (b), y (b) and guidance."""
+    """Create all three figures, with images x0 (b c y x).
+
+    `denoise` takes x, t (b), y (b) and the guidance scale.
+    """
     image_ids = torch.arange(3, device=x0.device)
     y = image_ids % num_classes if num_classes else None
 

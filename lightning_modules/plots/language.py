@@ -1,4 +1,4 @@
-"""What a language model has learned, drawn: probabilities, bigrams, attention (lecture 5).
+"""Figures of a language model: next-token probabilities, bigrams and attention weights (lecture 5).
 
 Each function takes a net on any device and returns a matplotlib figure.
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from ..generation.generate_text import eval_mode
 from ..nn.transformer import Transformer
 
-if TYPE_CHECKING:  # matplotlib takes half a second, and few runs draw
+if TYPE_CHECKING:  # importing matplotlib takes half a second, and few runs plot
     from matplotlib.figure import Figure
 
-TEMPERATURES = (0.2, 0.5, 0.8, 1.0, 1.5)  # the lecture's
-NUM_TOKENS_SHOWN = 20  # tokens of a distribution
+TEMPERATURES = (0.2, 0.5, 0.8, 1.0, 1.5)  # those of the lecture
+NUM_TOKENS_SHOWN = 20  # most probable tokens of a distribution
 PRIMARY_COLOR, ACCENT_COLOR = "#1f4e79", "#c55a11"
 
 
@@ -30,7 +30,7 @@ def _make_figure(rows: int, columns: int, width: float, height: float) -> Any:
 
 
 def printable_token(token: str) -> str:
-    """A token as one can read it: spaces and line breaks become visible."""
+    """Return a token with visible spaces and line breaks."""
     return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
 
 
@@ -38,7 +38,7 @@ def printable_token(token: str) -> str:
 def plot_temperatures(
     net: Transformer, tokens: Tensor, token_names: Sequence[str], prompt: str
 ) -> "Figure":
-    """Probabilities of the next token after tokens (t), at the lecture's five temperatures."""
+    """Plot next-token probabilities after tokens (t), at the lecture's five temperatures."""
     with eval_mode(net):
         logits = net(tokens[None])[0, -1].float()  # (v)
     best = logits.topk(min(NUM_TOKENS_SHOWN, len(logits))).indices
@@ -60,7 +60,7 @@ def plot_temperatures(
 
 @torch.no_grad()
 def plot_bigrams(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -> "Figure":
-    """What follows each token: as the net says, and as counted in a text (n)."""
+    """Plot the probabilities of successors of each token: learned, and counted in a text (n)."""
     vocab_size = net.vocabulary
     counts = torch.zeros(vocab_size, vocab_size, dtype=torch.float64)
     tokens = tokens.long().cpu()
@@ -104,9 +104,9 @@ def plot_bigrams(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -
 
 @torch.no_grad()
 def plot_attention(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -> "Figure":
-    """What each of tokens (t) takes from which, for every layer and at most four heads."""
+    """Plot the attention weights of tokens (t), for every layer and at most four heads."""
     layer_weights: list[Tensor] = []
-    blocks: dict[str, Any] = dict(net.blocks.items())  # a stage of a pipeline has some
+    blocks: dict[str, Any] = dict(net.blocks.items())  # a pipeline stage has only some blocks
     hooks = [
         block.attention.register_forward_pre_hook(
             lambda module, inputs: layer_weights.append(

@@ -1,13 +1,14 @@
-"""GPT-2's weights, in and out, under the names and in the layout of Hugging Face's safetensors.
+"""GPT-2 weights: load and save them in Hugging Face's safetensors format.
 
-    theirs                       ours                                     (layer i)
+    Hugging Face                 Transformer                              (layer i)
     wte, wpe, ln_f               embed, place, norm
     h.i.ln_1, h.i.ln_2           blocks.i.attention_norm, mlp_norm
     h.i.attn.c_attn  (d 3d)      attention.query, key, value  (d d) each
-    h.i.attn.c_proj, mlp.c_fc    attention.out, mlp.up, ...   theirs transposed: x W, ours x Wᵀ
+    h.i.attn.c_proj, mlp.c_fc    attention.out, mlp.up, ...   transposed: x W there, x Wᵀ here
 
-The head is the embedding, and is written only where it is not (`tie_word_embeddings` false).
-What tensors do not show (heads, activation, epsilon) stands in the config.json beside them.
+The head is the embedding; a separate head is written only if `tie_word_embeddings` is false. The
+config.json in the same folder contains the options that tensors do not show (heads, activation,
+epsilon).
 """
 
 import json
@@ -24,7 +25,7 @@ from ravine.errors import MissingFileError, UsageError
 
 from ..nn.transformer import MLP, Transformer, TransformerBlock, with_defaults
 
-GPT2_KWARGS = {  # what makes a Transformer a GPT-2
+GPT2_KWARGS = {  # arguments of a Transformer with GPT-2's architecture
     "positions": "learned",
     "norm": "layernorm",
     "qk_norm": False,
@@ -43,7 +44,7 @@ BLOCK_NAMES = {
     "mlp.c_fc": "mlp.up",
     "mlp.c_proj": "mlp.down",
 }
-HF_ACTIVATIONS = {  # of Hugging Face, and here
+HF_ACTIVATIONS = {  # Hugging Face's names to those of Transformer
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -52,33 +53,33 @@ HF_ACTIVATIONS = {  # of Hugging Face, and here
     "relu": "relu",
     "relu2": "relu2",
 }
-REQUIRED_OPTIONS = {  # options of the format, and the only value that a Transformer can compute
+REQUIRED_OPTIONS = {  # options of the format, with the only value that a Transformer supports
     "model_type": "gpt2",
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "pruned_heads": {},
     "quantization_config": None,
-}  # reorder_and_upcast_attn changes the rounding only
+}  # reorder_and_upcast_attn is allowed: it changes the rounding only
 OPTION_ALIASES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
     "n_positions": "max_position_embeddings",
 }
-MAX_CONFIG_BYTES = 1 << 20  # bytes of a config.json
-ELEMENTS_PER_CHUNK = 1 << 20  # numbers that are looked at together
-HF_PREFIX = "transformer."  # of a model with a head; the published file has none
+MAX_CONFIG_BYTES = 1 << 20  # maximum size of a config.json
+ELEMENTS_PER_CHUNK = 1 << 20  # numbers that are checked at once
+HF_PREFIX = "transformer."  # prefix in a model with a head; the published file has none
 
 
 def from_hf(hf_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names and layout for tensors under theirs."""
+    """Convert tensors from Hugging Face's names and layout to those of `Transformer`."""
     tensors = {}
     for name, tensor in hf_tensors.items():
         module_name, _, param_name = name.removeprefix(HF_PREFIX).rpartition(".")
         if module_name.endswith(".attn"):  # causal masks
             continue
-        if module_name == "lm_head":  # the embedding again, or a head of its own
+        if module_name == "lm_head":  # a copy of the embedding, or a separate head
             tensors["head.weight"] = tensor
             continue
         if module_name in TOP_LEVEL_NAMES:
@@ -97,7 +98,7 @@ def from_hf(hf_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def to_hf(
     tensors: dict[str, Tensor], vocab_size: int, tie_embeddings: bool = True
 ) -> dict[str, Tensor]:
-    """Their names and layout for the tensors of a Transformer, without its padding."""
+    """Convert tensors of a `Transformer` to Hugging Face's names and layout, without padding."""
     top_level_names = {own_name: hf_name for hf_name, own_name in TOP_LEVEL_NAMES.items()}
     block_names = {own_name: hf_name for hf_name, own_name in BLOCK_NAMES.items()}
     hf_tensors = {}
@@ -107,7 +108,7 @@ def to_hf(
             hf_tensors["lm_head.weight"] = tensor[:vocab_size].contiguous()
         if module_name == "head" or module_name.endswith(
             (".key", ".value")
-        ):  # the embedding; with its query
+        ):  # the head is the embedding; key and value are saved with the query
             continue
         if module_name in top_level_names:
             rows = vocab_size if module_name == "embed" else len(tensor)
@@ -126,10 +127,11 @@ def to_hf(
 
 
 def load_hf(path: str | Path, net: Transformer) -> None:
-    """Give a net the weights of a file model.safetensors, or of a folder that holds one.
+    """Load the weights of a model.safetensors file, or of its folder, into a net.
 
-    The config.json beside the file must describe this net: what differs is refused with the
-    arguments of `Transformer` that would fit, and an option that no Transformer has by its name.
+    The config.json in the same folder must describe this net. A mismatch raises UsageError with the
+    fitting arguments of `Transformer`. An option that no Transformer supports is named in the
+    error.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -175,7 +177,7 @@ def load_hf(path: str | Path, net: Transformer) -> None:
 
 
 def infer_sizes(hf_tensors: dict[str, Tensor]) -> dict[str, int]:
-    """What the tensors of a file show, as arguments of `Transformer`."""
+    """Infer sizes from the tensors of a file, as arguments of `Transformer`."""
     tensors = {name.removeprefix(HF_PREFIX): tensor for name, tensor in hf_tensors.items()}
     layers = {int(name.split(".")[1]) for name in tensors if name.startswith("h.")}
     vocab_size, d_model = tensors["wte.weight"].shape
@@ -189,7 +191,7 @@ def infer_sizes(hf_tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def read_config(file: Path) -> dict[str, Any] | None:
-    """The content of config.json; None if there is none."""
+    """Read config.json; return None if there is none."""
     if not file.is_file():
         return None
     try:
@@ -207,12 +209,12 @@ def read_config(file: Path) -> dict[str, Any] | None:
 
 
 def expected_net_kwargs(config: dict[str, Any], sizes: dict[str, int], name: str) -> dict[str, Any]:
-    """The arguments of the Transformer that a config.json describes.
+    """Return the arguments of the Transformer that a config.json describes.
 
     Args:
-        config: what it says; what it leaves out is as in Hugging Face's GPT2Config.
-        sizes: what the tensors show, which must agree.
-        name: of the file.
+        config: content of config.json; missing options have the defaults of GPT2Config.
+        sizes: sizes of the tensors, which must agree with the config.
+        name: name of the file, for messages.
     """
     aliased = {key: config.get(key, config.get(other)) for key, other in OPTION_ALIASES.items()}
     for option, allowed in REQUIRED_OPTIONS.items():
@@ -264,12 +266,12 @@ def expected_net_kwargs(config: dict[str, Any], sizes: dict[str, int], name: str
         )
     has_tied_head = bool(config.get("tie_word_embeddings", True))
     derived = {"heads": num_heads, "mlp": HF_ACTIVATIONS[activation], "norm_eps": float(eps)}
-    # an untied net can hold a tied head, as a copy
+    # None: an untied net can also hold a tied head, as a copy
     return GPT2_KWARGS | sizes | derived | {"tied": True if has_tied_head else None}
 
 
 def get_net_kwargs(net: Transformer) -> dict[str, Any]:
-    """The arguments that a built net has, as far as a GPT-2 decides them."""
+    """Return the arguments of a built net, as far as a GPT-2 determines them."""
     block = cast(TransformerBlock, next(iter(net.blocks.values())))
     attention, mlp, d_model = block.attention, block.mlp, net.embed.embedding_dim
     norm = "layernorm" if isinstance(net.norm, nn.LayerNorm) else type(net.norm).__name__.lower()
@@ -300,16 +302,16 @@ def get_net_kwargs(net: Transformer) -> dict[str, Any]:
 
 
 def check_net_kwargs(expected: dict[str, Any], net: Transformer, name: str) -> None:
-    """Refuse a net whose arguments are not the expected ones, with those to type."""
+    """Raise UsageError, with the flags to type, if a net's arguments differ from the expected."""
     actual = get_net_kwargs(net)
     mismatches = {key: value for key, value in expected.items() if actual[key] != value}
     if (
         mismatches.get("context", 0) >= net.context
-    ):  # a net may see less than its weights have learned
+    ):  # a net's context may be shorter than that of the weights
         del mismatches["context"]
     if expected.get("tied") is True:
         mismatches.pop("tied", None)
-    elif "tied" in mismatches:  # None: a head of its own, which a tied net has no place for
+    elif "tied" in mismatches:  # None: a separate head, which a tied net cannot hold
         mismatches["tied"] = False
         if not actual["tied"]:
             del mismatches["tied"]
@@ -341,9 +343,9 @@ def _format_flag_value(value: Any) -> str:
 
 @torch.no_grad()
 def copy_weights(net: Transformer, weights: dict[str, Tensor], name: str) -> None:
-    """Copy tensors into a net; it may see less than they do, and have a padded vocabulary.
+    """Copy tensors into a net, whose context may be shorter and whose vocabulary may be padded.
 
-    Parameters on the meta device (initial_values.py) read the tensors' rows later.
+    Parameters on the meta device (initial_values.py) read the rows of the tensors later.
     """
     parameters = dict(net.named_parameters())
     mismatches = [f"{n} is only in the file" for n in weights.keys() - parameters.keys()]
@@ -370,7 +372,7 @@ def copy_weights(net: Transformer, weights: dict[str, Tensor], name: str) -> Non
         )
     for key, parameter in parameters.items():
         tensor = weights[key][: len(parameter)]
-        values = getattr(parameter, "initial_values", None)  # its values are made later
+        values = getattr(parameter, "initial_values", None)  # the values are read later
         if values is not None:
             values.set_source(tensor)
         else:
@@ -378,21 +380,21 @@ def copy_weights(net: Transformer, weights: dict[str, Tensor], name: str) -> Non
 
 
 def _split_chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Pieces of at most a million numbers."""
+    """Split a tensor into chunks of at most a million numbers."""
     return tensor.split(max(1, ELEMENTS_PER_CHUNK // max(1, tensor[:1].numel())))
 
 
 def save_hf(
     net: Transformer, net_kwargs: dict[str, Any], folder: str | Path, eos_id: int | None
 ) -> None:
-    """Write model.safetensors and config.json, from which `transformers` makes a GPT-2.
+    """Write model.safetensors and config.json for Hugging Face's GPT2LMHeadModel.
 
     GPT2LMHeadModel.from_pretrained(folder)
     """
     from safetensors.torch import save_file
 
     full_kwargs = with_defaults(net_kwargs)
-    free_options = ("mlp", "tied")  # the format has a word for them
+    free_options = ("mlp", "tied")  # config.json has options for them
     fixed = {key: value for key, value in GPT2_KWARGS.items() if key not in free_options}
     mismatches = [
         f"{key}={full_kwargs[key]}, not {value}"

@@ -1,21 +1,21 @@
-"""Policy-gradient estimators: by which weight each sample's log-probability is pushed up.
+"""Policy-gradient estimators: advantages from rewards (REINFORCE, RLOO, GRPO, rejection) and loss.
 
     gradient = mean over samples of  w_i · ∇ log p(y_i),        log p(y) = Σ_t log p(y_t | y_<t)
 
-    kind        weight w of reward r                        what the expected gradient ascends
+    kind        advantage w of reward r                     objective of the expected gradient
     none        r                                           E r (REINFORCE, Williams 1992)
-    mean        r - mean                                    (B-1)/B · E r: the step shrinks with B
-    rloo        r - mean of the others                      E r, exactly (Kool et al. 2019)
-    grpo        (r - mean) / deviation, 0 if that is 0      of a binary r: (2/π) arcsin √P, times π
+    mean        r - mean                                    (B-1)/B · E r: smaller steps for small B
+    rloo        r - mean of the other samples               E r, exactly (Kool et al. 2019)
+    grpo        (r - mean) / std, 0 if std is 0             of a binary r: (2/π) arcsin √P, times π
     rejection   B/k for the k samples with r = 1, else 0    of a binary r: 1 + log P
 
-P is the probability of r = 1; the last two hold as B grows, and for any B the gradient is ∇P times
+P is the probability of r = 1; the last two hold as B grows. For any B the gradient is ∇P times
 
     grpo        E √(q(1-q)) / (P(1-P)),  q ~ Binomial(B, P) / B
     rejection   (1 - (1-P)^B) / P
 
-tests/lightning_modules/rl/test_advantages.py shows all of this by enumeration. B is the micro-batch
-over all ranks (of a step that accumulates, one part), or one prompt's group.
+tests/lightning_modules/rl/test_advantages.py verifies all of this by enumeration. B is the
+micro-batch over all ranks (with gradient accumulation, one part of a step), or one prompt's group.
 Axes: b samples, n new tokens.
 """
 
@@ -32,33 +32,33 @@ from ravine.errors import UsageError
 AdvantageMethod = Literal["none", "mean", "rloo", "grpo", "rejection"]
 
 RELATIVE_TIE_TOLERANCE = (
-    1e-6  # of the largest |r|: a smaller spread is the rounding of fp32 sums, and counts as none
+    1e-6  # relative to the largest |r|: a smaller range is rounding of fp32 sums and counts as zero
 )
 ABSOLUTE_TIE_TOLERANCE = (
-    1e-12  # a smaller spread is the rounding of fp64 sums whose terms cancel: 0.1 + 0.2 - 0.3
+    1e-12  # a smaller range is rounding of fp64 sums whose terms cancel: 0.1 + 0.2 - 0.3
 )
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """How rewards become a loss.
+    """Estimator settings: how rewards become advantages and a loss.
 
     estimator = Estimator("rloo", scope="group")
     w = estimator.advantages(rewards, group_size=4)                    # (b)
-    loss = estimator.loss(log_probabilities, mask, w, length=256, tokens=mask.sum())
+    loss = estimator.loss(logprobs, mask, w, max_new_tokens=256, num_tokens=mask.sum())
 
     Args:
-        kind: the weight; see above.
-        scope: whom a sample is compared with: the micro-batch on all ranks (the step's batch where
-            gradients are not accumulated), or its prompt's group.
-        deviation: of the population (divide by B), or the sample's (by B - 1): grpo alone.
-        normalize: sequence sums over tokens and is exact; constant divides that by the greatest
-            length, and is as exact; tokens divides by all tokens of the batch, so that the step
-            depends on how long the others are: refused where gradients are accumulated.
-        clip: keep each token's ratio to the sampler's probability within 1 ± clip (PPO). There is
-            one step for each rollout, so only rounding moves the ratio from 1. From 1 on the lower
-            bound never acts.
-        clip_high: another distance for the upper bound: 1 - clip to 1 + clip_high (DAPO: 0.28).
+        kind: formula of the advantage; see above.
+        scope: samples of the baseline: the micro-batch on all ranks (the step's batch if gradients
+            are not accumulated), or the group of one prompt.
+        deviation: std of the population (divide by B) or of the sample (by B - 1); grpo only.
+        normalize: sequence sums over tokens and is exact. constant divides the sum by the maximum
+            length and is exact, too. tokens divides by all tokens of the batch, so the step depends
+            on the other samples' lengths: rejected if gradients are accumulated.
+        clip: clip each token's ratio to the sampler's probability to 1 ± clip (PPO). There is one
+            step for each rollout, so only rounding moves the ratio from 1. From 1 on the lower
+            bound has no effect.
+        clip_high: separate upper bound: the range is 1 - clip to 1 + clip_high (DAPO: 0.28).
     """
 
     kind: AdvantageMethod = "mean"
@@ -69,7 +69,7 @@ class Estimator:
     clip_high: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a clip that lets nothing through, or everything."""
+        """Raise UsageError for a clip bound that is not finite and positive."""
         for name, bound in (("clip", self.clip), ("clip_high", self.clip_high)):
             if bound is not None and not 0 < bound < math.inf:
                 raise UsageError(
@@ -83,10 +83,10 @@ class Estimator:
             )
 
     def check_group_sizes(self, num_samples: int, group_size: int, accumulate: int = 1) -> None:
-        """Refuse a baseline over one sample, which is the sample, and tokens of a part of a step.
+        """Raise UsageError for a baseline over one sample, and for tokens with accumulation.
 
         Args:
-            num_samples: of a micro-batch over all ranks.
+            num_samples: samples of a micro-batch over all ranks.
             group_size: samples of a prompt.
             accumulate: micro-batches of a step.
         """
@@ -106,9 +106,9 @@ class Estimator:
             )
 
     def advantages(self, rewards: Tensor, group_size: int = 1) -> Tensor:
-        """Weights (b) of rewards (b), groups side by side; NaN counts nowhere and weighs 0.
+        """Advantages (b) of rewards (b) with adjacent groups; a NaN is ignored and gets 0.
 
-        Rewards that differ by less than rounding can explain (`RELATIVE_TIE_TOLERANCE`,
+        Rewards with a difference within rounding (`RELATIVE_TIE_TOLERANCE`,
         `ABSOLUTE_TIE_TOLERANCE`) count as equal.
         """
         size = len(rewards) if self.scope == "batch" else group_size
@@ -124,10 +124,11 @@ class Estimator:
         return rearrange(w.where(is_scored, 0.0), "g s -> (g s)")
 
     def for_kl(self) -> "Estimator":
-        """By which a divergence in the reward is weighed: itself, unless it bends rewards.
+        """Estimator used for the KL term; the nonlinear estimators fall back to RLOO.
 
-        grpo would divide a divergence by the deviation of the rewards: where they are equal, by its
-        own, which in the first step is rounding. rejection knows 0 and 1.
+        grpo would divide the KL term by the std of the rewards. For equal rewards it would divide
+        by the KL term's own std, which is rounding error in the first step. rejection accepts only
+        0 and 1.
         """
         return self if self.kind in ("none", "mean", "rloo") else replace(self, kind="rloo")
 
@@ -135,14 +136,14 @@ class Estimator:
         mean = r.sum(1, keepdim=True) / count.clamp(min=1)
         min_reward = r.where(is_scored, math.inf).amin(1, keepdim=True)
         max_reward = r.where(is_scored, -math.inf).amax(1, keepdim=True)
-        # equal rewards teach nothing; their rounded mean would differ, and a deviation of 1e-17
-        # would blow that up to weights of one
+        # equal rewards have advantage 0; their rounded mean differs from them, and a std of 1e-17
+        # would scale the difference to advantages of 1
         rounding = (RELATIVE_TIE_TOLERANCE * r.abs().amax(1, keepdim=True)).clamp(
             min=ABSOLUTE_TIE_TOLERANCE
         )
         w = (r - mean).where(is_scored & (max_reward - min_reward > rounding), 0.0)
         if self.kind == "rloo":
-            return w * count / (count - 1).clamp(min=1)  # r - mean of the others
+            return w * count / (count - 1).clamp(min=1)  # r - mean of the other samples
         if self.kind == "grpo":
             degrees_of_freedom = count - 1 if self.deviation == "sample" else count
             std = (w.square().sum(1, keepdim=True) / degrees_of_freedom.clamp(min=1)).sqrt()
@@ -165,15 +166,15 @@ class Estimator:
     def token_objectives(
         self, logprobs: Tensor, advantages: Tensor, sampler_logprobs: Tensor | None = None
     ) -> Tensor:
-        """The objective of each token (b n), to be summed where the mask is set, and ascended.
+        """Objective of each token (b n), to be summed over the mask and maximized.
 
-        Without clip w log p; with clip min(q w, clamp(q, 1 - clip, 1 + clip_high) w), q the ratio
-        of the policy's probability to the sampler's.
+        Without clip: w log p. With clip: min(q w, clamp(q, 1 - clip, 1 + clip_high) w). q is the
+        ratio of the policy's probability to the sampler's.
 
         Args:
-            logprobs: of the tokens drawn (b n), with gradient.
+            logprobs: of the sampled tokens (b n), with gradient.
             advantages: of the samples (b).
-            sampler_logprobs: the sampler's log-probabilities (b n); needed with clip.
+            sampler_logprobs: the sampler's logprobs (b n); needed with clip.
         """
         w = advantages[:, None]  # (b 1)
         if self.clip is None:
@@ -193,15 +194,15 @@ class Estimator:
         num_tokens: Tensor | float,
         sampler_logprobs: Tensor | None = None,
     ) -> Tensor:
-        """What to descend; its value means nothing, its gradient is minus the one above.
+        """Policy-gradient loss: its gradient is minus the gradient above, its value has no meaning.
 
         Args:
-            logprobs: of the tokens drawn (b n), with gradient.
-            mask: tokens that were drawn (b n), the stop among them.
+            logprobs: of the sampled tokens (b n), with gradient.
+            mask: sampled tokens (b n), including the stop tokens.
             advantages: of the samples (b).
-            max_new_tokens: most tokens a sample may have.
-            num_tokens: tokens of this share of the batch; of several equal shares, their mean.
-            sampler_logprobs: the sampler's log-probabilities (b n), for `clip`.
+            max_new_tokens: maximum number of tokens of a sample.
+            num_tokens: tokens of this part of the batch; for several equal parts, the mean.
+            sampler_logprobs: the sampler's logprobs (b n), for `clip`.
         """
         objectives = self.token_objectives(logprobs, advantages, sampler_logprobs)
         total = objectives.where(mask, 0.0).sum()

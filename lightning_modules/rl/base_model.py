@@ -1,4 +1,4 @@
-"""The base model: a trained language model's checkpoint, from which a policy starts."""
+"""Base model of a policy: load and check the checkpoint of a pretrained language model."""
 
 import hashlib
 import inspect
@@ -20,7 +20,7 @@ from ..nn import Transformer
 
 
 class BaseModel(NamedTuple):
-    """What a checkpoint says of the model: sizes, tokenizer, weights by name."""
+    """Content of a language model's checkpoint: sizes, tokenizer, weights by name, checksum."""
 
     vocabulary: int
     context: int
@@ -31,7 +31,7 @@ class BaseModel(NamedTuple):
 
 
 def find_checkpoint(base_checkpoint: str) -> Path:
-    """The file itself, or of a run's folder the newest checkpoint."""
+    """Return the path of a checkpoint file, or of the newest checkpoint in a run's folder."""
     if not base_checkpoint:
         raise UsageError("base is empty; type --model.base=FILE, or the folder of a run")
     path = Path(base_checkpoint).expanduser()
@@ -56,12 +56,16 @@ def find_checkpoint(base_checkpoint: str) -> Path:
 
 
 def load_base_model(base_checkpoint: str) -> BaseModel:
-    """Read a language model's checkpoint, or that of a policy; refuse one without a tokenizer."""
+    """Load the checkpoint of a language model or of a policy.
+
+    Raises:
+        UsageError: the checkpoint is damaged, has no tokenizer, or is of another kind.
+    """
     path = find_checkpoint(base_checkpoint)
     try:
         with collective_loading(
             mapped_sections=("state_dict",), should_share_checksums=False
-        ):  # weights are copied later
+        ):  # memory-mapped: the weights are copied later
             checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     except CheckpointError as error:
         reason = str(error).partition(" cannot be used: ")[2].partition(";")[0] or str(error)
@@ -91,7 +95,7 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
         )
     net_kwargs = language.get(
         "shape", content.get("hyper_parameters", {})
-    )  # a policy's {} is the default
+    )  # the {} of a policy means the defaults
     net_kwargs = {
         k: v for k, v in net_kwargs.items() if k[0] != "_" and k not in ("vocabulary", "context")
     }
@@ -114,10 +118,10 @@ def _check_net(
     context_length: int,
     net_kwargs: dict[str, Any],
 ) -> None:
-    """Refuse weights of another net than ours of these sizes."""
+    """Raise UsageError if the weights are not those of a `Transformer` of these sizes."""
     mismatches = sorted(net_kwargs.keys() - inspect.signature(Transformer).parameters.keys())
     if not mismatches:
-        with torch.device("meta"):  # sizes without memory
+        with torch.device("meta"):  # shapes without memory
             expected_state = Transformer(vocab_size, context_length, **net_kwargs).state_dict()
         expected_shapes, actual_shapes = (
             {k: v.shape for k, v in state.items()} for state in (expected_state, weights)
@@ -133,7 +137,7 @@ def _check_net(
 
 
 def load_base_for_adapters(base_checkpoint: str, fingerprint: str) -> BaseModel:
-    """The base that a checkpoint of adapters alone belongs to."""
+    """Load the base model of a checkpoint that contains only adapters."""
     try:
         loaded = load_base_model(base_checkpoint)
     except FileNotFoundError:
@@ -147,7 +151,7 @@ def load_base_for_adapters(base_checkpoint: str, fingerprint: str) -> BaseModel:
 
 
 def check_fingerprint(base_checkpoint: str, actual: str, expected: str) -> None:
-    """Refuse a base with another checksum than that of a checkpoint."""
+    """Raise UsageError if the base model's checksum differs from that in a checkpoint."""
     if actual != expected:
         raise UsageError(
             f"the base model at {base_checkpoint} is not the one this policy started from: its "
@@ -158,7 +162,7 @@ def check_fingerprint(base_checkpoint: str, actual: str, expected: str) -> None:
 
 
 def compute_fingerprint(weights: dict[str, Tensor]) -> str:
-    """A checksum of names and values, in hex."""
+    """Checksum (SHA-256) of the names and values of weights, in hex."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())

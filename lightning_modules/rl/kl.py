@@ -1,17 +1,18 @@
-"""KL: stay near a reference, and what each way of asking for it truly optimises.
+"""KL penalty to a reference policy: the estimators k1, k2 and k3, and the objective of each.
 
     Δ_t = log p(y_t | y_<t) - log ref(y_t | y_<t),  both at the sampling temperature
 
-    k1 in the reward   r - (β/m) Σ_t Δ_t, no gradient through Δ, m the greatest length, a constant:
-                       the policy gradient of r - (β/m) KL(p ‖ ref), exactly. With the sample's own
-                       length in the place of m it would be the gradient of nothing. grpo and
-                       rejection bend rewards; beside them Δ is weighed by rloo, as exactly.
-    k2 in the loss     (β/m) Σ_t Δ_t² / 2: lowers KL(p ‖ ref) of each next token where samples
-                       lead, and does not see that an early token leads to other places.
-    k3 in the loss     (β/m) Σ_t (e^-Δ_t - 1 + Δ_t): likewise, of the forward KL(ref ‖ p).
-    k1 in the loss     its expected gradient is zero: refused.
+    k1 in the reward   r - (β/m) Σ_t Δ_t, no gradient through Δ; m is the maximum length, a
+                       constant. Exact policy gradient of r - (β/m) KL(p ‖ ref). With the sample's
+                       own length in place of m it is not the gradient of any objective. With grpo
+                       and rejection, which are nonlinear in the rewards, the advantages of Δ are
+                       those of rloo, which are exact.
+    k2 in the loss     (β/m) Σ_t Δ_t² / 2: lowers KL(p ‖ ref) of each next token at the sampled
+                       prefixes; ignores the effect of a token on later prefixes.
+    k3 in the loss     (β/m) Σ_t (e^-Δ_t - 1 + Δ_t): as k2, for the forward KL(ref ‖ p).
+    k1 in the loss     its expected gradient is zero: rejected.
 
-As measures (logged always) k1 and k3 both estimate KL(p ‖ ref); k3 is never negative. After
+As metrics (always logged) k1 and k3 both estimate KL(p ‖ ref); k3 is never negative. Source:
 J. Schulman, "Approximating KL divergence" (2020). Axes: b samples, n new tokens.
 """
 
@@ -26,13 +27,13 @@ from ravine.errors import UsageError
 
 @dataclass(frozen=True)
 class KL:
-    """How strongly, by which estimate, and where.
+    """Settings of the KL penalty: coefficient, estimator and placement.
 
     kl = KL(beta=0.1)
-    rewards = rewards - kl.beta * kl.penalty(log_p, log_ref, mask, length=256)
+    rewards = rewards - kl.beta * kl.kl_penalty(logprobs, ref_logprobs, mask, max_new_tokens=256)
 
     Args:
-        beta: reward lost for each nat a token; 0 is none.
+        beta: KL coefficient: reward lost for each nat per token; 0 disables the penalty.
         estimator: k1, k2 or k3.
         where: k1 belongs in the reward, k2 and k3 in the loss.
     """
@@ -42,7 +43,7 @@ class KL:
     where: Literal["reward", "loss"] = "reward"
 
     def __post_init__(self) -> None:
-        """Refuse what would optimise nothing, or something else than it says."""
+        """Raise UsageError if the gradient would be zero, or would not be that of a divergence."""
         if not self.beta >= 0:
             raise UsageError(f"beta is {self.beta}; allowed: 0 or more; type --model.kl.beta=0.1")
         if self.estimator == "k1" and self.where == "loss":
@@ -59,7 +60,7 @@ class KL:
     def kl_penalty(
         self, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, max_new_tokens: int
     ) -> Tensor:
-        """Of each sample (b), to be taken from its reward or put into the loss, without beta."""
+        """KL penalty (b) without beta, to subtract from the rewards or to add to the loss."""
         return (
             estimate_kl(self.estimator, logprobs, ref_logprobs).where(mask, 0.0).sum(1)
             / max_new_tokens
@@ -67,7 +68,7 @@ class KL:
 
 
 def estimate_kl(estimator: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k1, k2 or k3 of each token (b n), from log-probabilities (b n)."""
+    """KL estimate k1, k2 or k3 of each token (b n), from logprobs (b n)."""
     delta = logprobs - ref_logprobs
     if estimator == "k1":
         return delta

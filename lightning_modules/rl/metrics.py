@@ -1,15 +1,15 @@
-"""What to watch while a reward is climbed: rewards are gamed, and texts die, in known ways.
+"""Rollout metrics that reveal reward hacking and mode collapse during policy-gradient training.
 
-    distinct          share of texts that are different           one text for every prompt: 1/b
-    jaccard           mean distance of pairs, word 4-grams        near 0: all alike
-    nearest_jaccard   mean distance to the nearest other text     the same, seen earlier
-    vocabulary        share of all words that the corpus has      gibberish: near 0
-    distinct_words    different words in the batch                a narrow language
-    kl, kl_k3         nats a token away from the reference
-    entropy           nats a token that the policy still leaves open
-    zero_advantages   share of samples whose reward teaches nothing
+    distinct          fraction of distinct texts                  1/b if all texts are equal
+    jaccard           mean pairwise distance, word 4-grams        near 0 if all texts are similar
+    nearest_jaccard   mean distance to the nearest other text     falls earlier than jaccard
+    vocabulary        fraction of words found in the corpus       near 0 for gibberish
+    distinct_words    number of different words in the batch      falls if the language narrows
+    kl, kl_k3         KL divergence from the reference, in nats per token
+    entropy           entropy of the policy, in nats per token
+    zero_advantages   fraction of samples with advantage 0
 
-All of it is of the batch over all ranks.
+All metrics are of the batch over all ranks.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from .text_similarity import mean_pairwise_distance, nearest_distance, pairwise_
 
 
 def text_metrics(texts: Sequence[str], corpus_stats: Facts | None) -> dict[str, float]:
-    """The measures of the texts themselves."""
+    """Compute the metrics of the texts themselves."""
     distance = pairwise_jaccard_distance(texts)
     words = [word for text in texts for word in text.split()]
     metrics = {
@@ -42,7 +42,7 @@ def text_metrics(texts: Sequence[str], corpus_stats: Facts | None) -> dict[str, 
 def reward_metrics(
     reward_fns: Sequence[Reward], values: Tensor, rewards: Tensor
 ) -> dict[str, float]:
-    """Mean and spread of each term (terms, b), and of the sum (b); NaN counts nowhere."""
+    """Mean and standard deviation of each reward (terms, b) and of the sum (b); NaN is ignored."""
     metrics = {}
     for name, row in [("reward", rewards), *zip((t.name for t in reward_fns), values, strict=True)]:
         scored = row[~row.isnan()]
@@ -55,7 +55,7 @@ def reward_metrics(
 def token_statistics(
     generated: GenerationOutput, ref_logprobs: Tensor | None, kl: KL, max_new_tokens: int
 ) -> Tensor:
-    """Sums over each sample's tokens, float64 (b 5): k1, k3, -log p, tokens; last KL's penalty."""
+    """Sums over each sample's tokens, float64 (b 5): k1, k3, -log p, tokens, KL penalty."""
     logprobs, mask = generated.log_probabilities.double(), generated.mask
     reference = logprobs if ref_logprobs is None else ref_logprobs.double()
     rows = [
@@ -69,7 +69,7 @@ def token_statistics(
 
 
 def token_metrics(statistics: Tensor, has_reference: bool) -> dict[str, float]:
-    """Means a token of what `token_statistics` has summed (b 5)."""
+    """Means per token from the sums (b 5) of `token_statistics`."""
     k1, k3, entropy, tokens, _ = statistics.sum(0).tolist()
     metrics = {"entropy": entropy / tokens, "tokens": tokens}
     return metrics | ({"kl": k1 / tokens, "kl_k3": k3 / tokens} if has_reference else {})

@@ -1,12 +1,12 @@
-"""A rollout: what the policy wrote and by which weight; and the loss that a rollout stands for.
+"""Rollouts for policy gradients: the generated batch, its logprobs and the policy loss.
 
-    prompts -> generate -> tokens, mask -> rewards -> weights       no gradient, before the step
-    rollout -> log-probabilities again, with gradient -> loss       the step
+    prompts -> generate -> tokens, mask -> rewards -> advantages    no gradient, before the step
+    rollout -> logprobs again, with gradient -> loss                the training step
 
-The second pass computes what the first one knew, because the first was cached, recorded, or in
-another precision: the gradient is taken of the net as it trains. Both see the net in evaluation
-mode (dropout would make them two policies) and through one `Sampling`. It reads a prompt once for
-all of its samples, if the net can (`language/branches.py`).
+The second pass recomputes the logprobs with gradients, because generation uses a KV cache, CUDA
+graphs or another precision. Both passes run the net in evaluation mode (dropout would make two
+different policies) and use the same `Sampling`. The second pass computes a prompt once for all of
+its samples, if the net supports it (generation/shared_prefix.py).
 
 Axes: g prompts, b samples, t positions, n new tokens, v vocabulary.
 """
@@ -36,29 +36,29 @@ NetFn = Callable[..., Tensor]
 class Rollout(NamedTuple):
     """A batch of samples on the net's device."""
 
-    input_ids: Tensor  # (b t) prompt and continuation, right-padded, without the last token
-    logit_positions: Tensor  # (b n) positions in the text whose logits drew the new tokens
+    input_ids: Tensor  # (b t) prompt and completion, right-padded, without the last token
+    logit_positions: Tensor  # (b n) positions in the text whose logits predict the new tokens
     tokens: Tensor  # (b n)
-    mask: Tensor  # (b n) true up to the end, the stop included
-    sampler_logprobs: Tensor  # (b n) log-probabilities when they were drawn
-    advantages: Tensor  # (b) from the rewards
-    tokens_per_rank: Tensor  # () tokens of a rank, the mean over ranks
-    ref_logprobs: Tensor | None = None  # (b n) the reference's log-probabilities
-    shared_prefix: SharedPrefixBatch | None = None  # text and places once more, each prompt once
+    mask: Tensor  # (b n) true up to the end, including the stop tokens
+    sampler_logprobs: Tensor  # (b n) logprobs at sampling time
+    advantages: Tensor  # (b) computed from the rewards
+    tokens_per_rank: Tensor  # () mean over ranks of the number of tokens
+    ref_logprobs: Tensor | None = None  # (b n) logprobs under the reference
+    shared_prefix: SharedPrefixBatch | None = None  # the same texts, with each prompt once
 
 
 def make_shared_prefix_batch(
     net: nn.Module, prompts: Sequence[Tensor], tokens: Tensor
 ) -> SharedPrefixBatch | None:
-    """Tokens (b n) behind prompts (g < b), if the net makes of `SharedPrefixBatch` what it makes
-    of texts.
+    """Pack tokens (b n) and prompts (g < b) into a `SharedPrefixBatch`; None if not supported.
 
-    It does not if experts share out a row's tokens, nor where somebody answers in its place (a
-    pipeline) or attends in its blocks' (a cut sequence).
+    It needs a Transformer without experts, whose capacity depends on the row. Pipeline stages,
+    which replace `forward`, and context parallelism, which replaces the attention, do not support
+    it.
     """
     is_ungrouped = len(prompts) == len(
         tokens
-    )  # little is saved, and torch's causal kernels are lost
+    )  # little would be saved, without torch's causal kernels
     if is_ungrouped or not isinstance(net, Transformer) or "forward" in vars(net):
         return None
     blocks = [cast(TransformerBlock, block) for block in net.blocks.values()]
@@ -79,7 +79,7 @@ def compute_logits_at(
     logit_positions: Tensor,
     shared_prefix: SharedPrefixBatch | None = None,
 ) -> Tensor:
-    """Logits (b n v) at some places of texts (b t)."""
+    """Compute the logits (b n v) at positions (b n) of texts (b t)."""
     if shared_prefix is not None:
         return net(shared_prefix.tokens, shared_prefix)
     return net(input_ids)[
@@ -88,7 +88,7 @@ def compute_logits_at(
 
 
 def compute_rollout_logprobs(net: NetFn, rollout: Rollout, sampling: Sampling) -> Tensor:
-    """Of the tokens that were drawn, with gradient: (b n), 0 after the end."""
+    """Compute the logprobs (b n) of the rollout's tokens, with gradient; 0 after the end."""
     logits = compute_logits_at(
         net, rollout.input_ids, rollout.logit_positions, rollout.shared_prefix
     )
@@ -104,9 +104,10 @@ def compute_ref_logprobs(
     sampling: Sampling,
     shared_prefix: SharedPrefixBatch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The reference's log-probabilities (b n) at the sampling temperature, and at 1.
+    """Compute the reference's logprobs (b n) at the sampling temperature, and at temperature 1.
 
-    Top-k and the like are left out: what the policy may draw need not be in the reference's k.
+    Top-k, top-p and min-p are not applied: a token of the policy need not be among the reference's
+    k.
     """
     with torch.no_grad():
         logits = compute_logits_at(net, input_ids, logit_positions, shared_prefix)
@@ -119,7 +120,7 @@ def compute_ref_logprobs(
 def policy_loss(
     rollout: Rollout, logprobs: Tensor, estimator: Estimator, kl: KL, max_new_tokens: int
 ) -> Tensor:
-    """The policy-gradient loss of a rollout, and the divergence if it stands in the loss."""
+    """Policy-gradient loss of a rollout, plus the KL penalty if `kl.where` is "loss"."""
     mask = rollout.mask
     loss = estimator.loss(
         logprobs,
@@ -140,16 +141,19 @@ def policy_loss(
 
 
 def logprob_gap(logprobs: Tensor, rollout: Rollout) -> Tensor:
-    """Root mean square of log p now - log p when drawn, over tokens: rounding, or a mistake."""
+    """Root mean square difference of learner and sampler logprobs over tokens.
+
+    The cause is rounding, or a mistake.
+    """
     gap = (logprobs.detach() - rollout.sampler_logprobs).where(rollout.mask, 0.0)
     return (gap.square().sum() / rollout.mask.sum()).sqrt()
 
 
 @contextmanager
 def disable_adapters(net: nn.Module) -> Iterator[None]:
-    """The net without its low-rank adapters: what it was before they learned anything.
+    """Disable the low-rank adapters of a net: it then computes what the base model computes.
 
-    An adapter is a module with a flag `lora_enabled`, as the LoRA callback makes them.
+    An adapter is a module with a flag `lora_enabled`, as the LoRA callback creates them.
     """
     adapters: list[Any] = [m for m in net.modules() if hasattr(m, "lora_enabled")]
     if not adapters:

@@ -1,9 +1,9 @@
-"""The judge: from what all ranks wrote to this rank's weights, and what there is to see of it.
+"""Rollout scoring: from generated tokens of all ranks to rewards, advantages and metrics.
 
-    tokens of all ranks -> texts -> terms of ours -> answers of all ranks -> rewards -> weights
+    tokens of all ranks -> texts -> terms on this rank -> terms of all ranks -> rewards
+    -> advantages
 
-Ranks exchange tokens and numbers through one function, `all_gather`; that is all the judge knows of
-them, and on one process it gives back what it gets.
+Ranks exchange tokens and numbers only by `all_gather`; on one process it returns its argument.
 
 Axes: b samples of this rank, B of all ranks, n new tokens.
 """
@@ -28,22 +28,22 @@ from .rewards.base import Facts, Reward, RewardError, Samples, check_scored, sco
 
 
 class ScoredRollout(NamedTuple):
-    """What the judge says."""
+    """Advantages, metrics and sample rows of a scored rollout."""
 
     advantages: Tensor  # (b)
-    tokens_per_rank: Tensor  # () tokens of a rank, the mean over ranks
-    metrics: dict[str, float]  # of all ranks
+    tokens_per_rank: Tensor  # () mean over ranks of the number of tokens
+    metrics: dict[str, float]  # over all ranks
     rows: list[dict[str, Any]]  # prompt, text, reward and terms of this rank's samples
 
 
 @dataclass
 class RolloutScorer:
-    """Scores texts by the terms and weighs them by the estimator."""
+    """Score texts by the reward terms and compute advantages by the estimator."""
 
     reward_fns: Sequence[Reward]
     estimator: Estimator
     kl: KL
-    max_new_tokens: int  # most tokens a text may have
+    max_new_tokens: int  # maximum number of tokens of a completion
     group_size: int
     tokenizer: Tokenizer
     stop: str | None
@@ -59,14 +59,14 @@ class RolloutScorer:
         ref_logprobs: Tensor | None,
         ref_logprobs_t1: Tensor | None,
     ) -> ScoredRollout:
-        """Judge what was written after prompts (one a group).
+        """Score the completions of prompts (one prompt for each group).
 
         Args:
-            prompts: b / group_size of them.
-            columns: what the data say of each prompt.
+            prompts: b / group_size prompts.
+            columns: columns of the data, with a value for each prompt.
             generated: (b n).
-            ref_logprobs: the reference's log-probabilities (b n) at the sampling temperature.
-            ref_logprobs_t1: at temperature 1.
+            ref_logprobs: the reference's logprobs (b n) at the sampling temperature.
+            ref_logprobs_t1: the reference's logprobs (b n) at temperature 1.
         """
         local_tokens = generated.tokens.masked_fill(~generated.mask, -1)  # (b n)
         all_texts = self.decode(self.all_gather(local_tokens))  # texts (B)
@@ -108,7 +108,7 @@ class RolloutScorer:
         metrics |= token_metrics(statistics, has_reference=ref_logprobs is not None)
         is_zero = (
             reward_advantages.abs() <= RELATIVE_TIE_TOLERANCE * reward_advantages.abs().max()
-        )  # but for rounding
+        )  # up to rounding
         metrics["zero_advantages"] = is_zero.double().mean().item()
         if not reward_advantages.any():
             kl_note = " but to stay near the reference" if self.kl.beta else ""
@@ -123,20 +123,20 @@ class RolloutScorer:
         )
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Texts of tokens (B n), up to the stop; -1 is none."""
+        """Decode tokens (B n) to texts, up to the stop string; -1 is no token."""
         skipped_ids, stops = (-1, self.tokenizer.eos_id), [] if self.stop is None else [self.stop]
         rows = ([n for n in row if n not in skipped_ids] for row in tokens.tolist())
         return [truncate_at_stop(self.tokenizer.decode(row), stops) for row in rows]
 
     def _kl_advantages(self, penalty: Tensor, rewards: Tensor) -> Tensor:
-        """What the divergence (B) takes from the weights, if it stands in the reward."""
+        """Advantages (B) of the KL penalty if `kl.where` is "reward", else 0; to be subtracted."""
         if not self.kl.beta or self.kl.where == "loss":
             return torch.zeros_like(rewards)
         scored_penalty = penalty.where(~rewards.isnan(), math.nan)
         return self.kl.beta * self.estimator.for_kl().advantages(scored_penalty, self.group_size)
 
     def _score_on_all_ranks(self, inputs: Samples) -> Tensor:
-        """The terms' answers (b terms); if they fail on one rank, all ranks end."""
+        """Values of the terms (b terms); if a term fails on one rank, all ranks raise."""
         error: RewardError | None = None
         values = torch.zeros(len(self.reward_fns), len(inputs.texts), dtype=torch.float64)
         try:

@@ -1,7 +1,8 @@
-"""Where a step's time goes, by the host's clock: nothing waits for the device to ask it.
+"""Stopwatch: wall-clock seconds of each phase of a training step, without device synchronization.
 
-A rollout ends in a look at its tokens, and a reward in numbers of Python, so theirs are seconds of
-the device too; of an update on a GPU it is the time to start the work, and to wait for room.
+A rollout ends with a read of its tokens, and a reward with Python numbers. So their times include
+the device's time. The time of an update on a GPU is only the time to launch its kernels, and to
+wait for space in the queue.
 """
 
 import time
@@ -10,24 +11,24 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Seconds of named parts: `with clock("reward"): ...`, or `start` here and `stop` there."""
+    """Seconds of named phases: `with stopwatch("reward"): ...`, or `start` and `stop`."""
 
     def __init__(self) -> None:
-        """Start with none."""
+        """Start without any phase."""
         self.durations_s: dict[str, float] = {}
         self._start_times: dict[str, float] = {}
 
     def start(self, name: str) -> None:
-        """Begin a part."""
+        """Start a phase."""
         self._start_times[name] = time.perf_counter()
 
     def stop(self, name: str) -> None:
-        """End it."""
+        """Stop a phase and store its duration in seconds."""
         self.durations_s[f"seconds_{name}"] = time.perf_counter() - self._start_times[name]
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time a part."""
+        """Measure the duration of a `with` block."""
         self.start(name)
         yield
         self.stop(name)

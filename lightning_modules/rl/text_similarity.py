@@ -1,9 +1,9 @@
-"""How alike texts are: the Jaccard distance of their word n-grams, of all pairs at once.
+"""Text similarity: pairwise Jaccard distances of word n-grams.
 
     distance(A, B) = 1 - |A and B| / |A or B|          1: nothing in common, 0: the same set
 
-An n-gram that one text alone has is in no intersection, and in a living batch nearly all are such:
-what is left makes one small product of matrices (64 texts of 256 characters: 1 ms).
+An n-gram of one text only is in no intersection, and in a diverse batch nearly all n-grams are of
+this kind. The others form one small matrix product (64 texts of 256 characters: 1 ms).
 """
 
 from collections import defaultdict
@@ -13,12 +13,12 @@ import numpy as np
 
 
 def sequence_ngrams(items: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
-    """All runs of n items, in order: len(items) - n + 1 of them, or none."""
+    """Return all runs of n items, in order: len(items) - n + 1 of them, or none."""
     return list(zip(*(items[i:] for i in range(n)), strict=False))
 
 
 def pairwise_jaccard_distance(texts: Sequence[str], n: int = 4) -> np.ndarray:
-    """Distances of word n-grams, float64 (b b); two texts without any are the same text."""
+    """Jaccard distances of word n-grams, float64 (b b); 0 between two texts without n-grams."""
     rows_by_ngram: dict[Hashable, list[int]] = defaultdict(list)
     sizes = np.zeros(len(texts))
     for row, text in enumerate(texts):
@@ -39,7 +39,7 @@ def pairwise_jaccard_distance(texts: Sequence[str], n: int = 4) -> np.ndarray:
 
 
 def nearest_distance(distance: np.ndarray) -> np.ndarray:
-    """From each text to the nearest of the others (b); of a single text 1."""
+    """Distance (b) from each text to the nearest other text; 1 for a single text."""
     if len(distance) < 2:
         return np.ones(len(distance))
     off_diagonal = distance + np.diag(np.full(len(distance), np.inf))
@@ -47,6 +47,6 @@ def nearest_distance(distance: np.ndarray) -> np.ndarray:
 
 
 def mean_pairwise_distance(distance: np.ndarray) -> float:
-    """Mean over all pairs of different texts; of a single text 1."""
+    """Mean distance over all pairs of different texts; 1 for a single text."""
     n = len(distance)
     return float(distance.sum() / (n * (n - 1))) if n > 1 else 1.0

@@ -1,6 +1,6 @@
-"""What is refused before the first step: choices that make no policy gradient, and prompts.
+"""Config validation for policy gradients: sampling, KL, group size, prompt lengths, characters.
 
-Of each mistake: what was given, what is allowed, what to type.
+Each error message contains the given value, the allowed values and the flag to type.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def validate_config(
     reference: str,
     stop: str | None = None,
 ) -> None:
-    """Refuse choices that make no policy gradient, alone or together."""
+    """Raise UsageError for invalid settings, alone or in combination."""
     for name, value in (("new", max_new_tokens), ("group_size", group_size)):
         if value < 1:
             raise UsageError(f"{name} is {value}; allowed: 1 or more; type --model.{name}=1")
@@ -44,7 +44,7 @@ def validate_config(
 def check_prompt_length(
     description: str, prompt: str, num_tokens: int, max_new_tokens: int, context_length: int
 ) -> None:
-    """Refuse a prompt of `num_tokens` tokens that leaves no place for the new ones."""
+    """Raise UsageError if `num_tokens` tokens and the new tokens exceed the context."""
     if num_tokens + max_new_tokens - 1 > context_length:
         max_fitting = context_length - num_tokens + 1
         fewer_hint = f"type --model.new={max_fitting} or less, or " if max_fitting > 0 else ""
@@ -63,7 +63,10 @@ def check_prompt_length(
 def check_prompt_characters(
     characters: str, tokenizer: Tokenizer, provenance: dict[str, Any]
 ) -> None:
-    """Refuse prompts with a character that the base never saw: before training, on every rank."""
+    """Raise UsageError for characters that the base model's tokenizer lacks.
+
+    It runs before training, on every rank.
+    """
     try:
         tokenizer.encode(characters)
     except ValueError:

@@ -1,10 +1,10 @@
-"""Rewards as a sum of terms: what a term sees, what it may answer, and how the terms are added up.
+"""Rewards for policy gradients: base class, inputs, validation and weighted sum.
 
-    reward of sample i = Σ_terms  weight · term_i         a term of weight 0 is watched only
+    reward of sample i = Σ_terms  weight · term_i         a term of weight 0 is only logged
 
-A term answers a number for each of this rank's samples, or None for one that it cannot score: such
-a sample gets no reward and weighs nothing. A term that fails, or answers NaN, or too few numbers,
-stops the run with its name and the sample's.
+A term returns a number for each of this rank's samples, or None for a sample that it cannot score.
+Such a sample gets no reward and its advantage is 0. A term that raises, returns NaN or returns too
+few numbers stops the run; the error names the term and the sample.
 """
 
 import copy
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-MAX_FLOAT32 = float(torch.finfo(torch.float32).max)  # in which weights of samples are multiplied
+MAX_FLOAT32 = float(torch.finfo(torch.float32).max)  # advantages are multiplied in fp32
 CANCELLATION_TOLERANCE = (
-    1e-12  # of the summands' absolute values: a smaller sum is the rounding of terms
+    1e-12  # relative to the sum of absolute values; a smaller sum is rounding error
 )
 MAX_CHARS_SHOWN = 40  # characters of a text in a message
-RESERVED_NAMES = frozenset({  # what is logged beside the terms, or stands beside them in a sample
+RESERVED_NAMES = frozenset({  # other logged metrics and sample columns
     "reward", "surrogate", "entropy", "kl", "kl_k3", "distinct", "jaccard", "nearest_jaccard",
     "vocabulary", "distinct_words", "tokens", "tokens_per_second", "zero_advantages", "drift",
     "prompt", "text",
@@ -36,24 +36,24 @@ RESERVED_NAMES = frozenset({  # what is logged beside the terms, or stands besid
 
 
 class RewardError(UsageError):
-    """A term that cannot be used, or failed; the text names it and the sample."""
+    """Error of an invalid or failed reward term; the message names the term and the sample."""
 
 
 class Facts:
-    """What is known of the corpus: its words and its speakers."""
+    """Statistics of the corpus: its words and its speakers."""
 
     def __init__(self, text: str) -> None:
-        """Take them from the text."""
+        """Store the text; the statistics are computed on first use."""
         self.text = text
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """Between blanks, with their punctuation."""
+        """Words of the corpus, split at whitespace, including punctuation."""
         return frozenset(self.text.split())
 
     @cached_property
     def speakers(self) -> frozenset[str]:
-        """Names that begin a speech of a play: a line that ends in a colon, after an empty one."""
+        """Speakers of a play: names on a line that ends in a colon, after an empty line."""
         return frozenset(re.findall(r"(?:\A|\n\n)([^\n:]+):\n", self.text))
 
 
@@ -62,18 +62,18 @@ class Samples:
     """This rank's samples, and the texts of all ranks; tensors (b n) on the CPU."""
 
     prompts: list[str]
-    texts: list[str]  # what was written after each
+    texts: list[str]  # the text after each prompt
     tokens: Tensor
     mask: Tensor
-    log_probabilities: Tensor  # of the sampler
-    ref_logprobs: Tensor | None = None  # log-probabilities under the reference, at temperature 1
-    columns: dict[str, list[Any]] = field(default_factory=dict)  # of the data
+    log_probabilities: Tensor  # logprobs of the sampler
+    ref_logprobs: Tensor | None = None  # logprobs under the reference, at temperature 1
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # columns of the data
     corpus_stats: Facts | None = None
-    all_texts: list[str] = field(default_factory=list)  # texts of all ranks, in the batch's order
-    rank_offset: int = 0  # place of our first text among them
+    all_texts: list[str] = field(default_factory=list)  # of all ranks, in the order of the batch
+    rank_offset: int = 0  # index of this rank's first text in `all_texts`
 
     def copy_slice(self, first: int = 0, last: int | None = None) -> "Samples":
-        """Samples first .. last-1, for a term to do with what it likes: others read the same."""
+        """Copy samples first .. last-1; a term may modify the copy without side effects."""
         rows = slice(first, last)
         fields = {
             name: None if (x := getattr(self, name)) is None else copy.deepcopy(x[rows])
@@ -89,32 +89,32 @@ class Samples:
 
 
 class Reward(ABC):
-    """A term of the reward: write `score`.
+    """Base class of a reward term; a subclass implements `score`.
 
     class Length(Reward):
-        def score(self, samples): return [len(text) / 256 for text in samples.texts]
+        def score(self, inputs): return [len(text) / 256 for text in inputs.texts]
 
     Args:
-        weight: what it is multiplied by in the sum; 0 to watch it only.
-        name: under which it is logged; by default the class's.
+        weight: weight of the term in the sum; 0 logs it only.
+        name: name of the logged metric; by default the class's name in snake case.
     """
 
     needs_corpus = False
     needs_reference = False
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
-        """Choose the weight."""
+        """Set weight and name."""
         self.weight = weight
         default_name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
         self.name = name or default_name
 
     @abstractmethod
     def score(self, inputs: Samples) -> Sequence[float | None] | Tensor:
-        """A number for each of the samples, or None for one that has none."""
+        """Return a number for each sample, or None for a sample that cannot be scored."""
 
 
 def check_rewards(reward_fns: Sequence[Reward], has_corpus: bool, has_reference: bool) -> None:
-    """Refuse, before the first step, terms that lack what they need or have one name for two."""
+    """Raise RewardError before the first step for missing inputs, wrong weights and equal names."""
     if not reward_fns:
         raise RewardError(
             "Reinforce has no rewards; allowed: CharacterFraction, Binary, RewardFunction and "
@@ -147,14 +147,14 @@ def check_rewards(reward_fns: Sequence[Reward], has_corpus: bool, has_reference:
 
 
 def score_all(reward_fns: Sequence[Reward], inputs: Samples) -> Tensor:
-    """The terms' answers, float64 (terms, b), NaN where a term gave None."""
+    """Values of all terms, float64 (terms, b), NaN where a term returned None."""
     return torch.stack([_score_checked(reward_fn, inputs) for reward_fn in reward_fns])
 
 
 def weighted_sum(reward_fns: Sequence[Reward], values: Tensor) -> Tensor:
-    """Weighted sum (b) of the answers (terms, b); NaN where a term that counts gave none.
+    """Weighted sum (b) of the values (terms, b); NaN where a term of nonzero weight has none.
 
-    A sum whose terms cancel but for rounding (0.1 + 0.2 - 0.3) is 0.
+    A sum whose terms cancel up to rounding (0.1 + 0.2 - 0.3) is 0.
     """
     counted_indices = [i for i, reward_fn in enumerate(reward_fns) if reward_fn.weight]
     weights = values.new_tensor([reward_fns[i].weight for i in counted_indices])
@@ -176,7 +176,7 @@ def weighted_sum(reward_fns: Sequence[Reward], values: Tensor) -> Tensor:
 
 
 def check_scored(reward_fns: Sequence[Reward], values: Tensor) -> None:
-    """Refuse a batch (terms, b) of which a term that counts has scored nothing."""
+    """Raise RewardError if a term of nonzero weight scored no sample of the batch (terms, b)."""
     for reward_fn, row in zip(reward_fns, values, strict=True):
         if reward_fn.weight and row.isnan().all():
             raise RewardError(
@@ -187,7 +187,7 @@ def check_scored(reward_fns: Sequence[Reward], values: Tensor) -> None:
 
 
 def _score_checked(reward_fn: Reward, inputs: Samples) -> Tensor:
-    """One term's answers (b), or an error that names it and the sample."""
+    """Values of one term (b), or an error that names the term and the sample."""
     try:
         values, numbers = _call_reward(reward_fn, inputs)
     except RewardError:
@@ -221,7 +221,7 @@ def _score_checked(reward_fn: Reward, inputs: Samples) -> Tensor:
 
 
 def _call_reward(reward_fn: Reward, inputs: Samples) -> tuple[list[Any], list[float]]:
-    """What a term answers, and the same as numbers, NaN for None."""
+    """Return a term's values as returned, and as numbers with NaN for None."""
     returned = reward_fn.score(inputs.copy_slice())
     if isinstance(returned, str | bytes | bytearray | Mapping | Set):
         raise RewardError(
@@ -234,7 +234,7 @@ def _call_reward(reward_fn: Reward, inputs: Samples) -> tuple[list[Any], list[fl
 
 
 def _describe_first_failure(reward_fn: Reward, inputs: Samples) -> str:
-    """The first sample on which the term fails by itself, in words."""
+    """Describe the first sample on which the term fails when called with this sample only."""
     for i in range(len(inputs.texts)):
         try:
             _call_reward(reward_fn, inputs.copy_slice(i, i + 1))
@@ -248,16 +248,16 @@ def _describe_sample(inputs: Samples, i: int) -> str:
 
 
 def shorten(text: str) -> str:
-    """The beginning of a text, for a message."""
+    """Shorten a text for a message."""
     return text if len(text) <= MAX_CHARS_SHOWN else text[: MAX_CHARS_SHOWN - 1] + "…"
 
 
 def format_error(error: Exception) -> str:
-    """An error's kind and what it says, in one line."""
+    """Format an error's type and message in one line."""
     return ": ".join([type(error).__name__, *filter(None, [" ".join(str(error).split())])])
 
 
 def _format_location(error: Exception) -> str:
-    """Where it was raised, if that was not in this file: there an answer is only read."""
+    """File and line where an error was raised, unless in this file, which only reads the values."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return "" if frame.filename == __file__ else f" ({Path(frame.filename).name}:{frame.lineno})"

@@ -1,14 +1,14 @@
-"""The terms of lecture 7, from the letter e to a batch in which no text is another's copy.
+"""Built-in reward terms of lecture 7, from a letter penalty to a batch diversity term.
 
-    v1  -CharacterFraction(eE)                    the letter goes, and the language with it
+    v1  -CharacterFraction(eE)                    removes the letter, and the language with it
     v2  v1 + VocabularyFraction + UniqueWords     words, but no sentences
     v3  -4 e + 0.2 ReferenceLogProbability + CharacterDiversity
     v4  -3 e + 0.2 ReferenceLogProbability + WordUniqueness
     v5  v4 + 0.3 LineLength + 0.5 SpeakerDiversity
-    v6  v5 + 1.5 BatchDistance                    the first that lives
+    v6  v5 + 1.5 BatchDistance                    the first setting without collapse
 
-Each is computed from the text that was written, without its prompt, and lies in [0, 1] (but the
-reference's log-probability). A text without words, or shorter than n, scores 0.
+Each term is computed from the generated text without its prompt. All values but
+ReferenceLogProbability are in [0, 1]. A text without words, or shorter than n, scores 0.
 """
 
 import math
@@ -36,10 +36,10 @@ __all__ = [
 
 
 class CharacterFraction(Reward):
-    """Share of a text's characters that are among `characters`."""
+    """Fraction of a text's characters that are among `characters`."""
 
     def __init__(self, characters: str, weight: float = 1.0, name: str | None = None) -> None:
-        """Choose the characters; without one there is nothing to count."""
+        """Set the characters; raise RewardError if there are none."""
         super().__init__(weight, name)
         if not characters:
             raise RewardError(
@@ -48,19 +48,19 @@ class CharacterFraction(Reward):
         self.characters = characters
 
     def score(self, inputs: Samples) -> list[float]:
-        """Count."""
+        """Return the fraction for each text."""
         return [
             sum(text.count(c) for c in self.characters) / max(len(text), 1) for text in inputs.texts
         ]
 
 
 class VocabularyFraction(Reward):
-    """Share of a text's words, punctuation included, that occur in the corpus."""
+    """Fraction of a text's words, including punctuation, that occur in the corpus."""
 
     needs_corpus = True
 
     def score(self, inputs: Samples) -> list[float]:
-        """Look each word up."""
+        """Return the fraction for each text."""
         assert inputs.corpus_stats is not None
         vocabulary = inputs.corpus_stats.words
         if not vocabulary:
@@ -69,77 +69,77 @@ class VocabularyFraction(Reward):
 
 
 class UniqueWords(Reward):
-    """Share of a text's words that are different."""
+    """Fraction of distinct words among a text's words."""
 
     def score(self, inputs: Samples) -> list[float]:
-        """Count."""
+        """Return the fraction for each text."""
         return [_unique_fraction(text.split()) for text in inputs.texts]
 
 
 class ReferenceLogProbability(Reward):
-    """Mean over tokens of the reference's log-probability at temperature 1, in nats."""
+    """Mean over tokens of the reference's logprob at temperature 1, in nats."""
 
     needs_reference = True
 
     def score(self, inputs: Samples) -> Tensor:
-        """Average what the reference said."""
+        """Return the mean (b) of the reference's logprobs over each sample's tokens."""
         assert inputs.ref_logprobs is not None
         ref_logprobs = inputs.ref_logprobs.double().where(inputs.mask, 0.0)
         return ref_logprobs.sum(1) / inputs.mask.sum(1)
 
 
 class CharacterDiversity(Reward):
-    """Share of a text's runs of n characters that are different."""
+    """Fraction of distinct character n-grams in a text."""
 
     def __init__(self, n: int = 2, weight: float = 1.0, name: str | None = None) -> None:
-        """Choose n."""
+        """Set n."""
         super().__init__(weight, name)
         _check_at_least_1(self, n=n)
         self.n = n
 
     def score(self, inputs: Samples) -> list[float]:
-        """Count."""
+        """Return the fraction for each text."""
         return [_unique_fraction(sequence_ngrams(text, self.n)) for text in inputs.texts]
 
 
 class WordUniqueness(Reward):
-    """Share of a text's runs of n words that are different."""
+    """Fraction of distinct word n-grams in a text."""
 
     def __init__(self, n: int = 3, weight: float = 1.0, name: str | None = None) -> None:
-        """Choose n."""
+        """Set n."""
         super().__init__(weight, name)
         _check_at_least_1(self, n=n)
         self.n = n
 
     def score(self, inputs: Samples) -> list[float]:
-        """Count."""
+        """Return the fraction for each text."""
         return [_unique_fraction(sequence_ngrams(text.split(), self.n)) for text in inputs.texts]
 
 
 class LineLength(Reward):
-    """Mean length of a text's lines that are not empty, divided by `target_length`, at most 1."""
+    """Mean length of a text's non-empty lines, divided by `scale`, at most 1."""
 
     def __init__(self, scale: float = 40, weight: float = 1.0, name: str | None = None) -> None:
-        """Choose the length that is long enough."""
+        """Set `scale`, the line length of the maximum reward."""
         super().__init__(weight, name)
         _check_at_least_1(self, scale=scale)
         self.target_length = scale
 
     def score(self, inputs: Samples) -> list[float]:
-        """Measure."""
+        """Return the clipped mean line length of each text."""
         lines = [[line for line in text.split("\n") if line.strip()] for text in inputs.texts]
         means = [sum(map(len, text_lines)) / max(len(text_lines), 1) for text_lines in lines]
         return [min(mean / self.target_length, 1.0) for mean in means]
 
 
 class SpeakerDiversity(Reward):
-    """Different speakers of the corpus who say something, divided by `target_count`, at most 1.
+    """Number of different corpus speakers with a speech, divided by `enough`, at most 1.
 
     Args:
-        enough: speakers that earn the whole reward.
-        least: characters of a speech that counts.
-        weight: what it is multiplied by in the sum.
-        name: under which it is logged.
+        enough: number of speakers for the maximum reward.
+        least: minimum length of a counted speech, in characters.
+        weight: weight of the term in the sum.
+        name: name of the logged metric.
     """
 
     needs_corpus = True
@@ -147,13 +147,13 @@ class SpeakerDiversity(Reward):
     def __init__(
         self, enough: int = 3, least: int = 20, weight: float = 1.0, name: str | None = None
     ) -> None:
-        """Choose how many and how much."""
+        """Set the number of speakers and the minimum length."""
         super().__init__(weight, name)
         _check_at_least_1(self, enough=enough)
         self.target_count, self.min_chars = enough, least
 
     def score(self, inputs: Samples) -> list[float]:
-        """Cut each text at its speakers."""
+        """Split each text at its speakers and count the speakers with a long enough speech."""
         assert inputs.corpus_stats is not None
         speakers = inputs.corpus_stats.speakers
         if not speakers:
@@ -174,19 +174,19 @@ class SpeakerDiversity(Reward):
 
 
 class BatchDistance(Reward):
-    """Jaccard distance of a text's word n-grams to those of its nearest neighbour in the batch.
+    """Jaccard distance of a text's word n-grams to those of its nearest neighbor in the batch.
 
-    The batch is that of all ranks.
+    The batch contains the texts of all ranks.
     """
 
     def __init__(self, n: int = 4, weight: float = 1.0, name: str | None = None) -> None:
-        """Choose n."""
+        """Set n."""
         super().__init__(weight, name)
         _check_at_least_1(self, n=n)
         self.n = n
 
     def score(self, inputs: Samples) -> list[float]:
-        """Compare all, answer for ours."""
+        """Compare the texts of all ranks; return the distances of this rank's texts."""
         if len(inputs.all_texts) < 2:
             raise RewardError(
                 f"the reward {self.name} compares the texts of a batch, and there is one; "
@@ -197,16 +197,16 @@ class BatchDistance(Reward):
 
 
 class Binary(Reward):
-    """1 where another term lies between `least` and `max_value`, else 0.
+    """1 if another term's value is between `least` and `most`, else 0.
 
-    Binary(CharacterFraction("eE"), most=0)               # not a single e
+    Binary(CharacterFraction("eE"), most=0)               # 1 for a text without e
 
     Args:
-        term: what is judged; its own weight does not matter.
-        least: bound from below.
-        most: bound from above.
-        weight: what it is multiplied by in the sum.
-        name: under which it is logged.
+        term: the other term; its own weight is ignored.
+        least: lower bound.
+        most: upper bound.
+        weight: weight of the term in the sum.
+        name: name of the logged metric.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Binary(Reward):
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:
-        """Refuse a judgement without a bound."""
+        """Set the bounds; raise RewardError if there is none, or if `least` exceeds `most`."""
         super().__init__(weight, name)
         if least is None and most is None:
             raise RewardError("Binary has no bound; give `least`, or `max_value`, or both")
@@ -227,15 +227,15 @@ class Binary(Reward):
         self.needs_corpus, self.needs_reference = term.needs_corpus, term.needs_reference
 
     def score(self, inputs: Samples) -> list[float | None]:
-        """Judge."""
+        """Return 1 or 0 for each text, or None where the other term returned None."""
         low = -float("inf") if self.min_value is None else self.min_value
         high = float("inf") if self.max_value is None else self.max_value
-        values = score_all([self.reward], inputs)[0]  # names a NaN, and gives one only for None
+        values = score_all([self.reward], inputs)[0]  # raises for a NaN, and uses NaN only for None
         return [None if math.isnan(x) else float(low <= x <= high) for x in values.tolist()]
 
 
 def vocab_fraction(text: str, vocabulary: frozenset[str]) -> float:
-    """Share of a text's words that are known; 0 of a text without words."""
+    """Fraction of a text's words in the vocabulary; 0 for a text without words."""
     words = text.split()
     return sum(word in vocabulary for word in words) / max(len(words), 1)
 

@@ -1,4 +1,4 @@
-"""A reward of the user's: a function in a file of theirs, found by its name."""
+"""Custom reward functions: a user's function, imported by its dotted path."""
 
 import importlib
 import inspect
@@ -13,38 +13,38 @@ from .base import Reward, RewardError, Samples, format_error, shorten
 
 
 class RewardFunction(Reward):
-    """A function of yours: it gets what it asks for by name.
+    """Reward term from a function; its arguments are passed by name.
 
     # my_file.py
     def reward(texts, answer):                    # answer: a column of the data
         return [float(a in text) for text, a in zip(texts, answer)]
 
-    Known are texts, prompts, tokens, mask, log_probabilities and the columns of the data; `**rest`
-    takes all of them. A function written for TRL, `def reward(completions, **kwargs)`, gets the
-    texts as `completions` and lists of token ids as `completion_ids`. It returns a list with a
-    number for each text, or None for one that cannot be scored.
+    Available are texts, prompts, tokens, mask, log_probabilities and the columns of the data;
+    `**rest` receives all of them. A function written for TRL, `def reward(completions, **kwargs)`,
+    receives the texts as `completions` and lists of token ids as `completion_ids`. The function
+    returns a list with a number for each text, or None for a text that cannot be scored.
 
     Args:
-        function: the function, or where to find it: my_file.reward.
-        weight: what it is multiplied by in the sum.
-        name: under which it is logged; by default the function's, or its file's.
+        function: the function, or its import path: my_file.reward.
+        weight: weight of the term in the sum.
+        name: name of the logged metric; by default the name of the function, or of its file.
     """
 
     def __init__(
         self, function: Callable[..., Any] | str, weight: float = 1.0, name: str | None = None
     ) -> None:
-        """Look at what the function wants."""
+        """Import the function if needed, and read its signature."""
         if isinstance(function, str):
             function = import_reward_function(function)
         default_name = getattr(function, "__name__", type(function).__name__)
-        if default_name == "reward":  # the sum's name; the file has one, too
+        if default_name == "reward":  # the name of the sum; the file's name is used instead
             default_name = function.__module__.rpartition(".")[2]
         super().__init__(weight, name or default_name)
         self.function = function
         self.parameters = inspect.signature(function).parameters
 
     def score(self, inputs: Samples) -> Any:
-        """Call it."""
+        """Call the function with the arguments of its signature."""
         available = {
             "texts": inputs.texts,
             "prompts": inputs.prompts,
@@ -56,7 +56,7 @@ class RewardFunction(Reward):
         accepts_all = inspect.Parameter.VAR_KEYWORD in param_kinds.values()
         rows = zip(inputs.tokens.tolist(), inputs.mask.tolist(), strict=True)
         ids = [[n for n, is_kept in zip(*row, strict=True) if is_kept] for row in rows]
-        for name, value in (("completions", inputs.texts), ("completion_ids", ids)):  # TRL's
+        for name, value in (("completions", inputs.texts), ("completion_ids", ids)):  # names of TRL
             if name in param_kinds or (accepts_all and name not in inputs.columns):
                 available[name] = value
         for name in inputs.columns.keys() & available.keys():
@@ -92,7 +92,11 @@ class RewardFunction(Reward):
 
 
 def import_reward_function(path: str) -> Callable[..., Any]:
-    """The function at my_file.reward; if there is none, an error that says which there are."""
+    """Import the function at a path such as my_file.reward.
+
+    Raises:
+        RewardError: there is no such function; the message lists similar names.
+    """
     file, _, name = path.rpartition(".")
     if not file:
         message = "a file and a function in it are named, with a dot between"
@@ -113,7 +117,7 @@ def import_reward_function(path: str) -> Callable[..., Any]:
 def _import_module(path: str, file: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(file)
-    except Exception as error:  # whatever a file of the user's does when it is imported
+    except Exception as error:  # importing a user's file can raise any error
         missing_module = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing_module and f"{file}.".startswith(f"{missing_module}."):
             files = sort_by_similarity(
