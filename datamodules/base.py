@@ -1,10 +1,11 @@
-"""Data that one process of a machine prepares for all of its ranks, such as files of tokens.
+"""Per-node data preparation: local rank 0 downloads and tokenizes, and shares the result with all
+ranks.
 
     prepare_data   local rank 0 works, with all cores; the other ranks wait, without a time limit
     setup          every rank gets the result: `exchange_prepared`
 
-Lightning calls `prepare_data` on local rank 0 only, and lets the others wait at a barrier of its
-own. An error there, or Ctrl-C, is kept until `setup`, so that all ranks end with it.
+Lightning calls `prepare_data` on local rank 0 only and makes the other ranks wait at a barrier. An
+error there, or Ctrl-C, is kept until `setup`, so that all ranks end with it.
 """
 
 from collections.abc import Callable
@@ -16,14 +17,14 @@ from ravine.errors import RunError, UsageError
 
 
 class PreparationResult(NamedTuple):
-    """The result of a preparation, in plain values, or the error that ended it."""
+    """The result of a preparation as plain values, or the error that ended it."""
 
     value: Any = None
     error: BaseException | None = None
 
     @classmethod
     def from_call(cls, fn: Callable[[], Any]) -> "PreparationResult":
-        """Call `fn` and keep what it returns or raises."""
+        """Call `fn` and keep the value that it returns or the exception that it raises."""
         try:
             return cls(fn())
         except BaseException as error:  # Ctrl-C too: the other ranks wait for a result
@@ -31,20 +32,23 @@ class PreparationResult(NamedTuple):
 
 
 def is_distributed(trainer: Any) -> bool:
-    """Whether a trainer has several ranks, which have joined their job."""
+    """Return whether the trainer has several ranks and their process group is initialized."""
     has_several_ranks = getattr(trainer, "world_size", 1) > 1
     return has_several_ranks and dist.is_available() and dist.is_initialized()
 
 
 def exchange_prepared(local_result: PreparationResult | None, trainer: Any) -> Any:
-    """Return what local rank 0 of this machine has prepared, or None. Every rank calls it.
+    """Return the value prepared by local rank 0 of this node, or None.
+
+    Collective: every rank calls it.
 
     Args:
-        local_result: what this process has prepared, if it has.
-        trainer: of this rank.
+        local_result: the result prepared by this process, or None.
+        trainer: the trainer of this rank.
 
     Raises:
-        PreparationFailed, WrongData: on the other ranks. The rank that failed raises its own error.
+        PreparationError, InvalidDataError: on the other ranks, if the preparation failed. The rank
+            that failed raises its own error.
     """
     local_error = None if local_result is None else local_result.error
     group: Any = dist.new_group(backend="gloo")
@@ -54,7 +58,7 @@ def exchange_prepared(local_result: PreparationResult | None, trainer: Any) -> A
             None if local_result is None else (local_result.value, _describe_error(local_error))
         )
         dist.all_gather_object(gathered, (trainer.node_rank, message), group=group)
-    except RuntimeError:  # another rank has ended, for example by its own Ctrl-C
+    except RuntimeError:  # another rank has ended, for example after Ctrl-C
         if local_error is not None:
             raise local_error from None
         raise
@@ -71,11 +75,11 @@ def exchange_prepared(local_result: PreparationResult | None, trainer: Any) -> A
 
 
 class PreparationError(RunError):
-    """Local rank 0 could not prepare the data."""
+    """Local rank 0 failed to prepare the data."""
 
 
 class InvalidDataError(UsageError):
-    """Local rank 0 refuses the data; the text is that of its error."""
+    """Local rank 0 rejected the data; the message is that of its error."""
 
 
 def _describe_error(error: BaseException | None) -> tuple[str, str] | None:

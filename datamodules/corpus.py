@@ -1,6 +1,8 @@
-"""A corpus: any text file or folder as one tensor of token numbers, read in pieces of bounded size.
+"""Text corpus: read a text file or folder in chunks of bounded size and return it as one token
+tensor.
 
-A text above `max_chars_in_memory` characters is not held in memory: its tokens are a mapped file.
+A text longer than `max_chars_in_memory` characters is not held in memory: its tokens are
+memory-mapped from a file.
 """
 
 import codecs
@@ -29,22 +31,24 @@ from .token_cache import (
 )
 from .tokenizers import SpecialTokenMode, Tokenizer, make_tokenizer
 
-CHUNK_BYTES = 1 << 24  # bytes read at once
+CHUNK_BYTES = 1 << 24  # bytes per read
 
 
 class Corpus(NamedTuple):
-    """The tokens (n) as uint8, uint16 or int32, what made them, and the checksum of the text."""
+    """Token ids (n) as uint8, uint16 or int32, their tokenizer, and the SHA-256 of the text."""
 
     tokens: Tensor
     tokenizer: Tokenizer
     sha256: str
-    is_memmap: bool  # the tokens are a file
-    val_tokens: Tensor | None = None  # those for validation, where a file of its own holds them
-    note: str = ""  # printed for the user
+    is_memmap: bool  # whether the tokens are memory-mapped from a file
+    val_tokens: Tensor | None = None  # validation tokens, if they come from a separate file
+    note: str = ""  # added to the log line
 
 
 def list_files(path: Path, flag: str = "--data.path") -> list[Path]:
-    """The file itself, or all files of a folder but the hidden ones, in the order of names."""
+    """Return the path itself if it is a file, else all files below the folder that are not hidden,
+    sorted.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -60,7 +64,10 @@ def list_files(path: Path, flag: str = "--data.path") -> list[Path]:
         for file in (Path(folder, name) for name in names if not name.startswith(".")):
             if not file.is_file():
                 continue
-            if file.suffix.lower() in BINARY_SUFFIXES:  # at once: a wrong folder may hold millions
+            if (
+                file.suffix.lower() in BINARY_SUFFIXES
+                # fail early: a wrong folder may hold millions of files
+            ):
                 with file.open("rb") as opened:
                     check_not_binary(file, opened.read(NUM_HEADER_BYTES), flag)
             files.append(file)
@@ -70,7 +77,7 @@ def list_files(path: Path, flag: str = "--data.path") -> list[Path]:
 
 
 def read_text(files: Iterable[Path], flag: str = "--data.path") -> Iterator[str]:
-    """The text of the files in pieces, a line break between two files."""
+    """Yield the text of the files in chunks, with a line break between two files."""
     for number, file in enumerate(files):
         if number:
             yield "\n"
@@ -78,8 +85,8 @@ def read_text(files: Iterable[Path], flag: str = "--data.path") -> Iterator[str]
 
 
 def _read_file(path: Path, flag: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # Windows marks the start
-    offset = 0  # of the first byte not yet decoded
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # skips a byte order mark
+    offset = 0  # position of the first byte not yet decoded
     with path.open("rb") as file:
         while True:
             chunk = file.read(CHUNK_BYTES)
@@ -105,17 +112,16 @@ def _read_file(path: Path, flag: str) -> Iterator[str]:
 
 
 class TextSummary(NamedTuple):
-    """The result of one pass over a text, and the file of its tokens if `prepare_token_file` wrote
-    one."""
+    """The result of one pass over a text, and its token file if `prepare_token_file` wrote one."""
 
     sha256: str
-    characters: str  # the different ones, sorted
+    characters: str  # the distinct characters, sorted
     num_chars: int
     token_file: str = ""
 
 
 def summarize_text(iter_text: Callable[[], Iterator[str]], name: str) -> TextSummary:
-    """Read a text once for its checksum, its different characters and their number."""
+    """Read a text once and return its SHA-256, its distinct characters and their count."""
     digest, characters, num_chars = hashlib.sha256(), set[str](), 0
     for chunk in iter_text():
         digest.update(chunk.encode())
@@ -133,10 +139,11 @@ def prepare_token_file(
     tokenizer_name: str = "characters",
     special_tokens: SpecialTokenMode = "plain",
 ) -> TextSummary:
-    """Write the tokens of a text to a file, for all processes of a machine; see `build_corpus`.
+    """Write the tokens of a text to a file that all processes of a machine read; see
+    `build_corpus`.
 
-    A text that is short enough for memory needs no file: if none can be written, each process
-    makes its tokens.
+    A text that is short enough for memory needs no file. If the file cannot be written, each
+    process tokenizes such a text itself.
     """
     summary = summarize_text(iter_text, name)
     tokenizer = make_tokenizer(tokenizer_name, summary.characters, special_tokens)
@@ -159,10 +166,11 @@ def build_corpus(
     special_tokens: SpecialTokenMode = "plain",
     prepared_summary: TextSummary | None = None,
 ) -> Corpus:
-    """Read the text twice: for its characters and checksum, then for its tokens.
+    """Tokenize a text in two passes: the first for its characters and SHA-256, the second for its
+    tokens.
 
-    With the result of `prepare_token_file` the text is not read, and the tokens are mapped from
-    its file.
+    With `prepared_summary`, the result of `prepare_token_file`, the text is not read: the tokens
+    come from that file.
     """
     summary = summarize_text(iter_text, name) if prepared_summary is None else prepared_summary
     tokenizer = make_tokenizer(tokenizer_name, summary.characters, special_tokens)
@@ -180,7 +188,9 @@ def load_nanogpt_bins(
     vocab_size: int | None = None,
     dtype: TokenType | None = None,
 ) -> Corpus | None:
-    """The tokens of a folder with train.bin and val.bin, if it is one."""
+    """Load the tokens of a folder with nanoGPT's train.bin and val.bin; None if it has no such
+    files.
+    """
     loaded = read_nanogpt_bins(folder, tokenizer_name, vocab_size, dtype)
     if loaded is None:
         return None
@@ -188,7 +198,7 @@ def load_nanogpt_bins(
 
 
 def corpus_from_array(tokens: np.ndarray | Tensor, tokenizer: Tokenizer) -> Corpus:
-    """An array of tokens (n) as a corpus; every token must be in the vocabulary."""
+    """Make a corpus from an array of token ids (n); every id must be in the vocabulary."""
     array = tokens.numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     if array.ndim != 1 or array.dtype.kind not in "iu" or not array.size:
         raise UsageError(

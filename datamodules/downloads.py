@@ -1,7 +1,8 @@
-"""Where data come from: a named set is looked for on disk, or fetched once and checked.
+"""Dataset download: find a named dataset on disk, or download it once and verify its SHA-256.
 
-The order: `root` or the variable DATA_ROOT, the cache folder, the canonical address. A file counts
-only with the right SHA-256. A task that can do without any file has an embedded default.
+Search order: `root` or the variable DATA_ROOT, the cache folder, the canonical URL. A file is used
+only if its SHA-256 matches. A task that can run without any file has an embedded default.
+`atomic_write` replaces a file in one step.
 """
 
 import gzip
@@ -26,31 +27,30 @@ from rich.progress import Progress
 from ravine.errors import MissingFileError, UsageError, suggest_names
 
 NOT_GZIP = "no gzip"
-TIMEOUT_S = 10.0  # seconds of silence before a server is given up
+TIMEOUT_S = 10.0  # seconds without data before the connection is closed
 
 
 class DatasetNotFound(MissingFileError):
-    """A named set is nowhere; the text names the places looked at and the ways out."""
+    """A named dataset was not found; the message lists the searched paths and the alternatives."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of public data, known by its checksum."""
+    """A public data file, identified by its SHA-256."""
 
     name: str
-    path: str  # below DATA_ROOT, and below the cache folder
+    path: str  # relative to DATA_ROOT and to the cache folder
     sha256: str
     size: int  # bytes
     url: str
-    zip_member: str = ""  # the file's name, where the address gives a zip
-    is_gzipped: bool = False  # checksum and size are of what is inside: mirrors wrap it differently
-    custom_data_flag: str = "path=FILE"  # the flag that gives data of one's own
+    zip_member: str = ""  # name of the file inside the zip, if the URL is a zip
+    # checksum and size are those of the decompressed content: mirrors compress it differently
+    is_gzipped: bool = False
+    custom_data_flag: str = "path=FILE"  # the flag for custom data
     fallback_source: str = "embedded"  # the source that needs no file
-    alternative_paths: tuple[
-        str, ...
-    ] = ()  # other places below DATA_ROOT, where other programs keep it
-    text: bool = False  # a text for language models
-    title: str = ""  # what it is, in a list of texts
+    alternative_paths: tuple[str, ...] = ()  # paths below DATA_ROOT that other programs use
+    text: bool = False  # whether it is a text for language models
+    title: str = ""  # description in a list of texts
 
 
 REMOTE_FILES = (
@@ -75,8 +75,8 @@ REMOTE_FILES = (
 )
 TEXT_DATASETS = {source.name: source for source in REMOTE_FILES}
 
-# The texts that TextDataModule and PromptDataModule know by name. A new one is a row of TABLE with
-# `text=True`, and its name here.
+# Named texts of TextDataModule and PromptDataModule. To add a text, add a row to REMOTE_FILES with
+# `text=True`, and its name to TextName.
 TextName = Literal["auto", "embedded", "shakespeare"]
 TEXTS = {source.name: source for source in REMOTE_FILES if source.text}
 
@@ -84,9 +84,10 @@ TEXTS = {source.name: source for source in REMOTE_FILES if source.text}
 def resolve_source(
     source_name: str, remote_file: RemoteFile, root: str | None = None, download_error: str = ""
 ) -> tuple[Path | None, str]:
-    """The set's file, or None for the embedded default; and why the set could not be had.
+    """Return the path of the dataset's file, or None for the embedded default, and the reason for
+    None.
 
-    `source_name` is the set's name, or "auto" (embedded only if the set cannot be had), or
+    `source_name` is the dataset's name, "auto" (embedded only if the dataset is not found), or
     "embedded".
     """
     if source_name not in (remote_file.name, "auto", "embedded"):
@@ -105,7 +106,7 @@ def resolve_source(
 
 
 def text_source(wanted: TextName) -> RemoteFile:
-    """The text of this name; for "auto" and "embedded" the first one of the table."""
+    """Return the RemoteFile of a named text; for "auto" and "embedded" the first of the table."""
     if wanted in ("auto", "embedded"):
         return next(iter(TEXTS.values()))
     if wanted not in TEXTS:
@@ -120,8 +121,16 @@ def text_source(wanted: TextName) -> RemoteFile:
 
 
 def find_local(remote_file: RemoteFile, root: str | None = None, download_error: str = "") -> Path:
-    """Find a set on disk; `download_error` is what `download_if_missing` said, for the message if
-    it is missing.
+    """Find a dataset on disk and verify its checksum.
+
+    Args:
+        remote_file: the file of the dataset.
+        root: the folder of datasets; by default the variable DATA_ROOT.
+        download_error: the text returned by `download_if_missing`, for the error message.
+
+    Raises:
+        DatasetNotFound: neither `root` nor the cache folder holds the file.
+        UsageError: the file below `root` has another checksum.
     """
     searched = []
     label, folder = ("--data.root", root) if root else ("DATA_ROOT", os.environ.get("DATA_ROOT"))
@@ -151,7 +160,7 @@ def find_local(remote_file: RemoteFile, root: str | None = None, download_error:
 
 
 def download_if_missing(source_name: str, remote_file: RemoteFile, root: str | None = None) -> str:
-    """Download a set into the cache unless it is there already; in words why it failed, or ""."""
+    """Download a dataset into the cache if it is missing; return the error as text, or ""."""
     try:
         if source_name in (remote_file.name, "auto"):
             find_local(remote_file, root)
@@ -162,27 +171,30 @@ def download_if_missing(source_name: str, remote_file: RemoteFile, root: str | N
                 temporary_path.write_bytes(content)
         except (OSError, HTTPException, ValueError) as error:
             return f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
-    except ValueError:  # a wrong file under DATA_ROOT: every rank will say so in its setup
+    except ValueError:  # a wrong file under DATA_ROOT: every rank raises the error in its setup
         pass
     return ""
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/ravine, by default ~/.cache/ravine."""
+    """Return the cache folder: $XDG_CACHE_HOME/ravine, by default ~/.cache/ravine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ravine"
 
 
 def compute_sha256(path: Path) -> str:
-    """The checksum of a file, in hex."""
+    """Return the SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def compute_checksum(path: Path, remote_file: RemoteFile) -> str:
-    """What the source's checksum is compared with; NO_GZIP where one should be."""
+    """Return the SHA-256 to compare with `remote_file.sha256`; NOT_GZIP if a gzip file is damaged.
+
+    With `remote_file.is_gzipped` it is the SHA-256 of the decompressed content.
+    """
     with path.open("rb") as file:
         is_gzipped = file.read(2) == b"\x1f\x8b"
-    if not remote_file.is_gzipped or (not is_gzipped and path.suffix != ".gz"):  # unzipped already
+    if not remote_file.is_gzipped or (not is_gzipped and path.suffix != ".gz"):  # decompressed
         return compute_sha256(path)
     try:
         with gzip.open(path) as file:
@@ -193,19 +205,20 @@ def compute_checksum(path: Path, remote_file: RemoteFile) -> str:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`: what is written there replaces it, unless something fails.
+    """Atomic write: yield a temporary path beside `path` that replaces `path` if no error occurs.
 
-    A file is so there whole or not at all, whenever the machine stops.
+    The data are flushed to disk (fsync) before the rename. After a crash `path` holds either the
+    old or the new content, never a part of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary_path = path.with_name(
         f".{path.name}.{uuid.uuid4().hex}.part"
-    )  # two processes may race
+    )  # two processes may write the same file
     try:
         yield temporary_path
         _fsync(temporary_path)
         os.replace(temporary_path, path)
-        _fsync(path.parent)  # the new name itself
+        _fsync(path.parent)  # makes the rename durable
     finally:
         temporary_path.unlink(missing_ok=True)
 
@@ -220,7 +233,7 @@ def _fsync(path: Path) -> None:
 
 @rank_zero_only
 def log_once(line: str, is_warning: bool = False) -> None:
-    """Say once, on the first rank, which data are used."""
+    """Print one line on rank 0, for example which data are used."""
     style = "bold yellow" if is_warning else None
     get_console().print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -242,7 +255,7 @@ def _verify_file(path: Path, remote_file: RemoteFile) -> Path:
 
 
 def _make_https_opener() -> urllib.request.OpenerDirector:
-    """A client that speaks https and nothing else, also where it is redirected."""
+    """Build a URL opener that accepts only https, also for redirects."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -257,7 +270,7 @@ def _make_https_opener() -> urllib.request.OpenerDirector:
 
 
 def _download_bytes(remote_file: RemoteFile) -> bytes:
-    limit = 2 * remote_file.size  # a server that sends more sends something else
+    limit = 2 * remote_file.size  # a server that sends more sends another file
     received = bytearray()
     with (
         _make_https_opener().open(remote_file.url, timeout=TIMEOUT_S) as response,
@@ -281,7 +294,7 @@ def _verify_content(content: bytes, remote_file: RemoteFile) -> bytes:
             with zipfile.ZipFile(io.BytesIO(content)).open(remote_file.zip_member) as member:
                 content = member.read(
                     remote_file.size + 1
-                )  # never more: a zip can unfold to anything
+                )  # bounded: a zip bomb may decompress to any size
         except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:
             raise UsageError(
                 f"not a zip with the file {remote_file.zip_member}: {error}"

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: what is known to be no text is refused under its name."""
+"""File type detection by magic bytes: reject a binary file that is given in place of a text."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ SIGNATURES = {
     b"OggS": "a sound",
     b"ID3": "a sound",
 }
-NUM_HEADER_BYTES = 512  # bytes that decide
+NUM_HEADER_BYTES = 512  # bytes that are checked
 BINARY_SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".webp", ".pdf", ".zip", ".docx", ".xlsx",
     ".npz", ".npy", ".pt", ".pth", ".ckpt", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".doc", ".xls",
@@ -34,7 +34,10 @@ BINARY_SUFFIXES = {
 
 
 def identify_binary(header: bytes) -> str:
-    """What a file with these first bytes is, with what makes a text of it; "" if it may be text."""
+    """Describe the binary format that starts with these bytes; "" if the file may be text.
+
+    The description also names the tool that converts such a file to text, where there is one.
+    """
     description = next(
         (
             description
@@ -45,7 +48,7 @@ def identify_binary(header: bytes) -> str:
     )
     has_control_bytes = any(
         byte < 9 for byte in header[:NUM_HEADER_BYTES]
-    )  # a text may begin with the letters RIFF
+    )  # a text may begin with the letters RIFF, so control bytes are needed as well
     return (
         description
         if has_control_bytes or not header[:4].isascii() or header.startswith(b"%PDF-")
@@ -54,15 +57,15 @@ def identify_binary(header: bytes) -> str:
 
 
 def check_not_binary(path: Path, header: bytes, flag: str) -> None:
-    """Refuse a file that is no text.
+    """Raise an error if a file is of a known binary format.
 
     Args:
         path: the file.
         header: its first bytes.
-        flag: that gave it, e.g. --data.path.
+        flag: the flag that gave the path, e.g. --data.path.
 
     Raises:
-        ValueError: the file is of a kind that is known.
+        UsageError: the file has a known binary format.
     """
     if description := identify_binary(header):
         raise UsageError(

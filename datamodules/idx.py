@@ -1,10 +1,11 @@
-"""The idx format of MNIST: 0 0 8 dimensions, their sizes in four bytes each, then the bytes.
+"""Reader of the idx format of MNIST: 0 0 8 dimensions, their sizes in four bytes each, then the
+bytes.
 
-A user's own set in this form (KMNIST, EMNIST, one of his own) is a folder of such files, gzipped or
-not, under the names they are published by:
+A custom dataset in this format (KMNIST, EMNIST, or another) is a folder of such files, gzipped or
+not, under their published names:
 
-    train-images-idx3-ubyte.gz    train-labels-idx1-ubyte.gz    with t10k- or test- to test
-    emnist-letters-train-images-idx3-ubyte ...                  several sets in one folder
+    train-images-idx3-ubyte.gz    train-labels-idx1-ubyte.gz    t10k- or test-: the test split
+    emnist-letters-train-images-idx3-ubyte ...                  several datasets in one folder
 
 Axes: n images, c channels, y rows, x columns.
 """
@@ -32,21 +33,22 @@ SPLIT_ALIASES = {
     "val": "val",
     "valid": "val",
     "validation": "val",
-}  # the rest is test
+}  # any other prefix is the test split
 ELEMENT_TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
-GZIP_ALLOWANCE = 2**29  # bytes; a gzip may hold this and four times its own size
-IdxFiles = dict[tuple[str, str], Path]  # by (side, content)
+GZIP_ALLOWANCE = 2**29  # bytes; a gzip may decompress to this plus four times its size
+IdxFiles = dict[tuple[str, str], Path]  # by (split, content)
 
 
 def read_idx(path: Path, *allowed_dims: int) -> Tensor:
-    """The array of an idx file of bytes, gzipped or not: uint8, with the dimensions of its header.
+    """Read an idx file of bytes, gzipped or not, as a uint8 tensor with the dimensions of its
+    header.
 
     Args:
         path: the file.
-        allowed_dims: numbers of dimensions that are allowed; by default all.
+        allowed_dims: allowed numbers of dimensions; by default any.
 
     Raises:
-        ValueError: the file is no idx file of bytes, or is longer or shorter than it says.
+        UsageError: the file is no idx file of bytes, or its length differs from its header.
     """
     try:
         with path.open("rb") as raw:
@@ -108,12 +110,13 @@ def _parse_idx(file: gzip.GzipFile | object, path: Path, is_gzipped: bool) -> Te
 
 
 def find_idx_files(source: Path) -> IdxFiles | None:
-    """The idx files that a path means: a folder, one with a folder raw, or FOLDER/PREFIX of files.
+    """Find the idx files of a path: a folder, a folder with a subfolder raw, or FOLDER/PREFIX of
+    files.
 
-    None if there are none.
+    Returns None if there are none.
 
     Raises:
-        ValueError: a folder holds several sets.
+        UsageError: a folder holds several datasets.
     """
     if source.is_file() and (match := FILE_PATTERN.fullmatch(source.name)):  # one of the files
         source = source.parent / (match["set"] or "")
@@ -140,7 +143,7 @@ def _group_by_set(folder: Path) -> dict[str, IdxFiles]:
         match = FILE_PATTERN.fullmatch(path.name)
         if match and path.is_file():
             split = SPLIT_ALIASES.get(match["side"].lower(), "test")
-            # sorted: of x and x.gz, which torchvision keeps side by side, x is taken
+            # torchvision keeps both x and x.gz; in sorted order x comes first and is used
             sets.setdefault(match["set"] or "", {}).setdefault(
                 (split, match["content"].lower()), path
             )
@@ -148,9 +151,9 @@ def _group_by_set(folder: Path) -> dict[str, IdxFiles]:
 
 
 def read_idx_files(files: IdxFiles) -> tuple[dict[str, ImageSet], list[str]]:
-    """A user's own set, by side (train, val, test), and notes; classes are the labels there are.
+    """Read a custom idx dataset by split (train, val, test); also return notes for the log.
 
-    Without any labels the images are of one class.
+    The classes are the label values that occur. Without label files all images are of one class.
     """
     splits = [split for split in ("train", "val", "test") if (split, "images") in files]
     if unpaired := [str(path) for (split, _), path in files.items() if split not in splits]:
@@ -198,7 +201,7 @@ def read_idx_files(files: IdxFiles) -> tuple[dict[str, ImageSet], list[str]]:
 
 
 def _read_idx_images(path: Path) -> Tensor:
-    """Images, uint8 (n c y x); in four dimensions the channels stand last or second."""
+    """Read images, uint8 (n c y x); in four dimensions the channel axis is last or second."""
     array = read_idx(path, 3, 4)
     if array.dim() == 3:
         return array[:, None]

@@ -1,11 +1,11 @@
-"""A folder of images as one tensor of bytes: FOLDER/<class>/**, or FOLDER/* without classes.
+"""Image folder dataset as one uint8 tensor: FOLDER/<class>/**, or FOLDER/* without classes.
 
     FOLDER/cat/1.png  FOLDER/dog/more/2.jpg          classes cat and dog
     FOLDER/train/cat/1.png  FOLDER/test/cat/2.png    the same, split by the user
     FOLDER/1.png  FOLDER/2.webp                      one class: for models without labels
 
-Class names that end in numbers stand in the order of the numbers: 2 before 10. Every file below
-FOLDER is read, or counted and named.
+Class names that contain numbers are sorted by the numbers: 2 before 10. Every file below FOLDER is
+read, or counted and reported.
 
 Axes: n images, c channels, y rows, x columns.
 """
@@ -30,12 +30,10 @@ from .image_set import MAX_BYTES, ImageSet
 IMAGE_SUFFIXES = {
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".webp", ".bmp", ".tif", ".tiff"
 }  # fmt: skip
-# Pillow recognizes a file by its content. Of its other formats some start programs (EPS: gs).
+# Pillow detects the format by content. Some of its other formats start programs (EPS: gs).
 PILLOW_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
-MAX_PIXELS = 25_000_000  # of one image: decoded and converted it takes up to 13 bytes a pixel
-MAX_SKIPPED_FILES = (
-    100_000  # files that are not images, after which a folder is taken for a wrong one
-)
+MAX_PIXELS = 25_000_000  # per image: decoding and conversion take up to 13 bytes a pixel
+MAX_SKIPPED_FILES = 100_000  # with more files that are not images, the path is assumed to be wrong
 SPLIT_ALIASES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
@@ -47,16 +45,16 @@ ImageSize = tuple[int, int]  # rows, columns
 
 
 class SkippedFiles:
-    """The files below a folder that are not read, by kind, with an example of each."""
+    """Counts the files below a folder that are not read, by type, with one example per type."""
 
     def __init__(self, root: Path) -> None:
-        """Start without any; examples are named relative to `root`."""
+        """Start empty; examples are named relative to `root`."""
         self.root = root
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
     def add(self, file_type: str, path: str) -> None:
-        """Count a file."""
+        """Count one file."""
         self.counts[file_type] += 1
         self.examples.setdefault(file_type, printable(os.path.relpath(path, self.root)))
         if self.counts.total() > MAX_SKIPPED_FILES:
@@ -67,7 +65,7 @@ class SkippedFiles:
             )
 
     def describe(self) -> str:
-        """Everything left out in one line, or nothing."""
+        """Return all counts in one line, "" if there are none."""
         descriptions = (
             f"{n:,} {file_type} ({self.examples[file_type]})"
             for file_type, n in self.counts.most_common()
@@ -76,19 +74,21 @@ class SkippedFiles:
 
 
 class ImageFormat(NamedTuple):
-    """What an image is stored as: mode and size of Pillow, and what else the file states."""
+    """The stored format of an image: Pillow mode, Pillow size, and a note on depth and
+    transparency.
+    """
 
     mode: str
     size: tuple[int, int]  # columns, rows
     note: str = ""
 
     def __str__(self) -> str:
-        """E.g. 6x4 RGB, transparent."""
+        """Return e.g. "6x4 RGB, transparent"."""
         return f"{self.size[0]}x{self.size[1]} {self.mode}{self.note}"
 
 
 class FolderContents(NamedTuple):
-    """The images of a folder, by side (all, or train, val, test), and notes for the user."""
+    """The images of a folder by split (all, or train, val, test), and notes for the log."""
 
     splits: dict[str, ImageSet]
     notes: list[str]
@@ -97,18 +97,17 @@ class FolderContents(NamedTuple):
 def read_image_folder(
     folder: Path, mode: ColorMode = "auto", resize: ImageSize | None = None
 ) -> FolderContents:
-    """Read a user's own images.
+    """Read a folder of images.
 
     Args:
-        folder: see the head of this file.
-        mode: `auto_attention` takes 8-bit gray or RGB as stored and refuses a mixture; `gray` and
-        `rgb`
-            convert: transparent pixels are blended with white, of 16 bits the upper 8 are kept.
-        resize: rows and columns to which every image is scaled and cropped at its center.
+        folder: the folder, in one of the layouts listed at the top of this file.
+        mode: `auto` takes 8-bit gray or RGB as stored and rejects a mixture; `gray` and `rgb`
+            convert: transparent pixels are blended with white, 16-bit images keep the upper 8 bits.
+        resize: rows and columns; every image is scaled and center-cropped to this size.
 
     Raises:
-        ValueError: an image cannot be read or does not fit the others, or a class has none.
-        FileNotFoundError: no image is there.
+        UsageError: an image cannot be read or differs in size or mode, or a class has no image.
+        MissingFileError: the folder has no image.
     """
     skipped = SkippedFiles(folder)
     subfolder_paths = list_subfolders(folder)
@@ -162,7 +161,9 @@ def read_image_folder(
 def read_images(
     path: Path, mode: ColorMode, resize: ImageSize | None
 ) -> tuple[ImageSet, list[str]]:
-    """An image file, or all images below a folder, in one class without a meaning; and notes."""
+    """Read one image file or all images below a folder, with labels -1; also return notes for the
+    log.
+    """
     skipped = SkippedFiles(path)
     if path.is_file():
         files, root = [path], path.parent
@@ -185,24 +186,26 @@ def read_images(
 
 
 def natural_sort_key(name: str) -> tuple[Any, ...]:
-    """A key that sorts digits as numbers: 2 before 10, img2 before img10."""
+    """Return a sort key that compares digits as numbers: 2 before 10, img2 before img10."""
     segments = re.split(r"(\d+)", name)  # text and digits in turn
     return tuple(int(segment) if i % 2 else segment for i, segment in enumerate(segments)), name
 
 
 def list_subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder but the hidden ones, in the order of `natural_sort_key`."""
+    """List the subfolders that are not hidden, in the order of `natural_sort_key`."""
     folders = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_dir()]
     return sorted(folders, key=lambda p: natural_sort_key(p.name))
 
 
 def find_images(folder: Path, skipped: SkippedFiles, recursive: bool = True) -> list[Path]:
-    """The image files in a folder, and with `recursive` below it; links to folders are followed."""
+    """List the image files of a folder, with `recursive` also below it; links to folders are
+    followed.
+    """
     images, pending, visited = [], [str(folder)], set()
     while pending:
         current = pending.pop()
         status = os.stat(current)
-        if (status.st_dev, status.st_ino) in visited:  # a link that leads back
+        if (status.st_dev, status.st_ino) in visited:  # a cyclic link
             continue
         visited.add((status.st_dev, status.st_ino))
         with os.scandir(current) as entries:
@@ -233,7 +236,7 @@ def _entry_type(entry: os.DirEntry[str]) -> str:
 
 
 def _find_split_folders(subfolder_paths: list[Path]) -> dict[str, Path]:
-    """The folders train, val and test, if a folder holds these and no others."""
+    """Return the folders train, val and test if a folder holds two or three of them only."""
     split_folders = {
         SPLIT_ALIASES.get(path.name.lower(), path.name): path for path in subfolder_paths
     }
@@ -250,7 +253,7 @@ def _find_split_folders(subfolder_paths: list[Path]) -> dict[str, Path]:
 
 
 def _images_by_class(folder: Path, name: str, skipped: SkippedFiles) -> dict[str, list[Path]]:
-    """The image files by class; those of a folder without folders are of one class, `name`."""
+    """Return the image files by class; a folder without subfolders has one class, `name`."""
     subfolder_paths = list_subfolders(folder)
     _check_not_mixed(
         folder, subfolder_paths, top_level_images := find_images(folder, skipped, recursive=False)
@@ -286,23 +289,23 @@ def _describe_skipped(skipped: SkippedFiles) -> str:
 
 
 def printable(name: str) -> str:
-    """A file's name as text: bytes that are not UTF-8 are spelled out."""
+    """Return a file name as text, with bytes that are not UTF-8 escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class ImageReader:
-    """Reads image files, all of one size and mode, and counts what it changed on the way."""
+    """Reads image files of one size and mode, and counts the images that it changes."""
 
     def __init__(self, mode: ColorMode = "auto", resize: ImageSize | None = None) -> None:
-        """The first image determines the size and mode of all."""
+        """Store the options; the first image sets the size and mode that all images must have."""
         self.mode: ColorMode = mode
         self.resize = resize
         self.first_image: tuple[Path, ImageFormat] | None = None
-        self.multi_frame_files: list[str] = []  # files with several
+        self.multi_frame_files: list[str] = []  # names of the files with several frames
         self.num_rotated = 0
 
     def read_files(self, paths: list[Path]) -> Tensor:
-        """The images of these files as bytes, uint8 (n c y x)."""
+        """Read the image files into one tensor, uint8 (n c y x)."""
         images = torch.empty(0, dtype=torch.uint8)
         for number, path in enumerate(paths):
             pixels, image_format = self._read_file(path)  # (y x) or (y x c)
@@ -320,12 +323,12 @@ class ImageReader:
                 )
             if not number:
                 images = allocate_images(len(paths), image_format)
-            destination = images[number].permute(1, 2, 0).numpy()  # y x c, the memory of images
+            destination = images[number].permute(1, 2, 0).numpy()  # (y x c), a view of `images`
             destination[...] = pixels.reshape(destination.shape)
         return images
 
     def describe_changes(self) -> list[str]:
-        """What was changed in reading, for the user."""
+        """Return notes on changed images for the log: applied EXIF rotations, dropped frames."""
         notes = []
         if self.num_rotated:
             notes.append(f"turned as their EXIF orientation says: {self.num_rotated:,} images")
@@ -348,12 +351,12 @@ class ImageReader:
         return " and ".join(flags)
 
     def _read_file(self, path: Path) -> tuple[Any, ImageFormat]:
-        """The pixels, uint8 (y x) or (y x 3), and their form."""
+        """Return the pixels, uint8 (y x) or (y x 3), and their format."""
         if not path.is_file():  # opening a pipe would block
             raise UsageError(f"{path} is no file; remove it")
         try:
             with path.open("rb") as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, of a file that it can read
+                warnings.simplefilter("ignore")  # Pillow's warnings on readable files
                 return self._decode(file, path)
         except UnsupportedImageError as error:
             raise UsageError(f"{path} {error}") from None
@@ -369,18 +372,18 @@ class ImageReader:
         except UnidentifiedImageError:
             raise UsageError(f"it is none of {', '.join(PILLOW_FORMATS)}") from None
         if self.resize and picture.format == "JPEG":
-            picture.draft(None, (max(self.resize), max(self.resize)))  # decode it smaller
+            picture.draft(None, (max(self.resize), max(self.resize)))  # decode at reduced size
         if math.prod(picture.size) > MAX_PIXELS:
             raise UnsupportedImageError(
                 f"is {picture.size[0]}x{picture.size[1]}; allowed are {MAX_PIXELS:,} pixels an "
                 "image: "
                 "make it smaller"
             )
-        if getattr(picture, "is_animated", False) and picture.format != "MPO":  # photo and preview
+        if getattr(picture, "is_animated", False) and picture.format != "MPO":  # photo, preview
             self.multi_frame_files.append(printable(path.name))
         is_16_bit = picture.format in ("PNG", "TIFF") and "16" in _raw_mode(picture)
         picture.load()
-        with suppress(Exception):  # an EXIF block that cannot be read states no orientation
+        with suppress(Exception):  # an unreadable EXIF block counts as no orientation
             orientation = picture.getexif().get(0x0112, 1)
             ImageOps.exif_transpose(picture, in_place=True)
             self.num_rotated += orientation in range(2, 9)
@@ -394,17 +397,17 @@ class ImageReader:
 
 
 def _raw_mode(picture: Any) -> str:
-    """The layout of the pixels in the file, e.g. RGB;16B, of which Pillow keeps 8 bits."""
+    """Return the pixel layout in the file, e.g. RGB;16B, of which Pillow keeps 8 bits."""
     arguments = picture.tile[0].args if picture.tile else ""
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
 class UnsupportedImageError(ValueError):
-    """An image that can be read and is not taken; the text follows the file's name."""
+    """An image that Pillow can read but that is not accepted; the message follows the file name."""
 
 
 def convert_mode(picture: Any, mode: ColorMode, image_format: ImageFormat) -> Any:
-    """A loaded image in mode L or RGB; with `auto_attention` only where no pixel changes."""
+    """Convert a loaded image to mode L or RGB; with `auto` only if no pixel value changes."""
     from PIL import Image
 
     target = {"gray": "L", "rgb": "RGB"}.get(mode)
@@ -442,7 +445,7 @@ def convert_mode(picture: Any, mode: ColorMode, image_format: ImageFormat) -> An
 
 
 def allocate_images(count: int, image_format: ImageFormat) -> Tensor:
-    """An empty tensor, uint8 (count c y x), unless it is too large for memory."""
+    """Allocate a tensor, uint8 (count c y x); raise an error if it is larger than MAX_BYTES."""
     shape = (count, MODE_CHANNELS[image_format.mode], image_format.size[1], image_format.size[0])
     if math.prod(shape) > MAX_BYTES:
         raise UsageError(

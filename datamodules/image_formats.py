@@ -1,4 +1,5 @@
-"""Named sets of images as one tensor of bytes each: MNIST, Fashion-MNIST, CIFAR-10, digits.
+"""Named image datasets as one uint8 tensor each: MNIST, Fashion-MNIST, CIFAR-10, scikit-learn
+digits.
 
 Axes: n images, c channels, y rows, x columns.
 """
@@ -21,8 +22,9 @@ __all__ = ["ImageSet", "check_labels", "read_cifar", "read_digits", "read_named_
 
 image_dataset_file = partial(RemoteFile, custom_data_flag="source=FOLDER", fallback_source="digits")
 
-# Mirrors of MNIST wrap it in different gzips, so it is known by what is inside; Fashion-MNIST has
-# one canonical gzip, which is known as it is. Both: images and labels to train, then to test.
+# Mirrors of MNIST compress it differently, so its checksums are of the decompressed files.
+# Fashion-MNIST has one canonical gzip, so its checksums are of the gzip files.
+# Order of both: training images, training labels, test images, test labels.
 MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 MNIST_CHECKSUMS = {
     "mnist": (
@@ -38,7 +40,10 @@ MNIST_CHECKSUMS = {
         ("67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5", 5_148),
     ),
 }
-TORCHVISION_FOLDERS = {"mnist": "MNIST/raw", "fashion": "FashionMNIST/raw"}  # where it keeps them
+TORCHVISION_FOLDERS = {
+    "mnist": "MNIST/raw",
+    "fashion": "FashionMNIST/raw",
+}  # below its root
 MNIST_URLS = {
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "fashion": "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
@@ -55,7 +60,7 @@ IMAGE_DATASETS: dict[str, tuple[RemoteFile, ...]] = {
             alternative_paths=tuple(
                 f"{folder}/{file}-ubyte{end}"
                 for folder in (name, TORCHVISION_FOLDERS[name])
-                for end in (".gz", "")  # the checksum of Fashion-MNIST is that of the gzip
+                for end in (".gz", "")  # Fashion-MNIST: only the gzip, see above
                 if end or name == "mnist"
             ),
         )
@@ -84,8 +89,10 @@ CLASS_NAMES = {
 
 
 def read_cifar(content: bytes, name: str) -> tuple[Tensor, Tensor]:
-    """CIFAR-10's binary form: images (n 3 32 32) and labels (n), from records of 3,073 bytes."""
-    record = 1 + 3 * 32 * 32  # a label, then the three planes
+    """Parse CIFAR-10's binary format: images (n 3 32 32) and labels (n), from records of 3,073
+    bytes.
+    """
+    record = 1 + 3 * 32 * 32  # one label, then three color planes
     if not content or len(content) % record:
         raise UsageError(
             f"{name} has {len(content):,} bytes, no whole number of records of {record}; fetch "
@@ -96,7 +103,7 @@ def read_cifar(content: bytes, name: str) -> tuple[Tensor, Tensor]:
 
 
 def read_digits() -> ImageSet:
-    """The 1,797 digits of 8x8 pixels that scikit-learn ships, 0..16 stretched to 0..255."""
+    """Return scikit-learn's 1,797 digits of 8x8 pixels, scaled from 0..16 to 0..255."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -105,7 +112,7 @@ def read_digits() -> ImageSet:
 
 
 def read_named_dataset(name: str, paths: list[Path]) -> tuple[ImageSet, ImageSet]:
-    """The parts to train and to test of MNIST, Fashion-MNIST or CIFAR-10, from their files."""
+    """Read the training and test splits of MNIST, Fashion-MNIST or CIFAR-10 from their files."""
     if name == "cifar10":
         arrays_by_split = _read_cifar_splits(paths[0])
     else:
@@ -119,7 +126,7 @@ def read_named_dataset(name: str, paths: list[Path]) -> tuple[ImageSet, ImageSet
 
 
 def _read_cifar_splits(path: Path) -> list[tuple[Tensor, Tensor]]:
-    with tarfile.open(path, "r:gz") as archive:  # read in place: nothing is unpacked to disk
+    with tarfile.open(path, "r:gz") as archive:  # read in memory, without extracting to disk
         members = {Path(m.name).name: m for m in archive if m.isfile()}
         file_names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
         if missing := [name for name in file_names if name not in members]:

@@ -1,4 +1,4 @@
-"""Images with their labels, and the checks that all sources of images share.
+"""Labeled image set (`ImageSet`), and the label and class checks of all image sources.
 
 Axes: n images, c channels, y rows, x columns.
 """
@@ -11,25 +11,27 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-MAX_BYTES = 2**34  # bytes: a set is kept whole in memory
+MAX_BYTES = 2**34  # bytes; an image set is held in memory
 
 
 class ImageSet(NamedTuple):
-    """Images uint8 (n c y x), labels int64 (n), the names of the classes and of the files (n)."""
+    """Images uint8 (n c y x), labels int64 (n), class names, and file names (n)."""
 
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
-    files: tuple[str, ...] = ()  # empty where the images have no files of their own
+    files: tuple[str, ...] = ()  # empty if the images do not come from separate files
 
     def select(self, mask: Tensor) -> "ImageSet":
-        """The images for which a mask, bool (n), is true."""
+        """Return the images where a bool mask (n) is true."""
         files = tuple(f for f, keep in zip(self.files, mask.tolist(), strict=True) if keep
                       ) if self.files else ()  # fmt: skip
         return self._replace(images=self.images[mask], labels=self.labels[mask], files=files)
 
     def validated(self, name: str) -> "ImageSet":
-        """Refuse labels without an image or without a class, and classes without an image."""
+        """Raise an error on missing or invalid labels and on classes without images; return the
+        set.
+        """
         self.check_label_range(name)
         if empty := self.empty_classes():
             raise UsageError(
@@ -39,12 +41,12 @@ class ImageSet(NamedTuple):
         return self
 
     def check_label_range(self, name: str) -> None:
-        """Refuse labels without an image or without a class."""
+        """Raise an error if labels and images differ in number, or a label is not a class index."""
         self.check_counts(name)
         check_labels(self.labels, len(self.class_names), name)
 
     def check_counts(self, name: str) -> None:
-        """Refuse labels without an image, and images without a label."""
+        """Raise an error if the numbers of images and labels differ."""
         if len(self.images) != len(self.labels):
             raise UsageError(
                 f"{name} has {len(self.images):,} images and {len(self.labels):,} labels; they "
@@ -52,13 +54,16 @@ class ImageSet(NamedTuple):
             )
 
     def empty_classes(self) -> list[str]:
-        """The names of the classes without an image."""
+        """Return the names of the classes without images."""
         counts = torch.bincount(self.labels, minlength=len(self.class_names))
         return [self.class_names[k] for k in (counts == 0).nonzero()[:, 0].tolist()]
 
 
 def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
-    """Refuse labels (n) that are no class: -1, for example, means an absent label to some nets."""
+    """Raise an error if a label (n) is not in 0..num_classes - 1.
+
+    For example, some networks read -1 as "no label".
+    """
     is_invalid = (labels < 0) | (labels >= num_classes)
     if is_invalid.any():
         index = int(is_invalid.nonzero()[0])
@@ -71,18 +76,18 @@ def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
 def parse_class_indices(
     classes: Iterable[int | str] | str, class_names: Sequence[str], flag: str
 ) -> list[int]:
-    """Class numbers of "cat,dog", "0-4,7" or [3, "cat"]: by name, or by number from 0.
+    """Parse class indices from "cat,dog", "0-4,7" or [3, "cat"]: by name, or by index from 0.
 
-    A word that is a name means that class, even if it is a number. A range between two names of
-    digits covers the classes from one to the other.
+    A word that is a class name means that class, even if it is a number. A range between two class
+    names that are digits covers the classes from one to the other.
 
     Args:
-        classes: what was given.
-        class_names: of all classes, in the order of their numbers.
-        flag: that takes them, for the text of an error, e.g. --labels.
+        classes: the classes as given by the user.
+        class_names: names of all classes, in the order of their indices.
+        flag: the flag of the option, for error messages, e.g. --labels.
 
     Raises:
-        ValueError: a word is neither.
+        UsageError: a word is neither a class name nor an index.
     """
     entries = (
         (classes if classes in class_names else classes.split(","))
@@ -117,7 +122,7 @@ def parse_class_indices(
 
 
 def describe_classes(class_names: Sequence[str], max_shown: int = 12) -> str:
-    """The numbers and names of classes in a line: 0 to 9, or 0 cat, 1 dog."""
+    """Return the indices and names of classes as one line: "0 to 9", or "0 cat, 1 dog"."""
     if list(class_names) == [str(number) for number in range(len(class_names))]:
         return f"0 to {len(class_names) - 1}"
     description = ", ".join(

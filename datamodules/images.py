@@ -1,7 +1,8 @@
-"""Pictures and what they show, as batches (images, labels): one tensor of bytes on the device.
+"""Image datamodule: labeled images as batches (images, labels), gathered from one tensor on the
+device.
 
-No worker and no file is between a picture and the net: a batch is one gather from bytes that were
-moved to the device once, made floats there.
+There are no DataLoader workers and no file reads per batch. All images are moved to the device once
+as uint8; a batch is one gather and a conversion to float.
 
     byte p  ->  p / 127.5 - 1  in [-1, 1]  ->  round(127.5 (value + 1))  the same byte
 
@@ -36,17 +37,22 @@ from .loaders import (
 )
 
 NAMED_DATASETS = ("digits", *IMAGE_DATASETS)
-FLIPPABLE = ("cifar10",)  # a mirrored 3 is no digit, and Fashion-MNIST's shoes all point one way
+FLIPPABLE = (
+    "cifar10",
+    # Mirrored digits are not valid digits, and Fashion-MNIST's shoes all point the same way.
+)
 Split = Literal["train", "val", "test"]
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Bytes to [-1, 1], any shape: uint8 -> float32."""
+    """Scale bytes of any shape to [-1, 1]: uint8 -> float32."""
     return images.float().div_(127.5).sub_(1.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Back to bytes, any shape: rounded, not cut off, so that nothing is lost on the way."""
+    """Scale floats of any shape from [-1, 1] to bytes, with rounding, so that `to_float` is
+    inverted exactly.
+    """
     if (is_non_finite := ~images.isfinite()).any():
         raise UsageError(
             f"{is_non_finite.float().mean():.2%} of the pixels are not finite (NaN, infinite): no "
@@ -62,27 +68,28 @@ class ImageDataModule(L.LightningDataModule):
         data = ImageDataModule("mnist", batch_size=128)
         Trainer(max_epochs=1).fit(ImageClassifier(), datamodule=data)
 
-    After `setup` it knows `num_classes`, `class_names`, `channels` and `size` (y, x).
+    After `setup` the attributes `num_classes`, `class_names`, `channels` and `size` (y, x) are set.
 
     Args:
-        source: digits (scikit-learn's, 8x8, needs no file), mnist, fashion, cifar10, or a folder
-            of your own: FOLDER/<class>/* of image files, the same in FOLDER/train and FOLDER/test,
-            FOLDER/* of one class, or the idx files of a set like MNIST.
+        source: digits (scikit-learn's, 8x8, needs no file), mnist, fashion, cifar10, or a custom
+            folder: FOLDER/<class>/* of image files, the same in FOLDER/train and FOLDER/test,
+            FOLDER/* of one class, or idx files as MNIST's.
         batch_size: images of one optimizer step, over all ranks and accumulated batches.
-        root: the folder of data sets; by default the variable DATA_ROOT.
-        flip: mirror each image in every other epoch, drawn by the seed; by default only cifar10.
-        val_fraction: share of each training class kept for validation; 0 for no validation.
-        test_fraction: share of each class kept to test, where the source has no test part.
-        seed: of the order; by default that of seed_everything. The parts never depend on it, or a
-            later `test` with another seed would test on images that were trained on.
-        classes: numbers or names of the classes to use; by default all. They keep their numbers.
-        mode: of a folder's images: `auto_attention` takes 8-bit gray or RGB as stored and refuses
-        a mixture;
-            `gray` and `rgb` convert, transparent pixels become white.
-        resize: rows and columns, or one number for both, to which each image of a folder is scaled
-            and cropped at its center; by default all must be of one size.
+        root: the folder of datasets; by default the variable DATA_ROOT.
+        flip: horizontal flip of random images, drawn per epoch with probability 1/2; by default
+            only for cifar10.
+        val_fraction: fraction of each training class held out for validation; 0 for no validation.
+        test_fraction: fraction of each class held out for test, if the source has no test split.
+        seed: seed of the order; by default that of seed_everything. The splits do not depend on it:
+            a later `test` with another seed must not use training images.
+        classes: indices or names of the classes to use; by default all. Their indices stay the
+            same.
+        mode: color mode for folders: `auto` takes 8-bit gray or RGB as stored and rejects a
+            mixture; `gray` and `rgb` convert, transparent pixels become white.
+        resize: rows and columns, or one number for both; each image of a folder is scaled and
+            center-cropped to it. By default all images must have one size.
         predict_path: image file, or folder with images at any depth, for `predict`; by default the
-            test part is predicted.
+            test split is predicted.
     """
 
     def __init__(
@@ -99,7 +106,7 @@ class ImageDataModule(L.LightningDataModule):
         resize: int | tuple[int, int] | None = None,
         predict_path: str | Path | None = None,
     ) -> None:
-        """Check the sizes; files are looked at in `setup`."""
+        """Check the arguments; files are read in `setup`."""
         super().__init__()
         check_positive("batch_size", batch_size)
         if not 0 <= val_fraction < 1 or not 0 < test_fraction < 1:
@@ -129,26 +136,26 @@ class ImageDataModule(L.LightningDataModule):
                 f"mode is {mode} and resize {resize}, and the images of {source} are of one form; "
                 "allowed are folders of your own: type --data.source=FOLDER, or leave both away"
             )
-        self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
+        self.resolved: dict[str, Any] = {}  # the data used: source, file, sha256
         self.num_classes, self.channels, self.size = 0, 0, (0, 0)
         self.class_names: tuple[str, ...] = ()
         self._splits: dict[str, ImageSet] = {}
-        self._predict_set: ImageSet | None = None  # to predict, with labels of -1
+        self._predict_set: ImageSet | None = None  # images to predict, with labels -1
         self._download_errors: dict[str, str] = {}
 
     def prepare_data(self) -> None:
-        """Download what is missing; Lightning calls this on one process only."""
+        """Download missing files; Lightning calls this on local rank 0 only."""
         for source in IMAGE_DATASETS.get(self.source, ()):
             self._download_errors[source.path] = download_if_missing(self.source, source, self.root)
 
     def setup(self, stage: str) -> None:
-        """Read the images, split them, and say what was found."""
+        """Read the images, split them, and log the source, the shapes and the split sizes."""
         if not self._splits:
             self._load_splits()
         if stage == "predict" and self.predict_path is not None and self._predict_set is None:
             self._predict_set = self._load_predict_images(Path(self.predict_path).expanduser())
         if stage == "fit" and not len(self._splits["val"].labels) and self.trainer is not None:
-            cast(Any, self.trainer).limit_val_batches = 0  # it would warn of an empty loader
+            cast(Any, self.trainer).limit_val_batches = 0  # avoids a warning about an empty loader
 
     def _load_splits(self) -> None:
         loaded_splits, file, notes = self._load_source()
@@ -184,7 +191,9 @@ class ImageDataModule(L.LightningDataModule):
             log_once(f"data: {note}", is_warning=True)
 
     def _load_source(self) -> tuple[dict[str, ImageSet], str, list[str]]:
-        """The images by side (train, and val and test where the source has them), file, notes."""
+        """Return the images by split (train, and val and test if the source has them), the file,
+        and notes.
+        """
         if self.source == "digits":
             return {"train": read_digits()}, "", []
         if self.source in IMAGE_DATASETS:
@@ -216,7 +225,7 @@ class ImageDataModule(L.LightningDataModule):
         return splits, str(folder), notes
 
     def _load_predict_images(self, path: Path) -> ImageSet:
-        """The images to predict, which must be of the form of those to train."""
+        """Read the images to predict; their shape must be that of the training images."""
         images, notes = read_images(path, self.mode, self.resize)
         actual_shape = (images.images.shape[1], *images.images.shape[2:])
         if actual_shape != (expected_shape := (self.channels, *self.size)):
@@ -235,23 +244,23 @@ class ImageDataModule(L.LightningDataModule):
         return images
 
     def _select_classes(self, image_set: ImageSet) -> ImageSet:
-        """The images of `classes`."""
+        """Return the images of `classes`."""
         if self.classes is None:
             return image_set
         class_indices = parse_class_indices(self.classes, image_set.class_names, "--data.classes")
         return image_set.select(torch.isin(image_set.labels, torch.tensor(class_indices)))
 
     def pictures(self, split: Split = "train") -> tuple[Tensor, Tensor]:
-        """All images of a part as bytes, uint8 (n c y x), with their labels, int64 (n)."""
+        """Return all images of a split as bytes, uint8 (n c y x), with their labels, int64 (n)."""
         if not self._splits:
             raise RunError("ImageDataModule has no images yet: call setup() first")
         return self._splits[split].images, self._splits[split].labels
 
     def train_dataloader(self) -> TrainLoader:
-        """Shuffled each epoch; what is left over from whole batches waits for another epoch."""
+        """Return a loader that shuffles each epoch and skips its incomplete last batch."""
         images, labels = self._move_split_to_device("train")
         seed, trainer = resolve_seed(self.seed), cast(Any, self.trainer)
-        is_flipped: dict[int, Tensor] = {}  # by epoch
+        is_flipped: dict[int, Tensor] = {}  # flip masks by epoch
 
         def make_batch(items: Tensor) -> tuple[Tensor, Tensor]:
             batch = to_float(images[items])  # (b c y x)
@@ -276,15 +285,17 @@ class ImageDataModule(L.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> EvalLoader:
-        """The part of the training images that was kept back."""
+        """Return the loader of the images held out for validation."""
         return self._make_eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader:
-        """The part that was never trained on."""
+        """Return the loader of the test split."""
         return self._make_eval_loader("test")
 
     def predict_dataloader(self) -> EvalLoader:
-        """Those of `predict_path`, or the test part: (images, labels, names of the files (b))."""
+        """Return the images of `predict_path` or the test split as (images, labels, file names
+        (b)).
+        """
         if self._predict_set is not None:
             images, labels, files = (
                 self._predict_set.images,
@@ -327,17 +338,20 @@ class ImageDataModule(L.LightningDataModule):
             moved_set = self._splits[split]._replace(
                 images=images.to(device), labels=labels.to(device)
             )
-            self._splits[split] = moved_set  # moved once
+            self._splits[split] = moved_set  # keep the moved tensors: one transfer per split
         return self._splits[split].images, self._splits[split].labels
 
 
 def sort_sources_by_similarity(source: str) -> list[str]:
-    """The named sources, the most similar first."""
+    """Return the named sources, the most similar to `source` first."""
     return sort_by_similarity(source.rpartition(os.sep)[2], NAMED_DATASETS)
 
 
 def stratified_split(images: ImageSet, fraction: float, split: str) -> tuple[ImageSet, ImageSet]:
-    """What remains, and the same fraction of each class, drawn alike in every run."""
+    """Split off the same fraction of each class; return the remaining and the selected images.
+
+    The draw uses a fixed seed, so it is the same in every run.
+    """
     is_selected = torch.zeros(len(images.labels), dtype=torch.bool)
     for class_index, name in enumerate(images.class_names):
         (class_positions,) = (images.labels == class_index).nonzero(as_tuple=True)
@@ -356,7 +370,7 @@ def stratified_split(images: ImageSet, fraction: float, split: str) -> tuple[Ima
 
 
 def _parse_resize(resize: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """Rows and columns."""
+    """Return (rows, columns), or None for no resizing."""
     if resize is None:
         return None
     rows_and_columns = (resize, resize) if isinstance(resize, int) else tuple(resize)

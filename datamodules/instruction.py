@@ -1,9 +1,10 @@
-"""Prompts and answers from JSON files, for fine-tuning: only what is answered is learned.
+"""Instruction tuning data (SFT): prompt and answer pairs from JSON files, with loss on the answer
+only.
 
-    {"prompt": "Capital of France? ", "answer": "Paris"}            one such line an example
+    {"prompt": "Capital of France? ", "answer": "Paris"}            one line per example
 
     tokens    C a p i t a l ... ?   P a r i s end
-    targets   . . . . . . . . . .   P a r i s end        . is IGNORED
+    targets   . . . . . . . . . .   P a r i s end        . is IGNORE_INDEX
 
 Axes: b batch, t time.
 """
@@ -36,19 +37,19 @@ from .loaders import (
 )
 from .tokenizers import SpecialTokenMode, Tokenizer, make_tokenizer
 
-IGNORE_INDEX = -100  # the target where there is nothing to learn, as in F.cross_entropy
-PAD_MULTIPLE = 64  # batches are as long as their longest example, rounded up: shapes seldom change
+IGNORE_INDEX = -100  # target of positions without loss, as in F.cross_entropy
+PAD_MULTIPLE = 64  # batches are padded to a multiple of this length: few distinct shapes
 
 
 class Example(NamedTuple):
-    """The two texts of a row."""
+    """The prompt and the answer of a row."""
 
     prompt: str
     answer: str
 
 
 def read_examples(path: Path, prompt_field: str, answer_field: str) -> Iterator[Example]:
-    """The rows of a JSON file or folder; empty lines are left out."""
+    """Yield the examples of a JSON file or folder; empty lines are skipped."""
     template = f'{{"{prompt_field}": "...", "{answer_field}": "..."}}'
     for location, row in read_json_rows(path, template):
         yield Example(*_extract_fields(row, (prompt_field, answer_field), location))
@@ -70,46 +71,48 @@ def _extract_fields(row: dict[str, Any], fields: tuple[str, str], location: str)
 class TokenizedExamples(NamedTuple):
     """The tokens of all examples, in memory or in a file."""
 
-    sha256: str  # of the files
-    characters: str  # the different characters, sorted
-    tokenizer_key: str  # of the tokenizer
-    num_examples: int  # of examples
-    lengths: np.ndarray  # tokens of each, int32 (count,)
-    prompt_lengths: np.ndarray  # how many of them are the prompt, int32 (count,)
-    tokens: np.ndarray  # int32, one example after the other
-    token_file: str = ""  # of the tokens, if one process has written them for all
+    sha256: str  # SHA-256 of the files
+    characters: str  # the distinct characters, sorted
+    tokenizer_key: str  # cache key of the tokenizer
+    num_examples: int  # number of examples
+    lengths: np.ndarray  # tokens per example, int32 (num_examples,)
+    prompt_lengths: np.ndarray  # prompt tokens per example, int32 (num_examples,)
+    tokens: np.ndarray  # int32, all examples concatenated
+    token_file: str = ""  # file of the tokens, if one process has written them for all
 
     def has_file(self) -> bool:
-        """Whether the file, if there is one, is on this machine."""
+        """Return whether the tokens are in memory or their file exists on this machine."""
         return not self.token_file or Path(self.token_file).is_file()
 
     def load_tokens(self) -> "TokenizedExamples":
-        """The same in memory."""
+        """Return the examples with their tokens loaded into memory."""
         if not self.token_file:
             return self
         return self._replace(tokens=np.fromfile(self.token_file, np.int32), token_file="")
 
 
 class AnswerDataModule(L.LightningDataModule):
-    """Prompts with answers as batches (inputs, targets), both int64 (b t).
+    """Instruction data: prompts with answers as batches (inputs, targets), both int64 (b t).
 
-    data = AnswerDataModule("questions.jsonl", tokenizer="gpt2", context=256)
+        data = AnswerDataModule("questions.jsonl", tokenizer="gpt2", context=256)
 
-    An answer ends with the tokenizer's end token, where it has one, so that a model learns to stop.
+    An answer ends with the tokenizer's end-of-text token, if it has one, so that a model learns to
+    stop.
 
     Args:
-        path: a file of JSON objects, one a line (.jsonl, .ndjson) or in a list (.json), or a folder
-            of such files.
-        prompt: the field that is given.
-        answer: the field that is learned.
-        tokenizer: what a token is: characters, bytes, gpt2 or a file, as in TextDataModule; that
-            of the model that is tuned.
-        context: t at most; of a longer example the end is cut off, and their number is told.
+        path: a file of JSON objects, one per line (.jsonl, .ndjson) or in a list (.json), or a
+            folder of such files.
+        prompt: the field with the prompt, which gets no loss.
+        answer: the field with the answer, which is learned.
+        tokenizer: characters, bytes, gpt2 or a file, as in TextDataModule; use the tokenizer of the
+            model that is fine-tuned.
+        context: maximum t; a longer example is truncated at its end, and the log gives the number
+            of truncated examples.
         batch_size: examples of one optimizer step, over all ranks and accumulated batches.
-        val_fraction: share of the examples, drawn by the seed, kept for validation and test.
-        seed: of the split and the order; by default that of seed_everything.
-        specials: how the tokenizer's special tokens are read in a text: plain, as other words;
-            allowed, as one token each; or refuse.
+        val_fraction: fraction of the examples, drawn by the seed, held out for validation and test.
+        seed: seed of the split and the order; by default that of seed_everything.
+        specials: how the tokenizer's special tokens are read in a text: plain, as ordinary text;
+            allowed, as one token each; or refuse, as an error.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class AnswerDataModule(L.LightningDataModule):
         seed: int | None = None,
         specials: SpecialTokenMode = "plain",
     ) -> None:
-        """Check the sizes; the file is looked at in `setup`."""
+        """Check the arguments; the file is read in `setup`."""
         super().__init__()
         check_positive("context", context)
         check_positive("batch_size", batch_size)
@@ -142,20 +145,20 @@ class AnswerDataModule(L.LightningDataModule):
         self.val_fraction, self.seed = val_fraction, seed
         self.specials: SpecialTokenMode = specials
         self.resolved: dict[str, Any] = {}
-        self.rows: list[tuple[Tensor, int]] = []  # tokens, and how many of them are given
+        self.rows: list[tuple[Tensor, int]] = []  # (tokens, number of prompt tokens) per example
         self.tokenizer: Tokenizer | None = None
-        self._preparation: PreparationResult | None = None  # between prepare_data and setup
+        self._preparation: PreparationResult | None = None  # set between prepare_data and setup
 
     def prepare_data(self) -> None:
-        """Tokenize for all ranks of the machine; Lightning calls this on local rank 0 only.
+        """Tokenize for all ranks of the node; Lightning calls this on local rank 0 only.
 
-        One process alone tokenizes in `setup`.
+        Without a distributed run, `setup` tokenizes.
         """
         if not self.rows and is_distributed(self.trainer):
             self._preparation = PreparationResult.from_call(self._write_token_file)
 
     def _write_token_file(self) -> TokenizedExamples:
-        """Tokenize, and write the tokens to a file if the cache folder can be written."""
+        """Tokenize, and write the tokens to a file if the cache folder is writable."""
         tokenized = self._tokenize_examples()
         key = json.dumps(
             [tokenized.sha256, self.fields, tokenized.tokenizer_key, self.specials, self.context]
@@ -166,12 +169,12 @@ class AnswerDataModule(L.LightningDataModule):
         try:
             with atomic_write(path) as temporary_path, temporary_path.open("wb") as file:
                 file.write(tokenized.tokens.data)
-        except OSError:  # each process makes its own
+        except OSError:  # each process tokenizes
             return without_tokens._replace(num_examples=0)
         return without_tokens._replace(token_file=str(path))
 
     def _tokenize_examples(self) -> TokenizedExamples:
-        """The tokens of all examples, one after the other."""
+        """Return the concatenated tokens of all examples."""
         examples = list(read_examples(self.path, *self.fields))
         if len(examples) < 2:
             raise UsageError(
@@ -192,7 +195,7 @@ class AnswerDataModule(L.LightningDataModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Read the file, say what was found, and refuse one that cannot be split."""
+        """Read and tokenize the file, and log its size; raise an error if it cannot be split."""
         prepared: TokenizedExamples | None = None
         if is_distributed(self.trainer):
             prepared = exchange_prepared(self._preparation, self.trainer)
@@ -256,7 +259,7 @@ class AnswerDataModule(L.LightningDataModule):
         return shuffled[size:], shuffled[:size]
 
     def train_dataloader(self) -> TrainLoader:
-        """All examples but those for validation, in a new order each epoch."""
+        """Return the loader of all examples not held out, shuffled each epoch."""
         train_indices, _ = self._split_indices()
         trainer: Any = self.trainer
         return TrainLoader(
@@ -269,7 +272,7 @@ class AnswerDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> EvalLoader:
-        """The examples kept back."""
+        """Return the loader of the examples held out for validation."""
         _, val_indices = self._split_indices()
         data_parallel = DataParallelInfo.of(self.trainer)
         return EvalLoader(
@@ -280,5 +283,5 @@ class AnswerDataModule(L.LightningDataModule):
         )
 
     def test_dataloader(self) -> EvalLoader:
-        """The same: there is no third part."""
+        """Return the validation loader: there is no separate test split."""
         return self.val_dataloader()

@@ -1,9 +1,9 @@
-"""Objects of JSON files: one a line (.jsonl, .ndjson), or a list of them (.json).
+"""JSON Lines reader: objects from .jsonl or .ndjson files, one per line, or from a .json list.
 
     {"prompt": "Capital of France? ", "answer": "Paris"}
 
-Each object comes with its place, "FILE, line 3", which an error repeats. Lines are read one at a
-time, so a long file takes no more memory than its rows.
+Each object comes with its location, "FILE, line 3", for error messages. Lines are read one at a
+time, so a long file needs no more memory than its rows.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ INVALID_CHARACTERS = re.compile("[\0\ud800-\udfff]")
 
 
 class JsonRow(NamedTuple):
-    """An object, and where it stands."""
+    """A JSON object and its location in the file."""
 
     location: str  # "FILE, line 3"
     fields: dict[str, Any]
 
 
 def holds_json_rows(path: Path) -> bool:
-    """Whether a path holds JSON rows, by the suffix: a file, or a folder of nothing else."""
+    """Return whether a path holds JSON rows, by suffix: a file, or a folder of JSON files only."""
     if not path.is_dir():
         return path.suffix.lower() in JSON_SUFFIXES
     files = list_files(path)
@@ -46,12 +46,12 @@ def holds_json_rows(path: Path) -> bool:
 
 
 def read_json_rows(path: Path, example: str, flag: str = "--data.path") -> Iterator[JsonRow]:
-    """The objects of a file, or of all files of a folder in the order of their names.
+    """Yield the objects of a file, or of all files of a folder in the order of their names.
 
     Args:
         path: a file or a folder.
-        example: an object as it should be, shown by an error.
-        flag: what to type for another path.
+        example: a valid object, shown in error messages.
+        flag: the flag of the path, shown in error messages.
     """
     for file in list_files(path, flag):
         if file.suffix.lower() == ".json":
@@ -61,7 +61,7 @@ def read_json_rows(path: Path, example: str, flag: str = "--data.path") -> Itera
 
 
 def check_text_characters(text: str, location: str, field: str) -> str:
-    """Return a text; refuse U+0000 and halves of characters, which no UTF-8 text holds."""
+    """Return the text; raise an error on U+0000 and lone surrogates, which are not valid text."""
     if match := INVALID_CHARACTERS.search(text):
         problem = "the character" if match[0] == "\0" else "half of a character,"
         raise UsageError(
@@ -75,7 +75,7 @@ def _iter_lines(file: Path, example: str) -> Iterator[JsonRow]:
     number = 0
     with file.open("rb") as opened:
         for chunk in opened:
-            for line in chunk.rstrip(b"\r\n").split(b"\r"):  # a string of JSON holds no raw break
+            for line in chunk.rstrip(b"\r\n").split(b"\r"):  # JSON strings hold no raw line breaks
                 number += 1
                 line = line.removeprefix(BOM) if number == 1 else line
                 if not line.strip():
@@ -91,7 +91,7 @@ def _iter_list(file: Path, example: str) -> Iterator[JsonRow]:
         parsed = _parse(text, str(file), example)
     except ValueError as error:
         if "Extra data" in str(error) and text.lstrip().startswith("{"):
-            yield from _iter_lines(file, example)  # an object a line, under the other suffix
+            yield from _iter_lines(file, example)  # JSON lines with the suffix .json
             return
         raise
     if not isinstance(parsed, list):
@@ -102,7 +102,7 @@ def _iter_list(file: Path, example: str) -> Iterator[JsonRow]:
 
 
 def _decode(text: bytes, location: str, file: Path) -> str:
-    """Decode a line, or a whole file, whose bad byte is then named by its line."""
+    """Decode a line or a whole file; the error message names the line of an invalid byte."""
     try:
         bad_offset, decoded = text.find(0), ""
         if bad_offset < 0:
@@ -111,7 +111,7 @@ def _decode(text: bytes, location: str, file: Path) -> str:
         bad_offset = error.start
     if bad_offset < 0:
         return decoded
-    start = text.rfind(b"\n", 0, bad_offset) + 1  # of its line
+    start = text.rfind(b"\n", 0, bad_offset) + 1  # start of the line of the byte
     error_location = (
         f"{file}, line {1 + text[:start].count(10)}" if location == str(file) else location
     )
@@ -151,7 +151,7 @@ def _type_name(value: Any) -> str:
 
 
 def compute_files_sha256(files: Iterable[Path]) -> str:
-    """SHA-256 of the content of files, one after the other; of one file that of the file."""
+    """Return the SHA-256 of the concatenated contents of files."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:

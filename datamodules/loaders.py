@@ -1,11 +1,13 @@
-"""The order of the data: a pure function of (seed, epoch, global sample index), of nothing else.
+"""Resumable data loaders and samplers: data order as a pure function of (seed, epoch, sample
+index).
 
-    epoch e:  sample  0 1 2 3 | 4 5 6 7 | ...      batch_size 4 = one optimizer step, whole world
+    epoch e:  sample  0 1 2 3 | 4 5 6 7 | ...      batch_size 4 = one optimizer step, all ranks
               micro   0 0 1 1 | 0 0 1 1 | ...      accumulate 2
               rank    0 1 0 1 | 0 1 0 1 | ...      size 2
 
-Ranks and micro-batches take slices of one stream, so the global batch of a step is the same on any
-number of ranks, and a position counted in samples can be continued on another.
+Data-parallel ranks and micro-batches take slices of one stream. So the global batch of a step is
+the same on any number of ranks. A position counted in samples can be resumed on another number of
+ranks.
 """
 
 import hashlib
@@ -20,28 +22,31 @@ from torch import Tensor
 from ravine.errors import UsageError
 from ravine.strategies.share import DataParallelInfo
 
-DRAWS_PER_BLOCK = 4096  # draws made at once; a change would change the data of every run
+DRAWS_PER_BLOCK = 4096  # draws per block; a change of this number changes the data of every run
 
 
 def generator(seed: int, *key: int | str) -> torch.Generator:
-    """A CPU generator that depends on (seed, key) alone, the same in every process and version.
+    """Return a CPU generator seeded by (seed, key) alone, the same in every process and version.
 
-    generator(seed, "noise", epoch, sample) needs no stored state: asked again, it starts again.
+    generator(seed, "noise", epoch, sample) needs no stored state: another call with the same
+    arguments starts the same stream.
     """
-    # four bytes: torch's CPU generator keeps no more of a seed
+    # four bytes: torch's CPU generator uses only 32 bits of a seed
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def resolve_seed(seed: int | None) -> int:
-    """The seed itself, or that of `seed_everything`, or 0."""
+    """Return the seed, or for None the seed of `seed_everything`, or 0 if there is none."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
 class Order:
-    """`epoch_sampler(epoch, first, last)`: the items that are samples first..last-1 of that epoch.
+    """Epoch sampler: `order(epoch, first, last)` returns the items of samples first..last-1 of the
+    epoch.
 
-    Each epoch is a permutation of the items (and then another), or, with `replacement`, free draws.
+    Each epoch is a random permutation of the items, repeated with other permutations if it is
+    longer. With `replacement` the items are drawn independently.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class Order:
         replacement: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Draw on the CPU, so that every device sees the same stream; keep a block on `device`."""
+        """Store the options; items are drawn on the CPU, so that they do not depend on `device`."""
         self.seed, self.num_items, self.device = seed, num_items, device
         self.block_size = DRAWS_PER_BLOCK if replacement else num_items
         self.replacement = replacement
@@ -59,7 +64,7 @@ class Order:
         self._block = torch.empty(0, dtype=torch.int64)
 
     def __call__(self, epoch: int, first: int, last: int) -> Tensor:
-        """Item numbers, int64 of shape (last - first,)."""
+        """Return item indices, int64 of shape (last - first,)."""
         blocks = []
         while first < last:
             block, start = divmod(first, self.block_size)
@@ -81,12 +86,15 @@ class Order:
 
 
 class StridedWindowSampler(Order):
-    """Starts of windows side by side, from another offset each epoch: nearly all is seen once."""
+    """Samples window starts at a fixed stride, with a new random offset each epoch.
+
+    An epoch covers nearly every token once.
+    """
 
     def __init__(
         self, seed: int, num_starts: int, stride: int, device: torch.device | str = "cpu"
     ) -> None:
-        """Of `num_starts` places where a window may start, take every stride-th."""
+        """Sample every stride-th of `num_starts` possible window starts."""
         super().__init__(seed, max(1, num_starts // stride), device=device)
         self.stride, self.num_offsets = stride, min(stride, num_starts)
 
@@ -99,14 +107,20 @@ class StridedWindowSampler(Order):
 
 
 class TrainLoader:
-    """Micro-batches of one epoch, resumable at any of them.
+    """Resumable training loader: yields the micro-batches of one epoch, from any saved position.
 
-    `make_batch(items)` makes a batch of item numbers. The trainer calls `set_epoch` through
-    `sampler`, as it does for torch's DistributedSampler; `repeat_first_epoch` hands out the first
-    epoch for ever, to overfit its first batches.
+    Args:
+        epoch_sampler: maps (epoch, first, last) to item indices.
+        make_batch: makes a batch from item indices.
+        num_samples: samples of an epoch; the incomplete last batch is dropped.
+        batch_size: samples of one optimizer step, over all ranks and accumulated batches.
+        data_parallel: data-parallel rank and size, and the number of accumulated batches.
+        repeat_first_epoch: whether every epoch repeats the first one, for overfit_batches.
+
+    The trainer calls `set_epoch` through `sampler`, as for torch's DistributedSampler.
     """
 
-    draws_nothing = True  # from the default generators: they need no seed for a batch
+    draws_nothing = True  # does not use the default generators, so no reseeding per batch is needed
 
     def __init__(
         self,
@@ -117,9 +131,7 @@ class TrainLoader:
         data_parallel: DataParallelInfo = DataParallelInfo(),  # noqa: B008 - immutable
         repeat_first_epoch: bool = False,
     ) -> None:
-        """Cut `num_samples` an epoch into steps of `batch_size` over the world; a ragged end
-        waits.
-        """
+        """Store the options and check that the batch divides over ranks and accumulated batches."""
         check_divisible(batch_size, num_samples, data_parallel)
         self.epoch_sampler, self.make_batch, self.batch_size, self.data_parallel = (
             epoch_sampler,
@@ -128,27 +140,27 @@ class TrainLoader:
             data_parallel,
         )
         self.num_samples = num_samples // batch_size * batch_size
-        # Lightning's BatchSizeFinder doubles a batch as long as it is smaller than this length
+        # Lightning's BatchSizeFinder doubles the batch size while it is below this length
         self.dataset = range(num_samples // 2 + 1)
-        self.epoch, self.sample = 0, 0  # the position: samples of the epoch handed out so far
+        self.epoch, self.sample = 0, 0  # the position: samples of the epoch yielded so far
         self._turn, self._epoch_offset = (
             0,
             0,
-        )  # the trainer's number of the epoch, and ours minus it
+        )  # the trainer's epoch number, and the loader's epoch minus that
         self._resume_state: dict[str, int] | None = None
         self.repeat_first_epoch = repeat_first_epoch
-        # Lightning would warn of a `sampler` that it cannot stop from shuffling
+        # with overfit_batches Lightning warns about a `sampler` whose shuffling it cannot disable
         setattr(self, "batch_sampler" if repeat_first_epoch else "sampler", _EpochSetter(self))
 
     def __len__(self) -> int:
-        """Micro-batches an epoch. (A length also keeps Lightning from fetching one ahead.)"""
+        """Return the micro-batches per epoch. (With a length, Lightning prefetches no batch.)"""
         return self.num_samples // self.batch_size * self.data_parallel.accumulate
 
     def __iter__(self) -> Iterator[Any]:
-        """Hand out this rank's micro-batches of the epoch, from a loaded position once.
+        """Yield this rank's micro-batches of the epoch; a loaded position is used once.
 
-        The position is looked up at the first batch, not before: Lightning makes the iterator
-        early, and an order that was loaded between the two still counts.
+        The position is read at the first batch: Lightning creates the iterator early, and may load
+        a position after that.
         """
         self._restore_position()
         rank, size, accumulate = self.data_parallel
@@ -162,14 +174,14 @@ class TrainLoader:
         local_batch_size = micro_batch_size // size
         while self.sample < self.num_samples:
             first = self.sample + rank * local_batch_size
-            self.sample += micro_batch_size  # before the yield: who holds the batch has consumed it
+            self.sample += micro_batch_size  # before the yield: a yielded batch counts as consumed
             yield self.make_batch(self.epoch_sampler(self.epoch, first, first + local_batch_size))
 
     def _restore_position(self) -> None:
-        """Go on from the loaded position, or start the epoch after it.
+        """Resume from the loaded position, or start the next epoch if that one is over.
 
-        We count epochs ourselves: when a file was written at the end of an epoch, Lightning's own
-        number (fit_loop.epoch_progress) is one too high after a resume with max_steps.
+        The loader counts epochs itself. If a checkpoint was written at the end of an epoch,
+        Lightning's number (fit_loop.epoch_progress) is one too high after a resume with max_steps.
         """
         state, self._resume_state, self.sample = self._resume_state, None, 0
         if state is not None:
@@ -180,17 +192,17 @@ class TrainLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Return the optimizer steps per epoch."""
         return self.num_samples // self.batch_size
 
     def set_accumulate(self, accumulate: int) -> None:
-        """Cut the batch of a step into so many micro-batches, from the next epoch on."""
+        """Set the micro-batches per optimizer step, from the next epoch on."""
         data_parallel = self.data_parallel._replace(accumulate=accumulate)
         check_divisible(self.batch_size, self.num_samples, data_parallel)
         self.data_parallel = data_parallel
 
     def peek(self) -> Any:
-        """This rank's first micro-batch of the epoch; the position stays as it is."""
+        """Return this rank's first micro-batch of the epoch without changing the position."""
         rank, size, accumulate = self.data_parallel
         local_batch_size = self.batch_size // accumulate // size
         return self.make_batch(
@@ -198,15 +210,15 @@ class TrainLoader:
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the trainer's number of the epoch that the next iteration hands out."""
+        """Set the trainer's epoch number for the next iteration."""
         self._turn = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """The position, in samples of the whole world, so that any other layout can go on."""
+        """Return the position in samples over all ranks, so that any layout can resume from it."""
         return {"epoch": self.epoch, "sample": self.sample, "turn": self._turn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next iteration where the saved one stood."""
+        """Resume the next iteration at the saved position."""
         keys = ("epoch", "sample", "turn")
         if not isinstance(state, dict) or any(type(state.get(key)) is not int for key in keys):
             raise UsageError(
@@ -218,17 +230,19 @@ class TrainLoader:
 
 
 class _EpochSetter:
-    """Has `set_epoch` where Lightning looks for it: in `sampler` or `batch_sampler.sampler`."""
+    """Provides `set_epoch` where Lightning expects it: in `sampler` or `batch_sampler.sampler`."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self.sampler, self.set_epoch = self, loader.set_epoch
 
 
 class EvalLoader:
-    """Every sample exactly once over the ranks, and the same number of batches on each.
+    """Evaluation loader: every sample exactly once over the ranks, with equal batch counts per
+    rank.
 
-    Equal numbers, because sharded models communicate in every forward pass: ragged ends are spread
-    over batches of sizes that differ by one. There is no state: each iteration is the same.
+    Sharded models communicate in every forward pass, so all ranks need the same number of batches.
+    A remainder is spread over batches whose sizes differ by one. The loader has no state: every
+    iteration is the same.
     """
 
     def __init__(
@@ -238,7 +252,7 @@ class EvalLoader:
         batch_size: int,
         data_parallel: DataParallelInfo = DataParallelInfo(),  # noqa: B008 - immutable
     ) -> None:
-        """Take `batch_size` samples at a time over the world (fewer where it must be)."""
+        """Split the samples into batches of about `batch_size` over all ranks."""
         if num_samples < data_parallel.dp_size:
             raise UsageError(
                 f"{num_samples} samples cannot be evaluated on {data_parallel.dp_size} ranks: "
@@ -246,11 +260,9 @@ class EvalLoader:
                 f"least one; type --trainer.devices={max(num_samples, 1)} or fewer"
             )
         check_positive("batch_size", batch_size)
-        max_local_samples = -(
-            -num_samples // data_parallel.dp_size
-        )  # samples of the fullest rank, rounded up
+        max_local_samples = -(-num_samples // data_parallel.dp_size)  # samples of the fullest rank
         local_batch_size = max(1, batch_size // data_parallel.dp_size)
-        # one batch fewer where the emptiest rank would have nothing left for the last
+        # one batch fewer if a rank would have an empty last batch
         num_batches = min(
             -(-max_local_samples // local_batch_size), num_samples // data_parallel.dp_size
         )
@@ -259,22 +271,22 @@ class EvalLoader:
         self.make_batch = make_batch
 
     def __len__(self) -> int:
-        """Batches, the same on every rank."""
+        """Return the number of batches, equal on all ranks."""
         return len(self.index_batches)
 
     def __iter__(self) -> Iterator[Any]:
-        """Hand out this rank's samples in order."""
+        """Yield this rank's batches in order."""
         return map(self.make_batch, self.index_batches)
 
 
 def check_positive(name: str, value: int) -> None:
-    """Refuse sizes below one."""
+    """Raise an error if a value is not an integer of 1 or more."""
     if not isinstance(value, int) or value < 1:
         raise UsageError(f"{name} is {value!r}; allowed are 1, 2, 3, ...: type --data.{name}=32")
 
 
 def check_divisible(batch_size: int, num_samples: int, data_parallel: DataParallelInfo) -> None:
-    """Refuse a global batch that the set cannot fill or the ranks cannot share equally."""
+    """Raise an error if the global batch exceeds the samples or does not divide over the ranks."""
     check_positive("batch_size", batch_size)
     if batch_size > num_samples:
         raise UsageError(

@@ -1,8 +1,8 @@
-"""Prompts for a policy: snippets of a corpus, or the rows of JSON files with their columns.
+"""RL prompts datamodule: prompts for a policy, from text snippets or from the rows of JSON files.
 
-A prompt is text, since only the model knows its tokens. With it goes the sample's place in the
-order of the data: all that is drawn for a prompt depends on the seed and this place alone, so that
-any number of ranks draws the same batch, and a run that was cut goes on as if it had not been.
+Prompts are texts, since only the model has the tokenizer. Each prompt comes with its sample index
+in the data order. All random draws for a prompt depend only on the seed and this index. So the
+global batch is the same on any number of ranks, and a resumed run draws the same samples.
 """
 
 import hashlib
@@ -23,45 +23,45 @@ from .text import python_docs_text
 
 
 class Prompts(NamedTuple):
-    """A batch."""
+    """A batch of prompts."""
 
     texts: list[str]
-    sample_ids: list[tuple[int, int]]  # (epoch, sample) of each; of an evaluation (-1, sample)
-    columns: dict[str, list[Any]]  # what else the file says of each
+    sample_ids: list[tuple[int, int]]  # (epoch, sample) per prompt; (-1, sample) in evaluation
+    columns: dict[str, list[Any]]  # the other fields of the rows
 
 
 class IndexedSampler:
-    """An Order that also says where in the data each item stands: int64 (epoch, sample, item)."""
+    """Wraps an Order and adds the position of each item: int64 (epoch, sample, item)."""
 
     def __init__(self, sampler: Order) -> None:
-        """Wrap it."""
+        """Store the wrapped sampler."""
         self.sampler = sampler
 
     def __call__(self, epoch: int, first: int, last: int) -> Tensor:
-        """Samples first..last-1, int64 of shape (last - first, 3)."""
+        """Return samples first..last-1 as int64 of shape (last - first, 3)."""
         items = self.sampler(epoch, first, last).cpu()
         sample_indices = torch.arange(first, last)
         return torch.stack((torch.full_like(sample_indices, epoch), sample_indices, items), 1)
 
 
 class PromptDataModule(L.LightningDataModule):
-    """Batches of prompts.
+    """Batches of prompts for reinforcement learning.
 
-    data = PromptDataModule("plays.txt", length=256, batch_size=64)
-    data = PromptDataModule("questions.jsonl", corpus="plays.txt")  # {"prompt": ..., "answer": ...}
+        data = PromptDataModule("plays.txt", length=256, batch_size=64)
+        data = PromptDataModule("questions.jsonl", corpus="plays.txt")
 
     Args:
-        path: a text; or objects with a "prompt" in a .jsonl, .ndjson or .json file or a folder of
-            them; without it `source` decides.
+        path: a text file; or a .jsonl, .ndjson or .json file of objects like {"prompt": "Q: ",
+            "answer": "A"}, or a folder of such files; by default `source` is used.
         source: a text by its name, embedded or auto, as in `TextDataModule`.
-        root: the folder of data sets; by default the variable DATA_ROOT.
-        corpus: a text for rewards that compare with one; by default the text of the snippets.
-        length: characters of a snippet.
+        root: the folder of datasets; by default the variable DATA_ROOT.
+        corpus: reference text for rewards; by default the text of the snippets.
+        length: characters per snippet.
         batch_size: prompts of one optimizer step, over all ranks and accumulated batches.
-        val_fraction: the last part of the text, or of the file, from which no prompt is trained on.
-        val_prompts: prompts of a validation, always the same, spread over that part; of more ranks
-            the greatest number below that they share evenly.
-        seed: of the order; by default that of seed_everything.
+        val_fraction: fraction at the end of the text or file that is held out from training.
+        val_prompts: prompts per validation, always the same, spaced evenly over the held-out part;
+            rounded down to a multiple of the number of ranks.
+        seed: seed of the order; by default that of seed_everything.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class PromptDataModule(L.LightningDataModule):
         val_prompts: int = 64,
         seed: int | None = None,
     ) -> None:
-        """Check the sizes; files are looked at in `setup`."""
+        """Check the arguments; files are read in `setup`."""
         super().__init__()
         for name, value in (("length", length), ("batch_size", batch_size)):
             check_positive(name, value)
@@ -92,20 +92,20 @@ class PromptDataModule(L.LightningDataModule):
         self.prompt_length, self.batch_size = length, batch_size
         self.val_fraction, self.num_val_prompts, self.seed = val_fraction, val_prompts, seed
         self.resolved: dict[str, Any] = {}
-        self.text: str | None = None  # what rewards compare with
-        self.rows: list[dict[str, Any]] = []  # of JSON files
+        self.text: str | None = None  # reference text for rewards
+        self.rows: list[dict[str, Any]] = []  # rows of JSON files
         self._snippets = ""
         self._download_error = ""
 
     def prepare_data(self) -> None:
-        """Download what is missing; Lightning calls this on one process only."""
+        """Download a missing file; Lightning calls this on local rank 0 only."""
         if self.path is None:
             self._download_error = download_if_missing(
                 self.source, text_source(self.source), self.root
             )
 
     def setup(self, stage: str) -> None:
-        """Read the file and say which one."""
+        """Read the prompts and the reference text, and log the file and its size."""
         if self._snippets or self.rows:
             return
         if self.path is not None:
@@ -132,22 +132,22 @@ class PromptDataModule(L.LightningDataModule):
         log_once(f"data: {name}, {size}{reason and '; ' + reason}", is_warning=bool(reason))
 
     def _checksum(self, file: Path | None) -> str:
-        """SHA-256 of the rows and of the text that rewards compare with: a resumed run compares."""
+        """Return the SHA-256 of the rows and the reference text, which a resumed run compares."""
         rows = compute_files_sha256(list_files(file)) if self.rows and file is not None else ""
         return hashlib.sha256(f"{rows}{self.text or ''}".encode()).hexdigest()
 
     @property
     def prompts(self) -> list[str]:
-        """Those of a file; of a text there are too many."""
+        """Return the prompts of JSON files; empty for a text, which has too many snippets."""
         return [row["prompt"] for row in self.rows]
 
     @property
     def characters(self) -> str:
-        """The different characters of all prompts, sorted."""
+        """Return the distinct characters of all prompts, sorted."""
         return "".join(sorted(set(self._snippets).union(*self.prompts)))
 
     def train_dataloader(self) -> TrainLoader:
-        """Prompts drawn with replacement from a text, without from a file."""
+        """Return the training loader: snippets are drawn with replacement, JSON rows without."""
         first, trainer = self._get_bounds()[0], cast(Any, self.trainer)
         return TrainLoader(
             IndexedSampler(Order(resolve_seed(self.seed), first, replacement=not self.rows)),  # type: ignore
@@ -159,13 +159,16 @@ class PromptDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> EvalLoader:
-        """The same prompts each time, all of them in one batch, which they are compared within."""
+        """Return the validation loader: the same prompts each time, all in one batch.
+
+        One batch, because metrics compare the texts of a batch with each other.
+        """
         _, first, last = self._get_bounds()
         data_parallel = DataParallelInfo.of(self.trainer)
         count = min(self.num_val_prompts, last - first) if self.rows else self.num_val_prompts
         even_count = (
             count - count % data_parallel.dp_size
-        )  # all ranks compare texts of one batch of one size
+        )  # equal batches: metrics compare the texts of a batch
         if not even_count:
             problem = f"only {count} are held out" if self.rows else f"val_prompts is {count}"
             fix = (
@@ -186,11 +189,14 @@ class PromptDataModule(L.LightningDataModule):
         return EvalLoader(make_batch, even_count, even_count, data_parallel)
 
     def test_dataloader(self) -> EvalLoader:
-        """As in validation."""
+        """Return the validation loader."""
         return self.val_dataloader()
 
     def _get_bounds(self) -> tuple[int, int, int]:
-        """Items to train on, the first held out, and all: rows, or where a snippet may begin."""
+        """Return the number of training items, the first held-out item, and the number of items.
+
+        An item is a row, or the start position of a snippet.
+        """
         items = len(self.rows) or len(self._snippets)
         train = int(items * (1 - self.val_fraction))
         if self.rows:
@@ -200,7 +206,7 @@ class PromptDataModule(L.LightningDataModule):
             train - self.prompt_length,
             train,
             items - self.prompt_length + 1,
-        )  # none crosses the border
+        )  # no training snippet overlaps the held-out part
 
     def _make_batch(self, items: Tensor, sample_ids: list[tuple[int, int]]) -> Prompts:
         numbers = items.tolist()
@@ -227,7 +233,7 @@ class PromptDataModule(L.LightningDataModule):
 
 
 def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of JSON files; each has a prompt, and all have the same columns."""
+    """Read the objects of JSON files; each needs a prompt, and all must have the same columns."""
     prompts: list[dict[str, Any]] = []
     for location, row in read_json_rows(path, '{"prompt": "Q: ", "answer": "A"}'):
         prompt = row.get("prompt")

@@ -1,8 +1,8 @@
-"""Messages that are spam or not: one a line, ``label<TAB>text``, or a CSV or TSV file by columns.
+"""Spam classification data: messages labeled ham or spam, from ``label<TAB>text`` or CSV/TSV files.
 
-A fifth of each class is held out to test; messages that are equal when stripped and case-folded are
-one group, and a group stays together, or a model would be tested on what it was shown. Each part
-has a message of each class where there are enough of them.
+The grouped, stratified split holds out a fifth of each class for test. Messages that are equal
+after strip and casefold form one group, and a group is never split: a model must not be tested on
+training messages. Each split has a message of each class if there are enough of them.
 """
 
 import codecs
@@ -24,7 +24,7 @@ from .loaders import DataParallelInfo, EvalLoader, Order, TrainLoader, check_pos
 from .tables import Table, has_known_header, read_table
 
 EMBEDDED_FILE = Path(__file__).with_name("spam_messages.tsv")
-LABELS = ("ham", "spam")  # their positions are the classes 0 and 1
+LABELS = ("ham", "spam")  # the index is the class: 0 and 1
 LABEL_VALUES = {
     "ham": 0,
     "0": 0,
@@ -34,11 +34,11 @@ LABEL_VALUES = {
     "1": 1,
     "true": 1,
     "yes": 1,
-}  # of a CSV
+}  # label values of CSV files
 
 
 class Message(NamedTuple):
-    """A message, its class, and, in the embedded set, the side it is on."""
+    """A message, its class, and, in the embedded dataset, its split."""
 
     text: str
     label: int
@@ -46,7 +46,9 @@ class Message(NamedTuple):
 
 
 def parse_messages(lines: list[str], name: str, has_splits: bool = False) -> list[Message]:
-    """Read ``label<TAB>text`` (after ``side<TAB>`` with `has_splits`), skipping empty lines."""
+    """Parse lines ``label<TAB>text`` (``split<TAB>label<TAB>text`` with `has_splits`); skip empty
+    lines.
+    """
     messages = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -64,7 +66,7 @@ def parse_messages(lines: list[str], name: str, has_splits: bool = False) -> lis
 
 
 def check_both_classes(messages: list[Message], name: str) -> list[Message]:
-    """The messages; refused if they are all of one class."""
+    """Return the messages; raise an error if they are all of one class."""
     counts = Counter(m.label for m in messages)
     if len(counts) < 2:
         counts_text = " and ".join(f"{counts[k]} {label}" for k, label in enumerate(LABELS))
@@ -75,12 +77,12 @@ def check_both_classes(messages: list[Message], name: str) -> list[Message]:
 
 
 def messages_from_table(table: Table, name: str, spam_label: str | None) -> list[Message]:
-    """The messages of a table, whose labels are ham and spam, 0 and 1, or two values of one's own.
+    """Convert the rows of a table to messages; labels are ham/spam, 0/1, or two custom values.
 
     Args:
-        table: its rows.
-        name: of the file.
-        spam_label: the value that means spam; the other one means ham.
+        table: the rows.
+        name: the file name for error messages.
+        spam_label: the label value for spam; the other value means ham.
     """
     if spam_label is not None:
         label_values = sorted({entry.label.strip() for entry in table.entries})
@@ -107,9 +109,9 @@ def messages_from_table(table: Table, name: str, spam_label: str | None) -> list
 def grouped_stratified_split(
     messages: list[Message], candidates: list[int], fraction: float, g: torch.Generator
 ) -> set[int]:
-    """Draw the given fraction of each class, and at least one message of each if one remains.
+    """Draw a fraction of each class, and at least one message per class if another one remains.
 
-    Equal messages are drawn together or not at all.
+    Equal messages form a group, which is drawn as a whole.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for i in candidates:
@@ -135,7 +137,7 @@ def grouped_stratified_split(
         unselected_keys = [key for key in class_keys if not selected.issuperset(groups[key])]
         single_class_keys = [
             key for key in unselected_keys if len(sizes[key]) == 1
-        ]  # it takes nothing of other classes
+        ]  # does not change the counts of the other class
         if len(unselected_keys) == len(class_keys) > 1 and single_class_keys:
             select_group(min(single_class_keys, key=lambda key: sizes[key][label]))
     return selected
@@ -144,29 +146,32 @@ def grouped_stratified_split(
 class SpamDataModule(L.LightningDataModule):
     """Messages as batches {"message": list[str], "label": int64 (b), "index": int64 (b)}.
 
-    `index` is the message's place in `messages`; to predict there are no labels, and it is the line
-    of the file, from 0.
+    `index` is the position of the message in `messages`. Batches for `predict` have no labels, and
+    `index` is the line of the file, from 0.
 
-    data = SpamDataModule(source="embedded", batch_size="all", val_fraction=0.0)
-    Trainer(max_steps=200).fit(SpamClassifier(), datamodule=data)
+        data = SpamDataModule(source="embedded", batch_size="all", val_fraction=0.0)
+        Trainer(max_steps=200).fit(SpamClassifier(), datamodule=data)
 
     Args:
-        path: a file of your own, ``label<TAB>text`` a line, or a CSV or TSV file with a header;
-            without it `source` decides.
-        source: sms (SMS Spam Collection, 5,574 messages); embedded (forty written for this
-            project, with their own test set); auto: the first where it can be had.
-        root: the folder of data sets; by default the variable DATA_ROOT.
+        path: a file with ``label<TAB>text`` lines, or a CSV or TSV file with a header; by default
+            `source` is used.
+        source: sms (SMS Spam Collection, 5,574 messages); embedded (forty messages written for this
+            project, with a fixed test split); auto: sms if it is available, else embedded.
+        root: the folder of datasets; by default the variable DATA_ROOT.
         predict_path: the file whose lines `predict` labels, or a CSV file with a column of texts.
         batch_size: messages of one optimizer step over all ranks, at most all of them; or "all".
-        test_fraction: held out of each class to test.
-        val_fraction: held out of the rest to validate; 0 for no validation.
-        seed: of the split and the order. Not that of seed_everything, so that a later `test` with
-            another seed never tests on messages that were trained on.
-        text_column: of a CSV or TSV file, by name or by position from 0; by default the one that is
-            called text, v2, message, sms or the like.
-        label_column: the same; by default label, v1, category or the like.
-        spam_label: the value of that column that means spam; by default spam or 1.
-        encoding: of the files: utf-8, latin-1 (as Kaggle's spam.csv), utf-16, or another of Python.
+        test_fraction: fraction of each class held out for test.
+        val_fraction: fraction of the remaining messages held out for validation; 0 for no
+            validation.
+        seed: seed of the split and the order. It does not follow seed_everything: a later `test`
+            with another seed must not test on training messages.
+        text_column: column of the texts in a CSV or TSV file, by name or by position from 0; by
+            default the column named text, v2, message, sms or similar.
+        label_column: column of the labels; by default the column named label, v1, category or
+            similar.
+        spam_label: the label value for spam; by default spam or 1.
+        encoding: encoding of the files: utf-8, latin-1 (as Kaggle's spam.csv), utf-16, or another
+            encoding of Python.
     """
 
     def __init__(
@@ -184,7 +189,7 @@ class SpamDataModule(L.LightningDataModule):
         spam_label: str | None = None,
         encoding: str = "utf-8",
     ) -> None:
-        """Check the sizes; files are looked at in `setup`."""
+        """Check the arguments; files are read in `setup`."""
         super().__init__()
         if batch_size != "all":
             check_positive("batch_size", batch_size)
@@ -208,30 +213,30 @@ class SpamDataModule(L.LightningDataModule):
         self.path, self.source, self.root, self.predict_path = path, source, root, predict_path
         self.batch_size, self.seed = batch_size, seed
         self.test_fraction, self.val_fraction = test_fraction, val_fraction
-        self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256, duplicates
+        self.resolved: dict[str, Any] = {}  # the data used: source, file, sha256, duplicates
         self.messages: list[Message] = []
-        self.parts: dict[str, list[int]] = {}  # train, val, test: places in `messages`
-        self.predict_lines: list[tuple[int, str]] = []  # to predict
+        self.parts: dict[str, list[int]] = {}  # train, val, test: positions in `messages`
+        self.predict_lines: list[tuple[int, str]] = []  # (line from 0, text)
         self._download_error = ""
 
     @property
     def train_messages(self) -> list[str]:
-        """The texts to train on: all that a featurizer may be fitted to."""
+        """Return the training texts, the only texts that a featurizer may be fitted to."""
         return [self.messages[i].text for i in self.parts.get("train", [])]
 
     def prepare_data(self) -> None:
-        """Download what is missing; Lightning calls this on one process only."""
+        """Download a missing file; Lightning calls this on local rank 0 only."""
         if self.path is None:
             self._download_error = download_if_missing(self.source, TEXT_DATASETS["sms"], self.root)
 
     def setup(self, stage: str) -> None:
-        """Read and split the messages, or the lines to predict, which need no training set."""
+        """Read and split the messages; for `predict` read only the lines to predict."""
         if stage == "predict":
             self._load_predict_lines()
         elif not self.messages:
             self._load_messages()
         if stage == "fit" and not self.val_fraction and self.trainer is not None:
-            cast(Any, self.trainer).limit_val_batches = 0  # it would warn of an empty loader
+            cast(Any, self.trainer).limit_val_batches = 0  # avoids a warning about an empty loader
 
     def _load_predict_lines(self) -> None:
         if self.predict_path is None:
@@ -311,7 +316,7 @@ class SpamDataModule(L.LightningDataModule):
                     )
 
     def _parse_table(self, text: str, name: str, suffix: str) -> Table | None:
-        """The rows of a CSV or TSV file; None of a file of ``label<TAB>text``."""
+        """Return the rows of a CSV or TSV file; None for a file of ``label<TAB>text`` lines."""
         requested = (self.text_column, self.label_column, self.spam_label)
         first = next((line for line in text.split("\n") if line.strip()), "")
         if (
@@ -367,7 +372,7 @@ class SpamDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> TrainLoader:
-        """Shuffled each epoch; what is left over from whole batches waits for another epoch."""
+        """Return a loader that shuffles each epoch and skips its incomplete last batch."""
         indices, trainer = self.parts["train"], cast(Any, self.trainer)
         return TrainLoader(
             Order(self.seed, len(indices)),
@@ -379,15 +384,15 @@ class SpamDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> EvalLoader:
-        """The part held out for validation."""
+        """Return the loader of the messages held out for validation."""
         return self._make_eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader:
-        """The part held out to test."""
+        """Return the loader of the messages held out for test."""
         return self._make_eval_loader("test")
 
     def predict_dataloader(self) -> EvalLoader:
-        """The lines of `predict_path`, without labels."""
+        """Return the loader of the lines of `predict_path`, without labels."""
 
         def make_batch(items: Tensor) -> dict[str, Any]:
             numbers, texts = zip(*(self.predict_lines[i] for i in items.tolist()), strict=True)
@@ -412,7 +417,7 @@ class SpamDataModule(L.LightningDataModule):
 
 
 def _read_text_file(path: Path, flag: str, encoding: str) -> str:
-    """The text of one file; what is not of that encoding is refused with the byte's place."""
+    """Read and decode one file; the error message gives the position of an invalid byte."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; one file is read: type {flag}=FILE")
     (file,) = list_files(path, flag)

@@ -1,10 +1,8 @@
-"""A CSV or TSV file by columns: texts, and for training their labels, with the lines they stand in.
+"""CSV and TSV reader: texts and labels by column name, with line numbers for error messages.
 
-    v1,v2                      columns by name; the known ones need not be named
-    ham,"See you, at 8"
-    spam,WIN 100 now
-
-Axes: none.
+v1,v2                      columns by name; known column names are found automatically
+ham,"See you, at 8"
+spam,WIN 100 now
 """
 
 import csv
@@ -22,7 +20,7 @@ DELIMITERS = ",;\t|"
 
 
 class Entry(NamedTuple):
-    """A row: the line of the file in which it begins, from 1, its text and its label."""
+    """A row: the line where it begins (from 1), its text and its label."""
 
     line: int
     text: str
@@ -30,7 +28,7 @@ class Entry(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The rows of a file, the columns used, and how many rows have text in unnamed columns."""
+    """The rows of a file, the columns used, and the number of rows with text in unnamed columns."""
 
     entries: list[Entry]
     columns: tuple[str, ...]
@@ -44,17 +42,17 @@ def read_table(
     label_column: str | None = None,
     has_labels: bool = True,
 ) -> Table:
-    """Read a table with a header, or without one if its first row has a label already.
+    """Read a table; its first row is a header unless it contains ham or spam.
 
     Args:
-        content: the file's text.
-        name: the file, for errors.
-        text_column: by name, or by position from 0; by default the one with a known name.
-        label_column: the same.
-        has_labels: whether labels are wanted.
+        content: the text of the file.
+        name: the file name for error messages.
+        text_column: column of the texts, by name or by position from 0; by default a known name.
+        label_column: column of the labels, in the same form.
+        has_labels: whether labels are read.
 
     Raises:
-        ValueError: a column is not there, a row is too short, or a quote is never closed.
+        UsageError: a column is missing, a row is too short, or a quote is never closed.
     """
     lines = list(io.StringIO(content, newline=""))
     requested = {text_column, label_column} - {None}
@@ -69,7 +67,7 @@ def read_table(
         first_cells & set(TEXT_NAMES) or requested & set(first)
     )
     columns = first if has_header else [str(column_index) for column_index in range(len(first))]
-    if not has_header and not requested and len(first) == 2:  # label and text, in this order
+    if not has_header and not requested and len(first) == 2:  # label first, then text
         text_column, label_column = "1", "0"
     column_indices = [_find_column(columns, text_column, TEXT_NAMES, name, "text")]
     if has_labels:
@@ -95,14 +93,14 @@ def read_table(
 
 
 def has_known_header(line: str) -> bool:
-    """Whether a line, divided by tabs, names a column of texts and one of labels."""
+    """Return whether a tab-separated line names a text column and a label column."""
     cells = {cell.strip().strip('"').casefold() for cell in line.split("\t")}
     return bool(cells & set(TEXT_NAMES)) and bool(cells & set(LABEL_NAMES))
 
 
 @contextmanager
 def _allow_long_fields() -> Iterator[None]:
-    """Let a cell be as long as its file: Python's limit of 131,072 is for the whole process."""
+    """Raise the csv field size limit, which is 131,072 for the whole process by default."""
     previous_limit = csv.field_size_limit(sys.maxsize)
     try:
         yield
@@ -111,7 +109,7 @@ def _allow_long_fields() -> Iterator[None]:
 
 
 def _parse_rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """The rows that are not empty, each with the number of its first line, from 1."""
+    """Return the non-empty rows, each with the number of its first line, from 1."""
     rows: list[tuple[int, list[str]]] = []
     with _allow_long_fields():
         reader = csv.reader(lines, delimiter=delimiter)
@@ -123,7 +121,7 @@ def _parse_rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, 
                 last, start = start, reader.line_num
         except csv.Error as error:
             raise UsageError(f"{name}, line {reader.line_num}: {error}; mend the line") from None
-        if rows:  # a quote that is never closed takes all that follows into one cell
+        if rows:  # an unclosed quote puts the rest of the file into one cell
             try:
                 list(csv.reader(lines[last:], delimiter=delimiter, strict=True))
             except csv.Error as error:
@@ -138,7 +136,7 @@ def _parse_rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, 
 def _delimiter_rank(
     lines: list[str], delimiter: str, requested: set[str | None]
 ) -> tuple[int, int]:
-    """Smaller where the first row has more of the columns that are wanted, then more columns."""
+    """Return a sort key: smaller for more known columns in the first row, then for more columns."""
     head = next((line for line in lines if line.strip()), "")
     with _allow_long_fields():
         first = [cell.strip() for cell in next(csv.reader([head], delimiter=delimiter), [])]
@@ -150,7 +148,7 @@ def _delimiter_rank(
 def _find_column(
     columns: list[str], requested: str | None, known_names: tuple[str, ...], name: str, role: str
 ) -> int:
-    """The position of a column, from 0."""
+    """Return the position of a column, from 0."""
     available = ", ".join(column for column in columns if column)
     flag = f"--data.{role}_column"
     if requested is not None:

@@ -1,8 +1,8 @@
-"""Text for language models: windows of one long tensor of tokens, and nothing copied to get them.
+"""Language modeling data: fixed-length windows of one token tensor, as views without copies.
 
-Training windows start anywhere, drawn with replacement (nanoGPT), or pass over the text once an
-epoch; the last tenth of the text is for validation, every character of it predicted once, in
-windows side by side.
+Training windows start at random positions, drawn with replacement (nanoGPT), or cover the text once
+per epoch. The last tenth of the text is for validation: side-by-side windows predict each token of
+it once.
 
 Axes: b batch, t time (the context length).
 """
@@ -42,45 +42,44 @@ from .loaders import (
 from .token_cache import TokenType, has_nanogpt_bins
 from .tokenizers import NumberTokenizer, SpecialTokenMode, Tokenizer
 
-IGNORE_INDEX = -100  # the target where there is nothing to predict, as in F.cross_entropy
+IGNORE_INDEX = -100  # target of positions without loss, as in F.cross_entropy
 
 
 def python_docs_text() -> Iterator[str]:
-    """The embedded text: the help topics inside every CPython, 465 KB of technical prose."""
+    """Yield the embedded text: CPython's built-in help topics, 465 KB of technical prose."""
     from pydoc_data.topics import topics
 
     yield "\n\n".join(topics[name] for name in sorted(topics))
 
 
 class TextDataModule(L.LightningDataModule):
-    """A text as batches (inputs, targets), both int64 (b t), targets one token further on.
+    """Text as batches (inputs, targets), both int64 (b t); targets are shifted by one token.
 
-    data = TextDataModule("my.txt", context=128, batch_size=64)
-    Trainer(max_steps=500).fit(LanguageModel(layers=2, width=64), datamodule=data)
+        data = TextDataModule("my.txt", context=128, batch_size=64)
+        Trainer(max_steps=500).fit(LanguageModel(layers=2, width=64), datamodule=data)
 
     Args:
-        path: a text file, or a folder of them, or of nanoGPT's train.bin and val.bin; without it
-            `source` decides.
+        path: a text file, a folder of text files, or a folder with nanoGPT's train.bin and val.bin;
+            by default `source` is used.
         source: a text by its name (docs/data.md lists them); embedded: CPython's help topics; auto:
-            the first of the list where it can be had, otherwise the embedded text.
-        root: the folder of data sets; by default the variable DATA_ROOT.
+            the first text of the list if it is available, otherwise the embedded text.
+        root: the folder of datasets; by default the variable DATA_ROOT.
         context: t.
         batch_size: windows of one optimizer step, over all ranks and accumulated batches.
-        val_fraction: the last part of the text, kept for validation (and for `test`).
-        seed: of the order of the windows; by default that of seed_everything.
-        tokenizer: what a token is: characters (of the text), bytes, gpt2 (a piece of GPT-2's), or
-            the path of a tokenizer.json or of a folder with one or with vocab.json and merges.txt.
-        memory_limit: characters; a longer text is not held in memory or moved to the device.
-        windows: where training windows start: at random; or in passes, side by side from an offset
-            that is another each epoch, so that an epoch sees every token once.
-        begin: the first token of the text to use; the vocabulary is the whole text's.
-        end: the first one not to use; by default there is none.
+        val_fraction: fraction at the end of the text, used for validation and for `test`.
+        seed: seed of the order of the windows; by default that of seed_everything.
+        tokenizer: characters (of the text), bytes, gpt2 (GPT-2's byte pair encoding), or the path
+            of a tokenizer.json or of a folder with one or with vocab.json and merges.txt.
+        memory_limit: in characters; a longer text is memory-mapped and stays off the device.
+        windows: start of the training windows: random; or passes: side by side from a random offset
+            per epoch, so that an epoch covers every token once.
+        begin: index of the first token to use; the vocabulary is that of the whole text.
+        end: index of the first token not to use; by default all tokens are used.
         specials: how the tokenizer's special tokens, like <|endoftext|>, are read in a text: plain,
-            as other words; allowed, as one token each; or refuse.
-        vocabulary: of a folder of tokens: how many different ones there are, where their text is
-            not known.
-        dtype: of a folder of tokens: the type of the numbers; by default what its meta.pkl or
-            meta.json says, or uint16.
+            as ordinary text; allowed, as one token each; or refuse, as an error.
+        vocabulary: vocabulary size of a folder of tokens whose tokenizer is not known.
+        dtype: integer type of a folder of tokens; by default that of its meta.pkl or meta.json, or
+            uint16.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class TextDataModule(L.LightningDataModule):
         vocabulary: int | None = None,
         dtype: TokenType | None = None,
     ) -> None:
-        """Check the sizes; files are looked at in `setup`."""
+        """Check the arguments; files are read in `setup`."""
         super().__init__()
         check_positive("context", context)
         check_positive("batch_size", batch_size)
@@ -124,9 +123,9 @@ class TextDataModule(L.LightningDataModule):
         self.specials: SpecialTokenMode = specials
         self.vocabulary = vocabulary
         self.dtype: TokenType | None = dtype
-        self.resolved: dict[str, Any] = {}  # what was taken: source, file, sha256
+        self.resolved: dict[str, Any] = {}  # the data used: source, file, sha256
         self._corpus: Corpus | None = None
-        self._preparation: PreparationResult | None = None  # between prepare_data and setup
+        self._preparation: PreparationResult | None = None  # set between prepare_data and setup
         self._download_error = ""
 
     @classmethod
@@ -136,14 +135,14 @@ class TextDataModule(L.LightningDataModule):
         tokenizer: Tokenizer | int,
         **options: Any,
     ) -> "TextDataModule":
-        """The same of an array of tokens (n), a mapped one too.
+        """Make a datamodule from an array of token ids (n), which may be memory-mapped.
 
-        data = TextDataModule.of_tokens(numpy.memmap("my.bin", "uint16"), 10_000, context=256)
+            data = TextDataModule.of_tokens(numpy.memmap("my.bin", "uint16"), 10_000, context=256)
 
         Args:
-            tokens: whole numbers.
-            tokenizer: what made them, or how many different ones there are.
-            options: the other arguments.
+            tokens: integer token ids.
+            tokenizer: the tokenizer of the tokens, or the vocabulary size.
+            options: the other arguments of the class.
         """
         data = cls(**options)
         known_tokenizer = NumberTokenizer(tokenizer) if isinstance(tokenizer, int) else tokenizer
@@ -154,20 +153,20 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def corpus(self) -> Corpus:
-        """The tokens and their tokenizer, once `setup` has run."""
+        """Return the tokens and their tokenizer; available after `setup`."""
         if self._corpus is None:
             raise RunError("TextDataModule has no text yet: call setup() first")
         return self._corpus
 
     @property
     def tokenizer(self) -> Any:
-        """What turned the text into tokens; a model keeps it with its weights."""
+        """Return the tokenizer of the text; a model saves it with its weights."""
         return self.corpus.tokenizer
 
     def prepare_data(self) -> None:
-        """Download what is missing, and tokenize for all ranks of the machine.
+        """Download a missing text, and tokenize it for all ranks of the node.
 
-        Lightning calls this on local rank 0 only. One process alone tokenizes in `setup`.
+        Lightning calls this on local rank 0 only. Without a distributed run, `setup` tokenizes.
         """
         if self.path is None:
             self._download_error = download_if_missing(
@@ -177,7 +176,7 @@ class TextDataModule(L.LightningDataModule):
             self._preparation = PreparationResult.from_call(self._write_token_file)
 
     def _write_token_file(self) -> TextSummary | None:
-        """Write the tokens of the text to a file; a folder of tokens is one already."""
+        """Write the tokens of the text to a file; return None for a folder of token files."""
         file, name, _ = self._resolve_source()
         if file and has_nanogpt_bins(file):
             return None
@@ -191,7 +190,9 @@ class TextDataModule(L.LightningDataModule):
         )
 
     def _resolve_source(self) -> tuple[Path | None, str, str]:
-        """The file or folder, None for the embedded text; its name; why it was taken."""
+        """Return the file or folder (None for the embedded text), its name, and the reason for a
+        fallback.
+        """
         if self.path is not None:
             file, reason = Path(self.path).expanduser(), ""
         else:
@@ -205,7 +206,7 @@ class TextDataModule(L.LightningDataModule):
         return (lambda: read_text(files)) if file else python_docs_text
 
     def setup(self, stage: str) -> None:
-        """Read the text, say which one, and refuse one that is too short."""
+        """Read and tokenize the text and log its source; raise an error if it is too short."""
         summary = None
         if is_distributed(self.trainer):
             summary = exchange_prepared(self._preparation, self.trainer)
@@ -244,7 +245,7 @@ class TextDataModule(L.LightningDataModule):
         log_once(f"data: {name}, {size}{note and '; ' + note}", is_warning=bool(note))
 
     def _check_token_options(self, name: str) -> None:
-        """Refuse what only a folder of tokens can use."""
+        """Raise an error if an option is set that applies only to a folder of token files."""
         for option in ("vocabulary", "dtype"):
             if getattr(self, option) is not None:
                 raise UsageError(
@@ -254,7 +255,7 @@ class TextDataModule(L.LightningDataModule):
                 )
 
     def _slice_tokens(self, name: str, unit: str, corpus: Corpus) -> Corpus:
-        """From `start_token` to `end`."""
+        """Return the corpus with tokens `start_token` to `stop_token` only."""
         count = len(corpus.tokens)
         stop = count if self.stop_token is None else self.stop_token
         if (self.start_token, stop) == (0, count):
@@ -290,7 +291,9 @@ class TextDataModule(L.LightningDataModule):
         return corpus.tokens[:split], corpus.tokens[split:]
 
     def train_dataloader(self) -> TrainLoader:
-        """Windows of the training part; an epoch has as many tokens as that."""
+        """Return the loader of training windows; one epoch has about as many tokens as the training
+        part.
+        """
         tokens, _ = self._get_splits()
         t, trainer = self.context, cast(Any, self.trainer)
         windows = tokens.unfold(0, t + 1, 1)  # a view: (n - t, t + 1)
@@ -314,7 +317,7 @@ class TextDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> EvalLoader:
-        """The whole validation part; the last window is filled up with targets of -100."""
+        """Return the loader of the validation part; the last window is padded with targets -100."""
         _, tokens = self._get_splits()
         t, last = self.context, len(tokens) - 1
         offsets = torch.arange(t + 1, device=tokens.device)
@@ -329,23 +332,23 @@ class TextDataModule(L.LightningDataModule):
         )
 
     def test_dataloader(self) -> EvalLoader:
-        """The validation part: the text has no third."""
+        """Return the validation loader: a text has no separate test split."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> EvalLoader:
-        """Refuse, and say what a language model does instead."""
+        """Raise an error that points to `generate`, the command for language models."""
         raise UsageError(
             "a text has no answers to predict; a language model continues it: "
             "type lightning generate --ckpt_path=FILE --prompt=TEXT"
         )
 
     def _get_splits(self) -> tuple[Tensor, Tensor]:
-        """Training and validation tokens, on the device unless the text is a mapped file."""
+        """Return training and validation tokens, on the device unless they are memory-mapped."""
         corpus = self.corpus
         if self.trainer is not None and not corpus.is_memmap:
             device, tokens = self.trainer.strategy.root_device, corpus.tokens
             if device.type != "cpu" and tokens.dtype == torch.uint16:
-                tokens = tokens.to(torch.int32)  # GPUs do not gather unsigned shorts
+                tokens = tokens.to(torch.int32)  # no uint16 gather on GPUs
             corpus = corpus._replace(tokens=tokens.to(device))
-            self._corpus = corpus  # moved once
+            self._corpus = corpus  # keep the moved tensors: one transfer
         return self._split_corpus(corpus)

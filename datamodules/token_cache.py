@@ -1,9 +1,9 @@
-"""Tokens on disk and in memory: a text is tokenized once, on all cores, and found again by content.
+"""Token cache: tokenize a text once, on all cores, and store the tokens in a memory-mapped file.
 
-A long text becomes a file of tokens of two or four bytes in the cache folder, named by the checksum
-of the text and the tokenizer, memory-mapped, of which only the parts in use are read. nanoGPT's
-train.bin and val.bin are such files, and are read as they are, with the type and the vocabulary
-that a meta.pkl or meta.json beside them, or the caller, says.
+A long text becomes a file of two-byte or four-byte tokens in the cache folder, named by the SHA-256
+of the text and the tokenizer. Memory mapping reads only the used parts. nanoGPT's train.bin and
+val.bin have the same format and are read directly. Their dtype and vocabulary come from the caller,
+or from a meta.pkl or meta.json in the same folder.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ from ravine.strategies.checkpoint import safe_pickle as plain_pickle
 from .downloads import atomic_write, cache_folder
 from .tokenizers import CharTokenizer, FileTokenizer, NumberTokenizer, Tokenizer, make_tokenizer
 
-CHUNK_CHARS = 1 << 20  # characters tokenized at once by one core
-SCAN_CHUNK = 1 << 24  # tokens looked at once
-MIN_BYTES_TO_CACHE = 1 << 27  # bytes of a file whose extent is kept, not to read it at each start
-MAX_META_BYTES = 1 << 24  # bytes of a meta file at most
+CHUNK_CHARS = 1 << 20  # characters per encoding task
+SCAN_CHUNK = 1 << 24  # tokens per scan step
+MIN_BYTES_TO_CACHE = 1 << 27  # bytes; the token range of larger files is cached
+MAX_META_BYTES = 1 << 24  # maximum bytes of a meta file
 TokenType = Literal["uint8", "uint16", "int32", "uint32", "int64", "uint64"]
 
 
 def tokenize_corpus(
     tokenizer: Tokenizer, text: Callable[[], Iterator[str]], sha256: str, is_memmap: bool
 ) -> Tensor:
-    """The tokens (n) of a text: in memory, uint8 if that is enough, or mapped from a file."""
+    """Return the tokens (n) of a text: in memory, as uint8 if that is enough, or memory-mapped."""
     if is_memmap:
         return read_token_file(
             write_token_file(tokenizer, text, sha256, is_memmap), tokenizer, is_memmap
@@ -50,22 +50,22 @@ def tokenize_corpus(
 def write_token_file(
     tokenizer: Tokenizer, text: Callable[[], Iterator[str]], sha256: str, is_memmap: bool
 ) -> Path:
-    """The file with the tokens of a text, written unless it is there.
+    """Write the tokens of a text to a file in the cache, unless it exists; return its path.
 
-    Two jobs may write the same file at the same time: it is renamed to its name when it
-    is whole.
+    Two jobs may write the same file at the same time: the file gets its name only when it is
+    complete.
 
     Args:
-        tokenizer: makes the tokens.
-        text: gives the text in pieces.
-        sha256: the checksum of the text.
-        is_memmap: whether the tokens stay a file, or are held in memory.
+        tokenizer: the tokenizer.
+        text: returns an iterator over the chunks of the text.
+        sha256: the SHA-256 of the text.
+        is_memmap: whether the tokens stay memory-mapped or are held in memory.
 
     Raises:
-        OSError: if the cache folder cannot be written.
+        TokenCacheError: the cache folder cannot be written.
     """
     token_dtype = _token_dtype(tokenizer, is_memmap)
-    # a tokenizer that refuses special tokens has to read the text even if a file of it exists
+    # in the mode "refuse" the text must be read even if its tokens are cached without that check
     name = tokenizer.cache_key + ("-refuse" if tokenizer.specials == "refuse" else "")
     path = cache_folder() / "tokens" / f"{sha256}-{name}.{token_dtype}"
     if path.is_file():
@@ -77,7 +77,7 @@ def write_token_file(
     except OSError as error:
         failed_path = path.parent if error.filename is None else Path(error.filename)
         if not (path.is_relative_to(failed_path) or failed_path.is_relative_to(path.parent)):
-            raise  # the text itself cannot be read
+            raise  # the error comes from reading the text
         raise TokenCacheError(
             error.errno,
             f"{error.strerror or error}: the tokens cannot be written to {path.parent}; allowed: a "
@@ -87,33 +87,38 @@ def write_token_file(
 
 
 class TokenCacheError(OSError, RunError):
-    """The cache folder has no room for tokens or may not be written."""
+    """The cache folder is full or not writable."""
 
     def __str__(self) -> str:
-        """The text without the number of the error."""
+        """Return the message without the error number."""
         return str(self.args[1])
 
 
 def read_token_file(path: Path, tokenizer: Tokenizer, is_memmap: bool) -> Tensor:
-    """The tokens (n) of a file of `write_token_file`, whose pages all processes share."""
+    """Map the tokens (n) of a file of `write_token_file`; all processes share its pages."""
     return as_tensor(memmap_tokens(path, _token_dtype(tokenizer, is_memmap)))
 
 
 def _token_dtype(tokenizer: Tokenizer, is_memmap: bool) -> np.dtype:
-    """The dtype of a token: two or four bytes in a file, one byte in memory if that is enough."""
+    """Return the dtype of a token: two or four bytes in a file, one byte in memory if it is wide
+    enough.
+    """
     if not is_memmap and tokenizer.vocabulary <= 256:
         return np.dtype(np.uint8)
     return np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """The same memory as a tensor; uint32 as int32, which torch gathers on every device."""
+    """Return a tensor on the same memory; unsigned 32 and 64 bit integers become signed.
+
+    torch gathers signed integers on every device.
+    """
     signed = {"uint32": np.int32, "uint64": np.int64}.get(str(array.dtype))
     return torch.from_numpy(array if signed is None else array.view(signed))
 
 
 def memmap_tokens(path: Path, token_dtype: np.dtype) -> np.ndarray:
-    """A file of tokens as an array (n); nothing is read yet."""
+    """Memory-map a file of tokens as an array (n), without reading it."""
     size = path.stat().st_size
     if size % token_dtype.itemsize or not size:
         raise UsageError(
@@ -122,17 +127,17 @@ def memmap_tokens(path: Path, token_dtype: np.dtype) -> np.ndarray:
             "it is cut short or of another kind; make it again, or type --data.dtype="
             f"{'uint8' if size % 2 else 'uint16'} if that is its type"
         )
-    return np.memmap(path, token_dtype, "c")  # on write copied: the file stays
+    return np.memmap(path, token_dtype, "c")  # copy-on-write: the file does not change
 
 
 NUMBER_WORDS = {1: "one", 2: "two", 4: "four", 8: "eight"}
 
 
 def encode_parallel(tokenizer: Tokenizer, text: Iterable[str]) -> Iterator[np.ndarray]:
-    """Token numbers piece by piece, in order, some pieces ahead on every core."""
+    """Yield the token ids of a text chunk by chunk, in order, encoded ahead on all cores."""
     cores = os.cpu_count() or 1
     pending: deque[Any] = deque()
-    with ThreadPoolExecutor(cores) as pool:  # tiktoken and numpy let other threads run
+    with ThreadPoolExecutor(cores) as pool:  # tiktoken and numpy release the GIL
         for chunk in split_at_word_boundaries(text, tokenizer):
             pending.append(pool.submit(tokenizer.encode_array, chunk))
             if len(pending) > 2 * cores:
@@ -144,18 +149,17 @@ def encode_parallel(tokenizer: Tokenizer, text: Iterable[str]) -> Iterator[np.nd
 def split_at_word_boundaries(
     text: Iterable[str], tokenizer: Tokenizer, max_chars: int = CHUNK_CHARS
 ) -> Iterator[str]:
-    """Cut a text into pieces of at most `max_chars` at borders, where the tokenizer changes no
-    token.
+    """Split a text into chunks of at most `max_chars` at boundaries where a cut changes no token.
 
-    A piece is longer only where there is no border: of one word of a million letters, say. What
-    has been searched for a border is neither searched nor copied again.
+    A chunk is longer only if it has no such boundary, for example a word of a million letters. Text
+    that was searched for a boundary is neither searched nor copied again.
     """
-    held_chunks: list[str] = []  # the beginning of a piece, without a border that is far enough
+    held_chunks: list[str] = []  # start of the next chunk, without a usable boundary
     length, buffer = 0, ""
     for chunk in text:
         buffer, position = buffer + chunk, 0
         while True:
-            min_offset = tokenizer.lookahead if held_chunks else 1  # those before were looked at
+            min_offset = tokenizer.lookahead if held_chunks else 1  # text before is searched
             boundary = tokenizer.next_boundary(
                 buffer, position + max(min_offset, max_chars // 2 - length)
             )
@@ -163,7 +167,7 @@ def split_at_word_boundaries(
                 break
             yield "".join([*held_chunks, buffer[position:boundary]])
             held_chunks, length, position = [], 0, boundary
-        # a border may yet come behind the last ones, and is judged by those before it
+        # keep the end: a boundary may follow it, and its check needs the characters before it
         split = max(position, len(buffer) - 2 * tokenizer.lookahead)
         if split > position:
             held_chunks.append(buffer[position:split])
@@ -174,17 +178,17 @@ def split_at_word_boundaries(
 
 
 class NanoGPTBins(NamedTuple):
-    """Training tokens, validation tokens, both (n), their tokenizer, and a note for the user."""
+    """Training tokens and validation tokens, both (n), their tokenizer, and a note for the log."""
 
     train: Tensor
     val: Tensor
     tokenizer: Tokenizer
-    sha256: str  # of the sizes and the two ends of the files
+    sha256: str  # SHA-256 of the sizes and of both ends of the files
     note: str = ""
 
 
 def has_nanogpt_bins(folder: Path) -> bool:
-    """Whether a folder holds tokens, in train.bin and val.bin."""
+    """Return whether a folder holds nanoGPT's train.bin and val.bin."""
     return all((folder / name).is_file() for name in ("train.bin", "val.bin"))
 
 
@@ -194,16 +198,17 @@ def read_nanogpt_bins(
     vocab_size: int | None = None,
     dtype: TokenType | None = None,
 ) -> NanoGPTBins | None:
-    """Read a folder with train.bin and val.bin, if it is one: arrays of tokens without a header.
+    """Read nanoGPT's train.bin and val.bin, arrays of tokens without a header; None if there are
+    none.
 
-    What a token is, is said by the caller, or else by a meta.pkl or meta.json (`itos`,
-    `vocab_size`, `dtype`) or a tokenizer.json in the folder. Tokens must be below the vocabulary.
+    The tokenizer is given by the arguments, or by a meta.pkl or meta.json (`itos`, `vocab_size`,
+    `dtype`) or a tokenizer.json in the folder. Tokens must be below the vocabulary size.
 
     Args:
         folder: the folder.
-        tokenizer_name: gpt2, bytes, or a file; `characters` means that nothing was said.
-        vocab_size: how many different tokens there are, of tokens whose text is not known.
-        dtype: of the numbers, by default that of the meta file, or uint16.
+        tokenizer_name: gpt2, bytes, or a file; `characters`, the default, means not given.
+        vocab_size: vocabulary size of tokens whose tokenizer is not known.
+        dtype: integer type of the tokens; by default that of the meta file, or uint16.
     """
     files = folder / "train.bin", folder / "val.bin"
     if not has_nanogpt_bins(folder):
@@ -244,9 +249,7 @@ def read_nanogpt_bins(
 def check_token_range(
     name: str, array: np.ndarray, token_range: tuple[int, int], tokenizer: Tokenizer
 ) -> None:
-    """Refuse tokens outside of the vocabulary; `token_range` is their smallest and their
-    largest.
-    """
+    """Raise an error if tokens are outside of the vocabulary; `token_range` is (low, high)."""
     low, high = token_range
     if low >= 0 and high < tokenizer.vocabulary:
         return
@@ -268,7 +271,7 @@ def _resolve_tokenizer(
     vocab_size: int | None,
     largest: int,
 ) -> Tokenizer:
-    """The tokenizer of a folder of tokens: from the arguments, else from its files."""
+    """Return the tokenizer of a folder of tokens: from the arguments, else from its files."""
     if tokenizer_name != "characters":
         named_tokenizer = make_tokenizer(tokenizer_name)
         if vocab_size in (None, named_tokenizer.vocabulary):
@@ -297,7 +300,7 @@ def _resolve_tokenizer(
 
 
 def _read_meta(folder: Path) -> tuple[dict[str, Any], Path]:
-    """The content of meta.pkl or meta.json, and the path of the file."""
+    """Return the content of meta.pkl or meta.json, and the path of the file."""
     for name in ("meta.pkl", "meta.json"):
         meta_path = folder / name
         if not meta_path.is_file():
@@ -327,7 +330,7 @@ def _read_meta(folder: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _load_meta_pickle(meta_path: Path) -> Any:
-    """The plain values of a pickle; of classes only NumPy's number types, as names."""
+    """Load a pickle of plain values; NumPy's number types are the only classes allowed."""
     dtype_names = get_args(TokenType)
     return plain_pickle.load_plain(
         meta_path.read_bytes(), lambda name: name.module == "numpy" and name.name in dtype_names
@@ -336,7 +339,7 @@ def _load_meta_pickle(meta_path: Path) -> Any:
 
 def _meta_dtype(meta: dict[str, Any], meta_path: Path) -> str:
     dtype_entry = meta.get("dtype", "uint16")
-    # shared lists of a pickle may unfold to millions of words: shortened, not written out
+    # repr of shared lists of a pickle may have millions of words, so reprlib shortens it
     is_plain = isinstance(dtype_entry, str | plain_pickle.GlobalName)
     name = str(dtype_entry).removeprefix("numpy.") if is_plain else reprlib.repr(dtype_entry)
     if name not in get_args(TokenType):
@@ -349,7 +352,7 @@ def _meta_dtype(meta: dict[str, Any], meta_path: Path) -> str:
 
 
 def _char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
-    """The characters that nanoGPT's meta.pkl names."""
+    """Build the character tokenizer of nanoGPT's meta.pkl."""
     try:
         characters = [itos[number] for number in range(len(itos))]
         tokenizer = CharTokenizer(characters)
@@ -368,7 +371,7 @@ def _char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
 
 
 def _check_token_width(file: Path, array: np.ndarray) -> None:
-    """Refuse numbers that were read as half as wide as they are, and NumPy's own files."""
+    """Raise an error if tokens were read with half of their width, or the file is a .npy file."""
     with file.open("rb") as opened:
         if opened.read(6) == b"\x93NUMPY":
             raise UsageError(
@@ -393,7 +396,7 @@ def _check_token_width(file: Path, array: np.ndarray) -> None:
 
 
 def _cached_token_range(file: Path, array: np.ndarray) -> tuple[int, int]:
-    """The smallest and the largest token of a file; of a long file it is read once."""
+    """Return the smallest and the largest token of a file; the range of a long file is cached."""
     state = file.stat()
     key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {array.dtype}"
     name = f"extent-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -413,13 +416,13 @@ def _cached_token_range(file: Path, array: np.ndarray) -> tuple[int, int]:
 
 
 def compute_token_range(array: np.ndarray) -> tuple[int, int]:
-    """The smallest and the largest number of an array (n), a mapped one too."""
+    """Return the smallest and the largest number of an array (n), which may be memory-mapped."""
     chunks = [array[n : n + SCAN_CHUNK] for n in range(0, len(array), SCAN_CHUNK)]
     return min(int(p.min()) for p in chunks), max(int(p.max()) for p in chunks)
 
 
 def _compute_fingerprint(files: Iterable[Path]) -> str:
-    """SHA-256 of the sizes and of the first and last million bytes."""
+    """Return the SHA-256 of the file sizes and of the first and last 2^20 bytes."""
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

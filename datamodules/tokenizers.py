@@ -1,17 +1,18 @@
-"""Tokenizers turn text into token numbers and back; their state is plain, to travel in checkpoints.
+"""Tokenizers: text to token ids and back (`encode`, `decode`), with a plain state for checkpoints.
 
     kind         vocabulary          a token is
     characters   those of the text   one character
     bytes        256                 one byte of UTF-8: any text in any language
-    gpt2         50,257              a piece of a word: about four characters of English
-    file         of the file         what a file of the tokenizers library says
-    numbers      given               a number: of files of tokens whose text is not known
+    gpt2         50,257              a part of a word (BPE): about four characters of English
+    file         of the file         as a tokenizer.json of the tokenizers library defines
+    numbers      given               an id: for files of tokens whose text is not known
 
-Nats per token and perplexity depend on the kind; bits per byte = nats / ln 2 * tokens / bytes do
-not, and are what different kinds are compared by.
+Nats per token and perplexity depend on the tokenizer. Bits per byte = nats / ln 2 * tokens / bytes
+do not, so they are used to compare models with different tokenizers.
 
-Special tokens, like <|endoftext|>, are words that stand for one token. `special_tokens` says how
-they are read in a text: `plain`, as other words are; `allowed`, as their token; or `refuse`.
+Special tokens, like <|endoftext|>, are words that are encoded as one token. `special_tokens` sets
+how they are read in a text: `plain`, as ordinary text; `allowed`, as their token; or `refuse`, as
+an error.
 """
 
 import base64
@@ -35,62 +36,63 @@ from .downloads import DatasetNotFound
 
 SpecialTokenMode = Literal["plain", "allowed", "refuse"]
 
-# Unicode's White_Space. Python's \s has four characters more, which are signs to GPT-2's pattern
+# Unicode's White_Space. Python's \s has four more characters, which GPT-2's pattern treats as signs
 WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# Signs of the categories P and S, without the apostrophe, which begins a contraction
+# Signs of the Unicode categories P and S, without the apostrophe, which begins a contraction
 PUNCTUATION = (
     "!-&(-/:-@\\[-^`{-~\xa1\xa7\xab\xb6\xb7\xbb\xbf\u0589\u05be\u060c\u061b\u061f\u06d4\u0964\u0965"
     "\u104a\u104b\u1362-\u1368\u17d4\u17d5\u2010-\u2027\u2030-\u205e\u3001-\u3003\u3008-\u3011"
     "\u3014-\u301f\u30fb\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
 )
-# Every known pattern of words ends one there: GPT-2's, and those of later vocabularies
+# A word ends here in every known split pattern: GPT-2's and those of later vocabularies
 WORD_END = re.compile(rf"[^\W_](?=[{WHITESPACE}{PUNCTUATION}])")
-# GPT-2's has one more place: between any sign and white space
+# GPT-2's pattern has one more boundary: between any sign and white space
 GPT2_WORD_END = re.compile(rf"[^\W_](?=[{PUNCTUATION}])|[^{WHITESPACE}](?=[{WHITESPACE}])")
 LONG_WHITESPACE = re.compile(rf"(?<![{WHITESPACE}])[{WHITESPACE}]{{100000,}}")
 SURROGATES = re.compile("[\ud800-\udfff]")
 UNDECODABLE_SURROGATES = re.compile(
     "[\ud800-\udc7f\udd00-\udfff]"
-)  # halves of characters that no shell makes
+)  # lone surrogates that surrogateescape does not produce
 ENDOFTEXT = "<|endoftext|>"
 SINGLE_BYTES = {bytes([n]) for n in range(256)}
 
 
 class Tokenizer(ABC):
-    """One interface for all kinds, which differ in `numbers` and `text`."""
+    """Interface of all tokenizers; a subclass defines `encode_array`, `text` and `state`."""
 
     kind: str
-    eos_id: int | None = None  # the token that ends a text, where there is one
-    token_bytes: Tensor  # UTF-8 bytes of each token, int64 of shape (vocabulary,)
-    has_token_bytes: bool = True  # whether token_bytes are known
-    special_ids: dict[str, int]  # words that stand for one token
+    eos_id: int | None = None  # the end-of-text token, if there is one
+    token_bytes: Tensor  # UTF-8 bytes per token, int64 of shape (vocabulary,)
+    has_token_bytes: bool = True  # whether `token_bytes` are known
+    special_ids: dict[str, int]  # ids of the special tokens
     specials: SpecialTokenMode = "plain"
-    lookahead = 1  # characters after a border that decide whether it is one
+    lookahead = 1  # number of characters needed after a boundary to confirm it
     _unsplittable: Sequence[str] = ()
     _pattern: re.Pattern[str] | None = None
 
     @property
     def vocabulary(self) -> int:
-        """Number of different tokens."""
+        """Return the number of distinct tokens."""
         return len(self.token_bytes)
 
     def encode(self, text: str) -> Tensor:
-        """Token numbers, int64 of shape (tokens,)."""
+        """Return the token ids of a text, int64 of shape (tokens,)."""
         return torch.from_numpy(self.encode_array(text).astype(np.int64))
 
     def decode(self, tokens: Sequence[int] | Tensor) -> str:
-        """The text of token numbers."""
+        """Return the text of token ids."""
         return self.text(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
 
     def next_boundary(self, text: str, start: int) -> int | None:
-        """The first place at or after `start` > 0 where a cut changes no token.
+        """Return the first position at or after `start` > 0 where a cut of the text changes no
+        token.
 
-        None if there is none that has `lookahead` characters after it.
+        Returns None if there is no such position with `lookahead` characters after it.
         """
         return start if start + self.lookahead <= len(text) else None
 
     def is_equivalent(self, other: "Tokenizer") -> bool:
-        """Whether the same numbers stand for the same texts."""
+        """Return whether two tokenizers map the same ids to the same texts."""
         own_state, other_state = dict(self.state()), dict(other.state())
         for state in (own_state, other_state):
             state.pop("specials", None)
@@ -98,11 +100,11 @@ class Tokenizer(ABC):
 
     @property
     def cache_key(self) -> str:
-        """What distinguishes the tokens of a text from those of other tokenizers."""
+        """Return a key that identifies the tokenizer in names of token files."""
         return self.kind if self.specials != "allowed" else f"{self.kind}-{self.specials}"
 
     def _set_special_tokens(self, special_ids: Mapping[str, int], special_tokens: str) -> None:
-        """Keep the words that stand for one token, and how they are read."""
+        """Set the special tokens and how they are read in a text."""
         if special_tokens not in get_args(SpecialTokenMode):
             raise UsageError(
                 f"specials is {special_tokens!r}; allowed: "
@@ -110,7 +112,7 @@ class Tokenizer(ABC):
                 "type --data.specials=plain"
             )
         self.special_ids, self.specials = dict(special_ids), special_tokens  # type: ignore[assignment]
-        # the longest of those that begin at one place
+        # longest first: the longest match at a position is used
         special_words = sorted(self.special_ids, key=len, reverse=True)
         self._pattern = (
             re.compile("|".join(map(re.escape, special_words))) if special_words else None
@@ -123,12 +125,12 @@ class Tokenizer(ABC):
         self._set_unsplittable(special_words if special_tokens != "plain" else [])
 
     def _set_unsplittable(self, units: Iterable[str]) -> None:
-        """Let no border be inside of one of these words."""
+        """Set the words that no boundary may cut."""
         self._unsplittable = list(units)
         self.lookahead = max([1, *map(len, self._unsplittable)])
 
     def _split_at_special_tokens(self, text: str) -> Iterator[str]:
-        """The text in parts: every second one is a special token."""
+        """Split a text at its special tokens: every second part is a special token."""
         if self.specials == "plain" or self._pattern is None:
             yield text
             return
@@ -146,7 +148,7 @@ class Tokenizer(ABC):
         yield text[start:]
 
     def _is_inside_unsplittable(self, text: str, position: int) -> bool:
-        """Whether a word that has to stay whole stands on both sides of a place."""
+        """Return whether a cut at `position` would split an unsplittable word."""
         if not self._unsplittable:
             return False
         before = text[max(0, position - self.lookahead) : position]
@@ -158,7 +160,7 @@ class Tokenizer(ABC):
         )
 
     def _find_match_end(self, pattern: re.Pattern[str], text: str, start: int) -> int | None:
-        """The end of the first match of a pattern that ends at or after `start`."""
+        """Return the end of the first match of a pattern that ends at or after `start`."""
         for match in pattern.finditer(text, start - 1):
             position = match.end()
             if position + self.lookahead > len(text):
@@ -169,25 +171,25 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
-        """Token numbers as an array."""
+        """Return the token ids of a text as an array."""
 
     @abstractmethod
     def text(self, token_ids: Sequence[int]) -> str:
-        """The text of token numbers; bytes that make no character become U+FFFD."""
+        """Return the text of token ids; bytes that are not valid UTF-8 become U+FFFD."""
 
     @abstractmethod
     def state(self) -> dict[str, str]:
-        """Everything `tokenizer_from_state_dict` needs."""
+        """Return the state from which `tokenizer_from_state_dict` rebuilds the tokenizer."""
 
 
 def code_points(text: str) -> np.ndarray:
-    """The Unicode numbers of the characters, uint32 of shape (characters,)."""
-    # a shell hands undecodable bytes over as lone surrogates: let them through to be named
+    """Return the Unicode code points of the characters, uint32 of shape (characters,)."""
+    # shells pass undecodable bytes as lone surrogates: accept them, so that an error names them
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 class CharTokenizer(Tokenizer):
-    """One token a character; the vocabulary is the sorted set of those seen.
+    """Character tokenizer; the vocabulary is the sorted set of the characters of a text.
 
     tokenizer = CharTokenizer("hello")
     tokenizer.decode(tokenizer.encode("hole"))  # "hole"
@@ -208,7 +210,7 @@ class CharTokenizer(Tokenizer):
         self.token_bytes = torch.tensor(sizes)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Places among the characters known."""
+        """Return the positions of the characters in the vocabulary."""
         points = code_points(text)
         indices = np.searchsorted(self.char_codes, points).clip(max=self.vocabulary - 1)
         unknown = np.flatnonzero(self.char_codes[indices] != points)
@@ -217,15 +219,15 @@ class CharTokenizer(Tokenizer):
         return indices
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The characters in a row."""
-        characters = self.characters  # of the whole vocabulary: -1 is not the last
+        """Return the concatenated characters."""
+        characters = self.characters  # index -1 (no token) must not mean the last character
         decoded = "".join(characters[n] if n >= 0 else "\ufffd" for n in token_ids)
         return SURROGATES.sub(
             "\ufffd", decoded
-        )  # of checkpoints of texts that had halves of characters
+        )  # the vocabulary of a checkpoint may have surrogates
 
     def state(self) -> dict[str, str]:
-        """The characters."""
+        """Return the vocabulary."""
         return {"kind": self.kind, "characters": self.characters}
 
     def _describe_unknown(self, text: str, position: int) -> str:
@@ -243,46 +245,47 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One token a byte of UTF-8; the byte 0, which no text has, ends one."""
+    """Byte tokenizer: one token per UTF-8 byte; byte 0, which no text contains, ends a text."""
 
     kind = "bytes"
     eos_id = 0
 
     def __init__(self) -> None:
-        """Nothing is learned from a text."""
+        """Set the fixed vocabulary of 256 bytes."""
         self._set_special_tokens({}, "plain")
         self.token_bytes = torch.ones(256, dtype=torch.int64)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The bytes; what a shell could not decode becomes again what it was."""
+        """Return the UTF-8 bytes; bytes that a shell passed as lone surrogates are restored."""
         valid_text = UNDECODABLE_SURROGATES.sub("\ufffd", text)
         return np.frombuffer(valid_text.encode("utf-8", "surrogateescape"), np.uint8)
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The characters that the bytes make."""
+        """Decode the bytes as UTF-8."""
         return bytes(token_ids).decode("utf-8", "replace")
 
     def state(self) -> dict[str, str]:
-        """The kind says it all."""
+        """Return the kind, which defines the tokenizer completely."""
         return {"kind": self.kind}
 
 
 class BPETokenizer(Tokenizer):
-    """GPT-2's byte pair encoding: a text is cut into words, the words into the pieces known.
+    """GPT-2's byte pair encoding (BPE): a text is split into words, and words into known byte
+    sequences.
 
-    Among the pieces are all 256 bytes, so there is no unknown text. A piece's place is its rank:
-    neighbours that make the piece of lowest rank are merged first.
+    All 256 single bytes are in the vocabulary, so every text can be encoded. The position of a byte
+    sequence is its rank: the adjacent pair with the lowest rank is merged first.
     """
 
     kind = "gpt2"
-    split_pattern = (  # contractions, words and numbers with the space before them, signs, spaces
+    split_pattern = (  # contractions, words and numbers with the space before, signs, spaces
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     )
 
     def __init__(
         self, ranked_tokens: Sequence[bytes], special_tokens: SpecialTokenMode = "plain"
     ) -> None:
-        """Take the pieces in the order of their ranks; one more token ends a text."""
+        """Take the byte sequences in the order of their ranks; one more token ends a text."""
         import tiktoken
 
         self.pieces, self.eos_id = list(ranked_tokens), len(ranked_tokens)
@@ -303,7 +306,7 @@ class BPETokenizer(Tokenizer):
         )
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Ranks of the pieces, and special tokens where they are allowed."""
+        """Return the ranks of the tokens, and special tokens where they are allowed."""
         text = text.encode("utf-8", "replace").decode()
         encoded = []
         for number, segment in enumerate(self._split_at_special_tokens(text)):
@@ -315,15 +318,17 @@ class BPETokenizer(Tokenizer):
         return np.concatenate(encoded)
 
     def next_boundary(self, text: str, start: int) -> int | None:
-        """Behind a word or a sign, before white space; or between a word and a sign."""
+        """Return the next position after a word or sign before white space, or between word and
+        sign.
+        """
         return self._find_match_end(GPT2_WORD_END, text, start)
 
     def _encode_segment(self, text: str) -> Iterator[np.ndarray]:
-        """Ranks of the pieces of a text, whatever words are in it."""
+        """Encode a text without special tokens; long runs of white space are encoded separately."""
         start = 0
         for run in LONG_WHITESPACE.finditer(text):
-            # the words' pattern tries a run of white space from each end, and gives up at a million
-            end = run.end() - (run.end() < len(text))  # the last belongs to what follows
+            # the split pattern backtracks in runs of white space and fails at a million characters
+            end = run.end() - (run.end() < len(text))  # the last space joins the next word
             yield self.encoding.encode_to_numpy(text[start : run.start()], disallowed_special=())
             yield self._single_word_encoding.encode_to_numpy(
                 text[run.start() : end], disallowed_special=()
@@ -333,7 +338,7 @@ class BPETokenizer(Tokenizer):
 
     @functools.cached_property
     def _single_word_encoding(self) -> Any:
-        """An encoding that takes a whole text for one word."""
+        """Return an encoding that treats a whole text as one word."""
         import tiktoken
 
         return tiktoken.Encoding(
@@ -341,11 +346,11 @@ class BPETokenizer(Tokenizer):
         )
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The characters that the pieces make."""
+        """Decode the tokens."""
         return self.encoding.decode(list(token_ids))
 
     def state(self) -> dict[str, str]:
-        """All pieces: a checkpoint needs no file beside it to be used."""
+        """Return all byte sequences, so that a checkpoint needs no other file."""
         state = {
             "kind": self.kind,
             "pieces": " ".join(base64.b64encode(p).decode() for p in self.pieces),
@@ -354,9 +359,9 @@ class BPETokenizer(Tokenizer):
 
 
 def gpt2(special_tokens: SpecialTokenMode = "plain") -> BPETokenizer:
-    """GPT-2's pieces through tiktoken, which keeps its files in TIKTOKEN_CACHE_DIR.
+    """Load GPT-2's byte pair encoding through tiktoken, which caches it in TIKTOKEN_CACHE_DIR.
 
-    Without the variable, in the folder tiktoken of DATA_ROOT if there is one.
+    If the variable is not set, the folder tiktoken of DATA_ROOT is used if it exists.
     """
     import tiktoken
 
@@ -365,7 +370,7 @@ def gpt2(special_tokens: SpecialTokenMode = "plain") -> BPETokenizer:
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache_dir))
     try:
         encoding = tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # no network, no such folder; a wrong checksum
+    except (OSError, ValueError) as error:  # no network or folder; wrong checksum
         searched = os.environ.get("TIKTOKEN_CACHE_DIR", "TIKTOKEN_CACHE_DIR (not set)")
         raise DatasetNotFound(
             f"the pieces of GPT-2's tokenizer were not found; looked at: {searched}; {cache_dir}; "
@@ -379,17 +384,17 @@ def gpt2(special_tokens: SpecialTokenMode = "plain") -> BPETokenizer:
 
 
 class NumberTokenizer(Tokenizer):
-    """Tokens without a text, for files of tokens that another program has made.
+    """Tokens without text, for token files from other programs whose tokenizer is not known.
 
-    A text is the numbers, separated by white space: "17 4 4095". White space alone is token 0, so
-    that a default prompt of a line break can be continued.
+    A text is a list of ids separated by white space: "17 4 4095". White space alone is token 0, so
+    that a default prompt of a line break is valid.
     """
 
     kind = "numbers"
     has_token_bytes = False
 
     def __init__(self, vocabulary: int) -> None:
-        """Take the number of different tokens."""
+        """Set the vocabulary size."""
         if not 1 <= vocabulary <= 1 << 24:
             raise UsageError(
                 f"vocabulary is {vocabulary}; allowed: 1 to {1 << 24:,}; "
@@ -399,7 +404,7 @@ class NumberTokenizer(Tokenizer):
         self.token_bytes = torch.zeros(vocabulary, dtype=torch.int64)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The numbers of a text."""
+        """Parse the ids of a text."""
         token_texts = text.split()
         for word in token_texts:
             if not (word.isascii() and word.isdigit() and len(word) < 11):
@@ -415,26 +420,27 @@ class NumberTokenizer(Tokenizer):
         return np.array([int(word) for word in token_texts] or [0] * bool(text), dtype=np.int64)
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """A space and the number, of each."""
+        """Return the ids as text, each after a space."""
         return "".join(f" {number}" for number in token_ids)
 
     def next_boundary(self, text: str, start: int) -> int | None:
-        """Between a number and a space."""
+        """Return the next position between an id and a space."""
         return self._find_match_end(WORD_END, text, start)
 
     def state(self) -> dict[str, Any]:
-        """The size."""
+        """Return the vocabulary size."""
         return {"kind": self.kind, "vocabulary": self.vocabulary}
 
 
 class FileTokenizer(Tokenizer):
-    """A tokenizer of the tokenizers library, from the text of its tokenizer.json.
+    """Hugging Face tokenizer: a tokenizer of the tokenizers library, from the text of its
+    tokenizer.json.
 
-    tokenizer = FileTokenizer.of_file("my/tokenizer.json")
-    tokenizer = FileTokenizer.of_merges(vocabulary, merges, ["<|endoftext|>"])
+        tokenizer = FileTokenizer.from_file("my/tokenizer.json")
+        tokenizer = FileTokenizer.of_merges(vocabulary, merges, ["<|endoftext|>"])
 
     Args:
-        json_text: the JSON text; what it says of truncation and padding is not used.
+        json_text: the JSON text; its truncation and padding are not used.
         eos_token: the special token that ends a text, by name.
         special_tokens: how special tokens in a text are read.
     """
@@ -448,13 +454,13 @@ class FileTokenizer(Tokenizer):
         eos_token: str | None = None,
         special_tokens: SpecialTokenMode = "plain",
     ) -> None:
-        """Read the text, and see which tokens are special and how many bytes each has."""
+        """Parse the text, and find the special tokens and the bytes per token."""
         import tokenizers
 
         try:
             self.hf_tokenizer = tokenizers.Tokenizer.from_str(json_text)
             parsed = json.loads(json_text)
-        except Exception as error:  # the library raises no other type
+        except Exception as error:  # the library raises only Exception
             raise UsageError(
                 f"not a file of the tokenizers library: {str(error)[:200]}; allowed: a "
                 "tokenizer.json, as Hugging Face's models have; type --data.tokenizer=gpt2 for "
@@ -483,15 +489,15 @@ class FileTokenizer(Tokenizer):
         self.eos_id = special_ids[eos_names[0]] if eos_names else None
         non_special = [
             token.content for token in added.values() if not token.special
-        ]  # always read
+        ]  # always matched
         self._set_unsplittable([*non_special, *(special_ids if special_tokens != "plain" else ())])
         self._compute_token_bytes(parsed, added)
 
     def _compute_token_bytes(self, parsed: dict[str, Any], added: Mapping[int, Any]) -> None:
-        """Bytes of each token, and whether a text may be cut."""
+        """Set the bytes per token, and whether a text may be cut into chunks."""
         vocab = self.hf_tokenizer.get_vocab(with_added_tokens=True)
         size = 1 + max(vocab.values(), default=-1)
-        if size > max(4096, 4 * len(vocab)):  # one large number would allocate any amount of memory
+        if size > max(4096, 4 * len(vocab)):  # one large id would allocate too much memory
             raise UsageError(
                 f"the largest token is {size - 1:,} among {len(vocab):,}; allowed: numbers without "
                 "large gaps; make the file again"
@@ -502,19 +508,17 @@ class FileTokenizer(Tokenizer):
         strips_or_joins = any(t.lstrip or t.rstrip or t.single_word for t in added.values())
         adds_prefix_space = any(step.get("add_prefix_space", True) for step in byte_level)
         self.has_token_bytes = bool(byte_level) and is_plain_bpe
-        # every byte of a text is in one of its tokens, and a text may be cut behind words
+        # lossless: every byte of a text is in one of its tokens, so a text may be cut after words
         self.is_lossless = self.has_token_bytes and not (strips_or_joins or adds_prefix_space)
-        self.written_bytes = torch.zeros(
-            size, dtype=torch.int64
-        )  # bytes, those of special words too
+        self.written_bytes = torch.zeros(size, dtype=torch.int64)  # including special tokens
         for word, number in vocab.items():
-            # of the alphabet of ByteLevel a character is a byte; other tokens are written out
+            # in ByteLevel's alphabet a character is one byte; added tokens are stored as plain text
             self.written_bytes[number] = len(word.encode()) if number in added else len(word)
         self.token_bytes = self.written_bytes.clone()
         self.token_bytes[list(self.special_ids.values())] = 0
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The numbers that the library gives, without what it would put around a text."""
+        """Return the ids from the library, without the tokens that it can add around a text."""
         text = text.encode("utf-8", "replace").decode()
         if self.specials == "refuse":
             list(self._split_at_special_tokens(text))
@@ -535,22 +539,22 @@ class FileTokenizer(Tokenizer):
         return numbers
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The text that the library decodes."""
+        """Decode the tokens with the library."""
         return self.hf_tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def next_boundary(self, text: str, start: int) -> int | None:
-        """Behind a word; nowhere, if the library may put something before each text."""
+        """Return the end of the next word; None if the library may add a prefix to each text."""
         return self._find_match_end(WORD_END, text, start) if self.is_lossless else None
 
     @property
     def cache_key(self) -> str:
-        """The kind and the content."""
+        """Return the kind and a hash of the content."""
         import hashlib
 
         return f"{super().cache_key}-{hashlib.sha256(self.json_text.encode()).hexdigest()[:16]}"
 
     def state(self) -> dict[str, str]:
-        """The whole file, so that a checkpoint needs no other file."""
+        """Return the whole file, so that a checkpoint needs no other file."""
         eos_token = next((word for word, n in self.special_ids.items() if n == self.eos_id), "")
         state = {"kind": self.kind, "content": self.json_text, "end": eos_token}
         return state if self.specials == "plain" else state | {"specials": self.specials}
@@ -559,10 +563,10 @@ class FileTokenizer(Tokenizer):
     def from_file(
         cls, path: str | Path, special_tokens: SpecialTokenMode = "plain"
     ) -> "FileTokenizer":
-        """Read a tokenizer.json; or a folder with one, or with vocab.json and merges.txt.
+        """Read a tokenizer.json, or a folder with one or with vocab.json and merges.txt.
 
-        The token that ends a text is the eos_token of a tokenizer_config.json beside it, or the
-        special token of a usual name.
+        The end-of-text token is the eos_token of a tokenizer_config.json in the folder, or else the
+        special token with one of the names in EOS_CANDIDATES.
         """
         resolved_path = Path(path).expanduser()
         folder = resolved_path if resolved_path.is_dir() else resolved_path.parent
@@ -600,14 +604,14 @@ class FileTokenizer(Tokenizer):
         special_words: Sequence[str] = (),
         special_tokens: SpecialTokenMode = "allowed",
     ) -> "FileTokenizer":
-        """Make a byte pair encoding of GPT-2's kind.
+        """Build a byte pair encoding of GPT-2's form from a vocabulary and merges.
 
         Args:
             vocab: the bytes of each token.
-            merges: the pairs that are joined, the first first.
-            special_words: words that stand for one token; what the vocabulary lacks gets a number
-            behind.
-            special_tokens: how they are read in a text.
+            merges: the pairs to merge, in order.
+            special_words: the special tokens; those missing in the vocabulary get the next free
+                ids.
+            special_tokens: how special tokens in a text are read.
         """
         word_by_bytes = {word.encode(): word for word in special_words}
         ids = {word_by_bytes.get(piece) or _bytes_to_chars(piece): n for n, piece in vocab.items()}
@@ -618,7 +622,7 @@ class FileTokenizer(Tokenizer):
 
 
 def _pretokenizer_steps(config: Any) -> list[dict[str, Any]]:
-    """The pre-tokenizers of a tokenizer.json, one after the other."""
+    """Return the pre-tokenizers of a tokenizer.json in order."""
     if not isinstance(config, dict):
         return []
     inner = config.get("pretokenizers")
@@ -627,7 +631,7 @@ def _pretokenizer_steps(config: Any) -> list[dict[str, Any]]:
 
 @functools.cache
 def _byte_to_char() -> dict[int, str]:
-    """The character by which ByteLevel writes each byte (GPT-2's `bytes_to_unicode`)."""
+    """Return the character that ByteLevel uses for each byte (GPT-2's `bytes_to_unicode`)."""
     printable_bytes = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [n for n in range(256) if n not in printable_bytes]
     return {n: chr(n) for n in printable_bytes} | {n: chr(256 + i) for i, n in enumerate(others)}
@@ -640,7 +644,7 @@ def _bytes_to_chars(piece: bytes) -> str:
 def _make_bpe_json(
     vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], special_words: Iterable[str]
 ) -> str:
-    """The tokenizer.json of a byte pair encoding over GPT-2's words."""
+    """Return the tokenizer.json of a byte pair encoding with GPT-2's word pattern."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     content = {
@@ -656,7 +660,7 @@ def _make_bpe_json(
 
 
 def _bpe_json_from_files(vocab_file: Path, merges_file: Path) -> str:
-    """The tokenizer.json of a vocab.json and a merges.txt, GPT-2's older files."""
+    """Return the tokenizer.json for a vocab.json and a merges.txt, GPT-2's older files."""
     try:
         vocab = json.loads(vocab_file.read_text(encoding="utf-8-sig"))
         lines = merges_file.read_text(encoding="utf-8-sig").split("\n")
@@ -672,7 +676,7 @@ def _bpe_json_from_files(vocab_file: Path, merges_file: Path) -> str:
 
 
 def _read_eos_token(folder: Path) -> str | None:
-    """The eos_token that a tokenizer_config.json names."""
+    """Return the eos_token of the folder's tokenizer_config.json, or None."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
         eos_token = config.get("eos_token")
@@ -685,11 +689,11 @@ def _read_eos_token(folder: Path) -> str | None:
 def make_tokenizer(
     name: str, characters: Iterable[str] = (), special_tokens: SpecialTokenMode = "plain"
 ) -> Tokenizer:
-    """The tokenizer that `--data.tokenizer` names: a kind, or a file.
+    """Build the tokenizer that `--data.tokenizer` names: characters, bytes, gpt2, or a file.
 
     Args:
-        name: characters, bytes, gpt2, or the path of a file that `FileTokenizer.from_file` reads.
-        characters: those of the text, for the first kind.
+        name: characters, bytes, gpt2, or a path for `FileTokenizer.from_file`.
+        characters: the characters of the text, for `characters`.
         special_tokens: how special tokens in a text are read.
     """
     factories: dict[str, Callable[[], Tokenizer]] = {
@@ -701,12 +705,12 @@ def make_tokenizer(
         return FileTokenizer.from_file(name, special_tokens)
     tokenizer = factories[name]()
     if special_tokens != tokenizer.specials:
-        tokenizer._set_special_tokens(tokenizer.special_ids, special_tokens)  # refuses
+        tokenizer._set_special_tokens(tokenizer.special_ids, special_tokens)  # raises an error
     return tokenizer
 
 
 def tokenizer_from_state_dict(state: dict[str, Any]) -> Tokenizer:
-    """Rebuild a tokenizer from what its `state()` gave."""
+    """Rebuild a tokenizer from the result of its `state()`."""
     special_tokens = state.get("specials", "plain")
     try:
         match state.get("kind"):
