@@ -1,4 +1,8 @@
-"""Between a checkpoint and the trainer: what must not be loaded, and what the user has changed."""
+"""Checkpoint connector: restores the training state on resume, with shape checks and changed rates.
+
+Weights of other shapes are rejected before any weight is set. A learning rate given on the command
+line replaces that of the checkpoint.
+"""
 
 import json
 import warnings
@@ -28,34 +32,41 @@ from ravine.strategies.checkpoint.validation import find_malformed_section
 from .error_report import exit_status
 from .rank_zero import is_launched
 
-MAX_SAVED_CONFIG_VALUES, MAX_SAVED_CONFIG_LEVELS = 20_000, 50  # of a configuration
+MAX_SAVED_CONFIG_VALUES, MAX_SAVED_CONFIG_LEVELS = 20_000, 50  # limits of a saved configuration
 COPIED_SECTIONS = ("state_dict", "ema")  # sections whose tensors are copied when they are restored
 
 
 class RavineCheckpointConnector(CheckpointConnector):
-    """Lightning's, but weights of other sizes are refused before one of them is set.
+    """Lightning's checkpoint connector, with a check of all weight shapes before any weight is set.
 
     Args:
-        trainer: whose checkpoints they are
-        changed: keys whose values the command has otherwise than the checkpoint
+        trainer: the trainer whose checkpoints are restored.
+
+    Attributes:
+        changed: config keys whose values differ between the command and the checkpoint.
+        configured_rates: the configured learning rates, by optimizer and parameter group.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
-        """Take the place of Lightning's, before anything has run."""
+        """Store the trainer; `replace_checkpoint_connector` puts this object in place of
+        Lightning's.
+        """
         super().__init__(trainer)
         self.changed: list[str] = []
-        self.configured_rates: list[list[float]] = []  # as configured, by optimizer and group
+        self.configured_rates: list[list[float]] = []  # by optimizer and param group
 
     def before_restore(self, checkpoint_path: Any) -> None:
-        """Note the configured learning rates; refuse weights of other sizes."""
+        """Save the configured learning rates, and raise an error for weights of other shapes."""
         self.configured_rates = learning_rates(
             self.trainer
-        )  # a sharding strategy restores its optimizers here
+        )  # before a sharding strategy restores its optimizers
         if checkpoint_path:
             check_weight_shapes(self.trainer, Path(checkpoint_path), self.changed)
 
     def restore_callbacks(self) -> None:
-        """Restore the callbacks' states; an evaluation need not have those of the training."""
+        """Restore the callback states; without a warning if an evaluation lacks the training
+        callbacks.
+        """
         with warnings.catch_warnings():
             if self.trainer.state.fn != "fit":
                 warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
@@ -63,14 +74,14 @@ class RavineCheckpointConnector(CheckpointConnector):
                 super().restore_callbacks()
 
     def restore_training_state(self) -> None:
-        """Restore optimizers and loops; a learning rate given anew beats the checkpoint's."""
+        """Restore optimizers and loops; changed learning rates replace those of the checkpoint."""
         configured = self.configured_rates or learning_rates(self.trainer)
         super().restore_training_state()
         if any(key.rpartition(".")[2] == "lr" for key in self.changed):
             set_learning_rates(self.trainer, configured)
 
     def resume_start(self, *args: Any, **kwargs: Any) -> None:
-        """Read the checkpoint, and bring one of an older Lightning to the form of today's."""
+        """Load the checkpoint, and migrate one of an older Lightning to the current format."""
         with (
             explain_restore_errors("pytorch-lightning_version"),
             collective_loading(COPIED_SECTIONS),
@@ -83,41 +94,43 @@ class RavineCheckpointConnector(CheckpointConnector):
             super().restore_model()
 
     def restore_datamodule(self) -> None:
-        """Restore the data's own state."""
+        """Restore the state of the datamodule."""
         with explain_restore_errors("of the data"):
             super().restore_datamodule()
 
     def restore_optimizers(self) -> None:
-        """Restore the optimizers' states."""
+        """Restore the optimizer states."""
         with explain_restore_errors("optimizer_states"):
             super().restore_optimizers()
 
     def restore_lr_schedulers(self) -> None:
-        """Restore the schedules' states."""
+        """Restore the states of the learning-rate schedulers."""
         with explain_restore_errors("lr_schedulers"):
             super().restore_lr_schedulers()
 
     def restore_loops(self) -> None:
-        """Restore the counters of epochs and batches."""
+        """Restore the epoch and batch counters."""
         with explain_restore_errors("loops"):
             super().restore_loops()
 
     def dump_checkpoint(self, weights_only: bool = False) -> dict[str, Any]:
-        """Collect the latest metrics first: the lean loop does so at log steps only."""
+        """Build the checkpoint with the latest metrics; the fast loop collects them only at log
+        steps.
+        """
         _ = self.trainer.callback_metrics
         return super().dump_checkpoint(weights_only)
 
 
 @contextmanager
 def explain_restore_errors(section: str) -> Iterator[None]:
-    """Name the section of a checkpoint whose content cannot be restored, in one line.
+    """Convert an error while a checkpoint section is restored to one line that names the section.
 
-    An error in a file of the user's own keeps its traceback.
+    An error raised in a user's file keeps its traceback.
     """
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        worded = isinstance(error, UsageError | RunError)  # also where tracebacks are wanted
+        worded = isinstance(error, UsageError | RunError)  # also with RAVINE_TRACEBACK=1
         if worded or exit_status(error) is not None or find_user_frame(error) is not None:
             raise
         error_text = " ".join(str(error).split())[:160]
@@ -129,10 +142,15 @@ def explain_restore_errors(section: str) -> Iterator[None]:
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
-    """A checkpoint without its numbers: what is in it, and tensors that only have a shape.
+    """Load a checkpoint without its tensor values: all entries, with tensors that only have a
+    shape.
 
-    One process alone compares all checksums. A rank that a launcher has started compares none here:
-    the ranks divide the checksums when they load the checkpoint.
+    A single process verifies all checksums. A rank started by a launcher verifies none here: the
+    ranks divide the checksums when they load the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        UsageError: the file is not a checkpoint of a trainer.
     """
     if problem := damage_message(path, verify_checksums=not is_launched()):
         raise CheckpointError(problem)
@@ -151,9 +169,10 @@ def load_metadata(path: Path) -> dict[str, Any]:
 
 
 def saved_config_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The configuration that a command has put into a checkpoint; empty if none has.
+    """Return the configuration that a command has saved in a checkpoint; empty if there is none.
 
-    Refuses one that no command has written, or that is too large to be one.
+    Raises:
+        UsageError: the configuration is malformed or too large to come from a command.
     """
     ravine_section = checkpoint.get("ravine", {})
     config = (
@@ -196,11 +215,11 @@ def _is_config(config: dict[str, Any]) -> bool:
 
 
 def check_weight_shapes(trainer: L.Trainer, path: Path, changed_keys: list[str]) -> None:
-    """Compare the names and sizes of a checkpoint's weights with those of the model as built."""
+    """Raise an error if weight names or shapes of a checkpoint differ from those of the model."""
     module, strategy = trainer.lightning_module, trainer.strategy
     is_mesh = isinstance(strategy, MeshStrategy)
     if path.is_dir() and (is_mesh or sharded.find_structural_damage(path)):
-        return  # its loader says so
+        return  # its loader reports the error
     module_shapes = (
         strategy.weight_shapes() if is_mesh else states.tensor_shapes(module.state_dict())
     )
@@ -223,7 +242,7 @@ def check_weight_shapes(trainer: L.Trainer, path: Path, changed_keys: list[str])
 
 
 def learning_rates(trainer: L.Trainer) -> list[list[float]]:
-    """The peak learning rates, by optimizer and parameter group."""
+    """Return the peak learning rates, by optimizer and parameter group."""
     groups = [optimizer.param_groups for optimizer in trainer.optimizers]
     return [
         [float(g.get("initial_lr", g.get("lr", 0))) for g in param_groups]
@@ -232,7 +251,7 @@ def learning_rates(trainer: L.Trainer) -> list[list[float]]:
 
 
 def set_learning_rates(trainer: L.Trainer, configured: list[list[float]]) -> None:
-    """Put the configured peaks in the place of the restored ones; a schedule goes on from there."""
+    """Replace the restored peak learning rates by the configured ones; schedules continue."""
     for optimizer, peaks in zip(trainer.optimizers, configured, strict=True):
         for number, (group, peak) in enumerate(zip(optimizer.param_groups, peaks, strict=True)):
             restored = float(group.get("initial_lr", group.get("lr", 0)))

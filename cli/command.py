@@ -1,4 +1,4 @@
-"""The command line proper: LightningCLI with our Trainer, reached through the front door."""
+"""Command line of fit, validate, test and predict: LightningCLI with Ravine's Trainer."""
 
 import enum
 import inspect
@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import ravine.callbacks
 import ravine.datamodules
 import ravine.lightning_modules
-import ravine.strategies  # bare class names are found among what is imported
+import ravine.strategies  # only imported classes are found by a bare name
 from ravine.errors import RunError, UsageError
 from ravine.lightning_compat.command_line import CommandLine
 from ravine.strategies.rank_agreement import flatten_config
@@ -38,11 +38,14 @@ from .error_report import is_raised_by_parser, program_name, unwrap_error
 from .resume_path import iter_values
 from .trainer import CHECKPOINT_FOLDERS_FILE, Trainer, check_run_links
 
-STRATEGY_KEY_PREFIX = "trainer.strategy."  # before the name of an argument
+STRATEGY_KEY_PREFIX = "trainer.strategy."  # prefix of the strategy's arguments
 
 
 def prefer_ravine_classes(find: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """Let `Checkpoint` mean ours: of two classes with one name the parser would take neither."""
+    """Wrap the class lookup: of two classes with the same name it returns Ravine's.
+
+    Without this, `Checkpoint` is ambiguous and the parser accepts neither class.
+    """
 
     def filter_paths(*args: Any, **kwargs: Any) -> list[str]:
         paths = find(*args, **kwargs)
@@ -58,9 +61,11 @@ load_yaml = get_loader("yaml")
 
 
 def drop_unwritable_params(find: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Leave out arguments whose default no config can hold (a sentinel object, an enum).
+    """Wrap the signature lookup: drop arguments whose default no config can hold (a sentinel, an
+    enum).
 
-    The class keeps its default; to set such an argument takes a function of the user's own.
+    The class keeps its default. To set such an argument, the user passes a function that builds the
+    object.
     """
 
     def filter_params(*args: Any, **kwargs: Any) -> list[Any]:
@@ -70,16 +75,18 @@ def drop_unwritable_params(find: Callable[..., list[Any]]) -> Callable[..., list
 
 
 def is_writable_default(default: Any, hint: Any) -> bool:
-    """Whether a config can hold a default; the parser itself writes enums that it has hints of."""
+    """Return whether a config can hold a default; the parser writes an enum only if the hint names
+    it.
+    """
     if isinstance(default, enum.Enum):
         return type(default) in (hint, *get_args(hint))
     return type(default) is not object
 
 
 def prefer_constructor_errors(fail: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
-    """Name as the cause what a constructor has raised, before what the parser says of other types.
+    """Wrap the union error: put errors raised by a constructor before type errors of the parser.
 
-    The parser keeps the first error alone: of `str | Strategy` the one of `str`.
+    The parser keeps only the first error as the cause: for `str | Strategy` that of `str`.
     """
 
     def raise_sorted(subtypes: Any, value: Any, errors: list[Exception]) -> NoReturn:
@@ -98,36 +105,36 @@ cast(Any, _signatures).get_signature_parameters = drop_unwritable_params(
 
 
 class RavineCLI(CommandLine):
-    """fit, validate, test, predict."""
+    """The commands fit, validate, test and predict."""
 
     def __init__(self, argv: list[str], checkpoint_path: Path | None) -> None:
-        """Parse the words and run them; the checkpoint's own words come first."""
+        """Parse the arguments and run the command; arguments of the checkpoint come first."""
         self.checkpoint_path = checkpoint_path
         argv, self.trusted_packages = trust.split_trust_flags(argv)
-        self.changed: list[str] = []  # keys that differ from the checkpoint
+        self.changed: list[str] = []  # config keys that differ from the checkpoint
         super().__init__(
             trainer_class=Trainer,
             save_config_callback=ConfigSaver,  # type: ignore
             save_config_kwargs={"changed": self.changed},
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "default_env": True},
-            auto_configure_optimizers=False,  # it would be built before the net is
+            auto_configure_optimizers=False,  # the optimizer must be built after the net
             args=argv,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """One flag for what is one question at any config: who trains which parameter?"""
+        """Add `--print_groups`, which lists the param groups of the optimizer plan."""
         text = "list the parameters of each rule of the optimizer plan"
         parser.add_argument("--print_groups", action="store_true", help=text)
 
     def instantiate_classes(self) -> None:
-        """Build trainer, model and data; the ranks compare the whole configuration first of all."""
+        """Build trainer, model and data; the ranks first compare their configurations."""
         super().instantiate_classes()
         config = self._resolved_config(self.subcommand or "fit")
         cast(Trainer, self.trainer).check_same_config_on_ranks(flatten_config(config))
 
     def before_fit(self) -> None:
-        """Pass `--print_groups` on to the plan."""
+        """Pass `--print_groups` to the optimizer plan."""
         if not self.config_value("print_groups"):
             return
         plans = [
@@ -144,7 +151,7 @@ class RavineCLI(CommandLine):
             plan.print_groups = True
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse what the checkpoint says, and then what the user says, who wins."""
+        """Parse the checkpoint's arguments, then the user's, which take precedence."""
         argv: list[str] = args  # type: ignore
         saved_config_values = (
             saved_config.load_saved_config(self.checkpoint_path) if self.checkpoint_path else {}
@@ -187,7 +194,7 @@ class RavineCLI(CommandLine):
             )
 
     def after_fit(self) -> None:
-        """Say where everything is, and what to type next."""
+        """Print the run directory and the next command."""
         saved_paths = [callback.last_model_path or callback.best_model_path
                  for callback in self.trainer.checkpoint_callbacks
                 if isinstance(callback, ModelCheckpoint)
@@ -213,7 +220,7 @@ class RavineCLI(CommandLine):
         )
 
     def _next_command(self) -> str:
-        """What the model can do next, with the trust that its own classes need."""
+        """Return the next subcommand, with `--trust` if the model or data are of other packages."""
         subcommand = "test" if is_overridden("test_step", self.model) else "validate"
         subcommand = "generate" if callable(getattr(self.model, "generate", None)) else subcommand
         module_paths = [
@@ -224,7 +231,7 @@ class RavineCLI(CommandLine):
         return f"{subcommand} --trust={','.join(user_packages)}" if user_packages else subcommand
 
     def run_subcommand(self, subcommand: str) -> None:
-        """Run the subcommand; an error carries the newest checkpoint."""
+        """Run the subcommand; an error gets the newest checkpoint as an attribute."""
         try:
             super().run_subcommand(subcommand)
         except BaseException as error:
@@ -239,7 +246,7 @@ class RavineCLI(CommandLine):
 
 
 def missing_validation_message(trainer: Any) -> str | None:
-    """What to say of a fit whose validation was never due."""
+    """Return a message if a fit ended without any validation, else None."""
     loop = trainer.fit_loop.epoch_loop
     num_batches = loop.batch_progress.total.completed
     if not trainer.enable_validation or loop.val_loop.batch_progress.total.ready:
@@ -256,7 +263,7 @@ def missing_validation_message(trainer: Any) -> str | None:
 
 
 def find_last_checkpoint(trainer: Trainer) -> str | None:
-    """The newest checkpoint that this run has written and that is there."""
+    """Return the newest existing checkpoint that this run has written."""
     paths = [
         getattr(callback, "last_model_path", None) for callback in trainer.checkpoint_callbacks
     ]
@@ -265,7 +272,7 @@ def find_last_checkpoint(trainer: Trainer) -> str | None:
 
 
 def raise_if_run_dir_removed(trainer: Trainer, error: BaseException) -> None:
-    """Raise RunFolderRemoved if the run's folder was removed, instead of the error it caused."""
+    """Raise RunDirRemovedError instead of an error that a removed run directory has caused."""
     folder, step = trainer._run_dir, trainer.global_step
     if folder and step and isinstance(error, Exception) and not Path(folder).is_dir():
         raise RunDirRemovedError(
@@ -276,11 +283,11 @@ def raise_if_run_dir_removed(trainer: Trainer, error: BaseException) -> None:
 
 
 class RunDirRemovedError(RunError):
-    """The folder of a run was removed before its end."""
+    """The directory of a run was removed before its end."""
 
 
 def remove_empty_run_dir(trainer: Trainer) -> None:
-    """Remove the folder of a run that failed before its first step, if nothing else is in it."""
+    """Remove the directory of a run that failed before its first step, if it has no other files."""
     folder = trainer._run_dir
     if not folder or trainer.global_step or not trainer.is_global_zero:
         return
@@ -291,11 +298,12 @@ def remove_empty_run_dir(trainer: Trainer) -> None:
 
 
 def expand_strategy_preset(argv: list[str]) -> list[str]:
-    """Replace the name of a strategy by its class where an argument of it is given as well.
+    """Replace a strategy's name by its class and arguments if another argument of it is given.
 
-    A name after the argument would otherwise take the argument back.
+    Otherwise a name that follows the argument would reset the argument.
 
-    spelled_out(["fit", "--trainer.strategy=pp", "--trainer.strategy.microbatches=8"])
+        expand_strategy_preset(["fit", "--trainer.strategy=pp",
+            "--trainer.strategy.microbatches=8"])
     """
     values = list(iter_values(argv))
     arguments = [
@@ -321,7 +329,7 @@ def expand_strategy_preset(argv: list[str]) -> list[str]:
         if flag != "--trainer.strategy":
             other_words.append(word)
         elif not equals:
-            next(remaining_words, None)  # its value
+            next(remaining_words, None)  # skip its value
     position = next(
         (i for i, word in enumerate(other_words) if word.startswith(f"--{STRATEGY_KEY_PREFIX}")),
         len(other_words),
@@ -332,18 +340,18 @@ def expand_strategy_preset(argv: list[str]) -> list[str]:
 
 
 def load_bounded_yaml(text: str) -> Any:
-    """Read YAML as the parser does, also a file that a value names, after its size is checked."""
+    """Parse YAML for the parser after a check of its size; also for files that a value names."""
     if "*" in text or len(text) > 1000:
         presets.check_yaml_size(text, "a value")
     return load_yaml(text)
 
 
 def run(argv: list[str]) -> int:
-    """Run one command and return the exit status; errors are for the front door to word."""
-    # A configuration names classes: those that run commands or delete files are denied.
+    """Run one command and return the exit status; `main` prints the errors."""
+    # A config names classes: [] enforces jsonargparse's default denylist (commands, file deletion).
     set_parsing_settings(import_path_denylist=[], config_read_mode_fsspec_enabled=False)
     set_loader("yaml", load_bounded_yaml, (yaml.YAMLError,))
     argv = expand_strategy_preset(argv)
-    sys.argv[1:], checkpoint = newest.resolve_argv(argv)  # in place: the ranks repeat these words
+    sys.argv[1:], checkpoint = newest.resolve_argv(argv)  # in place: other ranks run sys.argv again
     RavineCLI(sys.argv[1:], checkpoint)
     return 0

@@ -1,8 +1,8 @@
-"""Print the errors that a user can correct: what was given, what is allowed, what to type.
+"""Error reporting: print errors that a user can correct, with allowed values and a suggested flag.
 
-An exception is shown without its traceback if its class is one of `ravine.errors`. Those that the
-operating system and Lightning raise are recognised by their class and by the module that raised
-them. No source file is read, so it makes no difference through which path the package is imported.
+An exception of a class in `ravine.errors` is shown without traceback. Exceptions of the operating
+system and of Lightning are recognized by their class and by the module that raised them. No source
+file is read, so the import path of the package does not matter.
 """
 
 import errno
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ravine.errors import RunError, UsageError, suggest_names
 
-INTERRUPTED_STATUS = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
+INTERRUPTED_STATUS = 130  # 128 + SIGINT, as a shell reports Ctrl-C
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",
@@ -35,14 +35,14 @@ def unknown_name_error(
     make_flag: Callable[[str], str],
     placeholder: str,
 ) -> UsageError:
-    """The error for a name that does not exist.
+    """Return the error for a name that does not exist.
 
     Args:
-        problem: where the word stands, and what it is not
+        problem: the location of the word and the problem
         word: the wrong word
-        allowed: every right one
-        make_flag: what to type, made of the nearest name
-        placeholder: what stands in the place of a name if none is near
+        allowed: all allowed names
+        make_flag: makes the suggested flag from the nearest name
+        placeholder: replaces the name in the flag if no name is near
     """
     allowed = list(allowed)
     if suggestions := suggest_names(word, allowed):
@@ -53,19 +53,19 @@ def unknown_name_error(
 
 
 def program_name() -> str:
-    """The name the program was called by: `lightning` and `ravine` are the same."""
+    """Return the name of the called program: `lightning` and `ravine` are the same."""
     name = Path(sys.argv[0]).stem
     return name if name in ("lightning", "ravine") else "ravine"
 
 
 def print_error(text: str) -> None:
-    """Print one block to stderr, on one rank of a node only."""
+    """Print an error to stderr, on one rank per node."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"{program_name()}: error: {text}\n")
 
 
 def report_interrupt(argv: list[str]) -> int:
-    """Say that Ctrl-C ended the command, before anything took the signals over; the status."""
+    """Print that Ctrl-C ended the command before a signal handler was set; return the status."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         note = " before the first step: nothing was saved" if "fit" in argv else ""
         sys.stderr.write(f"\nstopped by Ctrl-C{note}\n")
@@ -73,10 +73,10 @@ def report_interrupt(argv: list[str]) -> int:
 
 
 def message_of(error: Exception, argv: list[str]) -> str:
-    """The text to print for an exception.
+    """Return the text to print for an exception.
 
-    A UsageError takes a line for each of its parts: the problem, the allowed values, what to type.
-    The system does not say what to do about a full disk or too little memory: that is added.
+    A UsageError has one line each for the problem, the allowed values, and the suggested flag.
+    Advice is added for a full disk and for too little memory, since the system gives none.
     """
     if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
         checkpoint_path = getattr(error, "checkpoint", None)
@@ -103,7 +103,7 @@ def message_of(error: Exception, argv: list[str]) -> str:
 
 
 def strip_worker_traceback(text: str) -> str:
-    """The message alone of an error in a process of a DataLoader: torch puts a traceback before it.
+    """Return the message of an error in a DataLoader worker without the worker's traceback.
 
     torch raises the class again in the main process, with the worker's whole traceback as text.
     """
@@ -113,7 +113,7 @@ def strip_worker_traceback(text: str) -> str:
 
 
 def invalid_file_name_message(error: BaseException) -> str:
-    """Why no file can have the name that was asked for; empty for any other error."""
+    """Return why no file can have the requested name; "" for any other error."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         longest = max(str(error.filename or "").split(os.sep), key=len)
         return f"the name {longest[:40]}... of {len(os.fsencode(longest))} bytes is too long"
@@ -123,7 +123,7 @@ def invalid_file_name_message(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine or the device had no memory left, however that was put."""
+    """Return whether the error means that the machine or the device had no memory left."""
     if isinstance(error, (MemoryError, loaded_exception_class("torch", "OutOfMemoryError"))):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -133,9 +133,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def silence_thread_errors() -> Iterator[None]:
-    """Let a thread that the system refuses something (TensorBoard's writer) leave it at that.
+    """Suppress tracebacks of threads (TensorBoard's writer) for errors such as a full disk.
 
-    What it meets, it raises once more in the main thread; the first time it is a traceback.
+    The main thread raises the same error again.
     """
     previous_hook = threading.excepthook
 
@@ -153,22 +153,22 @@ def silence_thread_errors() -> Iterator[None]:
 
 
 def unwrap_error(error: Exception) -> Exception:
-    """What a class raised while the parser built it, out of the parser's own wrapping."""
+    """Return the exception that a class raised in the parser, without the parser's wrapper."""
     while isinstance(error.__cause__, Exception) and is_raised_by_parser(error):
         error = error.__cause__
     return error
 
 
 def is_raised_by_parser(error: BaseException) -> bool:
-    """Whether a function of jsonargparse raised the error."""
+    """Return whether a function of jsonargparse raised the error."""
     return raising_module(error)[0].partition(".")[0] == "jsonargparse"
 
 
 def raising_module(error: BaseException) -> tuple[str, bool]:
-    """The module of the innermost frame of a traceback, and whether a `raise` statement ended it.
+    """Return the module of a traceback's innermost frame, and whether a `raise` statement ended it.
 
-    The second is read from the bytecode: False for an exception of the interpreter or of a
-    function in C, such as the TypeError of `None + 1`.
+    The second value is read from the bytecode. It is False for an exception of the interpreter or
+    of a C function, such as the TypeError of `None + 1`.
     """
     trace = error.__traceback__
     if trace is None:
@@ -183,23 +183,24 @@ def raising_module(error: BaseException) -> tuple[str, bool]:
 
 
 def loaded_exception_class(module: str, name: str) -> type[BaseException] | tuple[()]:
-    """An exception class of a module that may not have been imported; () matches nothing."""
+    """Return an exception class of a module that may not be imported yet; () matches nothing."""
     return getattr(sys.modules.get(module), name, ())
 
 
 def exit_status(error: Exception) -> int | None:
-    """Exit status of a run that ``error`` ended, or None where the traceback has to be shown.
+    """Return the exit status of a run that ``error`` ended, or None if the traceback must be shown.
 
-    A UsageError or a RunError carries its exit status: 2 for a mistake in what was asked, 1 for
-    what failed during the run. What the operating system refused (a full disk, a folder that may
-    not be written) and too little memory are 1.
+    A UsageError or a RunError has its own exit status: 2 for a wrong argument, 1 for a failure
+    during the run. Errors of the operating system (a full disk, a folder that may not be written)
+    and too little memory are 1.
 
-    An exception of Lightning is 2 if a ``raise`` statement in one of its modules made it, and if
-    its class says that an argument is wrong: MisconfigurationException, ValueError, TypeError,
-    LookupError, a missing file or package; from its callbacks and connectors RuntimeError too.
+    An exception of Lightning is 2 if a ``raise`` statement in one of its modules raised it and its
+    class means a wrong argument: MisconfigurationException, ValueError, TypeError, LookupError, or
+    a missing file or package. From its callbacks and connectors, RuntimeError is 2 too.
 
-    Every other exception (a bug of Ravine, torch, the user's own module) keeps its traceback, a
-    ValueError of Ravine that is no UsageError included. RAVINE_TRACEBACK=1 shows all.
+    Every other exception (a bug of Ravine, torch, or the user's module) keeps its traceback,
+    including a ValueError of Ravine that is not a UsageError. RAVINE_TRACEBACK=1 shows all
+    tracebacks.
     """
     if os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0"):
         return None
@@ -220,7 +221,7 @@ def exit_status(error: Exception) -> int | None:
     )
     if isinstance(error, (*usage_error_types, misconfiguration)):
         return 2
-    # two callbacks of a kind, a metric that nobody logs
+    # for example duplicate callbacks, or a monitored metric that is not logged
     is_known = isinstance(error, RuntimeError) and {"callbacks", "connectors"} & {
         *module.split(".")[-2:-1]
     }

@@ -1,4 +1,4 @@
-"""The written help: a page a command, short enough to be read, made without importing torch."""
+"""Help texts: one short page per command, printed without importing torch."""
 
 TOP_HELP = """\
 usage: {0} COMMAND [--config NAME ...] [--key=value ...]
@@ -75,7 +75,7 @@ COMMAND_HELP = {"fit": FIT_HELP, "generate": GENERATE_HELP, "export": EXPORT_HEL
 
 
 def help_text(command: str | None, program: str) -> str:
-    """The page of ``command``, or of the program, as ``program`` was called."""
+    """Return the help page of ``command``, or of the program, with ``program`` as its name."""
     if command is None:
         return TOP_HELP.format(program)
     if command in COMMAND_HELP:
@@ -85,7 +85,7 @@ def help_text(command: str | None, program: str) -> str:
 
 
 def version_text() -> str:
-    """The versions a report of a fault needs, and a warning if `lightning` is not this program."""
+    """Return the versions for a bug report, and a warning if `lightning` is another program."""
     import platform
     from importlib.metadata import version as of
 
@@ -95,7 +95,7 @@ def version_text() -> str:
 
 
 def shadowed_command_warning() -> str:
-    """One line if another package has taken the name `lightning` on the PATH, else nothing."""
+    """Return a warning if another package owns `lightning` on the PATH, else ""."""
     import shutil
     from pathlib import Path
 

@@ -1,30 +1,30 @@
-"""What Lightning says and nobody can act on: advertisements, and warnings about what is meant."""
+"""Silence Lightning's advertisements and its warnings about intended behavior."""
 
 import logging
 import warnings
 
-SILENCED_LOG_PREFIXES = (  # beginnings, on Lightning's own logger
-    "💡 Tip:",  # packages of its makers
-    "GPU available:",  # the trainer says in one line what it runs on
+SILENCED_LOG_PREFIXES = (  # prefixes of messages of Lightning's logger
+    "💡 Tip:",  # advertises other packages
+    "GPU available:",  # the trainer prints the device in one line
     "TPU available:",
-    "Using bfloat16 Automatic Mixed Precision",  # and in which precision
-    "Restoring states from the checkpoint",  # that it has restored them is said as well
+    "Using bfloat16 Automatic Mixed Precision",  # and the precision
+    "Restoring states from the checkpoint",  # a second message follows after the restore
 )
-SILENCED_WARNINGS = (  # beginnings, as regular expressions
-    # data sets in memory are faster without worker processes
+SILENCED_WARNINGS = (  # prefixes, as regular expressions
+    # in-memory datasets are faster without worker processes
     r"The '\w+' does not have many workers",
-    # a short run; the last step is logged whatever the interval
+    # short runs: the last step is logged at any interval
     r"The number of training batches \(\d+\) is smaller than the logging interval",
-    # each run has a folder of its own: the loggers find config.yaml in it, and nothing to lose;
-    # a continued run keeps its new checkpoints in the new one
+    # each run has its own folder, which contains only config.yaml when the loggers start;
+    # a resumed run saves its checkpoints in a new folder
     r"Experiment logs directory .* exists and is not empty",
     r"Checkpoint directory .* exists and is not empty",
     r"The dirpath has changed from",
-    # Lightning's summary of the parameters; it counts them all the same
+    # Lightning's model summary counts the parameters correctly anyway
     r"Precision .* is not supported by the model summary",
-    # the figures' font lacks a character of the run's name; the figure shows a box in its place
+    # the font lacks a character of the run's name, and the figure shows a box instead
     r"Glyph \d+ .* missing from",
-    # Lightning's own use of torch
+    # caused by Lightning's own use of torch
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
@@ -34,7 +34,7 @@ def _is_wanted(record: logging.LogRecord) -> bool:
 
 
 def silence_lightning() -> None:
-    """Leave these out from now on, in this process; whatever else is said still is."""
+    """Filter these messages in this process from now on; other messages are not changed."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_wanted)
     for text in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", text)

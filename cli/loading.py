@@ -1,4 +1,4 @@
-"""A trained model by its checkpoint: for commands that need nothing else, and no trainer."""
+"""Load a trained model from a checkpoint, without a trainer: `load` is `ravine.load_model`."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from typing import IO, Any, cast
 import torch
 from lightning.pytorch.core import saving
 
-import ravine.callbacks  # a checkpoint names callbacks that changed its net
+import ravine.callbacks  # checkpoints name callbacks that transformed their net
 import ravine.lightning_modules
 from ravine.callbacks.transforms.base import reapply
 from ravine.errors import MissingFileError, UsageError
@@ -26,7 +26,7 @@ from .error_report import unknown_name_error
 NAME_KEY, ROOT_KEY = (
     "trainer.name",
     "trainer.default_root_dir",
-)  # where `last` and `auto_attention` look
+)  # keys of the folder that `last` and `auto` search
 
 
 def load(
@@ -40,26 +40,27 @@ def load(
     weights_only: bool | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> TaskModule:
-    """A trained model by its checkpoint alone, with the adapters and quantized weights it has.
+    """Load a model from its checkpoint alone, with its LoRA adapters and quantized weights.
 
     from ravine import load_model
     print(load_model("runs/shakespeare/lora/version_0/checkpoints/last.ckpt").generate("ARIEL:"))
 
-    `LanguageModel.load_from_checkpoint(path)` does the same for a class that is known. Of a
-    LightningModule of your own: build it, then `ravine.callbacks.transforms.base.reapply`.
+    `LanguageModel.load_from_checkpoint(path)` does the same for a known class. For a
+    LightningModule that is no TaskModule: build it, then call
+    `ravine.callbacks.transforms.base.reapply`.
 
     Args:
-        path: the checkpoint: a file, a folder, an address, or an open file. The class that an
-            address or an open file names must be imported already.
-        trust: packages or modules of other people whose classes it may name: importing one runs
-            its code, so it is refused without. `load_model(path, trust=["mine"])`.
-        task: the class, or one that it inherits from; by default the one that the checkpoint names.
-        map_location: where tensors go, as in `torch.load`; None: where they were saved, or the CPU
-            if this machine lacks that device.
-        hparams_file: .yaml or .csv with hyperparameters in the place of the checkpoint's.
-        strict: whether names of weights must be equal; by default the model's `strict_loading`.
-        weights_only: False admits any pickled object, from an author whom you trust.
-        overrides: arguments of the class in the place of saved ones.
+        path: the checkpoint: a file, a folder, a URL, or an open file. The class of a checkpoint
+            from a URL or an open file must be imported already.
+        trust: packages or modules whose classes the checkpoint may name. Importing a module runs
+            its code, so other modules are rejected. `load_model(path, trust=["mine"])`.
+        task: the class, or a base class; by default the class that the checkpoint names.
+        map_location: device of the tensors, as in `torch.load`; None: the device they were saved
+            from, or the CPU if this machine lacks it.
+        hparams_file: .yaml or .csv file whose hyperparameters replace those of the checkpoint.
+        strict: whether weight names must match exactly; by default the model's `strict_loading`.
+        weights_only: False allows any pickled object; use it only for checkpoints that you trust.
+        overrides: arguments of the class that replace saved ones.
     """
     check_location(map_location)
     path = Path(path) if isinstance(path, os.PathLike) else path
@@ -73,14 +74,16 @@ def load(
         checkpoint = checkpoint | {key: hyperparameters_in(Path(hparams_file))}
     how: dict[str, Any] = {"strict": strict, "overrides": overrides}
     model = task.from_checkpoint_dict(checkpoint, apply_transforms=reapply, **how)
-    if isinstance(map_location, str | torch.device):  # a folder is read on the CPU
+    if isinstance(map_location, str | torch.device):  # tensors of a folder are loaded on the CPU
         return model.to(map_location)
     tensors = (t for t in checkpoint["state_dict"].values() if isinstance(t, torch.Tensor))
     return model.to(next((t.device for t in tensors), torch.device("cpu")))
 
 
 def where_saved(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
-    """A `map_location`: the device a tensor was saved from if this machine has it, else the CPU."""
+    """A `map_location` function: the device that a tensor was saved from if available, else the
+    CPU.
+    """
     if location in ("cpu", "meta"):
         return storage
     device = torch.device(location)
@@ -90,7 +93,7 @@ def where_saved(storage: torch.UntypedStorage, location: str) -> torch.UntypedSt
 
 
 def check_location(map_location: Any) -> None:
-    """Refuse a device that this machine lacks: torch would call the file damaged."""
+    """Raise an error for a device that this machine lacks; torch would report a damaged file."""
     named = map_location.values() if isinstance(map_location, dict) else [map_location]
     for each in named:
         if not isinstance(each, str | torch.device):
@@ -98,7 +101,7 @@ def check_location(map_location: Any) -> None:
         problem = f"map_location is {str(each)!r}, which keeps no values"
         try:
             usable = not torch.empty(0, device=each).is_meta
-        except Exception as error:  # torch raises several kinds
+        except Exception as error:  # torch raises several exception types
             usable, said = False, " ".join(str(error).split())[:80]
             problem = f"map_location is {str(each)!r}, and this machine has no such device ({said})"
         if not usable:
@@ -107,7 +110,7 @@ def check_location(map_location: Any) -> None:
 
 
 def hyperparameters_in(file: Path) -> dict[str, Any]:
-    """The hyperparameters in a .yaml or .csv file, as Lightning's loggers write it."""
+    """Read hyperparameters from a .yaml or .csv file, as Lightning's loggers write it."""
     readers = {
         ".csv": saving.load_hparams_from_tags_csv,
         ".yml": saving.load_hparams_from_yaml,
@@ -132,7 +135,7 @@ def hyperparameters_in(file: Path) -> dict[str, Any]:
 def load_from_argv(
     argv: list[str], command: str, any_task: bool = False
 ) -> tuple[TaskModule, Path, list[tuple[str, str]]]:
-    """The model of the checkpoint that was named, its path, and the other flags."""
+    """Load the model of the checkpoint in `--ckpt_path`; also return its path and other flags."""
     argv, trusted = split_trust_flags(argv)
     path, typed_flags = checkpoint_from_argv(argv, command)
     task = find_task_class(path, trusted)
@@ -149,7 +152,9 @@ def load_from_argv(
 
 
 def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
-    """The checkpoint that was named, which is whole, and the other flags."""
+    """Return the path of the checkpoint in `--ckpt_path`, verified as complete, and the other
+    flags.
+    """
     typed_flags = signature.parse_flags(argv[1:])
     request = dict(typed_flags).get("ckpt_path")
     if request is None:
@@ -168,7 +173,7 @@ def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tupl
         path = Path(request)
     if path is None:
         raise UsageError("there is no checkpoint", flag=f"{command} --ckpt_path=FILE")
-    if reason := find_damage(path):  # a flipped byte would write plausible nonsense
+    if reason := find_damage(path):  # a flipped byte would give wrong but plausible samples
         raise CheckpointError(f"{path} cannot be used: {reason}; take another, or type auto")
     return path, [
         (name, v) for name, v in typed_flags if name not in ("ckpt_path", NAME_KEY, ROOT_KEY)
@@ -176,14 +181,16 @@ def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tupl
 
 
 def list_tasks() -> dict[str, type[TaskModule]]:
-    """The tasks of this project, by name."""
+    """Return Ravine's task classes by name."""
     module_values = vars(ravine.lightning_modules).values()
     kinds = [c for c in module_values if isinstance(c, type) and issubclass(c, TaskModule)]
     return {c.__name__: c for c in kinds if c is not TaskModule}
 
 
 def find_task_class(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
-    """The class whose weights a checkpoint holds: by its saved configuration, or by its name."""
+    """Return the class whose weights a checkpoint holds, from its saved configuration or its class
+    name.
+    """
     checkpoint = restore.load_metadata(path)
     config = restore.saved_config_of(checkpoint, path).get("model") or {}
     name = config.get("class_path") or checkpoint.get("task", "")

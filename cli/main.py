@@ -1,4 +1,4 @@
-"""The front door: what can be answered without torch is answered here, in the standard library."""
+"""Command-line entry point: parses the command and answers help and simple errors without torch."""
 
 import os
 import shlex
@@ -16,21 +16,22 @@ from . import error_report as errors
 from . import help_text as pages
 from .config import environment, presets
 
-# A command and the module whose `run(argv) -> int` does it; one that needs no model has its own.
+# Each command and the module whose `run(argv) -> int` executes it.
 COMMANDS: dict[str, str] = dict.fromkeys(
     ("fit", "validate", "test", "predict"), "ravine.cli.command"
 ) | {"generate": "ravine.cli.commands.generate", "export": "ravine.cli.commands.export"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program with the words ``argv``, those of the shell by default; return its status."""
+    """Run the program with ``argv``, by default that of the shell; return its exit status."""
     return report_status(run_command(sys.argv[1:] if argv is None else argv))
 
 
 def report_status(status: int) -> int:
-    """Write a stop or a refusal to the file that a launcher names, and end with 0.
+    """Write the status of an interrupted or rejected run to $RAVINE_STATUS, and return 0.
 
-    torchrun starts again whatever ends otherwise; configs/cluster/torchrun.sh reads the file.
+    torchrun restarts a job that ends with a status other than 0; configs/cluster/torchrun.sh reads
+    the file.
     """
     path = os.environ.get("RAVINE_STATUS")
     if path is None or status in (0, 1):
@@ -41,10 +42,10 @@ def report_status(status: int) -> int:
 
 
 def run_command(argv: list[str]) -> int:
-    """Do what the words say.
+    """Run a command and return its exit status.
 
-    0: done. 1: the run failed. 2: a mistake of the user's. 130: Ctrl-C. Where the traceback of an
-    exception has to be shown (`errors.status` decides), the exception is left to pass through.
+    0: success. 1: the run failed. 2: a wrong argument. 130: Ctrl-C. If the traceback of an
+    exception must be shown (see `error_report.exit_status`), the exception is raised.
     """
     args = list(argv)
     if "--debug" in args:
@@ -58,7 +59,11 @@ def run_command(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return errors.report_interrupt(args)
     except SystemExit as leave:
-        if isinstance(leave.__context__, KeyboardInterrupt):  # before our handler: Lightning's 1
+        if isinstance(
+            leave.__context__,
+            KeyboardInterrupt,
+            # Ctrl-C came before GracefulStop's handler was set: Lightning exits with 1.
+        ):
             return errors.report_interrupt(args)
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Exception as raised:
@@ -76,10 +81,10 @@ def run_command(argv: list[str]) -> int:
 
 
 def as_sharding_error(error: Exception) -> Exception | None:
-    """An error of sharded tensors in a hook of a module or callback, as one line; else None."""
+    """Convert an error of sharded tensors in a hook to a one-line error; None for other errors."""
     sharding_errors = sys.modules.get(
         "ravine.strategies.sharding_errors"
-    )  # with it, something was sharded
+    )  # it is imported if something was sharded
     if sharding_errors is None or os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0"):
         return None
     if not sharding_errors.is_sharding_error(error):
@@ -90,12 +95,12 @@ def as_sharding_error(error: Exception) -> Exception | None:
 
 
 def wants_help(argv: list[str]) -> bool:
-    """Whether a page or the version is all that is wanted."""
+    """Return whether only a help page or the version is requested."""
     return not argv or bool({"-h", "--help", "--version"} & set(argv))
 
 
 def print_help(argv: list[str]) -> int:
-    """Print a page or the version."""
+    """Print a help page or the version."""
     if "--version" in argv:
         text = pages.version_text()
     else:
@@ -106,7 +111,7 @@ def print_help(argv: list[str]) -> int:
 
 
 def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
-    """The command, the names of the configs in their order, and the other words in theirs."""
+    """Return the command, the names of the configs in order, and the other arguments in order."""
     configs, other_words = [], []
     remaining = iter(argv)
     for word in remaining:
@@ -140,16 +145,17 @@ def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
 
 
 def normalize_argv(argv: list[str]) -> list[str]:
-    """The command, then every config by its path, then the rest; arranged words stay as they are.
+    """Return the command, then all configs by path, then the other arguments.
 
-    A config that comes later than `--trainer.callbacks+=EMA` would take the callback back.
+    A config after `--trainer.callbacks+=EMA` would discard that callback. Normalized arguments do
+    not change.
     """
     command, configs, other_words = split_argv(argv)
     return [command, *(f"--config={presets.find_config(name)}" for name in configs), *other_words]
 
 
 def run_subcommand(raw_argv: list[str]) -> int:
-    """Check what can be checked cheaply, then hand the words over to the command."""
+    """Run the checks that need no torch, then call the module of the command."""
     try:
         current_folder = os.getcwd()
     except FileNotFoundError as error:
@@ -161,8 +167,8 @@ def run_subcommand(raw_argv: list[str]) -> int:
         presets.check_config_file(path)
     presets.check_config_order(configs)
     presets.check_checkpoint_exists(argv)
-    sys.argv[1:] = argv  # in place: Lightning's launcher runs sys.argv again in the other ranks
-    if sys.path[0] != current_folder:  # a console script has its own bin/ there
+    sys.argv[1:] = argv  # in place: Lightning's launcher runs sys.argv in other ranks
+    if sys.path[0] != current_folder:  # for a console script it is its bin/ folder
         sys.path.insert(0, current_folder)
     return import_command(COMMANDS[argv[0]]).run(
         ["--help" if w == "--help=all" else w for w in argv]
@@ -171,12 +177,12 @@ def run_subcommand(raw_argv: list[str]) -> int:
 
 @contextmanager
 def hold_sigusr1() -> Iterator[None]:
-    """Hold back SIGUSR1, by which a cluster says that it will take the machine away.
+    """Block SIGUSR1, which a cluster sends before it stops a job.
 
-    It kills a process that has no handler yet: sent while torch was being imported, it ended the
-    job with nothing saved. Held, it waits for the handler of
-    `callbacks/checkpointing/graceful_stop.py`, which lets it
-    through; one that comes when all is done is dropped.
+    Without a handler SIGUSR1 kills the process: sent during the import of torch, it ended a job
+    without a checkpoint. The blocked signal stays pending until the handler of
+    `callbacks/checkpointing/graceful_stop.py` unblocks it. A signal that arrives after the run is
+    discarded.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -193,7 +199,7 @@ def hold_sigusr1() -> Iterator[None]:
 def import_command(module: str) -> ModuleType:
     """Import the module of a command, and with it torch: four seconds, and far more on a cold disk.
 
-    On a terminal a line says so, and goes when that is done.
+    On a terminal a line shows this, and is erased after the import.
     """
     shows_notice = (
         sys.stderr.isatty() and "LOCAL_RANK" not in os.environ and module not in sys.modules

@@ -1,8 +1,8 @@
-"""Under a launcher rank 0 finds the checkpoint of `--ckpt_path=auto`, for all ranks.
+"""Rank 0 resolves `--ckpt_path=auto` for all ranks of a launcher, through a TCPStore.
 
 torchrun, srun and scripts start every rank with the same command, before there is a process group.
-`--ckpt_path=auto` reads whole files, so rank 0 does it alone and puts the path into a TCPStore.
-The store is torchrun's own, or one that rank 0 opens on another port of the same host.
+`--ckpt_path=auto` reads whole files, so only rank 0 does it, and puts the path into a TCPStore. The
+store is torchrun's own, or one that rank 0 opens on another port of the same host.
 """
 
 import json
@@ -21,12 +21,14 @@ POLL_INTERVAL_S = 0.1  # seconds between two reads of the store: Ctrl-C can inte
 CONNECT = 1800.0  # seconds until rank 0 has imported torch and opened the store
 FAREWELL = 60.0  # seconds that rank 0 keeps its store open for the other ranks
 OTHER_PORT = 10_000  # difference between the store's port and the job's
-_stores: list[Any] = []  # kept open until the process ends
+_stores: list[Any] = []  # open until the process ends
 _num_calls = 0  # calls of `call_on_rank_zero` in this process so far
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is one of several ranks that read the same checkpoint at the start."""
+    """Return whether this process is one of several ranks that read the same checkpoint at the
+    start.
+    """
     if environment.get("LOCAL_RANK", "0") != "0":
         return True
     return any(
@@ -46,7 +48,7 @@ class LauncherJob(NamedTuple):
 
 
 def detect_job(environment: Mapping[str, str] = os.environ) -> LauncherJob | None:
-    """The job that a launcher has started this process for; None if there is none."""
+    """Return the job that a launcher has started this process for; None if there is none."""
     if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -63,23 +65,24 @@ def detect_job(environment: Mapping[str, str] = os.environ) -> LauncherJob | Non
 
 
 def call_on_rank_zero(find_path: Callable[[], str | None] | None) -> str | None:
-    """Return on all ranks of a job what `find_path` returns on rank 0; without a job, call it here.
+    """Call `find_path` on rank 0 and return its result on all ranks; without a job, call it here.
 
-    The other ranks wait without a time limit. If `find_path` raises on rank 0, they raise the same.
+    The other ranks wait without a time limit. If `find_path` raises an error on rank 0, they raise
+    the same error.
 
     Args:
-        find_path: finds the path; None if the command of this rank asks for none. Rank 0 then tells
-            ranks that wait for a path.
+        find_path: finds the path; None if the command of this rank needs no path. Rank 0 then sends
+            this to ranks that wait for a path.
 
     Raises:
-        UsageError: as on rank 0, or if the command of rank 0 asks for no path.
+        UsageError: as on rank 0, or if the command of rank 0 needs no path.
     """
     global _num_calls
     launcher_job = detect_job()
     if launcher_job is None:
         return find_path() if find_path else None
     _num_calls += 1
-    # torchrun keeps its store over restarts; without it nodes may have counted other restarts
+    # torchrun keeps its store over restarts; without that store, restart counts of nodes may differ
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launcher_job.has_store else ""
     key = f"ravine/checkpoint/{attempt}/{_num_calls}"
     if launcher_job.rank == 0:
@@ -103,7 +106,7 @@ def _call_and_publish(
     find_path: Callable[[], str | None] | None, launcher_job: LauncherJob, key: str
 ) -> str | None:
     if find_path is None:
-        with suppress(RuntimeError, UsageError):  # maybe no rank waits: a taken port is no error
+        with suppress(RuntimeError, UsageError):  # maybe no rank waits, so a used port is no error
             _open_store(launcher_job).set(key, json.dumps({"asked": False}))
         return None
     store = _open_store(launcher_job)
@@ -129,14 +132,14 @@ def _call_and_publish(
 
 
 def usage_error_parts(error: Exception) -> dict[str, Any]:
-    """The arguments that make an equal UsageError on another rank; of other errors the text."""
+    """Return the arguments that rebuild a UsageError on another rank; for other errors the text."""
     if not isinstance(error, UsageError):
         return {"problem": str(error)}
     return {name: getattr(error, name) for name in ("problem", "allowed", "hint", "flag", "label")}
 
 
 def _open_store(launcher_job: LauncherJob) -> Any:
-    """The store of the job; rank 0 opens it where the launcher has none."""
+    """Return the store of the job; rank 0 opens it if the launcher has none."""
     if _stores:
         return _stores[0]
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]

@@ -1,8 +1,9 @@
-"""`--ckpt_path auto` and `last`: the newest checkpoint of a run's name, found before it begins.
+"""Resolve `--ckpt_path=auto` and `last`: find the newest checkpoint of a run before training
+starts.
 
-Found here and not by the trainer, because the processes it starts repeat the command: all of them
-must read the same file, whatever one of them has written meanwhile. Where a launcher starts the
-ranks, rank 0 finds it for all, because the search compares the checksums of whole files.
+This happens before the trainer is built, because the processes that it starts run the command
+again. All of them must load the same file, even if one has saved another meanwhile. If a launcher
+starts the ranks, rank 0 searches for all, because the search verifies the checksums of whole files.
 """
 
 from collections.abc import Iterator
@@ -22,13 +23,13 @@ from .trainer import CHECKPOINT_FOLDERS_FILE
 
 
 def iter_values(argv: list[str]) -> Iterator[ConfigValue]:
-    """What the user gave, in the order in which it counts; of `trainer`, each key."""
+    """Yield the user's values in order of precedence; a value of `trainer` as its single keys."""
     for value in [*from_env(argv[0]), *from_argv(argv[1:])]:
         yield from value.children() if value.key == "trainer" else [value]
 
 
 def resolve_argv(argv: list[str]) -> tuple[list[str], Path | None]:
-    """The words with the run's name and its checkpoint written out, and that checkpoint."""
+    """Return the arguments with the run name and checkpoint path filled in, and that path."""
     values: dict[str, Any] = {value.key: value.value for value in iter_values(argv)}
     configs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     if "trainer.name" not in values and configs:
@@ -50,17 +51,17 @@ def resolve_argv(argv: list[str]) -> tuple[list[str], Path | None]:
 
 
 def find_latest(command: str, request: str, name: str | None, root: str) -> Path | None:
-    """The newest checkpoint of a name, or of all names if none is given.
+    """Return the newest checkpoint of a run name, or of all names if none is given.
 
-    auto: the newest that is whole; where `fit` finds none at all it starts anew. last: the newest,
-    which must be there and whole.
+    auto: the newest complete checkpoint; if there is none, `fit` starts from scratch. last: the
+    newest checkpoint, which must exist and be complete.
     """
     folder = Path(root, name or "")
     print_once = rank_zero_only(print)
     for path, run in iter_checkpoints(folder, name):
         reason, checkpoint_run_name = _inspect_checkpoint(path)
         if run is not None and reason is None and checkpoint_run_name not in (None, run):
-            continue  # two runs of other names write into one folder
+            continue  # runs of several names share the folder
         if reason is None:
             print_once(f"--ckpt_path {request}: {path}")
             return path
@@ -82,10 +83,10 @@ def find_latest(command: str, request: str, name: str | None, root: str) -> Path
 
 
 def iter_checkpoints(folder: Path, name: str | None) -> Iterator[tuple[Path, str | None]]:
-    """Checkpoints of the runs at a place, newest first, and the run's name if one must be asked.
+    """Yield the checkpoints of runs, newest first, with the run name to verify, or None.
 
-    A run whose checkpoints stand in a folder of their own says so in ELSEWHERE; there the files of
-    other runs may be among them.
+    A run with a separate checkpoint folder lists it in CHECKPOINT_FOLDERS_FILE. That folder may
+    contain files of other runs, so their run name must be verified.
     """
     info_by_path: dict[Path, tuple[int, str | None]] = {}
     for run in _iter_runs(folder, name):
@@ -101,7 +102,7 @@ def iter_checkpoints(folder: Path, name: str | None) -> Iterator[tuple[Path, str
 
 
 def external_checkpoint_folders(run: Path) -> list[Path]:
-    """The folders outside of a run's own that it has written checkpoints into."""
+    """Return the folders outside of the run directory to which the run has written checkpoints."""
     try:
         lines = (run / CHECKPOINT_FOLDERS_FILE).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -122,11 +123,11 @@ def _iter_runs(folder: Path, name: str | None) -> Iterator[Path]:
 
 
 def _inspect_checkpoint(path: Path) -> tuple[str | None, str | None]:
-    """Why a file is no checkpoint to go on from, if it is none, and the name of its run."""
+    """Return why a checkpoint cannot be resumed, or None, and the name of its run."""
     if reason := find_damage(path):
         return reason, None
     try:
         return None, saved_config_of(load_metadata(path), path).get("trainer.name")
-    except (CheckpointError, UsageError) as error:  # of another program, in a folder of one's own
+    except (CheckpointError, UsageError) as error:  # a checkpoint of another program in the folder
         text = error.problem if isinstance(error, UsageError) else str(error)
         return text.partition("\n")[0], None

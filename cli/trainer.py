@@ -1,4 +1,6 @@
-"""Trainer: Lightning's own, with a run folder, exact resume and safe checkpoints by default."""
+"""Trainer: Lightning's Trainer with a run directory, exact resume and atomic checkpoints by
+default.
+"""
 
 import os
 import re
@@ -54,7 +56,7 @@ from .error_report import DISK_FULL_ERRNOS
 from .lightning_noise import silence_lightning
 
 CHECKPOINT_FOLDERS_FILE = (
-    "checkpoint_folders.txt"  # in a run's folder: others that it writes checkpoints into
+    "checkpoint_folders.txt"  # file in the run directory: other folders with its checkpoints
 )
 EQUIVALENT_CLASSES = {Checkpoint: ModelCheckpoint, ProgressBar: AnyProgressBar}
 DEVICES_PATTERN = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(, ?\d+)+")
@@ -62,10 +64,11 @@ LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
 def check_not_spawned(strategy: Any) -> None:
-    """Refuse to send a trainer to new processes.
+    """Raise an error if a strategy would pickle the trainer for new processes.
 
     Raises:
-        ValueError: the strategy pickles it, and it has locks and methods that cannot be pickled.
+        UsageError: the strategy uses spawn or forkserver; the trainer has locks and methods that
+            cannot be pickled.
     """
     if start_method(strategy) in ("spawn", "forkserver"):
         raise UsageError(
@@ -76,17 +79,17 @@ def check_not_spawned(strategy: Any) -> None:
 
 
 class Trainer(L.Trainer):
-    """`lightning.Trainer` with other defaults; what the stock one takes, this one takes as well.
+    """`lightning.Trainer` with other defaults; it accepts the same arguments.
 
-    Each run has a folder of its own, `runs/<name>/version_<k>` with the next k that is free: no
-    run writes into the folder of another, and one that continues a checkpoint is a new run.
+    Each run has its own directory, `runs/<name>/version_<k>` with the next free k. No run writes
+    into the directory of another; a resumed run is a new run.
 
         Trainer(max_steps=1000, precision="auto").fit(model, datamodule=data)
 
-    Added unless one of the kind is given: ExactResume, GracefulStop, GlobalMean, PredictionTable,
-    RunChecks, the plugin AtomicCheckpointIO, where there are several ranks RankWatchdog, and,
-    unless switched off, Checkpoint (enable_checkpointing), ProgressBar (enable_progress_bar) and
-    LossPlot (logger).
+    Default callbacks, unless one of the same kind is given: ExactResume, GracefulStop, GlobalMean,
+    PredictionTable and RunChecks, and with several ranks RankWatchdog. Default plugin:
+    AtomicCheckpointIO. Unless switched off: Checkpoint (enable_checkpointing), ProgressBar
+    (enable_progress_bar) and LossPlot (logger).
     """
 
     def __init__(
@@ -105,20 +108,21 @@ class Trainer(L.Trainer):
         enable_model_summary: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Prepare a run; its folder is made when it starts.
+        """Set up a run; its directory is created when it starts.
 
         Args:
             name: name of the run; by default that of the first config, or of the model's class
-            precision: auto (bf16-mixed where the device computes in it) or one of Lightning's
-            logger: true for csv and tensorboard, in the run's folder; or others, by name or class
-            callbacks: added to the default ones
-            plugins: added to AtomicCheckpointIO
-            default_root_dir: where the folders of all runs stand
-            num_sanity_val_steps: validation batches tried before training
+            precision: auto (bf16-mixed if the device has instructions for it) or one of Lightning's
+            logger: true for csv and tensorboard, in the run directory; or others, by name or class
+            callbacks: callbacks in addition to the default ones
+            plugins: plugins in addition to AtomicCheckpointIO
+            default_root_dir: parent folder of all run directories
+            num_sanity_val_steps: validation batches run before training
             log_every_n_steps: optimizer steps between two log lines
-            enable_checkpointing: whether checkpoints are written
-            enable_progress_bar: whether progress is shown
-            enable_model_summary: whether the modules are listed; the table of a plan says more
+            enable_checkpointing: whether checkpoints are saved
+            enable_progress_bar: whether a progress bar is shown
+            enable_model_summary: whether Lightning's module summary is printed; the optimizer
+                plan's table has more detail
             kwargs: Lightning's other arguments
         """
         silence_lightning()
@@ -151,7 +155,7 @@ class Trainer(L.Trainer):
             enable_checkpointing=enable_checkpointing and not is_barebones,
             enable_progress_bar=enable_progress_bar and not is_barebones,
             enable_model_summary=enable_model_summary,
-            **kwargs,  # passed on as it is, or the parser would not see which arguments there are
+            **kwargs,  # passed unchanged, so that the parser finds Lightning's arguments
         )
         check_not_spawned(self.strategy)
         if self.world_size > 1 and not contains_kind(self.callbacks, RankWatchdog):  # type: ignore
@@ -159,15 +163,18 @@ class Trainer(L.Trainer):
         self._install_fast_loop()
 
     def check_same_config_on_ranks(self, flat_config: dict[str, Any]) -> None:
-        """Refuse ranks with another `flat_config` (flat, plain values), as soon as they have
-        joined."""
+        """Raise an error if ranks have different configs, when the process group is initialized.
+
+        Args:
+            flat_config: the config as a flat mapping of plain values.
+        """
         strategy: Any = self.strategy
 
         def compare() -> None:
             if self.world_size > 1 and dist.is_initialized():
                 check_same_config(flat_config)
 
-        if isinstance(strategy, MeshStrategy):  # its mesh is made of collectives
+        if isinstance(strategy, MeshStrategy):  # building its mesh needs collectives
             strategy.on_process_group_ready = compare
             return
         setup_environment = strategy.setup_environment
@@ -179,24 +186,28 @@ class Trainer(L.Trainer):
         replace_method(strategy, "setup_environment", join_and_compare)
 
     def _install_fast_loop(self) -> None:
-        """Take from a step what it does not need: lightning_compat/fast_loop.py has the figures."""
+        """Remove overhead from training steps: lightning_compat/fast_loop.py has the figures."""
         check_stock_callbacks(self)
         replace_checkpoint_connector(self, RavineCheckpointConnector(self))
         free_before_forward(self)
         install_fast_loop(self, can_free_gradients_early, free_gradients)
         without_profiling(self)
         if isinstance(self.accelerator, CPUAccelerator):
-            # set by Lightning for forks beside a GPU; here Adam looks for a driver each step: 50 us
+            # Lightning sets it for forks with a GPU; on the CPU it costs Adam 50 us per step
             os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        """Optimizer steps of the run, also where their number of batches changes with the epoch."""
+        """Return the optimizer steps of the run, also if the accumulated batches change with the
+        epoch.
+        """
         return count_optimizer_steps(self)
 
     @property
     def log_dir(self) -> str | None:
-        """Folder of this run; made when a run that has begun asks for it, on all ranks together."""
+        """Return the directory of this run; all ranks create it together on the first access in a
+        run.
+        """
         if self._run_dir is None and self.lightning_module is not None and not self._is_dry_run:
             self._run_dir = self._broadcast_run_dir()
             self.loggers = [
@@ -210,7 +221,7 @@ class Trainer(L.Trainer):
         return self._run_dir
 
     def _record_checkpoint_folders(self, folder: str) -> None:
-        """Write down where the checkpoints are, if not in the run's folder: `last` looks there."""
+        """Write checkpoint folders outside of the run directory to a file, which `last` reads."""
         callbacks = [c for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         run_path = os.path.abspath(folder)
         checkpoint_paths = [
@@ -227,7 +238,7 @@ class Trainer(L.Trainer):
             Path(folder, CHECKPOINT_FOLDERS_FILE).write_text("\n".join(lines), encoding="utf-8")
 
     def _broadcast_run_dir(self) -> str:
-        """The folder that rank 0 has made; where it cannot, no rank waits for it."""
+        """Return the run directory created by rank 0; all ranks raise an error if that fails."""
         folder, problem = "", None
         if self.is_global_zero:
             try:
@@ -239,7 +250,7 @@ class Trainer(L.Trainer):
         raise problem or run_dir_error(Path(self.default_root_dir), OSError(0, "not by rank 0"))
 
     def _create_run_dir(self) -> str:
-        """Make the next free folder; of two runs that start together each gets its own."""
+        """Create the next free run directory; runs that start together get different ones."""
         name = self._run_name or type(self.lightning_module).__name__.lower()
         check_run_name(name)
         root = Path(self.default_root_dir, name)
@@ -251,12 +262,12 @@ class Trainer(L.Trainer):
                 folder.mkdir(parents=True)
                 return str(folder)
             except OSError as error:
-                if not os.path.lexists(folder):  # a file stands in the way, or a link to nowhere
+                if not os.path.lexists(folder):  # a parent is a file or a broken link
                     raise run_dir_error(folder, error) from error
                 number += 1
 
     def _make_logger(self, logger: Logger | LoggerName, folder: str) -> Logger:
-        """The logger of that name, writing to the run's folder; a ready one stays as it is."""
+        """Build a logger by name for the run directory; a Logger object is returned unchanged."""
         root, version = os.path.split(folder)
         name = os.path.relpath(folder, self.default_root_dir)
         match logger:
@@ -266,7 +277,7 @@ class Trainer(L.Trainer):
                 return TensorBoardLogger(root, name="", version=version, default_hp_metric=False)
             case "wandb":
                 return WandbLogger(name=name, save_dir=folder)
-            case "mlflow":  # one store for all runs, to compare them
+            case "mlflow":  # one store for all runs
                 store = f"sqlite:///{os.path.join(self.default_root_dir, 'mlflow.db')}"
                 uri = os.environ.get("MLFLOW_TRACKING_URI", store)
                 return MLFlowLogger(os.path.dirname(name), run_name=name, tracking_uri=uri)
@@ -284,7 +295,9 @@ class Trainer(L.Trainer):
 
 
 def check_run_name(name: str) -> None:
-    """Refuse a name whose folder is not below default_root_dir; it may stand in a checkpoint."""
+    """Raise an error if the run directory is not below default_root_dir; a checkpoint may set the
+    name.
+    """
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise UsageError(
             f"the run's name {name!r} leads out of the folder of all runs",
@@ -294,7 +307,7 @@ def check_run_name(name: str) -> None:
 
 
 def check_run_links(name: str | None, root: str | Path) -> None:
-    """Refuse a name of a checkpoint that a link leads out of the folder of all runs."""
+    """Raise an error if a link puts the directory of a checkpoint's run name outside of `root`."""
     if name:
         check_run_name(name)
     if name and not Path(root, name).resolve().is_relative_to(Path(root).resolve()):
@@ -309,13 +322,13 @@ class RunCSVLogger(CSVLogger):
     """Lightning's CSVLogger, which creates its folder again if it was removed during the run."""
 
     def save(self) -> None:
-        """Write the metrics; where the folder is not there, make it again."""
+        """Write the metrics; create the folder if it is missing."""
         os.makedirs(self.log_dir, exist_ok=True)
         super().save()
 
 
 def run_dir_error(folder: Path, error: OSError) -> Exception:
-    """What to say of a run's folder that the system will not make; a full disk says it itself."""
+    """Return the error for a run directory that cannot be created; a full disk keeps its error."""
     if error.errno in DISK_FULL_ERRNOS:
         return error
     return UsageError(
@@ -325,7 +338,7 @@ def run_dir_error(folder: Path, error: OSError) -> Exception:
 
 
 def select_loggers(logger: Any, is_barebones: bool) -> list[Any]:
-    """The loggers that were asked for, ready ones or names; none that is not installed."""
+    """Return the requested loggers, objects or names; raise an error if one is not installed."""
     default_loggers: list[Any] = [] if is_barebones else ["csv", "tensorboard"]
     loggers = default_loggers if logger is True else as_list(logger)
     for requested in loggers:
@@ -334,7 +347,7 @@ def select_loggers(logger: Any, is_barebones: bool) -> list[Any]:
 
 
 def check_counts(options: dict[str, Any]) -> None:
-    """Refuse counts below one, which Lightning takes and then divides by."""
+    """Raise an error for counts below one; Lightning accepts them and then divides by them."""
     for key, min_value in (
         ("accumulate_grad_batches", 1),
         ("num_nodes", 1),
@@ -349,12 +362,12 @@ def check_counts(options: dict[str, Any]) -> None:
 
 
 def add_atomic_checkpoint_io(plugins: list[Any]) -> list[Any]:
-    """The plugins, and ours for checkpoint files unless one is among them."""
+    """Add AtomicCheckpointIO unless the plugins contain a CheckpointIO."""
     return plugins if contains_kind(plugins, CheckpointIO) else [*plugins, AtomicCheckpointIO()]
 
 
 def add_default_callbacks(callbacks: list[Callback], defaults: dict[type, bool]) -> list[Callback]:
-    """The callbacks given, and those defaults that are on and not among them."""
+    """Return the callbacks and the enabled default callbacks whose kind is not among them."""
     return callbacks + [
         callback_class()
         for callback_class, is_enabled in defaults.items()
@@ -363,7 +376,7 @@ def add_default_callbacks(callbacks: list[Callback], defaults: dict[type, bool])
 
 
 def put_run_checks_first(callbacks: list[Callback]) -> list[Callback]:
-    """The callbacks, RunChecks before all others: it refuses what they would fail at."""
+    """Return the callbacks with RunChecks first, so that its checks run before the others fail."""
     run_checks = [callback for callback in callbacks if isinstance(callback, RunChecks)] or [
         RunChecks()
     ]
@@ -373,12 +386,12 @@ def put_run_checks_first(callbacks: list[Callback]) -> list[Callback]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """One or several, or none, as a list of its own."""
+    """Return one value, several or none as a new list."""
     return list(value) if isinstance(value, list | tuple) else [value] if value else []
 
 
 def contains_kind(members: list[Any], wanted_class: type) -> bool:
-    """Whether one of the kind is there; any progress bar or checkpoint stands for ours."""
+    """Return whether an object of the class is present; any progress bar or checkpoint counts."""
     return any(
         isinstance(member, (EQUIVALENT_CLASSES.get(wanted_class, wanted_class)))
         for member in members
@@ -386,12 +399,14 @@ def contains_kind(members: list[Any], wanted_class: type) -> bool:
 
 
 def resolve_precision(precision: str | int | None, accelerator: Any) -> Any:
-    """What Lightning takes: `auto_attention` decided."""
+    """Return the precision for Lightning, with `auto` resolved."""
     return default_precision(accelerator) if precision == "auto" else precision
 
 
 def default_precision(accelerator: Any) -> str:
-    """bf16-mixed where the device has instructions for it; where it has not, it is slower."""
+    """Return bf16-mixed if the device has instructions for it; without them it is slower than
+    float32.
+    """
     on_cpu = accelerator == "cpu" or isinstance(accelerator, CPUAccelerator)
     if torch.cuda.is_available() and not on_cpu:
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -403,7 +418,7 @@ def default_precision(accelerator: Any) -> str:
 
 
 def check_logger_installed(logger: Logger | LoggerName) -> None:
-    """Refuse a logger whose package is missing, before anything has begun."""
+    """Raise an error if the package of a logger is not installed."""
     if logger in ("wandb", "mlflow") and find_spec(str(logger)) is None:
         raise UsageError(
             f"the logger {logger!r} needs the package {logger}, which is not installed",

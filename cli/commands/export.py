@@ -1,4 +1,4 @@
-"""`export`: write a trained model's weights for other programs, adapters merged into them.
+"""`export`: save the weights of a trained model for other programs, with LoRA adapters merged.
 
 lightning export --ckpt_path last --format gpt2 --folder my_gpt2
 lightning export --ckpt_path last --merge --folder plain
@@ -21,14 +21,14 @@ from . import method_flags as signature
 from . import output_path as places
 
 QUANTIZATION_SCHEMES = ("int8", "nf4")
-MERGE_FLAGS = {  # flags of what needs no method of the task
+MERGE_FLAGS = {  # flags of --merge and --quantize, which need no method of the task
     "folder": signature.MethodFlag(str, Parameter.empty),
     "quantize": signature.MethodFlag(str, None, QUANTIZATION_SCHEMES),
 }
 
 
 def run(argv: list[str]) -> int:
-    """Load the checkpoint, write it plain or by the task's `export`, say what was written."""
+    """Load the checkpoint and save it merged or by the task's `export`; print the written files."""
     if any(word.startswith("--consolidate") for word in argv):
         return consolidate(*checkpoint_from_argv(argv, "export"))
     should_merge = "--merge" in argv
@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
         places.check_writable(arguments["folder"], "folder", is_file=False)
     try:
         written = _save_export(module, path, arguments, should_merge, method)
-    except SafetensorError as error:  # neither an OSError nor a name for what is wrong
+    except SafetensorError as error:  # not an OSError, and its message does not name the file
         problem = f"{arguments['folder']} cannot be written: {error}"
         raise CheckpointError(f"{problem}; make room, then type the same again", 1) from error
     print(f"written: {written}")
@@ -63,7 +63,7 @@ def _save_export(
 
 
 def consolidate(path: Path, typed_flags: list[tuple[str, str]]) -> int:
-    """Write a checkpoint in parts, or any other, as one new file."""
+    """Save a sharded checkpoint, or any other, as one new file."""
     (_, target), *other_flags = typed_flags
     if other_flags or not target:
         flag = f"--{other_flags[0][0]}" if other_flags else "a file's name"

@@ -1,4 +1,4 @@
-"""`generate`: let a trained model write or draw; what it takes is said by its own method.
+"""`generate`: sample texts or images from a trained model; its flags are its `generate` arguments.
 
 lightning generate --ckpt_path last --prompt "ROMEO:" --temperature 0.8
 lightning generate --ckpt_path last --labels 0-9 --guidance 0.5 --steps 20
@@ -22,13 +22,13 @@ from ..loading import load_from_argv
 from . import method_flags as signature
 from . import output_path as places
 
-DEVICE_FLAGS = {"device": str}  # flags that no task has to know
+DEVICE_FLAGS = {"device": str}  # flags that are not passed to the task
 TEXT_FLAGS = DEVICE_FLAGS | {"prompt_file": str}
 IMAGE_FLAGS = DEVICE_FLAGS | {"file": str, "folder": str}
 
 
 def run(argv: list[str]) -> int:
-    """Load the checkpoint, call `generate` with what was typed, show what comes."""
+    """Load the checkpoint, call `generate` with the given flags, and print or save the samples."""
     module, _, typed_flags = load_from_argv(argv, "generate")
     flags = signature.method_flags(module.generate)  # type: ignore[arg-type]
     is_text = "prompt" in flags
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
 
 
 def select_device(name: str | None) -> torch.device:
-    """The device of that name, by default the fastest that is here."""
+    """Return the named device; by default cuda if it is available, else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     available = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
@@ -66,7 +66,7 @@ def select_device(name: str | None) -> torch.device:
 def save_images(
     module: TaskModule, arguments: dict[str, Any], file: str | None, folder: str | None
 ) -> None:
-    """Write pictures as one grid, and each into a file of its own if there is a folder for them."""
+    """Save generated images as one grid, and with `folder` also each image as a file."""
     file = unused_path("samples", ".png") if file is None else file
     get_pillow_format(file)
     places.check_writable(file, "file", is_file=True)
@@ -88,13 +88,13 @@ def save_images(
 
 
 def unused_path(name: str, suffix: str) -> str:
-    """A name that no file has yet: samples.png, samples_1.png, ..."""
+    """Return the first unused file name: samples.png, samples_1.png, ..."""
     candidates = (f"{name}_{number}{suffix}" for number in count(1))
     return next(file for file in chain([name + suffix], candidates) if not Path(file).exists())
 
 
 def load_prompts(file: Path, typed_prompts: Any) -> list[str]:
-    """The lines of a file, one prompt each, after those typed; empty lines are left out."""
+    """Return the typed prompts and the lines of a file, one prompt each, without empty lines."""
     try:
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except FileNotFoundError:
@@ -112,7 +112,7 @@ def load_prompts(file: Path, typed_prompts: Any) -> list[str]:
 
 
 def _decode_line(line: bytes, file: Path, number: int) -> str:
-    """The text of a line. Only a line feed ends a line, not the other line breaks of Unicode."""
+    """Decode a line. Only a line feed ends a line, not Unicode's other line breaks."""
     if b"\0" in line:
         problem = f"{file}, line {number}: no text: byte 0x00 at position {line.index(0)}"
         raise UsageError(problem, flag=f"iconv -f utf-16 -t utf-8 '{file}' > prompts.txt")
@@ -126,12 +126,12 @@ def _decode_line(line: bytes, file: Path, number: int) -> str:
 
 
 def print_texts(module: TaskModule, arguments: dict[str, Any]) -> None:
-    """Print a single text as it is written, several one after the other."""
+    """Print a single text as a stream while it is generated, and several texts at the end."""
     method: Any = module.generate
     prompt = arguments.get("prompt", signature.method_flags(method)["prompt"].default)
     prompt = getattr(module, "default_prompt", None) if prompt is None else prompt
     if isinstance(prompt, str) and arguments.get("num_samples", 1) == 1:
-        pending_prompt = [prompt]  # shown when it has been accepted
+        pending_prompt = [prompt]  # printed with the first piece, when it is known to be valid
 
         def print_piece(text: str) -> None:
             sys.stdout.write((pending_prompt.pop() if pending_prompt else "") + text)

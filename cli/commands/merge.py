@@ -1,4 +1,4 @@
-"""A trained model as plain weights: no adapters, and a checkpoint that needs no callback."""
+"""Merge LoRA adapters and dequantize: save plain weights in a checkpoint that needs no callback."""
 
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO
 
 from ..config.saved_config import remove_transforms
 
-RUN_KEYS = (  # what belongs to the run and to what changed the net, not to the model
+RUN_KEYS = (  # checkpoint entries of the run and of the transforms, not of the model
     *("optimizer_states", "lr_schedulers", "callbacks", "loops", "exact_resume", "ema"),
     *("optimizer_plan", "schedule_length", "transforms", "lora", "state_dict"),
 )
 
 
 def merge_adapters(module: TaskModule) -> list[str]:
-    """Merge the adapters and make every quantized layer a plain one; returns what was merged."""
+    """Merge the LoRA adapters and dequantize all layers; return the names of the merged layers."""
     tied_names = _tied_names(module)
     names = merge(module)
     for layer in module.modules():
@@ -46,7 +46,7 @@ def save_merged(
     requires_adapters: bool,
     quantization_scheme: str | None,
 ) -> str:
-    """Write model.ckpt and model.safetensors into a folder, in float or in the scheme's bits."""
+    """Save model.ckpt and model.safetensors in a folder, in float or in the quantization scheme."""
     if requires_adapters and not adapters(module):
         raise UsageError(
             f"{path} holds no adapters: there is nothing to merge",

@@ -1,7 +1,7 @@
-"""Flags out of a signature: `--top_k=40` because a method has an argument `top_k: int | None`.
+"""Flags from a method signature: `--top_k=40` sets the argument `top_k: int | None` of a method.
 
-What a task can do (generate, export) it says by the arguments of a method; the command line adds
-nothing. An argument that takes a text or several is a flag that may be repeated.
+The arguments of a task's method (generate, export) define its flags; the command line adds none to
+them. An argument that takes a text or a sequence of texts is a flag that can be repeated.
 """
 
 import inspect
@@ -17,7 +17,7 @@ NUMBER_DESCRIPTIONS = {int: "a whole number", float: "a number"}
 
 
 class MethodFlag(NamedTuple):
-    """An argument that can be typed."""
+    """An argument of a method that can be set by a flag."""
 
     value_type: type
     default: Any
@@ -26,7 +26,7 @@ class MethodFlag(NamedTuple):
 
 
 def method_flags(method: Callable[..., Any]) -> dict[str, MethodFlag]:
-    """The arguments of a method that can be typed: numbers, texts, choices."""
+    """Return the arguments of a method that can be set by flags: numbers, texts, choices."""
     hints, flags_by_name = get_type_hints(method), {}
     for name, parameter in inspect.signature(method).parameters.items():
         hint = hints.get(name)
@@ -53,7 +53,7 @@ def method_flags(method: Callable[..., Any]) -> dict[str, MethodFlag]:
 
 
 def parse_flags(argv: Iterable[str]) -> list[tuple[str, str]]:
-    """Flags and their values: `--key=value` and `--key value` alike."""
+    """Parse `--key=value` and `--key value` into pairs."""
     flag_values, remaining = [], iter(argv)
     for word in remaining:
         if not word.startswith("--"):
@@ -70,7 +70,7 @@ def parse_flags(argv: Iterable[str]) -> list[tuple[str, str]]:
 def convert_flags(
     typed_flags: list[tuple[str, str]], flags_by_name: dict[str, MethodFlag], command: str
 ) -> dict[str, Any]:
-    """The values of the flags given, of their kinds; the last one wins, repeated texts add up."""
+    """Convert flag values to their types: the last value is used, repeatable texts form a list."""
     values: dict[str, Any] = {}
     for name, text in typed_flags:
         if name not in flags_by_name:
@@ -88,7 +88,9 @@ def convert_flags(
 
 
 def convert_value(name: str, text: str, flag: MethodFlag) -> Any:
-    """One value; in texts that may be repeated \\n is a line break, since shells make it hard."""
+    """Convert one value; in repeatable texts \\n is a line break, since shells make it hard to
+    type.
+    """
     if flag.choices and text not in flag.choices:
         problem, first = f"--{name} is {text!r}", flag.choices[0]
         raise unknown_name_error(problem, text, flag.choices, lambda n: f"--{name}={n}", first)
@@ -104,6 +106,6 @@ def convert_value(name: str, text: str, flag: MethodFlag) -> Any:
 
 
 def unescape_text(text: str) -> str:
-    r"""Line breaks for \n, tabs for \t, a backslash for two."""
+    """Replace \\n by a line break, \\t by a tab, and two backslashes by one."""
     segments = text.split(r"\\")
     return "\\".join(segment.replace(r"\n", "\n").replace(r"\t", "\t") for segment in segments)

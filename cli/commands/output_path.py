@@ -1,4 +1,4 @@
-"""Places to write: one that cannot be written is refused before anything is computed for it."""
+"""Output path checks: an unwritable path is rejected before any computation."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from ravine.errors import UsageError
 
 
 def check_writable(name: str, flag: str, is_file: bool) -> None:
-    """Refuse a file, or a folder, that cannot be made or written; nothing is made yet."""
+    """Raise an error if a file or folder cannot be created or written; nothing is created here."""
     path = Path(name).absolute()
     existing = path.parent if is_file else path
     while not existing.exists():

@@ -1,10 +1,10 @@
-"""Environment variables: PL_ and RAVINE_ ones that nobody reads are refused, not passed over."""
+"""Environment variable checks: an unknown PL_ or RAVINE_ variable is an error, not ignored."""
 
 from collections.abc import Collection, Mapping
 
 from ravine.errors import UsageError, suggest_names
 
-# Read by Lightning itself (its sources hold no others), and by the front door.
+# Variables read by Lightning (its sources have no others) and by Ravine.
 KNOWN_VARIABLES = (
     *("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PL_DEEPSPEED_CONFIG_PATH"),
     *("RAVINE_DEBUG", "RAVINE_FAST_LOOP", "RAVINE_STATUS", "RAVINE_TRACEBACK"),
@@ -13,11 +13,11 @@ CONFIG_SECTIONS = ("TRAINER", "MODEL", "DATA")
 
 
 def check_env_vars(environ: Mapping[str, str], command: str, commands: Collection[str]) -> None:
-    """Refuse a variable that looks like a setting and is none.
+    """Raise an error for a variable that looks like a setting but is not read.
 
-    The parser reads PL_<COMMAND>__<KEY>. Lightning's own documentation names PL_TRAINER__<KEY>,
-    which a program with subcommands ignores: a run of ten steps became one of a thousand epochs.
-    What follows PL_<COMMAND>__ is checked by the parser, which knows the keys.
+    The parser reads PL_<COMMAND>__<KEY>. Lightning's documentation names PL_TRAINER__<KEY>, which a
+    program with subcommands ignores: a run of ten steps became one of a thousand epochs. The
+    parser, which knows the keys, checks the part after PL_<COMMAND>__.
     """
     for name in sorted(environ):
         if not name.startswith(("PL_", "RAVINE_")) or name in KNOWN_VARIABLES:
@@ -35,7 +35,7 @@ def check_env_vars(environ: Mapping[str, str], command: str, commands: Collectio
 
 
 def suggest_variables(name: str, command: str, commands: Collection[str]) -> list[str]:
-    """The spelling that is read: PL_FIT__TRAINER__MAX_STEPS for PL_TRAINER_MAX_STEPS."""
+    """Return the valid spelling: PL_FIT__TRAINER__MAX_STEPS for PL_TRAINER_MAX_STEPS."""
     remainder = name.split("_", 1)[1].lstrip("_")
     for subcommand in commands:
         remainder = remainder.removeprefix(subcommand.upper()).lstrip("_")

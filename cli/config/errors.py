@@ -1,9 +1,9 @@
-"""Why a configuration was refused: each of its words held against the class that takes it.
+"""Config error messages: find the argument that the parser rejected, and the class that takes it.
 
-A parser that tries every member of a union says that all of them failed, and not where. So its
-message is not taken apart: the variables, the files and the flags are read once more beside the
-parser's own types, in the order in which they count, and the first word that fits nothing is the
-mistake. Only what stands nowhere (a missing model) is known from the message alone.
+For a union the parser reports that all members failed, but not where. So its message is not parsed.
+Environment variables, files and flags are read again in order of precedence and compared with the
+parser's own types. The first value that fits no type is reported. Only a missing argument (such as
+the model) is taken from the parser's message.
 """
 
 import argparse
@@ -33,14 +33,14 @@ DEFAULT_CLASSES = {
     "model": "NAME",
     "data": "NAME",
     "trainer.strategy": "MeshStrategy",
-}  # of arguments
+}  # class to suggest, by argument
 ClassChoices = list[tuple[type, int]]
 
 
 def parse_argv(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    """Parse the words of a command line, or say in plain words which of them is wrong."""
+    """Parse the arguments of a command, or raise an error that names the wrong one."""
     finder = ConfigErrorFinder(parser, argv[0])
-    for config_value in from_env(argv[0]):  # the parser would pass over those it does not know
+    for config_value in from_env(argv[0]):  # the parser ignores unknown variables
         finder.check_variable(config_value)
     try:
         config = parser.parse_args(argv)
@@ -52,7 +52,7 @@ def parse_argv(parser: ArgumentParser, argv: list[str]) -> Namespace:
         raise missing_argument(str(error), argv[0], chosen_classes) from error
     trainer = config[argv[0]].get("trainer")
     if trainer is not None and isinstance(trainer.get("callbacks"), Namespace):
-        trainer["callbacks"] = [trainer["callbacks"]]  # else what its constructor raises is lost
+        trainer["callbacks"] = [trainer["callbacks"]]  # or its constructor's error is lost
     for key, names in registered_names().items():
         if isinstance(name := config[argv[0]].get(key), str) and name.lower() not in names:
             finder.check_argv(argv)
@@ -60,7 +60,7 @@ def parse_argv(parser: ArgumentParser, argv: list[str]) -> Namespace:
 
 
 def registered_names() -> dict[str, list[str]]:
-    """Names that Lightning looks up when it builds the trainer: to the parser they are any text."""
+    """Return names that Lightning resolves when it builds the trainer; the parser accepts any."""
     return {
         "trainer.strategy": ["auto", *StrategyRegistry.available_strategies()],
         "trainer.accelerator": ["auto", "gpu", *AcceleratorRegistry.available_accelerators()],
@@ -69,24 +69,24 @@ def registered_names() -> dict[str, list[str]]:
 
 
 class ConfigErrorFinder:
-    """Reads what the user gave, in order, and raises the first mistake it meets."""
+    """Reads the user's values in order and raises the first error found."""
 
     def __init__(self, parser: ArgumentParser, command: str) -> None:
-        """Begin with the parser of the command, no class being chosen yet."""
+        """Store the parser of the command; no class is chosen yet."""
         self.parser = parser._subcommands_action._name_parser_map[command]  # type: ignore
-        self.parser.allow_abbrev = False  # or max_step would silently be max_steps
+        self.parser.allow_abbrev = False  # otherwise max_step would silently mean max_steps
         self.command = command
         self.chosen_classes: dict[
             str, tuple[type, int]
-        ] = {}  # by key: the class whose arguments follow
+        ] = {}  # by key: the class and the number of supplied arguments
 
     def check_argv(self, argv: list[str]) -> None:
-        """Read the variables, then the configs and the flags."""
+        """Check the environment variables, then the configs and flags."""
         for config_value in [*from_env(self.command), *from_argv(argv[1:])]:
             self.check_key(self.parser, "", config_value.key, config_value)
 
     def check_variable(self, config_value: ConfigValue) -> None:
-        """Refuse a variable the parser does not look for."""
+        """Raise an error for an environment variable that the parser does not read."""
         hints = {a.dest: getattr(a, "_typehint", None) for a in self.parser._actions}
         if config_value.key in hints:
             return
@@ -100,12 +100,12 @@ class ConfigErrorFinder:
     def check_key(
         self, parser: ArgumentParser, owner: str, key: str, config_value: ConfigValue
     ) -> None:
-        """Hold a value against the type of ``key``, an argument of ``parser``.
+        """Check a value against the type of ``key``, an argument of ``parser``.
 
         Args:
             parser: parser of the command, or of a class
             owner: the key under which that class was chosen; empty for the command
-            key: the key below it
+            key: the key relative to ``owner``
             config_value: the value
         """
         actions = [a for a in parser._actions if not f".{a.dest}".endswith(".help")]
@@ -136,7 +136,7 @@ class ConfigErrorFinder:
     def unknown_argument(
         self, owner: str, section: str, name: str, allowed: set[str], config_value: ConfigValue
     ) -> UsageError:
-        """The mistake of a key that does not exist, of the command or of a class."""
+        """Return the error for an unknown key of the command or of a class."""
         allowed -= {"config", "print_config"}
         owner_name = (
             self.chosen_classes[owner][0].__name__
@@ -151,11 +151,13 @@ class ConfigErrorFinder:
     def check_value(
         self, hint: Any, key: str, remaining: list[str], config_value: ConfigValue
     ) -> None:
-        """Hold a value against the type ``hint`` of the argument ``key``, or of one inside it."""
+        """Check a value against the type ``hint`` of the argument ``key``, or of an argument below
+        it.
+        """
         class_choices = typehints.configurable_classes(hint)
         is_dataclass_hint = bool(class_choices) and dataclasses.is_dataclass(
             class_choices[0][0]
-        )  # it needs no class_path
+        )  # a dataclass needs no class_path
         if is_dataclass_hint:
             self.chosen_classes[key] = class_choices[0]
         if remaining and remaining != ["class_path"]:
@@ -208,7 +210,7 @@ class ConfigErrorFinder:
     def check_class_spec(
         self, class_choices: ClassChoices, key: str, config_value: ConfigValue
     ) -> None:
-        """Read a mapping that names a class, or gives more arguments to the one chosen before."""
+        """Check a mapping that names a class, or adds arguments to the class chosen before."""
         children = {child.name: child for child in config_value.children()}
         if "class_path" in children:
             self.choose_class(class_choices, key, children["class_path"])
@@ -233,7 +235,7 @@ class ConfigErrorFinder:
     def choose_class(
         self, class_choices: ClassChoices, key: str, config_value: ConfigValue
     ) -> None:
-        """Note the class that a name stands for; the arguments that follow are its."""
+        """Record the class with a given name; later arguments under this key belong to it."""
         name, bases = config_value.text, tuple(chosen_class for chosen_class, _ in class_choices)
         base_names = " or ".join(dict.fromkeys(chosen_class.__name__ for chosen_class in bases))
         subclasses_by_name = typehints.subclasses_by_name(bases)
@@ -258,7 +260,7 @@ class ConfigErrorFinder:
 def unknown_class_name(
     config_value: ConfigValue, problem: str, allowed: Iterable[str], prefix: str = ""
 ) -> UsageError:
-    """The mistake of a name that nothing has."""
+    """Return the error for a class name that does not exist."""
     name = config_value.text.removeprefix(prefix)
     return unknown_name_error(
         f"{config_value.location}: {problem}",
@@ -270,14 +272,14 @@ def unknown_class_name(
 
 
 def import_class(config_value: ConfigValue, base_names: str, bases: tuple[type, ...]) -> Any:
-    """What a dotted path names, which has to be of one of the ``bases``."""
+    """Import the class at a dotted path, which must be a subclass of one of ``bases``."""
     path, _, name = config_value.text.rpartition(".")
     try:
         module = importlib.import_module(path)
-    except Exception as error:  # whatever a file of the user's does when it is imported
+    except Exception as error:  # importing a user's file may raise any error
         missing = isinstance(error, ModuleNotFoundError) and error.name
         if missing and f"{path}.".startswith(f"{missing}."):
-            if os.path.isfile(config_value.text):  # a configuration that the parser could not read
+            if os.path.isfile(config_value.text):  # a config that the parser could not read
                 presets.check_config_file(config_value.text)
             files = [file.stem for file in Path().glob("[!.]*.py")]
             problem = (
@@ -308,12 +310,12 @@ def import_class(config_value: ConfigValue, base_names: str, bases: tuple[type, 
 def missing_argument(
     message: str, command: str, chosen_classes: Iterable[tuple[str, type]]
 ) -> UsageError:
-    """What the parser says of a mistake that stands nowhere: something is missing.
+    """Return the error for a missing argument or value, from the parser's message.
 
     Args:
-        message: the parser's
-        command: fit, or another
-        chosen_classes: the classes that were named, with the keys they stand under
+        message: the parser's message
+        command: fit, or another command
+        chosen_classes: the classes that were named, with their keys
     """
     if match := re.search(r"arguments are required: ([\w.]+)", message):
         key = match[1].removeprefix(f"{command}.")

@@ -1,4 +1,4 @@
-"""Configs and checkpoints by name: a config is a file as typed, then with .yaml, then a preset."""
+"""Config presets: find a config by name as a file, a file with .yaml, or an installed preset."""
 
 import json
 import os
@@ -10,18 +10,18 @@ from ..error_report import unknown_name_error
 
 CONFIG_SECTIONS = ("model", "data", "trainer", "seed_everything", "ckpt_path")
 RESOLVED_LATER = ("auto", "last", "best", "hpc", "registry", "null")
-MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, MAX_CONFIG_LEVELS = 2**18, 10_000, 100  # of a config
+MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, MAX_CONFIG_LEVELS = 2**18, 10_000, 100  # limits of a config
 INSTALLED = Path(__file__).resolve().parents[2] / "configs"
 
 
 def list_presets() -> list[str]:
-    """Names of the installed configs: `shakespeare/quick`, `debug/profiler`."""
+    """Return the names of the installed configs: `shakespeare/quick`, `debug/profiler`."""
     files = INSTALLED.rglob("*.yaml")
     return sorted(p.relative_to(INSTALLED).with_suffix("").as_posix() for p in files)
 
 
 def find_config(name: str) -> str:
-    """Path of the config called ``name``; a file of the user's comes before ours."""
+    """Return the path of the config called ``name``; a user's file precedes an installed preset."""
     if name == "-" or name.startswith(("/dev/", "/proc/")):
         raise UsageError(
             f"{name} can be read only once, and every process of a run reads its configs: save it",
@@ -40,9 +40,7 @@ def find_config(name: str) -> str:
 
 
 def check_checkpoint_exists(argv: list[str]) -> None:
-    """Refuse a checkpoint that is not there; `auto_attention` and its like are found when the run
-    starts.
-    """
+    """Raise an error if the checkpoint does not exist; `auto` and `last` are resolved later."""
     for word, next_word in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, name = word.partition("=")
         name = name if equals else next_word
@@ -59,7 +57,7 @@ def check_checkpoint_exists(argv: list[str]) -> None:
 
 
 def run_name(path: str) -> str:
-    """What a run with this config is called: `shakespeare/quick`; its folder below `runs`."""
+    """Return the run name for a config, `shakespeare/quick`, which is its folder below `runs`."""
     file = Path(path).resolve()
     for root in (INSTALLED, Path.cwd()):
         if file.is_relative_to(root):
@@ -68,7 +66,10 @@ def run_name(path: str) -> str:
 
 
 def check_config_file(path: str) -> None:
-    """Refuse a file that is no YAML mapping, before the four seconds that importing torch takes."""
+    """Raise an error if a file is no YAML mapping.
+
+    This runs before the import of torch, which takes four seconds.
+    """
     import yaml
 
     try:
@@ -80,7 +81,7 @@ def check_config_file(path: str) -> None:
         text = Path(path).read_text(encoding="utf-8")
         check_yaml_size(text, path)
         root = yaml.compose(text, yaml.SafeLoader)
-        json.dumps(yaml.safe_load(text), default=str)  # refuses tags, and anchors in themselves
+        json.dumps(yaml.safe_load(text), default=str)  # rejects tags and recursive anchors
     except UnicodeDecodeError as error:
         reason = f"{path} is not text: byte {error.start} is not UTF-8"
         raise UsageError(reason, flag="--config=FILE.yaml") from error
@@ -117,14 +118,14 @@ def check_config_file(path: str) -> None:
 
 
 def check_yaml_size(text: str, name: str) -> None:
-    """Refuse YAML of too many values, aliases counted as what they stand for, before it is built.
+    """Raise an error for YAML with too many values before it is built; aliases count in full.
 
-    Nine aliases of a list of nine aliases, nine times over, are 341 bytes and 400 million values.
+    Nine aliases of a list of nine aliases, nine levels deep, are 341 bytes and 400 million values.
     """
     import yaml
 
-    sizes: dict[str, int] = {}  # of what an anchor names
-    open_collections: list[tuple[str | None, int]] = []  # collections: anchor, values before it
+    sizes: dict[str, int] = {}  # number of values by anchor
+    open_collections: list[tuple[str | None, int]] = []  # anchor, and number of values before
     count = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -150,7 +151,10 @@ def check_yaml_size(text: str, name: str) -> None:
 
 
 def check_config_order(paths: list[str]) -> None:
-    """Refuse a config that adds callbacks before another that sets them: it would add nothing."""
+    """Raise an error if a config that adds callbacks precedes one that sets them.
+
+    The second config would discard the added callbacks.
+    """
     import yaml
 
     adding_config = ""

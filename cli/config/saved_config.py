@@ -1,12 +1,12 @@
-"""What a checkpoint carries of the command that made it, and how it comes back.
+"""Saved config: the part of a command's configuration in its checkpoints, and its use on resume.
 
     checkpoint["ravine"]["config"]: model, data, seed_everything, trainer.name, trainer.callbacks,
-                                    and of the trainer's arguments those of TRAINING
+                                    and of the trainer's arguments those of TRAINING_ARGS
 
-The first four, put in front of the user's words, make `test --ckpt_path X` a whole command; of the
-callbacks those that change the net are added. `fit` has the arguments of TRAINING in front too, and
-all callbacks where the user names none. What the user gives stands behind and wins, and each
-difference is printed. One that changes the shape of a weight is refused: see restore.py.
+The first four become flags before the user's own, so that `test --ckpt_path X` is a complete
+command. Callbacks that change the net are added too. `fit` also gets the arguments of
+TRAINING_ARGS, and all callbacks if the user names none. The user's values take precedence, and each
+difference is printed. A change of a weight's shape is an error: see checkpoint_connector.py.
 """
 
 import json
@@ -31,9 +31,14 @@ from ..checkpoint_connector import RavineCheckpointConnector, load_metadata, sav
 from .trust import TrustPolicy
 
 Config = dict[str, Any]
-SAVED_FLAG_KEYS = ("model", "data", "seed_everything", "trainer.name")  # that come back as flags
+SAVED_FLAG_KEYS = (
+    "model",
+    "data",
+    "seed_everything",
+    "trainer.name",
+)  # saved flags
 LENGTH_ARGS = ("max_epochs", "max_steps")
-TRAINING_ARGS = (  # arguments of the trainer that a resumed fit would otherwise have by default
+TRAINING_ARGS = (  # trainer arguments that a resumed fit keeps instead of the defaults
     "precision",
     "accumulate_grad_batches",
     "gradient_clip_val",
@@ -51,33 +56,33 @@ OUTPUT_PATH_ARGS = (
     "dirpath",
     "exclude_batches_path",
     "cache",
-)  # arguments of callbacks: where to write
+)  # callback arguments with output paths
 FORMAT_FIELD = re.compile(
     r"\{[\w./ -]+(:0?\d{0,2}(\.\d{1,2})?[defg%]?)?\}"
-)  # of a file's name: {val/loss:.2f}
-FORMAT_VERSION = 1  # of what stands under checkpoint["ravine"]["config"]
+)  # a field of a file name template: {val/loss:.2f}
+FORMAT_VERSION = 1  # version of checkpoint["ravine"]["config"]
 
 
 def resolve_config(parser: LightningArgumentParser, config: Namespace) -> Config:
-    """A configuration as plain values, defaults included."""
+    """Return a configuration as plain values, including defaults."""
     return json.loads(parser.dump(config, format="json", skip_unset=False))
 
 
 class ConfigSaver(L.Callback):
-    """Writes config.yaml into the run's folder, and what a checkpoint needs of it into each."""
+    """Saves config.yaml in the run directory, and the configuration in each checkpoint."""
 
     def __init__(
         self, parser: LightningArgumentParser, config: Namespace, changed: list[str]
     ) -> None:
-        """Take the configuration of a command, and the keys that differ from its checkpoint."""
+        """Store the configuration of a command, and the keys that differ from its checkpoint."""
         self.config, self.changed = resolve_config(parser, config), changed
-        self.start_step: int | None = None  # step at which training began, if it did
+        self.start_step: int | None = None  # step at which training started, or None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write config.yaml, when the data have said which source they took."""
+        """Write config.yaml, after the datamodule has resolved its source."""
         data_source = getattr(trainer.datamodule, "resolved", None) or {}  # type: ignore
         arguments = (self.config["data"] or {}).get("init_args", {})
-        if arguments.get("source") == "auto":  # another machine must not take another
+        if arguments.get("source") == "auto":  # another machine must use the same source
             arguments["source"] = data_source.get("source", "auto")
         connector = checkpoint_connector(trainer)
         if isinstance(connector, RavineCheckpointConnector):
@@ -89,13 +94,13 @@ class ConfigSaver(L.Callback):
             Path(folder, "config.yaml").write_text("".join(lines) + text, encoding="utf-8")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step."""
+        """Record the step."""
         self.start_step = trainer.global_step
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add to the checkpoint what rebuilds its model and its data."""
+        """Add the configuration that rebuilds the model and the data to the checkpoint."""
         saved_values = {key: self.config[key] for key in ("model", "data", "seed_everything")}
         trainer_arguments = self.config["trainer"]
         keys = ("name", "callbacks", *TRAINING_ARGS)
@@ -111,15 +116,16 @@ class ConfigSaver(L.Callback):
 
 
 def load_saved_config(path: Path) -> Config:
-    """The configuration inside a checkpoint; empty if it was not written by a command."""
+    """Return the configuration in a checkpoint; empty if no command has written it."""
     return saved_config_of(load_metadata(path), path)
 
 
 def to_argv(config: Config, command: str = "test", typed_keys: Collection[str] = ()) -> list[str]:
-    """A saved configuration as flags, to stand before the user's own, whose keys are `typed_keys`.
+    """Convert a saved configuration to flags that precede the user's own, whose keys are
+    `typed_keys`.
 
-    Who types a length or a config decides how long the run is. An argument of the trainer may be
-    null on purpose, where its default is a number.
+    If the user gives a length or a config, the saved lengths are left out. A trainer argument may
+    be null on purpose although its default is a number.
     """
     keys = [*SAVED_FLAG_KEYS, *(f"trainer.{key}" for key in TRAINING_ARGS if command == "fit")]
     if "config" in typed_keys or any(f"trainer.{key}" in typed_keys for key in LENGTH_ARGS):
@@ -140,11 +146,12 @@ def extra_argv(
     command: str = "test",
     typed_keys: Collection[str] = (),
 ) -> list[str]:
-    """Flags to stand behind the user's: the checkpoint's transforms that his callbacks leave out,
-    and the source it was trained on in the place of `auto_attention`, which might now find another.
+    """Return flags to append to the user's: transforms of the checkpoint, and the resolved data
+    source.
 
-    A fit without a configuration and without any callback of the user's gets all of the
-    checkpoint's. Where a configuration is typed, its callbacks are the recipe.
+    The source replaces `auto`, which may find other data now. A fit without a config and without
+    user callbacks gets all callbacks of the checkpoint. With a config, the callbacks of the config
+    are used.
     """
     present_classes = {spec["class_path"] for spec in _callback_specs(parsed)}
     takes_all = command == "fit" and not present_classes and "config" not in typed_keys
@@ -167,7 +174,9 @@ def extra_argv(
 
 
 def _without_output_paths(spec: Config) -> Config:
-    """A callback of a checkpoint without the folder it wrote to: a run writes below its own."""
+    """Return a callback of a checkpoint without its output folders: a run writes below its own
+    folder.
+    """
     cleaned = dict(spec)
     for section in spec.keys() & {"init_args", "dict_kwargs"}:
         arguments = spec[section] or {}
@@ -180,21 +189,22 @@ def _without_output_paths(spec: Config) -> Config:
 
 
 def _may_leave_folder(key: str, value: Any) -> bool:
-    """Whether the name of a file, a template perhaps, may become a path out of its folder."""
+    """Return whether a file name or template may become a path outside of its folder."""
     if key != "filename" or value is None:
         return False
     literal = FORMAT_FIELD.sub("0", str(value))
     field_names = [field[0].strip("{}") for field in FORMAT_FIELD.finditer(str(value))]
-    is_malformed = "{" in literal or "}" in literal  # such as {step:c}, which is any letter
+    is_malformed = "{" in literal or "}" in literal  # such as {step:c}, which can be any character
     return is_malformed or any(
         os.path.isabs(n) or ".." in Path(n).parts for n in (literal, *field_names)
     )
 
 
 def report_changes(config: Config, parsed: Config, path: str, command: str = "test") -> list[str]:
-    """Print the values that differ from the checkpoint's and return their keys.
+    """Print the values that differ from the checkpoint's, and return their keys.
 
-    Refuse a model of another kind: its weights would not fit, and the user should hear why.
+    Raises:
+        UsageError: the model is of another class, so the weights cannot fit.
     """
     try:
         saved_class = _import_spec_class(config["model"])
@@ -230,7 +240,7 @@ def report_changes(config: Config, parsed: Config, path: str, command: str = "te
 
 
 def _compared_leaves(config: Config, is_fit: bool) -> Iterator[tuple[str, Any]]:
-    """The values of model, data, callbacks and seed, and for a fit the trainer's, by key."""
+    """Yield the values of model, data, callbacks and seed by key, and for a fit the trainer's."""
     callbacks = {spec["class_path"]: spec.get("init_args", {}) for spec in _callback_specs(config)}
     yield from _flatten_config({k: config[k] for k in ("model", "data", "seed_everything")})
     arguments = config.get("trainer") or {
@@ -244,13 +254,15 @@ def _compared_leaves(config: Config, is_fit: bool) -> Iterator[tuple[str, Any]]:
 
 
 def remove_transforms(config: Config) -> Config:
-    """The configuration of a checkpoint whose net is as it was built."""
+    """Return the configuration of a checkpoint without the callbacks that transform the net."""
     remaining = [spec for spec in _callback_specs(config) if not _is_transform(spec)]
     return config | {"trainer.callbacks": remaining}
 
 
 def _callback_specs(config: Config) -> list[Config]:
-    """The callbacks of a checkpoint or of a command, where one may stand without its list."""
+    """Return the callbacks of a checkpoint or of a command; a single one may be given without a
+    list.
+    """
     specs = config["trainer"]["callbacks"] if "trainer" in config else config["trainer.callbacks"]
     return specs if isinstance(specs, list) else [specs] if specs else []
 
@@ -258,7 +270,7 @@ def _callback_specs(config: Config) -> list[Config]:
 def _is_transform(spec: Config) -> bool:
     try:
         callback_class = _import_spec_class(spec)
-    except (ImportError, AttributeError):  # a file that has gone; a transform would be missed
+    except (ImportError, AttributeError):  # the file was removed: not known to be a transform
         return False
     return isinstance(callback_class, type) and issubclass(callback_class, Transform)
 
@@ -271,7 +283,7 @@ def _import_spec_class(spec: Config) -> Any:
 
 
 def _flatten_config(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings and lists by dotted key, as they are typed: without init_args."""
+    """Yield the leaves of nested mappings and lists by dotted key as typed: without init_args."""
     if isinstance(value, dict | list):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for name, child in pairs:

@@ -1,11 +1,11 @@
-"""Which classes a checkpoint may name: importing a module runs its code.
+"""Import safety: which classes a checkpoint may name, since importing a module runs its code.
 
     lightning validate --ckpt_path=FILE --trust=mine       classes of mine.py are imported
     ravine.load_model("FILE", trust=["mine"])              the same in a script
 
-What the user types, in flags, in a config or in the environment, is trusted as a program is. What
-stands only in a checkpoint may name a class of Ravine, one of torch's layers and optimizers, one of
-Lightning's callbacks, and a class that the words of the same command name. Any other is refused.
+Names that the user types in flags, configs or the environment are trusted. A name that is only in
+the checkpoint is imported if it is a class of Ravine, torch.nn, torch.optim or Lightning's
+callbacks, or if the same command names it. Any other class is rejected.
 """
 
 import datetime
@@ -32,17 +32,17 @@ from .values import ConfigValue
 TRUSTED_PACKAGES = ("ravine", "torch.nn", "torch.optim", "lightning.pytorch.callbacks")
 DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 TRUST_FLAG = "--trust"
-CLASS_SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")  # the keys of a class's specification
+CLASS_SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")  # the keys of a class specification
 FILE_KEYS = (
     "ckpt_path",
     "config",
     "trainer.name",
     "trainer.default_root_dir",
-)  # that name no class
+)  # values that name no class
 
 
 def split_trust_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The words without `--trust`, and the packages that it names: `--trust=a,b --trust c`."""
+    """Return the arguments without `--trust`, and its packages: `--trust=a,b --trust c`."""
     other_words, package_names = [], []
     remaining = iter(argv)
     for word in remaining:
@@ -60,9 +60,9 @@ def split_trust_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def find_dotted_names(config_values: Iterable[ConfigValue]) -> set[str]:
-    """The dotted names among what the user gave.
+    """Return the dotted names among the user's values.
 
-    Names of files are none: `--ckpt_path=model.ckpt` must not let that file import model.py.
+    File names are excluded: `--ckpt_path=model.ckpt` must not allow an import of model.py.
     """
     dotted_names, pending = (
         set(),
@@ -83,24 +83,24 @@ def find_dotted_names(config_values: Iterable[ConfigValue]) -> set[str]:
 
 
 class TrustPolicy:
-    """The classes that a checkpoint may name.
+    """Decides which classes a checkpoint may name.
 
     Args:
         trusted_paths: packages, modules or classes that the user trusts, by dotted path.
-        named_paths: dotted paths that the user named in another place.
+        named_paths: dotted paths that the user named elsewhere in the command.
     """
 
     def __init__(self, trusted_paths: Iterable[str] = (), named_paths: Iterable[str] = ()) -> None:
-        """Keep both."""
+        """Store the paths."""
         self.trusted_paths, self.named_paths = tuple(trusted_paths), frozenset(named_paths)
 
     def is_admitted(self, path: str) -> bool:
-        """Whether the class may be imported."""
+        """Return whether the class may be imported."""
         if path in self.named_paths or any(
             f"{path}.".startswith(f"{t}.") for t in self.trusted_paths
         ):
             return True
-        if "." not in path:  # the parser finds it among the classes that are imported already
+        if "." not in path:  # the parser finds it among the imported classes
             return path.isidentifier()
         if not DOTTED_PATH.fullmatch(path) or not path.startswith(
             tuple(f"{h}." for h in TRUSTED_PACKAGES)
@@ -110,7 +110,7 @@ class TrustPolicy:
         try:
             imported = getattr(import_module(module), name)
         except (ImportError, AttributeError):
-            return False  # `ravine.cli.main.sys.exit`, where a parser would follow the dots
+            return False  # `ravine.cli.main.sys.exit`, whose dots a parser would follow
         defining_module = f"{getattr(imported, '__module__', '')}."
         return isinstance(imported, type) and defining_module.startswith(
             tuple(f"{h}." for h in TRUSTED_PACKAGES)
@@ -119,13 +119,13 @@ class TrustPolicy:
     def check_config(
         self, config: dict[str, Any], source: str, with_callbacks: bool = True
     ) -> None:
-        """Refuse a saved configuration that names another class.
+        """Raise an error if a saved configuration names a class that is not admitted.
 
         Args:
             config: model, data and callbacks, as `ConfigSaver` writes them.
-            source: the checkpoint's path.
-            with_callbacks: whether the callbacks are needed; those that are not admitted are not
-                imported either way.
+            source: the path of the checkpoint.
+            with_callbacks: whether the callbacks are needed; callbacks that are not admitted are
+                never imported.
         """
         callbacks = (config.get("trainer.callbacks") or []) if with_callbacks else []
         for key, value in (("model", config.get("model")), ("data", config.get("data"))):
@@ -137,12 +137,12 @@ class TrustPolicy:
                 self.require_admitted(path, f"trainer.callbacks in {source}")
 
     def check_callback(self, spec: dict[str, Any], source: str) -> None:
-        """Refuse a callback whose arguments name another class, before it is made."""
+        """Raise an error if the arguments of a callback name a class that is not admitted."""
         for path in iter_imported_names(spec, self, is_class_path=True):
             self.require_admitted(path, f"trainer.callbacks in {source}")
 
     def require_admitted(self, path: Any, location: str) -> None:
-        """Refuse one class."""
+        """Raise an error if the class is not admitted."""
         if isinstance(path, str) and self.is_admitted(path):
             return
         if not DOTTED_PATH.fullmatch(str(path)):
@@ -167,12 +167,12 @@ class TrustPolicy:
 def iter_imported_names(
     value: Any, trust: TrustPolicy, is_class_path: bool = False
 ) -> Iterator[Any]:
-    """What a saved value makes the parser import: class paths, and names of functions.
+    """Yield the names that the parser imports for a saved value: class paths and function names.
 
     Args:
-        value: a specification of a class, or any value.
-        trust: a class that it admits is imported, to see which arguments take a name.
-        is_class_path: whether a text is a class path itself.
+        value: a class specification, or any value.
+        trust: an admitted class is imported, to see which of its arguments accept a name.
+        is_class_path: whether a text is itself a class path.
     """
     if isinstance(value, str):
         if is_class_path:
@@ -185,7 +185,7 @@ def iter_imported_names(
         yield path
         yield from (
             f"{key}." for key in value if key not in CLASS_SPEC_KEYS
-        )  # such as init_args.optimizer
+        )  # dotted keys such as init_args.optimizer
         hints = _argument_hints(path) if isinstance(path, str) and trust.is_admitted(path) else {}
         for section in CLASS_SPEC_KEYS[1:]:
             arguments = value.get(section) or {}
@@ -200,10 +200,10 @@ def iter_imported_names(
 
 
 def _names_in_texts(value: Any, hint: Any, trust: TrustPolicy, level: int = 0) -> Iterator[str]:
-    """What the texts in a value of this type make the parser import.
+    """Yield the names that the parser imports for the texts in a value of this type.
 
-    The parser reads a text as YAML, and for a class the file that it names: either may hold a
-    `class_path`. In a text for a class or a function a dot may part a module from a name.
+    The parser reads a text as YAML. For a class it also reads the file that the text names. Both
+    may contain a `class_path`. A text for a class or function may be a dotted import path.
     """
     hint = UNKNOWN_HINT if hint is None else hint
     if level > presets.MAX_CONFIG_LEVELS or (
@@ -240,17 +240,19 @@ def _names_in_texts(value: Any, hint: Any, trust: TrustPolicy, level: int = 0) -
 
 
 def _parse_container(text: str) -> Any:
-    """A text as YAML if it holds a list or a mapping, else a text."""
+    """Parse a text as YAML if it holds a list or a mapping; otherwise return a text."""
     try:
         presets.check_yaml_size(text, "")
         parsed = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # also one that is too large
+    except (yaml.YAMLError, ValueError, RecursionError):  # also if it is too large
         return text
     return parsed if isinstance(parsed, dict | list | str) else text
 
 
 def _load_named_file(text: str) -> str | None:
-    """The content of a file that the text names, else the text; None for one that is too large."""
+    """Return the content of the file that a text names, else the text; None if the file is too
+    large.
+    """
     try:
         path = os.path.expanduser(text)
         if not os.path.lexists(path):
@@ -259,22 +261,22 @@ def _load_named_file(text: str) -> str | None:
             return None if not os.path.isdir(path) else text
         with open(path, encoding="utf-8") as file:
             return file.read()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         return text
 
 
 def _may_be_import_path(text: str) -> bool:
-    """Whether importing a text with a dot in it could find a module: `mine.Net`, `mine..Net`."""
+    """Return whether a text with a dot can be an import path: `mine.Net`, `mine..Net`."""
     first = text.partition(".")[0].strip()
     return bool(first) and not re.search(r"[\s/]", first)
 
 
 def _argument_hints(path: str) -> dict[str, Any] | None:
-    """Types of the arguments of a class and of those it inherits; None if they are not known."""
+    """Return the argument types of a class and its bases; None if they are not known."""
     module, _, name = path.rpartition(".")
     try:
         return _inherited_hints(getattr(import_module(module), name)) if module else None
-    except Exception:  # a module that has gone
+    except Exception:  # a module that was removed
         return None
 
 
@@ -285,13 +287,15 @@ def _inherited_hints(owner_class: Any) -> dict[str, Any] | None:
             if "__init__" in vars(base) and inspect.isfunction(base.__init__):
                 parameters = inspect.signature(base.__init__).parameters
                 hints |= dict.fromkeys(parameters, Any) | _resolve_hints(base.__init__)
-    except Exception:  # a hint that cannot be read
+    except Exception:  # an unreadable hint
         return None
     return {key: Any if hint is None else hint for key, hint in hints.items()}
 
 
 def _resolve_hints(function: Any) -> dict[str, Any]:
-    """The hints of a function; UNKNOWN for one that cannot be read, such as of TYPE_CHECKING."""
+    """Return the type hints of a function; UNKNOWN_HINT for unreadable ones, e.g. under
+    TYPE_CHECKING.
+    """
     try:
         return get_type_hints(function)
     except Exception:
@@ -315,11 +319,11 @@ BARE_CONTAINERS = (
     dict,
     *map(get_origin, (Iterable[int], Mapping[int, int])),
 )
-UNKNOWN_HINT = object  # an argument whose type is not known: any class
+UNKNOWN_HINT = object  # type of an argument without a known type: any class
 
 
 def _accepts_name(hint: Any) -> bool:
-    """Whether a text for this type may be the dotted path of a class or a function."""
+    """Return whether a text for this type may be the dotted path of a class or function."""
     return any(
         get_origin(member) in (AnyCallable, type)
         or any(_accepts_name(argument) for argument in get_args(member) if argument is not ...)
@@ -331,7 +335,7 @@ def _accepts_name(hint: Any) -> bool:
 
 
 def _accepts_class_spec(hint: Any) -> bool:
-    """Whether a value for this type may hold a class, given as a mapping with a `class_path`."""
+    """Return whether a value for this type may hold a class as a mapping with a `class_path`."""
     return any(
         any(_accepts_class_spec(argument) for argument in get_args(member) if argument is not ...)
         if get_args(member)

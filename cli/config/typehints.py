@@ -1,4 +1,4 @@
-"""What a type hint takes: which classes, which plain values, and how to say so in words."""
+"""Type hint inspection: the classes and values that a hint accepts, and their descriptions."""
 
 import argparse
 import collections.abc
@@ -19,29 +19,30 @@ EXAMPLE_VALUES = {int: "10", float: "0.1", bool: "true", str: "TEXT"}
 
 
 def union_members(hint: Any) -> list[Any]:
-    """The hint itself, or what a union offers."""
+    """Return the members of a union, or the hint itself in a list."""
     if get_origin(hint) in (Union, types.UnionType):
         return [member for union_part in get_args(hint) for member in union_members(union_part)]
     return [hint]
 
 
 def accepts_list(hint: Any) -> bool:
-    """Whether ``hint``, or a member of it, is a list of other things."""
+    """Return whether ``hint`` or one of its union members is a list type."""
     lists = (list, tuple, collections.abc.Iterable, collections.abc.Sequence)
     return any(get_origin(member) in lists for member in union_members(hint))
 
 
 def element_type(hint: Any) -> Any:
-    """The type of what stands in such a list."""
+    """Return the element type of the list types in ``hint``."""
     lists = [member for member in union_members(hint) if accepts_list(member)]
     elements = [a for list_hint in lists for a in get_args(list_hint) if a is not ...]
     return Union[tuple(elements)]  # noqa: UP007
 
 
 def configurable_classes(hint: Any, num_supplied: int = 0) -> list[tuple[type, int]]:
-    """Classes a configuration may name for ``hint``, and how many arguments each gets elsewhere.
+    """Return the classes that a config may name for ``hint``, and the number of supplied arguments.
 
-    An optimizer given as ``Callable[[Iterable], Optimizer]`` receives its parameters later: 1.
+    Supplied arguments are passed by the code: an optimizer as ``Callable[[Iterable], Optimizer]``
+    gets its parameters later, so the number is 1.
     """
     choices = []
     for member in union_members(hint):
@@ -66,7 +67,7 @@ def _is_configurable(candidate: type) -> bool:
 
 
 def describe(hint: Any) -> list[str]:
-    """The values that ``hint`` takes, each in words."""
+    """Return descriptions of the values that ``hint`` accepts."""
     descriptions: list[str] = []
     for member in union_members(hint):
         origin, hint_args = get_origin(member), get_args(member)
@@ -91,7 +92,7 @@ def describe(hint: Any) -> list[str]:
 
 
 def example_value(hint: Any) -> str:
-    """A value that ``hint`` takes, to show its form."""
+    """Return an example of a value that ``hint`` accepts."""
     first = union_members(hint)[0]
     if get_origin(first) is Literal:
         return str(get_args(first)[0])
@@ -105,7 +106,7 @@ def example_value(hint: Any) -> str:
 
 
 def is_valid(hint: Any, value: Any) -> bool:
-    """Whether the parser would take ``value`` for ``hint``; a text is read as a flag's."""
+    """Return whether the parser accepts ``value`` for ``hint``; a text is parsed as in a flag."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     try:
@@ -120,7 +121,7 @@ def is_valid(hint: Any, value: Any) -> bool:
 
 @functools.cache
 def class_parser(target_class: type, num_supplied: int) -> ArgumentParser:
-    """A parser of the arguments of a class, but the first ``num_supplied``."""
+    """Return a parser for the arguments of a class, except the first ``num_supplied``."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(
         target_class, fail_untyped=False, skip={num_supplied} if num_supplied else set()
@@ -129,16 +130,14 @@ def class_parser(target_class: type, num_supplied: int) -> ArgumentParser:
 
 
 def subclasses_by_name(bases: Iterable[type]) -> dict[str, type]:
-    """Every class that a bare name may stand for, of those imported."""
+    """Return the imported subclasses by bare name; of equal names, Ravine's class is returned."""
     classes_by_name: dict[str, type] = {}
     pending = [subclass for base in bases for subclass in base.__subclasses__()]
     while pending:
         subclass = pending.pop()
         pending += subclass.__subclasses__()
         if not subclass.__name__.startswith("_") and not inspect.isabstract(subclass):
-            is_ravine = subclass.__module__.startswith(
-                "ravine."
-            )  # of two with one name, ours is meant
+            is_ravine = subclass.__module__.startswith("ravine.")
             classes_by_name[subclass.__name__] = (
                 subclass if is_ravine else classes_by_name.get(subclass.__name__, subclass)
             )

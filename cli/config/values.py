@@ -1,4 +1,4 @@
-"""What the user gave: each key with its value and the place it stands in, to point a finger at."""
+"""Config values with their locations: the file and line, flag or variable that sets each key."""
 
 import os
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ import yaml
 
 @dataclass(frozen=True)
 class ConfigValue:
-    """A value in its place.
+    """A config value with its location.
 
     Args:
-        key: the dotted path down to it: trainer.callbacks.0.init_args.decay
-        node: the value as YAML; a flag's too
-        source: the file, the flag as it was typed, or the environment variable
-        line: line in the file; 0 if it is none
+        key: the dotted path of the value: trainer.callbacks.0.init_args.decay
+        node: the value as a YAML node, also for flags
+        source: the file, the flag as typed, or the environment variable
+        line: line in the file; 0 if the source is not a file
     """
 
     key: str
@@ -26,7 +26,7 @@ class ConfigValue:
 
     @property
     def location(self) -> str:
-        """Where it stands, in words."""
+        """Return the location for error messages."""
         if self.line:
             return f"in {self.source}, line {self.line}, {self.key}"
         if self.source.startswith("-"):
@@ -35,30 +35,30 @@ class ConfigValue:
 
     @property
     def name(self) -> str:
-        """The last part of its key."""
+        """Return the last part of the key."""
         return self.key.rpartition(".")[2]
 
     @property
     def text(self) -> str:
-        """The value, if it is a single one."""
+        """Return the text of a single value, "..." for a list or mapping."""
         return self.node.value if isinstance(self.node, yaml.ScalarNode) else "..."
 
     @property
     def display_text(self) -> str:
-        """The value in one line, whatever it is."""
+        """Return the value in one line."""
         if isinstance(self.node, yaml.ScalarNode):
             return repr(self.text)
         return yaml.safe_dump(self.value, default_flow_style=True).strip()
 
     @property
     def value(self) -> object:
-        """The value as the parser should read it: a text is left to its own reading."""
+        """Return the value for the parser, which parses a scalar's text itself."""
         if isinstance(self.node, yaml.ScalarNode):
             return None if self.node.tag.endswith(":null") else self.node.value
         return yaml.safe_load(yaml.serialize(self.node))
 
     def children(self) -> list["ConfigValue"]:
-        """The values inside this one, if it is a list or a mapping."""
+        """Return the values inside a list or a mapping."""
         prefix = f"{self.key}." if self.key else ""
         if isinstance(self.node, yaml.SequenceNode):
             entries = [(str(i), node, node) for i, node in enumerate(self.node.value)]
@@ -72,7 +72,7 @@ class ConfigValue:
         ]
 
     def with_key(self, old: str, new: str) -> str:
-        """What to type for it with one part of its key put right."""
+        """Return the argument to type with one part of its key corrected."""
         if self.line or not self._is_top_level:
             return f"{new}: {self.text}"
         if not self.source.startswith("-"):
@@ -83,7 +83,7 @@ class ConfigValue:
         )
 
     def with_value(self, value: str) -> str:
-        """What to type for it with another value."""
+        """Return the argument to type with another value."""
         if self.line or not self._is_top_level:
             return f"- {value}" if self.name.isdigit() else f"{self.name}: {value}"
         export = "" if self.source.startswith("-") else "export "
@@ -91,19 +91,21 @@ class ConfigValue:
 
     @property
     def _is_top_level(self) -> bool:
-        """Whether this is all the value of a flag or a variable, not a part of it."""
+        """Return whether this is the whole value of a flag or variable, not a part of it."""
         typed_key = self.source.lstrip("-").rstrip("+")
         return self.key == typed_key or _env_var_key(self.source) == self.key
 
 
 def from_yaml(path: str) -> list[ConfigValue]:
-    """The keys of a YAML file."""
+    """Return the top-level values of a YAML file."""
     node = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     return [] if node is None else ConfigValue("", node, path, 1).children()
 
 
 def from_argv(argv: list[str]) -> Iterator[ConfigValue]:
-    """The keys of a command line in their order: `--key=value`, `--key value`, and configs'."""
+    """Yield the values of a command line in order: `--key=value`, `--key value`, and those of
+    configs.
+    """
     remaining = iter(argv)
     for word in remaining:
         flag, equals, value = word.partition("=")
@@ -115,7 +117,7 @@ def from_argv(argv: list[str]) -> Iterator[ConfigValue]:
 
 
 def from_env(command: str) -> Iterator[ConfigValue]:
-    """The variables meant for ``command``: PL_FIT__TRAINER__MAX_STEPS."""
+    """Yield the values of environment variables for ``command``: PL_FIT__TRAINER__MAX_STEPS."""
     for name in sorted(os.environ):
         if name.startswith(f"PL_{command.upper()}__"):
             yield ConfigValue(_env_var_key(name), _parse_node(os.environ[name]), name)
@@ -127,7 +129,7 @@ def _env_var_key(name: str) -> str:
 
 def _parse_node(text: str | None) -> yaml.Node:
     null = yaml.ScalarNode("tag:yaml.org,2002:null", "")
-    if text == "":  # a text to the parser too
+    if text == "":  # the parser also reads it as a text
         return yaml.ScalarNode("tag:yaml.org,2002:str", "")
     try:
         return null if text is None else yaml.compose(text, yaml.SafeLoader) or null
