@@ -195,8 +195,9 @@ def exit_status(error: Exception) -> int | None:
     and too little memory are 1.
 
     An exception of Lightning is 2 if a ``raise`` statement in one of its modules raised it and its
-    class means a wrong argument: MisconfigurationException, ValueError, TypeError, LookupError, or
-    a missing file or package. From its callbacks and connectors, RuntimeError is 2 too.
+    class means a wrong argument. Such classes are MisconfigurationException, ValueError, TypeError,
+    LookupError, FileNotFoundError and ModuleNotFoundError. From its callbacks and connectors,
+    RuntimeError is 2 too.
 
     Every other exception (a bug of Ravine, torch, or the user's module) keeps its traceback,
     including a ValueError of Ravine that is not a UsageError. RAVINE_TRACEBACK=1 shows all

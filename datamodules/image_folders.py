@@ -101,7 +101,7 @@ def read_image_folder(
 
     Args:
         folder: the folder, in one of the layouts listed at the top of this file.
-        mode: `auto` takes 8-bit gray or RGB as stored and rejects a mixture; `gray` and `rgb`
+        mode: `auto` takes 8-bit gray or RGB as stored and rejects a mixture. `gray` and `rgb`
             convert: transparent pixels are blended with white, 16-bit images keep the upper 8 bits.
         resize: rows and columns; every image is scaled and center-cropped to this size.
 

@@ -1,7 +1,7 @@
 """Spam classification data: messages labeled ham or spam, from ``label<TAB>text`` or CSV/TSV files.
 
 The grouped, stratified split holds out a fifth of each class for test. Messages that are equal
-after strip and casefold form one group, and a group is never split: a model must not be tested on
+after strip and casefold form one group. A group is never split, since a model must not be tested on
 training messages. Each split has a message of each class if there are enough of them.
 """
 

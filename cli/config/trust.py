@@ -3,9 +3,9 @@
     lightning validate --ckpt_path=FILE --trust=mine       classes of mine.py are imported
     ravine.load_model("FILE", trust=["mine"])              the same in a script
 
-Names that the user types in flags, configs or the environment are trusted. A name that is only in
-the checkpoint is imported if it is a class of Ravine, torch.nn, torch.optim or Lightning's
-callbacks, or if the same command names it. Any other class is rejected.
+Names that the user types in flags, configs or the environment are trusted. A checkpoint alone may
+name classes of Ravine, torch.nn, torch.optim and Lightning's callbacks. Any other class is rejected
+unless the same command names it.
 """
 
 import datetime
