@@ -48,9 +48,7 @@ class RavineCheckpointConnector(CheckpointConnector):
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
-        """Store the trainer; `replace_checkpoint_connector` puts this object in place of
-        Lightning's.
-        """
+        """Store the trainer; `replace_checkpoint_connector` then replaces Lightning's connector."""
         super().__init__(trainer)
         self.changed: list[str] = []
         self.configured_rates: list[list[float]] = []  # by optimizer and param group
@@ -64,9 +62,7 @@ class RavineCheckpointConnector(CheckpointConnector):
             check_weight_shapes(self.trainer, Path(checkpoint_path), self.changed)
 
     def restore_callbacks(self) -> None:
-        """Restore the callback states; without a warning if an evaluation lacks the training
-        callbacks.
-        """
+        """Restore the callback states, without Lightning's warning in an evaluation."""
         with warnings.catch_warnings():
             if self.trainer.state.fn != "fit":
                 warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
@@ -114,8 +110,8 @@ class RavineCheckpointConnector(CheckpointConnector):
             super().restore_loops()
 
     def dump_checkpoint(self, weights_only: bool = False) -> dict[str, Any]:
-        """Build the checkpoint with the latest metrics; the fast loop collects them only at log
-        steps.
+        """Build the checkpoint with the latest metrics, which the fast loop reads at log steps
+        only.
         """
         _ = self.trainer.callback_metrics
         return super().dump_checkpoint(weights_only)
@@ -142,8 +138,7 @@ def explain_restore_errors(section: str) -> Iterator[None]:
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
-    """Load a checkpoint without its tensor values: all entries, with tensors that only have a
-    shape.
+    """Load a checkpoint without its tensor values: tensors on the meta device have only a shape.
 
     A single process verifies all checksums. A rank started by a launcher verifies none here: the
     ranks divide the checksums when they load the checkpoint.

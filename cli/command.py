@@ -61,8 +61,7 @@ load_yaml = get_loader("yaml")
 
 
 def drop_unwritable_params(find: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Wrap the signature lookup: drop arguments whose default no config can hold (a sentinel, an
-    enum).
+    """Wrap the signature lookup: drop arguments whose default cannot be written to a config.
 
     The class keeps its default. To set such an argument, the user passes a function that builds the
     object.
@@ -75,9 +74,7 @@ def drop_unwritable_params(find: Callable[..., list[Any]]) -> Callable[..., list
 
 
 def is_writable_default(default: Any, hint: Any) -> bool:
-    """Return whether a config can hold a default; the parser writes an enum only if the hint names
-    it.
-    """
+    """Return whether a config can hold a default: no sentinel, no enum without its type hint."""
     if isinstance(default, enum.Enum):
         return type(default) in (hint, *get_args(hint))
     return type(default) is not object

@@ -81,9 +81,7 @@ def load(
 
 
 def where_saved(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
-    """A `map_location` function: the device that a tensor was saved from if available, else the
-    CPU.
-    """
+    """A `map_location`: the device a tensor was saved from if this machine has it, else the CPU."""
     if location in ("cpu", "meta"):
         return storage
     device = torch.device(location)
@@ -152,9 +150,7 @@ def load_from_argv(
 
 
 def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
-    """Return the path of the checkpoint in `--ckpt_path`, verified as complete, and the other
-    flags.
-    """
+    """Return the verified path of the checkpoint in `--ckpt_path`, and the other flags."""
     typed_flags = signature.parse_flags(argv[1:])
     request = dict(typed_flags).get("ckpt_path")
     if request is None:
@@ -188,9 +184,7 @@ def list_tasks() -> dict[str, type[TaskModule]]:
 
 
 def find_task_class(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
-    """Return the class whose weights a checkpoint holds, from its saved configuration or its class
-    name.
-    """
+    """Return the class whose weights a checkpoint holds, from its saved config or class name."""
     checkpoint = restore.load_metadata(path)
     config = restore.saved_config_of(checkpoint, path).get("model") or {}
     name = config.get("class_path") or checkpoint.get("task", "")

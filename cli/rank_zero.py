@@ -26,9 +26,7 @@ _num_calls = 0  # calls of `call_on_rank_zero` in this process so far
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether this process is one of several ranks that read the same checkpoint at the
-    start.
-    """
+    """Return whether this process is one of several ranks that read the same checkpoint."""
     if environment.get("LOCAL_RANK", "0") != "0":
         return True
     return any(

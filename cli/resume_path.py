@@ -1,5 +1,4 @@
-"""Resolve `--ckpt_path=auto` and `last`: find the newest checkpoint of a run before training
-starts.
+"""Resolve `--ckpt_path=auto` and `last`: find the newest checkpoint of a run before it starts.
 
 This happens before the trainer is built, because the processes that it starts run the command
 again. All of them must load the same file, even if one has saved another meanwhile. If a launcher

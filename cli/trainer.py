@@ -1,6 +1,4 @@
-"""Trainer: Lightning's Trainer with a run directory, exact resume and atomic checkpoints by
-default.
-"""
+"""Trainer: Lightning's Trainer with a run directory, exact resume and atomic checkpoints."""
 
 import os
 import re
@@ -198,16 +196,12 @@ class Trainer(L.Trainer):
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        """Return the optimizer steps of the run, also if the accumulated batches change with the
-        epoch.
-        """
+        """Return the optimizer steps of the run, also if accumulation changes with the epoch."""
         return count_optimizer_steps(self)
 
     @property
     def log_dir(self) -> str | None:
-        """Return the directory of this run; all ranks create it together on the first access in a
-        run.
-        """
+        """Return the run directory; all ranks create it together on the first access in a run."""
         if self._run_dir is None and self.lightning_module is not None and not self._is_dry_run:
             self._run_dir = self._broadcast_run_dir()
             self.loggers = [
@@ -295,9 +289,7 @@ class Trainer(L.Trainer):
 
 
 def check_run_name(name: str) -> None:
-    """Raise an error if the run directory is not below default_root_dir; a checkpoint may set the
-    name.
-    """
+    """Raise an error if a run name, perhaps of a checkpoint, leads out of default_root_dir."""
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise UsageError(
             f"the run's name {name!r} leads out of the folder of all runs",
@@ -404,9 +396,7 @@ def resolve_precision(precision: str | int | None, accelerator: Any) -> Any:
 
 
 def default_precision(accelerator: Any) -> str:
-    """Return bf16-mixed if the device has instructions for it; without them it is slower than
-    float32.
-    """
+    """Return bf16-mixed if the device has instructions for it, else 32-true, which is faster."""
     on_cpu = accelerator == "cpu" or isinstance(accelerator, CPUAccelerator)
     if torch.cuda.is_available() and not on_cpu:
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,5 +1,4 @@
-"""Per-node data preparation: local rank 0 downloads and tokenizes, and shares the result with all
-ranks.
+"""Per-node data preparation: local rank 0 downloads and tokenizes for all ranks of its node.
 
     prepare_data   local rank 0 works, with all cores; the other ranks wait, without a time limit
     setup          every rank gets the result: `exchange_prepared`

@@ -1,5 +1,4 @@
-"""Text corpus: read a text file or folder in chunks of bounded size and return it as one token
-tensor.
+"""Text corpus: read a text file or folder in bounded chunks and return it as one token tensor.
 
 A text longer than `max_chars_in_memory` characters is not held in memory: its tokens are
 memory-mapped from a file.
@@ -46,9 +45,7 @@ class Corpus(NamedTuple):
 
 
 def list_files(path: Path, flag: str = "--data.path") -> list[Path]:
-    """Return the path itself if it is a file, else all files below the folder that are not hidden,
-    sorted.
-    """
+    """Return the file itself, or all files below a folder that are not hidden, sorted."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -139,8 +136,7 @@ def prepare_token_file(
     tokenizer_name: str = "characters",
     special_tokens: SpecialTokenMode = "plain",
 ) -> TextSummary:
-    """Write the tokens of a text to a file that all processes of a machine read; see
-    `build_corpus`.
+    """Write the tokens of a text to a file for all processes of a machine; see `build_corpus`.
 
     A text that is short enough for memory needs no file. If the file cannot be written, each
     process tokenizes such a text itself.
@@ -166,8 +162,7 @@ def build_corpus(
     special_tokens: SpecialTokenMode = "plain",
     prepared_summary: TextSummary | None = None,
 ) -> Corpus:
-    """Tokenize a text in two passes: the first for its characters and SHA-256, the second for its
-    tokens.
+    """Tokenize a text in two passes: first its characters and SHA-256, then its tokens.
 
     With `prepared_summary`, the result of `prepare_token_file`, the text is not read: the tokens
     come from that file.
@@ -188,9 +183,7 @@ def load_nanogpt_bins(
     vocab_size: int | None = None,
     dtype: TokenType | None = None,
 ) -> Corpus | None:
-    """Load the tokens of a folder with nanoGPT's train.bin and val.bin; None if it has no such
-    files.
-    """
+    """Load the tokens of nanoGPT's train.bin and val.bin in a folder; None if there are none."""
     loaded = read_nanogpt_bins(folder, tokenizer_name, vocab_size, dtype)
     if loaded is None:
         return None

@@ -84,8 +84,7 @@ TEXTS = {source.name: source for source in REMOTE_FILES if source.text}
 def resolve_source(
     source_name: str, remote_file: RemoteFile, root: str | None = None, download_error: str = ""
 ) -> tuple[Path | None, str]:
-    """Return the path of the dataset's file, or None for the embedded default, and the reason for
-    None.
+    """Return the path of a dataset's file, or None for the embedded default and the reason for it.
 
     `source_name` is the dataset's name, "auto" (embedded only if the dataset is not found), or
     "embedded".

@@ -1,5 +1,4 @@
-"""Reader of the idx format of MNIST: 0 0 8 dimensions, their sizes in four bytes each, then the
-bytes.
+"""Idx file reader (MNIST): 0 0 8 dimensions, their sizes in four bytes each, then the bytes.
 
 A custom dataset in this format (KMNIST, EMNIST, or another) is a folder of such files, gzipped or
 not, under their published names:
@@ -40,8 +39,7 @@ IdxFiles = dict[tuple[str, str], Path]  # by (split, content)
 
 
 def read_idx(path: Path, *allowed_dims: int) -> Tensor:
-    """Read an idx file of bytes, gzipped or not, as a uint8 tensor with the dimensions of its
-    header.
+    """Read an idx file of bytes, gzipped or not, as a uint8 tensor with its header's dimensions.
 
     Args:
         path: the file.
@@ -110,8 +108,7 @@ def _parse_idx(file: gzip.GzipFile | object, path: Path, is_gzipped: bool) -> Te
 
 
 def find_idx_files(source: Path) -> IdxFiles | None:
-    """Find the idx files of a path: a folder, a folder with a subfolder raw, or FOLDER/PREFIX of
-    files.
+    """Find the idx files of a path: a folder, a folder with a subfolder raw, or FOLDER/PREFIX.
 
     Returns None if there are none.
 

@@ -74,9 +74,7 @@ class SkippedFiles:
 
 
 class ImageFormat(NamedTuple):
-    """The stored format of an image: Pillow mode, Pillow size, and a note on depth and
-    transparency.
-    """
+    """The stored format of an image: Pillow's mode and size, and a note on depth and alpha."""
 
     mode: str
     size: tuple[int, int]  # columns, rows
@@ -161,9 +159,7 @@ def read_image_folder(
 def read_images(
     path: Path, mode: ColorMode, resize: ImageSize | None
 ) -> tuple[ImageSet, list[str]]:
-    """Read one image file or all images below a folder, with labels -1; also return notes for the
-    log.
-    """
+    """Read one image file or all images below a folder, with labels -1; also return log notes."""
     skipped = SkippedFiles(path)
     if path.is_file():
         files, root = [path], path.parent
@@ -198,9 +194,7 @@ def list_subfolders(folder: Path) -> list[Path]:
 
 
 def find_images(folder: Path, skipped: SkippedFiles, recursive: bool = True) -> list[Path]:
-    """List the image files of a folder, with `recursive` also below it; links to folders are
-    followed.
-    """
+    """List the image files of a folder, also below it if `recursive`; folder links are followed."""
     images, pending, visited = [], [str(folder)], set()
     while pending:
         current = pending.pop()

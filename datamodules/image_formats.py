@@ -1,5 +1,4 @@
-"""Named image datasets as one uint8 tensor each: MNIST, Fashion-MNIST, CIFAR-10, scikit-learn
-digits.
+"""Named image datasets as one uint8 tensor each: MNIST, Fashion-MNIST, CIFAR-10, digits.
 
 Axes: n images, c channels, y rows, x columns.
 """
@@ -89,9 +88,7 @@ CLASS_NAMES = {
 
 
 def read_cifar(content: bytes, name: str) -> tuple[Tensor, Tensor]:
-    """Parse CIFAR-10's binary format: images (n 3 32 32) and labels (n), from records of 3,073
-    bytes.
-    """
+    """Parse CIFAR-10's binary records of 3,073 bytes: images (n 3 32 32) and labels (n)."""
     record = 1 + 3 * 32 * 32  # one label, then three color planes
     if not content or len(content) % record:
         raise UsageError(

@@ -29,9 +29,7 @@ class ImageSet(NamedTuple):
         return self._replace(images=self.images[mask], labels=self.labels[mask], files=files)
 
     def validated(self, name: str) -> "ImageSet":
-        """Raise an error on missing or invalid labels and on classes without images; return the
-        set.
-        """
+        """Return the set; raise an error on invalid labels and on classes without images."""
         self.check_label_range(name)
         if empty := self.empty_classes():
             raise UsageError(

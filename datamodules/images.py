@@ -1,5 +1,4 @@
-"""Image datamodule: labeled images as batches (images, labels), gathered from one tensor on the
-device.
+"""Image datamodule: batches (images, labels), gathered from one uint8 tensor on the device.
 
 There are no DataLoader workers and no file reads per batch. All images are moved to the device once
 as uint8; a batch is one gather and a conversion to float.
@@ -50,9 +49,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Scale floats of any shape from [-1, 1] to bytes, with rounding, so that `to_float` is
-    inverted exactly.
-    """
+    """Scale floats of any shape from [-1, 1] to bytes with rounding: inverts `to_float`."""
     if (is_non_finite := ~images.isfinite()).any():
         raise UsageError(
             f"{is_non_finite.float().mean():.2%} of the pixels are not finite (NaN, infinite): no "
@@ -191,9 +188,7 @@ class ImageDataModule(L.LightningDataModule):
             log_once(f"data: {note}", is_warning=True)
 
     def _load_source(self) -> tuple[dict[str, ImageSet], str, list[str]]:
-        """Return the images by split (train, and val and test if the source has them), the file,
-        and notes.
-        """
+        """Return the images by split (train; val and test if the source has them), file, notes."""
         if self.source == "digits":
             return {"train": read_digits()}, "", []
         if self.source in IMAGE_DATASETS:
@@ -293,9 +288,7 @@ class ImageDataModule(L.LightningDataModule):
         return self._make_eval_loader("test")
 
     def predict_dataloader(self) -> EvalLoader:
-        """Return the images of `predict_path` or the test split as (images, labels, file names
-        (b)).
-        """
+        """Return a loader of `predict_path` or the test split: (images, labels, file names (b))."""
         if self._predict_set is not None:
             images, labels, files = (
                 self._predict_set.images,

@@ -1,5 +1,4 @@
-"""Instruction tuning data (SFT): prompt and answer pairs from JSON files, with loss on the answer
-only.
+"""Instruction tuning data (SFT): prompts and answers from JSON files, with loss on answers only.
 
     {"prompt": "Capital of France? ", "answer": "Paris"}            one line per example
 

@@ -1,5 +1,4 @@
-"""Resumable data loaders and samplers: data order as a pure function of (seed, epoch, sample
-index).
+"""Resumable data loaders and samplers; the order depends only on (seed, epoch, sample index).
 
     epoch e:  sample  0 1 2 3 | 4 5 6 7 | ...      batch_size 4 = one optimizer step, all ranks
               micro   0 0 1 1 | 0 0 1 1 | ...      accumulate 2
@@ -42,8 +41,7 @@ def resolve_seed(seed: int | None) -> int:
 
 
 class Order:
-    """Epoch sampler: `order(epoch, first, last)` returns the items of samples first..last-1 of the
-    epoch.
+    """Epoch sampler: `order(epoch, first, last)` returns the items of samples first..last-1.
 
     Each epoch is a random permutation of the items, repeated with other permutations if it is
     longer. With `replacement` the items are drawn independently.
@@ -237,8 +235,7 @@ class _EpochSetter:
 
 
 class EvalLoader:
-    """Evaluation loader: every sample exactly once over the ranks, with equal batch counts per
-    rank.
+    """Evaluation loader: every sample exactly once over the ranks, equal batch counts per rank.
 
     Sharded models communicate in every forward pass, so all ranks need the same number of batches.
     A remainder is spread over batches whose sizes differ by one. The loader has no state: every

@@ -46,9 +46,7 @@ class Message(NamedTuple):
 
 
 def parse_messages(lines: list[str], name: str, has_splits: bool = False) -> list[Message]:
-    """Parse lines ``label<TAB>text`` (``split<TAB>label<TAB>text`` with `has_splits`); skip empty
-    lines.
-    """
+    """Parse lines ``label<TAB>text``, with `has_splits` ``split<TAB>label<TAB>text``."""
     messages = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -190,9 +190,7 @@ class TextDataModule(L.LightningDataModule):
         )
 
     def _resolve_source(self) -> tuple[Path | None, str, str]:
-        """Return the file or folder (None for the embedded text), its name, and the reason for a
-        fallback.
-        """
+        """Return the file or folder (None for the embedded text), its name, and a fallback reason."""
         if self.path is not None:
             file, reason = Path(self.path).expanduser(), ""
         else:
@@ -291,9 +289,7 @@ class TextDataModule(L.LightningDataModule):
         return corpus.tokens[:split], corpus.tokens[split:]
 
     def train_dataloader(self) -> TrainLoader:
-        """Return the loader of training windows; one epoch has about as many tokens as the training
-        part.
-        """
+        """Return the loader of training windows; an epoch has about as many tokens as the split."""
         tokens, _ = self._get_splits()
         t, trainer = self.context, cast(Any, self.trainer)
         windows = tokens.unfold(0, t + 1, 1)  # a view: (n - t, t + 1)

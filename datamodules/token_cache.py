@@ -100,9 +100,7 @@ def read_token_file(path: Path, tokenizer: Tokenizer, is_memmap: bool) -> Tensor
 
 
 def _token_dtype(tokenizer: Tokenizer, is_memmap: bool) -> np.dtype:
-    """Return the dtype of a token: two or four bytes in a file, one byte in memory if it is wide
-    enough.
-    """
+    """Return the dtype of a token: two or four bytes in a file, one byte in memory if enough."""
     if not is_memmap and tokenizer.vocabulary <= 256:
         return np.dtype(np.uint8)
     return np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
@@ -198,8 +196,7 @@ def read_nanogpt_bins(
     vocab_size: int | None = None,
     dtype: TokenType | None = None,
 ) -> NanoGPTBins | None:
-    """Read nanoGPT's train.bin and val.bin, arrays of tokens without a header; None if there are
-    none.
+    """Read nanoGPT's train.bin and val.bin, token arrays without a header; None if missing.
 
     The tokenizer is given by the arguments, or by a meta.pkl or meta.json (`itos`, `vocab_size`,
     `dtype`) or a tokenizer.json in the folder. Tokens must be below the vocabulary size.

@@ -84,8 +84,7 @@ class Tokenizer(ABC):
         return self.text(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
 
     def next_boundary(self, text: str, start: int) -> int | None:
-        """Return the first position at or after `start` > 0 where a cut of the text changes no
-        token.
+        """Return the first position at or after `start` > 0 where a cut changes no token.
 
         Returns None if there is no such position with `lookahead` characters after it.
         """
@@ -270,8 +269,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """GPT-2's byte pair encoding (BPE): a text is split into words, and words into known byte
-    sequences.
+    """GPT-2's byte pair encoding (BPE): split a text into words, then words into byte sequences.
 
     All 256 single bytes are in the vocabulary, so every text can be encoded. The position of a byte
     sequence is its rank: the adjacent pair with the lowest rank is merged first.
@@ -318,9 +316,7 @@ class BPETokenizer(Tokenizer):
         return np.concatenate(encoded)
 
     def next_boundary(self, text: str, start: int) -> int | None:
-        """Return the next position after a word or sign before white space, or between word and
-        sign.
-        """
+        """Return the next position before white space, or between a word and a sign."""
         return self._find_match_end(GPT2_WORD_END, text, start)
 
     def _encode_segment(self, text: str) -> Iterator[np.ndarray]:
@@ -433,8 +429,7 @@ class NumberTokenizer(Tokenizer):
 
 
 class FileTokenizer(Tokenizer):
-    """Hugging Face tokenizer: a tokenizer of the tokenizers library, from the text of its
-    tokenizer.json.
+    """Hugging Face tokenizer of the tokenizers library, from the text of its tokenizer.json.
 
         tokenizer = FileTokenizer.from_file("my/tokenizer.json")
         tokenizer = FileTokenizer.of_merges(vocabulary, merges, ["<|endoftext|>"])

@@ -88,9 +88,7 @@ def convert_flags(
 
 
 def convert_value(name: str, text: str, flag: MethodFlag) -> Any:
-    """Convert one value; in repeatable texts \\n is a line break, since shells make it hard to
-    type.
-    """
+    """Convert one value; in repeatable texts \\n is a line break, hard to type in a shell."""
     if flag.choices and text not in flag.choices:
         problem, first = f"--{name} is {text!r}", flag.choices[0]
         raise unknown_name_error(problem, text, flag.choices, lambda n: f"--{name}={n}", first)

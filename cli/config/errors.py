@@ -151,9 +151,7 @@ class ConfigErrorFinder:
     def check_value(
         self, hint: Any, key: str, remaining: list[str], config_value: ConfigValue
     ) -> None:
-        """Check a value against the type ``hint`` of the argument ``key``, or of an argument below
-        it.
-        """
+        """Check a value against the type ``hint`` of the argument ``key``, or of one below it."""
         class_choices = typehints.configurable_classes(hint)
         is_dataclass_hint = bool(class_choices) and dataclasses.is_dataclass(
             class_choices[0][0]

@@ -121,8 +121,7 @@ def load_saved_config(path: Path) -> Config:
 
 
 def to_argv(config: Config, command: str = "test", typed_keys: Collection[str] = ()) -> list[str]:
-    """Convert a saved configuration to flags that precede the user's own, whose keys are
-    `typed_keys`.
+    """Convert a saved configuration to flags that precede the user's, whose keys are `typed_keys`.
 
     If the user gives a length or a config, the saved lengths are left out. A trainer argument may
     be null on purpose although its default is a number.
@@ -146,8 +145,7 @@ def extra_argv(
     command: str = "test",
     typed_keys: Collection[str] = (),
 ) -> list[str]:
-    """Return flags to append to the user's: transforms of the checkpoint, and the resolved data
-    source.
+    """Return flags to append to the user's: the checkpoint's transforms and its data source.
 
     The source replaces `auto`, which may find other data now. A fit without a config and without
     user callbacks gets all callbacks of the checkpoint. With a config, the callbacks of the config
@@ -174,9 +172,7 @@ def extra_argv(
 
 
 def _without_output_paths(spec: Config) -> Config:
-    """Return a callback of a checkpoint without its output folders: a run writes below its own
-    folder.
-    """
+    """Return a callback of a checkpoint without output paths: a run writes below its own folder."""
     cleaned = dict(spec)
     for section in spec.keys() & {"init_args", "dict_kwargs"}:
         arguments = spec[section] or {}
@@ -260,9 +256,7 @@ def remove_transforms(config: Config) -> Config:
 
 
 def _callback_specs(config: Config) -> list[Config]:
-    """Return the callbacks of a checkpoint or of a command; a single one may be given without a
-    list.
-    """
+    """Return the callbacks of a checkpoint or of a command as a list, also a single one."""
     specs = config["trainer"]["callbacks"] if "trainer" in config else config["trainer.callbacks"]
     return specs if isinstance(specs, list) else [specs] if specs else []
 

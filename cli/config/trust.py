@@ -250,9 +250,7 @@ def _parse_container(text: str) -> Any:
 
 
 def _load_named_file(text: str) -> str | None:
-    """Return the content of the file that a text names, else the text; None if the file is too
-    large.
-    """
+    """Return the content of the file that a text names, else the text; None for a large file."""
     try:
         path = os.path.expanduser(text)
         if not os.path.lexists(path):
@@ -293,9 +291,7 @@ def _inherited_hints(owner_class: Any) -> dict[str, Any] | None:
 
 
 def _resolve_hints(function: Any) -> dict[str, Any]:
-    """Return the type hints of a function; UNKNOWN_HINT for unreadable ones, e.g. under
-    TYPE_CHECKING.
-    """
+    """Return a function's type hints; UNKNOWN_HINT for unreadable ones, e.g. of TYPE_CHECKING."""
     try:
         return get_type_hints(function)
     except Exception:

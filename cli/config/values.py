@@ -103,9 +103,7 @@ def from_yaml(path: str) -> list[ConfigValue]:
 
 
 def from_argv(argv: list[str]) -> Iterator[ConfigValue]:
-    """Yield the values of a command line in order: `--key=value`, `--key value`, and those of
-    configs.
-    """
+    """Yield the values of a command line in order: `--key=value`, `--key value`, and configs."""
     remaining = iter(argv)
     for word in remaining:
         flag, equals, value = word.partition("=")
