@@ -59,11 +59,8 @@ def run_command(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return errors.report_interrupt(args)
     except SystemExit as leave:
-        if isinstance(
-            leave.__context__,
-            KeyboardInterrupt,
-            # Ctrl-C came before GracefulStop's handler was set: Lightning exits with 1.
-        ):
+        # Ctrl-C before GracefulStop's handler is set: Lightning exits with 1
+        if isinstance(leave.__context__, KeyboardInterrupt):
             return errors.report_interrupt(args)
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Exception as raised:

@@ -61,10 +61,8 @@ def list_files(path: Path, flag: str = "--data.path") -> list[Path]:
         for file in (Path(folder, name) for name in names if not name.startswith(".")):
             if not file.is_file():
                 continue
-            if (
-                file.suffix.lower() in BINARY_SUFFIXES
-                # fail early: a wrong folder may hold millions of files
-            ):
+            # fail before the listing is complete: a wrong folder may hold millions of files
+            if file.suffix.lower() in BINARY_SUFFIXES:
                 with file.open("rb") as opened:
                     check_not_binary(file, opened.read(NUM_HEADER_BYTES), flag)
             files.append(file)

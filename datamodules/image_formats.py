@@ -39,10 +39,8 @@ MNIST_CHECKSUMS = {
         ("67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5", 5_148),
     ),
 }
-TORCHVISION_FOLDERS = {
-    "mnist": "MNIST/raw",
-    "fashion": "FashionMNIST/raw",
-}  # below its root
+# below the root of torchvision's datasets
+TORCHVISION_FOLDERS = {"mnist": "MNIST/raw", "fashion": "FashionMNIST/raw"}
 MNIST_URLS = {
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "fashion": "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",

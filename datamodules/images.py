@@ -36,10 +36,8 @@ from .loaders import (
 )
 
 NAMED_DATASETS = ("digits", *IMAGE_DATASETS)
-FLIPPABLE = (
-    "cifar10",
-    # Mirrored digits are not valid digits, and Fashion-MNIST's shoes all point the same way.
-)
+# Mirrored digits are not valid digits, and Fashion-MNIST's shoes all point the same way.
+FLIPPABLE = ("cifar10",)
 Split = Literal["train", "val", "test"]
 
 

@@ -31,12 +31,7 @@ from ..checkpoint_connector import RavineCheckpointConnector, load_metadata, sav
 from .trust import TrustPolicy
 
 Config = dict[str, Any]
-SAVED_FLAG_KEYS = (
-    "model",
-    "data",
-    "seed_everything",
-    "trainer.name",
-)  # saved flags
+SAVED_FLAG_KEYS = ("model", "data", "seed_everything", "trainer.name")  # saved as flags
 LENGTH_ARGS = ("max_epochs", "max_steps")
 TRAINING_ARGS = (  # trainer arguments that a resumed fit keeps instead of the defaults
     "precision",
