@@ -110,9 +110,7 @@ class RavineCheckpointConnector(CheckpointConnector):
             super().restore_loops()
 
     def dump_checkpoint(self, weights_only: bool = False) -> dict[str, Any]:
-        """Build the checkpoint with the latest metrics, which the fast loop reads at log steps
-        only.
-        """
+        """Build the checkpoint after an update of the metrics, which the fast loop may skip."""
         _ = self.trainer.callback_metrics
         return super().dump_checkpoint(weights_only)
 

@@ -299,8 +299,7 @@ def expand_strategy_preset(argv: list[str]) -> list[str]:
 
     Otherwise a name that follows the argument would reset the argument.
 
-        expand_strategy_preset(["fit", "--trainer.strategy=pp",
-            "--trainer.strategy.microbatches=8"])
+    expand_strategy_preset(["fit", "--trainer.strategy=pp", "--trainer.strategy.microbatches=8"])
     """
     values = list(iter_values(argv))
     arguments = [

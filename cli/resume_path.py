@@ -22,7 +22,7 @@ from .trainer import CHECKPOINT_FOLDERS_FILE
 
 
 def iter_values(argv: list[str]) -> Iterator[ConfigValue]:
-    """Yield the user's values in order of precedence; a value of `trainer` as its single keys."""
+    """Yield the user's values in order of precedence; the value of `trainer` is split into keys."""
     for value in [*from_env(argv[0]), *from_argv(argv[1:])]:
         yield from value.children() if value.key == "trainer" else [value]
 

@@ -161,7 +161,7 @@ class Trainer(L.Trainer):
         self._install_fast_loop()
 
     def check_same_config_on_ranks(self, flat_config: dict[str, Any]) -> None:
-        """Raise an error if ranks have different configs, when the process group is initialized.
+        """Check that all ranks have the same config, as soon as the process group is initialized.
 
         Args:
             flat_config: the config as a flat mapping of plain values.

@@ -42,7 +42,7 @@ def read_table(
     label_column: str | None = None,
     has_labels: bool = True,
 ) -> Table:
-    """Read a table; its first row is a header unless it contains ham or spam.
+    """Read a table with a header, or without one if its first row has a label and no column name.
 
     Args:
         content: the text of the file.

@@ -190,7 +190,7 @@ class TextDataModule(L.LightningDataModule):
         )
 
     def _resolve_source(self) -> tuple[Path | None, str, str]:
-        """Return the file or folder (None for the embedded text), its name, and the reason."""
+        """Return the file or folder (None: embedded text), its name, and a fallback reason."""
         if self.path is not None:
             file, reason = Path(self.path).expanduser(), ""
         else:
