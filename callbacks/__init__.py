@@ -1,6 +1,7 @@
-"""How it is optimised and watched: callbacks that work on any LightningModule.
+"""Callbacks for any LightningModule: optimizers, LoRA, quantization, checkpoints, monitoring.
 
-Each file of `optimizers/` adds the names of its `__all__` here: a new optimizer needs no list.
+The names in `__all__` of each file of `optimizers/` are added here, so a new optimizer needs no
+entry in a list.
 """
 
 from importlib import import_module
@@ -81,5 +82,5 @@ for _found in iter_modules(optimizers.__path__):
 
 
 def __getattr__(name: str) -> Any:
-    """Refuse a name; for a type checker, the names of `optimizers/` are of type Any."""
+    """Raise AttributeError; a type checker sees the names of `optimizers/` as Any."""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")

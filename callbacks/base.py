@@ -1,4 +1,4 @@
-"""Callbacks that work at validations refuse a fit that has none: nothing would ever be seen."""
+"""Check for callbacks that run in validation: raise an error if the fit has no validation."""
 
 import lightning as L
 
@@ -6,7 +6,7 @@ from ravine.errors import UsageError
 
 
 def require_validation(trainer: L.Trainer, callback_name: str, stage: str) -> None:
-    """ValueError if this is a fit without validation: no data, no step, or a limit of 0."""
+    """Raise UsageError for a fit without validation data, validation step or validation batches."""
     if stage == "fit" and not trainer.enable_validation:
         raise UsageError(
             f"{callback_name} works at each validation, and this fit has none; allowed: a "

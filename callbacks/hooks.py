@@ -1,8 +1,8 @@
-"""Take over one method of one module instance, by one owner at a time, and give it back.
+"""Hook override: a callback replaces one method of a LightningModule instance and restores it.
 
-A callback that wants to decide `configure_optimizers`, `configure_gradient_clipping` or
-`configure_model` puts its own function on the instance: nothing is subclassed, and Lightning, which
-looks its hooks up on the instance, calls it at the usual moment.
+A callback overrides `configure_optimizers`, `configure_gradient_clipping` or `configure_model` by a
+function on the instance, without a subclass. Lightning looks up its hooks on the instance, so it
+calls the function at the usual time. A method has at most one owner.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ravine.errors import UsageError
 
 class _HookOverride(NamedTuple):
     owner: L.Callback
-    previous: Callable[..., Any] | None  # what stood on the instance itself, if anything did
+    previous: Callable[..., Any] | None  # the attribute of the instance before, if any
 
 
 def _get_overrides(module: L.LightningModule) -> dict[str, _HookOverride]:
@@ -24,15 +24,16 @@ def _get_overrides(module: L.LightningModule) -> dict[str, _HookOverride]:
 
 
 def is_attached(trainer: L.Trainer, owner: L.Callback) -> bool:
-    """Whether the trainer knows the callback.
+    """Whether the callback is in `trainer.callbacks`.
 
-    Lightning skips `teardown` when a fit raises, so a module may still carry an earlier owner.
+    Lightning skips `teardown` when a fit raises, so a module may keep the override of an earlier
+    trainer's callback.
     """
     return any(owner is callback for callback in trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def hook_owner(trainer: L.Trainer, module: L.LightningModule, name: str) -> L.Callback | None:
-    """The callback that holds the method now; one the trainer does not know holds nothing."""
+    """Return the trainer's callback that overrides the method now, or None."""
     override = _get_overrides(module).get(name)
     return override.owner if override is not None and is_attached(trainer, override.owner) else None
 
@@ -44,9 +45,10 @@ def override_hook(
     function: Callable[..., Any],
     owner: L.Callback,
 ) -> Callable[..., Any]:
-    """Put `function(module, ...)` in the place of the method and return the method it replaces.
+    """Replace the method by `function(module, ...)` and return the original method.
 
-    Called from `Callback.setup`; `restore_hook` belongs in `teardown`.
+    Call it in `Callback.setup`, and `restore_hook` in `teardown`. UsageError if another callback of
+    the trainer overrides the method.
     """
     current_owner = hook_owner(trainer, module, name)
     if current_owner is not None and current_owner is not owner:
@@ -64,7 +66,7 @@ def override_hook(
 
 
 def restore_hook(module: L.LightningModule, name: str, owner: L.Callback) -> None:
-    """Undo `override_hook` if `owner` still holds the method."""
+    """Undo `override_hook` if `owner` still overrides the method."""
     if name in _get_overrides(module) and _get_overrides(module)[name].owner is owner:
         _reset_hook(module, name)
 

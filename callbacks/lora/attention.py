@@ -1,9 +1,9 @@
-"""Adapters in torch's own attention, whose kernels read weights and call no layer.
+"""LoRA for nn.MultiheadAttention, whose kernels read weights instead of calling layers.
 
-`F.multi_head_attention_forward` takes `in_proj_weight` and `out_proj.weight` themselves: an adapter
-on the layer `out_proj` would never run, and nothing would say so. So the whole attention is one
-adapted layer, which shows its kernels W + s B A. The fast path of `nn.TransformerEncoderLayer`
-reads weights of layers as well, when evaluating only; it is switched off where an adapter stands.
+`F.multi_head_attention_forward` reads `in_proj_weight` and `out_proj.weight` directly. An adapter
+on the layer `out_proj` would never run, and no error would show it. So the attention is one adapted
+layer that passes W + s B A to the kernels. In evaluation the fast path of
+`nn.TransformerEncoderLayer` reads weights of layers too. It is disabled in a layer with adapters.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from .layers import Adapter, block_diag_matmul
 
 
 class AttentionAdapter(Adapter, nn.MultiheadAttention):
-    """A rank-r change of each of query, key and value, and of the output matrix."""
+    """nn.MultiheadAttention with low-rank adapters of the q, k, v and output projections."""
 
     lora_param_names = keeps = ("lora_in_a", "lora_in_b", "lora_out_a", "lora_out_b")
     lora_in_a: nn.Parameter
@@ -26,12 +26,12 @@ class AttentionAdapter(Adapter, nn.MultiheadAttention):
     lora_out_b: nn.Parameter
 
     def lora_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, ...]]:
-        """A (3r, d) and B (3d, r) of the stacked q, k, v; A (r, d) and B (d, r) of the output."""
+        """Return A (3r, d) and B (3d, r) of stacked q, k, v; A (r, d), B (d, r) of the output."""
         d = self.embed_dim
         return [(3 * rank, d), (3 * d, rank), (rank, d), (d, rank)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch computes it, from changed weights."""
+        """Compute torch's attention with the merged weights W + s B A."""
         if not self.lora_enabled:
             return nn.MultiheadAttention.forward(self, *args, **kwargs)
         self.lora_was_called = True
@@ -40,7 +40,7 @@ class AttentionAdapter(Adapter, nn.MultiheadAttention):
             return nn.MultiheadAttention.forward(self, *args, **kwargs)
 
     def lora_delta_weights(self) -> dict[str, Tensor]:
-        """(3d, d) and (d, d)."""
+        """Return s B A of the stacked q, k, v (3d, d) and of the output projection (d, d)."""
         return {
             "in_proj_weight": self.lora_scale
             * block_diag_matmul(self.lora_in_a, self.lora_in_b, 3),
@@ -49,7 +49,7 @@ class AttentionAdapter(Adapter, nn.MultiheadAttention):
         }
 
     def extra_repr(self) -> str:
-        """The rank."""
+        """Return rank and scale for the repr."""
         return f"rank={self.lora_rank}, scale={self.lora_scale:g}"
 
     @contextmanager
@@ -71,11 +71,14 @@ class AttentionAdapter(Adapter, nn.MultiheadAttention):
 
 
 def disable_fastpath(module: nn.Module) -> None:
-    """Let the encoder layers call their adapted parts; a stack of them also packs no padding."""
+    """Disable the fast path of encoders with adapters, so that their adapted layers are called.
+
+    nn.TransformerEncoder then builds no nested tensors from padded inputs.
+    """
     layers = [m for m in module.modules() if isinstance(m, nn.TransformerEncoderLayer)]
     if not any(isinstance(submodule, Adapter) for layer in layers for submodule in layer.modules()):
         return
-    for layer in layers:  # torch's own flag: an activation of another name has no fast path
+    for layer in layers:  # 0 disables the fast path, as for an unknown activation
         layer.__dict__.setdefault("_fast_path", layer.activation_relu_or_gelu)
         layer.activation_relu_or_gelu = 0
     for stack in module.modules():
@@ -85,7 +88,7 @@ def disable_fastpath(module: nn.Module) -> None:
 
 
 def enable_fastpath(module: nn.Module) -> None:
-    """Give it back when the adapters are gone."""
+    """Restore the fast path after the adapters are removed."""
     for submodule in module.modules():
         if "_fast_path" in submodule.__dict__:
             is_encoder = isinstance(submodule, nn.TransformerEncoder)

@@ -1,7 +1,7 @@
-"""LoRA as a callback: any LightningModule is fine-tuned through adapters, and saved as adapters.
+"""LoRA callback: fine-tune any LightningModule through adapters, and save only the adapters.
 
-A checkpoint then holds what was trained, and says which weights it belongs to: their file and a
-hash over their names and numbers, compared when it is loaded.
+A checkpoint then holds the trained tensors and identifies the base weights. It records their file
+and a hash of their names and values, which are compared on loading.
 """
 
 import hashlib
@@ -39,37 +39,37 @@ from .inject import (
 )
 
 DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16")
-CHECK_AFTER_BATCHES = 10  # micro-batches within which every adapter must have been called
+CHECK_AFTER_BATCHES = 10  # every adapter must be called within these micro-batches
 
 
 class LoRA(Transform):
-    """Freeze the module and train low-rank changes of the layers meant.
+    """Freeze the module and train low-rank adapters (LoRA) of the selected layers.
 
     lightning fit --config gpt2/finetune --trainer.callbacks+=LoRA --trainer.callbacks.rank=8
 
-    In a script `LoRA(["attention.*", "mlp.*"], rank=8)`. Where the weights to start from are a
-    file, `Pretrained` reads it. With Quantization the frozen weights take 4 or 8 bits (QLoRA).
+    In a script: `LoRA(["attention.*", "mlp.*"], rank=8)`. `Pretrained` reads the base weights from
+    a file. With `Quantization` the frozen weights take 4 or 8 bits (QLoRA).
 
-    A module that freezes some of its layers itself (transfer learning) is a base with new parts:
-    by default its frozen layers are adapted, and what it left to train trains as it is. Layers that
-    no gradient reaches, under `torch.no_grad()`, are refused in the first batch.
+    A module that freezes some of its layers itself (transfer learning) is a frozen base with new
+    layers. By default its frozen layers are adapted, and its trainable parameters stay trainable.
+    Layers without a gradient, under `torch.no_grad()`, raise an error in the first batch.
 
     Args:
-        targets: globs over layer names, each of which must hit; by default every hidden matrix and
-            convolution, but no embedding and not the head; of these the frozen ones, if there are.
-        rank: r; by default 8, and less in a layer whose thinner side is less.
-        alpha: the change is scaled by alpha / r.
-        exclude: layers of `targets` to leave alone.
-        ranks: another rank for some, by pattern; the first that hits counts.
-        split: how many maps are stacked in a layer's outputs, by pattern, such as {qkv: 3}; each
+        targets: globs of layer names, each of which must match. By default all hidden matrices and
+            convolutions without embeddings and head, or only the frozen ones if there are any.
+        rank: r; by default 8, or the smaller side of a layer if that is less.
+        alpha: the adapter's output is scaled by alpha / r.
+        exclude: layers of `targets` that get no adapter.
+        ranks: ranks of some layers by pattern; the first match applies.
+        split: number of maps stacked in a layer's outputs by pattern, such as {qkv: 3}; each map
             has its own A and B.
-        dropout: on what goes into the adapters.
+        dropout: dropout probability of the adapters' inputs.
         rank_stabilized: scale by alpha / √r (Kalajdzievski, 2023).
-        train_also: layers or parameters that train as they are, such as a new head.
-        dtype: in which adapters are multiplied; by default as their layer is. They are stored in
-            float32, and so is the optimizer's state.
-        save: what a checkpoint holds: the adapters and all else that changes, or also the frozen
-            weights; by default the former where `Pretrained` says from which file they come.
+        train_also: layers or parameters that are trained without an adapter, such as a new head.
+        dtype: dtype of the adapters' matmuls; by default that of their layer. Adapters and their
+            optimizer state are stored in float32.
+        save: `adapter` saves the adapters and all other changing tensors; `all` also saves the
+            frozen weights; `auto` is `adapter` if `Pretrained` names the file of the base weights.
     """
 
     phase = "adapt"
@@ -91,7 +91,7 @@ class LoRA(Transform):
         dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None,
         save: Literal["auto", "adapter", "all"] = "auto",
     ) -> None:
-        """Check what needs no net."""
+        """Check the arguments that do not depend on the net."""
         check_alpha_and_dropout(alpha, dropout)
         if dtype is not None and dtype not in DTYPE_NAMES:
             raise UsageError(f"LoRA: no dtype {dtype!r}; allowed: {', '.join(DTYPE_NAMES)}")
@@ -109,26 +109,26 @@ class LoRA(Transform):
         }
         self.save = save
         self.base: dict[str, Any] = {"file": None, "sha256": None}
-        self._num_batches = 0  # batches with a backward
-        self._had_backward = False  # whether this batch had one
-        self._epoch_from_start = False  # whether this epoch was seen from its first batch
-        self._with_gradient: set[str] = set()  # adapters that had a gradient
-        self._messages: list[str] = []  # lines for the start of a fit
-        self._frozen_names: set[str] = set()  # of all stages of a pipeline
+        self._num_batches = 0  # number of batches with a backward pass
+        self._had_backward = False  # whether this batch had a backward pass
+        self._epoch_from_start = False  # whether this epoch ran from its first batch
+        self._with_gradient: set[str] = set()  # names of adapters that had a gradient
+        self._messages: list[str] = []  # lines printed at the start of a fit
+        self._frozen_names: set[str] = set()  # names from all pipeline stages
 
     def identity(self) -> dict[str, Any]:
-        """What decides the adapters; not how they are saved."""
+        """Return the arguments that determine the adapters, without `save`."""
         return self.arguments
 
     def record(self) -> dict[str, Any]:
-        """The same, for a checkpoint."""
+        """Return the arguments that a checkpoint records."""
         return self.arguments
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Announce the phase; find the file of the base."""
+        """Register the phase and find the file of the base weights."""
         pretrained = [c for c in trainer.callbacks if isinstance(c, Pretrained)]  # pyright: ignore[reportAttributeAccessIssue]
         self.base["file"] = pretrained[0].path if pretrained else None
-        pl_module.strict_loading = False  # frozen weights may be left out; `accept` checks the rest
+        pl_module.strict_loading = False  # frozen weights may be missing; `accept` checks the rest
         super().setup(trainer, pl_module, stage)
 
     @property
@@ -136,7 +136,7 @@ class LoRA(Transform):
         return self.save == "adapter" or (self.save == "auto" and self.base["file"] is not None)
 
     def transform(self, module: nn.Module) -> None:
-        """Freeze and adapt."""
+        """Freeze the module and add the adapters."""
         self.base["sha256"] = fingerprint_weights(module)
         targets, dtype = self.arguments["targets"], self.arguments["dtype"]
         if targets is None:
@@ -163,14 +163,14 @@ class LoRA(Transform):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Compare with rank 0's weights, which are everybody's."""
+        """Compare the base of the checkpoint with that of rank 0, which all ranks use."""
         self.base = trainer.strategy.broadcast(self.base)
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Leave the frozen weights out."""
+        """Remove the frozen weights from the checkpoint if only adapters are saved."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["lora"] = {"base": dict(self.base), "frozen": not self._saves_adapters}
         if self._saves_adapters:
@@ -179,7 +179,7 @@ class LoRA(Transform):
                 state.pop(name, None)
 
     def accept(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint without adapters, or one of adapters to other weights."""
+        """Raise UsageError for a checkpoint without adapters, or with another base."""
         if (saved := checkpoint.get("lora")) is None:
             raise UsageError(
                 "the checkpoint holds no adapters, it was not trained with LoRA; to start from its"
@@ -202,7 +202,7 @@ class LoRA(Transform):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print which ranks were lowered, and which parameters train without an adapter."""
+        """Print which ranks are below the default, and which parameters have no adapter."""
         super().on_fit_start(trainer, pl_module)
         if trainer.is_global_zero:
             for line in self._messages:
@@ -210,9 +210,9 @@ class LoRA(Transform):
         self._messages = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse optimizers that hold no adapter: they were made before there was one."""
+        """Raise UsageError if no optimizer holds an adapter, as when built before the adapters."""
         if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
-            return  # a rank may hold a part of the parameters
+            return  # a rank may hold only some parameters
         groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
         optimized_ids = {id(p) for group in groups for p in group["params"]}
         layers = adapters(pl_module)
@@ -234,14 +234,14 @@ class LoRA(Transform):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to watch which adapters are called."""
+        """Reset the record of called adapters before the first batch."""
         self._epoch_from_start |= batch_idx == 0
         self._had_backward = False
         if self._num_batches == 0:
             self._reset_called(pl_module)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note which adapters get a gradient; fail at once if they run under no_grad."""
+        """Record which adapters get a gradient; raise RunError if all run under no_grad."""
         self._had_backward = True
         if self._num_batches > CHECK_AFTER_BATCHES:
             return
@@ -257,30 +257,32 @@ class LoRA(Transform):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Fail early if an adapter is never called, or no gradient reaches it."""
-        if (
-            not self._had_backward or self._num_batches > CHECK_AFTER_BATCHES
-        ):  # a batch that was skipped shows nothing
+        """Raise RunError after some batches if an adapter is not called or gets no gradient."""
+        # a batch without backward gives no information
+        if not self._had_backward or self._num_batches > CHECK_AFTER_BATCHES:
             return
         self._num_batches += 1
         if self._num_batches == CHECK_AFTER_BATCHES:
             self._check_adapters(pl_module, f"in {CHECK_AFTER_BATCHES} training batches")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The same after an epoch of fewer batches, unless a resume began within it."""
+        """Check the adapters after a shorter epoch, unless a resume started inside it."""
         if 0 < self._num_batches <= CHECK_AFTER_BATCHES and self._epoch_from_start:
             self._check_adapters(pl_module, "in a training epoch")
         self._epoch_from_start = False
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Watch the validation by itself: torch has faster ways that skip layers there."""
+        """Record calls in validation separately, because fast paths of torch skip layers there."""
         self._called_in_training = {
             name for name, layer in adapters(pl_module).items() if layer.lora_was_called
         }
         self._reset_called(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fail if an adapter had no say in it; a whole net may be for training alone (a critic)."""
+        """Raise RunError if validation did not call an adapter.
+
+        For a child net without any call, such as a critic used only in training, it warns instead.
+        """
         layers = adapters(pl_module)
         called = {
             name.partition(".")[0] for name, adapter in layers.items() if adapter.lora_was_called
@@ -331,9 +333,9 @@ class LoRA(Transform):
 
 
 def default_lora_targets(module: nn.Module) -> list[str]:
-    """The hidden layers that can have an adapter: of a module with frozen ones, these alone.
+    """Return the hidden layers to adapt by default: only the frozen ones if there are any.
 
-    Of a net and its frozen copy, such as a momentum teacher, the same layers.
+    In a net and its frozen copy, such as a momentum teacher, the same layers are selected.
     """
     layers, copies = find_adaptable_layers(module), find_frozen_copies(module)
     hidden = [name for name in find_hidden_layers(module) if name in layers]
@@ -353,7 +355,7 @@ def default_lora_targets(module: nn.Module) -> list[str]:
 
 
 def _rank_messages(module: nn.Module, names: list[str]) -> list[str]:
-    """One line on the layers whose rank is below the default."""
+    """Return one line about the layers whose rank is below the default, or none."""
     layers = adapters(module)
     reduced = [
         f"{layers[n].lora_rank} for {n}" for n in names if layers[n].lora_rank < DEFAULT_RANK
@@ -368,7 +370,7 @@ def _rank_messages(module: nn.Module, names: list[str]) -> list[str]:
 
 
 def fingerprint_weights(module: nn.Module) -> str:
-    """SHA-256 of the parameters' names, dtypes, shapes and bytes."""
+    """Return the SHA-256 of the parameters' names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         if parameter.is_meta and deferred_values(parameter) is None:

@@ -1,8 +1,8 @@
-"""Put adapters into a module, switch them off, merge them: plain functions, no trainer.
+"""LoRA injection: add adapters to a module, disable them and merge them, without a trainer.
 
 adapt_module(net, targets=["query", "value"], rank=8)
-with lora_disabled(net): reference = net(x)      # the model before fine-tuning, and no second copy
-merge(net)                                       # plain layers again, W + s B A
+with lora_disabled(net): reference = net(x)      # the base model, without a second copy
+merge(net)                                       # plain layers with W + s B A
 """
 
 import math
@@ -31,8 +31,8 @@ from ..transforms.layer_selection import (
 from .attention import AttentionAdapter, disable_fastpath, enable_fastpath
 from .layers import Adapter, ConvAdapter, EmbeddingAdapter, LinearAdapter, add_adapter
 
-MAX_LISTED = 4  # layers in a message
-DEFAULT_RANK = 8  # where none is given: less in a layer that is thinner
+MAX_LISTED = 4  # most layers in an error message
+DEFAULT_RANK = 8  # default; lower in a layer whose smaller side is below 8
 
 ADAPTER_TYPES: dict[type[nn.Module], type[Adapter]] = {
     nn.MultiheadAttention: AttentionAdapter,
@@ -43,7 +43,7 @@ ADAPTER_TYPES: dict[type[nn.Module], type[Adapter]] = {
 
 
 def find_adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers that can have an adapter, by name; those inside torch's attention are its own."""
+    """Return the adaptable layers by name; the Linear in nn.MultiheadAttention is left out."""
     inner = {m.out_proj for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
     return {
         name: layer
@@ -66,10 +66,10 @@ def adapt_module(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Freeze the module, adapt the layers that match, and return their names; see `LoRA`.
+    """Freeze the module, add adapters to the selected layers and return their names; see `LoRA`.
 
-    A module of which some adapted layers are frozen already is a frozen base with new parts: what
-    trains in it and takes no adapter trains as before.
+    If some selected layers are already frozen, the module is a frozen base with new layers. Its
+    trainable parameters outside the adapted layers then stay trainable.
     """
     check_not_sharded(module, "LoRA")
     check_alpha_and_dropout(alpha, dropout)
@@ -84,7 +84,7 @@ def adapt_module(
     for patterns, argument in ((list(ranks), "LoRA.ranks"), (list(split), "LoRA.split")):
         select_names(patterns, names, argument)
     plan, bad_ranks = {}, {}
-    for name in names:  # all is checked before anything changes
+    for name in names:  # check all layers before any change
         layer_rank = next(
             (r for pattern, r in ranks.items() if matches_pattern(pattern, name)), rank
         )
@@ -124,7 +124,10 @@ def adapt_module(
 def find_trained_params(
     module: nn.Module, names: Sequence[str], copies: Mapping[str, str]
 ) -> list[str]:
-    """Trainable parameters outside the adapted layers `names`, if those belong to a frozen base."""
+    """Return trainable parameters outside the layers `names`, if one of these is frozen.
+
+    Frozen copies do not count as a frozen base.
+    """
     has_frozen_base = any(
         not is_trainable(module.get_submodule(name))
         and not any(is_submodule_of(name, copy) for copy in copies)
@@ -140,7 +143,7 @@ def find_trained_params(
 
 
 def check_alpha_and_dropout(alpha: float, dropout: float) -> None:
-    """Refuse a scale or a dropout at which adapters would have no say."""
+    """Raise UsageError for values of alpha or dropout that disable the adapters."""
     if not 0 < alpha < math.inf:
         raise UsageError(f"LoRA: alpha={alpha} is no scale; allowed: above 0; set e.g. 16")
     if not 0 <= dropout < 1:
@@ -161,7 +164,7 @@ def _select_layers(
             type_name, allowed = type(layer).__name__, ", ".join(k.__name__ for k in ADAPTER_TYPES)
             near = closest_names(name, list(layers))
             if isinstance(layer, NonDynamicallyQuantizableLinear):
-                near = [name.rpartition(".")[0]]  # the attention that reads its weight
+                near = [name.rpartition(".")[0]]  # the attention layer that reads the weight
             hint = f"; nearest: {', '.join(near)}; type --trainer.callbacks.targets={near[0]}"
             raise UsageError(
                 f"LoRA.targets: {pattern!r} hits {name}, a {type_name}, which takes no adapter by "
@@ -178,7 +181,7 @@ def _select_layers(
 
 
 def _select_params(patterns: Patterns, parameters: Mapping[str, Tensor]) -> list[str]:
-    """Parameters by their own name or that of their layer."""
+    """Return the parameters that match by their name or by the name of their layer."""
     owners = {name: name.rpartition(".")[0] for name in parameters}
     select_names(patterns, [*parameters, *owners.values()], "LoRA.train_also")
     names = []
@@ -207,7 +210,7 @@ def _check_copy_pairs(names: Sequence[str], copies: Mapping[str, str]) -> None:
 
 
 def _check_ranks(bad_ranks: Mapping[str, tuple[int, tuple[int, int]]]) -> None:
-    """Refuse ranks that were typed and do not fit, naming the layers and no others."""
+    """Raise UsageError for explicit ranks that do not fit, with the names of these layers."""
     if not bad_ranks:
         return
     problems = [
@@ -227,7 +230,7 @@ def _check_ranks(bad_ranks: Mapping[str, tuple[int, tuple[int, int]]]) -> None:
 def _check_layer(
     name: str, layer: nn.Module, rank: int, num_blocks: int, dropout: float
 ) -> tuple[int, int]:
-    """Raise if the layer can have no adapter; else the sizes of the map that it is."""
+    """Return input and output size of the layer's linear map; raise if it cannot be adapted."""
     type_name = type(layer).__name__
     if isinstance(layer, Adapter):
         raise UsageError(f"LoRA: {name} has an adapter already; make a new module")
@@ -272,15 +275,16 @@ def _check_layer(
 
 
 def adapters(module: nn.Module) -> dict[str, Adapter]:
-    """The adapted layers of a module by name."""
+    """Return the adapted layers of a module by name."""
     return {name: m for name, m in module.named_modules() if isinstance(m, Adapter)}
 
 
 @contextmanager
 def lora_disabled(module: nn.Module) -> Iterator[None]:
-    """Within it the module computes as before fine-tuning, if `train_also` was not used.
+    """Disable all adapters inside the context: the module computes the base model.
 
-    Code that must not import callbacks sets `lora_enabled` on the layers that have it.
+    Parameters of `train_also` keep their trained values. Code that must not import callbacks sets
+    `lora_enabled` on the layers that have it.
     """
     layers = list(adapters(module).values())
     before = [layer.lora_enabled for layer in layers]
@@ -295,10 +299,11 @@ def lora_disabled(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(module: nn.Module) -> list[str]:
-    """Add every adapter to its weight, in float64, and take it away; returns the layers' names.
+    """Add s B A to each weight in float64, remove the adapters and return the layers' names.
 
-    Class and keys are as before. A weight that another layer shares is untied: the other did not
-    change. A quantized weight becomes a plain one.
+    The layers get back their class and their state_dict keys. A weight tied to another layer is
+    untied, because the weight of the other layer does not change. A quantized weight is
+    dequantized.
     """
     check_not_sharded(module, "merge")
     owners: dict[int, int] = {}
@@ -314,7 +319,7 @@ def merge(module: nn.Module) -> list[str]:
             delattr(layer, name)
         remove_mixin(layer)
         dequantize = getattr(layer, "dequantize", None)
-        if dequantize is not None:  # callbacks/quantization
+        if dequantize is not None:  # a layer of callbacks/quantization
             dequantize()
         for name, delta in changes.items():
             path, _, leaf = name.rpartition(".")

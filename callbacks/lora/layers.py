@@ -1,21 +1,21 @@
-"""LoRA (Hu, 2021): a frozen matrix and a trainable change of it, of rank r, inside one layer.
+"""LoRA layers (Hu, 2021): a frozen matrix plus a trainable low-rank update, in one layer.
 
             x (d_in)
            /        \\
      W frozen       A (r, d_in)       A from a uniform distribution, B = 0:
-           \\          |               training starts at the layer as it was
+           \\          |               at the start y = W x
             \\       B (d_out, r)
              \\      /
         y = W x + s B A x             s = alpha / r, or alpha / √r (rank-stabilised)
 
-    trainable: r (d_in + d_out) in the place of d_in d_out; 131 K of 16.8 M for d = 4096, r = 16
+    trainable: r (d_in + d_out) instead of d_in d_out; 131 K of 16.8 M for d = 4096, r = 16
 
-A convolution is the same over patches, d_in = channels / groups * kernel size, with r for each
-group; an embedding over one-hot rows. Several maps stacked in one matrix (q, k, v) have an A each:
-B is block-diagonal, `num_blocks` of them. A and B are stored in float32, and so is their optimizer
-state, whatever the layer is in: a bfloat16 swallows a change of a 256th.
+A convolution is a linear map of patches, with d_in = channels / groups * kernel size and rank r in
+each group. An embedding is a linear map of one-hot rows. Each of several maps stacked in one matrix
+(q, k, v) has its own A, and B is block-diagonal with `num_blocks` blocks. A, B and their optimizer
+state are float32 for any dtype of the layer: bfloat16 loses updates below 1/256 of a weight.
 
-Axes: o outputs, r rank, p parts.
+Axes: o outputs, r rank, p blocks (`num_blocks`).
 """
 
 import math
@@ -33,15 +33,15 @@ from ..transforms.layer_mixins import LayerMixin, add_mixin, matmul_dtype
 
 
 class Adapter(LayerMixin):
-    """What adapted layers share; whoever holds one may set `lora_enabled = False`."""
+    """Base of adapted layers; `lora_enabled = False` disables the adapter of one layer."""
 
     class_prefix = "LoRA"
     keeps = ("lora_a", "lora_b")
     lora_param_names: tuple[str, ...] = ("lora_a", "lora_b")
     lora_enabled: bool
-    lora_was_called: bool  # since somebody set it to False
-    lora_called_with_grad: bool  # whether autograd was on in one of these calls
-    lora_is_copy: bool  # of another adapted layer that trains: a teacher's gets no gradient
+    lora_was_called: bool  # since it was last set to False
+    lora_called_with_grad: bool  # whether one of these calls had autograd enabled
+    lora_is_copy: bool  # frozen copy (a teacher) of a trained layer; gets no gradient
     lora_rank: int
     lora_num_blocks: int
     lora_scale: float
@@ -51,19 +51,22 @@ class Adapter(LayerMixin):
     lora_b: nn.Parameter
 
     def lora_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, ...]]:
-        """Shapes of the tensors in `lora_param_names`."""
+        """Return the shapes of the tensors in `lora_param_names`."""
         raise NotImplementedError
 
     def lora_delta_weights(self) -> dict[str, Tensor]:
-        """s B A by the name of the weight it belongs to, in that weight's shape and float64."""
+        """Return s B A in float64 by weight name, in the shape of that weight."""
         raise NotImplementedError
 
     def lora_add_delta(self, y: Tensor, x: Tensor) -> Tensor:
-        """The layer's output y with that of the adapter for the input x added."""
+        """Return the layer's output y plus the adapter's output for the input x."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
-        """The layer's own answer, and the adapter's; named as torch's, who may be called so."""
+        """Return the layer's output plus the adapter's.
+
+        The argument is named `input` as in torch, because callers may pass it by keyword.
+        """
         x, y = input, super().forward(input, *args)
         if not self.lora_enabled:
             return y
@@ -74,12 +77,12 @@ class Adapter(LayerMixin):
         return self.lora_add_delta(y, x)
 
     def lora_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B in the dtype they are multiplied in."""
+        """Return A and B in the dtype of their matmul."""
         dtype = self.lora_dtype or matmul_dtype(x)
         return self.lora_a.to(dtype), self.lora_b.to(dtype)
 
     def extra_repr(self) -> str:
-        """The layer's own, and the rank."""
+        """Return the layer's repr with rank and scale."""
         return f"{super().extra_repr()}, rank={self.lora_rank}, scale={self.lora_scale:g}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -99,11 +102,11 @@ class LinearAdapter(Adapter, nn.Linear):
     """y = W x + b + s B A x, x (... d_in)."""
 
     def lora_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, ...]]:
-        """A (p·r, d_in), B (o, r)."""
+        """Return the shapes A (p·r, d_in) and B (o, r)."""
         return [(num_blocks * rank, self.in_features), (self.out_features, rank)]
 
     def lora_add_delta(self, y: Tensor, x: Tensor) -> Tensor:
-        """One part as a single addmm: no tensor of y's size is made twice."""
+        """Return y + s B A x; one block is a single addmm, without a second tensor of y's size."""
         a, b = self.lora_factors(x)
         h = F.linear(x.to(a.dtype), a)  # (... pr)
         if self.lora_num_blocks == 1 and y.dtype == a.dtype:
@@ -115,7 +118,7 @@ class LinearAdapter(Adapter, nn.Linear):
         return y + (self.lora_scale * delta).to(y.dtype)
 
     def lora_delta_weights(self) -> dict[str, Tensor]:
-        """(o, d_in)."""
+        """Return s B A of shape (o, d_in)."""
         return {
             "weight": self.lora_scale
             * block_diag_matmul(self.lora_a, self.lora_b, self.lora_num_blocks)
@@ -123,35 +126,34 @@ class LinearAdapter(Adapter, nn.Linear):
 
 
 class EmbeddingAdapter(Adapter, nn.Embedding):
-    """Row W[i] + s (B A)[:, i]; the padding row stays as it is."""
+    """An embedding with rows W[i] + s (B A)[:, i]; the padding row does not change."""
 
     def lora_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, ...]]:
-        """A (r, v), B (d, r)."""
+        """Return the shapes A (r, v) and B (d, r)."""
         return [(rank, self.num_embeddings), (self.embedding_dim, rank)]
 
     def lora_add_delta(self, y: Tensor, x: Tensor) -> Tensor:
-        """Look up the rows of A, multiply by B."""
+        """Look up the columns of A, multiply by B and add the result to y."""
         a, b = self.lora_factors(y)
-        h = F.embedding(
-            x, a.mT, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
-        )  # (... r)
+        # (... r)
+        h = F.embedding(x, a.mT, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         return y + (self.lora_scale * F.linear(h, b)).to(y.dtype)
 
     def lora_delta_weights(self) -> dict[str, Tensor]:
-        """(v, d)."""
+        """Return s (B A)^T of shape (v, d)."""
         return {"weight": self.lora_scale * block_diag_matmul(self.lora_a, self.lora_b, 1).mT}
 
 
 class ConvAdapter(Adapter, nn.Conv2d):
-    """A is a convolution to r channels a group, B one of 1x1; all of the base's geometry is A's."""
+    """Convolution: A maps to r channels per group with the base layer's geometry, B is 1x1."""
 
     def lora_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, ...]]:
-        """A (g·r, c_in / g, y, x), B (c_out, r, 1, 1)."""
+        """Return the shapes A (g·r, c_in / g, y, x) and B (c_out, r, 1, 1)."""
         inner = (self.groups * rank, self.in_channels // self.groups, *self.kernel_size)
         return [inner, (self.out_channels, rank, 1, 1)]
 
     def lora_add_delta(self, y: Tensor, x: Tensor) -> Tensor:
-        """Pad as the base does: a mode that F.conv2d does not know comes before it."""
+        """Return y plus the adapter's output; F.pad applies the padding modes F.conv2d lacks."""
         a, b = self.lora_factors(x)
         x, padding = x.to(a.dtype), self.padding
         if self.padding_mode != "zeros":
@@ -161,24 +163,22 @@ class ConvAdapter(Adapter, nn.Conv2d):
         return y + F.conv2d(h, self.lora_scale * b, groups=self.groups).to(y.dtype)
 
     def lora_delta_weights(self) -> dict[str, Tensor]:
-        """(c_out, c_in / g, y, x)."""
+        """Return s B A of shape (c_out, c_in / g, y, x)."""
         a, b = self.lora_a.flatten(1), self.lora_b.flatten(1)  # (gr, c y x), (o, r)
         delta = block_diag_matmul(a, b, self.groups)
         return {"weight": self.lora_scale * delta.view(self.weight.shape)}
 
 
 def block_diag_matmul(a: Tensor, b: Tensor, num_blocks: int) -> Tensor:
-    """Block-diagonal B times A in float64: A (p·r, d), B (o, r) -> (o, d)."""
+    """Multiply block-diagonal B by A in float64: A (p·r, d), B (o, r) -> (o, d)."""
     a, b = (factor.detach().double().unflatten(0, (num_blocks, -1)) for factor in (a, b))
     return (b @ a).flatten(0, 1)  # (p, o/p, r) @ (p, r, d) -> (o, d)
 
 
 def apply_block_diag(h: Tensor, b: Tensor, num_blocks: int) -> Tensor:
-    """Block-diagonal B applied to h: (... p·r), (o, r) -> (... o)."""
-    h, b = (
-        h.unflatten(-1, (num_blocks, -1)),
-        b.unflatten(0, (num_blocks, -1)),
-    )  # (... p r), (p, o/p, r)
+    """Apply block-diagonal B to h: h (... p·r), B (o, r) -> (... o)."""
+    # (... p r), (p, o/p, r)
+    h, b = h.unflatten(-1, (num_blocks, -1)), b.unflatten(0, (num_blocks, -1))
     return torch.einsum("...pr,por->...po", h, b).flatten(-2)
 
 
@@ -193,7 +193,7 @@ def add_adapter(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> None:
-    """Swap a layer's class and give it A and B, drawn by its name; the layer itself is frozen."""
+    """Add an adapter mixin to a layer and register A and B, seeded by the layer's name."""
     reference = next(p for p in layer.parameters() if p.is_floating_point() or p.numel())
     param_dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
     device = "cpu" if deferred_values(reference) is not None else reference.device
@@ -203,7 +203,7 @@ def add_adapter(
     for key, shape in shapes.items():
         value = torch.zeros(shape, dtype=param_dtype)
         if key.endswith("a"):
-            limit = 1 / math.sqrt(value[0].numel())  # torch's own for a layer of this many inputs
+            limit = 1 / math.sqrt(value[0].numel())  # torch's default for this fan-in
             value.uniform_(-limit, limit, generator=seeded_by_name(seed, f"{name}.{key}"))
             if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
                 value[:, layer.padding_idx] = 0

@@ -1,10 +1,10 @@
-"""AdaGrad: a step that shrinks in each coordinate with what it has seen there (lecture 8).
+"""AdaGrad: per-coordinate learning rates from the sum of squared gradients (lecture 8).
 
     v <- v + g^2
-    w <- w - lr g / (sqrt(v) + eps)      torch's; or with eps_in_root, CS336's,
-    w <- w - lr g / sqrt(v + eps)
+    w <- w - lr g / (sqrt(v) + eps)      the form of torch
+    w <- w - lr g / sqrt(v + eps)        the form of CS336, with eps_in_root
 
-The first step is lr in every coordinate; v never forgets, so steps fall like 1 / sqrt(k).
+The first step changes every weight by lr. v never decays, so the steps shrink like 1 / sqrt(k).
 """
 
 from collections.abc import Iterable
@@ -29,16 +29,16 @@ __all__ = ["AdaGrad", "AdaGradOptimizer"]
 
 
 class AdaGradOptimizer(Elementwise):
-    """Steps scaled by the sum of all squared gradients.
+    """AdaGrad: divide each gradient by the root of the sum of its squares so far.
 
     Example: `AdaGradOptimizer(model.parameters(), lr=0.1)`.
 
     Args:
         params: any tensors.
         lr: the size of the first step of each weight.
-        eps: keeps the quotient finite where every gradient was zero.
-        eps_in_root: add eps under the root (CS336, lecture 2: eps=1e-5). Gradients below sqrt(eps)
-            then take smaller steps.
+        eps: keeps the quotient finite where all gradients so far are zero.
+        eps_in_root: add eps under the root (CS336, lecture 2: eps=1e-5). Steps are then smaller
+            for gradients below sqrt(eps).
     """
 
     remembered = ("sum",)
@@ -50,7 +50,7 @@ class AdaGradOptimizer(Elementwise):
         eps: float = 1e-10,
         eps_in_root: bool = False,
     ) -> None:
-        """Set the defaults of every group."""
+        """Set the defaults of every parameter group."""
         super().__init__(params, {"lr": lr, "eps": eps, "eps_in_root": eps_in_root})
 
     def move(
@@ -60,7 +60,7 @@ class AdaGradOptimizer(Elementwise):
         gradients: list[Tensor],
         *states: list[Tensor],
     ) -> None:
-        """The formula above."""
+        """Apply the update formula at the top of this file, in place."""
         (sums,) = states
         _foreach_addcmul_(sums, gradients, gradients)
         if group.get("eps_in_root"):
@@ -69,20 +69,20 @@ class AdaGradOptimizer(Elementwise):
             roots = _foreach_sqrt(sums)
             _foreach_add_(roots, group["eps"])
         lr = group["lr"]
-        if isinstance(lr, Tensor):  # which addcdiv takes of one dimension only, and on a CPU
+        if isinstance(lr, Tensor):  # addcdiv takes only a 1-D tensor on the CPU as scalars
             _foreach_addcdiv_(weights, _foreach_mul(gradients, -lr), roots)
         else:
             _foreach_addcdiv_(weights, gradients, roots, -lr)
 
 
 class AdaGrad(OptimizerPlan):
-    """Everything to AdaGrad: `--trainer.callbacks+=AdaGrad`.
+    """Train all parameters with AdaGrad: `--trainer.callbacks+=AdaGrad`.
 
     Args:
         lr: the size of the first step of each weight.
-        schedule: what multiplies lr.
-        eps: keeps the quotient finite where every gradient was zero.
-        eps_in_root: add eps under the root: `AdaGrad(eps=1e-5, eps_in_root=True)` is CS336's.
+        schedule: the learning-rate schedule.
+        eps: keeps the quotient finite where all gradients so far are zero.
+        eps_in_root: add eps under the root; `AdaGrad(eps=1e-5, eps_in_root=True)` is CS336's form.
     """
 
     def __init__(
@@ -92,6 +92,6 @@ class AdaGrad(OptimizerPlan):
         eps: float = 1e-10,
         eps_in_root: bool = False,
     ) -> None:
-        """Write the plan."""
+        """Create a plan whose only rule takes all parameters."""
         options = {"lr": lr, "eps": eps, "eps_in_root": eps_in_root}
         super().__init__(partial(AdaGradOptimizer, **options), schedule=schedule)

@@ -1,12 +1,13 @@
-"""Several optimizers as one: Lightning, AMP and checkpoints see a single torch Optimizer.
+"""Composite: several optimizers as one torch Optimizer for Lightning, AMP and checkpoints.
 
 composite.param_groups = [group of A, group of A, group of B]      the same dicts, not copies
 composite.state        = the states of A and B, each in its own dict
-composite.state_dict() : flat and standard, as sharded loading requires; what else the state_dict
-                         of A and B holds is stored separately, for their own load_state_dict
+composite.state_dict() : flat and standard, as sharded loading requires; all other entries in the
+                         state_dict of A and B are stored apart, for their own load_state_dict
 
-A group that is added later (`add_param_group`) stands last and belongs to one of the members; the
-plan's rules choose which (`route`). Without a plan it is the last member.
+The members of a composite are its optimizers. A param group added later (`add_param_group`) is last
+in the list and belongs to one member. The plan's rules choose the member (`route`); without a plan
+it is the last member.
 """
 
 import dis
@@ -32,49 +33,48 @@ ParamGroup = dict[str, Any]
 
 
 class RuleGroups(NamedTuple):
-    """What one rule takes of a group that is added later."""
+    """The param groups that one rule takes of a group added later."""
 
-    label: str  # of the rule
-    optimizer: Optimizer  # a new one, with groups already, if the rule had none
-    groups: list[ParamGroup]  # what to add to a member that was there
+    label: str  # label of the rule
+    optimizer: Optimizer  # a new one, which has its groups, if the rule had none
+    groups: list[ParamGroup]  # groups to add to an existing member
 
 
-GroupRouter = Callable[
-    [list[Tensor], ParamGroup], list[RuleGroups]
-]  # parameters and the settings given with them
+# Maps new parameters, and the settings passed with them, to the groups of each rule.
+GroupRouter = Callable[[list[Tensor], ParamGroup], list[RuleGroups]]
 
 
 def takes_closure(optimizer: Optimizer) -> bool:
-    """Whether `step` has an argument for the closure and uses it; many classes ignore it."""
+    """Whether `step` has a `closure` argument and uses it; many classes ignore theirs."""
     return _class_takes_closure(type(optimizer))
 
 
-@functools.cache  # it takes 0.1 ms, and is needed in every training step
+@functools.cache  # it takes 0.1 ms and runs in every training step
 def _class_takes_closure(cls: type[Optimizer]) -> bool:
     step = inspect.unwrap(cls.step)
     if "closure" not in inspect.signature(cls.step).parameters:
         return False
     code = getattr(step, "__code__", None)
     if code is None or "closure" not in (*code.co_varnames, *code.co_cellvars):
-        return True  # compiled, or under another name: it cannot be seen
+        return True  # compiled or renamed: the bytecode does not show the use
     loaded = (i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD"))
-    # an instruction loads one local variable, or since Python 3.13 two
+    # an instruction loads one local variable, or two since Python 3.13
     return any("closure" in (name if isinstance(name, tuple) else (name,)) for name in loaded)
 
 
 class _NoGradient(BaseException):
-    """Raised if no parameter has a gradient, to end a member's step before it changes anything."""
+    """Ends a member's step before any change if no parameter has a gradient."""
 
 
 class CompositeState(MutableMapping[Any, Any]):
-    """The states of all members, read and written where each member keeps its own."""
+    """A mapping over the states of all members; each member keeps its own state."""
 
     def __init__(self, optimizers: list[Optimizer]) -> None:
-        """Keep the list itself: members may be added to it."""
+        """Keep a reference to the list, because members may be added to it."""
         self._optimizers = optimizers
 
     def __getitem__(self, key: Any) -> Any:
-        """The state of a parameter; created empty if absent, as in torch's optimizers."""
+        """Return the state of a parameter; create an empty one if absent, as torch does."""
         return self._state_of_owner(key)[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -86,20 +86,20 @@ class CompositeState(MutableMapping[Any, Any]):
         del self._state_of_owner(key)[key]
 
     def __contains__(self, key: object) -> bool:
-        """Whether any member has a state of it; none is created."""
+        """Whether any member has a state for the parameter; create none."""
         return any(key in member.state for member in self._optimizers)
 
     def __iter__(self) -> Iterator[Any]:
-        """All keys, member by member."""
+        """Iterate over the keys, member by member."""
         for member in self._optimizers:
             yield from list(member.state)
 
     def __len__(self) -> int:
-        """The number of states."""
+        """Return the number of states."""
         return sum(len(member.state) for member in self._optimizers)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """The state of a parameter if there is one; none is created."""
+        """Return the state of a parameter, or `default`; create none."""
         return next((m.state[key] for m in self._optimizers if key in m.state), default)
 
     def _state_of_owner(self, key: Any) -> Any:
@@ -113,42 +113,40 @@ class CompositeState(MutableMapping[Any, Any]):
 
 
 class Composite(Optimizer):
-    """Steps its members in order; `zero_grad`, schedules, clipping and saving act on all of them.
+    """Step the members in order; `zero_grad`, schedules, clipping and saving apply to all.
 
     Example: `Composite([Muon(matrices, lr=0.03), torch.optim.AdamW(rest, lr=5e-3)])`
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], labels: Sequence[str] = ()) -> None:
-        """Join optimizers that have no parameter in common; labels, one a group, are for logs."""
-        # Optimizer.__init__ would make groups and states of its own: here they are the members'
+        """Join optimizers without common parameters; `labels` has one log label for each group."""
+        # Optimizer.__init__ would create groups and states, but the members have them
         super().__setstate__({"defaults": _common_defaults(optimizers)})
         self._warned_capturable_if_run_uncaptured = True
         self.members = list(optimizers)
-        # Lightning's wrapper calls these methods with itself as `self`: lists change in place
+        # Lightning's wrapper calls these methods with itself as `self`, so lists change in place
         self._group_owners = [
             m for m, optimizer in enumerate(self.members) for _ in optimizer.param_groups
         ]
-        self._returned_groups: list[ParamGroup] = []  # the list that `param_groups` returned last
-        self._last_groups: list[
-            ParamGroup
-        ] = []  # its content then; a caller may have changed it since
+        self._returned_groups: list[ParamGroup] = []  # the list that `param_groups` returns
+        # a copy of that list; a difference shows that a caller changed it
+        self._last_groups: list[ParamGroup] = []
         self.labels = list(labels) or [f"group {i}" for i in range(len(self._group_owners))]
         self.route: GroupRouter | None = None
-        self._joint_groups: list[
-            list[ParamGroup]
-        ] = []  # groups of one `add_param_group`; the last one leads
-        self._last_lrs: dict[int, Any] = {}  # of those groups, by id, after the last step
-        self._stateless: list[Tensor] = []  # without a gradient so far
-        self.two_sets: list[Optimizer] = []  # members that train one set and show another
-        self._state_checked = False  # whether a checkpoint can hold the states
+        # groups from one `add_param_group`; a new lr of the last group applies to all
+        self._joint_groups: list[list[ParamGroup]] = []
+        self._last_lrs: dict[int, Any] = {}  # lr of those groups by id, after the last step
+        self._stateless: list[Tensor] = []  # parameters without a gradient so far
+        self.two_sets: list[Optimizer] = []  # schedule-free members (two sets of weights)
+        self._state_checked = False  # whether the states were checked to be serializable
         self._track_stateless(self.param_groups)
 
     @property
     def param_groups(self) -> list[ParamGroup]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The groups of all members: those of the start by member, then those added later.
+        """The param groups of all members: the initial groups by member, then groups added later.
 
-        The list may be changed and assigned, as torch's: a group goes to the member that has its
-        parameters, and one of new parameters to the member that `add_param_group` would choose.
+        A caller may change or assign the list, as in torch. A group then goes to the member that
+        has its parameters, or with new parameters to the member that `add_param_group` chooses.
         """
         if not _is_same_list(self._returned_groups, self._last_groups):  # a caller changed the list
             self._assign_groups(list(self._returned_groups))
@@ -160,7 +158,7 @@ class Composite(Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[ParamGroup]) -> None:
-        """Give each group to a member."""
+        """Assign each group to a member."""
         self._assign_groups(list(groups))
 
     @property
@@ -170,7 +168,7 @@ class Composite(Optimizer):
 
     @state.setter
     def state(self, value: MutableMapping[Any, Any]) -> None:
-        """Give each state to the member that has its parameter."""
+        """Assign each state to the member that has its parameter."""
         for member in self.members:
             member.state.clear()
         for key, param_state in value.items():
@@ -178,11 +176,11 @@ class Composite(Optimizer):
 
     @property
     def gathers(self) -> bool:
-        """Whether every rank takes the whole step, of parameters that are gathered for it."""
+        """Whether every rank takes the full step, on parameters gathered for it."""
         return any(getattr(member, "gathers", False) for member in self.members)
 
     def groups_by_label(self) -> dict[str, tuple[Optimizer, list[ParamGroup]]]:
-        """The member and the groups behind each label."""
+        """Return the member and the param groups of each label."""
         result: dict[str, tuple[Optimizer, list[ParamGroup]]] = {}
         for label, owner, group in zip(
             self.labels, self._group_owners, self.param_groups, strict=True
@@ -191,16 +189,16 @@ class Composite(Optimizer):
         return result
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """Train more parameters: layers that are unfrozen during a run.
+        """Train more parameters, such as layers that are unfrozen during a run.
 
-        The plan's rules send each parameter to the member that would have had it from the start.
-        What the group does not say (learning rate, decay, ...) is as that rule has it. A group
-        whose parameters differ in rule or in decay becomes several, the last of which leads: a
-        learning rate that is set there later holds for the others too.
+        The plan's rules assign each parameter as if it had been trainable from the start. Settings
+        missing in the group (learning rate, weight decay, ...) come from the rule. A group whose
+        parameters differ in rule or decay becomes several groups. A learning rate that is set later
+        on the last of these groups applies to all of them.
 
         Raises:
-            TypeError: the parameters are a set, or no tensors.
-            ValueError: a parameter is in another group already, or no rule takes it.
+            TypeError: the parameters are a set, or not tensors.
+            ValueError: a parameter is already in another group, or no rule takes it.
         """
         if not isinstance(param_group, dict):
             raise UsageTypeError(f"param_group is a {type(param_group).__name__}; give a dict")
@@ -241,7 +239,7 @@ class Composite(Optimizer):
         return [RuleGroups(self.labels[-1], self.members[-1], [{**settings, "params": parameters}])]
 
     def _register_groups(self, label: str | None = None) -> None:
-        """Register groups that were added to members directly, or removed from them."""
+        """Update owners and labels for groups that were added to or removed from members."""
         for number, member in enumerate(self.members):
             more = len(member.param_groups) - self._group_owners.count(number)
             if more > 0:
@@ -253,7 +251,7 @@ class Composite(Optimizer):
                 del self._group_owners[last], self.labels[last]
 
     def _assign_groups(self, groups: list[ParamGroup]) -> None:
-        """Give each group to the member that has its parameters."""
+        """Assign each group to the member that has its parameters."""
         self._returned_groups[:] = self._last_groups
         owner_of = {
             id(p): (number, label)
@@ -285,7 +283,7 @@ class Composite(Optimizer):
         self._stateless += [p for group in groups for p in group["params"]]
 
     def drop_remote_params(self) -> None:
-        """Forget parameters that other ranks have (`elsewhere`); the groups are alike on all."""
+        """Drop parameters of other pipeline ranks (`elsewhere`) and keep the group structure."""
         for group in self.param_groups:
             remote = [p for p in group["params"] if getattr(p, "elsewhere", False)]
             group["params"] = [p for p in group["params"] if not getattr(p, "elsewhere", False)]
@@ -294,26 +292,26 @@ class Composite(Optimizer):
         self._stateless[:] = [p for p in self._stateless if not getattr(p, "elsewhere", False)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """All of it, for copies."""
+        """Return the attributes for a copy, without `step` and `route`."""
         return {k: v for k, v in self.__dict__.items() if k not in ("step", "route")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a copy."""
+        """Restore the attributes of a copy."""
         super().__setstate__({"defaults": {}, "route": None, **self.__dict__, **state})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Each member's own."""
+        """Call `zero_grad` of each member."""
         for member in self.members:
             member.zero_grad() if set_to_none else member.zero_grad(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """States and settings of all members as plain values, parameters numbered by group.
+        """Return states and settings of all members as plain values, parameters numbered by group.
 
-        Each member's own `state_dict` and hooks say what is saved. What is no state of a parameter
-        and no setting of a group stands under `optimizers`, an entry for each member.
+        Each member's own `state_dict` and hooks determine the content. All that is neither state of
+        a parameter nor setting of a group is under `members`, with one entry for each member.
 
         Raises:
-            CheckpointError: a member keeps what no checkpoint can hold.
+            CheckpointError: a member keeps an object that no checkpoint can hold.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -323,7 +321,7 @@ class Composite(Optimizer):
             with wrap_optimizer_errors(member, "when its state was saved"):
                 packed.append(pack_state(member))
         queues = [iter(packed_state.groups) for packed_state in packed]
-        numbers: list[list[int]] = [[] for _ in self.members]  # of a member's parameters here
+        numbers: list[list[int]] = [[] for _ in self.members]  # flat numbers of its parameters
         flat: list[ParamGroup] = []
         count = 0
         for owner in self._group_owners:
@@ -335,7 +333,7 @@ class Composite(Optimizer):
             flat.append(group)
         state: dict[int, Any] = {}
         for number, packed_state in zip(numbers, packed, strict=True):
-            # a member counts its parameters in the order of its own groups
+            # a member numbers its parameters in the order of its own groups
             state |= {number[i]: values for i, values in packed_state.state.items()}
         stateless = {id(p) for p in self._stateless}
         standard_owners = {
@@ -343,7 +341,7 @@ class Composite(Optimizer):
         }
         for owner, saved, group in zip(self._group_owners, flat, groups, strict=True):
             if owner in standard_owners:
-                shards = vars(self.members[owner]).get("_shards")  # the state may be elsewhere
+                shards = vars(self.members[owner]).get("_shards")  # another rank may have the state
                 for i, p in zip(saved["params"], group["params"], strict=True):
                     is_local = shards is None or shards.keeps_state_of(p)
                     if i not in state and id(p) not in stateless and is_local:
@@ -357,11 +355,11 @@ class Composite(Optimizer):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give each member its part, by its own `load_state_dict`.
+        """Load each member's part with its own `load_state_dict`.
 
         Raises:
-            ValueError: the groups are not those of the optimizer that was saved.
-            CheckpointError: a member cannot read what is there.
+            ValueError: the groups differ from those of the saved optimizer.
+            CheckpointError: a member cannot read the saved state.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -412,10 +410,10 @@ class Composite(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of every member, unless no parameter has a gradient.
+        """Step every member, unless no parameter has a gradient.
 
-        A single member is given the closure and calls it as it likes. Of several, each that has an
-        argument for it is given one that returns the loss, which was computed once.
+        A single member gets the closure itself and may call it several times. With several members
+        the loss is computed once; members that take a closure get one that returns this loss.
         """
         groups = self.param_groups
         self._sync_lrs()
@@ -461,12 +459,12 @@ class Composite(Optimizer):
             return loss[0]
         except Exception as error:
             if any(error is raised_error for raised_error in raised):
-                raise  # of the module or a callback, not of the optimizer
+                raise  # raised by the module or a callback, not by the optimizer
             with wrap_optimizer_errors(member):
                 raise
 
     def _check_serializable_state(self) -> None:
-        """Refuse after the first step a state that no checkpoint can hold."""
+        """Raise CheckpointError after the first step for a state that no checkpoint can hold."""
         if not any(_has_gradient([group]) for group in self.param_groups):
             return
         self._state_checked = True
@@ -481,7 +479,7 @@ class Composite(Optimizer):
                 )
 
     def _sync_lrs(self) -> None:
-        """Groups of one `add_param_group` follow a learning rate that the last one was given."""
+        """Apply a new lr of the last group from one `add_param_group` to the other groups of it."""
         for groups in self._joint_groups:
             lead = groups[-1]
             old, new = self._last_lrs[id(lead)], lead.get("lr")
@@ -492,11 +490,11 @@ class Composite(Optimizer):
             self._last_lrs |= {id(group): group.get("lr") for group in groups}
 
     def train(self) -> None:
-        """Tell members that keep two sets of weights (schedule-free) that training goes on."""
+        """Switch schedule-free members to their training weights."""
         self._set_mode("train")
 
     def eval(self) -> None:
-        """Tell members that keep two sets of weights (schedule-free) to show the averaged ones."""
+        """Switch schedule-free members to their averaged evaluation weights."""
         self._set_mode("eval")
 
     def _set_mode(self, name: str) -> None:
@@ -509,7 +507,10 @@ def _is_same_list(left: list[ParamGroup], right: list[ParamGroup]) -> bool:
 
 
 def _common_defaults(members: Sequence[Optimizer]) -> dict[str, Any]:
-    """What all members have by default, as the first has it; schedulers such as OneCycleLR ask."""
+    """Return the defaults that all members have, which schedulers such as OneCycleLR read.
+
+    The values are those of the first member.
+    """
     all_defaults = [getattr(member, "defaults", {}) for member in members]
     return {
         key: all_defaults[0][key]
@@ -523,7 +524,10 @@ def _has_gradient(groups: Iterable[ParamGroup]) -> bool:
 
 
 def _empty_state() -> dict[str, Any]:
-    """A placeholder: torch.distributed.checkpoint refuses parameters without state (plain SGD)."""
+    """Return a placeholder, as torch.distributed.checkpoint refuses parameters without state.
+
+    Plain SGD has no state.
+    """
     return {"step": torch.zeros(())}
 
 
@@ -533,10 +537,10 @@ def _is_empty_state(values: dict[str, Any]) -> bool:
 
 
 class _LossOnlyClosure:
-    """The closure for one of several members: returns the loss, whose gradients are computed.
+    """A closure for one of several members; it returns the loss computed before the step.
 
-    The gradients are those at the weights before the step. A member that evaluates the loss at
-    other weights, or twice, would compute a wrong step; it is refused.
+    The gradients are those at the weights before the step. A member that evaluates the loss twice
+    or at other weights would compute a wrong step, so the closure raises UsageError.
     """
 
     def __init__(self, loss: Any, groups: list[ParamGroup]) -> None:
@@ -544,7 +548,7 @@ class _LossOnlyClosure:
         self.gradients = [(p, p.grad) for group in groups for p in group["params"]]
 
     def for_optimizer(self, member: Optimizer) -> Callable[[], Any]:
-        """The closure for one member."""
+        """Return the closure for one member."""
         param_ids = {id(p) for group in member.param_groups for p in group["params"]}
         seen = [(p, p._version, gradient) for p, gradient in self.gradients if id(p) in param_ids]
         calls = [0]

@@ -1,12 +1,12 @@
-"""Each rank orthogonalises whole matrices of its own, however they are spread over ranks.
+"""Distributed whole-matrix op: each rank processes full matrices of sharded or replicated params.
 
     sharded by rows (FSDP2), 2 ranks, matrices A B:           replicated (DDP), matrices A B:
-      rank 0  A[top]  B[top]   -all-to-all->  A               rank 0  A B  -work-> A
+      rank 0  A[top]  B[top]   -all-to-all->  A               rank 0  A B  -func-> A
       rank 1  A[low]  B[low]                  B               rank 1  A B          B
               A'[top] B'[top]  <-all-to-all-  A'                      A'B' <-all-gather-
 
-Two collectives for all matrices of one shape, or one where they are replicated. Matrices that are
-spread over a mesh in any other way (tensor parallelism) are made whole on every rank.
+All matrices of one shape take two collectives together, or one if they are replicated. Matrices
+with any other layout on a mesh (tensor parallelism) are gathered in full on every rank.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from ravine.strategies.collectives import all_gather_single
 from ravine.strategies.shards import shard_like
 
-# Of a stack of whole matrices, to a stack of the same shape and dtype.
+# Maps a stack of full matrices (n, rows, ...) to a stack of the same shape and dtype.
 MatrixFunction = Callable[[Tensor], Tensor]
 
 
@@ -30,13 +30,13 @@ def apply_to_full_matrices(
     like: Tensor,
     replica_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """This rank's parts of function(matrices), given its parts of the matrices.
+    """Apply a function to full matrices; return this rank's shards of the result.
 
     Args:
-        function: what needs whole matrices.
-        shards: (n, ...): what this rank holds of n matrices of one shape and one layout.
-        like: a parameter of that layout.
-        replica_group: the ranks that hold the same plain tensors, and share the work.
+        function: the function, which needs full matrices.
+        shards: (n, ...), this rank's shards of n matrices with equal shape and layout.
+        like: a parameter with that shape and layout.
+        replica_group: the ranks that hold the same plain tensors and divide the work.
     """
     if not isinstance(like, DTensor):
         if replica_group is None or dist.get_world_size(replica_group) == 1:
@@ -55,7 +55,7 @@ def apply_to_full_matrices(
 
 
 def _assign_slots(count: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Places for matrices on each rank, and how many of this rank's are taken."""
+    """Return the number of matrix slots per rank, and how many of them this rank uses."""
     slots = -(-count // ranks)
     return slots, min(max(count - rank * slots, 0), slots)
 
@@ -63,7 +63,7 @@ def _assign_slots(count: int, ranks: int, rank: int) -> tuple[int, int]:
 def _apply_replicated(function: MatrixFunction, matrices: Tensor, group: ProcessGroup) -> Tensor:
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     slots, num_used = _assign_slots(len(matrices), ranks, rank)
-    send = matrices.new_zeros(slots, *matrices.shape[1:])  # idle places are sent, and not read
+    send = matrices.new_zeros(slots, *matrices.shape[1:])  # unused slots are sent and not read
     if num_used:
         send[:num_used] = function(matrices[rank * slots : rank * slots + num_used])
     received = send.new_empty(ranks * slots, *matrices.shape[1:])
@@ -74,11 +74,11 @@ def _apply_replicated(function: MatrixFunction, matrices: Tensor, group: Process
 def _apply_row_sharded(
     function: MatrixFunction, shards: Tensor, rows: int, group: ProcessGroup
 ) -> Tensor:
-    """Shards (n, rows of this rank, ...) of n matrices of `rows` rows."""
+    """Apply `function` to n matrices with `rows` rows; shards are (n, rows of this rank, ...)."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     count, num_local_rows, inner = shards.shape[0], shards.shape[1], shards.shape[2:]
     slots, num_used = _assign_slots(count, ranks, rank)
-    chunk = -(-rows // ranks)  # rows of a full shard; the last ones may have fewer, or none
+    chunk = -(-rows // ranks)  # rows of a full shard; the last shards may have fewer or none
 
     def all_to_all(buffer: Tensor) -> Tensor:
         received = torch.empty_like(buffer)
@@ -87,9 +87,8 @@ def _apply_row_sharded(
 
     send = shards.new_zeros(ranks * slots, chunk, *inner)
     send[:count, :num_local_rows] = shards
-    blocks = (
-        all_to_all(send).view(ranks, slots, chunk, *inner).transpose(0, 1)
-    )  # slot, from rank, ...
+    # (slot, source rank, row of the shard, ...)
+    blocks = all_to_all(send).view(ranks, slots, chunk, *inner).transpose(0, 1)
     matrices = blocks.reshape(slots, ranks * chunk, *inner)[:num_used, :rows]
     results = send.new_zeros(slots, ranks * chunk, *inner)
     if num_used:

@@ -1,8 +1,8 @@
-"""Optimizers that move each number by what that number's gradient was: sharding cannot matter.
+"""Base class of elementwise optimizers, whose update of a number uses only its own gradients.
 
-A subclass names its state, tensors shaped like the parameter and single numbers such as a count of
-steps. It writes its formula once, over lists of tensors: each line of it is one call for all
-parameters of a group.
+Sharded and unsharded parameters therefore get the same update. A subclass names its state: tensors
+of the parameter's shape, and single numbers such as a step count. It writes the update once over
+lists of tensors, so that each line is one foreach call for all parameters of a group.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from ravine.strategies.shards import to_local
 
 
 class Elementwise(Optimizer):
-    """Base of optimizers that change each number by the gradients of that number alone.
+    """Base of optimizers that update each number from the gradients of that number alone.
 
     class Averaged(Elementwise):
         remembered = ("average",)
@@ -36,11 +36,11 @@ class Elementwise(Optimizer):
             torch._foreach_sub_(weights, torch._foreach_mul(averages, rates))
     """
 
-    # names of state tensors of the parameter's shape and dtype; they start at zero
+    # Names of state tensors with the parameter's shape and dtype; they start at zero.
     remembered: ClassVar[tuple[str, ...]] = ()
-    # Names of single numbers of each parameter, with their first values. Each is a float64 tensor
-    # without axes, on the CPU: reading it does not wait for a device. A number must depend on no
-    # weight or gradient, since each rank has its own copy of it.
+    # Names of single numbers of each parameter, with their initial values. Each is a 0-D float64
+    # tensor on the CPU, so that reading it does not wait for a device. A number must not depend on
+    # weights or gradients, because each rank has its own copy.
     scalars: ClassVar[Mapping[str, float]] = {}
 
     def move(
@@ -50,19 +50,19 @@ class Elementwise(Optimizer):
         gradients: list[Tensor],
         *states: list[Tensor],
     ) -> None:
-        """Change weights and states in place; `group` holds lr and the like.
+        """Update weights and states in place.
 
         Args:
-            group: the settings of these parameters.
-            weights: the values of each parameter that has a gradient, or of this rank's shard.
-            gradients: of the same shapes.
-            states: one list for each name of `remembered`, then one for each of `scalars`.
+            group: the parameter group with its settings, such as lr.
+            weights: the values of each parameter that has a gradient, or this rank's shard of them.
+            gradients: the gradients, with the shapes of `weights`.
+            states: one list for each name in `remembered`, then one for each name in `scalars`.
         """
         raise NotImplementedError(f"{type(self).__name__} needs a move()")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Decay the weights if that is asked for, then move them; no gradient, no movement."""
+        """Apply weight decay, then `move`, to all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -93,7 +93,7 @@ class Elementwise(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep the numbers of `scalars` as float64 on the CPU.
 
-        torch rounds every state but "step" to the parameter's dtype, and moves it to its device.
+        torch casts every state except "step" to the parameter's dtype and moves it to its device.
         """
         super().load_state_dict(state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -106,7 +106,7 @@ class Elementwise(Optimizer):
 
 
 def check_not_sparse(optimizer: Optimizer, parameter: Tensor) -> None:
-    """ValueError for a sparse gradient: that of `nn.Embedding(sparse=True)`."""
+    """Raise UsageError for a sparse gradient, as `nn.Embedding(sparse=True)` produces it."""
     if parameter.grad is not None and parameter.grad.is_sparse:
         raise UsageError(
             f"{type(optimizer).__name__} takes no sparse gradients, and a weight of shape "
@@ -116,6 +116,6 @@ def check_not_sparse(optimizer: Optimizer, parameter: Tensor) -> None:
 
 
 def _as_real(tensor: Tensor) -> Tensor:
-    """This rank's numbers, sharing memory; of complex ones both parts, each a number by itself."""
+    """Return a real view of this rank's values; a complex number becomes two real numbers."""
     local_tensor = to_local(tensor)
     return torch.view_as_real(local_tensor) if local_tensor.is_complex() else local_tensor

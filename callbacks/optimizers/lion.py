@@ -1,10 +1,10 @@
-"""Lion: the sign of a momentum that looks ahead (Chen et al., 2023), found by a program search.
+"""Lion: step along the sign of a mix of momentum and gradient (Chen et al., 2023).
 
     w <- (1 - lr decay) w - lr sign(b1 m + (1 - b1) g)
     m <- b2 m + (1 - b2) g
 
-A step moves every weight by lr, about five times AdamW's step at one lr: take a fifth of its lr,
-and five times its decay.
+A program search found this update rule. A step changes every weight by lr, about five times the
+step of AdamW at the same lr. So use a fifth of AdamW's lr and five times its weight decay.
 """
 
 from collections.abc import Iterable
@@ -28,14 +28,14 @@ __all__ = ["Lion", "LionOptimizer"]
 
 
 class LionOptimizer(Elementwise):
-    """Steps of one size in every coordinate, along a momentum seen two ways.
+    """Lion: every weight changes by lr, in the direction of an interpolated momentum.
 
     Example: `LionOptimizer(model.parameters(), lr=1e-4, weight_decay=0.1)`.
 
     Args:
         params: any tensors.
-        lr: what each weight moves by.
-        betas: b1 of the direction, b2 of the memory.
+        lr: the change of each weight in one step.
+        betas: b1 for the update direction, b2 for the momentum.
         weight_decay: lambda in w <- (1 - lr lambda) w.
     """
 
@@ -48,7 +48,7 @@ class LionOptimizer(Elementwise):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ) -> None:
-        """Set the defaults of every group."""
+        """Set the defaults of every parameter group."""
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def move(
@@ -58,7 +58,7 @@ class LionOptimizer(Elementwise):
         gradients: list[Tensor],
         *states: list[Tensor],
     ) -> None:
-        """The formula above."""
+        """Apply the update formula at the top of this file, in place."""
         (momenta,) = states
         beta1, beta2 = group["betas"]
         directions = _foreach_lerp(gradients, momenta, beta1)
@@ -68,14 +68,14 @@ class LionOptimizer(Elementwise):
 
 
 class Lion(OptimizerPlan):
-    """Everything to Lion: `--trainer.callbacks+=Lion`.
+    """Train all parameters with Lion: `--trainer.callbacks+=Lion`.
 
     Args:
-        lr: what each weight moves by.
-        betas: of the direction and of the memory.
-        weight_decay: of the tensors that `decay` names.
-        decay: which those are.
-        schedule: what multiplies lr.
+        lr: the change of each weight in one step.
+        betas: b1 for the update direction, b2 for the momentum.
+        weight_decay: weight decay of the tensors that `decay` selects.
+        decay: which tensors get weight decay.
+        schedule: the learning-rate schedule.
     """
 
     def __init__(
@@ -86,6 +86,6 @@ class Lion(OptimizerPlan):
         decay: DecayFilter = "matrices",
         schedule: Schedule | None = None,
     ) -> None:
-        """Write the plan."""
+        """Create a plan whose only rule takes all parameters."""
         factory = partial(LionOptimizer, lr=lr, betas=betas, weight_decay=weight_decay)
         super().__init__(factory, decay, schedule)

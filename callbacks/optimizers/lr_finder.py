@@ -1,9 +1,9 @@
-"""The learning rate that Lightning's LearningRateFinder finds becomes the base rate of a plan.
+"""LR finder: use the rate that Lightning's LearningRateFinder suggests as a plan's base rate.
 
-    rate of a group = found rate * lr_scale of its rule * factor of the schedule
+    rate of a group = suggested rate * lr_scale of its rule * factor of the schedule
 
-The search gives every group one rate. So a plan whose optimizers have different rates is refused
-beside it: one number cannot replace two.
+The search sets one rate for all param groups. A plan whose optimizers have different rates is
+therefore refused, because one rate cannot replace several.
 """
 
 from typing import Any
@@ -18,13 +18,13 @@ from .composite import Composite
 
 
 def find_lr_finders(trainer: Any) -> list[LearningRateFinder]:
-    """The finders that set the rate and do not only suggest it."""
+    """Return the trainer's finders that set the learning rate instead of only suggesting it."""
     callbacks = [c for c in trainer.callbacks if isinstance(c, LearningRateFinder)]
     return [finder for finder in callbacks if sets_learning_rate(finder)]
 
 
 def get_suggested_lr(trainer: Any) -> float | None:
-    """The rate that a finder of this trainer suggests, if a search has run."""
+    """Return the rate that a finder of this trainer suggests, or None before a search."""
     for finder in find_lr_finders(trainer):
         if finder.optimal_lr is not None:
             return finder.optimal_lr.suggestion()
@@ -32,7 +32,7 @@ def get_suggested_lr(trainer: Any) -> float | None:
 
 
 def check_single_lr(trainer: Any, composite: Composite, lr_scales: dict[str, float]) -> None:
-    """ValueError if a finder is there and the rules have more than one base rate."""
+    """Raise UsageError if there is a finder and the rules have more than one base rate."""
     if not find_lr_finders(trainer):
         return
     lrs = {
@@ -52,7 +52,7 @@ def check_single_lr(trainer: Any, composite: Composite, lr_scales: dict[str, flo
 def set_base_lr(
     lr: float, composite: Composite, scheduler: Any, lr_scales: dict[str, float]
 ) -> None:
-    """Make the rate the base of every group, and let the schedule multiply it from now on."""
+    """Set the base rate of every param group; the schedule scales it from now on."""
     factor = scheduler.current_factor() if scheduler is not None else 1.0
     base_lrs = {
         id(group): lr * lr_scales.get(label, 1.0)

@@ -1,8 +1,9 @@
 """Learning-rate schedules as pure functions of the optimizer step (STAT 4830, lecture 8).
 
-The learning rate of optimizer step k (k = 0, 1, ...) is `lr * factor(k, length)`. The first
-`warmup` steps rise linearly, (k + 1) / warmup: none is wasted at zero. Then the shape begins. With
-`warmup_from_zero` they rise as k / warmup, as in CS336 and in Hugging Face's schedules.
+The learning rate of optimizer step k (k = 0, 1, ...) is `lr * factor(k, total_steps)`. In the first
+`warmup` steps the factor rises linearly, (k + 1) / warmup, so that no step has the rate 0. After
+the warmup the shape of `kind` begins. With `warmup_from_zero` the factor rises as k / warmup, as in
+CS336 and in Hugging Face's schedules.
 """
 
 import math
@@ -22,19 +23,19 @@ ScheduleKind = Literal[
 
 @dataclass(frozen=True)
 class Schedule:
-    """What multiplies every learning rate, step by step; one for all rules of a plan.
+    """A learning-rate schedule: warmup, then a decay shape; it applies to all rules of a plan.
 
-    Example: `Schedule("cosine", warmup=50, final=0.1)` rises for 50 optimizer steps, then falls to
-    a tenth of the peak at the end of the run.
+    Example: `Schedule("cosine", warmup=50, final=0.1)` rises for 50 optimizer steps and then falls
+    to a tenth of the peak at the end of the run.
 
     Args:
-        kind: the shape after the warm-up.
-        warmup: optimizer steps of linear rise.
-        final: the floor, as a share of the peak.
-        cooldown: wsd only: the share of the run, at its end, that falls linearly.
-        every: step and restarts only: optimizer steps between two drops, or of one cosine.
+        kind: the shape after the warmup.
+        warmup: the number of optimizer steps with a linearly rising rate.
+        final: the lowest rate, as a fraction of the peak rate.
+        cooldown: wsd only: the fraction of the run, at its end, with a linearly falling rate.
+        every: step and restarts only: optimizer steps between two drops, or in one cosine.
         rate: step and geometric only: the factor of one drop, or of one optimizer step.
-        warmup_from_zero: rise as k / warmup: the first step has the rate 0, the peak comes once.
+        warmup_from_zero: rise as k / warmup; the first step then has the rate 0.
     """
 
     kind: ScheduleKind = "constant"
@@ -47,11 +48,11 @@ class Schedule:
 
     @property
     def needs_total_steps(self) -> bool:
-        """Whether the shape depends on how long the run is."""
+        """Whether the shape depends on the length of the run."""
         return self.kind in ("linear", "cosine", "wsd")
 
     def factor(self, step: int, total_steps: float) -> float:
-        """The share of the peak learning rate at optimizer step `step` of `total_steps`."""
+        """Return the fraction of the peak learning rate at step `step` of `total_steps`."""
         if step < self.warmup:
             return (step + (not self.warmup_from_zero)) / self.warmup
         span = max(total_steps - self.warmup, 1)
@@ -60,7 +61,7 @@ class Schedule:
         )
 
     def validate(self, total_steps: float) -> None:
-        """Refuse a schedule that does not fit a run of `total_steps` optimizer steps."""
+        """Raise UsageError if the schedule does not fit a run of `total_steps` optimizer steps."""
         if self.needs_total_steps and math.isinf(total_steps):
             raise UsageError(
                 f"schedule {self.kind!r} needs the length of the run, and this one has no end; "
@@ -101,23 +102,23 @@ class Schedule:
 
 
 class ScheduleLR(LambdaLR):
-    """torch's LambdaLR for groups that are added to the optimizer during the run, too.
+    """torch's LambdaLR, extended to param groups that are added to the optimizer during the run.
 
-    Such a group starts at the learning rate that it was given, and the schedule multiplies that.
-    A rate that a callback sets later, such as Lightning's BackboneFinetuning, is kept too.
+    An added group starts at the learning rate that it was given, and the schedule scales that rate.
+    A rate that a callback sets later, such as Lightning's BackboneFinetuning, is scaled likewise.
     """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
-        """One factor for all groups."""
-        self.first = len(optimizer.param_groups)  # groups of the start; those after were added
+        """Use the same factor for all groups."""
+        self.first = len(optimizer.param_groups)  # number of groups at the start
         super().__init__(optimizer, factor)
 
     def current_factor(self) -> float:
-        """The factor of the learning rates in the next optimizer step."""
+        """Return the schedule factor of the next optimizer step."""
         return self.lr_lambdas[0](self.last_epoch)
 
     def get_lr(self) -> list[Any]:
-        """Base rate times factor, for each group."""
+        """Return the base rate times the factor for each group."""
         groups, old_factor = (
             self.optimizer.param_groups,
             self.lr_lambdas[0](max(self.last_epoch - 1, 0)),
@@ -140,48 +141,48 @@ class ScheduleLR(LambdaLR):
         return super().get_lr()
 
 
-# t: optimizer steps since the warm-up; span: how many there are (never less than t).
+# t: optimizer steps since the end of the warmup; span: the total of these steps, at least t.
 
 
 def _constant(t: float, span: float, s: Schedule) -> float:
-    """The same rate until the end."""
+    """Keep the peak rate."""
     return 1.0
 
 
 def _linear(t: float, span: float, s: Schedule) -> float:
-    """Falls in a line from 1 to `final`."""
+    """Fall linearly from 1 to `final`."""
     return 1 - (1 - s.final) * t / span
 
 
 def _cosine(t: float, span: float, s: Schedule) -> float:
-    """Falls along half a cosine from 1 to `final` (Loshchilov and Hutter, 2017)."""
+    """Fall along half a cosine from 1 to `final` (Loshchilov and Hutter, 2017)."""
     return s.final + (1 - s.final) * (1 + math.cos(math.pi * t / span)) / 2
 
 
 def _wsd(t: float, span: float, s: Schedule) -> float:
-    """Stays, then falls in a line over the last `cooldown` of the run (warmup-stable-decay)."""
-    falling = s.cooldown * (span + s.warmup)  # a share of the whole run, warm-up included
+    """Stay at 1, then fall linearly in the last `cooldown` of the run (warmup-stable-decay)."""
+    falling = s.cooldown * (span + s.warmup)  # `cooldown` is a fraction of the run with its warmup
     return 1 - (1 - s.final) * max(0.0, t - (span - falling)) / falling
 
 
 def _step(t: float, span: float, s: Schedule) -> float:
-    """Is multiplied by `rate` every `every` steps."""
+    """Multiply the rate by `rate` every `every` steps (step decay)."""
     return s.rate ** (t // s.every)
 
 
 def _inverse_sqrt(t: float, span: float, s: Schedule) -> float:
-    """Falls as 1 / sqrt(k) from the end of the warm-up (Vaswani et al., 2017)."""
-    start = max(s.warmup, 1)  # falls as 1/sqrt(k) from where the warm-up ends
+    """Fall as 1 / sqrt(k) from the end of the warmup (Vaswani et al., 2017)."""
+    start = max(s.warmup, 1)  # avoids 0 / 0 without a warmup
     return math.sqrt(start / (start + t))
 
 
 def _exponential(t: float, span: float, s: Schedule) -> float:
-    """Is multiplied by `rate` in each step."""
+    """Multiply the rate by `rate` in each step (exponential decay)."""
     return s.rate**t
 
 
 def _cosine_restarts(t: float, span: float, s: Schedule) -> float:
-    """A cosine of `every` steps, again and again (SGDR)."""
+    """Repeat a cosine of `every` steps (SGDR, cosine annealing with warm restarts)."""
     return _cosine(t % s.every, s.every, s)
 
 

@@ -1,11 +1,11 @@
-"""Muon: step along the polar factor of the momentum (lecture 8; Jordan, 2024).
+"""Muon: step along the orthogonalized momentum, its polar factor (lecture 8; Jordan, 2024).
 
     M <- M + (1 - mu) (G - M)          momentum
-    N  = G + mu (M - G)                Nesterov's look ahead; without it N = M
-    O  = U V^T for N = U S V^T         all singular values become one, by matrix products alone
+    N  = G + mu (M - G)                Nesterov momentum; N = M without it
+    O  = U V^T for N = U S V^T         orthogonalized by matrix products: singular values become 1
     W <- (1 - lr decay) W - lr scale O
 
-lr is the size of a step in the spectral norm, times the scale: see SCALES.
+The spectral norm of a step is lr times the scale; see SCALES.
 """
 
 import math
@@ -41,18 +41,17 @@ Scale = Literal["spectral", "spectral_clamped", "rms"]
 Coefficients = Literal["newton_schulz", "polar_express"]
 IterationDtype = Literal["auto", "bfloat16", "float32", "float64"]
 
-# Of a matrix with `rows` outputs and `columns` inputs.
+# Scale of the step for a matrix with `rows` outputs and `columns` inputs.
 SCALES: dict[str, Callable[[int, int], float]] = {
-    "spectral": lambda rows, columns: math.sqrt(rows / columns),  # RMS of outputs moves by lr
+    "spectral": lambda rows, columns: math.sqrt(rows / columns),  # output RMS changes by lr
     "spectral_clamped": lambda rows, columns: math.sqrt(max(1, rows / columns)),  # Jordan, torch
-    "rms": lambda rows, columns: (
-        0.2 * math.sqrt(max(rows, columns))
-    ),  # RMS as AdamW's: share its lr
+    # update RMS of AdamW, so that its lr can be reused
+    "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
 }
 
-# Factor on the norm that makes X safe to iterate, then a, b, c of each iteration
-# X <- a X + (b A + c A^2) X with A = X X^T. The steps of Polar Express (Amsel et al., 2025) belong
-# together: another number of them, or another last one, diverges.
+# Safety factor on the norm by which X is divided first, then a, b, c of each iteration
+# X <- a X + (b A + c A^2) X with A = X X^T. The five steps of Polar Express (Amsel et al., 2025)
+# are one sequence: the iteration diverges with another number of steps or another last step.
 ITERATIONS: dict[str, tuple[float, list[tuple[float, float, float]]]] = {
     "newton_schulz": (1.0, [(3.4445, -4.7750, 2.0315)] * 5),
     "polar_express": (
@@ -71,10 +70,10 @@ ITERATIONS: dict[str, tuple[float, list[tuple[float, float, float]]]] = {
 def orthogonalize(
     matrices: Tensor, coefficients: Coefficients = "polar_express", eps: float = 1e-7
 ) -> Tensor:
-    """Nearly the polar factors of matrices (..., r, c), in their dtype; zero stays zero."""
+    """Return the approximate polar factors of matrices (..., r, c) in their dtype; 0 stays 0."""
     safety, steps = ITERATIONS[coefficients]
     tall = matrices.size(-2) > matrices.size(-1)
-    x = matrices.mT if tall else matrices  # the short side in front: A is then the small square
+    x = matrices.mT if tall else matrices  # rows <= columns, so that A = X X^T is small
     norm = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
     x = x / (safety * norm).clamp(min=eps)
     product = torch.addmm if x.ndim == 2 else torch.baddbmm
@@ -86,10 +85,11 @@ def orthogonalize(
 
 
 def should_batch(matrix: Tensor) -> bool:
-    """Whether one call for many matrices (r, c) is faster than one call for each.
+    """Whether one batched call for many matrices (r, c) is faster than one call for each.
 
-    On an accelerator launches dominate. On a CPU (one thread, process time) the batch takes 0.2 of
-    the loop's time at 64 x 64, 0.55 at 128 x 128, 1.06 at 256 x 1024 in bf16; in fp32 0.7, 1.05.
+    On an accelerator kernel launches dominate. On a CPU (one thread, process time) the batch takes
+    0.2 of the loop's time at 64 x 64, 0.55 at 128 x 128 and 1.06 at 256 x 1024 in bf16. In fp32 it
+    takes 0.7 at 64 x 64 and 1.05 at 128 x 128.
     """
     if matrix.device.type != "cpu":
         return True
@@ -99,9 +99,12 @@ def should_batch(matrix: Tensor) -> bool:
 def orthogonalize_batch(
     matrices: Tensor, coefficients: Coefficients = "polar_express", num_blocks: int = 1
 ) -> Tensor:
-    """The same of (n, rows, ...): kernels flattened, `num_blocks` blocks of rows each by itself."""
+    """Orthogonalize n matrices or kernels (n, rows, ...), each of their row blocks separately.
+
+    The axes after `rows` are flattened. The rows of each matrix form `num_blocks` blocks.
+    """
     rows = matrices.shape[1] // num_blocks
-    blocks = matrices.reshape(len(matrices) * num_blocks, rows, -1)  # (n split, r, c)
+    blocks = matrices.reshape(len(matrices) * num_blocks, rows, -1)  # (n num_blocks, r, c)
     if should_batch(blocks[0]):
         return orthogonalize(blocks, coefficients).reshape(matrices.shape)
     outputs = torch.empty_like(blocks)
@@ -111,24 +114,24 @@ def orthogonalize_batch(
 
 
 class MuonOptimizer(Optimizer):
-    """Muon on matrices and convolution kernels, sharded (FSDP2), replicated or alone.
+    """Muon for matrices and convolution kernels: sharded (FSDP2), replicated or on one device.
 
-    With `coefficients="newton_schulz"` and `iteration_dtype="bfloat16"` it is torch.optim.Muon to
-    the last bit. Example: `MuonOptimizer(matrices, lr=0.02, weight_decay=0.1)`.
+    With `coefficients="newton_schulz"` and `iteration_dtype="bfloat16"` the result is bitwise equal
+    to torch.optim.Muon. Example: `MuonOptimizer(matrices, lr=0.02, weight_decay=0.1)`.
 
     Args:
         params: matrices; the first axis is the outputs.
-        lr: size of a step: the spectral norm of the change of W, times the scale.
-        momentum: mu, the share of the old momentum that remains.
-        nesterov: look ahead along the momentum.
-        scale: how the step depends on the shape, a row of SCALES.
-        coefficients: the iteration that orthogonalizes, a row of ITERATIONS.
-        iteration_dtype: auto is bfloat16 where the device computes in it, else float32.
+        lr: step size; the spectral norm of the change of W is lr times the scale.
+        momentum: mu, the decay factor of the old momentum.
+        nesterov: use Nesterov momentum.
+        scale: how the step depends on the shape; a row of SCALES.
+        coefficients: the iteration that orthogonalizes; a row of ITERATIONS.
+        iteration_dtype: auto is bfloat16 if the device computes in it, else float32.
         weight_decay: lambda in W <- (1 - lr lambda) W.
-        split: blocks of rows that are matrices by themselves; 3 for queries, keys, values in one.
+        split: number of row blocks that are separate matrices; 3 for a joint q, k, v projection.
     """
 
-    matrices_only = True  # what rules ask
+    matrices_only = True  # read by the rules of a plan
     supports_dtensor = True
     replicas: ProcessGroup | None = None  # ranks that hold the same weights; the plan sets it
 
@@ -144,7 +147,7 @@ class MuonOptimizer(Optimizer):
         weight_decay: float = 0.0,
         split: int = 1,
     ) -> None:
-        """Check that every parameter is a matrix."""
+        """Check the arguments and that every parameter is a real matrix."""
         for argument, value, allowed in (
             ("scale", scale, SCALES),
             ("coefficients", coefficients, ITERATIONS),
@@ -177,7 +180,7 @@ class MuonOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step; matrices of one shape and layout go together."""
+        """Take one step; matrices of equal shape and layout are batched."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -215,14 +218,14 @@ class MuonOptimizer(Optimizer):
         rows = matrices[0].shape[0] // group["split"]
         scale = SCALES[group["scale"]](rows, math.prod(matrices[0].shape[1:]))
         weights = [to_local(p) for p in matrices]
-        if weights[0].device.type != "cpu":  # one kernel for all needs one dtype; a CPU has none
+        if weights[0].device.type != "cpu":  # a fused kernel needs equal dtypes; the CPU has none
             directions = directions.to(weights[0].dtype)
         _foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         _foreach_add_(weights, list(directions), alpha=-group["lr"] * scale)
 
 
 def resolve_iteration_dtype(name: IterationDtype, device: torch.device) -> torch.dtype:
-    """The dtype that is meant; bfloat16 loses nothing here, but old CPUs emulate it slowly."""
+    """Return the dtype of the iteration; `auto` avoids bfloat16 on CPUs that emulate it slowly."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
@@ -232,21 +235,21 @@ def resolve_iteration_dtype(name: IterationDtype, device: torch.device) -> torch
 
 
 class Muon(OptimizerPlan):
-    """The usual recipe: Muon for hidden matrices and convolutions, another for everything else.
+    """Train hidden matrices and convolutions with Muon, all other parameters with `rest`.
 
     Example: `Muon(lr=0.02, rest=partial(AdamW, lr=3e-3))`, or `--trainer.callbacks+=Muon`.
 
     Args:
-        lr: of the matrices; see MuonOptimizer for this and what follows.
+        lr: learning rate of the matrices; see MuonOptimizer for all arguments of Muon.
         rest: the optimizer of embeddings, heads, norms and biases; AdamW at 3e-3 by default.
-        momentum: mu.
-        nesterov: look ahead along the momentum.
+        momentum: mu, the decay factor of the old momentum.
+        nesterov: use Nesterov momentum.
         scale: how the step depends on the shape.
         coefficients: the iteration that orthogonalizes.
-        iteration_dtype: what it computes in.
-        weight_decay: of the matrices.
+        iteration_dtype: the dtype of the iteration.
+        weight_decay: weight decay of the matrices.
         decay: which tensors of each rule get their optimizer's weight decay.
-        schedule: what multiplies both learning rates.
+        schedule: the schedule of both learning rates.
         print_groups: list the parameters of each rule.
     """
 
@@ -264,7 +267,7 @@ class Muon(OptimizerPlan):
         schedule: Schedule | None = None,
         print_groups: bool = False,
     ) -> None:
-        """Write the two rules."""
+        """Create a plan with two rules, one for each optimizer."""
         muon = partial(
             MuonOptimizer,
             lr=lr,

@@ -1,16 +1,17 @@
-"""Newton's method for problems of a few parameters (lecture 8): divide by the curvature.
+"""Newton's method for a few parameters: multiply the gradient by the inverse Hessian (lecture 8).
 
     w <- w - lr (H + damping I)^-1 g
 
-H is differentiated a second time where autograd can: exact, also where the minimum is flat. The
-result is compared with a difference of gradients in one direction, since a backward written by hand
-may be constant to autograd. Otherwise, and on several ranks, column i of H is
+The Hessian H is computed by double backward if autograd supports it. It is then exact, also at a
+flat minimum. A finite difference of gradients in one direction verifies it, because a hand-written
+backward may be a constant to autograd. Otherwise, and on several ranks, column i of H is
 
     (g(w + h e_i) - g(w - h e_i)) / 2h
 
-two gradients a parameter, all from the same batch; of u^4 this adds 4 h^2 to the curvature. On a
-quadratic with damping 0 and lr 1 one step ends the search; on u^4 each one leaves 2/3. On several
-ranks each gathers the whole gradient and solves for itself: there are few numbers.
+This takes two gradients per parameter, all from the same batch. For the loss u^4 it adds 4 h^2 to
+the curvature. On a quadratic, one step with damping 0 and lr 1 reaches the minimum. On u^4 each
+step multiplies the distance to the minimum by 2/3. Each of several ranks gathers the full gradient
+and solves the same small system.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,24 +33,25 @@ from .plan import OptimizerPlan
 
 __all__ = ["Newton", "NewtonOptimizer"]
 
-MAX_PARAMS = 256  # parameters: 512 gradients a step
+MAX_PARAMS = 256  # 512 gradients in a step
 
 
 class NewtonOptimizer(Optimizer):
     """Damped Newton; `step` needs the closure that computes the loss and its gradients.
 
-    Parameters may be spread over ranks; `NewtonOptimizer(model.parameters()).step(closure)`.
+    Parameters may be sharded over ranks. Example: `NewtonOptimizer(model.parameters())`, then
+    `step(closure)`.
 
     Args:
-        params: at most 256 numbers in all; differences in float64 are exact to eight digits.
-        lr: share of the Newton step that is taken.
-        damping: added to every curvature; with much of it this is gradient descent.
+        params: at most 256 numbers in total; differences in float64 are exact to eight digits.
+        lr: the fraction of the Newton step that is taken.
+        damping: added to the diagonal of H; a large damping makes this gradient descent.
     """
 
-    gathers = True  # what plans and ZeRO-1 ask: every rank takes the whole step, and keeps no state
+    gathers = True  # read by plans and ZeRO-1: every rank takes the full step and keeps no state
 
     def __init__(self, params: Iterable[Any], lr: float = 1.0, damping: float = 0.0) -> None:
-        """Count the parameters."""
+        """Check the number of parameters."""
         super().__init__(params, {"lr": lr, "damping": damping})
         size = sum(p.numel() for p in self._all_parameters())
         if size > MAX_PARAMS or len(self.param_groups) > 1:
@@ -63,7 +65,7 @@ class NewtonOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step; the closure is called 3 to 5 times, with differences up to 2 n + 6 times."""
+        """Take one step, with 3 to 5 calls of the closure, or up to 2 n + 6 with differences."""
         parameters, group = self._all_parameters(), self.param_groups[0]
         start = _flatten(parameters)
         losses_seen: list[Any] = []
@@ -75,7 +77,7 @@ class NewtonOptimizer(Optimizer):
                 losses_seen.append(closure())
             return _flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
 
-        # the cube root of the precision balances rounding against the third derivative
+        # The cube root of the precision balances the rounding error and the third derivative.
         step_sizes = torch.finfo(start.dtype).eps ** (1 / 3) * start.abs().clamp(min=1)
         with _SecondDerivatives(parameters) as second:
             gradient(start)
@@ -99,14 +101,14 @@ class NewtonOptimizer(Optimizer):
 
 
 class _SecondDerivatives(TorchFunctionMode):
-    """Within it each `Tensor.backward` also leaves the Hessian of its tensor, if it can be had."""
+    """Context in which each `Tensor.backward` also computes the Hessian of its tensor."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         super().__init__()
         self.parameters = parameters
-        self.hessian: Tensor | None = None  # (n n), the sum over all calls of backward
+        self.hessian: Tensor | None = None  # (n n), the sum over all backward calls
         self.is_possible = not any(isinstance(p, DTensor) for p in parameters)
-        if dist.is_initialized() and dist.get_world_size() > 1:  # ranks average gradients alone
+        if dist.is_initialized() and dist.get_world_size() > 1:  # only gradients are averaged
             self.is_possible = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -134,7 +136,7 @@ class _SecondDerivatives(TorchFunctionMode):
 
 
 def _flatten_gradients(gradients: Sequence[Tensor | None], parameters: list[Tensor]) -> Tensor:
-    """Gradients in one row (n), 0 where there is none."""
+    """Concatenate gradients into one vector (n), with zeros for missing gradients."""
     pairs = zip(gradients, parameters, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs])
 
@@ -142,9 +144,9 @@ def _flatten_gradients(gradients: Sequence[Tensor | None], parameters: list[Tens
 def _matches_differences(
     hessian: Tensor, gradient: Callable[[Tensor], Tensor], start: Tensor, step_sizes: Tensor
 ) -> bool:
-    """Whether H (n n) is what differences of the gradient tend to, in one direction.
+    """Whether H (n n) agrees with finite differences of the gradient in one direction.
 
-    Either they agree to a hundredth, or half the width brings them nearer, as at a flat minimum.
+    Both agree to 1 %, or the error falls below half when the step is halved, as at a flat minimum.
     """
     precision = torch.finfo(start.dtype).eps ** (2 / 3)
     generator = torch.Generator().manual_seed(0)
@@ -162,27 +164,27 @@ def _matches_differences(
 
 
 def _flatten(tensors: list[Tensor]) -> Tensor:
-    """All numbers (n) of tensors that may be spread; every rank calls it."""
+    """Concatenate all values (n) of tensors that may be sharded; every rank calls it."""
     return torch.cat([full_tensor(tensor).reshape(-1) for tensor in tensors])
 
 
 def _unflatten_into(numbers: Tensor, parameters: list[Tensor]) -> None:
-    """Give each rank its part of numbers (n)."""
+    """Copy the values (n) into the parameters, or into this rank's shards of them."""
     for p, values in zip(parameters, numbers.split([p.numel() for p in parameters]), strict=True):
         to_local(p).copy_(shard_like(values.view(p.shape), p))
 
 
 class Newton(OptimizerPlan):
-    """Everything to Newton's method: `--trainer.callbacks+=Newton`.
+    """Train all parameters with Newton's method: `--trainer.callbacks+=Newton`.
 
     Args:
-        lr: share of the Newton step that is taken.
-        damping: added to every curvature.
-        schedule: what multiplies lr.
+        lr: the fraction of the Newton step that is taken.
+        damping: added to the diagonal of the Hessian.
+        schedule: the learning-rate schedule.
     """
 
     def __init__(
         self, lr: float = 1.0, damping: float = 1e-3, schedule: Schedule | None = None
     ) -> None:
-        """Write the plan."""
+        """Create a plan whose only rule takes all parameters."""
         super().__init__(partial(NewtonOptimizer, lr=lr, damping=damping), schedule=schedule)

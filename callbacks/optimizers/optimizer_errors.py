@@ -1,7 +1,7 @@
-"""Errors of optimizers of other packages as one line; errors of the user's code with traceback.
+"""Optimizer errors: one line for other packages, the full traceback for the user's own code.
 
-A traceback that passes through a file of the user's own shows the place to correct, and is kept.
-Other tracebacks are replaced by one sentence. `RAVINE_TRACEBACK=1` in the environment keeps all.
+A traceback that contains a file of the user shows the line to correct, so it is kept. One line
+replaces any other traceback. `RAVINE_TRACEBACK=1` in the environment keeps all tracebacks.
 """
 
 import os
@@ -23,12 +23,12 @@ STDLIB_DIRS = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "
 
 
 class OptimizerError(RunError):
-    """An optimizer failed in a step; the text has the type and the message of its exception."""
+    """An optimizer failed; the message has the type and the text of its exception."""
 
 
 @contextmanager
 def wrap_optimizer_errors(optimizer: Optimizer, action: str = "in its step") -> Iterator[None]:
-    """Turn an exception of a package into one line, unless it passes through the user's files."""
+    """Raise OptimizerError for an exception of another package, unless user code is involved."""
     try:
         yield
     except Exception as error:
@@ -46,7 +46,7 @@ def wrap_optimizer_errors(optimizer: Optimizer, action: str = "in its step") -> 
 
 
 def format_optimizer_error(optimizer: Optimizer, error: Exception, action: str) -> str:
-    """The line: the optimizer, its exception, and a hint."""
+    """Return one line with the optimizer, its exception and a hint."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     is_sharded = any(isinstance(p, DTensor) for p in parameters)
     hint = (
@@ -59,18 +59,18 @@ def format_optimizer_error(optimizer: Optimizer, error: Exception, action: str) 
 
 
 def format_exception(error: BaseException) -> str:
-    """Type and text of an exception, in one line."""
+    """Return type and text of an exception in one line."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message[:300]}" if message else type(error).__name__
 
 
 def wants_traceback() -> bool:
-    """Whether the user asked for tracebacks."""
+    """Whether RAVINE_TRACEBACK is set in the environment."""
     return os.environ.get("RAVINE_TRACEBACK", "") not in ("", "0")
 
 
 def find_user_frame(error: BaseException) -> str | None:
-    """The innermost frame of the user's own code in a traceback, as file:line; None if none."""
+    """Return the innermost frame of user code in a traceback as file:line, or None."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         if not _in_ravine(frame) and is_own(frame.f_code.co_filename):
             return f"{Path(frame.f_code.co_filename).name}:{line}"
@@ -78,7 +78,7 @@ def find_user_frame(error: BaseException) -> str | None:
 
 
 def is_own(filename: str) -> bool:
-    """Whether a file is neither Python's nor of an installed package."""
+    """Whether a file is outside the standard library and all installed packages."""
     path = Path(filename)
     if not path.is_absolute() or not path.exists():  # "<string>", or generated code
         return False
@@ -92,11 +92,11 @@ def is_own(filename: str) -> bool:
 
 
 def _is_raised_by_ravine(error: BaseException) -> bool:
-    """Whether Ravine itself raised it: a sentence already, or a bug that needs its traceback."""
+    """Whether code of Ravine raised the error: it is one line already, or a bug with traceback."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and _in_ravine(frames[-1])
 
 
 def _in_ravine(frame: FrameType) -> bool:
-    """Whether a frame runs code of Ravine: decided by its module, not by the path of a file."""
+    """Whether a frame runs code of Ravine, by the name of its module instead of its file path."""
     return str(frame.f_globals.get("__name__")).partition(".")[0] == "ravine"

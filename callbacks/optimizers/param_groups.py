@@ -1,7 +1,7 @@
-"""From the rules' shares of the parameters to one composite optimizer.
+"""Param groups: build one composite optimizer from the parameters that each rule takes.
 
-Rules with the same optimizer and arguments become groups of one: ten of them cost a step no more
-than one does. What a rule changes for itself (lr_scale, decay) is kept in its groups.
+Rules with the same optimizer and arguments become param groups of one optimizer, so ten such rules
+cost no more per step than one. The lr_scale and decay of a rule are settings of its groups.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from .rules import DecayFilter, NamedParam, OptimizerFactory, Rule, get_optimize
 
 
 class RuleParams(NamedTuple):
-    """What one rule took, under a label that no other rule has."""
+    """The parameters that one rule takes, with a unique label."""
 
     rule: Rule
     label: str
@@ -30,7 +30,7 @@ class RuleParams(NamedTuple):
 
 
 def build_optimizer(rule_params: Sequence[RuleParams], decay: DecayFilter) -> Composite:
-    """Build each optimizer once and join them; `decay` is for rules that say nothing of it."""
+    """Build each optimizer once and join them; `decay` applies to rules without their own."""
     rules_by_optimizer: list[list[RuleParams]] = []
     for one_rule in rule_params:
         same_optimizer = (
@@ -67,14 +67,14 @@ def make_added_groups(
     overrides: ParamGroup,
     factor: float | None,
 ) -> RuleGroups:
-    """The groups and settings for parameters that a rule's optimizer trains from now on.
+    """Return the param groups for parameters that a rule's optimizer trains from now on.
 
     Args:
         rule_params: the rule and the parameters.
-        member: the rule's optimizer; None if it has none yet.
-        decay: for a rule that says nothing of it.
-        overrides: the settings that came with the parameters; they take precedence.
-        factor: what the schedule multiplies learning rates by now; None without one.
+        member: the rule's optimizer; None if it must be built.
+        decay: the decay filter of a rule without its own.
+        overrides: the settings passed with the parameters; they take precedence.
+        factor: the current factor of the learning-rate schedule; None without a schedule.
     """
     rule, parameters = rule_params.rule, [p for _, p in rule_params.named_params]
     is_new = member is None
@@ -110,10 +110,11 @@ def should_decay(parameter: Tensor, decay: DecayFilter) -> bool:
 
 
 def make_decay_groups(same_optimizer: Sequence[RuleParams], decay: DecayFilter) -> list[ParamGroup]:
-    """The groups of rules with one optimizer, parameters that do not decay apart.
+    """Return the param groups of rules with one optimizer, split by weight decay.
 
-    Done where the class has a `weight_decay` argument, because some classes count their groups in
-    the constructor and ignore groups added later. For the others `apply_decay_filter` adds groups.
+    The split needs a `weight_decay` argument of the class. It happens here because some classes
+    count their groups in the constructor and ignore groups added later. For other classes
+    `apply_decay_filter` adds groups.
     """
     factory = same_optimizer[0].rule.optimizer
     argument = _constructor_parameters(get_optimizer_class(factory)).get("weight_decay")
@@ -136,15 +137,15 @@ def make_decay_groups(same_optimizer: Sequence[RuleParams], decay: DecayFilter) 
 
 
 def scale_lr(lr: Any, scale: float) -> Any:
-    """A learning rate of its own for a group: a tensor may be shared with others."""
+    """Return the scaled learning rate of a group; a tensor is cloned, as groups may share it."""
     if isinstance(lr, Tensor):
         return lr.clone() * scale if scale != 1 else lr.clone()
     return lr * scale if scale != 1 else lr
 
 
 def check_lr(lr: Any, optimizer: Optimizer) -> None:
-    """Refuse what an optimizer without checks of its own would compute with."""
-    if isinstance(lr, list | tuple):  # several rates, whose meaning the class defines
+    """Raise UsageError for an invalid lr, because some optimizers do not check it."""
+    if isinstance(lr, list | tuple):  # several rates, as the class defines them
         return
     if not isinstance(lr, int | float | Tensor) or not 0 <= lr < math.inf:
         raise UsageError(
@@ -154,14 +155,14 @@ def check_lr(lr: Any, optimizer: Optimizer) -> None:
 
 
 def same_factory(left: OptimizerFactory | None, right: OptimizerFactory | None) -> bool:
-    """Whether two factories make the same optimizer; partials are compared by what they hold."""
+    """Whether two factories make the same optimizer; partials are compared by their contents."""
     if isinstance(left, partial) and isinstance(right, partial):
         return (left.func, left.args, left.keywords) == (right.func, right.args, right.keywords)
     return left is right
 
 
 def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) -> Optimizer:
-    """Call the factory; an argument that its class does not know ends in the nearest it does."""
+    """Build the optimizer; raise UsageError for unknown or refused constructor arguments."""
     optimizer_type = get_optimizer_class(factory)
     keywords = getattr(factory, "keywords", {})
     signature = _constructor_parameters(optimizer_type)
@@ -175,7 +176,7 @@ def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) ->
                     f"argument {keyword!r}; "
                     f"nearest: {', '.join(closest)}"
                 )
-    assert factory is not None  # the plan checks it
+    assert factory is not None  # OptimizerPlan checks it
     try:
         built = factory(parameters)
     except Exception as error:  # torch: ValueError "Invalid learning rate: -1.0"
@@ -200,7 +201,7 @@ def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) ->
 
 
 def _constructor_parameters(cls: type | None) -> dict[str, inspect.Parameter]:
-    """The arguments of a class by name, where they can be seen."""
+    """Return the constructor arguments of a class by name; {} without a signature."""
     try:
         return dict(inspect.signature(cls).parameters) if cls is not None else {}
     except (TypeError, ValueError):
@@ -208,7 +209,7 @@ def _constructor_parameters(cls: type | None) -> dict[str, inspect.Parameter]:
 
 
 def _explain_error(error: Exception, parameters: Sequence[Any]) -> str:
-    """The text of a constructor's error, with a hint for the usual causes."""
+    """Return the text of a constructor's error with a hint for common causes."""
     at = faults.find_user_frame(error)
     plain = type(error) is ValueError or isinstance(error, UsageError)
     where = f" (at {at})" if at and not plain else ""
@@ -230,7 +231,7 @@ def _explain_error(error: Exception, parameters: Sequence[Any]) -> str:
 
 
 def apply_decay_filter(optimizer: Optimizer, group: dict[str, Any], decay: DecayFilter) -> None:
-    """Leave weight decay to the tensors that it is meant for; the others become a second group."""
+    """Move tensors without weight decay into a second param group with weight_decay=0."""
     weight_decay = group.get("weight_decay")
     if decay == "all" or not isinstance(weight_decay, int | float) or not weight_decay:
         return
@@ -246,7 +247,7 @@ def apply_decay_filter(optimizer: Optimizer, group: dict[str, Any], decay: Decay
 def make_plan_table(
     rule_params: Sequence[RuleParams], composite: Composite, list_names: bool = False
 ) -> Table:
-    """What runs, before it runs: a wrong grouping trains without complaint."""
+    """Return a table of rules and param groups, printed because wrong groups raise no error."""
     rich_table = Table(
         Column("rule", overflow="fold"), "tensors", "parameters", "lr", "decay", "optimizer"
     )
@@ -271,7 +272,7 @@ def make_plan_table(
 
 
 def _format_setting(setting: Any) -> str:
-    """A setting as shown in the table: a number in short form, None as an empty text."""
+    """Format a setting for the table: a short number, or an empty text for None."""
     if isinstance(setting, Tensor) and setting.numel() == 1:
         setting = setting.item()
     if setting is None:

@@ -1,8 +1,8 @@
-"""OptimizerPlan: any torch optimizer on any LightningModule, as a callback.
+"""OptimizerPlan: train any LightningModule with any torch optimizer, through a callback.
 
-Lightning builds optimizers by calling the module's `configure_optimizers`, after the model has
-been rewritten and sharded. The plan takes that one method over; everything after it (accumulation,
-mixed precision, clipping, checkpoints) goes the usual way.
+Lightning calls the module's `configure_optimizers` after the model is transformed and sharded. The
+plan overrides this one method. Gradient accumulation, mixed precision, clipping and checkpoints
+work as usual.
 """
 
 from collections.abc import Sequence
@@ -51,15 +51,15 @@ class OptimizerPlan(Callback):
     --trainer.callbacks.optimizer.lr=5e-3`.
 
     Args:
-        optimizer: an optimizer class, or a function of the parameters that makes one; it trains
-            everything, or what the rules leave to it.
+        optimizer: an optimizer class, or a function that builds one from the parameters; it trains
+            all parameters, or those of rules without an optimizer.
         decay: which tensors get the optimizer's weight decay; a matrix has two axes or more.
-        schedule: what multiplies every learning rate at each optimizer step.
-        rules: who trains what, in order; the first rule that matches a parameter takes it.
+        schedule: the learning-rate schedule, applied at each optimizer step.
+        rules: which optimizer trains which parameters; the first rule that matches applies.
         print_groups: list the parameters of each rule below the table of rules.
     """
 
-    acts_on_training = True  # a resume without it is another run
+    acts_on_training = True  # a resumed run needs it
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class OptimizerPlan(Callback):
         rules: Sequence[Rule] = (),
         print_groups: bool = False,
     ) -> None:
-        """Choose; optimizers are built when the parameters exist."""
+        """Check and store the arguments; optimizers are built later, when parameters exist."""
         for number, rule in enumerate(rules, 1):
             if rule.optimizer is None and optimizer is None:
                 raise UsageError(
@@ -85,32 +85,30 @@ class OptimizerPlan(Callback):
         self.decay: DecayFilter = decay
         self.schedule = schedule
         self.print_groups = print_groups
-        self._total_steps = float("inf")  # optimizer steps of the run, once known
-        self._saved_total_steps: float | None = None  # of the run that wrote the checkpoint
+        self._total_steps = float("inf")  # optimizer steps of the run, inf while unknown
+        self._saved_total_steps: float | None = None  # total steps in the checkpoint
         self._optimizer_names: list[str] = []
         self._saved_optimizer_names: list[str] = []
         self._schedule_free = ScheduleFreeWeights()
         self._log: Any = None
-        self._suggested_lr: float | None = (
-            None  # learning rate, by a search in a fit before this one
-        )
+        self._suggested_lr: float | None = None  # learning rate found in an earlier fit by a Tuner
         self._lr_context: tuple[Composite, ScheduleLR | None, dict[str, float]] | None = None
 
     def __str__(self) -> str:
-        """The plan in a line, for messages."""
+        """Return the plan with its optimizer classes, for messages."""
         classes = (get_optimizer_class(rule.optimizer) for rule in self.rules)
         return f"{type(self).__name__}({', '.join(c.__name__ for c in classes if c)})"
 
     @property
     def log(self) -> Any:
-        """The module's `log`, which Lightning hands to every callback."""
+        """The module's `log`, which Lightning sets on every callback."""
         return self._log
 
     @log.setter
     def log(self, log: Any) -> None:
-        """Let Lightning find a `configure_optimizers` in a module that has none.
+        """Store `log`, and override `configure_optimizers` of a module that does not define it.
 
-        It asks for one right after it has handed this out, and before any hook of a callback.
+        Lightning requires the method right after it sets `log`, before any hook of a callback.
         """
         self._log = log
         module = getattr(log, "__self__", None)
@@ -131,9 +129,9 @@ class OptimizerPlan(Callback):
             )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take over `configure_optimizers` for one fit, unless a later plan does.
+        """Override `configure_optimizers` for one fit, unless a later plan does.
 
-        A flag on the command line comes after the callbacks of a config, and means what it says.
+        The last plan applies, so a plan on the command line replaces one in a config.
         """
         add_run_checks(trainer, pl_module, stage)
         if stage != "fit" or self is not attached_plans(trainer)[-1]:
@@ -144,7 +142,7 @@ class OptimizerPlan(Callback):
                 f"{type(self).__name__} has nothing to replace; leave it out of the callbacks"
             )
         self._total_steps = float("inf")
-        if trainer.max_steps >= 0 or trainer.max_epochs == -1:  # else the loaders will tell
+        if trainer.max_steps >= 0 or trainer.max_epochs == -1:  # else the loaders determine it
             steps = trainer.max_steps
             self._set_total_steps(trainer, steps if steps >= 0 else float("inf"))
 
@@ -163,22 +161,20 @@ class OptimizerPlan(Callback):
             )
 
     def optimizers_with_two_sets(self) -> list[str]:
-        """Names of optimizers whose class shows that they keep separate weights for evaluation."""
+        """Return the class names of optimizers with separate evaluation weights."""
         classes = (get_optimizer_class(rule.optimizer) for rule in self.rules)
         return [cls.__name__ for cls in classes if cls and has_train_eval_modes(cls)]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give `configure_optimizers` back."""
+        """Restore `configure_optimizers`."""
         if stage == "fit":
             restore_hook(pl_module, HOOK_NAME, self)
             restore_hook(pl_module, "lr_schedulers", self)
             if any(stops_after_search(finder) for finder in find_lr_finders(trainer)):
-                self._suggested_lr = get_suggested_lr(
-                    trainer
-                )  # a Tuner searches in a fit of its own
+                self._suggested_lr = get_suggested_lr(trainer)  # a Tuner searches in a separate fit
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Learn the run's length from the loaders, which exist only now."""
+        """Compute the total number of steps from the loaders, which now exist."""
         if trainer.max_epochs != -1 and self is attached_plans(trainer)[-1]:
             self._set_total_steps(trainer, count_optimizer_steps(trainer))
         if (
@@ -191,23 +187,26 @@ class OptimizerPlan(Callback):
         self._schedule_free.use_train_weights(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the weights that a schedule-free optimizer means."""
+        """Switch to the evaluation weights of a schedule-free optimizer."""
         self._schedule_free.use_eval_weights(pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Train on with the others; until now a sample or a file could still be made."""
+        """Switch back to training weights.
+
+        This is deferred so that callbacks after a validation see the evaluation weights.
+        """
         self._schedule_free.resume_training(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the weights that are meant."""
+        """Leave the evaluation weights in the module."""
         self._schedule_free.use_eval_weights(pl_module)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say which optimizers there are, to refuse a resume that would misread their state."""
+        """Save the optimizer names, so that a resume with other optimizers can be refused."""
         if self is attached_plans(trainer)[-1]:
             checkpoint["optimizer_plan"] = list(self._optimizer_names)
             checkpoint["schedule_length"] = self._total_steps
@@ -216,31 +215,31 @@ class OptimizerPlan(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Compare at once where optimizers exist already (sharded), else when they are built."""
+        """Compare optimizer names now if they exist (sharded runs), else when they are built."""
         if trainer.state.fn == "fit" and self is attached_plans(trainer)[-1]:
             self._saved_optimizer_names = [
                 str(name) for name in checkpoint.get("optimizer_plan", [])
             ]
-            saved_step = checkpoint.get("global_step")  # else it is the file of a search
+            saved_step = checkpoint.get("global_step")  # else a learning-rate search wrote the file
             self._saved_total_steps = checkpoint.get("schedule_length") if saved_step else None
             self._schedule_free.load(checkpoint)
             self._check_same_optimizers()
 
     def _set_total_steps(self, trainer: L.Trainer, total_steps: float) -> None:
-        is_trial = getattr(trainer, "fast_dev_run", 0)  # a step or two
+        is_trial = getattr(trainer, "fast_dev_run", 0)  # a dry run of a few steps
         if self.schedule is not None and not is_trial:
             self.schedule.validate(total_steps)
         self._total_steps = total_steps
 
     def _build_optimizer(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        with full_module(trainer):  # a stage of a pipeline is none
+        with full_module(trainer):  # a pipeline stage lacks parameters
             rule_params = self._assign_rule_params(module)
         composite = build_optimizer(rule_params, self.decay)
         self._validate(trainer, composite)
         self._schedule_free.attach_optimizer(composite)
         if isinstance(trainer.strategy, DDPStrategy):
             for member in composite.members:
-                if hasattr(member, "replicas"):  # all ranks have all weights and can share work
+                if hasattr(member, "replicas"):  # all ranks have all weights: divide the work
                     member.replicas = dist.group.WORLD  # pyright: ignore[reportAttributeAccessIssue]
         groups_by_label = composite.groups_by_label()
         self._optimizer_names = [
@@ -287,12 +286,12 @@ class OptimizerPlan(Callback):
         settings: ParamGroup,
         factor: float | None,
     ) -> list[RuleGroups]:
-        """The optimizers that take parameters trained from now on, by the same rules."""
+        """Return the optimizers and groups, by the same rules, of newly trained parameters."""
         added = []
         members = composite.groups_by_label()
         for rule, named in assign_added_params(module, self.rules, parameters):
             one_rule = next((s for s in rule_params if s.rule is rule), None)
-            if one_rule is None:  # it had nothing to train until now
+            if one_rule is None:  # the rule had no trainable parameter until now
                 used_labels = [s.label for s in rule_params]
                 number = self.rules.index(rule) + 1
                 label = rule.label if rule.label not in used_labels else f"{rule.label} {number}"
@@ -328,7 +327,7 @@ class OptimizerPlan(Callback):
             )
 
     def _log_schedule_rescaling(self, trainer: L.Trainer) -> None:
-        """A resume with another length goes on at another place of the schedule's shape."""
+        """Print the change of the learning rate if a resumed run has another length."""
         saved_total_steps, self._saved_total_steps = self._saved_total_steps, None
         if (
             self.schedule is None
@@ -366,7 +365,7 @@ class OptimizerPlan(Callback):
             self._saved_optimizer_names = []
 
     def _validate(self, trainer: L.Trainer, composite: Composite) -> None:
-        """What an optimizer cannot do, in words, before the first step."""
+        """Raise UsageError before the first step for settings that an optimizer lacks."""
         acts_on_lr = self.schedule is not None or any(rule.lr_scale != 1 for rule in self.rules)
         for member in composite.members:
             name = type(member).__name__
@@ -398,7 +397,7 @@ class OptimizerPlan(Callback):
 def _check_gradients_reduced(
     module: L.LightningModule, parameters: list[Tensor], initially_trainable: set[int]
 ) -> None:
-    """DDP averages the gradients of what was trainable when it was set up, and no others."""
+    """Raise UsageError for parameters frozen at DDP setup: DDP does not reduce their gradients."""
     names = {id(p): name for name, p in module.named_parameters()}
     if late := [
         names.get(id(p), "one of no module") for p in parameters if id(p) not in initially_trainable
@@ -411,10 +410,10 @@ def _check_gradients_reduced(
 
 
 class ReadOnlyLRs:
-    """The result of `self.lr_schedulers()` where a plan has no schedule: read-only rates.
+    """The result of `self.lr_schedulers()` under a plan without a schedule: read-only rates.
 
-    rates = Rates(trainer, "MyModule", "OptimizerPlan")
-    rates.get_last_lr()     # [0.001], of each group
+    rates = ReadOnlyLRs(trainer, "MyModule", "OptimizerPlan")
+    rates.get_last_lr()     # [0.001], one rate for each param group
     rates.step()            # AttributeError: the module's own schedulers do not exist
     """
 
@@ -423,22 +422,22 @@ class ReadOnlyLRs:
         self._trainer, self._module, self._owner = trainer, module, owner
 
     def get_last_lr(self) -> list[float]:
-        """The learning rate of each group."""
+        """Return the learning rate of each param group."""
         groups = (g for optimizer in self._trainer.optimizers for g in optimizer.param_groups)
         return [float(group["lr"]) for group in groups if "lr" in group]
 
     def __getattr__(self, name: str) -> Any:
-        """Raise AttributeError, which names the plan."""
+        """Raise AttributeError with the name of the plan."""
         raise AttributeError(
             name if name.startswith("__") else self._unavailable_message(f".{name}")
         )
 
     def __getitem__(self, index: Any) -> Any:
-        """Raise TypeError, which names the plan."""
+        """Raise TypeError with the name of the plan."""
         raise TypeError(self._unavailable_message(f"[{index}]"))
 
     def __iter__(self) -> Any:
-        """Raise TypeError, which names the plan."""
+        """Raise TypeError with the name of the plan."""
         raise TypeError(self._unavailable_message(" in a loop"))
 
     def _unavailable_message(self, use: str) -> str:
@@ -450,9 +449,9 @@ class ReadOnlyLRs:
 
 
 def _check_eps(optimizer: Optimizer) -> None:
-    """Refuse an eps of torch's and our optimizers that float16 rounds to 0: NaN of 0 / 0."""
+    """Raise UsageError if float16 rounds the eps of an optimizer of torch or Ravine to 0."""
     if not type(optimizer).__module__.startswith(("torch.optim", "ravine.")):
-        return  # others may compute in float32
+        return  # other packages may compute in float32
     for group in optimizer.param_groups:
         eps = group.get("eps")
         half = any(p.dtype == torch.float16 for p in group["params"])
@@ -465,5 +464,5 @@ def _check_eps(optimizer: Optimizer) -> None:
 
 
 def attached_plans(trainer: L.Trainer) -> list[OptimizerPlan]:
-    """The trainer's plans; the last one counts."""
+    """Return the plans of the trainer; only the last one is used."""
     return [c for c in trainer.callbacks if isinstance(c, OptimizerPlan)]  # pyright: ignore[reportAttributeAccessIssue]

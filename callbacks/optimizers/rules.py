@@ -1,7 +1,8 @@
-"""Which parameter goes to which optimizer: ordered rules by kind or by name, the first match wins.
+"""Parameter rules: ordered rules assign each parameter to an optimizer by kind or by name.
 
-The kind of a parameter is what its module is, not how many axes it has: an embedding is a table
-of rows, and orthogonalising it like a matrix would be a mistake that no error reveals.
+The first match wins. The kind of a parameter follows from the type of its module, not from its
+number of axes. An embedding is a table of rows: an optimizer that orthogonalizes it like a matrix
+is wrong, and no error would show it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,22 +23,22 @@ DecayFilter = Literal["none", "matrices", "all"]
 OptimizerFactory = Callable[[Iterable], Optimizer]
 NamedParam = tuple[str, nn.Parameter]
 
-HEAD_NAMES = ("head", "lm_head")  # what a Linear that makes the predictions is called
+HEAD_NAMES = ("head", "lm_head")  # attribute names of the Linear that computes the predictions
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a plan: these parameters, this optimizer.
+    """One rule of an OptimizerPlan: which parameters it takes, and their optimizer.
 
     Example: `Rule("embedding", optimizer=partial(AdamW, lr=3e-3), lr_scale=2.0)`
 
     Args:
-        kind: what the parameters are, one or several; `rest` is what no earlier rule took.
-        name: a pattern that their names match as well, such as `*.gate.*`.
-        optimizer: who trains them; without it, the plan's own `optimizer`.
-        lr_scale: times the optimizer's learning rate.
-        decay: as the plan's `decay`, for this rule alone.
-        anywhere: let an optimizer for matrices have embeddings and heads too.
+        kind: one or several kinds of parameters; `rest` takes all that earlier rules left.
+        name: a glob that the parameter names must match as well, such as `*.gate.*`.
+        optimizer: the optimizer of these parameters; by default the plan's `optimizer`.
+        lr_scale: a factor on the optimizer's learning rate.
+        decay: which tensors get weight decay; by default the plan's `decay`.
+        anywhere: allow embeddings and heads for an optimizer of matrices.
     """
 
     kind: RuleKind | list[RuleKind] = "rest"
@@ -49,24 +50,24 @@ class Rule:
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds, whether one or several were given."""
+        """The kinds as a list."""
         return [self.kind] if isinstance(self.kind, str) else list(self.kind)
 
     @property
     def label(self) -> str:
-        """What tables and logs call the rule."""
+        """The name of the rule in tables and logs."""
         return "+".join(self.kinds) if self.name == "*" else self.name
 
     def matches(self, kind: str, name: str) -> bool:
-        """Whether a parameter is taken."""
+        """Whether the rule matches a parameter of this kind and name."""
         return bool({kind, "rest"} & set(self.kinds)) and fnmatchcase(name, self.name)
 
 
 def classify_params(module: nn.Module) -> dict[str, str]:
-    """The kind of every parameter by name; `other` where no module type decides it.
+    """Return the kind of every parameter by name; `other` if no module type determines it.
 
-    A weight that an embedding and a head share is an embedding. The head is a Linear named head or
-    lm_head; where there is none and none is shared, the last Linear of the module.
+    A weight tied between an embedding and a head is an embedding. The head is a Linear named `head`
+    or `lm_head`. Without such a Linear and without a tied embedding, the last Linear is the head.
     """
     owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
     for path, owner in module.named_modules():
@@ -104,7 +105,7 @@ def _classify_param(attribute: str, leaf: str, owner: nn.Module, ndim: int) -> P
 
 
 def assign_params(module: nn.Module, rules: Sequence[Rule]) -> list[list[NamedParam]]:
-    """The trainable parameters of each rule, in order; or what is wrong with the rules."""
+    """Return the trainable parameters of each rule in order; raise UsageError for wrong rules."""
     kind_of = classify_params(module)
     params_by_rule: list[list[NamedParam]] = [[] for _ in rules]
     unassigned: list[str] = []
@@ -117,7 +118,7 @@ def assign_params(module: nn.Module, rules: Sequence[Rule]) -> list[list[NamedPa
         else:
             params_by_rule[rule_index].append((name, parameter))
     for number, (rule, named_params) in enumerate(zip(rules, params_by_rule, strict=True), 1):
-        if not named_params and rule.label != "rest":  # a last rule for what is left may be idle
+        if not named_params and rule.label != "rest":  # a `rest` rule may be empty
             raise UsageError(_unmatched_rule_error(number, rule, kind_of))
         _check_matrices_only(number, rule, named_params, kind_of)
     if unassigned:
@@ -130,7 +131,7 @@ def assign_params(module: nn.Module, rules: Sequence[Rule]) -> list[list[NamedPa
 def assign_added_params(
     module: nn.Module, rules: Sequence[Rule], parameters: Iterable[Any]
 ) -> list[tuple[Rule, list[NamedParam]]]:
-    """The rules that take these parameters, which are trained from now on, in the rules' order."""
+    """Return the rules, in order, that take these newly trained parameters, with the parameters."""
     kind_of = classify_params(module)
     names = {id(p): name for name, p in module.named_parameters()}
     params_by_rule: list[list[NamedParam]] = [[] for _ in rules]
@@ -168,7 +169,10 @@ def _unmatched_rule_error(number: int, rule: Rule, kind_of: dict[str, str]) -> s
 def _check_matrices_only(
     number: int, rule: Rule, named_params: list[NamedParam], kind_of: dict[str, str]
 ) -> None:
-    """Matrices only, for an optimizer that says so by `matrices_only`; torch's Muon does not."""
+    """Raise UsageError if an optimizer of matrices gets a parameter of another kind.
+
+    Such an optimizer has `matrices_only = True` or is torch.optim.Muon, which lacks the attribute.
+    """
     optimizer_type = get_optimizer_class(rule.optimizer)
     if optimizer_type is None or not (
         getattr(optimizer_type, "matrices_only", False) or optimizer_type is Muon
@@ -186,11 +190,8 @@ def _check_matrices_only(
 
 
 def get_optimizer_class(factory: OptimizerFactory | None) -> type[Optimizer] | None:
-    """The class that a factory makes, as far as it can be seen: a class or a partial of one."""
+    """Return the optimizer class of a factory if it is a class or a partial of one, else None."""
     candidates: list[Any] = [factory]
     if isinstance(factory, partial):
-        candidates += [
-            factory.func,
-            *factory.args,
-        ]  # jsonargparse hides the class among the arguments
+        candidates += [factory.func, *factory.args]  # jsonargparse passes the class in args
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Optimizer)), None)

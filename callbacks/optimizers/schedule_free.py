@@ -1,9 +1,9 @@
-"""Optimizers with two sets of weights, such as schedule-free ones: train one, evaluate the other.
+"""Schedule-free optimizers: switch between training weights and evaluation weights.
 
-Such an optimizer has `train()` and `eval()`, which move the weights from one set to the other, and
-rounding makes the way back inexact. So the training set is kept aside while the other one is shown:
-validation leaves no trace, and a checkpoint holds the set to evaluate as the model's weights and
-the training set beside it.
+Such an optimizer has `train()` and `eval()`, which convert the weights from one set to the other.
+Rounding makes the conversion inexact. So a copy of the training weights is kept while the module
+has the evaluation weights, and validation does not change training. A checkpoint holds the
+evaluation weights in `state_dict` and the training weights under `training_weights`.
 """
 
 from typing import Any
@@ -32,9 +32,10 @@ def has_train_eval_modes(optimizer: Any) -> bool:
 
 
 def _supports_train_mode(optimizer: Any) -> bool:
-    """Whether `train()` works: a learning-rate search, too, steps before the hooks of a run.
+    """Call `train()` and return whether it works; a learning-rate search needs training mode.
 
-    A wrapper may have the methods for the sake of what it wraps, and the wrapped have none.
+    The search steps before any hook of the run. A wrapper may define the methods for an inner
+    optimizer that lacks them.
     """
     try:
         optimizer.train()
@@ -44,18 +45,17 @@ def _supports_train_mode(optimizer: Any) -> bool:
 
 
 class ScheduleFreeWeights:
-    """What a plan does around training, evaluation and saving; nothing for other optimizers."""
+    """Swap training and evaluation weights for a plan; do nothing for other optimizers."""
 
     def __init__(self) -> None:
-        """Nothing to do until an optimizer is there."""
-        self._optimizer: Composite | None = None  # only if it has the two modes
-        self._train_weights: dict[
-            str, Tensor
-        ] = {}  # the training set, while the other one is shown
+        """Start without an optimizer."""
+        self._optimizer: Composite | None = None  # None if no optimizer has the modes
+        # a copy of the training weights while the module has the evaluation weights
+        self._train_weights: dict[str, Tensor] = {}
         self._saved_train_weights: dict[str, Tensor] = {}
 
     def attach_optimizer(self, optimizer: Composite) -> None:
-        """Look whether any member has the two modes."""
+        """Find the optimizers with train and eval modes in the composite."""
         schedule_free = [
             member
             for member in optimizer.members
@@ -65,13 +65,13 @@ class ScheduleFreeWeights:
         self._optimizer, self._train_weights = optimizer if schedule_free else None, {}
 
     def resume_training(self, module: nn.Module) -> None:
-        """Go on with the training set, if the other one is still shown."""
+        """Switch back to training weights if the module still has the evaluation weights."""
         if self._train_weights:
             self.use_train_weights(module)
 
     @torch.no_grad()
     def use_train_weights(self, module: nn.Module) -> None:
-        """Put the training set in place, as it was when it was set aside or saved."""
+        """Copy the training weights, kept in memory or from a checkpoint, into the module."""
         if self._optimizer is not None:
             self._optimizer.train()
             for name, weight in named_tracked(
@@ -85,7 +85,7 @@ class ScheduleFreeWeights:
 
     @torch.no_grad()
     def use_eval_weights(self, module: nn.Module) -> None:
-        """Show the other set."""
+        """Keep a copy of the training weights and switch the module to evaluation weights."""
         if self._optimizer is not None and not self._train_weights:
             self._train_weights = {
                 name: weight.detach().clone() for name, weight in named_trainable(module)
@@ -95,20 +95,19 @@ class ScheduleFreeWeights:
     def add_to_checkpoint(
         self, trainer: Any, module: nn.Module, checkpoint: dict[str, Any]
     ) -> None:
-        """Both sets into the file; every rank calls it."""
+        """Put both sets of weights into the checkpoint; every rank calls it."""
         if self._optimizer is None:
             return
         uses_eval_weights = bool(self._train_weights)
         self.use_eval_weights(module)
         stages = getattr(trainer.strategy, "stages", None)
-        checkpoint[KEY] = to_checkpoint(
-            {}, self._train_weights, stages=stages
-        )  # whole, in a folder too
+        # unsharded, in a sharded checkpoint too
+        checkpoint[KEY] = to_checkpoint({}, self._train_weights, stages=stages)
         weights, state = dict(named_trainable(module)), checkpoint["state_dict"]
         update_state_dict(state, weights, module, stages=stages_to_join(trainer))
         if not uses_eval_weights:
             self.use_train_weights(module)
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the training set until the weights are in place."""
+        """Keep the training weights of a checkpoint until training starts."""
         self._saved_train_weights = checkpoint.get(KEY, {})

@@ -1,9 +1,10 @@
-"""SignSGD and Signum: every weight moves by lr, whatever the size of its gradient (lecture 8).
+"""SignSGD and Signum: step along the sign of the gradient or of the momentum (lecture 8).
 
-    m <- m + (1 - mu) (g - m)          with mu = 0, m is the gradient: SignSGD; else Signum
+    m <- m + (1 - mu) (g - m)          SignSGD: mu = 0, so m is the gradient; Signum: mu > 0
     w <- (1 - lr decay) w - lr sign(m)
 
-lr is the movement of each weight per step, so a constant one never comes closer than lr.
+lr is the change of each weight in one step. With a constant lr the weights do not converge: they
+stay about lr away from the minimum.
 """
 
 from collections.abc import Iterable
@@ -26,18 +27,18 @@ __all__ = ["SignSGD", "SignSGDOptimizer"]
 
 
 class SignSGDOptimizer(Elementwise):
-    """Steps of one size in every coordinate.
+    """SignSGD or Signum: every weight changes by lr, whatever the size of its gradient.
 
     Example: `SignSGDOptimizer(model.parameters(), lr=1e-3, momentum=0.95)`.
 
     Args:
         params: any tensors.
-        lr: what each weight moves by.
-        momentum: mu; 0 is SignSGD, more is Signum.
+        lr: the change of each weight in one step.
+        momentum: mu; 0 is SignSGD, above 0 is Signum.
         weight_decay: lambda in w <- (1 - lr lambda) w.
     """
 
-    remembered = ("momentum_buffer",)  # also without momentum: mu may be switched on by a resume
+    remembered = ("momentum_buffer",)  # also for mu = 0: a resume may raise mu
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class SignSGDOptimizer(Elementwise):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
     ) -> None:
-        """Set the defaults of every group."""
+        """Set the defaults of every parameter group."""
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -57,21 +58,21 @@ class SignSGDOptimizer(Elementwise):
         gradients: list[Tensor],
         *states: list[Tensor],
     ) -> None:
-        """The formula above."""
+        """Apply the update formula at the top of this file, in place."""
         (momenta,) = states
         _foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         _foreach_add_(weights, _foreach_sign(momenta), alpha=-group["lr"])
 
 
 class SignSGD(OptimizerPlan):
-    """Everything to SignSGD, or Signum: `--trainer.callbacks+=SignSGD`.
+    """Train all parameters with SignSGD or Signum: `--trainer.callbacks+=SignSGD`.
 
     Args:
-        lr: what each weight moves by.
-        momentum: 0 is SignSGD, more is Signum.
-        weight_decay: of the tensors that `decay` names.
-        decay: which those are.
-        schedule: what multiplies lr.
+        lr: the change of each weight in one step.
+        momentum: 0 is SignSGD, above 0 is Signum.
+        weight_decay: weight decay of the tensors that `decay` selects.
+        decay: which tensors get weight decay.
+        schedule: the learning-rate schedule.
     """
 
     def __init__(
@@ -82,6 +83,6 @@ class SignSGD(OptimizerPlan):
         decay: DecayFilter = "matrices",
         schedule: Schedule | None = None,
     ) -> None:
-        """Write the plan."""
+        """Create a plan whose only rule takes all parameters."""
         factory = partial(SignSGDOptimizer, lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(factory, decay, schedule)

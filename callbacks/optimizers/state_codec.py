@@ -1,11 +1,12 @@
-"""A member's state in a checkpoint: by its own `state_dict`, as plain values, numbered by place.
+"""Optimizer state_dict in a checkpoint: encode an optimizer's state as plain values, and decode.
 
-    member.state_dict() -> its groups and its states by parameter: flat, as torch's optimizers have
-                           the rest (counters, a form of its own): under `members`, an entry each
+    member.state_dict() -> param groups and state of each parameter: flat, as in torch's optimizers
+                           all else (counters, a custom format): under `members`, one entry for each
 
-A checkpoint holds tensors and plain values only. Other objects (a queue, an enum, a random
-generator, an object of the optimizer's own package) are written as a dict with a tag. They are
-rebuilt without an import or a constructor: the class must be loaded already by this run.
+A member is one of the optimizers of a Composite; its parameters are numbered by position. A
+checkpoint holds only tensors and plain values. Any other object (a queue, an enum, a random
+generator, an object of the optimizer's package) is encoded as a dict with a tag. Decoding uses no
+import and no constructor, so this run must have loaded the class already.
 """
 
 import enum
@@ -24,23 +25,23 @@ from torch.optim import Optimizer
 from ravine.strategies.checkpoint.atomic_io import SAFE_TORCH_TYPES, SAFE_TYPES, CheckpointError
 
 ParamGroup = dict[str, Any]
-TYPE_TAG = "__kind__"  # the key of a dict that stands for an object
+TYPE_TAG = "__kind__"  # the key that marks a dict as an encoded object
 LIVE_TYPES = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, partial)
 
 
 class PackedState(NamedTuple):
-    """What a member saves; parameters are numbered from 0 in the order of its groups."""
+    """The encoded state of a member; parameters are numbered from 0 in the order of its groups."""
 
     groups: list[ParamGroup]
     state: dict[int, dict[str, Any]]
-    extra: dict[str, Any]  # {} for an optimizer that saves as torch's do
+    extra: dict[str, Any]  # {} for a state_dict in torch's format
 
 
 def pack_state(optimizer: Optimizer) -> PackedState:
-    """The member's own state_dict as plain values.
+    """Return the optimizer's own state_dict as plain values.
 
     Raises:
-        CheckpointError: it keeps an object that no checkpoint can hold.
+        CheckpointError: the optimizer keeps an object that no checkpoint can hold.
     """
     state_dict = optimizer.state_dict()
     codec = _StateCodec(optimizer)
@@ -71,7 +72,7 @@ def pack_state(optimizer: Optimizer) -> PackedState:
 
 
 def unpack_state(optimizer: Optimizer, packed: PackedState) -> None:
-    """Give a member what `pack_state` made, by its own load_state_dict."""
+    """Load the result of `pack_state` with the optimizer's own load_state_dict."""
     codec = _StateCodec(optimizer)
     if "whole" in packed.extra:
         optimizer.load_state_dict(codec.decode(packed.extra["whole"]))
@@ -92,10 +93,10 @@ def unpack_state(optimizer: Optimizer, packed: PackedState) -> None:
 
 
 def _changed_by_loader(value: Any) -> bool:
-    """Whether torch's loader would change the value.
+    """Whether Optimizer.load_state_dict would change the value.
 
-    It rebuilds every iterable item by item: a text becomes the repr of a generator, and a queue
-    loses its `maxlen`. A value that holds tensors must pass through it, to be moved and cast.
+    It rebuilds every iterable item by item: a string becomes the repr of a generator, and a deque
+    loses its `maxlen`. A value with tensors must pass through it to be moved and cast.
     """
     leaves = list(_iter_leaves(value))
     if any(isinstance(leaf, Tensor) for leaf in leaves):
@@ -116,7 +117,7 @@ def _iter_leaves(value: Any) -> Iterator[Any]:
 
 
 def _is_standard_state_dict(state_dict: Any, live: list[ParamGroup]) -> bool:
-    """Whether a state_dict has the form of torch's, with one entry for each live parameter."""
+    """Whether a state_dict has torch's format, with one id for each parameter of `live`."""
     if not isinstance(state_dict, dict):
         return False
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
@@ -136,7 +137,7 @@ def _is_standard_state_dict(state_dict: Any, live: list[ParamGroup]) -> bool:
 
 
 class _StateCodec:
-    """Objects as plain values and back, for one member."""
+    """Encode objects as plain values and decode them, for one optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.name = type(optimizer).__name__
@@ -144,12 +145,13 @@ class _StateCodec:
         self.packages -= {"torch", "builtins", "typing", "abc"}
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.param_index = {id(p): i for i, p in enumerate(self.parameters)}
-        self.ancestor_ids: list[int] = []  # ids of the objects that contain the present one
+        self.ancestor_ids: list[int] = []  # ids of the objects that contain the current value
 
     def encode_group(self, group: ParamGroup, allow_unsaved: bool = False) -> ParamGroup:
-        """The settings of a group; a class or a function is taken from the live optimizer on load.
+        """Encode the settings of a group; loading takes classes and functions from the optimizer.
 
-        With `allow_unsaved` the member saves them by itself, and any other object may be left out.
+        With `allow_unsaved` the optimizer's custom state_dict holds the settings. Any object that
+        cannot be encoded may then be left out.
         """
         coded = {}
         for key, value in group.items():
@@ -157,14 +159,14 @@ class _StateCodec:
                 constant = isinstance(value, LIVE_TYPES) or type(value) is object
                 coded[key] = {TYPE_TAG: "live"} if constant else self.encode(value, key)
             except CheckpointError:
-                # any callable is a setting; modules hold weights and are not
+                # a callable counts as a setting, but a module holds weights
                 if not allow_unsaved and (not callable(value) or isinstance(value, nn.Module)):
                     raise
                 coded[key] = {TYPE_TAG: "live"}
         return coded
 
     def encode(self, value: Any, name: str) -> Any:
-        """A value as a checkpoint can hold it."""
+        """Return a value as tensors and plain values; raise CheckpointError if there is no way."""
         cls = type(value)
         if isinstance(value, Tensor):
             index = self.param_index.get(id(value))
@@ -198,7 +200,7 @@ class _StateCodec:
     def _encode_special(
         self, value: Any, name: str
     ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-        """The kinds of object that have a plain form."""
+        """Yield a tag and an encoder for each supported type that the value has."""
 
         def items() -> list[Any]:
             return [self.encode(item, f"{name}[{i}]") for i, item in enumerate(value)]
@@ -240,7 +242,7 @@ class _StateCodec:
         )
 
     def decode(self, value: Any, live: Any = None) -> Any:
-        """What `encode` was given; `live` is the setting of the present optimizer."""
+        """Invert `encode`; `live` is the current optimizer's value of the setting."""
         cls = type(value)
         if cls in (list, tuple, set):
             return cls(self.decode(item) for item in value)
@@ -279,7 +281,7 @@ class _StateCodec:
         return instance
 
     def _find_class(self, path: str, tag: str) -> Any:
-        """A class that this run has loaded, of the optimizer's own package; never an import."""
+        """Return a loaded class of the optimizer's package by its path, without an import."""
         module, _, name = path.partition(":")
         target: Any = sys.modules.get(module)
         for attribute in name.split("."):
@@ -297,16 +299,13 @@ class _StateCodec:
         return _top_package(cls.__module__) in self.packages
 
     def _is_rebuildable(self, cls: type) -> bool:
-        """Whether an object is no more than its attributes."""
+        """Whether the attributes alone determine an object of this class."""
         plain = all(
             getattr(cls, name, None) is getattr(object, name, None)
             for name in ("__reduce__", "__reduce_ex__", "__new__")
         )
-        active_hooks = (
-            "__slots__",
-            "__setstate__",
-            "__del__",
-        )  # the last would run with any attributes
+        # __del__ would run with any attributes
+        active_hooks = ("__slots__", "__setstate__", "__del__")
         simple = not any(hasattr(cls, name) for name in active_hooks)
         builtin = any(b.__module__ in ("builtins",) and b is not object for b in cls.__mro__)
         return self._is_from_package(cls) and plain and simple and not builtin
@@ -319,7 +318,7 @@ def _is_plain_key(key: Any) -> bool:
 
 
 def _format_key(key: Any) -> str:
-    """A key in a message; a tensor would fill it with numbers."""
+    """Return a key for an error message; only the type of a tensor, whose repr is long."""
     return type(key).__name__ if isinstance(key, Tensor) else repr(key)
 
 

@@ -1,9 +1,10 @@
-"""UpdateSizes: how far each rule's weights move, against how large they are.
+"""Update-to-weight ratio: log the size of each optimizer step relative to the weights.
 
-    rms   = |dw| / sqrt(number of weights)       what one weight moves by, per optimizer step
+    rms   = |dw| / sqrt(number of weights)       RMS change of a weight in one optimizer step
     ratio = |dw| / |w|                           about 1e-3 in a healthy run (lecture 8)
 
-A ratio of 1e-5 is a learning rate that trains nothing; one of 1e-1 forgets what was learned.
+At a ratio of 1e-5 the learning rate is too small to train. At 1e-1 it is so large that a step
+overwrites the learned weights.
 """
 
 import math
@@ -23,21 +24,21 @@ from .composite import Composite
 
 
 class UpdateSizes(Callback):
-    """Log `update/rms/<rule>`, `update/ratio/<rule>` and `lr/<rule>` at each log line.
+    """Log `update/rms/<rule>`, `update/ratio/<rule>` and `lr/<rule>` at each log step.
 
-    Works with any optimizer; one that no plan made has its parameter groups for rules, and a second
-    one `1 ` before them. It copies the weights in the steps that are logged, and in no others:
-    `--trainer.callbacks+=UpdateSizes`.
+    It works with any optimizer. Without a plan, the param groups take the place of rules, and the
+    labels of a second optimizer start with `1 `. The weights are copied only in steps that are
+    logged. Command line: `--trainer.callbacks+=UpdateSizes`.
     """
 
-    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
+    takes_partial_gradients = True  # under ZeRO-1 a rank has only the gradients that it owns
 
     def __init__(self) -> None:
-        """How often is for `--trainer.log_every_n_steps`."""
+        """Create the callback; `trainer.log_every_n_steps` sets the interval."""
         self._previous_weights: dict[str, list[Tensor]] = {}
 
     def logged_metrics(self, trainer: L.Trainer) -> set[str]:
-        """What it logs."""
+        """Return the names of the metrics that the callback logs."""
         labels = [
             rule[0]
             for optimizer in trainer.optimizers
@@ -52,7 +53,7 @@ class UpdateSizes(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Keep the weights of a step that will be logged."""
+        """Copy the weights before a step that is logged."""
         if should_update_logs(trainer):
             self._previous_weights |= {
                 label: [p.detach().clone() for p in parameters]
@@ -62,7 +63,7 @@ class UpdateSizes(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Compare with the weights now; nothing leaves the device before it is written."""
+        """Log the change of the weights, as device tensors without a synchronization."""
         if not self._previous_weights:
             return
         pipeline = getattr(trainer.strategy, "pipeline", None)
@@ -73,7 +74,7 @@ class UpdateSizes(Callback):
             for rule in group_params_by_rule(trainer, optimizer)
         ]
         for label, parameters, lr in rules:
-            if label not in self._previous_weights:  # stepped by hand, and not now
+            if label not in self._previous_weights:  # no step of it in this batch
                 continue
             pairs = zip(parameters, self._previous_weights[label], strict=True)
             pairs = [(p.detach(), old) for p, old in pairs if p not in repeated]
@@ -91,7 +92,7 @@ class UpdateSizes(Callback):
 def group_params_by_rule(
     trainer: L.Trainer, optimizer: Optimizer
 ) -> list[tuple[str, list[Tensor], float]]:
-    """Label, parameters and learning rate of each rule."""
+    """Return label, parameters and learning rate of each rule or param group."""
     number = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
     prefix = f"{number} " * (number > 0)
     if isinstance(optimizer, Composite):

@@ -1,6 +1,6 @@
-"""NF4 with the kernels of bitsandbytes, where CUDA and that package are there: same bits, faster.
+"""NF4 dequantization with the CUDA kernels of bitsandbytes: the same bits, but faster.
 
-Codes and blocks are laid out alike, so a checkpoint knows nothing of the backend.
+Codes and blocks have the same layout as in nf4.py, so checkpoints do not depend on the backend.
 """
 
 import torch
@@ -12,7 +12,7 @@ from . import nf4
 def dequantize(
     shape: torch.Size, dtype: torch.dtype, codes: Tensor, scale: Tensor, *more: Tensor
 ) -> Tensor:
-    """The weight of this shape."""
+    """Return the dequantized weight of this shape."""
     from bitsandbytes.functional import QuantState, dequantize_4bit  # pyright: ignore
 
     code = torch.tensor(nf4.levels(), dtype=torch.float64).float().to(codes.device)

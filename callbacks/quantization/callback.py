@@ -1,7 +1,7 @@
-"""Quantization as a callback: the frozen matrices of any module in four or eight bits.
+"""Quantization callback: quantize and freeze Linear layers of any module, in 4 or 8 bits.
 
-Lightning's own bitsandbytes plugin needs CUDA and decides the precision of all the rest; this one
-runs anywhere torch does, layer by layer, beside any `trainer.precision`.
+Lightning's bitsandbytes plugin needs CUDA and sets the precision of the whole run. This callback
+quantizes single layers, runs on every device of torch and works with any `trainer.precision`.
 """
 
 from functools import partial
@@ -29,27 +29,27 @@ from ..transforms.layer_selection import (
 )
 from .layers import DeferredQuantization, QuantizedLinear, check_finite_weight, quantize_layer
 
-MAX_LISTED = 5  # layers of the table of errors
+MAX_LISTED = 5  # most layers in the table of errors
 
 
 class Quantization(Transform):
-    """Round the weights of the Linear layers meant, and freeze them; what is left may train.
+    """Quantize and freeze the selected Linear layers; other parameters may be trained.
 
     lightning fit --config gpt2/lora --trainer.callbacks+=Quantization
 
-    With `LoRA`, in any order, it is QLoRA: rounded weights, adapters in float32. To measure what
-    rounding costs: `lightning validate --ckpt_path=FILE --trainer.callbacks+=Quantization`.
+    With `LoRA`, in any order, this is QLoRA: quantized weights and adapters in float32. To measure
+    the quantization loss: `lightning validate --ckpt_path=FILE --trainer.callbacks+=Quantization`.
 
     Args:
-        scheme: nf4, 4.127 bits a weight, or int8 with a scale for each output, for weights that are
-            to be changed little (error 0.7 % of their RMS instead of 9 %).
-        targets: globs over layer names, each of which must hit; by default every hidden matrix, but
-            no embedding and not the head.
-        exclude: layers of `targets` to leave alone.
-        double: quantize NF4's scales too: 4.127 bits instead of 4.5, at no loss that shows.
+        scheme: nf4 has 4.127 bits per weight. int8 has a scale for each output; its error is 0.7 %
+            of the RMS of the weights instead of 9 %.
+        targets: globs of layer names, each of which must match; by default all hidden matrices
+            without embeddings and head.
+        exclude: layers of `targets` that are not quantized.
+        double: also quantize the scales of NF4: 4.127 bits instead of 4.5, without visible loss.
         backend: bitsandbytes has faster NF4 kernels for CUDA; the bits are the same.
-        frozen_copies: quantize although the module holds a frozen copy of the same net. Set it for
-            a fixed reference; a momentum teacher pairs parameters, which the bits would break.
+        frozen_copies: quantize even if the module holds a frozen copy of the same net. Set it for
+            a fixed reference; code of a momentum teacher pairs parameters, which codes would break.
     """
 
     phase = "quantize"
@@ -64,7 +64,7 @@ class Quantization(Transform):
         backend: Literal["torch", "bitsandbytes"] = "torch",
         frozen_copies: bool = False,
     ) -> None:
-        """Choose."""
+        """Check and store the arguments."""
         if scheme not in ("nf4", "int8"):
             raise UsageError(f"Quantization: no scheme {scheme!r}; allowed: nf4, int8")
         if backend not in ("torch", "bitsandbytes"):
@@ -78,18 +78,18 @@ class Quantization(Transform):
             "double": double,
         }
         self.backend, self.allow_frozen_copies = backend, frozen_copies
-        self.errors: dict[str, float] = {}  # RMS of the rounding over the weights', by layer
+        self.errors: dict[str, float] = {}  # RMS error / RMS weight, by layer
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bits; the backend does not."""
+        """Return the arguments that determine the bits, without the backend."""
         return self.arguments
 
     def record(self) -> dict[str, Any]:
-        """The same, for a checkpoint."""
+        """Return the arguments that a checkpoint records."""
         return self.arguments
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Announce the phase; refuse what cannot run here."""
+        """Register the phase; raise UsageError if the backend cannot run here."""
         device = trainer.strategy.root_device.type
         if self.backend == "bitsandbytes" and device != "cuda":
             raise UsageError(
@@ -101,17 +101,17 @@ class Quantization(Transform):
                 "Quantization: bitsandbytes is not installed; type pip install 'ravine[quant]', or "
                 "--trainer.callbacks.backend=torch"
             )
-        pl_module.strict_loading = False  # a file of the net before has weights where codes are
+        pl_module.strict_loading = False  # a float checkpoint has weights instead of codes
         super().setup(trainer, pl_module, stage)
 
     def transform(self, module: nn.Module) -> None:
-        """Quantize and say how much was lost."""
+        """Quantize the layers and store their errors."""
         arguments = {key: self.arguments[key] for key in ("scheme", "targets", "exclude", "double")}
         options = {"backend": self.backend, "copies": self.allow_frozen_copies}
         self.errors = quantize_module(module, **arguments, **options)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the layers that lost most; refuse a net in which nothing is left to train."""
+        """Print the largest errors; raise UsageError if no parameter is trainable."""
         super().on_fit_start(trainer, pl_module)
         if not any(parameter.requires_grad for parameter in pl_module.parameters()):
             raise UsageError(
@@ -122,7 +122,7 @@ class Quantization(Transform):
             Console().print(make_error_table(self.errors, self.arguments["scheme"]))
 
     def accept(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another net; float weights are rounded as they come."""
+        """Raise UsageError for a checkpoint of another net; loading rounds float weights."""
         state = checkpoint.get("state_dict", {})
         expected_names = {name.replace(".weight_codes", ".weight") for name in module.state_dict()}
         missing = [
@@ -141,7 +141,10 @@ class Quantization(Transform):
 
 
 def find_quantizable_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """The Linear layers that are called; torch's attention reads the weight of its own."""
+    """Return the Linear layers by name, without those inside nn.MultiheadAttention.
+
+    torch's attention reads the weight of its output layer instead of calling the layer.
+    """
     inner = {m.out_proj for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
     return {
         name: layer
@@ -159,10 +162,10 @@ def quantize_module(
     backend: str = "torch",
     copies: bool = True,
 ) -> dict[str, float]:
-    """Quantize the layers that match, in place; returns the error of each, RMS over RMS.
+    """Quantize the selected layers in place; return RMS error / RMS weight of each layer.
 
-    Without `copies` a net of which the module holds a frozen copy, or the copy, is refused. A
-    weight whose values are made later is rounded then, and its error is in the result then.
+    Without `copies`, layers of a net with a frozen copy, or of the copy, raise UsageError. A weight
+    with deferred values is quantized when they are computed. Its error is then added to the result.
     """
     check_not_sharded(module, "Quantization")
     layers = find_quantizable_layers(module)
@@ -232,7 +235,7 @@ def _check_layer(module: nn.Module, name: str, layer: nn.Linear) -> None:
     if hasattr(layer, "lora_enabled"):
         raise UsageError(f"Quantization: {name} has an adapter already; round first, then adapt")
     check_plain_layer(name, layer, nn.Linear, "Quantization")
-    if deferred_values(layer.weight) is None:  # else it is tried when it is rounded
+    if deferred_values(layer.weight) is None:  # deferred values are checked when they are quantized
         check_finite_weight(name, layer.weight)
     sharing = [
         f"{other}.{key}".lstrip(".")
@@ -248,7 +251,7 @@ def _check_layer(module: nn.Module, name: str, layer: nn.Linear) -> None:
 
 
 def make_error_table(errors: dict[str, float], scheme: str) -> Table:
-    """The layers that lost most."""
+    """Return a table of the layers with the largest quantization errors."""
     table = Table("layer", f"{scheme}: RMS error / RMS weight")
     for name in sorted(errors, key=lambda name: -errors[name])[:MAX_LISTED]:
         table.add_row(name, f"{errors[name]:.4f}")

@@ -1,15 +1,15 @@
-"""Int8 a channel: the largest weight of each output is 127, the others are rounded to its steps."""
+"""Int8 quantization per output channel: absmax scales that map the largest weight to 127."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-CHUNK_SIZE = 2**18  # weights that are rounded at once
+CHUNK_SIZE = 2**18  # weights that are rounded together
 
 
 def quantize(weight: Tensor) -> dict[str, Tensor]:
-    """Codes (o, d) int8 and scales (o) float32 of a weight (o, d)."""
+    """Return codes (o, d) int8 and scales (o) float32 of a weight (o, d)."""
     weight = weight.detach()
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -21,7 +21,7 @@ def quantize(weight: Tensor) -> dict[str, Tensor]:
 
 
 def dequantize(shape: torch.Size, dtype: torch.dtype, codes: Tensor, scale: Tensor) -> Tensor:
-    """The weight (o, d)."""
+    """Return the dequantized weight (o, d)."""
     compute_dtype = torch.float32 if dtype == torch.float64 else dtype
     return (codes.to(compute_dtype) * scale.to(compute_dtype)[:, None]).to(dtype)
 
@@ -29,7 +29,7 @@ def dequantize(shape: torch.Size, dtype: torch.dtype, codes: Tensor, scale: Tens
 def iter_dequantized(
     shape: torch.Size, dtype: torch.dtype, codes: Tensor, scale: Tensor
 ) -> Iterator[Tensor]:
-    """The numbers of `dequantize` in their order, as flat tensors of at most PIECE numbers."""
+    """Yield the values of `dequantize` in order, as flat tensors of CHUNK_SIZE values or a row."""
     for rows in _row_slices(shape):
         chunk_codes = codes[rows]
         yield dequantize(chunk_codes.shape, dtype, chunk_codes, scale[rows]).flatten()

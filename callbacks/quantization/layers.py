@@ -1,11 +1,11 @@
-"""A Linear whose frozen weight is a few bits, and a float matrix only while it is multiplied.
+"""Quantized Linear layers: a frozen weight in 4 or 8 bits, dequantized only during each matmul.
 
-    forward     W = dequantize(codes);  y = W x + b;  W is dropped
-    backward    W = dequantize(codes);  dx = Wᵀ dy;   W is dropped
+    forward     W = dequantize(codes);  y = W x + b;  W is freed
+    backward    W = dequantize(codes);  dx = Wᵀ dy;   W is freed
 
-Left to itself, autograd would keep W from forward to backward, in every layer: the memory that was
-to be saved. The bits are parameters that do not train: a sharded strategy shards them, one that
-replicates sends them once and not at every step, as it does with buffers.
+By default autograd would keep W of every layer from forward to backward, which would use the memory
+that quantization saves. The codes are parameters without gradients. A sharded strategy shards them.
+A replicated strategy broadcasts them once, but would broadcast buffers at every step.
 """
 
 import math
@@ -30,7 +30,7 @@ CHUNKED_DEQUANTIZERS = {"nf4": nf4.iter_dequantized, "int8": int8.iter_dequantiz
 
 
 class _QuantizedMatmul(torch.autograd.Function):
-    """x W^T + b with W made anew for each use; nothing of W's size is kept."""
+    """Compute x W^T + b and dequantize W in forward and in backward, without keeping it."""
 
     @staticmethod
     def forward(
@@ -43,7 +43,7 @@ class _QuantizedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (dy,) = gradients  # (... o)
-        quantized = ctx.saved_tensors  # once: under recomputation they can be had once
+        quantized = ctx.saved_tensors  # read once: activation checkpointing allows one access
         dx = db = None
         if ctx.needs_input_grad[0]:
             dx = dy @ ctx.decode(dy.dtype, *quantized)
@@ -53,22 +53,22 @@ class _QuantizedMatmul(torch.autograd.Function):
 
 
 class QuantizedLinear(LayerMixin, nn.Linear):
-    """A Linear with `weight_codes` and `weight_scales` in the place of `weight`."""
+    """A Linear with `weight_codes` and `weight_scales` instead of `weight`."""
 
-    keeps = ("weight_scales", "weight_outer", "weight_mean")  # float32 under bf16-true too
+    keeps = ("weight_scales", "weight_outer", "weight_mean")  # stay float32 under bf16-true
     scheme: str
     double_quant: bool
     backend: str
-    original_dtype: torch.dtype  # of the weight before
-    trained: bool  # whether the weight did, before it was rounded
+    original_dtype: torch.dtype  # dtype of the weight before quantization
+    trained: bool  # whether the weight was trainable before quantization
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight that is multiplied by; made anew at each look."""
+        """The dequantized weight, computed anew at each access."""
         return self._get_dequantizer()(self.original_dtype, *self._quantized_tensors())
 
     def forward(self, input: Tensor) -> Tensor:
-        """As a Linear does, in the dtype autocast or the input asks for."""
+        """Compute the linear map in the dtype of autocast or of the input."""
         dtype = matmul_dtype(input)
         bias = None if self.bias is None else self.bias.to(dtype)
         return _QuantizedMatmul.apply(
@@ -76,16 +76,16 @@ class QuantizedLinear(LayerMixin, nn.Linear):
         )
 
     def dequantize(self) -> None:
-        """Be a plain Linear again, with the rounded weight."""
+        """Convert the layer back to a plain Linear with the rounded weight."""
         weight = nn.Parameter(self.weight, requires_grad=False)
         for name in QUANT_PARAM_NAMES:
             self._parameters.pop(name, None)
         remove_mixin(self)
         bias = self._parameters.pop("bias")
-        self._parameters |= {"weight": weight, "bias": bias}  # in the usual order
+        self._parameters |= {"weight": weight, "bias": bias}  # restore the order of nn.Linear
 
     def extra_repr(self) -> str:
-        """The layer's own, and the bits."""
+        """Return the layer's repr with the scheme."""
         return f"{super().extra_repr()}, {self.scheme}"
 
     def _quantized_tensors(self) -> list[Tensor]:
@@ -100,7 +100,7 @@ class QuantizedLinear(LayerMixin, nn.Linear):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         float_weight = state_dict.pop(f"{prefix}weight", None)
-        if float_weight is not None:  # a file of the net before: rounded as it comes
+        if float_weight is not None:  # a checkpoint of the float net: round on loading
             tensors = quantize_weight(float_weight, self.scheme, self.double_quant)
             state_dict |= {f"{prefix}weight_{name}": tensor for name, tensor in tensors.items()}
         for name in QUANT_PARAM_NAMES[:2]:
@@ -117,33 +117,33 @@ class QuantizedLinear(LayerMixin, nn.Linear):
 
 
 class NF4(QuantizedLinear):
-    """Four bits a weight."""
+    """NF4: 4 bits per weight."""
 
     class_prefix, scheme = "NF4", "nf4"
 
 
 class Int8(QuantizedLinear):
-    """Eight."""
+    """Int8: 8 bits per weight."""
 
     class_prefix, scheme = "Int8", "int8"
 
 
 def quantize_weight(weight: Tensor, scheme: str, double_quant: bool) -> dict[str, Tensor]:
-    """The tensors that stand for a weight (o, d)."""
+    """Return the quantized tensors of a weight (o, d) by name."""
     return nf4.quantize(weight, double_quant) if scheme == "nf4" else int8.quantize(weight)
 
 
 class DeferredQuantization:
-    """Rounds the weight of one layer when its codes are asked for: sharding comes before it.
+    """Quantize the weight of one layer lazily, after sharding, when its codes are first read.
 
     Args:
-        name: of the layer, for an error.
-        weight: on the meta device, with values that are made later.
+        name: the layer's name, for error messages.
+        weight: the weight on the meta device, with deferred values.
         scheme: nf4 or int8.
         double_quant: whether NF4's scales are quantized.
-        latest: the layer that was rounded last, with its parts; shared by all layers of a network,
-            so that the parts of one layer are in memory.
-        report: is called with the error's RMS over the weight's, once.
+        latest: the layer quantized last and its tensors. All layers of a network share this list,
+            so that the tensors of only one layer are in memory.
+        report: called once with the RMS error divided by the RMS of the weight.
     """
 
     def __init__(
@@ -155,14 +155,14 @@ class DeferredQuantization:
         latest: list[Any],
         report: Callable[[float], None],
     ) -> None:
-        """Nothing is rounded yet."""
+        """Store the arguments; quantize nothing yet."""
         self.name, self.values, self.shape = name, deferred_values(weight), weight.shape
         self.dtype, self.scheme, self.double_quant = weight.dtype, scheme, double_quant
         self.latest, self.report, self.is_reported = latest, report, False
 
     @torch.no_grad()
     def quantized_tensors(self) -> dict[str, Tensor]:
-        """The tensors that stand for the weight, whole, on the CPU."""
+        """Return the quantized tensors of the weight by name, unsharded and on the CPU."""
         if not self.latest or self.latest[0] is not self:
             self.latest.clear()
             weight = self.values.get_rows(0, self.shape[0])
@@ -176,19 +176,19 @@ class DeferredQuantization:
 
 
 class DeferredTensor:
-    """The values of one of the parts, to be read after sharding (strategies/materialize.py)."""
+    """Deferred values of one quantized tensor, read after sharding (strategies/materialize.py)."""
 
     def __init__(self, quantization: DeferredQuantization, tensor_name: str) -> None:
-        """Of which layer, and which part of it."""
+        """Store the layer's quantization and the name of the tensor."""
         self.quantization, self.tensor_name = quantization, tensor_name
 
     def get_rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` (exclusive)."""
+        """Return rows `start` to `stop` (exclusive)."""
         return self.quantization.quantized_tensors()[self.tensor_name][start:stop]
 
 
 def check_finite_weight(name: str, weight: Tensor) -> None:
-    """ValueError for a weight that cannot be rounded."""
+    """Raise UsageError for a weight with inf or NaN."""
     if first_non_finite([(name, weight)]):
         raise UsageError(f"Quantization: the weight of {name} has inf or nan; start from another")
 
@@ -201,10 +201,10 @@ def quantize_layer(
     backend: str,
     deferred: DeferredQuantization | None,
 ) -> float | None:
-    """Change a Linear in place; returns the error's RMS over the weight's.
+    """Quantize a Linear in place; return the RMS error divided by the RMS of the weight.
 
-    With `deferred` the weight is on the meta device, and so are the parts; the error is not known
-    yet.
+    With `deferred` the weight and the quantized tensors are on the meta device, and the result is
+    None, because the error is not known yet.
     """
     weight = layer.weight
     tensors = quantize_weight(weight, scheme, double_quant)
@@ -222,7 +222,7 @@ def quantize_layer(
 
 
 def compute_quantization_error(weight: Tensor, tensors: dict[str, Tensor], scheme: str) -> float:
-    """RMS of the rounding over that of the weight."""
+    """Return the RMS of the rounding error divided by the RMS of the weight."""
     flat, start = weight.detach().flatten(), 0
     error = size = torch.zeros((), dtype=torch.float64, device=weight.device)
     for rounded in CHUNKED_DEQUANTIZERS[scheme](weight.shape, weight.dtype, *tensors.values()):

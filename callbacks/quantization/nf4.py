@@ -1,11 +1,11 @@
-"""NF4 (QLoRA, 2023): four bits a weight, in levels that normally distributed weights use alike.
+"""NF4 quantization (QLoRA, 2023): 4-bit weights with levels at quantiles of N(0, 1).
 
     block of 64 weights:  code = nearest of 16 levels to w / max|w|       two codes in a byte
     scales max|w|:        int8 of (scale - mean of all), 256 of them share max|scale - mean|
-    bits a weight:        4 + 8/64 + 32/(64·256) = 4.127; with float32 scales 4.5
+    bits per weight:      4 + 8/64 + 32/(64·256) = 4.127; with float32 scales 4.5
 
-The levels are quantiles of N(0, 1), eight above zero, seven below, and zero, over their largest.
-Of normal weights the error is 0.0920 of their RMS; sixteen even steps would make it 0.1004.
+The 16 levels are zero, eight quantiles above it and seven below it, divided by the largest. The
+error of normally distributed weights is 0.0920 of their RMS; with 16 uniform levels it is 0.1004.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_SIZE, SCALE_GROUP_SIZE = 64, 256  # weights that share a scale, scales that share one
-CHUNK_SIZE = 4096 * BLOCK_SIZE  # weights that are rounded at once
-TAIL_QUANTILE = 0.9677083  # the outermost quantile, of the paper's code
+BLOCK_SIZE, SCALE_GROUP_SIZE = 64, 256  # weights per scale, scales per outer scale
+CHUNK_SIZE = 4096 * BLOCK_SIZE  # weights that are rounded together
+TAIL_QUANTILE = 0.9677083  # the outermost quantile, from the paper's code
 
 
 @cache
 def levels() -> tuple[float, ...]:
-    """The sixteen, rising from -1 to 1."""
+    """Return the sixteen levels, in ascending order from -1 to 1."""
     normal = NormalDist()
     above = [normal.inv_cdf(TAIL_QUANTILE + (0.5 - TAIL_QUANTILE) * i / 8) for i in range(8)]
     below = [-normal.inv_cdf(TAIL_QUANTILE + (0.5 - TAIL_QUANTILE) * i / 7) for i in range(7)]
@@ -32,9 +32,10 @@ def levels() -> tuple[float, ...]:
 
 @cache
 def _pair_table(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The two weights of each byte as one number of twice the size: 256 of them.
+    """Return a table (256) with the two weights of each byte as one number of twice the size.
 
-    One look-up then yields two weights: 0.3 ms a million, against 4.6 for unpacking first.
+    One lookup then yields two weights. It takes 0.3 ms per million weights; unpacking the codes
+    first takes 4.6 ms.
     """
     level = torch.tensor(levels(), dtype=torch.float64).to(dtype)
     pairs = torch.cartesian_prod(level, level)  # (256, 2)
@@ -43,10 +44,9 @@ def _pair_table(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def quantize(weight: Tensor, double_quant: bool = True) -> dict[str, Tensor]:
-    """Codes (n/64, 32) and scales (n/64) of a weight of n numbers, any shape.
+    """Return codes (n/64, 32) and scales (n/64) of a weight with n values, of any shape.
 
-    With `double_quant` the scales are int8, and `outer` (n/64/256) and `mean` (1) make them scales
-    again.
+    With `double_quant` the scales are int8. `outer` (n/64/256) and `mean` (1) dequantize them.
     """
     flat, device = weight.detach().flatten(), weight.device
     count = -(-flat.numel() // BLOCK_SIZE)
@@ -64,7 +64,7 @@ def quantize(weight: Tensor, double_quant: bool = True) -> dict[str, Tensor]:
         codes[block_slice] = (code[:, ::2] << 4) | code[:, 1::2]
     if not double_quant:
         return {"codes": codes, "scales": scale}
-    mean = scale.double().mean().float()  # in double: the same on every device
+    mean = scale.double().mean().float()  # float64, so that all devices get the same mean
     deviations = F.pad(scale - mean, (0, -len(scale) % SCALE_GROUP_SIZE)).view(-1, SCALE_GROUP_SIZE)
     outer = deviations.abs().amax(1)
     inner = (deviations / outer.clamp_min(1e-30)[:, None] * 127).round().to(torch.int8).flatten()
@@ -77,7 +77,7 @@ def quantize(weight: Tensor, double_quant: bool = True) -> dict[str, Tensor]:
 
 
 def block_scales(scale: Tensor, outer: Tensor | None = None, mean: Tensor | None = None) -> Tensor:
-    """The scale of each block in float32, (n/64)."""
+    """Return the scale of each block in float32, (n/64)."""
     if outer is None or mean is None:
         return scale
     step = (
@@ -96,7 +96,7 @@ def dequantize(
     outer: Tensor | None = None,
     mean: Tensor | None = None,
 ) -> Tensor:
-    """The weight of this shape; products are made in `dtype`, or in float32 for a float64."""
+    """Return the weight of this shape, computed in `dtype`, or in float32 for float64."""
     compute_dtype = torch.float32 if dtype == torch.float64 else dtype
     wide = _pair_table(codes.device, compute_dtype).index_select(0, codes.flatten().int())
     blocks = (
@@ -112,7 +112,7 @@ def dequantize(
 def iter_dequantized(
     shape: torch.Size, dtype: torch.dtype, codes: Tensor, scale: Tensor, *more: Tensor
 ) -> Iterator[Tensor]:
-    """The numbers of `dequantize` in their order, as flat tensors of at most PIECE numbers."""
+    """Yield the values of `dequantize` in order, as flat tensors of at most CHUNK_SIZE values."""
     scale, count = block_scales(scale, *more), shape.numel()
     for start in range(0, count, CHUNK_SIZE):
         size = torch.Size([min(CHUNK_SIZE, count - start)])

@@ -1,4 +1,4 @@
-"""Recompute: activation recomputation as a line of a config, on any strategy."""
+"""Activation checkpointing callback: recompute activations in backward, with any strategy."""
 
 from typing import Literal
 
@@ -10,25 +10,26 @@ from .base import Transform
 
 
 class Recompute(Transform):
-    """Let each block keep its input alone and compute the rest again when going backward.
+    """Activation checkpointing: each block keeps its input and recomputes the rest in backward.
 
     lightning fit --config gpt2/124m --trainer.callbacks+=Recompute
 
     Args:
-        mode: full keeps the least and costs a third more; selective keeps matrix products.
+        mode: `full` keeps the least memory and costs a third more compute; `selective` also keeps
+            the results of matrix products.
     """
 
     phase = "recompute"
     without_values = True
 
     def __init__(self, mode: Literal["selective", "full"] = "full") -> None:
-        """Choose."""
+        """Store the mode."""
         self.mode: Literal["selective", "full"] = mode
 
     def identity(self) -> str:
-        """The mode."""
+        """Return the mode."""
         return self.mode
 
     def transform(self, module: L.LightningModule) -> None:
-        """Wrap the forward of each block."""
+        """Apply activation checkpointing to each block."""
         apply_activation_checkpointing(module, self.mode)

@@ -1,13 +1,15 @@
-"""Change the net between its building and its sharding, in one order whatever the callbacks'.
+"""Model transforms: change the net after it is built and before it is sharded, in a fixed order.
 
     build  ->  load -> quantize -> adapt -> freeze -> recompute -> compile  ->  shard -> optimizer
                \\_____________ wrapped around configure_model ____________/    (strategy)
 
-Callbacks announce a phase in `setup`; the first of them wraps the module's `configure_model`, so
-any LightningModule will do. Under a strategy that shards it, a net of this package has no values
-yet (strategies/materialize.py): phases that can do without them get it so, the others get it with
-the values, whole on every rank. What was applied stays on the module, with its plain arguments: a
-second trainer that asks for the same finds it done, one that asks for something else is refused.
+The order does not depend on the order of the callbacks. Each callback registers a phase in `setup`.
+The first one wraps the module's `configure_model`, so any LightningModule works. Under a sharding
+strategy a net of Ravine is on the meta device at this time (strategies/materialize.py). Phases that
+need no values get it in this state. For other phases it is materialized, unsharded on every rank.
+
+The module records applied phases with their plain arguments. A second trainer with equal transforms
+skips them, and one with other transforms raises UsageError.
 """
 
 import zlib
@@ -26,8 +28,9 @@ from ravine.strategies.materialize import collect_deferred_values, materialize_p
 
 from ..hooks import hook_owner, is_attached, override_hook, restore_hook
 
-RENAMING_PHASES = ("quantize", "adapt")  # phases after which the weights have other names
-CHANGED_NAMES = {"quantize": ".weight_codes", "adapt": "lora_"}  # in a state_dict after a phase
+RENAMING_PHASES = ("quantize", "adapt")  # phases that rename weights
+# part of the state_dict names after a phase
+CHANGED_NAMES = {"quantize": ".weight_codes", "adapt": "lora_"}
 PHASES = ("load", "quantize", "adapt", "freeze", "recompute", "compile")
 
 
@@ -43,16 +46,16 @@ class _TransformState:
     applied: dict[str, Any] = field(default_factory=dict)
     pending: dict[str, _PendingTransform] = field(default_factory=dict)
     wrapped_by: L.Callback | None = None
-    state_names: set[str] = field(
-        default_factory=set
-    )  # of the whole net: a pipeline has less on a rank
-    records: dict[str, Any] = field(default_factory=dict)  # of CHANGES, as a checkpoint holds them
+    # names in the state_dict of the full net; a rank of a pipeline has only some of them
+    state_names: set[str] = field(default_factory=set)
+    # class and arguments of the RENAMING_PHASES, as in a checkpoint
+    records: dict[str, Any] = field(default_factory=dict)
 
     def add_records(self, checkpoint: dict[str, Any]) -> None:
-        """Add records that no callback has written: of a loaded module, or with weights_only."""
+        """Add records that no callback wrote: for a loaded module, or with `weights_only`."""
         names = checkpoint.get("state_dict", {})
         for phase, record in self.records.items():
-            if any(CHANGED_NAMES[phase] in name for name in names):  # else it was merged since
+            if any(CHANGED_NAMES[phase] in name for name in names):  # else it was merged
                 checkpoint.setdefault("transforms", {}).setdefault(phase, record)
                 if phase == "adapt":
                     whole = {"base": {"file": None, "sha256": None}, "frozen": True}
@@ -72,10 +75,10 @@ def register_transform(
     config_key: Any = None,
     without_values: bool = False,
 ) -> None:
-    """Announce from `Callback.setup` that `function(module)` changes the net in `phase`.
+    """Register from `Callback.setup` that `function(module)` transforms the net in `phase`.
 
-    `config_key` holds the plain arguments by which two equal transforms are known to be equal.
-    `without_values` says that the function needs no values of parameters on the meta device.
+    Two transforms are equal if their `config_key`, plain arguments, are equal. With
+    `without_values` the function may get parameters on the meta device.
     """
     name, state = type(owner).__name__, _get_state(module)
     if phase not in PHASES:
@@ -107,7 +110,7 @@ def unregister_transform(module: L.LightningModule, phase: str) -> None:
 
 
 def _wrap_configure_model(trainer: L.Trainer, module: L.LightningModule, owner: L.Callback) -> None:
-    """Let the module's `configure_model` end with the pending transforms, once a trainer."""
+    """Make `configure_model` apply the pending transforms at its end, once per trainer."""
     state, current_owner = _get_state(module), hook_owner(trainer, module, "configure_model")
     if current_owner is not None and current_owner is state.wrapped_by:
         return
@@ -142,7 +145,7 @@ def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
             state.records[phase] = {"class": type(owner).__name__, "arguments": arguments}
     state.state_names = set(module.state_dict())
     strategy = trainer.strategy
-    shards_by_itself = hasattr(strategy, "parallelize")  # ravine.strategies.MeshStrategy
+    shards_by_itself = hasattr(strategy, "parallelize")  # as in MeshStrategy
     if isinstance(strategy, ModelParallelStrategy) and not shards_by_itself and not sharded:
         raise UsageError(
             f"{type(strategy).__name__} shards nothing by itself and neither does {name}: each rank"
@@ -151,12 +154,12 @@ def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def materialize_module(module: torch.nn.Module) -> None:
-    """Give all parameters whose values are made later these values, whole on this rank."""
+    """Give all parameters with deferred values their values, unsharded on this rank."""
     materialize_params(module, collect_deferred_values(module), torch.get_default_device())
 
 
 def check_applied(module: L.LightningModule, phase: str, owner: L.Callback) -> None:
-    """Raise if a registered phase was not applied by the time the run begins."""
+    """Raise RunError if a registered phase is not applied when the run starts."""
     if phase not in _get_state(module).applied:
         raise RunError(
             f"{type(owner).__name__}: {phase} was registered and not applied; something replaced"
@@ -165,15 +168,15 @@ def check_applied(module: L.LightningModule, phase: str, owner: L.Callback) -> N
 
 
 def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Change a built module as the module of a checkpoint was, ready for its weights.
+    """Apply the transforms of a checkpoint to a built module, before its weights are loaded.
 
     module.configure_model(); reapply(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
 
-    What is no part of the checkpoint, such as the weights that adapters belong to, is added to it.
+    The base weights of a checkpoint with adapters only are added to its state_dict.
     """
     known = {cls.__name__: cls for cls in _all_subclasses(Transform)}
-    has_adapters_only = not checkpoint.get("lora", {"frozen": True})["frozen"]  # adapters alone
+    has_adapters_only = not checkpoint.get("lora", {"frozen": True})["frozen"]  # no base weights
     for phase, saved in sorted(
         checkpoint.get("transforms", {}).items(),
         key=lambda item: PHASES.index(item[0]) if item[0] in PHASES else -1,
@@ -208,7 +211,7 @@ def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
 
 
 def check_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Raise where a checkpoint's net is not this one: strict loading is off, torch says nothing."""
+    """Raise UsageError if the checkpoint is of another net, as loading is not strict."""
     state, saved = _get_state(module), checkpoint.get("transforms", {})
     for phase in RENAMING_PHASES:
         if phase not in saved:
@@ -260,13 +263,13 @@ def _all_subclasses(base: type["Transform"]) -> list[type["Transform"]]:
 
 
 def frozen_names(module: torch.nn.Module) -> set[str]:
-    """Names in the state_dict of what neither trains nor changes; buffers may change."""
+    """Return the state_dict names of frozen parameters, without buffers, which may change."""
     named = module.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if not parameter.requires_grad}
 
 
 def seeded_by_name(seed: int, parameter_name: str) -> torch.Generator:
-    """A generator for what a transform initialises: the same on one process and on every rank.
+    """Return a random generator for one parameter; it is the same on all ranks.
 
     torch.nn.init.normal_(lora_a, generator=seeded_by_name(seed, "net.blocks.0.mlp.up.lora_a"))
     """
@@ -274,39 +277,39 @@ def seeded_by_name(seed: int, parameter_name: str) -> torch.Generator:
 
 
 class Transform(L.Callback):
-    """Base of callbacks that change the net: name the phase and write `transform`.
+    """Base class of callbacks that transform the net: set `phase` and implement `transform`.
 
     class Half(Transform):
         phase = "quantize"
         def transform(self, module): module.half()
 
-    With `without_values = True` in the class that has it, `transform` may get parameters on the
-    meta device, whose values `ravine.strategies.materialize.blocks(parameter)` makes.
+    With `without_values = True` in the class that defines it, `transform` may get parameters on the
+    meta device. `ravine.strategies.materialize.blocks(parameter)` computes their values.
     """
 
     phase: str
     without_values = False
-    acts_on_training = True  # a resume without it is another run
+    acts_on_training = True  # a resumed run needs it
 
     def transform(self, module: L.LightningModule) -> None:
-        """Change the module in place; it is built and on no mesh yet."""
+        """Transform the module in place, after it is built and before it is sharded."""
         raise NotImplementedError
 
     def identity(self) -> Any:
-        """Plain arguments that make two transforms of this phase equal."""
+        """Return plain arguments that are equal for equal transforms of this phase."""
         return type(self).__name__
 
     def record(self) -> dict[str, Any] | None:
-        """Plain arguments, where a reader of a checkpoint must make the transform again."""
+        """Return constructor arguments for the checkpoint, or None if loading needs none."""
         return None
 
     def accept(self, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was trained with another transform of this phase."""
+        """Raise UsageError for a checkpoint trained with another transform of this phase."""
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say what was done to the net: whoever reads the checkpoint has to do it again."""
+        """Record the transform in the checkpoint, because loading must apply it again."""
         if (arguments := self.record()) is not None:
             saved = {"class": type(self).__name__, "arguments": arguments}
             checkpoint.setdefault("transforms", {})[self.phase] = saved
@@ -314,27 +317,27 @@ class Transform(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Compare."""
+        """Compare the transforms of the checkpoint with those of the module."""
         check_saved_transforms(pl_module, checkpoint)
         self.accept(pl_module, checkpoint)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Announce the phase."""
-        from ..checks.run_checks import add_run_checks  # which itself registers a phase
+        """Register the phase."""
+        from ..checks.run_checks import add_run_checks  # avoids an import cycle
 
         add_run_checks(trainer, pl_module, stage)
-        # of the class whose `transform` runs: one that overrides it may read values
+        # from the class that defines `transform`, because an override may read values
         defining_class = next(cls for cls in type(self).__mro__ if "transform" in vars(cls))
         without_values = bool(vars(defining_class).get("without_values"))
         register_args = (self.transform, self, self.identity(), without_values)
         register_transform(trainer, pl_module, self.phase, *register_args)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give `configure_model` back."""
+        """Restore `configure_model`."""
         restore_hook(pl_module, "configure_model", self)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that the phase was applied; likewise before the other stages."""
+        """Check that the phase was applied; the other stages do the same."""
         check_applied(pl_module, self.phase, self)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start

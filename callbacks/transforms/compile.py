@@ -1,9 +1,9 @@
-"""Compile: torch.compile as a line of a config, applied last, to the net where it stands.
+"""torch.compile callback: compile the net in place as the last transform before sharding.
 
-In place (`net.compile()`), so that no name in a checkpoint changes; after adapters and
-recomputation, before sharding. Sampling runs uncompiled: a prompt of each length would recompile.
-Where a strategy runs the net in parts, stages of a pipeline or blocks that are gathered one by one,
-each block is compiled within its hooks: one graph, and one for all that are equal.
+`net.compile()` works in place, so that no name in a checkpoint changes. It follows adapters and
+activation checkpointing. Generation runs uncompiled, because each prompt length would recompile.
+Some strategies run the net in parts: as pipeline stages, or with blocks gathered one at a time.
+Each block is then compiled inside its hooks, as one graph that equal blocks share.
 """
 
 from typing import Any, Literal
@@ -18,15 +18,15 @@ from .base import Transform
 
 
 class Compile(Transform):
-    """Compile a module's children, or their blocks, for shapes that stay the same.
+    """Compile a module's children, or their blocks, with torch.compile for static shapes.
 
     lightning fit --config gpt2/124m --trainer.callbacks+=Compile
 
     Args:
-        mode: reduce-overhead captures CUDA graphs, for nets so small that starting a kernel takes
-            longer than the kernel; max-autotune tries kernels for minutes.
-        blocks: compile each block of a net by itself: equal blocks are compiled once.
-        backend: of torch.compile; eager and aot_eager need no compiler, and find faults.
+        mode: reduce-overhead captures CUDA graphs, for small nets whose kernel launches take longer
+            than the kernels; max-autotune tries kernels for minutes.
+        blocks: compile each block of a net separately; equal blocks are compiled once.
+        backend: backend of torch.compile; eager and aot_eager need no compiler, for debugging.
     """
 
     phase = "compile"
@@ -38,7 +38,7 @@ class Compile(Transform):
         blocks: bool = False,
         backend: str = "inductor",
     ) -> None:
-        """Choose."""
+        """Check and store the arguments."""
         if backend != "inductor" and mode != "default":
             raise UsageError(
                 f"Compile: mode={mode!r} is a mode of inductor, and backend={backend!r} has none; "
@@ -48,21 +48,20 @@ class Compile(Transform):
         self._runs_in_pieces = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Announce the phase."""
+        """Register the phase."""
         self._runs_in_pieces = getattr(getattr(trainer.strategy, "layout", None), "in_parts", False)
         super().setup(trainer, pl_module, stage)
 
     def identity(self) -> tuple[str, bool, str]:
-        """The arguments."""
+        """Return the arguments."""
         return self.mode, self.blocks, self.backend
 
     def transform(self, module: L.LightningModule) -> None:
-        """Mark what is to be compiled; it happens at the first step."""
+        """Mark the submodules to compile; torch compiles them in the first step."""
         submodules = find_blocks(module)
         if not self.blocks and not (self._runs_in_pieces and submodules):
-            sequentials = (
-                find_sequentials(module) if self._runs_in_pieces else []
-            )  # their members are gathered apart
+            # the strategy gathers the members of a Sequential one at a time
+            sequentials = find_sequentials(module) if self._runs_in_pieces else []
             submodules = [
                 submodule for row in sequentials or [module] for submodule in row.children()
             ]
@@ -78,7 +77,7 @@ class Compile(Transform):
         mode = None if self.backend != "inductor" else self.mode
         compile_kwargs: Any = {"mode": mode, "backend": self.backend, "dynamic": False}
         for submodule in submodules:
-            if self._runs_in_pieces:  # hooks that gather stay outside: each would cut the graph
+            if self._runs_in_pieces:  # keep FSDP hooks outside, as each would break the graph
                 submodule.forward = torch.compile(submodule.forward, **compile_kwargs)
             else:
                 submodule.compile(**compile_kwargs)

@@ -1,10 +1,10 @@
-"""Give a layer another class where it stands, and its own back: names and keys stay as they were.
+"""Layer mixins: change the class of a layer in place, without new names in the state_dict.
 
     layer.__class__ = LoRALinear        a subclass of Linear made from a mixin and the layer's class
 
 Wrapping the layer instead would rename `query.weight` to `query.base.weight` in every checkpoint,
-and `isinstance(layer, nn.Linear)` would no longer hold. Swaps stack: adapters over a quantized
-layer are `LoRA(NF4(Linear))`.
+and `isinstance(layer, nn.Linear)` would be false. Mixins stack: a quantized layer with adapters is
+`LoRA(NF4(Linear))`.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from ravine.strategies.materialize import deferred_values
 
 
 class LayerMixin(nn.Module):
-    """Base of mixins; the tensors named in `keeps` stay in their dtype when the module is cast.
+    """Base of layer mixins; tensors named in `keeps` keep their dtype when the module is cast.
 
-    `module.to(torch.bfloat16)`, which `precision: bf16-true` does, would round them.
+    Otherwise `module.to(torch.bfloat16)`, as under `precision: bf16-true`, would round them.
     """
 
     class_prefix: str
@@ -50,17 +50,17 @@ def _mixed_class(mixin: type[LayerMixin], base: type[nn.Module]) -> type[nn.Modu
 
 
 def add_mixin(layer: nn.Module, mixin: type[LayerMixin]) -> None:
-    """Put `mixin` before the layer's own class."""
+    """Change the layer's class to a subclass of `mixin` and its current class."""
     layer.__class__ = _mixed_class(mixin, type(layer))
 
 
 def remove_mixin(layer: nn.Module) -> None:
-    """Undo the latest `add_mixin`."""
+    """Undo the last `add_mixin`."""
     layer.__class__ = type(layer).__bases__[1]
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear map takes x: autocast's, or that of x itself."""
+    """Return the dtype of a matmul with x: that of autocast, else that of x."""
     device_type = x.device.type
     return (
         torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
@@ -68,7 +68,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def check_not_sharded(module: nn.Module, caller: str) -> None:
-    """Raise if parameters are spread over a mesh already."""
+    """Raise UsageError if parameters are already sharded over a mesh."""
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
             raise UsageError(
@@ -80,9 +80,9 @@ def check_not_sharded(module: nn.Module, caller: str) -> None:
 def check_plain_layer(
     name: str, layer: nn.Module, layer_type: type[nn.Module], caller: str
 ) -> None:
-    """Raise for a layer that does not compute what `layer_type` does from a weight of its own.
+    """Raise UsageError for a layer that does not compute like `layer_type` from its own weight.
 
-    Its change would then be no change of the weight: seen in training, and gone when merged.
+    An adapter of such a layer would affect training but be lost on merge.
     """
     layer_class = next(c for c in type(layer).__mro__ if not issubclass(c, LayerMixin))
     key = "in_proj_weight" if issubclass(layer_type, nn.MultiheadAttention) else "weight"

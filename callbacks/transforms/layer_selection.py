@@ -1,7 +1,7 @@
-"""Which layers a callback means: globs over dotted names, each of which must hit something.
+"""Layer selection by glob patterns over dotted module names; each pattern must match a layer.
 
-query             every layer called so, at any depth      net.blocks.0.attention.query
-blocks.*.mlp.*    a star stands for any text, dots too     net.blocks.1.mlp.down
+query             every layer with this name, at any depth    net.blocks.0.attention.query
+blocks.*.mlp.*    a star matches any text, including dots     net.blocks.1.mlp.down
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,22 +20,22 @@ Patterns = str | Sequence[str]
 
 
 def matches_pattern(pattern: str, name: str) -> bool:
-    """Whether a pattern means a name: all of it, or its end after a dot."""
+    """Whether a pattern matches the full name, or the end of the name after a dot."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 def as_list(patterns: Patterns) -> list[str]:
-    """One pattern or several, as a list."""
+    """Return one pattern or several patterns as a list."""
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def select_names(patterns: Patterns, names: Sequence[str], argument: str) -> list[str]:
-    """The names that at least one pattern hits, in their order; a pattern without any is an error.
+    """Return the names that match a pattern, in order; raise UsageError for an unused pattern.
 
     Args:
         patterns: globs.
-        names: what there is.
-        argument: the argument they come from, such as `LoRA.targets`.
+        names: the existing names.
+        argument: the argument with the patterns, such as `LoRA.targets`.
     """
     for pattern in as_list(patterns):
         if not any(matches_pattern(pattern, name) for name in names):
@@ -52,13 +52,13 @@ def select_names(patterns: Patterns, names: Sequence[str], argument: str) -> lis
 
 
 def closest_names(pattern: str, names: Sequence[str], count: int = 4) -> list[str]:
-    """Names like the pattern: compared with all of a name and with its ends."""
+    """Return names similar to the pattern, compared with full names and with their ends."""
     near = suggest_names(pattern, names, count, least=0, dotted=True)
     return near or ["nothing: there is no such layer"]
 
 
 def find_hidden_layers(module: nn.Module) -> list[str]:
-    """The layers with hidden matrices or convolutions: no embedding, and not the head."""
+    """Return the layers with hidden matrices or convolutions, without embeddings and head."""
     wanted = ("hidden_matrix", "convolution")
     owners = [
         name.rpartition(".")[0]
@@ -70,7 +70,7 @@ def find_hidden_layers(module: nn.Module) -> list[str]:
 
 
 def is_trainable(module: nn.Module) -> bool:
-    """Whether a parameter trains, or did before its layer was quantized."""
+    """Whether a parameter is trainable, or was so before its layer was quantized."""
     return any(
         getattr(submodule, "trained", False)
         or any(p.requires_grad for p in submodule._parameters.values() if p is not None)
@@ -79,15 +79,16 @@ def is_trainable(module: nn.Module) -> bool:
 
 
 def is_submodule_of(name: str, owner: str) -> bool:
-    """Whether the layer `name` is the module `owner` or a part of it."""
+    """Whether the layer `name` is the module `owner` or one of its submodules."""
     return name == owner or name.startswith(f"{owner}.")
 
 
 def find_frozen_copies(module: nn.Module) -> dict[str, str]:
-    """Submodules that do not train, by name, and the trainable ones that they are copies of.
+    """Return frozen submodules by name, with the trainable submodules that they are copies of.
 
-    A momentum teacher or a reference: the same names and shapes of parameters, and the same values
-    or at least two layers. Code may pair the two by `zip(a.parameters(), b.parameters())`.
+    A copy, such as a momentum teacher or a reference, has equal names and shapes of parameters. It
+    also has equal values or at least two layers. Code may pair the two by
+    `zip(a.parameters(), b.parameters())`.
     """
     frozen: dict[str, tuple[Any, nn.Module]] = {}
     trainable: dict[Any, list[tuple[str, nn.Module]]] = {}
@@ -116,7 +117,7 @@ def find_frozen_copies(module: nn.Module) -> dict[str, str]:
 def find_partly_changed_copy(
     names: Sequence[str], copies: Mapping[str, str]
 ) -> tuple[str, str] | None:
-    """A copy and its original of which `names` hit different layers, if there is such a pair."""
+    """Return a copy and its original in which `names` selects different layers, or None."""
     for copy, original in copies.items():
         pair = [
             {n[len(prefix) :] for n in names if is_submodule_of(n, prefix)}

@@ -1,4 +1,4 @@
-"""Pretrained: start from weights that somebody has trained, before anything changes the net."""
+"""Pretrained weights: load them into the net before any other transform."""
 
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,15 @@ from .base import Transform, materialize_module
 
 
 class Pretrained(Transform):
-    """Lets the module's `load_pretrained(path)` fill its net when a training begins.
+    """Load pretrained weights from a checkpoint, or by the module's `load_pretrained(path)`.
 
     lightning fit --config gpt2/finetune --trainer.callbacks.path=gpt2
 
-    A checkpoint (.ckpt) fills any module. What another checkpoint holds when a run goes on from it,
-    or evaluates it, is loaded later and wins.
+    Any module can load a checkpoint (.ckpt). A checkpoint to resume or evaluate is loaded later and
+    overrides these weights.
 
-    Where a strategy shards a network of this package, a file is mapped, and each rank copies its
-    own part of it after the sharding. A `load_pretrained` of your own gets a network with values.
+    If a strategy shards a network of Ravine, the file is memory-mapped, and each rank copies its
+    shard after sharding. A custom `load_pretrained` gets a materialized network.
 
     Args:
         path: a checkpoint, or a file or folder that the module can read.
@@ -46,15 +46,15 @@ class Pretrained(Transform):
         self.missing: FileNotFoundError | None = None
 
     def identity(self) -> str:
-        """The place."""
+        """Return the path."""
         return self.path
 
     def record(self) -> dict[str, str]:
-        """The same, for a checkpoint that holds no more than what was added to these weights."""
+        """Return the path, for a checkpoint that holds only changes of these weights."""
         return {"path": self.path}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Announce the phase; refuse a module that cannot read weights."""
+        """Register the phase; raise UsageError if the module cannot read weights."""
         if not self._is_checkpoint and not callable(getattr(pl_module, "load_pretrained", None)):
             raise UsageError(
                 f"{type(pl_module).__name__} has no method load_pretrained(path); give it one, or "
@@ -63,7 +63,7 @@ class Pretrained(Transform):
         super().setup(trainer, pl_module, stage)
 
     def transform(self, module: L.LightningModule) -> None:
-        """Fill the net."""
+        """Load the weights into the net."""
         self.missing = None
         try:
             if self._is_checkpoint and not Path(self.path).is_file():
@@ -78,12 +78,12 @@ class Pretrained(Transform):
                 module.load_pretrained(self.path)  # pyright: ignore[reportCallIssue]
             self._check_finite(module)
         except FileNotFoundError as error:
-            self.missing = error  # a resumed run does not need it, and resuming is known only later
+            self.missing = error  # deferred: a resumed run does not need the file
 
     def _check_finite(self, module: L.LightningModule) -> None:
         real = ((name, p) for name, p in module.named_parameters() if not p.is_meta)
         name = first_non_finite(real)
-        for parameter_name, parameter in module.named_parameters():  # one block in memory at a time
+        for parameter_name, parameter in module.named_parameters():  # one block in memory
             if name is None and deferred_values(parameter) is not None:
                 non_finite_names = (
                     first_non_finite([(parameter_name, block)]) for block in blocks(parameter)
@@ -100,7 +100,7 @@ class Pretrained(Transform):
         return self.path.endswith(CHECKPOINT_SUFFIX)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse to begin without the weights."""
+        """Raise the deferred error if the file is missing and the run is not resumed."""
         super().on_fit_start(trainer, pl_module)
         if self.missing is not None and trainer.ckpt_path is None:
             raise self.missing
@@ -109,9 +109,9 @@ class Pretrained(Transform):
 
 
 def _can_defer_loading(module: L.LightningModule, is_checkpoint: bool) -> bool:
-    """Whether parameters on the meta device can have the file's weights read later.
+    """Whether the file's weights can be read after sharding for parameters on the meta device.
 
-    Code of other packages that takes part in the reading would find no numbers.
+    Loading code of other packages would get parameters without values.
     """
     if not is_checkpoint:
         return _is_builtin(module.load_pretrained)
@@ -128,13 +128,12 @@ def _is_builtin(method: Any) -> bool:
 
 
 def load_weights(module: L.LightningModule, path: str) -> None:
-    """Give a built module the weights of a checkpoint of its kind, and nothing else of it.
+    """Load only the weights of a checkpoint into a built module.
 
-    A parameter on the meta device gets its values from the mapped file when it is sharded.
+    A parameter on the meta device gets its values from the mapped file after sharding.
     """
-    with collective_loading(
-        mapped_sections=sharded.SHARDED_KEYS, should_share_checksums=False
-    ):  # weights are copied below
+    # mapped, because load_state_dict copies the weights below
+    with collective_loading(mapped_sections=sharded.SHARDED_KEYS, should_share_checksums=False):
         checkpoint: dict[str, Any] = AtomicCheckpointIO().load_checkpoint(path)
     changed = {"quantize", "adapt"} & checkpoint.get("transforms", {}).keys()
     if changed:
@@ -152,14 +151,14 @@ def load_weights(module: L.LightningModule, path: str) -> None:
     check_weight_shapes(module, checkpoint, path)
     state = dict(checkpoint["state_dict"])
     if not all(isinstance(v, Tensor) and v.layout == torch.strided for v in state.values()):
-        materialize_module(module)  # load_state_dict copies what it can
+        materialize_module(module)  # load_state_dict copies or reports each value
     named = module.named_parameters(remove_duplicate=False)
     deferred = {
         name: deferred_values(p)
         for name, p in named
         if name in state and deferred_values(p) is not None
     }
-    for name, values in deferred.items():  # of shared ones the last counts, as in load_state_dict
+    for name, values in deferred.items():  # the last of tied weights applies, as in torch
         values.set_source(state.pop(name))
     mismatches = module.load_state_dict(state, strict=False)
     problems = [f"{name} is only here" for name in mismatches.missing_keys if name not in deferred]
@@ -174,7 +173,7 @@ def load_weights(module: L.LightningModule, path: str) -> None:
 
 
 def check_weight_shapes(module: L.LightningModule, checkpoint: dict[str, Any], path: str) -> None:
-    """ValueError if a weight has another size in the checkpoint, with the arguments that differ."""
+    """Raise UsageError if a weight has another shape in the checkpoint; name the arguments."""
     current_shapes, saved_shapes = (
         states.tensor_shapes(module.state_dict()),
         states.tensor_shapes(checkpoint["state_dict"]),
