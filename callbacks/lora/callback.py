@@ -68,14 +68,15 @@ class LoRA(Transform):
         train_also: layers or parameters that are trained without an adapter, such as a new head.
         dtype: dtype of the adapters' matmuls; by default that of their layer. Adapters and their
             optimizer state are stored in float32.
-        save: `adapter` saves the adapters and all other changing tensors; `all` also saves the
-            frozen weights; `auto` is `adapter` if `Pretrained` names the file of the base weights.
+        save: `adapter` saves the adapters and all other changing tensors. `all` also saves the
+            frozen weights. `auto` is `adapter` if `Pretrained` names the file of the base weights,
+            else `all`.
     """
 
     phase = "adapt"
     without_values = True
 
-    takes_partial_gradients = True  # with ZeRO-1 a rank has the gradients that it owns
+    takes_partial_gradients = True  # under ZeRO-1 a rank has only the gradients that it owns
 
     def __init__(
         self,

@@ -6,7 +6,7 @@
            \\          |               at the start y = W x
             \\       B (d_out, r)
              \\      /
-        y = W x + s B A x             s = alpha / r, or alpha / √r (rank-stabilised)
+        y = W x + s B A x             s = alpha / r, or alpha / √r (rank-stabilized)
 
     trainable: r (d_in + d_out) instead of d_in d_out; 131 K of 16.8 M for d = 4096, r = 16
 
@@ -39,8 +39,8 @@ class Adapter(LayerMixin):
     keeps = ("lora_a", "lora_b")
     lora_param_names: tuple[str, ...] = ("lora_a", "lora_b")
     lora_enabled: bool
-    lora_was_called: bool  # since it was last set to False
-    lora_called_with_grad: bool  # whether one of these calls had autograd enabled
+    lora_was_called: bool  # whether it was called since the last reset
+    lora_called_with_grad: bool  # whether a call had autograd enabled
     lora_is_copy: bool  # frozen copy (a teacher) of a trained layer; gets no gradient
     lora_rank: int
     lora_num_blocks: int
