@@ -140,7 +140,7 @@ def failing(path, cache, options, what):
 def test_an_error_of_local_rank_0_ends_all_ranks_with_its_text(ranks, path):
     path.write_bytes(TEXT.encode() + b"\xff")
     first, second = ranks(failing, 2, path, path.parent / "cache", {}, "error")
-    assert (first[0], second[0]) == ("UsageError", "WrongData")
+    assert (first[0], second[0]) == ("UsageError", "InvalidDataError")
     assert first[1] == second[1]
     assert "is not UTF-8" in first[1]
     missing = path.with_name("missing.txt")
@@ -162,7 +162,7 @@ def test_a_cache_that_is_full_or_cannot_be_written_is_done_without_or_told(ranks
         assert [each[0] for each in said] == ["done", "done"]
         assert said[1][2] == len(TEXT)  # each makes its own
         first, second = ranks(failing, 2, path, cache, {"memory_limit": 1000}, what)
-        assert (first[0], second[0]) == ("TokensUnwritable", "PreparationFailed")
+        assert (first[0], second[0]) == ("TokenCacheError", "PreparationError")
         assert "the tokens cannot be written to" in first[1]
         assert first[1].endswith("set XDG_CACHE_HOME=FOLDER")
         assert first[1] in second[1]

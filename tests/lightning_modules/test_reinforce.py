@@ -219,7 +219,7 @@ def test_the_step_is_the_mean_of_weight_times_gradient(base) -> None:
     watch = fit(model, data(base), 1)
     samples, net = model.samples(), model.net
     rewards = torch.tensor([-row["text"].count("e") / len(row["text"]) for row in samples])
-    torch.testing.assert_close(watch.rollouts[0].weights, rewards - rewards.mean())
+    torch.testing.assert_close(watch.rollouts[0].advantages, rewards - rewards.mean())
     assert model.tokenizer is not None
     assert net is not None
     model.zero_grad()
@@ -600,7 +600,7 @@ def test_equal_rewards_leave_the_divergence_and_no_rounding_blown_up(kind, base)
     model = policy(base, reward_of(1.0), kl=KL(0.1), estimator=Estimator(kind))
     with pytest.warns(UserWarning, match="teaches nothing but to stay near the reference"):
         watch = fit(model, data(base), 1)
-    assert watch.rollouts[0].weights.abs().max() < 1e-6
+    assert watch.rollouts[0].advantages.abs().max() < 1e-6
     assert watch.metrics[0]["train/zero_advantages"] == 1
 
 
