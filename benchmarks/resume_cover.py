@@ -470,7 +470,7 @@ def planted_faults() -> dict[str, tuple[str, Callable[[], Any]]]:
             forgets(CollapseAlarm, "load_state_dict"),
         ),
         "ExactResume": ("none", forgets(ExactResume, "on_load_checkpoint")),
-        "batch seeds": ("none", forgets(BatchSeeds, "begin")),
+        "batch seeds": ("none", forgets(BatchSeeds, "set_epoch")),
         "OptimizerPlan": ("plan, clipping", forgets(Composite, "load_state_dict")),
     }
 

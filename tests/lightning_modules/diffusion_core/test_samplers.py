@@ -340,7 +340,7 @@ def test_guidance_moves_along_the_difference_that_the_label_makes() -> None:
     ("wrong", "said"),
     [
         (lambda: SamplerConfig(steps=0), r"steps is 0; allowed: 1 or more; type --steps=50"),
-        (lambda: SamplerConfig(guidance_scale=-1), r"guidance is -1; allowed: 0 \(none\) or more"),
+        (lambda: SamplerConfig(guidance=-1), r"guidance is -1; allowed: 0 \(none\) or more"),
         (
             lambda: SamplerConfig(eta=2),
             r"eta is 2; allowed: 0 \(no fresh noise\) to 1; type --eta=0",
