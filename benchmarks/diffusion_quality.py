@@ -1,4 +1,4 @@
-"""What a diffusion model draws, judged by somebody else: python benchmarks/diffusion_quality.py
+"""Quality of diffusion samples by independent classifiers: python benchmarks/diffusion_quality.py
 
     mnist [seed ...]     diffusion/mnist_quick, 1,000 images of all ten labels
     digits [seed ...]    the three attempts of lecture 6 on 8x8 digits, 500 images each

@@ -145,7 +145,7 @@ def any_bytes(dice: random.Random, files: Files) -> Files:
 
 
 def odd_value(dice: random.Random, value: Any) -> Any:
-    """Another value in the place of one: of another type, too large, nested, or shared."""
+    """A value of another type, too large, nested or shared, which replaces the given one."""
     bomb: Any = [1]
     for _ in range(12):
         bomb = [bomb] * 9

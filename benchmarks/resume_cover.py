@@ -4,8 +4,8 @@
 
 A case is one value of each axis. The cases are a pairwise cover: of any two axes each pair of
 values stands in a case, but for the pairs of `EXCLUDED`. A case trains a whole run that writes a
-file after each optimizer step; goes on from a random file; goes on once more from a random file of
-that run; and compares every tensor and number of the three last files bit for bit. A case that is
+file after each optimizer step. It resumes from a random file, and resumes again from a random file
+of that run. It compares every tensor and number of the three last files bit for bit. A case that is
 refused must be refused by a ValueError before its first step.
 
 A row a case goes to rows/resume_cover.jsonl. `--planted` makes one callback after the other forget

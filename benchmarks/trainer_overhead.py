@@ -178,7 +178,7 @@ class Turns(Callback):
 
 
 class Screen(io.StringIO):
-    """A terminal that nobody looks at: the bar is drawn, and thrown away."""
+    """A terminal for the progress bar; its output is discarded."""
 
 
 class Turn(Callback):

@@ -270,7 +270,7 @@ def find_last_checkpoint(trainer: Trainer) -> str | None:
 
 def raise_if_run_dir_removed(trainer: Trainer, error: BaseException) -> None:
     """Raise RunDirRemovedError instead of an error that a removed run directory has caused."""
-    folder, step = trainer._run_dir, trainer.global_step
+    folder, step = trainer.run_dir, trainer.global_step
     if folder and step and isinstance(error, Exception) and not Path(folder).is_dir():
         raise RunDirRemovedError(
             f"the run's folder {folder} was removed while the run wrote to it, at step {step}"
@@ -285,7 +285,7 @@ class RunDirRemovedError(RunError):
 
 def remove_empty_run_dir(trainer: Trainer) -> None:
     """Remove the directory of a run that failed before its first step, if it has no other files."""
-    folder = trainer._run_dir
+    folder = trainer.run_dir
     if not folder or trainer.global_step or not trainer.is_global_zero:
         return
     file_names = [path.name for path in Path(folder).rglob("*") if path.is_file()]

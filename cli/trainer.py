@@ -125,7 +125,7 @@ class Trainer(L.Trainer):
         """
         silence_lightning()
         check_counts(kwargs)
-        self._run_name, self._run_dir = name, None
+        self._run_name, self.run_dir = name, None
         self._requested_loggers = select_loggers(
             logger, is_barebones := bool(kwargs.get("barebones"))
         )
@@ -202,17 +202,17 @@ class Trainer(L.Trainer):
     @property
     def log_dir(self) -> str | None:
         """Return the run directory; all ranks create it together on the first access in a run."""
-        if self._run_dir is None and self.lightning_module is not None and not self._is_dry_run:
-            self._run_dir = self._broadcast_run_dir()
+        if self.run_dir is None and self.lightning_module is not None and not self._is_dry_run:
+            self.run_dir = self._broadcast_run_dir()
             self.loggers = [
-                self._make_logger(requested, self._run_dir) for requested in self._requested_loggers
+                self._make_logger(requested, self.run_dir) for requested in self._requested_loggers
             ]
             for callback in self.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                    callback.dirpath = os.path.join(self._run_dir, "checkpoints")
-            self._record_checkpoint_folders(self._run_dir)
-            self.print(f"run: {self._run_dir}, on {self._describe_machine()}")
-        return self._run_dir
+                    callback.dirpath = os.path.join(self.run_dir, "checkpoints")
+            self._record_checkpoint_folders(self.run_dir)
+            self.print(f"run: {self.run_dir}, on {self._describe_machine()}")
+        return self.run_dir
 
     def _record_checkpoint_folders(self, folder: str) -> None:
         """Write checkpoint folders outside of the run directory to a file, which `last` reads."""

@@ -67,7 +67,7 @@ def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
         index = int(is_invalid.nonzero()[0])
         raise UsageError(
             f"{name}: the label of image {index} is {int(labels[index])}; allowed are 0 to "
-            f"{num_classes - 1}, the {num_classes} classes: mend the labels"
+            f"{num_classes - 1}, the {num_classes} classes: correct the labels"
         )
 
 

@@ -78,7 +78,7 @@ def read_table(
             raise UsageError(
                 f"{name}, line {line}: the row has {len(row)} columns, and "
                 f"{columns[max(column_indices)]} "
-                f"is number {max(column_indices) + 1}; mend the row, or remove it"
+                f"is number {max(column_indices) + 1}; correct the row, or remove it"
             )
         entries.append(
             Entry(line, row[column_indices[0]], row[column_indices[1]] if has_labels else "")
@@ -120,7 +120,7 @@ def _parse_rows(lines: list[str], name: str, delimiter: str) -> list[tuple[int, 
                     rows.append((start + 1, row))
                 last, start = start, reader.line_num
         except csv.Error as error:
-            raise UsageError(f"{name}, line {reader.line_num}: {error}; mend the line") from None
+            raise UsageError(f"{name}, line {reader.line_num}: {error}; correct the line") from None
         if rows:  # an unclosed quote puts the rest of the file into one cell
             try:
                 list(csv.reader(lines[last:], delimiter=delimiter, strict=True))

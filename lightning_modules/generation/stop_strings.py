@@ -32,9 +32,7 @@ def generate_text(
     With `on_text`, the first text is streamed: each piece is passed on as soon as it is final.
     """
     if "" in stops:
-        raise UsageError(
-            "a stop is empty; allowed: any text; type --stop='\\n\\n', or leave it away"
-        )
+        raise UsageError("a stop is empty; allowed: any text; type --stop='\\n\\n', or omit --stop")
     stop_sequences = [tokenizer.encode(stop).tolist() for stop in stops]
     if tokenizer.eos_id is not None:  # the end token ends a text, too
         stop_sequences.append([tokenizer.eos_id])
