@@ -45,6 +45,7 @@ from .fsdp.mixed_precision import (
     build_mp_policy,
     full_precision_params,
     keep_embeddings_in_fp32,
+    show_fp32_weights,
 )
 from .fsdp.step_unit import StepUnit
 from .tensor_parallel import apply_tensor_parallel
@@ -294,6 +295,7 @@ def shard_module(
     if options.half_dtype is not None:
         replicated_ids |= {id(p) for p in full_precision_params(module)}
         keep_embeddings_in_fp32(module)
+        show_fp32_weights(module)
     ignored_params = {p for p in module.parameters() if id(p) in replicated_ids | ignored_ids}
     policy = build_mp_policy(options.half_dtype)
     if joint_modules:

@@ -32,6 +32,8 @@ class Experts(nn.Module):
     rank.
     """
 
+    only_matmul_weights = True  # needs no fp32 copies when gathered in half precision
+
     def __init__(self, d_model: int, num_experts: int, d_ff: int | None = None) -> None:
         """Initialize as E linear layers; d_ff hidden channels in each, by default 4d."""
         super().__init__()

@@ -14,6 +14,11 @@ Some parameters stay in fp32, because autocast in one process does not cast them
     complex and double-precision parameters
 
 These parameters belong to no unit: every rank holds them in full. Embeddings return fp32 rows.
+
+A layer of another kind, such as nn.EmbeddingBag or a layer with a matrix of its own, may use its
+weights in operations that need fp32. So its forward reads an fp32 copy of the gathered weights,
+which autocast rounds in matrix products as it does in one process. A layer that uses its weights in
+matrix products only sets the class attribute `only_matmul_weights = True`, and needs no copy.
 """
 
 from collections.abc import Iterator
@@ -57,6 +62,54 @@ def full_precision_params(module: nn.Module) -> Iterator[nn.Parameter]:
             is_vector = parameter.ndim < 2 and not isinstance(owner, MATMUL_LAYERS)
             if is_kept or is_vector or parameter.dtype != torch.float32:
                 yield parameter
+
+
+class Fp32Weights:
+    """Hooks that show the forward of a layer its half-precision weights in fp32."""
+
+    def __init__(self, layer: nn.Module, names: list[str]) -> None:
+        """Register the hooks; must be called before fully_shard registers its own."""
+        self.names = names
+        self.num_calls = 0
+        enter, leave = (torch.compiler.disable(f) for f in (self.show_fp32, self.show_original))
+        layer.register_forward_pre_hook(cast(Any, enter))
+        layer.register_forward_hook(cast(Any, leave), always_call=True)
+
+    def show_fp32(self, layer: nn.Module, inputs: Any) -> None:
+        """Set an attribute of the layer, which Python finds before the parameter of that name."""
+        for name in self.names:
+            weight = layer._parameters.get(name)
+            if weight is not None and weight.dtype in HALF_DTYPES.values():
+                layer.__dict__[name] = weight.float()
+
+    def show_original(self, layer: nn.Module, inputs: Any, outputs: Any) -> None:
+        """Remove the attribute; what the forward wrote into it is written into the weight.
+
+        A write through `.data` leaves the version counter as it is, so that calls 1, 2, 4, 8, ...
+        compare the values, too.
+        """
+        self.num_calls += 1
+        compares_values = self.num_calls & (self.num_calls - 1) == 0
+        for name in self.names:
+            weight, copy = layer._parameters.get(name), layer.__dict__.pop(name, None)
+            if weight is None or copy is None or not (copy._version or compares_values):
+                continue
+            with torch.no_grad():
+                rounded = copy.to(weight.dtype)
+                if not torch.equal(rounded, weight):
+                    weight.copy_(rounded)
+
+
+def show_fp32_weights(module: nn.Module) -> None:
+    """Let layers that may use weights outside of matrix products read them in fp32."""
+    full_precision_ids = {id(p) for p in full_precision_params(module)}
+    for layer in module.modules():
+        if isinstance(layer, MATMUL_LAYERS) or getattr(layer, "only_matmul_weights", False):
+            continue
+        names = [n for n, p in layer._parameters.items() if p is not None]
+        names = [n for n in names if id(layer._parameters[n]) not in full_precision_ids]
+        if names:
+            Fp32Weights(layer, names)
 
 
 class UnitAutocast:

@@ -31,6 +31,7 @@ from torch import (
     _foreach_copy_,  # pyright: ignore[reportPrivateImportUsage]
     nn,
 )
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import grad_mode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -499,6 +500,8 @@ class GatherOnUse:
                 sharded = parameter.sharded_param
                 if isinstance(as_sharded_parameter(sharded), ShardedParameter):
                     sharded._gather = (self, group, parameter)
+            if "post_forward" not in vars(group):
+                group.post_forward = partial(self._post_forward, group, group.post_forward)
         for state in states:
             is_installed = hasattr(state, "_gather")
             state._gather = self
@@ -613,11 +616,18 @@ class GatherOnUse:
         """
         for group in self.param_groups:
             if group.is_unsharded:
-                _write_back_group(
-                    group,
-                    self._refuse_lost_write,
-                    self._num_backward_passes % CHECK_WRITES_EVERY in (0, 1),
-                )
+                _write_back_group(group, self._refuse_lost_write, self._should_compare_values)
+
+    @property
+    def _should_compare_values(self) -> bool:
+        return self._num_backward_passes % CHECK_WRITES_EVERY in (0, 1)
+
+    def _post_forward(self, group: Any, post_forward: Callable[..., Any], *args: Any) -> Any:
+        """Copy writes of a unit's forward to its shards before FSDP2 frees the gathered copy."""
+        is_transformed = peek_interpreter_stack() is not None  # by vmap, grad
+        if group.is_unsharded and not self.is_in_backward and not is_transformed:
+            _write_back_group(group, self._refuse_lost_write, self._should_compare_values)
+        return post_forward(*args)
 
     def _refuse_lost_write(self, parameter: Any) -> None:
         owner, attribute = parameter._module_info.module, parameter._module_info.param_name

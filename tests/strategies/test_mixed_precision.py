@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from ravine.errors import UsageError
 from ravine.lightning_modules.nn.moe import MixtureOfExperts
 from ravine.strategies import MeshStrategy
 
@@ -181,6 +182,69 @@ def test_two_steps_in_mixed_precision_are_as_far_from_exact_ones_as_in_one_proce
         for weights in ranks(trained, 2, strategy, 2, "bf16-mixed"):
             assert 0.7 * rounding < off(weights, exact) < 1.2 * rounding
             assert off(weights, half) < 1.7 * rounding
+
+
+class Bag(nn.Module):
+    """A weighted sum of rows, an operation that autocast does not cast: it needs fp32 weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 24))
+        self.bag = nn.EmbeddingBag(16, 24, mode="sum")
+        self.head = nn.Linear(24, 1)
+
+    def forward(self, tokens):
+        self.dtypes = (
+            self.weight.dtype,
+            self.bag(tokens).dtype,
+            (self.weight @ self.weight.mT).dtype,
+        )
+        weights = torch.ones(tokens.shape)
+        rows = nn.functional.embedding_bag(
+            tokens, self.weight, mode="sum", per_sample_weights=weights
+        )
+        return self.head(rows + self.bag(tokens, per_sample_weights=weights)).float()
+
+
+class Writing(Bag):
+    """It changes its weight within the forward, as a codebook of running means does."""
+
+    def forward(self, tokens):
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return super().forward(tokens)
+
+
+def bagged(strategy, devices, precision):
+    torch.manual_seed(0)
+    module = Task(Bag, rows=16 // devices)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.001)
+    fit(module, strategy, devices, precision=precision)
+    return whole(module), module.net.dtypes
+
+
+def test_weights_of_other_layers_are_read_in_fp32_as_in_one_process(ranks):
+    exact, half = bagged("auto", 1, "32-true"), bagged("auto", 1, "bf16-mixed")
+    rounding = off(exact[0], half[0])
+    assert rounding > 0
+    for strategy in ("zero2", "zero3"):
+        for weights, dtypes in ranks(bagged, 2, strategy, 2, "bf16-mixed"):
+            assert dtypes == half[1] == (FP32, FP32, BF16)
+            # the fp32 copies are of gathered weights, which are rounded to bf16
+            assert off(weights, exact[0]) < 3 * rounding
+
+
+def written(strategy):
+    try:
+        fit(Task(Writing), strategy, 2, precision="bf16-mixed", steps=1)
+    except UsageError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_write_into_a_copy_in_fp32_is_refused_and_not_lost(ranks, strategy):
+    for message in ranks(written, 2, strategy):
+        assert "net.weight was changed within a step" in message
 
 
 class Deep(nn.Module):

@@ -125,6 +125,24 @@ class Writes(Classifier):
             self.found[name] = whole(self.net[0])["weight"]
 
 
+class Halving(nn.Linear):
+    """It changes its own parameters in its forward pass."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.mul_(0.9)
+        self.bias.data += 0.1
+        return super().forward(x)
+
+
+class WritesInForward(Classifier):
+    """Under stage 3 the gathered copies are freed after each forward pass of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(Halving(6, 10), nn.Tanh(), Halving(10, 3))
+
+
 class HooksOfInit(Classifier):
     """A mask of gradients, and a hook that is removed again."""
 
@@ -288,7 +306,8 @@ class Pruned(Classifier):
 
 
 KINDS = [
-    Writes, HooksOfInit, HookLater, Marks, ClassOfParameter, OtherWeights, InnerStep, AliasOfInit,
+    Writes, WritesInForward, HooksOfInit, HookLater, Marks, ClassOfParameter, OtherWeights,
+    InnerStep, AliasOfInit,
     TermsBesideOutputs, OddLayouts, Pruned, OptimizerOfItsOwn, OtherOptimizer,
 ]  # fmt: skip
 
