@@ -119,8 +119,11 @@ def started(
 
 
 def _environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """The variables torchrun gives a rank; Lightning recognises them."""
-    return {
+    """The caller's variables, and those torchrun gives a rank; Lightning recognises them.
+
+    The server that the ranks are forked from has the variables of its own first caller.
+    """
+    return dict(os.environ) | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -145,6 +148,7 @@ def _serve(
     timeout: float,
 ) -> None:
     """Be one rank: load the test file by its path, call the function, send what came of it."""
+    os.environ.clear()
     os.environ.update(environment)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)

@@ -93,3 +93,15 @@ def test_warnings_are_errors_in_ranks_too(ranks):
 def test_a_local_function_is_refused(ranks):
     with pytest.raises(TypeError, match="module level"):
         ranks(lambda: None, 2)
+
+
+def read_variable(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def test_ranks_have_the_environment_of_the_caller_not_that_of_the_first_one(ranks, monkeypatch):
+    for value in ("one", "other"):
+        monkeypatch.setenv("RAVINE_TEST", value)
+        assert ranks(read_variable, 1, "RAVINE_TEST") == [value]
+    monkeypatch.delenv("RAVINE_TEST")
+    assert ranks(read_variable, 1, "RAVINE_TEST") == [None]
