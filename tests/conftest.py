@@ -45,6 +45,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def same_environment() -> Iterator[None]:
+    """Fixtures of a module may set variables, such as PL_GLOBAL_SEED, until its last test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(autouse=True)
 def same_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every test begins with the same generators and leaves the environment as it was."""
