@@ -55,7 +55,7 @@ def test_twelve_cases_drawn_by_the_commit_go_on_bit_for_bit(folder: Path, ranks:
     key = commit()
     alone, together = drawn(key)
     found = cut_all(alone, str(folder), key)
-    found += ranks(cut_all, 2, together, str(folder), key)[0]
+    found += ranks(cut_all, 2, together, str(folder), key, timeout=600)[0]  # two of diffusion: 90
     different = [
         (list(case.values()), result)
         for case, result in zip([*alone, *together], found, strict=True)
