@@ -165,7 +165,8 @@ class Zero1Reducer:
         """Prepare the reduction for the last backward pass of an optimizer step, from `loss`."""
         if not self._has_searched_readers:
             self._has_searched_readers = True
-            self.keeps_all_gradients = bool(self.find_gradient_readers())
+            # without an owner of any parameter, every rank gets all gradients, too
+            self.keeps_all_gradients = not self.owner_of or bool(self.find_gradient_readers())
         self._rebuild_buckets()
         self._is_reducing, self._num_launched = True, 0
         self._is_manual = not getattr(self.module, "automatic_optimization", True)

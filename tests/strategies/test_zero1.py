@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import GradientClipping, NaNGuard
+from ravine.callbacks.optimizers.newton import NewtonOptimizer
 from ravine.strategies import zero1
 from ravine.strategies.gradient_readers import find_gradient_readers
 
@@ -386,6 +387,19 @@ CASES = {
 }
 
 
+class Few(Net):
+    """So few numbers that every rank can take the whole step of Newton's method."""
+
+    def __init__(self, **how):
+        super().__init__(width=2, layers=1, **how)
+
+
+NEWTON = {"optimizer": NewtonOptimizer, "lr": 1.0, "damping": 5.0}
+CASES["Newton's method"] = (Few, NEWTON, {})
+CASES["Newton's method, clipping"] = (Few, NEWTON, {}, GradientClipping(0.05))
+CASES["Newton's method, Lightning's clipping"] = (Few, NEWTON, {"gradient_clip_val": 0.05})
+
+
 class TwoModes(torch.optim.SGD):
     """Shows other weights in evaluation, where it has states, as a schedule-free optimizer."""
 
@@ -452,6 +466,8 @@ CLIPPED = {
     "Lightning's clipping": "accumulation",
     "clipping of odd parameters": "odd parameters",
     "clipping by value": "odd parameters",
+    "Newton's method, clipping": "Newton's method",
+    "Newton's method, Lightning's clipping": "Newton's method",
 }
 
 
