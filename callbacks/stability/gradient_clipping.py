@@ -23,7 +23,7 @@ from torch import (
     _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
     _foreach_norm,  # pyright: ignore[reportPrivateImportUsage]
 )
-from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed import ProcessGroup, all_reduce, get_process_group_ranks
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -47,7 +47,7 @@ def global_norm(
     It is float64 if a gradient is, else float32; 0 if there are no gradients. In a pipeline each
     stage has its own gradients; another stage counts those in `excluded`. With ZeRO-1 each rank has
     only the gradients that it owns: `owned` is the process group and a parameter of the widest
-    dtype.
+    dtype. Gradients that are sharded over ranks of that group (experts) have no single owner.
     """
     if not gradients and pipeline is None and owned is None:
         return torch.zeros(())
@@ -67,6 +67,7 @@ def global_norm(
             key = (gradient.device_mesh, axes)
         squares.setdefault(key, []).append(_as_real(gradient))
     total = torch.zeros((), dtype=dtype, device=to_local(reference).device)
+    without_owner = torch.zeros_like(total)  # equal on all ranks of the group of owners
     for key, shards in squares.items():
         # float32 also for bfloat16 gradients, because a sum of squares needs the precision
         norms = torch.stack(_foreach_norm(shards, 2, dtype=dtype))
@@ -75,12 +76,21 @@ def global_norm(
             mesh, axes = key
             for axis in axes:
                 all_reduce(square, group=mesh.get_group(axis))
+            if owned is not None and _shares_ranks([mesh.get_group(a) for a in axes], owned[0]):
+                without_owner = without_owner + square
+                continue
         total = total + square
     if pipeline is not None:
         all_reduce(total, group=pipeline.group)
     if owned is not None:
         all_reduce(total, group=owned[0])
-    return total.sqrt()
+    return (total + without_owner).sqrt()
+
+
+def _shares_ranks(groups: Sequence[ProcessGroup], other: ProcessGroup) -> bool:
+    """Whether any of the groups has more than one rank in common with another group."""
+    ranks = set(get_process_group_ranks(other))
+    return any(len(ranks & set(get_process_group_ranks(group))) > 1 for group in groups)
 
 
 def _as_real(gradient: Tensor) -> Tensor:

@@ -334,6 +334,7 @@ STRATEGIES = {
     "ddp": lambda: {"strategy": "ddp", "devices": 2},
     "zero3": lambda: {"strategy": "zero3", "devices": 2},
     "zero3 x tp": lambda: {"strategy": MeshStrategy(tp=2), "devices": 4},
+    "zero1 x ep": lambda: {"strategy": MeshStrategy(zero=1, ep=2), "devices": 4},
 }
 
 
@@ -361,10 +362,10 @@ class OwnShard(GradientClipping):
         self._norm = clip_by_norm([to_local(g) for g in gradients], self.max_norm)
 
 
-def clipped_training(layout, clipping=GradientClipping):
+def clipped_training(layout, clipping=GradientClipping, **shape):
     """Two clipped steps: with lr 1 and no momentum the weights are the sum of the gradients."""
     L.seed_everything(0, verbose=False)
-    module = Model(65, 16, layers=2, width=16, heads=4, zero_init=False)
+    module = Model(65, 16, layers=2, width=16, heads=4, zero_init=False, **shape)
     norms = []
 
     class Norms(L.Callback):
@@ -384,6 +385,19 @@ def test_clipped_training_equals_one_process(ranks, layout, world):
     weights, norms = clipped_training("single")
     assert norms.min() > 0.1
     for there, norms_there in ranks(clipped_training, world, layout):
+        assert furthest(weights, there) < 1e-6
+        torch.testing.assert_close(norms_there, norms, rtol=1e-6, atol=0)
+
+
+def clipped_experts(layout):
+    return clipped_training(layout, experts=4)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step.")
+def test_gradients_of_experts_are_counted_once_although_other_gradients_have_an_owner(ranks):
+    weights, norms = clipped_experts("single")
+    assert norms.min() > 0.1
+    for there, norms_there in ranks(clipped_experts, 4, "zero1 x ep"):
         assert furthest(weights, there) < 1e-6
         torch.testing.assert_close(norms_there, norms, rtol=1e-6, atol=0)
 
