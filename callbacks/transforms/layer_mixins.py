@@ -28,6 +28,7 @@ class LayerMixin(nn.Module):
 
     class_prefix: str
     keeps: tuple[str, ...] = ()
+    only_matmul_weights = True  # of the mixin; needs no fp32 copies of half-precision weights
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         names = [name for cls in type(self).__mro__ for name in cls.__dict__.get("keeps", ())]

@@ -17,12 +17,15 @@ These parameters belong to no unit: every rank holds them in full. Embeddings re
 
 A layer of another kind, such as nn.EmbeddingBag or a layer with a matrix of its own, may use its
 weights in operations that need fp32. So its forward reads an fp32 copy of the gathered weights,
-which autocast rounds in matrix products as it does in one process. A layer that uses its weights in
-matrix products only sets the class attribute `only_matmul_weights = True`, and needs no copy.
+which autocast rounds in matrix products as it does in one process. The same holds for a subclass of
+nn.Linear whose own methods name a weight, and for a layer with torch's weight_norm, spectral_norm
+or pruning. A class that uses its weights in matrix products only sets the class attribute
+`only_matmul_weights = True`, and needs no copy.
 """
 
+import inspect
 from collections.abc import Iterator
-from types import MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -35,6 +38,10 @@ from torch.nn.modules.conv import _ConvNd
 HALF_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by Lightning precision
 MATMUL_LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Embedding, _ConvNd)
 NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+REPARAMETRIZED = ("_g", "_v", "_orig")  # ends of the parameter names of torch.nn.utils
+PARAM_LISTS = {"parameters", "named_parameters", "_parameters"}
+# methods that a forward does not call
+SETUP_METHODS = {"__init__", "reset_parameters", "extra_repr", "_load_from_state_dict"}
 RECURRENT_LAYERS = (nn.RNNBase, nn.RNNCellBase)  # kernels need all weights in one dtype
 
 
@@ -72,7 +79,8 @@ class Fp32Weights:
         self.names = names
         self.num_calls = 0
         enter, leave = (torch.compiler.disable(f) for f in (self.show_fp32, self.show_original))
-        layer.register_forward_pre_hook(cast(Any, enter))
+        # before the hooks of weight_norm and pruning, which compute a weight from parameters
+        layer.register_forward_pre_hook(cast(Any, enter), prepend=True)
         layer.register_forward_hook(cast(Any, leave), always_call=True)
 
     def show_fp32(self, layer: nn.Module, inputs: Any) -> None:
@@ -100,11 +108,46 @@ class Fp32Weights:
                     weight.copy_(rounded)
 
 
+def uses_weights_in_matmul_only(layer: nn.Module) -> bool:
+    """Whether a layer uses its weights in matrix products (or as rows of a table) only.
+
+    Layers of torch do, unless parameters were replaced, as by weight_norm. A subclass does unless
+    its own methods name a parameter. Classes with `only_matmul_weights = True` are not searched.
+    """
+    classes = type(layer).__mro__
+    if not isinstance(layer, MATMUL_LAYERS):
+        return getattr(layer, "only_matmul_weights", False)
+    names = {name for name, p in layer._parameters.items() if p is not None}
+    if any(name.endswith(REPARAMETRIZED) for name in names):
+        return False
+    forward = layer.__dict__.get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not _embedding_forward_fp32:
+        return False
+    for owner in classes:
+        is_of_torch = owner.__module__.partition(".")[0] == "torch"
+        if owner is object or is_of_torch or getattr(owner, "only_matmul_weights", False):
+            continue
+        functions = (f for name, f in vars(owner).items() if name not in SETUP_METHODS)
+        for attribute in functions:
+            function = getattr(attribute, "fget", None) or attribute
+            function = inspect.unwrap(getattr(function, "__func__", function))
+            used = _names_in(function.__code__) if isinstance(function, FunctionType) else set()
+            if not used.isdisjoint(names | PARAM_LISTS):
+                return False
+    return True
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Return the names of attributes and globals in a function and in functions within it."""
+    nested = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names_in, nested))
+
+
 def show_fp32_weights(module: nn.Module) -> None:
     """Let layers that may use weights outside of matrix products read them in fp32."""
     full_precision_ids = {id(p) for p in full_precision_params(module)}
     for layer in module.modules():
-        if isinstance(layer, MATMUL_LAYERS) or getattr(layer, "only_matmul_weights", False):
+        if uses_weights_in_matmul_only(layer):
             continue
         names = [n for n, p in layer._parameters.items() if p is not None]
         names = [n for n in names if id(layer._parameters[n]) not in full_precision_ids]

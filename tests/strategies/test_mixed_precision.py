@@ -215,22 +215,67 @@ class Writing(Bag):
         return super().forward(tokens)
 
 
-def bagged(strategy, devices, precision):
+def trained_net(kind, strategy="auto", devices=1, precision="32-true"):
     torch.manual_seed(0)
-    module = Task(Bag, rows=16 // devices)
+    module = Task(kind, rows=16 // devices)
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.001)
     fit(module, strategy, devices, precision=precision)
     return whole(module), module.net.dtypes
 
 
 def test_weights_of_other_layers_are_read_in_fp32_as_in_one_process(ranks):
-    exact, half = bagged("auto", 1, "32-true"), bagged("auto", 1, "bf16-mixed")
+    exact, half = trained_net(Bag), trained_net(Bag, "auto", 1, "bf16-mixed")
     rounding = off(exact[0], half[0])
     assert rounding > 0
     for strategy in ("zero2", "zero3"):
-        for weights, dtypes in ranks(bagged, 2, strategy, 2, "bf16-mixed"):
+        for weights, dtypes in ranks(trained_net, 2, Bag, strategy, 2, "bf16-mixed"):
             assert dtypes == half[1] == (FP32, FP32, BF16)
             # the fp32 copies are of gathered weights, which are rounded to bf16
+            assert off(weights, exact[0]) < 3 * rounding
+
+
+class Centred(nn.Linear):
+    """It computes its weight from a parameter, as layers of weight standardization do."""
+
+    def forward(self, x):
+        self.is_copied = "weight" in vars(self)
+        return nn.functional.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+class First(nn.Linear):
+    """It leaves the use of its weight to nn.Linear."""
+
+    def forward(self, x):
+        self.is_copied = "weight" in vars(self)
+        return super().forward(x)[:, :24]
+
+
+class Reparametrized(nn.Module):
+    """Layers whose weights torch computes from parameters before each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(16, 24)
+        self.centred, self.first, self.head = Centred(24, 24), First(24, 32), nn.Linear(24, 1)
+        self.spectral = nn.utils.spectral_norm(nn.Linear(24, 24))
+        self.normed = nn.utils.weight_norm(nn.Linear(24, 24))
+        self.pruned = nn.utils.prune.l1_unstructured(nn.Linear(24, 24), "weight", 0.5)
+
+    def forward(self, tokens):
+        x = self.spectral(self.centred(self.embed(tokens).mean(1)))
+        x = self.head(self.pruned(self.normed(self.first(x)))).float()
+        self.dtypes = (self.centred.is_copied, self.first.is_copied, self.normed.weight.dtype)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated")
+def test_weights_that_are_computed_from_parameters_are_computed_in_fp32(ranks):
+    exact, half = trained_net(Reparametrized), trained_net(Reparametrized, "auto", 1, "bf16-mixed")
+    rounding = off(exact[0], half[0])
+    assert rounding > 0
+    for strategy in ("zero2", "zero3"):
+        for weights, seen in ranks(trained_net, 2, Reparametrized, strategy, 2, "bf16-mixed"):
+            assert seen == (True, False, FP32)
             assert off(weights, exact[0]) < 3 * rounding
 
 
