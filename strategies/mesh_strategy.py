@@ -66,6 +66,7 @@ from .fsdp.sharded_parameter import GatherOnUse, has_sharded_parameters
 from .fsdp.torch_attributes import check_fsdp_attributes
 from .gradient_norm import clip_grad_norm
 from .gradient_readers import can_free_gradients_early, find_gradient_readers, free_gradients
+from .gradient_scaling import restore_scaler, unscale_on_all_ranks
 from .materialize import collect_deferred_values, materialize_params
 from .parallel_module import (
     ParallelModule,
@@ -272,6 +273,9 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
             self._check_norm_clipping(trainer.gradient_clip_val)
         replace_method(self.precision_plugin, "clip_grad_by_norm", self._clip_by_norm)
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if scaler is not None:
+            unscale_on_all_ranks(scaler)
 
     def _check_norm_clipping(self, bound: float) -> None:
         """Raise UsageError if `gradient_clip_val` would use the norm of this rank's gradients."""
@@ -313,6 +317,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         if self.lightning_module is not None:
             self.lightning_module.__dict__.pop("strategy_draws_values", None)
         restore_method(self.precision_plugin, "clip_grad_by_norm")
+        restore_scaler(getattr(self.precision_plugin, "scaler", None))
         super().teardown()
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
