@@ -27,21 +27,33 @@ from versus import Times, compare
 from ravine.callbacks import GradientClipping, OptimizerPlan
 from ravine.datamodules import PromptDataModule, TextDataModule
 from ravine.lightning_modules import CharacterFraction, LanguageModel, Reinforce
-from ravine.lightning_modules.generation.sampling import Sampling
-from ravine.lightning_modules.rl.advantages import Estimator
+from ravine.lightning_modules.generation.sampling import DecodingConfig
+from ravine.lightning_modules.rl.advantages import AdvantageEstimator
 from ravine.lightning_modules.rl.kl import KL
 
 G, PROMPTS, PROMPT, NEW = 4, 4, 64, 64
 ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 WARM, STEPS, ROUNDS = 2, 8, 2  # of `speed`
 SHAPE: dict[str, Any] = {
-    "layers": 4, "width": 128, "heads": 4, "positions": "learned", "norm": "layernorm",
-    "qk_norm": False, "mlp": "gelu_tanh", "bias": "all", "tied": True, "zero_init": False,
-}  # fmt: skip
+    "num_layers": 4,
+    "d_model": 128,
+    "num_heads": 4,
+    "positional_encoding": "learned",
+    "norm": "layernorm",
+    "qk_norm": False,
+    "activation": "gelu_tanh",
+    "bias": "all",
+    "tie_embeddings": True,
+    "zero_init_residual": False,
+}
 QUIET: dict[str, Any] = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-    "enable_model_summary": False, "accelerator": "cpu", "limit_val_batches": 0,
-}  # fmt: skip
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "limit_val_batches": 0,
+}
 
 
 def base(folder: str) -> str:
@@ -50,11 +62,13 @@ def base(folder: str) -> str:
     model = LanguageModel(**SHAPE)
     model.lr = 2e-3
     trainer = L.Trainer(max_steps=250, **QUIET)
-    trainer.fit(model, TextDataModule(source="shakespeare", context=PROMPT + NEW, batch_size=16))
+    trainer.fit(
+        model, TextDataModule(source="shakespeare", context_length=PROMPT + NEW, batch_size=16)
+    )
     trainer.save_checkpoint(f"{folder}/base.ckpt")
     model.export(f"{folder}/gpt2")
     assert model.tokenizer is not None
-    return model.tokenizer.state()["characters"]
+    return model.tokenizer.state_dict()["characters"]
 
 
 class Steps(L.Callback):
@@ -65,7 +79,7 @@ class Steps(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *args) -> None:
         self.at.append(time.process_time())
-        self.rewards.append(statistics.fmean(row["reward"] for row in pl_module.samples()))
+        self.rewards.append(statistics.fmean(row["reward"] for row in pl_module.last_samples()))
 
 
 def ours(folder: str, beta: float, steps: int, seed: int) -> tuple[list[float], list[float]]:
@@ -73,17 +87,19 @@ def ours(folder: str, beta: float, steps: int, seed: int) -> tuple[list[float], 
     policy = Reinforce(
         f"{folder}/base.ckpt",
         [CharacterFraction("eE", -1.0)],
-        new=NEW,
+        max_new_tokens=NEW,
         group_size=G,
-        sampling=Sampling(0.8),
-        estimator=Estimator("rloo", "group"),
+        sampling=DecodingConfig(0.8),
+        estimator=AdvantageEstimator("rloo", "group"),
         kl=KL(beta * NEW),
-        reference="copy" if beta else "none",
+        reference="frozen_copy" if beta else "none",
     )
     watch, adam = Steps(), partial(torch.optim.AdamW, **ADAM)
     callbacks: list[Any] = [watch, OptimizerPlan(adam), GradientClipping(1.0)]
     trainer = L.Trainer(max_steps=steps, callbacks=callbacks, log_every_n_steps=1, **QUIET)
-    trainer.fit(policy, PromptDataModule(source="shakespeare", length=PROMPT, batch_size=PROMPTS))
+    trainer.fit(
+        policy, PromptDataModule(source="shakespeare", prompt_length=PROMPT, batch_size=PROMPTS)
+    )
     return [b - a for a, b in pairwise(watch.at[1:])], watch.rewards
 
 
@@ -108,7 +124,7 @@ def theirs(
     from trl import RLOOConfig, RLOOTrainer
 
     L.seed_everything(seed, verbose=False)
-    data = PromptDataModule(source="shakespeare", length=PROMPT, batch_size=PROMPTS)
+    data = PromptDataModule(source="shakespeare", prompt_length=PROMPT, batch_size=PROMPTS)
     data.prepare_data()
     data.setup("fit")
     batches = iter(data.train_dataloader())

@@ -60,7 +60,7 @@ class Language(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = Transformer(VOCABULARY, CONTEXT, layers=8, width=512, heads=8)
+        self.net = Transformer(VOCABULARY, CONTEXT, num_layers=8, d_model=512, num_heads=8)
 
     def loss(self, batch: torch.Tensor) -> torch.Tensor:
         logits = self.net(batch[:, :-1])
@@ -189,7 +189,7 @@ class Turns(L.Callback):
 def measure(case: str, turn: int, turns: int) -> Times:
     """All turns, in each rank."""
     warnings.simplefilter("ignore")
-    parallelize.SMALLEST = 2**20  # as in training; the harness of the tests sets 0
+    parallelize.DEFAULT_MIN_UNIT_BYTES = 2**20  # as in training; the harness of the tests sets 0
     kind, strategy, precision = KINDS[case]
     module, batch = kind(), kind.batch
 
@@ -221,7 +221,7 @@ def measure(case: str, turn: int, turns: int) -> Times:
 def peak(case: str, world: int, by_hand: bool) -> int:
     """Bytes at the peak of the third step of one way, in each rank."""
     warnings.simplefilter("ignore")
-    parallelize.SMALLEST = 2**20
+    parallelize.DEFAULT_MIN_UNIT_BYTES = 2**20
     kind, strategy, precision = KINDS[case]
     if by_hand:
         dist.init_process_group("gloo")

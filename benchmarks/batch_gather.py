@@ -52,7 +52,7 @@ def main() -> None:
     given = parser.parse_args()
 
     torch.set_num_threads(1)
-    data = TextDataModule(context=given.context, batch_size=given.batch_size, seed=0)
+    data = TextDataModule(context_length=given.context, batch_size=given.batch_size, seed=0)
     data.setup("fit")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.bin"
@@ -61,7 +61,7 @@ def main() -> None:
         ways = {"ours": ours(data), "nanoGPT": theirs, "ours again": ours(data)}
         times = rounds(ways, given.rounds, given.batches)
     what = f"a batch of {given.batch_size} x {given.context} characters"
-    compare("batch_gather", what, times, [], source=data.resolved["source"])
+    compare("batch_gather", what, times, [], source=data.provenance["source"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from record import append, machine
 from torch import Tensor
 
-from ravine.lightning_modules.rl.advantages import AdvantageMethod, Estimator
+from ravine.lightning_modules.rl.advantages import AdvantageEstimator, AdvantageMethod
 
 PHI = {
     "rloo": ("t", lambda t: t),
@@ -32,7 +32,7 @@ def slopes(kind: AdvantageMethod, size: int) -> Tensor:
     total = torch.zeros_like(T)
     for k in range(size + 1):  # k right answers; their order does not matter
         rewards = torch.tensor([1.0] * k + [0.0] * (size - k), dtype=torch.float64)
-        w = Estimator(kind).advantages(rewards)
+        w = AdvantageEstimator(kind).advantages(rewards)
         ways = math.lgamma(size + 1) - math.lgamma(k + 1) - math.lgamma(size - k + 1)
         likely = (ways + k * T.log() + (size - k) * (1 - T).log()).exp()
         right, wrong = w[:k].sum(), w[k:].sum()

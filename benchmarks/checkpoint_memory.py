@@ -40,16 +40,20 @@ from tensor_bytes import tensor_bytes
 from ravine.datamodules import TextDataModule
 from ravine.lightning_compat import replace_method, set_saves_sharded
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import NAMES, AtomicCheckpointIO, MeshStrategy
+from ravine.strategies import STRATEGY_PRESETS, AtomicCheckpointIO, MeshStrategy
 
 MIB = 2**20
 GPT2 = {
-    "positions": "learned", "norm": "layernorm", "qk_norm": False, "mlp": "gelu_tanh",
-    "tied": True, "bias": "all",
-}  # fmt: skip
+    "positional_encoding": "learned",
+    "norm": "layernorm",
+    "qk_norm": False,
+    "activation": "gelu_tanh",
+    "tie_embeddings": True,
+    "bias": "all",
+}
 SIZES: dict[str, dict[str, Any]] = {
-    "124M": {"layers": 12, "width": 768, "heads": 12} | GPT2,
-    "small": {"layers": 4, "width": 96, "heads": 4} | GPT2,
+    "124M": {"num_layers": 12, "d_model": 768, "num_heads": 12} | GPT2,
+    "small": {"num_layers": 4, "d_model": 96, "num_heads": 4} | GPT2,
 }
 
 
@@ -110,13 +114,13 @@ class Stop(L.Callback):
 
 
 def prepared(layout: str, ranks: int, size: str, folder: bool, **options: Any) -> Any:
-    strategy = MeshStrategy(**NAMES[layout][1], save_distributed_checkpoint=folder)  # type: ignore
+    strategy = MeshStrategy(**STRATEGY_PRESETS[layout][1], save_distributed_checkpoint=folder)  # type: ignore
     trainer = L.Trainer(
         accelerator="cpu", devices=ranks, strategy=strategy, logger=False,
         plugins=[AtomicCheckpointIO()], enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, **options,
     )  # fmt: skip
-    data = TextDataModule(source="embedded", tokenizer="gpt2", context=64, batch_size=ranks)
+    data = TextDataModule(source="embedded", tokenizer="gpt2", context_length=64, batch_size=ranks)
     return trainer, Net(**SIZES[size]), data
 
 

@@ -52,7 +52,12 @@ from ravine.lightning_modules import LanguageModel
 from ravine.strategies.context_parallel import _RingAttention, zigzag_positions
 
 MIB = 2**20
-SHAPE: dict[str, Any] = {"layers": 4, "width": 256, "heads": 8, "zero_init": False}
+SHAPE: dict[str, Any] = {
+    "num_layers": 4,
+    "d_model": 256,
+    "num_heads": 8,
+    "zero_init_residual": False,
+}
 PRECISIONS = {"fp32": ("32-true", torch.float32), "fp64": ("64-true", torch.float64)}
 
 
@@ -148,7 +153,7 @@ def net(
             enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0,
             precision=precision, callbacks=[watch], default_root_dir=folder,
         )  # fmt: skip
-        data = TextDataModule(source="embedded", context=length, batch_size=1)
+        data = TextDataModule(source="embedded", context_length=length, batch_size=1)
         trainer.fit(module, datamodule=data)
     results = watch.gradients | {"loss": torch.as_tensor(watch.loss)}
     return {"results": results, "peak": watch.peak, "seconds": watch.seconds}

@@ -12,8 +12,8 @@ import torch
 from record import append, circumstances
 from sklearn.svm import SVC
 
-from ravine.callbacks.lora import adapters
-from ravine.cli.loading import load
+from ravine.callbacks.lora import lora_layers
+from ravine.cli.loading import load_model
 from ravine.datamodules import ImageDataModule
 from ravine.lightning_modules import Diffusion
 
@@ -24,7 +24,7 @@ def judge() -> tuple[SVC, float]:
     """The classifier, and the share of real test images that it reads right."""
     data = ImageDataModule("digits")
     data.setup("test")
-    (train, labels), (test, truth) = data.pictures("train"), data.pictures("test")
+    (train, labels), (test, truth) = data.get_split("train"), data.get_split("test")
     found = SVC(C=10.0).fit(train.flatten(1).numpy(), labels.numpy())
     return found, float(found.score(test.flatten(1).numpy(), truth.numpy()))
 
@@ -40,13 +40,13 @@ def main(paths: list[str]) -> None:
     """A row for each checkpoint; the base's is the control."""
     reader, real = judge()
     for path in paths:
-        model = load(path)
+        model = load_model(path)
         assert isinstance(model, Diffusion)
         size = {
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "parameters": sum(p.numel() for p in model.parameters()),
         }
-        config = "diffusion/lora" if adapters(model) else "diffusion/digits"
+        config = "diffusion/lora" if lora_layers(model) else "diffusion/digits"
         row = circumstances(config) | size | {"n_each": EACH, "judge_on_real": round(real, 4)}
         row |= {"old_digits": read(model, reader, OLD), "new_digits": read(model, reader, NEW)}
         append("diffusion_adapters", row)

@@ -95,9 +95,9 @@ class Judge:
 
     def __init__(self, features: Any, data: ImageDataModule, n: int) -> None:
         self.features = features.eval()
-        self.train, _ = data.pictures("train")
+        self.train, _ = data.get_split("train")
         self.reference = Gaussian.from_moments(self.moments(self.train))
-        self.test, labels = data.pictures("test")
+        self.test, labels = data.get_split("test")
         self.accuracy = self.right(self.test, labels).float().mean().item()
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         draws = [self.test[part] for part in order.split(n) if len(part) == n]
@@ -130,11 +130,11 @@ class Judge:
 @torch.no_grad()
 def judged(model: Diffusion, judge: Judge, n: int, steps: int, guidance: float) -> dict[str, Any]:
     """One way of making images, in figures."""
-    count = n // max(1, model.classes)
-    pictures = model.generate(num_samples=count, steps=steps, guidance=guidance)
+    count = n // max(1, model.num_classes)
+    pictures = model.generate(num_samples=count, num_steps=steps, guidance_scale=guidance)
     read: dict[str, Any] = {}
-    if model.classes:
-        labels = torch.arange(model.classes).repeat_interleave(count)
+    if model.num_classes:
+        labels = torch.arange(model.num_classes).repeat_interleave(count)
         right = judge.right(pictures.images, labels).float().view(-1, count).mean(1)  # (classes)
         read["accuracy"] = round(right.mean().item(), 4)
         read["worst_class"] = round(right.min().item(), 4)
@@ -152,7 +152,7 @@ def mnist(seed: int) -> None:
     data = ImageDataModule("mnist", val_fraction=0.0)
     data.setup("test")
     ours = ClassifierFeatures(str(trained("classifier/mnist", 1)[0]))
-    judges = {"mnist_cnn": ours, "batch_norm": BatchNormed().learned(*data.pictures("train"))}
+    judges = {"mnist_cnn": ours, "batch_norm": BatchNormed().learned(*data.get_split("train"))}
     path, seconds = trained("diffusion/mnist_quick", seed)
     model = Diffusion.load_from_checkpoint(path, map_location="cpu")
     row = circumstances("diffusion/mnist_quick") | {"seed": seed, "n": 1000} | seconds
@@ -169,7 +169,7 @@ def mnist(seed: int) -> None:
 def digits(seed: int) -> None:
     data = ImageDataModule("digits")
     data.setup("test")
-    words = ["--data.source=digits", "--trainer.max_steps=1000", "--model.shift=0"]
+    words = ["--data.source=digits", "--trainer.max_steps=1000", "--model.max_shift=0"]
     features = ClassifierFeatures(str(trained("classifier/mnist", 2, *words)[0]))
     judge = Judge(features, data, 359)
     for over in ("one_step", "none", ""):

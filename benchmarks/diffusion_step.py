@@ -48,9 +48,9 @@ class Bare:
     """The lecture's loop, with the labels, clipping and average that the task has."""
 
     def __init__(self, data: ImageDataModule) -> None:
-        images, self.labels = data.pictures("train")
+        images, self.labels = data.get_split("train")
         self.images = images
-        self.net = UNet(1, 16, classes=10).to(memory_format=torch.channels_last)  # pyright: ignore
+        self.net = UNet(1, 16, num_classes=10).to(memory_format=torch.channels_last)  # pyright: ignore
         self.optimizer = torch.optim.AdamW(self.net.parameters(), 2e-3)
         self.average = [p.detach().clone() for p in self.net.parameters()]
         kept = compute_alpha_bar("linear").float()
@@ -99,7 +99,9 @@ def main() -> None:
         callbacks=[plan, GradientClipping(1.0), EMA(0.995), clock], enable_progress_bar=False,
         enable_checkpointing=False,
     )  # fmt: skip
-    trainer.fit(Diffusion(labels=True, width=16, channels_last=True), datamodule=data)
+    trainer.fit(
+        Diffusion(class_conditional=True, base_channels=16, channels_last=True), datamodule=data
+    )
     every = {name: spent[1:] for name, spent in ({"ours": clock.blocks} | times).items()}
     what = "a training step of diffusion/digits"
     compare("diffusion_step", what, every, [], threads=torch.get_num_threads())

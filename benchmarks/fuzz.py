@@ -237,7 +237,7 @@ def _model() -> dict[str, Any]:
     from ravine.datamodules.tokenizers import ByteTokenizer
     from ravine.lightning_modules import LanguageModel
 
-    shape = {"vocabulary": 256, "context": 8, "layers": 1, "width": 8, "heads": 2}
+    shape = {"vocab_size": 256, "context_length": 8, "num_layers": 1, "d_model": 8, "num_heads": 2}
     model = LanguageModel(**shape)
     model.tokenizer = ByteTokenizer()
     model.configure_model()
@@ -309,7 +309,7 @@ def read_checkpoint(path: Path) -> None:
     if config:
         saved_config.to_argv(config)
     restore.load_metadata(path)
-    trained.load(path)
+    trained.load_model(path)
 
 
 def touch(value: Any) -> None:
@@ -435,10 +435,13 @@ def change_json(dice: random.Random, files: Files) -> Files:
 
 
 def read_rows(path: Path) -> None:
-    from ravine.datamodules import AnswerDataModule, PromptDataModule
+    from ravine.datamodules import InstructionDataModule, PromptDataModule
 
     refused = None
-    for data in (AnswerDataModule(path, tokenizer="bytes"), PromptDataModule(path, val_prompts=1)):
+    for data in (
+        InstructionDataModule(path, tokenizer="bytes"),
+        PromptDataModule(path, num_val_prompts=1),
+    ):
         try:
             data.setup("fit")
         except Exception as error:
@@ -593,7 +596,7 @@ def tokenizer_seeds() -> list[Files]:
 
     pieces = [bytes([n]) for n in range(256)] + [b"th", b"the", b" the"]
     merges = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the")]
-    file = FileTokenizer.of_merges(dict(enumerate(pieces)), merges, ["<|endoftext|>"])
+    file = FileTokenizer.from_merges(dict(enumerate(pieces)), merges, ["<|endoftext|>"])
     content = json.loads(file.json_text)
     config = json.dumps({"eos_token": "<|endoftext|>"}).encode()
     found: list[Files] = [
@@ -602,7 +605,7 @@ def tokenizer_seeds() -> list[Files]:
          "merges.txt": "\n".join(" ".join(m) for m in content["model"]["merges"]).encode()},
     ]  # fmt: skip
     made = (file, BPETokenizer(pieces), ByteTokenizer(), CharTokenizer("abc"), NumberTokenizer(9))
-    return found + [{"state.json": json.dumps(each.state()).encode()} for each in made]
+    return found + [{"state.json": json.dumps(each.state_dict()).encode()} for each in made]
 
 
 def read_tokenizer(path: Path) -> None:
@@ -672,7 +675,7 @@ def change_tokens(dice: random.Random, files: Files) -> Files:
 def read_tokens(path: Path) -> None:
     from ravine.datamodules import TextDataModule
 
-    data = TextDataModule(path, context=8, batch_size=2)
+    data = TextDataModule(path, context_length=8, batch_size=2)
     data.setup("fit")
     next(iter(data.train_dataloader()))
     list(data.val_dataloader())
@@ -723,7 +726,9 @@ def read_text(path: Path) -> None:
     from ravine.datamodules import TextDataModule
 
     for kind in ("characters", "bytes"):
-        data = TextDataModule(path, context=8, batch_size=2, tokenizer=kind, memory_limit=2**20)
+        data = TextDataModule(
+            path, context_length=8, batch_size=2, tokenizer=kind, max_chars_in_memory=2**20
+        )
         data.setup("fit")
         next(iter(data.train_dataloader()))
     generate.load_prompts(path, None)
@@ -741,7 +746,7 @@ def weights_seeds() -> list[Files]:
     from ravine.lightning_modules.pretrained import gpt2
 
     torch.manual_seed(0)
-    shape = gpt2.GPT2_KWARGS | {"layers": 1, "width": 8, "heads": 2}
+    shape = gpt2.GPT2_KWARGS | {"num_layers": 1, "d_model": 8, "num_heads": 2}
     with tempfile.TemporaryDirectory() as folder:
         gpt2.save_hf(Transformer(20, 8, **shape), shape, folder, eos_id=0)
         return [{p.name: p.read_bytes() for p in sorted(Path(folder).iterdir(), reverse=True)}]
@@ -762,7 +767,7 @@ def read_weights(path: Path) -> None:
     from ravine.lightning_modules.nn import Transformer
     from ravine.lightning_modules.pretrained import gpt2
 
-    shape = gpt2.GPT2_KWARGS | {"layers": 1, "width": 8, "heads": 2}
+    shape = gpt2.GPT2_KWARGS | {"num_layers": 1, "d_model": 8, "num_heads": 2}
     gpt2.load_hf(path, Transformer(20, 8, **shape))
 
 
@@ -935,7 +940,7 @@ def read_messages(path: Path) -> None:
 
     data = SpamDataModule(path, predict_path=path, batch_size="all", val_fraction=0.0)
     data.setup("fit")
-    SpamClassifier(buckets=64).adopt(data)
+    SpamClassifier(num_buckets=64).configure_from_data(data)
     next(iter(data.train_dataloader()))
     data.setup("predict")
 

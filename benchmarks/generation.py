@@ -25,7 +25,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = Transformer(65, CONTEXT, layers=4, width=128, heads=4, zero_init=False).to(device)
+    net = Transformer(
+        65, CONTEXT, num_layers=4, d_model=128, num_heads=4, zero_init_residual=False
+    ).to(device)
     prompts = list(torch.randint(65, (B, PROMPT)))
     ways: dict[str, dict[str, Any]] = {"ours": {}, "uncached": {"cached": False}, "ours again": {}}
     if device == "cuda":

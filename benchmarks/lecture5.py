@@ -19,19 +19,32 @@ from typing import Any
 from record import HERE, ROWS, append, circumstances, ravine
 
 PUBLISHED = {  # train nats; what the lecture gives no number for is left out
-    "seed_last": 2.45,
-    "seed_attention --model.layers=4": 1.88,
-    "seed_attention --model.layers=8": 1.50,
-    "seed_blocks --model.layers=2": 1.63,
-    "seed_blocks --model.layers=4": 1.25,
-    "seed_blocks --model.layers=8": 0.92,
+    "bigram": 2.45,
+    "attention_only --model.num_layers=4": 1.88,
+    "attention_only --model.num_layers=8": 1.50,
+    "transformer_char --model.num_layers=2": 1.63,
+    "transformer_char --model.num_layers=4": 1.25,
+    "transformer_char --model.num_layers=8": 0.92,
 }
-SINGLE = [f"seed_{rung}" for rung in ("last", "average", "raw", "shared", "qk", "qkv")]
-DEEP = [f"seed_{kind} --model.layers={n}" for kind in ("attention", "blocks") for n in (1, 2, 4, 8)]
-PLACES = [f"seed_blocks --model.positions={p}" for p in ("sinusoidal", "learned", "rope")]
-FULL = [*SINGLE, *DEEP, *PLACES, "seed_blocks --model.heads=4", "seed_bpe"]
-SHORT = [*SINGLE, "seed_attention --model.layers=2", "seed_blocks --model.layers=2"]
-SMALL = ["--data.batch_size=16", "--data.context=64", "--model.width=128",
+SINGLE = [
+    "bigram",
+    "running_mean",
+    "attention_embedding",
+    "attention_shared_qk",
+    "attention_qk",
+    "attention_qkv",
+]
+DEEP = [
+    f"{name} --model.num_layers={n}"
+    for name in ("attention_only", "transformer_char")
+    for n in (1, 2, 4, 8)
+]
+PLACES = [
+    f"transformer_char --model.positional_encoding={p}" for p in ("sinusoidal", "learned", "rope")
+]
+FULL = [*SINGLE, *DEEP, *PLACES, "transformer_char --model.num_heads=4", "transformer_bpe"]
+SHORT = [*SINGLE, "attention_only --model.num_layers=2", "transformer_char --model.num_layers=2"]
+SMALL = ["--data.batch_size=16", "--data.context_length=64", "--model.d_model=128",
          "--trainer.max_steps=250", "--trainer.val_check_interval=250",
          "--trainer.log_every_n_steps=5"]  # fmt: skip
 
@@ -53,7 +66,7 @@ def run(name: str, seed: int, words: list[str]) -> dict[str, Any]:
         curve = [(int(row["step"]), round(float(row["train/loss"]), 4))
                  for row in rows if row.get("train/loss")]  # fmt: skip
         watched = json.loads((place / "stopwatch.json").read_text())
-    keep = ("train/last_steps", "val/loss", "val/perplexity", "val/bits_per_byte")
+    keep = ("train/loss_last_100", "val/loss", "val/perplexity", "val/bits_per_byte")
     figures = {key: round(values[key], 4) for key in keep}
     row = circumstances(config) | {"name": name, "seed": seed, "words": words}
     return row | watched | figures | {"curve": curve}
@@ -89,7 +102,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("|---|---|---|---|---|---|")
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
-        keys = ("train/last_steps", "val/loss", "val/perplexity", "val/bits_per_byte")
+        keys = ("train/loss_last_100", "val/loss", "val/perplexity", "val/bits_per_byte")
         train, *others = (f"{statistics.mean(row[key] for row in mine):.3f}" for key in keys)
         told = f" ({PUBLISHED[name]})" if name in PUBLISHED and mine[0]["words"] == [] else ""
         lines.append(f"| {name} | {train}{told} | {' | '.join(others)} | {len(mine)} |")

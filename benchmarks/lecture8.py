@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, RMSprop
 
-from ravine.callbacks import AdaGradOptimizer, NewtonOptimizer, Schedule, SignSGDOptimizer
-from ravine.callbacks.optimizers.composite import Composite
+from ravine.callbacks import AdaGradOptimizer, LRSchedule, NewtonOptimizer, SignSGDOptimizer
+from ravine.callbacks.optimizers.composite import CompositeOptimizer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "lecture8.png"
-CONSTANT = Schedule("constant")
+CONSTANT = LRSchedule("constant")
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -40,11 +40,11 @@ def path(
     start: tuple[float, float],
     factory: Factory,
     steps: int,
-    schedule: Schedule = CONSTANT,
+    schedule: LRSchedule = CONSTANT,
 ) -> Tensor:
     """Where the optimizer goes: (steps + 1, 2)."""
     w = nn.Parameter(torch.tensor(start, dtype=torch.float64))
-    optimizer = Composite([factory([w])])
+    optimizer = CompositeOptimizer([factory([w])])
     peak = optimizer.param_groups[0]["lr"]
     points = [w.detach().clone()]
 
@@ -75,7 +75,9 @@ RUNS: dict[str, dict[str, Tensor]] = {
     },
     "ravine from (3, 2): SignSGD": {
         "constant 0.1": path(ravine, (3.03, 2.03), sign, 200),
-        "0.1 x 0.98^k": path(ravine, (3.03, 2.03), sign, 200, Schedule("geometric", rate=0.98)),
+        "0.1 x 0.98^k": path(
+            ravine, (3.03, 2.03), sign, 200, LRSchedule("geometric", decay_factor=0.98)
+        ),
     },
     "coupled ravine from (3, 1): Newton": {
         "gradient descent 0.003": path(coupled, (3, 1), partial(SGD, lr=0.003), 60),
@@ -83,18 +85,18 @@ RUNS: dict[str, dict[str, Tensor]] = {
         "Newton": path(coupled, (3, 1), NewtonOptimizer, 60),
     },
     "coupled ravine from (3, 1): Adam and schedules": {
-        kind: path(coupled, (3, 1), partial(Adam, lr=0.3), 200, Schedule(kind, warmup=10))
+        kind: path(coupled, (3, 1), partial(Adam, lr=0.3), 200, LRSchedule(kind, warmup=10))
         for kind in ("constant", "linear", "cosine", "wsd")
     },
 }
 SCHEDULES = {
-    "linear": Schedule("linear", warmup=20),
-    "cosine to 0.1": Schedule("cosine", warmup=20, final=0.1),
-    "wsd": Schedule("wsd", warmup=20, cooldown=0.3),
-    "step": Schedule("step", every=60, rate=0.5),
-    "inverse_sqrt": Schedule("inverse_sqrt", warmup=20),
-    "geometric": Schedule("geometric", rate=0.98),
-    "restarts": Schedule("restarts", every=50, warmup=20),
+    "linear": LRSchedule("linear", warmup=20),
+    "cosine to 0.1": LRSchedule("cosine", warmup=20, final_fraction=0.1),
+    "wsd": LRSchedule("wsd", warmup=20, cooldown=0.3),
+    "step": LRSchedule("step", period=60, decay_factor=0.5),
+    "inverse_sqrt": LRSchedule("inverse_sqrt", warmup=20),
+    "geometric": LRSchedule("geometric", decay_factor=0.98),
+    "restarts": LRSchedule("restarts", period=50, warmup=20),
 }
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/lora_play.py [--base FILE] [--seeds 0 1 2]
 
-Without --base each seed first trains its own (shakespeare/lora_base, two minutes on two cores).
+Without --base each seed first trains its own (shakespeare/finetune_base, two minutes on two cores).
 A row a run is appended to rows/lora_play.jsonl: `before` and `val/loss` are nats per character on
 the play's last tenth, before and after. What was asked: full fine-tuning gains 0.05 or more, and
 both kinds of adapters 85 % of it.
@@ -15,14 +15,14 @@ from pathlib import Path
 from record import append, last_values, ravine, train
 
 BEGIN = 1080739  # The Tempest
-CONFIGS = ["shakespeare/full_play", "shakespeare/lora", "shakespeare/qlora"]
+CONFIGS = ["shakespeare/full_finetune", "shakespeare/lora", "shakespeare/qlora"]
 
 
 def measured(base: str) -> float:
     """The base's loss on the play."""
     with tempfile.TemporaryDirectory() as folder:
         where = [f"--trainer.default_root_dir={folder}", "--trainer.name=run"]
-        part = [f"--data.begin={BEGIN}", "--data.end=null"]
+        part = [f"--data.start_token={BEGIN}", "--data.stop_token=null"]
         ravine("validate", f"--ckpt_path={base}", *where, *part)
         (metrics,) = Path(folder).rglob("metrics.csv")
         return last_values(metrics)["val/loss"]
@@ -39,7 +39,7 @@ def main() -> None:
             if base is None:
                 root = [f"--trainer.default_root_dir={folder}", f"--trainer.name=base{seed}"]
                 words = [f"--seed_everything={seed}", *root]
-                ravine("fit", "--config", "shakespeare/lora_base", *words)
+                ravine("fit", "--config", "shakespeare/finetune_base", *words)
                 base = str(max(Path(folder).rglob(f"base{seed}/**/*.ckpt")))
             before = measured(base)
             for config in CONFIGS:

@@ -17,7 +17,7 @@ from torch import nn
 from versus import compare
 from versus import rounds as measured
 
-from ravine.callbacks.lora import adapt_module
+from ravine.callbacks.lora import inject_lora
 from ravine.lightning_modules.nn import Transformer
 
 LAYERS = ["query", "key", "value", "out", "up", "down"]
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     rounds = parser.parse_args().rounds
     torch.manual_seed(0)
-    base = Transformer(65, 128, layers=2, width=512, heads=8)
+    base = Transformer(65, 128, num_layers=2, d_model=512, num_heads=8)
     tokens = torch.randint(65, (4, 128))
     ways = {}
     for name in ("ours", "peft", "ours again"):
@@ -49,7 +49,7 @@ def main() -> None:
             config = LoraConfig(r=16, lora_alpha=16, target_modules=LAYERS)
             net = inject_adapter_in_model(config, net)
         else:
-            adapt_module(net, LAYERS, rank=16)
+            inject_lora(net, LAYERS, rank=16)
         ways[name] = step(net, tokens)
     what = "a training step of rank 16 adapters on two blocks of width 512"
     compare("lora_step", what, measured(ways, rounds), ["peft"])

@@ -172,7 +172,7 @@ def of_lightly() -> dict[str, Callable[[], L.LightningModule]]:
 
 def samples(module: L.LightningModule) -> Dataset:
     """What a module trains on."""
-    if hasattr(module, "samples"):
+    if hasattr(module, "last_samples"):
         return cast(Any, module).samples()
     kind = type(module).__module__.partition(".")[0]
     if kind == "gluonts":
@@ -364,7 +364,7 @@ def resumes(make: Any, *callbacks: Callable[[], L.Callback]) -> str:
 
 MANY = (
     partial(ours.OptimizerPlan, ADAM), ours.GradientClipping, partial(ours.EMA, 0.9), ours.NaNGuard,
-    ours.ExactResume, ours.Throughput, ours.UpdateSizes,
+    ours.ExactResume, ours.Throughput, ours.UpdateMonitor,
 )  # fmt: skip
 CASES: dict[str, Callable[[Any], str]] = {
     "OptimizerPlan": lambda m: plan(m, ADAM),
@@ -376,12 +376,12 @@ CASES: dict[str, Callable[[Any], str]] = {
     "LoRA": lambda m: frozen(m, ours.LoRA()),
     "Quantization, LoRA": lambda m: frozen(m, ours.Quantization(), ours.LoRA()),
     "Quantization": lambda m: frozen(m, ours.Quantization(), adapters=False),
-    "Recompute": lambda m: changes_nothing(m, ours.Recompute()),
+    "Recompute": lambda m: changes_nothing(m, ours.ActivationCheckpointing()),
     "Compile aot_eager": lambda m: changes_nothing(m, ours.Compile(backend="aot_eager"), 1e-5),
     "ExactResume": lambda m: resumes(m, ours.ExactResume),
     "Throughput": lambda m: changes_nothing(m, ours.Throughput()),
-    "Curves": lambda m: changes_nothing(m, ours.Curves()),
-    "UpdateSizes": lambda m: changes_nothing(m, ours.UpdateSizes()),
+    "Curves": lambda m: changes_nothing(m, ours.MetricPlot()),
+    "UpdateMonitor": lambda m: changes_nothing(m, ours.UpdateMonitor()),
     "many together": lambda m: resumes(m, *MANY),
 }
 
@@ -398,10 +398,10 @@ TOGETHER: dict[str, Callable[[], list[L.Callback]]] = {
     "NaNGuard": lambda: [ours.NaNGuard()],
     "LoRA": lambda: [ours.LoRA(rank=1)],
     "Quantization": lambda: [ours.Quantization()],
-    "Recompute": lambda: [ours.Recompute()],
+    "Recompute": lambda: [ours.ActivationCheckpointing()],
     "ExactResume": lambda: [ours.ExactResume()],
     "Throughput": lambda: [ours.Throughput()],
-    "UpdateSizes": lambda: [ours.UpdateSizes()],
+    "UpdateMonitor": lambda: [ours.UpdateMonitor()],
     "many together": lambda: [make() for make in MANY],
 }
 

@@ -48,7 +48,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import record
 from ravine.callbacks import ExactResume, OptimizerPlan
-from ravine.callbacks.optimizers.composite import Composite
+from ravine.callbacks.optimizers.composite import CompositeOptimizer
 from ravine.cli import error_report as errors
 from ravine.strategies import AtomicCheckpointIO
 
@@ -123,7 +123,7 @@ class Net(L.LightningModule):
     def _switch(self, mode: str) -> None:
         """Call train() or eval(), as schedule-free packages require; a plan does so itself."""
         for optimizer in self.trainer.optimizers:
-            if not isinstance(optimizer, Composite):
+            if not isinstance(optimizer, CompositeOptimizer):
                 with contextlib.suppress(AttributeError):
                     getattr(optimizer, mode)()
 

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from versus import compare, rounds
 
-from ravine.callbacks import OptimizerPlan, Rule, Schedule
+from ravine.callbacks import LRSchedule, OptimizerPlan, ParamRule
 
 GROUPS, EACH, STEPS, ROUNDS = 10, 20, 20, 15
 
@@ -42,8 +42,8 @@ def bare(width: int) -> tuple[Any, Any]:
 
 def planned(width: int) -> tuple[Any, Any]:
     """The same from a plan of ten rules."""
-    rules = [Rule(name=f"group{group}.*", optimizer=AdamW) for group in range(GROUPS)]
-    plan = OptimizerPlan(rules=rules, decay="all", schedule=Schedule("linear"))
+    rules = [ParamRule(pattern=f"group{group}.*", optimizer=AdamW) for group in range(GROUPS)]
+    plan = OptimizerPlan(rules=rules, decay="all", schedule=LRSchedule("linear"))
     plan._total_steps = 1e6
     made = plan._build_optimizer(L.Trainer(logger=False, enable_checkpointing=False), Net(width))
     return made["optimizer"], made["lr_scheduler"]["scheduler"]

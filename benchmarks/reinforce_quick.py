@@ -17,15 +17,25 @@ import torch
 from record import append, circumstances, last_values, ravine
 
 STAGES = ["reinforce/quick_base", "reinforce/quick_v1", "reinforce/quick"]
-KEPT = ("val/loss", "val/e", "val/vocabulary", "val/nearest_jaccard", "val/jaccard",
-        "val/distinct", "val/distinct_words", "val/kl", "val/entropy", "val/reward")  # fmt: skip
+KEPT = (
+    "val/loss",
+    "val/e",
+    "val/frac_in_vocab",
+    "val/jaccard_distance_nearest",
+    "val/jaccard_distance_mean",
+    "val/frac_unique_texts",
+    "val/num_unique_words",
+    "val/kl",
+    "val/entropy",
+    "val/reward",
+)
 
 
 def row(seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         found, took, words = {}, {}, [f"--trainer.default_root_dir={folder}"]
         words += [f"--seed_everything={seed}", "--data.source=shakespeare"]
-        base = [f"--model.base={folder}/reinforce/quick_base"]
+        base = [f"--model.base_checkpoint={folder}/reinforce/quick_base"]
         for stage in STAGES:
             begun = time.perf_counter()
             ravine("fit", "--config", stage, *words, *(base if stage != STAGES[0] else []))
@@ -34,9 +44,12 @@ def row(seed: int) -> dict:
         ravine("validate", "--config", STAGES[2], *words, *base, "--trainer.name=judged")
         found["base"] = kept(Path(folder, "judged"))
         (file,) = Path(folder, STAGES[1]).rglob("*.ckpt")
-        rung = torch.load(file, weights_only=True)["callbacks"]["CollapseAlarm"]["alarms"]
-    shares = {k: v["val/vocabulary"] / found["base"]["val/vocabulary"] for k, v in found.items()
-              if "val/vocabulary" in v}  # fmt: skip
+        rung = torch.load(file, weights_only=True)["callbacks"]["MetricAlert"]["alarms"]
+    shares = {
+        k: v["val/frac_in_vocab"] / found["base"]["val/frac_in_vocab"]
+        for k, v in found.items()
+        if "val/frac_in_vocab" in v
+    }
     busy = torch.get_num_threads() == 1 or os.getloadavg()[0] > (os.cpu_count() or 1) + 1
     return circumstances("reinforce/quick") | {
         "seed": seed,
@@ -49,9 +62,9 @@ def row(seed: int) -> dict:
         "v1/vocabulary_of_base": round(shares[STAGES[1]], 4),
         "v6/e": found[STAGES[2]]["val/e"],
         "v6/vocabulary_of_base": round(shares[STAGES[2]], 4),
-        "v6/nearest_jaccard": found[STAGES[2]]["val/nearest_jaccard"],
+        "v6/nearest_jaccard": found[STAGES[2]]["val/jaccard_distance_nearest"],
         "v6/distinct_words_of_base": round(
-            found[STAGES[2]]["val/distinct_words"] / found["base"]["val/distinct_words"], 4
+            found[STAGES[2]]["val/num_unique_words"] / found["base"]["val/num_unique_words"], 4
         ),
         "alarms": rung,
         "all": found,

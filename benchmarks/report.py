@@ -49,10 +49,10 @@ SHOWN = {
         "diffusion_quality", "diffusion/digits", ["accuracy", "fd over floor"], ("over", "")
     ),
     "8x8 digits diffusion, no time input": Shown(
-        "diffusion_quality", "diffusion/digits", ["fd over floor"], ("over", "diffusion/none")
+        "diffusion_quality", "diffusion/digits", ["fd over floor"], ("over", "diffusion/attempt2")
     ),
     "8x8 digits diffusion, one step": Shown(
-        "diffusion_quality", "diffusion/digits", ["fd over floor"], ("over", "diffusion/one_step")
+        "diffusion_quality", "diffusion/digits", ["fd over floor"], ("over", "diffusion/attempt1")
     ),
     "text without e (REINFORCE): base model": Shown(
         "reinforce_quick", "reinforce/quick", ["base/loss"]
@@ -66,7 +66,7 @@ SHOWN = {
         ["v6/e", "v6/vocabulary_of_base", "v6/nearest_jaccard", "v6/distinct_words_of_base"],
     ),
     "fine-tuning on an unseen play, all weights": Shown(
-        "lora_play", "shakespeare/full_play", ["val/loss"]
+        "lora_play", "shakespeare/full_finetune", ["val/loss"]
     ),
     "fine-tuning on an unseen play, LoRA rank 8": Shown(
         "lora_play", "shakespeare/lora", ["val/loss"]

@@ -40,27 +40,27 @@ from external_modules.two_optimizers import TwoOptimizers
 
 from ravine.callbacks import (
     EMA,
+    ActivationCheckpointing,
     AdaGrad,
     Checkpoint,
-    CollapseAlarm,
-    Curves,
     GradientClipping,
     Lion,
     LoRA,
+    LRSchedule,
+    MetricAlert,
+    MetricPlot,
     Muon,
     NaNGuard,
     OptimizerPlan,
     Quantization,
-    Recompute,
-    Schedule,
     SignSGD,
     Throughput,
-    UpdateSizes,
+    UpdateMonitor,
 )
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import (
-    AnswerDataModule,
     ImageDataModule,
+    InstructionDataModule,
     PromptDataModule,
     SpamDataModule,
     TextDataModule,
@@ -75,23 +75,29 @@ from ravine.lightning_modules import (
 )
 
 STEPS, BATCHES = 6, 7  # optimizer steps of a run; micro-batches of an epoch, where it is limited
-SHAPE = {"layers": 1, "width": 16, "heads": 2, "zero_init": False, "dropout": 0.1}
+SHAPE = {
+    "num_layers": 1,
+    "d_model": 16,
+    "num_heads": 2,
+    "zero_init_residual": False,
+    "dropout": 0.1,
+}
 BATCH = 12  # of one optimizer step: 1, 2 or 3 micro-batches on 1 or 2 ranks
 
 adamw = partial(torch.optim.AdamW, lr=0.01)
 CALLBACKS: dict[str, Callable[[], list[L.Callback]]] = {
     "none": list,
     "plan, clipping": lambda: [
-        OptimizerPlan(adamw, schedule=Schedule("cosine", warmup=2)),
+        OptimizerPlan(adamw, schedule=LRSchedule("cosine", warmup=2)),
         GradientClipping(0.5, patience=2),
     ],
-    "Muon, EMA": lambda: [Muon(schedule=Schedule("linear")), EMA(0.9)],
-    "Lion, NaNGuard, Curves": lambda: [Lion(0.003), NaNGuard(), Curves()],  # the same
-    "AdaGrad, UpdateSizes, Throughput": lambda: [AdaGrad(0.05), UpdateSizes(), Throughput()],
-    "SignSGD, Recompute, CollapseAlarm": lambda: [
+    "Muon, EMA": lambda: [Muon(schedule=LRSchedule("linear")), EMA(0.9)],
+    "Lion, NaNGuard, Curves": lambda: [Lion(0.003), NaNGuard(), MetricPlot()],  # the same
+    "AdaGrad, UpdateMonitor, Throughput": lambda: [AdaGrad(0.05), UpdateMonitor(), Throughput()],
+    "SignSGD, Recompute, MetricAlert": lambda: [
         SignSGD(0.001),
-        Recompute(),
-        CollapseAlarm(fallen={"LOSS": 1.0}),  # in `fit`: the name that the task logs
+        ActivationCheckpointing(),
+        MetricAlert(min_fraction_of_first={"LOSS": 1.0}),  # in `fit`: the name that the task logs
     ],
     "LoRA, EMA": lambda: [LoRA(rank=1, dropout=0.1), EMA(0.9), OptimizerPlan(adamw)],
     "Quantization, LoRA": lambda: [
@@ -231,21 +237,29 @@ def built(task: str, folder: Path) -> tuple[L.LightningModule, Any]:
     text = partial(TextDataModule, source="embedded", batch_size=BATCH)
     match task:
         case "language":
-            return LanguageModel(**SHAPE), text(context=16)
+            return LanguageModel(**SHAPE), text(context_length=16)
         case "answers":
-            data = AnswerDataModule(folder / "answers.jsonl", tokenizer="bytes", batch_size=BATCH)
+            data = InstructionDataModule(
+                folder / "answers.jsonl", tokenizer="bytes", batch_size=BATCH
+            )
             return LanguageModel(**SHAPE | {"dropout": 0.0}), data
         case "spam":
-            return SpamClassifier(buckets=64, hidden=4), SpamDataModule(None, "embedded")
+            return SpamClassifier(num_buckets=64, hidden_size=4), SpamDataModule(None, "embedded")
         case "diffusion":
-            module = Diffusion(width=8, time_width=16, labels=True, steps=2)
+            module = Diffusion(
+                base_channels=8, time_embed_dim=16, class_conditional=True, num_steps=2
+            )
             return module, ImageDataModule("digits", batch_size=BATCH)
         case "classifier":
-            return ImageClassifier(features=8, shift=1), ImageDataModule("digits", batch_size=BATCH)
+            return ImageClassifier(num_features=8, max_shift=1), ImageDataModule(
+                "digits", batch_size=BATCH
+            )
         case "reinforce":
             rewards = [CharacterFraction("e")]
-            prompts = PromptDataModule(None, "embedded", length=6, batch_size=BATCH, val_prompts=4)
-            return Reinforce(str(folder / "base.ckpt"), rewards, new=4), prompts
+            prompts = PromptDataModule(
+                None, "embedded", prompt_length=6, batch_size=BATCH, num_val_prompts=4
+            )
+            return Reinforce(str(folder / "base.ckpt"), rewards, max_new_tokens=4), prompts
     module = {"NetInInit": NetInInit, "NetInConfigureModel": NetInConfigureModel}.get(task)
     module = (module or TwoOptimizers)(batch_size=4)
     return module, module
@@ -291,12 +305,12 @@ def fit(case: Case, folder: Path, name: str, ckpt: Path | None = None) -> Path:
     by_hand = case["task"] == BY_HAND
     steps = 2 * STEPS if by_hand else STEPS
     callbacks = CALLBACKS[case["callbacks"]]()
-    loss = {"reinforce": "train/surrogate"}.get(case["task"], "train/loss")
+    loss = {"reinforce": "train/policy_loss"}.get(case["task"], "train/loss")
     loss = "train_loss" if case["task"].startswith("Net") else loss
     for each in callbacks:
-        if isinstance(each, CollapseAlarm):
+        if isinstance(each, MetricAlert):
             each.min_fraction_of_first, each.requested = {loss: 1.0}, {loss}
-        if isinstance(each, Curves):
+        if isinstance(each, MetricPlot):
             each.metrics = [loss]
     strategy = {"one process": "auto"}.get(case["strategy"], case["strategy"])
     if by_hand and strategy == "ddp":
@@ -319,7 +333,7 @@ def fit(case: Case, folder: Path, name: str, ckpt: Path | None = None) -> Path:
     return folder / name / f"step={steps:06d}.ckpt"
 
 
-SECONDS = ("second", "_time", "throughput")  # measured, so never the same twice
+SECONDS = ("second", "_duration_s", "time/", "_time", "throughput")  # measured: never the same
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -458,20 +472,20 @@ def nan_guard_forgets() -> Iterator[None]:
 def planted_faults() -> dict[str, tuple[str, Callable[[], Any]]]:
     """By callback: the value of the axis that contains it, and the planted loss of its state."""
     from ravine.callbacks import ExactResume
-    from ravine.callbacks.checkpointing.batch_seeds import BatchSeeds
-    from ravine.callbacks.optimizers.composite import Composite
+    from ravine.callbacks.checkpointing.batch_seeds import BatchSeeder
+    from ravine.callbacks.optimizers.composite import CompositeOptimizer
 
     return {
         "EMA": ("Muon, EMA", forgets(EMA, "on_load_checkpoint")),
         "NaNGuard": ("Lion, NaNGuard, Curves", nan_guard_forgets),
-        "Curves": ("Lion, NaNGuard, Curves", forgets(Curves, "load_state_dict")),
-        "CollapseAlarm": (
-            "SignSGD, Recompute, CollapseAlarm",
-            forgets(CollapseAlarm, "load_state_dict"),
+        "Curves": ("Lion, NaNGuard, Curves", forgets(MetricPlot, "load_state_dict")),
+        "MetricAlert": (
+            "SignSGD, Recompute, MetricAlert",
+            forgets(MetricAlert, "load_state_dict"),
         ),
         "ExactResume": ("none", forgets(ExactResume, "on_load_checkpoint")),
-        "batch seeds": ("none", forgets(BatchSeeds, "set_epoch")),
-        "OptimizerPlan": ("plan, clipping", forgets(Composite, "load_state_dict")),
+        "batch seeds": ("none", forgets(BatchSeeder, "set_epoch")),
+        "OptimizerPlan": ("plan, clipping", forgets(CompositeOptimizer, "load_state_dict")),
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from versus import compare, rounds
 
 from ravine.lightning_modules.generation.generate_text import generate
-from ravine.lightning_modules.generation.sampling import Sampling
+from ravine.lightning_modules.generation.sampling import DecodingConfig
 from ravine.lightning_modules.nn import Transformer
 
 ROUNDS = 3
@@ -22,13 +22,15 @@ ROUNDS = 3
 def shape(b: int, prompt: int, new: int) -> None:
     """One row: b prompts, as many tokens in and out."""
     torch.manual_seed(0)
-    net = Transformer(65, prompt + new, layers=4, width=128, heads=4, zero_init=False)
+    net = Transformer(
+        65, prompt + new, num_layers=4, d_model=128, num_heads=4, zero_init_residual=False
+    )
     prompts = list(torch.randint(65, (b, prompt)))
     written: dict[str, Tensor] = {}
 
     def write(way: str) -> None:
         how = {"cached": way != "uncached", "window": "refuse"}
-        drawn = generate(net, prompts, new, prompt + new, Sampling(0.8), **how)  # type: ignore
+        drawn = generate(net, prompts, new, prompt + new, DecodingConfig(0.8), **how)  # type: ignore
         written[way] = drawn.tokens
 
     ways = {way: partial(write, way) for way in ("ours", "ours again")}

@@ -24,7 +24,7 @@ def rival(seed: int) -> dict[str, float]:
     data = SpamDataModule(source="sms", val_fraction=0.0, seed=seed)
     data.setup("fit")
     text, label = (np.array(column) for column in list(zip(*data.messages, strict=True))[:2])
-    train_part, test_part = data.parts["train"], data.parts["test"]
+    train_part, test_part = data.splits["train"], data.splits["test"]
     begun = time.perf_counter()
     features = make_union(
         TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)),

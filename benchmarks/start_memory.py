@@ -89,7 +89,7 @@ def write(size: str, folder: str) -> None:
 def measure(layout: str, size: str, start: str, files: str) -> dict[str, int]:
     """Begin a run; in each rank."""
     warnings.simplefilter("ignore")
-    parallelize.SMALLEST = 2**20  # as in training; the harness of the tests sets 0
+    parallelize.DEFAULT_MIN_UNIT_BYTES = 2**20  # as in training; the harness of the tests sets 0
     shape, data = SIZES[size]
     look = Start()
     changes = STARTS[start](files) if start in STARTS else []

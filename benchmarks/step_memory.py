@@ -42,20 +42,30 @@ from tensor_bytes import tensor_bytes
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import NAMES, MeshStrategy
+from ravine.strategies import STRATEGY_PRESETS, MeshStrategy
 from ravine.strategies import parallel_module as parallelize
 
 MIB = 2**20
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "25M": ({"layers": 8, "width": 512, "heads": 8}, {"context": 64, "batch_size": 8}),
+    "25M": (
+        {"num_layers": 8, "d_model": 512, "num_heads": 8},
+        {"context_length": 64, "batch_size": 8},
+    ),
     "124M": (
         {
-            "layers": 12, "width": 768, "heads": 12, "positions": "learned", "norm": "layernorm",
-            "qk_norm": False, "mlp": "gelu_tanh", "tied": True, "bias": "all",
+            "num_layers": 12,
+            "d_model": 768,
+            "num_heads": 12,
+            "positional_encoding": "learned",
+            "norm": "layernorm",
+            "qk_norm": False,
+            "activation": "gelu_tanh",
+            "tie_embeddings": True,
+            "bias": "all",
         },
-        {"context": 64, "batch_size": 4, "tokenizer": "gpt2"},
+        {"context_length": 64, "batch_size": 4, "tokenizer": "gpt2"},
     ),
-}  # fmt: skip
+}
 LAYOUTS: dict[str, tuple[str | dict[str, Any], int]] = {
     "single": ("auto", 1),
     "ddp": ("ddp", 2),
@@ -74,7 +84,11 @@ LAYOUTS: dict[str, tuple[str | dict[str, Any], int]] = {
     "tp x pp": ({"dp_shard": 1, "tp": 2, "pp": 2}, 4),
     "ep": ("ep", 2),
 }
-LAYOUTS |= {n: (n, fewest_ranks(NAMES[n][1])) for n in NAMES if n not in (*LAYOUTS, "3d")}
+LAYOUTS |= {
+    n: (n, fewest_ranks(STRATEGY_PRESETS[n][1]))
+    for n in STRATEGY_PRESETS
+    if n not in (*LAYOUTS, "3d")
+}
 STEP = 2  # the one that is measured: states exist
 
 
@@ -153,11 +167,11 @@ def unit_bytes(module: Any, half: bool) -> list[int]:
 def measure(layout: str, size: str, precision: str, rows: int | None) -> dict[str, Any]:
     """Train three steps and look at the last; in each rank."""
     warnings.simplefilter("ignore")
-    parallelize.SMALLEST = 2**20  # as in training; the harness of the tests sets 0
+    parallelize.DEFAULT_MIN_UNIT_BYTES = 2**20  # as in training; the harness of the tests sets 0
     strategy, world = LAYOUTS[layout]
     shape, data = SIZES[size]
     if layout == "ep":
-        shape = shape | {"experts": 4}
+        shape = shape | {"num_experts": 4}
     if rows is not None:
         data = data | {"batch_size": rows}
     if isinstance(strategy, dict):
@@ -177,7 +191,7 @@ def measure(layout: str, size: str, precision: str, rows: int | None) -> dict[st
     row["units"] = units[:2]
     row["W"] = sum(p.numel() * 4 for p in module.parameters())
     row["largest"] = max(local(p).numel() * 4 for p in module.parameters())
-    row["logits"] = data["batch_size"] * data["context"] * 4 * int(module.net.vocabulary)
+    row["logits"] = data["batch_size"] * data["context_length"] * 4 * int(module.net.vocab_size)
     row["logits"] //= 1 if layout in ("single", "tp", "sp", "pp", "cp", "tp x pp") else world
     return row
 

@@ -38,9 +38,9 @@ def peak() -> int:
 def measure(kind: str, million: int) -> dict[str, object]:
     """Seconds, processor seconds, memory and sizes of pieces of one text."""
     from ravine.datamodules.token_cache import encode_parallel, split_at_word_boundaries
-    from ravine.datamodules.tokenizers import gpt2
+    from ravine.datamodules.tokenizers import load_gpt2_tokenizer
 
-    tokenizer = gpt2("allowed" if "special" in kind else "plain")
+    tokenizer = load_gpt2_tokenizer("allowed" if "special" in kind else "plain")
     tokenizer.encode("warm up")
     pieces = [
         len(piece)

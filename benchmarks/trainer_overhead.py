@@ -42,9 +42,9 @@ from ravine.callbacks import (
     GracefulStop,
     GradientClipping,
     LossPlot,
+    LRSchedule,
     OptimizerPlan,
     PredictionTable,
-    Schedule,
 )
 from ravine.callbacks.monitoring import progress
 from ravine.cli.lightning_noise import silence_lightning
@@ -120,15 +120,15 @@ class Transformers:
     def __init__(self, turn: int) -> None:
         self.turn = turn
         self.precision: Any = default_precision("cpu")
-        self.schedule = Schedule("linear", warmup=50)
+        self.schedule = LRSchedule("linear", warmup=50)
 
     def parts(self) -> tuple[LanguageModel, TextDataModule]:
-        return LanguageModel(), TextDataModule(source="embedded", context=64, batch_size=32)
+        return LanguageModel(), TextDataModule(source="embedded", context_length=64, batch_size=32)
 
     def bare(self) -> Iterator[None]:
         model, data = self.parts()
         data.setup("fit")
-        model.adopt(data)
+        model.configure_from_data(data)
         model.configure_model()
         optimizer = AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), weight_decay=0.0)
         schedule = LambdaLR(optimizer, lambda step: self.schedule.factor(step, 10**9))

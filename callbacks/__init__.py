@@ -15,62 +15,62 @@ from .checkpointing.exact_resume import ExactResume
 from .checkpointing.graceful_stop import GracefulStop
 from .checks.run_checks import RunChecks
 from .frechet.callback import FrechetDistance
-from .generation.figures import Figures
+from .generation.figures import SaveFigures
 from .generation.predictions import PredictionTable
 from .generation.rollout_table import RolloutTable
-from .generation.samples import Samples
+from .generation.samples import GenerateSamples
 from .lora import LoRA, lora_disabled
 from .monitoring.loss_plot import LossPlot
-from .monitoring.memory import MemoryTable
-from .monitoring.plots import Curves
+from .monitoring.memory import MemoryMonitor
+from .monitoring.plots import MetricPlot
 from .monitoring.progress import ProgressBar
 from .monitoring.summary import Summary
 from .monitoring.throughput import Throughput
-from .optimizers.lr_schedules import Schedule
+from .optimizers.lr_schedules import LRSchedule
 from .optimizers.plan import OptimizerPlan
-from .optimizers.rules import Rule
-from .optimizers.update_monitor import UpdateSizes
+from .optimizers.rules import ParamRule
+from .optimizers.update_monitor import UpdateMonitor
 from .quantization import Quantization
 from .stability.gradient_clipping import GradientClipping
-from .stability.metric_alert import CollapseAlarm
+from .stability.metric_alert import MetricAlert
 from .stability.nan_guard import NaNGuard
 from .stability.rank_watchdog import RankWatchdog
-from .stability.token_weighted_loss import GlobalMean
-from .transforms.activation_checkpointing import Recompute
+from .stability.token_weighted_loss import TokenWeightedLoss
+from .transforms.activation_checkpointing import ActivationCheckpointing
 from .transforms.compile import Compile
 from .transforms.pretrained import Pretrained
 
 __all__ = [
     "EMA",
+    "ActivationCheckpointing",
     "Checkpoint",
-    "CollapseAlarm",
     "Compile",
-    "Curves",
     "ExactResume",
-    "Figures",
     "FrechetDistance",
-    "GlobalMean",
+    "GenerateSamples",
     "GracefulStop",
     "GradientClipping",
+    "LRSchedule",
     "LoRA",
     "LossPlot",
-    "MemoryTable",
+    "MemoryMonitor",
+    "MetricAlert",
+    "MetricPlot",
     "NaNGuard",
     "OptimizerPlan",
+    "ParamRule",
     "PredictionTable",
     "Pretrained",
     "ProgressBar",
     "Quantization",
     "RankWatchdog",
-    "Recompute",
     "RolloutTable",
-    "Rule",
     "RunChecks",
-    "Samples",
-    "Schedule",
+    "SaveFigures",
     "Summary",
     "Throughput",
-    "UpdateSizes",
+    "TokenWeightedLoss",
+    "UpdateMonitor",
     "lora_disabled",
 ]
 

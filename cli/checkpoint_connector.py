@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.callbacks.optimizers.optimizer_errors import find_user_frame
+from ravine.checkpoint_format import check_format
 from ravine.errors import RunError, UsageError
 from ravine.lightning_compat import CheckpointConnector
 from ravine.strategies import MeshStrategy
@@ -43,14 +44,14 @@ class RavineCheckpointConnector(CheckpointConnector):
         trainer: the trainer whose checkpoints are restored.
 
     Attributes:
-        changed: config keys whose values differ between the command and the checkpoint.
+        changed_keys: config keys whose values differ between the command and the checkpoint.
         configured_rates: the configured learning rates, by optimizer and parameter group.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
         """Store the trainer; `replace_checkpoint_connector` then replaces Lightning's connector."""
         super().__init__(trainer)
-        self.changed: list[str] = []
+        self.changed_keys: list[str] = []
         self.configured_rates: list[list[float]] = []  # by optimizer and param group
 
     def before_restore(self, checkpoint_path: Any) -> None:
@@ -59,7 +60,7 @@ class RavineCheckpointConnector(CheckpointConnector):
             self.trainer
         )  # before a sharding strategy restores its optimizers
         if checkpoint_path:
-            check_weight_shapes(self.trainer, Path(checkpoint_path), self.changed)
+            check_weight_shapes(self.trainer, Path(checkpoint_path), self.changed_keys)
 
     def restore_callbacks(self) -> None:
         """Restore the callback states, without Lightning's warning in an evaluation."""
@@ -73,7 +74,7 @@ class RavineCheckpointConnector(CheckpointConnector):
         """Restore optimizers and loops; changed learning rates replace those of the checkpoint."""
         configured = self.configured_rates or learning_rates(self.trainer)
         super().restore_training_state()
-        if any(key.rpartition(".")[2] == "lr" for key in self.changed):
+        if any(key.rpartition(".")[2] == "lr" for key in self.changed_keys):
             set_learning_rates(self.trainer, configured)
 
     def resume_start(self, *args: Any, **kwargs: Any) -> None:
@@ -153,6 +154,7 @@ def load_metadata(path: Path) -> dict[str, Any]:
         text = f"the checkpoint {path} cannot be used: {problem}; choose another: --ckpt_path FILE"
         raise CheckpointError(text)
     if isinstance(checkpoint, dict) and (path.is_dir() or "state_dict" in checkpoint):
+        check_format(checkpoint, f"the checkpoint {path}")
         return checkpoint
     raise UsageError(
         f"{path} is a file of torch.save, but no checkpoint of a trainer: it has no 'state_dict'",

@@ -108,11 +108,11 @@ class RavineCLI(CommandLine):
         """Parse the arguments and run the command; arguments of the checkpoint come first."""
         self.checkpoint_path = checkpoint_path
         argv, self.trusted_packages = trust.split_trust_flags(argv)
-        self.changed: list[str] = []  # config keys that differ from the checkpoint
+        self.changed_keys: list[str] = []  # config keys that differ from the checkpoint
         super().__init__(
             trainer_class=Trainer,
             save_config_callback=ConfigSaver,  # type: ignore
-            save_config_kwargs={"changed": self.changed},
+            save_config_kwargs={"changed_keys": self.changed_keys},
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "default_env": True},
             auto_configure_optimizers=False,  # the optimizer must be built after the net
@@ -186,7 +186,7 @@ class RavineCLI(CommandLine):
             if "trainer.name" not in typed_keys:
                 root = resolved["trainer"]["default_root_dir"] or "."
                 check_run_links(resolved["trainer"]["name"], root)
-            self.changed += saved_config.report_changes(
+            self.changed_keys += saved_config.report_changes(
                 saved_config_values, resolved, str(self.checkpoint_path), argv[0]
             )
 
@@ -299,7 +299,7 @@ def expand_strategy_preset(argv: list[str]) -> list[str]:
 
     Otherwise a name that follows the argument would reset the argument.
 
-    expand_strategy_preset(["fit", "--trainer.strategy=pp", "--trainer.strategy.microbatches=8"])
+    expand_strategy_preset(["--trainer.strategy=pp", "--trainer.strategy.num_microbatches=8"])
     """
     values = list(iter_values(argv))
     arguments = [
@@ -342,7 +342,7 @@ def load_bounded_yaml(text: str) -> Any:
     return load_yaml(text)
 
 
-def run(argv: list[str]) -> int:
+def run_argv(argv: list[str]) -> int:
     """Run one command and return the exit status; `main` prints the errors."""
     # A config names classes: [] enforces jsonargparse's default denylist (commands, file deletion).
     set_parsing_settings(import_path_denylist=[], config_read_mode_fsspec_enabled=False)

@@ -45,9 +45,9 @@ usage: {0} generate --ckpt_path=FILE [--prompt=TEXT | --labels=0-9] [--key=value
   --ckpt_path=FILE            a trained model; or auto; or last (of --trainer.name=NAME)
   texts:  --prompt=TEXT       may be repeated; \\n is a line break; or --prompt_file=FILE
     --max_new_tokens=200 --temperature=0.8 --top_k=40 --top_p=0.9 --min_p=0.05
-    --stop=TEXT --window=slide    where a text ends; refuse: not beyond the model's context
+    --stop=TEXT --context_overflow=slide    where a text ends; error: not beyond the model's context
   pictures:  --labels=0-4,7   what they show, a row each; into --file=samples.png
-    --guidance=0.5 --steps=20 --sampler=ddim --eta=0 --folder=NAME, for single files
+    --guidance_scale=0.5 --num_steps=20 --sampler=ddim --eta=0 --folder=NAME, for single files
   both:  --num_samples=8 --seed=0 --batch_size=64 --device=cpu --trust=PACKAGE
 """
 

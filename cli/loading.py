@@ -11,7 +11,7 @@ from lightning.pytorch.core import saving
 
 import ravine.callbacks  # checkpoints name callbacks that transformed their net
 import ravine.lightning_modules
-from ravine.callbacks.transforms.base import reapply
+from ravine.callbacks.transforms.base import apply_saved_transforms
 from ravine.errors import MissingFileError, UsageError
 from ravine.lightning_modules import TaskModule
 from ravine.lightning_modules.task_module import imported_subclasses
@@ -29,7 +29,7 @@ NAME_KEY, ROOT_KEY = (
 )  # keys of the folder that `last` and `auto` search
 
 
-def load(
+def load_model(
     path: str | Path | IO[bytes],
     trust: Iterable[str] = (),
     *,
@@ -73,7 +73,7 @@ def load(
         key = task.CHECKPOINT_HYPER_PARAMS_KEY
         checkpoint = checkpoint | {key: hyperparameters_in(Path(hparams_file))}
     how: dict[str, Any] = {"strict": strict, "overrides": overrides}
-    model = task.from_checkpoint_dict(checkpoint, apply_transforms=reapply, **how)
+    model = task.from_checkpoint_dict(checkpoint, apply_transforms=apply_saved_transforms, **how)
     if isinstance(map_location, str | torch.device):  # tensors of a folder are loaded on the CPU
         return model.to(map_location)
     tensors = (t for t in checkpoint["state_dict"].values() if isinstance(t, torch.Tensor))
@@ -146,7 +146,7 @@ def load_from_argv(
             flag=f"{command} --ckpt_path=FILE, of one that can",
             label="models that can",
         )
-    return load(path, trusted), path, typed_flags
+    return load_model(path, trusted), path, typed_flags
 
 
 def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:

@@ -167,7 +167,7 @@ def run_subcommand(raw_argv: list[str]) -> int:
     sys.argv[1:] = argv  # in place: Lightning's launcher runs sys.argv in other ranks
     if sys.path[0] != current_folder:  # for a console script it is its bin/ folder
         sys.path.insert(0, current_folder)
-    return import_command(COMMANDS[argv[0]]).run(
+    return import_command(COMMANDS[argv[0]]).run_argv(
         ["--help" if w == "--help=all" else w for w in argv]
     )
 

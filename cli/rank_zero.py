@@ -18,10 +18,10 @@ from ravine.errors import RunError, UsageError
 
 WORLD_SIZE_VARIABLES = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
 POLL_INTERVAL_S = 0.1  # seconds between two reads of the store: Ctrl-C can interrupt between them
-CONNECT = 1800.0  # seconds until rank 0 has imported torch and opened the store
-FAREWELL = 60.0  # seconds that rank 0 keeps its store open for the other ranks
-OTHER_PORT = 10_000  # difference between the store's port and the job's
-_stores: list[Any] = []  # open until the process ends
+CONNECT_TIMEOUT_S = 1800.0  # seconds until rank 0 has imported torch and opened the store
+CLOSE_TIMEOUT_S = 60.0  # seconds that rank 0 keeps its store open for the other ranks
+PORT_OFFSET = 10_000  # difference between the store's port and the job's
+_open_stores: list[Any] = []  # open until the process ends
 _num_calls = 0  # calls of `call_on_rank_zero` in this process so far
 
 
@@ -120,7 +120,7 @@ def _call_and_publish(
         raise
     finally:
         store.set(key, json.dumps(message))
-        end = time.monotonic() + FAREWELL
+        end = time.monotonic() + CLOSE_TIMEOUT_S
         while (
             not launcher_job.has_store and time.monotonic() < end
         ):  # the store ends with this process
@@ -138,13 +138,13 @@ def usage_error_parts(error: Exception) -> dict[str, Any]:
 
 def _open_store(launcher_job: LauncherJob) -> Any:
     """Return the store of the job; rank 0 opens it if the launcher has none."""
-    if _stores:
-        return _stores[0]
+    if _open_stores:
+        return _open_stores[0]
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     port = launcher_job.port
     if not launcher_job.has_store:
-        port += OTHER_PORT if port + OTHER_PORT < 2**16 else -OTHER_PORT
+        port += PORT_OFFSET if port + PORT_OFFSET < 2**16 else -PORT_OFFSET
     is_server = launcher_job.rank == 0 and not launcher_job.has_store
     try:
         if not is_server:
@@ -158,13 +158,13 @@ def _open_store(launcher_job: LauncherJob) -> Any:
             ["a port of this address that every rank reaches"],
             flag="--ckpt_path=FILE",
         ) from error
-    _stores.append(store)
+    _open_stores.append(store)
     return store
 
 
 def _wait_until_open(address: str, port: int) -> None:
     """Wait until rank 0 has opened its store; torch would print each attempt and block Ctrl-C."""
-    end = time.monotonic() + CONNECT
+    end = time.monotonic() + CONNECT_TIMEOUT_S
     while True:
         try:
             socket.create_connection((address, port), timeout=5).close()

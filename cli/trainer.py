@@ -29,7 +29,7 @@ from ravine.callbacks.generation.predictions import PredictionTable
 from ravine.callbacks.monitoring.loss_plot import LossPlot
 from ravine.callbacks.monitoring.progress import ProgressBar
 from ravine.callbacks.stability.rank_watchdog import RankWatchdog
-from ravine.callbacks.stability.token_weighted_loss import GlobalMean
+from ravine.callbacks.stability.token_weighted_loss import TokenWeightedLoss
 from ravine.callbacks.stock_callbacks.gradient_accumulation import count_optimizer_steps
 from ravine.errors import UsageError
 from ravine.lightning_compat import (
@@ -84,9 +84,9 @@ class Trainer(L.Trainer):
 
         Trainer(max_steps=1000, precision="auto").fit(model, datamodule=data)
 
-    Default callbacks, unless one of the same kind is given: ExactResume, GracefulStop, GlobalMean,
-    PredictionTable and RunChecks, and with several ranks RankWatchdog. Default plugin:
-    AtomicCheckpointIO. Unless switched off: Checkpoint (enable_checkpointing), ProgressBar
+    Default callbacks, unless one of the same kind is given: ExactResume, GracefulStop,
+    TokenWeightedLoss, PredictionTable and RunChecks, and with several ranks RankWatchdog. Default
+    plugin: AtomicCheckpointIO. Unless switched off: Checkpoint (enable_checkpointing), ProgressBar
     (enable_progress_bar) and LossPlot (logger).
     """
 
@@ -133,7 +133,7 @@ class Trainer(L.Trainer):
         defaults = {
             ExactResume: not is_dry_run,
             GracefulStop: not is_dry_run,
-            GlobalMean: True,
+            TokenWeightedLoss: True,
             Checkpoint: enable_checkpointing and not is_dry_run,
             ProgressBar: enable_progress_bar and not is_barebones,
             LossPlot: bool(self._requested_loggers) and not is_dry_run,

@@ -1,7 +1,7 @@
 from .images import ImageDataModule
-from .instruction import AnswerDataModule
-from .loaders import DataParallelInfo, EvalLoader, Order, TrainLoader, generator
-from .prompts import PromptDataModule, Prompts
+from .instruction import InstructionDataModule
+from .loaders import DataParallelInfo, EpochSampler, EvalLoader, ResumableLoader, seeded_generator
+from .prompts import PromptBatch, PromptDataModule
 from .spam import SpamDataModule
 from .text import TextDataModule
 from .tokenizers import (
@@ -13,20 +13,20 @@ from .tokenizers import (
 )
 
 __all__ = [
-    "AnswerDataModule",
     "BPETokenizer",
     "ByteTokenizer",
     "CharTokenizer",
     "DataParallelInfo",
+    "EpochSampler",
     "EvalLoader",
     "FileTokenizer",
     "ImageDataModule",
+    "InstructionDataModule",
     "NumberTokenizer",
-    "Order",
+    "PromptBatch",
     "PromptDataModule",
-    "Prompts",
+    "ResumableLoader",
     "SpamDataModule",
     "TextDataModule",
-    "TrainLoader",
-    "generator",
+    "seeded_generator",
 ]

@@ -132,7 +132,7 @@ def prepare_token_file(
     name: str,
     max_chars_in_memory: int,
     tokenizer_name: str = "characters",
-    special_tokens: SpecialTokenMode = "plain",
+    special_tokens: SpecialTokenMode = "as_text",
 ) -> TextSummary:
     """Write the tokens of a text to a file for all processes of a machine; see `build_corpus`.
 
@@ -157,7 +157,7 @@ def build_corpus(
     name: str,
     max_chars_in_memory: int,
     tokenizer_name: str = "characters",
-    special_tokens: SpecialTokenMode = "plain",
+    special_tokens: SpecialTokenMode = "as_text",
     prepared_summary: TextSummary | None = None,
 ) -> Corpus:
     """Tokenize a text in two passes: first its characters and SHA-256, then its tokens.

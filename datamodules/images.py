@@ -27,12 +27,12 @@ from .image_formats import IMAGE_DATASETS, read_digits, read_named_dataset
 from .image_set import ImageSet, describe_classes, parse_class_indices
 from .loaders import (
     DataParallelInfo,
+    EpochSampler,
     EvalLoader,
-    Order,
-    TrainLoader,
+    ResumableLoader,
     check_positive,
-    generator,
     resolve_seed,
+    seeded_generator,
 )
 
 NAMED_DATASETS = ("digits", *IMAGE_DATASETS)
@@ -63,7 +63,8 @@ class ImageDataModule(L.LightningDataModule):
         data = ImageDataModule("mnist", batch_size=128)
         Trainer(max_epochs=1).fit(ImageClassifier(), datamodule=data)
 
-    After `setup` the attributes `num_classes`, `class_names`, `channels` and `size` (y, x) are set.
+    After `setup` the attributes `num_classes`, `class_names`, `channels` and `image_size` (y, x)
+    are set.
 
     Args:
         source: digits (scikit-learn's, 8x8, needs no file), mnist, fashion, cifar10, or a custom
@@ -131,8 +132,8 @@ class ImageDataModule(L.LightningDataModule):
                 f"mode is {mode} and resize {resize}, and the images of {source} are of one form; "
                 "allowed are folders of your own: type --data.source=FOLDER, or leave both away"
             )
-        self.resolved: dict[str, Any] = {}  # the data used: source, file, sha256
-        self.num_classes, self.channels, self.size = 0, 0, (0, 0)
+        self.provenance: dict[str, Any] = {}  # the data used: source, file, sha256
+        self.num_classes, self.channels, self.image_size = 0, 0, (0, 0)
         self.class_names: tuple[str, ...] = ()
         self._splits: dict[str, ImageSet] = {}
         self._predict_set: ImageSet | None = None  # images to predict, with labels -1
@@ -162,12 +163,12 @@ class ImageDataModule(L.LightningDataModule):
         splits = {"train": train, "val": loaded_splits["val"], "test": loaded_splits["test"]}
         self._splits = {name: self._select_classes(image_set) for name, image_set in splits.items()}
         self.class_names, self.num_classes = train.class_names, len(train.class_names)
-        self.channels, self.size = train.images.shape[1], tuple(train.images.shape[2:])
+        self.channels, self.image_size = train.images.shape[1], tuple(train.images.shape[2:])
         digest = hashlib.sha256()
         for image_set in self._splits.values():
             for tensor in (image_set.images, image_set.labels):
                 digest.update(cast(Any, tensor.contiguous().numpy()))
-        self.resolved = {
+        self.provenance = {
             "source": self.source,
             "file": file,
             "sha256": digest.hexdigest(),
@@ -176,7 +177,9 @@ class ImageDataModule(L.LightningDataModule):
         sizes = ", ".join(
             f"{len(image_set.labels):,} {split}" for split, image_set in self._splits.items()
         )
-        description = f"{self.size[0]}x{self.size[1]}x{self.channels}, {self.num_classes} "
+        description = (
+            f"{self.image_size[0]}x{self.image_size[1]}x{self.channels}, {self.num_classes} "
+        )
         description += "class" if self.num_classes == 1 else "classes"
         log_once(
             f"data: {file or 'the digits of scikit-learn'}, {description} "
@@ -221,7 +224,7 @@ class ImageDataModule(L.LightningDataModule):
         """Read the images to predict; their shape must be that of the training images."""
         images, notes = read_images(path, self.mode, self.resize)
         actual_shape = (images.images.shape[1], *images.images.shape[2:])
-        if actual_shape != (expected_shape := (self.channels, *self.size)):
+        if actual_shape != (expected_shape := (self.channels, *self.image_size)):
             mode = "gray" if self.channels == 1 else "rgb"
             raise UsageError(
                 f"{path} holds images of {actual_shape[1]}x{actual_shape[2]}x{actual_shape[0]} "
@@ -243,13 +246,13 @@ class ImageDataModule(L.LightningDataModule):
         class_indices = parse_class_indices(self.classes, image_set.class_names, "--data.classes")
         return image_set.select(torch.isin(image_set.labels, torch.tensor(class_indices)))
 
-    def pictures(self, split: Split = "train") -> tuple[Tensor, Tensor]:
+    def get_split(self, split: Split = "train") -> tuple[Tensor, Tensor]:
         """Return all images of a split as bytes, uint8 (n c y x), with their labels, int64 (n)."""
         if not self._splits:
             raise RunError("ImageDataModule has no images yet: call setup() first")
         return self._splits[split].images, self._splits[split].labels
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Return a loader that shuffles each epoch and skips its incomplete last batch."""
         images, labels = self._move_split_to_device("train")
         seed, trainer = resolve_seed(self.seed), cast(Any, self.trainer)
@@ -259,7 +262,7 @@ class ImageDataModule(L.LightningDataModule):
             batch = to_float(images[items])  # (b c y x)
             if self.flip:
                 if loader.epoch not in is_flipped:
-                    g = generator(seed, "flip", loader.epoch)
+                    g = seeded_generator(seed, "flip", loader.epoch)
                     flips = torch.randint(2, (len(labels),), generator=g).bool()
                     is_flipped.clear()
                     is_flipped[loader.epoch] = flips.to(images.device)
@@ -267,12 +270,12 @@ class ImageDataModule(L.LightningDataModule):
                 batch = torch.where(flip_mask, batch.flip(-1), batch)
             return batch, labels[items]
 
-        loader = TrainLoader(
-            Order(seed, len(labels), device=images.device),
+        loader = ResumableLoader(
+            EpochSampler(seed, len(labels), device=images.device),
             make_batch,
             num_samples=len(labels),
             batch_size=self.batch_size,
-            data_parallel=DataParallelInfo.of(trainer),
+            data_parallel=DataParallelInfo.from_trainer(trainer),
             repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
         return loader
@@ -303,7 +306,7 @@ class ImageDataModule(L.LightningDataModule):
             return to_float(images[items]), labels[items], names
 
         return EvalLoader(
-            make_batch, len(labels), self.batch_size, DataParallelInfo.of(self.trainer)
+            make_batch, len(labels), self.batch_size, DataParallelInfo.from_trainer(self.trainer)
         )
 
     def _make_eval_loader(self, split: Split) -> EvalLoader:
@@ -319,11 +322,11 @@ class ImageDataModule(L.LightningDataModule):
             return to_float(images[items]), labels[items]
 
         return EvalLoader(
-            make_batch, len(labels), self.batch_size, DataParallelInfo.of(self.trainer)
+            make_batch, len(labels), self.batch_size, DataParallelInfo.from_trainer(self.trainer)
         )
 
     def _move_split_to_device(self, split: Split) -> tuple[Tensor, Tensor]:
-        images, labels = self.pictures(split)
+        images, labels = self.get_split(split)
         if self.trainer is not None:
             device = self.trainer.strategy.root_device
             moved_set = self._splits[split]._replace(
@@ -355,7 +358,9 @@ def stratified_split(images: ImageSet, fraction: float, split: str) -> tuple[Ima
                 f"none would be left to train when {count} are kept for {split}; give it at least "
                 f"3{alternative}"
             )
-        order = torch.randperm(len(class_positions), generator=generator(0, split, class_index))
+        order = torch.randperm(
+            len(class_positions), generator=seeded_generator(0, split, class_index)
+        )
         is_selected[class_positions[order[:count]]] = True
     return images.select(~is_selected), images.select(is_selected)
 

@@ -27,12 +27,12 @@ from .downloads import atomic_write, cache_folder, log_once
 from .json_rows import check_text_characters, compute_files_sha256, read_json_rows
 from .loaders import (
     DataParallelInfo,
+    EpochSampler,
     EvalLoader,
-    Order,
-    TrainLoader,
+    ResumableLoader,
     check_positive,
-    generator,
     resolve_seed,
+    seeded_generator,
 )
 from .tokenizers import SpecialTokenMode, Tokenizer, make_tokenizer
 
@@ -55,7 +55,7 @@ def read_examples(path: Path, prompt_field: str, answer_field: str) -> Iterator[
 
 
 def _extract_fields(row: dict[str, Any], fields: tuple[str, str], location: str) -> Iterator[str]:
-    for flag, field in zip(("prompt", "answer"), fields, strict=True):
+    for flag, field in zip(("prompt_field", "answer_field"), fields, strict=True):
         if not isinstance(row.get(field), str) or not row[field]:
             problem = "an empty" if row.get(field) == "" else "no text in" if field in row else "no"
             other_fields = [name for name in row if name not in fields]
@@ -90,10 +90,10 @@ class TokenizedExamples(NamedTuple):
         return self._replace(tokens=np.fromfile(self.token_file, np.int32), token_file="")
 
 
-class AnswerDataModule(L.LightningDataModule):
+class InstructionDataModule(L.LightningDataModule):
     """Instruction data: prompts with answers as batches (inputs, targets), both int64 (b t).
 
-        data = AnswerDataModule("questions.jsonl", tokenizer="gpt2", context=256)
+        data = InstructionDataModule("questions.jsonl", tokenizer="gpt2", context_length=256)
 
     An answer ends with the tokenizer's end-of-text token, if it has one, so that a model learns to
     stop.
@@ -101,34 +101,34 @@ class AnswerDataModule(L.LightningDataModule):
     Args:
         path: a file of JSON objects, one per line (.jsonl, .ndjson) or in a list (.json), or a
             folder of such files.
-        prompt: the field with the prompt, which gets no loss.
-        answer: the field with the answer, which is learned.
+        prompt_field: the field with the prompt, which gets no loss.
+        answer_field: the field with the answer, which is learned.
         tokenizer: characters, bytes, gpt2 or a file, as in TextDataModule; use the tokenizer of the
             model that is fine-tuned.
-        context: maximum t; a longer example is truncated at its end, and the log gives the number
-            of truncated examples.
+        context_length: maximum t; a longer example is truncated at its end, and the log gives the
+            number of truncated examples.
         batch_size: examples of one optimizer step, over all ranks and accumulated batches.
         val_fraction: fraction of the examples, drawn by the seed, held out for validation and test.
         seed: seed of the split and the order; by default that of seed_everything.
-        specials: how the tokenizer's special tokens are read in a text: plain, as ordinary text;
-            allowed, as one token each; or refuse, as an error.
+        special_tokens: how the tokenizer's special tokens are read in a text: as_text, as ordinary
+            text; allow, as one token each; or error, as an error.
     """
 
     def __init__(
         self,
         path: str | Path,
-        prompt: str = "prompt",
-        answer: str = "answer",
+        prompt_field: str = "prompt",
+        answer_field: str = "answer",
         tokenizer: str = "gpt2",
-        context: int = 256,
+        context_length: int = 256,
         batch_size: int = 32,
         val_fraction: float = 0.1,
         seed: int | None = None,
-        specials: SpecialTokenMode = "plain",
+        special_tokens: SpecialTokenMode = "as_text",
     ) -> None:
         """Check the arguments; the file is read in `setup`."""
         super().__init__()
-        check_positive("context", context)
+        check_positive("context_length", context_length)
         check_positive("batch_size", batch_size)
         if not 0 < val_fraction < 1:
             raise UsageError(
@@ -137,13 +137,13 @@ class AnswerDataModule(L.LightningDataModule):
             )
         self.path, self.fields, self.tokenizer_name = (
             Path(path).expanduser(),
-            (prompt, answer),
+            (prompt_field, answer_field),
             tokenizer,
         )
-        self.context, self.batch_size = context, batch_size
+        self.context_length, self.batch_size = context_length, batch_size
         self.val_fraction, self.seed = val_fraction, seed
-        self.specials: SpecialTokenMode = specials
-        self.resolved: dict[str, Any] = {}
+        self.special_tokens: SpecialTokenMode = special_tokens
+        self.provenance: dict[str, Any] = {}
         self.rows: list[tuple[Tensor, int]] = []  # (tokens, number of prompt tokens) per example
         self.tokenizer: Tokenizer | None = None
         self._preparation: PreparationResult | None = None  # set between prepare_data and setup
@@ -160,7 +160,13 @@ class AnswerDataModule(L.LightningDataModule):
         """Tokenize, and write the tokens to a file if the cache folder is writable."""
         tokenized = self._tokenize_examples()
         key = json.dumps(
-            [tokenized.sha256, self.fields, tokenized.tokenizer_key, self.specials, self.context]
+            [
+                tokenized.sha256,
+                self.fields,
+                tokenized.tokenizer_key,
+                self.special_tokens,
+                self.context_length,
+            ]
         )
         name = f"answers-{hashlib.sha256(key.encode()).hexdigest()[:32]}.int32"
         path = cache_folder() / "tokens" / name
@@ -181,7 +187,7 @@ class AnswerDataModule(L.LightningDataModule):
                 "for validation; type --data.path=FILE"
             )
         characters = "".join(sorted({c for e in examples for c in e.prompt + e.answer}))
-        tokenizer = make_tokenizer(self.tokenizer_name, characters, self.specials)
+        tokenizer = make_tokenizer(self.tokenizer_name, characters, self.special_tokens)
         rows = [self._tokenize_example(example, tokenizer) for example in examples]
         return TokenizedExamples(
             compute_files_sha256(list_files(self.path)),
@@ -204,7 +210,9 @@ class AnswerDataModule(L.LightningDataModule):
         if prepared is None or not prepared.num_examples or not prepared.has_file():
             prepared = self._tokenize_examples()
         tokenized = prepared.load_tokens()
-        self.tokenizer = make_tokenizer(self.tokenizer_name, tokenized.characters, self.specials)
+        self.tokenizer = make_tokenizer(
+            self.tokenizer_name, tokenized.characters, self.special_tokens
+        )
         tokens = torch.from_numpy(tokenized.tokens.astype(np.int64)).split(
             tokenized.lengths.tolist()
         )
@@ -216,11 +224,12 @@ class AnswerDataModule(L.LightningDataModule):
         ]
         if len(self.rows) < 2:
             raise UsageError(
-                f"the prompts in {self.path} fill the context of {self.context} tokens, and no "
-                f"answer is left; type --data.context={2 * self.context}"
+                f"the prompts in {self.path} fill the context of {self.context_length} tokens, "
+                "and no "
+                f"answer is left; type --data.context_length={2 * self.context_length}"
             )
-        num_truncated = sum(len(tokens) > self.context for tokens, _ in rows)
-        self.resolved = {"source": "path", "file": str(self.path), "sha256": tokenized.sha256}
+        num_truncated = sum(len(tokens) > self.context_length for tokens, _ in rows)
+        self.provenance = {"source": "path", "file": str(self.path), "sha256": tokenized.sha256}
         num_dropped = len(rows) - len(self.rows)
         truncation_note = (
             f"; {num_truncated} longer than the context are cut, {num_dropped} left out"
@@ -238,12 +247,12 @@ class AnswerDataModule(L.LightningDataModule):
         tokens = torch.cat(
             (prompt_tokens, answer_tokens, torch.tensor(eos_tokens, dtype=torch.int64))
         )
-        return tokens[: self.context + 1], len(prompt_tokens)
+        return tokens[: self.context_length + 1], len(prompt_tokens)
 
     def _make_batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         rows = [self.rows[int(number)] for number in indices]
         longest = max(len(tokens) for tokens, _ in rows) - 1
-        t = min(self.context, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
+        t = min(self.context_length, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
         inputs = torch.zeros(len(rows), t, dtype=torch.int64)
         targets = torch.full((len(rows), t), IGNORE_INDEX)
         for row, (tokens, num_prompt_tokens) in enumerate(rows):
@@ -253,27 +262,29 @@ class AnswerDataModule(L.LightningDataModule):
 
     def _split_indices(self) -> tuple[Tensor, Tensor]:
         count = len(self.rows)
-        shuffled = torch.randperm(count, generator=generator(resolve_seed(self.seed), "split"))
+        shuffled = torch.randperm(
+            count, generator=seeded_generator(resolve_seed(self.seed), "split")
+        )
         size = min(max(1, round(count * self.val_fraction)), count - 1)
         return shuffled[size:], shuffled[:size]
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Return the loader of all examples not held out, shuffled each epoch."""
         train_indices, _ = self._split_indices()
         trainer: Any = self.trainer
-        return TrainLoader(
-            Order(resolve_seed(self.seed), len(train_indices)),
+        return ResumableLoader(
+            EpochSampler(resolve_seed(self.seed), len(train_indices)),
             lambda places: self._make_batch(train_indices[places]),
             num_samples=len(train_indices),
             batch_size=self.batch_size,
-            data_parallel=DataParallelInfo.of(trainer),
+            data_parallel=DataParallelInfo.from_trainer(trainer),
             repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
 
     def val_dataloader(self) -> EvalLoader:
         """Return the loader of the examples held out for validation."""
         _, val_indices = self._split_indices()
-        data_parallel = DataParallelInfo.of(self.trainer)
+        data_parallel = DataParallelInfo.from_trainer(self.trainer)
         return EvalLoader(
             lambda n: self._make_batch(val_indices[n]),
             len(val_indices),

@@ -24,10 +24,10 @@ from ravine.strategies.share import DataParallelInfo
 DRAWS_PER_BLOCK = 4096  # draws per block; a change of this number changes the data of every run
 
 
-def generator(seed: int, *key: int | str) -> torch.Generator:
+def seeded_generator(seed: int, *key: int | str) -> torch.Generator:
     """Return a CPU generator seeded by (seed, key) alone, the same in every process and version.
 
-    generator(seed, "noise", epoch, sample) needs no stored state: another call with the same
+    seeded_generator(seed, "noise", epoch, sample) needs no stored state: another call with the same
     arguments starts the same stream.
     """
     # four bytes: torch's CPU generator uses only 32 bits of a seed
@@ -40,8 +40,8 @@ def resolve_seed(seed: int | None) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
-class Order:
-    """Epoch sampler: `order(epoch, first, last)` returns the items of samples first..last-1.
+class EpochSampler:
+    """Epoch sampler: `sampler(epoch, first, last)` returns the items of samples first..last-1.
 
     Each epoch is a random permutation of the items, repeated with other permutations if it is
     longer. With `replacement` the items are drawn independently.
@@ -73,7 +73,7 @@ class Order:
 
     def _get_block(self, epoch: int, block: int) -> Tensor:
         if self._key != (epoch, block):
-            g = generator(self.seed, epoch, block)
+            g = seeded_generator(self.seed, epoch, block)
             block_items = (
                 torch.randint(self.num_items, (self.block_size,), generator=g)
                 if self.replacement
@@ -83,7 +83,7 @@ class Order:
         return self._block
 
 
-class StridedWindowSampler(Order):
+class StridedWindowSampler(EpochSampler):
     """Samples window starts at a fixed stride, with a new random offset each epoch.
 
     An epoch covers nearly every token once.
@@ -98,13 +98,13 @@ class StridedWindowSampler(Order):
 
     def _get_block(self, epoch: int, block: int) -> Tensor:
         window_indices = super()._get_block(epoch, block)
-        g = generator(self.seed, epoch, "offset")
+        g = seeded_generator(self.seed, epoch, "offset")
         return window_indices * self.stride + torch.randint(self.num_offsets, (), generator=g).to(
             window_indices.device
         )
 
 
-class TrainLoader:
+class ResumableLoader:
     """Resumable training loader: yields the micro-batches of one epoch, from any saved position.
 
     Args:
@@ -118,11 +118,11 @@ class TrainLoader:
     The trainer calls `set_epoch` through `sampler`, as for torch's DistributedSampler.
     """
 
-    draws_nothing = True  # does not use the default generators, so no reseeding per batch is needed
+    is_rng_free = True  # does not use the default generators, so no reseeding per batch is needed
 
     def __init__(
         self,
-        epoch_sampler: Order,
+        epoch_sampler: EpochSampler,
         make_batch: Callable[[Tensor], Any],
         num_samples: int,
         batch_size: int,
@@ -140,8 +140,8 @@ class TrainLoader:
         self.num_samples = num_samples // batch_size * batch_size
         # Lightning's BatchSizeFinder doubles the batch size while it is below this length
         self.dataset = range(num_samples // 2 + 1)
-        self.epoch, self.sample = 0, 0  # the position: samples of the epoch yielded so far
-        self._turn, self._epoch_offset = (
+        self.epoch, self.num_consumed = 0, 0  # the position: samples of the epoch yielded so far
+        self._trainer_epoch, self._epoch_offset = (
             0,
             0,
         )  # the trainer's epoch number, and the loader's epoch minus that
@@ -163,16 +163,19 @@ class TrainLoader:
         self._restore_position()
         rank, size, accumulate = self.data_parallel
         micro_batch_size = self.batch_size // accumulate  # over all ranks
-        if self.sample % micro_batch_size:
+        if self.num_consumed % micro_batch_size:
             raise UsageError(
-                f"the checkpoint was written after {self.sample} samples of epoch {self.epoch}, "
+                f"the checkpoint was written after {self.num_consumed} samples of epoch "
+                f"{self.epoch}, "
                 f"inside a batch of {micro_batch_size} samples of this run; "
                 "resume with the batch_size and accumulate_grad_batches it was written with"
             )
         local_batch_size = micro_batch_size // size
-        while self.sample < self.num_samples:
-            first = self.sample + rank * local_batch_size
-            self.sample += micro_batch_size  # before the yield: a yielded batch counts as consumed
+        while self.num_consumed < self.num_samples:
+            first = self.num_consumed + rank * local_batch_size
+            self.num_consumed += (
+                micro_batch_size  # before the yield: a yielded batch counts as consumed
+            )
             yield self.make_batch(self.epoch_sampler(self.epoch, first, first + local_batch_size))
 
     def _restore_position(self) -> None:
@@ -181,12 +184,12 @@ class TrainLoader:
         The loader counts epochs itself. If a checkpoint was written at the end of an epoch,
         Lightning's number (fit_loop.epoch_progress) is one too high after a resume with max_steps.
         """
-        state, self._resume_state, self.sample = self._resume_state, None, 0
+        state, self._resume_state, self.num_consumed = self._resume_state, None, 0
         if state is not None:
-            is_same_epoch = state["turn"] == self._turn
-            self.sample = state["sample"] if is_same_epoch else 0
-            self._epoch_offset = state["epoch"] + (not is_same_epoch) - self._turn
-        self.epoch = 0 if self.repeat_first_epoch else self._turn + self._epoch_offset
+            is_same_epoch = state["trainer_epoch"] == self._trainer_epoch
+            self.num_consumed = state["num_consumed"] if is_same_epoch else 0
+            self._epoch_offset = state["epoch"] + (not is_same_epoch) - self._trainer_epoch
+        self.epoch = 0 if self.repeat_first_epoch else self._trainer_epoch + self._epoch_offset
 
     @property
     def steps_per_epoch(self) -> int:
@@ -209,28 +212,36 @@ class TrainLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Set the trainer's epoch number for the next iteration."""
-        self._turn = epoch
+        self._trainer_epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in samples over all ranks, so that any layout can resume from it."""
-        return {"epoch": self.epoch, "sample": self.sample, "turn": self._turn}
+        return {
+            "epoch": self.epoch,
+            "num_consumed": self.num_consumed,
+            "trainer_epoch": self._trainer_epoch,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume the next iteration at the saved position."""
-        keys = ("epoch", "sample", "turn")
+        keys = ("epoch", "num_consumed", "trainer_epoch")
         if not isinstance(state, dict) or any(type(state.get(key)) is not int for key in keys):
             raise UsageError(
                 f"the place in the data that was saved is {reprlib.repr(state)}; allowed: whole "
                 f"numbers of {', '.join(keys)}; choose another checkpoint: --ckpt_path FILE"
             )
-        self.epoch, self.sample, self._turn = state["epoch"], state["sample"], state["turn"]
+        self.epoch, self.num_consumed, self._trainer_epoch = (
+            state["epoch"],
+            state["num_consumed"],
+            state["trainer_epoch"],
+        )
         self._resume_state = state
 
 
 class _EpochSetter:
     """Provides `set_epoch` where Lightning expects it: in `sampler` or `batch_sampler.sampler`."""
 
-    def __init__(self, loader: TrainLoader) -> None:
+    def __init__(self, loader: ResumableLoader) -> None:
         self.sampler, self.set_epoch = self, loader.set_epoch
 
 

@@ -18,11 +18,18 @@ from ravine.errors import UsageError
 from .corpus import list_files, read_text
 from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
 from .json_rows import check_text_characters, compute_files_sha256, holds_json_rows, read_json_rows
-from .loaders import DataParallelInfo, EvalLoader, Order, TrainLoader, check_positive, resolve_seed
+from .loaders import (
+    DataParallelInfo,
+    EpochSampler,
+    EvalLoader,
+    ResumableLoader,
+    check_positive,
+    resolve_seed,
+)
 from .text import python_docs_text
 
 
-class Prompts(NamedTuple):
+class PromptBatch(NamedTuple):
     """A batch of prompts."""
 
     texts: list[str]
@@ -31,9 +38,9 @@ class Prompts(NamedTuple):
 
 
 class IndexedSampler:
-    """Wraps an Order and adds the position of each item: int64 (epoch, sample, item)."""
+    """Wraps an EpochSampler and adds the position of each item: int64 (epoch, sample, item)."""
 
-    def __init__(self, sampler: Order) -> None:
+    def __init__(self, sampler: EpochSampler) -> None:
         """Store the wrapped sampler."""
         self.sampler = sampler
 
@@ -47,20 +54,20 @@ class IndexedSampler:
 class PromptDataModule(L.LightningDataModule):
     """Batches of prompts for reinforcement learning.
 
-        data = PromptDataModule("plays.txt", length=256, batch_size=64)
-        data = PromptDataModule("questions.jsonl", corpus="plays.txt")
+        data = PromptDataModule("plays.txt", prompt_length=256, batch_size=64)
+        data = PromptDataModule("questions.jsonl", corpus_path="plays.txt")
 
     Args:
         path: a text file; or a .jsonl, .ndjson or .json file of objects like {"prompt": "Q: ",
             "answer": "A"}, or a folder of such files; by default `source` is used.
         source: a text by its name, embedded or auto, as in `TextDataModule`.
         root: the folder of datasets; by default the variable DATA_ROOT.
-        corpus: reference text for rewards; by default the text of the snippets.
-        length: characters per snippet.
+        corpus_path: reference text for rewards; by default the text of the snippets.
+        prompt_length: characters per snippet.
         batch_size: prompts of one optimizer step, over all ranks and accumulated batches.
         val_fraction: fraction at the end of the text or file that is held out from training.
-        val_prompts: prompts per validation, always the same, spaced evenly over the held-out part;
-            rounded down to a multiple of the number of ranks.
+        num_val_prompts: prompts per validation, always the same, spaced evenly over the held-out
+            part; rounded down to a multiple of the number of ranks.
         seed: seed of the order; by default that of seed_everything.
     """
 
@@ -69,30 +76,30 @@ class PromptDataModule(L.LightningDataModule):
         path: str | Path | None = None,
         source: TextName = "auto",
         root: str | None = None,
-        corpus: str | Path | None = None,
-        length: int = 256,
+        corpus_path: str | Path | None = None,
+        prompt_length: int = 256,
         batch_size: int = 64,
         val_fraction: float = 0.1,
-        val_prompts: int = 64,
+        num_val_prompts: int = 64,
         seed: int | None = None,
     ) -> None:
         """Check the arguments; files are read in `setup`."""
         super().__init__()
-        for name, value in (("length", length), ("batch_size", batch_size)):
+        for name, value in (("prompt_length", prompt_length), ("batch_size", batch_size)):
             check_positive(name, value)
-        check_positive("val_prompts", val_prompts)
+        check_positive("num_val_prompts", num_val_prompts)
         if not 0 < val_fraction < 1:
             raise UsageError(
                 f"val_fraction is {val_fraction}; allowed is a number between 0 and 1: "
                 "type --data.val_fraction=0.1"
             )
-        self.path, self.root, self.corpus_path = path, root, corpus
+        self.path, self.root, self.corpus_path = path, root, corpus_path
         self.source: TextName = source
         text_source(source)  # UsageError for an unknown name
-        self.prompt_length, self.batch_size = length, batch_size
-        self.val_fraction, self.num_val_prompts, self.seed = val_fraction, val_prompts, seed
-        self.resolved: dict[str, Any] = {}
-        self.text: str | None = None  # reference text for rewards
+        self.prompt_length, self.batch_size = prompt_length, batch_size
+        self.val_fraction, self.num_val_prompts, self.seed = val_fraction, num_val_prompts, seed
+        self.provenance: dict[str, Any] = {}
+        self.corpus_text: str | None = None  # reference text for rewards
         self.rows: list[dict[str, Any]] = []  # rows of JSON files
         self._snippets = ""
         self._download_error = ""
@@ -119,22 +126,22 @@ class PromptDataModule(L.LightningDataModule):
             self.rows = read_prompt_rows(file)
             size = f"{len(self.rows):,} prompts"
         else:
-            self.text = "".join(read_text(list_files(file)) if file else python_docs_text())
-            self._snippets, size = self.text, f"snippets of {self.prompt_length} characters"
+            self.corpus_text = "".join(read_text(list_files(file)) if file else python_docs_text())
+            self._snippets, size = self.corpus_text, f"snippets of {self.prompt_length} characters"
         if self.corpus_path is not None:
-            self.text = "".join(
-                read_text(list_files(Path(self.corpus_path).expanduser(), "--data.corpus"))
+            self.corpus_text = "".join(
+                read_text(list_files(Path(self.corpus_path).expanduser(), "--data.corpus_path"))
             )
         self._check_size(name)
-        self.resolved = {"file": str(file or ""), "sha256": self._checksum(file)}
+        self.provenance = {"file": str(file or ""), "sha256": self._checksum(file)}
         if self.path is None:
-            self.resolved["source"] = text_source(self.source).name if file else "embedded"
+            self.provenance["source"] = text_source(self.source).name if file else "embedded"
         log_once(f"data: {name}, {size}{reason and '; ' + reason}", is_warning=bool(reason))
 
     def _checksum(self, file: Path | None) -> str:
         """Return the SHA-256 of the rows and the reference text, which a resumed run compares."""
         rows = compute_files_sha256(list_files(file)) if self.rows and file is not None else ""
-        return hashlib.sha256(f"{rows}{self.text or ''}".encode()).hexdigest()
+        return hashlib.sha256(f"{rows}{self.corpus_text or ''}".encode()).hexdigest()
 
     @property
     def prompts(self) -> list[str]:
@@ -146,15 +153,15 @@ class PromptDataModule(L.LightningDataModule):
         """Return the distinct characters of all prompts, sorted."""
         return "".join(sorted(set(self._snippets).union(*self.prompts)))
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Return the training loader: snippets are drawn with replacement, JSON rows without."""
         first, trainer = self._get_bounds()[0], cast(Any, self.trainer)
-        return TrainLoader(
-            IndexedSampler(Order(resolve_seed(self.seed), first, replacement=not self.rows)),  # type: ignore
+        return ResumableLoader(
+            IndexedSampler(EpochSampler(resolve_seed(self.seed), first, replacement=not self.rows)),  # type: ignore
             lambda items: self._make_batch(items[:, 2], [(e, s) for e, s in items[:, :2].tolist()]),
             num_samples=first if self.rows else max(self.batch_size, first // self.prompt_length),
             batch_size=self.batch_size,
-            data_parallel=DataParallelInfo.of(trainer),
+            data_parallel=DataParallelInfo.from_trainer(trainer),
             repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
 
@@ -164,17 +171,17 @@ class PromptDataModule(L.LightningDataModule):
         One batch, because metrics compare the texts of a batch with each other.
         """
         _, first, last = self._get_bounds()
-        data_parallel = DataParallelInfo.of(self.trainer)
+        data_parallel = DataParallelInfo.from_trainer(self.trainer)
         count = min(self.num_val_prompts, last - first) if self.rows else self.num_val_prompts
         even_count = (
             count - count % data_parallel.dp_size
         )  # equal batches: metrics compare the texts of a batch
         if not even_count:
-            problem = f"only {count} are held out" if self.rows else f"val_prompts is {count}"
+            problem = f"only {count} are held out" if self.rows else f"num_val_prompts is {count}"
             fix = (
                 "val_fraction=0.5"
                 if count < self.num_val_prompts
-                else f"val_prompts={data_parallel.dp_size}"
+                else f"num_val_prompts={data_parallel.dp_size}"
             )
             raise UsageError(
                 f"{problem}, for {data_parallel.dp_size} ranks; allowed: {data_parallel.dp_size} "
@@ -183,7 +190,7 @@ class PromptDataModule(L.LightningDataModule):
             )
         positions = torch.linspace(first, last - 1, even_count).long()
 
-        def make_batch(numbers: Tensor) -> Prompts:
+        def make_batch(numbers: Tensor) -> PromptBatch:
             return self._make_batch(positions[numbers], [(-1, n) for n in numbers.tolist()])
 
         return EvalLoader(make_batch, even_count, even_count, data_parallel)
@@ -208,14 +215,14 @@ class PromptDataModule(L.LightningDataModule):
             items - self.prompt_length + 1,
         )  # no training snippet overlaps the held-out part
 
-    def _make_batch(self, items: Tensor, sample_ids: list[tuple[int, int]]) -> Prompts:
+    def _make_batch(self, items: Tensor, sample_ids: list[tuple[int, int]]) -> PromptBatch:
         numbers = items.tolist()
         if not self.rows:
             texts = [self._snippets[n : n + self.prompt_length] for n in numbers]
-            return Prompts(texts, sample_ids, {})
+            return PromptBatch(texts, sample_ids, {})
         rows = [self.rows[n] for n in numbers]
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-        return Prompts([row["prompt"] for row in rows], sample_ids, columns)
+        return PromptBatch([row["prompt"] for row in rows], sample_ids, columns)
 
     def _check_size(self, name: str) -> None:
         train, first, num_items = self._get_bounds()
@@ -227,7 +234,7 @@ class PromptDataModule(L.LightningDataModule):
                 + (
                     "; give more"
                     if self.rows
-                    else f" of {self.prompt_length}; type --data.length=32"
+                    else f" of {self.prompt_length}; type --data.prompt_length=32"
                 )
             )
 

@@ -20,7 +20,14 @@ from ravine.errors import UsageError
 from .corpus import list_files
 from .downloads import TEXT_DATASETS, compute_sha256, download_if_missing, log_once, resolve_source
 from .file_kinds import check_not_binary
-from .loaders import DataParallelInfo, EvalLoader, Order, TrainLoader, check_positive, generator
+from .loaders import (
+    DataParallelInfo,
+    EpochSampler,
+    EvalLoader,
+    ResumableLoader,
+    check_positive,
+    seeded_generator,
+)
 from .tables import Table, has_known_header, read_table
 
 EMBEDDED_FILE = Path(__file__).with_name("spam_messages.tsv")
@@ -211,16 +218,16 @@ class SpamDataModule(L.LightningDataModule):
         self.path, self.source, self.root, self.predict_path = path, source, root, predict_path
         self.batch_size, self.seed = batch_size, seed
         self.test_fraction, self.val_fraction = test_fraction, val_fraction
-        self.resolved: dict[str, Any] = {}  # the data used: source, file, sha256, duplicates
+        self.provenance: dict[str, Any] = {}  # the data used: source, file, sha256, duplicates
         self.messages: list[Message] = []
-        self.parts: dict[str, list[int]] = {}  # train, val, test: positions in `messages`
+        self.splits: dict[str, list[int]] = {}  # train, val, test: positions in `messages`
         self.predict_lines: list[tuple[int, str]] = []  # (line from 0, text)
         self._download_error = ""
 
     @property
     def train_messages(self) -> list[str]:
         """Return the training texts, the only texts that a featurizer may be fitted to."""
-        return [self.messages[i].text for i in self.parts.get("train", [])]
+        return [self.messages[i].text for i in self.splits.get("train", [])]
 
     def prepare_data(self) -> None:
         """Download a missing file; Lightning calls this on local rank 0 only."""
@@ -275,7 +282,7 @@ class SpamDataModule(L.LightningDataModule):
         self._assign_splits(name)
         keys = {m.text.strip().casefold() for m in messages}
         resolved_source = self.source if self.path is not None else "sms" if file else "embedded"
-        self.resolved = {
+        self.provenance = {
             "source": resolved_source,
             "file": str(file or ""),
             "sha256": compute_sha256(file or EMBEDDED_FILE),
@@ -283,12 +290,12 @@ class SpamDataModule(L.LightningDataModule):
         }
         if table is not None:
             name += f", columns {' and '.join(table.columns)}"
-            self.resolved["columns"] = list(table.columns)
+            self.provenance["columns"] = list(table.columns)
         spam = sum(m.label for m in messages)
-        sizes = ", ".join(f"{len(indices):,} {split}" for split, indices in self.parts.items())
+        sizes = ", ".join(f"{len(indices):,} {split}" for split, indices in self.splits.items())
         log_once(
             f"data: {name}, {len(messages) - spam:,} ham, {spam:,} spam, "
-            f"{self.resolved['duplicates']:,} copies kept on one side; {sizes}"
+            f"{self.provenance['duplicates']:,} copies kept on one side; {sizes}"
             f"{reason and '; ' + reason}",
             is_warning=bool(reason),
         )
@@ -299,7 +306,7 @@ class SpamDataModule(L.LightningDataModule):
                 "read",
                 is_warning=True,
             )
-        for split, indices in self.parts.items():
+        for split, indices in self.splits.items():
             present_classes = {messages[i].label for i in indices}
             for k, label in enumerate(LABELS) if indices else ():
                 if k not in present_classes:
@@ -329,19 +336,19 @@ class SpamDataModule(L.LightningDataModule):
         messages, all_indices = self.messages, list(range(len(self.messages)))
         test = {i for i in all_indices if messages[i].split == "test"}
         if not test:
-            g = generator(self.seed, "test")
+            g = seeded_generator(self.seed, "test")
             test = grouped_stratified_split(messages, all_indices, self.test_fraction, g)
         non_test = [i for i in all_indices if i not in test]
         val = grouped_stratified_split(
-            messages, non_test, self.val_fraction, generator(self.seed, "val")
+            messages, non_test, self.val_fraction, seeded_generator(self.seed, "val")
         )
-        self.parts = {
+        self.splits = {
             "train": [i for i in non_test if i not in val],
             "val": sorted(val),
             "test": sorted(test),
         }
         empty_splits = [
-            k for k in self.parts if not self.parts[k] and (k != "val" or self.val_fraction)
+            k for k in self.splits if not self.splits[k] and (k != "val" or self.val_fraction)
         ]
         if empty_splits:
             num_different = len({m.text.strip().casefold() for m in messages})
@@ -369,15 +376,15 @@ class SpamDataModule(L.LightningDataModule):
             num_messages if isinstance(self.batch_size, str) else min(self.batch_size, num_messages)
         )
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Return a loader that shuffles each epoch and skips its incomplete last batch."""
-        indices, trainer = self.parts["train"], cast(Any, self.trainer)
-        return TrainLoader(
-            Order(self.seed, len(indices)),
+        indices, trainer = self.splits["train"], cast(Any, self.trainer)
+        return ResumableLoader(
+            EpochSampler(self.seed, len(indices)),
             self._make_batch_fn(indices),
             num_samples=len(indices),
             batch_size=self._clamp_batch_size(len(indices)),
-            data_parallel=DataParallelInfo.of(trainer),
+            data_parallel=DataParallelInfo.from_trainer(trainer),
             repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
 
@@ -398,11 +405,11 @@ class SpamDataModule(L.LightningDataModule):
 
         size = self._clamp_batch_size(len(self.predict_lines))
         return EvalLoader(
-            make_batch, len(self.predict_lines), size, DataParallelInfo.of(self.trainer)
+            make_batch, len(self.predict_lines), size, DataParallelInfo.from_trainer(self.trainer)
         )
 
     def _make_eval_loader(self, split: str) -> EvalLoader:
-        indices = self.parts[split]
+        indices = self.splits[split]
         if not indices:
             raise UsageError(
                 f"there are no messages for {split}: val_fraction is {self.val_fraction}; type "
@@ -410,7 +417,10 @@ class SpamDataModule(L.LightningDataModule):
             )
         size = self._clamp_batch_size(len(indices))
         return EvalLoader(
-            self._make_batch_fn(indices), len(indices), size, DataParallelInfo.of(self.trainer)
+            self._make_batch_fn(indices),
+            len(indices),
+            size,
+            DataParallelInfo.from_trainer(self.trainer),
         )
 
 

@@ -32,10 +32,10 @@ from .corpus import (
 from .downloads import TextName, download_if_missing, log_once, resolve_source, text_source
 from .loaders import (
     DataParallelInfo,
+    EpochSampler,
     EvalLoader,
-    Order,
+    ResumableLoader,
     StridedWindowSampler,
-    TrainLoader,
     check_positive,
     resolve_seed,
 )
@@ -55,8 +55,8 @@ def python_docs_text() -> Iterator[str]:
 class TextDataModule(L.LightningDataModule):
     """Text as batches (inputs, targets), both int64 (b t); targets are shifted by one token.
 
-        data = TextDataModule("my.txt", context=128, batch_size=64)
-        Trainer(max_steps=500).fit(LanguageModel(layers=2, width=64), datamodule=data)
+        data = TextDataModule("my.txt", context_length=128, batch_size=64)
+        Trainer(max_steps=500).fit(LanguageModel(num_layers=2, d_model=64), datamodule=data)
 
     Args:
         path: a text file, a folder of text files, or a folder with nanoGPT's train.bin and val.bin;
@@ -64,20 +64,21 @@ class TextDataModule(L.LightningDataModule):
         source: a text by its name (docs/data.md lists them); embedded: CPython's help topics; auto:
             the first text of the list if it is available, otherwise the embedded text.
         root: the folder of datasets; by default the variable DATA_ROOT.
-        context: t.
+        context_length: t.
         batch_size: windows of one optimizer step, over all ranks and accumulated batches.
         val_fraction: fraction at the end of the text, used for validation and for `test`.
         seed: seed of the order of the windows; by default that of seed_everything.
         tokenizer: characters (of the text), bytes, gpt2 (GPT-2's byte pair encoding), or the path
             of a tokenizer.json or of a folder with one or with vocab.json and merges.txt.
-        memory_limit: in characters; a longer text is memory-mapped and stays off the device.
-        windows: start of the training windows: random; or passes: side by side from a random offset
-            per epoch, so that an epoch covers every token once.
-        begin: index of the first token to use; the vocabulary is that of the whole text.
-        end: index of the first token not to use; by default all tokens are used.
-        specials: how the tokenizer's special tokens, like <|endoftext|>, are read in a text: plain,
-            as ordinary text; allowed, as one token each; or refuse, as an error.
-        vocabulary: vocabulary size of a folder of tokens whose tokenizer is not known.
+        max_chars_in_memory: number of characters; a longer text is memory-mapped and stays off the
+            device.
+        window_sampling: start of the training windows: random; or sequential: side by side from a
+            random offset per epoch, so that an epoch covers every token once.
+        start_token: index of the first token to use; the vocabulary is that of the whole text.
+        stop_token: index of the first token not to use; by default all tokens are used.
+        special_tokens: how the tokenizer's special tokens, like <|endoftext|>, are read in a text:
+            as_text, as ordinary text; allow, as one token each; or error, as an error.
+        vocab_size: vocabulary size of a folder of tokens whose tokenizer is not known.
         dtype: integer type of a folder of tokens; by default that of its meta.pkl or meta.json, or
             uint16.
     """
@@ -87,22 +88,22 @@ class TextDataModule(L.LightningDataModule):
         path: str | Path | None = None,
         source: TextName = "auto",
         root: str | None = None,
-        context: int = 64,
+        context_length: int = 64,
         batch_size: int = 32,
         val_fraction: float = 0.1,
         seed: int | None = None,
         tokenizer: str = "characters",
-        memory_limit: int = 2**28,
-        windows: Literal["random", "passes"] = "random",
-        begin: int = 0,
-        end: int | None = None,
-        specials: SpecialTokenMode = "plain",
-        vocabulary: int | None = None,
+        max_chars_in_memory: int = 2**28,
+        window_sampling: Literal["random", "sequential"] = "random",
+        start_token: int = 0,
+        stop_token: int | None = None,
+        special_tokens: SpecialTokenMode = "as_text",
+        vocab_size: int | None = None,
         dtype: TokenType | None = None,
     ) -> None:
         """Check the arguments; files are read in `setup`."""
         super().__init__()
-        check_positive("context", context)
+        check_positive("context_length", context_length)
         check_positive("batch_size", batch_size)
         if not 0 < val_fraction < 1:
             raise UsageError(
@@ -112,24 +113,28 @@ class TextDataModule(L.LightningDataModule):
         self.path, self.root = path, root
         self.source: TextName = source
         text_source(source)  # UsageError for an unknown name
-        self.context, self.batch_size = context, batch_size
-        self.val_fraction, self.seed, self.max_chars_in_memory = val_fraction, seed, memory_limit
+        self.context_length, self.batch_size = context_length, batch_size
+        self.val_fraction, self.seed, self.max_chars_in_memory = (
+            val_fraction,
+            seed,
+            max_chars_in_memory,
+        )
         self.tokenizer_name, self.window_sampling, self.start_token, self.stop_token = (
             tokenizer,
-            windows,
-            begin,
-            end,
+            window_sampling,
+            start_token,
+            stop_token,
         )
-        self.specials: SpecialTokenMode = specials
-        self.vocabulary = vocabulary
+        self.special_tokens: SpecialTokenMode = special_tokens
+        self.vocab_size = vocab_size
         self.dtype: TokenType | None = dtype
-        self.resolved: dict[str, Any] = {}  # the data used: source, file, sha256
+        self.provenance: dict[str, Any] = {}  # the data used: source, file, sha256
         self._corpus: Corpus | None = None
         self._preparation: PreparationResult | None = None  # set between prepare_data and setup
         self._download_error = ""
 
     @classmethod
-    def of_tokens(
+    def from_tokens(
         cls,
         tokens: np.ndarray | Tensor,
         tokenizer: Tokenizer | int,
@@ -137,7 +142,9 @@ class TextDataModule(L.LightningDataModule):
     ) -> "TextDataModule":
         """Make a datamodule from an array of token ids (n), which may be memory-mapped.
 
-            data = TextDataModule.of_tokens(numpy.memmap("my.bin", "uint16"), 10_000, context=256)
+            data = TextDataModule.from_tokens(
+                numpy.memmap("my.bin", "uint16"), 10_000, context_length=256
+            )
 
         Args:
             tokens: integer token ids.
@@ -147,7 +154,7 @@ class TextDataModule(L.LightningDataModule):
         data = cls(**options)
         known_tokenizer = NumberTokenizer(tokenizer) if isinstance(tokenizer, int) else tokenizer
         data._corpus = corpus_from_array(tokens, known_tokenizer)
-        data.resolved = {"source": "tokens", "file": "", "sha256": data._corpus.sha256}
+        data.provenance = {"source": "tokens", "file": "", "sha256": data._corpus.sha256}
         data._check_length("the array", "tokens", data._corpus)
         return data
 
@@ -186,7 +193,7 @@ class TextDataModule(L.LightningDataModule):
             name,
             self.max_chars_in_memory,
             self.tokenizer_name,
-            self.specials,
+            self.special_tokens,
         )
 
     def _resolve_source(self) -> tuple[Path | None, str, str]:
@@ -213,38 +220,40 @@ class TextDataModule(L.LightningDataModule):
             return
         file, name, reason = self._resolve_source()
         corpus = (
-            load_nanogpt_bins(file, self.tokenizer_name, self.vocabulary, self.dtype)
+            load_nanogpt_bins(file, self.tokenizer_name, self.vocab_size, self.dtype)
             if file
             else None
         )
         if corpus is None:
             self._check_token_options(name)
             text, limit = self._make_text_reader(file), self.max_chars_in_memory
-            corpus = build_corpus(text, name, limit, self.tokenizer_name, self.specials, summary)
-        elif self.specials != "plain":
-            raise UsageError(
-                f"{name} holds tokens, in which specials={self.specials} changes nothing; allowed: "
-                "plain; leave --data.specials away"
+            corpus = build_corpus(
+                text, name, limit, self.tokenizer_name, self.special_tokens, summary
             )
-        tokenizer_type = corpus.tokenizer.kind
+        elif self.special_tokens != "as_text":
+            raise UsageError(
+                f"{name} holds tokens, in which special_tokens={self.special_tokens} changes "
+                "nothing; allowed: as_text; leave --data.special_tokens away"
+            )
+        tokenizer_type = corpus.tokenizer.tokenizer_type
         unit = tokenizer_type if tokenizer_type in ("characters", "bytes") else "tokens"
         corpus = self._slice_tokens(name, unit, corpus)
         self._check_length(name, unit, corpus)
         self._corpus = corpus
         known = text_source(self.source).name if file else "embedded"
         resolved_source = self.source if self.path is not None else known
-        self.resolved = {
+        self.provenance = {
             "source": resolved_source,
             "file": str(file or ""),
             "sha256": corpus.sha256,
         }
-        size = f"{len(corpus.tokens):,} {unit}, {corpus.tokenizer.vocabulary:,} different"
+        size = f"{len(corpus.tokens):,} {unit}, {corpus.tokenizer.vocab_size:,} different"
         note = "; ".join(word for word in (reason, corpus.note) if word)
         log_once(f"data: {name}, {size}{note and '; ' + note}", is_warning=bool(note))
 
     def _check_token_options(self, name: str) -> None:
         """Raise an error if an option is set that applies only to a folder of token files."""
-        for option in ("vocabulary", "dtype"):
+        for option in ("vocab_size", "dtype"):
             if getattr(self, option) is not None:
                 raise UsageError(
                     f"{option} is {getattr(self, option)}, and {name} is a text, whose tokens are "
@@ -260,9 +269,9 @@ class TextDataModule(L.LightningDataModule):
             return corpus
         if not 0 <= self.start_token < stop <= count or corpus.val_tokens is not None:
             raise UsageError(
-                f"begin {self.start_token} and end {self.stop_token} are no part of the {count:,} "
-                f"{unit} of "
-                f"{name}; allowed: 0 to {count} of a text in one piece; type --data.begin=0"
+                f"start_token {self.start_token} and stop_token {self.stop_token} are no part of "
+                f"the {count:,} {unit} of {name}; allowed: 0 to {count} of a text in one piece; "
+                "type --data.start_token=0"
             )
         return corpus._replace(tokens=corpus.tokens[self.start_token : stop])
 
@@ -274,12 +283,15 @@ class TextDataModule(L.LightningDataModule):
                 f"val_fraction {self.val_fraction} of the {count:,} {unit} of {name} is less "
                 "than two; type --data.val_fraction=0.1, or give a longer text"
             )
-        if len(train) <= self.context:
+        if len(train) <= self.context_length:
             max_fitting = len(train) - 1
-            advice = f"type --data.context={max_fitting} or less, or " if max_fitting > 0 else ""
+            advice = (
+                f"type --data.context_length={max_fitting} or less, or " if max_fitting > 0 else ""
+            )
             raise UsageError(
                 f"{name} has {count:,} {unit}, {len(train):,} of them for training: less than one "
-                f"window of context + 1 = {self.context + 1}; {advice}give a longer text"
+                f"window of context_length + 1 = {self.context_length + 1}; "
+                f"{advice}give a longer text"
             )
 
     def _split_corpus(self, corpus: Corpus) -> tuple[Tensor, Tensor]:
@@ -288,10 +300,10 @@ class TextDataModule(L.LightningDataModule):
         split = int(len(corpus.tokens) * (1 - self.val_fraction))
         return corpus.tokens[:split], corpus.tokens[split:]
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Return the loader of training windows; an epoch has about as many tokens as the split."""
         tokens, _ = self._get_splits()
-        t, trainer = self.context, cast(Any, self.trainer)
+        t, trainer = self.context_length, cast(Any, self.trainer)
         windows = tokens.unfold(0, t + 1, 1)  # a view: (n - t, t + 1)
 
         def make_batch(starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,23 +311,23 @@ class TextDataModule(L.LightningDataModule):
             return window[:, :-1].long(), window[:, 1:].long()
 
         seed, num_samples = resolve_seed(self.seed), max(self.batch_size, len(tokens) // t)
-        epoch_sampler = Order(seed, len(windows), replacement=True, device=tokens.device)
-        if self.window_sampling == "passes":
+        epoch_sampler = EpochSampler(seed, len(windows), replacement=True, device=tokens.device)
+        if self.window_sampling == "sequential":
             epoch_sampler = StridedWindowSampler(seed, len(windows), t, tokens.device)
             num_samples = epoch_sampler.num_items
-        return TrainLoader(
+        return ResumableLoader(
             epoch_sampler,
             make_batch,
             num_samples=num_samples,
             batch_size=self.batch_size,
-            data_parallel=DataParallelInfo.of(trainer),
+            data_parallel=DataParallelInfo.from_trainer(trainer),
             repeat_first_epoch=bool(trainer and trainer.overfit_batches),
         )
 
     def val_dataloader(self) -> EvalLoader:
         """Return the loader of the validation part; the last window is padded with targets -100."""
         _, tokens = self._get_splits()
-        t, last = self.context, len(tokens) - 1
+        t, last = self.context_length, len(tokens) - 1
         offsets = torch.arange(t + 1, device=tokens.device)
 
         def make_batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,7 +336,7 @@ class TextDataModule(L.LightningDataModule):
             return window[:, :-1], window[:, 1:].masked_fill(positions[:, 1:] > last, IGNORE_INDEX)
 
         return EvalLoader(
-            make_batch, -(-last // t), self.batch_size, DataParallelInfo.of(self.trainer)
+            make_batch, -(-last // t), self.batch_size, DataParallelInfo.from_trainer(self.trainer)
         )
 
     def test_dataloader(self) -> EvalLoader:

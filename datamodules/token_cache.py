@@ -65,8 +65,8 @@ def write_token_file(
         TokenCacheError: the cache folder cannot be written.
     """
     token_dtype = _token_dtype(tokenizer, is_memmap)
-    # in the mode "refuse" the text must be read even if its tokens are cached without that check
-    name = tokenizer.cache_key + ("-refuse" if tokenizer.specials == "refuse" else "")
+    # in the mode "error" the text must be read even if its tokens are cached without that check
+    name = tokenizer.cache_key + ("-error" if tokenizer.special_tokens == "error" else "")
     path = cache_folder() / "tokens" / f"{sha256}-{name}.{token_dtype}"
     if path.is_file():
         return path
@@ -101,9 +101,9 @@ def read_token_file(path: Path, tokenizer: Tokenizer, is_memmap: bool) -> Tensor
 
 def _token_dtype(tokenizer: Tokenizer, is_memmap: bool) -> np.dtype:
     """Return the dtype of a token: two or four bytes in a file, one byte in memory if enough."""
-    if not is_memmap and tokenizer.vocabulary <= 256:
+    if not is_memmap and tokenizer.vocab_size <= 256:
         return np.dtype(np.uint8)
-    return np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
@@ -223,9 +223,9 @@ def read_nanogpt_bins(
     known_tokenizer = _resolve_tokenizer(
         folder, meta, meta_path, tokenizer_name, vocab_size, largest
     )
-    if not is_dtype_known and known_tokenizer.vocabulary > 1 << 16:
+    if not is_dtype_known and known_tokenizer.vocab_size > 1 << 16:
         raise UsageError(
-            f"{files[0]} is read as uint16, which cannot hold the {known_tokenizer.vocabulary:,} "
+            f"{files[0]} is read as uint16, which cannot hold the {known_tokenizer.vocab_size:,} "
             "tokens of "
             "the vocabulary; allowed: int32, uint32, or uint16 if it is that all the same; type "
             "--data.dtype=uint32"
@@ -233,11 +233,11 @@ def read_nanogpt_bins(
     for file, array, token_range_of_file in zip(files, arrays, token_ranges, strict=True):
         check_token_range(str(file), array, token_range_of_file, known_tokenizer)
     note = ""
-    if known_tokenizer.kind == "gpt2" and largest < known_tokenizer.vocabulary // 2:
+    if known_tokenizer.tokenizer_type == "gpt2" and largest < known_tokenizer.vocab_size // 2:
         note = (
-            f"no token is above {largest:,} of GPT-2's {known_tokenizer.vocabulary:,}: if they "
+            f"no token is above {largest:,} of GPT-2's {known_tokenizer.vocab_size:,}: if they "
             "are another "
-            f"tokenizer's, type --data.vocabulary={largest + 1} or more"
+            f"tokenizer's, type --data.vocab_size={largest + 1} or more"
         )
     train, val = map(as_tensor, arrays)
     return NanoGPTBins(train, val, known_tokenizer, _compute_fingerprint(files), note)
@@ -248,14 +248,14 @@ def check_token_range(
 ) -> None:
     """Raise an error if tokens are outside of the vocabulary; `token_range` is (low, high)."""
     low, high = token_range
-    if low >= 0 and high < tokenizer.vocabulary:
+    if low >= 0 and high < tokenizer.vocab_size:
         return
     invalid_token = low if low < 0 else high
-    hint = f"--data.vocabulary={high + 1} or more" if low >= 0 else "--data.dtype=uint32"
+    hint = f"--data.vocab_size={high + 1} or more" if low >= 0 else "--data.dtype=uint32"
     raise UsageError(
         f"{name} holds the token {invalid_token:,} at place "
         f"{int(np.argmax(array == invalid_token)):,}, and the "
-        f"vocabulary has {tokenizer.vocabulary:,}; allowed: 0 to {tokenizer.vocabulary - 1:,}; "
+        f"vocabulary has {tokenizer.vocab_size:,}; allowed: 0 to {tokenizer.vocab_size - 1:,}; "
         f"type {hint}"
     )
 
@@ -271,7 +271,7 @@ def _resolve_tokenizer(
     """Return the tokenizer of a folder of tokens: from the arguments, else from its files."""
     if tokenizer_name != "characters":
         named_tokenizer = make_tokenizer(tokenizer_name)
-        if vocab_size in (None, named_tokenizer.vocabulary):
+        if vocab_size in (None, named_tokenizer.vocab_size):
             return named_tokenizer
     if vocab_size is not None:
         return NumberTokenizer(vocab_size)
@@ -286,13 +286,13 @@ def _resolve_tokenizer(
             raise UsageError(
                 f"{meta_path} says that vocab_size is {reprlib.repr(size)[:80]}; allowed: a "
                 "number; "
-                f"type --data.vocabulary={largest + 1}"
+                f"type --data.vocab_size={largest + 1}"
             )
         return NumberTokenizer(size)
     raise UsageError(
         f"{folder} says nowhere what its tokens are, of which the largest is {largest:,}; allowed: "
         "a meta.pkl or meta.json with vocab_size, a tokenizer.json; type --data.tokenizer=gpt2 if "
-        f"they are GPT-2's, or else --data.vocabulary={largest + 1} or more"
+        f"they are GPT-2's, or else --data.vocab_size={largest + 1} or more"
     )
 
 
@@ -321,7 +321,7 @@ def _read_meta(folder: Path) -> tuple[dict[str, Any], Path]:
         raise UsageError(
             f"{meta_path} does not describe tokens as nanoGPT's does: {reason}; remove it, and "
             "type "
-            "--data.tokenizer=gpt2 if the tokens are GPT-2's, or --data.vocabulary=NUMBER"
+            "--data.tokenizer=gpt2 if the tokens are GPT-2's, or --data.vocab_size=NUMBER"
         )
     return {}, folder / "meta.pkl"
 
@@ -362,7 +362,7 @@ def _char_tokenizer(itos: Any, meta_path: Path) -> CharTokenizer:
     if list(tokenizer.characters) != characters:
         raise UsageError(
             f"{meta_path} does not sort its characters, or has longer words; give the text: "
-            f"--data.path=FILE, or type --data.vocabulary={len(characters)}"
+            f"--data.path=FILE, or type --data.vocab_size={len(characters)}"
         )
     return tokenizer
 

@@ -1,17 +1,17 @@
 """Tokenizers: text to token ids and back (`encode`, `decode`), with a plain state for checkpoints.
 
-    kind         vocabulary          a token is
-    characters   those of the text   one character
-    bytes        256                 one byte of UTF-8: any text in any language
-    gpt2         50,257              a part of a word (BPE): about four characters of English
-    file         of the file         as a tokenizer.json of the tokenizers library defines
-    numbers      given               an id: for files of tokens whose text is not known
+    tokenizer_type  vocabulary          a token is
+    characters      those of the text   one character
+    bytes           256                 one byte of UTF-8: any text in any language
+    gpt2            50,257              a part of a word (BPE): about four characters of English
+    file            of the file         as a tokenizer.json of the tokenizers library defines
+    numbers         given               an id: for files of tokens whose text is not known
 
 Nats per token and perplexity depend on the tokenizer. Bits per byte = nats / ln 2 * tokens / bytes
 do not, so they are used to compare models with different tokenizers.
 
 Special tokens, like <|endoftext|>, are words that are encoded as one token. `special_tokens` sets
-how they are read in a text: `plain`, as ordinary text; `allowed`, as their token; or `refuse`, as
+how they are read in a text: `as_text`, as ordinary text; `allow`, as their token; or `error`, as
 an error.
 """
 
@@ -34,7 +34,7 @@ from ravine.errors import MissingFileError, UsageError, UsageTypeError
 
 from .downloads import DatasetNotFound
 
-SpecialTokenMode = Literal["plain", "allowed", "refuse"]
+SpecialTokenMode = Literal["as_text", "allow", "error"]
 
 # Unicode's White_Space. Python's \s has four more characters, which GPT-2's pattern treats as signs
 WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -58,20 +58,20 @@ SINGLE_BYTES = {bytes([n]) for n in range(256)}
 
 
 class Tokenizer(ABC):
-    """Interface of all tokenizers; a subclass defines `encode_array`, `text` and `state`."""
+    """Interface of tokenizers; a subclass defines `encode_array`, `decode_list`, `state_dict`."""
 
-    kind: str
+    tokenizer_type: str
     eos_id: int | None = None  # the end-of-text token, if there is one
-    token_bytes: Tensor  # UTF-8 bytes per token, int64 of shape (vocabulary,)
+    token_bytes: Tensor  # UTF-8 bytes per token, int64 of shape (vocab_size,)
     has_token_bytes: bool = True  # whether `token_bytes` are known
     special_ids: dict[str, int]  # ids of the special tokens
-    specials: SpecialTokenMode = "plain"
+    special_tokens: SpecialTokenMode = "as_text"
     lookahead = 1  # number of characters needed after a boundary to confirm it
     _unsplittable: Sequence[str] = ()
     _pattern: re.Pattern[str] | None = None
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """Return the number of distinct tokens."""
         return len(self.token_bytes)
 
@@ -81,7 +81,7 @@ class Tokenizer(ABC):
 
     def decode(self, tokens: Sequence[int] | Tensor) -> str:
         """Return the text of token ids."""
-        return self.text(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
+        return self.decode_list(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
 
     def next_boundary(self, text: str, start: int) -> int | None:
         """Return the first position at or after `start` > 0 where a cut changes no token.
@@ -92,36 +92,41 @@ class Tokenizer(ABC):
 
     def is_equivalent(self, other: "Tokenizer") -> bool:
         """Return whether two tokenizers map the same ids to the same texts."""
-        own_state, other_state = dict(self.state()), dict(other.state())
+        own_state, other_state = dict(self.state_dict()), dict(other.state_dict())
         for state in (own_state, other_state):
-            state.pop("specials", None)
+            state.pop("special_tokens", None)
         return own_state == other_state
 
     @property
     def cache_key(self) -> str:
         """Return a key that identifies the tokenizer in names of token files."""
-        return self.kind if self.specials != "allowed" else f"{self.kind}-{self.specials}"
+        return (
+            self.tokenizer_type
+            if self.special_tokens != "allow"
+            else f"{self.tokenizer_type}-{self.special_tokens}"
+        )
 
     def _set_special_tokens(self, special_ids: Mapping[str, int], special_tokens: str) -> None:
         """Set the special tokens and how they are read in a text."""
         if special_tokens not in get_args(SpecialTokenMode):
             raise UsageError(
-                f"specials is {special_tokens!r}; allowed: "
+                f"special_tokens is {special_tokens!r}; allowed: "
                 f"{', '.join(get_args(SpecialTokenMode))}; "
-                "type --data.specials=plain"
+                "type --data.special_tokens=as_text"
             )
-        self.special_ids, self.specials = dict(special_ids), special_tokens  # type: ignore[assignment]
+        self.special_ids, self.special_tokens = dict(special_ids), special_tokens  # type: ignore[assignment]
         # longest first: the longest match at a position is used
         special_words = sorted(self.special_ids, key=len, reverse=True)
         self._pattern = (
             re.compile("|".join(map(re.escape, special_words))) if special_words else None
         )
-        if special_tokens != "plain" and not special_words:
+        if special_tokens != "as_text" and not special_words:
             raise UsageError(
-                f"specials is {special_tokens!r}, and the tokenizer {self.kind!r} has no special "
-                "tokens; allowed: plain; type --data.tokenizer=gpt2 for one that has"
+                f"special_tokens is {special_tokens!r}, and the tokenizer {self.tokenizer_type!r} "
+                "has no special tokens; allowed: as_text; type --data.tokenizer=gpt2 for one that "
+                "has"
             )
-        self._set_unsplittable(special_words if special_tokens != "plain" else [])
+        self._set_unsplittable(special_words if special_tokens != "as_text" else [])
 
     def _set_unsplittable(self, units: Iterable[str]) -> None:
         """Set the words that no boundary may cut."""
@@ -130,16 +135,17 @@ class Tokenizer(ABC):
 
     def _split_at_special_tokens(self, text: str) -> Iterator[str]:
         """Split a text at its special tokens: every second part is a special token."""
-        if self.specials == "plain" or self._pattern is None:
+        if self.special_tokens == "as_text" or self._pattern is None:
             yield text
             return
         start = 0
         for match in self._pattern.finditer(text):
-            if self.specials == "refuse":
+            if self.special_tokens == "error":
                 around = text[max(0, match.start() - 20) : match.end() + 20]
                 raise UsageError(
                     f"the special token {match[0]!r} stands in the text, here: {around!r}; "
-                    "type --data.specials=allowed to read it as one token, or plain as other text"
+                    "type --data.special_tokens=allow to read it as one token, or as_text as "
+                    "other text"
                 )
             yield text[start : match.start()]
             yield match[0]
@@ -173,11 +179,11 @@ class Tokenizer(ABC):
         """Return the token ids of a text as an array."""
 
     @abstractmethod
-    def text(self, token_ids: Sequence[int]) -> str:
+    def decode_list(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids; bytes that are not valid UTF-8 become U+FFFD."""
 
     @abstractmethod
-    def state(self) -> dict[str, str]:
+    def state_dict(self) -> dict[str, str]:
         """Return the state from which `tokenizer_from_state_dict` rebuilds the tokenizer."""
 
 
@@ -194,11 +200,11 @@ class CharTokenizer(Tokenizer):
     tokenizer.decode(tokenizer.encode("hole"))  # "hole"
     """
 
-    kind = "characters"
+    tokenizer_type = "characters"
 
     def __init__(self, characters: Iterable[str]) -> None:
         """Take the vocabulary from a text or any other collection of characters."""
-        self._set_special_tokens({}, "plain")
+        self._set_special_tokens({}, "as_text")
         self.characters = "".join(sorted(set(characters)))
         if not self.characters:
             raise UsageError("a tokenizer needs at least one character: give it a text")
@@ -211,13 +217,13 @@ class CharTokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         """Return the positions of the characters in the vocabulary."""
         points = code_points(text)
-        indices = np.searchsorted(self.char_codes, points).clip(max=self.vocabulary - 1)
+        indices = np.searchsorted(self.char_codes, points).clip(max=self.vocab_size - 1)
         unknown = np.flatnonzero(self.char_codes[indices] != points)
         if len(unknown):
             raise UsageError(self._describe_unknown(text, int(unknown[0])))
         return indices
 
-    def text(self, token_ids: Sequence[int]) -> str:
+    def decode_list(self, token_ids: Sequence[int]) -> str:
         """Return the concatenated characters."""
         characters = self.characters  # index -1 (no token) must not mean the last character
         decoded = "".join(characters[n] if n >= 0 else "\ufffd" for n in token_ids)
@@ -225,19 +231,19 @@ class CharTokenizer(Tokenizer):
             "\ufffd", decoded
         )  # the vocabulary of a checkpoint may have surrogates
 
-    def state(self) -> dict[str, str]:
+    def state_dict(self) -> dict[str, str]:
         """Return the vocabulary."""
-        return {"kind": self.kind, "characters": self.characters}
+        return {"tokenizer_type": self.tokenizer_type, "characters": self.characters}
 
     def _describe_unknown(self, text: str, position: int) -> str:
         character = text[position]
         swapped = character.swapcase()
         case_hint = f"; {swapped!r} is" if swapped in self.characters else ""
-        known_excerpt = self.characters[:100] + ("..." if self.vocabulary > 100 else "")
+        known_excerpt = self.characters[:100] + ("..." if self.vocab_size > 100 else "")
         return (
             f"character {character!r} (U+{ord(character):04X}) at position {position} of the text "
             "is "
-            f"not among the {self.vocabulary} characters known from training, "
+            f"not among the {self.vocab_size} characters known from training, "
             f"{known_excerpt!r}{case_hint}; "
             "leave it out, or train on a text that has it"
         )
@@ -246,12 +252,12 @@ class CharTokenizer(Tokenizer):
 class ByteTokenizer(Tokenizer):
     """Byte tokenizer: one token per UTF-8 byte; byte 0, which no text contains, ends a text."""
 
-    kind = "bytes"
+    tokenizer_type = "bytes"
     eos_id = 0
 
     def __init__(self) -> None:
         """Set the fixed vocabulary of 256 bytes."""
-        self._set_special_tokens({}, "plain")
+        self._set_special_tokens({}, "as_text")
         self.token_bytes = torch.ones(256, dtype=torch.int64)
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -259,13 +265,13 @@ class ByteTokenizer(Tokenizer):
         valid_text = UNDECODABLE_SURROGATES.sub("\ufffd", text)
         return np.frombuffer(valid_text.encode("utf-8", "surrogateescape"), np.uint8)
 
-    def text(self, token_ids: Sequence[int]) -> str:
+    def decode_list(self, token_ids: Sequence[int]) -> str:
         """Decode the bytes as UTF-8."""
         return bytes(token_ids).decode("utf-8", "replace")
 
-    def state(self) -> dict[str, str]:
-        """Return the kind, which defines the tokenizer completely."""
-        return {"kind": self.kind}
+    def state_dict(self) -> dict[str, str]:
+        """Return the tokenizer type, which defines the tokenizer completely."""
+        return {"tokenizer_type": self.tokenizer_type}
 
 
 class BPETokenizer(Tokenizer):
@@ -275,21 +281,24 @@ class BPETokenizer(Tokenizer):
     sequence is its rank: the adjacent pair with the lowest rank is merged first.
     """
 
-    kind = "gpt2"
+    tokenizer_type = "gpt2"
     split_pattern = (  # contractions, words and numbers with the space before, signs, spaces
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     )
 
     def __init__(
-        self, ranked_tokens: Sequence[bytes], special_tokens: SpecialTokenMode = "plain"
+        self, ranked_tokens: Sequence[bytes], special_tokens: SpecialTokenMode = "as_text"
     ) -> None:
         """Take the byte sequences in the order of their ranks; one more token ends a text."""
         import tiktoken
 
-        self.pieces, self.eos_id = list(ranked_tokens), len(ranked_tokens)
-        if len(set(self.pieces)) < len(self.pieces) or SINGLE_BYTES - set(self.pieces):
+        self.ranked_tokens, self.eos_id = list(ranked_tokens), len(ranked_tokens)
+        if len(set(self.ranked_tokens)) < len(self.ranked_tokens) or SINGLE_BYTES - set(
+            self.ranked_tokens
+        ):
             raise UsageError(
-                f"{len(self.pieces)} pieces of which {len(set(self.pieces))} are different; "
+                f"{len(self.ranked_tokens)} pieces of which {len(set(self.ranked_tokens))} are "
+                "different; "
                 "allowed: different pieces, and among them all 256 bytes; give the pieces of a "
                 "byte pair encoding in the order of their ranks"
             )
@@ -341,20 +350,24 @@ class BPETokenizer(Tokenizer):
             "one word", pat_str=r"[\s\S]+", mergeable_ranks=self.mergeable_ranks, special_tokens={}
         )
 
-    def text(self, token_ids: Sequence[int]) -> str:
+    def decode_list(self, token_ids: Sequence[int]) -> str:
         """Decode the tokens."""
         return self.encoding.decode(list(token_ids))
 
-    def state(self) -> dict[str, str]:
+    def state_dict(self) -> dict[str, str]:
         """Return all byte sequences, so that a checkpoint needs no other file."""
         state = {
-            "kind": self.kind,
-            "pieces": " ".join(base64.b64encode(p).decode() for p in self.pieces),
+            "tokenizer_type": self.tokenizer_type,
+            "ranked_tokens": " ".join(base64.b64encode(p).decode() for p in self.ranked_tokens),
         }
-        return state if self.specials == "plain" else state | {"specials": self.specials}
+        return (
+            state
+            if self.special_tokens == "as_text"
+            else state | {"special_tokens": self.special_tokens}
+        )
 
 
-def gpt2(special_tokens: SpecialTokenMode = "plain") -> BPETokenizer:
+def load_gpt2_tokenizer(special_tokens: SpecialTokenMode = "as_text") -> BPETokenizer:
     """Load GPT-2's byte pair encoding through tiktoken, which caches it in TIKTOKEN_CACHE_DIR.
 
     If the variable is not set, the folder tiktoken of DATA_ROOT is used if it exists.
@@ -386,18 +399,18 @@ class NumberTokenizer(Tokenizer):
     that a default prompt of a line break is valid.
     """
 
-    kind = "numbers"
+    tokenizer_type = "numbers"
     has_token_bytes = False
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocab_size: int) -> None:
         """Set the vocabulary size."""
-        if not 1 <= vocabulary <= 1 << 24:
+        if not 1 <= vocab_size <= 1 << 24:
             raise UsageError(
-                f"vocabulary is {vocabulary}; allowed: 1 to {1 << 24:,}; "
-                "type --data.vocabulary=50257"
+                f"vocab_size is {vocab_size}; allowed: 1 to {1 << 24:,}; "
+                "type --data.vocab_size=50257"
             )
-        self._set_special_tokens({}, "plain")
-        self.token_bytes = torch.zeros(vocabulary, dtype=torch.int64)
+        self._set_special_tokens({}, "as_text")
+        self.token_bytes = torch.zeros(vocab_size, dtype=torch.int64)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Parse the ids of a text."""
@@ -406,16 +419,16 @@ class NumberTokenizer(Tokenizer):
             if not (word.isascii() and word.isdigit() and len(word) < 11):
                 raise UsageError(
                     f"{word[:40]!r} is no token number, and this model knows no texts; allowed: "
-                    f"numbers from 0 to {self.vocabulary - 1}, separated by spaces; type '17 4'"
+                    f"numbers from 0 to {self.vocab_size - 1}, separated by spaces; type '17 4'"
                 )
-            if int(word) >= self.vocabulary:
+            if int(word) >= self.vocab_size:
                 raise UsageError(
-                    f"token {word} is outside the vocabulary of {self.vocabulary}; allowed: 0 to "
-                    f"{self.vocabulary - 1}"
+                    f"token {word} is outside the vocabulary of {self.vocab_size}; allowed: 0 to "
+                    f"{self.vocab_size - 1}"
                 )
         return np.array([int(word) for word in token_texts] or [0] * bool(text), dtype=np.int64)
 
-    def text(self, token_ids: Sequence[int]) -> str:
+    def decode_list(self, token_ids: Sequence[int]) -> str:
         """Return the ids as text, each after a space."""
         return "".join(f" {number}" for number in token_ids)
 
@@ -423,16 +436,16 @@ class NumberTokenizer(Tokenizer):
         """Return the next position between an id and a space."""
         return self._find_match_end(WORD_END, text, start)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the vocabulary size."""
-        return {"kind": self.kind, "vocabulary": self.vocabulary}
+        return {"tokenizer_type": self.tokenizer_type, "vocab_size": self.vocab_size}
 
 
 class FileTokenizer(Tokenizer):
     """Hugging Face tokenizer of the tokenizers library, from the text of its tokenizer.json.
 
         tokenizer = FileTokenizer.from_file("my/tokenizer.json")
-        tokenizer = FileTokenizer.of_merges(vocabulary, merges, ["<|endoftext|>"])
+        tokenizer = FileTokenizer.from_merges(vocab, merges, ["<|endoftext|>"])
 
     Args:
         json_text: the JSON text; its truncation and padding are not used.
@@ -440,14 +453,14 @@ class FileTokenizer(Tokenizer):
         special_tokens: how special tokens in a text are read.
     """
 
-    kind = "file"
+    tokenizer_type = "file"
     EOS_CANDIDATES = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 
     def __init__(
         self,
         json_text: str,
         eos_token: str | None = None,
-        special_tokens: SpecialTokenMode = "plain",
+        special_tokens: SpecialTokenMode = "as_text",
     ) -> None:
         """Parse the text, and find the special tokens and the bytes per token."""
         import tokenizers
@@ -467,10 +480,10 @@ class FileTokenizer(Tokenizer):
         added = self.hf_tokenizer.get_added_tokens_decoder()
         special_ids = {token.content: n for n, token in added.items() if token.special}
         self._set_special_tokens(special_ids, special_tokens)
-        self.hf_tokenizer.encode_special_tokens = special_tokens != "allowed"
+        self.hf_tokenizer.encode_special_tokens = special_tokens != "allow"
         if eos_token is not None and not isinstance(eos_token, str):
             raise UsageTypeError(
-                f"end is of type {type(eos_token).__name__}; allowed: the token as a text"
+                f"eos_token is of type {type(eos_token).__name__}; allowed: the token as a text"
             )
         eos_names = (
             [eos_token]
@@ -479,13 +492,15 @@ class FileTokenizer(Tokenizer):
         )
         if eos_token and eos_token not in special_ids:
             raise UsageError(
-                f"end {eos_token!r} is no special token; known: {', '.join(special_ids)}"
+                f"eos_token {eos_token!r} is no special token; known: {', '.join(special_ids)}"
             )
         self.eos_id = special_ids[eos_names[0]] if eos_names else None
         non_special = [
             token.content for token in added.values() if not token.special
         ]  # always matched
-        self._set_unsplittable([*non_special, *(special_ids if special_tokens != "plain" else ())])
+        self._set_unsplittable(
+            [*non_special, *(special_ids if special_tokens != "as_text" else ())]
+        )
         self._compute_token_bytes(parsed, added)
 
     def _compute_token_bytes(self, parsed: dict[str, Any], added: Mapping[int, Any]) -> None:
@@ -515,7 +530,7 @@ class FileTokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         """Return the ids from the library, without the tokens that it can add around a text."""
         text = text.encode("utf-8", "replace").decode()
-        if self.specials == "refuse":
+        if self.special_tokens == "error":
             list(self._split_at_special_tokens(text))
         ids = self.hf_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         numbers = np.array(ids, dtype=np.int64)
@@ -533,7 +548,7 @@ class FileTokenizer(Tokenizer):
                 )
         return numbers
 
-    def text(self, token_ids: Sequence[int]) -> str:
+    def decode_list(self, token_ids: Sequence[int]) -> str:
         """Decode the tokens with the library."""
         return self.hf_tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
@@ -543,20 +558,28 @@ class FileTokenizer(Tokenizer):
 
     @property
     def cache_key(self) -> str:
-        """Return the kind and a hash of the content."""
+        """Return the tokenizer type and a hash of the content."""
         import hashlib
 
         return f"{super().cache_key}-{hashlib.sha256(self.json_text.encode()).hexdigest()[:16]}"
 
-    def state(self) -> dict[str, str]:
+    def state_dict(self) -> dict[str, str]:
         """Return the whole file, so that a checkpoint needs no other file."""
         eos_token = next((word for word, n in self.special_ids.items() if n == self.eos_id), "")
-        state = {"kind": self.kind, "content": self.json_text, "end": eos_token}
-        return state if self.specials == "plain" else state | {"specials": self.specials}
+        state = {
+            "tokenizer_type": self.tokenizer_type,
+            "json_text": self.json_text,
+            "eos_token": eos_token,
+        }
+        return (
+            state
+            if self.special_tokens == "as_text"
+            else state | {"special_tokens": self.special_tokens}
+        )
 
     @classmethod
     def from_file(
-        cls, path: str | Path, special_tokens: SpecialTokenMode = "plain"
+        cls, path: str | Path, special_tokens: SpecialTokenMode = "as_text"
     ) -> "FileTokenizer":
         """Read a tokenizer.json, or a folder with one or with vocab.json and merges.txt.
 
@@ -592,12 +615,12 @@ class FileTokenizer(Tokenizer):
             raise UsageError(f"{file}: {error}") from None
 
     @classmethod
-    def of_merges(
+    def from_merges(
         cls,
         vocab: Mapping[int, bytes],
         merges: Iterable[tuple[bytes, bytes]],
         special_words: Sequence[str] = (),
-        special_tokens: SpecialTokenMode = "allowed",
+        special_tokens: SpecialTokenMode = "allow",
     ) -> "FileTokenizer":
         """Build a byte pair encoding of GPT-2's form from a vocabulary and merges.
 
@@ -682,7 +705,7 @@ def _read_eos_token(folder: Path) -> str | None:
 
 
 def make_tokenizer(
-    name: str, characters: Iterable[str] = (), special_tokens: SpecialTokenMode = "plain"
+    name: str, characters: Iterable[str] = (), special_tokens: SpecialTokenMode = "as_text"
 ) -> Tokenizer:
     """Build the tokenizer that `--data.tokenizer` names: characters, bytes, gpt2, or a file.
 
@@ -694,41 +717,43 @@ def make_tokenizer(
     factories: dict[str, Callable[[], Tokenizer]] = {
         "characters": lambda: CharTokenizer(characters),
         "bytes": ByteTokenizer,
-        "gpt2": lambda: gpt2(special_tokens),
+        "gpt2": lambda: load_gpt2_tokenizer(special_tokens),
     }
     if name not in factories:
         return FileTokenizer.from_file(name, special_tokens)
     tokenizer = factories[name]()
-    if special_tokens != tokenizer.specials:
+    if special_tokens != tokenizer.special_tokens:
         tokenizer._set_special_tokens(tokenizer.special_ids, special_tokens)  # raises an error
     return tokenizer
 
 
 def tokenizer_from_state_dict(state: dict[str, Any]) -> Tokenizer:
-    """Rebuild a tokenizer from the result of its `state()`."""
-    special_tokens = state.get("specials", "plain")
+    """Rebuild a tokenizer from the result of its `state_dict()`."""
+    special_tokens = state.get("special_tokens", "as_text")
     try:
-        match state.get("kind"):
-            case CharTokenizer.kind:
+        match state.get("tokenizer_type"):
+            case CharTokenizer.tokenizer_type:
                 return CharTokenizer(state["characters"])
-            case ByteTokenizer.kind:
+            case ByteTokenizer.tokenizer_type:
                 return ByteTokenizer()
-            case BPETokenizer.kind:
+            case BPETokenizer.tokenizer_type:
                 ranked_tokens = [
                     base64.b64decode(piece.encode(), validate=True)
-                    for piece in state["pieces"].split(" ")
+                    for piece in state["ranked_tokens"].split(" ")
                 ]
                 return BPETokenizer(ranked_tokens, special_tokens)
-            case NumberTokenizer.kind:
-                return NumberTokenizer(state["vocabulary"])
-            case FileTokenizer.kind:
-                return FileTokenizer(state["content"], state["end"] or None, special_tokens)
+            case NumberTokenizer.tokenizer_type:
+                return NumberTokenizer(state["vocab_size"])
+            case FileTokenizer.tokenizer_type:
+                return FileTokenizer(state["json_text"], state["eos_token"] or None, special_tokens)
     except (LookupError, TypeError, AttributeError, binascii.Error) as error:
         raise UsageError(
-            f"the state of the tokenizer {state.get('kind')!r} is damaged: {error!r}; use another "
+            f"the state of the tokenizer {state.get('tokenizer_type')!r} is damaged: {error!r}; "
+            "use another "
             "checkpoint"
         ) from None
     raise UsageError(
-        f"unknown kind of tokenizer {state.get('kind')!r}; known are characters, bytes, gpt2, "
+        f"unknown tokenizer_type {state.get('tokenizer_type')!r}; known are characters, bytes, "
+        "gpt2, "
         "file, numbers; the checkpoint was written by another version: install that one"
     )

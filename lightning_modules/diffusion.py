@@ -33,7 +33,7 @@ from .diffusion_core.loss_by_noise_level import (
     LossByNoiseLevel,
     name_bucket_metrics,
 )
-from .diffusion_core.noise_schedules import NoiseScheduleName, Schedule
+from .diffusion_core.noise_schedules import NoiseSchedule, NoiseScheduleName
 from .diffusion_core.parameterization import LossWeighting, PredictionType
 from .diffusion_core.sampling import SamplerConfig, parse_labels, sample_images
 from .nn.unet import UNet, save_pretrained
@@ -49,26 +49,28 @@ def default_class_names(num_classes: int) -> tuple[str, ...]:
 class Diffusion(TaskModule):
     """Diffusion model with a U-Net; batches are (images (b c y x) in [-1, 1], labels (b)).
 
-        model = Diffusion(labels=True, process="cosine")
+        model = Diffusion(class_conditional=True, noise_schedule="cosine")
         Trainer(max_steps=4000).fit(model, datamodule=ImageDataModule("mnist"))
-        model.generate(labels="0-9", guidance=0.5).save("digits.png")
+        model.generate(labels="0-9", guidance_scale=0.5).save("digits.png")
 
     Args:
-        conditioning: time conditioning of the net: the three attempts of the lecture.
-        process: noise schedule, α and σ over time.
-        prediction: prediction type of the net.
-        weight: weight of the noise levels in the loss.
-        labels: whether the model is class-conditional.
-        label_dropout: fraction of images trained with the null class, for classifier-free guidance.
-        width: channels of the U-Net at full size.
-        time_width: channels of the time and label embedding.
-        patch: squares of this many pixels become one pixel; 2 makes a step three times as fast.
-        attention: self-attention at the lowest resolution.
+        time_conditioning: time conditioning of the net: the three attempts of the lecture.
+        noise_schedule: noise schedule, α and σ over time.
+        prediction_type: prediction type of the net.
+        loss_weighting: weight of the noise levels in the loss.
+        class_conditional: whether the model is class-conditional.
+        class_dropout_prob: fraction of images trained with the null class, for classifier-free
+            guidance.
+        base_channels: channels of the U-Net at full size.
+        time_embed_dim: channels of the time and label embedding.
+        patch_size: squares of this many pixels become one pixel; 2 makes a step three times as
+            fast.
+        has_attention: self-attention at the lowest resolution.
         channels_last: memory layout; faster in bf16 on a GPU and in fp32 on a CPU.
         sampler: default sampler of `generate`.
-        steps: default number of sampling steps (heun evaluates the net twice a step).
-        guidance: default guidance scale w: cond + w (cond - uncond); 0 is plain conditional.
-        eta: default fresh noise in ddim: 0 is none (the lecture), 1 as much as ancestral.
+        num_steps: default number of sampling steps (heun evaluates the net twice a step).
+        guidance_scale: default guidance scale w: cond + w (cond - uncond); 0 is plain conditional.
+        eta: default fresh noise in ddim: 0 is none (the lecture), 1 as much as ddpm.
     """
 
     unit = "images"
@@ -76,81 +78,83 @@ class Diffusion(TaskModule):
 
     def __init__(
         self,
-        conditioning: TimeConditioning = "time",
-        process: NoiseScheduleName = "linear",
-        prediction: PredictionType = "x0",
-        weight: LossWeighting = "uniform",
-        labels: bool = False,
-        label_dropout: float = 0.1,
-        width: int = 64,
-        time_width: int = 256,
-        patch: int = 1,
-        attention: bool = False,
+        time_conditioning: TimeConditioning = "time",
+        noise_schedule: NoiseScheduleName = "linear",
+        prediction_type: PredictionType = "x0",
+        loss_weighting: LossWeighting = "uniform",
+        class_conditional: bool = False,
+        class_dropout_prob: float = 0.1,
+        base_channels: int = 64,
+        time_embed_dim: int = 256,
+        patch_size: int = 1,
+        has_attention: bool = False,
         channels_last: bool = False,
         sampler: samplers.SamplerName = "ddim",
-        steps: int = 50,
-        guidance: float = 0.0,
+        num_steps: int = 50,
+        guidance_scale: float = 0.0,
         eta: float = 0.0,
     ) -> None:
         """Store the arguments and check them by building the net on the meta device."""
         super().__init__()
         self.save_hyperparameters()
-        schedule_object = Schedule(process)
-        self.denoiser = Denoiser(schedule_object, prediction, weight, conditioning, channels_last)
-        self.class_conditional, self.class_dropout_prob = labels, label_dropout
-        if not 0 <= label_dropout < 1:
+        schedule_object = NoiseSchedule(noise_schedule)
+        self.denoiser = Denoiser(
+            schedule_object, prediction_type, loss_weighting, time_conditioning, channels_last
+        )
+        self.class_conditional, self.class_dropout_prob = class_conditional, class_dropout_prob
+        if not 0 <= class_dropout_prob < 1:
             raise UsageError(
-                f"label_dropout is {label_dropout}; allowed: 0 to below 1; "
-                "type --model.label_dropout=0.1"
+                f"class_dropout_prob is {class_dropout_prob}; allowed: 0 to below 1; "
+                "type --model.class_dropout_prob=0.1"
             )
-        self.is_one_step = conditioning == "one_step"
-        self.supports_guidance = labels and label_dropout > 0
-        self.sampler_config = SamplerConfig(sampler, steps, guidance, eta).override(
+        self.is_one_step = time_conditioning == "one_step"
+        self.supports_guidance = class_conditional and class_dropout_prob > 0
+        self.sampler_config = SamplerConfig(sampler, num_steps, guidance_scale, eta).override(
             self.supports_guidance, self.is_one_step
         )
-        schedule_object.timesteps(self.sampler_config.steps)
-        net_arguments = "width", "time_width", "patch", "attention"
-        self.shape = {name: self.hparams[name] for name in net_arguments}
+        schedule_object.timesteps(self.sampler_config.num_steps)
+        net_arguments = "base_channels", "time_embed_dim", "patch_size", "has_attention"
+        self.net_kwargs = {name: self.hparams[name] for name in net_arguments}
         with torch.device("meta"):  # runs the checks without memory
-            UNet(**self.shape)
-        self.channels, self.classes, self.size = 0, 0, (0, 0)  # set from the data
+            UNet(**self.net_kwargs)
+        self.channels, self.num_classes, self.image_size = 0, 0, (0, 0)  # set from the data
         self.class_names: tuple[str, ...] = ()  # with labels, in the order of their indices
         self.graph_cache = GraphCache()  # CUDA graphs of sampling, for one evaluation
-        self.trained = LossByNoiseLevel(1)  # loss since the last log
+        self.train_loss_by_level = LossByNoiseLevel(1)  # loss since the last log
         self.eval_loss_by_level, self.num_eval_images = (
             LossByNoiseLevel(2),
             0,
         )  # of an evaluation; number of images so far
 
-    def build(self) -> nn.Module:
+    def build_net(self) -> nn.Module:
         """Create the U-Net for the data's images."""
         if not self.channels:
             raise UsageError(
                 "Diffusion takes the images' size from the data, and there are none; "
                 "type --data=ImageDataModule, or load a checkpoint"
             )
-        net = UNet(self.channels, classes=self.classes, **self.shape)
+        net = UNet(self.channels, num_classes=self.num_classes, **self.net_kwargs)
         layout = torch.channels_last if self.denoiser.channels_last else torch.contiguous_format
         return net.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
-    def adopt(self, datamodule: Any) -> None:
+    def configure_from_data(self, datamodule: Any) -> None:
         """Set channels, classes and size from the data; a model keeps its channels and classes."""
         num_classes = datamodule.num_classes if self.class_conditional else 0
         if self.class_conditional and not num_classes:
-            raise UsageError("the data have no labels; type --model.labels=false")
+            raise UsageError("the data have no labels; type --model.class_conditional=false")
         if self.class_conditional and hasattr(
-            datamodule, "pictures"
+            datamodule, "get_split"
         ):  # a label that is too large would be the null class
-            check_labels(datamodule.pictures("train")[1], num_classes, "the data to train")
+            check_labels(datamodule.get_split("train")[1], num_classes, "the data to train")
         if self.class_conditional and num_classes == 1:
             raise UsageError(
                 "all images of the data are of one class, so a label tells the model nothing; "
-                "allowed are two classes or more: type --model.labels=false"
+                "allowed are two classes or more: type --model.class_conditional=false"
             )
         names = tuple(getattr(datamodule, "class_names", ())) or default_class_names(num_classes)
         sizes = (datamodule.channels, num_classes)
-        self._check_same_data(sizes, names, (self.channels, self.classes), self.class_names)
-        self.size, (self.channels, self.classes) = tuple(datamodule.size), sizes
+        self._check_same_data(sizes, names, (self.channels, self.num_classes), self.class_names)
+        self.image_size, (self.channels, self.num_classes) = tuple(datamodule.image_size), sizes
         self.class_names = names if self.class_conditional else ()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -162,7 +166,7 @@ class Diffusion(TaskModule):
         self, x: Tensor, t: Tensor, y: Tensor | None = None, guidance_scale: float = 0.0
     ) -> Tensor:
         """Estimate the images x0 from x (b c y x) at times t (b), with labels y (b)."""
-        return self.denoiser.denoise(self, x, t, y, guidance_scale, self.classes)
+        return self.denoiser.denoise(self, x, t, y, guidance_scale, self.num_classes)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Mean loss at times stratified over all images of the step.
@@ -172,7 +176,7 @@ class Diffusion(TaskModule):
         """
         x0, y, *_ = batch
         trainer = attached_trainer(self)
-        data_parallel, b = DataParallelInfo.of(trainer), len(x0)
+        data_parallel, b = DataParallelInfo.from_trainer(trainer), len(x0)
         first_index = (
             index % data_parallel.accumulate * data_parallel.dp_size + data_parallel.dp_rank
         ) * b
@@ -181,21 +185,21 @@ class Diffusion(TaskModule):
         step_noise = draw_step_noise(
             key_parts, sample_indices, b * data_parallel.dp_size * data_parallel.accumulate, x0
         )
-        if self.classes:
-            y = y.masked_fill(step_noise.uniform_label < self.class_dropout_prob, self.classes)
+        if self.num_classes:
+            y = y.masked_fill(step_noise.uniform_label < self.class_dropout_prob, self.num_classes)
         t = self.denoiser.sample_t(step_noise.uniform_t)
         losses = self.denoiser.training_loss(self, x0, t, y, step_noise.noise)[0]
         loss = losses.mean()
         self.log("train/loss", loss)
         if trainer is not None and not self.is_one_step:
             level = (step_noise.uniform_t * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
-            self.trained.add(level, losses.detach()[:, None])
+            self.train_loss_by_level.add(level, losses.detach()[:, None])
             if should_update_logs(trainer):  # ten calls of `log` cost 1 ms
-                means, _ = self.trained.means()
+                means, _ = self.train_loss_by_level.means()
                 self.log_dict(
                     name_bucket_metrics("train/loss", self.denoiser.sample_t, means[:, 0])
                 )
-                self.trained = LossByNoiseLevel(1)
+                self.train_loss_by_level = LossByNoiseLevel(1)
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -205,7 +209,7 @@ class Diffusion(TaskModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Errors at fixed times with fixed noise: image i at noise level i modulo 10."""
         x0, y, *_ = batch
-        data_parallel, b = DataParallelInfo.of(attached_trainer(self)), len(x0)
+        data_parallel, b = DataParallelInfo.from_trainer(attached_trainer(self)), len(x0)
         image_ids = data_parallel.dp_rank + data_parallel.dp_size * torch.arange(
             self.num_eval_images, self.num_eval_images + b, device=x0.device
         )
@@ -240,23 +244,23 @@ class Diffusion(TaskModule):
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
-    def sample_images(self, index: Tensor, labels: Tensor | None = None, seed: int = 0) -> Tensor:
+    def generate_images(self, index: Tensor, labels: Tensor | None = None, seed: int = 0) -> Tensor:
         """Sample the images with these ids (n) and labels (n), as uint8 (n c y x).
 
         An id always gives the same image. Without labels, a class-conditional model uses the
         classes in turn.
         """
         index = index.to(self.device)
-        if self.classes:
-            labels = index % self.classes if labels is None else labels.to(self.device)
+        if self.num_classes:
+            labels = index % self.num_classes if labels is None else labels.to(self.device)
         return self._sample_batches(index, labels, self.sampler_config, seed, 256)
 
     def generate(
         self,
         labels: Sequence[int | str] | str | None = None,
         num_samples: int | None = None,
-        guidance: float | None = None,
-        steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_steps: int | None = None,
         sampler: samplers.SamplerName | None = None,
         eta: float | None = None,
         seed: int = 0,
@@ -264,21 +268,26 @@ class Diffusion(TaskModule):
     ) -> ImageGrid:
         """Sample images; equal seeds give equal images.
 
-        model.generate(labels="0-9", guidance=0.5, steps=20).save("digits.png")
+        model.generate(labels="0-9", guidance_scale=0.5, num_steps=20).save("digits.png")
 
         Args:
             labels: classes by index or name, "3", "0-4,7", "cat,dog" or [3, 5], a row each; by
                 default all.
             num_samples: images of each label, by default 8; without labels the total, by default
                 64.
-            guidance: guidance scale; by default that of the model.
-            steps: number of sampling steps; by default that of the model.
-            sampler: ddim, ancestral, euler, heun or dpm; by default that of the model.
+            guidance_scale: guidance scale; by default that of the model.
+            num_steps: number of sampling steps; by default that of the model.
+            sampler: ddim, ddpm, euler, heun or dpmpp_2m; by default that of the model.
             eta: fresh noise in ddim; by default that of the model.
             seed: random seed; each image depends on the seed and its index.
             batch_size: number of images sampled at once.
         """
-        overrides = {"guidance": guidance, "steps": steps, "sampler": sampler, "eta": eta}
+        overrides = {
+            "guidance_scale": guidance_scale,
+            "num_steps": num_steps,
+            "sampler": sampler,
+            "eta": eta,
+        }
         sampler_config = self.sampler_config.override(
             self.supports_guidance, self.is_one_step, **overrides
         )
@@ -305,7 +314,7 @@ class Diffusion(TaskModule):
         bound = inspect.signature(self.generate).bind(**arguments)
         bound.apply_defaults()
         values: Any = bound.arguments
-        names = "guidance", "steps", "sampler", "eta"
+        names = "guidance_scale", "num_steps", "sampler", "eta"
         sampler_config = self.sampler_config.override(
             self.supports_guidance, self.is_one_step, **{name: values[name] for name in names}
         )
@@ -316,20 +325,20 @@ class Diffusion(TaskModule):
         index = torch.arange(1, device=self.device)
         class_labels = torch.tensor(class_ids[:1], device=self.device) if class_ids else None
         images = self._sample_batches(
-            index, class_labels, replace(sampler_config, steps=1), values["seed"], 1
+            index, class_labels, replace(sampler_config, num_steps=1), values["seed"], 1
         )
         self.graph_cache = GraphCache()
         return ImageGrid(images, 1)
 
-    def figures(self, datamodule: Any) -> dict[str, Any]:
+    def make_figures(self, datamodule: Any) -> dict[str, Any]:
         """Create figures: the reverse process, x0 estimates at each level, and interpolations."""
-        example_images = to_float(datamodule.pictures("train")[0][:2].to(self.device))
+        example_images = to_float(datamodule.get_split("train")[0][:2].to(self.device))
         return draw.plot_all(
             self.denoise,
             self.denoiser.noise_schedule,
             self.sampler_config,
             example_images,
-            self.classes,
+            self.num_classes,
         )
 
     def export(self, folder: str, format: Literal["safetensors"] = "safetensors") -> str:
@@ -339,35 +348,46 @@ class Diffusion(TaskModule):
             folder: output folder; files of the same names are replaced.
             format: safetensors.
         """
-        names = "process", "prediction", "conditioning"
+        names = "noise_schedule", "prediction_type", "time_conditioning"
         return save_pretrained(
             cast(UNet, self.net), folder, {name: self.hparams[name] for name in names}
         )
 
     def _resolve_class_names(self) -> tuple[str, ...]:
         """Names of the classes; their indices if neither data nor checkpoint contain names."""
-        return self.class_names or default_class_names(self.classes)
+        return self.class_names or default_class_names(self.num_classes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the data's sizes with the weights."""
         super().on_save_checkpoint(checkpoint)
-        sizes = {"channels": self.channels, "size": [*self.size], "classes": self.classes}
+        sizes = {
+            "channels": self.channels,
+            "image_size": [*self.image_size],
+            "num_classes": self.num_classes,
+        }
         checkpoint["images"] = sizes | {"class_names": [*self.class_names]}
-        checkpoint["images"]["trained"] = self.trained.sums.cpu()  # the sums since the last log
+        checkpoint["images"]["train_loss_by_level"] = (
+            self.train_loss_by_level.sums.cpu()
+        )  # the sums since the last log
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load the sizes, unless they are already set from the data."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["images"]
-        self.trained.sums = saved.get("trained", self.trained.sums)
-        model_sizes = saved["channels"], saved["classes"]
-        names = tuple(saved.get("class_names", ())) or default_class_names(saved["classes"])
+        self.train_loss_by_level.sums = saved.get(
+            "train_loss_by_level", self.train_loss_by_level.sums
+        )
+        model_sizes = saved["channels"], saved["num_classes"]
+        names = tuple(saved.get("class_names", ())) or default_class_names(saved["num_classes"])
         if self.channels:
             self._check_same_data(
-                (self.channels, self.classes), self.class_names, model_sizes, names
+                (self.channels, self.num_classes), self.class_names, model_sizes, names
             )
         else:
-            (self.channels, self.classes), self.size = model_sizes, tuple(saved["size"])
+            (self.channels, self.num_classes), self.image_size = (
+                model_sizes,
+                tuple(saved["image_size"]),
+            )
             self.class_names = names
 
     def _check_same_data(
@@ -408,9 +428,9 @@ class Diffusion(TaskModule):
             context, graph_cache = trainer.precision_plugin.forward_context(), self.graph_cache
 
         def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-            return self.denoise(x, t, y, sampler_config.guidance).clamp(-1, 1)
+            return self.denoise(x, t, y, sampler_config.guidance_scale).clamp(-1, 1)
 
-        size = (self.channels, self.size[0], self.size[1])
+        size = (self.channels, self.image_size[0], self.image_size[1])
         arguments = (
             self.denoiser.noise_schedule,
             sampler_config,

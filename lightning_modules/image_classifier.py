@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ravine.datamodules.image_set import describe_classes
 from ravine.datamodules.images import to_float
-from ravine.datamodules.loaders import generator, resolve_seed
+from ravine.datamodules.loaders import resolve_seed, seeded_generator
 from ravine.errors import UsageError
 
 from .task_module import TaskModule
@@ -38,16 +38,16 @@ class FlattenImages(nn.Module):
 
 
 class BackboneAndHead(nn.Module):
-    """Images (b c y x) to features (b d) by `body`, and to logits (b k) by `head`."""
+    """Images (b c y x) to features (b d) by `backbone`, and to logits (b k) by `head`."""
 
     def __init__(self, backbone: nn.Module, num_features: int, num_classes: int) -> None:
         """Add a linear head to the backbone."""
         super().__init__()
-        self.body, self.head = backbone, nn.Linear(num_features, num_classes)
+        self.backbone, self.head = backbone, nn.Linear(num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits (b k)."""
-        return self.head(self.body(images))
+        return self.head(self.backbone(images))
 
 
 def make_conv_backbone(
@@ -82,37 +82,38 @@ class ImageClassifier(TaskModule):
 
     Args:
         variant: the model.
-        features: width of the last hidden layer; a linear model has none.
-        shift: augmentation: each training batch is shifted by up to this many pixels in y and x.
+        num_features: width of the last hidden layer; a linear model has none.
+        max_shift: augmentation: each training batch is shifted by up to this many pixels in y and
+            x.
     """
 
     lr = 1e-3
-    columns = ("file", "class", "probability", "label")  # columns of predict_step's rows
+    prediction_columns = ("file", "class", "probability", "label")  # columns of predict_step's rows
 
     def __init__(
-        self, variant: Variant = "convolutional", features: int = 64, shift: int = 0
+        self, variant: Variant = "convolutional", num_features: int = 64, max_shift: int = 0
     ) -> None:
         """Check the sizes."""
         super().__init__()
-        if features < 1 or shift < 0:
+        if num_features < 1 or max_shift < 0:
             raise UsageError(
-                f"features is {features} and shift {shift}; allowed: features 1 or more, shift 0 "
-                "or more; type --model.features=64 --model.shift=2"
+                f"num_features is {num_features} and max_shift {max_shift}; allowed: num_features "
+                "1 or more, max_shift 0 or more; type --model.num_features=64 --model.max_shift=2"
             )
         self.save_hyperparameters()
-        self.variant, self.num_features, self.max_shift = variant, features, shift
-        self.form: dict[str, Any] = {}  # from the data: channels, size, class_names, source
+        self.variant, self.num_features, self.max_shift = variant, num_features, max_shift
+        self.image_info: dict[str, Any] = {}  # from the data: channels, image_size, ...
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their indices."""
         return tuple(self._require_image_info()["class_names"])
 
-    def adopt(self, datamodule: Any) -> None:
+    def configure_from_data(self, datamodule: Any) -> None:
         """Set channels, size and classes from the data; raise UsageError if the model differs."""
         image_info = {
             "channels": datamodule.channels,
-            "size": list(datamodule.size),
+            "image_size": list(datamodule.image_size),
             "class_names": list(datamodule.class_names),
             "source": Path(datamodule.source).name,
         }
@@ -125,10 +126,10 @@ class ImageClassifier(TaskModule):
             )
         self._set_image_info(image_info, "the data")
 
-    def build(self) -> nn.Module:
+    def build_net(self) -> nn.Module:
         """Create the net of the variant."""
         image_info = self._require_image_info()
-        channels, (y, x) = image_info["channels"], image_info["size"]
+        channels, (y, x) = image_info["channels"], image_info["image_size"]
         pixels, num_classes = channels * y * x, len(image_info["class_names"])
         if self.variant == "linear":
             return BackboneAndHead(FlattenImages(), pixels, num_classes)
@@ -170,7 +171,7 @@ class ImageClassifier(TaskModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save image size and classes with the weights."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["images"] = self.form
+        checkpoint["images"] = self.image_info
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load image size and classes, unless they are already set from the data."""
@@ -178,7 +179,9 @@ class ImageClassifier(TaskModule):
         self._set_image_info(checkpoint["images"], "the checkpoint")
 
     def _set_image_info(self, image_info: dict[str, Any], origin: str) -> None:
-        new_names, known_names = (one.get("class_names", []) for one in (image_info, self.form))
+        new_names, known_names = (
+            one.get("class_names", []) for one in (image_info, self.image_info)
+        )
         if known_names and sorted(new_names) == sorted(known_names) and new_names != known_names:
             raise UsageError(
                 f"{origin} has the classes in the order {describe_classes(new_names)}, the "
@@ -186,26 +189,27 @@ class ImageClassifier(TaskModule):
                 f" the order {describe_classes(known_names)}; the order must be the same: type"
                 " --data.source=... as it was trained"
             )
-        for key in ("channels", "size", "class_names"):
-            if self.form and self.form[key] != image_info[key]:
+        for key in ("channels", "image_size", "class_names"):
+            if self.image_info and self.image_info[key] != image_info[key]:
                 raise UsageError(
-                    f"{origin} has {key} {image_info[key]} and the classifier {self.form[key]}; "
+                    f"{origin} has {key} {image_info[key]} and the classifier "
+                    f"{self.image_info[key]}; "
                     "they "
                     "must be the same: type --data.source=... as it was trained"
                 )
-        self.form = self.form or image_info
+        self.image_info = self.image_info or image_info
 
     def _require_image_info(self) -> dict[str, Any]:
-        if not self.form:
+        if not self.image_info:
             raise UsageError(
                 "ImageClassifier takes the size of images and the classes from its data, and there "
                 "are none; type --data=ImageDataModule"
             )
-        return self.form
+        return self.image_info
 
     def _random_shift(self, images: Tensor, index: int) -> Tensor:
         """Shift the batch by a random offset of (seed, step, batch), equal on all ranks."""
-        g = generator(resolve_seed(None), "shift", self.global_step, index)
+        g = seeded_generator(resolve_seed(None), "shift", self.global_step, index)
         r = self.max_shift
         shift_down, shift_right = torch.randint(2 * r + 1, (2,), generator=g).tolist()
         y, x = images.shape[2:]
@@ -247,8 +251,8 @@ class ClassifierFeatures(nn.Module):
                 "fit --config classifier/mnist), and type --trainer.callbacks.extractor.path=FILE"
             ) from error
         self.net = cast(BackboneAndHead, module.net).requires_grad_(False)
-        self.name = f"{module.form['source']}_{VARIANT_SUFFIXES[module.variant]}"
-        self.image_shape = (module.form["channels"], *module.form["size"])
+        self.name = f"{module.image_info['source']}_{VARIANT_SUFFIXES[module.variant]}"
+        self.image_shape = (module.image_info["channels"], *module.image_info["image_size"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute features (b d) of uint8 images (b c y x)."""
@@ -257,8 +261,8 @@ class ClassifierFeatures(nn.Module):
                 f"images of {tuple(images.shape[1:])} (channels, rows, columns), and {self.name} "
                 f"knows {self.image_shape}; give an extractor trained on such images"
             )
-        return self.net.body(to_float(images))
+        return self.net.backbone(to_float(images))
 
-    def logits(self, features: Tensor) -> Tensor:
+    def compute_logits(self, features: Tensor) -> Tensor:
         """Map features (b d) to logits (b k)."""
         return self.net.head(features)

@@ -18,8 +18,8 @@ from ravine.datamodules.tokenizers import Tokenizer, tokenizer_from_state_dict
 from ravine.errors import UsageError
 
 from . import model_stats as accounting
-from .generation.decoding import Window, check_prompt_lengths
-from .generation.sampling import Sampling
+from .generation.decoding import ContextOverflow, check_prompt_lengths
+from .generation.sampling import DecodingConfig
 from .generation.stop_strings import generate_text
 from .nn import Transformer
 from .nn.cross_entropy import IGNORE_INDEX, cross_entropy
@@ -31,14 +31,14 @@ from .task_module import TaskModule
 
 # arguments of Transformer that change the computation but not the shapes of the tensors
 NON_SHAPE_ARGUMENTS = (
-    "heads",
+    "num_heads",
     "qk_norm",
-    "mlp",
+    "activation",
     "norm_eps",
     "rope_base",
-    "rung",
+    "attention_variant",
     "residual",
-    "positions",
+    "positional_encoding",
 )
 LOAD_BALANCING_COEF = 0.01  # coefficient of the load balancing loss (Switch, 2021)
 
@@ -46,67 +46,71 @@ LOAD_BALANCING_COEF = 0.01  # coefficient of the load balancing loss (Switch, 20
 class LanguageModel(TaskModule):
     """Transformer language model; batches are (inputs, targets) of token ids, both (b t).
 
-        model = LanguageModel(layers=2, width=64)
+        model = LanguageModel(num_layers=2, d_model=64)
         Trainer(max_steps=500).fit(model, datamodule=TextDataModule("my.txt"))
         print(model.generate("Once"))
 
     Args:
-        vocabulary: number of different tokens; by default that of the data.
-        context: maximum number of tokens that the net sees; by default that of the data.
+        vocab_size: number of different tokens; by default that of the data.
+        context_length: maximum number of tokens that the net sees; by default that of the data.
         net_kwargs: the other arguments of `Transformer`.
     """
 
     unit = "tokens"
 
     def __init__(
-        self, vocabulary: int | None = None, context: int | None = None, **net_kwargs: Any
+        self, vocab_size: int | None = None, context_length: int | None = None, **net_kwargs: Any
     ) -> None:
         """Store the arguments and check them by building the net on the meta device."""
         super().__init__()
         self.save_hyperparameters()
-        self.vocabulary, self.context, self.shape = vocabulary, context, net_kwargs
+        self.vocab_size, self.context_length, self.net_kwargs = (
+            vocab_size,
+            context_length,
+            net_kwargs,
+        )
         self.tokenizer: Tokenizer | None = None
         self.eval_sums = torch.zeros(3)  # of an evaluation: loss in nats, tokens, bytes
         with torch.device("meta"):  # runs the checks without memory
-            v, t = (1 if size is None else size for size in (vocabulary, context))
+            v, t = (1 if size is None else size for size in (vocab_size, context_length))
             Transformer(v, t, **net_kwargs)
 
-    def build(self) -> Transformer:
+    def build_net(self) -> Transformer:
         """Create the transformer."""
-        return Transformer(*self._require_sizes(), **self.shape)
+        return Transformer(*self._require_sizes(), **self.net_kwargs)
 
-    def adopt(self, datamodule: Any) -> None:
+    def configure_from_data(self, datamodule: Any) -> None:
         """Set tokenizer, vocabulary and context from the data; raise UsageError for other sizes."""
         self._set_tokenizer(datamodule.tokenizer, "the data's")
-        if self.context is None:
-            self.context = datamodule.context
-        elif self.context < datamodule.context:
+        if self.context_length is None:
+            self.context_length = datamodule.context_length
+        elif self.context_length < datamodule.context_length:
             raise UsageError(
-                f"the data's windows have {datamodule.context} tokens and the model sees "
-                f"{self.context}; allowed: {self.context} or less; "
-                f"type --data.context={self.context}"
+                f"the data's windows have {datamodule.context_length} tokens and the model sees "
+                f"{self.context_length}; allowed: {self.context_length} or less; "
+                f"type --data.context_length={self.context_length}"
             )
 
-    def formula(self) -> str:
+    def param_formula(self) -> str:
         """Formula of the number of parameters in the lecture's notation: 2|V|d + 11Ld² + 5Ld."""
-        return " + ".join(accounting.parameters(*self._require_sizes(), **self.shape))
+        return " + ".join(accounting.count_parameters(*self._require_sizes(), **self.net_kwargs))
 
-    def flops(self) -> int:
+    def flops_per_unit(self) -> int:
         """FLOPs of a training step for each token."""
-        return accounting.count_training_flops(*self._require_sizes(), **self.shape)
+        return accounting.count_training_flops(*self._require_sizes(), **self.net_kwargs)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Mean cross-entropy of (inputs, targets), both (b t)."""
         # under context parallelism a rank may have no target with a loss: 0 instead of 0/0
-        loss = self._loss_sum(*batch) / self.terms(batch).clamp(min=1)
+        loss = self._loss_sum(*batch) / self.num_loss_terms(batch).clamp(min=1)
         self.log("train/loss", loss)
         return (
             loss + LOAD_BALANCING_COEF * mean_load_balancing_loss(self)
-            if self.shape.get("experts")
+            if self.net_kwargs.get("num_experts")
             else loss
         )
 
-    def terms(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def num_loss_terms(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Number of tokens in the loss of (inputs, targets); the loss is the mean over them."""
         return (batch[1] != IGNORE_INDEX).sum()
 
@@ -139,7 +143,7 @@ class LanguageModel(TaskModule):
         """Log the metrics of the whole split."""
         self._log_eval_metrics("test")
 
-    def count(self, batch: tuple[Tensor, Tensor]) -> int:
+    def count_units(self, batch: tuple[Tensor, Tensor]) -> int:
         """Number of tokens in a batch."""
         return batch[0].numel()
 
@@ -154,9 +158,9 @@ class LanguageModel(TaskModule):
         num_samples: int = 1,
         stop: str | Sequence[str] = (),
         seed: int = 0,
-        window: Window = "slide",
+        context_overflow: ContextOverflow = "slide",
         batch_size: int = 64,
-        show: Callable[[str], None] | None = None,
+        on_text: Callable[[str], None] | None = None,
     ) -> str | list[str]:
         """Generate text after one prompt or each of several; equal seeds give equal texts.
 
@@ -172,25 +176,26 @@ class LanguageModel(TaskModule):
             num_samples: number of texts for each prompt.
             stop: stop string or strings; the text ends before the first one.
             seed: random seed; each text depends on the seed and its index.
-            window: if the model's context is full, "slide" drops the older half, "refuse" raises.
+            context_overflow: if the model's context is full, "slide" drops the older half, "error"
+                raises.
             batch_size: number of texts generated at once.
-            show: called with each new piece of a single text.
+            on_text: called with each new piece of a single text.
         """
-        if self.net is None or self.tokenizer is None or self.context is None:
+        if self.net is None or self.tokenizer is None or self.context_length is None:
             raise UsageError(
                 "LanguageModel has no tokenizer to write with; "
                 "train it on a TextDataModule, or load a checkpoint of one that was"
             )
         if num_samples < 1 or batch_size < 1:
             raise UsageError("num_samples and batch_size must be 1 or more; type --num_samples=1")
-        sampling = Sampling(temperature, top_k, top_p, min_p)
+        sampling = DecodingConfig(temperature, top_k, top_p, min_p)
         prompt = self.default_prompt if prompt is None else prompt
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_samples)]
         stops = [stop] if isinstance(stop, str) else list(stop)
         kwargs = {
             "max_new_tokens": max_new_tokens,
-            "context_length": self.context,
+            "context_length": self.context_length,
             "sampling": sampling,
             "seed": seed,
         }
@@ -199,9 +204,9 @@ class LanguageModel(TaskModule):
             batch = prompts[first : first + batch_size]
             row_keys = range(first, first + len(batch))
             kwargs |= {
-                "context_overflow": window,
+                "context_overflow": context_overflow,
                 "row_keys": row_keys,
-                "on_text": show if len(prompts) == 1 else None,
+                "on_text": on_text if len(prompts) == 1 else None,
             }
             completions = generate_text(self.net, self.tokenizer, batch, stops, **kwargs)
             texts += [
@@ -222,29 +227,29 @@ class LanguageModel(TaskModule):
         bound.apply_defaults()
         max_new_tokens, context_overflow = (
             bound.arguments["max_new_tokens"],
-            bound.arguments["window"],
+            bound.arguments["context_overflow"],
         )
-        if self.tokenizer is not None and self.context is not None:
+        if self.tokenizer is not None and self.context_length is not None:
             prompt = bound.arguments["prompt"]
             prompts = [prompt] if isinstance(prompt, str) else prompt or [self.default_prompt]
             check_prompt_lengths(
                 [len(self.tokenizer.encode(p)) for p in prompts],
                 max_new_tokens,
-                self.context,
+                self.context_length,
                 context_overflow,
             )
-        return self.generate(**arguments | {"max_new_tokens": 1, "show": None})
+        return self.generate(**arguments | {"max_new_tokens": 1, "on_text": None})
 
-    def figures(self, datamodule: Any) -> dict[str, Any]:
-        """Create figures: next-token probabilities, attention weights, bigrams (rung="last")."""
+    def make_figures(self, datamodule: Any) -> dict[str, Any]:
+        """Create figures: next-token probabilities, attention weights, bigrams (identity)."""
         net, tokenizer = cast(Transformer, self.net), cast(Tokenizer, self.tokenizer)
         corpus_tokens = datamodule.corpus.tokens
-        token_names = [tokenizer.decode([n]) for n in range(tokenizer.vocabulary)]
-        prefix = corpus_tokens[: min(32, net.context)].long().to(self.device)  # (t)
+        token_names = [tokenizer.decode([n]) for n in range(tokenizer.vocab_size)]
+        prefix = corpus_tokens[: min(32, net.context_length)].long().to(self.device)  # (t)
         prompt = tokenizer.decode(prefix[:12])
         figures = {"temperatures": draw.plot_temperatures(net, prefix[:12], token_names, prompt)}
         figures["attention"] = draw.plot_attention(net, prefix, token_names)
-        if self.shape.get("rung") == "last" and tokenizer.vocabulary <= 256:
+        if self.net_kwargs.get("attention_variant") == "identity" and tokenizer.vocab_size <= 256:
             figures["bigrams"] = draw.plot_bigrams(net, corpus_tokens, token_names)
         return figures
 
@@ -260,34 +265,36 @@ class LanguageModel(TaskModule):
             format: gpt2 is the format of Hugging Face's transformers.
         """
         net = cast(Transformer, self.net)
-        gpt2.save_hf(net, self.shape, folder, self.tokenizer.eos_id if self.tokenizer else None)
+        gpt2.save_hf(
+            net, self.net_kwargs, folder, self.tokenizer.eos_id if self.tokenizer else None
+        )
         return f"{folder}/model.safetensors, config.json"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save tokenizer and context with the weights."""
         super().on_save_checkpoint(checkpoint)
-        tokenizer = None if self.tokenizer is None else self.tokenizer.state()
-        checkpoint["language"] = {"tokenizer": tokenizer, "context": self.context}
+        tokenizer = None if self.tokenizer is None else self.tokenizer.state_dict()
+        checkpoint["language"] = {"tokenizer": tokenizer, "context_length": self.context_length}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load tokenizer and context, unless they are already set from the data."""
         super().on_load_checkpoint(checkpoint)
         self._check_same_function(checkpoint.get("hyper_parameters", {}))
         saved = checkpoint.get("language")
-        if not isinstance(saved, dict) or not {"tokenizer", "context"} <= saved.keys():
+        if not isinstance(saved, dict) or not {"tokenizer", "context_length"} <= saved.keys():
             raise UsageError(
                 "the checkpoint has no tokenizer and no context of a language model; choose one "
                 "that `fit` has written"
             )
         if saved["tokenizer"] is not None:
             self._set_tokenizer(tokenizer_from_state_dict(saved["tokenizer"]), "the checkpoint's")
-        self.context = self.context or saved["context"]
+        self.context_length = self.context_length or saved["context_length"]
 
     def _check_same_function(self, saved: dict[str, Any]) -> None:
         """Raise UsageError if the saved weights fit, but this net would compute other values."""
         defaults = with_defaults({})
         saved_kwargs = defaults | {key: value for key, value in saved.items() if key in defaults}
-        kwargs = defaults | self.shape
+        kwargs = defaults | self.net_kwargs
         mismatches = [key for key in NON_SHAPE_ARGUMENTS if kwargs[key] != saved_kwargs[key]]
         if saved and mismatches:
             raise UsageError(
@@ -299,21 +306,21 @@ class LanguageModel(TaskModule):
                 f"{' '.join(f'--model.{key}={saved_kwargs[key]}' for key in mismatches)}"
             )
 
-    def _set_tokenizer(self, tokenizer: Tokenizer, whose: str) -> None:
+    def _set_tokenizer(self, tokenizer: Tokenizer, origin: str) -> None:
         current = self.tokenizer
         if current is not None and not current.is_equivalent(tokenizer):
             raise UsageError(
-                f"{whose} tokenizer has {tokenizer.vocabulary} tokens, the model's other "
-                f"{current.vocabulary}: they come from different texts; "
+                f"{origin} tokenizer has {tokenizer.vocab_size} tokens, the model's other "
+                f"{current.vocab_size}: they come from different texts; "
                 "type --data.path=... with the text the model was trained on"
             )
-        if self.vocabulary not in (None, tokenizer.vocabulary):
+        if self.vocab_size not in (None, tokenizer.vocab_size):
             raise UsageError(
-                f"{whose} tokenizer has {tokenizer.vocabulary} tokens, the model "
-                f"{self.vocabulary}; leave --model.vocabulary away: it comes from the data"
+                f"{origin} tokenizer has {tokenizer.vocab_size} tokens, the model "
+                f"{self.vocab_size}; leave --model.vocab_size away: it comes from the data"
             )
         # equal vocabularies may treat special tokens differently: the data's tokenizer is kept
-        self.tokenizer, self.vocabulary = current or tokenizer, tokenizer.vocabulary
+        self.tokenizer, self.vocab_size = current or tokenizer, tokenizer.vocab_size
 
     def _loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
         if self._require_sizes()[0] <= LARGE_VOCAB:
@@ -321,16 +328,16 @@ class LanguageModel(TaskModule):
         return self(inputs, None, targets)  # chunked loss: the logits are too large to return
 
     def _require_sizes(self) -> tuple[int, int]:
-        if self.vocabulary is None or self.context is None:
+        if self.vocab_size is None or self.context_length is None:
             raise UsageError(
                 "LanguageModel takes its vocabulary and context from the data, and there are "
-                "none; type --data=TextDataModule, or give both as arguments"
+                "none; type --data=TextDataModule, or give vocab_size and context_length"
             )
-        return self.vocabulary, self.context
+        return self.vocab_size, self.context_length
 
     def _get_token_bytes(self, device: torch.device) -> Tensor:
         if self.tokenizer is None:
-            return torch.full((self.vocabulary or 1,), math.nan, device=device)
+            return torch.full((self.vocab_size or 1,), math.nan, device=device)
         return self.tokenizer.token_bytes.to(device)
 
     def _log_eval_metrics(self, stage: str) -> None:

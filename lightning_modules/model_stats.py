@@ -11,40 +11,46 @@ The attention term counts all T x T pairs, although half of them are masked (nan
 from types import SimpleNamespace
 from typing import Any
 
-from .nn.attention import LEARNED
+from .nn.attention import LEARNED_PROJECTIONS
 from .nn.transformer import padded_vocab_size, resolve_d_ff, with_defaults
 
 
-def parameters(vocab_size: int, context_length: int, **net_kwargs: Any) -> dict[str, int]:
+def count_parameters(vocab_size: int, context_length: int, **net_kwargs: Any) -> dict[str, int]:
     """Parameters of a `Transformer` with these arguments, by terms of the lecture's formula.
 
-    sum(parameters(65, 128, layers=4, width=256, ...).values())  # 2,922,240 in the lecture
+    # 2,922,240 in the lecture
+    sum(count_parameters(65, 128, num_layers=4, d_model=256, ...).values())
     """
     vocab_size, s = padded_vocab_size(vocab_size), SimpleNamespace(**with_defaults(net_kwargs))
-    num_square_matrices = len(LEARNED[s.rung]) + s.output  # d x d matrices of an attention
+    num_square_matrices = (
+        len(LEARNED_PROJECTIONS[s.attention_variant]) + s.out_proj
+    )  # d x d matrices of an attention
     gains = {"rmsnorm": 1, "layernorm": 2, "none": 0}[s.norm]
-    mlp = "experts" if s.experts else s.mlp  # the experts and the router replace the MLP
-    hidden = resolve_d_ff(s.width, mlp, s.d_ff)
-    is_4d = hidden == 4 * s.width and mlp not in ("none", "swiglu")  # counted in Ld² instead of Ldh
-    matrices = {"none": 0, "swiglu": 3, "experts": 2 * s.experts}.get(mlp, 2)  # d x h
+    mlp = "experts" if s.num_experts else s.activation  # the experts and the router replace the MLP
+    hidden = resolve_d_ff(s.d_model, mlp, s.d_ff)
+    is_4d = hidden == 4 * s.d_model and mlp not in (
+        "none",
+        "swiglu",
+    )  # counted in Ld² instead of Ldh
+    matrices = {"none": 0, "swiglu": 3, "experts": 2 * s.num_experts}.get(mlp, 2)  # d x h
     biased = s.bias != "none" and mlp not in ("none", "experts")
     num_square_terms = num_square_matrices + (4 * matrices if is_4d else 0)
     num_d_vectors = gains * (1 if mlp == "none" else 2) + (
         num_square_matrices if s.bias == "all" else 0
     )
     num_d_vectors += 5 if biased and is_4d else 0
-    num_d_vectors += s.experts
+    num_d_vectors += s.num_experts
     num_inward, name = (
         (2, "L(2h + d)") if mlp == "swiglu" else (1, "L(h + d)")
     )  # biased matrices d x h
     terms = [
-        (1 if s.tied else 2, "|V|d", vocab_size * s.width),
-        (s.positions == "learned", "Td", context_length * s.width),
-        (num_square_terms, "Ld²", s.layers * s.width**2),
-        (0 if is_4d else matrices, "Ldh", s.layers * s.width * hidden),
-        (biased and not is_4d, name, s.layers * (num_inward * hidden + s.width)),
-        (num_d_vectors, "Ld", s.layers * s.width),
-        (gains, "d", s.width),
+        (1 if s.tie_embeddings else 2, "|V|d", vocab_size * s.d_model),
+        (s.positional_encoding == "learned", "Td", context_length * s.d_model),
+        (num_square_terms, "Ld²", s.num_layers * s.d_model**2),
+        (0 if is_4d else matrices, "Ldh", s.num_layers * s.d_model * hidden),
+        (biased and not is_4d, name, s.num_layers * (num_inward * hidden + s.d_model)),
+        (num_d_vectors, "Ld", s.num_layers * s.d_model),
+        (gains, "d", s.d_model),
     ]
     return {f"{n}{term}" if n > 1 else term: n * size for n, term, size in terms if n}
 
@@ -56,16 +62,18 @@ def count_training_flops(vocab_size: int, context_length: int, **net_kwargs: Any
     of experts it counts two experts.
     """
     terms, s = (
-        parameters(vocab_size, context_length, **net_kwargs),
+        count_parameters(vocab_size, context_length, **net_kwargs),
         SimpleNamespace(**with_defaults(net_kwargs)),
     )
-    looked_up = terms.get("Td", 0) + (0 if s.tied else padded_vocab_size(vocab_size) * s.width)
-    hidden = resolve_d_ff(s.width, "experts", s.d_ff)
-    inactive = 2 * s.layers * s.width * hidden * max(0, s.experts - 2)
-    has_attention = s.rung != "last"
+    looked_up = terms.get("Td", 0) + (
+        0 if s.tie_embeddings else padded_vocab_size(vocab_size) * s.d_model
+    )
+    hidden = resolve_d_ff(s.d_model, "experts", s.d_ff)
+    inactive = 2 * s.num_layers * s.d_model * hidden * max(0, s.num_experts - 2)
+    has_attention = s.attention_variant != "identity"
     return (
         6 * (sum(terms.values()) - looked_up - inactive)
-        + 12 * s.layers * s.width * context_length * has_attention
+        + 12 * s.num_layers * s.d_model * context_length * has_attention
     )
 
 
@@ -76,7 +84,7 @@ def kv_cache_bytes(
     return 2 * num_layers * num_rows * num_slots * d_model * bytes_per_element
 
 
-def collectives(
+def count_collectives(
     num_layers: int,
     num_shards: int = 1,
     num_replicas: int = 1,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ravine.datamodules.loaders import DataParallelInfo, resolve_seed
-from ravine.datamodules.prompts import Prompts
+from ravine.datamodules.prompts import PromptBatch
 from ravine.datamodules.tokenizers import Tokenizer, tokenizer_from_state_dict
 from ravine.errors import UsageError, UsageTypeError
 
@@ -29,14 +29,14 @@ from .generation.generate_text import (
     generate,
     pad_sequences_for_scoring,
 )
-from .generation.sampling import Sampling
+from .generation.sampling import DecodingConfig
 from .generation.shared_prefix import SharedPrefixBatch
 from .language_model import LanguageModel
 from .nn import Transformer
 from .rl import base_model
-from .rl.advantages import Estimator
+from .rl.advantages import AdvantageEstimator
 from .rl.kl import KL
-from .rl.rewards.base import Facts, Reward, check_rewards
+from .rl.rewards.base import CorpusStats, Reward, check_rewards
 from .rl.rollout import (
     Rollout,
     compute_ref_logprobs,
@@ -53,59 +53,65 @@ from .task_module import TaskModule
 
 
 class Reinforce(TaskModule):
-    """Language model trained by policy gradient; batches are `Prompts`.
+    """Language model trained by policy gradient; batches are `PromptBatch`.
 
     model = Reinforce("runs/reinforce/base", rewards=[CharacterFraction("eE", weight=-1)])
-    Trainer(max_steps=75).fit(model, datamodule=PromptDataModule(length=256))
+    Trainer(max_steps=75).fit(model, datamodule=PromptDataModule(prompt_length=256))
 
     Args:
-        base: checkpoint of the base language model, or its run's folder.
+        base_checkpoint: checkpoint of the base language model, or its run's folder.
         rewards: reward terms; the reward is their weighted sum.
-        new: maximum number of tokens to generate after a prompt.
+        max_new_tokens: maximum number of tokens to generate after a prompt.
         group_size: number of texts for each prompt; a group is on one rank.
         sampling: sampling settings, used to generate and to score tokens.
         estimator: computes advantages and the loss.
         kl: KL penalty to the reference.
-        reference: copy keeps the base model beside the policy; lora is the policy with disabled
-            adapters, at no cost in memory; none saves a forward pass and logs no KL.
+        reference: frozen_copy keeps the base model beside the policy; lora is the policy with
+            disabled adapters, at no cost in memory; none saves a forward pass and logs no KL.
         stop: stop string of a generated text; its tokens are part of the loss.
     """
 
-    unit, headline = "tokens", ("train/reward", "train/kl")
+    unit, progress_metrics = "tokens", ("train/reward", "train/kl")
     lr = 1e-4
-    whole_along = ("cp", "pp")  # unsupported: they split a batch before its texts exist
+    unsupported_parallelism = ("cp", "pp")  # unsupported: they split a batch before its texts exist
 
     def __init__(
         self,
-        base: str,
+        base_checkpoint: str,
         rewards: Sequence[Reward] | Reward = (),
-        new: int = 256,
+        max_new_tokens: int = 256,
         group_size: int = 1,
-        sampling: Sampling = Sampling(0.8),  # noqa: B008 - immutable, as the next ones
-        estimator: Estimator = Estimator(),  # noqa: B008
+        sampling: DecodingConfig = DecodingConfig(0.8),  # noqa: B008 - immutable, as the next ones
+        estimator: AdvantageEstimator = AdvantageEstimator(),  # noqa: B008
         kl: KL = KL(),  # noqa: B008
-        reference: Literal["copy", "lora", "none"] = "copy",
+        reference: Literal["frozen_copy", "lora", "none"] = "frozen_copy",
         stop: str | None = None,
     ) -> None:
         """Check the arguments that can be checked without data."""
         super().__init__()
-        self.save_hyperparameters("base", "new", "group_size", "reference", "stop")
-        self.base_checkpoint, self.max_new_tokens, self.group_size = base, new, group_size
+        self.save_hyperparameters(
+            "base_checkpoint", "max_new_tokens", "group_size", "reference", "stop"
+        )
+        self.base_checkpoint, self.max_new_tokens, self.group_size = (
+            base_checkpoint,
+            max_new_tokens,
+            group_size,
+        )
         self.rewards = [rewards] if isinstance(rewards, Reward) else list(rewards)
         self.sampling, self.estimator, self.kl = sampling, estimator, kl
         self.reference, self.stop = reference, stop
-        self.vocabulary: int | None = None
-        self.context: int | None = None
-        self.shape: dict[str, Any] = {}
+        self.vocab_size: int | None = None
+        self.context_length: int | None = None
+        self.net_kwargs: dict[str, Any] = {}
         self.tokenizer: Tokenizer | None = None
-        self.corpus_stats: Facts | None = None
+        self.corpus_stats: CorpusStats | None = None
         self._base_model: base_model.BaseModel | None = None
         self._base_fingerprint: str | None = None  # checksum of the base model's weights
         # a tuple hides the net from nn.Module: no optimizer, no checkpoint, no sharding
         self._reference_nets: tuple[nn.Module, ...] = ()
         self._stopwatch, self._rollout_metrics = Stopwatch(), dict[str, float]()
         self._last_samples: list[dict[str, Any]] = []
-        validate_config(new, group_size, sampling, kl, reference, stop)
+        validate_config(max_new_tokens, group_size, sampling, kl, reference, stop)
 
     def setup(self, stage: str) -> None:
         """Load the base model, then configure the task from the data."""
@@ -113,22 +119,26 @@ class Reinforce(TaskModule):
         warnings.filterwarnings("ignore", "You have overridden `on_after_batch_transfer`")
         if self._base_model is None and self.net is None:
             self._base_model = base_model_data = base_model.load_base_model(self.base_checkpoint)
-            self.vocabulary, self.context = base_model_data.vocabulary, base_model_data.context
-            self.shape, self.tokenizer = base_model_data.shape, base_model_data.tokenizer
+            self.vocab_size, self.context_length = (
+                base_model_data.vocab_size,
+                base_model_data.context_length,
+            )
+            self.net_kwargs, self.tokenizer = base_model_data.net_kwargs, base_model_data.tokenizer
             self._base_fingerprint = base_model_data.fingerprint
         super().setup(stage)
         check_rewards(self.rewards, self.corpus_stats is not None, self.reference != "none")
         self._stop_sequences()  # raises if the tokenizer cannot encode the stop string
 
-    def adopt(self, datamodule: Any) -> None:
+    def configure_from_data(self, datamodule: Any) -> None:
         """Read the corpus; raise UsageError for data without prompts or with invalid prompts."""
         if not hasattr(datamodule, "prompts"):
             raise UsageError(
                 f"Reinforce learns from prompts, and {type(datamodule).__name__} has none; "
                 "type --data=PromptDataModule"
             )
-        self.corpus_stats = None if datamodule.text is None else Facts(datamodule.text)
-        accumulate = DataParallelInfo.of(self.trainer).accumulate
+        corpus_text = datamodule.corpus_text
+        self.corpus_stats = None if corpus_text is None else CorpusStats(corpus_text)
+        accumulate = DataParallelInfo.from_trainer(self.trainer).accumulate
         micro_batch_size = max(
             1, datamodule.batch_size // accumulate
         )  # the loader raises for a batch size of 0
@@ -136,16 +146,16 @@ class Reinforce(TaskModule):
             micro_batch_size * self.group_size, self.group_size, accumulate
         )
         check_prompt_characters(
-            datamodule.characters, cast(Tokenizer, self.tokenizer), datamodule.resolved
+            datamodule.characters, cast(Tokenizer, self.tokenizer), datamodule.provenance
         )
         for number, prompt in enumerate(datamodule.prompts):
             self._encode(prompt, f"prompt {number} of the file")
 
-    def build(self) -> Transformer:
+    def build_net(self) -> Transformer:
         """Create the base model's net."""
-        assert self.vocabulary is not None
-        assert self.context is not None
-        return Transformer(self.vocabulary, self.context, **self.shape)
+        assert self.vocab_size is not None
+        assert self.context_length is not None
+        return Transformer(self.vocab_size, self.context_length, **self.net_kwargs)
 
     def configure_model(self) -> None:
         """Build the net, load the base model's weights and keep a frozen copy as the reference."""
@@ -154,7 +164,7 @@ class Reinforce(TaskModule):
         if is_new and self._base_model is not None and self.net is not None:
             self._load_weights(self.net, self._base_model.weights)
             self._base_model.weights.clear()
-            if self.reference == "copy":
+            if self.reference == "frozen_copy":
                 self._reference_nets = (copy.deepcopy(self.net).requires_grad_(False).eval(),)
 
     @staticmethod
@@ -173,13 +183,15 @@ class Reinforce(TaskModule):
         )  # names were checked when the base model was loaded
 
     def _can_defer_init(self) -> bool:
-        return self.reference != "copy" and super()._can_defer_init()  # the copy is not sharded
+        return (
+            self.reference != "frozen_copy" and super()._can_defer_init()
+        )  # the copy is not sharded
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Generate completions, score them and compute advantages: the batch becomes a Rollout."""
-        if not isinstance(batch, Prompts):
+        if not isinstance(batch, PromptBatch):
             raise UsageTypeError(
-                f"Reinforce learns from Prompts, and the loader gives {type(batch).__name__}; "
+                f"Reinforce learns from PromptBatch, and the loader gives {type(batch).__name__}; "
                 "use PromptDataModule"
             )
         cast(nn.Module, self.net).eval()  # dropout would make sampler and learner different
@@ -191,12 +203,15 @@ class Reinforce(TaskModule):
         self._stopwatch.start("update")
         logprobs = compute_rollout_logprobs(self, rollout, self.sampling)  # (b n)
         loss = policy_loss(rollout, logprobs, self.estimator, self.kl, self.max_new_tokens)
-        self.log("train/surrogate", loss)
-        self.log("train/drift", logprob_gap(logprobs, rollout))
+        self.log("train/policy_loss", loss)
+        self.log("train/logprob_gap", logprob_gap(logprobs, rollout))
         seconds = self._stopwatch.durations_s  # those of the update are of the previous step
-        throughput = {"tokens_per_second": self._rollout_metrics["tokens"] / sum(seconds.values())}
-        for name, value in (self._rollout_metrics | seconds | throughput).items():
+        num_tokens = self._rollout_metrics["num_tokens"]
+        throughput = {"tokens_per_second": num_tokens / sum(seconds.values())}
+        for name, value in (self._rollout_metrics | throughput).items():
             self.log(f"train/{name}", torch.tensor(value))
+        for name, value in seconds.items():
+            self.log(f"time/{name}", torch.tensor(value))
         return loss
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -211,11 +226,11 @@ class Reinforce(TaskModule):
         """Log the metrics of the batch, which is the whole test set."""
         self._log_eval_metrics("test", rollout)
 
-    def count(self, batch: Rollout) -> int:
+    def count_units(self, batch: Rollout) -> int:
         """Upper bound of the generated tokens; an exact count would have to wait for the device."""
         return batch.tokens.numel()
 
-    def samples(self) -> list[dict[str, Any]]:
+    def last_samples(self) -> list[dict[str, Any]]:
         """Return this rank's last samples: prompt, text, reward and terms."""
         return self._last_samples
 
@@ -225,30 +240,30 @@ class Reinforce(TaskModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save tokenizer and sizes with the weights, and the checksum of the reference."""
         super().on_save_checkpoint(checkpoint)
-        tokenizer = None if self.tokenizer is None else self.tokenizer.state()
-        sizes = {"context": self.context, "shape": self.shape}
+        tokenizer = None if self.tokenizer is None else self.tokenizer.state_dict()
+        sizes = {"context_length": self.context_length, "net_kwargs": self.net_kwargs}
         checkpoint["language"] = {"tokenizer": tokenizer, **sizes}
-        checkpoint["policy"] = {"base": self._base_fingerprint}
+        checkpoint["policy"] = {"base_fingerprint": self._base_fingerprint}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load tokenizer and sizes; raise UsageError if the reference is another base model."""
         super().on_load_checkpoint(checkpoint)
-        saved, base = checkpoint["language"], checkpoint["policy"]["base"]
+        saved, base = checkpoint["language"], checkpoint["policy"]["base_fingerprint"]
         if self._base_fingerprint is not None:
             if self.reference != "none":
                 base_model.check_fingerprint(self.base_checkpoint, self._base_fingerprint, base)
             return
         # without a trainer there is no base model: the checkpoint has the sizes
         self.tokenizer = tokenizer_from_state_dict(saved["tokenizer"])
-        self.vocabulary, self.context = self.tokenizer.vocabulary, saved["context"]
-        self.shape, self._base_fingerprint = saved["shape"], base
+        self.vocab_size, self.context_length = self.tokenizer.vocab_size, saved["context_length"]
+        self.net_kwargs, self._base_fingerprint = saved["net_kwargs"], base
         if "net.embed.weight" not in checkpoint["state_dict"]:  # adapters alone
             self._base_model = base_model.load_base_for_adapters(self.base_checkpoint, base)
 
     def _encode(self, prompt: str, description: str) -> Tensor:
         tokens = cast(Tokenizer, self.tokenizer).encode(prompt)
         check_prompt_length(
-            description, prompt, len(tokens), self.max_new_tokens, cast(int, self.context)
+            description, prompt, len(tokens), self.max_new_tokens, cast(int, self.context_length)
         )
         return tokens
 
@@ -257,7 +272,7 @@ class Reinforce(TaskModule):
         stops = [] if self.stop is None else [tokenizer.encode(self.stop).tolist()]
         return stops if tokenizer.eos_id is None else [*stops, [tokenizer.eos_id]]
 
-    def _make_rollout(self, batch: Prompts) -> Rollout:
+    def _make_rollout(self, batch: PromptBatch) -> Rollout:
         """Generate and score texts for a batch of prompts."""
         stopwatch, group_size = self._stopwatch, self.group_size
         prompts = [
@@ -304,7 +319,10 @@ class Reinforce(TaskModule):
         scoring = self.rewards, self.estimator, self.kl, self.max_new_tokens, self.group_size
         text_settings = cast(Tokenizer, self.tokenizer), self.stop, self.corpus_stats
         return RolloutScorer(
-            *scoring, *text_settings, self._gather_rows, DataParallelInfo.of(self.trainer).dp_rank
+            *scoring,
+            *text_settings,
+            self._gather_rows,
+            DataParallelInfo.from_trainer(self.trainer).dp_rank,
         )
 
     def _generate_completions(
@@ -314,14 +332,14 @@ class Reinforce(TaskModule):
         is_unsharded = not any(hasattr(parameter, "device_mesh") for parameter in net.parameters())
         kwargs: dict[str, Any] = {
             "stops": self._stop_sequences(), "seed": resolve_seed(None), "row_keys": row_keys,
-            "context_overflow": "refuse",
+            "context_overflow": "error",
             # ranks that shard a net need equal numbers of steps, even if their texts have ended
             "sync_every": SYNC_EVERY if is_unsharded else self.max_new_tokens,
             "capture": capture_cuda_graph if is_unsharded and self.device.type == "cuda" else None,
         }  # fmt: skip
         # one process only, as in Lightning's validation: autograd takes a tenth of a rollout
         with torch.inference_mode(self.trainer.world_size == 1):
-            context_length = cast(int, self.context)
+            context_length = cast(int, self.context_length)
             generated = generate(
                 net, prompts, self.max_new_tokens, context_length, self.sampling, **kwargs
             )
@@ -350,7 +368,7 @@ class Reinforce(TaskModule):
                 return compute_ref_logprobs(self, *inputs)
         for net in self._reference_nets:
             return compute_ref_logprobs(net.to(self.device), *inputs)
-        if self.reference == "copy":
+        if self.reference == "frozen_copy":
             raise UsageError(
                 "this policy was loaded, and has no copy of its base; make it anew and go on with "
                 "fit(..., ckpt_path=FILE)"
@@ -359,12 +377,12 @@ class Reinforce(TaskModule):
 
     def _gather_rows(self, x: Tensor) -> Tensor:
         """Gather rows (b ...) of all data-parallel ranks, in order: (B ...)."""
-        data_parallel = DataParallelInfo.of(self.trainer)
+        data_parallel = DataParallelInfo.from_trainer(self.trainer)
         gathered = torch.zeros(data_parallel.dp_size, *x.shape, dtype=x.dtype, device=self.device)
         gathered[data_parallel.dp_rank] = x
         return self.trainer.strategy.reduce(gathered, reduce_op="sum").flatten(0, 1).cpu()  # type: ignore
 
     def _log_eval_metrics(self, stage: str, rollout: Rollout) -> None:
-        names = [n for n in self._rollout_metrics if not n.endswith("_spread")]
+        names = [n for n in self._rollout_metrics if not n.endswith("_std")]
         metrics = {f"{stage}/{name}": self._rollout_metrics[name] for name in names}
         self.log_dict(metrics, batch_size=len(rollout.tokens), sync_dist=True)

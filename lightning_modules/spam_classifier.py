@@ -33,6 +33,8 @@ from .task_module import TaskModule
 
 TRIGGER_WORDS = {"urgent", "buy", "money", "won", "free"}
 LABELS = ("ham", "spam")
+# of the confusion matrix, whose rows are the true labels; spam is the positive class
+CONFUSION_NAMES = ("true_negatives", "false_positives", "false_negatives", "true_positives")
 
 
 def handcrafted_features(message: str) -> list[float]:
@@ -87,7 +89,7 @@ def compute_idf(messages: list[str], num_buckets: int) -> Tensor:
     return torch.where(frequency > 0, 1 + ((1 + len(messages)) / (1 + frequency)).log(), 0.0)
 
 
-class LectureFeatures(nn.Module):
+class HandcraftedFeatures(nn.Module):
     """Handcrafted features of the lecture: list of b messages -> (b 5)."""
 
     device_marker: Tensor  # empty; it holds only the device
@@ -151,28 +153,34 @@ class SpamClassifier(TaskModule):
 
     Args:
         features: the five of the lecture, or hashed n-grams.
-        hidden: units of an MLP's hidden layer; 0 is logistic regression.
-        buckets: number of hash buckets of the n-grams; 2^18 suits 10^5 different ones.
+        hidden_size: units of an MLP's hidden layer; 0 is logistic regression.
+        num_buckets: number of hash buckets of the n-grams; 2^18 suits 10^5 different ones.
     """
 
     lr = 1e-2
-    columns = ("line", "message", "probability", "label")  # columns of predict_step's rows
+    prediction_columns = (
+        "line",
+        "message",
+        "probability",
+        "label",
+    )  # columns of predict_step's rows
 
     def __init__(
         self,
-        features: Literal["lecture", "ngrams"] = "ngrams",
-        hidden: int = 0,
-        buckets: int = 2**18,
+        features: Literal["handcrafted", "ngrams"] = "ngrams",
+        hidden_size: int = 0,
+        num_buckets: int = 2**18,
     ) -> None:
         """Check the sizes."""
         super().__init__()
-        if hidden < 0 or buckets < 1:
+        if hidden_size < 0 or num_buckets < 1:
             raise UsageError(
-                f"hidden is {hidden} and buckets {buckets}; allowed: hidden 0 or more, buckets 1 "
-                "or more; type --model.hidden=0 --model.buckets=262144"
+                f"hidden_size is {hidden_size} and num_buckets {num_buckets}; allowed: hidden_size "
+                "0 or more, num_buckets 1 or more; "
+                "type --model.hidden_size=0 --model.num_buckets=262144"
             )
         self.save_hyperparameters()
-        self.features, self.hidden_size, self.num_buckets = features, hidden, buckets
+        self.features, self.hidden_size, self.num_buckets = features, hidden_size, num_buckets
         self.idf = torch.zeros(0)  # of the training messages
         self.val_loss, self.val_accuracy = MeanMetric(), BinaryAccuracy()
         self.test_metrics = MetricCollection(
@@ -181,12 +189,12 @@ class SpamClassifier(TaskModule):
         )
         self.confusion_matrix = BinaryConfusionMatrix()
 
-    def adopt(self, datamodule: Any) -> None:
+    def configure_from_data(self, datamodule: Any) -> None:
         """Compute the idf of the training messages; a trained net has its own idf."""
         if self.features == "ngrams" and self.net is None:
             self.idf = compute_idf(datamodule.train_messages, self.num_buckets)
 
-    def build(self) -> nn.Module:
+    def build_net(self) -> nn.Module:
         """Create a linear layer from features to a logit, or an MLP with one hidden layer."""
         out_features = self.hidden_size or 1
         if self.features == "ngrams":
@@ -195,7 +203,7 @@ class SpamClassifier(TaskModule):
             )  # loaded from a checkpoint
             layers = [HashedLinear(idf, out_features, std=0.5 if self.hidden_size else 0.0)]
         else:
-            layers = [LectureFeatures(), nn.Linear(5, out_features)]
+            layers = [HandcraftedFeatures(), nn.Linear(5, out_features)]
         if self.hidden_size:
             layers += [nn.ReLU(), nn.Linear(self.hidden_size, 1)]
         return nn.Sequential(*layers)
@@ -245,9 +253,8 @@ class SpamClassifier(TaskModule):
                 f"{names}: undefined, so NaN: no {missing_label} among the {ham + spam:.0f} test "
                 "messages"
             )
-        for truth, row in zip(LABELS, matrix, strict=True):
-            for prediction, count in zip(LABELS, row, strict=True):
-                self.log(f"test/{truth}_called_{prediction}", count)
+        for name, count in zip(CONFUSION_NAMES, matrix.flatten(), strict=True):
+            self.log(f"test/{name}", count)
         self.confusion_matrix.reset()
         self.test_metrics.reset()
 

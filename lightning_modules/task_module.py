@@ -1,8 +1,8 @@
 """TaskModule: LightningModule base class that builds its net once, when the sizes are known.
 
 The net is built late because callbacks and strategies act between `__init__` and the first step.
-The data determine the net's sizes (`adopt`), transforms modify the net, and the strategy shards
-it. A task contains no code for transforms or sharding.
+The data determine the net's sizes (`configure_from_data`), transforms modify the net, and the
+strategy shards it. A task contains no code for transforms or sharding.
 """
 
 import inspect
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ravine.checkpoint_format import check_format, record_format
 from ravine.errors import RunError, UsageError, UsageTypeError, suggest_names
 from ravine.lightning_compat import attached_trainer, averaging_callbacks
 
@@ -114,17 +115,17 @@ def _is_defined_in_ravine(method: Any) -> bool:
 
 
 class TaskModule(L.LightningModule):
-    """LightningModule whose net is created by `build()`, once, when the sizes are known.
+    """LightningModule whose net is created by `build_net()`, once, when the sizes are known.
 
-    A subclass needs `build` and `training_step`:
+    A subclass needs `build_net` and `training_step`:
 
         class Line(TaskModule):
-            def build(self): return nn.Linear(1, 1)
+            def build_net(self): return nn.Linear(1, 1)
             def training_step(self, batch, index): return F.mse_loss(self(batch[0]), batch[1])
     """
 
-    unit: str = "samples"  # unit of `count` and of throughput
-    headline: tuple[str, ...] = ()  # metrics of the progress bar, in place of the loss
+    unit: str = "samples"  # unit of `count_units` and of throughput
+    progress_metrics: tuple[str, ...] = ()  # metrics of the progress bar, in place of the loss
     lr: float = 1e-3  # of the default optimizer only; OptimizerPlan sets its own
 
     def __init__(self) -> None:
@@ -132,12 +133,12 @@ class TaskModule(L.LightningModule):
         super().__init__()
         self.net: nn.Module | None = None  # not a class attribute, which would hide the submodule
 
-    def build(self) -> nn.Module:
+    def build_net(self) -> nn.Module:
         """Create the net for a single device."""
-        raise NotImplementedError(f"{type(self).__name__} needs a build() that returns its net")
+        raise NotImplementedError(f"{type(self).__name__} needs a build_net() that returns its net")
 
-    def adopt(self, datamodule: Any) -> None:
-        """Read the net's sizes (vocabulary, number of features) from the data, before `build`."""
+    def configure_from_data(self, datamodule: Any) -> None:
+        """Read the net's sizes (vocabulary size, classes) from the data, before `build_net`."""
 
     def setup(self, stage: str) -> None:
         """Configure the model from the datamodule, which is already set up."""
@@ -145,17 +146,19 @@ class TaskModule(L.LightningModule):
             check_no_early_copies(self.trainer.callbacks)  # type: ignore[attr-defined]
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
-            self.adopt(datamodule)
+            self.configure_from_data(datamodule)
 
     def configure_model(self) -> None:
         """Build the net unless it exists; callbacks and strategies modify it from outside."""
         if self.net is not None:
             return
         device = torch.get_default_device()
-        is_known = _is_defined_in_ravine(type(self).build)
-        values = InitialValues.of(self.build) if is_known and device.type != "meta" else None
+        is_known = _is_defined_in_ravine(type(self).build_net)
+        values = (
+            InitialValues.record(self.build_net) if is_known and device.type != "meta" else None
+        )
         if values is None:
-            self.net = self.build()
+            self.net = self.build_net()
         elif self._can_defer_init():
             self.net = values.net
             self.__dict__["initial_values"] = values  # the strategy draws them after sharding
@@ -203,18 +206,20 @@ class TaskModule(L.LightningModule):
         )
         return torch.optim.AdamW(parameters, lr=self.lr, fused=fused or None)
 
-    def count(self, batch: Any) -> int:
+    def count_units(self, batch: Any) -> int:
         """Number of units in a batch: here the rows of its first tensor."""
         return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the task class and the transforms in the checkpoint."""
         checkpoint["task"] = type(self).__name__
+        record_format(checkpoint)
         if (ledger := self.__dict__.get("_transforms")) is not None:
             ledger.add_records(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise UsageError for the checkpoint of another task, before tensors are compared."""
+        """Raise UsageError for another task or format, before tensors are compared."""
+        check_format(checkpoint)
         if not self._may_have_written(checkpoint):
             task = checkpoint.get("task", "another program")
             raise self._of_another_task(
@@ -327,8 +332,8 @@ class TaskModule(L.LightningModule):
         Args:
             checkpoint: content of the checkpoint.
             apply_transforms: applies the transforms of the checkpoint to the built net;
-                `ravine.callbacks.transforms.base.reapply` does so for adapters and quantized
-                weights.
+                `ravine.callbacks.transforms.base.apply_saved_transforms` does so for adapters and
+                quantized weights.
             strict: as in `load_from_checkpoint`.
             overrides: arguments and settings that replace the saved ones.
 
@@ -340,6 +345,7 @@ class TaskModule(L.LightningModule):
                 f"this is no checkpoint of a {cls.__name__}: it has no state_dict",
                 hint="choose a file that a trainer has written",
             )
+        check_format(checkpoint)
         kind, overrides = cls._class_of(checkpoint), dict(overrides or {})
         try:
             arguments, settings = kind._arguments(checkpoint, overrides)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ravine.cli.loading import load as load_model
+    from ravine.cli.loading import load_model
     from ravine.cli.trainer import Trainer
     from ravine.errors import UsageError
 
@@ -20,7 +20,7 @@ __all__ = ["Trainer", "UsageError", "__version__", "load_model"]
 
 _DEFINED_IN = {
     "Trainer": ("ravine.cli.trainer", "Trainer"),
-    "load_model": ("ravine.cli.loading", "load"),
+    "load_model": ("ravine.cli.loading", "load_model"),
     "UsageError": ("ravine.errors", "UsageError"),
 }
 

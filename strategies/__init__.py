@@ -1,14 +1,14 @@
 from .checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError
 from .data_parallel import DataParallelStrategy
 from .mesh_strategy import MeshStrategy
-from .presets import NAMES
-from .rank_agreement import RanksDiffer
+from .presets import STRATEGY_PRESETS
+from .rank_agreement import RankMismatchError
 
 __all__ = [
-    "NAMES",
+    "STRATEGY_PRESETS",
     "AtomicCheckpointIO",
     "CheckpointError",
     "DataParallelStrategy",
     "MeshStrategy",
-    "RanksDiffer",
+    "RankMismatchError",
 ]

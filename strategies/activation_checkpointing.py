@@ -56,18 +56,19 @@ def apply_activation_checkpointing(module: nn.Module, mode: CheckpointingMode) -
     if mode not in ("selective", "full"):
         raise UsageError(
             f"recompute is {mode!r}; allowed: none, selective, full; type"
-            " --trainer.strategy.recompute=full"
+            " --trainer.strategy.activation_checkpointing=full"
         )
     blocks = find_blocks(module) or find_sequentials(module)
     if not blocks:
         raise UsageError(
-            f"recompute={mode}: {type(module).__name__} has no blocks (a ModuleDict or ModuleList"
+            f"activation_checkpointing={mode}: {type(module).__name__} has no blocks (a "
+            "ModuleDict or ModuleList"
             " of them, or a Sequential) to recompute one by one; leave it out"
         )
     for block in blocks:
         if "recomputed" in block.__dict__ and block.__dict__["recomputed"] != mode:
             raise UsageError(
-                f"recompute={mode}: the blocks recompute already"
+                f"activation_checkpointing={mode}: the blocks recompute already"
                 f" ({block.__dict__['recomputed']}); ask for it once"
             )
         if "recomputed" not in block.__dict__:

@@ -33,7 +33,7 @@ from torch.backends.cuda import (
 )
 
 aten: Any = torch.ops.aten
-SCORES = 2**20  # most scores of a chunk: 4 MiB in fp32
+MAX_SCORES = 2**20  # most scores of a chunk: 4 MiB in fp32
 LSE_ALIGNMENT = 32  # the memory-efficient kernel needs the length of lse as a multiple of this
 
 
@@ -49,7 +49,7 @@ def attention_with_lse(
 
     `causal` masks the keys after a query.
     """
-    kernel = _kernel(query, key, value, causal)
+    kernel = _select_kernel(query, key, value, causal)
     if kernel == "flash":
         return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal)[:2]
     if kernel == "efficient":
@@ -70,7 +70,7 @@ def attention_with_lse_backward(
 
     `out` and `lse` are the results over all keys.
     """
-    kernel = _kernel(query, key, value, causal)
+    kernel = _select_kernel(query, key, value, causal)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()  # a sum gives strides of 0
     if kernel == "flash":
         seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # unused: dropout is 0
@@ -94,7 +94,7 @@ def attention_with_lse_backward(
     return _attention_backward_in_chunks(*tensors, causal)
 
 
-def _kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> str:
+def _select_kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> str:
     """Return the name of the kernel for these tensors: cpu, flash, efficient or pieces."""
     if query.device.type == "cpu":
         return "cpu"
@@ -119,7 +119,7 @@ def _attention_scores(query: Tensor, key: Tensor, start: int | None) -> Tensor:
 
 def _query_slices(query: Tensor, key: Tensor) -> list[slice]:
     """Return slices of queries that have at most SCORES scores each."""
-    rows = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    rows = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
     return [slice(start, start + rows) for start in range(0, query.shape[2], rows)]
 
 

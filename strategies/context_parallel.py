@@ -55,19 +55,25 @@ def zigzag_positions(length: int, rank: int, num_ranks: int) -> Tensor:
 
 
 class ContextParallel:
-    """Sets the context-parallel attributes of a module (`attend`, `times`) during a step."""
+    """Sets attention and position ids of the modules of a net during a step."""
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh) -> None:
         """Find the attention modules; raise UsageError if there are none or dropout is used."""
         self.group, self.rank, self.num_ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-        self.attention_modules: list[Any] = [m for m in module.modules() if hasattr(m, "attend")]
-        self.position_modules: list[Any] = [m for m in module.modules() if hasattr(m, "times")]
+        self.attention_modules: list[Any] = [
+            m for m in module.modules() if hasattr(m, "attention_fn")
+        ]
+        self.position_modules: list[Any] = [
+            m for m in module.modules() if hasattr(m, "position_ids_override")
+        ]
         self.module, self.module_name = module, type(module).__name__
         name = self.module_name
         self._rng_checked = False
         if not self.attention_modules or not self.position_modules:
             raise UsageError(
-                f"cp={self.num_ranks}: {name} has no attention with the slots `attend` and `times`,"
+                f"cp={self.num_ranks}: {name} has no attention with the attributes `attention_fn` "
+                "and "
+                "`position_ids_override`,"
                 " which a cut sequence needs; type --trainer.strategy zero3"
             )
         if any(getattr(m, "dropout", 0) for m in self.attention_modules):
@@ -83,9 +89,9 @@ class ContextParallel:
                     "drop the same"
                     " of different tokens; type --model.dropout=0, or --trainer.strategy zero3"
                 )
-        self.original_attention = [m.attend for m in self.attention_modules]
+        self.original_attention = [m.attention_fn for m in self.attention_modules]
 
-    def part(self, batch: Any) -> Any:
+    def shard_batch(self, batch: Any) -> Any:
         """Return this rank's part along t of every tensor (b t ...) of a batch."""
 
         def shard_tensor(tensor: Tensor) -> Tensor:
@@ -100,12 +106,12 @@ class ContextParallel:
         return tree_map_only(Tensor, shard_tensor, batch)
 
     def shard_and_bind(self, batch: Any) -> Any:
-        """Shard a batch along t, and set `times` and `attend` of the modules for its length.
+        """Shard a batch along t, and set attention and position ids for its length.
 
         Raises:
             UsageError: the tensors (b t ...) of the batch do not have exactly one length t.
         """
-        batch_shard = self.part(batch)
+        batch_shard = self.shard_batch(batch)
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         lengths = {tensor.shape[1] for tensor in tensors if tensor.ndim > 1}
         if len(lengths) != 1:
@@ -117,9 +123,9 @@ class ContextParallel:
             )
         times = zigzag_positions(lengths.pop(), self.rank, self.num_ranks).to(self._module_device)
         for module in self.position_modules:
-            module.times = times
+            module.position_ids_override = times
         for module in self.attention_modules:
-            module.attend = self.attend
+            module.attention_fn = self.ring_attend
         return batch_shard
 
     @contextmanager
@@ -146,13 +152,15 @@ class ContextParallel:
         return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
     def restore_attention(self) -> None:
-        """Restore `attend` and `times`, for calls with full sequences."""
+        """Restore attention and position ids, for calls with full sequences."""
         for module in self.position_modules:
-            module.times = None
+            module.position_ids_override = None
         for module, original in zip(self.attention_modules, self.original_attention, strict=True):
-            module.attend = original
+            module.attention_fn = original
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+    def ring_attend(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0
+    ) -> Tensor:
         """Compute causal attention of this rank's queries over the full sequence; all (b h t k)."""
         device = query.device.type
         if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
@@ -167,11 +175,11 @@ class ContextParallel:
             raise UsageError(
                 f"cp={self.num_ranks} does not cut {length} tokens into {num_chunks} equal "
                 "pieces; type"
-                f" --data.context={nearest}"
+                f" --data.context_length={nearest}"
             )
 
 
-def queries(rank: int, source: int, length: int) -> slice:
+def visible_queries(rank: int, source: int, length: int) -> slice:
     """Return the slice of `rank`'s queries that attend to keys of `source`."""
     return slice(length // 2 if source > rank else 0, length)
 
@@ -220,7 +228,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
         total = _accumulator(result, lse.dtype)
         for step in range(ring.num_ranks):
             transfer = ring.exchange_kv(local_kv, step + 1)
-            query_slice = queries(ring.rank, ring.rank_at(step), length)
+            query_slice = visible_queries(ring.rank, ring.rank_at(step), length)
             block_out, block_lse = attention_with_lse(
                 q[:, :, query_slice], *_unpack_kv(remote_kv), causal=step == 0
             )
@@ -228,9 +236,11 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, group: str) -> tup
                 total.copy_(block_out)
                 slice_lse.copy_(block_lse)
             else:
-                _merge(total[:, :, query_slice], slice_lse[:, :, query_slice], block_out, block_lse)
+                _merge_blocks(
+                    total[:, :, query_slice], slice_lse[:, :, query_slice], block_out, block_lse
+                )
             del block_out, block_lse  # before the next block is computed
-            remote_kv = transfer.received() if transfer else local_kv
+            remote_kv = transfer.wait() if transfer else local_kv
         if total is not result:
             result.copy_(total)
         del local_kv, remote_kv, transfer, total
@@ -256,7 +266,7 @@ def ring_attention_backward(
         totals = [_accumulator(item, lse.dtype) for item in slice_grads]
         for step in range(ring.num_ranks):
             transfer = ring.exchange_kv(local_kv, step + 1)
-            query_slice = queries(ring.rank, ring.rank_at(step), length)
+            query_slice = visible_queries(ring.rank, ring.rank_at(step), length)
             d, q, o, lse_rows = (item[:, :, query_slice] for item in inputs)
             block_grads = attention_with_lse_backward(
                 d, q, *_unpack_kv(remote_kv), o, lse_rows, causal=step == 0
@@ -274,11 +284,14 @@ def ring_attention_backward(
                     _pack_kv(*block_grads[1:], lse.dtype), step, length
                 )
                 add_pending = partial(
-                    _add, grad_transfer, totals, slice_grads if step + 1 == ring.num_ranks else []
+                    _add_received_grads,
+                    grad_transfer,
+                    totals,
+                    slice_grads if step + 1 == ring.num_ranks else [],
                 )
                 del grad_transfer
             del block_grads  # before the next block is computed
-            remote_kv = transfer.received() if transfer else local_kv
+            remote_kv = transfer.wait() if transfer else local_kv
         del local_kv, remote_kv, transfer, totals
     if add_pending is not None:
         add_pending()
@@ -309,16 +322,18 @@ def _accumulator(result: Tensor, dtype: torch.dtype) -> Tensor:
     return result if result.dtype == dtype else torch.empty_like(result, dtype=dtype)
 
 
-def _merge(total: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+def _merge_blocks(total: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
     """Combine a block's result with the result over earlier blocks, in place."""
     block_out = block_out if block_out.dtype == total.dtype else block_out.to(total.dtype)
     total.lerp_(block_out, (block_lse - lse).sigmoid_()[..., None])
     torch.logaddexp(lse, block_lse, out=lse)
 
 
-def _add(transfer: "_RingSendRecv", totals: list[Tensor], results: list[Tensor]) -> None:
+def _add_received_grads(
+    transfer: "_RingSendRecv", totals: list[Tensor], results: list[Tensor]
+) -> None:
     """Add received gradients of keys and values; after the last message, copy to `results`."""
-    received = transfer.received()
+    received = transfer.wait()
     for total, grad in zip(totals[1:], _unpack_kv(received), strict=True):
         total[:, :, : len(received)] += grad
     for total, result in zip(totals, results, strict=False):
@@ -401,7 +416,7 @@ class _RingSendRecv:
         ]
         self.pending_ops = dist.batch_isend_irecv(messages)
 
-    def received(self) -> Tensor:
+    def wait(self) -> Tensor:
         """Wait for both, and return the received message."""
         for op in self.pending_ops:
             op.wait()

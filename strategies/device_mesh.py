@@ -74,38 +74,40 @@ def validate_strategy_args(
     """Raise UsageError for invalid arguments of MeshStrategy, when it is created."""
     flag = "type --trainer.strategy"
     if zero_stage not in (1, 2, 3):
-        raise UsageError(f"zero is {zero_stage}; allowed: 1, 2, 3; {flag}.zero=3")
+        raise UsageError(f"zero_stage is {zero_stage}; allowed: 1, 2, 3; {flag}.zero_stage=3")
     if pipeline_schedule not in allowed_schedules:
         allowed = ", ".join(allowed_schedules)
         raise UsageError(
-            f"schedule is {pipeline_schedule!r}; allowed: {allowed}; {flag}.schedule=1f1b"
+            f"pipeline_schedule is {pipeline_schedule!r}; allowed: {allowed}; "
+            f"{flag}.pipeline_schedule=1f1b"
         )
     if num_microbatches < 1:
         raise UsageError(
-            f"microbatches is {num_microbatches}; allowed: 1 or more; {flag}.microbatches=4"
+            f"num_microbatches is {num_microbatches}; allowed: 1 or more; {flag}.num_microbatches=4"
         )
     is_int = isinstance(min_unit_bytes, int) and not isinstance(min_unit_bytes, bool)
     if min_unit_bytes is not None and not (is_int and min_unit_bytes >= 0):
         raise UsageError(
-            f"smallest_unit is {min_unit_bytes!r}; allowed: a number of bytes, 0 or more;"
-            f" {flag}.smallest_unit=1048576"
+            f"min_unit_bytes is {min_unit_bytes!r}; allowed: a number of bytes, 0 or more;"
+            f" {flag}.min_unit_bytes=1048576"
         )
     if zero_stage == 1 and (gather_once or min_unit_bytes is not None):
-        name = "gather_once" if gather_once else "smallest_unit"
+        name = "gather_once" if gather_once else "min_unit_bytes"
         raise UsageError(
-            f"{name} has no effect with zero=1, where every rank has whole parameters; allowed"
-            f" with zero=2 and 3; {flag}.zero=2, or leave {name} out"
+            f"{name} has no effect with zero_stage=1, where every rank has whole parameters; "
+            "allowed"
+            f" with zero_stage=2 and 3; {flag}.zero_stage=2, or leave {name} out"
         )
 
 
 def validate_module(module: Any, degrees: dict[str, int], sequence_parallel: bool) -> None:
-    """Raise UsageError for axes that a module does not support, e.g. by its `whole_along`."""
+    """Raise UsageError for axes in the `unsupported_parallelism` of a module."""
     if sequence_parallel and not module.automatic_optimization:
         raise UsageError(
             f"{type(module).__name__} steps its own optimizers (manual optimization), which"
             " sequence_parallel cannot follow; type --trainer.strategy tp"
         )
-    for axis in getattr(module, "whole_along", ()):
+    for axis in getattr(module, "unsupported_parallelism", ()):
         if degrees[axis] > 1:
             raise UsageError(
                 f"{axis}={degrees[axis]}: {type(module).__name__} cannot be cut along {axis};"
@@ -135,9 +137,9 @@ def validate_combination(
     if too_few or (pipeline_schedule == "interleaved" and num_microbatches % rounds):
         allowed = f"{num_stage_ranks} or more" if too_few else f"multiples of {num_stage_ranks}"
         raise UsageError(
-            f"microbatches={num_microbatches} for a pipeline of {num_stage_ranks} ranks "
+            f"num_microbatches={num_microbatches} for a pipeline of {num_stage_ranks} ranks "
             f"({pipeline_schedule}); allowed:"
-            f" {allowed}; type --trainer.strategy.microbatches={num_stage_ranks * rounds}"
+            f" {allowed}; type --trainer.strategy.num_microbatches={num_stage_ranks * rounds}"
         )
 
 
@@ -159,7 +161,7 @@ class MeshLayout:
         return self.lightning_mesh[DP_AXIS]
 
     @property
-    def in_parts(self) -> bool:
+    def runs_in_pieces(self) -> bool:
         """Whether a net runs as pipeline stages, or as FSDP units that are gathered in turn."""
         return self.degrees["pp"] > 1 or self.data_mesh.size() > 1
 

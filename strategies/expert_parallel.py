@@ -38,8 +38,8 @@ def shard_experts(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     """
     expert_modules = find_experts(module)
     if not expert_modules:
-        has_experts_arg = "experts" in (getattr(module, "hparams", None) or {})
-        fix = "type --model.experts=8, or" if has_experts_arg else "give it one, or type"
+        has_experts_arg = "num_experts" in (getattr(module, "hparams", None) or {})
+        fix = "type --model.num_experts=8, or" if has_experts_arg else "give it one, or type"
         raise UsageError(
             f"ep={mesh.size()}: {type(module).__name__} has no mixture of experts (a module called"
             f" `experts`, with the experts as the first axis of its parameters); {fix}"

@@ -111,7 +111,7 @@ def find_gradient_readers(trainer: Any) -> list[str]:
         if hooks or reads_gradients(owner):
             reader_names.append(".".join([type(owner).__name__, *hooks[:1]]))
     for optimizer in trainer.optimizers:
-        if getattr(optimizer, "gathers", False):
+        if getattr(optimizer, "needs_full_gradient", False):
             continue
         if overrides_zero_grad(optimizer):
             reader_names.append(f"{type(optimizer).__name__}.zero_grad")
@@ -128,9 +128,8 @@ def find_gradient_readers(trainer: Any) -> list[str]:
 
 def overrides_zero_grad(optimizer: Any) -> bool:
     """Whether an optimizer, or any member of a composite one, has its own `zero_grad`."""
-    members = getattr(optimizer, "members", None)
-    if isinstance(members, list):
-        return any(overrides_zero_grad(member) for member in members)
+    if getattr(optimizer, "is_composite", False):
+        return any(overrides_zero_grad(member) for member in optimizer.optimizers)
     is_custom = "zero_grad" in vars(optimizer) or not isinstance(optimizer, Optimizer)
     return is_custom or type(optimizer).zero_grad is not Optimizer.zero_grad
 

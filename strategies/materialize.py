@@ -33,7 +33,7 @@ def collect_deferred_values(module: nn.Module) -> dict[str, Any]:
     return {name: values for name, p in named if (values := deferred_values(p)) is not None}
 
 
-def blocks(parameter: Tensor) -> Iterator[Tensor]:
+def iter_value_blocks(parameter: Tensor) -> Iterator[Tensor]:
     """Yield a parameter's values in blocks of rows; values that are not deferred in one block."""
     values = deferred_values(parameter)
     if values is None:

@@ -101,24 +101,26 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         dp_replicate: number of replicas of such a group; replicas exchange only gradients (HSDP).
         cp: number of ranks that share each sequence; needs the attributes that
             context_parallel.py names.
-        tp: number of ranks that split each matrix of the net's `tp_plan`; -1: all remaining ranks.
+        tp: number of ranks that split each matrix of the net's `tensor_parallel_plan`; -1: all
+        remaining ranks.
         sequence_parallel: shard the activations between the split matrices along time, over `tp`.
-        zero: ZeRO stage. The ranks of `dp_shard` shard the optimizer state (1), the gradients as
-            well (2), the parameters as well (3). Stage 2 sends less than 3 and needs more memory.
+        zero_stage: ZeRO stage. The ranks of `dp_shard` shard the optimizer state (1), the gradients
+            as well (2), the parameters as well (3). Stage 2 sends less than 3 and needs more
+            memory.
         pp: number of pipeline ranks; needs a net with the methods that pipeline_parallel.py names.
         ep: number of ranks of `dp_shard` that keep different experts; -1: all of them.
-        schedule: order of the forward and backward passes of a pipeline's micro-batches.
-        microbatches: number of micro-batches into which a pipeline splits each batch of a rank.
-        recompute: activation checkpointing: recompute activations in the backward pass.
-        smallest_unit: bytes of the smallest block that is an FSDP unit of its own (default: 1 MiB);
-            smaller blocks are gathered with their parent.
+        pipeline_schedule: order of the forward and backward passes of a pipeline's micro-batches.
+        num_microbatches: number of micro-batches into which a pipeline splits each batch of a rank.
+        activation_checkpointing: recompute activations in the backward pass.
+        min_unit_bytes: bytes of the smallest block that is an FSDP unit of its own (default:
+            1 MiB); smaller blocks are gathered with their parent.
         gather_once: with zero 2 and 3 and gradient accumulation, gather the parameters once per
             optimizer step, for all micro-batches. This sends less and needs more memory.
         save_distributed_checkpoint: save a folder with one file per rank instead of a single file.
             One process can read either.
     """
 
-    numbered = True
+    renumbers_params = True
 
     def __init__(
         self,
@@ -127,13 +129,13 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         cp: int = 1,
         tp: int = 1,
         sequence_parallel: bool = False,
-        zero: Literal[1, 2, 3] = 3,
+        zero_stage: Literal[1, 2, 3] = 3,
         pp: int = 1,
         ep: int = 1,
-        schedule: PipelineSchedule = "1f1b",
-        microbatches: int = 4,
-        recompute: CheckpointingMode = "none",
-        smallest_unit: int | None = None,
+        pipeline_schedule: PipelineSchedule = "1f1b",
+        num_microbatches: int = 4,
+        activation_checkpointing: CheckpointingMode = "none",
+        min_unit_bytes: int | None = None,
         gather_once: bool = False,
         save_distributed_checkpoint: bool = False,
     ) -> None:
@@ -141,20 +143,20 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         axes = {"dp_shard": dp_shard, "dp_replicate": dp_replicate, "cp": cp, "tp": tp, "pp": pp}
         self.degrees = axes | {"ep": ep}
-        validated_args = (zero, schedule, list(SCHEDULE_CLASSES), microbatches)
-        validate_strategy_args(*validated_args, smallest_unit, gather_once)
-        self.pipeline_schedule: PipelineSchedule = schedule
-        self.num_microbatches = microbatches
+        validated_args = (zero_stage, pipeline_schedule, list(SCHEDULE_CLASSES), num_microbatches)
+        validate_strategy_args(*validated_args, min_unit_bytes, gather_once)
+        self.pipeline_schedule: PipelineSchedule = pipeline_schedule
+        self.num_microbatches = num_microbatches
         self.pipeline: Pipeline | None = None
-        self.zero_stage, self.sequence_parallel = zero, sequence_parallel
-        self.activation_checkpointing: CheckpointingMode = recompute
-        self.min_unit_bytes, self.gather_once = smallest_unit, gather_once
-        self.layout: MeshLayout | None = None
+        self.zero_stage, self.sequence_parallel = zero_stage, sequence_parallel
+        self.activation_checkpointing: CheckpointingMode = activation_checkpointing
+        self.min_unit_bytes, self.gather_once = min_unit_bytes, gather_once
+        self.mesh_layout: MeshLayout | None = None
         self.parallel_module: ParallelModule | None = None
-        self.context: ContextParallel | None = None
+        self.context_parallel: ContextParallel | None = None
         self.original_parameters: OriginalParameters | None = None  # with ZeRO-2 and 3
         self.gather_on_use: GatherOnUse | None = None  # with ZeRO-2 and 3
-        self.buffers: BufferSync | None = None
+        self.buffer_sync: BufferSync | None = None
         self.zero1_reducer: Zero1Reducer | None = None  # with ZeRO-1
         self._adapted_optimizers: list[Optimizer] = []
         self.on_process_group_ready: Callable[[], None] | None = (
@@ -178,38 +180,38 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         self.join_processes()
         if self.on_process_group_ready is not None:
             self.on_process_group_ready()
-        self.layout = build_mesh(self.resolved_degrees(), self.zero_stage, self.root_device)
+        self.mesh_layout = build_mesh(self.resolved_degrees(), self.zero_stage, self.root_device)
         assert self.lightning_module is not None
-        self.set_device_mesh(self.layout.lightning_mesh)
+        self.set_device_mesh(self.mesh_layout.lightning_mesh)
         self.lightning_module.__dict__["strategy_draws_values"] = True  # read by TaskModule
         # tp ranks compute the same activations, so they need the same dropout masks
-        if self.layout.tp_mesh.size() > 1:
+        if self.mesh_layout.tp_mesh.size() > 1:
             torch.manual_seed(self.broadcast(torch.initial_seed()))
 
-    def parallelize(self, module: nn.Module) -> ParallelModule:
+    def parallelize_module(self, module: nn.Module) -> ParallelModule:
         """Parallelize the module over the mesh, unless its own code has sharded it already."""
-        assert self.layout is not None
+        assert self.mesh_layout is not None
         broadcast_from_rank_zero(module, self.root_device)
-        if self.layout.degrees["pp"] > 1 and self.pipeline is None:
-            mesh = self.layout.lightning_mesh["pp"]
+        if self.mesh_layout.degrees["pp"] > 1 and self.pipeline is None:
+            mesh = self.mesh_layout.lightning_mesh["pp"]
             self.pipeline = Pipeline(module, mesh, self.pipeline_schedule, self.num_microbatches)
         if has_sharded_params(module):
-            return ParallelModule(module, self.layout)
+            return ParallelModule(module, self.mesh_layout)
         options = self._unit_options(module)
         return parallelize_module(
-            module, self.layout, options, self.sequence_parallel, self.activation_checkpointing
+            module, self.mesh_layout, options, self.sequence_parallel, self.activation_checkpointing
         )
 
     def _unit_options(self, module: nn.Module) -> UnitOptions:
-        assert self.layout is not None
-        shards = self.layout.fsdp_mesh.size(-1)  # the last axis is the shard axis
+        assert self.mesh_layout is not None
+        shards = self.mesh_layout.fsdp_mesh.size(-1)  # the last axis is the shard axis
         automatic = getattr(module, "automatic_optimization", False)
         return UnitOptions(
             is_sharded=self.zero_stage > 1,
             keep_until_backward=self.zero_stage == 2 or self.gather_once,
             min_unit_bytes=self.min_unit_bytes,
             half_dtype=half_precision_dtype(self.precision_plugin) if shards > 1 else None,
-            gather_around_steps=automatic and self.layout.degrees["pp"] == 1,
+            gather_around_steps=automatic and self.mesh_layout.degrees["pp"] == 1,
             gather_once=self.gather_once,
         )
 
@@ -217,11 +219,11 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         """Parallelize after `configure_model`, before loading weights and building optimizers."""
         module = self.lightning_module
         assert module is not None
-        assert self.layout is not None
+        assert self.mesh_layout is not None
         check_stock_callbacks(trainer)
-        validate_module(module, self.layout.degrees, self.sequence_parallel)
-        if self.layout.degrees["cp"] > 1:
-            self.context = ContextParallel(module, self.layout.lightning_mesh["cp"])
+        validate_module(module, self.mesh_layout.degrees, self.sequence_parallel)
+        if self.mesh_layout.degrees["cp"] > 1:
+            self.context_parallel = ContextParallel(module, self.mesh_layout.lightning_mesh["cp"])
         # the module's own code has sharded it
         is_parallelized_by_module = has_sharded_params(module) and not has_sharded_parameters(
             module
@@ -234,7 +236,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             self.original_parameters = OriginalParameters(module)
         # by name, because sharding replaces the parameters
         deferred_params = collect_deferred_values(module)
-        self.parallel_module = self.parallelize(module)
+        self.parallel_module = self.parallelize_module(module)
         if self.zero_stage > 1 and not is_parallelized_by_module:
             check_fsdp_attributes(module)
         value_source = module.__dict__.pop("initial_values", None)
@@ -254,7 +256,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             del module.configure_model
         if (
             self.zero_stage > 1
-            and self.layout.tp_mesh.size() * self.layout.degrees["pp"] == 1
+            and self.mesh_layout.tp_mesh.size() * self.mesh_layout.degrees["pp"] == 1
             and not is_parallelized_by_module
         ):
             self.gather_on_use = GatherOnUse(module)
@@ -268,8 +270,8 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             for optimizer in self.original_parameters.find_module_optimizers():
                 self.original_parameters.update_optimizer(optimizer)
                 shard_optimizer_steps(optimizer)
-        if self.layout.data_mesh.size() > 1:
-            self.buffers = BufferSync(module, self.layout.data_mesh.get_group())
+        if self.mesh_layout.data_mesh.size() > 1:
+            self.buffer_sync = BufferSync(module, self.mesh_layout.data_mesh.get_group())
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
             self._check_norm_clipping(trainer.gradient_clip_val)
         replace_method(self.precision_plugin, "clip_grad_by_norm", self._clip_by_norm)
@@ -279,8 +281,8 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
 
     def _check_norm_clipping(self, bound: float) -> None:
         """Raise UsageError if `gradient_clip_val` would use the norm of this rank's gradients."""
-        assert self.layout is not None
-        degrees = self.layout.degrees
+        assert self.mesh_layout is not None
+        degrees = self.mesh_layout.degrees
         unsummed_degrees = [f"{k}={degrees[k]}" for k in ("pp", "ep") if degrees[k] > 1]
         if unsummed_degrees:
             raise UsageError(
@@ -296,19 +298,19 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         Raises:
             UsageError: on a CPU, for which torch has no SyncBatchNorm.
         """
-        assert self.layout is not None
+        assert self.mesh_layout is not None
         if self.root_device.type == "cpu":
             raise UsageError(
                 "sync_batchnorm=True: torch synchronizes BatchNorm on GPUs only, and this run is on"
                 " a CPU; allowed: false; type --trainer.sync_batchnorm=false"
             )
-        nn.SyncBatchNorm.convert_sync_batchnorm(module, self.layout.data_mesh.get_group())
+        nn.SyncBatchNorm.convert_sync_batchnorm(module, self.mesh_layout.data_mesh.get_group())
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clip by the total norm: sharded and replicated gradients, and those of other ranks."""
         self._check_norm_clipping(clip_val)
         parameters = self.precision_plugin.main_params(optimizer)
-        clip_grad_norm(parameters, clip_val, self.gradient_group)
+        clip_grad_norm(parameters, clip_val, self.zero1_group)
 
     def teardown(self) -> None:
         """Undo the changes that `setup` made to the module, precision plugin and optimizers."""
@@ -343,8 +345,8 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
 
     def _adapt_optimizers(self) -> None:
         """Make optimizers step shards; with ZeRO-1 each rank steps the parameters it owns."""
-        assert self.layout is not None
-        if self.original_parameters is not None and self.layout.degrees["pp"] == 1:
+        assert self.mesh_layout is not None
+        if self.original_parameters is not None and self.mesh_layout.degrees["pp"] == 1:
             for optimizer in self.optimizers:
                 self.original_parameters.update_optimizer(optimizer)
         self._prepare_optimizers()
@@ -353,13 +355,13 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             known_owners = self.zero1_reducer.owner_of
             self.zero1_reducer.restore()
             self.zero1_reducer = None
-        if self.zero_stage == 1 and self.layout.data_mesh.size() > 1:
+        if self.zero_stage == 1 and self.mesh_layout.data_mesh.size() > 1:
             module, parallel_module = self.lightning_module, self._required_parallel_module
             assert module is not None
             self.zero1_reducer = Zero1Reducer(
                 module,
                 self.optimizers,
-                self.layout.data_mesh.get_group(),
+                self.mesh_layout.data_mesh.get_group(),
                 lambda: find_gradient_readers(module.trainer),
                 {p for experts in parallel_module.expert_modules for p in experts.parameters()},
                 known_owners,
@@ -367,13 +369,13 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
             parallel_module.zero1_reducer = self.zero1_reducer
 
     @property
-    def gradient_group(self) -> Any:
+    def zero1_group(self) -> Any:
         """Return the ranks that hold gradients of different parameters (ZeRO-1), or None."""
         reducer = self.zero1_reducer
         return None if reducer is None or reducer.keeps_all_gradients else reducer.group
 
     @property
-    def arrived(self) -> Collection[Tensor]:
+    def params_with_gradient(self) -> Collection[Tensor]:
         """Return the parameters that got a gradient in the last backward pass, with ZeRO-1."""
         return () if self.zero1_reducer is None else self.zero1_reducer.arrival_counts
 
@@ -400,8 +402,8 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         super().on_train_end()
 
     def _sync_buffers(self) -> None:
-        if self.buffers is not None:
-            self.buffers.before_step()
+        if self.buffer_sync is not None:
+            self.buffer_sync.before_step()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Free the gradients of the last optimizer step before the next forward pass."""
@@ -413,21 +415,21 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         ):
             free_gradients(self.optimizers[0])
 
-    def part(self, batch: Any) -> Any:
+    def shard_batch(self, batch: Any) -> Any:
         """Return this rank's part of a batch: with `cp`, a part of each sequence."""
-        return self.context.part(batch) if self.context else batch
+        return self.context_parallel.shard_batch(batch) if self.context_parallel else batch
 
     def training_step(self, batch: Any, *args: Any) -> Any:
         """Run the module's `training_step` on this rank's part of each sequence."""
         self._sync_buffers()
         result = self._training_step(batch, *args)
-        if self.buffers is not None:
-            self.buffers.after_step()
+        if self.buffer_sync is not None:
+            self.buffer_sync.after_step()
         return result
 
     def _training_step(self, batch: Any, *args: Any) -> Any:
-        batch = self.context.shard_and_bind(batch) if self.context else batch
-        with self.context.forbid_rng() if self.context else nullcontext():
+        batch = self.context_parallel.shard_and_bind(batch) if self.context_parallel else batch
+        with self.context_parallel.forbid_rng() if self.context_parallel else nullcontext():
             if self.pipeline is None:
                 return self._run_gathered(super().training_step, batch, *args)
             self._required_parallel_module.set_requires_all_reduce(
@@ -438,8 +440,8 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     def on_validation_start(self) -> None:
         """Broadcast rank 0's buffers: BatchNorm statistics differ after the last step."""
         super().on_validation_start()
-        if self.buffers is not None:
-            self.buffers.before_step()
+        if self.buffer_sync is not None:
+            self.buffer_sync.before_step()
 
     def validation_step(self, batch: Any, *args: Any) -> Any:
         """Run the module's `validation_step` on this rank's part of each sequence."""
@@ -450,12 +452,12 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         return self._evaluate(super().test_step, batch, args)
 
     def _evaluate(self, step: Callable[..., Any], batch: Any, args: tuple[Any, ...]) -> Any:
-        if self.context is None:
+        if self.context_parallel is None:
             return self._run_gathered(step, batch, *args)
         try:
-            return self._run_gathered(step, self.context.shard_and_bind(batch), *args)
+            return self._run_gathered(step, self.context_parallel.shard_and_bind(batch), *args)
         finally:
-            self.context.restore_attention()
+            self.context_parallel.restore_attention()
 
     def predict_step(self, *args: Any) -> Any:
         """Run the module's `predict_step`, with its small children gathered."""
@@ -504,8 +506,8 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         super().post_backward(closure_loss)
         if self.gather_on_use is not None:
             self.gather_on_use.end_backward()
-        if self.context is not None:
-            self.context.restore_attention()
+        if self.context_parallel is not None:
+            self.context_parallel.restore_attention()
         if not self._is_accumulating():
             if self.zero1_reducer is not None:
                 self.zero1_reducer.finish_reduction()
@@ -526,14 +528,14 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Return the data-parallel size and rank, as arguments of a DistributedSampler."""
-        assert self.layout is not None
-        batch = self.layout.batch_mesh
+        assert self.mesh_layout is not None
+        batch = self.mesh_layout.batch_mesh
         return {"num_replicas": batch.size(), "rank": batch.get_local_rank()}
 
     def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Tensor:
         """Reduce over the data-parallel ranks, so that a sum counts each sample once."""
-        if group is None and self.layout is not None:
-            group = self.layout.data_mesh.get_group()
+        if group is None and self.mesh_layout is not None:
+            group = self.mesh_layout.data_mesh.get_group()
         return super().reduce(tensor, group, reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -550,10 +552,10 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         """Return the weights: this rank's shards for a folder, else all weights on rank 0."""
         assert self.lightning_module is not None
         is_distributed = self.saves_sharded
-        return states.gather_model_state(self.lightning_module, is_distributed, self.stages)
+        return states.gather_model_state(self.lightning_module, is_distributed, self.stage_names)
 
     @property
-    def stages(self) -> states.StageNames | None:
+    def stage_names(self) -> states.StageNames | None:
         """Return the names of all parameters and the pipeline ranks; None without a pipeline."""
         pipeline = self.pipeline
         return None if pipeline is None else states.StageNames(pipeline.param_names, pipeline.group)
@@ -568,8 +570,8 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         assert self.lightning_module is not None
         has_owners = bool(self.zero1_reducer and self.zero1_reducer.owner_of)
         has_owners |= any(self._has_full_state(p) for p in self.lightning_module.parameters())
-        group = self.layout.data_mesh.get_group() if has_owners and self.layout else None
-        gather_args = (self.saves_sharded, group, self.stages)
+        group = self.mesh_layout.data_mesh.get_group() if has_owners and self.mesh_layout else None
+        gather_args = (self.saves_sharded, group, self.stage_names)
         return states.gather_optimizer_state(
             self.lightning_module, optimizer, *gather_args, lambda p: bool(self._is_owner(p))
         )
@@ -602,14 +604,19 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
                 require_valid_folder(path)
                 states.check_shapes(module, self.weight_shapes(), states.stored_tensor_shapes(path))
                 return states.load_sharded_state(
-                    module, optimizers, path, self._has_state, self.stages, self._has_full_state
+                    module,
+                    optimizers,
+                    path,
+                    self._has_state,
+                    self.stage_names,
+                    self._has_full_state,
                 )
             checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         states.check_shapes(
             module, self.weight_shapes(), states.tensor_shapes(checkpoint["state_dict"])
         )
         states.load_full_state(
-            module, optimizers, checkpoint, self._has_state, self.stages, self._has_full_state
+            module, optimizers, checkpoint, self._has_state, self.stage_names, self._has_full_state
         )
         return checkpoint
 
@@ -629,10 +636,10 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
 
     def _is_owner(self, parameter: Tensor) -> bool | None:
         """Whether this rank owns a parameter; None if each rank has the state of its shard."""
-        assert self.layout is not None
+        assert self.mesh_layout is not None
         owner_ranks = self.zero1_reducer.owner_of if self.zero1_reducer else {}
         if parameter in owner_ranks:
-            return owner_ranks[parameter] == self.layout.data_mesh.get_local_rank()
+            return owner_ranks[parameter] == self.mesh_layout.data_mesh.get_local_rank()
         return owns_parameter(self.optimizers, parameter)
 
 

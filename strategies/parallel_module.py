@@ -52,10 +52,12 @@ from .tensor_parallel import apply_tensor_parallel
 from .zero1 import Zero1Reducer
 
 MODULE_CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # they have no forward, so they cannot be units
-SMALLEST = 2**20  # default minimum size of a unit, in bytes
+DEFAULT_MIN_UNIT_BYTES = 2**20  # default minimum size of a unit, in bytes
 # before torch 2.12 a shard briefly requires a gradient, so integer parameters stay replicated
 CAN_SHARD_INTEGERS = "requires_grad=" in inspect.getsource(FSDPParam._init_sharded_param)
-TOGETHER = 2**25  # most bytes of small members in one unit; above it each member is a unit
+MAX_JOINT_UNIT_BYTES = (
+    2**25
+)  # most bytes of small members in one unit; above it each member is a unit
 
 
 @dataclass
@@ -63,7 +65,7 @@ class ParallelModule:
     """A parallelized module, with the gradient reductions that FSDP2 does not do."""
 
     module: nn.Module
-    layout: MeshLayout
+    mesh_layout: MeshLayout
     # modules whose gradients are partial sums on each tp rank
     partial_sum_modules: list[nn.Module] = field(default_factory=list)
     expert_modules: list[nn.Module] = field(default_factory=list)  # experts sharded over ep
@@ -121,7 +123,7 @@ class ParallelModule:
         Gradients of replicated parameters are averaged over the data ranks, partial sums are summed
         over tp, and gradients of experts are averaged over their replicas.
         """
-        data_mesh = self.layout.data_mesh
+        data_mesh = self.mesh_layout.data_mesh
         if data_mesh.size() > 1 and self.zero1_reducer is None:
             _all_reduce_flat(
                 self._replicated_params_unnamed(), data_mesh.get_group(), 1 / data_mesh.size()
@@ -131,11 +133,11 @@ class ParallelModule:
             if self.zero1_reducer is not None:  # tp ranks own the same parameters
                 partial_params = [p for p in partial_params if p.grad is not None]
             _all_reduce_flat(
-                [p for p in partial_params if p.requires_grad], self.layout.tp_mesh.get_group()
+                [p for p in partial_params if p.requires_grad], self.mesh_layout.tp_mesh.get_group()
             )
-        if self.layout.expert_replica_mesh is not None:
+        if self.mesh_layout.expert_replica_mesh is not None:
             reduce_expert_gradients(
-                self.expert_modules, self.layout.expert_replica_mesh, data_mesh.size()
+                self.expert_modules, self.mesh_layout.expert_replica_mesh, data_mesh.size()
             )
 
 
@@ -243,8 +245,8 @@ def parallelize_module(
         raise UsageError(
             f"{type(module).__name__}: {' and '.join(untied[0])} share one parameter and cannot be"
             " split apart",
-            ["a tp_plan that splits none of them"],
-            "leave them out of tp_plan",
+            ["a tensor_parallel_plan that splits none of them"],
+            "leave them out of tensor_parallel_plan",
         )
     if options.is_sharded and not has_sharded_params(module) and mesh_layout.degrees["pp"] == 1:
         raise UsageError(
@@ -269,7 +271,9 @@ def shard_module(
     Returns:
         ids of the parameters that stay replicated; `reduce_gradients` averages their gradients.
     """
-    min_unit_bytes = SMALLEST if options.min_unit_bytes is None else options.min_unit_bytes
+    min_unit_bytes = (
+        DEFAULT_MIN_UNIT_BYTES if options.min_unit_bytes is None else options.min_unit_bytes
+    )
     fsdp_blocks = _fsdp_blocks(module, min_unit_bytes)
     fsdp_roots = [root for root in _fsdp_roots(module) if root not in fsdp_blocks]
     joint_modules: list[nn.Module] = []
@@ -279,7 +283,7 @@ def shard_module(
             for r in fsdp_roots
             if not _contains_any(r, fsdp_blocks) and _param_bytes(r) < min_unit_bytes
         ]
-        if len(small) > 1 and sum(map(_param_bytes, small)) <= TOGETHER:
+        if len(small) > 1 and sum(map(_param_bytes, small)) <= MAX_JOINT_UNIT_BYTES:
             joint_modules = small
     # ids, because they hold no references
     num_holders = Counter(id(p) for root in fsdp_roots for p in root.parameters())
@@ -385,7 +389,7 @@ def _fsdp_blocks(module: nn.Module, min_unit_bytes: int = 0) -> list[nn.Module]:
 
     A member that shares a parameter with a module outside belongs to the unit of its parent. So
     does a member of less than `min_unit_bytes` bytes, unless such members of its parent have more
-    than `TOGETHER` bytes.
+    than `MAX_JOINT_UNIT_BYTES` bytes.
     """
     use_counts = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     blocks: list[nn.Module] = []
@@ -408,7 +412,7 @@ def _fsdp_blocks(module: nn.Module, min_unit_bytes: int = 0) -> list[nn.Module]:
             else:
                 small.append(child)
                 bytes_of_small += size
-        if bytes_of_small > TOGETHER:
+        if bytes_of_small > MAX_JOINT_UNIT_BYTES:
             blocks += small
     return blocks
 

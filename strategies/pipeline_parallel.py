@@ -1,17 +1,17 @@
 """Pipeline parallelism: each rank holds a stage of the net, and micro-batches pass through them.
 
-    rank 0   enter, blocks 0 1    F0 F1 F2 F3 -- B0 -- B1 -- B2 -- B3       F forward, B backward
-    rank 1   blocks 2 3, leave    -- F0 B0 F1 B1 F2 B2 F3 B3                (1f1b, two stages)
+    rank 0   embed, blocks 0 1    F0 F1 F2 F3 -- B0 -- B1 -- B2 -- B3       F forward, B backward
+    rank 1   blocks 2 3, head     -- F0 B0 F1 B1 F2 B2 F3 B3                (1f1b, two stages)
 
 With P stages and m micro-batches the idle time (bubble) is (P-1)/m of the computing time. The
 schedule `interleaved` gives each rank two shorter stages, which halves the bubble. The schedules
 are those of torch.distributed.pipelining. A net supports pipeline parallelism by:
 
-    blocks            a ModuleDict
-    enter(inputs)     the layers before the blocks
-    through(x, names) the blocks of these names
-    leave(x)          the layers after the blocks
-    ends()            the names of the modules that `enter` and `leave` need
+    blocks                a ModuleDict
+    embed_tokens(inputs)  the layers before the blocks
+    run_blocks(x, names)  the blocks of these names
+    compute_logits(x)     the layers after the blocks
+    stage_modules()       the names of the modules that `embed_tokens` and `compute_logits` need
 
 The `training_step` of the module needs no change. The last rank runs it for each micro-batch, with
 the output of the stages in place of the net's forward. The values that it logs are broadcast to all
@@ -84,7 +84,7 @@ class Pipeline:
         )
         self.local_stages = range(self.rank, self.num_stages, self.num_ranks)
         self.is_first, self.is_last = self.rank == 0, self.rank == self.num_ranks - 1
-        # placeholders for blocks of other ranks, and for modules of `enter` and `leave`
+        # placeholders for blocks, embedding and head of other ranks
         self.block_placeholders: dict[str, nn.Module] = {}
         self.end_placeholders: dict[str, nn.Module] = {}
         self.tied_params = drop_other_stages(self)
@@ -92,7 +92,7 @@ class Pipeline:
         self.net.forward = lambda *args, **how: self.forward_fn(*args, **how)
         self.forward_fn: Callable[..., Any] = self.forward_sequential
         # weight of this batch's loss: the schedule reduces its gradients with other ranks
-        self.weight: Tensor | float = 1.0
+        self.loss_weight: Tensor | float = 1.0
         self.losses: list[Tensor] = []
         self.schedules_by_shape: dict[Any, Any] = {}  # by shape and dtype of the input
         self.stage_dtypes: dict[int, torch.dtype] = {}  # of the output of each stage
@@ -107,8 +107,8 @@ class Pipeline:
         """Return the output of one stage of this rank for its input x."""
         net = net or self.net
         if stage == 0:
-            x = net.enter(x, *args)
-        return net.through(x, self.blocks_by_stage[stage], *args)
+            x = net.embed_tokens(x, *args)
+        return net.run_blocks(x, self.blocks_by_stage[stage], *args)
 
     def forward_sequential(self, inputs: Any, cache: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return the net's output on all ranks, by running the stages sequentially."""
@@ -117,7 +117,8 @@ class Pipeline:
             x = self.run_stage(stage, x, cache) if stage in self.local_stages else None
             x = self._broadcast(x, stage % self.num_ranks)
         return self._broadcast(
-            self.net.leave(x, cache, *args, **kwargs) if self.is_last else None, self.num_ranks - 1
+            self.net.compute_logits(x, cache, *args, **kwargs) if self.is_last else None,
+            self.num_ranks - 1,
         )
 
     def _broadcast(self, tensor: Tensor | None, source: int) -> Tensor:
@@ -178,8 +179,8 @@ class Pipeline:
         if size % n:
             largest_divisor = max(d for d in range(1, min(size, n) + 1) if size % d == 0)
             raise UsageError(
-                f"microbatches={n} does not divide the {size} samples of a rank's batch; type"
-                f" --trainer.strategy.microbatches={largest_divisor}, or --data.batch_size={n}"
+                f"num_microbatches={n} does not divide the {size} samples of a rank's batch; type"
+                f" --trainer.strategy.num_microbatches={largest_divisor}, or --data.batch_size={n}"
             )
         microbatches = [
             tree_map_only(Tensor, lambda leaf, i=i: leaf.chunk(n)[i], batch) for i in range(n)
@@ -206,23 +207,23 @@ class Pipeline:
     def _microbatch_loss(self, x: Tensor, number: Tensor) -> Tensor:
         """Compute the loss of micro-batch `number` by training_step, from the stage output x."""
         i = int(number)
-        leave = self.net.leave
+        compute_logits = self.net.compute_logits
         with (
             self.step_context(),
-            self._override_forward(lambda inputs, *args, **how: leave(x, *args, **how)),
+            self._override_forward(lambda inputs, *args, **how: compute_logits(x, *args, **how)),
             self._record_logs(i),
         ):
             output = self.module.training_step(self.current_microbatches[i], *self.step_args)
         loss = (output["loss"] if isinstance(output, dict) else output) * self.microbatch_weights[i]
         self.losses.append(loss.detach())
-        return loss * self.weight
+        return loss * self.loss_weight
 
     def _compute_microbatch_weights(self, microbatches: list[Any]) -> Tensor:
         """Return the weight (m) of each micro-batch in the mean over the batch.
 
-        It is proportional to the number of loss terms, if the module has a method `terms`.
+        It is proportional to the number of loss terms, if the module has a method `num_loss_terms`.
         """
-        terms = getattr(self.module, "terms", None)
+        terms = getattr(self.module, "num_loss_terms", None)
         counts = [
             torch.as_tensor(terms(microbatch) if callable(terms) else 1.0)
             for microbatch in microbatches

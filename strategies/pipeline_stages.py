@@ -1,6 +1,6 @@
 """Pipeline stages: partition the blocks of a net, and drop the modules of other ranks.
 
-    blocks 0 1 | 2 3 | 4 5     enter (embedding) at the first stage, leave (norm, head) at the last
+    blocks 0 1 | 2 3 | 4 5     embedding at the first stage, norm and head at the last
 
 Parameter names do not change, so the stages' checkpoints together are a checkpoint of the net. A
 tied head keeps its weight on the first and the last rank. A dropped module leaves a placeholder
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ravine.errors import UsageError
 
-PIPELINE_ATTRS = ("blocks", "enter", "through", "leave", "ends")
+PIPELINE_ATTRS = ("blocks", "embed_tokens", "run_blocks", "compute_logits", "stage_modules")
 
 
 def find_pipeline_net(module: nn.Module, num_ranks: int) -> Any:
@@ -38,7 +38,7 @@ def partition_blocks(
 ) -> list[list[str]]:
     """Return the block names of each stage, in order; stage sizes differ by at most one."""
     if len(block_names) < num_stages:
-        fix = f"pp={len(block_names)}" if len(block_names) < num_ranks else "schedule=1f1b"
+        fix = f"pp={len(block_names)}" if len(block_names) < num_ranks else "pipeline_schedule=1f1b"
         raise UsageError(
             f"{owner_name} has {len(block_names)} blocks, fewer than the {num_stages} stages "
             f"({num_stages // num_ranks} on"
@@ -60,7 +60,7 @@ def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]
         name, shape and dtype of each parameter that the first and the last stage share.
     """
     net, module = pipeline.net, pipeline.module
-    enter, leave = net.ends()
+    first_names, last_names = net.stage_modules()
 
     def params_of(module_names: list[str]) -> set[nn.Parameter]:
         submodules = [getattr(net, name) for name in module_names]
@@ -69,7 +69,7 @@ def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]
         }
 
     placeholders_by_param: dict[nn.Parameter, nn.Parameter] = {}
-    shared_params = params_of(enter) & params_of(leave)
+    shared_params = params_of(first_names) & params_of(last_names)
     tied_specs = [(n, p.shape, p.dtype) for n, p in module.named_parameters() if p in shared_params]
     local_block_names = {
         name for stage in pipeline.local_stages for name in pipeline.blocks_by_stage[stage]
@@ -83,7 +83,9 @@ def drop_other_stages(pipeline: Any) -> list[tuple[str, torch.Size, torch.dtype]
                 net.blocks[name], placeholders_by_param, local_modules
             )
             del net.blocks[name]
-    absent_end_names = ([] if pipeline.is_first else enter) + ([] if pipeline.is_last else leave)
+    absent_end_names = ([] if pipeline.is_first else first_names) + (
+        [] if pipeline.is_last else last_names
+    )
     for name in absent_end_names:
         end_module = getattr(net, name)
         is_tied = end_module is not None and any(

@@ -11,12 +11,15 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from .mesh_strategy import MeshStrategy
 
-NAMES = {
-    "zero1": ("ZeRO-1: optimizer state shared out", {"zero": 1}),
-    "zero2": ("ZeRO-2: gradients and optimizer state sharded, parameters kept", {"zero": 2}),
+STRATEGY_PRESETS = {
+    "zero1": ("ZeRO-1: optimizer state shared out", {"zero_stage": 1}),
+    "zero2": ("ZeRO-2: gradients and optimizer state sharded, parameters kept", {"zero_stage": 2}),
     "zero3": ("ZeRO-3: parameters, gradients and optimizer state sharded", {}),
     "hsdp": ("ZeRO-3 within each half of the ranks, two copies", {"dp_replicate": 2}),
-    "tp": ("matrices split over all ranks by the net's tp_plan", {"dp_shard": 1, "tp": -1}),
+    "tp": (
+        "matrices split over all ranks by the net's tensor_parallel_plan",
+        {"dp_shard": 1, "tp": -1},
+    ),
     "sp": (
         "tp, and the activations between split matrices cut along time",
         {"dp_shard": 1, "tp": -1, "sequence_parallel": True},
@@ -28,5 +31,5 @@ NAMES = {
     "3d": ("2d, in two halves of the net that follow each other", {"tp": 2, "pp": 2}),
 }
 
-for _name, (_description, _degrees) in NAMES.items():
+for _name, (_description, _degrees) in STRATEGY_PRESETS.items():
     StrategyRegistry.register(_name, MeshStrategy, _description, override=True, **_degrees)

@@ -36,7 +36,7 @@ RANK_SPECIFIC_HPARAMS = (
 )  # hparams
 
 
-class RanksDiffer(UsageError):
+class RankMismatchError(UsageError):
     """The ranks of a job have different configurations, or loaders of unequal length."""
 
 
@@ -56,7 +56,7 @@ def flatten_config(config: Any, key: str = "") -> dict[str, Any]:
 
 
 def check_same_config(config: dict[str, Any], group: ProcessGroup | None = None) -> None:
-    """Raise RanksDiffer on every rank if the flat configurations of the ranks are not equal.
+    """Raise RankMismatchError on every rank if the flat configurations of the ranks are not equal.
 
     Every rank of `group` calls it. It gathers one hash per rank. Only if the hashes differ, it
     gathers the values, to name the first key that differs.
@@ -69,7 +69,7 @@ def check_same_config(config: dict[str, Any], group: ProcessGroup | None = None)
     key = next(k for k in sorted(set().union(*configs)) if len({c.get(k) for c in configs}) > 1)
     values = [_truncate(config_text.get(key, ABSENT_VALUE)) for config_text in configs]
     differing_rank = next(rank for rank, value in enumerate(values) if value != values[0])
-    raise RanksDiffer(
+    raise RankMismatchError(
         f"ranks of one job have different configurations: {key} is {values[0]} on rank 0 and"
         f" {values[differing_rank]} on rank {differing_rank}; start every rank with the same "
         "arguments, config files"

@@ -45,7 +45,7 @@ def has_gradient(trainer: Any, parameter: Tensor) -> bool:
 
     With ZeRO-1 `p.grad` may be None, because the gradient was sent to the parameter's owner.
     """
-    with_gradient = getattr(trainer.strategy, "arrived", ())
+    with_gradient = getattr(trainer.strategy, "params_with_gradient", ())
     return parameter.grad is not None or parameter in with_gradient
 
 
@@ -72,7 +72,7 @@ def named_tracked(module: nn.Module, names: Container[str]) -> Iterator[tuple[st
 def stages_to_join(trainer: Any) -> StageNames | None:
     """Return the pipeline stages to gather into one file; None for a folder or no pipeline."""
     in_folder = saves_sharded(trainer.strategy)
-    return None if in_folder else getattr(trainer.strategy, "stages", None)
+    return None if in_folder else getattr(trainer.strategy, "stage_names", None)
 
 
 def to_checkpoint(

@@ -19,7 +19,7 @@ class DataParallelInfo(NamedTuple):
     accumulate: int = 1
 
     @classmethod
-    def of(cls, trainer: Any) -> "DataParallelInfo":
+    def from_trainer(cls, trainer: Any) -> "DataParallelInfo":
         """Read the values from a trainer; ranks that split one model (tp, pp) count as one."""
         if trainer is None:
             return cls()
@@ -32,12 +32,12 @@ class DataParallelInfo(NamedTuple):
 def check_constant_accumulation(trainer: Any) -> None:
     """Raise UsageError if GradientAccumulationScheduler would change the batch of a step.
 
-    A callback with `follows_accumulation = True` adapts the batch, so it is then allowed.
+    A callback with `supports_accumulation_schedule = True` adapts the batch, so it is then allowed.
     """
     callbacks = getattr(trainer, "callbacks", None) or ()
     changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
     if changes and not any(
-        getattr(callback, "follows_accumulation", False) for callback in callbacks
+        getattr(callback, "supports_accumulation_schedule", False) for callback in callbacks
     ):
         raise UsageError(
             "GradientAccumulationScheduler would make an optimizer step larger than "

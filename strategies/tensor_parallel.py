@@ -3,9 +3,10 @@
     y = down(act(up(x)))     up is split by rows of its weight ("colwise": each rank computes some
                              hidden channels), down by columns ("rowwise"), with one all-reduce
 
-The net has a method `tp_plan() -> {glob of module names: style}`. Modules outside the plan are
-replicated, and compute the same values on every rank. With `sequence_parallel` the residual stream
-between the split parts is sharded along time, so ranks do not repeat norms and activations:
+The net has a method `tensor_parallel_plan() -> {glob of module names: style}`. Modules outside the
+plan are replicated, and compute the same values on every rank. With `sequence_parallel` the
+residual stream between the split parts is sharded along time, so ranks do not repeat norms and
+activations:
 
     scatter | norm  gather [up .. down] reduce-scatter  + | ... | gather, norm, head
 
@@ -48,19 +49,20 @@ def apply_tensor_parallel(
     Raises:
         UsageError: there is no plan, it splits no matrix, or sizes are not divisible.
     """
-    nets = [net for net in module.modules() if callable(getattr(net, "tp_plan", None))]
+    nets = [net for net in module.modules() if callable(getattr(net, "tensor_parallel_plan", None))]
     if not nets:
         raise UsageError(
             f"tp={mesh.size()}: {type(module).__name__} has no tensor-parallel plan",
-            ["a net whose tp_plan() returns, say, {'mlp.up': 'colwise', 'mlp.down': 'rowwise'}"],
+            ["a net whose tensor_parallel_plan() returns, say, {'mlp.up': 'colwise'}"],
             "use a strategy that needs no plan, such as zero3",
             flag="--trainer.strategy zero3",
         )
-    plans = [(net, net.tp_plan()) for net in nets]  # pyright: ignore[reportCallIssue]
+    plans = [(net, net.tensor_parallel_plan()) for net in nets]  # pyright: ignore[reportCallIssue]
     resolved = [_resolve_plan(net, plan) for net, plan in plans]
     if not any(style in SPLIT_AXIS for styles in resolved for style in styles.values()):
         raise UsageError(
-            f"tp={mesh.size()}: {type(nets[0]).__name__}.tp_plan splits no matrix of this net",
+            f"tp={mesh.size()}: {type(nets[0]).__name__}.tensor_parallel_plan splits no matrix of "
+            "this net",
             ["plans with a module of style 'colwise' or 'rowwise'"],
             "use a strategy that needs no plan, such as zero3",
             flag="--trainer.strategy zero3",
@@ -69,7 +71,8 @@ def apply_tensor_parallel(
     for (net, plan), styles in zip(plans, resolved, strict=True):
         if sequence_parallel and not {"scatter", "gather"} <= set(plan.values()):
             raise UsageError(
-                f"sequence_parallel: {type(net).__name__}.tp_plan does not mark where the sequence"
+                f"sequence_parallel: {type(net).__name__}.tensor_parallel_plan does not mark "
+                "where the sequence"
                 " is split and gathered",
                 ["plans with a module of style 'scatter' and a later one of style 'gather'"],
                 "use sequence_parallel=False",
@@ -96,7 +99,7 @@ def _parallelize_submodule(
         if is_sharded and style == "scatter" and x.shape[1] % mesh.size():
             raise UsageError(
                 f"sequence_parallel: tp={mesh.size()} does not divide {x.shape[1]} tokens; type"
-                f" --data.context={x.shape[1] // mesh.size() * mesh.size() or mesh.size()}"
+                f" --data.context_length={x.shape[1] // mesh.size() * mesh.size() or mesh.size()}"
             )
         return is_sharded
 
@@ -144,13 +147,15 @@ def _resolve_plan(net: nn.Module, plan: dict[str, str]) -> dict[str, str]:
     for glob, style in plan.items():
         if style not in PLAN_STYLES:
             raise UsageError(
-                f"{type(net).__name__}.tp_plan: unknown style {style!r} of {glob!r}; allowed:"
+                f"{type(net).__name__}.tensor_parallel_plan: unknown style {style!r} of {glob!r}; "
+                "allowed:"
                 f" {', '.join(PLAN_STYLES)}"
             )
         matching_names = [name for name in names if _matches_glob(name, glob)]
         if not matching_names and not _is_absent(net, names, glob):
             raise UsageError(
-                f"{type(net).__name__}.tp_plan: {glob!r} matches no module; its modules are"
+                f"{type(net).__name__}.tensor_parallel_plan: {glob!r} matches no module; its "
+                "modules are"
                 f" {', '.join(sorted(names)[:12])}, ..."
             )
         styles.update(dict.fromkeys(matching_names, style))
@@ -179,7 +184,7 @@ def _check_divisible(net: nn.Module, name: str, style: str, num_ranks: int) -> N
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 2:
         raise UsageError(
-            f"{type(net).__name__}.tp_plan: {name!r} is a {type(module).__name__};"
+            f"{type(net).__name__}.tensor_parallel_plan: {name!r} is a {type(module).__name__};"
             " only matrices split"
         )
     if "weight" not in module._parameters:  # the weight is quantized: stored as blocks of codes

@@ -125,7 +125,9 @@ class Zero1Reducer:
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.is_point_to_point = dist.get_backend(group) in POINT_TO_POINT_BACKENDS
         # Newton needs all gradients on every rank, and has no state to shard
-        self.optimizers = [item for item in optimizers if not getattr(item, "gathers", False)]
+        self.optimizers = [
+            item for item in optimizers if not getattr(item, "needs_full_gradient", False)
+        ]
         module_params = set(module.parameters())
         self.owner_of: dict[Tensor, int] = {
             p: rank for p, rank in known_owners.items() if p in module_params
@@ -434,7 +436,9 @@ class Zero1Reducer:
 
         def switch_and_send(*args: Any, **kwargs: Any) -> Any:
             result = original_method(*args, **kwargs)
-            if getattr(optimizer, "two_sets", True):  # false if no member has two sets of weights
+            if getattr(
+                optimizer, "schedule_free", True
+            ):  # false if no member has two sets of weights
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
                 self.all_gather_params(
                     [p for p in parameters if p.requires_grad and p in self.owner_of]

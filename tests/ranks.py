@@ -175,7 +175,7 @@ def _serve(
             spec.loader.exec_module(sys.modules[name])
         function = getattr(sys.modules[name], qualname)
         # nets of tests are tiny: block by block, as large nets are
-        sys.modules["ravine.strategies.parallel_module"].SMALLEST = 0
+        sys.modules["ravine.strategies.parallel_module"].DEFAULT_MIN_UNIT_BYTES = 0
         answer = pickle.dumps((True, function(*pickle.loads(args))))
     except BaseException:
         answer = pickle.dumps((False, traceback.format_exc()))

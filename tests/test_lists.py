@@ -30,9 +30,9 @@ from ravine.datamodules import downloads as sources
 from ravine.lightning_modules import Diffusion, LanguageModel, RewardFunction
 from ravine.lightning_modules.diffusion_core import samplers
 from ravine.lightning_modules.nn import Transformer, attention
-from ravine.lightning_modules.rl.advantages import Estimator
+from ravine.lightning_modules.rl.advantages import AdvantageEstimator
 from ravine.lightning_modules.rl.rewards import builtin as terms
-from ravine.strategies import NAMES as PRESETS
+from ravine.strategies import STRATEGY_PRESETS as PRESETS
 from ravine.strategies import MeshStrategy
 from ravine.strategies import pipeline_parallel as pipeline
 from ravine.strategies.device_mesh import resolve_degrees
@@ -88,7 +88,7 @@ def texts() -> list[Row]:
 
 def variants() -> list[Row]:
     """Attention variants by name, and the projections that each learns."""
-    rows = attention.LEARNED.items()
+    rows = attention.LEARNED_PROJECTIONS.items()
     return [(f"`{name}`", ", ".join(learned) or "none") for name, learned in rows]
 
 
@@ -121,7 +121,11 @@ LISTS: dict[str, tuple[str, Row, Callable[[], list[Row]]]] = {
         lambda: described(samplers.SAMPLERS),
     ),
     "rewards": ("reinforce.md", ("reward", "what it measures"), rewards),
-    "attention variants": ("language.md", ("`--model.rung`", "learned projections"), variants),
+    "attention variants": (
+        "language.md",
+        ("`--model.attention_variant`", "learned projections"),
+        variants,
+    ),
     "strategies": (
         "parallelism.md",
         ("`--trainer.strategy`", "what is divided", "the same in Python"),
@@ -168,7 +172,10 @@ def formats() -> set[str]:
 CHOICES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "sampler": (lambda: argument(Diffusion, "sampler"), lambda: samplers.SAMPLERS),
     "schedule": (lambda: get_args(schedules.ScheduleKind), lambda: schedules.SCHEDULE_SHAPES),
-    "attention variant": (lambda: get_args(attention.AttentionVariant), lambda: attention.LEARNED),
+    "attention variant": (
+        lambda: get_args(attention.AttentionVariant),
+        lambda: attention.LEARNED_PROJECTIONS,
+    ),
     "attention kernel": (
         lambda: argument(Transformer, "attention"),
         lambda: attention.ATTENTION_FNS,
@@ -199,7 +206,7 @@ def test_the_choices_of_an_argument_are_the_names_of_its_registry(name: str) -> 
     ("words", "names"),
     [
         ("--model.help=Diffusion", lambda: samplers.SAMPLERS),
-        ("--model.help=LanguageModel", lambda: attention.LEARNED),
+        ("--model.help=LanguageModel", lambda: attention.LEARNED_PROJECTIONS),
         ("--data.help=TextDataModule", lambda: sources.TEXTS),
         ("--data.help=PromptDataModule", lambda: sources.TEXTS),
     ],
@@ -221,7 +228,9 @@ def test_choices_in_tables_of_docs_are_those_of_the_arguments() -> None:
         assert re.findall(r"`(\w+)`", row) == list(argument(Diffusion, name)), name
     page = (ROOT / "docs" / "reinforce.md").read_text()
     (rows,) = re.findall(r"`--model\.estimator\.kind`.*\n\|[-|]*\n((?:\|.*\n)*)", page)
-    assert re.findall(r"^\| `(\w+)`", rows, re.MULTILINE) == list(argument(Estimator, "kind"))
+    assert re.findall(r"^\| `(\w+)`", rows, re.MULTILINE) == list(
+        argument(AdvantageEstimator, "kind")
+    )
 
 
 def support_columns(text: str) -> list[list[str]]:

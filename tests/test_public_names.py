@@ -28,11 +28,11 @@ def test_the_package_is_imported_with_the_standard_library_alone() -> None:
 
 
 def test_every_public_name_is_found_and_a_wrong_one_is_an_attribute_error() -> None:
-    from ravine.cli.loading import load
+    from ravine.cli.loading import load_model
     from ravine.cli.trainer import Trainer
 
     assert ravine.Trainer is Trainer
-    assert ravine.load_model is load
+    assert ravine.load_model is load_model
     assert ravine.UsageError is UsageError
     assert ravine.__version__.count(".") == 2
     assert set(ravine.__all__) <= set(dir(ravine))

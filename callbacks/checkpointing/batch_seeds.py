@@ -75,10 +75,10 @@ class SeededIndices(NamedTuple):
     epoch_seed: int
 
 
-class BatchSeeds:
+class BatchSeeder:
     """Gives seeds to the iterators of a DataLoader; the data set is not changed.
 
-    Call `seeder = BatchSeeds.for_loader(loader)`, then `seeder.set_epoch(...)` before each
+    Call `seeder = BatchSeeder.for_loader(loader)`, then `seeder.set_epoch(...)` before each
     iteration. An iteration without `set_epoch` continues the count of batches, because a shorter
     loader starts again within an epoch of a longer one.
     """
@@ -94,8 +94,8 @@ class BatchSeeds:
         loader.__dict__["_batch_seeds"] = self
 
     @classmethod
-    def for_loader(cls, loader: DataLoader) -> "BatchSeeds":
-        """Return the BatchSeeds of the loader; create it if there is none."""
+    def for_loader(cls, loader: DataLoader) -> "BatchSeeder":
+        """Return the BatchSeeder of the loader; create it if there is none."""
         existing = loader.__dict__.get("_batch_seeds")
         # a copy of a loader has a copy of this entry, which refers to the original loader
         return existing if existing is not None and existing.loader is loader else cls(loader)
@@ -146,7 +146,7 @@ def _shutdown_workers(loader: Any) -> None:
 class _SeededSampler:
     """Wraps a sampler or batch sampler; seeds the generators of each batch and yields the seed."""
 
-    def __init__(self, seeder: BatchSeeds, sampler: Any) -> None:
+    def __init__(self, seeder: BatchSeeder, sampler: Any) -> None:
         self.seeder, self.sampler = seeder, sampler
 
     def __len__(self) -> int:

@@ -32,7 +32,7 @@ from ravine.strategies.shards import (
 )
 
 from ..checks.run_checks import add_run_checks
-from ..optimizers.composite import Composite
+from ..optimizers.composite import CompositeOptimizer
 from ..optimizers.schedule_free import has_train_eval_modes
 
 
@@ -64,7 +64,7 @@ class EMA(Callback):
             raise UsageError(f"EMA: decay={decay} is outside [0, 1); set e.g. 0.999")
         self.decay = decay
         self.warmup = warmup
-        self.steps = 0
+        self.num_updates = 0
         self.averaged: dict[
             str, Tensor
         ] = {}  # the raw or averaged weights that are not in the model
@@ -81,22 +81,24 @@ class EMA(Callback):
             decays = " and ".join(f"EMA(decay={ema.decay})" for ema in averages)
             raise UsageError(f"one average a run: there are {decays}; leave one of them out")
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            list_schedule_free: Any = getattr(callback, "optimizers_with_two_sets", None)
+            list_schedule_free: Any = getattr(callback, "schedule_free_optimizers", None)
             if stage == "fit" and list_schedule_free is not None:
                 check_single_average(list_schedule_free())
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse an optimizer with its own average, with or without an OptimizerPlan."""
         for optimizer in trainer.optimizers:
-            members = optimizer.members if isinstance(optimizer, Composite) else [optimizer]
+            members = (
+                optimizer.optimizers if isinstance(optimizer, CompositeOptimizer) else [optimizer]
+            )
             check_single_average([type(m).__name__ for m in members if has_train_eval_modes(m)])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Continue the average of a checkpoint, or start at the loaded and sharded weights."""
         self._load_average(pl_module)
-        self._swap(pl_module, average=False)
-        if not self.averaged or self.steps != trainer.global_step:
-            self.steps = trainer.global_step
+        self._swap(pl_module, use_average=False)
+        if not self.averaged or self.num_updates != trainer.global_step:
+            self.num_updates = trainer.global_step
             self.averaged = {name: p.detach().clone() for name, p in named_trainable(pl_module)}
         self._track_weights(pl_module)
 
@@ -111,10 +113,14 @@ class EMA(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Update the average after an optimizer step, and not after other micro-batches."""
-        if trainer.global_step == self.steps:
+        if trainer.global_step == self.num_updates:
             return
-        self.steps = trainer.global_step
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warmup else self.decay
+        self.num_updates = trainer.global_step
+        decay = (
+            min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+            if self.warmup
+            else self.decay
+        )
         with torch.no_grad():
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
                 [to_local(average) for average in self.averaged.values()],
@@ -126,7 +132,7 @@ class EMA(Callback):
         """Put the average into the model, and keep the raw weights in `averaged`."""
         self._load_average(pl_module)
         if self.averaged:
-            self._swap(pl_module, average=True)
+            self._swap(pl_module, use_average=True)
         elif not trainer.sanity_checking:
             rank_zero_warn("EMA has averaged nothing yet: the raw weights are evaluated")
 
@@ -136,12 +142,12 @@ class EMA(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Restore the raw weights; deferred so that post-validation callbacks see the average."""
-        self._swap(pl_module, average=False)
+        self._swap(pl_module, use_average=False)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the average in the model, also if a run resumed at its end trained no batch."""
         self._load_average(pl_module)
-        self._swap(pl_module, average=bool(self.averaged))
+        self._swap(pl_module, use_average=bool(self.averaged))
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -156,7 +162,7 @@ class EMA(Callback):
             stages = stages_to_join(trainer)
             update_state_dict(state, average, pl_module, live=True, stages=stages)
             raw = to_checkpoint(state, raw, live=True, stages=stages)
-            checkpoint["ema"] = {"steps": self.steps, "raw": raw}
+            checkpoint["ema"] = {"num_updates": self.num_updates, "raw": raw}
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -168,7 +174,11 @@ class EMA(Callback):
                     f"the average in the checkpoint cannot be used: {problem}; choose another "
                     "checkpoint: --ckpt_path FILE, or use its weights alone: Pretrained(path)"
                 )
-            self.steps, self._saved_raw, self.using_average = saved["steps"], saved["raw"], True
+            self.num_updates, self._saved_raw, self.using_average = (
+                saved["num_updates"],
+                saved["raw"],
+                True,
+            )
 
     def _load_average(self, module: nn.Module) -> None:
         if not self._saved_raw:
@@ -200,8 +210,8 @@ class EMA(Callback):
         self._frozen_params = [p for p in module.parameters() if not p.requires_grad]
 
     @torch.no_grad()
-    def _swap(self, module: nn.Module, average: bool) -> None:
-        if self.using_average == average:
+    def _swap(self, module: nn.Module, use_average: bool) -> None:
+        if self.using_average == use_average:
             return
         self._track_weights(module)
         for name, weight in self._tracked_weights.items():
@@ -209,15 +219,15 @@ class EMA(Callback):
             previous = current.clone()
             current.copy_(stored)
             stored.copy_(previous)
-        self.using_average = average
+        self.using_average = use_average
 
 
 def _find_average_problem(saved: Any) -> str:
     """Return the problem of an average in a checkpoint; empty if there is none."""
     if not isinstance(saved, dict) or not isinstance(saved.get("raw"), dict) or not saved["raw"]:
         return "it has no raw weights"
-    if type(saved.get("steps")) is not int:
-        return f"its number of steps is {saved.get('steps')!r}"
+    if type(saved.get("num_updates")) is not int:
+        return f"its number of updates is {saved.get('num_updates')!r}"
     non_tensors = [name for name, value in saved["raw"].items() if not isinstance(value, Tensor)]
     return f"{non_tensors[0]} is no tensor" if non_tensors else ""
 

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from ravine.checkpoint_format import check_format, record_format
 from ravine.errors import UsageError
 from ravine.lightning_compat import (
     after_resuming_at_epoch_end,
@@ -67,7 +68,7 @@ from ravine.strategies.checkpoint.validation import (
 from ravine.strategies.share import DataParallelInfo
 
 from ..checks.run_checks import add_run_checks
-from .batch_seeds import BatchSeeds, hash_seed, seed_default_generators, snapshot_generators
+from .batch_seeds import BatchSeeder, hash_seed, seed_default_generators, snapshot_generators
 from .ema import use_raw_weights
 from .run_comparison import (
     collect_run_properties,
@@ -124,7 +125,7 @@ class ExactResume(Callback):
         self._saved_metrics: dict[str, Tensor] = {}
         self._max_steps: int | None = None
         self._plateau_due = False  # the file lacks the plateau scheduler step of its epoch
-        self._seeders: list[BatchSeeds] = []
+        self._seeders: list[BatchSeeder] = []
 
     @property
     def state_key(self) -> str:
@@ -140,7 +141,7 @@ class ExactResume(Callback):
         self._resume_point, self._max_steps, self._saved_metrics = "start", None, {}
         self._plateau_due, self._saved_run, self._raw_weights = False, {}, {}
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
-        self._rank = DataParallelInfo.of(trainer).dp_rank
+        self._rank = DataParallelInfo.from_trainer(trainer).dp_rank
         for callback in trainer.checkpoint_callbacks if stage == "fit" else ():
             defer_saving_hooks(trainer, pl_module, callback)
 
@@ -220,11 +221,14 @@ class ExactResume(Callback):
                 " make val_check_interval a multiple of accumulate_grad_batches"
             )
         states = checkpoint.get("optimizer_states", [])
-        numbered = getattr(trainer.strategy, "numbered", False)  # MeshStrategy numbers them itself
+        numbered = getattr(
+            trainer.strategy, "renumbers_params", False
+        )  # MeshStrategy numbers them itself
         for optimizer, state in () if numbered else zip(trainer.optimizers, states, strict=True):
             renumber_params(list(pl_module.parameters()), optimizer, state)
         metrics = collected_metrics(trainer)
         is_sharded = saves_sharded(trainer.strategy)
+        record_format(checkpoint)
         checkpoint["exact_resume"] = collect_run_properties(trainer) | {
             "seed": self._seed,
             # a sharded checkpoint has its own index of shapes
@@ -239,6 +243,7 @@ class ExactResume(Callback):
         """Normalize the loop counters of the file, and compare its run with this one."""
         if trainer.state.fn != "fit":
             return
+        check_format(checkpoint)
         self._check_not_damaged(trainer, pl_module, checkpoint)
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
         self._plateau_due = epochs["processed"] != epochs["completed"]
@@ -412,7 +417,7 @@ class ExactResume(Callback):
     def _seed_loader(self, loader: Any, stream_id: int, epoch: int, num_skip: int = 0) -> None:
         """Set the seed of the next iteration of a torch DataLoader; ignore other loaders."""
         if isinstance(loader, DataLoader) and not isinstance(loader, Stateful):
-            seeder = BatchSeeds.for_loader(loader)
+            seeder = BatchSeeder.for_loader(loader)
             seeder.set_epoch(stream_id, self._seed, self._rank, epoch, num_skip)
             if seeder not in self._seeders:
                 self._seeders.append(seeder)
@@ -442,7 +447,7 @@ class ExactResume(Callback):
             for train_loader in train_loaders
         ]
         draws_nothing = [
-            getattr(train_loader, "draws_nothing", False) for train_loader in train_loaders
+            getattr(train_loader, "is_rng_free", False) for train_loader in train_loaders
         ]
         if all(a or b for a, b in zip(is_torch, draws_nothing, strict=True)):
             return

@@ -1,7 +1,7 @@
 """GracefulStop: save a checkpoint at SIGINT, SIGTERM or SIGUSR1 and stop after an optimizer step.
 
-    first signal   the handler sets a flag -> all ranks agree -> checkpoint -> Interrupted
-    second signal  Interrupted at once; checkpoints that are already written stay complete
+    first signal   the handler sets a flag -> all ranks agree -> checkpoint -> SignalInterrupt
+    second signal  SignalInterrupt at once; checkpoints that are already written stay complete
 
 Lightning broadcasts a flag at every micro-batch, from rank 0 only, and ends with status 0 and no
 checkpoint. Here all ranks combine their flags about twice a second, in a process group on the CPU.
@@ -42,7 +42,7 @@ from ravine.strategies.checkpoint.saving import (
 SYNC_INTERVAL_S = 0.5  # seconds; the ranks agree on the number of steps in that time
 
 
-class Interrupted(SystemExit):
+class SignalInterrupt(SystemExit):
     """Raised when a signal ends a run; `code` is 130 (SIGINT), 143 (SIGTERM) or 138 (SIGUSR1).
 
     It is a SystemExit: a plain script ends with `code` as its exit status and without a traceback.
@@ -137,14 +137,14 @@ class GracefulStop(Callback):
         original_handlers(trainer).update(self._previous_handlers)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restore the previous handlers; raise Interrupted for a signal after the last step."""
+        """Restore the previous handlers; raise SignalInterrupt for a signal after the last step."""
         self._restore_handlers(trainer)
         restore_saving_hooks(pl_module, self)
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
         if self._signum:
-            raise Interrupted(self._signum)
+            raise SignalInterrupt(self._signum)
 
     def _handle_signal(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
@@ -154,7 +154,7 @@ class GracefulStop(Callback):
             if self._is_main:
                 note = " at once" if self._signum else self._no_checkpoint_note
                 os.write(2, f"\nstopped by {signal.Signals(signum).name}{note}\n".encode())
-            raise Interrupted(signum)
+            raise SignalInterrupt(signum)
         self._signum = signum
         text = "\nstopping after this step, with a checkpoint; once more: at once\n"
         os.write(2, text.encode())  # print is not reentrant
@@ -200,7 +200,7 @@ class GracefulStop(Callback):
             folder = next(filter(None, folders), root)
             saved_path = os.path.join(trainer.strategy.broadcast(folder), f"step={step:06d}.ckpt")
             save_on_all_ranks(trainer, saved_path)
-        stopped = Interrupted(self._signum, saved_path)
+        stopped = SignalInterrupt(self._signum, saved_path)
         name = signal.Signals(self._signum).name
         hint = f"go on with --ckpt_path {saved_path}" if saved_path else "nothing was saved"
         rank_zero_info(f"stopped by {name} at step {step}; {hint}")

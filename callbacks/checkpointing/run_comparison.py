@@ -4,7 +4,7 @@ A checkpoint stores under `exact_resume`:
 
     callbacks    class names of the callbacks that act on training
     optimizers   class names, in their order
-    data         fingerprint: `resolved` of the datamodule, and numbers of samples
+    data         fingerprint: `provenance` of the datamodule, and numbers of samples
     world        number of ranks, and of micro-batches in an optimizer step
 
 A difference that makes the training wrong is refused; `ExactResume(accept=["EMA"])` permits one.
@@ -81,8 +81,8 @@ def list_training_callbacks(trainer: Any) -> list[str]:
 
 
 def fingerprint_data(trainer: Any) -> dict[str, Any]:
-    """Return the datamodule's `resolved` values and the number of samples of each loader."""
-    resolved = getattr(trainer.datamodule, "resolved", None) or {}
+    """Return the datamodule's `provenance` values and the number of samples of each loader."""
+    resolved = getattr(trainer.datamodule, "provenance", None) or {}
     entries = {
         f"data {key}": to_plain(v) for key, v in resolved.items() if key not in LOCATION_KEYS
     }

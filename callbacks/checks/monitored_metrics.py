@@ -189,7 +189,7 @@ def try_validation(trainer: Any, module: L.LightningModule, batches: list[Any]) 
 def try_training(trainer: Any, module: L.LightningModule, batch: Any) -> set[str] | None:
     """Return the names that a training step logs; None if a trial is not possible."""
     step, strategy = module.training_step, trainer.strategy
-    is_split = getattr(strategy, "pipeline", None) or getattr(strategy, "context", None)
+    is_split = getattr(strategy, "pipeline", None) or getattr(strategy, "context_parallel", None)
     if batch is None or is_split or not module.automatic_optimization:
         return None
     if "dataloader_iter" in inspect.signature(step).parameters:

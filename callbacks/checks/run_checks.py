@@ -37,7 +37,7 @@ from ravine.strategies.stock_callbacks import check_stock_callbacks
 from ..checkpointing.batch_seeds import find_generators
 from ..hooks import restore_hook
 from ..stock_callbacks.finetuning import (
-    KEY,
+    TRAINABLE_KEY,
     find_finetuning_callbacks,
     postpone_freezing,
     restore_freezing,
@@ -70,7 +70,7 @@ class RunChecks(Callback):
                     raise UsageError("Scores needs a module with a method score()")
     """
 
-    follows_accumulation = True
+    supports_accumulation_schedule = True
 
     def __init__(self) -> None:
         """Create the callback."""
@@ -113,7 +113,7 @@ class RunChecks(Callback):
     ) -> None:
         """Restore them; parameters are unfrozen again before the optimizers are created."""
         self._trainable_names = (
-            checkpoint.get(KEY, []) if find_finetuning_callbacks(trainer) else []
+            checkpoint.get(TRAINABLE_KEY, []) if find_finetuning_callbacks(trainer) else []
         )
         if trainer.state.fn == "fit" and checkpoint.get("global_step"):  # else a file of a search
             disable_searches(trainer)
@@ -312,7 +312,7 @@ def get_first_batch(loader: Any) -> Any:
         return None
     # a copy with its own iterator, because the iterator owns persistent workers
     loader_copy: Any = copy.copy(loader)
-    for name in ("_get_iterator", "_batch_seeds"):  # set by BatchSeeds for the original loader
+    for name in ("_get_iterator", "_batch_seeds"):  # set by BatchSeeder for the original loader
         loader_copy.__dict__.pop(name, None)
     loader_copy.__dict__["_iterator"] = None
     restores = [

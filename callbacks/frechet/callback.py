@@ -51,56 +51,64 @@ class RealStatistics(NamedTuple):
     """Statistics of the real images in an extractor's features, cached in a file."""
 
     mean: Tensor  # (d) of the training images
-    trace: Tensor
-    root: Tensor  # (d d)
+    cov_trace: Tensor
+    cov_root: Tensor  # (d d)
     features: Tensor  # (n d) of some training images
-    floors: Tensor  # Fréchet and kernel distances (k 2) of k draws of n test images
+    baselines: Tensor  # Fréchet and kernel distances (k 2) of k draws of n test images
     accuracy: Tensor  # of the extractor on these test images, nan if it does not classify
     probe: Tensor  # features of a few training images, which identify the extractor
 
 
 class FrechetDistance(L.Callback):
-    """Logs val/fid or val/fd_<extractor>, val/kid or val/kd_<extractor>, floor, ratio and speed.
+    """Logs val/fid or val/fd_<extractor>, val/kid or val/kd_<extractor>, baseline, ratio and speed.
 
-    Example: `Trainer(callbacks=[FrechetDistance(ClassifierFeatures("FILE.ckpt"), n=1000)])`.
+    Example: `Trainer(callbacks=[FrechetDistance(ClassifierFeatures("FILE.ckpt"))])`.
 
-    The module's `sample_images(index, labels)` returns uint8 images (n c y x) for sample indices
-    (n) and labels (n), which only class-conditional models use. The datamodule's `pictures(split)`
+    The module's `generate_images(index, labels)` returns uint8 images (n c y x) for sample indices
+    (n) and labels (n), which only class-conditional models use. The datamodule's `get_split(split)`
     returns the real uint8 images (n c y x) and labels (n) of "train" and "test".
 
     Args:
         extractor: any module that maps uint8 images to features (b d); by default InceptionV3.
-        n: number of samples, and of real test images in each draw for the floor. Below 5,000 prefer
-            the kernel distance: the Fréchet distance and its floor are too large by about c / n.
+        num_samples: number n of samples, and of real test images in each draw for the baseline.
+            Below 5,000 prefer the kernel distance: the Fréchet distance and its baseline are too
+            large by about c / n.
         layer: feature layer of InceptionV3.
         weights: file of InceptionV3's weights in torch-fidelity's layout; by default the published.
-        reference: number of training images to compare with; by default all.
+        num_real_images: number of training images to compare with; by default all.
         batch_size: images sampled at once; it changes the last bits of the distance.
-        cache: folder for the statistics of the real images; by default Ravine's cache.
+        cache_dir: folder for the statistics of the real images; by default Ravine's cache.
     """
 
     def __init__(
         self,
         extractor: nn.Module | None = None,
-        n: int = 1000,
+        num_samples: int = 1000,
         layer: FeatureLayer = 2048,
         weights: str | None = None,
-        reference: int | None = None,
+        num_real_images: int | None = None,
         batch_size: int = 128,
-        cache: str | None = None,
+        cache_dir: str | None = None,
     ) -> None:
         """Check the sizes and store the arguments."""
-        for name, value, least in (("n", n, 2), ("reference", reference or 2, 2),
-                                   ("batch_size", batch_size, 1)):  # fmt: skip
+        for name, value, least in (
+            ("num_samples", num_samples, 2),
+            ("num_real_images", num_real_images or 2, 2),
+            ("batch_size", batch_size, 1),
+        ):
             if value < least:
                 raise UsageError(
                     f"FrechetDistance: {name} is {value}; allowed: {least} or more; type "
-                    f"--trainer.callbacks.{name}={max(least, 1000 if name == 'n' else least)}"
+                    f"--trainer.callbacks.{name}={1000 if name == 'num_samples' else least}"
                 )
         self.extractor, self.weights = extractor, weights
         self.layer: FeatureLayer = layer
-        self.num_samples, self.num_real_images, self.batch_size = n, reference, batch_size
-        self.cache_dir = Path(cache).expanduser() if cache else None
+        self.num_samples, self.num_real_images, self.batch_size = (
+            num_samples,
+            num_real_images,
+            batch_size,
+        )
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self.last_metrics: dict[str, float] = {}  # the last measurement, unrounded
         self._weights_file, self._weights_sha256 = Path(), ""
         self._real_statistics: RealStatistics | None = None  # of this run
@@ -109,21 +117,21 @@ class FrechetDistance(L.Callback):
         """Raise before training if the distance cannot be measured."""
         add_run_checks(trainer, pl_module, stage)
         self._real_statistics = None
-        if not callable(getattr(pl_module, "sample_images", None)):
+        if not callable(getattr(pl_module, "generate_images", None)):
             raise UsageError(
-                "FrechetDistance needs a module with a method sample_images(index, labels), and "
+                "FrechetDistance needs a module with a method generate_images(index, labels), and "
                 f"{type(pl_module).__name__} has none; take FrechetDistance out of "
                 "trainer.callbacks"
             )
         data: Any = getattr(trainer, "datamodule", None)
-        if not callable(getattr(data, "pictures", None)):
+        if not callable(getattr(data, "get_split", None)):
             raise UsageError(
-                'FrechetDistance needs a datamodule with a method pictures("train"), and '
+                'FrechetDistance needs a datamodule with a method get_split("train"), and '
                 f"{type(data).__name__ if data else 'none'} is given; type --data=ImageDataModule"
             )
         require_validation(trainer, "FrechetDistance", stage)
         for split in ("train", "test"):
-            if (count := len(data.pictures(split)[0])) < 2:
+            if (count := len(data.get_split(split)[0])) < 2:
                 raise UsageError(
                     f"FrechetDistance: the {split} part has {count} image{'s' * (count != 1)}, and "
                     "a covariance needs 2; allowed: parts of 2 images or more; add images, type "
@@ -149,9 +157,9 @@ class FrechetDistance(L.Callback):
             pool = FeatureExtractorPool(trainer, extractor, self.batch_size, pl_module.device)
             real = self._load_real(trainer, pool)
             data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            labels = proportional_labels(data.pictures("train")[1], self.num_samples)[:2]
+            labels = proportional_labels(data.get_split("train")[1], self.num_samples)[:2]
             with trainer.precision_plugin.val_step_context():
-                images = module.sample_images(torch.arange(2, device=module.device), labels)
+                images = module.generate_images(torch.arange(2, device=module.device), labels)
             features = extractor(validate_images(images, 2, type(module).__name__).to(pool.device))
             if features.shape[1:] != real.mean.shape:
                 raise UsageError(
@@ -164,13 +172,13 @@ class FrechetDistance(L.Callback):
         kernel_name = (
             "kid" if self.metric_name == "fid" else self.metric_name.replace("fd_", "kd_", 1)
         )
-        suffixes = ("", "_floor", "_n", "_seconds", "_images_per_second")
+        suffixes = ("", "_real_baseline", "_num_samples", "_duration_s", "_images_per_second")
         names = {f"{self.metric_name}{suffix}" for suffix in suffixes} | {
             kernel_name,
-            f"{kernel_name}_floor",
+            f"{kernel_name}_real_baseline",
         }
-        if self._real_statistics is None or self._real_statistics.floors[:, 0].mean() > 0:
-            names.add(f"{self.metric_name}_ratio")
+        if self._real_statistics is None or self._real_statistics.baselines[:, 0].mean() > 0:
+            names.add(f"{self.metric_name}_over_baseline")
         return {f"val/{name}" for name in names}
 
     @property
@@ -195,11 +203,11 @@ class FrechetDistance(L.Callback):
         with self._extractor_on_device(pl_module.device) as extractor:
             pool = FeatureExtractorPool(trainer, extractor, self.batch_size, pl_module.device)
             real = self._load_real(trainer, pool)
-            labels = proportional_labels(trainer.datamodule.pictures("train")[1], self.num_samples)  # pyright: ignore
+            labels = proportional_labels(trainer.datamodule.get_split("train")[1], self.num_samples)  # pyright: ignore
 
             def sample(index: Tensor) -> Tensor:
                 with trainer.precision_plugin.val_step_context():
-                    images = module.sample_images(index.to(module.device), labels[index])
+                    images = module.generate_images(index.to(module.device), labels[index])
                 return validate_images(images, len(index), type(module).__name__)
 
             start_time = time.perf_counter()
@@ -207,20 +215,20 @@ class FrechetDistance(L.Callback):
                 sample, self.num_samples, real.mean, self.num_samples
             )
             seconds = time.perf_counter() - start_time
-        gaussian = Gaussian(real.mean, real.trace, real.root)
+        gaussian = Gaussian(real.mean, real.cov_trace, real.cov_root)
         distance, kernel = self._distances(moments, features, gaussian, real.features)
-        baseline, kernel_baseline = real.floors.mean(0)
+        baseline, kernel_baseline = real.baselines.mean(0)
         kernel_name = (
             "kid" if self.metric_name == "fid" else self.metric_name.replace("fd_", "kd_", 1)
         )
         metrics = {
             self.metric_name: distance,
-            f"{self.metric_name}_floor": baseline,
-            **({f"{self.metric_name}_ratio": distance / baseline} if baseline > 0 else {}),
+            f"{self.metric_name}_real_baseline": baseline,
+            **({f"{self.metric_name}_over_baseline": distance / baseline} if baseline > 0 else {}),
             kernel_name: kernel,
-            f"{kernel_name}_floor": kernel_baseline,
-            f"{self.metric_name}_n": self.num_samples,
-            f"{self.metric_name}_seconds": seconds,
+            f"{kernel_name}_real_baseline": kernel_baseline,
+            f"{self.metric_name}_num_samples": self.num_samples,
+            f"{self.metric_name}_duration_s": seconds,
             f"{self.metric_name}_images_per_second": self.num_samples / seconds,
         }
         self.last_metrics = {f"{stage}/{key}": float(value) for key, value in metrics.items()}
@@ -242,7 +250,7 @@ class FrechetDistance(L.Callback):
         if self._real_statistics is not None:
             return self._real_statistics
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        (train, _), test = data.pictures("train"), data.pictures("test")
+        (train, _), test = data.get_split("train"), data.get_split("test")
         sizes = f"{self.num_samples} {self.num_real_images}"
         key_parts = (
             CACHE_VERSION,
@@ -259,7 +267,7 @@ class FrechetDistance(L.Callback):
             statistics = None  # a different extractor of the same name and weights
         is_cached_everywhere = trainer.strategy.reduce_boolean_decision(statistics is not None)
         if statistics is None or not is_cached_everywhere:
-            statistics = self._measured(pool, train, *test)
+            statistics = self._compute_real(pool, train, *test)
             if trainer.is_global_zero:
                 save_statistics(path, statistics)
         self._real_statistics = RealStatistics(
@@ -270,7 +278,7 @@ class FrechetDistance(L.Callback):
         )
         return self._real_statistics
 
-    def _measured(
+    def _compute_real(
         self, pool: FeatureExtractorPool, train: Tensor, test: Tensor, labels: Tensor
     ) -> RealStatistics:
         indices = random_subset(len(train), self.num_real_images)
@@ -278,7 +286,7 @@ class FrechetDistance(L.Callback):
             select_images(train, indices), len(indices), None, MAX_KEPT
         )
         gaussian = Gaussian.from_moments(moments)
-        classify = getattr(pool.extractor, "logits", None)
+        classify = getattr(pool.extractor, "compute_logits", None)
         baselines, correct = [], []
         num_draws = max(1, min(BASELINE_DRAWS, len(test) // self.num_samples))
         for draw in random_subset(len(test), num_draws * self.num_samples).split(self.num_samples):
@@ -309,18 +317,19 @@ class FrechetDistance(L.Callback):
                 f"FrechetDistance: {min(self.num_samples, train)} images and {d} features: the "
                 "covariance "
                 f"cannot have full rank, and the distance says less; type "
-                f"--trainer.callbacks.n={4 * d}"
+                f"--trainer.callbacks.num_samples={4 * d}"
             )
         if test < self.num_samples:
             rank_zero_warn(
-                f"FrechetDistance: the floor is of {test} real test images and the distance of "
-                f"{self.num_samples} samples: they are not alike; type --trainer.callbacks.n={test}"
+                f"FrechetDistance: the baseline is of {test} real test images and the distance of "
+                f"{self.num_samples} samples: they are not alike; type "
+                f"--trainer.callbacks.num_samples={test}"
             )
-        baselines = real.floors[:, 0]
+        baselines = real.baselines[:, 0]
         if not baselines.mean() > 0:
             rank_zero_warn(
                 "FrechetDistance: the real images are no distance apart (are they all equal?): "
-                f"{self.metric_name}_ratio is not logged"
+                f"{self.metric_name}_over_baseline is not logged"
             )
         draws = f" ({len(baselines)} draws, {baselines.min():.4g} to {baselines.max():.4g})"
         accuracy_note = "" if real.accuracy.isnan() else f", right on {real.accuracy:.2%} of them"

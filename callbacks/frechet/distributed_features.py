@@ -36,7 +36,7 @@ class FeatureExtractorPool:
         self, trainer: L.Trainer, extractor: nn.Module, batch_size: int, device: torch.device
     ) -> None:
         """Find the data-parallel rank and size; ranks that split one model count as one."""
-        self.dp_rank, self.dp_size, _ = DataParallelInfo.of(trainer)
+        self.dp_rank, self.dp_size, _ = DataParallelInfo.from_trainer(trainer)
         self.trainer, self.extractor = trainer, extractor
         self.batch_size, self.device = batch_size, device
         # some accelerators have no float64
@@ -125,13 +125,12 @@ def validate_images(images: Any, n: int, module_name: str) -> Tensor:
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4:
         description = f"{images.dtype} of shape {shape}" if shape else type(images).__name__
         raise UsageError(
-            f"sample_images of {module_name} gave {description}; it must give uint8 images (n c y "
-            "x): round them "
-            "with ravine.datamodules.images.to_uint8"
+            f"generate_images of {module_name} gave {description}; it must give uint8 images "
+            "(n c y x): round them with ravine.datamodules.images.to_uint8"
         )
     if len(images) != n:
         raise UsageError(
-            f"sample_images of {module_name} gave {len(images)} images of {n} asked for"
+            f"generate_images of {module_name} gave {len(images)} images of {n} asked for"
         )
     return images
 

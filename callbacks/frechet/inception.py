@@ -22,7 +22,7 @@ from ravine.errors import MissingFileError, UsageError
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
+WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
 FeatureLayer = Literal[64, 192, 768, 2048]
 
 
@@ -39,7 +39,7 @@ def locate_inception_weights(
         if not path.is_file():
             raise MissingFileError(
                 f"no file {path}; give InceptionV3's weights in torch-fidelity's layout, "
-                f"{WEIGHTS_FILE}: {URL}"
+                f"{WEIGHTS_FILE}: {WEIGHTS_URL}"
             )
         return path, sha256_of_file(path)
     hub = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
@@ -57,7 +57,8 @@ def locate_inception_weights(
     if verified_path is None:
         tried = "; ".join(str(path) for path in candidates)
         raise MissingFileError(
-            f"InceptionV3's weights were not found; looked at: {tried}; {URL} ({download_error}); "
+            f"InceptionV3's weights were not found; looked at: {tried}; {WEIGHTS_URL} "
+            f"({download_error}); "
             "ways "
             f"out: run once with a network; or put {WEIGHTS_FILE} at {hub}; or type "
             "--trainer.callbacks.weights=FILE; or measure in features of your own: "
@@ -77,7 +78,9 @@ def _download(path: Path) -> str:
     """Download the file; return the error text, or "" on success."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(path), hash_prefix=WEIGHTS_SHA256, progress=False)
+        torch.hub.download_url_to_file(
+            WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_SHA256, progress=False
+        )
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a wrong checksum
         return str(error)
     return ""
@@ -113,7 +116,8 @@ class Inception(nn.Module):
         except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(
-                f"{path} holds no InceptionV3 in torch-fidelity's layout ({why}); fetch {URL}"
+                f"{path} holds no InceptionV3 in torch-fidelity's layout ({why}); fetch "
+                f"{WEIGHTS_URL}"
             ) from None
 
     def forward(self, images: Tensor) -> Tensor:

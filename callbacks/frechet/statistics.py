@@ -73,8 +73,8 @@ class Gaussian(NamedTuple):
     """Statistics of a fixed set of features: mean (d), trace of C, and root U (d d) of C."""
 
     mean: Tensor
-    trace: Tensor
-    root: Tensor
+    cov_trace: Tensor
+    cov_root: Tensor
 
     @classmethod
     def from_moments(cls, moments: Moments) -> "Gaussian":
@@ -91,12 +91,12 @@ class Gaussian(NamedTuple):
 def frechet_distance(moments: Moments, reference: Gaussian) -> Tensor:
     """Return the Fréchet distance, squared as is usual, of a set of features from a reference."""
     covariance = moments.covariance()
-    values = torch.linalg.eigvalsh(_conjugate_lower(reference.root, covariance))
+    values = torch.linalg.eigvalsh(_conjugate_lower(reference.cov_root, covariance))
     # for a constant feature, rounding gives 1e-16 instead of 0, and the root would be 1e-8
     noise = len(values) * torch.finfo(values.dtype).eps * values.amax()
     trace_root = torch.where(values > noise, values, 0.0).sqrt().sum()
     mean_distance = (moments.mean() - reference.mean).square().sum()
-    return mean_distance + covariance.trace() + reference.trace - 2 * trace_root
+    return mean_distance + covariance.trace() + reference.cov_trace - 2 * trace_root
 
 
 def _check_count(count: int) -> None:

@@ -1,4 +1,4 @@
-"""Figures: save the figures of a trained module as PNG files and pass them to the loggers."""
+"""SaveFigures: save the figures of a trained module as PNG files and pass them to the loggers."""
 
 from io import BytesIO
 from pathlib import Path
@@ -13,33 +13,33 @@ from ..checks.run_checks import add_run_checks
 from ..monitoring.media_logging import get_run_dir, log_image
 
 
-class Figures(L.Callback):
-    """Saves the module's `figures(datamodule)` as PNG files at the end of a fit.
+class SaveFigures(L.Callback):
+    """Saves the module's `make_figures(datamodule)` as PNG files at the end of a fit.
 
-    Example: `Trainer(callbacks=[Figures()])`. The files are in the run's folder and are named
-    after the config and the figure, such as seed_last_bigrams.png.
+    Example: `Trainer(callbacks=[SaveFigures()])`. The files are in the run's folder and are named
+    after the config and the figure, such as bigram_bigrams.png.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module without a method `figures`."""
+        """Refuse a module without a method `make_figures`."""
         add_run_checks(trainer, pl_module, stage)
-        if not callable(getattr(pl_module, "figures", None)):
+        if not callable(getattr(pl_module, "make_figures", None)):
             raise UsageError(
-                f"Figures needs a module with a method figures(), and {type(pl_module).__name__} "
-                "has none; take Figures out of trainer.callbacks"
+                "SaveFigures needs a module with a method make_figures(), and "
+                f"{type(pl_module).__name__} has none; take SaveFigures out of trainer.callbacks"
             )
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Draw the figures once with the current weights, and discard them."""
         module: Any = pl_module
-        for figure in module.figures(getattr(trainer, "datamodule", None)).values():
+        for figure in module.make_figures(getattr(trainer, "datamodule", None)).values():
             if trainer.is_global_zero:
                 figure.savefig(BytesIO(), format="png")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw on all ranks, because a sharded net needs all of them; rank 0 writes the files."""
         module: Any = pl_module
-        figures = module.figures(getattr(trainer, "datamodule", None))
+        figures = module.make_figures(getattr(trainer, "datamodule", None))
         folder = get_run_dir(trainer) or Path()
         config = folder.parent.name or "run"
         if not trainer.is_global_zero:

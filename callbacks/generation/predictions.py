@@ -24,18 +24,18 @@ class PredictionTable(L.Callback):
     """Writes predictions.csv in the run's folder if `predict_step` returns rows, and prints some.
 
         class SpamClassifier(L.LightningModule):
-            columns = ("message", "label")
+            prediction_columns = ("message", "label")
             def predict_step(self, batch, index): return [(text, "spam") for text in batch]
 
-    A row is a dict, or a tuple whose column names are the module's `columns`.
+    A row is a dict, or a tuple whose column names are the module's `prediction_columns`.
 
     Args:
-        shown: number of rows to print; the file has all rows.
+        max_rows: number of rows to print; the file has all rows.
     """
 
-    def __init__(self, shown: int = 20) -> None:
+    def __init__(self, max_rows: int = 20) -> None:
         """Start without rows."""
-        self.max_rows = shown
+        self.max_rows = max_rows
         self.rows: list[PredictionRow] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -46,7 +46,7 @@ class PredictionTable(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any
     ) -> None:
         """Collect rows; ignore other return values of `predict_step`."""
-        names = getattr(pl_module, "columns", None)
+        names = getattr(pl_module, "prediction_columns", None)
         for row in outputs if isinstance(outputs, list) else ():
             if isinstance(row, dict):
                 self.rows.append(row)
@@ -54,7 +54,7 @@ class PredictionTable(L.Callback):
                 if len(row) != len(names):
                     raise UsageError(
                         f"PredictionTable: predict_step of {type(pl_module).__name__} gave a row "
-                        f"of {len(row)} values, and its `columns` are {len(names)}: "
+                        f"of {len(row)} values, and its `prediction_columns` are {len(names)}: "
                         f"{', '.join(names)}; give each row one value a column"
                     )
                 self.rows.append(dict(zip(names, row, strict=True)))

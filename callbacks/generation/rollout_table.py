@@ -23,32 +23,32 @@ RolloutRow = dict[str, Any]
 class RolloutTable(L.Callback):
     """Prints generated texts and rewards at the first step, at an interval, and at the end.
 
-    Example: `Trainer(callbacks=[RolloutTable(every=10, count=3)])`. They are printed as a table,
-    appended to rollouts.txt in the run's folder, and passed to a logger that takes text. The
-    module's `samples()` returns a list of dicts, each with a `text`, an optional `prompt`, and
-    numbers.
+    Example: `Trainer(callbacks=[RolloutTable(every_n_steps=10, num_samples=3)])`. They are printed
+    as a table, appended to rollouts.txt in the run's folder, and passed to a logger that takes
+    text. The module's `last_samples()` returns a list of dicts, each with a `text`, an optional
+    `prompt`, and numbers.
 
     Args:
-        every: optimizer steps between two tables.
-        count: number of samples in a table.
+        every_n_steps: optimizer steps between two tables.
+        num_samples: number of samples in a table.
     """
 
-    def __init__(self, every: int = 25, count: int = 2) -> None:
+    def __init__(self, every_n_steps: int = 25, num_samples: int = 2) -> None:
         """Set the interval and the number of samples."""
-        for name, value in (("every", every), ("count", count)):
+        for name, value in (("every_n_steps", every_n_steps), ("num_samples", num_samples)):
             if value < 1:
                 raise UsageError(f"RolloutTable: {name} is {value}; allowed: 1 or more; type 10")
-        self.every_n_steps, self.num_samples = every, count
+        self.every_n_steps, self.num_samples = every_n_steps, num_samples
         self.step, self.last_shown_step = 0, -1
         self.folder: Path | None = None
         self.rows: list[RolloutRow] = []  # of the last training step, not of a validation
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module without a method `samples`."""
+        """Refuse a module without a method `last_samples`."""
         add_run_checks(trainer, pl_module, stage)
-        if not callable(getattr(pl_module, "samples", None)):
+        if not callable(getattr(pl_module, "last_samples", None)):
             raise UsageError(
-                f"RolloutTable needs a module with a method samples(), and "
+                f"RolloutTable needs a module with a method last_samples(), and "
                 f"{type(pl_module).__name__} has none; take RolloutTable out of trainer.callbacks"
             )
 
@@ -66,7 +66,7 @@ class RolloutTable(L.Callback):
     ) -> None:
         """Print the samples of the step if a table is due."""
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        self.rows = pl_module.samples()[: self.num_samples]  # pyright: ignore[reportCallIssue]
+        self.rows = pl_module.last_samples()[: self.num_samples]  # pyright: ignore[reportCallIssue]
         if stepped and (self.step == 1 or self.step % self.every_n_steps == 0):
             self._print_rollouts(trainer, pl_module)
 

@@ -1,4 +1,4 @@
-"""Samples: generate text or images after each validation, and save or log them."""
+"""GenerateSamples: generate text or images after each validation, and save or log them."""
 
 import inspect
 from typing import Any
@@ -12,11 +12,11 @@ from ..checks.run_checks import add_run_checks
 from ..monitoring.media_logging import get_run_dir, log_image
 
 
-class Samples(L.Callback):
+class GenerateSamples(L.Callback):
     """Calls the module's `generate` at each validation; the last text is printed at the end.
 
-        Trainer(callbacks=[Samples({"prompt": "ROMEO:", "max_new_tokens": 300})])
-        Trainer(callbacks=[Samples({"labels": "0-9", "steps": 20})])
+        Trainer(callbacks=[GenerateSamples({"prompt": "ROMEO:", "max_new_tokens": 300})])
+        Trainer(callbacks=[GenerateSamples({"labels": "0-9", "num_steps": 20})])
 
     Args:
         arguments: keyword arguments of `generate`; its own defaults if not given.
@@ -32,10 +32,11 @@ class Samples(L.Callback):
         add_run_checks(trainer, pl_module, stage)
         if not callable(getattr(pl_module, "generate", None)):
             raise UsageError(
-                f"Samples needs a module with a method generate(), and {type(pl_module).__name__} "
-                "has none; take Samples out of trainer.callbacks"
+                f"GenerateSamples needs a module with a method generate(), and "
+                f"{type(pl_module).__name__} has none; take GenerateSamples out of "
+                "trainer.callbacks"
             )
-        require_validation(trainer, "Samples", stage)
+        require_validation(trainer, "GenerateSamples", stage)
         check_generate_arguments(pl_module, self.arguments)
 
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
@@ -79,11 +80,11 @@ def check_generate_arguments(module: Any, arguments: dict[str, Any]) -> None:
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        names = [name for name in signature.parameters if name != "show"]
+        names = [name for name in signature.parameters if name != "on_text"]
         unknown = [name for name in arguments if name not in signature.parameters]
         near = suggest_names(unknown[0], names, 1) if unknown else []
         raise UsageError(
-            f"Samples: generate() of {type(module).__name__}: {error}; allowed: "
+            f"GenerateSamples: generate() of {type(module).__name__}: {error}; allowed: "
             f"{', '.join(names)}; "
             + (
                 f"type --trainer.callbacks.arguments.{near[0]}=..."

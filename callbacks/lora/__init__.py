@@ -1,4 +1,4 @@
 from .callback import LoRA
-from .inject import adapt_module, adapters, lora_disabled, merge
+from .inject import inject_lora, lora_disabled, lora_layers, merge_lora
 
-__all__ = ["LoRA", "adapt_module", "adapters", "lora_disabled", "merge"]
+__all__ = ["LoRA", "inject_lora", "lora_disabled", "lora_layers", "merge_lora"]

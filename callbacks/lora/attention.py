@@ -19,7 +19,7 @@ from .layers import Adapter, block_diag_matmul
 class AttentionAdapter(Adapter, nn.MultiheadAttention):
     """nn.MultiheadAttention with low-rank adapters of the q, k, v and output projections."""
 
-    lora_param_names = keeps = ("lora_in_a", "lora_in_b", "lora_out_a", "lora_out_b")
+    lora_param_names = keep_dtype = ("lora_in_a", "lora_in_b", "lora_out_a", "lora_out_b")
     lora_in_a: nn.Parameter
     lora_in_b: nn.Parameter
     lora_out_a: nn.Parameter

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from ravine.errors import RunError, UsageError
-from ravine.strategies.materialize import blocks, deferred_values
+from ravine.strategies.materialize import deferred_values, iter_value_blocks
 from ravine.strategies.shards import has_gradient
 
 from ..transforms.base import Transform, frozen_names
@@ -32,10 +32,10 @@ from ..transforms.layer_selection import (
 from ..transforms.pretrained import Pretrained
 from .inject import (
     DEFAULT_RANK,
-    adapt_module,
-    adapters,
     check_alpha_and_dropout,
     find_adaptable_layers,
+    inject_lora,
+    lora_layers,
 )
 
 DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16")
@@ -61,8 +61,8 @@ class LoRA(Transform):
         alpha: the adapter's output is scaled by alpha / r.
         exclude: layers of `targets` that get no adapter.
         ranks: ranks of some layers by pattern; the first match applies.
-        split: number of maps stacked in a layer's outputs by pattern, such as {qkv: 3}; each map
-            has its own A and B.
+        num_blocks: number of maps stacked in a layer's outputs by pattern, such as {qkv: 3}; each
+            map has its own A and B.
         dropout: dropout probability of the adapters' inputs.
         rank_stabilized: scale by alpha / √r (Kalajdzievski, 2023).
         train_also: layers or parameters that are trained without an adapter, such as a new head.
@@ -74,7 +74,7 @@ class LoRA(Transform):
     """
 
     phase = "adapt"
-    without_values = True
+    accepts_meta_params = True
 
     takes_partial_gradients = True  # under ZeRO-1 a rank has only the gradients that it owns
 
@@ -85,7 +85,7 @@ class LoRA(Transform):
         alpha: float = 16.0,
         exclude: Patterns = (),
         ranks: Mapping[str, int] | None = None,
-        split: Mapping[str, int] | None = None,
+        num_blocks: Mapping[str, int] | None = None,
         dropout: float = 0.0,
         rank_stabilized: bool = False,
         train_also: Patterns = (),
@@ -102,7 +102,7 @@ class LoRA(Transform):
             "alpha": alpha,
             "exclude": as_list(exclude),
             "ranks": dict(ranks or {}),
-            "split": dict(split or {}),
+            "num_blocks": dict(num_blocks or {}),
             "dropout": dropout,
             "rank_stabilized": rank_stabilized,
             "train_also": as_list(train_also),
@@ -117,11 +117,11 @@ class LoRA(Transform):
         self._messages: list[str] = []  # lines printed at the start of a fit
         self._frozen_names: set[str] = set()  # names from all pipeline stages
 
-    def identity(self) -> dict[str, Any]:
+    def config_key(self) -> dict[str, Any]:
         """Return the arguments that determine the adapters, without `save`."""
         return self.arguments
 
-    def record(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         """Return the arguments that a checkpoint records."""
         return self.arguments
 
@@ -129,7 +129,8 @@ class LoRA(Transform):
         """Register the phase and find the file of the base weights."""
         pretrained = [c for c in trainer.callbacks if isinstance(c, Pretrained)]  # pyright: ignore[reportAttributeAccessIssue]
         self.base["file"] = pretrained[0].path if pretrained else None
-        pl_module.strict_loading = False  # frozen weights may be missing; `accept` checks the rest
+        # frozen weights may be missing; `check_checkpoint` checks the rest
+        pl_module.strict_loading = False
         super().setup(trainer, pl_module, stage)
 
     @property
@@ -150,7 +151,7 @@ class LoRA(Transform):
         kwargs = dict(self.arguments)
         kwargs["targets"], kwargs["seed"] = targets, int(os.environ.get("PL_GLOBAL_SEED", 0))
         kwargs["dtype"] = getattr(torch, dtype) if dtype else None
-        names = adapt_module(module, **kwargs)
+        names = inject_lora(module, **kwargs)
         self._frozen_names = frozen_names(module)
         self._messages = _rank_messages(module, names) if self.arguments["rank"] is None else []
         trained = [n for n, p in module.named_parameters() if p.requires_grad and "lora_" not in n]
@@ -179,7 +180,7 @@ class LoRA(Transform):
             for name in self._frozen_names | frozen_names(pl_module):
                 state.pop(name, None)
 
-    def accept(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    def check_checkpoint(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Raise UsageError for a checkpoint without adapters, or with another base."""
         if (saved := checkpoint.get("lora")) is None:
             raise UsageError(
@@ -216,7 +217,7 @@ class LoRA(Transform):
             return  # a rank may hold only some parameters
         groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
         optimized_ids = {id(p) for group in groups for p in group["params"]}
-        layers = adapters(pl_module)
+        layers = lora_layers(pl_module)
         idle = [
             name
             for name, layer in layers.items()
@@ -246,7 +247,7 @@ class LoRA(Transform):
         self._had_backward = True
         if self._num_batches > CHECK_AFTER_BATCHES:
             return
-        layers = adapters(pl_module)
+        layers = lora_layers(pl_module)
         for name, layer in layers.items():
             if any(has_gradient(trainer, getattr(layer, key)) for key in layer.lora_param_names):
                 self._with_gradient.add(name)
@@ -275,7 +276,7 @@ class LoRA(Transform):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record calls in validation separately, because fast paths of torch skip layers there."""
         self._called_in_training = {
-            name for name, layer in adapters(pl_module).items() if layer.lora_was_called
+            name for name, layer in lora_layers(pl_module).items() if layer.lora_was_called
         }
         self._reset_called(pl_module)
 
@@ -284,7 +285,7 @@ class LoRA(Transform):
 
         For a child net without any call, such as a critic used only in training, it warns instead.
         """
-        layers = adapters(pl_module)
+        layers = lora_layers(pl_module)
         called = {
             name.partition(".")[0] for name, adapter in layers.items() if adapter.lora_was_called
         }
@@ -298,7 +299,7 @@ class LoRA(Transform):
             layer.lora_was_called = name in self._called_in_training
 
     def _reset_called(self, module: nn.Module) -> None:
-        for layer in adapters(module).values():
+        for layer in lora_layers(module).values():
             layer.lora_was_called = layer.lora_called_with_grad = False
 
     def _check_adapters(self, module: nn.Module, when: str) -> None:
@@ -309,7 +310,7 @@ class LoRA(Transform):
     def _check_gradients(self, module: nn.Module, when: str) -> None:
         idle = [
             name
-            for name, layer in adapters(module).items()
+            for name, layer in lora_layers(module).items()
             if name not in self._with_gradient and not layer.lora_is_copy
         ]
         if idle:
@@ -322,7 +323,9 @@ class LoRA(Transform):
             )
 
     def _check_all_called(self, module: nn.Module, when: str) -> None:
-        uncalled = [name for name, layer in adapters(module).items() if not layer.lora_was_called]
+        uncalled = [
+            name for name, layer in lora_layers(module).items() if not layer.lora_was_called
+        ]
         if uncalled:
             more = f" and {len(uncalled) - 3} more" if len(uncalled) > 3 else ""
             raise RunError(
@@ -357,7 +360,7 @@ def default_lora_targets(module: nn.Module) -> list[str]:
 
 def _rank_messages(module: nn.Module, names: list[str]) -> list[str]:
     """Return one line about the layers whose rank is below the default, or none."""
-    layers = adapters(module)
+    layers = lora_layers(module)
     reduced = [
         f"{layers[n].lora_rank} for {n}" for n in names if layers[n].lora_rank < DEFAULT_RANK
     ]
@@ -377,7 +380,7 @@ def fingerprint_weights(module: nn.Module) -> str:
         if parameter.is_meta and deferred_values(parameter) is None:
             raise UsageError(f"LoRA: {name} has no numbers yet: it is on the device meta")
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        for block in blocks(parameter):
+        for block in iter_value_blocks(parameter):
             raw = block.cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(raw.numpy().data)
     return digest.hexdigest()

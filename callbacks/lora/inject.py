@@ -1,6 +1,6 @@
 """LoRA injection: add adapters to a module, disable them and merge them, without a trainer.
 
-adapt_module(net, targets=["query", "value"], rank=8)
+inject_lora(net, targets=["query", "value"], rank=8)
 with lora_disabled(net): reference = net(x)      # the base model, without a second copy
 merge(net)                                       # plain layers with W + s B A
 """
@@ -52,14 +52,14 @@ def find_adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def adapt_module(
+def inject_lora(
     module: nn.Module,
     targets: Patterns,
     rank: int | None = None,
     alpha: float = 16.0,
     exclude: Patterns = (),
     ranks: Mapping[str, int] | None = None,
-    split: Mapping[str, int] | None = None,
+    num_blocks: Mapping[str, int] | None = None,
     dropout: float = 0.0,
     rank_stabilized: bool = False,
     train_also: Patterns = (),
@@ -73,7 +73,7 @@ def adapt_module(
     """
     check_not_sharded(module, "LoRA")
     check_alpha_and_dropout(alpha, dropout)
-    layers, ranks, split = find_adaptable_layers(module), ranks or {}, split or {}
+    layers, ranks, num_blocks = find_adaptable_layers(module), ranks or {}, num_blocks or {}
     names = _select_layers(module, targets, exclude, layers)
     copies = find_frozen_copies(module)
     _check_copy_pairs(names, copies)
@@ -81,7 +81,7 @@ def adapt_module(
         set(_select_params(train_also, dict(module.named_parameters()))) if train_also else set()
     )
     trained_names |= set(find_trained_params(module, names, copies))
-    for patterns, argument in ((list(ranks), "LoRA.ranks"), (list(split), "LoRA.split")):
+    for patterns, argument in ((list(ranks), "LoRA.ranks"), (list(num_blocks), "LoRA.num_blocks")):
         select_names(patterns, names, argument)
     plan, bad_ranks = {}, {}
     for name in names:  # check all layers before any change
@@ -89,7 +89,7 @@ def adapt_module(
             (r for pattern, r in ranks.items() if matches_pattern(pattern, name)), rank
         )
         layer_blocks = next(
-            (p for pattern, p in split.items() if matches_pattern(pattern, name)), 1
+            (p for pattern, p in num_blocks.items() if matches_pattern(pattern, name)), 1
         )
         sizes = _check_layer(
             name,
@@ -236,7 +236,7 @@ def _check_layer(
         raise UsageError(f"LoRA: {name} has an adapter already; make a new module")
     check_plain_layer(name, layer, next(k for k in ADAPTER_TYPES if isinstance(layer, k)), "LoRA")
     if num_blocks < 1 or type(rank) is not int:
-        argument, value = ("split", num_blocks) if num_blocks < 1 else ("rank", rank)
+        argument, value = ("num_blocks", num_blocks) if num_blocks < 1 else ("rank", rank)
         raise UsageError(f"LoRA: {argument}={value!r} for {name}; allowed: whole numbers from 1")
     if isinstance(layer, nn.MultiheadAttention):
         if not layer._qkv_same_embed_dim:
@@ -265,16 +265,17 @@ def _check_layer(
         sizes = (linear.in_features, linear.out_features // num_blocks)
         if linear.out_features % num_blocks:
             raise UsageError(
-                f"LoRA.split: {num_blocks} parts do not divide the {linear.out_features} outputs "
-                "of "
-                f"{name}; type a divisor"
+                f"LoRA.num_blocks: {num_blocks} parts do not divide the {linear.out_features} "
+                f"outputs of {name}; type a divisor"
             )
     if num_blocks != 1 and not isinstance(layer, nn.Linear):
-        raise UsageError(f"LoRA.split: {name} is a {type_name}; only a Linear holds several maps")
+        raise UsageError(
+            f"LoRA.num_blocks: {name} is a {type_name}; only a Linear holds several maps"
+        )
     return sizes
 
 
-def adapters(module: nn.Module) -> dict[str, Adapter]:
+def lora_layers(module: nn.Module) -> dict[str, Adapter]:
     """Return the adapted layers of a module by name."""
     return {name: m for name, m in module.named_modules() if isinstance(m, Adapter)}
 
@@ -286,7 +287,7 @@ def lora_disabled(module: nn.Module) -> Iterator[None]:
     Parameters of `train_also` keep their trained values. Code that must not import callbacks sets
     `lora_enabled` on the layers that have it.
     """
-    layers = list(adapters(module).values())
+    layers = list(lora_layers(module).values())
     before = [layer.lora_enabled for layer in layers]
     for layer in layers:
         layer.lora_enabled = False
@@ -298,7 +299,7 @@ def lora_disabled(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merge(module: nn.Module) -> list[str]:
+def merge_lora(module: nn.Module) -> list[str]:
     """Add s B A to each weight in float64, remove the adapters and return the layers' names.
 
     The layers get back their class and their state_dict keys. A weight tied to another layer is
@@ -310,7 +311,7 @@ def merge(module: nn.Module) -> list[str]:
     for submodule in module.modules():
         for parameter in submodule.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    layers = adapters(module)
+    layers = lora_layers(module)
     for layer in layers.values():
         changes = layer.lora_delta_weights()
         for name in layer.lora_param_names:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ravine.errors import UsageError
 from ravine.strategies.materialize import deferred_values
 
-from ..transforms.base import seeded_by_name
+from ..transforms.base import make_param_generator
 from ..transforms.layer_mixins import LayerMixin, add_mixin, matmul_dtype
 
 
@@ -36,7 +36,7 @@ class Adapter(LayerMixin):
     """Base of adapted layers; `lora_enabled = False` disables the adapter of one layer."""
 
     class_prefix = "LoRA"
-    keeps = ("lora_a", "lora_b")
+    keep_dtype = ("lora_a", "lora_b")
     lora_param_names: tuple[str, ...] = ("lora_a", "lora_b")
     lora_enabled: bool
     lora_was_called: bool  # whether it was called since the last reset
@@ -204,7 +204,7 @@ def add_adapter(
         value = torch.zeros(shape, dtype=param_dtype)
         if key.endswith("a"):
             limit = 1 / math.sqrt(value[0].numel())  # torch's default for this fan-in
-            value.uniform_(-limit, limit, generator=seeded_by_name(seed, f"{name}.{key}"))
+            value.uniform_(-limit, limit, generator=make_param_generator(seed, f"{name}.{key}"))
             if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
                 value[:, layer.padding_idx] = 0
         adapter.register_parameter(key, nn.Parameter(value.to(device)))

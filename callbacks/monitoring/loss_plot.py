@@ -28,8 +28,8 @@ class LossPlot(RecordedCurves):
         self._saved_state: dict[str, Any] = {}  # of a checkpoint
 
     def save_plot(self, folder: Path, module: L.LightningModule) -> None:
-        """Draw both curves in one panel; draw nothing for a module with `headline` metrics."""
-        if getattr(module, "headline", ()):
+        """Draw both curves in one panel; draw nothing for a module with `progress_metrics`."""
+        if getattr(module, "progress_metrics", ()):
             return
         unit = getattr(module, "unit", "samples").removesuffix("s")
         nats = " in nats" if unit == "token" else ""

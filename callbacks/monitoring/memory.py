@@ -1,4 +1,4 @@
-"""MemoryTable: memory of weights, gradients and optimizer state, compared to full fine-tuning.
+"""MemoryMonitor: memory of weights, gradients and optimizer state, compared to full fine-tuning.
 
     full fine-tuning of N numbers in float32 with AdamW:   4N + 4N + 8N bytes
     adapters of n numbers over N in NF4:                   0.52N + 4n + 4n + 8n
@@ -77,10 +77,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     return size if sys.platform == "darwin" else size * 1024
 
 
-class MemoryTable(Callback):
+class MemoryMonitor(Callback):
     """Prints the memory table after the first optimizer step, and the measured peak at the end.
 
-    Example: `lightning fit --config shakespeare/qlora --trainer.callbacks+=MemoryTable`.
+    Example: `lightning fit --config shakespeare/qlora --trainer.callbacks+=MemoryMonitor`.
     """
 
     def __init__(self) -> None:

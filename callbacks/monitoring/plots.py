@@ -1,4 +1,4 @@
-"""Curves: plot the logged metrics of a run at its end, one panel per metric."""
+"""MetricPlot: plot the logged metrics of a run at its end, one panel per metric."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .media_logging import get_run_dir
 from .progress import get_log_interval
 
 Curve = list[tuple[int, float | Tensor]]
-POINTS = 2000  # maximum of points in a curve; beyond that every second one is dropped
+MAX_POINTS = 2000  # maximum of points in a curve; beyond that every second one is dropped
 NUM_COLUMNS = 3  # panels in a row
 
 
@@ -37,7 +37,7 @@ class RecordedCurves(L.Callback, ABC):
         """Add a value at the current step; return whether a too long curve was thinned."""
         curve = self.curves.setdefault(name, [])
         curve.append((self.step, value.detach().clone()))
-        is_thinned = len(curve) > POINTS
+        is_thinned = len(curve) > MAX_POINTS
         if is_thinned:
             del curve[1::2]
         return is_thinned
@@ -72,10 +72,10 @@ class RecordedCurves(L.Callback, ABC):
             self.on_train_end(trainer, pl_module)
 
 
-class Curves(RecordedCurves):
+class MetricPlot(RecordedCurves):
     """Plots logged metrics in `curves.png` in the run's folder; a resumed run plots whole curves.
 
-    Example: `Trainer(callbacks=[Curves(["train/reward", "train/kl", "val/reward"])])`.
+    Example: `Trainer(callbacks=[MetricPlot(["train/reward", "train/kl", "val/reward"])])`.
 
     Args:
         metrics: names as the module logs them. Names that begin with val/ are read at validations,
@@ -140,11 +140,11 @@ class Curves(RecordedCurves):
         missing = [n for n in wanted if n not in metrics]
         if missing and missing == wanted:
             raise UsageError(
-                f"Curves: {type(module).__name__} logs none of {', '.join(missing)}, but "
+                f"MetricPlot: {type(module).__name__} logs none of {', '.join(missing)}, but "
                 f"{', '.join(sorted(metrics)) or 'nothing'}; type --trainer.callbacks.metrics=[...]"
             )
         if missing:
-            module.print(f"Curves: {type(module).__name__} logs no {', '.join(missing)}")
+            module.print(f"MetricPlot: {type(module).__name__} logs no {', '.join(missing)}")
 
 
 def save_metric_plot(curves: dict[str, Any], path: Path) -> None:

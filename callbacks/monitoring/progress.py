@@ -24,7 +24,7 @@ from ..stock_callbacks.gradient_accumulation import (
     find_accumulation_scheduler,
 )
 
-PAUSE = 0.3  # seconds between two drawings of the bar; a drawing takes two milliseconds
+MIN_REDRAW_S = 0.3  # seconds between two drawings of the bar; a drawing takes two milliseconds
 
 
 def get_log_interval(trainer: Any) -> int:
@@ -33,8 +33,8 @@ def get_log_interval(trainer: Any) -> int:
 
 
 def count_units(module: L.LightningModule, batch: Any) -> int:
-    """Return the units in a batch: the module's `count`, or else the rows of the first tensor."""
-    count: Any = getattr(module, "count", None)
+    """Return the units in a batch: by the module's `count_units`, or the rows of a tensor."""
+    count: Any = getattr(module, "count_units", None)
     if count is not None:
         return count(batch)
     return next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 0)
@@ -60,17 +60,19 @@ def count_total_steps(trainer: L.Trainer) -> int | None:
 
 
 class ProgressBar(Base):
-    """Shows the progress of a run; values are read every `refresh` optimizer steps.
+    """Shows the progress of a run; values are read every `refresh_rate` optimizer steps.
 
-    Example: `Trainer(callbacks=[ProgressBar(refresh=50)])`.
+    Example: `Trainer(callbacks=[ProgressBar(refresh_rate=50)])`.
     """
 
-    def __init__(self, refresh: int = 10) -> None:
+    def __init__(self, refresh_rate: int = 10) -> None:
         """Set the interval of readings."""
         super().__init__()
-        if refresh < 1:
-            raise UsageError(f"refresh is {refresh}; allowed are 1, 2, 3, ...: type refresh: 10")
-        self.refresh_rate = refresh
+        if refresh_rate < 1:
+            raise UsageError(
+                f"refresh_rate is {refresh_rate}; allowed are 1, 2, 3, ...: type refresh_rate: 10"
+            )
+        self.refresh_rate = refresh_rate
         self.enabled = True
         self.bar: Progress | None = None
         self.task_id = TaskID(0)
@@ -123,7 +125,7 @@ class ProgressBar(Base):
                 )
         elif self.step == self.total_steps or (
             self.step % self.refresh_rate == 0
-            and time.perf_counter() - self.last_reading[1] > PAUSE
+            and time.perf_counter() - self.last_reading[1] > MIN_REDRAW_S
         ):
             text = self._format_metrics(trainer, pl_module, outputs, batch)
             self.bar.update(self.task_id, completed=self.step, words=text, refresh=True)
@@ -163,7 +165,7 @@ class ProgressBar(Base):
         """Advance the bar, and redraw it at most every PAUSE seconds."""
         if self.bar is not None and trainer.state.fn != "fit":
             now = time.perf_counter()
-            should_redraw = now - self.last_reading[1] > PAUSE
+            should_redraw = now - self.last_reading[1] > MIN_REDRAW_S
             self.last_reading = (0, now) if should_redraw else self.last_reading
             self.bar.update(self.task_id, advance=1, refresh=should_redraw)
 
@@ -200,11 +202,11 @@ class ProgressBar(Base):
     def _format_metrics(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any
     ) -> str:
-        """Format loss or `headline` metrics, learning rate, recent throughput, remaining time."""
+        """Format loss or `progress_metrics`, learning rate, recent throughput, remaining time."""
         fields, now = [], time.perf_counter()
         accumulate = trainer.accumulate_grad_batches
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        metrics, headline = trainer.callback_metrics, getattr(module, "headline", ())
+        metrics, headline = trainer.callback_metrics, getattr(module, "progress_metrics", ())
         fields += [f"{n.split('/')[-1]} {float(metrics[n]):.4g}" for n in headline if n in metrics]
         if isinstance(loss, Tensor) and not fields:  # loss: divided by the accumulated batches
             fields.append(f"loss {loss.item() * accumulate:.4g}")
@@ -212,7 +214,7 @@ class ProgressBar(Base):
         if groups and "lr" in groups[0]:  # a module may train without an optimizer
             fields.append(f"lr {float(groups[0]['lr']):.2g}")
         units_per_step = (
-            count_units(module, batch) * accumulate * DataParallelInfo.of(trainer).dp_size
+            count_units(module, batch) * accumulate * DataParallelInfo.from_trainer(trainer).dp_size
         )
         steps_per_s = (self.step - self.last_reading[0]) / max(now - self.last_reading[1], 1e-9)
         fields.append(f"{units_per_step * steps_per_s:,.0f} {getattr(module, 'unit', 'samples')}/s")

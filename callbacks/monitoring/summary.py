@@ -16,7 +16,7 @@ LOSS_WINDOW = 100  # steps over which the training loss is averaged: the loss of
 class Summary(L.Callback):
     """Prints training loss, every validation metric and the number of parameters after a fit.
 
-    The module's `formula()`, if it exists, is printed as the formula of the number of parameters.
+    The module's `param_formula()`, if it exists, is printed with the number of parameters.
     """
 
     def __init__(self) -> None:
@@ -43,11 +43,11 @@ class Summary(L.Callback):
             mean = trainer.strategy.reduce(torch.stack(list(self.losses)).mean(), reduce_op="mean")
             lines[f"train/loss, last {len(self.losses)} steps"] = f"{float(mean):.4f}"
             for logger in trainer.loggers:
-                logger.log_metrics({"train/last_steps": float(mean)}, trainer.global_step)
+                logger.log_metrics({"train/loss_last_100": float(mean)}, trainer.global_step)
         for name, value in trainer.callback_metrics.items():
             if name.startswith("val/"):
                 lines[name] = f"{float(value):.4f}"
-        formula = getattr(pl_module, "formula", lambda: "")()
+        formula = getattr(pl_module, "param_formula", lambda: "")()
         with full_module(trainer):
             count = sum(parameter.numel() for parameter in pl_module.parameters())
         lines["parameters"] = f"{count:,}" + f" = {formula}" * bool(formula)

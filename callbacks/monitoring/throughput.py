@@ -43,7 +43,7 @@ def precision_to_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if "bf16" in name else torch.float16 if "16" in name else torch.float32
 
 
-def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+def find_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Return the peak FLOP/s of a device, and the source of the figure."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
@@ -51,10 +51,12 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             if re.search(rf"\b{model}\b", name):
                 return flops, f"{name}, by its maker"
     size = 8192 if device.type == "cuda" else 1024
-    return measured(device, dtype, size), f"a product of {size} x {size}, measured, {dtype}"
+    return measure_peak_flops(
+        device, dtype, size
+    ), f"a product of {size} x {size}, measured, {dtype}"
 
 
-def measured(device: torch.device, dtype: torch.dtype, size: int) -> float:
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Return the FLOP/s of the fastest of five products of square matrices."""
     a = torch.randn(size, size, device=device).to(dtype)
     fastest = float("inf")
@@ -87,8 +89,8 @@ class Throughput(L.Callback):
     """Logs units per second, MFU, peak memory and the fraction of time waiting for data.
 
     Example: `Trainer(callbacks=[Throughput()])`. The module names its unit in `unit` and counts the
-    units of a batch by `count(batch)`. Its method `flops()` returns the FLOPs of a training step
-    per unit; without `flops` no MFU is logged. Validation time is excluded.
+    units of a batch by `count_units(batch)`. Its method `flops_per_unit()` returns the FLOPs of a
+    training step per unit; without it no MFU is logged. Validation time is excluded.
     """
 
     def __init__(self) -> None:
@@ -106,8 +108,8 @@ class Throughput(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look up or measure the peak, and start the timer."""
         device = trainer.strategy.root_device
-        if callable(getattr(pl_module, "flops", None)):
-            self.peak_flops = peak(device, precision_to_dtype(str(trainer.precision)))
+        if callable(getattr(pl_module, "flops_per_unit", None)):
+            self.peak_flops = find_peak_flops(device, precision_to_dtype(str(trainer.precision)))
             flops, source = self.peak_flops
             pl_module.print(f"peak for MFU: {flops / 1e12:.3g} TFLOP/s ({source})")
         synchronize(device)
@@ -159,7 +161,7 @@ class Throughput(L.Callback):
         if self.peak_flops is not None:
             fields.append(f"MFU {mean['mfu']:.1%} of {self.peak_flops[0] / 1e12:.3g} TFLOP/s")
         fields.append(f"peak memory {rows[-1]['peak_memory_gb']:.2f} GB")
-        fields.append(f"waiting for data {mean['data_share']:.1%}")
+        fields.append(f"waiting for data {mean['frac_waiting_for_data']:.1%}")
         pl_module.print(", ".join(fields))
 
     def _log_window(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -167,13 +169,13 @@ class Throughput(L.Callback):
         synchronize(device)
         now = time.perf_counter()
         seconds = now - self.window_start - self.paused_s
-        rate = self.num_units * DataParallelInfo.of(trainer).dp_size / seconds
+        rate = self.num_units * DataParallelInfo.from_trainer(trainer).dp_size / seconds
         row = {f"{getattr(pl_module, 'unit', 'samples')}_per_second": rate}
         if self.peak_flops is not None:
-            flops: Any = getattr(pl_module, "flops")  # noqa: B009 - not in LightningModule
+            flops: Any = getattr(pl_module, "flops_per_unit")  # noqa: B009 - not in LightningModule
             row["mfu"] = flops() * rate / (self.peak_flops[0] * trainer.world_size)
         row["peak_memory_gb"] = peak_memory_bytes(device) / 1e9
-        row["data_share"] = self.data_wait_s / seconds
+        row["frac_waiting_for_data"] = self.data_wait_s / seconds
         self.windows.append(row)
         for logger in trainer.loggers:
             logger.log_metrics({f"throughput/{k}": v for k, v in row.items()}, trainer.global_step)

@@ -21,14 +21,14 @@ from torch import (
     _foreach_sqrt,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from .elementwise import Elementwise
-from .lr_schedules import Schedule
+from .elementwise import ElementwiseOptimizer
+from .lr_schedules import LRSchedule
 from .plan import OptimizerPlan
 
 __all__ = ["AdaGrad", "AdaGradOptimizer"]
 
 
-class AdaGradOptimizer(Elementwise):
+class AdaGradOptimizer(ElementwiseOptimizer):
     """AdaGrad: divide each gradient by the root of the sum of its squares so far.
 
     Example: `AdaGradOptimizer(model.parameters(), lr=0.1)`.
@@ -41,7 +41,7 @@ class AdaGradOptimizer(Elementwise):
             for gradients below sqrt(eps).
     """
 
-    remembered = ("sum",)
+    state_names = ("sum",)
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class AdaGradOptimizer(Elementwise):
         """Set the defaults of every parameter group."""
         super().__init__(params, {"lr": lr, "eps": eps, "eps_in_root": eps_in_root})
 
-    def move(
+    def update(
         self,
         group: dict[str, Any],
         weights: list[Tensor],
@@ -88,7 +88,7 @@ class AdaGrad(OptimizerPlan):
     def __init__(
         self,
         lr: float = 1e-2,
-        schedule: Schedule | None = None,
+        schedule: LRSchedule | None = None,
         eps: float = 1e-10,
         eps_in_root: bool = False,
     ) -> None:

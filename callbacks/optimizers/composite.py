@@ -1,4 +1,4 @@
-"""Composite: several optimizers as one torch Optimizer for Lightning, AMP and checkpoints.
+"""CompositeOptimizer: several optimizers as one torch Optimizer for Lightning, AMP and checkpoints.
 
 composite.param_groups = [group of A, group of A, group of B]      the same dicts, not copies
 composite.state        = the states of A and B, each in its own dict
@@ -6,7 +6,7 @@ composite.state_dict() : flat and standard, as sharded loading requires; all oth
                          state_dict of A and B are stored apart, for their own load_state_dict
 
 The members of a composite are its optimizers. A param group added later (`add_param_group`) is last
-in the list and belongs to one member. The plan's rules choose the member (`route`); without a plan
+in the list and belongs to one member. The plan's rules choose the member (`router`); without a plan
 it is the last member.
 """
 
@@ -112,32 +112,34 @@ class CompositeState(MutableMapping[Any, Any]):
         raise KeyError(key)
 
 
-class Composite(Optimizer):
+class CompositeOptimizer(Optimizer):
     """Step the members in order; `zero_grad`, schedules, clipping and saving apply to all.
 
-    Example: `Composite([Muon(matrices, lr=0.03), torch.optim.AdamW(rest, lr=5e-3)])`
+    Example: `CompositeOptimizer([Muon(matrices, lr=0.03), torch.optim.AdamW(rest, lr=5e-3)])`
     """
+
+    is_composite = True  # strategies ask for it: they treat each member by itself
 
     def __init__(self, optimizers: Sequence[Optimizer], labels: Sequence[str] = ()) -> None:
         """Join optimizers without common parameters; `labels` has one log label for each group."""
         # Optimizer.__init__ would create groups and states, but the members have them
         super().__setstate__({"defaults": _common_defaults(optimizers)})
         self._warned_capturable_if_run_uncaptured = True
-        self.members = list(optimizers)
+        self.optimizers = list(optimizers)
         # Lightning's wrapper calls these methods with itself as `self`, so lists change in place
         self._group_owners = [
-            m for m, optimizer in enumerate(self.members) for _ in optimizer.param_groups
+            m for m, optimizer in enumerate(self.optimizers) for _ in optimizer.param_groups
         ]
         self._returned_groups: list[ParamGroup] = []  # the list that `param_groups` returns
         # a copy of that list; a difference shows that a caller changed it
         self._last_groups: list[ParamGroup] = []
         self.labels = list(labels) or [f"group {i}" for i in range(len(self._group_owners))]
-        self.route: GroupRouter | None = None
+        self.router: GroupRouter | None = None
         # groups from one `add_param_group`; a new lr of the last group applies to all
         self._joint_groups: list[list[ParamGroup]] = []
         self._last_lrs: dict[int, Any] = {}  # lr of those groups by id, after the last step
         self._stateless: list[Tensor] = []  # parameters without a gradient so far
-        self.two_sets: list[Optimizer] = []  # schedule-free members (two sets of weights)
+        self.schedule_free: list[Optimizer] = []  # schedule-free members (two sets of weights)
         self._state_checked = False  # whether the states were checked to be serializable
         self._track_stateless(self.param_groups)
 
@@ -151,7 +153,7 @@ class Composite(Optimizer):
         if not _is_same_list(self._returned_groups, self._last_groups):  # a caller changed the list
             self._assign_groups(list(self._returned_groups))
         self._register_groups()
-        queues = [iter(member.param_groups) for member in self.members]
+        queues = [iter(member.param_groups) for member in self.optimizers]
         self._returned_groups[:] = [next(queues[owner]) for owner in self._group_owners]
         self._last_groups[:] = self._returned_groups
         return self._returned_groups
@@ -164,20 +166,20 @@ class Composite(Optimizer):
     @property
     def state(self) -> MutableMapping[Any, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The states of all members, by parameter."""
-        return CompositeState(self.members)
+        return CompositeState(self.optimizers)
 
     @state.setter
     def state(self, value: MutableMapping[Any, Any]) -> None:
         """Assign each state to the member that has its parameter."""
-        for member in self.members:
+        for member in self.optimizers:
             member.state.clear()
         for key, param_state in value.items():
             self.state[key] = param_state
 
     @property
-    def gathers(self) -> bool:
+    def needs_full_gradient(self) -> bool:
         """Whether every rank takes the full step, on parameters gathered for it."""
-        return any(getattr(member, "gathers", False) for member in self.members)
+        return any(getattr(member, "needs_full_gradient", False) for member in self.optimizers)
 
     def groups_by_label(self) -> dict[str, tuple[Optimizer, list[ParamGroup]]]:
         """Return the member and the param groups of each label."""
@@ -185,7 +187,7 @@ class Composite(Optimizer):
         for label, owner, group in zip(
             self.labels, self._group_owners, self.param_groups, strict=True
         ):
-            result.setdefault(label, (self.members[owner], []))[1].append(group)
+            result.setdefault(label, (self.optimizers[owner], []))[1].append(group)
         return result
 
     def add_param_group(self, param_group: ParamGroup) -> None:
@@ -220,8 +222,8 @@ class Composite(Optimizer):
         settings = {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
         first = len(self._group_owners)
         for routed in self._route_params(parameters, settings):
-            if not any(routed.optimizer is member for member in self.members):
-                self.members.append(routed.optimizer)
+            if not any(routed.optimizer is member for member in self.optimizers):
+                self.optimizers.append(routed.optimizer)
             for group in routed.groups:
                 routed.optimizer.add_param_group(group)
             self._register_groups(routed.label)
@@ -234,13 +236,15 @@ class Composite(Optimizer):
         param_group |= added[-1] if added else {"params": []}
 
     def _route_params(self, parameters: list[Tensor], settings: ParamGroup) -> list[RuleGroups]:
-        if self.route is not None:
-            return self.route(parameters, settings)
-        return [RuleGroups(self.labels[-1], self.members[-1], [{**settings, "params": parameters}])]
+        if self.router is not None:
+            return self.router(parameters, settings)
+        return [
+            RuleGroups(self.labels[-1], self.optimizers[-1], [{**settings, "params": parameters}])
+        ]
 
     def _register_groups(self, label: str | None = None) -> None:
         """Update owners and labels for groups that were added to or removed from members."""
-        for number, member in enumerate(self.members):
+        for number, member in enumerate(self.optimizers):
             more = len(member.param_groups) - self._group_owners.count(number)
             if more > 0:
                 existing_label = dict(zip(self._group_owners, self.labels, strict=True)).get(number)
@@ -264,7 +268,7 @@ class Composite(Optimizer):
         destinations = [
             next(owner_of[id(p)] for p in g["params"] if id(p) in owner_of) for g in kept
         ]
-        for number, member in enumerate(self.members):
+        for number, member in enumerate(self.optimizers):
             member.param_groups[:] = [
                 g for g, (owner, _) in zip(kept, destinations, strict=True) if owner == number
             ]
@@ -292,16 +296,16 @@ class Composite(Optimizer):
         self._stateless[:] = [p for p in self._stateless if not getattr(p, "elsewhere", False)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes for a copy, without `step` and `route`."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("step", "route")}
+        """Return the attributes for a copy, without `step` and `router`."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("step", "router")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the attributes of a copy."""
-        super().__setstate__({"defaults": {}, "route": None, **self.__dict__, **state})
+        super().__setstate__({"defaults": {}, "router": None, **self.__dict__, **state})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Call `zero_grad` of each member."""
-        for member in self.members:
+        for member in self.optimizers:
             member.zero_grad() if set_to_none else member.zero_grad(False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -317,11 +321,11 @@ class Composite(Optimizer):
             hook(self)
         groups = self.param_groups
         packed = []
-        for member in self.members:
+        for member in self.optimizers:
             with wrap_optimizer_errors(member, "when its state was saved"):
                 packed.append(pack_state(member))
         queues = [iter(packed_state.groups) for packed_state in packed]
-        numbers: list[list[int]] = [[] for _ in self.members]  # flat numbers of its parameters
+        numbers: list[list[int]] = [[] for _ in self.optimizers]  # flat numbers of its parameters
         flat: list[ParamGroup] = []
         count = 0
         for owner in self._group_owners:
@@ -341,7 +345,9 @@ class Composite(Optimizer):
         }
         for owner, saved, group in zip(self._group_owners, flat, groups, strict=True):
             if owner in standard_owners:
-                shards = vars(self.members[owner]).get("_shards")  # another rank may have the state
+                shards = vars(self.optimizers[owner]).get(
+                    "_shards"
+                )  # another rank may have the state
                 for i, p in zip(saved["params"], group["params"], strict=True):
                     is_local = shards is None or shards.keeps_state_of(p)
                     if i not in state and id(p) not in stateless and is_local:
@@ -366,10 +372,10 @@ class Composite(Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self._check_groups(state_dict["param_groups"])
-        extras = state_dict.get("members") or [{} for _ in self.members]
-        groups: list[list[ParamGroup]] = [[] for _ in self.members]
-        state: list[dict[int, Any]] = [{} for _ in self.members]
-        counts = [0 for _ in self.members]
+        extras = state_dict.get("members") or [{} for _ in self.optimizers]
+        groups: list[list[ParamGroup]] = [[] for _ in self.optimizers]
+        state: list[dict[int, Any]] = [{} for _ in self.optimizers]
+        counts = [0 for _ in self.optimizers]
         for owner, saved in zip(self._group_owners, state_dict["param_groups"], strict=True):
             first = counts[owner]
             counts[owner] += len(saved["params"])
@@ -378,7 +384,7 @@ class Composite(Optimizer):
                 if values and not _is_empty_state(values):
                     state[owner][number] = values
             groups[owner].append({**saved, "params": list(range(first, counts[owner]))})
-        per_optimizer = zip(self.members, groups, state, extras, strict=True)
+        per_optimizer = zip(self.optimizers, groups, state, extras, strict=True)
         for member, own_groups, own_state, extra in per_optimizer:
             try:
                 with wrap_optimizer_errors(member, "when its state was loaded"):
@@ -417,7 +423,7 @@ class Composite(Optimizer):
         """
         groups = self.param_groups
         self._sync_lrs()
-        if closure is not None and len(self.members) == 1 and takes_closure(self.members[0]):
+        if closure is not None and len(self.optimizers) == 1 and takes_closure(self.optimizers[0]):
             loss = self._step_single(closure, groups)
         else:
             loss = None
@@ -426,7 +432,7 @@ class Composite(Optimizer):
                     loss = closure()
             if _has_gradient(groups):
                 again = None if closure is None else _LossOnlyClosure(loss, groups)
-                for member in self.members:
+                for member in self.optimizers:
                     with wrap_optimizer_errors(member):
                         if again is not None and takes_closure(member):
                             member.step(closure=again.for_optimizer(member))
@@ -439,7 +445,7 @@ class Composite(Optimizer):
         return loss
 
     def _step_single(self, closure: Callable[[], Any], groups: list[ParamGroup]) -> Any:
-        (member,) = self.members
+        (member,) = self.optimizers
         needed, raised, loss = needs_closure(member), [], [None]
 
         def counting_closure() -> Any:
@@ -469,7 +475,7 @@ class Composite(Optimizer):
             return
         self._state_checked = True
         saved = self.state_dict()
-        for member, extra in zip(self.members, saved.get("members", []), strict=False):
+        for member, extra in zip(self.optimizers, saved.get("members", []), strict=False):
             if any(isinstance(leaf, DTensor) for leaf in tree_leaves(extra)):
                 raise CheckpointError(
                     f"{type(member).__name__} keeps tensors outside of its state, and this run's "
@@ -498,7 +504,7 @@ class Composite(Optimizer):
         self._set_mode("eval")
 
     def _set_mode(self, name: str) -> None:
-        for member in self.two_sets:
+        for member in self.schedule_free:
             getattr(member, name)()
 
 

@@ -19,17 +19,17 @@ from ravine.errors import UsageError
 from ravine.strategies.shards import to_local
 
 
-class Elementwise(Optimizer):
+class ElementwiseOptimizer(Optimizer):
     """Base of optimizers that update each number from the gradients of that number alone.
 
-    class Averaged(Elementwise):
-        remembered = ("average",)
+    class Averaged(ElementwiseOptimizer):
+        state_names = ("average",)
         scalars = {"step": 0.0}
 
         def __init__(self, params, lr=0.1):
             super().__init__(params, {"lr": lr})
 
-        def move(self, group, weights, gradients, averages, steps):
+        def update(self, group, weights, gradients, averages, steps):
             torch._foreach_add_(steps, 1)
             torch._foreach_lerp_(averages, gradients, 0.1)
             rates = [group["lr"] / (1 - 0.9 ** step.item()) for step in steps]
@@ -37,13 +37,13 @@ class Elementwise(Optimizer):
     """
 
     # Names of state tensors with the parameter's shape and dtype; they start at zero.
-    remembered: ClassVar[tuple[str, ...]] = ()
+    state_names: ClassVar[tuple[str, ...]] = ()
     # Names of single numbers of each parameter, with their initial values. Each is a 0-D float64
     # tensor on the CPU, so that reading it does not wait for a device. A number must not depend on
     # weights or gradients, because each rank has its own copy.
     scalars: ClassVar[Mapping[str, float]] = {}
 
-    def move(
+    def update(
         self,
         group: dict[str, Any],
         weights: list[Tensor],
@@ -56,13 +56,13 @@ class Elementwise(Optimizer):
             group: the parameter group with its settings, such as lr.
             weights: the values of each parameter that has a gradient, or this rank's shard of them.
             gradients: the gradients, with the shapes of `weights`.
-            states: one list for each name in `remembered`, then one for each name in `scalars`.
+            states: one list for each name in `state_names`, then one for each name in `scalars`.
         """
-        raise NotImplementedError(f"{type(self).__name__} needs a move()")
+        raise NotImplementedError(f"{type(self).__name__} needs an update()")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Apply weight decay, then `move`, to all parameters that have a gradient."""
+        """Apply weight decay, then `update`, to all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -73,7 +73,7 @@ class Elementwise(Optimizer):
                 continue
             for p in params_with_grad:
                 check_not_sparse(self, p)
-                for name in self.remembered:
+                for name in self.state_names:
                     if name not in self.state[p]:
                         self.state[p][name] = torch.zeros_like(p)
                 for name, initial_value in self.scalars.items():
@@ -84,10 +84,10 @@ class Elementwise(Optimizer):
                 _foreach_mul_(weights, 1 - group["lr"] * decay)
             states = [
                 [_as_real(self.state[p][name]) for p in params_with_grad]
-                for name in self.remembered
+                for name in self.state_names
             ]
             states += [[self.state[p][name] for p in params_with_grad] for name in self.scalars]
-            self.move(group, weights, [_as_real(p.grad) for p in params_with_grad], *states)
+            self.update(group, weights, [_as_real(p.grad) for p in params_with_grad], *states)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

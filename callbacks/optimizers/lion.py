@@ -19,15 +19,15 @@ from torch import (
     _foreach_sign_,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from .elementwise import Elementwise
-from .lr_schedules import Schedule
+from .elementwise import ElementwiseOptimizer
+from .lr_schedules import LRSchedule
 from .plan import OptimizerPlan
 from .rules import DecayFilter
 
 __all__ = ["Lion", "LionOptimizer"]
 
 
-class LionOptimizer(Elementwise):
+class LionOptimizer(ElementwiseOptimizer):
     """Lion: every weight changes by lr, in the direction of an interpolated momentum.
 
     Example: `LionOptimizer(model.parameters(), lr=1e-4, weight_decay=0.1)`.
@@ -39,7 +39,7 @@ class LionOptimizer(Elementwise):
         weight_decay: lambda in w <- (1 - lr lambda) w.
     """
 
-    remembered = ("momentum_buffer",)
+    state_names = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class LionOptimizer(Elementwise):
         """Set the defaults of every parameter group."""
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    def move(
+    def update(
         self,
         group: dict[str, Any],
         weights: list[Tensor],
@@ -84,7 +84,7 @@ class Lion(OptimizerPlan):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         decay: DecayFilter = "matrices",
-        schedule: Schedule | None = None,
+        schedule: LRSchedule | None = None,
     ) -> None:
         """Create a plan whose only rule takes all parameters."""
         factory = partial(LionOptimizer, lr=lr, betas=betas, weight_decay=weight_decay)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ravine.errors import UsageError
 from ravine.lightning_compat import sets_learning_rate
 
-from .composite import Composite
+from .composite import CompositeOptimizer
 
 
 def find_lr_finders(trainer: Any) -> list[LearningRateFinder]:
@@ -31,7 +31,9 @@ def get_suggested_lr(trainer: Any) -> float | None:
     return None
 
 
-def check_single_lr(trainer: Any, composite: Composite, lr_scales: dict[str, float]) -> None:
+def check_single_lr(
+    trainer: Any, composite: CompositeOptimizer, lr_scales: dict[str, float]
+) -> None:
     """Raise UsageError if there is a finder and the rules have more than one base rate."""
     if not find_lr_finders(trainer):
         return
@@ -50,7 +52,7 @@ def check_single_lr(trainer: Any, composite: Composite, lr_scales: dict[str, flo
 
 
 def set_base_lr(
-    lr: float, composite: Composite, scheduler: Any, lr_scales: dict[str, float]
+    lr: float, composite: CompositeOptimizer, scheduler: Any, lr_scales: dict[str, float]
 ) -> None:
     """Set the base rate of every param group; the schedule scales it from now on."""
     factor = scheduler.current_factor() if scheduler is not None else 1.0

@@ -22,28 +22,28 @@ ScheduleKind = Literal[
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LRSchedule:
     """A learning-rate schedule: warmup, then a decay shape; it applies to all rules of a plan.
 
-    Example: `Schedule("cosine", warmup=50, final=0.1)` rises for 50 optimizer steps and then falls
-    to a tenth of the peak at the end of the run.
+    Example: `LRSchedule("cosine", warmup=50, final_fraction=0.1)` rises for 50 optimizer steps and
+    then falls to a tenth of the peak at the end of the run.
 
     Args:
         kind: the shape after the warmup.
         warmup: the number of optimizer steps with a linearly rising rate.
-        final: the lowest rate, as a fraction of the peak rate.
+        final_fraction: the lowest rate, as a fraction of the peak rate.
         cooldown: wsd only: the fraction of the run, at its end, with a linearly falling rate.
-        every: step and restarts only: optimizer steps between two drops, or in one cosine.
-        rate: step and geometric only: the factor of one drop, or of one optimizer step.
+        period: step and restarts only: optimizer steps between two drops, or in one cosine.
+        decay_factor: step and geometric only: the factor of one drop, or of one optimizer step.
         warmup_from_zero: rise as k / warmup; the first step then has the rate 0.
     """
 
     kind: ScheduleKind = "constant"
     warmup: int = 0
-    final: float = 0.0
+    final_fraction: float = 0.0
     cooldown: float = 0.2
-    every: int = 100
-    rate: float = 0.5
+    period: int = 100
+    decay_factor: float = 0.5
     warmup_from_zero: bool = False
 
     @property
@@ -57,7 +57,8 @@ class Schedule:
             return (step + (not self.warmup_from_zero)) / self.warmup
         span = max(total_steps - self.warmup, 1)
         return max(
-            self.final, SCHEDULE_SHAPES[self.kind](min(step - self.warmup, span), span, self)
+            self.final_fraction,
+            SCHEDULE_SHAPES[self.kind](min(step - self.warmup, span), span, self),
         )
 
     def validate(self, total_steps: float) -> None:
@@ -80,7 +81,8 @@ class Schedule:
                 "schedule: warmup_from_zero is true, and warmup is 0; allowed: 1 step or more; in "
                 "the config schedule: {warmup: 100, warmup_from_zero: true}"
             )
-        for name, fraction in (("final", self.final), ("rate", self.rate)):
+        fractions = {"final_fraction": self.final_fraction, "decay_factor": self.decay_factor}
+        for name, fraction in fractions.items():
             if not 0 <= fraction <= 1:
                 raise UsageError(
                     f"schedule: {name}={fraction}; allowed: 0 to 1, a share of the peak learning "
@@ -93,11 +95,11 @@ class Schedule:
                 f"into {total_steps:g} optimizer steps; in the config schedule: {{cooldown: "
                 f"{1 - self.warmup / total_steps:.2f}}} or less"
             )
-        if self.kind in ("step", "restarts") and not 0 < self.every <= total_steps - self.warmup:
+        if self.kind in ("step", "restarts") and not 0 < self.period <= total_steps - self.warmup:
             raise UsageError(
-                f"schedule {self.kind!r}: every={self.every} never happens in the "
+                f"schedule {self.kind!r}: period={self.period} never happens in the "
                 f"{total_steps - self.warmup:g} optimizer steps after the warm-up; in the config "
-                f"schedule: {{every: {max(1, (total_steps - self.warmup) // 4):g}}}"
+                f"schedule: {{period: {max(1, (total_steps - self.warmup) // 4):g}}}"
             )
 
 
@@ -110,7 +112,7 @@ class ScheduleLR(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
         """Use the same factor for all groups."""
-        self.first = len(optimizer.param_groups)  # number of groups at the start
+        self.num_initial_groups = len(optimizer.param_groups)  # number of groups at the start
         super().__init__(optimizer, factor)
 
     def current_factor(self) -> float:
@@ -123,7 +125,7 @@ class ScheduleLR(LambdaLR):
             self.optimizer.param_groups,
             self.lr_lambdas[0](max(self.last_epoch - 1, 0)),
         )
-        for number, group in enumerate(groups[self.first :], self.first):
+        for number, group in enumerate(groups[self.num_initial_groups :], self.num_initial_groups):
             is_new = number >= len(self.base_lrs)
             changed = is_new or group["lr"] != self._last_lr[number]
             base = (
@@ -144,49 +146,49 @@ class ScheduleLR(LambdaLR):
 # t: optimizer steps since the end of the warmup; span: the total of these steps, at least t.
 
 
-def _constant(t: float, span: float, s: Schedule) -> float:
+def _constant(t: float, span: float, s: LRSchedule) -> float:
     """Keep the peak rate."""
     return 1.0
 
 
-def _linear(t: float, span: float, s: Schedule) -> float:
-    """Fall linearly from 1 to `final`."""
-    return 1 - (1 - s.final) * t / span
+def _linear(t: float, span: float, s: LRSchedule) -> float:
+    """Fall linearly from 1 to `final_fraction`."""
+    return 1 - (1 - s.final_fraction) * t / span
 
 
-def _cosine(t: float, span: float, s: Schedule) -> float:
-    """Fall along half a cosine from 1 to `final` (Loshchilov and Hutter, 2017)."""
-    return s.final + (1 - s.final) * (1 + math.cos(math.pi * t / span)) / 2
+def _cosine(t: float, span: float, s: LRSchedule) -> float:
+    """Fall along half a cosine from 1 to `final_fraction` (Loshchilov and Hutter, 2017)."""
+    return s.final_fraction + (1 - s.final_fraction) * (1 + math.cos(math.pi * t / span)) / 2
 
 
-def _wsd(t: float, span: float, s: Schedule) -> float:
+def _wsd(t: float, span: float, s: LRSchedule) -> float:
     """Stay at 1, then fall linearly in the last `cooldown` of the run (warmup-stable-decay)."""
     falling = s.cooldown * (span + s.warmup)  # `cooldown` is a fraction of the run with its warmup
-    return 1 - (1 - s.final) * max(0.0, t - (span - falling)) / falling
+    return 1 - (1 - s.final_fraction) * max(0.0, t - (span - falling)) / falling
 
 
-def _step(t: float, span: float, s: Schedule) -> float:
-    """Multiply the rate by `rate` every `every` steps (step decay)."""
-    return s.rate ** (t // s.every)
+def _step(t: float, span: float, s: LRSchedule) -> float:
+    """Multiply the rate by `decay_factor` every `period` steps (step decay)."""
+    return s.decay_factor ** (t // s.period)
 
 
-def _inverse_sqrt(t: float, span: float, s: Schedule) -> float:
+def _inverse_sqrt(t: float, span: float, s: LRSchedule) -> float:
     """Fall as 1 / sqrt(k) from the end of the warmup (Vaswani et al., 2017)."""
     start = max(s.warmup, 1)  # avoids 0 / 0 without a warmup
     return math.sqrt(start / (start + t))
 
 
-def _exponential(t: float, span: float, s: Schedule) -> float:
-    """Multiply the rate by `rate` in each step (exponential decay)."""
-    return s.rate**t
+def _exponential(t: float, span: float, s: LRSchedule) -> float:
+    """Multiply the rate by `decay_factor` in each step (exponential decay)."""
+    return s.decay_factor**t
 
 
-def _cosine_restarts(t: float, span: float, s: Schedule) -> float:
-    """Repeat a cosine of `every` steps (SGDR, cosine annealing with warm restarts)."""
-    return _cosine(t % s.every, s.every, s)
+def _cosine_restarts(t: float, span: float, s: LRSchedule) -> float:
+    """Repeat a cosine of `period` steps (SGDR, cosine annealing with warm restarts)."""
+    return _cosine(t % s.period, s.period, s)
 
 
-SCHEDULE_SHAPES: dict[str, Callable[[float, float, Schedule], float]] = {
+SCHEDULE_SHAPES: dict[str, Callable[[float, float, LRSchedule], float]] = {
     "constant": _constant,
     "linear": _linear,
     "cosine": _cosine,

@@ -31,9 +31,9 @@ from ravine.strategies.shards import to_local
 
 from .distributed_matrix_op import apply_to_full_matrices
 from .elementwise import check_not_sparse
-from .lr_schedules import Schedule
+from .lr_schedules import LRSchedule
 from .plan import OptimizerPlan
-from .rules import DecayFilter, OptimizerFactory, Rule
+from .rules import DecayFilter, OptimizerFactory, ParamRule
 
 __all__ = ["Muon", "MuonOptimizer"]
 
@@ -130,12 +130,13 @@ class MuonOptimizer(Optimizer):
         coefficients: the iteration that orthogonalizes; a row of ITERATIONS.
         iteration_dtype: auto is bfloat16 if the device computes in it, else float32.
         weight_decay: lambda in W <- (1 - lr lambda) W.
-        split: number of row blocks that are separate matrices; 3 for a joint q, k, v projection.
+        num_blocks: number of row blocks that are separate matrices; 3 for a joint q, k, v
+            projection.
     """
 
     matrices_only = True  # read by the rules of a plan
     supports_dtensor = True
-    replicas: ProcessGroup | None = None  # ranks that hold the same weights; the plan sets it
+    replica_group: ProcessGroup | None = None  # ranks that hold the same weights; the plan sets it
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class MuonOptimizer(Optimizer):
         coefficients: Coefficients = "polar_express",
         iteration_dtype: IterationDtype = "auto",
         weight_decay: float = 0.0,
-        split: int = 1,
+        num_blocks: int = 1,
     ) -> None:
         """Check the arguments and that every parameter is a real matrix."""
         for argument, value, allowed in (
@@ -164,7 +165,7 @@ class MuonOptimizer(Optimizer):
             "coefficients": coefficients,
             "iteration_dtype": iteration_dtype,
             "weight_decay": weight_decay,
-            "split": split,
+            "num_blocks": num_blocks,
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -174,10 +175,11 @@ class MuonOptimizer(Optimizer):
                         f"Muon takes matrices of real numbers, not {p.dtype} of shape "
                         f"{tuple(p.shape)}; give it to AdamW"
                     )
-                if p.ndim < 2 or p.shape[0] % group["split"]:
+                if p.ndim < 2 or p.shape[0] % group["num_blocks"]:
                     raise UsageError(
-                        f"Muon takes matrices whose rows divide by split={group['split']}, not a "
-                        f"tensor of shape {tuple(p.shape)}; give it to AdamW"
+                        "Muon takes matrices whose rows divide by "
+                        f"num_blocks={group['num_blocks']}, not a tensor of shape "
+                        f"{tuple(p.shape)}; give it to AdamW"
                     )
 
     @torch.no_grad()
@@ -212,12 +214,12 @@ class MuonOptimizer(Optimizer):
         stack = update[0].new_empty((len(update), *update[0].shape), dtype=dtype)
         _foreach_copy_(list(stack), list(update))
         function = partial(
-            orthogonalize_batch, coefficients=group["coefficients"], num_blocks=group["split"]
+            orthogonalize_batch, coefficients=group["coefficients"], num_blocks=group["num_blocks"]
         )
         directions = apply_to_full_matrices(
-            function, stack, like=matrices[0], replica_group=self.replicas
+            function, stack, like=matrices[0], replica_group=self.replica_group
         )
-        rows = matrices[0].shape[0] // group["split"]
+        rows = matrices[0].shape[0] // group["num_blocks"]
         scale = SCALES[group["scale"]](rows, math.prod(matrices[0].shape[1:]))
         weights = [to_local(p) for p in matrices]
         if weights[0].device.type != "cpu":  # a fused kernel needs equal dtypes; the CPU has none
@@ -237,13 +239,14 @@ def resolve_iteration_dtype(name: IterationDtype, device: torch.device) -> torch
 
 
 class Muon(OptimizerPlan):
-    """Train hidden matrices and convolutions with Muon, all other parameters with `rest`.
+    """Train hidden matrices and convolutions with Muon, all other parameters with `aux_optimizer`.
 
-    Example: `Muon(lr=0.02, rest=partial(AdamW, lr=3e-3))`, or `--trainer.callbacks+=Muon`.
+    Example: `Muon(lr=0.02, aux_optimizer=partial(AdamW, lr=3e-3))`, or `--trainer.callbacks+=Muon`.
 
     Args:
         lr: learning rate of the matrices; see MuonOptimizer for all arguments of Muon.
-        rest: the optimizer of embeddings, heads, norms and biases; AdamW at 3e-3 by default.
+        aux_optimizer: the optimizer of embeddings, heads, norms and biases; by default AdamW at
+            3e-3.
         momentum: mu, the decay factor of the old momentum.
         nesterov: use Nesterov momentum.
         scale: how the step depends on the shape.
@@ -258,7 +261,7 @@ class Muon(OptimizerPlan):
     def __init__(
         self,
         lr: float = 0.02,
-        rest: OptimizerFactory | None = None,
+        aux_optimizer: OptimizerFactory | None = None,
         momentum: float = 0.95,
         nesterov: bool = True,
         scale: Scale = "spectral_clamped",
@@ -266,7 +269,7 @@ class Muon(OptimizerPlan):
         iteration_dtype: IterationDtype = "auto",
         weight_decay: float = 0.0,
         decay: DecayFilter = "matrices",
-        schedule: Schedule | None = None,
+        schedule: LRSchedule | None = None,
         print_groups: bool = False,
     ) -> None:
         """Create a plan with two rules, one for each optimizer."""
@@ -281,7 +284,7 @@ class Muon(OptimizerPlan):
             weight_decay=weight_decay,
         )
         rules = [
-            Rule(["hidden_matrix", "convolution"], optimizer=muon),
-            Rule(optimizer=rest or partial(AdamW, lr=3e-3, betas=(0.9, 0.99))),
+            ParamRule(["hidden_matrix", "convolution"], optimizer=muon),
+            ParamRule(optimizer=aux_optimizer or partial(AdamW, lr=3e-3, betas=(0.9, 0.99))),
         ]
         super().__init__(None, decay, schedule, rules, print_groups)

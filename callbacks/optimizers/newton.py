@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from ravine.errors import UsageError
 from ravine.strategies.shards import full_tensor, shard_like, to_local
 
-from .lr_schedules import Schedule
+from .lr_schedules import LRSchedule
 from .plan import OptimizerPlan
 
 __all__ = ["Newton", "NewtonOptimizer"]
@@ -48,7 +48,9 @@ class NewtonOptimizer(Optimizer):
         damping: added to the diagonal of H; a large damping makes this gradient descent.
     """
 
-    gathers = True  # read by plans and ZeRO-1: every rank takes the full step and keeps no state
+    needs_full_gradient = (
+        True  # read by plans and ZeRO-1: every rank takes the full step and keeps no state
+    )
 
     def __init__(self, params: Iterable[Any], lr: float = 1.0, damping: float = 0.0) -> None:
         """Check the number of parameters."""
@@ -184,7 +186,7 @@ class Newton(OptimizerPlan):
     """
 
     def __init__(
-        self, lr: float = 1.0, damping: float = 1e-3, schedule: Schedule | None = None
+        self, lr: float = 1.0, damping: float = 1e-3, schedule: LRSchedule | None = None
     ) -> None:
         """Create a plan whose only rule takes all parameters."""
         super().__init__(partial(NewtonOptimizer, lr=lr, damping=damping), schedule=schedule)

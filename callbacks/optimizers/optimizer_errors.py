@@ -72,12 +72,12 @@ def wants_traceback() -> bool:
 def find_user_frame(error: BaseException) -> str | None:
     """Return the innermost frame of user code in a traceback as file:line, or None."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if not _in_ravine(frame) and is_own(frame.f_code.co_filename):
+        if not _in_ravine(frame) and is_user_file(frame.f_code.co_filename):
             return f"{Path(frame.f_code.co_filename).name}:{line}"
     return None
 
 
-def is_own(filename: str) -> bool:
+def is_user_file(filename: str) -> bool:
     """Whether a file is outside the standard library and all installed packages."""
     path = Path(filename)
     if not path.is_absolute() or not path.exists():  # "<string>", or generated code

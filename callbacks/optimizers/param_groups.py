@@ -17,19 +17,19 @@ from torch.optim import Optimizer
 from ravine.errors import UsageError, suggest_names
 
 from . import optimizer_errors as faults
-from .composite import Composite, ParamGroup, RuleGroups
-from .rules import DecayFilter, NamedParam, OptimizerFactory, Rule, get_optimizer_class
+from .composite import CompositeOptimizer, ParamGroup, RuleGroups
+from .rules import DecayFilter, NamedParam, OptimizerFactory, ParamRule, get_optimizer_class
 
 
 class RuleParams(NamedTuple):
     """The parameters that one rule takes, with a unique label."""
 
-    rule: Rule
+    rule: ParamRule
     label: str
     named_params: list[NamedParam]
 
 
-def build_optimizer(rule_params: Sequence[RuleParams], decay: DecayFilter) -> Composite:
+def build_optimizer(rule_params: Sequence[RuleParams], decay: DecayFilter) -> CompositeOptimizer:
     """Build each optimizer once and join them; `decay` applies to rules without their own."""
     rules_by_optimizer: list[list[RuleParams]] = []
     for one_rule in rule_params:
@@ -57,7 +57,7 @@ def build_optimizer(rule_params: Sequence[RuleParams], decay: DecayFilter) -> Co
             apply_decay_filter(member, group, rule.decay or decay)
         members.append(member)
         labels += [owner[id(group["params"][0])].label for group in member.param_groups]
-    return Composite(members, labels)
+    return CompositeOptimizer(members, labels)
 
 
 def make_added_groups(
@@ -245,7 +245,7 @@ def apply_decay_filter(optimizer: Optimizer, group: dict[str, Any], decay: Decay
 
 
 def make_plan_table(
-    rule_params: Sequence[RuleParams], composite: Composite, list_names: bool = False
+    rule_params: Sequence[RuleParams], composite: CompositeOptimizer, list_names: bool = False
 ) -> Table:
     """Return a table of rules and param groups, printed because wrong groups raise no error."""
     rich_table = Table(

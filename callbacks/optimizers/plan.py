@@ -26,14 +26,14 @@ from ravine.strategies.shards import full_module
 from ..checks.run_checks import add_run_checks
 from ..hooks import override_hook, restore_hook
 from ..stock_callbacks.gradient_accumulation import count_optimizer_steps
-from .composite import Composite, ParamGroup, RuleGroups, needs_closure
+from .composite import CompositeOptimizer, ParamGroup, RuleGroups, needs_closure
 from .lr_finder import check_single_lr, find_lr_finders, get_suggested_lr, set_base_lr
-from .lr_schedules import Schedule, ScheduleLR
+from .lr_schedules import LRSchedule, ScheduleLR
 from .param_groups import RuleParams, build_optimizer, make_added_groups, make_plan_table
 from .rules import (
     DecayFilter,
     OptimizerFactory,
-    Rule,
+    ParamRule,
     assign_added_params,
     assign_params,
     get_optimizer_class,
@@ -65,8 +65,8 @@ class OptimizerPlan(Callback):
         self,
         optimizer: OptimizerFactory | None = None,
         decay: DecayFilter = "matrices",
-        schedule: Schedule | None = None,
-        rules: Sequence[Rule] = (),
+        schedule: LRSchedule | None = None,
+        rules: Sequence[ParamRule] = (),
         print_groups: bool = False,
     ) -> None:
         """Check and store the arguments; optimizers are built later, when parameters exist."""
@@ -81,7 +81,9 @@ class OptimizerPlan(Callback):
                 f"{type(self).__name__} needs an optimizer; type "
                 "--trainer.callbacks.optimizer=AdamW, or give rules"
             )
-        self.rules = [replace(r, optimizer=r.optimizer or optimizer) for r in rules or (Rule(),)]
+        self.rules = [
+            replace(r, optimizer=r.optimizer or optimizer) for r in rules or (ParamRule(),)
+        ]
         self.decay: DecayFilter = decay
         self.schedule = schedule
         self.print_groups = print_groups
@@ -92,7 +94,9 @@ class OptimizerPlan(Callback):
         self._schedule_free = ScheduleFreeWeights()
         self._log: Any = None
         self._suggested_lr: float | None = None  # learning rate found in an earlier fit by a Tuner
-        self._lr_context: tuple[Composite, ScheduleLR | None, dict[str, float]] | None = None
+        self._lr_context: tuple[CompositeOptimizer, ScheduleLR | None, dict[str, float]] | None = (
+            None
+        )
 
     def __str__(self) -> str:
         """Return the plan with its optimizer classes, for messages."""
@@ -160,7 +164,7 @@ class OptimizerPlan(Callback):
                 self,
             )
 
-    def optimizers_with_two_sets(self) -> list[str]:
+    def schedule_free_optimizers(self) -> list[str]:
         """Return the class names of optimizers with separate evaluation weights."""
         classes = (get_optimizer_class(rule.optimizer) for rule in self.rules)
         return [cls.__name__ for cls in classes if cls and has_train_eval_modes(cls)]
@@ -222,7 +226,7 @@ class OptimizerPlan(Callback):
             ]
             saved_step = checkpoint.get("global_step")  # else a learning-rate search wrote the file
             self._saved_total_steps = checkpoint.get("schedule_length") if saved_step else None
-            self._schedule_free.load(checkpoint)
+            self._schedule_free.load_from_checkpoint(checkpoint)
             self._check_same_optimizers()
 
     def _set_total_steps(self, trainer: L.Trainer, total_steps: float) -> None:
@@ -238,9 +242,9 @@ class OptimizerPlan(Callback):
         self._validate(trainer, composite)
         self._schedule_free.attach_optimizer(composite)
         if isinstance(trainer.strategy, DDPStrategy):
-            for member in composite.members:
-                if hasattr(member, "replicas"):  # all ranks have all weights: divide the work
-                    member.replicas = dist.group.WORLD  # pyright: ignore[reportAttributeAccessIssue]
+            for member in composite.optimizers:
+                if hasattr(member, "replica_group"):  # all ranks have all weights: divide the work
+                    member.replica_group = dist.group.WORLD  # pyright: ignore[reportAttributeAccessIssue]
         groups_by_label = composite.groups_by_label()
         self._optimizer_names = [
             f"{type(groups_by_label[one_rule.label][0]).__name__} of {len(one_rule.named_params)} "
@@ -261,7 +265,7 @@ class OptimizerPlan(Callback):
             factor = schedulers[0].current_factor() if schedulers else None
             return self._route_params(module, rule_params, composite, parameters, settings, factor)
 
-        composite.route = route
+        composite.router = route
         lr_scales = {one_rule.label: one_rule.rule.lr_scale for one_rule in rule_params}
         check_single_lr(trainer, composite, lr_scales)
         if self._suggested_lr is not None and not find_lr_finders(trainer):
@@ -281,7 +285,7 @@ class OptimizerPlan(Callback):
         self,
         module: L.LightningModule,
         rule_params: list[RuleParams],
-        composite: Composite,
+        composite: CompositeOptimizer,
         parameters: list[Tensor],
         settings: ParamGroup,
         factor: float | None,
@@ -364,10 +368,10 @@ class OptimizerPlan(Callback):
         if self._optimizer_names:
             self._saved_optimizer_names = []
 
-    def _validate(self, trainer: L.Trainer, composite: Composite) -> None:
+    def _validate(self, trainer: L.Trainer, composite: CompositeOptimizer) -> None:
         """Raise UsageError before the first step for settings that an optimizer lacks."""
         acts_on_lr = self.schedule is not None or any(rule.lr_scale != 1 for rule in self.rules)
-        for member in composite.members:
+        for member in composite.optimizers:
             name = type(member).__name__
             lrs = [group.get("lr") for group in member.param_groups]
             if acts_on_lr and not all(isinstance(lr, int | float | Tensor) for lr in lrs):
@@ -379,12 +383,14 @@ class OptimizerPlan(Callback):
             if needs_closure(member):
                 self._check_closure_allowed(trainer, name, composite)
 
-    def _check_closure_allowed(self, trainer: L.Trainer, name: str, composite: Composite) -> None:
+    def _check_closure_allowed(
+        self, trainer: L.Trainer, name: str, composite: CompositeOptimizer
+    ) -> None:
         obstacles = {
-            "other optimizers beside it": len(composite.members) > 1,
+            "other optimizers beside it": len(composite.optimizers) > 1,
             "gradient accumulation": trainer.accumulate_grad_batches > 1,
             "a gradient scaler": getattr(trainer.precision_plugin, "scaler", None) is not None,
-            "several ranks": trainer.world_size > 1 and not composite.gathers,
+            "several ranks": trainer.world_size > 1 and not composite.needs_full_gradient,
             "a pipeline": getattr(trainer.strategy, "pipeline", None) is not None,
         }
         if conflicts := [obstacle for obstacle, is_present in obstacles.items() if is_present]:
@@ -444,7 +450,7 @@ class ReadOnlyLRs:
         return (
             f"{self._module} uses self.lr_schedulers(){use}, and {self._owner} has replaced its "
             "optimizers and schedulers; allowed: get_last_lr(); leave the use out, or give the "
-            f"schedule to {self._owner}: schedule=Schedule('cosine')"
+            f"schedule to {self._owner}: schedule=LRSchedule('cosine')"
         )
 
 

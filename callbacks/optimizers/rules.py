@@ -27,26 +27,26 @@ HEAD_NAMES = ("head", "lm_head")  # attribute names of the Linear that computes 
 
 
 @dataclass(frozen=True)
-class Rule:
+class ParamRule:
     """One rule of an OptimizerPlan: which parameters it takes, and their optimizer.
 
-    Example: `Rule("embedding", optimizer=partial(AdamW, lr=3e-3), lr_scale=2.0)`
+    Example: `ParamRule("embedding", optimizer=partial(AdamW, lr=3e-3), lr_scale=2.0)`
 
     Args:
         kind: one or several kinds of parameters; `rest` takes all that earlier rules left.
-        name: a glob that the parameter names must match as well, such as `*.gate.*`.
+        pattern: a glob that the parameter names must match as well, such as `*.gate.*`.
         optimizer: the optimizer of these parameters; by default the plan's `optimizer`.
         lr_scale: a factor on the optimizer's learning rate.
         decay: which tensors get weight decay; by default the plan's `decay`.
-        anywhere: allow embeddings and heads for an optimizer of matrices.
+        allow_embeddings: allow embeddings and heads for an optimizer of matrices.
     """
 
     kind: RuleKind | list[RuleKind] = "rest"
-    name: str = "*"
+    pattern: str = "*"
     optimizer: OptimizerFactory | None = None
     lr_scale: float = 1.0
     decay: DecayFilter | None = None
-    anywhere: bool = False
+    allow_embeddings: bool = False
 
     @property
     def kinds(self) -> list[str]:
@@ -56,11 +56,11 @@ class Rule:
     @property
     def label(self) -> str:
         """The name of the rule in tables and logs."""
-        return "+".join(self.kinds) if self.name == "*" else self.name
+        return "+".join(self.kinds) if self.pattern == "*" else self.pattern
 
     def matches(self, kind: str, name: str) -> bool:
         """Whether the rule matches a parameter of this kind and name."""
-        return bool({kind, "rest"} & set(self.kinds)) and fnmatchcase(name, self.name)
+        return bool({kind, "rest"} & set(self.kinds)) and fnmatchcase(name, self.pattern)
 
 
 def classify_params(module: nn.Module) -> dict[str, str]:
@@ -104,7 +104,7 @@ def _classify_param(attribute: str, leaf: str, owner: nn.Module, ndim: int) -> P
     return None
 
 
-def assign_params(module: nn.Module, rules: Sequence[Rule]) -> list[list[NamedParam]]:
+def assign_params(module: nn.Module, rules: Sequence[ParamRule]) -> list[list[NamedParam]]:
     """Return the trainable parameters of each rule in order; raise UsageError for wrong rules."""
     kind_of = classify_params(module)
     params_by_rule: list[list[NamedParam]] = [[] for _ in rules]
@@ -129,8 +129,8 @@ def assign_params(module: nn.Module, rules: Sequence[Rule]) -> list[list[NamedPa
 
 
 def assign_added_params(
-    module: nn.Module, rules: Sequence[Rule], parameters: Iterable[Any]
-) -> list[tuple[Rule, list[NamedParam]]]:
+    module: nn.Module, rules: Sequence[ParamRule], parameters: Iterable[Any]
+) -> list[tuple[ParamRule, list[NamedParam]]]:
     """Return the rules, in order, that take these newly trained parameters, with the parameters."""
     kind_of = classify_params(module)
     names = {id(p): name for name, p in module.named_parameters()}
@@ -154,9 +154,9 @@ def assign_added_params(
     ]
 
 
-def _unmatched_rule_error(number: int, rule: Rule, kind_of: dict[str, str]) -> str:
-    if rule.name != "*":
-        near = suggest_names(rule.name, kind_of, least=0.1, dotted=True)
+def _unmatched_rule_error(number: int, rule: ParamRule, kind_of: dict[str, str]) -> str:
+    if rule.pattern != "*":
+        near = suggest_names(rule.pattern, kind_of, least=0.1, dotted=True)
         hint = f"nearest names: {', '.join(near) or ', '.join(kind_of)}"
     else:
         hint = f"kinds here: {', '.join(dict.fromkeys(kind_of.values()))}"
@@ -167,7 +167,7 @@ def _unmatched_rule_error(number: int, rule: Rule, kind_of: dict[str, str]) -> s
 
 
 def _check_matrices_only(
-    number: int, rule: Rule, named_params: list[NamedParam], kind_of: dict[str, str]
+    number: int, rule: ParamRule, named_params: list[NamedParam], kind_of: dict[str, str]
 ) -> None:
     """Raise UsageError if an optimizer of matrices gets a parameter of another kind.
 
@@ -178,14 +178,17 @@ def _check_matrices_only(
         getattr(optimizer_type, "matrices_only", False) or optimizer_type is Muon
     ):
         return
-    allowed = {"hidden_matrix", "convolution"} | ({"embedding", "head"} if rule.anywhere else set())
+    allowed = {"hidden_matrix", "convolution"} | (
+        {"embedding", "head"} if rule.allow_embeddings else set()
+    )
     misplaced = [f"{n} ({kind_of[n]})" for n, p in named_params if kind_of[n] not in allowed]
     if misplaced:
         raise UsageError(
             f"rule {number} ({rule.label}) sends {', '.join(misplaced)} to "
             f"{optimizer_type.__name__}, which is "
             "for hidden matrices and convolutions; set kind: hidden_matrix and give the others "
-            "to a rule {kind: rest, optimizer: AdamW}, or anywhere: true for embeddings and heads"
+            "to a rule {kind: rest, optimizer: AdamW}, or allow_embeddings: true for embeddings "
+            "and heads"
         )
 
 

@@ -21,9 +21,9 @@ from ravine.strategies.shards import (
     update_state_dict,
 )
 
-from .composite import Composite
+from .composite import CompositeOptimizer
 
-KEY = "training_weights"
+TRAIN_WEIGHTS_KEY = "training_weights"
 
 
 def has_train_eval_modes(optimizer: Any) -> bool:
@@ -49,19 +49,19 @@ class ScheduleFreeWeights:
 
     def __init__(self) -> None:
         """Start without an optimizer."""
-        self._optimizer: Composite | None = None  # None if no optimizer has the modes
+        self._optimizer: CompositeOptimizer | None = None  # None if no optimizer has the modes
         # a copy of the training weights while the module has the evaluation weights
         self._train_weights: dict[str, Tensor] = {}
         self._saved_train_weights: dict[str, Tensor] = {}
 
-    def attach_optimizer(self, optimizer: Composite) -> None:
+    def attach_optimizer(self, optimizer: CompositeOptimizer) -> None:
         """Find the optimizers with train and eval modes in the composite."""
         schedule_free = [
             member
-            for member in optimizer.members
+            for member in optimizer.optimizers
             if has_train_eval_modes(member) and _supports_train_mode(member)
         ]
-        optimizer.two_sets[:] = schedule_free
+        optimizer.schedule_free[:] = schedule_free
         self._optimizer, self._train_weights = optimizer if schedule_free else None, {}
 
     def resume_training(self, module: nn.Module) -> None:
@@ -100,14 +100,14 @@ class ScheduleFreeWeights:
             return
         uses_eval_weights = bool(self._train_weights)
         self.use_eval_weights(module)
-        stages = getattr(trainer.strategy, "stages", None)
+        stages = getattr(trainer.strategy, "stage_names", None)
         # unsharded, in a sharded checkpoint too
-        checkpoint[KEY] = to_checkpoint({}, self._train_weights, stages=stages)
+        checkpoint[TRAIN_WEIGHTS_KEY] = to_checkpoint({}, self._train_weights, stages=stages)
         weights, state = dict(named_trainable(module)), checkpoint["state_dict"]
         update_state_dict(state, weights, module, stages=stages_to_join(trainer))
         if not uses_eval_weights:
             self.use_train_weights(module)
 
-    def load(self, checkpoint: dict[str, Any]) -> None:
+    def load_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the training weights of a checkpoint until training starts."""
-        self._saved_train_weights = checkpoint.get(KEY, {})
+        self._saved_train_weights = checkpoint.get(TRAIN_WEIGHTS_KEY, {})

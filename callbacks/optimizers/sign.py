@@ -18,15 +18,15 @@ from torch import (
     _foreach_sign,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from .elementwise import Elementwise
-from .lr_schedules import Schedule
+from .elementwise import ElementwiseOptimizer
+from .lr_schedules import LRSchedule
 from .plan import OptimizerPlan
 from .rules import DecayFilter
 
 __all__ = ["SignSGD", "SignSGDOptimizer"]
 
 
-class SignSGDOptimizer(Elementwise):
+class SignSGDOptimizer(ElementwiseOptimizer):
     """SignSGD or Signum: every weight changes by lr, whatever the size of its gradient.
 
     Example: `SignSGDOptimizer(model.parameters(), lr=1e-3, momentum=0.95)`.
@@ -38,7 +38,7 @@ class SignSGDOptimizer(Elementwise):
         weight_decay: lambda in w <- (1 - lr lambda) w.
     """
 
-    remembered = ("momentum_buffer",)  # also for mu = 0: a resume may raise mu
+    state_names = ("momentum_buffer",)  # also for mu = 0: a resume may raise mu
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class SignSGDOptimizer(Elementwise):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
-    def move(
+    def update(
         self,
         group: dict[str, Any],
         weights: list[Tensor],
@@ -81,7 +81,7 @@ class SignSGD(OptimizerPlan):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decay: DecayFilter = "matrices",
-        schedule: Schedule | None = None,
+        schedule: LRSchedule | None = None,
     ) -> None:
         """Create a plan whose only rule takes all parameters."""
         factory = partial(SignSGDOptimizer, lr=lr, momentum=momentum, weight_decay=weight_decay)

@@ -3,8 +3,8 @@
     member.state_dict() -> param groups and state of each parameter: flat, as in torch's optimizers
                            all else (counters, a custom format): under `members`, one entry for each
 
-A member is one of the optimizers of a Composite; its parameters are numbered by position. A
-checkpoint holds only tensors and plain values. Any other object (a queue, an enum, a random
+A member is one of the optimizers of a CompositeOptimizer; its parameters are numbered by position.
+A checkpoint holds only tensors and plain values. Any other object (a queue, an enum, a random
 generator, an object of the optimizer's package) is encoded as a dict with a tag. Decoding uses no
 import and no constructor, so this run must have loaded the class already.
 """

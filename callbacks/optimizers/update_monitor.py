@@ -20,15 +20,15 @@ from torch.optim import Optimizer
 from ravine.lightning_compat import should_update_logs
 
 from ..stability.gradient_clipping import global_norm
-from .composite import Composite
+from .composite import CompositeOptimizer
 
 
-class UpdateSizes(Callback):
+class UpdateMonitor(Callback):
     """Log `update/rms/<rule>`, `update/ratio/<rule>` and `lr/<rule>` at each log step.
 
     It works with any optimizer. Without a plan, the param groups take the place of rules, and the
     labels of a second optimizer start with `1 `. The weights are copied only in steps that are
-    logged. Command line: `--trainer.callbacks+=UpdateSizes`.
+    logged. Command line: `--trainer.callbacks+=UpdateMonitor`.
     """
 
     takes_partial_gradients = True  # under ZeRO-1 a rank has only the gradients that it owns
@@ -95,7 +95,7 @@ def group_params_by_rule(
     """Return label, parameters and learning rate of each rule or param group."""
     number = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
     prefix = f"{number} " * (number > 0)
-    if isinstance(optimizer, Composite):
+    if isinstance(optimizer, CompositeOptimizer):
         groups = [
             (label, rule_groups) for label, (_, rule_groups) in optimizer.groups_by_label().items()
         ]

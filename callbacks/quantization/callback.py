@@ -46,23 +46,25 @@ class Quantization(Transform):
         targets: globs of layer names, each of which must match; by default all hidden matrices
             without embeddings and head.
         exclude: layers of `targets` that are not quantized.
-        double: also quantize the scales of NF4: 4.127 bits instead of 4.5, without visible loss.
+        double_quant: also quantize the scales of NF4: 4.127 bits instead of 4.5, without visible
+            loss.
         backend: bitsandbytes has faster NF4 kernels for CUDA; the bits are the same.
-        frozen_copies: quantize even if the module holds a frozen copy of the same net. Set it for
-            a fixed reference; code of a momentum teacher pairs parameters, which codes would break.
+        allow_frozen_copies: quantize even if the module holds a frozen copy of the same net. Set it
+            for a fixed reference; code of a momentum teacher pairs parameters, which codes would
+            break.
     """
 
     phase = "quantize"
-    without_values = True
+    accepts_meta_params = True
 
     def __init__(
         self,
         scheme: Literal["nf4", "int8"] = "nf4",
         targets: Patterns | None = None,
         exclude: Patterns = (),
-        double: bool = True,
+        double_quant: bool = True,
         backend: Literal["torch", "bitsandbytes"] = "torch",
-        frozen_copies: bool = False,
+        allow_frozen_copies: bool = False,
     ) -> None:
         """Check and store the arguments."""
         if scheme not in ("nf4", "int8"):
@@ -75,16 +77,16 @@ class Quantization(Transform):
             "scheme": scheme,
             "targets": None if targets is None else as_list(targets),
             "exclude": as_list(exclude),
-            "double": double,
+            "double_quant": double_quant,
         }
-        self.backend, self.allow_frozen_copies = backend, frozen_copies
+        self.backend, self.allow_frozen_copies = backend, allow_frozen_copies
         self.errors: dict[str, float] = {}  # RMS error / RMS weight, by layer
 
-    def identity(self) -> dict[str, Any]:
+    def config_key(self) -> dict[str, Any]:
         """Return the arguments that determine the bits, without the backend."""
         return self.arguments
 
-    def record(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         """Return the arguments that a checkpoint records."""
         return self.arguments
 
@@ -106,9 +108,8 @@ class Quantization(Transform):
 
     def transform(self, module: nn.Module) -> None:
         """Quantize the layers and store their errors."""
-        arguments = {key: self.arguments[key] for key in ("scheme", "targets", "exclude", "double")}
-        options = {"backend": self.backend, "copies": self.allow_frozen_copies}
-        self.errors = quantize_module(module, **arguments, **options)
+        options = {"backend": self.backend, "allow_frozen_copies": self.allow_frozen_copies}
+        self.errors = quantize_module(module, **self.arguments, **options)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the largest errors; raise UsageError if no parameter is trainable."""
@@ -121,7 +122,7 @@ class Quantization(Transform):
         if trainer.is_global_zero and self.errors:
             Console().print(make_error_table(self.errors, self.arguments["scheme"]))
 
-    def accept(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    def check_checkpoint(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Raise UsageError for a checkpoint of another net; loading rounds float weights."""
         state = checkpoint.get("state_dict", {})
         expected_names = {name.replace(".weight_codes", ".weight") for name in module.state_dict()}
@@ -158,9 +159,9 @@ def quantize_module(
     scheme: str = "nf4",
     targets: Patterns | None = None,
     exclude: Patterns = (),
-    double: bool = True,
+    double_quant: bool = True,
     backend: str = "torch",
-    copies: bool = True,
+    allow_frozen_copies: bool = True,
 ) -> dict[str, float]:
     """Quantize the selected layers in place; return RMS error / RMS weight of each layer.
 
@@ -186,7 +187,7 @@ def quantize_module(
         raise UsageError("Quantization: no layer is left to round; type a narrower exclude")
     for name in names:
         _check_layer(module, name, layers[name])
-    if not copies:
+    if not allow_frozen_copies:
         _check_no_frozen_copies(module, names)
     errors: dict[str, float] = {}
     latest: list[Any] = []
@@ -194,8 +195,10 @@ def quantize_module(
         layer, deferred = layers[name], None
         if deferred_values(layer.weight) is not None:
             report = partial(errors.__setitem__, name)
-            deferred = DeferredQuantization(name, layer.weight, scheme, double, latest, report)
-        error = quantize_layer(layer, scheme, double, backend, deferred)
+            deferred = DeferredQuantization(
+                name, layer.weight, scheme, double_quant, latest, report
+            )
+        error = quantize_layer(layer, scheme, double_quant, backend, deferred)
         if error is not None:
             errors[name] = error
     return errors
@@ -225,7 +228,7 @@ def _check_no_frozen_copies(module: nn.Module, names: list[str]) -> None:
                 f"Quantization: {copy} is a frozen copy of {original}; code that pairs their "
                 "parameters (a momentum teacher) would meet bits in the place of weights; type "
                 f"--trainer.callbacks.exclude=[{','.join(f'{name}*' for name in hit)}], or for a "
-                "fixed reference --trainer.callbacks.frozen_copies=true"
+                "fixed reference --trainer.callbacks.allow_frozen_copies=true"
             )
 
 

@@ -55,12 +55,12 @@ class _QuantizedMatmul(torch.autograd.Function):
 class QuantizedLinear(LayerMixin, nn.Linear):
     """A Linear with `weight_codes` and `weight_scales` instead of `weight`."""
 
-    keeps = ("weight_scales", "weight_outer", "weight_mean")  # stay float32 under bf16-true
+    keep_dtype = ("weight_scales", "weight_outer", "weight_mean")  # stay float32 under bf16-true
     scheme: str
     double_quant: bool
     backend: str
     original_dtype: torch.dtype  # dtype of the weight before quantization
-    trained: bool  # whether the weight was trainable before quantization
+    was_trainable: bool  # whether the weight was trainable before quantization
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -109,9 +109,10 @@ class QuantizedLinear(LayerMixin, nn.Linear):
                 raise UsageError(
                     f"{prefix}{name} is {saved.dtype} {tuple(saved.shape)} in the checkpoint and "
                     f"{current.dtype} {tuple(current.shape)} here ({self.scheme}, "
-                    f"double={self.double_quant}); "
-                    "allowed: the scheme and double that it was saved with; type "
-                    "--trainer.callbacks.scheme=nf4, or int8, or --trainer.callbacks.double=false"
+                    f"double_quant={self.double_quant}); "
+                    "allowed: the scheme and double_quant that it was saved with; type "
+                    "--trainer.callbacks.scheme=nf4, or int8, or "
+                    "--trainer.callbacks.double_quant=false"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -217,7 +218,7 @@ def quantize_layer(
         layer.register_parameter(f"weight_{name}", parameter)
     assert isinstance(layer, QuantizedLinear)
     layer.double_quant, layer.backend, layer.original_dtype = double_quant, backend, weight.dtype
-    layer.trained = weight.requires_grad
+    layer.was_trainable = weight.requires_grad
     return None if deferred is not None else compute_quantization_error(weight, tensors, scheme)
 
 

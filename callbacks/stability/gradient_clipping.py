@@ -134,8 +134,8 @@ def clip_by_value(gradients: Sequence[Tensor], max_value: float, *norm_args: Any
 class GradientClipping(Callback):
     """Clip gradients once per optimizer step, after accumulation, unscaling and reduction.
 
-    Logs `train/grad_norm` (before clipping) and `train/clipped`, the fraction of steps since the
-    last log line with clipping. Example: `GradientClipping(max_norm=1.0)`.
+    Logs `train/grad_norm` (before clipping) and `train/frac_steps_clipped`, the fraction of
+    clipped steps since the last log line. Example: `GradientClipping(max_norm=1.0)`.
 
     Args:
         max_norm: largest global norm; 1.0 if neither bound is given.
@@ -171,7 +171,7 @@ class GradientClipping(Callback):
                 f"GradientClipping: patience={patience} is negative; set 0 to look at nothing"
             )
         self.patience = patience
-        self.left_out = SkippedSteps()
+        self.skipped_steps = SkippedSteps()
         self._saved_counts: dict[str, int] = {}  # of a checkpoint
         self._norm: Tensor | None = None  # of this step, until it is logged
         self._num_clipped, self._num_steps = torch.zeros(()), 0  # since the last log line
@@ -221,32 +221,35 @@ class GradientClipping(Callback):
 
     def logged_metrics(self, trainer: L.Trainer) -> set[str]:
         """Return the names of the logged metrics."""
-        return {"train/grad_norm", "train/clipped", "train/skipped"}
+        return {"train/grad_norm", "train/frac_steps_clipped", "train/num_skipped_steps"}
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the counts for the next log line and for the patience."""
-        counts = {"clipped": float(self._num_clipped), "steps": self._num_steps}
-        checkpoint["gradient_clipping"] = counts | {"left_out": dict(vars(self.left_out))}
+        counts = {"num_clipped": float(self._num_clipped), "num_steps": self._num_steps}
+        checkpoint["gradient_clipping"] = counts | {"skipped_steps": dict(vars(self.skipped_steps))}
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Restore the counts."""
         if counts := checkpoint.get("gradient_clipping"):
-            self._num_clipped, self._num_steps = torch.tensor(counts["clipped"]), counts["steps"]
-            self._saved_counts = counts["left_out"]
+            self._num_clipped, self._num_steps = (
+                torch.tensor(counts["num_clipped"]),
+                counts["num_steps"],
+            )
+            self._saved_counts = counts["skipped_steps"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the counts of this fit, or continue those of a checkpoint."""
-        self.left_out = SkippedSteps()
-        vars(self.left_out).update(self._saved_counts)
+        self.skipped_steps = SkippedSteps()
+        vars(self.skipped_steps).update(self._saved_counts)
         self._saved_counts = {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise NonFiniteError if the last steps of the run were all skipped."""
-        self.left_out.check_last_steps(trainer.global_step)
+        self.skipped_steps.check_last_steps(trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore `configure_gradient_clipping`."""
@@ -259,9 +262,9 @@ class GradientClipping(Callback):
         """Log only in steps whose values are written, because `self.log` takes 0.3 ms."""
         if self._norm is not None and should_update_logs(trainer):
             pl_module.log("train/grad_norm", self._norm)
-            pl_module.log("train/clipped", self._num_clipped / self._num_steps)
-            if self.left_out.total:
-                pl_module.log("train/skipped", float(self.left_out.total))
+            pl_module.log("train/frac_steps_clipped", self._num_clipped / self._num_steps)
+            if self.skipped_steps.num_skipped:
+                pl_module.log("train/num_skipped_steps", float(self.skipped_steps.num_skipped))
             self._num_clipped, self._num_steps = torch.zeros_like(self._num_clipped), 0
         self._norm = None
 
@@ -272,7 +275,7 @@ class GradientClipping(Callback):
                 p.grad = p.grad.coalesce()
         gradients = [p.grad for p in parameters if p.grad is not None]
         pipeline = getattr(trainer.strategy, "pipeline", None)
-        group = getattr(trainer.strategy, "gradient_group", None)
+        group = getattr(trainer.strategy, "zero1_group", None)
         if not gradients and pipeline is None and group is None:
             return
         duplicated: list[Tensor] = []
@@ -300,15 +303,15 @@ class GradientClipping(Callback):
     def _skip_step(
         self, is_finite: bool, parameters: list[Tensor], patience: int, step: int
     ) -> None:
-        self.left_out.count(is_finite)
+        self.skipped_steps.count(is_finite)
         if is_finite:
             return
-        if self.left_out.in_a_row >= patience:
+        if self.skipped_steps.num_consecutive >= patience:
             raise NonFiniteError(
                 f"the gradient was not finite in {patience} optimizer steps in a row, up to step "
                 f"{step}; set a lower lr, or add the callback NaNGuard to see where it begins"
             )
-        if self.left_out.in_a_row == 1:  # one warning for a series of skipped steps
+        if self.skipped_steps.num_consecutive == 1:  # one warning for a series of skipped steps
             rank_zero_warn(f"optimizer step {step} is left out: its gradient is not finite")
         for p in parameters:
             p.grad = None  # optimizers skip parameters without a gradient

@@ -1,4 +1,4 @@
-"""CollapseAlarm: warn of mode collapse when a metric of sample quality falls below a bound."""
+"""MetricAlert: warn of mode collapse when a metric of sample quality falls below a bound."""
 
 from typing import Any
 
@@ -10,37 +10,40 @@ from ravine.errors import UsageError
 from ..checks.run_checks import add_run_checks
 from ..monitoring.progress import get_log_interval
 
-DEFAULT_MIN_VALUES = {"train/distinct": 0.5}
+DEFAULT_MIN_VALUES = {"train/frac_unique_texts": 0.5}
 # relative to the first value: short texts have no word n-grams and a Jaccard distance of 0
-DEFAULT_MIN_FRACTIONS = {"train/jaccard": 0.5, "train/vocabulary": 0.25}
+DEFAULT_MIN_FRACTIONS = {"train/jaccard_distance_mean": 0.5, "train/frac_in_vocab": 0.25}
 
 
-class CollapseAlarm(L.Callback):
+class MetricAlert(L.Callback):
     """Prints a line when a logged metric falls below a bound, and another when it has recovered.
 
-    Example: `Trainer(callbacks=[CollapseAlarm(fallen={"train/vocabulary": 0.25})])`. The metrics
-    are read every log interval. By default they are those of a policy, of which the module must log
+    Example: `Trainer(callbacks=[MetricAlert(min_fraction_of_first={"train/frac_in_vocab":
+    0.25})])`. The metrics are read every log interval. By default they are those of a policy, of
+    which the module must log
     one: fraction of distinct samples, mean distance between samples, fraction of real words.
 
     Args:
-        below: smallest value of each metric.
-        fallen: smallest fraction of the first value of each metric.
+        min_value: smallest value of each metric.
+        min_fraction_of_first: smallest fraction of the first value of each metric.
     """
 
     def __init__(
-        self, below: dict[str, float] | None = None, fallen: dict[str, float] | None = None
+        self,
+        min_value: dict[str, float] | None = None,
+        min_fraction_of_first: dict[str, float] | None = None,
     ) -> None:
         """Set the bounds, and start without an active alarm."""
         self.requested = {
-            *(below or {}),
-            *(fallen or {}),
+            *(min_value or {}),
+            *(min_fraction_of_first or {}),
         }  # these must be logged, defaults need not
-        if below is None and fallen is None:
-            below, fallen = DEFAULT_MIN_VALUES, DEFAULT_MIN_FRACTIONS
-        self.min_value, self.min_fraction_of_first = below or {}, fallen or {}
-        self.first: dict[str, float] = {}
-        self.alarms: list[dict[str, Any]] = []  # step, metric, value, bound
-        self.ringing: list[str] = []
+        if min_value is None and min_fraction_of_first is None:
+            min_value, min_fraction_of_first = DEFAULT_MIN_VALUES, DEFAULT_MIN_FRACTIONS
+        self.min_value, self.min_fraction_of_first = min_value or {}, min_fraction_of_first or {}
+        self.first_values: dict[str, float] = {}
+        self.events: list[dict[str, Any]] = []  # step, metric, value, bound
+        self.active: list[str] = []
         self.step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -51,21 +54,27 @@ class CollapseAlarm(L.Callback):
         """Return the required metrics: all of the given ones, or any one of the defaults."""
         watched = {*self.min_value, *self.min_fraction_of_first}
         groups = [{name} for name in sorted(self.requested)] or [watched]
-        return "below" if self.requested & self.min_value.keys() else "fallen", groups
+        return (
+            "min_value" if self.requested & self.min_value.keys() else "min_fraction_of_first",
+            groups,
+        )
 
     @property
     def state_key(self) -> str:
-        """Return a constant key: a run has one CollapseAlarm."""
-        return "CollapseAlarm"
+        """Return a constant key: a run has one MetricAlert."""
+        return "MetricAlert"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the first values, the past alarms and the active ones."""
-        return {"first": self.first, "alarms": self.alarms, "ringing": self.ringing}
+        return {"first_values": self.first_values, "events": self.events, "active": self.active}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the first values and the alarms."""
-        self.first, self.alarms = dict(state_dict["first"]), list(state_dict["alarms"])
-        self.ringing = list(state_dict["ringing"])
+        self.first_values, self.events = (
+            dict(state_dict["first_values"]),
+            list(state_dict["events"]),
+        )
+        self.active = list(state_dict["active"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Store the optimizer step at which the run starts."""
@@ -81,7 +90,7 @@ class CollapseAlarm(L.Callback):
     ) -> None:
         """Check the metrics after the first step, and every log interval."""
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        is_first = not self.first
+        is_first = not self.first_values
         if not stepped or not (is_first or self.step % get_log_interval(trainer) == 0):
             return
         metrics = trainer.callback_metrics
@@ -91,30 +100,30 @@ class CollapseAlarm(L.Callback):
         if missing:
             logged = ", ".join(sorted(metrics)) or "nothing"
             raise UsageError(
-                f"CollapseAlarm watches {', '.join(sorted(missing))}, and "
+                f"MetricAlert watches {', '.join(sorted(missing))}, and "
                 f"{type(pl_module).__name__} logs {logged}; name metrics of its own: "
-                "--trainer.callbacks.below='{NAME: 0.5}', or leave CollapseAlarm out"
+                "--trainer.callbacks.min_value='{NAME: 0.5}', or leave MetricAlert out"
             )
-        self.first = values | self.first
+        self.first_values = values | self.first_values
         for name, value in values.items():
             self._check_metric(pl_module, name, value)
 
     def _check_metric(self, module: L.LightningModule, name: str, value: float) -> None:
         min_fraction = self.min_fraction_of_first.get(name)
         bound = self.min_value.get(
-            name, 0.0 if min_fraction is None else min_fraction * self.first[name]
+            name, 0.0 if min_fraction is None else min_fraction * self.first_values[name]
         )
         if value >= bound:
-            if name in self.ringing:
-                self.ringing.remove(name)
+            if name in self.active:
+                self.active.remove(name)
                 module.print(f"step {self.step}: {name} has recovered: {value:.3g}")
             return
-        if name in self.ringing:
+        if name in self.active:
             return
-        self.ringing.append(name)
-        self.alarms.append({"step": self.step, "metric": name, "value": value, "bound": bound})
+        self.active.append(name)
+        self.events.append({"step": self.step, "metric": name, "value": value, "bound": bound})
         first_value_note = (
-            f" (it began at {self.first[name]:.3g})" if min_fraction is not None else ""
+            f" (it began at {self.first_values[name]:.3g})" if min_fraction is not None else ""
         )
         module.print(
             f"step {self.step}: {name} is {value:.3g}, below {bound:.3g}{first_value_note}: what "

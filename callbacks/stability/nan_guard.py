@@ -30,46 +30,51 @@ class SkippedSteps:
 
     def __init__(self) -> None:
         """Start all counts at 0."""
-        self.looked = self.total = self.in_a_row = 0
+        self.num_steps = self.num_skipped = self.num_consecutive = 0
 
     def count(self, is_finite: bool) -> None:
         """Count one step, taken or skipped."""
-        self.looked += 1
-        self.total += not is_finite
-        self.in_a_row = 0 if is_finite else self.in_a_row + 1
+        self.num_steps += 1
+        self.num_skipped += not is_finite
+        self.num_consecutive = 0 if is_finite else self.num_consecutive + 1
 
     def check_last_steps(self, step: int) -> None:
         """Raise if a run ends with two or more skipped steps, or had no other steps."""
-        if self.in_a_row and self.in_a_row >= min(2, self.looked):
-            prefix = "no optimizer step was taken: " if self.in_a_row == self.looked else ""
+        if self.num_consecutive and self.num_consecutive >= min(2, self.num_steps):
+            prefix = (
+                "no optimizer step was taken: " if self.num_consecutive == self.num_steps else ""
+            )
             raise NonFiniteError(
-                f"{prefix}the gradient was not finite in the last {self.in_a_row} of "
-                f"{self.looked} optimizer steps, up to step {step}, the end of the run; lower the "
+                f"{prefix}the gradient was not finite in the last {self.num_consecutive} of "
+                f"{self.num_steps} optimizer steps, up to step {step}, the end of the run; lower "
+                "the "
                 "learning rate, or see where it begins: --trainer.callbacks+=NaNGuard"
             )
 
 
 class NaNGuard(Callback):
-    """Skip up to `skip` steps whose loss or gradients are not finite, then stop the run.
+    """Skip up to `max_skips` steps whose loss or gradients are not finite, then stop the run.
 
     Each optimizer step needs one read by the host, which waits for the device. With several ranks
     it also needs one all-reduce of a number, because each rank has its own loss. A gradient scaler
     (16-mixed) halves its scale at an overflow, which counts only once the scale has reached 1.
-    Example: `NaNGuard(skip=3)`.
+    Example: `NaNGuard(max_skips=3)`.
 
     Args:
-        skip: number of steps to skip in the whole run before it is stopped.
+        max_skips: number of steps to skip in the whole run before it is stopped.
     """
 
     acts_on_training = True  # a resume without this callback changes the training
     takes_partial_gradients = True  # with ZeRO-1 a rank has only the gradients that it owns
 
-    def __init__(self, skip: int = 3) -> None:
+    def __init__(self, max_skips: int = 3) -> None:
         """Set the number of steps that may be skipped."""
-        if skip < 0:
-            raise UsageError(f"NaNGuard: skip={skip} is negative; set 0 to stop at the first")
-        self.max_skips = skip
-        self.skipped = 0
+        if max_skips < 0:
+            raise UsageError(
+                f"NaNGuard: max_skips={max_skips} is negative; set 0 to stop at the first"
+            )
+        self.max_skips = max_skips
+        self.num_skipped = 0
         self._skipped_steps = SkippedSteps()
         # whether all losses since the last step are finite, on their device
         self._losses_finite: Tensor | None = None
@@ -85,11 +90,11 @@ class NaNGuard(Callback):
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of skipped steps."""
-        return {"skipped": self.skipped}
+        return {"num_skipped": self.num_skipped}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Restore the number of skipped steps."""
-        self.skipped = state_dict["skipped"]
+        self.num_skipped = state_dict["num_skipped"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the step counts of this fit."""
@@ -135,13 +140,13 @@ class NaNGuard(Callback):
         where = f"{non_finite_name or 'a gradient'} is not finite at step {trainer.global_step}"
         for parameter in parameters:
             parameter.grad = None
-        self.skipped += 1
-        if self.skipped > self.max_skips:
+        self.num_skipped += 1
+        if self.num_skipped > self.max_skips:
             raise NonFiniteError(
                 f"{where}, after {self.max_skips} skipped steps; the weights are those of the step "
                 "before it; lower the learning rate, or clip: --trainer.callbacks+=GradientClipping"
             )
-        rank_zero_warn(f"{where}: step skipped ({self.skipped} of {self.max_skips})")
+        rank_zero_warn(f"{where}: step skipped ({self.num_skipped} of {self.max_skips})")
 
 
 def _all_finite(loss: Tensor | None, gradients: list[Tensor], scaler: Any) -> Tensor:

@@ -25,7 +25,11 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ravine.errors import UsageError
-from ravine.strategies.rank_agreement import RanksDiffer, check_same_config, collect_script_config
+from ravine.strategies.rank_agreement import (
+    RankMismatchError,
+    check_same_config,
+    collect_script_config,
+)
 
 POLL_INTERVAL_S = 1.0  # seconds between two reports of a rank
 MAX_BLOCKED_CPU_S = 0.002  # seconds of CPU time per poll; a waiting thread uses less
@@ -43,21 +47,23 @@ STEP_BEGUN, STEP_DONE, LOADER_ENDED = range(3)
 class RankWatchdog(Callback):
     """End the job with status 1 and one line that names the rank, if ranks would hang.
 
-    Ravine's Trainer adds it if there are several ranks. Example: `RankWatchdog(limit=1800)`.
+    Ravine's Trainer adds it if there are several ranks. Example: `RankWatchdog(limit_s=1800)`.
 
     Args:
-        limit: seconds that ranks may wait in a collective for a rank that is outside it and idle;
+        limit_s: seconds that ranks may wait in a collective for a rank that is outside it and idle;
             a rank that computes may take three times as long.
 
     Raises:
-        RanksDiffer: at setup or at the start of an epoch, on all ranks.
+        RankMismatchError: at setup or at the start of an epoch, on all ranks.
     """
 
-    def __init__(self, limit: float = 300) -> None:
+    def __init__(self, limit_s: float = 300) -> None:
         """Set the limit."""
-        if limit <= 0:
-            raise UsageError(f"RankWatchdog: limit={limit} is not positive; set seconds, as 300")
-        self.limit_s = limit
+        if limit_s <= 0:
+            raise UsageError(
+                f"RankWatchdog: limit_s={limit_s} is not positive; set seconds, as 300"
+            )
+        self.limit_s = limit_s
         self._group: Any = None
         self._store: Any = None
         self._thread: threading.Thread | None = None
@@ -157,7 +163,7 @@ class RankWatchdog(Callback):
             ) * trainer.accumulate_grad_batches
             if done + num_batches_left <= min(sized):
                 return
-        raise RanksDiffer(
+        raise RankMismatchError(
             f"the training loader has {min(sized)} batches on rank {shortest} and {max(sized)} on"
             f" rank {longest}: every rank must take the same number; give each rank a part of equal"
             f" length, or set limit_train_batches={min(sized)}"
@@ -234,7 +240,7 @@ class RankWatchdog(Callback):
         return (
             f"{outside_text} and does not reach the collective in which rank {first} has waited for"
             f" {seconds:.0f} s, at batch {reports[first][2]} of epoch {reports[first][1]}; if it"
-            f" needs longer, set RankWatchdog(limit=...), {self.limit_s:g} s now"
+            f" needs longer, set RankWatchdog(limit_s=...), {self.limit_s:g} s now"
         )
 
     def _end_job(self, store: Any, text: str) -> None:

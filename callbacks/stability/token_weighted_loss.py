@@ -1,4 +1,4 @@
-"""GlobalMean: token-weighted loss, in which tokens of all ranks and micro-batches weigh the same.
+"""TokenWeightedLoss: tokens of all ranks and micro-batches have the same weight in the loss.
 
     loss of a step = Σ n·loss / Σ n    over micro-batches of all ranks with n terms each
 
@@ -23,16 +23,16 @@ from torch.optim import Optimizer
 from ravine.errors import UsageError
 
 
-class GlobalMean(Callback):
+class TokenWeightedLoss(Callback):
     """Make the loss a mean over all terms of an optimizer step, if the module counts the terms.
 
-        def terms(self, batch):
+        def num_loss_terms(self, batch):
             return (batch[1] != -100).sum()  # the loss is a mean over these
 
     Works on every strategy that averages gradients over ranks, also with a stock Trainer. Modules
-    without `terms` are not changed; one process without accumulation needs no weights. The logged
-    loss is that of each micro-batch. Terms that `training_step` adds to the mean, such as a load
-    balancing loss, get the same weight.
+    without `num_loss_terms` are not changed; one process without accumulation needs no weights. The
+    logged loss is that of each micro-batch. Terms that `training_step` adds to the mean, such as a
+    load balancing loss, get the same weight.
     """
 
     takes_partial_gradients = True  # with ZeRO-1 a rank has only the gradients that it owns
@@ -50,10 +50,11 @@ class GlobalMean(Callback):
         """Run before the other callbacks, so that they get the gradients of the mean."""
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore
         self._weight_sum, self._scale, self._count_terms, self._num_parts = None, 0.0, None, 0
-        if hasattr(pl_module, "terms") and not pl_module.automatic_optimization:
+        if hasattr(pl_module, "num_loss_terms") and not pl_module.automatic_optimization:
             raise UsageError(
-                f"{type(pl_module).__name__} has `terms` and steps its own optimizers (manual"
-                " optimization), which GlobalMean cannot weigh; leave `terms` away"
+                f"{type(pl_module).__name__} has `num_loss_terms` and steps its own optimizers "
+                "(manual optimization), which TokenWeightedLoss cannot weigh; leave "
+                "`num_loss_terms` away"
             )
 
     def on_train_batch_start(
@@ -67,10 +68,12 @@ class GlobalMean(Callback):
         num_parts = trainer.world_size * trainer.accumulate_grad_batches
         if num_parts != self._num_parts:
             self._num_parts = num_parts
-            self._count_terms = getattr(pl_module, "terms", None) if num_parts > 1 else None
+            self._count_terms = (
+                getattr(pl_module, "num_loss_terms", None) if num_parts > 1 else None
+            )
         if self._count_terms is None:
             return
-        local_batch = getattr(trainer.strategy, "part", lambda batch: batch)(batch)
+        local_batch = getattr(trainer.strategy, "shard_batch", lambda batch: batch)(batch)
         num_terms = self._count_terms(local_batch)
         terms = torch.as_tensor(num_terms, dtype=torch.float32, device=pl_module.device)
         if not self._scale:  # once a run
@@ -113,7 +116,7 @@ def mean_over_ranks(number: Tensor, trainer: L.Trainer) -> Tensor:
     """
     if trainer.world_size == 1:
         return number
-    layout = getattr(trainer.strategy, "layout", None)
+    layout = getattr(trainer.strategy, "mesh_layout", None)
     group = dist.group.WORLD if layout is None else layout.data_mesh.get_group()
     dist.all_reduce(number, group=group)
     return number / dist.get_world_size(group)

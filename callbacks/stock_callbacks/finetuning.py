@@ -16,7 +16,7 @@ from ravine.lightning_compat import replace_method, restore_method
 
 from ..transforms.base import register_transform, unregister_transform
 
-KEY = "trainable_parameters"
+TRAINABLE_KEY = "trainable_parameters"
 
 
 def find_finetuning_callbacks(trainer: Any) -> list[BaseFinetuning]:
@@ -37,7 +37,7 @@ def postpone_freezing(trainer: L.Trainer, module: L.LightningModule) -> None:
     for callback in callbacks:
         replace_method(callback, "freeze_before_training", lambda built: None)
     unregister_transform(module, "freeze")  # of an earlier fit
-    register_transform(trainer, module, "freeze", freeze, callbacks[0], without_values=True)
+    register_transform(trainer, module, "freeze", freeze, callbacks[0], accepts_meta_params=True)
 
 
 def restore_freezing(trainer: L.Trainer) -> None:
@@ -50,7 +50,7 @@ def save_trainable(trainer: L.Trainer, module: L.LightningModule, checkpoint: An
     """Save the names of the trainable parameters, if a callback may change them in a run."""
     if find_finetuning_callbacks(trainer):
         named = module.named_parameters()
-        checkpoint[KEY] = [name for name, parameter in named if parameter.requires_grad]
+        checkpoint[TRAINABLE_KEY] = [name for name, parameter in named if parameter.requires_grad]
 
 
 def unfreeze_params(module: L.LightningModule, names: list[str]) -> None:

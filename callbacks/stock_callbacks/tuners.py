@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.parsing import lightning_setattr
 
 from ravine.lightning_compat import batch_size_attribute, replace_method, restore_method
 
-KEY = "found_batch_size"
+BATCH_SIZE_KEY = "found_batch_size"
 SEARCH_METHODS = {LearningRateFinder: "lr_find", BatchSizeFinder: "scale_batch_size"}
 
 
@@ -42,13 +42,15 @@ def save_batch_size(trainer: Any, checkpoint: dict[str, Any]) -> None:
     """Save the batch size that a search found, under the name of its attribute."""
     for callback in trainer.callbacks:
         if isinstance(callback, BatchSizeFinder) and callback.optimal_batch_size is not None:
-            checkpoint[KEY] = {batch_size_attribute(callback): callback.optimal_batch_size}
+            checkpoint[BATCH_SIZE_KEY] = {
+                batch_size_attribute(callback): callback.optimal_batch_size
+            }
 
 
 def restore_batch_size(trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Set the saved batch size on a module whose trainer has a BatchSizeFinder."""
     for callback in trainer.callbacks:
         if isinstance(callback, BatchSizeFinder):
-            for name, value in checkpoint.get(KEY, {}).items():
+            for name, value in checkpoint.get(BATCH_SIZE_KEY, {}).items():
                 lightning_setattr(module, name, value)
                 callback.optimal_batch_size = value

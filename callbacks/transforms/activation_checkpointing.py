@@ -9,10 +9,10 @@ from ravine.strategies.activation_checkpointing import apply_activation_checkpoi
 from .base import Transform
 
 
-class Recompute(Transform):
+class ActivationCheckpointing(Transform):
     """Activation checkpointing: each block keeps its input and recomputes the rest in backward.
 
-    lightning fit --config gpt2/124m --trainer.callbacks+=Recompute
+    lightning fit --config gpt2/124m --trainer.callbacks+=ActivationCheckpointing
 
     Args:
         mode: `full` keeps the least memory and costs a third more compute; `selective` also keeps
@@ -20,13 +20,13 @@ class Recompute(Transform):
     """
 
     phase = "recompute"
-    without_values = True
+    accepts_meta_params = True
 
     def __init__(self, mode: Literal["selective", "full"] = "full") -> None:
         """Store the mode."""
         self.mode: Literal["selective", "full"] = mode
 
-    def identity(self) -> str:
+    def config_key(self) -> str:
         """Return the mode."""
         return self.mode
 

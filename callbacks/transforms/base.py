@@ -37,8 +37,8 @@ PHASES = ("load", "quantize", "adapt", "freeze", "recompute", "compile")
 class _PendingTransform(NamedTuple):
     function: Callable[[L.LightningModule], None]
     owner: L.Callback
-    identity: Any
-    without_values: bool
+    config_key: Any
+    accepts_meta_params: bool
 
 
 @dataclass
@@ -73,12 +73,12 @@ def register_transform(
     function: Callable[[L.LightningModule], None],
     owner: L.Callback,
     config_key: Any = None,
-    without_values: bool = False,
+    accepts_meta_params: bool = False,
 ) -> None:
     """Register from `Callback.setup` that `function(module)` transforms the net in `phase`.
 
     Two transforms are equal if their `config_key`, plain arguments, are equal. With
-    `without_values` the function may get parameters on the meta device.
+    `accepts_meta_params` the function may get parameters on the meta device.
     """
     name, state = type(owner).__name__, _get_state(module)
     if phase not in PHASES:
@@ -99,7 +99,7 @@ def register_transform(
     other = state.pending.get(phase)
     if other is not None and other.owner is not owner and is_attached(trainer, other.owner):
         raise UsageError(f"{type(other.owner).__name__} and {name} both {phase}: keep one of them")
-    state.pending[phase] = _PendingTransform(function, owner, config_key, without_values)
+    state.pending[phase] = _PendingTransform(function, owner, config_key, accepts_meta_params)
     _wrap_configure_model(trainer, module, owner)
 
 
@@ -135,17 +135,17 @@ def _apply_pending(trainer: L.Trainer, module: L.LightningModule) -> None:
                 f"{type(pending.owner).__name__}: {name} shards its parameters in configure_model,"
                 f" too early for {phase}: leave it to --trainer.strategy zero3"
             )
-        if not pending.without_values:
+        if not pending.accepts_meta_params:
             materialize_module(module)
         pending.function(module)
-        state.applied[phase] = pending.identity
+        state.applied[phase] = pending.config_key
         owner = pending.owner
-        arguments = owner.record() if isinstance(owner, Transform) else None
+        arguments = owner.to_config() if isinstance(owner, Transform) else None
         if phase in RENAMING_PHASES and arguments is not None:
             state.records[phase] = {"class": type(owner).__name__, "arguments": arguments}
     state.state_names = set(module.state_dict())
     strategy = trainer.strategy
-    shards_by_itself = hasattr(strategy, "parallelize")  # as in MeshStrategy
+    shards_by_itself = hasattr(strategy, "parallelize_module")  # as in MeshStrategy
     if isinstance(strategy, ModelParallelStrategy) and not shards_by_itself and not sharded:
         raise UsageError(
             f"{type(strategy).__name__} shards nothing by itself and neither does {name}: each rank"
@@ -167,7 +167,7 @@ def check_applied(module: L.LightningModule, phase: str, owner: L.Callback) -> N
         )
 
 
-def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+def apply_saved_transforms(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Apply the transforms of a checkpoint to a built module, before its weights are loaded.
 
     module.configure_model(); reapply(module, checkpoint)
@@ -195,13 +195,13 @@ def reapply(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
             )
         transform = known[saved["class"]](**saved["arguments"])
         transform.transform(module)
-        if getattr(transform, "missing", None) is not None:
+        if getattr(transform, "load_error", None) is not None:
             raise MissingFileError(
                 f"the adapters belong to the weights in {saved['arguments']['path']}, and from "
                 f"{Path.cwd()} there is no such file; go where they were trained, or copy it here"
             )
-        transform.accept(module, checkpoint)
-        _get_state(module).applied[phase] = transform.identity()
+        transform.check_checkpoint(module, checkpoint)
+        _get_state(module).applied[phase] = transform.config_key()
         if phase in RENAMING_PHASES:
             _get_state(module).records[phase] = saved
     if has_adapters_only:
@@ -268,7 +268,7 @@ def frozen_names(module: torch.nn.Module) -> set[str]:
     return {name for name, parameter in named if not parameter.requires_grad}
 
 
-def seeded_by_name(seed: int, parameter_name: str) -> torch.Generator:
+def make_param_generator(seed: int, parameter_name: str) -> torch.Generator:
     """Return a random generator for one parameter; it is the same on all ranks.
 
     torch.nn.init.normal_(lora_a, generator=seeded_by_name(seed, "net.blocks.0.mlp.up.lora_a"))
@@ -283,34 +283,35 @@ class Transform(L.Callback):
         phase = "quantize"
         def transform(self, module): module.half()
 
-    With `without_values = True` in the class that defines it, `transform` may get parameters on the
-    meta device. `ravine.strategies.materialize.blocks(parameter)` computes their values.
+    With `accepts_meta_params = True` in the class that defines it, `transform` may get parameters
+    on the meta device. `ravine.strategies.materialize.iter_value_blocks(parameter)` computes their
+    values.
     """
 
     phase: str
-    without_values = False
+    accepts_meta_params = False
     acts_on_training = True  # a resumed run needs it
 
     def transform(self, module: L.LightningModule) -> None:
         """Transform the module in place, after it is built and before it is sharded."""
         raise NotImplementedError
 
-    def identity(self) -> Any:
+    def config_key(self) -> Any:
         """Return plain arguments that are equal for equal transforms of this phase."""
         return type(self).__name__
 
-    def record(self) -> dict[str, Any] | None:
+    def to_config(self) -> dict[str, Any] | None:
         """Return constructor arguments for the checkpoint, or None if loading needs none."""
         return None
 
-    def accept(self, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def check_checkpoint(self, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raise UsageError for a checkpoint trained with another transform of this phase."""
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Record the transform in the checkpoint, because loading must apply it again."""
-        if (arguments := self.record()) is not None:
+        if (arguments := self.to_config()) is not None:
             saved = {"class": type(self).__name__, "arguments": arguments}
             checkpoint.setdefault("transforms", {})[self.phase] = saved
 
@@ -319,7 +320,7 @@ class Transform(L.Callback):
     ) -> None:
         """Compare the transforms of the checkpoint with those of the module."""
         check_saved_transforms(pl_module, checkpoint)
-        self.accept(pl_module, checkpoint)
+        self.check_checkpoint(pl_module, checkpoint)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Register the phase."""
@@ -328,8 +329,8 @@ class Transform(L.Callback):
         add_run_checks(trainer, pl_module, stage)
         # from the class that defines `transform`, because an override may read values
         defining_class = next(cls for cls in type(self).__mro__ if "transform" in vars(cls))
-        without_values = bool(vars(defining_class).get("without_values"))
-        register_args = (self.transform, self, self.identity(), without_values)
+        accepts_meta_params = bool(vars(defining_class).get("accepts_meta_params"))
+        register_args = (self.transform, self, self.config_key(), accepts_meta_params)
         register_transform(trainer, pl_module, self.phase, *register_args)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

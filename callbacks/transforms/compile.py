@@ -30,7 +30,7 @@ class Compile(Transform):
     """
 
     phase = "compile"
-    without_values = True
+    accepts_meta_params = True
 
     def __init__(
         self,
@@ -49,10 +49,12 @@ class Compile(Transform):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Register the phase."""
-        self._runs_in_pieces = getattr(getattr(trainer.strategy, "layout", None), "in_parts", False)
+        self._runs_in_pieces = getattr(
+            getattr(trainer.strategy, "mesh_layout", None), "runs_in_pieces", False
+        )
         super().setup(trainer, pl_module, stage)
 
-    def identity(self) -> tuple[str, bool, str]:
+    def config_key(self) -> tuple[str, bool, str]:
         """Return the arguments."""
         return self.mode, self.blocks, self.backend
 

@@ -21,17 +21,17 @@ from ravine.strategies.materialize import deferred_values
 
 
 class LayerMixin(nn.Module):
-    """Base of layer mixins; tensors named in `keeps` keep their dtype when the module is cast.
+    """Base of layer mixins; tensors named in `keep_dtype` keep their dtype when the module is cast.
 
     Otherwise `module.to(torch.bfloat16)`, as under `precision: bf16-true`, would round them.
     """
 
     class_prefix: str
-    keeps: tuple[str, ...] = ()
+    keep_dtype: tuple[str, ...] = ()
     only_matmul_weights = True  # of the mixin; needs no fp32 copies of half-precision weights
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        names = [name for cls in type(self).__mro__ for name in cls.__dict__.get("keeps", ())]
+        names = [name for cls in type(self).__mro__ for name in cls.__dict__.get("keep_dtype", ())]
         kept_tensors = [getattr(self, name) for name in names if hasattr(self, name)]
 
         def apply_keeping_dtype(tensor: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def find_hidden_layers(module: nn.Module) -> list[str]:
 def is_trainable(module: nn.Module) -> bool:
     """Whether a parameter is trainable, or was so before its layer was quantized."""
     return any(
-        getattr(submodule, "trained", False)
+        getattr(submodule, "was_trainable", False)
         or any(p.requires_grad for p in submodule._parameters.values() if p is not None)
         for submodule in module.modules()
     )

@@ -17,7 +17,7 @@ from ravine.strategies.checkpoint.atomic_io import (
 )
 from ravine.strategies.checkpoint.saving import first_non_finite
 from ravine.strategies.checkpoint.validation import dtype_kind_mismatches
-from ravine.strategies.materialize import blocks, deferred_values
+from ravine.strategies.materialize import deferred_values, iter_value_blocks
 
 from .base import Transform, materialize_module
 
@@ -38,18 +38,18 @@ class Pretrained(Transform):
     """
 
     phase = "load"
-    without_values = True
+    accepts_meta_params = True
 
     def __init__(self, path: str) -> None:
         """Store the path."""
         self.path = path
-        self.missing: FileNotFoundError | None = None
+        self.load_error: FileNotFoundError | None = None
 
-    def identity(self) -> str:
+    def config_key(self) -> str:
         """Return the path."""
         return self.path
 
-    def record(self) -> dict[str, str]:
+    def to_config(self) -> dict[str, str]:
         """Return the path, for a checkpoint that holds only changes of these weights."""
         return {"path": self.path}
 
@@ -64,7 +64,7 @@ class Pretrained(Transform):
 
     def transform(self, module: L.LightningModule) -> None:
         """Load the weights into the net."""
-        self.missing = None
+        self.load_error = None
         try:
             if self._is_checkpoint and not Path(self.path).is_file():
                 raise MissingFileError(
@@ -78,7 +78,7 @@ class Pretrained(Transform):
                 module.load_pretrained(self.path)  # pyright: ignore[reportCallIssue]
             self._check_finite(module)
         except FileNotFoundError as error:
-            self.missing = error  # deferred: a resumed run does not need the file
+            self.load_error = error  # deferred: a resumed run does not need the file
 
     def _check_finite(self, module: L.LightningModule) -> None:
         real = ((name, p) for name, p in module.named_parameters() if not p.is_meta)
@@ -86,7 +86,8 @@ class Pretrained(Transform):
         for parameter_name, parameter in module.named_parameters():  # one block in memory
             if name is None and deferred_values(parameter) is not None:
                 non_finite_names = (
-                    first_non_finite([(parameter_name, block)]) for block in blocks(parameter)
+                    first_non_finite([(parameter_name, block)])
+                    for block in iter_value_blocks(parameter)
                 )
                 name = next(filter(None, non_finite_names), None)
         if name:
@@ -102,8 +103,8 @@ class Pretrained(Transform):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise the deferred error if the file is missing and the run is not resumed."""
         super().on_fit_start(trainer, pl_module)
-        if self.missing is not None and trainer.ckpt_path is None:
-            raise self.missing
+        if self.load_error is not None and trainer.ckpt_path is None:
+            raise self.load_error
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 

@@ -27,7 +27,7 @@ MERGE_FLAGS = {  # flags of --merge and --quantize, which need no method of the 
 }
 
 
-def run(argv: list[str]) -> int:
+def run_argv(argv: list[str]) -> int:
     """Load the checkpoint and save it merged or by the task's `export`; print the written files."""
     if any(word.startswith("--consolidate") for word in argv):
         return consolidate(*checkpoint_from_argv(argv, "export"))

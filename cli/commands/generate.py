@@ -1,7 +1,7 @@
 """`generate`: sample texts or images from a trained model; its flags are its `generate` arguments.
 
 lightning generate --ckpt_path last --prompt "ROMEO:" --temperature 0.8
-lightning generate --ckpt_path last --labels 0-9 --guidance 0.5 --steps 20
+lightning generate --ckpt_path last --labels 0-9 --guidance_scale 0.5 --num_steps 20
 lightning generate --ckpt_path last --labels cat,dog
 """
 
@@ -27,7 +27,7 @@ TEXT_FLAGS = DEVICE_FLAGS | {"prompt_file": str}
 IMAGE_FLAGS = DEVICE_FLAGS | {"file": str, "folder": str}
 
 
-def run(argv: list[str]) -> int:
+def run_argv(argv: list[str]) -> int:
     """Load the checkpoint, call `generate` with the given flags, and print or save the samples."""
     module, _, typed_flags = load_from_argv(argv, "generate")
     flags = signature.method_flags(module.generate)  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def print_texts(module: TaskModule, arguments: dict[str, Any]) -> None:
             sys.stdout.write((pending_prompt.pop() if pending_prompt else "") + text)
             sys.stdout.flush()
 
-        method(**arguments, show=print_piece)
+        method(**arguments, on_text=print_piece)
         print_piece("\n")
         return
     texts = method(**arguments)

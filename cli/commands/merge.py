@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ravine.callbacks import Quantization
-from ravine.callbacks.lora import adapters, merge
+from ravine.callbacks.lora import lora_layers, merge_lora
 from ravine.callbacks.quantization import quantize_module
 from ravine.datamodules.downloads import atomic_write
 from ravine.errors import UsageError
@@ -24,7 +24,7 @@ RUN_KEYS = (  # checkpoint entries of the run and of the transforms, not of the 
 def merge_adapters(module: TaskModule) -> list[str]:
     """Merge the LoRA adapters and dequantize all layers; return the names of the merged layers."""
     tied_names = _tied_names(module)
-    names = merge(module)
+    names = merge_lora(module)
     for layer in module.modules():
         if hasattr(layer, "dequantize"):
             layer.dequantize()  # pyright: ignore[reportCallIssue]
@@ -34,7 +34,7 @@ def merge_adapters(module: TaskModule) -> list[str]:
             raise UsageError(
                 f"{one} and {other} are one weight in this model and differ once merged, so no "
                 "plain checkpoint of it can hold them",
-                flag="fit with --model.tied=false, or adapters on neither of the two",
+                flag="fit with --model.tie_embeddings=false, or adapters on neither of the two",
             )
     return names
 
@@ -47,7 +47,7 @@ def save_merged(
     quantization_scheme: str | None,
 ) -> str:
     """Save model.ckpt and model.safetensors in a folder, in float or in the quantization scheme."""
-    if requires_adapters and not adapters(module):
+    if requires_adapters and not lora_layers(module):
         raise UsageError(
             f"{path} holds no adapters: there is nothing to merge",
             flag="export --format=..., or --quantize=int8",
@@ -64,7 +64,7 @@ def save_merged(
     if quantization_scheme is not None:
         quantization = Quantization(quantization_scheme)  # pyright: ignore[reportArgumentType]
         quantize_module(module, quantization_scheme)
-        arguments = quantization.record()
+        arguments = quantization.to_config()
         checkpoint["transforms"] = {"quantize": {"class": "Quantization", "arguments": arguments}}
         if config:
             spec = {"class_path": "ravine.callbacks.Quantization", "init_args": arguments}

@@ -11,13 +11,13 @@ from ..error_report import unknown_name_error
 CONFIG_SECTIONS = ("model", "data", "trainer", "seed_everything", "ckpt_path")
 RESOLVED_LATER = ("auto", "last", "best", "hpc", "registry", "null")
 MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, MAX_CONFIG_LEVELS = 2**18, 10_000, 100  # limits of a config
-INSTALLED = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
 
 def list_presets() -> list[str]:
     """Return the names of the installed configs: `shakespeare/quick`, `debug/profiler`."""
-    files = INSTALLED.rglob("*.yaml")
-    return sorted(p.relative_to(INSTALLED).with_suffix("").as_posix() for p in files)
+    files = CONFIGS_FOLDER.rglob("*.yaml")
+    return sorted(p.relative_to(CONFIGS_FOLDER).with_suffix("").as_posix() for p in files)
 
 
 def find_config(name: str) -> str:
@@ -27,7 +27,12 @@ def find_config(name: str) -> str:
             f"{name} can be read only once, and every process of a run reads its configs: save it",
             flag="--config=run.yaml",
         )
-    for path in (Path(name), Path(name + ".yaml"), INSTALLED / name, INSTALLED / (name + ".yaml")):
+    for path in (
+        Path(name),
+        Path(name + ".yaml"),
+        CONFIGS_FOLDER / name,
+        CONFIGS_FOLDER / (name + ".yaml"),
+    ):
         if path.is_file():
             return str(path)
     raise unknown_name_error(
@@ -59,7 +64,7 @@ def check_checkpoint_exists(argv: list[str]) -> None:
 def run_name(path: str) -> str:
     """Return the run name for a config, `shakespeare/quick`, which is its folder below `runs`."""
     file = Path(path).resolve()
-    for root in (INSTALLED, Path.cwd()):
+    for root in (CONFIGS_FOLDER, Path.cwd()):
         if file.is_relative_to(root):
             return file.relative_to(root).with_suffix("").as_posix()
     return file.stem

@@ -24,6 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from ravine.callbacks.transforms.base import Transform
+from ravine.checkpoint_format import record_format
 from ravine.errors import UsageError
 from ravine.lightning_compat import checkpoint_connector
 
@@ -50,12 +51,11 @@ TRAINING_ARGS = (  # trainer arguments that a resumed fit keeps instead of the d
 OUTPUT_PATH_ARGS = (
     "dirpath",
     "exclude_batches_path",
-    "cache",
+    "cache_dir",
 )  # callback arguments with output paths
 FORMAT_FIELD = re.compile(
     r"\{[\w./ -]+(:0?\d{0,2}(\.\d{1,2})?[defg%]?)?\}"
 )  # a field of a file name template: {val/loss:.2f}
-FORMAT_VERSION = 1  # version of checkpoint["ravine"]["config"]
 
 
 def resolve_config(parser: LightningArgumentParser, config: Namespace) -> Config:
@@ -67,21 +67,21 @@ class ConfigSaver(L.Callback):
     """Saves config.yaml in the run directory, and the configuration in each checkpoint."""
 
     def __init__(
-        self, parser: LightningArgumentParser, config: Namespace, changed: list[str]
+        self, parser: LightningArgumentParser, config: Namespace, changed_keys: list[str]
     ) -> None:
         """Store the configuration of a command, and the keys that differ from its checkpoint."""
-        self.config, self.changed = resolve_config(parser, config), changed
+        self.config, self.changed_keys = resolve_config(parser, config), changed_keys
         self.start_step: int | None = None  # step at which training started, or None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write config.yaml, after the datamodule has resolved its source."""
-        data_source = getattr(trainer.datamodule, "resolved", None) or {}  # type: ignore
+        data_source = getattr(trainer.datamodule, "provenance", None) or {}  # type: ignore
         arguments = (self.config["data"] or {}).get("init_args", {})
         if arguments.get("source") == "auto":  # another machine must use the same source
             arguments["source"] = data_source.get("source", "auto")
         connector = checkpoint_connector(trainer)
         if isinstance(connector, RavineCheckpointConnector):
-            connector.changed = self.changed
+            connector.changed_keys = self.changed_keys
         folder = trainer.log_dir
         if trainer.is_global_zero and folder:
             lines = [f"# data {key}: {value}\n" for key, value in data_source.items()]
@@ -102,12 +102,12 @@ class ConfigSaver(L.Callback):
         saved_values |= {
             f"trainer.{key}": trainer_arguments[key] for key in keys if key in trainer_arguments
         }
-        ravine_section = checkpoint.setdefault("ravine", {})
-        ravine_section |= {
-            "version": FORMAT_VERSION,
-            "config": saved_values,
-            "world_size": trainer.world_size,
-        }
+        record_format(checkpoint).update(
+            {
+                "config": saved_values,
+                "world_size": trainer.world_size,
+            }
+        )
 
 
 def load_saved_config(path: Path) -> Config:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ravine.errors import UsageError
 
-from .noise_schedules import NUM_TRAIN_TIMESTEPS, Schedule
+from .noise_schedules import NUM_TRAIN_TIMESTEPS, NoiseSchedule
 from .parameterization import (
     LossWeighting,
     PredictionType,
@@ -39,10 +39,10 @@ TimeConditioning = Literal["one_step", "none", "time"]
 class Denoiser:
     """Noise schedule, prediction type, loss weighting and time conditioning of a denoising net.
 
-    Denoiser(Schedule("cosine"), prediction_type="v").denoise(net, x, t)
+    Denoiser(NoiseSchedule("cosine"), prediction_type="v").denoise(net, x, t)
     """
 
-    noise_schedule: Schedule
+    noise_schedule: NoiseSchedule
     prediction_type: PredictionType = "x0"
     loss_weighting: LossWeighting = "uniform"
     time_conditioning: TimeConditioning = "time"
@@ -52,8 +52,9 @@ class Denoiser:
         """Raise UsageError for eps with flow, which would divide by zero."""
         if self.prediction_type == "eps" and self.noise_schedule.name == "flow":
             raise UsageError(
-                "prediction is eps and process flow, which begins at pure noise, where ε says "
-                "nothing of the image; allowed: x0, v, velocity; type --model.prediction=velocity"
+                "prediction_type is eps and noise_schedule flow, which begins at pure noise, where "
+                "ε says nothing of the image; allowed: x0, v, velocity; type "
+                "--model.prediction_type=velocity"
             )
 
     def sample_t(self, u: Tensor) -> Tensor:

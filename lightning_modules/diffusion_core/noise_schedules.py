@@ -58,10 +58,10 @@ def _alpha_sigma_table(
 
 
 @dataclass(frozen=True)
-class Schedule:
+class NoiseSchedule:
     """Noise schedule by name: α and σ, training times and sampling times.
 
-    alpha, sigma = Schedule("linear").alpha_sigma(torch.tensor([0, 500, 1000]))
+    alpha, sigma = NoiseSchedule("linear").alpha_sigma(torch.tensor([0, 500, 1000]))
     """
 
     name: NoiseScheduleName = "linear"
@@ -103,8 +103,8 @@ class Schedule:
         max_steps = NUM_TRAIN_TIMESTEPS if self.is_discrete else 10 * NUM_TRAIN_TIMESTEPS
         if not 1 <= num_steps <= max_steps:
             raise UsageError(
-                f"steps is {num_steps}; allowed: 1 to {max_steps}; type "
-                f"--steps={min(max(num_steps, 1), max_steps)}"
+                f"num_steps is {num_steps}; allowed: 1 to {max_steps}; type "
+                f"--num_steps={min(max(num_steps, 1), max_steps)}"
             )
         t = torch.linspace(NUM_TRAIN_TIMESTEPS, 0, num_steps + 1, dtype=torch.float64)
         if self.name == "edm":  # even steps in σ^(1/7) down to 0.002, then 0

@@ -25,7 +25,7 @@ from .noise_schedules import Timesteps
 DenoiseFn = Callable[[Tensor, float], Tensor]
 NoiseFn = Callable[[int], Tensor]
 SamplerFn = Callable[[DenoiseFn, Tensor, Timesteps, NoiseFn], Tensor]
-SamplerName = Literal["ddim", "ancestral", "euler", "heun", "dpm"]
+SamplerName = Literal["ddim", "ddpm", "euler", "heun", "dpmpp_2m"]
 
 
 class SamplerStep(NamedTuple):
@@ -71,7 +71,7 @@ def ddim(
     return x
 
 
-def ancestral(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
+def ddpm(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
     """Ancestral sampling from q(x' | x, x0), as in DDPM (Ho et al. 2020, eq. 7).
 
     x' = (α/α') (σ'/σ)² x + α' (1 - (α σ' / α' σ)²) x0 + √β z,    β as in `ddim`
@@ -116,7 +116,7 @@ def heun(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) ->
     return x
 
 
-def dpm(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
+def dpmpp_2m(denoise: DenoiseFn, x: Tensor, timesteps: Timesteps, noise: NoiseFn) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): order 2 with one net evaluation a step.
 
     x' = (σ'/σ) x + (α' - α σ'/σ) D,    D = x0 + h'/(2h) (x0 - the previous x0)
@@ -152,8 +152,8 @@ def _euler_step(x: Tensor, x0: Tensor, step: SamplerStep) -> Tensor:
 
 SAMPLERS: dict[SamplerName, SamplerFn] = {
     "ddim": ddim,
-    "ancestral": ancestral,
+    "ddpm": ddpm,
     "euler": euler,
     "heun": heun,
-    "dpm": dpm,
+    "dpmpp_2m": dpmpp_2m,
 }

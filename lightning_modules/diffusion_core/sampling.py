@@ -20,7 +20,7 @@ from ravine.errors import UsageError
 
 from .captured_denoiser import CapturedDenoiser, ConditionalDenoiseFn, DenoiserFactory, no_capture
 from .counter_rng import derive_key, normals
-from .noise_schedules import Schedule
+from .noise_schedules import NoiseSchedule
 from .samplers import SAMPLERS, SamplerFn, SamplerName, ddim
 
 
@@ -29,8 +29,8 @@ class SamplerConfig:
     """Sampler settings: sampler, number of steps, guidance scale and eta."""
 
     sampler: SamplerName = "ddim"
-    steps: int = 50
-    guidance: float = 0.0
+    num_steps: int = 50
+    guidance_scale: float = 0.0
     eta: float = 0.0
 
     def __post_init__(self) -> None:
@@ -38,8 +38,8 @@ class SamplerConfig:
         names = ", ".join(SAMPLERS)
         rules = {
             "sampler": (self.sampler in SAMPLERS, names, "ddim"),
-            "steps": (self.steps >= 1, "1 or more", 50),
-            "guidance": (0 <= self.guidance < math.inf, "0 (none) or more", 0.5),
+            "num_steps": (self.num_steps >= 1, "1 or more", 50),
+            "guidance_scale": (0 <= self.guidance_scale < math.inf, "0 (none) or more", 0.5),
             "eta": (0 <= self.eta <= 1, "0 (no fresh noise) to 1", 0),
         }
         for name, (is_valid, allowed, typical) in rules.items():
@@ -63,19 +63,19 @@ class SamplerConfig:
         config = replace(
             self, **{name: value for name, value in overrides.items() if value is not None}
         )
-        if is_one_step and overrides.get("steps") not in (None, 1):
+        if is_one_step and overrides.get("num_steps") not in (None, 1):
             raise UsageError(
-                f"steps is {config.steps}, and this model knows pure noise only, conditioning "
-                "one_step; allowed: 1; type --steps=1"
+                f"num_steps is {config.num_steps}, and this model was trained on pure noise only "
+                "(time_conditioning=one_step); allowed: 1; type --num_steps=1"
             )
-        if config.guidance and not supports_guidance:
+        if config.guidance_scale and not supports_guidance:
             raise UsageError(
-                f"guidance is {config.guidance}, and the model was trained without labels "
-                "that are "
-                "sometimes withheld; allowed: 0; type --guidance=0, or train with "
-                "--model.labels=true --model.label_dropout=0.1"
+                f"guidance_scale is {config.guidance_scale}, and the model was trained without "
+                "class "
+                "dropout; allowed: 0; type --guidance_scale=0, or train with "
+                "--model.class_conditional=true --model.class_dropout_prob=0.1"
             )
-        return replace(config, steps=1) if is_one_step else config
+        return replace(config, num_steps=1) if is_one_step else config
 
     def build_sampler(self) -> SamplerFn:
         """Return the sampler function."""
@@ -96,7 +96,7 @@ def parse_labels(labels: Iterable[int | str] | str | None, class_names: Sequence
 @torch.no_grad()
 def sample_images(
     denoise: ConditionalDenoiseFn,
-    noise_schedule: Schedule,
+    noise_schedule: NoiseSchedule,
     config: SamplerConfig,
     image_ids: Tensor,
     labels: Tensor | None,
@@ -120,7 +120,7 @@ def sample_images(
     """
     total, timesteps, sampler = (
         len(image_ids),
-        noise_schedule.timesteps(config.steps),
+        noise_schedule.timesteps(config.num_steps),
         config.build_sampler(),
     )
     num_batches = -(-total // batch_size)

@@ -1,8 +1,9 @@
 """Prefill and decode: next-token logits of prompts of different lengths, with or without KV cache.
 
 A net sees at most `context_length` tokens. When the context is full, the older half is dropped in
-one step. So a cache is rebuilt every context/2 tokens instead of at each token. Rows overflow at
-different times. The host computes these times from the lengths and never reads from the device.
+one step. So a cache is rebuilt every context_length/2 tokens instead of at each token. Rows
+overflow at different times. The host computes these times from the lengths and never reads from the
+device.
 
 Axes: b batch, t time, v vocabulary.
 """
@@ -18,7 +19,7 @@ from ravine.errors import UsageError
 from ..nn.moe import MixtureOfExperts
 from .kv_cache import KVCache
 
-Window = Literal["slide", "refuse"]
+ContextOverflow = Literal["slide", "error"]
 
 
 class TokenBuffer:
@@ -29,13 +30,13 @@ class TokenBuffer:
         prompts: Sequence[Tensor],
         max_new_tokens: int,
         context_length: int,
-        context_overflow: Window,
+        context_overflow: ContextOverflow,
         device: torch.device,
     ) -> None:
         """Copy the prompts into the buffer."""
         self.lengths = [len(prompt) for prompt in prompts]  # the host's copy of `device_lengths`
         check_prompt_lengths(self.lengths, max_new_tokens, context_length, context_overflow)
-        self.context, self.max_new_tokens = context_length, max_new_tokens
+        self.context_length, self.max_new_tokens = context_length, max_new_tokens
         self.window_starts = [
             max(0, n - context_length) for n in self.lengths
         ]  # first visible token of each row
@@ -66,7 +67,7 @@ class TokenBuffer:
         ]
         return (
             group_size
-            if is_grouped and max(self.lengths) + self.max_new_tokens - 1 <= self.context
+            if is_grouped and max(self.lengths) + self.max_new_tokens - 1 <= self.context_length
             else 1
         )
 
@@ -84,10 +85,10 @@ class TokenBuffer:
         overflowed = [
             row
             for row, (start, n) in enumerate(zip(self.window_starts, self.lengths, strict=True))
-            if n - start > self.context
+            if n - start > self.context_length
         ]
         for row in overflowed:
-            self.window_starts[row] = self.lengths[row] - max(1, self.context // 2)
+            self.window_starts[row] = self.lengths[row] - max(1, self.context_length // 2)
         return overflowed
 
     def visible_window(self, rows: Sequence[int], num_omitted: int = 0) -> tuple[Tensor, Tensor]:
@@ -146,7 +147,7 @@ class CachedDecoder(Decoder):
         )
         num_rows, num_slots = (
             len(token_buffer.lengths) // self.group_size,
-            token_buffer.max_new_tokens if self.group_size > 1 else token_buffer.context,
+            token_buffer.max_new_tokens if self.group_size > 1 else token_buffer.context_length,
         )
         self.cache = KVCache(
             num_layers,
@@ -205,11 +206,11 @@ class CachedDecoder(Decoder):
 
 
 def check_prompt_lengths(
-    lengths: list[int], max_new_tokens: int, context_length: int, context_overflow: Window
+    lengths: list[int], max_new_tokens: int, context_length: int, context_overflow: ContextOverflow
 ) -> None:
     """Raise UsageError for an empty prompt, too few new tokens, or a text that exceeds the context.
 
-    Exceeding the context is an error only if `context_overflow` is "refuse".
+    Exceeding the context is an error only if `context_overflow` is "error".
     """
     if max_new_tokens < 1:
         raise UsageError(
@@ -218,7 +219,7 @@ def check_prompt_lengths(
     if not lengths or min(lengths) < 1:
         raise UsageError("a prompt is empty; allowed: any text; type --prompt='ROMEO:'")
     longest = max(lengths)
-    if context_overflow == "refuse" and longest + max_new_tokens - 1 > context_length:
+    if context_overflow == "error" and longest + max_new_tokens - 1 > context_length:
         max_fitting = context_length - longest + 1
         advice = (
             f"type --max_new_tokens={max_fitting} or less"
@@ -227,7 +228,6 @@ def check_prompt_lengths(
         )
         raise UsageError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the "
-            f"{context_length} tokens "
-            f"the model sees; {advice}, or --window=slide to forget the older half when they are "
-            "full"
+            f"{context_length} tokens the model sees; {advice}, or --context_overflow=slide to "
+            "forget the older half when they are full"
         )

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ravine.errors import RunError
 
 from .cuda_graphs import CaptureFn, GraphedCallable
-from .decoding import CachedDecoder, Decoder, TokenBuffer, Window
+from .decoding import CachedDecoder, ContextOverflow, Decoder, TokenBuffer
 from .kv_cache import BUCKET_SIZE
-from .sampling import Sampling, row_uniforms
+from .sampling import DecodingConfig, row_uniforms
 
 SYNC_EVERY = 32  # steps between two reads by the host
 
@@ -30,7 +30,7 @@ class GenerationOutput(NamedTuple):
     """Generated tokens, their logprobs and their mask; all (b n)."""
 
     tokens: Tensor  # 0 after the end
-    log_probabilities: Tensor  # fp32, under the sampling distribution; 0 after the end
+    logprobs: Tensor  # fp32, under the sampling distribution; 0 after the end
     mask: Tensor  # true up to the end, including the stop tokens
 
 
@@ -40,7 +40,7 @@ class SamplerState:
     def __init__(
         self,
         token_buffer: TokenBuffer,
-        sampling: Sampling,
+        sampling: DecodingConfig,
         stops: Sequence[Sequence[int]],
         uniform: Tensor,
     ) -> None:
@@ -57,7 +57,7 @@ class SamplerState:
 
     def sample_next(self, logits: Tensor) -> None:
         """Sample one token for each row from logits (b v); deactivate rows at a stop sequence."""
-        logprobs = self.sampling.log_probabilities(logits)
+        logprobs = self.sampling.compute_logprobs(logits)
         token = self.sampling.sample(logprobs, self.uniform.index_select(1, self.step_index)[:, 0])
         logprob = logprobs.gather(1, token[:, None])[:, 0]
         token, logprob = token * self.active, logprob.where(self.active, 0.0).float()
@@ -90,17 +90,17 @@ def generate_stream(
     prompts: Sequence[Tensor],
     max_new_tokens: int,
     context_length: int,
-    sampling: Sampling | None = None,
+    sampling: DecodingConfig | None = None,
     stops: Sequence[Sequence[int]] = (),
     seed: int = 0,
     row_keys: Sequence[Hashable] | None = None,
-    context_overflow: Window = "slide",
+    context_overflow: ContextOverflow = "slide",
     use_cache: bool = True,
     sync_every: int = SYNC_EVERY,
     capture: CaptureFn | None = None,
 ) -> Iterator[GenerationOutput]:
     """Yield the output of `generate` in chunks of `sync_every` tokens."""
-    sampling = sampling or Sampling()
+    sampling = sampling or DecodingConfig()
     device = next(net.parameters()).device
     token_buffer = TokenBuffer(prompts, max_new_tokens, context_length, context_overflow, device)
     uniform = row_uniforms(seed, row_keys or range(len(prompts)), max_new_tokens)
@@ -134,11 +134,11 @@ def generate(
     prompts: Sequence[Tensor],
     max_new_tokens: int,
     context_length: int,
-    sampling: Sampling | None = None,
+    sampling: DecodingConfig | None = None,
     stops: Sequence[Sequence[int]] = (),
     seed: int = 0,
     row_keys: Sequence[Hashable] | None = None,
-    context_overflow: Window = "slide",
+    context_overflow: ContextOverflow = "slide",
     use_cache: bool = True,
     sync_every: int = SYNC_EVERY,
     capture: CaptureFn | None = None,
@@ -157,7 +157,7 @@ def generate(
         stops: token sequences that end a row.
         seed: random seed; the seed and a row's key determine its tokens.
         row_keys: keys of the rows, such as their indices in a data set; by default 0, 1, 2, ...
-        context_overflow: "slide" drops the older half when the context is full; "refuse" raises
+        context_overflow: "slide" drops the older half when the context is full; "error" raises
             UsageError for texts that would not fit.
         use_cache: use a KV cache.
         sync_every: steps between two checks whether all rows have ended.
@@ -184,11 +184,11 @@ def pad_sequences_for_scoring(prompts: Sequence[Tensor], tokens: Tensor) -> tupl
     return text.scatter(1, columns, tokens)[:, :-1], columns - 1
 
 
-def score(
+def sequence_logprobs(
     net: Callable[[Tensor], Tensor],
     prompts: Sequence[Tensor],
     generated: GenerationOutput,
-    sampling: Sampling | None = None,
+    sampling: DecodingConfig | None = None,
 ) -> Tensor:
     """Compute the logprobs (b n) of generated tokens in one forward pass, with gradients.
 
@@ -197,12 +197,14 @@ def score(
     """
     text, positions = pad_sequences_for_scoring(prompts, generated.tokens)
     logits = net(text)[torch.arange(len(text), device=text.device)[:, None], positions]  # (b n v)
-    return gather_logprobs(logits, generated.tokens, generated.mask, sampling or Sampling())
+    return gather_logprobs(logits, generated.tokens, generated.mask, sampling or DecodingConfig())
 
 
-def gather_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
+def gather_logprobs(
+    logits: Tensor, tokens: Tensor, mask: Tensor, sampling: DecodingConfig
+) -> Tensor:
     """Select the logprobs of tokens (b n) from logits (b n v); 0 where the mask is false."""
-    logprobs = sampling.log_probabilities(logits, never_mask=tokens)  # (b n v)
+    logprobs = sampling.compute_logprobs(logits, never_mask=tokens)  # (b n v)
     logprobs = logprobs.gather(-1, tokens[..., None])[..., 0]  # (b n)
     return logprobs.where(mask, 0.0)
 

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ravine.datamodules.loaders import generator
+from ravine.datamodules.loaders import seeded_generator
 from ravine.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Sampling:
+class DecodingConfig:
     """Sampling settings; None disables a rule.
 
-    Sampling(temperature=0.8, top_k=40).log_probabilities(logits)
+    DecodingConfig(temperature=0.8, top_k=40).compute_logprobs(logits)
     """
 
     temperature: float = 1.0
@@ -62,7 +62,7 @@ class Sampling:
                 f"allowed: 1 to {vocab_size}; type --top_k={min(40, vocab_size)}"
             )
 
-    def log_probabilities(self, logits: Tensor, never_mask: Tensor | None = None) -> Tensor:
+    def compute_logprobs(self, logits: Tensor, never_mask: Tensor | None = None) -> Tensor:
         """Logprobs (... v) of the sampling distribution; excluded tokens have -inf.
 
         Tokens `never_mask` (...) are never excluded. They were sampled earlier, and only rounding
@@ -105,7 +105,7 @@ def row_uniforms(seed: int, row_keys: Sequence[Hashable], num_draws: int) -> Ten
     rows = [
         torch.rand(
             num_draws,
-            generator=generator(seed, "sampling", *_as_tuple(row_key)),
+            generator=seeded_generator(seed, "sampling", *_as_tuple(row_key)),
             dtype=torch.float64,
         )
         for row_key in row_keys

@@ -2,13 +2,13 @@
 
     output = weights (t t) @ values,  weights lower-triangular, rows sum to one
 
-    variant   weights              query   key    value
-    last      identity                            x       the token itself: a bigram model
-    average   1 / (t + 1)          0       0      x       mean of all tokens up to t
-    raw       softmax(q kᵀ / √k)   x       x      x       similarity of the embeddings
-    shared    softmax(q kᵀ / √k)   W x     W x    x       similarity in learned channels
-    qk        softmax(q kᵀ / √k)   Q x     K x    x       learned queries and keys
-    qkv       softmax(q kᵀ / √k)   Q x     K x    V x     learned queries, keys and values
+    variant     weights              query   key    value
+    identity    identity                            x       the token itself: a bigram model
+    mean        1 / (t + 1)          0       0      x       mean of all tokens up to t
+    embedding   softmax(q kᵀ / √k)   x       x      x       similarity of the embeddings
+    shared_qk   softmax(q kᵀ / √k)   W x     W x    x       similarity in learned channels
+    qk          softmax(q kᵀ / √k)   Q x     K x    x       learned queries and keys
+    qkv         softmax(q kᵀ / √k)   Q x     K x    V x     learned queries, keys and values
 
 Axes: b batch, t time, d model, h heads, k head width.
 """
@@ -28,35 +28,36 @@ from ..generation.shared_prefix import SharedPrefixLayer
 from .norm import unit_rms
 
 AttentionFn = Callable[..., Tensor]  # of query, key, value, dropout, and here also attn_mask
-AttentionVariant = Literal["last", "average", "raw", "shared", "qk", "qkv"]
+AttentionVariant = Literal["identity", "mean", "embedding", "shared_qk", "qk", "qkv"]
 
 ROPE_BASE = 10_000.0  # as in RoFormer and Llama 2; Llama 3 uses 500,000
 
 PROJECTIONS = ("query", "key", "value")
 # The learned projections of each variant; a projection that is not learned is the input itself.
-# A new row adds a variant: LEARNED["kv"] = ("key", "value").
-LEARNED: dict[str, tuple[str, ...]] = {
-    "last": (),
-    "average": (),
-    "raw": (),
-    "shared": ("query",),
+# A new row adds a variant: LEARNED_PROJECTIONS["kv"] = ("key", "value").
+LEARNED_PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "identity": (),
+    "mean": (),
+    "embedding": (),
+    "shared_qk": ("query",),
     "qk": ("query", "key"),
     "qkv": ("query", "key", "value"),
 }
 
 
 def check_variant(variant: str) -> None:
-    """Raise UsageError for a variant not in `LEARNED`, or for an unknown projection in its row."""
-    if variant not in LEARNED:
+    """Raise UsageError for an unknown variant, or for an unknown projection in its row."""
+    if variant not in LEARNED_PROJECTIONS:
         raise UsageError(
-            f"rung={variant!r} is no attention variant",
-            LEARNED,
-            f"use rung={(suggest_names(variant, LEARNED) or ['qkv'])[0]!r}",
+            f"attention_variant={variant!r} is no attention variant",
+            LEARNED_PROJECTIONS,
+            "use "
+            f"attention_variant={(suggest_names(variant, LEARNED_PROJECTIONS) or ['qkv'])[0]!r}",
         )
-    unknown = [name for name in LEARNED[variant] if name not in PROJECTIONS]
+    unknown = [name for name in LEARNED_PROJECTIONS[variant] if name not in PROJECTIONS]
     if unknown:
         raise UsageError(
-            f"LEARNED[{variant!r}] has the projection {unknown[0]!r}",
+            f"LEARNED_PROJECTIONS[{variant!r}] has the projection {unknown[0]!r}",
             PROJECTIONS,
             f"remove {unknown[0]!r} from it",
         )
@@ -106,7 +107,7 @@ def auto_attention(
 ATTENTION_FNS: dict[str, AttentionFn] = {
     "auto": auto_attention,
     "sdpa": sdpa_attention,
-    "explicit": reference_attention,
+    "eager": reference_attention,
 }
 
 
@@ -153,15 +154,15 @@ class RotaryEmbedding(nn.Module):
         self._selected_rows: tuple[Tensor, Tensor] | None = None
 
     @property
-    def times(self) -> Tensor | None:
+    def position_ids_override(self) -> Tensor | None:
         """Positions (t) of the tokens if they are a part of their sequence, else None.
 
         Context parallelism sets it, and all layers share the selected rows of the tables.
         """
         return self._position_ids
 
-    @times.setter
-    def times(self, position_ids: Tensor | None) -> None:
+    @position_ids_override.setter
+    def position_ids_override(self, position_ids: Tensor | None) -> None:
         """Select the rows of these positions (t); None selects those of whole sequences."""
         self._position_ids = position_ids
         self._selected_rows = (
@@ -178,8 +179,8 @@ class RotaryEmbedding(nn.Module):
 class CausalAttention(nn.Module):
     """Multi-head causal self-attention in any of the variants, (b t d) -> (b t d).
 
-    `attend` is a replaceable callable: context parallelism sets its own. The number of heads is
-    inferred from the projections, so a tensor-parallel slice of them needs no change here.
+    `attention_fn` is a replaceable callable: context parallelism sets its own. The number of heads
+    is inferred from the projections, so a tensor-parallel slice of them needs no change here.
 
     With `rope`, `rotary` holds the tables of positions. Layers can share it; by default the layer
     makes its own.
@@ -209,12 +210,18 @@ class CausalAttention(nn.Module):
         super().__init__()
         check_variant(variant)
         self.head_dim, self.qk_norm, self.dropout = d_model // num_heads, qk_norm, dropout
-        self.attend, self.variant, self.rope = ATTENTION_FNS[attn_implementation], variant, rope
+        self.attention_fn, self.variant, self.rope = (
+            ATTENTION_FNS[attn_implementation],
+            variant,
+            rope,
+        )
         self.norm_eps = norm_eps  # for qk_norm
         for name in PROJECTIONS:
-            projection = nn.Linear(d_model, d_model, bias) if name in LEARNED[variant] else None
+            projection = (
+                nn.Linear(d_model, d_model, bias) if name in LEARNED_PROJECTIONS[variant] else None
+            )
             self.register_module(name, projection)
-        self.out = nn.Linear(d_model, d_model, bias) if out_proj else nn.Identity()
+        self.out_proj = nn.Linear(d_model, d_model, bias) if out_proj else nn.Identity()
         self.rotary = None
         if rope:
             self.rotary = rotary or RotaryEmbedding(context_length, self.head_dim, rope_base)
@@ -223,7 +230,7 @@ class CausalAttention(nn.Module):
     def is_fully_learned(self) -> bool:
         """Whether query, key, value and output are learned: then all four can be split by heads."""
         learned = all(getattr(self, name) is not None for name in PROJECTIONS)
-        return learned and isinstance(self.out, nn.Linear)
+        return learned and isinstance(self.out_proj, nn.Linear)
 
     def forward(
         self, x: Tensor, layer_cache: LayerKVCache | SharedPrefixLayer | None = None
@@ -231,22 +238,22 @@ class CausalAttention(nn.Module):
         """Attend within x (b t d), and with a `layer_cache` also over its keys and values."""
         query, key, value = self.project_qkv(x, layer_cache)
         dropout = self.dropout if self.training else 0.0
-        if self.variant == "last":
+        if self.variant == "identity":
             output = value
         elif layer_cache is None:
-            output = self.attend(query, key, value, dropout)
+            output = self.attention_fn(query, key, value, dropout)
         else:
-            output = layer_cache.attend(query, key, value, self.attend, dropout)
-        return self.out(output.transpose(1, 2).flatten(2))  # (b t d)
+            output = layer_cache.attend(query, key, value, self.attention_fn, dropout)
+        return self.out_proj(output.transpose(1, 2).flatten(2))  # (b t d)
 
     def project_qkv(
         self, x: Tensor, layer_cache: LayerKVCache | SharedPrefixLayer | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Project x (b t d) to queries, keys and values, all (b h t k)."""
         query = x if self.query is None else self.query(x)
-        key = query if self.variant == "shared" else x if self.key is None else self.key(x)
+        key = query if self.variant == "shared_qk" else x if self.key is None else self.key(x)
         value = x if self.value is None else self.value(x)
-        if self.variant == "average":  # equal scores give equal weights
+        if self.variant == "mean":  # equal scores give equal weights
             query = key = torch.zeros_like(x)
         query, key, value = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b h t k)
@@ -266,7 +273,7 @@ class CausalAttention(nn.Module):
     def compute_weights(self, x: Tensor) -> Tensor:
         """Return the attention weights (b h t t) of x (b t d), for figures and tests."""
         query, key, _ = self.project_qkv(x)
-        if self.variant == "last":
+        if self.variant == "identity":
             b, h, t, _ = query.shape
             return torch.eye(t, dtype=x.dtype, device=x.device).expand(b, h, t, t)
         return causal_attention_weights(query, key)

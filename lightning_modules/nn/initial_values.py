@@ -1,6 +1,6 @@
 """Deferred initialization: initial values drawn by (seed, parameter name), equal on every layout.
 
-    values = InitialValues.of(build)     the network on the meta device, with its distributions
+    values = InitialValues.record(build)     the network on the meta device, with its distributions
     values.sample_rows(name, shape, 0, 100, dtype)     rows 0 to 99 of one parameter
     values.materialize()                               all values, on one process
     parameter.initial_values.get_rows(0, 100)          the same rows by a parameter's attribute
@@ -218,7 +218,7 @@ class InitialValues:
             parameter.initial_values = parameter_values  # type: ignore[attr-defined]
 
     @classmethod
-    def of(cls, build: Callable[[], nn.Module], prefix: str = "net.") -> "InitialValues | None":
+    def record(cls, build: Callable[[], nn.Module], prefix: str = "net.") -> "InitialValues | None":
         """Call `build` without memory for parameters.
 
         Return None if a parameter has no recorded distribution, because the constructor computes

@@ -68,7 +68,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         if num_experts < TOP_K:
             raise UsageError(
-                f"experts is {num_experts}; allowed: {TOP_K} or more; type --model.experts=8"
+                f"num_experts is {num_experts}; allowed: {TOP_K} or more; type "
+                "--model.num_experts=8"
             )
         self.capacity_factor, self.num_experts = capacity_factor, num_experts
         self.router = nn.Linear(d_model, num_experts, bias=False)

@@ -3,7 +3,7 @@
     x = embed(tokens);   x += attention(norm(x));   x += mlp(norm(x));   logits = head(norm(x))
 
 Without MLP and residual connections it is one of the single attention layers of lecture 5. With
-`rung="last"` it is a bigram table.
+`attention_variant="identity"` it is a bigram table.
 
 Axes: b batch, t time, d model, h heads, k head width, v vocabulary.
 """
@@ -161,113 +161,130 @@ class Transformer(nn.Module):
     """Decoder-only transformer: tokens (b t) to logits (b t v).
 
     Args:
-        vocabulary: number of different tokens.
-        context: longest sequence, in tokens.
-        layers: number of blocks.
-        width: channels d of the residual stream.
-        heads: attention heads; must divide the width.
-        positions: positional encoding.
+        vocab_size: number of different tokens.
+        context_length: longest sequence, in tokens.
+        num_layers: number of blocks.
+        d_model: channels d of the residual stream.
+        num_heads: attention heads; must divide d_model.
+        positional_encoding: positional encoding.
         norm: norm before each attention and MLP, and before the head.
         qk_norm: normalize queries and keys to unit RMS, which bounds the attention scores.
-        mlp: activation of the MLP, or none for blocks of attention alone.
+        activation: activation of the MLP, or none for blocks of attention alone.
         dropout: on the embedding, the attention weights and both outputs of a block.
-        tied: use the embedding as the head.
-        attention: implementation: torch's kernel, the formula, or the faster of the two.
-        zero_init: initialize residual branches and head to zero (uniform predictions, loss ln v
-            exactly) and the embeddings to small values; without it torch's initial values are kept.
-        rung: attention variant of the lecture.
+        tie_embeddings: use the embedding as the head.
+        attn_implementation: implementation: torch's kernel, the formula, or the faster of the two.
+        zero_init_residual: initialize residual branches and head to zero (uniform predictions, loss
+            ln v exactly) and the embeddings to small values; without it torch's initial values are
+            kept.
+        attention_variant: attention variant of the lecture.
         residual: add the attention output to the residual stream instead of replacing it.
-        output: whether the attention has an output projection.
+        out_proj: whether the attention has an output projection.
         bias: which linear layers of the blocks have a bias.
-        experts: number of experts of the MoE layer in place of each MLP; 0 for none.
+        num_experts: number of experts of the MoE layer in place of each MLP; 0 for none.
         d_ff: hidden channels of each MLP; by default 4d, and 8d/3 rounded up to eights for swiglu.
         rope_base: RoPE rotates the channel pair i of k by t · rope_base^(-2i/k).
         norm_eps: added under the root of each norm, qk_norm included; by default 1e-5 for
             layernorm, and 1.19e-7, the machine epsilon of fp32, for rmsnorm and qk_norm.
     """
 
-    times: Tensor | None = None  # (t): positions of the tokens, if they are a part of a sequence
+    position_ids_override: Tensor | None = (
+        None  # (t): positions of the tokens, if they are a part of a sequence
+    )
 
     def __init__(
         self,
-        vocabulary: int,
-        context: int,
-        layers: int = 4,
-        width: int = 128,
-        heads: int = 4,
-        positions: PositionalEncoding = "rope",
+        vocab_size: int,
+        context_length: int,
+        num_layers: int = 4,
+        d_model: int = 128,
+        num_heads: int = 4,
+        positional_encoding: PositionalEncoding = "rope",
         norm: Norm = "rmsnorm",
         qk_norm: bool = True,
-        mlp: Activation | Literal["none"] = "relu2",
+        activation: Activation | Literal["none"] = "relu2",
         dropout: float = 0.0,
-        tied: bool = False,
-        attention: Literal["auto", "sdpa", "explicit"] = "auto",
-        zero_init: bool = True,
-        rung: AttentionVariant = "qkv",
+        tie_embeddings: bool = False,
+        attn_implementation: Literal["auto", "sdpa", "eager"] = "auto",
+        zero_init_residual: bool = True,
+        attention_variant: AttentionVariant = "qkv",
         residual: bool = True,
-        output: bool = True,
+        out_proj: bool = True,
         bias: Biases = "none",
-        experts: int = 0,
+        num_experts: int = 0,
         d_ff: int | None = None,
         rope_base: float = ROPE_BASE,
         norm_eps: float | None = None,
     ) -> None:
         """Check the sizes, then build the layers."""
         super().__init__()
-        sizes = {"vocabulary": vocabulary, "context": context, "layers": layers}
-        check_sizes(positions, dropout, **sizes, width=width, heads=heads)
+        sizes = {"vocab_size": vocab_size, "context_length": context_length}
+        sizes |= {"num_layers": num_layers, "d_model": d_model, "num_heads": num_heads}
+        check_sizes(positional_encoding, dropout, **sizes)
         has_norm = norm != "none" or qk_norm
         check_options(
-            positions, mlp if not experts else "experts", has_norm, d_ff, rope_base, norm_eps
+            positional_encoding,
+            activation if not num_experts else "experts",
+            has_norm,
+            d_ff,
+            rope_base,
+            norm_eps,
         )
-        self.context, self.vocabulary = context, vocabulary
-        self.embed = nn.Embedding(padded_vocab_size(vocabulary), width)
-        self.place = nn.Embedding(context, width) if positions == "learned" else None
-        if positions == "sinusoidal":
-            self.place = SinusoidalEncoding(context, width)
+        self.context_length, self.vocab_size = context_length, vocab_size
+        self.embed = nn.Embedding(padded_vocab_size(vocab_size), d_model)
+        self.pos_embed = (
+            nn.Embedding(context_length, d_model) if positional_encoding == "learned" else None
+        )
+        if positional_encoding == "sinusoidal":
+            self.pos_embed = SinusoidalEncoding(context_length, d_model)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleDict()  # a dict keeps the names when a pipeline stage drops blocks
-        new_norm = partial(make_norm, norm, width, norm_eps)
+        new_norm = partial(make_norm, norm, d_model, norm_eps)
         rotary = (
-            RotaryEmbedding(context, width // heads, rope_base) if positions == "rope" else None
+            RotaryEmbedding(context_length, d_model // num_heads, rope_base)
+            if positional_encoding == "rope"
+            else None
         )
-        for layer in range(layers):
+        for layer in range(num_layers):
             block_attention = CausalAttention(
-                width,
-                heads,
-                context,
-                rope=positions == "rope",
+                d_model,
+                num_heads,
+                context_length,
+                rope=positional_encoding == "rope",
                 qk_norm=qk_norm,
                 dropout=dropout,
-                attn_implementation=attention,
-                variant=rung,
-                out_proj=output,
+                attn_implementation=attn_implementation,
+                variant=attention_variant,
+                out_proj=out_proj,
                 bias=bias == "all",
                 rope_base=rope_base,
                 norm_eps=norm_eps,
                 rotary=rotary,
             )
-            block_mlp = None if mlp == "none" else MLP(width, mlp, bias != "none", d_ff)
-            block_mlp = MixtureOfExperts(width, experts, d_ff=d_ff) if experts else block_mlp
+            block_mlp = (
+                None if activation == "none" else MLP(d_model, activation, bias != "none", d_ff)
+            )
+            block_mlp = (
+                MixtureOfExperts(d_model, num_experts, d_ff=d_ff) if num_experts else block_mlp
+            )
             self.blocks[str(layer)] = TransformerBlock(
                 block_attention, block_mlp, new_norm, dropout, residual
             )
         self.norm = new_norm()
-        self.head = nn.Linear(width, padded_vocab_size(vocabulary), bias=False)
-        if tied:
+        self.head = nn.Linear(d_model, padded_vocab_size(vocab_size), bias=False)
+        if tie_embeddings:
             self.head.weight = self.embed.weight
-        self._initialize(tied, zero_init)
+        self._initialize(tie_embeddings, zero_init_residual)
 
     def _initialize(self, tie_embeddings: bool, zero_init_residual: bool) -> None:
         """Change torch's default initial values; the lecture keeps the defaults."""
         if tie_embeddings or zero_init_residual:
             # Adam moves every weight by lr: embeddings of N(0, 1), torch's default, stay random for
             # a whole quick run (0.04 nats lost); as a tied head their first logits would be large
-            for embedding in (self.embed, self.place):
+            for embedding in (self.embed, self.pos_embed):
                 if isinstance(embedding, nn.Embedding):
                     nn.init.normal_(embedding.weight, std=0.02 if tie_embeddings else 0.1)
         for name, parameter in self.named_parameters():  # a tied head is listed as the embedding
-            zeroed_suffixes = ("out.weight", "down.weight", "head.weight", "experts.down")
+            zeroed_suffixes = ("out_proj.weight", "down.weight", "head.weight", "experts.down")
             if zero_init_residual and (name.endswith(zeroed_suffixes) or name.endswith(".bias")):
                 nn.init.zeros_(parameter)
 
@@ -283,9 +300,13 @@ class Transformer(nn.Module):
         SharedPrefixBatch they are those of the completions, (b n v). With targets (b t) the summed
         cross-entropy is returned, and the logits are not stored as a whole.
         """
-        return self.leave(self.through(self.enter(tokens, cache), None, cache), cache, targets)
+        return self.compute_logits(
+            self.run_blocks(self.embed_tokens(tokens, cache), None, cache), cache, targets
+        )
 
-    def enter(self, tokens: Tensor, cache: KVCache | SharedPrefixBatch | None = None) -> Tensor:
+    def embed_tokens(
+        self, tokens: Tensor, cache: KVCache | SharedPrefixBatch | None = None
+    ) -> Tensor:
         """Embed tokens: the residual stream (b t d) before the first block.
 
         Raises:
@@ -294,26 +315,32 @@ class Transformer(nn.Module):
         if cache is None:
             self._check_tokens(tokens)
         x = self.embed(tokens)
-        if self.place is not None:
-            position_ids = self.times
+        if self.pos_embed is not None:
+            position_ids = self.position_ids_override
             if position_ids is None:
                 position_ids = torch.arange(tokens.shape[1], device=tokens.device)
-            x = x + self.place(position_ids if cache is None else cache.position_ids(position_ids))
+            x = x + self.pos_embed(
+                position_ids if cache is None else cache.position_ids(position_ids)
+            )
         return self.dropout(x)
 
     def _check_tokens(self, tokens: Tensor) -> None:
-        length = tokens.shape[1] if self.times is None else 0  # `times`: a part of a sequence
-        if length > self.context:
+        length = (
+            tokens.shape[1] if self.position_ids_override is None else 0
+        )  # a part of a sequence
+        if length > self.context_length:
             raise UsageError(
-                f"{length} tokens, and the model sees {self.context} (its context); allowed: "
-                f"{self.context} or less; cut the input, or build the model with context={length}"
+                f"{length} tokens, and the model sees {self.context_length} (its context); "
+                "allowed: "
+                f"{self.context_length} or less; cut the input, or build the model with "
+                f"context_length={length}"
             )
-        if tokens.is_cuda and self.embed.num_embeddings > self.vocabulary:
-            is_in_vocab = (tokens < self.vocabulary).all()  # a padding row is no token
+        if tokens.is_cuda and self.embed.num_embeddings > self.vocab_size:
+            is_in_vocab = (tokens < self.vocab_size).all()  # a padding row is no token
             torch._assert_async(is_in_vocab, "a token is outside the vocabulary")  # pyright: ignore
-        check_ids("token", tokens, self.vocabulary)
+        check_ids("token", tokens, self.vocab_size)
 
-    def through(
+    def run_blocks(
         self,
         x: Tensor,
         block_names: Sequence[str] | None = None,
@@ -325,7 +352,7 @@ class Transformer(nn.Module):
             x = block(x) if cache is None else block(x, cache.layers[int(name)])
         return x
 
-    def leave(
+    def compute_logits(
         self,
         x: Tensor,
         cache: KVCache | SharedPrefixBatch | None = None,
@@ -336,18 +363,18 @@ class Transformer(nn.Module):
         if cache is not None:
             x = cache.select_outputs(x)
         if targets is None:
-            return self.head(x)[..., : self.vocabulary]
+            return self.head(x)[..., : self.vocab_size]
         if type(self.head) is nn.Linear:
-            return chunked_cross_entropy(x, self.head.weight, targets, self.vocabulary)
+            return chunked_cross_entropy(x, self.head.weight, targets, self.vocab_size)
         return cross_entropy(
-            self.head(x)[..., : self.vocabulary], targets, "sum"
+            self.head(x)[..., : self.vocab_size], targets, "sum"
         )  # a head with adapters
 
-    def ends(self) -> tuple[list[str], list[str]]:
-        """Names of the modules that `enter` and `leave` need."""
-        return ["embed", "place"], ["norm", "head"]
+    def stage_modules(self) -> tuple[list[str], list[str]]:
+        """Names of the modules that `embed_tokens` and `compute_logits` need."""
+        return ["embed", "pos_embed"], ["norm", "head"]
 
-    def tp_plan(self) -> dict[str, str]:
+    def tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor-parallel plan: matrices are split by heads and by hidden channels.
 
         Embedding and head are not split: they may share their storage. An attention is split if
@@ -359,7 +386,7 @@ class Transformer(nn.Module):
         if first.attention.is_fully_learned:
             qkv_projections = (f"attention.{name}" for name in PROJECTIONS)
             styles |= {"attention": "shared", **dict.fromkeys(qkv_projections, "colwise")}
-            styles["attention.out"] = "rowwise"
+            styles["attention.out_proj"] = "rowwise"
         if isinstance(first.mlp, MLP):
             styles |= {"mlp": "shared", "mlp.up": "colwise", "mlp.gate": "colwise"}
             styles["mlp.down"] = "rowwise"
@@ -372,7 +399,7 @@ class Transformer(nn.Module):
 def with_defaults(net_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Complete the arguments of a `Transformer` with the defaults of its signature.
 
-    with_defaults({"width": 64})["layers"]  # 4
+    with_defaults({"d_model": 64})["num_layers"]  # 4
     """
     signature_params = inspect.signature(Transformer).parameters
     return {
@@ -396,7 +423,7 @@ def check_sizes(positional_encoding: str, dropout: float, **sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise UsageError(f"{name} is {size}; allowed: 1 or more; type --model.{name}=1")
-    d_model, num_heads = sizes["width"], sizes["heads"]
+    d_model, num_heads = sizes["d_model"], sizes["num_heads"]
     if not 0 <= dropout < 1:
         raise UsageError(f"dropout is {dropout}; allowed: 0 to below 1; type --model.dropout=0.1")
     step = 2 if positional_encoding == "rope" else 1  # RoPE rotates pairs of channels
@@ -405,12 +432,12 @@ def check_sizes(positional_encoding: str, dropout: float, **sizes: int) -> None:
         valid_num_heads = sorted(divisors, key=lambda h: abs(h - num_heads))
         requirement = "equal and even parts (rope turns pairs)" if step == 2 else "equal parts"
         raise UsageError(
-            f"heads {num_heads} does not split width {d_model} into {requirement}; allowed: "
+            f"num_heads {num_heads} does not split d_model {d_model} into {requirement}; allowed: "
             f"{', '.join(map(str, valid_num_heads[:5])) or 'none'}; "
             + (
-                f"type --model.heads={valid_num_heads[0]}"
+                f"type --model.num_heads={valid_num_heads[0]}"
                 if valid_num_heads
-                else "type --model.width=128"
+                else "type --model.d_model=128"
             )
         )
 
@@ -428,8 +455,9 @@ def check_options(
         raise UsageError(f"d_ff is {d_ff}; allowed: 1 or more; type --model.d_ff=512")
     if d_ff is not None and activation == "none":
         raise UsageError(
-            f"d_ff is {d_ff}, and mlp is none: there is no MLP of that width; allowed: null; "
-            "type --model.mlp=relu2, or leave d_ff out"
+            f"d_ff is {d_ff}, and activation is none: there is no MLP of that width; allowed: "
+            "null; "
+            "type --model.activation=relu2, or leave d_ff out"
         )
     if not 1 < rope_base < math.inf:
         raise UsageError(
@@ -437,9 +465,10 @@ def check_options(
         )
     if rope_base != ROPE_BASE and positional_encoding != "rope":
         raise UsageError(
-            f"rope_base is {rope_base:g}, and positions is {positional_encoding}, which turns "
+            f"rope_base is {rope_base:g}, and positional_encoding is {positional_encoding}, which "
+            "turns "
             "nothing; "
-            "type --model.positions=rope, or leave rope_base out"
+            "type --model.positional_encoding=rope, or leave rope_base out"
         )
     if norm_eps is not None and not 0 <= norm_eps < math.inf:
         raise UsageError(f"norm_eps is {norm_eps}; allowed: 0 or more; type --model.norm_eps=1e-5")

@@ -1,11 +1,11 @@
 """U-Net for diffusion models: two downsampling and two upsampling levels with skip connections.
 
-    x -> first ---------------------------------- last -> out          width      full size
-           \\ narrow1 -> second ---------- fourth / widen2             2 width    half size
-                          \\ narrow2 -> third -> middle / widen1       4 width    quarter size
+    x -> down1 ----------------------------------------- up2 -> out_conv      w    full size
+           \\ downsample1 -> down2 ----------- up1 / upsample2                2w    half size
+                               \\ downsample2 -> down3 -> mid / upsample1     4w    quarter size
 
 Each block adds the time embedding, and the label embedding if there are labels, to every pixel. At
-width 64 the net has 4,165,953 parameters on grayscale images.
+64 base channels w the net has 4,165,953 parameters on grayscale images.
 
 Axes: b batch, c y x images, d embedding.
 """
@@ -35,7 +35,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm1 = nn.GroupNorm(NUM_GROUPS, out_channels)
-        self.time = nn.Linear(embed_dim, out_channels)
+        self.time_proj = nn.Linear(embed_dim, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(NUM_GROUPS, out_channels)
         self.shortcut = (
@@ -47,7 +47,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Map images (b c y x) and embeddings (b d) to images (b c' y x)."""
         h = F.silu(self.norm1(self.conv1(x)))
-        h = h + rearrange(self.time(embedding), "b c -> b c 1 1")
+        h = h + rearrange(self.time_proj(embedding), "b c -> b c 1 1")
         h = F.silu(self.norm2(self.conv2(h)))
         return h + self.shortcut(x)
 
@@ -61,9 +61,9 @@ class SpatialSelfAttention(nn.Module):
         self.num_heads = max(1, channels // 32)
         self.norm = nn.GroupNorm(NUM_GROUPS, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(cast(Tensor, self.out.bias))
+        self.out_proj = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out_proj.weight)
+        nn.init.zeros_(cast(Tensor, self.out_proj.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (b c y x) to images of the same shape."""
@@ -74,7 +74,7 @@ class SpatialSelfAttention(nn.Module):
             h=self.num_heads,
         )
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(
+        return x + self.out_proj(
             rearrange(mixed, "b h (y x) k -> b (h k) y x", y=x.shape[-2], x=x.shape[-1])
         )
 
@@ -90,73 +90,77 @@ def timestep_embedding(t: Tensor, embed_dim: int) -> Tensor:
 class UNet(nn.Module):
     """U-Net from noisy images and times to images; any height and width, padded internally.
 
-    UNet(channels=1, width=64)(torch.randn(2, 1, 28, 28), torch.tensor([1, 999]))
+    UNet(channels=1, base_channels=64)(torch.randn(2, 1, 28, 28), torch.tensor([1, 999]))
 
     Args:
         channels: channels of the images.
-        width: channels at full size; a multiple of 8.
-        time_width: channels of the time embedding.
-        classes: number of labels; 0 for none. The label `classes` is the null class.
-        patch: squares of this many pixels become one pixel with more channels.
-        attention: whether a self-attention layer is added at a quarter of the size.
+        base_channels: channels at full size; a multiple of 8.
+        time_embed_dim: channels of the time embedding.
+        num_classes: number of labels; 0 for none. The label `num_classes` is the null class.
+        patch_size: squares of this many pixels become one pixel with more channels.
+        has_attention: whether a self-attention layer is added at a quarter of the size.
     """
 
     def __init__(
         self,
         channels: int = 1,
-        width: int = 64,
-        time_width: int = 256,
-        classes: int = 0,
-        patch: int = 1,
-        attention: bool = False,
+        base_channels: int = 64,
+        time_embed_dim: int = 256,
+        num_classes: int = 0,
+        patch_size: int = 1,
+        has_attention: bool = False,
     ) -> None:
         """Check the sizes, then build the layers."""
         super().__init__()
         if (
-            width < NUM_GROUPS
-            or width % NUM_GROUPS
-            or time_width < 2
-            or time_width % 2
-            or patch < 1
+            base_channels < NUM_GROUPS
+            or base_channels % NUM_GROUPS
+            or time_embed_dim < 2
+            or time_embed_dim % 2
+            or patch_size < 1
         ):
             raise UsageError(
-                f"width is {width}, time_width {time_width}, patch {patch}; "
-                "allowed: a width that "
-                f"{NUM_GROUPS} divides, an even time_width, a patch of 1 or more; "
-                "type --model.width=64 --model.time_width=256 --model.patch=1"
+                f"base_channels is {base_channels}, time_embed_dim {time_embed_dim}, patch_size "
+                f"{patch_size}; allowed: base_channels that {NUM_GROUPS} divides, an even "
+                "time_embed_dim, a patch_size of 1 or more; "
+                "type --model.base_channels=64 --model.time_embed_dim=256 --model.patch_size=1"
             )
         self.init_kwargs = {
-            "channels": channels, "width": width, "time_width": time_width,
-            "classes": classes,
-            "patch": patch, "attention": attention,
-        }  # fmt: skip
-        w, d, inner_channels = width, time_width, channels * patch**2
-        self.classes, self.patch_size, self.time_embed_dim = classes, patch, time_width
-        self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
-        self.labels = nn.Embedding(classes + 1, d) if classes else None
+            "channels": channels,
+            "base_channels": base_channels,
+            "time_embed_dim": time_embed_dim,
+            "num_classes": num_classes,
+            "patch_size": patch_size,
+            "has_attention": has_attention,
+        }
+        w, d, inner_channels = base_channels, time_embed_dim, channels * patch_size**2
+        self.num_classes, self.patch_size = num_classes, patch_size
+        self.time_embed_dim = time_embed_dim
+        self.time_mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        self.class_embed = nn.Embedding(num_classes + 1, d) if num_classes else None
         self.blocks = nn.ModuleDict(
             {
-                "first": ResidualBlock(inner_channels, w, d),
-                "narrow1": nn.Conv2d(w, w, 3, stride=2, padding=1),
-                "second": ResidualBlock(w, 2 * w, d),
-                "narrow2": nn.Conv2d(2 * w, 2 * w, 3, stride=2, padding=1),
-                "third": ResidualBlock(2 * w, 4 * w, d),
-                "middle": ResidualBlock(4 * w, 4 * w, d),
-                "attention": SpatialSelfAttention(4 * w) if attention else nn.Identity(),
-                "widen1": nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1),
-                "fourth": ResidualBlock(4 * w, 2 * w, d),
-                "widen2": nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1),
-                "last": ResidualBlock(2 * w, w, d),
-                "out": nn.Conv2d(w, inner_channels, 1),
+                "down1": ResidualBlock(inner_channels, w, d),
+                "downsample1": nn.Conv2d(w, w, 3, stride=2, padding=1),
+                "down2": ResidualBlock(w, 2 * w, d),
+                "downsample2": nn.Conv2d(2 * w, 2 * w, 3, stride=2, padding=1),
+                "down3": ResidualBlock(2 * w, 4 * w, d),
+                "mid": ResidualBlock(4 * w, 4 * w, d),
+                "mid_attention": SpatialSelfAttention(4 * w) if has_attention else nn.Identity(),
+                "upsample1": nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1),
+                "up1": ResidualBlock(4 * w, 2 * w, d),
+                "upsample2": nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1),
+                "up2": ResidualBlock(2 * w, w, d),
+                "out_conv": nn.Conv2d(w, inner_channels, 1),
             }
         )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Map images (b c y x), times (b) in [0, 1000] and labels (b) to images (b c y x)."""
-        embedding = self.time(timestep_embedding(t, self.time_embed_dim).to(x.dtype))
-        if self.labels is not None:
-            y = torch.full_like(t, self.classes, dtype=torch.int64) if y is None else y
-            embedding = embedding + self.labels(y)
+        embedding = self.time_mlp(timestep_embedding(t, self.time_embed_dim).to(x.dtype))
+        if self.class_embed is not None:
+            y = torch.full_like(t, self.num_classes, dtype=torch.int64) if y is None else y
+            embedding = embedding + self.class_embed(y)
         height, width = x.shape[-2:]
         pad_top, pad_left = (
             (-height % (4 * self.patch_size)) // 2,
@@ -175,13 +179,13 @@ class UNet(nn.Module):
 
     def _run_blocks(self, x: Tensor, embedding: Tensor) -> Tensor:
         b = self.blocks
-        full = b["first"](x, embedding)
-        half = b["second"](b["narrow1"](full), embedding)
-        h = b["third"](b["narrow2"](half), embedding)
-        h = b["attention"](b["middle"](h, embedding))
-        h = b["fourth"](torch.cat((b["widen1"](h), half), 1), embedding)
-        h = b["last"](torch.cat((b["widen2"](h), full), 1), embedding)
-        return b["out"](h)
+        full = b["down1"](x, embedding)
+        half = b["down2"](b["downsample1"](full), embedding)
+        h = b["down3"](b["downsample2"](half), embedding)
+        h = b["mid_attention"](b["mid"](h, embedding))
+        h = b["up1"](torch.cat((b["upsample1"](h), half), 1), embedding)
+        h = b["up2"](torch.cat((b["upsample2"](h), full), 1), embedding)
+        return b["out_conv"](h)
 
 
 def save_pretrained(net: UNet, folder: str, extra_config: dict[str, Any]) -> str:
@@ -191,7 +195,8 @@ def save_pretrained(net: UNet, folder: str, extra_config: dict[str, Any]) -> str
         net = UNet(**config["net"])
         net.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 
-    The other keys of config.json define the net's output: process, prediction, conditioning.
+    The other keys of config.json define the net's output: noise_schedule, prediction_type,
+    time_conditioning.
     """
     weights = {name: w.contiguous() for name, w in net.state_dict().items()}
     with atomic_write(Path(folder, "model.safetensors")) as temporary_path:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ravine.datamodules.images import to_uint8
 
 from ..diffusion_core.counter_rng import derive_key, normals
-from ..diffusion_core.noise_schedules import Schedule, Timesteps
+from ..diffusion_core.noise_schedules import NoiseSchedule, Timesteps
 from ..diffusion_core.samplers import ddim
 from ..diffusion_core.sampling import SamplerConfig
 
@@ -81,7 +81,7 @@ def plot_reverse_process(denoise: DenoiseFn, timesteps: Timesteps, x: Tensor) ->
 
 @torch.no_grad()
 def plot_x0_estimates(
-    denoise: DenoiseFn, noise_schedule: Schedule, x0: Tensor, eps: Tensor
+    denoise: DenoiseFn, noise_schedule: NoiseSchedule, x0: Tensor, eps: Tensor
 ) -> "Figure":
     """Plot images x0 (b c y x) with increasing noise eps, and the x0 estimates."""
     t = torch.linspace(0, 1000, NUM_POINTS)[1:]
@@ -113,7 +113,7 @@ def plot_interpolation(
 
 def plot_all(
     denoise: Callable[..., Tensor],
-    noise_schedule: Schedule,
+    noise_schedule: NoiseSchedule,
     sampler_config: SamplerConfig,
     x0: Tensor,
     num_classes: int,
@@ -126,12 +126,12 @@ def plot_all(
     y = image_ids % num_classes if num_classes else None
 
     def denoise_conditional(x: Tensor, t: float) -> Tensor:
-        return denoise(x, x.new_full((len(x),), t), y, sampler_config.guidance).clamp(-1, 1)
+        return denoise(x, x.new_full((len(x),), t), y, sampler_config.guidance_scale).clamp(-1, 1)
 
     def denoise_unconditional(x: Tensor, t: float) -> Tensor:
         return denoise(x, x.new_full((len(x),), t)).clamp(-1, 1)
 
-    timesteps = noise_schedule.timesteps(sampler_config.steps)
+    timesteps = noise_schedule.timesteps(sampler_config.num_steps)
     first_noise, second_noise = (
         normals(derive_key(name), image_ids, tuple(x0.shape[1:])) for name in ("one", "other")
     )

@@ -61,7 +61,7 @@ def plot_temperatures(
 @torch.no_grad()
 def plot_bigrams(net: Transformer, tokens: Tensor, token_names: Sequence[str]) -> "Figure":
     """Plot the probabilities of successors of each token: learned, and counted in a text (n)."""
-    vocab_size = net.vocabulary
+    vocab_size = net.vocab_size
     counts = torch.zeros(vocab_size, vocab_size, dtype=torch.float64)
     tokens = tokens.long().cpu()
     counts.index_put_((tokens[:-1], tokens[1:]), torch.ones(1, dtype=torch.float64), True)

@@ -1,10 +1,10 @@
 """GPT-2 weights: load and save them in Hugging Face's safetensors format.
 
     Hugging Face                 Transformer                              (layer i)
-    wte, wpe, ln_f               embed, place, norm
+    wte, wpe, ln_f               embed, pos_embed, norm
     h.i.ln_1, h.i.ln_2           blocks.i.attention_norm, mlp_norm
     h.i.attn.c_attn  (d 3d)      attention.query, key, value  (d d) each
-    h.i.attn.c_proj, mlp.c_fc    attention.out, mlp.up, ...   transposed: x W there, x Wᵀ here
+    h.i.attn.c_proj, mlp.c_fc    attention.out_proj, mlp.up, ...   transposed: x W there, x Wᵀ here
 
 The head is the embedding; a separate head is written only if `tie_word_embeddings` is false. The
 config.json in the same folder contains the options that tensors do not show (heads, activation,
@@ -26,20 +26,20 @@ from ravine.errors import MissingFileError, UsageError
 from ..nn.transformer import MLP, Transformer, TransformerBlock, with_defaults
 
 GPT2_KWARGS = {  # arguments of a Transformer with GPT-2's architecture
-    "positions": "learned",
+    "positional_encoding": "learned",
     "norm": "layernorm",
     "qk_norm": False,
-    "mlp": "gelu_tanh",
-    "tied": True,
-    "rung": "qkv",
+    "activation": "gelu_tanh",
+    "tie_embeddings": True,
+    "attention_variant": "qkv",
     "residual": True,
-    "output": True,
+    "out_proj": True,
     "bias": "all",
 }
-TOP_LEVEL_NAMES = {"wte": "embed", "wpe": "place", "ln_f": "norm"}
+TOP_LEVEL_NAMES = {"wte": "embed", "wpe": "pos_embed", "ln_f": "norm"}
 BLOCK_NAMES = {
     "ln_1": "attention_norm",
-    "attn.c_proj": "attention.out",
+    "attn.c_proj": "attention.out_proj",
     "ln_2": "mlp_norm",
     "mlp.c_fc": "mlp.up",
     "mlp.c_proj": "mlp.down",
@@ -151,7 +151,9 @@ def load_hf(path: str | Path, net: Transformer) -> None:
         raise UsageError(f"{file} does not hold GPT-2 weights: {error!r}") from error
     config = read_config(file.parent / "config.json")
     if config is None:
-        unchecked = {name: get_net_kwargs(net)[name] for name in ("heads", "mlp", "norm_eps")}
+        unchecked = {
+            name: get_net_kwargs(net)[name] for name in ("num_heads", "activation", "norm_eps")
+        }
         description = ", ".join(f"{name}={value}" for name, value in unchecked.items())
         log_once(
             f"no config.json beside {file}: that its weights were trained with {description} is "
@@ -161,7 +163,9 @@ def load_hf(path: str | Path, net: Transformer) -> None:
         )
         config = {}
         expected = (
-            sizes | GPT2_KWARGS | {name: get_net_kwargs(net)[name] for name in (*unchecked, "tied")}
+            sizes
+            | GPT2_KWARGS
+            | {name: get_net_kwargs(net)[name] for name in (*unchecked, "tie_embeddings")}
         )
     else:
         expected = expected_net_kwargs(config, sizes, str(file.parent / "config.json"))
@@ -182,10 +186,10 @@ def infer_sizes(hf_tensors: dict[str, Tensor]) -> dict[str, int]:
     layers = {int(name.split(".")[1]) for name in tensors if name.startswith("h.")}
     vocab_size, d_model = tensors["wte.weight"].shape
     return {
-        "vocabulary": vocab_size,
-        "context": len(tensors["wpe.weight"]),
-        "layers": 1 + max(layers),
-        "width": d_model,
+        "vocab_size": vocab_size,
+        "context_length": len(tensors["wpe.weight"]),
+        "num_layers": 1 + max(layers),
+        "d_model": d_model,
         "d_ff": tensors["h.0.mlp.c_fc.weight"].shape[1],
     }
 
@@ -232,7 +236,7 @@ def expected_net_kwargs(config: dict[str, Any], sizes: dict[str, int], name: str
         )
     num_heads = 12 if aliased["n_head"] is None else aliased["n_head"]
     eps = config.get("layer_norm_epsilon", 1e-5)
-    d_model = sizes["width"]
+    d_model = sizes["d_model"]
     if type(num_heads) is not int or num_heads < 1 or d_model % num_heads:
         raise UsageError(
             f"{name} says n_head={_shorten(num_heads)} for a width of {d_model}; allowed: a "
@@ -246,9 +250,9 @@ def expected_net_kwargs(config: dict[str, Any], sizes: dict[str, int], name: str
         )
     tensor_sizes = {
         "n_embd": d_model,
-        "n_layer": sizes["layers"],
-        "n_positions": sizes["context"],
-        "vocab_size": sizes["vocabulary"],
+        "n_layer": sizes["num_layers"],
+        "n_positions": sizes["context_length"],
+        "vocab_size": sizes["vocab_size"],
         "n_inner": sizes["d_ff"],
     }
     config_sizes = aliased | {key: config.get(key) for key in ("vocab_size", "n_inner")}
@@ -265,9 +269,13 @@ def expected_net_kwargs(config: dict[str, Any], sizes: dict[str, int], name: str
             f"{sizes['d_ff']}; the two files do not belong together: fetch both again"
         )
     has_tied_head = bool(config.get("tie_word_embeddings", True))
-    derived = {"heads": num_heads, "mlp": HF_ACTIVATIONS[activation], "norm_eps": float(eps)}
+    derived = {
+        "num_heads": num_heads,
+        "activation": HF_ACTIVATIONS[activation],
+        "norm_eps": float(eps),
+    }
     # None: an untied net can also hold a tied head, as a copy
-    return GPT2_KWARGS | sizes | derived | {"tied": True if has_tied_head else None}
+    return GPT2_KWARGS | sizes | derived | {"tie_embeddings": True if has_tied_head else None}
 
 
 def get_net_kwargs(net: Transformer) -> dict[str, Any]:
@@ -275,27 +283,27 @@ def get_net_kwargs(net: Transformer) -> dict[str, Any]:
     block = cast(TransformerBlock, next(iter(net.blocks.values())))
     attention, mlp, d_model = block.attention, block.mlp, net.embed.embedding_dim
     norm = "layernorm" if isinstance(net.norm, nn.LayerNorm) else type(net.norm).__name__.lower()
-    positional_encoding = "learned" if isinstance(net.place, nn.Embedding) else "sinusoidal"
-    if net.place is None:
+    positional_encoding = "learned" if isinstance(net.pos_embed, nn.Embedding) else "sinusoidal"
+    if net.pos_embed is None:
         positional_encoding = "rope" if attention.rope else "none"
     is_plain_mlp = isinstance(mlp, MLP)
     bias = isinstance(attention.query, nn.Linear) and attention.query.bias is not None
     net_kwargs = {
-        "vocabulary": net.vocabulary,
-        "context": net.context,
-        "layers": len(net.blocks),
-        "width": d_model,
-        "heads": d_model // attention.head_dim,
+        "vocab_size": net.vocab_size,
+        "context_length": net.context_length,
+        "num_layers": len(net.blocks),
+        "d_model": d_model,
+        "num_heads": d_model // attention.head_dim,
         "d_ff": mlp.up.out_features if is_plain_mlp else None,
-        "mlp": mlp.activation if is_plain_mlp else "none" if mlp is None else "experts",
+        "activation": mlp.activation if is_plain_mlp else "none" if mlp is None else "experts",
         "norm_eps": getattr(net.norm, "eps", None),
-        "tied": net.head.weight is net.embed.weight,
-        "positions": positional_encoding,
+        "tie_embeddings": net.head.weight is net.embed.weight,
+        "positional_encoding": positional_encoding,
         "norm": {"identity": "none"}.get(norm, norm),
         "qk_norm": attention.qk_norm,
-        "rung": attention.variant,
+        "attention_variant": attention.variant,
         "residual": block.residual,
-        "output": isinstance(attention.out, nn.Linear),
+        "out_proj": isinstance(attention.out_proj, nn.Linear),
         "bias": "all" if bias else "mlp" if is_plain_mlp and mlp.up.bias is not None else "none",
     }
     return net_kwargs
@@ -306,24 +314,26 @@ def check_net_kwargs(expected: dict[str, Any], net: Transformer, name: str) -> N
     actual = get_net_kwargs(net)
     mismatches = {key: value for key, value in expected.items() if actual[key] != value}
     if (
-        mismatches.get("context", 0) >= net.context
+        mismatches.get("context_length", 0) >= net.context_length
     ):  # a net's context may be shorter than that of the weights
-        del mismatches["context"]
-    if expected.get("tied") is True:
-        mismatches.pop("tied", None)
-    elif "tied" in mismatches:  # None: a separate head, which a tied net cannot hold
-        mismatches["tied"] = False
-        if not actual["tied"]:
-            del mismatches["tied"]
+        del mismatches["context_length"]
+    if expected.get("tie_embeddings") is True:
+        mismatches.pop("tie_embeddings", None)
+    elif "tie_embeddings" in mismatches:  # None: a separate head, which a tied net cannot hold
+        mismatches["tie_embeddings"] = False
+        if not actual["tie_embeddings"]:
+            del mismatches["tie_embeddings"]
     if not mismatches:
         return
     flags = [f"--model.{key}={_format_flag_value(value)}" for key, value in mismatches.items()]
-    if "vocabulary" in mismatches:
-        vocab_size = mismatches["vocabulary"]
+    if "vocab_size" in mismatches:
+        vocab_size = mismatches["vocab_size"]
         tokenizer_flag = "gpt2" if vocab_size == 50_257 else "FILE"
-        flags[list(mismatches).index("vocabulary")] = f"--data.tokenizer={tokenizer_flag}"
-    if "context" in mismatches:
-        flags[list(mismatches).index("context")] = f"--data.context={mismatches['context']}"
+        flags[list(mismatches).index("vocab_size")] = f"--data.tokenizer={tokenizer_flag}"
+    if "context_length" in mismatches:
+        flags[list(mismatches).index("context_length")] = (
+            f"--data.context_length={mismatches['context_length']}"
+        )
     expected_text = ", ".join(f"{key}={value}" for key, value in mismatches.items())
     actual_text = ", ".join(f"{key}={actual[key]}" for key in mismatches)
     raise UsageError(
@@ -350,13 +360,13 @@ def copy_weights(net: Transformer, weights: dict[str, Tensor], name: str) -> Non
     parameters = dict(net.named_parameters())
     mismatches = [f"{n} is only in the file" for n in weights.keys() - parameters.keys()]
     mismatches += [f"{n} is only in the model" for n in parameters.keys() - weights.keys()]
-    unpadded_rows = {"embed.weight": net.vocabulary, "head.weight": net.vocabulary}
+    unpadded_rows = {"embed.weight": net.vocab_size, "head.weight": net.vocab_size}
     for key in parameters.keys() & weights.keys():
-        rows = (unpadded_rows | {"place.weight": net.context}).get(key)
+        rows = (unpadded_rows | {"pos_embed.weight": net.context_length}).get(key)
         tensor, shape = weights[key], list(parameters[key].shape)
         if rows is not None:
             shape[0] = rows
-            tensor = tensor[:rows] if key == "place.weight" else tensor
+            tensor = tensor[:rows] if key == "pos_embed.weight" else tensor
         if list(tensor.shape) != shape:
             mismatches.append(f"{key} is {shape} in the model and {list(tensor.shape)} in the file")
         elif not tensor.dtype.is_floating_point:
@@ -394,7 +404,7 @@ def save_hf(
     from safetensors.torch import save_file
 
     full_kwargs = with_defaults(net_kwargs)
-    free_options = ("mlp", "tied")  # config.json has options for them
+    free_options = ("activation", "tie_embeddings")  # config.json has options for them
     fixed = {key: value for key, value in GPT2_KWARGS.items() if key not in free_options}
     mismatches = [
         f"{key}={full_kwargs[key]}, not {value}"
@@ -402,10 +412,10 @@ def save_hf(
         if full_kwargs[key] != value
     ]
     names = {own_name: hf_tensors for hf_tensors, own_name in reversed(HF_ACTIVATIONS.items())}
-    if full_kwargs["mlp"] not in names or full_kwargs["experts"]:
+    if full_kwargs["activation"] not in names or full_kwargs["num_experts"]:
         mismatches.append(
-            f"mlp={'experts' if full_kwargs['experts'] else full_kwargs['mlp']}, not "
-            f"{GPT2_KWARGS['mlp']}"
+            f"activation={'experts' if full_kwargs['num_experts'] else full_kwargs['activation']}"
+            f", not {GPT2_KWARGS['activation']}"
         )
     if mismatches:
         raise UsageError(
@@ -416,19 +426,19 @@ def save_hf(
     out_dir = Path(folder)
     out_dir.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
-    hf_tensors = to_hf(weights, net.vocabulary, full_kwargs["tied"])
+    hf_tensors = to_hf(weights, net.vocab_size, full_kwargs["tie_embeddings"])
     save_file(hf_tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "activation_function": names[full_kwargs["mlp"]],
+        "activation_function": names[full_kwargs["activation"]],
         "layer_norm_epsilon": get_net_kwargs(net)["norm_eps"],
-        "tie_word_embeddings": full_kwargs["tied"],
-        "vocab_size": net.vocabulary,
-        "n_positions": net.context,
+        "tie_word_embeddings": full_kwargs["tie_embeddings"],
+        "vocab_size": net.vocab_size,
+        "n_positions": net.context_length,
         "n_embd": net.embed.embedding_dim,
         "n_layer": len(net.blocks),
-        "n_head": full_kwargs["heads"],
+        "n_head": full_kwargs["num_heads"],
         "n_inner": full_kwargs["d_ff"],
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,

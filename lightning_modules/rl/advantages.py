@@ -2,7 +2,7 @@
 
     gradient = mean over samples of  w_i · ∇ log p(y_i),        log p(y) = Σ_t log p(y_t | y_<t)
 
-    kind        advantage w of reward r                     objective of the expected gradient
+    method      advantage w of reward r                     objective of the expected gradient
     none        r                                           E r (REINFORCE, Williams 1992)
     mean        r - mean                                    (B-1)/B · E r: smaller steps for small B
     rloo        r - mean of the other samples               E r, exactly (Kool et al. 2019)
@@ -40,31 +40,31 @@ ABSOLUTE_TIE_TOLERANCE = (
 
 
 @dataclass(frozen=True)
-class Estimator:
+class AdvantageEstimator:
     """Estimator settings: how rewards become advantages and a loss.
 
-    estimator = Estimator("rloo", scope="group")
+    estimator = AdvantageEstimator("rloo", baseline_scope="group")
     w = estimator.advantages(rewards, group_size=4)                    # (b)
     loss = estimator.loss(logprobs, mask, w, max_new_tokens=256, num_tokens=mask.sum())
 
     Args:
-        kind: formula of the advantage; see above.
-        scope: samples of the baseline: the micro-batch on all ranks (the step's batch if gradients
-            are not accumulated), or the group of one prompt.
-        deviation: std of the population (divide by B) or of the sample (by B - 1); grpo only.
-        normalize: sequence sums over tokens and is exact. constant divides the sum by the maximum
-            length and is exact, too. tokens divides by all tokens of the batch, so the step depends
-            on the other samples' lengths: rejected if gradients are accumulated.
+        method: formula of the advantage; see above.
+        baseline_scope: samples of the baseline: the micro-batch on all ranks (the step's batch if
+            gradients are not accumulated), or the group of one prompt.
+        std_correction: std of the population (divide by B) or of the sample (by B - 1); grpo only.
+        loss_normalization: sequence sums over tokens and is exact. constant divides the sum by the
+            maximum length and is exact, too. tokens divides by all tokens of the batch, so the step
+            depends on the other samples' lengths: rejected if gradients are accumulated.
         clip: clip each token's ratio to the sampler's probability to 1 ± clip (PPO). There is one
             step for each rollout, so only rounding moves the ratio from 1. From 1 on the lower
             bound has no effect.
         clip_high: separate upper bound: the range is 1 - clip to 1 + clip_high (DAPO: 0.28).
     """
 
-    kind: AdvantageMethod = "mean"
-    scope: Literal["batch", "group"] = "batch"
-    deviation: Literal["population", "sample"] = "population"
-    normalize: Literal["sequence", "constant", "tokens"] = "sequence"
+    method: AdvantageMethod = "mean"
+    baseline_scope: Literal["batch", "group"] = "batch"
+    std_correction: Literal["population", "sample"] = "population"
+    loss_normalization: Literal["sequence", "constant", "tokens"] = "sequence"
     clip: float | None = None
     clip_high: float | None = None
 
@@ -90,18 +90,21 @@ class Estimator:
             group_size: samples of a prompt.
             accumulate: micro-batches of a step.
         """
-        if self.normalize == "tokens" and accumulate > 1:
+        if self.loss_normalization == "tokens" and accumulate > 1:
             raise UsageError(
-                f"normalize is tokens, and a step has {accumulate} micro-batches, of which each "
+                f"loss_normalization is tokens, and a step has {accumulate} micro-batches, of "
+                "which each "
                 "would divide by its own tokens; allowed: sequence, constant; "
-                "type --model.estimator.normalize=constant, or --trainer.accumulate_grad_batches=1"
+                "type --model.estimator.loss_normalization=constant, or "
+                "--trainer.accumulate_grad_batches=1"
             )
-        size = num_samples if self.scope == "batch" else group_size
-        if self.kind != "none" and size < 2:
-            suggestions = "--data.batch_size=64", "--model.estimator.scope=batch"
-            hint = "--model.group_size=4, or " + suggestions[self.scope == "group"]
+        size = num_samples if self.baseline_scope == "batch" else group_size
+        if self.method != "none" and size < 2:
+            suggestions = "--data.batch_size=64", "--model.estimator.baseline_scope=batch"
+            hint = "--model.group_size=4, or " + suggestions[self.baseline_scope == "group"]
             raise UsageError(
-                f"{self.kind} compares the samples of a {self.scope}, and here that is one; "
+                f"{self.method} compares the samples of a {self.baseline_scope}, and here that is "
+                "one; "
                 f"allowed: 2 or more; type {hint}"
             )
 
@@ -111,26 +114,26 @@ class Estimator:
         Rewards with a difference within rounding (`RELATIVE_TIE_TOLERANCE`,
         `ABSOLUTE_TIE_TOLERANCE`) count as equal.
         """
-        size = len(rewards) if self.scope == "batch" else group_size
+        size = len(rewards) if self.baseline_scope == "batch" else group_size
         rewards = rewards if rewards.is_floating_point() else rewards.double()
         r = rearrange(rewards, "(g s) -> g s", s=size)
         is_scored = ~r.isnan()
         count = is_scored.sum(1, keepdim=True)  # (g 1)
         r = r.where(is_scored, 0.0)
-        if self.kind == "rejection":
+        if self.method == "rejection":
             r = self._require_binary(r)
             return rearrange(r * count / r.sum(1, keepdim=True).clamp(min=1), "g s -> (g s)")
-        w = r if self.kind == "none" else self._centered(r, is_scored, count)
+        w = r if self.method == "none" else self._centered(r, is_scored, count)
         return rearrange(w.where(is_scored, 0.0), "g s -> (g s)")
 
-    def for_kl(self) -> "Estimator":
+    def for_kl(self) -> "AdvantageEstimator":
         """Estimator used for the KL term; the nonlinear estimators fall back to RLOO.
 
         grpo would divide the KL term by the std of the rewards. For equal rewards it would divide
         by the KL term's own std, which is rounding error in the first step. rejection accepts only
         0 and 1.
         """
-        return self if self.kind in ("none", "mean", "rloo") else replace(self, kind="rloo")
+        return self if self.method in ("none", "mean", "rloo") else replace(self, method="rloo")
 
     def _centered(self, r: Tensor, is_scored: Tensor, count: Tensor) -> Tensor:
         mean = r.sum(1, keepdim=True) / count.clamp(min=1)
@@ -142,10 +145,10 @@ class Estimator:
             min=ABSOLUTE_TIE_TOLERANCE
         )
         w = (r - mean).where(is_scored & (max_reward - min_reward > rounding), 0.0)
-        if self.kind == "rloo":
+        if self.method == "rloo":
             return w * count / (count - 1).clamp(min=1)  # r - mean of the other samples
-        if self.kind == "grpo":
-            degrees_of_freedom = count - 1 if self.deviation == "sample" else count
+        if self.method == "grpo":
+            degrees_of_freedom = count - 1 if self.std_correction == "sample" else count
             std = (w.square().sum(1, keepdim=True) / degrees_of_freedom.clamp(min=1)).sqrt()
             return w / std.where(std > 0, 1.0)
         return w
@@ -157,9 +160,8 @@ class Estimator:
             invalid_reward = r[~is_binary][0].item()
             raise UsageError(
                 f"rejection keeps samples of reward 1 and drops those of 0, and a reward is "
-                f"{invalid_reward:.4g}; make the reward binary (Binary with weight 1, and nothing "
-                "else), "
-                "or type --model.estimator.kind=rloo"
+                f"{invalid_reward:.4g}; make the reward binary (Threshold with weight 1, and "
+                "nothing else), or type --model.estimator.method=rloo"
             )
         return binary
 
@@ -180,7 +182,9 @@ class Estimator:
         if self.clip is None:
             return w * logprobs
         if sampler_logprobs is None:
-            raise UsageError("a clipped ratio needs the sampler's log-probabilities: give sampled")
+            raise UsageError(
+                "a clipped ratio needs the sampler's log-probabilities: give sampler_logprobs"
+            )
         high = self.clip if self.clip_high is None else self.clip_high
         ratio = (logprobs - sampler_logprobs).exp()
         return torch.minimum(ratio * w, ratio.clamp(1 - self.clip, 1 + high) * w)
@@ -206,6 +210,10 @@ class Estimator:
         """
         objectives = self.token_objectives(logprobs, advantages, sampler_logprobs)
         total = objectives.where(mask, 0.0).sum()
-        if self.normalize == "tokens":
+        if self.loss_normalization == "tokens":
             return -total / num_tokens
-        return -total / len(advantages) / (max_new_tokens if self.normalize == "constant" else 1)
+        return (
+            -total
+            / len(advantages)
+            / (max_new_tokens if self.loss_normalization == "constant" else 1)
+        )

@@ -22,9 +22,9 @@ from ..nn import Transformer
 class BaseModel(NamedTuple):
     """Content of a language model's checkpoint: sizes, tokenizer, weights by name, checksum."""
 
-    vocabulary: int
-    context: int
-    shape: dict[str, Any]
+    vocab_size: int
+    context_length: int
+    net_kwargs: dict[str, Any]
     tokenizer: Tokenizer
     weights: dict[str, Tensor]
     fingerprint: str
@@ -33,7 +33,9 @@ class BaseModel(NamedTuple):
 def find_checkpoint(base_checkpoint: str) -> Path:
     """Return the path of a checkpoint file, or of the newest checkpoint in a run's folder."""
     if not base_checkpoint:
-        raise UsageError("base is empty; type --model.base=FILE, or the folder of a run")
+        raise UsageError(
+            "base_checkpoint is empty; type --model.base_checkpoint=FILE, or the folder of a run"
+        )
     path = Path(base_checkpoint).expanduser()
     if path.is_file():
         return path
@@ -43,14 +45,15 @@ def find_checkpoint(base_checkpoint: str) -> Path:
         raise UsageError(
             f"{shard_files[0].parent} is a checkpoint in parts, and a base model is one file; type "
             f"lightning export --ckpt_path={shard_files[0].parent} --consolidate=base.ckpt, "
-            "then --model.base=base.ckpt"
+            "then --model.base_checkpoint=base.ckpt"
         )
     if not files:
         name = path.as_posix().removeprefix("runs/")
         raise MissingFileError(
             f"no base model at {base_checkpoint}: no such file, and no folder with checkpoints; "
             "train one "
-            f"(lightning fit --config {name}, if that is a preset), or type --model.base=FILE"
+            f"(lightning fit --config {name}, if that is a preset), or type "
+            "--model.base_checkpoint=FILE"
         )
     return max(files, key=lambda p: p.stat().st_mtime_ns)
 
@@ -70,7 +73,7 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
     except CheckpointError as error:
         reason = str(error).partition(" cannot be used: ")[2].partition(";")[0] or str(error)
         raise UsageError(
-            f"{path} cannot be read as a checkpoint: {reason}; type --model.base=FILE"
+            f"{path} cannot be read as a checkpoint: {reason}; type --model.base_checkpoint=FILE"
         ) from error
     content = checkpoint if isinstance(checkpoint, dict) else {}
     language, saved = content.get("language"), content.get("state_dict")
@@ -78,12 +81,14 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
         task = content.get("task")
         raise UsageError(
             f"{path} is no checkpoint of a language model, but of {task or 'another program'}; "
-            "train one: lightning fit --config reinforce/base; then type --model.base=FILE"
+            "train one: lightning fit --config reinforce/base; then type "
+            "--model.base_checkpoint=FILE"
         )
     if language["tokenizer"] is None:
         raise UsageError(
             f"{path} has no tokenizer: the model was trained on bare numbers, and no reward can "
-            "read what it writes; train it on a TextDataModule, or type --model.base=FILE"
+            "read what it writes; train it on a TextDataModule, or type "
+            "--model.base_checkpoint=FILE"
         )
     adapter_names = [name for name in saved if name.endswith((".lora_a", ".lora_b"))]
     if adapter_names:
@@ -91,13 +96,15 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
             f"{path} has adapters ({adapter_names[0]} and {len(adapter_names) - 1} more), and a "
             "base model "
             f"is plain weights; type lightning export --ckpt_path={path} --merge --folder=plain, "
-            "then --model.base=plain/model.ckpt"
+            "then --model.base_checkpoint=plain/model.ckpt"
         )
     net_kwargs = language.get(
-        "shape", content.get("hyper_parameters", {})
+        "net_kwargs", content.get("hyper_parameters", {})
     )  # the {} of a policy means the defaults
     net_kwargs = {
-        k: v for k, v in net_kwargs.items() if k[0] != "_" and k not in ("vocabulary", "context")
+        k: v
+        for k, v in net_kwargs.items()
+        if k[0] != "_" and k not in ("vocab_size", "context_length")
     }
     tokenizer = tokenizer_from_state_dict(language["tokenizer"])
     weights = {
@@ -105,7 +112,7 @@ def load_base_model(base_checkpoint: str) -> BaseModel:
         for name, tensor in saved.items()
         if name.startswith("net.")
     }
-    sizes = tokenizer.vocabulary, language["context"], net_kwargs
+    sizes = tokenizer.vocab_size, language["context_length"], net_kwargs
     _check_net(path, content.get("task"), weights, *sizes)
     return BaseModel(*sizes, tokenizer, weights, compute_fingerprint(weights))
 
@@ -132,7 +139,8 @@ def _check_net(
             f"{path} was written by {task}, whose net is not that of LanguageModel: "
             f"{mismatches[0]} and "
             f"{len(set(mismatches)) - 1} more differ; allowed: a LanguageModel's checkpoint; "
-            "train one: lightning fit --config reinforce/base; then type --model.base=FILE"
+            "train one: lightning fit --config reinforce/base; then type "
+            "--model.base_checkpoint=FILE"
         )
 
 
@@ -157,7 +165,7 @@ def check_fingerprint(base_checkpoint: str, actual: str, expected: str) -> None:
             f"the base model at {base_checkpoint} is not the one this policy started from: its "
             "weights have "
             f"the checksum {actual[:12]}, those were {expected[:12]}; give the first one: "
-            "--model.base=FILE, or put it back"
+            "--model.base_checkpoint=FILE, or put it back"
         )
 
 

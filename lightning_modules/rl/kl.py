@@ -35,26 +35,26 @@ class KL:
     Args:
         beta: KL coefficient: reward lost for each nat per token; 0 disables the penalty.
         estimator: k1, k2 or k3.
-        where: k1 belongs in the reward, k2 and k3 in the loss.
+        placement: k1 belongs in the reward, k2 and k3 in the loss.
     """
 
     beta: float = 0.0
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    where: Literal["reward", "loss"] = "reward"
+    placement: Literal["reward", "loss"] = "reward"
 
     def __post_init__(self) -> None:
         """Raise UsageError if the gradient would be zero, or would not be that of a divergence."""
         if not self.beta >= 0:
             raise UsageError(f"beta is {self.beta}; allowed: 0 or more; type --model.kl.beta=0.1")
-        if self.estimator == "k1" and self.where == "loss":
+        if self.estimator == "k1" and self.placement == "loss":
             raise UsageError(
                 "k1 in the loss has an expected gradient of exactly zero; allowed in the loss: "
-                "k2, k3; type --model.kl.where=reward, or --model.kl.estimator=k2"
+                "k2, k3; type --model.kl.placement=reward, or --model.kl.estimator=k2"
             )
-        if self.estimator != "k1" and self.where == "reward":
+        if self.estimator != "k1" and self.placement == "reward":
             raise UsageError(
                 f"{self.estimator} in the reward has the gradient of no divergence; allowed in the "
-                f"reward: k1; type --model.kl.estimator=k1, or --model.kl.where=loss"
+                f"reward: k1; type --model.kl.estimator=k1, or --model.kl.placement=loss"
             )
 
     def kl_penalty(

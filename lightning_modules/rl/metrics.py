@@ -1,13 +1,13 @@
 """Rollout metrics that reveal reward hacking and mode collapse during policy-gradient training.
 
-    distinct          fraction of distinct texts                  1/b if all texts are equal
-    jaccard           mean pairwise distance, word 4-grams        near 0 if all texts are similar
-    nearest_jaccard   mean distance to the nearest other text     falls earlier than jaccard
-    vocabulary        fraction of words found in the corpus       near 0 for gibberish
-    distinct_words    number of different words in the batch      falls if the language narrows
-    kl, kl_k3         KL divergence from the reference, in nats per token
-    entropy           entropy of the policy, in nats per token
-    zero_advantages   fraction of samples with advantage 0
+    frac_unique_texts          fraction of distinct texts               1/b if all texts are equal
+    jaccard_distance_mean      mean pairwise distance, word 4-grams     near 0 if texts are similar
+    jaccard_distance_nearest   mean distance to the nearest other text  falls earlier than the mean
+    frac_in_vocab              fraction of words found in the corpus    near 0 for gibberish
+    num_unique_words           different words in the batch             falls in a narrow language
+    kl, kl_k3                  KL divergence from the reference, in nats per token
+    entropy                    entropy of the policy, in nats per token
+    frac_zero_advantage        fraction of samples with advantage 0
 
 All metrics are of the batch over all ranks.
 """
@@ -19,23 +19,23 @@ from torch import Tensor
 
 from ..generation.generate_text import GenerationOutput
 from .kl import KL, estimate_kl
-from .rewards.base import Facts, Reward
+from .rewards.base import CorpusStats, Reward
 from .text_similarity import mean_pairwise_distance, nearest_distance, pairwise_jaccard_distance
 
 
-def text_metrics(texts: Sequence[str], corpus_stats: Facts | None) -> dict[str, float]:
+def text_metrics(texts: Sequence[str], corpus_stats: CorpusStats | None) -> dict[str, float]:
     """Compute the metrics of the texts themselves."""
     distance = pairwise_jaccard_distance(texts)
     words = [word for text in texts for word in text.split()]
     metrics = {
-        "distinct": len(set(texts)) / len(texts),
-        "jaccard": mean_pairwise_distance(distance),
-        "nearest_jaccard": float(nearest_distance(distance).mean()),
-        "distinct_words": float(len(set(words))),
+        "frac_unique_texts": len(set(texts)) / len(texts),
+        "jaccard_distance_mean": mean_pairwise_distance(distance),
+        "jaccard_distance_nearest": float(nearest_distance(distance).mean()),
+        "num_unique_words": float(len(set(words))),
     }
     if corpus_stats is not None:
         num_known = sum(word in corpus_stats.words for word in words)
-        metrics["vocabulary"] = num_known / max(len(words), 1)
+        metrics["frac_in_vocab"] = num_known / max(len(words), 1)
     return metrics
 
 
@@ -48,7 +48,7 @@ def reward_metrics(
         scored = row[~row.isnan()]
         if len(scored):
             metrics[name] = scored.mean().item()
-            metrics[f"{name}_spread"] = scored.std(correction=0).item()
+            metrics[f"{name}_std"] = scored.std(correction=0).item()
     return metrics
 
 
@@ -56,7 +56,7 @@ def token_statistics(
     generated: GenerationOutput, ref_logprobs: Tensor | None, kl: KL, max_new_tokens: int
 ) -> Tensor:
     """Sums over each sample's tokens, float64 (b 5): k1, k3, -log p, tokens, KL penalty."""
-    logprobs, mask = generated.log_probabilities.double(), generated.mask
+    logprobs, mask = generated.logprobs.double(), generated.mask
     reference = logprobs if ref_logprobs is None else ref_logprobs.double()
     rows = [
         estimate_kl("k1", logprobs, reference),
@@ -71,5 +71,5 @@ def token_statistics(
 def token_metrics(statistics: Tensor, has_reference: bool) -> dict[str, float]:
     """Means per token from the sums (b 5) of `token_statistics`."""
     k1, k3, entropy, tokens, _ = statistics.sum(0).tolist()
-    metrics = {"entropy": entropy / tokens, "tokens": tokens}
+    metrics = {"entropy": entropy / tokens, "num_tokens": tokens}
     return metrics | ({"kl": k1 / tokens, "kl_k3": k3 / tokens} if has_reference else {})

@@ -5,8 +5,8 @@
 
 The second pass recomputes the logprobs with gradients, because generation uses a KV cache, CUDA
 graphs or another precision. Both passes run the net in evaluation mode (dropout would make two
-different policies) and use the same `Sampling`. The second pass computes a prompt once for all of
-its samples, if the net supports it (generation/shared_prefix.py).
+different policies) and use the same `DecodingConfig`. The second pass computes a prompt once for
+all of its samples, if the net supports it (generation/shared_prefix.py).
 
 Axes: g prompts, b samples, t positions, n new tokens, v vocabulary.
 """
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from ravine.errors import UsageError
 
 from ..generation.generate_text import gather_logprobs
-from ..generation.sampling import Sampling
+from ..generation.sampling import DecodingConfig
 from ..generation.shared_prefix import SharedPrefixBatch
 from ..nn import Transformer
 from ..nn.attention import ATTENTION_FNS
 from ..nn.moe import MixtureOfExperts
 from ..nn.transformer import TransformerBlock
-from .advantages import Estimator
+from .advantages import AdvantageEstimator
 from .kl import KL
 
 NetFn = Callable[..., Tensor]
@@ -64,7 +64,7 @@ def make_shared_prefix_batch(
     blocks = [cast(TransformerBlock, block) for block in net.blocks.values()]
     has_experts = any(isinstance(block.mlp, MixtureOfExperts) for block in blocks)
     has_replaced_attention = any(
-        block.attention.attend not in ATTENTION_FNS.values() for block in blocks
+        block.attention.attention_fn not in ATTENTION_FNS.values() for block in blocks
     )
     return (
         None
@@ -87,7 +87,7 @@ def compute_logits_at(
     ]
 
 
-def compute_rollout_logprobs(net: NetFn, rollout: Rollout, sampling: Sampling) -> Tensor:
+def compute_rollout_logprobs(net: NetFn, rollout: Rollout, sampling: DecodingConfig) -> Tensor:
     """Compute the logprobs (b n) of the rollout's tokens, with gradient; 0 after the end."""
     logits = compute_logits_at(
         net, rollout.input_ids, rollout.logit_positions, rollout.shared_prefix
@@ -101,7 +101,7 @@ def compute_ref_logprobs(
     logit_positions: Tensor,
     tokens: Tensor,
     mask: Tensor,
-    sampling: Sampling,
+    sampling: DecodingConfig,
     shared_prefix: SharedPrefixBatch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the reference's logprobs (b n) at the sampling temperature, and at temperature 1.
@@ -111,16 +111,19 @@ def compute_ref_logprobs(
     """
     with torch.no_grad():
         logits = compute_logits_at(net, input_ids, logit_positions, shared_prefix)
-        at_sampling_temperature, at_temperature_1 = Sampling(sampling.temperature), Sampling()
+        at_sampling_temperature, at_temperature_1 = (
+            DecodingConfig(sampling.temperature),
+            DecodingConfig(),
+        )
         return gather_logprobs(logits, tokens, mask, at_sampling_temperature), gather_logprobs(
             logits, tokens, mask, at_temperature_1
         )
 
 
 def policy_loss(
-    rollout: Rollout, logprobs: Tensor, estimator: Estimator, kl: KL, max_new_tokens: int
+    rollout: Rollout, logprobs: Tensor, estimator: AdvantageEstimator, kl: KL, max_new_tokens: int
 ) -> Tensor:
-    """Policy-gradient loss of a rollout, plus the KL penalty if `kl.where` is "loss"."""
+    """Policy-gradient loss of a rollout, plus the KL penalty if `kl.placement` is "loss"."""
     mask = rollout.mask
     loss = estimator.loss(
         logprobs,
@@ -130,7 +133,7 @@ def policy_loss(
         rollout.tokens_per_rank,
         rollout.sampler_logprobs,
     )
-    if kl.beta and kl.where == "loss":
+    if kl.beta and kl.placement == "loss":
         if rollout.ref_logprobs is None:
             raise UsageError("beta is above 0, and the rollout has no reference")
         loss = (
@@ -159,14 +162,14 @@ def disable_adapters(net: nn.Module) -> Iterator[None]:
     if not adapters:
         raise UsageError(
             "reference: lora asks the net with its adapters switched off, and it has none; add "
-            "the callback: --trainer.callbacks+=LoRA, or type --model.reference=copy"
+            "the callback: --trainer.callbacks+=LoRA, or type --model.reference=frozen_copy"
         )
     other_trainable = [n for n, p in net.named_parameters() if p.requires_grad and "lora_" not in n]
     if other_trainable:
         raise UsageError(
             f"reference: lora is the net without its adapters, and {other_trainable[0]} learns "
             "beside them, "
-            "so that it would not stay what it was; type --model.reference=copy, or leave "
+            "so that it would not stay what it was; type --model.reference=frozen_copy, or leave "
             "train_also out"
         )
     previous = [adapter.lora_enabled for adapter in adapters]

@@ -21,10 +21,18 @@ from ravine.datamodules.tokenizers import Tokenizer
 
 from ..generation.generate_text import GenerationOutput
 from ..generation.stop_strings import truncate_at_stop
-from .advantages import RELATIVE_TIE_TOLERANCE, Estimator
+from .advantages import RELATIVE_TIE_TOLERANCE, AdvantageEstimator
 from .kl import KL
 from .metrics import reward_metrics, text_metrics, token_metrics, token_statistics
-from .rewards.base import Facts, Reward, RewardError, Samples, check_scored, score_all, weighted_sum
+from .rewards.base import (
+    CorpusStats,
+    Reward,
+    RewardError,
+    RewardInputs,
+    check_scored,
+    score_all,
+    weighted_sum,
+)
 
 
 class ScoredRollout(NamedTuple):
@@ -41,13 +49,13 @@ class RolloutScorer:
     """Score texts by the reward terms and compute advantages by the estimator."""
 
     reward_fns: Sequence[Reward]
-    estimator: Estimator
+    estimator: AdvantageEstimator
     kl: KL
     max_new_tokens: int  # maximum number of tokens of a completion
     group_size: int
     tokenizer: Tokenizer
     stop: str | None
-    corpus_stats: Facts | None
+    corpus_stats: CorpusStats | None
     all_gather: Callable[[Tensor], Tensor]  # rows (b ...) -> rows of all ranks (B ...), on the CPU
     dp_rank: int
 
@@ -75,12 +83,12 @@ class RolloutScorer:
             self.dp_rank * len(local_tokens),
             self.group_size,
         )
-        inputs = Samples(
+        inputs = RewardInputs(
             prompts=[text for text in prompts for _ in range(group_size)],
             texts=all_texts[rank_offset : rank_offset + b],
             tokens=generated.tokens.cpu(),
             mask=generated.mask.cpu(),
-            log_probabilities=generated.log_probabilities.cpu(),
+            logprobs=generated.logprobs.cpu(),
             ref_logprobs=None if ref_logprobs_t1 is None else ref_logprobs_t1.cpu(),
             columns={
                 k: [v for v in column for _ in range(group_size)] for k, column in columns.items()
@@ -109,7 +117,7 @@ class RolloutScorer:
         is_zero = (
             reward_advantages.abs() <= RELATIVE_TIE_TOLERANCE * reward_advantages.abs().max()
         )  # up to rounding
-        metrics["zero_advantages"] = is_zero.double().mean().item()
+        metrics["frac_zero_advantage"] = is_zero.double().mean().item()
         if not reward_advantages.any():
             kl_note = " but to stay near the reference" if self.kl.beta else ""
             rank_zero_warn(
@@ -129,13 +137,13 @@ class RolloutScorer:
         return [truncate_at_stop(self.tokenizer.decode(row), stops) for row in rows]
 
     def _kl_advantages(self, penalty: Tensor, rewards: Tensor) -> Tensor:
-        """Advantages (B) of the KL penalty if `kl.where` is "reward", else 0; to be subtracted."""
-        if not self.kl.beta or self.kl.where == "loss":
+        """Advantages (B) of the KL penalty, to be subtracted; 0 if `kl.placement` is "loss"."""
+        if not self.kl.beta or self.kl.placement == "loss":
             return torch.zeros_like(rewards)
         scored_penalty = penalty.where(~rewards.isnan(), math.nan)
         return self.kl.beta * self.estimator.for_kl().advantages(scored_penalty, self.group_size)
 
-    def _score_on_all_ranks(self, inputs: Samples) -> Tensor:
+    def _score_on_all_ranks(self, inputs: RewardInputs) -> Tensor:
         """Values of the terms (b terms); if a term fails on one rank, all ranks raise."""
         error: RewardError | None = None
         values = torch.zeros(len(self.reward_fns), len(inputs.texts), dtype=torch.float64)
@@ -148,7 +156,7 @@ class RolloutScorer:
         return values.T
 
     def _sample_rows(
-        self, inputs: Samples, rewards: Tensor, values: Tensor
+        self, inputs: RewardInputs, rewards: Tensor, values: Tensor
     ) -> list[dict[str, Any]]:
         names = [term.name for term in self.reward_fns]
         rows = []

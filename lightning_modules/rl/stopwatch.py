@@ -24,7 +24,7 @@ class Stopwatch:
 
     def stop(self, name: str) -> None:
         """Stop a phase and store its duration in seconds."""
-        self.durations_s[f"seconds_{name}"] = time.perf_counter() - self._start_times[name]
+        self.durations_s[f"{name}_s"] = time.perf_counter() - self._start_times[name]
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

@@ -8,20 +8,20 @@ from typing import Any
 from ravine.datamodules.tokenizers import Tokenizer
 from ravine.errors import UsageError
 
-from ..generation.sampling import Sampling
+from ..generation.sampling import DecodingConfig
 from .kl import KL
 
 
 def validate_config(
     max_new_tokens: int,
     group_size: int,
-    sampling: Sampling,
+    sampling: DecodingConfig,
     kl: KL,
     reference: str,
     stop: str | None = None,
 ) -> None:
     """Raise UsageError for invalid settings, alone or in combination."""
-    for name, value in (("new", max_new_tokens), ("group_size", group_size)):
+    for name, value in (("max_new_tokens", max_new_tokens), ("group_size", group_size)):
         if value < 1:
             raise UsageError(f"{name} is {value}; allowed: 1 or more; type --model.{name}=1")
     if stop == "":
@@ -37,7 +37,7 @@ def validate_config(
     if kl.beta and reference == "none":
         raise UsageError(
             f"kl.beta is {kl.beta}, and there is no reference to stay near; "
-            "type --model.reference=copy, or --model.kl.beta=0"
+            "type --model.reference=frozen_copy, or --model.kl.beta=0"
         )
 
 
@@ -47,9 +47,11 @@ def check_prompt_length(
     """Raise UsageError if `num_tokens` tokens and the new tokens exceed the context."""
     if num_tokens + max_new_tokens - 1 > context_length:
         max_fitting = context_length - num_tokens + 1
-        fewer_hint = f"type --model.new={max_fitting} or less, or " if max_fitting > 0 else ""
+        fewer_hint = (
+            f"type --model.max_new_tokens={max_fitting} or less, or " if max_fitting > 0 else ""
+        )
         shorter_hint = (
-            f" (snippets: --data.length={context_length - max_new_tokens + 1})"
+            f" (snippets: --data.prompt_length={context_length - max_new_tokens + 1})"
             if max_new_tokens <= context_length
             else ""
         )
@@ -81,7 +83,7 @@ def check_prompt_characters(
         f"{origin} has prompts with {examples}{remainder}, which the base model does not know; "
         "allowed are "
         "the characters of the text it was trained on; type --data.path=FILE without them, or "
-        "--model.base=FILE of a model trained on such a text"
+        "--model.base_checkpoint=FILE of a model trained on such a text"
     )
 
 

@@ -13,7 +13,7 @@ full tensor is on its owner only. optimizer_probe.py measures which of the three
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -36,12 +36,13 @@ VERDICT_ORDER = ("elementwise", "per tensor", "coupled")
 
 def member_optimizers(optimizer: Optimizer) -> list[Optimizer]:
     """Return the members of a composite optimizer, or the optimizer itself in a list."""
-    return list(getattr(optimizer, "members", None) or [optimizer])
+    is_composite = getattr(optimizer, "is_composite", False)
+    return list(cast(Any, optimizer).optimizers) if is_composite else [optimizer]
 
 
 def supports_dtensor(optimizer: Optimizer) -> bool:
     """Whether an optimizer steps DTensors itself, as its class declares."""
-    flag_names = ("supports_dtensor", "gathers")
+    flag_names = ("supports_dtensor", "needs_full_gradient")
     return any(getattr(optimizer, name, False) for name in flag_names)
 
 

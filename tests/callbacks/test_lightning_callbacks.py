@@ -27,9 +27,9 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
-from ravine.callbacks import EMA, Checkpoint, ExactResume, OptimizerPlan, Rule, Schedule
+from ravine.callbacks import EMA, Checkpoint, ExactResume, LRSchedule, OptimizerPlan, ParamRule
 from ravine.cli.trainer import Trainer
-from ravine.datamodules.loaders import DataParallelInfo, EvalLoader, Order, TrainLoader
+from ravine.datamodules.loaders import DataParallelInfo, EpochSampler, EvalLoader, ResumableLoader
 from ravine.lightning_modules.task_module import TaskModule
 
 PAGE = Path(__file__).parents[2] / "docs" / "lightning_callbacks.md"
@@ -84,12 +84,16 @@ class Data(L.LightningDataModule):
         super().__init__()
         self.batch_size = batch_size
 
-    def train_dataloader(self) -> TrainLoader:
-        share = DataParallelInfo.of(self.trainer)
-        return TrainLoader(Order(0, 16), lambda items: ROWS[items], 16, self.batch_size, share)
+    def train_dataloader(self) -> ResumableLoader:
+        share = DataParallelInfo.from_trainer(self.trainer)
+        return ResumableLoader(
+            EpochSampler(0, 16), lambda items: ROWS[items], 16, self.batch_size, share
+        )
 
     def val_dataloader(self) -> EvalLoader:
-        return EvalLoader(lambda items: ROWS[items], 16, 16, DataParallelInfo.of(self.trainer))
+        return EvalLoader(
+            lambda items: ROWS[items], 16, 16, DataParallelInfo.from_trainer(self.trainer)
+        )
 
     predict_dataloader = val_dataloader
 
@@ -150,7 +154,7 @@ NEED_LOGGER = ("DeviceStatsMonitor", "LearningRateMonitor", "ThroughputMonitor")
 
 
 def plan(**more: Any) -> OptimizerPlan:
-    return OptimizerPlan(partial(torch.optim.AdamW, lr=0.05), schedule=Schedule("cosine"), **more)
+    return OptimizerPlan(partial(torch.optim.AdamW, lr=0.05), schedule=LRSchedule("cosine"), **more)
 
 
 def fit(
@@ -291,8 +295,8 @@ def test_the_found_rate_is_the_base_of_the_schedule(kind, scale, tmp_path, monke
     finder, rates = LearningRateFinder(**FINDER), Rates()
     linear = OptimizerPlan(
         partial(torch.optim.SGD, lr=0.05),
-        schedule=Schedule("linear"),
-        rules=[Rule(lr_scale=scale)],
+        schedule=LRSchedule("linear"),
+        rules=[ParamRule(lr_scale=scale)],
     )
     trainer = kind(**QUIET, max_epochs=2, callbacks=[finder, linear, rates])
     trainer.fit(Late(), datamodule=Data(1))
@@ -316,7 +320,7 @@ def test_a_rate_finder_with_two_base_rates_is_refused(tmp_path, monkeypatch) -> 
     monkeypatch.chdir(tmp_path)
     two = OptimizerPlan(
         partial(torch.optim.SGD, lr=0.05),
-        rules=[Rule(name="head*", optimizer=partial(torch.optim.SGD, lr=0.1)), Rule()],
+        rules=[ParamRule(pattern="head*", optimizer=partial(torch.optim.SGD, lr=0.1)), ParamRule()],
     )
     trainer = Trainer(**QUIET, max_epochs=1, callbacks=[LearningRateFinder(**FINDER), two])
     with pytest.raises(ValueError, match=r"one learning rate, .* have 0.05, 0.1"):
@@ -398,7 +402,7 @@ def test_a_timer_stops_the_run_and_its_checkpoint_is_kept(tmp_path, monkeypatch)
 
 
 class Task(TaskModule):
-    def build(self) -> nn.Module:
+    def build_net(self) -> nn.Module:
         return nn.Linear(4, 1)
 
     def training_step(self, batch, index):

@@ -15,17 +15,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import (
     Checkpoint,
-    CollapseAlarm,
     FrechetDistance,
+    GenerateSamples,
     GradientClipping,
+    MetricAlert,
     OptimizerPlan,
     Pretrained,
-    Samples,
 )
 from ravine.callbacks.checks.run_checks import RunChecks, get_first_batch
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
-from ravine.datamodules.loaders import Order, TrainLoader
+from ravine.datamodules.loaders import EpochSampler, ResumableLoader
 from ravine.lightning_modules import Diffusion, LanguageModel
 
 QUIET = {
@@ -228,8 +228,8 @@ def test_looking_at_a_loader_moves_neither_it_nor_its_generators() -> None:
     get_first_batch(plain)
     twin = DataLoader(rows, 2, shuffle=True, generator=torch.Generator().manual_seed(1))
     assert [b[0].tolist() for b in plain] == [b[0].tolist() for b in twin]
-    ours = TrainLoader(Order(0, 8), lambda items: items, 8, 2)
-    ours.load_state_dict({"epoch": 0, "sample": 4, "turn": 0})
+    ours = ResumableLoader(EpochSampler(0, 8), lambda items: items, 8, 2)
+    ours.load_state_dict({"epoch": 0, "num_consumed": 4, "trainer_epoch": 0})
     assert get_first_batch(ours).shape == (2,)
     assert len(list(ours)) == 2
     once = iter([1, 2])
@@ -238,7 +238,7 @@ def test_looking_at_a_loader_moves_neither_it_nor_its_generators() -> None:
 
 
 LINE = "the quick brown fox jumps over the lazy dog and " * 20
-TEXTS = {"context": 8, "batch_size": 4}
+TEXTS = {"context_length": 8, "batch_size": 4}
 
 
 def language(callbacks: list, kind: type = Trainer, **arguments) -> L.Trainer:
@@ -252,7 +252,7 @@ def language(callbacks: list, kind: type = Trainer, **arguments) -> L.Trainer:
         callbacks=callbacks,
         **arguments,
     )
-    model = LanguageModel(layers=1, width=8, heads=1)
+    model = LanguageModel(num_layers=1, d_model=8, num_heads=1)
     trainer.fit(model, datamodule=TextDataModule("line.txt", **TEXTS))
     return trainer
 
@@ -263,7 +263,7 @@ def language(callbacks: list, kind: type = Trainer, **arguments) -> L.Trainer:
         ({"prompt": "ROMEO:"}, "character 'R'"),
         ({"prompt": "the", "top_k": 200}, "top_k is 200"),
         ({"prompt": "the", "temprature": 1.0}, r"allowed.*callbacks.arguments.temperature"),
-        ({"prompt": "the", "max_new_tokens": 90, "window": "refuse"}, "do not fit"),
+        ({"prompt": "the", "max_new_tokens": 90, "context_overflow": "error"}, "do not fit"),
         ({"prompt": ""}, "a prompt is empty"),
         ({"stop": "#"}, "character '#'"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -279,12 +279,12 @@ def test_samples_are_tried_before_the_first_step(arguments, message, kind) -> No
             stopped.append(trainer.global_step)
 
     with pytest.raises(ValueError, match=message):
-        language([Samples(arguments), Stop()], kind)
+        language([GenerateSamples(arguments), Stop()], kind)
     assert stopped == []
 
 
 def test_the_default_prompt_is_one_that_the_text_has() -> None:
-    samples = Samples({"max_new_tokens": 3})
+    samples = GenerateSamples({"max_new_tokens": 3})
     language([samples])
     assert samples.last_text is not None
     assert len(samples.last_text) == 4
@@ -381,7 +381,7 @@ def test_harmless_ones_are_saved_as_plain_values() -> None:
         partial(EarlyStopping, "val/los"),
         partial(Checkpoint, monitor="val/los"),
         partial(ModelCheckpoint, monitor="val/los"),
-        partial(CollapseAlarm, below={"val/los": 1.0}),
+        partial(MetricAlert, min_value={"val/los": 1.0}),
     ],
 )
 def test_a_metric_that_nothing_logs_is_refused_before_the_first_step(kind, monitor) -> None:
@@ -526,7 +526,7 @@ class Pictures(L.LightningDataModule):
         super().__init__()
         self.parts = {"train": train, "test": test}
 
-    def pictures(self, part):
+    def get_split(self, part):
         return self.parts[part], torch.zeros(len(self.parts[part]), dtype=torch.int64)
 
     def train_dataloader(self):
@@ -538,13 +538,13 @@ class Pictures(L.LightningDataModule):
 class Painter(Noisy1):
     size = (1, 4, 4)
 
-    def sample_images(self, index, labels):
+    def generate_images(self, index, labels):
         g = torch.Generator().manual_seed(int(index[0]))
         return torch.randint(0, 256, (len(index), *self.size), dtype=torch.uint8, generator=g)
 
 
 def measured(module: Painter, data: Pictures, tmp_path: Path) -> L.Trainer:
-    distance = FrechetDistance(Mean(), n=4, cache=str(tmp_path / "cache"))
+    distance = FrechetDistance(Mean(), num_samples=4, cache_dir=str(tmp_path / "cache"))
     trainer = L.Trainer(**QUIET, max_epochs=1, log_every_n_steps=1, callbacks=[distance])
     trainer.fit(module, datamodule=data)
     return trainer
@@ -562,8 +562,8 @@ def test_a_distance_to_a_part_of_one_image_is_refused_in_setup(sizes, tmp_path) 
 
 def test_samples_that_cannot_be_measured_are_refused_before_the_first_step(tmp_path) -> None:
     class Grey(Painter):
-        def sample_images(self, index, labels):
-            return super().sample_images(index, labels).float()
+        def generate_images(self, index, labels):
+            return super().generate_images(index, labels).float()
 
     module = Grey()
     with pytest.raises(ValueError, match="must give uint8 images"):
@@ -575,35 +575,38 @@ def test_samples_that_cannot_be_measured_are_refused_before_the_first_step(tmp_p
 def test_equal_real_images_give_no_infinite_ratio(tmp_path) -> None:
     same = torch.full((8, 1, 4, 4), 7, dtype=torch.uint8)
     metrics = measured(Painter(), Pictures(same, same), tmp_path).callback_metrics
-    assert metrics["val/fd_mean_floor"] == 0
-    assert "val/fd_mean_ratio" not in metrics
+    assert metrics["val/fd_mean_real_baseline"] == 0
+    assert "val/fd_mean_over_baseline" not in metrics
 
 
 def test_a_base_of_another_size_is_refused_with_its_arguments(tmp_path) -> None:
     Path("line.txt").write_text(LINE)
     data = partial(TextDataModule, "line.txt", **TEXTS)
     small = Trainer(**QUIET, max_steps=1)
-    small.fit(LanguageModel(layers=1, width=8, heads=1), datamodule=data())
+    small.fit(LanguageModel(num_layers=1, d_model=8, num_heads=1), datamodule=data())
     small.save_checkpoint(tmp_path / "small.ckpt")
     trainer = Trainer(**QUIET, max_steps=1, callbacks=[Pretrained(str(tmp_path / "small.ckpt"))])
-    with pytest.raises(ValueError, match=r"other sizes.*type --model.width=8"):
-        trainer.fit(LanguageModel(layers=1, width=16, heads=1), datamodule=data())
+    with pytest.raises(ValueError, match=r"other sizes.*type --model.d_model=8"):
+        trainer.fit(LanguageModel(num_layers=1, d_model=16, num_heads=1), datamodule=data())
     assert trainer.global_step == 0
 
 
 def test_a_module_that_cannot_predict_says_so_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"Diffusion has no predict_step.*lightning generate"):
-        Trainer(**QUIET).predict(Diffusion(width=8), DataLoader(TensorDataset(torch.rand(2, 1))))
+        Trainer(**QUIET).predict(
+            Diffusion(base_channels=8), DataLoader(TensorDataset(torch.rand(2, 1)))
+        )
 
 
 def test_columns_and_rows_of_other_lengths_are_named() -> None:
     class Rows(Noisy1):
-        columns = ("one", "two")
+        prediction_columns = ("one", "two")
 
         def predict_step(self, batch, index):
             return [(1, 2, 3)]
 
-    with pytest.raises(ValueError, match="a row of 3 values, and its `columns` are 2: one, two"):
+    message = "a row of 3 values, and its `prediction_columns` are 2: one, two"
+    with pytest.raises(ValueError, match=message):
         Trainer(**QUIET).predict(Rows(), LOADERS()["val_dataloaders"])
 
 

@@ -22,15 +22,15 @@ model: {class_path: external_modules.net_in_init.NetInInit, init_args: {width: 8
 trainer: {accelerator: cpu, max_epochs: 2, log_every_n_steps: 4, enable_model_summary: false}
 """
 SPAM = """
-model: {class_path: SpamClassifier, init_args: {buckets: 64}}
+model: {class_path: SpamClassifier, init_args: {num_buckets: 64}}
 data: {class_path: SpamDataModule, init_args: {source: embedded, batch_size: 10}}
 trainer: {accelerator: cpu, max_epochs: 2, enable_model_summary: false}
 """
 TEXT = """
 model:
   class_path: LanguageModel
-  init_args: {layers: 2, width: 16, heads: 2, dropout: 0.1}
-data: {class_path: TextDataModule, init_args: {path: poem.txt, context: 8, batch_size: 8}}
+  init_args: {num_layers: 2, d_model: 16, num_heads: 2, dropout: 0.1}
+data: {class_path: TextDataModule, init_args: {path: poem.txt, context_length: 8, batch_size: 8}}
 trainer:
   accelerator: cpu
   max_steps: 8
@@ -41,7 +41,7 @@ trainer:
   callbacks:
   - class_path: OptimizerPlan
     init_args: {optimizer: {class_path: AdamW, init_args: {lr: 1.0e-2}}}
-  - class_path: Samples
+  - class_path: GenerateSamples
     init_args: {arguments: {prompt: so, max_new_tokens: 8}}
 """
 POEM = "so much depends upon a red wheel barrow glazed with rain water\n" * 12
@@ -144,12 +144,12 @@ def test_a_callback_is_added_wherever_it_stands(last: bool) -> None:
 def test_an_overlay_appends_to_the_callbacks_of_its_base() -> None:
     Path("more.yaml").write_text("trainer: {callbacks+: [{class_path: NaNGuard}]}")
     assert main(["fit", "--config=text", "--config=more", "--trainer.max_steps=1"]) == 0
-    assert classes("text") == ["OptimizerPlan", "Samples", "NaNGuard"]
+    assert classes("text") == ["OptimizerPlan", "GenerateSamples", "NaNGuard"]
 
 
 def test_of_two_classes_with_one_name_ours_is_meant() -> None:
     words = ["--trainer.callbacks+=Checkpoint", "--trainer.callbacks.save_top_k=-1"]
-    words += ["--trainer.callbacks+=ProgressBar", "--trainer.callbacks.refresh=3"]
+    words += ["--trainer.callbacks+=ProgressBar", "--trainer.callbacks.refresh_rate=3"]
     assert main(["fit", "--config=base", *words]) == 0
     assert [p.name for p in checkpoints("base")] == ["step=000004.ckpt", "step=000008.ckpt"]
 
@@ -180,7 +180,8 @@ EVERY_STEP = [
 
 def test_a_run_cut_at_any_of_three_steps_and_continued_is_the_uncut_run_bit_for_bit() -> None:
     Path("drop.yaml").write_text(  # replaces the list: what makes resuming exact is not in it
-        "trainer: {callbacks: [{class_path: Samples, init_args: {arguments: {prompt: so}}}]}"
+        "trainer: "
+        "{callbacks: [{class_path: GenerateSamples, init_args: {arguments: {prompt: so}}}]}"
     )
     words = ["fit", "--config=text", "--config=drop", *EVERY_STEP]
     assert main(words) == 0

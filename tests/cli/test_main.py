@@ -27,7 +27,7 @@ Run = Callable[[list[str]], int]
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands in for the module of every command; `ran` holds the words it was run with."""
-    module = SimpleNamespace(ran=[], run=lambda argv: module.ran.append(argv) or 0)
+    module = SimpleNamespace(ran=[], run_argv=lambda argv: module.ran.append(argv) or 0)
     monkeypatch.setattr(door, "import_module", lambda name: module)
     monkeypatch.setattr(sys, "argv", ["/some/bin/lightning"])
     monkeypatch.setattr(sys, "path", ["/some/bin"])
@@ -148,7 +148,7 @@ def test_several_configs_keep_their_order(tmp_path: Path, command: SimpleNamespa
 def test_a_config_is_a_file_as_typed_then_with_yaml_then_a_preset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(presets, "INSTALLED", tmp_path / "configs")
+    monkeypatch.setattr(presets, "CONFIGS_FOLDER", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     places = [tmp_path / "configs/task/quick.yaml", Path("task/quick.yaml"), Path("task/quick")]
     for place in places:
@@ -174,7 +174,7 @@ def test_a_config_is_a_file_as_typed_then_with_yaml_then_a_preset(
 def test_a_config_that_is_missing_is_answered_with_the_nearest(
     name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(presets, "INSTALLED", tmp_path / "configs")
+    monkeypatch.setattr(presets, "CONFIGS_FOLDER", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     for file in ("configs/task/quick.yaml", "mine.yaml"):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +241,7 @@ def test_an_error_for_the_user_is_one_line_and_a_status(
     command: SimpleNamespace,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command.run = raising(tmp_path, line)
+    command.run_argv = raising(tmp_path, line)
     assert door.main(["fit"]) == status
     said = capsys.readouterr().err
     assert said.count("\n") == ("the text" in line)
@@ -275,7 +275,7 @@ def test_an_error_for_the_user_is_one_line_and_a_status(
 def test_every_other_error_keeps_its_traceback(
     module: str, line: str, kind: type[Exception], tmp_path: Path, command: SimpleNamespace
 ) -> None:
-    command.run = raising(tmp_path, line, module)
+    command.run_argv = raising(tmp_path, line, module)
     with pytest.raises(kind):
         door.main(["fit"])
 
@@ -297,7 +297,7 @@ def test_an_error_that_lightning_raises_about_an_argument_is_one_line(
     command: SimpleNamespace,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command.run = raising(tmp_path, line, module)
+    command.run_argv = raising(tmp_path, line, module)
     assert door.main(["fit"]) == 2
     assert capsys.readouterr().err == "lightning: error: the text\n"
 
@@ -308,7 +308,7 @@ def test_each_part_of_an_error_has_a_line_of_its_own(
     def run(argv: list[str]) -> int:
         raise UsageError("no heads", [4, 8], "set num_heads=4", flag="--model.num_heads=4")
 
-    command.run = run
+    command.run_argv = run
     assert door.main(["fit"]) == 2
     assert capsys.readouterr().err == (
         "lightning: error: no heads\n  allowed: 4, 8\n  type: --model.num_heads=4\n"
@@ -340,7 +340,7 @@ model += ["--trainer.accelerator=cpu", "--trainer.logger=false", "--data.path=te
 for words in (
     ["fit", "--config=language/quikc"],
     [*model, "--trainer.callbacks=OptimizerPlan", "--trainer.callbacks.optimizer=AdamM"],
-    [*model, "--model.width=128", "--model.heads=5"],
+    [*model, "--model.width=128", "--model.num_heads=5"],
     [*model, "--trainer.callbacks=OptimizerPlan"],
     [*model[:-1], "--data.path=nothing.txt"],
     [*model, "--trainer.precision=17"],
@@ -379,7 +379,7 @@ def test_an_error_of_shards_in_a_hook_is_one_line(
 ) -> None:
     """Where nothing was sharded, or the traceback is wanted, the error stays as it is."""
     line = 'raise RuntimeError("got mixed torch.Tensor and DTensor")'
-    command.run = raising(tmp_path / "theirs", line)
+    command.run_argv = raising(tmp_path / "theirs", line)
     monkeypatch.delitem(sys.modules, "ravine.strategies.sharding_errors", raising=False)
     with pytest.raises(RuntimeError, match="got mixed"):
         door.main(["fit"])
@@ -390,10 +390,10 @@ def test_an_error_of_shards_in_a_hook_is_one_line(
     assert said.startswith("lightning: error: the module or a callback: in a hook (")
     assert said.endswith("type --trainer.strategy ddp\n")
     assert sharding.is_sharding_error(RuntimeError("")) is False
-    command.run = raising(tmp_path / "theirs", 'raise RuntimeError("size mismatch")')
+    command.run_argv = raising(tmp_path / "theirs", 'raise RuntimeError("size mismatch")')
     with pytest.raises(RuntimeError, match="size mismatch"):
         door.main(["fit"])
-    command.run = raising(tmp_path / "theirs", line)
+    command.run_argv = raising(tmp_path / "theirs", line)
     monkeypatch.setenv("RAVINE_TRACEBACK", "1")
     with pytest.raises(RuntimeError, match="got mixed"):
         door.main(["fit"])
@@ -404,7 +404,7 @@ def test_what_lightning_refuses_is_one_line(
 ) -> None:
     from lightning.pytorch import Trainer
 
-    command.run = lambda argv: Trainer(devices=0, accelerator="cpu")
+    command.run_argv = lambda argv: Trainer(devices=0, accelerator="cpu")
     assert door.main(["fit"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -415,7 +415,7 @@ def test_a_callback_that_is_there_twice_is_one_line(
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Timer
 
-    command.run = lambda argv: Trainer(accelerator="cpu", callbacks=[Timer(), Timer()])
+    command.run_argv = lambda argv: Trainer(accelerator="cpu", callbacks=[Timer(), Timer()])
     assert door.main(["fit"]) == 2
     assert capsys.readouterr().err.startswith("lightning: error: Found more than one stateful")
 
@@ -432,7 +432,7 @@ def test_a_full_disk_is_one_line_though_a_thread_met_it(
         thread.join()
         write()  # ... and raises it again when asked to write
 
-    command.run = run
+    command.run_argv = run
     assert door.main(["fit"]) == 1
     assert capsys.readouterr().err == (
         "lightning: error: [Errno 28] No space left on device; no checkpoint was written; "
@@ -462,7 +462,7 @@ def test_a_ctrl_c_that_lightning_makes_an_exit_of_stays_one(command: SimpleNames
         except KeyboardInterrupt:
             sys.exit(1)
 
-    command.run = run
+    command.run_argv = run
     assert door.main(["fit"]) == 130
 
 
@@ -476,7 +476,7 @@ def test_a_ctrl_c_before_anything_handles_it_is_one_line(
     def run(argv: list[str]) -> int:
         raise KeyboardInterrupt
 
-    command.run = run
+    command.run_argv = run
     assert door.main([name]) == 130
     assert capsys.readouterr().err == f"\nstopped by Ctrl-C{said}\n"
 
@@ -509,7 +509,7 @@ def run(argv):
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     return 0
 
-door.import_module = lambda name: SimpleNamespace(run=run)
+door.import_module = lambda name: SimpleNamespace(run_argv=run)
 print(door.main(["fit"]), door.main(["predict"]))  # in predict nobody takes it: dropped
 assert not signal.pthread_sigmask(signal.SIG_BLOCK, set())
 """

@@ -14,10 +14,10 @@ from ravine.errors import UsageError
 @pytest.fixture
 def port(monkeypatch):
     """A free port, for a store that this process has not opened yet."""
-    monkeypatch.setattr(launched, "_stores", [])
-    monkeypatch.setattr(launched, "CONNECT", 0.2)
-    monkeypatch.setattr(launched, "FAREWELL", 0.0)
-    monkeypatch.setattr(launched, "OTHER_PORT", 0)
+    monkeypatch.setattr(launched, "_open_stores", [])
+    monkeypatch.setattr(launched, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(launched, "CLOSE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(launched, "PORT_OFFSET", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -19,11 +19,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from ravine.callbacks import (
     Checkpoint,
     ExactResume,
-    GlobalMean,
     GracefulStop,
     LossPlot,
     PredictionTable,
     ProgressBar,
+    TokenWeightedLoss,
 )
 from ravine.callbacks.checks.run_checks import RunChecks
 from ravine.cli import trainer as trainer_module
@@ -160,7 +160,7 @@ def kinds(trainer: L.Trainer) -> list[type]:
 
 
 def test_defaults_are_there_once_and_what_is_given_takes_their_place() -> None:
-    defaults = {ExactResume, GracefulStop, GlobalMean, Checkpoint, ProgressBar, LossPlot}
+    defaults = {ExactResume, GracefulStop, TokenWeightedLoss, Checkpoint, ProgressBar, LossPlot}
     defaults |= {PredictionTable, RunChecks}
     assert set(kinds(Trainer())) == defaults
     resume, checkpoint = ExactResume(), ModelCheckpoint(monitor="val_loss")

@@ -25,8 +25,8 @@ from ravine.strategies.checkpoint.atomic_io import latest_valid_checkpoint
 SCRIPT = Path(__file__).resolve().parents[2] / "configs" / "cluster" / "torchrun.sh"
 STEPS = 1000
 WORDS = [
-    *("--model=LanguageModel", "--model.layers=1", "--model.width=16", "--model.heads=2"),
-    *("--data=TextDataModule", "--data.path=../text.txt", "--data.context=16"),
+    *("--model=LanguageModel", "--model.num_layers=1", "--model.d_model=16", "--model.num_heads=2"),
+    *("--data=TextDataModule", "--data.path=../text.txt", "--data.context_length=16"),
     *("--data.batch_size=8", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"),
     *(f"--trainer.max_steps={STEPS}", "--trainer.limit_val_batches=0", "--trainer.logger=false"),
     *("--trainer.callbacks+=OptimizerPlan", "--trainer.callbacks.optimizer=SGD"),

@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ravine.datamodules.loaders import DataParallelInfo, EvalLoader, Order, TrainLoader, generator
+from ravine.datamodules.loaders import (
+    DataParallelInfo,
+    EpochSampler,
+    EvalLoader,
+    ResumableLoader,
+    seeded_generator,
+)
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (3, 4)]  # ranks, accumulation
 
@@ -21,16 +27,16 @@ ONE_PROCESS = DataParallelInfo()
 
 def loader(
     share: DataParallelInfo = ONE_PROCESS, replace: bool = True, **options: Any
-) -> TrainLoader:
-    order = Order(7, 100, replacement=replace)
-    return TrainLoader(order, lambda i: i.tolist(), 62, 12, share, **options)
+) -> ResumableLoader:
+    order = EpochSampler(7, 100, replacement=replace)
+    return ResumableLoader(order, lambda i: i.tolist(), 62, 12, share, **options)
 
 
-def world(size: int, accumulate: int) -> list[TrainLoader]:
+def world(size: int, accumulate: int) -> list[ResumableLoader]:
     return [loader(DataParallelInfo(rank, size, accumulate)) for rank in range(size)]
 
 
-def stream(loaders: list[TrainLoader], first: int = 0, steps: int | None = None) -> list[int]:
+def stream(loaders: list[ResumableLoader], first: int = 0, steps: int | None = None) -> list[int]:
     """The samples of the whole world, from turn `first` to the third, in the order of the steps."""
     seen = []
     micro = None if steps is None else steps * loaders[0].data_parallel.accumulate
@@ -46,7 +52,7 @@ def stream(loaders: list[TrainLoader], first: int = 0, steps: int | None = None)
 
 def test_a_generator_depends_on_seed_and_key_alone() -> None:
     def draw(seed: int, *key: int | str) -> int:
-        return int(torch.randint(10**6, (1,), generator=generator(seed, *key)))
+        return int(torch.randint(10**6, (1,), generator=seeded_generator(seed, *key)))
 
     assert draw(1, "noise", 2) == 551_552  # in every process, on every machine
     torch.manual_seed(99)
@@ -61,13 +67,13 @@ def test_the_global_batches_are_the_same_on_any_layout(layout: tuple[int, int]) 
 
 
 def test_a_step_of_any_batch_size_takes_the_next_samples() -> None:
-    order = Order(7, 100, replacement=True)
-    by_three = TrainLoader(order, lambda i: i.tolist(), 60, 3)
+    order = EpochSampler(7, 100, replacement=True)
+    by_three = ResumableLoader(order, lambda i: i.tolist(), 60, 3)
     assert list(itertools.chain(*by_three)) == list(itertools.chain(*loader()))
 
 
 def test_an_epoch_without_replacement_holds_every_item_once() -> None:
-    order = Order(0, 50)
+    order = EpochSampler(0, 50)
     first, second = order(0, 0, 50), order(1, 0, 50)
     assert sorted(first.tolist()) == list(range(50)) == sorted(second.tolist())
     assert first.tolist() != second.tolist()
@@ -75,7 +81,7 @@ def test_an_epoch_without_replacement_holds_every_item_once() -> None:
 
 
 def test_slices_of_an_order_meet_across_blocks() -> None:
-    order = Order(3, 10, replacement=True)
+    order = EpochSampler(3, 10, replacement=True)
     whole = order(0, 4000, 9000)
     assert torch.equal(torch.cat([order(0, i, i + 500) for i in range(4000, 9000, 500)]), whole)
     assert not torch.equal(order(0, 0, 900), order(0, 4096, 4996))  # no block is another's
@@ -94,25 +100,25 @@ def test_every_layout_continues_what_another_began(
         assert all(state == states[0] for state in states)  # no rank has its own
         for one in resumed:
             one.load_state_dict(states[0])
-        assert seen + stream(resumed, first=states[0]["turn"]) == whole
+        assert seen + stream(resumed, first=states[0]["trainer_epoch"]) == whole
 
 
 def test_a_position_is_used_once() -> None:
     one = loader()
-    one.load_state_dict({"epoch": 0, "sample": 36, "turn": 0})
+    one.load_state_dict({"epoch": 0, "num_consumed": 36, "trainer_epoch": 0})
     assert [len(list(one)) for _ in range(2)] == [2, 5]
 
 
 def test_a_position_loaded_after_the_iterator_was_made_counts() -> None:
     one = loader()
     iterator = iter(one)  # as Lightning does when the number of steps is asked for early
-    one.load_state_dict({"epoch": 0, "sample": 48, "turn": 0})
+    one.load_state_dict({"epoch": 0, "num_consumed": 48, "trainer_epoch": 0})
     assert len(list(iterator)) == 1
 
 
 def test_a_position_inside_a_batch_of_this_run_is_refused() -> None:
     one = loader(DataParallelInfo(0, 1, 1))
-    one.load_state_dict({"epoch": 0, "sample": 18, "turn": 0})
+    one.load_state_dict({"epoch": 0, "num_consumed": 18, "trainer_epoch": 0})
     with pytest.raises(ValueError, match=r"after 18 samples .* accumulate_grad_batches it was"):
         next(iter(one))
 
@@ -161,7 +167,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     batch: int, share: DataParallelInfo, text: str
 ) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
-        TrainLoader(Order(0, 100), lambda i: i, 100, batch, share)
+        ResumableLoader(EpochSampler(0, 100), lambda i: i, 100, batch, share)
     assert text in str(error.value)
 
 
@@ -173,11 +179,11 @@ def test_fewer_samples_than_ranks_are_refused() -> None:
 def test_the_share_is_the_data_parallel_one() -> None:
     mesh = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 1})
     trainer = SimpleNamespace(strategy=mesh, accumulate_grad_batches=3, world_size=8, global_rank=5)
-    assert DataParallelInfo.of(trainer) == DataParallelInfo(1, 2, 3)
-    assert DataParallelInfo.of(None) == DataParallelInfo(0, 1, 1)
-    assert DataParallelInfo.of(L.Trainer(accelerator="cpu", logger=False)) == DataParallelInfo(
-        0, 1, 1
-    )
+    assert DataParallelInfo.from_trainer(trainer) == DataParallelInfo(1, 2, 3)
+    assert DataParallelInfo.from_trainer(None) == DataParallelInfo(0, 1, 1)
+    assert DataParallelInfo.from_trainer(
+        L.Trainer(accelerator="cpu", logger=False)
+    ) == DataParallelInfo(0, 1, 1)
 
 
 class Watcher(L.LightningModule):
@@ -199,12 +205,14 @@ class Watcher(L.LightningModule):
 
 
 class Data(L.LightningDataModule):
-    def train_dataloader(self) -> TrainLoader:
-        order = Order(0, 22)
-        return TrainLoader(order, Tensor.tolist, 22, 4, DataParallelInfo.of(self.trainer))
+    def train_dataloader(self) -> ResumableLoader:
+        order = EpochSampler(0, 22)
+        return ResumableLoader(
+            order, Tensor.tolist, 22, 4, DataParallelInfo.from_trainer(self.trainer)
+        )
 
     def val_dataloader(self) -> EvalLoader:
-        return EvalLoader(Tensor.tolist, 3, 2, DataParallelInfo.of(self.trainer))
+        return EvalLoader(Tensor.tolist, 3, 2, DataParallelInfo.from_trainer(self.trainer))
 
 
 class Saver(L.Callback):
@@ -266,8 +274,8 @@ def test_new_loaders_every_epoch_go_on_with_the_order() -> None:
     assert fit(max_epochs=3, reload_dataloaders_every_n_epochs=1) == whole
 
 
-@pytest.mark.parametrize("state", [3, {}, {"epoch": 0, "sample": "x", "turn": 0}])
+@pytest.mark.parametrize("state", [3, {}, {"epoch": 0, "num_consumed": "x", "trainer_epoch": 0}])
 def test_a_place_of_another_form_is_refused_in_words(state):
-    loader = TrainLoader(Order(0, 8), lambda items: items, num_samples=8, batch_size=4)
+    loader = ResumableLoader(EpochSampler(0, 8), lambda items: items, num_samples=8, batch_size=4)
     with pytest.raises(ValueError, match="the place in the data that was saved is"):
         loader.load_state_dict(state)

@@ -20,7 +20,7 @@ from ravine.datamodules.image_set import parse_class_indices
 from ravine.lightning_modules import Diffusion, ImageClassifier
 
 RANDOM = numpy.random.RandomState(0)
-TINY: dict[str, Any] = {"width": 8, "time_width": 16}
+TINY: dict[str, Any] = {"base_channels": 8, "time_embed_dim": 16}
 
 
 def photo(size: tuple[int, int] = (8, 8)) -> Image.Image:
@@ -78,7 +78,7 @@ def test_what_is_not_read_is_counted_and_named(
     (tmp_path / "dog/round").symlink_to(tmp_path / "dog")
     os.mkfifo(tmp_path / "dog/pipe.png")
     data = ready(tmp_path)
-    assert sum(len(data.pictures(part)[1]) for part in ("train", "val", "test")) == 6
+    assert sum(len(data.get_split(part)[1]) for part in ("train", "val", "test")) == 6
     said = capsys.readouterr().out
     for words in ("2 broken link (dog/", "2 .heic (", "1 .txt (cat/more/note.txt)",
                   "1 no regular file (dog/pipe.png)"):  # fmt: skip
@@ -212,7 +212,7 @@ def test_folders_train_and_test_are_the_users_own_split(tmp_path: Path) -> None:
                 photo().save(tmp_path / side / name / f"{i}.png")
     data = ready(tmp_path, val_fraction=0.2)
     assert data.class_names == ("cat", "dog")
-    sizes = {part: len(data.pictures(part)[1]) for part in ("train", "val", "test")}
+    sizes = {part: len(data.get_split(part)[1]) for part in ("train", "val", "test")}
     assert sizes == {"train": 8, "val": 2, "test": 4}
     (tmp_path / "test/eel").mkdir()
     with pytest.raises(ValueError, match=r"the classes of test and train differ: eel; .*/train"):
@@ -259,7 +259,9 @@ def trainer(**arguments: Any) -> L.Trainer:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [lambda: Diffusion(labels=True, **TINY), ImageClassifier])
+@pytest.mark.parametrize(
+    "kind", [lambda: Diffusion(class_conditional=True, **TINY), ImageClassifier]
+)
 def test_a_resume_with_other_classes_or_another_order_is_refused(kind: Any, tmp_path: Path) -> None:
     one = trainer()
     module = kind()
@@ -275,8 +277,8 @@ def test_a_resume_with_other_classes_or_another_order_is_refused(kind: Any, tmp_
     with pytest.raises(ValueError, match=r"(?=.*0 dog, 1 cat)(?=.*0 cat, 1 dog)"):
         trainer(max_steps=3).fit(kind(), turned, ckpt_path=tmp_path / "pets.ckpt")
     if isinstance(loaded, Diffusion):
-        by_name = loaded.generate(labels="dog,cat", num_samples=1, steps=1)
-        by_number = loaded.generate(labels=[1, 0], num_samples=1, steps=1)
+        by_name = loaded.generate(labels="dog,cat", num_samples=1, num_steps=1)
+        by_number = loaded.generate(labels=[1, 0], num_samples=1, num_steps=1)
         assert torch.equal(by_name.images, by_number.images)
         assert by_name.row_names == ("dog", "cat")
 
@@ -287,8 +289,10 @@ def test_one_class_is_refused_where_classes_are_learned(tmp_path: Path) -> None:
     data = ready(tmp_path)
     with pytest.raises(ValueError, match=r"are of one class, .*, and a classifier needs two or mo"):
         trainer().fit(ImageClassifier(), data)
-    with pytest.raises(ValueError, match=r"of one class, so a label .*type --model.labels=false"):
-        trainer().fit(Diffusion(labels=True, **TINY), data)
+    with pytest.raises(
+        ValueError, match=r"of one class, so a label .*type --model.class_conditional=false"
+    ):
+        trainer().fit(Diffusion(class_conditional=True, **TINY), data)
     trainer().fit(Diffusion(**TINY), data)
 
 
@@ -347,11 +351,11 @@ def test_a_set_of_ones_own_in_the_form_of_mnist_is_read(tmp_path: Path) -> None:
         own_idx(tmp_path / "emnist", "emnist-letters-", "test", first=1): "emnist",
     }.items():
         data = ready(tmp_path / source, val_fraction=0)
-        assert (data.size, data.channels) == ((5, 4), 1), root
-        assert [len(data.pictures(part)[1]) for part in ("train", "test")] == [40, 20]
+        assert (data.image_size, data.channels) == ((5, 4), 1), root
+        assert [len(data.get_split(part)[1]) for part in ("train", "test")] == [40, 20]
         first = 1 if source == "emnist" else 0
         assert data.class_names == tuple(str(first + i) for i in range(10))
-        assert data.pictures()[1].tolist() == [i % 10 for i in range(40)]
+        assert data.get_split()[1].tolist() == [i % 10 for i in range(40)]
     own_idx(tmp_path / "emnist", "emnist-digits-", "test")
     with pytest.raises(ValueError, match=r"several sets .*: emnist-digits, emnist-letters;"):
         ready(tmp_path / "emnist")
@@ -369,7 +373,7 @@ def test_a_changed_set_is_refused_by_its_name_and_read_as_the_refusal_says(tmp_p
         ImageDataModule("fashion", root=str(tmp_path)).setup("fit")
     (folder,) = [w for w in str(error.value).split() if w.startswith("--data.source=")]
     data = ready(Path(folder.rstrip(";").partition("=")[2]))
-    assert len(data.pictures("test")[1]) == 20
+    assert len(data.get_split("test")[1]) == 20
 
 
 @pytest.mark.skipif(not os.environ.get("DATA_ROOT"), reason="MNIST is not on this machine")

@@ -61,11 +61,11 @@ def test_images_that_are_not_finite_are_refused(bad: float) -> None:
 
 def test_a_batch_is_floats_and_labels_of_the_pictures() -> None:
     data = ready(batch_size=8, val_fraction=0.1)
-    assert (data.num_classes, data.channels, data.size) == (10, 1, (8, 8))
+    assert (data.num_classes, data.channels, data.image_size) == (10, 1, (8, 8))
     images, labels = next(iter(data.train_dataloader()))
     assert (images.shape, images.dtype) == ((8, 1, 8, 8), torch.float32)
     assert (labels.shape, labels.dtype) == ((8,), torch.int64)
-    stored, classes = data.pictures("train")
+    stored, classes = data.get_split("train")
     for image, label in zip(to_uint8(images), labels, strict=True):
         (same,) = (stored == image).all(dim=(1, 2, 3)).nonzero(as_tuple=True)
         assert label in classes[same]
@@ -75,13 +75,13 @@ def test_the_parts_are_disjoint_whole_and_the_same_for_every_seed() -> None:
     one, other = ready(seed=1), ready(seed=2)
     rows = {}
     for part in ("train", "val", "test"):
-        images, labels = one.pictures(part)
-        assert torch.equal(images, other.pictures(part)[0])
+        images, labels = one.get_split(part)
+        assert torch.equal(images, other.get_split(part)[0])
         assert labels.unique().tolist() == list(range(10))
         rows[part] = len(labels)
     assert sum(rows.values()) == 1797
     assert rows["test"] / 1797 == pytest.approx(0.2, abs=0.003)
-    seen = torch.cat([one.pictures(part)[0].flatten(1) for part in rows])  # (n 64)
+    seen = torch.cat([one.get_split(part)[0].flatten(1) for part in rows])  # (n 64)
     assert len(seen.unique(dim=0)) == len(image_files.read_digits().images.flatten(1).unique(dim=0))
 
 
@@ -244,7 +244,7 @@ def test_a_class_too_small_to_be_split_is_refused(tmp_path: Path) -> None:
     two = folder(tmp_path / "two", {"cat": 9, "dog": 2})
     with pytest.raises(ValueError, match=f"{said} val; .* 3, or type --data.val_fraction=0$"):
         ready(two)
-    assert ready(two, val_fraction=0, batch_size=2).pictures("train")[1].bincount()[1] == 1
+    assert ready(two, val_fraction=0, batch_size=2).get_split("train")[1].bincount()[1] == 1
 
 
 def test_a_label_beyond_the_classes_is_refused() -> None:
@@ -318,10 +318,10 @@ def test_some_classes_keep_their_numbers_and_their_parts() -> None:
     for data in (whole, some):
         data.setup("fit")
     for part in ("train", "val", "test"):
-        images, labels = whole.pictures(part)
+        images, labels = whole.get_split(part)
         keep = (labels == 5) | (labels == 7)
-        assert torch.equal(some.pictures(part)[0], images[keep])
-        assert set(some.pictures(part)[1].tolist()) == {5, 7}
+        assert torch.equal(some.get_split(part)[0], images[keep])
+        assert set(some.get_split(part)[1].tolist()) == {5, 7}
     assert some.num_classes == 10
     with pytest.raises(ValueError, match=r"data.classes are 10; allowed: 0 to 9; type --data\.cl"):
         ImageDataModule("digits", classes=[10]).setup("fit")

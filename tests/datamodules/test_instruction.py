@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 
-from ravine.datamodules import AnswerDataModule
+from ravine.datamodules import InstructionDataModule
 from ravine.datamodules.instruction import IGNORE_INDEX
 from ravine.lightning_modules import LanguageModel
 
@@ -25,14 +25,14 @@ def sums(tmp_path: Path) -> Path:
     return written(tmp_path / "sums.jsonl", [{"prompt": p, "answer": a} for p, a in SUMS])
 
 
-def data_of(path: Path, **how: Any) -> AnswerDataModule:
-    how = {"tokenizer": "bytes", "context": 16, "batch_size": 4, "seed": 0} | how
-    data = AnswerDataModule(path, **how)
+def data_of(path: Path, **how: Any) -> InstructionDataModule:
+    how = {"tokenizer": "bytes", "context_length": 16, "batch_size": 4, "seed": 0} | how
+    data = InstructionDataModule(path, **how)
     data.setup("fit")
     return data
 
 
-def texts(data: AnswerDataModule, inputs: torch.Tensor, targets: torch.Tensor) -> list[Any]:
+def texts(data: InstructionDataModule, inputs: torch.Tensor, targets: torch.Tensor) -> list[Any]:
     assert data.tokenizer is not None
     rows = []
     for given, learned in zip(inputs, targets, strict=True):
@@ -69,7 +69,7 @@ def test_an_example_longer_than_the_context_loses_its_end(
 ) -> None:
     rows = [("ab", "cdefgh"), ("a", "b"), ("abcdefg", "h"), ("a", "bc")]
     path = written(tmp_path / "long.jsonl", [{"prompt": p, "answer": a} for p, a in rows])
-    data = data_of(path, context=5, batch_size=1)
+    data = data_of(path, context_length=5, batch_size=1)
     found = [row for batch in data.train_dataloader() for row in texts(data, *batch)]
     found += [row for batch in data.val_dataloader() for row in texts(data, *batch)]
     assert sorted(found) == [("a", [98, 0]), ("a", [98, 99, 0]), ("ab", [99, 100, 101, 102])]
@@ -81,7 +81,7 @@ def test_an_example_longer_than_the_context_loses_its_end(
 def test_prompts_do_not_move_the_loss(sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     data = data_of(sums)
-    model = LanguageModel(256, 16, layers=1, width=16, heads=2, zero_init=False)
+    model = LanguageModel(256, 16, num_layers=1, d_model=16, num_heads=2, zero_init_residual=False)
     model.configure_model()
     inputs, targets = next(iter(data.train_dataloader()))
     monkeypatch.setattr(model, "log", lambda name, value: None)
@@ -95,7 +95,7 @@ def test_prompts_do_not_move_the_loss(sums: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_tuned_model_answers_and_stops(sums: Path) -> None:
     L.seed_everything(0)
-    model = LanguageModel(layers=2, width=64, heads=4)
+    model = LanguageModel(num_layers=2, d_model=64, num_heads=4)
     model.lr = 1e-2
     quiet = dict.fromkeys(
         ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
@@ -108,17 +108,20 @@ def test_a_tuned_model_answers_and_stops(sums: Path) -> None:
 
 
 BAD: list[tuple[list[Any], str]] = [
-    ([{"prompt": "a"}], "line 1: no field 'answer'; it has prompt; type --data.answer=NAME if"),
+    (
+        [{"prompt": "a"}],
+        "line 1: no field 'answer'; it has prompt; type --data.answer_field=NAME if",
+    ),
     (
         [{"prompt": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}],
-        "line 3: no field 'answer'; it has prompt, completion; type --data.answer=completion",
+        "line 3: no field 'answer'; it has prompt, completion; type --data.answer_field=completion",
     ),
     ([{"prompt": "", "answer": "b"}], "line 1: an empty field 'prompt'"),
     ([{"prompt": 3, "answer": "b"}], "line 1: no text in field 'prompt'"),
     (['{"prompt": "a",'], "line 1: not JSON: "),
     (["[1, 2]"], "line 1: list, not an object"),
     ([], "holds 0 examples; allowed: 2 or more"),
-    ([{"prompt": "a" * 40, "answer": "b"}] * 3, "no answer is left; type --data.context=32"),
+    ([{"prompt": "a" * 40, "answer": "b"}] * 3, "no answer is left; type --data.context_length=32"),
 ]
 
 

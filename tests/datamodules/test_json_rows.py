@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ravine.datamodules import AnswerDataModule, PromptDataModule
+from ravine.datamodules import InstructionDataModule, PromptDataModule
 from ravine.datamodules.json_rows import holds_json_rows, read_json_rows
 
 ROWS = [{"prompt": f"what is {n} + {n}? ", "answer": str(2 * n)} for n in range(30)]
@@ -32,10 +32,10 @@ def test_every_suffix_and_a_folder_give_the_same_rows(tmp_path: Path) -> None:
     paths = kinds(tmp_path)
     assert len(paths) == 9
     for path in paths:
-        prompts = PromptDataModule(path, val_prompts=2)
+        prompts = PromptDataModule(path, num_val_prompts=2)
         prompts.setup("fit")
         assert prompts.rows == ROWS, path
-        answers = AnswerDataModule(path, tokenizer="bytes", context=64)
+        answers = InstructionDataModule(path, tokenizer="bytes", context_length=64)
         answers.setup("fit")
         assert len(answers.rows) == len(ROWS), path
         assert [row.fields for row in read_json_rows(path, "{}")] == ROWS, path
@@ -80,7 +80,7 @@ def test_a_bad_row_is_named_by_file_and_line(
     path = tmp_path / f"rows.{suffix}"
     path.write_bytes(b"\n".join([GOOD.encode(), b"", line, GOOD.encode()]))
     for tokenizer in ("characters", "bytes"):
-        data: Any = AnswerDataModule(path, tokenizer=tokenizer, context=64)
+        data: Any = InstructionDataModule(path, tokenizer=tokenizer, context_length=64)
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
             data.setup("fit")
         assert f"{path}, {told}" in str(error.value)
@@ -103,7 +103,7 @@ def test_a_bad_object_of_a_list_is_named_by_its_number_and_a_bad_byte_by_its_lin
     }.items():
         path.write_bytes(written)
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
-            AnswerDataModule(path, tokenizer="bytes").setup("fit")
+            InstructionDataModule(path, tokenizer="bytes").setup("fit")
         assert told in str(error.value)
 
 
@@ -119,9 +119,9 @@ def test_prompts_and_the_text_they_are_compared_with_have_a_checksum(tmp_path: P
         rows = [f'{{"prompt": "q{i}", "answer": "{answer}"}}' for i in range(4)]
         (tmp_path / "q.jsonl").write_text("\n".join(rows))
         (tmp_path / "t.txt").write_text(text)
-        data = PromptDataModule(tmp_path / "q.jsonl", corpus=tmp_path / "t.txt")
+        data = PromptDataModule(tmp_path / "q.jsonl", corpus_path=tmp_path / "t.txt")
         data.setup("fit")
-        return data.resolved["sha256"]
+        return data.provenance["sha256"]
 
     assert checksum("a", "play") == checksum("a", "play")
     assert len({checksum("a", "play"), checksum("b", "play"), checksum("a", "plan")}) == 3

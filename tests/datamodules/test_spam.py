@@ -42,30 +42,32 @@ def spam_data(path: Path | None = None, stage: str = "fit", **options: Any) -> S
 
 
 def sides(data: SpamDataModule) -> dict[str, list[str]]:
-    return {k: [data.messages[i].text.strip().casefold() for i in v] for k, v in data.parts.items()}
+    return {
+        k: [data.messages[i].text.strip().casefold() for i in v] for k, v in data.splits.items()
+    }
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_each_side_has_its_share_of_each_class_and_its_own_messages(seed: int) -> None:
     data = spam_data(written(), seed=seed, test_fraction=0.2, val_fraction=0.25)
-    classes = {k: Counter(data.messages[i].label for i in part) for k, part in data.parts.items()}
+    classes = {k: Counter(data.messages[i].label for i in part) for k, part in data.splits.items()}
     assert classes == {"train": {0: 48, 1: 12}, "val": {0: 16, 1: 4}, "test": {0: 16, 1: 4}}
-    places = [i for part in data.parts.values() for i in part]
+    places = [i for part in data.splits.values() for i in part]
     assert sorted(places) == list(range(100))
     train, val, test = map(set, sides(data).values())
     assert not train & val | train & test | val & test
-    assert data.resolved["duplicates"] == 8
-    assert data.train_messages == [data.messages[i].text for i in data.parts["train"]]
+    assert data.provenance["duplicates"] == 8
+    assert data.train_messages == [data.messages[i].text for i in data.splits["train"]]
 
 
 def test_seeds_split_differently_and_a_seed_always_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = written()
-    parts = [spam_data(path, seed=seed).parts for seed in (0, 0, 1)]
+    parts = [spam_data(path, seed=seed).splits for seed in (0, 0, 1)]
     assert parts[0] == parts[1] != parts[2]
     monkeypatch.setenv("PL_GLOBAL_SEED", "5")  # a later test with another seed_everything
-    assert spam_data(path, seed=0).parts == parts[0]
+    assert spam_data(path, seed=0).splits == parts[0]
 
 
 def test_a_group_of_copies_too_large_for_its_room_stays_to_train() -> None:
@@ -94,14 +96,14 @@ def test_an_epoch_hands_out_messages_with_their_labels_and_places() -> None:
         assert batch["label"].dtype == batch["index"].dtype == torch.int64
         for text, label, index in zip(*batch.values(), strict=True):
             assert data.messages[index][:2] == (text, label)
-    assert sorted(int(i) for b in batches for i in b["index"]) == data.parts["train"]
+    assert sorted(int(i) for b in batches for i in b["index"]) == data.splits["train"]
 
 
 @pytest.mark.parametrize("batch_size", ["all", 1000])
 def test_the_full_batch_is_one_step(batch_size: Any) -> None:
     data = spam_data(written(), batch_size=batch_size, val_fraction=0.0)
     (batch,) = data.train_dataloader()
-    assert sorted(batch["index"].tolist()) == data.parts["train"]
+    assert sorted(batch["index"].tolist()) == data.splits["train"]
 
 
 def test_the_test_set_is_covered_once_on_any_number_of_ranks(
@@ -112,25 +114,27 @@ def test_the_test_set_is_covered_once_on_any_number_of_ranks(
         seen = []
         for rank in range(size):
             monkeypatch.setattr(
-                DataParallelInfo, "of", lambda trainer, r=rank, n=size: DataParallelInfo(r, n)
+                DataParallelInfo,
+                "from_trainer",
+                lambda trainer, r=rank, n=size: DataParallelInfo(r, n),
             )
             seen += [int(i) for batch in data.test_dataloader() for i in batch["index"]]
-        assert sorted(seen) == data.parts["test"]
+        assert sorted(seen) == data.splits["test"]
 
 
 def test_the_embedded_messages_are_those_of_lecture_0(capsys: pytest.CaptureFixture[str]) -> None:
     data = spam_data(source="embedded", batch_size="all", val_fraction=0.0)
-    counts = {k: Counter(data.messages[i].label for i in part) for k, part in data.parts.items()}
+    counts = {k: Counter(data.messages[i].label for i in part) for k, part in data.splits.items()}
     assert counts == {"train": {0: 15, 1: 15}, "val": {}, "test": {0: 5, 1: 5}}
     assert len(set(sides(data)["train"] + sides(data)["test"])) == 40
-    test = [data.messages[i] for i in data.parts["test"]]
+    test = [data.messages[i] for i in data.splits["test"]]
     ham, spam = ([m.text for m in test if m.label == k] for k in (0, 1))
     trigger = {"urgent", "buy", "money", "won", "free"}
     assert any("!" in m and sum(c.isupper() for c in m) > 5 for m in ham)
     assert any("www" in m for m in ham)
     assert any(not trigger & set(m.lower().split()) for m in spam)
     assert "the EMBEDDED messages" in capsys.readouterr().out
-    assert data.resolved["source"] == "embedded"
+    assert data.provenance["source"] == "embedded"
 
 
 def test_without_files_and_network_auto_takes_the_embedded_messages(
@@ -143,7 +147,7 @@ def test_without_files_and_network_auto_takes_the_embedded_messages(
     data = SpamDataModule()
     data.prepare_data()
     data.setup("fit")
-    assert data.resolved["source"] == "embedded"
+    assert data.provenance["source"] == "embedded"
     assert "'sms' was not found" in capsys.readouterr().out
     assert len(data.train_dataloader()) == 1  # 27 messages: a batch of 64 takes all of them
     with pytest.raises(FileNotFoundError, match=r"--data\.source=embedded"):
@@ -156,10 +160,10 @@ def test_the_sms_collection_is_split_into_fifths(
     seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = spam_data(root=DATA_ROOT, seed=seed, val_fraction=0.0)
-    assert (len(data.parts["train"]), len(data.parts["test"])) == (4_460, 1_114)
-    assert sum(data.messages[i].label for i in data.parts["test"]) == 149  # a fifth of 747
+    assert (len(data.splits["train"]), len(data.splits["test"])) == (4_460, 1_114)
+    assert sum(data.messages[i].label for i in data.splits["test"]) == 149  # a fifth of 747
     assert not set(sides(data)["train"]) & set(sides(data)["test"])
-    assert data.resolved["duplicates"] == 415
+    assert data.provenance["duplicates"] == 415
     assert "4,827 ham, 747 spam, 415 copies kept on one side" in capsys.readouterr().out
 
 
@@ -367,7 +371,7 @@ def test_a_rare_class_is_in_every_part_or_a_line_names_the_part(
     Path("rare.tsv").write_text("\n".join(rows) + "\n")
     for seed in range(5):
         data = spam_data(Path("rare.tsv"), seed=seed)
-        spam = {k: sum(data.messages[i].label for i in v) for k, v in data.parts.items()}
+        spam = {k: sum(data.messages[i].label for i in v) for k, v in data.splits.items()}
         assert spam["train"] >= 1
         said = capsys.readouterr().out
         for side in ("val", "test"):

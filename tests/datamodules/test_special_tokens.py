@@ -14,7 +14,7 @@ import tiktoken
 import torch
 from token_pieces import JOINED, pieces
 
-from ravine.datamodules import AnswerDataModule, BPETokenizer, FileTokenizer, TextDataModule
+from ravine.datamodules import BPETokenizer, FileTokenizer, InstructionDataModule, TextDataModule
 from ravine.datamodules.token_cache import encode_parallel, split_at_word_boundaries
 from ravine.datamodules.tokenizers import (
     ByteTokenizer,
@@ -32,16 +32,16 @@ def merges() -> list[tuple[bytes, bytes]]:
 
 
 def of_merges(**how: Any) -> FileTokenizer:
-    return FileTokenizer.of_merges(dict(enumerate(pieces())), merges(), [END], **how)
+    return FileTokenizer.from_merges(dict(enumerate(pieces())), merges(), [END], **how)
 
 
 KINDS = {
     "characters": lambda text: CharTokenizer(text),
     "bytes": lambda text: ByteTokenizer(),
     "gpt2": lambda text: BPETokenizer(pieces()),
-    "file": lambda text: of_merges(special_tokens="plain"),
-    "gpt2, allowed": lambda text: BPETokenizer(pieces(), "allowed"),
-    "file, allowed": lambda text: of_merges(),
+    "file": lambda text: of_merges(special_tokens="as_text"),
+    "gpt2, allow": lambda text: BPETokenizer(pieces(), "allow"),
+    "file, allow": lambda text: of_merges(),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 ALPHABET = [
@@ -85,7 +85,7 @@ def test_a_text_without_a_border_is_searched_and_copied_once() -> None:
     class Watched(CharTokenizer):
         looked = 0
 
-        def border(self, text: str, start: int) -> int | None:
+        def next_boundary(self, text: str, start: int) -> int | None:
             self.looked += len(text)
             return None
 
@@ -100,7 +100,7 @@ def test_special_tokens_are_read_as_chosen() -> None:
         lambda how: BPETokenizer(pieces(), how),
         lambda how: of_merges(special_tokens=how),
     ):
-        plain, allowed = made("plain"), made("allowed")
+        plain, allowed = made("as_text"), made("allow")
         assert plain.eos_id == allowed.eos_id == len(pieces())
         assert plain.eos_id not in plain.encode(text)
         assert plain.decode(plain.encode(text)) == text == allowed.decode(allowed.encode(text))
@@ -108,19 +108,21 @@ def test_special_tokens_are_read_as_chosen() -> None:
         expected = [n for p in parts for n in [*plain.encode(p).tolist(), plain.eos_id]][:-1]
         assert allowed.encode(text).tolist() == expected
         assert int(allowed.token_bytes[allowed.encode(text)].sum()) == len("".join(parts).encode())
-        refused = made("refuse")
+        refused = made("error")
         assert refused.encode("<|endof").equal(plain.encode("<|endof"))
         with pytest.raises(ValueError, match=r"the special token '<\|endoftext\|>' stands in the"):
             refused.encode(text)
-        again = tokenizer_from_state_dict(json.loads(json.dumps(allowed.state())))  # plain types
+        again = tokenizer_from_state_dict(
+            json.loads(json.dumps(allowed.state_dict()))
+        )  # plain types
         assert again.encode(text).equal(allowed.encode(text))
         assert again.is_equivalent(plain)
-        assert plain.state() != allowed.state()
+        assert plain.state_dict() != allowed.state_dict()
 
 
 def test_of_overlapping_special_tokens_the_longest_is_read() -> None:
     double = END + END
-    tokenizer = FileTokenizer.of_merges(dict(enumerate(pieces())), merges(), [END, double])
+    tokenizer = FileTokenizer.from_merges(dict(enumerate(pieces())), merges(), [END, double])
     one, two = tokenizer.special_ids[END], tokenizer.special_ids[double]
     found = [n for n in tokenizer.encode(f"a{double}b{END}c{double}{END}").tolist() if n >= one]
     assert found == [two, one, two, one]
@@ -148,7 +150,7 @@ def by_hand(text: str) -> list[int]:
 
 
 def test_merges_are_applied_in_their_order_within_words() -> None:
-    tokenizer, rng = of_merges(special_tokens="plain"), random.Random(1)
+    tokenizer, rng = of_merges(special_tokens="as_text"), random.Random(1)
     for _ in range(20):
         text = "".join(rng.choices([*ALPHABET, *JOINED], k=60))
         assert tokenizer.encode(text).tolist() == by_hand(text)
@@ -160,8 +162,8 @@ def test_numbers_of_tokens_may_stand_in_any_order() -> None:
     random.Random(0).shuffle(shuffled)
     end, *numbers = shuffled
     vocabulary = dict(zip(numbers, pieces(), strict=True)) | {end: END.encode()}
-    tokenizer = FileTokenizer.of_merges(vocabulary, merges(), [END])
-    ranked = BPETokenizer(pieces(), "allowed")
+    tokenizer = FileTokenizer.from_merges(vocabulary, merges(), [END])
+    ranked = BPETokenizer(pieces(), "allow")
     text = f"the hello 12's{END}天地，日"
     assert tokenizer.encode(text).tolist() == [
         [*numbers, end][n] for n in ranked.encode(text).tolist()
@@ -187,7 +189,7 @@ def test_files_of_the_library_and_older_ones_are_read(tmp_path: Path) -> None:
         (tmp_path / "new/tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
         assert FileTokenizer.from_file(tmp_path / "new").eos_id == tokenizer.eos_id
     for path in ("new", "new/tokenizer.json", "old"):
-        again = FileTokenizer.from_file(tmp_path / path, "allowed")
+        again = FileTokenizer.from_file(tmp_path / path, "allow")
         assert again.encode(text).equal(tokenizer.encode(text)), path
         assert again.eos_id == tokenizer.eos_id
     for bad, told in {"{}": "not a file of the tokenizers", "[" * 10**5: "not a file of"}.items():
@@ -200,13 +202,15 @@ def test_files_of_the_library_and_older_ones_are_read(tmp_path: Path) -> None:
 
 def test_a_vocabulary_that_lacks_bytes_does_not_drop_them() -> None:
     vocabulary = {n: bytes([n]) for n in range(128)}
-    tokenizer = FileTokenizer.of_merges(vocabulary, [], special_tokens="plain")
+    tokenizer = FileTokenizer.from_merges(vocabulary, [], special_tokens="as_text")
     with pytest.raises(ValueError, match="2 of 3 bytes of a text are in no token"):
         tokenizer.encode("aé")
     with pytest.raises(ValueError, match="2 of 15 bytes of a text are in no token"):
-        FileTokenizer.of_merges(vocabulary, [], [END]).encode(f"é{END}")
-    with pytest.raises(ValueError, match="specials is 'allowed', and the tokenizer 'file' has no"):
-        FileTokenizer(tokenizer.json_text, None, "allowed")
+        FileTokenizer.from_merges(vocabulary, [], [END]).encode(f"é{END}")
+    with pytest.raises(
+        ValueError, match="special_tokens is 'allow', and the tokenizer 'file' has no"
+    ):
+        FileTokenizer(tokenizer.json_text, None, "allow")
 
 
 def test_a_run_of_a_million_spaces_is_one_word_and_a_space() -> None:
@@ -229,47 +233,50 @@ def test_the_data_module_and_the_checkpoint_carry_the_choice(
     (tmp_path / "t/tokenizer.json").write_text(of_merges().json_text)
     (tmp_path / "text.txt").write_text(f"the hello, one story.{END}" * 40)
     made = {}
-    for how in ("plain", "allowed"):
+    for how in ("as_text", "allow"):
         for limit in (1, 10**9):  # a mapped file, and memory
             data = TextDataModule(
-                tmp_path / "text.txt", context=8, tokenizer=str(tmp_path / "t"), specials=how,
-                memory_limit=limit,
-            )  # fmt: skip
+                tmp_path / "text.txt",
+                context_length=8,
+                tokenizer=str(tmp_path / "t"),
+                special_tokens=how,
+                max_chars_in_memory=limit,
+            )
             data.setup("fit")
             made[how, limit] = data.corpus.tokens
         assert made[how, 1].tolist() == made[how, 10**9].tolist()
-        model = LanguageModel(layers=1, width=8, heads=1)
-        model.adopt(data)
+        model = LanguageModel(num_layers=1, d_model=8, num_heads=1)
+        model.configure_from_data(data)
         checkpoint: dict[str, Any] = {}
         model.on_save_checkpoint(checkpoint)
-        loaded = LanguageModel(layers=1, width=8, heads=1)
+        loaded = LanguageModel(num_layers=1, d_model=8, num_heads=1)
         loaded.on_load_checkpoint(checkpoint)
         assert loaded.tokenizer is not None
-        assert loaded.tokenizer.specials == how
+        assert loaded.tokenizer.special_tokens == how
     end = of_merges().eos_id
-    assert int((made["allowed", 1] == end).sum()) == 40
-    assert int((made["plain", 1] == end).sum()) == 0
+    assert int((made["allow", 1] == end).sum()) == 40
+    assert int((made["as_text", 1] == end).sum()) == 0
     with pytest.raises(ValueError, match="the special token"):
         TextDataModule(
-            tmp_path / "text.txt", tokenizer=str(tmp_path / "t"), specials="refuse"
+            tmp_path / "text.txt", tokenizer=str(tmp_path / "t"), special_tokens="error"
         ).setup("fit")
     with pytest.raises(ValueError, match="'characters' has no special tokens"):
-        TextDataModule(tmp_path / "text.txt", specials="allowed").setup("fit")
+        TextDataModule(tmp_path / "text.txt", special_tokens="allow").setup("fit")
     rows = json.dumps({"prompt": f"a{END}", "answer": "b"})
     (tmp_path / "rows.jsonl").write_text(f"{rows}\n" * 3)
-    answers = AnswerDataModule(
-        tmp_path / "rows.jsonl", tokenizer=str(tmp_path / "t"), specials="allowed"
+    answers = InstructionDataModule(
+        tmp_path / "rows.jsonl", tokenizer=str(tmp_path / "t"), special_tokens="allow"
     )
     answers.setup("fit")
     assert answers.rows[0][0].tolist() == [97, end, 98, end]
 
 
 def test_a_choice_of_special_tokens_is_no_other_vocabulary() -> None:
-    model = LanguageModel(context=8, layers=1, width=8, heads=1)
-    model._set_tokenizer(BPETokenizer(pieces(), "allowed"), "the data's")
+    model = LanguageModel(context_length=8, num_layers=1, d_model=8, num_heads=1)
+    model._set_tokenizer(BPETokenizer(pieces(), "allow"), "the data's")
     model._set_tokenizer(BPETokenizer(pieces()), "the checkpoint's")
     assert model.tokenizer is not None
-    assert model.tokenizer.specials == "allowed"
+    assert model.tokenizer.special_tokens == "allow"
     with pytest.raises(ValueError, match="they come from different texts"):
         model._set_tokenizer(BPETokenizer(pieces()[:-1]), "the checkpoint's")
 
@@ -282,31 +289,55 @@ def test_odd_characters_and_numbers_are_encoded_or_named() -> None:
     assert numbers.encode(" 7 49\n0").tolist() == [7, 49, 0]
     assert numbers.decode([7, 49]) == " 7 49"
     assert numbers.encode("\n").tolist() == [0]  # the default prompt
-    assert tokenizer_from_state_dict(numbers.state()).state() == numbers.state()
+    assert tokenizer_from_state_dict(numbers.state_dict()).state_dict() == numbers.state_dict()
     for word in ("50", "-1", "a", "1.5", "²", "9" * 99):
         with pytest.raises(ValueError, match="allowed: "):
             numbers.encode(word)
 
 
 STATES: list[tuple[dict[str, Any], str]] = [
-    ({"kind": "gpt2"}, "tokenizer 'gpt2' is damaged: KeyError"),
-    ({"kind": "gpt2", "pieces": "YQ== YQ=="}, "2 pieces of which 1 are different"),
-    ({"kind": "gpt2", "pieces": "!"}, "damaged: .*Only base64 data is allowed"),
-    ({"kind": "gpt2", "pieces": "YQ\u00e9=="}, "damaged: .*Only base64 data is allowed"),
-    ({"kind": "gpt2", "pieces": 3}, "tokenizer 'gpt2' is damaged: AttributeError"),
-    ({"kind": "gpt2", "pieces": " ".join(["YQ=="] * 300)}, "300 pieces of which 1 are different"),
-    ({"kind": "characters"}, "tokenizer 'characters' is damaged: KeyError"),
-    ({"kind": "characters", "characters": 7}, "tokenizer 'characters' is damaged: TypeError"),
-    ({"kind": "numbers", "vocabulary": 2**40}, "vocabulary is 1099511627776; allowed: 1 to"),
-    ({"kind": "numbers", "vocabulary": "many"}, "tokenizer 'numbers' is damaged: TypeError"),
-    ({"kind": "file", "content": "{}", "end": ""}, "not a file of the tokenizers library"),
-    ({"kind": "file", "content": 5, "end": ""}, "not a file of the tokenizers library"),
+    ({"tokenizer_type": "gpt2"}, "tokenizer 'gpt2' is damaged: KeyError"),
+    ({"tokenizer_type": "gpt2", "ranked_tokens": "YQ== YQ=="}, "2 pieces of which 1 are different"),
+    ({"tokenizer_type": "gpt2", "ranked_tokens": "!"}, "damaged: .*Only base64 data is allowed"),
     (
-        {"kind": "file", "content": of_merges().json_text, "end": ["a"]},
-        "end is of type list; allowed: the token as a text",
+        {"tokenizer_type": "gpt2", "ranked_tokens": "YQ\u00e9=="},
+        "damaged: .*Only base64 data is allowed",
     ),
-    ({"kind": "file", "content": "[" * 10**5, "end": ""}, "not a file of the tokenizers library"),
-    ({"kind": ["gpt2"]}, r"unknown kind of tokenizer \['gpt2'\]; known are"),
+    ({"tokenizer_type": "gpt2", "ranked_tokens": 3}, "tokenizer 'gpt2' is damaged: AttributeError"),
+    (
+        {"tokenizer_type": "gpt2", "ranked_tokens": " ".join(["YQ=="] * 300)},
+        "300 pieces of which 1 are different",
+    ),
+    ({"tokenizer_type": "characters"}, "tokenizer 'characters' is damaged: KeyError"),
+    (
+        {"tokenizer_type": "characters", "characters": 7},
+        "tokenizer 'characters' is damaged: TypeError",
+    ),
+    (
+        {"tokenizer_type": "numbers", "vocab_size": 2**40},
+        "vocab_size is 1099511627776; allowed: 1 to",
+    ),
+    (
+        {"tokenizer_type": "numbers", "vocab_size": "many"},
+        "tokenizer 'numbers' is damaged: TypeError",
+    ),
+    (
+        {"tokenizer_type": "file", "json_text": "{}", "eos_token": ""},
+        "not a file of the tokenizers library",
+    ),
+    (
+        {"tokenizer_type": "file", "json_text": 5, "eos_token": ""},
+        "not a file of the tokenizers library",
+    ),
+    (
+        {"tokenizer_type": "file", "json_text": of_merges().json_text, "eos_token": ["a"]},
+        "eos_token is of type list; allowed: the token as a text",
+    ),
+    (
+        {"tokenizer_type": "file", "json_text": "[" * 10**5, "eos_token": ""},
+        "not a file of the tokenizers library",
+    ),
+    ({"tokenizer_type": ["gpt2"]}, r"unknown tokenizer_type \['gpt2'\]; known are"),
 ]
 
 
@@ -320,7 +351,7 @@ def test_text_of_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> 
     text = "".join(map(chr, [*range(0x100, 0xD800), *range(0xE000, 0x14000)]))
     assert len(set(text)) > 1 << 16
     (tmp_path / "wide.txt").write_text(text, encoding="utf-8")
-    data = TextDataModule(tmp_path / "wide.txt", context=8, batch_size=2)
+    data = TextDataModule(tmp_path / "wide.txt", context_length=8, batch_size=2)
     data.setup("fit")
     assert data.corpus.tokens.dtype == torch.int32
     assert data.tokenizer.decode(data.corpus.tokens) == text
@@ -334,7 +365,7 @@ def test_gpt2_s_own_special_token_is_tiktoken_s(monkeypatch: pytest.MonkeyPatch)
     except Exception:  # no network and no cache
         pytest.skip("GPT-2's pieces are not on this machine")
     ranks = [theirs.decode_single_token_bytes(n) for n in range(theirs.eot_token)]
-    ours = BPETokenizer(ranks, "allowed")
+    ours = BPETokenizer(ranks, "allow")
     text = f"One story.{END}Another.{END}"
     assert ours.encode(text).tolist() == theirs.encode(text, allowed_special="all")
     prose = "Съешь ещё этих булок! " * 9 + "天地玄黄，宇宙洪荒。" * 40 + "It's 'a'  test.\n\n" * 9

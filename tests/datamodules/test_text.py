@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ravine.datamodules import (
     CharTokenizer,
+    ResumableLoader,
     TextDataModule,
-    TrainLoader,
     corpus,
 )
 from ravine.datamodules import (
@@ -40,12 +40,12 @@ def poem(tmp_path: Path) -> Path:
 
 
 def text_data(path: Path | None, **options: Any) -> TextDataModule:
-    data = TextDataModule(path, **{"context": 16, "batch_size": 4, **options})
+    data = TextDataModule(path, **{"context_length": 16, "batch_size": 4, **options})
     data.setup("fit")
     return data
 
 
-def batches(loader: TrainLoader, epochs: int = 2) -> list[Tensor]:
+def batches(loader: ResumableLoader, epochs: int = 2) -> list[Tensor]:
     seen = []
     for epoch in range(epochs):
         loader.set_epoch(epoch)
@@ -70,7 +70,7 @@ def test_training_windows_are_slices_of_the_first_part(poem: Path) -> None:
 def test_every_start_is_drawn_and_about_equally_often(tmp_path: Path) -> None:
     path = tmp_path / "abc.txt"
     path.write_text("abcdefghijklmnopqr" + "yz")
-    loader = text_data(path, context=3, batch_size=1).train_dataloader()
+    loader = text_data(path, context_length=3, batch_size=1).train_dataloader()
     counts = torch.cat([b[:, 0] for b in batches(loader, 2500)]).bincount(minlength=20)
     # 1,000 draws of each of the 15 starts, standard deviation 31
     assert (counts[:15] - 1000).abs().max() < 125
@@ -80,7 +80,7 @@ def test_every_start_is_drawn_and_about_equally_often(tmp_path: Path) -> None:
 @pytest.mark.parametrize("context", [1, 7, 16, 200, 1500])
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_validation_predicts_each_character_once(poem: Path, context: int, batch_size: int) -> None:
-    data = text_data(poem, context=context, batch_size=batch_size, val_fraction=0.4)
+    data = text_data(poem, context_length=context, batch_size=batch_size, val_fraction=0.4)
     part = data.corpus.tokens[int(len(POEM) * 0.6) :].long()
     inputs, targets = (torch.cat(parts) for parts in zip(*data.val_dataloader(), strict=True))
     counted = targets != -100
@@ -105,7 +105,7 @@ def test_seed_everything_decides_where_no_seed_is_given(
 
 
 def test_a_mapped_file_gives_the_batches_of_memory(poem: Path, tmp_path: Path) -> None:
-    held, mapped = text_data(poem), text_data(poem, memory_limit=100)
+    held, mapped = text_data(poem), text_data(poem, max_chars_in_memory=100)
     assert held.corpus.tokens.dtype == torch.uint8
     assert mapped.corpus.tokens.dtype == torch.uint16
     assert (held.corpus.is_memmap, mapped.corpus.is_memmap) == (False, True)
@@ -125,15 +125,15 @@ def test_a_mapped_file_is_built_once_and_whole(
     with monkeypatch.context() as patch:
         patch.setattr(tokenized, "encode_parallel", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            text_data(poem, memory_limit=100)
+            text_data(poem, max_chars_in_memory=100)
     folder = tmp_path / "cache/ravine/tokens"
     assert list(folder.iterdir()) == []
-    text_data(poem, memory_limit=100)
+    text_data(poem, max_chars_in_memory=100)
     monkeypatch.setattr(tokenized, "encode_parallel", interrupt)
-    text_data(poem, memory_limit=100)  # found, not built
+    text_data(poem, max_chars_in_memory=100)  # found, not built
     poem.write_text(POEM + "!")
     with pytest.raises(KeyboardInterrupt):  # another content, another file
-        text_data(poem, memory_limit=100)
+        text_data(poem, max_chars_in_memory=100)
 
 
 def test_many_characters_take_two_bytes_each(tmp_path: Path) -> None:
@@ -171,14 +171,14 @@ def test_without_files_and_network_the_embedded_text_is_taken_aloud(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ravine.datamodules.downloads._make_https_opener", no_network)
-    data = TextDataModule(context=16, batch_size=4)
+    data = TextDataModule(context_length=16, batch_size=4)
     data.prepare_data()
     data.setup("fit")
     said = capsys.readouterr().out
     assert "the EMBEDDED text (help topics of CPython), 4" in said.splitlines()[0]
     assert "'shakespeare' was not found" in said
     assert "OSError: no network" in said
-    assert data.resolved["source"] == "embedded"
+    assert data.provenance["source"] == "embedded"
     assert len(data.corpus.tokens) > 400_000
     named = TextDataModule(source="shakespeare")
     named.prepare_data()
@@ -192,13 +192,13 @@ def no_network() -> None:
 
 @pytest.mark.skipif(not DATA_ROOT, reason="the real sets are not on this machine")
 def test_tiny_shakespeare_is_split_as_in_nanogpt(capsys: pytest.CaptureFixture[str]) -> None:
-    data = TextDataModule(root=DATA_ROOT, context=64, batch_size=32)
+    data = TextDataModule(root=DATA_ROOT, context_length=64, batch_size=32)
     data.prepare_data()
     data.setup("fit")
-    assert data.tokenizer.vocabulary == 65
+    assert data.tokenizer.vocab_size == 65
     assert sum(int((y != -100).sum()) for _, y in data.val_dataloader()) == 111_540 - 1
     assert len(data.train_dataloader()) == 1_003_854 // (64 * 32)
-    assert data.resolved["source"] == "shakespeare"
+    assert data.provenance["source"] == "shakespeare"
     assert "1,115,394 characters, 65 different" in capsys.readouterr().out
 
 
@@ -228,21 +228,42 @@ def test_to_predict_a_text_is_to_continue_it(poem: Path) -> None:
 GOOD = b"a text long enough for a window or two, and then some more of it. " * 4
 BAD = [
     (b"", {}, "bad.txt is empty: give a text of at least one window, --data.path=FILE"),
-    (b"caf\xe9", {}, "bad.txt is not UTF-8: byte 0xe9 at position 3; if it is Latin-1, type "
-     "iconv -f latin1 -t utf-8 'bad.txt' > text.txt and --data.path=text.txt"),
+    (
+        b"caf\xe9",
+        {},
+        "bad.txt is not UTF-8: byte 0xe9 at position 3; if it is Latin-1, type "
+        "iconv -f latin1 -t utf-8 'bad.txt' > text.txt and --data.path=text.txt",
+    ),
     (GOOD + "é".encode()[:1], {}, f"byte 0xc3 at position {len(GOOD)}"),
     (b"GIF89a\x00\x01", {}, "bad.txt is no text: it is a GIF image"),
     (b"GIF\x00\x01", {}, "bad.txt is no text: byte 0x00"),
     ("text".encode("utf-16"), {}, "if it is UTF-16, type iconv -f utf-16"),
-    (b"too short at all", {}, "bad.txt has 16 characters, 14 of them for training: less than one "
-     "window of context + 1 = 17; type --data.context=13 or less, or give a longer text"),
-    (b"xyz", {"val_fraction": 0.9}, "less than one window of context + 1 = 17; give a longer text"),
-    (GOOD, {"val_fraction": 0.001}, "val_fraction 0.001 of the 264 characters of bad.txt is less "
-     "than two; type --data.val_fraction=0.1, or give a longer text"),
-    (GOOD, {"context": 0}, "context is 0; allowed are 1, 2, 3, ...: type --data.context=32"),
+    (
+        b"too short at all",
+        {},
+        "bad.txt has 16 characters, 14 of them for training: less than one "
+        "window of context_length + 1 = 17; type --data.context_length=13 or less, "
+        "or give a longer text",
+    ),
+    (
+        b"xyz",
+        {"val_fraction": 0.9},
+        "less than one window of context_length + 1 = 17; give a longer text",
+    ),
+    (
+        GOOD,
+        {"val_fraction": 0.001},
+        "val_fraction 0.001 of the 264 characters of bad.txt is less "
+        "than two; type --data.val_fraction=0.1, or give a longer text",
+    ),
+    (
+        GOOD,
+        {"context_length": 0},
+        "context_length is 0; allowed are 1, 2, 3, ...: type --data.context_length=32",
+    ),
     (GOOD, {"batch_size": -1}, "batch_size is -1; allowed are"),
     (GOOD, {"val_fraction": 1.0}, "val_fraction is 1.0; allowed is a number between 0 and 1"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("content", "options", "message"), BAD)
@@ -272,7 +293,7 @@ def test_a_missing_path_names_its_neighbours(poem: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["characters", "bytes"])
 def test_every_kind_of_token_splits_and_predicts_the_same_text(poem: Path, kind: Any) -> None:
     data = text_data(poem, tokenizer=kind)
-    assert data.tokenizer.kind == kind
+    assert data.tokenizer.tokenizer_type == kind
     assert data.tokenizer.decode(data.corpus.tokens.long()) == POEM
     targets = torch.cat([y[y >= 0] for _, y in data.val_dataloader()])
     assert POEM.endswith(data.tokenizer.decode(targets))
@@ -296,7 +317,7 @@ def test_nanogpt_s_files_are_read_as_they_are(poem: Path, tmp_path: Path) -> Non
     meta = {"vocab_size": len(letters), "itos": itos, "stoi": {c: n for n, c in itos.items()}}
     theirs, ours = text_data(nanogpt(tmp_path / "bins", meta)), text_data(poem)
     assert theirs.corpus.is_memmap
-    assert theirs.tokenizer.state() == ours.tokenizer.state()
+    assert theirs.tokenizer.state_dict() == ours.tokenizer.state_dict()
     for name in ("train_dataloader", "val_dataloader"):
         for a, b in zip(getattr(theirs, name)(), getattr(ours, name)(), strict=True):
             assert torch.equal(torch.cat(a), torch.cat(b))
@@ -332,7 +353,9 @@ def test_a_pass_sees_each_token_once_and_starts_elsewhere_each_epoch(
 ) -> None:
     path = tmp_path / "text.txt"
     path.write_text("".join(chr(0x4E00 + i) for i in range(200)))  # a token is its own place
-    loader = text_data(path, windows="passes", context=context, batch_size=1).train_dataloader()
+    loader = text_data(
+        path, window_sampling="sequential", context_length=context, batch_size=1
+    ).train_dataloader()
     epochs = []
     for epoch in range(6):
         loader.set_epoch(epoch)
@@ -347,14 +370,18 @@ def test_a_pass_sees_each_token_once_and_starts_elsewhere_each_epoch(
 
 def test_a_part_of_a_text_has_the_tokens_between_and_the_whole_texts_vocabulary(tmp_path):
     (tmp_path / "text.txt").write_text("abc" * 100 + "xyz" * 100)
-    whole = TextDataModule(tmp_path / "text.txt", context=4)
-    part = TextDataModule(tmp_path / "text.txt", context=4, begin=300, end=500)
+    whole = TextDataModule(tmp_path / "text.txt", context_length=4)
+    part = TextDataModule(tmp_path / "text.txt", context_length=4, start_token=300, stop_token=500)
     for data in (whole, part):
         data.setup("fit")
     assert torch.equal(part.corpus.tokens, whole.corpus.tokens[300:500])
-    assert part.tokenizer.state() == whole.tokenizer.state()
-    with pytest.raises(ValueError, match=r"begin 9 and end 601 are no part of the 600 characters"):
-        TextDataModule(tmp_path / "text.txt", context=4, begin=9, end=601).setup("fit")
+    assert part.tokenizer.state_dict() == whole.tokenizer.state_dict()
+    with pytest.raises(
+        ValueError, match=r"start_token 9 and stop_token 601 are no part of the 600 characters"
+    ):
+        TextDataModule(
+            tmp_path / "text.txt", context_length=4, start_token=9, stop_token=601
+        ).setup("fit")
 
 
 def test_a_folder_of_anything_ends_at_the_first_file_that_is_no_text(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from ranks import started
 
-from ravine.datamodules import AnswerDataModule, TextDataModule
+from ravine.datamodules import InstructionDataModule, TextDataModule
 from ravine.datamodules.tokenizers import ByteTokenizer, CharTokenizer
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import MeshStrategy
@@ -60,11 +60,11 @@ def fit(data, strategy, ranks):
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(LanguageModel(layers=1, width=8, heads=2), datamodule=data)
+    trainer.fit(LanguageModel(num_layers=1, d_model=8, num_heads=2), datamodule=data)
 
 
 def text_data(path, **options):
-    return TextDataModule(path, context=8, batch_size=4, **options)
+    return TextDataModule(path, context_length=8, batch_size=4, **options)
 
 
 def wait_longer_than_the_group(calls):
@@ -82,7 +82,7 @@ def tokens_of(path, cache, options, slow, ranks, strategy="ddp"):
     data = text_data(path, **options)
     fit(data, strategy, ranks)
     corpus = data.corpus
-    said = corpus.tokens.dtype, corpus.is_memmap, data.resolved, corpus.tokenizer.state()
+    said = corpus.tokens.dtype, corpus.is_memmap, data.provenance, corpus.tokenizer.state_dict()
     return sum(calls), corpus.tokens.long(), *said
 
 
@@ -95,8 +95,8 @@ def path(tmp_path):
 @pytest.mark.parametrize(
     ("options", "strategy"),
     [
-        ({}, "ddp"), ({"memory_limit": 1000}, "mesh"), ({"tokenizer": "bytes"}, "ddp"),
-        ({"tokenizer": "bytes", "begin": 7}, "mesh"),
+        ({}, "ddp"), ({"max_chars_in_memory": 1000}, "mesh"), ({"tokenizer": "bytes"}, "ddp"),
+        ({"tokenizer": "bytes", "start_token": 7}, "mesh"),
     ],
 )  # fmt: skip
 def test_one_rank_tokenizes_and_all_have_the_tokens_of_one_process(ranks, path, options, strategy):
@@ -111,7 +111,7 @@ def test_one_rank_tokenizes_and_all_have_the_tokens_of_one_process(ranks, path, 
     files = sorted(each.name for each in (path.parent / "many").rglob("*") if each.is_file())
     assert len(files) == 1
     # one process writes a file only where the text is too long for memory
-    assert (path.parent / "one").exists() == ("memory_limit" in options)
+    assert (path.parent / "one").exists() == ("max_chars_in_memory" in options)
 
 
 def failing(path, cache, options, what):
@@ -161,7 +161,7 @@ def test_a_cache_that_is_full_or_cannot_be_written_is_done_without_or_told(ranks
         said = ranks(failing, 2, path, cache, {}, what)
         assert [each[0] for each in said] == ["done", "done"]
         assert said[1][2] == len(TEXT)  # each makes its own
-        first, second = ranks(failing, 2, path, cache, {"memory_limit": 1000}, what)
+        first, second = ranks(failing, 2, path, cache, {"max_chars_in_memory": 1000}, what)
         assert (first[0], second[0]) == ("TokenCacheError", "PreparationError")
         assert "the tokens cannot be written to" in first[1]
         assert first[1].endswith("set XDG_CACHE_HOME=FOLDER")
@@ -181,17 +181,19 @@ def test_a_text_is_seen_again_where_special_tokens_are_to_be_refused(path, monke
     """A file of tokens that was made where they were read as plain words is another one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(path.parent / "cache"))
     path.write_text(TEXT + "<|endoftext|>" + TEXT)
-    text_data(path, tokenizer="gpt2", memory_limit=10).setup("fit")
+    text_data(path, tokenizer="gpt2", max_chars_in_memory=10).setup("fit")
     with pytest.raises(ValueError, match="endoftext"):
-        text_data(path, tokenizer="gpt2", memory_limit=10, specials="refuse").setup("fit")
+        text_data(path, tokenizer="gpt2", max_chars_in_memory=10, special_tokens="error").setup(
+            "fit"
+        )
 
 
 def answers_of(path, cache, ranks):
     """Characters that this rank tokenizes, its rows, and what is said of the file."""
     calls = ready(cache)
-    data = AnswerDataModule(path, tokenizer="bytes", context=40, batch_size=4)
+    data = InstructionDataModule(path, tokenizer="bytes", context_length=40, batch_size=4)
     fit(data, "ddp" if ranks > 1 else "auto", ranks)
-    return sum(calls), data.rows, data.resolved
+    return sum(calls), data.rows, data.provenance
 
 
 def test_answers_are_tokenized_by_one_rank(ranks, path):

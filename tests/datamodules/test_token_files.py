@@ -42,7 +42,7 @@ def folder(
 
 
 def data_of(place: Path, **how: Any) -> TextDataModule:
-    data = TextDataModule(place, **{"context": 8, "batch_size": 4, **how})
+    data = TextDataModule(place, **{"context_length": 8, "batch_size": 4, **how})
     data.setup("fit")
     return data
 
@@ -60,41 +60,41 @@ def test_type_and_vocabulary_are_those_of_flags_or_meta_file(
     place = folder(tmp_path / "bins", largest, kind, meta if said == "by meta.pkl" else None)
     if said == "by meta.json":
         (place / "meta.json").write_text(json.dumps(meta))
-    how = {"vocabulary": largest + 1, "dtype": kind} if said == "by flags" else {}
+    how = {"vocab_size": largest + 1, "dtype": kind} if said == "by flags" else {}
     data = data_of(place, **how)
-    assert data.tokenizer.vocabulary == largest + 1
+    assert data.tokenizer.vocab_size == largest + 1
     assert data.corpus.tokens.tolist() == tokens(largest, 4_001).tolist()
     assert data.corpus.val_tokens is not None
     assert data.corpus.val_tokens.tolist() == tokens(largest, 401).tolist()
     inputs, targets = next(iter(data.train_dataloader()))
     assert inputs.dtype == torch.int64
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    assert data.resolved["sha256"]
+    assert data.provenance["sha256"]
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {}, "says nowhere what its tokens are, of which the largest is 9,999; allowed: a meta.pkl "
      "or meta.json with vocab_size, a tokenizer.json; type --data.tokenizer=gpt2 if they are "
-     "GPT-2's, or else --data.vocabulary=10000 or more"),
-    ({}, {"vocabulary": 9_999}, "train.bin holds the token 9,999 at place 4,000, and the "
-     "vocabulary has 9,999; allowed: 0 to 9,998; type --data.vocabulary=10000 or more"),
+     "GPT-2's, or else --data.vocab_size=10000 or more"),
+    ({}, {"vocab_size": 9_999}, "train.bin holds the token 9,999 at place 4,000, and the "
+     "vocabulary has 9,999; allowed: 0 to 9,998; type --data.vocab_size=10000 or more"),
     ({"meta": {"vocab_size": 50}}, {}, "holds the token 9,999"),
-    ({"kind": "int32"}, {"vocabulary": 10_000}, "every second number of"),
-    ({"kind": "int64"}, {"vocabulary": 10_000}, "allowed: int64; type --data.dtype=int64"),
+    ({"kind": "int32"}, {"vocab_size": 10_000}, "every second number of"),
+    ({"kind": "int64"}, {"vocab_size": 10_000}, "allowed: int64; type --data.dtype=int64"),
     ({"kind": "int32", "meta": {"vocab_size": 9, "dtype": "int8"}}, {}, "dtype is 'int8'; "),
-    ({"largest": -1, "kind": "int32"}, {"vocabulary": 10, "dtype": "int32"},
+    ({"largest": -1, "kind": "int32"}, {"vocab_size": 10, "dtype": "int32"},
      "holds the token -1 at"),
     ({"meta": {"vocab_size": "ten"}}, {}, "vocab_size is 'ten'; allowed: a number"),
     ({"meta": {"names": 1}}, {}, "it has neither 'itos' nor 'vocab_size' nor 'dtype'"),
-    ({"meta": {"itos": {0: "ab", 1: "c"}}}, {}, "type --data.vocabulary=2"),
-    ({}, {"vocabulary": 0}, "vocabulary is 0; allowed: 1 to"),
-    ({}, {"vocabulary": 10_000, "dtype": "uint32"}, "has 8002 bytes and should hold four for each"),
-    ({"kind": "uint32", "largest": 100_000}, {"vocabulary": 100_001}, "read as uint16, which "
+    ({"meta": {"itos": {0: "ab", 1: "c"}}}, {}, "type --data.vocab_size=2"),
+    ({}, {"vocab_size": 0}, "vocab_size is 0; allowed: 1 to"),
+    ({}, {"vocab_size": 10_000, "dtype": "uint32"}, "has 8002 bytes and should hold four for each"),
+    ({"kind": "uint32", "largest": 100_000}, {"vocab_size": 100_001}, "read as uint16, which "
      "cannot hold the 100,001 tokens of the vocabulary"),
     ({"kind": "uint32", "largest": 100_000, "meta": {"vocab_size": 100_001}}, {}, "as uint16"),
-    ({"kind": "int64"}, {"vocabulary": 10_000, "dtype": "uint32"}, "type --data.dtype=int64"),
-    ({"kind": "uint16", "largest": 200}, {"vocabulary": 201, "dtype": "uint8"}, "dtype=uint16"),
-    ({"kind": "uint8", "largest": 9}, {"vocabulary": 10}, "should hold two for each"),
+    ({"kind": "int64"}, {"vocab_size": 10_000, "dtype": "uint32"}, "type --data.dtype=int64"),
+    ({"kind": "uint16", "largest": 200}, {"vocab_size": 201, "dtype": "uint8"}, "dtype=uint16"),
+    ({"kind": "uint8", "largest": 9}, {"vocab_size": 10}, "should hold two for each"),
 ]  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def test_damaged_meta_files_and_numpy_files_are_refused(tmp_path: Path) -> None:
     with (place / "val.bin").open("wb") as file:
         np.save(file, tokens(9, 40).astype(np.uint16))
     with pytest.raises(ValueError, match=r"val.bin is a .npy file"):
-        data_of(place, vocabulary=10_000)
+        data_of(place, vocab_size=10_000)
 
 
 def test_values_that_unfold_to_millions_are_not_written_out(tmp_path: Path) -> None:
@@ -149,24 +149,28 @@ def test_a_meta_file_may_name_numpy_s_type_itself(tmp_path: Path) -> None:
 
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a text of some length " * 9)
-    for how in ({"vocabulary": 50}, {"dtype": "int32"}):
+    for how in ({"vocab_size": 50}, {"dtype": "int32"}):
         with pytest.raises(ValueError, match="is a text, whose tokens are made here"):
             data_of(tmp_path / "text.txt", **how)
-    with pytest.raises(ValueError, match="specials=allowed changes nothing"):
-        data_of(folder(tmp_path / "bins"), vocabulary=10_000, specials="allowed")
+    with pytest.raises(ValueError, match="special_tokens=allow changes nothing"):
+        data_of(folder(tmp_path / "bins"), vocab_size=10_000, special_tokens="allow")
 
 
 def test_a_tokenizer_beside_the_tokens_or_named_gives_their_text(tmp_path: Path) -> None:
-    tokenizer = FileTokenizer.of_merges({n: bytes([n]) for n in range(256)}, [], ["<|endoftext|>"])
+    tokenizer = FileTokenizer.from_merges(
+        {n: bytes([n]) for n in range(256)}, [], ["<|endoftext|>"]
+    )
     place = folder(tmp_path / "bins", 256)
     (tmp_path / "tokenizer.json").write_text(tokenizer.json_text)
     named = data_of(place, tokenizer=str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.json").rename(place / "tokenizer.json")
     beside = data_of(place)
     for data in (named, beside):
-        assert data.tokenizer.vocabulary == 257
+        assert data.tokenizer.vocab_size == 257
         assert data.tokenizer.is_equivalent(tokenizer)
-    assert data_of(place, vocabulary=300).tokenizer.kind == "numbers"  # what is typed comes first
+    assert (
+        data_of(place, vocab_size=300).tokenizer.tokenizer_type == "numbers"
+    )  # what is typed comes first
 
 
 def test_a_line_warns_of_tokens_that_cannot_be_those_of_gpt2(
@@ -192,13 +196,13 @@ def test_a_long_file_is_looked_through_once(
     place = folder(tmp_path / "bins")
     monkeypatch.setattr(tokenized, "MIN_BYTES_TO_CACHE", 100)
     monkeypatch.setattr(tokenized, "SCAN_CHUNK", 7)
-    data_of(place, vocabulary=10_000)
+    data_of(place, vocab_size=10_000)
     with monkeypatch.context() as patch:
         patch.setattr(tokenized, "compute_token_range", None)  # not called again
-        data_of(place, vocabulary=10_000)
+        data_of(place, vocab_size=10_000)
     tokens(20_000, 4_001).astype(np.uint16).tofile(place / "train.bin")
     with pytest.raises(ValueError, match="holds the token 20,000"):  # another content
-        data_of(place, vocabulary=10_000)
+        data_of(place, vocab_size=10_000)
 
 
 @pytest.mark.parametrize("kind", ["uint16", "int32", "uint32", "int64", torch.int32])
@@ -207,10 +211,10 @@ def test_an_array_is_a_corpus(kind: Any, tmp_path: Path) -> None:
     array = (
         torch.tensor(numbers).to(kind) if isinstance(kind, torch.dtype) else numbers.astype(kind)
     )
-    data = TextDataModule.of_tokens(array, 10_000, context=8, batch_size=4)
+    data = TextDataModule.from_tokens(array, 10_000, context_length=8, batch_size=4)
     data.setup("fit")
     assert data.corpus.tokens.tolist() == numbers.tolist()
-    model = LanguageModel(layers=1, width=8, heads=1)
+    model = LanguageModel(num_layers=1, d_model=8, num_heads=1)
     trainer = L.Trainer(accelerator="cpu", max_steps=1, val_check_interval=1, **QUIET)
     trainer.fit(model, datamodule=data)
     assert "val/bits_per_byte" not in trainer.callback_metrics  # the bytes are not known
@@ -218,9 +222,9 @@ def test_an_array_is_a_corpus(kind: Any, tmp_path: Path) -> None:
     text = model.generate("17 4", max_new_tokens=3)
     assert len(str(text).split()) == 5
     with pytest.raises(ValueError, match="tokens holds the token 9,999"):
-        TextDataModule.of_tokens(array, 9_999, context=8)
+        TextDataModule.from_tokens(array, 9_999, context_length=8)
     with pytest.raises(ValueError, match=r"tokens are float64 of shape \(3,\); allowed: whole"):
-        TextDataModule.of_tokens(np.ones(3), 9, context=8)
+        TextDataModule.from_tokens(np.ones(3), 9, context_length=8)
 
 
 def test_a_student_s_folder_is_trained_on_or_refused_by_the_command(
@@ -228,16 +232,16 @@ def test_a_student_s_folder_is_trained_on_or_refused_by_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "ten")
-    small = ["layers=1", "width=16", "heads=2"]
+    small = ["num_layers=1", "d_model=16", "num_heads=2"]
     words = [
-        "fit", "--config", "shakespeare/quick_adamw", "--data.path=ten", "--data.context=16",
+        "fit", "--config", "shakespeare/quick_adamw", "--data.path=ten", "--data.context_length=16",
         "--data.batch_size=4", "--trainer.max_steps=51", "--trainer.val_check_interval=51",
         "--trainer.limit_val_batches=2", "--trainer.precision=32-true",
         *(f"--model.{part}" for part in small),
     ]  # fmt: skip
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert "or else --data.vocabulary=10000 or more" in error
+    assert "or else --data.vocab_size=10000 or more" in error
     assert "Traceback" not in error
-    assert main([*words, "--data.vocabulary=10000"]) == 0
+    assert main([*words, "--data.vocab_size=10000"]) == 0
     assert "4,001 tokens, 10,000 different" in capsys.readouterr().out

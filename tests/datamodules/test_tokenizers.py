@@ -14,7 +14,7 @@ from ravine.datamodules.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    gpt2,
+    load_gpt2_tokenizer,
     tokenizer_from_state_dict,
 )
 
@@ -42,7 +42,7 @@ def test_tokens_are_places_in_the_sorted_vocabulary(text: str) -> None:
     tokenizer = CharTokenizer(text)
     expected = [sorted(set(text)).index(c) for c in text]  # nanoGPT's table
     assert tokenizer.encode(text).tolist() == expected
-    assert tokenizer.vocabulary == len(set(text))
+    assert tokenizer.vocab_size == len(set(text))
 
 
 @every_kind
@@ -58,10 +58,10 @@ def test_a_tokenizer_survives_a_checkpoint(
     text: str, made: Callable[[str], Tokenizer], tmp_path: Path
 ) -> None:
     tokenizer = made(text)
-    torch.save(tokenizer.state(), tmp_path / "state")
+    torch.save(tokenizer.state_dict(), tmp_path / "state")
     again = tokenizer_from_state_dict(torch.load(tmp_path / "state", weights_only=True))
     assert again.encode(text).equal(tokenizer.encode(text))
-    assert again.state() == tokenizer.state()
+    assert again.state_dict() == tokenizer.state_dict()
 
 
 def test_an_empty_text_has_no_tokens() -> None:
@@ -87,15 +87,15 @@ def test_an_unknown_character_is_named_with_its_place(text: str, message: str) -
 def test_a_tokenizer_of_nothing_and_an_unknown_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one character"):
         CharTokenizer("")
-    with pytest.raises(ValueError, match="unknown kind of tokenizer 'runes'; known are characters"):
-        tokenizer_from_state_dict({"kind": "runes"})
+    with pytest.raises(ValueError, match="unknown tokenizer_type 'runes'; known are characters"):
+        tokenizer_from_state_dict({"tokenizer_type": "runes"})
 
 
 def test_pieces_are_merged_in_the_order_of_their_ranks() -> None:
     tokenizer = BPETokenizer(PIECES)
     pieces = [PIECES[n] for n in tokenizer.encode("the the hello").tolist()]
     assert pieces == [b"t", b"he", b" the", b" ", b"he", b"ll", b"o"]
-    assert tokenizer.eos_id == len(PIECES) == tokenizer.vocabulary - 1
+    assert tokenizer.eos_id == len(PIECES) == tokenizer.vocab_size - 1
     assert tokenizer.token_bytes[tokenizer.eos_id] == 0
     assert tokenizer.eos_id not in tokenizer.encode("a<|endoftext|>b")
 
@@ -140,8 +140,8 @@ FILES = Path(os.environ.get("DATA_ROOT", "nowhere"))
 @pytest.mark.skipif(not (FILES / "tiktoken").is_dir(), reason="DATA_ROOT holds no GPT-2 pieces")
 def test_gpt2_s_own_pieces_are_found_below_data_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
-    tokenizer = gpt2()
-    assert tokenizer.vocabulary == 50_257
+    tokenizer = load_gpt2_tokenizer()
+    assert tokenizer.vocab_size == 50_257
     assert tokenizer.encode("Hello world!").tolist() == [15496, 995, 0]
     shakespeare = (FILES / "shakespeare" / "input.txt").read_text()
     assert len(np.concatenate(list(encode_parallel(tokenizer, [shakespeare])))) == 338_025
@@ -157,6 +157,6 @@ def test_missing_pieces_are_told_with_the_ways_out(
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
     with pytest.raises(FileNotFoundError) as error:
-        gpt2()
+        load_gpt2_tokenizer()
     for words in ("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"), "--data.tokenizer=bytes"):
         assert words in str(error.value)

@@ -15,7 +15,7 @@ FLAG = [
     "--trainer.callbacks.optimizer=my_optimizer.MyOptimizer",
     "--trainer.callbacks.optimizer.lr=0.003",
 ]
-SMALL = ["--model.layers=1", "--model.width=16", "--model.heads=2", "--data.batch_size=4"]
+SMALL = ["--model.num_layers=1", "--model.d_model=16", "--model.num_heads=2", "--data.batch_size=4"]
 TASKS = {
     "spam": ["--config=spam/quick", "--data.source=embedded", "--data.batch_size=4"],
     "shakespeare": ["--config=shakespeare/quick", "--data.source=embedded", *SMALL],

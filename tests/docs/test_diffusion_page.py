@@ -16,8 +16,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text()
 
 
 def untrained() -> Diffusion:
-    model = Diffusion(labels=True, width=8, time_width=16)
-    model.channels, model.size, model.classes = 1, (8, 8), 10
+    model = Diffusion(class_conditional=True, base_channels=8, time_embed_dim=16)
+    model.channels, model.image_size, model.num_classes = 1, (8, 8), 10
     model.configure_model()
     return model
 
@@ -42,8 +42,10 @@ def test_its_commands_are_understood() -> None:
         assert flags.keys() <= known, line
     named = re.findall(r"--model\.(\w+)=(\w+)", PAGE)
     for name, value in named:
-        kind = {"labels": bool, "label_dropout": float, "steps": int}.get(name, str)
-        extra = {"label_dropout": {"labels": True}}.get(name, {})
+        kind = {"class_conditional": bool, "class_dropout_prob": float, "num_steps": int}.get(
+            name, str
+        )
+        extra = {"class_dropout_prob": {"class_conditional": True}}.get(name, {})
         Diffusion(**{name: kind(float(value)) if kind is float else kind(value)}, **extra)
 
 

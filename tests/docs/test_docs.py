@@ -33,7 +33,12 @@ def test_the_page_on_adding_a_task_works_as_written(
     assert float(accuracy[-1]) > 0.85  # chance is 0.10
 
 
-TINY = ["--trainer.max_steps=2", "--data.source=embedded", "--model.layers=1", "--model.width=16"]
+TINY = [
+    "--trainer.max_steps=2",
+    "--data.source=embedded",
+    "--model.num_layers=1",
+    "--model.d_model=16",
+]
 
 
 def test_the_optimizer_of_the_readme_trains_by_the_command_beside_it(

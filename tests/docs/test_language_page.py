@@ -10,16 +10,17 @@ import torch
 from ravine.cli.config import presets
 from ravine.datamodules import ByteTokenizer
 from ravine.lightning_modules import LanguageModel
-from ravine.lightning_modules.nn.attention import LEARNED
+from ravine.lightning_modules.nn.attention import LEARNED_PROJECTIONS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "language.md").read_text()
 
 
 def test_every_preset_it_names_is_there() -> None:
-    named = re.findall(r"^\| `(seed_\w+)` ", PAGE, re.MULTILINE)
-    assert sorted(f"shakespeare/{name}" for name in named) == [
-        name for name in presets.list_presets() if name.startswith("shakespeare/seed_")
-    ]
+    named = re.findall(r"^\| `((?:bigram|running|attention|transformer)\w*)` ", PAGE, re.MULTILINE)
+    stages = ("bigram", "running_mean", "attention_", "transformer_")
+    listed = [name.removeprefix("shakespeare/") for name in presets.list_presets()]
+    assert sorted(named) == [name for name in listed if name.startswith(stages)]
+    assert len(named) == 9
     for name in re.findall(r"--config (\S+)", PAGE):
         if "`" not in name:
             assert name in presets.list_presets()
@@ -27,18 +28,18 @@ def test_every_preset_it_names_is_there() -> None:
 
 def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     torch.manual_seed(0)
-    model = LanguageModel(256, 64, layers=1, width=16, heads=2, zero_init=False)
+    model = LanguageModel(256, 64, num_layers=1, d_model=16, num_heads=2, zero_init_residual=False)
     model.tokenizer = ByteTokenizer()
     model.configure_model()
     monkeypatch.setattr(LanguageModel, "load_from_checkpoint", lambda path: model)
-    monkeypatch.setitem(LEARNED, "kv", ())  # the page sets it; undone after the test
+    monkeypatch.setitem(LEARNED_PROJECTIONS, "kv", ())  # the page sets it; undone after the test
     names: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
     assert capsys.readouterr().out.startswith("ROMEO:")
-    written, forced = names["written"], names["score"](
-        model.net, names["prompts"], names["written"], names["Sampling"](0.8)
+    written, forced = names["written"], names["sequence_logprobs"](
+        model.net, names["prompts"], names["written"], names["DecodingConfig"](0.8)
     )  # fmt: skip
-    torch.testing.assert_close(written.log_probabilities, forced, rtol=0, atol=1e-5)
+    torch.testing.assert_close(written.logprobs, forced, rtol=0, atol=1e-5)

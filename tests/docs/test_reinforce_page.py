@@ -18,9 +18,17 @@ from ravine.lightning_modules.nn.transformer import with_defaults
 # in eight characters of an untrained net a letter may well be missing
 pytestmark = pytest.mark.filterwarnings("ignore:all (8|16) samples weigh 0")
 PAGE = (Path(__file__).parents[2] / "docs" / "reinforce.md").read_text()
-TINY = ["--model.new=8", "--data.length=8", "--data.val_prompts=8", "--data.batch_size=8",
-        "--data.source=embedded", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
-        "--trainer.precision=32-true", "--trainer.accelerator=cpu"]  # fmt: skip
+TINY = [
+    "--model.max_new_tokens=8",
+    "--data.prompt_length=8",
+    "--data.num_val_prompts=8",
+    "--data.batch_size=8",
+    "--data.source=embedded",
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=2",
+    "--trainer.precision=32-true",
+    "--trainer.accelerator=cpu",
+]
 
 
 def test_every_preset_it_names_is_there_and_no_other() -> None:
@@ -38,10 +46,10 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     trainer = Trainer(max_steps=1, logger=False, limit_val_batches=0, accelerator="cpu")
-    model = LanguageModel(layers=1, width=16, heads=2, zero_init=False)
-    trainer.fit(model, TextDataModule(source="embedded", context=16, batch_size=8))
+    model = LanguageModel(num_layers=1, d_model=16, num_heads=2, zero_init_residual=False)
+    trainer.fit(model, TextDataModule(source="embedded", context_length=16, batch_size=8))
     trainer.save_checkpoint("base.ckpt")
-    return "--model.base=base.ckpt"
+    return "--model.base_checkpoint=base.ckpt"
 
 
 def test_the_reward_of_the_page_trains_by_the_command_beside_it(base: str) -> None:
@@ -75,7 +83,7 @@ def test_the_base_presets_differ_from_the_defaults_only() -> None:
         config = yaml.safe_load(Path(presets.find_config(f"reinforce/{name}")).read_text())
         model = config["model"]
         shape = model.get("init_args", {}) if isinstance(model, dict) else {}
-        LanguageModel(65, config["data"]["init_args"]["context"], **shape)
+        LanguageModel(65, config["data"]["init_args"]["context_length"], **shape)
         assert not {k for k, v in shape.items() if with_defaults({})[k] == v}
 
 

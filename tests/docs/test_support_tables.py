@@ -36,16 +36,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import ravine.callbacks
 import ravine.strategies
 from ravine.callbacks import (
-    CollapseAlarm,
     Compile,
     FrechetDistance,
+    GenerateSamples,
     GradientClipping,
     LoRA,
+    MetricAlert,
     Muon,
     Newton,
     OptimizerPlan,
     Pretrained,
-    Samples,
 )
 from ravine.callbacks.optimizers import muon
 from ravine.callbacks.optimizers import update_monitor as watching
@@ -62,7 +62,7 @@ from ravine.lightning_modules import (
     Reinforce,
     SpamClassifier,
 )
-from ravine.strategies import NAMES
+from ravine.strategies import STRATEGY_PRESETS
 
 pytestmark = [
     # logged on each rank after an all-reduce
@@ -75,7 +75,7 @@ pytestmark = [
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 ALONE = ("one process", "auto", 1)
-WORLDS = {"ddp": 2, **{name: fewest_ranks(how) for name, (_, how) in NAMES.items()}}
+WORLDS = {"ddp": 2, **{name: fewest_ranks(how) for name, (_, how) in STRATEGY_PRESETS.items()}}
 KINDS = {
     name: kind
     for name, kind in (vars(ravine.callbacks) | vars(ravine.strategies)).items()
@@ -85,27 +85,34 @@ CALLBACKS = sorted(KINDS)
 PLANS = {name for name, kind in KINDS.items() if issubclass(kind, OptimizerPlan)}
 EVERY_OTHER, OPTIMIZERS = "all callbacks not listed below", "all optimizers of `ravine.callbacks`"
 ARGUMENTS = {
-    "CollapseAlarm": lambda: CollapseAlarm({"train/loss": 99.0}),
+    "MetricAlert": lambda: MetricAlert({"train/loss": 99.0}),
     "Compile": lambda: Compile(backend="eager"),
-    "FrechetDistance": lambda: FrechetDistance(Pixels(), n=8, batch_size=4),
+    "FrechetDistance": lambda: FrechetDistance(Pixels(), num_samples=8, batch_size=4),
     "GradientClipping": lambda: GradientClipping(0.1),
     "LoRA": lambda: LoRA(rank=2),
     # bf16 amplifies rounding of gradients; the tests of Muon cover bf16
-    "Muon": lambda: Muon(iteration_dtype="float32", rest=partial(torch.optim.SGD, lr=0.1)),
+    "Muon": lambda: Muon(iteration_dtype="float32", aux_optimizer=partial(torch.optim.SGD, lr=0.1)),
     # a difference of gradients loses half of the digits; damping bounds its effect on the step
     "Newton": lambda: Newton(damping=5.0),
     "OptimizerPlan": lambda: OptimizerPlan(partial(torch.optim.SGD, lr=0.1, momentum=0.9)),
     "Pretrained": lambda: Pretrained("weights.pt"),
-    "Samples": lambda: Samples({"prompt": "T", "max_new_tokens": 4}),
+    "GenerateSamples": lambda: GenerateSamples({"prompt": "T", "max_new_tokens": 4}),
 }
 WATCHERS = (
-    *("Checkpoint", "CollapseAlarm", "Curves", "ExactResume", "Figures", "FrechetDistance"),
-    *("GlobalMean", "GracefulStop", "LossPlot", "MemoryTable", "NaNGuard", "PredictionTable"),
-    *("ProgressBar", "RolloutTable", "Samples", "Summary", "Throughput", "UpdateSizes"),
+    *("Checkpoint", "MetricAlert", "MetricPlot", "ExactResume", "SaveFigures", "FrechetDistance"),
+    *(
+        "TokenWeightedLoss",
+        "GracefulStop",
+        "LossPlot",
+        "MemoryMonitor",
+        "NaNGuard",
+        "PredictionTable",
+    ),
+    *("ProgressBar", "RolloutTable", "GenerateSamples", "Summary", "Throughput", "UpdateMonitor"),
 )
 AWAITING = {  # callbacks without an effect in two steps: the event that they need
     "ExactResume": "a cut",
-    "GlobalMean": "ranks or micro-batches of unequal weight",
+    "TokenWeightedLoss": "ranks or micro-batches of unequal weight",
     "GracefulStop": "a signal",
     "NaNGuard": "a value that is not finite",
     "Newton": "a network of its own, so there is no run without it to compare with",
@@ -132,28 +139,28 @@ class Pixels(torch.nn.Module):
 class Pictures:
     """The optional hooks that callbacks call on a module, and a count of its steps."""
 
-    flops = None  # Throughput then does not measure the machine's peak
+    flops_per_unit = None  # Throughput then does not measure the machine's peak
     begun = 0
 
     def training_step(self, *args):
         self.begun += 1
         return super().training_step(*args)
 
-    def samples(self):
+    def last_samples(self):
         return [{"text": "one", "reward": 1.0}]
 
-    def sample_images(self, index, labels=None):
+    def generate_images(self, index, labels=None):
         return (index[:, None] * torch.tensor([7, 13, 29, 31]) % 32).byte().reshape(-1, 1, 2, 2)
 
-    def pictures(self, part):
-        return self.sample_images(torch.arange(16)), torch.arange(16) % 2
+    def get_split(self, part):
+        return self.generate_images(torch.arange(16)), torch.arange(16) % 2
 
     def load_pretrained(self, path):
         assert path == "weights.pt"
         with torch.no_grad():
             next(iter(self.parameters())).mul_(0.5)
 
-    def figures(self, datamodule):
+    def make_figures(self, datamodule):
         return {"plot": Figure(figsize=(1, 1))}
 
 
@@ -161,16 +168,16 @@ class Model(Pictures, LanguageModel):
     """The transformer; its figures depend on the logits alone."""
 
     @torch.no_grad()
-    def figures(self, datamodule):
+    def make_figures(self, datamodule):
         self.net(datamodule.corpus.tokens[None, :8].long())
-        return super().figures(datamodule)
+        return super().make_figures(datamodule)
 
 
 class Few(Model):
     """Only one norm is trained: four numbers, few enough for Newton."""
 
-    def build(self):
-        net = super().build()
+    def build_net(self):
+        net = super().build_net()
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name == "blocks.0.mlp_norm.weight")
         return net
@@ -221,7 +228,7 @@ class ByHand(Foreign, TwoOptimizers):
 class Text(TextDataModule):
     """A text, and pictures beside it."""
 
-    pictures, sample_images = Pictures.pictures, Pictures.sample_images
+    get_split, generate_images = Pictures.get_split, Pictures.generate_images
 
 
 class Beside(L.LightningDataModule):
@@ -229,7 +236,7 @@ class Beside(L.LightningDataModule):
 
     def __init__(self, module):
         super().__init__()
-        self.module, self.pictures = module, module.pictures
+        self.module, self.get_split = module, module.get_split
 
     def train_dataloader(self):
         return self.module.loader()
@@ -239,8 +246,8 @@ class Beside(L.LightningDataModule):
 
 def language(names, folder, devices, **shape):
     kind, width = (Few, 4) if "Newton" in names else (Model, 8)
-    shape = {"layers": 2, "width": width, "heads": 2, "zero_init": False} | shape
-    return kind(**shape), Text(folder / "text.txt", context=8, batch_size=8)
+    shape = {"num_layers": 2, "d_model": width, "num_heads": 2, "zero_init_residual": False} | shape
+    return kind(**shape), Text(folder / "text.txt", context_length=8, batch_size=8)
 
 
 def foreign(kind, names, folder, devices):
@@ -249,26 +256,30 @@ def foreign(kind, names, folder, devices):
 
 
 def task(number, names, folder, devices):
-    text = TextDataModule(folder / "text.txt", context=8, batch_size=8)
+    text = TextDataModule(folder / "text.txt", context_length=8, batch_size=8)
     if number == 0:
         data = SpamDataModule(source="embedded", batch_size=8)
-        return SpamClassifier(buckets=256), data
+        return SpamClassifier(num_buckets=256), data
     if number == 1:
-        return ImageClassifier(features=8, shift=1), ImageDataModule(batch_size=8)
+        return ImageClassifier(num_features=8, max_shift=1), ImageDataModule(batch_size=8)
     if number == 2:  # at width 8 a group is one channel, whose norm cancels the bias
-        return Diffusion(labels=True, width=16, time_width=16), ImageDataModule(batch_size=8)
+        return Diffusion(
+            class_conditional=True, base_channels=16, time_embed_dim=16
+        ), ImageDataModule(batch_size=8)
     if number == 3:
-        return LanguageModel(layers=1, width=16, heads=2, zero_init=False), text
-    prompts = PromptDataModule(folder / "text.txt", length=4, batch_size=8, val_prompts=8)
+        return LanguageModel(num_layers=1, d_model=16, num_heads=2, zero_init_residual=False), text
+    prompts = PromptDataModule(
+        folder / "text.txt", prompt_length=4, batch_size=8, num_val_prompts=8
+    )
     rewards = [CharacterFraction("abcdefghijklm", -1.0), BatchDistance(n=1)]
-    return Reinforce(str(folder / "base.ckpt"), rewards, new=5, group_size=2), prompts
+    return Reinforce(str(folder / "base.ckpt"), rewards, max_new_tokens=5, group_size=2), prompts
 
 
 TASKS = ("SpamClassifier", "ImageClassifier", "Diffusion", "LanguageModel", "Reinforce")
 FOREIGN = ("NetInInit", "NetInConfigureModel", "TwoOptimizers")
 MODULES = {
     "transformer": language,
-    "mixture": partial(language, experts=2),
+    "mixture": partial(language, num_experts=2),
     **{name: partial(task, number) for number, name in enumerate(TASKS)},
     "NetInInit": partial(foreign, InInit),
     "NetInConfigureModel": partial(foreign, InConfigureModel),
@@ -358,7 +369,7 @@ def attempt(module, names, strategy, devices, folder):
 
 def told_alike(name):
     """Whether a metric is equal on all ranks and is not a time."""
-    timed = name.endswith(("_seconds", "_per_second"))
+    timed = name.endswith(("_duration_s", "_per_second"))
     return name.startswith(("val/", "update/", "train/grad", "train/clip")) and not timed
 
 
@@ -477,7 +488,7 @@ def table(title, columns, rest=""):
 
 
 def of_callbacks(measure, strategy):
-    experts = "ep" in NAMES.get(strategy, ("", {}))[1]
+    experts = "ep" in STRATEGY_PRESETS.get(strategy, ("", {}))[1]
     module = "mixture" if experts else "transformer"
     found = measure((module,), strategy, WORLDS[strategy])
     return {name: found[module, name] for name in CALLBACKS}
@@ -543,7 +554,7 @@ def faulty(fault, *how):
     ("strategy", "names", "fault"),
     [
         ("zero3", STIRRERS, norms_of_shards),
-        ("pp", ("UpdateSizes",), updates_of_a_stage),
+        ("pp", ("UpdateMonitor",), updates_of_a_stage),
         ("tp", ("Muon",), matrices_in_parts),
     ],
 )

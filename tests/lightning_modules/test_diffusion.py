@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from ranks import furthest, whole
 from torch.nn import functional as F
 
-from ravine.callbacks import EMA, Figures, Samples
+from ravine.callbacks import EMA, GenerateSamples, SaveFigures
 from ravine.cli.main import main
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import ImageDataModule
@@ -20,7 +20,7 @@ from ravine.datamodules.images import to_uint8
 from ravine.lightning_modules import Diffusion, LanguageModel
 from ravine.lightning_modules.diffusion_core.counter_rng import derive_key, normals, uniforms
 from ravine.lightning_modules.diffusion_core.denoiser import Denoiser
-from ravine.lightning_modules.diffusion_core.noise_schedules import Schedule, compute_alpha_bar
+from ravine.lightning_modules.diffusion_core.noise_schedules import NoiseSchedule, compute_alpha_bar
 from ravine.lightning_modules.diffusion_core.samplers import ddim
 from ravine.lightning_modules.nn.unet import timestep_embedding
 from ravine.lightning_modules.plots import diffusion as draw
@@ -28,7 +28,7 @@ from ravine.lightning_modules.plots import diffusion as draw
 # as in tests/docs/test_support_tables.py: it is logged on each rank after the ranks have summed it
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
 
-TINY: dict[str, Any] = {"width": 8, "time_width": 16}
+TINY: dict[str, Any] = {"base_channels": 8, "time_embed_dim": 16}
 
 
 class Steps(Diffusion):
@@ -56,17 +56,17 @@ def fit(module: L.LightningModule, steps: int = 3, **more: Any) -> L.Trainer:
 def built(**arguments: Any) -> Diffusion:
     """A net that has learned nothing, for gray images of 8x8 with ten labels."""
     torch.manual_seed(0)
-    model = Diffusion(**(TINY | {"labels": True, "steps": 4} | arguments))
+    model = Diffusion(**(TINY | {"class_conditional": True, "num_steps": 4} | arguments))
     images = data()
     images.setup("fit")
-    model.adopt(images)
+    model.configure_from_data(images)
     model.configure_model()
     return model.eval()
 
 
 def test_a_step_is_the_lectures_loop() -> None:
     """x_t from a draw of t and noise, and the mean squared error of the net's x0."""
-    model = built(labels=False)
+    model = built(class_conditional=False)
     images = data()
     images.setup("fit")
     x0, y = next(iter(images.train_dataloader()))
@@ -83,7 +83,7 @@ def test_a_step_is_the_lectures_loop() -> None:
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "velocity"])
 def test_an_even_loss_is_the_error_of_what_is_asked_for(prediction: Any) -> None:
-    model = built(prediction=prediction)
+    model = built(prediction_type=prediction)
     x0, eps, t = torch.randn(5, 1, 8, 8), torch.randn(5, 1, 8, 8), torch.full((5,), 400.0)
     error, x, answer = model.denoiser.training_loss(model, x0, t, None, eps)
     a, s = (level[0] for level in model.denoiser.noise_schedule.alpha_sigma(t))
@@ -93,14 +93,14 @@ def test_an_even_loss_is_the_error_of_what_is_asked_for(prediction: Any) -> None
 
 
 def test_accumulated_batches_train_as_one() -> None:
-    one, other = (Steps(labels=True, **TINY) for _ in range(2))
+    one, other = (Steps(class_conditional=True, **TINY) for _ in range(2))
     fit(one)
     fit(other, accumulate_grad_batches=4)
     assert furthest(whole(one), whole(other)) < 2e-6
 
 
 def weights_on(strategy: str, devices: int, width: int) -> dict[str, torch.Tensor]:
-    model = Steps(labels=True, width=width, time_width=16)
+    model = Steps(class_conditional=True, base_channels=width, time_embed_dim=16)
     fit(model, strategy=strategy, devices=devices)
     return whole(model)
 
@@ -112,7 +112,7 @@ def test_ranks_train_as_one_process_under_plain_sgd(ranks: Any) -> None:
 
 
 def validate_on(strategy: str, devices: int) -> dict[str, float]:
-    model = Steps(labels=True, process="cosine", prediction="v", **TINY)
+    model = Steps(class_conditional=True, noise_schedule="cosine", prediction_type="v", **TINY)
     trainer = fit(model, 2, strategy=strategy, devices=devices, limit_val_batches=1.0,
                   check_val_every_n_epoch=1, limit_train_batches=2)  # fmt: skip
     return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -145,8 +145,14 @@ def test_validations_differ_by_the_weights_alone() -> None:
             return torch.optim.SGD(self.parameters(), lr=0)
 
     kept = Kept()
-    fit(Still(labels=True, **TINY), 2, logger=kept, limit_val_batches=1.0, val_check_interval=1,
-        check_val_every_n_epoch=None)  # fmt: skip
+    fit(
+        Still(class_conditional=True, **TINY),
+        2,
+        logger=kept,
+        limit_val_batches=1.0,
+        val_check_interval=1,
+        check_val_every_n_epoch=None,
+    )
     first, second = ({k: v for k, v in row.items() if k.startswith("val/")}
                      for row in kept.numbers if "val/loss" in row)  # fmt: skip
     assert len(first) == 12
@@ -161,7 +167,7 @@ def test_the_first_attempt_learns_the_mean_of_all_images() -> None:
     made = model.generate(num_samples=50).images.float() / 127.5 - 1
     images = data()
     images.setup("fit")
-    mean = images.pictures("train")[0].float().mean(0) / 127.5 - 1
+    mean = images.get_split("train")[0].float().mean(0) / 127.5 - 1
     assert (made - mean).square().mean() < 0.03  # images are 0.42 apart from their mean
     assert made.var(0).mean() < 0.02
 
@@ -169,13 +175,20 @@ def test_the_first_attempt_learns_the_mean_of_all_images() -> None:
 def test_the_third_attempt_learns_each_digit() -> None:
     """In six seconds a digit is nearest to the mean of its own class more often than not."""
     torch.manual_seed(0)
-    model = Diffusion("time", process="cosine", labels=True, width=16, time_width=32, steps=10)
+    model = Diffusion(
+        "time",
+        noise_schedule="cosine",
+        class_conditional=True,
+        base_channels=16,
+        time_embed_dim=32,
+        num_steps=10,
+    )
     model.lr = 4e-3
     fit(model, 250)
     made = model.generate(num_samples=20).images.flatten(1).float()
     images = data()
     images.setup("fit")
-    real, labels = images.pictures("train")
+    real, labels = images.get_split("train")
     means = torch.stack([real[labels == k].flatten(1).float().mean(0) for k in range(10)])
     asked = torch.arange(10).repeat_interleave(20)
     read = torch.cdist(made, means).argmin(1)
@@ -221,16 +234,16 @@ def test_the_loss_is_logged_at_each_level_while_training(monkeypatch: pytest.Mon
 
 def test_pictures_go_to_loggers_that_take_images() -> None:
     kept = Kept()
-    fit(Diffusion(labels=True, steps=2, **TINY), 2, logger=kept, limit_val_batches=1,
+    fit(Diffusion(class_conditional=True, num_steps=2, **TINY), 2, logger=kept, limit_val_batches=1,
         limit_train_batches=2, check_val_every_n_epoch=1,
-        callbacks=[Samples({"num_samples": 2})])  # fmt: skip
+        callbacks=[GenerateSamples({"num_samples": 2})])  # fmt: skip
     assert kept.pictures == [("samples", 2, (2 * 58 + 2, 10 * 58 + 2))]
 
 
 def test_the_second_attempt_does_not_know_the_time() -> None:
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 900.0])
     for conditioning, depends in (("none", False), ("time", True)):
-        model = built(conditioning=conditioning)
+        model = built(time_conditioning=conditioning)
         answers = [model.denoise(x, t), model.denoise(x, t.flip(0))]
         assert (not torch.allclose(*answers, atol=1e-6)) == depends
 
@@ -238,7 +251,7 @@ def test_the_second_attempt_does_not_know_the_time() -> None:
 def test_a_cut_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def run(steps: int, path: str | None = None) -> Diffusion:
         L.seed_everything(0, verbose=False)
-        model = Diffusion(labels=True, **TINY)
+        model = Diffusion(class_conditional=True, **TINY)
         trainer = Trainer(
             max_steps=steps, default_root_dir=tmp_path, accelerator="cpu", callbacks=[EMA()],
             enable_progress_bar=False, logger=False, limit_val_batches=0,
@@ -253,20 +266,20 @@ def test_a_cut_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_number_always_gives_the_same_image() -> None:
-    model = built(guidance=0.5, label_dropout=0.1)
-    images = model.sample_images(torch.arange(30))
+    model = built(guidance_scale=0.5, class_dropout_prob=0.1)
+    images = model.generate_images(torch.arange(30))
     assert images.dtype == torch.uint8
     assert images.shape == (30, 1, 8, 8)
     some = torch.tensor([17, 4])
-    again = model.sample_images(some, some % 10)
+    again = model.generate_images(some, some % 10)
     assert (again.int() - images[some].int()).abs().max() <= 1  # a sum in another order
-    assert (model.sample_images(some, (some + 1) % 10).int() - again.int()).abs().max() > 1
+    assert (model.generate_images(some, (some + 1) % 10).int() - again.int()).abs().max() > 1
 
 
 def test_images_are_made_of_the_guided_estimate_cut_to_the_range_of_pixels() -> None:
     model = built()
     with torch.no_grad():
-        model.net.blocks["out"].weight.mul_(20)  # beyond what a pixel can be
+        model.net.blocks["out_conv"].weight.mul_(20)  # beyond what a pixel can be
     path = model.denoiser.noise_schedule.timesteps(4)
     start = normals(derive_key(0, "start"), torch.arange(2), (1, 8, 8)) * path.sigma[0].item()
 
@@ -279,7 +292,7 @@ def test_images_are_made_of_the_guided_estimate_cut_to_the_range_of_pixels() -> 
 
         return to_uint8(ddim(denoise, start, path, draw.no_noise)).int()
 
-    made = model.generate(labels="3", num_samples=2, guidance=1.5).images.int()
+    made = model.generate(labels="3", num_samples=2, guidance_scale=1.5).images.int()
     assert (made - by_hand(1.5, 1)).abs().max() <= 1
     for other in (by_hand(0, 1), by_hand(1.5, 9)):
         assert (made - other).abs().max() > 20
@@ -287,7 +300,7 @@ def test_images_are_made_of_the_guided_estimate_cut_to_the_range_of_pixels() -> 
 
 def test_labels_withheld_in_training_are_a_tenth() -> None:
     seen = []
-    model = built(label_dropout=0.1)
+    model = built(class_dropout_prob=0.1)
     model.log = lambda *a, **k: None  # type: ignore[method-assign]
     model.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[2]))
     model.training_step((torch.zeros(2000, 1, 8, 8), torch.full((2000,), 3)), 0)
@@ -322,9 +335,17 @@ def test_three_lines_of_python_draw_what_the_command_draws(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Diffusion.load_from_checkpoint(checkpoint)
-    pictures = model.generate(labels="1-2,7", num_samples=3, guidance=0.5, steps=3, seed=5)
+    pictures = model.generate(
+        labels="1-2,7", num_samples=3, guidance_scale=0.5, num_steps=3, seed=5
+    )
     pictures.save("mine.png")
-    words = ["--labels=1-2,7", "--num_samples=3", "--guidance=0.5", "--steps=3", "--seed=5"]
+    words = [
+        "--labels=1-2,7",
+        "--num_samples=3",
+        "--guidance_scale=0.5",
+        "--num_steps=3",
+        "--seed=5",
+    ]
     for name in ("samples.png", "samples_1.png"):  # nothing is overwritten unasked
         assert main(["generate", "--ckpt_path", checkpoint, *words, "--folder", name[:-4]]) == 0
         assert capsys.readouterr().out == f"written: {name}, 9 files in {name[:-4]}\n"
@@ -340,10 +361,11 @@ REFUSED = {
     "--labels=3,5-3": "labels are 3,5-3; allowed: 0 to 9; type --labels=0-9",
     "--labels=0-99999999999": "labels are 0-99999999999; allowed: 0 to 9; type --labels=0-9",
     "--labels=seven": "'seven' is no class; allowed: 0 to 9; type --labels=0-9",
-    "--guidance=-1": "guidance is -1.0; allowed: 0 (none) or more; type --guidance=0.5",
-    "--steps=0": "steps is 0; allowed: 1 or more; type --steps=50",
-    "--steps=2000": "steps is 2000; allowed: 1 to 1000; type --steps=1000",
-    "--steps=ten": "--steps is 'ten', not a whole number",
+    "--guidance_scale=-1": "guidance_scale is -1.0; allowed: 0 (none) or more; "
+    "type --guidance_scale=0.5",
+    "--num_steps=0": "num_steps is 0; allowed: 1 or more; type --num_steps=50",
+    "--num_steps=2000": "num_steps is 2000; allowed: 1 to 1000; type --num_steps=1000",
+    "--num_steps=ten": "--num_steps is 'ten', not a whole number",
     "--sampler=dim": "--sampler is 'dim'\n  nearest: ddim",
     "--num_samples=0": "num_samples and batch_size must be 1 or more",
     "--prompt=hello": "generate has no flag --prompt",
@@ -395,12 +417,12 @@ def test_a_disk_that_is_full_takes_no_older_picture_away(
     Path("samples.png").write_bytes(b"an older one")
     before = sorted(Path().rglob("*"))
     monkeypatch.setattr("PIL.Image.Image.save", full)
-    assert main(["generate", "--ckpt_path", checkpoint, "--file=samples.png", "--steps=1"]) == 1
+    assert main(["generate", "--ckpt_path", checkpoint, "--file=samples.png", "--num_steps=1"]) == 1
     assert "make room, then type the same again\n" in capsys.readouterr().err
     assert sorted(Path().rglob("*")) == before
     assert Path("samples.png").read_bytes() == b"an older one"
     pictures = Diffusion.load_from_checkpoint(checkpoint).generate(
-        labels="3", num_samples=2, steps=1
+        labels="3", num_samples=2, num_steps=1
     )
     with pytest.raises(OSError, match="No space left"):
         pictures.save_each("singles")
@@ -413,7 +435,7 @@ def test_texts_and_pictures_take_each_their_own_options() -> None:
     words, pictures = (
         set(signature.method_flags(task.generate)) for task in (LanguageModel, Diffusion)
     )
-    assert {"labels", "guidance", "steps", "sampler", "eta"} <= pictures - words
+    assert {"labels", "guidance_scale", "num_steps", "sampler", "eta"} <= pictures - words
     assert words & pictures == {"num_samples", "seed", "batch_size"}
 
 
@@ -422,7 +444,7 @@ def test_weights_that_are_not_finite_end_in_one_line(
 ) -> None:
     model = Diffusion.load_from_checkpoint(checkpoint)
     with torch.no_grad():
-        model.net.blocks["out"].weight.fill_(torch.nan)
+        model.net.blocks["out_conv"].weight.fill_(torch.nan)
     assert main(["generate", "--ckpt_path", saved(model, Path("nan.ckpt"))]) == 2
     assert "100.00% of the pixels are not finite" in capsys.readouterr().err
     assert not Path("samples.png").exists()
@@ -440,17 +462,21 @@ def test_export_writes_what_the_checkpoint_holds(
     assert there.keys() == ours.keys()
     assert all(torch.equal(there[name], ours[name]) for name in ours)
     config = json.loads(Path("out/config.json").read_text())
-    assert config.pop("net")["classes"] == 10
-    assert config == {"process": "linear", "prediction": "x0", "conditioning": "time"}
+    assert config.pop("net")["num_classes"] == 10
+    assert config == {
+        "noise_schedule": "linear",
+        "prediction_type": "x0",
+        "time_conditioning": "time",
+    }
 
 
 def test_pictures_are_kept_at_each_validation(tmp_path: Path) -> None:
     L.seed_everything(0, verbose=False)
-    model = Diffusion(labels=True, steps=2, **TINY)
+    model = Diffusion(class_conditional=True, num_steps=2, **TINY)
     trainer = Trainer(
         max_steps=2, default_root_dir=tmp_path, name="digits", accelerator="cpu",
         val_check_interval=1, check_val_every_n_epoch=None, enable_progress_bar=False,
-        callbacks=[Samples({"num_samples": 2}), Figures()],
+        callbacks=[GenerateSamples({"num_samples": 2}), SaveFigures()],
     )  # fmt: skip
     trainer.fit(model, data())
     run = tmp_path / "digits" / "version_0"
@@ -470,12 +496,18 @@ def test_pictures_are_kept_at_each_validation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"label_dropout": 1.0}, "label_dropout is 1.0; allowed: 0 to below 1"),
-        ({"guidance": 0.5}, r"trained without labels that are sometimes withheld; allowed: 0"),
-        ({"guidance": 1, "labels": True, "label_dropout": 0}, "sometimes withheld"),
-        ({"prediction": "eps", "process": "flow"}, "allowed: x0, v, velocity"),
-        ({"steps": 1500}, "steps is 1500; allowed: 1 to 1000"),
-        ({"width": 10}, "allowed: a width that 8 divides"),
+        ({"class_dropout_prob": 1.0}, "class_dropout_prob is 1.0; allowed: 0 to below 1"),
+        (
+            {"guidance_scale": 0.5},
+            r"trained without class dropout; allowed: 0",
+        ),
+        (
+            {"guidance_scale": 1, "class_conditional": True, "class_dropout_prob": 0},
+            "class dropout",
+        ),
+        ({"prediction_type": "eps", "noise_schedule": "flow"}, "allowed: x0, v, velocity"),
+        ({"num_steps": 1500}, "num_steps is 1500; allowed: 1 to 1000"),
+        ({"base_channels": 10}, "allowed: base_channels that 8 divides"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], said: str) -> None:
@@ -484,13 +516,14 @@ def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], said: s
 
 
 def test_a_model_without_labels_and_one_without_data_say_so() -> None:
-    model = built(labels=False)
+    model = built(class_conditional=False)
     with pytest.raises(ValueError, match=r"trained without any; leave --labels away"):
         model.generate(labels="3")
     made = model.generate(num_samples=10)
     assert (len(made.images), made.columns) == (10, 4)  # nearly a square
     assert torch.equal(
-        model.sample_images(torch.arange(3), torch.arange(3)), model.sample_images(torch.arange(3))
+        model.generate_images(torch.arange(3), torch.arange(3)),
+        model.generate_images(torch.arange(3)),
     )
     with pytest.raises(ValueError, match=r"type --data=ImageDataModule, or load a checkpoint"):
         Diffusion().configure_model()
@@ -499,37 +532,39 @@ def test_a_model_without_labels_and_one_without_data_say_so() -> None:
     other.channels = 3
     said = r"the data have 3 channels and 0 classes, the model 1"
     with pytest.raises(ValueError, match=said):
-        model.adopt(other)
+        model.configure_from_data(other)
     checkpoint: dict[str, Any] = {}
     model.on_save_checkpoint(checkpoint)
     new = Diffusion(**TINY)
-    new.adopt(other)
+    new.configure_from_data(other)
     with pytest.raises(ValueError, match=said):
         new.on_load_checkpoint(checkpoint)
     other.num_classes = 0
-    with pytest.raises(ValueError, match=r"the data have no labels; type --model.labels=false"):
-        Diffusion(labels=True).adopt(other)
+    with pytest.raises(
+        ValueError, match=r"the data have no labels; type --model.class_conditional=false"
+    ):
+        Diffusion(class_conditional=True).configure_from_data(other)
 
 
 def test_a_label_beyond_the_classes_is_never_taken_for_one_that_is_withheld() -> None:
     images = data()
     images.setup("fit")
-    images.pictures("train")[1][7] = 10
+    images.get_split("train")[1][7] = 10
     with pytest.raises(ValueError, match=r"the label of image 7 is 10; allowed are 0 to 9"):
-        Diffusion(labels=True, **TINY).adopt(images)
-    Diffusion(**TINY).adopt(images)  # it looks at no labels
+        Diffusion(class_conditional=True, **TINY).configure_from_data(images)
+    Diffusion(**TINY).configure_from_data(images)  # it looks at no labels
 
 
 def test_one_step_is_not_asked_for_more() -> None:
-    model = built(conditioning="one_step", steps=20)
-    assert len(model.generate(num_samples=1, steps=1).images) == 10
-    said = r"steps is 20, .*conditioning one_step; allowed: 1; type --steps=1"
+    model = built(time_conditioning="one_step", num_steps=20)
+    assert len(model.generate(num_samples=1, num_steps=1).images) == 10
+    said = r"num_steps is 20, .*\(time_conditioning=one_step\); allowed: 1; type --num_steps=1"
     with pytest.raises(ValueError, match=said):
-        model.generate(steps=20)
+        model.generate(num_steps=20)
 
 
 def test_weights_of_bf16_see_the_same_times_and_the_noise_in_their_type() -> None:
-    model = Diffusion(labels=True, steps=2, **TINY)
+    model = Diffusion(class_conditional=True, num_steps=2, **TINY)
     trainer = fit(model, 2, precision="bf16-true", limit_val_batches=1, check_val_every_n_epoch=1,
                   limit_train_batches=2)  # fmt: skip
     assert next(model.parameters()).dtype == torch.bfloat16
@@ -551,7 +586,7 @@ def tiles(figure: Any, columns: int) -> torch.Tensor:
 
 def test_the_figures_show_noise_images_and_what_lies_between() -> None:
     """Of a model that takes a share of what it sees for the image, the larger the more noise."""
-    schedule = Schedule("flow")
+    schedule = NoiseSchedule("flow")
     path = schedule.timesteps(5)
 
     def share(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -581,9 +616,9 @@ def test_a_run_without_validation_has_its_figures(tmp_path: Path) -> None:
     images = ImageDataModule("digits", batch_size=32, seed=0, val_fraction=0)
     trainer = Trainer(
         max_steps=1, default_root_dir=tmp_path, name="digits", accelerator="cpu", logger=True,
-        enable_progress_bar=False, callbacks=[Figures()],
+        enable_progress_bar=False, callbacks=[SaveFigures()],
     )  # fmt: skip
-    trainer.fit(Diffusion(steps=2, **TINY), images)
+    trainer.fit(Diffusion(num_steps=2, **TINY), images)
     assert len(list(tmp_path.rglob("digits_*.png"))) == 3
 
 

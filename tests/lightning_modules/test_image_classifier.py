@@ -29,7 +29,7 @@ def trained(variant="convolutional", world=1, **arguments):
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
         **{"callbacks": [plan]} | options,
     )  # fmt: skip
-    module, data = ImageClassifier(variant, shift=shift), ImageDataModule(batch_size=64)
+    module, data = ImageClassifier(variant, max_shift=shift), ImageDataModule(batch_size=64)
     trainer.fit(module, data)
     return module, trainer, data
 
@@ -56,8 +56,8 @@ def test_the_linear_model_is_the_softmax_regression_it_says() -> None:
 
 def test_features_do_not_depend_on_the_rest_of_the_batch() -> None:
     module, _, data = trained(max_steps=2)
-    images = to_float(data.pictures("test")[0][:8]).double()
-    body = module.net.double().body
+    images = to_float(data.get_split("test")[0][:8]).double()
+    body = module.net.double().backbone
     assert torch.allclose(body(images)[:3], body(images[:3]), rtol=1e-12)
 
 
@@ -88,7 +88,7 @@ def test_a_run_that_was_cut_continues_with_the_same_bits(tmp_path: Path) -> None
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
         callbacks=callbacks,
     )  # fmt: skip
-    module = ImageClassifier(shift=2)
+    module = ImageClassifier(max_shift=2)
     again.fit(module, ImageDataModule(batch_size=64), ckpt_path=tmp_path / "cut.ckpt")
     assert furthest(whole(uncut), whole(module)) == 0
 
@@ -96,7 +96,12 @@ def test_a_run_that_was_cut_continues_with_the_same_bits(tmp_path: Path) -> None
 def test_any_size_of_image_and_number_of_channels_will_do() -> None:
     for channels, size in ((3, (5, 9)), (1, (1, 1)), (1, (28, 28))):
         module = ImageClassifier()
-        module.form = {"channels": channels, "size": size, "class_names": "abc", "source": "x"}
+        module.image_info = {
+            "channels": channels,
+            "image_size": size,
+            "class_names": "abc",
+            "source": "x",
+        }
         module.configure_model()
         assert module(torch.zeros(2, channels, *size)).shape == (2, 3)
 
@@ -106,11 +111,11 @@ def test_a_checkpoint_is_a_measure_with_a_name_and_an_accuracy(tmp_path: Path) -
     trainer.save_checkpoint(tmp_path / "digits.ckpt")
     extractor = ClassifierFeatures(str(tmp_path / "digits.ckpt"))
     assert extractor.name == "digits_cnn"
-    images, labels = data.pictures("test")
+    images, labels = data.get_split("test")
     features = extractor(images)
     assert features.shape == (len(images), 64)
-    assert torch.equal(extractor.logits(features), module(to_float(images)))
-    right = (extractor.logits(features).argmax(1) == labels).float().mean()
+    assert torch.equal(extractor.compute_logits(features), module(to_float(images)))
+    right = (extractor.compute_logits(features).argmax(1) == labels).float().mean()
     assert float(right) == pytest.approx(accuracy(module, trainer, data))
     with pytest.raises(
         ValueError, match=r"images of \(1, 28, 28\) .* digits_cnn knows \(1, 8, 8\)"
@@ -120,7 +125,7 @@ def test_a_checkpoint_is_a_measure_with_a_name_and_an_accuracy(tmp_path: Path) -
 
 
 def test_an_extractor_that_is_no_classifier_is_refused_in_one_line(tmp_path: Path) -> None:
-    model = Diffusion(width=8, time_width=16)
+    model = Diffusion(base_channels=8, time_embed_dim=16)
     checkpoint: dict = {"state_dict": {}, "hyper_parameters": {}}
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "other.ckpt")
@@ -139,15 +144,17 @@ def test_an_extractor_that_is_no_classifier_is_refused_in_one_line(tmp_path: Pat
 def test_predictions_are_named_by_their_classes() -> None:
     module, trainer, data = trained(max_steps=100)
     rows = [row for batch in trainer.predict(module, data) for row in batch]
-    assert len(rows) == len(data.pictures("test")[1])
+    assert len(rows) == len(data.get_split("test")[1])
     assert [file for file, *_ in rows] == [f"test {i}" for i in range(len(rows))]
     assert sum(said == truth for _, said, _, truth in rows) / len(rows) > 0.8
     assert all(0.1 <= p <= 1 for _, _, p, _ in rows)
 
 
-@pytest.mark.parametrize("bad", [{"features": 0}, {"shift": -1}])
+@pytest.mark.parametrize("bad", [{"num_features": 0}, {"max_shift": -1}])
 def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="features 1 or more, shift 0 or more; type --model"):
+    with pytest.raises(
+        ValueError, match="num_features 1 or more, max_shift 0 or more; type --model"
+    ):
         ImageClassifier(**bad)
 
 
@@ -155,7 +162,7 @@ def test_data_of_another_form_are_refused() -> None:
     module, _, data = trained(max_steps=1)
     data.channels = 3
     with pytest.raises(ValueError, match="the data has channels 3 and the classifier 1"):
-        module.adopt(data)
+        module.configure_from_data(data)
     with pytest.raises(ValueError, match="there are none; type --data=ImageDataModule"):
         ImageClassifier().configure_model()
 

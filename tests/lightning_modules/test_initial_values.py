@@ -14,27 +14,36 @@ from ravine.lightning_modules.nn.initial_values import CHUNK_SIZE, InitialValues
 from ravine.lightning_modules.nn.unet import UNet
 
 NETS = {
-    "transformer": lambda: Transformer(100, 64, layers=2, width=64, heads=4),
+    "transformer": lambda: Transformer(100, 64, num_layers=2, d_model=64, num_heads=4),
     "tied": lambda: Transformer(
-        100, 64, layers=2, width=64, heads=4, tied=True, norm="layernorm", bias="all",
-        positions="learned",
+        100,
+        64,
+        num_layers=2,
+        d_model=64,
+        num_heads=4,
+        tie_embeddings=True,
+        norm="layernorm",
+        bias="all",
+        positional_encoding="learned",
     ),
-    "sinusoidal": lambda: Transformer(100, 64, layers=1, width=64, heads=4, positions="sinusoidal"),
+    "sinusoidal": lambda: Transformer(
+        100, 64, num_layers=1, d_model=64, num_heads=4, positional_encoding="sinusoidal"
+    ),
     "mixture": lambda: Transformer(
-        100, 64, layers=1, width=64, heads=4, experts=4, zero_init=False
+        100, 64, num_layers=1, d_model=64, num_heads=4, num_experts=4, zero_init_residual=False
     ),
-    "U-Net": lambda: UNet(3, 16, classes=4, attention=True).to(
+    "U-Net": lambda: UNet(3, 16, num_classes=4, has_attention=True).to(
         memory_format=torch.channels_last
     ),
     "batch norm": lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Linear(9, 64)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_values_have_the_distribution_and_the_form_of_the_constructor(name):
     torch.manual_seed(0)
     usual = NETS[name]()
-    values = InitialValues.of(NETS[name])
+    values = InitialValues.record(NETS[name])
     assert all(p.is_meta for p in values.net.parameters())
     net = values.materialize()
     theirs, ours = usual.state_dict(keep_vars=True), net.state_dict(keep_vars=True)
@@ -57,7 +66,7 @@ def test_values_have_the_distribution_and_the_form_of_the_constructor(name):
 
 @pytest.mark.parametrize("name", NETS)
 def test_buffers_are_computed_as_by_the_constructor(name):
-    usual, net = NETS[name](), InitialValues.of(NETS[name]).materialize()
+    usual, net = NETS[name](), InitialValues.record(NETS[name]).materialize()
     ours = dict(net.named_buffers())
     for key, buffer in usual.named_buffers():
         assert torch.equal(buffer, ours[key]), key
@@ -71,7 +80,7 @@ def test_rows_are_the_same_whoever_draws_them():
         return nn.Linear(1024, 5000, bias=False)
 
     torch.manual_seed(0)
-    values = InitialValues.of(build)
+    values = InitialValues.record(build)
     full = values.sample_rows("net.weight", shape, 0, 5000, torch.float32)
     assert full.numel() > 4 * CHUNK_SIZE
     for start, stop in ((0, 1), (1000, 1030), (1023, 2049), (4999, 5000)):
@@ -87,7 +96,7 @@ def test_the_seed_and_the_name_decide():
 
     def weights(seed):
         torch.manual_seed(seed)
-        return InitialValues.of(build).materialize().state_dict()
+        return InitialValues.record(build).materialize().state_dict()
 
     first = weights(0)
     assert all(torch.equal(first[key], value) for key, value in weights(0).items())
@@ -97,19 +106,19 @@ def test_the_seed_and_the_name_decide():
 
 def test_a_net_of_others_is_built_with_memory_by_the_global_generator():
     class Orthogonal(TaskModule):
-        def build(self):
+        def build_net(self):
             net = nn.Linear(16, 16, bias=False)
             nn.init.orthogonal_(net.weight)
             return net
 
     class Copied(TaskModule):
-        def build(self):
+        def build_net(self):
             net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
             net[1].weight.data.copy_(net[0].weight.data)
             return net
 
     class FirstRow(TaskModule):
-        def build(self):
+        def build_net(self):
             return nn.Embedding(8, 4, padding_idx=0)
 
     torch.manual_seed(0)
@@ -141,13 +150,13 @@ def test_a_constructor_that_computes_with_its_values_is_not_recorded():
 
     for build in (copied, never_filled, read, lambda: nn.Embedding(8, 4, padding_idx=0)):
         state = torch.get_rng_state()
-        assert InitialValues.of(build) is None
+        assert InitialValues.record(build) is None
         assert torch.equal(torch.get_rng_state(), state)
 
 
 def start(strategy, devices, shape):
     torch.manual_seed(0)
-    module, found = LanguageModel(**{"layers": 2, "width": 64, "heads": 4} | shape), {}
+    module, found = LanguageModel(**{"num_layers": 2, "d_model": 64, "num_heads": 4} | shape), {}
 
     class Look(L.Callback):
         def on_fit_start(self, trainer, module):
@@ -158,14 +167,24 @@ def start(strategy, devices, shape):
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=0, callbacks=[Look()],
     )  # fmt: skip
-    trainer.fit(module, datamodule=TextDataModule(source="embedded", context=32, batch_size=8))
+    trainer.fit(
+        module, datamodule=TextDataModule(source="embedded", context_length=32, batch_size=8)
+    )
     return found
 
 
 LAYOUTS = [
-    *(("ddp", 2, {}), ("zero1", 2, {}), ("zero2", 2, {}), ("zero3", 4, {"width": 60, "heads": 3})),
-    *(("zero3", 2, {"tied": True, "positions": "learned"}), ("tp", 2, {"tied": True})),
-    *(("sp", 2, {}), ("2d", 4, {}), ("hsdp", 4, {}), ("ep", 2, {"experts": 4}), ("pp", 2, {})),
+    *(
+        ("ddp", 2, {}),
+        ("zero1", 2, {}),
+        ("zero2", 2, {}),
+        ("zero3", 4, {"d_model": 60, "num_heads": 3}),
+    ),
+    *(
+        ("zero3", 2, {"tie_embeddings": True, "positional_encoding": "learned"}),
+        ("tp", 2, {"tie_embeddings": True}),
+    ),
+    *(("sp", 2, {}), ("2d", 4, {}), ("hsdp", 4, {}), ("ep", 2, {"num_experts": 4}), ("pp", 2, {})),
 ]
 
 
@@ -179,7 +198,7 @@ def test_every_layout_starts_with_the_bits_of_one_process(ranks, strategy, world
     assert seen == single.keys()
 
 
-WIDE = {"layers": 4, "width": 256, "heads": 4}  # 3.2 M parameters
+WIDE = {"num_layers": 4, "d_model": 256, "num_heads": 4}  # 3.2 M parameters
 
 
 class FromSetupOn(L.Callback):
@@ -203,7 +222,7 @@ def bytes_at_start(devices):
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=0, callbacks=[look],
     )  # fmt: skip
-    data = TextDataModule(source="embedded", context=32, batch_size=8)
+    data = TextDataModule(source="embedded", context_length=32, batch_size=8)
     trainer.fit(LanguageModel(**WIDE), datamodule=data)
     return look.found.peak, look.share, look.whole
 

@@ -31,13 +31,13 @@ def poem(tmp_path: Path) -> Path:
 
 
 def data_of(path: Path | None, **options: Any) -> TextDataModule:
-    options = {"context": 16, "batch_size": 5, "seed": 0} | options
+    options = {"context_length": 16, "batch_size": 5, "seed": 0} | options
     return TextDataModule(path, **options)
 
 
 def tiny(**shape: Any) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(**{"layers": 1, "width": 16, "heads": 2} | shape)
+    return LanguageModel(**{"num_layers": 1, "d_model": 16, "num_heads": 2} | shape)
 
 
 def trainer(**options: Any) -> L.Trainer:
@@ -52,7 +52,7 @@ def validate(model: LanguageModel, data: TextDataModule) -> dict[str, float]:
 
 
 def test_validation_is_the_mean_over_every_predicted_character_of_the_split(poem):
-    model, data = tiny(zero_init=False), data_of(poem)
+    model, data = tiny(zero_init_residual=False), data_of(poem)
     report = validate(model, data)
     text = POEM[int(len(POEM) * 0.9) :]
     ids = data.tokenizer.encode(text)
@@ -71,7 +71,7 @@ def test_validation_is_the_mean_over_every_predicted_character_of_the_split(poem
 
 
 def test_validation_does_not_depend_on_the_batch_size(poem):
-    model = tiny(zero_init=False)
+    model = tiny(zero_init_residual=False)
     losses = [validate(model, data_of(poem, batch_size=b))["val/loss"] for b in (1, 4, 100)]
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-6)
 
@@ -84,13 +84,13 @@ def test_an_untrained_model_is_as_good_as_guessing(poem):
 
 
 def test_test_reports_what_validate_does(poem):
-    model, data = tiny(zero_init=False), data_of(poem)
+    model, data = tiny(zero_init_residual=False), data_of(poem)
     report = trainer().test(model, data, verbose=False)[0]
     assert {k.replace("test", "val"): v for k, v in report.items()} == validate(model, data)
 
 
 def test_training_step_changes_nothing_and_repeats(poem):
-    model, data = tiny(zero_init=False), data_of(poem)
+    model, data = tiny(zero_init_residual=False), data_of(poem)
     validate(model, data)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     batch = next(iter(data.train_dataloader()))
@@ -100,7 +100,7 @@ def test_training_step_changes_nothing_and_repeats(poem):
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
     expected = F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
     assert losses[0].item() == pytest.approx(expected.item(), rel=1e-6)
-    assert model.count(batch) == 5 * 16
+    assert model.count_units(batch) == 5 * 16
     assert model.unit == "tokens"
 
 
@@ -112,16 +112,18 @@ def bigram_loss(train: torch.Tensor, val: torch.Tensor, vocabulary: int) -> floa
     return -probability[val[:-1], val[1:]].log().mean().item()
 
 
-@pytest.mark.parametrize("kind", [{}, {"mlp": "swiglu", "norm": "layernorm", "tied": True}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"activation": "swiglu", "norm": "layernorm", "tie_embeddings": True}]
+)
 def test_two_hundred_steps_on_the_embedded_text_beat_bigrams(kind):
-    data = data_of(None, source="embedded", context=32, batch_size=32)
-    model = tiny(width=64, **kind)
+    data = data_of(None, source="embedded", context_length=32, batch_size=32)
+    model = tiny(d_model=64, **kind)
     model.lr = 1e-2
     fit = trainer(max_steps=200, limit_val_batches=0, gradient_clip_val=1.0)
     fit.fit(model, data)
     ids = data.corpus.tokens.long()
     cut = int(len(ids) * 0.9)
-    floor = bigram_loss(ids[:cut], ids[cut:], data.tokenizer.vocabulary)
+    floor = bigram_loss(ids[:cut], ids[cut:], data.tokenizer.vocab_size)
     assert validate(model, data)["val/loss"] < floor - 0.1
 
 
@@ -132,8 +134,8 @@ def test_a_checkpoint_alone_gives_the_trained_model_back(poem, tmp_path):
     fit.save_checkpoint(tmp_path / "poem.ckpt")
     loaded = LanguageModel.load_from_checkpoint(tmp_path / "poem.ckpt")
     ids = model.tokenizer.encode("the fox")[None]
-    assert loaded.tokenizer.state() == model.tokenizer.state()
-    assert loaded.context == 16
+    assert loaded.tokenizer.state_dict() == model.tokenizer.state_dict()
+    assert loaded.context_length == 16
     assert not loaded.training
     assert loaded(ids).equal(model(ids))
     assert loaded.generate("the", max_new_tokens=20) == model.generate("the", max_new_tokens=20)
@@ -169,17 +171,19 @@ def test_a_checkpoint_of_another_task_is_refused_by_name(poem, tmp_path):
 def test_sizes_come_from_the_data_and_contradictions_are_refused(poem):
     model = tiny()
     validate(model, data_of(poem))
-    assert (model.vocabulary, model.context) == (len(set(POEM)), 16)
-    with pytest.raises(ValueError, match=r"windows have 17 tokens.*type --data\.context=16"):
-        validate(model, data_of(poem, context=17))
-    with pytest.raises(ValueError, match=r"leave --model\.vocabulary away"):
-        validate(tiny(vocabulary=3), data_of(poem))
-    longer = tiny(context=64)
+    assert (model.vocab_size, model.context_length) == (len(set(POEM)), 16)
+    with pytest.raises(ValueError, match=r"windows have 17 tokens.*type --data\.context_length=16"):
+        validate(model, data_of(poem, context_length=17))
+    with pytest.raises(ValueError, match=r"leave --model\.vocab_size away"):
+        validate(tiny(vocab_size=3), data_of(poem))
+    longer = tiny(context_length=64)
     validate(longer, data_of(poem))
-    assert longer.context == 64
+    assert longer.context_length == 64
 
 
-@pytest.mark.parametrize("wrong", [{"heads": 3}, {"layers": 0}, {"vocabulary": 0}, {"context": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_heads": 3}, {"num_layers": 0}, {"vocab_size": 0}, {"context_length": -1}]
+)
 def test_a_shape_that_cannot_be_is_refused_before_any_work(wrong):
     with pytest.raises(ValueError, match=r"allowed: .*; type --model"):
         tiny(**wrong)
@@ -190,12 +194,12 @@ def test_a_model_without_sizes_or_build_says_what_it_lacks():
         tiny().configure_model()
     with pytest.raises(RuntimeError, match="has no net yet"):
         tiny()(torch.zeros(1, 1, dtype=torch.long))
-    with pytest.raises(NotImplementedError, match=r"TaskModule needs a build\(\)"):
+    with pytest.raises(NotImplementedError, match=r"TaskModule needs a build_net\(\)"):
         TaskModule().configure_model()
 
 
 def test_sizes_given_as_arguments_need_no_data():
-    model = tiny(vocabulary=7, context=16)
+    model = tiny(vocab_size=7, context_length=16)
     model.configure_model()
     net = model.net
     model.configure_model()

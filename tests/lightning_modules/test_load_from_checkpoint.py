@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ravine import load_model
 from ravine.callbacks import LoRA, Quantization
-from ravine.callbacks.lora import adapters, merge
+from ravine.callbacks.lora import lora_layers, merge_lora
 from ravine.callbacks.quantization.layers import QuantizedLinear
 from ravine.datamodules import ImageDataModule, PromptDataModule, SpamDataModule, TextDataModule
 from ravine.errors import MissingFileError, UsageError, UsageTypeError
@@ -60,17 +60,19 @@ def trained(module: L.LightningModule, data: Any, path: Path, *callbacks: L.Call
 
 def text(folder: Path) -> TextDataModule:
     (folder / "text.txt").write_text(TEXT)
-    return TextDataModule(folder / "text.txt", context=16, batch_size=2)
+    return TextDataModule(folder / "text.txt", context_length=16, batch_size=2)
 
 
 def language_model(folder: Path) -> tuple[TaskModule, Any]:
-    return LanguageModel(layers=1, width=16, heads=2, zero_init=False), text(folder)
+    return LanguageModel(num_layers=1, d_model=16, num_heads=2, zero_init_residual=False), text(
+        folder
+    )
 
 
 def policy(folder: Path) -> tuple[TaskModule, Any]:
     path = trained(*language_model(folder), folder / "base.ckpt")
-    data = PromptDataModule(folder / "text.txt", length=4, batch_size=2, val_prompts=2)
-    return Reinforce(str(path), LineLength(), new=4, reference="none"), data
+    data = PromptDataModule(folder / "text.txt", prompt_length=4, batch_size=2, num_val_prompts=2)
+    return Reinforce(str(path), LineLength(), max_new_tokens=4, reference="none"), data
 
 
 def images() -> ImageDataModule:
@@ -81,17 +83,17 @@ def images() -> ImageDataModule:
 TASKS: dict[str, tuple[Callable[[Path], tuple[TaskModule, Any]], list[str]]] = {
     "SpamClassifier": (
         lambda folder: (
-            SpamClassifier("lecture", hidden=8),
+            SpamClassifier("handcrafted", hidden_size=8),
             SpamDataModule(source="embedded", batch_size=4),
         ),
         ["net.1", "net.3"],
     ),
     "LanguageModel": (language_model, ["net.blocks.*.attention.query", "net.blocks.*.mlp.*"]),
     "Diffusion": (
-        lambda folder: (Diffusion(width=8, time_width=16), images()),
-        ["net.blocks.*.time"],
+        lambda folder: (Diffusion(base_channels=8, time_embed_dim=16), images()),
+        ["net.blocks.*.time_proj"],
     ),
-    "ImageClassifier": (lambda folder: (ImageClassifier("mlp"), images()), ["net.body.1"]),
+    "ImageClassifier": (lambda folder: (ImageClassifier("mlp"), images()), ["net.backbone.1"]),
     "Reinforce": (policy, ["net.blocks.*.attention.query", "net.blocks.*.mlp.*"]),
 }
 CHANGES = {
@@ -123,7 +125,7 @@ def test_both_ways_give_the_bits_that_were_trained(task: str, change: str, tmp_p
         assert same_bits(model, module)
     changed = [m for m in one.modules() if isinstance(m, QuantizedLinear)]
     assert bool(changed) == (change == "nf4 + LoRA")
-    assert bool(adapters(one)) == (change != "plain")
+    assert bool(lora_layers(one)) == (change != "plain")
 
 
 def test_a_loaded_model_that_is_trained_and_saved_again_is_loaded_again(tmp_path: Path) -> None:
@@ -134,10 +136,10 @@ def test_a_loaded_model_that_is_trained_and_saved_again_is_loaded_again(tmp_path
     again = trained(loaded, data, tmp_path / "two.ckpt")  # without the callbacks
     assert not same_bits(loaded, module)
     assert same_bits(LanguageModel.load_from_checkpoint(again), loaded)
-    merge(loaded)
+    merge_lora(loaded)
     loaded.get_parameter("net.embed.weight").requires_grad_(True)
     plain = trained(loaded, data, tmp_path / "three.ckpt")
-    assert not adapters(LanguageModel.load_from_checkpoint(plain))
+    assert not lora_layers(LanguageModel.load_from_checkpoint(plain))
 
 
 def test_weights_saved_alone_are_loaded_with_their_adapters(tmp_path: Path) -> None:
@@ -156,10 +158,10 @@ class Line(TaskModule):
         self.save_hyperparameters("lr", "hidden")
         self.lr, self.hidden, self.loss, self.inputs = lr, hidden, loss, 0
 
-    def adopt(self, datamodule: Any) -> None:
+    def configure_from_data(self, datamodule: Any) -> None:
         self.inputs = datamodule.inputs
 
-    def build(self) -> nn.Module:
+    def build_net(self) -> nn.Module:
         return nn.Sequential(nn.Linear(self.inputs, self.hidden), nn.Linear(self.hidden, 1))
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
@@ -236,7 +238,11 @@ def test_arguments_given_replace_those_saved(line: Path, poem: Path) -> None:
     assert (loaded.lr, loaded.hparams["lr"], loaded.loss) == (0.1, 0.1, F.l1_loss)
     assert Line.load_from_checkpoint(line).lr == 0.5
     model = LanguageModel.load_from_checkpoint(poem, lr=0.1, dropout=0.25, qk_norm=False)
-    assert (model.lr, model.shape["dropout"], model.shape["qk_norm"]) == (0.1, 0.25, False)
+    assert (model.lr, model.net_kwargs["dropout"], model.net_kwargs["qk_norm"]) == (
+        0.1,
+        0.25,
+        False,
+    )
     assert LanguageModel.lr != 0.1
     with pytest.raises(UsageTypeError, match="Line has no argument 'hiden'; allowed: hidden; use"):
         Line.load_from_checkpoint(line, hiden=4)
@@ -373,7 +379,7 @@ def test_a_checkpoint_of_another_class_is_refused(poem: Path, line: Path, tmp_pa
 
 def test_called_on_an_instance_it_is_a_type_error_as_in_lightning(poem: Path) -> None:
     words = r"The classmethod `{}.load_from_checkpoint` cannot be called on an instance"
-    for model in (LanguageModel(8, 8, layers=1, width=8, heads=1), NetInInit()):
+    for model in (LanguageModel(8, 8, num_layers=1, d_model=8, num_heads=1), NetInInit()):
         with pytest.raises(TypeError, match=words.format(type(model).__name__)):
             model.load_from_checkpoint(poem)
 

@@ -55,13 +55,13 @@ def train(kind, strategy):
         devices=2,
     )
     trainer.fit(module)
-    return whole(module), module.seen, getattr(trainer.strategy, "buffers", None)
+    return whole(module), module.seen, getattr(trainer.strategy, "buffer_sync", None)
 
 
 def on_each_layout():
     found = {"ddp": train(Statistics, "ddp")[:2]}
     for zero in (1, 2, 3):
-        weights, seen, sync = train(Statistics, MeshStrategy(zero=zero))
+        weights, seen, sync = train(Statistics, MeshStrategy(zero_stage=zero))
         found[zero] = weights, seen
         assert "queue" in sync.broadcast_names
         assert "table" in sync.unchanged_fingerprints
@@ -91,7 +91,7 @@ class CallsOperator(Statistics):
 
 def refused():
     with pytest.raises(ShardingError) as error:
-        train(CallsOperator, MeshStrategy(smallest_unit=1))
+        train(CallsOperator, MeshStrategy(min_unit_bytes=1))
     return str(error.value)
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
-from ravine.lightning_modules.model_stats import collectives
+from ravine.lightning_modules.model_stats import count_collectives
 from ravine.strategies import MeshStrategy
 
 KINDS = {  # by what torch calls them, on whichever road a message goes
@@ -23,8 +23,8 @@ KINDS = {  # by what torch calls them, on whichever road a message goes
     "broadcast": ("broadcast_", "broadcast"),
 }
 LAYOUTS = {  # the strategy, and the same for the formula
-    "zero1": (lambda n: {"zero": 1}, lambda n: {"zero_stage": 1, "num_shards": n}),
-    "zero2": (lambda n: {"zero": 2}, lambda n: {"zero_stage": 2, "num_shards": n}),
+    "zero1": (lambda n: {"zero_stage": 1}, lambda n: {"zero_stage": 1, "num_shards": n}),
+    "zero2": (lambda n: {"zero_stage": 2}, lambda n: {"zero_stage": 2, "num_shards": n}),
     "zero3": (lambda n: {}, lambda n: {"num_shards": n}),
     "hsdp": (lambda n: {"dp_replicate": 2}, lambda n: {"num_replicas": 2, "num_shards": n // 2}),
     "tp": (lambda n: {"dp_shard": 1, "tp": n}, lambda n: {"tp": n}),
@@ -37,12 +37,12 @@ LAYOUTS = {  # the strategy, and the same for the formula
     "cp": (lambda n: {"dp_shard": 1, "cp": n}, lambda n: {"cp": n}),
     "zero3 x cp": (lambda n: {"cp": 2}, lambda n: {"cp": 2, "num_shards": n // 2}),
     "pp": (
-        lambda n: {"dp_shard": 1, "pp": n, "schedule": "gpipe", "microbatches": 2},
+        lambda n: {"dp_shard": 1, "pp": n, "pipeline_schedule": "gpipe", "num_microbatches": 2},
         lambda n: {"num_stages": n, "num_microbatches": 2},
     ),
     "1f1b": (lambda n: {"dp_shard": 1, "pp": n}, lambda n: {"num_stages": n}),
     "interleaved": (
-        lambda n: {"dp_shard": 1, "pp": n, "schedule": "interleaved"},
+        lambda n: {"dp_shard": 1, "pp": n, "pipeline_schedule": "interleaved"},
         lambda n: {"num_stages": 2 * n},
     ),
 }
@@ -98,8 +98,8 @@ class Count(L.Callback):
 def count(text, layouts, world, layers):
     found = {}
     for name in layouts:
-        experts = {"experts": 8} if name == "ep" else {}
-        shape = {"layers": layers, "width": 16, "heads": 4} | experts
+        experts = {"num_experts": 8} if name == "ep" else {}
+        shape = {"num_layers": layers, "d_model": 16, "num_heads": 4} | experts
         counter = Count()
         trainer = L.Trainer(
             max_steps=COUNTED + 1,
@@ -113,7 +113,7 @@ def count(text, layouts, world, layers):
             enable_model_summary=False,
             limit_val_batches=0,
         )
-        trainer.fit(LanguageModel(**shape), TextDataModule(text, context=16, batch_size=8))
+        trainer.fit(LanguageModel(**shape), TextDataModule(text, context_length=16, batch_size=8))
         counts = dict(counter.mode.counts)
         found[name] = {
             kind: sum(n for op, n in counts.items() if op.strip("_") in map(bare, ops))
@@ -131,7 +131,7 @@ def bare(name):
 def test_a_step_sends_what_the_formula_says(ranks, tmp_path, world, layers):
     text = tmp_path / "text.txt"
     text.write_text("".join(python_docs_text())[:3000])
-    expected = {name: collectives(layers, **how[1](world)) for name, how in LAYOUTS.items()}
+    expected = {name: count_collectives(layers, **how[1](world)) for name, how in LAYOUTS.items()}
     layouts = [
         name
         for name, (_, how) in LAYOUTS.items()

@@ -24,7 +24,7 @@ from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
-from ravine.lightning_modules.model_stats import collectives
+from ravine.lightning_modules.model_stats import count_collectives
 from ravine.lightning_modules.nn.transformer import Transformer
 from ravine.strategies import block_attention
 from ravine.strategies import context_parallel as context
@@ -33,8 +33,8 @@ from ravine.strategies.block_attention import attention_with_lse, attention_with
 from ravine.strategies.context_parallel import (
     _RingAttention,
     num_visible_keys,
-    queries,
     ring_slices,
+    visible_queries,
     zigzag_positions,
 )
 
@@ -70,8 +70,8 @@ def distance(found, expected):
 @contextmanager
 def kernel(name, scores=2**20):
     with (
-        mock.patch.object(block_attention, "_kernel", return_value=name),
-        mock.patch.object(block_attention, "SCORES", scores),
+        mock.patch.object(block_attention, "_select_kernel", return_value=name),
+        mock.patch.object(block_attention, "MAX_SCORES", scores),
     ):
         yield
 
@@ -85,7 +85,7 @@ def test_blocks_of_keys_joined_by_their_log_sum_exp_are_attention_over_all(name,
         out, lse = attention_with_lse(query[:, :, late], key[:, :, late], value[:, :, late], True)
         now = attention_with_lse(query[:, :, late], key[:, :, early], value[:, :, early], False)
         out, lse = out.clone(), lse.clone()
-        context._merge(out, lse, *now)
+        context._merge_blocks(out, lse, *now)
         both = [
             attention_with_lse_backward(d_out[:, :, late], query[:, :, late], key[:, :, some],
                                value[:, :, some], out.to(dtype), lse, some == late)
@@ -146,7 +146,7 @@ def test_every_rank_has_the_same_work_and_all_the_pairs_of_a_causal_mask():
     for rank in range(n):
         times = zigzag_positions(n * length, rank, n)
         for source in range(n):
-            mine = times[queries(rank, source, length)]
+            mine = times[visible_queries(rank, source, length)]
             theirs = zigzag_positions(n * length, source, n)[
                 : num_visible_keys(rank, source, length)
             ]
@@ -164,14 +164,14 @@ def swapped_merge():
         total.lerp_(found, torch.sigmoid(lse - now)[..., None])
         torch.logaddexp(lse, now, out=lse)
 
-    return mock.patch.object(context, "_merge", merge)
+    return mock.patch.object(context, "_merge_blocks", merge)
 
 
 def forgotten_log_sum_exp():
     def merge(total, lse, found, now):
         total.lerp_(found, torch.sigmoid(now - lse)[..., None])
 
-    return mock.patch.object(context, "_merge", merge)
+    return mock.patch.object(context, "_merge_blocks", merge)
 
 
 def other_scale():
@@ -185,21 +185,21 @@ def wrong_half():
     def early(rank, source, length):
         return slice(length // 2) if source > rank else slice(length)
 
-    return mock.patch.object(context, "queries", early)
+    return mock.patch.object(context, "visible_queries", early)
 
 
 def lost_gradients():
     def dropped(returning, totals, results):
-        returning.received()
+        returning.wait()
 
-    return mock.patch.object(context, "_add", dropped)
+    return mock.patch.object(context, "_add_received_grads", dropped)
 
 
 @contextmanager
 def journal():
     """What a ring does, in order: ("post" or "wait", a message, its bytes) and ("block",)."""
     events = []
-    begin, receive = context._RingSendRecv.__init__, context._RingSendRecv.received
+    begin, receive = context._RingSendRecv.__init__, context._RingSendRecv.wait
 
     def post(self, sent, *rest):
         events.append(("post", id(self), sent.nbytes))
@@ -218,7 +218,7 @@ def journal():
 
     with (
         mock.patch.object(context._RingSendRecv, "__init__", post),
-        mock.patch.object(context._RingSendRecv, "received", wait),
+        mock.patch.object(context._RingSendRecv, "wait", wait),
         mock.patch.object(context, "attention_with_lse", noted(attention_with_lse)),
         mock.patch.object(
             context, "attention_with_lse_backward", noted(attention_with_lse_backward)
@@ -309,7 +309,7 @@ def test_a_ring_is_the_attention_of_one_process_at_a_share_of_its_memory(ranks, 
         steps = [sum(e[0] == "block" for e in part) // world for part in (forward, backward)]
         sends = [sum(e[0] == "post" for e in part) for part in (forward, backward)]
         assert sends == [steps[0] * (world - 1), 2 * steps[1] * (world - 1)]
-        counted = collectives(1, cp=world, num_head_chunks=steps[1])["send"]
+        counted = count_collectives(1, cp=world, num_head_chunks=steps[1])["send"]
         assert sum(sends) * world == counted
     activation = B * H * T * K * 4
     sent = [
@@ -322,7 +322,7 @@ def test_a_ring_is_the_attention_of_one_process_at_a_share_of_its_memory(ranks, 
 
 
 def test_layers_share_the_tables_of_rotary_positions_also_after_a_move():
-    net = Transformer(5, 64, layers=3, width=16, heads=2).double()
+    net = Transformer(5, 64, num_layers=3, d_model=16, num_heads=2).double()
     found = {id(b) for b in net.buffers()}
     assert len(found) == 2
     assert not [name for name in net.state_dict() if "rotary" in name]
@@ -332,16 +332,16 @@ def test_layers_share_the_tables_of_rotary_positions_also_after_a_move():
 
 
 def test_a_part_of_a_sequence_turns_as_it_does_in_the_whole():
-    net = Transformer(5, 64, layers=1, width=16, heads=2)
+    net = Transformer(5, 64, num_layers=1, d_model=16, num_heads=2)
     attention, x = net.blocks["0"].attention, torch.randn(1, 64, 16)
     query, key, _ = attention.project_qkv(x)
-    attention.rotary.times = times = zigzag_positions(64, 1, 2)
+    attention.rotary.position_ids_override = times = zigzag_positions(64, 1, 2)
     some, others, _ = attention.project_qkv(x[:, times])
     assert torch.equal(some, query[:, :, times])
     assert torch.equal(others, key[:, :, times])
     rows = attention.rotary.get_rows(32)
     assert rows is attention.rotary.get_rows(32)  # every layer gets these
-    attention.rotary.times = None
+    attention.rotary.position_ids_override = None
     assert torch.equal(attention.project_qkv(x)[0], query)
 
 
@@ -350,11 +350,13 @@ def ways(mode):
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    net = Transformer(5, 64, layers=1, width=16, heads=2, zero_init=False).double()
+    net = Transformer(
+        5, 64, num_layers=1, d_model=16, num_heads=2, zero_init_residual=False
+    ).double()
     block = net.blocks["0"]
-    block.attention.rotary.times = here = zigzag_positions(64, rank, ranks)
+    block.attention.rotary.position_ids_override = here = zigzag_positions(64, rank, ranks)
     ring = SimpleNamespace(group=dist.group.WORLD)
-    block.attention.attend = partial(context.ContextParallel.attend, ring)
+    block.attention.attention_fn = partial(context.ContextParallel.ring_attend, ring)
     x = torch.randn(1, 64, 16, dtype=torch.float64)[:, here]
     calls, found = [], []
     inner = context.attention_with_lse
@@ -387,7 +389,7 @@ def autocast_and_twice():
     ring = SimpleNamespace(group=dist.group.WORLD)
     leaf = torch.randn(1, 2, 16, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        out = context.ContextParallel.attend(ring, leaf, leaf, leaf.bfloat16())
+        out = context.ContextParallel.ring_attend(ring, leaf, leaf, leaf.bfloat16())
     (first,) = torch.autograd.grad(out.float().square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="ring_attention_backward"):
         first.sum().backward()
@@ -417,7 +419,7 @@ class Watch(L.Callback):
 
 def steps(text, world, precision="32-true"):
     torch.manual_seed(0)
-    module = LanguageModel(layers=2, width=128, heads=8, zero_init=False)
+    module = LanguageModel(num_layers=2, d_model=128, num_heads=8, zero_init_residual=False)
     watch = Watch()
     trainer = Trainer(
         max_steps=2,
@@ -433,7 +435,7 @@ def steps(text, world, precision="32-true"):
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    trainer.fit(module, TextDataModule(text, context=T, batch_size=1))
+    trainer.fit(module, TextDataModule(text, context_length=T, batch_size=1))
     return watch.gradients, watch.found.peak
 
 

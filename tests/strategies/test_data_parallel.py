@@ -137,8 +137,8 @@ def refused():
 
 
 def several(path):
-    shape = {"layers": 2, "width": 16, "heads": 4}
-    data = TextDataModule(path, context=16, batch_size=8)
+    shape = {"num_layers": 2, "d_model": 16, "num_heads": 4}
+    data = TextDataModule(path, context_length=16, batch_size=8)
     text = fit(LanguageModel(**shape), "ddp", 3, data)
     torch.manual_seed(torch.distributed.get_rank())
     normed = fit(norm := Net(norm=True), UNUSED, 3)

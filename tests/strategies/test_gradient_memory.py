@@ -227,7 +227,7 @@ def test_ddp_keeps_the_views_of_its_buckets(ranks):
 class OneMatrix(TaskModule):
     """A task with the default optimizer."""
 
-    def build(self):
+    def build_net(self):
         return nn.Linear(512, 512, bias=False)
 
     def training_step(self, batch, batch_idx):

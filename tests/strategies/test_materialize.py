@@ -16,13 +16,17 @@ from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.nn.transformer import with_defaults
 from ravine.lightning_modules.pretrained import gpt2
-from ravine.strategies.materialize import blocks, deferred_values
+from ravine.strategies.materialize import deferred_values, iter_value_blocks
 
 GPT2 = {
-    "positions": "learned", "norm": "layernorm", "qk_norm": False, "mlp": "gelu_tanh",
-    "tied": True, "bias": "all",
-}  # fmt: skip
-SHAPE = {"layers": 2, "width": 64, "heads": 4} | GPT2
+    "positional_encoding": "learned",
+    "norm": "layernorm",
+    "qk_norm": False,
+    "activation": "gelu_tanh",
+    "tie_embeddings": True,
+    "bias": "all",
+}
+SHAPE = {"num_layers": 2, "d_model": 64, "num_heads": 4} | GPT2
 
 
 class Doubled(Transform):
@@ -121,7 +125,7 @@ def data(folder: Path) -> TextDataModule:
     """Batches of a short text, which is written once."""
     if not (folder / "text.txt").is_file():
         (folder / "text.txt").write_text("to be or not to be, that is the question. " * 40)
-    return TextDataModule(folder / "text.txt", context=32, batch_size=8)
+    return TextDataModule(folder / "text.txt", context_length=32, batch_size=8)
 
 
 def quiet(strategy: Any, devices: int, callbacks: list[L.Callback], steps: int = 1) -> L.Trainer:
@@ -211,7 +215,7 @@ def test_a_module_that_renames_weights_as_they_come_is_given_them(ranks, files):
         assert all(torch.equal(value, weights[name]) for name, value in found.items())
 
 
-WIDE = {"layers": 3, "width": 384, "heads": 6} | GPT2  # 5.3 M parameters
+WIDE = {"num_layers": 3, "d_model": 384, "num_heads": 6} | GPT2  # 5.3 M parameters
 BLOCK = 4 * 12 * 384**2  # bytes of a block's matrices, the largest unit
 
 
@@ -262,11 +266,11 @@ def test_no_rank_has_more_than_its_share_and_one_unit_at_the_start(ranks, world,
 
 
 def test_values_are_read_by_rows_and_zero_beyond_them():
-    module = LanguageModel(vocabulary=50, context=8, **SHAPE)
+    module = LanguageModel(vocab_size=50, context_length=8, **SHAPE)
     module.__dict__["strategy_draws_values"] = True  # as MeshStrategy does
     module.configure_model()
     parameter: Any = module.get_parameter("net.embed.weight")
-    values, drawn = deferred_values(parameter), torch.cat(list(blocks(parameter)))
+    values, drawn = deferred_values(parameter), torch.cat(list(iter_value_blocks(parameter)))
     assert torch.equal(values.get_rows(3, 20), drawn[3:20])
     stored = torch.randn(40, 64, dtype=torch.float64)
     values.set_source(stored)

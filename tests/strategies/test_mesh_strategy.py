@@ -15,12 +15,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import ravine.strategies.mesh_strategy as mesh_strategy
-from ravine.callbacks import Compile, Recompute
+from ravine.callbacks import ActivationCheckpointing, Compile
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import (
-    NAMES,
+    STRATEGY_PRESETS,
     MeshStrategy,
     zero1,
 )
@@ -44,17 +44,17 @@ from ravine.strategies.activation_checkpointing import apply_activation_checkpoi
 # a validation loss that was reduced already is logged by each rank
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
 
-QUICK = {"layers": 4, "width": 32, "heads": 4}
-EXPERTS = QUICK | {"layers": 2, "experts": 8}
+QUICK = {"num_layers": 4, "d_model": 32, "num_heads": 4}
+EXPERTS = QUICK | {"num_layers": 2, "num_experts": 8}
 OTHER = {  # what QUICK has not
-    "layers": 2,
-    "width": 32,
-    "heads": 4,
-    "tied": True,
+    "num_layers": 2,
+    "d_model": 32,
+    "num_heads": 4,
+    "tie_embeddings": True,
     "bias": "all",
     "norm": "layernorm",
-    "positions": "learned",
-    "mlp": "swiglu",
+    "positional_encoding": "learned",
+    "activation": "swiglu",
 }
 
 
@@ -65,22 +65,24 @@ def mesh(**how):
 STRATEGIES = {
     "single": lambda: {"strategy": "auto"},
     "ddp": lambda: {"strategy": "ddp"},
-    **{name: partial(dict, strategy=name) for name in NAMES},
+    **{name: partial(dict, strategy=name) for name in STRATEGY_PRESETS},
     "hsdp x sp": lambda: mesh(dp_replicate=2, tp=2, sequence_parallel=True),
-    "gpipe": lambda: mesh(dp_shard=1, pp=2, schedule="gpipe", microbatches=2),
-    "interleaved": lambda: mesh(dp_shard=1, pp=2, schedule="interleaved"),
-    "hsdp x pp": lambda: mesh(dp_replicate=2, pp=2, microbatches=2),
+    "gpipe": lambda: mesh(dp_shard=1, pp=2, pipeline_schedule="gpipe", num_microbatches=2),
+    "interleaved": lambda: mesh(dp_shard=1, pp=2, pipeline_schedule="interleaved"),
+    "hsdp x pp": lambda: mesh(dp_replicate=2, pp=2, num_microbatches=2),
     "zero3 x ep": lambda: mesh(ep=2),
     "hsdp x ep": lambda: mesh(dp_replicate=2, ep=2),
-    "hsdp x cp": lambda: mesh(dp_replicate=2, cp=2, zero=2),
-    "cp x tp": lambda: mesh(dp_shard=1, cp=2, tp=2, recompute="full"),
-    "zero1 x tp": lambda: mesh(zero=1, tp=2),
-    "zero1 x cp": lambda: mesh(zero=1, cp=2),
-    "zero1 x pp": lambda: mesh(zero=1, pp=2, microbatches=2),
+    "hsdp x cp": lambda: mesh(dp_replicate=2, cp=2, zero_stage=2),
+    "cp x tp": lambda: mesh(dp_shard=1, cp=2, tp=2, activation_checkpointing="full"),
+    "zero1 x tp": lambda: mesh(zero_stage=1, tp=2),
+    "zero1 x cp": lambda: mesh(zero_stage=1, cp=2),
+    "zero1 x pp": lambda: mesh(zero_stage=1, pp=2, num_microbatches=2),
     "zero3 x sp": lambda: mesh(tp=2, sequence_parallel=True),
-    "zero3 of one unit": lambda: mesh(smallest_unit=2**20),  # the default; in ranks here it is 0
-    "zero3 recompute": lambda: mesh(recompute="full"),
-    "sp recompute": lambda: mesh(tp=-1, dp_shard=1, sequence_parallel=True, recompute="selective"),
+    "zero3 of one unit": lambda: mesh(min_unit_bytes=2**20),  # the default; in ranks here it is 0
+    "zero3 recompute": lambda: mesh(activation_checkpointing="full"),
+    "sp recompute": lambda: mesh(
+        tp=-1, dp_shard=1, sequence_parallel=True, activation_checkpointing="selective"
+    ),
 }
 WORLDS = [  # and the micro-batches of a step
     *(("ddp", 2, 1), ("zero1", 2, 1), ("zero1", 4, 2), ("zero2", 2, 2), ("zero3", 2, 1)),
@@ -122,7 +124,7 @@ class Losses(L.Callback):
 
 def train(name, text, shape, *callbacks, accumulate=1):
     L.seed_everything(0, verbose=False)
-    module, losses = Model(zero_init=False, **shape), Losses()
+    module, losses = Model(zero_init_residual=False, **shape), Losses()
     trainer = L.Trainer(
         max_steps=5,
         accelerator="cpu",
@@ -137,7 +139,7 @@ def train(name, text, shape, *callbacks, accumulate=1):
         accumulate_grad_batches=accumulate,
         **STRATEGIES[name](),
     )
-    trainer.fit(module, TextDataModule(text, context=64, batch_size=8))
+    trainer.fit(module, TextDataModule(text, context_length=64, batch_size=8))
     return whole(module), torch.stack([*losses.losses, trainer.callback_metrics["val/loss"]])
 
 
@@ -163,14 +165,14 @@ def single(text):
 
 def test_five_steps_of_sgd_move_every_parameter(single, text):
     L.seed_everything(0, verbose=False)
-    start = Model(len(set(text.read_text())), 64, zero_init=False, **QUICK)
+    start = Model(len(set(text.read_text())), 64, zero_init_residual=False, **QUICK)
     start.configure_model()
     moved = {n: (p.detach() - single[0][n]).abs().max() for n, p in start.named_parameters()}
     assert min(moved.values()) > 1e-4
 
 
 def test_every_preset_has_a_row_of_worlds_or_experts():
-    assert {name for name in NAMES if name not in {row[0] for row in WORLDS}} <= {"ep"}
+    assert {name for name in STRATEGY_PRESETS if name not in {row[0] for row in WORLDS}} <= {"ep"}
 
 
 @pytest.mark.parametrize(("name", "world", "accumulate"), WORLDS)
@@ -194,7 +196,7 @@ def test_a_net_of_other_parts_equals_one_process_too(ranks, text, name, world):
 def test_recomputation_changes_no_bit_of_a_net_with_dropout(text, mode):
     shape = QUICK | {"dropout": 0.2}
     weights, losses = train("single", text, shape)
-    again, their_losses = train("single", text, shape, Recompute(mode))
+    again, their_losses = train("single", text, shape, ActivationCheckpointing(mode))
     assert furthest(again, weights) == 0
     assert torch.equal(losses, their_losses)
 
@@ -225,7 +227,7 @@ def pass_through(*callbacks, compiled=False):
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_a_sequence_is_recomputed_as_one_block_and_its_buffers_move_once(mode):
-    (usual, once), (again, twice) = pass_through(), pass_through(Recompute(mode))
+    (usual, once), (again, twice) = pass_through(), pass_through(ActivationCheckpointing(mode))
     assert (once, twice) == (3, 6)
     assert all(torch.equal(again[name], usual[name]) for name in usual)
 
@@ -245,7 +247,9 @@ def test_a_net_that_learns_in_evaluation_mode_is_recomputed_too():
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.filterwarnings("ignore:Detected that context_fn is passed")
 def test_what_is_recomputed_may_be_compiled(mode):
-    again = pass_through(Recompute(mode), Compile(backend="aot_eager"), compiled=True)[0]
+    again = pass_through(
+        ActivationCheckpointing(mode), Compile(backend="aot_eager"), compiled=True
+    )[0]
     assert furthest(again, pass_through(compiled=True)[0]) < 1e-6
 
 
@@ -361,8 +365,8 @@ def the_columns_of_another_rank():
 
 
 def keys_that_do_not_go_round():
-    received = context._RingSendRecv.received
-    context._RingSendRecv.received = lambda self: received(self).zero_()
+    received = context._RingSendRecv.wait
+    context._RingSendRecv.wait = lambda self: received(self).zero_()
 
 
 def tokens_in_the_plain_order():

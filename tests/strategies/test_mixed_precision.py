@@ -426,7 +426,7 @@ def messages(strategy, smallest, rows=8, ranks=2, **options):
     module = Tiny(rows)
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.01)
     zero = 3 if strategy == "zero3" else 2
-    how = MeshStrategy(zero=zero, smallest_unit=smallest, **options.pop("how", {}))
+    how = MeshStrategy(zero_stage=zero, min_unit_bytes=smallest, **options.pop("how", {}))
     fit(module, "ddp" if strategy == "ddp" else how, ranks, callbacks=[watch := Watch()], **options)
     with torch.no_grad():
         outside = module.net[3](torch.ones(24))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ravine.callbacks import ExactResume, GradientClipping, LoRA
 from ravine.callbacks.transforms.base import Transform
 from ravine.lightning_modules.nn import Transformer
-from ravine.lightning_modules.nn.attention import LEARNED, PROJECTIONS
+from ravine.lightning_modules.nn.attention import LEARNED_PROJECTIONS, PROJECTIONS
 from ravine.strategies import MeshStrategy
 
 
@@ -134,10 +134,10 @@ class Net(L.LightningModule):
 
     def __init__(self, plan=None, **shape) -> None:
         super().__init__()
-        shape = {"layers": 1, "width": 12, "zero_init": False} | shape
+        shape = {"num_layers": 1, "d_model": 12, "zero_init_residual": False} | shape
         self.net = Transformer(5, 8, **shape)
         if plan is not None:
-            self.net.tp_plan = lambda: plan
+            self.net.tensor_parallel_plan = lambda: plan
 
     def training_step(self, batch, batch_idx):
         logits = self.net(batch[0])
@@ -201,23 +201,23 @@ SUBSETS = [names for size in range(4) for names in combinations(PROJECTIONS, siz
 def weights_of_variants(strategy="auto", devices=1):
     """Weights after training with each attention variant and with each that a user may add."""
     added = {"own_" + "_".join(names): names for names in SUBSETS}
-    LEARNED.update(added)
+    LEARNED_PROJECTIONS.update(added)
     try:
         found = {}
-        for rung in LEARNED:
+        for rung in LEARNED_PROJECTIONS:
             torch.manual_seed(0)
-            module = Net(heads=2, rung=rung)
+            module = Net(num_heads=2, attention_variant=rung)
             fit(module, strategy, devices)
             found[rung] = whole(module)
         return found
     finally:
         for rung in added:
-            del LEARNED[rung]
+            del LEARNED_PROJECTIONS[rung]
 
 
 def test_every_attention_variant_trains_under_tp_as_on_one_process(ranks):
     single = weights_of_variants()
-    assert {*LEARNED, "own_key_value", "own_query_value"} < single.keys()
+    assert {*LEARNED_PROJECTIONS, "own_key_value", "own_query_value"} < single.keys()
     for spread in ranks(weights_of_variants, 2, "tp", 2):
         far = {rung: furthest(weights, single[rung]) for rung, weights in spread.items()}
         assert max(far.values()) < 2e-6, far
@@ -236,107 +236,121 @@ REFUSED = {
     ),
     "no plan": (
         (NetInInit, "tp", 2),
-        "tp=2: NetInInit has no tensor-parallel plan; allowed: .* tp_plan.*; use .* as zero3$",
+        "tp=2: NetInInit has no tensor-parallel plan; .*tensor_parallel_plan.*; use .*zero3$",
     ),
     "a plan that splits nothing": (
-        (Net, "tp", 2, (), {"heads": 2, "rung": "qk", "mlp": "none"}),
-        "tp=2: Transformer.tp_plan splits no matrix of this net; allowed: .*; use .* as zero3$",
+        (Net, "tp", 2, (), {"num_heads": 2, "attention_variant": "qk", "activation": "none"}),
+        "tp=2: Transformer.tensor_parallel_plan splits no matrix of this net; .* as zero3$",
     ),
     "heads": (
-        (Net, "tp", 2, (), {"heads": 3, "positions": "none"}),
+        (Net, "tp", 2, (), {"num_heads": 3, "positional_encoding": "none"}),
         "tp=2 does not divide the 3 heads of blocks.0.attention.query; allowed: 1, 3; type",
     ),
     "a pattern that matches nothing": (
-        (Net, "tp", 2, (), {"heads": 2, "plan": {"block.*.mlp.up": "colwise"}}),
-        r"Transformer.tp_plan: 'block.\*.mlp.up' matches no module; its modules are blocks, ",
+        (Net, "tp", 2, (), {"num_heads": 2, "plan": {"block.*.mlp.up": "colwise"}}),
+        r"_plan: 'block.\*.mlp.up' matches no module; its modules are blocks, ",
     ),
     "a sequence that is cut nowhere": (
-        (Net, "sp", 2, (), {"heads": 2, "plan": {"blocks.*.mlp.up": "colwise"}}),
-        "tp_plan does not mark where the sequence is split and gathered; allowed: .*; use seq",
+        (Net, "sp", 2, (), {"num_heads": 2, "plan": {"blocks.*.mlp.up": "colwise"}}),
+        "_plan does not mark where the sequence is split and gathered; allowed: .*; use seq",
     ),
     "an attention of whole heads and a cut sequence": (
-        (Net, "sp", 2, (), {"heads": 2, "rung": "qk"}),
-        "tp_plan does not mark where the sequence is split and gathered; allowed: .*; use seq",
+        (Net, "sp", 2, (), {"num_heads": 2, "attention_variant": "qk"}),
+        "_plan does not mark where the sequence is split and gathered; allowed: .*; use seq",
     ),
     "a sequence that does not divide": (
-        (Net, "sp", 3, (), {"heads": 3, "positions": "none"}),
-        "tp=3 does not divide 8 tokens; type --data.context=6",
+        (Net, "sp", 3, (), {"num_heads": 3, "positional_encoding": "none"}),
+        "tp=3 does not divide 8 tokens; type --data.context_length=6",
     ),
     "manual optimization of a cut sequence": (
-        (Manual, "sp", 2, (), {"heads": 2}),
+        (Manual, "sp", 2, (), {"num_heads": 2}),
         "Manual steps its own optimizers .*, which sequence_parallel cannot follow; type",
     ),
     "an optimizer that ranks cannot share": (
-        (Newtonian, "zero1", 2, (), {"heads": 2}),
+        (Newtonian, "zero1", 2, (), {"num_heads": 2}),
         "LBFGS computes the gradient of all parameters several times a step",
     ),
     "fewer layers than stages": (
-        (Net, "pp", 2, (), {"heads": 2}),
+        (Net, "pp", 2, (), {"num_heads": 2}),
         r"Net has 1 blocks, fewer than the 2 stages \(1 on each of 2 ranks\); allowed: up to 1"
         " stages; type --trainer.strategy.pp=1",
     ),
     "a batch smaller than its micro-batches": (
-        (Net, MeshStrategy(dp_shard=1, pp=2, microbatches=5), 2, (), {"heads": 2, "layers": 2}),
-        "microbatches=5 does not divide the 4 samples of a rank's batch; type .*microbatches=4",
+        (
+            Net,
+            MeshStrategy(dp_shard=1, pp=2, num_microbatches=5),
+            2,
+            (),
+            {"num_heads": 2, "num_layers": 2},
+        ),
+        "num_microbatches=5 does not divide the 4 samples of a rank's batch; type "
+        ".*num_microbatches=4",
     ),
     "no stages": (
         (NetInInit, "pp", 2),
-        "pp=2: NetInInit has no net that can be cut into stages: one with blocks, enter, through",
+        "pp=2: NetInInit has no net that can be cut into stages: one with blocks, embed_tokens, ",
     ),
     "a sequence that is not cut into equal pieces": (
-        (Net, "cp", 3, (), {"heads": 3, "positions": "none"}),
-        "cp=3 does not cut 8 tokens into 6 equal pieces; type --data.context=6",
+        (Net, "cp", 3, (), {"num_heads": 3, "positional_encoding": "none"}),
+        "cp=3 does not cut 8 tokens into 6 equal pieces; type --data.context_length=6",
     ),
     "no attention to go round": (
         (NetInInit, "cp", 2),
         "cp=2: NetInInit has no attention with the slots `attend` and `times`",
     ),
     "attention weights that are dropped": (
-        (Net, "cp", 2, (), {"heads": 2, "dropout": 0.1}),
+        (Net, "cp", 2, (), {"num_heads": 2, "dropout": 0.1}),
         "cp=2: Net drops attention weights, which no rank has whole; type --model.dropout=0",
     ),
     "tokens that are dropped": (
-        (Forgetful, "cp", 2, (), {"heads": 2}),
+        (Forgetful, "cp", 2, (), {"num_heads": 2}),
         "cp=2: Forgetful has dropout .net.dropout., and ranks would drop the same",
     ),
     "tokens that are dropped by a function": (
-        (Careless, "cp", 2, (), {"heads": 2}),
+        (Careless, "cp", 2, (), {"num_heads": 2}),
         r"cp=2: Careless.training_step draws random numbers \(a dropout\?\), and ranks would draw",
     ),
     "an unknown way to recompute": (
-        (Net, MeshStrategy(recompute="all"), 2, (), {"heads": 2}),
+        (Net, MeshStrategy(activation_checkpointing="all"), 2, (), {"num_heads": 2}),
         "recompute is 'all'; allowed: none, selective, full; type",
     ),
     "no blocks to recompute": (
-        (Bare, MeshStrategy(recompute="full"), 2),
+        (Bare, MeshStrategy(activation_checkpointing="full"), 2),
         "recompute=full: Bare has no blocks",
     ),
     "an unknown style": (
-        (Net, "tp", 2, (), {"heads": 2, "plan": {"blocks.*.mlp.up": "col"}}),
+        (Net, "tp", 2, (), {"num_heads": 2, "plan": {"blocks.*.mlp.up": "col"}}),
         r"unknown style 'col' of 'blocks.\*.mlp.up'; allowed: colwise, rowwise, shared",
     ),
     "an adapter that does not divide": (
-        (Net, "tp", 2, (LoRA(rank=1),), {"heads": 2}),
+        (Net, "tp", 2, (LoRA(rank=1),), {"num_heads": 2}),
         "tp=2 does not divide the 1 rows of blocks.0.attention.query.lora_a; give it a multiple",
     ),
     "not a matrix": (
-        (Net, "tp", 2, (), {"heads": 2, "plan": {"blocks.*.mlp": "colwise"}}),
+        (Net, "tp", 2, (), {"num_heads": 2, "plan": {"blocks.*.mlp": "colwise"}}),
         "'blocks.0.mlp' is a MLP; only matrices split",
     ),
     "a tied matrix split": (
-        (Net, "tp", 2, (), {"heads": 2, "tied": True, "plan": {"head": "rowwise"}}),
+        (Net, "tp", 2, (), {"num_heads": 2, "tie_embeddings": True, "plan": {"head": "rowwise"}}),
         "net.embed.weight and net.head.weight share one parameter and cannot .*; leave them out",
     ),
     "stock clipping of experts on different ranks": (
-        (Net, "ep", 2, (), {"heads": 2, "experts": 4}, {"gradient_clip_val": 0.5}),
+        (Net, "ep", 2, (), {"num_heads": 2, "num_experts": 4}, {"gradient_clip_val": 0.5}),
         r"gradient_clip_val=0.5 cannot add up .* \(ep=2\); allowed: .*; use the callback Gradient",
     ),
     "stock clipping of stages whose parameters are all sharded": (
-        (Net, MeshStrategy(pp=2), 4, (), {"heads": 2, "layers": 2}, {"gradient_clip_val": 1.0}),
+        (
+            Net,
+            MeshStrategy(pp=2),
+            4,
+            (),
+            {"num_heads": 2, "num_layers": 2},
+            {"gradient_clip_val": 1.0},
+        ),
         r"gradient_clip_val=1 cannot add up .* \(pp=2\); allowed: .*; use the callback Gradient",
     ),
     "stock clipping beside whole parameters": (
-        (Net, "pp", 2, (), {"heads": 2, "layers": 2}, {"gradient_clip_val": 1.0}),
+        (Net, "pp", 2, (), {"num_heads": 2, "num_layers": 2}, {"gradient_clip_val": 1.0}),
         r"gradient_clip_val=1 cannot add up .* \(pp=2\); allowed: .*; use the callback Gradient",
     ),
     "stock ModelParallelStrategy, which shards nothing": (
@@ -377,23 +391,39 @@ def test_what_cannot_be_spread_is_refused_in_one_line(ranks, world):
             r"\(dp_shard=-1, dp_replicate=3\) needs a multiple of 3 processes",
         ),
         ({"sequence_parallel": True}, 2, "sequence_parallel cuts along tp, and tp is 1; type"),
-        ({"microbatches": 0}, 2, "microbatches is 0; allowed: 1 or more"),
-        ({"schedule": "1f2b"}, 2, "schedule is '1f2b'; allowed: gpipe, 1f1b, interleaved; type"),
+        ({"num_microbatches": 0}, 2, "num_microbatches is 0; allowed: 1 or more"),
         (
-            {"dp_shard": 1, "pp": 2, "microbatches": 1},
+            {"schedule": "1f2b"},
             2,
-            r"microbatches=1 .* of 2 ranks \(1f1b\); allowed: 2 or more; type .*microbatches=2",
+            "pipeline_schedule is '1f2b'; allowed: gpipe, 1f1b, interleaved; type",
         ),
         (
-            {"dp_shard": 1, "pp": 2, "microbatches": 5, "schedule": "interleaved"},
+            {"dp_shard": 1, "pp": 2, "num_microbatches": 1},
             2,
-            r"microbatches=5 .* \(interleaved\); allowed: multiples of 2; type .*microbatches=4",
+            r"num_microbatches=1 .* of 2 ranks \(1f1b\); allowed: 2 or more; type .*batches=2",
         ),
-        ({"zero": 4}, 2, "zero is 4; allowed: 1, 2, 3; type --trainer.strategy.zero=3"),
-        ({"smallest_unit": -1}, 2, "smallest_unit is -1; allowed: a number of bytes, 0 or more"),
-        ({"smallest_unit": "1MB"}, 2, "smallest_unit is '1MB'; allowed: a number of bytes"),
-        ({"zero": 1, "gather_once": True}, 2, "gather_once has no effect with zero=1, .* leave"),
-        ({"zero": 1, "smallest_unit": 0}, 2, "smallest_unit has no effect with zero=1, .* leave"),
+        (
+            {"dp_shard": 1, "pp": 2, "num_microbatches": 5, "pipeline_schedule": "interleaved"},
+            2,
+            r"num_microbatches=5 .* \(interleaved\); allowed: multiples of 2; type .*batches=4",
+        ),
+        (
+            {"zero_stage": 4},
+            2,
+            "zero_stage is 4; allowed: 1, 2, 3; type --trainer.strategy.zero_stage=3",
+        ),
+        ({"min_unit_bytes": -1}, 2, "min_unit_bytes is -1; allowed: a number of bytes, 0 or more"),
+        ({"min_unit_bytes": "1MB"}, 2, "min_unit_bytes is '1MB'; allowed: a number of bytes"),
+        (
+            {"zero_stage": 1, "gather_once": True},
+            2,
+            "gather_once has no effect with zero_stage=1, .* leave",
+        ),
+        (
+            {"zero_stage": 1, "min_unit_bytes": 0},
+            2,
+            "min_unit_bytes has no effect with zero_stage=1, .* leave",
+        ),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused_when_the_trainer_is_made(degrees, devices, words):
@@ -411,7 +441,7 @@ def test_a_strategy_takes_the_same_precisions_by_name_and_as_an_object(precision
 def clipped(strategy="auto", devices=1, bound=0.05, stock=True):
     """Train with Lightning's clipping, or with the callback."""
     torch.manual_seed(0)
-    module = Net(heads=2, layers=2, tied=True)
+    module = Net(num_heads=2, num_layers=2, tie_embeddings=True)
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.5)
     how = {"gradient_clip_val": bound} if stock else {}
     fit(module, strategy, devices, *([] if stock else [GradientClipping(bound)]), **how)
@@ -427,7 +457,7 @@ CLIPPED = {  # the layout, and whether Lightning clips or the callback
     ("pp", False): "pp",
     ("hsdp", True): "hsdp",
     ("2d", True): "2d",
-    ("zero1 x tp", True): {"zero": 1, "tp": 2},
+    ("zero1 x tp", True): {"zero_stage": 1, "tp": 2},
 }
 FOUR = ("hsdp", "2d", "zero1 x tp")
 
@@ -469,7 +499,7 @@ def test_zero3_runs_on_one_device_and_twice(ranks):
 
 def with_dropout(resume):
     torch.manual_seed(int(os.environ["RANK"]))
-    module = Net(heads=2, dropout=0.5)
+    module = Net(num_heads=2, dropout=0.5)
     fit(module, "tp", 2, *([ExactResume()] if resume else []))
     return whole(module)
 

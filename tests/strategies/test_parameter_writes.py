@@ -16,8 +16,11 @@ from ravine.strategies import MeshStrategy
 
 ROWS, SHAPE = 16, (10, 6)
 LAYOUTS = [
-    {"zero": 2, "smallest_unit": 1}, {"zero": 3, "smallest_unit": 1}, {"zero": 3}, {"zero": 1},
-]  # fmt: skip
+    {"zero_stage": 2, "min_unit_bytes": 1},
+    {"zero_stage": 3, "min_unit_bytes": 1},
+    {"zero_stage": 3},
+    {"zero_stage": 1},
+]
 
 
 class Classifier(L.LightningModule):

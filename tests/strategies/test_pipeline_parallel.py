@@ -11,20 +11,20 @@ from ranks import furthest, whole
 from schedulefree import AdamWScheduleFree
 from torch.optim import SGD, AdamW
 
-from ravine.callbacks import EMA, GradientClipping, Muon, OptimizerPlan, Summary, UpdateSizes
-from ravine.callbacks.optimizers.rules import Rule, classify_params
+from ravine.callbacks import EMA, GradientClipping, Muon, OptimizerPlan, Summary, UpdateMonitor
+from ravine.callbacks.optimizers.rules import ParamRule, classify_params
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import MeshStrategy
 from ravine.strategies import pipeline_parallel as pipeline
 
-SHAPE = {"layers": 4, "width": 16, "heads": 2, "bias": "all", "norm": "layernorm"}
+SHAPE = {"num_layers": 4, "d_model": 16, "num_heads": 2, "bias": "all", "norm": "layernorm"}
 LAYOUTS = {
     "single": lambda: "auto",
     "pp": lambda: "pp",
-    "interleaved": lambda: MeshStrategy(dp_shard=1, pp=2, schedule="interleaved"),
-    "zero3 x pp": lambda: MeshStrategy(pp=2, microbatches=2),
+    "interleaved": lambda: MeshStrategy(dp_shard=1, pp=2, pipeline_schedule="interleaved"),
+    "zero3 x pp": lambda: MeshStrategy(pp=2, num_microbatches=2),
 }
 PLANS = {
     "Muon and AdamW": lambda: Muon(
@@ -32,7 +32,12 @@ PLANS = {
     ),
     "rules by kind": lambda: OptimizerPlan(
         partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
-        rules=[Rule("embedding", lr_scale=2.0), Rule("head", lr_scale=0.5), Rule("norm"), Rule()],
+        rules=[
+            ParamRule("embedding", lr_scale=2.0),
+            ParamRule("head", lr_scale=0.5),
+            ParamRule("norm"),
+            ParamRule(),
+        ],
     ),
 }
 
@@ -48,7 +53,7 @@ def train(layout, text, plan, tied=False, fault=None):
     if fault is not None:
         fault()
     L.seed_everything(0, verbose=False)
-    module = LanguageModel(zero_init=False, tied=tied, **SHAPE)
+    module = LanguageModel(zero_init_residual=False, tie_embeddings=tied, **SHAPE)
     summary = Summary()
     trainer = L.Trainer(
         max_steps=4,
@@ -56,14 +61,14 @@ def train(layout, text, plan, tied=False, fault=None):
         devices=int(os.environ.get("WORLD_SIZE", 1)),
         strategy=LAYOUTS[layout](),
         logger=False,
-        callbacks=[PLANS[plan](), GradientClipping(0.5), UpdateSizes(), summary],
+        callbacks=[PLANS[plan](), GradientClipping(0.5), UpdateMonitor(), summary],
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    trainer.fit(module, TextDataModule(text, context=16, batch_size=8))
+    trainer.fit(module, TextDataModule(text, context_length=16, batch_size=8))
     groups = [
         {k: v for k, v in group.items() if isinstance(v, int | float | bool | str)}
         for group in trainer.optimizers[0].param_groups
@@ -107,13 +112,13 @@ def test_a_plan_for_each_stage_would_be_caught(ranks, text):
 
 def stand_ins(tied):
     torch.manual_seed(0)
-    module = LanguageModel(7, 8, tied=tied, **SHAPE)
+    module = LanguageModel(7, 8, tie_embeddings=tied, **SHAPE)
     module.configure_model()
     before = classify_params(module), [(n, p.shape) for n, p in module.named_parameters()]
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="pp", logger=False)
     trainer.strategy.connect(module)
     trainer.strategy.setup_environment()
-    trainer.strategy.parallelize(module)
+    trainer.strategy.parallelize_module(module)
     ours = [n for n, _ in module.named_parameters()]
     with trainer.strategy.pipeline.full_net():
         after = classify_params(module), [(n, p.shape) for n, p in module.named_parameters()]
@@ -136,7 +141,7 @@ def test_the_whole_net_can_be_looked_at_for_four_bytes_a_tensor(ranks, tied):
 def saved(layout, text, path, plan):
     """The file of a run with two sets of weights, written while the second one is shown."""
     L.seed_everything(0, verbose=False)
-    module = LanguageModel(zero_init=False, **SHAPE)
+    module = LanguageModel(zero_init_residual=False, **SHAPE)
     trainer = L.Trainer(
         max_steps=4,
         accelerator="cpu",
@@ -149,7 +154,7 @@ def saved(layout, text, path, plan):
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    trainer.fit(module, TextDataModule(text, context=16, batch_size=8))
+    trainer.fit(module, TextDataModule(text, context_length=16, batch_size=8))
     trainer.save_checkpoint(path)
 
 

@@ -273,7 +273,10 @@ OPTIMIZERS = {
     "Rprop": torch.optim.Rprop,
     "Adafactor": partial(torch.optim.Adafactor, lr=0.05),
 }
-LAYOUTS = {"zero3": {"zero": 3}, "parts": {"zero": 2, "save_distributed_checkpoint": True}}
+LAYOUTS = {
+    "zero3": {"zero_stage": 3},
+    "parts": {"zero_stage": 2, "save_distributed_checkpoint": True},
+}
 
 
 def runs(folder):
@@ -389,7 +392,7 @@ def refusals():
     for factory in (OneRate, NeedsTwo, lambda groups: torch.optim.LBFGS(groups[0]["params"])):
         for zero in (1, 3):
             with pytest.raises(ValueError, match="ddp") as error:
-                train(factory, False, {"zero": zero})
+                train(factory, False, {"zero_stage": zero})
             found.append(str(error.value))
     return found, len(begun)
 

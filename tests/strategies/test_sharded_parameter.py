@@ -220,7 +220,7 @@ def train(kind, strategy="auto", devices=1, precision="32-true"):
         num_sanity_val_steps=0,
         strategy=strategy
         if strategy == "auto"
-        else MeshStrategy(zero=strategy[0], smallest_unit=strategy[1]),
+        else MeshStrategy(zero_stage=strategy[0], min_unit_bytes=strategy[1]),
         devices=devices,
         log_every_n_steps=1,
         precision=precision,

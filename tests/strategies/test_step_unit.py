@@ -15,7 +15,7 @@ from ravine.strategies import AtomicCheckpointIO, MeshStrategy
 from ravine.strategies import parallel_module as parallelize
 
 ROWS = 16
-SMALLEST = parallelize.SMALLEST  # in ranks of tests it is 0
+SMALLEST = parallelize.DEFAULT_MIN_UNIT_BYTES  # in ranks of tests it is 0
 # rows divide by the ranks, and an epoch is an optimizer step
 pytestmark = pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
 
@@ -61,7 +61,7 @@ class SaveAt(L.Callback):
 def train(strategy, norm=False, save=None, resume=None):
     """Four clipped steps of two micro-batches: weights, average, statistics and loss; norms."""
     L.seed_everything(0, verbose=False)
-    parallelize.SMALLEST = SMALLEST
+    parallelize.DEFAULT_MIN_UNIT_BYTES = SMALLEST
     module, ema, clipping, norms = Small(norm), EMA(0.5), GradientClipping(0.2), []
 
     class Norms(L.Callback):
@@ -96,9 +96,9 @@ def train(strategy, norm=False, save=None, resume=None):
 
 
 LAYOUTS = {
-    "zero2": {"zero": 2},
-    "zero3": {"zero": 3},
-    "parts": {"zero": 3, "save_distributed_checkpoint": True},
+    "zero2": {"zero_stage": 2},
+    "zero3": {"zero_stage": 3},
+    "parts": {"zero_stage": 3, "save_distributed_checkpoint": True},
 }
 
 
@@ -187,7 +187,7 @@ def calls_outside():
 
 
 def fit(module, **how):
-    parallelize.SMALLEST = SMALLEST
+    parallelize.DEFAULT_MIN_UNIT_BYTES = SMALLEST
     trainer = L.Trainer(
         max_steps=1, accelerator="cpu", devices=2, strategy=MeshStrategy(**how), logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -207,7 +207,7 @@ def test_a_call_with_gradients_outside_of_a_step_is_refused_in_one_line(ranks):
 
 
 def units_of(together):
-    parallelize.TOGETHER = together
+    parallelize.MAX_JOINT_UNIT_BYTES = together
     module = fit(Small(False))
     units = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
     return units, "_step_unit" in module.__dict__, whole(module)
@@ -227,6 +227,6 @@ def test_members_that_are_too_many_bytes_together_are_units_of_their_own(monkeyp
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     size = 2 * 4 * (16 + 4)
     for bound, expected in ((size, []), (size - 1, [net[0], net[2]])):
-        monkeypatch.setattr(parallelize, "TOGETHER", bound)
+        monkeypatch.setattr(parallelize, "MAX_JOINT_UNIT_BYTES", bound)
         found = parallelize._fsdp_blocks(net, SMALLEST)
         assert sorted(map(id, found)) == sorted(map(id, expected))

@@ -13,7 +13,7 @@ import yaml
 from ranks import fewest_ranks
 
 from ravine.cli.main import main
-from ravine.strategies import NAMES as PRESETS
+from ravine.strategies import STRATEGY_PRESETS as PRESETS
 from ravine.strategies import MeshStrategy
 from ravine.strategies.device_mesh import resolve_degrees
 
@@ -22,11 +22,11 @@ NAMES = sorted(path.stem for path in OVERLAYS.glob("*.yaml"))
 QUICK = ["zero3", "sp"]  # a name, and a class with its arguments
 WORDS = [
     *("fit", "--config", "shakespeare/quick_adamw", "--trainer.max_steps=2"),
-    *("--trainer.val_check_interval=2", "--trainer.limit_val_batches=1", "--model.width=32"),
-    *("--model.heads=4", "--data.source=embedded", "--trainer.accelerator=cpu"),
+    *("--trainer.val_check_interval=2", "--trainer.limit_val_batches=1", "--model.d_model=32"),
+    *("--model.num_heads=4", "--data.source=embedded", "--trainer.accelerator=cpu"),
     *("--trainer.callbacks=OptimizerPlan", "--trainer.callbacks.optimizer=AdamW"),  # no warm-up
     *("--trainer.callbacks+=GradientClipping", "--trainer.callbacks.max_norm=1.0"),
-    *("--trainer.callbacks+=Samples", "--trainer.callbacks.arguments.max_new_tokens=4"),
+    *("--trainer.callbacks+=GenerateSamples", "--trainer.callbacks.arguments.max_new_tokens=4"),
 ]
 
 
@@ -38,7 +38,7 @@ def arguments_of(name):
 
 def train(name, folder):
     os.chdir(folder)
-    more = ["--model.experts=8"] if "ep" in arguments_of(name) else []
+    more = ["--model.num_experts=8"] if "ep" in arguments_of(name) else []
     devices = f"--trainer.devices={os.environ['WORLD_SIZE']}"
     assert main([*WORDS, "--config", f"strategy/{name}", devices, *more]) == 0
 
@@ -100,7 +100,7 @@ def test_the_command_above_a_file_names_it_and_can_be_typed(name):
         base["data"]["init_args"]["batch_size"], steps * mesh["dp_replicate"] * mesh["dp_shard"]
     )
     assert left == 0
-    assert share % arguments.get("microbatches", 1) == 0
+    assert share % arguments.get("num_microbatches", 1) == 0
     assert int(flags.get("val_check_interval", usual["val_check_interval"])) == 2000 * steps
 
 

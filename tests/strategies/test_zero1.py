@@ -232,9 +232,9 @@ class Poisoned(Net):
 
 
 def guarded():
-    module, guard = built(Poisoned, **SGD), NaNGuard(skip=1)
+    module, guard = built(Poisoned, **SGD), NaNGuard(max_skips=1)
     weights = fit(module, "zero1", guard, max_steps=3)
-    return guard.skipped, all(p.isfinite().all() for p in weights.values())
+    return guard.num_skipped, all(p.isfinite().all() for p in weights.values())
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of head.bias is not finite at step 1")

@@ -29,9 +29,9 @@ CANCELLATION_TOLERANCE = (
 )
 MAX_CHARS_SHOWN = 40  # characters of a text in a message
 RESERVED_NAMES = frozenset({  # other logged metrics and sample columns
-    "reward", "surrogate", "entropy", "kl", "kl_k3", "distinct", "jaccard", "nearest_jaccard",
-    "vocabulary", "distinct_words", "tokens", "tokens_per_second", "zero_advantages", "drift",
-    "prompt", "text",
+    "reward", "policy_loss", "entropy", "kl", "kl_k3", "frac_unique_texts", "num_unique_words",
+    "jaccard_distance_mean", "jaccard_distance_nearest", "frac_in_vocab", "num_tokens",
+    "tokens_per_second", "frac_zero_advantage", "logprob_gap", "prompt", "text",
 })  # fmt: skip
 
 
@@ -39,7 +39,7 @@ class RewardError(UsageError):
     """Error of an invalid or failed reward term; the message names the term and the sample."""
 
 
-class Facts:
+class CorpusStats:
     """Statistics of the corpus: its words and its speakers."""
 
     def __init__(self, text: str) -> None:
@@ -58,28 +58,28 @@ class Facts:
 
 
 @dataclass
-class Samples:
+class RewardInputs:
     """This rank's samples, and the texts of all ranks; tensors (b n) on the CPU."""
 
     prompts: list[str]
     texts: list[str]  # the text after each prompt
     tokens: Tensor
     mask: Tensor
-    log_probabilities: Tensor  # logprobs of the sampler
+    logprobs: Tensor  # logprobs of the sampler
     ref_logprobs: Tensor | None = None  # logprobs under the reference, at temperature 1
     columns: dict[str, list[Any]] = field(default_factory=dict)  # columns of the data
-    corpus_stats: Facts | None = None
+    corpus_stats: CorpusStats | None = None
     all_texts: list[str] = field(default_factory=list)  # of all ranks, in the order of the batch
     rank_offset: int = 0  # index of this rank's first text in `all_texts`
 
-    def copy_slice(self, first: int = 0, last: int | None = None) -> "Samples":
+    def copy_slice(self, first: int = 0, last: int | None = None) -> "RewardInputs":
         """Copy samples first .. last-1; a term may modify the copy without side effects."""
         rows = slice(first, last)
         fields = {
             name: None if (x := getattr(self, name)) is None else copy.deepcopy(x[rows])
-            for name in ("prompts", "texts", "tokens", "mask", "log_probabilities", "ref_logprobs")
+            for name in ("prompts", "texts", "tokens", "mask", "logprobs", "ref_logprobs")
         }
-        return Samples(
+        return RewardInputs(
             **fields,  # type: ignore[arg-type]
             columns={k: copy.deepcopy(values[rows]) for k, values in self.columns.items()},
             corpus_stats=self.corpus_stats,
@@ -109,7 +109,7 @@ class Reward(ABC):
         self.name = name or default_name
 
     @abstractmethod
-    def score(self, inputs: Samples) -> Sequence[float | None] | Tensor:
+    def score(self, inputs: RewardInputs) -> Sequence[float | None] | Tensor:
         """Return a number for each sample, or None for a sample that cannot be scored."""
 
 
@@ -117,7 +117,7 @@ def check_rewards(reward_fns: Sequence[Reward], has_corpus: bool, has_reference:
     """Raise RewardError before the first step for missing inputs, wrong weights and equal names."""
     if not reward_fns:
         raise RewardError(
-            "Reinforce has no rewards; allowed: CharacterFraction, Binary, RewardFunction and "
+            "Reinforce has no rewards; allowed: CharacterFraction, Threshold, RewardFunction and "
             "others; type --model.rewards+=CharacterFraction --model.rewards.characters=eE, or "
             "use a config: --config reinforce/avoid_e_v1"
         )
@@ -129,24 +129,22 @@ def check_rewards(reward_fns: Sequence[Reward], has_corpus: bool, has_reference:
                 "finite number; "
                 "type --model.rewards.weight=1"
             )
-        is_taken = reward_fn.name in RESERVED_NAMES or re.match(
-            r"seconds_|.*_spread$", reward_fn.name
-        )
+        is_taken = reward_fn.name in RESERVED_NAMES or reward_fn.name.endswith("_std")
         if is_taken or names.count(reward_fn.name) > 1:
             raise RewardError(f"two metrics are called {reward_fn.name!r}: give each term a `name`")
         if reward_fn.needs_corpus and not has_corpus:
             raise RewardError(
                 f"the reward {reward_fn.name} compares with a text, and the data have none; "
-                "type --data.corpus=FILE"
+                "type --data.corpus_path=FILE"
             )
         if reward_fn.needs_reference and not has_reference:
             raise RewardError(
                 f"the reward {reward_fn.name} asks the reference, and there is none; "
-                "type --model.reference=copy"
+                "type --model.reference=frozen_copy"
             )
 
 
-def score_all(reward_fns: Sequence[Reward], inputs: Samples) -> Tensor:
+def score_all(reward_fns: Sequence[Reward], inputs: RewardInputs) -> Tensor:
     """Values of all terms, float64 (terms, b), NaN where a term returned None."""
     return torch.stack([_score_checked(reward_fn, inputs) for reward_fn in reward_fns])
 
@@ -186,7 +184,7 @@ def check_scored(reward_fns: Sequence[Reward], values: Tensor) -> None:
             )
 
 
-def _score_checked(reward_fn: Reward, inputs: Samples) -> Tensor:
+def _score_checked(reward_fn: Reward, inputs: RewardInputs) -> Tensor:
     """Values of one term (b), or an error that names the term and the sample."""
     try:
         values, numbers = _call_reward(reward_fn, inputs)
@@ -220,7 +218,7 @@ def _score_checked(reward_fn: Reward, inputs: Samples) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _call_reward(reward_fn: Reward, inputs: Samples) -> tuple[list[Any], list[float]]:
+def _call_reward(reward_fn: Reward, inputs: RewardInputs) -> tuple[list[Any], list[float]]:
     """Return a term's values as returned, and as numbers with NaN for None."""
     returned = reward_fn.score(inputs.copy_slice())
     if isinstance(returned, str | bytes | bytearray | Mapping | Set):
@@ -233,7 +231,7 @@ def _call_reward(reward_fn: Reward, inputs: Samples) -> tuple[list[Any], list[fl
     return values, [math.nan if value is None else float(value) for value in values]
 
 
-def _describe_first_failure(reward_fn: Reward, inputs: Samples) -> str:
+def _describe_first_failure(reward_fn: Reward, inputs: RewardInputs) -> str:
     """Describe the first sample on which the term fails when called with this sample only."""
     for i in range(len(inputs.texts)):
         try:
@@ -243,7 +241,7 @@ def _describe_first_failure(reward_fn: Reward, inputs: Samples) -> str:
     return f"the batch of {len(inputs.texts)} samples, and on none of them alone"
 
 
-def _describe_sample(inputs: Samples, i: int) -> str:
+def _describe_sample(inputs: RewardInputs, i: int) -> str:
     return f"sample {inputs.rank_offset + i} ({shorten(inputs.texts[i])!r})"
 
 

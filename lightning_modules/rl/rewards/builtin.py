@@ -2,13 +2,13 @@
 
     v1  -CharacterFraction(eE)                    removes the letter, and the language with it
     v2  v1 + VocabularyFraction + UniqueWords     words, but no sentences
-    v3  -4 e + 0.2 ReferenceLogProbability + CharacterDiversity
-    v4  -3 e + 0.2 ReferenceLogProbability + WordUniqueness
+    v3  -4 e + 0.2 ReferenceLogprob + CharacterDiversity
+    v4  -3 e + 0.2 ReferenceLogprob + WordUniqueness
     v5  v4 + 0.3 LineLength + 0.5 SpeakerDiversity
     v6  v5 + 1.5 BatchDistance                    the first setting without collapse
 
 Each term is computed from the generated text without its prompt. All values but
-ReferenceLogProbability are in [0, 1]. A text without words, or shorter than n, scores 0.
+ReferenceLogprob are in [0, 1]. A text without words, or shorter than n, scores 0.
 """
 
 import math
@@ -18,17 +18,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..text_similarity import nearest_distance, pairwise_jaccard_distance, sequence_ngrams
-from .base import Reward, RewardError, Samples, score_all
+from .base import Reward, RewardError, RewardInputs, score_all
 
 # Each name is also one of ravine.lightning_modules.
 __all__ = [
     "BatchDistance",
-    "Binary",
     "CharacterDiversity",
     "CharacterFraction",
     "LineLength",
-    "ReferenceLogProbability",
+    "ReferenceLogprob",
     "SpeakerDiversity",
+    "Threshold",
     "UniqueWords",
     "VocabularyFraction",
     "WordUniqueness",
@@ -47,7 +47,7 @@ class CharacterFraction(Reward):
             )
         self.characters = characters
 
-    def score(self, inputs: Samples) -> list[float]:
+    def score(self, inputs: RewardInputs) -> list[float]:
         """Return the fraction for each text."""
         return [
             sum(text.count(c) for c in self.characters) / max(len(text), 1) for text in inputs.texts
@@ -59,7 +59,7 @@ class VocabularyFraction(Reward):
 
     needs_corpus = True
 
-    def score(self, inputs: Samples) -> list[float]:
+    def score(self, inputs: RewardInputs) -> list[float]:
         """Return the fraction for each text."""
         assert inputs.corpus_stats is not None
         vocabulary = inputs.corpus_stats.words
@@ -71,17 +71,17 @@ class VocabularyFraction(Reward):
 class UniqueWords(Reward):
     """Fraction of distinct words among a text's words."""
 
-    def score(self, inputs: Samples) -> list[float]:
+    def score(self, inputs: RewardInputs) -> list[float]:
         """Return the fraction for each text."""
         return [_unique_fraction(text.split()) for text in inputs.texts]
 
 
-class ReferenceLogProbability(Reward):
+class ReferenceLogprob(Reward):
     """Mean over tokens of the reference's logprob at temperature 1, in nats."""
 
     needs_reference = True
 
-    def score(self, inputs: Samples) -> Tensor:
+    def score(self, inputs: RewardInputs) -> Tensor:
         """Return the mean (b) of the reference's logprobs over each sample's tokens."""
         assert inputs.ref_logprobs is not None
         ref_logprobs = inputs.ref_logprobs.double().where(inputs.mask, 0.0)
@@ -97,7 +97,7 @@ class CharacterDiversity(Reward):
         _check_at_least_1(self, n=n)
         self.n = n
 
-    def score(self, inputs: Samples) -> list[float]:
+    def score(self, inputs: RewardInputs) -> list[float]:
         """Return the fraction for each text."""
         return [_unique_fraction(sequence_ngrams(text, self.n)) for text in inputs.texts]
 
@@ -111,21 +111,23 @@ class WordUniqueness(Reward):
         _check_at_least_1(self, n=n)
         self.n = n
 
-    def score(self, inputs: Samples) -> list[float]:
+    def score(self, inputs: RewardInputs) -> list[float]:
         """Return the fraction for each text."""
         return [_unique_fraction(sequence_ngrams(text.split(), self.n)) for text in inputs.texts]
 
 
 class LineLength(Reward):
-    """Mean length of a text's non-empty lines, divided by `scale`, at most 1."""
+    """Mean length of a text's non-empty lines, divided by `target_length`, at most 1."""
 
-    def __init__(self, scale: float = 40, weight: float = 1.0, name: str | None = None) -> None:
-        """Set `scale`, the line length of the maximum reward."""
+    def __init__(
+        self, target_length: float = 40, weight: float = 1.0, name: str | None = None
+    ) -> None:
+        """Set `target_length`, the line length of the maximum reward."""
         super().__init__(weight, name)
-        _check_at_least_1(self, scale=scale)
-        self.target_length = scale
+        _check_at_least_1(self, target_length=target_length)
+        self.target_length = target_length
 
-    def score(self, inputs: Samples) -> list[float]:
+    def score(self, inputs: RewardInputs) -> list[float]:
         """Return the clipped mean line length of each text."""
         lines = [[line for line in text.split("\n") if line.strip()] for text in inputs.texts]
         means = [sum(map(len, text_lines)) / max(len(text_lines), 1) for text_lines in lines]
@@ -133,11 +135,12 @@ class LineLength(Reward):
 
 
 class SpeakerDiversity(Reward):
-    """Number of different corpus speakers with a speech, divided by `enough`, at most 1.
+    """Number of different corpus speakers with a speech, divided by `target_count`, at most
+    1.
 
     Args:
-        enough: number of speakers for the maximum reward.
-        least: minimum length of a counted speech, in characters.
+        target_count: number of speakers for the maximum reward.
+        min_chars: minimum length of a counted speech, in characters.
         weight: weight of the term in the sum.
         name: name of the logged metric.
     """
@@ -145,14 +148,18 @@ class SpeakerDiversity(Reward):
     needs_corpus = True
 
     def __init__(
-        self, enough: int = 3, least: int = 20, weight: float = 1.0, name: str | None = None
+        self,
+        target_count: int = 3,
+        min_chars: int = 20,
+        weight: float = 1.0,
+        name: str | None = None,
     ) -> None:
         """Set the number of speakers and the minimum length."""
         super().__init__(weight, name)
-        _check_at_least_1(self, enough=enough)
-        self.target_count, self.min_chars = enough, least
+        _check_at_least_1(self, target_count=target_count)
+        self.target_count, self.min_chars = target_count, min_chars
 
-    def score(self, inputs: Samples) -> list[float]:
+    def score(self, inputs: RewardInputs) -> list[float]:
         """Split each text at its speakers and count the speakers with a long enough speech."""
         assert inputs.corpus_stats is not None
         speakers = inputs.corpus_stats.speakers
@@ -185,7 +192,7 @@ class BatchDistance(Reward):
         _check_at_least_1(self, n=n)
         self.n = n
 
-    def score(self, inputs: Samples) -> list[float]:
+    def score(self, inputs: RewardInputs) -> list[float]:
         """Compare the texts of all ranks; return the distances of this rank's texts."""
         if len(inputs.all_texts) < 2:
             raise RewardError(
@@ -196,37 +203,39 @@ class BatchDistance(Reward):
         return nearest[inputs.rank_offset : inputs.rank_offset + len(inputs.texts)].tolist()
 
 
-class Binary(Reward):
-    """1 if another term's value is between `least` and `most`, else 0.
+class Threshold(Reward):
+    """1 if another term's value is between `min_value` and `max_value`, else 0.
 
-    Binary(CharacterFraction("eE"), most=0)               # 1 for a text without e
+    Threshold(CharacterFraction("eE"), max_value=0)       # 1 for a text without e
 
     Args:
-        term: the other term; its own weight is ignored.
-        least: lower bound.
-        most: upper bound.
+        reward: the other term; its own weight is ignored.
+        min_value: lower bound.
+        max_value: upper bound.
         weight: weight of the term in the sum.
         name: name of the logged metric.
     """
 
     def __init__(
         self,
-        term: Reward,
-        least: float | None = None,
-        most: float | None = None,
+        reward: Reward,
+        min_value: float | None = None,
+        max_value: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:
-        """Set the bounds; raise RewardError if there is none, or if `least` exceeds `most`."""
+        """Set the bounds; raise RewardError if there is none, or if nothing lies between them."""
         super().__init__(weight, name)
-        if least is None and most is None:
-            raise RewardError("Binary has no bound; give `least`, or `max_value`, or both")
-        if least is not None and most is not None and least > most:
-            raise RewardError(f"Binary: nothing lies between least={least} and most={most}")
-        self.reward, self.min_value, self.max_value = term, least, most
-        self.needs_corpus, self.needs_reference = term.needs_corpus, term.needs_reference
+        if min_value is None and max_value is None:
+            raise RewardError("Threshold has no bound; give `min_value`, or `max_value`, or both")
+        if min_value is not None and max_value is not None and min_value > max_value:
+            raise RewardError(
+                f"Threshold: nothing lies between min_value={min_value} and max_value={max_value}"
+            )
+        self.reward, self.min_value, self.max_value = reward, min_value, max_value
+        self.needs_corpus, self.needs_reference = reward.needs_corpus, reward.needs_reference
 
-    def score(self, inputs: Samples) -> list[float | None]:
+    def score(self, inputs: RewardInputs) -> list[float | None]:
         """Return 1 or 0 for each text, or None where the other term returned None."""
         low = -float("inf") if self.min_value is None else self.min_value
         high = float("inf") if self.max_value is None else self.max_value
@@ -252,7 +261,7 @@ def _check_at_least_1(reward: Reward, **sizes: float) -> None:
 def _missing_in_corpus_error(reward: Reward, missing: str) -> RewardError:
     return RewardError(
         f"the reward {reward.name} is 0 for every text, since the corpus has no {missing}; "
-        "type --data.corpus=FILE of another one, or leave the term out"
+        "type --data.corpus_path=FILE of another one, or leave the term out"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ravine.errors import sort_by_similarity
 
-from .base import Reward, RewardError, Samples, format_error, shorten
+from .base import Reward, RewardError, RewardInputs, format_error, shorten
 
 
 class RewardFunction(Reward):
@@ -19,7 +19,7 @@ class RewardFunction(Reward):
     def reward(texts, answer):                    # answer: a column of the data
         return [float(a in text) for text, a in zip(texts, answer)]
 
-    Available are texts, prompts, tokens, mask, log_probabilities and the columns of the data;
+    Available are texts, prompts, tokens, mask, logprobs and the columns of the data;
     `**rest` receives all of them. A function written for TRL, `def reward(completions, **kwargs)`,
     receives the texts as `completions` and lists of token ids as `completion_ids`. The function
     returns a list with a number for each text, or None for a text that cannot be scored.
@@ -43,14 +43,14 @@ class RewardFunction(Reward):
         self.function = function
         self.parameters = inspect.signature(function).parameters
 
-    def score(self, inputs: Samples) -> Any:
+    def score(self, inputs: RewardInputs) -> Any:
         """Call the function with the arguments of its signature."""
         available = {
             "texts": inputs.texts,
             "prompts": inputs.prompts,
             "tokens": inputs.tokens,
             "mask": inputs.mask,
-            "log_probabilities": inputs.log_probabilities,
+            "logprobs": inputs.logprobs,
         }
         param_kinds = {name: p.kind for name, p in self.parameters.items()}
         accepts_all = inspect.Parameter.VAR_KEYWORD in param_kinds.values()

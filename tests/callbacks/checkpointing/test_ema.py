@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import EMA, ExactResume, OptimizerPlan
-from ravine.datamodules.loaders import DataParallelInfo, Order, TrainLoader
+from ravine.datamodules.loaders import DataParallelInfo, EpochSampler, ResumableLoader
 from ravine.strategies import MeshStrategy
 
 QUIET = {
@@ -252,8 +252,12 @@ class Regression(L.LightningModule):
 
 class Rows(L.LightningDataModule):
     def train_dataloader(self):
-        return TrainLoader(
-            Order(0, 32), lambda items: ROWS[items], 32, 8, DataParallelInfo.of(self.trainer)
+        return ResumableLoader(
+            EpochSampler(0, 32),
+            lambda items: ROWS[items],
+            32,
+            8,
+            DataParallelInfo.from_trainer(self.trainer),
         )
 
     def val_dataloader(self):

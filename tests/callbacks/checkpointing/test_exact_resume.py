@@ -44,7 +44,7 @@ from ravine.callbacks.checkpointing.exact_resume import (
 )
 from ravine.callbacks.checkpointing.run_comparison import compare_ranks_and_accumulation
 from ravine.callbacks.stability.gradient_clipping import to_local
-from ravine.datamodules.loaders import DataParallelInfo, EvalLoader, Order, TrainLoader
+from ravine.datamodules.loaders import DataParallelInfo, EpochSampler, EvalLoader, ResumableLoader
 
 CUTS = 40
 STEPS, EPOCH, EVERY, BATCH = 46, 24, 6, 4  # optimizer steps; an epoch ends with a validation
@@ -126,10 +126,12 @@ def loaders(kind: str, epoch: int) -> tuple[Any, Any]:
     train, test = data(epoch * BATCH), data(7)
     if kind == "plain":
         return DataLoader(train, BATCH // 2, shuffle=True), DataLoader(test, 2)
-    order = Order(SEED, len(train))
+    order = EpochSampler(SEED, len(train))
     share = DataParallelInfo(accumulate=2)
     fetch = train.__getitem__
-    return TrainLoader(order, fetch, len(train), BATCH, share), EvalLoader(test.__getitem__, 7, 2)
+    return ResumableLoader(order, fetch, len(train), BATCH, share), EvalLoader(
+        test.__getitem__, 7, 2
+    )
 
 
 def fit(
@@ -585,7 +587,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "plain iterable": PlainIterable,
     "two": lambda: {"a": batches_of(Noisy()), "b": DataLoader(Noisy(samples=6), 2, shuffle=True)},
     "own and torch's": lambda: {
-        "a": TrainLoader(Order(1, 22), data(22).__getitem__, 22, 2),
+        "a": ResumableLoader(EpochSampler(1, 22), data(22).__getitem__, 22, 2),
         "b": DataLoader(Noisy(), 2),
     },
 }
@@ -674,9 +676,11 @@ def test_a_line_at_the_start_names_an_iterator(capsys: pytest.CaptureFixture[str
 class OverAndOver(L.LightningDataModule):
     """The project's own loaders with `overfit_batches`."""
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> ResumableLoader:
         kept = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
-        return TrainLoader(Order(1, 40), data(40).__getitem__, 40, 2, repeat_first_epoch=kept)
+        return ResumableLoader(
+            EpochSampler(1, 40), data(40).__getitem__, 40, 2, repeat_first_epoch=kept
+        )
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(data(4))
@@ -815,7 +819,7 @@ class Labelled(L.LightningDataModule):
     def __init__(self, sha: str = "ab", samples: int = 22, classes: str = "cat dog") -> None:
         super().__init__()
         self.samples = samples
-        self.resolved = {"file": "here", "sha256": sha, "class_names": classes.split()}
+        self.provenance = {"file": "here", "sha256": sha, "class_names": classes.split()}
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(data(self.samples), 2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import EMA, Checkpoint, ExactResume
-from ravine.callbacks.checkpointing.graceful_stop import GracefulStop, Interrupted
+from ravine.callbacks.checkpointing.graceful_stop import GracefulStop, SignalInterrupt
 from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, find_damage
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
@@ -77,8 +77,8 @@ def fit(run: L.Trainer, ckpt: str | None = None) -> Net:
     return net
 
 
-def interrupted(run: L.Trainer) -> Interrupted:
-    with pytest.raises(Interrupted) as stopped:
+def interrupted(run: L.Trainer) -> SignalInterrupt:
+    with pytest.raises(SignalInterrupt) as stopped:
         fit(run)
     return stopped.value
 
@@ -151,7 +151,7 @@ def test_where_nothing_is_trained_it_stops_at_once_and_says_so(
             "stopped by SIGTERM before the first step: nothing was saved" in capfd.readouterr().err
         )
     run = trainer(tmp_path, Send("on_validation_batch_start", 2))
-    with pytest.raises(Interrupted) as stopped:
+    with pytest.raises(SignalInterrupt) as stopped:
         run.validate(Net(), DataLoader(TensorDataset(torch.ones(9, 4))), verbose=False)
     assert stopped.value.code == 130
     assert "\nstopped by SIGINT\n" in capfd.readouterr().err
@@ -200,7 +200,7 @@ def stop_one_of_two(folder: str, hook: str, at: int, rank: int) -> tuple:
     run = trainer(Path(folder), send, devices=2, strategy="ddp", max_steps=2000)
     try:
         net = fit(run)
-    except Interrupted as stop:
+    except SignalInterrupt as stop:
         net, code, path = run.lightning_module, stop.code, stop.checkpoint
         return code, path, run.global_step, [w.tolist() for w in weights(net)]
     return "not stopped", len(weights(net))

@@ -14,7 +14,7 @@ from external_modules.net_in_init import NetInInit
 from ranks import started
 
 from ravine.callbacks import Checkpoint, ExactResume, GracefulStop
-from ravine.callbacks.checkpointing.graceful_stop import Interrupted
+from ravine.callbacks.checkpointing.graceful_stop import SignalInterrupt
 from ravine.strategies import AtomicCheckpointIO, MeshStrategy
 from ravine.strategies.checkpoint import sharded
 from ravine.strategies.checkpoint.atomic_io import latest_valid_checkpoint
@@ -96,7 +96,7 @@ def run(folder, name):
     try:
         trainer.fit(NetInInit(batch_size=4))
         status, written = 0, None
-    except Interrupted as stop:
+    except SignalInterrupt as stop:
         status, written = stop.code, stop.checkpoint
     except Exception:
         traceback.print_exc()  # as Python does, and ends with 1

@@ -20,7 +20,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ravine.callbacks import FrechetDistance, Samples
+from ravine.callbacks import FrechetDistance, GenerateSamples
 from ravine.callbacks.frechet import callback as frechet_callback
 from ravine.callbacks.frechet import inception
 from ravine.callbacks.frechet.distributed_features import FeatureExtractorPool, proportional_labels
@@ -45,7 +45,7 @@ class Random(nn.Module):
         features[:, : self.dead] = 3.0
         return features
 
-    def logits(self, features):
+    def compute_logits(self, features):
         return features
 
 
@@ -56,7 +56,7 @@ class Painter(L.LightningModule):
         super().__init__()
         self.line, self.size, self.bright = nn.Linear(1, 1), size, bright
 
-    def sample_images(self, index, labels=None):
+    def generate_images(self, index, labels=None):
         return torch.stack([paint(int(i) + 10_000, self.size, self.bright) for i in index])
 
     def validation_step(self, batch, index):
@@ -76,7 +76,7 @@ class Pictures(L.LightningDataModule):
         super().__init__()
         self.counts, self.size = {"train": train, "test": test}, size
 
-    def pictures(self, part):
+    def get_split(self, part):
         first = 0 if part == "train" else 5_000
         images = [paint(i, self.size) for i in range(first, first + self.counts[part])]
         return torch.stack(images), torch.arange(len(images)) % 4
@@ -256,10 +256,12 @@ def test_a_rank_deficient_covariance_gives_a_finite_number_near_the_singular_val
 
 
 def on_ranks(world: int, dead: int, width: int) -> dict[str, float]:
-    callback = FrechetDistance(Random(dead, width), n=90, batch_size=20, cache=f"cache{world}")
+    callback = FrechetDistance(
+        Random(dead, width), num_samples=90, batch_size=20, cache_dir=f"cache{world}"
+    )
     found = measured(callback, world=world)
     assert float(found["logged"]["val/fd_random"]) == pytest.approx(found["val/fd_random"])
-    return {k: found[f"val/{k}"] for k in ("fd_random", "fd_random_floor", "kd_random")}
+    return {k: found[f"val/{k}"] for k in ("fd_random", "fd_random_real_baseline", "kd_random")}
 
 
 @pytest.mark.parametrize(("dead", "width"), [(0, D), (3, D), (3, 128)])
@@ -275,26 +277,31 @@ def test_any_number_of_ranks_gives_the_same_bits(
 
 
 def test_the_callback_says_what_the_formula_says_of_the_same_images() -> None:
-    data, callback = Pictures(train=200, test=130), FrechetDistance(Random(), n=100, batch_size=32)
+    data, callback = (
+        Pictures(train=200, test=130),
+        FrechetDistance(Random(), num_samples=100, batch_size=32),
+    )
     found = measured(callback, Painter(bright=200), data)
-    extract, (real, _), (test, _) = Random(), data.pictures("train"), data.pictures("test")
+    extract, (real, _), (test, _) = Random(), data.get_split("train"), data.get_split("test")
     drawn = torch.stack([paint(i + 10_000, bright=200) for i in range(100)])
     assert found["val/fd_random"] == pytest.approx(distance(extract(drawn), extract(real)))
     chosen = mixed(130)[:100]
     floor = distance(extract(test[chosen]), extract(real))
-    assert found["val/fd_random_floor"] == pytest.approx(floor)
-    assert found["val/fd_random_ratio"] == pytest.approx(found["val/fd_random"] / floor)
+    assert found["val/fd_random_real_baseline"] == pytest.approx(floor)
+    assert found["val/fd_random_over_baseline"] == pytest.approx(found["val/fd_random"] / floor)
     kernel = kernel_distance(extract(drawn), extract(real[mixed(200)])[:100])
     assert found["val/kd_random"] == pytest.approx(float(kernel))
-    assert found["val/fd_random_n"] == 100
+    assert found["val/fd_random_num_samples"] == 100
     assert found["val/fd_random_images_per_second"] > 0
     assert set(found["logged"]) == {*found} - {"logged"} | {"val/loss"}
 
 
 def test_a_reference_is_so_many_of_the_training_images_drawn_from_all() -> None:
     data = Sorted(200, 60)
-    found = measured(FrechetDistance(Random(), n=40, reference=60), Painter(bright=200), data)
-    real, extract = data.pictures("train")[0][mixed(200)[:60]], Random()
+    found = measured(
+        FrechetDistance(Random(), num_samples=40, num_real_images=60), Painter(bright=200), data
+    )
+    real, extract = data.get_split("train")[0][mixed(200)[:60]], Random()
     drawn = torch.stack([paint(i + 10_000, bright=200) for i in range(40)])
     assert found["val/fd_random"] == pytest.approx(distance(extract(drawn), extract(real)))
 
@@ -311,15 +318,17 @@ def test_the_floor_is_the_mean_over_disjoint_draws_of_the_test_images(
 
     data, n = Sorted(400, 130), 40
     with caplog.at_level("INFO"):
-        found = measured(FrechetDistance(Seeing(), n=n, batch_size=16), data=data)
-    (real, _), (test, labels), extract = data.pictures("train"), data.pictures("test"), Random()
+        found = measured(FrechetDistance(Seeing(), num_samples=n, batch_size=16), data=data)
+    (real, _), (test, labels), extract = data.get_split("train"), data.get_split("test"), Random()
     draws = mixed(130)[: 3 * n].split(n)
     floors = [distance(extract(test[draw]), extract(real)) for draw in draws]
-    assert found["val/fd_random_floor"] == pytest.approx(sum(floors) / 3)
-    assert found["val/fd_random_ratio"] == pytest.approx(found["val/fd_random"] * 3 / sum(floors))
+    assert found["val/fd_random_real_baseline"] == pytest.approx(sum(floors) / 3)
+    assert found["val/fd_random_over_baseline"] == pytest.approx(
+        found["val/fd_random"] * 3 / sum(floors)
+    )
     assert max(floors) > 1.02 * min(floors)  # one of them would not do
     kernels = [kernel_distance(extract(test[d]), extract(real[mixed(400)])[:n]) for d in draws]
-    assert found["val/kd_random_floor"] == pytest.approx(float(sum(kernels)) / 3)
+    assert found["val/kd_random_real_baseline"] == pytest.approx(float(sum(kernels)) / 3)
     looked_at = torch.cat(seen).flatten(1).unique(dim=0, return_counts=True)
     tested = test[torch.cat(draws)].flatten(1)
     for image in tested:  # a class comes after another, and none twice
@@ -337,7 +346,7 @@ def test_there_are_as_many_draws_as_the_test_images_allow_up_to_ten(
     test: int, draws: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        measured(FrechetDistance(Random(), n=64), data=Pictures(test=test))
+        measured(FrechetDistance(Random(), num_samples=64), data=Pictures(test=test))
     said = re.findall(
         r"real test images are [\d.]+ \((\d+) draws, [\d.]+ to [\d.]+\) away", caplog.text
     )
@@ -370,10 +379,10 @@ UNPUBLISHED = "is not the published InceptionV3"
 @pytest.mark.filterwarnings("ignore:FrechetDistance")
 def test_the_distance_in_inceptions_features_is_that_of_torch_fidelity(weights: Path) -> None:
     data, painter = Pictures(train=80, test=40), Painter(bright=180)
-    callback = FrechetDistance(layer=64, weights=str(weights), n=40, batch_size=20)
+    callback = FrechetDistance(layer=64, weights=str(weights), num_samples=40, batch_size=20)
     with pytest.warns(UserWarning, match=UNPUBLISHED):
         found = measured(callback, painter, data)
-    real, drawn = data.pictures("train")[0], painter.sample_images(torch.arange(40))
+    real, drawn = data.get_split("train")[0], painter.generate_images(torch.arange(40))
     theirs = official(
         drawn.expand(-1, 3, -1, -1), real.expand(-1, 3, -1, -1),
         feature_extractor="inception-v3-compat", feature_layer_fid="64",
@@ -399,7 +408,7 @@ def test_fid_is_of_2048_features_finite_and_leaves_no_inception_behind(
             return super().to(device)
 
     monkeypatch.setattr(frechet_callback, "Inception", Watched)
-    callback = FrechetDistance(weights=str(weights), n=4, batch_size=4)
+    callback = FrechetDistance(weights=str(weights), num_samples=4, batch_size=4)
     with pytest.warns(UserWarning, match="4 images and 2048 features: the covariance cannot have"):
         found = measured(callback, data=Pictures(train=4, test=4))
     assert 0 < found["val/fid"] < float("inf")
@@ -414,19 +423,23 @@ def test_what_is_known_of_the_real_images_is_kept_under_a_key_of_all_that_decide
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original = FrechetDistance._measured
-    monkeypatch.setattr(FrechetDistance, "_measured", lambda *a: calls.append(1) or original(*a))
+    original = FrechetDistance._compute_real
+    monkeypatch.setattr(
+        FrechetDistance, "_compute_real", lambda *a: calls.append(1) or original(*a)
+    )
     extractor, folder = Random(), str(tmp_path / "kept")
 
     def again(train=80, test=64, **changes):
-        callback = FrechetDistance(**({"extractor": extractor, "n": 40, "cache": folder} | changes))
+        callback = FrechetDistance(
+            **({"extractor": extractor, "num_samples": 40, "cache_dir": folder} | changes)
+        )
         return measured(callback, data=Pictures(train, test))["val/fd_random"]
 
     first = again()
     assert again() == first
     assert len(calls) == 1
-    again(n=30)
-    again(reference=60)
+    again(num_samples=30)
+    again(num_real_images=60)
     with torch.no_grad():
         extractor.weight[0, 0] += 1
     again()
@@ -455,7 +468,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_nothing_is_lost(
 
         monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.warns(UserWarning, match="the real images' statistics are not kept"):
-        found = measured(FrechetDistance(Random(), n=40, cache=str(cache)))
+        found = measured(FrechetDistance(Random(), num_samples=40, cache_dir=str(cache)))
     assert found["val/fd_random"] > 0
     assert cache.read_bytes() == b"mine" if why == "a file" else not list(cache.iterdir())
 
@@ -475,7 +488,9 @@ class Brightness(nn.Module):
 
 def test_extractors_without_parameters_do_not_share_what_is_kept(tmp_path: Path) -> None:
     def of(power: float, cache: str) -> float:
-        callback = FrechetDistance(Brightness(power), n=40, cache=str(tmp_path / cache))
+        callback = FrechetDistance(
+            Brightness(power), num_samples=40, cache_dir=str(tmp_path / cache)
+        )
         return measured(callback, Painter(bright=200))["val/fd_brightness"]
 
     of(1.0, "shared")
@@ -487,7 +502,7 @@ class Sorted(Pictures):
 
     mixed = False
 
-    def pictures(self, part):
+    def get_split(self, part):
         labels = torch.arange(self.counts[part]) * 4 // self.counts[part]
         first = 0 if part == "train" else 5_000
         images = torch.stack([paint(i, 8, 60 * (int(c) + 1)) for i, c in enumerate(labels, first)])
@@ -498,7 +513,7 @@ class Sorted(Pictures):
 class Labelled(Painter):
     """As bright as its label says."""
 
-    def sample_images(self, index, labels=None):
+    def generate_images(self, index, labels=None):
         pairs = zip(index.tolist(), labels.tolist(), strict=True)
         return torch.stack([paint(i + 10_000, 8, 60 * (c + 1)) for i, c in pairs])
 
@@ -508,9 +523,9 @@ def test_the_kernel_distance_does_not_hang_on_the_order_of_the_images() -> None:
     for mixed in (False, True):
         data = Sorted(400, 100)
         data.mixed = mixed
-        found.append(measured(FrechetDistance(Brightness(1), n=100), Labelled(), data))
+        found.append(measured(FrechetDistance(Brightness(1), num_samples=100), Labelled(), data))
     one, other = (each["val/kd_brightness"] for each in found)
-    apart = measured(FrechetDistance(Brightness(1), n=100), Painter(bright=60), data)
+    apart = measured(FrechetDistance(Brightness(1), num_samples=100), Painter(bright=60), data)
     assert abs(one - other) < 0.1 * apart["val/kd_brightness"]
 
 
@@ -518,19 +533,19 @@ def test_samples_are_drawn_with_the_labels_of_the_data() -> None:
     """A painter whose brightness is its label is near; with its labels rolled on, it is not."""
 
     class Rolled(Labelled):
-        def sample_images(self, index, labels=None):
-            return super().sample_images(index, labels.div(2, rounding_mode="floor"))
+        def generate_images(self, index, labels=None):
+            return super().generate_images(index, labels.div(2, rounding_mode="floor"))
 
-    data, callback = Sorted(400, 100), FrechetDistance(Brightness(1), n=100)
-    near = measured(callback, Labelled(), data)["val/fd_brightness_ratio"]
-    assert near < 3 < measured(callback, Rolled(), data)["val/fd_brightness_ratio"]
+    data, callback = Sorted(400, 100), FrechetDistance(Brightness(1), num_samples=100)
+    near = measured(callback, Labelled(), data)["val/fd_brightness_over_baseline"]
+    assert near < 3 < measured(callback, Rolled(), data)["val/fd_brightness_over_baseline"]
 
 
 def test_no_more_features_are_held_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     held, cat = [], torch.cat
     monkeypatch.setattr(torch, "cat", lambda parts, *a: held.extend(parts) or cat(parts, *a))
     work = FeatureExtractorPool(L.Trainer(accelerator="cpu"), Random(), 32, torch.device("cpu"))
-    real = Pictures(train=128).pictures("train")[0]
+    real = Pictures(train=128).get_split("train")[0]
     for keep in (0, 40, 200):
         _, features = work.compute_moments(lambda i: real[i], 128, None, keep)
         assert torch.equal(features, Random()(real)[:keep])
@@ -557,7 +572,7 @@ def fit(callback: L.Callback, **more: int) -> None:
     trainer.fit(Trained(), datamodule=Pictures())
 
 
-@pytest.mark.parametrize("callback", [FrechetDistance(Random()), Samples()])
+@pytest.mark.parametrize("callback", [FrechetDistance(Random()), GenerateSamples()])
 def test_a_fit_without_validation_is_refused(callback: L.Callback) -> None:
     with pytest.raises(ValueError, match=r"this fit has none; allowed: .*--data.val_fraction=0.05"):
         fit(callback, limit_val_batches=0, max_steps=1)
@@ -570,7 +585,7 @@ def test_the_real_images_are_read_once_a_run(monkeypatch: pytest.MonkeyPatch) ->
         frechet_callback, "fingerprint_tensors", lambda *a: seen.append(len(a)) or original(*a)
     )
     monkeypatch.setattr(FrechetDistance, "_measure", lambda *a: distances.append(measure(*a)))
-    fit(FrechetDistance(Random(), n=64), max_epochs=3)
+    fit(FrechetDistance(Random(), num_samples=64), max_epochs=3)
     assert (len(distances), len(seen)) == (3, 3)  # of the extractor, and of either part
 
 
@@ -582,7 +597,7 @@ def test_labels_are_asked_for_in_the_proportions_of_the_data() -> None:
 
 def test_the_extractors_accuracy_and_the_floor_are_said(capsys, caplog) -> None:
     with caplog.at_level("INFO"):
-        measured(FrechetDistance(Random(), n=64))
+        measured(FrechetDistance(Random(), num_samples=64))
     assert "64 real test images are" in caplog.text
     assert "right on" in caplog.text
 
@@ -593,12 +608,12 @@ class Nothing(L.LightningModule):
 
 
 class Floats(Painter):
-    def sample_images(self, index, labels=None):
+    def generate_images(self, index, labels=None):
         return torch.rand(len(index), 1, 8, 8)
 
 
 class Few(Painter):
-    def sample_images(self, index, labels=None):
+    def generate_images(self, index, labels=None):
         return paint(0)[None]
 
 
@@ -610,22 +625,28 @@ class NotFinite(Random):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"module": Nothing()}, r"a method sample_images\(index, labels\), and Nothing has none"),
-        ({"data": L.LightningDataModule()}, r"a method pictures\(.train.\), and Lightning"),
-        ({"module": Floats()}, "sample_images of Floats gave torch.float32 of shape .*to_uint8"),
-        ({"module": Few()}, "sample_images of Few gave 1 images of 64 asked for"),
-        ({"callback": FrechetDistance(NotFinite(), n=64)}, "NotFinite gave features that are not"),
-        ({"callback": FrechetDistance(nn.Identity(), n=64)}, r"Identity made \(96, 1, 8, 8\) of"),
+        ({"module": Nothing()}, r"a method generate_images\(index, labels\), and Nothing has none"),
+        ({"data": L.LightningDataModule()}, r"a method get_split\(.train.\), and Lightning"),
+        ({"module": Floats()}, "generate_images of Floats gave torch.float32 of shape .*to_uint8"),
+        ({"module": Few()}, "generate_images of Few gave 1 images of 64 asked for"),
+        (
+            {"callback": FrechetDistance(NotFinite(), num_samples=64)},
+            "NotFinite gave features that are not",
+        ),
+        (
+            {"callback": FrechetDistance(nn.Identity(), num_samples=64)},
+            r"Identity made \(96, 1, 8, 8\) of",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(arguments, text: str) -> None:
-    arguments = {"callback": FrechetDistance(Random(), n=64)} | arguments
+    arguments = {"callback": FrechetDistance(Random(), num_samples=64)} | arguments
     with pytest.raises(ValueError, match=text) as error:
         measured(**arguments)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("bad", [{"n": 1}, {"reference": 1}, {"batch_size": 0}])
+@pytest.mark.parametrize("bad", [{"num_samples": 1}, {"num_real_images": 1}, {"batch_size": 0}])
 def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
     (name,) = bad
     with pytest.raises(ValueError, match=rf"{name} is {bad[name]}; allowed: .*callbacks.{name}="):
@@ -633,8 +654,9 @@ def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
 
 
 def test_more_samples_than_test_images_are_said_to_have_another_floor() -> None:
-    with pytest.warns(UserWarning, match=r"floor is of 20 real test images .* --trainer.*\.n=20"):
-        measured(FrechetDistance(Random(), n=64), data=Pictures(test=20))
+    message = r"baseline is of 20 real test images .* --trainer.*\.num_samples=20"
+    with pytest.warns(UserWarning, match=message):
+        measured(FrechetDistance(Random(), num_samples=64), data=Pictures(test=20))
 
 
 def test_missing_weights_are_answered_with_the_file_and_its_place(
@@ -674,7 +696,7 @@ def test_a_download_with_another_checksum_is_not_taken(
 ) -> None:
     (tmp_path / "wrong.pth").write_bytes(b"something else")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(inception, "URL", (tmp_path / "wrong.pth").as_uri())
+    monkeypatch.setattr(inception, "WEIGHTS_URL", (tmp_path / "wrong.pth").as_uri())
     with pytest.raises(FileNotFoundError, match="invalid hash value"):
         inception.locate_inception_weights()
     assert not list((tmp_path / "hub").rglob("*.pth"))

@@ -19,14 +19,14 @@ from ravine.callbacks import (
     ExactResume,
     GradientClipping,
     LoRA,
-    MemoryTable,
+    MemoryMonitor,
     OptimizerPlan,
     Pretrained,
     Quantization,
 )
-from ravine.callbacks.lora import adapters, merge
+from ravine.callbacks.lora import lora_layers, merge_lora
 from ravine.callbacks.quantization.layers import QuantizedLinear
-from ravine.callbacks.transforms.base import reapply
+from ravine.callbacks.transforms.base import apply_saved_transforms
 from ravine.strategies import MeshStrategy
 
 pytestmark = [
@@ -149,13 +149,13 @@ def test_a_foreign_module_trains_resumes_and_is_exported_plain(tmp_path, kind):
     L.seed_everything(0, verbose=False)
     reader = kind()  # the same base
     reader.configure_model()
-    reapply(reader, checkpoint)
+    apply_saved_transforms(reader, checkpoint)
     reader.load_state_dict(checkpoint["state_dict"])
     batch = next(iter(module.loader()))[0]
     net = (lambda m: m.net(batch)) if kind is NetInInit else (lambda m: m(batch))
     expected = net(module)
     assert torch.equal(net(reader), expected)
-    merge(reader)
+    merge_lora(reader)
     plain = kind()
     plain.configure_model()
     plain.load_state_dict(reader.state_dict())
@@ -174,7 +174,7 @@ def test_the_base_is_frozen_and_only_adapters_have_optimizer_state():
 def test_a_module_that_steps_by_hand_trains_its_adapters():
     with pytest.warns(UserWarning, match="no adapter of critic is used in validation"):
         module, _ = fit(TwoOptimizers, LoRA(["predictor.2", "critic.2"], rank=1), steps=4)
-    for layer in adapters(module).values():
+    for layer in lora_layers(module).values():
         assert layer.lora_b.abs().max() > 0
 
 
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_a_pretrained_module_holds_adapters_and_the_identity_of_
     resumed, _ = tuned(base, resume=tmp_path / "cut.ckpt")
     assert furthest(whole(straight), whole(resumed)) == 0
     reader = NetInInit()
-    reapply(reader, checkpoint)  # from the base's file
+    apply_saved_transforms(reader, checkpoint)  # from the base's file
     reader.load_state_dict(checkpoint["state_dict"])
     assert all(torch.equal(reader.state_dict()[name], value) for name, value in weights.items())
 
@@ -249,7 +249,7 @@ def test_resuming_when_the_bases_file_is_gone_names_it(base, tmp_path):
     tuned(base, save=tmp_path / "cut.ckpt")
     base.unlink()
     with pytest.raises(FileNotFoundError, match=r"in .*base\.ckpt, and from /"):
-        reapply(NetInInit(), torch.load(tmp_path / "cut.ckpt", weights_only=True))
+        apply_saved_transforms(NetInInit(), torch.load(tmp_path / "cut.ckpt", weights_only=True))
     with pytest.raises(ValueError, match=r"belong to other weights: .*base\.ckpt"):
         tuned(base, resume=tmp_path / "cut.ckpt")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*base\.ckpt"):
@@ -289,8 +289,10 @@ def test_other_bits_are_refused(tmp_path):
     fit(NetInInit, Quantization(), SaveAt(tmp_path / "cut.ckpt", 3))
     with pytest.raises(ValueError, match=r"weight_codes is torch\.uint8 .* here \(int8, double"):
         fit(NetInInit, Quantization("int8"), resume=tmp_path / "cut.ckpt")
-    with pytest.raises(ValueError, match=r"weight_scales is torch\.int8 .*double=False\).*double="):
-        fit(NetInInit, Quantization(double=False), resume=tmp_path / "cut.ckpt")
+    with pytest.raises(
+        ValueError, match=r"weight_scales is torch\.int8 .*double_quant=False\).*double_quant="
+    ):
+        fit(NetInInit, Quantization(double_quant=False), resume=tmp_path / "cut.ckpt")
 
 
 def evaluated(file, *callbacks):
@@ -418,8 +420,8 @@ def test_on_transfer_learning_the_base_is_adapted_and_the_new_head_trains(capsys
     module, _ = fit(Transfer, LoRA(), ExactResume(), validate=0)
     now = whole(module)
     assert not torch.equal(now["classifier.weight"], before["classifier.weight"])
-    assert all(layer.lora_b.abs().max() > 0 for layer in adapters(module).values())
-    assert set(adapters(module)) == {"net.0", "net.2"}
+    assert all(layer.lora_b.abs().max() > 0 for layer in lora_layers(module).values())
+    assert set(lora_layers(module)) == {"net.0", "net.2"}
     assert torch.equal(now["net.0.weight"], before["net.0.weight"])
     said = capsys.readouterr().out
     assert "LoRA: rank 8, but 4 for net.0, 1 for net.2: the thinner side of the layer" in said
@@ -428,7 +430,7 @@ def test_on_transfer_learning_the_base_is_adapted_and_the_new_head_trains(capsys
 
 def test_quantized_and_adapted_a_frozen_base_leaves_the_new_head_to_train():
     module, _ = fit(Transfer, Quantization("int8", targets="net.*"), LoRA(), validate=0, steps=2)
-    assert set(adapters(module)) == {"net.0", "net.2"}
+    assert set(lora_layers(module)) == {"net.0", "net.2"}
     assert module.classifier.weight.requires_grad
 
 
@@ -535,14 +537,14 @@ def test_a_fixed_reference_is_quantized_with_the_argument_for_it():
         def on_train_batch_end(self, *_):
             pass
 
-    fixed = Quantization("int8", targets=["net.*", "teacher.*"], frozen_copies=True)
+    fixed = Quantization("int8", targets=["net.*", "teacher.*"], allow_frozen_copies=True)
     module, _ = fit(Fixed, fixed, LoRA(["net.*", "teacher.*"]), validate=0, steps=2)
     assert isinstance(module.teacher[0], QuantizedLinear)
 
 
 def test_by_default_hidden_matrices_are_adapted_and_not_the_head():
     module, _ = fit(NetInConfigureModel, LoRA(rank=2), steps=1)
-    assert list(adapters(module)) == ["layers.0", "layers.1"]
+    assert list(lora_layers(module)) == ["layers.0", "layers.1"]
     with pytest.raises(ValueError, match="BoringModel has no hidden matrix"):
         LoRA().transform(BoringModel())
 
@@ -579,7 +581,7 @@ def test_a_wrong_dropout_dtype_or_scheme_is_refused_at_once():
 
 
 def counted(strategy="auto", devices=1):
-    table = MemoryTable()
+    table = MemoryMonitor()
     fit(
         partial(NetInConfigureModel, width=64),
         *[LoRA(rank=2), Quantization(), table, OptimizerPlan(partial(torch.optim.AdamW, lr=0.05))],
@@ -619,7 +621,7 @@ class Mixed(L.LightningModule):
 def test_by_default_what_takes_no_adapter_is_left_alone():
     module = Mixed()
     LoRA(rank=2).transform(module)
-    assert list(adapters(module)) == ["attend", "mix"]
+    assert list(lora_layers(module)) == ["attend", "mix"]
 
 
 def test_a_rank_of_a_pipeline_leaves_out_what_is_frozen_on_others(tmp_path):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ravine.callbacks.lora import adapt_module, adapters, lora_disabled, merge
+from ravine.callbacks.lora import inject_lora, lora_disabled, lora_layers, merge_lora
 from ravine.callbacks.lora.callback import default_lora_targets
 from ravine.callbacks.transforms.layer_selection import find_frozen_copies
 
@@ -32,7 +32,7 @@ def conv(**how):
 LAYERS = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 8)), (5, 3, 6), {}),
     "linear without batch": (lambda: nn.Sequential(nn.Linear(6, 8, bias=False)), (6,), {}),
-    "fused": (lambda: nn.Sequential(nn.Linear(6, 12)), (5, 6), {"split": {"0": 3}}),
+    "fused": (lambda: nn.Sequential(nn.Linear(6, 12)), (5, 6), {"num_blocks": {"0": 3}}),
     "embedding": (lambda: nn.Sequential(nn.Embedding(9, 6, padding_idx=2)), None, {}),
     "conv": (conv, (2, 4, 7, 7), {}),
     "reflect": (lambda: conv(padding=2, padding_mode="reflect", stride=2), (2, 4, 7, 7), {}),
@@ -49,7 +49,7 @@ def made(name, dtype=DOUBLE, rank=2):
     net = make().to(dtype)
     x = torch.randint(9, (5, 3)) if shape is None else torch.randn(shape, dtype=dtype)
     before = net(x)
-    adapt_module(net, "0", rank=rank, **how)
+    inject_lora(net, "0", rank=rank, **how)
     return net, x, before
 
 
@@ -67,7 +67,7 @@ def test_merged_equals_unmerged_and_class_and_keys_are_as_before(name):
         net, x, before = made(name, dtype)
         adapted = randomized(net)(x)
         assert (adapted - before).abs().max() > 0.01
-        assert merge(net) == ["0"]
+        assert merge_lora(net) == ["0"]
         assert (net(x) - adapted).abs().max() <= limit * max(1, adapted.abs().max())
         plain = make().to(dtype)
         assert type(net[0]) is type(plain[0])
@@ -96,7 +96,7 @@ def test_forward_and_adapter_gradients_equal_pefts(name, rslora):
     layer = make().double()
     twin = make().double()
     twin.load_state_dict(layer.state_dict())
-    adapt_module(layer, "0", rank=2, alpha=5.0, rank_stabilized=rslora)
+    inject_lora(layer, "0", rank=2, alpha=5.0, rank_stabilized=rslora)
     other, a, b = theirs(randomized(layer), twin[0], 2, 5, rslora)
     x = torch.randint(9, (5, 3)) if shape is None else torch.randn(shape, dtype=DOUBLE)
     ours, peftly = layer(x), other(x)
@@ -111,14 +111,14 @@ def test_forward_and_adapter_gradients_equal_pefts(name, rslora):
 
 def test_a_fused_qkv_is_three_layers_side_by_side():
     fused = nn.Sequential(nn.Linear(6, 12)).double()
-    adapt_module(fused, "0", rank=2, split={"0": 3})
+    inject_lora(fused, "0", rank=2, num_blocks={"0": 3})
     randomized(fused)
     parts = []
     for i in range(3):
         part = nn.Sequential(nn.Linear(6, 4)).double()
         part[0].weight.data = fused[0].weight.data[4 * i : 4 * i + 4]
         part[0].bias.data = fused[0].bias.data[4 * i : 4 * i + 4]
-        adapt_module(part, "0", rank=2)
+        inject_lora(part, "0", rank=2)
         part[0].lora_a.data = fused[0].lora_a.data[2 * i : 2 * i + 2]
         part[0].lora_b.data = fused[0].lora_b.data[4 * i : 4 * i + 4]
         parts.append(part)
@@ -133,14 +133,14 @@ def trained(module):
 
 def test_trainable_parameters_are_the_sum_of_r_times_inputs_plus_outputs():
     net = nn.Sequential(nn.Linear(6, 8), nn.Conv2d(4, 6, 3), nn.Embedding(9, 5))
-    adapt_module(net, "*", rank=2, ranks={"1": 3})
+    inject_lora(net, "*", rank=2, ranks={"1": 3})
     assert trained(net) == 2 * (6 + 8) + 3 * (4 * 9 + 6) + 2 * (9 + 5)
 
 
 def test_the_lectures_matrix_of_16_8_million_trains_131_thousand():
     layer = nn.Sequential(nn.Linear(4096, 4096, bias=False))
     assert trained(layer) == 16_777_216
-    adapt_module(layer, "0", rank=16)
+    inject_lora(layer, "0", rank=16)
     assert trained(layer) == 131_072
 
 
@@ -148,7 +148,7 @@ def test_adapters_are_drawn_by_their_names_and_leave_the_generators_alone():
     nets = [nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)) for _ in range(2)]
     for net in nets:
         state = torch.get_rng_state()
-        adapt_module(net, "*", rank=2)
+        inject_lora(net, "*", rank=2)
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(nets[0][0].lora_a, nets[1][0].lora_a)
     assert nets[0][0].lora_a.abs().max() <= 1 / math.sqrt(6)
@@ -186,7 +186,7 @@ def test_the_padding_row_of_an_embedding_never_moves():
 
 def test_adapters_are_stored_in_float32_in_a_bfloat16_net_and_stay_so_when_it_is_cast():
     net = nn.Sequential(nn.Linear(6, 8)).bfloat16()
-    adapt_module(net, "0", rank=2)
+    inject_lora(net, "0", rank=2)
     values = net[0].lora_a.clone()
     net.to(torch.bfloat16)
     assert net[0].lora_a.dtype == net[0].lora_b.dtype == torch.float32
@@ -198,7 +198,7 @@ def test_adapters_are_stored_in_float32_in_a_bfloat16_net_and_stay_so_when_it_is
 
 def test_adapters_multiply_in_the_dtype_asked_for():
     net = nn.Sequential(nn.Linear(6, 8))
-    adapt_module(net, "0", rank=2, dtype=torch.bfloat16)
+    inject_lora(net, "0", rank=2, dtype=torch.bfloat16)
     randomized(net)
     x = torch.randn(3, 6)
     with lora_disabled(net):
@@ -221,7 +221,7 @@ def test_autocast_multiplies_adapters_as_it_does_their_layer():
 
 def test_dropout_acts_on_the_adapter_alone_and_in_training_alone():
     net = nn.Sequential(nn.Linear(6, 8))
-    adapt_module(net, "0", rank=2, dropout=0.999999)
+    inject_lora(net, "0", rank=2, dropout=0.999999)
     randomized(net)
     x = torch.randn(3, 6)
     with lora_disabled(net):
@@ -235,10 +235,10 @@ def test_merging_one_of_two_tied_layers_leaves_the_other_as_it_was(which):
     net = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)).double()
     net[1].weight = net[0].weight
     targets = {"embed": "0", "head": "1", "both": "*"}[which]
-    adapt_module(net, targets, rank=2)
+    inject_lora(net, targets, rank=2)
     ids = torch.arange(9)
     expected = randomized(net)(ids)
-    merge(net)
+    merge_lora(net)
     assert (net(ids) - expected).abs().max() <= 1e-12
     assert net[1].weight is not net[0].weight
 
@@ -254,7 +254,7 @@ def test_torchs_attention_equals_its_dense_merged_self_in_train_and_eval(how, tr
     net = attention(**how).train(train)
     x = torch.randn(2, 5, 8, dtype=DOUBLE)
     before, _ = net["attend"](x, x, x)
-    adapt_module(net, "attend", rank=2)
+    inject_lora(net, "attend", rank=2)
     assert trained(net) == 2 * (3 * (8 + 8) + (8 + 8))
     assert torch.equal(net["attend"](x, x, x)[0], before)
     randomized(net)
@@ -263,7 +263,7 @@ def test_torchs_attention_equals_its_dense_merged_self_in_train_and_eval(how, tr
     assert all(p.grad.abs().max() > 0 for n, p in net.named_parameters() if "lora_" in n)
     with torch.no_grad():
         fast, _ = net["attend"](x, x, x, need_weights=False)
-    merge(net)
+    merge_lora(net)
     dense, _ = net["attend"](x, x, x)
     assert (y - before).abs().max() > 0.01
     assert (y - dense).abs().max() <= 1e-12
@@ -274,7 +274,7 @@ def test_torchs_attention_equals_its_dense_merged_self_in_train_and_eval(how, tr
 
 def test_gradients_of_an_attention_equal_those_through_its_dense_weights():
     net = attention()
-    adapt_module(net, "attend", rank=2, alpha=3.0)
+    inject_lora(net, "attend", rank=2, alpha=3.0)
     randomized(net)
     x, layer = torch.randn(2, 5, 8, dtype=DOUBLE), net["attend"]
     layer(x, x, x)[0].square().sum().backward()
@@ -311,12 +311,12 @@ class Encoder(nn.Module):
 def test_an_encoder_layer_shows_its_adapters_when_evaluating_too(targets):
     net, x = Encoder().double(), torch.randn(2, 5, 8, dtype=DOUBLE)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    adapt_module(net, targets, rank=2)
+    inject_lora(net, targets, rank=2)
     randomized(net)
     train = net(x)
     with torch.no_grad():
         evaluated, padded = net.eval()(x), net(x, padding)
-    names = merge(net)
+    names = merge_lora(net)
     with torch.no_grad():
         dense, dense_padded = net(x), net(x, padding)
     assert names
@@ -360,7 +360,7 @@ BAD = {
         {"targets": ["attend"], "dropout": 0.1}, "no dropout before it",
     ),
     "parts that do not divide": (
-        {"targets": ["query"], "split": {"query": 3}}, "3 parts do not divide the 8 outputs",
+        {"targets": ["query"], "num_blocks": {"query": 3}}, "3 parts do not divide the 8 outputs",
     ),
     "a rank for nothing": (
         {"targets": ["query"], "ranks": {"value": 2}}, r"LoRA\.ranks: 'value' matches nothing",
@@ -370,7 +370,10 @@ BAD = {
     ),
     "an embedding that rescales its rows": ({"targets": ["scaled"], "rank": 2}, "max_norm"),
     "a rank that is no number": ({"targets": ["query"], "rank": 2.5}, r"rank=2\.5 for query"),
-    "no parts": ({"targets": ["query"], "split": {"query": 0}}, r"split=0 for query; allowed:"),
+    "no parts": (
+        {"targets": ["query"], "num_blocks": {"query": 0}},
+        r"num_blocks=0 for query; allowed:",
+    ),
     "a scale of nothing": ({"targets": ["query"], "alpha": 0.0}, r"alpha=0\.0 is no scale"),
     "a scale that is no number": ({"targets": ["query"], "alpha": math.nan}, "alpha=nan"),
     "dropout of everything": ({"targets": ["query"], "dropout": 1.0}, r"dropout=1\.0 is outside"),
@@ -391,8 +394,8 @@ def test_a_mistake_is_named_and_changes_nothing(what):
     )
     arguments, words = BAD[what]
     with pytest.raises(ValueError, match=words):
-        adapt_module(net, **arguments)
-    assert adapters(net) == {}
+        inject_lora(net, **arguments)
+    assert lora_layers(net) == {}
     assert all(p.requires_grad for p in net.parameters())
 
 
@@ -407,13 +410,13 @@ def test_without_a_rank_each_layer_has_8_or_its_thinner_side():
             "stacked": nn.Linear(16, 12),
         }
     )
-    adapt_module(net, "*", split={"stacked": 3})
-    ranks = {name: layer.lora_rank for name, layer in adapters(net).items()}
+    inject_lora(net, "*", num_blocks={"stacked": 3})
+    ranks = {name: layer.lora_rank for name, layer in lora_layers(net).items()}
     expected = {"wide": 8, "thin": 3, "depthwise": 1, "grouped": 4, "table": 5, "stacked": 4}
     assert ranks == expected
     again = nn.ModuleDict({"wide": nn.Linear(16, 32), "thin": nn.Linear(16, 3)})
     with pytest.raises(ValueError, match="rank 8 for thin, a map from 16 to 3") as error:
-        adapt_module(again, "*", rank=8)
+        inject_lora(again, "*", rank=8)
     assert "wide" not in str(error.value)
 
 
@@ -435,16 +438,16 @@ class Transfer(nn.Module):
 @pytest.mark.parametrize("targets", [None, "base.*", ["base.0"]])
 def test_beside_a_frozen_base_what_trains_trains_on(targets):
     net = Transfer()
-    adapt_module(net, targets or default_lora_targets(net))
+    inject_lora(net, targets or default_lora_targets(net))
     hit = {"base.0", "base.2"} if targets != ["base.0"] else {"base.0"}
-    assert set(adapters(net)) == hit
+    assert set(lora_layers(net)) == hit
     new = {name for name, _ in net.named_parameters() if not name.startswith("base")}
     assert learning(net) == new | {f"{name}.lora_{key}" for name in hit for key in "ab"}
 
 
 def test_a_layer_named_outside_the_base_is_adapted_and_frozen_itself():
     net = Transfer()
-    adapt_module(net, ["base.0", "classifier.0"])
+    inject_lora(net, ["base.0", "classifier.0"])
     free = {"norm.weight", "norm.bias", "classifier.2.weight", "classifier.2.bias"}
     assert {name for name in learning(net) if "lora_" not in name} == free
 
@@ -462,13 +465,13 @@ def test_a_net_and_its_frozen_copy_have_the_same_adapters_or_none():
     net = Taught()
     assert find_frozen_copies(net) == {"teacher": "net"}
     assert default_lora_targets(net) == ["net.0", "net.2", "teacher.0", "teacher.2"]
-    adapt_module(net, default_lora_targets(net))
+    inject_lora(net, default_lora_targets(net))
     shapes = [[p.shape for p in part.parameters()] for part in (net.net, net.teacher)]
     assert shapes[0] == shapes[1]
-    assert [layer.lora_is_copy for layer in adapters(net).values()] == [False, False, True, True]
+    assert [layer.lora_is_copy for layer in lora_layers(net).values()] == [False, False, True, True]
     for targets in ("net.*", "teacher.*", ["net.0", "teacher.2"]):
         with pytest.raises(ValueError, match=r"teacher is a frozen copy of net.*\[net\.\*,teacher"):
-            adapt_module(Taught(), targets)
+            inject_lora(Taught(), targets)
 
 
 def test_equal_shapes_alone_make_no_copy_of_one_layer():
@@ -481,14 +484,14 @@ def test_equal_shapes_alone_make_no_copy_of_one_layer():
 
 def test_a_layer_is_adapted_once():
     net = nn.Sequential(nn.Linear(6, 8))
-    adapt_module(net, "0", rank=2)
+    inject_lora(net, "0", rank=2)
     with pytest.raises(ValueError, match="0 has an adapter already"):
-        adapt_module(net, "0", rank=2)
+        inject_lora(net, "0", rank=2)
 
 
 def test_what_trains_also_is_a_layer_or_a_parameter_and_the_rest_is_frozen():
     net = nn.ModuleDict({"a": nn.Linear(6, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
-    adapt_module(net, "a", rank=2, train_also=["b", "c.bias"])
+    inject_lora(net, "a", rank=2, train_also=["b", "c.bias"])
     names = {name for name, p in net.named_parameters() if p.requires_grad}
     assert names == {"a.lora_a", "a.lora_b", "b.weight", "b.bias", "c.bias"}
 
@@ -531,13 +534,13 @@ def test_a_layer_whose_change_could_not_be_merged_is_refused(what):
     make, words = UNLIKE[what]
     net = nn.Sequential(make())
     with pytest.raises(ValueError, match=f"LoRA: 0 .*{words}.*exclude=0"):
-        adapt_module(net, "0", rank=2)
-    assert adapters(net) == {}
+        inject_lora(net, "0", rank=2)
+    assert lora_layers(net) == {}
 
 
 def test_a_net_without_a_layer_for_adapters_says_so():
     with pytest.raises(ValueError, match=r"a Conv1d, .*Embedding, of which there is none here$"):
-        adapt_module(nn.Sequential(nn.Conv1d(4, 4, 3)), "0", rank=2)
+        inject_lora(nn.Sequential(nn.Conv1d(4, 4, 3)), "0", rank=2)
 
 
 @pytest.mark.parametrize("name", ["linear", "embedding", "conv"])
@@ -549,10 +552,10 @@ def test_a_layer_is_called_by_torchs_name_of_its_input(name):
 def test_a_layer_that_stands_in_two_places_has_one_adapter():
     layer = nn.Linear(6, 6)
     net = nn.Sequential(layer, nn.Tanh(), layer).double()
-    assert adapt_module(net, "*", rank=2) == ["0"]
+    assert inject_lora(net, "*", rank=2) == ["0"]
     x = torch.randn(3, 6, dtype=DOUBLE)
     y = randomized(net)(x)
-    merge(net)
+    merge_lora(net)
     assert (net(x) - y).abs().max() <= 1e-12
     assert net[0] is net[2]
 
@@ -562,14 +565,14 @@ def test_merged_weights_are_as_frozen_as_they_were(tied):
     net = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9, bias=False))
     if tied:
         net[1].weight = net[0].weight
-    adapt_module(net, "1", rank=2)
-    merge(net)
+    inject_lora(net, "1", rank=2)
+    merge_lora(net)
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
 def test_a_bfloat16_weight_is_merged_by_one_rounding():
     net = nn.Sequential(nn.Linear(64, 64)).bfloat16()
-    adapt_module(net, "0", rank=2)
+    inject_lora(net, "0", rank=2)
     exact = net[0].weight.double() + randomized(net)[0].lora_delta_weights()["weight"]
-    merge(net)
+    merge_lora(net)
     assert torch.equal(net[0].weight, exact.bfloat16())

@@ -15,7 +15,7 @@ from external_modules.two_optimizers import TwoOptimizers
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from ravine.callbacks import LossPlot, PredictionTable, ProgressBar, Samples
+from ravine.callbacks import GenerateSamples, LossPlot, PredictionTable, ProgressBar
 from ravine.callbacks.generation.predictions import print_table
 from ravine.callbacks.monitoring import plots as curves_module
 from ravine.callbacks.monitoring import progress as progress_module
@@ -34,7 +34,7 @@ class Counting(NetInInit):
 
     unit = "tokens"
 
-    def count(self, batch: Any) -> int:
+    def count_units(self, batch: Any) -> int:
         return 1000 * len(batch[0])
 
     def generate(self, word: str = "la") -> str:
@@ -77,8 +77,8 @@ def test_a_terminal_gets_a_bar_drawn_now_and_then(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         progress_module, "Console", lambda: Console(file=screen, force_terminal=True, width=120)
     )
-    monkeypatch.setattr(progress_module, "PAUSE", 0.0)
-    run = trainer(ProgressBar(refresh=4), max_epochs=2)
+    monkeypatch.setattr(progress_module, "MIN_REDRAW_S", 0.0)
+    run = trainer(ProgressBar(refresh_rate=4), max_epochs=2)
     run.fit(Counting())
     run.validate(Counting(), verbose=False)
     text = screen.getvalue()
@@ -113,7 +113,7 @@ def test_a_module_whose_loss_means_nothing_shows_its_headline_and_no_plot_of_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Surrogate(NetInInit):
-        headline = ("train/reward", "train/missing")
+        progress_metrics = ("train/reward", "train/missing")
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.log("train/reward", 0.25)
@@ -203,7 +203,7 @@ def test_a_continued_run_draws_the_whole_curve() -> None:
 
 
 def test_a_long_curve_is_thinned_and_stays_even(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curves_module, "POINTS", 20)
+    monkeypatch.setattr(curves_module, "MAX_POINTS", 20)
     plot = LossPlot()
     trainer(plot, max_steps=90, log_every_n_steps=1, limit_val_batches=0).fit(NetInInit())
     steps = [step for step, _ in plot.state_dict()["train"]]
@@ -238,7 +238,7 @@ def test_the_picture_names_its_axes_and_takes_a_log_scale_when_it_is_needed(
 def test_samples_are_kept_for_each_validation_and_the_last_is_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    trainer(Samples({"word": "do"}), max_epochs=2, num_sanity_val_steps=1).fit(Counting())
+    trainer(GenerateSamples({"word": "do"}), max_epochs=2, num_sanity_val_steps=1).fit(Counting())
     text = Path("runs/counting/version_0/samples.txt").read_text()
     assert text == "--- step 4 ---\ndo 4\n--- step 8 ---\ndo 8\n"
     assert capsys.readouterr().out.endswith("--- a sample after step 8 ---\ndo 8\n")
@@ -258,12 +258,12 @@ def test_a_module_without_an_optimizer_has_no_rate_to_show(
 
 
 def test_samples_of_a_module_that_generates_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"NetInInit has none; take Samples out"):
-        trainer(Samples(), max_epochs=1).fit(NetInInit())
+    with pytest.raises(ValueError, match=r"NetInInit has none; take GenerateSamples out"):
+        trainer(GenerateSamples(), max_epochs=1).fit(NetInInit())
 
 
 def test_predictions_become_a_table_and_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    run = trainer(PredictionTable(shown=3))
+    run = trainer(PredictionTable(max_rows=3))
     run.predict(Counting(), return_predictions=False)
     path = Path("runs/counting/version_0/predictions.csv")
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))

@@ -18,7 +18,7 @@ from ravine.callbacks.monitoring import throughput
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules import model_stats as accounting
 
-SHAPE: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2}
+SHAPE: dict[str, Any] = {"num_layers": 2, "d_model": 16, "num_heads": 2}
 
 
 class Naps(L.LightningModule):
@@ -30,7 +30,7 @@ class Naps(L.LightningModule):
         super().__init__()
         self.line = nn.Linear(1, 1)
 
-    def flops(self) -> int:
+    def flops_per_unit(self) -> int:
         return 1000
 
     def train_dataloader(self) -> list[torch.Tensor]:
@@ -63,16 +63,16 @@ def fit(module: L.LightningModule, *callbacks: L.Callback, **options: Any) -> L.
 def test_rates_follow_from_what_was_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(throughput, "peak", lambda *_: (1e6, "as told"))
+    monkeypatch.setattr(throughput, "find_peak_flops", lambda *_: (1e6, "as told"))
     callback = Throughput()
     fit(Naps(), callback, logger=CSVLogger(tmp_path))
     assert len(callback.windows) == 3
     for row in callback.windows:
         assert 0 < row["rows_per_second"] < 6 / 0.02  # no faster than the naps allow
         assert row["mfu"] == pytest.approx(row["rows_per_second"] * 1000 / 1e6)
-        assert 0 < row["data_share"] < 1
+        assert 0 < row["frac_waiting_for_data"] < 1
         assert row["peak_memory_gb"] > 0.05
-    assert callback.windows[1]["data_share"] > 0.1  # about half: naps are long and equal
+    assert callback.windows[1]["frac_waiting_for_data"] > 0.1  # about half: naps are long and equal
     header = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0]
     assert "throughput/rows_per_second" in header
     out = capsys.readouterr().out
@@ -111,7 +111,7 @@ class Told(Naps):
 def test_every_micro_batch_counts_and_validation_does_not(
     accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(throughput, "peak", lambda *_: (1e6, "as told"))
+    monkeypatch.setattr(throughput, "find_peak_flops", lambda *_: (1e6, "as told"))
     module, callback = Told(), Throughput()
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: module.now))
     how = {"accumulate_grad_batches": accumulate, "val_check_interval": 3 * accumulate}
@@ -120,14 +120,18 @@ def test_every_micro_batch_counts_and_validation_does_not(
     for row in callback.windows:
         assert row["rows_per_second"] == pytest.approx(6 / 4)
         waits = 4 * accumulate - 1  # that after a validation, or the first of all, is no waiting
-        assert row["data_share"] == pytest.approx(waits / (16 * accumulate), abs=0.07)
+        assert row["frac_waiting_for_data"] == pytest.approx(waits / (16 * accumulate), abs=0.07)
 
 
 def test_a_module_without_formula_has_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Naps, "flops", None)
+    monkeypatch.setattr(Naps, "flops_per_unit", None)
     callback = Throughput()
     fit(Naps(), callback, max_steps=2)  # less than a window: reported at the end
-    assert set(callback.windows[0]) == {"rows_per_second", "peak_memory_gb", "data_share"}
+    assert set(callback.windows[0]) == {
+        "rows_per_second",
+        "peak_memory_gb",
+        "frac_waiting_for_data",
+    }
 
 
 @pytest.mark.parametrize(
@@ -149,17 +153,17 @@ def test_peaks_are_found_by_the_device_s_name(
     name: str, flops: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(throughput, "measured", lambda *_: 7.0)
+    monkeypatch.setattr(throughput, "measure_peak_flops", lambda *_: 7.0)
     device = torch.device("cuda")
-    assert throughput.peak(device, torch.bfloat16)[0] == flops
-    assert throughput.peak(device, torch.float32) == (
+    assert throughput.find_peak_flops(device, torch.bfloat16)[0] == flops
+    assert throughput.find_peak_flops(device, torch.float32) == (
         7.0,
         "a product of 8192 x 8192, measured, torch.float32",
     )
 
 
 def test_an_unknown_device_is_measured_and_that_is_said() -> None:
-    flops, source = throughput.peak(torch.device("cpu"), torch.float32)
+    flops, source = throughput.find_peak_flops(torch.device("cpu"), torch.float32)
     assert flops > 1e9
     assert source == "a product of 1024 x 1024, measured, torch.float32"
 
@@ -174,9 +178,14 @@ def test_the_peak_is_that_of_the_precision(name: str, dtype: torch.dtype) -> Non
 
 def test_training_flops_are_six_for_each_weight_and_the_scores() -> None:
     """GPT-2 small: 124 M weights and 12 * 12 * 768 * 1024 for attention, by hand."""
-    gpt2: dict[str, Any] = {"positions": "learned", "norm": "layernorm", "bias": "all"}
-    shape = gpt2 | {"mlp": "gelu_tanh", "tied": True, "layers": 12, "width": 768}
-    terms = accounting.parameters(50257, 1024, **shape)
+    gpt2: dict[str, Any] = {"positional_encoding": "learned", "norm": "layernorm", "bias": "all"}
+    shape = gpt2 | {
+        "activation": "gelu_tanh",
+        "tie_embeddings": True,
+        "num_layers": 12,
+        "d_model": 768,
+    }
+    terms = accounting.count_parameters(50257, 1024, **shape)
     assert sum(terms.values()) == 124_439_808 + 47 * 768  # the head is padded to 50,304 rows
     flops = accounting.count_training_flops(50257, 1024, **shape)
     weights = 50304 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768
@@ -189,10 +198,19 @@ def test_training_flops_are_six_for_each_weight_and_the_scores() -> None:
 
 
 def test_the_lecture_s_net_is_counted_by_hand() -> None:
-    shape: dict[str, Any] = {"positions": "none", "norm": "none", "output": False, "width": 256}
-    full = accounting.count_training_flops(65, 128, layers=4, mlp="relu", bias="mlp", **shape)
+    shape: dict[str, Any] = {
+        "positional_encoding": "none",
+        "norm": "none",
+        "out_proj": False,
+        "d_model": 256,
+    }
+    full = accounting.count_training_flops(
+        65, 128, num_layers=4, activation="relu", bias="mlp", **shape
+    )
     assert full == 6 * (65 * 256 + 4 * (11 * 256**2 + 5 * 256)) + 12 * 4 * 256 * 128
-    bigrams = accounting.count_training_flops(65, 128, layers=1, mlp="none", rung="last", **shape)
+    bigrams = accounting.count_training_flops(
+        65, 128, num_layers=1, activation="none", attention_variant="identity", **shape
+    )
     assert bigrams == 6 * 65 * 256
 
 
@@ -205,7 +223,7 @@ def test_summary_says_what_a_run_came_to(capsys: pytest.CaptureFixture[str]) -> 
 
 def model() -> LanguageModel:
     torch.manual_seed(0)
-    model = LanguageModel(13, 8, **SHAPE, zero_init=False)
+    model = LanguageModel(13, 8, **SHAPE, zero_init_residual=False)
     model.configure_model()
     tokens = torch.randint(13, (2, 8))
     loader = DataLoader([(tokens, tokens)] * 12, batch_size=None)  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import MuonOptimizer, OptimizerPlan, Rule, Schedule
-from ravine.callbacks.optimizers.composite import Composite
+from ravine.callbacks import LRSchedule, MuonOptimizer, OptimizerPlan, ParamRule
+from ravine.callbacks.optimizers.composite import CompositeOptimizer
 
 QUIET = {
     "accelerator": "cpu",
@@ -100,8 +100,8 @@ def test_a_layer_unfrozen_later_trains_as_with_the_modules_own_optimizer(callbac
 def test_what_the_new_group_does_not_say_is_as_the_plan_has_it():
     plan = OptimizerPlan(
         rules=[
-            Rule("bias", optimizer=partial(SGD, lr=0.5)),
-            Rule(optimizer=partial(AdamW, lr=0.1, weight_decay=0.3), lr_scale=0.2),
+            ParamRule("bias", optimizer=partial(SGD, lr=0.5)),
+            ParamRule(optimizer=partial(AdamW, lr=0.1, weight_decay=0.3), lr_scale=0.2),
         ]
     )
     trainer, _ = fitted(plan, Unfreeze())
@@ -111,7 +111,7 @@ def test_what_the_new_group_does_not_say_is_as_the_plan_has_it():
         for label, (_, groups) in optimizer.groups_by_label().items()
     }
     assert rows == {"bias": [0.5, 0.5], "rest": [pytest.approx(0.02)] * 2}
-    assert [type(member) for member in optimizer.members] == [SGD, AdamW]
+    assert [type(member) for member in optimizer.optimizers] == [SGD, AdamW]
     assert optimizer.param_groups[-1]["weight_decay"] == 0.3
 
 
@@ -138,26 +138,26 @@ def test_a_rule_that_had_nothing_to_train_gets_its_own_optimizer():
                 trainer.optimizers[0].add_param_group({"params": module.head.parameters()})
 
     rules = [
-        Rule("hidden_matrix", optimizer=partial(MuonOptimizer, lr=0.01)),
-        Rule(optimizer=partial(AdamW, lr=0.1)),
+        ParamRule("hidden_matrix", optimizer=partial(MuonOptimizer, lr=0.01)),
+        ParamRule(optimizer=partial(AdamW, lr=0.1)),
     ]
     trainer, module = fitted(OptimizerPlan(rules=rules), Late(), module=OnlyMatrix())
-    assert [type(m) for m in trainer.optimizers[0].members] == [MuonOptimizer, AdamW]
+    assert [type(m) for m in trainer.optimizers[0].optimizers] == [MuonOptimizer, AdamW]
     assert trainer.optimizers[0].labels == ["hidden_matrix", "rest", "rest"]
     assert not torch.equal(module.head.weight, Transfer().head.weight)
 
 
 def test_a_learning_rate_set_in_the_last_group_holds_for_what_was_added_with_it():
     weight, bias, late, more = (nn.Parameter(torch.ones(n)) for n in ((2, 2), 2, (2, 2), 2))
-    optimizer = Composite([SGD([weight, bias], lr=0.1)])
-    member = optimizer.members[0]
+    optimizer = CompositeOptimizer([SGD([weight, bias], lr=0.1)])
+    member = optimizer.optimizers[0]
 
     def route(parameters, given):
         from ravine.callbacks.optimizers.composite import RuleGroups
 
         return [RuleGroups("group 0", member, [{**given, "params": [p]} for p in parameters])]
 
-    optimizer.route = route
+    optimizer.router = route
     optimizer.add_param_group({"params": [more, late], "lr": 0.01})
     optimizer.param_groups[-1]["lr"] = 0.04
     for p in (weight, bias, late, more):
@@ -168,7 +168,7 @@ def test_a_learning_rate_set_in_the_last_group_holds_for_what_was_added_with_it(
 
 
 def test_a_schedule_multiplies_the_rate_of_an_added_group_from_where_it_is():
-    schedule = Schedule("geometric", rate=0.5)
+    schedule = LRSchedule("geometric", decay_factor=0.5)
     _, module = fitted(OptimizerPlan(partial(SGD, lr=0.8), schedule=schedule), Unfreeze(lr=0.1))
     assert module.seen[1] == [0.4]
     assert module.seen[2:5] == [[0.2, 0.1], [0.1, 0.05], [0.05, 0.025]]
@@ -177,7 +177,7 @@ def test_a_schedule_multiplies_the_rate_of_an_added_group_from_where_it_is():
 
 
 def test_a_rate_that_a_callback_sets_in_an_added_group_stays_in_force_under_a_schedule():
-    schedule = Schedule("geometric", rate=0.5)
+    schedule = LRSchedule("geometric", decay_factor=0.5)
     callback = BackboneFinetuning(1, lambda epoch: 10.0, backbone_initial_lr=0.01, verbose=False)
     _, module = fitted(OptimizerPlan(partial(SGD, lr=64.0), schedule=schedule), callback, epochs=3)
     assert [rates[1] for rates in module.seen[2:]] == pytest.approx([0.01, 0.005, 0.1, 0.05])
@@ -185,7 +185,7 @@ def test_a_rate_that_a_callback_sets_in_an_added_group_stays_in_force_under_a_sc
 
 def test_a_group_added_twice_or_of_no_tensors_is_refused_in_words():
     weight = nn.Parameter(torch.ones(2))
-    optimizer = Composite([SGD([weight], lr=0.1)])
+    optimizer = CompositeOptimizer([SGD([weight], lr=0.1)])
     for group, words in (
         ({"params": [weight]}, "in more than one parameter group"),
         ({"params": {nn.Parameter(torch.ones(1))}}, "has no order"),
@@ -198,10 +198,10 @@ def test_a_group_added_twice_or_of_no_tensors_is_refused_in_words():
 
 def test_groups_may_be_assigned_and_changed_as_torchs():
     first, second, third = (nn.Parameter(torch.ones(2)) for _ in range(3))
-    optimizer = Composite([SGD([first], lr=0.1), AdamW([second], lr=0.2)])
+    optimizer = CompositeOptimizer([SGD([first], lr=0.1), AdamW([second], lr=0.2)])
     groups = [{**group} for group in optimizer.param_groups]
     optimizer.param_groups = [*groups, {**groups[1], "params": [third], "lr": 0.3}]
-    assert [m.param_groups for m in optimizer.members] == [
+    assert [m.param_groups for m in optimizer.optimizers] == [
         optimizer.param_groups[:1],
         optimizer.param_groups[1:],
     ]
@@ -210,18 +210,20 @@ def test_groups_may_be_assigned_and_changed_as_torchs():
     third.grad = torch.ones(2)
     optimizer.step()
     assert torch.equal(third, torch.ones(2))
-    assert len(optimizer.members[1].param_groups) == 1
-    optimizer.members[0].add_param_group({"params": [third]})
+    assert len(optimizer.optimizers[1].param_groups) == 1
+    optimizer.optimizers[0].add_param_group({"params": [third]})
     assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.2, 0.1]
 
 
 def test_a_copy_has_members_of_its_own():
     net = nn.Linear(2, 1)
-    optimizer = Composite([SGD([net.weight], lr=0.1, momentum=0.9), AdamW([net.bias], lr=0.2)])
+    optimizer = CompositeOptimizer(
+        [SGD([net.weight], lr=0.1, momentum=0.9), AdamW([net.bias], lr=0.2)]
+    )
     both = copy.deepcopy((net, optimizer))
     for module, each in ((net, optimizer), both):
         for p in module.parameters():
             p.grad = torch.ones_like(p)
         each.step()
     assert same(net, both[0])
-    assert both[1].members[0] is not optimizer.members[0]
+    assert both[1].optimizers[0] is not optimizer.optimizers[0]

@@ -18,8 +18,8 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from ravine.callbacks import ExactResume, GradientClipping, OptimizerPlan, Rule, Schedule
-from ravine.callbacks.optimizers.composite import Composite, takes_closure
+from ravine.callbacks import ExactResume, GradientClipping, LRSchedule, OptimizerPlan, ParamRule
+from ravine.callbacks.optimizers.composite import CompositeOptimizer, takes_closure
 from ravine.callbacks.optimizers.optimizer_errors import OptimizerError
 from ravine.callbacks.optimizers.param_groups import RuleParams, build_optimizer
 from ravine.cli import error_report as errors
@@ -461,7 +461,7 @@ def descend(net, rows, optimizer, steps):
 
 def planned(factory, net):
     named = list(net.named_parameters())
-    return build_optimizer([RuleParams(Rule(optimizer=factory), "rest", named)], "all")
+    return build_optimizer([RuleParams(ParamRule(optimizer=factory), "rest", named)], "all")
 
 
 def through_a_file(state):
@@ -502,7 +502,7 @@ def test_two_members_each_load_their_own_state_and_share_no_state_by_name(kind):
     def made(net):
         matrices = [net[0].weight, net[2].weight]
         biases = [net[0].bias, net[2].bias]
-        return Composite([KINDS[kind](matrices), GlobalState(biases, lr=0.05)])
+        return CompositeOptimizer([KINDS[kind](matrices), GlobalState(biases, lr=0.05)])
 
     net, rows = problem()
     optimizer = made(net)
@@ -652,28 +652,37 @@ def test_an_error_of_a_constructor_becomes_one_sentence(factory, words):
 
 
 def test_without_a_learning_rate_there_is_nothing_to_schedule():
-    plan = OptimizerPlan(NoRate, schedule=Schedule("geometric"))
+    plan = OptimizerPlan(NoRate, schedule=LRSchedule("geometric"))
     with pytest.raises(ValueError, match="keeps no number 'lr'"):
         fitted(plan)
 
 
 def test_rules_that_share_a_tensor_for_lr_have_each_their_own():
     factory = partial(torch.optim.Adam, lr=torch.tensor(1e-3), foreach=False)
-    rules = [Rule("bias", optimizer=factory, lr_scale=2.0), Rule(optimizer=factory, lr_scale=3.0)]
+    rules = [
+        ParamRule("bias", optimizer=factory, lr_scale=2.0),
+        ParamRule(optimizer=factory, lr_scale=3.0),
+    ]
     trainer, _ = fitted(OptimizerPlan(rules=rules), steps=2)
     rates = [float(group["lr"]) for group in trainer.optimizers[0].param_groups]
     assert rates == pytest.approx([2e-3, 3e-3])
-    schedule = Schedule("geometric", rate=0.5)
+    schedule = LRSchedule("geometric", decay_factor=0.5)
     trainer, _ = fitted(OptimizerPlan(rules=rules, schedule=schedule), steps=2)
     rates = [float(group["lr"]) for group in trainer.optimizers[0].param_groups]
     assert rates == pytest.approx([5e-4, 7.5e-4])
 
 
 def test_with_several_members_the_closure_only_returns_the_loss():
-    rules = [Rule("bias", optimizer=partial(ByLoss, lr=0.1)), Rule(optimizer=partial(SGD, lr=0.1))]
+    rules = [
+        ParamRule("bias", optimizer=partial(ByLoss, lr=0.1)),
+        ParamRule(optimizer=partial(SGD, lr=0.1)),
+    ]
     trainer, _ = fitted(OptimizerPlan(rules=rules), steps=2)
     assert trainer.global_step == 2
-    rules = [Rule("bias", optimizer=partial(Sharp, lr=0.1)), Rule(optimizer=partial(SGD, lr=0.1))]
+    rules = [
+        ParamRule("bias", optimizer=partial(Sharp, lr=0.1)),
+        ParamRule(optimizer=partial(SGD, lr=0.1)),
+    ]
     with pytest.raises(ValueError, match="Sharp computes the loss several times"):
         fitted(OptimizerPlan(rules=rules))
 
@@ -690,7 +699,7 @@ def test_an_error_of_a_package_is_one_line_and_an_error_of_own_code_keeps_its_tr
         fitted(OptimizerPlan(Failing))
     from ravine.callbacks.optimizers import optimizer_errors as faults
 
-    monkeypatch.setattr(faults, "is_own", lambda file: False)
+    monkeypatch.setattr(faults, "is_user_file", lambda file: False)
     with pytest.raises(
         OptimizerError, match=r"^Failing failed in its step: RuntimeError: no luck;"
     ):
@@ -710,7 +719,7 @@ def test_a_package_cannot_pass_its_error_for_one_of_ours_by_an_attribute(monkeyp
     from ravine.callbacks.optimizers import optimizer_errors as faults
 
     monkeypatch.setattr(Failing, "move", move)
-    monkeypatch.setattr(faults, "is_own", lambda file: False)
+    monkeypatch.setattr(faults, "is_user_file", lambda file: False)
     with pytest.raises(OptimizerError, match="in its step: OwnError: no luck"):
         fitted(OptimizerPlan(Failing))
 
@@ -722,17 +731,17 @@ def test_an_error_of_the_module_in_a_closure_is_unchanged(monkeypatch):
 
     from ravine.callbacks.optimizers import optimizer_errors as faults
 
-    monkeypatch.setattr(faults, "is_own", lambda file: False)
+    monkeypatch.setattr(faults, "is_user_file", lambda file: False)
     with pytest.raises(KeyError, match="mine"):
         fitted(OptimizerPlan(SGD), module=Broken())
 
 
 def test_own_files_are_those_outside_of_python_ravine_and_packages():
-    from ravine.callbacks.optimizers.optimizer_errors import is_own
+    from ravine.callbacks.optimizers.optimizer_errors import is_user_file
 
-    assert is_own(__file__)
-    assert not any(is_own(m.__file__) for m in (torch, threading))
-    assert not is_own("<string>")
+    assert is_user_file(__file__)
+    assert not any(is_user_file(m.__file__) for m in (torch, threading))
+    assert not is_user_file("<string>")
 
 
 def test_a_state_that_lacks_what_the_optimizer_saves_is_refused_in_words():
@@ -806,7 +815,7 @@ def test_sparse_gradients_are_clipped_as_dense_ones(clipping):
         def training_step(self, batch, index):
             return self.net((batch[0] > 0).long()).square().mean()
 
-    rules = [Rule("embedding", optimizer=partial(SGD, lr=0.5)), Rule(optimizer=SGD)]
+    rules = [ParamRule("embedding", optimizer=partial(SGD, lr=0.5)), ParamRule(optimizer=SGD)]
     weights = []
     for sparse in (True, False):
         module = Rows(sparse)

@@ -5,28 +5,28 @@ from typing import get_args
 
 import pytest
 
-from ravine.callbacks.optimizers.lr_schedules import SCHEDULE_SHAPES, Schedule, ScheduleKind
+from ravine.callbacks.optimizers.lr_schedules import SCHEDULE_SHAPES, LRSchedule, ScheduleKind
 
 # shape, arguments, {step: factor} in a run of 100 optimizer steps
 CLOSED_FORMS = [
     ("constant", {}, {0: 1, 50: 1, 99: 1}),
     ("constant", {"warmup": 4}, {0: 0.25, 1: 0.5, 3: 1, 4: 1, 99: 1}),
     ("linear", {}, {0: 1, 25: 0.75, 100: 0}),
-    ("linear", {"warmup": 20, "final": 0.2}, {19: 1, 20: 1, 60: 0.6, 100: 0.2, 150: 0.2}),
-    ("cosine", {"final": 0.1}, {0: 1, 50: 0.55, 100: 0.1}),
+    ("linear", {"warmup": 20, "final_fraction": 0.2}, {19: 1, 20: 1, 60: 0.6, 100: 0.2, 150: 0.2}),
+    ("cosine", {"final_fraction": 0.1}, {0: 1, 50: 0.55, 100: 0.1}),
     ("cosine", {}, {25: (1 + math.sqrt(0.5)) / 2}),
     ("wsd", {"warmup": 10, "cooldown": 0.4}, {10: 1, 60: 1, 80: 0.5, 100: 0}),
-    ("step", {"every": 30, "rate": 0.1}, {29: 1, 30: 0.1, 60: 0.01, 99: 0.001}),
+    ("step", {"period": 30, "decay_factor": 0.1}, {29: 1, 30: 0.1, 60: 0.01, 99: 0.001}),
     ("inverse_sqrt", {"warmup": 16}, {15: 1, 16: 1, 64: 0.5}),
-    ("geometric", {"rate": 0.98}, {0: 1, 1: 0.98, 10: 0.98**10}),
-    ("geometric", {"rate": 0.5, "final": 0.125}, {3: 0.125, 50: 0.125}),
-    ("restarts", {"every": 20, "final": 0.5}, {0: 1, 10: 0.75, 20: 1, 30: 0.75}),
+    ("geometric", {"decay_factor": 0.98}, {0: 1, 1: 0.98, 10: 0.98**10}),
+    ("geometric", {"decay_factor": 0.5, "final_fraction": 0.125}, {3: 0.125, 50: 0.125}),
+    ("restarts", {"period": 20, "final_fraction": 0.5}, {0: 1, 10: 0.75, 20: 1, 30: 0.75}),
 ]
 
 
 @pytest.mark.parametrize(("kind", "arguments", "factors"), CLOSED_FORMS)
 def test_every_shape_equals_its_closed_form(kind, arguments, factors):
-    schedule = Schedule(kind, **arguments)
+    schedule = LRSchedule(kind, **arguments)
     schedule.validate(100)
     assert {step: schedule.factor(step, 100) for step in factors} == pytest.approx(factors)
 
@@ -37,30 +37,30 @@ def test_every_shape_has_a_closed_form_here_and_a_name_in_the_type():
 
 @pytest.mark.parametrize("kind", get_args(ScheduleKind))
 def test_every_shape_starts_at_one_whatever_the_length(kind):
-    assert Schedule(kind).factor(0, 100) == Schedule(kind).factor(0, math.inf) == 1
+    assert LRSchedule(kind).factor(0, 100) == LRSchedule(kind).factor(0, math.inf) == 1
 
 
 @pytest.mark.parametrize("kind", get_args(ScheduleKind))
 def test_the_warmup_never_starts_at_zero_and_meets_the_shape_at_its_peak(kind):
-    schedule = Schedule(kind, warmup=5)
+    schedule = LRSchedule(kind, warmup=5)
     assert schedule.factor(0, 100) == 0.2
     assert schedule.factor(4, 100) == schedule.factor(5, 100) == 1
 
 
 @pytest.mark.parametrize("kind", get_args(ScheduleKind))
 def test_a_warmup_from_zero_starts_there_and_has_its_peak_once(kind):
-    schedule = Schedule(kind, warmup=5, warmup_from_zero=True)
+    schedule = LRSchedule(kind, warmup=5, warmup_from_zero=True)
     schedule.validate(120)
     rise = [schedule.factor(k, 120) for k in range(6)]
     assert rise == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    usual = Schedule(kind, warmup=5)
+    usual = LRSchedule(kind, warmup=5)
     for step in (5, 6, 50, 119, 130):  # the shape itself is the same
         assert schedule.factor(step, 120) == usual.factor(step, 120)
 
 
 def test_a_cosine_from_zero_is_the_courses():
     """CS336, assignment 1: warm-up of 7, end of the cosine at 21, from 1 to 0.1."""
-    schedule, found = Schedule("cosine", warmup=7, final=0.1, warmup_from_zero=True), []
+    schedule, found = LRSchedule("cosine", warmup=7, final_fraction=0.1, warmup_from_zero=True), []
     for it in range(25):
         cosine = 0.1 + 0.5 * (1 + math.cos((it - 7) / 14 * math.pi)) * 0.9
         found.append((schedule.factor(it, 21), it / 7 if it < 7 else 0.1 if it > 21 else cosine))
@@ -70,14 +70,18 @@ def test_a_cosine_from_zero_is_the_courses():
 @pytest.mark.parametrize(
     ("schedule", "length", "message"),
     [
-        (Schedule("cosine"), math.inf, "type --trainer.max_steps=1000, or in the config schedule"),
-        (Schedule("constant", warmup=100), 100, "0 to 99; type --trainer.max_steps=200, or in"),
-        (Schedule(warmup=-1), 100, "0 to 99; type in the config schedule: {warmup: 10}"),
-        (Schedule(warmup=-1), math.inf, "type in the config schedule: {warmup: 0}"),
-        (Schedule(warmup_from_zero=True), 100, "warmup is 0; allowed: 1 step or more"),
-        (Schedule("wsd", warmup=50, cooldown=0.6), 100, "{cooldown: 0.50} or less"),
-        (Schedule("step", every=200), 100, "every=200 never happens"),
-        (Schedule("restarts", every=0), 100, "every=0 never happens"),
+        (
+            LRSchedule("cosine"),
+            math.inf,
+            "type --trainer.max_steps=1000, or in the config schedule",
+        ),
+        (LRSchedule("constant", warmup=100), 100, "0 to 99; type --trainer.max_steps=200, or in"),
+        (LRSchedule(warmup=-1), 100, "0 to 99; type in the config schedule: {warmup: 10}"),
+        (LRSchedule(warmup=-1), math.inf, "type in the config schedule: {warmup: 0}"),
+        (LRSchedule(warmup_from_zero=True), 100, "warmup is 0; allowed: 1 step or more"),
+        (LRSchedule("wsd", warmup=50, cooldown=0.6), 100, "{cooldown: 0.50} or less"),
+        (LRSchedule("step", period=200), 100, "period=200 never happens"),
+        (LRSchedule("restarts", period=0), 100, "period=0 never happens"),
     ],
 )
 def test_a_schedule_that_does_not_fit_the_run_is_refused(schedule, length, message):
@@ -85,7 +89,9 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(schedule, length, messa
         schedule.validate(length)
 
 
-@pytest.mark.parametrize(("name", "share"), [("final", -3.0), ("final", 2.0), ("rate", 1e30)])
+@pytest.mark.parametrize(
+    ("name", "share"), [("final_fraction", -3.0), ("final_fraction", 2.0), ("decay_factor", 1e30)]
+)
 def test_a_share_of_the_rate_is_between_none_and_all_of_it(name, share):
     with pytest.raises(ValueError, match=rf"schedule: {name}=.*; allowed: 0 to 1"):
-        Schedule("cosine", **{name: share}).validate(100)
+        LRSchedule("cosine", **{name: share}).validate(100)

@@ -110,7 +110,7 @@ def test_a_kernel_moves_as_its_flattened_matrix():
 def test_split_rows_move_as_matrices_by_themselves():
     fused, apart = parameters([(12, 4)]), parameters([(12, 4)])
     apart = [nn.Parameter(block.detach().clone()) for block in apart[0].chunk(3)]
-    together, separate = MuonOptimizer(fused, split=3), MuonOptimizer(apart)
+    together, separate = MuonOptimizer(fused, num_blocks=3), MuonOptimizer(apart)
     for step in range(3):
         fused[0].grad = gradients([(12, 4)], step)[0]
         for p, g in zip(apart, fused[0].grad.chunk(3), strict=True):
@@ -132,7 +132,7 @@ def test_the_gradient_is_left_as_it_was():
     [
         ({"scale": "moonlight"}, "allowed: spectral, spectral_clamped, rms"),
         ({"coefficients": "ns5"}, "allowed: newton_schulz, polar_express"),
-        ({"split": 3}, r"rows divide by split=3, not a tensor of shape \(4, 4\)"),
+        ({"num_blocks": 3}, r"rows divide by num_blocks=3, not a tensor of shape \(4, 4\)"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments, message):
@@ -174,7 +174,7 @@ def spread_steps(layout, steps=3):
     weights = list(holder.weights)
     optimizer = MuonOptimizer(weights, lr=0.1, weight_decay=0.1)
     if layout == "ddp":
-        optimizer.replicas = dist.group.WORLD
+        optimizer.replica_group = dist.group.WORLD
     counts = {}
     for step in range(steps):
         for p, g in zip(weights, gradients(SPREAD, step), strict=True):

@@ -26,25 +26,25 @@ from ravine.callbacks import (
     MuonOptimizer,
     NewtonOptimizer,
     OptimizerPlan,
-    Rule,
+    ParamRule,
     SignSGDOptimizer,
 )
-from ravine.callbacks.optimizers.composite import Composite
-from ravine.callbacks.optimizers.elementwise import Elementwise
-from ravine.datamodules.loaders import DataParallelInfo, Order, TrainLoader
+from ravine.callbacks.optimizers.composite import CompositeOptimizer
+from ravine.callbacks.optimizers.elementwise import ElementwiseOptimizer
+from ravine.datamodules.loaders import DataParallelInfo, EpochSampler, ResumableLoader
 from ravine.strategies import MeshStrategy
 
 
-class CountingAdam(Elementwise):
+class CountingAdam(ElementwiseOptimizer):
     """Adam, whose state has a count of steps and, by another name, a product of its betas."""
 
-    remembered = ("mean", "square")
+    state_names = ("mean", "square")
     scalars: ClassVar = {"step": 0.0, "left": 1.0}
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr})
 
-    def move(self, group, weights, gradients, *states):
+    def update(self, group, weights, gradients, *states):
         means, squares, steps, left = states
         torch._foreach_add_(steps, 1)
         torch._foreach_mul_(left, 0.9)
@@ -118,7 +118,7 @@ def test_with_lr_zero_nothing_moves(name):
 @every
 def test_without_a_gradient_nothing_moves_and_a_first_one_may_come_later(name):
     moving, waiting, alone = matrix(), matrix(), matrix()
-    optimizer = Composite([OPTIMIZERS[name]([moving, waiting])])
+    optimizer = CompositeOptimizer([OPTIMIZERS[name]([moving, waiting])])
     descend(optimizer, [moving], 2)
     assert torch.equal(waiting, matrix())
     moving.grad = None
@@ -148,7 +148,7 @@ def test_a_state_that_went_through_distributed_checkpoint_continues_bitwise(name
             self.a, self.b = matrix(), matrix(0.5)
 
     def made(net):
-        return Composite([OPTIMIZERS[name]([net.a]), torch.optim.AdamW([net.b], lr=0.1)])
+        return CompositeOptimizer([OPTIMIZERS[name]([net.a]), torch.optim.AdamW([net.b], lr=0.1)])
 
     net = Two()
     optimizer = made(net)
@@ -292,7 +292,7 @@ def test_a_sparse_gradient_is_refused_in_words(kind):
     table = nn.Embedding(4, 3, sparse=True)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=f"{kind.__name__} takes no sparse gradients"):
-        Composite([kind(table.parameters())]).step()
+        CompositeOptimizer([kind(table.parameters())]).step()
 
 
 @pytest.mark.parametrize("kind", ["OneCycleLR", "CyclicLR"])
@@ -300,7 +300,7 @@ def test_a_schedule_that_cycles_momentum_moves_a_composite_as_its_member(kind):
     given = {"OneCycleLR": {"max_lr": 0.1, "total_steps": 9}, "CyclicLR": {"max_lr": 0.1}}[kind]
     given |= {"base_lr": 0.01, "step_size_up": 2} if kind == "CyclicLR" else {}
     alone = torch.optim.AdamW([ours := matrix()], lr=0.01)
-    joined = Composite([torch.optim.AdamW([theirs := matrix()], lr=0.01)])
+    joined = CompositeOptimizer([torch.optim.AdamW([theirs := matrix()], lr=0.01)])
     schedules = [getattr(torch.optim.lr_scheduler, kind)(o, **given) for o in (alone, joined)]
     for _ in range(5):
         descend(alone, [ours], 1)
@@ -309,7 +309,9 @@ def test_a_schedule_that_cycles_momentum_moves_a_composite_as_its_member(kind):
             schedule.step()
     assert torch.equal(ours, theirs)
     assert joined.param_groups[0]["betas"] == alone.param_groups[0]["betas"] != (0.9, 0.999)
-    both = Composite([torch.optim.SGD([matrix()], lr=0.1), torch.optim.Adam([matrix()], lr=0.2)])
+    both = CompositeOptimizer(
+        [torch.optim.SGD([matrix()], lr=0.1), torch.optim.Adam([matrix()], lr=0.2)]
+    )
     assert both.defaults["lr"] == 0.1
     assert not {"momentum", "betas"} & both.defaults.keys()
 
@@ -331,7 +333,7 @@ def test_sign_steps_of_one_size_stall_and_shrinking_ones_do_not():
 
 def newton(function, start, steps, **settings):
     w = nn.Parameter(torch.tensor(start, dtype=torch.float64))
-    optimizer = Composite([NewtonOptimizer([w], **settings)])
+    optimizer = CompositeOptimizer([NewtonOptimizer([w], **settings)])
     path = []
 
     def closure():
@@ -449,8 +451,12 @@ class Tiny(L.LightningModule):
 
 class Rows(L.LightningDataModule):
     def train_dataloader(self):
-        return TrainLoader(
-            Order(0, 64), lambda items: ROWS[items], 64, 8, DataParallelInfo.of(self.trainer)
+        return ResumableLoader(
+            EpochSampler(0, 64),
+            lambda items: ROWS[items],
+            64,
+            8,
+            DataParallelInfo.from_trainer(self.trainer),
         )
 
 
@@ -467,7 +473,7 @@ def train(name, layout="single", save=None, resume=None, **arguments):
     L.seed_everything(0, verbose=False)
     module = Tiny()
     # a head for an optimizer of matrices alone: the rest goes to a stateless one
-    rules = [Rule("hidden_matrix", optimizer=OPTIMIZERS[name]), Rule()]
+    rules = [ParamRule("hidden_matrix", optimizer=OPTIMIZERS[name]), ParamRule()]
     trainer = L.Trainer(
         max_steps=6,
         accelerator="cpu",

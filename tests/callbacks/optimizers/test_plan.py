@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from ravine.callbacks import (
     AdaGradOptimizer,
     ExactResume,
+    LRSchedule,
     OptimizerPlan,
-    Rule,
-    Schedule,
+    ParamRule,
     SignSGD,
     SignSGDOptimizer,
-    UpdateSizes,
+    UpdateMonitor,
 )
-from ravine.callbacks.optimizers.composite import Composite
+from ravine.callbacks.optimizers.composite import CompositeOptimizer
 from ravine.callbacks.optimizers.rules import assign_params, classify_params
 from ravine.lightning_modules.task_module import TaskModule
 from ravine.strategies import AtomicCheckpointIO
@@ -106,20 +106,20 @@ def test_the_plan_trains_exactly_like_its_optimizer_in_a_bare_loop(factory):
 
 
 def test_the_schedule_advances_once_an_optimizer_step_under_accumulation():
-    plan = OptimizerPlan(partial(SGD, lr=2.0), schedule=Schedule("linear", warmup=2))
+    plan = OptimizerPlan(partial(SGD, lr=2.0), schedule=LRSchedule("linear", warmup=2))
     _, module = trained(plan, steps=4, accumulate_grad_batches=2)
     assert [rates[0] for rates in module.rates] == [1.0, 2.0, 2.0, 1.0]
     assert all(len(set(rates)) == 1 for rates in module.rates)
 
 
 def test_without_max_steps_the_length_comes_from_the_loaders():
-    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=Schedule("linear"))
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=LRSchedule("linear"))
     _, module = trained(plan, steps=-1, max_epochs=2, accumulate_grad_batches=3)
     assert [rates[0] for rates in module.rates] == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_of_epochs_and_steps_the_shorter_is_the_length():
-    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=Schedule("linear"))
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=LRSchedule("linear"))
     _, module = trained(plan, steps=100, max_epochs=1)
     assert [rates[0] for rates in module.rates] == pytest.approx(
         [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
@@ -127,19 +127,19 @@ def test_of_epochs_and_steps_the_shorter_is_the_length():
 
 
 def test_a_run_without_end_has_no_schedule_that_needs_one():
-    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=Schedule("linear"))
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=LRSchedule("linear"))
     with pytest.raises(ValueError, match=r"type --trainer\.max_steps"):
         trained(plan, steps=-1, max_epochs=-1)
 
 
 def test_a_scheduled_run_equals_the_closed_form_in_a_bare_loop():
-    schedule = Schedule("cosine", warmup=2, final=0.1)
+    schedule = LRSchedule("cosine", warmup=2, final_fraction=0.1)
     _, module = trained(OptimizerPlan(partial(AdamW, lr=0.1), "all", schedule), steps=9)
     assert same(module, by_hand(partial(AdamW, lr=0.1), 9, lambda k: schedule.factor(k, 9)))
 
 
 def test_a_schedule_longer_than_the_run_is_refused_before_the_first_step():
-    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=Schedule("linear", warmup=50))
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=LRSchedule("linear", warmup=50))
     module = Net()
     with pytest.raises(ValueError, match="warmup=50, but the run has 6 optimizer steps"):
         trained(plan, module=module)
@@ -149,7 +149,7 @@ def test_a_schedule_longer_than_the_run_is_refused_before_the_first_step():
 @pytest.mark.parametrize(("length", "said"), [(8, False), (16, True)])
 def test_a_resume_with_another_length_says_from_what_to_what(tmp_path, capsys, length, said):
     def plan():
-        return OptimizerPlan(partial(SGD, lr=0.1), schedule=Schedule("linear"))
+        return OptimizerPlan(partial(SGD, lr=0.1), schedule=LRSchedule("linear"))
 
     class Cut(L.Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -166,7 +166,7 @@ def test_a_resume_with_another_length_says_from_what_to_what(tmp_path, capsys, l
 
 
 def test_a_trial_of_one_step_is_too_short_for_no_schedule():
-    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=Schedule("linear", warmup=50))
+    plan = OptimizerPlan(partial(SGD, lr=1.0), schedule=LRSchedule("linear", warmup=50))
     _, module = trained(plan, fast_dev_run=True)
     assert module.rates == [[0.02]]
 
@@ -192,7 +192,7 @@ def test_frozen_parameters_never_reach_the_optimizer():
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_resume_is_bitwise(factory, tmp_path):
     def plan():
-        return OptimizerPlan(factory, schedule=Schedule("inverse_sqrt", warmup=2))
+        return OptimizerPlan(factory, schedule=LRSchedule("inverse_sqrt", warmup=2))
 
     rows = data(batch_size=24)  # whole batches: the order of data is another test's concern
     _, whole = trained(plan(), 12, loader=rows)
@@ -235,7 +235,7 @@ def test_a_second_fit_and_a_fit_after_a_crash_start_clean():
 
 
 def test_of_two_plans_the_last_one_counts_and_says_so(capsys, tmp_path):
-    first = OptimizerPlan(AdamW, schedule=Schedule("linear", warmup=10**6))
+    first = OptimizerPlan(AdamW, schedule=LRSchedule("linear", warmup=10**6))
     trainer, module = trained(None, callbacks=[first, SignSGD(lr=0.5)])
     assert module.rates == [[0.5]] * 6
     assert (
@@ -287,7 +287,7 @@ def test_a_module_reads_the_rate_of_the_plan_where_its_scheduler_was():
     _, module = trained(OptimizerPlan(factory), module=ReadsItsScheduler())
     assert module.read == pytest.approx([0.1] * 6)
     assert same(module, by_hand(factory, 6))
-    schedule = Schedule("linear")
+    schedule = LRSchedule("linear")
     _, module = trained(OptimizerPlan(factory, schedule=schedule), module=ReadsItsScheduler())
     assert module.read == pytest.approx([0.1 * schedule.factor(k, 6) for k in range(6)])
     assert "lr_schedulers" not in vars(module)  # its own again
@@ -320,7 +320,7 @@ def test_an_eps_that_float16_rounds_to_zero_is_refused_before_the_first_step():
 
 def test_a_task_in_float16_without_a_plan_says_what_to_type():
     class Task(TaskModule):
-        def build(self):
+        def build_net(self):
             return nn.Linear(3, 2)
 
         def training_step(self, batch, index):
@@ -380,7 +380,7 @@ def test_groups_and_states_of_a_composite_are_its_members_also_after_loading():
     matrix, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
 
     def composite():
-        return Composite([SGD([matrix], lr=0.1, momentum=0.9), AdamW([bias], lr=0.2)])
+        return CompositeOptimizer([SGD([matrix], lr=0.1, momentum=0.9), AdamW([bias], lr=0.2)])
 
     def step(optimizer):
         matrix.grad, bias.grad = torch.ones(2, 2), torch.ones(2)
@@ -391,7 +391,7 @@ def test_groups_and_states_of_a_composite_are_its_members_also_after_loading():
     second = composite()
     second.load_state_dict(first.state_dict())
     second.param_groups[1]["lr"] = 0.0
-    for member, group in zip(second.members, second.param_groups, strict=True):
+    for member, group in zip(second.optimizers, second.param_groups, strict=True):
         assert member.param_groups[0] is group
         (parameter,) = group["params"]
         assert second.state[parameter] is member.state[parameter]
@@ -403,12 +403,12 @@ def test_groups_and_states_of_a_composite_are_its_members_also_after_loading():
 
 def test_every_parameter_that_was_stepped_has_state_in_what_is_saved():
     matrix, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = Composite([SGD([matrix, unused], lr=0.1)])
+    optimizer = CompositeOptimizer([SGD([matrix, unused], lr=0.1)])
     matrix.grad = torch.ones(2, 2)
     optimizer.step()
     assert list(optimizer.state_dict()["state"]) == [0]
     assert optimizer.state_dict()["state"][0]["step"].shape == ()
-    again = Composite([SGD([matrix, unused], lr=0.1)])
+    again = CompositeOptimizer([SGD([matrix, unused], lr=0.1)])
     again.load_state_dict(optimizer.state_dict())
     assert not again.state
 
@@ -461,7 +461,12 @@ def test_a_weight_shared_with_an_embedding_is_an_embedding_and_the_head():
 
 
 def test_the_first_rule_that_matches_takes_the_parameter():
-    rules = [Rule("norm", "*.bias"), Rule("norm"), Rule("rest", "[gt]*"), Rule()]
+    rules = [
+        ParamRule("norm", "*.bias"),
+        ParamRule("norm"),
+        ParamRule("rest", "[gt]*"),
+        ParamRule(),
+    ]
     shares = assign_params(Everything(), rules)
     assert [[name for name, _ in share] for share in shares] == [
         ["norm.bias"],
@@ -473,13 +478,13 @@ def test_the_first_rule_that_matches_takes_the_parameter():
 
 def test_each_rule_has_its_optimizer_rate_and_decay_and_all_share_the_schedule():
     rules = [
-        Rule("hidden_matrix", optimizer=partial(SGD, lr=1.0, weight_decay=0.5), decay="none"),
-        Rule("embedding", optimizer=partial(AdamW, lr=0.1), lr_scale=2.0),
-        Rule(optimizer=partial(AdamW, lr=0.1, weight_decay=0.3), decay="matrices"),
+        ParamRule("hidden_matrix", optimizer=partial(SGD, lr=1.0, weight_decay=0.5), decay="none"),
+        ParamRule("embedding", optimizer=partial(AdamW, lr=0.1), lr_scale=2.0),
+        ParamRule(optimizer=partial(AdamW, lr=0.1, weight_decay=0.3), decay="matrices"),
     ]
-    plan = OptimizerPlan(rules=rules, schedule=Schedule("geometric", rate=0.5))
+    plan = OptimizerPlan(rules=rules, schedule=LRSchedule("geometric", decay_factor=0.5))
     trainer, _ = trained(plan, steps=1, module=Everything())
-    assert [type(member) for member in trainer.optimizers[0].members] == [SGD, AdamW, AdamW]
+    assert [type(member) for member in trainer.optimizers[0].optimizers] == [SGD, AdamW, AdamW]
     assert trainer.optimizers[0].labels == ["hidden_matrix", "embedding", "rest", "rest"]
     rows = [(g["lr"], g["weight_decay"]) for g in trainer.optimizers[0].param_groups]
     assert rows == [(0.5, 0.0), (0.1, 0.01), (0.05, 0.3), (0.05, 0.0)]
@@ -487,14 +492,14 @@ def test_each_rule_has_its_optimizer_rate_and_decay_and_all_share_the_schedule()
 
 def test_rules_with_the_same_optimizer_are_groups_of_one_optimizer():
     rules = [
-        Rule("norm", optimizer=partial(AdamW, lr=0.1), lr_scale=2.0),
-        Rule("embedding", optimizer=SGD),
-        Rule("rest", "up.*", optimizer=partial(AdamW, lr=0.1), decay="all"),
-        Rule(optimizer=partial(AdamW, lr=0.1)),
+        ParamRule("norm", optimizer=partial(AdamW, lr=0.1), lr_scale=2.0),
+        ParamRule("embedding", optimizer=SGD),
+        ParamRule("rest", "up.*", optimizer=partial(AdamW, lr=0.1), decay="all"),
+        ParamRule(optimizer=partial(AdamW, lr=0.1)),
     ]
     trainer, _ = trained(OptimizerPlan(rules=rules), steps=1, module=Everything())
     optimizer = trainer.optimizers[0]
-    assert [type(member) for member in optimizer.members] == [AdamW, SGD]
+    assert [type(member) for member in optimizer.optimizers] == [AdamW, SGD]
     assert optimizer.labels == ["norm", "up.*", "rest", "rest", "embedding"]
     rows = [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
     assert rows == [(0.2, 0.0, 2), (0.1, 0.01, 2), (0.1, 0.01, 3), (0.1, 0.0, 1), (1e-3, 0, 1)]
@@ -502,8 +507,8 @@ def test_rules_with_the_same_optimizer_are_groups_of_one_optimizer():
 
 def test_several_optimizers_move_exactly_as_each_would_alone():
     rules = [
-        Rule("rest", "*.weight", partial(SGD, lr=0.1, momentum=0.9)),
-        Rule("bias", optimizer=partial(AdamW, lr=0.01)),
+        ParamRule("rest", "*.weight", partial(SGD, lr=0.1, momentum=0.9)),
+        ParamRule("bias", optimizer=partial(AdamW, lr=0.01)),
     ]
     _, module = trained(OptimizerPlan(rules=rules, decay="all"))
     alone = Net()
@@ -521,11 +526,26 @@ def test_several_optimizers_move_exactly_as_each_would_alone():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([Rule("bias"), Rule("bias"), Rule()], r"rule 2 \(bias\) takes no trainable parameter"),
-        ([Rule(name="up.wieght"), Rule()], r"rule 1 \(up.wieght\).*nearest names: up.weight"),
-        ([Rule("norm"), Rule("bias")], r"no rule takes gain \(scalar\), table \(other\), embed"),
-        ([Rule("head", optimizer=torch.optim.Muon), Rule()], r"sends head.weight \(head\) to Muon"),
-        ([Rule(optimizer=torch.optim.Muon, anywhere=True)], r"sends gain \(scalar\), table \(oth"),
+        (
+            [ParamRule("bias"), ParamRule("bias"), ParamRule()],
+            r"rule 2 \(bias\) takes no trainable parameter",
+        ),
+        (
+            [ParamRule(pattern="up.wieght"), ParamRule()],
+            r"rule 1 \(up.wieght\).*nearest names: up.weight",
+        ),
+        (
+            [ParamRule("norm"), ParamRule("bias")],
+            r"no rule takes gain \(scalar\), table \(other\), embed",
+        ),
+        (
+            [ParamRule("head", optimizer=torch.optim.Muon), ParamRule()],
+            r"sends head.weight \(head\) to Muon",
+        ),
+        (
+            [ParamRule(optimizer=torch.optim.Muon, allow_embeddings=True)],
+            r"sends gain \(scalar\), table \(oth",
+        ),
     ],
 )
 def test_rules_that_do_not_fit_the_model_are_refused_by_name(rules, message):
@@ -539,20 +559,23 @@ def test_an_optimizer_for_matrices_alone_is_refused_for_everything():
 
 
 def test_an_embedding_goes_to_an_optimizer_for_matrices_when_that_is_said():
-    rules = [Rule("embedding", optimizer=torch.optim.Muon, anywhere=True), Rule()]
+    rules = [ParamRule("embedding", optimizer=torch.optim.Muon, allow_embeddings=True), ParamRule()]
     trainer, module = trained(OptimizerPlan(SGD, rules=rules), module=Everything())
-    taken = [o for o in trainer.optimizers[0].members if isinstance(o, torch.optim.Muon)]
+    taken = [o for o in trainer.optimizers[0].optimizers if isinstance(o, torch.optim.Muon)]
     assert [p is module.embed.weight for o in taken for p in o.param_groups[0]["params"]] == [True]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"rules": [Rule("bias")]}])
+@pytest.mark.parametrize("arguments", [{}, {"rules": [ParamRule("bias")]}])
 def test_a_plan_without_an_optimizer_is_refused(arguments):
     with pytest.raises(ValueError, match="optimizer"):
         OptimizerPlan(**arguments)
 
 
 def test_the_table_at_the_start_says_who_trains_what(capsys):
-    rules = [Rule("hidden_matrix", optimizer=partial(SGD, lr=0.25)), Rule(optimizer=AdamW)]
+    rules = [
+        ParamRule("hidden_matrix", optimizer=partial(SGD, lr=0.25)),
+        ParamRule(optimizer=AdamW),
+    ]
     trained(OptimizerPlan(rules=rules, print_groups=True), steps=1, module=Everything())
     lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
     assert ["hidden_matrix", "1", "16", "0.25", "0", "SGD"] in lines
@@ -565,8 +588,8 @@ def test_the_table_at_the_start_says_who_trains_what(capsys):
 
 def test_the_size_of_each_rules_updates_is_logged():
     rules = [
-        Rule("hidden_matrix", optimizer=partial(SignSGDOptimizer, lr=0.25)),
-        Rule(optimizer=partial(SGD, lr=0.0)),
+        ParamRule("hidden_matrix", optimizer=partial(SignSGDOptimizer, lr=0.25)),
+        ParamRule(optimizer=partial(SGD, lr=0.0)),
     ]
     module = Net()
     module.configure_model()
@@ -575,7 +598,7 @@ def test_the_size_of_each_rules_updates_is_logged():
         OptimizerPlan(rules=rules),
         steps=1,
         module=module,
-        callbacks=[OptimizerPlan(rules=rules), UpdateSizes()],
+        callbacks=[OptimizerPlan(rules=rules), UpdateMonitor()],
         log_every_n_steps=1,
     )
     logged = trainer.callback_metrics
@@ -587,7 +610,7 @@ def test_the_size_of_each_rules_updates_is_logged():
 
 def test_without_a_plan_the_groups_of_the_optimizer_are_watched():
     module = Net()
-    trainer = L.Trainer(**QUIET, max_steps=1, callbacks=[UpdateSizes()], log_every_n_steps=1)
+    trainer = L.Trainer(**QUIET, max_steps=1, callbacks=[UpdateMonitor()], log_every_n_steps=1)
     trainer.fit(module, data())
     assert trainer.callback_metrics["lr/group 0"] == 1000
     assert trainer.callback_metrics["update/rms/group 0"] > 0
@@ -745,12 +768,12 @@ def test_words_of_the_command_line_make_the_same_plan(tmp_path, monkeypatch):
         "--trainer.callbacks.schedule.kind=linear",
     )
     trainer, _ = trained(flags, steps=1)
-    assert type(trainer.optimizers[0].members[0]).__name__ == "MyOptimizer"
+    assert type(trainer.optimizers[0].optimizers[0]).__name__ == "MyOptimizer"
     assert trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.5
-    assert flags.schedule == Schedule("linear")
+    assert flags.schedule == LRSchedule("linear")
     mine = "{class_path: my_file.MyOptimizer, init_args: {lr: 0.5}}"
     rules = f"[{{kind: hidden_matrix, optimizer: {mine}}}, {{optimizer: SGD, lr_scale: 2}}]"
     yaml = f"[{{class_path: OptimizerPlan, init_args: {{rules: {rules}}}}}]"
     trainer, _ = trained(plan(f"--trainer.callbacks={yaml}"), steps=1)
-    names = [type(member).__name__ for member in trainer.optimizers[0].members]
+    names = [type(member).__name__ for member in trainer.optimizers[0].optimizers]
     assert names == ["MyOptimizer", "SGD"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ravine.callbacks import Quantization
-from ravine.callbacks.lora import adapt_module, merge
+from ravine.callbacks.lora import inject_lora, merge_lora
 from ravine.callbacks.quantization import bitsandbytes_kernels, int8, nf4, quantize_module
 from ravine.callbacks.quantization.layers import QuantizedLinear
 from ravine.strategies.activation_checkpointing import apply_activation_checkpointing
@@ -190,10 +190,10 @@ def test_no_dense_weight_is_kept_for_the_backward():
     module, x = net(), torch.randn(5, 64)
     weights = {(64, 96), (96, 64)}
     quantize_module(module)
-    adapt_module(module, ["0", "2"], rank=4)
+    inject_lora(module, ["0", "2"], rank=4)
     assert not weights & set(kept_for_backward(module, x))
     plain = net()  # the same look sees those of plain layers
-    adapt_module(plain, ["0", "2"], rank=4)
+    inject_lora(plain, ["0", "2"], rank=4)
     assert weights & set(kept_for_backward(plain, x))
 
 
@@ -204,7 +204,7 @@ def test_what_is_quantized_may_be_recomputed(mode):
         torch.manual_seed(0)
         module = net()
         quantize_module(module)
-        adapt_module(module, ["0", "2"], rank=4)
+        inject_lora(module, ["0", "2"], rank=4)
         apply_activation_checkpointing(module, how)
         module(torch.ones(5, 64)).square().sum().backward()
         gradients.append([p.grad for p in module.parameters() if p.requires_grad])
@@ -215,7 +215,7 @@ PEAK = """
 import sys, torch
 import torch.nn.functional as F
 from torch import nn
-from ravine.callbacks.lora import adapt_module
+from ravine.callbacks.lora import inject_lora
 from ravine.callbacks.quantization import quantize_module
 torch.set_num_threads(1)
 class Naive(torch.nn.Module):  # dequantises under autograd, which keeps the dense weight
@@ -228,7 +228,7 @@ layers = []
 for _ in range(16):
     layer = nn.Sequential(nn.Linear(2048, 2048, bias=False))
     quantize_module(layer, targets="0")
-    adapt_module(layer, "0", rank=4)
+    inject_lora(layer, "0", rank=4)
     layers.append(Naive(layer[0]) if sys.argv[1] == "naive" else layer)
 net, x = nn.Sequential(*layers), torch.randn(4, 2048)
 def peak():  # of this process alone: ru_maxrss also has its parent in it
@@ -286,12 +286,12 @@ def test_merging_over_a_quantized_base_makes_plain_layers(scheme):
     module, x = net().double(), torch.randn(5, 64, dtype=torch.float64)
     keys = list(module.state_dict())
     quantize_module(module, scheme)
-    adapt_module(module, ["0", "2"], rank=4)
+    inject_lora(module, ["0", "2"], rank=4)
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.2)
     y = module(x)
-    merge(module)
+    merge_lora(module)
     assert (module(x) - y).abs().max() <= 1e-12
     assert {type(layer) for layer in module} == {nn.Linear, nn.Tanh}
     assert list(module.state_dict()) == keys
@@ -363,7 +363,7 @@ def test_layers_are_quantized_once_and_before_adapters():
     quantize_module(module, targets="0")
     with pytest.raises(ValueError, match="0 is quantized already"):
         quantize_module(module, targets="0")
-    adapt_module(module, "2", rank=2)
+    inject_lora(module, "2", rank=2)
     with pytest.raises(ValueError, match="2 has an adapter already; round first"):
         quantize_module(module, targets="2")
 
@@ -372,7 +372,7 @@ def test_bits_cannot_train_also():
     module = net()
     quantize_module(module, targets="0")
     with pytest.raises(ValueError, match=r"train_also: 0 is quantized.*exclude: \[0\]"):
-        adapt_module(module, "2", rank=2, train_also="0")
+        inject_lora(module, "2", rank=2, train_also="0")
 
 
 def test_a_layer_that_stands_in_two_places_is_rounded_once():

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ravine.callbacks import GradientClipping, OptimizerPlan
 from ravine.callbacks.stability.gradient_clipping import clip_by_norm, clip_by_value, global_norm
 from ravine.callbacks.stability.nan_guard import NonFiniteError
-from ravine.datamodules.loaders import DataParallelInfo, Order, TrainLoader
+from ravine.datamodules.loaders import DataParallelInfo, EpochSampler, ResumableLoader
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import MeshStrategy
 from ravine.strategies.shards import to_local
@@ -149,7 +149,7 @@ def test_the_norm_before_clipping_and_the_share_of_clipped_steps_are_logged():
         **QUIET, max_steps=4, log_every_n_steps=4, callbacks=[GradientClipping(1.0)]
     )
     trainer.fit(LargeThrice(), data(16))
-    assert trainer.callback_metrics["train/clipped"] == 0.75
+    assert trainer.callback_metrics["train/frac_steps_clipped"] == 0.75
     assert 0 < trainer.callback_metrics["train/grad_norm"] < 1
 
 
@@ -170,7 +170,7 @@ def test_a_step_clipped_by_value_moves_no_weight_by_more_than_lr_times_the_bound
     trainer.fit(module, data())
     moved = [(p - b).abs().max().item() for p, b in zip(module.parameters(), before, strict=True)]
     assert max(moved) == pytest.approx(0.5)
-    assert trainer.callback_metrics["train/clipped"] == 1
+    assert trainer.callback_metrics["train/frac_steps_clipped"] == 1
 
 
 class Poisoned(Line):
@@ -202,8 +202,8 @@ def test_a_step_without_a_finite_norm_moves_nothing_and_the_next_one_does(plan):
     assert torch.equal(module.after[0], module.after[2])
     assert not torch.equal(module.after[2], module.after[3])
     assert module.after[3].isfinite().all()
-    assert clipping.left_out.total == 2
-    assert module.trainer.callback_metrics["train/skipped"] == 2
+    assert clipping.skipped_steps.num_skipped == 2
+    assert module.trainer.callback_metrics["train/num_skipped_steps"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:optimizer step .* is left out")
@@ -334,20 +334,22 @@ STRATEGIES = {
     "ddp": lambda: {"strategy": "ddp", "devices": 2},
     "zero3": lambda: {"strategy": "zero3", "devices": 2},
     "zero3 x tp": lambda: {"strategy": MeshStrategy(tp=2), "devices": 4},
-    "zero1 x ep": lambda: {"strategy": MeshStrategy(zero=1, ep=2), "devices": 4},
+    "zero1 x ep": lambda: {"strategy": MeshStrategy(zero_stage=1, ep=2), "devices": 4},
 }
 
 
 class Tokens(L.LightningDataModule):
     def train_dataloader(self):
-        return TrainLoader(Order(0, 32), self.fetch, 32, 8, DataParallelInfo.of(self.trainer))
+        return ResumableLoader(
+            EpochSampler(0, 32), self.fetch, 32, 8, DataParallelInfo.from_trainer(self.trainer)
+        )
 
     def fetch(self, items):
         return TOKENS[items, :-1], TOKENS[items, 1:]
 
 
 class Model(LanguageModel):
-    def adopt(self, datamodule):
+    def configure_from_data(self, datamodule):
         pass
 
     def configure_optimizers(self):
@@ -365,7 +367,7 @@ class OwnShard(GradientClipping):
 def clipped_training(layout, clipping=GradientClipping, **shape):
     """Two clipped steps: with lr 1 and no momentum the weights are the sum of the gradients."""
     L.seed_everything(0, verbose=False)
-    module = Model(65, 16, layers=2, width=16, heads=4, zero_init=False, **shape)
+    module = Model(65, 16, num_layers=2, d_model=16, num_heads=4, zero_init_residual=False, **shape)
     norms = []
 
     class Norms(L.Callback):
@@ -390,7 +392,7 @@ def test_clipped_training_equals_one_process(ranks, layout, world):
 
 
 def clipped_experts(layout):
-    return clipped_training(layout, experts=4)
+    return clipped_training(layout, num_experts=4)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a .validation_step.")

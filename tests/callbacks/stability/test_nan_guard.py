@@ -78,7 +78,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(
     net = Net(gradients={2: value})
     net.optimizer = optimizer
     text = r"the gradient of net\.2\.weight is not finite at step 2: step skipped \(1 of 3\)"
-    guard = NaNGuard(skip=3)
+    guard = NaNGuard(max_skips=3)
     with pytest.warns(UserWarning, match=text):
         run = fit(net, guard, *[GradientClipping()] * clip)
     before, at, behind = net.history[1:4]
@@ -86,7 +86,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(
     assert not equal(at, behind)
     assert all(tensor.isfinite().all() for tensor in net.history[-1])
     assert run.global_step == 6
-    assert guard.state_dict() == {"skipped": 1}
+    assert guard.state_dict() == {"num_skipped": 1}
 
 
 def test_a_loss_is_named_before_the_gradients_it_spoils() -> None:
@@ -99,14 +99,14 @@ def test_a_loss_is_named_before_the_gradients_it_spoils() -> None:
 def test_a_healthy_run_is_left_alone() -> None:
     plain, guarded = Net(), Net()
     fit(plain)
-    fit(guarded, NaNGuard(skip=0))
+    fit(guarded, NaNGuard(max_skips=0))
     assert equal(plain.history[-1], guarded.history[-1])
 
 
 def test_after_k_skipped_steps_the_run_stops_with_one_error() -> None:
     net = Net(losses={1: NAN, 3: NAN, 4: NAN})
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(NonFiniteError) as stopped:
-        fit(net, NaNGuard(skip=2))
+        fit(net, NaNGuard(max_skips=2))
     assert str(stopped.value) == (
         "the loss is not finite at step 4, after 2 skipped steps; the weights are those of the "
         "step before it; lower the learning rate, or clip: --trainer.callbacks+=GradientClipping"
@@ -130,14 +130,14 @@ def scaled(scale: float) -> MixedPrecision:
 
 
 def test_an_overflow_under_a_gradient_scaler_is_the_scalers_business() -> None:
-    guard = NaNGuard(skip=0)
+    guard = NaNGuard(max_skips=0)
     net = Net(gradients={1: INF})
     plugin = scaled(1024.0)
     fit(net, guard, plugins=[plugin])
     assert plugin.scaler is not None
     assert plugin.scaler.get_scale() == 512
     assert equal(net.history[0], net.history[1])
-    assert guard.skipped == 0
+    assert guard.num_skipped == 0
 
 
 @pytest.mark.parametrize("spoiled", [{"losses": {2: NAN}}, {"gradients": {2: NAN}}])
@@ -183,15 +183,15 @@ def test_a_module_that_steps_two_optimizers_loses_the_bad_step_alone() -> None:
 
 
 def test_the_count_of_skipped_steps_goes_on_after_a_resume() -> None:
-    guard = NaNGuard(skip=2)
-    guard.load_state_dict({"skipped": 2})
+    guard = NaNGuard(max_skips=2)
+    guard.load_state_dict({"num_skipped": 2})
     with pytest.raises(NonFiniteError, match="step 0, after 2 skipped steps"):
         fit(Net(losses={0: NAN}), guard)
 
 
 def test_a_negative_number_of_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="skip=-1 is negative; set 0"):
-        NaNGuard(skip=-1)
+    with pytest.raises(ValueError, match="max_skips=-1 is negative; set 0"):
+        NaNGuard(max_skips=-1)
 
 
 def test_the_host_reads_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +219,7 @@ def spoil_one_rank() -> tuple[list, int, list[str]]:
         fit(net, guard, devices=2, strategy="ddp")
     said = [str(w.message) for w in told if "skipped" in str(w.message)]
     same = equal(net.history[1], net.history[2])
-    return [p.tolist() for p in net.parameters()], guard.skipped + 10 * same, said
+    return [p.tolist() for p in net.parameters()], guard.num_skipped + 10 * same, said
 
 
 def test_a_loss_that_one_rank_sees_is_skipped_by_all(ranks: Any) -> None:

@@ -18,13 +18,19 @@ from ravine.callbacks.stability.rank_watchdog import (
     STEP_DONE,
     describe_ended_loader,
 )
-from ravine.cli.command import run
-from ravine.strategies import RanksDiffer
+from ravine.cli.command import run_argv
+from ravine.strategies import RankMismatchError
 from ravine.strategies.rank_agreement import flatten_config
 
 SMALL = [
-    *("fit", "--model=LanguageModel", "--model.layers=1", "--model.width=8", "--model.heads=2"),
-    *("--data=TextDataModule", "--data.source=embedded", "--data.context=8"),
+    *(
+        "fit",
+        "--model=LanguageModel",
+        "--model.num_layers=1",
+        "--model.d_model=8",
+        "--model.num_heads=2",
+    ),
+    *("--data=TextDataModule", "--data.source=embedded", "--data.context_length=8"),
     *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.precision=32-true"),
     *("--trainer.max_steps=2", "--trainer.logger=false", "--trainer.enable_progress_bar=false"),
 ]
@@ -88,7 +94,7 @@ def train_on_lengths(rows: list[int], max_steps: int) -> int | str:
     loader = DataLoader(torch.ones(rows_of_this_rank(rows), 3))
     try:
         return train(Linear(loader), max_steps=max_steps).global_step
-    except RanksDiffer as error:
+    except RankMismatchError as error:
         return str(error)
 
 
@@ -102,8 +108,8 @@ def refusals_of_commands(words: list[str], folder: str) -> list[str]:
     for word in words:
         own = [word] if os.environ["RANK"] == "1" else []
         try:
-            run([*SMALL, f"--trainer.default_root_dir={folder}", *own])
-        except RanksDiffer as error:
+            run_argv([*SMALL, f"--trainer.default_root_dir={folder}", *own])
+        except RankMismatchError as error:
             said.append(str(error))
     return said
 
@@ -118,7 +124,7 @@ def setups_of_a_script(seeds: list[int], widths: list[int]) -> str:
     L.seed_everything(rows_of_this_rank(seeds))
     try:
         train(Chosen(rows_of_this_rank(widths)))
-    except RanksDiffer as error:
+    except RankMismatchError as error:
         return str(error)
     return ""
 

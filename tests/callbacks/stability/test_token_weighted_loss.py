@@ -13,15 +13,15 @@ from external_modules.net_in_init import NetInInit
 from external_modules.two_optimizers import TwoOptimizers
 from ranks import furthest, whole
 
-from ravine.callbacks import Checkpoint, ExactResume, GlobalMean, GradientClipping
+from ravine.callbacks import Checkpoint, ExactResume, GradientClipping, TokenWeightedLoss
 from ravine.callbacks.stability import token_weighted_loss as weighting
 from ravine.cli.trainer import Trainer
-from ravine.datamodules import AnswerDataModule
+from ravine.datamodules import InstructionDataModule
 from ravine.lightning_modules import LanguageModel
 from ravine.strategies import MeshStrategy
 from ravine.strategies import pipeline_parallel as pipeline
 
-SHAPE = {"layers": 2, "width": 32, "heads": 4, "zero_init": False}
+SHAPE = {"num_layers": 2, "d_model": 32, "num_heads": 4, "zero_init_residual": False}
 CASES = {  # strategy, ranks, micro-batches of a step
     "one process": ("auto", 1, 4),
     "ddp": ("ddp", 2, 1),
@@ -32,8 +32,8 @@ CASES = {  # strategy, ranks, micro-batches of a step
     "hsdp": ("hsdp", 4, 2),
     "2d": ("2d", 4, 2),
     "cp": ("cp", 2, 2),
-    "pp": (MeshStrategy(dp_shard=1, pp=2, microbatches=2), 2, 2),
-    "zero3 x pp": (MeshStrategy(pp=2, microbatches=2), 4, 2),
+    "pp": (MeshStrategy(dp_shard=1, pp=2, num_microbatches=2), 2, 2),
+    "zero3 x pp": (MeshStrategy(pp=2, num_microbatches=2), 4, 2),
 }
 
 
@@ -64,11 +64,11 @@ def fit(module, data, strategy, accumulate, *callbacks):
 
 def train(path, case, fault=None):
     strategy, _, accumulate = CASES.get(case, (case, 1, 1))
-    callbacks = [GradientClipping(0.5), GlobalMean()]  # it goes first by itself
+    callbacks = [GradientClipping(0.5), TokenWeightedLoss()]  # it goes first by itself
     if fault is not None:
         callbacks = fault(callbacks) or callbacks
     L.seed_everything(0, verbose=False)
-    data = AnswerDataModule(path, tokenizer="bytes", context=96, batch_size=8)
+    data = InstructionDataModule(path, tokenizer="bytes", context_length=96, batch_size=8)
     return fit(Model(**SHAPE), data, strategy, accumulate, *callbacks)
 
 
@@ -106,7 +106,7 @@ def test_unequal_answers_train_as_on_one_process(ranks, answers, single, case):
 def test_the_command_lines_trainer_weighs_without_being_asked(answers, tmp_path):
     def trained(accumulate):
         L.seed_everything(0, verbose=False)
-        data = AnswerDataModule(answers, tokenizer="bytes", context=96, batch_size=8)
+        data = InstructionDataModule(answers, tokenizer="bytes", context_length=96, batch_size=8)
         trainer = Trainer(
             max_steps=5,
             accelerator="cpu",
@@ -131,7 +131,7 @@ def each_rank_its_own_mean(callbacks):
 
 
 def the_tokens_of_whole_sequences(callbacks):
-    MeshStrategy.part = lambda self, batch: batch
+    MeshStrategy.shard_batch = lambda self, batch: batch
 
 
 def micro_batches_of_equal_weight(callbacks):
@@ -141,9 +141,9 @@ def micro_batches_of_equal_weight(callbacks):
 
 
 def divided_after_the_clipping(callbacks):
-    GlobalMean.on_before_optimizer_step, divide = (
+    TokenWeightedLoss.on_before_optimizer_step, divide = (
         lambda *args: None,
-        GlobalMean.on_before_optimizer_step,
+        TokenWeightedLoss.on_before_optimizer_step,
     )
     clip = GradientClipping._clip
     GradientClipping._clip = lambda self, trainer, optimizer: (
@@ -172,7 +172,7 @@ def resume(path, folder, strategy, accumulate):
 
     def run(name, ckpt=None):
         L.seed_everything(0, verbose=False)
-        data = AnswerDataModule(path, tokenizer="bytes", context=96, batch_size=8)
+        data = InstructionDataModule(path, tokenizer="bytes", context_length=96, batch_size=8)
         keep = Checkpoint(f"{folder}/{name}", every_n_train_steps=1, save_top_k=-1)
         trainer = L.Trainer(
             max_steps=4,
@@ -181,7 +181,7 @@ def resume(path, folder, strategy, accumulate):
             strategy=strategy,
             accumulate_grad_batches=accumulate,
             logger=False,
-            callbacks=[GlobalMean(), ExactResume(), keep],
+            callbacks=[TokenWeightedLoss(), ExactResume(), keep],
             enable_progress_bar=False,
             enable_model_summary=False,
             limit_val_batches=0,
@@ -211,7 +211,7 @@ class Ragged(NetInInit):
 class Counted(Ragged):
     """The same, and it says so."""
 
-    def terms(self, batch):
+    def num_loss_terms(self, batch):
         return len(batch[0])
 
 
@@ -221,17 +221,17 @@ def test_any_module_that_says_its_terms_is_weighed_and_others_are_left_alone():
         return fit(kind(batch_size=batch_size), None, "auto", accumulate, *callbacks)
 
     whole_batch = trained(Ragged, 32, 1)
-    assert furthest(trained(Counted, 12, 3, GlobalMean()), whole_batch) < 2e-6
+    assert furthest(trained(Counted, 12, 3, TokenWeightedLoss()), whole_batch) < 2e-6
     unweighed = trained(Ragged, 12, 3)
     assert furthest(unweighed, whole_batch) > 1e-4
-    assert furthest(trained(Ragged, 12, 3, GlobalMean()), unweighed) == 0
-    assert furthest(trained(Counted, 32, 1, GlobalMean()), whole_batch) == 0
+    assert furthest(trained(Ragged, 12, 3, TokenWeightedLoss()), unweighed) == 0
+    assert furthest(trained(Counted, 32, 1, TokenWeightedLoss()), whole_batch) == 0
 
 
 class Nothing(Counted):
     """Not one term counts."""
 
-    def terms(self, batch):
+    def num_loss_terms(self, batch):
         return 0
 
 
@@ -239,14 +239,15 @@ def test_a_step_without_a_term_moves_nothing():
     torch.manual_seed(0)
     before = whole(Nothing())
     torch.manual_seed(0)
-    assert furthest(fit(Nothing(), None, "auto", 2, GlobalMean()), before) == 0
+    assert furthest(fit(Nothing(), None, "auto", 2, TokenWeightedLoss()), before) == 0
 
 
 def test_a_module_that_steps_by_itself_cannot_be_weighed():
     module = TwoOptimizers()
-    module.terms = len
-    with pytest.raises(ValueError, match=r"has `terms` and steps its own optimizers .* leave"):
-        fit(module, None, "auto", 1, GlobalMean())
+    module.num_loss_terms = len
+    message = r"has `num_loss_terms` and steps its own optimizers .* leave"
+    with pytest.raises(ValueError, match=message):
+        fit(module, None, "auto", 1, TokenWeightedLoss())
 
 
 def count(path, case, fault=None):

@@ -10,7 +10,7 @@ from ranks import furthest, whole
 from torch import nn
 
 import ravine.strategies  # noqa: F401  the name zero3
-from ravine.callbacks.transforms.base import Transform, register_transform, seeded_by_name
+from ravine.callbacks.transforms.base import Transform, make_param_generator, register_transform
 
 
 class Late(BoringModel):
@@ -31,7 +31,7 @@ class Log(Transform):
     def __init__(self, phase: str, **arguments: int) -> None:
         self.phase, self.arguments = phase, arguments
 
-    def identity(self):
+    def config_key(self):
         return self.arguments
 
     def transform(self, module):
@@ -52,7 +52,7 @@ class Adapted(nn.Module):
         self.down = nn.Linear(base.in_features, 2, bias=False)
         self.up = nn.Linear(2, base.out_features, bias=False)
         for part in ("down", "up"):
-            generator = seeded_by_name(0, f"{name}.{part}")
+            generator = make_param_generator(0, f"{name}.{part}")
             nn.init.normal_(getattr(self, part).weight, generator=generator)
 
     def forward(self, x):
@@ -174,11 +174,13 @@ def test_after_a_crash_in_training_the_next_trainer_goes_on():
 
 def test_what_a_name_initialises_depends_on_seed_and_name_alone():
     draw = {
-        (seed, name): torch.randn(4, generator=seeded_by_name(seed, name))
+        (seed, name): torch.randn(4, generator=make_param_generator(seed, name))
         for seed in (0, 1)
         for name in ("a.weight", "b.weight")
     }
-    assert torch.equal(draw[0, "a.weight"], torch.randn(4, generator=seeded_by_name(0, "a.weight")))
+    assert torch.equal(
+        draw[0, "a.weight"], torch.randn(4, generator=make_param_generator(0, "a.weight"))
+    )
     assert len({tuple(values.tolist()) for values in draw.values()}) == 4
 
 

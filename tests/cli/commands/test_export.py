@@ -13,18 +13,28 @@ from torch import nn
 
 import ravine.lightning_modules
 from ravine.callbacks import LoRA, Pretrained
-from ravine.callbacks.lora import adapt_module, adapters
+from ravine.callbacks.lora import inject_lora, lora_layers
 from ravine.callbacks.quantization.layers import QuantizedLinear
 from ravine.cli.commands.merge import merge_adapters
-from ravine.cli.loading import load
+from ravine.cli.loading import load_model
 from ravine.cli.main import main
 from ravine.errors import UsageError
 from ravine.lightning_modules import Diffusion, LanguageModel
 from ravine.strategies.checkpoint import sharded
 
 TEXT = "to be or not to be, that is the question. " * 40
-SMALL = ["--model=LanguageModel", "--model.layers=1", "--model.width=32", "--model.heads=2"]
-DATA = ["--data=TextDataModule", "--data.path=text.txt", "--data.context=16", "--data.batch_size=4"]
+SMALL = [
+    "--model=LanguageModel",
+    "--model.num_layers=1",
+    "--model.d_model=32",
+    "--model.num_heads=2",
+]
+DATA = [
+    "--data=TextDataModule",
+    "--data.path=text.txt",
+    "--data.context_length=16",
+    "--data.batch_size=4",
+]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.logger=false"]
 LORA = ["--trainer.callbacks+=LoRA", "--trainer.callbacks.rank=4"]
 
@@ -70,8 +80,8 @@ def test_a_checkpoint_of_adapters_is_a_model_by_itself(here: Path, name: str, ca
     held = torch.load(file_of(name), weights_only=True)["state_dict"]
     assert held
     assert all("lora_" in key for key in held)
-    model = load(file_of(name))
-    assert len(adapters(model)) == 6
+    model = load_model(file_of(name))
+    assert len(lora_layers(model)) == 6
     bits = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     assert len(bits) == (6 if name == "qlora" else 0)
     assert (
@@ -93,9 +103,9 @@ def test_merged_it_needs_no_callback_and_measures_the_same(here: Path, name: str
     assert main(words) == 0
     written = f"plain_{name}/model.ckpt"
     assert capsys.readouterr().out.endswith(f"written: {written}, model.safetensors\n")
-    adapted, plain = load(file_of(name)), LanguageModel.load_from_checkpoint(written)
+    adapted, plain = load_model(file_of(name)), LanguageModel.load_from_checkpoint(written)
     assert type(plain.net.blocks["0"].mlp.up) is nn.Linear
-    tokens = torch.randint(plain.vocabulary, (2, 16))
+    tokens = torch.randint(plain.vocab_size, (2, 16))
     difference = (adapted(tokens) - plain(tokens)).abs().max()
     assert 0 <= difference < 1e-5
     base = LanguageModel.load_from_checkpoint(file_of("base"))
@@ -105,7 +115,9 @@ def test_merged_it_needs_no_callback_and_measures_the_same(here: Path, name: str
     assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
     before = losses(["validate", f"--ckpt_path={file_of(name)}"], capsys)
     assert losses(["validate", f"--ckpt_path={written}"], capsys) == pytest.approx(before, abs=1e-4)
-    model = LanguageModel(layers=1, width=32, heads=2, vocabulary=plain.vocabulary, context=16)
+    model = LanguageModel(
+        num_layers=1, d_model=32, num_heads=2, vocab_size=plain.vocab_size, context_length=16
+    )
     model.configure_model()
     Pretrained(written).transform(model)
     assert torch.equal(model(tokens), plain(tokens))
@@ -130,8 +142,11 @@ def test_a_checkpoint_in_parts_is_merged_as_a_file_is(here: Path, ranks: Any) ->
 def test_int8_is_exported_after_training_and_loads_as_it_was_written(here: Path, capsys) -> None:
     words = ["export", f"--ckpt_path={file_of('base')}", "--quantize=int8", "--folder=eight"]
     assert main(words) == 0
-    model, base = load("eight/model.ckpt"), LanguageModel.load_from_checkpoint(file_of("base"))
-    tokens = torch.randint(base.vocabulary, (2, 16))
+    model, base = (
+        load_model("eight/model.ckpt"),
+        LanguageModel.load_from_checkpoint(file_of("base")),
+    )
+    tokens = torch.randint(base.vocab_size, (2, 16))
     assert 0 < (model(tokens) - base(tokens)).abs().max() < 0.05
     held = load_file("eight/model.safetensors")
     assert held["net.blocks.0.mlp.up.weight_codes"].dtype == torch.int8
@@ -212,10 +227,12 @@ def test_a_full_disk_is_one_line(here: Path, monkeypatch, capsys) -> None:
 
 
 def test_weights_that_were_one_and_differ_once_merged_are_not_exported() -> None:
-    model = LanguageModel(layers=1, width=32, heads=2, vocabulary=9, context=16, tied=True)
+    model = LanguageModel(
+        num_layers=1, d_model=32, num_heads=2, vocab_size=9, context_length=16, tie_embeddings=True
+    )
     model.configure_model()
-    adapt_module(model, "embed", rank=2)
-    for layer in adapters(model).values():
+    inject_lora(model, "embed", rank=2)
+    for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_b)
     with pytest.raises(UsageError, match="are one weight in this model and differ once merged"):
         merge_adapters(model)
@@ -231,7 +248,13 @@ def test_the_adapters_of_a_preset_fit_its_net(preset: str) -> None:
     given = config["model"].get("init_args", {})
     kind = getattr(ravine.lightning_modules, config["model"]["class_path"])
     if kind is LanguageModel:  # the shape alone
-        given |= {"layers": 1, "width": 32, "heads": 2, "vocabulary": 65, "context": 16}
+        given |= {
+            "num_layers": 1,
+            "d_model": 32,
+            "num_heads": 2,
+            "vocab_size": 65,
+            "context_length": 16,
+        }
     module = kind(**given)
     if kind is Diffusion:
         module.channels, module.classes = 1, 10
@@ -239,7 +262,7 @@ def test_the_adapters_of_a_preset_fit_its_net(preset: str) -> None:
     callbacks = [each for each in config["trainer"]["callbacks"] if isinstance(each, dict)]
     (lora,) = [c.get("init_args", {}) for c in callbacks if c["class_path"] == "LoRA"]
     LoRA(**lora).transform(module)
-    assert adapters(module)
+    assert lora_layers(module)
 
 
 def test_merging_what_has_no_adapters_is_refused(here: Path, capsys) -> None:

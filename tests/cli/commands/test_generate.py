@@ -17,7 +17,9 @@ LETTERS = "\n abcdefghijklmnopqrstuvwxyz:"
 
 def model_of(tokenizer: CharTokenizer | None, context: int = 16) -> LanguageModel:
     torch.manual_seed(0)
-    model = LanguageModel(len(LETTERS), context, layers=1, width=16, heads=2, zero_init=False)
+    model = LanguageModel(
+        len(LETTERS), context, num_layers=1, d_model=16, num_heads=2, zero_init_residual=False
+    )
     model.configure_model()
     model.tokenizer = tokenizer
     return model.eval()
@@ -91,7 +93,7 @@ def test_a_text_ends_before_its_stop(checkpoint: str) -> None:
     free = str(model.generate("a", max_new_tokens=60))[1:]
     stop = free[20:22]
     pieces: list[str] = []
-    text = str(model.generate("a", max_new_tokens=60, stop=["zzzz", stop], show=pieces.append))
+    text = str(model.generate("a", max_new_tokens=60, stop=["zzzz", stop], on_text=pieces.append))
     assert text == "a" + free[: free.index(stop)]
     assert "".join(pieces) == text[1:]
     assert model.generate(["a"], max_new_tokens=60, stop=stop) == [text]
@@ -106,10 +108,14 @@ REFUSED = {
     "--ckpt_path=X --top_k=40": "top_k is 40, and there are 29 different tokens; allowed: 1 to 29",
     "--ckpt_path=X --top_k=4.5": "--top_k is '4.5', not a whole number",
     "--ckpt_path=X --temprature=1": "generate has no flag --temprature\n  nearest: temperature",
-    "--ckpt_path=X --window=jump": "allowed: slide, refuse\n  type: --window=slide",
+    "--ckpt_path=X --context_overflow=jump": (
+        "allowed: error, slide\n  type: --context_overflow=slide"
+    ),
     "--ckpt_path=X --device=gpu": "no device 'gpu' is here",
     "--ckpt_path=X --device=cuda:99": "no device 'cuda:99' is here",
-    "--ckpt_path=X --window=refuse": "a prompt of 1 tokens and 200 new ones do not fit into the 16",
+    "--ckpt_path=X --context_overflow=error": (
+        "a prompt of 1 tokens and 200 new ones do not fit into the 16"
+    ),
     "--ckpt_path=X --stop=": "a stop is empty",
     "--ckpt_path=X --num_samples=0": "num_samples and batch_size must be 1 or more",
     "--ckpt_path=X --prompt_file=no.txt": "no file no.txt",
@@ -163,12 +169,12 @@ def test_flags_are_the_arguments_of_the_method() -> None:
     known = signature.method_flags(LanguageModel.generate)
     assert set(known) == {
         "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
-        "num_samples", "stop", "seed", "window", "batch_size",
+        "num_samples", "stop", "seed", "context_overflow", "batch_size",
     }  # fmt: skip
     assert known["top_k"].value_type is int
     assert known["top_p"].value_type is float
     assert known["prompt"].is_repeatable
-    assert known["window"].choices == ("slide", "refuse")
+    assert known["context_overflow"].choices == ("slide", "error")
 
 
 def test_backslashes_stand_for_what_a_shell_makes_hard() -> None:

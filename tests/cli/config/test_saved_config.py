@@ -16,7 +16,7 @@ from torch import nn
 from ravine.callbacks.transforms.base import Transform
 from ravine.cli.config.saved_config import _without_output_paths
 from ravine.cli.config.trust import TrustPolicy, iter_imported_names
-from ravine.cli.loading import load as trained_by_name
+from ravine.cli.loading import load_model as trained_by_name
 from ravine.cli.main import main
 from ravine.cli.resume_path import find_latest, resolve_argv
 from ravine.cli.trainer import Trainer
@@ -87,7 +87,7 @@ import lightning as L, torch
 from external_modules.net_in_init import NetInInit
 
 class Toy(NetInInit):
-    columns = ("answer",)
+    prediction_columns = ("answer",)
     def __init__(self, width: int = 4):
         super().__init__(width)
     def test_step(self, batch, index):
@@ -197,7 +197,7 @@ trainer:
   - class_path: OptimizerPlan
     init_args:
       optimizer: {class_path: SGD, init_args: {lr: 0.25}}
-      schedule: {kind: linear, final: 0.5}
+      schedule: {kind: linear, final_fraction: 0.5}
 """
 
 
@@ -228,7 +228,7 @@ class Doubled(Transform):
     def transform(self, module: Any) -> None:
         module.factor = nn.Parameter(torch.tensor(self.factor))
 
-    def identity(self) -> Any:
+    def config_key(self) -> Any:
         return self.factor
 
 
@@ -426,11 +426,11 @@ IN_TEXTS = [  # what the parser reads as YAML, or as the name of a file, or impo
     plan(rules=[{"optimizer": SPEC}]),
     plan(**{"optimizer.class_path": "acts.Thing"}),
     {**plan(), "init_args.optimizer": "acts.Thing"},
-    plan(schedule={**callback("ravine.callbacks.Schedule"), "init_args.kind": "acts.Thing"}),
+    plan(schedule={**callback("ravine.callbacks.LRSchedule"), "init_args.kind": "acts.Thing"}),
     callback("ravine.callbacks.FrechetDistance", extractor=SPEC),
     callback("ravine.callbacks.FrechetDistance", extractor="spec.yaml"),
-    callback("ravine.callbacks.Samples", arguments={"prompt": SPEC}),
-    callback("ravine.callbacks.Samples", arguments=f"{{prompt: [{SPEC}]}}"),
+    callback("ravine.callbacks.GenerateSamples", arguments={"prompt": SPEC}),
+    callback("ravine.callbacks.GenerateSamples", arguments=f"{{prompt: [{SPEC}]}}"),
     callback("lightning.pytorch.callbacks.LambdaCallback", on_fit_start=SPEC),
     callback("lightning.pytorch.callbacks.LambdaCallback", on_fit_start=" acts.reward"),
 ]
@@ -488,10 +488,12 @@ def test_a_hint_that_cannot_be_read_leaves_the_others_as_they_are(
 
 
 def test_texts_that_name_no_class_stay_texts() -> None:
-    rule = {"kind": "rest", "name": "net.head.weight", "lr_scale": 2.0}
+    rule = {"kind": "rest", "pattern": "net.head.weight", "lr_scale": 2.0}
     specs = [
-        plan(rules=[rule, {"name": "*.gate.*"}]),
-        callback("ravine.callbacks.Samples", arguments={"prompt": "Well. No.", "stop": "a.b"}),
+        plan(rules=[rule, {"pattern": "*.gate.*"}]),
+        callback(
+            "ravine.callbacks.GenerateSamples", arguments={"prompt": "Well. No.", "stop": "a.b"}
+        ),
     ]
     found = {path for spec in specs for path in iter_imported_names(spec, TrustPolicy())}
     assert found == {*(spec["class_path"] for spec in specs), "torch.optim.AdamW"}
@@ -621,8 +623,11 @@ def test_a_template_in_a_checkpoint_names_files_of_the_folder_only() -> None:
     for name in [*kept, "../x", "/x", "{/x}", "{../x}", "{step:c}x", "{epoch].__doc__[9}", "{{x"]:
         spec = callback("lightning.pytorch.callbacks.ModelCheckpoint", filename=name)
         assert ("filename" in _without_output_paths(spec)["init_args"]) == (name in kept)
-    spec = {"class_path": "ravine.callbacks.FrechetDistance", "init_args": {"cache": "x", "n": 9}}
-    assert _without_output_paths(spec)["init_args"] == {"n": 9}
+    spec = {
+        "class_path": "ravine.callbacks.FrechetDistance",
+        "init_args": {"cache_dir": "x", "num_samples": 9},
+    }
+    assert _without_output_paths(spec)["init_args"] == {"num_samples": 9}
 
 
 def test_a_name_in_a_checkpoint_does_not_lead_out_of_all_runs_by_a_link(

@@ -133,12 +133,12 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         ],
     ),
     "no value, where the class is named": (
-        [*MODEL, "--model.width="],
+        [*MODEL, "--model.d_model="],
         "",
         [
-            "on the command line, --model.width: width cannot be ''",
+            "on the command line, --model.d_model: d_model cannot be ''",
             "  allowed: a whole number",
-            "  type: --model.width=10",
+            "  type: --model.d_model=10",
         ],
     ),
     "the model, in a file": (
@@ -162,16 +162,16 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "arguments of no class": (
         ["fit"],
-        "model:\n  init_args: {layers: 2}\n",
+        "model:\n  init_args: {num_layers: 2}\n",
         ["in run.yaml, line 1, model: it names no class", "  type: class_path: NAME"],
     ),
     "arguments beside init_args": (
         ["fit"],
-        "model:\n  class_path: LanguageModel\n  layers: 2\n",
+        "model:\n  class_path: LanguageModel\n  num_layers: 2\n",
         [
-            "in run.yaml, line 3, model.layers: arguments stand under init_args",
+            "in run.yaml, line 3, model.num_layers: arguments stand under init_args",
             "  allowed: class_path, init_args, dict_kwargs",
-            "  type: init_args: {layers: 2}",
+            "  type: init_args: {num_layers: 2}",
         ],
     ),
     "the data": (
@@ -207,8 +207,8 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         "",
         [
             "on the command line, --model.layrs: LanguageModel has no argument 'layrs'",
-            "  nearest: layers",
-            "  type: --model.layers=3",
+            "  nearest: num_layers",
+            "  type: --model.num_layers=3",
         ],
     ),
     "an argument of the optimizer inside a callback": (
@@ -319,21 +319,22 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         ],
     ),
     "an argument of Lightning's strategies": (
-        [*MODEL, "--trainer.strategy=ddp", "--trainer.strategy.zero=1"],
+        [*MODEL, "--trainer.strategy=ddp", "--trainer.strategy.zero_stage=1"],
         "",
         [
-            "on the command line, --trainer.strategy.zero: no class is named that could take it",
-            "  type: --trainer.strategy=MeshStrategy --trainer.strategy.zero=1",
+            "on the command line, --trainer.strategy.zero_stage: no class is named that could "
+            "take it",
+            "  type: --trainer.strategy=MeshStrategy --trainer.strategy.zero_stage=1",
         ],
     ),
     "a name after an argument of it": (
-        [*MODEL, "--trainer.strategy.smallest_unt=2", "--trainer.strategy", "zero3"],
+        [*MODEL, "--trainer.strategy.min_unit_byts=2", "--trainer.strategy", "zero3"],
         "",
         [
-            "on the command line, --trainer.strategy.smallest_unt: MeshStrategy has no argument "
-            "'smallest_unt'",
-            "  nearest: smallest_unit",
-            "  type: --trainer.strategy.smallest_unit=2",
+            "on the command line, --trainer.strategy.min_unit_byts: MeshStrategy has no argument "
+            "'min_unit_byts'",
+            "  nearest: min_unit_bytes",
+            "  type: --trainer.strategy.min_unit_bytes=2",
         ],
     ),
     "an argument of ddp": (
@@ -347,17 +348,18 @@ TABLE: dict[str, tuple[list[str], str, list[str]]] = {
         ],
     ),
     "what the constructor of a strategy refuses": (
-        [*MODEL, "--trainer.strategy=pp", "--trainer.strategy.microbatches=0"],
+        [*MODEL, "--trainer.strategy=pp", "--trainer.strategy.num_microbatches=0"],
         "",
-        ["microbatches is 0; allowed: 1 or more; type --trainer.strategy.microbatches=4"],
+        ["num_microbatches is 0; allowed: 1 or more; type --trainer.strategy.num_microbatches=4"],
     ),
     "a value of a strategy's argument": (
-        [*MODEL, "--trainer.strategy=MeshStrategy", "--trainer.strategy.schedule=1f2b"],
+        [*MODEL, "--trainer.strategy=MeshStrategy", "--trainer.strategy.pipeline_schedule=1f2b"],
         "",
         [
-            "on the command line, --trainer.strategy.schedule: schedule cannot be '1f2b'",
+            "on the command line, --trainer.strategy.pipeline_schedule: pipeline_schedule cannot "
+            "be '1f2b'",
             "  nearest: 1f1b",
-            "  type: --trainer.strategy.schedule=1f1b",
+            "  type: --trainer.strategy.pipeline_schedule=1f1b",
         ],
     ),
     "the class of a strategy": (
@@ -442,9 +444,9 @@ VARIABLES = {
         "  nearest: max_steps",
         "  type: export PL_FIT__TRAINER__MAX_STEPS=many",
     ],
-    "PL_FIT__MODEL__LAYERS": [
-        "in the environment, PL_FIT__MODEL__LAYERS: no variable reaches inside a class",
-        "  type: --model.layers=many",
+    "PL_FIT__MODEL__NUM_LAYERS": [
+        "in the environment, PL_FIT__MODEL__NUM_LAYERS: no variable reaches inside a class",
+        "  type: --model.num_layers=many",
     ],
 }
 MY_TASK = """\
@@ -532,8 +534,13 @@ def test_what_a_mistake_says_to_type_is_right(capsys: pytest.CaptureFixture[str]
         else:
             flag = said.removeprefix("ravine: error: on the command line, ").split(":")[0]
             words = [told if word.startswith(f"{flag}=") else word for word in words]
-    assert words == ["fit", "--model=LanguageModel", "--model.layers=3", "--trainer.max_steps=1"]
-    assert "layers: 3" in capsys.readouterr().out
+    assert words == [
+        "fit",
+        "--model=LanguageModel",
+        "--model.num_layers=3",
+        "--trainer.max_steps=1",
+    ]
+    assert "num_layers: 3" in capsys.readouterr().out
 
 
 def test_callbacks_that_a_later_config_would_drop_are_refused(

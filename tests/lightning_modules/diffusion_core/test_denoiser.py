@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ravine.lightning_modules.diffusion_core.counter_rng import derive_key, normals
 from ravine.lightning_modules.diffusion_core.denoiser import Denoiser
-from ravine.lightning_modules.diffusion_core.noise_schedules import Schedule, compute_alpha_bar
+from ravine.lightning_modules.diffusion_core.noise_schedules import NoiseSchedule, compute_alpha_bar
 from ravine.lightning_modules.diffusion_core.samplers import SAMPLERS
 from ravine.lightning_modules.diffusion_core.sampling import SamplerConfig, sample_images
 
@@ -26,7 +26,7 @@ def right_answers(
     d = 0.5 if process == "edm" else 1.0
 
     def net(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        a, s = (level[:, None, None, None] for level in Schedule(process).alpha_sigma(t))
+        a, s = (level[:, None, None, None] for level in NoiseSchedule(process).alpha_sigma(t))
         r = ((d * a) ** 2 + s**2).sqrt()
         torch.testing.assert_close(x, (a * x0 + s * eps) / r)
         v = (d * a * eps - s * x0 / d) / r
@@ -37,7 +37,7 @@ def right_answers(
 
 @pytest.mark.parametrize(("process", "prediction"), ASKED)
 def test_the_right_answer_has_no_error_and_is_the_image(process: Any, prediction: Any) -> None:
-    denoising = Denoiser(Schedule(process), prediction, "edm")
+    denoising = Denoiser(NoiseSchedule(process), prediction, "edm")
     x0, eps = torch.randn(2, 9, 1, 4, 4, dtype=torch.float64)
     net = right_answers(process, prediction, x0, eps)
     error, x, _ = denoising.training_loss(net, x0, TIMES, None, eps)
@@ -49,16 +49,16 @@ def test_the_right_answer_has_no_error_and_is_the_image(process: Any, prediction
 
 def test_the_first_attempt_is_trained_at_pure_noise_alone() -> None:
     u = torch.linspace(0.001, 0.999, 7)
-    assert Denoiser(Schedule("linear"), time_conditioning="one_step").sample_t(
+    assert Denoiser(NoiseSchedule("linear"), time_conditioning="one_step").sample_t(
         u
     ).unique().tolist() == [1000]
-    assert len(Denoiser(Schedule("linear")).sample_t(u).unique()) == 7
+    assert len(Denoiser(NoiseSchedule("linear")).sample_t(u).unique()) == 7
 
 
 @pytest.mark.parametrize("u", [0.0, 1e-9, 1.0])
 def test_a_draw_at_the_ends_of_its_range_has_a_finite_loss(u: float) -> None:
     for process in KINDS[:2] + KINDS[3:]:
-        denoising = Denoiser(Schedule(process), "v", "edm")
+        denoising = Denoiser(NoiseSchedule(process), "v", "edm")
         t = denoising.sample_t(torch.full((4,), u))
         assert t.min() > 0
         x0, eps = torch.randn(2, 4, 1, 4, 4)
@@ -68,9 +68,12 @@ def test_a_draw_at_the_ends_of_its_range_has_a_finite_loss(u: float) -> None:
 def test_whole_times_of_whole_numbers_have_the_levels_of_the_table() -> None:
     for process in KINDS:
         t = torch.tensor([0, 500, 1000])  # as the docstring has it
-        ours, floats = Schedule(process).alpha_sigma(t), Schedule(process).alpha_sigma(t.float())
+        ours, floats = (
+            NoiseSchedule(process).alpha_sigma(t),
+            NoiseSchedule(process).alpha_sigma(t.float()),
+        )
         assert all(torch.equal(one, other) for one, other in zip(ours, floats, strict=True))
-    alpha, _ = Schedule("linear").alpha_sigma(t)
+    alpha, _ = NoiseSchedule("linear").alpha_sigma(t)
     torch.testing.assert_close(alpha, compute_alpha_bar("linear")[t].sqrt().float())
 
 
@@ -80,7 +83,7 @@ def test_images_are_the_samplers_of_their_own_noise(name: Any, process: Any) -> 
     def denoise(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         return (x * 0.3 + t[:, None, None, None] / 5000).tanh()
 
-    schedule, numbers, shape = Schedule(process), torch.tensor([4, 0, 9]), (1, 4, 4)
+    schedule, numbers, shape = NoiseSchedule(process), torch.tensor([4, 0, 9]), (1, 4, 4)
     path = schedule.timesteps(6)
     made = SAMPLERS[name](
         lambda x, t: denoise(x, x.new_full((3,), t), None),

@@ -16,7 +16,7 @@ from ravine.lightning_modules.diffusion_core.captured_denoiser import GraphCache
 from ravine.lightning_modules.diffusion_core.counter_rng import derive_key, normals, uniforms
 from ravine.lightning_modules.diffusion_core.denoiser import Denoiser
 from ravine.lightning_modules.diffusion_core.noise_schedules import (
-    Schedule,
+    NoiseSchedule,
     Timesteps,
     compute_alpha_bar,
 )
@@ -35,8 +35,8 @@ METHODS = {
     "ddim": (1, 0.02),
     "euler": (1, 0.02),
     "heun": (2, 0.002),
-    "dpm": (2, 0.002),
-    "ancestral": (0, 0.05),
+    "dpmpp_2m": (2, 0.002),
+    "ddpm": (0, 0.05),
 }
 D = 8
 KINDS = ("linear", "cosine", "flow", "edm")
@@ -47,12 +47,12 @@ AXES = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed
 COVARIANCE = AXES * EIGEN @ AXES.T
 
 
-def levels(schedule: Schedule, t: float) -> tuple[float, float]:
+def levels(schedule: NoiseSchedule, t: float) -> tuple[float, float]:
     alpha, sigma = schedule.alpha_sigma(torch.tensor([t], **DOUBLE))
     return alpha.item(), sigma.item()
 
 
-def denoiser(schedule: Schedule) -> Callable[[Tensor, float], Tensor]:
+def denoiser(schedule: NoiseSchedule) -> Callable[[Tensor, float], Tensor]:
     def denoise(x: Tensor, t: float) -> Tensor:
         a, s = levels(schedule, t)
         return MEAN + (x - a * MEAN) @ (AXES * (a * EIGEN / (a**2 * EIGEN + s**2)) @ AXES.T)
@@ -60,7 +60,7 @@ def denoiser(schedule: Schedule) -> Callable[[Tensor, float], Tensor]:
     return denoise
 
 
-def solution(schedule: Schedule, x: Tensor, t: float, to: float) -> Tensor:
+def solution(schedule: NoiseSchedule, x: Tensor, t: float, to: float) -> Tensor:
     (a, s), (a2, s2) = levels(schedule, t), levels(schedule, to)
     stretch = ((a2**2 * EIGEN + s2**2) / (a**2 * EIGEN + s**2)).sqrt()
     return a2 * MEAN + (x - a * MEAN) @ (AXES * stretch @ AXES.T)
@@ -75,7 +75,7 @@ def no_noise(step: int) -> Tensor:
 def test_errors_fall_with_the_order_of_the_method(kind: str, name: str) -> None:
     """Between two levels where log(α/σ) is finite, over five step counts."""
     order = METHODS[name][0]
-    schedule = Schedule(kind)
+    schedule = NoiseSchedule(kind)
     first, last = (1000.0, 250.0) if kind == "edm" else (900.0, 50.0)
     counts = (25, 34, 50, 85, 170)  # divide 850: whole times for linear and cosine
     counts = counts if schedule.is_discrete else (40, 80, 160, 320, 640)
@@ -101,7 +101,7 @@ def moments(name: str, kind: str, count: int, eta: float = 0.0) -> tuple[Tensor,
 
     A row of the batch is the answer to one unit of noise, the start's or a step's, or to none.
     """
-    schedule = Schedule(kind)
+    schedule = NoiseSchedule(kind)
     path, units = schedule.timesteps(count), torch.eye(D, **DOUBLE)
     blocks = torch.zeros(count + 1, D, count + 1, D, **DOUBLE)
     blocks[range(count + 1), :, range(count + 1), :] = units
@@ -131,7 +131,7 @@ def test_samplers_reach_the_mean_and_the_covariance_of_the_data(
 @pytest.mark.parametrize("count", [10, 100])
 def test_ddim_with_eta_1_is_ancestral_sampling(kind: str, count: int) -> None:
     """In distribution: all of the mean and of the covariance."""
-    ours, theirs = moments("ddim", kind, count, eta=1.0), moments("ancestral", kind, count)
+    ours, theirs = moments("ddim", kind, count, eta=1.0), moments("ddpm", kind, count)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     half = moments("ddim", kind, count, eta=0.5)[1]
@@ -140,7 +140,7 @@ def test_ddim_with_eta_1_is_ancestral_sampling(kind: str, count: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eta_is_the_share_of_ancestral_noise_in_standard_deviations(kind: str) -> None:
-    schedule = Schedule(kind)
+    schedule = NoiseSchedule(kind)
     path = Timesteps(t := torch.tensor([600.0, 300.0], **DOUBLE), *schedule.alpha_sigma(t))
     (a, s), (a2, s2) = levels(schedule, 600.0), levels(schedule, 300.0)
     beta = s2**2 * (1 - (a * s2 / (a2 * s)) ** 2)
@@ -154,7 +154,7 @@ def test_eta_is_the_share_of_ancestral_noise_in_standard_deviations(kind: str) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eulers_method_goes_through_the_points_of_ddim(kind: str) -> None:
-    schedule = Schedule(kind)
+    schedule = NoiseSchedule(kind)
     path = schedule.timesteps(20)
     x = torch.randn(5, D, **DOUBLE) * path.sigma[0]
     one, other = (SAMPLERS[n](denoiser(schedule), x, path, no_noise) for n in ("euler", "ddim"))
@@ -164,7 +164,7 @@ def test_eulers_method_goes_through_the_points_of_ddim(kind: str) -> None:
 def test_the_lectures_sampler_is_ddim_with_eta_0() -> None:
     """Back out the noise, and add it again at the next level: 200, 50, 20, 10 of 1000 steps."""
     kept = compute_alpha_bar("linear")
-    denoise = denoiser(Schedule("linear"))
+    denoise = denoiser(NoiseSchedule("linear"))
     for count in (200, 50, 20, 10):
         x = start = torch.randn(3, D, **DOUBLE)
         for t in range(1000, 0, -1000 // count):
@@ -172,7 +172,7 @@ def test_the_lectures_sampler_is_ddim_with_eta_0() -> None:
             noise = (x - kept[t].sqrt() * x0) / (1 - kept[t]).sqrt()
             to = t - 1000 // count
             x = kept[to].sqrt() * x0 + (1 - kept[to]).sqrt() * noise
-        path = Schedule("linear").timesteps(count)
+        path = NoiseSchedule("linear").timesteps(count)
         made = SAMPLERS["ddim"](denoise, start * path.sigma[0], path, no_noise)
         torch.testing.assert_close(made, x, rtol=1e-4, atol=1e-4)  # σ at 1000 is 0.99998
 
@@ -186,7 +186,7 @@ def test_alpha_bar_is_the_lectures() -> None:
     assert ours[0] == 1
     for t, published in ((1, 0.9999), (500, 0.0786), (1000, 4.0358e-5)):
         assert ours[t].item() == pytest.approx(published, rel=2e-3)
-    alpha, _ = Schedule("linear").alpha_sigma(torch.arange(1001, dtype=torch.float32))
+    alpha, _ = NoiseSchedule("linear").alpha_sigma(torch.arange(1001, dtype=torch.float32))
     assert (alpha.double().square() - ours).abs().max() < 1e-6
     beta = 1 - compute_alpha_bar("cosine")[1:] / compute_alpha_bar("cosine")[:-1]
     assert beta.max() <= 0.999 + 1e-12
@@ -200,7 +200,7 @@ PREDICTIONS = ("x0", "eps", "v", "velocity")
 @pytest.mark.parametrize("process", KINDS)
 def test_every_parametrisation_says_the_same_image(kind: str, process: str) -> None:
     t = torch.linspace(50, 950, 19, **DOUBLE)
-    alpha, sigma = (level[:, None] for level in Schedule(process).alpha_sigma(t))
+    alpha, sigma = (level[:, None] for level in NoiseSchedule(process).alpha_sigma(t))
     x0, eps = torch.randn(2, 19, 30, **DOUBLE)
     x = alpha * x0 + sigma * eps
     answer = compute_target(kind, x0, eps, alpha, sigma)
@@ -227,12 +227,12 @@ def test_every_parametrisation_says_the_same_image(kind: str, process: str) -> N
 
 
 def test_weights_are_those_of_their_papers() -> None:
-    alpha, sigma = Schedule("cosine").alpha_sigma(torch.arange(100, 1000, 100, **DOUBLE))
+    alpha, sigma = NoiseSchedule("cosine").alpha_sigma(torch.arange(100, 1000, 100, **DOUBLE))
     ratio = (alpha / sigma) ** 2
     capped = ratio.clamp(max=5)
     for kind, right in (("x0", capped), ("eps", capped / ratio), ("v", capped / (ratio + 1))):
         torch.testing.assert_close(compute_loss_weight("min_snr", kind, alpha, sigma), right)
-    d, (one, sigma) = 0.5, Schedule("edm").alpha_sigma(torch.arange(300, 900, 100, **DOUBLE))
+    d, (one, sigma) = 0.5, NoiseSchedule("edm").alpha_sigma(torch.arange(300, 900, 100, **DOUBLE))
     # λ(σ) c_out² = 1: EDM's net has an even loss when it predicts v of data scaled by their spread
     torch.testing.assert_close(compute_loss_weight("edm", "v", d * one, sigma), one)
     x, answer = torch.randn(2, 6, **DOUBLE)
@@ -245,18 +245,21 @@ def test_edms_path_is_that_of_its_paper() -> None:
     ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
     sigma = [(ends[0] + i / (n - 1) * (ends[1] - ends[0])) ** 7 for i in range(n)]
     torch.testing.assert_close(
-        Schedule("edm").timesteps(n).sigma, torch.tensor([*sigma, 0.0], **DOUBLE), rtol=1e-9, atol=0
+        NoiseSchedule("edm").timesteps(n).sigma,
+        torch.tensor([*sigma, 0.0], **DOUBLE),
+        rtol=1e-9,
+        atol=0,
     )
-    t = Schedule("edm").sample_t(torch.linspace(0.0005, 0.9995, 1000))
-    log_sigma = Schedule("edm").alpha_sigma(t)[1].log()
+    t = NoiseSchedule("edm").sample_t(torch.linspace(0.0005, 0.9995, 1000))
+    log_sigma = NoiseSchedule("edm").alpha_sigma(t)[1].log()
     assert abs(log_sigma.mean() + 1.2) < 0.02
     assert abs(log_sigma.std() - 1.2) < 0.02
 
 
 def test_training_times_of_a_sequence_are_1_to_1000() -> None:
-    drawn = Schedule("linear").sample_t((torch.arange(10_000) + 0.5) / 10_000)
+    drawn = NoiseSchedule("linear").sample_t((torch.arange(10_000) + 0.5) / 10_000)
     assert drawn.unique().tolist() == list(range(1, 1001))
-    assert Schedule("linear").sample_t(torch.tensor([1.0])).item() == 1000
+    assert NoiseSchedule("linear").sample_t(torch.tensor([1.0])).item() == 1000
 
 
 def test_draws_depend_on_key_and_number_alone() -> None:
@@ -298,7 +301,7 @@ def test_images_do_not_depend_on_the_batch_or_on_a_recording(name: str) -> None:
         recorded.append(work)
         return work
 
-    schedule, way = Schedule("linear"), SamplerConfig(name, 5)
+    schedule, way = NoiseSchedule("linear"), SamplerConfig(name, 5)
     numbers = torch.tensor([7, 1, 30, 2, 5])
     labels = numbers % 3
     how = (schedule, way, numbers, labels, (1, 4, 4), 0)
@@ -330,7 +333,7 @@ def test_guidance_moves_along_the_difference_that_the_label_makes() -> None:
         return x + y[:, None, None, None]
 
     x, t, y = torch.zeros(2, 1, 2, 2), torch.tensor([500.0, 500.0]), torch.tensor([3, 1])
-    denoising = Denoiser(Schedule("linear"))
+    denoising = Denoiser(NoiseSchedule("linear"))
     for w in (0.0, 0.5, 2.0):
         made = denoising.denoise(net, x, t, y, w, null_class=10)
         assert made[:, 0, 0, 0].tolist() == [3 + w * (3 - 10), 1 + w * (1 - 10)]
@@ -339,8 +342,14 @@ def test_guidance_moves_along_the_difference_that_the_label_makes() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda: SamplerConfig(steps=0), r"steps is 0; allowed: 1 or more; type --steps=50"),
-        (lambda: SamplerConfig(guidance=-1), r"guidance is -1; allowed: 0 \(none\) or more"),
+        (
+            lambda: SamplerConfig(num_steps=0),
+            r"num_steps is 0; allowed: 1 or more; type --num_steps=50",
+        ),
+        (
+            lambda: SamplerConfig(guidance_scale=-1),
+            r"guidance_scale is -1; allowed: 0 \(none\) or more",
+        ),
         (
             lambda: SamplerConfig(eta=2),
             r"eta is 2; allowed: 0 \(no fresh noise\) to 1; type --eta=0",
@@ -349,8 +358,11 @@ def test_guidance_moves_along_the_difference_that_the_label_makes() -> None:
             lambda: SamplerConfig("heun", eta=1),
             r"the sampler heun, which takes none; .* --sampler=ddim",
         ),
-        (lambda: Schedule("linear").timesteps(1001), r"steps is 1001; allowed: 1 to 1000; type"),
-        (lambda: Denoiser(Schedule("flow"), "eps"), r"allowed: x0, v, velocity; type --model"),
+        (
+            lambda: NoiseSchedule("linear").timesteps(1001),
+            r"num_steps is 1001; allowed: 1 to 1000; type",
+        ),
+        (lambda: Denoiser(NoiseSchedule("flow"), "eps"), r"allowed: x0, v, velocity; type --model"),
     ],
 )
 def test_what_means_nothing_is_refused(wrong: Callable[[], object], said: str) -> None:

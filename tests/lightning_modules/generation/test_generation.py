@@ -15,16 +15,16 @@ from ravine.lightning_modules.generation.generate_text import (
     gather_logprobs,
     generate,
     generate_stream,
-    score,
+    sequence_logprobs,
 )
-from ravine.lightning_modules.generation.sampling import Sampling, row_uniforms
+from ravine.lightning_modules.generation.sampling import DecodingConfig, row_uniforms
 from ravine.lightning_modules.nn import Transformer
 
 V, T = 23, 32
 RULES = {
-    "greedy": Sampling(0.0),
-    "sampled": Sampling(1.0),
-    "cool, every rule": Sampling(0.8, top_k=9, top_p=0.9, min_p=0.02),
+    "greedy": DecodingConfig(0.0),
+    "sampled": DecodingConfig(1.0),
+    "cool, every rule": DecodingConfig(0.8, top_k=9, top_p=0.9, min_p=0.02),
 }
 every_rule = pytest.mark.parametrize("sampling", RULES.values(), ids=RULES)
 
@@ -32,7 +32,7 @@ every_rule = pytest.mark.parametrize("sampling", RULES.values(), ids=RULES)
 def lively(**shape: Any) -> Transformer:
     """A net whose predictions differ from token to token."""
     torch.manual_seed(0)
-    shape = {"layers": 2, "width": 16, "heads": 2, "zero_init": False} | shape
+    shape = {"num_layers": 2, "d_model": 16, "num_heads": 2, "zero_init_residual": False} | shape
     net = Transformer(V, T, **shape).eval()
     with torch.no_grad():
         for parameter in net.parameters():
@@ -47,18 +47,30 @@ def prompts(count: int, longest: int = T) -> list[Tensor]:
 
 SHAPES = [
     {},
-    {"positions": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": "all", "tied": True},
-    {"positions": "sinusoidal", "rung": "average", "dropout": 0.5},
-    {"positions": "none", "rung": "qk", "residual": False, "mlp": "none", "heads": 1},
-    {"rung": "last"},
-    {"rung": "raw"},
-    {"rung": "shared", "output": False},
+    {
+        "positional_encoding": "learned",
+        "norm": "layernorm",
+        "activation": "gelu_tanh",
+        "bias": "all",
+        "tie_embeddings": True,
+    },
+    {"positional_encoding": "sinusoidal", "attention_variant": "mean", "dropout": 0.5},
+    {
+        "positional_encoding": "none",
+        "attention_variant": "qk",
+        "residual": False,
+        "activation": "none",
+        "num_heads": 1,
+    },
+    {"attention_variant": "identity"},
+    {"attention_variant": "embedding"},
+    {"attention_variant": "shared_qk", "out_proj": False},
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @every_rule
-def test_a_cache_changes_nothing(sampling: Sampling, shape: dict[str, Any]) -> None:
+def test_a_cache_changes_nothing(sampling: DecodingConfig, shape: dict[str, Any]) -> None:
     """100 prompts of 1 to 32 tokens, 16 at a time, sliding windows, and two ways to stop."""
     net, begun = lively(**shape), prompts(100 if not shape else 32)
     ends = 0
@@ -78,11 +90,11 @@ def test_a_cache_changes_nothing(sampling: Sampling, shape: dict[str, Any]) -> N
 
 
 @every_rule
-def test_log_probabilities_are_those_of_one_teacher_forced_pass(sampling: Sampling) -> None:
+def test_log_probabilities_are_those_of_one_teacher_forced_pass(sampling: DecodingConfig) -> None:
     net, begun = lively(), prompts(16, longest=T - 11)
     written = generate(net, begun, 12, T, sampling, stops=[[22]])
-    forced = score(net, begun, written, sampling)
-    torch.testing.assert_close(written.log_probabilities, forced, rtol=0, atol=1e-5)
+    forced = sequence_logprobs(net, begun, written, sampling)
+    torch.testing.assert_close(written.logprobs, forced, rtol=0, atol=1e-5)
     forced.sum().backward()
     assert net.embed.weight.grad is not None
     assert 0 < written.mask.sum() < written.mask.numel()  # a stop inside, and texts without
@@ -101,7 +113,7 @@ def test_equal_prompts_are_read_once_and_go_their_own_ways() -> None:
     rows = [begun[i] for i in (3, 1, 3, 3, 4, 1)]
     read: list[tuple[int, ...]] = []
     hook = net.embed.register_forward_hook(lambda _, given, __: read.append(tuple(given[0].shape)))
-    written = generate(net, rows, 40, T, Sampling(1.0), stops=[[3]])
+    written = generate(net, rows, 40, T, DecodingConfig(1.0), stops=[[3]])
     hook.remove()
     assert read[0] == (3, 5)  # three different prompts, the longest of five tokens
     assert read[1] == (6, 1)
@@ -133,7 +145,7 @@ def test_a_stop_is_looked_for_in_what_is_new() -> None:
         net.head.weight.zero_()
         net.head.weight[4] = 1.0  # with positive features the token 4 is certain to be drawn
         net.norm.forward = torch.ones_like  # type: ignore[method-assign]
-    written = generate(net, begun, 3, T, Sampling(0.0), stops=[[5, 4]])
+    written = generate(net, begun, 3, T, DecodingConfig(0.0), stops=[[5, 4]])
     assert written.tokens.tolist() == [[4, 4, 4]]
     assert written.mask.all()
 
@@ -151,12 +163,12 @@ class Looks(TorchDispatchMode):
 
 
 def test_the_host_looks_every_32_tokens_only() -> None:
-    net = Transformer(V, 200, layers=1, width=8, heads=1)
+    net = Transformer(V, 200, num_layers=1, d_model=8, num_heads=1)
     begun = prompts(3, longest=4)
 
     def looks(new: int) -> int:
         with Looks() as mode:
-            generate(net, begun, new, 200, Sampling(top_k=5, top_p=0.9), stops=[[V]])
+            generate(net, begun, new, 200, DecodingConfig(top_k=5, top_p=0.9), stops=[[V]])
         return mode.count
 
     assert looks(32) == looks(2)  # one look each, at the end
@@ -183,7 +195,7 @@ def test_a_full_context_forgets_its_older_half() -> None:
         with torch.no_grad():
             expected.append(net(torch.tensor([text[start:]]))[0, -1].argmax().item())
         text.append(expected[-1])
-    written = generate(net, prompts(T)[-1:], 60, T, Sampling(0.0))
+    written = generate(net, prompts(T)[-1:], 60, T, DecodingConfig(0.0))
     assert written.tokens[0].tolist() == expected
 
 
@@ -220,7 +232,7 @@ def test_each_rule_keeps_what_it_says(rules: dict[str, Any], kept: list[float]) 
     order = torch.tensor([3, 0, 4, 1, 2])
     logits = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()[order] + 7
     expected = torch.tensor(kept + [0.0] * (5 - len(kept)))[order]
-    found = Sampling(**rules).log_probabilities(logits).exp()
+    found = DecodingConfig(**rules).compute_logprobs(logits).exp()
     torch.testing.assert_close(found, expected / expected.sum())
 
 
@@ -229,11 +241,15 @@ def test_a_drawn_token_that_rounding_moves_over_the_border_is_still_scored() -> 
     drawn = torch.tensor([1.0, 0.5, 0.5 - 1e-7, -3.0])
     scored = torch.tensor([1.0, 0.5 - 1e-7, 0.5, -3.0], requires_grad=True)
     token = torch.tensor(1)
-    for rule in (Sampling(top_k=2), Sampling(top_p=0.6), Sampling(0.5, top_k=2, top_p=0.8)):
-        was = rule.log_probabilities(drawn)[token]
+    for rule in (
+        DecodingConfig(top_k=2),
+        DecodingConfig(top_p=0.6),
+        DecodingConfig(0.5, top_k=2, top_p=0.8),
+    ):
+        was = rule.compute_logprobs(drawn)[token]
         assert was.isfinite()
-        assert rule.log_probabilities(scored)[token] == -math.inf
-        kept = rule.log_probabilities(scored, never_mask=token)
+        assert rule.compute_logprobs(scored)[token] == -math.inf
+        kept = rule.compute_logprobs(scored, never_mask=token)
         likely = (scored.detach()[:3] / rule.temperature).log_softmax(-1)  # with the one drawn
         torch.testing.assert_close(kept[:3].detach(), likely)
         one = torch.ones(1, 1, dtype=torch.long)
@@ -241,16 +257,16 @@ def test_a_drawn_token_that_rounding_moves_over_the_border_is_still_scored() -> 
         assert in_training.item() == kept[token].item()
         (slope,) = torch.autograd.grad(kept[token], scored)
         assert slope.isfinite().all()
-        inside = rule.log_probabilities(drawn, never_mask=token)
-        assert inside.equal(rule.log_probabilities(drawn))  # one that never left changes nothing
-    floor = Sampling(min_p=math.exp(-0.5))
-    assert floor.log_probabilities(torch.tensor([1.0, 0.4]), never_mask=token).isfinite().all()
+        inside = rule.compute_logprobs(drawn, never_mask=token)
+        assert inside.equal(rule.compute_logprobs(drawn))  # one that never left changes nothing
+    floor = DecodingConfig(min_p=math.exp(-0.5))
+    assert floor.compute_logprobs(torch.tensor([1.0, 0.4]), never_mask=token).isfinite().all()
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
     count = 40_000
-    drawn = Sampling().sample(
+    drawn = DecodingConfig().sample(
         probabilities.log().expand(count, 5), row_uniforms(0, range(4), count // 4).flatten()
     )
     frequency = torch.bincount(drawn, minlength=5) / count
@@ -262,7 +278,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
 def test_the_ends_of_the_unit_interval_draw_possible_tokens() -> None:
     scores = torch.tensor([[0.0, 0.6, 0.4, 0.0]]).log().expand(2, 4)
     u = torch.tensor([2.0**-53, 1.0], dtype=torch.float64)
-    assert Sampling().sample(scores, u).tolist() == [1, 2]
+    assert DecodingConfig().sample(scores, u).tolist() == [1, 2]
 
 
 def test_a_seed_gives_every_text_its_own_numbers() -> None:
@@ -281,11 +297,11 @@ def test_a_seed_gives_every_text_its_own_numbers() -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         (
-            {"context_overflow": "refuse", "max_new_tokens": 20},
+            {"context_overflow": "error", "max_new_tokens": 20},
             "a prompt of 20 tokens and 20 new ones do not fit",
         ),
         ({"prompts": [torch.tensor([], dtype=torch.long)]}, "a prompt is empty"),
-        ({"sampling": Sampling(top_k=24)}, "top_k is 24, and there are 23 different tokens"),
+        ({"sampling": DecodingConfig(top_k=24)}, "top_k is 24, and there are 23 different tokens"),
     ],
 )
 def test_what_cannot_be_written_is_refused(given: dict[str, Any], told: str) -> None:
@@ -300,7 +316,7 @@ def test_what_cannot_be_written_is_refused(given: dict[str, Any], told: str) -> 
 )
 def test_rules_that_mean_nothing_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}; allowed: .*type --{name}="):
-        Sampling(**{name: value})
+        DecodingConfig(**{name: value})
 
 
 def test_nan_logits_end_the_writing_with_the_text_s_number() -> None:
@@ -313,13 +329,13 @@ def test_nan_logits_end_the_writing_with_the_text_s_number() -> None:
 
 
 def test_a_context_of_one_token_works() -> None:
-    net = lively(rung="last")
+    net = lively(attention_variant="identity")
     a = generate(net, prompts(4), 10, 1)
     assert a.tokens.equal(generate(net, prompts(4), 10, 1, use_cache=False).tokens)
 
 
 def test_a_recorded_step_writes_the_same_text_with_one_recording_a_bucket() -> None:
-    net = Transformer(V, 200, layers=2, width=16, heads=2, zero_init=False)
+    net = Transformer(V, 200, num_layers=2, d_model=16, num_heads=2, zero_init_residual=False)
     begun, recordings = prompts(3, longest=4), []
 
     def record(work: Callable[[], None]) -> Callable[[], None]:

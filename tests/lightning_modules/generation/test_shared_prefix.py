@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ravine.lightning_modules.generation.generate_text import generate, pad_sequences_for_scoring
 from ravine.lightning_modules.generation.kv_cache import KVCache
-from ravine.lightning_modules.generation.sampling import Sampling
+from ravine.lightning_modules.generation.sampling import DecodingConfig
 from ravine.lightning_modules.generation.shared_prefix import SharedPrefixBatch
 from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.rl.rollout import compute_logits_at, make_shared_prefix_batch
@@ -16,11 +16,27 @@ from ravine.lightning_modules.rl.rollout import compute_logits_at, make_shared_p
 V, T, LAYERS = 23, 32, 3
 SHAPES: list[dict[str, Any]] = [
     {},
-    {"positions": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": "all", "tied": True},
-    {"positions": "sinusoidal", "rung": "average", "attention": "explicit"},
-    {"positions": "none", "rung": "qk", "residual": False, "mlp": "none", "heads": 1},
-    {"rung": "last"},
-    {"rung": "shared", "output": False},
+    {
+        "positional_encoding": "learned",
+        "norm": "layernorm",
+        "activation": "gelu_tanh",
+        "bias": "all",
+        "tie_embeddings": True,
+    },
+    {
+        "positional_encoding": "sinusoidal",
+        "attention_variant": "mean",
+        "attn_implementation": "eager",
+    },
+    {
+        "positional_encoding": "none",
+        "attention_variant": "qk",
+        "residual": False,
+        "activation": "none",
+        "num_heads": 1,
+    },
+    {"attention_variant": "identity"},
+    {"attention_variant": "shared_qk", "out_proj": False},
 ]
 LENGTHS = {"equal": ([5, 5, 5], 2), "ragged": ([3, 7, 1, 4], 3), "one prompt": ([6], 4),
            "nothing shared": ([1, 1], 2)}  # fmt: skip
@@ -28,7 +44,12 @@ LENGTHS = {"equal": ([5, 5, 5], 2), "ragged": ([3, 7, 1, 4], 3), "one prompt": (
 
 def lively(dtype: torch.dtype = torch.float64, **shape: Any) -> Transformer:
     torch.manual_seed(0)
-    shape = {"layers": LAYERS, "width": 16, "heads": 2, "zero_init": False} | shape
+    shape = {
+        "num_layers": LAYERS,
+        "d_model": 16,
+        "num_heads": 2,
+        "zero_init_residual": False,
+    } | shape
     return Transformer(V, T, **shape).to(dtype).eval()
 
 
@@ -104,17 +125,17 @@ def test_nets_that_look_at_whole_texts_get_them() -> None:
     assert (
         make_shared_prefix_batch(lively(), prompts, written[:2]) is None
     )  # nobody shares a prompt
-    assert make_shared_prefix_batch(lively(experts=2), prompts, written) is None
+    assert make_shared_prefix_batch(lively(num_experts=2), prompts, written) is None
     assert make_shared_prefix_batch(nn.Sequential(lively()), prompts, written) is None
     cut, stage = lively(), lively()
-    cut.blocks["1"].attention.attend = lambda query, key, value, dropout: value  # type: ignore
+    cut.blocks["1"].attention.attention_fn = lambda query, key, value, dropout: value  # type: ignore
     stage.forward = lambda *args, **how: args[0]  # type: ignore[method-assign]
     assert make_shared_prefix_batch(cut, prompts, written) is None
     assert make_shared_prefix_batch(stage, prompts, written) is None
 
 
 @pytest.mark.parametrize("case", ["equal", "ragged", "one prompt"])
-@pytest.mark.parametrize("shape", [*SHAPES, {"experts": 2}], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, {"num_experts": 2}], ids=str)
 def test_texts_of_a_prompt_are_written_as_one_row(shape: dict[str, Any], case: str) -> None:
     """The cache keeps a shared prompt once; the texts are those written without a cache."""
     lengths, size = LENGTHS[case]
@@ -125,12 +146,12 @@ def test_texts_of_a_prompt_are_written_as_one_row(shape: dict[str, Any], case: s
     rows = [prompt for prompt in texts(lengths, size)[0] for _ in range(size)]
     read: list[tuple[int, ...]] = []
     net.embed.register_forward_hook(lambda _, given, __: read.append(tuple(given[0].shape)))
-    with_cache = generate(net, rows, 20, T, Sampling(1.0), stops=[[3]], seed=4)
-    groups = (len(rows), 1) if "experts" in shape else (len(lengths), size)
+    with_cache = generate(net, rows, 20, T, DecodingConfig(1.0), stops=[[3]], seed=4)
+    groups = (len(rows), 1) if "num_experts" in shape else (len(lengths), size)
     assert read[:2] == [(len(lengths), max(lengths)), groups]
-    if "experts" in shape:
+    if "num_experts" in shape:
         return  # what an expert leaves out depends on how much of a text it sees at once
-    without = generate(net, rows, 20, T, Sampling(1.0), stops=[[3]], seed=4, use_cache=False)
+    without = generate(net, rows, 20, T, DecodingConfig(1.0), stops=[[3]], seed=4, use_cache=False)
     assert with_cache.tokens.equal(without.tokens)
     torch.testing.assert_close(with_cache[1], without[1], rtol=0, atol=1e-5)
 
@@ -139,10 +160,10 @@ def test_texts_that_will_forget_their_prompt_are_rows_of_their_own() -> None:
     net, read = lively(torch.float32), list[tuple[int, ...]]()
     net.embed.register_forward_hook(lambda _, given, __: read.append(tuple(given[0].shape)))
     rows = [texts([6], 1)[0][0]] * 3
-    generate(net, rows, T - 4, T, Sampling(1.0))  # one token too many
+    generate(net, rows, T - 4, T, DecodingConfig(1.0))  # one token too many
     assert read[1] == (3, 1)
     read.clear()
-    generate(net, rows, T - 5, T, Sampling(1.0))
+    generate(net, rows, T - 5, T, DecodingConfig(1.0))
     assert read[1] == (1, 3)
 
 

@@ -14,15 +14,35 @@ from ravine.errors import UsageError
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules import model_stats as accounting
 from ravine.lightning_modules.nn import Transformer
-from ravine.lightning_modules.nn.attention import LEARNED, CausalAttention
+from ravine.lightning_modules.nn.attention import LEARNED_PROJECTIONS, CausalAttention
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "shakespeare"
-PRESETS = sorted(path.stem for path in CONFIGS.glob("seed_*.yaml"))
+PATTERNS = ("bigram", "running_mean", "attention_*", "transformer_*")
+PRESETS = sorted(path.stem for name in PATTERNS for path in CONFIGS.glob(f"{name}.yaml"))
+assert len(PRESETS) == 9
 SHAPES = [
     {},
-    {"positions": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": "all", "tied": True},
-    {"positions": "sinusoidal", "mlp": "swiglu", "heads": 1, "bias": "mlp", "qk_norm": False},
-    {"positions": "none", "norm": "none", "mlp": "none", "output": False, "residual": False},
+    {
+        "positional_encoding": "learned",
+        "norm": "layernorm",
+        "activation": "gelu_tanh",
+        "bias": "all",
+        "tie_embeddings": True,
+    },
+    {
+        "positional_encoding": "sinusoidal",
+        "activation": "swiglu",
+        "num_heads": 1,
+        "bias": "mlp",
+        "qk_norm": False,
+    },
+    {
+        "positional_encoding": "none",
+        "norm": "none",
+        "activation": "none",
+        "out_proj": False,
+        "residual": False,
+    },
 ]
 
 
@@ -34,14 +54,24 @@ def lecture(name: str, **other: Any) -> dict[str, Any]:
     return preset(name)["model"]["init_args"] | other
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.get("positions", "rope"))
-@pytest.mark.parametrize("rung", LEARNED)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.get("positional_encoding", "rope"))
+@pytest.mark.parametrize("rung", LEARNED_PROJECTIONS)
 def test_no_logit_depends_on_a_later_token(rung: str, shape: dict[str, Any]) -> None:
     """Exactly 0: gradients of each position's logits with respect to each token's embedding."""
-    net = Transformer(7, 6, layers=2, width=8, zero_init=False, rung=rung, **{"heads": 2} | shape)
-    for attention in ("explicit", "sdpa"):
+    net = Transformer(
+        7,
+        6,
+        num_layers=2,
+        d_model=8,
+        zero_init_residual=False,
+        attention_variant=rung,
+        **{"num_heads": 2} | shape,
+    )
+    for attention in ("eager", "sdpa"):
         for block in net.blocks.values():
-            block.attention.attend = CausalAttention(8, 2, 6, attn_implementation=attention).attend
+            block.attention.attention_fn = CausalAttention(
+                8, 2, 6, attn_implementation=attention
+            ).attention_fn
 
         def logits(embedded: Tensor) -> Tensor:
             net.embed.forward = lambda tokens: embedded  # type: ignore[method-assign]
@@ -53,23 +83,26 @@ def test_no_logit_depends_on_a_later_token(rung: str, shape: dict[str, Any]) -> 
         assert (reach.diagonal() > 0).all()
 
 
-@pytest.mark.parametrize("rung", LEARNED)
+@pytest.mark.parametrize("rung", LEARNED_PROJECTIONS)
 def test_what_a_token_takes_from_the_past_adds_up_to_one(rung: str) -> None:
     attention, x = CausalAttention(8, 2, 6, variant=rung), torch.randn(3, 6, 8)
     weights = attention.compute_weights(x)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 6))
     values = attention.project_qkv(x)[2]
     mixed = (weights @ values).transpose(1, 2).flatten(2)  # (b t d)
-    torch.testing.assert_close(attention.out(mixed), attention(x))
+    torch.testing.assert_close(attention.out_proj(mixed), attention(x))
 
 
 def test_a_variant_that_does_not_exist_is_refused_with_the_names_that_do(monkeypatch: Any) -> None:
-    names = ", ".join(LEARNED)
-    with pytest.raises(UsageError, match=f"rung='qkvv' .*; allowed: {names}; use rung='qkv'"):
-        Transformer(7, 6, width=8, heads=2, rung="qkvv")
-    monkeypatch.setitem(LEARNED, "kv", ("keys", "value"))
+    names = ", ".join(LEARNED_PROJECTIONS)
+    with pytest.raises(
+        UsageError,
+        match=f"attention_variant='qkvv' .*; allowed: {names}; use attention_variant='qkv'",
+    ):
+        Transformer(7, 6, d_model=8, num_heads=2, attention_variant="qkvv")
+    monkeypatch.setitem(LEARNED_PROJECTIONS, "kv", ("keys", "value"))
     with pytest.raises(UsageError, match=r"'kv'\] has the projection 'keys'; allowed: query, key"):
-        Transformer(7, 6, width=8, heads=2, rung="kv")
+        Transformer(7, 6, d_model=8, num_heads=2, attention_variant="kv")
 
 
 def by_loops(x: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -90,67 +123,69 @@ def by_loops(x: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int) -
     return out
 
 
-@pytest.mark.parametrize("kernel", ["explicit", "sdpa"])
-@pytest.mark.parametrize("rung", LEARNED)
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("rung", LEARNED_PROJECTIONS)
 def test_every_rung_is_its_formula(rung: str, kernel: str) -> None:
     attention = CausalAttention(
         8, 2, 5, False, False, attn_implementation=kernel, variant=rung
     ).double()
     x = torch.randn(5, 8, dtype=torch.float64)
-    w = {name: getattr(attention, name).weight.detach() for name in LEARNED[rung]}
+    w = {name: getattr(attention, name).weight.detach() for name in LEARNED_PROJECTIONS[rung]}
     query = x @ w["query"].T if "query" in w else x
-    key = query if rung == "shared" else x @ w["key"].T if "key" in w else x
+    key = query if rung == "shared_qk" else x @ w["key"].T if "key" in w else x
     value = x @ w["value"].T if "value" in w else x
-    if rung == "average":
+    if rung == "mean":
         expected = torch.stack([x[: i + 1].mean(0) for i in range(5)])
     else:
-        expected = x if rung == "last" else by_loops(x, query, key, value, heads=2)
+        expected = x if rung == "identity" else by_loops(x, query, key, value, heads=2)
     found = attention(x[None])[0]
-    assert (found - attention.out(expected)).abs().max() < 1e-10
+    assert (found - attention.out_proj(expected)).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_lecture_s_number_of_parameters(name: str) -> None:
     arguments = lecture(name)
-    layers, d, v = arguments["layers"], 256, 50304 if name == "seed_bpe" else 65
+    layers, d, v = arguments["num_layers"], 256, 50304 if name == "transformer_bpe" else 65
     expected = 2 * v * d + {
-        "seed_last": 0,
-        "seed_average": 0,
-        "seed_raw": 0,
-        "seed_shared": d**2,
-        "seed_qk": 2 * d**2,
-        "seed_qkv": 3 * d**2,
-        "seed_attention": 3 * layers * d**2,
-        "seed_blocks": 11 * layers * d**2 + 5 * layers * d,
-        "seed_bpe": 11 * layers * d**2 + 5 * layers * d,
+        "bigram": 0,
+        "running_mean": 0,
+        "attention_embedding": 0,
+        "attention_shared_qk": d**2,
+        "attention_qk": 2 * d**2,
+        "attention_qkv": 3 * d**2,
+        "attention_only": 3 * layers * d**2,
+        "transformer_char": 11 * layers * d**2 + 5 * layers * d,
+        "transformer_bpe": 11 * layers * d**2 + 5 * layers * d,
     }[name]  # fmt: skip
     model = LanguageModel(v, 128, **arguments)
     with torch.device("meta"):
         model.configure_model()
     assert sum(p.numel() for p in model.parameters()) == expected
-    assert sum(accounting.parameters(v, 128, **arguments).values()) == expected
-    if name == "seed_blocks":
-        assert model.formula() == "2|V|d + 11Ld² + 5Ld"
+    assert sum(accounting.count_parameters(v, 128, **arguments).values()) == expected
+    if name == "transformer_char":
+        assert model.param_formula() == "2|V|d + 11Ld² + 5Ld"
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.get("positions", "rope"))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.get("positional_encoding", "rope"))
 def test_parameters_are_counted_as_the_formula_says(shape: dict[str, Any]) -> None:
     for vocabulary in (65, 5000):  # the second is padded
-        net = Transformer(vocabulary, 16, layers=3, width=24, **{"heads": 2} | shape)
+        net = Transformer(vocabulary, 16, num_layers=3, d_model=24, **{"num_heads": 2} | shape)
         counted = sum(p.numel() for p in net.parameters())
-        terms = accounting.parameters(vocabulary, 16, layers=3, width=24, **{"heads": 2} | shape)
+        terms = accounting.count_parameters(
+            vocabulary, 16, num_layers=3, d_model=24, **{"num_heads": 2} | shape
+        )
         assert sum(terms.values()) == counted
 
 
 def test_the_formula_has_the_net_s_own_defaults() -> None:
     counted = sum(p.numel() for p in Transformer(65, 16).parameters())
-    assert sum(accounting.parameters(65, 16).values()) == counted
+    assert sum(accounting.count_parameters(65, 16).values()) == counted
 
 
 def test_presets_differ_in_their_rung_and_depth_only() -> None:
     first = preset(PRESETS[0])
-    ladder = {"layers", "rung", "residual", "mlp", "bias"}
-    for name in set(PRESETS) - {"seed_bpe"}:
+    ladder = {"num_layers", "attention_variant", "residual", "activation", "bias"}
+    for name in set(PRESETS) - {"transformer_bpe"}:
         other = preset(name)
         assert (other["data"], other["trainer"]) == (first["data"], first["trainer"])
         differing = dict(other["model"]["init_args"].items() ^ first["model"]["init_args"].items())
@@ -175,7 +210,7 @@ def train(
     """Validation nats of a preset at width 128, t 64, after some steps of Adam."""
     tokens, rest = text
     torch.manual_seed(0)
-    net = Transformer(int(torch.cat(text).max()) + 1, 64, **lecture(name, width=128, **how))
+    net = Transformer(int(torch.cat(text).max()) + 1, 64, **lecture(name, d_model=128, **how))
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
     for _ in range(steps):
         window = tokens[torch.randint(len(tokens) - 64, (b, 1)) + torch.arange(65)]
@@ -197,12 +232,12 @@ def test_each_stage_of_the_lecture_predicts_better_than_the_one_before(
     shakespeare: tuple[Tensor, Tensor],
 ) -> None:
     average, last, attention, blocks = (
-        train(f"seed_{name}", shakespeare, 3e-4, 250, 16, **how)
+        train(name, shakespeare, 3e-4, 250, 16, **how)
         for name, how in (
-            ("average", {}),
-            ("last", {}),
-            ("attention", {"layers": 2}),
-            ("blocks", {"layers": 2}),
+            ("running_mean", {}),
+            ("bigram", {}),
+            ("attention_only", {"num_layers": 2}),
+            ("transformer_char", {"num_layers": 2}),
         )
     )
     assert average - 0.2 > last > attention + 0.1 > attention > blocks + 0.05
@@ -215,5 +250,5 @@ def test_the_last_embedding_learns_the_bigrams(shakespeare: tuple[Tensor, Tensor
     counts = torch.ones(v, v, dtype=torch.float64)
     counts.index_put_((tokens[:-1], tokens[1:]), torch.ones(1, dtype=torch.float64), True)
     counted = -(counts / counts.sum(1, True)).log()[rest[:-1], rest[1:]].mean().item()
-    learned = train("seed_last", shakespeare, 3e-3, 1000, 32)
+    learned = train("bigram", shakespeare, 3e-3, 1000, 32)
     assert abs(learned - counted) < 0.02

@@ -78,12 +78,12 @@ def test_bf16_keeps_the_loss_in_fp32() -> None:
 
 def test_a_large_vocabulary_trains_like_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    net = Transformer(5000, 8, layers=1, width=16, heads=2, zero_init=False)
+    net = Transformer(5000, 8, num_layers=1, d_model=16, num_heads=2, zero_init_residual=False)
     assert net.head.weight.shape == (5056, 16)
     tokens, targets = torch.randint(5000, (2, 2, 8))
     assert net(tokens).shape == (2, 8, 5000)
     expected = cross_entropy(net(tokens), targets)
-    model = LanguageModel(5000, 8, layers=1, width=16, heads=2)
+    model = LanguageModel(5000, 8, num_layers=1, d_model=16, num_heads=2)
     model.net = net
     monkeypatch.setattr(model, "log", lambda *_: None)
     found = model.training_step((tokens, targets), 0)
@@ -158,7 +158,7 @@ def test_a_target_outside_the_vocabulary_is_refused_on_every_path(wrong: int, fr
 
 @pytest.mark.parametrize("vocabulary", [100, 5000])
 def test_a_mark_of_another_program_never_teaches_the_first_token(vocabulary: int) -> None:
-    model = LanguageModel(vocabulary, 8, layers=1, width=16, heads=2)
+    model = LanguageModel(vocabulary, 8, num_layers=1, d_model=16, num_heads=2)
     model.configure_model()
     inputs = torch.randint(vocabulary, (2, 8))
     targets = inputs.roll(-1, 1)

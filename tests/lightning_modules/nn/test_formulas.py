@@ -93,7 +93,7 @@ def attention_of(attention: Any, rows: list[list[float]], rope: bool, qk_norm: b
                 answer.append(
                     sum(math.exp(z) / total * parts[2][s][i] for s, z in enumerate(scores))
                 )
-        answers.append(line(attention.out, answer))
+        answers.append(line(attention.out_proj, answer))
     return answers
 
 
@@ -105,24 +105,24 @@ def net_of(net: Any, tokens: list[int], shape: dict[str, Any]) -> list[list[floa
     rows = [[float(a) for a in net.embed.weight[token]] for token in tokens]
     for t, x in enumerate(rows):
         for i in range(D):
-            if shape["positions"] == "learned":
-                x[i] += float(net.place.weight[t, i])
-            if shape["positions"] == "sinusoidal":
+            if shape["positional_encoding"] == "learned":
+                x[i] += float(net.pos_embed.weight[t, i])
+            if shape["positional_encoding"] == "sinusoidal":
                 angle = t / 10_000 ** (2 * (i // 2) / D)
                 x[i] += math.cos(angle) if i % 2 else math.sin(angle)
     for block in net.blocks.values():
         inner = [normed(block.attention_norm, x) for x in rows]
-        rope = shape["positions"] == "rope"
+        rope = shape["positional_encoding"] == "rope"
         for x, answer in zip(
             rows, attention_of(block.attention, inner, rope, shape["qk_norm"]), strict=True
         ):
             x[:] = [a + b for a, b in zip(x, answer, strict=True)]
-            more = mlp_of(block.mlp, normed(block.mlp_norm, x), shape["mlp"])
+            more = mlp_of(block.mlp, normed(block.mlp_norm, x), shape["activation"])
             x[:] = [a + b for a, b in zip(x, more, strict=True)]
     return [line(net.head, normed(net.norm, x)) for x in rows]
 
 
-NAMES = ("positions", "norm", "mlp", "qk_norm", "bias")
+NAMES = ("positional_encoding", "norm", "activation", "qk_norm", "bias")
 SHAPES: list[dict[str, Any]] = [
     dict(zip(NAMES, values, strict=True))
     for values in (
@@ -135,18 +135,22 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s['positions']}, {s['mlp']}")
+@pytest.mark.parametrize(
+    "shape", SHAPES, ids=lambda s: f"{s['positional_encoding']}, {s['activation']}"
+)
 def test_a_whole_net_is_its_formula(shape: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    net: Any = Transformer(V, T, layers=2, width=D, heads=H, zero_init=False, **shape).double()
+    net: Any = Transformer(
+        V, T, num_layers=2, d_model=D, num_heads=H, zero_init_residual=False, **shape
+    ).double()
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.copy_(torch.randn_like(parameter))
-        if shape["positions"] == "sinusoidal":  # tables are kept in fp32
-            net.place.table = sinusoid_table(T, D)
+        if shape["positional_encoding"] == "sinusoidal":  # tables are kept in fp32
+            net.pos_embed.table = sinusoid_table(T, D)
         for block in net.blocks.values():
-            if shape["positions"] == "rope":
+            if shape["positional_encoding"] == "rope":
                 block.attention.rotary.cosine, block.attention.rotary.sine = rope_tables(T, D // H)
         tokens = torch.randint(V, (1, T))
         expected = torch.tensor(net_of(net, tokens[0].tolist(), shape), dtype=torch.float64)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from ravine.lightning_modules import LanguageModel
-from ravine.lightning_modules.model_stats import parameters
+from ravine.lightning_modules.model_stats import count_parameters
 from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.nn.moe import (
     MixtureOfExperts,
@@ -69,11 +69,13 @@ def test_an_expert_without_a_token_has_a_zero_gradient():
 
 
 def test_the_formula_counts_the_experts_too():
-    net = Transformer(10, 8, layers=2, width=16, heads=2, experts=8)
-    shape = {"layers": 2, "width": 16, "experts": 8}
-    assert sum(p.numel() for p in net.parameters()) == sum(parameters(10, 8, **shape).values())
+    net = Transformer(10, 8, num_layers=2, d_model=16, num_heads=2, num_experts=8)
+    shape = {"num_layers": 2, "d_model": 16, "num_experts": 8}
+    assert sum(p.numel() for p in net.parameters()) == sum(
+        count_parameters(10, 8, **shape).values()
+    )
 
 
 def test_too_few_experts_are_refused():
-    with pytest.raises(ValueError, match="experts is 1; allowed: 2 or more"):
-        LanguageModel(5, 8, experts=1)
+    with pytest.raises(ValueError, match="num_experts is 1; allowed: 2 or more"):
+        LanguageModel(5, 8, num_experts=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ravine.lightning_modules.model_stats import parameters
+from ravine.lightning_modules.model_stats import count_parameters
 from ravine.lightning_modules.nn.attention import (
     ATTENTION_FNS,
     CausalAttention,
@@ -25,19 +25,23 @@ from ravine.lightning_modules.nn.transformer import (
 V, T = 11, 8
 EVERYTHING = {
     "defaults": {},
-    "learned, layernorm, gelu": {"positions": "learned", "norm": "layernorm", "mlp": "gelu"},
-    "sinusoidal, swiglu, explicit": {
-        "positions": "sinusoidal",
-        "mlp": "swiglu",
-        "attention": "explicit",
+    "learned, layernorm, gelu": {
+        "positional_encoding": "learned",
+        "norm": "layernorm",
+        "activation": "gelu",
+    },
+    "sinusoidal, swiglu, eager": {
+        "positional_encoding": "sinusoidal",
+        "activation": "swiglu",
+        "attn_implementation": "eager",
     },
     "nothing, no norm, relu": {
-        "positions": "none",
+        "positional_encoding": "none",
         "norm": "none",
-        "mlp": "relu",
+        "activation": "relu",
         "qk_norm": False,
     },
-    "tied": {"tied": True},
+    "tied": {"tie_embeddings": True},
 }
 every_kind = pytest.mark.parametrize("kind", EVERYTHING.values(), ids=EVERYTHING)
 
@@ -45,7 +49,7 @@ every_kind = pytest.mark.parametrize("kind", EVERYTHING.values(), ids=EVERYTHING
 def small(**kwargs) -> Transformer:
     """Two layers in float64 whose every weight is at work."""
     torch.manual_seed(0)
-    shape = {"layers": 2, "width": 16, "heads": 2, "zero_init": False} | kwargs
+    shape = {"num_layers": 2, "d_model": 16, "num_heads": 2, "zero_init_residual": False} | kwargs
     return Transformer(V, T, **shape).double()
 
 
@@ -70,7 +74,7 @@ def test_attention_is_the_formula_written_in_loops(attend):
 
 def test_auto_attention_in_bf16_on_a_cpu_is_the_formula_to_the_bit():
     q = torch.randn(1, 2, T, 4, dtype=torch.bfloat16)
-    assert ATTENTION_FNS["auto"](q, q, q, 0.0).equal(ATTENTION_FNS["explicit"](q, q, q, 0.0))
+    assert ATTENTION_FNS["auto"](q, q, q, 0.0).equal(ATTENTION_FNS["eager"](q, q, q, 0.0))
 
 
 def test_rope_multiplies_channel_pairs_by_a_unit_complex_number():
@@ -143,12 +147,12 @@ def test_the_past_does_not_see_the_future(kind):
 @every_kind
 def test_parameters_are_counted_by_the_formula(kind):
     d, layers = 24, 3
-    net = small(layers=layers, width=d, **kind)
-    hidden = 3 * d * (8 * d // 3) if kind.get("mlp") == "swiglu" else 2 * d * 4 * d
+    net = small(num_layers=layers, d_model=d, **kind)
+    hidden = 3 * d * (8 * d // 3) if kind.get("activation") == "swiglu" else 2 * d * 4 * d
     gains = {"rmsnorm": d, "layernorm": 2 * d, "none": 0}[kind.get("norm", "rmsnorm")]
     expected = layers * (4 * d * d + hidden + 2 * gains) + gains
-    expected += V * d * (1 if kind.get("tied") else 2)
-    expected += T * d if kind.get("positions") == "learned" else 0
+    expected += V * d * (1 if kind.get("tie_embeddings") else 2)
+    expected += T * d if kind.get("positional_encoding") == "learned" else 0
     assert sum(p.numel() for p in net.parameters()) == expected
 
 
@@ -156,17 +160,17 @@ def test_parameters_are_counted_by_the_formula(kind):
 @pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
 def test_d_ff_is_the_hidden_width_of_every_mlp_and_is_counted(mlp, bias, experts):
-    shape = {"width": 16, "mlp": mlp, "bias": bias, "experts": experts, "d_ff": 10}
+    shape = {"d_model": 16, "activation": mlp, "bias": bias, "num_experts": experts, "d_ff": 10}
     net = small(**shape)
     inner = net.blocks["1"].mlp.experts if experts else net.blocks["1"].mlp
     up, down = (getattr(part, "weight", part) for part in (inner.up, inner.down))
     assert 10 in up.shape
     assert 10 in down.shape
     counted = sum(p.numel() for p in net.parameters())
-    assert sum(parameters(V, T, layers=2, heads=2, **shape).values()) == counted
-    usual = {"layers": 2, "width": 16, "heads": 2, "mlp": mlp}
+    assert sum(count_parameters(V, T, num_layers=2, num_heads=2, **shape).values()) == counted
+    usual = {"num_layers": 2, "d_model": 16, "num_heads": 2, "activation": mlp}
     default = resolve_d_ff(16, mlp)
-    assert parameters(V, T, **usual, d_ff=default) == parameters(V, T, **usual)
+    assert count_parameters(V, T, **usual, d_ff=default) == count_parameters(V, T, **usual)
 
 
 def test_rope_base_slows_the_rotation_of_the_later_pairs():
@@ -195,24 +199,24 @@ def test_norm_eps_stands_under_every_root_in_training_and_in_evaluation(norm):
             assert torch.allclose(turned.norm(dim=-1), unit.norm(dim=-1))
 
 
-@pytest.mark.parametrize("kind", [k for k in EVERYTHING.values() if not k.get("tied")])
+@pytest.mark.parametrize("kind", [k for k in EVERYTHING.values() if not k.get("tie_embeddings")])
 def test_an_untrained_net_with_a_zero_head_guesses_uniformly(kind):
-    net = small(zero_init=True, **kind)
+    net = small(zero_init_residual=True, **kind)
     loss = F.cross_entropy(net(tokens()).flatten(0, 1), tokens().flatten())
     assert loss.item() == pytest.approx(math.log(V), abs=1e-12)
 
 
 def test_blocks_with_zero_projections_pass_the_stream_through_and_learn_at_once():
-    net = small(zero_init=True, tied=True)
+    net = small(zero_init_residual=True, tie_embeddings=True)
     x = torch.randn(2, T, 16, dtype=torch.float64)
     assert net.blocks["0"](x).equal(x)
     net.blocks["0"](x).square().sum().backward()
-    assert net.blocks["0"].attention.out.weight.grad.any()
+    assert net.blocks["0"].attention.out_proj.weight.grad.any()
     assert net.blocks["0"].mlp.down.weight.grad.any()
 
 
 def test_a_tied_head_is_the_embedding_and_is_counted_once():
-    net = small(tied=True)
+    net = small(tie_embeddings=True)
     assert net.head.weight is net.embed.weight
     assert "head.weight" not in dict(net.named_parameters())
 
@@ -221,7 +225,7 @@ def test_without_positions_a_shuffled_past_gives_the_same_answer_and_with_them_a
     sequence = tokens(1)
     shuffled = torch.cat((sequence[:, :-1].flip(1), sequence[:, -1:]), 1)
     for positions in ("none", "rope", "learned", "sinusoidal"):
-        net = small(positions=positions, layers=1)
+        net = small(positional_encoding=positions, num_layers=1)
         same = torch.allclose(net(sequence)[:, -1], net(shuffled)[:, -1], atol=1e-12)
         assert same is (positions == "none")
 
@@ -238,8 +242,8 @@ def test_the_attention_slot_takes_any_callable():
     expected = net(tokens())
     calls = []
     for block in net.blocks.values():
-        inner = block.attention.attend
-        block.attention.attend = lambda *args, inner=inner: (calls.append(1), inner(*args))[1]
+        inner = block.attention.attention_fn
+        block.attention.attention_fn = lambda *args, inner=inner: (calls.append(1), inner(*args))[1]
     assert net(tokens()).equal(expected)
     assert len(calls) == 2
 
@@ -253,7 +257,7 @@ def test_a_slice_of_the_heads_gives_its_part_of_the_sum():
         part = deepcopy(whole)
         for projection in (part.query, part.key, part.value):
             projection.weight = torch.nn.Parameter(projection.weight[half])
-        part.out.weight = torch.nn.Parameter(part.out.weight[:, half])
+        part.out_proj.weight = torch.nn.Parameter(part.out_proj.weight[:, half])
         parts.append(part(x))
     torch.testing.assert_close(sum(parts), whole(x), rtol=0, atol=1e-12)
 
@@ -261,7 +265,7 @@ def test_a_slice_of_the_heads_gives_its_part_of_the_sum():
 @every_kind
 def test_the_tensor_parallel_plan_names_every_matrix_of_the_blocks_once(kind):
     net = small(**kind)
-    plan = net.tp_plan()
+    plan = net.tensor_parallel_plan()
     for name, module in net.blocks.named_modules(prefix="blocks"):
         if isinstance(module, torch.nn.Linear):
             assert len([p for p in plan if fnmatch(name, p)]) == 1, name
@@ -269,7 +273,7 @@ def test_the_tensor_parallel_plan_names_every_matrix_of_the_blocks_once(kind):
 
 @pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal", "none"])
 def test_more_tokens_than_the_context_are_refused_in_one_line(positions):
-    net = small(positions=positions)
+    net = small(positional_encoding=positions)
     net(torch.zeros(1, T, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"9 tokens, and the model sees 8 .*allowed: 8 or less"):
         net(torch.zeros(1, T + 1, dtype=torch.int64))
@@ -281,7 +285,7 @@ def test_more_tokens_than_the_context_are_refused_in_one_line(positions):
 def test_a_token_outside_the_vocabulary_is_refused_even_where_the_table_has_a_row(
     vocabulary, wrong
 ):
-    net = Transformer(vocabulary, T, layers=1, width=8, heads=2)
+    net = Transformer(vocabulary, T, num_layers=1, d_model=8, num_heads=2)
     with pytest.raises(ValueError, match=rf"token {wrong} at \[0, 1\] of \[1, 3\]; allowed: 0 to"):
         net(torch.tensor([[0, wrong, 1]]))
 
@@ -289,18 +293,24 @@ def test_a_token_outside_the_vocabulary_is_refused_even_where_the_table_has_a_ro
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"heads": 3}, "heads 3 does not split width 16.*allowed: 2.*type --model.heads=2"),
-        ({"heads": 7, "width": 10**15}, "allowed: 8.*type --model.heads=8"),
-        ({"heads": 16}, "rope turns pairs.*allowed: 8.*type --model.heads=8"),
-        ({"width": 3, "heads": 1}, "allowed: none; type --model.width=128"),
-        ({"layers": 0}, "layers is 0; allowed: 1 or more"),
-        ({"width": -16}, "width is -16; allowed: 1 or more"),
-        ({"heads": 0}, "heads is 0; allowed: 1 or more"),
+        (
+            {"num_heads": 3},
+            "num_heads 3 does not split d_model 16.*allowed: 2.*type --model.num_heads=2",
+        ),
+        ({"num_heads": 7, "d_model": 10**15}, "allowed: 8.*type --model.num_heads=8"),
+        ({"num_heads": 16}, "rope turns pairs.*allowed: 8.*type --model.num_heads=8"),
+        ({"d_model": 3, "num_heads": 1}, "allowed: none; type --model.d_model=128"),
+        ({"num_layers": 0}, "num_layers is 0; allowed: 1 or more"),
+        ({"d_model": -16}, "d_model is -16; allowed: 1 or more"),
+        ({"num_heads": 0}, "num_heads is 0; allowed: 1 or more"),
         ({"dropout": 1.0}, r"dropout is 1.0; allowed: 0 to below 1; type --model.dropout=0.1"),
         ({"d_ff": 0}, "d_ff is 0; allowed: 1 or more"),
-        ({"d_ff": 8, "mlp": "none"}, "d_ff is 8, and mlp is none"),
+        ({"d_ff": 8, "activation": "none"}, "d_ff is 8, and activation is none"),
         ({"rope_base": 1.0}, "rope_base is 1.0; allowed: above 1"),
-        ({"rope_base": 5e5, "positions": "none"}, "rope_base is 500000, and positions is none"),
+        (
+            {"rope_base": 5e5, "positional_encoding": "none"},
+            "rope_base is 500000, and positional_encoding is none",
+        ),
         ({"norm_eps": -1e-5}, "norm_eps is -1e-05; allowed: 0 or more"),
         ({"norm_eps": 1e-5, "norm": "none", "qk_norm": False}, "norm_eps is 1e-05, and norm is"),
     ],

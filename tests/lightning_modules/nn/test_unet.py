@@ -34,24 +34,24 @@ def written_out(net: UNet, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) ->
 
     def block(name: str, x: torch.Tensor) -> torch.Tensor:
         name = f"blocks.{name}"
-        h = part(name, x, 1) + F.linear(embedding, *of(f"{name}.time"))[:, :, None, None]
+        h = part(name, x, 1) + F.linear(embedding, *of(f"{name}.time_proj"))[:, :, None, None]
         other = f"{name}.shortcut" if f"{name}.shortcut.weight" in w else ""
         return part(name, h, 2) + (F.conv2d(x, *of(other)) if other else x)
 
-    embedding = F.linear(timestep_embedding(t, net.time_embed_dim).to(x), *of("time.0"))
-    embedding = F.linear(F.silu(embedding), *of("time.2")) + w["labels.weight"][y]
-    full = block("first", x)
-    half = block("second", F.conv2d(full, *of("blocks.narrow1"), stride=2, padding=1))
-    h = block("third", F.conv2d(half, *of("blocks.narrow2"), stride=2, padding=1))
-    h = F.conv_transpose2d(block("middle", h), *of("blocks.widen1"), stride=2, padding=1)
-    h = block("fourth", torch.cat((h, half), 1))
-    h = F.conv_transpose2d(h, *of("blocks.widen2"), stride=2, padding=1)
-    return F.conv2d(block("last", torch.cat((h, full), 1)), *of("blocks.out"))
+    embedding = F.linear(timestep_embedding(t, net.time_embed_dim).to(x), *of("time_mlp.0"))
+    embedding = F.linear(F.silu(embedding), *of("time_mlp.2")) + w["class_embed.weight"][y]
+    full = block("down1", x)
+    half = block("down2", F.conv2d(full, *of("blocks.downsample1"), stride=2, padding=1))
+    h = block("down3", F.conv2d(half, *of("blocks.downsample2"), stride=2, padding=1))
+    h = F.conv_transpose2d(block("mid", h), *of("blocks.upsample1"), stride=2, padding=1)
+    h = block("up1", torch.cat((h, half), 1))
+    h = F.conv_transpose2d(h, *of("blocks.upsample2"), stride=2, padding=1)
+    return F.conv2d(block("up2", torch.cat((h, full), 1)), *of("blocks.out_conv"))
 
 
 def test_it_computes_what_the_lectures_does() -> None:
     torch.manual_seed(0)
-    net = UNet(2, 16, 16, classes=3).double()
+    net = UNet(2, 16, 16, num_classes=3).double()
     for p in net.parameters():  # norms start as the identity
         torch.nn.init.normal_(p, std=0.2)
     x, t, y = torch.randn(3, 2, 8, 12).double(), torch.tensor([1, 500, 1000.0]), torch.arange(3)
@@ -61,7 +61,7 @@ def test_it_computes_what_the_lectures_does() -> None:
 def test_attention_is_the_mean_of_values_by_likeness() -> None:
     torch.manual_seed(0)
     layer = SpatialSelfAttention(64).double()  # two heads
-    torch.nn.init.normal_(layer.out.weight)
+    torch.nn.init.normal_(layer.out_proj.weight)
     x = torch.randn(2, 64, 2, 3).double()
     normed = F.group_norm(x, 8).flatten(2)  # (b c yx)
     qkv = layer.qkv.weight[:, :, 0, 0] @ normed + layer.qkv.bias[:, None]
@@ -71,27 +71,27 @@ def test_attention_is_the_mean_of_values_by_likeness() -> None:
         for here in range(6):
             share = torch.stack([q[:, here] @ k[:, there] / 32**0.5 for there in range(6)])
             mixed[b, 32 * head : 32 * head + 32, here] = v @ share.softmax(0)
-    right = x + (layer.out.weight[:, :, 0, 0] @ mixed).view_as(x)
+    right = x + (layer.out_proj.weight[:, :, 0, 0] @ mixed).view_as(x)
     torch.testing.assert_close(layer(x), right, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("width", "parameters"), [(64, 4165953), (32, 1199521), (16, 428241)])
 def test_it_has_as_many_parameters_as_the_lectures(width: int, parameters: int) -> None:
     with torch.device("meta"):
-        assert count(UNet(width=width)) == parameters
+        assert count(UNet(base_channels=width)) == parameters
         assert parameters == 927 * width**2 + 3709 * width + 2 * 256 * 257 + 1
 
 
 def test_a_label_costs_a_row_of_the_embedding() -> None:
     with torch.device("meta"):
-        assert count(UNet(classes=10)) - count(UNet()) == 11 * 256
-        assert count(UNet(1, 24, 128, classes=10, patch=2)) == 615_188
+        assert count(UNet(num_classes=10)) - count(UNet()) == 11 * 256
+        assert count(UNet(1, 24, 128, num_classes=10, patch_size=2)) == 615_188
 
 
 @pytest.mark.parametrize(("patch", "attention"), [(1, False), (2, True)])
 @pytest.mark.parametrize("size", [(28, 28), (14, 14), (5, 9), (1, 1)])
 def test_any_size_goes_in_and_comes_out(size: tuple[int, int], patch: int, attention: bool) -> None:
-    net = UNet(3, 8, 8, patch=patch, attention=attention)
+    net = UNet(3, 8, 8, patch_size=patch, has_attention=attention)
     assert net(torch.randn(2, 3, *size), torch.tensor([1.0, 999.0])).shape == (2, 3, *size)
 
 
@@ -104,17 +104,17 @@ def test_what_is_padded_inside_is_as_if_it_had_been_padded_outside() -> None:
 
 def test_attention_starts_as_the_identity_and_then_mixes() -> None:
     torch.manual_seed(0)
-    with_it = UNet(1, 8, 8, attention=True)
+    with_it = UNet(1, 8, 8, has_attention=True)
     without = UNet(1, 8, 8)
     without.load_state_dict(with_it.state_dict(), strict=False)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0])
     torch.testing.assert_close(with_it(x, t), without(x, t))
-    torch.nn.init.normal_(with_it.blocks["attention"].out.weight)
+    torch.nn.init.normal_(with_it.blocks["mid_attention"].out_proj.weight)
     assert (with_it(x, t) - without(x, t)).abs().max() > 1e-3
 
 
 def test_times_and_labels_tell() -> None:
-    net = UNet(1, 8, 8, classes=3)
+    net = UNet(1, 8, 8, num_classes=3)
     x, t = torch.randn(1, 1, 8, 8).expand(5, -1, -1, -1), torch.tensor([1, 2, 1, 1, 1.0])
     made = net(x, t, torch.tensor([0, 0, 1, 3, 3]))
     for other in (1, 2, 3):
@@ -128,18 +128,18 @@ def test_times_and_labels_tell() -> None:
 
 
 def test_written_weights_build_the_same_net(tmp_path: Path) -> None:
-    net = UNet(3, 8, 16, classes=2, patch=2).to(memory_format=torch.channels_last)  # pyright: ignore
-    written = save_pretrained(net, str(tmp_path / "out"), {"prediction": "v"})
+    net = UNet(3, 8, 16, num_classes=2, patch_size=2).to(memory_format=torch.channels_last)  # pyright: ignore
+    written = save_pretrained(net, str(tmp_path / "out"), {"prediction_type": "v"})
     assert written == f"{tmp_path}/out/model.safetensors, config.json"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["prediction"] == "v"
+    assert config["prediction_type"] == "v"
     other = UNet(**config["net"])
     other.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0])
     torch.testing.assert_close(other(x, t), net(x, t))
 
 
-@pytest.mark.parametrize("wrong", [{"width": 12}, {"time_width": 7}, {"patch": 0}])
+@pytest.mark.parametrize("wrong", [{"base_channels": 12}, {"time_embed_dim": 7}, {"patch_size": 0}])
 def test_sizes_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"allowed: a width that 8 divides, an even time_width"):
+    with pytest.raises(ValueError, match=r"allowed: base_channels that 8 divides, an even"):
         UNet(**wrong)  # pyright: ignore

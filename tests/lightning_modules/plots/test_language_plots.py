@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ravine.callbacks import Figures
+from ravine.callbacks import SaveFigures
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.plots import language as figures
@@ -17,7 +17,7 @@ NAMES = list("ab \n")
 
 def net_of(**shape: Any) -> Transformer:
     torch.manual_seed(0)
-    shape = {"layers": 2, "width": 8, "heads": 2, "zero_init": False} | shape
+    shape = {"num_layers": 2, "d_model": 8, "num_heads": 2, "zero_init_residual": False} | shape
     return Transformer(len(NAMES), 6, **shape)
 
 
@@ -35,7 +35,14 @@ def test_bars_are_the_probabilities_at_five_temperatures() -> None:
 
 def test_a_net_that_knows_the_bigrams_is_said_to() -> None:
     text = torch.tensor([0, 1, 2, 0, 1, 3] * 200, dtype=torch.uint8)
-    net = net_of(rung="last", residual=False, mlp="none", layers=1, norm="none", output=False)
+    net = net_of(
+        attention_variant="identity",
+        residual=False,
+        activation="none",
+        num_layers=1,
+        norm="none",
+        out_proj=False,
+    )
     counts = torch.zeros(4, 4)
     counts.index_put_((text[:-1].long(), text[1:].long()), torch.ones(1), accumulate=True)
     with torch.no_grad():
@@ -64,21 +71,21 @@ def test_files_are_named_after_their_config(tmp_path: Path) -> None:
     from ravine.datamodules import TextDataModule
 
     (tmp_path / "text.txt").write_text("to be or not to be " * 20)
-    data = TextDataModule(tmp_path / "text.txt", context=8)
+    data = TextDataModule(tmp_path / "text.txt", context_length=8)
     data.setup("fit")
-    model = LanguageModel(layers=1, width=8, heads=1, rung="last")
-    model.adopt(data)
+    model = LanguageModel(num_layers=1, d_model=8, num_heads=1, attention_variant="identity")
+    model.configure_from_data(data)
     model.configure_model()
-    folder = tmp_path / "seed_last" / "version_0"
+    folder = tmp_path / "bigram" / "version_0"
     folder.mkdir(parents=True)
     trainer: Any = SimpleNamespace(
         log_dir=str(folder), datamodule=data, is_global_zero=True, loggers=[]
     )
-    Figures().on_train_end(trainer, model)
+    SaveFigures().on_train_end(trainer, model)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "seed_last_attention.png",
-        "seed_last_bigrams.png",
-        "seed_last_temperatures.png",
+        "bigram_attention.png",
+        "bigram_bigrams.png",
+        "bigram_temperatures.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
 
@@ -89,5 +96,5 @@ def test_a_module_that_draws_nothing_is_refused() -> None:
     class Foreign(L.LightningModule):
         pass
 
-    with pytest.raises(ValueError, match=r"Foreign has none; take Figures out"):
-        Figures().setup(L.Trainer(logger=False), Foreign(), "fit")
+    with pytest.raises(ValueError, match=r"Foreign has none; take SaveFigures out"):
+        SaveFigures().setup(L.Trainer(logger=False), Foreign(), "fit")

@@ -18,7 +18,7 @@ from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.pretrained import gpt2
 
 T, D, LAYERS, HEADS = 16, 24, 2, 3
-SHAPE: dict[str, Any] = gpt2.GPT2_KWARGS | {"layers": LAYERS, "width": D, "heads": HEADS}
+SHAPE: dict[str, Any] = gpt2.GPT2_KWARGS | {"num_layers": LAYERS, "d_model": D, "num_heads": HEADS}
 
 
 def theirs(vocabulary: int, folder: Path, **config: Any) -> Any:
@@ -66,13 +66,13 @@ def test_logits_are_those_of_transformers_and_files_survive_the_round_trip(
 
 
 OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # of the config.json, of the model
-    ({"n_head": 4}, {"heads": 4}),
+    ({"n_head": 4}, {"num_heads": 4}),
     ({"layer_norm_epsilon": 0.01}, {"norm_eps": 0.01}),
-    ({"activation_function": "relu"}, {"mlp": "relu"}),
-    ({"activation_function": "gelu"}, {"mlp": "gelu"}),
+    ({"activation_function": "relu"}, {"activation": "relu"}),
+    ({"activation_function": "gelu"}, {"activation": "gelu"}),
     ({"n_inner": 40}, {"d_ff": 40}),
-    ({"tie_word_embeddings": False}, {"tied": False}),
-    ({"n_layer": 3, "n_embd": 32, "n_head": 4}, {"layers": 3, "width": 32, "heads": 4}),
+    ({"tie_word_embeddings": False}, {"tie_embeddings": False}),
+    ({"n_layer": 3, "n_embd": 32, "n_head": 4}, {"num_layers": 3, "d_model": 32, "num_heads": 4}),
 ]
 
 
@@ -107,7 +107,7 @@ def test_config_json_is_obeyed_or_refused_with_the_arguments_to_type(
 @pytest.mark.filterwarnings("ignore")
 def test_an_untied_head_starts_as_the_embedding_of_a_tied_one(tmp_path: Path) -> None:
     model = theirs(101, tmp_path / "hf")
-    net = Transformer(101, T, **SHAPE | {"tied": False}).eval()
+    net = Transformer(101, T, **SHAPE | {"tie_embeddings": False}).eval()
     gpt2.load_hf(tmp_path / "hf", net)
     tokens = torch.randint(101, (2, T))
     with torch.no_grad():
@@ -163,14 +163,14 @@ def test_options_that_change_nothing_are_accepted_and_damaged_files_refused(tmp_
 WRONG: dict[str, Any] = {
     "qk_norm": True,
     "residual": False,
-    "mlp": "gelu",
+    "activation": "gelu",
     "norm_eps": 1e-3,
-    "heads": 2,
-    "positions": "rope",
+    "num_heads": 2,
+    "positional_encoding": "rope",
     "norm": "rmsnorm",
     "bias": "none",
-    "layers": 1,
-    "width": 12,
+    "num_layers": 1,
+    "d_model": 12,
     "d_ff": 24,
 }
 
@@ -187,9 +187,12 @@ def test_a_net_that_computes_something_else_is_refused(name: str, tmp_path: Path
 def test_another_vocabulary_and_a_longer_context_name_the_data(tmp_path: Path) -> None:
     folder = small(tmp_path / "hf")
     config_of(folder)
-    with pytest.raises(ValueError, match=r"vocabulary=256, and .*; type --data.tokenizer=FILE"):
+    with pytest.raises(ValueError, match=r"vocab_size=256, and .*; type --data.tokenizer=FILE"):
         gpt2.load_hf(folder, Transformer(300, T, **SHAPE))
-    with pytest.raises(ValueError, match=r"context=16, and .* context=17; type --data.context=16"):
+    with pytest.raises(
+        ValueError,
+        match=r"context_length=16, and .* context_length=17; type --data.context_length=16",
+    ):
         gpt2.load_hf(folder, Transformer(256, T + 1, **SHAPE))
 
 
@@ -203,7 +206,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
         save_file(
             weights | {"wpe.weight": told(weights["wpe.weight"])}, folder / "model.safetensors"
         )
-        with pytest.raises(ValueError, match=rf"place.weight (is of torch|holds) ?\.?{change}"):
+        with pytest.raises(ValueError, match=rf"pos_embed.weight (is of torch|holds) ?\.?{change}"):
             gpt2.load_hf(folder, Transformer(256, T, **SHAPE))
 
 
@@ -212,13 +215,13 @@ def test_without_config_json_a_line_names_what_could_not_be_checked(
 ) -> None:
     gpt2.load_hf(small(tmp_path / "hf"), Transformer(256, T, **SHAPE))
     said = " ".join(capsys.readouterr().out.split())
-    assert "trained with heads=3, mlp=gelu_tanh, norm_eps=1e-05 is not known" in said
+    assert "trained with num_heads=3, activation=gelu_tanh, norm_eps=1e-05 is not known" in said
 
 
 def small(folder: Path, vocabulary: int = 256) -> Path:
     """A file as it was published: no prefix, causal masks inside."""
     torch.manual_seed(1)
-    net = Transformer(vocabulary, T, **SHAPE, zero_init=False)
+    net = Transformer(vocabulary, T, **SHAPE, zero_init_residual=False)
     weights = gpt2.to_hf(dict(net.state_dict()), vocabulary)
     weights = {name.removeprefix(gpt2.HF_PREFIX): tensor for name, tensor in weights.items()}
     weights |= {f"h.{n}.attn.bias": torch.ones(1, 1, T, T).tril() for n in range(LAYERS)}
@@ -238,7 +241,7 @@ def test_a_net_may_see_less_than_its_weights_have_learned(tmp_path: Path) -> Non
 
 def fit(path: Path, text: Path, tmp_path: Path, **how: Any) -> LanguageModel:
     model = LanguageModel(**SHAPE)
-    data = TextDataModule(text, context=T, batch_size=2, tokenizer="bytes")
+    data = TextDataModule(text, context_length=T, batch_size=2, tokenizer="bytes")
     quiet = dict.fromkeys(
         ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
     )
@@ -290,23 +293,28 @@ def test_export_is_a_command(
 
 
 def test_what_is_no_gpt2_is_not_written_as_one(tmp_path: Path) -> None:
-    model = LanguageModel(256, T, layers=1, width=8, heads=1)
+    model = LanguageModel(256, T, num_layers=1, d_model=8, num_heads=1)
     model.tokenizer = ByteTokenizer()
     model.configure_model()
-    with pytest.raises(ValueError, match=r"no GPT-2: positions=rope, not learned, norm=rmsnorm"):
+    with pytest.raises(
+        ValueError, match=r"no GPT-2: positional_encoding=rope, not learned, norm=rmsnorm"
+    ):
         model.export(str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     folder = small(tmp_path / "hf")
-    other = Transformer(256, T, **SHAPE | {"layers": 3, "width": 48})
+    other = Transformer(256, T, **SHAPE | {"num_layers": 3, "d_model": 48})
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
         gpt2.load_hf(folder, other)
-    assert "they are a GPT-2 with layers=2, width=24, d_ff=96, and the model has layers=3" in str(
-        error.value
+    assert (
+        "they are a GPT-2 with num_layers=2, d_model=24, d_ff=96, and the model has num_layers=3"
+        in str(error.value)
     )
-    assert str(error.value).endswith("; type --model.layers=2 --model.width=24 --model.d_ff=96")
+    assert str(error.value).endswith(
+        "; type --model.num_layers=2 --model.d_model=24 --model.d_ff=96"
+    )
     with pytest.raises(FileNotFoundError, match=r"no weights at .*type --trainer.callbacks.path="):
         gpt2.load_hf(tmp_path / "nowhere", other)
     (tmp_path / "model.safetensors").write_bytes(b"not at all")
@@ -322,7 +330,9 @@ def test_a_module_that_reads_no_weights_is_refused() -> None:
         Pretrained("x").setup(L.Trainer(logger=False), Foreign(), "fit")
 
 
-@pytest.mark.parametrize(("name", "value"), [("heads", 2), ("mlp", "relu"), ("qk_norm", True)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_heads", 2), ("activation", "relu"), ("qk_norm", True)]
+)
 def test_a_checkpoint_that_would_compute_something_else_is_refused(
     name: str, value: Any, tmp_path: Path, text: Path
 ) -> None:

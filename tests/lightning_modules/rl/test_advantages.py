@@ -19,11 +19,11 @@ from ravine.lightning_modules.generation.generate_text import (
     generate,
     pad_sequences_for_scoring,
 )
-from ravine.lightning_modules.generation.sampling import Sampling
+from ravine.lightning_modules.generation.sampling import DecodingConfig
 from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.rl import kl as divergences
 from ravine.lightning_modules.rl import rollout as rollouts
-from ravine.lightning_modules.rl.advantages import Estimator
+from ravine.lightning_modules.rl.advantages import AdvantageEstimator
 from ravine.lightning_modules.rl.kl import KL, estimate_kl
 from ravine.lightning_modules.rl.rollout import (
     Rollout,
@@ -33,7 +33,7 @@ from ravine.lightning_modules.rl.rollout import (
 )
 
 V, L, END = 3, 3, 2
-COOL = Sampling(0.8)
+COOL = DecodingConfig(0.8)
 EXACT = 1e-10  # relative
 
 
@@ -62,7 +62,9 @@ RIGHT = torch.tensor([float(text[0] == 1 and len(text) > 1) for text in TEXTS]).
 
 def lively(seed: int) -> Transformer:
     torch.manual_seed(seed)
-    net = Transformer(V + 2, 8, layers=1, width=8, heads=2, zero_init=False).double()
+    net = Transformer(
+        V + 2, 8, num_layers=1, d_model=8, num_heads=2, zero_init_residual=False
+    ).double()
     return net
 
 
@@ -96,7 +98,7 @@ def rollout(prompt: int = V, weights: Tensor | None = None) -> Rollout:
     return fake._replace(ref_logprobs=reference, sampler_logprobs=sampled)
 
 
-def log_p(prompt: int = V, sampling: Sampling = COOL) -> Tensor:
+def log_p(prompt: int = V, sampling: DecodingConfig = COOL) -> Tensor:
     """Of each text (N), with gradient."""
     return compute_rollout_logprobs(NET, rollout(prompt), sampling).sum(1)
 
@@ -126,10 +128,10 @@ OBJECTIVE = gradient((log_p().exp() * REWARDS).sum())  # of E r
 
 
 def ascent(
-    estimator: Estimator,
+    estimator: AdvantageEstimator,
     weights: Tensor,
     prompt: int = V,
-    sampling: Sampling = COOL,
+    sampling: DecodingConfig = COOL,
     kl: KL = KL(),  # noqa: B008
     change: Callable[[Rollout], Rollout] = lambda fake: fake,
 ) -> Tensor:
@@ -139,18 +141,18 @@ def ascent(
     return -gradient(policy_loss(fake, scores, estimator, kl, L))
 
 
-def expected(estimator: Estimator, rewards: Tensor, size: int, p: Tensor = P) -> Tensor:
+def expected(estimator: AdvantageEstimator, rewards: Tensor, size: int, p: Tensor = P) -> Tensor:
     """Expected weights of each text (N) in the mean over a batch of `size` drawn from p."""
     batches = torch.cartesian_prod(*[torch.arange(N)] * size).reshape(-1, size)
     likely = p[batches].prod(1, keepdim=True)
-    weighed = Estimator(estimator.kind, "group", estimator.deviation)
+    weighed = AdvantageEstimator(estimator.method, "group", estimator.std_correction)
     w = weighed.advantages(rewards[batches].flatten(), size).reshape(-1, size) * likely / size
     return torch.zeros(N, dtype=torch.float64).index_add_(0, batches.flatten(), w.flatten())
 
 
 def estimated(kind: str, size: int, rewards: Tensor = REWARDS, **how) -> Tensor:
     """The expected gradient step of an estimator on batches of `size`."""
-    estimator = Estimator(kind, **how)  # type: ignore[arg-type]
+    estimator = AdvantageEstimator(kind, **how)  # type: ignore[arg-type]
     return ascent(estimator, expected(estimator, rewards, size))
 
 
@@ -182,12 +184,12 @@ def test_a_baseline_across_two_different_prompts_is_as_exact(kind: str, scale: f
     pairs = torch.cartesian_prod(torch.arange(N), torch.arange(N))  # (N² 2)
     rewards = torch.stack((REWARDS[pairs[:, 0]], REWARDS.flip(0)[pairs[:, 1]]), 1)
     likely = P[pairs[:, 0]] * other[pairs[:, 1]]
-    w = torch.stack([Estimator(kind, "batch").advantages(pair) for pair in rewards])  # type: ignore
+    w = torch.stack([AdvantageEstimator(kind, "batch").advantages(pair) for pair in rewards])  # type: ignore
     w = w * likely[:, None] / 2
     found, exact = torch.zeros_like(OBJECTIVE), torch.zeros_like(OBJECTIVE)
     for place, prompt in enumerate((V, V + 1)):
         mine = torch.zeros(N, dtype=torch.float64).index_add_(0, pairs[:, place], w[:, place])
-        found += ascent(Estimator(kind), mine, prompt)  # type: ignore[arg-type]
+        found += ascent(AdvantageEstimator(kind), mine, prompt)  # type: ignore[arg-type]
         r = REWARDS if place == 0 else REWARDS.flip(0)
         exact += gradient((log_p(prompt).exp() * r).sum()) / 2
     assert off(found, exact * scale) < EXACT
@@ -195,20 +197,20 @@ def test_a_baseline_across_two_different_prompts_is_as_exact(kind: str, scale: f
 
 def test_several_groups_are_each_compared_within_themselves() -> None:
     rewards = torch.tensor([1.0, 3.0, 10.0, 14.0])
-    assert Estimator("rloo", "group").advantages(rewards, 2).tolist() == [-2, 2, -4, 4]
-    assert Estimator("rloo", "batch").advantages(rewards, 2).tolist() == pytest.approx(
+    assert AdvantageEstimator("rloo", "group").advantages(rewards, 2).tolist() == [-2, 2, -4, 4]
+    assert AdvantageEstimator("rloo", "batch").advantages(rewards, 2).tolist() == pytest.approx(
         [-8, -16 / 3, 4, 28 / 3]
     )
 
 
 @pytest.mark.parametrize("kind", ["none", "rloo"])
 def test_a_constant_as_divisor_changes_the_length_of_the_step_alone(kind: str) -> None:
-    found = estimated(kind, 2, normalize="constant")
+    found = estimated(kind, 2, loss_normalization="constant")
     assert off(found, OBJECTIVE / L) < EXACT
 
 
 def test_all_tokens_as_divisor_is_the_same_for_one_batch_of_known_length() -> None:
-    tokens = ascent(Estimator("none", normalize="tokens"), P * REWARDS)
+    tokens = ascent(AdvantageEstimator("none", loss_normalization="tokens"), P * REWARDS)
     assert off(tokens, OBJECTIVE * N / MASK.sum()) < EXACT
 
 
@@ -221,7 +223,7 @@ def test_a_ratio_of_one_is_not_clipped() -> None:
 def test_a_ratio_is_clipped_where_that_makes_the_objective_smaller(sign: int) -> None:
     now = torch.tensor([[0.5], [-0.5], [0.1]], requires_grad=True)  # log-ratios, sampled at 0
     mask, weights = torch.ones(3, 1, dtype=torch.bool), sign * torch.ones(3)
-    estimator = Estimator("none", clip=0.2)
+    estimator = AdvantageEstimator("none", clip=0.2)
     estimator.loss(now, mask, weights, 1, 3, sampler_logprobs=torch.zeros(3, 1)).backward()
     moved = (now.grad != 0).flatten().tolist()  # type: ignore[union-attr]
     assert moved == ([False, True, True] if sign > 0 else [True, False, True])
@@ -232,7 +234,7 @@ def test_a_ratio_is_clipped_where_that_makes_the_objective_smaller(sign: int) ->
 def test_the_clipped_terms_are_their_formula_and_the_loss_their_sum(clip, high, sign) -> None:
     log_p = torch.linspace(-3, 3, 8, dtype=torch.float64).view(2, 4).requires_grad_()
     sampled, w = torch.zeros(2, 4), torch.tensor([sign, 2 * sign], dtype=torch.float64)
-    estimator = Estimator("none", clip=clip, clip_high=high)
+    estimator = AdvantageEstimator("none", clip=clip, clip_high=high)
     terms = estimator.token_objectives(log_p, w, sampled)
     top = 1 + (clip if high is None else high)
     for b, n in itertools.product(range(2), range(4)):
@@ -242,7 +244,7 @@ def test_the_clipped_terms_are_their_formula_and_the_loss_their_sum(clip, high, 
     mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
     loss = estimator.loss(log_p, mask, w, 4, 4, sampled)
     torch.testing.assert_close(loss, -terms[mask].sum() / 2)
-    plain = Estimator("none").token_objectives(log_p, w)
+    plain = AdvantageEstimator("none").token_objectives(log_p, w)
     torch.testing.assert_close(plain, w[:, None] * log_p)
 
 
@@ -259,7 +261,7 @@ def test_the_clipped_terms_are_their_formula_and_the_loss_their_sum(clip, high, 
 )
 def test_a_clip_that_bounds_nothing_is_refused(how, message) -> None:
     with pytest.raises(ValueError, match=message):
-        Estimator("grpo", **how)
+        AdvantageEstimator("grpo", **how)
 
 
 BINARY = P @ RIGHT  # the probability of a right text
@@ -296,7 +298,7 @@ def test_the_factors_tend_to_the_derivatives_of_their_phi() -> None:
 
 def test_the_sample_deviation_is_larger_by_the_root_of_b_over_b_minus_1() -> None:
     population = estimated("grpo", 3, RIGHT)
-    sample = estimated("grpo", 3, RIGHT, deviation="sample")
+    sample = estimated("grpo", 3, RIGHT, std_correction="sample")
     assert off(sample * math.sqrt(3 / 2), population) < EXACT
 
 
@@ -304,8 +306,8 @@ def test_equal_rewards_weigh_nothing_and_never_are_nan() -> None:
     for value in (0.1, 0.0, -3.7e5, 1e-300):
         equal = torch.full((7,), value, dtype=torch.float64)
         for kind in ("mean", "rloo", "grpo"):
-            assert not Estimator(kind).advantages(equal).any()
-    assert not Estimator("rejection").advantages(torch.zeros(4)).any()
+            assert not AdvantageEstimator(kind).advantages(equal).any()
+    assert not AdvantageEstimator("rejection").advantages(torch.zeros(4)).any()
 
 
 ROUNDED = {  # rewards that arithmetic alone makes different
@@ -324,10 +326,10 @@ ROUNDED = {  # rewards that arithmetic alone makes different
 @pytest.mark.parametrize("deviation", ["population", "sample"])
 def test_rewards_that_differ_by_rounding_weigh_nothing(rewards, scope, deviation) -> None:
     for kind in ("mean", "rloo", "grpo"):
-        estimator = Estimator(kind, scope=scope, deviation=deviation)
+        estimator = AdvantageEstimator(kind, baseline_scope=scope, std_correction=deviation)
         assert not estimator.advantages(rewards, 4).any()
     beside = torch.cat((rewards, torch.tensor([1.0, 0.0, 1.0, 0.0]).to(rewards)))
-    w = Estimator("grpo", scope="group").advantages(beside, 4)
+    w = AdvantageEstimator("grpo", baseline_scope="group").advantages(beside, 4)
     assert not w[:4].any()
     assert w[4:].tolist() == [1, -1, 1, -1]
 
@@ -335,33 +337,39 @@ def test_rewards_that_differ_by_rounding_weigh_nothing(rewards, scope, deviation
 def test_a_small_difference_that_is_no_rounding_keeps_its_full_weight() -> None:
     for scale in (1.0, 1e-6, 1e6):
         r = scale * torch.tensor([1.0, 1.0001, 1.0, 1.0001], dtype=torch.float64)
-        w = Estimator("grpo", scope="group").advantages(r, 4)
+        w = AdvantageEstimator("grpo", baseline_scope="group").advantages(r, 4)
         torch.testing.assert_close(w, torch.tensor([-1, 1, -1, 1.0], dtype=torch.float64))
 
 
 def test_whole_numbers_as_rewards_weigh_as_the_same_floats() -> None:
     r = torch.tensor([1, 0, 0, 3])
     for kind in ("none", "mean", "rloo", "grpo"):
-        assert Estimator(kind).advantages(r).equal(Estimator(kind).advantages(r.double()))
+        assert (
+            AdvantageEstimator(kind)
+            .advantages(r)
+            .equal(AdvantageEstimator(kind).advantages(r.double()))
+        )
 
 
 def test_rejection_takes_a_one_that_arithmetic_has_rounded() -> None:
     r = torch.tensor([0.7 + 0.2 + 0.1, 0.0, 0.1 + 0.2 - 0.3, 1 + 2e-16], dtype=torch.float64)
-    assert Estimator("rejection").advantages(r).tolist() == [2, 0, 0, 2]
+    assert AdvantageEstimator("rejection").advantages(r).tolist() == [2, 0, 0, 2]
 
 
 @pytest.mark.parametrize("kind", ["none", "mean", "rloo", "grpo", "rejection"])
 def test_a_sample_without_a_reward_counts_nowhere(kind: str) -> None:
     with_gaps = torch.tensor([1.0, math.nan, 0.0, 0.0, math.nan, 1.0, 1.0])
-    estimator = Estimator(kind)  # type: ignore[arg-type]
+    estimator = AdvantageEstimator(kind)  # type: ignore[arg-type]
     w, scored = estimator.advantages(with_gaps), ~with_gaps.isnan()
     assert not w[~scored].any()
     torch.testing.assert_close(w[scored], estimator.advantages(with_gaps[scored]))
 
 
 def test_rejection_refuses_rewards_that_are_not_binary() -> None:
-    with pytest.raises(ValueError, match=r"a reward is 0\.5.*Binary.*--model\.estimator\.kind"):
-        Estimator("rejection").advantages(torch.tensor([1.0, 0.5]))
+    with pytest.raises(
+        ValueError, match=r"a reward is 0\.5.*Threshold.*--model\.estimator\.method"
+    ):
+        AdvantageEstimator("rejection").advantages(torch.tensor([1.0, 0.5]))
 
 
 # KL: Δ = log p - log ref at the sampling temperature
@@ -381,8 +389,8 @@ def next_token_divergence(forward: bool) -> Tensor:
     for prefix in prefixes:
         reach = sum(P[i] for i, text in enumerate(TEXTS) if text[: len(prefix)] == prefix)
         seen = torch.tensor([[V, *prefix]])
-        ours = COOL.log_probabilities(NET(seen)[0, -1])
-        theirs = COOL.log_probabilities(REFERENCE(seen)[0, -1]).detach()
+        ours = COOL.compute_logprobs(NET(seen)[0, -1])
+        theirs = COOL.compute_logprobs(REFERENCE(seen)[0, -1]).detach()
         a, b = (theirs, ours) if forward else (ours, theirs)
         total = total + reach * (a.exp() * (a - b)).sum()
     return total
@@ -392,14 +400,14 @@ def test_k1_in_the_reward_is_the_gradient_of_the_reverse_divergence() -> None:
     fake, kl = rollout(), KL(0.3)
     assert fake.ref_logprobs is not None
     penalty = kl.beta * kl.kl_penalty(fake.sampler_logprobs, fake.ref_logprobs, MASK, L)
-    found = ascent(Estimator("none"), P * -penalty)
+    found = ascent(AdvantageEstimator("none"), P * -penalty)
     assert off(found, -gradient(divergence()) * kl.beta / L) < EXACT
 
 
 @pytest.mark.parametrize("kind", ["none", "mean", "rloo", "grpo", "rejection"])
 def test_k1_beside_an_estimator_adds_its_gradient_to_the_estimators(kind: str) -> None:
     """Whatever the estimator makes of rewards; the batch mean shortens this by (B-1)/B, too."""
-    fake, kl, estimator = rollout(), KL(0.3), Estimator(kind)  # type: ignore[arg-type]
+    fake, kl, estimator = rollout(), KL(0.3), AdvantageEstimator(kind)  # type: ignore[arg-type]
     assert fake.ref_logprobs is not None
     penalty = kl.beta * kl.kl_penalty(fake.sampler_logprobs, fake.ref_logprobs, MASK, L)
     weights = expected(estimator, RIGHT, 2) - expected(estimator.for_kl(), penalty, 2)
@@ -418,7 +426,7 @@ def test_k2_and_k3_in_the_loss_lower_the_next_tokens_divergence(name: str, forwa
     assert off(found, exact) < EXACT
     assert not fake.ref_logprobs.requires_grad  # though the reference could learn
     assert off(found, gradient(divergence()) / L) > 0.05  # not the divergence of whole texts
-    whole = policy_loss(fake._replace(advantages=0 * P), scores, Estimator("none"), kl, L)
+    whole = policy_loss(fake._replace(advantages=0 * P), scores, AdvantageEstimator("none"), kl, L)
     assert whole.item() == pytest.approx(
         0.3 * kl.kl_penalty(scores, fake.ref_logprobs, MASK, L).mean().item()
     )
@@ -430,7 +438,7 @@ def test_k1_in_the_loss_has_no_gradient_at_all_and_is_refused() -> None:
     scores = compute_rollout_logprobs(NET, fake, COOL)
     delta = estimate_kl("k1", scores, fake.ref_logprobs).where(MASK, 0.0).sum(1)
     assert gradient((P * delta).sum()).norm() < 1e-12 * gradient(divergence()).norm()
-    with pytest.raises(ValueError, match=r"exactly zero.*k2, k3.*--model\.kl\.where=reward"):
+    with pytest.raises(ValueError, match=r"exactly zero.*k2, k3.*--model\.kl\.placement=reward"):
         KL(0.1, "k1", "loss")
     with pytest.raises(ValueError, match="k2 in the reward"):
         KL(0.1, "k2", "reward")
@@ -460,7 +468,7 @@ def test_the_sampler_draws_each_text_as_often_as_its_probability_says() -> None:
         found[numbers[tuple(tokens[mask].tolist())]] += 1
     chi = ((found - count * P) ** 2 / (count * P)).sum().item()
     assert 2.5 < chi < 42.6  # quantiles of 14 degrees of freedom: 0.0003 and 0.9999
-    other = log_p(sampling=Sampling(1.0)).exp().detach()
+    other = log_p(sampling=DecodingConfig(1.0)).exp().detach()
     assert ((found - count * other) ** 2 / (count * other)).sum() > 60  # of another temperature
 
 
@@ -470,13 +478,15 @@ def test_only_what_stands_before_the_end_counts() -> None:
     text, places = pad_sequences_for_scoring([torch.tensor([V])] * N, garbage)
     changed = rollout(V, REWARDS)._replace(input_ids=text, logit_positions=places, tokens=garbage)
     losses = [
-        policy_loss(fake, compute_rollout_logprobs(NET, fake, COOL), Estimator("none"), KL(), L)
+        policy_loss(
+            fake, compute_rollout_logprobs(NET, fake, COOL), AdvantageEstimator("none"), KL(), L
+        )
         for fake in (rollout(V, REWARDS), changed)
     ]
     assert losses[0].item() == losses[1].item()
     scores = rollout().sampler_logprobs
     how = REWARDS, L, MASK.sum()
-    for estimator in (Estimator(), Estimator(normalize="tokens")):
+    for estimator in (AdvantageEstimator(), AdvantageEstimator(loss_normalization="tokens")):
         bare = estimator.loss(scores.masked_fill(~MASK, 7.0), MASK, *how)
         assert bare.item() == estimator.loss(scores, MASK, *how).item()
 
@@ -491,7 +501,7 @@ def test_drift_is_the_root_mean_square_over_what_was_drawn() -> None:
 
 def test_top_k_is_scored_as_it_is_drawn() -> None:
     """With two of three tokens, fewer texts are possible, and their probabilities add up to one."""
-    two = Sampling(0.8, top_k=2)
+    two = DecodingConfig(0.8, top_k=2)
     possible = torch.tensor([can_be_written(text, among=2) for text in TEXTS])
     assert 0 < possible.sum() < N
     p = log_p(sampling=two).exp()[possible]
@@ -508,30 +518,36 @@ def test_top_k_is_scored_as_it_is_drawn() -> None:
 
     weights = torch.zeros(N, dtype=torch.float64)
     weights[possible] = p.detach() * REWARDS[possible] * possible.sum() / N
-    assert off(ascent(Estimator("none"), weights, V, two, change=keep), exact) < EXACT
+    assert off(ascent(AdvantageEstimator("none"), weights, V, two, change=keep), exact) < EXACT
 
 
 # The traps of published code, planted in ours: what must notice each
 
 
-def unmasked(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
-    return sampling.log_probabilities(logits).gather(-1, tokens[..., None])[..., 0]
+def unmasked(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: DecodingConfig) -> Tensor:
+    return sampling.compute_logprobs(logits).gather(-1, tokens[..., None])[..., 0]
 
 
-def at_temperature_one(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
+def at_temperature_one(
+    logits: Tensor, tokens: Tensor, mask: Tensor, sampling: DecodingConfig
+) -> Tensor:
     return gather_logprobs(logits, tokens, mask, replace(sampling, temperature=1.0))
 
 
-def of_the_full_softmax(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
+def of_the_full_softmax(
+    logits: Tensor, tokens: Tensor, mask: Tensor, sampling: DecodingConfig
+) -> Tensor:
     return gather_logprobs(logits, tokens, mask, replace(sampling, top_k=None))
 
 
-def without_the_end(logits: Tensor, tokens: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
+def without_the_end(
+    logits: Tensor, tokens: Tensor, mask: Tensor, sampling: DecodingConfig
+) -> Tensor:
     return gather_logprobs(logits, tokens, mask & (tokens != END), sampling)
 
 
 Loss = Callable[..., Tensor]
-LOSS: Loss = Estimator.loss
+LOSS: Loss = AdvantageEstimator.loss
 
 
 def with_padding(self, scores, mask, *rest, **more) -> Tensor:
@@ -547,11 +563,11 @@ def by_tokens(self, scores, mask, weights, length, tokens, *rest) -> Tensor:
 
 
 def the_mean_for_the_others(self, r, scored, count) -> Tensor:
-    return COMPARED(replace(self, kind="mean"), r, scored, count)
+    return COMPARED(replace(self, method="mean"), r, scored, count)
 
 
 def always_of_a_sample(self, r, scored, count) -> Tensor:
-    return COMPARED(replace(self, deviation="sample"), r, scored, count)
+    return COMPARED(replace(self, std_correction="sample"), r, scored, count)
 
 
 def a_deviation_of_zero(self, r, scored, count) -> Tensor:
@@ -567,7 +583,7 @@ def swapped(name: str, log_p: Tensor, log_ref: Tensor) -> Tensor:
     return estimate_kl({"k1": "k1", "k2": "k3", "k3": "k2"}[name], log_p, log_ref)
 
 
-COMPARED, PENALTY = Estimator._centered, KL.kl_penalty
+COMPARED, PENALTY = AdvantageEstimator._centered, KL.kl_penalty
 CHOSEN = (rollouts, "gather_logprobs")
 TRAPS: dict[str, tuple[list[tuple[object, str, object]], Callable[[], None]]] = {
     "1 scored at another temperature than drawn": (
@@ -583,27 +599,27 @@ TRAPS: dict[str, tuple[list[tuple[object, str, object]], Callable[[], None]]] = 
         lambda: test_reinforce_without_a_baseline_is_unbiased(2),
     ),
     "4 padding is learned": (
-        [(*CHOSEN, unmasked), (Estimator, "loss", with_padding)],
+        [(*CHOSEN, unmasked), (AdvantageEstimator, "loss", with_padding)],
         lambda: test_only_what_stands_before_the_end_counts(),
     ),
     "5 divided by each text's own length": (
-        [(Estimator, "loss", by_own_length)],
+        [(AdvantageEstimator, "loss", by_own_length)],
         lambda: test_reinforce_without_a_baseline_is_unbiased(2),
     ),
     "6 divided by the tokens of the batch": (
-        [(Estimator, "loss", by_tokens)],
+        [(AdvantageEstimator, "loss", by_tokens)],
         lambda: test_rloo_is_unbiased(2),
     ),
     "7 the mean in the place of the others' mean": (
-        [(Estimator, "_centered", the_mean_for_the_others)],
+        [(AdvantageEstimator, "_centered", the_mean_for_the_others)],
         lambda: test_rloo_is_unbiased(2),
     ),
     "8 the deviation of a sample": (
-        [(Estimator, "_centered", always_of_a_sample)],
+        [(AdvantageEstimator, "_centered", always_of_a_sample)],
         lambda: test_grpo_ascends_the_arcsine_with_the_closed_factor(2),
     ),
     "8 a deviation of zero": (
-        [(Estimator, "_centered", a_deviation_of_zero)],
+        [(AdvantageEstimator, "_centered", a_deviation_of_zero)],
         lambda: test_equal_rewards_weigh_nothing_and_never_are_nan(),
     ),
     "9 k1 in the loss": (

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ranks import furthest, whole
 from torch.optim import AdamW
 
-from ravine.callbacks import EMA, ExactResume, Muon, Schedule
+from ravine.callbacks import EMA, ExactResume, LRSchedule, Muon
 from ravine.cli.main import main
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import python_docs_text
@@ -31,7 +31,13 @@ from ravine.strategies.checkpoint.atomic_io import latest_valid_checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "parallelism.md"
-TINY = {"layers": 2, "width": 16, "heads": 4, "zero_init": False, "mlp": "gelu"}
+TINY = {
+    "num_layers": 2,
+    "d_model": 16,
+    "num_heads": 4,
+    "zero_init_residual": False,
+    "activation": "gelu",
+}
 
 
 def mesh(**how):
@@ -41,7 +47,7 @@ def mesh(**how):
 LAYOUTS = {
     "single": (1, lambda: "auto"),
     "ddp 2": (2, lambda: "ddp"),
-    "zero1 2": (2, mesh(zero=1)),
+    "zero1 2": (2, mesh(zero_stage=1)),
     "zero3 2": (2, mesh()),
     "zero3 4": (4, mesh()),
     "tp 2": (2, mesh(dp_shard=1, tp=-1)),
@@ -62,7 +68,7 @@ class Save(L.Callback):
 def train(name, text, save=None, resume=None, **shape):
     L.seed_everything(0, verbose=False)
     muon = Muon(
-        0.02, partial(AdamW, lr=0.003), iteration_dtype="float32", schedule=Schedule("linear")
+        0.02, partial(AdamW, lr=0.003), iteration_dtype="float32", schedule=LRSchedule("linear")
     )
     ema = EMA(0.5)
     trainer = L.Trainer(
@@ -79,9 +85,9 @@ def train(name, text, save=None, resume=None, **shape):
         limit_val_batches=0,
     )
     module = LanguageModel(**TINY | shape)
-    trainer.fit(module, TextDataModule(text, context=16, batch_size=8), ckpt_path=resume)
+    trainer.fit(module, TextDataModule(text, context_length=16, batch_size=8), ckpt_path=resume)
     average = {name: p.detach().clone() for name, p in whole(module).items()}
-    ema._swap(module, average=False)  # now the raw weights
+    ema._swap(module, use_average=False)  # now the raw weights
     return average, whole(module)
 
 
@@ -228,25 +234,31 @@ def other_shapes(name, text, path, shape):
 @pytest.mark.parametrize("name", ["zero3 2", "pp 2"])
 def test_weights_of_another_architecture_are_refused_by_name(ranks, text, written, name, source):
     path = written[0] / f"{source}.ckpt"
-    for said in ranks(other_shapes, 2, name, text, path, {"width": 32}):
+    for said in ranks(other_shapes, 2, name, text, path, {"d_model": 32}):
         assert (
             "do not fit this LanguageModel: net.blocks.0.attention.key.weight is (32, 32)" in said
         )
         assert "and (16, 16) there" in said
-    for said in ranks(other_shapes, 2, name, text, path, {"layers": 3}):
+    for said in ranks(other_shapes, 2, name, text, path, {"num_layers": 3}):
         assert "net.blocks.2.attention.key.weight is only here" in said
 
 
 @pytest.mark.parametrize("name", ["zero3 2", "pp 2"])
 def test_blocks_that_only_the_checkpoint_has_are_not_left_out(ranks, text, tmp_path, name):
-    train("single", text, save=tmp_path / "deep.ckpt", layers=3)
+    train("single", text, save=tmp_path / "deep.ckpt", num_layers=3)
     for said in ranks(other_shapes, 2, name, text, tmp_path / "deep.ckpt", {}):
         assert "net.blocks.2.attention.key.weight is only there" in said
 
 
 WORDS = [
-    *("fit", "--model=LanguageModel", "--model.layers=2", "--model.width=16", "--model.heads=4"),
-    *("--data=TextDataModule", "--data.context=16", "--trainer.accelerator=cpu"),
+    *(
+        "fit",
+        "--model=LanguageModel",
+        "--model.num_layers=2",
+        "--model.d_model=16",
+        "--model.num_heads=4",
+    ),
+    *("--data=TextDataModule", "--data.context_length=16", "--trainer.accelerator=cpu"),
     *("--trainer.limit_val_batches=0", "--trainer.logger=false", "--trainer.max_steps=2"),
 ]
 
@@ -268,7 +280,7 @@ def test_the_command_line_continues_a_file_on_stages(ranks, text, tmp_path, monk
 
 def test_one_process_refuses_parts_of_another_architecture(written, text, capsys, tmp_path):
     path = written[0] / "zero3 2.ckpt"
-    words = [*WORDS, f"--data.path={text}", f"--ckpt_path={path}", "--model.width=32"]
+    words = [*WORDS, f"--data.path={text}", f"--ckpt_path={path}", "--model.d_model=32"]
     assert command(tmp_path, words) == 2
     said = capsys.readouterr().err
     assert f"the weights in {path} do not fit this LanguageModel: " in said

@@ -150,7 +150,7 @@ def averaged(tmp_path_factory) -> Path:
 ODD_AVERAGES = {
     "no dict": (lambda c: c.update(ema="x"), "it has no raw weights"),
     "nothing raw": (lambda c: c["ema"].update(raw={}), "it has no raw weights"),
-    "steps of text": (lambda c: c["ema"].update(steps="2"), "its number of steps is '2'"),
+    "steps of text": (lambda c: c["ema"].update(num_updates="2"), "its number of updates is '2'"),
     "no tensor": (lambda c: c["ema"]["raw"].update({"net.bias": 1}), "net.bias is no tensor"),
     "NaN": (
         lambda c: c["ema"]["raw"].update({"net.bias": torch.tensor([NAN])}),

@@ -14,19 +14,19 @@ import torch
 from ravine.datamodules.tokenizers import CharTokenizer
 from ravine.lightning_modules import (
     BatchDistance,
-    Binary,
     CharacterDiversity,
     CharacterFraction,
     LineLength,
-    ReferenceLogProbability,
+    ReferenceLogprob,
     RewardFunction,
     SpeakerDiversity,
+    Threshold,
     UniqueWords,
     VocabularyFraction,
     WordUniqueness,
 )
 from ravine.lightning_modules.generation.generate_text import GenerationOutput
-from ravine.lightning_modules.rl.advantages import Estimator
+from ravine.lightning_modules.rl.advantages import AdvantageEstimator
 from ravine.lightning_modules.rl.kl import KL
 from ravine.lightning_modules.rl.metrics import (
     reward_metrics,
@@ -36,10 +36,10 @@ from ravine.lightning_modules.rl.metrics import (
 )
 from ravine.lightning_modules.rl.rewards import builtin as terms
 from ravine.lightning_modules.rl.rewards.base import (
-    Facts,
+    CorpusStats,
     Reward,
     RewardError,
-    Samples,
+    RewardInputs,
     check_rewards,
     check_scored,
     weighted_sum,
@@ -58,17 +58,17 @@ PLAY = (
 
 
 class Count(Reward):
-    def score(self, samples: Samples) -> list[float]:
+    def score(self, samples: RewardInputs) -> list[float]:
         return [float(len(text)) for text in samples.texts]
 
 
-def samples(*texts: str, everyone: tuple[str, ...] | None = None, first: int = 0) -> Samples:
+def samples(*texts: str, everyone: tuple[str, ...] | None = None, first: int = 0) -> RewardInputs:
     n = max(map(len, texts)) or 1
     mask = torch.tensor([[i < len(text) for i in range(n)] for text in texts])
     said = -torch.arange(1.0, n + 1).repeat(len(texts), 1)
-    return Samples(
+    return RewardInputs(
         ["p"] * len(texts), list(texts), mask.long(), mask, said, said,
-        corpus_stats=Facts(PLAY), all_texts=list(everyone or texts), rank_offset=first,
+        corpus_stats=CorpusStats(PLAY), all_texts=list(everyone or texts), rank_offset=first,
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_what_stands_after_the_end_is_not_read() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     tokens = torch.tensor([[2, 3, 4, 0], [2, 1, 0, 0], [2, 3, 2, 0]])
     terms = [RewardFunction(lambda texts: map(len, texts), name="length")]
-    how = Estimator("none"), KL(), 4, 1, tokenizer, ".", None, lambda x: x, 0
+    how = AdvantageEstimator("none"), KL(), 4, 1, tokenizer, ".", None, lambda x: x, 0
     judged = RolloutScorer(terms, *how)(
         list("pqr"), {}, GenerationOutput(tokens, -mask.float(), mask), None, None
     )
@@ -99,9 +99,9 @@ TERMS: list[tuple[Reward, list[str], list[float]]] = [
     (CharacterDiversity(2), ["ababa", "a", "abc"], [0.5, 0, 1]),
     (WordUniqueness(3), ["a b c a b c", "a b", "a b c"], [0.75, 0, 1]),
     (LineLength(10), ["12345\n\n1234567", "", "x" * 30], [0.6, 0, 1]),
-    (ReferenceLogProbability(), ["ab", "abcd"], [-1.5, -2.5]),
-    (Binary(CharacterFraction("e"), most=0), ["xyz", "xez"], [1, 0]),
-    (Binary(UniqueWords(), least=0.5, most=0.9), ["a b a", "a b", "a a a"], [1, 0, 0]),
+    (ReferenceLogprob(), ["ab", "abcd"], [-1.5, -2.5]),
+    (Threshold(CharacterFraction("e"), max_value=0), ["xyz", "xez"], [1, 0]),
+    (Threshold(UniqueWords(), min_value=0.5, max_value=0.9), ["a b a", "a b", "a a a"], [1, 0, 0]),
 ]
 
 
@@ -120,7 +120,7 @@ def test_a_speaker_counts_who_is_known_and_says_enough() -> None:
     text += "\nJULIET:\nNo.\n"
     longer = text.replace("No.", "No, and no, and no, and no.")
     assert score(SpeakerDiversity(2), text, longer) == [0.5, 1]
-    assert Facts(PLAY).speakers == {"ROMEO", "JULIET", "First Lord"}
+    assert CorpusStats(PLAY).speakers == {"ROMEO", "JULIET", "First Lord"}
 
 
 def jaccard(one: str, other: str, n: int) -> float:
@@ -168,20 +168,20 @@ def test_terms_add_up_by_weight_and_none_leaves_a_sample_out() -> None:
 def test_a_binary_term_names_the_nan_of_what_it_judges_and_leaves_none_out() -> None:
     broken = RewardFunction(lambda texts: [1.0, float("nan")], name="mine")
     with pytest.raises(RewardError, match="the reward mine is nan for sample 1"):
-        score(Binary(broken, least=0.5), "a", "b")
+        score(Threshold(broken, min_value=0.5), "a", "b")
     partly = RewardFunction(lambda texts: [1.0, None], name="mine")
-    assert np.isnan(score(Binary(partly, least=0.5), "a", "b")).tolist() == [False, True]
+    assert np.isnan(score(Threshold(partly, min_value=0.5), "a", "b")).tolist() == [False, True]
 
 
 def test_the_measures_of_texts_are_their_counts() -> None:
-    found = text_metrics(["O speak", "O speak", "again yonder"], Facts(PLAY))
-    assert found["distinct"] == pytest.approx(2 / 3)
-    assert found["vocabulary"] == pytest.approx(4 / 6)
-    assert found["distinct_words"] == 4
+    found = text_metrics(["O speak", "O speak", "again yonder"], CorpusStats(PLAY))
+    assert found["frac_unique_texts"] == pytest.approx(2 / 3)
+    assert found["frac_in_vocab"] == pytest.approx(4 / 6)
+    assert found["num_unique_words"] == 4
     found = text_metrics(["a b c d", "a b c d", "e f g h"], None)
-    assert found["jaccard"] == pytest.approx(2 / 3)
-    assert found["nearest_jaccard"] == pytest.approx(1 / 3)
-    assert "vocabulary" not in found
+    assert found["jaccard_distance_mean"] == pytest.approx(2 / 3)
+    assert found["jaccard_distance_nearest"] == pytest.approx(1 / 3)
+    assert "frac_in_vocab" not in found
 
 
 def test_the_measures_of_tokens_are_means_over_what_was_written() -> None:
@@ -191,7 +191,7 @@ def test_the_measures_of_tokens_are_means_over_what_was_written() -> None:
         token_statistics(GenerationOutput(mask.long(), log_p, mask), log_ref, KL(), 3), True
     )
     k3 = math.exp(-0.5) - 1 + 0.5 + math.exp(1.0) - 1 - 1
-    exact = {"entropy": 1.5, "tokens": 2, "kl": (0.5 - 1.0) / 2, "kl_k3": k3 / 2}
+    exact = {"entropy": 1.5, "num_tokens": 2, "kl": (0.5 - 1.0) / 2, "kl_k3": k3 / 2}
     assert found == pytest.approx(exact)
     assert "kl" not in token_metrics(
         token_statistics(GenerationOutput(mask.long(), log_p, mask), None, KL(), 3), False
@@ -201,25 +201,31 @@ def test_the_measures_of_tokens_are_means_over_what_was_written() -> None:
 def test_mean_and_spread_of_a_term_are_over_what_it_scored() -> None:
     term, scores = RewardFunction(lambda texts: [], name="mine"), torch.tensor([0.0, math.nan, 4.0])
     found = reward_metrics([term], scores[None], scores)
-    exact = {"mine": 2, "mine_spread": 2, "reward": 2, "reward_spread": 2}
+    exact = {"mine": 2, "mine_std": 2, "reward": 2, "reward_std": 2}
     assert found == exact
     nothing = torch.full((1, 3), math.nan)
     with pytest.raises(RewardError, match="mine is None for all 3 samples"):
         check_scored([term], nothing)
     term.weight = 0.0
     check_scored([term], nothing)  # of what is watched only
-    assert reward_metrics([term], nothing, scores) == {"reward": 2, "reward_spread": 2}
+    assert reward_metrics([term], nothing, scores) == {"reward": 2, "reward_std": 2}
 
 
 BLIND = {
-    "no bound": (lambda: Binary(UniqueWords()), "Binary has no bound"),
-    "bounds the wrong way": (lambda: Binary(UniqueWords(), 0.9, 0.1), "least=0.9 and most=0.1"),
+    "no bound": (lambda: Threshold(UniqueWords()), "Threshold has no bound"),
+    "bounds the wrong way": (
+        lambda: Threshold(UniqueWords(), 0.9, 0.1),
+        "min_value=0.9 and max_value=0.1",
+    ),
     "no character": (lambda: CharacterFraction(""), "counts no character; type .*characters=eE"),
     "runs of no word": (lambda: WordUniqueness(0), "n of the reward word_uniqueness is 0; allowed"),
     "runs of -1": (lambda: BatchDistance(-1), r"is -1; allowed: 1 .*--model\.rewards\.n=3"),
     "runs of no character": (lambda: CharacterDiversity(0), "n of the reward character_diversity"),
-    "lines of no length": (lambda: LineLength(0), r"scale .* is 0; .*--model\.rewards\.scale=3"),
-    "no speaker": (lambda: SpeakerDiversity(0), "enough of the reward speaker_diversity is 0"),
+    "lines of no length": (lambda: LineLength(0), r"target_length .* is 0; .*\.target_length=3"),
+    "no speaker": (
+        lambda: SpeakerDiversity(0),
+        "target_count of the reward speaker_diversity is 0",
+    ),
 }
 
 
@@ -233,18 +239,20 @@ def test_a_term_that_would_see_nothing_is_refused(term: str) -> None:
 @pytest.mark.parametrize("term", [VocabularyFraction(), SpeakerDiversity()])
 def test_a_corpus_in_which_a_term_finds_nothing_is_refused(term: Reward) -> None:
     seen = samples("O speak")
-    seen.corpus_stats = Facts("\n \n")
-    message = rf"reward {term.name} is 0 for every text, .* no (words|speakers).*--data\.corpus="
+    seen.corpus_stats = CorpusStats("\n \n")
+    message = (
+        rf"reward {term.name} is 0 for every text, .* no (words|speakers).*--data\.corpus_path="
+    )
     with pytest.raises(RewardError, match=message):
         answers_of([term], seen)
 
 
 def test_what_a_reward_does_to_its_arguments_others_do_not_see() -> None:
-    def takes(texts, prompts, tokens, mask, log_probabilities, facts) -> list[float]:
+    def takes(texts, prompts, tokens, mask, logprobs, facts) -> list[float]:
         scores = [float(len(text)) for text in texts]
         for each in (texts, prompts, facts[0]):
             each.clear()
-        for each in (tokens, mask, log_probabilities):
+        for each in (tokens, mask, logprobs):
             each.zero_()
         return scores
 
@@ -255,7 +263,7 @@ def test_what_a_reward_does_to_its_arguments_others_do_not_see() -> None:
     assert answers_of([first, second], seen).tolist() == [[3, 5], [3, 5]]
     for name in ("texts", "prompts", "columns"):
         assert getattr(seen, name) == getattr(before, name)
-    for name in ("tokens", "mask", "log_probabilities"):
+    for name in ("tokens", "mask", "logprobs"):
         assert getattr(seen, name).equal(getattr(before, name))
 
 
