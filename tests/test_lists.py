@@ -177,7 +177,7 @@ CHOICES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: attention.LEARNED_PROJECTIONS,
     ),
     "attention kernel": (
-        lambda: argument(Transformer, "attention"),
+        lambda: argument(Transformer, "attn_implementation"),
         lambda: attention.ATTENTION_FNS,
     ),
     "text": (lambda: get_args(sources.TextName), lambda: ["auto", "embedded", *sources.TEXTS]),
@@ -222,14 +222,15 @@ def test_help_lists_the_names(
 def test_choices_in_tables_of_docs_are_those_of_the_arguments() -> None:
     """A row that begins with `--model.ARGUMENT`, or a table with one name a row."""
     page = (ROOT / "docs" / "diffusion.md").read_text()
-    for name in ("process", "prediction", "weight", "conditioning"):
+    names = "noise_schedule", "prediction_type", "loss_weighting", "time_conditioning"
+    for name in names:
         (row,) = re.findall(rf"^\| `--model\.{name}` \| (.*) \|", page, re.MULTILINE)
         row = re.sub(r"\([^)]*\)", "", row).partition(":")[0]
         assert re.findall(r"`(\w+)`", row) == list(argument(Diffusion, name)), name
     page = (ROOT / "docs" / "reinforce.md").read_text()
-    (rows,) = re.findall(r"`--model\.estimator\.kind`.*\n\|[-|]*\n((?:\|.*\n)*)", page)
+    (rows,) = re.findall(r"`--model\.estimator\.method`.*\n\|[-|]*\n((?:\|.*\n)*)", page)
     assert re.findall(r"^\| `(\w+)`", rows, re.MULTILINE) == list(
-        argument(AdvantageEstimator, "kind")
+        argument(AdvantageEstimator, "method")
     )
 
 

@@ -20,7 +20,7 @@ NOT_SEARCHED = ("benchmarks/rows/", "benchmarks/other_optimizers.txt", "CHANGELO
 
 def files_with(text: str, root: Path = ROOT) -> list[str]:
     """The tracked files in which a version number stands by itself."""
-    alone = re.compile(rf"(?<![\d.]){re.escape(text)}(?![\d.])")
+    alone = re.compile(rf"(?<![\d.])(?<!download/v){re.escape(text)}(?![\d.])")
     listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True)
     names = [n for n in listed.stdout.splitlines() if not n.startswith(NOT_SEARCHED)]
     names = [n for n in names if (root / n).is_file()]  # not a link to a folder

@@ -257,7 +257,7 @@ def test_the_adapters_of_a_preset_fit_its_net(preset: str) -> None:
         }
     module = kind(**given)
     if kind is Diffusion:
-        module.channels, module.classes = 1, 10
+        module.channels, module.num_classes = 1, 10
     module.configure_model()
     callbacks = [each for each in config["trainer"]["callbacks"] if isinstance(each, dict)]
     (lora,) = [c.get("init_args", {}) for c in callbacks if c["class_path"] == "LoRA"]
