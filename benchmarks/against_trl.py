@@ -82,7 +82,7 @@ class Steps(L.Callback):
         self.rewards.append(statistics.fmean(row["reward"] for row in pl_module.last_samples()))
 
 
-def ours(folder: str, beta: float, steps: int, seed: int) -> tuple[list[float], list[float]]:
+def run_ravine(folder: str, beta: float, steps: int, seed: int) -> tuple[list[float], list[float]]:
     L.seed_everything(seed, verbose=False)
     policy = Reinforce(
         f"{folder}/base.ckpt",
@@ -116,7 +116,7 @@ def characters(known: str) -> Any:
                                    eos_token=known[3], padding_side="left")  # fmt: skip
 
 
-def theirs(
+def run_trl(
     folder: str, known: str, beta: float, steps: int, seed: int
 ) -> tuple[list[float], list[float]]:
     from datasets import Dataset
@@ -159,7 +159,7 @@ def theirs(
 
 
 def speed(folder: str, known: str, beta: float) -> None:
-    runs = {"ours": partial(ours, folder), "trl": partial(theirs, folder, known)}
+    runs = {"ours": partial(run_ravine, folder), "trl": partial(run_trl, folder, known)}
     runs["ours again"] = runs["ours"]
     times: Times = {name: [] for name in runs}
     for number in range(ROUNDS):
@@ -170,7 +170,7 @@ def speed(folder: str, known: str, beta: float) -> None:
 
 
 def learn(folder: str, known: str, seed: int) -> None:
-    for name, run in (("ours", ours), ("trl", theirs)):
+    for name, run in (("ours", run_ravine), ("trl", run_trl)):
         words = (folder, 0.0) if name == "ours" else (folder, known, 0.0)
         rewards = run(*words, 60, seed)[1]  # type: ignore[operator]
         row = {"what": "learn", "who": name, "seed": seed,

@@ -48,7 +48,7 @@ from tensor_bytes import tensor_bytes
 
 from ravine.cli.trainer import Trainer
 from ravine.lightning_modules.nn import Transformer
-from ravine.strategies import parallel_module as parallelize
+from ravine.strategies import parallel_module
 
 WARM = 3
 VOCABULARY, CONTEXT, ROWS = 104, 64, 4
@@ -135,13 +135,13 @@ def bare(case: str) -> Iterator[None]:
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
     if strategy in ("ddp", "zero1"):
         net: Any = DistributedDataParallel(Around(module), gradient_as_bucket_view=True)
-        loss_of = net
+        loss_fn = net
     else:
         policy = MixedPrecisionPolicy()
         if precision == "bf16-mixed":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         module.shard(policy)
-        loss_of = module.net if kind is Tiny else module.loss
+        loss_fn = module.net if kind is Tiny else module.loss
     parameters = list(module.parameters())
     local = kind is Tiny and strategy == "zero3"
     shards = [p.to_local().detach() if isinstance(p, DTensor) else p for p in parameters]
@@ -151,7 +151,7 @@ def bare(case: str) -> Iterator[None]:
         for p in parameters:
             p.grad = None
         with autocast:
-            loss = loss_of(batch)
+            loss = loss_fn(batch)
         loss.backward()
         if local:
             for shard, p in zip(shards, parameters, strict=True):
@@ -173,23 +173,25 @@ class Turns(L.Callback):
         if done < 0 or done % self.turn:
             return
         if done:
-            self.times["ours"].append((time.process_time() - self.begun) / self.turn)
+            self.times["ours"].append((time.process_time() - self.start_s) / self.turn)
         for name, loop in list(self.loops.items())[:: 1 if done // self.turn % 2 else -1]:
             dist.barrier()
-            begun = time.process_time()
+            start_s = time.process_time()
             for _ in range(self.turn if done else WARM):
                 next(loop)
             if done:
-                self.times[name].append((time.process_time() - begun) / self.turn)
+                self.times[name].append((time.process_time() - start_s) / self.turn)
         trainer.should_stop = len(self.times["ours"]) == self.turns
         dist.barrier()
-        self.begun = time.process_time()
+        self.start_s = time.process_time()
 
 
 def measure(case: str, turn: int, turns: int) -> Times:
     """All turns, in each rank."""
     warnings.simplefilter("ignore")
-    parallelize.DEFAULT_MIN_UNIT_BYTES = 2**20  # as in training; the harness of the tests sets 0
+    parallel_module.DEFAULT_MIN_UNIT_BYTES = (
+        2**20
+    )  # as in training; the harness of the tests sets 0
     kind, strategy, precision = KINDS[case]
     module, batch = kind(), kind.batch
 
@@ -221,7 +223,7 @@ def measure(case: str, turn: int, turns: int) -> Times:
 def peak(case: str, world: int, by_hand: bool) -> int:
     """Bytes at the peak of the third step of one way, in each rank."""
     warnings.simplefilter("ignore")
-    parallelize.DEFAULT_MIN_UNIT_BYTES = 2**20
+    parallel_module.DEFAULT_MIN_UNIT_BYTES = 2**20
     kind, strategy, precision = KINDS[case]
     if by_hand:
         dist.init_process_group("gloo")
@@ -232,10 +234,10 @@ def peak(case: str, world: int, by_hand: bool) -> int:
             start = time.time_ns()
             next(loop)
             end = time.time_ns()
-        held = loop.gi_frame.f_locals  # type: ignore[attr-defined]
-        states = [t for s in held["optimizer"].state.values() for t in s.values()]
-        grads = [p.grad for p in held["parameters"]]
-        alive = [local(t) for t in [*held["parameters"], *states, *grads]]
+        frame_locals = loop.gi_frame.f_locals  # type: ignore[attr-defined]
+        states = [t for s in frame_locals["optimizer"].state.values() for t in s.values()]
+        grads = [p.grad for p in frame_locals["parameters"]]
+        alive = [local(t) for t in [*frame_locals["parameters"], *states, *grads]]
         return bytes_of(alive) + found.peak_over(start, end)
     look = Peak()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -256,8 +258,8 @@ def memory(cases: list[str], dry: bool) -> None:
                 max(run_ranks(peak, world, case, world, hand, timeout=600))
                 for hand in (False, True)
             ]
-            ours, theirs = (round(each / 2**20, 2) for each in both)
-            row = {"case": case, "ranks": world, "ours": ours, "bare": theirs}
+            own_mib, stock_mib = (round(each / 2**20, 2) for each in both)
+            row = {"case": case, "ranks": world, "ours": own_mib, "bare": stock_mib}
             row["ratio"] = round(both[0] / both[1], 4)
             print(row, flush=True) if dry else append("bare_loops_memory", row | machine())
 

@@ -20,7 +20,7 @@ from versus import compare, rounds
 from ravine.datamodules import TextDataModule
 
 
-def ours(data: TextDataModule) -> Callable[[], Any]:
+def make_loader(data: TextDataModule) -> Callable[[], Any]:
     """The training loader, epoch after epoch."""
     loader = data.train_dataloader()
 
@@ -57,8 +57,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.bin"
         data.corpus.tokens.numpy().astype(np.uint16).tofile(path)
-        theirs = nanogpt(path, given.context, given.batch_size)
-        ways = {"ours": ours(data), "nanoGPT": theirs, "ours again": ours(data)}
+        nanogpt_batch = nanogpt(path, given.context, given.batch_size)
+        ways = {
+            "ours": make_loader(data),
+            "nanoGPT": nanogpt_batch,
+            "ours again": make_loader(data),
+        }
         times = rounds(ways, given.rounds, given.batches)
     what = f"a batch of {given.batch_size} x {given.context} characters"
     compare("batch_gather", what, times, [], source=data.provenance["source"])

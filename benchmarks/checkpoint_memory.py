@@ -147,10 +147,10 @@ def load(layout: str, ranks: int, size: str, path: str) -> dict[str, int]:
         plain = trainer.strategy.load_checkpoint
 
         def measured(*args: Any, **options: Any) -> Any:
-            held = share_of(trainer, module)
+            share = share_of(trainer, module)
             with tensor_bytes() as tensors, sampled(found):
                 checkpoint = plain(*args, **options)
-            found["peak"] = held + tensors.peak
+            found["peak"] = share + tensors.peak
             return checkpoint
 
         replace_method(trainer.strategy, "load_checkpoint", measured)

@@ -76,7 +76,7 @@ def attention(length: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, 8, length, 32, generator=generator, dtype=dtype) for _ in "qkvd"]
     here = zigzag_positions(length, rank, ranks)
-    mine = [each[:, :, here] for each in tensors]
+    local = [each[:, :, here] for each in tensors]
 
     def ring(*parts: Tensor) -> Tensor:
         return _RingAttention.apply(*parts, dist.group.WORLD)
@@ -87,21 +87,21 @@ def attention(length: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         out.backward(given[3])
         return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
-    found, expected = both(ring, mine), both(causal, tensors)
+    found, expected = both(ring, local), both(causal, tensors)
     far = max(distance(a, b[:, :, here]) for a, b in zip(found, expected, strict=True))
     del found, expected
     peaks = []
-    for function, given in ((ring, mine), (causal, tensors)):
+    for function, given in ((ring, local), (causal, tensors)):
         with tensor_bytes() as bytes:
             both(function, given)
         peaks.append(bytes.peak)
     seconds: list[list[float]] = [[], []]
     for _ in range(rounds):
-        for row, function, given in zip(seconds, (ring, causal), (mine, tensors), strict=True):
+        for row, function, given in zip(seconds, (ring, causal), (local, tensors), strict=True):
             dist.barrier()
-            begun = time.process_time()
+            start_s = time.process_time()
             both(function, given)
-            row.append(time.process_time() - begun)
+            row.append(time.process_time() - start_s)
     return {"far": far, "peak": peaks[0], "one_peak": peaks[1], "seconds": seconds}
 
 
@@ -118,10 +118,10 @@ class Watch(L.Callback):
         if index == 1:
             self.measure = tensor_bytes()
             self.found = self.measure.__enter__()
-        self.begun = time.process_time()
+        self.start_s = time.process_time()
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        worked = time.process_time() - self.begun
+        worked = time.process_time() - self.start_s
         if self.measure is not None:
             self.measure.__exit__(None, None, None)
             self.measure, self.peak = None, self.found.peak

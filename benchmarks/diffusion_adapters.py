@@ -32,8 +32,8 @@ def judge() -> tuple[SVC, float]:
 def read(model: Diffusion, reader: SVC, labels: range) -> float:
     """Share of images read as what was asked for."""
     images = model.generate(labels=list(labels), num_samples=EACH).images.flatten(1)
-    asked = torch.arange(labels.start, labels.stop).repeat_interleave(EACH)
-    return round(float(reader.score(images.numpy(), asked.numpy())), 4)
+    requested = torch.arange(labels.start, labels.stop).repeat_interleave(EACH)
+    return round(float(reader.score(images.numpy(), requested.numpy())), 4)
 
 
 def main(paths: list[str]) -> None:

@@ -90,7 +90,7 @@ class BatchNormed(torch.nn.Module):
         return self.eval()
 
 
-class Judge:
+class ImageScorer:
     """A classifier, and what it says of real images."""
 
     def __init__(self, features: Any, data: ImageDataModule, n: int) -> None:
@@ -128,21 +128,23 @@ class Judge:
 
 
 @torch.no_grad()
-def judged(model: Diffusion, judge: Judge, n: int, steps: int, guidance: float) -> dict[str, Any]:
+def score_samples(
+    model: Diffusion, scorer: ImageScorer, n: int, steps: int, guidance: float
+) -> dict[str, Any]:
     """One way of making images, in figures."""
     count = n // max(1, model.num_classes)
     pictures = model.generate(num_samples=count, num_steps=steps, guidance_scale=guidance)
     read: dict[str, Any] = {}
     if model.num_classes:
         labels = torch.arange(model.num_classes).repeat_interleave(count)
-        right = judge.right(pictures.images, labels).float().view(-1, count).mean(1)  # (classes)
+        right = scorer.right(pictures.images, labels).float().view(-1, count).mean(1)  # (classes)
         read["accuracy"] = round(right.mean().item(), 4)
         read["worst_class"] = round(right.min().item(), 4)
-    near, real = judge.nearest(pictures.images), judge.real
-    distance = judge.distance(pictures.images)
+    near, real = scorer.nearest(pictures.images), scorer.real
+    distance = scorer.distance(pictures.images)
     return read | {
         "fd": round(distance, 3),
-        "fd_over_floor": round(distance / judge.floor, 3),
+        "fd_over_floor": round(distance / scorer.floor, 3),
         "nn_median": round((near.median() / real.median()).item(), 3),
         "nn_p1": round((near.quantile(0.01) / real.quantile(0.01)).item(), 3),
     }
@@ -151,18 +153,23 @@ def judged(model: Diffusion, judge: Judge, n: int, steps: int, guidance: float) 
 def mnist(seed: int) -> None:
     data = ImageDataModule("mnist", val_fraction=0.0)
     data.setup("test")
-    ours = ClassifierFeatures(str(trained("classifier/mnist", 1)[0]))
-    judges = {"mnist_cnn": ours, "batch_norm": BatchNormed().learned(*data.get_split("train"))}
+    classifier = ClassifierFeatures(str(trained("classifier/mnist", 1)[0]))
+    feature_extractors = {
+        "mnist_cnn": classifier,
+        "batch_norm": BatchNormed().learned(*data.get_split("train")),
+    }
     path, seconds = trained("diffusion/mnist_quick", seed)
     model = Diffusion.load_from_checkpoint(path, map_location="cpu")
     row = circumstances("diffusion/mnist_quick") | {"seed": seed, "n": 1000} | seconds
-    for name, features in judges.items():
-        judge = Judge(features, data, 1000)
-        row |= {"judge": name, "judge_accuracy": round(judge.accuracy, 4)}
-        row |= {"floor": round(judge.floor, 3), "floor_first": round(judge.first, 3)}
-        row["floors"] = [round(floor, 2) for floor in judge.floors]
+    for name, features in feature_extractors.items():
+        scorer = ImageScorer(features, data, 1000)
+        row |= {"judge": name, "judge_accuracy": round(scorer.accuracy, 4)}
+        row |= {"floor": round(scorer.floor, 3), "floor_first": round(scorer.first, 3)}
+        row["floors"] = [round(floor, 2) for floor in scorer.floors]
         for steps, guidance in WAYS:
-            row[f"{steps} steps, w {guidance}"] = judged(model, judge, 1000, steps, guidance)
+            row[f"{steps} steps, w {guidance}"] = score_samples(
+                model, scorer, 1000, steps, guidance
+            )
         append("diffusion_quality", row)
 
 
@@ -171,15 +178,15 @@ def digits(seed: int) -> None:
     data.setup("test")
     words = ["--data.source=digits", "--trainer.max_steps=1000", "--model.max_shift=0"]
     features = ClassifierFeatures(str(trained("classifier/mnist", 2, *words)[0]))
-    judge = Judge(features, data, 359)
+    scorer = ImageScorer(features, data, 359)
     for over in ("one_step", "none", ""):
         over = f"diffusion/{over}" if over else ""
         path, seconds = trained("diffusion/digits", seed, over=over)
         row = circumstances("diffusion/digits") | {"seed": seed, "n": 500} | seconds
-        row |= {"over": over, "judge": round(judge.accuracy, 4), "floor": round(judge.floor, 3)}
+        row |= {"over": over, "judge": round(scorer.accuracy, 4), "floor": round(scorer.floor, 3)}
         steps = 1 if over.endswith("one_step") else 20
         model = Diffusion.load_from_checkpoint(path, map_location="cpu")
-        append("diffusion_quality", row | judged(model, judge, 500, steps, 0.0))
+        append("diffusion_quality", row | score_samples(model, scorer, 500, steps, 0.0))
 
 
 if __name__ == "__main__":

@@ -28,20 +28,20 @@ from ravine.lightning_modules.nn.unet import UNet
 BLOCK, ROUNDS = 20, 9
 
 
-class Clock(L.Callback):
+class BlockTimer(L.Callback):
     """Stops the run for the rivals after each block of steps, and notes the seconds of its own."""
 
-    def __init__(self, rivals: Callable[[], None]) -> None:
-        self.rivals, self.blocks, self.begun = rivals, [], 0.0
+    def __init__(self, run_others: Callable[[], None]) -> None:
+        self.run_others, self.blocks, self.start_s = run_others, [], 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.begun = time.perf_counter()
+        self.start_s = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step % BLOCK == 0:
-            self.blocks.append((time.perf_counter() - self.begun) / BLOCK)
-            self.rivals()
-            self.begun = time.perf_counter()
+            self.blocks.append((time.perf_counter() - self.start_s) / BLOCK)
+            self.run_others()
+            self.start_s = time.perf_counter()
 
 
 class Bare:
@@ -76,10 +76,10 @@ class Bare:
             torch._foreach_lerp_(self.average, list(self.net.parameters()), 0.005)
 
     def block(self) -> float:
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         for _ in range(BLOCK):
             self.step()
-        return (time.perf_counter() - begun) / BLOCK
+        return (time.perf_counter() - start_s) / BLOCK
 
 
 def main() -> None:
@@ -88,11 +88,11 @@ def main() -> None:
     data.setup("fit")
     bare, times = Bare(data), {"bare": [], "bare again": []}
 
-    def rivals() -> None:
+    def run_others() -> None:
         for name in times if len(times["bare"]) % 2 else reversed(times):
             times[name].append(bare.block())
 
-    clock = Clock(rivals)
+    clock = BlockTimer(run_others)
     plan = OptimizerPlan(partial(torch.optim.AdamW, lr=2e-3), decay="all")
     trainer = Trainer(
         max_steps=BLOCK * (ROUNDS + 1), accelerator="cpu", limit_val_batches=0, logger=False,

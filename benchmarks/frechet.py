@@ -39,14 +39,14 @@ def gathered(features: Tensor) -> Moments:
 def matrix() -> None:
     torch.set_num_threads(1)
     mix = torch.randn(D, D, dtype=torch.float64) / D**0.5
-    drawn, real = (gathered(torch.randn(N, D, dtype=torch.float64) @ mix + m) for m in (0, 0.1))
+    generated, real = (gathered(torch.randn(N, D, dtype=torch.float64) @ mix + m) for m in (0, 0.1))
     kept = Gaussian.from_moments(real)
-    theirs = drawn.mean(), drawn.covariance(), real.mean(), real.covariance()
+    expected = generated.mean(), generated.covariance(), real.mean(), real.covariance()
     ways = {
-        "ours": lambda: frechet_distance(drawn, kept),
-        "ours, cold": lambda: frechet_distance(drawn, Gaussian.from_moments(real)),
-        "torchmetrics": lambda: _compute_fid(*theirs),
-        "ours again": lambda: frechet_distance(drawn, kept),
+        "ours": lambda: frechet_distance(generated, kept),
+        "ours, cold": lambda: frechet_distance(generated, Gaussian.from_moments(real)),
+        "torchmetrics": lambda: _compute_fid(*expected),
+        "ours again": lambda: frechet_distance(generated, kept),
     }
     difference = abs(float(ways["torchmetrics"]()) / float(ways["ours"]()) - 1)
     times = rounds(ways, ROUNDS)
@@ -79,23 +79,27 @@ def random_weights(path: Path) -> None:
 @torch.no_grad()
 def inception() -> None:
     real = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
-    drawn = torch.randint(200, (IMAGES, 3, 32, 32), dtype=torch.uint8)
+    generated = torch.randint(200, (IMAGES, 3, 32, 32), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "inception.pth")
         random_weights(path)
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         net = Inception(path, 64)
-        one, other = (torch.cat([net(p) for p in images.split(64)]) for images in (drawn, real))
-        ours = float(frechet_distance(gathered(one), Gaussian.from_moments(gathered(other))))
-        took = time.perf_counter() - begun
-        begun = time.perf_counter()
+        one, other = (torch.cat([net(p) for p in images.split(64)]) for images in (generated, real))
+        actual = float(frechet_distance(gathered(one), Gaussian.from_moments(gathered(other))))
+        took = time.perf_counter() - start_s
+        start_s = time.perf_counter()
         found = torch_fidelity.calculate_metrics(
-            input1=Rows(drawn), input2=Rows(real), fid=True, cuda=False, verbose=False,
+            input1=Rows(generated), input2=Rows(real), fid=True, cuda=False, verbose=False,
             cache=False, feature_layer_fid="64", feature_extractor_weights_path=str(path),
         )  # fmt: skip
-    theirs = found["frechet_inception_distance"]
-    seconds = {"ours": round(took, 1), "torch_fidelity": round(time.perf_counter() - begun, 1)}
-    values = {"ours": ours, "torch_fidelity": theirs, "relative_difference": abs(ours / theirs - 1)}
+    expected = found["frechet_inception_distance"]
+    seconds = {"ours": round(took, 1), "torch_fidelity": round(time.perf_counter() - start_s, 1)}
+    values = {
+        "ours": actual,
+        "torch_fidelity": expected,
+        "relative_difference": abs(actual / expected - 1),
+    }
     what = f"val/fid at layer 64, {IMAGES} images of each kind"
     versions = {"torch-fidelity": version("torch-fidelity")}
     append("frechet", {"what": what} | machine() | versions | values | {"seconds": seconds})

@@ -227,9 +227,9 @@ def repack(content: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
 
 def _refused(error: Exception) -> bool:
     """Whether the command line would show the exception without a traceback."""
-    from ravine.cli import error_report as errors
+    from ravine.cli import error_report
 
-    return errors.exit_status(errors.unwrap_error(error)) is not None
+    return error_report.exit_status(error_report.unwrap_error(error)) is not None
 
 
 def _model() -> dict[str, Any]:
@@ -292,8 +292,7 @@ def change_tree(dice: random.Random, files: Files) -> Files:
 
 
 def read_checkpoint(path: Path) -> None:
-    from ravine.cli import checkpoint_connector as restore
-    from ravine.cli import loading as trained
+    from ravine.cli import checkpoint_connector, loading
     from ravine.cli.config import saved_config
     from ravine.strategies.checkpoint.atomic_io import (
         AtomicCheckpointIO,
@@ -308,8 +307,8 @@ def read_checkpoint(path: Path) -> None:
     config = saved_config.load_saved_config(path)
     if config:
         saved_config.to_argv(config)
-    restore.load_metadata(path)
-    trained.load_model(path)
+    checkpoint_connector.load_metadata(path)
+    loading.load_model(path)
 
 
 def touch(value: Any) -> None:
@@ -653,13 +652,13 @@ def tokens_seeds() -> list[Files]:
 
 def change_meta(dice: random.Random, files: Files) -> Files:
     """Change the meta file, as a stream or as values; the tokens stay."""
-    from ravine.strategies.checkpoint import safe_pickle as plain_pickle
+    from ravine.strategies.checkpoint import safe_pickle
 
     if "meta.json" in files:
         return change_json(dice, files)
     if dice.random() < 0.5:
         return files | {"meta.pkl": change_pickle(dice, files["meta.pkl"])}
-    value = plain_pickle.load_plain(
+    value = safe_pickle.load_plain(
         files["meta.pkl"], lambda name: False
     )  # it may have been changed
     value = change_value(dice, value, 0.2)
@@ -811,12 +810,11 @@ def change_yaml(dice: random.Random, files: Files) -> Files:
 
 
 def read_config(path: Path) -> None:
-    from ravine.cli.config import presets, trust
-    from ravine.cli.config import values as given
+    from ravine.cli.config import presets, trust, values
 
     presets.check_config_file(str(path))
     presets.check_config_order([str(path)])
-    found = given.from_yaml(str(path))
+    found = values.from_yaml(str(path))
     trust.find_dotted_names(found)
     for each in found:
         _ = each.children(), each.value, each.display_text
@@ -843,15 +841,17 @@ def idx_seeds() -> list[Files]:
         return head + sizes + array.astype(numpy.uint8).tobytes()
 
     seeds = []
-    for first, shape, zipped in ((0, (5, 4), True), (1, (5, 4), False), (0, (3, 3, 3), True)):
+    for first, shape, is_gzipped in ((0, (5, 4), True), (1, (5, 4), False), (0, (3, 3, 3), True)):
         files = {}
         for side, count in (("train", 40), ("t10k", 20)):
             images = numbers.randint(0, 256, (count, *shape))
             arrays = {"images-idx3": images, "labels-idx1": first + numpy.arange(count) % 4}
             for name, array in arrays.items():
                 content = idx(array)
-                end = ".gz" if zipped else ""
-                files[f"{side}-{name}-ubyte{end}"] = gzip.compress(content) if zipped else content
+                end = ".gz" if is_gzipped else ""
+                files[f"{side}-{name}-ubyte{end}"] = (
+                    gzip.compress(content) if is_gzipped else content
+                )
         seeds.append(files)
     return seeds
 
@@ -861,8 +861,8 @@ def change_idx(dice: random.Random, files: Files) -> Files:
     import gzip
 
     name = dice.choice(list(files))
-    zipped = name.endswith(".gz")
-    content = gzip.decompress(files[name]) if zipped else files[name]
+    is_gzipped = name.endswith(".gz")
+    content = gzip.decompress(files[name]) if is_gzipped else files[name]
     match dice.randrange(5):
         case 0:
             place = 4 * dice.randrange(1, 5)
@@ -880,7 +880,7 @@ def change_idx(dice: random.Random, files: Files) -> Files:
             sizes = [size] + [1] * (rank - 1)
             head = bytes([0, 0, 8, rank]) + b"".join(n.to_bytes(4, "big") for n in sizes)
             content = head + bytes(min(size, 10**8))
-    return files | {name: gzip.compress(content, 1) if zipped else content[: 10**7]}
+    return files | {name: gzip.compress(content, 1) if is_gzipped else content[: 10**7]}
 
 
 def read_idx_folder(path: Path) -> None:
@@ -1052,7 +1052,7 @@ def try_input(target: Target, files: Files, sandbox: Path, watch: Watch) -> Outc
         watch.folder, watch.events = os.path.realpath(folder), []
         watch.outside = os.path.realpath(sandbox / "canary")
         reset_peak()
-        before, begun, refused, faults = peak(), time.process_time(), False, []
+        before, start_s, refused, faults = peak(), time.process_time(), False, []
         watch.on = True
         try:
             target.read(path)
@@ -1067,7 +1067,7 @@ def try_input(target: Target, files: Files, sandbox: Path, watch: Watch) -> Outc
         except BaseException as error:  # SystemExit out of a payload
             faults.append(f"ran: {type(error).__name__}")
         watch.on = False
-        seconds, grown = time.process_time() - begun, peak() - before
+        seconds, grown = time.process_time() - start_s, peak() - before
         faults += watch.events
         if seconds > HANG:
             faults.append(f"hung: {seconds:.1f} s")
@@ -1242,9 +1242,9 @@ def main() -> int:
     failed = False
     for name in options.reader or TARGETS:
         campaign = Campaign(name, options.seed, options.keep)
-        begun = time.monotonic()
+        start_s = time.monotonic()
         campaign.run(60 * options.minutes, options.inputs)
-        row = campaign.row() | {"minutes": round((time.monotonic() - begun) / 60, 2)}
+        row = campaign.row() | {"minutes": round((time.monotonic() - start_s) / 60, 2)}
         failed |= bool(campaign.faults)
         if options.inputs is None:
             from record import append, machine

@@ -35,7 +35,7 @@ def main() -> None:
     calls = {k: partial(generate, net, prompts, NEW, CONTEXT, **how) for k, how in ways.items()}
     clock = waited if device == "cuda" else time.process_time
     slow = {"uncached": calls.pop("uncached")}
-    times = rounds(calls, 5 * ROUNDS, clock=clock) | rounds(slow, ROUNDS, clock=clock, warm=0)
+    times = rounds(calls, 5 * ROUNDS, clock=clock) | rounds(slow, ROUNDS, clock=clock, num_warmup=0)
     per_second = {name: round(B * NEW / statistics.median(s), 1) for name, s in times.items()}
     what = f"generation with a cache, {B} x ({PROMPT} + {NEW}) tokens"
     compare("generation", what, times, [], tokens_per_second=per_second)

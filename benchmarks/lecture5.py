@@ -101,11 +101,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| model | train nats (published) | val nats | perplexity | bits per byte | runs |"]
     lines.append("|---|---|---|---|---|---|")
     for name in dict.fromkeys(row["name"] for row in rows):
-        mine = [row for row in rows if row["name"] == name]
+        named_rows = [row for row in rows if row["name"] == name]
         keys = ("train/loss_last_100", "val/loss", "val/perplexity", "val/bits_per_byte")
-        train, *others = (f"{statistics.mean(row[key] for row in mine):.3f}" for key in keys)
-        told = f" ({PUBLISHED[name]})" if name in PUBLISHED and mine[0]["words"] == [] else ""
-        lines.append(f"| {name} | {train}{told} | {' | '.join(others)} | {len(mine)} |")
+        train, *others = (f"{statistics.mean(row[key] for row in named_rows):.3f}" for key in keys)
+        published_note = (
+            f" ({PUBLISHED[name]})" if name in PUBLISHED and named_rows[0]["words"] == [] else ""
+        )
+        lines.append(
+            f"| {name} | {train}{published_note} | {' | '.join(others)} | {len(named_rows)} |"
+        )
     return "\n".join(lines)
 
 

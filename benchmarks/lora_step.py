@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from versus import compare
-from versus import rounds as measured
+from versus import rounds as time_rounds
 
 from ravine.callbacks.lora import inject_lora
 from ravine.lightning_modules.nn import Transformer
@@ -52,7 +52,7 @@ def main() -> None:
             inject_lora(net, LAYERS, rank=16)
         ways[name] = step(net, tokens)
     what = "a training step of rank 16 adapters on two blocks of width 512"
-    compare("lora_step", what, measured(ways, rounds), ["peft"])
+    compare("lora_step", what, time_rounds(ways, rounds), ["peft"])
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ def main() -> None:
     clock = time.process_time if device == "cpu" and threads == 1 else waited
     for model, (layers, width) in (GPU if device == "cuda" else CPU).items():
         settings = {"coefficients": "newton_schulz", "iteration_dtype": "bfloat16"}
-        ours = MuonOptimizer(matrices(layers, width, device), **settings)
-        theirs = torch.optim.Muon(matrices(layers, width, device))
-        ways = {"ours": ours.step, "torch": theirs.step, "ours again": ours.step}
-        times = rounds(ways, ROUNDS, clock=clock, warm=2)
+        ravine_muon = MuonOptimizer(matrices(layers, width, device), **settings)
+        torch_muon = torch.optim.Muon(matrices(layers, width, device))
+        ways = {"ours": ravine_muon.step, "torch": torch_muon.step, "ours again": ravine_muon.step}
+        times = rounds(ways, ROUNDS, clock=clock, num_warmup=2)
         what = f"a step of Muon on {6 * layers} matrices, {model}"
         compare("muon_step", what, times, [], threads=threads)
 

@@ -11,7 +11,7 @@ import warnings
 
 import torch
 from versus import compare
-from versus import rounds as measured
+from versus import rounds as time_rounds
 
 from ravine.callbacks.quantization import nf4
 
@@ -31,21 +31,21 @@ def main() -> None:
     codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     packed = NF4Tensor.from_tensor(weight, 64, 256)
 
-    def ours() -> torch.Tensor:
+    def quantize_ravine() -> torch.Tensor:
         return nf4.dequantize(weight.shape, torch.float32, *parts)
 
     ways = {
-        "ours": ours,
+        "ours": quantize_ravine,
         "torchao": packed.get_original_weight,
         "bitsandbytes": lambda: dequantize_4bit(codes, state),
-        "ours again": ours,
+        "ours again": quantize_ravine,
     }
     error = {
         name: round(float((way() - weight).norm() / weight.norm()), 5) for name, way in ways.items()
     }
     what = "a million NF4 weights made float again"
     packages = ["torchao", "bitsandbytes"]
-    compare("nf4", what, measured(ways, rounds, 10), packages, relative_rms_error=error)
+    compare("nf4", what, time_rounds(ways, rounds, 10), packages, relative_rms_error=error)
 
 
 if __name__ == "__main__":

@@ -42,14 +42,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from external_modules.common_idioms import IDIOMS, Idiom, features, images, labelled
 
-from ravine import callbacks as ours
+from ravine import callbacks as ravine_callbacks
 from ravine.callbacks.transforms.layer_selection import find_frozen_copies, is_submodule_of
 
 PACKAGES = {
     "gluonts": "0.17.0", "mlcolvar": "1.3.1", "torch_uncertainty": "0.13.0", "lightly": "1.6.0",
 }  # fmt: skip
 STEPS, CUT, NEAR = 6, 3, 1e-6
-SOURCES = Path(ours.__file__).parents[1]
+SOURCES = Path(ravine_callbacks.__file__).parents[1]
 State = dict[str, Tensor]
 
 
@@ -223,8 +223,8 @@ class Loader(L.LightningDataModule):
             return DataLoader(self.rows, batch_size=8)
         assert self.trainer is not None
         own, each = self.trainer.global_rank, 8 // self.ranks
-        mine = [i for i in range(32) if i % 8 // each == own]  # of each batch of eight
-        return DataLoader(Subset(self.rows, mine), batch_size=each)
+        local_rows = [i for i in range(32) if i % 8 // each == own]  # of each batch of eight
+        return DataLoader(Subset(self.rows, local_rows), batch_size=each)
 
 
 def save_at(file: Path, module: L.LightningModule) -> None:
@@ -303,7 +303,7 @@ MOMENTUM = partial(SGD, lr=0.05, momentum=0.9)
 
 
 def plan(make: Any, factory: Any) -> str:
-    found = fit(make, ours.OptimizerPlan(factory, decay="all"))[0]
+    found = fit(make, ravine_callbacks.OptimizerPlan(factory, decay="all"))[0]
     off = apart(found, fit(make, change=with_optimizer(factory))[0])
     return "" if off == 0 else f"plain Lightning with the same optimizer is {off:.2g} away"
 
@@ -319,13 +319,13 @@ def moves(make: Any, *callbacks: L.Callback) -> str:
 def clipping(make: Any) -> str:
     # SGD: Adam divides by the size of a gradient that is rounding alone, as before a BatchNorm
     change = with_optimizer(MOMENTUM)
-    found = fit(make, ours.GradientClipping(max_norm=0.1), change=change)[0]
+    found = fit(make, ravine_callbacks.GradientClipping(max_norm=0.1), change=change)[0]
     off = apart(found, fit(make, gradient_clip_val=0.1, change=change)[0])
     return "" if off <= NEAR else f"Lightning's own clipping is {off:.2g} away"
 
 
 def average(make: Any) -> str:
-    found, keep, module = fit(make, ours.EMA(0.9))
+    found, keep, module = fit(make, ravine_callbacks.EMA(0.9))
     names = {n for n, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
     expected = dict(keep.start)
     for step, weights in keep.path:
@@ -345,9 +345,9 @@ def frozen(make: Any, *callbacks: L.Callback, adapters: bool = True) -> str:
     moved = {n for n, p in keep.path[-1][1].items() if not p.equal(keep.start[n])}
     free = {n for n, p in module.named_parameters() if p.requires_grad}
     copies = find_frozen_copies(make())
-    odd = [n for n in moved - free if not any(is_submodule_of(n, c) for c in copies)]
-    if odd:
-        return f"{odd[0]} is frozen and has moved"
+    changed_names = [n for n in moved - free if not any(is_submodule_of(n, c) for c in copies)]
+    if changed_names:
+        return f"{changed_names[0]} is frozen and has moved"
     if adapters and not any("lora_b" in n for n in moved):
         return "no adapter has moved"
     return "" if moved else "no weight has moved"
@@ -363,25 +363,34 @@ def resumes(make: Any, *callbacks: Callable[[], L.Callback]) -> str:
 
 
 MANY = (
-    partial(ours.OptimizerPlan, ADAM), ours.GradientClipping, partial(ours.EMA, 0.9), ours.NaNGuard,
-    ours.ExactResume, ours.Throughput, ours.UpdateMonitor,
-)  # fmt: skip
+    partial(ravine_callbacks.OptimizerPlan, ADAM),
+    ravine_callbacks.GradientClipping,
+    partial(ravine_callbacks.EMA, 0.9),
+    ravine_callbacks.NaNGuard,
+    ravine_callbacks.ExactResume,
+    ravine_callbacks.Throughput,
+    ravine_callbacks.UpdateMonitor,
+)
 CASES: dict[str, Callable[[Any], str]] = {
     "OptimizerPlan": lambda m: plan(m, ADAM),
     "OptimizerPlan SGD": lambda m: plan(m, MOMENTUM),
-    "Muon": lambda m: moves(m, ours.Muon()),
+    "Muon": lambda m: moves(m, ravine_callbacks.Muon()),
     "GradientClipping": clipping,
     "EMA": average,
-    "NaNGuard": lambda m: changes_nothing(m, ours.NaNGuard()),
-    "LoRA": lambda m: frozen(m, ours.LoRA()),
-    "Quantization, LoRA": lambda m: frozen(m, ours.Quantization(), ours.LoRA()),
-    "Quantization": lambda m: frozen(m, ours.Quantization(), adapters=False),
-    "Recompute": lambda m: changes_nothing(m, ours.ActivationCheckpointing()),
-    "Compile aot_eager": lambda m: changes_nothing(m, ours.Compile(backend="aot_eager"), 1e-5),
-    "ExactResume": lambda m: resumes(m, ours.ExactResume),
-    "Throughput": lambda m: changes_nothing(m, ours.Throughput()),
-    "Curves": lambda m: changes_nothing(m, ours.MetricPlot()),
-    "UpdateMonitor": lambda m: changes_nothing(m, ours.UpdateMonitor()),
+    "NaNGuard": lambda m: changes_nothing(m, ravine_callbacks.NaNGuard()),
+    "LoRA": lambda m: frozen(m, ravine_callbacks.LoRA()),
+    "Quantization, LoRA": lambda m: frozen(
+        m, ravine_callbacks.Quantization(), ravine_callbacks.LoRA()
+    ),
+    "Quantization": lambda m: frozen(m, ravine_callbacks.Quantization(), adapters=False),
+    "Recompute": lambda m: changes_nothing(m, ravine_callbacks.ActivationCheckpointing()),
+    "Compile aot_eager": lambda m: changes_nothing(
+        m, ravine_callbacks.Compile(backend="aot_eager"), 1e-5
+    ),
+    "ExactResume": lambda m: resumes(m, ravine_callbacks.ExactResume),
+    "Throughput": lambda m: changes_nothing(m, ravine_callbacks.Throughput()),
+    "Curves": lambda m: changes_nothing(m, ravine_callbacks.MetricPlot()),
+    "UpdateMonitor": lambda m: changes_nothing(m, ravine_callbacks.UpdateMonitor()),
     "many together": lambda m: resumes(m, *MANY),
 }
 
@@ -390,18 +399,18 @@ LAYOUTS = ("ddp", "zero2", "zero3")
 WITH_CALLBACKS = ("Autoencoder", "TransformerClassifier", "Tied", "Teacher")
 TOGETHER: dict[str, Callable[[], list[L.Callback]]] = {
     "": list,
-    "OptimizerPlan": lambda: [ours.OptimizerPlan(ADAM, decay="all")],
-    "OptimizerPlan SGD": lambda: [ours.OptimizerPlan(MOMENTUM, decay="all")],
-    "Muon": lambda: [ours.Muon()],
-    "GradientClipping": lambda: [ours.GradientClipping(max_norm=0.1)],
-    "EMA": lambda: [ours.EMA(0.9)],
-    "NaNGuard": lambda: [ours.NaNGuard()],
-    "LoRA": lambda: [ours.LoRA(rank=1)],
-    "Quantization": lambda: [ours.Quantization()],
-    "Recompute": lambda: [ours.ActivationCheckpointing()],
-    "ExactResume": lambda: [ours.ExactResume()],
-    "Throughput": lambda: [ours.Throughput()],
-    "UpdateMonitor": lambda: [ours.UpdateMonitor()],
+    "OptimizerPlan": lambda: [ravine_callbacks.OptimizerPlan(ADAM, decay="all")],
+    "OptimizerPlan SGD": lambda: [ravine_callbacks.OptimizerPlan(MOMENTUM, decay="all")],
+    "Muon": lambda: [ravine_callbacks.Muon()],
+    "GradientClipping": lambda: [ravine_callbacks.GradientClipping(max_norm=0.1)],
+    "EMA": lambda: [ravine_callbacks.EMA(0.9)],
+    "NaNGuard": lambda: [ravine_callbacks.NaNGuard()],
+    "LoRA": lambda: [ravine_callbacks.LoRA(rank=1)],
+    "Quantization": lambda: [ravine_callbacks.Quantization()],
+    "Recompute": lambda: [ravine_callbacks.ActivationCheckpointing()],
+    "ExactResume": lambda: [ravine_callbacks.ExactResume()],
+    "Throughput": lambda: [ravine_callbacks.Throughput()],
+    "UpdateMonitor": lambda: [ravine_callbacks.UpdateMonitor()],
     "many together": lambda: [make() for make in MANY],
 }
 
@@ -456,7 +465,7 @@ def attempt(name: str, callbacks: str, **how: Any) -> tuple[str, str, State]:
         return ""
 
     with contextlib.redirect_stdout(io.StringIO()):
-        verdict, reason = judge(run, made_of(name))
+        verdict, reason = run_case(run, made_of(name))
     return verdict, reason, weights
 
 
@@ -516,7 +525,7 @@ def layouts(only: str | None) -> None:
     print(counts, "of", counts.total())
 
 
-def judge(case: Callable[[Any], str], make: Any) -> tuple[str, str]:
+def run_case(case: Callable[[Any], str], make: Any) -> tuple[str, str]:
     """Verdict and reason of a combination."""
     torch._dynamo.reset()
     try:
@@ -567,7 +576,7 @@ def main() -> None:
             if given.callback and given.callback not in callback:
                 continue
             with contextlib.redirect_stdout(io.StringIO()):
-                verdict, reason = judge(case, make)
+                verdict, reason = run_case(case, make)
             row = {"module": module, "callback": callback, "verdict": verdict, "reason": reason}
             append("other_modules", row | circumstances)
 

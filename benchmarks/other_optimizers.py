@@ -49,7 +49,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import record
 from ravine.callbacks import ExactResume, OptimizerPlan
 from ravine.callbacks.optimizers.composite import CompositeOptimizer
-from ravine.cli import error_report as errors
+from ravine.cli import error_report
 from ravine.strategies import AtomicCheckpointIO
 
 LIST = Path(__file__).with_suffix(".txt")
@@ -199,7 +199,8 @@ def factories(kind: type) -> Iterator[tuple[str, Factory]]:
 def one_line(error: BaseException) -> bool:
     """Whether the command line would print the text alone."""
     return (
-        isinstance(error, Exception) and errors.exit_status(errors.unwrap_error(error)) is not None
+        isinstance(error, Exception)
+        and error_report.exit_status(error_report.unwrap_error(error)) is not None
     )
 
 
@@ -270,11 +271,11 @@ def decay(kind: type, factory: Factory, run: Callable[..., Any]) -> str:
     if not known or not (factory is kind or isinstance(factory, partial)):
         return ""
     decaying = partial(factory, weight_decay=0.1)
-    ours, error, _ = run(decaying, OptimizerPlan(decaying))
-    theirs, _, _ = run(decaying, None, by_hand=True)
-    if theirs is None or ours is None:
-        return "" if theirs is None else said(error)
-    return "the same" if far(ours, theirs) == 0.0 else f"off by {far(ours, theirs):.2g}"
+    actual, error, _ = run(decaying, OptimizerPlan(decaying))
+    expected, _, _ = run(decaying, None, by_hand=True)
+    if expected is None or actual is None:
+        return "" if expected is None else said(error)
+    return "the same" if far(actual, expected) == 0.0 else f"off by {far(actual, expected):.2g}"
 
 
 def classes(names: list[str]) -> dict[str, type]:
@@ -357,7 +358,7 @@ def install(site: Path) -> None:
 
 def quiet() -> None:
     """One thread, no compilation, no warnings; and read the sources, to classify errors."""
-    for folder in errors.OURS:
+    for folder in error_report.OURS:
         for file in folder.rglob("*.py"):
             linecache.getlines(str(file))
     warnings.simplefilter("ignore")
@@ -400,12 +401,12 @@ def forked(kind: type, limit: int, ranks: int = 1) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
         for rank in range(ranks):
-            ours, theirs = context.Pipe(duplex=False)
+            actual, expected = context.Pipe(duplex=False)
             place = (rank, ranks, port, folder)
-            job = context.Process(target=child, args=(kind, theirs, limit, *place))
+            job = context.Process(target=child, args=(kind, expected, limit, *place))
             job.start()
-            theirs.close()
-            jobs.append((job, ours))
+            expected.close()
+            jobs.append((job, actual))
         rows, end = [], time.monotonic() + 10 * limit  # others may use the machine
         for job, pipe in jobs:
             row = {"verdict": "too long", "plan": f"more than {limit} s"}
@@ -547,23 +548,23 @@ def _tensors(weights: dict[str, Any]) -> dict[str, Tensor]:
 def forked_weights(kind: type, limit: int) -> dict[str, Any] | None:
     """The weights of one process, in a forked one."""
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
+    actual, expected = context.Pipe(duplex=False)
 
     def work() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for _, made in factories(kind):
                 found, _, _ = fit(made, OptimizerPlan(made, decay="all"), Path(folder, "x.ckpt"))
                 if found is not None:
-                    theirs.send({k: v.tolist() for k, v in found.items()})
+                    expected.send({k: v.tolist() for k, v in found.items()})
                     break
             else:
-                theirs.send(None)
+                expected.send(None)
         os._exit(0)
 
     job = context.Process(target=work)
     job.start()
     try:
-        return ours.recv() if ours.poll(10 * limit) else None
+        return actual.recv() if actual.poll(10 * limit) else None
     finally:
         job.kill()
         job.join()

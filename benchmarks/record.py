@@ -31,10 +31,10 @@ class Stopwatch(Callback):
 
     def __init__(self) -> None:
         self.validating = 0.0
-        self.begun = self.paused = self.worked = 0.0
+        self.start_s = self.paused = self.worked = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.begun, self.worked = time.perf_counter(), time.process_time()
+        self.start_s, self.worked = time.perf_counter(), time.process_time()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.paused = time.perf_counter()
@@ -43,7 +43,7 @@ class Stopwatch(Callback):
         self.validating += time.perf_counter() - self.paused
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        total = time.perf_counter() - self.begun
+        total = time.perf_counter() - self.start_s
         seconds = {"seconds": round(total, 2), "validating": round(self.validating, 2)}
         seconds["processor_seconds"] = round(time.process_time() - self.worked, 2)
         Path(str(trainer.log_dir), "stopwatch.json").write_text(json.dumps(seconds))

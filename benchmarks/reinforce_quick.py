@@ -37,15 +37,15 @@ def row(seed: int) -> dict:
         words += [f"--seed_everything={seed}", "--data.source=shakespeare"]
         base = [f"--model.base_checkpoint={folder}/reinforce/quick_base"]
         for stage in STAGES:
-            begun = time.perf_counter()
+            start_s = time.perf_counter()
             ravine("fit", "--config", stage, *words, *(base if stage != STAGES[0] else []))
-            took[stage] = round(time.perf_counter() - begun, 1)
+            took[stage] = round(time.perf_counter() - start_s, 1)
             found[stage] = kept(Path(folder, stage))
         ravine("validate", "--config", STAGES[2], *words, *base, "--trainer.name=judged")
         found["base"] = kept(Path(folder, "judged"))
         (file,) = Path(folder, STAGES[1]).rglob("*.ckpt")
-        rung = torch.load(file, weights_only=True)["callbacks"]["MetricAlert"]["alarms"]
-    shares = {
+        alarm_events = torch.load(file, weights_only=True)["callbacks"]["MetricAlert"]["alarms"]
+    fractions = {
         k: v["val/frac_in_vocab"] / found["base"]["val/frac_in_vocab"]
         for k, v in found.items()
         if "val/frac_in_vocab" in v
@@ -59,14 +59,14 @@ def row(seed: int) -> dict:
         "stages": took,
         "base/loss": found[STAGES[0]]["val/loss"],
         "v1/e": found[STAGES[1]]["val/e"],
-        "v1/vocabulary_of_base": round(shares[STAGES[1]], 4),
+        "v1/vocabulary_of_base": round(fractions[STAGES[1]], 4),
         "v6/e": found[STAGES[2]]["val/e"],
-        "v6/vocabulary_of_base": round(shares[STAGES[2]], 4),
+        "v6/vocabulary_of_base": round(fractions[STAGES[2]], 4),
         "v6/nearest_jaccard": found[STAGES[2]]["val/jaccard_distance_nearest"],
         "v6/distinct_words_of_base": round(
             found[STAGES[2]]["val/num_unique_words"] / found["base"]["val/num_unique_words"], 4
         ),
-        "alarms": rung,
+        "alarms": alarm_events,
         "all": found,
     }
 

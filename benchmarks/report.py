@@ -102,7 +102,7 @@ TITLES = {  # plain names of measurements whose rows have other ones
 }
 
 
-def rows_of(shown: Shown) -> list[dict[str, Any]]:
+def read_shown_rows(shown: Shown) -> list[dict[str, Any]]:
     """The newest row of each seed that was run with the present config."""
     config, path = shown.config, HERE / "rows" / f"{shown.file}.jsonl"
     if not path.exists():
@@ -134,7 +134,7 @@ def label(metric: str) -> str:
     return LABELS.get(name, name)
 
 
-def spread(values: list[float], digits: int) -> str:
+def format_mean(values: list[float], digits: int) -> str:
     """Mean ± standard error."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     if len(values) < 2:
@@ -146,17 +146,17 @@ def table() -> str:
     """The table of results, in the order of SHOWN; entries without rows are left out."""
     lines = ["| task | command | result | seconds | seeds | machine |", "|---|---|---|---|---|---|"]
     for name, shown in SHOWN.items():
-        rows = rows_of(shown)
+        rows = read_shown_rows(shown)
         if not rows:
             continue
         results = ", ".join(
-            f"{label(metric)} = {spread([figure(row, metric) for row in rows], 3)}"
+            f"{label(metric)} = {format_mean([figure(row, metric) for row in rows], 3)}"
             for metric in shown.metrics
         )
         script = f"`benchmarks/{shown.file}.py`"
         command = f"`fit --config {shown.config}`" if "words" in rows[0] else script
         timed = [row["seconds"] for row in rows if row["seconds"] is not None]
-        seconds = spread(timed, 0) if timed else ""
+        seconds = format_mean(timed, 0) if timed else ""
         machine = rows[-1]["machine"]
         lines.append(f"| {name} | {command} | {results} | {seconds} | {len(rows)} | {machine} |")
     return "\n".join(lines)

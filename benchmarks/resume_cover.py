@@ -524,12 +524,12 @@ def main() -> None:
             }
             cases = [case for case in cases if tuple(str(case[axis]) for axis in AXES) not in good]
         for number, case in enumerate(cases, 1):
-            begun = time.process_time()
+            start_s = time.process_time()
             try:
                 result = in_ranks(case, folder)
             except Exception as error:
                 result = {"outcome": "error", "said": f"{type(error).__name__}: {error}"[:600]}
-            seconds = round(time.process_time() - begun, 2)
+            seconds = round(time.process_time() - start_s, 2)
             row = {**case, **result, "seed": given.seed, "processor_seconds": seconds}
             append("resume_cover", row | machine())
             print(f"{number}/{len(cases)}", *case.values(), result["outcome"], sep=" | ", end=" ")

@@ -30,11 +30,13 @@ def shape(b: int, prompt: int, new: int) -> None:
 
     def write(way: str) -> None:
         how = {"cached": way != "uncached", "window": "refuse"}
-        drawn = generate(net, prompts, new, prompt + new, DecodingConfig(0.8), **how)  # type: ignore
-        written[way] = drawn.tokens
+        completions = generate(net, prompts, new, prompt + new, DecodingConfig(0.8), **how)  # type: ignore
+        written[way] = completions.tokens
 
     ways = {way: partial(write, way) for way in ("ours", "ours again")}
-    times = rounds(ways, 5 * ROUNDS) | rounds({"uncached": partial(write, "uncached")}, 1, warm=0)
+    times = rounds(ways, 5 * ROUNDS) | rounds(
+        {"uncached": partial(write, "uncached")}, 1, num_warmup=0
+    )
     same = written["ours"].equal(written["uncached"])
     what = f"a rollout with a cache, {b} x ({prompt} + {new}) tokens"
     compare("rollout", what, times, [], same_tokens=same)

@@ -20,12 +20,12 @@ from ravine.datamodules import SpamDataModule
 CS = [1, 5, 20, 80, 320]
 
 
-def rival(seed: int) -> dict[str, float]:
+def run_sklearn(seed: int) -> dict[str, float]:
     data = SpamDataModule(source="sms", val_fraction=0.0, seed=seed)
     data.setup("fit")
     text, label = (np.array(column) for column in list(zip(*data.messages, strict=True))[:2])
     train_part, test_part = data.splits["train"], data.splits["test"]
-    begun = time.perf_counter()
+    start_s = time.perf_counter()
     features = make_union(
         TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)),
         TfidfVectorizer(sublinear_tf=True, ngram_range=(3, 5), analyzer="char_wb"),
@@ -38,7 +38,7 @@ def rival(seed: int) -> dict[str, float]:
     truth = label[test_part]
     return {
         "C": float(model.C_),
-        "seconds": round(time.perf_counter() - begun, 2),
+        "seconds": round(time.perf_counter() - start_s, 2),
         "test/accuracy": float(accuracy_score(truth, probability > 0.5)),
         "test/f1": float(f1_score(truth, probability > 0.5)),
         "test/auroc": float(roc_auc_score(truth, probability)),
@@ -48,7 +48,7 @@ def rival(seed: int) -> dict[str, float]:
 def main() -> None:
     for seed in range(3):
         append("spam", train("spam", seed, f"--data.seed={seed}", test=True))
-        row = circumstances("spam") | {"config": "scikit-learn", "seed": seed} | rival(seed)
+        row = circumstances("spam") | {"config": "scikit-learn", "seed": seed} | run_sklearn(seed)
         append("spam", row)
 
 

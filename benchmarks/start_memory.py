@@ -32,7 +32,7 @@ from ravine.callbacks import LoRA, Pretrained, Quantization
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import parallel_module as parallelize
+from ravine.strategies import parallel_module
 
 LAYOUTS = {"zero3": 4, "zero3 2": 2, "zero2": 4, "hsdp": 4, "tp": 2, "pp": 2}
 STARTS: dict[str, Any] = {  # callbacks by the folder of the weights; on zero3 with 4 ranks
@@ -89,7 +89,9 @@ def write(size: str, folder: str) -> None:
 def measure(layout: str, size: str, start: str, files: str) -> dict[str, int]:
     """Begin a run; in each rank."""
     warnings.simplefilter("ignore")
-    parallelize.DEFAULT_MIN_UNIT_BYTES = 2**20  # as in training; the harness of the tests sets 0
+    parallel_module.DEFAULT_MIN_UNIT_BYTES = (
+        2**20
+    )  # as in training; the harness of the tests sets 0
     shape, data = SIZES[size]
     look = Start()
     changes = STARTS[start](files) if start in STARTS else []

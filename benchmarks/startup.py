@@ -19,11 +19,11 @@ ROWS = Path(__file__).parent / "rows" / "startup.jsonl"
 
 def seconds(words: list[str]) -> tuple[float, float]:
     """Of the clock, and of the processor: the second is the same on a busy machine."""
-    begun, before = time.perf_counter(), os.times()
+    start_s, before = time.perf_counter(), os.times()
     subprocess.run(words, capture_output=True)
     after = os.times()
     used = sum(after[2:4]) - sum(before[2:4])
-    return round(time.perf_counter() - begun, 4), round(used, 2)
+    return round(time.perf_counter() - start_s, 4), round(used, 2)
 
 
 def main(calls: int = 15) -> int:

@@ -42,8 +42,7 @@ from tensor_bytes import tensor_bytes
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import TextDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import STRATEGY_PRESETS, MeshStrategy
-from ravine.strategies import parallel_module as parallelize
+from ravine.strategies import STRATEGY_PRESETS, MeshStrategy, parallel_module
 
 MIB = 2**20
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -113,7 +112,7 @@ class Peak(L.Callback):
         self.measure: Any = None
         self.times: list[int] = []  # of the measured step: start, end of the forward, end
 
-    def held(self, trainer: Any, module: Any) -> dict[str, int]:
+    def measure_bytes(self, trainer: Any, module: Any) -> dict[str, int]:
         """Bytes of parameters, gradients and states that this rank has."""
         states = [
             local(v)
@@ -131,7 +130,7 @@ class Peak(L.Callback):
             self.measure = tensor_bytes()
             self.found = self.measure.__enter__()
         if index == STEP:
-            self.start = self.held(trainer, module)
+            self.start = self.measure_bytes(trainer, module)
             self.times.append(time.time_ns())
 
     def on_before_backward(self, trainer, module, loss) -> None:
@@ -150,13 +149,13 @@ class Peak(L.Callback):
             "peak": base + found.peak_over(start, end),
             "forward_end": base + found.alive(middle) - found.alive(start),
             "forward_peak": base + found.peak_over(start, middle),
-        } | self.held(trainer, module)
+        } | self.measure_bytes(trainer, module)
 
 
 def unit_bytes(module: Any, half: bool) -> list[int]:
     """Bytes of what each unit gathers, the largest first."""
     found = []
-    for unit in parallelize.fsdp_units(module):
+    for unit in parallel_module.fsdp_units(module):
         group = unit._get_fsdp_state()._fsdp_param_group
         if group is not None:
             numbers = sum(p._orig_size.numel() for p in group.fsdp_params)
@@ -167,7 +166,9 @@ def unit_bytes(module: Any, half: bool) -> list[int]:
 def measure(layout: str, size: str, precision: str, rows: int | None) -> dict[str, Any]:
     """Train three steps and look at the last; in each rank."""
     warnings.simplefilter("ignore")
-    parallelize.DEFAULT_MIN_UNIT_BYTES = 2**20  # as in training; the harness of the tests sets 0
+    parallel_module.DEFAULT_MIN_UNIT_BYTES = (
+        2**20
+    )  # as in training; the harness of the tests sets 0
     strategy, world = LAYOUTS[layout]
     shape, data = SIZES[size]
     if layout == "ep":

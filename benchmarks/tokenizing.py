@@ -46,14 +46,14 @@ def measure(kind: str, million: int) -> dict[str, object]:
         len(piece)
         for piece in split_at_word_boundaries(parts(LINES[kind], min(million, 16)), tokenizer)
     ]
-    before, begun, worked = peak(), time.perf_counter(), time.process_time()
+    before, start_s, worked = peak(), time.perf_counter(), time.process_time()
     count = sum(len(numbers) for numbers in encode_parallel(tokenizer, parts(LINES[kind], million)))
     return {
         "what": kind,
         "million_characters": million,
         "tokens": count,
         "longest_piece": max(pieces),
-        "seconds_of_clock": round(time.perf_counter() - begun, 2),
+        "seconds_of_clock": round(time.perf_counter() - start_s, 2),
         "processor_seconds": round(time.process_time() - worked, 2),
         "memory_before_MiB": before,
         "memory_after_MiB": peak(),

@@ -166,15 +166,15 @@ class Turns(Callback):
         if done < 0 or done % self.turn:
             return
         if done:
-            self.times["ours"].append((time.perf_counter() - self.begun) / self.turn)
+            self.times["ours"].append((time.perf_counter() - self.start_s) / self.turn)
         for name, loop in list(self.loops.items())[:: 1 if done // self.turn % 2 else -1]:
-            begun = time.perf_counter()
+            start_s = time.perf_counter()
             for _ in range(self.turn if done else WARM):
                 next(loop)
             if done:
-                self.times[name].append((time.perf_counter() - begun) / self.turn)
+                self.times[name].append((time.perf_counter() - start_s) / self.turn)
         trainer.should_stop = len(self.times["ours"]) == self.turns
-        self.begun = time.perf_counter()
+        self.start_s = time.perf_counter()
 
 
 class Screen(io.StringIO):
@@ -185,7 +185,7 @@ class Turn(Callback):
     """Lets the steps of one way run in turns; each way runs in a thread of its own."""
 
     def __init__(self, steps: int) -> None:
-        self.steps, self.warm = steps, True
+        self.steps, self.is_warm = steps, True
         self.seconds: list[float] = []
         self.may_run, self.has_run = threading.Semaphore(0), threading.Semaphore(0)
         self.done, self.ended = 0, False
@@ -198,14 +198,14 @@ class Turn(Callback):
     def step(self) -> bool:
         """Count a step; at the end of a turn wait for the next. Returns whether all is done."""
         self.done += 1
-        if self.done < (WARM if self.warm else self.steps):
+        if self.done < (WARM if self.is_warm else self.steps):
             return False
-        if not self.warm:
-            self.seconds.append((time.perf_counter() - self.begun) / self.steps)
+        if not self.is_warm:
+            self.seconds.append((time.perf_counter() - self.start_s) / self.steps)
         if not self.ended:
             self.has_run.release()
             self.may_run.acquire()
-        self.done, self.warm, self.begun = 0, False, time.perf_counter()
+        self.done, self.is_warm, self.start_s = 0, False, time.perf_counter()
         return self.ended
 
     def start(self, run: Callable[[], None]) -> threading.Thread:
@@ -273,7 +273,7 @@ def settings(net: Any, turns: Callback, folder: str) -> dict[str, Any]:
     }
 
 
-def ours(net: Any, turns: Callback, without: str = "") -> None:
+def run_ravine(net: Any, turns: Callback, without: str = "") -> None:
     """A run under our Trainer, with everything on but the part that is named."""
     os.environ["RAVINE_FAST_LOOP"] = "0" if without == FAST_LOOP else "1"
     with tempfile.TemporaryDirectory() as folder:
@@ -297,14 +297,14 @@ def stock(net: Any, turns: Callback) -> None:
         net.under(trainer)
 
 
-CASES: dict[str, Callable[[Any, Turns], None]] = {"ours": ours}
-CASES |= {f"ours without {part}": partial(ours, without=part) for part in PARTS}
+CASES: dict[str, Callable[[Any, Turns], None]] = {"ours": run_ravine}
+CASES |= {f"ours without {part}": partial(run_ravine, without=part) for part in PARTS}
 WAYS: dict[str, Callable[[Any, Turn], None]] = {
     "bare": bare,
     "bare again": bare,
     "stock": stock,
-    "ours": ours,
-    f"ours without {FAST_LOOP}": partial(ours, without=FAST_LOOP),
+    "ours": run_ravine,
+    f"ours without {FAST_LOOP}": partial(run_ravine, without=FAST_LOOP),
 }
 
 

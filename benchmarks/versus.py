@@ -24,7 +24,7 @@ def rounds(
     count: int,
     repeat: int = 1,
     clock: Callable[[], float] = time.process_time,
-    warm: int = 1,
+    num_warmup: int = 1,
 ) -> Times:
     """Seconds of each way, `repeat` times a round, on average; the first `warm` rounds are lost.
 
@@ -33,13 +33,13 @@ def rounds(
     """
     times: Times = {name: [] for name in ways}
     order = random.Random(0)
-    for number in range(count + warm):
+    for number in range(count + num_warmup):
         for name in order.sample(list(ways), len(ways)):
-            begun = clock()
+            start_s = clock()
             for _ in range(repeat):
                 ways[name]()
-            if number >= warm:
-                times[name].append((clock() - begun) / repeat)
+            if number >= num_warmup:
+                times[name].append((clock() - start_s) / repeat)
     return times
 
 
@@ -58,19 +58,19 @@ def verdict(times: Times) -> dict[str, Any]:
     median = {name: statistics.median(spent) for name, spent in times.items()}
     (again,) = (name for name in median if name.endswith(" again"))
     control = median[again] / median[again.removesuffix(" again")]
-    rivals = [name for name in median if not name.startswith("ours") and name != again]
+    others = [name for name in median if not name.startswith("ours") and name != again]
     steady = abs(control - 1) <= LIMIT
-    ratios = {name: round(median["ours"] / median[name], 4) for name in rivals if steady}
+    ratios = {name: round(median["ours"] / median[name], 4) for name in others if steady}
     return {"ratios": ratios, "A/A": round(control, 4)}
 
 
-def interval(ours: list[float], rival: list[float]) -> tuple[float, float]:
+def interval(own_s: list[float], other_s: list[float]) -> tuple[float, float]:
     """The 95 % interval of the median of the ratios of rounds, by order statistics.
 
     The k-th smallest and the k-th largest of n ratios enclose the median with the probability that
     a coin shows between k and n - k heads in n throws.
     """
-    ratios = sorted(a / b for a, b in zip(ours, rival, strict=True))
+    ratios = sorted(a / b for a, b in zip(own_s, other_s, strict=True))
     n, outside, k = len(ratios), 2 / 2 ** len(ratios), 0
     while k < n // 2 and outside <= 0.05:
         k += 1

@@ -20,8 +20,7 @@ from ravine.checkpoint_format import check_format
 from ravine.errors import RunError, UsageError
 from ravine.lightning_compat import CheckpointConnector
 from ravine.strategies import MeshStrategy
-from ravine.strategies.checkpoint import sharded
-from ravine.strategies.checkpoint import state_dict as states
+from ravine.strategies.checkpoint import sharded, state_dict
 from ravine.strategies.checkpoint.atomic_io import (
     CheckpointError,
     collective_loading,
@@ -216,15 +215,15 @@ def check_weight_shapes(trainer: L.Trainer, path: Path, changed_keys: list[str])
     if path.is_dir() and (is_mesh or sharded.find_structural_damage(path)):
         return  # its loader reports the error
     module_shapes = (
-        strategy.weight_shapes() if is_mesh else states.tensor_shapes(module.state_dict())
+        strategy.weight_shapes() if is_mesh else state_dict.tensor_shapes(module.state_dict())
     )
     if path.is_dir():
-        checkpoint_shapes = states.stored_tensor_shapes(path)
+        checkpoint_shapes = state_dict.stored_tensor_shapes(path)
     else:
         weights = load_metadata(path)["state_dict"]
-        states.check_dtype_kinds(module, module.state_dict(), weights)
-        checkpoint_shapes = states.tensor_shapes(weights)
-    if mismatches := states.shape_mismatches(
+        state_dict.check_dtype_kinds(module, module.state_dict(), weights)
+        checkpoint_shapes = state_dict.tensor_shapes(weights)
+    if mismatches := state_dict.shape_mismatches(
         module_shapes, checkpoint_shapes, module.strict_loading
     ):
         flags = [f"--{key}" for key in changed_keys if key.startswith("model.")]

@@ -30,8 +30,8 @@ from ravine.errors import RunError, UsageError
 from ravine.lightning_compat.command_line import CommandLine
 from ravine.strategies.rank_agreement import flatten_config
 
-from . import resume_path as newest
-from .config import errors as diagnosis
+from . import resume_path
+from .config import errors as config_errors
 from .config import presets, saved_config, trust
 from .config.saved_config import ConfigSaver
 from .error_report import is_raised_by_parser, program_name, unwrap_error
@@ -175,13 +175,13 @@ class RavineCLI(CommandLine):
             argv[0] != "fit" or "config" not in typed_keys,
         )
         argv = [argv[0], *saved_config.to_argv(saved_config_values, argv[0], typed_keys), *argv[1:]]
-        self.config = diagnosis.parse_argv(parser, argv)
+        self.config = config_errors.parse_argv(parser, argv)
         if saved_config_values:
             parsed, source = self._resolved_config(argv[0]), str(self.checkpoint_path)
             if extra_argv := saved_config.extra_argv(
                 saved_config_values, parsed, trust_policy, source, argv[0], typed_keys
             ):
-                self.config = diagnosis.parse_argv(parser, [*argv, *extra_argv])
+                self.config = config_errors.parse_argv(parser, [*argv, *extra_argv])
             resolved = self._resolved_config(argv[0])
             if "trainer.name" not in typed_keys:
                 root = resolved["trainer"]["default_root_dir"] or "."
@@ -348,6 +348,8 @@ def run_argv(argv: list[str]) -> int:
     set_parsing_settings(import_path_denylist=[], config_read_mode_fsspec_enabled=False)
     set_loader("yaml", load_bounded_yaml, (yaml.YAMLError,))
     argv = expand_strategy_preset(argv)
-    sys.argv[1:], checkpoint = newest.resolve_argv(argv)  # in place: other ranks run sys.argv again
+    sys.argv[1:], checkpoint = resume_path.resolve_argv(
+        argv
+    )  # in place: other ranks run sys.argv again
     RavineCLI(sys.argv[1:], checkpoint)
     return 0

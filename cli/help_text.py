@@ -87,10 +87,13 @@ def help_text(command: str | None, program: str) -> str:
 def version_text() -> str:
     """Return the versions for a bug report, and a warning if `lightning` is another program."""
     import platform
-    from importlib.metadata import version as of
+    from importlib.metadata import version as package_version
 
-    library_versions = ", ".join(f"{name} {of(name)}" for name in ("torch", "lightning"))
-    line = f"ravine {of('ravine')} ({library_versions}, Python {platform.python_version()})\n"
+    library_versions = ", ".join(
+        f"{name} {package_version(name)}" for name in ("torch", "lightning")
+    )
+    python_version = platform.python_version()
+    line = f"ravine {package_version('ravine')} ({library_versions}, Python {python_version})\n"
     return line + shadowed_command_warning()
 
 

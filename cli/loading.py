@@ -17,9 +17,8 @@ from ravine.lightning_modules import TaskModule
 from ravine.lightning_modules.task_module import imported_subclasses
 from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError, find_damage
 
-from . import checkpoint_connector as restore
-from . import resume_path as newest
-from .commands import method_flags as signature
+from . import checkpoint_connector, resume_path
+from .commands import method_flags
 from .config.trust import TrustPolicy, split_trust_flags
 from .error_report import unknown_name_error
 
@@ -65,15 +64,17 @@ def load_model(
     check_location(map_location)
     path = Path(path) if isinstance(path, os.PathLike) else path
     if task is None:
-        here = isinstance(path, Path) or (isinstance(path, str) and "://" not in path)
-        task = find_task_class(Path(cast(str, path)), trust) if here else TaskModule
-    place = where_saved if map_location is None else map_location
-    checkpoint = AtomicCheckpointIO().load_checkpoint(path, place, weights_only)
+        is_local = isinstance(path, Path) or (isinstance(path, str) and "://" not in path)
+        task = find_task_class(Path(cast(str, path)), trust) if is_local else TaskModule
+    device = where_saved if map_location is None else map_location
+    checkpoint = AtomicCheckpointIO().load_checkpoint(path, device, weights_only)
     if hparams_file is not None:
         key = task.CHECKPOINT_HYPER_PARAMS_KEY
         checkpoint = checkpoint | {key: hyperparameters_in(Path(hparams_file))}
-    how: dict[str, Any] = {"strict": strict, "overrides": overrides}
-    model = task.from_checkpoint_dict(checkpoint, apply_transforms=apply_saved_transforms, **how)
+    load_kwargs: dict[str, Any] = {"strict": strict, "overrides": overrides}
+    model = task.from_checkpoint_dict(
+        checkpoint, apply_transforms=apply_saved_transforms, **load_kwargs
+    )
     if isinstance(map_location, str | torch.device):  # tensors of a folder are loaded on the CPU
         return model.to(map_location)
     tensors = (t for t in checkpoint["state_dict"].values() if isinstance(t, torch.Tensor))
@@ -93,15 +94,18 @@ def where_saved(storage: torch.UntypedStorage, location: str) -> torch.UntypedSt
 def check_location(map_location: Any) -> None:
     """Raise an error for a device that this machine lacks; torch would report a damaged file."""
     named = map_location.values() if isinstance(map_location, dict) else [map_location]
-    for each in named:
-        if not isinstance(each, str | torch.device):
+    for location in named:
+        if not isinstance(location, str | torch.device):
             continue
-        problem = f"map_location is {str(each)!r}, which keeps no values"
+        problem = f"map_location is {str(location)!r}, which keeps no values"
         try:
-            usable = not torch.empty(0, device=each).is_meta
+            usable = not torch.empty(0, device=location).is_meta
         except Exception as error:  # torch raises several exception types
-            usable, said = False, " ".join(str(error).split())[:80]
-            problem = f"map_location is {str(each)!r}, and this machine has no such device ({said})"
+            usable, message = False, " ".join(str(error).split())[:80]
+            problem = (
+                f"map_location is {str(location)!r}, and this machine has no such device "
+                f"({message})"
+            )
         if not usable:
             allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
             raise UsageError(problem, allowed, "use map_location='cpu'")
@@ -120,14 +124,14 @@ def hyperparameters_in(file: Path) -> dict[str, Any]:
         raise MissingFileError(
             f"there is no hparams_file {file}", hint="leave it out: the checkpoint has them"
         )
-    found = readers[file.suffix.lower()](file)
-    if not isinstance(found, Mapping):
+    values = readers[file.suffix.lower()](file)
+    if not isinstance(values, Mapping):
         raise UsageError(
-            f"hparams_file {file} holds a {type(found).__name__}",
+            f"hparams_file {file} holds a {type(values).__name__}",
             ["a mapping of names to values"],
             "leave it out: the checkpoint has them",
         )
-    return dict(found)
+    return dict(values)
 
 
 def load_from_argv(
@@ -151,7 +155,7 @@ def load_from_argv(
 
 def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tuple[str, str]]]:
     """Return the verified path of the checkpoint in `--ckpt_path`, and the other flags."""
-    typed_flags = signature.parse_flags(argv[1:])
+    typed_flags = method_flags.parse_flags(argv[1:])
     request = dict(typed_flags).get("ckpt_path")
     if request is None:
         problem = f"{command} needs a trained model"
@@ -164,7 +168,7 @@ def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tupl
     flag_values = dict(typed_flags)
     if request in ("auto", "last"):
         root = flag_values.get(ROOT_KEY, "runs")
-        path = newest.find_latest(command, request, flag_values.get(NAME_KEY), root)
+        path = resume_path.find_latest(command, request, flag_values.get(NAME_KEY), root)
     else:
         path = Path(request)
     if path is None:
@@ -179,14 +183,14 @@ def checkpoint_from_argv(argv: list[str], command: str) -> tuple[Path, list[tupl
 def list_tasks() -> dict[str, type[TaskModule]]:
     """Return Ravine's task classes by name."""
     module_values = vars(ravine.lightning_modules).values()
-    kinds = [c for c in module_values if isinstance(c, type) and issubclass(c, TaskModule)]
-    return {c.__name__: c for c in kinds if c is not TaskModule}
+    task_classes = [c for c in module_values if isinstance(c, type) and issubclass(c, TaskModule)]
+    return {c.__name__: c for c in task_classes if c is not TaskModule}
 
 
 def find_task_class(path: Path, trust: Iterable[str] = ()) -> type[TaskModule]:
     """Return the class whose weights a checkpoint holds, from its saved config or class name."""
-    checkpoint = restore.load_metadata(path)
-    config = restore.saved_config_of(checkpoint, path).get("model") or {}
+    checkpoint = checkpoint_connector.load_metadata(path)
+    config = checkpoint_connector.saved_config_of(checkpoint, path).get("model") or {}
     name = config.get("class_path") or checkpoint.get("task", "")
     name = name if isinstance(name, str) else ""
     module, _, last = name.rpartition(".")

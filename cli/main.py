@@ -12,8 +12,7 @@ from types import ModuleType
 
 from ravine.errors import UsageError
 
-from . import error_report as errors
-from . import help_text as pages
+from . import error_report, help_text
 from .config import environment, presets
 
 # Each command and the module whose `run(argv) -> int` executes it.
@@ -54,18 +53,18 @@ def run_command(argv: list[str]) -> int:
     try:
         if wants_help(args):
             return print_help(args)
-        with hold_sigusr1(), errors.silence_thread_errors():
+        with hold_sigusr1(), error_report.silence_thread_errors():
             return run_subcommand(args)
     except KeyboardInterrupt:
-        return errors.report_interrupt(args)
+        return error_report.report_interrupt(args)
     except SystemExit as leave:
         # Ctrl-C before GracefulStop's handler is set: Lightning exits with 1
         if isinstance(leave.__context__, KeyboardInterrupt):
-            return errors.report_interrupt(args)
+            return error_report.report_interrupt(args)
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Exception as raised:
-        error = errors.unwrap_error(raised)
-        status = errors.exit_status(error)
+        error = error_report.unwrap_error(raised)
+        status = error_report.exit_status(error)
         if status is None:
             sharding = as_sharding_error(error)
             if sharding is None:
@@ -73,7 +72,7 @@ def run_command(argv: list[str]) -> int:
             error, status = sharding, 2
         if os.environ.get("RAVINE_DEBUG"):
             traceback.print_exc()
-        errors.print_error(errors.message_of(error, args))
+        error_report.print_error(error_report.message_of(error, args))
         return status
 
 
@@ -99,10 +98,10 @@ def wants_help(argv: list[str]) -> bool:
 def print_help(argv: list[str]) -> int:
     """Print a help page or the version."""
     if "--version" in argv:
-        text = pages.version_text()
+        text = help_text.version_text()
     else:
         command = split_argv(argv)[0] if argv and argv[0][0] != "-" else None
-        text = pages.help_text(command, errors.program_name())
+        text = help_text.help_text(command, error_report.program_name())
     sys.stdout.write(text)
     return 0
 
@@ -126,11 +125,11 @@ def split_argv(argv: list[str]) -> tuple[str, list[str], list[str]]:
 
         def suggested_command(name: str) -> str:
             kept_words = [word for word in argv if word != unknown_command]
-            return shlex.join([errors.program_name(), name, *kept_words])
+            return shlex.join([error_report.program_name(), name, *kept_words])
 
         if not unknown_command:
             raise UsageError("no command was given", COMMANDS, flag=suggested_command("fit"))
-        raise errors.unknown_name_error(
+        raise error_report.unknown_name_error(
             f"no command is called {unknown_command!r}",
             unknown_command,
             COMMANDS,

@@ -95,7 +95,9 @@ def iter_checkpoints(folder: Path, name: str | None) -> Iterator[tuple[Path, str
         for time, path in list_checkpoints(run / "checkpoints"):
             info_by_path[path] = time, None
     for path in sorted(
-        info_by_path, key=lambda each: (info_by_path[each][0], str(each)), reverse=True
+        info_by_path,
+        key=lambda path: (info_by_path[path][0], str(path)),
+        reverse=True,
     ):
         yield path, info_by_path[path][1]
 

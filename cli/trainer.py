@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.loggers import (
     CSVLogger,
     Logger,
@@ -56,7 +56,7 @@ from .lightning_noise import silence_lightning
 CHECKPOINT_FOLDERS_FILE = (
     "checkpoint_folders.txt"  # file in the run directory: other folders with its checkpoints
 )
-EQUIVALENT_CLASSES = {Checkpoint: ModelCheckpoint, ProgressBar: AnyProgressBar}
+EQUIVALENT_CLASSES = {Checkpoint: ModelCheckpoint, ProgressBar: LightningProgressBar}
 DEVICES_PATTERN = re.compile(r"auto|-1|[1-9]\d*|\d+,|\d+(, ?\d+)+")
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 

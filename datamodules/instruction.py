@@ -274,7 +274,7 @@ class InstructionDataModule(L.LightningDataModule):
         trainer: Any = self.trainer
         return ResumableLoader(
             EpochSampler(resolve_seed(self.seed), len(train_indices)),
-            lambda places: self._make_batch(train_indices[places]),
+            lambda indices: self._make_batch(train_indices[indices]),
             num_samples=len(train_indices),
             batch_size=self.batch_size,
             data_parallel=DataParallelInfo.from_trainer(trainer),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ravine.errors import RunError, UsageError
-from ravine.strategies.checkpoint import safe_pickle as plain_pickle
+from ravine.strategies.checkpoint import safe_pickle
 
 from .downloads import atomic_write, cache_folder
 from .tokenizers import CharTokenizer, FileTokenizer, NumberTokenizer, Tokenizer, make_tokenizer
@@ -316,7 +316,7 @@ def _read_meta(folder: Path) -> tuple[dict[str, Any], Path]:
             return content_dict, meta_path
         except RecursionError:
             reason: object = "it is nested too deep"
-        except (ValueError, TypeError, LookupError, plain_pickle.UnsafePickle) as error:
+        except (ValueError, TypeError, LookupError, safe_pickle.UnsafePickle) as error:
             reason = error.args[0] if error.args else type(error).__name__
         raise UsageError(
             f"{meta_path} does not describe tokens as nanoGPT's does: {reason}; remove it, and "
@@ -329,7 +329,7 @@ def _read_meta(folder: Path) -> tuple[dict[str, Any], Path]:
 def _load_meta_pickle(meta_path: Path) -> Any:
     """Load a pickle of plain values; NumPy's number types are the only classes allowed."""
     dtype_names = get_args(TokenType)
-    return plain_pickle.load_plain(
+    return safe_pickle.load_plain(
         meta_path.read_bytes(), lambda name: name.module == "numpy" and name.name in dtype_names
     )
 
@@ -337,7 +337,7 @@ def _load_meta_pickle(meta_path: Path) -> Any:
 def _meta_dtype(meta: dict[str, Any], meta_path: Path) -> str:
     dtype_entry = meta.get("dtype", "uint16")
     # repr of shared lists of a pickle may have millions of words, so reprlib shortens it
-    is_plain = isinstance(dtype_entry, str | plain_pickle.GlobalName)
+    is_plain = isinstance(dtype_entry, str | safe_pickle.GlobalName)
     name = str(dtype_entry).removeprefix("numpy.") if is_plain else reprlib.repr(dtype_entry)
     if name not in get_args(TokenType):
         raise UsageError(

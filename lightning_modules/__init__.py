@@ -4,7 +4,7 @@ from .diffusion import Diffusion
 from .image_classifier import ClassifierFeatures, ImageClassifier
 from .language_model import LanguageModel
 from .reinforce import Reinforce
-from .rl.rewards import builtin as terms
+from .rl.rewards import builtin
 from .rl.rewards.base import Reward
 from .rl.rewards.builtin import *  # noqa: F403
 from .rl.rewards.custom import RewardFunction
@@ -22,4 +22,4 @@ __all__ = [
     "SpamClassifier",
     "TaskModule",
 ]
-__all__ += terms.__all__
+__all__ += builtin.__all__

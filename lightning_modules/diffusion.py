@@ -37,7 +37,7 @@ from .diffusion_core.noise_schedules import NoiseSchedule, NoiseScheduleName
 from .diffusion_core.parameterization import LossWeighting, PredictionType
 from .diffusion_core.sampling import SamplerConfig, parse_labels, sample_images
 from .nn.unet import UNet, save_pretrained
-from .plots import diffusion as draw
+from .plots import diffusion
 from .task_module import TaskModule
 
 
@@ -333,7 +333,7 @@ class Diffusion(TaskModule):
     def make_figures(self, datamodule: Any) -> dict[str, Any]:
         """Create figures: the reverse process, x0 estimates at each level, and interpolations."""
         example_images = to_float(datamodule.get_split("train")[0][:2].to(self.device))
-        return draw.plot_all(
+        return diffusion.plot_all(
             self.denoise,
             self.denoiser.noise_schedule,
             self.sampler_config,

@@ -17,7 +17,7 @@ from torch import Tensor
 from ravine.datamodules.tokenizers import Tokenizer, tokenizer_from_state_dict
 from ravine.errors import UsageError
 
-from . import model_stats as accounting
+from . import model_stats
 from .generation.decoding import ContextOverflow, check_prompt_lengths
 from .generation.sampling import DecodingConfig
 from .generation.stop_strings import generate_text
@@ -25,7 +25,7 @@ from .nn import Transformer
 from .nn.cross_entropy import IGNORE_INDEX, cross_entropy
 from .nn.moe import mean_load_balancing_loss
 from .nn.transformer import LARGE_VOCAB, with_defaults
-from .plots import language as draw
+from .plots import language
 from .pretrained import gpt2
 from .task_module import TaskModule
 
@@ -93,11 +93,11 @@ class LanguageModel(TaskModule):
 
     def param_formula(self) -> str:
         """Formula of the number of parameters in the lecture's notation: 2|V|d + 11Ld² + 5Ld."""
-        return " + ".join(accounting.count_parameters(*self._require_sizes(), **self.net_kwargs))
+        return " + ".join(model_stats.count_parameters(*self._require_sizes(), **self.net_kwargs))
 
     def flops_per_unit(self) -> int:
         """FLOPs of a training step for each token."""
-        return accounting.count_training_flops(*self._require_sizes(), **self.net_kwargs)
+        return model_stats.count_training_flops(*self._require_sizes(), **self.net_kwargs)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Mean cross-entropy of (inputs, targets), both (b t)."""
@@ -247,10 +247,12 @@ class LanguageModel(TaskModule):
         token_names = [tokenizer.decode([n]) for n in range(tokenizer.vocab_size)]
         prefix = corpus_tokens[: min(32, net.context_length)].long().to(self.device)  # (t)
         prompt = tokenizer.decode(prefix[:12])
-        figures = {"temperatures": draw.plot_temperatures(net, prefix[:12], token_names, prompt)}
-        figures["attention"] = draw.plot_attention(net, prefix, token_names)
+        figures = {
+            "temperatures": language.plot_temperatures(net, prefix[:12], token_names, prompt)
+        }
+        figures["attention"] = language.plot_attention(net, prefix, token_names)
         if self.net_kwargs.get("attention_variant") == "identity" and tokenizer.vocab_size <= 256:
-            figures["bigrams"] = draw.plot_bigrams(net, corpus_tokens, token_names)
+            figures["bigrams"] = language.plot_bigrams(net, corpus_tokens, token_names)
         return figures
 
     def load_pretrained(self, path: str) -> None:

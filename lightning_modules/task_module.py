@@ -214,8 +214,8 @@ class TaskModule(L.LightningModule):
         """Record the task class and the transforms in the checkpoint."""
         checkpoint["task"] = type(self).__name__
         record_format(checkpoint)
-        if (ledger := self.__dict__.get("_transforms")) is not None:
-            ledger.add_records(checkpoint)
+        if (transforms := self.__dict__.get("_transforms")) is not None:
+            transforms.add_records(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise UsageError for another task or format, before tensors are compared."""
@@ -367,13 +367,14 @@ class TaskModule(L.LightningModule):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             text = " ".join(str(error).split())[:160] or type(error).__name__
-            given = "".join(f", {name}={value!r:.40}" for name, value in overrides.items())
+            overrides_text = "".join(f", {name}={value!r:.40}" for name, value in overrides.items())
             allowed, hint = "a file that this version has written", "choose another checkpoint"
-            if given:
+            if overrides_text:
                 names = ", ".join(overrides)
                 allowed, hint = "arguments that fit the weights", f"leave out {names}"
             raise UsageError(
-                f"the checkpoint{given} makes no {kind.__name__}: {type(error).__name__}: {text}",
+                f"the checkpoint{overrides_text} makes no {kind.__name__}: "
+                f"{type(error).__name__}: {text}",
                 [allowed],
                 hint,
             ) from error
@@ -391,27 +392,29 @@ class TaskModule(L.LightningModule):
         parameters = inspect.signature(cls).parameters.values()
         names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        kinds = [c for c in cls.__mro__ if issubclass(c, TaskModule)]
-        values = {name: value for c in kinds for name, value in vars(c).items()}
+        task_classes = [c for c in cls.__mro__ if issubclass(c, TaskModule)]
+        values = {name: value for c in task_classes for name, value in vars(c).items()}
         known = {n for n, v in values.items() if n[0] != "_" and isinstance(v, PLAIN)} - names
         settings = {name: value for name, value in overrides.items() if name in known}
-        given = {name: value for name, value in overrides.items() if name not in known}
+        init_overrides = {name: value for name, value in overrides.items() if name not in known}
         saved = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
         saved = {name: value for name, value in saved.items() if not name.startswith("_")}
-        if (whole := checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)) in names:
-            inside = {name: value for name, value in given.items() if name not in names}
-            given = {name: value for name, value in given.items() if name in names}
-            saved = {whole: saved | inside}
+        if (hparams_name := checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)) in names:
+            inside = {name: value for name, value in init_overrides.items() if name not in names}
+            init_overrides = {
+                name: value for name, value in init_overrides.items() if name in names
+            }
+            saved = {hparams_name: saved | inside}
         if not takes_any:
             saved = {name: value for name, value in saved.items() if name in names}
-            for name in given.keys() - names:
+            for name in init_overrides.keys() - names:
                 near = suggest_names(name, names | known)
                 raise UsageTypeError(
                     f"{cls.__name__} has no argument {name!r}",
                     near or sorted(names | known),
                     f"use {near[0]}=..." if near else f"leave out {name}",
                 )
-        return saved | given, settings
+        return saved | init_overrides, settings
 
     def _take_weights(self, state: dict[str, Tensor], strict: bool | None) -> None:
         if strict and not self.strict_loading:

@@ -38,7 +38,9 @@ class UsageError(ValueError):
         self.problem, self.hint, self.flag, self.label = problem, hint, flag, label
         self.allowed = [str(name) for name in allowed]
         names = f"{label}: {', '.join(self.allowed)}" if self.allowed else ""
-        super().__init__("; ".join(part for part in (problem, names, hint or flag) if part))
+        super().__init__(
+            "; ".join(sentence for sentence in (problem, names, hint or flag) if sentence)
+        )
 
 
 class UsageTypeError(UsageError, TypeError):
@@ -84,8 +86,8 @@ def _similarities(name: str, allowed: Iterable[str], dotted: bool = False) -> di
     """Return the similarity of each allowed name to ``name``, from 0 to 1."""
 
     def ratio(other: str) -> float:
-        parts = other.lower().split(".")
-        ends = (".".join(parts[i:]) for i in range(len(parts) if dotted else 1))
+        segments = other.lower().split(".")
+        ends = (".".join(segments[i:]) for i in range(len(segments) if dotted else 1))
         return max(difflib.SequenceMatcher(None, end, name.lower()).ratio() for end in ends)
 
     return {other: ratio(other) for other in allowed}

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 
 from ravine.errors import UsageError
 
-from . import context_parallel as ring  # noqa: F401  (registers ravine::ring_attention)
+from . import context_parallel  # noqa: F401  (registers ravine::ring_attention)
 
 CheckpointingMode = Literal["none", "selective", "full"]
 BufferRef = tuple[Any, str]  # a module and the name of its buffer

@@ -34,8 +34,7 @@ from ravine.lightning_compat import (
 
 from .activation_checkpointing import CheckpointingMode
 from .buffer_sync import BufferSync
-from .checkpoint import sharded
-from .checkpoint import state_dict as states
+from .checkpoint import sharded, state_dict
 from .checkpoint.atomic_io import (
     AtomicCheckpointIO,
     check_serializable,
@@ -552,13 +551,19 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         """Return the weights: this rank's shards for a folder, else all weights on rank 0."""
         assert self.lightning_module is not None
         is_distributed = self.saves_sharded
-        return states.gather_model_state(self.lightning_module, is_distributed, self.stage_names)
+        return state_dict.gather_model_state(
+            self.lightning_module, is_distributed, self.stage_names
+        )
 
     @property
-    def stage_names(self) -> states.StageNames | None:
+    def stage_names(self) -> state_dict.StageNames | None:
         """Return the names of all parameters and the pipeline ranks; None without a pipeline."""
         pipeline = self.pipeline
-        return None if pipeline is None else states.StageNames(pipeline.param_names, pipeline.group)
+        return (
+            None
+            if pipeline is None
+            else state_dict.StageNames(pipeline.param_names, pipeline.group)
+        )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the optimizer state, indexed by the order of `named_parameters()`.
@@ -572,7 +577,7 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         has_owners |= any(self._has_full_state(p) for p in self.lightning_module.parameters())
         group = self.mesh_layout.data_mesh.get_group() if has_owners and self.mesh_layout else None
         gather_args = (self.saves_sharded, group, self.stage_names)
-        return states.gather_optimizer_state(
+        return state_dict.gather_optimizer_state(
             self.lightning_module, optimizer, *gather_args, lambda p: bool(self._is_owner(p))
         )
 
@@ -602,8 +607,10 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
         with collective_loading(mapped_sections=sharded.SHARDED_KEYS):
             if path.is_dir():
                 require_valid_folder(path)
-                states.check_shapes(module, self.weight_shapes(), states.stored_tensor_shapes(path))
-                return states.load_sharded_state(
+                state_dict.check_shapes(
+                    module, self.weight_shapes(), state_dict.stored_tensor_shapes(path)
+                )
+                return state_dict.load_sharded_state(
                     module,
                     optimizers,
                     path,
@@ -612,19 +619,19 @@ class MeshStrategy(ModelParallelAccess, ModelParallelStrategy):
                     self._has_full_state,
                 )
             checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        states.check_shapes(
-            module, self.weight_shapes(), states.tensor_shapes(checkpoint["state_dict"])
+        state_dict.check_shapes(
+            module, self.weight_shapes(), state_dict.tensor_shapes(checkpoint["state_dict"])
         )
-        states.load_full_state(
+        state_dict.load_full_state(
             module, optimizers, checkpoint, self._has_state, self.stage_names, self._has_full_state
         )
         return checkpoint
 
-    def weight_shapes(self) -> states.TensorShapes:
+    def weight_shapes(self) -> state_dict.TensorShapes:
         """Return the shape of each weight of the full net, including other pipeline stages."""
         assert self.lightning_module is not None
         with self.pipeline.full_net() if self.pipeline else nullcontext():
-            return states.tensor_shapes(self.lightning_module.state_dict())
+            return state_dict.tensor_shapes(self.lightning_module.state_dict())
 
     def _has_state(self, parameter: Tensor) -> bool:
         """Whether this rank has optimizer state of a parameter, sharded or full."""

@@ -89,7 +89,7 @@ class Pipeline:
         self.end_placeholders: dict[str, nn.Module] = {}
         self.tied_params = drop_other_stages(self)
         self.meta_net = meta_copy(self.net)  # to infer shapes; copied before sharding
-        self.net.forward = lambda *args, **how: self.forward_fn(*args, **how)
+        self.net.forward = lambda *args, **kwargs: self.forward_fn(*args, **kwargs)
         self.forward_fn: Callable[..., Any] = self.forward_sequential
         # weight of this batch's loss: the schedule reduces its gradients with other ranks
         self.loss_weight: Tensor | float = 1.0
@@ -210,7 +210,9 @@ class Pipeline:
         compute_logits = self.net.compute_logits
         with (
             self.step_context(),
-            self._override_forward(lambda inputs, *args, **how: compute_logits(x, *args, **how)),
+            self._override_forward(
+                lambda inputs, *args, **kwargs: compute_logits(x, *args, **kwargs)
+            ),
             self._record_logs(i),
         ):
             output = self.module.training_step(self.current_microbatches[i], *self.step_args)

@@ -180,13 +180,13 @@ class PrecomputedGradLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, parameters: list[Tensor], grads: list[Any]) -> Tensor:
         """Store the parameters and their precomputed gradients; return the loss."""
-        ctx.parameters, ctx.made = parameters, grads
+        ctx.parameters, ctx.grads = parameters, grads
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore
         """Scale and accumulate the precomputed gradients."""
-        for p, grad in zip(ctx.parameters, ctx.made, strict=True):
+        for p, grad in zip(ctx.parameters, ctx.grads, strict=True):
             if grad is None:
                 continue
             (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(gradients[0])

@@ -231,7 +231,7 @@ def fewest_ranks(arguments: dict[str, Any]) -> int:
         arguments: those of MeshStrategy; an axis of -1 takes the ranks that are left.
     """
     axes = {"pp": 1, "dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1}
-    sizes = [arguments.get(axis, usual) for axis, usual in axes.items()]
+    sizes = [arguments.get(axis, default) for axis, default in axes.items()]
     fixed = math.prod(size for size in sizes if size > 0)
     if -1 not in sizes:
         return fixed

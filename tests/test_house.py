@@ -116,9 +116,9 @@ def trespassing(root: Path) -> list[str]:
                     continue
                 room, file = (*name.split(".")[1:3], "", "")[:2]
                 allowed = MAY_IMPORT[folder] | FRONT
-                ours = name.startswith("ravine.") and not {room, f"{room}.{file}"} & allowed
+                is_ravine = name.startswith("ravine.") and not {room, f"{room}.{file}"} & allowed
                 ranks = folder == "lightning_modules" and name.startswith("torch.distributed")
-                if ours or ranks:
+                if is_ravine or ranks:
                     found.append(f"{path.relative_to(root)}: imports {name}")
     return found
 
@@ -261,8 +261,8 @@ def private_lightning(root: Path) -> list[str]:
             if isinstance(node, ast.ClassDef):
                 above = {n for base in bases[node.name] for n in inherited(base)}
                 for inner in ast.walk(node):
-                    mine = [(o, n) for o, n, _ in uses(inner)]
-                    names = [n for o, n in mine if last_name(o) in ("self", "cls", "super")]
+                    own_uses = [(o, n) for o, n, _ in uses(inner)]
+                    names = [n for o, n in own_uses if last_name(o) in ("self", "cls", "super")]
                     if isinstance(inner, ast.FunctionDef):
                         names.append(inner.name)
                     found += [

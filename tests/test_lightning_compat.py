@@ -171,8 +171,8 @@ def test_a_run_has_the_hooks_the_metrics_and_the_weights_it_has_with_lightnings_
     for each in (L.Trainer, Trainer):
         torch.manual_seed(0)
         runs.append(fit(each, kind(), max_epochs=3, **settings))
-    for stock, ours in zip(*runs, strict=True):
-        assert same(stock, ours)
+    for stock, fast in zip(*runs, strict=True):
+        assert same(stock, fast)
 
 
 def test_the_short_way_is_taken_where_nothing_asks_for_the_long_one() -> None:
@@ -368,16 +368,16 @@ def test_the_fast_loop_calls_the_hooks_of_lightnings_loop_in_their_order_with_eq
 ) -> None:
     settings = CASES[case]
     if kind is TwoOptimizers:  # Lightning takes neither with manual optimization
-        left_out = ("accumulate_grad_batches", "gradient_clip_val")
-        settings = {key: value for key, value in settings.items() if key not in left_out}
-    *ours, is_fast = observed(kind, without, settings)
+        unsupported_flags = ("accumulate_grad_batches", "gradient_clip_val")
+        settings = {key: value for key, value in settings.items() if key not in unsupported_flags}
+    *own_run, is_fast = observed(kind, without, settings)
     monkeypatch.setenv("RAVINE_FAST_LOOP", "0")
     *stock, was_fast = observed(kind, without, settings)
     assert (is_fast, was_fast) == (fast, False)
-    assert len(ours[0]) > 20
-    for mine, other in zip(*(run[0] for run in (ours, stock)), strict=False):
-        assert mine == other
-    assert same(ours, stock)
+    assert len(own_run[0]) > 20
+    for own_hook, other in zip(*(run[0] for run in (own_run, stock)), strict=False):
+        assert own_hook == other
+    assert same(own_run, stock)
 
 
 @pytest.mark.parametrize("version", ["2.99.0", "2.6.2.dev0"])
@@ -447,5 +447,5 @@ def test_the_package_imports_only_lightning_torch_and_the_errors() -> None:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 modules = [node.module or ""]
             for module in modules:
-                ours = module.startswith("ravine")
-                assert module == "ravine.errors" or not ours, f"{path.name}: {module}"
+                is_ravine = module.startswith("ravine")
+                assert module == "ravine.errors" or not is_ravine, f"{path.name}: {module}"

@@ -20,21 +20,18 @@ from torch.optim import Optimizer
 
 import ravine.callbacks
 from ravine.callbacks import OptimizerPlan, Quantization
-from ravine.callbacks.optimizers import lr_schedules as schedules
-from ravine.callbacks.optimizers import muon
+from ravine.callbacks.optimizers import lr_schedules, muon
 from ravine.callbacks.quantization.layers import DEQUANTIZERS
-from ravine.cli import help_text as pages
+from ravine.cli import help_text
 from ravine.cli.commands import export
 from ravine.cli.main import main
-from ravine.datamodules import downloads as sources
+from ravine.datamodules import downloads
 from ravine.lightning_modules import Diffusion, LanguageModel, RewardFunction
 from ravine.lightning_modules.diffusion_core import samplers
 from ravine.lightning_modules.nn import Transformer, attention
 from ravine.lightning_modules.rl.advantages import AdvantageEstimator
-from ravine.lightning_modules.rl.rewards import builtin as terms
-from ravine.strategies import STRATEGY_PRESETS as PRESETS
-from ravine.strategies import MeshStrategy
-from ravine.strategies import pipeline_parallel as pipeline
+from ravine.lightning_modules.rl.rewards import builtin
+from ravine.strategies import STRATEGY_PRESETS, MeshStrategy, pipeline_parallel
 from ravine.strategies.device_mesh import resolve_degrees
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +72,7 @@ def described(table: dict[Any, Any]) -> list[Row]:
 def presets() -> list[Row]:
     """Strategies by name: description, and the equivalent MeshStrategy call."""
     rows = []
-    for name, (text, arguments) in PRESETS.items():
+    for name, (text, arguments) in STRATEGY_PRESETS.items():
         written = ", ".join(f"{key}={value}" for key, value in arguments.items())
         rows.append((f"`{name}`", text, f"`MeshStrategy({written})`"))
     return rows
@@ -83,7 +80,7 @@ def presets() -> list[Row]:
 
 def texts() -> list[Row]:
     """Texts by name."""
-    return [(f"`{name}`", source.title) for name, source in sources.TEXTS.items()]
+    return [(f"`{name}`", source.title) for name, source in downloads.TEXTS.items()]
 
 
 def variants() -> list[Row]:
@@ -94,7 +91,7 @@ def variants() -> list[Row]:
 
 def rewards() -> list[Row]:
     """The terms of a reward."""
-    named = {name: getattr(terms, name) for name in terms.__all__}
+    named = {name: getattr(builtin, name) for name in builtin.__all__}
     return described({**named, "RewardFunction": RewardFunction})
 
 
@@ -113,7 +110,7 @@ LISTS: dict[str, tuple[str, Row, Callable[[], list[Row]]]] = {
     "schedules": (
         "adding_an_optimizer.md",
         ("schedule", "the rate after the warm-up"),
-        lambda: described(schedules.SCHEDULE_SHAPES),
+        lambda: described(lr_schedules.SCHEDULE_SHAPES),
     ),
     "samplers": (
         "diffusion.md",
@@ -171,7 +168,7 @@ def formats() -> set[str]:
 # What --help shows, and the registry that the code reads.
 CHOICES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "sampler": (lambda: argument(Diffusion, "sampler"), lambda: samplers.SAMPLERS),
-    "schedule": (lambda: get_args(schedules.ScheduleKind), lambda: schedules.SCHEDULE_SHAPES),
+    "schedule": (lambda: get_args(lr_schedules.ScheduleKind), lambda: lr_schedules.SCHEDULE_SHAPES),
     "attention variant": (
         lambda: get_args(attention.AttentionVariant),
         lambda: attention.LEARNED_PROJECTIONS,
@@ -180,17 +177,17 @@ CHOICES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: argument(Transformer, "attn_implementation"),
         lambda: attention.ATTENTION_FNS,
     ),
-    "text": (lambda: get_args(sources.TextName), lambda: ["auto", "embedded", *sources.TEXTS]),
+    "text": (lambda: get_args(downloads.TextName), lambda: ["auto", "embedded", *downloads.TEXTS]),
     "scale of Muon": (lambda: get_args(muon.Scale), lambda: muon.SCALES),
     "iteration of Muon": (lambda: get_args(muon.Coefficients), lambda: muon.ITERATIONS),
     "quantization": (lambda: argument(Quantization, "scheme"), lambda: DEQUANTIZERS),
     "exported quantization": (lambda: export.QUANTIZATION_SCHEMES, lambda: DEQUANTIZERS),
     "pipeline schedule": (
-        lambda: get_args(pipeline.PipelineSchedule),
-        lambda: pipeline.SCHEDULE_CLASSES,
+        lambda: get_args(pipeline_parallel.PipelineSchedule),
+        lambda: pipeline_parallel.SCHEDULE_CLASSES,
     ),
     "export format": (
-        lambda: re.findall(r"--format=([a-z]\w+)", pages.COMMAND_HELP["export"]),
+        lambda: re.findall(r"--format=([a-z]\w+)", help_text.COMMAND_HELP["export"]),
         formats,
     ),
 }
@@ -207,8 +204,8 @@ def test_the_choices_of_an_argument_are_the_names_of_its_registry(name: str) -> 
     [
         ("--model.help=Diffusion", lambda: samplers.SAMPLERS),
         ("--model.help=LanguageModel", lambda: attention.LEARNED_PROJECTIONS),
-        ("--data.help=TextDataModule", lambda: sources.TEXTS),
-        ("--data.help=PromptDataModule", lambda: sources.TEXTS),
+        ("--data.help=TextDataModule", lambda: downloads.TEXTS),
+        ("--data.help=PromptDataModule", lambda: downloads.TEXTS),
     ],
 )
 def test_help_lists_the_names(
@@ -243,18 +240,20 @@ def support_columns(text: str) -> list[list[str]]:
 
 
 def test_each_strategy_has_an_overlay_and_a_column_of_the_table_of_what_works() -> None:
-    assert sorted(path.stem for path in OVERLAYS.glob("*.yaml")) == sorted(PRESETS)
+    assert sorted(path.stem for path in OVERLAYS.glob("*.yaml")) == sorted(STRATEGY_PRESETS)
     columns = support_columns((ROOT / "README.md").read_text())
-    assert columns[1] == ["callback (on the transformer)", "ddp", *PRESETS]
+    assert columns[1] == ["callback (on the transformer)", "ddp", *STRATEGY_PRESETS]
 
 
 def overlay(name: str) -> str:
     """The overlay of a strategy, with a command for the fewest devices that it needs."""
-    text, arguments = PRESETS[name]
+    text, arguments = STRATEGY_PRESETS[name]
     devices = fewest_ranks(arguments)
     mesh = resolve_degrees(MeshStrategy(**arguments).degrees, devices)
-    usual = yaml.safe_load((ROOT / "configs" / "gpt2" / "124m.yaml").read_text())["trainer"]
-    steps = usual["accumulate_grad_batches"] // (mesh["dp_replicate"] * mesh["dp_shard"])
+    trainer_config = yaml.safe_load((ROOT / "configs" / "gpt2" / "124m.yaml").read_text())[
+        "trainer"
+    ]
+    steps = trainer_config["accumulate_grad_batches"] // (mesh["dp_replicate"] * mesh["dp_shard"])
     return (
         f"# lightning fit --config gpt2/124m --config strategy/{name} "
         f"--trainer.devices={devices} \\\n#   --trainer.accumulate_grad_batches={steps} "
@@ -266,7 +265,7 @@ def overlay(name: str) -> str:
 
 
 def test_an_overlay_that_is_written_is_a_config_with_a_command_above_it() -> None:
-    for name in PRESETS:
+    for name in STRATEGY_PRESETS:
         text = overlay(name)
         assert yaml.safe_load(text) == {"trainer": {"strategy": name}}
         assert text.startswith(f"# lightning fit --config gpt2/124m --config strategy/{name} ")
@@ -380,7 +379,7 @@ def write() -> None:
         path = ROOT / "docs" / page
         new = f"<!-- list: {name} -->\n{table(head, rows())}\n<!-- /list -->"
         path.write_text(block(name).sub(lambda _, new=new: new, path.read_text()))
-    for name in PRESETS:
+    for name in STRATEGY_PRESETS:
         path = OVERLAYS / f"{name}.yaml"
         if not path.exists():
             path.write_text(overlay(name))

@@ -39,8 +39,8 @@ def test_the_changelog_has_the_form_of_keep_a_changelog() -> None:
     assert text.startswith("# Changelog\n")
     releases = re.findall(r"^## (.*)", text, re.MULTILINE)
     assert releases[0] == "[Unreleased]"
-    dated = re.compile(r"\[\d+\.\d+\.\d+\] - \d{4}-\d{2}-\d{2}")
-    assert [title for title in releases[1:] if not dated.fullmatch(title)] == []
+    release_heading = re.compile(r"\[\d+\.\d+\.\d+\] - \d{4}-\d{2}-\d{2}")
+    assert [title for title in releases[1:] if not release_heading.fullmatch(title)] == []
     for release in re.split(r"^## .*\n", text, flags=re.MULTILINE)[1:]:
         kinds = re.findall(r"^### (.*)", release, re.MULTILINE)
         assert kinds == [kind for kind in CHANGES if kind in kinds]

@@ -50,8 +50,8 @@ def test_the_wheel_holds_every_module_and_every_config(wheel: Path) -> None:
                 assert str(name if folder == "ravine" else f"ravine/{name}") in names
     stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert wheel.name.split("-")[1] == stated
-    stray = {n.split("/")[0] for n in names if ".dist-info" not in n}
-    assert stray == {"ravine"}, "nothing but the namespace may be installed"
+    unexpected = {n.split("/")[0] for n in names if ".dist-info" not in n}
+    assert unexpected == {"ravine"}, "nothing but the namespace may be installed"
 
 
 def test_the_wheel_in_the_root_of_a_checkout_uses_the_files_of_the_checkout(

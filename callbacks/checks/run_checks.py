@@ -55,7 +55,7 @@ from ..stock_callbacks.tuners import (
     restore_batch_size,
     save_batch_size,
 )
-from . import monitored_metrics as monitors
+from . import monitored_metrics
 from .preserve_state import preserve_state, snapshot_value
 
 
@@ -141,7 +141,8 @@ class RunChecks(Callback):
         check_accumulation_factors(trainer)
         apply_accumulation_factor(trainer)  # a resumed epoch has no on_train_epoch_start
         if self._metrics_pending and (
-            monitors.find_monitored_metrics(trainer) or monitors.needs_validation_trial(trainer)
+            monitored_metrics.find_monitored_metrics(trainer)
+            or monitored_metrics.needs_validation_trial(trainer)
         ):
             raise_on_all_ranks(trainer, _find_validation_error(trainer, pl_module))
         if self._metrics_pending:
@@ -171,7 +172,7 @@ def _find_validation_error(trainer: L.Trainer, module: L.LightningModule) -> Exc
     """Return the error of the validation step on one batch, or of a metric that nothing logs."""
     with preserve_state(trainer, module):
         try:
-            problem = monitors.find_missing_metric(
+            problem = monitored_metrics.find_missing_metric(
                 trainer,
                 module,
                 lambda: get_first_validation_batches(trainer, module),
@@ -243,7 +244,7 @@ def _collect_saved_state(
 def _is_user_object(owner: Any) -> bool:
     """Whether the class of an object is of no known package."""
     return owner is not None and not f"{type(owner).__module__}.".startswith(
-        monitors.KNOWN_PACKAGES
+        monitored_metrics.KNOWN_PACKAGES
     )
 
 

@@ -114,9 +114,9 @@ class Inception(nn.Module):
                 "inception-v3-compat", [str(layer)], feature_extractor_weights_path=memory
             )
         except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(
-                f"{path} holds no InceptionV3 in torch-fidelity's layout ({why}); fetch "
+                f"{path} holds no InceptionV3 in torch-fidelity's layout ({reason}); fetch "
                 f"{WEIGHTS_URL}"
             ) from None
 

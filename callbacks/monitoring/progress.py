@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar as Base
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -59,7 +59,7 @@ def count_total_steps(trainer: L.Trainer) -> int | None:
     return min(ends, default=None)
 
 
-class ProgressBar(Base):
+class ProgressBar(LightningProgressBar):
     """Shows the progress of a run; values are read every `refresh_rate` optimizer steps.
 
     Example: `Trainer(callbacks=[ProgressBar(refresh_rate=50)])`.
@@ -206,8 +206,10 @@ class ProgressBar(Base):
         fields, now = [], time.perf_counter()
         accumulate = trainer.accumulate_grad_batches
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        metrics, headline = trainer.callback_metrics, getattr(module, "progress_metrics", ())
-        fields += [f"{n.split('/')[-1]} {float(metrics[n]):.4g}" for n in headline if n in metrics]
+        metrics, shown_metrics = trainer.callback_metrics, getattr(module, "progress_metrics", ())
+        fields += [
+            f"{n.split('/')[-1]} {float(metrics[n]):.4g}" for n in shown_metrics if n in metrics
+        ]
         if isinstance(loss, Tensor) and not fields:  # loss: divided by the accumulated batches
             fields.append(f"loss {loss.item() * accumulate:.4g}")
         groups = trainer.optimizers[0].param_groups if trainer.optimizers else []

@@ -407,11 +407,11 @@ class CompositeOptimizer(Optimizer):
         saved_sizes = [len(group["params"]) for group in saved]
         if current_sizes != saved_sizes:
             more = len(saved_sizes) > len(current_sizes)
-            why = "; parameters that were added during the run are missing here" if more else ""
+            reason = "; parameters that were added during the run are missing here" if more else ""
             raise UsageError(
                 f"the saved optimizer has groups of {saved_sizes} parameters and this one of "
                 f"{current_sizes}"
-                f"{why}; build it as the run did, or start a new run from the weights alone"
+                f"{reason}; build it as the run did, or start a new run from the weights alone"
             )
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ravine.errors import UsageError, suggest_names
 
-from . import optimizer_errors as faults
+from . import optimizer_errors
 from .composite import CompositeOptimizer, ParamGroup, RuleGroups
 from .rules import DecayFilter, NamedParam, OptimizerFactory, ParamRule, get_optimizer_class
 
@@ -180,7 +180,7 @@ def call_factory(factory: OptimizerFactory | None, parameters: Sequence[Any]) ->
     try:
         built = factory(parameters)
     except Exception as error:  # torch: ValueError "Invalid learning rate: -1.0"
-        if faults.wants_traceback():
+        if optimizer_errors.wants_traceback():
             raise
         changed_args = [
             f"{k}={v}"
@@ -210,10 +210,10 @@ def _constructor_parameters(cls: type | None) -> dict[str, inspect.Parameter]:
 
 def _explain_error(error: Exception, parameters: Sequence[Any]) -> str:
     """Return the text of a constructor's error with a hint for common causes."""
-    at = faults.find_user_frame(error)
+    at = optimizer_errors.find_user_frame(error)
     plain = type(error) is ValueError or isinstance(error, UsageError)
     where = f" (at {at})" if at and not plain else ""
-    message = str(error) if plain else faults.format_exception(error)
+    message = str(error) if plain else optimizer_errors.format_exception(error)
     wants_model = isinstance(error, AttributeError) and "named_parameters" in str(error)
     wants_model = wants_model or "'parameters'" in str(error) or "'modules'" in str(error)
     if wants_model:

@@ -232,12 +232,12 @@ class _StateCodec:
                 lambda: {"type": _class_path(cls), "state": self.encode(vars(value), name)},
             )
 
-    def _unsupported_error(self, value: Any, name: str, why: str) -> CheckpointError:
+    def _unsupported_error(self, value: Any, name: str, reason: str) -> CheckpointError:
         type_name = f"{type(value).__module__}.{type(value).__qualname__}"
         return CheckpointError(
-            f"{self.name} keeps a {type_name} in {name}, {why}: such a run could not be continued; "
-            f"give {self.name} a state_dict() of tensors and plain values, or take another "
-            "optimizer",
+            f"{self.name} keeps a {type_name} in {name}, {reason}: such a run could not be "
+            f"continued; give {self.name} a state_dict() of tensors and plain values, or take "
+            "another optimizer",
             exit_status=1,
         )
 

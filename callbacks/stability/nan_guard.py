@@ -134,9 +134,9 @@ class NaNGuard(Callback):
         if loss is not None and not bool(loss):
             non_finite_name = "the loss"
         if ranks > 1:  # take the name from the first rank that has one
-            answers: list[str | None] = [None] * ranks
-            dist.all_gather_object(answers, non_finite_name)
-            non_finite_name = next(filter(None, answers), None)
+            gathered_names: list[str | None] = [None] * ranks
+            dist.all_gather_object(gathered_names, non_finite_name)
+            non_finite_name = next(filter(None, gathered_names), None)
         where = f"{non_finite_name or 'a gradient'} is not finite at step {trainer.global_step}"
         for parameter in parameters:
             parameter.grad = None

@@ -58,8 +58,8 @@ class _TransformState:
             if any(CHANGED_NAMES[phase] in name for name in names):  # else it was merged
                 checkpoint.setdefault("transforms", {}).setdefault(phase, record)
                 if phase == "adapt":
-                    whole = {"base": {"file": None, "sha256": None}, "frozen": True}
-                    checkpoint.setdefault("lora", whole)
+                    lora_info = {"base": {"file": None, "sha256": None}, "frozen": True}
+                    checkpoint.setdefault("lora", lora_info)
 
 
 def _get_state(module: L.LightningModule) -> _TransformState:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ravine.errors import MissingFileError, UsageError
-from ravine.strategies.checkpoint import sharded
-from ravine.strategies.checkpoint import state_dict as states
+from ravine.strategies.checkpoint import sharded, state_dict
 from ravine.strategies.checkpoint.atomic_io import (
     CHECKPOINT_SUFFIX,
     AtomicCheckpointIO,
@@ -176,10 +175,10 @@ def load_weights(module: L.LightningModule, path: str) -> None:
 def check_weight_shapes(module: L.LightningModule, checkpoint: dict[str, Any], path: str) -> None:
     """Raise UsageError if a weight has another shape in the checkpoint; name the arguments."""
     current_shapes, saved_shapes = (
-        states.tensor_shapes(module.state_dict()),
-        states.tensor_shapes(checkpoint["state_dict"]),
+        state_dict.tensor_shapes(module.state_dict()),
+        state_dict.tensor_shapes(checkpoint["state_dict"]),
     )
-    mismatches = states.shape_mismatches(current_shapes, saved_shapes, strict=False)
+    mismatches = state_dict.shape_mismatches(current_shapes, saved_shapes, strict=False)
     if not mismatches:
         return
     saved_hparams, current_hparams = checkpoint.get("hyper_parameters", {}), dict(module.hparams)

@@ -16,14 +16,13 @@ from ravine.lightning_modules import TaskModule
 from ravine.strategies.checkpoint.atomic_io import AtomicCheckpointIO, CheckpointError
 
 from ..loading import checkpoint_from_argv, load_from_argv
-from . import merge as merged
-from . import method_flags as signature
-from . import output_path as places
+from . import method_flags, output_path
+from .merge import merge_adapters, save_merged
 
 QUANTIZATION_SCHEMES = ("int8", "nf4")
 MERGE_FLAGS = {  # flags of --merge and --quantize, which need no method of the task
-    "folder": signature.MethodFlag(str, Parameter.empty),
-    "quantize": signature.MethodFlag(str, None, QUANTIZATION_SCHEMES),
+    "folder": method_flags.MethodFlag(str, Parameter.empty),
+    "quantize": method_flags.MethodFlag(str, None, QUANTIZATION_SCHEMES),
 }
 
 
@@ -36,19 +35,19 @@ def run_argv(argv: list[str]) -> int:
     is_merged = should_merge or any(word.startswith("--quantize") for word in argv)
     module, path, typed_flags = load_from_argv(argv, "export", any_task=is_merged)
     method: Any = None if is_merged else module.export  # type: ignore[assignment]
-    flags = MERGE_FLAGS if is_merged else signature.method_flags(method)
-    arguments = signature.convert_flags(typed_flags, flags, "export")
+    flags = MERGE_FLAGS if is_merged else method_flags.method_flags(method)
+    arguments = method_flags.convert_flags(typed_flags, flags, "export")
     for name, flag in flags.items():
         if flag.default is Parameter.empty and name not in arguments:
             raise UsageError(f"export needs a {name}", flag=f"--{name}=NAME")
     if "folder" in arguments:
-        places.check_writable(arguments["folder"], "folder", is_file=False)
+        output_path.check_writable(arguments["folder"], "folder", is_file=False)
     try:
-        written = _save_export(module, path, arguments, should_merge, method)
+        paths = _save_export(module, path, arguments, should_merge, method)
     except SafetensorError as error:  # not an OSError, and its message does not name the file
         problem = f"{arguments['folder']} cannot be written: {error}"
         raise CheckpointError(f"{problem}; make room, then type the same again", 1) from error
-    print(f"written: {written}")
+    print(f"written: {paths}")
     return 0
 
 
@@ -57,8 +56,8 @@ def _save_export(
 ) -> str:
     if method is None:
         folder, quantization_scheme = Path(arguments["folder"]), arguments.get("quantize")
-        return merged.save_merged(module, path, folder, merge, quantization_scheme)
-    merged.merge_adapters(module)
+        return save_merged(module, path, folder, merge, quantization_scheme)
+    merge_adapters(module)
     return method(**arguments)
 
 
@@ -71,7 +70,7 @@ def consolidate(path: Path, typed_flags: list[tuple[str, str]]) -> int:
         raise UsageError(problem, flag=f"export --ckpt_path={path} --consolidate=FILE.ckpt")
     if Path(target).exists():
         raise UsageError(f"{target} is there already", flag="--consolidate=ANOTHER_NAME.ckpt")
-    places.check_writable(target, "consolidate", is_file=True)
+    output_path.check_writable(target, "consolidate", is_file=True)
     files = AtomicCheckpointIO()
     files.save_checkpoint(files.load_checkpoint(path), target)
     print(f"written: {target}")

@@ -19,8 +19,7 @@ from ravine.lightning_modules.diffusion_core.image_grid import get_pillow_format
 
 from ..error_report import unknown_name_error
 from ..loading import load_from_argv
-from . import method_flags as signature
-from . import output_path as places
+from . import method_flags, output_path
 
 DEVICE_FLAGS = {"device": str}  # flags that are not passed to the task
 TEXT_FLAGS = DEVICE_FLAGS | {"prompt_file": str}
@@ -30,13 +29,13 @@ IMAGE_FLAGS = DEVICE_FLAGS | {"file": str, "folder": str}
 def run_argv(argv: list[str]) -> int:
     """Load the checkpoint, call `generate` with the given flags, and print or save the samples."""
     module, _, typed_flags = load_from_argv(argv, "generate")
-    flags = signature.method_flags(module.generate)  # type: ignore[arg-type]
+    flags = method_flags.method_flags(module.generate)  # type: ignore[arg-type]
     is_text = "prompt" in flags
     extra_flags = TEXT_FLAGS if is_text else IMAGE_FLAGS
     flags |= {
-        name: signature.MethodFlag(flag_type, None) for name, flag_type in extra_flags.items()
+        name: method_flags.MethodFlag(flag_type, None) for name, flag_type in extra_flags.items()
     }
-    arguments = signature.convert_flags(typed_flags, flags, "generate")
+    arguments = method_flags.convert_flags(typed_flags, flags, "generate")
     module.to(select_device(arguments.pop("device", None)))
     if not is_text:
         file, folder = arguments.pop("file", None), arguments.pop("folder", None)
@@ -69,12 +68,12 @@ def save_images(
     """Save generated images as one grid, and with `folder` also each image as a file."""
     file = unused_path("samples", ".png") if file is None else file
     get_pillow_format(file)
-    places.check_writable(file, "file", is_file=True)
+    output_path.check_writable(file, "file", is_file=True)
     if folder is not None:
         if Path(folder).is_dir() and any(Path(folder).iterdir()):
             problem = f"the folder {folder} is not empty"
             raise UsageError(problem, ["a new one"], flag=f"--folder={folder}_2")
-        places.check_writable(folder, "folder", is_file=False)
+        output_path.check_writable(folder, "folder", is_file=False)
     method: Any = module.generate
     images = method(**arguments)
     images.save(file)
@@ -104,7 +103,7 @@ def load_prompts(file: Path, typed_prompts: Any) -> list[str]:
             f"{file} is a folder", flag="--prompt_file=FILE, one prompt a line"
         ) from None
     texts = [_decode_line(line.removesuffix(b"\r"), file, n) for n, line in enumerate(lines, 1)]
-    file_prompts = [signature.unescape_text(line) for line in texts if line]
+    file_prompts = [method_flags.unescape_text(line) for line in texts if line]
     if not file_prompts:
         raise UsageError(f"{file} holds no prompt", flag="--prompt_file=FILE, one prompt a line")
     first_prompts = [typed_prompts] if isinstance(typed_prompts, str) else list(typed_prompts or [])
@@ -128,7 +127,7 @@ def _decode_line(line: bytes, file: Path, number: int) -> str:
 def print_texts(module: TaskModule, arguments: dict[str, Any]) -> None:
     """Print a single text as a stream while it is generated, and several texts at the end."""
     method: Any = module.generate
-    prompt = arguments.get("prompt", signature.method_flags(method)["prompt"].default)
+    prompt = arguments.get("prompt", method_flags.method_flags(method)["prompt"].default)
     prompt = getattr(module, "default_prompt", None) if prompt is None else prompt
     if isinstance(prompt, str) and arguments.get("num_samples", 1) == 1:
         pending_prompt = [prompt]  # printed with the first piece, when it is known to be valid

@@ -79,8 +79,8 @@ class FastOptimization(_AutomaticOptimization):
         if not self.is_fast or self._skip_backward:
             return super()._make_backward_fn(optimizer)
         strategy, module = self.trainer.strategy, self.trainer.lightning_module
-        own = isinstance(strategy, ModelParallelAccess)
-        around = strategy.around_backward if own else nullcontext
+        is_model_parallel = isinstance(strategy, ModelParallelAccess)
+        around = strategy.around_backward if is_model_parallel else nullcontext
 
         def backward(loss: Tensor) -> None:
             strategy.pre_backward(loss)
@@ -294,14 +294,14 @@ def implemented_hooks(name: str, trainer: Any) -> list[Callable[..., Any]]:
     Seen on: 2.5.6 to 2.6.6
     """
     module = trainer.lightning_module
-    found = [
+    hooks = [
         partial(getattr(callback, name), trainer, module)
         for callback in trainer.callbacks
         if is_overridden(name, callback, Callback)
     ]
     if is_overridden(name, module):
-        found.append(getattr(module, name))
-    return found
+        hooks.append(getattr(module, name))
+    return hooks
 
 
 def log_fast(self: L.LightningModule, name: str, value: Any, *args: Any, **options: Any) -> None:

@@ -35,10 +35,8 @@ from torch import Tensor
 
 from ravine.errors import sort_by_similarity
 
-from . import mapped_file, sharded
-from . import validation as checkpoint_form
-from . import zip_archive as archive
-from .checkpoint_error import CheckpointError as CheckpointError
+from . import mapped_file, sharded, validation, zip_archive
+from .checkpoint_error import CheckpointError
 from .mapped_file import SAFE_TORCH_TYPES, SAFE_TYPES
 from .plain_values import with_plain_hyperparameters
 from .reading_ranks import ReadingRanks
@@ -402,7 +400,7 @@ def _load_file(
         try:
             readers.raise_first_problem(reason, format_error)
             assert file is not None
-            key, (sizes, table) = _file_identity(file), archive.tensor_record_sizes(file)
+            key, (sizes, table) = _file_identity(file), zip_archive.tensor_record_sizes(file)
             # the file was replaced before the last rank opened it
             if len(set(readers.gather_values(table))) > 1:
                 continue
@@ -448,7 +446,7 @@ def _load_content(
 def _find_checksum_mismatch(file: IO[bytes], names: Collection[str] | None = None) -> str | None:
     """Return a message for the first record with a wrong checksum, of `names` or of all."""
     with zipfile.ZipFile(file) as table:
-        corrupt_record = archive.find_corrupt_record(
+        corrupt_record = zip_archive.find_corrupt_record(
             table, table.namelist() if names is None else names
         )
     return corrupt_record and f"it is damaged: {corrupt_record} does not match its checksum"
@@ -476,13 +474,15 @@ def _find_file_damage(file: IO[bytes], is_safe: bool = True) -> str | None:
         if any(entry.external_attr for entry in table.infolist()):
             # no checksum covers the table; torch returns uninitialized memory for a "folder"
             return "it is damaged: its table of contents was changed"
-        archive.validate_zip_entries(table, size)
-        if corrupt_record := archive.find_corrupt_record(table, archive.non_tensor_records(table)):
+        zip_archive.validate_zip_entries(table, size)
+        if corrupt_record := zip_archive.find_corrupt_record(
+            table, zip_archive.non_tensor_records(table)
+        ):
             return f"it is damaged: {corrupt_record} does not match its checksum"
         if is_safe:
-            archive.validate_pickled_tensors(table, size)
-        return checkpoint_form.find_malformed_section(_load_on_meta(file, is_safe))
-    except (UnsafePickle, archive.DamagedArchiveError) as error:
+            zip_archive.validate_pickled_tensors(table, size)
+        return validation.find_malformed_section(_load_on_meta(file, is_safe))
+    except (UnsafePickle, zip_archive.DamagedArchiveError) as error:
         return f"it is damaged ({error})"
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))

@@ -48,8 +48,7 @@ from torch.distributed.tensor import DTensor
 from ravine.errors import UsageError
 
 from ..dtensor import MAX_MESSAGE_BYTES, IndexRange, ShardIndices, shard_blocks, shard_indices
-from . import safe_pickle as plain_pickle
-from . import zip_archive as archive
+from . import safe_pickle, zip_archive
 from .checkpoint_error import CheckpointError
 from .safe_pickle import CallRecord, GlobalName, UnsafePickle
 
@@ -321,8 +320,8 @@ def find_structural_damage(path: Path) -> str | None:
         if (reason := find_checksum_mismatch(path, [META_FILE, INDEX_FILE])) is not None:
             return reason
         with (path / META_FILE).open("rb") as file, zipfile.ZipFile(file) as table:
-            archive.validate_zip_entries(table, files[META_FILE][0])
-            archive.validate_pickled_tensors(table, files[META_FILE][0])
+            zip_archive.validate_zip_entries(table, files[META_FILE][0])
+            zip_archive.validate_pickled_tensors(table, files[META_FILE][0])
         _load_index(path)
     except CheckpointError as error:
         return str(error)
@@ -444,7 +443,7 @@ def _load_index(path: Path) -> Metadata:
     file_sizes = {name: size for name, (size, _) in _load_manifest(path).items()}
     try:
         content = (path / INDEX_FILE).read_bytes()
-        root = plain_pickle.load_plain(
+        root = safe_pickle.load_plain(
             content, lambda each: (each.module, each.name) in ALLOWED_INDEX_NAMES
         )
         return _parse_metadata(root, file_sizes)
@@ -467,7 +466,8 @@ def _parse_metadata(root: Any, file_sizes: dict[str, int]) -> Metadata:
             _decode_path(key)
             entries[key] = entry = _parse_tensor_entry(record)
             total += math.prod(entry.size) * entry.properties.dtype.itemsize
-    if total > 4 * sum(file_sizes.values()) + archive.MAX_EXTRA_BYTES:  # names may share a tensor
+    # names may share a tensor
+    if total > 4 * sum(file_sizes.values()) + zip_archive.MAX_EXTRA_BYTES:
         raise UsageError("its tensors are larger than its parts")
     for record, info_record in fields["storage_data"].items():
         index, info = (
@@ -612,10 +612,10 @@ def _load_chunk(
     if not all(chunk_indices):
         return
     with Path(path, info.relative_path).open("rb") as file:
-        window = archive.FileWindow(file, info.offset, info.length)
+        window = zip_archive.FileWindow(file, info.offset, info.length)
         with zipfile.ZipFile(window) as table:  # type: ignore[arg-type]
-            archive.validate_zip_entries(table, info.length)
-            archive.validate_pickled_tensors(table, info.length)
+            zip_archive.validate_zip_entries(table, info.length)
+            zip_archive.validate_pickled_tensors(table, info.length)
             window.seek(0)
             stored_tensor = torch.load(window, "meta", weights_only=True)  # type: ignore[arg-type]
             if (
@@ -624,7 +624,7 @@ def _load_chunk(
                 or stored_tensor.dtype != dtype
             ):
                 raise UsageError("a part holds another tensor")
-            record = archive.open_tensor_record(table, window)  # type: ignore[arg-type]
+            record = zip_archive.open_tensor_record(table, window)  # type: ignore[arg-type]
         is_dense = (
             stored_tensor.is_contiguous()
             and not stored_tensor.storage_offset()
@@ -668,7 +668,7 @@ def _intersect_ranges(ranges: list[IndexRange], start: int, size: int) -> list[I
 
 
 def _load_rows(
-    record: archive.FileWindow,
+    record: zip_archive.FileWindow,
     sizes: torch.Size,
     dtype: torch.dtype,
     wanted_ranges: list[IndexRange],

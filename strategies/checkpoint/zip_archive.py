@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Collection
 from typing import IO, Any
 
-from . import safe_pickle as plain_pickle
+from . import safe_pickle
 from .safe_pickle import CallRecord, GlobalName, UnsafePickle
 
 MAX_EXTRA_BYTES = 2**28  # allowed beyond 4 x the file size: tensors may share a storage
@@ -164,7 +164,7 @@ def validate_pickled_tensors(archive: zipfile.ZipFile, size: int) -> None:
             )
         return CallRecord(kind, (count,))
 
-    tree = plain_pickle.load_plain(content, lambda _: True, resolve_storage)
+    tree = safe_pickle.load_plain(content, lambda _: True, resolve_storage)
     total = 0
     todo, visited = [tree], set()
     while todo:

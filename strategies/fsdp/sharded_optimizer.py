@@ -50,7 +50,7 @@ def probe_on_all_ranks(optimizer: Optimizer) -> ProbeResult:
     """Probe an optimizer on all ranks, and return the most restrictive result."""
     results: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(results, tuple(probe_optimizer(optimizer)))
-    return ProbeResult(*max(results, key=lambda each: VERDICT_ORDER.index(each[0])))
+    return ProbeResult(*max(results, key=lambda result: VERDICT_ORDER.index(result[0])))
 
 
 def check_not_coupled(optimizer: Optimizer, result: ProbeResult) -> None:

@@ -337,7 +337,7 @@ def _apply_on_copies(
         if id(leaf) in copies and result is copies[id(leaf)].full:
             return leaf
     return tree_map_only(
-        Tensor, lambda each: GatheredView.from_copies(each, copies.values()), result
+        Tensor, lambda view: GatheredView.from_copies(view, copies.values()), result
     )
 
 

@@ -38,7 +38,7 @@ def commit() -> str:
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "archive"
 
 
-def drawn(key: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def draw_pairs(key: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Ten cases of the cover on one process, and two on two ranks; workers are the benchmark's."""
     cases = [case for case in resume_cover.cover() if "workers" not in case["loader"]]
     random.Random(key).shuffle(cases)
@@ -53,7 +53,7 @@ def cut_all(cases: list[dict[str, Any]], folder: str, key: str) -> list[dict[str
 
 def test_twelve_cases_drawn_by_the_commit_go_on_bit_for_bit(folder: Path, ranks: Any) -> None:
     key = commit()
-    alone, together = drawn(key)
+    alone, together = draw_pairs(key)
     found = cut_all(alone, str(folder), key)
     found += ranks(cut_all, 2, together, str(folder), key, timeout=600)[0]  # two of diffusion: 90
     different = [

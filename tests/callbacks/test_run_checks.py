@@ -127,8 +127,8 @@ def trained(
     state = {name: value.clone() for name, value in module.state_dict().items()}
     moments = trainer.optimizers[0].state_dict()["state"]
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    drawn = (torch.rand(2).tolist(), numpy.random.rand(), module.own.get_state().tolist())
-    counted = (module.seen, module.totals, metrics, drawn, "added" in vars(module))
+    random_values = (torch.rand(2).tolist(), numpy.random.rand(), module.own.get_state().tolist())
+    counted = (module.seen, module.totals, metrics, random_values, "added" in vars(module))
     return state, moments, counted, disturb.calls
 
 
@@ -226,12 +226,12 @@ def test_looking_at_a_loader_moves_neither_it_nor_its_generators() -> None:
     rows = TensorDataset(torch.arange(8.0))
     plain = DataLoader(rows, 2, shuffle=True, generator=torch.Generator().manual_seed(1))
     get_first_batch(plain)
-    twin = DataLoader(rows, 2, shuffle=True, generator=torch.Generator().manual_seed(1))
-    assert [b[0].tolist() for b in plain] == [b[0].tolist() for b in twin]
-    ours = ResumableLoader(EpochSampler(0, 8), lambda items: items, 8, 2)
-    ours.load_state_dict({"epoch": 0, "num_consumed": 4, "trainer_epoch": 0})
-    assert get_first_batch(ours).shape == (2,)
-    assert len(list(ours)) == 2
+    torch_loader = DataLoader(rows, 2, shuffle=True, generator=torch.Generator().manual_seed(1))
+    assert [b[0].tolist() for b in plain] == [b[0].tolist() for b in torch_loader]
+    loader = ResumableLoader(EpochSampler(0, 8), lambda items: items, 8, 2)
+    loader.load_state_dict({"epoch": 0, "num_consumed": 4, "trainer_epoch": 0})
+    assert get_first_batch(loader).shape == (2,)
+    assert len(list(loader)) == 2
     once = iter([1, 2])
     assert get_first_batch(once) is None
     assert next(once) == 1
@@ -300,16 +300,16 @@ class Number(enum.IntEnum):
 
 
 class Odd(NetInInit):
-    def __init__(self, odd=None):
+    def __init__(self, value=None):
         super().__init__()
         self.save_hyperparameters()
 
 
-@pytest.mark.parametrize("odd", [Kind.A, partial(max, 1), {"a": [nn.ReLU]}])
-def test_hyperparameters_that_cannot_be_saved_are_refused_at_the_start(odd) -> None:
+@pytest.mark.parametrize("value", [Kind.A, partial(max, 1), {"a": [nn.ReLU]}])
+def test_hyperparameters_that_cannot_be_saved_are_refused_at_the_start(value) -> None:
     trainer = Trainer(**QUIET | {"enable_checkpointing": True}, max_steps=2)
     with pytest.raises(ValueError, match=r"Odd: hyperparameter odd.*ignore=\['odd'\]"):
-        trainer.fit(Odd(odd))
+        trainer.fit(Odd(value))
     assert trainer.global_step == 0
 
 
@@ -521,7 +521,7 @@ class Mean(nn.Module):
         return torch.stack((pixels.mean(1), pixels.std(1)), 1)
 
 
-class Pictures(L.LightningDataModule):
+class RandomImages(L.LightningDataModule):
     def __init__(self, train, test):
         super().__init__()
         self.parts = {"train": train, "test": test}
@@ -543,7 +543,7 @@ class Painter(Noisy1):
         return torch.randint(0, 256, (len(index), *self.size), dtype=torch.uint8, generator=g)
 
 
-def measured(module: Painter, data: Pictures, tmp_path: Path) -> L.Trainer:
+def measured(module: Painter, data: RandomImages, tmp_path: Path) -> L.Trainer:
     distance = FrechetDistance(Mean(), num_samples=4, cache_dir=str(tmp_path / "cache"))
     trainer = L.Trainer(**QUIET, max_epochs=1, log_every_n_steps=1, callbacks=[distance])
     trainer.fit(module, datamodule=data)
@@ -557,7 +557,7 @@ def images(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("sizes", [(8, 1), (1, 8), (8, 0)])
 def test_a_distance_to_a_part_of_one_image_is_refused_in_setup(sizes, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"part has \d image"):
-        measured(Painter(), Pictures(images(sizes[0]), images(sizes[1])), tmp_path)
+        measured(Painter(), RandomImages(images(sizes[0]), images(sizes[1])), tmp_path)
 
 
 def test_samples_that_cannot_be_measured_are_refused_before_the_first_step(tmp_path) -> None:
@@ -567,14 +567,14 @@ def test_samples_that_cannot_be_measured_are_refused_before_the_first_step(tmp_p
 
     module = Grey()
     with pytest.raises(ValueError, match="must give uint8 images"):
-        measured(module, Pictures(images(8), images(8)), tmp_path)
+        measured(module, RandomImages(images(8), images(8)), tmp_path)
     assert module.trainer.global_step == 0
 
 
 @pytest.mark.filterwarnings("ignore:FrechetDistance")
 def test_equal_real_images_give_no_infinite_ratio(tmp_path) -> None:
     same = torch.full((8, 1, 4, 4), 7, dtype=torch.uint8)
-    metrics = measured(Painter(), Pictures(same, same), tmp_path).callback_metrics
+    metrics = measured(Painter(), RandomImages(same, same), tmp_path).callback_metrics
     assert metrics["val/fd_mean_real_baseline"] == 0
     assert "val/fd_mean_over_baseline" not in metrics
 

@@ -15,9 +15,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import ravine.errors
-from ravine.cli import error_report as errors
-from ravine.cli import help_text as pages
-from ravine.cli import main as door
+from ravine.cli import error_report, help_text, main
 from ravine.cli.config import environment, presets
 from ravine.errors import UsageError
 
@@ -28,7 +26,7 @@ Run = Callable[[list[str]], int]
 def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands in for the module of every command; `ran` holds the words it was run with."""
     module = SimpleNamespace(ran=[], run_argv=lambda argv: module.ran.append(argv) or 0)
-    monkeypatch.setattr(door, "import_module", lambda name: module)
+    monkeypatch.setattr(main, "import_module", lambda name: module)
     monkeypatch.setattr(sys, "argv", ["/some/bin/lightning"])
     monkeypatch.setattr(sys, "path", ["/some/bin"])
     return module
@@ -62,9 +60,9 @@ def test_what_needs_no_torch_is_answered_without_it(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-2:] == [str(list(WITHOUT_TORCH.values())), "[]"]
 
 
-@pytest.mark.parametrize("name", [None, *door.COMMANDS])
+@pytest.mark.parametrize("name", [None, *main.COMMANDS])
 def test_a_page_can_be_read_at_a_glance(name: str | None) -> None:
-    lines = pages.help_text(name, "lightning").splitlines()
+    lines = help_text.help_text(name, "lightning").splitlines()
     assert len(lines) <= 10
     assert max(map(len, lines)) <= 100
 
@@ -76,9 +74,9 @@ def test_the_program_goes_by_the_name_it_was_called(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", [f"/some/bin/{name}"])
-    assert door.main(["fit", "--help"]) == 0
+    assert main.main(["fit", "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: {name} fit ")
-    assert door.main(["fti", "--config", "a b"]) == 2
+    assert main.main(["fti", "--config", "a b"]) == 2
     assert capsys.readouterr().err == (
         f"{name}: error: no command is called 'fti'\n"
         "  nearest: fit\n"
@@ -94,7 +92,7 @@ def test_the_version_warns_of_another_lightning_on_the_path(
     for text, warned in (("from ravine.cli.main import main", False), ("import other", True)):
         script.write_text(f"#!/bin/sh\n{text}\n")
         script.chmod(0o755)
-        assert door.main(["--version"]) == 0
+        assert main.main(["--version"]) == 0
         out = capsys.readouterr().out
         assert out.startswith("ravine ")
         assert (f"warning: {script} is not this program" in out) == warned
@@ -117,12 +115,12 @@ def test_a_flag_means_the_same_before_and_after_a_config(
     (tmp_path / "base.yaml").write_text("model: M")
     base = str(tmp_path / "base.yaml")
     words = sys.argv
-    assert door.main(line.format(base).split()) == 0
+    assert main.main(line.format(base).split()) == 0
     assert command.ran == [SAME[0].format(base).split()]
     assert sys.argv is words  # the launcher of ranks reads it
     assert sys.argv[1:] == command.ran[0]
     assert sys.path[0] == os.getcwd()
-    assert door.normalize_argv(command.ran[0]) == command.ran[0]
+    assert main.normalize_argv(command.ran[0]) == command.ran[0]
 
 
 def test_a_callback_is_added_to_those_of_a_config_that_comes_later(
@@ -132,7 +130,7 @@ def test_a_callback_is_added_to_those_of_a_config_that_comes_later(
     base.write_text("model: LanguageModel\ntrainer: {callbacks: [{class_path: NaNGuard}]}\n")
     monkeypatch.setattr(sys, "argv", ["ravine"])
     words = "fit --trainer.callbacks+=EMA --trainer.callbacks.decay=0.5 --print_config --config"
-    assert door.main([*words.split(), str(base)]) == 0
+    assert main.main([*words.split(), str(base)]) == 0
     shown = capsys.readouterr().out
     assert shown.index("NaNGuard") < shown.index("EMA") < shown.index("decay: 0.5")
 
@@ -141,7 +139,7 @@ def test_several_configs_keep_their_order(tmp_path: Path, command: SimpleNamespa
     files = [str(tmp_path / f"{name}.yaml") for name in ("z", "a", "m")]
     for file in files:
         Path(file).write_text("model: M")
-    door.main(["fit", *(f"--config={file}" for file in files)])
+    main.main(["fit", *(f"--config={file}" for file in files)])
     assert command.ran == [["fit", *(f"--config={file}" for file in files)]]
 
 
@@ -181,7 +179,7 @@ def test_a_config_that_is_missing_is_answered_with_the_nearest(
         Path(file).write_text("model: M")
     with pytest.raises(UsageError) as mistake:
         presets.find_config(name)
-    assert errors.message_of(mistake.value, []).splitlines()[1] == line
+    assert error_report.message_of(mistake.value, []).splitlines()[1] == line
 
 
 def test_every_installed_config_is_found_by_its_name() -> None:
@@ -193,9 +191,9 @@ def test_every_installed_config_is_found_by_its_name() -> None:
 def test_debug_shows_the_traceback_and_is_no_word_of_the_command(
     command: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert door.main(["fit", "--debug", "--config", "nothing"]) == 2
+    assert main.main(["fit", "--debug", "--config", "nothing"]) == 2
     assert "Traceback" in capsys.readouterr().err
-    assert door.main(["fit", "--debug"]) == 0
+    assert main.main(["fit", "--debug"]) == 0
     assert command.ran == [["fit"]]
 
 
@@ -203,7 +201,7 @@ def test_only_the_first_rank_of_a_machine_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert door.main(["fit", "--config", "nothing"]) == 2
+    assert main.main(["fit", "--config", "nothing"]) == 2
     assert capsys.readouterr().err == ""
 
 
@@ -242,7 +240,7 @@ def test_an_error_for_the_user_is_one_line_and_a_status(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command.run_argv = raising(tmp_path, line)
-    assert door.main(["fit"]) == status
+    assert main.main(["fit"]) == status
     said = capsys.readouterr().err
     assert said.count("\n") == ("the text" in line)
     if said:
@@ -277,7 +275,7 @@ def test_every_other_error_keeps_its_traceback(
 ) -> None:
     command.run_argv = raising(tmp_path, line, module)
     with pytest.raises(kind):
-        door.main(["fit"])
+        main.main(["fit"])
 
 
 @pytest.mark.parametrize(
@@ -298,7 +296,7 @@ def test_an_error_that_lightning_raises_about_an_argument_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command.run_argv = raising(tmp_path, line, module)
-    assert door.main(["fit"]) == 2
+    assert main.main(["fit"]) == 2
     assert capsys.readouterr().err == "lightning: error: the text\n"
 
 
@@ -309,11 +307,11 @@ def test_each_part_of_an_error_has_a_line_of_its_own(
         raise UsageError("no heads", [4, 8], "set num_heads=4", flag="--model.num_heads=4")
 
     command.run_argv = run
-    assert door.main(["fit"]) == 2
+    assert main.main(["fit"]) == 2
     assert capsys.readouterr().err == (
         "lightning: error: no heads\n  allowed: 4, 8\n  type: --model.num_heads=4\n"
     )
-    assert errors.message_of(UsageError("no heads", hint="use 4"), []) == "no heads\n  use 4"
+    assert error_report.message_of(UsageError("no heads", hint="use 4"), []) == "no heads\n  use 4"
 
 
 def test_an_error_in_a_process_of_a_loader_is_one_line_without_the_workers_traceback() -> None:
@@ -326,8 +324,8 @@ def test_an_error_in_a_process_of_a_loader_is_one_line_without_the_workers_trace
             wrapped = ExceptionWrapper(where="in DataLoader worker process 1")
         with pytest.raises(kind, match="Original Traceback") as raised:
             wrapped.reraise()
-        assert errors.exit_status(raised.value) == kind.exit_status
-        assert errors.message_of(raised.value, []) == "picture 3 is damaged: remove it"
+        assert error_report.exit_status(raised.value) == kind.exit_status
+        assert error_report.message_of(raised.value, []) == "picture 3 is damaged: remove it"
 
 
 SYMLINKED = """
@@ -382,9 +380,9 @@ def test_an_error_of_shards_in_a_hook_is_one_line(
     command.run_argv = raising(tmp_path / "theirs", line)
     monkeypatch.delitem(sys.modules, "ravine.strategies.sharding_errors", raising=False)
     with pytest.raises(RuntimeError, match="got mixed"):
-        door.main(["fit"])
+        main.main(["fit"])
     sharding = importlib.import_module("ravine.strategies.sharding_errors")
-    assert door.main(["fit"]) == 2
+    assert main.main(["fit"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.startswith("lightning: error: the module or a callback: in a hook (")
@@ -392,11 +390,11 @@ def test_an_error_of_shards_in_a_hook_is_one_line(
     assert sharding.is_sharding_error(RuntimeError("")) is False
     command.run_argv = raising(tmp_path / "theirs", 'raise RuntimeError("size mismatch")')
     with pytest.raises(RuntimeError, match="size mismatch"):
-        door.main(["fit"])
+        main.main(["fit"])
     command.run_argv = raising(tmp_path / "theirs", line)
     monkeypatch.setenv("RAVINE_TRACEBACK", "1")
     with pytest.raises(RuntimeError, match="got mixed"):
-        door.main(["fit"])
+        main.main(["fit"])
 
 
 def test_what_lightning_refuses_is_one_line(
@@ -405,7 +403,7 @@ def test_what_lightning_refuses_is_one_line(
     from lightning.pytorch import Trainer
 
     command.run_argv = lambda argv: Trainer(devices=0, accelerator="cpu")
-    assert door.main(["fit"]) == 2
+    assert main.main(["fit"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -416,7 +414,7 @@ def test_a_callback_that_is_there_twice_is_one_line(
     from lightning.pytorch.callbacks import Timer
 
     command.run_argv = lambda argv: Trainer(accelerator="cpu", callbacks=[Timer(), Timer()])
-    assert door.main(["fit"]) == 2
+    assert main.main(["fit"]) == 2
     assert capsys.readouterr().err.startswith("lightning: error: Found more than one stateful")
 
 
@@ -433,7 +431,7 @@ def test_a_full_disk_is_one_line_though_a_thread_met_it(
         write()  # ... and raises it again when asked to write
 
     command.run_argv = run
-    assert door.main(["fit"]) == 1
+    assert main.main(["fit"]) == 1
     assert capsys.readouterr().err == (
         "lightning: error: [Errno 28] No space left on device; no checkpoint was written; "
         "make room, then type the same again\n"
@@ -449,7 +447,7 @@ def test_a_folder_that_is_gone_is_left_in_one_line(
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert door.main(["fit"]) == 2
+    assert main.main(["fit"]) == 2
     assert capsys.readouterr().err == (
         "lightning: error: the folder you are in has been removed\n  type: cd FOLDER\n"
     )
@@ -463,7 +461,7 @@ def test_a_ctrl_c_that_lightning_makes_an_exit_of_stays_one(command: SimpleNames
             sys.exit(1)
 
     command.run_argv = run
-    assert door.main(["fit"]) == 130
+    assert main.main(["fit"]) == 130
 
 
 @pytest.mark.parametrize(
@@ -477,7 +475,7 @@ def test_a_ctrl_c_before_anything_handles_it_is_one_line(
         raise KeyboardInterrupt
 
     command.run_argv = run
-    assert door.main([name]) == 130
+    assert main.main([name]) == 130
     assert capsys.readouterr().err == f"\nstopped by Ctrl-C{said}\n"
 
 
@@ -487,8 +485,8 @@ def test_torch_and_torchvision_of_two_builds_are_named(
     def fail(name: str) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(door, "import_module", fail)
-    assert door.main(["fit"]) == 2
+    monkeypatch.setattr(main, "import_module", fail)
+    assert main.main(["fit"]) == 2
     assert capsys.readouterr().err == (
         "lightning: error: torch and torchvision are not of one build, "
         "so torchvision cannot be imported\n"
@@ -531,7 +529,7 @@ def test_a_signal_before_there_is_a_handler_waits_for_it() -> None:
     ],
 )
 def test_a_variable_that_somebody_reads_passes(name: str) -> None:
-    environment.check_env_vars({name: "1"}, "fit", door.COMMANDS)
+    environment.check_env_vars({name: "1"}, "fit", main.COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -548,8 +546,8 @@ def test_a_variable_that_somebody_reads_passes(name: str) -> None:
 )
 def test_a_variable_that_nobody_reads_is_refused(name: str, fix: str) -> None:
     with pytest.raises(UsageError) as mistake:
-        environment.check_env_vars({name: "7"}, "fit", door.COMMANDS)
-    first, *_, last = errors.message_of(mistake.value, []).splitlines()
+        environment.check_env_vars({name: "7"}, "fit", main.COMMANDS)
+    first, *_, last = error_report.message_of(mistake.value, []).splitlines()
     assert first == f"no environment variable is called {name}"
     assert last == f"  type: {fix}"
 

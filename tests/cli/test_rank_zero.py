@@ -6,18 +6,17 @@ import socket
 import pytest
 from torch.distributed import TCPStore
 
-from ravine.cli import error_report as errors
-from ravine.cli import rank_zero as launched
+from ravine.cli import error_report, rank_zero
 from ravine.errors import UsageError
 
 
 @pytest.fixture
 def port(monkeypatch):
     """A free port, for a store that this process has not opened yet."""
-    monkeypatch.setattr(launched, "_open_stores", [])
-    monkeypatch.setattr(launched, "CONNECT_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(launched, "CLOSE_TIMEOUT_S", 0.0)
-    monkeypatch.setattr(launched, "PORT_OFFSET", 0)
+    monkeypatch.setattr(rank_zero, "_open_stores", [])
+    monkeypatch.setattr(rank_zero, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(rank_zero, "CLOSE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(rank_zero, "PORT_OFFSET", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -41,8 +40,8 @@ def three_parts(text, port):
 def test_a_rank_that_finds_no_store_says_where_it_looked(monkeypatch, port):
     in_job(monkeypatch, 1, port)
     with pytest.raises(UsageError) as error:
-        launched.call_on_rank_zero(lambda: "a.ckpt")
-    three_parts(errors.message_of(error.value, []), port)
+        rank_zero.call_on_rank_zero(lambda: "a.ckpt")
+    three_parts(error_report.message_of(error.value, []), port)
 
 
 def test_rank_0_whose_port_is_taken_says_so_if_it_has_a_path_to_send(monkeypatch, port):
@@ -51,24 +50,24 @@ def test_rank_0_whose_port_is_taken_says_so_if_it_has_a_path_to_send(monkeypatch
         taken.bind(("127.0.0.1", port))
         taken.listen()
         with pytest.raises(UsageError) as error:
-            launched.call_on_rank_zero(lambda: "a.ckpt")
-        assert launched.call_on_rank_zero(None) is None  # maybe no rank waits
-    three_parts(errors.message_of(error.value, []), port)
+            rank_zero.call_on_rank_zero(lambda: "a.ckpt")
+        assert rank_zero.call_on_rank_zero(None) is None  # maybe no rank waits
+    three_parts(error_report.message_of(error.value, []), port)
 
 
 def test_the_end_of_rank_0_ends_a_rank_that_waits(monkeypatch, port):
     in_job(monkeypatch, 1, port)
     store = TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
-    launched._open_store(launched.detect_job())
+    rank_zero._open_store(rank_zero.detect_job())
     del store
     with pytest.raises(RuntimeError, match="rank 0 has ended before it found") as error:
-        launched.call_on_rank_zero(lambda: "a.ckpt")
+        rank_zero.call_on_rank_zero(lambda: "a.ckpt")
     assert "see the output of rank 0" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_the_other_ranks_raise_the_error_of_rank_0_with_its_parts() -> None:
     error = UsageError("no checkpoint is called 'lst'", ["last"], flag="--x=last", label="nearest")
-    again = UsageError(**json.loads(json.dumps(launched.usage_error_parts(error))))
-    assert errors.message_of(again, []) == errors.message_of(error, [])
-    assert launched.usage_error_parts(OSError("no such folder")) == {"problem": "no such folder"}
+    again = UsageError(**json.loads(json.dumps(rank_zero.usage_error_parts(error))))
+    assert error_report.message_of(again, []) == error_report.message_of(error, [])
+    assert rank_zero.usage_error_parts(OSError("no such folder")) == {"problem": "no such folder"}

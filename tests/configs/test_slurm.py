@@ -63,10 +63,10 @@ def ask(*command):
     return run.stdout
 
 
-def wait_for(what, seconds, *whose):
+def wait_for(what, seconds, *paths):
     deadline = time.monotonic() + seconds
-    while not (found := what(*whose)):
-        assert time.monotonic() < deadline, f"{what.__name__} {whose}: waited {seconds} s"
+    while not (found := what(*paths)):
+        assert time.monotonic() < deadline, f"{what.__name__} {paths}: waited {seconds} s"
         time.sleep(0.1)
     return found
 

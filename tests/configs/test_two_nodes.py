@@ -98,8 +98,8 @@ def test_a_signal_to_one_node_stops_both_and_the_same_command_goes_on(tmp_path, 
         nodes[1].terminate()
         statuses = [node.wait(60) for node in nodes]
     assert statuses == [143, 143], said(there)
-    newest, passed_over = latest_valid_checkpoint(runs / "version_0" / "checkpoints")
-    assert not passed_over
+    newest, damaged_paths = latest_valid_checkpoint(runs / "version_0" / "checkpoints")
+    assert not damaged_paths
     stopped_at = AtomicCheckpointIO().load_checkpoint(newest)["global_step"]
     assert 0 < stopped_at < STEPS
     with two_nodes(there) as nodes:
@@ -114,6 +114,6 @@ def test_a_signal_to_one_node_stops_both_and_the_same_command_goes_on(tmp_path, 
     assert main(["fit", *WORDS]) == 0
     dist.destroy_process_group()  # of this process, where other tests run
     last = f"version_{{}}/checkpoints/step={STEPS:06d}.ckpt"
-    spread = torch.load(runs / last.format(2), weights_only=True)["state_dict"]
+    state_dict = torch.load(runs / last.format(2), weights_only=True)["state_dict"]
     alone = Path("runs", "languagemodel", last.format(0))
-    assert furthest(spread, torch.load(alone, weights_only=True)["state_dict"]) < 2e-6
+    assert furthest(state_dict, torch.load(alone, weights_only=True)["state_dict"]) < 2e-6

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from ravine.datamodules import downloads as sources
+from ravine.datamodules import downloads
 from ravine.datamodules.downloads import (
     DatasetNotFound,
     RemoteFile,
@@ -33,7 +33,7 @@ DATA_ROOT = os.environ.get("DATA_ROOT")  # before the fixture below takes it awa
 Serve = Callable[..., RemoteFile]
 
 
-def zipped(**files: bytes) -> bytes:
+def zip_bytes(**files: bytes) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
@@ -86,7 +86,7 @@ def server() -> Iterator[Serve]:
 @pytest.fixture
 def serve(server: Serve, monkeypatch: pytest.MonkeyPatch) -> Serve:
     """The same for a client that also speaks http, which is enough inside one machine."""
-    monkeypatch.setattr(sources, "_make_https_opener", urllib.request.build_opener)
+    monkeypatch.setattr(downloads, "_make_https_opener", urllib.request.build_opener)
     return server
 
 
@@ -130,7 +130,7 @@ def test_a_bad_gzip_leaves_nothing(serve: Serve, tmp_path: Path, body: bytes, re
 
 
 def test_a_zip_gives_the_file_of_the_exact_name(serve: Serve) -> None:
-    body = zipped(**{"../play": b"no", "readme": b"no", "play": CONTENT})
+    body = zip_bytes(**{"../play": b"no", "readme": b"no", "play": CONTENT})
     good = serve(body, member="play")
     assert download_if_missing("play", good) == ""
     assert find_local(good).read_bytes() == CONTENT
@@ -146,9 +146,12 @@ def test_a_zip_gives_the_file_of_the_exact_name(serve: Serve) -> None:
         ({"body": CONTENT * 100}, "more than 20,000 bytes arrived, the file has 10,000"),
         ({"body": b"gone", "status": 404}, "HTTPError: Not Found"),
         ({"body": CONTENT, "member": "play"}, "not a zip with the file play"),
-        ({"body": zipped(other=CONTENT), "member": "play"}, "not a zip with the file play"),
-        ({"body": zipped(play=CONTENT)[:60], "member": "play"}, "not a zip with the file play"),
-        ({"body": zipped(play=bytes(10**7)), "member": "play"}, "10,001 bytes that arrived do not"),
+        ({"body": zip_bytes(other=CONTENT), "member": "play"}, "not a zip with the file play"),
+        ({"body": zip_bytes(play=CONTENT)[:60], "member": "play"}, "not a zip with the file play"),
+        (
+            {"body": zip_bytes(play=bytes(10**7)), "member": "play"},
+            "10,001 bytes that arrived do not",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -165,7 +168,7 @@ def test_a_bad_download_leaves_nothing(
 
 
 def test_a_damaged_zip_leaves_nothing(serve: Serve, tmp_path: Path) -> None:
-    body = bytearray(zipped(play=os.urandom(5000)))
+    body = bytearray(zip_bytes(play=os.urandom(5000)))
     body[2000] ^= 1
     assert "not a zip with the file play" in download_if_missing(
         "play", serve(bytes(body), member="play")
@@ -195,8 +198,8 @@ def test_a_write_that_breaks_off_leaves_nothing(
 def test_a_server_that_falls_silent_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_make_https_opener", urllib.request.build_opener)
-    monkeypatch.setattr(sources, "TIMEOUT_S", 0.05)
+    monkeypatch.setattr(downloads, "_make_https_opener", urllib.request.build_opener)
+    monkeypatch.setattr(downloads, "TIMEOUT_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/play"
         assert "timed out" in download_if_missing("play", source(address))
@@ -237,7 +240,7 @@ def test_a_redirect_to_http_is_not_followed(server: Serve) -> None:
             answer.msg = "Found"  # type: ignore[attr-defined]
             return answer
 
-    opener = sources._make_https_opener()
+    opener = downloads._make_https_opener()
     opener.add_handler(Redirect())
     with pytest.raises(urllib.error.URLError, match="unknown url type: http"):
         opener.open("https://safe.invalid/play")
@@ -295,7 +298,7 @@ def test_auto_falls_back_and_says_why_and_embedded_asks_nobody(
     path, why = resolve_source("auto", gone, download_error="URLError: no network")
     assert path is None
     assert "URLError: no network" in why
-    monkeypatch.setattr(sources, "_make_https_opener", None)  # would fail if it were called
+    monkeypatch.setattr(downloads, "_make_https_opener", None)  # would fail if it were called
     assert download_if_missing("embedded", gone) == ""
     assert resolve_source("embedded", gone) == (None, "")
 
@@ -306,14 +309,14 @@ def test_an_unknown_source_is_refused() -> None:
 
 
 def test_addresses_are_https_and_checksums_whole() -> None:
-    for entry in sources.REMOTE_FILES:
+    for entry in downloads.REMOTE_FILES:
         assert entry.url.startswith("https://")
         assert len(bytes.fromhex(entry.sha256)) == 32
 
 
 @pytest.mark.skipif(not DATA_ROOT, reason="the real sets are not on this machine")
 def test_the_real_sets_have_the_size_and_checksum_of_the_table() -> None:
-    there = [entry for entry in sources.REMOTE_FILES if Path(DATA_ROOT, entry.path).is_file()]
+    there = [entry for entry in downloads.REMOTE_FILES if Path(DATA_ROOT, entry.path).is_file()]
     assert {"shakespeare", "sms"} <= {entry.name for entry in there}
     for entry in there:
         assert find_local(entry, DATA_ROOT).stat().st_size == entry.size

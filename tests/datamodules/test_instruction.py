@@ -125,11 +125,11 @@ BAD: list[tuple[list[Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "told"), BAD)
-def test_a_bad_line_is_named(rows: list[Any], told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rows", "message"), BAD)
+def test_a_bad_line_is_named(rows: list[Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
         data_of(written(tmp_path / "bad.jsonl", rows))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_missing_file_is_told() -> None:

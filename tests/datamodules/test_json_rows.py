@@ -72,10 +72,10 @@ BAD: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize(("line", "told"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("line", "message"), BAD.values(), ids=BAD)
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_a_bad_row_is_named_by_file_and_line(
-    line: bytes, told: str, suffix: str, tmp_path: Path
+    line: bytes, message: str, suffix: str, tmp_path: Path
 ) -> None:
     path = tmp_path / f"rows.{suffix}"
     path.write_bytes(b"\n".join([GOOD.encode(), b"", line, GOOD.encode()]))
@@ -83,7 +83,7 @@ def test_a_bad_row_is_named_by_file_and_line(
         data: Any = InstructionDataModule(path, tokenizer=tokenizer, context_length=64)
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
             data.setup("fit")
-        assert f"{path}, {told}" in str(error.value)
+        assert f"{path}, {message}" in str(error.value)
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
         PromptDataModule(path).setup("fit")
     assert f"{path}, line 3: " in str(error.value)
@@ -93,7 +93,7 @@ def test_a_bad_object_of_a_list_is_named_by_its_number_and_a_bad_byte_by_its_lin
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "rows.json"
-    for written, told in {
+    for written, message in {
         f'[{GOOD}, {{"prompt": "\\ud83d", "answer": "a"}}]'.encode(): "object 2: field 'prompt'",
         f"[{GOOD},\n 7]".encode(): "object 2: int, not an object",
         f'[{GOOD},\n {{"prompt": }}]'.encode(): "line 2: not JSON: Expecting value at column 13",
@@ -104,7 +104,7 @@ def test_a_bad_object_of_a_list_is_named_by_its_number_and_a_bad_byte_by_its_lin
         path.write_bytes(written)
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
             InstructionDataModule(path, tokenizer="bytes").setup("fit")
-        assert told in str(error.value)
+        assert message in str(error.value)
 
 
 def test_pairs_of_escapes_and_all_other_characters_are_read(tmp_path: Path) -> None:

@@ -73,10 +73,10 @@ def test_seeds_split_differently_and_a_seed_always_the_same(
 def test_a_group_of_copies_too_large_for_its_room_stays_to_train() -> None:
     messages = [Message("again", 1)] * 9 + [Message("once", 1), Message("hi", 0), Message("ho", 0)]
     for seed in range(5):
-        drawn = grouped_stratified_split(
+        val_ids = grouped_stratified_split(
             messages, list(range(12)), 0.2, torch.Generator().manual_seed(seed)
         )
-        assert not drawn & set(range(9))
+        assert not val_ids & set(range(9))
 
 
 def test_a_text_with_both_labels_is_one_group(tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def test_a_text_with_both_labels_is_one_group(tmp_path: Path) -> None:
     messages += [Message(f"{i}", i % 2) for i in range(30)]
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
-        drawn = grouped_stratified_split(messages, list(range(36)), 0.4, g)
-        assert len(drawn & set(range(6))) in (0, 6)
+        val_ids = grouped_stratified_split(messages, list(range(36)), 0.4, g)
+        assert len(val_ids & set(range(6))) in (0, 6)
 
 
 def test_an_epoch_hands_out_messages_with_their_labels_and_places() -> None:
@@ -387,9 +387,9 @@ def test_a_part_without_messages_says_how_to_get_them() -> None:
 
 
 def test_line_separators_inside_a_message_do_not_end_it() -> None:
-    odd = "ham\tone\x85two\u2028three\x0bfour"
-    assert parse_messages([odd, "spam\tx"], "odd")[0].text == "one\x85two\u2028three\x0bfour"
-    Path("odd.txt").write_text(odd, encoding="utf-8")
+    line = "ham\tone\x85two\u2028three\x0bfour"
+    assert parse_messages([line, "spam\tx"], "odd")[0].text == "one\x85two\u2028three\x0bfour"
+    Path("odd.txt").write_text(line, encoding="utf-8")
     data = spam_data(stage="predict", predict_path="odd.txt")
     assert len(data.predict_lines) == 1
 

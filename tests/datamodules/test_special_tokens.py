@@ -31,7 +31,7 @@ def merges() -> list[tuple[bytes, bytes]]:
     return [(piece[:-1], piece[-1:]) for piece in pieces()[256:]]
 
 
-def of_merges(**how: Any) -> FileTokenizer:
+def from_merges(**how: Any) -> FileTokenizer:
     return FileTokenizer.from_merges(dict(enumerate(pieces())), merges(), [END], **how)
 
 
@@ -39,9 +39,9 @@ KINDS = {
     "characters": lambda text: CharTokenizer(text),
     "bytes": lambda text: ByteTokenizer(),
     "gpt2": lambda text: BPETokenizer(pieces()),
-    "file": lambda text: of_merges(special_tokens="as_text"),
+    "file": lambda text: from_merges(special_tokens="as_text"),
     "gpt2, allow": lambda text: BPETokenizer(pieces(), "allow"),
-    "file, allow": lambda text: of_merges(),
+    "file, allow": lambda text: from_merges(),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 ALPHABET = [
@@ -83,22 +83,22 @@ def test_texts_of_every_language_are_cut_into_short_pieces(kind: str, line: str)
 
 def test_a_text_without_a_border_is_searched_and_copied_once() -> None:
     class Watched(CharTokenizer):
-        looked = 0
+        num_chars_searched = 0
 
         def next_boundary(self, text: str, start: int) -> int | None:
-            self.looked += len(text)
+            self.num_chars_searched += len(text)
             return None
 
     tokenizer = Watched("a")
     assert ["".join(split_at_word_boundaries(["a" * 100] * 50, tokenizer, 10))] == ["a" * 5000]
-    assert tokenizer.looked < 2 * 5000  # not 100 + 200 + 300 + ...
+    assert tokenizer.num_chars_searched < 2 * 5000  # not 100 + 200 + 300 + ...
 
 
 def test_special_tokens_are_read_as_chosen() -> None:
     text = f"One.{END}Two{END}{END} the"
     for made in (
         lambda how: BPETokenizer(pieces(), how),
-        lambda how: of_merges(special_tokens=how),
+        lambda how: from_merges(special_tokens=how),
     ):
         plain, allowed = made("as_text"), made("allow")
         assert plain.eos_id == allowed.eos_id == len(pieces())
@@ -150,7 +150,7 @@ def by_hand(text: str) -> list[int]:
 
 
 def test_merges_are_applied_in_their_order_within_words() -> None:
-    tokenizer, rng = of_merges(special_tokens="as_text"), random.Random(1)
+    tokenizer, rng = from_merges(special_tokens="as_text"), random.Random(1)
     for _ in range(20):
         text = "".join(rng.choices([*ALPHABET, *JOINED], k=60))
         assert tokenizer.encode(text).tolist() == by_hand(text)
@@ -172,7 +172,7 @@ def test_numbers_of_tokens_may_stand_in_any_order() -> None:
 
 
 def test_files_of_the_library_and_older_ones_are_read(tmp_path: Path) -> None:
-    tokenizer = of_merges()
+    tokenizer = from_merges()
     (tmp_path / "new").mkdir()
     content = json.loads(tokenizer.json_text)
     content["truncation"] = {  # would cut a text off without a word
@@ -192,9 +192,12 @@ def test_files_of_the_library_and_older_ones_are_read(tmp_path: Path) -> None:
         again = FileTokenizer.from_file(tmp_path / path, "allow")
         assert again.encode(text).equal(tokenizer.encode(text)), path
         assert again.eos_id == tokenizer.eos_id
-    for bad, told in {"{}": "not a file of the tokenizers", "[" * 10**5: "not a file of"}.items():
+    for bad, message in {
+        "{}": "not a file of the tokenizers",
+        "[" * 10**5: "not a file of",
+    }.items():
         (tmp_path / "bad.json").write_text(bad)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             FileTokenizer.from_file(tmp_path / "bad.json")
     with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*allowed: characters, bytes"):
         FileTokenizer.from_file(tmp_path / "nowhere")
@@ -230,7 +233,7 @@ def test_the_data_module_and_the_checkpoint_carry_the_choice(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "t").mkdir()
-    (tmp_path / "t/tokenizer.json").write_text(of_merges().json_text)
+    (tmp_path / "t/tokenizer.json").write_text(from_merges().json_text)
     (tmp_path / "text.txt").write_text(f"the hello, one story.{END}" * 40)
     made = {}
     for how in ("as_text", "allow"):
@@ -253,7 +256,7 @@ def test_the_data_module_and_the_checkpoint_carry_the_choice(
         loaded.on_load_checkpoint(checkpoint)
         assert loaded.tokenizer is not None
         assert loaded.tokenizer.special_tokens == how
-    end = of_merges().eos_id
+    end = from_merges().eos_id
     assert int((made["allow", 1] == end).sum()) == 40
     assert int((made["as_text", 1] == end).sum()) == 0
     with pytest.raises(ValueError, match="the special token"):
@@ -282,7 +285,7 @@ def test_a_choice_of_special_tokens_is_no_other_vocabulary() -> None:
 
 
 def test_odd_characters_and_numbers_are_encoded_or_named() -> None:
-    for tokenizer in (ByteTokenizer(), BPETokenizer(pieces()), of_merges()):
+    for tokenizer in (ByteTokenizer(), BPETokenizer(pieces()), from_merges()):
         assert tokenizer.decode(tokenizer.encode("a\ud800b"))[0::2] == "ab"
     assert CharTokenizer("ab\ud800").decode([0, 2, 1, -1]) == "a\ufffdb\ufffd"
     numbers = NumberTokenizer(50)
@@ -330,7 +333,7 @@ STATES: list[tuple[dict[str, Any], str]] = [
         "not a file of the tokenizers library",
     ),
     (
-        {"tokenizer_type": "file", "json_text": of_merges().json_text, "eos_token": ["a"]},
+        {"tokenizer_type": "file", "json_text": from_merges().json_text, "eos_token": ["a"]},
         "eos_token is of type list; allowed: the token as a text",
     ),
     (
@@ -361,16 +364,16 @@ def test_text_of_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> 
 
 def test_gpt2_s_own_special_token_is_tiktoken_s(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
-        theirs = tiktoken.get_encoding("gpt2")
+        expected = tiktoken.get_encoding("gpt2")
     except Exception:  # no network and no cache
         pytest.skip("GPT-2's pieces are not on this machine")
-    ranks = [theirs.decode_single_token_bytes(n) for n in range(theirs.eot_token)]
-    ours = BPETokenizer(ranks, "allow")
+    ranks = [expected.decode_single_token_bytes(n) for n in range(expected.eot_token)]
+    actual = BPETokenizer(ranks, "allow")
     text = f"One story.{END}Another.{END}"
-    assert ours.encode(text).tolist() == theirs.encode(text, allowed_special="all")
+    assert actual.encode(text).tolist() == expected.encode(text, allowed_special="all")
     prose = "Съешь ещё этих булок! " * 9 + "天地玄黄，宇宙洪荒。" * 40 + "It's 'a'  test.\n\n" * 9
-    tokens = np.concatenate(list(encode_parallel(ours, [prose])))
-    assert tokens.tolist() == theirs.encode(prose)
-    parts = list(split_at_word_boundaries([prose], ours, 60))
+    tokens = np.concatenate(list(encode_parallel(actual, [prose])))
+    assert tokens.tolist() == expected.encode(prose)
+    parts = list(split_at_word_boundaries([prose], actual, 60))
     assert len(parts) > 5
-    assert [n for p in parts for n in ours.encode_array(p).tolist()] == theirs.encode(prose)
+    assert [n for p in parts for n in actual.encode_array(p).tolist()] == expected.encode(prose)

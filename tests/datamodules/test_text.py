@@ -17,9 +17,7 @@ from ravine.datamodules import (
     ResumableLoader,
     TextDataModule,
     corpus,
-)
-from ravine.datamodules import (
-    token_cache as tokenized,
+    token_cache,
 )
 
 DATA_ROOT = os.environ.get("DATA_ROOT")
@@ -105,12 +103,12 @@ def test_seed_everything_decides_where_no_seed_is_given(
 
 
 def test_a_mapped_file_gives_the_batches_of_memory(poem: Path, tmp_path: Path) -> None:
-    held, mapped = text_data(poem), text_data(poem, max_chars_in_memory=100)
-    assert held.corpus.tokens.dtype == torch.uint8
-    assert mapped.corpus.tokens.dtype == torch.uint16
-    assert (held.corpus.is_memmap, mapped.corpus.is_memmap) == (False, True)
+    in_memory, memory_mapped = text_data(poem), text_data(poem, max_chars_in_memory=100)
+    assert in_memory.corpus.tokens.dtype == torch.uint8
+    assert memory_mapped.corpus.tokens.dtype == torch.uint16
+    assert (in_memory.corpus.is_memmap, memory_mapped.corpus.is_memmap) == (False, True)
     for name in ("train_dataloader", "val_dataloader"):
-        for a, b in zip(getattr(held, name)(), getattr(mapped, name)(), strict=True):
+        for a, b in zip(getattr(in_memory, name)(), getattr(memory_mapped, name)(), strict=True):
             assert torch.equal(torch.cat(a), torch.cat(b))
     files = [p.name for p in (tmp_path / "cache/ravine/tokens").iterdir()]
     assert files == [f"{hashlib.sha256(POEM.encode()).hexdigest()}-characters.uint16"]
@@ -123,13 +121,13 @@ def test_a_mapped_file_is_built_once_and_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenized, "encode_parallel", interrupt)
+        patch.setattr(token_cache, "encode_parallel", interrupt)
         with pytest.raises(KeyboardInterrupt):
             text_data(poem, max_chars_in_memory=100)
     folder = tmp_path / "cache/ravine/tokens"
     assert list(folder.iterdir()) == []
     text_data(poem, max_chars_in_memory=100)
-    monkeypatch.setattr(tokenized, "encode_parallel", interrupt)
+    monkeypatch.setattr(token_cache, "encode_parallel", interrupt)
     text_data(poem, max_chars_in_memory=100)  # found, not built
     poem.write_text(POEM + "!")
     with pytest.raises(KeyboardInterrupt):  # another content, another file
@@ -315,11 +313,11 @@ def test_nanogpt_s_files_are_read_as_they_are(poem: Path, tmp_path: Path) -> Non
     letters = sorted(set(POEM))
     itos = dict(enumerate(letters))
     meta = {"vocab_size": len(letters), "itos": itos, "stoi": {c: n for n, c in itos.items()}}
-    theirs, ours = text_data(nanogpt(tmp_path / "bins", meta)), text_data(poem)
-    assert theirs.corpus.is_memmap
-    assert theirs.tokenizer.state_dict() == ours.tokenizer.state_dict()
+    from_bins, from_text = text_data(nanogpt(tmp_path / "bins", meta)), text_data(poem)
+    assert from_bins.corpus.is_memmap
+    assert from_bins.tokenizer.state_dict() == from_text.tokenizer.state_dict()
     for name in ("train_dataloader", "val_dataloader"):
-        for a, b in zip(getattr(theirs, name)(), getattr(ours, name)(), strict=True):
+        for a, b in zip(getattr(from_bins, name)(), getattr(from_text, name)(), strict=True):
             assert torch.equal(torch.cat(a), torch.cat(b))
 
 
@@ -329,13 +327,13 @@ class Harm:
 
 
 @pytest.mark.parametrize(
-    ("meta", "told"),
+    ("meta", "message"),
     [(Harm(), "it asks for posix.system"), ({}, "'itos'"), ({"itos": {0: "b", 1: "a"}}, "sort")],
 )
 def test_a_pickle_that_is_more_than_a_table_is_refused(
-    tmp_path: Path, meta: object, told: str
+    tmp_path: Path, meta: object, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         text_data(nanogpt(tmp_path / "bins", meta))
 
 

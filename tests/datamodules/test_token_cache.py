@@ -207,6 +207,6 @@ def test_answers_are_tokenized_by_one_rank(ranks, path):
     (path.parent / "file").write_text("no folder")
     for rank in (first, second, *ranks(answers_of, 2, path, path.parent / "file", 2)):
         assert rank[2] == alone[2]
-        for mine, other in zip(rank[1], alone[1], strict=True):
-            assert mine[1] == other[1]
-            assert torch.equal(mine[0], other[0])
+        for tokens, other in zip(rank[1], alone[1], strict=True):
+            assert tokens[1] == other[1]
+            assert torch.equal(tokens[0], other[0])

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from ravine.cli.main import main
-from ravine.datamodules import FileTokenizer, TextDataModule
-from ravine.datamodules import token_cache as tokenized
+from ravine.datamodules import FileTokenizer, TextDataModule, token_cache
 from ravine.lightning_modules import LanguageModel
 
 QUIET = dict.fromkeys(
@@ -98,9 +97,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("made", "how", "told"), REFUSED)
+@pytest.mark.parametrize(("made", "how", "message"), REFUSED)
 def test_what_cannot_be_known_or_does_not_fit_is_refused(
-    made: dict[str, Any], how: dict[str, Any], told: str, tmp_path: Path
+    made: dict[str, Any], how: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     if made.get("largest") == -1:
         place = folder(tmp_path / "bins", 9, "int32")
@@ -109,7 +108,7 @@ def test_what_cannot_be_known_or_does_not_fit_is_refused(
         place = folder(tmp_path / "bins", **made)
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
         data_of(place, **how)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_damaged_meta_files_and_numpy_files_are_refused(tmp_path: Path) -> None:
@@ -182,7 +181,7 @@ def test_a_line_warns_of_tokens_that_cannot_be_those_of_gpt2(
 
     many = [*pieces(), *(f" {n}".encode() for n in range(1000, 40_000))]
     known = BPETokenizer(many)
-    monkeypatch.setattr(tokenized, "make_tokenizer", lambda name: known)
+    monkeypatch.setattr(token_cache, "make_tokenizer", lambda name: known)
     data_of(folder(tmp_path / "ten"), tokenizer="gpt2")
     said = " ".join(capsys.readouterr().out.split())
     assert "no token is above 9,999 of GPT-2's" in said
@@ -194,11 +193,11 @@ def test_a_long_file_is_looked_through_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = folder(tmp_path / "bins")
-    monkeypatch.setattr(tokenized, "MIN_BYTES_TO_CACHE", 100)
-    monkeypatch.setattr(tokenized, "SCAN_CHUNK", 7)
+    monkeypatch.setattr(token_cache, "MIN_BYTES_TO_CACHE", 100)
+    monkeypatch.setattr(token_cache, "SCAN_CHUNK", 7)
     data_of(place, vocab_size=10_000)
     with monkeypatch.context() as patch:
-        patch.setattr(tokenized, "compute_token_range", None)  # not called again
+        patch.setattr(token_cache, "compute_token_range", None)  # not called again
         data_of(place, vocab_size=10_000)
     tokens(20_000, 4_001).astype(np.uint16).tofile(place / "train.bin")
     with pytest.raises(ValueError, match="holds the token 20,000"):  # another content

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ravine.cli.commands import method_flags as signature
+from ravine.cli.commands import method_flags
 from ravine.cli.config import presets
 from ravine.lightning_modules import Diffusion
 
@@ -36,9 +36,9 @@ def test_its_commands_are_understood() -> None:
             assert words[0] == "--config"
             assert words[1] in presets.list_presets()
             continue
-        flags = dict(signature.parse_flags(words))
+        flags = dict(method_flags.parse_flags(words))
         flags.pop("ckpt_path")
-        known = signature.method_flags(getattr(Diffusion, command)).keys() | {"folder"}
+        known = method_flags.method_flags(getattr(Diffusion, command)).keys() | {"folder"}
         assert flags.keys() <= known, line
     named = re.findall(r"--model\.(\w+)=(\w+)", PAGE)
     for name, value in named:

@@ -47,8 +47,7 @@ from ravine.callbacks import (
     OptimizerPlan,
     Pretrained,
 )
-from ravine.callbacks.optimizers import muon
-from ravine.callbacks.optimizers import update_monitor as watching
+from ravine.callbacks.optimizers import muon, update_monitor
 from ravine.callbacks.stability import gradient_clipping
 from ravine.callbacks.stability.gradient_clipping import global_norm
 from ravine.datamodules import ImageDataModule, PromptDataModule, SpamDataModule, TextDataModule
@@ -136,14 +135,14 @@ class Pixels(torch.nn.Module):
         return images.flatten(1).double()
 
 
-class Pictures:
+class RandomImages:
     """The optional hooks that callbacks call on a module, and a count of its steps."""
 
     flops_per_unit = None  # Throughput then does not measure the machine's peak
-    begun = 0
+    num_starts = 0
 
     def training_step(self, *args):
-        self.begun += 1
+        self.num_starts += 1
         return super().training_step(*args)
 
     def last_samples(self):
@@ -164,7 +163,7 @@ class Pictures:
         return {"plot": Figure(figsize=(1, 1))}
 
 
-class Model(Pictures, LanguageModel):
+class Model(RandomImages, LanguageModel):
     """The transformer; its figures depend on the logits alone."""
 
     @torch.no_grad()
@@ -183,7 +182,7 @@ class Few(Model):
         return net
 
 
-class Foreign(Pictures):
+class Foreign(RandomImages):
     """Metrics have Ravine's names; inputs have full rank, else rounding decides Muon's step."""
 
     def log(self, name, *args, **how):
@@ -228,7 +227,7 @@ class ByHand(Foreign, TwoOptimizers):
 class Text(TextDataModule):
     """A text, and pictures beside it."""
 
-    get_split, generate_images = Pictures.get_split, Pictures.generate_images
+    get_split, generate_images = RandomImages.get_split, RandomImages.generate_images
 
 
 class Beside(L.LightningDataModule):
@@ -429,9 +428,9 @@ def measure(folder, single, tmp_path_factory):
             found = run_ranks(rows, world, modules, strategy, world, folder, timeout=600)
         cells = {}
         for (module, names), first in found[0].items():
-            each = [theirs[module, names] for theirs in found]
+            each = [columns[module, names] for columns in found]
             if isinstance(first, str):
-                assert {in_words(refusal) for refusal in each} == {in_words(first)}
+                assert {describe(refusal) for refusal in each} == {describe(first)}
                 assert "\n" not in first
             else:
                 compare(each, single(module, names), (strategy, module, names))
@@ -453,7 +452,7 @@ def compare(each, single, what):
             )  # fmt: skip
 
 
-def in_words(refusal):
+def describe(refusal):
     """The number of the reason for a refusal, or a tick."""
     if refusal is None:
         return "✓"
@@ -469,13 +468,13 @@ def table(title, columns, rest=""):
     the other rows all optimizers together are not listed one by one either.
     """
     names = list(next(iter(columns.values())))
-    alike = {}
+    rows_by_text = {}
     for name in names:
-        cells = tuple(in_words(found[name]) for found in columns.values())
-        alike.setdefault(cells, []).append(name)
+        cells = tuple(describe(found[name]) for found in columns.values())
+        rows_by_text.setdefault(cells, []).append(name)
     head = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     written = []
-    for cells, same in alike.items():
+    for cells, same in rows_by_text.items():
         if rest and set(cells) == {"✓"}:
             row = [rest]
         elif PLANS and set(same) >= PLANS:
@@ -538,7 +537,7 @@ def norms_of_shards():
 
 
 def updates_of_a_stage():
-    watching.global_norm = lambda tensors, pipeline=None: global_norm(tensors)
+    update_monitor.global_norm = lambda tensors, pipeline=None: global_norm(tensors)
 
 
 def matrices_in_parts():
@@ -574,8 +573,8 @@ def test_readme_says_what_was_measured(measure):
     by_task = {title: of_tasks(measure, *how) for title, *how in (*layouts, ("tp", "tp", 2))}
     by_module = {title: of_foreign(measure, *how) for title, *how in layouts}
     for found in by_module.values():
-        assert {at: in_words(cell) for at, cell in found.items()} == {
-            at: in_words(cell) for at, cell in by_module["ddp"].items()
+        assert {at: describe(cell) for at, cell in found.items()} == {
+            at: describe(cell) for at, cell in by_module["ddp"].items()
         }
     by_module = {f"`{m}`": {n: by_module["ddp"][m, n] for n in CALLBACKS} for m in FOREIGN}
     measured = "\n\n".join(

@@ -71,20 +71,20 @@ class VAE(Idiom):
     def __init__(self):
         super().__init__()
         self.inner = nn.Linear(8, 16)
-        self.mean, self.spread = nn.Linear(16, 2), nn.Linear(16, 2)
+        self.mean, self.log_var = nn.Linear(16, 2), nn.Linear(16, 2)
         self.outer = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 8))
 
     def encode(self, x):
         h = self.inner(x).relu()
-        return self.mean(h), self.spread(h)
+        return self.mean(h), self.log_var(h)
 
     def decode(self, z):
         return self.outer(z)
 
     def training_step(self, batch, batch_idx):
-        mean, spread = self.encode(batch[0])
-        z = mean + (spread / 2).exp() * torch.randn_like(mean)
-        divergence = -0.5 * (1 + spread - mean.square() - spread.exp()).mean()
+        mean, log_var = self.encode(batch[0])
+        z = mean + (log_var / 2).exp() * torch.randn_like(mean)
+        divergence = -0.5 * (1 + log_var - mean.square() - log_var.exp()).mean()
         loss = F.mse_loss(self.decode(z), batch[0]) + 0.1 * divergence
         self.log("train_loss", loss)
         return loss

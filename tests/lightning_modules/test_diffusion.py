@@ -23,7 +23,7 @@ from ravine.lightning_modules.diffusion_core.denoiser import Denoiser
 from ravine.lightning_modules.diffusion_core.noise_schedules import NoiseSchedule, compute_alpha_bar
 from ravine.lightning_modules.diffusion_core.samplers import ddim
 from ravine.lightning_modules.nn.unet import timestep_embedding
-from ravine.lightning_modules.plots import diffusion as draw
+from ravine.lightning_modules.plots import diffusion as diffusion_plots
 
 # as in tests/docs/test_support_tables.py: it is logged on each rank after the ranks have summed it
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
@@ -190,11 +190,11 @@ def test_the_third_attempt_learns_each_digit() -> None:
     images.setup("fit")
     real, labels = images.get_split("train")
     means = torch.stack([real[labels == k].flatten(1).float().mean(0) for k in range(10)])
-    asked = torch.arange(10).repeat_interleave(20)
+    requested = torch.arange(10).repeat_interleave(20)
     read = torch.cdist(made, means).argmin(1)
-    assert (read == asked).float().mean() > 0.7  # of real images 0.9, of chance 0.1
-    spread = [part.var(0).mean() for part in made.view(10, 20, -1)]
-    assert min(spread) > 500  # of real images 1,000 to 3,000, of blobs 0
+    assert (read == requested).float().mean() > 0.7  # of real images 0.9, of chance 0.1
+    variances = [part.var(0).mean() for part in made.view(10, 20, -1)]
+    assert min(variances) > 500  # of real images 1,000 to 3,000, of blobs 0
 
 
 class Kept(DummyLogger):
@@ -287,10 +287,10 @@ def test_images_are_made_of_the_guided_estimate_cut_to_the_range_of_pixels() -> 
     def by_hand(w: float, most: float) -> torch.Tensor:
         def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
             times = x.new_full((2,), t)
-            told, free = (model.denoise(x, times, torch.tensor([y, y])) for y in (3, 10))
-            return (told + w * (told - free)).clamp(-most, most)
+            cond, uncond = (model.denoise(x, times, torch.tensor([y, y])) for y in (3, 10))
+            return (cond + w * (cond - uncond)).clamp(-most, most)
 
-        return to_uint8(ddim(denoise, start, path, draw.no_noise)).int()
+        return to_uint8(ddim(denoise, start, path, diffusion_plots.no_noise)).int()
 
     made = model.generate(labels="3", num_samples=2, guidance_scale=1.5).images.int()
     assert (made - by_hand(1.5, 1)).abs().max() <= 1
@@ -430,10 +430,10 @@ def test_a_disk_that_is_full_takes_no_older_picture_away(
 
 
 def test_texts_and_pictures_take_each_their_own_options() -> None:
-    from ravine.cli.commands import method_flags as signature
+    from ravine.cli.commands import method_flags
 
     words, pictures = (
-        set(signature.method_flags(task.generate)) for task in (LanguageModel, Diffusion)
+        set(method_flags.method_flags(task.generate)) for task in (LanguageModel, Diffusion)
     )
     assert {"labels", "guidance_scale", "num_steps", "sampler", "eta"} <= pictures - words
     assert words & pictures == {"num_samples", "seed", "batch_size"}
@@ -458,9 +458,9 @@ def test_export_writes_what_the_checkpoint_holds(
     assert main(["export", "--ckpt_path", checkpoint, "--folder=out"]) == 0
     assert capsys.readouterr().out == "written: out/model.safetensors, config.json\n"
     there = load_file("out/model.safetensors")
-    ours = Diffusion.load_from_checkpoint(checkpoint).net.state_dict()
-    assert there.keys() == ours.keys()
-    assert all(torch.equal(there[name], ours[name]) for name in ours)
+    restored_state = Diffusion.load_from_checkpoint(checkpoint).net.state_dict()
+    assert there.keys() == restored_state.keys()
+    assert all(torch.equal(there[name], restored_state[name]) for name in restored_state)
     config = json.loads(Path("out/config.json").read_text())
     assert config.pop("net")["num_classes"] == 10
     assert config == {
@@ -480,8 +480,8 @@ def test_pictures_are_kept_at_each_validation(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.fit(model, data())
     run = tmp_path / "digits" / "version_0"
-    drawn = sorted(path.name for path in (run / "samples").iterdir())
-    assert drawn == ["000001.png", "000002.png"]
+    file_names = sorted(path.name for path in (run / "samples").iterdir())
+    assert file_names == ["000001.png", "000002.png"]
     assert read(run / "samples" / "000002.png").shape == (10 * 58 + 2, 2 * 58 + 2)
     assert torch.equal(read(run / "samples" / "000002.png")[2:58:7, 2:58:7],
                        model.generate(num_samples=2).images[0, 0])  # fmt: skip
@@ -593,18 +593,18 @@ def test_the_figures_show_noise_images_and_what_lies_between() -> None:
         return x * (0.2 + t / 2000)
 
     def made(x: torch.Tensor) -> torch.Tensor:
-        return ddim(share, x, path, draw.no_noise)
+        return ddim(share, x, path, diffusion_plots.no_noise)
 
     one, other, image = (0.3 * torch.randn(2, 1, 4, 4) for _ in range(3))
-    shown = tiles(draw.plot_interpolation(share, path, one, other), 11)
+    shown = tiles(diffusion_plots.plot_interpolation(share, path, one, other), 11)
     between = [made(one.lerp(other, w) / (w**2 + (1 - w) ** 2) ** 0.5) for w in (0.0, 0.5, 1.0)]
     for place, images in zip((0, 5, 10), between, strict=True):
         assert torch.equal(shown[:, place], to_uint8(images[:, 0]))
-    shown = tiles(draw.plot_reverse_process(share, path, one), 11)
+    shown = tiles(diffusion_plots.plot_reverse_process(share, path, one), 11)
     for row, images in ((0, one), (1, share(one, 1000))):
         assert torch.equal(shown[row::2, 0], to_uint8(images[:, 0]))
     assert torch.equal(shown[0::2, 10], to_uint8(made(one)[:, 0]))
-    shown = tiles(draw.plot_x0_estimates(share, schedule, image, one), 11)
+    shown = tiles(diffusion_plots.plot_x0_estimates(share, schedule, image, one), 11)
     for place, w in ((0, 0.0), (3, 0.3), (10, 1.0)):
         noisy = image.lerp(one, w)
         assert torch.equal(shown[0::2, place], to_uint8(noisy[:, 0]))

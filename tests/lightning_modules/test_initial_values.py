@@ -42,35 +42,35 @@ NETS = {
 @pytest.mark.parametrize("name", NETS)
 def test_values_have_the_distribution_and_the_form_of_the_constructor(name):
     torch.manual_seed(0)
-    usual = NETS[name]()
+    reference = NETS[name]()
     values = InitialValues.record(NETS[name])
     assert all(p.is_meta for p in values.net.parameters())
     net = values.materialize()
-    theirs, ours = usual.state_dict(keep_vars=True), net.state_dict(keep_vars=True)
-    assert theirs.keys() == ours.keys()
-    for key, tensor in theirs.items():
-        other = ours[key]
+    expected, actual = reference.state_dict(keep_vars=True), net.state_dict(keep_vars=True)
+    assert expected.keys() == actual.keys()
+    for key, tensor in expected.items():
+        other = actual[key]
         assert (other.dtype, other.stride()) == (tensor.dtype, tensor.stride())
         if isinstance(tensor, nn.Parameter):
             assert other.requires_grad == tensor.requires_grad
-            spread = tensor.std().item() if tensor.numel() > 1 else 0.0
-            error = 6 * spread / max(1, tensor.numel()) ** 0.5
+            std = tensor.std().item() if tensor.numel() > 1 else 0.0
+            error = 6 * std / max(1, tensor.numel()) ** 0.5
             assert abs(other.mean() - tensor.mean()) <= 2 * error + 1e-7
-            assert other.numel() < 100 or abs(other.std() - spread) <= 2 * error + 1e-7
-            assert spread == 0.0 or not torch.equal(other, tensor)
-            if spread and other.numel() >= 100:  # the largest of a normal is 1.5 x of a uniform
+            assert other.numel() < 100 or abs(other.std() - std) <= 2 * error + 1e-7
+            assert std == 0.0 or not torch.equal(other, tensor)
+            if std and other.numel() >= 100:  # the largest of a normal is 1.5 x of a uniform
                 assert 0.75 < other.abs().max() / tensor.abs().max() < 1.33
-    shared = [len(list(n.parameters())) for n in (usual, net)]
+    shared = [len(list(n.parameters())) for n in (reference, net)]
     assert shared[0] == shared[1]  # tied stay tied
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_buffers_are_computed_as_by_the_constructor(name):
-    usual, net = NETS[name](), InitialValues.record(NETS[name]).materialize()
-    ours = dict(net.named_buffers())
-    for key, buffer in usual.named_buffers():
-        assert torch.equal(buffer, ours[key]), key
-        assert not ours[key].is_meta
+    reference, net = NETS[name](), InitialValues.record(NETS[name]).materialize()
+    actual = dict(net.named_buffers())
+    for key, buffer in reference.named_buffers():
+        assert torch.equal(buffer, actual[key]), key
+        assert not actual[key].is_meta
 
 
 def test_rows_are_the_same_whoever_draws_them():

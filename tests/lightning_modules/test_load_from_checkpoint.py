@@ -104,10 +104,10 @@ CHANGES = {
 
 
 def same_bits(one: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        value.dtype == theirs[name].dtype and torch.equal(value, theirs[name])
-        for name, value in ours.items()
+    actual, expected = one.state_dict(), other.state_dict()
+    return actual.keys() == expected.keys() and all(
+        value.dtype == expected[name].dtype and torch.equal(value, expected[name])
+        for name, value in actual.items()
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from ranks import furthest, whole
 
 from ravine.callbacks import ExactResume, GradientClipping, LoRA
-from ravine.cli import loading as trained
+from ravine.cli import loading
 from ravine.datamodules import PromptDataModule, TextDataModule
 from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import (
@@ -235,8 +235,8 @@ def test_the_step_is_the_mean_of_weight_times_gradient(base) -> None:
     for row, advantage in zip(samples, rewards - rewards.mean(), strict=True):
         prompt, text = (model.tokenizer.encode(row[part]) for part in ("prompt", "text"))
         logits = net.eval()(torch.cat((prompt, text))[None])[0, len(prompt) - 1 : -1]
-        log_p = (logits / 0.8).log_softmax(-1).gather(1, text[:, None]).sum()
-        (-advantage * log_p / len(samples)).backward()
+        logprob = (logits / 0.8).log_softmax(-1).gather(1, text[:, None]).sum()
+        (-advantage * logprob / len(samples)).backward()
     by_hand = {name: p.grad for name, p in model.named_parameters()}
     assert furthest(watch.gradients[0], by_hand) < 1e-6
     assert max(float(g.abs().max()) for g in watch.gradients[0].values()) > 1e-3
@@ -269,9 +269,9 @@ def test_a_prompt_that_several_texts_share_is_read_once_and_the_step_is_the_same
         hook = model.net.embed.register_forward_hook(
             lambda _, given, __: read.append(given[0].numel())
         )  # type: ignore
-        log_p = compute_rollout_logprobs(model, each, model.sampling)
+        logprob = compute_rollout_logprobs(model, each, model.sampling)
         hook.remove()
-        policy_loss(each, log_p, model.estimator, model.kl, 16).backward()
+        policy_loss(each, logprob, model.estimator, model.kl, 16).backward()
         read.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         model.zero_grad()
     assert read[0] == 8 * 7 + 32 * 16  # eight prompts but for their last token, which branches have
@@ -293,11 +293,11 @@ def test_the_reference_is_read_whole_at_the_sampling_temperature_and_at_one(base
     logits = net(rollout.input_ids)[
         torch.arange(len(rollout.input_ids))[:, None], rollout.logit_positions
     ].detach()
-    warm, plain = (
+    at_temperature, plain = (
         (logits / t).log_softmax(-1).gather(-1, rollout.tokens[..., None])[..., 0]
         for t in (0.7, 1.0)
     )
-    torch.testing.assert_close(rollout.ref_logprobs, warm, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rollout.ref_logprobs, at_temperature, rtol=0, atol=1e-5)
     said = torch.tensor([row["reference_logprob"] for row in model.last_samples()])
     torch.testing.assert_close(said, plain.mean(1), rtol=0, atol=1e-5)
 
@@ -342,9 +342,9 @@ def test_rewards_rise(base) -> None:
     model = policy(base, CharacterFraction("e ", 1.0, "share"), max_new_tokens=16)
     model.lr = 0.01
     watch = fit(model, data(base, batch_size=16), 12)
-    shares = [row["train/share"] for row in watch.metrics]
-    assert shares[-1] > 0.8
-    assert shares[-1] > shares[0] + 0.35
+    reward_means = [row["train/share"] for row in watch.metrics]
+    assert reward_means[-1] > 0.8
+    assert reward_means[-1] > reward_means[0] + 0.35
 
 
 def test_clipping_and_accumulation_see_a_usual_step(base) -> None:
@@ -408,7 +408,7 @@ def test_a_policy_of_adapters_alone_is_loaded_with_its_base_or_asks_for_it(
     trainer.save_checkpoint(path := tmp_path / "policy.ckpt", weights_only=False)
     assert path.stat().st_size < own.stat().st_size
     how = {"max_new_tokens": 32, "seed": 1}
-    loaded = trained.load_model(path)
+    loaded = loading.load_model(path)
     assert loaded.generate("the", **how) == model.generate("the", **how)
     started = LanguageModel.load_from_checkpoint(base)
     assert loaded.generate("the", **how) != started.generate("the", **how)
@@ -416,10 +416,10 @@ def test_a_policy_of_adapters_alone_is_loaded_with_its_base_or_asks_for_it(
     other["state_dict"]["net.head.weight"] += 1
     torch.save(other, own)
     with pytest.raises(ValueError, match="is not the one this policy started from"):
-        trained.load_model(path)
+        loading.load_model(path)
     own.unlink()
     with pytest.raises(FileNotFoundError, match=r"to the base model at .*own\.ckpt, and .* copy"):
-        trained.load_model(path)
+        loading.load_model(path)
 
 
 def test_another_base_under_the_same_name_is_refused(base, tmp_path) -> None:
@@ -479,10 +479,10 @@ def test_no_term_takes_the_name_of_what_is_logged_or_shown_beside_it(base) -> No
 
 
 def reward_of(*answers: Any):
-    def mine(texts: list[str], prompts: list[str]) -> list[Any]:
+    def reward_fn(texts: list[str], prompts: list[str]) -> list[Any]:
         return list(answers) * (len(texts) // len(answers))
 
-    return RewardFunction(mine)
+    return RewardFunction(reward_fn)
 
 
 def test_a_reward_of_the_users_gets_what_it_asks_for(base, tmp_path) -> None:
@@ -707,10 +707,10 @@ def test_a_base_in_parts_is_refused_with_the_command_that_joins_them(base, tmp_p
 
 
 def fails_on_the_second_rank(base: str) -> None:
-    def mine(texts: list[str]) -> list[float]:
+    def reward_fn(texts: list[str]) -> list[float]:
         return [1 / (1 - torch.distributed.get_rank())] * len(texts)
 
-    fit(policy(base, RewardFunction(mine)), data(base), 1, strategy="ddp", devices=2)
+    fit(policy(base, RewardFunction(reward_fn)), data(base), 1, strategy="ddp", devices=2)
 
 
 def test_a_reward_that_fails_on_one_rank_ends_all(ranks, base) -> None:

@@ -76,9 +76,9 @@ def test_ngrams_are_scikit_learns_with_one_digit():
         ngram_range=(3, 5), analyzer="char_wb", preprocessor=fold
     ).build_analyzer()
     for message in MESSAGES:
-        ours = extract_ngrams(message)
-        assert sorted(ours[0]) == sorted(words(message))
-        assert sorted(ours[1]) == sorted(pieces(message))
+        actual = extract_ngrams(message)
+        assert sorted(actual[0]) == sorted(words(message))
+        assert sorted(actual[1]) == sorted(pieces(message))
 
 
 def test_a_hashed_linear_layer_is_scikit_learns_tfidf_times_its_weights():

@@ -75,8 +75,8 @@ def test_buffers_and_random_numbers_are_those_of_ddp(ranks):
         assert furthest(weights, expected[0]) < 1e-6, layout
         for rank in results:
             pairs = zip(rank[layout][1], expected[1], strict=True)
-            for ours, theirs in pairs:
-                for one, other in zip(ours, theirs, strict=True):
+            for actual, stock in pairs:
+                for one, other in zip(actual, stock, strict=True):
                     assert torch.allclose(one, other, atol=1e-6), layout
 
 

@@ -26,8 +26,7 @@ from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.model_stats import count_collectives
 from ravine.lightning_modules.nn.transformer import Transformer
-from ravine.strategies import block_attention
-from ravine.strategies import context_parallel as context
+from ravine.strategies import block_attention, context_parallel
 from ravine.strategies.activation_checkpointing import apply_activation_checkpointing
 from ravine.strategies.block_attention import attention_with_lse, attention_with_lse_backward
 from ravine.strategies.context_parallel import (
@@ -85,7 +84,7 @@ def test_blocks_of_keys_joined_by_their_log_sum_exp_are_attention_over_all(name,
         out, lse = attention_with_lse(query[:, :, late], key[:, :, late], value[:, :, late], True)
         now = attention_with_lse(query[:, :, late], key[:, :, early], value[:, :, early], False)
         out, lse = out.clone(), lse.clone()
-        context._merge_blocks(out, lse, *now)
+        context_parallel._merge_blocks(out, lse, *now)
         both = [
             attention_with_lse_backward(d_out[:, :, late], query[:, :, late], key[:, :, some],
                                value[:, :, some], out.to(dtype), lse, some == late)
@@ -110,8 +109,8 @@ def test_the_pieces_of_queries_bound_the_scores():
     with kernel("pieces", scores=2**16), tensor_bytes() as some:  # 32 queries at a time
         out, lse = attention_with_lse(query, key, value, True)
         attention_with_lse_backward(d_out, query, key, value, out, lse, True)
-    held = 4 * out.nbytes + lse.nbytes
-    assert some.peak < held + 4 * 8 * 2**16 < 8 * 1024**2  # one (t t)
+    num_bytes = 4 * out.nbytes + lse.nbytes
+    assert some.peak < num_bytes + 4 * 8 * 2**16 < 8 * 1024**2  # one (t t)
 
 
 @pytest.mark.parametrize(
@@ -146,12 +145,12 @@ def test_every_rank_has_the_same_work_and_all_the_pairs_of_a_causal_mask():
     for rank in range(n):
         times = zigzag_positions(n * length, rank, n)
         for source in range(n):
-            mine = times[visible_queries(rank, source, length)]
-            theirs = zigzag_positions(n * length, source, n)[
+            local = times[visible_queries(rank, source, length)]
+            source_positions = zigzag_positions(n * length, source, n)[
                 : num_visible_keys(rank, source, length)
             ]
-            mask[mine[:, None], theirs] += 1
-            work[rank] += len(mine) * len(theirs)
+            mask[local[:, None], source_positions] += 1
+            work[rank] += len(local) * len(source_positions)
     assert len(set(work)) == 1
     assert torch.equal(mask.tril(), torch.ones_like(mask).tril())
     above = mask.triu(1).nonzero()  # on the rank's own keys, which are masked
@@ -164,42 +163,42 @@ def swapped_merge():
         total.lerp_(found, torch.sigmoid(lse - now)[..., None])
         torch.logaddexp(lse, now, out=lse)
 
-    return mock.patch.object(context, "_merge_blocks", merge)
+    return mock.patch.object(context_parallel, "_merge_blocks", merge)
 
 
 def forgotten_log_sum_exp():
     def merge(total, lse, found, now):
         total.lerp_(found, torch.sigmoid(now - lse)[..., None])
 
-    return mock.patch.object(context, "_merge_blocks", merge)
+    return mock.patch.object(context_parallel, "_merge_blocks", merge)
 
 
 def other_scale():
     def scaled(query, *rest, causal):
         return attention_with_lse(query * query.shape[-1] ** 0.5, *rest, causal=causal)
 
-    return mock.patch.object(context, "attention_with_lse", scaled)
+    return mock.patch.object(context_parallel, "attention_with_lse", scaled)
 
 
 def wrong_half():
     def early(rank, source, length):
         return slice(length // 2) if source > rank else slice(length)
 
-    return mock.patch.object(context, "visible_queries", early)
+    return mock.patch.object(context_parallel, "visible_queries", early)
 
 
 def lost_gradients():
     def dropped(returning, totals, results):
         returning.wait()
 
-    return mock.patch.object(context, "_add_received_grads", dropped)
+    return mock.patch.object(context_parallel, "_add_received_grads", dropped)
 
 
 @contextmanager
 def journal():
     """What a ring does, in order: ("post" or "wait", a message, its bytes) and ("block",)."""
     events = []
-    begin, receive = context._RingSendRecv.__init__, context._RingSendRecv.wait
+    begin, receive = context_parallel._RingSendRecv.__init__, context_parallel._RingSendRecv.wait
 
     def post(self, sent, *rest):
         events.append(("post", id(self), sent.nbytes))
@@ -217,11 +216,11 @@ def journal():
         return block
 
     with (
-        mock.patch.object(context._RingSendRecv, "__init__", post),
-        mock.patch.object(context._RingSendRecv, "wait", wait),
-        mock.patch.object(context, "attention_with_lse", noted(attention_with_lse)),
+        mock.patch.object(context_parallel._RingSendRecv, "__init__", post),
+        mock.patch.object(context_parallel._RingSendRecv, "wait", wait),
+        mock.patch.object(context_parallel, "attention_with_lse", noted(attention_with_lse)),
         mock.patch.object(
-            context, "attention_with_lse_backward", noted(attention_with_lse_backward)
+            context_parallel, "attention_with_lse_backward", noted(attention_with_lse_backward)
         ),
     ):
         yield events
@@ -256,9 +255,9 @@ def measure(lengths):
     def compare(dtype, length, heads=H):
         tensors = draw(dtype, length, heads)
         here = zigzag_positions(length, rank, ranks)
-        mine = [each[:, :, here] for each in tensors]
+        local = [each[:, :, here] for each in tensors]
         expected = run(causal, tensors[:3], tensors[3])
-        found = run(ring, mine[:3], mine[3])
+        found = run(ring, local[:3], local[3])
         return distance(found, [each[:, :, here] for each in expected])
 
     for dtype, length in lengths.items():
@@ -277,7 +276,7 @@ def measure(lengths):
         shapes.append((query.shape[1], query.shape[2], key.shape[2], causal))
         return attention_with_lse(query, key, value, causal)
 
-    with mock.patch.object(context, "attention_with_lse", noted):
+    with mock.patch.object(context_parallel, "attention_with_lse", noted):
         ring(*parts[:3])
     with journal() as events:
         out = ring(*parts[:3])
@@ -356,16 +355,16 @@ def ways(mode):
     block = net.blocks["0"]
     block.attention.rotary.position_ids_override = here = zigzag_positions(64, rank, ranks)
     ring = SimpleNamespace(group=dist.group.WORLD)
-    block.attention.attention_fn = partial(context.ContextParallel.ring_attend, ring)
+    block.attention.attention_fn = partial(context_parallel.ContextParallel.ring_attend, ring)
     x = torch.randn(1, 64, 16, dtype=torch.float64)[:, here]
     calls, found = [], []
-    inner = context.attention_with_lse
+    inner = context_parallel.attention_with_lse
 
     def counted(*args, **how):
         calls.append(1)
         return inner(*args, **how)
 
-    with mock.patch.object(context, "attention_with_lse", counted):
+    with mock.patch.object(context_parallel, "attention_with_lse", counted):
         for changed in (False, True):
             calls.clear()
             if changed and mode == "compiled":
@@ -389,7 +388,7 @@ def autocast_and_twice():
     ring = SimpleNamespace(group=dist.group.WORLD)
     leaf = torch.randn(1, 2, 16, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        out = context.ContextParallel.ring_attend(ring, leaf, leaf, leaf.bfloat16())
+        out = context_parallel.ContextParallel.ring_attend(ring, leaf, leaf, leaf.bfloat16())
     (first,) = torch.autograd.grad(out.float().square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="ring_attention_backward"):
         first.sum().backward()

@@ -144,7 +144,7 @@ def several(path):
     normed = fit(norm := Net(norm=True), UNUSED, 3)
     late = fit(counter := Net(), UNUSED, 8)
     epochs = fit(Net(begins=4), UNUSED, 8, batches=5)
-    ours = fit(Net(width=512), UNUSED, 2)
+    actual = fit(Net(width=512), UNUSED, 2)
     stock = fit(Net(width=512), DDPStrategy(find_unused_parameters=True), 2)
     return {
         "text": text,
@@ -152,7 +152,7 @@ def several(path):
         "late": (late, counter.seen),
         "epochs": epochs,
         "refused": refused(),
-        "ours": ours,
+        "ours": actual,
         "stock": stock,
     }
 
@@ -212,9 +212,9 @@ def test_parameters_that_no_loss_depends_on_are_named_in_one_line(found):
 
 def test_gradients_are_kept_once(found):
     for each in found:
-        (_, ours, peak, _), (_, stock, stock_peak, name) = each["ours"], each["stock"]
+        (_, actual, peak, _), (_, stock, stock_peak, name) = each["ours"], each["stock"]
         assert name == "DDPStrategy"
-        assert ours < stock == 8
+        assert actual < stock == 8
         assert stock_peak - peak > 0.7 * 4 * 4 * 512 * 512  # one of four is on its way to a bucket
 
 

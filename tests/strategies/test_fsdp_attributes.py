@@ -11,7 +11,7 @@ import torch
 from external_modules.net_in_init import NetInInit
 from torch.distributed.fsdp import FSDPModule
 
-from ravine.strategies.fsdp import torch_attributes as fsdp_attributes
+from ravine.strategies.fsdp import torch_attributes
 from ravine.strategies.fsdp.torch_attributes import check_fsdp_attributes, fsdp_param_groups
 
 
@@ -49,12 +49,12 @@ def refusals():
     parameter = group.fsdp_params[0]
     owners = [
         (unit, ("_get_fsdp_state",)),
-        (state, fsdp_attributes.FSDP_STATE_ATTRS),
+        (state, torch_attributes.FSDP_STATE_ATTRS),
         (state._state_ctx, ("all_states",)),
-        (group, fsdp_attributes.PARAM_GROUP_ATTRS),
-        (group.mesh_info, fsdp_attributes.MESH_INFO_ATTRS),
-        (parameter, fsdp_attributes.PARAM_ATTRS),
-        (parameter._module_info, fsdp_attributes.MODULE_INFO_ATTRS),
+        (group, torch_attributes.PARAM_GROUP_ATTRS),
+        (group.mesh_info, torch_attributes.MESH_INFO_ATTRS),
+        (parameter, torch_attributes.PARAM_ATTRS),
+        (parameter._module_info, torch_attributes.MODULE_INFO_ATTRS),
     ]
     said = {}
     for owner, names in owners:
@@ -77,13 +77,13 @@ def test_each_missing_attribute_is_named_with_the_version_of_torch(ranks):
             expected = "FSDPModule._get_fsdp_state" if "_get_fsdp_state" in name else name
             assert text == (
                 f"torch {torch.__version__} has no {expected}, which zero2 and zero3 use; allowed:"
-                f" torch {fsdp_attributes.TESTED_TORCH_VERSIONS}; type --trainer.strategy ddp"
+                f" torch {torch_attributes.TESTED_TORCH_VERSIONS}; type --trainer.strategy ddp"
             )
 
 
-@pytest.mark.parametrize("owner", fsdp_attributes.REQUIRED_FUNCTIONS)
+@pytest.mark.parametrize("owner", torch_attributes.REQUIRED_FUNCTIONS)
 def test_a_missing_function_of_torch_is_named(monkeypatch, owner):
-    place, name = fsdp_attributes.REQUIRED_FUNCTIONS[owner]
+    place, name = torch_attributes.REQUIRED_FUNCTIONS[owner]
     monkeypatch.delattr(place, name)
     with pytest.raises(ValueError, match=rf"has no {owner}\.{name}, which zero2"):
         check_fsdp_attributes(NetInInit())
@@ -93,4 +93,4 @@ def test_the_versions_that_the_error_allows_are_those_of_the_tests():
     path = Path(__file__).parents[2] / "pyproject.toml"
     versions = tomllib.loads(path.read_text())["tool"]["ravine"]
     ends = [versions[end]["torch"].rpartition(".")[0] for end in ("lowest", "highest")]
-    assert " to ".join(ends) == fsdp_attributes.TESTED_TORCH_VERSIONS
+    assert " to ".join(ends) == torch_attributes.TESTED_TORCH_VERSIONS

@@ -270,8 +270,8 @@ def test_values_are_read_by_rows_and_zero_beyond_them():
     module.__dict__["strategy_draws_values"] = True  # as MeshStrategy does
     module.configure_model()
     parameter: Any = module.get_parameter("net.embed.weight")
-    values, drawn = deferred_values(parameter), torch.cat(list(iter_value_blocks(parameter)))
-    assert torch.equal(values.get_rows(3, 20), drawn[3:20])
+    values, blocks = deferred_values(parameter), torch.cat(list(iter_value_blocks(parameter)))
+    assert torch.equal(values.get_rows(3, 20), blocks[3:20])
     stored = torch.randn(40, 64, dtype=torch.float64)
     values.set_source(stored)
     assert torch.equal(values.get_rows(3, 20), stored[3:20].float())

@@ -22,22 +22,12 @@ from ravine.lightning_modules import LanguageModel
 from ravine.strategies import (
     STRATEGY_PRESETS,
     MeshStrategy,
+    context_parallel,
+    expert_parallel,
+    parallel_module,
+    pipeline_parallel,
+    tensor_parallel,
     zero1,
-)
-from ravine.strategies import (
-    context_parallel as context,
-)
-from ravine.strategies import (
-    expert_parallel as expert,
-)
-from ravine.strategies import (
-    parallel_module as parallelize,
-)
-from ravine.strategies import (
-    pipeline_parallel as pipeline,
-)
-from ravine.strategies import (
-    tensor_parallel as tensor,
 )
 from ravine.strategies.activation_checkpointing import apply_activation_checkpointing
 
@@ -146,9 +136,9 @@ def train(name, text, shape, *callbacks, accumulate=1):
 def off(found, single):
     """The largest difference of any weight or loss; a rank of a pipeline has some of the names."""
     weights, losses = single
-    assert {name for theirs, _ in found for name in theirs} == weights.keys()
-    far = [furthest(theirs, {n: weights[n] for n in theirs}) for theirs, _ in found]
-    return max(*far, *((theirs - losses).abs().max() for _, theirs in found))
+    assert {name for local_value, _ in found for name in local_value} == weights.keys()
+    far = [furthest(local_value, {n: weights[n] for n in local_value}) for local_value, _ in found]
+    return max(*far, *((local_value - losses).abs().max() for _, local_value in found))
 
 
 @pytest.fixture(scope="module")
@@ -227,9 +217,12 @@ def pass_through(*callbacks, compiled=False):
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_a_sequence_is_recomputed_as_one_block_and_its_buffers_move_once(mode):
-    (usual, once), (again, twice) = pass_through(), pass_through(ActivationCheckpointing(mode))
+    (default_run, once), (again, twice) = (
+        pass_through(),
+        pass_through(ActivationCheckpointing(mode)),
+    )
     assert (once, twice) == (3, 6)
-    assert all(torch.equal(again[name], usual[name]) for name in usual)
+    assert all(torch.equal(again[name], default_run[name]) for name in default_run)
 
 
 def test_a_net_that_learns_in_evaluation_mode_is_recomputed_too():
@@ -277,11 +270,11 @@ def test_a_mixture_of_experts_equals_one_process(ranks, text, name, world):
 
 
 def mail_that_stays_at_home():
-    expert.dist.all_to_all_single = lambda received, x, group: received.copy_(x)
+    expert_parallel.dist.all_to_all_single = lambda received, x, group: received.copy_(x)
 
 
 def experts_that_are_not_averaged():
-    parallelize.reduce_expert_gradients = lambda *args: None
+    parallel_module.reduce_expert_gradients = lambda *args: None
 
 
 @pytest.mark.parametrize("fault", [mail_that_stays_at_home, experts_that_are_not_averaged])
@@ -291,7 +284,7 @@ def test_a_fault_among_experts_is_caught(ranks, text, fault):
 
 
 def summed_instead_of_averaged():
-    shard = parallelize.shard_module
+    shard = parallel_module.shard_module
 
     def fault(module, *args, **how):
         replicated = shard(module, *args, **how)
@@ -301,20 +294,20 @@ def summed_instead_of_averaged():
                 unit.set_gradient_divide_factor(1.0)
         return replicated
 
-    parallelize.shard_module = fault
+    parallel_module.shard_module = fault
 
 
 def replicas_that_never_meet():
-    accumulate = parallelize.ParallelModule.set_requires_all_reduce
-    parallelize.ParallelModule.set_requires_all_reduce = lambda self, is_accumulating: accumulate(
-        self, is_accumulating=True
+    accumulate = parallel_module.ParallelModule.set_requires_all_reduce
+    parallel_module.ParallelModule.set_requires_all_reduce = lambda self, is_accumulating: (
+        accumulate(self, is_accumulating=True)
     )
 
 
 def replicas_that_meet_too_late():
-    accumulate = parallelize.ParallelModule.set_requires_all_reduce
-    parallelize.ParallelModule.set_requires_all_reduce = lambda self, is_accumulating: accumulate(
-        self, is_accumulating=not is_accumulating
+    accumulate = parallel_module.ParallelModule.set_requires_all_reduce
+    parallel_module.ParallelModule.set_requires_all_reduce = lambda self, is_accumulating: (
+        accumulate(self, is_accumulating=not is_accumulating)
     )
 
 
@@ -343,15 +336,15 @@ def gradients_that_are_not_added():
 
 
 def partial_gradients_not_summed():
-    parallelize.ParallelModule.reduce_gradients = lambda self: None
+    parallel_module.ParallelModule.reduce_gradients = lambda self: None
 
 
 def the_columns_of_another_rank():
-    split, draw, cut = tensor.parallelize_module, mesh_strategy.materialize_params, []
+    split, draw, cut = tensor_parallel.parallelize_module, mesh_strategy.materialize_params, []
 
     def noted(module, mesh, style):
         split(module, mesh, style)
-        if isinstance(style, tensor.RowwiseParallel):
+        if isinstance(style, tensor_parallel.RowwiseParallel):
             cut.append((module, mesh))
 
     def fault(*args):  # the values come after the cut
@@ -361,26 +354,31 @@ def the_columns_of_another_rank():
             module.weight.to_local().copy_(parts[mesh.get_local_rank() - 1])
         return found
 
-    tensor.parallelize_module, mesh_strategy.materialize_params = noted, torch.no_grad()(fault)
+    tensor_parallel.parallelize_module, mesh_strategy.materialize_params = (
+        noted,
+        torch.no_grad()(fault),
+    )
 
 
 def keys_that_do_not_go_round():
-    received = context._RingSendRecv.wait
-    context._RingSendRecv.wait = lambda self: received(self).zero_()
+    received = context_parallel._RingSendRecv.wait
+    context_parallel._RingSendRecv.wait = lambda self: received(self).zero_()
 
 
 def tokens_in_the_plain_order():
-    context.zigzag_positions = lambda length, rank, ranks: torch.arange(length).chunk(ranks)[rank]
+    context_parallel.zigzag_positions = lambda length, rank, ranks: torch.arange(length).chunk(
+        ranks
+    )[rank]
 
 
 def gradients_not_divided_by_their_number():
-    step = pipeline.Pipeline.step
+    step = pipeline_parallel.Pipeline.step
 
     def fault(self, *args):
         loss = step(self, *args)
         return loss * self.num_microbatches
 
-    pipeline.Pipeline.step = fault
+    pipeline_parallel.Pipeline.step = fault
 
 
 def each_rank_its_own_values():

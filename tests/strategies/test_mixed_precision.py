@@ -308,26 +308,26 @@ class Deep(nn.Module):
         return x.float()
 
 
-class Held(Task):
+class MeasuresMemory(Task):
     """Weights that autograd holds at the end of a forward, in bytes that are really there."""
 
     def training_step(self, batch, index):
-        held = {}
+        sizes = {}
 
         def pack(tensor):
             if set(tensor.shape) == {24, 40}:
-                held[tensor.untyped_storage().data_ptr()] = tensor
+                sizes[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = super().training_step(batch, index)
-        self.alive = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
-        self.found = len(held)
+        self.alive = sum(tensor.untyped_storage().nbytes() for tensor in sizes.values())
+        self.found = len(sizes)
         return loss
 
 
 def alive(strategy, precision):
-    fit(module := Held(Deep), strategy, 2, precision=precision)
+    fit(module := MeasuresMemory(Deep), strategy, 2, precision=precision)
     return module.alive, module.found
 
 
@@ -359,7 +359,7 @@ class Diffusion(Task):
         return self.net(x, torch.tensor(0.123456)).square().mean()
 
 
-def told(strategy):
+def times_and_output(strategy):
     fit(module := Diffusion(Timed), strategy, 2, precision="bf16-mixed", steps=1)
     with torch.no_grad():
         outside = module.net(torch.ones(1, 24), torch.tensor(0.5))
@@ -368,7 +368,7 @@ def told(strategy):
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_inputs_of_the_net_arrive_unrounded_and_a_call_outside_autocast_works(ranks, strategy):
-    for times, outside, autocast_stays in ranks(told, 2, strategy):
+    for times, outside, autocast_stays in ranks(times_and_output, 2, strategy):
         assert times[0] == (FP32, torch.tensor(0.123456).item())
         assert torch.isfinite(outside).all()
         assert not autocast_stays
@@ -454,10 +454,10 @@ def accumulated(strategy, once):
     return messages(strategy, 0, 4, how=how, accumulate_grad_batches=2)[:2]
 
 
-@pytest.mark.parametrize(("strategy", "usual"), [("zero2", 20), ("zero3", 40)])
-def test_gather_once_gathers_each_unit_once_an_optimizer_step(ranks, strategy, usual):
+@pytest.mark.parametrize(("strategy", "num_gathers"), [("zero2", 20), ("zero3", 40)])
+def test_gather_once_gathers_each_unit_once_an_optimizer_step(ranks, strategy, num_gathers):
     weights, counts = ranks(accumulated, 2, strategy, False)[0]
-    assert [gathers_and_scatters(each) for each in counts] == [(usual, 20)] * 4
+    assert [gathers_and_scatters(each) for each in counts] == [(num_gathers, 20)] * 4
     kept, fewer = ranks(accumulated, 2, strategy, True)[0]
     assert [gathers_and_scatters(each) for each in fewer] == [(20, 20), (0, 20)] * 2
     assert furthest(weights, kept) < 1e-7

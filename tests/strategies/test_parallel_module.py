@@ -92,17 +92,17 @@ def fit(module, strategy="auto", devices=1, *callbacks, **options):
     return trainer
 
 
-def odd(strategy="auto", devices=1):
+def fit_irregular(strategy="auto", devices=1):
     torch.manual_seed(int(os.environ.get("RANK", 0)))  # rank 0's values must reach the others
     module = Odd(8 // devices)
     fit(module, strategy, devices)
-    whole_names = {n for n, p in module.named_parameters() if not isinstance(p, DTensor)}
-    return whole(module), whole_names, module.head.weight is module.embed.weight
+    replicated_names = {n for n, p in module.named_parameters() if not isinstance(p, DTensor)}
+    return whole(module), replicated_names, module.head.weight is module.embed.weight
 
 
 def test_an_odd_module_under_zero3_equals_one_process(ranks):
-    single, _, _ = odd()
-    for weights, kept_whole, tied in ranks(odd, 2, "zero3", 2):
+    single, _, _ = fit_irregular()
+    for weights, kept_whole, tied in ranks(fit_irregular, 2, "zero3", 2):
         assert furthest(weights, single) < 2e-6
         assert kept_whole == {
             *("shift", "temperature", "embed.weight"),
@@ -204,22 +204,25 @@ def weights_of_variants(strategy="auto", devices=1):
     LEARNED_PROJECTIONS.update(added)
     try:
         found = {}
-        for rung in LEARNED_PROJECTIONS:
+        for variant in LEARNED_PROJECTIONS:
             torch.manual_seed(0)
-            module = Net(num_heads=2, attention_variant=rung)
+            module = Net(num_heads=2, attention_variant=variant)
             fit(module, strategy, devices)
-            found[rung] = whole(module)
+            found[variant] = whole(module)
         return found
     finally:
-        for rung in added:
-            del LEARNED_PROJECTIONS[rung]
+        for variant in added:
+            del LEARNED_PROJECTIONS[variant]
 
 
 def test_every_attention_variant_trains_under_tp_as_on_one_process(ranks):
     single = weights_of_variants()
     assert {*LEARNED_PROJECTIONS, "own_key_value", "own_query_value"} < single.keys()
-    for spread in ranks(weights_of_variants, 2, "tp", 2):
-        far = {rung: furthest(weights, single[rung]) for rung, weights in spread.items()}
+    for weights_by_variant in ranks(weights_of_variants, 2, "tp", 2):
+        far = {
+            variant: furthest(weights, single[variant])
+            for variant, weights in weights_by_variant.items()
+        }
         assert max(far.values()) < 2e-6, far
 
 

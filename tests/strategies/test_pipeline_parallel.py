@@ -16,8 +16,7 @@ from ravine.callbacks.optimizers.rules import ParamRule, classify_params
 from ravine.datamodules import TextDataModule
 from ravine.datamodules.text import python_docs_text
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import MeshStrategy
-from ravine.strategies import pipeline_parallel as pipeline
+from ravine.strategies import MeshStrategy, pipeline_parallel
 
 SHAPE = {"num_layers": 4, "d_model": 16, "num_heads": 2, "bias": "all", "norm": "layernorm"}
 LAYOUTS = {
@@ -80,7 +79,9 @@ def train(layout, text, plan, tied=False, fault=None):
 
 
 def off(found, single):
-    return max(furthest(ours, {n: single[n] for n in ours}) for ours, *_ in found)
+    return max(
+        furthest(stage_names, {n: single[n] for n in stage_names}) for stage_names, *_ in found
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,13 +96,13 @@ def test_a_plan_is_made_for_the_net_and_not_for_a_stage(ranks, text, plan, tied,
     single, groups, written, said = train("single", text, plan, tied)
     found = ranks(train, world, layout, text, plan, tied)
     assert off(found, single) < 2e-6
-    assert all(theirs == groups for _, theirs, *_ in found)
-    assert all(theirs == written for *_, theirs, _ in found)
-    assert all(theirs == pytest.approx(said, rel=1e-5) for *_, theirs in found)
+    assert all(stage_value == groups for _, stage_value, *_ in found)
+    assert all(stage_value == written for *_, stage_value, _ in found)
+    assert all(stage_value == pytest.approx(said, rel=1e-5) for *_, stage_value in found)
 
 
 def stages_seen_as_nets():
-    pipeline.Pipeline.full_net = lambda self: nullcontext()
+    pipeline_parallel.Pipeline.full_net = lambda self: nullcontext()
 
 
 def test_a_plan_for_each_stage_would_be_caught(ranks, text):
@@ -119,20 +120,25 @@ def stand_ins(tied):
     trainer.strategy.connect(module)
     trainer.strategy.setup_environment()
     trainer.strategy.parallelize_module(module)
-    ours = [n for n, _ in module.named_parameters()]
+    stage_names = [n for n, _ in module.named_parameters()]
     with trainer.strategy.pipeline.full_net():
         after = classify_params(module), [(n, p.shape) for n, p in module.named_parameters()]
         bytes_of_stand_ins = sum(
             p.untyped_storage().nbytes() for p in module.parameters() if hasattr(p, "elsewhere")
         )
     again = [n for n, _ in module.named_parameters()]
-    return before == after, ours == again, len(ours) < len(before[1]), bytes_of_stand_ins
+    return (
+        before == after,
+        stage_names == again,
+        len(stage_names) < len(before[1]),
+        bytes_of_stand_ins,
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_whole_net_can_be_looked_at_for_four_bytes_a_tensor(ranks, tied):
-    for alike, restored, fewer, size in ranks(stand_ins, 2, tied):
-        assert alike
+    for is_equal, restored, fewer, size in ranks(stand_ins, 2, tied):
+        assert is_equal
         assert restored
         assert fewer
         assert size < 4 * 60

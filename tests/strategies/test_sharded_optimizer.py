@@ -387,19 +387,19 @@ def test_owners_of_whole_tensors_are_sent_three_times_the_weights_in_two_message
 
 def refusals():
     """What is said of each optimizer, and the training steps that were begun."""
-    found, begun = [], []
-    Net.training_step = lambda self, *_: begun.append(self)
+    found, started = [], []
+    Net.training_step = lambda self, *_: started.append(self)
     for factory in (OneRate, NeedsTwo, lambda groups: torch.optim.LBFGS(groups[0]["params"])):
         for zero in (1, 3):
             with pytest.raises(ValueError, match="ddp") as error:
                 train(factory, False, {"zero_stage": zero})
             found.append(str(error.value))
-    return found, len(begun)
+    return found, len(started)
 
 
 def test_coupled_optimizers_are_refused_in_one_line_before_the_first_step(ranks):
-    for texts, begun in ranks(refusals, 2):
-        assert begun == 0
+    for texts, started in ranks(refusals, 2):
+        assert started == 0
         for text, name in zip(
             texts, ["OneRate"] * 2 + ["NeedsTwo"] * 2 + ["LBFGS"] * 2, strict=True
         ):

@@ -11,11 +11,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from ravine.callbacks import EMA, ExactResume, GradientClipping
-from ravine.strategies import AtomicCheckpointIO, MeshStrategy
-from ravine.strategies import parallel_module as parallelize
+from ravine.strategies import AtomicCheckpointIO, MeshStrategy, parallel_module
 
 ROWS = 16
-SMALLEST = parallelize.DEFAULT_MIN_UNIT_BYTES  # in ranks of tests it is 0
+SMALLEST = parallel_module.DEFAULT_MIN_UNIT_BYTES  # in ranks of tests it is 0
 # rows divide by the ranks, and an epoch is an optimizer step
 pytestmark = pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
 
@@ -61,7 +60,7 @@ class SaveAt(L.Callback):
 def train(strategy, norm=False, save=None, resume=None):
     """Four clipped steps of two micro-batches: weights, average, statistics and loss; norms."""
     L.seed_everything(0, verbose=False)
-    parallelize.DEFAULT_MIN_UNIT_BYTES = SMALLEST
+    parallel_module.DEFAULT_MIN_UNIT_BYTES = SMALLEST
     module, ema, clipping, norms = Small(norm), EMA(0.5), GradientClipping(0.2), []
 
     class Norms(L.Callback):
@@ -187,7 +186,7 @@ def calls_outside():
 
 
 def fit(module, **how):
-    parallelize.DEFAULT_MIN_UNIT_BYTES = SMALLEST
+    parallel_module.DEFAULT_MIN_UNIT_BYTES = SMALLEST
     trainer = L.Trainer(
         max_steps=1, accelerator="cpu", devices=2, strategy=MeshStrategy(**how), logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -207,7 +206,7 @@ def test_a_call_with_gradients_outside_of_a_step_is_refused_in_one_line(ranks):
 
 
 def units_of(together):
-    parallelize.MAX_JOINT_UNIT_BYTES = together
+    parallel_module.MAX_JOINT_UNIT_BYTES = together
     module = fit(Small(False))
     units = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
     return units, "_step_unit" in module.__dict__, whole(module)
@@ -215,18 +214,18 @@ def units_of(together):
 
 def test_children_that_are_too_many_bytes_together_are_units_of_their_own(ranks):
     size = 4 * sum(p.numel() for p in Small(False).parameters())
-    (few, one_unit, together), (many, others, apart) = (
+    (few, one_unit, together), (many, others, separate) = (
         ranks(units_of, 2, bound)[0] for bound in (size, size - 1)
     )
     assert (few, one_unit) == ([], True)
     assert (many, others) == (["first", "second", "norm", "head"], False)
-    assert furthest(together, apart) < 1e-6
+    assert furthest(together, separate) < 1e-6
 
 
 def test_members_that_are_too_many_bytes_together_are_units_of_their_own(monkeypatch):
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     size = 2 * 4 * (16 + 4)
     for bound, expected in ((size, []), (size - 1, [net[0], net[2]])):
-        monkeypatch.setattr(parallelize, "MAX_JOINT_UNIT_BYTES", bound)
-        found = parallelize._fsdp_blocks(net, SMALLEST)
+        monkeypatch.setattr(parallel_module, "MAX_JOINT_UNIT_BYTES", bound)
+        found = parallel_module._fsdp_blocks(net, SMALLEST)
         assert sorted(map(id, found)) == sorted(map(id, expected))

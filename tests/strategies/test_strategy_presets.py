@@ -13,8 +13,7 @@ import yaml
 from ranks import fewest_ranks
 
 from ravine.cli.main import main
-from ravine.strategies import STRATEGY_PRESETS as PRESETS
-from ravine.strategies import MeshStrategy
+from ravine.strategies import STRATEGY_PRESETS, MeshStrategy
 from ravine.strategies.device_mesh import resolve_degrees
 
 OVERLAYS = Path(__file__).resolve().parents[2] / "configs" / "strategy"
@@ -33,7 +32,7 @@ WORDS = [
 def arguments_of(name):
     """The arguments of MeshStrategy that an overlay gives, by itself or by a preset's name."""
     how = yaml.safe_load((OVERLAYS / f"{name}.yaml").read_text())["trainer"]["strategy"]
-    return PRESETS[how][1] if isinstance(how, str) else how["init_args"]
+    return STRATEGY_PRESETS[how][1] if isinstance(how, str) else how["init_args"]
 
 
 def train(name, folder):
@@ -94,18 +93,20 @@ def test_the_command_above_a_file_names_it_and_can_be_typed(name):
     arguments = arguments_of(overlay)
     world = int(flags["devices"]) * int(flags.get("num_nodes", 1))
     mesh = resolve_degrees(MeshStrategy(**arguments).degrees, world)
-    usual = base["trainer"]
-    steps = int(flags.get("accumulate_grad_batches", usual["accumulate_grad_batches"]))
+    trainer_config = base["trainer"]
+    steps = int(flags.get("accumulate_grad_batches", trainer_config["accumulate_grad_batches"]))
     share, left = divmod(
         base["data"]["init_args"]["batch_size"], steps * mesh["dp_replicate"] * mesh["dp_shard"]
     )
     assert left == 0
     assert share % arguments.get("num_microbatches", 1) == 0
-    assert int(flags.get("val_check_interval", usual["val_check_interval"])) == 2000 * steps
+    assert (
+        int(flags.get("val_check_interval", trainer_config["val_check_interval"])) == 2000 * steps
+    )
 
 
 @pytest.mark.parametrize(
-    ("words", "devices", "told"),
+    ("words", "devices", "message"),
     [
         (["2d"], 3, "(dp_shard=-1, tp=2) needs a multiple of 2 processes; there are 3"),
         (["3d"], 4, "needs a multiple of 8 processes; there are 4"),
@@ -115,13 +116,13 @@ def test_the_command_above_a_file_names_it_and_can_be_typed(name):
     ],
 )
 def test_a_world_that_does_not_fit_is_refused_with_the_number_to_type(
-    words, devices, told, tmp_path, monkeypatch, capsys
+    words, devices, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     overlay, *more = words
     devices = f"--trainer.devices={devices}"
     assert main([*WORDS, "--config", f"strategy/{overlay}", devices, *more]) == 2
     said = capsys.readouterr().err
-    assert told in said
+    assert message in said
     assert re.search(r"type:? --trainer.devices=\d+\n", said)
     assert not list(tmp_path.iterdir())

@@ -560,6 +560,6 @@ def peak(strategy):
 
 @pytest.mark.parametrize(("world", "bound"), [(2, 0.65), (4, 0.5)])
 def test_the_peak_of_a_step_is_below_that_of_ddp(ranks, world, bound):
-    ours, theirs = max(ranks(peak, world, "zero1")), min(ranks(peak, world, "ddp"))
-    assert 1 + ours < bound * (2 + theirs)
-    assert ours < 3 / world + 0.8  # G / n, S / n, and what is on its way
+    zero1_peak, ddp_peak = max(ranks(peak, world, "zero1")), min(ranks(peak, world, "ddp"))
+    assert 1 + zero1_peak < bound * (2 + ddp_peak)
+    assert zero1_peak < 3 / world + 0.8  # G / n, S / n, and what is on its way

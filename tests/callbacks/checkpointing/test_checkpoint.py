@@ -124,10 +124,10 @@ def test_weights_that_are_not_finite_never_replace_a_good_file(tmp_path: Path) -
     ended = r"the weights went to infinity by step 6, the end of the run; .*step=000004\.ckpt"
     with (
         pytest.warns(UserWarning, match=text),
-        pytest.raises(NonFiniteError, match=ended) as told,
+        pytest.raises(NonFiniteError, match=ended) as caught,
     ):
         fit(Net([5, 4, 3], spoil=6), keep, max_steps=6)
-    assert told.value.exit_status == 1
+    assert caught.value.exit_status == 1
     assert names(tmp_path) == ["step=000004.ckpt"]
     assert keep.best_model_path == keep.last_model_path == str(tmp_path / "step=000004.ckpt")
     assert find_damage(keep.best_model_path) is None
@@ -138,9 +138,9 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_file_before(
 ) -> None:
     keep = Checkpoint(str(tmp_path))
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", failing_after(2))
-    with pytest.raises(CheckpointError, match="no more room") as told:
+    with pytest.raises(CheckpointError, match="no more room") as caught:
         fit(Net([5, 4, 3, 2, 1]), keep)
-    assert told.value.exit_status == 1
+    assert caught.value.exit_status == 1
     assert names(tmp_path) == ["step=000004.ckpt"]
     assert find_damage(tmp_path / "step=000004.ckpt") is None
 

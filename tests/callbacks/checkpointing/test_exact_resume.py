@@ -450,21 +450,21 @@ def test_an_optimizer_that_draws_moves_all_ranks_as_one_process(ranks: Any) -> N
 
 @pytest.mark.parametrize("steps_first", [True, False])
 def test_a_step_by_hand_leaves_what_the_module_draws_as_it_was(steps_first: bool) -> None:
-    class Draws(NetInInit):
+    class DrawsNumbers(NetInInit):
         def __init__(self) -> None:
             super().__init__()
-            self.automatic_optimization, self.drawn = False, []
+            self.automatic_optimization, self.random_values = False, []
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
             loss = F.mse_loss(self.net(batch[0]), batch[1])
             self.manual_backward(loss)
             if steps_first:
                 self.optimizers().step()
-            self.drawn.append((torch.rand(()).item(), random.random(), numpy.random.rand()))
+            self.random_values.append((torch.rand(()).item(), random.random(), numpy.random.rand()))
             if not steps_first:
                 self.optimizers().step()
 
-    module = Draws()
+    module = DrawsNumbers()
     trainer = L.Trainer(
         max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
@@ -476,7 +476,7 @@ def test_a_step_by_hand_leaves_what_the_module_draws_as_it_was(steps_first: bool
     for index in range(2):
         seed_all(0, index, 0, torch.device("cpu"))
         expected.append((torch.rand(()).item(), random.random(), numpy.random.rand()))
-    assert module.drawn == expected
+    assert module.random_values == expected
 
 
 def test_no_two_micro_batches_or_ranks_draw_alike() -> None:
@@ -484,11 +484,11 @@ def test_no_two_micro_batches_or_ranks_draw_alike() -> None:
     numbers = {seed_all(7, i, rank, cpu) for i in range(2000) for rank in range(4)}
     assert len(numbers) == 8000
     seed_all(7, 5, 1, cpu)
-    drawn = (torch.rand(()).item(), random.random())
+    random_values = (torch.rand(()).item(), random.random())
     seed_all(7, 6, 1, cpu)
-    assert (torch.rand(()).item(), random.random()) != drawn
+    assert (torch.rand(()).item(), random.random()) != random_values
     seed_all(7, 5, 1, cpu)
-    assert (torch.rand(()).item(), random.random()) == drawn
+    assert (torch.rand(()).item(), random.random()) == random_values
 
 
 def test_a_file_written_within_a_step_is_left_to_lightning(tmp_path: Path) -> None:
@@ -829,7 +829,7 @@ class Labelled(L.LightningDataModule):
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps with EMA and clipping."""
     folder = tmp_path_factory.mktemp("begun")
     keep = Checkpoint(str(folder))
@@ -841,17 +841,17 @@ KEPT = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
 
 @KEPT
-def test_a_resume_without_ema_is_refused_or_starts_from_the_raw_weights(begun: Path) -> None:
+def test_a_resume_without_ema_is_refused_or_starts_from_the_raw_weights(first_run: Path) -> None:
     with pytest.raises(ValueError, match=r"had EMA, which is missing.*accept=\[EMA\]"):
-        go_on_otherwise(begun, GradientClipping(), ExactResume())
+        go_on_otherwise(first_run, GradientClipping(), ExactResume())
 
     class First(Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
             self.__dict__.setdefault("weights", copy.deepcopy(dict(pl_module.named_parameters())))
 
     with_it, without = First(), First()
-    go_on_otherwise(begun, EMA(0.5), GradientClipping(), ExactResume(), with_it)
-    go_on_otherwise(begun, GradientClipping(), ExactResume(accept="EMA"), without)
+    go_on_otherwise(first_run, EMA(0.5), GradientClipping(), ExactResume(), with_it)
+    go_on_otherwise(first_run, GradientClipping(), ExactResume(accept="EMA"), without)
     assert differences(with_it.weights, without.weights) == []
     with pytest.raises(ValueError, match=r"accept='ema'; allowed: EMA, data, optimizer"):
         ExactResume(accept=["ema"])
@@ -859,16 +859,16 @@ def test_a_resume_without_ema_is_refused_or_starts_from_the_raw_weights(begun: P
 
 @KEPT
 def test_a_line_names_each_callback_left_out_or_added(
-    begun: Path, capsys: pytest.CaptureFixture[str]
+    first_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    go_on_otherwise(begun, EMA(0.5), NaNGuard(), ExactResume())
+    go_on_otherwise(first_run, EMA(0.5), NaNGuard(), ExactResume())
     lines = capsys.readouterr().out.splitlines()
     assert (
         "GradientClipping was in the run of the checkpoint and is missing here: it acts no more"
         in lines
     )
     assert "NaNGuard was not in the run of the checkpoint: it begins here" in lines
-    go_on_otherwise(begun, EMA(0.5), GradientClipping(), ExactResume())
+    go_on_otherwise(first_run, EMA(0.5), GradientClipping(), ExactResume())
     assert "of the checkpoint" not in capsys.readouterr().out
 
 
@@ -882,12 +882,12 @@ def test_a_line_names_each_callback_left_out_or_added(
     ],
 )
 def test_changed_data_are_refused_or_accepted_in_words(
-    begun: Path, data: Any, said: str, capsys: pytest.CaptureFixture[str]
+    first_run: Path, data: Any, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = EMA(0.5), GradientClipping()
     with pytest.raises(ValueError, match=rf"the training data have changed \({said}"):
-        go_on_otherwise(begun, *same, ExactResume(), data=data)
-    go_on_otherwise(begun, *same, ExactResume(accept=["data"]), data=data)
+        go_on_otherwise(first_run, *same, ExactResume(), data=data)
+    go_on_otherwise(first_run, *same, ExactResume(accept=["data"]), data=data)
     assert "the training data have changed, which is accepted" in capsys.readouterr().out
 
 
@@ -899,12 +899,12 @@ class OtherOptimizer(Net):
 
 
 @KEPT
-def test_the_state_of_another_optimizer_is_refused_or_left(begun: Path) -> None:
+def test_the_state_of_another_optimizer_is_refused_or_left(first_run: Path) -> None:
     same = EMA(0.5), GradientClipping()
     with pytest.raises(ValueError, match=r"has the state of AdamW, and this run SGD"):
-        go_on_otherwise(begun, *same, ExactResume(), net=OtherOptimizer())
+        go_on_otherwise(first_run, *same, ExactResume(), net=OtherOptimizer())
     accepting = ExactResume(accept=["optimizer"])
-    trainer = go_on_otherwise(begun, *same, accepting, net=OtherOptimizer())
+    trainer = go_on_otherwise(first_run, *same, accepting, net=OtherOptimizer())
     assert trainer.global_step == 8
 
 

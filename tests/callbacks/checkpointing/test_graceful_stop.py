@@ -174,14 +174,14 @@ def test_a_file_that_the_step_has_just_written_is_not_written_again(tmp_path: Pa
 def test_a_worker_of_a_loader_leaves_the_decision_to_the_main_process(tmp_path: Path) -> None:
     answers = []
 
-    class Fork(Callback):
+    class StartsProcess(Callback):
         def on_train_start(self, *_: Any) -> None:
             if (child := os.fork()) == 0:
                 os.kill(os.getpid(), signal.SIGINT)
                 os._exit(7)
             answers.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
-    fit(trainer(tmp_path, Fork(), max_steps=1))
+    fit(trainer(tmp_path, StartsProcess(), max_steps=1))
     assert answers == [7]
 
 
@@ -195,8 +195,8 @@ def test_an_error_gives_the_signals_back(tmp_path: Path) -> None:
 
 
 def stop_one_of_two(folder: str, hook: str, at: int, rank: int) -> tuple:
-    mine = os.environ["RANK"] == str(rank)
-    send = Send(hook, at if mine else 0, signal.SIGTERM)
+    is_target = os.environ["RANK"] == str(rank)
+    send = Send(hook, at if is_target else 0, signal.SIGTERM)
     run = trainer(Path(folder), send, devices=2, strategy="ddp", max_steps=2000)
     try:
         net = fit(run)

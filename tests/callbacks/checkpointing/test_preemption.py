@@ -72,7 +72,7 @@ def run(folder, name):
     """Exit status, checkpoint and step of a run that a signal may end."""
     strategy, hit, place, n, signals, _ = CASES[name]
     os.environ["ONE"] = "1" if strategy == "ddp" else ""
-    mine = int(os.environ["RANK"]) in hit
+    is_target = int(os.environ["RANK"]) in hit
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
         max_steps=5000,
@@ -80,7 +80,7 @@ def run(folder, name):
         devices=int(os.environ["WORLD_SIZE"]),
         strategy=STRATEGIES[strategy](),
         callbacks=[
-            *([Hit(place, n, signals)] if mine else []),
+            *([Hit(place, n, signals)] if is_target else []),
             Checkpoint(str(folder), every_n_train_steps=2),
             ExactResume(),
             GracefulStop(),
@@ -129,9 +129,9 @@ def test_what_ends_a_rank_ends_all_and_leaves_a_whole_checkpoint(name, tmp_path)
     for status, allowed in zip(statuses, CASES[name][-1], strict=True):
         assert status in (allowed if allowed is EITHER else [allowed]), statuses
     assert set(statuses) != {FAILED}
-    newest, passed_over = latest_valid_checkpoint(tmp_path)
+    newest, damaged_paths = latest_valid_checkpoint(tmp_path)
     assert newest is not None
-    assert not passed_over
+    assert not damaged_paths
     content = AtomicCheckpointIO().load_checkpoint(newest)
     assert f"step={content['global_step']:06d}.ckpt" == newest.name
     if signals in ([TERM], [USR1]):  # all at one step, and told of one file

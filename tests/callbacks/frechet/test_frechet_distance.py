@@ -21,7 +21,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ravine.callbacks import FrechetDistance, GenerateSamples
-from ravine.callbacks.frechet import callback as frechet_callback
+from ravine.callbacks.frechet import callback as callback_module
 from ravine.callbacks.frechet import inception
 from ravine.callbacks.frechet.distributed_features import FeatureExtractorPool, proportional_labels
 from ravine.callbacks.frechet.statistics import Gaussian, Moments, frechet_distance, kernel_distance
@@ -71,7 +71,7 @@ def paint(number: int, size: int = 8, bright: int = 256) -> torch.Tensor:
     return torch.randint(bright, (1, size, size), generator=g, dtype=torch.uint8)
 
 
-class Pictures(L.LightningDataModule):
+class PaintedData(L.LightningDataModule):
     def __init__(self, train: int = 96, test: int = 64, size: int = 8):
         super().__init__()
         self.counts, self.size = {"train": train, "test": test}, size
@@ -93,7 +93,7 @@ def measured(callback, module=None, data=None, world: int = 1):
         logger=False, callbacks=[callback], enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
-    trainer.validate(module or Painter(), data or Pictures(), verbose=False)
+    trainer.validate(module or Painter(), data or PaintedData(), verbose=False)
     return callback.last_metrics | {"logged": dict(trainer.callback_metrics)}
 
 
@@ -135,8 +135,8 @@ def test_products_in_blocks_are_the_whole_products() -> None:
     one, other = correlated(900, 300, 1), correlated(900, 300, 2, 0.1)  # blocks are of 256
     product = torch.cov(one.T) @ torch.cov(other.T)
     shared = torch.linalg.eigvals(product).sqrt().real.sum()
-    apart = (one.mean(0) - other.mean(0)).square().sum()
-    exact = apart + torch.cov(one.T).trace() + torch.cov(other.T).trace() - 2 * shared
+    distance_squared = (one.mean(0) - other.mean(0)).square().sum()
+    exact = distance_squared + torch.cov(one.T).trace() + torch.cov(other.T).trace() - 2 * shared
     assert distance(one, other) == pytest.approx(float(exact), rel=1e-10)
 
 
@@ -205,26 +205,26 @@ def both(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_torch_fidelity_computes_the_same_to_nine_digits() -> None:
-    real, drawn = both(400)
-    theirs = official(drawn, real, kid=True, kid_subsets=1, kid_subset_size=400)
+    real, generated = both(400)
+    expected = official(generated, real, kid=True, kid_subsets=1, kid_subset_size=400)
     extract = Random()
-    ours = distance(extract(drawn), extract(real))
-    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
-    kernel = float(kernel_distance(extract(drawn), extract(real)))
-    assert kernel == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-7)
+    actual = distance(extract(generated), extract(real))
+    assert actual == pytest.approx(expected["frechet_inception_distance"], rel=1e-9)
+    kernel = float(kernel_distance(extract(generated), extract(real)))
+    assert kernel == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-7)
 
 
 def test_torchmetrics_computes_the_same_to_six_digits() -> None:
     class Features(Random):
         num_features = D
 
-    real, drawn = both(400)
+    real, generated = both(400)
     metric = FrechetInceptionDistance(feature=Features(), normalize=False)
     metric.update(real, real=True)
-    metric.update(drawn, real=False)
+    metric.update(generated, real=False)
     extract = Random()
-    ours = distance(extract(drawn), extract(real))
-    assert ours == pytest.approx(float(metric.compute()), rel=1e-6)
+    actual = distance(extract(generated), extract(real))
+    assert actual == pytest.approx(float(metric.compute()), rel=1e-6)
 
 
 def test_the_kernel_distance_is_unbiased() -> None:
@@ -250,8 +250,8 @@ def test_a_rank_deficient_covariance_gives_a_finite_number_near_the_singular_val
     one, other = correlated(30, 64, 1), correlated(30, 64, 2, 0.5)
     (a, b), (n, m) = ((f - f.mean(0) for f in (one, other)), (29, 29))
     shared = torch.linalg.svdvals(a @ b.T).sum() / (n * m) ** 0.5
-    apart = (one.mean(0) - other.mean(0)).square().sum()
-    exact = apart + a.square().sum() / n + b.square().sum() / m - 2 * shared
+    distance_squared = (one.mean(0) - other.mean(0)).square().sum()
+    exact = distance_squared + a.square().sum() / n + b.square().sum() / m - 2 * shared
     assert distance(one, other) == pytest.approx(float(exact), rel=1e-6)
 
 
@@ -278,18 +278,18 @@ def test_any_number_of_ranks_gives_the_same_bits(
 
 def test_the_callback_says_what_the_formula_says_of_the_same_images() -> None:
     data, callback = (
-        Pictures(train=200, test=130),
+        PaintedData(train=200, test=130),
         FrechetDistance(Random(), num_samples=100, batch_size=32),
     )
     found = measured(callback, Painter(bright=200), data)
     extract, (real, _), (test, _) = Random(), data.get_split("train"), data.get_split("test")
-    drawn = torch.stack([paint(i + 10_000, bright=200) for i in range(100)])
-    assert found["val/fd_random"] == pytest.approx(distance(extract(drawn), extract(real)))
+    generated = torch.stack([paint(i + 10_000, bright=200) for i in range(100)])
+    assert found["val/fd_random"] == pytest.approx(distance(extract(generated), extract(real)))
     chosen = mixed(130)[:100]
     floor = distance(extract(test[chosen]), extract(real))
     assert found["val/fd_random_real_baseline"] == pytest.approx(floor)
     assert found["val/fd_random_over_baseline"] == pytest.approx(found["val/fd_random"] / floor)
-    kernel = kernel_distance(extract(drawn), extract(real[mixed(200)])[:100])
+    kernel = kernel_distance(extract(generated), extract(real[mixed(200)])[:100])
     assert found["val/kd_random"] == pytest.approx(float(kernel))
     assert found["val/fd_random_num_samples"] == 100
     assert found["val/fd_random_images_per_second"] > 0
@@ -302,8 +302,8 @@ def test_a_reference_is_so_many_of_the_training_images_drawn_from_all() -> None:
         FrechetDistance(Random(), num_samples=40, num_real_images=60), Painter(bright=200), data
     )
     real, extract = data.get_split("train")[0][mixed(200)[:60]], Random()
-    drawn = torch.stack([paint(i + 10_000, bright=200) for i in range(40)])
-    assert found["val/fd_random"] == pytest.approx(distance(extract(drawn), extract(real)))
+    generated = torch.stack([paint(i + 10_000, bright=200) for i in range(40)])
+    assert found["val/fd_random"] == pytest.approx(distance(extract(generated), extract(real)))
 
 
 def test_the_floor_is_the_mean_over_disjoint_draws_of_the_test_images(
@@ -346,7 +346,7 @@ def test_there_are_as_many_draws_as_the_test_images_allow_up_to_ten(
     test: int, draws: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        measured(FrechetDistance(Random(), num_samples=64), data=Pictures(test=test))
+        measured(FrechetDistance(Random(), num_samples=64), data=PaintedData(test=test))
     said = re.findall(
         r"real test images are [\d.]+ \((\d+) draws, [\d.]+ to [\d.]+\) away", caplog.text
     )
@@ -378,17 +378,17 @@ UNPUBLISHED = "is not the published InceptionV3"
 
 @pytest.mark.filterwarnings("ignore:FrechetDistance")
 def test_the_distance_in_inceptions_features_is_that_of_torch_fidelity(weights: Path) -> None:
-    data, painter = Pictures(train=80, test=40), Painter(bright=180)
+    data, painter = PaintedData(train=80, test=40), Painter(bright=180)
     callback = FrechetDistance(layer=64, weights=str(weights), num_samples=40, batch_size=20)
     with pytest.warns(UserWarning, match=UNPUBLISHED):
         found = measured(callback, painter, data)
-    real, drawn = data.get_split("train")[0], painter.generate_images(torch.arange(40))
-    theirs = official(
-        drawn.expand(-1, 3, -1, -1), real.expand(-1, 3, -1, -1),
+    real, generated = data.get_split("train")[0], painter.generate_images(torch.arange(40))
+    expected = official(
+        generated.expand(-1, 3, -1, -1), real.expand(-1, 3, -1, -1),
         feature_extractor="inception-v3-compat", feature_layer_fid="64",
         feature_extractor_weights_path=str(weights),
     )["frechet_inception_distance"]  # fmt: skip
-    assert found["val/fd_inception_64"] == pytest.approx(theirs, rel=1e-4)
+    assert found["val/fd_inception_64"] == pytest.approx(expected, rel=1e-4)
     assert "val/fid" not in found
 
 
@@ -407,10 +407,10 @@ def test_fid_is_of_2048_features_finite_and_leaves_no_inception_behind(
             moved.append(str(device))
             return super().to(device)
 
-    monkeypatch.setattr(frechet_callback, "Inception", Watched)
+    monkeypatch.setattr(callback_module, "Inception", Watched)
     callback = FrechetDistance(weights=str(weights), num_samples=4, batch_size=4)
     with pytest.warns(UserWarning, match="4 images and 2048 features: the covariance cannot have"):
-        found = measured(callback, data=Pictures(train=4, test=4))
+        found = measured(callback, data=PaintedData(train=4, test=4))
     assert 0 < found["val/fid"] < float("inf")
     assert "val/kid" in found
     gc.collect()
@@ -433,7 +433,7 @@ def test_what_is_known_of_the_real_images_is_kept_under_a_key_of_all_that_decide
         callback = FrechetDistance(
             **({"extractor": extractor, "num_samples": 40, "cache_dir": folder} | changes)
         )
-        return measured(callback, data=Pictures(train, test))["val/fd_random"]
+        return measured(callback, data=PaintedData(train, test))["val/fd_random"]
 
     first = again()
     assert again() == first
@@ -497,7 +497,7 @@ def test_extractors_without_parameters_do_not_share_what_is_kept(tmp_path: Path)
     assert of(2.0, "shared") == of(2.0, "own")
 
 
-class Sorted(Pictures):
+class Sorted(PaintedData):
     """Four classes of four brightnesses, one after another, or mixed."""
 
     mixed = False
@@ -525,8 +525,10 @@ def test_the_kernel_distance_does_not_hang_on_the_order_of_the_images() -> None:
         data.mixed = mixed
         found.append(measured(FrechetDistance(Brightness(1), num_samples=100), Labelled(), data))
     one, other = (each["val/kd_brightness"] for each in found)
-    apart = measured(FrechetDistance(Brightness(1), num_samples=100), Painter(bright=60), data)
-    assert abs(one - other) < 0.1 * apart["val/kd_brightness"]
+    distance_squared = measured(
+        FrechetDistance(Brightness(1), num_samples=100), Painter(bright=60), data
+    )
+    assert abs(one - other) < 0.1 * distance_squared["val/kd_brightness"]
 
 
 def test_samples_are_drawn_with_the_labels_of_the_data() -> None:
@@ -542,15 +544,15 @@ def test_samples_are_drawn_with_the_labels_of_the_data() -> None:
 
 
 def test_no_more_features_are_held_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    held, cat = [], torch.cat
-    monkeypatch.setattr(torch, "cat", lambda parts, *a: held.extend(parts) or cat(parts, *a))
+    sizes, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts, *a: sizes.extend(parts) or cat(parts, *a))
     work = FeatureExtractorPool(L.Trainer(accelerator="cpu"), Random(), 32, torch.device("cpu"))
-    real = Pictures(train=128).get_split("train")[0]
+    real = PaintedData(train=128).get_split("train")[0]
     for keep in (0, 40, 200):
         _, features = work.compute_moments(lambda i: real[i], 128, None, keep)
         assert torch.equal(features, Random()(real)[:keep])
-        held.append(features)
-        assert all(part.untyped_storage().nbytes() == part.nbytes for part in held)
+        sizes.append(features)
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in sizes)
 
 
 class Trained(Painter):
@@ -569,7 +571,7 @@ def fit(callback: L.Callback, **more: int) -> None:
         accelerator="cpu", logger=False, callbacks=[callback], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **more,
     )  # fmt: skip
-    trainer.fit(Trained(), datamodule=Pictures())
+    trainer.fit(Trained(), datamodule=PaintedData())
 
 
 @pytest.mark.parametrize("callback", [FrechetDistance(Random()), GenerateSamples()])
@@ -580,9 +582,9 @@ def test_a_fit_without_validation_is_refused(callback: L.Callback) -> None:
 
 def test_the_real_images_are_read_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, distances = [], []
-    original, measure = frechet_callback.fingerprint_tensors, FrechetDistance._measure
+    original, measure = callback_module.fingerprint_tensors, FrechetDistance._measure
     monkeypatch.setattr(
-        frechet_callback, "fingerprint_tensors", lambda *a: seen.append(len(a)) or original(*a)
+        callback_module, "fingerprint_tensors", lambda *a: seen.append(len(a)) or original(*a)
     )
     monkeypatch.setattr(FrechetDistance, "_measure", lambda *a: distances.append(measure(*a)))
     fit(FrechetDistance(Random(), num_samples=64), max_epochs=3)
@@ -656,7 +658,7 @@ def test_sizes_that_mean_nothing_are_refused(bad: dict[str, int]) -> None:
 def test_more_samples_than_test_images_are_said_to_have_another_floor() -> None:
     message = r"baseline is of 20 real test images .* --trainer.*\.num_samples=20"
     with pytest.warns(UserWarning, match=message):
-        measured(FrechetDistance(Random(), num_samples=64), data=Pictures(test=20))
+        measured(FrechetDistance(Random(), num_samples=64), data=PaintedData(test=20))
 
 
 def test_missing_weights_are_answered_with_the_file_and_its_place(

@@ -104,9 +104,9 @@ def cut_and_continued(kind, quantized, strategy, folder, step, devices=2):
 def test_adapters_saved_alone_resume_bit_for_bit(tmp_path, kind, quantized, step):
     straight, resumed = cut_and_continued(kind, quantized, "auto", tmp_path, step, 1)
     assert furthest(straight, resumed) == 0
-    held = torch.load(tmp_path / "auto.ckpt", weights_only=True)["state_dict"]
-    assert held
-    assert all("lora_" in name for name in held)
+    state = torch.load(tmp_path / "auto.ckpt", weights_only=True)["state_dict"]
+    assert state
+    assert all("lora_" in name for name in state)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
@@ -211,8 +211,8 @@ def test_a_checkpoint_of_a_pretrained_module_holds_adapters_and_the_identity_of_
     assert checkpoint["lora"]["base"]["file"] == str(base)
     assert len(checkpoint["lora"]["base"]["sha256"]) == 64
     weights = torch.load(base, weights_only=True)["state_dict"]
-    held = dict(straight.named_parameters())
-    assert all(torch.equal(held[name], value) for name, value in weights.items())
+    state = dict(straight.named_parameters())
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
     resumed, _ = tuned(base, resume=tmp_path / "cut.ckpt")
     assert furthest(whole(straight), whole(resumed)) == 0
     reader = NetInInit()
@@ -228,8 +228,8 @@ def test_the_adapter_file_is_as_small_as_its_share(tmp_path):
             partial(NetInInit, width=4096), LoRA("net.2", rank=1, save=save), steps=1, validate=0
         )
         trainer.save_checkpoint(tmp_path / f"{save}.ckpt")
-        held = torch.load(tmp_path / f"{save}.ckpt", weights_only=True)["state_dict"]
-        sizes[save] = sum(v.numel() * v.itemsize for v in held.values())
+        state = torch.load(tmp_path / f"{save}.ckpt", weights_only=True)["state_dict"]
+        sizes[save] = sum(v.numel() * v.itemsize for v in state.values())
     count = sum(p.numel() for p in module.parameters())
     share = sum(p.numel() for p in module.parameters() if p.requires_grad) / count
     assert sizes["adapter"] <= 1.1 * share * sizes["all"]

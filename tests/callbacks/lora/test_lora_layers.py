@@ -76,7 +76,7 @@ def test_merged_equals_unmerged_and_class_and_keys_are_as_before(name):
         assert torch.equal(plain(x), net(x))
 
 
-def theirs(ours, layer, rank, alpha, rslora=False):
+def peft_layer(actual, layer, rank, alpha, rslora=False):
     """peft's layer with the same three matrices."""
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], use_rslora=rslora)
     net = peft.inject_adapter_in_model(config, nn.Sequential(layer)).double()
@@ -84,8 +84,8 @@ def theirs(ours, layer, rank, alpha, rslora=False):
     a = next(p for n, p in parts.items() if "_A" in n)
     b = next(p for n, p in parts.items() if "_B" in n)
     with torch.no_grad():
-        a.copy_(ours[0].lora_a)
-        b.copy_(ours[0].lora_b)
+        a.copy_(actual[0].lora_a)
+        b.copy_(actual[0].lora_b)
     return net, a, b
 
 
@@ -94,19 +94,19 @@ def theirs(ours, layer, rank, alpha, rslora=False):
 def test_forward_and_adapter_gradients_equal_pefts(name, rslora):
     make, shape, _ = LAYERS[name]
     layer = make().double()
-    twin = make().double()
-    twin.load_state_dict(layer.state_dict())
+    layer_copy = make().double()
+    layer_copy.load_state_dict(layer.state_dict())
     inject_lora(layer, "0", rank=2, alpha=5.0, rank_stabilized=rslora)
-    other, a, b = theirs(randomized(layer), twin[0], 2, 5, rslora)
+    other, a, b = peft_layer(randomized(layer), layer_copy[0], 2, 5, rslora)
     x = torch.randint(9, (5, 3)) if shape is None else torch.randn(shape, dtype=DOUBLE)
-    ours, peftly = layer(x), other(x)
-    assert (ours - peftly).abs().max() <= 1e-12
-    weight = torch.randn_like(ours)
-    (ours * weight).sum().backward()
+    actual, peftly = layer(x), other(x)
+    assert (actual - peftly).abs().max() <= 1e-12
+    weight = torch.randn_like(actual)
+    (actual * weight).sum().backward()
     (peftly * weight).sum().backward()
-    for mine, its in ((layer[0].lora_a, a), (layer[0].lora_b, b)):
-        assert mine.grad.abs().max() > 0.01
-        assert (mine.grad - its.grad).abs().max() <= 1e-12
+    for parameter, peft_parameter in ((layer[0].lora_a, a), (layer[0].lora_b, b)):
+        assert parameter.grad.abs().max() > 0.01
+        assert (parameter.grad - peft_parameter.grad).abs().max() <= 1e-12
 
 
 def test_a_fused_qkv_is_three_layers_side_by_side():
@@ -278,19 +278,19 @@ def test_gradients_of_an_attention_equal_those_through_its_dense_weights():
     randomized(net)
     x, layer = torch.randn(2, 5, 8, dtype=DOUBLE), net["attend"]
     layer(x, x, x)[0].square().sum().backward()
-    twin = attention()
+    layer_copy = attention()
     changes = layer.lora_delta_weights()
-    twin["attend"].load_state_dict(
+    layer_copy["attend"].load_state_dict(
         {k: v for k, v in layer.state_dict().items() if "lora_" not in k}
     )
     with torch.no_grad():
-        twin["attend"].in_proj_weight += changes["in_proj_weight"]
-        twin["attend"].out_proj.weight += changes["out_proj.weight"]
-    twin["attend"](x, x, x)[0].square().sum().backward()
-    dense = twin["attend"].out_proj.weight.grad
+        layer_copy["attend"].in_proj_weight += changes["in_proj_weight"]
+        layer_copy["attend"].out_proj.weight += changes["out_proj.weight"]
+    layer_copy["attend"](x, x, x)[0].square().sum().backward()
+    dense = layer_copy["attend"].out_proj.weight.grad
     expected = 1.5 * layer.lora_out_b.mT @ dense
     assert (layer.lora_out_a.grad - expected).abs().max() <= 1e-12
-    dense = twin["attend"].in_proj_weight.grad[8:16]  # of the keys
+    dense = layer_copy["attend"].in_proj_weight.grad[8:16]  # of the keys
     expected = 1.5 * layer.lora_in_b[8:16].mT @ dense
     assert (layer.lora_in_a.grad[2:4] - expected).abs().max() <= 1e-12
 

@@ -53,11 +53,11 @@ def test_the_alarm_rings_once_when_texts_die_and_says_when_they_live_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alarm = MetricAlert()
-    shares = {
+    fractions = {
         "frac_unique_texts": [1, 1, 0.01, 0.01, 1, 0.2],
         "frac_in_vocab": [0.8, 0.7, 0.3, 0.19, 0.19],
     }
-    fit(Scripted(**shares), alarm, tmp_path, 6)
+    fit(Scripted(**fractions), alarm, tmp_path, 6)
     lines = [line for line in capsys.readouterr().out.splitlines() if "train/" in line]
     assert [line.split(":")[0] for line in lines] == ["step 3", "step 4", "step 5", "step 6"]
     assert "train/frac_unique_texts is 0.01, below 0.5: what is sampled has degenerated" in lines[0]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ravine.callbacks import GenerateSamples, LossPlot, PredictionTable, ProgressBar
 from ravine.callbacks.generation.predictions import print_table
-from ravine.callbacks.monitoring import plots as curves_module
+from ravine.callbacks.monitoring import plots as plots_module
 from ravine.callbacks.monitoring import progress as progress_module
 from ravine.callbacks.monitoring.loss_plot import save_loss_plot
 from ravine.callbacks.monitoring.progress import count_total_steps, count_units, format_duration
@@ -203,7 +203,7 @@ def test_a_continued_run_draws_the_whole_curve() -> None:
 
 
 def test_a_long_curve_is_thinned_and_stays_even(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curves_module, "MAX_POINTS", 20)
+    monkeypatch.setattr(plots_module, "MAX_POINTS", 20)
     plot = LossPlot()
     trainer(plot, max_steps=90, log_every_n_steps=1, limit_val_batches=0).fit(NetInInit())
     steps = [step for step, _ in plot.state_dict()["train"]]

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 
 from ravine.callbacks import Compile, Summary, Throughput
 from ravine.callbacks.monitoring import throughput
-from ravine.lightning_modules import LanguageModel
-from ravine.lightning_modules import model_stats as accounting
+from ravine.lightning_modules import LanguageModel, model_stats
 
 SHAPE: dict[str, Any] = {"num_layers": 2, "d_model": 16, "num_heads": 2}
 
@@ -86,12 +85,12 @@ class Told(Naps):
     now = 0.0
 
     def train_dataloader(self) -> list[torch.Tensor]:
-        told = self
+        module = self
 
         class Slow(list):
             def __iter__(self):  # type: ignore[no-untyped-def]
                 for item in super().__iter__():
-                    told.now += 1.0
+                    module.now += 1.0
                     yield item
 
         return Slow(torch.ones(6, 1) for _ in range(100))
@@ -185,14 +184,14 @@ def test_training_flops_are_six_for_each_weight_and_the_scores() -> None:
         "num_layers": 12,
         "d_model": 768,
     }
-    terms = accounting.count_parameters(50257, 1024, **shape)
+    terms = model_stats.count_parameters(50257, 1024, **shape)
     assert sum(terms.values()) == 124_439_808 + 47 * 768  # the head is padded to 50,304 rows
-    flops = accounting.count_training_flops(50257, 1024, **shape)
+    flops = model_stats.count_training_flops(50257, 1024, **shape)
     weights = 50304 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768
     assert flops == 6 * weights + 12 * 12 * 768 * 1024
     assert 523_000 * flops / 793e12 == pytest.approx(0.56, abs=0.01)  # nanoGPT on an H200
     assert (
-        accounting.kv_cache_bytes(64, 512, 8, 512, bytes_per_element=2)
+        model_stats.kv_cache_bytes(64, 512, 8, 512, bytes_per_element=2)
         == 2 * 8 * 64 * 512 * 512 * 2
     )
 
@@ -204,11 +203,11 @@ def test_the_lecture_s_net_is_counted_by_hand() -> None:
         "out_proj": False,
         "d_model": 256,
     }
-    full = accounting.count_training_flops(
+    full = model_stats.count_training_flops(
         65, 128, num_layers=4, activation="relu", bias="mlp", **shape
     )
     assert full == 6 * (65 * 256 + 4 * (11 * 256**2 + 5 * 256)) + 12 * 4 * 256 * 128
-    bigrams = accounting.count_training_flops(
+    bigrams = model_stats.count_training_flops(
         65, 128, num_layers=1, activation="none", attention_variant="identity", **shape
     )
     assert bigrams == 6 * 65 * 256

@@ -22,7 +22,7 @@ from ravine.callbacks import ExactResume, GradientClipping, LRSchedule, Optimize
 from ravine.callbacks.optimizers.composite import CompositeOptimizer, takes_closure
 from ravine.callbacks.optimizers.optimizer_errors import OptimizerError
 from ravine.callbacks.optimizers.param_groups import RuleParams, build_optimizer
-from ravine.cli import error_report as errors
+from ravine.cli import error_report
 from ravine.strategies import AtomicCheckpointIO
 from ravine.strategies.checkpoint.atomic_io import CheckpointError, check_serializable
 
@@ -231,7 +231,7 @@ def swing(gradient, state):
     return gradient * state["it"].value
 
 
-def drawn(gradient, state):
+def random_update(gradient, state):
     return gradient + torch.randn(gradient.shape, generator=state["it"])
 
 
@@ -406,7 +406,9 @@ KINDS = {
     "an object of its package": remembering(
         "Objects", Precondition, lambda g, state: state["it"](g)
     ),
-    "a random generator": remembering("Draws", lambda g: torch.Generator().manual_seed(3), drawn),
+    "a random generator": remembering(
+        "Draws", lambda g: torch.Generator().manual_seed(3), random_update
+    ),
     "a number of numpy": remembering("Numbers", lambda g: numpy.float64(4.0), scaled),
     "an array of numpy": Arrays,
     "dicts and lists in the state": remembering(
@@ -609,7 +611,7 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused_in_the_first_step(what):
         fitted(OptimizerPlan(remembering("Keeps", make, lock)), ends)
     assert steps == []
     assert words in str(caught.value)
-    assert errors.exit_status(caught.value) == 1
+    assert error_report.exit_status(caught.value) == 1
 
 
 def test_a_checkpoint_makes_no_object_of_a_class_outside_the_optimizers_package():
@@ -697,9 +699,9 @@ def test_an_error_of_a_package_is_one_line_and_an_error_of_own_code_keeps_its_tr
 ):
     with pytest.raises(RuntimeError, match=r"^no\nluck$"):
         fitted(OptimizerPlan(Failing))
-    from ravine.callbacks.optimizers import optimizer_errors as faults
+    from ravine.callbacks.optimizers import optimizer_errors
 
-    monkeypatch.setattr(faults, "is_user_file", lambda file: False)
+    monkeypatch.setattr(optimizer_errors, "is_user_file", lambda file: False)
     with pytest.raises(
         OptimizerError, match=r"^Failing failed in its step: RuntimeError: no luck;"
     ):
@@ -716,10 +718,10 @@ def test_a_package_cannot_pass_its_error_for_one_of_ours_by_an_attribute(monkeyp
     def move(self, gradient, state, group):
         raise OwnError("no luck")
 
-    from ravine.callbacks.optimizers import optimizer_errors as faults
+    from ravine.callbacks.optimizers import optimizer_errors
 
     monkeypatch.setattr(Failing, "move", move)
-    monkeypatch.setattr(faults, "is_user_file", lambda file: False)
+    monkeypatch.setattr(optimizer_errors, "is_user_file", lambda file: False)
     with pytest.raises(OptimizerError, match="in its step: OwnError: no luck"):
         fitted(OptimizerPlan(Failing))
 
@@ -729,9 +731,9 @@ def test_an_error_of_the_module_in_a_closure_is_unchanged(monkeypatch):
         def training_step(self, batch, index):
             raise KeyError("mine")
 
-    from ravine.callbacks.optimizers import optimizer_errors as faults
+    from ravine.callbacks.optimizers import optimizer_errors
 
-    monkeypatch.setattr(faults, "is_user_file", lambda file: False)
+    monkeypatch.setattr(optimizer_errors, "is_user_file", lambda file: False)
     with pytest.raises(KeyError, match="mine"):
         fitted(OptimizerPlan(SGD), module=Broken())
 

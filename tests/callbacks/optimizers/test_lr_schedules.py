@@ -53,9 +53,9 @@ def test_a_warmup_from_zero_starts_there_and_has_its_peak_once(kind):
     schedule.validate(120)
     rise = [schedule.factor(k, 120) for k in range(6)]
     assert rise == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    usual = LRSchedule(kind, warmup=5)
+    default = LRSchedule(kind, warmup=5)
     for step in (5, 6, 50, 119, 130):  # the shape itself is the same
-        assert schedule.factor(step, 120) == usual.factor(step, 120)
+        assert schedule.factor(step, 120) == default.factor(step, 120)
 
 
 def test_a_cosine_from_zero_is_the_courses():

@@ -34,11 +34,11 @@ def stepped(optimizer, weights, steps):
 
 
 def test_a_hundred_steps_equal_torch_to_the_last_bit():
-    ours, theirs = parameters(SHAPES), parameters(SHAPES)
+    actual, expected = parameters(SHAPES), parameters(SHAPES)
     settings = {"coefficients": "newton_schulz", "iteration_dtype": "bfloat16"}
-    stepped(MuonOptimizer(ours, lr=0.02, weight_decay=0.1, **settings), ours, 100)
-    stepped(torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1), theirs, 100)
-    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    stepped(MuonOptimizer(actual, lr=0.02, weight_decay=0.1, **settings), actual, 100)
+    stepped(torch.optim.Muon(expected, lr=0.02, weight_decay=0.1), expected, 100)
+    assert all(torch.equal(p, q) for p, q in zip(actual, expected, strict=True))
 
 
 def formula(w, m, g, lr, mu, decay, scale, coefficients, nesterov):
@@ -64,17 +64,17 @@ def formula(w, m, g, lr, mu, decay, scale, coefficients, nesterov):
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_a_hundred_float64_steps_equal_the_formula(scale, coefficients, nesterov):
     shapes = [(4, 4), (4, 4), (3, 7), (7, 3)]
-    ours = parameters(shapes, torch.float64)
-    by_hand = [(p.detach().clone(), torch.zeros_like(p)) for p in ours]
+    actual = parameters(shapes, torch.float64)
+    by_hand = [(p.detach().clone(), torch.zeros_like(p)) for p in actual]
     settings = {"scale": scale, "coefficients": coefficients, "nesterov": nesterov}
     optimizer = MuonOptimizer(
-        ours, lr=0.02, weight_decay=0.1, iteration_dtype="float64", **settings
+        actual, lr=0.02, weight_decay=0.1, iteration_dtype="float64", **settings
     )
-    stepped(optimizer, ours, 100)
+    stepped(optimizer, actual, 100)
     for step in range(100):
         for i, g in enumerate(gradients(shapes, step)):
             by_hand[i] = formula(*by_hand[i], g.double(), 0.02, 0.95, 0.1, *settings.values())
-    for p, (w, _) in zip(ours, by_hand, strict=True):
+    for p, (w, _) in zip(actual, by_hand, strict=True):
         torch.testing.assert_close(p.data, w, rtol=0, atol=1e-12)
 
 
@@ -108,16 +108,16 @@ def test_a_kernel_moves_as_its_flattened_matrix():
 
 
 def test_split_rows_move_as_matrices_by_themselves():
-    fused, apart = parameters([(12, 4)]), parameters([(12, 4)])
-    apart = [nn.Parameter(block.detach().clone()) for block in apart[0].chunk(3)]
-    together, separate = MuonOptimizer(fused, num_blocks=3), MuonOptimizer(apart)
+    fused, per_block = parameters([(12, 4)]), parameters([(12, 4)])
+    per_block = [nn.Parameter(block.detach().clone()) for block in per_block[0].chunk(3)]
+    together, separate = MuonOptimizer(fused, num_blocks=3), MuonOptimizer(per_block)
     for step in range(3):
         fused[0].grad = gradients([(12, 4)], step)[0]
-        for p, g in zip(apart, fused[0].grad.chunk(3), strict=True):
+        for p, g in zip(per_block, fused[0].grad.chunk(3), strict=True):
             p.grad = g
         together.step()
         separate.step()
-    assert torch.equal(fused[0], torch.cat(apart))
+    assert torch.equal(fused[0], torch.cat(per_block))
 
 
 def test_the_gradient_is_left_as_it_was():
@@ -163,8 +163,8 @@ def spread_steps(layout, steps=3):
     if layout == "tensor":  # rows over one axis of the mesh, columns over the other
         mesh = init_device_mesh("cpu", (2, 2))
         for name, p in list(holder.weights.named_parameters()):
-            spread = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0), Shard(1)]))
-            holder.weights[int(name)] = spread
+            distributed = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0), Shard(1)]))
+            holder.weights[int(name)] = distributed
     if layout == "fsdp x tensor":  # a shard of a shard
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
         for i, p in enumerate(list(holder.weights)):

@@ -153,16 +153,16 @@ def test_a_state_that_went_through_distributed_checkpoint_continues_bitwise(name
     net = Two()
     optimizer = made(net)
     descend(optimizer, [net.a, net.b], 4)
-    twin = copy.deepcopy(net)
+    net_copy = copy.deepcopy(net)
     dcp.save({"optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=tmp_path)
-    restored = made(twin)
-    state = {"optimizer": get_optimizer_state_dict(twin, restored)}
+    restored = made(net_copy)
+    state = {"optimizer": get_optimizer_state_dict(net_copy, restored)}
     dcp.load(state, checkpoint_id=tmp_path)
-    set_optimizer_state_dict(twin, restored, state["optimizer"])
+    set_optimizer_state_dict(net_copy, restored, state["optimizer"])
     descend(optimizer, [net.a, net.b], 4)
-    descend(restored, [twin.a, twin.b], 4)
-    assert torch.equal(net.a, twin.a)
-    assert torch.equal(net.b, twin.b)
+    descend(restored, [net_copy.a, net_copy.b], 4)
+    assert torch.equal(net.a, net_copy.a)
+    assert torch.equal(net.b, net_copy.b)
 
 
 # Formulas, one number at a time: (weight, states, gradient) -> the weight, new states in place.
@@ -233,26 +233,26 @@ def test_a_small_gradient_takes_a_small_step_with_eps_in_the_root():
 
 
 def test_adagrad_is_torchs():
-    ours, theirs = matrix(), matrix()
-    a, b = AdaGradOptimizer([ours], lr=0.5), torch.optim.Adagrad([theirs], lr=0.5)
+    actual, expected = matrix(), matrix()
+    a, b = AdaGradOptimizer([actual], lr=0.5), torch.optim.Adagrad([expected], lr=0.5)
     for step in range(100):
-        ours.grad, theirs.grad = noise(step), noise(step)
+        actual.grad, expected.grad = noise(step), noise(step)
         a.step()
         b.step()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 def test_an_optimizer_that_counts_its_steps_is_torchs_adam_before_and_after_a_saved_state():
-    ours, theirs = matrix(), matrix()
-    a, b = CountingAdam([ours], lr=0.1), torch.optim.Adam([theirs], lr=0.1)
+    actual, expected = matrix(), matrix()
+    a, b = CountingAdam([actual], lr=0.1), torch.optim.Adam([expected], lr=0.1)
     for step in range(50):
         if step == 20:
-            saved, a = copy.deepcopy(a.state_dict()), CountingAdam([ours], lr=0.1)
+            saved, a = copy.deepcopy(a.state_dict()), CountingAdam([actual], lr=0.1)
             a.load_state_dict(saved)
-        ours.grad, theirs.grad = noise(step), noise(step)
+        actual.grad, expected.grad = noise(step), noise(step)
         a.step()
         b.step()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -271,18 +271,18 @@ def test_a_number_of_the_state_is_not_rounded_to_the_dtype_of_its_parameter(dtyp
 
 
 def test_a_complex_weight_moves_as_its_two_parts_and_a_rate_may_be_a_tensor():
-    ours = nn.Parameter(torch.tensor([1 + 1j, 2 - 1j], dtype=torch.complex128))
-    theirs = nn.Parameter(ours.detach().clone())
-    a = AdaGradOptimizer([ours], lr=torch.tensor(0.5))
-    b = torch.optim.Adagrad([theirs], lr=0.5)
+    actual = nn.Parameter(torch.tensor([1 + 1j, 2 - 1j], dtype=torch.complex128))
+    expected = nn.Parameter(actual.detach().clone())
+    a = AdaGradOptimizer([actual], lr=torch.tensor(0.5))
+    b = torch.optim.Adagrad([expected], lr=0.5)
     for step in range(1, 4):
-        ours.grad = torch.tensor([3 + 4j, 1j], dtype=torch.complex128) / step
-        theirs.grad = ours.grad.clone()
+        actual.grad = torch.tensor([3 + 4j, 1j], dtype=torch.complex128) / step
+        expected.grad = actual.grad.clone()
         a.step()
         b.step()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    SignSGDOptimizer([ours], lr=1.0).step()
-    torch.testing.assert_close(ours, theirs - torch.tensor([1 + 1j, 1j]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    SignSGDOptimizer([actual], lr=1.0).step()
+    torch.testing.assert_close(actual, expected - torch.tensor([1 + 1j, 1j]), rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="Muon takes matrices of real numbers"):
         MuonOptimizer([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
 
@@ -299,15 +299,15 @@ def test_a_sparse_gradient_is_refused_in_words(kind):
 def test_a_schedule_that_cycles_momentum_moves_a_composite_as_its_member(kind):
     given = {"OneCycleLR": {"max_lr": 0.1, "total_steps": 9}, "CyclicLR": {"max_lr": 0.1}}[kind]
     given |= {"base_lr": 0.01, "step_size_up": 2} if kind == "CyclicLR" else {}
-    alone = torch.optim.AdamW([ours := matrix()], lr=0.01)
-    joined = CompositeOptimizer([torch.optim.AdamW([theirs := matrix()], lr=0.01)])
+    alone = torch.optim.AdamW([actual := matrix()], lr=0.01)
+    joined = CompositeOptimizer([torch.optim.AdamW([expected := matrix()], lr=0.01)])
     schedules = [getattr(torch.optim.lr_scheduler, kind)(o, **given) for o in (alone, joined)]
     for _ in range(5):
-        descend(alone, [ours], 1)
-        descend(joined, [theirs], 1)
+        descend(alone, [actual], 1)
+        descend(joined, [expected], 1)
         for schedule in schedules:
             schedule.step()
-    assert torch.equal(ours, theirs)
+    assert torch.equal(actual, expected)
     assert joined.param_groups[0]["betas"] == alone.param_groups[0]["betas"] != (0.9, 0.999)
     both = CompositeOptimizer(
         [torch.optim.SGD([matrix()], lr=0.1), torch.optim.Adam([matrix()], lr=0.2)]

@@ -467,8 +467,8 @@ def test_the_first_rule_that_matches_takes_the_parameter():
         ParamRule("rest", "[gt]*"),
         ParamRule(),
     ]
-    shares = assign_params(Everything(), rules)
-    assert [[name for name, _ in share] for share in shares] == [
+    assignment = assign_params(Everything(), rules)
+    assert [[name for name, _ in share] for share in assignment] == [
         ["norm.bias"],
         ["norm.weight"],
         ["gain", "table"],
@@ -771,8 +771,8 @@ def test_words_of_the_command_line_make_the_same_plan(tmp_path, monkeypatch):
     assert type(trainer.optimizers[0].optimizers[0]).__name__ == "MyOptimizer"
     assert trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.5
     assert flags.schedule == LRSchedule("linear")
-    mine = "{class_path: my_file.MyOptimizer, init_args: {lr: 0.5}}"
-    rules = f"[{{kind: hidden_matrix, optimizer: {mine}}}, {{optimizer: SGD, lr_scale: 2}}]"
+    spec = "{class_path: my_file.MyOptimizer, init_args: {lr: 0.5}}"
+    rules = f"[{{kind: hidden_matrix, optimizer: {spec}}}, {{optimizer: SGD, lr_scale: 2}}]"
     yaml = f"[{{class_path: OptimizerPlan, init_args: {{rules: {rules}}}}}]"
     trainer, _ = trained(plan(f"--trainer.callbacks={yaml}"), steps=1)
     names = [type(member).__name__ for member in trainer.optimizers[0].optimizers]

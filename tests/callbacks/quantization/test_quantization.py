@@ -130,10 +130,10 @@ def test_without_double_quantization_the_weights_are_bitsandbytes_own():
 
     weight = torch.randn(512, 512) * 0.02
     codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
-    ours = nf4.quantize(weight, double_quant=False)
-    back = nf4.dequantize(weight.shape, FLOAT, *ours.values())
+    actual = nf4.quantize(weight, double_quant=False)
+    back = nf4.dequantize(weight.shape, FLOAT, *actual.values())
     assert (back - dequantize_4bit(codes, state)).abs().max() <= 1e-6
-    assert (ours["codes"].flatten() != codes.flatten()).float().mean() < 1e-4
+    assert (actual["codes"].flatten() != codes.flatten()).float().mean() < 1e-4
 
 
 @bitsandbytes
@@ -142,8 +142,8 @@ def test_without_double_quantization_the_weights_are_bitsandbytes_own():
 def test_the_library_backend_reads_the_same_bits(double):
     weight = torch.randn(512, 512) * 0.02
     parts = list(nf4.quantize(weight, double).values())
-    theirs = bitsandbytes_kernels.dequantize(weight.shape, FLOAT, *parts)
-    assert (theirs - nf4.dequantize(weight.shape, FLOAT, *parts)).abs().max() <= 1e-6
+    expected = bitsandbytes_kernels.dequantize(weight.shape, FLOAT, *parts)
+    assert (expected - nf4.dequantize(weight.shape, FLOAT, *parts)).abs().max() <= 1e-6
 
 
 def net(bias=True):
@@ -155,21 +155,21 @@ def net(bias=True):
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_outputs_and_gradients_are_those_of_the_rounded_dense_layer(scheme, bias):
-    ours, x = net(bias), torch.randn(5, 2, 64, requires_grad=True)
+    actual, x = net(bias), torch.randn(5, 2, 64, requires_grad=True)
     twin_x = x.detach().clone().requires_grad_()
-    quantize_module(ours, scheme)
-    twin = net(bias)
-    twin.load_state_dict(
-        {name: ours.get_submodule(name.rpartition(".")[0]).weight if "weight" in name else value
-         for name, value in twin.state_dict().items()} | {
-            name: value for name, value in ours.state_dict().items() if name.endswith("bias")}
+    quantize_module(actual, scheme)
+    reference = net(bias)
+    reference.load_state_dict(
+        {name: actual.get_submodule(name.rpartition(".")[0]).weight if "weight" in name else value
+         for name, value in reference.state_dict().items()} | {
+            name: value for name, value in actual.state_dict().items() if name.endswith("bias")}
     )  # fmt: skip
-    assert torch.equal(ours(x), twin(twin_x))
-    ours(x).square().sum().backward()
-    twin(twin_x).square().sum().backward()
+    assert torch.equal(actual(x), reference(twin_x))
+    actual(x).square().sum().backward()
+    reference(twin_x).square().sum().backward()
     assert (x.grad - twin_x.grad).abs().max() < 1e-6
     if bias:
-        assert (ours[0].bias.grad - twin[0].bias.grad).abs().max() < 1e-6
+        assert (actual[0].bias.grad - reference[0].bias.grad).abs().max() < 1e-6
 
 
 def kept_for_backward(module, x):
@@ -298,13 +298,13 @@ def test_merging_over_a_quantized_base_makes_plain_layers(scheme):
 
 
 def test_a_file_of_the_net_before_is_rounded_as_it_comes():
-    module, twin = net(), net()
-    weights = twin.state_dict()
+    module, reference = net(), net()
+    weights = reference.state_dict()
     quantize_module(module)
-    quantize_module(twin)
+    quantize_module(reference)
     module.load_state_dict(weights)
     assert all(
-        torch.equal(p, q) for p, q in zip(module.parameters(), twin.parameters(), strict=True)
+        torch.equal(p, q) for p, q in zip(module.parameters(), reference.parameters(), strict=True)
     )
 
 

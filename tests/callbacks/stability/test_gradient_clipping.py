@@ -118,13 +118,13 @@ def test_a_small_gradient_is_left_alone():
 
 
 def test_it_equals_torch():
-    ours = [nn.Parameter(torch.zeros(4, 5)), nn.Parameter(torch.zeros(7))]
-    for p in ours:
+    params = [nn.Parameter(torch.zeros(4, 5)), nn.Parameter(torch.zeros(7))]
+    for p in params:
         p.grad = torch.randn_like(p)
-    theirs = [p.grad.clone() for p in ours]
-    norm = clip_by_norm(theirs, 1.0)
-    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(ours, 1.0))
-    assert all(torch.equal(p.grad, g) for p, g in zip(ours, theirs, strict=True))
+    expected = [p.grad.clone() for p in params]
+    norm = clip_by_norm(expected, 1.0)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(params, 1.0))
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, expected, strict=True))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

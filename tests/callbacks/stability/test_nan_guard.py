@@ -214,10 +214,10 @@ def test_the_host_reads_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def spoil_one_rank() -> tuple[list, int, list[str]]:
     bad = {2: INF} if os.environ["RANK"] == "1" else {}
     net, guard = Net(losses=bad), NaNGuard()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(net, guard, devices=2, strategy="ddp")
-    said = [str(w.message) for w in told if "skipped" in str(w.message)]
+    said = [str(w.message) for w in caught if "skipped" in str(w.message)]
     same = equal(net.history[1], net.history[2])
     return [p.tolist() for p in net.parameters()], guard.num_skipped + 10 * same, said
 

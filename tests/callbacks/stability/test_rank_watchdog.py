@@ -11,7 +11,7 @@ from ranks import RankError
 from torch.utils.data import DataLoader, IterableDataset
 
 from ravine.callbacks import RankWatchdog
-from ravine.callbacks.stability import rank_watchdog as watchdog
+from ravine.callbacks.stability import rank_watchdog
 from ravine.callbacks.stability.rank_watchdog import (
     LOADER_ENDED,
     STEP_BEGUN,
@@ -64,7 +64,7 @@ class Linear(L.LightningModule):
 
 
 def train(module: L.LightningModule, limit: float = 6, **options: Any) -> L.Trainer:
-    watchdog.POLL_INTERVAL_S = 0.2  # in this rank's process
+    rank_watchdog.POLL_INTERVAL_S = 0.2  # in this rank's process
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,

@@ -14,12 +14,11 @@ from external_modules.two_optimizers import TwoOptimizers
 from ranks import furthest, whole
 
 from ravine.callbacks import Checkpoint, ExactResume, GradientClipping, TokenWeightedLoss
-from ravine.callbacks.stability import token_weighted_loss as weighting
+from ravine.callbacks.stability import token_weighted_loss
 from ravine.cli.trainer import Trainer
 from ravine.datamodules import InstructionDataModule
 from ravine.lightning_modules import LanguageModel
-from ravine.strategies import MeshStrategy
-from ravine.strategies import pipeline_parallel as pipeline
+from ravine.strategies import MeshStrategy, pipeline_parallel
 
 SHAPE = {"num_layers": 2, "d_model": 32, "num_heads": 4, "zero_init_residual": False}
 CASES = {  # strategy, ranks, micro-batches of a step
@@ -90,17 +89,17 @@ def single(answers):
 
 
 def off(found, single):
-    return max(furthest(theirs, {n: single[n] for n in theirs}) for theirs in found)
+    return max(furthest(weights, {n: single[n] for n in weights}) for weights in found)
 
 
-def spread(ranks, answers, case, fault=None):
+def run_parallel(ranks, answers, case, fault=None):
     world = CASES[case][1]
     return ranks(train, world, answers, case, fault) if world > 1 else [train(answers, case, fault)]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_unequal_answers_train_as_on_one_process(ranks, answers, single, case):
-    assert off(spread(ranks, answers, case), single) < 2e-6
+    assert off(run_parallel(ranks, answers, case), single) < 2e-6
 
 
 def test_the_command_lines_trainer_weighs_without_being_asked(answers, tmp_path):
@@ -127,7 +126,7 @@ def a_mean_of_means(callbacks):
 
 
 def each_rank_its_own_mean(callbacks):
-    weighting.mean_over_ranks = lambda number, trainer: number
+    token_weighted_loss.mean_over_ranks = lambda number, trainer: number
 
 
 def the_tokens_of_whole_sequences(callbacks):
@@ -135,8 +134,8 @@ def the_tokens_of_whole_sequences(callbacks):
 
 
 def micro_batches_of_equal_weight(callbacks):
-    pipeline.Pipeline._compute_microbatch_weights = lambda self, micros: torch.full(
-        (len(micros),), 1 / len(micros)
+    pipeline_parallel.Pipeline._compute_microbatch_weights = lambda self, microbatches: torch.full(
+        (len(microbatches),), 1 / len(microbatches)
     )
 
 
@@ -164,7 +163,7 @@ def divided_after_the_clipping(callbacks):
     ],
 )
 def test_a_planted_fault_is_caught(ranks, answers, single, case, fault):
-    assert off(spread(ranks, answers, case, fault), single) > 1e-4
+    assert off(run_parallel(ranks, answers, case, fault), single) > 1e-4
 
 
 def resume(path, folder, strategy, accumulate):

@@ -77,9 +77,9 @@ def file_of(name: str) -> str:
 
 @pytest.mark.parametrize("name", ["lora", "qlora"])
 def test_a_checkpoint_of_adapters_is_a_model_by_itself(here: Path, name: str, capsys) -> None:
-    held = torch.load(file_of(name), weights_only=True)["state_dict"]
-    assert held
-    assert all("lora_" in key for key in held)
+    state = torch.load(file_of(name), weights_only=True)["state_dict"]
+    assert state
+    assert all("lora_" in key for key in state)
     model = load_model(file_of(name))
     assert len(lora_layers(model)) == 6
     bits = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
@@ -148,9 +148,9 @@ def test_int8_is_exported_after_training_and_loads_as_it_was_written(here: Path,
     )
     tokens = torch.randint(base.vocab_size, (2, 16))
     assert 0 < (model(tokens) - base(tokens)).abs().max() < 0.05
-    held = load_file("eight/model.safetensors")
-    assert held["net.blocks.0.mlp.up.weight_codes"].dtype == torch.int8
-    assert "net.blocks.0.mlp.up.weight" not in held
+    state = load_file("eight/model.safetensors")
+    assert state["net.blocks.0.mlp.up.weight_codes"].dtype == torch.int8
+    assert "net.blocks.0.mlp.up.weight" not in state
     plain = losses(["validate", f"--ckpt_path={file_of('base')}"], capsys)
     assert losses(["validate", "--ckpt_path=eight/model.ckpt"], capsys) == pytest.approx(
         plain, abs=0.01

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ravine.cli.commands import generate
-from ravine.cli.commands import method_flags as signature
+from ravine.cli.commands import generate, method_flags
 from ravine.cli.main import main
 from ravine.datamodules import CharTokenizer
 from ravine.lightning_modules import LanguageModel
@@ -75,7 +74,7 @@ def test_a_file_of_prompts_may_have_a_mark_and_other_breaks_within_lines(
     for mark, end in (("", "\n"), ("\ufeff", "\r\n")):
         Path("p.txt").write_bytes((mark + end.join([*lines, ""])).encode())
         assert generate.load_prompts(Path("p.txt"), None) == lines
-    for content, told in {
+    for content, message in {
         b"good\ncaf\xe9\n": "p.txt, line 2: not UTF-8: byte 0xe9 at position 3; iconv",
         "text".encode("utf-16"): "p.txt, line 1: no text: byte 0x00 at position 3",
         b"\xef\xbb\xbf\n\n": "p.txt holds no prompt",
@@ -83,7 +82,7 @@ def test_a_file_of_prompts_may_have_a_mark_and_other_breaks_within_lines(
         Path("p.txt").write_bytes(content)
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
             generate.load_prompts(Path("p.txt"), None)
-        assert told in str(error.value)
+        assert message in str(error.value)
     with pytest.raises(ValueError, match="is a folder"):
         generate.load_prompts(tmp_path, None)
 
@@ -166,7 +165,7 @@ def test_a_flipped_byte_is_noticed_before_a_word_is_written(
 
 
 def test_flags_are_the_arguments_of_the_method() -> None:
-    known = signature.method_flags(LanguageModel.generate)
+    known = method_flags.method_flags(LanguageModel.generate)
     assert set(known) == {
         "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
         "num_samples", "stop", "seed", "context_overflow", "batch_size",
@@ -178,4 +177,4 @@ def test_flags_are_the_arguments_of_the_method() -> None:
 
 
 def test_backslashes_stand_for_what_a_shell_makes_hard() -> None:
-    assert signature.unescape_text(r"a\nb\tc\\n") == "a\nb\tc\\n"
+    assert method_flags.unescape_text(r"a\nb\tc\\n") == "a\nb\tc\\n"

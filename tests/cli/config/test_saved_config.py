@@ -16,7 +16,7 @@ from torch import nn
 from ravine.callbacks.transforms.base import Transform
 from ravine.cli.config.saved_config import _without_output_paths
 from ravine.cli.config.trust import TrustPolicy, iter_imported_names
-from ravine.cli.loading import load_model as trained_by_name
+from ravine.cli.loading import load_model as load_trained_model
 from ravine.cli.main import main
 from ravine.cli.resume_path import find_latest, resolve_argv
 from ravine.cli.trainer import Trainer
@@ -240,9 +240,9 @@ def test_a_transform_comes_back_with_its_checkpoint(
     assert main(["fit", "--config=base", *words]) == 0
     assert "factor" in weights(saved())
     again = ["validate", "--ckpt_path", str(saved()), TRUST]
-    mine = f"--trust={__name__}"
-    assert main([*again, mine]) == 0
-    assert main([*again, mine, "--trainer.callbacks+=LossPlot"]) == 0
+    trust_flag = f"--trust={__name__}"
+    assert main([*again, trust_flag]) == 0
+    assert main([*again, trust_flag, "--trainer.callbacks+=LossPlot"]) == 0
     capsys.readouterr()
     assert main([*again, doubled]) == 0
     assert "trainer.callbacks.Doubled.factor is 2.0 here and 3.0 in" in capsys.readouterr().out
@@ -531,9 +531,9 @@ def test_a_class_that_only_the_checkpoint_names_is_not_imported(
 
 def test_a_script_trusts_a_package_by_name(trained: Path) -> None:
     with pytest.raises(ValueError, match=r"in Python trust=\['external_modules'\]"):
-        trained_by_name(trained)
+        load_trained_model(trained)
     with pytest.raises(ValueError, match=r"the weights of external_modules.net_in_init.NetInInit"):
-        trained_by_name(trained, trust=["external_modules"])  # imported, and no TaskModule
+        load_trained_model(trained, trust=["external_modules"])  # imported, and no TaskModule
 
 
 @pytest.mark.parametrize(
@@ -554,8 +554,8 @@ def test_a_configuration_that_no_command_has_written_is_one_mistake(
 def test_links_to_nowhere_and_to_themselves_are_passed_over(trained: Path) -> None:
     for name, target in (("dangling.ckpt", "gone.ckpt"), ("loop.ckpt", "loop.ckpt")):
         (trained.parent / name).symlink_to(target)
-    for asked in ("auto", "last"):
-        assert find_latest("fit", asked, "base", "runs") == trained
+    for questions in ("auto", "last"):
+        assert find_latest("fit", questions, "base", "runs") == trained
     assert main(["validate", "--config=base", f"--ckpt_path={trained.parent}/loop.ckpt"]) == 2
 
 

@@ -527,13 +527,13 @@ def test_what_a_mistake_says_to_type_is_right(capsys: pytest.CaptureFixture[str]
     for _ in range(10):
         if main([*words, "--print_config"]) == 0:
             break
-        said, *_, told = capsys.readouterr().err.splitlines()
-        told = told.removeprefix("  type: ")
-        if told.startswith("ravine "):
-            words = told.split()[1:-1]
+        said, *_, hint = capsys.readouterr().err.splitlines()
+        hint = hint.removeprefix("  type: ")
+        if hint.startswith("ravine "):
+            words = hint.split()[1:-1]
         else:
             flag = said.removeprefix("ravine: error: on the command line, ").split(":")[0]
-            words = [told if word.startswith(f"{flag}=") else word for word in words]
+            words = [hint if word.startswith(f"{flag}=") else word for word in words]
     assert words == [
         "fit",
         "--model=LanguageModel",
@@ -549,6 +549,6 @@ def test_callbacks_that_a_later_config_would_drop_are_refused(
     Path("more.yaml").write_text("trainer:\n  callbacks+:\n  - class_path: EMA\n")
     Path("run.yaml").write_text("model: LanguageModel\ntrainer:\n  callbacks: []\n")
     assert main(["fit", "--config=more.yaml", "--config=run.yaml"]) == 2
-    told = capsys.readouterr().err
-    assert "more.yaml adds to trainer.callbacks, and run.yaml behind it sets them anew" in told
-    assert "type: --config run.yaml --config more.yaml" in told
+    hint = capsys.readouterr().err
+    assert "more.yaml adds to trainer.callbacks, and run.yaml behind it sets them anew" in hint
+    assert "type: --config run.yaml --config more.yaml" in hint

@@ -68,11 +68,11 @@ def test_a_draw_at_the_ends_of_its_range_has_a_finite_loss(u: float) -> None:
 def test_whole_times_of_whole_numbers_have_the_levels_of_the_table() -> None:
     for process in KINDS:
         t = torch.tensor([0, 500, 1000])  # as the docstring has it
-        ours, floats = (
+        actual, floats = (
             NoiseSchedule(process).alpha_sigma(t),
             NoiseSchedule(process).alpha_sigma(t.float()),
         )
-        assert all(torch.equal(one, other) for one, other in zip(ours, floats, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(actual, floats, strict=True))
     alpha, _ = NoiseSchedule("linear").alpha_sigma(t)
     torch.testing.assert_close(alpha, compute_alpha_bar("linear")[t].sqrt().float())
 

@@ -108,8 +108,8 @@ def moments(name: str, kind: str, count: int, eta: float = 0.0) -> tuple[Tensor,
     rows = torch.cat((blocks.reshape(-1, count + 1, D), torch.zeros(1, count + 1, D, **DOUBLE)))
     sampler = SAMPLERS[name] if name != "ddim" else lambda *a: ddim(*a, eta=eta)
     (a, s), noise = levels(schedule, 1000.0), lambda step: rows[:, step]
-    spread = AXES * (a**2 * EIGEN + s**2).sqrt() @ AXES.T  # of the images left at t = 1000, too
-    made = sampler(denoiser(schedule), a * MEAN + rows[:, -1] @ spread, path, noise)
+    scale = AXES * (a**2 * EIGEN + s**2).sqrt() @ AXES.T  # of the images left at t = 1000, too
+    made = sampler(denoiser(schedule), a * MEAN + rows[:, -1] @ scale, path, noise)
     mean, answers = made[-1], made[:-1] - made[-1]
     return mean, answers.T @ answers
 
@@ -131,11 +131,11 @@ def test_samplers_reach_the_mean_and_the_covariance_of_the_data(
 @pytest.mark.parametrize("count", [10, 100])
 def test_ddim_with_eta_1_is_ancestral_sampling(kind: str, count: int) -> None:
     """In distribution: all of the mean and of the covariance."""
-    ours, theirs = moments("ddim", kind, count, eta=1.0), moments("ddpm", kind, count)
-    for one, other in zip(ours, theirs, strict=True):
+    actual, expected = moments("ddim", kind, count, eta=1.0), moments("ddpm", kind, count)
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     half = moments("ddim", kind, count, eta=0.5)[1]
-    assert (half - ours[1]).norm() > 1e-4
+    assert (half - actual[1]).norm() > 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,15 +179,15 @@ def test_the_lectures_sampler_is_ddim_with_eta_0() -> None:
 
 def test_alpha_bar_is_the_lectures() -> None:
     """T = 1000, β from 1e-4 to 0.02: multiplied out one by one, and as published."""
-    left, ours = 1.0, compute_alpha_bar("linear")
+    left, actual = 1.0, compute_alpha_bar("linear")
     for t in range(1, 1001):
         left *= 1 - (1e-4 + (0.02 - 1e-4) * (t - 1) / 999)
-        assert abs(ours[t].item() - left) < 1e-12
-    assert ours[0] == 1
+        assert abs(actual[t].item() - left) < 1e-12
+    assert actual[0] == 1
     for t, published in ((1, 0.9999), (500, 0.0786), (1000, 4.0358e-5)):
-        assert ours[t].item() == pytest.approx(published, rel=2e-3)
+        assert actual[t].item() == pytest.approx(published, rel=2e-3)
     alpha, _ = NoiseSchedule("linear").alpha_sigma(torch.arange(1001, dtype=torch.float32))
-    assert (alpha.double().square() - ours).abs().max() < 1e-6
+    assert (alpha.double().square() - actual).abs().max() < 1e-6
     beta = 1 - compute_alpha_bar("cosine")[1:] / compute_alpha_bar("cosine")[:-1]
     assert beta.max() <= 0.999 + 1e-12
     assert compute_alpha_bar("cosine")[500].item() == pytest.approx(0.4938, abs=1e-3)
@@ -257,8 +257,8 @@ def test_edms_path_is_that_of_its_paper() -> None:
 
 
 def test_training_times_of_a_sequence_are_1_to_1000() -> None:
-    drawn = NoiseSchedule("linear").sample_t((torch.arange(10_000) + 0.5) / 10_000)
-    assert drawn.unique().tolist() == list(range(1, 1001))
+    times = NoiseSchedule("linear").sample_t((torch.arange(10_000) + 0.5) / 10_000)
+    assert times.unique().tolist() == list(range(1, 1001))
     assert NoiseSchedule("linear").sample_t(torch.tensor([1.0])).item() == 1000
 
 
@@ -278,8 +278,8 @@ def test_draws_are_independent_and_of_their_distributions() -> None:
     )  # an odd number of pixels
     n = x.numel()
     for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
-        spread = {1: 1, 2: 2, 3: 15, 4: 96, 6: 10170}[power] ** 0.5  # of x^power
-        assert abs(x.pow(power).mean() - moment) < 5 * spread / n**0.5
+        scale = {1: 1, 2: 2, 3: 15, 4: 96, 6: 10170}[power] ** 0.5  # of x^power
+        assert abs(x.pow(power).mean() - moment) < 5 * scale / n**0.5
     for one, other in ((x[1:], x[:-1]), (x[:, 1:], x[:, :-1]), (x[:, 512:], x[:, :-512])):
         assert abs((one * other).mean()) < 5 / one.numel() ** 0.5
     u = uniforms(derive_key(3), torch.arange(100_000))
@@ -306,9 +306,9 @@ def test_images_do_not_depend_on_the_batch_or_on_a_recording(name: str) -> None:
     labels = numbers % 3
     how = (schedule, way, numbers, labels, (1, 4, 4), 0)
     one = sample_images(denoise, *how)
-    recordings = GraphCache(capture)
+    captures = GraphCache(capture)
     for size in (1, 2, 3, 5):
-        with recordings.bind(net) as record:
+        with captures.bind(net) as record:
             for seed in (0, 1):
                 made = sample_images(denoise, *how[:-1], seed, size, record)
             again = sample_images(denoise, *how, size, record)
@@ -316,7 +316,7 @@ def test_images_do_not_depend_on_the_batch_or_on_a_recording(name: str) -> None:
         assert (made - again).abs().max() > 0.1
     assert len(recorded) == 4  # a recording a size, for all calls
     net.weight = torch.nn.Parameter(net.weight.clone())  # the same elsewhere
-    with recordings.bind(net) as record:
+    with captures.bind(net) as record:
         torch.testing.assert_close(
             sample_images(denoise, *how, 5, record), sample_images(denoise, *how)
         )

@@ -72,10 +72,10 @@ SHAPES = [
 @every_rule
 def test_a_cache_changes_nothing(sampling: DecodingConfig, shape: dict[str, Any]) -> None:
     """100 prompts of 1 to 32 tokens, 16 at a time, sliding windows, and two ways to stop."""
-    net, begun = lively(**shape), prompts(100 if not shape else 32)
+    net, prompt_list = lively(**shape), prompts(100 if not shape else 32)
     ends = 0
-    for first in range(0, len(begun), 16):
-        part = begun[first : first + 16]
+    for first in range(0, len(prompt_list), 16):
+        part = prompt_list[first : first + 16]
         how: dict[str, Any] = {
             "row_keys": range(first, first + len(part)),
             "stops": [[3], [22, 22, 22]],
@@ -91,9 +91,9 @@ def test_a_cache_changes_nothing(sampling: DecodingConfig, shape: dict[str, Any]
 
 @every_rule
 def test_log_probabilities_are_those_of_one_teacher_forced_pass(sampling: DecodingConfig) -> None:
-    net, begun = lively(), prompts(16, longest=T - 11)
-    written = generate(net, begun, 12, T, sampling, stops=[[22]])
-    forced = sequence_logprobs(net, begun, written, sampling)
+    net, prompt_list = lively(), prompts(16, longest=T - 11)
+    written = generate(net, prompt_list, 12, T, sampling, stops=[[22]])
+    forced = sequence_logprobs(net, prompt_list, written, sampling)
     torch.testing.assert_close(written.logprobs, forced, rtol=0, atol=1e-5)
     forced.sum().backward()
     assert net.embed.weight.grad is not None
@@ -101,16 +101,16 @@ def test_log_probabilities_are_those_of_one_teacher_forced_pass(sampling: Decodi
 
 
 def test_a_text_does_not_depend_on_the_texts_beside_it() -> None:
-    net, begun = lively(), prompts(5)
-    together = generate(net, begun, 20, T, seed=7)
-    alone = generate(net, begun[3:4], 20, T, seed=7, row_keys=[3])
+    net, prompt_list = lively(), prompts(5)
+    together = generate(net, prompt_list, 20, T, seed=7)
+    alone = generate(net, prompt_list[3:4], 20, T, seed=7, row_keys=[3])
     assert together.tokens[3:4].equal(alone.tokens)
-    assert not together.tokens.equal(generate(net, begun, 20, T, seed=8).tokens)
+    assert not together.tokens.equal(generate(net, prompt_list, 20, T, seed=8).tokens)
 
 
 def test_equal_prompts_are_read_once_and_go_their_own_ways() -> None:
-    net, begun = lively(), prompts(5, longest=5)
-    rows = [begun[i] for i in (3, 1, 3, 3, 4, 1)]
+    net, prompt_list = lively(), prompts(5, longest=5)
+    rows = [prompt_list[i] for i in (3, 1, 3, 3, 4, 1)]
     read: list[tuple[int, ...]] = []
     hook = net.embed.register_forward_hook(lambda _, given, __: read.append(tuple(given[0].shape)))
     written = generate(net, rows, 40, T, DecodingConfig(1.0), stops=[[3]])
@@ -122,8 +122,8 @@ def test_equal_prompts_are_read_once_and_go_their_own_ways() -> None:
 
 
 def test_nothing_is_written_after_a_stop() -> None:
-    net, begun = lively(), prompts(40, longest=5)
-    written = generate(net, begun, 20, T, stops=[[3], [5, 4]])
+    net, prompt_list = lively(), prompts(40, longest=5)
+    written = generate(net, prompt_list, 20, T, stops=[[3], [5, 4]])
     ended = 0
     for tokens, scores, mask in zip(*written, strict=True):
         kept = tokens[mask].tolist()
@@ -140,12 +140,12 @@ def test_nothing_is_written_after_a_stop() -> None:
 
 def test_a_stop_is_looked_for_in_what_is_new() -> None:
     net = lively()
-    begun = [torch.tensor([1, 5])]  # the stop 5 4 may not begin in the prompt
+    prompt_list = [torch.tensor([1, 5])]  # the stop 5 4 may not begin in the prompt
     with torch.no_grad():
         net.head.weight.zero_()
         net.head.weight[4] = 1.0  # with positive features the token 4 is certain to be drawn
         net.norm.forward = torch.ones_like  # type: ignore[method-assign]
-    written = generate(net, begun, 3, T, DecodingConfig(0.0), stops=[[5, 4]])
+    written = generate(net, prompt_list, 3, T, DecodingConfig(0.0), stops=[[5, 4]])
     assert written.tokens.tolist() == [[4, 4, 4]]
     assert written.mask.all()
 
@@ -164,11 +164,11 @@ class Looks(TorchDispatchMode):
 
 def test_the_host_looks_every_32_tokens_only() -> None:
     net = Transformer(V, 200, num_layers=1, d_model=8, num_heads=1)
-    begun = prompts(3, longest=4)
+    prompt_list = prompts(3, longest=4)
 
     def looks(new: int) -> int:
         with Looks() as mode:
-            generate(net, begun, new, 200, DecodingConfig(top_k=5, top_p=0.9), stops=[[V]])
+            generate(net, prompt_list, new, 200, DecodingConfig(top_k=5, top_p=0.9), stops=[[V]])
         return mode.count
 
     assert looks(32) == looks(2)  # one look each, at the end
@@ -200,10 +200,10 @@ def test_a_full_context_forgets_its_older_half() -> None:
 
 
 def test_streamed_pieces_make_the_whole() -> None:
-    net, begun = lively(), prompts(3)
-    pieces = list(generate_stream(net, begun, 10, T, sync_every=3))
+    net, prompt_list = lively(), prompts(3)
+    pieces = list(generate_stream(net, prompt_list, 10, T, sync_every=3))
     assert [piece.tokens.shape[1] for piece in pieces] == [3, 3, 3, 1]
-    whole = generate(net, begun, 10, T)
+    whole = generate(net, prompt_list, 10, T)
     assert torch.cat([piece.tokens for piece in pieces], 1).equal(whole.tokens)
 
 
@@ -238,7 +238,7 @@ def test_each_rule_keeps_what_it_says(rules: dict[str, Any], kept: list[float]) 
 
 def test_a_drawn_token_that_rounding_moves_over_the_border_is_still_scored() -> None:
     """Drawn as the second of two, it comes third in the pass that scores it, by the last bit."""
-    drawn = torch.tensor([1.0, 0.5, 0.5 - 1e-7, -3.0])
+    probs = torch.tensor([1.0, 0.5, 0.5 - 1e-7, -3.0])
     scored = torch.tensor([1.0, 0.5 - 1e-7, 0.5, -3.0], requires_grad=True)
     token = torch.tensor(1)
     for rule in (
@@ -246,7 +246,7 @@ def test_a_drawn_token_that_rounding_moves_over_the_border_is_still_scored() -> 
         DecodingConfig(top_p=0.6),
         DecodingConfig(0.5, top_k=2, top_p=0.8),
     ):
-        was = rule.compute_logprobs(drawn)[token]
+        was = rule.compute_logprobs(probs)[token]
         assert was.isfinite()
         assert rule.compute_logprobs(scored)[token] == -math.inf
         kept = rule.compute_logprobs(scored, never_mask=token)
@@ -257,8 +257,8 @@ def test_a_drawn_token_that_rounding_moves_over_the_border_is_still_scored() -> 
         assert in_training.item() == kept[token].item()
         (slope,) = torch.autograd.grad(kept[token], scored)
         assert slope.isfinite().all()
-        inside = rule.compute_logprobs(drawn, never_mask=token)
-        assert inside.equal(rule.compute_logprobs(drawn))  # one that never left changes nothing
+        inside = rule.compute_logprobs(probs, never_mask=token)
+        assert inside.equal(rule.compute_logprobs(probs))  # one that never left changes nothing
     floor = DecodingConfig(min_p=math.exp(-0.5))
     assert floor.compute_logprobs(torch.tensor([1.0, 0.4]), never_mask=token).isfinite().all()
 
@@ -266,10 +266,10 @@ def test_a_drawn_token_that_rounding_moves_over_the_border_is_still_scored() -> 
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
     count = 40_000
-    drawn = DecodingConfig().sample(
+    probs = DecodingConfig().sample(
         probabilities.log().expand(count, 5), row_uniforms(0, range(4), count // 4).flatten()
     )
-    frequency = torch.bincount(drawn, minlength=5) / count
+    frequency = torch.bincount(probs, minlength=5) / count
     assert (frequency[probabilities == 0] == 0).all()
     error = (probabilities * (1 - probabilities) / count).sqrt()
     assert ((frequency - probabilities).abs() <= 4 * error).all()
@@ -293,7 +293,7 @@ def test_a_seed_gives_every_text_its_own_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         (
@@ -304,9 +304,9 @@ def test_a_seed_gives_every_text_its_own_numbers() -> None:
         ({"sampling": DecodingConfig(top_k=24)}, "top_k is 24, and there are 23 different tokens"),
     ],
 )
-def test_what_cannot_be_written_is_refused(given: dict[str, Any], told: str) -> None:
+def test_what_cannot_be_written_is_refused(given: dict[str, Any], message: str) -> None:
     how = {"prompts": prompts(20)[-1:], "max_new_tokens": 5, "context_length": T} | given
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         generate(lively(), **how)
 
 
@@ -323,9 +323,9 @@ def test_nan_logits_end_the_writing_with_the_text_s_number() -> None:
     net = lively()
     with torch.no_grad():
         net.embed.weight[7] = math.nan
-    begun = [torch.tensor([1]), torch.tensor([7])]
+    prompt_list = [torch.tensor([1]), torch.tensor([7])]
     with pytest.raises(RuntimeError, match="NaN after text 1"):
-        generate(net, begun, 5, T, stops=[])
+        generate(net, prompt_list, 5, T, stops=[])
 
 
 def test_a_context_of_one_token_works() -> None:
@@ -336,13 +336,13 @@ def test_a_context_of_one_token_works() -> None:
 
 def test_a_recorded_step_writes_the_same_text_with_one_recording_a_bucket() -> None:
     net = Transformer(V, 200, num_layers=2, d_model=16, num_heads=2, zero_init_residual=False)
-    begun, recordings = prompts(3, longest=4), []
+    prompt_list, captures = prompts(3, longest=4), []
 
     def record(work: Callable[[], None]) -> Callable[[], None]:
-        recordings.append(work)  # as a CUDA graph: recorded, not done
+        captures.append(work)  # as a CUDA graph: recorded, not done
         return work
 
-    plain = generate(net, begun, 180, 200)
-    replayed = generate(net, begun, 180, 200, capture=record)
+    plain = generate(net, prompt_list, 180, 200)
+    replayed = generate(net, prompt_list, 180, 200, capture=record)
     assert replayed.tokens.equal(plain.tokens)
-    assert len(recordings) == 3  # of 64, 128 and 192 slots
+    assert len(captures) == 3  # of 64, 128 and 192 slots

@@ -97,8 +97,8 @@ def test_a_prompt_is_read_once_and_the_last_block_only_where_something_is_asked(
     net.head.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[:2].numel()))
     branches = SharedPrefixBatch(prompts, written, LAYERS)
     net(branches.tokens, branches)
-    trunks, own = 2 * 8, 8 * 6
-    assert seen == [trunks + own, trunks + own, own, own]
+    num_prefix_tokens, own = 2 * 8, 8 * 6
+    assert seen == [num_prefix_tokens + own, num_prefix_tokens + own, own, own]
 
 
 def test_a_branch_hears_its_trunk_and_itself_alone() -> None:

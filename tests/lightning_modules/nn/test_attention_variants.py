@@ -11,8 +11,7 @@ import yaml
 from torch import Tensor
 
 from ravine.errors import UsageError
-from ravine.lightning_modules import LanguageModel
-from ravine.lightning_modules import model_stats as accounting
+from ravine.lightning_modules import LanguageModel, model_stats
 from ravine.lightning_modules.nn import Transformer
 from ravine.lightning_modules.nn.attention import LEARNED_PROJECTIONS, CausalAttention
 
@@ -55,8 +54,8 @@ def lecture(name: str, **other: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.get("positional_encoding", "rope"))
-@pytest.mark.parametrize("rung", LEARNED_PROJECTIONS)
-def test_no_logit_depends_on_a_later_token(rung: str, shape: dict[str, Any]) -> None:
+@pytest.mark.parametrize("variant", LEARNED_PROJECTIONS)
+def test_no_logit_depends_on_a_later_token(variant: str, shape: dict[str, Any]) -> None:
     """Exactly 0: gradients of each position's logits with respect to each token's embedding."""
     net = Transformer(
         7,
@@ -64,7 +63,7 @@ def test_no_logit_depends_on_a_later_token(rung: str, shape: dict[str, Any]) -> 
         num_layers=2,
         d_model=8,
         zero_init_residual=False,
-        attention_variant=rung,
+        attention_variant=variant,
         **{"num_heads": 2} | shape,
     )
     for attention in ("eager", "sdpa"):
@@ -83,9 +82,9 @@ def test_no_logit_depends_on_a_later_token(rung: str, shape: dict[str, Any]) -> 
         assert (reach.diagonal() > 0).all()
 
 
-@pytest.mark.parametrize("rung", LEARNED_PROJECTIONS)
-def test_what_a_token_takes_from_the_past_adds_up_to_one(rung: str) -> None:
-    attention, x = CausalAttention(8, 2, 6, variant=rung), torch.randn(3, 6, 8)
+@pytest.mark.parametrize("variant", LEARNED_PROJECTIONS)
+def test_what_a_token_takes_from_the_past_adds_up_to_one(variant: str) -> None:
+    attention, x = CausalAttention(8, 2, 6, variant=variant), torch.randn(3, 6, 8)
     weights = attention.compute_weights(x)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 6))
     values = attention.project_qkv(x)[2]
@@ -124,20 +123,20 @@ def by_loops(x: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int) -
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
-@pytest.mark.parametrize("rung", LEARNED_PROJECTIONS)
-def test_every_rung_is_its_formula(rung: str, kernel: str) -> None:
+@pytest.mark.parametrize("variant", LEARNED_PROJECTIONS)
+def test_every_rung_is_its_formula(variant: str, kernel: str) -> None:
     attention = CausalAttention(
-        8, 2, 5, False, False, attn_implementation=kernel, variant=rung
+        8, 2, 5, False, False, attn_implementation=kernel, variant=variant
     ).double()
     x = torch.randn(5, 8, dtype=torch.float64)
-    w = {name: getattr(attention, name).weight.detach() for name in LEARNED_PROJECTIONS[rung]}
+    w = {name: getattr(attention, name).weight.detach() for name in LEARNED_PROJECTIONS[variant]}
     query = x @ w["query"].T if "query" in w else x
-    key = query if rung == "shared_qk" else x @ w["key"].T if "key" in w else x
+    key = query if variant == "shared_qk" else x @ w["key"].T if "key" in w else x
     value = x @ w["value"].T if "value" in w else x
-    if rung == "mean":
+    if variant == "mean":
         expected = torch.stack([x[: i + 1].mean(0) for i in range(5)])
     else:
-        expected = x if rung == "identity" else by_loops(x, query, key, value, heads=2)
+        expected = x if variant == "identity" else by_loops(x, query, key, value, heads=2)
     found = attention(x[None])[0]
     assert (found - attention.out_proj(expected)).abs().max() < 1e-10
 
@@ -161,7 +160,7 @@ def test_a_preset_has_the_lecture_s_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
         model.configure_model()
     assert sum(p.numel() for p in model.parameters()) == expected
-    assert sum(accounting.count_parameters(v, 128, **arguments).values()) == expected
+    assert sum(model_stats.count_parameters(v, 128, **arguments).values()) == expected
     if name == "transformer_char":
         assert model.param_formula() == "2|V|d + 11Ld² + 5Ld"
 
@@ -171,7 +170,7 @@ def test_parameters_are_counted_as_the_formula_says(shape: dict[str, Any]) -> No
     for vocabulary in (65, 5000):  # the second is padded
         net = Transformer(vocabulary, 16, num_layers=3, d_model=24, **{"num_heads": 2} | shape)
         counted = sum(p.numel() for p in net.parameters())
-        terms = accounting.count_parameters(
+        terms = model_stats.count_parameters(
             vocabulary, 16, num_layers=3, d_model=24, **{"num_heads": 2} | shape
         )
         assert sum(terms.values()) == counted
@@ -179,7 +178,7 @@ def test_parameters_are_counted_as_the_formula_says(shape: dict[str, Any]) -> No
 
 def test_the_formula_has_the_net_s_own_defaults() -> None:
     counted = sum(p.numel() for p in Transformer(65, 16).parameters())
-    assert sum(accounting.count_parameters(65, 16).values()) == counted
+    assert sum(model_stats.count_parameters(65, 16).values()) == counted
 
 
 def test_presets_differ_in_their_rung_and_depth_only() -> None:

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.nn import Transformer
-from ravine.lightning_modules.nn import cross_entropy as loss
+from ravine.lightning_modules.nn import cross_entropy as cross_entropy_module
 from ravine.lightning_modules.nn.cross_entropy import (
     IGNORE_INDEX,
     chunked_cross_entropy,
@@ -170,7 +170,7 @@ def test_a_mark_of_another_program_never_teaches_the_first_token(vocabulary: int
 
 def test_the_kernel_of_the_chunks_refuses_a_negative_target_by_itself(monkeypatch) -> None:
     """What an accelerator does, where the ids are not looked at."""
-    monkeypatch.setattr(loss, "check_ids", lambda *_: None)
+    monkeypatch.setattr(cross_entropy_module, "check_ids", lambda *_: None)
     x, weight, targets = features()
     targets[0, 0] = -1
     with pytest.raises(RuntimeError, match="out of bounds"):

@@ -97,7 +97,7 @@ def attention_of(attention: Any, rows: list[list[float]], rope: bool, qk_norm: b
     return answers
 
 
-def net_of(net: Any, tokens: list[int], shape: dict[str, Any]) -> list[list[float]]:
+def run_net(net: Any, tokens: list[int], shape: dict[str, Any]) -> list[list[float]]:
     def normed(module: Any, x: list[float]) -> list[float]:
         gain, shift = getattr(module, "weight", None), getattr(module, "bias", None)
         return norm_of(x, shape["norm"], gain, shift)
@@ -153,7 +153,7 @@ def test_a_whole_net_is_its_formula(shape: dict[str, Any]) -> None:
             if shape["positional_encoding"] == "rope":
                 block.attention.rotary.cosine, block.attention.rotary.sine = rope_tables(T, D // H)
         tokens = torch.randint(V, (1, T))
-        expected = torch.tensor(net_of(net, tokens[0].tolist(), shape), dtype=torch.float64)
+        expected = torch.tensor(run_net(net, tokens[0].tolist(), shape), dtype=torch.float64)
         assert (net(tokens)[0] - expected).abs().max() < 1e-10
 
 

@@ -16,10 +16,10 @@ from ravine.lightning_modules.nn.moe import (
 
 def by_hand(mixture, x):
     """Token by token, without a limit."""
-    chances = (x @ mixture.router.weight.T).softmax(-1)
+    router_probs = (x @ mixture.router.weight.T).softmax(-1)
     answer = torch.zeros_like(x)
     for b, t in torch.cartesian_prod(*map(torch.arange, x.shape[:2])).tolist():
-        best = chances[b, t].topk(2)
+        best = router_probs[b, t].topk(2)
         for p, e in zip(best.values / best.values.sum(), best.indices, strict=True):
             hidden = F.relu(x[b, t] @ mixture.experts.up[e]).square()
             answer[b, t] += p * (hidden @ mixture.experts.down[e])

@@ -26,26 +26,26 @@ def test_both_derivatives_are_those_of_differences(scale):
 def test_it_is_torchs_norm_with_a_gain_or_without(dtype, bound):
     x, seed = numbers(2, 3, 5, 32, dtype=dtype), numbers(2, 3, 5, 32, dtype=dtype).detach()
     gain = torch.linspace(0.5, 2, 32, dtype=dtype)
-    ours = RMSNorm(32).to(dtype)
-    ours.weight.data = gain
-    torchs = torch.nn.RMSNorm(32, dtype=dtype)
-    torchs.weight.data = gain
+    own_norm = RMSNorm(32).to(dtype)
+    own_norm.weight.data = gain
+    torch_norm = torch.nn.RMSNorm(32, dtype=dtype)
+    torch_norm.weight.data = gain
     # as attention has it, not contiguous: (b t h k) seen as (b h t k)
-    pairs = [(unit_rms, lambda x: F.rms_norm(x, (32,))), (ours, torchs)]
+    pairs = [(unit_rms, lambda x: F.rms_norm(x, (32,))), (own_norm, torch_norm)]
     for one, other in pairs:
         results = [f(x.transpose(1, 2)) for f in (one, other)]
         gradients = [torch.autograd.grad(y, x, seed.transpose(1, 2))[0] for y in results]
         assert (results[0] - results[1]).abs().max() <= bound
         assert (gradients[0] - gradients[1]).abs().max() <= bound
-    assert torch.equal(ours.state_dict()["weight"], torchs.state_dict()["weight"])
+    assert torch.equal(own_norm.state_dict()["weight"], torch_norm.state_dict()["weight"])
 
 
 @pytest.mark.parametrize("eps", [0.5, 1e-5, 0.0])
 def test_eps_is_obeyed_alike_with_gradients_and_without(eps):
-    ours, later, x = RMSNorm(8, eps=eps), RMSNorm(8), torch.ones(1, 8) / 8
+    own_norm, later, x = RMSNorm(8, eps=eps), RMSNorm(8), torch.ones(1, 8) / 8
     later.eps = eps  # an attribute, as in torch's norm
     expected = x / (1 / 64 + eps) ** 0.5
-    for norm in (ours, later):
+    for norm in (own_norm, later):
         assert torch.allclose(norm(x), expected)
         with torch.no_grad():
             assert torch.allclose(norm(x), expected)

@@ -168,18 +168,18 @@ def test_d_ff_is_the_hidden_width_of_every_mlp_and_is_counted(mlp, bias, experts
     assert 10 in down.shape
     counted = sum(p.numel() for p in net.parameters())
     assert sum(count_parameters(V, T, num_layers=2, num_heads=2, **shape).values()) == counted
-    usual = {"num_layers": 2, "d_model": 16, "num_heads": 2, "activation": mlp}
+    settings = {"num_layers": 2, "d_model": 16, "num_heads": 2, "activation": mlp}
     default = resolve_d_ff(16, mlp)
-    assert count_parameters(V, T, **usual, d_ff=default) == count_parameters(V, T, **usual)
+    assert count_parameters(V, T, **settings, d_ff=default) == count_parameters(V, T, **settings)
 
 
 def test_rope_base_slows_the_rotation_of_the_later_pairs():
-    ours, usual = small(rope_base=500.0), small()
-    for block in usual.blocks.values():
+    actual, settings = small(rope_base=500.0), small()
+    for block in settings.blocks.values():
         cosine, sine = rope_tables(T, 8, 500.0)
         block.attention.rotary.cosine, block.attention.rotary.sine = cosine, sine
-    assert torch.allclose(ours(tokens()), usual(tokens()), atol=1e-6)
-    assert not torch.allclose(ours(tokens()), small()(tokens()), atol=1e-3)
+    assert torch.allclose(actual(tokens()), settings(tokens()), atol=1e-6)
+    assert not torch.allclose(actual(tokens()), small()(tokens()), atol=1e-3)
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])

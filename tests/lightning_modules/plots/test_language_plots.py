@@ -10,32 +10,32 @@ import torch
 from ravine.callbacks import SaveFigures
 from ravine.lightning_modules import LanguageModel
 from ravine.lightning_modules.nn import Transformer
-from ravine.lightning_modules.plots import language as figures
+from ravine.lightning_modules.plots import language
 
 NAMES = list("ab \n")
 
 
-def net_of(**shape: Any) -> Transformer:
+def make_net(**shape: Any) -> Transformer:
     torch.manual_seed(0)
     shape = {"num_layers": 2, "d_model": 8, "num_heads": 2, "zero_init_residual": False} | shape
     return Transformer(len(NAMES), 6, **shape)
 
 
 def test_bars_are_the_probabilities_at_five_temperatures() -> None:
-    net, tokens = net_of(), torch.tensor([0, 1, 2])
-    drawn = figures.plot_temperatures(net, tokens, NAMES, "ab ")
+    net, tokens = make_net(), torch.tensor([0, 1, 2])
+    figure = language.plot_temperatures(net, tokens, NAMES, "ab ")
     logits = net(tokens[None])[0, -1].sort(descending=True)
-    for axis, temperature in zip(drawn.axes, (0.2, 0.5, 0.8, 1.0, 1.5), strict=True):
+    for axis, temperature in zip(figure.axes, (0.2, 0.5, 0.8, 1.0, 1.5), strict=True):
         heights = torch.tensor([float(bar.get_height()) for bar in axis.patches])
         torch.testing.assert_close(heights, (logits.values / temperature).softmax(-1))
         words = [text.get_text() for text in axis.get_xticklabels()]
-        assert words == [figures.printable_token(NAMES[i]) for i in logits.indices.tolist()]
-    assert figures.printable_token(" \n") == "␣↵"
+        assert words == [language.printable_token(NAMES[i]) for i in logits.indices.tolist()]
+    assert language.printable_token(" \n") == "␣↵"
 
 
 def test_a_net_that_knows_the_bigrams_is_said_to() -> None:
     text = torch.tensor([0, 1, 2, 0, 1, 3] * 200, dtype=torch.uint8)
-    net = net_of(
+    net = make_net(
         attention_variant="identity",
         residual=False,
         activation="none",
@@ -48,19 +48,19 @@ def test_a_net_that_knows_the_bigrams_is_said_to() -> None:
     with torch.no_grad():
         net.embed.weight.copy_(torch.eye(4, 8))
         net.head.weight.zero_()[:, :4] = (counts / counts.sum(1, True)).clamp(min=1e-9).log().T
-    drawn = figures.plot_bigrams(net, text, NAMES)
-    assert drawn.axes[2].get_title() == "most frequent successor right: 100%\nmass misplaced: 0.0%"
-    a, b = (axis.images[0].get_array() for axis in drawn.axes[:2])
+    figure = language.plot_bigrams(net, text, NAMES)
+    assert figure.axes[2].get_title() == "most frequent successor right: 100%\nmass misplaced: 0.0%"
+    a, b = (axis.images[0].get_array() for axis in figure.axes[:2])
     assert abs(a - b).max() < 1e-3
     with torch.no_grad():
         net.head.weight.zero_()
-    assert "mass misplaced: 0.0%" not in figures.plot_bigrams(net, text, NAMES).axes[2].get_title()
+    assert "mass misplaced: 0.0%" not in language.plot_bigrams(net, text, NAMES).axes[2].get_title()
 
 
 def test_a_heat_map_is_drawn_for_each_layer_and_head() -> None:
-    net, tokens = net_of(), torch.tensor([0, 1, 2, 3, 0])
-    drawn = figures.plot_attention(net, tokens, NAMES)
-    maps = torch.stack([torch.tensor(axis.images[0].get_array().tolist()) for axis in drawn.axes])
+    net, tokens = make_net(), torch.tensor([0, 1, 2, 3, 0])
+    figure = language.plot_attention(net, tokens, NAMES)
+    maps = torch.stack([torch.tensor(axis.images[0].get_array().tolist()) for axis in figure.axes])
     assert maps.shape == (4, 5, 5)
     torch.testing.assert_close(maps.sum(-1), torch.ones(4, 5))
     x = net.blocks["0"].attention_norm(net.embed(tokens)[None])

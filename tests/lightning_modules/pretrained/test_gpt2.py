@@ -21,7 +21,7 @@ T, D, LAYERS, HEADS = 16, 24, 2, 3
 SHAPE: dict[str, Any] = gpt2.GPT2_KWARGS | {"num_layers": LAYERS, "d_model": D, "num_heads": HEADS}
 
 
-def theirs(vocabulary: int, folder: Path, **config: Any) -> Any:
+def save_hf_model(vocabulary: int, folder: Path, **config: Any) -> Any:
     """Their model, with random weights everywhere, and its files."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def theirs(vocabulary: int, folder: Path, **config: Any) -> Any:
 def test_logits_are_those_of_transformers_and_files_survive_the_round_trip(
     vocabulary: int, tmp_path: Path
 ) -> None:
-    model = theirs(vocabulary, tmp_path / "hf")
+    model = save_hf_model(vocabulary, tmp_path / "hf")
     net = Transformer(vocabulary, T, **SHAPE).eval()
     gpt2.load_hf(tmp_path / "hf", net)
     tokens = torch.randint(vocabulary, (3, T))
@@ -81,32 +81,32 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # of the config.json, o
 def test_config_json_is_obeyed_or_refused_with_the_arguments_to_type(
     config: dict[str, Any], shape: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = theirs(101, tmp_path / "hf", **config)
+    model = save_hf_model(101, tmp_path / "hf", **config)
     with pytest.raises(ValueError, match="do not fit the model: they are a GPT-2 with ") as error:
         gpt2.load_hf(tmp_path / "hf", Transformer(101, T, **SHAPE))
     typed = str(error.value).rpartition("; type ")[2].split()
     words = {key: str(value).lower() for key, value in shape.items()}
     assert dict(word.removeprefix("--model.").split("=") for word in typed).items() >= words.items()
 
-    ours = SHAPE | shape
-    net = Transformer(101, T, **ours).eval()
+    actual = SHAPE | shape
+    net = Transformer(101, T, **actual).eval()
     gpt2.load_hf(tmp_path / "hf", net)
     tokens = torch.randint(101, (3, T))
     with torch.no_grad():
         expected = model(tokens).logits
         assert (net(tokens) - expected).abs().max() < 2e-5
-    gpt2.save_hf(net, ours, tmp_path / "ours", eos_id=0)
+    gpt2.save_hf(net, actual, tmp_path / "ours", eos_id=0)
     again = type(model).from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():
         assert (again(tokens).logits - expected).abs().max() < 2e-5
-    copy = Transformer(101, T, **ours).eval()
+    copy = Transformer(101, T, **actual).eval()
     gpt2.load_hf(tmp_path / "ours", copy)
     assert all(p.equal(q) for p, q in zip(copy.parameters(), net.parameters(), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_untied_head_starts_as_the_embedding_of_a_tied_one(tmp_path: Path) -> None:
-    model = theirs(101, tmp_path / "hf")
+    model = save_hf_model(101, tmp_path / "hf")
     net = Transformer(101, T, **SHAPE | {"tie_embeddings": False}).eval()
     gpt2.load_hf(tmp_path / "hf", net)
     tokens = torch.randint(101, (2, T))
@@ -138,15 +138,15 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("more", "told"), UNFIT)
+@pytest.mark.parametrize(("more", "message"), UNFIT)
 def test_options_that_the_net_does_not_have_are_refused_by_name(
-    more: dict[str, Any], told: str, tmp_path: Path
+    more: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = small(tmp_path / "hf")
     config_of(folder, **more)
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text follows
         gpt2.load_hf(folder, Transformer(256, T, **SHAPE))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_options_that_change_nothing_are_accepted_and_damaged_files_refused(tmp_path: Path) -> None:
@@ -199,12 +199,12 @@ def test_another_vocabulary_and_a_longer_context_name_the_data(tmp_path: Path) -
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     folder = small(tmp_path / "hf")
     weights = load_file(folder / "model.safetensors")
-    for change, told in {
+    for change, message in {
         "int8": lambda w: w.to(torch.int8),
         "NaN": lambda w: w * torch.nan,
     }.items():
         save_file(
-            weights | {"wpe.weight": told(weights["wpe.weight"])}, folder / "model.safetensors"
+            weights | {"wpe.weight": message(weights["wpe.weight"])}, folder / "model.safetensors"
         )
         with pytest.raises(ValueError, match=rf"pos_embed.weight (is of torch|holds) ?\.?{change}"):
             gpt2.load_hf(folder, Transformer(256, T, **SHAPE))
@@ -271,7 +271,7 @@ def test_fine_tuning_starts_from_the_file_and_goes_on_from_the_checkpoint(
     gpt2.load_hf(folder, expected)
     assert model.net is not None
     pairs = zip(model.net.parameters(), expected.parameters(), strict=True)
-    assert all(ours.equal(loaded) for ours, loaded in pairs)
+    assert all(actual.equal(loaded) for actual, loaded in pairs)
     (folder / "model.safetensors").unlink()  # a run that goes on does not need it
     fit(folder, text, tmp_path, ckpt_path=tmp_path / "last.ckpt", max_steps=2)
 

@@ -21,8 +21,8 @@ from ravine.lightning_modules.generation.generate_text import (
 )
 from ravine.lightning_modules.generation.sampling import DecodingConfig
 from ravine.lightning_modules.nn import Transformer
-from ravine.lightning_modules.rl import kl as divergences
-from ravine.lightning_modules.rl import rollout as rollouts
+from ravine.lightning_modules.rl import kl as kl_module
+from ravine.lightning_modules.rl import rollout as rollout_module
 from ravine.lightning_modules.rl.advantages import AdvantageEstimator
 from ravine.lightning_modules.rl.kl import KL, estimate_kl
 from ravine.lightning_modules.rl.rollout import (
@@ -39,13 +39,13 @@ EXACT = 1e-10  # relative
 
 def texts() -> list[tuple[int, ...]]:
     """All that can be written."""
-    begun: list[tuple[int, ...]] = [()]
+    sequences: list[tuple[int, ...]] = [()]
     done = []
-    while begun:
+    while sequences:
         for token in range(V):
-            text = (*begun[0], token)
-            (done if token == END or len(text) == L else begun).append(text)
-        begun.pop(0)
+            text = (*sequences[0], token)
+            (done if token == END or len(text) == L else sequences).append(text)
+        sequences.pop(0)
     return sorted(done)
 
 
@@ -98,7 +98,7 @@ def rollout(prompt: int = V, weights: Tensor | None = None) -> Rollout:
     return fake._replace(ref_logprobs=reference, sampler_logprobs=sampled)
 
 
-def log_p(prompt: int = V, sampling: DecodingConfig = COOL) -> Tensor:
+def logprobs(prompt: int = V, sampling: DecodingConfig = COOL) -> Tensor:
     """Of each text (N), with gradient."""
     return compute_rollout_logprobs(NET, rollout(prompt), sampling).sum(1)
 
@@ -123,8 +123,8 @@ def off(found: Tensor, exact: Tensor) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
 
-P = log_p().exp().detach()
-OBJECTIVE = gradient((log_p().exp() * REWARDS).sum())  # of E r
+P = logprobs().exp().detach()
+OBJECTIVE = gradient((logprobs().exp() * REWARDS).sum())  # of E r
 
 
 def ascent(
@@ -180,7 +180,7 @@ def test_the_batch_mean_as_baseline_shortens_the_step_to_b_minus_1_over_b(size: 
 @pytest.mark.parametrize(("kind", "scale"), [("rloo", 1.0), ("mean", 0.5), ("none", 1.0)])
 def test_a_baseline_across_two_different_prompts_is_as_exact(kind: str, scale: float) -> None:
     """The lecture's setting: each sample has a prompt of its own, and is compared with all."""
-    other = log_p(V + 1).exp().detach()
+    other = logprobs(V + 1).exp().detach()
     pairs = torch.cartesian_prod(torch.arange(N), torch.arange(N))  # (N² 2)
     rewards = torch.stack((REWARDS[pairs[:, 0]], REWARDS.flip(0)[pairs[:, 1]]), 1)
     likely = P[pairs[:, 0]] * other[pairs[:, 1]]
@@ -188,10 +188,10 @@ def test_a_baseline_across_two_different_prompts_is_as_exact(kind: str, scale: f
     w = w * likely[:, None] / 2
     found, exact = torch.zeros_like(OBJECTIVE), torch.zeros_like(OBJECTIVE)
     for place, prompt in enumerate((V, V + 1)):
-        mine = torch.zeros(N, dtype=torch.float64).index_add_(0, pairs[:, place], w[:, place])
-        found += ascent(AdvantageEstimator(kind), mine, prompt)  # type: ignore[arg-type]
+        sums = torch.zeros(N, dtype=torch.float64).index_add_(0, pairs[:, place], w[:, place])
+        found += ascent(AdvantageEstimator(kind), sums, prompt)  # type: ignore[arg-type]
         r = REWARDS if place == 0 else REWARDS.flip(0)
-        exact += gradient((log_p(prompt).exp() * r).sum()) / 2
+        exact += gradient((logprobs(prompt).exp() * r).sum()) / 2
     assert off(found, exact * scale) < EXACT
 
 
@@ -232,20 +232,20 @@ def test_a_ratio_is_clipped_where_that_makes_the_objective_smaller(sign: int) ->
 @pytest.mark.parametrize(("clip", "high"), [(0.2, None), (0.2, 0.28), (10.0, None), (2.0, 0.1)])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_clipped_terms_are_their_formula_and_the_loss_their_sum(clip, high, sign) -> None:
-    log_p = torch.linspace(-3, 3, 8, dtype=torch.float64).view(2, 4).requires_grad_()
+    logprobs = torch.linspace(-3, 3, 8, dtype=torch.float64).view(2, 4).requires_grad_()
     sampled, w = torch.zeros(2, 4), torch.tensor([sign, 2 * sign], dtype=torch.float64)
     estimator = AdvantageEstimator("none", clip=clip, clip_high=high)
-    terms = estimator.token_objectives(log_p, w, sampled)
+    terms = estimator.token_objectives(logprobs, w, sampled)
     top = 1 + (clip if high is None else high)
     for b, n in itertools.product(range(2), range(4)):
-        ratio, each = math.exp(log_p[b, n].item()), w[b].item()
+        ratio, each = math.exp(logprobs[b, n].item()), w[b].item()
         expected = min(ratio * each, min(max(ratio, 1 - clip), top) * each)
         assert terms[b, n].item() == pytest.approx(expected)
     mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
-    loss = estimator.loss(log_p, mask, w, 4, 4, sampled)
+    loss = estimator.loss(logprobs, mask, w, 4, 4, sampled)
     torch.testing.assert_close(loss, -terms[mask].sum() / 2)
-    plain = AdvantageEstimator("none").token_objectives(log_p, w)
-    torch.testing.assert_close(plain, w[:, None] * log_p)
+    plain = AdvantageEstimator("none").token_objectives(logprobs, w)
+    torch.testing.assert_close(plain, w[:, None] * logprobs)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_a_clip_that_bounds_nothing_is_refused(how, message) -> None:
 
 
 BINARY = P @ RIGHT  # the probability of a right text
-RISE = gradient((log_p().exp() * RIGHT).sum())
+RISE = gradient((logprobs().exp() * RIGHT).sum())
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -283,8 +283,8 @@ def test_rejection_ascends_the_logarithm_with_the_closed_factor(size: int) -> No
 def grpo_factor(p: float, size: int) -> float:
     """E √(q(1-q)) / (p(1-p)) with q binomial."""
     ways = [math.comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(size + 1)]
-    spread = [math.sqrt(k / size * (1 - k / size)) for k in range(size + 1)]
-    return sum(w * s for w, s in zip(ways, spread, strict=True)) / (p * (1 - p))
+    stds = [math.sqrt(k / size * (1 - k / size)) for k in range(size + 1)]
+    return sum(w * s for w, s in zip(ways, stds, strict=True)) / (p * (1 - p))
 
 
 def test_the_factors_tend_to_the_derivatives_of_their_phi() -> None:
@@ -377,9 +377,9 @@ def test_rejection_refuses_rewards_that_are_not_binary() -> None:
 
 def divergence() -> Tensor:
     """KL(p ‖ ref) of whole texts, with gradient."""
-    ours, fake = log_p(), rollout()
+    actual, fake = logprobs(), rollout()
     assert fake.ref_logprobs is not None
-    return (ours.exp() * (ours - fake.ref_logprobs.sum(1))).sum()
+    return (actual.exp() * (actual - fake.ref_logprobs.sum(1))).sum()
 
 
 def next_token_divergence(forward: bool) -> Tensor:
@@ -389,9 +389,9 @@ def next_token_divergence(forward: bool) -> Tensor:
     for prefix in prefixes:
         reach = sum(P[i] for i, text in enumerate(TEXTS) if text[: len(prefix)] == prefix)
         seen = torch.tensor([[V, *prefix]])
-        ours = COOL.compute_logprobs(NET(seen)[0, -1])
-        theirs = COOL.compute_logprobs(REFERENCE(seen)[0, -1]).detach()
-        a, b = (theirs, ours) if forward else (ours, theirs)
+        actual = COOL.compute_logprobs(NET(seen)[0, -1])
+        ref_logprobs_t = COOL.compute_logprobs(REFERENCE(seen)[0, -1]).detach()
+        a, b = (ref_logprobs_t, actual) if forward else (actual, ref_logprobs_t)
         total = total + reach * (a.exp() * (a - b)).sum()
     return total
 
@@ -461,14 +461,14 @@ def test_the_sampler_draws_each_text_as_often_as_its_probability_says() -> None:
     """Chi-square over the 15 texts: a fixed seed, and a bound that one seed in 10^4 would pass."""
     count = 16_384
     prompts = [torch.tensor([V])] * count
-    drawn = generate(NET, prompts, L, 8, COOL, stops=[[END]], seed=3)  # type: ignore[arg-type]
+    generated = generate(NET, prompts, L, 8, COOL, stops=[[END]], seed=3)  # type: ignore[arg-type]
     numbers = {text: i for i, text in enumerate(TEXTS)}
     found = torch.zeros(N)
-    for tokens, mask in zip(drawn.tokens, drawn.mask, strict=True):
+    for tokens, mask in zip(generated.tokens, generated.mask, strict=True):
         found[numbers[tuple(tokens[mask].tolist())]] += 1
     chi = ((found - count * P) ** 2 / (count * P)).sum().item()
     assert 2.5 < chi < 42.6  # quantiles of 14 degrees of freedom: 0.0003 and 0.9999
-    other = log_p(sampling=DecodingConfig(1.0)).exp().detach()
+    other = logprobs(sampling=DecodingConfig(1.0)).exp().detach()
     assert ((found - count * other) ** 2 / (count * other)).sum() > 60  # of another temperature
 
 
@@ -495,7 +495,7 @@ def test_drift_is_the_root_mean_square_over_what_was_drawn() -> None:
     fake = rollout()
     away = torch.where(torch.arange(L) == 1, 0.3, 0.0).where(MASK, 9.0)  # of the second token
     share = (LENGTHS > 1).sum() / LENGTHS.sum()
-    found = rollouts.logprob_gap(fake.sampler_logprobs + away, fake)
+    found = rollout_module.logprob_gap(fake.sampler_logprobs + away, fake)
     assert found.item() == pytest.approx(0.3 * share.sqrt().item())
 
 
@@ -504,7 +504,7 @@ def test_top_k_is_scored_as_it_is_drawn() -> None:
     two = DecodingConfig(0.8, top_k=2)
     possible = torch.tensor([can_be_written(text, among=2) for text in TEXTS])
     assert 0 < possible.sum() < N
-    p = log_p(sampling=two).exp()[possible]
+    p = logprobs(sampling=two).exp()[possible]
     assert p.sum().item() == pytest.approx(1, abs=1e-12)
     exact = gradient((p * REWARDS[possible]).sum())
 
@@ -575,16 +575,16 @@ def a_deviation_of_zero(self, r, scored, count) -> Tensor:
     return w / (r.std(1, keepdim=True, correction=0) + 1e-20)
 
 
-def of_its_own_length(self, log_p, log_ref, mask, length) -> Tensor:
-    return PENALTY(self, log_p, log_ref, mask, 1) / mask.sum(1)
+def of_its_own_length(self, logprobs, ref_logprobs, mask, length) -> Tensor:
+    return PENALTY(self, logprobs, ref_logprobs, mask, 1) / mask.sum(1)
 
 
-def swapped(name: str, log_p: Tensor, log_ref: Tensor) -> Tensor:
-    return estimate_kl({"k1": "k1", "k2": "k3", "k3": "k2"}[name], log_p, log_ref)
+def swapped(name: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    return estimate_kl({"k1": "k1", "k2": "k3", "k3": "k2"}[name], logprobs, ref_logprobs)
 
 
 COMPARED, PENALTY = AdvantageEstimator._centered, KL.kl_penalty
-CHOSEN = (rollouts, "gather_logprobs")
+CHOSEN = (rollout_module, "gather_logprobs")
 TRAPS: dict[str, tuple[list[tuple[object, str, object]], Callable[[], None]]] = {
     "1 scored at another temperature than drawn": (
         [(*CHOSEN, at_temperature_one)],
@@ -627,11 +627,11 @@ TRAPS: dict[str, tuple[list[tuple[object, str, object]], Callable[[], None]]] = 
         lambda: test_k1_in_the_loss_has_no_gradient_at_all_and_is_refused(),
     ),
     "10 k3 in the place of k2": (
-        [(divergences, "estimate_kl", swapped)],
+        [(kl_module, "estimate_kl", swapped)],
         lambda: test_k2_and_k3_in_the_loss_lower_the_next_tokens_divergence("k2", False),
     ),
     "11 k2 in the place of k3": (
-        [(divergences, "estimate_kl", swapped)],
+        [(kl_module, "estimate_kl", swapped)],
         lambda: test_k2_and_k3_in_the_loss_lower_the_next_tokens_divergence("k3", True),
     ),
     "12 k1 divided by the text's own length": (

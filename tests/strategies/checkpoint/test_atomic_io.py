@@ -192,11 +192,11 @@ def test_a_disk_that_is_full_at_any_moment_leaves_the_file_before(path: Path) ->
     os.close(writer)
     with os.fdopen(reader) as pipe:
         said = pipe.read().splitlines()
-    told = (
+    message = (
         f"1 the checkpoint {path} cannot be written (File too large); the files written before "
         f"are untouched; make room in {path.parent}, then go on with --ckpt_path {path}"
     )
-    assert said == [told] * 4
+    assert said == [message] * 4
     assert same(IO.load_checkpoint(path))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -210,10 +210,12 @@ def test_no_space_left_is_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) 
             Path("/dev/full") if self.name.startswith(".tmp-") else self, *mode
         ),
     )
-    with pytest.raises(CheckpointError, match=r"\(No space left on device\).*make room in") as told:
+    with pytest.raises(
+        CheckpointError, match=r"\(No space left on device\).*make room in"
+    ) as message:
         IO.save_checkpoint(CONTENT | {"epoch": 4}, path)
-    assert told.value.exit_status == 1
-    assert "\n" not in str(told.value)
+    assert message.value.exit_status == 1
+    assert "\n" not in str(message.value)
     monkeypatch.undo()
     assert same(IO.load_checkpoint(path))
 
@@ -225,9 +227,9 @@ def test_a_folder_that_may_not_be_written_is_one_line(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as message:
         IO.save_checkpoint(CONTENT | {"epoch": 4}, path)
-    assert str(told.value) == (
+    assert str(message.value) == (
         f"the checkpoint {path} cannot be written (Permission denied); the files written before "
         f"are untouched; make {path.parent} writable or choose a folder: "
         "--trainer.default_root_dir=<folder>"
@@ -281,19 +283,19 @@ def test_the_newest_whole_file_is_found_and_the_damaged_ones_are_named(path: Pat
     assert [p for p, _ in damaged] == others[::-1]
     assert all("cut short" in reason for _, reason in damaged)
     assert latest_valid_checkpoint(path.parent / "nowhere") == (None, [])
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as message:
         IO.load_checkpoint(others[1])
-    assert str(told.value) == (
+    assert str(message.value) == (
         f"the checkpoint {others[1]} cannot be used: {damaged[0][1]}; the newest whole one there: "
         f"--ckpt_path {path}"
     )
-    assert told.value.exit_status == 2
+    assert message.value.exit_status == 2
 
 
 def test_a_missing_file_names_the_nearest(path: Path) -> None:
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as message:
         IO.load_checkpoint(path.with_name("step=000010.ckpt"))
-    assert str(told.value) == (
+    assert str(message.value) == (
         f"no checkpoint {path.with_name('step=000010.ckpt')}; {path.parent} holds {path.name}; "
         f"--ckpt_path {path}"
     )
@@ -321,9 +323,9 @@ def test_what_is_not_a_checkpoint_is_told(path: Path, content: bytes) -> None:
 def test_a_foreign_type_is_refused_by_name_when_saved(
     path: Path, bad: dict[str, Any], name: str
 ) -> None:
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as message:
         IO.save_checkpoint(bad, path)
-    assert str(told.value).startswith(name)
+    assert str(message.value).startswith(name)
     assert same(IO.load_checkpoint(path))
 
 
@@ -403,10 +405,10 @@ def test_a_remote_path_is_left_to_lightning() -> None:
 
 
 def test_what_an_address_sends_is_not_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda *args: asked.append(args[-1]))
+    calls: list[Any] = []
+    monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda *args: calls.append(args[-1]))
     IO.load_checkpoint("memory://runs/last.ckpt")
-    assert asked == [True]  # Lightning's own default for http is False
+    assert calls == [True]  # Lightning's own default for http is False
 
 
 def test_the_first_tensor_that_is_not_finite_is_named() -> None:

@@ -17,17 +17,13 @@ from tensor_bytes import tensor_bytes
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ravine.cli import resume_path as newest
+from ravine.cli import resume_path
 from ravine.cli.trainer import Trainer
 from ravine.strategies import AtomicCheckpointIO, CheckpointError, MeshStrategy
 from ravine.strategies.checkpoint import (
-    atomic_io as checkpoint_io,
-)
-from ravine.strategies.checkpoint import (
+    atomic_io,
     sharded,
-)
-from ravine.strategies.checkpoint import (
-    zip_archive as archive,
+    zip_archive,
 )
 from ravine.strategies.checkpoint.atomic_io import collective_loading, find_damage
 
@@ -120,7 +116,7 @@ class Stop(L.Callback):
 def load_counted(path, strategy, degrees):
     """Load a checkpoint; the records that this rank compared, and the bytes of its tensors."""
     compared = []
-    broken, other_sum = archive.find_corrupt_record, sharded.find_checksum_mismatch
+    broken, different_checksum = zip_archive.find_corrupt_record, sharded.find_checksum_mismatch
 
     def counted(table, names):
         compared.extend(name for name in names if "/data/" in name)
@@ -128,9 +124,9 @@ def load_counted(path, strategy, degrees):
 
     def counted_parts(folder, names=None):
         compared.extend(sharded.tensor_file_sizes(folder) if names is None else names)
-        return other_sum(folder, names)
+        return different_checksum(folder, names)
 
-    archive.find_corrupt_record, sharded.find_checksum_mismatch = counted, counted_parts
+    zip_archive.find_corrupt_record, sharded.find_checksum_mismatch = counted, counted_parts
     if strategy == "mesh":
         run = trainer(mesh(**degrees), devices=2, callbacks=[Stop()], max_steps=4)
     else:
@@ -162,7 +158,7 @@ def load_counted(path, strategy, degrees):
     return compared, peaks[0], share, maps
 
 
-def sizes_in(path):
+def tensor_sizes(path):
     """Bytes of each record of tensor data in a file."""
     with zipfile.ZipFile(path) as table:
         return {e.filename: e.file_size for e in table.infolist() if "/data/" in e.filename}
@@ -183,7 +179,7 @@ def test_each_record_is_compared_by_one_rank_which_keeps_only_its_part(ranks, fi
         assert all(each.endswith(".distcp") for each in every)
         compared = [[each for each in rank[0] if each in every] for rank in found]
     else:
-        every, compared = sizes_in(files / name), [rank[0] for rank in found]
+        every, compared = tensor_sizes(files / name), [rank[0] for rank in found]
     divided(compared, every)
     for _, (peak, rest), share, maps in found:
         # two moments of AdamW; the weights were there
@@ -195,7 +191,7 @@ def test_each_record_is_compared_by_one_rank_which_keeps_only_its_part(ranks, fi
 def test_ranks_of_ddp_divide_the_sums_and_own_what_they_keep(ranks, files):
     """The weights are copied out of the file's pages, and the states are read."""
     found = ranks(load_counted, 2, files / "single.ckpt", "ddp", {})
-    divided([rank[0] for rank in found], sizes_in(files / "single.ckpt"))
+    divided([rank[0] for rank in found], tensor_sizes(files / "single.ckpt"))
     for _, (peak, rest), share, maps in found:
         assert 1.9 * share < rest <= peak < 2.1 * share + MIB // 4
         assert maps == []
@@ -275,12 +271,12 @@ def refuse_each(source, folder):
 def load_replaced(path, other, times):
     """Load a file that is another one whenever rank 1 opens it, so many times."""
     dist.init_process_group("gloo")
-    opened, left = checkpoint_io._open_regular_file, [other] * times
+    opened, left = atomic_io._open_regular_file, [other] * times
 
-    def replaced(asked):
-        return opened(left.pop() if left and dist.get_rank() == 1 else asked)
+    def replaced(calls):
+        return opened(left.pop() if left and dist.get_rank() == 1 else calls)
 
-    checkpoint_io._open_regular_file = replaced
+    atomic_io._open_regular_file = replaced
     try:
         with collective_loading():
             return AtomicCheckpointIO().load_checkpoint(path)["epoch"]
@@ -293,8 +289,8 @@ def test_a_file_that_is_replaced_while_ranks_open_it_is_opened_again(ranks, tmp_
         content = {"state_dict": {"w": torch.ones(epoch)}, "epoch": epoch}
         AtomicCheckpointIO().save_checkpoint(content, tmp_path / name)
     files = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
-    assert ranks(load_replaced, 2, *files, checkpoint_io.MAX_OPEN_ATTEMPTS - 1) == [1, 1]
-    said = ranks(load_replaced, 2, *files, checkpoint_io.MAX_OPEN_ATTEMPTS)
+    assert ranks(load_replaced, 2, *files, atomic_io.MAX_OPEN_ATTEMPTS - 1) == [1, 1]
+    said = ranks(load_replaced, 2, *files, atomic_io.MAX_OPEN_ATTEMPTS)
     assert said[0] == said[1]
     assert "it was replaced again and again while the ranks opened it" in said[0]
 
@@ -344,15 +340,15 @@ def settle_counted(folder, words, own_store, wrong):
     if wrong is not None and rank == wrong:
         words = [*words, "--ckpt_path=null"]
     os.chdir(folder)
-    compared, broken = [], archive.find_corrupt_record
+    compared, broken = [], zip_archive.find_corrupt_record
 
     def counted(table, names):
         compared.extend(name for name in names if "/data/" in name)
         return broken(table, names)
 
-    archive.find_corrupt_record = counted
+    zip_archive.find_corrupt_record = counted
     try:
-        path = newest.resolve_argv(words)[1]
+        path = resume_path.resolve_argv(words)[1]
     except ValueError as error:
         return str(error), len(compared)
     return str(path), len(compared)

@@ -16,8 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from ravine.strategies.checkpoint import safe_pickle as plain_pickle
-from ravine.strategies.checkpoint import sharded
+from ravine.strategies.checkpoint import safe_pickle, sharded
 from ravine.strategies.checkpoint.atomic_io import (
     AtomicCheckpointIO,
     CheckpointError,
@@ -138,7 +137,7 @@ def test_no_stream_calls_or_imports_anything(pieces: list[bytes], protocol: byte
         patch.setattr(os, "system", audit)
         patch.setattr("builtins.__import__", lambda name, *args: audit(name))
         with contextlib.suppress(UnsafePickle):
-            plain_pickle.load_plain(protocol + b"".join(pieces) + b".", allowed)
+            safe_pickle.load_plain(protocol + b"".join(pieces) + b".", allowed)
     assert called == []
 
 
@@ -169,9 +168,9 @@ def nested(levels: int) -> bytes:
 def test_a_stream_that_asks_for_too_much_is_refused(
     stream: bytes, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plain_pickle, "MAX_OPERATIONS", 4_000 if "operations" in why else 10**5)
+    monkeypatch.setattr(safe_pickle, "MAX_OPERATIONS", 4_000 if "operations" in why else 10**5)
     with pytest.raises(UnsafePickle, match=why):
-        plain_pickle.load_plain(stream, lambda name: True)
+        safe_pickle.load_plain(stream, lambda name: True)
 
 
 def repacked(path: Path, change: Any, compression: int = zipfile.ZIP_STORED) -> Path:

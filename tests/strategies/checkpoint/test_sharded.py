@@ -102,7 +102,9 @@ def resume_each(name, text, folder, sources):
 def off(result, straight):
     """The largest difference; a rank of a pipeline has some of the names."""
     pairs = zip(result, straight, strict=True)
-    return max(furthest(ours, {name: theirs[name] for name in ours}) for ours, theirs in pairs)
+    return max(
+        furthest(actual, {name: expected[name] for name in actual}) for actual, expected in pairs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +179,13 @@ def test_a_folder_becomes_one_file_that_torch_reads(written, tmp_path, capsys):
     words = ["export", f"--ckpt_path={folder / 'zero3 x tp 2x2.ckpt'}", f"--consolidate={target}"]
     assert main(words) == 0
     assert capsys.readouterr().out == f"written: {target}\n"
-    ours = torch.load(target, weights_only=True)
-    theirs = torch.load(folder / "single.ckpt", weights_only=True)
-    assert furthest(ours["state_dict"], theirs["state_dict"]) < 2e-6
-    assert furthest(ours["ema"]["raw"], theirs["ema"]["raw"]) < 2e-6
+    actual = torch.load(target, weights_only=True)
+    expected = torch.load(folder / "single.ckpt", weights_only=True)
+    assert furthest(actual["state_dict"], expected["state_dict"]) < 2e-6
+    assert furthest(actual["ema"]["raw"], expected["ema"]["raw"]) < 2e-6
     assert (
-        ours["optimizer_states"][0]["state"].keys() == theirs["optimizer_states"][0]["state"].keys()
+        actual["optimizer_states"][0]["state"].keys()
+        == expected["optimizer_states"][0]["state"].keys()
     )
     assert main(words) == 2  # nothing is written over
     assert f"{target} is there already" in capsys.readouterr().err
@@ -217,9 +220,9 @@ def test_a_folder_that_is_not_whole_is_refused_and_passed_over(written, tmp_path
     shutil.copytree(written[0] / "zero3 2.ckpt", tmp_path / "step=2.ckpt")
     os.utime(tmp_path / "step=1.ckpt", (0, 0))
     do(tmp_path / "step=2.ckpt")
-    newest, passed_over = latest_valid_checkpoint(tmp_path)
+    newest, damaged_paths = latest_valid_checkpoint(tmp_path)
     assert newest == tmp_path / "step=1.ckpt"
-    assert words in passed_over[0][1]
+    assert words in damaged_paths[0][1]
     with pytest.raises(CheckpointError, match=words):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "step=2.ckpt")
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ravine.callbacks import EMA, ExactResume, Pretrained
-from ravine.cli import error_report as errors
+from ravine.cli import error_report
 from ravine.cli.checkpoint_connector import explain_restore_errors
 from ravine.cli.command import find_last_checkpoint, raise_if_run_dir_removed
 from ravine.cli.trainer import Trainer
@@ -136,7 +136,7 @@ def test_an_invalid_checkpoint_is_refused_in_one_line_that_names_the_invalid_par
     with pytest.raises((CheckpointError, ValueError)) as refused:
         fit(tmp_path, 4, tmp_path / "odd.ckpt")
     assert said in str(refused.value)
-    assert errors.exit_status(refused.value) == 2
+    assert error_report.exit_status(refused.value) == 2
 
 
 @pytest.fixture(scope="module")
@@ -176,15 +176,15 @@ def test_an_odd_average_is_refused_before_it_is_trained_on(kind, averaged, tmp_p
     with pytest.raises(CheckpointError) as refused:
         fit(tmp_path, 4, tmp_path / "odd.ckpt", callbacks=EMA())
     assert said in str(refused.value)
-    assert errors.exit_status(refused.value) == 2
+    assert error_report.exit_status(refused.value) == 2
 
 
 def test_auto_skips_a_checkpoint_whose_sections_have_other_types(whole, tmp_path):
     shutil.copy(whole, tmp_path / "good.ckpt")
     torch.save({**torch.load(whole, weights_only=True), "loops": []}, tmp_path / "odd.ckpt")
-    path, passed_over = latest_valid_checkpoint(tmp_path)
+    path, damaged_paths = latest_valid_checkpoint(tmp_path)
     assert path == tmp_path / "good.ckpt"
-    assert [(p.name, reason) for p, reason in passed_over] == [
+    assert [(p.name, reason) for p, reason in damaged_paths] == [
         ("odd.ckpt", "its loops is a list and not a dict")
     ]
 
@@ -242,11 +242,11 @@ def test_a_full_disk_recommends_only_a_checkpoint_that_is_there(tmp_path, monkey
 
 def test_a_disk_that_fills_while_logging_does_the_same(tmp_path):
     error = OSError(errno.ENOSPC, "No space left on device", "metrics.csv")
-    said = errors.message_of(error, ["fit"])
+    said = error_report.message_of(error, ["fit"])
     assert "no checkpoint was written" in said
     assert "--ckpt_path" not in said
     error.checkpoint = "runs/x/version_0/checkpoints/step=000004.ckpt"
-    assert f"go on with --ckpt_path={error.checkpoint}" in errors.message_of(error, ["fit"])
+    assert f"go on with --ckpt_path={error.checkpoint}" in error_report.message_of(error, ["fit"])
 
 
 def test_an_error_within_pythons_own_packages_is_one_line_that_names_the_section():
@@ -283,7 +283,7 @@ def test_an_error_that_comes_of_the_removed_folder_says_so(tmp_path):
     shutil.rmtree(trainer.log_dir)
     with pytest.raises(RuntimeError, match="was removed while the run wrote to it, at step 2") as e:
         raise_if_run_dir_removed(trainer, FileNotFoundError("metrics.csv"))
-    assert errors.exit_status(e.value) == 1
+    assert error_report.exit_status(e.value) == 1
 
 
 def failed(action) -> Exception:
@@ -309,9 +309,9 @@ def test_a_name_that_no_file_can_have_and_memory_that_is_not_there_are_one_line(
     action, status, said
 ):
     error = failed(action)
-    assert errors.exit_status(error) == status
-    assert said in errors.message_of(error, ["fit"])
-    assert "\n" not in errors.message_of(error, ["fit"])
+    assert error_report.exit_status(error) == status
+    assert said in error_report.message_of(error, ["fit"])
+    assert "\n" not in error_report.message_of(error, ["fit"])
 
 
 @pytest.mark.parametrize(
@@ -319,5 +319,5 @@ def test_a_name_that_no_file_can_have_and_memory_that_is_not_there_are_one_line(
 )
 def test_a_run_with_such_a_name_is_refused(name, said, tmp_path):
     error = failed(lambda: fit(tmp_path, 1, name=name, logger="csv"))
-    assert errors.exit_status(error) == 2
-    assert said in errors.message_of(error, ["fit"])
+    assert error_report.exit_status(error) == 2
+    assert said in error_report.message_of(error, ["fit"])

@@ -34,7 +34,7 @@ from ravine.lightning_modules.rl.metrics import (
     token_metrics,
     token_statistics,
 )
-from ravine.lightning_modules.rl.rewards import builtin as terms
+from ravine.lightning_modules.rl.rewards import builtin
 from ravine.lightning_modules.rl.rewards.base import (
     CorpusStats,
     Reward,
@@ -42,9 +42,9 @@ from ravine.lightning_modules.rl.rewards.base import (
     RewardInputs,
     check_rewards,
     check_scored,
+    score_all,
     weighted_sum,
 )
-from ravine.lightning_modules.rl.rewards.base import score_all as answers_of
 from ravine.lightning_modules.rl.scoring import RolloutScorer
 from ravine.lightning_modules.rl.text_similarity import (
     mean_pairwise_distance,
@@ -62,18 +62,18 @@ class Count(Reward):
         return [float(len(text)) for text in samples.texts]
 
 
-def samples(*texts: str, everyone: tuple[str, ...] | None = None, first: int = 0) -> RewardInputs:
+def samples(*texts: str, all_texts: tuple[str, ...] | None = None, first: int = 0) -> RewardInputs:
     n = max(map(len, texts)) or 1
     mask = torch.tensor([[i < len(text) for i in range(n)] for text in texts])
     said = -torch.arange(1.0, n + 1).repeat(len(texts), 1)
     return RewardInputs(
         ["p"] * len(texts), list(texts), mask.long(), mask, said, said,
-        corpus_stats=CorpusStats(PLAY), all_texts=list(everyone or texts), rank_offset=first,
+        corpus_stats=CorpusStats(PLAY), all_texts=list(all_texts or texts), rank_offset=first,
     )  # fmt: skip
 
 
 def score(term: Reward, *texts: str) -> list[float]:
-    return answers_of([term], samples(*texts))[0].tolist()
+    return score_all([term], samples(*texts))[0].tolist()
 
 
 def test_what_stands_after_the_end_is_not_read() -> None:
@@ -84,12 +84,12 @@ def test_what_stands_after_the_end_is_not_read() -> None:
     tokens = torch.tensor([[2, 3, 4, 0], [2, 1, 0, 0], [2, 3, 2, 0]])
     terms = [RewardFunction(lambda texts: map(len, texts), name="length")]
     how = AdvantageEstimator("none"), KL(), 4, 1, tokenizer, ".", None, lambda x: x, 0
-    judged = RolloutScorer(terms, *how)(
+    scored = RolloutScorer(terms, *how)(
         list("pqr"), {}, GenerationOutput(tokens, -mask.float(), mask), None, None
     )
-    assert [row["text"] for row in judged.rows] == ["ab", "a", "aba!"]
-    assert judged.advantages.tolist() == [2, 1, 4]
-    assert judged.tokens_per_rank == 9
+    assert [row["text"] for row in scored.rows] == ["ab", "a", "aba!"]
+    assert scored.advantages.tolist() == [2, 1, 4]
+    assert scored.tokens_per_rank == 9
 
 
 TERMS: list[tuple[Reward, list[str], list[float]]] = [
@@ -107,7 +107,7 @@ TERMS: list[tuple[Reward, list[str], list[float]]] = [
 
 def test_every_term_has_a_row_here_or_a_test_of_its_own() -> None:
     names = {type(term).__name__ for term, *_ in TERMS}
-    assert names | {"SpeakerDiversity", "BatchDistance"} == set(terms.__all__)
+    assert names | {"SpeakerDiversity", "BatchDistance"} == set(builtin.__all__)
 
 
 @pytest.mark.parametrize(("term", "texts", "exact"), TERMS, ids=lambda x: getattr(x, "name", ""))
@@ -136,20 +136,22 @@ def test_distances_of_a_batch_are_those_of_all_pairs() -> None:
     draw = random.Random(0)
     texts = [" ".join(draw.choices("abc", k=draw.randrange(12))) for _ in range(30)] + ["", "a b"]
     for n in (1, 2, 4):
-        apart = pairwise_jaccard_distance(texts, n)
+        distances = pairwise_jaccard_distance(texts, n)
         for i, j in itertools.combinations(range(len(texts)), 2):
-            assert apart[i, j] == apart[j, i] == pytest.approx(jaccard(texts[i], texts[j], n))
-        assert not np.diag(apart).any()
-        nearest = [min(apart[i, j] for j in range(32) if j != i) for i in range(32)]
-        assert nearest_distance(apart).tolist() == nearest
-        pairs = [apart[i, j] for i, j in itertools.combinations(range(32), 2)]
-        assert mean_pairwise_distance(apart) == pytest.approx(sum(pairs) / len(pairs))
+            assert (
+                distances[i, j] == distances[j, i] == pytest.approx(jaccard(texts[i], texts[j], n))
+            )
+        assert not np.diag(distances).any()
+        nearest = [min(distances[i, j] for j in range(32) if j != i) for i in range(32)]
+        assert nearest_distance(distances).tolist() == nearest
+        pairs = [distances[i, j] for i, j in itertools.combinations(range(32), 2)]
+        assert mean_pairwise_distance(distances) == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_the_batch_of_all_ranks_is_compared_and_ours_are_answered() -> None:
-    everyone = ("a b c d", "e f g h", "a b c d", "i j k l")
-    ours = samples("a b c d", "i j k l", everyone=everyone, first=2)
-    assert BatchDistance(4).score(ours) == [0.0, 1.0]
+    all_texts = ("a b c d", "e f g h", "a b c d", "i j k l")
+    inputs = samples("a b c d", "i j k l", all_texts=all_texts, first=2)
+    assert BatchDistance(4).score(inputs) == [0.0, 1.0]
     with pytest.raises(RewardError, match=r"there is one; type --data\.batch_size=64"):
         BatchDistance().score(samples("alone"))
 
@@ -160,7 +162,7 @@ def test_terms_add_up_by_weight_and_none_leaves_a_sample_out() -> None:
         RewardFunction(lambda texts: [None, 3.0], weight=0.5, name="mine"),
         RewardFunction(lambda texts: [None, None], weight=0.0, name="watched"),
     ]
-    total = weighted_sum(terms, answers_of(terms, samples("eeee", "ex")))
+    total = weighted_sum(terms, score_all(terms, samples("eeee", "ex")))
     assert total.isnan().tolist() == [True, False]
     assert total[1] == -2 * 0.5 + 0.5 * 3
 
@@ -185,16 +187,16 @@ def test_the_measures_of_texts_are_their_counts() -> None:
 
 
 def test_the_measures_of_tokens_are_means_over_what_was_written() -> None:
-    log_p, log_ref = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
+    logprobs, ref_logprobs = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
     mask = torch.tensor([[True, True, False]])
     found = token_metrics(
-        token_statistics(GenerationOutput(mask.long(), log_p, mask), log_ref, KL(), 3), True
+        token_statistics(GenerationOutput(mask.long(), logprobs, mask), ref_logprobs, KL(), 3), True
     )
     k3 = math.exp(-0.5) - 1 + 0.5 + math.exp(1.0) - 1 - 1
     exact = {"entropy": 1.5, "num_tokens": 2, "kl": (0.5 - 1.0) / 2, "kl_k3": k3 / 2}
     assert found == pytest.approx(exact)
     assert "kl" not in token_metrics(
-        token_statistics(GenerationOutput(mask.long(), log_p, mask), None, KL(), 3), False
+        token_statistics(GenerationOutput(mask.long(), logprobs, mask), None, KL(), 3), False
     )
 
 
@@ -244,7 +246,7 @@ def test_a_corpus_in_which_a_term_finds_nothing_is_refused(term: Reward) -> None
         rf"reward {term.name} is 0 for every text, .* no (words|speakers).*--data\.corpus_path="
     )
     with pytest.raises(RewardError, match=message):
-        answers_of([term], seen)
+        score_all([term], seen)
 
 
 def test_what_a_reward_does_to_its_arguments_others_do_not_see() -> None:
@@ -260,7 +262,7 @@ def test_what_a_reward_does_to_its_arguments_others_do_not_see() -> None:
     seen.columns = {"facts": [{"answer": 1}, {"answer": 2}]}
     before = copy.deepcopy(seen)
     first, second = (RewardFunction(takes, name=name) for name in ("first", "second"))
-    assert answers_of([first, second], seen).tolist() == [[3, 5], [3, 5]]
+    assert score_all([first, second], seen).tolist() == [[3, 5], [3, 5]]
     for name in ("texts", "prompts", "columns"):
         assert getattr(seen, name) == getattr(before, name)
     for name in ("tokens", "mask", "logprobs"):
@@ -271,7 +273,7 @@ def test_a_column_named_as_what_was_written_is_refused() -> None:
     seen = samples("a")
     seen.columns = {"texts": ["of the file"]}
     with pytest.raises(RewardError, match=r"a column 'texts'.*give the column another name"):
-        answers_of([RewardFunction(lambda texts: [1.0])], seen)
+        score_all([RewardFunction(lambda texts: [1.0])], seen)
 
 
 NO_FUNCTION = {
@@ -303,12 +305,12 @@ def test_a_reward_that_is_not_there_is_said_in_one_line(path: str, tmp_path, mon
 
 
 def test_what_is_no_number_is_blamed_on_its_sample() -> None:
-    def mine(texts: list[str]) -> list[str]:
+    def reward_fn(texts: list[str]) -> list[str]:
         return [text if text == "two" else "1" for text in texts]
 
     message = r"failed on sample 1 \('two'\): ValueError: could not convert[^()]*; correct it"
     with pytest.raises(RewardError, match=message):
-        score(RewardFunction(mine), "one", "two")
+        score(RewardFunction(reward_fn), "one", "two")
 
 
 NO_LIST = {
@@ -362,7 +364,7 @@ def test_a_function_written_for_trl_gets_the_texts_as_completions() -> None:
 
     batch = samples("one", "seven")
     batch.columns = {"answer": ["1", "2"]}
-    assert answers_of([RewardFunction(trl)], batch).tolist() == [[3, 5]]
+    assert score_all([RewardFunction(trl)], batch).tolist() == [[3, 5]]
     assert seen["prompts"] == batch.prompts
     assert seen["answer"] == ["1", "2"]
     rows = [t[m].tolist() for t, m in zip(batch.tokens, batch.mask, strict=True)]
@@ -373,9 +375,9 @@ def test_a_function_written_for_trl_gets_the_texts_as_completions() -> None:
     assert score(named, "one", "seven") == [3, 5]
     batch.columns = {"completions": ["written", "by someone"]}
     with pytest.raises(RewardError, match=r"a column 'completions'.*another name"):
-        answers_of([RewardFunction(trl)], batch)
+        score_all([RewardFunction(trl)], batch)
     whole = RewardFunction(lambda **columns: [len(text) for text in columns["completions"]])
-    assert answers_of([whole], batch).tolist() == [[7, 10]]
+    assert score_all([whole], batch).tolist() == [[7, 10]]
 
 
 def test_an_argument_that_is_not_there_is_named_beside_others_that_take_all() -> None:
@@ -385,10 +387,10 @@ def test_an_argument_that_is_not_there_is_named_beside_others_that_take_all() ->
 
 
 def test_the_line_of_a_reward_that_fails_is_named() -> None:
-    def mine(texts: list[str]) -> list[float]:
+    def reward_fn(texts: list[str]) -> list[float]:
         raise KeyError
 
-    line = mine.__code__.co_firstlineno + 1
+    line = reward_fn.__code__.co_firstlineno + 1
     said = rf"failed on sample 0 \('a'\): KeyError \(test_builtin\.py:{line}\); corr"
     with pytest.raises(RewardError, match=said):
-        score(RewardFunction(mine), "a")
+        score(RewardFunction(reward_fn), "a")
