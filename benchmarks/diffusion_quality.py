@@ -3,15 +3,15 @@
     mnist [seed ...]     diffusion/mnist_quick, 1,000 images of all ten labels
     digits [seed ...]    the three attempts of lecture 6 on 8x8 digits, 500 images each
 
-The judge is a classifier that has seen neither the model nor its images. Its features give the
-Fréchet distance to the training images, beside that of as many real test images, the floor: the
-mean over disjoint draws of them, for one draw may be half as far again as another, and the first
-thousand of MNIST's test images, which are few people's, are twice as far (`floor_first`). A judge
-that knows its training images by heart puts test images further off: a floor is of a judge. MNIST
-has two: our classifier, and `batch_norm`, trained half as long again. The distance of each image
-to the nearest training image, in pixels from 0 to 1, beside that of real test images, shows
-whether the model copies. MNIST is read from DATA_ROOT. Raw rows in rows/diffusion_quality.jsonl;
-runs are kept in the folder RUNS, runs/quality by default.
+Each row is scored by a classifier that was not trained on samples of the model. Its features give
+the Fréchet distance of the samples to the training images. The floor is the distance of as many
+real test images, as the mean over disjoint draws: two draws may differ by a factor of 1.5. The
+first thousand test images of MNIST come from few writers and are twice as far (`floor_first`).
+A floor depends on its classifier, because an overfitted classifier separates test from training
+images. MNIST has two classifiers: the preset's, and `batch_norm`, trained 1.5 times as long. The
+distance of each image to the nearest training image, in pixels from 0 to 1, is reported with that
+of real test images and shows whether the model copies. MNIST is read from DATA_ROOT. Raw rows are
+in rows/diffusion_quality.jsonl; runs are kept in the folder RUNS, runs/quality by default.
 """
 
 import json
@@ -91,7 +91,7 @@ class BatchNormed(torch.nn.Module):
 
 
 class ImageScorer:
-    """A classifier, and what it says of real images."""
+    """A classifier, and its distances between real images."""
 
     def __init__(self, features: Any, data: ImageDataModule, n: int) -> None:
         self.features = features.eval()

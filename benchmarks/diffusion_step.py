@@ -29,7 +29,7 @@ BLOCK, ROUNDS = 20, 9
 
 
 class BlockTimer(L.Callback):
-    """Stops the run for the rivals after each block of steps, and notes the seconds of its own."""
+    """Pauses the run after each block of steps to time the other loops; records its own seconds."""
 
     def __init__(self, run_others: Callable[[], None]) -> None:
         self.run_others, self.blocks, self.start_s = run_others, [], 0.0

@@ -1,4 +1,4 @@
-"""Fréchet's distance against the rivals' code: python benchmarks/frechet.py [matrix | inception]
+"""Fréchet distance compared with other packages: python benchmarks/frechet.py [matrix | inception]
 
     matrix      the step from statistics to the number at d = 2048, against torchmetrics: ours with
                 the root of the real data kept, ours cold, and ours again (the A/A control), taking

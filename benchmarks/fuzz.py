@@ -1112,7 +1112,7 @@ class Campaign:
             number = self._batch(number, number + batch, end)
 
     def _batch(self, start: int, stop: int, end: float) -> int:
-        """Fork a child for inputs from start to stop; the number of the next one."""
+        """Read inputs from start to stop in a child process; return the number of the next one."""
         reader, writer = os.pipe()
         sys.stdout.flush()
         if not (child := os.fork()):

@@ -84,7 +84,7 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
         size = max(1, len(losses) // 25)  # a single step's loss is mostly chance
         smooth = [statistics.mean(losses[max(0, i - size) : i + 1]) for i in range(len(losses))]
         label = name.removeprefix("seed_").replace(" --model.", ", ")
-        # the first (last) and third (raw) rung are one curve while embeddings are long: see both
+        # the first (bigram) and third (embedding) curves coincide: dashes keep both visible
         look = {"linestyle": "--", "zorder": 3} if number == 0 or number > 9 else {}
         axis.plot(steps, smooth, label=label, linewidth=1.4, **look)
     axis.set(xlabel="optimizer steps", ylabel="training loss, nats a token")

@@ -64,7 +64,7 @@ def config_hash(config: str) -> str:
 
 
 def circumstances(config: str) -> dict[str, Any]:
-    """Everything a later reader needs to judge a row of this config."""
+    """Return the machine, the versions and the config hash that a row is recorded with."""
     return {"config": config, "config_hash": config_hash(config)} | machine()
 
 

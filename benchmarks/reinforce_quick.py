@@ -2,8 +2,8 @@
 
 python benchmarks/reinforce_quick.py [seed ...]
 
-Two idle CPU cores; three commands in one folder, as a reader types them, and in the end the base
-itself judged on the same 256 held-out prompts. One raw row a seed in rows/reinforce_quick.jsonl;
+Two idle CPU cores; three commands in one folder, as a reader types them, and an evaluation of the
+base model on the same 256 held-out prompts. One raw row a seed in rows/reinforce_quick.jsonl;
 `seconds` are those of the three commands, starting Python included.
 """
 

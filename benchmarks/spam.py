@@ -2,8 +2,8 @@
 
 python benchmarks/spam.py     appends a raw row a run to rows/spam.jsonl; two minutes
 
-The rival: sublinear tf-idf of words (1-2) and characters (3-5), C by cross-validation, on the
-very same messages.
+The other classifier: sublinear tf-idf of words (1-2) and characters (3-5), C chosen by
+cross-validation, on the same messages.
 """
 
 import time

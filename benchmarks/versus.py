@@ -51,9 +51,9 @@ def waited() -> float:
 
 
 def verdict(times: Times) -> dict[str, Any]:
-    """The control, and the time of ours over that of each rival, of the medians.
+    """The control, and the time of ours over that of each other package, of the medians.
 
-    Of four ways `ours`, `ours again`, `ours, cold` and `torch`, only the last is a rival.
+    Of four ways `ours`, `ours again`, `ours, cold` and `torch`, only the last is another package.
     """
     median = {name: statistics.median(spent) for name, spent in times.items()}
     (again,) = (name for name in median if name.endswith(" again"))
@@ -79,7 +79,7 @@ def interval(own_s: list[float], other_s: list[float]) -> tuple[float, float]:
 
 
 def compare(benchmark: str, what: str, times: Times, packages: list[str], **more: Any) -> None:
-    """Append a row with the raw seconds, the verdict on them and the versions of the rivals."""
+    """Append a row with the raw seconds, the verdict on them and the versions of the packages."""
     row = {"what": what} | machine() | {name: version(name) for name in packages} | more
     seconds = {name: [float(f"{s:.4g}") for s in spent] for name, spent in times.items()}
     append(benchmark, row | verdict(times) | {"seconds": seconds})

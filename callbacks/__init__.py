@@ -74,8 +74,8 @@ __all__ = [
     "lora_disabled",
 ]
 
-for _found in iter_modules(optimizers.__path__):
-    _module = import_module(f"{optimizers.__name__}.{_found.name}")
+for _module_info in iter_modules(optimizers.__path__):
+    _module = import_module(f"{optimizers.__name__}.{_module_info.name}")
     for _name in getattr(_module, "__all__", ()):
         globals()[_name] = getattr(_module, _name)
         __all__ += [_name]

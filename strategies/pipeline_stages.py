@@ -123,7 +123,7 @@ def meta_placeholder(
             if p is not None and p not in placeholders_by_param:
                 empty = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
                 placeholders_by_param[p] = nn.Parameter(empty, p.requires_grad)
-                placeholders_by_param[p].elsewhere = True  # type: ignore[attr-defined]
+                placeholders_by_param[p].is_remote = True  # type: ignore[attr-defined]
             submodule._parameters[name] = None if p is None else placeholders_by_param[p]
         for name, buffer in submodule._buffers.items():
             submodule._buffers[name] = None if buffer is None else buffer.to("meta")

@@ -94,7 +94,7 @@ class RolloutTable(L.Callback):
 
 def format_rollout_table(rows: list[RolloutRow], title: str) -> str:
     """Format rows as a table for a terminal; the end of the prompt precedes the text."""
-    rich_table = Table("what it earned", "prompt … text", title=title, show_lines=True)
+    rich_table = Table("scores", "prompt … text", title=title, show_lines=True)
     for row in rows:
         scores = [f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, int | float)]
         lines = [f"{str(row['prompt'])[-20:]}|{row['text']}" if "prompt" in row else row["text"]]

@@ -289,11 +289,11 @@ class CompositeOptimizer(Optimizer):
     def drop_remote_params(self) -> None:
         """Drop parameters of other pipeline ranks (`elsewhere`) and keep the group structure."""
         for group in self.param_groups:
-            remote = [p for p in group["params"] if getattr(p, "elsewhere", False)]
-            group["params"] = [p for p in group["params"] if not getattr(p, "elsewhere", False)]
+            remote = [p for p in group["params"] if getattr(p, "is_remote", False)]
+            group["params"] = [p for p in group["params"] if not getattr(p, "is_remote", False)]
             for p in remote:
                 self.state.pop(p, None)
-        self._stateless[:] = [p for p in self._stateless if not getattr(p, "elsewhere", False)]
+        self._stateless[:] = [p for p in self._stateless if not getattr(p, "is_remote", False)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy, without `step` and `router`."""

@@ -135,6 +135,6 @@ def plot_attention(net: Transformer, tokens: Tensor, token_names: Sequence[str])
             axis.set_title(f"layer {layer}, head {head}", fontsize=9)
             axis.set_xticks(range(len(token_labels)), token_labels, fontsize=7, family="monospace")
             axis.set_yticks(range(len(token_labels)), token_labels, fontsize=7, family="monospace")
-    figure.supxlabel("is listened to")
-    figure.supylabel("listens")
+    figure.supxlabel("key position")
+    figure.supylabel("query position")
     return figure

@@ -65,13 +65,13 @@ DTYPES_BY_NAME = {
     if isinstance(value, torch.dtype)
 }
 ALLOWED_INDEX_NAMES = {  # the classes and functions that an index may name
-    *((_METADATA_MODULE, each) for each in ("Metadata", "MetadataIndex", "StorageMeta")),
-    *((_METADATA_MODULE, each) for each in ("TensorStorageMetadata", "BytesStorageMetadata")),
-    *((_METADATA_MODULE, each) for each in ("ChunkStorageMetadata", "TensorProperties")),
+    *((_METADATA_MODULE, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
+    *((_METADATA_MODULE, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata")),
+    *((_METADATA_MODULE, name) for name in ("ChunkStorageMetadata", "TensorProperties")),
     (_METADATA_MODULE, "_MEM_FORMAT_ENCODING"),
     (_FILESYSTEM_MODULE, "_StorageInfo"),
     ("torch", "Size"),
-    *(("torch", each) for each in DTYPES_BY_NAME),
+    *(("torch", name) for name in DTYPES_BY_NAME),
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
     ("pathlib", "PurePosixPath"),
@@ -444,7 +444,8 @@ def _load_index(path: Path) -> Metadata:
     try:
         content = (path / INDEX_FILE).read_bytes()
         root = safe_pickle.load_plain(
-            content, lambda each: (each.module, each.name) in ALLOWED_INDEX_NAMES
+            content,
+            lambda global_name: (global_name.module, global_name.name) in ALLOWED_INDEX_NAMES,
         )
         return _parse_metadata(root, file_sizes)
     except UnsafePickle as error:

@@ -124,7 +124,7 @@ def stand_ins(tied):
     with trainer.strategy.pipeline.full_net():
         after = classify_params(module), [(n, p.shape) for n, p in module.named_parameters()]
         bytes_of_stand_ins = sum(
-            p.untyped_storage().nbytes() for p in module.parameters() if hasattr(p, "elsewhere")
+            p.untyped_storage().nbytes() for p in module.parameters() if hasattr(p, "is_remote")
         )
     again = [n for n, _ in module.named_parameters()]
     return (
