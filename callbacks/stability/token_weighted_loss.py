@@ -82,7 +82,7 @@ class TokenWeightedLoss(Callback):
         self._microbatch_weight = terms / self._scale
         if (pipeline := getattr(trainer.strategy, "pipeline", None)) is not None:
             # a pipeline runs its backward passes before this callback gets a loss
-            pipeline.weight = self._microbatch_weight
+            pipeline.loss_weight = self._microbatch_weight
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor

@@ -299,7 +299,7 @@ REFUSED = {
     ),
     "no attention to go round": (
         (NetInInit, "cp", 2),
-        "cp=2: NetInInit has no attention with the slots `attend` and `times`",
+        "cp=2: NetInInit has no attention with the attributes `attention_fn` and",
     ),
     "attention weights that are dropped": (
         (Net, "cp", 2, (), {"num_heads": 2, "dropout": 0.1}),
@@ -396,7 +396,7 @@ def test_what_cannot_be_spread_is_refused_in_one_line(ranks, world):
         ({"sequence_parallel": True}, 2, "sequence_parallel cuts along tp, and tp is 1; type"),
         ({"num_microbatches": 0}, 2, "num_microbatches is 0; allowed: 1 or more"),
         (
-            {"schedule": "1f2b"},
+            {"pipeline_schedule": "1f2b"},
             2,
             "pipeline_schedule is '1f2b'; allowed: gpipe, 1f1b, interleaved; type",
         ),
