@@ -269,7 +269,7 @@ def prepare(folder: Path) -> None:
     """The base that Reinforce starts from, and answers of unequal lengths."""
     L.seed_everything(1, verbose=False)
     module, data = built("language", folder)
-    module.shape["dropout"] = 0.0
+    module.net_kwargs["dropout"] = 0.0
     trainer = Trainer(
         max_steps=1,
         limit_val_batches=0,
